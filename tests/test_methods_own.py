@@ -23,7 +23,6 @@ KNOWS = {
     "config.methods.hybrid": {"config.methods.boft", "config.methods.low_rank", "config.methods.urnn", "boft", "urnn"},
     "config.methods.rotation": {"hybrid"},  # help of --peft-lr-rotation, which it reads otherwise
     "config.methods": {"lora", "boft", "urnn", "hybrid"},  # the registry
-    "adapters.step_rotations": {"adapters.rotation"},  # builds the blocks of all rotations at once
     "adapters.change": {"adapters.rotation"},  # R W without R - I in memory
     "lora_ga.initialize": {"adapters.low_rank", "lora"},  # the start of A and B; the method that needs no such start
     "training.after_step": {"adapters.low_rank"},  # --lora-max-norm-ratio bounds every method's low rank

@@ -86,12 +86,14 @@ class HeldBlocks:
     """The blocks of one layer, built once a step (`step_rotations.py`).
 
     Args:
+        stack: of all layers' blocks, of which these are a part.
         D: [k, g, g] in float32 at least, what the layer applies beyond the identity: a leaf of autograd's graph.
         multiplier: `multiplier(D, dtype)` in the dtype of the layer's activations.
         total: [k, g, g], to which each microbatch's backward adds; None where no backward follows.
         scale: of the low rank beside it; None without one.
     """
 
+    stack: Any
     D: Tensor
     multiplier: Tensor
     total: Tensor | None = None

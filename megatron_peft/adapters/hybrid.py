@@ -4,7 +4,7 @@
 
 lambda is a number a layer, from the norms of the gradients of the two parts. The paper adds this change to W at every
 step, which would apply it again and again; W stays frozen here and the change is added once. I + (1 - lambda)(R - I) is
-not orthogonal, but it has an inverse, so backward can keep y (`frozen_linear.py`).
+not orthogonal, but it has an inverse, so backward can keep y (`mixed_linear.py`).
 
 Letters: s sequence, b batch, r rank, k blocks of g features; in and out are a rank's own.
 """
@@ -19,9 +19,11 @@ from torch import Tensor, nn
 
 from megatron_peft.adapters import boft, urnn
 from megatron_peft.adapters.change import MixedChange, RotationChange, StoredTensors
-from megatron_peft.adapters.frozen_linear import FrozenLinearCall, changed_weight, frozen_linear_mixed
+from megatron_peft.adapters.frozen_linear import FrozenLinearCall
 from megatron_peft.adapters.low_rank import LowRank, add_low_rank, scaled_product
-from megatron_peft.adapters.rotation import AppliedRotation, rotate_weight
+from megatron_peft.adapters.mixed_linear import changed_weight, frozen_linear_mixed
+from megatron_peft.adapters.rotation import rotate_weight
+from megatron_peft.adapters.step_rotations import AppliedRotation, RotatesOnceAStep
 from megatron_peft.config import PeftConfig
 from megatron_peft.config.methods.hybrid import rotation_lr, rotation_options
 from megatron_peft.parallel.collectives import sum_coalesced
@@ -31,7 +33,7 @@ from megatron_peft.runtime.precision import full_precision
 ROTATIONS = {"boft": (boft.build, boft.rotation), "urnn": (urnn.urnn_rotation, urnn.rotation)}
 
 
-class Hybrid(nn.Module):
+class Hybrid(RotatesOnceAStep, nn.Module):
     """The two parts of one adapted linear layer and their mixture.
 
     Args: as for `LowRank`, and BOFT's numbers in `peft`.
@@ -96,7 +98,6 @@ class Hybrid(nn.Module):
         update_mixtures(adapters, peft, own_gradient, group, rotation_lr(peft, lr) / lr)
 
     def applied_rotation(self) -> AppliedRotation:
-        """What `step_rotations.py` has to know of this layer."""
         whole = self.layout.split == "column" or self.layout.group.size() == 1  # no sum between W x and R
         kept = "mixed output" if whole else "input"
         return AppliedRotation(self.rotation, kept, mix=self.mix, scale=self.low_rank.scale)
@@ -107,7 +108,7 @@ class Hybrid(nn.Module):
 
     def forward(self, x: Tensor, call: FrozenLinearCall) -> Tensor:  # [s, b, in] -> [s, b, out]
         """y = z + lambda s B (A x) + (1 - lambda) (R - I) z."""
-        (A, B), mask, held = self.low_rank.factors(), self.low_rank.dropout_mask(x, call), self.rotation.held
+        (A, B), mask, held = self.low_rank.factors(), self.low_rank.dropout_mask(x, call), self.held
         scale, D = self._mixture() if held is None else (held.scale, held.D)
         assert scale is not None
         return frozen_linear_mixed(x, A, B, D, scale, call, mask, held)

@@ -21,7 +21,8 @@ from megatron.core import tensor_parallel
 from torch import Tensor, nn
 
 from megatron_peft.adapters.change import LowRankChange, StoredTensors
-from megatron_peft.adapters.frozen_linear import FrozenLinearCall, frozen_linear_plus_low_rank, join_start
+from megatron_peft.adapters.frozen_linear import FrozenLinearCall
+from megatron_peft.adapters.low_rank_linear import frozen_linear_plus_low_rank, join_start
 from megatron_peft.config import PeftConfig, PeftFormat
 from megatron_peft.config.methods.low_rank import IS_LORA_B, IS_NOT_DECAYED
 from megatron_peft.parallel.layout import LinearLayout, generator_for

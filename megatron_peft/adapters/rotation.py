@@ -10,21 +10,16 @@ its own tokens. The bias is added after R: R rotates the weight. Blocks are buil
 Letters: s sequence, b batch, t tensor-parallel size, k blocks a rank, g features of a block.
 """
 
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
 import torch
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from torch import Tensor, nn
 
 from megatron_peft.adapters.blocks import HeldBlocks, add_blocks
-from megatron_peft.adapters.frozen_linear import (
-    FrozenLinearCall,
-    frozen_linear,
-    frozen_linear_rotated,
-    rotation_gradients,
-    run_function,
-)
+from megatron_peft.adapters.frozen_linear import FrozenLinearCall, frozen_linear, run_function
+from megatron_peft.adapters.rotated_linear import frozen_linear_rotated, rotation_gradients
+from megatron_peft.adapters.step_rotations import AppliedRotation, RotatesOnceAStep
 from megatron_peft.adapters.unitary import orthogonality_error
 from megatron_peft.config import Side
 from megatron_peft.config.methods.rotation import IS_ROTATION
@@ -32,19 +27,14 @@ from megatron_peft.parallel.layout import LinearLayout
 from megatron_peft.runtime.precision import full_precision
 
 
-class BlockRotation(nn.Module):
+class BlockRotation(RotatesOnceAStep, nn.Module):
     """One adapted linear layer's rotation. Subclasses own the parameters and say what the blocks are.
 
     Args:
         layout: of the base weight.
         side: which side of W is rotated.
         group_size: g.
-
-    Attributes:
-        held: the blocks as built for the current step (`step_rotations.py`); None: they are built in each forward.
     """
-
-    held: HeldBlocks | None = None
 
     def __init__(self, layout: LinearLayout, side: Side, group_size: int) -> None:
         super().__init__()
@@ -89,8 +79,7 @@ class BlockRotation(nn.Module):
         """Whether R is applied as dense blocks."""
         return True
 
-    def applied_rotation(self) -> "AppliedRotation":
-        """What `step_rotations.py` has to know of this layer."""
+    def applied_rotation(self) -> AppliedRotation:
         return AppliedRotation(self, "output", transposed=self.side == "input")
 
     def applied(self) -> Tensor:
@@ -150,26 +139,6 @@ class _Changes(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[override]
         (gradient,) = torch.autograd.grad(ctx.built, ctx.trained, grad, retain_graph=True)
         return gradient, None, *(None,) * ctx.num_constants
-
-
-@dataclass(frozen=True)
-class AppliedRotation:
-    """How one layer applies its rotation, for blocks that are built once a step.
-
-    Args:
-        rotation: owns the parameter.
-        kept: what backward has beside the output's gradient: the output of an orthogonal R, the output of a mixture
-            that has a low rank too, or R's own input. It decides how the gradient of D follows from the sums.
-        transposed: D^T is applied.
-        mix: lambda, a float32 scalar tensor: (1 - lambda) D is applied. None without a mixture.
-        scale: s of the low rank beside it.
-    """
-
-    rotation: BlockRotation
-    kept: Literal["output", "mixed output", "input"]
-    transposed: bool = False
-    mix: Tensor | None = None
-    scale: float = 1.0
 
 
 def rotate_weight(weight: Tensor, R: Tensor, side: Side) -> Tensor:  # [out, in], [k, g, g] -> [out, in]

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from megatron_peft.adapters.blocks import identity_like
 from megatron_peft.adapters.change import ReplacementChange, RotationChange, StoredTensors, WeightChange
 from megatron_peft.adapters.frozen_linear import FrozenLinearCall, frozen_linear
-from megatron_peft.adapters.rotation import AppliedRotation, BlockRotation, rotate, rotate_weight
+from megatron_peft.adapters.rotation import BlockRotation, rotate, rotate_weight
+from megatron_peft.adapters.step_rotations import AppliedRotation, RotatesOnceAStep
 from megatron_peft.adapters.unitary import (
     apply_structured,
     apply_structured_inverse,
@@ -216,7 +217,7 @@ class RiemannianUrnn(BlockRotation):
         self.U.copy_(torch.view_as_real(exponential_step(U, G, rate)))
 
 
-class UnitaryReplacement(nn.Module):
+class UnitaryReplacement(RotatesOnceAStep, nn.Module):
     """y = Q x in place of a square row-parallel layer; the pretrained weight is not used.
 
     A rank turns its own input features into the output features of the same numbers, and the layer's usual sum puts
@@ -236,8 +237,7 @@ class UnitaryReplacement(nn.Module):
 
     def forward(self, x: Tensor, call: FrozenLinearCall) -> Tensor:  # [s, b, in] -> [s, b, out]
         """y = Q x, in its place among the features of all ranks."""
-        held = self.rotation.held
-        y = rotate(x, self.rotation.changes() if held is None else held.D, held=held)
+        y = rotate(x, self.rotation.changes() if self.held is None else self.held.D, held=self.held)
         before = self.layout.group.rank() * self.layout.local_in_features
         after = self.layout.out_features - before - self.layout.local_in_features
         return call.reduce(nn.functional.pad(y, (before, after)))

@@ -21,7 +21,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import Tensor, nn
 
-from megatron_peft.adapters.step_rotations import inference_rotations
+from megatron_peft.adapters.step import adapters_step
 from megatron_peft.checkpoint.folders import iteration_folder
 from megatron_peft.checkpoint.load import load_checkpoint
 from megatron_peft.checkpoint.save import Saver, write_new_folder
@@ -321,7 +321,7 @@ class _Run:
         """[2, s, vocabulary] on the first tensor-parallel rank of the last stage of the first replica, else None."""
         chunks, tokens = self.state.model_chunks, self.job.tokens
         num_microbatches = self.state.config.parallel.pipeline_model_parallel_size
-        with inference_mode(chunks), inference_rotations(chunks):
+        with inference_mode(chunks), adapters_step(chunks, is_training=False):
             found = get_forward_backward_func()(
                 forward_step_func=_ask,
                 data_iterator=[iter([tokens] * num_microbatches) for _ in chunks]

@@ -15,7 +15,7 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor, nn
 
-from megatron_peft.adapters.step_rotations import inference_rotations
+from megatron_peft.adapters.step import adapters_step
 from megatron_peft.config import require
 
 
@@ -156,7 +156,7 @@ def inference(model_chunks: Sequence[nn.Module]) -> Iterator[None]:
     for owner, name in switched:
         setattr(owner, name, False)
     try:
-        with torch.no_grad(), inference_rotations(model_chunks):
+        with torch.no_grad(), adapters_step(model_chunks, is_training=False):
             yield
     finally:
         for owner, name in switched:

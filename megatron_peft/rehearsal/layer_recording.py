@@ -15,7 +15,7 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from megatron_peft.adapters.attach import linear_layers
-from megatron_peft.adapters.step_rotations import step_rotations
+from megatron_peft.adapters.step import adapters_step
 from megatron_peft.models.kernels import fusions_on_a_gpu
 from megatron_peft.parallel.layout import PARTIAL_OVER_TENSOR_PARALLEL
 from megatron_peft.rehearsal.asked import LayersToRecord
@@ -103,11 +103,11 @@ def _record(of: LayersToRecord) -> RecordedLayers:
         cuts.memory.assign("given", (*model.parameters(), *model.buffers(), *gradients(wrapped), *given))
         with cuts():
             cuts.cut("begin")
-            with step_rotations(wrapped) as rotations:
+            with adapters_step(wrapped) as step:
 
                 def finish(chunks: Sequence[nn.Module], *_: Any, **__: Any) -> None:
                     cuts.cut("finish")
-                    rotations.finish(chunks)
+                    step.finish(chunks)
                     cuts.cut(None)
 
                 cuts.cut(None)

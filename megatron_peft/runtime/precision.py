@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+PRECISE = (torch.float32, torch.float64)  # gradients and blocks are not rounded to these types
+
 _CUDA: Any = torch.backends.cuda.matmul
 _MKLDNN: Any = getattr(torch.backends.mkldnn, "matmul", None)
 _REDUCTIONS = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")

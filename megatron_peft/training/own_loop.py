@@ -22,7 +22,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
 from megatron_peft.adapters.attach import attach_adapters, make_adaptable, merge_adapters
-from megatron_peft.adapters.step_rotations import StepRotations
+from megatron_peft.adapters.step import AdaptersStep
 from megatron_peft.checkpoint.load import require_whole
 from megatron_peft.checkpoint.save import write_new_folder
 from megatron_peft.checkpoint.tensors import ADAPTER, global_slices, load_parameters, sharded_parameters
@@ -124,7 +124,7 @@ class ModelAdapters:
         self.lr = 0.0
         self.clip_grad = 0.0
         self.optimizer: Any = None
-        self.rotations: StepRotations | None = None
+        self.current: AdaptersStep | None = None
 
     def parameters(self) -> list[nn.Parameter]:
         """What is trained on this rank."""
@@ -185,13 +185,13 @@ class ModelAdapters:
     def begin_step(self) -> None:
         """Call it before the first microbatch of a step.
 
-        It sets the gradients of the last one to zero and builds the blocks of rotations, which hold until
-        `sum_gradients` or `finalize_model_grads`.
+        It sets the gradients of the last one to zero and builds what holds for a step, as the blocks of rotations do,
+        until `sum_gradients` or `finalize_model_grads`.
         """
         for parameter in self.parameters():
             gradient_of(parameter).zero_()
-        self.rotations = StepRotations(self.model_chunks)
-        self.rotations.build()
+        self.current = AdaptersStep(self.model_chunks)
+        self.current.begin()
 
     def sum_gradients(self) -> None:
         """Call it after the last backward of a step where no schedule of megatron-core does. A collective.
@@ -206,7 +206,7 @@ class ModelAdapters:
             "sum_gradients sums over tensor-parallel ranks only, and there are data-parallel replicas: wrap the model "
             "in megatron-core's DistributedDataParallel and set finalize_model_grads_func.",
         )
-        self._finish_rotations(self.model_chunks)
+        self._end_step(self.model_chunks)
         sum_partial_gradients_over_tensor_parallel(self.model_chunks, group)
 
     def finalize_model_grads(self, model: Sequence[nn.Module], *args: Any, **kwargs: Any) -> None:
@@ -215,14 +215,14 @@ class ModelAdapters:
             one for one in model if isinstance(one, DistributedDataParallel) and one.ddp_config.overlap_param_gather
         ]
         require(not late, "adapters read parameters before a late gather ends: set overlap_param_gather=False.")
-        self._finish_rotations(model)
+        self._end_step(model)
         finish_gradients(model, *args, **kwargs)
 
-    def _finish_rotations(self, model: Sequence[nn.Module]) -> None:
-        rotations, self.rotations = self.rotations, None
-        if rotations is not None:
-            rotations.finish(model)
-            rotations.clear()
+    def _end_step(self, model: Sequence[nn.Module]) -> None:
+        current, self.current = self.current, None
+        if current is not None:
+            current.finish(model)
+            current.clear()
 
     def step(self, optimizer: Any, clip_grad: float = 0.0) -> float:
         """Take the optimizer's step, and what the method adds to it. A collective.
@@ -247,7 +247,7 @@ class ModelAdapters:
             "the method has learning rates of its own.",
         )
         require(
-            self.rotations is None or not self.rotations.stacks,
+            self.current is None or not self.current.layers,
             "adapters.step: the gradients of rotations are not complete: call adapters.sum_gradients() after the last "
             "backward, or set config.finalize_model_grads_func = adapters.finalize_model_grads.",
         )

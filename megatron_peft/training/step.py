@@ -21,7 +21,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 from torch import Tensor, nn
 
-from megatron_peft.adapters.step_rotations import StepRotations, step_rotations
+from megatron_peft.adapters.step import AdaptersStep, adapters_step
 from megatron_peft.data.batches import Microbatch
 from megatron_peft.models.layers import PackedSamples
 from megatron_peft.parallel.collectives import sum_partial_gradients_over_tensor_parallel
@@ -69,7 +69,7 @@ def finish_gradients(
     model: Sequence[nn.Module],
     num_tokens: Tensor | None = None,
     *args: Any,
-    rotations: StepRotations | None = None,
+    step: AdaptersStep | None = None,
     **kwargs: Any,
 ) -> None:
     """Sum gradients over the ranks. megatron-core calls this after the last backward of a step.
@@ -79,11 +79,11 @@ def finish_gradients(
         num_tokens: completion tokens of this rank's microbatches, on the last pipeline stage; gradients are divided by
             their sum over the replicas. None: they are not divided.
         args, kwargs: of megatron-core's function.
-        rotations: those built for this step; None where each forward built its own.
+        step: of the adapters; None where it has ended.
     """
-    # From the sums over microbatches to the parameters of rotations.
-    if rotations is not None:
-        rotations.finish(model)
+    # From sums over microbatches to gradients of parameters.
+    if step is not None:
+        step.finish(model)
     # Data parallel, layer norms under sequence parallelism, tied embeddings.
     finalize_model_grads(list(model), None, *args, **kwargs)
     if num_tokens is not None:
@@ -124,8 +124,8 @@ def train_step(
     for chunk in state.model_chunks:
         chunk.zero_grad_buffer()
     state.optimizer.zero_grad()
-    with step_rotations(state.model_chunks) as rotations:
-        finish_with(state.model_chunks, partial(finish_gradients, rotations=rotations))
+    with adapters_step(state.model_chunks) as step:
+        finish_with(state.model_chunks, partial(finish_gradients, step=step))
         losses = run_schedule(state.model_chunks, microbatches, forward_only=False, around_forward=around_forward)
     if state.config.training.empty_unused_memory_level >= 1:
         torch.cuda.empty_cache()

@@ -11,7 +11,7 @@ from megatron.core.distributed import DistributedDataParallel
 from torch import nn
 
 from megatron_peft.adapters.attach import linear_layers
-from megatron_peft.adapters.step_rotations import inference_rotations
+from megatron_peft.adapters.step import adapters_step
 from megatron_peft.checkpoint.state import whole_parameters
 from megatron_peft.data.batches import Step
 from megatron_peft.runtime.launch import gather_over_world, read_on_host
@@ -33,7 +33,7 @@ def validation_loss(
     """
     total = torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())
     # `forward_only` skips backward, but megatron-core's schedules would still record the graph.
-    with inference_mode(model_chunks), torch.no_grad(), inference_rotations(model_chunks):
+    with inference_mode(model_chunks), torch.no_grad(), adapters_step(model_chunks, is_training=False):
         for microbatches in steps:
             stopping = total.new_full((1,), float(stops()))
             dist.all_reduce(stopping)

@@ -4,16 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_peft.adapters import frozen_linear
-from megatron_peft.adapters.frozen_linear import (
-    FrozenLinearCall,
-    frozen_linear_plus_low_rank,
-    frozen_linear_rotated,
-    producer_of,
-    recompute,
-    rotates_weight,
-    run_function,
-)
+from megatron_peft.adapters import frozen_linear, low_rank_linear
+from megatron_peft.adapters.frozen_linear import FrozenLinearCall, producer_of, recompute, run_function
+from megatron_peft.adapters.low_rank_linear import frozen_linear_plus_low_rank
+from megatron_peft.adapters.rotated_linear import frozen_linear_rotated, rotates_weight
 from tests.one_rank import Place
 
 S, BATCH, IN, OUT, RANK, SCALE = 5, 2, 6, 4, 3, 1.7
@@ -67,7 +61,7 @@ def test_an_input_without_a_gradient_costs_no_product_with_the_weight(monkeypatc
     (x, A, B), call = _leaves(), _call(with_bias=False)
     expected = torch.autograd.grad(frozen_linear_plus_low_rank(x, A, B, SCALE, call).square().sum(), (A, B))
     y = frozen_linear_plus_low_rank(x.detach(), A, B, SCALE, call)
-    monkeypatch.setattr(frozen_linear, "_input_gradient", None)
+    monkeypatch.setattr(low_rank_linear, "start_summed_gradient", None)
     found = torch.autograd.grad(y.square().sum(), (A, B))
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 

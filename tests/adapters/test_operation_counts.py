@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_peft.adapters import boft, hybrid, low_rank, urnn
 from megatron_peft.adapters.linear import AdaptedColumnParallelLinear, AdaptedRowParallelLinear
-from megatron_peft.adapters.step_rotations import StepRotations, step_rotations
+from megatron_peft.adapters.step import AdaptersStep, adapters_step
 from megatron_peft.config import ParallelConfig, PeftConfig
 from megatron_peft.runtime import cpu
 from megatron_peft.runtime.launch import start_model_parallel, stop
@@ -128,7 +128,7 @@ def a_microbatch(method: str | None, **settings: Any) -> tuple[Counter[str], Cou
     layer: Any = stage[0]
     tokens = TOKENS // 2 if layer.layout.split == "column" and layer.sequence_parallel else TOKENS
     x = torch.zeros(tokens, 1, layer.weight.shape[1], dtype=torch.bfloat16, device="meta", requires_grad=True)
-    with step_rotations([stage]):
+    with adapters_step([stage]):
         with Kernels() as forward:
             y, _ = stage[0](x)
         with Kernels() as backward:
@@ -147,11 +147,11 @@ def beyond_frozen(method: str, numbers: dict[str, Any] | None = None, **settings
 
 def a_step(method: str, count: int, **settings: Any) -> Counter[str]:
     """Kernels of what is done once a step for so many layers."""
-    rotations = StepRotations([layers(method, count, **settings)])
-    rotations.build()  # U(theta_0) is made once a run
+    step = AdaptersStep([layers(method, count, **settings)])
+    step.begin()  # U(theta_0) is made once a run
     with Kernels() as kernels:
-        rotations.build()
-        rotations.finish([])
+        step.begin()
+        step.finish([])
     return kernels.names
 
 

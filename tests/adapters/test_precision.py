@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from megatron_peft.adapters import boft, urnn
 from megatron_peft.adapters.boft import Boft, nearest_orthogonal
 from megatron_peft.adapters.rotation import BlockRotation
-from megatron_peft.adapters.step_rotations import StepRotations
+from megatron_peft.adapters.step import AdaptersStep
 from megatron_peft.adapters.unitary import as_real, change_from_start, exponential_step, orthogonality_error, structured
 from megatron_peft.adapters.urnn import StructuredUrnn
 from megatron_peft.config import PeftConfig
@@ -99,11 +99,11 @@ class Layer(nn.Module):
 def test_a_steps_blocks_and_gradients_are_not_rounded():
     layers = nn.ModuleList([Layer(moved_boft()), Layer(moved_urnn())])
     with tf32() as mode:
-        rotations = StepRotations([layers])
-        rotations.build()
+        step = AdaptersStep([layers])
+        step.begin()
         for layer in layers:
             layer.adapter.held.total.normal_(generator=torch.Generator().manual_seed(0))
-        rotations.finish([])
+        step.finish([])
     assert mode.num_rounded == 0
     assert all(layer.adapter.trained.grad.norm() > 0 for layer in layers)
 

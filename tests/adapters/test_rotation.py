@@ -5,8 +5,9 @@ import torch
 
 from megatron_peft.adapters.blocks import add_blocks, blocks_gradient
 from megatron_peft.adapters.boft import cayley, compose, skew
-from megatron_peft.adapters.frozen_linear import FrozenLinearCall, changed_weight, rotates_weight
-from megatron_peft.adapters.frozen_linear import frozen_linear_rotated as rotated
+from megatron_peft.adapters.frozen_linear import FrozenLinearCall
+from megatron_peft.adapters.rotated_linear import frozen_linear_rotated as rotated
+from megatron_peft.adapters.rotated_linear import rotated_weight, rotates_weight
 from megatron_peft.adapters.rotation import rotate
 from megatron_peft.runtime.cpu_kernels import CACHED_TOKENS
 from tests.kept import kept_for_backward
@@ -67,7 +68,7 @@ def test_a_rotation_goes_into_the_weight_where_that_costs_less():
     weight, D = torch.zeros(8, IN), torch.zeros(2, 4, 4)
     few, enough = torch.zeros(IN - 1, 1, IN), torch.zeros(IN, 1, IN)
     assert rotates_weight(enough, weight, D)
-    assert not rotates_weight(few, weight, D) and not rotates_weight(enough, weight, None)
+    assert not rotates_weight(few, weight, D)
 
 
 @pytest.mark.parametrize("x", [numbers(5, 2, 12), numbers(12, 5).t()], ids=["contiguous", "strided"])
@@ -111,4 +112,4 @@ def test_blocks_gradient_in_bfloat16_is_rounded_once():
 def test_turned_rows_are_those_of_the_block_diagonal_product():
     weight, blocks = numbers(12, 5), numbers(3, 4, 4)
     expected = weight + torch.block_diag(*blocks) @ weight
-    torch.testing.assert_close(changed_weight(weight, None, None, blocks, 1.0), expected)
+    torch.testing.assert_close(rotated_weight(weight, blocks), expected)

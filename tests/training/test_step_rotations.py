@@ -2,7 +2,9 @@
 
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import cycle
+from types import SimpleNamespace
 from weakref import ref
 
 import pytest
@@ -10,7 +12,8 @@ import torch
 
 from megatron_peft.adapters.boft import Boft
 from megatron_peft.adapters.hybrid import Hybrid
-from megatron_peft.adapters.step_rotations import StepRotations, _Stack, inference_rotations
+from megatron_peft.adapters.step import adapters_step
+from megatron_peft.adapters.step_rotations import RotatesOnceAStep
 from megatron_peft.evaluation.generation import GenerationSettings, generate
 from megatron_peft.parallel.collectives import gradient_of
 from megatron_peft.training import step as step_module
@@ -62,7 +65,7 @@ def _reports(job, square, form, count=3):
 @pytest.mark.parametrize("form", FORMS)
 def test_losses_and_gradients_are_those_of_blocks_built_in_each_forward(job, alone, square, monkeypatch, form):
     built_once, trained = _reports(job, square, form)
-    monkeypatch.setattr(step_module, "step_rotations", built_in_each_forward)
+    monkeypatch.setattr(step_module, "adapters_step", built_in_each_forward)
     expected, expected_trained = _reports(job, square, form)
     assert built_once == pytest.approx(expected, rel=2e-5)
     assert any(abs(one - other) > 0 for one, other in zip(built_once[::2], built_once[2::2], strict=False))
@@ -97,7 +100,7 @@ def test_blocks_are_built_once_a_step_and_forgotten(start, monkeypatch):
     validation_loss(state.model_chunks, [step, step])
     assert len(built) == 2
     built.clear()
-    with pytest.raises(RuntimeError), inference_rotations(state.model_chunks):
+    with pytest.raises(RuntimeError), adapters_step(state.model_chunks, is_training=False):
         raise RuntimeError
     assert all(one.held is None for one in rotations)
 
@@ -113,7 +116,7 @@ def test_a_layer_takes_the_blocks_of_its_own_weights(start):
     state, _ = start(peft=BOFT)
     for number, rotation in enumerate(one for one in state.model_chunks[0].modules() if isinstance(one, Boft)):
         torch.nn.init.normal_(rotation.Q, std=0.1, generator=torch.Generator().manual_seed(number))
-    with inference_rotations(state.model_chunks):
+    with adapters_step(state.model_chunks, is_training=False):
         for rotation in (one for one in state.model_chunks[0].modules() if isinstance(one, Boft)):
             torch.testing.assert_close(rotation.held.D, rotation.changes(), atol=1e-6, rtol=0)
 
@@ -125,20 +128,22 @@ def test_each_layer_has_the_formula_of_what_it_keeps(start):
     for number, one in enumerate(adapters):
         torch.nn.init.normal_(one.rotation.Q, std=0.1, generator=torch.Generator().manual_seed(number))
     kinds = cycle(["input", "mixed output", "output"])
-    layers = [replace(one.applied_rotation(), kept=kept) for one, kept in zip(adapters, kinds, strict=False)]
+    for one, kept in zip(adapters, kinds, strict=False):
+        one.applied_rotation = partial(replace, one.applied_rotation(), kept=kept)
+    layers = [SimpleNamespace(adapter=one, weight=torch.zeros(())) for one in adapters]
 
-    def gradients(*stacks):
-        for layer in layers:
-            gradient_of(layer.rotation.trained).zero_()
-        for stack in stacks:
-            stack.build()
-            for layer in stack.layers:
-                layer.rotation.held.total.normal_(generator=torch.Generator().manual_seed(layers.index(layer)))
-            stack.add_gradients()
-        return [gradient_of(layer.rotation.trained).clone() for layer in layers]
+    def gradients(*together):
+        for one in adapters:
+            gradient_of(one.rotation.trained).zero_()
+        for some in together:
+            for layer, held in zip(some, RotatesOnceAStep.begin_step(some, is_training=True), strict=True):
+                layer.adapter.held = held
+                held.total.normal_(generator=torch.Generator().manual_seed(layers.index(layer)))
+            assert len(RotatesOnceAStep.end_step(some)) == len(some)
+        return [gradient_of(one.rotation.trained).clone() for one in adapters]
 
-    together = gradients(_Stack(layers, torch.float32, True))
-    alone = gradients(*(_Stack([layer], torch.float32, True) for layer in layers))
+    together = gradients(layers)
+    alone = gradients(*([layer] for layer in layers))
     for mine, expected in zip(together, alone, strict=True):
         assert expected.any()
         torch.testing.assert_close(mine, expected)
@@ -147,5 +152,7 @@ def test_each_layer_has_the_formula_of_what_it_keeps(start):
 def test_groups_too_large_for_blocks_have_none(start, monkeypatch):
     monkeypatch.setattr("megatron_peft.adapters.urnn.DENSE_UP_TO", 2)
     state, data = start(peft=URNN)
-    assert StepRotations(state.model_chunks).stacks == []
+    with adapters_step(state.model_chunks):
+        adapters = [module.adapter for module in state.model_chunks[0].modules() if hasattr(module, "adapter")]
+        assert adapters and all(one.held is None for one in adapters)
     assert train_step(state, next(iter(data.train))).grad_norm > 0

@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_peft.adapters.attach import TargetLayer, linear_layers
-from megatron_peft.adapters.step_rotations import step_rotations
+from megatron_peft.adapters.step import adapters_step
 from megatron_peft.benchmarks.check_gpu.measure import attempt
 from megatron_peft.benchmarks.check_gpu.subjects import (
     SEED,
@@ -58,9 +58,9 @@ def _compare(name: str, place: CheckPlace, method: str, dtype: torch.dtype) -> l
     tested = list(linear_layers(state.model_chunks[0]))
     reference = list(linear_layers(_in_float64(place, method, state.model_chunks[0].module)))
     state.model_chunks[0].zero_grad_buffer()
-    with full_precision, step_rotations(state.model_chunks) as rotations:
+    with full_precision, adapters_step(state.model_chunks) as step:
         found = [_run(one, place, dtype, place.device) for one in tested]
-        rotations.finish(state.model_chunks)
+        step.finish(state.model_chunks)
     gradients = [_gradients(one) for one in tested]
     expected = [_run(one, place, torch.float64, torch.device("cpu")) for one in reference]
     figures = [

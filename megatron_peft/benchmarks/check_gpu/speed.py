@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from megatron_peft.adapters.rotation import rotate
-from megatron_peft.adapters.step_rotations import StepRotations
+from megatron_peft.adapters.step import AdaptersStep
 from megatron_peft.adapters.urnn import DENSE_UP_TO, StructuredUrnn, rotate_by_fourier
 from megatron_peft.benchmarks.check_gpu.measure import attempt, busy_share, kernels_of, milliseconds
 from megatron_peft.benchmarks.check_gpu.subjects import (
@@ -137,8 +137,8 @@ def added_kernels(name: str, method: str, number: int, device: torch.device) -> 
 
 def microbatch_step(state: TrainingState, tokens: int) -> Callable[[], Any]:
     """Forward and backward of one microbatch of a run, with the blocks of rotations built once before."""
-    rotations = StepRotations(state.model_chunks)
-    rotations.build()
+    step = AdaptersStep(state.model_chunks)
+    step.begin()
     finish_with(state.model_chunks, lambda *_, **__: None)
     return partial(run_schedule, state.model_chunks, [random_microbatch(state.shape, tokens)], forward_only=False)
 
@@ -154,16 +154,16 @@ def check_rotations_time(place: CheckPlace) -> Iterator[Figure]:
 def _time_of_rotations(name: str, place: CheckPlace, method: str) -> list[Figure]:
     _release()
     state = random_state(place.sizes.shard, method)
-    rotations = StepRotations(state.model_chunks)
-    if not rotations.stacks:
+    step = AdaptersStep(state.model_chunks)
+    if not step.layers:
         return []
 
-    def step() -> None:
-        rotations.build()
-        rotations.finish(state.model_chunks)
+    def built_and_finished() -> None:
+        step.begin()
+        step.finish(state.model_chunks)
 
-    taken = milliseconds(step, place.sizes.turns, place.device)
-    note = f"{len(kernels_of(step, place.device))} kernels, once a step"
+    taken = milliseconds(built_and_finished, place.sizes.turns, place.device)
+    note = f"{len(kernels_of(built_and_finished, place.device))} kernels, once a step"
     return [Figure(name, taken, unit="ms", note=note)]
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from megatron_peft.adapters.step_rotations import step_rotations
+from megatron_peft.adapters.step import adapters_step
 from megatron_peft.benchmarks.check_gpu.measure import attempt, kernels_of
 from megatron_peft.benchmarks.check_gpu.subjects import (
     ADAPTERS,
@@ -209,8 +209,8 @@ def check_waits(place: CheckPlace) -> Iterator[Figure]:
 def _count_waits(name: str, place: CheckPlace, method: str, packed: bool) -> Figure:
     state = state_of(place, method, model={"bf16": True})
     _train(state, 2, packed)
-    with _sync_debug_mode("error"), step_rotations(state.model_chunks) as rotations:
-        finish_with(state.model_chunks, partial(finish_gradients, rotations=rotations))
+    with _sync_debug_mode("error"), adapters_step(state.model_chunks) as step:
+        finish_with(state.model_chunks, partial(finish_gradients, step=step))
         run_schedule(state.model_chunks, microbatches(packed), forward_only=False)
     with _sync_debug_mode("warn"), warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")

@@ -10,7 +10,8 @@ import torch
 from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
 from torch import Tensor, nn
 
-from megatron_peft.adapters.frozen_linear import FrozenLinearCall, frozen_linear_plus_low_rank
+from megatron_peft.adapters.frozen_linear import FrozenLinearCall
+from megatron_peft.adapters.low_rank_linear import frozen_linear_plus_low_rank
 from megatron_peft.config import PeftConfig
 from megatron_peft.parallel.layout import LinearLayout, generator_for
 

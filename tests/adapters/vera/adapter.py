@@ -6,7 +6,8 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from megatron_peft.adapters.frozen_linear import FrozenLinearCall, frozen_linear_plus_low_rank
+from megatron_peft.adapters.frozen_linear import FrozenLinearCall
+from megatron_peft.adapters.low_rank_linear import frozen_linear_plus_low_rank
 from megatron_peft.config import PeftConfig
 from megatron_peft.parallel.layout import LinearLayout, generator_for
 
