@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from megatron_peft.adapters.linear import AdaptedLinear, FrozenColumnParallelLinear, adopt
 from megatron_peft.config import LINEAR_MODULES, PeftConfig, is_targeted, require, require_matches
 from megatron_peft.parallel.collectives import gather_slices
+from megatron_peft.parallel.layout import LinearLayout
 from megatron_peft.runtime.launch import checked_together, gather_over_world
 from megatron_peft.runtime.precision import full_precision
 
@@ -47,17 +48,33 @@ def attach_adapters(model_chunks: Sequence[nn.Module], peft: PeftConfig, seed: i
     checked_together(lambda: [peft.spec.check_layer(peft, one.module.layout.sizes, one.name) for one in adapted])
     for chunk in model_chunks:
         freeze(chunk)
-    build = import_module(peft.spec.adapter).build
+    dtype = next((one.module.weight.dtype for one in adapted), torch.float32)
+    adapters = new_adapters({one.name: one.module.layout for one in adapted}, peft, seed, dtype)
     for target in adapted:
-        module = target.module
-        adapter = build(module.layout, peft, f"{target.name}.adapter", seed, module.weight.dtype)
+        adapter: Any = adapters[target.name]
+        target.module.adapter = adapter
         if hasattr(adapter, "bind_weight"):  # it may change the layer's own weight
-            adapter.bind_weight(module.weight)
-        module.adapter = adapter
+            adapter.bind_weight(target.module.weight)
     for chunk in model_chunks:
         if chunk.config.recompute_granularity is not None or not any(t.module.adapter for t in linear_layers(chunk)):
             start_gradients_at_the_embedding(chunk)
     return [target.name for target in adapted]
+
+
+def new_adapters(
+    layouts: Mapping[str, LinearLayout], peft: PeftConfig, seed: int, dtype: torch.dtype
+) -> dict[str, nn.Module]:
+    """Adapters of this rank's layers, by the layers' global names.
+
+    What the layers share is made once by `share` of the method's module, and given to each adapter's `bind_shared`.
+    """
+    method = import_module(peft.spec.adapter)
+    adapters = {name: method.build(one, peft, f"{name}.adapter", seed, dtype) for name, one in layouts.items()}
+    if hasattr(method, "share"):
+        shared = method.share([*dict.fromkeys(layouts.values())], peft, seed, dtype)
+        for adapter in adapters.values():
+            adapter.bind_shared(shared)
+    return adapters
 
 
 def freeze(chunk: nn.Module) -> None:

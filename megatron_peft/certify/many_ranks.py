@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_peft.adapters import low_rank, urnn
+from megatron_peft.adapters.attach import new_adapters
 from megatron_peft.adapters.boft import ProjectedBoft
 from megatron_peft.adapters.linear import AdaptedColumnParallelLinear, AdaptedRowParallelLinear
 from megatron_peft.config import LINEAR_MODULES, LinearSizes, PeftConfig
@@ -161,8 +162,7 @@ def attach(layer: Any, peft: PeftConfig, size: int) -> None:
     """
 
     def made(group: Any) -> Any:
-        build = import_module(peft.spec.adapter).build
-        return build(replace(layer.layout, group=group), peft, "layer.adapter", 3, torch.float64)
+        return new_adapters({"layer": replace(layer.layout, group=group)}, peft, 3, torch.float64)["layer"]
 
     alone, ranks = made(TensorParallelPlace(0, 1)), [made(TensorParallelPlace(at, size)) for at in range(size)]
     slices = [dict(one.named_parameters()) for one in ranks]

@@ -221,15 +221,19 @@ def _write(
     draft: Path, rules: Sequence[Rule], form: PeftFormat, config: Mapping[str, Any], adapters: TrainedAdapters
 ) -> None:
     """Every tensor into one file, in float32: HF PEFT has no shards."""
-    specs = {
-        f"{PREFIX}{module}.{name}": TensorSpec(shape, torch.float32)
-        for rule in rules
-        for module, size in modules_of(rule).items()
-        for name, shape in form.shapes(config, *size).items()
-    }
+    peft, sizes = adapters.record.config.peft, {}
+    for rule in rules:
+        sizes |= modules_of(rule)
+    shared = form.shared(peft, sizes)
+    shapes = {name: (*tensor.shape,) for name, tensor in shared.items()}
+    for module, size in sizes.items():
+        shapes |= {f"{PREFIX}{module}.{name}": shape for name, shape in form.shapes(config, *size).items()}
+    specs = {name: TensorSpec(shape, torch.float32) for name, shape in shapes.items()}
     with SafetensorsWriter(draft, specs, max_shard_bytes=sys.maxsize, stem=STEM) as writer:
+        for name, tensor in shared.items():
+            writer.write(name, tensor)
         for rule in rules:
-            layer, peft = layer_name(rule), adapters.record.config.peft
+            layer = layer_name(rule)
             tensors = form.tensors(adapters.of(layer), peft, layer, rule.local_shape(1)[0])
             rows = {name: rows_of_modules(rule, tensors[name]) for name in form.rows}
             for module, name in product(modules_of(rule), tensors):

@@ -67,9 +67,9 @@ def layer_name(rule: Rule) -> str:
 
 
 def rows_of_modules(rule: Rule, tensor: Tensor) -> dict[str, Tensor]:
-    """A tensor over a fused layer's output features [out, n] as one for each of its modules."""
-    rows = _with_columns(rule, tensor.shape[1]).write([tensor])
-    return {name.removesuffix(WEIGHT): own for name, own in rows.items()}
+    """A tensor over a fused layer's output features, [out, n] or [out], as one for each of its modules."""
+    rows = _with_columns(rule, tensor[0].numel()).write([tensor.view(len(tensor), -1)])
+    return {name.removesuffix(WEIGHT): own.view(-1, *tensor.shape[1:]) for name, own in rows.items()}
 
 
 def row_ranges(rule: Rule, granule: int = 1, max_elements: int | None = None) -> dict[str, list[RowRange]]:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from megatron_peft.adapters.attach import TargetLayer, linear_layers, start_gradients_at_the_embedding
 from megatron_peft.adapters.frozen_linear import FrozenLinearCall, frozen_linear, producer_of, recompute
 from megatron_peft.adapters.low_rank import low_rank_part
+from megatron_peft.adapters.step import adapters_step
 from megatron_peft.config import require
 from megatron_peft.lora_ga.sketch import (
     INIT_RULES,
@@ -171,16 +172,21 @@ def init_from_gradients(
         _Sketch(target, rank, init, seed) for target in targets if low_rank_part(target.module.adapter) is not None
     ]
     groups = (tensor_parallel_group, data_parallel_group)
+
+    def replay_a_step() -> None:
+        with adapters_step(model_chunks):  # of adapters without a low rank, which stay
+            replay()
+
     with ExitStack() as hooks:
         for chunk in model_chunks:  # no parameter has a gradient now, so backward would not reach the first layers
             hook = start_gradients_at_the_embedding(chunk)
             if hook is not None:
                 hooks.callback(hook.remove)
-        _collect(sketches, replay, *groups)
+        _collect(sketches, replay_a_step, *groups)
         checked_together(lambda: _check_finite(sketches))
         for sketch in sketches:
             sketch.prepare_second_pass()
-        _collect(sketches, replay, *groups)
+        _collect(sketches, replay_a_step, *groups)
     energy = {sketch.target.name: sketch.finish(num_tokens) for sketch in sketches}
     return InitReport(energy, time.perf_counter() - started_at)
 

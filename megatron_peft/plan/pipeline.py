@@ -59,7 +59,7 @@ class _Program:
                 self.blocks[phase, number] = known[key]
         self.counts = [step.parameters([chunk]) for chunk in self.chunks]
         self.whole = step.parameters(self.chunks)
-        self.begin, self.end = step.built_once(stage)
+        self.begin, self.end = (time_alone(entries, self.rank, cluster) for entries in step.built_once(stage))
         run = step.run
         self.gathers_early = run.optimizer.overlap_param_gather and step.dp > 1
         self.reduces_early = run.training.overlap_grad_reduce and step.dp > 1

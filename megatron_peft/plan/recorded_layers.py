@@ -5,7 +5,7 @@ pipeline adds is here and in `pipeline.py`: which segments a stage holds, the me
 in which microbatches come and go. Gradients and the optimizer's moments follow from numbers of parameters.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
@@ -198,10 +198,16 @@ class RecordedStep:
         trained = sum(self.layers.segments[segment].parameters.num_trained for segment in layers)
         return trained / max(self._of_recorded, 1)
 
-    def built_once(self, stage: int) -> tuple[Computation, Computation]:
-        """What is built for a stage's layers before the first microbatch, and what is done with it after the last."""
-        share = self._share(self.chunks[stage])
-        return _scaled(self.layers.begin, share), _scaled(self.layers.finish, share)
+    def built_once(self, stage: int) -> Iterator[list[Entry]]:
+        """What is built for a stage's layers before the first microbatch; what is done with it after the last."""
+        share, group = self._share(self.chunks[stage]), self.tensor_group(stage)
+        for entries in (self.layers.begin, self.layers.finish):
+            yield [
+                _scaled(one, share)
+                if isinstance(one, Computation)
+                else replace(one, group=group, shapes=((round(share * one.num_bytes / ITEM_BYTES[one.dtype]),),))
+                for one in entries
+            ]
 
     # Memory, in parts.
 

@@ -20,6 +20,7 @@ from megatron_peft.models.kernels import fusions_on_a_gpu
 from megatron_peft.parallel.layout import PARTIAL_OVER_TENSOR_PARALLEL
 from megatron_peft.rehearsal.asked import LayersToRecord
 from megatron_peft.rehearsal.record import (
+    Call,
     Computation,
     Parameters,
     Product,
@@ -116,27 +117,29 @@ def _record(of: LayersToRecord) -> RecordedLayers:
                 run_schedule(wrapped, microbatches, forward_only=False)
         segments = _segments(model, of, cuts.passes)
         stop_model_parallel()
-    cached = cuts.bytes_of_microbatches[-1] - before
+    cached = cuts.bytes_of_microbatches[-1] - before + sum(one.nbytes for one in _shared(model))
     begin, end = cuts.passes["begin", ""], cuts.passes["finish", ""]
-    return RecordedLayers(segments, _work(begin), _work(end), begin.left, cached)
+    return RecordedLayers(segments, _once(begin), _once(end), begin.left, cached)
 
 
-def _work(of: RecordedPass) -> Computation:
-    """All that a pass computes."""
+def _once(of: RecordedPass) -> tuple[Computation | Call, ...]:
+    """All that a pass computes, together, and its calls."""
     works = [entry for entry in of.entries if isinstance(entry, Computation)]
     products: Counter[Product] = Counter()
     for work in works:
         products.update(work.products)
-    return Computation(dict(products), sum(one.num_bytes for one in works), sum(one.num_kernels for one in works))
+    whole = Computation(dict(products), sum(one.num_bytes for one in works), sum(one.num_kernels for one in works))
+    return whole, *(replace(entry, is_async=False) for entry in of.entries if isinstance(entry, Call))
 
 
 def _segments(model: Any, of: LayersToRecord, passes: dict[Place, RecordedPass]) -> dict[Segment, RecordedSegment]:
-    """The passes of each segment, with its parameters."""
+    """The passes of each segment, with its parameters; what layers share is left out."""
     found: dict[Segment, RecordedSegment] = {}
+    shared = {id(one) for one in _shared(model)}
     seen: set[int] = set()
     modules = model.embedding, *model.decoder.layers, model
     for module, segment in zip(modules, ("embedding", *of.layers, "head"), strict=True):
-        tensors = [one for one in (*module.parameters(), *module.buffers()) if id(one) not in seen]
+        tensors = [one for one in (*module.parameters(), *module.buffers()) if id(one) not in seen | shared]
         seen |= {*map(id, tensors)}
         parameters = _parameters(tensors, of.run.model.bf16)
         if segment not in ("embedding", "head"):
@@ -145,6 +148,13 @@ def _segments(model: Any, of: LayersToRecord, passes: dict[Place, RecordedPass])
         forward, backward = (passes.get((phase, segment), RecordedPass()) for phase in ("forward", "backward"))
         found[segment] = RecordedSegment(forward, backward, parameters)
     return found
+
+
+def _shared(model: Any) -> list[Tensor]:
+    """Tensors of more than one layer: a stage has them once (`adapters/attach.py`)."""
+    buffers = [buffer for layer in model.decoder.layers for buffer in layer.buffers()]
+    counts = Counter(map(id, buffers))
+    return [one for one in {id(one): one for one in buffers}.values() if counts[id(one)] > 1]
 
 
 def _parameters(tensors: Sequence[Tensor], in_bf16: bool) -> Parameters:

@@ -269,14 +269,14 @@ class RecordedLayers:
 
     Args:
         segments: by name.
-        begin, finish: the work before the first microbatch and after the last.
+        begin, finish: the work before the first microbatch and after the last, and its calls.
         held: bytes between them.
-        cached: bytes that layers share and keep from the first microbatch on, as ALiBi's biases.
+        cached: bytes that layers share, from the start or from the first microbatch on, as ALiBi's biases.
     """
 
     segments: Mapping[Segment, RecordedSegment]
-    begin: Computation
-    finish: Computation
+    begin: tuple[Computation | Call, ...]
+    finish: tuple[Computation | Call, ...]
     held: int
     cached: int
 

@@ -97,6 +97,22 @@ def life(asked: tuple[Path, dict[str, Any], Path]) -> dict[str, Any]:
     return found
 
 
+def exported_alone(asked: tuple[Path, dict[str, Any], Path]) -> float:
+    """How far VeRA's export for Hugging Face PEFT is from a run of the layers that it can express."""
+    packages, peft, folder = asked
+    install(packages)
+    from megatron_peft.commands import train
+    from megatron_peft.conversion.peft import export_adapter
+    from megatron_peft.conversion.verify import verify
+    from tests.tiny_llama import VOCAB_SIZE, save_llama, save_pairs
+
+    base, data = save_llama(folder / "base", num_hidden_layers=2), save_pairs(folder / "pairs.jsonl")
+    flags = [*RUN.split(), "--vocab-size", str(VOCAB_SIZE - 1), "--peft-method", "vera", "--vera-rank", "4"]
+    flags += ["--pretrained-checkpoint", str(base), "--train-data-path", str(data), "--save", str(folder / "run")]
+    assert train.main([*flags, "--peft-target-modules", "linear_proj", "linear_fc2"]) == 0
+    return verify(export_adapter(folder / "run", folder / "exported"), folder / "run").logits.absolute
+
+
 def norms_of_a_step(asked: tuple[Path, dict[str, Any], Path]) -> tuple[int, int]:
     """How often DoRA's adapters compute their norms in a step of two microbatches, and how many adapters there are."""
     packages, peft, folder = asked
@@ -108,8 +124,8 @@ def norms_of_a_step(asked: tuple[Path, dict[str, Any], Path]) -> tuple[int, int]
     from tests.training.layout_runs import Job, build
 
     base, data = save_llama(folder / "base", num_hidden_layers=1), save_pairs(folder / "pairs.jsonl")
-    computed, plain = [], DoraAdapter.shrinking
-    DoraAdapter.shrinking = lambda self: computed.append(self) or plain(self)  # type: ignore[method-assign]
+    computed, plain = [], DoraAdapter.squared_lengths
+    DoraAdapter.squared_lengths = lambda self, weight: computed.append(self) or plain(self, weight)  # type: ignore[method-assign]
     with one_rank():
         state, batches = build(Job("job", str(base), str(data), peft=peft, training={"micro_batch_size": 4}).config(1))
         step = next(iter(batches.train))

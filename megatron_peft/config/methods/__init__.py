@@ -203,6 +203,14 @@ class PeftFormat:
         """PEFT's tensors of a (fused) layer, from the adapter's own; `layer` is its name, for errors."""
         raise NotImplementedError
 
+    def shared(self, peft: Any, sizes: "Mapping[str, tuple[int, int]]") -> "dict[str, Tensor]":
+        """Tensors that the modules share, by whole name, as `base_model.vera_A`.
+
+        Args:
+            sizes: (output, input) features of every adapted module, by name.
+        """
+        return {}
+
     def note(self, peft: Any) -> str:
         """A note to print after the export, ending in a newline, or an empty string."""
         return ""

@@ -3,23 +3,24 @@
 A [r, in] and B [out, r] as in LoRA, m [out] zero at the start: the length of a row, relative to its own in the base.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
-from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
 from torch import Tensor, nn
 
 from megatron_peft.adapters.frozen_linear import FrozenLinearCall
 from megatron_peft.adapters.low_rank_linear import frozen_linear_plus_low_rank
 from megatron_peft.config import PeftConfig
+from megatron_peft.parallel.collectives import sum_coalesced
 from megatron_peft.parallel.layout import LinearLayout, generator_for
 
 
 class DoraAdapter(nn.Module):
     """The factors and relative lengths of one adapted linear layer."""
 
-    weight: Tensor
+    held: Tensor | None = None
 
     def __init__(self, layout: LinearLayout, peft: PeftConfig, name: str, seed: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -33,24 +34,37 @@ class DoraAdapter(nn.Module):
         layout.mark_output(self.B)
         layout.mark_output(self.m)
 
-    def bind_weight(self, weight: nn.Parameter) -> None:
-        """The base's, which is frozen."""
-        self.weight = weight.detach()
+    @staticmethod
+    def begin_step(layers: Sequence[Any], is_training: bool) -> list[Tensor]:
+        """`shrinking` of each layer, which stays as it is for a step; one sum over the ranks for all of them."""
+        squares = [layer.adapter.squared_lengths(layer.weight) for layer in layers]
+        rows = [one for one, layer in zip(squares, layers, strict=True) if layer.layout.split == "row"]
+        sum_coalesced(rows, layers[0].layout.group)
+        return [shrinking(one) for one in squares]
 
     def forward(self, x: Tensor, call: FrozenLinearCall) -> Tensor:  # [s, b, in] -> [s, b, out]
         """g (W + s B A) x, g = (1 + m) |W| / |W + s B A|, before the ranks are summed: then its gradient is partial."""
-        g = ((1 + self.m) * self.shrinking()).to(x.dtype)
+        g = ((1 + self.m) * (self.shrinking(call.weight) if self.held is None else self.held)).to(x.dtype)
         y = call.reduce(g * frozen_linear_plus_low_rank(x, self.A, self.B, self.scale, replace(call, bias=None)))
         return y if call.bias is None else y + call.bias
 
-    @torch.no_grad()
-    def shrinking(self) -> Tensor:  # -> [out]
-        """|W| / |W + s B A|, which stays as it is for a step. One sum over the ranks of a row-parallel layer."""
-        changed = torch.addmm(self.weight, self.B, self.A, alpha=self.scale)
-        squares = torch.stack([one.square().sum(1) for one in (self.weight, changed)])
+    def shrinking(self, weight: Tensor) -> Tensor:  # -> [out]
+        """|W| / |W + s B A|."""
+        squares = self.squared_lengths(weight)
         if self.layout.split == "row":
-            squares = reduce_from_tensor_model_parallel_region(squares, group=self.layout.group)
-        return (squares[0] / squares[1]).sqrt()
+            sum_coalesced([squares], self.layout.group)
+        return shrinking(squares)
+
+    @torch.no_grad()
+    def squared_lengths(self, weight: Tensor) -> Tensor:  # -> [2, out]
+        """Of the rows of W and of W + s B A, over the rank's own columns."""
+        changed = torch.addmm(weight, self.B, self.A, alpha=self.scale)
+        return torch.stack([one.square().sum(1) for one in (weight, changed)])
+
+
+def shrinking(squares: Tensor) -> Tensor:  # [2, out] -> [out]
+    """|W| / |W + s B A| out of their squares."""
+    return (squares[0] / squares[1]).sqrt()
 
 
 build = DoraAdapter
