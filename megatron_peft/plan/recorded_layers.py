@@ -8,7 +8,7 @@ in which microbatches come and go. Gradients and the optimizer's moments follow 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_peft.config import ParallelConfig, RunConfig
 from megatron_peft.config.parallel import stages_of_layout
@@ -200,13 +200,15 @@ class RecordedStep:
 
     def built_once(self, stage: int) -> Iterator[list[Entry]]:
         """What is built for a stage's layers before the first microbatch; what is done with it after the last."""
-        share, group = self._share(self.chunks[stage]), self.tensor_group(stage)
-        for entries in (self.layers.begin, self.layers.finish):
+        layers, share, group = self.layers, self._share(self.chunks[stage]), self.tensor_group(stage)
+        last = [one for name, one in layers.segments.items() if name != "head"][-1].parameters.num_trained
+        of_one = last / max(self._of_recorded, 1)
+        for entries, kernels in zip((layers.begin, layers.finish), layers.kernels_of_one, strict=True):
+            work, *calls = entries
+            growth = (work.num_kernels - kernels) / (1 - of_one) * (share - of_one)
             yield [
-                _scaled(one, share)
-                if isinstance(one, Computation)
-                else replace(one, group=group, shapes=((round(share * one.num_bytes / ITEM_BYTES[one.dtype]),),))
-                for one in entries
+                replace(_scaled(work, share), num_kernels=round(kernels + growth) if share else 0),
+                *(_shrunk(call, share, group) for call in calls),
             ]
 
     # Memory, in parts.
@@ -276,11 +278,16 @@ class RecordedStep:
 
 
 def _scaled(work: Computation, share: float) -> Computation:
-    """What is computed at once for several layers, of this share of them (above 1: of more) in as many kernels."""
+    """What is computed at once for several layers, of this share of them (above 1: of more), in as many kernels."""
     products = {
         replace(product, batch=max(round(product.batch * share), 1)): count for product, count in work.products.items()
     }
     return Computation(products, round(work.num_bytes * share), work.num_kernels) if share else Computation()
+
+
+def _shrunk(call: Any, share: float, group: tuple[int, ...]) -> Call:
+    """A call for this share of what it is for; in one tensor."""
+    return replace(call, group=group, shapes=((round(share * call.num_bytes / ITEM_BYTES[call.dtype]),),))
 
 
 def total(memory: Memory) -> int:

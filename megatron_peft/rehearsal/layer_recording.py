@@ -115,15 +115,27 @@ def _record(of: LayersToRecord) -> RecordedLayers:
                 finish_with(wrapped, finish)
                 before = cuts.memory.total
                 run_schedule(wrapped, microbatches, forward_only=False)
+            _record_one_layer(cuts, model.decoder.layers[-1])
         segments = _segments(model, of, cuts.passes)
         stop_model_parallel()
     cached = cuts.bytes_of_microbatches[-1] - before + sum(one.nbytes for one in _shared(model))
     begin, end = cuts.passes["begin", ""], cuts.passes["finish", ""]
-    return RecordedLayers(segments, _once(begin), _once(end), begin.left, cached)
+    of_one = [_once(cuts.passes[phase, "one layer"])[0] for phase in ("begin", "finish")]
+    kernels = of_one[0].num_kernels, of_one[1].num_kernels
+    return RecordedLayers(segments, _once(begin), _once(end), kernels, begin.left, cached)
 
 
-def _once(of: RecordedPass) -> tuple[Computation | Call, ...]:
-    """All that a pass computes, together, and its calls."""
+def _record_one_layer(cuts: _Cuts, layer: nn.Module) -> None:
+    """What is built once a step, for one layer alone: what is built for all together takes as many kernels."""
+    cuts.cut("begin", "one layer")
+    with adapters_step([layer]) as step:
+        cuts.cut("finish", "one layer")
+        step.finish([layer])
+        cuts.cut(None)
+
+
+def _once(of: RecordedPass) -> tuple[Any, ...]:
+    """All that a pass computes, together; and then its calls."""
     works = [entry for entry in of.entries if isinstance(entry, Computation)]
     products: Counter[Product] = Counter()
     for work in works:

@@ -269,14 +269,16 @@ class RecordedLayers:
 
     Args:
         segments: by name.
-        begin, finish: the work before the first microbatch and after the last, and its calls.
+        begin, finish: a `Computation`, the work before the first microbatch and after the last; and then its calls.
+        kernels_of_one: launched before and after, if there were only the last of these layers.
         held: bytes between them.
         cached: bytes that layers share, from the start or from the first microbatch on, as ALiBi's biases.
     """
 
     segments: Mapping[Segment, RecordedSegment]
-    begin: tuple[Computation | Call, ...]
-    finish: tuple[Computation | Call, ...]
+    begin: tuple[Any, ...]
+    finish: tuple[Any, ...]
+    kernels_of_one: tuple[int, int]
     held: int
     cached: int
 
