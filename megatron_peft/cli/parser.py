@@ -35,6 +35,7 @@ from megatron_peft.cli.unknown import why_not_served
 from megatron_peft.cli.version import version
 from megatron_peft.config import (
     ConfigurationError,
+    ParallelConfig,
     RunConfig,
     flag,
     missing_for_training,
@@ -103,9 +104,13 @@ def read_config(
     environ: Mapping[str, str] = os.environ,
     read_shape: ShapeReader | None = None,
     saved: Callable[[Values], Values] | None = None,
+    any_layout: bool = False,
 ) -> RunConfig:
-    """Like `parse_arguments`, but raise ConfigurationError with everything that is wrong instead of exiting."""
-    return _build_config(_read_words(argv), environ.get("WORLD_SIZE", "1"), read_shape, saved)
+    """Like `parse_arguments`, but raise ConfigurationError with everything that is wrong instead of exiting.
+
+    With `any_layout` the model need not divide by the run's own layout: another will be chosen.
+    """
+    return _build_config(_read_words(argv), environ.get("WORLD_SIZE", "1"), read_shape, saved, any_layout)
 
 
 def typed_values(argv: Sequence[str]) -> dict[str, Any]:
@@ -253,7 +258,11 @@ def split_at_flags(argv: Sequence[str]) -> list[tuple[str, list[str]]]:
 
 
 def _build_config(
-    typed: _Typed, world_size: str, read_shape: ShapeReader | None, saved: Callable[[Values], Values] | None
+    typed: _Typed,
+    world_size: str,
+    read_shape: ShapeReader | None,
+    saved: Callable[[Values], Values] | None,
+    any_layout: bool = False,
 ) -> RunConfig:
     """The configuration of what was typed; ConfigurationError with everything that is wrong."""
     config = {**(saved(typed.values["config"]) if saved else {}), **typed.values["config"]}
@@ -280,7 +289,8 @@ def _build_config(
     whole = None if None in parts.values() else _build(RunConfig, parts, problems)
     problems += [] if saved or whole is None else missing_to_profile(whole)
     if read_shape and config.get("pretrained_checkpoint"):
-        problems += _shape_problems(config["pretrained_checkpoint"], shape_flags, parts, read_shape)
+        laid_out = {**parts, "parallel": ParallelConfig()} if any_layout else parts
+        problems += _shape_problems(config["pretrained_checkpoint"], shape_flags, laid_out, read_shape)
     if problems or whole is None:
         raise ConfigurationError(*problems)
     return whole

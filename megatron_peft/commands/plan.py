@@ -128,9 +128,8 @@ def _config(settings: PlanSettings, flags: Sequence[str]) -> RunConfig:
     typed = typed_values(flags)
     replica = typed.get("tensor_model_parallel_size", 1) * typed.get("pipeline_model_parallel_size", 1)
     size = replica if settings.fit or settings.world_size is None else settings.world_size
-    return read_config(
-        flags, {"WORLD_SIZE": str(max(size, 1))}, _shape_of, saved=lambda values: {"save": "never written"}
-    )
+    world = {"WORLD_SIZE": str(max(size, 1))}
+    return read_config(flags, world, _shape_of, lambda values: {"save": "never written"}, any_layout=settings.fit)
 
 
 def _report(settings: PlanSettings, config: RunConfig, shape: ModelShape, cluster: "Cluster") -> int:
