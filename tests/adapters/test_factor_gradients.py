@@ -42,7 +42,7 @@ def gradients_of(form: str, dtype: torch.dtype, microbatches: int = 1) -> list[t
         one.data.copy_((0.1 * torch.randn(one.shape, generator=draw)).bfloat16())
     for parameter in layer.adapter.parameters():
         parameter.main_grad, parameter.grad_added_to_main_grad = torch.zeros_like(parameter, dtype=torch.float32), False
-    x, grad = torch.randn(2, TOKENS, 1, SIZE, generator=draw).bfloat16().to(dtype)
+    x, grad = torch.randn(2, TOKENS, 1, SIZE, generator=draw).bfloat16().to(layer.weight.device, dtype)
     for _ in range(microbatches):
         layer(x.detach().requires_grad_())[0].backward(grad)
         for parameter in layer.adapter.parameters():
@@ -52,10 +52,11 @@ def gradients_of(form: str, dtype: torch.dtype, microbatches: int = 1) -> list[t
     return [factors.A.main_grad, factors.B.main_grad]
 
 
+@pytest.mark.gpu("layers")
 @pytest.mark.parametrize("form", FORMS)
 def test_gradients_of_bfloat16_factors_are_not_rounded(form):
     once, twice = gradients_of(form, torch.bfloat16), gradients_of(form, torch.bfloat16, microbatches=2)
     for found, doubled, exact in zip(once, twice, gradients_of(form, torch.float32), strict=True):
         assert (found != found.bfloat16()).float().mean() > 0.9
-        assert torch.equal(doubled, 2 * found)
+        assert (doubled - 2 * found).norm() <= 1e-6 * doubled.norm()
         assert (found - exact).norm() < 0.02 * exact.norm()
