@@ -186,8 +186,8 @@ def test_a_line_that_fails_names_itself_and_the_others_go_on(lines_of) -> None:
     off = "def test_two(figure):\n    figure('off', 2.0, 1.0)\n    figure('nan', float('nan'), 1.0)\n"
     broken = "import no_such_module\n"
     passes = "def test_one(figure): figure('GPUs', 0.0)\ndef test_two(): pass\n"
-    found, text = lines_of(world=RAISES, layers=broken, alibi=off, versions=passes)
-    assert [one.verdict for one in found] == ["FAIL", "error", "FAIL", "pass"]
+    found, text = lines_of(world=RAISES, layers=broken, alibi=off, versions=passes, waits="")
+    assert [one.verdict for one in found] == ["FAIL", "error", "FAIL", "pass", "error"]
     assert "a kernel" in text and "ValueError: a [bad] kernel" in text and "off; nan" in text
     assert "No module named 'no_such_module'" in found[1].error
     assert [one.name for one in found[3].figures] == ["GPUs", "two"]
@@ -207,6 +207,15 @@ def test_a_test_that_raises_is_a_figure_that_failed_and_the_line_goes_on(lines_o
     run._write(tmp_path / "found.json", [outcome], is_gpu=False)
     written = json.loads((tmp_path / "found.json").read_text())["lines"][0]["figures"]
     assert [one["measured"] for one in written] == [None, 1.0, None, 1.0]
+
+
+def test_a_figure_that_misses_its_target_fails_its_test_without_check_gpu_too(lines_of, tmp_path) -> None:
+    """`lines_of` has made the folder."""
+    test = tmp_path / f"{tmp_path.name}.py"
+    for measured, code in ((1.0, pytest.ExitCode.OK), (2.0, pytest.ExitCode.TESTS_FAILED)):
+        test.write_text(f"def test_two(figure): figure('of {measured}', {measured}, 1.0)\n")
+        assert pytest.main([f"--rootdir={tmp_path}", "-p", "no:terminalreporter", str(test)]) == code
+        sys.modules.pop(test.stem)
 
 
 def test_nothing_more_is_run_once_cuda_is_gone(lines_of, tmp_path, monkeypatch) -> None:
@@ -283,6 +292,7 @@ def test_kernels_of_an_adapter_are_compared_with_the_operations_that_are_counted
     """Those of tests/adapters/test_operation_counts.py, which the page names too."""
     row = next(line for line in PAGE.read_text().splitlines() if line.startswith("| few kernels a layer |"))
     assert all(f"{forward} + {backward}" in row for forward, backward, _ in A_MICROBATCH.values())
+    monkeypatch.setattr(speed, "device", lambda: torch.device("cpu"))
     assert speed.added_kernels("x", 480, 6).reached is None
     monkeypatch.setattr(speed, "device", lambda: torch.device("cuda", 0))
     found = {number: speed.added_kernels("x", number, 6) for number in (48, 49)}

@@ -54,8 +54,8 @@ class LineOutcome:
         return "FAIL" if any(one.reached is False for one in self.figures) else "pass"
 
 
-class Report:
-    """A pytest plugin: keeps the tests of these lines, line by line, and what they record in the fixture `figure`.
+class LinesPlugin:
+    """Keeps the tests of these lines, line by line, and what they record in the fixture `figure`.
 
     A test that records nothing and passes is a figure too. Once the device no longer answers, nothing more is run.
     """
@@ -105,7 +105,7 @@ class Report:
 
 
 def _words(nodeid: str) -> str:
-    """`tests/models/test_gpt.py::test_a_b[c]` -> `a b: c`"""
+    """Of a test: `test_a_b[c]` -> `a b: c`"""
     name, _, parameters = nodeid.rpartition("::test_")[2].partition("[")
     return ": ".join(filter(None, [name.replace("_", " "), parameters.removesuffix("]")]))
 
@@ -135,17 +135,17 @@ def check(root: Path, names: Sequence[str], output: Path, is_tiny: bool = False)
 
 def run_lines(names: Sequence[str], root: Path, files: Sequence[str], console: Console) -> list[LineOutcome]:
     """Each line in turn. One that fails does not keep the others from running, unless CUDA is gone."""
-    report = Report(names, console)
+    plugin = LinesPlugin(names, console)
     settings = ["--config-file", str(root / "pyproject.toml"), "-o", "addopts=--strict-markers --import-mode=importlib"]
-    unused = [f"no:{plugin}" for plugin in ("terminalreporter", "cacheprovider", "unraisableexception")]
-    without = [word for plugin in unused for word in ("-p", plugin)]
-    pytest.main(["-m", "gpu", "--continue-on-collection-errors", *settings, *without, *files], plugins=[report])
-    for outcome in report.outcomes.values():
+    unused = [f"no:{name}" for name in ("terminalreporter", "cacheprovider", "unraisableexception")]
+    without = [word for name in unused for word in ("-p", name)]
+    pytest.main(["-m", "gpu", "--continue-on-collection-errors", *settings, *without, *files], plugins=[plugin])
+    for outcome in plugin.outcomes.values():
         if not outcome.figures:
             outcome.error = outcome.error or GONE * (not device_answers()) or "none of its tests ran"
         if outcome.error:
             console.print(f"[red]{outcome.name}: {escape(outcome.error)}[/red]")
-    return [*report.outcomes.values()]
+    return [*plugin.outcomes.values()]
 
 
 def _summary(outcomes: Sequence[LineOutcome]) -> Table:
