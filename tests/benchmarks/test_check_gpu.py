@@ -17,7 +17,6 @@ from rich.console import Console
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_peft.adapters import low_rank
-from megatron_peft.benchmarks import check_gpu
 from megatron_peft.benchmarks.check_gpu import LINES, SIZES_VARIABLE, Line, run, speed, subjects, versions
 from megatron_peft.benchmarks.check_gpu.speed import Kernel, busy_share
 from megatron_peft.benchmarks.measure import Figure
@@ -315,9 +314,3 @@ def test_a_layers_kernels_are_compared_with_the_frozen_ones(monkeypatch) -> None
         ("lora-ga, 8 tokens: kernels beyond the frozen layer's", 40, 80),
         ("another, 8 tokens: kernels beyond the frozen layer's", 90, None),
     ]
-
-
-def test_lines_are_declared_without_torch() -> None:
-    assert Line.__module__ == "megatron_peft.benchmarks.check_gpu"
-    source = Path(check_gpu.__file__).read_text()
-    assert "import torch" not in source

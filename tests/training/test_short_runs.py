@@ -1,11 +1,9 @@
-"""A two-layer Llama trains on any device as a CPU has recorded it, and goes on from a checkpoint bit for bit.
+"""A two-layer Llama trains on any device as a CPU has recorded it.
 
 Ten losses of each method are recorded from a CPU in float32 with padded samples. Packed samples, recomputed
 activations, fused kernels and Transformer Engine compute the same function, so all are compared with them.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -24,8 +22,6 @@ from megatron_peft.benchmarks.check_gpu.subjects import (
 )
 from megatron_peft.benchmarks.check_gpu.subjects import SIZES as ALL_SIZES
 from megatron_peft.benchmarks.measure import Figure
-from megatron_peft.checkpoint.load import load_checkpoint
-from megatron_peft.checkpoint.save import Saver
 from megatron_peft.config import ConfigurationError
 from megatron_peft.config.untrusted import read_json_object
 from megatron_peft.models.gpt import uses_transformer_engine
@@ -191,40 +187,3 @@ def test_losses_while_a_module_is_recomputed(llama, figure, module):
     selective = {"recompute_granularity": "selective"}
     state = state_of(llama, "lora", transformer=selective, model={"recompute_modules": (module,)})
     near_the_cpus(figure, f"--recompute-modules {module}", "lora", losses_of(state, SIZES.loss_steps))
-
-
-@pytest.mark.gpu("checkpoints")
-@pytest.mark.slow
-@pytest.mark.parametrize("is_async", [False, True], ids=["saved at once", "async-save"])
-def test_a_resumed_run_goes_on_bit_for_bit(llama, figure, tmp_path, is_async):
-    """Stopped after two steps; an asynchronous save writes while the run goes on."""
-    # The kernels of fused attention add up in any order; those that compute all scores do not.
-    method, model = SIZES.methods[-1], {**LOCAL, "attention_backend": "unfused"}
-    settings = {"save": str(tmp_path / "run"), "async_save": is_async}
-    state = state_of(llama, method, model=model, checkpoint=settings)
-    with same_bits_twice(), Saver(state.config.checkpoint) as saver:
-        losses_of(state, 2)
-        state.position.iteration = 2
-        saver.start(state)
-        undisturbed = losses_of(state, 3)
-        outcome = saver.finish()
-        assert outcome is not None and outcome.error is None, outcome
-        again = state_of(llama, method, model=model, checkpoint={**settings, "load": settings["save"]})
-        load_checkpoint(again)
-        resumed = losses_of(again, 3)
-    tensors = zip(state.model_chunks[0].parameters(), again.model_chunks[0].parameters(), strict=True)
-    differing = sum(one != other for one, other in zip(resumed, undisturbed, strict=True))
-    differing += sum(not torch.equal(one, other) for one, other in tensors)
-    note = f"last loss {resumed[-1]:.9f} and {undisturbed[-1]:.9f}"
-    way = "--async-save" if is_async else "saved at once"
-    figure(f"{method}, {way}: losses and tensors that differ after 3 steps", differing, 0, note=note)
-
-
-@contextmanager
-def same_bits_twice() -> Iterator[None]:
-    """cuBLAS needs CUBLAS_WORKSPACE_CONFIG besides, which check-gpu sets."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)

@@ -35,7 +35,7 @@ LINES: Mapping[str, Line] = {
     ),
     "precision": Line(("adapters/test_precision.py",), "Rotations while the program allows TF32", ("IEEE float32",)),
     "layers": Line(
-        ("adapters/test_float64.py", "adapters/test_factor_gradients.py"),
+        ("adapters/test_float64.py",),
         "Each method's adapted layers against float64 on the CPU",
         ("bf16 at full speed", "float32 gradients of bf16 factors", "small matrices"),
     ),
@@ -61,7 +61,7 @@ LINES: Mapping[str, Line] = {
         "Where the host waits for the device",
         ("a step that does not wait", "lambda without a wait"),
     ),
-    "checkpoints": Line(SHORT_RUNS, "Checkpoints, written before and while training goes on"),
+    "checkpoints": Line(("checkpoint/test_load.py",), "Checkpoints, written before and while training goes on"),
     "answers": Line(
         ("evaluation/test_generation.py",),
         "Greedy answers and scores against transformers'",
