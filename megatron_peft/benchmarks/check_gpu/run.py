@@ -1,11 +1,13 @@
 """Run the tests of the lines with pytest, print a table of what each line records, and write all of it as JSON."""
 
 import dataclasses
+import io
 import json
 import math
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -94,7 +96,8 @@ class LinesPlugin:
         """Of the start, the call and the end of a test."""
         outcome, name = self._lines[report.nodeid], _words(report.nodeid)
         outcome.seconds += report.duration
-        found = [Figure(**told) for kind, told in report.user_properties if kind == "figure" and report.when == "call"]
+        recorded: list[tuple[str, Any]] = report.user_properties
+        found = [Figure(**told) for kind, told in recorded if kind == "figure" and report.when == "call"]
         crash: Any = getattr(report.longrepr, "reprcrash", None)
         why = crash.message if crash else report.longreprtext
         if report.failed and MISSED not in why:
@@ -178,6 +181,6 @@ def _write(path: Path, outcomes: Sequence[LineOutcome], is_gpu: bool) -> None:
 
 def record() -> None:
     """Write the losses of the CPU anew."""
-    with world(), tempfile.TemporaryDirectory() as folder:
+    with world(), tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):  # a run tells of its start
         start_model_parallel(ParallelConfig(), seed=1)
         record_losses(save_llama(Path(folder)))
