@@ -18,7 +18,7 @@ RUN apt-get update \
 
 # Versions that exist together: tools/cuda/pins.toml, which `python -m tools.cuda.pins` compares with the package index.
 FROM nvidia/cuda:13.0.2-cudnn-devel-ubuntu24.04 AS base-cuda
-ARG EXTRAS=demo,eval,report,cuda,flash-attn
+ARG EXTRAS=test,cuda,flash-attn
 ENV EXTRAS=${EXTRAS} \
     PIP_CONSTRAINT=/opt/constraints.txt
 # Transformer Engine, flash-attn and Apex are compiled against the installed torch: compiler, headers and git are needed.
@@ -58,7 +58,8 @@ RUN if [ -n "${APEX}" ]; then \
     && APEX_CPP_EXT=1 APEX_CUDA_EXT=1 .venv/bin/pip install --no-cache-dir --no-build-isolation /tmp/apex \
     && rm -rf /tmp/apex; fi
 COPY --chown=peft:peft . .
-# The Makefile's stamp, newer than the files just copied.
-RUN touch .venv/.installed
+# The Makefile's stamps, newer than the files just copied.
+RUN touch .venv/.installed \
+    && case ",${EXTRAS}," in *,test,* | *,dev,*) touch .venv/.test-installed ;; esac
 
 CMD ["make", "help"]

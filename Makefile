@@ -80,7 +80,7 @@ lint: $(LINTABLE) ## style (ruff) and types (pyright)
 bench: $(TESTABLE) ## measure steps, memory and collectives beside other libraries
 	$(PYTHON) tools/bench.py $(ARGS)
 
-check-gpu: $(INSTALLED) ## try on one GPU, in ten minutes, what docs/untested-on-cuda.md lists (runs/check-gpu.json)
+check-gpu: $(TESTABLE) ## try on one GPU, in ten minutes, what docs/untested-on-cuda.md lists (runs/check-gpu.json)
 	$(PYTHON) tools/check_gpu.py $(ARGS)
 
 recipe-plans: $(INSTALLED) ## plan the recipes and write the figures into their heads (ARGS=NAME)

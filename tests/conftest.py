@@ -4,6 +4,8 @@ import os
 import platform
 import re
 import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,11 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
-import megatron_peft.runtime.no_gpu  # noqa: F401  # the suite computes on the CPU, and so does what it starts
+from megatron_peft.benchmarks.check_gpu import SIZES_VARIABLE
 from tests.time_limits import seconds
+
+if SIZES_VARIABLE not in os.environ:  # but for check-gpu, the suite computes on the CPU, and so does what it starts
+    import megatron_peft.runtime.no_gpu  # noqa: F401
 
 ROOT = Path(__file__).parents[1]
 # Before torch is imported: the ranks of a distributed test share the cores, so each keeps to one thread.
@@ -56,6 +61,29 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
     if distributed and distributed.is_initialized() and (nextitem is None or nextitem.path != item.path):
         distributed.destroy_process_group()
         pytest.fail(f"{item.path.name} leaves a process group behind")
+
+
+@pytest.fixture
+def figure(record_property: Callable[[str, object], None]) -> Callable[..., None]:
+    """Records a `Figure` (its arguments) for check-gpu; one that misses its target fails the test."""
+    from megatron_peft.benchmarks.measure import Figure
+
+    def record(*words: Any, **more: Any) -> None:
+        found = Figure(*words, **more)
+        record_property("figure", asdict(found))
+        if found.reached is False:
+            record_property("missed", f"{found.name} is {found.measured:.4g}, not at most {found.target:.4g}")
+
+    return record
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
+    """At the end of a test, so that one figure that misses its target hides no other."""
+    done = yield
+    missed = [words for kind, words in pyfuncitem.user_properties if kind == "missed"]
+    assert not missed, "missed: " + "; ".join(map(str, missed))
+    return done
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

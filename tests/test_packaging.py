@@ -24,7 +24,8 @@ DISTRIBUTIONS = {"megatron": "megatron-core", "yaml": "pyyaml"}  # where a distr
 OPTIONAL = {"transformer_engine", "apex", "wandb"}  # imported where they are installed, each with another way out
 PATH = "/usr/local/bin:/usr/bin:/bin"
 IGNORES = (".gitignore", ".dockerignore")
-BENCH_PEERS = {"peft"}  # of the dev extra: megatron-peft bench compares with them
+# Of the test extra: megatron-peft bench compares with one, and check-gpu runs tests.
+FOR_TESTS = {"peft", "pytest"}
 
 
 def distribution_name(requirement: str) -> str:
@@ -45,7 +46,7 @@ PRODUCT_FILES = [*(ROOT / "megatron_peft").rglob("*.py"), *(ROOT / "tools").glob
 
 def imported_distributions() -> set[str]:
     roots = imported_roots(*(ast.parse(path.read_text()) for path in PRODUCT_FILES))
-    roots -= {*sys.stdlib_module_names, "megatron_peft", "pretrain_peft", "tools", *OPTIONAL, *BENCH_PEERS}
+    roots -= {*sys.stdlib_module_names, "megatron_peft", "pretrain_peft", "tools", *OPTIONAL, *FOR_TESTS}
     return {DISTRIBUTIONS.get(root, root).lower().replace("_", "-") for root in roots}
 
 
@@ -209,6 +210,7 @@ def test_make_target_makes_the_environment_first(target: str, tmp_path: Path) ->
         (["install"], ["build", "install", "torch"]),
         (["demo"], ["build", "install", "torch"]),
         (["test"], ["build", "install", "torch", "test"]),
+        (["check-gpu"], ["build", "install", "torch", "test"]),
         (["lint"], ["build", "install", "torch", "lint"]),
         (["install", "LATEST=1"], []),
         (["test-latest"], []),

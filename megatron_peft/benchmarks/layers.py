@@ -129,19 +129,20 @@ def crossover_figures(num_turns: int) -> list[Figure]:
 
 
 def _figure(size: int, num_turns: int) -> Figure:
-    seconds = take_turns(_steps(size), num_turns)
+    seconds = take_turns(crossover_steps(size), num_turns)
     ways = ("dense", "fourier") if size <= DENSE_UP_TO else ("fourier", "dense")
     note = "; ".join(f"{name} {median(spent):.3f} CPU s" for name, spent in seconds.items())
     name = f"groups of {size}: {ways[0]} / {ways[1]}"
     return Figure(name, median_ratio(*(seconds[way] for way in ways)), 1.0, "", note)
 
 
-def _steps(size: int) -> dict[str, Step]:
+def crossover_steps(size: int, num_features: int = NUM_FEATURES) -> dict[str, Step]:
+    """A rotation by dense blocks and by Fourier transforms, forward and backward, on the device."""
     alone: Any = Alone()
-    layout = LinearLayout("row", NUM_FEATURES, 64, alone)
+    layout = LinearLayout("row", num_features, 64, alone)
     adapter = StructuredUrnn(layout, PeftConfig("urnn", urnn_block_size=size), "layer.adapter", 0, torch.float32)
-    x = torch.randn(CROSSOVER_NUM_TOKENS, 1, NUM_FEATURES, requires_grad=True)
-    upstream = torch.randn(CROSSOVER_NUM_TOKENS, 1, NUM_FEATURES)
+    size_and_place = {"size": (CROSSOVER_NUM_TOKENS, 1, num_features), "device": torch.cuda.current_device()}
+    x, upstream = torch.randn(**size_and_place, requires_grad=True), torch.randn(**size_and_place)
     fixed = adapter.start, adapter.permutation
     return {
         "dense": lambda: rotate(x, adapter.changes()).backward(upstream),

@@ -8,6 +8,7 @@ run on the CPU at small sizes, and prove nothing about CUDA.
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from megatron_peft.benchmarks.check_gpu import LINES
@@ -45,6 +46,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"no line is called {', '.join(unknown)}: there are {', '.join(LINES)}.")
     if os.environ.get("WORLD_SIZE", "1") != "1":
         parser.error(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: check-gpu is one process; start it without torchrun.")
+    root = Path(__file__).parents[2]
+    missing = [f"{root / 'tests'} is not there"] * (not (root / "tests" / "conftest.py").is_file())
+    missing += [f"{name} is not installed" for name in ("pytest", "hypothesis") if find_spec(name) is None]
+    if missing:
+        parser.error(
+            f"check-gpu runs tests of this project, but {' and '.join(missing)}. Run it in a checkout of the project, "
+            "installed with `pip install --editable '.[test]'`; there `make check-gpu` installs what it needs."
+        )
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once: the same bits at each call
     import torch
@@ -58,4 +67,4 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         record()
         return 0
-    return int(not check(settings.names or tuple(LINES), settings.output, settings.tiny))
+    return int(not check(root, settings.names or tuple(LINES), settings.output, settings.tiny))

@@ -1,10 +1,12 @@
-"""check-gpu on a CPU: that its checks run, what it does with failures, and that the page and its lines agree."""
+"""check-gpu on a CPU: that its lines run, what it does with failures, and that the page and its lines agree."""
 
 import json
 import re
+import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,20 +16,19 @@ import torch
 from rich.console import Console
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_peft.benchmarks import check_gpu
-from megatron_peft.benchmarks.check_gpu import LINES, Line, accuracy, function_of, run, setup, speed, training
-from megatron_peft.benchmarks.check_gpu.measure import Kernel, attempt, busy_share
-from megatron_peft.benchmarks.check_gpu.subjects import SHARD_405B, CheckPlace, shape_of_llama
+from megatron_peft.adapters import low_rank
+from megatron_peft.benchmarks.check_gpu import LINES, SIZES_VARIABLE, Line, run, speed, subjects, versions
+from megatron_peft.benchmarks.check_gpu.speed import Kernel, busy_share
 from megatron_peft.benchmarks.measure import Figure
 from megatron_peft.commands import check_gpu as command
-from megatron_peft.config.untrusted import read_json_object
-from megatron_peft.models.kernels import Installed
-from megatron_peft.runtime import cpu
+from megatron_peft.models import layers
+from megatron_peft.runtime import precision
 from tests.adapters.test_operation_counts import A_MICROBATCH
+from tests.benchmarks import test_on_one_gpu as on_one_gpu
 from tests.emulated_tf32 import FACTORS, as_tf32
-from tests.one_rank import one_rank
 
-PAGE = Path(__file__).parents[2] / "docs" / "untested-on-cuda.md"
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "untested-on-cuda.md"
 NO_ROW = {
     "versions",
     "checkpoints",
@@ -68,32 +69,39 @@ def test_the_page_explains_every_line() -> None:
     assert re.findall(r"^\| `([\w-]+)` \|", below, re.MULTILINE) == [*LINES]
 
 
-def test_every_line_has_its_function() -> None:
-    for name, line in LINES.items():
-        module = __import__(f"{check_gpu.__name__}.{line.module}", fromlist=["_"])
-        assert callable(getattr(module, function_of(name)))
+def test_every_line_has_its_tests_in_the_files_that_it_names() -> None:
+    marked = [
+        (name, str(path.relative_to(ROOT / "tests")))
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for name in re.findall(r"pytest\.mark\.gpu\(\"([^\"]*)\"\)", path.read_text())
+        if path != Path(__file__)
+    ]
+    assert {*marked} == {(name, file) for name, line in LINES.items() for file in line.files}
 
 
-def test_cheap_lines_pass_on_a_cpu_and_say_that_this_proves_nothing(tmp_path, capsys) -> None:
+def test_cheap_lines_pass_on_a_cpu_and_say_that_this_proves_nothing(tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setenv(SIZES_VARIABLE, "set by the command")
     assert command.main([*CHEAP, "--tiny", "--output", str(tmp_path / "found.json")]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert printed.count("This proves nothing about CUDA") == 2
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["proves_something_about_cuda"] is False and found["device"] == "cpu"
     assert [line["name"] for line in found["lines"]] == CHEAP
+    assert all(line.keys() == {"name", "verdict", "seconds", "figures", "error", "settles"} for line in found["lines"])
     assert all(line["figures"] for line in found["lines"])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", [["--tiny"], []], ids=["tiny", "cpu"])
 def test_every_line_passes_on_a_cpu(tmp_path, sizes) -> None:
-    assert command.main([*sizes, "--output", str(tmp_path / "found.json")]) == 0
-
-
-@pytest.fixture
-def place(tmp_path) -> CheckPlace:
-    cpu.install()  # as a world does: calls to CUDA go to the CPU
-    return CheckPlace(tmp_path, run.TINY)
+    """In a process of its own, whose tests take other sizes than these ones."""
+    words = [sys.executable, "-m", "megatron_peft", "check-gpu", *sizes, "--output", str(tmp_path / "found.json")]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = json.loads((tmp_path / "found.json").read_text())["lines"]
+    assert [line["name"] for line in lines] == [*LINES]
+    methods = {figure["name"].split(",")[0] for line in lines if line["name"] == "losses" for figure in line["figures"]}
+    assert methods == {*subjects.SIZES["tiny" if sizes else "cpu"].methods}
 
 
 class RoundedFactors(TorchDispatchMode):
@@ -105,138 +113,134 @@ class RoundedFactors(TorchDispatchMode):
         return func(*args[: factors.start], *rounded, *args[factors.stop :], **(kwargs or {}))
 
 
-def test_products_in_tf32_fail_the_layers(place) -> None:
-    lora_only = replace(place, sizes=replace(run.TINY, methods=("lora",)))
-    with one_rank(), RoundedFactors():
-        figures = accuracy.check_layers(lora_only)
-    assert not any(one.reached for one in figures if "float32: " in one.name)
-    assert all(one.reached for one in figures if "bf16: " in one.name)
+def no_full_precision(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(precision, "_set_full_precision", lambda: ("highest", [], []))
 
 
-@pytest.mark.parametrize(("found", "passes"), [(2.0001, True), (2.001, False), (float("nan"), False)])
-def test_losses_that_are_not_the_recorded_ones_fail(place, found, passes) -> None:
-    recorded = replace(place, recorded={"lora": [1.0, 2.0, 3.0]})
-    assert training._near_recorded("x", recorded, "lora", [1.0, found]).reached is passes
+def other_slopes(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(layers, "alibi_slopes", lambda num_heads: torch.full((num_heads,), 0.5))
 
 
-def broken(place: CheckPlace) -> list[Figure]:
-    raise ValueError("a [bad] kernel")
+def a_read_in_each_layer(patch: pytest.MonkeyPatch) -> None:
+    fused = low_rank.frozen_linear_plus_low_rank
+    patch.setattr(low_rank, "frozen_linear_plus_low_rank", lambda x, *more: x.sum().item() and fused(x, *more))
 
 
-def test_a_line_that_fails_names_itself_and_the_others_go_on(place, monkeypatch) -> None:
-    monkeypatch.setattr(setup, "check_world", broken)
-    monkeypatch.setattr(
-        accuracy, "check_alibi", lambda place: [Figure("off", 2.0, 1.0), Figure("nan", float("nan"), 1.0)]
+def losses_that_are_off(patch: pytest.MonkeyPatch) -> None:
+    step = subjects.train_step
+    patch.setattr(subjects, "train_step", lambda *words: SimpleNamespace(loss=1.001 * step(*words).loss))
+
+
+# By line: what is broken, and figures that then miss their targets.
+FAULTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], Any], list[str]]] = {
+    "precision": (no_full_precision, ["boft: orthogonality error while TF32 is allowed"]),
+    "layers": (
+        lambda patch: RoundedFactors(),
+        [f"lora, float32: {what}" for what in ("output and input gradient", "gradients of parameters")],
+    ),
+    "alibi": (other_slopes, ["alibi, 37 positions, float32"]),
+    "losses": (losses_that_are_off, ["lora, local: float32, packed, recomputed"]),
+    "waits": (a_read_in_each_layer, ["lora, padded: waits in its microbatches", "lora, packed: waits in a step"]),
+}
+
+
+@pytest.mark.parametrize("name", [*list(FAULTS)[:-1], pytest.param("waits", marks=pytest.mark.slow)])
+def test_a_planted_fault_fails_its_line_by_name(name, monkeypatch) -> None:
+    plant, figures = FAULTS[name]
+    planted: AbstractContextManager[Any] = plant(monkeypatch) or nullcontext()
+    with planted:
+        [outcome] = run.run_lines([name], ROOT, files_of(name), Console(quiet=True))
+    missed = {figure.name for figure in outcome.figures if figure.reached is False}
+    assert outcome.verdict == "FAIL" and {*figures} <= missed
+    assert not any(re.search("bf16: (output|gradients)", name) for name in missed), (
+        f"TF32 is no matter of bf16: {missed}"
     )
-    monkeypatch.setattr(setup, "check_versions", lambda place: [Figure("GPUs", 0.0)])
-    console = Console(record=True, width=200)
-    outcomes = run.run_lines(["world", "alibi", "versions"], place, console)
-    assert [one.verdict for one in outcomes] == ["error", "FAIL", "pass"]
-    console.print(run._summary(outcomes))
-    text = console.export_text()
-    assert "world: ValueError: a [bad] kernel" in text and "off; nan" in text
 
 
-def test_a_measurement_that_raises_is_a_figure_that_failed_and_the_line_goes_on(place, monkeypatch, tmp_path) -> None:
-    """The losses of one variant of one method; all others are measured."""
+def files_of(name: str) -> list[str]:
+    return [str(ROOT / "tests" / file) for file in LINES[name].files]
 
-    def losses(place: CheckPlace, method: str, *_: Any, **groups: Any) -> list[float]:
-        if method == "hybrid" and groups["model"]["bf16"]:
-            raise ValueError("a [bad] kernel")
-        return [1.0, 2.0]
 
-    monkeypatch.setattr(training, "_losses_of", losses)
-    several = replace(place.sizes, num_variants=4)
-    recorded = CheckPlace(tmp_path, several, {"lora": [1.0, 2.0], "hybrid": [1.0, 2.0]})
-    console = Console(record=True, width=200)
-    [outcome] = run.run_lines(["losses"], recorded, console)
-    failed = [one for one in outcome.figures if not one.reached]
-    assert outcome.verdict == "FAIL" and len(outcome.figures) == 8 and len(failed) == 2
-    assert (
-        failed[0].name == "hybrid, local: bf16, padded, recomputed" and failed[0].note == "ValueError: a [bad] kernel"
-    )
-    assert "ValueError: a [bad] kernel" in console.export_text()
+@pytest.fixture
+def lines_of(tmp_path, monkeypatch) -> Callable[..., tuple[list[run.LineOutcome], str]]:
+    """Outcomes of lines whose tests are these texts, and what is printed."""
+    (tmp_path / "conftest.py").write_text("from tests.conftest import figure, pytest_pyfunc_call\n")
+    (tmp_path / "pyproject.toml").write_text("[tool.pytest.ini_options]\nmarkers = ['gpu(line): of a line']\n")
+
+    def outcomes(**texts: str) -> tuple[list[run.LineOutcome], str]:
+        paths = {name: tmp_path / f"{tmp_path.name}_{name}.py" for name in texts}  # modules of one process
+        for name, path in paths.items():
+            path.write_text(f"import pytest\npytestmark = pytest.mark.gpu('{name}')\n{texts[name]}")
+            monkeypatch.setitem(LINES, name, Line((path.name,), "a line"))
+        console = Console(record=True, width=200)
+        found = run.run_lines([*texts], tmp_path, [*map(str, paths.values())], console)
+        console.print(run._summary(found))
+        return found, console.export_text()
+
+    return outcomes
+
+
+RAISES = "def test_a_kernel(): raise ValueError('a [bad] kernel')\n"
+
+
+def test_a_line_that_fails_names_itself_and_the_others_go_on(lines_of) -> None:
+    off = "def test_two(figure):\n    figure('off', 2.0, 1.0)\n    figure('nan', float('nan'), 1.0)\n"
+    broken = "import no_such_module\n"
+    passes = "def test_one(figure): figure('GPUs', 0.0)\ndef test_two(): pass\n"
+    found, text = lines_of(world=RAISES, layers=broken, alibi=off, versions=passes, waits="")
+    assert [one.verdict for one in found] == ["FAIL", "error", "FAIL", "pass", "error"]
+    assert "a kernel" in text and "ValueError: a [bad] kernel" in text and "off; nan" in text
+    assert "No module named 'no_such_module'" in found[1].error
+    assert [one.name for one in found[3].figures] == ["GPUs", "two"]
+
+
+def test_a_test_that_raises_is_a_figure_that_failed_and_the_line_goes_on(lines_of, tmp_path) -> None:
+    measured = "def test_two(figure):\n    figure('first', 1.0)\n    raise ValueError('no second one')\n"
+    [outcome], text = lines_of(losses=RAISES + measured + "def test_three(figure): figure('third', 1.0, 1.0)\n")
+    assert [(one.name, one.reached) for one in outcome.figures] == [
+        ("a kernel", False),
+        ("first", None),
+        ("two", False),
+        ("third", True),
+    ]
+    assert outcome.verdict == "FAIL" and outcome.figures[0].note == "ValueError: a [bad] kernel"
+    assert "ValueError: a [bad] kernel" in text
     run._write(tmp_path / "found.json", [outcome], is_gpu=False)
     written = json.loads((tmp_path / "found.json").read_text())["lines"][0]["figures"]
-    assert [one["measured"] is None for one in written] == [not one.reached for one in outcome.figures]
+    assert [one["measured"] for one in written] == [None, 1.0, None, 1.0]
 
 
-def test_a_line_that_raises_keeps_what_it_has_measured(place, monkeypatch) -> None:
-    def half(place: CheckPlace) -> Iterator[Figure]:
-        yield Figure("first", 1.0)
-        raise ValueError("no second one")
-
-    monkeypatch.setattr(setup, "check_world", half)
-    [outcome] = run.run_lines(["world"], place, Console(quiet=True))
-    assert (outcome.verdict, outcome.error) == ("error", "ValueError: no second one")
-    assert [one.name for one in outcome.figures] == ["first"]
+def test_a_figure_that_misses_its_target_fails_its_test_without_check_gpu_too(lines_of, tmp_path) -> None:
+    """`lines_of` has made the folder."""
+    test = tmp_path / f"{tmp_path.name}.py"
+    for measured, code in ((1.0, pytest.ExitCode.OK), (2.0, pytest.ExitCode.TESTS_FAILED)):
+        test.write_text(f"def test_two(figure): figure('of {measured}', {measured}, 1.0)\n")
+        assert pytest.main([f"--rootdir={tmp_path}", "-p", "no:terminalreporter", str(test)]) == code
+        sys.modules.pop(test.stem)
 
 
-def test_nothing_more_is_run_once_cuda_is_gone(place, monkeypatch) -> None:
-    def gone() -> None:
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
-    def fatal(name: str) -> Figure:
-        monkeypatch.setattr(torch.cuda, "synchronize", gone)
-        gone()
-        return Figure(name, 0.0)
-
-    def line(place: CheckPlace) -> Iterator[Figure]:
-        yield Figure("before", 0.0)
-        yield from attempt("fatal", fatal)
-        yield from attempt("after", lambda name: Figure(name, 0.0))
-
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(setup, "check_world", line)
-    outcomes = run.run_lines(["world", "versions"], place, Console(quiet=True))
-    assert [one.verdict for one in outcomes] == ["error", "not run"]
-    assert [one.name for one in outcomes[0].figures] == ["before"]
+def test_nothing_more_is_run_once_cuda_is_gone(lines_of, tmp_path, monkeypatch) -> None:
+    gone = tmp_path / "gone"
+    monkeypatch.setattr(run, "device_answers", lambda: not gone.exists())
+    fatal = f"def test_fatal():\n    open({str(gone)!r}, 'w')\n    raise RuntimeError('an illegal memory access')\n"
+    before, after = ("def test_{}(figure): figure('{}', 0.0)\n".format(*[one] * 2) for one in ("before", "after"))
+    found, _ = lines_of(world=before + fatal + after, versions=after)
+    assert [one.verdict for one in found] == ["error", "not run"]
+    assert [one.name for one in found[0].figures] == ["before", "fatal"] and not found[1].figures
 
 
-H100 = Installed(True, transformer_engine=True, varlen_attention=True, compute_capability=(9, 0), cudnn=92000)
-A100 = replace(H100, compute_capability=(8, 0))  # without flash-attn, which alone packs there
-
-
-@pytest.mark.parametrize(
-    ("installed", "implementation", "packed"),
-    [
-        (Installed(cuda=False), "local", {False, True}),
-        (H100, "local", {True}),
-        (H100, "transformer_engine", {True}),
-        (A100, "local", {True}),
-        (A100, "transformer_engine", set()),
-        (replace(A100, varlen_attention=False), "local", set()),
-    ],
-)
-def test_samples_are_packed_only_where_a_run_would_not_refuse_it(
-    place, monkeypatch, installed, implementation, packed
-) -> None:
-    """`packed` holds whether bf16, of the variants that pack."""
-    monkeypatch.setattr(Installed, "detected", lambda: installed)
-    variants = training._variants(place, implementation)
-    assert {bf16 for bf16, packs, _ in variants if packs} == packed
-    assert len(set(variants)) == len(variants) and {bf16 for bf16, _, _ in variants} == {False, True}
-    monkeypatch.setattr(training, "_count_waits", lambda name, *_: Figure(name, 0.0))
-    kinds = {figure.name.split(": ")[0] for figure in training.check_waits(place)}
-    by_default = installed == H100 or not installed.cuda  # with Transformer Engine, as it is installed
-    assert ("lora, packed" in kinds) is by_default
-
-
-@pytest.mark.slow
-def test_what_a_gpu_fuses_passes_the_lines_of_losses(tmp_path, monkeypatch) -> None:
-    """megatron-core's fused functions, run eagerly. In float32 its fused loss would miss `losses` and `recompute`."""
-    monkeypatch.setattr(Installed, "detected", lambda: Installed(cuda=True))
-    sizes = replace(run.CPU, methods=("lora", "lora-ga", "boft"), num_variants=3)
-    place = CheckPlace(tmp_path, sizes, read_json_object(run.LOSSES)["losses"])
-    with one_rank(), torch.compiler.set_stance("force_eager"):
-        lines = [training.check_losses, training.check_recompute, training.check_fusions]
-        figures = [figure for line in lines for figure in line(place)]
-    assert not [figure for figure in figures if figure.reached is False]
-    assert "bf16: without cross_entropy_loss_fusion" in {figure.name for figure in figures}
+def test_without_the_tests_the_command_says_what_is_missing_and_the_way_out(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(command, "__file__", str(tmp_path / "megatron_peft" / "commands" / "check_gpu.py"))
+    monkeypatch.setattr(command, "find_spec", lambda name: None if name == "hypothesis" else version(name))
+    with pytest.raises(SystemExit, match="2"):
+        command.main([])
+    told = " ".join(capsys.readouterr().err.split())
+    assert f"{tmp_path}/tests is not there and hypothesis is not installed. Run it in a checkout" in told
+    assert "pip install --editable '.[test]'" in told
 
 
 def driver() -> str:
-    return setup._driver("driver").note
+    return versions.driver()[0].note
 
 
 def tell_version(reference: Any) -> None:
@@ -245,9 +249,9 @@ def tell_version(reference: Any) -> None:
 
 
 def test_versions_name_the_driver_and_every_nccl(monkeypatch) -> None:
-    assert setup._driver("driver") == Figure("driver", 0.0)
+    assert versions.driver() == [Figure("driver", 0.0)]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(setup.ctypes, "CDLL", lambda name: SimpleNamespace(cuDriverGetVersion=tell_version))
+    monkeypatch.setattr(versions.ctypes, "CDLL", lambda name: SimpleNamespace(cuDriverGetVersion=tell_version))
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert driver().startswith("takes CUDA 13.1;")
     nvml = SimpleNamespace(nvmlInit=lambda: None, nvmlSystemGetDriverVersion=lambda: "580.65.06")
@@ -255,12 +259,12 @@ def test_versions_name_the_driver_and_every_nccl(monkeypatch) -> None:
     assert driver() == "580.65.06"
     monkeypatch.setattr(nvml, "nvmlInit", lambda: 1 // 0)  # the package without the library
     assert driver().startswith("takes CUDA 13.1;")
-    monkeypatch.setattr(setup.nccl, "version", lambda: (2, 29, 7))
+    monkeypatch.setattr(versions.nccl, "version", lambda: (2, 29, 7))
     installed = [SimpleNamespace(name=name, version="2.29.7") for name in ("nvidia-nccl-cu13", "nvidia-cudnn-cu13")]
-    monkeypatch.setattr(setup, "distributions", lambda: installed)
-    assert setup._nccl("NCCL") == Figure("NCCL", 1.0, note="torch's 2.29.7, nvidia-nccl-cu13 2.29.7")
+    monkeypatch.setattr(versions, "distributions", lambda: installed)
+    assert versions.nccl_libraries() == [Figure("NCCL", 1.0, note="torch's 2.29.7, nvidia-nccl-cu13 2.29.7")]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert setup._nccl("NCCL").note == "nvidia-nccl-cu13 2.29.7"
+    assert versions.nccl_libraries()[0].note == "nvidia-nccl-cu13 2.29.7"
 
 
 @pytest.mark.parametrize(
@@ -285,41 +289,30 @@ def test_kernels_that_overlap_count_once() -> None:
     assert busy_share([]) == 0
 
 
-def test_kernels_of_an_adapter_are_compared_with_the_operations_that_are_counted() -> None:
+def test_kernels_of_an_adapter_are_compared_with_the_operations_that_are_counted(monkeypatch) -> None:
     """Those of tests/adapters/test_operation_counts.py, which the page names too."""
-    counted = {method: forward + backward for method, (forward, backward, _) in A_MICROBATCH.items()}
-    assert speed.ADDED_OPERATIONS == {**counted, "lora-ga": counted["lora"]}
     row = next(line for line in PAGE.read_text().splitlines() if line.startswith("| few kernels a layer |"))
     assert all(f"{forward} + {backward}" in row for forward, backward, _ in A_MICROBATCH.values())
-    gpu = torch.device("cuda", 0)
-    found = {number: speed.added_kernels("x", "boft", number, gpu) for number in (48, 49)}
+    monkeypatch.setattr(speed, "device", lambda: torch.device("cpu"))
+    assert speed.added_kernels("x", 480, 6).reached is None
+    monkeypatch.setattr(speed, "device", lambda: torch.device("cuda", 0))
+    found = {number: speed.added_kernels("x", number, 6) for number in (48, 49)}
     assert found[48].reached and found[49].reached is False and "6 operations in each of 4" in found[48].note
-    assert speed.added_kernels("x", "boft", 480, torch.device("cpu")).reached is None
-    assert speed.added_kernels("x", "of another package", 480, gpu).reached is None
+    assert speed.added_kernels("x", 480, None).reached is None, "a method of another package"
 
 
-def test_a_layers_kernels_are_compared_with_the_frozen_ones(place, monkeypatch) -> None:
-    counts = iter([100, 140, 190])
-    monkeypatch.setattr(speed, "random_state", lambda *_: None)
-    monkeypatch.setattr(speed, "microbatch_step", lambda *_: lambda: None)
-    monkeypatch.setattr(speed, "kernels_of", lambda *_: [Kernel("a", 0, 1)] * next(counts))
-    figures = {one.name: one.measured for one in speed.check_layer_time(place)}
-    beyond = {name: number for name, number in figures.items() if "beyond" in name}
-    assert beyond == {
-        "lora, 8 tokens: kernels beyond the frozen layer's": 40,
-        "hybrid, 8 tokens: kernels beyond the frozen layer's": 90,
-    }
-
-
-def test_flops_and_shapes_are_those_of_the_models() -> None:
-    whole = replace(SHARD_405B, num_attention_heads=128, num_query_groups=8, ffn_hidden_size=53248, num_layers=126)
-    flops = speed.model_flops(replace(whole, vocab_size=128256), 1)
-    assert flops == pytest.approx(4 * (405.85e9 - 128256 * 16384), rel=1e-3)  # embeddings are no product
-    one = shape_of_llama(8, 16, 2, 1, 4, vocab=10)
-    assert speed.model_flops(one, 3) == 4 * 3 * (8 * (8 + 2 * 4 + 8) + 3 * 8 * 16 + 80) + 12 * 8 * 9 / 2
-
-
-def test_lines_are_declared_without_torch() -> None:
-    assert Line.__module__ == "megatron_peft.benchmarks.check_gpu"
-    source = Path(check_gpu.__file__).read_text()
-    assert "import torch" not in source
+def test_a_layers_kernels_are_compared_with_the_frozen_ones(monkeypatch) -> None:
+    counts, figures, of_frozen_layer = iter([100, 140, 190]), [], {}
+    monkeypatch.setattr(speed, "device", lambda: torch.device("cuda", 0))
+    monkeypatch.setattr(on_one_gpu, "milliseconds", lambda *_: 1.0)
+    monkeypatch.setattr(on_one_gpu, "random_state", lambda *_: None)
+    monkeypatch.setattr(on_one_gpu, "microbatch_step", lambda *_: lambda: None)
+    monkeypatch.setattr(on_one_gpu, "kernels_of", lambda *_: [Kernel("a", 0, 1)] * next(counts))
+    for method in (None, "lora-ga", "another"):
+        on_one_gpu.test_time_of_a_layer(
+            lambda *words, **more: figures.append(Figure(*words, **more)), of_frozen_layer, method, 8
+        )
+    assert [(one.name, one.measured, one.target) for one in figures if "beyond" in one.name] == [
+        ("lora-ga, 8 tokens: kernels beyond the frozen layer's", 40, 80),
+        ("another, 8 tokens: kernels beyond the frozen layer's", 90, None),
+    ]

@@ -106,7 +106,7 @@ def on_two_ranks(files: Files) -> dict[str, Any]:
     """Every fact by name. The folders of the resumed runs serve the others."""
     start_world()
     return {
-        "resumed": _each(files, RESUMED_ON_TWO, _resumed),
+        "resumed": _each(files, RESUMED_ON_TWO, resumed),
         "saves disturb": _saves_disturb(files),
         "resharded": _each(files, RESHARDED, _resharded),
         "bf16 to float32": _bf16_to_float32(files),
@@ -117,15 +117,15 @@ def on_two_ranks(files: Files) -> dict[str, Any]:
 
 def slowly_on_two_ranks(files: Files) -> dict[str, Any]:
     start_world()
-    resumed = _each(files, SLOWLY_RESUMED, _resumed)
-    return {"resumed": resumed, "resharded": _each(files, SLOWLY_RESHARDED, _resharded)}
+    facts = _each(files, SLOWLY_RESUMED, resumed)
+    return {"resumed": facts, "resharded": _each(files, SLOWLY_RESHARDED, _resharded)}
 
 
 def on_four_ranks(argument: tuple[Files, str]) -> list[str]:
     files, name = argument
     start_world()
-    resumed = _resumed(files, name, RESUMED_ON_FOUR[name])
-    return resumed + _resharded(files, f"{name} elsewhere", (name, RESHARDED_ON_FOUR[name]))
+    differing = resumed(files, name, RESUMED_ON_FOUR[name])
+    return differing + _resharded(files, f"{name} elsewhere", (name, RESHARDED_ON_FOUR[name]))
 
 
 def _each(files: Files, table: dict[str, Any], check: Callable[[Files, str, Any], Any]) -> dict[str, Any]:
@@ -140,13 +140,16 @@ def _run(files: Files, settings: Settings, disturbed: bool = False, **checkpoint
     return start(configure(files, merged(settings, {"checkpoint": checkpoint})), disturbed)
 
 
-def _resumed(files: Files, name: str, settings: Settings) -> list[str]:
+def resumed(files: Files, name: str, settings: Settings, async_save: bool = False) -> list[str]:
     """What differs at the end between a run that saves after two steps and goes on, and one that resumes there."""
     folder, settings = _folder(files, name), merged(DROPOUT, settings)
-    whole = _run(files, settings, save=folder)
+    whole = _run(files, settings, save=folder, async_save=async_save)
     whole.train(2)
-    draft_checkpoint(whole.state).complete()
-    losses, ended = whole.train(1), whole.snapshot()
+    with Saver(whole.state.config.checkpoint) as saver:
+        saver.start(whole.state)
+        losses, ended = whole.train(1), whole.snapshot()  # with --async-save it is written meanwhile
+        outcome = saver.finish()
+    assert outcome is not None and outcome.error is None, outcome
     second = _run(files, settings, disturbed=True, load=folder)
     assert load_checkpoint(second.state)
     unequal = ["losses"] * (second.train(1) != losses) + ["position"] * (second.state.position != whole.state.position)

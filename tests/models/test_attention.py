@@ -13,6 +13,8 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
+from megatron_peft.benchmarks.check_gpu.subjects import device, relative
+from megatron_peft.models.kernels import Installed
 from megatron_peft.models.layers import (
     AlibiAttention,
     AlibiBias,
@@ -22,11 +24,12 @@ from megatron_peft.models.layers import (
     alibi_slopes,
 )
 from tests.one_rank import one_rank
-from tests.tiny_gpt import tiny_gpt
+from tests.tiny_gpt import SIZES, tiny_gpt
 
 S, BATCH, HEADS, DIM = 7, 2, 6, 8
 SCALE = 1 / math.sqrt(DIM)
 KINDS = {"plain": 2, "alibi": HEADS}  # and their key-value heads: Bloom does not group its queries
+VOCAB_SIZE = SIZES["vocab_size"]
 PIECES = [3, 1, 4, 1, 5], [9], [2, 6], [5]
 
 
@@ -106,12 +109,27 @@ def test_packed_samples_attend_to_themselves_only(kind):
     torch.testing.assert_close(_attention(kind)(*qkv, None, packed_seq_params=packing), torch.cat(alone))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_gradients_are_those_of_the_reference(kind):
-    qkv = [x.requires_grad_() for x in _qkv(groups=KINDS[kind])]
-    weights = torch.randn(S, BATCH, HEADS * DIM)
-    found = torch.autograd.grad((_attention(kind)(*qkv, None) * weights).sum(), qkv)
-    torch.testing.assert_close(found, torch.autograd.grad((_reference(*qkv, kind) * weights).sum(), qkv))
+@pytest.mark.parametrize("length", [S, 37, 64])
+@pytest.mark.parametrize(("dtype", "ulps"), [(torch.float32, 64), (torch.bfloat16, 4)], ids=["float32", "bf16"])
+@pytest.mark.parametrize("kind", ["plain", pytest.param("alibi", marks=pytest.mark.gpu("alibi"))])
+def test_output_and_gradients_are_those_of_the_reference_in_float64(figure, kind, dtype, ulps, length):
+    torch.manual_seed(0)
+    sizes = [(length, BATCH, heads, DIM) for heads in (HEADS, KINDS[kind], KINDS[kind])]
+    drawn = [torch.randn(size, device="cpu").bfloat16() for size in (*sizes, (length, BATCH, HEADS * DIM))]
+    *qkv, weights = [x.to(device(), dtype) for x in drawn]
+    *exact, exact_weights = [x.double() for x in drawn]
+    out, expected = _attention(kind)(*_leaves(qkv), None), _reference(*_leaves(exact), kind)
+    pairs = zip(
+        [out, *torch.autograd.grad(out, qkv, weights)],
+        [expected, *torch.autograd.grad(expected, exact, exact_weights)],
+        strict=True,
+    )
+    name = f"{kind}, {length} positions, {dtype}".replace("torch.", "")
+    figure(name, max(relative(*pair) for pair in pairs), ulps * torch.finfo(dtype).eps)
+
+
+def _leaves(tensors):
+    return [x.requires_grad_() for x in tensors]
 
 
 def test_dropout_acts_in_training_only_and_keeps_the_mean():
@@ -194,13 +212,28 @@ def test_attention_reads_keys_from_the_cache_itself():
     assert [keys.data_ptr() for keys in seen] == held
 
 
-@pytest.mark.parametrize("backend", ["unfused", "local", "flash", "fused", "auto"])
-def test_a_backend_chooses_the_kernel_and_keeps_the_numbers(backend):
-    """A profile names the kernel that ran. This machine has torch's fused kernel for CPUs, and the one in full."""
-    model = tiny_gpt(attention_backend=backend)
-    tokens, positions = torch.arange(20).reshape(2, 10), torch.arange(10).expand(2, 10)
+@pytest.mark.gpu("attention")
+@pytest.mark.parametrize("backend", ["unfused", "local", "flash", "fused", "auto", "transformer_engine"])
+def test_a_backend_chooses_the_kernel_and_keeps_the_numbers(figure, backend):
+    """A profile names the kernel that ran. A CPU has torch's fused kernel for CPUs, and the one in full.
+
+    On a GPU in bf16, which its kernels take. Transformer Engine, by its own choice, chooses once in a process.
+    """
+    has_gpu, engine = torch.cuda.is_available(), backend == "transformer_engine"
+    if engine and not (has_gpu and Installed.detected().transformer_engine):
+        pytest.skip("Transformer Engine needs a GPU")
+    chosen = {"transformer_impl": backend} if engine else {"transformer_impl": "local", "attention_backend": backend}
+    model, in_full = (
+        tiny_gpt(bf16=has_gpu, **settings)
+        for settings in (chosen, {"transformer_impl": "local", "attention_backend": "unfused"})
+    )
+    tokens = torch.arange(20, device=device()).reshape(2, 10)
+    positions = torch.arange(10, device=device()).expand(2, 10)
     with torch.profiler.profile() as profile:
         logits = model(tokens, positions, None)
     ran = {event.key for event in profile.key_averages()}
-    assert ("aten::_scaled_dot_product_attention_math" in ran) == (backend in ("unfused", "local"))
-    torch.testing.assert_close(logits, tiny_gpt()(tokens, positions, None), rtol=1e-5, atol=1e-5)
+    assert has_gpu or ("aten::_scaled_dot_product_attention_math" in ran) == (backend in ("unfused", "local"))
+    words = ("flash", "fmha", "cudnn", "attention", "softmax", "efficient")
+    named = sorted({one[:60] for one in ran if any(word in one.lower() for word in words)})
+    differ = relative(logits[..., :VOCAB_SIZE], in_full(tokens, positions, None)[..., :VOCAB_SIZE])
+    figure(backend, differ, 4 * torch.finfo(torch.bfloat16).eps if has_gpu else 1e-5, note="; ".join(named)[:400])

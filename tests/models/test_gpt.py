@@ -155,16 +155,3 @@ def test_layers_share_one_alibi_bias():
     model = tiny_gpt(BLOOM)
     first, second = (layer.self_attention.core_attention._bias for layer in model.decoder.layers)
     assert first is second
-
-
-def test_a_bfloat16_model_follows_the_float32_one():
-    wide, narrow = tiny_gpt(), tiny_gpt(bf16=True)
-    assert {parameter.dtype for parameter in narrow.parameters()} == {torch.bfloat16}
-    losses = []
-    for model in (wide, narrow):
-        attach_adapters([model], PeftConfig(lora_rank=4), seed=1)
-        losses.append(_losses(model).float())
-    torch.testing.assert_close(losses[1], losses[0], rtol=0.03, atol=0.03)
-    losses[1].sum().backward()
-    gradients = [parameter.grad for name, parameter in narrow.named_parameters() if name.endswith("adapter.B")]
-    assert all(gradient.dtype == torch.bfloat16 and gradient.any() for gradient in gradients)

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from megatron_peft.config import ConfigurationError, ParallelConfig
+from megatron_peft.runtime import cpu
 from megatron_peft.runtime.launch import (
     checked_together,
     device_setter,
@@ -103,11 +104,19 @@ def no_launcher(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
+@pytest.mark.gpu("world")
 @pytest.mark.usefixtures("no_launcher")
-def test_without_a_launcher_a_process_is_a_world_of_one():
-    before = dict(os.environ)
+def test_without_a_launcher_a_process_is_a_world_of_one(figure):
+    before, has_gpu = dict(os.environ), torch.cuda.is_available()
     with world():
-        assert (dist.get_rank(), dist.get_world_size(), dist.get_backend()) == (0, 1, "gloo")
+        assert (dist.get_rank(), dist.get_world_size()) == (0, 1)
+        is_expected = dist.get_backend() == ("nccl" if has_gpu else "gloo")
+        figure("another backend than expected", float(not is_expected), 0.0, note=dist.get_backend())
+        figure("CUDA calls redirected on a GPU, or not on a CPU", float(cpu.is_installed() == has_gpu), 0.0)
+        ones, group = torch.ones(3, device=torch.cuda.current_device()), dist.new_group([0])
+        for one in (None, group):
+            dist.all_reduce(ones, group=one)
+        figure("a sum over one rank changes it", float((ones - 1).abs().max()), 0.0)
         start_model_parallel(ParallelConfig(), seed=1)
         assert parallel_state.get_tensor_model_parallel_world_size() == 1
         assert dict(os.environ) == before

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_peft.benchmarks.check_gpu import SIZES_VARIABLE
 from megatron_peft.models.families import config_of_shape
 from megatron_peft.models.shape import ModelShape
 from tests.time_limits import seconds
@@ -29,6 +30,14 @@ def test_rehearsals_and_ranks_of_certificates_and_benchmarks_do_not_see_the_gpus
     assert done.returncode == 0, done.stderr
     rehearsed, (is_simulated, is_available, has_engine, backend) = json.loads(done.stdout.splitlines()[-1])
     assert rehearsed and is_simulated and not is_available and not has_engine and backend == "gloo"
+
+
+@pytest.mark.parametrize("sizes", [{}, {SIZES_VARIABLE: "gpu"}], ids=["tests", "check-gpu"])
+def test_tests_see_the_gpus_for_check_gpu_alone(sizes):
+    code = "import tests.conftest, torch; print(torch.cuda.device_count())"
+    words, environment = [sys.executable, "-c", code], {**with_gpus(), **sizes}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=seconds(60))
+    assert done.stdout == ("8\n" if sizes else "0\n"), done.stderr
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from megatron_peft.benchmarks.check_gpu import subjects
 from tests.one_rank import one_rank
 from tests.tiny_llama import save_llama, save_pairs
 from tests.training.layout_runs import Job, build
@@ -16,6 +17,12 @@ def files(tmp_path_factory) -> tuple[str, str]:
     folder = tmp_path_factory.mktemp("training")
     base = save_llama(folder / "base", num_hidden_layers=2)
     return str(base), str(save_pairs(folder / "pairs.jsonl"))
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory) -> str:
+    """The model of check-gpu."""
+    return subjects.save_llama(tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="session")

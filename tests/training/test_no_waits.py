@@ -16,16 +16,21 @@ from megatron.core.distributed import param_and_grad_buffer
 from torch import nn
 
 from megatron_peft.adapters import attach
+from megatron_peft.benchmarks.check_gpu.subjects import chosen_sizes, losses_of, state_of
+from megatron_peft.benchmarks.check_gpu.subjects import microbatches as microbatches_of_llama
+from megatron_peft.data.batches import Microbatch
 from megatron_peft.models.families import read_shape
 from megatron_peft.models.gpt import build_model_chunks
 from megatron_peft.models.kernels import Training
 from megatron_peft.runtime import cpu
 from megatron_peft.runtime.launch import start_model_parallel, start_world, stop, stop_model_parallel
 from megatron_peft.training import run
-from megatron_peft.training.state import wrap_data_parallel
+from megatron_peft.training.state import TrainingState, wrap_data_parallel
 from megatron_peft.training.step import finish_gradients, finish_with, run_schedule, train_step
+from tests.one_rank import one_rank
 from tests.ranks import run_ranks
 from tests.training.layout_runs import Job, data_of
+from tests.training.test_short_runs import run_packs
 from tests.training.waits import Waits
 
 BOFT: dict[str, Any] = {"boft_block_size": 2, "boft_factors": 2}
@@ -44,6 +49,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "hybrid urnn": {"method": "hybrid", "lora_rank": 4, "hybrid_rotation": "urnn", "hybrid_lambda": "descent", **URNN},
 }
 QUICK = ("lora", "hybrid")
+WAITS_OF_A_STEP = 2  # for losses and what is finite, and for the norm of the gradients
 FIXED = {"pad_to_seq_length": True}
 PACKED = {"pack_sequences": True}
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -92,17 +98,21 @@ def waits_of(given: list[Job]) -> dict[str, tuple[list[str], list[str], list[str
         start_model_parallel(config.parallel, config.training.seed, num_stages)
         data = data_of(config)
         state = run.build_state(config, read_shape(job.base), data.train_iters)
-        step = data.train.step_at(0)
-        finish_with(state.model_chunks, finish_gradients)
-        with Waits() as in_sums:
-            run_schedule(state.model_chunks, step, forward_only=False)
-        with Waits() as in_first:
-            train_step(state, step, by_layer=True)
-        with Waits() as in_second:
-            train_step(state, step, by_layer=True)
-        found[job.name] = in_sums.found, in_first.found, in_second.found
+        found[job.name] = waits_of_steps(state, data.train.step_at(0))
         stop_model_parallel()
     return found
+
+
+def waits_of_steps(state: TrainingState, step: list[Microbatch]) -> tuple[list[str], list[str], list[str]]:
+    """In forward, backward and gradient sums; in a whole step; in another one."""
+    finish_with(state.model_chunks, finish_gradients)
+    with Waits() as in_sums:
+        run_schedule(state.model_chunks, step, forward_only=False)
+    with Waits() as in_first:
+        train_step(state, step, by_layer=True)
+    with Waits() as in_second:
+        train_step(state, step, by_layer=True)
+    return in_sums.found, in_first.found, in_second.found
 
 
 def check_waits(given: dict[str, Job]) -> None:
@@ -120,6 +130,20 @@ def check_waits(given: dict[str, Job]) -> None:
 
 def test_a_step_waits_twice_for_the_device_after_the_sums(files):
     check_waits(jobs(files, QUICK, ("TP2+SP packed", "PP2 packed")))
+
+
+@pytest.mark.gpu("waits")
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["padded", *["packed"] * run_packs("auto", bf16=True)])
+@pytest.mark.parametrize("method", chosen_sizes().methods)
+def test_a_step_of_a_process_alone_waits_twice(llama, figure, method, kind):
+    """In bf16, after two steps: libraries wait while they start."""
+    with one_rank():
+        state = state_of(llama, method, model={"bf16": True})
+        losses_of(state, 2, kind == "packed")
+        in_sums, _, in_step = waits_of_steps(state, microbatches_of_llama(kind == "packed"))
+    figure(f"{method}, {kind}: waits in its microbatches", len(in_sums), 0, note=", ".join(in_sums))
+    figure(f"{method}, {kind}: waits in a step", len(in_step), WAITS_OF_A_STEP, note=", ".join(in_step))
 
 
 @pytest.mark.slow

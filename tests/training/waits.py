@@ -1,10 +1,12 @@
 """Where the host waits for the device: reads of a number or of a shape made of values, and copies from the host.
 
-torch copies from memory that is not pinned, and from a list, before it returns. On a CPU a tensor stands for one of the
-device if it was made with a device, and for one of the host if it was made of values without one.
+On a GPU torch warns of them. It copies from memory that is not pinned, and from a list, before it returns. On a CPU a
+tensor stands for one of the device if it was made with a device, and for one of the host if it was made of values
+without one.
 """
 
 import sys
+import warnings
 from types import FrameType
 from typing import Any
 
@@ -34,7 +36,8 @@ class Waits:
 
     def __init__(self) -> None:
         self.found: list[str] = []
-        self._modes = _Operations(self.found), _Methods(self.found)
+        on_gpu = torch.cuda.is_available()
+        self._modes = [_Warnings(self.found)] if on_gpu else [_Operations(self.found), _Methods(self.found)]
 
     def __enter__(self) -> "Waits":
         for mode in self._modes:
@@ -44,6 +47,23 @@ class Waits:
     def __exit__(self, *error: Any) -> None:
         for mode in reversed(self._modes):
             mode.__exit__(*error)
+
+
+class _Warnings(warnings.catch_warnings):
+    """Of torch on a GPU."""
+
+    def __init__(self, found: list[str]) -> None:
+        super().__init__(record=True, action="always")
+        self._found = found
+
+    def __enter__(self) -> None:
+        self._told: Any = super().__enter__()
+        torch.cuda.set_sync_debug_mode("warn")
+
+    def __exit__(self, *error: Any) -> None:
+        torch.cuda.set_sync_debug_mode("default")
+        super().__exit__(*error)
+        self._found += [f"at {one.filename}:{one.lineno}" for one in self._told if "synchroniz" in str(one.message)]
 
 
 class _Operations(TorchDispatchMode):

@@ -1,69 +1,134 @@
-"""Run the lines one after another, print each table, and write what was found as JSON."""
+"""Run the tests of the lines with pytest, print a table of what each line records, and write all of it as JSON."""
 
 import dataclasses
+import io
 import json
 import math
+import os
 import tempfile
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from importlib import import_module
+from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import pytest
 import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from megatron_peft.benchmarks.check_gpu import LINES, function_of
-from megatron_peft.benchmarks.check_gpu.measure import device_answers
-from megatron_peft.benchmarks.check_gpu.subjects import CPU, GPU, TINY, CheckPlace, Sizes
-from megatron_peft.benchmarks.check_gpu.training import record_losses
+from megatron_peft.benchmarks.check_gpu import LINES, SIZES_VARIABLE
+from megatron_peft.benchmarks.check_gpu.subjects import record_losses, save_llama
 from megatron_peft.benchmarks.measure import Figure, print_table
 from megatron_peft.config import ParallelConfig
-from megatron_peft.config.untrusted import read_json_object
-from megatron_peft.runtime.launch import start_model_parallel, start_world, stop
+from megatron_peft.runtime.launch import start_model_parallel, world
 
-LOSSES = Path(__file__).with_name("losses.json")
 PROVES_NOTHING = (
     "There is no GPU here: the same checks run on the CPU at small sizes. This proves nothing about CUDA, only that "
     "the checks themselves work."
 )
+MISSED = "missed: "  # how the failure of a test begins whose figures say what it is; tests/conftest.py
+GONE = "CUDA is gone"
 Verdict = Literal["pass", "FAIL", "error", "not run"]
 
 
-@dataclass(frozen=True)
+@dataclass
 class LineOutcome:
     """What came of a line.
 
     Args:
-        verdict: error: it raised, and `error` says what; not run: CUDA was gone by then.
         seconds: of wall time.
-        figures: all that were measured, also by a line that raised.
+        figures: all that its tests recorded; a test that raised is one that has failed, and its note says why.
+        error: what kept the line from being measured to its end.
     """
 
     name: str
-    verdict: Verdict
     seconds: float = 0.0
-    figures: tuple[Figure, ...] = ()
+    figures: list[Figure] = field(default_factory=list)
     error: str = ""
 
+    @property
+    def verdict(self) -> Verdict:
+        """Not run: CUDA was gone by then."""
+        if self.error:
+            return "not run" if self.error == GONE and not self.figures else "error"
+        return "FAIL" if any(one.reached is False for one in self.figures) else "pass"
 
-def check(names: Sequence[str], output: Path, is_tiny: bool = False) -> bool:
-    """Run these lines in a world of this process alone, print them, and write `output`. Whether all passed."""
-    console = Console()
-    start_world()
-    start_model_parallel(ParallelConfig(), seed=1)
-    is_gpu = torch.cuda.is_available()
+
+class LinesPlugin:
+    """Keeps the tests of these lines, line by line, and what they record in the fixture `figure`.
+
+    A test that records nothing and passes is a figure too. Once the device no longer answers, nothing more is run.
+    """
+
+    def __init__(self, names: Sequence[str], console: Console) -> None:
+        self.outcomes = {name: LineOutcome(name) for name in names}
+        self.console = console
+        self._lines: dict[str, LineOutcome] = {}  # by test
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        """A file that cannot be imported is an error of its lines."""
+        for name, outcome in self.outcomes.items() if report.failed else ():
+            if report.nodeid.endswith(LINES[name].files):
+                outcome.error = report.longreprtext[-400:]
+
+    @pytest.hookimpl(trylast=True)  # after pytest's own choice by marks
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """The tests of these lines, in the order of the lines."""
+        marked = [(mark.args[0], item) for item in items for mark in item.iter_markers("gpu")]
+        items[:] = [item for name in self.outcomes for line, item in marked if line == name]
+        self._lines = {item.nodeid: self.outcomes[line] for line, item in marked if line in self.outcomes}
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+        """Print a line's table after its last test."""
+        done = yield
+        outcome = self._lines[item.nodeid]
+        if not device_answers():
+            outcome.error = item.session.shouldstop = GONE
+        if item.session.shouldstop or nextitem is None or self._lines[nextitem.nodeid] is not outcome:
+            title = f"{outcome.name}: {LINES[outcome.name].title} ({outcome.seconds:.1f} s)"
+            print_table(title, outcome.figures, self.console)
+        return done
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Of the start, the call and the end of a test."""
+        outcome, name = self._lines[report.nodeid], _words(report.nodeid)
+        outcome.seconds += report.duration
+        recorded: list[tuple[str, Any]] = report.user_properties
+        found = [Figure(**told) for kind, told in recorded if kind == "figure" and report.when == "call"]
+        crash: Any = getattr(report.longrepr, "reprcrash", None)
+        why = crash.message if crash else report.longreprtext
+        if report.failed and MISSED not in why:
+            found.append(Figure(name, math.inf, 0.0, note=why[:400]))
+        elif report.passed and report.when == "call" and not found:
+            found.append(Figure(name, 0.0, 0.0, note="passed"))
+        outcome.figures += found
+
+
+def _words(nodeid: str) -> str:
+    """Of a test: `test_a_b[c]` -> `a b: c`"""
+    name, _, parameters = nodeid.rpartition("::test_")[2].partition("[")
+    return ": ".join(filter(None, [name.replace("_", " "), parameters.removesuffix("]")]))
+
+
+def device_answers() -> bool:
+    """After an illegal access every call to CUDA fails, in this process for good."""
+    try:
+        return not torch.cuda.is_available() or torch.cuda.synchronize() is None
+    except RuntimeError:
+        return False
+
+
+def check(root: Path, names: Sequence[str], output: Path, is_tiny: bool = False) -> bool:
+    """Run these lines' tests of the checkout at `root`, print them, and write `output`. Whether all passed."""
+    console, is_gpu = Console(), torch.cuda.is_available()
+    os.environ[SIZES_VARIABLE] = "tiny" if is_tiny else "gpu" if is_gpu else "cpu"
     if not is_gpu:
         console.print(PROVES_NOTHING)
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            recorded: dict[str, Any] = read_json_object(LOSSES)["losses"]
-            outcomes = run_lines(names, CheckPlace(Path(folder), _sizes(is_gpu, is_tiny), recorded), console)
-    finally:
-        stop()
+    files = dict.fromkeys(file for name in names for file in LINES[name].files)
+    outcomes = run_lines(names, root, [str(root / "tests" / file) for file in files], console)
     console.print(_summary(outcomes))
     if not is_gpu:
         console.print(PROVES_NOTHING)
@@ -71,35 +136,19 @@ def check(names: Sequence[str], output: Path, is_tiny: bool = False) -> bool:
     return all(one.verdict == "pass" for one in outcomes)
 
 
-def _sizes(is_gpu: bool, is_tiny: bool) -> Sizes:
-    if is_tiny:
-        return TINY
-    return GPU if is_gpu else CPU
-
-
-def run_lines(names: Sequence[str], place: CheckPlace, console: Console) -> list[LineOutcome]:
-    """Each line in turn. One that fails or raises does not keep the others from running, unless CUDA is gone."""
-    outcomes: list[LineOutcome] = []
-    for name in names:
-        outcome = _run_line(name, place) if device_answers() else LineOutcome(name, "not run", error="CUDA is gone")
-        outcomes.append(outcome)
-        print_table(f"{name}: {LINES[name].title} ({outcome.seconds:.1f} s)", outcome.figures, console)
+def run_lines(names: Sequence[str], root: Path, files: Sequence[str], console: Console) -> list[LineOutcome]:
+    """Each line in turn. One that fails does not keep the others from running, unless CUDA is gone."""
+    plugin = LinesPlugin(names, console)
+    settings = ["--config-file", str(root / "pyproject.toml"), "-o", "addopts=--strict-markers --import-mode=importlib"]
+    unused = [f"no:{name}" for name in ("terminalreporter", "cacheprovider", "unraisableexception")]
+    without = [word for name in unused for word in ("-p", name)]
+    pytest.main(["-m", "gpu", "--continue-on-collection-errors", *settings, *without, *files], plugins=[plugin])
+    for outcome in plugin.outcomes.values():
+        if not outcome.figures:
+            outcome.error = outcome.error or GONE * (not device_answers()) or "none of its tests ran"
         if outcome.error:
-            console.print(f"[red]{name}: {escape(outcome.error)}[/red]")
-    return outcomes
-
-
-def _run_line(name: str, place: CheckPlace) -> LineOutcome:
-    start, figures, error = time.monotonic(), [], ""
-    module = import_module(f"{__package__}.{LINES[name].module}")
-    try:
-        for figure in getattr(module, function_of(name))(place):
-            figures.append(figure)
-    except Exception as raised:  # whatever it is, the other lines have their own say
-        error = f"{type(raised).__name__}: {raised}"
-    missed = any(one.reached is False for one in figures)
-    verdict: Verdict = "error" if error else "FAIL" if missed else "pass"
-    return LineOutcome(name, verdict, time.monotonic() - start, tuple(figures), error)
+            console.print(f"[red]{outcome.name}: {escape(outcome.error)}[/red]")
+    return [*plugin.outcomes.values()]
 
 
 def _summary(outcomes: Sequence[LineOutcome]) -> Table:
@@ -118,25 +167,20 @@ def _summary(outcomes: Sequence[LineOutcome]) -> Table:
 def _write(path: Path, outcomes: Sequence[LineOutcome], is_gpu: bool) -> None:
     """One object: the device, and for each line its verdict, figures and rows."""
     device = torch.cuda.get_device_name(0) if is_gpu else "cpu"
-    lines = [{**dataclasses.asdict(one), "settles": LINES[one.name].settles} for one in outcomes]
-    for line in lines:
-        line["figures"] = [{**one, "measured": _finite(one["measured"])} for one in line["figures"]]
+    lines = []
+    for one in outcomes:
+        of_line = dataclasses.asdict(one)
+        for figure in of_line["figures"]:
+            if not math.isfinite(figure["measured"]):  # JSON has no other numbers
+                figure["measured"] = None
+        lines.append({"name": one.name, "verdict": one.verdict, **of_line, "settles": LINES[one.name].settles})
     found = {"device": device, "proves_something_about_cuda": is_gpu, "lines": lines}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found, indent=2) + "\n")
 
 
-def _finite(number: float) -> float | None:  # JSON has no other numbers
-    return number if math.isfinite(number) else None
-
-
-def record(path: Path = LOSSES) -> None:
-    """Write the CPU's losses anew. Only for a change that is meant to change them."""
-    start_world()
-    start_model_parallel(ParallelConfig(), seed=1)
-    with tempfile.TemporaryDirectory() as folder:
-        losses = record_losses(CheckPlace(Path(folder), CPU))
-    stop()
-    words = "ten losses of the CPU by method: float32, padded; megatron-peft check-gpu --record-losses writes them"
-    rows = ",\n".join(f'    "{method}": {json.dumps(values)}' for method, values in losses.items())
-    path.write_text(f'{{\n  "about": "{words}",\n  "losses": {{\n{rows}\n  }}\n}}\n')
+def record() -> None:
+    """Write the losses of the CPU anew."""
+    with world(), tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):  # a run tells of its start
+        start_model_parallel(ParallelConfig(), seed=1)
+        record_losses(save_llama(Path(folder)))

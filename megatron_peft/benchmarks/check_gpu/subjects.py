@@ -1,10 +1,10 @@
-"""What the lines of check-gpu run on: sizes, random models, samples, and states of runs."""
+"""What the tests of check-gpu run on: sizes, random models, samples, and states of runs."""
 
-import contextlib
-import io
+import json
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_peft.adapters.attach import attach_adapters, start_gradients_at_the_embedding
+from megatron_peft.benchmarks.check_gpu import SIZES_VARIABLE
 from megatron_peft.config import (
     METHODS,
     CheckpointConfig,
@@ -32,10 +33,13 @@ from megatron_peft.models.kernels import Training
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.parallel.layout import generator_for
 from megatron_peft.runtime.launch import seed_generators
+from megatron_peft.runtime.precision import full_precision
 from megatron_peft.training.run import build_state
 from megatron_peft.training.state import TrainingState, start_state
+from megatron_peft.training.step import train_step
 
 SEED = 1234
+LOSSES = Path(__file__).with_name("losses.json")
 NUM_STEPS = 10
 FULL_RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 ADAPTERS = tuple(name for name, spec in METHODS.items() if spec.adapter)
@@ -101,45 +105,27 @@ class Sizes:
 # A rank of Llama-3.1-405B at TP8: 128 heads, 8 groups of keys and 53,248 features of the MLP, divided by 8.
 SHARD_405B = shape_of_llama(16384, 53248 // 8, 128 // 8, 1, 128)
 LLAMA_1B = replace(shape_of_llama(2048, 8192, 32, 8, 64, layers=16, vocab=128256), tied_embeddings=True)
-GPU = Sizes(
-    ADAPTERS, shape_of_llama(1024, 2048, 8, 2, 128), 512, SHARD_405B, (4096, 512), LLAMA_1B, 4096, (256, 1024, 4096), 10
-)
-_SMALL = shape_of_llama(256, 512, 4, 2, 64)
-CPU = Sizes(ADAPTERS, _SMALL, 64, _SMALL, (64, 16), replace(_SMALL, num_layers=2), 128, (256, 1024), 3)
-_TINY = shape_of_llama(64, 64, 2, 1, 32)
-TINY = Sizes(("lora", "hybrid"), _TINY, 16, _TINY, (8,), _TINY, 16, (64,), 1, loss_steps=3, num_variants=1)
+_LAYER = shape_of_llama(1024, 2048, 8, 2, 128)
+_SMALL, _TINY = shape_of_llama(256, 512, 4, 2, 64), shape_of_llama(64, 64, 2, 1, 32)
+SIZES = {
+    "gpu": Sizes(ADAPTERS, _LAYER, 512, SHARD_405B, (4096, 512), LLAMA_1B, 4096, (256, 1024, 4096), 10),
+    "cpu": Sizes(ADAPTERS, _SMALL, 64, _SMALL, (64, 16), replace(_SMALL, num_layers=2), 128, (256, 1024), 3),
+    "tiny": Sizes(("lora", "hybrid"), _TINY, 16, _TINY, (8,), _TINY, 16, (64,), 1, loss_steps=3, num_variants=1),
+}
 
 
-@dataclass(frozen=True)
-class CheckPlace:
-    """Where a line runs.
-
-    Args:
-        folder: for models and checkpoints; empty at the start.
-        sizes: of the subjects.
-        recorded: ten losses of the CPU by method; empty while they are recorded.
-    """
-
-    folder: Path
-    sizes: Sizes
-    recorded: dict[str, list[float]] = field(default_factory=dict)
-
-    @property
-    def device(self) -> torch.device:
-        """Where models lie: the GPU, or the CPU without one."""
-        return torch.device(torch.cuda.current_device())
-
-    @property
-    def llama(self) -> Path:
-        """A Hugging Face folder of the two-layer Llama; written once."""
-        folder = self.folder / "llama"
-        if not folder.exists():
-            _save_llama(folder)
-        return folder
+def chosen_sizes() -> Sizes:
+    """Those that check-gpu has asked for, and the tiny ones in the rest of the tests."""
+    return SIZES[os.environ.get(SIZES_VARIABLE, "tiny")]
 
 
-def _save_llama(folder: Path) -> None:
-    """Each tensor from a generator of its own name: neither transformers' version nor the device changes a number."""
+def device() -> torch.device:
+    """Where models lie: the GPU, or the CPU without one."""
+    return torch.device(torch.cuda.current_device())
+
+
+def save_llama(folder: Path) -> str:
+    """Its folder; tensors from generators of their own names, so no version and no device changes a number."""
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
@@ -149,11 +135,7 @@ def _save_llama(folder: Path) -> None:
         drawn = torch.randn(parameter.shape, generator=generator_for(SEED, name), device="cpu")
         parameter.data.copy_(1 + 0.1 * drawn if "norm" in name else 0.08 * drawn)
     model.save_pretrained(folder)
-
-
-def peft_of(method: str, **changes: Any) -> PeftConfig:
-    """The method's numbers; groups of rotated features fit into heads of 32."""
-    return PeftConfig(method=method, urnn_block_size=32, lora_ga_batches=1, **changes)
+    return str(folder)
 
 
 def run_config(base: str, method: str, **groups: Any) -> RunConfig:
@@ -167,7 +149,8 @@ def run_config(base: str, method: str, **groups: Any) -> RunConfig:
     return RunConfig(
         parallel=ParallelConfig(),
         model=ModelConfig(base, transformer=groups.get("transformer", {}), **groups.get("model", {})),
-        peft=peft_of(method, **groups.get("peft", {})),
+        # Groups of rotated features fit into heads of 32.
+        peft=PeftConfig(method=method, urnn_block_size=32, lora_ga_batches=1, **groups.get("peft", {})),
         data=DataConfig(("random.jsonl",), seq_length=256, **groups.get("data", {})),  # never opened
         training=TrainingConfig(**{**sizes, **groups.get("training", {})}),
         optimizer=OptimizerSettings(lr=5e-3, lr_decay_style="constant"),
@@ -194,13 +177,28 @@ def microbatches(packed: bool = False) -> list[Microbatch]:
     return [collate([[first], [second]], 1, 0) for first, second in (samples[:2], samples[2:])]
 
 
-def state_of(place: CheckPlace, method: str, **groups: Any) -> TrainingState:
-    """A run of the two-layer Llama at its start, as pretrain_peft.py makes it; see `run_config` for `groups`."""
-    config = run_config(str(place.llama), method, **groups)
+@full_precision
+def state_of(base: str, method: str, **groups: Any) -> TrainingState:
+    """A run of the two-layer Llama at its start, as pretrain_peft.py makes it; see `run_config` for the arguments."""
+    config = run_config(base, method, **groups)
     seed_generators(SEED)
     start = [microbatches()] if config.peft.spec.starts_from_gradients else []
-    with quiet():
-        return build_state(config, read_shape(str(place.llama)), NUM_STEPS, start)
+    return build_state(config, read_shape(base), NUM_STEPS, start)
+
+
+@full_precision
+def losses_of(state: TrainingState, num_steps: int, packed: bool = False) -> list[float]:
+    """Of so many steps on the same microbatches."""
+    return [train_step(state, microbatches(packed)).loss for _ in range(num_steps)]
+
+
+def record_losses(base: str, path: Path = LOSSES) -> None:
+    """Write the CPU's losses anew. Only for a change that is meant to change them."""
+    local = {"transformer_impl": "local"}
+    rows = [f'    "{name}": {json.dumps(losses_of(state_of(base, name, model=local), NUM_STEPS))}' for name in ADAPTERS]
+    words = "ten losses of the CPU by method: float32, padded; megatron-peft check-gpu --record-losses writes them"
+    losses = ",\n".join(rows)
+    path.write_text(f'{{\n  "about": "{words}",\n  "losses": {{\n{losses}\n  }}\n}}\n')
 
 
 def random_state(shape: ModelShape, method: str | None, **groups: Any) -> TrainingState:
@@ -245,10 +243,3 @@ def largest_relative(found: Sequence[float], expected: Sequence[float]) -> float
 def _number(difference: float) -> float:
     """max() would pass over a NaN that is not its first argument."""
     return math.inf if math.isnan(difference) else difference
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without what a run prints at its start."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        yield

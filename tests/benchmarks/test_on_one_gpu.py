@@ -1,0 +1,173 @@
+"""What check-gpu alone asks: what is installed, memory beside the plan, times and kernels. A CPU shows that it can."""
+
+import gc
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from megatron_peft.adapters.step import AdaptersStep
+from megatron_peft.adapters.urnn import DENSE_UP_TO
+from megatron_peft.benchmarks.check_gpu import versions
+from megatron_peft.benchmarks.check_gpu.speed import (
+    added_kernels,
+    busy_share,
+    kernels_of,
+    microbatch_step,
+    milliseconds,
+)
+from megatron_peft.benchmarks.check_gpu.subjects import (
+    FULL_RECOMPUTE,
+    chosen_sizes,
+    device,
+    random_microbatch,
+    random_state,
+)
+from megatron_peft.benchmarks.layers import NUM_FEATURES, crossover_steps
+from megatron_peft.benchmarks.measure import MIB
+from megatron_peft.rehearsal.asked import Lengths, RankToRehearse
+from megatron_peft.rehearsal.rehearsal import rehearse
+from megatron_peft.training.metrics import memory_bytes
+from megatron_peft.training.speed import ModelFlops
+from megatron_peft.training.step import train_step
+from tests.adapters.test_operation_counts import A_MICROBATCH
+from tests.one_rank import one_rank
+
+SIZES = chosen_sizes()
+PLAN_MAY_MISS = 0.05  # workspaces of products and attention are not in it
+ONE_ROW = {"micro_batch_size": 1, "global_batch_size": 1}
+by_method = pytest.mark.parametrize("method", SIZES.methods)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def world() -> Iterator[None]:
+    with one_rank():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def released(world: None) -> None:
+    release_memory()
+
+
+def release_memory() -> None:
+    """What earlier subjects held, so that a large one fits."""
+    if torch.cuda.is_available():
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+@pytest.mark.gpu("versions")
+@pytest.mark.parametrize("told", [versions.installed, versions.driver, versions.nccl_libraries])
+def test_what_is_installed(figure, told):
+    for one in told():
+        figure(**vars(one))
+
+
+@pytest.mark.gpu("memory")
+@pytest.mark.slow
+@by_method
+def test_planned_peak(figure, method):
+    """That of the allocator over a second step; without a GPU, the planned one alone."""
+    before, tokens = torch.cuda.memory_allocated(), SIZES.model_tokens
+    as_rehearsed = {"bf16": True, "transformer_impl": "local"}
+    state = random_state(SIZES.model, method, model=as_rehearsed, training=ONE_ROW)
+    batch = [random_microbatch(state.shape, tokens)]
+    [record] = rehearse([RankToRehearse(state.config, state.shape, 0, 1, (Lengths(1, tokens),), ())])
+    planned = record.peak("step")
+    train_step(state, batch)
+    if not torch.cuda.is_available():
+        figure(f"{method}: planned peak", planned / MIB, unit="MiB")
+        return
+    torch.cuda.reset_peak_memory_stats()
+    train_step(state, batch)
+    measured = torch.cuda.max_memory_allocated() - before
+    note = f"{measured / 2**30:.2f} GiB measured, {planned / 2**30:.2f} GiB planned"
+    figure(f"{method}: measured / planned peak, less 1", abs(measured / planned - 1), PLAN_MAY_MISS, note=note)
+
+
+@pytest.mark.gpu("memory")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CPU reserves nothing")
+def test_memory_that_stays_reserved(figure):
+    level_0, level_2 = reserved_after_a_step(0), reserved_after_a_step(2)
+    note = f"{level_2 / MIB:,.0f} and {level_0 / MIB:,.0f} MiB"
+    figure("reserved after a step with level 2 / level 0", level_2 / level_0, 1.0, note=note)
+
+
+def reserved_after_a_step(level: int) -> int:
+    """Bytes, with --empty-unused-memory-level."""
+    release_memory()
+    state = random_state(SIZES.shard, "lora", training={**ONE_ROW, "empty_unused_memory_level": level})
+    train_step(state, [random_microbatch(state.shape, SIZES.model_tokens)])
+    return torch.cuda.memory_reserved()
+
+
+@pytest.fixture(scope="module")
+def of_frozen_layer() -> dict[int, int]:
+    """Its kernels, by number of tokens."""
+    return {}
+
+
+@pytest.mark.gpu("layer-time")
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [None, *SIZES.methods])
+@pytest.mark.parametrize("tokens", SIZES.shard_tokens)
+def test_time_of_a_layer(figure, of_frozen_layer, method, tokens):
+    """Forward and backward of a frozen layer, which comes first, and of each method's."""
+    name = f"{method or 'frozen'}, {tokens:,} tokens"
+    step = microbatch_step(random_state(SIZES.shard, method), tokens)
+    figure(f"{name}: forward and backward", milliseconds(step, SIZES.turns), unit="ms")
+    kernels = kernels_of(step)
+    figure(f"{name}: kernels", len(kernels))
+    figure(f"{name}: share of the time in which the device is busy", busy_share(kernels))
+    if method is None:
+        of_frozen_layer[tokens] = len(kernels)
+    elif tokens in of_frozen_layer:
+        forward, backward, _ = A_MICROBATCH.get(method.removesuffix("-ga"), (None, None, None))
+        operations = forward and forward + backward
+        added = len(kernels) - of_frozen_layer[tokens]
+        figure(**vars(added_kernels(f"{name}: kernels beyond the frozen layer's", added, operations)))
+
+
+@pytest.mark.gpu("rotations-time")
+@pytest.mark.slow
+@by_method
+def test_time_of_the_blocks_of_a_layers_rotations(figure, method):
+    state = random_state(SIZES.shard, method)
+    step = AdaptersStep(state.model_chunks)
+    if not step.layers:
+        pytest.skip("a method without rotations")
+
+    def begin_and_finish() -> None:
+        step.begin()
+        step.finish(state.model_chunks)
+
+    taken = milliseconds(begin_and_finish, SIZES.turns)
+    note = f"{len(kernels_of(begin_and_finish))} kernels, once a step"
+    figure(f"{method}: blocks of a layer and their gradients", taken, unit="ms", note=note)
+
+
+@pytest.mark.gpu("rotations-time")
+@pytest.mark.slow
+@pytest.mark.parametrize("group", SIZES.groups)
+def test_time_of_urnn_by_fourier_transforms_and_by_blocks(figure, group):
+    features = max(group, NUM_FEATURES if device().type == "cuda" else NUM_FEATURES // 16)
+    taken = {way: milliseconds(step, SIZES.turns) for way, step in crossover_steps(group, features).items()}
+    note = f"blocks {taken['dense']:.3f} ms; Fourier {taken['fourier']:.3f} ms; blocks are used up to {DENSE_UP_TO}"
+    figure(f"uRNN, groups of {group}: Fourier / blocks", taken["fourier"] / taken["dense"], note=note)
+
+
+@pytest.mark.gpu("model-speed")
+@pytest.mark.slow
+@pytest.mark.parametrize(("way", "transformer"), {"kept": {}, "recomputed": FULL_RECOMPUTE}.items())
+def test_speed_of_lora(figure, way, transformer):
+    """A step in bf16; recomputed activations are no operations of the model."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    state = random_state(SIZES.model, "lora", transformer=transformer, training=ONE_ROW)
+    batch = [random_microbatch(state.shape, SIZES.model_tokens)]
+    taken = milliseconds(lambda: train_step(state, batch), SIZES.turns)
+    flops = ModelFlops.of(state.shape, is_frozen=True).count(SIZES.model_tokens, batch[0].num_pairs)
+    rate, peak = 1000 * SIZES.model_tokens / taken, memory_bytes()[1] / 2**30
+    note = f"{taken:.1f} ms a step, {rate:,.0f} tokens/s, peak {peak:.1f} GiB"
+    figure(f"LoRA, {way} activations", flops / taken / 1e9, unit="TFLOP/s", note=note)
