@@ -5,11 +5,11 @@ runs the real schedule of a stage with the run's true number of microbatches, an
 the recorded one is put. Ranks of a stage differ in nothing but their numbers.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_peft.config import ParallelConfig
-from megatron_peft.rehearsal.record import MESSAGES, Call, Entry, Mark, RankRecord, Wait
+from megatron_peft.rehearsal.record import MESSAGES, Call, EarlyUse, Entry, Mark, RankRecord, Wait
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,7 @@ class RankGrid:
     def group(self, axis: str, rank: int) -> tuple[int, ...]:
         """The ranks of the group of this name (`recording.group_names`) that holds `rank`, in its order."""
         tensor, data, stage = self.place(rank)
-        every_tensor, every_stage = range(self.tensor), range(self.pipeline)
-        every_data = range(self.data)
+        every_tensor, every_data, every_stage = range(self.tensor), range(self.data), range(self.pipeline)
         match axis.removesuffix(" with context"):
             case "tensor":
                 places = [(t, data, stage) for t in every_tensor]
@@ -94,7 +93,7 @@ class StageProgram:
         group = grid.group(call.axis, rank)
         if call.peer is None:
             return replace(call, group=group)
-        if call.operation not in ("send", "recv"):
+        if call.operation not in MESSAGES:
             return replace(call, group=group, peer=group[call.group.index(call.peer)])
         tensor, data, _ = grid.place(rank)
         return replace(call, group=group, peer=grid.rank(tensor, data, self.grid.place(call.peer)[2]))
@@ -106,70 +105,61 @@ def program_of_stage(
     """The program of a stage, from the record of a rank of it, or of a stage that holds the same kinds of layers.
 
     Args:
-        schedule: marks and messages of the stage, as `stage_schedule.schedule_of_stage` gives them; peers are stages.
+        schedule: marks and messages of the stage, as `stage_schedule.schedules_of_stages` gives them; peers are stages.
     """
     messages = {call.operation: call for call in record.calls if call.operation in MESSAGES and call.dtype != "int64"}
-    recorded, program = _Recorded(record), _Program()
+    parts, program = _parts(record), _Program()
     tensor, data, _ = grid.place(record.rank)
-    program.paste(recorded.parts["begin"])
-    for entry in schedule:
+    program.paste(parts["begin", None, 0])
+    for number, entry in _with_numbers(schedule):
         if isinstance(entry, Call):
             assert entry.peer is not None
+            like = entry if entry.dtype == "int64" else messages[entry.operation]  # such a message tells a shape
             peer = grid.rank(tensor, data, entry.peer)
-            tells_shape = entry.dtype == "int64"
-            like = entry if tells_shape else messages[entry.operation]
-            program.add_message(replace(entry, peer=peer, shapes=like.shapes, dtype=like.dtype))
-        elif isinstance(entry, Wait):
-            program.wait_for_message(entry.call)
-        elif isinstance(entry, Mark):
-            program.add(entry)
-            if entry.phase in ("forward", "backward"):
-                program.paste(recorded.microbatch(entry, num_microbatches))
-            elif entry.phase == "finish":
-                program.paste(recorded.parts["finish"])
+            entry = replace(entry, peer=peer, shapes=like.shapes, dtype=like.dtype)
+        program.add(entry, ("of the schedule", number))
+        if isinstance(entry, Mark) and entry.phase in ("forward", "backward"):
+            like = _recorded_microbatch(entry.microbatch or 0, num_microbatches, record.num_microbatches)
+            program.paste(parts[entry.phase, like, entry.chunk])
+        elif isinstance(entry, Mark) and entry.phase == "finish":
+            program.paste(parts["finish", None, 0])
     program.add(Mark("update"))
-    program.paste(recorded.parts["update"])
+    program.paste(parts["update", None, 0])
     own_rank = grid.rank(tensor, data, stage)
     return StageProgram(
         grid, own_rank, tuple(StageProgram(grid, record.rank, tuple(program.entries)).of_rank(own_rank))
     )
 
 
-@dataclass
-class _Numbered:
-    """A recorded entry; `call`: its number among the recorded calls, if it is one."""
+def _recorded_microbatch(number: int, of: int, num_recorded: int) -> int:
+    """The recorded microbatch that is like number `number` of `of`: the first, the last, or one between."""
+    if of == num_recorded or number == 0:
+        return number
+    return num_recorded - 1 if number == of - 1 else num_recorded // 2
 
-    entry: Entry
-    call: int | None = None
+
+_Numbered = tuple[int, Entry]  # of a call its number; of what names a call, that call's
 
 
-class _Recorded:
-    """A record, cut at its marks."""
+def _with_numbers(entries: Iterable[Entry]) -> Iterator[_Numbered]:
+    num_calls = 0
+    for entry in entries:
+        yield entry.call if isinstance(entry, Wait | EarlyUse) else num_calls, entry
+        num_calls += isinstance(entry, Call)
 
-    def __init__(self, record: RankRecord) -> None:
-        self.num_microbatches = record.num_microbatches
-        self.parts: dict[str, list[_Numbered]] = {"begin": [], "finish": [], "update": []}
-        self._of: dict[tuple[str, int | None, int], list[_Numbered]] = {}
-        part, num_calls = self.parts["begin"], 0
-        for entry in record.entries:
-            if isinstance(entry, Mark):
-                if entry.phase in ("forward", "backward"):
-                    part = self._of.setdefault((entry.phase, entry.microbatch, entry.chunk), [])
-                else:
-                    part = self.parts.get(entry.phase, [])  # messages of the schedule are made anew
-                continue
-            is_call = isinstance(entry, Call)
-            if part is self.parts["begin"] and isinstance(entry, Call) and entry.operation in ("send", "recv"):
-                part = []  # the schedule has begun
-            part.append(_Numbered(entry, num_calls if is_call else None))
-            num_calls += is_call
 
-    def microbatch(self, mark: Mark, of: int) -> list[_Numbered]:
-        """The recorded microbatch that is like `mark.microbatch` of `of`: the first, the last, or one between."""
-        number = mark.microbatch or 0
-        if of != self.num_microbatches:
-            number = 0 if number == 0 else self.num_microbatches - 1 if number == of - 1 else self.num_microbatches // 2
-        return self._of[mark.phase, number, mark.chunk]
+def _parts(record: RankRecord) -> dict[tuple[str, int | None, int], list[_Numbered]]:
+    """A record, cut at its marks: phase, microbatch, chunk -> its entries. The schedule's own are made anew."""
+    part: list[_Numbered] = []
+    found: dict[tuple[str, int | None, int], list[_Numbered]] = {("begin", None, 0): part}
+    for number, entry in _with_numbers(record.entries):
+        if isinstance(entry, Mark):
+            part = found.setdefault((entry.phase, entry.microbatch, entry.chunk), [])
+            continue
+        if part is found["begin", None, 0] and isinstance(entry, Call) and entry.operation in MESSAGES:
+            part = []  # the schedule has begun
+        part.append((number, entry))
+    return found
 
 
 class _Program:
@@ -178,46 +168,21 @@ class _Program:
     def __init__(self) -> None:
         self.entries: list[Entry] = []
         self._num_calls = 0
-        self._recorded: dict[int, int] = {}  # number of a recorded call -> of its latest copy here
-        self._messages: list[int] = []
+        self._numbers: dict[Hashable, int] = {}  # of a call's latest copy here
 
-    def add(self, entry: Entry) -> None:
+    def add(self, entry: Entry, key: Hashable = None) -> None:
+        """`key`: what names the call, or the call of a wait. A wait for a call of an earlier step is left out."""
+        if isinstance(entry, Wait | EarlyUse):
+            self.entries += [type(entry)(self._numbers[key])] if key in self._numbers else []
+            return
         self.entries.append(entry)
-        self._num_calls += isinstance(entry, Call)
+        if isinstance(entry, Call):
+            self._numbers[key] = self._num_calls
+            self._num_calls += 1
 
     def paste(self, part: Iterable[_Numbered]) -> None:
-        for one in part:
-            if isinstance(one.entry, Wait):
-                if one.entry.call in self._recorded:  # else it is for a call of an earlier step
-                    self.add(Wait(self._recorded[one.entry.call]))
-                continue
-            if one.call is not None:
-                self._recorded[one.call] = self._num_calls
-            self.add(one.entry)
-
-    def add_message(self, call: Call) -> None:
-        self._messages.append(self._num_calls)
-        self.add(call)
-
-    def wait_for_message(self, number: int) -> None:
-        self.add(Wait(self._messages[number]))
-
-
-@dataclass(frozen=True)
-class RankProgram:
-    """The entries of a rank, made each time that they are gone through: those of all ranks at once fill gigabytes.
-
-    Args:
-        stage: the program of its stage.
-        rank, grid: it, and the world that it is of, which may have another number of replicas than the stage's own.
-    """
-
-    stage: StageProgram
-    rank: int
-    grid: RankGrid
-
-    def __iter__(self) -> Iterator[Entry]:
-        return self.stage.of_rank(self.rank, self.grid)
+        for number, entry in part:
+            self.add(entry, ("recorded", number))
 
 
 def renumbered(entries: Iterable[Entry], numbers: Mapping[int, int]) -> Iterator[Entry]:
@@ -229,6 +194,9 @@ def renumbered(entries: Iterable[Entry], numbers: Mapping[int, int]) -> Iterator
         yield entry
 
 
-def programs_of_ranks(stages: Sequence[StageProgram], grid: RankGrid) -> dict[int, RankProgram]:
-    """The entries of every rank of `grid`, which may have another number of replicas than the programs' own."""
-    return {rank: RankProgram(stages[grid.place(rank)[2]], rank, grid) for rank in range(grid.size)}
+def programs_of_ranks(stages: Sequence[StageProgram], grid: RankGrid) -> dict[int, Iterator[Entry]]:
+    """The entries of every rank of `grid`, which may have another number of replicas than the programs' own.
+
+    They are made while they are gone through: those of all ranks at once fill gigabytes.
+    """
+    return {rank: stages[grid.place(rank)[2]].of_rank(rank, grid) for rank in range(grid.size)}

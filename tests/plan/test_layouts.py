@@ -15,8 +15,8 @@ from megatron_peft.plan.cluster import read_cluster
 from megatron_peft.plan.layouts import FittedLayout, fit, fit_tables
 from megatron_peft.plan.pace import Pace, time_table
 from megatron_peft.plan.pipeline import estimated_time
-from megatron_peft.plan.recorded_layers import RecordedStep, Turn, chunks_of_stages, total, turns
-from megatron_peft.rehearsal.asked import LayersToRecord, recorded_alike
+from megatron_peft.plan.recorded_layers import RecordedStep, Turn, total, turns
+from megatron_peft.rehearsal.asked import LayersToRecord, chunks_of_stages, recorded_alike
 from megatron_peft.training.speed import ModelFlops
 from tests.plan.recorded import recorded, step_of
 from tools.published import FULL_RECOMPUTE, LLAMA_8B, LLAMA_70B, LLAMA_405B, made_up_run, published, run_of

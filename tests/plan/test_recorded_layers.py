@@ -13,9 +13,9 @@ from megatron_peft.plan.pipeline import _program, estimated_time
 from megatron_peft.plan.recorded_layers import total
 from megatron_peft.plan.timing import step_time
 from megatron_peft.rehearsal.asked import LayersToRecord, Lengths, RankToRehearse
-from megatron_peft.rehearsal.record import Call, Computation, Entry, Mark, Parameters, Product, RankRecord, Wait
+from megatron_peft.rehearsal.record import Call, Computation, Entry, Mark, Parameters, RankRecord, Wait
 from megatron_peft.rehearsal.rehearsal import rehearse, rehearse_run
-from tests.plan.recorded import step_of
+from tests.plan.recorded import products, step_of
 from tools.headlines import MODELS
 from tools.published import FULL_RECOMPUTE, LLAMA_8B, LLAMA_405B, made_up_run
 
@@ -74,14 +74,6 @@ def part(entries: Iterable[Entry], phase: str) -> list[Entry]:
         elif is_inside:
             found.append(entry)
     return found
-
-
-def products(entries: Sequence[Entry]) -> Counter[Product]:
-    counted: Counter[Product] = Counter()
-    for entry in entries:
-        if isinstance(entry, Computation):
-            counted.update(entry.products)
-    return counted
 
 
 def other_work(entries: Sequence[Entry]) -> tuple[int, int]:
