@@ -226,7 +226,8 @@ def _in_processes(
                 sender.close()
                 running[receiver] = part, process
                 continue
-            for receiver in wait([*running]):
+            answered: list[Any] = wait([*running])
+            for receiver in answered:
                 part, process = running.pop(receiver)
                 try:
                     answers[part], error = receiver.recv()
