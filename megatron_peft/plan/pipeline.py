@@ -212,7 +212,7 @@ class _Program:
         if step.is_full and step.shape.tied_embeddings and step.pp > 1 and self.stage in (0, step.pp - 1):
             ends = (step.rank(0), step.rank(step.pp - 1))
             yield from self.collective("all_reduce", "embedding", ends, step.num_embedded, "float32")
-        yield from self.collective("broadcast", "pipeline", step.pipeline_group, 1, "int32")
+        yield from self.collective("broadcast", "pipeline", step.grid.ranks([0], [0], range(step.pp)), 1, "int32")
         yield from self.collective("all_reduce", "data", group, 1, "int32")
         yield Computation(num_bytes=8 * trained, num_kernels=4 * len(self.chunks))
         yield from self.collective("all_reduce", "tensor", step.tensor_group(self.stage), whole.partial, "float32")

@@ -24,8 +24,8 @@ from megatron_peft.rehearsal.record import (
     RecordedLayers,
     RecordedPass,
     Segment,
-    Wait,
 )
+from megatron_peft.rehearsal.schedule import Program, RankGrid, with_numbers
 
 Pass = Literal["forward", "backward"]
 
@@ -78,8 +78,8 @@ class RecordedStep:
     def __init__(self, run: RunConfig, shape: ModelShape, layers: RecordedLayers) -> None:
         self.run, self.shape, self.layers = run, shape, layers
         parallel = run.parallel
-        self.t, self.pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-        self.dp = parallel.data_parallel_size
+        self.grid = RankGrid.of(parallel)
+        self.t, self.dp, self.pp = self.grid.tensor, self.grid.data, self.grid.pipeline
         self.dtype = "bfloat16" if run.model.bf16 else "float32"
         self.item, self.h = ITEM_BYTES[self.dtype], shape.hidden_size
         tokens = run.data.seq_length * run.training.micro_batch_size
@@ -95,20 +95,15 @@ class RecordedStep:
 
     def rank(self, stage: int) -> int:
         """The global rank of the first one of its tensor- and data-parallel groups."""
-        return stage * self.t * self.dp
+        return self.grid.rank(0, 0, stage)
 
     def tensor_group(self, stage: int) -> tuple[int, ...]:
         """Its tensor-parallel ranks."""
-        return tuple(range(self.rank(stage), self.rank(stage) + self.t))
+        return self.grid.ranks(range(self.t), [0], [stage])
 
     def data_group(self, stage: int) -> tuple[int, ...]:
         """Its replicas."""
-        return tuple(range(self.rank(stage), self.rank(stage) + self.t * self.dp, self.t))
-
-    @property
-    def pipeline_group(self) -> tuple[int, ...]:
-        """One rank of each stage."""
-        return tuple(self.rank(stage) for stage in range(self.pp))
+        return self.grid.ranks([0], range(self.dp), [stage])
 
     def segments(self, chunk: Chunk) -> tuple[Segment, ...]:
         """What a chunk consists of, in the order of its forward."""
@@ -125,19 +120,10 @@ class RecordedStep:
 
     def entries(self, phase: Pass, chunk: Chunk, stage: int) -> tuple[Entry, ...]:
         """A pass of one microbatch through a chunk, with the calls of the tensor-parallel ranks."""
-        group, num_calls = self.tensor_group(stage), 0
-        joined: list[Entry] = []
+        program, group = Program(), self.tensor_group(stage)
         for one in self.passes_of(phase, chunk):
-            before = num_calls
-            for entry in one.entries:
-                if isinstance(entry, Wait):
-                    joined.append(Wait(entry.call + before))
-                elif isinstance(entry, Call):
-                    joined.append(replace(entry, group=group))
-                    num_calls += 1
-                else:
-                    joined.append(entry)
-        return tuple(joined)
+            program.paste(with_numbers(one.entries))
+        return tuple(replace(entry, group=group) if isinstance(entry, Call) else entry for entry in program.entries)
 
     def parameters(self, chunks: Sequence[Chunk]) -> Parameters:
         """Those of chunks of one rank."""

@@ -7,6 +7,8 @@ the recorded one is put. Ranks of a stage differ in nothing but their numbers.
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import product
 
 from megatron_peft.config import ParallelConfig
 from megatron_peft.rehearsal.record import MESSAGES, Call, EarlyUse, Entry, Mark, RankRecord, Wait
@@ -14,7 +16,7 @@ from megatron_peft.rehearsal.record import MESSAGES, Call, EarlyUse, Entry, Mark
 
 @dataclass(frozen=True)
 class RankGrid:
-    """Which ranks a group of megatron-core's holds: tensor-parallel ranks are neighbors, stages lie farthest apart."""
+    """How megatron-core numbers ranks: tensor-parallel ones are neighbors, stages lie farthest apart."""
 
     tensor: int
     data: int
@@ -40,28 +42,9 @@ class RankGrid:
         """(tensor, data, stage)"""
         return rank % self.tensor, rank // self.tensor % self.data, rank // (self.tensor * self.data)
 
-    def group(self, axis: str, rank: int) -> tuple[int, ...]:
-        """The ranks of the group of this name (`recording.group_names`) that holds `rank`, in its order."""
-        tensor, data, stage = self.place(rank)
-        every_tensor, every_data, every_stage = range(self.tensor), range(self.data), range(self.pipeline)
-        match axis.removesuffix(" with context"):
-            case "tensor":
-                places = [(t, data, stage) for t in every_tensor]
-            case "data" | "data of an optimizer instance":
-                places = [(tensor, d, stage) for d in every_data]
-            case "pipeline":
-                places = [(tensor, data, p) for p in every_stage]
-            case "model":
-                places = [(t, data, p) for p in every_stage for t in every_tensor]
-            case "tensor and data":
-                places = [(t, d, stage) for d in every_data for t in every_tensor]
-            case "embedding":
-                places = [(tensor, data, p) for p in dict.fromkeys((0, self.pipeline - 1))]
-            case "world" | "optimizer instance":
-                places = [self.place(one) for one in range(self.size)]
-            case _:
-                raise KeyError(axis)
-        return tuple(self.rank(*place) for place in places)
+    def ranks(self, tensor: Iterable[int], data: Iterable[int], stages: Iterable[int]) -> tuple[int, ...]:
+        """The global ranks of these tensor- and data-parallel ones of these stages, in the order of their numbers."""
+        return tuple(self.rank(*place[::-1]) for place in product(stages, data, tensor))
 
 
 @dataclass(frozen=True)
@@ -90,13 +73,22 @@ class StageProgram:
                 yield entry
 
     def _moved(self, call: Call, rank: int, grid: RankGrid) -> Call:
-        group = grid.group(call.axis, rank)
+        # Along an axis a group holds the places that it held, and all replicas; elsewhere it is where the rank is.
+        tensor, data, _ = own = grid.place(rank)
+        recorded = _places(self.grid, call.group)
+        along = [places if len(places) > 1 else [here] for places, here in zip(recorded, own, strict=True)]
+        group = grid.ranks(along[0], range(grid.data) if len(along[1]) > 1 else along[1], along[2])
         if call.peer is None:
             return replace(call, group=group)
         if call.operation not in MESSAGES:
             return replace(call, group=group, peer=group[call.group.index(call.peer)])
-        tensor, data, _ = grid.place(rank)
         return replace(call, group=group, peer=grid.rank(tensor, data, self.grid.place(call.peer)[2]))
+
+
+@lru_cache(maxsize=1000)
+def _places(grid: RankGrid, group: Sequence[int]) -> list[list[int]]:
+    """Of a group's ranks on each of the three axes, ascending."""
+    return [sorted({*places}) for places in zip(*map(grid.place, group), strict=True)]
 
 
 def program_of_stage(
@@ -108,19 +100,20 @@ def program_of_stage(
         schedule: marks and messages of the stage, as `stage_schedule.schedules_of_stages` gives them; peers are stages.
     """
     messages = {call.operation: call for call in record.calls if call.operation in MESSAGES and call.dtype != "int64"}
-    parts, program = _parts(record), _Program()
-    tensor, data, _ = grid.place(record.rank)
+    parts, program = _parts(record), Program()
+    (tensor, data, _), whole = grid.place(record.rank), tuple(range(grid.size))
     program.paste(parts["begin", None, 0])
-    for number, entry in _with_numbers(schedule):
+    for number, entry in with_numbers(schedule):
         if isinstance(entry, Call):
             assert entry.peer is not None
             like = entry if entry.dtype == "int64" else messages[entry.operation]  # such a message tells a shape
+            group = whole if entry.axis == "world" else grid.ranks([tensor], [data], range(grid.pipeline))
             peer = grid.rank(tensor, data, entry.peer)
-            entry = replace(entry, peer=peer, shapes=like.shapes, dtype=like.dtype)
+            entry = replace(entry, group=group, peer=peer, shapes=like.shapes, dtype=like.dtype)
         program.add(entry, ("of the schedule", number))
         if isinstance(entry, Mark) and entry.phase in ("forward", "backward"):
-            like = _recorded_microbatch(entry.microbatch or 0, num_microbatches, record.num_microbatches)
-            program.paste(parts[entry.phase, like, entry.chunk])
+            recorded = _recorded_microbatch(entry.microbatch or 0, num_microbatches, record.num_microbatches)
+            program.paste(parts[entry.phase, recorded, entry.chunk])
         elif isinstance(entry, Mark) and entry.phase == "finish":
             program.paste(parts["finish", None, 0])
     program.add(Mark("update"))
@@ -138,21 +131,22 @@ def _recorded_microbatch(number: int, of: int, num_recorded: int) -> int:
     return num_recorded - 1 if number == of - 1 else num_recorded // 2
 
 
-_Numbered = tuple[int, Entry]  # of a call its number; of what names a call, that call's
+Numbered = tuple[int, Entry]  # of a call its number; of what names a call, that call's
 
 
-def _with_numbers(entries: Iterable[Entry]) -> Iterator[_Numbered]:
+def with_numbers(entries: Iterable[Entry]) -> Iterator[Numbered]:
+    """Counted from 0."""
     num_calls = 0
     for entry in entries:
         yield entry.call if isinstance(entry, Wait | EarlyUse) else num_calls, entry
         num_calls += isinstance(entry, Call)
 
 
-def _parts(record: RankRecord) -> dict[tuple[str, int | None, int], list[_Numbered]]:
+def _parts(record: RankRecord) -> dict[tuple[str, int | None, int], list[Numbered]]:
     """A record, cut at its marks: phase, microbatch, chunk -> its entries. The schedule's own are made anew."""
-    part: list[_Numbered] = []
-    found: dict[tuple[str, int | None, int], list[_Numbered]] = {("begin", None, 0): part}
-    for number, entry in _with_numbers(record.entries):
+    part: list[Numbered] = []
+    found: dict[tuple[str, int | None, int], list[Numbered]] = {("begin", None, 0): part}
+    for number, entry in with_numbers(record.entries):
         if isinstance(entry, Mark):
             part = found.setdefault((entry.phase, entry.microbatch, entry.chunk), [])
             continue
@@ -162,7 +156,7 @@ def _parts(record: RankRecord) -> dict[tuple[str, int | None, int], list[_Number
     return found
 
 
-class _Program:
+class Program:
     """Entries put together; waits keep meaning the calls that they meant."""
 
     def __init__(self) -> None:
@@ -180,7 +174,8 @@ class _Program:
             self._numbers[key] = self._num_calls
             self._num_calls += 1
 
-    def paste(self, part: Iterable[_Numbered]) -> None:
+    def paste(self, part: Iterable[Numbered]) -> None:
+        """Its calls take the place of those of the same numbers in parts that were pasted before."""
         for number, entry in part:
             self.add(entry, ("recorded", number))
 
