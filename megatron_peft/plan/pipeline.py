@@ -6,8 +6,9 @@ their messages, sums of gradients, the update. One rank stands for its tensor- a
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import zip_longest
-from typing import Any, Literal
+from typing import Any
 
 from megatron_peft.plan.cluster import Cluster
 from megatron_peft.plan.recorded_layers import Pass, RecordedStep, Turn, turns
@@ -18,15 +19,8 @@ from megatron_peft.rehearsal.record import Call, Computation, Entry, Mark, Wait
 def estimated_time(step: RecordedStep, cluster: Cluster, keep_spans: bool = False) -> StepTime:
     """The time of a step at this layout."""
     cluster = cluster.of_run(step.run)
-    scheduled = {step.rank(stage): [*_program(step, stage, cluster)] for stage in range(step.pp)}
+    scheduled = {step.rank(stage): [*_Program(step, stage, cluster)] for stage in range(step.pp)}
     return step_time(scheduled, cluster, keep_spans)
-
-
-def _program(step: RecordedStep, stage: int, cluster: Cluster) -> Iterator[Entry | WorkTime]:
-    writer = _Program(step, stage, cluster)
-    yield from writer.start()
-    yield from writer.interleaved() if len(writer.chunks) > 1 else writer.plain()
-    yield from writer.finish()
 
 
 @dataclass(frozen=True)
@@ -41,6 +35,9 @@ class Bucket:
     def size(self) -> int:
         """Elements."""
         return self.trained + self.trained_float32
+
+
+_one_call = lru_cache(maxsize=10_000)(Call)  # the same object each time: a replay looks at it once
 
 
 class _Program:
@@ -66,31 +63,37 @@ class _Program:
         self.buckets = [self._buckets(chunk) for chunk in range(len(self.chunks))]
         self.gathers: list[int] = []
         self.sums: list[int] = []
-        self.messages: dict[tuple[str, str, int], Call] = {}
+
+    def __iter__(self) -> Iterator[Entry | WorkTime]:
+        yield from self.start()
+        yield from self.interleaved() if len(self.chunks) > 1 else self.plain()
+        yield from self.finish()
 
     # Messages. Activations and their gradients go on axes of their own, so that their order does not matter where the
     # next stage is also the previous one.
 
-    def message(self, operation: Literal["send", "recv"], phase: Pass, shift: int, is_async: bool, batch: int | None):
-        key = (operation, phase, shift, is_async, batch)
-        call = self.messages.get(key)  # pyright: ignore[reportArgumentType]
-        if call is None:
-            peer = self.step.rank((self.stage + shift) % self.step.pp)
-            shape = (self.step.own, self.step.h)
-            call = Call(operation, f"pipeline {phase}", (), (shape,), self.step.dtype, peer, batch, is_async)
-            self.messages[key] = call  # pyright: ignore[reportArgumentType]
-        self.num_calls += 1
-        return call
+    def send(self, turn: Turn, is_async: bool = False, batch: int | None = None) -> Iterator[Call]:
+        """A turn's output, if it goes to another stage."""
+        if self.sends(turn):
+            yield self._message("send", turn.phase, 1 if turn.phase == "forward" else -1, is_async, batch)
 
-    def receives(self, turn: Turn) -> bool:
-        """Whether a turn's input comes from another stage."""
-        chunk = self.chunks[turn.chunk]
-        return not (chunk.embedding if turn.phase == "forward" else chunk.head)
+    def receive(self, turn: Turn | None, is_async: bool = False, batch: int | None = None) -> Iterator[Call]:
+        """A turn's input, if there is one and it comes from another stage."""
+        if turn is not None and self.receives(turn):
+            yield self._message("recv", turn.phase, -1 if turn.phase == "forward" else 1, is_async, batch)
+
+    def _message(self, operation: str, phase: Pass, shift: int, is_async: bool, batch: int | None) -> Call:
+        self.num_calls += 1
+        peer, shape = self.step.rank((self.stage + shift) % self.step.pp), (self.step.own, self.step.h)
+        return _one_call(operation, f"pipeline {phase}", (), (shape,), self.step.dtype, peer, batch, is_async)
 
     def sends(self, turn: Turn) -> bool:
-        """Whether a turn's output goes to another stage."""
         chunk = self.chunks[turn.chunk]
         return not (chunk.head if turn.phase == "forward" else chunk.embedding)
+
+    def receives(self, turn: Turn) -> bool:
+        chunk = self.chunks[turn.chunk]
+        return not (chunk.embedding if turn.phase == "forward" else chunk.head)
 
     def compute(self, turn: Turn) -> Iterator[Entry | WorkTime]:
         yield Mark(turn.phase, turn.microbatch, turn.chunk)
@@ -129,42 +132,29 @@ class _Program:
     def plain(self) -> Iterator[Entry | WorkTime]:
         """One forward, one backward: a message out is waited for together with the one that comes in."""
         order = turns(self.stage, self.step.pp, 1, self.step.run.num_microbatches)
-        for index, turn in enumerate(order):
-            before = order[index - 1] if index else None
-            is_exchanged = before is not None and before.phase != turn.phase and self.sends(before)
-            if self.receives(turn) and not is_exchanged:
-                yield self.message("recv", turn.phase, -1 if turn.phase == "forward" else 1, False, None)
+        is_exchanged = False  # whether a turn's input has come with the output of the one before it
+        for turn, following in zip_longest(order, order[1:]):
+            if not is_exchanged:
+                yield from self.receive(turn)
             yield from self.compute(turn)
-            following = order[index + 1] if index + 1 < len(order) else None
-            shift = 1 if turn.phase == "forward" else -1
-            if not self.sends(turn):
-                continue
-            if following is not None and following.phase != turn.phase and self.receives(following):
-                yield self.message("send", turn.phase, shift, False, 0)
-                yield self.message("recv", following.phase, shift, False, 0)
+            is_exchanged = following is not None and following.phase != turn.phase and self.sends(turn)
+            if is_exchanged and following is not None and self.receives(following):
+                yield from (*self.send(turn, batch=0), *self.receive(following, batch=0))
             else:
-                yield self.message("send", turn.phase, shift, False, None)
+                yield from self.send(turn)
 
     def interleaved(self) -> Iterator[Entry | WorkTime]:
         """Messages run beside the computation: the next turn's input is asked for before this turn."""
         order = turns(self.stage, self.step.pp, len(self.chunks), self.step.run.num_microbatches)
-        asked: int | None = None
-        for index in range(-1, len(order)):
-            waits_for = asked
-            following = order[index + 1] if index + 1 < len(order) else None
-            asked = None
-            if following is not None and self.receives(following):
-                shift = -1 if following.phase == "forward" else 1
-                asked = self.num_calls
-                yield self.message("recv", following.phase, shift, True, None)
-            if index < 0:
-                continue
-            if waits_for is not None:
+        asked = self.num_calls
+        yield from self.receive(order[0], is_async=True)
+        for turn, following in zip_longest(order, order[1:]):
+            waits_for, asked = asked, self.num_calls
+            yield from self.receive(following, is_async=True)
+            if self.receives(turn):
                 yield Wait(waits_for)
-            yield from self.compute(order[index])
-            if self.sends(order[index]):
-                phase = order[index].phase
-                yield self.message("send", phase, 1 if phase == "forward" else -1, True, None)
+            yield from self.compute(turn)
+            yield from self.send(turn, is_async=True)
 
     # What a step has once.
 

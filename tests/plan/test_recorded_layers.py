@@ -9,7 +9,7 @@ import pytest
 from megatron_peft.config import PeftConfig, RunConfig
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.plan.cluster import read_cluster
-from megatron_peft.plan.pipeline import _program, estimated_time
+from megatron_peft.plan.pipeline import _Program, estimated_time
 from megatron_peft.plan.recorded_layers import total
 from megatron_peft.plan.timing import step_time
 from megatron_peft.rehearsal.asked import LayersToRecord, Lengths, RankToRehearse
@@ -183,5 +183,5 @@ def test_time_and_peaks_are_those_of_a_rehearsal(timed):
 def test_only_a_trained_embedding_that_the_head_shares_has_its_gradient_summed(method, stages):
     run = made_up_run(method, 2048, 8, world_size=4, pipeline_model_parallel_size=4)
     step, cluster = step_of(run, replace(SHAPE, num_layers=4, tied_embeddings=True)), read_cluster("8xa100")
-    entries = {stage: [*_program(step, stage, cluster)] for stage in range(4)}
+    entries = {stage: [*_Program(step, stage, cluster)] for stage in range(4)}
     assert {s for s in entries for one in entries[s] if isinstance(one, Call) and one.axis == "embedding"} == stages
