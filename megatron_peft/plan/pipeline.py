@@ -16,11 +16,11 @@ from megatron_peft.plan.timing import StepTime, WorkTime, part_of, step_time, ti
 from megatron_peft.rehearsal.record import Call, Computation, Entry, Mark, Wait
 
 
-def estimated_time(step: RecordedStep, cluster: Cluster, keep_spans: bool = False) -> StepTime:
+def estimated_time(step: RecordedStep, cluster: Cluster) -> StepTime:
     """The time of a step at this layout."""
     cluster = cluster.of_run(step.run)
     scheduled = {step.rank(stage): [*_Program(step, stage, cluster)] for stage in range(step.pp)}
-    return step_time(scheduled, cluster, keep_spans)
+    return step_time(scheduled, cluster)
 
 
 @dataclass(frozen=True)

@@ -99,9 +99,8 @@ class Recorder(Mode):
         self._entries: list[Entry] = []
         self._num_calls = 0
         self._under_way: dict[int, list[Tensor]] = {}  # by number of the call: what it writes
-        self._start_work()
-
         self._last_product: int | None = None  # the storage that it has written
+        self._start_work()
 
     def _start_work(self) -> None:
         self._products: Counter[Product] = Counter()
@@ -260,9 +259,8 @@ def _storage(tensor: Tensor) -> int:
 
 def _adds_to_a_buffer(func: Any, args: Any) -> bool:
     """Whether it adds a tensor to a part of a storage, as to that of all sums of gradients."""
-    if func is not torch.ops.aten.add_.Tensor or not isinstance(args[1], Tensor):
-        return False
-    return args[0].untyped_storage().nbytes() > args[0].nbytes
+    adds = func is torch.ops.aten.add_.Tensor and isinstance(args[1], Tensor)
+    return adds and args[0].untyped_storage().nbytes() > args[0].nbytes
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:
@@ -410,13 +408,13 @@ _LAYER_KINDS = {
 _OUTSIDE_LAYERS: Mapping[str | None, str] = {"forward": "logits and loss", "schedule": "messages"}
 
 
+@dataclass(slots=True, eq=False)
 class _Storage:
-    """A storage that is alive: its bytes, its part, and what tells of its end."""
+    """A storage that is alive, and what tells of its end."""
 
-    __slots__ = ("num_bytes", "part", "ended")
-
-    def __init__(self, num_bytes: int, part: str) -> None:
-        self.num_bytes, self.part, self.ended = num_bytes, part, None
+    num_bytes: int = 0
+    part: str = "temporary"
+    ended: Any = None
 
 
 class LiveMemory(Mode):
@@ -477,15 +475,11 @@ class LiveMemory(Mode):
     def watch_modules(self) -> Iterator[None]:
         """Learn which module is running."""
         hooks = nn.modules.module
-        handles = [
+        with (
             hooks.register_module_forward_pre_hook(self._begin_call),
             hooks.register_module_forward_hook(self._end_call, always_call=True),
-        ]
-        try:
+        ):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _begin_call(self, module: nn.Module, inputs: Any) -> None:
         outer = self._calls[-1][0] if self._calls else None
@@ -513,7 +507,7 @@ class LiveMemory(Mode):
         key, num_bytes = storage._cdata, storage.nbytes()
         known = self._live.get(key)
         if known is None:
-            known = self._live[key] = _Storage(0, "temporary")
+            known = self._live[key] = _Storage()
             known.ended = weakref.ref(storage, lambda _: self._resize(self._live.pop(key), 0))
             if self._calls:
                 self._calls[-1][1].append(known)

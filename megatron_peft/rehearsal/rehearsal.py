@@ -50,28 +50,14 @@ def work_bar(title: str) -> Iterator[Watch]:
         yield watch
 
 
-def rehearse(
-    ranks: Sequence[RankToRehearse], num_processes: int | None = None, watch: Watch = lambda done, more: None
-) -> list[RankRecord]:
-    """The record of each rank.
-
-    Args:
-        num_processes: at a time; default: the cores of this machine, at most four.
-        watch: counts ranks.
-    """
-    return _in_processes(_rehearse_here, ranks, watch, num_processes)
+def rehearse(ranks: Sequence[RankToRehearse], watch: Watch = lambda done, more: None) -> list[RankRecord]:
+    """The record of each rank. `watch` counts ranks."""
+    return _in_processes(_rehearse_here, ranks, watch)
 
 
-def record_layers(
-    asked: Sequence[LayersToRecord], num_processes: int | None = None, watch: Watch = lambda done, more: None
-) -> list[RecordedLayers]:
-    """The segments of each model, from as few layers as have all kinds of them.
-
-    Args:
-        num_processes: as of `rehearse`.
-        watch: counts recordings.
-    """
-    return _in_processes(_record_layers, asked, watch, num_processes, take_several=True)
+def record_layers(asked: Sequence[LayersToRecord], watch: Watch = lambda done, more: None) -> list[RecordedLayers]:
+    """The segments of each model, from as few layers as have all kinds of them. `watch` counts recordings."""
+    return _in_processes(_record_layers, asked, watch, take_several=True)
 
 
 @dataclass(frozen=True)
@@ -110,11 +96,7 @@ class RehearsedRun:
 
 
 def rehearse_run(
-    config: RunConfig,
-    shape: ModelShape,
-    num_processes: int | None = None,
-    peaks: bool = True,
-    watch: Watch = lambda done, more: None,
+    config: RunConfig, shape: ModelShape, peaks: bool = True, watch: Watch = lambda done, more: None
 ) -> RehearsedRun:
     """Rehearse the distinct ranks of a run's world, which need not exist.
 
@@ -131,7 +113,7 @@ def rehearse_run(
         places += [grid.rank(1, 0, grid.pipeline - 1)] if grid.tensor > 1 else []
     asked = [RankToRehearse.of(config, shape, rank, peaks) for rank in places]
     [schedules] = _in_processes(_schedules_here, [(config, shape)], watch)
-    records = rehearse(asked, num_processes, watch)
+    records = rehearse(asked, watch)
     of_rank = dict(zip(places, records, strict=True))
     programs = [
         program_of_stage(of_rank[grid.rank(0, 0, alike[stage])], stage, schedule, grid, config.num_microbatches)
@@ -159,9 +141,7 @@ def start_planned_peak(config: RunConfig, shape: ModelShape) -> Callable[[], int
     return lambda: found[0] if found else None
 
 
-def order_problem(
-    run: RehearsedRun, num_processes: int | None = None, watch: Watch = lambda done, more: None
-) -> Problem | None:
+def order_problem(run: RehearsedRun, watch: Watch = lambda done, more: None) -> Problem | None:
     """The first problem of the calls of any rank; None: all end.
 
     Every rank of a smaller run (`small_layout`) is rehearsed from the model to a checkpoint, and their programs are
@@ -181,7 +161,7 @@ def order_problem(
         RankToRehearse(config, shape, grid.rank(*place), config.num_microbatches, lengths, calls_alone=True)
         for place in places
     ]
-    found = _in_processes(_rehearse_here, asked, watch, num_processes, take_several=True)
+    found = _in_processes(_rehearse_here, asked, watch, take_several=True)
     records = dict(zip(places, found, strict=True))
     programs: dict[int, tuple[Entry, ...]] = {}
     for rank, number in numbers.items():
@@ -195,20 +175,17 @@ def order_problem(
 
 
 def _in_processes(
-    function: Callable[[Sequence[Any]], list[Any]],
-    asked: Sequence[Any],
-    watch: Watch,
-    num_processes: int | None = None,
-    take_several: bool = False,
+    function: Callable[[Sequence[Any]], list[Any]], asked: Sequence[Any], watch: Watch, take_several: bool = False
 ) -> list[Any]:
     """What `function`, of this file, gives for each of these, in processes forked from one that has torch.
 
+    At a time there are as many as this machine has cores, at most four.
+
     Args:
-        num_processes: at a time; default: the cores of this machine, at most four.
         take_several: what the first one costs most is found in torch's caches by those that follow in its process.
             Otherwise each has a process of its own.
     """
-    num_processes = num_processes or min(len(os.sched_getaffinity(0)), 4)
+    num_processes = min(len(os.sched_getaffinity(0)), 4)
     num_parts = min(num_processes, len(asked)) if take_several else len(asked)
     context = get_context("forkserver")
     preload(["megatron_peft.rehearsal.layer_recording"])  # and all that a rehearsed rank imports

@@ -190,7 +190,14 @@ def watch_run(watch: Watch, of: RankToRehearse, microbatches: Sequence[Microbatc
         return RankRecord(of.rank, of.stage, len(microbatches), watch.recorder.entries(), {}, {})
     watch.recorder.clear()
     watch.mark("begin")
-    with watch.phase("step"), _marked_finish(watch):
+    usual = step.finish_gradients
+
+    def finish(*args: Any, **kwargs: Any) -> None:
+        watch.mark("finish")
+        usual(*args, **kwargs)
+        watch.mark("update")
+
+    with watch.phase("step"), replaced(step, "finish_gradients", finish):
         train_step(state, list(microbatches))
     entries = watch.recorder.entries()
     watch.memory.phase = None
@@ -229,20 +236,6 @@ def _go_on(
         replaced(save.DraftedCheckpoint, "_publish", lambda *_: None),
     ):
         save.draft_checkpoint(state).complete()
-
-
-@contextmanager
-def _marked_finish(watch: Watch) -> Iterator[None]:
-    """Mark where the sums of gradients begin and end."""
-    usual = step.finish_gradients
-
-    def marked(*args: Any, **kwargs: Any) -> None:
-        watch.mark("finish")
-        usual(*args, **kwargs)
-        watch.mark("update")
-
-    with replaced(step, "finish_gradients", marked):
-        yield
 
 
 def microbatch_of(lengths: Lengths) -> Microbatch:
