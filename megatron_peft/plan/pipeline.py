@@ -54,7 +54,6 @@ class _Program:
                 if key not in known:
                     known[key] = time_alone(step.entries(phase, chunk, stage), self.rank, cluster)
                 self.blocks[phase, number] = known[key]
-        self.counts = [step.parameters([chunk]) for chunk in self.chunks]
         self.whole = step.parameters(self.chunks)
         self.begin, self.end = step.built_once(stage)
         run = step.run
@@ -118,7 +117,7 @@ class _Program:
 
     def _buckets(self, chunk: int) -> list[Bucket]:
         """As megatron-core cuts the first chunk where sums overlap the backward; it cuts no other."""
-        counts, step = self.counts[chunk], self.step
+        counts, step = self.step.parameters([self.chunks[chunk]]), self.step
         whole = Bucket(counts.trained, counts.trained_float32, 1.0)
         if chunk or not self.reduces_early:
             return [whole]

@@ -10,7 +10,6 @@ from typing import Literal
 
 Phase = Literal["begin", "forward", "schedule", "backward", "finish", "update", "start", "step", "validation", "saving"]
 PHASES = ("loading", "start", "step", "validation", "saving")  # of a run; "start" is LoRA-GA's
-PARTS = ("weights", "gradients", "optimizer", "buffers", "temporary")  # and "activations of KIND" of each kind of layer
 
 ITEM_BYTES = {
     "float64": 8,
@@ -74,11 +73,6 @@ class Computation:
     products: Mapping[Product, int] = field(default_factory=dict)
     num_bytes: int = 0
     num_kernels: int = 0
-
-    @property
-    def flops(self) -> int:
-        """Of the products."""
-        return sum(product.flops * count for product, count in self.products.items())
 
 
 @dataclass(frozen=True)
@@ -166,7 +160,8 @@ class RankRecord:
         num_microbatches: of the step in `entries`; the run may have more.
         entries: of one training step.
         parameters: number of elements on this rank, "trained" and "frozen".
-        peaks: memory by phase (`PHASES`) and part (`PARTS`).
+        peaks: memory by phase (`PHASES`) and part: "weights", "gradients", "optimizer", "buffers", "temporary", and
+            "activations of KIND" of each kind of layer.
     """
 
     rank: int
