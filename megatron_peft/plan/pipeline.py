@@ -5,7 +5,6 @@ their messages, sums of gradients, the update. One rank stands for its tensor- a
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import zip_longest
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 from megatron_peft.plan.cluster import Cluster
 from megatron_peft.plan.recorded_layers import Pass, RecordedStep, Turn, turns
 from megatron_peft.plan.timing import StepTime, WorkTime, part_of, step_time, time_alone
-from megatron_peft.rehearsal.record import Call, Computation, Entry, Mark, Wait
+from megatron_peft.rehearsal.record import Call, Computation, Entry, Mark, Parameters, Wait
 
 
 def estimated_time(step: RecordedStep, cluster: Cluster) -> StepTime:
@@ -23,20 +22,8 @@ def estimated_time(step: RecordedStep, cluster: Cluster) -> StepTime:
     return step_time(scheduled, cluster)
 
 
-@dataclass(frozen=True)
-class Bucket:
-    """Parameters whose gradients are summed in one call: numbers of elements, and their part of a chunk's work."""
-
-    trained: int
-    trained_float32: int
-    part: float
-
-    @property
-    def size(self) -> int:
-        """Elements."""
-        return self.trained + self.trained_float32
-
-
+# Those whose gradients are summed in one call, and their part of a chunk's work, from 0 to 1.
+Bucket = tuple[Parameters, float]
 _one_call = lru_cache(maxsize=10_000)(Call)  # the same object each time: a replay looks at it once
 
 
@@ -101,16 +88,16 @@ class _Program:
         if turn.phase == "forward" and turn.microbatch == 0 and self.gathers:
             # Where the layers of a bucket begin, their parameters are waited for, and those of the next one asked for.
             waits_for = self.gathers[turn.chunk]
-            for bucket, following in zip_longest(buckets, buckets[1:]):
-                if bucket.size:
+            for (bucket, part), following in zip_longest(buckets, buckets[1:]):
+                if bucket.num_trained:
                     yield Wait(waits_for)
                 waits_for = self.num_calls
                 if following is not None:
-                    yield from self._gather_of_parameters(following, is_async=True)
-                yield part_of(block, bucket.part)
+                    yield from self._gather_of_parameters(following[0], is_async=True)
+                yield part_of(block, part)
         elif turn.phase == "backward" and turn.microbatch == last and self.reduces_early:
-            for bucket in reversed(buckets):
-                yield part_of(block, bucket.part)
+            for bucket, part in reversed(buckets):
+                yield part_of(block, part)
                 yield from self._sum_of_gradients(bucket, is_async=True)
         else:
             yield block
@@ -118,15 +105,15 @@ class _Program:
     def _buckets(self, chunk: int) -> list[Bucket]:
         """As megatron-core cuts the first chunk where sums overlap the backward; it cuts no other."""
         counts, step = self.step.parameters([self.chunks[chunk]]), self.step
-        whole = Bucket(counts.trained, counts.trained_float32, 1.0)
         if chunk or not self.reduces_early:
-            return [whole]
+            return [(counts, 1.0)]
         embedding = step.num_embedded * self.chunks[chunk].embedding
         layers = counts.trained - embedding
         number = max(layers // max(40_000_000, 1_000_000 * step.dp), 1)
-        cut = Bucket(layers // number, counts.trained_float32 // number, 1 / number)
-        cuts = [cut] * number if cut.size else []
-        return [*([Bucket(embedding, 0, 0.0 if cuts else 1.0)] if embedding else []), *cuts] or [whole]
+        cut = Parameters(trained=layers // number, trained_float32=counts.trained_float32 // number)
+        cuts = [(cut, 1 / number)] * number if cut.num_trained else []
+        first = [(Parameters(trained=embedding), 0.0 if cuts else 1.0)] if embedding else []
+        return [*first, *cuts] or [(counts, 1.0)]
 
     def plain(self) -> Iterator[Entry | WorkTime]:
         """One forward, one backward: a message out is waited for together with the one that comes in."""
@@ -164,15 +151,15 @@ class _Program:
             self.num_calls += 1
             yield Call(operation, axis, tuple(group), ((size,),), dtype, is_async=is_async)
 
-    def _sum_of_gradients(self, bucket: Bucket, is_async: bool) -> Iterator[Call]:
-        step, size = self.step, bucket.size
+    def _sum_of_gradients(self, bucket: Parameters, is_async: bool) -> Iterator[Call]:
+        step, size = self.step, bucket.num_trained
         operation = "reduce_scatter" if step.run.optimizer.use_distributed_optimizer else "all_reduce"
         in_bf16 = step.run.training.grad_reduce_in_bf16 and step.item == 2
         self.sums += [self.num_calls] * bool(size and step.dp > 1)
         group = step.data_group(self.stage)
         yield from self.collective(operation, "data", group, size, "bfloat16" if in_bf16 else "float32", is_async)
 
-    def _gather_of_parameters(self, bucket: Bucket, is_async: bool) -> Iterator[Call]:
+    def _gather_of_parameters(self, bucket: Parameters, is_async: bool) -> Iterator[Call]:
         step, group = self.step, self.step.data_group(self.stage)
         shard = -(-bucket.trained // step.dp) + -(-bucket.trained_float32 // step.dp) * 4 // step.item
         yield from self.collective("all_gather", "data", group, shard, step.dtype, is_async)
@@ -185,7 +172,7 @@ class _Program:
         if self.gathers_early:
             for buckets in self.buckets:
                 self.gathers.append(self.num_calls)
-                yield from self._gather_of_parameters(buckets[0], is_async=True)
+                yield from self._gather_of_parameters(buckets[0][0], is_async=True)
 
     def finish(self) -> Iterator[Entry | WorkTime]:
         """Sums of gradients, the check, the update."""
@@ -196,7 +183,7 @@ class _Program:
         if self.reduces_early:
             yield from (Wait(number) for number in self.sums)
         else:
-            for [bucket] in self.buckets:
+            for [(bucket, _)] in self.buckets:
                 yield from self._sum_of_gradients(bucket, is_async=False)
         if step.is_full and step.shape.tied_embeddings and step.pp > 1 and self.stage in (0, step.pp - 1):
             ends = (step.rank(0), step.rank(step.pp - 1))
@@ -217,5 +204,5 @@ class _Program:
         yield Computation(num_bytes=38 * trained // shards, num_kernels=4)
         if step.run.optimizer.use_distributed_optimizer and not self.gathers_early:
             for buckets in self.buckets:
-                for bucket in buckets:
+                for bucket, _ in buckets:
                     yield from self._gather_of_parameters(bucket, is_async=False)
