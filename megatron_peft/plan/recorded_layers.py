@@ -25,7 +25,7 @@ from megatron_peft.rehearsal.record import (
     RecordedPass,
     Segment,
 )
-from megatron_peft.rehearsal.schedule import Program, RankGrid, with_numbers
+from megatron_peft.rehearsal.schedule import ProgramWriter, RankGrid, with_numbers
 
 Pass = Literal["forward", "backward"]
 
@@ -120,7 +120,7 @@ class RecordedStep:
 
     def entries(self, phase: Pass, chunk: Chunk, stage: int) -> tuple[Entry, ...]:
         """A pass of one microbatch through a chunk, with the calls of the tensor-parallel ranks."""
-        program, group = Program(), self.tensor_group(stage)
+        program, group = ProgramWriter(), self.tensor_group(stage)
         for one in self.passes_of(phase, chunk):
             program.paste(with_numbers(one.entries))
         return tuple(replace(entry, group=group) if isinstance(entry, Call) else entry for entry in program.entries)

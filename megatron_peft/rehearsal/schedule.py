@@ -100,7 +100,7 @@ def program_of_stage(
         schedule: marks and messages of the stage, as `stage_schedule.schedules_of_stages` gives them; peers are stages.
     """
     messages = {call.operation: call for call in record.calls if call.operation in MESSAGES and call.dtype != "int64"}
-    parts, program = _parts(record), Program()
+    parts, program = _cut_at_marks(record), ProgramWriter()
     (tensor, data, _), whole = grid.place(record.rank), tuple(range(grid.size))
     program.paste(parts["begin", None, 0])
     for number, entry in with_numbers(schedule):
@@ -142,7 +142,7 @@ def with_numbers(entries: Iterable[Entry]) -> Iterator[Numbered]:
         num_calls += isinstance(entry, Call)
 
 
-def _parts(record: RankRecord) -> dict[tuple[str, int | None, int], list[Numbered]]:
+def _cut_at_marks(record: RankRecord) -> dict[tuple[str, int | None, int], list[Numbered]]:
     """A record, cut at its marks: phase, microbatch, chunk -> its entries. The schedule's own are made anew."""
     part: list[Numbered] = []
     found: dict[tuple[str, int | None, int], list[Numbered]] = {("begin", None, 0): part}
@@ -156,7 +156,7 @@ def _parts(record: RankRecord) -> dict[tuple[str, int | None, int], list[Numbere
     return found
 
 
-class Program:
+class ProgramWriter:
     """Entries put together; waits keep meaning the calls that they meant."""
 
     def __init__(self) -> None:
