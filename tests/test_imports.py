@@ -81,7 +81,6 @@ MAY_OPEN: Mapping[str, set[str]] = {
     "conversion.megatron_files": {"BoundedUnpickler"},  # descriptions of tensors; no name but those of a list
     "tasks.readers": {"gzip.open"},  # within a wheel, up to untrusted's limit
     "evaluation.sandbox_driver": {"json.load", "json.loads"},  # a script of its own: a job, and answers
-    "rehearsal.record": {"json.loads"},  # what a process of ours has found
     "runtime.ranks": {"pickle.loads"},  # what our own processes have written
     "experiment.paper": {"json.loads"},  # a file of the package
     "plan.pace": {"json.loads"},  # another

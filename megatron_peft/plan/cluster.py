@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
+from itertools import pairwise
 from math import isfinite, log, log2
 from pathlib import Path
 from typing import Any
@@ -226,29 +227,23 @@ def cluster_of(values: Mapping[str, Any], place: str) -> Cluster:
         )
     if problems:
         raise ConfigurationError(*(f"{place}: {problem}" for problem in problems))
-    links: dict[str, Any] = {}
-    for name in LINKS:
-        links[name] = Link(**{key: float(number) for key, number in values[name].items()})
+    links: Any = {name: Link(**{key: float(number) for key, number in values[name].items()}) for name in LINKS}
     plain = {name: values[name] for name in LIMITS if "." not in name}
     return Cluster(name=str(values.get("name", place)), product_efficiency=curve, **plain, **links)
 
 
-def _unknown(values: Mapping[str, Any]) -> list[str]:
+def _unknown(values: Mapping[str, Any]) -> Iterator[str]:
     known = {field.name for field in fields(Cluster)} - {"hidden"}
-    inner = {field.name for field in fields(Link)}
     found = [str(name) for name in values if name not in known]
     found += [f"{name}.{key}" for name in LINKS if isinstance(values.get(name), dict) for key in values[name]]
-    found = [name for name in found if name.partition(".")[2] not in inner or name.partition(".")[0] not in LINKS]
     every = sorted({*LIMITS, *known} - set(LINKS))
-    told = []
     for name in found:
-        near = get_close_matches(name, every, 1)
-        told.append(f"{name} is not a field; " + (f"did you mean {near[0]}?" if near else f"there are {every}."))
-    return told
+        if name not in LIMITS:
+            near = get_close_matches(name, every, 1)
+            yield f"{name} is not a field; " + (f"did you mean {near[0]}?" if near else f"there are {every}.")
 
 
-def _missing_or_absurd(values: Mapping[str, Any]) -> list[str]:
-    told = []
+def _missing_or_absurd(values: Mapping[str, Any]) -> Iterator[str]:
     for name, (unit, least, most) in LIMITS.items():
         outer, _, inner = name.partition(".")
         value = values.get(outer)
@@ -256,27 +251,27 @@ def _missing_or_absurd(values: Mapping[str, Any]) -> list[str]:
             value = value.get(inner) if isinstance(value, dict) else None
         bounds = f"{least:,} to {most:,} {unit}"
         if value is None:
-            told.append(f"{name} is missing; it is a number from {bounds}.")
+            yield f"{name} is missing; it is a number from {bounds}."
         elif type(value) not in (int, float) or not least <= value <= most:
-            told.append(f"{name} is {str(value)[:40]}; it must be a number from {bounds}.")
+            yield f"{name} is {str(value)[:40]}; it must be a number from {bounds}."
         elif name == "gpus_per_node" and type(value) is not int:
-            told.append(f"{name} is {value}; it must be a whole number.")
-    return told
+            yield f"{name} is {value}; it must be a whole number."
 
 
 def _curve(value: Any) -> tuple[tuple[tuple[float, float], ...], list[str]]:
     """(`Cluster.product_efficiency`, what is wrong with it)."""
-    needs = "it maps GFLOP of a product to the part of bf16_tflops that it reaches, as in {1: 0.3, 1000: 0.7}"
+    needs = "; it maps GFLOP of a product to the part of bf16_tflops that it reaches, as in {1: 0.3, 1000: 0.7}"
     if value is None:
-        return (), [f"{EFFICIENCIES} is missing; {needs}."]
+        return (), [f"{EFFICIENCIES} is missing{needs}."]
     if not isinstance(value, dict) or not value:
-        return (), [f"{EFFICIENCIES} is {str(value)[:40]}; {needs}."]
-    numbers = [*value, *value.values()]
-    if not all(type(number) in (int, float) and isfinite(number) for number in numbers):
-        return (), [f"{EFFICIENCIES} is {str(value)[:80]}; {needs}."]
-    curve = tuple(sorted((float(size), float(part)) for size, part in value.items()))
-    if curve[0][0] <= 0 or not all(0.01 <= part <= 1 for _, part in curve):
-        return (), [f"{EFFICIENCIES} is {str(value)[:80]}: sizes are above 0, and parts from 0.01 to 1; {needs}."]
-    if [part for _, part in curve] != sorted(part for _, part in curve):
-        return (), [f"{EFFICIENCIES} is {str(value)[:80]}: a larger product must not reach less of the rate."]
-    return curve, []
+        return (), [f"{EFFICIENCIES} is {str(value)[:40]}{needs}."]
+    if not all(type(number) in (int, float) and isfinite(number) for number in (*value, *value.values())):
+        wrong = needs
+    elif min(value) <= 0 or not all(0.01 <= part <= 1 for part in value.values()):
+        wrong = f": sizes are above 0, and parts from 0.01 to 1{needs}"
+    else:
+        curve = tuple(sorted((float(size), float(part)) for size, part in value.items()))
+        if all(part <= following for (_, part), (_, following) in pairwise(curve)):
+            return curve, []
+        wrong = ": a larger product must not reach less of the rate"
+    return (), [f"{EFFICIENCIES} is {str(value)[:80]}{wrong}."]

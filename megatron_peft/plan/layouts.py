@@ -10,23 +10,24 @@ recompute and, with several replicas, the distributed optimizer. All else is the
 """
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import islice, product
 from typing import Any
 
 from rich import box
-from rich.table import Table
+from rich.table import Column, Table
 
 from megatron_peft.config import ConfigurationError, ParallelConfig, RunConfig, flag, require
+from megatron_peft.config.parallel import ACCOUNTED_STAGES, LAYOUT, UNEVEN_STAGES
 from megatron_peft.models.families import check_adapters
 from megatron_peft.models.shape import ModelShape, check_layout
 from megatron_peft.plan.cluster import Cluster
 from megatron_peft.plan.pace import Pace
 from megatron_peft.plan.pipeline import estimated_time
 from megatron_peft.plan.recorded_layers import RecordedStep, total
-from megatron_peft.plan.timing import WorkTime, time_alone
+from megatron_peft.plan.timing import time_alone
 from megatron_peft.rehearsal.asked import LayersToRecord, recorded_alike
-from megatron_peft.rehearsal.record import Memory, RecordedLayers, Segment
+from megatron_peft.rehearsal.record import Memory, RecordedLayers, RecordedPass, Segment
 from megatron_peft.rehearsal.rehearsal import Watch, record_layers
 
 MICRO_BATCHES = (1, 2, 4, 8)
@@ -37,21 +38,19 @@ RECOMPUTES: Mapping[str, tuple[dict[str, Any], tuple[str, ...]]] = {  # name -> 
 }
 NUM_REPLAYED = 12  # layouts
 NUM_DIVISIONS_REPLAYED = 2  # of each: other virtual stages, or ends that count as layers
-PARALLEL_FLAGS = (
+RECOMPUTE_FIELDS = tuple(RECOMPUTES["full"][0])
+# Fields of `ParallelConfig`; all are set back before they are varied.
+PARALLEL_FIELDS = (
     *("tensor_model_parallel_size", "pipeline_model_parallel_size", "num_layers_per_virtual_pipeline_stage"),
-    *("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split", "sequence_parallel"),
+    *(*ACCOUNTED_STAGES, "sequence_parallel", *UNEVEN_STAGES, LAYOUT),
 )
-UNEVEN_FLAGS = tuple(
-    "decoder_first_pipeline_num_layers decoder_last_pipeline_num_layers pipeline_model_parallel_layout".split()
-)
-RECOMPUTE_FIELDS = ("recompute_granularity", "recompute_method", "recompute_num_layers")
 
 
 def _layout_values(run: RunConfig) -> dict[str, Any]:
     """What `fit` varies or sets back; 0, None, False and () are without a flag."""
     transformer = run.model.transformer
     return {
-        **{name: getattr(run.parallel, name) for name in (*PARALLEL_FLAGS, *UNEVEN_FLAGS)},
+        **{name: getattr(run.parallel, name) for name in PARALLEL_FIELDS},
         "micro_batch_size": run.training.micro_batch_size,
         "use_distributed_optimizer": run.optimizer.use_distributed_optimizer,
         **{name: transformer.get(name) for name in (*RECOMPUTE_FIELDS, "distribute_saved_activations")},
@@ -140,28 +139,30 @@ def fit(
         f"{run.training.global_batch_size}: use another --world-size or another global batch.",
     )
     known = {} if known is None else known
-    asked = {key: one for one, _ in laid_out if (key := recorded_alike(one, shape)) not in known}
-    recorded = record_layers([LayersToRecord.of(one, shape) for one in asked.values()], watch=watch)
-    known |= zip(asked, recorded, strict=True)
-    times = _SegmentTimes(cluster)
-    steps = ((RecordedStep(one, shape, known[recorded_alike(one, shape)]), name) for one, name in laid_out)
-    candidates = [times.candidate(step, name) for step, name in steps]
+    each = {recorded_alike(one, shape): one for one, _ in laid_out}
+    asked = {key: LayersToRecord.of(one, shape) for key, one in each.items() if key not in known}
+    known |= zip(asked, record_layers([*asked.values()], watch=watch), strict=True)
+    seconds = {key: seconds_of_segments(known[key], cluster.of_run(one)) for key, one in each.items()}
+    candidates = []
+    for one, recompute in laid_out:
+        key = recorded_alike(one, shape)
+        candidates.append(_candidate(RecordedStep(one, shape, known[key]), recompute, seconds[key], cluster))
     divisions: dict[Hashable, list[_Candidate]] = {}
     for one in sorted(candidates, key=lambda one: one.seconds):
         if one.peak_bytes <= cluster.usable_bytes:
             divisions.setdefault(_but_for_division(one), []).append(one)
     watch(0, min(len(divisions), NUM_REPLAYED))
-
-    def replayed(alike: Sequence["_Candidate"]) -> list[FittedLayout]:
-        found = _replayed_that_fit(alike, cluster)
+    best: list[FittedLayout] = []
+    for alike in divisions.values():
+        replayed = (_replayed(one, cluster) for one in alike)
+        fitting = (one for one in replayed if total(one.memory) <= cluster.usable_bytes)
+        best += sorted(islice(fitting, NUM_DIVISIONS_REPLAYED), key=_slowness)[:1]
         watch(1, 0)
-        return found
-
-    of_each = map(replayed, divisions.values())
-    best = [*islice((min(found, key=_slowness) for found in of_each if found), NUM_REPLAYED)]
+        if len(best) == NUM_REPLAYED:
+            break
     if not best:
         nearest = min(candidates, key=lambda one: one.peak_bytes)
-        parallel = nearest.run.parallel
+        parallel = nearest.step.run.parallel
         peak = max(nearest.peak_bytes, total(_replayed(nearest, cluster).memory))
         raise ConfigurationError(
             f"--fit: nothing fits {world_size} GPUs with {cluster.usable_bytes / 2**30:.1f} GiB each to use. TP "
@@ -170,11 +171,6 @@ def fit(
             f"--seq-length, or a method that trains less."
         )
     return sorted(best, key=_slowness)[:num_layouts]
-
-
-def _replayed_that_fit(alike: Sequence["_Candidate"], cluster: Cluster) -> list[FittedLayout]:
-    replayed = (_replayed(one, cluster) for one in alike)
-    return [*islice((one for one in replayed if total(one.memory) <= cluster.usable_bytes), NUM_DIVISIONS_REPLAYED)]
 
 
 def _slowness(one: FittedLayout) -> tuple[float, int]:
@@ -190,20 +186,12 @@ class _Candidate:
     seconds: float
     peak_bytes: float
 
-    @property
-    def run(self) -> RunConfig:
-        return self.step.run
-
 
 def _but_for_division(one: _Candidate) -> Hashable:
     """Equal for layouts that divide the layers of a pipeline in other ways alone."""
-    parallel = replace(
-        one.run.parallel,
-        num_layers_per_virtual_pipeline_stage=None,
-        account_for_embedding_in_pipeline_split=False,
-        account_for_loss_in_pipeline_split=False,
-    )
-    return parallel, one.run.training.micro_batch_size, one.recompute
+    run = one.step.run
+    whole = replace(run.parallel, num_layers_per_virtual_pipeline_stage=None, **dict.fromkeys(ACCOUNTED_STAGES, False))
+    return whole, run.training.micro_batch_size, one.recompute
 
 
 def _replayed(candidate: _Candidate, cluster: Cluster) -> FittedLayout:
@@ -224,10 +212,11 @@ def _layouts(run: RunConfig, shape: ModelShape, world_size: int, cluster: Cluste
         for name, (fields, modules) in RECOMPUTES.items()
     }
     trainings = [replace(run.training, micro_batch_size=size) for size in MICRO_BATCHES]
-    # Sharding is never slower here, and smaller.
-    optimizers = [replace(run.optimizer, use_distributed_optimizer=sharded) for sharded in _may_shard(run)]
+    may_shard = run.optimizer.optimizer == "adam" and not run.optimizer.overlap_param_gather
     for parallel in _parallel_layouts(run, shape, world_size, cluster):
-        optimizer = optimizers[-1 if parallel.data_parallel_size > 1 else 0]
+        optimizer = run.optimizer
+        if may_shard:  # never slower here, and smaller
+            optimizer = replace(optimizer, use_distributed_optimizer=parallel.data_parallel_size > 1)
         for training in trainings:
             try:
                 laid_out = replace(run, model=models["none"], parallel=parallel, training=training, optimizer=optimizer)
@@ -236,40 +225,18 @@ def _layouts(run: RunConfig, shape: ModelShape, world_size: int, cluster: Cluste
             yield from ((replace(laid_out, model=model), name) for name, model in models.items())
 
 
-def _may_shard(run: RunConfig) -> tuple[bool, ...]:
-    return (
-        (False, True)
-        if run.optimizer.optimizer == "adam" and not run.optimizer.overlap_param_gather
-        else (run.optimizer.use_distributed_optimizer,)
-    )
-
-
 def _parallel_layouts(run: RunConfig, shape: ModelShape, world_size: int, cluster: Cluster) -> Iterator[ParallelConfig]:
     """Those that divide the model and the world; TP stays within a node."""
-    plain = replace(
-        run.parallel,
-        world_size=world_size,
-        tensor_model_parallel_size=1,
-        pipeline_model_parallel_size=1,
-        num_layers_per_virtual_pipeline_stage=None,
-        decoder_first_pipeline_num_layers=None,
-        decoder_last_pipeline_num_layers=None,
-        account_for_embedding_in_pipeline_split=False,
-        account_for_loss_in_pipeline_split=False,
-        pipeline_model_parallel_layout=None,
-        sequence_parallel=False,
-    )
-    sizes = (
-        (tp, pp)
-        for tp in _divisors(world_size, cluster.gpus_per_node)
-        if _layers_take(run, shape, tp)
-        for pp in _divisors(world_size // tp, shape.num_layers + 2)
-    )
-    for tp, pp in sizes:
-        for pipeline, sequence in product(_pipelines(shape.num_layers, pp), (False, True) if tp > 1 else (False,)):
-            parallel = replace(plain, tensor_model_parallel_size=tp, sequence_parallel=sequence, **pipeline)
-            if not check_layout(parallel, shape):
-                yield parallel
+    defaults = {one.name: one.default for one in fields(ParallelConfig) if one.name in PARALLEL_FIELDS}
+    for tp in _divisors(world_size, cluster.gpus_per_node):
+        if check_adapters(run.peft, ParallelConfig(tensor_model_parallel_size=tp, world_size=tp), shape):
+            continue  # the method's adapters do not fit the linear layers
+        for pp in _divisors(world_size // tp, shape.num_layers + 2):
+            for pipeline, sequence in product(_pipelines(shape.num_layers, pp), (False, True) if tp > 1 else (False,)):
+                varied = {**pipeline, "tensor_model_parallel_size": tp, "sequence_parallel": sequence}
+                parallel = replace(run.parallel, world_size=world_size, **{**defaults, **varied})
+                if not check_layout(parallel, shape):
+                    yield parallel
 
 
 def _pipelines(num_layers: int, pp: int) -> Iterator[dict[str, Any]]:
@@ -282,8 +249,7 @@ def _pipelines(num_layers: int, pp: int) -> Iterator[dict[str, Any]]:
             yield {
                 "pipeline_model_parallel_size": pp,
                 "num_layers_per_virtual_pipeline_stage": chunk,
-                "account_for_embedding_in_pipeline_split": ends,
-                "account_for_loss_in_pipeline_split": ends,
+                **dict.fromkeys(ACCOUNTED_STAGES, ends),
             }
 
 
@@ -291,54 +257,37 @@ def _divisors(number: int, most: int) -> list[int]:
     return [size for size in range(1, min(number, most) + 1) if number % size == 0]
 
 
-def _layers_take(run: RunConfig, shape: ModelShape, tp: int) -> bool:
-    """Whether the method's adapters fit the linear layers at this tensor-parallel size."""
-    return not check_adapters(run.peft, ParallelConfig(tensor_model_parallel_size=tp, world_size=tp), shape)
+def seconds_of_segments(layers: RecordedLayers, cluster: Cluster) -> dict[Segment, float]:
+    """Of both passes of a microbatch, on the cluster as the run finds it."""
+
+    def seconds(one: RecordedPass) -> float:
+        time = time_alone(one.entries, 0, cluster)
+        return max(sum(spent for _, spent in time.device), time.host)
+
+    return {name: seconds(segment.forward) + seconds(segment.backward) for name, segment in layers.segments.items()}
 
 
-class _SegmentTimes:
-    """Times of recorded segments, from which those of all stages follow."""
-
-    def __init__(self, cluster: Cluster) -> None:
-        self.cluster = cluster
-        self.known: dict[Hashable, dict[Segment, float]] = {}
-
-    def candidate(self, step: RecordedStep, recompute: str) -> _Candidate:
-        times = self._seconds_of_segments(step)
-        stages = [sum(times[one] for chunk in held for one in step.segments(chunk)) for held in step.chunks]
-        microbatches, num_chunks, bottleneck = step.run.num_microbatches, len(step.chunks[0]), max(stages)
-        seconds = microbatches * bottleneck + (sum(stages) - bottleneck) / num_chunks
-        # Sums of gradients and the gather of parameters, of the first stage.
-        trained = step.parameters(step.chunks[0]).num_trained
-        seconds += self.cluster.call_seconds("all_reduce", 4 * trained, step.data_group(0))
-        if step.pp > 1:  # a message to each side; those of the interleaved schedule run beside the computation
-            message = self.cluster.call_seconds("send", step.message_bytes, (step.rank(0), step.rank(1)))
-            seconds += 2 * microbatches * message * (1.0 if num_chunks == 1 else 0.1 * num_chunks)
-        peak = max(total(step.memory(stage)) for stage in {0, 1 % step.pp, step.pp - 1})
-        return _Candidate(step, recompute, seconds, peak)
-
-    def _seconds_of_segments(self, step: RecordedStep) -> dict[Segment, float]:
-        """Of both passes of a microbatch."""
-        key = recorded_alike(step.run, step.shape)
-        if key not in self.known:
-            cluster = self.cluster.of_run(step.run)
-            self.known[key] = {
-                name: sum(_seconds(time_alone(one.entries, 0, cluster)) for one in (segment.forward, segment.backward))
-                for name, segment in step.layers.segments.items()
-            }
-        return self.known[key]
-
-
-def _seconds(time: WorkTime) -> float:
-    return max(sum(seconds for _, seconds in time.device), time.host)
+def _candidate(step: RecordedStep, recompute: str, times: Mapping[Segment, float], cluster: Cluster) -> _Candidate:
+    """`times`: `seconds_of_segments`, from which those of all stages follow."""
+    stages = [sum(times[one] for chunk in held for one in step.segments(chunk)) for held in step.chunks]
+    microbatches, num_chunks, bottleneck = step.run.num_microbatches, len(step.chunks[0]), max(stages)
+    seconds = microbatches * bottleneck + (sum(stages) - bottleneck) / num_chunks
+    # Sums of gradients and the gather of parameters, of the first stage.
+    trained = step.parameters(step.chunks[0]).num_trained
+    seconds += cluster.call_seconds("all_reduce", 4 * trained, step.data_group(0))
+    if step.pp > 1:  # a message to each side; those of the interleaved schedule run beside the computation
+        message = cluster.call_seconds("send", step.message_bytes, (step.rank(0), step.rank(1)))
+        seconds += 2 * microbatches * message * (1.0 if num_chunks == 1 else 0.1 * num_chunks)
+    peak = max(total(step.memory(stage)) for stage in {0, 1 % step.pp, step.pp - 1})
+    return _Candidate(step, recompute, seconds, peak)
 
 
 def fit_tables(layouts: Sequence[FittedLayout], title: str, num_tokens: float) -> list[Table]:
     """The layouts as tables of 80 columns: what they are and take, hours for `num_tokens`; and where the time goes."""
-    table = narrow_table(
+    table = _narrow_table(
         title, "", "TP", "PP", "VPP", "DP", "SP", "rows", "recompute", "GiB", "s/step", "tokens/s", "hours"
     )
-    shares = narrow_table(
+    shares = _narrow_table(
         "The same, parts of a step", "", "TFLOP/s a GPU", "MFU", "bubble", "communication", "launches"
     )
     for number, one in enumerate(layouts, 1):
@@ -355,9 +304,7 @@ def fit_tables(layouts: Sequence[FittedLayout], title: str, num_tokens: float) -
     return [table, shares]
 
 
-def narrow_table(title: str, *columns: str) -> Table:
+def _narrow_table(title: str, *columns: str) -> Table:
     """One whose cells are numbers, and stand close together."""
-    table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
-    for name in columns:
-        table.add_column(name, justify="right", no_wrap=True)
-    return table
+    aligned = (Column(name, justify="right", no_wrap=True) for name in columns)
+    return Table(*aligned, title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))

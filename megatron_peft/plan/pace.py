@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from rich.table import Table
+from rich.table import Column, Table
 
 from megatron_peft.config import RunConfig
 from megatron_peft.models.shape import ModelShape
@@ -135,10 +135,8 @@ def time_table(pace: Pace, num_tokens: float | None = None) -> Table:
     Args:
         num_tokens: of the run, where they are known; else hours for 100 million tokens are given.
     """
-    table = Table(title="Time of a step (estimated)", show_header=False)
-    table.add_column("", justify="left")
-    table.add_column("", justify="right")
-    table.add_column("", justify="right")
+    numbers = Column(justify="right"), Column(justify="right")
+    table = Table("", *numbers, title="Time of a step (estimated)", show_header=False)
     seconds = pace.time.seconds
     for kind, spent in pace.time.by_kind.items():
         if spent > 0.0005 * seconds:

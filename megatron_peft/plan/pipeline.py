@@ -5,42 +5,26 @@ their messages, sums of gradients, the update. One rank stands for its tensor- a
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from functools import lru_cache
 from itertools import zip_longest
-from typing import Any, Literal
+from typing import Any
 
 from megatron_peft.plan.cluster import Cluster
 from megatron_peft.plan.recorded_layers import Pass, RecordedStep, Turn, turns
 from megatron_peft.plan.timing import StepTime, WorkTime, part_of, step_time, time_alone
-from megatron_peft.rehearsal.record import Call, Computation, Entry, Mark, Wait
+from megatron_peft.rehearsal.record import Call, Computation, Entry, Mark, Parameters, Wait
 
 
-def estimated_time(step: RecordedStep, cluster: Cluster, keep_spans: bool = False) -> StepTime:
+def estimated_time(step: RecordedStep, cluster: Cluster) -> StepTime:
     """The time of a step at this layout."""
     cluster = cluster.of_run(step.run)
-    scheduled = {step.rank(stage): [*_program(step, stage, cluster)] for stage in range(step.pp)}
-    return step_time(scheduled, cluster, keep_spans)
+    scheduled = {step.rank(stage): [*_Program(step, stage, cluster)] for stage in range(step.pp)}
+    return step_time(scheduled, cluster)
 
 
-def _program(step: RecordedStep, stage: int, cluster: Cluster) -> Iterator[Entry | WorkTime]:
-    writer = _Program(step, stage, cluster)
-    yield from writer.start()
-    yield from writer.interleaved() if len(writer.chunks) > 1 else writer.plain()
-    yield from writer.finish()
-
-
-@dataclass(frozen=True)
-class Bucket:
-    """Parameters whose gradients are summed in one call: numbers of elements, and their part of a chunk's work."""
-
-    trained: int
-    trained_float32: int
-    part: float
-
-    @property
-    def size(self) -> int:
-        """Elements."""
-        return self.trained + self.trained_float32
+# Those whose gradients are summed in one call, and their part of a chunk's work, from 0 to 1.
+Bucket = tuple[Parameters, float]
+_one_call = lru_cache(maxsize=10_000)(Call)  # the same object each time: a replay looks at it once
 
 
 class _Program:
@@ -57,7 +41,6 @@ class _Program:
                 if key not in known:
                     known[key] = time_alone(step.entries(phase, chunk, stage), self.rank, cluster)
                 self.blocks[phase, number] = known[key]
-        self.counts = [step.parameters([chunk]) for chunk in self.chunks]
         self.whole = step.parameters(self.chunks)
         self.begin, self.end = (time_alone(entries, self.rank, cluster) for entries in step.built_once(stage))
         run = step.run
@@ -66,31 +49,37 @@ class _Program:
         self.buckets = [self._buckets(chunk) for chunk in range(len(self.chunks))]
         self.gathers: list[int] = []
         self.sums: list[int] = []
-        self.messages: dict[tuple[str, str, int], Call] = {}
+
+    def __iter__(self) -> Iterator[Entry | WorkTime]:
+        yield from self.start()
+        yield from self.interleaved() if len(self.chunks) > 1 else self.plain()
+        yield from self.finish()
 
     # Messages. Activations and their gradients go on axes of their own, so that their order does not matter where the
     # next stage is also the previous one.
 
-    def message(self, operation: Literal["send", "recv"], phase: Pass, shift: int, is_async: bool, batch: int | None):
-        key = (operation, phase, shift, is_async, batch)
-        call = self.messages.get(key)  # pyright: ignore[reportArgumentType]
-        if call is None:
-            peer = self.step.rank((self.stage + shift) % self.step.pp)
-            shape = (self.step.own, self.step.h)
-            call = Call(operation, f"pipeline {phase}", (), (shape,), self.step.dtype, peer, batch, is_async)
-            self.messages[key] = call  # pyright: ignore[reportArgumentType]
-        self.num_calls += 1
-        return call
+    def send(self, turn: Turn, is_async: bool = False, batch: int | None = None) -> Iterator[Call]:
+        """A turn's output, if it goes to another stage."""
+        if self.sends(turn):
+            yield self._message("send", turn.phase, 1 if turn.phase == "forward" else -1, is_async, batch)
 
-    def receives(self, turn: Turn) -> bool:
-        """Whether a turn's input comes from another stage."""
-        chunk = self.chunks[turn.chunk]
-        return not (chunk.embedding if turn.phase == "forward" else chunk.head)
+    def receive(self, turn: Turn | None, is_async: bool = False, batch: int | None = None) -> Iterator[Call]:
+        """A turn's input, if there is one and it comes from another stage."""
+        if turn is not None and self.receives(turn):
+            yield self._message("recv", turn.phase, -1 if turn.phase == "forward" else 1, is_async, batch)
+
+    def _message(self, operation: str, phase: Pass, shift: int, is_async: bool, batch: int | None) -> Call:
+        self.num_calls += 1
+        peer, shape = self.step.rank((self.stage + shift) % self.step.pp), (self.step.own, self.step.h)
+        return _one_call(operation, f"pipeline {phase}", (), (shape,), self.step.dtype, peer, batch, is_async)
 
     def sends(self, turn: Turn) -> bool:
-        """Whether a turn's output goes to another stage."""
         chunk = self.chunks[turn.chunk]
         return not (chunk.head if turn.phase == "forward" else chunk.embedding)
+
+    def receives(self, turn: Turn) -> bool:
+        chunk = self.chunks[turn.chunk]
+        return not (chunk.embedding if turn.phase == "forward" else chunk.head)
 
     def compute(self, turn: Turn) -> Iterator[Entry | WorkTime]:
         yield Mark(turn.phase, turn.microbatch, turn.chunk)
@@ -99,72 +88,59 @@ class _Program:
         if turn.phase == "forward" and turn.microbatch == 0 and self.gathers:
             # Where the layers of a bucket begin, their parameters are waited for, and those of the next one asked for.
             waits_for = self.gathers[turn.chunk]
-            for bucket, following in zip_longest(buckets, buckets[1:]):
-                if bucket.size:
+            for (bucket, part), following in zip_longest(buckets, buckets[1:]):
+                if bucket.num_trained:
                     yield Wait(waits_for)
                 waits_for = self.num_calls
                 if following is not None:
-                    yield from self._gather_of_parameters(following, is_async=True)
-                yield part_of(block, bucket.part)
+                    yield from self._gather_of_parameters(following[0], is_async=True)
+                yield part_of(block, part)
         elif turn.phase == "backward" and turn.microbatch == last and self.reduces_early:
-            for bucket in reversed(buckets):
-                yield part_of(block, bucket.part)
+            for bucket, part in reversed(buckets):
+                yield part_of(block, part)
                 yield from self._sum_of_gradients(bucket, is_async=True)
         else:
             yield block
 
     def _buckets(self, chunk: int) -> list[Bucket]:
         """As megatron-core cuts the first chunk where sums overlap the backward; it cuts no other."""
-        counts, step = self.counts[chunk], self.step
-        whole = Bucket(counts.trained, counts.trained_float32, 1.0)
+        counts, step = self.step.parameters([self.chunks[chunk]]), self.step
         if chunk or not self.reduces_early:
-            return [whole]
+            return [(counts, 1.0)]
         embedding = step.num_embedded * self.chunks[chunk].embedding
         layers = counts.trained - embedding
         number = max(layers // max(40_000_000, 1_000_000 * step.dp), 1)
-        cut = Bucket(layers // number, counts.trained_float32 // number, 1 / number)
-        cuts = [cut] * number if cut.size else []
-        return [*([Bucket(embedding, 0, 0.0 if cuts else 1.0)] if embedding else []), *cuts] or [whole]
+        cut = Parameters(trained=layers // number, trained_float32=counts.trained_float32 // number)
+        cuts = [(cut, 1 / number)] * number if cut.num_trained else []
+        first = [(Parameters(trained=embedding), 0.0 if cuts else 1.0)] if embedding else []
+        return [*first, *cuts] or [(counts, 1.0)]
 
     def plain(self) -> Iterator[Entry | WorkTime]:
         """One forward, one backward: a message out is waited for together with the one that comes in."""
         order = turns(self.stage, self.step.pp, 1, self.step.run.num_microbatches)
-        for index, turn in enumerate(order):
-            before = order[index - 1] if index else None
-            is_exchanged = before is not None and before.phase != turn.phase and self.sends(before)
-            if self.receives(turn) and not is_exchanged:
-                yield self.message("recv", turn.phase, -1 if turn.phase == "forward" else 1, False, None)
+        is_exchanged = False  # whether a turn's input has come with the output of the one before it
+        for turn, following in zip_longest(order, order[1:]):
+            if not is_exchanged:
+                yield from self.receive(turn)
             yield from self.compute(turn)
-            following = order[index + 1] if index + 1 < len(order) else None
-            shift = 1 if turn.phase == "forward" else -1
-            if not self.sends(turn):
-                continue
-            if following is not None and following.phase != turn.phase and self.receives(following):
-                yield self.message("send", turn.phase, shift, False, 0)
-                yield self.message("recv", following.phase, shift, False, 0)
+            is_exchanged = following is not None and following.phase != turn.phase and self.sends(turn)
+            if is_exchanged and following is not None and self.receives(following):
+                yield from (*self.send(turn, batch=0), *self.receive(following, batch=0))
             else:
-                yield self.message("send", turn.phase, shift, False, None)
+                yield from self.send(turn)
 
     def interleaved(self) -> Iterator[Entry | WorkTime]:
         """Messages run beside the computation: the next turn's input is asked for before this turn."""
         order = turns(self.stage, self.step.pp, len(self.chunks), self.step.run.num_microbatches)
-        asked: int | None = None
-        for index in range(-1, len(order)):
-            waits_for = asked
-            following = order[index + 1] if index + 1 < len(order) else None
-            asked = None
-            if following is not None and self.receives(following):
-                shift = -1 if following.phase == "forward" else 1
-                asked = self.num_calls
-                yield self.message("recv", following.phase, shift, True, None)
-            if index < 0:
-                continue
-            if waits_for is not None:
+        asked = self.num_calls
+        yield from self.receive(order[0], is_async=True)
+        for turn, following in zip_longest(order, order[1:]):
+            waits_for, asked = asked, self.num_calls
+            yield from self.receive(following, is_async=True)
+            if self.receives(turn):
                 yield Wait(waits_for)
-            yield from self.compute(order[index])
-            if self.sends(order[index]):
-                phase = order[index].phase
-                yield self.message("send", phase, 1 if phase == "forward" else -1, True, None)
+            yield from self.compute(turn)
+            yield from self.send(turn, is_async=True)
 
     # What a step has once.
 
@@ -175,15 +151,15 @@ class _Program:
             self.num_calls += 1
             yield Call(operation, axis, tuple(group), ((size,),), dtype, is_async=is_async)
 
-    def _sum_of_gradients(self, bucket: Bucket, is_async: bool) -> Iterator[Call]:
-        step, size = self.step, bucket.size
+    def _sum_of_gradients(self, bucket: Parameters, is_async: bool) -> Iterator[Call]:
+        step, size = self.step, bucket.num_trained
         operation = "reduce_scatter" if step.run.optimizer.use_distributed_optimizer else "all_reduce"
         in_bf16 = step.run.training.grad_reduce_in_bf16 and step.item == 2
         self.sums += [self.num_calls] * bool(size and step.dp > 1)
         group = step.data_group(self.stage)
         yield from self.collective(operation, "data", group, size, "bfloat16" if in_bf16 else "float32", is_async)
 
-    def _gather_of_parameters(self, bucket: Bucket, is_async: bool) -> Iterator[Call]:
+    def _gather_of_parameters(self, bucket: Parameters, is_async: bool) -> Iterator[Call]:
         step, group = self.step, self.step.data_group(self.stage)
         shard = -(-bucket.trained // step.dp) + -(-bucket.trained_float32 // step.dp) * 4 // step.item
         yield from self.collective("all_gather", "data", group, shard, step.dtype, is_async)
@@ -196,7 +172,7 @@ class _Program:
         if self.gathers_early:
             for buckets in self.buckets:
                 self.gathers.append(self.num_calls)
-                yield from self._gather_of_parameters(buckets[0], is_async=True)
+                yield from self._gather_of_parameters(buckets[0][0], is_async=True)
 
     def finish(self) -> Iterator[Entry | WorkTime]:
         """Sums of gradients, the check, the update."""
@@ -207,12 +183,12 @@ class _Program:
         if self.reduces_early:
             yield from (Wait(number) for number in self.sums)
         else:
-            for [bucket] in self.buckets:
+            for [(bucket, _)] in self.buckets:
                 yield from self._sum_of_gradients(bucket, is_async=False)
         if step.is_full and step.shape.tied_embeddings and step.pp > 1 and self.stage in (0, step.pp - 1):
             ends = (step.rank(0), step.rank(step.pp - 1))
             yield from self.collective("all_reduce", "embedding", ends, step.num_embedded, "float32")
-        yield from self.collective("broadcast", "pipeline", step.pipeline_group, 1, "int32")
+        yield from self.collective("broadcast", "pipeline", step.grid.ranks([0], [0], range(step.pp)), 1, "int32")
         yield from self.collective("all_reduce", "data", group, 1, "int32")
         yield Computation(num_bytes=8 * trained, num_kernels=4 * len(self.chunks))
         yield from self.collective("all_reduce", "tensor", step.tensor_group(self.stage), whole.partial, "float32")
@@ -228,5 +204,5 @@ class _Program:
         yield Computation(num_bytes=38 * trained // shards, num_kernels=4)
         if step.run.optimizer.use_distributed_optimizer and not self.gathers_early:
             for buckets in self.buckets:
-                for bucket in buckets:
+                for bucket, _ in buckets:
                     yield from self._gather_of_parameters(bucket, is_async=False)

@@ -1,12 +1,12 @@
 """The plan of a run: what each rank holds and sends, whether all ranks' calls fit together, and what a step takes."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from megatron_peft.config import RunConfig
 from megatron_peft.models.shape import ModelShape
@@ -14,7 +14,7 @@ from megatron_peft.plan.cluster import Cluster
 from megatron_peft.plan.pace import Pace, time_table
 from megatron_peft.plan.timing import step_time
 from megatron_peft.rehearsal.deadlock import Problem
-from megatron_peft.rehearsal.record import PHASES, Call, Memory, RankRecord
+from megatron_peft.rehearsal.record import PHASES, Call, Entry, Memory, RankRecord
 from megatron_peft.rehearsal.rehearsal import RehearsedRun, order_problem, rehearse_run, work_bar
 
 _GIB, _MIB = 2**30, 2**20
@@ -92,15 +92,13 @@ def peak_of(record: RankRecord) -> int:
     return max(record.peak(phase) for phase in record.peaks)
 
 
-def calls_by_group(entries: Any) -> dict[tuple[str, str], tuple[int, int]]:
+def calls_by_group(entries: Iterable[Entry]) -> dict[tuple[str, str], tuple[int, int]]:
     """(group, operation) -> (number of calls, bytes that the rank puts in)."""
-    found: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
+    found: dict[tuple[str, str], list[int]] = defaultdict(list)  # bytes of each call
     for call in entries:
         if isinstance(call, Call) and call.operation != "recv":
-            totals = found[call.axis, call.operation]
-            totals[0] += 1
-            totals[1] += call.num_bytes
-    return {key: (number, num_bytes) for key, (number, num_bytes) in sorted(found.items())}
+            found[call.axis, call.operation].append(call.num_bytes)
+    return {key: (len(each), sum(each)) for key, each in sorted(found.items())}
 
 
 def summary(plan: Plan) -> list[str]:
@@ -135,27 +133,24 @@ def why_not_to_start(plan: Plan) -> str | None:
 
 def memory_table(plan: Plan) -> Table:
     """The peak of each rehearsed rank's step, by part; and of its other phases."""
-    table = Table(title="Memory, GiB")
-    table.add_column("")
-    for record in plan.run.records:
-        table.add_column(f"rank {record.rank}\nstage {record.stage}", justify="right")
-    peaks = [joined_activations(record.peaks["step"]) for record in plan.run.records]
+    records = plan.run.records
+    names = (Column(f"rank {record.rank}\nstage {record.stage}", justify="right") for record in records)
+    table = Table("", *names, title="Memory, GiB")
+    peaks = [joined_activations(record.peaks["step"]) for record in records]
     for part in ("weights", "gradients", "optimizer", "activations", "buffers", "temporary"):
         table.add_row(part, *(f"{peak.get(part, 0) / _GIB:.2f}" for peak in peaks))
     table.add_section()
     for phase in PHASES:
         if phase in plan.fullest.peaks:
-            table.add_row(f"peak, {phase}", *(f"{record.peak(phase) / _GIB:.2f}" for record in plan.run.records))
+            table.add_row(f"peak, {phase}", *(f"{record.peak(phase) / _GIB:.2f}" for record in records))
     return table
 
 
 def activations_table(plan: Plan) -> Table:
     """Activations of the fullest rank at the peak of its step, by kind of layer."""
-    table = Table(title=f"Activations of rank {plan.fullest.rank} at the peak, MiB", show_header=False)
-    table.add_column("")
-    table.add_column("", justify="right")
-    memory = plan.fullest.peaks["step"]
-    for part, num_bytes in sorted(memory.items(), key=lambda one: -one[1]):
+    title = f"Activations of rank {plan.fullest.rank} at the peak, MiB"
+    table = Table("", Column(justify="right"), title=title, show_header=False)
+    for part, num_bytes in sorted(plan.fullest.peaks["step"].items(), key=lambda one: -one[1]):
         if part.startswith(ACTIVATIONS):
             table.add_row(part.removeprefix(ACTIVATIONS), f"{num_bytes / _MIB:,.1f}")
     return table
@@ -163,9 +158,8 @@ def activations_table(plan: Plan) -> Table:
 
 def calls_table(plan: Plan) -> Table:
     """What the ranks of the first and the last stage send in a step."""
-    table = Table(title="Calls of a step")
-    for name in ("stage", "group", "operation", "calls", "MiB put in"):
-        table.add_column(name, justify="right" if name in ("calls", "MiB put in") else "left")
+    numbers = Column("calls", justify="right"), Column("MiB put in", justify="right")
+    table = Table("stage", "group", "operation", *numbers, title="Calls of a step")
     for stage in dict.fromkeys((0, len(plan.run.stages) - 1)):
         for (axis, operation), (number, num_bytes) in calls_by_group(plan.run.stages[stage].entries).items():
             table.add_row(str(stage), axis, operation, f"{number:,}", f"{num_bytes / _MIB:,.1f}")
@@ -187,13 +181,9 @@ def print_plan(plan: Plan, num_tokens: float | None = None) -> None:
     Args:
         num_tokens: of the run, for hours.
     """
+    tables = [memory_table(plan), activations_table(plan), calls_table(plan)]
+    paces = [] if plan.pace is None else [plan.pace]
     console = Console()
-    for table in (memory_table(plan), activations_table(plan), calls_table(plan)):
+    for table in (*tables, *(time_table(pace, num_tokens) for pace in paces)):
         console.print(table)
-    if plan.pace is not None:
-        console.print(time_table(plan.pace, num_tokens))
-    print(f"cluster: {plan.cluster.name}")
-    if plan.pace is not None:
-        print(plan.pace.summary())
-    for line in summary(plan):
-        print(line)
+    print(f"cluster: {plan.cluster.name}", *(pace.summary() for pace in paces), *summary(plan), sep="\n")

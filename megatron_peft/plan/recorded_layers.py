@@ -10,11 +10,10 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
-from megatron_peft.config import ParallelConfig, RunConfig
-from megatron_peft.config.parallel import stages_of_layout
+from megatron_peft.config import RunConfig
 from megatron_peft.models.kernels import Training, messages
 from megatron_peft.models.shape import ModelShape
-from megatron_peft.rehearsal.asked import enough_microbatches, targets_of_layers
+from megatron_peft.rehearsal.asked import Chunk, chunks_of_stages, enough_microbatches, targets_of_layers
 from megatron_peft.rehearsal.record import (
     ITEM_BYTES,
     Call,
@@ -25,47 +24,8 @@ from megatron_peft.rehearsal.record import (
     RecordedLayers,
     RecordedPass,
     Segment,
-    Wait,
 )
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """What a pipeline rank holds of the model in one piece: numbers of its layers, and the ends."""
-
-    layers: tuple[int, ...]
-    embedding: bool
-    head: bool
-
-
-def chunks_of_stages(parallel: ParallelConfig, num_layers: int) -> list[list[Chunk]]:
-    """The chunks of every pipeline rank, as megatron-core divides the layers. They must divide (`check_layout`)."""
-    pp, virtual = parallel.pipeline_model_parallel_size, parallel.num_virtual_stages(num_layers) or 1
-    counts = _layers_of_virtual_stages(parallel, num_layers, pp * virtual)
-    firsts = [sum(counts[:index]) for index in range(len(counts))]
-    return [
-        [
-            Chunk(tuple(range(firsts[at], firsts[at] + counts[at])), at == 0, at == pp * virtual - 1)
-            for at in range(stage, pp * virtual, pp)
-        ]
-        for stage in range(pp)
-    ]
-
-
-def _layers_of_virtual_stages(parallel: ParallelConfig, num_layers: int, num_stages: int) -> list[int]:
-    """Of the stages in the order in which a token passes them."""
-    if parallel.pipeline_model_parallel_layout is not None:
-        return [stage.count("t") for stage in stages_of_layout(parallel.pipeline_model_parallel_layout)]
-    first, last = parallel.decoder_first_pipeline_num_layers, parallel.decoder_last_pipeline_num_layers
-    if first or last:
-        between = num_stages - bool(first) - bool(last)
-        rest = (num_layers - (first or 0) - (last or 0)) // max(between, 1)
-        return [*([first] if first else []), *[rest] * between, *([last] if last else [])]
-    counts = [parallel.num_divided(num_layers) // num_stages] * num_stages
-    counts[0] -= parallel.account_for_embedding_in_pipeline_split
-    counts[-1] -= parallel.account_for_loss_in_pipeline_split
-    return counts
-
+from megatron_peft.rehearsal.schedule import ProgramWriter, RankGrid, with_numbers
 
 Pass = Literal["forward", "backward"]
 
@@ -118,8 +78,8 @@ class RecordedStep:
     def __init__(self, run: RunConfig, shape: ModelShape, layers: RecordedLayers) -> None:
         self.run, self.shape, self.layers = run, shape, layers
         parallel = run.parallel
-        self.t, self.pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-        self.dp = parallel.data_parallel_size
+        self.grid = RankGrid.of(parallel)
+        self.t, self.dp, self.pp = self.grid.tensor, self.grid.data, self.grid.pipeline
         self.dtype = "bfloat16" if run.model.bf16 else "float32"
         self.item, self.h = ITEM_BYTES[self.dtype], shape.hidden_size
         tokens = run.data.seq_length * run.training.micro_batch_size
@@ -135,20 +95,15 @@ class RecordedStep:
 
     def rank(self, stage: int) -> int:
         """The global rank of the first one of its tensor- and data-parallel groups."""
-        return stage * self.t * self.dp
+        return self.grid.rank(0, 0, stage)
 
     def tensor_group(self, stage: int) -> tuple[int, ...]:
         """Its tensor-parallel ranks."""
-        return tuple(range(self.rank(stage), self.rank(stage) + self.t))
+        return self.grid.ranks(range(self.t), [0], [stage])
 
     def data_group(self, stage: int) -> tuple[int, ...]:
         """Its replicas."""
-        return tuple(range(self.rank(stage), self.rank(stage) + self.t * self.dp, self.t))
-
-    @property
-    def pipeline_group(self) -> tuple[int, ...]:
-        """One rank of each stage."""
-        return tuple(self.rank(stage) for stage in range(self.pp))
+        return self.grid.ranks([0], range(self.dp), [stage])
 
     def segments(self, chunk: Chunk) -> tuple[Segment, ...]:
         """What a chunk consists of, in the order of its forward."""
@@ -165,19 +120,10 @@ class RecordedStep:
 
     def entries(self, phase: Pass, chunk: Chunk, stage: int) -> tuple[Entry, ...]:
         """A pass of one microbatch through a chunk, with the calls of the tensor-parallel ranks."""
-        group, num_calls = self.tensor_group(stage), 0
-        joined: list[Entry] = []
+        program, group = ProgramWriter(), self.tensor_group(stage)
         for one in self.passes_of(phase, chunk):
-            before = num_calls
-            for entry in one.entries:
-                if isinstance(entry, Wait):
-                    joined.append(Wait(entry.call + before))
-                elif isinstance(entry, Call):
-                    joined.append(replace(entry, group=group))
-                    num_calls += 1
-                else:
-                    joined.append(entry)
-        return tuple(joined)
+            program.paste(with_numbers(one.entries))
+        return tuple(replace(entry, group=group) if isinstance(entry, Call) else entry for entry in program.entries)
 
     def parameters(self, chunks: Sequence[Chunk]) -> Parameters:
         """Those of chunks of one rank."""

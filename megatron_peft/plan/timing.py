@@ -13,13 +13,13 @@ itself) or launches (the host is behind). Two kernels that run at once do not sl
 """
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_peft.plan.cluster import Cluster
-from megatron_peft.rehearsal.record import Call, Computation, Entry, Mark, Product, Wait
+from megatron_peft.rehearsal.record import MESSAGES, Call, Computation, Entry, Mark, Product, Wait
 
 COMPUTED = ("products", "attention", "other operations")
 LAUNCHES, BUBBLE, EXPOSED = "launches", "bubble", "communication: "  # and the first word of the group's axis
@@ -140,53 +140,55 @@ def step_time(
     return _Replay(scheduled, cluster, keep_spans).run()
 
 
+@dataclass(slots=True, eq=False)
 class _Transfer:
-    """A call: posted by its ranks, it ends `seconds` after the last of them."""
+    """A call: posted by its ranks, it ends `seconds` after the last of them.
 
-    __slots__ = ("axis", "end", "missing", "ready", "seconds", "waiting")
+    Args:
+        missing: ranks that have not posted it.
+        ready: when the last one has posted it, so far.
+        end: less than 0 until it is known.
+        waiting: ranks that wait to know it.
+    """
 
-    def __init__(self, axis: str, missing: int, seconds: float) -> None:
-        self.axis, self.missing, self.seconds = axis, missing, seconds
-        self.ready, self.end = 0.0, -1.0
-        self.waiting: list[int] = []
+    axis: str
+    seconds: float
+    missing: int
+    ready: float = 0.0
+    end: float = -1.0
+    waiting: list[int] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class _Kind:
+class _Kind(NamedTuple):
     """What is the same of a call each time that the schedule repeats it."""
 
-    call: Call
     seconds: float
     key: Any  # calls with the same key follow one another
     num_ranks: int  # that are replayed
 
 
+@dataclass(slots=True, eq=False)
 class _Rank:
-    """Clocks of one rank, and where it stands in its program."""
+    """Clocks of one rank.
 
-    __slots__ = (
-        "at",
-        "calls",
-        "device",
-        "host",
-        "mark",
-        "marked_at",
-        "number",
-        "pending",
-        "program",
-        "spans",
-        "totals",
-    )
+    Args:
+        calls: that it has posted.
+        pending: those that it waits for now.
+        totals: seconds of each kind.
+        mark, marked_at: the phase that it is in, and when its first work began.
+    """
 
-    def __init__(self, number: int, program: Sequence[Entry | WorkTime]) -> None:
-        self.number, self.program, self.at = number, program, 0
-        self.host = self.device = 0.0
-        self.calls: list[_Transfer] = []
-        self.pending: deque[_Transfer] = deque()  # that it waits for
-        self.totals: dict[str, float] = {}
-        self.spans: list[Span] = []
-        self.mark: Mark | None = None
-        self.marked_at: float | None = None
+    number: int
+    program: Sequence[Entry | WorkTime]
+    host: float = 0.0
+    device: float = 0.0
+    calls: list[_Transfer] = field(default_factory=list)
+    pending: list[_Transfer] = field(default_factory=list)
+    totals: dict[str, float] = field(default_factory=dict)
+    spans: list[Span] = field(default_factory=list)
+    mark: Mark | None = None
+    marked_at: float | None = None
+    has_ended: bool = False
 
     def spend(self, kind: str, seconds: float) -> None:
         self.totals[kind] = self.totals.get(kind, 0.0) + seconds
@@ -198,20 +200,20 @@ class _Replay:
         self.cluster, self.keep_spans = cluster, keep_spans
         self.launch, self.call_host = cluster.launch_us * 1e-6, cluster.call_us * 1e-6
         self.ranks = {number: _Rank(number, entries) for number, entries in scheduled.items()}
-        # The schedule repeats the same objects, or equal ones: each is looked at once.
-        self.works: dict[int, tuple[Computation, WorkTime]] = {}
-        self.kinds: dict[int, _Kind] = {}
-        self.kinds_by_value: dict[tuple[int, Call], _Kind] = {}
+        # By id: the schedule repeats the same objects, and each is looked at once.
+        self.works: dict[int, WorkTime] = {}
+        self.kinds: dict[tuple[int, int], _Kind] = {}  # rank, id
         self.joined: dict[Any, _Transfer] = {}  # (key, number of the call) -> not yet joined by all
         self.num_posted: dict[Any, int] = {}  # (key, rank) -> so far
         self.free: dict[Any, float] = {}  # key -> when its last call ended
         self.runnable = deque(scheduled)
 
     def run(self) -> StepTime:
+        running = {number: self.steps(rank) for number, rank in self.ranks.items()}
         while self.runnable:
-            self.advance(self.ranks[self.runnable.popleft()])
+            next(running[self.runnable.popleft()], None)
         ranks = self.ranks.values()
-        stuck = [rank.number for rank in ranks if rank.at < len(rank.program) or rank.pending]
+        stuck = [rank.number for rank in ranks if not rank.has_ended]
         if stuck:
             raise ValueError(f"ranks {', '.join(map(str, stuck[:8]))} wait for ever.")
         by_kind: dict[str, float] = dict.fromkeys((*COMPUTED, LAUNCHES, BUBBLE), 0.0)
@@ -223,41 +225,29 @@ class _Replay:
                 by_kind[kind] = by_kind.get(kind, 0.0) + spent / len(ranks)
         return StepTime(seconds, by_kind, {rank.number: tuple(rank.spans) for rank in ranks if self.keep_spans})
 
-    def advance(self, rank: _Rank) -> None:
-        """Run a rank until it waits for a call that others have not joined."""
-        while True:
-            following = rank.program[rank.at] if rank.at < len(rank.program) else None
-            if rank.pending and not self._is_posted_with_the_last(rank, following):
-                if not self.wait(rank, rank.pending[0]):
-                    return
-                rank.pending.popleft()
-                continue
-            if following is None:
-                self.turn_to(rank, None)
-                return
-            rank.at += 1
-            if isinstance(following, WorkTime):
-                self.compute(rank, following)
-            elif isinstance(following, Computation):
-                self.compute(rank, self._time_of(following))
-            elif isinstance(following, Call):
-                self.post(rank, following)
-            elif isinstance(following, Wait):
-                rank.pending.append(rank.calls[following.call])
-            elif isinstance(following, Mark):
-                self.turn_to(rank, following)
-
-    def _is_posted_with_the_last(self, rank: _Rank, entry: Any) -> bool:
-        if not isinstance(entry, Call) or entry.batch is None or rank.at == 0:
-            return False
-        last = rank.program[rank.at - 1]
-        return isinstance(last, Call) and last.batch == entry.batch
-
-    def _time_of(self, work: Computation) -> WorkTime:
-        found = self.works.get(id(work))
-        if found is None:
-            found = self.works[id(work)] = (work, work_time(work, self.cluster))
-        return found[1]
+    def steps(self, rank: _Rank) -> Iterator[None]:
+        """Runs a rank's program, and stops wherever it waits for a call that others have not joined."""
+        batch: int | None = None  # of the messages that were posted last
+        for entry in rank.program:
+            own_batch = entry.batch if isinstance(entry, Call) else None
+            if rank.pending and (own_batch is None or own_batch != batch):
+                yield from self.waits(rank)
+            batch = own_batch
+            if isinstance(entry, WorkTime):
+                self.compute(rank, entry)
+            elif isinstance(entry, Computation):
+                if id(entry) not in self.works:
+                    self.works[id(entry)] = work_time(entry, self.cluster)
+                self.compute(rank, self.works[id(entry)])
+            elif isinstance(entry, Call):
+                self.post(rank, entry)
+            elif isinstance(entry, Wait):
+                rank.pending.append(rank.calls[entry.call])
+            elif isinstance(entry, Mark):
+                self.turn_to(rank, entry)
+        yield from self.waits(rank)
+        self.turn_to(rank, None)
+        rank.has_ended = True
 
     def compute(self, rank: _Rank, times: WorkTime) -> None:
         first_launch = rank.host + min(times.host, self.launch)
@@ -272,11 +262,11 @@ class _Replay:
             rank.spend(LAUNCHES, rank.host - rank.device)
 
     def post(self, rank: _Rank, call: Call) -> None:
-        kind = self.kinds.get(id(call)) or self._look_at(rank, call)
+        kind = self.kinds.get((rank.number, id(call))) or self._look_at(rank, call)
         rank.host += self.call_host
         number = self.num_posted.get((kind.key, rank.number), 0)
         self.num_posted[kind.key, rank.number] = number + 1
-        transfer = self.joined.pop((kind.key, number), None) or _Transfer(call.axis, kind.num_ranks, kind.seconds)
+        transfer = self.joined.pop((kind.key, number), None) or _Transfer(call.axis, kind.seconds, kind.num_ranks)
         transfer.missing -= 1
         transfer.ready = max(transfer.ready, rank.device, rank.host)
         rank.calls.append(transfer)
@@ -290,33 +280,31 @@ class _Replay:
         self.runnable.extend(transfer.waiting)
 
     def _look_at(self, rank: _Rank, call: Call) -> _Kind:
-        kind = self.kinds_by_value.get((rank.number, call)) or self._new_kind(rank, call)
-        self.kinds[id(call)] = self.kinds_by_value[rank.number, call] = kind
-        return kind
-
-    def _new_kind(self, rank: _Rank, call: Call) -> _Kind:
-        if call.operation in ("send", "recv"):
+        if call.operation in MESSAGES:
             assert call.peer is not None
             ends = (rank.number, call.peer) if call.operation == "send" else (call.peer, rank.number)
-            seconds = self.cluster.call_seconds(call.operation, call.num_bytes, ends)
-            return _Kind(call, seconds, (call.axis, ends), 2)
-        seconds = self.cluster.call_seconds(call.operation, call.num_bytes, call.group)
-        if call.axis == "tensor" and call.operation in ("all_gather", "reduce_scatter") and not call.is_async:
-            seconds *= 1 - self.cluster.hidden
-        present = tuple(member for member in call.group if member in self.ranks)
-        return _Kind(call, seconds, (call.axis, present), len(present))
+            kind = _Kind(self.cluster.call_seconds(call.operation, call.num_bytes, ends), (call.axis, ends), 2)
+        else:
+            seconds = self.cluster.call_seconds(call.operation, call.num_bytes, call.group)
+            if call.axis == "tensor" and call.operation in ("all_gather", "reduce_scatter") and not call.is_async:
+                seconds *= 1 - self.cluster.hidden
+            present = tuple(member for member in call.group if member in self.ranks)
+            kind = _Kind(seconds, (call.axis, present), len(present))
+        self.kinds[rank.number, id(call)] = kind
+        return kind
 
-    def wait(self, rank: _Rank, transfer: _Transfer) -> bool:
-        """Let the device wait; False if it is not known for how long."""
-        if transfer.end < 0:
-            transfer.waiting.append(rank.number)
-            return False
-        if transfer.end > rank.device:
-            rank.spend(BUBBLE, max(transfer.ready - rank.device, 0.0))  # until the last rank has joined
-            rank.spend(EXPOSED + transfer.axis.split()[0], transfer.end - rank.device)
-        if transfer.axis in READ_BY_THE_HOST:
-            rank.host = max(rank.host, rank.device)
-        return True
+    def waits(self, rank: _Rank) -> Iterator[None]:
+        """Let the device wait for what is pending; stops where it is not known for how long."""
+        for transfer in rank.pending:
+            while transfer.end < 0:
+                transfer.waiting.append(rank.number)
+                yield
+            if transfer.end > rank.device:
+                rank.spend(BUBBLE, max(transfer.ready - rank.device, 0.0))  # until the last rank has joined
+                rank.spend(EXPOSED + transfer.axis.split()[0], transfer.end - rank.device)
+            if transfer.axis in READ_BY_THE_HOST:
+                rank.host = max(rank.host, rank.device)
+        rank.pending.clear()
 
     def turn_to(self, rank: _Rank, mark: Mark | None) -> None:
         old, start = rank.mark, rank.marked_at

@@ -6,6 +6,7 @@ from functools import cache
 from typing import Any
 
 from megatron_peft.config import ParallelConfig, RunConfig, is_targeted
+from megatron_peft.config.parallel import stages_of_layout
 from megatron_peft.models.families import family_of
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.rehearsal.record import Segment
@@ -173,4 +174,51 @@ def _adapted(shape: ModelShape, patterns: Sequence[str]) -> Sequence[frozenset[s
     return [
         frozenset(kind for kind in kinds if is_targeted(f"decoder.layers.{layer}.{kind}", patterns, modules))
         for layer in range(shape.num_layers)
+    ]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What a pipeline rank holds of the model in one piece: numbers of its layers, and the ends."""
+
+    layers: tuple[int, ...]
+    embedding: bool
+    head: bool
+
+
+def chunks_of_stages(parallel: ParallelConfig, num_layers: int) -> list[list[Chunk]]:
+    """The chunks of every pipeline rank, as megatron-core divides the layers. They must divide (`check_layout`)."""
+    pp, virtual = parallel.pipeline_model_parallel_size, parallel.num_virtual_stages(num_layers) or 1
+    counts = _layers_of_virtual_stages(parallel, num_layers, pp * virtual)
+    firsts = [sum(counts[:index]) for index in range(len(counts))]
+    return [
+        [
+            Chunk(tuple(range(firsts[at], firsts[at] + counts[at])), at == 0, at == pp * virtual - 1)
+            for at in range(stage, pp * virtual, pp)
+        ]
+        for stage in range(pp)
+    ]
+
+
+def _layers_of_virtual_stages(parallel: ParallelConfig, num_layers: int, num_stages: int) -> list[int]:
+    """Of the stages in the order in which a token passes them."""
+    if parallel.pipeline_model_parallel_layout is not None:
+        return [stage.count("t") for stage in stages_of_layout(parallel.pipeline_model_parallel_layout)]
+    first, last = parallel.decoder_first_pipeline_num_layers, parallel.decoder_last_pipeline_num_layers
+    if first or last:
+        between = num_stages - bool(first) - bool(last)
+        rest = (num_layers - (first or 0) - (last or 0)) // max(between, 1)
+        return [*([first] if first else []), *[rest] * between, *([last] if last else [])]
+    counts = [parallel.num_divided(num_layers) // num_stages] * num_stages
+    counts[0] -= parallel.account_for_embedding_in_pipeline_split
+    counts[-1] -= parallel.account_for_loss_in_pipeline_split
+    return counts
+
+
+def contents_of_stages(run: RunConfig, shape: ModelShape) -> list[Hashable]:
+    """Of each pipeline stage; equal for two whose ranks compute and send the same in a microbatch."""
+    targets = targets_of_layers(run, shape)
+    return [
+        tuple((chunk.embedding, chunk.head, tuple(targets[layer] for layer in chunk.layers)) for chunk in chunks)
+        for chunks in chunks_of_stages(run.parallel, shape.num_layers)
     ]

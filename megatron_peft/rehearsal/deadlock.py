@@ -8,9 +8,9 @@ slower than this in a real run only waits later.
 """
 
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
 
 from megatron_peft.rehearsal.record import MESSAGES, PHASES, Call, EarlyUse, Entry, Mark, Wait
 
@@ -34,7 +34,11 @@ def check_order(programs: Mapping[int, Iterable[Entry]]) -> Problem | None:
     Args:
         programs: by global rank; what is computed does not matter.
     """
-    return _Replay(programs).run()
+    try:
+        _Replay(programs).run()
+    except _Found as found:
+        return found.problem
+    return None
 
 
 def missing_wait(programs: Mapping[int, Iterable[Entry]]) -> Problem | None:
@@ -71,7 +75,7 @@ def _with_phases(entries: Iterable[Entry]) -> Iterator[tuple[Entry, str]]:
         yield entry, phase
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Place:
     """A call of a rank, and its number among the rank's calls.
 
@@ -97,103 +101,71 @@ class _Place:
         return f"call {self.number} of rank {self.rank}{during}, {call.operation}{of}{peer} in group {call.axis}"
 
 
-@dataclass(slots=True)
-class _Post:
-    """Calls that are issued together."""
+class _Found(Exception):
+    """Ends a replay."""
 
-    places: list[_Place]
-    blocks: bool
-
-
-@dataclass(slots=True)
-class _WaitFor:
-    """A message that must have its partner."""
-
-    place: _Place
-
-
-@dataclass
-class _Rank:
-    """What is left of a program, and what it waits for."""
-
-    number: int
-    nodes: Iterator[_Post | _WaitFor]
-    waits_for: list[_Place] = field(default_factory=list)
-
-
-def _nodes(rank: int, entries: Iterable[Entry]) -> Iterator[_Post | _WaitFor]:
-    """Posts and waits. Of collectives the wait is where they are issued."""
-    num_calls = 0
-    messages: dict[int, _Place] = {}  # by number: those that the program still waits for
-    batch: list[_Place] = []
-    for entry, phase in _with_phases(entries):
-        if isinstance(entry, Call):
-            place = _Place(rank, num_calls, entry, phase)
-            num_calls += 1
-            if batch and entry.batch != batch[0].call.batch:
-                yield _Post(batch, blocks=True)
-                batch = []
-            if entry.batch is not None:
-                batch.append(place)
-                continue
-            is_async_message = entry.operation in MESSAGES and entry.is_async
-            if is_async_message:
-                messages[place.number] = place
-            yield _Post([place], blocks=not is_async_message)
-        elif isinstance(entry, Wait):
-            if batch:
-                yield _Post(batch, blocks=True)
-                batch = []
-            waited_for = messages.pop(entry.call, None)
-            if waited_for is not None:
-                yield _WaitFor(waited_for)
-    if batch:
-        yield _Post(batch, blocks=True)
+    def __init__(self, kind: str, ranks: tuple[int, ...], text: str) -> None:
+        super().__init__(text)
+        self.problem = Problem(kind, ranks, text)
 
 
 class _Replay:
-    """Runs every rank as far as it comes, until all have ended or none moves."""
+    """Runs every rank as far as it comes, until all have ended or none moves. Raises `_Found`."""
 
     def __init__(self, programs: Mapping[int, Iterable[Entry]]) -> None:
-        self.ranks = {rank: _Rank(rank, _nodes(rank, entries)) for rank, entries in programs.items()}
+        self.programs = programs
+        self.waits_for: dict[int, list[_Place]] = {rank: [] for rank in programs}
+        self.ready = deque(programs)
         # Of each group, its collectives by number that not all have joined: who has come.
         self.collectives: dict[Any, dict[int, dict[int, _Place]]] = defaultdict(dict)
         self.counts: dict[Any, int] = defaultdict(int)  # of each group and rank: collectives issued
         # Messages without a partner, all of one rank: of a group's batches from one rank to another; of others between
         # two ranks of a group.
         self.messages: dict[Any, deque[_Place]] = defaultdict(deque)
-        self.waiting: dict[int, list[_Rank]] = defaultdict(list)  # by id of the place
 
-    def run(self) -> Problem | None:
-        ready = deque(self.ranks.values())
-        while ready:
-            rank = ready.popleft()
-            for node in rank.nodes:  # goes on where it stopped
-                problem, blocked = self._step(rank, node, ready)
-                if problem:
-                    return problem
-                if blocked:
+    def run(self) -> None:
+        running = {rank: self._waits(rank, entries) for rank, entries in self.programs.items()}
+        while self.ready:
+            rank = self.ready.popleft()
+            for places in running[rank]:  # goes on where it stopped
+                self.waits_for[rank] = [place for place in places if not place.is_met]
+                if self.waits_for[rank]:
                     break
-        stuck = [rank for rank in self.ranks.values() if rank.waits_for]
-        return self._why(stuck) if stuck else self._left_over()
+        if stuck := [rank for rank, places in self.waits_for.items() if places]:
+            self._tell_why(stuck[0])
+        for place in (place for queue in self.messages.values() for place in queue):  # that nobody takes
+            peer = place.call.peer if place.call.peer is not None else -1
+            raise _Found("wait", (place.rank, peer), f"{place} has no partner on rank {peer}.")
 
-    def _step(self, rank: _Rank, node: _Post | _WaitFor, ready: deque[_Rank]) -> tuple[Problem | None, bool]:
-        if isinstance(node, _WaitFor):
-            rank.waits_for = [] if node.place.is_met else [node.place]
-        else:
-            for place in node.places:
-                problem = self._issue(place, ready)
-                if problem:
-                    return problem, True
-            rank.waits_for = [place for place in node.places if not place.is_met] if node.blocks else []
-        for place in rank.waits_for:
-            self.waiting[id(place)].append(rank)
-        return None, bool(rank.waits_for)
+    def _waits(self, rank: int, entries: Iterable[Entry]) -> Iterator[Sequence[_Place]]:
+        """Issues a rank's calls, and gives what it waits for wherever it does: for a collective where it is issued."""
+        num_calls = 0
+        messages: dict[int, _Place] = {}  # by number: those that the program still waits for
+        batch: list[_Place] = []
+        for entry, phase in _with_phases(entries):
+            if not isinstance(entry, Call | Wait):
+                continue
+            if batch and (isinstance(entry, Wait) or entry.batch != batch[0].call.batch):
+                yield batch
+                batch = []
+            if isinstance(entry, Wait):
+                yield [messages.pop(entry.call)] if entry.call in messages else []
+                continue
+            place = _Place(rank, num_calls, entry, phase)
+            num_calls += 1
+            self._issue(place)
+            if entry.batch is not None:
+                batch.append(place)
+            elif entry.operation in MESSAGES and entry.is_async:
+                messages[place.number] = place
+            else:
+                yield [place]
+        yield batch
 
-    def _issue(self, place: _Place, ready: deque[_Rank]) -> Problem | None:
+    def _issue(self, place: _Place) -> None:
         call = place.call
         if call.operation in MESSAGES:
-            return self._message(place, ready)
+            return self._message(place)
         group = (call.axis, call.group)
         number = self.counts[group, place.rank]
         self.counts[group, place.rank] += 1
@@ -201,14 +173,12 @@ class _Replay:
         if others:
             other = next(iter(others.values()))
             if _differ(call, other.call):
-                return Problem("mismatch", (other.rank, place.rank), f"{other} meets {place}.")
+                raise _Found("mismatch", (other.rank, place.rank), f"{other} meets {place}.")
         others[place.rank] = place
         if len(others) == len(call.group):
-            for one in self.collectives[group].pop(number).values():
-                self._complete(one, ready)
-        return None
+            self._complete(*self.collectives[group].pop(number).values())
 
-    def _message(self, place: _Place, ready: deque[_Rank]) -> Problem | None:
+    def _message(self, place: _Place) -> None:
         call = place.call
         ends: Any = frozenset((place.rank, call.peer))
         if call.batch is not None:
@@ -216,56 +186,47 @@ class _Replay:
         queue = self.messages[call.axis, call.group, ends]
         if not queue or queue[0].rank == place.rank:
             queue.append(place)
-            return None
+            return
         other = queue.popleft()
         if call.operation == other.call.operation:
             told = f"{other} waits for rank {place.rank}; {place} waits for rank {other.rank}."
-            return Problem("wait", (other.rank, place.rank), f"ranks wait for one another: {told}")
+            raise _Found("wait", (other.rank, place.rank), f"ranks wait for one another: {told}")
         if (call.shapes, call.dtype) != (other.call.shapes, other.call.dtype):
-            return Problem("mismatch", (other.rank, place.rank), f"{other} meets {place}.")
-        self._complete(place, ready)
-        self._complete(other, ready)
-        return None
+            raise _Found("mismatch", (other.rank, place.rank), f"{other} meets {place}.")
+        self._complete(place, other)
 
-    def _complete(self, place: _Place, ready: deque[_Rank]) -> None:
-        place.is_met = True
-        for rank in self.waiting.pop(id(place), ()):
-            rank.waits_for = [one for one in rank.waits_for if one is not place]
-            if not rank.waits_for:
-                ready.append(rank)
+    def _complete(self, *places: _Place) -> None:
+        for place in places:
+            place.is_met = True
+            waits_for = self.waits_for[place.rank]
+            if place in waits_for:
+                waits_for.remove(place)
+                if not waits_for:
+                    self.ready.append(place.rank)
 
-    def _why(self, stuck: list[_Rank]) -> Problem:
+    def _tell_why(self, rank: int) -> NoReturn:
         """A cycle of ranks, or one that waits for a rank that has ended."""
-        rank, seen = stuck[0], []
+        seen: dict[int, str] = {}  # why each waits
         while rank not in seen:
-            seen.append(rank)
-            place = rank.waits_for[0]
+            place = self.waits_for[rank][0]
             missing = self._missing(place)
-            ended = [other for other in missing if other not in self.ranks or not self.ranks[other].waits_for]
+            ended = [other for other in missing if not self.waits_for.get(other)]
             if ended:
-                ranks = (rank.number, ended[0])
-                return Problem("wait", ranks, f"{place} waits for rank {ended[0]}, which ends without such a call.")
-            rank = self.ranks[missing[0]]
-        cycle = seen[seen.index(rank) :]
-        told = "; ".join(f"{one.waits_for[0]} waits for rank {self._missing(one.waits_for[0])[0]}" for one in cycle)
-        return Problem("wait", tuple(one.number for one in cycle), f"ranks wait for one another: {told}.")
+                text = f"{place} waits for rank {ended[0]}, which ends without such a call."
+                raise _Found("wait", (rank, ended[0]), text)
+            seen[rank] = f"{place} waits for rank {missing[0]}"
+            rank = missing[0]
+        cycle = [*seen][[*seen].index(rank) :]
+        told = "; ".join(seen[one] for one in cycle)
+        raise _Found("wait", tuple(cycle), f"ranks wait for one another: {told}.")
 
     def _missing(self, place: _Place) -> list[int]:
+        """The ranks that a call waits for."""
         call = place.call
         if call.operation in MESSAGES:
             return [call.peer if call.peer is not None else -1]
-        for others in self.collectives[call.axis, call.group].values():
-            if others.get(place.rank) is place:
-                return [rank for rank in call.group if rank not in others]
-        return []
-
-    def _left_over(self) -> Problem | None:
-        """Messages that nobody takes."""
-        for queue in self.messages.values():
-            for place in queue:
-                peer = place.call.peer if place.call.peer is not None else -1
-                return Problem("wait", (place.rank, peer), f"{place} has no partner on rank {peer}.")
-        return None
+        came = next(others for others in self.collectives[call.axis, call.group].values() if place in others.values())
+        return [rank for rank in call.group if rank not in came]
 
 
 def _differ(one: Call, other: Call) -> bool:

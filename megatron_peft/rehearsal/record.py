@@ -1,17 +1,15 @@
 """What a rehearsal finds of one rank: its computation and its calls in program order, its parameters, its peak memory.
 
-Plain data without torch, written to JSON and read back.
+Plain data without torch.
 """
 
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Any, Literal
+from typing import Literal
 
 Phase = Literal["begin", "forward", "schedule", "backward", "finish", "update", "start", "step", "validation", "saving"]
 PHASES = ("loading", "start", "step", "validation", "saving")  # of a run; "start" is LoRA-GA's
-PARTS = ("weights", "gradients", "optimizer", "buffers", "temporary")  # and "activations of KIND" of each kind of layer
 
 ITEM_BYTES = {
     "float64": 8,
@@ -75,14 +73,6 @@ class Computation:
     products: Mapping[Product, int] = field(default_factory=dict)
     num_bytes: int = 0
     num_kernels: int = 0
-
-    @property
-    def flops(self) -> int:
-        """Of the products."""
-        return sum(product.flops * count for product, count in self.products.items())
-
-
-MESSAGES = ("send", "recv")
 
 
 @dataclass(frozen=True)
@@ -156,6 +146,7 @@ class Mark:
 
 
 Entry = Computation | Call | Wait | EarlyUse | Mark
+MESSAGES = ("send", "recv")
 Memory = dict[str, int]  # bytes of each part at the moment of the peak; their sum is the peak
 
 
@@ -169,7 +160,8 @@ class RankRecord:
         num_microbatches: of the step in `entries`; the run may have more.
         entries: of one training step.
         parameters: number of elements on this rank, "trained" and "frozen".
-        peaks: memory by phase (`PHASES`) and part (`PARTS`).
+        peaks: memory by phase (`PHASES`) and part: "weights", "gradients", "optimizer", "buffers", "temporary", and
+            "activations of KIND" of each kind of layer.
     """
 
     rank: int
@@ -183,16 +175,6 @@ class RankRecord:
     def calls(self) -> Iterator[Call]:
         """In program order."""
         return (entry for entry in self.entries if isinstance(entry, Call))
-
-    @property
-    def products(self) -> dict[Product, int]:
-        """Of the whole step."""
-        total: dict[Product, int] = {}
-        for entry in self.entries:
-            if isinstance(entry, Computation):
-                for product, count in entry.products.items():
-                    total[product] = total.get(product, 0) + count
-        return total
 
     def peak(self, phase: str) -> int:
         """Bytes."""
@@ -281,32 +263,3 @@ class RecordedLayers:
     kernels_of_one: tuple[int, int]
     held: int
     cached: int
-
-
-def to_json(record: RankRecord) -> str:
-    """One line; `from_json` reads it back."""
-    return json.dumps({**vars(record), "entries": [_as_list(entry) for entry in record.entries]})
-
-
-def from_json(text: str) -> RankRecord:
-    """The inverse of `to_json`."""
-    values = json.loads(text)
-    return RankRecord(**{**values, "entries": tuple(_from_list(entry) for entry in values["entries"])})
-
-
-def _as_list(entry: Entry) -> list[Any]:
-    if isinstance(entry, Computation):
-        products = [[*vars(product).values(), count] for product, count in entry.products.items()]
-        return ["work", products, entry.num_bytes, entry.num_kernels]
-    return [type(entry).__name__.lower(), *vars(entry).values()]
-
-
-def _from_list(values: Sequence[Any]) -> Entry:
-    kind, *fields = values
-    if kind == "work":
-        products, num_bytes, num_kernels = fields
-        return Computation({Product(*product): count for *product, count in products}, num_bytes, num_kernels)
-    if kind == "call":
-        operation, axis, group, shapes, *rest = fields
-        return Call(operation, axis, tuple(group), tuple(tuple(shape) for shape in shapes), *rest)
-    return Wait(*fields) if kind == "wait" else Mark(*fields)

@@ -20,7 +20,18 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from megatron_peft.config import require
-from megatron_peft.rehearsal.record import Call, Computation, EarlyUse, Entry, Mark, Memory, Phase, Product, Wait
+from megatron_peft.rehearsal.record import (
+    MESSAGES,
+    Call,
+    Computation,
+    EarlyUse,
+    Entry,
+    Mark,
+    Memory,
+    Phase,
+    Product,
+    Wait,
+)
 from megatron_peft.runtime.fake_ranks import Mode
 
 # Groups of megatron-core that a dense model uses -> their names in a `Call`. Others are never called.
@@ -46,26 +57,25 @@ def group_names() -> Mapping[str, str]:
     return {**found, dist.group.WORLD.group_name: "world"}  # pyright: ignore[reportOptionalMemberAccess]
 
 
-# Operations of torch.distributed -> (ours, the argument that holds what this rank puts in).
+# Operations of torch.distributed -> (ours, the argument that holds what this rank puts in, the one that names a peer).
 _OPERATIONS = {
-    "allreduce_": ("all_reduce", "tensors"),
-    "allreduce_coalesced_": ("all_reduce", "tensors"),
-    "allgather_": ("all_gather", "input_tensors"),
-    "_allgather_base_": ("all_gather", "input_tensor"),
-    "allgather_into_tensor_coalesced_": ("all_gather", "inputs"),
-    "reduce_scatter_": ("reduce_scatter", "input_tensors"),
-    "_reduce_scatter_base_": ("reduce_scatter", "input_tensor"),
-    "reduce_scatter_tensor_coalesced_": ("reduce_scatter", "inputs"),
-    "broadcast_": ("broadcast", "tensors"),
-    "reduce_": ("reduce", "tensors"),
-    "alltoall_base_": ("all_to_all", "input"),
-    "alltoall_": ("all_to_all", "input_tensors"),
-    "barrier": ("barrier", "tensor"),
-    "send": ("send", "tensors"),
-    "recv_": ("recv", "tensors"),
+    "allreduce_": ("all_reduce", "tensors", None),
+    "allreduce_coalesced_": ("all_reduce", "tensors", None),
+    "allgather_": ("all_gather", "input_tensors", None),
+    "_allgather_base_": ("all_gather", "input_tensor", None),
+    "allgather_into_tensor_coalesced_": ("all_gather", "inputs", None),
+    "reduce_scatter_": ("reduce_scatter", "input_tensors", None),
+    "_reduce_scatter_base_": ("reduce_scatter", "input_tensor", None),
+    "reduce_scatter_tensor_coalesced_": ("reduce_scatter", "inputs", None),
+    "broadcast_": ("broadcast", "tensors", "root_rank"),
+    "reduce_": ("reduce", "tensors", "root_rank"),
+    "alltoall_base_": ("all_to_all", "input", None),
+    "alltoall_": ("all_to_all", "input_tensors", None),
+    "barrier": ("barrier", None, None),
+    "send": ("send", "tensors", "dst"),
+    "recv_": ("recv", "tensors", "src"),
 }
 _DEVICE = torch.ops.prim.device.default
-_PEERS = {"send": "dst", "recv_": "src", "broadcast_": "root_rank", "reduce_": "root_rank"}
 
 
 class Recorder(Mode):
@@ -89,9 +99,8 @@ class Recorder(Mode):
         self._entries: list[Entry] = []
         self._num_calls = 0
         self._under_way: dict[int, list[Tensor]] = {}  # by number of the call: what it writes
-        self._start_work()
-
         self._last_product: int | None = None  # the storage that it has written
+        self._start_work()
 
     def _start_work(self) -> None:
         self._products: Counter[Product] = Counter()
@@ -121,15 +130,18 @@ class Recorder(Mode):
         inside = self._products
         self._products, self._num_bytes, self._num_kernels = before
         self._num_kernels += 1
-        if inside:
+        if inside:  # a product of chunks of tokens, which are summed
             *_, factor = _tensors(args)
-            self._products[_over_all_tokens(inside, _dtype_name(factor.dtype))] += 1
+            [(batch, m, n)] = {(one.batch, one.m, one.n) for one in inside}
+            k = sum(one.k * count for one, count in inside.items())
+            self._products[Product("mm", batch, m, n, k, _dtype_name(factor.dtype))] += 1
         else:
-            self._num_bytes += _bytes_of_storages(args) + _bytes_of_storages(result)
+            for tensors in (args, result):  # some of which may share their memory
+                self._num_bytes += sum({_storage(one): _num_bytes(one) for one in _tensors(tensors)}.values())
         return result
 
     def entries(self, since: tuple[int, int] = (0, 0)) -> tuple[Entry, ...]:
-        """In program order. A call that is waited for at once is not asynchronous.
+        """In program order.
 
         Args:
             since: a `place`; waits then count the calls from there on, and none is for an earlier one.
@@ -138,7 +150,7 @@ class Recorder(Mode):
         first, calls = since
         found = [replace(one, call=one.call - calls) if isinstance(one, Wait) else one for one in self._entries[first:]]
         assert all(one.call >= 0 for one in found if isinstance(one, Wait)), "waits for a call of another pass"
-        return tuple(_joined(found))
+        return tuple(found)
 
     @property
     def place(self) -> tuple[int, int]:
@@ -172,7 +184,7 @@ class Recorder(Mode):
         first, last = _extent(tensor)
         for number, written in [*self._under_way.items()]:
             for one in written:
-                if one.untyped_storage()._cdata == tensor.untyped_storage()._cdata:
+                if _storage(one) == _storage(tensor):
                     begin, end = _extent(one)
                     if first < end and begin < last:
                         self._add(EarlyUse(number))
@@ -185,29 +197,28 @@ class Recorder(Mode):
         require(
             name in _OPERATIONS,
             f"a rank calls {func.namespace}.{name}, an operation of torch.distributed that rehearsals do not know: use "
-            f"one of {', '.join(sorted({operation for operation, _ in _OPERATIONS.values()}))}, not functional ones.",
+            f"one of {', '.join(sorted({operation for operation, *_ in _OPERATIONS.values()}))}, not functional ones.",
         )
         named = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)} | kwargs
         group = dist.ProcessGroup.unbox(named["process_group"])
-        operation, argument = _OPERATIONS[name]
+        operation, put_in, other_side = _OPERATIONS[name]
         ranks = tuple(dist.get_process_group_ranks(group))
-        tensors = list(_tensors(named[argument])) if operation != "barrier" else []
-        peer = ranks[named[_PEERS[name]]] if name in _PEERS else None
+        tensors = [*_tensors(named[put_in])] if put_in else []
+        peer = ranks[named[other_side]] if other_side else None
         result = func(*args, **kwargs)
         if len(ranks) == 1:
             return result
-        self._add(
-            Call(
-                operation,
-                self.groups.get(group.group_name, group.group_name),
-                ranks,
-                tuple(tuple(tensor.shape) for tensor in tensors),
-                _dtype_name(tensors[0].dtype) if tensors else "uint8",
-                peer,
-                self._batch if operation in ("send", "recv") else None,
-                is_async=True,
-            )
+        call = Call(
+            operation,
+            self.groups.get(group.group_name, group.group_name),
+            ranks,
+            tuple(tuple(tensor.shape) for tensor in tensors),
+            _dtype_name(tensors[0].dtype) if tensors else "uint8",
+            peer,
+            self._batch if operation in MESSAGES else None,
+            is_async=True,
         )
+        self._add(call)
         index = self._num_calls
         self._num_calls += 1
         if not self.keeps_work and name != "send" and peer != dist.get_rank():  # a source may read what it sends
@@ -216,12 +227,15 @@ class Recorder(Mode):
 
         def waits() -> None:
             self._under_way.pop(index, None)
-            self._add(Wait(index))
+            self._flush_work()
+            if self._entries and self._entries[-1] is call and call.batch is None:  # it is waited for at once
+                self._entries[-1] = replace(call, is_async=False)
+            else:
+                self._entries.append(Wait(index))
 
-        if isinstance(result, tuple):
-            *outputs, work = result
-            return (*outputs, _watched(operation, work, waits))
-        return _watched(operation, result, waits)
+        *outputs, work = result if isinstance(result, tuple) else (result,)
+        handle = _Watched(operation, dist.Work.unbox(work), waits).boxed()  # pyright: ignore[reportAttributeAccessIssue]
+        return (*outputs, handle) if outputs else handle
 
     def _count(self, func: Any, args: Any, result: Any) -> None:
         kind = _kind(func)
@@ -245,9 +259,8 @@ def _storage(tensor: Tensor) -> int:
 
 def _adds_to_a_buffer(func: Any, args: Any) -> bool:
     """Whether it adds a tensor to a part of a storage, as to that of all sums of gradients."""
-    if func is not torch.ops.aten.add_.Tensor or not isinstance(args[1], Tensor):
-        return False
-    return args[0].untyped_storage().nbytes() > args[0].nbytes
+    adds = func is torch.ops.aten.add_.Tensor and isinstance(args[1], Tensor)
+    return adds and args[0].untyped_storage().nbytes() > args[0].nbytes
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:
@@ -255,31 +268,6 @@ def _extent(tensor: Tensor) -> tuple[int, int]:
     begin, size = tensor.storage_offset(), tensor.element_size()
     length = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return int(begin * size), int((begin + length * (tensor.numel() > 0)) * size)
-
-
-def _over_all_tokens(products: Mapping[Product, int], dtype: str) -> Product:
-    """The sum of products of chunks of tokens."""
-    [(batch, m, n)] = {(one.batch, one.m, one.n) for one in products}
-    return Product("mm", batch, m, n, sum(one.k * count for one, count in products.items()), dtype)
-
-
-def _bytes_of_storages(values: Any) -> int:
-    """Of tensors, some of which may share their memory."""
-    return sum({tensor.untyped_storage()._cdata: _num_bytes(tensor) for tensor in _tensors(values)}.values())
-
-
-def _joined(entries: Sequence[Entry]) -> Iterator[Entry]:
-    """Calls that are waited for before anything else happens become synchronous."""
-    index, calls = 0, 0
-    while index < len(entries):
-        entry = entries[index]
-        following = entries[index + 1] if index + 1 < len(entries) else None
-        if isinstance(entry, Call):
-            if following == Wait(calls) and entry.batch is None:
-                entry, index = Call(**{**vars(entry), "is_async": False}), index + 1
-            calls += 1
-        yield entry
-        index += 1
 
 
 class _Watched(dist.Work):
@@ -307,10 +295,6 @@ _HANDLES: set[Any] = set()  # C++ holds no reference to the Python half of a han
 def forget_sends() -> None:
     """Drop the handles of messages that a schedule has sent and not waited for, and with them what was sent."""
     _HANDLES.difference_update([one for one in _HANDLES if one.operation == "send"])
-
-
-def _watched(operation: str, work: Any, waits: Callable[[], None]) -> Any:
-    return _Watched(operation, dist.Work.unbox(work), waits).boxed()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:
@@ -396,18 +380,16 @@ def _attention(kind: Any, query: Tensor, key: Tensor) -> Product:
     return Product(kind, batch * heads, m, key.shape[2], k, _dtype_name(query.dtype))
 
 
+_ATTENTION = [
+    f"_scaled_dot_product_{name}"
+    for name in ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
+]
 _PRODUCTS: Mapping[str, Callable[[Sequence[Any]], Product]] = {
     **{name: lambda args: _matrices(args[0], args[1]) for name in ("mm", "bmm")},
     **{name: lambda args: _matrices(args[1], args[2]) for name in ("addmm", "addmm_", "baddbmm", "baddbmm_")},
     "_linear_pointwise": lambda args: _linear(args[0], args[1]),  # oneDNN's
-    **{
-        f"_scaled_dot_product_{name}": lambda args: _attention("attention", args[0], args[1])
-        for name in ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
-    },
-    **{
-        f"_scaled_dot_product_{name}_backward": lambda args: _attention("attention backward", args[1], args[2])
-        for name in ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
-    },
+    **{name: lambda args: _attention("attention", args[0], args[1]) for name in _ATTENTION},
+    **{f"{name}_backward": lambda args: _attention("attention backward", args[1], args[2]) for name in _ATTENTION},
 }
 
 
@@ -426,13 +408,13 @@ _LAYER_KINDS = {
 _OUTSIDE_LAYERS: Mapping[str | None, str] = {"forward": "logits and loss", "schedule": "messages"}
 
 
+@dataclass(slots=True, eq=False)
 class _Storage:
-    """A storage that is alive: its bytes, its part, and what tells of its end."""
+    """A storage that is alive, and what tells of its end."""
 
-    __slots__ = ("num_bytes", "part", "ended")
-
-    def __init__(self, num_bytes: int, part: str) -> None:
-        self.num_bytes, self.part, self.ended = num_bytes, part, None
+    num_bytes: int = 0
+    part: str = "temporary"
+    ended: Any = None
 
 
 class LiveMemory(Mode):
@@ -440,6 +422,10 @@ class LiveMemory(Mode):
 
     A storage is "temporary" until the call of the module that made it ends; then it is one of the activations of that
     kind of layer. `assign` says what the others are.
+
+    Attributes:
+        total: bytes now.
+        highest: bytes at the peak.
     """
 
     def __init__(self) -> None:
@@ -447,14 +433,14 @@ class LiveMemory(Mode):
         self.phase: str | None = None
         self._live: dict[int, _Storage] = {}
         self._parts: Counter[str] = Counter()
-        self._total = 0
+        self.total = 0
         self._kinds: dict[nn.Module, str] = {}
         self._calls: list[tuple[str | None, list[_Storage]]] = []
         self.start_peak()
 
     def start_peak(self) -> None:
         """Look for a peak from here on."""
-        self._peak, self._at_peak = self._total, dict(self._parts)
+        self.highest, self._at_peak = self.total, dict(self._parts)
 
     def peak(self, assigned_since: bool = False) -> Memory:
         """Bytes of each part at the peak.
@@ -465,18 +451,8 @@ class LiveMemory(Mode):
         """
         parts = Counter(self._parts if assigned_since else self._at_peak)
         if assigned_since:
-            parts["temporary"] += self._peak - self._total
+            parts["temporary"] += self.highest - self.total
         return {part: num_bytes for part, num_bytes in sorted(parts.items()) if num_bytes}
-
-    @property
-    def total(self) -> int:
-        """Bytes now."""
-        return self._total
-
-    @property
-    def highest(self) -> int:
-        """Bytes at the peak."""
-        return self._peak
 
     def name_modules(self, chunks: Iterable[nn.Module]) -> None:
         """Learn the kinds of layers, by the names of modules."""
@@ -492,23 +468,18 @@ class LiveMemory(Mode):
 
     def resized(self, storage: torch.UntypedStorage) -> None:
         """A storage's size has changed, which no operation tells."""
-        known = self._live.get(storage._cdata)
-        if known is not None:
-            self._resize(known, storage.nbytes())
+        if storage._cdata in self._live:
+            self._resize(self._live[storage._cdata], storage.nbytes())
 
     @contextmanager
     def watch_modules(self) -> Iterator[None]:
         """Learn which module is running."""
         hooks = nn.modules.module
-        handles = [
+        with (
             hooks.register_module_forward_pre_hook(self._begin_call),
             hooks.register_module_forward_hook(self._end_call, always_call=True),
-        ]
-        try:
+        ):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _begin_call(self, module: nn.Module, inputs: Any) -> None:
         outer = self._calls[-1][0] if self._calls else None
@@ -525,12 +496,10 @@ class LiveMemory(Mode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        for tensor in _tensors(args):
+        for tensor in (*_tensors(args), *_tensors(result)):
             self._seen(tensor)
-        for tensor in _tensors(result):
-            self._seen(tensor)
-        if self._total > self._peak:
-            self._peak, self._at_peak = self._total, dict(self._parts)
+        if self.total > self.highest:
+            self.highest, self._at_peak = self.total, dict(self._parts)
         return result
 
     def _seen(self, tensor: Tensor) -> _Storage:
@@ -538,8 +507,8 @@ class LiveMemory(Mode):
         key, num_bytes = storage._cdata, storage.nbytes()
         known = self._live.get(key)
         if known is None:
-            known = self._live[key] = _Storage(0, "temporary")
-            known.ended = weakref.ref(storage, lambda _: self._end(key))
+            known = self._live[key] = _Storage()
+            known.ended = weakref.ref(storage, lambda _: self._resize(self._live.pop(key), 0))
             if self._calls:
                 self._calls[-1][1].append(known)
             elif self.phase in _OUTSIDE_LAYERS:
@@ -548,12 +517,9 @@ class LiveMemory(Mode):
             self._resize(known, num_bytes)
         return known
 
-    def _end(self, key: int) -> None:
-        self._resize(self._live.pop(key), 0)
-
     def _resize(self, storage: _Storage, num_bytes: int) -> None:
         self._parts[storage.part] += num_bytes - storage.num_bytes
-        self._total += num_bytes - storage.num_bytes
+        self.total += num_bytes - storage.num_bytes
         storage.num_bytes = num_bytes
 
     def _move(self, storage: _Storage, part: str) -> None:

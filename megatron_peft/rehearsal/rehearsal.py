@@ -11,35 +11,24 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from importlib import import_module
 from multiprocessing import get_context
+from multiprocessing.connection import wait
 from threading import Thread
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from megatron_peft.config import ConfigurationError, RunConfig
 from megatron_peft.models.shape import ModelShape
-from megatron_peft.rehearsal.asked import LayersToRecord, Lengths, RankToRehearse
+from megatron_peft.rehearsal.asked import LayersToRecord, Lengths, RankToRehearse, contents_of_stages
 from megatron_peft.rehearsal.deadlock import Problem, check_order, missing_wait
 from megatron_peft.rehearsal.record import Entry, RankRecord, RecordedLayers
-from megatron_peft.rehearsal.schedule import (
-    RankGrid,
-    RankProgram,
-    StageProgram,
-    program_of_stage,
-    programs_of_ranks,
-    renumbered,
-)
+from megatron_peft.rehearsal.schedule import RankGrid, StageProgram, program_of_stage, programs_of_ranks, renumbered
 from megatron_peft.runtime.ranks import NO_GPU, preload
-
-if TYPE_CHECKING:
-    from megatron_peft.rehearsal.stage_schedule import StageOutline
 
 Watch = Callable[[int, int], None]  # is told how much of the work is done now, and how much more there is to do
 MOST_REPLICAS, MOST_RANKS = 8, 64  # whose calls are compared in `order_problem`
@@ -61,38 +50,14 @@ def work_bar(title: str) -> Iterator[Watch]:
         yield watch
 
 
-def rehearse(ranks: Sequence[RankToRehearse], num_processes: int | None = None) -> list[RankRecord]:
-    """The record of each rank.
-
-    Args:
-        num_processes: at a time; default: the cores of this machine, at most four.
-    """
-    with _processes(num_processes, len(ranks)) as run:
-        asked = [run(_rehearse_here, rank) for rank in ranks]
-        return [one.result() for one in asked]
+def rehearse(ranks: Sequence[RankToRehearse], watch: Watch = lambda done, more: None) -> list[RankRecord]:
+    """The record of each rank. `watch` counts ranks."""
+    return _in_processes(_rehearse_here, ranks, watch)
 
 
-def record_layers(
-    asked: Sequence[LayersToRecord], num_processes: int | None = None, watch: Watch = lambda done, more: None
-) -> list[RecordedLayers]:
-    """The segments of each model, from as few layers as have all kinds of them.
-
-    Args:
-        num_processes: as of `rehearse`.
-        watch: counts recordings.
-    """
-    if not asked:
-        return []
-    number = min(num_processes or _num_processes(), len(asked))
-    with _processes(number, number) as run:
-        watch(0, len(asked))
-        # What one costs most is found in torch's caches by those that follow in its process.
-        parts = [asked[first::number] for first in range(number)]
-        found: list[Any] = [run(_record_layers, part) for part in parts]
-        for one, part in zip(found, parts, strict=True):
-            one.add_done_callback(partial(lambda done, _: watch(done, 0), len(part)))
-        recorded = [one.result() for one in found]
-    return [recorded[index % number][index // number] for index in range(len(asked))]
+def record_layers(asked: Sequence[LayersToRecord], watch: Watch = lambda done, more: None) -> list[RecordedLayers]:
+    """The segments of each model, from as few layers as have all kinds of them. `watch` counts recordings."""
+    return _in_processes(_record_layers, asked, watch, take_several=True)
 
 
 @dataclass(frozen=True)
@@ -125,43 +90,36 @@ class RehearsedRun:
             kind: sum(of_stage[stage][f"{kind} of stage"] for stage in self.alike) for kind in ("trained", "frozen")
         }
 
-    def programs(self) -> dict[int, RankProgram]:
+    def programs(self) -> dict[int, Iterator[Entry]]:
         """The entries of every rank; of more than two replicas, of two, which stand for all."""
         return programs_of_ranks(self.stages, replace(self.grid, data=min(self.grid.data, 2)))
 
 
 def rehearse_run(
-    config: RunConfig,
-    shape: ModelShape,
-    num_processes: int | None = None,
-    peaks: bool = True,
-    watch: Watch = lambda done, more: None,
+    config: RunConfig, shape: ModelShape, peaks: bool = True, watch: Watch = lambda done, more: None
 ) -> RehearsedRun:
     """Rehearse the distinct ranks of a run's world, which need not exist.
 
     Args:
         peaks: of memory. Without them, the records tell what ranks compute and call, in less time.
-        watch: counts processes, of which each rehearses a rank.
+        watch: counts ranks, and the search for the stages' schedules.
     """
-    grid, num_microbatches = RankGrid.of(config.parallel), config.num_microbatches
-    with _processes(num_processes, 4, watch) as run:
-        outlines: list[StageOutline] = run(_outline_here, config, shape).result()
-        contents = [outline.contents for outline in outlines]
-        alike = {stage: contents.index(one) for stage, one in enumerate(contents)}  # the first of those like it
-        places = [grid.rank(0, 0, stage) for stage in sorted(set(alike.values()))]
-        if peaks:
-            fullest = (0, min(1, grid.pipeline - 1), grid.pipeline // 2, grid.pipeline - 1)
-            places = sorted({*places, *(grid.rank(0, 0, stage) for stage in fullest)})
-            places += [grid.rank(1, 0, grid.pipeline - 1)] if grid.tensor > 1 else []
-        asked = [RankToRehearse.of(config, shape, rank, peaks) for rank in places]
-        records = dict(
-            zip(places, [one.result() for one in [run(_rehearse_here, rank) for rank in asked]], strict=True)
-        )
+    grid, contents = RankGrid.of(config.parallel), contents_of_stages(config, shape)
+    alike = tuple(contents.index(one) for one in contents)  # the first of those like it
+    places = [grid.rank(0, 0, stage) for stage in sorted({*alike})]
+    if peaks:
+        fullest = (0, min(1, grid.pipeline - 1), grid.pipeline // 2, grid.pipeline - 1)
+        places = sorted({*places, *(grid.rank(0, 0, stage) for stage in fullest)})
+        places += [grid.rank(1, 0, grid.pipeline - 1)] if grid.tensor > 1 else []
+    asked = [RankToRehearse.of(config, shape, rank, peaks) for rank in places]
+    [schedules] = _in_processes(_schedules_here, [(config, shape)], watch)
+    records = rehearse(asked, watch)
+    of_rank = dict(zip(places, records, strict=True))
     programs = [
-        program_of_stage(records[grid.rank(0, 0, alike[stage])], stage, outline.schedule, grid, num_microbatches)
-        for stage, outline in enumerate(outlines)
+        program_of_stage(of_rank[grid.rank(0, 0, alike[stage])], stage, schedule, grid, config.num_microbatches)
+        for stage, schedule in enumerate(schedules)
     ]
-    return RehearsedRun(config, shape, tuple(records.values()), tuple(programs), tuple(alike.values()))
+    return RehearsedRun(config, shape, tuple(records), tuple(programs), alike)
 
 
 def start_planned_peak(config: RunConfig, shape: ModelShape) -> Callable[[], int | str | None]:
@@ -183,9 +141,7 @@ def start_planned_peak(config: RunConfig, shape: ModelShape) -> Callable[[], int
     return lambda: found[0] if found else None
 
 
-def order_problem(
-    run: RehearsedRun, num_processes: int | None = None, watch: Watch = lambda done, more: None
-) -> Problem | None:
+def order_problem(run: RehearsedRun, watch: Watch = lambda done, more: None) -> Problem | None:
     """The first problem of the calls of any rank; None: all end.
 
     Every rank of a smaller run (`small_layout`) is rehearsed from the model to a checkpoint, and their programs are
@@ -194,22 +150,19 @@ def order_problem(
     """
     if run.grid.size == 1:
         return None
-    num_processes = num_processes or _num_processes()
-    with _processes(num_processes, num_processes, watch) as start:
-        config, shape, stages = start(_small_here, run.config, run.shape).result()
-        grid, many = RankGrid.of(config.parallel), RankGrid.of(run.config.parallel)
-        places = [grid.place(rank) for rank in range(grid.size)]
-        if grid.size > MOST_RANKS:  # every tensor-parallel rank of a replica, and one of each replica
-            places = [place for place in places if 0 in place[:2]]
-        lengths = (Lengths.longest(config),)
-        asked = RankToRehearse(config, shape, 0, config.num_microbatches, lengths, calls_alone=True)
-        # A process takes several ranks: most of what the first one costs is found in torch's caches by the others.
-        parts = [places[first::num_processes] for first in range(num_processes)]
-        found = [start(_record_calls, asked, [grid.rank(*place) for place in part]) for part in parts]
-        records = {grid.place(record.rank): record for one in found for record in one.result()}
-    numbers = {
-        grid.rank(*place): many.rank(*place[:2], stages[place[2]]) for place in map(grid.place, range(grid.size))
-    }
+    [(config, shape, stages)] = _in_processes(_small_here, [(run.config, run.shape)], watch)
+    grid, many = RankGrid.of(config.parallel), RankGrid.of(run.config.parallel)
+    places = [grid.place(rank) for rank in range(grid.size)]
+    numbers = {grid.rank(*place): many.rank(*place[:2], stages[place[2]]) for place in places}
+    if grid.size > MOST_RANKS:  # every tensor-parallel rank of a replica, and one of each replica
+        places = [place for place in places if 0 in place[:2]]
+    lengths = (Lengths.longest(config),)
+    asked = [
+        RankToRehearse(config, shape, grid.rank(*place), config.num_microbatches, lengths, calls_alone=True)
+        for place in places
+    ]
+    found = _in_processes(_rehearse_here, asked, watch, take_several=True)
+    records = dict(zip(places, found, strict=True))
     programs: dict[int, tuple[Entry, ...]] = {}
     for rank, number in numbers.items():
         tensor, data, stage = grid.place(rank)
@@ -221,79 +174,74 @@ def order_problem(
     return check_order(programs) or missing_wait(programs) or check_order(run.programs())
 
 
-def _num_processes() -> int:
-    return min(len(os.sched_getaffinity(0)), 4)
+def _in_processes(
+    function: Callable[[Sequence[Any]], list[Any]], asked: Sequence[Any], watch: Watch, take_several: bool = False
+) -> list[Any]:
+    """What `function`, of this file, gives for each of these, in processes forked from one that has torch.
 
+    At a time there are as many as this machine has cores, at most four.
 
-@contextmanager
-def _processes(
-    num_processes: int | None, most: int, watch: Watch = lambda done, more: None
-) -> Iterator[Callable[..., "Future[Any]"]]:
-    """A function that runs a function of this file in a process of its own, forked from one that has torch."""
+    Args:
+        take_several: what the first one costs most is found in torch's caches by those that follow in its process.
+            Otherwise each has a process of its own.
+    """
+    num_processes = min(len(os.sched_getaffinity(0)), 4)
+    num_parts = min(num_processes, len(asked)) if take_several else len(asked)
     context = get_context("forkserver")
     preload(["megatron_peft.rehearsal.layer_recording"])  # and all that a rehearsed rank imports
-    number = min(num_processes or _num_processes(), most)
-    running: set[Any] = set()
-    with ThreadPoolExecutor(number) as threads:  # each waits for a process
-
-        def start(function: Callable[..., Any], *arguments: Any) -> "Future[Any]":
-            watch(0, 1)
-            future = threads.submit(_in_a_process, context, running, function, arguments)
-            future.add_done_callback(lambda _: watch(1, 0))
-            return future
-
-        try:
-            yield start
-        except BaseException:  # Ctrl-C too
-            threads.shutdown(wait=False, cancel_futures=True)
-            for process in [*running]:
-                process.kill()
-            raise
-
-
-def _in_a_process(context: Any, running: set[Any], function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_answer, args=(sender, function, arguments), daemon=True)
-    process.start()
-    running.add(process)
-    sender.close()
+    watch(0, len(asked))
+    answers: dict[int, list[Any]] = {}
+    running: dict[Any, tuple[int, Any]] = {}  # by what a process answers with: its part, and the process
     try:
-        result, error = receiver.recv()
-    except EOFError:
-        process.join()
-        raise RuntimeError(f"the process of a rehearsed rank ended with exit code {process.exitcode}") from None
-    finally:
-        running.discard(process)
-    process.join()
-    if error is not None:
-        raise error
-    return result
+        while len(answers) < num_parts:
+            part = len(answers) + len(running)
+            if part < num_parts and len(running) < num_processes:
+                receiver, sender = context.Pipe(duplex=False)
+                arguments = sender, function, asked[part::num_parts]
+                process = context.Process(target=_answer, args=arguments, daemon=True)
+                process.start()
+                sender.close()
+                running[receiver] = part, process
+                continue
+            answered: list[Any] = wait([*running])
+            for receiver in answered:
+                part, process = running.pop(receiver)
+                try:
+                    answers[part], error = receiver.recv()
+                except EOFError:
+                    process.join()
+                    told = f"the process of a rehearsed rank ended with exit code {process.exitcode}"
+                    raise RuntimeError(told) from None
+                process.join()
+                if error is not None:
+                    raise error
+                watch(len(answers[part]), 0)
+    finally:  # after an error and Ctrl-C too
+        for _, process in running.values():
+            process.kill()
+    return [answers[index % num_parts][index // num_parts] for index in range(len(asked))]
 
 
-def _answer(sender: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _answer(sender: Any, function: Callable[[Sequence[Any]], list[Any]], asked: Sequence[Any]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the asking process ends this one
     import_module(NO_GPU)  # where the server could not
     sys.stdout = open(os.devnull, "w")  # what a run tells at its start
     warnings.simplefilter("ignore")
     try:
-        answer = function(*arguments), None
+        answer = function(asked), None
     except ConfigurationError as error:
-        answer = None, ConfigurationError(*error.problems)
+        answer = [], ConfigurationError(*error.problems)
     except BaseException:
-        answer = None, RuntimeError(f"a rehearsed rank failed:\n{traceback.format_exc()}")
+        answer = [], RuntimeError(f"a rehearsed rank failed:\n{traceback.format_exc()}")
     sender.send(answer)
     sender.close()
     os._exit(0)  # torch has nothing to put away
 
 
-def _rehearse_here(rank: RankToRehearse) -> RankRecord:
+def _rehearse_here(ranks: Sequence[RankToRehearse]) -> list[RankRecord]:
     from megatron_peft.rehearsal.rehearsed_rank import rehearse_rank
 
-    return rehearse_rank(rank)
-
-
-def _record_calls(of: RankToRehearse, ranks: Sequence[int]) -> list[RankRecord]:
-    return [_rehearse_here(replace(of, rank=rank)) for rank in ranks]
+    return [*map(rehearse_rank, ranks)]
 
 
 def _record_layers(asked: Sequence[LayersToRecord]) -> list[RecordedLayers]:
@@ -302,16 +250,17 @@ def _record_layers(asked: Sequence[LayersToRecord]) -> list[RecordedLayers]:
     return recorded_layers(asked)
 
 
-def _outline_here(config: RunConfig, shape: ModelShape) -> "list[StageOutline]":
-    from megatron_peft.rehearsal.stage_schedule import outline_stages
+def _schedules_here(runs: Sequence[tuple[RunConfig, ModelShape]]) -> list[list[tuple[Entry, ...]]]:
+    from megatron_peft.rehearsal.stage_schedule import schedules_of_stages
 
-    return outline_stages(config, shape)
+    return [schedules_of_stages(config, shape) for config, shape in runs]
 
 
-def _small_here(config: RunConfig, shape: ModelShape) -> tuple[RunConfig, ModelShape, tuple[int, ...]]:
+def _small_here(runs: Sequence[tuple[RunConfig, ModelShape]]) -> list[tuple[RunConfig, ModelShape, tuple[int, ...]]]:
     """A run of few layers, stages and microbatches, with the run's tensor-parallel ranks; and which stages it has."""
     from megatron_peft.rehearsal.small_run import small_layout, small_targets
 
+    [(config, shape)] = runs
     parallel, stages = config.parallel, config.parallel.pipeline_model_parallel_size
     small, num_layers = small_layout(parallel, shape.num_layers)
     tp, pp = parallel.tensor_model_parallel_size, small.pipeline_model_parallel_size
@@ -331,4 +280,4 @@ def _small_here(config: RunConfig, shape: ModelShape) -> tuple[RunConfig, ModelS
     )
     full = min(shape.num_full_attention_layers, num_layers)
     shape = replace(shape, num_layers=num_layers, num_full_attention_layers=full)
-    return config, shape, tuple(stage if stage < pp - pp // 2 else stages - pp + stage for stage in range(pp))
+    return [(config, shape, tuple(stage if stage < pp - pp // 2 else stages - pp + stage for stage in range(pp)))]

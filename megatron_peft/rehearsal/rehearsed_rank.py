@@ -16,11 +16,11 @@ from megatron_peft.checkpoint.tensors import PlannedFiles, Written, sharded_para
 from megatron_peft.data.batches import Microbatch
 from megatron_peft.models import layers
 from megatron_peft.models.kernels import fusions_on_a_gpu
+from megatron_peft.models.shape import ModelShape
 from megatron_peft.parallel.collectives import from_first_rank
 from megatron_peft.rehearsal.asked import Lengths, RankToRehearse
 from megatron_peft.rehearsal.record import Memory, RankRecord
 from megatron_peft.rehearsal.recording import LiveMemory, Recorder, forget_sends, group_names
-from megatron_peft.rehearsal.stage_schedule import LINEAR_LAYERS
 from megatron_peft.runtime.fake_ranks import (
     fake_rank,
     replaced,
@@ -127,7 +127,7 @@ def rehearse_rank(of: RankToRehearse) -> RankRecord:
     config = replace(of.config, model=replace(of.config.model, transformer_impl="local"))
     of = replace(of, config=config)
 
-    with fake_rank(of.rank, config.parallel.world_size, lambda value: of_all_stages(value, of.shape.num_layers)):
+    with fake_rank(of.rank, config.parallel.world_size, lambda value: of_all_stages(value, of.shape)):
         num_stages = config.parallel.num_virtual_stages(of.shape.num_layers)
         start_model_parallel(config.parallel, config.training.seed, num_stages)
         fuses = fusions_on_a_gpu(config, of.shape)
@@ -142,7 +142,7 @@ def rehearse_rank(of: RankToRehearse) -> RankRecord:
         return record
 
 
-def of_all_stages(value: Any, num_layers: int) -> Any:
+def of_all_stages(value: Any, shape: ModelShape) -> Any:
     """What the ranks of all stages give, from what this one gives to a gather.
 
     Layers of the other stages have the names of ours, with other numbers: `attach.all_names` gathers a set of them. A
@@ -150,8 +150,8 @@ def of_all_stages(value: Any, num_layers: int) -> Any:
     the usual one.
     """
     if isinstance(value, set):
-        ends = {name.split(".", 3)[3] for name in value} or {*LINEAR_LAYERS}
-        return {f"decoder.layers.{number}.{end}" for number in range(num_layers) for end in ends}
+        ends = {name.split(".", 3)[3] for name in value} or {*shape.linear_layers(1)}
+        return {f"decoder.layers.{number}.{end}" for number in range(shape.num_layers) for end in ends}
     return value if value != [] else [(None, False)]
 
 
@@ -190,7 +190,14 @@ def watch_run(watch: Watch, of: RankToRehearse, microbatches: Sequence[Microbatc
         return RankRecord(of.rank, of.stage, len(microbatches), watch.recorder.entries(), {}, {})
     watch.recorder.clear()
     watch.mark("begin")
-    with watch.phase("step"), _marked_finish(watch):
+    usual = step.finish_gradients
+
+    def finish(*args: Any, **kwargs: Any) -> None:
+        watch.mark("finish")
+        usual(*args, **kwargs)
+        watch.mark("update")
+
+    with watch.phase("step"), replaced(step, "finish_gradients", finish):
         train_step(state, list(microbatches))
     entries = watch.recorder.entries()
     watch.memory.phase = None
@@ -229,20 +236,6 @@ def _go_on(
         replaced(save.DraftedCheckpoint, "_publish", lambda *_: None),
     ):
         save.draft_checkpoint(state).complete()
-
-
-@contextmanager
-def _marked_finish(watch: Watch) -> Iterator[None]:
-    """Mark where the sums of gradients begin and end."""
-    usual = step.finish_gradients
-
-    def marked(*args: Any, **kwargs: Any) -> None:
-        watch.mark("finish")
-        usual(*args, **kwargs)
-        watch.mark("update")
-
-    with replaced(step, "finish_gradients", marked):
-        yield
 
 
 def microbatch_of(lengths: Lengths) -> Microbatch:

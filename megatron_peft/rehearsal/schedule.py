@@ -5,16 +5,18 @@ runs the real schedule of a stage with the run's true number of microbatches, an
 the recorded one is put. Ranks of a stage differ in nothing but their numbers.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import product
 
 from megatron_peft.config import ParallelConfig
-from megatron_peft.rehearsal.record import MESSAGES, Call, Entry, Mark, RankRecord, Wait
+from megatron_peft.rehearsal.record import MESSAGES, Call, EarlyUse, Entry, Mark, RankRecord, Wait
 
 
 @dataclass(frozen=True)
 class RankGrid:
-    """Which ranks a group of megatron-core's holds: tensor-parallel ranks are neighbors, stages lie farthest apart."""
+    """How megatron-core numbers ranks: tensor-parallel ones are neighbors, stages lie farthest apart."""
 
     tensor: int
     data: int
@@ -40,29 +42,9 @@ class RankGrid:
         """(tensor, data, stage)"""
         return rank % self.tensor, rank // self.tensor % self.data, rank // (self.tensor * self.data)
 
-    def group(self, axis: str, rank: int) -> tuple[int, ...]:
-        """The ranks of the group of this name (`recording.group_names`) that holds `rank`, in its order."""
-        tensor, data, stage = self.place(rank)
-        every_tensor, every_stage = range(self.tensor), range(self.pipeline)
-        every_data = range(self.data)
-        match axis.removesuffix(" with context"):
-            case "tensor":
-                places = [(t, data, stage) for t in every_tensor]
-            case "data" | "data of an optimizer instance":
-                places = [(tensor, d, stage) for d in every_data]
-            case "pipeline":
-                places = [(tensor, data, p) for p in every_stage]
-            case "model":
-                places = [(t, data, p) for p in every_stage for t in every_tensor]
-            case "tensor and data":
-                places = [(t, d, stage) for d in every_data for t in every_tensor]
-            case "embedding":
-                places = [(tensor, data, p) for p in dict.fromkeys((0, self.pipeline - 1))]
-            case "world" | "optimizer instance":
-                places = [self.place(one) for one in range(self.size)]
-            case _:
-                raise KeyError(axis)
-        return tuple(self.rank(*place) for place in places)
+    def ranks(self, tensor: Iterable[int], data: Iterable[int], stages: Iterable[int]) -> tuple[int, ...]:
+        """The global ranks of these tensor- and data-parallel ones of these stages, in the order of their numbers."""
+        return tuple(self.rank(*place[::-1]) for place in product(stages, data, tensor))
 
 
 @dataclass(frozen=True)
@@ -91,13 +73,22 @@ class StageProgram:
                 yield entry
 
     def _moved(self, call: Call, rank: int, grid: RankGrid) -> Call:
-        group = grid.group(call.axis, rank)
+        # Along an axis a group holds the places that it held, and all replicas; elsewhere it is where the rank is.
+        tensor, data, _ = own = grid.place(rank)
+        recorded = _places(self.grid, call.group)
+        along = [places if len(places) > 1 else [here] for places, here in zip(recorded, own, strict=True)]
+        group = grid.ranks(along[0], range(grid.data) if len(along[1]) > 1 else along[1], along[2])
         if call.peer is None:
             return replace(call, group=group)
-        if call.operation not in ("send", "recv"):
+        if call.operation not in MESSAGES:
             return replace(call, group=group, peer=group[call.group.index(call.peer)])
-        tensor, data, _ = grid.place(rank)
         return replace(call, group=group, peer=grid.rank(tensor, data, self.grid.place(call.peer)[2]))
+
+
+@lru_cache(maxsize=1000)
+def _places(grid: RankGrid, group: Sequence[int]) -> list[list[int]]:
+    """Of a group's ranks on each of the three axes, ascending."""
+    return [sorted({*places}) for places in zip(*map(grid.place, group), strict=True)]
 
 
 def program_of_stage(
@@ -106,118 +97,87 @@ def program_of_stage(
     """The program of a stage, from the record of a rank of it, or of a stage that holds the same kinds of layers.
 
     Args:
-        schedule: marks and messages of the stage, as `stage_schedule.schedule_of_stage` gives them; peers are stages.
+        schedule: marks and messages of the stage, as `stage_schedule.schedules_of_stages` gives them; peers are stages.
     """
     messages = {call.operation: call for call in record.calls if call.operation in MESSAGES and call.dtype != "int64"}
-    recorded, program = _Recorded(record), _Program()
-    tensor, data, _ = grid.place(record.rank)
-    program.paste(recorded.parts["begin"])
-    for entry in schedule:
+    parts, program = _cut_at_marks(record), ProgramWriter()
+    (tensor, data, _), whole = grid.place(record.rank), tuple(range(grid.size))
+    program.paste(parts["begin", None, 0])
+    for number, entry in with_numbers(schedule):
         if isinstance(entry, Call):
             assert entry.peer is not None
+            like = entry if entry.dtype == "int64" else messages[entry.operation]  # such a message tells a shape
+            group = whole if entry.axis == "world" else grid.ranks([tensor], [data], range(grid.pipeline))
             peer = grid.rank(tensor, data, entry.peer)
-            tells_shape = entry.dtype == "int64"
-            like = entry if tells_shape else messages[entry.operation]
-            program.add_message(replace(entry, peer=peer, shapes=like.shapes, dtype=like.dtype))
-        elif isinstance(entry, Wait):
-            program.wait_for_message(entry.call)
-        elif isinstance(entry, Mark):
-            program.add(entry)
-            if entry.phase in ("forward", "backward"):
-                program.paste(recorded.microbatch(entry, num_microbatches))
-            elif entry.phase == "finish":
-                program.paste(recorded.parts["finish"])
+            entry = replace(entry, group=group, peer=peer, shapes=like.shapes, dtype=like.dtype)
+        program.add(entry, ("of the schedule", number))
+        if isinstance(entry, Mark) and entry.phase in ("forward", "backward"):
+            recorded = _recorded_microbatch(entry.microbatch or 0, num_microbatches, record.num_microbatches)
+            program.paste(parts[entry.phase, recorded, entry.chunk])
+        elif isinstance(entry, Mark) and entry.phase == "finish":
+            program.paste(parts["finish", None, 0])
     program.add(Mark("update"))
-    program.paste(recorded.parts["update"])
+    program.paste(parts["update", None, 0])
     own_rank = grid.rank(tensor, data, stage)
     return StageProgram(
         grid, own_rank, tuple(StageProgram(grid, record.rank, tuple(program.entries)).of_rank(own_rank))
     )
 
 
-@dataclass
-class _Numbered:
-    """A recorded entry; `call`: its number among the recorded calls, if it is one."""
-
-    entry: Entry
-    call: int | None = None
-
-
-class _Recorded:
-    """A record, cut at its marks."""
-
-    def __init__(self, record: RankRecord) -> None:
-        self.num_microbatches = record.num_microbatches
-        self.parts: dict[str, list[_Numbered]] = {"begin": [], "finish": [], "update": []}
-        self._of: dict[tuple[str, int | None, int], list[_Numbered]] = {}
-        part, num_calls = self.parts["begin"], 0
-        for entry in record.entries:
-            if isinstance(entry, Mark):
-                if entry.phase in ("forward", "backward"):
-                    part = self._of.setdefault((entry.phase, entry.microbatch, entry.chunk), [])
-                else:
-                    part = self.parts.get(entry.phase, [])  # messages of the schedule are made anew
-                continue
-            is_call = isinstance(entry, Call)
-            if part is self.parts["begin"] and isinstance(entry, Call) and entry.operation in ("send", "recv"):
-                part = []  # the schedule has begun
-            part.append(_Numbered(entry, num_calls if is_call else None))
-            num_calls += is_call
-
-    def microbatch(self, mark: Mark, of: int) -> list[_Numbered]:
-        """The recorded microbatch that is like `mark.microbatch` of `of`: the first, the last, or one between."""
-        number = mark.microbatch or 0
-        if of != self.num_microbatches:
-            number = 0 if number == 0 else self.num_microbatches - 1 if number == of - 1 else self.num_microbatches // 2
-        return self._of[mark.phase, number, mark.chunk]
+def _recorded_microbatch(number: int, of: int, num_recorded: int) -> int:
+    """The recorded microbatch that is like number `number` of `of`: the first, the last, or one between."""
+    if of == num_recorded or number == 0:
+        return number
+    return num_recorded - 1 if number == of - 1 else num_recorded // 2
 
 
-class _Program:
+Numbered = tuple[int, Entry]  # of a call its number; of what names a call, that call's
+
+
+def with_numbers(entries: Iterable[Entry]) -> Iterator[Numbered]:
+    """Counted from 0."""
+    num_calls = 0
+    for entry in entries:
+        yield entry.call if isinstance(entry, Wait | EarlyUse) else num_calls, entry
+        num_calls += isinstance(entry, Call)
+
+
+def _cut_at_marks(record: RankRecord) -> dict[tuple[str, int | None, int], list[Numbered]]:
+    """A record, cut at its marks: phase, microbatch, chunk -> its entries. The schedule's own are made anew."""
+    part: list[Numbered] = []
+    found: dict[tuple[str, int | None, int], list[Numbered]] = {("begin", None, 0): part}
+    for number, entry in with_numbers(record.entries):
+        if isinstance(entry, Mark):
+            part = found.setdefault((entry.phase, entry.microbatch, entry.chunk), [])
+            continue
+        if part is found["begin", None, 0] and isinstance(entry, Call) and entry.operation in MESSAGES:
+            part = []  # the schedule has begun
+        part.append((number, entry))
+    return found
+
+
+class ProgramWriter:
     """Entries put together; waits keep meaning the calls that they meant."""
 
     def __init__(self) -> None:
         self.entries: list[Entry] = []
         self._num_calls = 0
-        self._recorded: dict[int, int] = {}  # number of a recorded call -> of its latest copy here
-        self._messages: list[int] = []
+        self._numbers: dict[Hashable, int] = {}  # of a call's latest copy here
 
-    def add(self, entry: Entry) -> None:
+    def add(self, entry: Entry, key: Hashable = None) -> None:
+        """`key`: what names the call, or the call of a wait. A wait for a call of an earlier step is left out."""
+        if isinstance(entry, Wait | EarlyUse):
+            self.entries += [type(entry)(self._numbers[key])] if key in self._numbers else []
+            return
         self.entries.append(entry)
-        self._num_calls += isinstance(entry, Call)
+        if isinstance(entry, Call):
+            self._numbers[key] = self._num_calls
+            self._num_calls += 1
 
-    def paste(self, part: Iterable[_Numbered]) -> None:
-        for one in part:
-            if isinstance(one.entry, Wait):
-                if one.entry.call in self._recorded:  # else it is for a call of an earlier step
-                    self.add(Wait(self._recorded[one.entry.call]))
-                continue
-            if one.call is not None:
-                self._recorded[one.call] = self._num_calls
-            self.add(one.entry)
-
-    def add_message(self, call: Call) -> None:
-        self._messages.append(self._num_calls)
-        self.add(call)
-
-    def wait_for_message(self, number: int) -> None:
-        self.add(Wait(self._messages[number]))
-
-
-@dataclass(frozen=True)
-class RankProgram:
-    """The entries of a rank, made each time that they are gone through: those of all ranks at once fill gigabytes.
-
-    Args:
-        stage: the program of its stage.
-        rank, grid: it, and the world that it is of, which may have another number of replicas than the stage's own.
-    """
-
-    stage: StageProgram
-    rank: int
-    grid: RankGrid
-
-    def __iter__(self) -> Iterator[Entry]:
-        return self.stage.of_rank(self.rank, self.grid)
+    def paste(self, part: Iterable[Numbered]) -> None:
+        """Its calls take the place of those of the same numbers in parts that were pasted before."""
+        for number, entry in part:
+            self.add(entry, ("recorded", number))
 
 
 def renumbered(entries: Iterable[Entry], numbers: Mapping[int, int]) -> Iterator[Entry]:
@@ -229,6 +189,9 @@ def renumbered(entries: Iterable[Entry], numbers: Mapping[int, int]) -> Iterator
         yield entry
 
 
-def programs_of_ranks(stages: Sequence[StageProgram], grid: RankGrid) -> dict[int, RankProgram]:
-    """The entries of every rank of `grid`, which may have another number of replicas than the programs' own."""
-    return {rank: RankProgram(stages[grid.place(rank)[2]], rank, grid) for rank in range(grid.size)}
+def programs_of_ranks(stages: Sequence[StageProgram], grid: RankGrid) -> dict[int, Iterator[Entry]]:
+    """The entries of every rank of `grid`, which may have another number of replicas than the programs' own.
+
+    They are made while they are gone through: those of all ranks at once fill gigabytes.
+    """
+    return {rank: stages[grid.place(rank)[2]].of_rank(rank, grid) for rank in range(grid.size)}

@@ -1,13 +1,14 @@
-"""Recorded layers for tests: each that differs is recorded once in a process of pytest."""
+"""Recorded layers for tests, each that differs once in a process of pytest; and what was recorded, counted."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from megatron_peft.config import RunConfig
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.plan.recorded_layers import RecordedStep
 from megatron_peft.rehearsal.asked import LayersToRecord
-from megatron_peft.rehearsal.record import RecordedLayers
+from megatron_peft.rehearsal.record import Computation, Entry, Product, RecordedLayers
 from megatron_peft.rehearsal.rehearsal import record_layers
 
 _KNOWN: dict[str, RecordedLayers] = {}
@@ -24,3 +25,12 @@ def step_of(run: RunConfig, shape: ModelShape) -> RecordedStep:
     """Of a run."""
     [layers] = recorded([LayersToRecord.of(run, shape)])
     return RecordedStep(run, shape, layers)
+
+
+def products(entries: Iterable[Entry]) -> Counter[Product]:
+    """How often each was computed."""
+    counted: Counter[Product] = Counter()
+    for entry in entries:
+        if isinstance(entry, Computation):
+            counted.update(entry.products)
+    return counted

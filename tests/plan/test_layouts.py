@@ -1,5 +1,6 @@
 """Estimates from the model's shape, and --fit: what divides, what fits, what is fastest."""
 
+from collections.abc import Hashable
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -15,8 +16,9 @@ from megatron_peft.plan.cluster import read_cluster
 from megatron_peft.plan.layouts import FittedLayout, fit, fit_tables
 from megatron_peft.plan.pace import Pace, time_table
 from megatron_peft.plan.pipeline import estimated_time
-from megatron_peft.plan.recorded_layers import RecordedStep, Turn, chunks_of_stages, total, turns
-from megatron_peft.rehearsal.asked import LayersToRecord, recorded_alike
+from megatron_peft.plan.recorded_layers import RecordedStep, Turn, total, turns
+from megatron_peft.rehearsal.asked import LayersToRecord, chunks_of_stages, recorded_alike
+from megatron_peft.rehearsal.record import Segment
 from megatron_peft.training.speed import ModelFlops
 from tests.plan.recorded import recorded, step_of
 from tools.published import FULL_RECOMPUTE, LLAMA_8B, LLAMA_70B, LLAMA_405B, made_up_run, published, run_of
@@ -295,14 +297,15 @@ def test_the_layout_that_the_run_asks_for_changes_nothing():
 
 
 def test_times_of_a_layer_that_are_known_are_those_of_the_layout():
-    known = layouts._SegmentTimes(A100)
+    known: dict[Hashable, dict[Segment, float]] = {}
     for rows, tp, sequence, recompute in product((1, 2), (1, 2), (False, True), layouts.RECOMPUTES):
         fields, modules = layouts.RECOMPUTES[recompute]
         sizes = {"world_size": tp, "tensor_model_parallel_size": tp, "sequence_parallel": sequence and tp > 1}
         run = made_up_run("hybrid", 1024, 8, rows, fields, **sizes)
         run = replace(run, model=replace(run.model, recompute_modules=modules))
         step = step_of(run, SMALL)
-        assert known.candidate(step, recompute) == layouts._SegmentTimes(A100).candidate(step, recompute)
+        seconds = layouts.seconds_of_segments(step.layers, A100.of_run(run))
+        assert known.setdefault(recorded_alike(run, SMALL), seconds) == seconds
 
 
 def test_layouts_whose_outer_stages_alone_fit_are_none(monkeypatch, replay_all):

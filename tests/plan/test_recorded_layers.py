@@ -9,13 +9,13 @@ import pytest
 from megatron_peft.config import PeftConfig, RunConfig
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.plan.cluster import read_cluster
-from megatron_peft.plan.pipeline import _program, estimated_time
+from megatron_peft.plan.pipeline import _Program, estimated_time
 from megatron_peft.plan.recorded_layers import total
 from megatron_peft.plan.timing import step_time
 from megatron_peft.rehearsal.asked import LayersToRecord, Lengths, RankToRehearse
-from megatron_peft.rehearsal.record import Call, Computation, Entry, Mark, Parameters, Product, RankRecord, Wait
+from megatron_peft.rehearsal.record import Call, Computation, Entry, Mark, Parameters, RankRecord, Wait
 from megatron_peft.rehearsal.rehearsal import rehearse, rehearse_run
-from tests.plan.recorded import step_of
+from tests.plan.recorded import products, step_of
 from tools.headlines import MODELS
 from tools.published import FULL_RECOMPUTE, LLAMA_8B, LLAMA_405B, made_up_run
 
@@ -74,14 +74,6 @@ def part(entries: Iterable[Entry], phase: str) -> list[Entry]:
         elif is_inside:
             found.append(entry)
     return found
-
-
-def products(entries: Sequence[Entry]) -> Counter[Product]:
-    counted: Counter[Product] = Counter()
-    for entry in entries:
-        if isinstance(entry, Computation):
-            counted.update(entry.products)
-    return counted
 
 
 def other_work(entries: Sequence[Entry]) -> tuple[int, int]:
@@ -191,5 +183,5 @@ def test_time_and_peaks_are_those_of_a_rehearsal(timed):
 def test_only_a_trained_embedding_that_the_head_shares_has_its_gradient_summed(method, stages):
     run = made_up_run(method, 2048, 8, world_size=4, pipeline_model_parallel_size=4)
     step, cluster = step_of(run, replace(SHAPE, num_layers=4, tied_embeddings=True)), read_cluster("8xa100")
-    entries = {stage: [*_program(step, stage, cluster)] for stage in range(4)}
+    entries = {stage: [*_Program(step, stage, cluster)] for stage in range(4)}
     assert {s for s in entries for one in entries[s] if isinstance(one, Call) and one.axis == "embedding"} == stages

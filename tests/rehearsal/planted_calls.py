@@ -175,9 +175,9 @@ SOUND: dict[str, Callable[[], None]] = {
 ALL = IN_TENSOR_AND_DATA | BETWEEN_STAGES | SOUND
 
 
-def record_planted(name: str, of: RankToRehearse, ranks: Sequence[int]) -> list[RankRecord]:
-    """In place of `rehearsal._record_calls`."""
-    from megatron_peft.rehearsal.rehearsal import _record_calls
+def record_planted(name: str, ranks: Sequence[RankToRehearse]) -> list[RankRecord]:
+    """In place of `rehearsal._rehearse_here`."""
+    from megatron_peft.rehearsal.rehearsal import _rehearse_here
 
     ALL[name]()
-    return _record_calls(of, ranks)
+    return _rehearse_here(ranks)

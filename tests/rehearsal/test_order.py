@@ -14,18 +14,19 @@ from typing import Any
 import pytest
 
 from megatron_peft.cli.parser import read_config
-from megatron_peft.config import RunConfig
+from megatron_peft.config import ParallelConfig, RunConfig
 from megatron_peft.models.families import read_shape
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.rehearsal import rehearsal
+from megatron_peft.rehearsal.asked import chunks_of_stages
 from megatron_peft.rehearsal.deadlock import check_order
 from megatron_peft.rehearsal.record import MESSAGES, Call, Entry, Wait
 from megatron_peft.rehearsal.rehearsal import RehearsedRun, order_problem, rehearse_run
-from megatron_peft.rehearsal.schedule import RankProgram, program_of_stage, programs_of_ranks
-from megatron_peft.rehearsal.stage_schedule import StageOutline
+from megatron_peft.rehearsal.schedule import program_of_stage, programs_of_ranks
 from tests.ranks import run_ranks
 from tests.rehearsal.planted_calls import BETWEEN_STAGES, IN_TENSOR_AND_DATA, SOUND, record_planted
 from tests.tiny_llama import ODD_SHAPE
+from tools.published import made_up_run
 
 Programs = dict[int, list[Entry]]
 
@@ -102,23 +103,23 @@ def rehearsed(method: str, layout: Layout) -> RehearsedRun:
 
 
 @cache
-def outlined(layout: Layout, numbers: Sequence[int]) -> dict[int, list[StageOutline]]:
-    """Of each number of microbatches, every stage and its real schedule."""
+def scheduled(layout: Layout, numbers: Sequence[int]) -> dict[int, list[tuple[Entry, ...]]]:
+    """Of each number of microbatches, the real schedule of every stage."""
     config, shape = asked("lora", layout)
-    [found] = run_ranks(1, outlines, ([of_microbatches(config, number) for number in numbers], shape))
+    [found] = run_ranks(1, schedules, ([of_microbatches(config, number) for number in numbers], shape))
     return dict(zip(numbers, found, strict=True))
 
 
-def outlines(configs_and_shape: tuple[list[RunConfig], ModelShape]) -> list[list[StageOutline]]:
-    from megatron_peft.rehearsal.stage_schedule import outline_stages
+def schedules(configs_and_shape: tuple[list[RunConfig], ModelShape]) -> list[list[tuple[Entry, ...]]]:
+    from megatron_peft.rehearsal.stage_schedule import schedules_of_stages
 
     configs, shape = configs_and_shape
-    return [outline_stages(config, shape) for config in configs]
+    return [schedules_of_stages(config, shape) for config in configs]
 
 
 def programs_with(
     run: RehearsedRun, schedules: Sequence[Sequence[Entry]], num_microbatches: int
-) -> dict[int, RankProgram]:
+) -> dict[int, Iterator[Entry]]:
     """Of every rank, with the recorded layers in other schedules of the stages."""
     records = {record.rank: record for record in run.records}
     stages = [
@@ -126,6 +127,60 @@ def programs_with(
         for stage, schedule in enumerate(schedules)
     ]
     return programs_of_ranks(stages, run.grid)
+
+
+# Numbers of layers, and how they are divided among four stages.
+ENDS_COUNT = {"account_for_embedding_in_pipeline_split": True, "account_for_loss_in_pipeline_split": True}
+DIVISIONS: list[tuple[int, dict[str, Any]]] = [
+    (16, {}),
+    (16, {"num_layers_per_virtual_pipeline_stage": 2}),
+    (22, {"num_layers_per_virtual_pipeline_stage": 3, **ENDS_COUNT}),
+    (12, {"decoder_first_pipeline_num_layers": 3}),
+    (16, {"decoder_first_pipeline_num_layers": 3, "decoder_last_pipeline_num_layers": 5}),
+    (10, {"pipeline_model_parallel_layout": "E|ttt|t|tt|t|t|t|tL"}),
+]
+
+
+def of_megatron_core(runs: list[tuple[RunConfig, ModelShape]]) -> list[list[list[tuple[int, ...]]]]:
+    """Of each run, the layers of each chunk of each stage."""
+    from megatron.core.transformer.transformer_block import get_num_layers_to_build
+    from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+    from megatron_peft.models.gpt import transformer_config
+    from megatron_peft.models.kernels import Training
+    from megatron_peft.runtime.fake_ranks import fake_world
+    from megatron_peft.runtime.launch import start_model_parallel, stop_model_parallel
+
+    found: list[Any] = [[] for _ in runs]
+    for (run, shape), stages in zip(runs, found, strict=True):
+        core = transformer_config(shape, run.model.bf16, run.model.transformer, run.parallel, Training.of(run))
+        num_chunks = run.parallel.num_virtual_stages(shape.num_layers)
+        for stage in range(4):
+            with fake_world(stage, 4):
+                start_model_parallel(ParallelConfig(1, 4, world_size=4), 1, num_chunks)
+                chunks = range(num_chunks) if num_chunks else [None]
+                places = [
+                    (get_transformer_layer_offset(core, chunk, stage), get_num_layers_to_build(core, chunk, stage))
+                    for chunk in chunks
+                ]
+                stages.append([tuple(range(first, first + number)) for first, number in places])
+                stop_model_parallel()
+    return found
+
+
+def test_stages_hold_the_layers_that_megatron_core_gives_them():
+    shape = ModelShape("llama", 16, 32, 64, 4, 4, 8, 128, 64)
+    runs = [
+        (
+            made_up_run("lora", 64, 4, world_size=4, pipeline_model_parallel_size=4, **fields),
+            replace(shape, num_layers=n),
+        )
+        for n, fields in DIVISIONS
+    ]
+    [found] = run_ranks(1, of_megatron_core, runs)
+    for (run, shape), stages in zip(runs, found, strict=True):
+        ours = chunks_of_stages(run.parallel, shape.num_layers)
+        assert [[chunk.layers for chunk in chunks] for chunks in ours] == stages
 
 
 # No false alarm.
@@ -140,8 +195,8 @@ def test_no_rank_of_any_method_waits_for_ever(method, layout):
     assert check_order(run.programs()) is None
     pp, is_interleaved = run.grid.pipeline, run.config.parallel.is_interleaved
     numbers = (pp, 2 * pp, 5 * pp) if is_interleaved else (2, pp + 1, 3 * pp)
-    for number, stages in outlined(LAYOUTS[layout], numbers).items():
-        assert check_order(programs_with(run, [stage.schedule for stage in stages], number)) is None, number
+    for number, stages in scheduled(LAYOUTS[layout], numbers).items():
+        assert check_order(programs_with(run, stages, number)) is None, number
 
 
 @pytest.mark.slow
@@ -176,7 +231,7 @@ TENSOR_ALONE = Layout(2, 1, 1, "--tensor-model-parallel-size 2")
 def planted(name: str, monkeypatch: pytest.MonkeyPatch, layout: Layout | None = None, method: str = "lora-ga") -> Any:
     layout = layout or (STAGES_AND_DATA if name in BETWEEN_STAGES else TENSOR_AND_DATA)
     run = rehearsed(method, layout)
-    monkeypatch.setattr(rehearsal, "_record_calls", partial(record_planted, name))
+    monkeypatch.setattr(rehearsal, "_rehearse_here", partial(record_planted, name))
     return order_problem(run)
 
 
@@ -362,10 +417,9 @@ def test_stages_that_warm_up_for_two_real_schedules_wait_for_one_another():
 
 def messages(layout: Layout) -> Programs:
     """What the real schedule of each stage exchanges, where each is one rank."""
-    [stages] = outlined(layout, (layout.num_microbatches,)).values()
+    [stages] = scheduled(layout, (layout.num_microbatches,)).values()
     return {
-        stage: [entry for entry in outline.schedule if isinstance(entry, Call | Wait)]
-        for stage, outline in enumerate(stages)
+        stage: [entry for entry in schedule if isinstance(entry, Call | Wait)] for stage, schedule in enumerate(stages)
     }
 
 

@@ -16,6 +16,7 @@ from megatron_peft.rehearsal import rehearsal
 from megatron_peft.rehearsal.asked import RankToRehearse, enough_microbatches
 from megatron_peft.rehearsal.record import PHASES, Call, Mark, RankRecord
 from megatron_peft.rehearsal.rehearsal import rehearse
+from tests.plan.recorded import products
 from tests.ranks import run_ranks
 from tests.rehearsal.watched_runs import LAYOUTS, METHODS, Watched, profiled_peaks, real_records, watched
 from tests.time_limits import seconds
@@ -44,15 +45,16 @@ def check_equal(runs: Sequence[Watched]) -> None:
         if (problem := difference(found, real[rank][run.job.name]) or of_loading(run, found, real[rank][run.job.name]))
     ]
     assert not problems, "\n".join(problems)
-    assert all(any(ranks[run.job.name].products for ranks in real) for run in runs)
+    assert all(any(products(ranks[run.job.name].entries) for ranks in real) for run in runs)
 
 
 def difference(rehearsed: RankRecord, real: RankRecord) -> str:
     for number, (ours, theirs) in enumerate(zip_longest(rehearsed.calls, real.calls)):
         if ours != theirs:
             return f"call {number}: {ours} rehearsed, {theirs} real"
-    if rehearsed.products != real.products:
-        return f"products: {rehearsed.products.items() ^ real.products.items()}"
+    computed, theirs = products(rehearsed.entries), products(real.entries)
+    if computed != theirs:
+        return f"products: {computed.items() ^ theirs.items()}"
     if rehearsed.peaks.keys() != real.peaks.keys():
         return f"phases: {[*rehearsed.peaks]} rehearsed, {[*real.peaks]} real"
     # A real peak moves with the moment at which gloo's threads let go of what they have sent: of two moments that hold
@@ -111,7 +113,7 @@ def test_products_are_those_of_the_closed_form(files):
 
 
 def flops(record: RankRecord, kind: str) -> int:
-    return sum(product.flops * count for product, count in record.products.items() if product.kind == kind)
+    return sum(product.flops * count for product, count in products(record.entries).items() if product.kind == kind)
 
 
 @pytest.mark.parametrize("layout", ["PP2 interleaved", pytest.param("PP2", marks=pytest.mark.slow)])
