@@ -6,7 +6,7 @@ Plain data without torch.
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Literal
+from typing import Any, Literal
 
 Phase = Literal["begin", "forward", "schedule", "backward", "finish", "update", "start", "step", "validation", "saving"]
 PHASES = ("loading", "start", "step", "validation", "saving")  # of a run; "start" is LoRA-GA's
