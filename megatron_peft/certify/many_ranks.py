@@ -37,14 +37,11 @@ class Layers:
     Args:
         sizes: of each linear layer of the model that has an adapter, by the last part of its name.
         peft: the method and its numbers.
-        num_heads, head_features: of the model.
         sequence_parallel: whether tokens are split between the layers.
     """
 
     sizes: Mapping[str, LinearSizes]
     peft: PeftConfig
-    num_heads: int
-    head_features: int
     sequence_parallel: bool
 
 
@@ -60,29 +57,23 @@ def compare_many_ranks(layers: Layers) -> dict[str, float]:
     for name, sizes in layers.sizes.items():
         size = sizes.tensor_parallel_size
         with fake_groups(size) as groups:
-            one, many = (
-                run_layer(layers, name, groups[number], splits)
-                for number, splits in ((1, False), (size, layers.sequence_parallel))
-            )
+            one = _run(name, sizes, layers.peft, groups[1], sequence_parallel=False)
+            many = _run(name, sizes, layers.peft, groups[size], layers.sequence_parallel)
         for tensor, whole_one in one.items():
             largest = float(whole_one.abs().max()) or 1.0
             found[f"{name} {tensor}"] = float((many[tensor] - whole_one).abs().max()) / largest
     return found
 
 
-def run_layer(layers: Layers, name: str, group: dist.ProcessGroup, sequence_parallel: bool) -> dict[str, Tensor]:
-    """One forward, backward and sum of partial gradients; whole tensors by name."""
-    sizes = layers.sizes[name]
-    size, length = group.size(), 2 * sizes.tensor_parallel_size
-    is_column = sizes.split == "column"
-    kind = (
-        AdaptedColumnParallelLinear if is_column else AdaptedRowParallelLinear,
-        *(sizes.out_features, sizes.in_features, BATCH, sizes.num_parts),
-    )
-    config = layer_config(layers.num_heads * layers.head_features, layers.num_heads, size, sequence_parallel)
+def _run(
+    name: str, sizes: LinearSizes, peft: PeftConfig, group: dist.ProcessGroup, sequence_parallel: bool
+) -> dict[str, Tensor]:
+    cls = AdaptedColumnParallelLinear if sizes.split == "column" else AdaptedRowParallelLinear
+    kind = (cls, sizes.out_features, sizes.in_features, BATCH, sizes.num_parts)
+    config = layer_config(group.size(), sequence_parallel, sizes.head_features)
     layer = build_layer(name.removeprefix("linear_"), kind, config, group)
-    attach(layer, layers.peft, size)
-    return run_built(layer, kind, length, size, sequence_parallel)
+    attach(layer, peft, group.size())
+    return run_built(layer, kind, 2 * sizes.tensor_parallel_size, group.size(), sequence_parallel)
 
 
 def run_built(layer: Any, kind: Kind, length: int, size: int, sequence_parallel: bool) -> dict[str, Tensor]:
@@ -116,12 +107,13 @@ def fake_groups(*sizes: int) -> Iterator[dict[int, dist.ProcessGroup]]:
         dist.destroy_process_group()
 
 
-def layer_config(hidden: int, heads: int, size: int, sequence_parallel: bool) -> Any:
-    """megatron-core's configuration of layers in float64 that all have a bias."""
+def layer_config(size: int, sequence_parallel: bool, head_features: int | None = None) -> Any:
+    """megatron-core's configuration of layers in float64 that all have a bias, on `size` ranks."""
     config: Any = TransformerConfig(
         num_layers=1,
-        hidden_size=hidden,
-        num_attention_heads=heads,
+        hidden_size=size,
+        num_attention_heads=size,
+        kv_channels=head_features,
         tensor_model_parallel_size=size,
         sequence_parallel=sequence_parallel,
         params_dtype=torch.float64,

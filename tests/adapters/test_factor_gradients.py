@@ -29,7 +29,7 @@ def world() -> Iterator[None]:
 def gradients_of(form: str, dtype: torch.dtype, microbatches: int = 1) -> list[torch.Tensor]:
     """Of A and B, in buffers such as megatron-core's, filled as its hook does."""
     draw = torch.Generator().manual_seed(0)
-    config = layer_config(SIZE, 4, 1, False)
+    config = layer_config(1, False)
     config.params_dtype, config.linear_biases = dtype, set()
     layer: Any = AdaptedColumnParallelLinear(
         SIZE, SIZE, config=config, init_method=lambda weight: None, bias=False, tp_comm_buffer_name="fc1"

@@ -118,7 +118,7 @@ def on_one_rank(method: str, kind: str, group: dist.ProcessGroup, length: int) -
 
 def run(method: str, kind: str, group: dist.ProcessGroup, length: int, sequence_parallel: bool) -> dict[str, Tensor]:
     """One forward, backward and sum of partial gradients; whole tensors by name."""
-    config = layer_config(H, MOST_RANKS, group.size(), sequence_parallel)
+    config = layer_config(group.size(), sequence_parallel, head_features=H // MOST_RANKS)
     layer = build_layer(kind, KINDS[kind], config, group)
     if METHODS[method]:
         attach(layer, PeftConfig(**METHODS[method]), group.size())
