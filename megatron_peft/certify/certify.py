@@ -23,13 +23,12 @@ from megatron_peft.certify import many_ranks
 from megatron_peft.certify.comparison import (
     CertificateLine,
     begins_alike,
+    compare_logits,
     compare_resharded,
     compare_resumed,
     compare_runs,
-    difference_of_logits,
     logits_of,
     shortened,
-    tolerance_of,
     whole_tensors,
 )
 from megatron_peft.certify.runs import START, Job, run_jobs
@@ -46,14 +45,6 @@ from megatron_peft.runtime.ranks import RanksFailed, preload, run_ranks
 
 TIMEOUT_SECONDS = 600.0
 PACKAGES = ("megatron-peft", "megatron-core", "torch", "transformers", "peft", "safetensors")
-IMPORTED_ONCE = (
-    "torch.distributed.checkpoint",
-    "megatron.core.dist_checkpointing",
-    "megatron.core.distributed",
-    "megatron.core.models.gpt",
-    "megatron.core.optimizer",
-    "megatron.core.pipeline_parallel",
-)
 NOT_CLAIMED = (
     "anything of the run's own weights, data and memory, warmup and decay of its rates; dropout: all are 0 here, so "
     "masks that ranks draw alike or apart by mistake are not seen; what is wrong in one process too, unless Hugging "
@@ -63,24 +54,25 @@ NOT_CLAIMED = (
 
 @dataclass(frozen=True)
 class Certificate:
-    """What was compared, of which run.
+    """What was compared, of which run; the fields are those of the document.
 
     Args:
-        flags: of the run, by section.
-        model: shape of the run's model.
-        small_model, small_flags: of what was started.
-        layouts: of the run and of what was started, in words.
+        run, started: layouts of the run and of what was started, in words.
         comparisons: in the order in which a fault shows first.
         versions: of the packages.
+        flags, model: of the run.
+        small_flags, small_model: of what was started.
     """
 
+    run: str
+    started: str
+    comparisons: tuple[CertificateLine, ...]
+    not_claimed: str
+    versions: Mapping[str, str]
     flags: Mapping[str, Any]
     model: Mapping[str, Any]
-    small_model: Mapping[str, Any]
     small_flags: Mapping[str, Any]
-    layouts: tuple[str, str]
-    comparisons: tuple[CertificateLine, ...]
-    versions: Mapping[str, str]
+    small_model: Mapping[str, Any]
 
     @property
     def verdict(self) -> str:
@@ -91,20 +83,9 @@ class Certificate:
 
     @property
     def content(self) -> dict[str, Any]:
-        """All of it, by name."""
-        return {
-            "verdict": self.verdict,
-            "passed": self.verdict == "CERTIFIED",
-            "run": self.layouts[0],
-            "started": self.layouts[1],
-            "comparisons": [{**asdict(one), "passed": one.passed} for one in self.comparisons],
-            "not_claimed": NOT_CLAIMED,
-            "versions": dict(self.versions),
-            "flags": self.flags,
-            "model": self.model,
-            "small_flags": self.small_flags,
-            "small_model": self.small_model,
-        }
+        """The document, without its digest."""
+        lines = [{**asdict(one), "passed": one.passed} for one in self.comparisons]
+        return {"verdict": self.verdict, "passed": self.verdict == "CERTIFIED", **vars(self), "comparisons": lines}
 
 
 def digest_of(content: Mapping[str, Any]) -> str:
@@ -123,7 +104,7 @@ def certify(config: RunConfig, shape: ModelShape) -> Certificate:
     Raises:
         ConfigurationError: no small model fits the method.
     """
-    preload(IMPORTED_ONCE)
+    preload(["megatron_peft.certify.runs"])  # and all that a rank of the small run imports
     with tempfile.TemporaryDirectory(prefix="megatron-peft-certify-") as folder:
         small = small_run(config, shape, Path(folder))
         comparisons = []
@@ -131,16 +112,26 @@ def certify(config: RunConfig, shape: ModelShape) -> Certificate:
             for one in compare_all(config, shape, small):
                 comparisons.append(one)
                 watch(1, 0)
-    small_flags = json.dumps(config_to_dict(small.split), default=sorted).replace(folder, "SMALL")
     return Certificate(
+        run=layout_of(config),
+        started=layout_of(small.split),
+        comparisons=tuple(comparisons),
+        not_claimed=NOT_CLAIMED,
+        versions={name: _version(name) for name in PACKAGES} | {"python": sys.version.split()[0]},
         flags=config_to_dict(config),
         model=asdict(shape),
+        small_flags=_without(folder, config_to_dict(small.split)),
         small_model=asdict(small.shape),
-        small_flags=json.loads(small_flags),
-        layouts=(layout_of(config), layout_of(small.split)),
-        comparisons=tuple(comparisons),
-        versions={name: _version(name) for name in PACKAGES} | {"python": sys.version.split()[0]},
     )
+
+
+def _without(folder: str, value: Any) -> Any:
+    """The small run's flags without the temporary folder."""
+    if isinstance(value, str):
+        return value.replace(folder, "SMALL")
+    if isinstance(value, dict):
+        return {name: _without(folder, one) for name, one in value.items()}
+    return tuple(_without(folder, one) for one in value) if isinstance(value, tuple) else value
 
 
 def layout_of(config: RunConfig) -> str:
@@ -208,15 +199,16 @@ def _compare_layers(config: RunConfig, shape: ModelShape) -> CertificateLine:
     tp, peft = config.parallel.tensor_model_parallel_size, config.peft
     name = f"adapted layers at TP{tp}{'+SP' if config.parallel.sequence_parallel else ''}, in one process"
     small = small_shape(shape, config, tp, shape.num_layers)
-    modules, layers = family_of(shape.architecture).modules, range(shape.num_layers)
-    sizes = {
-        kind.rpartition(".")[2]: size
-        for kind, size in small.linear_layers(tp).items()
-        if any(is_targeted(f"decoder.layers.{layer}.{kind}", peft.target_modules, modules) for layer in layers)
-    }
-    job = many_ranks.Layers(sizes, replace(peft, lora_dropout=0.0), config.parallel.sequence_parallel)
+    modules = family_of(shape.architecture).modules
+
+    def has_adapter(kind: str) -> bool:
+        names = (f"decoder.layers.{layer}.{kind}" for layer in range(shape.num_layers))
+        return any(is_targeted(name, peft.target_modules, modules) for name in names)
+
+    sizes = {kind.rpartition(".")[2]: size for kind, size in small.linear_layers(tp).items() if has_adapter(kind)}
+    layers = sizes, replace(peft, lora_dropout=0.0), config.parallel.sequence_parallel
     try:
-        (found,) = run_ranks(1, many_ranks.compare_many_ranks, job, TIMEOUT_SECONDS)
+        (found,) = run_ranks(1, many_ranks.compare_many_ranks, layers, TIMEOUT_SECONDS)
     except RanksFailed as error:
         line = failed(name, error)
         kind, _, what = line.error.partition(": ")
@@ -242,8 +234,7 @@ def _compare_converted(trained: tuple[RunConfig, Tensor, tuple[Tensor, Tensor]])
     run, has_adapters = Path(str(config.checkpoint.save)), config.peft.trains_adapters
 
     def compared(name: str, folder: Path) -> CertificateLine:
-        found = verify.logits_of(folder, tokens)
-        return difference_of_logits(name, found, logits[1], logits, tolerance_of("logits", config))
+        return compare_logits(name, verify.logits_of(folder, tokens), logits, 1, config)
 
     to_hf = merge if has_adapters else megatron_to_hf
     lines = [compared("merged model in transformers", to_hf(run, run.with_name("merged"), progress=False))]
@@ -264,7 +255,7 @@ def _compare_converted(trained: tuple[RunConfig, Tensor, tuple[Tensor, Tensor]])
 def print_certificate(certificate: Certificate, console: Console | None = None) -> None:
     """A table, and below it what did not pass."""
     console = console or Console()
-    table = Table(title=f"{certificate.layouts[0]}\nstarted here: {certificate.layouts[1]}", title_justify="left")
+    table = Table(title=f"{certificate.run}\nstarted here: {certificate.started}", title_justify="left")
     table.add_column("compared")
     for column in ("number", "largest", "tolerance"):
         table.add_column(column, justify="right")

@@ -80,17 +80,16 @@ def compare_runs(ranks: Sequence[RankReport], reference: RankReport) -> Iterator
     config = ranks[0].config
     curves = {line.name: line for line in compare_curves(ranks[0].curve, reference.curve, config.model.bf16)}
     yield same_copies(ranks, START)
-    starts = whole_tensors(ranks, START), whole_tensors([reference], START)
-    name = "trained tensors at the start"
+    name, starts = "trained tensors at the start", (whole_tensors(ranks, START), whole_tensors([reference], START))
     tolerance = tolerance_of(name, config) if config.peft.spec.starts_from_gradients else 0.0
     if begins_alike(config):
         yield compare_as_one(name, *starts, tolerance)
         starts = starts[0], starts[0]
     else:
         yield compare_tensors(name, *starts, tolerance, ranks)
-    yield _same_samples(ranks, reference)
+    yield same_samples(ranks, reference)
     if reference.logits is not None:
-        yield compare_logits("logits before training", ranks, reference, 0)
+        yield compare_logits("logits before training", logits_of(ranks)[0], reference.logits, 0, config)
     for name in ("losses", "loss tokens of a step", "gradient norms", "gradient norms of layers"):
         yield curves[name]
     for name in GRADIENTS.values():
@@ -99,11 +98,14 @@ def compare_runs(ranks: Sequence[RankReport], reference: RankReport) -> Iterator
     if reference.curve.lambdas:
         yield curves["lambdas"]
     yield same_copies(ranks, END)
+    # Adam divides a gradient by its usual size. Where that is rounding alone, as for the bias of keys, so is the
+    # change: weighted by the size, a change counts as much as its gradient. Other optimizers have no sizes.
+    sizes = {key: moment.sqrt() for key, moment in whole_tensors([reference], END, SECOND_MOMENT).items()}
     name, ends = "trained tensors", (whole_tensors(ranks, END), whole_tensors([reference], END))
-    yield compare_tensors(name, *ends, tolerance_of(name, config), ranks, starts, _sizes_of_gradients(reference))
+    yield compare_tensors(name, *ends, tolerance_of(name, config), ranks, starts, sizes)
     yield curves["validation loss"]
     if reference.logits is not None:
-        yield compare_logits("logits after training", ranks, reference, 1)
+        yield compare_logits("logits after training", logits_of(ranks)[1], reference.logits, 1, config)
 
 
 def tolerance_of(name: str, config: RunConfig) -> float:
@@ -197,7 +199,7 @@ def _largest(errors: Iterable[float]) -> float:
 # Samples.
 
 
-def _same_samples(ranks: Sequence[RankReport], reference: RankReport) -> CertificateLine:
+def same_samples(ranks: Sequence[RankReport], reference: RankReport) -> CertificateLine:
     """Each step's microbatches: in their order the replicas' are those of one process, on every rank of a replica."""
     problems = []
     num_replicas = 1 + max(run.place[2] for run in ranks)
@@ -220,45 +222,34 @@ def _rank(number: int, run: RankReport) -> str:
 # Tensors.
 
 
-def whole_tensors(ranks: Sequence[RankReport], when: str) -> dict[str, Tensor]:
+Tensors = Mapping[str, Tensor]
+SECOND_MOMENT = "optimizer.exp_avg_sq."
+
+
+def whole_tensors(ranks: Sequence[RankReport], when: str, prefix: str = "") -> Tensors:
     """Of the slices that the ranks hold, in float64; what none of them holds is NaN.
 
     In the place of a bfloat16 parameter stands its float32 copy, if there is one: a few steps change a norm's weight by
     less than bfloat16 can say.
+
+    Args:
+        prefix: of keys in a checkpoint, which is left out; parameters have none.
     """
     slices: dict[str, dict[Place, Tensor]] = {}
     for run in ranks:
         for (key, place), held in run.tensors[when].items():
             slices.setdefault(key, {})[place] = held
     found = {}
-    for key, parts in slices.items():
-        if not key.startswith(NOT_PARAMETERS):
-            found[key] = _joined(slices.get(master_key(key), parts))
+    for key in slices:
+        if not key.startswith(prefix) or (not prefix and key.startswith(NOT_PARAMETERS)):
+            continue
+        parts = slices.get(master_key(key), slices[key])
+        ends = ((start + side for start, side in zip(*place, strict=True)) for place in parts)
+        whole = torch.full([max(sides) for sides in zip(*ends, strict=True)], math.nan, dtype=torch.float64)
+        for place, held in parts.items():
+            whole[slice_of(*place)] = held.double()
+        found[key.removeprefix(prefix)] = whole
     return found
-
-
-def _joined(parts: Mapping[Place, Tensor]) -> Tensor:
-    ends = ((start + side for start, side in zip(*place, strict=True)) for place in parts)
-    whole = torch.full([max(sides) for sides in zip(*ends, strict=True)], math.nan, dtype=torch.float64)
-    for place, held in parts.items():
-        whole[slice_of(*place)] = held.double()
-    return whole
-
-
-def _sizes_of_gradients(reference: RankReport) -> dict[str, Tensor]:
-    """The root of Adam's second moment, by parameter; nothing with another optimizer.
-
-    Adam divides a gradient by its usual size. Where that is rounding alone, as for the bias of keys, so is the change:
-    weighted by the size, a change counts as much as its gradient.
-    """
-    prefix, moments = "optimizer.exp_avg_sq.", {}
-    for (key, place), held in reference.tensors[END].items():
-        if key.startswith(prefix):
-            moments.setdefault(key.removeprefix(prefix), {})[place] = held
-    return {key: _joined(parts).sqrt() for key, parts in moments.items()}
-
-
-Tensors = Mapping[str, Tensor]
 
 
 def compare_tensors(
@@ -357,24 +348,18 @@ def same_copies(ranks: Sequence[RankReport], when: str) -> CertificateLine:
 # Logits.
 
 
-def compare_logits(name: str, ranks: Sequence[RankReport], reference: RankReport, index: int) -> CertificateLine:
-    """Those of the layout's first replica."""
-    assert reference.logits is not None
-    tolerance = tolerance_of("logits", reference.config)
-    return difference_of_logits(name, logits_of(ranks)[index], reference.logits[index], reference.logits, tolerance)
-
-
 def logits_of(ranks: Sequence[RankReport]) -> tuple[Tensor, Tensor]:
     """Before and after training, from the rank that has them."""
     return next(run.logits for run in ranks if run.logits is not None)
 
 
-def difference_of_logits(
-    name: str, found: Tensor, reference: Tensor, trained: tuple[Tensor, Tensor], tolerance: float
+def compare_logits(
+    name: str, found: Tensor, trained: tuple[Tensor, Tensor], index: int, config: RunConfig
 ) -> CertificateLine:
-    """Relative to what training has changed. `trained`: logits before and after it, in one process."""
+    """With `trained[index]`, relative to what training has changed; `trained`: before and after it."""
     scale = float((trained[1] - trained[0]).abs().max())
-    largest = float((found - reference).abs().max()) / scale if scale else math.inf
+    largest = float((found - trained[index]).abs().max()) / scale if scale else math.inf
+    tolerance = tolerance_of("logits", config)
     problems = () if largest <= tolerance else (f"the largest difference is {largest:.1e} of the largest change",)
     note = "largest difference over the largest change by training"
-    return CertificateLine(name, reference.numel(), largest, tolerance, problems, note)
+    return CertificateLine(name, found.numel(), largest, tolerance, problems, note)

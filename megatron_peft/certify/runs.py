@@ -175,14 +175,11 @@ def _train(job: Job, run: "Run") -> RankReport:
 
 def data_of_rank(config: RunConfig, shape: ModelShape) -> Data:
     """The data of a run, in the present groups."""
-    rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    return build_data(
-        config,
-        build_tokenizer(config.data, None),
-        data_parallel_rank=rank,
-        data_parallel_size=size,
-        num_ids=shape.vocab_size,
-    )
+    replica = {
+        "data_parallel_rank": parallel_state.get_data_parallel_rank(),
+        "data_parallel_size": parallel_state.get_data_parallel_world_size(),
+    }
+    return build_data(config, build_tokenizer(config.data, None), **replica, num_ids=shape.vocab_size)
 
 
 class Run:
@@ -194,13 +191,11 @@ class Run:
         self.state.data_digest = self.data.digest
         load_checkpoint(self.state)
         self.data.train.consumed_samples = self.state.position.consumed_samples
-
-    @property
-    def place(self) -> tuple[int, int, int]:
-        """Tensor-parallel rank, stage and replica."""
-        mpu = parallel_state
-        stage = mpu.get_pipeline_model_parallel_rank()
-        return mpu.get_tensor_model_parallel_rank(), stage, mpu.get_data_parallel_rank()
+        self.place = (
+            parallel_state.get_tensor_model_parallel_rank(),
+            parallel_state.get_pipeline_model_parallel_rank(),
+            parallel_state.get_data_parallel_rank(),
+        )
 
     def step(self, microbatches: Sequence[Microbatch]) -> StepReport:
         """Train, as if the last rank were asked to stop after the second step: all have to hear of it."""

@@ -42,7 +42,7 @@ def found(files):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_all_that_is_compared_equals_one_process(found, case):
+def test_two_ranks_train_what_one_process_does(found, case):
     """LoRA-GA's A too: its rows are singular vectors with a sign, whichever ranks hold their columns."""
     alone, by_rank = found[case]
     assert bool(alone.curve.lambdas) == case.startswith("hybrid") and alone.curve.losses[2] != alone.curve.losses[0]
