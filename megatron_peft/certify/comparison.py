@@ -6,7 +6,7 @@ Certificates and the tests of layouts make the same, with the same tolerances.
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import product, zip_longest
 
 import torch
 from torch import Tensor
@@ -203,14 +203,13 @@ def same_samples(ranks: Sequence[RankReport], reference: RankReport) -> Certific
     """Each step's microbatches: in their order the replicas' are those of one process, on every rank of a replica."""
     problems = []
     num_replicas = 1 + max(run.place[2] for run in ranks)
-    for step, expected in enumerate(reference.samples):
-        for rank, run in enumerate(ranks):
-            own = expected[run.place[2] :: num_replicas]  # a replica takes every so many-th microbatch
-            for number, (read, wanted) in enumerate(zip_longest(run.samples[step], own), 1):
-                if read != wanted:
-                    elsewhere = "no microbatch of that step" if read not in expected else "another of that step's"
-                    what = f"microbatch {number} is {elsewhere} in one process"
-                    problems.append(f"step {step + 1}, {_rank(rank, run)}: {what}")
+    for (step, expected), (rank, run) in product(enumerate(reference.samples), enumerate(ranks)):
+        own = expected[run.place[2] :: num_replicas]  # a replica takes every so many-th microbatch
+        for number, (read, wanted) in enumerate(zip_longest(run.samples[step], own), 1):
+            if read != wanted:
+                elsewhere = "no microbatch of that step" if read not in expected else "another of that step's"
+                what = f"microbatch {number} is {elsewhere} in one process"
+                problems.append(f"step {step + 1}, {_rank(rank, run)}: {what}")
     return CertificateLine("samples of each step", len(reference.samples), None, 0.0, shortened(problems), "by digest")
 
 

@@ -191,17 +191,8 @@ def all_ranks_at_once(size: int) -> Iterator[None]:
         yield
         return
     local = _local()
-    rank = torch.SymInt(local.LocalIntNode({rank: rank for rank in range(size)}))
-    with cpu.rank_of_groups(rank), _mode()(size):
-        yield
 
-
-def _local() -> Any:
-    return import_module("torch.distributed._local_tensor")
-
-
-def _mode() -> type:
-    class Mode(_local().LocalTensorMode):
+    class Mode(local.LocalTensorMode):
         """torch's takes the conjugate of a number, which backward asks for, for a new tensor on each rank."""
 
         def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -209,7 +200,13 @@ def _mode() -> type:
                 return func(*args)
             return super().__torch_dispatch__(func, types, args, kwargs)
 
-    return Mode
+    rank = torch.SymInt(local.LocalIntNode({rank: rank for rank in range(size)}))
+    with cpu.rank_of_groups(rank), Mode(size):
+        yield
+
+
+def _local() -> Any:
+    return import_module("torch.distributed._local_tensor")
 
 
 # Tensors as all ranks hold them.

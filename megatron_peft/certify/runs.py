@@ -128,7 +128,35 @@ def run_jobs(jobs: Sequence[Job]) -> list[RankReport]:
 def run_job(job: Job) -> RankReport:
     """Train in the present world."""
     with laid_out(job.config, job.shape):
-        return _train(job, Run(job.config, job.shape))
+        run = Run(job.config, job.shape)
+        tensors, steps, samples = {START: run.tensors()}, [], []
+        if job.start is not None:
+            run.begin_with(job.start)
+        before = run.logits(job.tokens)
+        optimizer: Any = run.state.optimizer
+        update, position, last = optimizer.step, run.state.position, run.data.train_iters
+
+        def keep_gradients_and_update(*args: Any, **kwargs: Any) -> Any:
+            if name := GRADIENTS.get(position.iteration + 1):
+                tensors[name] = run.gradients()
+            return update(*args, **kwargs)
+
+        optimizer.step = keep_gradients_and_update
+        batches = iter(run.data.train)
+        with Saver(job.config.checkpoint) as saver:
+            while position.iteration < last:
+                microbatches = next(batches)
+                samples.append([tuple(_samples(microbatch)) for microbatch in microbatches])
+                steps.append(run.step(microbatches))
+                if job.config.checkpoint.save and position.iteration in (SAVED_AT, last):
+                    saver.start(run.state)
+                    saver.finish()
+        tensors[END] = run.tensors()
+        after, mixed, others = run.logits(job.tokens), mixtures(run.state), run.others()
+        loss = validation_loss(run.state.model_chunks, run.data.valid) if run.data.valid else 0.0
+    curve = Curve(steps, mixed.by_layer if mixed else {}, loss)
+    logits = None if before is None or after is None else (before, after)
+    return RankReport(job.config, run.place, curve, tensors, samples, logits, others)
 
 
 @contextmanager
@@ -140,37 +168,6 @@ def laid_out(config: RunConfig, shape: ModelShape) -> Iterator[None]:
         yield
     finally:
         stop_model_parallel()
-
-
-def _train(job: Job, run: "Run") -> RankReport:
-    tensors, steps, samples = {START: run.tensors()}, [], []
-    if job.start is not None:
-        run.begin_with(job.start)
-    before = run.logits(job.tokens)
-    optimizer: Any = run.state.optimizer
-    update, position, last = optimizer.step, run.state.position, run.data.train_iters
-
-    def keep_gradients_and_update(*args: Any, **kwargs: Any) -> Any:
-        if name := GRADIENTS.get(position.iteration + 1):
-            tensors[name] = run.gradients()
-        return update(*args, **kwargs)
-
-    optimizer.step = keep_gradients_and_update
-    batches = iter(run.data.train)
-    with Saver(job.config.checkpoint) as saver:
-        while position.iteration < last:
-            microbatches = next(batches)
-            samples.append([tuple(_samples(microbatch)) for microbatch in microbatches])
-            steps.append(run.step(microbatches))
-            if job.config.checkpoint.save and position.iteration in (SAVED_AT, last):
-                saver.start(run.state)
-                saver.finish()
-    tensors[END] = run.tensors()
-    after, mixed, others = run.logits(job.tokens), mixtures(run.state), run.others()
-    loss = validation_loss(run.state.model_chunks, run.data.valid) if run.data.valid else 0.0
-    curve = Curve(steps, mixed.by_layer if mixed else {}, loss)
-    logits = None if before is None or after is None else (before, after)
-    return RankReport(job.config, run.place, curve, tensors, samples, logits, others)
 
 
 def data_of_rank(config: RunConfig, shape: ModelShape) -> Data:
