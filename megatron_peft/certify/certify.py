@@ -131,7 +131,7 @@ def _without(folder: str, value: Any) -> Any:
         return value.replace(folder, "SMALL")
     if isinstance(value, dict):
         return {name: _without(folder, one) for name, one in value.items()}
-    return tuple(_without(folder, one) for one in value) if isinstance(value, tuple) else value
+    return [_without(folder, one) for one in value] if isinstance(value, list) else value
 
 
 def layout_of(config: RunConfig) -> str:

@@ -251,6 +251,8 @@ def test_a_certificate_is_printed_and_written(tmp_path, capsys, monkeypatch, qui
     assert found["passed"] and all(one["passed"] and one["num_compared"] for one in names.values())
     assert {"losses", "trained tensors", "resumed run", "merged model in transformers"} <= names.keys()
     assert {"exported adapter in Hugging Face PEFT", "adapted layers at TP2+SP, in one process"} <= names.keys()
+    assert found["small_flags"]["data"]["train_data_path"] == ["SMALL/data.jsonl"]
+    assert found["small_flags"]["checkpoint"]["save"] == "SMALL/split"
     assert found["digest"] == digest_of(found)
     assert found["digest"] != digest_of({**found, "passed": False})
     printed = capsys.readouterr().out
