@@ -27,7 +27,7 @@ from megatron_peft.certify.comparison import (
     compare_resharded,
     compare_resumed,
     compare_runs,
-    logits_of,
+    reported_logits,
     shortened,
     whole_tensors,
 )
@@ -181,7 +181,7 @@ def compare_all(config: RunConfig, shape: ModelShape, small: SmallRun) -> Iterat
     yield compare_resumed(ranks, resumed)
     yield from compare_resharded(ranks, resharded)
     try:
-        (converted,) = started(1, _compare_converted, (small.split, tokens, logits_of(ranks)))
+        (converted,) = started(1, _compare_converted, (small.split, tokens, reported_logits(ranks)))
     except RanksFailed as error:
         converted = [failed("merge and export", error)]
     yield from converted

@@ -89,7 +89,7 @@ def compare_runs(ranks: Sequence[RankReport], reference: RankReport) -> Iterator
         yield compare_tensors(name, *starts, tolerance, ranks)
     yield same_samples(ranks, reference)
     if reference.logits is not None:
-        yield compare_logits("logits before training", logits_of(ranks)[0], reference.logits, 0, config)
+        yield compare_logits("logits before training", reported_logits(ranks)[0], reference.logits, 0, config)
     for name in ("losses", "loss tokens of a step", "gradient norms", "gradient norms of layers"):
         yield curves[name]
     for name in GRADIENTS.values():
@@ -105,7 +105,7 @@ def compare_runs(ranks: Sequence[RankReport], reference: RankReport) -> Iterator
     yield compare_tensors(name, *ends, tolerance_of(name, config), ranks, starts, sizes)
     yield curves["validation loss"]
     if reference.logits is not None:
-        yield compare_logits("logits after training", logits_of(ranks)[1], reference.logits, 1, config)
+        yield compare_logits("logits after training", reported_logits(ranks)[1], reference.logits, 1, config)
 
 
 def tolerance_of(name: str, config: RunConfig) -> float:
@@ -347,7 +347,7 @@ def same_copies(ranks: Sequence[RankReport], when: str) -> CertificateLine:
 # Logits.
 
 
-def logits_of(ranks: Sequence[RankReport]) -> tuple[Tensor, Tensor]:
+def reported_logits(ranks: Sequence[RankReport]) -> tuple[Tensor, Tensor]:
     """Before and after training, from the rank that has them."""
     return next(run.logits for run in ranks if run.logits is not None)
 
