@@ -28,77 +28,65 @@ from megatron_peft.runtime import cpu
 TOLERANCE = 1e-11  # of the largest number of a tensor, in float64
 BATCH = 3
 Split = tuple[int, int] | None  # (dim that the ranks split, parts along it that each is split); None: each has all
-Kind = tuple[Any, int, int, int, int]  # layer, output features, input features, batch, matrices stacked in its output
 
 
-@dataclass(frozen=True)
-class Layers:
-    """What is compared: the adapted layers of a model.
-
-    Args:
-        sizes: of each linear layer of the model that has an adapter, by the last part of its name.
-        peft: the method and its numbers.
-        num_heads, head_features: of the model.
-        sequence_parallel: whether tokens are split between the layers.
-    """
-
-    sizes: Mapping[str, LinearSizes]
-    peft: PeftConfig
-    num_heads: int
-    head_features: int
-    sequence_parallel: bool
-
-
-def compare_many_ranks(layers: Layers) -> dict[str, float]:
+def compare_many_ranks(layers: tuple[Mapping[str, LinearSizes], PeftConfig, bool]) -> dict[str, float]:
     """Largest difference from one rank, relative to a tensor's largest number, by layer and tensor.
 
     Called in a process without a world, in which nothing else is done afterwards.
 
+    Args:
+        layers: sizes of each linear layer with an adapter, by the last part of its name; the method and its numbers;
+            whether tokens are split between the layers.
+
     Raises:
         ImportError: this torch has no LocalTensorMode.
+        AssertionError: an adapter's start, or what all ranks should hold alike, is not the same on the ranks.
     """
+    all_sizes, peft, sequence_parallel = layers
     found: dict[str, float] = {}
-    for name, sizes in layers.sizes.items():
+    for name, sizes in all_sizes.items():
         size = sizes.tensor_parallel_size
         with fake_groups(size) as groups:
-            one, many = (
-                run_layer(layers, name, groups[number], splits)
-                for number, splits in ((1, False), (size, layers.sequence_parallel))
-            )
+            one = run_layer(name, sizes, peft, groups[1], (2 * size, BATCH), False)
+            many = run_layer(name, sizes, peft, groups[size], (2 * size, BATCH), sequence_parallel)
         for tensor, whole_one in one.items():
             largest = float(whole_one.abs().max()) or 1.0
             found[f"{name} {tensor}"] = float((many[tensor] - whole_one).abs().max()) / largest
     return found
 
 
-def run_layer(layers: Layers, name: str, group: dist.ProcessGroup, sequence_parallel: bool) -> dict[str, Tensor]:
-    """One forward, backward and sum of partial gradients; whole tensors by name."""
-    sizes = layers.sizes[name]
-    size, length = group.size(), 2 * sizes.tensor_parallel_size
-    is_column = sizes.split == "column"
-    kind = (
-        AdaptedColumnParallelLinear if is_column else AdaptedRowParallelLinear,
-        *(sizes.out_features, sizes.in_features, BATCH, sizes.num_parts),
-    )
-    config = layer_config(layers.num_heads * layers.head_features, layers.num_heads, size, sequence_parallel)
-    layer = build_layer(name.removeprefix("linear_"), kind, config, group)
-    attach(layer, layers.peft, size)
-    return run_built(layer, kind, length, size, sequence_parallel)
+def run_layer(
+    name: str,
+    sizes: LinearSizes,
+    peft: PeftConfig | None,
+    group: dist.ProcessGroup,
+    shape: tuple[int, int],
+    sequence_parallel: bool,
+) -> dict[str, Tensor]:
+    """One forward, backward and sum of partial gradients of a frozen layer, with an adapter or without one.
 
+    Args:
+        name: of the layer, for what is drawn.
+        shape: tokens and batch of the input.
 
-def run_built(layer: Any, kind: Kind, length: int, size: int, sequence_parallel: bool) -> dict[str, Tensor]:
-    """Output, the input's gradient and, after the sum over the ranks, the gradient of every parameter, whole."""
-    cls, out_features, in_features, batch, parts = kind
-    tokens, features = (0, 1) if sequence_parallel else None, (2, parts)
-    of_x, of_y = (tokens, features) if issubclass(cls, AdaptedColumnParallelLinear) else (features, tokens)
-    x = spread(drawn("x", length, batch, in_features), of_x, size).requires_grad_()
-    dy = spread(drawn("dy", length, batch, out_features), of_y, size)
+    Returns:
+        Output, the input's gradient and, after the sum over the ranks, the gradient of every parameter, whole.
+    """
+    size = group.size()
+    layer = build_layer(name, sizes, group, sequence_parallel)
+    if peft is not None:
+        attach(layer, peft, size)
+    tokens, features = (0, 1) if sequence_parallel else None, (2, sizes.num_parts)
+    of_x, of_y = (tokens, features) if sizes.split == "column" else (features, tokens)
+    x = spread(drawn("x", *shape, sizes.in_features), of_x, size).requires_grad_()
+    dy = spread(drawn("dy", *shape, sizes.out_features), of_y, size)
     with all_ranks_at_once(size):
         y = layer(x)[0]
         y.backward(dy)
         for parameter in layer.parameters():
             parameter.main_grad = parameter.grad
-        sum_partial_gradients_over_tensor_parallel([layer], layer.layout.group)
+        sum_partial_gradients_over_tensor_parallel([layer], group)
     trained = {name: parameter for name, parameter in layer.named_parameters() if parameter.requires_grad}
     gradients = {name: whole(parameter.main_grad, split_of(parameter)) for name, parameter in trained.items()}
     return {"y": whole(y.detach(), of_y), "dx": whole(x.grad, of_x), **gradients}
@@ -117,12 +105,13 @@ def fake_groups(*sizes: int) -> Iterator[dict[int, dist.ProcessGroup]]:
         dist.destroy_process_group()
 
 
-def layer_config(hidden: int, heads: int, size: int, sequence_parallel: bool) -> Any:
-    """megatron-core's configuration of layers in float64 that all have a bias."""
+def layer_config(size: int, sequence_parallel: bool, head_features: int | None = None) -> Any:
+    """megatron-core's configuration of layers in float64 that all have a bias, on `size` ranks."""
     config: Any = TransformerConfig(
         num_layers=1,
-        hidden_size=hidden,
-        num_attention_heads=heads,
+        hidden_size=size,
+        num_attention_heads=size,
+        kv_channels=head_features,
         tensor_model_parallel_size=size,
         sequence_parallel=sequence_parallel,
         params_dtype=torch.float64,
@@ -132,24 +121,23 @@ def layer_config(hidden: int, heads: int, size: int, sequence_parallel: bool) ->
     return config
 
 
-def build_layer(name: str, kind: Kind, config: Any, group: dist.ProcessGroup) -> Any:
+def build_layer(name: str, sizes: LinearSizes, group: dist.ProcessGroup, sequence_parallel: bool) -> Any:
     """A frozen layer with all ranks' slices of its weight and bias."""
-    cls, out_features, in_features, _, parts = kind
-    is_column = issubclass(cls, AdaptedColumnParallelLinear)
-    special: dict[str, Any] = {"stride": parts} if is_column else {"input_is_parallel": True}
-    layer = cls(
-        in_features,
-        out_features,
-        config=config,
+    is_column = sizes.split == "column"
+    special: dict[str, Any] = {"stride": sizes.num_parts} if is_column else {"input_is_parallel": True}
+    layer: Any = (AdaptedColumnParallelLinear if is_column else AdaptedRowParallelLinear)(
+        sizes.in_features,
+        sizes.out_features,
+        config=layer_config(group.size(), sequence_parallel, sizes.head_features),
         init_method=None,
         skip_bias_add=False,
-        tp_comm_buffer_name=name,
+        tp_comm_buffer_name=name.removeprefix("linear_"),
         tp_group=group,
         **special,
     )
     layer.is_frozen = True
     layer.requires_grad_(False)
-    for tensor, shape in {"weight": (out_features, in_features), "bias": (out_features,)}.items():
+    for tensor, shape in {"weight": (sizes.out_features, sizes.in_features), "bias": (sizes.out_features,)}.items():
         put(layer, tensor, drawn(f"{name}.{tensor}", *shape), group.size())
     return layer
 
@@ -203,17 +191,8 @@ def all_ranks_at_once(size: int) -> Iterator[None]:
         yield
         return
     local = _local()
-    rank = torch.SymInt(local.LocalIntNode({rank: rank for rank in range(size)}))
-    with cpu.rank_of_groups(rank), _mode()(size):
-        yield
 
-
-def _local() -> Any:
-    return import_module("torch.distributed._local_tensor")
-
-
-def _mode() -> type:
-    class Mode(_local().LocalTensorMode):
+    class Mode(local.LocalTensorMode):
         """torch's takes the conjugate of a number, which backward asks for, for a new tensor on each rank."""
 
         def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -221,7 +200,13 @@ def _mode() -> type:
                 return func(*args)
             return super().__torch_dispatch__(func, types, args, kwargs)
 
-    return Mode
+    rank = torch.SymInt(local.LocalIntNode({rank: rank for rank in range(size)}))
+    with cpu.rank_of_groups(rank), Mode(size):
+        yield
+
+
+def _local() -> Any:
+    return import_module("torch.distributed._local_tensor")
 
 
 # Tensors as all ranks hold them.

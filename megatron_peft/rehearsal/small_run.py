@@ -55,6 +55,11 @@ LEARNING_RATE, FULL_LEARNING_RATE = 5e-3, 1e-3
 EPOCH = 3  # steps; of packs about so many
 SAMPLES_OF_A_PACK = 7 / 3
 WIDTHS = (4, 8, 16, 32, 64, 128, 256, 512)
+KEPT = {
+    *("seed", "overlap_grad_reduce", "grad_reduce_in_bf16", "packing", "pad_to_seq_length"),
+    *("optimizer", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "sgd_momentum", "clip_grad"),
+    *("use_distributed_optimizer", "overlap_param_gather"),
+}
 RECOMPUTE = ("recompute_granularity", "recompute_method", "recompute_num_layers", "distribute_saved_activations")
 
 
@@ -79,7 +84,9 @@ def small_run(config: RunConfig, shape: ModelShape, folder: Path) -> SmallRun:
         ConfigurationError: no small model fits the method's numbers.
     """
     parallel, num_layers = small_layout(config.parallel, shape.num_layers)
-    peft = _peft(config, shape, num_layers)
+    lr = LEARNING_RATE if config.peft.trains_adapters else FULL_LEARNING_RATE
+    rate_scale, decoupled_lr = lr / config.optimizer.lr, config.optimizer.decoupled_lr
+    peft = _peft(config.peft, shape, num_layers, rate_scale)
     small = small_shape(shape, replace(config, peft=peft), parallel.tensor_model_parallel_size, num_layers)
     save_model(small, folder / "model")
     replicas, interleaved = parallel.data_parallel_size, parallel.is_interleaved
@@ -92,10 +99,14 @@ def small_run(config: RunConfig, shape: ModelShape, folder: Path) -> SmallRun:
         micro_batch_size=micro_batch_size,
         global_batch_size=size,
         train_iters=NUM_STEPS,
-        seed=config.training.seed,
         eval_iters=NUM_STEPS,
-        overlap_grad_reduce=config.training.overlap_grad_reduce,
-        grad_reduce_in_bf16=config.training.grad_reduce_in_bf16,
+        **_kept(config.training),
+    )
+    optimizer = OptimizerSettings(
+        lr=lr,
+        lr_decay_style="constant",
+        decoupled_lr=decoupled_lr and decoupled_lr * rate_scale,
+        **_kept(config.optimizer),
     )
     transformer = {name: value for name, value in config.model.transformer.items() if "dropout" not in name}
     if "recompute_num_layers" in transformer:
@@ -114,11 +125,15 @@ def small_run(config: RunConfig, shape: ModelShape, folder: Path) -> SmallRun:
         peft=peft,
         data=_data(config.data, small, folder, size),
         training=training,
-        optimizer=_optimizer(config),
+        optimizer=optimizer,
         checkpoint=CheckpointConfig(save=str(folder / "split"), async_save=config.checkpoint.async_save),
         logging=LoggingConfig(),
     )
     return SmallRun(split, _alone(split, folder), small)
+
+
+def _kept(settings: TrainingConfig | OptimizerSettings | DataConfig) -> dict[str, Any]:
+    return {name: value for name, value in vars(settings).items() if name in KEPT}
 
 
 def _alone(split: RunConfig, folder: Path) -> RunConfig:
@@ -134,15 +149,14 @@ def _alone(split: RunConfig, folder: Path) -> RunConfig:
     )
 
 
-def _peft(config: RunConfig, shape: ModelShape, num_layers: int) -> PeftConfig:
-    """`num_layers`: of the small model."""
-    peft, scale = config.peft, _rate_scale(config)
+def _peft(peft: PeftConfig, shape: ModelShape, num_layers: int, rate_scale: float) -> PeftConfig:
+    """`num_layers`: of the small model; `rate_scale`: by which all learning rates are multiplied."""
     changes: dict[str, Any] = {"lora_dropout": 0.0, "lora_ga_batches": min(peft.lora_ga_batches, 2)}
     changes["target_modules"] = small_targets(peft, shape, num_layers)
     if peft.hybrid_merge_interval:
         changes["hybrid_merge_interval"] = min(peft.hybrid_merge_interval, 2)
     if peft.peft_lr_rotation and peft.urnn_update != "riemannian":  # whose rate is not a multiple of --lr
-        changes["peft_lr_rotation"] = peft.peft_lr_rotation * scale
+        changes["peft_lr_rotation"] = peft.peft_lr_rotation * rate_scale
     return replace(peft, **changes)
 
 
@@ -163,29 +177,6 @@ def small_targets(peft: PeftConfig, shape: ModelShape, num_layers: int) -> tuple
         )
         found |= dict.fromkeys(own)
     return tuple(found)
-
-
-def _rate_scale(config: RunConfig) -> float:
-    wanted = LEARNING_RATE if config.peft.trains_adapters else FULL_LEARNING_RATE
-    return wanted / config.optimizer.lr
-
-
-def _optimizer(config: RunConfig) -> OptimizerSettings:
-    own, scale = config.optimizer, _rate_scale(config)
-    return OptimizerSettings(
-        optimizer=own.optimizer,
-        lr=own.lr * scale,
-        lr_decay_style="constant",
-        weight_decay=own.weight_decay,
-        decoupled_lr=own.decoupled_lr and own.decoupled_lr * scale,
-        adam_beta1=own.adam_beta1,
-        adam_beta2=own.adam_beta2,
-        adam_eps=own.adam_eps,
-        sgd_momentum=own.sgd_momentum,
-        clip_grad=own.clip_grad,
-        use_distributed_optimizer=own.use_distributed_optimizer,
-        overlap_param_gather=own.overlap_param_gather,
-    )
 
 
 # The layout.
@@ -321,13 +312,11 @@ def _data(data: DataConfig, shape: ModelShape, folder: Path, batch_size: int) ->
         made = {"train_data_path": path, "valid_data_path": path, "pack_sequences": data.pack_sequences}
     return DataConfig(
         **made,
-        packing=data.packing,
-        pad_to_seq_length=data.pad_to_seq_length,
+        **_kept(data),
         seq_length=SEQ_LENGTH,
         tokenizer_type="NullTokenizer",
         vocab_size=shape.vocab_size - 1,
         num_workers=0,
-        seed=data.seed,
     )
 
 

@@ -32,7 +32,7 @@ class GatedPair(nn.Module):
 
     def __init__(self, size: int, sequence_parallel: bool, with_adapters: bool) -> None:
         super().__init__()
-        common: dict[str, Any] = {"config": layer_config(H, 2, size, sequence_parallel), "init_method": None}
+        common: dict[str, Any] = {"config": layer_config(size, sequence_parallel), "init_method": None}
         self.column = AdaptedColumnParallelLinear(H, 2 * F, stride=2, tp_comm_buffer_name="fc1", **common)
         self.row = AdaptedRowParallelLinear(
             F, H, input_is_parallel=True, skip_bias_add=False, tp_comm_buffer_name="fc2", **common

@@ -4,7 +4,6 @@ It runs in a process of its own, since which methods there are is settled when m
 """
 
 import contextlib
-import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -39,13 +38,14 @@ def main(folder: Path, layouts: dict[str, Any]) -> dict[str, Any]:
             peft = {"method": "gains", "gains_lr_ratio": 10.0, "gains_bound": 0.8}
             jobs.append(Job(name, base, data, peft=peft, num_steps=12, **settings))
         if jobs:
-            curves.update(run_ranks(num_ranks, run_jobs, jobs)[0])
+            for name, report in run_ranks(num_ranks, run_jobs, jobs)[0].items():
+                curves[name] = {"losses": report.curve.losses, "grad_norms": report.curve.grad_norms}
     run = train_two_ranks(folder, base, data, VOCAB_SIZE - 1)
     merged = merge(run, folder / "merged", progress=False)
     exported = export_adapter(run, folder / "exported")
     as_lora = export_as_lora(run, folder / "as lora", tolerance=0, num_tokens=0)  # the method has no `change`
     return {
-        "curves": {name: dataclasses.asdict(curve) for name, curve in curves.items()},
+        "curves": curves,
         "merged": verify(merged, run).logits.absolute,
         "exported": verify(exported, run).logits.absolute,
         "as lora": verify(as_lora, run).logits.absolute,

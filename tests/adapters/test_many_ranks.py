@@ -14,21 +14,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_peft.adapters import low_rank, urnn
-from megatron_peft.adapters.linear import AdaptedColumnParallelLinear, AdaptedRowParallelLinear
 from megatron_peft.adapters.rotation import BlockRotation
-from megatron_peft.certify.many_ranks import attach, build_layer, drawn, fake_groups, layer_config, run_built, spread
-from megatron_peft.config import PeftConfig
+from megatron_peft.certify.many_ranks import drawn, fake_groups, run_layer, spread
+from megatron_peft.config import LinearSizes, PeftConfig
 
 pytest.importorskip("torch.distributed._local_tensor", reason="this torch has no LocalTensorMode")
 
 H, MOST_RANKS = 64, 16  # a rank has at least 4 features, one group of the rotations below
 
-COLUMN, ROW = AdaptedColumnParallelLinear, AdaptedRowParallelLinear
-KINDS: dict[str, tuple[Any, int, int, int, int]] = {  # layer, output features, input features, batch, parts
-    "qkv": (COLUMN, 3 * H, H, 5, 1),  # more tokens than features: the weight turns
-    "fc1": (COLUMN, 4 * H, H, 3, 2),  # fewer: the activations turn
-    "proj": (ROW, H, H, 3, 1),
-    "fc2": (ROW, H, 2 * H, 3, 1),
+HEAD = H // MOST_RANKS
+KINDS: dict[str, tuple[LinearSizes, int]] = {  # with the batch
+    "qkv": (LinearSizes("column", 3 * H, H, 1, head_features=HEAD), 5),  # more tokens than features: the weight turns
+    "fc1": (LinearSizes("column", 4 * H, H, 1, num_parts=2), 3),  # fewer: the activations turn
+    "proj": (LinearSizes("row", H, H, 1), 3),
+    "fc2": (LinearSizes("row", H, 2 * H, 1), 3),
 }
 BOFT: dict[str, Any] = {"method": "boft", "boft_block_size": 2, "boft_factors": 2}
 URNN: dict[str, Any] = {"method": "urnn", "urnn_block_size": 4}
@@ -117,13 +116,10 @@ def on_one_rank(method: str, kind: str, group: dist.ProcessGroup, length: int) -
 
 
 def run(method: str, kind: str, group: dist.ProcessGroup, length: int, sequence_parallel: bool) -> dict[str, Tensor]:
-    """One forward, backward and sum of partial gradients; whole tensors by name."""
-    config = layer_config(H, MOST_RANKS, group.size(), sequence_parallel)
-    layer = build_layer(kind, KINDS[kind], config, group)
-    if METHODS[method]:
-        attach(layer, PeftConfig(**METHODS[method]), group.size())
-    cls, _, in_features, batch, _ = KINDS[kind]
-    split = (2, 1) if cls is ROW else (0, 1) if sequence_parallel else None  # as the layer's input is
-    mask = spread((drawn("mask", length, batch, in_features) > 0) / 0.5, split, group.size())
+    """Of `run_layer`."""
+    sizes, batch = KINDS[kind]
+    peft = PeftConfig(**METHODS[method]) if METHODS[method] else None
+    split = (2, 1) if sizes.split == "row" else (0, 1) if sequence_parallel else None  # as the layer's input is
+    mask = spread((drawn("mask", length, batch, sizes.in_features) > 0) / 0.5, split, group.size())
     with mock.patch.object(low_rank.LowRank, "dropout_mask", lambda self, *_: mask if self.dropout else None):
-        return run_built(layer, KINDS[kind], length, group.size(), sequence_parallel)
+        return run_layer(kind, sizes, peft, group, (length, batch), sequence_parallel)

@@ -98,7 +98,7 @@ def layers(
     Args:
         method: of their adapters, with `numbers`; None: frozen alone.
     """
-    config = layer_config(HIDDEN, 4, dist.get_world_size(), splits_sequence)
+    config = layer_config(dist.get_world_size(), splits_sequence)
     config.params_dtype, config.linear_biases = torch.bfloat16, set()
     common: dict[str, Any] = {"config": config, "init_method": lambda weight: None, "bias": False}
     made = nn.ModuleList()

@@ -15,7 +15,7 @@ from megatron_peft.runtime import ranks
 from tests.certify.faults import Break
 
 IMPORTED = (
-    *("megatron_peft.certify.certify", "megatron_peft.certify.converted", "megatron_peft.certify.many_ranks"),
+    *("megatron_peft.certify.certify", "megatron_peft.certify.many_ranks"),
     *("transformers.models.llama.modeling_llama", "peft", "torch._dynamo", "torch.distributed._local_tensor"),
 )
 
@@ -62,7 +62,7 @@ def _certify(case: Case, path: Path) -> None:
         found: Any = certify.certify(case.config, case.shape)
     else:
         found = []
-        for line in certify._comparisons(case.config, case.shape, small_run(case.config, case.shape, path.parent)):
+        for line in certify.compare_all(case.config, case.shape, small_run(case.config, case.shape, path.parent)):
             found.append(line)
             if line.name == case.until:
                 break

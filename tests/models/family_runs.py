@@ -6,11 +6,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_peft.certify.runs import Curve, RankReport
 from megatron_peft.checkpoint.save import draft_checkpoint
 from tests.checkpoint.runs import Files, configure, merged, start
 from tests.models.test_bloom import run_all
 from tests.tiny_families import MODELS
-from tests.training.layout_runs import Curve, Job, run_each, run_jobs
+from tests.training.layout_runs import Job, run_each, run_jobs
 from tests.training.test_layout import METHODS, SP, TP2
 
 FAMILIES = ("mistral", "qwen2", "qwen3")
@@ -50,7 +51,7 @@ def run_families(asked: tuple[Files, list[str]]) -> Outcomes:
     """Called on each of two ranks, with the layouts of logits and answers."""
     files, layouts = asked
     answers = run_all({name: str(Path(files.bases, name)) for name in MODELS}, layouts)
-    curves = run_each([curve_job(files, *case) for case in QUICK])
+    curves = curves_of(run_each([curve_job(files, *case) for case in QUICK]))
     for name, method in SAVED.items():
         _save(files, name, method)
     return Outcomes(answers, curves)
@@ -58,7 +59,11 @@ def run_families(asked: tuple[Files, list[str]]) -> Outcomes:
 
 def run_methods(asked: tuple[Files, list[tuple[str, str, str]]]) -> dict[str, Curve]:
     files, cases = asked
-    return run_jobs([curve_job(files, *case) for case in cases])
+    return curves_of(run_jobs([curve_job(files, *case) for case in cases]))
+
+
+def curves_of(reports: dict[str, RankReport]) -> dict[str, Curve]:
+    return {name: report.curve for name, report in reports.items()}
 
 
 def _save(files: Files, name: str, method: str) -> None:

@@ -16,7 +16,7 @@ from megatron_peft.training.step import NonFiniteError, train_step
 from tests.one_rank import one_rank
 from tests.ranks import run_ranks
 from tests.tiny_llama import save_llama, save_pairs
-from tests.training.layout_runs import Job, built, run_each
+from tests.training.layout_runs import Job, built, differences, run_each
 from tests.training.recorded_saves import RecordedSaves, signal_at
 
 PP2 = {"parallel": {"pipeline_model_parallel_size": 2}}
@@ -44,12 +44,12 @@ BAD_RANK = 1
 
 
 def found_by_a_rank(asked: tuple[list[Job], list[Job], Job]) -> dict[str, Any]:
-    """Curves that are compared; what is said where BAD_RANK's last loss is NaN; what its signal does."""
+    """Reports that are compared; what is said where BAD_RANK's last loss is NaN; what its signal does."""
     start_world()
     compared, poisoned, signalled = asked
     errors = {job.name: _poisoned(job) for job in poisoned}
     stopped = [_signalled(signalled, "train"), _signalled(signalled, "valid")]
-    return {"curves": run_each(compared), "errors": errors, "stopped": stopped}
+    return {"reports": run_each(compared), "errors": errors, "stopped": stopped}
 
 
 def _poisoned(job: Job) -> str:
@@ -98,9 +98,9 @@ def found(tmp_path_factory):
 @pytest.mark.parametrize("run, layout", CASES)
 def test_two_ranks_equal_one(found, run, layout):
     """A stage without trainable parameters; an embedding on the first stage that is the last one's output layer."""
-    alone, by_rank = found[0][run], found[1]
-    assert min(alone.grad_norms) > 0 and alone.validation_loss < alone.losses[0], "it learns"
-    assert all(rank["curves"][f"{run} {layout}"].equals(alone) for rank in by_rank)
+    alone, by_rank = found[0][run], [rank["reports"][f"{run} {layout}"] for rank in found[1]]
+    assert min(alone.curve.grad_norms) > 0 and alone.curve.validation_loss < alone.curve.losses[0], "it learns"
+    assert by_rank[0].curve == by_rank[1].curve and differences(by_rank, alone) == {}
 
 
 @pytest.mark.parametrize("layout", POISONED)

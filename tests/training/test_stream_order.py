@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 from tabulate import tabulate
 
+from megatron_peft.certify.runs import Curve
 from megatron_peft.parallel import collectives
 from megatron_peft.runtime.launch import start_world
 from tests.ranks import run_ranks
 from tests.tiny_llama import save_llama
-from tests.training.layout_runs import Curve, Job, merged, run_each
+from tests.training.layout_runs import Job, merged, run_each
 from tests.training.stream_order import in_stream_order
 from tests.training.test_layout import LAYOUTS, METHODS, OVERLAPPED, PP2, REFUSED, SP
 
@@ -46,13 +47,13 @@ def compared(asked: tuple[list[Job], Sequence[str]]) -> list[dict[str, Found]]:
     for operation in taken_away:
         if operation == "ours":
             collectives._finished = lambda work, result: result
-        found.append({job.name: _in_stream_order(job, operation, plain[job.name]) for job in jobs})
+        found.append({job.name: _in_stream_order(job, operation, plain[job.name].curve) for job in jobs})
     return found
 
 
 def _in_stream_order(job: Job, operation: str, plain: Curve) -> Found:
     with in_stream_order([operation]) as report:
-        is_same = run_each([job])[job.name] == plain
+        is_same = run_each([job])[job.name].curve == plain
     return Found(is_same, len(report.calls), report.end())
 
 

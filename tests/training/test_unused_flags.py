@@ -37,7 +37,8 @@ def curves(files):
     peft = {method: {"method": method, **own} for method, own in OWN.items()}
     peft |= {f"{method} and others": {"method": method, **with_others(method)} for method in OWN}
     with one_rank(with_groups=False):
-        return run_each([Job(name, *files, num_steps=2, peft=settings) for name, settings in peft.items()])
+        found = run_each([Job(name, *files, num_steps=2, peft=settings) for name, settings in peft.items()])
+    return {name: report.curve for name, report in found.items()}
 
 
 def test_every_flag_is_among_them():

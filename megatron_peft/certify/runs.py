@@ -1,0 +1,300 @@
+"""A run on ranks, and what each of them reports: all that comparisons of layouts need.
+
+A certificate starts small runs of a user's own with it, the tests of layouts start theirs. What is compared is the
+product's own code: the loader, `build_state`, `train_step`, `Saver`.
+"""
+
+import hashlib
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region, get_cuda_rng_tracker
+from torch import Tensor, nn
+
+from megatron_peft.adapters.step import adapters_step
+from megatron_peft.checkpoint.folders import iteration_folder
+from megatron_peft.checkpoint.load import load_checkpoint
+from megatron_peft.checkpoint.save import Saver
+from megatron_peft.checkpoint.state import optimizer_tensors, random_tensors, whole_parameters
+from megatron_peft.checkpoint.tensors import Sharded, data_of, global_slices, sharded_parameters, with_data
+from megatron_peft.config import CheckpointConfig, RunConfig
+from megatron_peft.conversion.verify import BATCH_SIZE
+from megatron_peft.data.batches import Microbatch
+from megatron_peft.data.build import Data, build_data
+from megatron_peft.data.tokenizers import build_tokenizer
+from megatron_peft.models.shape import ModelShape
+from megatron_peft.runtime.launch import start_model_parallel, stop_model_parallel, world
+from megatron_peft.training.after_step import mixtures
+from megatron_peft.training.lora_ga_start import first_steps
+from megatron_peft.training.run import build_state
+from megatron_peft.training.state import GradientShards
+from megatron_peft.training.step import StepReport, train_step
+from megatron_peft.training.validation import inference_mode, validation_loss
+
+START, END = "start", "end"
+GRADIENTS = {1: "gradients of step 1", 2: "gradients of step 2"}  # a LoRA's A has none before its B has moved
+SAVED_AT = 2  # the step after which a run is resumed and resharded
+
+Place = tuple[tuple[int, ...], tuple[int, ...]]  # first index and sides of a slice of a global tensor
+Slices = Mapping[tuple[str, Place], Tensor]  # what a rank holds of global tensors, by their keys
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run to be trained from its start or, with --load, from there; with --save it saves after SAVED_AT and the end.
+
+    Args:
+        config: its flags.
+        shape: of its model.
+        tokens: [2, s], on which the model is asked for logits before and after training; None: it is not.
+        start: whole tensors to begin with, after the run's own start was reported.
+    """
+
+    config: RunConfig
+    shape: ModelShape
+    tokens: Tensor | None = None
+    start: Mapping[str, Tensor] | None = None
+
+    def resumed(self, saved: RunConfig) -> "Job":
+        """The rest of this run, from what the run `saved` has saved after step SAVED_AT."""
+        folder = iteration_folder(Path(str(saved.checkpoint.save)), SAVED_AT)
+        return Job(replace(self.config, checkpoint=CheckpointConfig(load=str(folder))), self.shape)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Numbers of a run that every rank knows.
+
+    Args:
+        steps: reports, with the gradient norms of layers.
+        lambdas: of the Hybrid's layers, after the last step.
+        validation_loss: after the last step; 0 without validation data.
+    """
+
+    steps: list[StepReport]
+    lambdas: Mapping[str, float]
+    validation_loss: float
+
+    @property
+    def losses(self) -> list[float]:
+        """Of the steps."""
+        return [step.loss for step in self.steps]
+
+    @property
+    def grad_norms(self) -> list[float]:
+        """Of the steps."""
+        return [step.grad_norm for step in self.steps]
+
+
+@dataclass(frozen=True)
+class RankReport:
+    """What one rank has to say of a run.
+
+    Args:
+        config: of the run.
+        place: tensor-parallel rank, stage and replica.
+        tensors: what this rank holds: at START and END of trained tensors and of the optimizer's, and GRADIENTS of
+            the parameters as they reach the optimizer, summed and not clipped.
+        samples: of the microbatches that this rank read, step by step: digests of their samples.
+        logits: [2, s, vocabulary] before and after training, on a rank that has them.
+        others: what a resumed run has to find beside tensors, at the end.
+    """
+
+    config: RunConfig
+    place: tuple[int, int, int]
+    curve: Curve
+    tensors: Mapping[str, Slices]
+    samples: list[list[tuple[str, ...]]]
+    logits: tuple[Tensor, Tensor] | None
+    others: Mapping[str, Any]
+
+
+def run_jobs(jobs: Sequence[Job]) -> list[RankReport]:
+    """Train one after the other in a world of this rank's. Called on every rank."""
+    with world("gloo", jobs[0].config.parallel.distributed_timeout_minutes):
+        return [run_job(job) for job in jobs]
+
+
+def run_job(job: Job) -> RankReport:
+    """Train in the present world."""
+    with laid_out(job.config, job.shape):
+        run = Run(job.config, job.shape)
+        tensors, steps, samples = {START: run.tensors()}, [], []
+        if job.start is not None:
+            run.begin_with(job.start)
+        before = run.logits(job.tokens)
+        optimizer: Any = run.state.optimizer
+        update, position, last = optimizer.step, run.state.position, run.data.train_iters
+
+        def keep_gradients_and_update(*args: Any, **kwargs: Any) -> Any:
+            if name := GRADIENTS.get(position.iteration + 1):
+                tensors[name] = run.gradients()
+            return update(*args, **kwargs)
+
+        optimizer.step = keep_gradients_and_update
+        batches = iter(run.data.train)
+        with Saver(job.config.checkpoint) as saver:
+            while position.iteration < last:
+                microbatches = next(batches)
+                samples.append([tuple(_samples(microbatch)) for microbatch in microbatches])
+                steps.append(run.step(microbatches))
+                if job.config.checkpoint.save and position.iteration in (SAVED_AT, last):
+                    saver.start(run.state)
+                    saver.finish()
+        tensors[END] = run.tensors()
+        after, mixed, others = run.logits(job.tokens), mixtures(run.state), run.others()
+        loss = validation_loss(run.state.model_chunks, run.data.valid) if run.data.valid else 0.0
+    curve = Curve(steps, mixed.by_layer if mixed else {}, loss)
+    logits = None if before is None or after is None else (before, after)
+    return RankReport(job.config, run.place, curve, tensors, samples, logits, others)
+
+
+@contextmanager
+def laid_out(config: RunConfig, shape: ModelShape) -> Iterator[None]:
+    """The groups of a run, in the present world."""
+    parallel = config.parallel
+    start_model_parallel(parallel, config.training.seed, parallel.num_virtual_stages(shape.num_layers))
+    try:
+        yield
+    finally:
+        stop_model_parallel()
+
+
+def data_of_rank(config: RunConfig, shape: ModelShape) -> Data:
+    """The data of a run, in the present groups."""
+    replica = {
+        "data_parallel_rank": parallel_state.get_data_parallel_rank(),
+        "data_parallel_size": parallel_state.get_data_parallel_world_size(),
+    }
+    return build_data(config, build_tokenizer(config.data, None), **replica, num_ids=shape.vocab_size)
+
+
+class Run:
+    """A run on this rank, as new processes build it in the present groups, or resume it with --load."""
+
+    def __init__(self, config: RunConfig, shape: ModelShape) -> None:
+        self.data = data_of_rank(config, shape)
+        self.state = build_state(config, shape, self.data.train_iters, first_steps(config, self.data.train))
+        self.state.data_digest = self.data.digest
+        load_checkpoint(self.state)
+        self.data.train.consumed_samples = self.state.position.consumed_samples
+        self.place = (
+            parallel_state.get_tensor_model_parallel_rank(),
+            parallel_state.get_pipeline_model_parallel_rank(),
+            parallel_state.get_data_parallel_rank(),
+        )
+
+    def step(self, microbatches: Sequence[Microbatch]) -> StepReport:
+        """Train, as if the last rank were asked to stop after the second step: all have to hear of it."""
+        state, position = self.state, self.state.position
+        asked_to_stop = dist.get_rank() == dist.get_world_size() - 1 and position.iteration == 1
+        report = train_step(state, microbatches, asked_to_stop, by_layer=True)
+        position.iteration += 1
+        position.consumed_samples += state.config.global_batch_size
+        position.consumed_tokens += report.num_positions
+        # As if each step were validated, and the first one were the best: a resumed run has to know it.
+        state.best = state.best.after(float(position.iteration), position.iteration)
+        with get_cuda_rng_tracker().fork():  # pyright: ignore[reportOptionalMemberAccess]
+            torch.rand(())  # as dropout would, so that a resumed run has to find its generators where they were
+        for draw in (random.random, np.random.random_sample, lambda: torch.rand(())):
+            draw()
+        return report
+
+    # What is reported of it.
+
+    @property
+    def entries(self) -> list[Sharded]:
+        """What is saved of the model."""
+        chunks = [chunk.module for chunk in self.state.model_chunks]
+        return sharded_parameters(chunks, only_adapters=self.state.config.peft.trains_adapters)
+
+    def tensors(self) -> Slices:
+        """What this rank would save of trained tensors and of the optimizer's."""
+        with whole_parameters(self.state.model_chunks):
+            entries = self.entries
+            return _copies([*_slices(entries), *optimizer_tensors(self.state.optimizer, entries)])
+
+    def gradients(self) -> Slices:
+        """Of what is trained, by the keys of parameters. A collective."""
+        trained = [p for chunk in self.state.model_chunks for p in chunk.parameters() if p.requires_grad]
+        whole = dict(zip(map(id, trained), GradientShards(self.state.optimizer).whole(trained), strict=True))
+        return _copies(_slices(with_data(one, whole[id(one.data)]) for one in self.entries if id(one.data) in whole))
+
+    def others(self) -> dict[str, Any]:
+        """What else training changes on this rank."""
+        state = self.state
+        states = {one.key.split(".", 2)[2]: data_of(one).numpy().tobytes() for one in random_tensors()}
+        generators = {f"generator {name}": state for name, state in states.items()}
+        best = {f"lowest validation loss: {name}": number for name, number in vars(state.best).items()}
+        return {**generators, **vars(state.position), **best, "schedule": state.schedule.num_steps}
+
+    def begin_with(self, start: Mapping[str, Tensor]) -> None:
+        """Take these whole tensors for the trained ones."""
+        with torch.no_grad():
+            for part in _slices(self.entries):
+                data_of(part).copy_(start[part.key][slice_of(part.global_offset, part.local_shape)])
+        self.state.optimizer.reload_model_params()
+
+    @torch.no_grad()
+    def logits(self, tokens: Tensor | None) -> Tensor | None:
+        """[2, s, vocabulary] on the first tensor-parallel rank of the last stage of the first replica, else None."""
+        if tokens is None:
+            return None
+        chunks, count = self.state.model_chunks, self.state.config.parallel.pipeline_model_parallel_size
+        batches = [iter([tokens] * count) for _ in chunks]
+        with inference_mode(chunks), adapters_step(chunks, is_training=False):
+            found = get_forward_backward_func()(
+                forward_step_func=_ask,
+                data_iterator=batches if len(chunks) > 1 else batches[0],
+                model=list(chunks),
+                num_microbatches=count,
+                seq_length=tokens.shape[1],
+                micro_batch_size=BATCH_SIZE,
+                forward_only=True,
+                collect_non_loss_data=True,
+            )
+        is_asked = found and self.place[0] == self.place[2] == 0
+        return found[0][..., : self.state.shape.vocab_size].float() if is_asked else None
+
+
+def _ask(batches: Iterator[Tensor], model: nn.Module) -> tuple[Tensor, Any]:
+    tokens = next(batches)
+    positions = torch.arange(tokens.shape[1]).expand(tokens.shape)
+    logits = model(input_ids=tokens, position_ids=positions, attention_mask=None)
+    return logits, lambda output, non_loss_data: gather_from_tensor_model_parallel_region(output)
+
+
+def _slices(entries: Iterable[Sharded]) -> list[ShardedTensor]:
+    return [part for entry in entries for part in global_slices(entry)]
+
+
+def _copies(parts: Iterable[ShardedTensor]) -> Slices:
+    return {
+        (part.key, (tuple(part.global_offset), tuple(part.local_shape))): data_of(part).detach().clone()
+        for part in parts
+    }
+
+
+def slice_of(offset: Sequence[int], sides: Sequence[int]) -> tuple[slice, ...]:
+    """The index of a slice in its global tensor."""
+    return tuple(slice(start, start + side) for start, side in zip(offset, sides, strict=True))
+
+
+def _samples(microbatch: Microbatch) -> Iterator[str]:
+    """Digests of the samples of a microbatch, without padding."""
+    for row in zip(microbatch.tokens, microbatch.labels, microbatch.loss_mask, strict=True):
+        lengths = list(microbatch.lengths or [len(row[0])])
+        for tokens, labels, mask in zip(*(one.split(lengths) for one in row), strict=True):
+            if len(counted := mask.nonzero()):
+                end = int(counted[-1]) + 1
+                yield hashlib.sha256(torch.stack([tokens[:end], labels[:end]]).numpy().tobytes()).hexdigest()
