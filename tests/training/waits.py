@@ -36,7 +36,7 @@ class Waits:
 
     def __init__(self) -> None:
         self.found: list[str] = []
-        on_gpu = torch.cuda.is_available()
+        on_gpu = torch.cuda.is_initialized()
         self._modes = [_Warnings(self.found)] if on_gpu else [_Operations(self.found), _Methods(self.found)]
 
     def __enter__(self) -> "Waits":
