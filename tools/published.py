@@ -335,7 +335,10 @@ def main(arguments: Sequence[str]) -> int:
     found = tables()
     write_tables(found, Path(arguments[0]))
     rows = found["published"]["rows"]
-    errors = {name: round(float(off[:-1]) / 100, 3) for name, role, *_, off in rows if role == "reported"}
+    of_runs = {name: off for name, role, *_, off in rows if role == "reported"}
+    of_layouts = {name: off for name, *_, off, _ in found["bigscience"]["rows"] if off}
+    named = {"reported": of_runs, "on another network": of_layouts}
+    errors = {kind: {name: round(float(off[:-1]) / 100, 3) for name, off in of.items()} for kind, of in named.items()}
     ERRORS.write_text(json.dumps(errors, indent=1) + "\n", encoding="utf-8")
     for row in found["halves"]["rows"]:
         print(*row)

@@ -91,8 +91,9 @@ def _beyond_floor(layout: str, seconds: dict[str, list[float]], name: str) -> Fi
     turns = [above / below for above, below in zip(seconds[name], seconds["frozen"], strict=True)]
     floor = 1 + median_ratio(seconds[f"{name} adds"], seconds["frozen"])
     floor -= median_ratio(seconds[f"{name} spares"], seconds["frozen"])
+    below = "" if step.measured >= floor else "below its floor: not measured, take more --turns; "
     note = (
-        f"step {step.measured:.3f} ({min(turns):.3f} to {max(turns):.3f}; against MKL "
+        f"{below}step {step.measured:.3f} ({min(turns):.3f} to {max(turns):.3f}; against MKL "
         f"{median_ratio(seconds[name], seconds['frozen-mkl']):.3f}), floor {floor:.3f}; {step.note}"
     )
     what, unit = f"{layout}: {name} step beyond its floor", "hundredths of the frozen step"

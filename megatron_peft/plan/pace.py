@@ -25,15 +25,17 @@ class Accuracy:
 
     Args:
         errors: planned over published seconds, less 1.
+        elsewhere: the same of layouts of a run on a network that is not like those of clusters here.
     """
 
     errors: tuple[float, ...]
+    elsewhere: tuple[float, ...] = ()
 
     @classmethod
     @cache
     def reported(cls) -> "Accuracy":
         """Of the runs that had no part in the constants (`tools/published.py`)."""
-        return cls(tuple(json.loads(ERRORS.read_text(encoding="utf-8")).values()))
+        return cls(*(tuple(errors.values()) for errors in json.loads(ERRORS.read_text(encoding="utf-8")).values()))
 
     @property
     def median(self) -> float:
@@ -50,8 +52,14 @@ class Accuracy:
         return seconds / (1 + max(*self.errors, 0.0)), seconds / (1 + min(*self.errors, 0.0))
 
     def __str__(self) -> str:
-        return (
+        told = (
             f"{len(self.errors)} published runs were off by {self.median:.0%} in the median, {self.worst:.0%} at most"
+        )
+        if not self.elsewhere:
+            return told
+        other = Accuracy(self.elsewhere)
+        return (
+            f"{told}; {len(other.errors)} layouts on another network by {other.median:.0%}, {other.worst:.0%} at most"
         )
 
 

@@ -85,7 +85,9 @@ def test_a_range_is_as_far_off_as_the_outermost_published_runs():
     accuracy = Accuracy((0.25, -0.2, 0.1, -0.04))
     assert accuracy.around(10.0) == (8.0, 12.5) and Accuracy((0.25, 0.1)).around(10.0) == (8.0, 10.0)
     assert Accuracy((-0.2, -0.1)).around(10.0) == (10.0, 12.5)
-    assert str(accuracy) == "4 published runs were off by 15% in the median, 25% at most"
+    told = "4 published runs were off by 15% in the median, 25% at most"
+    assert str(accuracy) == told
+    assert str(Accuracy(accuracy.errors, (0.3, 0.1))) == f"{told}; 2 layouts on another network by 20%, 30% at most"
 
 
 SMALL = ["--lora-rank", "4", "--seq-length", "32"]

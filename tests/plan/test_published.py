@@ -57,9 +57,12 @@ def test_20_published_runs_of_every_kind_from_1_to_2048_gpus():
 def test_the_reported_half_is_off_by_6_percent_in_the_median_and_12_at_most():
     """The wish was 6% and 15%; runs that nobody here has seen may be further off."""
     errors = {step.name: planned(step) / step.seconds - 1 for step in STEPS.values() if not step.layout["calibrates"]}
-    assert json.loads(ERRORS.read_text()) == pytest.approx(errors, abs=0.006)
+    of_layouts = {row[0]: float(row[2]) / float(row[1]) - 1 for row in recorded("bigscience")[:-1] if row[3]}
+    told = json.loads(ERRORS.read_text())
+    assert told["reported"] == pytest.approx(errors, abs=0.006)
+    assert told["on another network"] == pytest.approx(of_layouts, abs=0.006)
     accuracy = Accuracy.reported()
-    assert accuracy.median <= 0.06 and accuracy.worst <= 0.12 and len(accuracy.errors) == 13
+    assert accuracy.median <= 0.06 and accuracy.worst <= 0.12 and len(accuracy.errors) == len(accuracy.elsewhere) == 13
 
 
 def test_layouts_of_the_181b_model_are_ordered_better_than_by_chance():
