@@ -43,6 +43,9 @@ def test_a_step_is_judged_by_what_it_takes_beyond_the_floor_of_the_same_turns(mo
     assert figure.measured == pytest.approx(100 * (1.3 - (1 + 0.25 - 0.02)))
     assert (figure.target, figure.reached) == (steps.BOOKKEEPING["lora"], False)
     assert figure.note.startswith("step 1.300 (1.200 to 1.500; against MKL 0.750), floor 1.230; lora 3.000 CPU s")
+    seconds["lora"] = [1.2, 2.0, 1.0]
+    (figure,) = steps.ratio_figures(Setting("nowhere", tensor_parallel=2), 3)
+    assert figure.note.startswith("below its floor: not measured, take more --turns; step 1.000 ")
 
 
 def floors_of_steps(setting: Setting) -> dict[str, Counter]:
