@@ -13,7 +13,7 @@ from rich.console import Console
 from megatron_peft.cli.parser import parse_arguments, read_config
 from megatron_peft.commands import demo
 from megatron_peft.config import METHODS
-from megatron_peft.demo import ranks, run
+from megatron_peft.demo import ranks, run, scoring
 from megatron_peft.demo import run as module
 from megatron_peft.demo.data import Pair, PairFiles, read_pairs
 from megatron_peft.demo.run import DemoScore, run_demo, training_flags
@@ -133,6 +133,15 @@ def test_the_flags_are_those_of_pretrain_peft(method, tmp_path):
     assert config.peft.method == method and config.optimizer.lr == METHODS[method].demo_lr
     assert config.parallel.data_parallel_size == 1 and config.training.train_iters == module.ITERATIONS
     assert config.data.pack_sequences
+
+
+def test_little_is_trained_and_all_is_scored_at_once(tmp_path):
+    """What a demo takes: 15 milliseconds of a core for each trained token, and a step of generation for each batch."""
+    flags = module.training_flags(tmp_path, PairFiles(tmp_path / "a.jsonl", tmp_path / "b.jsonl"), "lora")
+    config = parse_arguments(flags, {"WORLD_SIZE": "2"})
+    tokens = config.training.train_iters * config.global_batch_size * config.data.seq_length
+    assert 0.015 * tokens <= 0.75 * 240, "CPU seconds, three quarters of those that a newcomer is promised"
+    assert scoring.BATCH_SIZE >= 66, "messages are scored"
 
 
 @pytest.mark.parametrize("code", [0, 2, 130])

@@ -1,6 +1,7 @@
 """The commands that the README and the pages show work, in this order, in a fresh folder with an empty HOME."""
 
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCKS = [block for page in PAGES for block in blocks_of(page, str(page.relative_to(ROOT)))]
 LIMIT_SECONDS = 3600
+DEMO_CPU_SECONDS = 240  # of all its processes, set-up aside
 KEPT_VARIABLES = ("PATH", "LANG", "TMPDIR", "SSL_", "REQUESTS_", "PIP_", "UV_", "http", "HTTP", "no_proxy", "NO_PROXY")
 
 
@@ -62,10 +64,15 @@ def test_what_a_page_shows_works(clone, environment, block) -> None:
         (clone / block.file).write_text(block.text, encoding="utf-8")
         return
     commands = block.text.replace("make test\n", "")  # which runs by itself, for longer than all of them
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     shell = ["bash", "-euo", "pipefail", "-c", commands]
     done = subprocess.run(shell, cwd=clone, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     print(done.stdout[-4000:], done.stderr[-4000:], sep="\n")
     assert done.returncode == 0, f"{block.place} ended with exit code {done.returncode}:\n{block.text}"
+    if "make demo" in commands:
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        taken = used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime
+        assert taken <= seconds(DEMO_CPU_SECONDS), f"the demo took {taken:.0f} CPU seconds"
 
 
 PAGE = """
