@@ -192,16 +192,14 @@ class _Program:
         yield from self.collective("all_reduce", "data", group, 1, "int32")
         yield Computation(num_bytes=8 * trained, num_kernels=4 * len(self.chunks))
         yield from self.collective("all_reduce", "tensor", step.tensor_group(self.stage), whole.partial, "float32")
-        if whole.partial:
-            yield Computation(num_bytes=8 * whole.partial, num_kernels=2 + whole.num_tensors // 2)
+        yield Computation(num_bytes=8 * whole.partial, num_kernels=10 + whole.num_tensors // 2)
         world = range(step.t * step.pp * step.dp)
         yield from self.collective("all_reduce", "world", world, 8, "float64")
         yield Mark("update")
         shards = step.dp if step.run.optimizer.use_distributed_optimizer else 1
-        # The check, lambdas, the norm; then clipping, and Adam's gradient, master and moments: read and written. A norm
-        # counts a tensor that tensor-parallel ranks share once: it looks at each.
-        of_tensors = (2 if step.t == 1 else 4) * whole.num_tensors + 15 * whole.num_mixed
-        yield Computation(num_bytes=4 * trained + 12 * trained // shards, num_kernels=20 + of_tensors)
+        # The check, norms by layer, the norm; then clipping, and Adam's gradient, master and moments: read and written.
+        by_layer = 5 * whole.num_tensors + 14 * whole.num_mixed
+        yield Computation(num_bytes=4 * trained + 12 * trained // shards, num_kernels=10 + by_layer)
         yield from self.collective("all_reduce", "world", world, 1, "float32")
         yield Computation(num_bytes=38 * trained // shards, num_kernels=4)
         if step.run.optimizer.use_distributed_optimizer and not self.gathers_early:
