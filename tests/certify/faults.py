@@ -109,12 +109,8 @@ FAULTS = [
     *_of(
         "collective", FROZEN,
         ("the input's gradient is not summed",
-         "wait = start_sum_over_tensor_parallel(dx, call.group) if call.sums_input_gradient else lambda: dx",
-         "wait = lambda: dx", "lora", "TP2", LAYERS, "copies differ between ranks"),
-        ("each rank's tokens have its own part of du",
-         "wait_du = start_sum_scatter_sequence_over_tensor_parallel(du, call.group)",
-         "wait_du = lambda: du.chunk(call.group.size())[call.group.rank()]",
-         "lora", "TP2+SP", "gradients of step 2", "linear_fc1.adapter.A"),
+         "return start_sum_over_tensor_parallel(dx, call.group) if call.sums_input_gradient else lambda: dx",
+         "return lambda: dx", "lora", "TP2", LAYERS, "copies differ between ranks"),
         ("an output is not summed", "return reduce_from_tensor_model_parallel_region(y, group=self.group)",
          "return y", "lora", "TP2", "losses", "step 1"),
         ("replicated factors count every token on each rank",
@@ -161,9 +157,15 @@ FAULTS = [
          "lora", "TP2", LAYERS, "A does not start as on one rank"),
     ),
     *_of(
+        "collective", f"{LOW_RANK}_linear",
+        ("each rank's tokens have its own part of du",
+         "start_sum_scatter_sequence_over_tensor_parallel(du, call.group) if call.splits_sequence",
+         "(lambda: du.chunk(call.group.size())[call.group.rank()]) if call.splits_sequence",
+         "lora", "TP2+SP", "gradients of step 2", "linear_fc1.adapter.A"),
+    ),
+    *_of(
         "seed", "megatron_peft.adapters.attach",
-        ("a seed of each stage", 'f"{target.name}.adapter", seed, module.weight.dtype)',
-         f'f"{{target.name}}.adapter", seed + {RANK}, module.weight.dtype)',
+        ("a seed of each stage", 'f"{name}.adapter", seed, dtype)', f'f"{{name}}.adapter", seed + {RANK}, dtype)',
          "lora", "PP2", "trained tensors at the start", "decoder.layers.1"),
     ),
     *_of(
@@ -304,8 +306,7 @@ NOT_SEEN = [
     ),
     *_of(
         "in one process too", "megatron_peft.adapters.attach",
-        ("all layers start alike", 'f"{target.name}.adapter", seed, module.weight.dtype)',
-         '"adapter", seed, module.weight.dtype)', "lora", "PP2"),
+        ("all layers start alike", 'f"{name}.adapter", seed, dtype)', '"adapter", seed, dtype)', "lora", "PP2"),
     ),
     *_of(
         "warmup and decay", "megatron_peft.training.state",

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from dataclasses import asdict, replace
+from importlib import import_module
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -218,6 +219,12 @@ def refuses(lines: list[CertificateLine], fault: Fault) -> bool:
 @pytest.mark.parametrize("fault", [one for one in FAULTS if one.what in QUICK_FAULTS], ids=lambda fault: fault.what)
 def test_a_fault_is_refused_by_name(quick, fault):
     assert refuses(quick[fault.what], fault), quick[fault.what]
+
+
+@pytest.mark.parametrize("fault", [*FAULTS, *NOT_SEEN], ids=lambda fault: fault.what)
+def test_every_fault_can_be_planted(fault):
+    """Its text stands once."""
+    assert Path(str(import_module(fault.broken.module).__file__)).read_text().count(fault.broken.old) == 1
 
 
 @pytest.mark.slow
