@@ -48,8 +48,10 @@ def attach_adapters(model_chunks: Sequence[nn.Module], peft: PeftConfig, seed: i
     checked_together(lambda: [peft.spec.check_layer(peft, one.module.layout.sizes, one.name) for one in adapted])
     for chunk in model_chunks:
         freeze(chunk)
-    dtype = next((one.module.weight.dtype for one in adapted), torch.float32)
-    adapters = new_adapters({one.name: one.module.layout for one in adapted}, peft, seed, dtype)
+    adapters: dict[str, nn.Module] = {}
+    for dtype in dict.fromkeys(one.module.weight.dtype for one in adapted):  # none where a stage adapts no layer
+        layouts = {one.name: one.module.layout for one in adapted if one.module.weight.dtype == dtype}
+        adapters |= new_adapters(layouts, peft, seed, dtype)
     for target in adapted:
         adapter: Any = adapters[target.name]
         target.module.adapter = adapter

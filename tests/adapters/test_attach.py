@@ -6,6 +6,7 @@ from importlib import import_module
 import pytest
 import torch
 
+from megatron_peft.adapters import low_rank
 from megatron_peft.adapters.attach import attach_adapters, huggingface_modules, is_targeted, require_matches
 from megatron_peft.config import LINEAR_MODULES, ConfigurationError, PeftConfig
 from megatron_peft.models.families import FAMILIES, family_of
@@ -110,6 +111,17 @@ def test_adapters_start_from_their_global_names():
     layers = [model.decoder.layers[1].mlp.linear_fc2.adapter.A for model in (first, second)]
     assert torch.equal(*layers)
     assert not torch.equal(layers[0], first.decoder.layers[0].mlp.linear_fc2.adapter.A)
+
+
+def test_what_layers_share_is_made_once_for_each_type(monkeypatch):
+    model, made = tiny_gpt(), []
+    model.decoder.layers[1].mlp.linear_fc2.double()
+    monkeypatch.setattr(low_rank.LowRank, "bind_shared", lambda self, shared: made.append(shared), raising=False)
+    monkeypatch.setattr(low_rank, "share", lambda layouts, peft, seed, dtype: (len(layouts), dtype), raising=False)
+    _attached(model, "linear_fc2")
+    assert made == [(1, torch.float32), (1, torch.float64)]
+    types = [layer.mlp.linear_fc2.adapter.A.dtype for layer in model.decoder.layers]
+    assert types == [torch.float32, torch.float64]
 
 
 ONE_LAYER = {"recompute_granularity": "full", "recompute_num_layers": 1}
