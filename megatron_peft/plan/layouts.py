@@ -10,8 +10,10 @@ recompute and, with several replicas, the distributed optimizer. All else is the
 """
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
-from itertools import islice, product
+from itertools import product
+from math import inf
 from typing import Any
 
 from rich import box
@@ -38,7 +40,7 @@ RECOMPUTES: Mapping[str, tuple[dict[str, Any], tuple[str, ...]]] = {  # name -> 
 }
 NUM_REPLAYED = 12  # layouts
 NUM_DIVISIONS_REPLAYED = 2  # of each: other virtual stages, or ends that count as layers
-RECOMPUTE_FIELDS = tuple(RECOMPUTES["full"][0])
+ALL_OF_RECOMPUTE = (*RECOMPUTES["full"][0], "distribute_saved_activations")
 # Fields of `ParallelConfig`; all are set back before they are varied.
 PARALLEL_FIELDS = (
     *("tensor_model_parallel_size", "pipeline_model_parallel_size", "num_layers_per_virtual_pipeline_stage"),
@@ -53,7 +55,7 @@ def _layout_values(run: RunConfig) -> dict[str, Any]:
         **{name: getattr(run.parallel, name) for name in PARALLEL_FIELDS},
         "micro_batch_size": run.training.micro_batch_size,
         "use_distributed_optimizer": run.optimizer.use_distributed_optimizer,
-        **{name: transformer.get(name) for name in (*RECOMPUTE_FIELDS, "distribute_saved_activations")},
+        **{name: transformer.get(name) for name in ALL_OF_RECOMPUTE},
         "recompute_modules": run.model.recompute_modules,
     }
 
@@ -139,37 +141,36 @@ def fit(
         f"{run.training.global_batch_size}: use another --world-size or another global batch.",
     )
     known = {} if known is None else known
-    each = {recorded_alike(one, shape): one for one, _ in laid_out}
-    asked = {key: LayersToRecord.of(one, shape) for key, one in each.items() if key not in known}
-    known |= zip(asked, record_layers([*asked.values()], watch=watch), strict=True)
-    seconds = {key: seconds_of_segments(known[key], cluster.of_run(one)) for key, one in each.items()}
-    candidates = []
-    for one, recompute in laid_out:
-        key = recorded_alike(one, shape)
-        candidates.append(_candidate(RecordedStep(one, shape, known[key]), recompute, seconds[key], cluster))
-    divisions: dict[Hashable, list[_Candidate]] = {}
-    for one in sorted(candidates, key=lambda one: one.seconds):
-        if one.peak_bytes <= cluster.usable_bytes:
-            divisions.setdefault(_but_for_division(one), []).append(one)
-    watch(0, min(len(divisions), NUM_REPLAYED))
-    best: list[FittedLayout] = []
-    for alike in divisions.values():
-        replayed = (_replayed(one, cluster) for one in alike)
-        fitting = (one for one in replayed if total(one.memory) <= cluster.usable_bytes)
-        best += sorted(islice(fitting, NUM_DIVISIONS_REPLAYED), key=_slowness)[:1]
-        watch(1, 0)
-        if len(best) == NUM_REPLAYED:
-            break
-    if not best:
-        nearest = min(candidates, key=lambda one: one.peak_bytes)
-        parallel = nearest.step.run.parallel
-        peak = max(nearest.peak_bytes, total(_replayed(nearest, cluster).memory))
+    candidates: list[_Candidate] = []
+    least = [(one, 0.0) for one in laid_out]  # the seconds that each takes at least
+    for recompute in RECOMPUTES:  # each takes longer than the one before
+        limit = _slowest_replayed(candidates, cluster)
+        runs = [_recomputing(one, recompute) for one, seconds in least if seconds <= limit]
+        each = {recorded_alike(one, shape): one for one in runs}
+        asked = {key: LayersToRecord.of(one, shape) for key, one in each.items() if key not in known}
+        known |= zip(asked, record_layers([*asked.values()], watch=watch), strict=True)
+        times = {key: seconds_of_segments(known[key], cluster.of_run(one)) for key, one in each.items()}
+        least = []
+        for one in runs:
+            key = recorded_alike(one, shape)
+            found = _candidate(RecordedStep(one, shape, known[key]), recompute, times[key], cluster)
+            least.append((one, found.seconds))
+            candidates.append(found)
+    fastest = _fastest(candidates, cluster)[:NUM_REPLAYED]
+    if not fastest:
+        nearest = min(candidates, key=lambda one: total(one.memory))
+        parallel, peak = nearest.step.run.parallel, total(nearest.memory)
         raise ConfigurationError(
             f"--fit: nothing fits {world_size} GPUs with {cluster.usable_bytes / 2**30:.1f} GiB each to use. TP "
             f"{parallel.tensor_model_parallel_size}, PP {parallel.pipeline_model_parallel_size} with recompute "
             f"{nearest.recompute} comes nearest and takes {peak / 2**30:.1f} GiB: use more GPUs, a shorter "
             f"--seq-length, or a method that trains less."
         )
+    watch(0, len(fastest))
+    best: list[FittedLayout] = []
+    for alike in fastest:
+        best.append(min((_replayed(one, cluster) for one in alike[:NUM_DIVISIONS_REPLAYED]), key=_slowness))
+        watch(1, 0)
     return sorted(best, key=_slowness)[:num_layouts]
 
 
@@ -179,38 +180,45 @@ def _slowness(one: FittedLayout) -> tuple[float, int]:
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A layout, its time and the memory of its fullest rank, without a replay of its schedule."""
+    """A layout, its time without a replay of its schedule, and the memory of its fullest rank, of this stage."""
 
     step: RecordedStep
     recompute: str
     seconds: float
-    peak_bytes: float
+    memory: Memory
+    stage: int
+
+
+def _fastest(candidates: Sequence[_Candidate], cluster: Cluster) -> list[list[_Candidate]]:
+    """Those that fit, the fastest first; together those that divide the layers of a pipeline in other ways alone."""
+    divisions: dict[Hashable, list[_Candidate]] = {}
+    for one in sorted(candidates, key=lambda one: one.seconds):
+        if total(one.memory) <= cluster.usable_bytes:
+            divisions.setdefault(_but_for_division(one), []).append(one)
+    return [*divisions.values()]
 
 
 def _but_for_division(one: _Candidate) -> Hashable:
-    """Equal for layouts that divide the layers of a pipeline in other ways alone."""
     run = one.step.run
     whole = replace(run.parallel, num_layers_per_virtual_pipeline_stage=None, **dict.fromkeys(ACCOUNTED_STAGES, False))
     return whole, run.training.micro_batch_size, one.recompute
 
 
+def _slowest_replayed(candidates: Sequence[_Candidate], cluster: Cluster) -> float:
+    """Seconds of the last that would be replayed; infinite while there are fewer."""
+    fastest = _fastest(candidates, cluster)
+    return fastest[NUM_REPLAYED - 1][0].seconds if len(fastest) >= NUM_REPLAYED else inf
+
+
 def _replayed(candidate: _Candidate, cluster: Cluster) -> FittedLayout:
     step = candidate.step
-    stages = sorted({0, 1, step.pp // 2, step.pp - 1} & set(range(step.pp)))
-    held = {stage: step.memory(stage) for stage in stages}
-    fullest = max(held, key=lambda stage: total(held[stage]))
     pace = Pace.of(step.run, step.shape, cluster, estimated_time(step, cluster))
-    return FittedLayout(step.run, candidate.recompute, pace, held[fullest], fullest)
+    return FittedLayout(step.run, candidate.recompute, pace, candidate.memory, candidate.stage)
 
 
-def _layouts(run: RunConfig, shape: ModelShape, world_size: int, cluster: Cluster) -> Iterator[tuple[RunConfig, str]]:
-    """The run at every layout that divides the model and the batch, and the name of its recompute."""
-    own = {key: value for key, value in run.model.transformer.items() if key not in RECOMPUTE_FIELDS}
-    own.pop("distribute_saved_activations", None)
-    models = {
-        name: replace(run.model, transformer={**own, **fields}, recompute_modules=modules)
-        for name, (fields, modules) in RECOMPUTES.items()
-    }
+def _layouts(run: RunConfig, shape: ModelShape, world_size: int, cluster: Cluster) -> Iterator[RunConfig]:
+    """The run at every layout that divides the model and the batch, without recompute."""
+    run = _recomputing(run, "none")
     trainings = [replace(run.training, micro_batch_size=size) for size in MICRO_BATCHES]
     may_shard = run.optimizer.optimizer == "adam" and not run.optimizer.overlap_param_gather
     for parallel in _parallel_layouts(run, shape, world_size, cluster):
@@ -218,11 +226,15 @@ def _layouts(run: RunConfig, shape: ModelShape, world_size: int, cluster: Cluste
         if may_shard:  # never slower here, and smaller
             optimizer = replace(optimizer, use_distributed_optimizer=parallel.data_parallel_size > 1)
         for training in trainings:
-            try:
-                laid_out = replace(run, model=models["none"], parallel=parallel, training=training, optimizer=optimizer)
-            except ConfigurationError:
-                continue  # it doesn't divide the batch
-            yield from ((replace(laid_out, model=model), name) for name, model in models.items())
+            with suppress(ConfigurationError):  # it doesn't divide the batch
+                yield replace(run, parallel=parallel, training=training, optimizer=optimizer)
+
+
+def _recomputing(run: RunConfig, recompute: str) -> RunConfig:
+    """The run with this recompute, of `RECOMPUTES`."""
+    varied, modules = RECOMPUTES[recompute]
+    others = {key: value for key, value in run.model.transformer.items() if key not in ALL_OF_RECOMPUTE}
+    return replace(run, model=replace(run.model, transformer={**others, **varied}, recompute_modules=modules))
 
 
 def _parallel_layouts(run: RunConfig, shape: ModelShape, world_size: int, cluster: Cluster) -> Iterator[ParallelConfig]:
@@ -278,8 +290,9 @@ def _candidate(step: RecordedStep, recompute: str, times: Mapping[Segment, float
     if step.pp > 1:  # a message to each side; those of the interleaved schedule run beside the computation
         message = cluster.call_seconds("send", step.message_bytes, (step.rank(0), step.rank(1)))
         seconds += 2 * microbatches * message * (1.0 if num_chunks == 1 else 0.1 * num_chunks)
-    peak = max(total(step.memory(stage)) for stage in {0, 1 % step.pp, step.pp - 1})
-    return _Candidate(step, recompute, seconds, peak)
+    held = {stage: step.memory(stage) for stage in sorted({0, 1 % step.pp, step.pp // 2, step.pp - 1})}
+    fullest = max(held, key=lambda stage: total(held[stage]))
+    return _Candidate(step, recompute, seconds, held[fullest], fullest)
 
 
 def fit_tables(layouts: Sequence[FittedLayout], title: str, num_tokens: float) -> list[Table]:

@@ -5,6 +5,7 @@ their messages, sums of gradients, the update. One rank stands for its tensor- a
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from itertools import zip_longest
 from typing import Any
@@ -25,6 +26,11 @@ def estimated_time(step: RecordedStep, cluster: Cluster) -> StepTime:
 # Those whose gradients are summed in one call, and their part of a chunk's work, from 0 to 1.
 Bucket = tuple[Parameters, float]
 _one_call = lru_cache(maxsize=10_000)(Call)  # the same object each time: a replay looks at it once
+
+
+@lru_cache(maxsize=10_000)
+def _of_size(message: Call) -> Call:
+    return replace(message, shapes=((3,),), dtype="int64", batch=1)
 
 
 class _Program:
@@ -69,9 +75,9 @@ class _Program:
             yield self._message("recv", turn.phase, -1 if turn.phase == "forward" else 1, is_async, batch)
 
     def _message(self, operation: str, phase: Pass, shift: int, is_async: bool, batch: int | None) -> Call:
+        step, peer = self.step, self.step.rank((self.stage + shift) % self.step.pp)
         self.num_calls += 1
-        peer, shape = self.step.rank((self.stage + shift) % self.step.pp), (self.step.own, self.step.h)
-        return _one_call(operation, f"pipeline {phase}", (), (shape,), self.step.dtype, peer, batch, is_async)
+        return _one_call(operation, f"pipeline {phase}", (), ((step.own, step.h),), step.dtype, peer, batch, is_async)
 
     def sends(self, turn: Turn) -> bool:
         chunk = self.chunks[turn.chunk]
@@ -117,17 +123,24 @@ class _Program:
 
     def plain(self) -> Iterator[Entry | WorkTime]:
         """One forward, one backward: a message out is waited for together with the one that comes in."""
-        order = turns(self.stage, self.step.pp, 1, self.step.run.num_microbatches)
+        num_microbatches = self.step.run.num_microbatches
+        order = turns(self.stage, self.step.pp, 1, num_microbatches)
+        alternates = num_microbatches > self.step.pp - 1 - self.stage  # after its first forwards
         is_exchanged = False  # whether a turn's input has come with the output of the one before it
         for turn, following in zip_longest(order, order[1:]):
             if not is_exchanged:
-                yield from self.receive(turn)
+                yield from self._after_sizes(*self.receive(turn, batch=0))
             yield from self.compute(turn)
-            is_exchanged = following is not None and following.phase != turn.phase and self.sends(turn)
-            if is_exchanged and following is not None and self.receives(following):
-                yield from (*self.send(turn, batch=0), *self.receive(following, batch=0))
-            else:
-                yield from self.send(turn)
+            is_exchanged = alternates and following and following.phase != turn.phase and self.sends(turn)
+            comes_in = self.receive(following, batch=0) if is_exchanged else ()
+            yield from self._after_sizes(*self.send(turn, batch=0), *comes_in)
+
+    def _after_sizes(self, *messages: Call) -> Iterator[Call]:
+        """Messages of one batch; where lengths vary, their shapes are exchanged first (`models/kernels.messages`)."""
+        if messages and self.step.tells_sizes:
+            self.num_calls += len(messages)
+            yield from (_of_size(message) for message in messages)
+        yield from messages
 
     def interleaved(self) -> Iterator[Entry | WorkTime]:
         """Messages run beside the computation: the next turn's input is asked for before this turn."""
@@ -190,18 +203,19 @@ class _Program:
             yield from self.collective("all_reduce", "embedding", ends, step.num_embedded, "float32")
         yield from self.collective("broadcast", "pipeline", step.grid.ranks([0], [0], range(step.pp)), 1, "int32")
         yield from self.collective("all_reduce", "data", group, 1, "int32")
-        yield Computation(num_bytes=8 * trained, num_kernels=4 * len(self.chunks))
+        yield Computation(num_bytes=8 * trained, num_kernels=1 + 4 * len(self.chunks))
         yield from self.collective("all_reduce", "tensor", step.tensor_group(self.stage), whole.partial, "float32")
-        yield Computation(num_bytes=8 * whole.partial, num_kernels=10 + whole.num_tensors // 2)
+        yield Computation(num_bytes=8 * whole.partial, num_kernels=whole.num_tensors // 2 * (whole.partial > 0))
         world = range(step.t * step.pp * step.dp)
         yield from self.collective("all_reduce", "world", world, 8, "float64")
         yield Mark("update")
         shards = step.dp if step.run.optimizer.use_distributed_optimizer else 1
         # The check, norms by layer, the norm; then clipping, and Adam's gradient, master and moments: read and written.
-        by_layer = 5 * whole.num_tensors + 14 * whole.num_mixed
-        yield Computation(num_bytes=4 * trained + 12 * trained // shards, num_kernels=10 + by_layer)
+        own_tensors, has_copies = whole.num_tensors / shards, step.item == 2 or shards > 1
+        num_kernels = 22 + round(own_tensors) + 14 * whole.num_mixed
+        yield Computation(num_bytes=4 * trained + 12 * trained // shards, num_kernels=num_kernels)
         yield from self.collective("all_reduce", "world", world, 1, "float32")
-        yield Computation(num_bytes=38 * trained // shards, num_kernels=4)
+        yield Computation(num_bytes=38 * trained // shards, num_kernels=2 + round((2 + has_copies) * own_tensors))
         if step.run.optimizer.use_distributed_optimizer and not self.gathers_early:
             for buckets in self.buckets:
                 for bucket, _ in buckets:

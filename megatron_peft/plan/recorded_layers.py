@@ -91,7 +91,8 @@ class RecordedStep:
         self._of_recorded = sum(
             one.parameters.num_trained for name, one in layers.segments.items() if name not in ("embedding", "head")
         )
-        self._frees_outputs = messages(run.model.transformer, parallel, Training.of(run))["deallocate_pipeline_outputs"]
+        how = messages(run.model.transformer, parallel, Training.of(run))
+        self.tells_sizes, self._frees_outputs = how["variable_seq_lengths"], how["deallocate_pipeline_outputs"]
 
     def rank(self, stage: int) -> int:
         """The global rank of the first one of its tensor- and data-parallel groups."""

@@ -352,17 +352,8 @@ def test_a_plug_in_is_planned(lives, name):
     assert found["plan"]["parameters"]["trained"] == 2 * sum(count(*size) for size in sizes)
 
 
-KERNELS_OF_THE_UPDATE = pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="--fit has five kernels a trained tensor in an update, which takes two or three, and no messages of sizes",
-)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", ["gains", *(pytest.param(one, marks=KERNELS_OF_THE_UPDATE) for one in ("dora", "vera"))]
-)
+@pytest.mark.parametrize("name", PLUG_INS)
 def test_what_fit_reckons_of_a_plug_in_is_what_a_rehearsal_finds(lives, name):
     (rehearsed,), layout = lives(name)["fit"]["rehearsed"], lives(name)["fit"]["layouts"][0]
     assert layout["time"]["seconds"] == pytest.approx(rehearsed["time"]["seconds"], rel=0.02)
