@@ -347,6 +347,22 @@ def test_a_search_of_the_largest_model_takes_seconds_and_records_recompute_where
     assert counted[0] == 28 and all(0 < more < 28 for more in counted[1:]) and len(counted) == 3
 
 
+def test_recompute_is_looked_at_where_a_layout_may_be_as_fast_as_the_last_that_is_replayed(monkeypatch):
+    """Here only the fastest are replayed."""
+    asked_for: list[str | None] = []
+    usual = layouts.record_layers
+
+    def record(asked, watch):
+        asked_for.extend(one.run.model.transformer.get("recompute_granularity") for one in asked)
+        return usual(asked, watch)
+
+    monkeypatch.setattr(layouts, "record_layers", record)
+    monkeypatch.setattr(layouts, "NUM_REPLAYED", 1)
+    fit_small(made_up_run("lora", 512, 8), world_size=4)
+    without, mlps, whole = (asked_for.count(one) for one in (None, "selective", "full"))
+    assert 0 < mlps == whole < without
+
+
 def test_layouts_that_are_recorded_alike_have_the_same_request():
     """Tied ends are apart where a pipeline has several stages."""
     tied = replace(SMALL, tied_embeddings=True)

@@ -185,3 +185,26 @@ def test_only_a_trained_embedding_that_the_head_shares_has_its_gradient_summed(m
     step, cluster = step_of(run, replace(SHAPE, num_layers=4, tied_embeddings=True)), read_cluster("8xa100")
     entries = {stage: [*_Program(step, stage, cluster)] for stage in range(4)}
     assert {s for s in entries for one in entries[s] if isinstance(one, Call) and one.axis == "embedding"} == stages
+
+
+@pytest.mark.parametrize("num_microbatches", [2, 4])
+def test_stages_exchange_the_messages_of_megatrons_schedule_and_tell_sizes_first(num_microbatches):
+    """Microbatches of many lengths, fewer and more than there are stages; a model whose kernels take no time."""
+    run = made_up_run("lora", 64, num_microbatches, world_size=3, pipeline_model_parallel_size=3)
+    run = replace(run, data=replace(run.data, pad_to_seq_length=False))
+    shape, cluster = replace(SHAPE, hidden_size=96, ffn_hidden_size=160, vocab_size=512), read_cluster("8xa100")
+    real, step = rehearse_run(run, shape, peaks=False), step_of(run, shape)
+    for stage, program in enumerate(real.stages):
+        mine = [*_Program(step, stage, cluster)]
+        assert messages_of(mine) == messages_of(program.entries)
+    seconds = step_time({stage.rank: stage.entries for stage in real.stages}, cluster.of_run(run)).seconds
+    assert estimated_time(step, cluster).seconds == pytest.approx(seconds, rel=0.02)
+
+
+def messages_of(entries: Iterable[Entry]) -> list[tuple[str, int | None, bool]]:
+    """Operation, partner, and whether it tells a size."""
+    return [
+        (one.operation, one.peer, one.dtype == "int64")
+        for one in entries
+        if isinstance(one, Call) and one.operation in ("send", "recv")
+    ]
