@@ -7,8 +7,7 @@ import hashlib
 import json
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib import metadata
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from torch import Tensor
 
 from megatron_peft.certify.comparison import (
@@ -41,7 +40,8 @@ from megatron_peft.rehearsal.rehearsal import work_bar
 from megatron_peft.rehearsal.small_run import SmallRun, small_run, wide_run
 from megatron_peft.runtime.ranks import RanksFailed, preload, run_ranks
 
-TIMEOUT_SECONDS = 600.0
+TIMEOUT_SECONDS = 600.0  # of each start of ranks
+MOST_NAMED = 6  # problems of one comparison that are told
 PACKAGES = ("megatron-peft", "megatron-core", "torch", "transformers", "peft", "safetensors")
 NOT_CLAIMED = (
     "anything of the run's own weights, data and memory, warmup and decay of its rates; dropout: all are 0 here, so "
@@ -146,24 +146,19 @@ def _version(name: str) -> str:
 
 def compare_all(small: SmallRun, wide: SmallRun | None) -> Iterator[CertificateLine]:
     """All that can be compared of the small run, and of the one on all of the run's tensor-parallel ranks."""
-    end = time.monotonic() + TIMEOUT_SECONDS
-    yield from compare_small(small, end)
-    if wide is not None:
-        at = layout_of(wide.split).partition(" x ")[0]
-        yield from (replace(line, name=f"{line.name}, at {at}") for line in compare_small(wide, end))
+    runs = {"": small} if wide is None else {"": small, f", at {layout_of(wide.split).partition(' x ')[0]}": wide}
+    for at, run in runs.items():
+        for line in compare_small(run):
+            more = len(line.problems) - MOST_NAMED
+            told = *line.problems[:MOST_NAMED], *([f"and {more} more"] if more > 0 else [])
+            yield replace(line, name=line.name + at, problems=told)
 
 
-def compare_small(small: SmallRun, end: float) -> Iterator[CertificateLine]:
+def compare_small(small: SmallRun) -> Iterator[CertificateLine]:
     """A small run in its layout with one process; if it saves, also resumed, resharded and converted.
 
     After a failure of the ranks themselves there is nothing more.
-
-    Args:
-        end: by the monotonic clock, when all ranks are stopped.
     """
-
-    def started(num_ranks: int, function: Callable[[Any], Any], argument: Any) -> list[Any]:
-        return run_ranks(num_ranks, function, argument, max(end - time.monotonic(), 1.0))
 
     def jobs(job: Job) -> list[Job]:
         return [job, job.resumed(small.split)] if small.split.checkpoint.save else [job]
@@ -172,18 +167,20 @@ def compare_small(small: SmallRun, end: float) -> Iterator[CertificateLine]:
     split, alone = (Job(config, small.shape, tokens) for config in (small.split, small.alone))
     name = "the run itself"
     try:
-        ranks, *resumed = zip(*started(small.split.parallel.world_size, run_jobs, jobs(split)), strict=True)
+        by_rank = run_ranks(small.split.parallel.world_size, run_jobs, jobs(split), TIMEOUT_SECONDS)
+        ranks, *resumed = zip(*by_rank, strict=True)
         if begins_alike(small.alone):
             alone = replace(alone, start=whole_tensors(ranks, START))
         name = "the run in one process"
-        ((reference, *resharded),) = started(1, run_jobs, jobs(alone))
+        ((reference, *resharded),) = run_ranks(1, run_jobs, jobs(alone), TIMEOUT_SECONDS)
         yield from compare_runs(ranks, reference)
         if not resumed:
             return
         yield compare_resumed(ranks, *resumed)
         yield from compare_resharded(ranks, *resharded)
-        name = "merge and export"
-        yield from started(1, _compare_converted, (small.split, tokens, reported_logits(ranks)))[0]
+        name, trained = "merge and export", (small.split, tokens, reported_logits(ranks))
+        (converted,) = run_ranks(1, compare_converted, trained, TIMEOUT_SECONDS)
+        yield from converted
     except RanksFailed as error:
         yield failed(name, error)
 
@@ -195,7 +192,7 @@ def failed(name: str, error: RanksFailed) -> CertificateLine:
     return CertificateLine(name, 0, None, 0.0, error=(errors or lines or ["the ranks did not end in time"])[0][:500])
 
 
-def _compare_converted(trained: tuple[RunConfig, Tensor, tuple[Tensor, Tensor]]) -> list[CertificateLine]:
+def compare_converted(trained: tuple[RunConfig, Tensor, tuple[Tensor, Tensor]]) -> list[CertificateLine]:
     """The trained small run outside Megatron: merged in transformers, exported in Hugging Face PEFT.
 
     Called on one rank, without a world.
@@ -207,7 +204,7 @@ def _compare_converted(trained: tuple[RunConfig, Tensor, tuple[Tensor, Tensor]])
     run, has_adapters = Path(str(config.checkpoint.save)), config.peft.trains_adapters
 
     def compared(name: str, folder: Path) -> CertificateLine:
-        return compare_logits(name, verify.logits_of(folder, tokens), logits, 1, config)
+        return compare_logits(name, verify.logits_of(folder, tokens), logits, 1, config.model.bf16)
 
     to_hf = merge if has_adapters else megatron_to_hf
     lines = [compared("merged model in transformers", to_hf(run, run.with_name("merged"), progress=False))]
@@ -225,14 +222,11 @@ def _compare_converted(trained: tuple[RunConfig, Tensor, tuple[Tensor, Tensor]])
 # What is printed and written.
 
 
-def print_certificate(certificate: Certificate, console: Console | None = None) -> None:
+def print_certificate(certificate: Certificate) -> None:
     """A table, and below it what did not pass."""
-    console = console or Console()
-    table = Table(title=f"{certificate.run}\nstarted here: {certificate.started}", title_justify="left")
-    table.add_column("compared")
-    for column in ("number", "largest", "tolerance"):
-        table.add_column(column, justify="right")
-    table.add_column("")
+    console, title = Console(), f"{certificate.run}\nstarted here: {certificate.started}"
+    numbers = (Column(name, justify="right") for name in ("number", "largest", "tolerance"))
+    table = Table("compared", *numbers, "", title=title, title_justify="left")
     for one in certificate.comparisons:
         verdict = "DIFFERS" if one.problems else "ERROR" if one.error else "ok" if one.num_compared else "not compared"
         largest = "" if one.largest is None else f"{one.largest:.1e}"

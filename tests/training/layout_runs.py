@@ -15,8 +15,10 @@ from megatron_peft.certify.comparison import compare_curves, compare_runs
 from megatron_peft.certify.runs import RankReport
 from megatron_peft.config import ParallelConfig, RunConfig
 from megatron_peft.data.build import Data
+from megatron_peft.data.tokenizers import build_tokenizer
 from megatron_peft.models.families import read_shape
 from megatron_peft.runtime.launch import start_world
+from megatron_peft.training.run import data_of_rank
 from megatron_peft.training.state import TrainingState
 from tests.tiny_llama import VOCAB_SIZE
 
@@ -99,4 +101,5 @@ def build(config: RunConfig) -> tuple[TrainingState, Data]:
 
 
 def data_of(config: RunConfig) -> Data:
-    return runs.data_of_rank(config, read_shape(config.model.pretrained_checkpoint))
+    tokenizer = build_tokenizer(config.data, None)
+    return data_of_rank(config, tokenizer, read_shape(config.model.pretrained_checkpoint))
