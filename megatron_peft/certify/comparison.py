@@ -16,6 +16,9 @@ from megatron_peft.certify.runs import END, GRADIENTS, SAVED_AT, START, Curve, P
 from megatron_peft.checkpoint.tensors import NOT_PARAMETERS, master_key
 from megatron_peft.config import RunConfig
 
+Tensors = Mapping[str, Tensor]  # whole, by the keys of parameters
+
+SECOND_MOMENT = "optimizer.exp_avg_sq."
 NEGLIGIBLE = 1e-5  # a tensor below this share of all tensors' norm is compared with that share
 
 # Largest differences that pass, in float32 and in bfloat16; each comparison says relative to what.
@@ -199,10 +202,6 @@ def _rank(number: int, run: RankReport) -> str:
 
 
 # Tensors.
-
-
-Tensors = Mapping[str, Tensor]
-SECOND_MOMENT = "optimizer.exp_avg_sq."
 
 
 def whole_tensors(ranks: Sequence[RankReport], when: str, prefix: str = "") -> Tensors:

@@ -7,7 +7,6 @@ product's own code: the loader, `build_state`, `train_step`, `Saver`.
 import hashlib
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from megatron_peft.config import CheckpointConfig, RunConfig
 from megatron_peft.data.batches import Microbatch
 from megatron_peft.data.tokenizers import build_tokenizer
 from megatron_peft.models.shape import ModelShape
-from megatron_peft.runtime.launch import start_model_parallel, stop_model_parallel, world
+from megatron_peft.runtime.launch import model_parallel, world
 from megatron_peft.training.after_step import mixtures
 from megatron_peft.training.lora_ga_start import first_steps
 from megatron_peft.training.run import build_state, data_of_rank
@@ -118,7 +117,8 @@ def run_jobs(jobs: Sequence[Job]) -> list[RankReport]:
 
 def run_job(job: Job) -> RankReport:
     """Train in the present world."""
-    with laid_out(job.config, job.shape):
+    parallel = job.config.parallel
+    with model_parallel(parallel, job.config.training.seed, parallel.num_virtual_stages(job.shape.num_layers)):
         run = Run(job.config, job.shape)
         tensors, steps, samples = {START: run.tensors()}, [], []
         if job.start is not None:
@@ -148,17 +148,6 @@ def run_job(job: Job) -> RankReport:
     curve = Curve(steps, mixed.by_layer if mixed else {}, loss)
     logits = None if before is None or after is None else (before, after)
     return RankReport(job.config, run.place, curve, tensors, samples, logits, others)
-
-
-@contextmanager
-def laid_out(config: RunConfig, shape: ModelShape) -> Iterator[None]:
-    """The groups of a run, in the present world."""
-    parallel = config.parallel
-    start_model_parallel(parallel, config.training.seed, parallel.num_virtual_stages(shape.num_layers))
-    try:
-        yield
-    finally:
-        stop_model_parallel()
 
 
 class Run:

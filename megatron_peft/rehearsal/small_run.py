@@ -196,9 +196,7 @@ def small_targets(peft: PeftConfig, shape: ModelShape, num_layers: int) -> tuple
 # The layout.
 
 
-def small_layout(
-    parallel: ParallelConfig, num_layers: int, most_ranks: int = MOST_RANKS
-) -> tuple[ParallelConfig, int]:
+def small_layout(parallel: ParallelConfig, num_layers: int, most_ranks: int = MOST_RANKS) -> tuple[ParallelConfig, int]:
     """The layout with at most `most_ranks` on an axis, and the number of layers of the model for it.
 
     Args:

@@ -129,11 +129,12 @@ def test_a_run_of_more_tensor_parallel_ranks_starts_as_many(tmp_path, tp, seq_le
 
 def test_what_differs_at_the_runs_own_tensor_parallel_ranks_is_told(tmp_path, monkeypatch):
     config, same = run_at("lora", "TP8+SP"), replace(DIFFERS, problems=())
+    wrong = replace(DIFFERS, problems=tuple("abcdefgh"))
     run, wide = small.small_run(config, LLAMA, tmp_path), small.wide_run(config, LLAMA, tmp_path / "wide")
-    monkeypatch.setattr(module, "compare_small", lambda one: [DIFFERS if one is wide else same])
+    monkeypatch.setattr(module, "compare_small", lambda one: [wrong if one is wide else same])
     found, differs = module.compare_all(run, wide)
     assert found.name == "losses" and found.passed
-    assert differs.name == "losses, at TP8+SP" and differs.problems == DIFFERS.problems
+    assert differs.name == "losses, at TP8+SP" and differs.problems == (*"abcdef", "and 2 more")
 
 
 def test_a_method_that_fits_no_small_model_is_an_error(tmp_path):
