@@ -181,7 +181,7 @@ def run_schedule(
     """Run megatron-core's schedule (plain, 1F1B or interleaved) over the microbatches.
 
     Args:
-        forward: megatron-core's `forward_step_func`; None computes token losses.
+        forward: megatron-core's `forward_step_func`, whose own reports are returned; None computes token losses.
 
     Returns:
         float64 [microbatches, 3] on the last pipeline stage: sum of the token losses, number of completion tokens,
