@@ -178,6 +178,7 @@ QUICK = [("lora", "TP2+SP", True), ("full", "PP2 interleaved", False), ("boft", 
 QUICK_FAULTS = ("a sum over tensor ranks is missing", "each rank draws factors of its own")
 SPLITS = ("TP2+SP", "PP2 interleaved", "DP2")
 ALL = [case for case in product(METHODS, SPLITS, (False, True)) if case not in QUICK]
+ALL += [("hybrid", "TP8+SP", False), ("lora-ga", "TP8+SP", True)]
 RECIPES = {**WORLDS, "laptop-cpu": 3}
 
 
