@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from megatron_peft.certify.many_ranks import TensorParallelPlace as Place
 from megatron_peft.config import ParallelConfig
 from megatron_peft.runtime.launch import start_model_parallel, start_world, stop
+from tests.adapters.many_ranks import TensorParallelPlace as Place
 
 
 @contextmanager

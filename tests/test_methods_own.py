@@ -32,7 +32,6 @@ KNOWS = {
     "cli.unknown": {"lora-ga"},  # what other trainers' flags are here
     "cli.megatron": {"hybrid"},  # Megatron's word for models with Mamba layers
     "experiment.paper": NAMES,  # the paper's tables
-    "certify.many_ranks": {"adapters.boft", "adapters.low_rank", "adapters.urnn"},  # moves them
 }
 
 

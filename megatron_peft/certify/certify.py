@@ -1,25 +1,23 @@
 """The certificate of a run: a small run of its own shape, started here in its layout and in one process, compared.
 
-The small run is `small_run.py`'s, what its ranks do `runs.py`'s, and the comparisons are `comparison.py`'s;
-`many_ranks.py` has the adapted layers at the run's own number of tensor-parallel ranks.
+The small run is `small_run.py`'s, what its ranks do `runs.py`'s, and the comparisons are `comparison.py`'s.
 """
 
 import hashlib
 import json
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from torch import Tensor
 
-from megatron_peft.certify import many_ranks
 from megatron_peft.certify.comparison import (
     CertificateLine,
     begins_alike,
@@ -28,22 +26,22 @@ from megatron_peft.certify.comparison import (
     compare_resumed,
     compare_runs,
     reported_logits,
-    shortened,
     whole_tensors,
 )
 from megatron_peft.certify.runs import START, Job, run_jobs
 from megatron_peft.checkpoint.folders import write_atomically
-from megatron_peft.config import ConfigurationError, RunConfig, config_to_dict, is_targeted
+from megatron_peft.config import ConfigurationError, RunConfig, config_to_dict
+from megatron_peft.config.untrusted import parse_json
 from megatron_peft.conversion import verify
 from megatron_peft.conversion.peft import export_adapter
 from megatron_peft.conversion.to_huggingface import megatron_to_hf, merge
-from megatron_peft.models.families import family_of
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.rehearsal.rehearsal import work_bar
-from megatron_peft.rehearsal.small_run import SEQ_LENGTH, SmallRun, small_run, small_shape
+from megatron_peft.rehearsal.small_run import SmallRun, small_run, wide_run
 from megatron_peft.runtime.ranks import RanksFailed, preload, run_ranks
 
-TIMEOUT_SECONDS = 600.0
+TIMEOUT_SECONDS = 600.0  # of each start of ranks
+MOST_NAMED = 6  # problems of one comparison that are told
 PACKAGES = ("megatron-peft", "megatron-core", "torch", "transformers", "peft", "safetensors")
 NOT_CLAIMED = (
     "anything of the run's own weights, data and memory, warmup and decay of its rates; dropout: all are 0 here, so "
@@ -105,33 +103,24 @@ def certify(config: RunConfig, shape: ModelShape) -> Certificate:
         ConfigurationError: no small model fits the method.
     """
     preload(["megatron_peft.certify.runs"])  # and all that a rank of the small run imports
-    with tempfile.TemporaryDirectory(prefix="megatron-peft-certify-") as folder:
-        small = small_run(config, shape, Path(folder))
+    with tempfile.TemporaryDirectory(prefix="megatron-peft-certify-") as folder, work_bar("Comparing") as watch:
+        small, wide = small_run(config, shape, Path(folder)), wide_run(config, shape, Path(folder, "wide"))
         comparisons = []
-        with work_bar("Comparing") as watch:
-            for one in compare_all(config, shape, small):
-                comparisons.append(one)
-                watch(1, 0)
+        for one in compare_all(small, wide):
+            comparisons.append(one)
+            watch(1, 0)
+    small_flags = json.dumps(config_to_dict(small.split), default=sorted).replace(folder, "SMALL")
     return Certificate(
         run=layout_of(config),
-        started=layout_of(small.split),
+        started="; ".join(layout_of(one.split) for one in (small, wide) if one is not None),
         comparisons=tuple(comparisons),
         not_claimed=NOT_CLAIMED,
         versions={name: _version(name) for name in PACKAGES} | {"python": sys.version.split()[0]},
         flags=config_to_dict(config),
         model=asdict(shape),
-        small_flags=_without(folder, config_to_dict(small.split)),
+        small_flags=parse_json(small_flags, "flags of the small run"),
         small_model=asdict(small.shape),
     )
-
-
-def _without(folder: str, value: Any) -> Any:
-    """The small run's flags without the temporary folder."""
-    if isinstance(value, str):
-        return value.replace(folder, "SMALL")
-    if isinstance(value, dict):
-        return {name: _without(folder, one) for name, one in value.items()}
-    return [_without(folder, one) for one in value] if isinstance(value, list) else value
 
 
 def layout_of(config: RunConfig) -> str:
@@ -155,36 +144,45 @@ def _version(name: str) -> str:
         return "not installed"
 
 
-def compare_all(config: RunConfig, shape: ModelShape, small: SmallRun) -> Iterator[CertificateLine]:
-    """All that can be compared: after a failure of the ranks themselves there is nothing more."""
-    end = time.monotonic() + TIMEOUT_SECONDS
+def compare_all(small: SmallRun, wide: SmallRun | None) -> Iterator[CertificateLine]:
+    """All that can be compared of the small run, and of the one on all of the run's tensor-parallel ranks."""
+    runs = {"": small} if wide is None else {"": small, f", at {layout_of(wide.split).partition(' x ')[0]}": wide}
+    for at, run in runs.items():
+        for line in compare_small(run):
+            more = len(line.problems) - MOST_NAMED
+            told = *line.problems[:MOST_NAMED], *([f"and {more} more"] if more > 0 else [])
+            yield replace(line, name=line.name + at, problems=told)
 
-    def started(num_ranks: int, function: Callable[[Any], Any], argument: Any) -> list[Any]:
-        return run_ranks(num_ranks, function, argument, max(end - time.monotonic(), 1.0))
 
-    if config.peft.trains_adapters and config.parallel.tensor_model_parallel_size > 1:
-        yield _compare_layers(config, shape)
-    tokens = verify.random_tokens(small.shape.vocab_size, SEQ_LENGTH)
+def compare_small(small: SmallRun) -> Iterator[CertificateLine]:
+    """A small run in its layout with one process; if it saves, also resumed, resharded and converted.
+
+    After a failure of the ranks themselves there is nothing more.
+    """
+
+    def jobs(job: Job) -> list[Job]:
+        return [job, job.resumed(small.split)] if small.split.checkpoint.save else [job]
+
+    tokens = verify.random_tokens(small.shape.vocab_size, small.split.data.seq_length)
     split, alone = (Job(config, small.shape, tokens) for config in (small.split, small.alone))
     name = "the run itself"
     try:
-        by_rank = started(small.split.parallel.world_size, run_jobs, [split, split.resumed(small.split)])
-        ranks, resumed = zip(*by_rank, strict=True)
+        by_rank = run_ranks(small.split.parallel.world_size, run_jobs, jobs(split), TIMEOUT_SECONDS)
+        ranks, *resumed = zip(*by_rank, strict=True)
         if begins_alike(small.alone):
             alone = replace(alone, start=whole_tensors(ranks, START))
         name = "the run in one process"
-        ((reference, resharded),) = started(1, run_jobs, [alone, alone.resumed(small.split)])
+        ((reference, *resharded),) = run_ranks(1, run_jobs, jobs(alone), TIMEOUT_SECONDS)
+        yield from compare_runs(ranks, reference)
+        if not resumed:
+            return
+        yield compare_resumed(ranks, *resumed)
+        yield from compare_resharded(ranks, *resharded)
+        name, trained = "merge and export", (small.split, tokens, reported_logits(ranks))
+        (converted,) = run_ranks(1, compare_converted, trained, TIMEOUT_SECONDS)
+        yield from converted
     except RanksFailed as error:
         yield failed(name, error)
-        return
-    yield from compare_runs(ranks, reference)
-    yield compare_resumed(ranks, resumed)
-    yield from compare_resharded(ranks, resharded)
-    try:
-        (converted,) = started(1, _compare_converted, (small.split, tokens, reported_logits(ranks)))
-    except RanksFailed as error:
-        converted = [failed("merge and export", error)]
-    yield from converted
 
 
 def failed(name: str, error: RanksFailed) -> CertificateLine:
@@ -194,35 +192,7 @@ def failed(name: str, error: RanksFailed) -> CertificateLine:
     return CertificateLine(name, 0, None, 0.0, error=(errors or lines or ["the ranks did not end in time"])[0][:500])
 
 
-def _compare_layers(config: RunConfig, shape: ModelShape) -> CertificateLine:
-    """The adapted layers at the run's own number of tensor-parallel ranks."""
-    tp, peft = config.parallel.tensor_model_parallel_size, config.peft
-    name = f"adapted layers at TP{tp}{'+SP' if config.parallel.sequence_parallel else ''}, in one process"
-    small = small_shape(shape, config, tp, shape.num_layers)
-    modules = family_of(shape.architecture).modules
-
-    def has_adapter(kind: str) -> bool:
-        names = (f"decoder.layers.{layer}.{kind}" for layer in range(shape.num_layers))
-        return any(is_targeted(name, peft.target_modules, modules) for name in names)
-
-    sizes = {kind.rpartition(".")[2]: size for kind, size in small.linear_layers(tp).items() if has_adapter(kind)}
-    layers = sizes, replace(peft, lora_dropout=0.0), config.parallel.sequence_parallel
-    try:
-        (found,) = run_ranks(1, many_ranks.compare_many_ranks, layers, TIMEOUT_SECONDS)
-    except RanksFailed as error:
-        line = failed(name, error)
-        kind, _, what = line.error.partition(": ")
-        if kind == "AssertionError":  # of a start, or of copies, that differ between the ranks
-            return replace(line, error="", problems=(what,))
-        if kind in ("ImportError", "ModuleNotFoundError"):
-            return replace(line, error="", note="not compared: this torch has no LocalTensorMode")
-        return line
-    wrong = [f"{tensor}: {error:.1e}" for tensor, error in found.items() if not error <= many_ranks.TOLERANCE]
-    note = "float64, of a tensor's largest number"
-    return CertificateLine(name, len(found), max(found.values()), many_ranks.TOLERANCE, shortened(wrong), note)
-
-
-def _compare_converted(trained: tuple[RunConfig, Tensor, tuple[Tensor, Tensor]]) -> list[CertificateLine]:
+def compare_converted(trained: tuple[RunConfig, Tensor, tuple[Tensor, Tensor]]) -> list[CertificateLine]:
     """The trained small run outside Megatron: merged in transformers, exported in Hugging Face PEFT.
 
     Called on one rank, without a world.
@@ -234,7 +204,7 @@ def _compare_converted(trained: tuple[RunConfig, Tensor, tuple[Tensor, Tensor]])
     run, has_adapters = Path(str(config.checkpoint.save)), config.peft.trains_adapters
 
     def compared(name: str, folder: Path) -> CertificateLine:
-        return compare_logits(name, verify.logits_of(folder, tokens), logits, 1, config)
+        return compare_logits(name, verify.logits_of(folder, tokens), logits, 1, config.model.bf16)
 
     to_hf = merge if has_adapters else megatron_to_hf
     lines = [compared("merged model in transformers", to_hf(run, run.with_name("merged"), progress=False))]
@@ -252,35 +222,31 @@ def _compare_converted(trained: tuple[RunConfig, Tensor, tuple[Tensor, Tensor]])
 # What is printed and written.
 
 
-def print_certificate(certificate: Certificate, console: Console | None = None) -> None:
+def print_certificate(certificate: Certificate) -> None:
     """A table, and below it what did not pass."""
-    console = console or Console()
-    table = Table(title=f"{certificate.run}\nstarted here: {certificate.started}", title_justify="left")
-    table.add_column("compared")
-    for column in ("number", "largest", "tolerance"):
-        table.add_column(column, justify="right")
-    table.add_column("")
+    console, title = Console(), f"{certificate.run}\nstarted here: {certificate.started}"
+    numbers = (Column(name, justify="right") for name in ("number", "largest", "tolerance"))
+    table = Table("compared", *numbers, "", title=title, title_justify="left")
     for one in certificate.comparisons:
         verdict = "DIFFERS" if one.problems else "ERROR" if one.error else "ok" if one.num_compared else "not compared"
         largest = "" if one.largest is None else f"{one.largest:.1e}"
         limits = (largest, f"{one.tolerance:.0e}" if one.tolerance else "equal") if one.num_compared else ("", "")
         table.add_row(one.name, f"{one.num_compared:,}", *limits, verdict)
     console.print(table)
+    tell = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     for one in certificate.comparisons:
         for problem in one.problems:
-            console.print(f"{one.name}: {problem}", style="red", highlight=False, markup=False, soft_wrap=True)
+            tell(f"{one.name}: {problem}", style="red")
         if not one.num_compared and not one.problems:
-            console.print(f"{one.name}: {one.error or one.note}", highlight=False, markup=False, soft_wrap=True)
+            tell(f"{one.name}: {one.error or one.note}")
     model = certificate.small_model
-    console.print(
-        f"{certificate.verdict}: a model of {model['num_layers']} layers, "
-        f"{model['num_attention_heads']} heads, {model['num_query_groups']} key-value heads, hidden size "
-        f"{model['hidden_size']}. Not claimed: {NOT_CLAIMED}.",
-        highlight=False,
-        soft_wrap=True,
+    tell(
+        f"{certificate.verdict}: a model of {model['num_layers']} layers, {model['num_attention_heads']} heads, "
+        f"{model['num_query_groups']} key-value heads, hidden size {model['hidden_size']}. "
+        f"Not claimed: {NOT_CLAIMED}."
     )
-    versions = ", ".join(f"{name} {version}" for name, version in certificate.versions.items())
-    console.print(f"{versions}\ndigest {digest_of(certificate.content)}", highlight=False, soft_wrap=True)
+    tell(", ".join(f"{name} {version}" for name, version in certificate.versions.items()))
+    tell(f"digest {digest_of(certificate.content)}")
 
 
 def write_certificate(certificate: Certificate, output: Path) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product, zip_longest
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,7 +16,9 @@ from megatron_peft.certify.runs import END, GRADIENTS, SAVED_AT, START, Curve, P
 from megatron_peft.checkpoint.tensors import NOT_PARAMETERS, master_key
 from megatron_peft.config import RunConfig
 
-MOST_NAMED = 6  # problems of one comparison that are told
+Tensors = Mapping[str, Tensor]  # whole, by the keys of parameters
+
+SECOND_MOMENT = "optimizer.exp_avg_sq."
 NEGLIGIBLE = 1e-5  # a tensor below this share of all tensors' norm is compared with that share
 
 # Largest differences that pass, in float32 and in bfloat16; each comparison says relative to what.
@@ -68,53 +71,40 @@ class CertificateLine:
         return not (self.problems or self.error)
 
 
-def shortened(problems: Iterable[str]) -> tuple[str, ...]:
-    """The first few of them, and how many more there are."""
-    found = list(problems)
-    more = len(found) - MOST_NAMED
-    return (*found[:MOST_NAMED], *([f"and {more} more"] if more > 0 else []))
-
-
 def compare_runs(ranks: Sequence[RankReport], reference: RankReport) -> Iterator[CertificateLine]:
     """A layout's run with that of one process, in the order in which a fault shows first."""
-    config = ranks[0].config
-    curves = {line.name: line for line in compare_curves(ranks[0].curve, reference.curve, config.model.bf16)}
+    config, bf16 = ranks[0].config, ranks[0].config.model.bf16
+    curves = {line.name: line for line in compare_curves(ranks[0].curve, reference.curve, bf16)}
+
+    def wholes(when: str) -> tuple[Tensors, Tensors]:
+        return whole_tensors(ranks, when), whole_tensors([reference], when)
+
     yield same_copies(ranks, START)
-    name, starts = "trained tensors at the start", (whole_tensors(ranks, START), whole_tensors([reference], START))
-    tolerance = tolerance_of(name, config) if config.peft.spec.starts_from_gradients else 0.0
-    if begins_alike(config):
-        yield compare_as_one(name, *starts, tolerance)
-        starts = starts[0], starts[0]
-    else:
-        yield compare_tensors(name, *starts, tolerance, ranks)
+    name, starts, is_exchanged = "trained tensors at the start", wholes(START), begins_alike(config)
+    tolerance = TOLERANCES[name][bf16] if config.peft.spec.starts_from_gradients else 0.0
+    yield compare_tensors(name, *starts, tolerance, ranks, as_one=is_exchanged)
     yield same_samples(ranks, reference)
     if reference.logits is not None:
-        yield compare_logits("logits before training", reported_logits(ranks)[0], reference.logits, 0, config)
+        yield compare_logits("logits before training", reported_logits(ranks)[0], reference.logits, 0, bf16)
     for name in ("losses", "loss tokens of a step", "gradient norms", "gradient norms of layers"):
         yield curves[name]
     for name in GRADIENTS.values():
-        gradients = whole_tensors(ranks, name), whole_tensors([reference], name)
-        yield compare_tensors(name, *gradients, tolerance_of(name, config), ranks)
+        yield compare_tensors(name, *wholes(name), TOLERANCES[name][bf16], ranks)
     if reference.curve.lambdas:
         yield curves["lambdas"]
     yield same_copies(ranks, END)
     # Adam divides a gradient by its usual size. Where that is rounding alone, as for the bias of keys, so is the
     # change: weighted by the size, a change counts as much as its gradient. Other optimizers have no sizes.
     sizes = {key: moment.sqrt() for key, moment in whole_tensors([reference], END, SECOND_MOMENT).items()}
-    name, ends = "trained tensors", (whole_tensors(ranks, END), whole_tensors([reference], END))
-    yield compare_tensors(name, *ends, tolerance_of(name, config), ranks, starts, sizes)
+    name, since = "trained tensors", (starts[0], starts[0]) if is_exchanged else starts
+    yield compare_tensors(name, *wholes(END), TOLERANCES[name][bf16], ranks, since, sizes)
     yield curves["validation loss"]
     if reference.logits is not None:
-        yield compare_logits("logits after training", reported_logits(ranks)[1], reference.logits, 1, config)
-
-
-def tolerance_of(name: str, config: RunConfig) -> float:
-    """Of a comparison, for a run."""
-    return TOLERANCES[name][config.model.bf16]
+        yield compare_logits("logits after training", reported_logits(ranks)[1], reference.logits, 1, bf16)
 
 
 def begins_alike(config: RunConfig) -> bool:
-    """Whether one process trains from the start that the layout's run has found, once the two were compared.
+    """Whether one process trains from the start that the layout's run has found, once the two were compared as one.
 
     LoRA-GA's directions whose singular values are close are exchanged by bfloat16's rounding alone, and with other
     directions all that follows is another run.
@@ -132,17 +122,17 @@ def compare_resumed(ranks: Sequence[RankReport], resumed: Sequence[RankReport]) 
             if slot not in tensors or slot not in others or not torch.equal(tensors[slot], others[slot]):
                 key = slot[0].removeprefix("optimizer.")
                 names.add(key if key == slot[0] else key.replace(".", " ", 1))
-    problems = shortened(f"{name} differs after resuming from step {SAVED_AT}" for name in sorted(names))
-    return CertificateLine("resumed run", len(ranks), None, 0.0, problems, "bit for bit, on every rank")
+    problems = [f"{name} differs after resuming from step {SAVED_AT}" for name in sorted(names)]
+    return CertificateLine("resumed run", len(ranks), None, 0.0, tuple(problems), "bit for bit, on every rank")
 
 
 def compare_resharded(ranks: Sequence[RankReport], resharded: RankReport) -> Iterator[CertificateLine]:
-    """One process that was resumed from the layout's checkpoint, with the layout."""
-    config, start = ranks[0].config, whole_tensors(ranks, START)
-    losses = _by_step(resharded.curve.losses), _by_step(ranks[0].curve.losses[SAVED_AT:])
-    yield compare_numbers("losses after resharding to one process", *losses, tolerance_of("losses", config))
-    ends = whole_tensors([resharded], END), whole_tensors(ranks, END)
-    tolerance = tolerance_of("trained tensors", config)
+    """The layout with one process that was resumed from its checkpoint."""
+    bf16, start = ranks[0].config.model.bf16, whole_tensors(ranks, START)
+    losses = _by_step(ranks[0].curve.losses[SAVED_AT:]), _by_step(resharded.curve.losses)
+    yield compare_numbers("losses after resharding to one process", *losses, TOLERANCES["losses"][bf16])
+    ends = whole_tensors(ranks, END), whole_tensors([resharded], END)
+    tolerance = TOLERANCES["trained tensors"][bf16]
     yield compare_tensors("trained tensors after resharding", *ends, tolerance, ranks, (start, start))
 
 
@@ -166,7 +156,7 @@ def _numbers(curve: Curve) -> dict[str, Mapping[str, float]]:
         "loss tokens of a step": _by_step(step.num_tokens for step in curve.steps),
         "learning rates": _by_step(step.learning_rate for step in curve.steps),
         "steps that ask to stop": _by_step(step.stop for step in curve.steps),
-        "gradient norms": _by_step(curve.grad_norms),
+        "gradient norms": _by_step(step.grad_norm for step in curve.steps),
         "gradient norms of layers": of_layers,
         "lambdas": curve.lambdas,
         "validation loss": _by_step([curve.validation_loss]),
@@ -180,20 +170,13 @@ def _by_step(values: Iterable[float]) -> dict[str, float]:
 def compare_numbers(
     name: str, found: Mapping[str, float], reference: Mapping[str, float], tolerance: float
 ) -> CertificateLine:
-    """Relative differences; what one of the two lacks is NaN there."""
+    """Relative differences; what one of the two lacks is NaN there, and so is the largest."""
     pairs = {one: (found.get(one, math.nan), reference.get(one, math.nan)) for one in {**reference, **found}}
     errors = {one: abs(value - wanted) / (abs(wanted) or 1.0) for one, (value, wanted) in pairs.items()}
-    problems = [
-        f"{one}: {pairs[one][0]:.8g}, in one process {pairs[one][1]:.8g}"
-        for one, error in errors.items()
-        if not error <= tolerance
-    ]
-    return CertificateLine(name, len(errors), _largest(errors.values()), tolerance, shortened(problems), "relative")
-
-
-def _largest(errors: Iterable[float]) -> float:
-    """NaN if any is."""
-    return float(torch.tensor([0.0, *errors], dtype=torch.float64).max())
+    wrong = [one for one, error in errors.items() if not error <= tolerance]
+    problems = ("{}: {:.8g}, in one process {:.8g}".format(one, *pairs[one]) for one in wrong)
+    largest = float(np.max([0.0, *errors.values()]))
+    return CertificateLine(name, len(errors), largest, tolerance, tuple(problems), "relative")
 
 
 # Samples.
@@ -202,7 +185,7 @@ def _largest(errors: Iterable[float]) -> float:
 def same_samples(ranks: Sequence[RankReport], reference: RankReport) -> CertificateLine:
     """Each step's microbatches: in their order the replicas' are those of one process, on every rank of a replica."""
     problems = []
-    num_replicas = 1 + max(run.place[2] for run in ranks)
+    num_replicas = ranks[0].config.parallel.data_parallel_size
     for (step, expected), (rank, run) in product(enumerate(reference.samples), enumerate(ranks)):
         own = expected[run.place[2] :: num_replicas]  # a replica takes every so many-th microbatch
         for number, (read, wanted) in enumerate(zip_longest(run.samples[step], own), 1):
@@ -210,7 +193,7 @@ def same_samples(ranks: Sequence[RankReport], reference: RankReport) -> Certific
                 elsewhere = "no microbatch of that step" if read not in expected else "another of that step's"
                 what = f"microbatch {number} is {elsewhere} in one process"
                 problems.append(f"step {step + 1}, {_rank(rank, run)}: {what}")
-    return CertificateLine("samples of each step", len(reference.samples), None, 0.0, shortened(problems), "by digest")
+    return CertificateLine("samples of each step", len(reference.samples), None, 0.0, tuple(problems), "by digest")
 
 
 def _rank(number: int, run: RankReport) -> str:
@@ -219,10 +202,6 @@ def _rank(number: int, run: RankReport) -> str:
 
 
 # Tensors.
-
-
-Tensors = Mapping[str, Tensor]
-SECOND_MOMENT = "optimizer.exp_avg_sq."
 
 
 def whole_tensors(ranks: Sequence[RankReport], when: str, prefix: str = "") -> Tensors:
@@ -259,6 +238,7 @@ def compare_tensors(
     ranks: Sequence[RankReport],
     since: tuple[Tensors, Tensors] | None = None,
     weights: Tensors | None = None,
+    as_one: bool = False,
 ) -> CertificateLine:
     """The norm of the difference over the norm of the reference, tensor by tensor.
 
@@ -267,63 +247,51 @@ def compare_tensors(
         ranks: say which slices they hold.
         since: what both were before: their changes since are compared instead.
         weights: of each tensor's elements.
+        as_one: of all tensors together.
     """
     differences, wholes = {}, {}
     for key, whole in reference.items():
-        other = _like(whole, found.get(key))
+        other = found.get(key)
+        if other is None or other.shape != whole.shape:
+            other = torch.full_like(whole, math.nan)
         if since is not None:
             before, whole_before = (start.get(key, torch.zeros_like(whole)) for start in since)
             other, whole = other - before, whole - whole_before
         weight = (weights or {}).get(key, torch.ones(()))
         differences[key], wholes[key] = weight * (other - whole), weight * whole
-    least = NEGLIGIBLE * math.sqrt(sum(float(whole.norm()) ** 2 for whole in wholes.values()))
+    size = math.hypot(*(float(whole.norm()) for whole in wholes.values()))
+    least = size if as_one else NEGLIGIBLE * size
 
     def error(key: str, index: tuple[slice, ...] = ()) -> float:
         return float(differences[key][index].norm()) / (max(float(wholes[key][index].norm()), least) or 1.0)
 
     errors = {key: error(key) for key in reference}
-    wrong = [key for key in errors if key in found and not errors[key] <= tolerance]
+    worst = sorted(errors, key=lambda key: -math.inf if math.isnan(errors[key]) else -errors[key])
     problems = [f"{key} is missing" for key in sorted(reference.keys() - found.keys())]
     problems += [f"{key} is of the layout alone" for key in sorted(found.keys() - reference.keys())]
-    for key in sorted(wrong, key=lambda key: -math.inf if math.isnan(errors[key]) else -errors[key]):
-        holders: dict[Place, set[int]] = {}
-        for run in ranks:
-            for place in (place for held, place in run.tensors[START] if held == key):
-                holders.setdefault(place, set()).add(run.place[0])
-        places = [place for place in holders if not error(key, slice_of(*place)) <= tolerance]
-        problems.append(f"{key}: {errors[key]:.1e}{_where(key, holders, places)}")
-    what = "change" if since is not None else "tensor"
-    note = "bit for bit" if tolerance == 0 else f"norm of the difference over that of the {what}"
-    return CertificateLine(name, len(reference), _largest(errors.values()), tolerance, shortened(problems), note)
+    if as_one:
+        largest, of = math.hypot(*errors.values()), "all tensors"
+        if not largest <= tolerance:
+            problems.append(f"all together: {largest:.1e}, most of it in {worst[0]}")
+    else:
+        largest, of = float(np.max([0.0, *errors.values()])), "the tensor" if since is None else "the change"
+        for key in (key for key in worst if key in found and not errors[key] <= tolerance):
+            holders = {(place, run.place[0]) for run in ranks for held, place in run.tensors[START] if held == key}
+            wrong = {rank for place, rank in holders if not error(key, slice_of(*place)) <= tolerance}
+            some = sorted(wrong) if wrong < {rank for _, rank in holders} else []
+            problems.append(f"{key}: {errors[key]:.1e}{_where(key, some)}")
+    note = "bit for bit" if tolerance == 0 else f"norm of the difference over that of {of}"
+    return CertificateLine(name, len(reference), largest, tolerance, tuple(problems), note)
 
 
-def _like(whole: Tensor, found: Tensor | None) -> Tensor:
-    """NaN where nothing of that shape was found."""
-    return torch.full_like(whole, math.nan) if found is None or found.shape != whole.shape else found
-
-
-def _where(key: str, holders: Mapping[Place, set[int]], wrong: Sequence[Place]) -> str:
-    """The layer and its kind, and the tensor-parallel ranks that hold what is wrong, if not all do."""
+def _where(key: str, tensor_ranks: Sequence[int]) -> str:
+    """The layer and its kind, and the tensor-parallel ranks, if any."""
     words, told = key.split("."), []
     if words[:2] == ["decoder", "layers"]:
         told = [f"layer {words[2]}, {words[4] if len(words) > 4 else words[3]}"]
-    own = sorted(set().union(*(holders[place] for place in wrong)))
-    if wrong and len(own) < len(set().union(*holders.values())):
-        told.append(f"tensor-parallel rank {' and '.join(map(str, own))}")
+    if tensor_ranks:
+        told.append(f"tensor-parallel rank {' and '.join(map(str, tensor_ranks))}")
     return f" ({', '.join(told)})" if told else ""
-
-
-def compare_as_one(name: str, found: Tensors, reference: Tensors, tolerance: float) -> CertificateLine:
-    """The norm of the difference over the norm of the reference, of all tensors as one."""
-    squares = {key: float((_like(whole, found.get(key)) - whole).square().sum()) for key, whole in reference.items()}
-    size = math.sqrt(sum(float(whole.norm()) ** 2 for whole in reference.values()))
-    error = math.sqrt(sum(squares.values())) / (size or 1.0)
-    problems = [f"{key} is of the layout alone" for key in sorted(found.keys() - reference.keys())]
-    if not error <= tolerance:
-        worst = max(squares, key=lambda key: math.inf if math.isnan(squares[key]) else squares[key])
-        problems.append(f"all together: {error:.1e}, most of it in {worst}")
-    note = "norm of the difference over that of all tensors"
-    return CertificateLine(name, len(reference), error, tolerance, shortened(problems), note)
 
 
 def same_copies(ranks: Sequence[RankReport], when: str) -> CertificateLine:
@@ -341,7 +309,7 @@ def same_copies(ranks: Sequence[RankReport], when: str) -> CertificateLine:
                 told = f"{slot[0]}: {_rank(rank, run)} has other values than {_rank(holder, ranks[holder])}"
                 problems.setdefault(slot[0], told)
     name = f"copies on several ranks, at the {when}"
-    return CertificateLine(name, copies, None, 0.0, shortened(problems.values()), "bit for bit")
+    return CertificateLine(name, copies, None, 0.0, tuple(problems.values()), "bit for bit")
 
 
 # Logits.
@@ -352,13 +320,11 @@ def reported_logits(ranks: Sequence[RankReport]) -> tuple[Tensor, Tensor]:
     return next(run.logits for run in ranks if run.logits is not None)
 
 
-def compare_logits(
-    name: str, found: Tensor, trained: tuple[Tensor, Tensor], index: int, config: RunConfig
-) -> CertificateLine:
+def compare_logits(name: str, found: Tensor, trained: tuple[Tensor, Tensor], index: int, bf16: bool) -> CertificateLine:
     """With `trained[index]`, relative to what training has changed; `trained`: before and after it."""
     scale = float((trained[1] - trained[0]).abs().max())
     largest = float((found - trained[index]).abs().max()) / scale if scale else math.inf
-    tolerance = tolerance_of("logits", config)
+    tolerance = TOLERANCES["logits"][bf16]
     problems = () if largest <= tolerance else (f"the largest difference is {largest:.1e} of the largest change",)
     note = "largest difference over the largest change by training"
     return CertificateLine(name, found.numel(), largest, tolerance, problems, note)

@@ -7,7 +7,6 @@ product's own code: the loader, `build_state`, `train_step`, `Saver`.
 import hashlib
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region, get_cuda_rng_tracker
 from torch import Tensor, nn
 
@@ -28,17 +25,15 @@ from megatron_peft.checkpoint.save import Saver
 from megatron_peft.checkpoint.state import optimizer_tensors, random_tensors, whole_parameters
 from megatron_peft.checkpoint.tensors import Sharded, data_of, global_slices, sharded_parameters, with_data
 from megatron_peft.config import CheckpointConfig, RunConfig
-from megatron_peft.conversion.verify import BATCH_SIZE
 from megatron_peft.data.batches import Microbatch
-from megatron_peft.data.build import Data, build_data
 from megatron_peft.data.tokenizers import build_tokenizer
 from megatron_peft.models.shape import ModelShape
-from megatron_peft.runtime.launch import start_model_parallel, stop_model_parallel, world
+from megatron_peft.runtime.launch import model_parallel, world
 from megatron_peft.training.after_step import mixtures
 from megatron_peft.training.lora_ga_start import first_steps
-from megatron_peft.training.run import build_state
+from megatron_peft.training.run import build_state, data_of_rank
 from megatron_peft.training.state import GradientShards
-from megatron_peft.training.step import StepReport, train_step
+from megatron_peft.training.step import StepReport, run_schedule, train_step
 from megatron_peft.training.validation import inference_mode, validation_loss
 
 START, END = "start", "end"
@@ -90,11 +85,6 @@ class Curve:
         """Of the steps."""
         return [step.loss for step in self.steps]
 
-    @property
-    def grad_norms(self) -> list[float]:
-        """Of the steps."""
-        return [step.grad_norm for step in self.steps]
-
 
 @dataclass(frozen=True)
 class RankReport:
@@ -127,7 +117,8 @@ def run_jobs(jobs: Sequence[Job]) -> list[RankReport]:
 
 def run_job(job: Job) -> RankReport:
     """Train in the present world."""
-    with laid_out(job.config, job.shape):
+    parallel = job.config.parallel
+    with model_parallel(parallel, job.config.training.seed, parallel.num_virtual_stages(job.shape.num_layers)):
         run = Run(job.config, job.shape)
         tensors, steps, samples = {START: run.tensors()}, [], []
         if job.start is not None:
@@ -159,31 +150,11 @@ def run_job(job: Job) -> RankReport:
     return RankReport(job.config, run.place, curve, tensors, samples, logits, others)
 
 
-@contextmanager
-def laid_out(config: RunConfig, shape: ModelShape) -> Iterator[None]:
-    """The groups of a run, in the present world."""
-    parallel = config.parallel
-    start_model_parallel(parallel, config.training.seed, parallel.num_virtual_stages(shape.num_layers))
-    try:
-        yield
-    finally:
-        stop_model_parallel()
-
-
-def data_of_rank(config: RunConfig, shape: ModelShape) -> Data:
-    """The data of a run, in the present groups."""
-    replica = {
-        "data_parallel_rank": parallel_state.get_data_parallel_rank(),
-        "data_parallel_size": parallel_state.get_data_parallel_world_size(),
-    }
-    return build_data(config, build_tokenizer(config.data, None), **replica, num_ids=shape.vocab_size)
-
-
 class Run:
     """A run on this rank, as new processes build it in the present groups, or resume it with --load."""
 
     def __init__(self, config: RunConfig, shape: ModelShape) -> None:
-        self.data = data_of_rank(config, shape)
+        self.data = data_of_rank(config, build_tokenizer(config.data, None), shape)
         self.state = build_state(config, shape, self.data.train_iters, first_steps(config, self.data.train))
         self.state.data_digest = self.data.digest
         load_checkpoint(self.state)
@@ -222,26 +193,27 @@ class Run:
         """What this rank would save of trained tensors and of the optimizer's."""
         with whole_parameters(self.state.model_chunks):
             entries = self.entries
-            return _copies([*_slices(entries), *optimizer_tensors(self.state.optimizer, entries)])
+            return _copies([*entries, *optimizer_tensors(self.state.optimizer, entries)])
 
     def gradients(self) -> Slices:
         """Of what is trained, by the keys of parameters. A collective."""
         trained = [p for chunk in self.state.model_chunks for p in chunk.parameters() if p.requires_grad]
         whole = dict(zip(map(id, trained), GradientShards(self.state.optimizer).whole(trained), strict=True))
-        return _copies(_slices(with_data(one, whole[id(one.data)]) for one in self.entries if id(one.data) in whole))
+        return _copies(with_data(one, whole[id(one.data)]) for one in self.entries if id(one.data) in whole)
 
     def others(self) -> dict[str, Any]:
         """What else training changes on this rank."""
         state = self.state
-        states = {one.key.split(".", 2)[2]: data_of(one).numpy().tobytes() for one in random_tensors()}
-        generators = {f"generator {name}": state for name, state in states.items()}
+        generators = {
+            f"generator {one.key.split('.', 2)[2]}": data_of(one).numpy().tobytes() for one in random_tensors()
+        }
         best = {f"lowest validation loss: {name}": number for name, number in vars(state.best).items()}
         return {**generators, **vars(state.position), **best, "schedule": state.schedule.num_steps}
 
     def begin_with(self, start: Mapping[str, Tensor]) -> None:
         """Take these whole tensors for the trained ones."""
         with torch.no_grad():
-            for part in _slices(self.entries):
+            for part in (part for entry in self.entries for part in global_slices(entry)):
                 data_of(part).copy_(start[part.key][slice_of(part.global_offset, part.local_shape)])
         self.state.optimizer.reload_model_params()
 
@@ -251,34 +223,23 @@ class Run:
         if tokens is None:
             return None
         chunks, count = self.state.model_chunks, self.state.config.parallel.pipeline_model_parallel_size
-        batches = [iter([tokens] * count) for _ in chunks]
+        positions = torch.arange(tokens.shape[1]).expand(tokens.shape)
+        batch = Microbatch(tokens, tokens, torch.ones(tokens.shape), positions, len(tokens))
         with inference_mode(chunks), adapters_step(chunks, is_training=False):
-            found = get_forward_backward_func()(
-                forward_step_func=_ask,
-                data_iterator=batches if len(chunks) > 1 else batches[0],
-                model=list(chunks),
-                num_microbatches=count,
-                seq_length=tokens.shape[1],
-                micro_batch_size=BATCH_SIZE,
-                forward_only=True,
-                collect_non_loss_data=True,
-            )
-        is_asked = found and self.place[0] == self.place[2] == 0
+            found = run_schedule(chunks, [batch] * count, forward_only=True, forward=_logits)
+        is_asked = len(found) and self.place[0] == self.place[2] == 0
         return found[0][..., : self.state.shape.vocab_size].float() if is_asked else None
 
 
-def _ask(batches: Iterator[Tensor], model: nn.Module) -> tuple[Tensor, Any]:
-    tokens = next(batches)
-    positions = torch.arange(tokens.shape[1]).expand(tokens.shape)
-    logits = model(input_ids=tokens, position_ids=positions, attention_mask=None)
-    return logits, lambda output, non_loss_data: gather_from_tensor_model_parallel_region(output)
+def _logits(microbatches: Iterator[Microbatch], model: nn.Module) -> tuple[Tensor, Any]:
+    """In the place of a step's forward: logits stand where the schedule collects the report of each microbatch."""
+    batch = next(microbatches)
+    logits = model(input_ids=batch.tokens, position_ids=batch.position_ids, attention_mask=None)
+    return logits, lambda output: (output.sum(), torch.tensor(1), gather_from_tensor_model_parallel_region(output))
 
 
-def _slices(entries: Iterable[Sharded]) -> list[ShardedTensor]:
-    return [part for entry in entries for part in global_slices(entry)]
-
-
-def _copies(parts: Iterable[ShardedTensor]) -> Slices:
+def _copies(entries: Iterable[Sharded]) -> Slices:
+    parts = (part for entry in entries for part in global_slices(entry))
     return {
         (part.key, (tuple(part.global_offset), tuple(part.local_shape))): data_of(part).detach().clone()
         for part in parts

@@ -5,8 +5,9 @@ megatron-peft certify --world-size 128 --output certificate.json FLAGS OF THE RU
 All flags of `megatron-peft train`; --pretrained-checkpoint may be a folder with a config.json alone, or that file. A
 small model of the run's own shape is trained for real in its layout (at most 4 tensor-parallel ranks x 4 stages x 2
 replicas, which share this machine's cores) and in one process; losses, gradients, trained tensors, checkpoints and
-conversions are compared. Takes minutes. Exit code 1: something differs, and is named; 3: undecided, an error kept
-something from being compared. See docs/planning.md.
+conversions are compared. If the run has more tensor-parallel ranks, a small model is trained on as many too. Takes
+minutes. Exit code 1: something differs, and is named; 3: undecided, an error kept something from being compared. See
+docs/planning.md.
 """
 
 import os

@@ -32,7 +32,7 @@ from megatron_peft.rehearsal.record import (
 from megatron_peft.rehearsal.recording import Recorder, group_names
 from megatron_peft.rehearsal.rehearsed_rank import Watch, gradients, microbatch_of
 from megatron_peft.runtime.fake_ranks import fake_rank
-from megatron_peft.runtime.launch import start_model_parallel, stop_model_parallel
+from megatron_peft.runtime.launch import model_parallel
 from megatron_peft.training.run import build_chunks
 from megatron_peft.training.state import wrap_data_parallel
 from megatron_peft.training.step import finish_with, run_schedule
@@ -92,8 +92,7 @@ def recorded_layers(asked: Sequence[LayersToRecord]) -> list[RecordedLayers]:
 
 def _record(of: LayersToRecord) -> RecordedLayers:
     tp = of.run.parallel.tensor_model_parallel_size
-    with fake_rank(0, tp):
-        start_model_parallel(of.run.parallel, of.run.training.seed)
+    with fake_rank(0, tp), model_parallel(of.run.parallel, of.run.training.seed):
         fuses = {**fusions_on_a_gpu(of.run, of.shape), **of.fuses}
         cuts = _Cuts(Recorder(group_names(), fuses_sums=fuses["gradient_accumulation_fusion"]), fuses)
         [model] = build_chunks(of.run, of.shape, loads=False)
@@ -117,7 +116,6 @@ def _record(of: LayersToRecord) -> RecordedLayers:
                 run_schedule(wrapped, microbatches, forward_only=False)
             _record_one_layer(cuts, model.decoder.layers[-1])
         segments = _segments(model, of, cuts.passes)
-        stop_model_parallel()
     cached = cuts.bytes_of_microbatches[-1] - before + sum(one.nbytes for one in _shared(model))
     begin, end = cuts.passes["begin", ""], cuts.passes["finish", ""]
     of_one = [_once(cuts.passes[phase, "one layer"])[0] for phase in ("begin", "finish")]

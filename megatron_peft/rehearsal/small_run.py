@@ -23,7 +23,7 @@ import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
-from math import sqrt
+from math import lcm, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ from megatron_peft.parallel.layout import generator_for
 
 MOST_RANKS, MOST_REPLICAS, MOST_KEY_HEADS = 4, 2, 4
 NUM_STEPS = 4
-SEQ_LENGTH = 48  # what 2, 3 and 4 ranks divide
+SEQ_LENGTH = 48  # what 2, 3, 4, 8 and 16 ranks divide; others have a multiple
 LEARNING_RATE, FULL_LEARNING_RATE = 5e-3, 1e-3
 EPOCH = 3  # steps; of packs about so many
 SAMPLES_OF_A_PACK = 7 / 3
@@ -65,25 +65,26 @@ RECOMPUTE = ("recompute_granularity", "recompute_method", "recompute_num_layers"
 
 @dataclass(frozen=True)
 class SmallRun:
-    """A small run in the layout that is certified, and the same run in one process; both write under `folder`."""
+    """A small run in the layout that is certified, and the same run in one process, which saves nothing."""
 
     split: RunConfig
     alone: RunConfig
     shape: ModelShape
 
 
-def small_run(config: RunConfig, shape: ModelShape, folder: Path) -> SmallRun:
+def small_run(config: RunConfig, shape: ModelShape, folder: Path, most_ranks: int = MOST_RANKS) -> SmallRun:
     """The small run of a run, with its model and data, which are written.
 
     Args:
         config: of the run.
         shape: of its base model.
         folder: empty.
+        most_ranks: tensor-parallel, and stages.
 
     Raises:
         ConfigurationError: no small model fits the method's numbers.
     """
-    parallel, num_layers = small_layout(config.parallel, shape.num_layers)
+    parallel, num_layers = small_layout(config.parallel, shape.num_layers, most_ranks)
     lr = LEARNING_RATE if config.peft.trains_adapters else FULL_LEARNING_RATE
     rate_scale, decoupled_lr = lr / config.optimizer.lr, config.optimizer.decoupled_lr
     peft = _peft(config.peft, shape, num_layers, rate_scale)
@@ -123,20 +124,33 @@ def small_run(config: RunConfig, shape: ModelShape, folder: Path) -> SmallRun:
         parallel=parallel,
         model=model,
         peft=peft,
-        data=_data(config.data, small, folder, size),
+        data=_data(config.data, small, folder, size, lcm(SEQ_LENGTH, parallel.tensor_model_parallel_size)),
         training=training,
         optimizer=optimizer,
         checkpoint=CheckpointConfig(save=str(folder / "split"), async_save=config.checkpoint.async_save),
         logging=LoggingConfig(),
     )
-    return SmallRun(split, _alone(split, folder), small)
+    return SmallRun(split, _alone(split), small)
+
+
+def wide_run(config: RunConfig, shape: ModelShape, folder: Path) -> SmallRun | None:
+    """The small run once more, on all tensor-parallel ranks of the run: one stage, one replica, nothing saved.
+
+    None: the small run has as many.
+    """
+    parallel, ranks = config.parallel, config.parallel.tensor_model_parallel_size
+    if ranks <= MOST_RANKS:
+        return None
+    wide = ParallelConfig(ranks, sequence_parallel=parallel.sequence_parallel, world_size=ranks)
+    found = small_run(replace(config, parallel=wide), shape, folder, ranks)
+    return replace(found, split=replace(found.split, checkpoint=CheckpointConfig()))
 
 
 def _kept(settings: TrainingConfig | OptimizerSettings | DataConfig) -> dict[str, Any]:
     return {name: value for name, value in vars(settings).items() if name in KEPT}
 
 
-def _alone(split: RunConfig, folder: Path) -> RunConfig:
+def _alone(split: RunConfig) -> RunConfig:
     """The same run in one process, with nothing that is sharded, recomputed or overlapped."""
     transformer = {name: value for name, value in split.model.transformer.items() if name not in RECOMPUTE}
     return replace(
@@ -145,7 +159,7 @@ def _alone(split: RunConfig, folder: Path) -> RunConfig:
         model=replace(split.model, transformer=transformer, recompute_modules=()),
         training=replace(split.training, overlap_grad_reduce=False),
         optimizer=replace(split.optimizer, use_distributed_optimizer=False, overlap_param_gather=False),
-        checkpoint=CheckpointConfig(save=str(folder / "alone")),
+        checkpoint=CheckpointConfig(),
     )
 
 
@@ -182,14 +196,14 @@ def small_targets(peft: PeftConfig, shape: ModelShape, num_layers: int) -> tuple
 # The layout.
 
 
-def small_layout(parallel: ParallelConfig, num_layers: int) -> tuple[ParallelConfig, int]:
-    """The layout with at most MOST_RANKS on an axis, and the number of layers of the model for it.
+def small_layout(parallel: ParallelConfig, num_layers: int, most_ranks: int = MOST_RANKS) -> tuple[ParallelConfig, int]:
+    """The layout with at most `most_ranks` on an axis, and the number of layers of the model for it.
 
     Args:
         num_layers: of the run's model.
     """
     tp, pp = (
-        min(size, MOST_RANKS) for size in (parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
+        min(size, most_ranks) for size in (parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
     )
     layout, layers = _layers(parallel, num_layers, pp)
     small = replace(
@@ -303,7 +317,7 @@ def _draw(name: str, size: tuple[int, ...]) -> torch.Tensor:
 # The data.
 
 
-def _data(data: DataConfig, shape: ModelShape, folder: Path, batch_size: int) -> DataConfig:
+def _data(data: DataConfig, shape: ModelShape, folder: Path, batch_size: int, seq_length: int) -> DataConfig:
     """Generated sequences for indexed data, else records; packed and padded as the run's."""
     made: Mapping[str, Any] = {"mock_data": True}
     if data.reads_records or not (data.mock_data or data.data_path or data.train_data_path):
@@ -313,7 +327,7 @@ def _data(data: DataConfig, shape: ModelShape, folder: Path, batch_size: int) ->
     return DataConfig(
         **made,
         **_kept(data),
-        seq_length=SEQ_LENGTH,
+        seq_length=seq_length,
         tokenizer_type="NullTokenizer",
         vocab_size=shape.vocab_size - 1,
         num_workers=0,

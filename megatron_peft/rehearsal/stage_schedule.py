@@ -17,7 +17,7 @@ from megatron_peft.models.shape import ModelShape
 from megatron_peft.rehearsal.record import Entry
 from megatron_peft.rehearsal.recording import Recorder, group_names
 from megatron_peft.runtime.fake_ranks import fake_world, idle_steps, shapes_as_asked, watched_batches, watched_schedule
-from megatron_peft.runtime.launch import start_model_parallel, stop_model_parallel
+from megatron_peft.runtime.launch import model_parallel
 
 
 class _IdleChunk(nn.Module):
@@ -40,8 +40,8 @@ def _schedule(config: RunConfig, shape: ModelShape, stage: int) -> tuple[Entry, 
     num_stages, num_chunks = parallel.pipeline_model_parallel_size, parallel.num_virtual_stages(shape.num_layers)
     core: Any = transformer_config(shape, config.model.bf16, transformer, parallel, Training.of(config))
     core.hidden_size, core.sequence_parallel = 1, False
-    with fake_world(stage, num_stages):
-        start_model_parallel(ParallelConfig(1, num_stages, world_size=num_stages), config.training.seed, num_chunks)
+    of_stages = ParallelConfig(1, num_stages, world_size=num_stages)
+    with fake_world(stage, num_stages), model_parallel(of_stages, config.training.seed, num_chunks):
         recorder = Recorder(group_names(), keeps_work=False)
         core.finalize_model_grads_func = lambda *args, **kwargs: recorder.mark("finish")
         chunks: list[Any] = [_IdleChunk(core, index) for index in (range(num_chunks) if num_chunks else [None])]
@@ -61,5 +61,4 @@ def _schedule(config: RunConfig, shape: ModelShape, stage: int) -> tuple[Entry, 
                 seq_length=1,
                 micro_batch_size=1,
             )
-        stop_model_parallel()
     return recorder.entries()

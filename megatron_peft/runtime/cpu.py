@@ -38,17 +38,6 @@ def is_installed() -> bool:
     return _installed
 
 
-@contextlib.contextmanager
-def rank_of_groups(rank: Any) -> Iterator[None]:
-    """Every process group answers this rank: an integer of one value for each rank, where all run in one process."""
-    own = torch.distributed.ProcessGroup.__dict__["rank"]  # as an attribute it would lose its binding
-    torch.distributed.ProcessGroup.rank = lambda group: rank  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        torch.distributed.ProcessGroup.rank = own  # type: ignore[method-assign]
-
-
 def redirect_norm() -> None:
     """Let megatron-core read one number for the norm of the gradients where neither Transformer Engine nor Apex is.
 

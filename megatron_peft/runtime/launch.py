@@ -165,6 +165,16 @@ def start_model_parallel(parallel: ParallelConfig, seed: int, num_virtual_stages
 
 
 @contextmanager
+def model_parallel(parallel: ParallelConfig, seed: int, num_virtual_stages: int | None = None) -> Iterator[None]:
+    """`start_model_parallel`, and `stop_model_parallel` at the end: another layout may follow in the same world."""
+    start_model_parallel(parallel, seed, num_virtual_stages)
+    try:
+        yield
+    finally:
+        stop_model_parallel()
+
+
+@contextmanager
 def _groups_connect_when_used() -> Iterator[None]:
     """Groups that are made meanwhile are not split off the world's, as torch does where that is bound to a device.
 

@@ -47,6 +47,17 @@ RUN_FILE = "run.yaml"
 MODEL_FILES = ("config.json", "adapter_model.safetensors", "adapter_model.bin")  # of transformers and PEFT
 
 
+def data_of_rank(config: RunConfig, tokenizer: Tokenizer, shape: ModelShape) -> Data:
+    """The data of a run that this rank's replica reads, in the present groups; raises like `build_data`."""
+    return build_data(
+        config,
+        tokenizer,
+        data_parallel_rank=parallel_state.get_data_parallel_rank(),
+        data_parallel_size=parallel_state.get_data_parallel_world_size(),
+        num_ids=shape.vocab_size,
+    )
+
+
 def build_state(
     config: RunConfig, shape: ModelShape, train_iters: int, start_steps: Sequence[Step] = ()
 ) -> TrainingState:
@@ -169,13 +180,7 @@ def finetune(
     from_first_rank(lambda: require_something_to_load(config.checkpoint))
     checked_together(lambda: _check_save_folder(config))
     with Stacks(config.checkpoint.save, dist.get_rank()), Saver(config.checkpoint) as saver:
-        data = build_data(
-            config,
-            tokenizer,
-            data_parallel_rank=parallel_state.get_data_parallel_rank(),
-            data_parallel_size=parallel_state.get_data_parallel_world_size(),
-            num_ids=shape.vocab_size,
-        )
+        data = data_of_rank(config, tokenizer, shape)
         _check_validation_data(config, data)
         check_resume(config, shape, schedule_values(config, data.train_iters))
         print_rank_0("\n".join(filter(None, [attention, warning])))

@@ -126,7 +126,8 @@ def train_step(
     state.optimizer.zero_grad()
     with adapters_step(state.model_chunks) as step:
         finish_with(state.model_chunks, partial(finish_gradients, step=step))
-        losses = run_schedule(state.model_chunks, microbatches, forward_only=False, around_forward=around_forward)
+        forward = partial(_forward, around=around_forward)
+        losses = run_schedule(state.model_chunks, microbatches, forward_only=False, forward=forward)
     if state.config.training.empty_unused_memory_level >= 1:
         torch.cuda.empty_cache()
     # Gradients are complete. They are checked before anything uses them, so that a NaN leaves the state as it was. The
@@ -175,9 +176,12 @@ def run_schedule(
     model_chunks: Sequence[nn.Module],
     microbatches: Sequence[Microbatch],
     forward_only: bool,
-    around_forward: Callable[[], AbstractContextManager[None]] = nullcontext,
+    forward: Callable[..., tuple[Tensor, Any]] | None = None,
 ) -> Tensor:
     """Run megatron-core's schedule (plain, 1F1B or interleaved) over the microbatches.
+
+    Args:
+        forward: megatron-core's `forward_step_func`, whose own reports are returned; None computes token losses.
 
     Returns:
         float64 [microbatches, 3] on the last pipeline stage: sum of the token losses, number of completion tokens,
@@ -190,7 +194,7 @@ def run_schedule(
     # All ranks run the same number of microbatches, or sends and sums would not match. Lengths may differ: the stages
     # exchange shapes (`variable_seq_lengths`), and the sizes below are only those of the first microbatch.
     reports = get_forward_backward_func()(
-        forward_step_func=partial(_forward, around=around_forward),
+        forward_step_func=forward or _forward,
         data_iterator=iterators if len(model_chunks) > 1 else iterators[0],
         model=list(model_chunks),
         num_microbatches=len(moved),
@@ -202,7 +206,9 @@ def run_schedule(
 
 
 def _forward(
-    microbatches: Iterable[Microbatch], model: nn.Module, around: Callable[[], AbstractContextManager[None]]
+    microbatches: Iterable[Microbatch],
+    model: nn.Module,
+    around: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> tuple[Tensor, Any]:
     microbatch = next(iter(microbatches))
     with around():

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from megatron_peft.adapters.linear import AdaptedColumnParallelLinear, AdaptedRowParallelLinear
 from megatron_peft.adapters.low_rank import LowRank
 from megatron_peft.benchmarks.measure import CollectiveLog
-from megatron_peft.certify.many_ranks import drawn as draw
-from megatron_peft.certify.many_ranks import joined as join
-from megatron_peft.certify.many_ranks import layer_config, split_of
 from megatron_peft.config import ParallelConfig, PeftConfig
 from megatron_peft.parallel.collectives import sum_partial_gradients_over_tensor_parallel
 from megatron_peft.runtime.launch import start_model_parallel, start_world
+from tests.adapters.many_ranks import drawn as draw
+from tests.adapters.many_ranks import joined as join
+from tests.adapters.many_ranks import layer_config, split_of
 from tests.kept import kept_for_backward
 
 S, BATCH, H, F, RANK = 8, 3, 12, 10, 2

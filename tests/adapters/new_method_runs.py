@@ -39,7 +39,8 @@ def main(folder: Path, layouts: dict[str, Any]) -> dict[str, Any]:
             jobs.append(Job(name, base, data, peft=peft, num_steps=12, **settings))
         if jobs:
             for name, report in run_ranks(num_ranks, run_jobs, jobs)[0].items():
-                curves[name] = {"losses": report.curve.losses, "grad_norms": report.curve.grad_norms}
+                grad_norms = [step.grad_norm for step in report.curve.steps]
+                curves[name] = {"losses": report.curve.losses, "grad_norms": grad_norms}
     run = train_two_ranks(folder, base, data, VOCAB_SIZE - 1)
     merged = merge(run, folder / "merged", progress=False)
     exported = export_adapter(run, folder / "exported")

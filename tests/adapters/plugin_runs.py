@@ -27,8 +27,8 @@ def layers_of_many_ranks(asked: tuple[Path, dict[str, Any]]) -> dict[str, float]
     """Differences of adapted layers at TP2+SP from one rank."""
     packages, peft = asked
     install(packages)
-    from megatron_peft.certify.many_ranks import compare_many_ranks
     from megatron_peft.config import LinearSizes, PeftConfig
+    from tests.adapters.many_ranks import compare_many_ranks
 
     sizes = {"linear_fc1": LinearSizes("column", 64, 16, 2, 2), "linear_fc2": LinearSizes("row", 16, 32, 2)}
     return compare_many_ranks((sizes, PeftConfig(**peft), True))

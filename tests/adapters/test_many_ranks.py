@@ -1,7 +1,4 @@
-"""Adapted layers on 8 and 16 tensor-parallel ranks equal the same layers on one, in float64 and in one process.
-
-`megatron_peft/certify/many_ranks.py` runs them, as it does for a certificate.
-"""
+"""Adapted layers on 8 and 16 tensor-parallel ranks equal the same layers on one, in float64 and in one process."""
 
 from collections.abc import Iterator
 from functools import cache
@@ -15,8 +12,8 @@ from torch import Tensor
 
 from megatron_peft.adapters import low_rank, urnn
 from megatron_peft.adapters.rotation import BlockRotation
-from megatron_peft.certify.many_ranks import drawn, fake_groups, run_layer, spread
 from megatron_peft.config import LinearSizes, PeftConfig
+from tests.adapters.many_ranks import drawn, fake_groups, run_layer, spread
 
 pytest.importorskip("torch.distributed._local_tensor", reason="this torch has no LocalTensorMode")
 

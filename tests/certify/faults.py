@@ -82,7 +82,7 @@ def _of(kind: str, module: str, *rows: tuple[str, ...]) -> list[Fault]:
 STEP, FROZEN = "megatron_peft.training.step", "megatron_peft.adapters.frozen_linear"
 LOW_RANK = "megatron_peft.adapters.low_rank"
 SUMS = "    sum_partial_gradients_over_tensor_parallel(model, group)"
-FIRST, LAYERS = "gradients of step 1", "adapted layers at TP2, in one process"
+START, FIRST = "trained tensors at the start", "gradients of step 1"
 MERGED, EXPORTED = "merged model in transformers", "exported adapter in Hugging Face PEFT"
 RESUMED, RESHARDED = "resumed run", "trained tensors after resharding"
 
@@ -91,6 +91,8 @@ FAULTS = [
         "collective", STEP,
         ("a sum over tensor ranks is missing", SUMS, "    pass", "lora", "TP2", FIRST, "linear_proj.adapter.B"),
         ("it is made twice", SUMS, f"{SUMS};{SUMS.strip()}", "lora", "TP2", FIRST, "linear_fc2.adapter.B"),
+        ("it is missing above four ranks", SUMS, f"    if group.size() <= 4:\n    {SUMS}",
+         "lora", "TP8+SP", f"{FIRST}, at TP8+SP", "linear_proj.adapter.B"),
         ("it has another group", SUMS, SUMS.replace("group", "parallel_state.get_data_parallel_group()"),
          "lora", "TP2+SP", FIRST, "linear_fc2.adapter.B"),
         ("replicas keep their own gradients", "finalize_model_grads(list(model), None, *args, **kwargs)", "pass",
@@ -110,7 +112,7 @@ FAULTS = [
         "collective", FROZEN,
         ("the input's gradient is not summed",
          "return start_sum_over_tensor_parallel(dx, call.group) if call.sums_input_gradient else lambda: dx",
-         "return lambda: dx", "lora", "TP2", LAYERS, "copies differ between ranks"),
+         "return lambda: dx", "lora", "TP2", FIRST, "linear_proj.adapter.B"),
         ("an output is not summed", "return reduce_from_tensor_model_parallel_region(y, group=self.group)",
          "return y", "lora", "TP2", "losses", "step 1"),
         ("replicated factors count every token on each rank",
@@ -138,10 +140,10 @@ FAULTS = [
          "lora-ga", "DP2", "copies on several ranks, at the start", "adapter.A"),
         ("LoRA-GA starts from one tensor rank's",
          "[sketch.branch.total for sketch in sketches if sketch.total_is_partial]", "[]",
-         "lora-ga", "TP2", "trained tensors at the start", "adapter.A"),
+         "lora-ga", "TP2", START, "adapter.A"),
         ("LoRA-GA starts from one tensor rank's, in bfloat16",
          "[sketch.branch.total for sketch in sketches if sketch.total_is_partial]", "[]",
-         "lora-ga", "TP2 bf16", "trained tensors at the start", "all together"),
+         "lora-ga", "TP2 bf16", START, "all together"),
     ),
     *_of(
         "collective", "megatron_peft.training.validation",
@@ -154,7 +156,7 @@ FAULTS = [
          f'generator=generator_for(seed + {RANK}, f"{{name}}.A")',
          "lora", "TP2", "copies on several ranks, at the start", "linear_qkv.adapter.A"),
         ("ranks draw their slice alike", "layout.slice_input(A)", "A[:, : layout.local_in_features]",
-         "lora", "TP2", LAYERS, "A does not start as on one rank"),
+         "lora", "TP2", START, "linear_proj.adapter.A"),
     ),
     *_of(
         "collective", f"{LOW_RANK}_linear",
@@ -166,19 +168,19 @@ FAULTS = [
     *_of(
         "seed", "megatron_peft.adapters.attach",
         ("a seed of each stage", 'f"{name}.adapter", seed, dtype)', f'f"{{name}}.adapter", seed + {RANK}, dtype)',
-         "lora", "PP2", "trained tensors at the start", "decoder.layers.1"),
+         "lora", "PP2", START, "decoder.layers.1"),
     ),
     *_of(
         "seed", "megatron_peft.parallel.layout",
         ("the last rank holds the first slice",
          "whole.unflatten(-1, (self.group.size(), -1))[..., self.group.rank(), :]",
          "whole.unflatten(-1, (self.group.size(), -1))[..., -1 - self.group.rank(), :]",
-         "lora", "TP2", LAYERS, "A does not start as on one rank"),
+         "lora", "TP2", START, "linear_proj.adapter.A"),
     ),
     *_of(
         "scale", LOW_RANK,
         ("alpha grows with the ranks", "peft.lora_scale, peft.lora_dropout", "layout.group.size() * peft.lora_scale, 0",
-         "lora", "TP2", LAYERS, "linear_qkv"),
+         "lora", "TP2", FIRST, "linear_qkv.adapter.B"),
         ("alpha is doubled in training", "peft.lora_scale, peft.lora_dropout", "2 * peft.lora_scale, 0",
          "lora", "TP2", MERGED, "largest difference"),
         ("a merged change is half of it", "B.to(weight.dtype), A.to(weight.dtype), alpha=scale)",
@@ -277,7 +279,7 @@ FAULTS = [
         "reshard", "megatron.core.utils",
         ("ranks save their slices in reverse", "new_offsets.append((tp_axis + prepend_axis_num, tp_rank, tp_size))",
          "new_offsets.append((tp_axis + prepend_axis_num, tp_size - 1 - tp_rank, tp_size))",
-         "lora", "TP2", "trained tensors at the start", "linear_proj.adapter.A"),
+         "lora", "TP2", START, "linear_proj.adapter.A"),
     ),
     *_of(
         "reshard", "megatron_peft.parallel.collectives",

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from megatron_peft.certify.comparison import (
-    compare_as_one,
     compare_curves,
     compare_resumed,
     compare_tensors,
@@ -94,10 +93,11 @@ def test_copies_of_the_same_rows_must_be_equal():
 def test_all_tensors_are_compared_as_one():
     whole = {"a": torch.ones(3), "b": 4 * torch.ones(3)}
     near, far = ({**whole, "a": torch.zeros(3)}, {**whole, "b": torch.zeros(3)})
-    assert compare_as_one("start", near, whole, 0.5).passed
-    (problem,) = compare_as_one("start", far, whole, 0.5).problems
+    assert compare_tensors("start", near, whole, 0.5, [], as_one=True).passed
+    (problem,) = compare_tensors("start", far, whole, 0.5, [], as_one=True).problems
     assert problem == "all together: 9.7e-01, most of it in b"
-    assert not compare_as_one("start", {"a": whole["a"]}, whole, 0.5).passed
+    missing = compare_tensors("start", {"a": whole["a"]}, whole, 0.5, [], as_one=True)
+    assert missing.problems == ("b is missing", "all together: nan, most of it in b")
 
 
 def test_a_resumed_run_has_the_moments_and_generators_of_one_that_was_not_interrupted():

@@ -14,10 +14,7 @@ from megatron_peft.models.shape import ModelShape
 from megatron_peft.runtime import ranks
 from tests.certify.faults import Break
 
-IMPORTED = (
-    *("megatron_peft.certify.certify", "megatron_peft.certify.many_ranks"),
-    *("transformers.models.llama.modeling_llama", "peft", "torch._dynamo", "torch.distributed._local_tensor"),
-)
+IMPORTED = (*("megatron_peft.certify.certify", "transformers.models.llama.modeling_llama", "peft", "torch._dynamo"),)
 
 
 @dataclass(frozen=True)
@@ -54,7 +51,7 @@ def _in_a_fork(case: Case) -> Any:
 
 def _certify(case: Case, path: Path) -> None:
     from megatron_peft.certify import certify
-    from megatron_peft.rehearsal.small_run import small_run
+    from megatron_peft.rehearsal.small_run import small_run, wide_run
 
     if case.broken is not None:
         case.broken.plant()
@@ -62,7 +59,8 @@ def _certify(case: Case, path: Path) -> None:
         found: Any = certify.certify(case.config, case.shape)
     else:
         found = []
-        for line in certify.compare_all(case.config, case.shape, small_run(case.config, case.shape, path.parent)):
+        run = case.config, case.shape
+        for line in certify.compare_all(small_run(*run, path.parent), wide_run(*run, path.parent / "wide")):
             found.append(line)
             if line.name == case.until:
                 break

@@ -15,8 +15,10 @@ from megatron_peft.certify.comparison import compare_curves, compare_runs
 from megatron_peft.certify.runs import RankReport
 from megatron_peft.config import ParallelConfig, RunConfig
 from megatron_peft.data.build import Data
+from megatron_peft.data.tokenizers import build_tokenizer
 from megatron_peft.models.families import read_shape
-from megatron_peft.runtime.launch import start_world
+from megatron_peft.runtime.launch import model_parallel, start_world
+from megatron_peft.training.run import data_of_rank
 from megatron_peft.training.state import TrainingState
 from tests.tiny_llama import VOCAB_SIZE
 
@@ -88,7 +90,8 @@ def differences(ranks: Sequence[RankReport], alone: RankReport) -> dict[str, tup
 def built(job: Job) -> Iterator[tuple[TrainingState, Data]]:
     """What `build` gives, in groups of its own in the present world."""
     config = job.config(dist.get_world_size())
-    with runs.laid_out(config, read_shape(job.base)):
+    num_stages = config.parallel.num_virtual_stages(read_shape(job.base).num_layers)
+    with model_parallel(config.parallel, config.training.seed, num_stages):
         yield build(config)
 
 
@@ -99,4 +102,5 @@ def build(config: RunConfig) -> tuple[TrainingState, Data]:
 
 
 def data_of(config: RunConfig) -> Data:
-    return runs.data_of_rank(config, read_shape(config.model.pretrained_checkpoint))
+    tokenizer = build_tokenizer(config.data, None)
+    return data_of_rank(config, tokenizer, read_shape(config.model.pretrained_checkpoint))

@@ -201,8 +201,19 @@ def all_ranks_at_once(size: int) -> Iterator[None]:
             return super().__torch_dispatch__(func, types, args, kwargs)
 
     rank = torch.SymInt(local.LocalIntNode({rank: rank for rank in range(size)}))
-    with cpu.rank_of_groups(rank), Mode(size):
+    with rank_of_groups(rank), Mode(size):
         yield
+
+
+@contextmanager
+def rank_of_groups(rank: Any) -> Iterator[None]:
+    """Every process group answers this rank: an integer of one value for each rank."""
+    own = dist.ProcessGroup.__dict__["rank"]  # as an attribute it would lose its binding
+    dist.ProcessGroup.rank = lambda group: rank  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        dist.ProcessGroup.rank = own  # type: ignore[method-assign]
 
 
 def _local() -> Any:
