@@ -40,15 +40,14 @@ from megatron_peft.config import (
     PeftConfig,
     RunConfig,
     TrainingConfig,
-    is_targeted,
 )
-from megatron_peft.config.parallel import stages_of_layout
-from megatron_peft.models.families import check_adapters, config_of_shape, family_of, rules_for
+from megatron_peft.models.families import check_adapters, config_of_shape, rules_for
 from megatron_peft.models.rules import expected_tensors
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.parallel.layout import generator_for
+from megatron_peft.rehearsal.shrink import MOST_STAGES, shrink
 
-MOST_RANKS, MOST_REPLICAS, MOST_KEY_HEADS = 4, 2, 4
+MOST_TENSOR_PARALLEL, MOST_REPLICAS, MOST_KEY_HEADS = 4, 2, 4
 NUM_STEPS = 4
 SEQ_LENGTH = 48  # what 2, 3 and 4 ranks divide
 LEARNING_RATE, FULL_LEARNING_RATE = 5e-3, 1e-3
@@ -83,18 +82,16 @@ def small_run(config: RunConfig, shape: ModelShape, folder: Path) -> SmallRun:
     Raises:
         ConfigurationError: no small model fits the method's numbers.
     """
-    parallel, num_layers = small_layout(config.parallel, shape.num_layers)
+    few = max(4, 2 * min(config.parallel.pipeline_model_parallel_size, MOST_STAGES))
+    shrunk, of_few_layers = shrink(config, shape, MOST_TENSOR_PARALLEL, MOST_REPLICAS, few)
+    parallel, num_layers = shrunk.parallel, of_few_layers.num_layers
     lr = LEARNING_RATE if config.peft.trains_adapters else FULL_LEARNING_RATE
     rate_scale, decoupled_lr = lr / config.optimizer.lr, config.optimizer.decoupled_lr
-    peft = _peft(config.peft, shape, num_layers, rate_scale)
+    peft = _peft(shrunk.peft, rate_scale)
     small = small_shape(shape, replace(config, peft=peft), parallel.tensor_model_parallel_size, num_layers)
     save_model(small, folder / "model")
-    replicas, interleaved = parallel.data_parallel_size, parallel.is_interleaved
-    stages = parallel.pipeline_model_parallel_size
-    microbatches = min(config.num_microbatches, max(4, 2 * stages)) // (stages if interleaved else 1)
-    microbatches *= stages if interleaved else 1
     micro_batch_size = min(config.training.micro_batch_size, 2)
-    size = micro_batch_size * microbatches * replicas
+    size = micro_batch_size * shrunk.num_microbatches * parallel.data_parallel_size
     training = TrainingConfig(
         micro_batch_size=micro_batch_size,
         global_batch_size=size,
@@ -108,9 +105,7 @@ def small_run(config: RunConfig, shape: ModelShape, folder: Path) -> SmallRun:
         decoupled_lr=decoupled_lr and decoupled_lr * rate_scale,
         **_kept(config.optimizer),
     )
-    transformer = {name: value for name, value in config.model.transformer.items() if "dropout" not in name}
-    if "recompute_num_layers" in transformer:
-        transformer["recompute_num_layers"] = 1
+    transformer = {name: value for name, value in shrunk.model.transformer.items() if "dropout" not in name}
     model = replace(
         config.model,
         pretrained_checkpoint=str(folder / "model"),
@@ -149,96 +144,14 @@ def _alone(split: RunConfig, folder: Path) -> RunConfig:
     )
 
 
-def _peft(peft: PeftConfig, shape: ModelShape, num_layers: int, rate_scale: float) -> PeftConfig:
-    """`num_layers`: of the small model; `rate_scale`: by which all learning rates are multiplied."""
+def _peft(peft: PeftConfig, rate_scale: float) -> PeftConfig:
+    """`rate_scale`: by which all learning rates are multiplied."""
     changes: dict[str, Any] = {"lora_dropout": 0.0, "lora_ga_batches": min(peft.lora_ga_batches, 2)}
-    changes["target_modules"] = small_targets(peft, shape, num_layers)
     if peft.hybrid_merge_interval:
         changes["hybrid_merge_interval"] = min(peft.hybrid_merge_interval, 2)
     if peft.peft_lr_rotation and peft.urnn_update != "riemannian":  # whose rate is not a multiple of --lr
         changes["peft_lr_rotation"] = peft.peft_lr_rotation * rate_scale
     return replace(peft, **changes)
-
-
-def small_targets(peft: PeftConfig, shape: ModelShape, num_layers: int) -> tuple[str, ...]:
-    """The run's; of a pattern for layers that the small model has not, the kinds of layers that it means."""
-    modules, kinds = family_of(shape.architecture).modules, shape.linear_layers(1)
-
-    def meant(pattern: str, layers: int) -> list[str]:
-        names = [f"decoder.layers.{layer}.{kind}" for layer in range(layers) for kind in kinds]
-        return [name for name in names if is_targeted(name, (pattern,), modules)]
-
-    found: dict[str, None] = {}
-    for pattern in peft.target_modules:
-        own = (
-            [pattern]
-            if meant(pattern, num_layers)
-            else [name.split(".")[-1] for name in meant(pattern, shape.num_layers)]
-        )
-        found |= dict.fromkeys(own)
-    return tuple(found)
-
-
-# The layout.
-
-
-def small_layout(parallel: ParallelConfig, num_layers: int) -> tuple[ParallelConfig, int]:
-    """The layout with at most MOST_RANKS on an axis, and the number of layers of the model for it.
-
-    Args:
-        num_layers: of the run's model.
-    """
-    tp, pp = (
-        min(size, MOST_RANKS) for size in (parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
-    )
-    layout, layers = _layers(parallel, num_layers, pp)
-    small = replace(
-        parallel,
-        tensor_model_parallel_size=tp,
-        pipeline_model_parallel_size=pp,
-        world_size=tp * pp * min(parallel.data_parallel_size, MOST_REPLICAS),
-        distributed_backend="gloo",
-        distributed_timeout_minutes=5,
-        **layout,
-    )
-    return small, layers
-
-
-def _layers(parallel: ParallelConfig, num_layers: int, pp: int) -> tuple[dict[str, Any], int]:
-    """Changed fields of the layout, and the number of layers."""
-    text = parallel.pipeline_model_parallel_layout
-    if text is not None:
-        stages = _short_stages(stages_of_layout(text), parallel.pipeline_model_parallel_size, pp)
-        return {"pipeline_model_parallel_layout": "|".join(stages)}, sum(stage.count("t") for stage in stages)
-    first, last = parallel.decoder_first_pipeline_num_layers, parallel.decoder_last_pipeline_num_layers
-    if first or last:
-        return _uneven(first, last, parallel.pipeline_model_parallel_size, num_layers, pp)
-    virtual = parallel.num_virtual_stages(num_layers)
-    accounted = parallel.num_divided(num_layers) - num_layers
-    divided = pp * (min(virtual, 2) if virtual else 1)
-    while divided - accounted < max(2, pp):
-        divided += pp
-    return ({"num_layers_per_virtual_pipeline_stage": 1} if virtual else {}), divided - accounted
-
-
-def _short_stages(stages: list[str], of: int, pp: int) -> list[str]:
-    """The first and the last chunk of the first and last two ranks, with at most one layer each."""
-    ranks = list(range(of)) if of <= pp else [*range(pp - pp // 2), *range(of - pp // 2, of)]
-    chunks = sorted({0, len(stages) // of - 1})
-    return [stages[chunk * of + rank].replace("tt", "t").replace("tt", "t") for chunk in chunks for rank in ranks]
-
-
-def _uneven(first: int | None, last: int | None, stages: int, num_layers: int, pp: int) -> tuple[dict[str, Any], int]:
-    """Stages in the middle have 2 layers; an end has 1, 2 or 3, as it has fewer, as many or more."""
-    given = [size for size in (first, last) if size]
-    others, rest = stages - len(given), num_layers - sum(given)
-    middle = rest // others if others else min(given)
-    ends = {
-        f"decoder_{name}_pipeline_num_layers": 2 + (size > middle) - (size < middle)
-        for name, size in (("first", first), ("last", last))
-        if size
-    }
-    return ends, sum(ends.values()) + 2 * (pp - len(ends))
 
 
 # The model.

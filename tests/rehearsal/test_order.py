@@ -231,7 +231,7 @@ TENSOR_ALONE = Layout(2, 1, 1, "--tensor-model-parallel-size 2")
 def planted(name: str, monkeypatch: pytest.MonkeyPatch, layout: Layout | None = None, method: str = "lora-ga") -> Any:
     layout = layout or (STAGES_AND_DATA if name in BETWEEN_STAGES else TENSOR_AND_DATA)
     run = rehearsed(method, layout)
-    monkeypatch.setattr(rehearsal, "_rehearse_here", partial(record_planted, name))
+    monkeypatch.setattr(rehearsal, "_rehearse", partial(record_planted, name))
     return order_problem(run)
 
 
