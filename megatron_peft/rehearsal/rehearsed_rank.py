@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from megatron_peft.checkpoint import save, tensors
 from megatron_peft.checkpoint.tensors import PlannedFiles, Written, sharded_parameters
@@ -20,7 +21,7 @@ from megatron_peft.models.shape import ModelShape
 from megatron_peft.parallel.collectives import from_first_rank
 from megatron_peft.rehearsal.asked import Lengths, RankToRehearse
 from megatron_peft.rehearsal.record import Memory, RankRecord
-from megatron_peft.rehearsal.recording import LiveMemory, Recorder, forget_sends, group_names
+from megatron_peft.rehearsal.recording import LiveMemory, Recorder, group_names
 from megatron_peft.runtime.fake_ranks import (
     fake_rank,
     replaced,
@@ -61,10 +62,11 @@ class Watch:
     def __call__(self) -> Iterator["Watch"]:
         """Watch what this process does meanwhile."""
         with ExitStack() as stack:
-            stack.enter_context(watched_schedule(self.mark, ended=forget_sends))
+            stack.enter_context(watched_schedule(self.mark, ended=self.recorder.forget_sends))
             stack.enter_context(watched_batches(self.recorder.batch))
             if self.recorder.keeps_work:
-                stack.enter_context(self.memory.watch_modules())
+                stack.enter_context(register_module_forward_pre_hook(self.memory.begin_call))
+                stack.enter_context(register_module_forward_hook(self.memory.end_call, always_call=True))
                 stack.enter_context(watched_storages(self.memory.resized))
                 stack.enter_context(watched_kernels(self.recorder.one_kernel))
                 stack.enter_context(fused_kernels(self.recorder.one_kernel, self.fuses))
@@ -85,7 +87,7 @@ class Watch:
             self.recorder.mark(name)
         yield
         self.peaks[name] = self.memory.peak()
-        forget_sends()
+        self.recorder.forget_sends()
 
 
 @contextmanager
@@ -184,11 +186,10 @@ def watch_run(watch: Watch, of: RankToRehearse, microbatches: Sequence[Microbatc
     with watch.phase("step"):
         train_step(state, shortest)
     memory.assign("optimizer", moments_of(state))
-    forget_sends()
     if of.calls_alone:
         _go_on(watch, state, microbatches, shortest)
         return RankRecord(of.rank, of.stage, len(microbatches), watch.recorder.entries(), {}, {})
-    watch.recorder.clear()
+    since = watch.recorder.place
     watch.mark("begin")
     usual = step.finish_gradients
 
@@ -199,7 +200,7 @@ def watch_run(watch: Watch, of: RankToRehearse, microbatches: Sequence[Microbatc
 
     with watch.phase("step"), replaced(step, "finish_gradients", finish):
         train_step(state, list(microbatches))
-    entries = watch.recorder.entries()
+    entries = watch.recorder.entries(since)
     watch.memory.phase = None
     if "validation" in of.phases:
         with watch.phase("validation"):
