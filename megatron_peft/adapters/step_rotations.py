@@ -12,7 +12,7 @@ Letters: k groups of g features of one layer, K those of all layers.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,26 +20,15 @@ from torch import Tensor, nn
 from megatron_peft.adapters.blocks import HeldBlocks, gradient_from_mixed_output, gradient_from_output, multiplier
 from megatron_peft.parallel.collectives import gradient_of
 
+if TYPE_CHECKING:  # it is a `RotatesOnceAStep`
+    from megatron_peft.adapters.rotation import BlockRotation
+
 # A step's gradients come in this order, so that each formula takes one contiguous part of them.
 FORMULAS = {
     "output": gradient_from_output,
     "mixed output": gradient_from_mixed_output,
     "input": lambda products, D: products,
 }
-
-
-class Rotation(Protocol):
-    """Of `BlockRotation`, what is built here."""
-
-    @property
-    def trained(self) -> nn.Parameter: ...
-    @property
-    def num_local_groups(self) -> int: ...
-    @property
-    def has_blocks(self) -> bool: ...
-    def constants(self) -> tuple[Tensor, ...]: ...
-    @staticmethod
-    def changes_of(trained: Tensor, *constants: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -55,7 +44,7 @@ class AppliedRotation:
         scale: s of the low rank beside it.
     """
 
-    rotation: Rotation
+    rotation: "BlockRotation"
     kept: Literal["output", "mixed output", "input"]
     transposed: bool = False
     mix: Tensor | None = None
