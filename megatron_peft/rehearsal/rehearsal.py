@@ -28,7 +28,7 @@ from megatron_peft.rehearsal.asked import LayersToRecord, Lengths, RankToRehears
 from megatron_peft.rehearsal.deadlock import Problem, check_order, missing_wait
 from megatron_peft.rehearsal.record import Entry, RankRecord, RecordedLayers
 from megatron_peft.rehearsal.schedule import RankGrid, StageProgram, program_of_stage, programs_of_ranks, renumbered
-from megatron_peft.rehearsal.shrink import kept_stages, shrink
+from megatron_peft.rehearsal.small_run import kept_stages, shrink
 from megatron_peft.runtime.ranks import NO_GPU, preload
 
 Watch = Callable[[int, int], None]  # is told how much of the work is done now, and how much more there is to do

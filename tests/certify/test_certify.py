@@ -27,7 +27,6 @@ from megatron_peft.config import (
 from megatron_peft.models.families import config_of_shape, read_shape
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.rehearsal import small_run as small
-from megatron_peft.rehearsal.shrink import small_layout
 from megatron_peft.runtime.ranks import RanksFailed
 from tests.certify.faults import FAULTS, NOT_SEEN, Fault
 from tests.certify.warm import Case, certified
@@ -107,7 +106,7 @@ def test_a_small_model_keeps_the_shape(tmp_path, method, shape):
 def test_small_stages_hold_fewer_more_or_none_as_the_runs_do(given, num_layers, expected):
     run = ParallelConfig(pipeline_model_parallel_size=8, world_size=8, **given)
     changed, layers = expected
-    parallel, found = small_layout(run, num_layers, small.MOST_TENSOR_PARALLEL, small.MOST_REPLICAS)
+    parallel, found = small.small_layout(run, num_layers, small.MOST_TENSOR_PARALLEL, small.MOST_REPLICAS)
     assert found == layers and all(getattr(parallel, name) == value for name, value in changed.items())
 
 
