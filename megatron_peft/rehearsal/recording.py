@@ -6,7 +6,7 @@ The same modes watch a rehearsed rank and a real one, so that tests can compare 
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
@@ -33,7 +33,7 @@ from megatron_peft.rehearsal.record import (
     Product,
     Wait,
 )
-from megatron_peft.runtime.fake_ranks import Mode
+from megatron_peft.runtime.fake_ranks import Mode, replaced
 
 # Groups of megatron-core that a dense model uses -> their names in a `Call`. Others are never called.
 _GROUPS = {
@@ -86,45 +86,34 @@ class Recorder(Mode):
         self._entries: list[Entry] = []
         self._num_calls = 0
         self._under_way: dict[int, _Handle] = {}  # by number of the call
+        self._kernels: list[Product | int] = []  # since the last entry: products, and bytes of others
         self._last_product: Callable[[], Any] = lambda: None  # the storage that it has written, while that lives
-        self._start_work()
-
-    def _start_work(self) -> None:
-        self._products: Counter[Product] = Counter()
-        self._num_bytes = self._num_kernels = 0
 
     def mark(self, phase: Phase, microbatch: int | None = None, chunk: int = 0) -> None:
         """What follows belongs to this phase."""
         self._add(Mark(phase, microbatch, chunk))
 
-    @contextmanager
-    def batch(self) -> Iterator[None]:
+    def batch(self) -> AbstractContextManager[None]:
         """Messages posted meanwhile are one batch."""
-        self._batch, self._num_batches = self._num_batches, self._num_batches + 1
-        try:
-            yield
-        finally:
-            self._batch = None
+        self._num_batches += 1
+        return replaced(self, "_batch", self._num_batches - 1)
 
     def one_kernel(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         """Run what is one kernel on a GPU (`runtime/cpu_kernels.one_kernel_on_gpu`).
 
         It reads what it is given and writes what it returns; or it is a product in the type of its factors.
         """
-        before = self._products, self._num_bytes, self._num_kernels
-        self._start_work()
+        before, self._kernels = self._kernels, []
         result = function(*args)
-        inside = self._products
-        self._products, self._num_bytes, self._num_kernels = before
-        self._num_kernels += 1
+        inside, self._kernels = [one for one in self._kernels if isinstance(one, Product)], before
         if inside:  # a product of chunks of tokens, which are summed
             *_, factor = _tensors(args)
             [(batch, m, n)] = {(one.batch, one.m, one.n) for one in inside}
-            k = sum(one.k * count for one, count in inside.items())
-            self._products[Product("mm", batch, m, n, k, _dtype_name(factor.dtype))] += 1
+            k = sum(one.k for one in inside)
+            self._kernels.append(Product("mm", batch, m, n, k, _dtype_name(factor.dtype)))
         else:
-            for tensors in (args, result):  # some of which may share their memory
-                self._num_bytes += sum({_storage(one): _num_bytes(one) for one in _tensors(tensors)}.values())
+            sizes = ({_storage(one): _num_bytes(one) for one in _tensors(some)} for some in (args, result))
+            self._kernels.append(sum(sum(by_storage.values()) for by_storage in sizes))  # some share their memory
         return result
 
     def entries(self, since: tuple[int, int] = (0, 0)) -> tuple[Entry, ...]:
@@ -154,9 +143,11 @@ class Recorder(Mode):
         self._entries.append(entry)
 
     def _flush_work(self) -> None:
-        if self._num_kernels:
-            self._entries.append(Computation(dict(self._products), self._num_bytes, self._num_kernels))
-        self._start_work()
+        if self._kernels:
+            products = Counter(one for one in self._kernels if isinstance(one, Product))
+            num_bytes = sum(one for one in self._kernels if isinstance(one, int))
+            self._entries.append(Computation(dict(products), num_bytes, len(self._kernels)))
+        self._kernels = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _DEVICE and isinstance(args[0], FakeTensor):
@@ -227,11 +218,12 @@ class Recorder(Mode):
         outputs, name = _written(func, args, result), func.overloadpacket.__name__
         if not outputs:
             return
-        if self.fuses_sums and _adds_to_a_buffer(func, args) and args[1].untyped_storage() is self._last_product():
-            return
-        self._num_kernels += 1
+        if self.fuses_sums and func is torch.ops.aten.add_.Tensor and isinstance(args[1], Tensor):
+            is_part = args[0].untyped_storage().nbytes() > args[0].nbytes  # as of the buffer of all sums of gradients
+            if is_part and args[1].untyped_storage() is self._last_product():
+                return
         if name in _PRODUCTS:
-            self._products[_product(name, args)] += 1
+            self._kernels.append(_product(name, args))
             self._last_product = weakref.ref(outputs[0].untyped_storage())
             return
         read = args
@@ -239,7 +231,7 @@ class Recorder(Mode):
             read = args[1:]
         elif name == "embedding":  # rows of the table
             read = args[1], *outputs
-        self._num_bytes += sum(map(_num_bytes, (*_tensors(read), *outputs)))
+        self._kernels.append(sum(map(_num_bytes, (*_tensors(read), *outputs))))
 
 
 class _Handle(dist.Work):
@@ -325,12 +317,6 @@ def _extent(tensor: Tensor) -> tuple[int, int]:
     """Where its elements begin and end in its storage, in bytes."""
     begin, size = int(tensor.storage_offset()), tensor.element_size()
     return begin * size, compute_required_storage_length(tensor.shape, tensor.stride(), begin) * size
-
-
-def _adds_to_a_buffer(func: Any, args: Any) -> bool:
-    """Whether it adds a tensor to a part of a storage, as to that of all sums of gradients."""
-    adds = func is torch.ops.aten.add_.Tensor and isinstance(args[1], Tensor)
-    return adds and args[0].untyped_storage().nbytes() > args[0].nbytes
 
 
 _LINEAR = "_linear_pointwise"  # oneDNN's

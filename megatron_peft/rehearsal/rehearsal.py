@@ -14,8 +14,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
+from itertools import starmap
 from multiprocessing import get_context
 from multiprocessing.connection import wait
+from pkgutil import resolve_name
 from threading import Thread
 from typing import Any
 
@@ -33,6 +35,10 @@ from megatron_peft.runtime.ranks import NO_GPU, preload
 
 Watch = Callable[[int, int], None]  # is told how much of the work is done now, and how much more there is to do
 MOST_REPLICAS, MOST_RANKS = 8, 64  # whose calls are compared in `order_problem`
+# Functions for processes of their own.
+REHEARSE = "megatron_peft.rehearsal.rehearsed_rank:rehearse_rank"
+RECORD_LAYERS = "megatron_peft.rehearsal.layer_recording:recorded_layers"
+SCHEDULES = "megatron_peft.rehearsal.stage_schedule:schedules_of_stages"
 
 
 @contextmanager
@@ -53,12 +59,13 @@ def work_bar(title: str) -> Iterator[Watch]:
 
 def rehearse(ranks: Sequence[RankToRehearse], watch: Watch = lambda done, more: None) -> list[RankRecord]:
     """The record of each rank. `watch` counts ranks."""
-    return _in_processes(_rehearse, ranks, watch)
+    return _in_processes(REHEARSE, [(rank,) for rank in ranks], watch)
 
 
 def record_layers(asked: Sequence[LayersToRecord], watch: Watch = lambda done, more: None) -> list[RecordedLayers]:
     """The segments of each model, from as few layers as have all kinds of them. `watch` counts recordings."""
-    return _in_processes(_record, asked, watch, take_several=True)
+    found = _in_processes(RECORD_LAYERS, [([one],) for one in asked], watch, take_several=True)
+    return [layers for [layers] in found]
 
 
 @dataclass(frozen=True)
@@ -113,7 +120,7 @@ def rehearse_run(
         places = sorted({*places, *(grid.rank(0, 0, stage) for stage in fullest)})
         places += [grid.rank(1, 0, grid.pipeline - 1)] if grid.tensor > 1 else []
     asked = [RankToRehearse.of(config, shape, rank, peaks) for rank in places]
-    [schedules] = _in_processes(_schedules, [(config, shape)], watch)
+    [schedules] = _in_processes(SCHEDULES, [(config, shape)], watch)
     records = rehearse(asked, watch)
     of_rank = dict(zip(places, records, strict=True))
     programs = [
@@ -161,10 +168,11 @@ def order_problem(run: RehearsedRun, watch: Watch = lambda done, more: None) -> 
     if grid.size > MOST_RANKS:  # every tensor-parallel rank of a replica, and one of each replica
         places = [place for place in places if 0 in place[:2]]
     asked = [
-        RankToRehearse(config, shape, grid.rank(*place), config.num_microbatches, lengths, calls_alone=True)
+        (RankToRehearse(config, shape, grid.rank(*place), config.num_microbatches, lengths, calls_alone=True),)
         for place in places
     ]
-    records = dict(zip(places, _in_processes(_rehearse, asked, watch, take_several=True), strict=True))
+    found = _in_processes(REHEARSE, asked, watch, take_several=True)
+    records = dict(zip(places, found, strict=True))
     programs: dict[int, tuple[Entry, ...]] = {}
     for rank, number in numbers.items():
         tensor, data, stage = grid.place(rank)
@@ -176,9 +184,9 @@ def order_problem(run: RehearsedRun, watch: Watch = lambda done, more: None) -> 
 
 
 def _in_processes(
-    function: Callable[[Any], Any], asked: Sequence[Any], watch: Watch, take_several: bool = False
+    function: str, asked: Sequence[tuple[Any, ...]], watch: Watch, take_several: bool = False
 ) -> list[Any]:
-    """What `function`, of this file, gives for each of these, in processes forked from one that has torch.
+    """What a function, "module:name", gives for each of these arguments, in processes forked from one that has torch.
 
     At a time there are as many as this machine has cores, at most four.
 
@@ -222,13 +230,13 @@ def _in_processes(
     return answers
 
 
-def _answer(sender: Any, function: Callable[[Any], Any], asked: Sequence[Any]) -> None:
+def _answer(sender: Any, function: str, asked: Sequence[tuple[Any, ...]]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the asking process ends this one
     import_module(NO_GPU)  # where the server could not
     sys.stdout = open(os.devnull, "w")  # what a run tells at its start
     warnings.simplefilter("ignore")
     try:
-        answer: Any = [*map(function, asked)]
+        answer: Any = [*starmap(resolve_name(function), asked)]
     except ConfigurationError as error:
         answer = ConfigurationError(*error.problems)
     except BaseException:
@@ -236,18 +244,3 @@ def _answer(sender: Any, function: Callable[[Any], Any], asked: Sequence[Any]) -
     sender.send(answer)
     sender.close()
     os._exit(0)  # torch has nothing to put away
-
-
-# What runs in the processes, of files that import torch.
-
-
-def _rehearse(of: RankToRehearse) -> RankRecord:
-    return import_module("megatron_peft.rehearsal.rehearsed_rank").rehearse_rank(of)
-
-
-def _record(of: LayersToRecord) -> RecordedLayers:
-    return import_module("megatron_peft.rehearsal.layer_recording").recorded_layers([of])[0]
-
-
-def _schedules(of: tuple[RunConfig, ModelShape]) -> list[tuple[Entry, ...]]:
-    return import_module("megatron_peft.rehearsal.stage_schedule").schedules_of_stages(*of)
