@@ -40,46 +40,32 @@ class Link:
 class Cluster:
     """Nodes of GPUs. The files in `clusters/` say where each number is from.
 
-    Each has its unit, and the least and the most that it may be: beyond them it is a slip of units.
-
-    Args:
-        name: for tables.
-        gpus_per_node: consecutive ranks share a node.
-        memory_gib: of a GPU, as torch sees it.
-        reserved_gib: of it, what no rehearsal sees: CUDA's context, NCCL's buffers, workspaces, fragmentation.
-        bf16_tflops, fp32_tflops: of products, at most.
-        memory_gb_per_second: of a GPU's own memory, at most.
-        memory_efficiency: reached by operations that are no products.
-        product_efficiency: (GFLOP of a product, its part of the rate), ascending; linear in the logarithm between.
-        attention_efficiency: of fused causal attention, without the half that the mask spares.
-        sustained: what products reach on one node in a long run, beside what they reach alone. This and the next two
-            are calibrated (tools/published.toml).
-        lost_per_doubling: part of `sustained`, each time that the nodes double.
-        tensor_overlap: part of a tensor-parallel call that is hidden where a run overlaps it with products.
-        launch_us: that the host takes for an operation.
-        call_us: that the host takes for a collective or a message.
-        node_link, network_link: within a node, and between nodes.
-        hidden: `tensor_overlap` in a run that overlaps (`of_run`).
+    Each has its unit, and the least and the most that it may be: beyond them it is a slip of units. `sustained` and the
+    two after it are calibrated (tools/published.toml).
     """
 
-    name: str
-    gpus_per_node: Annotated[int, ("GPUs", 1, 1024)]
-    memory_gib: Annotated[float, ("GiB", 1, 4096)]
+    name: str  # for tables
+    gpus_per_node: Annotated[int, ("GPUs", 1, 1024)]  # consecutive ranks share a node
+    memory_gib: Annotated[float, ("GiB", 1, 4096)]  # of a GPU, as torch sees it
+    # Of it, what no rehearsal sees: CUDA's context, NCCL's buffers, workspaces, fragmentation.
     reserved_gib: Annotated[float, ("GiB", 0, 1024)]
-    bf16_tflops: Annotated[float, ("TFLOP/s", 1, 100_000)]
+    bf16_tflops: Annotated[float, ("TFLOP/s", 1, 100_000)]  # of products, at most
     fp32_tflops: Annotated[float, ("TFLOP/s", 0.1, 100_000)]
-    memory_gb_per_second: Annotated[float, ("GB/s", 10, 1_000_000)]
-    memory_efficiency: Annotated[float, ("of the rate", 0.05, 1)]
+    memory_gb_per_second: Annotated[float, ("GB/s", 10, 1_000_000)]  # of a GPU's own memory, at most
+    memory_efficiency: Annotated[float, ("of the rate", 0.05, 1)]  # reached by operations that are no products
+    # (GFLOP of a product, its part of the rate), ascending; linear in the logarithm between.
     product_efficiency: tuple[tuple[float, float], ...]
+    # Of fused causal attention, without the half that the mask spares.
     attention_efficiency: Annotated[float, ("of the rate", 0.01, 1)]
+    # What products reach on one node in a long run, beside what they reach alone; and lose, each time the nodes double.
     sustained: Annotated[float, ("of an isolated kernel's rate", 0.05, 1)]
     lost_per_doubling: Annotated[float, ("of a GPU's speed", 0, 0.5)]
-    tensor_overlap: Annotated[float, ("of a tensor-parallel call", 0, 1)]
-    launch_us: Annotated[float, ("microseconds", 0.1, 1000)]
-    call_us: Annotated[float, ("microseconds", 0.1, 10_000)]
-    node_link: Annotated[Link, ("GB/s", 0.1, 100_000), ("microseconds", 0.01, 100_000)]
-    network_link: Annotated[Link, ("GB/s", 0.01, 100_000), ("microseconds", 0.01, 1_000_000)]
-    hidden: float = 0.0
+    tensor_overlap: Annotated[float, ("of a tensor-parallel call", 0, 1)]  # that is hidden where a run overlaps it
+    launch_us: Annotated[float, ("microseconds", 0.1, 1000)]  # that the host takes for an operation
+    call_us: Annotated[float, ("microseconds", 0.1, 10_000)]  # that it takes for a collective or a message
+    node_link: Annotated[Link, ("GB/s", 0.1, 100_000), ("microseconds", 0.01, 100_000)]  # within a node
+    network_link: Annotated[Link, ("GB/s", 0.01, 100_000), ("microseconds", 0.01, 1_000_000)]  # between nodes
+    hidden: float = 0.0  # `tensor_overlap` in a run that overlaps (`of_run`)
 
     @property
     def usable_bytes(self) -> float:

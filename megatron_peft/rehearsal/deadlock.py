@@ -114,9 +114,8 @@ class _Replay:
         self.programs = programs
         self.waits_for: dict[int, list[_Place]] = {rank: [] for rank in programs}
         self.ready = deque(programs)
-        # Of each group, its collectives by number that not all have joined: who has come.
-        self.collectives: dict[Any, dict[int, dict[int, _Place]]] = defaultdict(dict)
-        self.counts: dict[Any, int] = defaultdict(int)  # of each group and rank: collectives issued
+        # Of each group, its collectives that not all have joined, in their order: who has come.
+        self.collectives: dict[Any, list[dict[int, _Place]]] = defaultdict(list)
         # Messages without a partner, all of one rank: of a group's batches from one rank to another; of others between
         # two ranks of a group.
         self.messages: dict[Any, deque[_Place]] = defaultdict(deque)
@@ -164,17 +163,17 @@ class _Replay:
         call = place.call
         if call.operation in MESSAGES:
             return self._message(place)
-        group = (call.axis, call.group)
-        number = self.counts[group, place.rank]
-        self.counts[group, place.rank] += 1
-        others = self.collectives[group].setdefault(number, {})
-        if others:
-            other = next(iter(others.values()))
-            if _OF_ONE_COLLECTIVE(call) != _OF_ONE_COLLECTIVE(other.call):
-                raise _Found(Problem("mismatch", (other.rank, place.rank), f"{other} meets {place}."))
+        begun = self.collectives[call.axis, call.group]
+        others = next((one for one in begun if place.rank not in one), None)
+        if others is None:
+            begun.append(others := {})
+        other = next(iter(others.values()), place)
+        if _OF_ONE_COLLECTIVE(call) != _OF_ONE_COLLECTIVE(other.call):
+            raise _Found(Problem("mismatch", (other.rank, place.rank), f"{other} meets {place}."))
         others[place.rank] = place
         if len(others) == len(call.group):
-            self._complete(*self.collectives[group].pop(number).values())
+            begun.remove(others)
+            self._complete(*others.values())
 
     def _message(self, place: _Place) -> None:
         call = place.call
@@ -223,5 +222,5 @@ class _Replay:
         call = place.call
         if call.operation in MESSAGES:
             return [call.peer] if call.peer is not None else []
-        came = next(others for others in self.collectives[call.axis, call.group].values() if place in others.values())
+        came = next(others for others in self.collectives[call.axis, call.group] if place in others.values())
         return [rank for rank in call.group if rank not in came]

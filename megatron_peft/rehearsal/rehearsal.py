@@ -6,16 +6,12 @@ as --seq-length allows.
 """
 
 import os
-import signal
-import sys
 import traceback
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
 from itertools import starmap
-from multiprocessing import get_context
 from multiprocessing.connection import wait
 from pkgutil import resolve_name
 from threading import Thread
@@ -31,7 +27,7 @@ from megatron_peft.rehearsal.deadlock import Problem, check_order, missing_wait
 from megatron_peft.rehearsal.record import Entry, RankRecord, RecordedLayers
 from megatron_peft.rehearsal.schedule import RankGrid, StageProgram, program_of_stage, programs_of_ranks, renumbered
 from megatron_peft.rehearsal.small_run import kept_stages, shrink
-from megatron_peft.runtime.ranks import NO_GPU, preload
+from megatron_peft.runtime.ranks import NO_GPU, Ranks, preload
 
 Watch = Callable[[int, int], None]  # is told how much of the work is done now, and how much more there is to do
 MOST_REPLICAS, MOST_RANKS = 8, 64  # whose calls are compared in `order_problem`
@@ -196,51 +192,38 @@ def _in_processes(
     """
     num_processes = min(len(os.sched_getaffinity(0)), 4)
     num_parts = min(num_processes, len(asked)) if take_several else len(asked)
-    context = get_context("forkserver")
     preload(["megatron_peft.rehearsal.layer_recording"])  # and all that a rehearsed rank imports
     watch(0, len(asked))
     answers: list[Any] = [None] * len(asked)
     waiting = [slice(part, None, num_parts) for part in range(num_parts)]
-    running: dict[Any, tuple[slice, Any]] = {}  # by what a process answers with: its part, and the process
-    try:
+    running: dict[Any, tuple[slice, Ranks]] = {}  # by what tells that a process has ended
+    with ExitStack() as stack:  # none is left after an error and Ctrl-C
         while waiting or running:
             while waiting and len(running) < num_processes:
                 part = waiting.pop(0)
-                receiver, sender = context.Pipe(duplex=False)
-                process = context.Process(target=_answer, args=(sender, function, asked[part]), daemon=True)
-                process.start()
-                sender.close()
-                running[receiver] = part, process
-            answered: list[Any] = wait([*running])
-            for receiver in answered:
-                part, process = running.pop(receiver)
-                try:
-                    answer: Any = receiver.recv()
-                except EOFError:
-                    process.join()
-                    answer = RuntimeError(f"the process of a rehearsed rank ended with exit code {process.exitcode}")
-                process.join()
+                ranks = Ranks(1, _answer, (function, asked[part]))
+                ranks.processes[0].daemon = True  # a run ends without its planned peak
+                stack.enter_context(ranks)
+                running[ranks.processes[0].sentinel] = part, ranks
+            for ended in wait([*running]):
+                part, ranks = running.pop(ended)
+                if any(ranks.exit_codes):
+                    raise RuntimeError(f"the process of a rehearsed rank ended with exit code {ranks.exit_codes[0]}")
+                answer = ranks.result(0)
                 if isinstance(answer, Exception):
                     raise answer
                 answers[part] = answer
                 watch(len(answer), 0)
-    finally:  # after an error and Ctrl-C too
-        for _, process in running.values():
-            process.kill()
     return answers
 
 
-def _answer(sender: Any, function: str, asked: Sequence[tuple[Any, ...]]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the asking process ends this one
+def _answer(of: tuple[str, Sequence[tuple[Any, ...]]]) -> Any:
+    """In a process of its own."""
     import_module(NO_GPU)  # where the server could not
-    sys.stdout = open(os.devnull, "w")  # what a run tells at its start
-    warnings.simplefilter("ignore")
+    function, asked = of
     try:
-        answer: Any = [*starmap(resolve_name(function), asked)]
+        return [*starmap(resolve_name(function), asked)]
     except ConfigurationError as error:
-        answer = ConfigurationError(*error.problems)
-    except BaseException:
-        answer = RuntimeError(f"a rehearsed rank failed:\n{traceback.format_exc()}")
-    sender.send(answer)
-    sender.close()
-    os._exit(0)  # torch has nothing to put away
+        return ConfigurationError(*error.problems)
+    except Exception:
+        return RuntimeError(f"a rehearsed rank failed:\n{traceback.format_exc()}")

@@ -294,12 +294,21 @@ def save_model(shape: ModelShape, folder: Path) -> None:
 
 
 def _data(data: DataConfig, shape: ModelShape, folder: Path, batch_size: int) -> DataConfig:
-    """Generated sequences for indexed data, else records; packed and padded as the run's."""
+    """Generated sequences for indexed data, else prompts and completions of random ids, of many lengths; packed and
+    padded as the run's."""
     made: Mapping[str, Any] = {"mock_data": True}
     if data.reads_records or not (data.mock_data or data.data_path or data.train_data_path):
+        draw = random.Random(0)
+
+        def words(shortest: int, longest: int) -> str:
+            return " ".join(str(draw.randrange(shape.vocab_size - 1)) for _ in range(draw.randint(shortest, longest)))
+
         number = round(batch_size * EPOCH * (SAMPLES_OF_A_PACK if data.pack_sequences else 1))
-        path = (str(save_records(folder / "data.jsonl", shape.vocab_size, number)),)
-        made = {"train_data_path": path, "valid_data_path": path, "pack_sequences": data.pack_sequences}
+        pairs = [{"prompt": words(2, 12), "completion": " " + words(3, 24)} for _ in range(number)]
+        path = folder / "data.jsonl"
+        path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+        paths = (str(path),)
+        made = {"train_data_path": paths, "valid_data_path": paths, "pack_sequences": data.pack_sequences}
     return DataConfig(
         **made,
         **_kept(data),
@@ -308,15 +317,3 @@ def _data(data: DataConfig, shape: ModelShape, folder: Path, batch_size: int) ->
         vocab_size=shape.vocab_size - 1,
         num_workers=0,
     )
-
-
-def save_records(path: Path, vocab_size: int, number: int) -> Path:
-    """Prompts and completions of random ids, of many lengths."""
-    draw = random.Random(0)
-
-    def words(shortest: int, longest: int) -> str:
-        return " ".join(str(draw.randrange(vocab_size - 1)) for _ in range(draw.randint(shortest, longest)))
-
-    pairs = [{"prompt": words(2, 12), "completion": " " + words(3, 24)} for _ in range(number)]
-    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    return path
