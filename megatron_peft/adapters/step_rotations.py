@@ -12,7 +12,7 @@ Letters: k groups of g features of one layer, K those of all layers.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,15 +20,40 @@ from torch import Tensor, nn
 from megatron_peft.adapters.blocks import HeldBlocks, gradient_from_mixed_output, gradient_from_output, multiplier
 from megatron_peft.parallel.collectives import gradient_of
 
-if TYPE_CHECKING:  # it is a `RotatesOnceAStep`
-    from megatron_peft.adapters.rotation import BlockRotation
-
 # A step's gradients come in this order, so that each formula takes one contiguous part of them.
 FORMULAS = {
     "output": gradient_from_output,
     "mixed output": gradient_from_mixed_output,
     "input": lambda products, D: products,
 }
+
+
+class Rotation(nn.Module):
+    """What D = R - I of k groups is built from. Subclasses own the parameter and say what the blocks are."""
+
+    @property
+    def trained(self) -> nn.Parameter:
+        """The one parameter, [k, ...]."""
+        raise NotImplementedError
+
+    @property
+    def num_local_groups(self) -> int:
+        """k."""
+        raise NotImplementedError
+
+    @property
+    def has_blocks(self) -> bool:
+        """Whether R is applied as dense blocks."""
+        return True
+
+    def constants(self) -> tuple[Tensor, ...]:
+        """What else the blocks depend on, each [k, ...]."""
+        return ()
+
+    @staticmethod
+    def changes_of(trained: Tensor, *constants: Tensor) -> Tensor:
+        """D = R - I, [k, g, g], of the groups of one layer or of several, whose tensors are concatenated."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -44,7 +69,7 @@ class AppliedRotation:
         scale: s of the low rank beside it.
     """
 
-    rotation: "BlockRotation"
+    rotation: Rotation
     kept: Literal["output", "mixed output", "input"]
     transposed: bool = False
     mix: Tensor | None = None

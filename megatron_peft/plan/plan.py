@@ -200,12 +200,10 @@ def draw(plan: Plan, path: Path) -> None:
     Args:
         path: its ending says in which format.
     """
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (memory, timeline) = pyplot.subplots(2, 1, figsize=(11, 8), layout="constrained")
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    memory, timeline = figure.subplots(2, 1)
     records = plan.run.records
     below = [0.0] * len(records)
     for part in PARTS:
@@ -213,8 +211,7 @@ def draw(plan: Plan, path: Path) -> None:
         memory.bar(_names(records), heights, bottom=below, label=part)
         below = [low + height for low, height in zip(below, heights, strict=True)]
     memory.axhline(plan.cluster.usable_bytes / _GIB, color="black", linestyle="--", label="usable")
-    memory.set_ylabel("GiB at the peak of a step")
-    memory.set_title("Memory")
+    memory.set(title="Memory", ylabel="GiB at the peak of a step")
     memory.legend(fontsize="small", ncols=4)
 
     spans = {} if plan.pace is None else plan.pace.time.spans
@@ -224,8 +221,6 @@ def draw(plan: Plan, path: Path) -> None:
             timeline.broken_barh(drawn, (row - 0.4, 0.8), facecolors=color, label=phase if row == 0 else None)
     timeline.set_yticks(range(len(spans)), [f"stage {number}" for number in range(len(spans))])
     timeline.invert_yaxis()
-    timeline.set_xlabel("seconds")
-    timeline.set_title("Pipeline (estimated)")
+    timeline.set(title="Pipeline (estimated)", xlabel="seconds")
     timeline.legend(fontsize="small")
     figure.savefig(path)
-    pyplot.close(figure)

@@ -26,7 +26,7 @@ from megatron_peft.rehearsal.asked import LayersToRecord, Lengths, RankToRehears
 from megatron_peft.rehearsal.deadlock import Problem, check_order, missing_wait
 from megatron_peft.rehearsal.record import Entry, RankRecord, RecordedLayers
 from megatron_peft.rehearsal.schedule import RankGrid, StageProgram, program_of_stage, programs_of_ranks, renumbered
-from megatron_peft.rehearsal.small_run import kept_stages, shrink
+from megatron_peft.rehearsal.small_run import kept_stages, make_small
 from megatron_peft.runtime.ranks import NO_GPU, Ranks, preload
 
 Watch = Callable[[int, int], None]  # is told how much of the work is done now, and how much more there is to do
@@ -148,15 +148,15 @@ def start_planned_peak(config: RunConfig, shape: ModelShape) -> Callable[[], int
 def order_problem(run: RehearsedRun, watch: Watch = lambda done, more: None) -> Problem | None:
     """The first problem of the calls of any rank; None: all end.
 
-    Every rank of a smaller run (`shrink`) is rehearsed from the model to a checkpoint, and their programs are replayed:
-    one rank may do something else than another if those that it does it with do so too. Then a step of the run itself
-    is replayed, with all of its layers, stages and microbatches.
+    Every rank of a small run (`make_small`) is rehearsed from the model to a checkpoint, and their programs are
+    replayed: one rank may do something else than another if those that it does it with do so too. Then a step of the
+    run itself is replayed, with all of its layers, stages and microbatches.
     """
     if run.grid.size == 1:
         return None
     stages = kept_stages(run.grid.pipeline)
     few = len(stages) if run.config.parallel.is_interleaved else 2
-    config, shape = shrink(run.config, run.shape, run.grid.tensor, MOST_REPLICAS, few)
+    config, shape = make_small(run.config, run.shape, run.grid.tensor, MOST_REPLICAS, few)
     config = replace(config, checkpoint=replace(config.checkpoint, save="never written"))
     grid, lengths = RankGrid.of(config.parallel), (Lengths.longest(config),)
     places = [grid.place(rank) for rank in range(grid.size)]

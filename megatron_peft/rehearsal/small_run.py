@@ -1,9 +1,10 @@
 """A small run of a large run's own shape: the model, layout, data and steps that a certificate starts for real.
 
-`shrink` cuts ranks, stages, layers and microbatches alone, for the order of calls too. Kept: the flags of the method
-and their numbers; gating, tied heads, biases, norms of queries and keys, position embeddings; queries per key-value
-head; whether the vocabulary is padded; which pipeline stages hold fewer layers, more or none; sequence parallelism,
-interleaving, packing and padding, recompute, precision, optimizer, the distributed optimizer and overlap. Cut:
+`make_small` cuts ranks, stages, layers and microbatches alone, for the order of calls too. Kept: the flags of the
+method and their numbers; gating, tied heads, biases, norms of queries and keys, position embeddings; queries per
+key-value head; whether the vocabulary is padded; which pipeline stages hold fewer layers, more or none; sequence
+parallelism, interleaving, packing and padding, recompute, precision, optimizer, the distributed optimizer and overlap.
+Cut:
 
     tensor-parallel ranks, pipeline stages      at most 4 of each
     replicas                                    2, if there are several
@@ -83,7 +84,7 @@ def small_run(config: RunConfig, shape: ModelShape, folder: Path) -> SmallRun:
         ConfigurationError: no small model fits the method's numbers.
     """
     few = max(4, 2 * min(config.parallel.pipeline_model_parallel_size, MOST_STAGES))
-    shrunk, of_few_layers = shrink(config, shape, MOST_TENSOR_PARALLEL, MOST_REPLICAS, few)
+    shrunk, of_few_layers = make_small(config, shape, MOST_TENSOR_PARALLEL, MOST_REPLICAS, few)
     parallel, num_layers = shrunk.parallel, of_few_layers.num_layers
     lr = LEARNING_RATE if config.peft.trains_adapters else FULL_LEARNING_RATE
     rate_scale, decoupled_lr = lr / config.optimizer.lr, config.optimizer.decoupled_lr
@@ -155,7 +156,7 @@ def kept_stages(num_stages: int) -> Sequence[int]:
     return *range(kept - kept // 2), *range(num_stages - kept // 2, num_stages)
 
 
-def shrink(
+def make_small(
     config: RunConfig, shape: ModelShape, most_tensor_parallel: int, most_replicas: int, most_microbatches: int
 ) -> tuple[RunConfig, ModelShape]:
     """A run with at most so many ranks on an axis and microbatches a step, and few layers, as wide as before."""
