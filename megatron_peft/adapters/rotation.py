@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from megatron_peft.adapters.blocks import HeldBlocks, add_blocks
 from megatron_peft.adapters.frozen_linear import FrozenLinearCall, frozen_linear, run_function
 from megatron_peft.adapters.rotated_linear import frozen_linear_rotated, rotation_gradients
-from megatron_peft.adapters.step_rotations import AppliedRotation, RotatesOnceAStep
+from megatron_peft.adapters.step_rotations import AppliedRotation, RotatesOnceAStep, Rotation
 from megatron_peft.adapters.unitary import orthogonality_error
 from megatron_peft.config import Side
 from megatron_peft.config.methods.rotation import IS_ROTATION
@@ -27,8 +27,8 @@ from megatron_peft.parallel.layout import LinearLayout
 from megatron_peft.runtime.precision import full_precision
 
 
-class BlockRotation(RotatesOnceAStep, nn.Module):
-    """One adapted linear layer's rotation. Subclasses own the parameters and say what the blocks are.
+class BlockRotation(RotatesOnceAStep, Rotation):
+    """One adapted linear layer's rotation.
 
     Args:
         layout: of the base weight.
@@ -53,31 +53,12 @@ class BlockRotation(RotatesOnceAStep, nn.Module):
         parts = self.layout.num_parts if self.side == "output" else 1
         return parts * self.layout.num_local_features(self.side) // self.group_size
 
-    @property
-    def trained(self) -> nn.Parameter:
-        """The one parameter, [k, ...]."""
-        raise NotImplementedError
-
-    def constants(self) -> tuple[Tensor, ...]:
-        """What else the blocks depend on, each [k, ...]."""
-        return ()
-
-    @staticmethod
-    def changes_of(trained: Tensor, *constants: Tensor) -> Tensor:
-        """D = R - I, [k, g, g], of the groups of one layer or of several, whose tensors are concatenated."""
-        raise NotImplementedError
-
     @full_precision
     def changes(self) -> Tensor:
         """D = R - I, [k, g, g] in float32, differentiable in the parameters."""
         if torch.is_grad_enabled() and self.trained.requires_grad:
             return _Changes.apply(self.trained, self.changes_of, *self.constants())  # pyright: ignore[reportReturnType]
         return self.changes_of(self.trained, *self.constants())
-
-    @property
-    def has_blocks(self) -> bool:
-        """Whether R is applied as dense blocks."""
-        return True
 
     def applied_rotation(self) -> AppliedRotation:
         return AppliedRotation(self, "output", transposed=self.side == "input")

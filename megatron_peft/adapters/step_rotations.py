@@ -12,7 +12,7 @@ Letters: k groups of g features of one layer, K those of all layers.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,18 +28,32 @@ FORMULAS = {
 }
 
 
-class Rotation(Protocol):
-    """Of `BlockRotation`, what is built here."""
+class Rotation(nn.Module):
+    """What D = R - I of k groups is built from. Subclasses own the parameter and say what the blocks are."""
 
     @property
-    def trained(self) -> nn.Parameter: ...
+    def trained(self) -> nn.Parameter:
+        """The one parameter, [k, ...]."""
+        raise NotImplementedError
+
     @property
-    def num_local_groups(self) -> int: ...
+    def num_local_groups(self) -> int:
+        """k."""
+        raise NotImplementedError
+
     @property
-    def has_blocks(self) -> bool: ...
-    def constants(self) -> tuple[Tensor, ...]: ...
+    def has_blocks(self) -> bool:
+        """Whether R is applied as dense blocks."""
+        return True
+
+    def constants(self) -> tuple[Tensor, ...]:
+        """What else the blocks depend on, each [k, ...]."""
+        return ()
+
     @staticmethod
-    def changes_of(trained: Tensor, *constants: Tensor) -> Tensor: ...
+    def changes_of(trained: Tensor, *constants: Tensor) -> Tensor:
+        """D = R - I, [k, g, g], of the groups of one layer or of several, whose tensors are concatenated."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)

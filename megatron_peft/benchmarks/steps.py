@@ -4,6 +4,7 @@ import dataclasses
 import time
 from collections import Counter
 from collections.abc import Sequence
+from math import prod
 from statistics import mean, median
 from typing import Any
 
@@ -13,8 +14,6 @@ from torch import Tensor, nn
 from megatron_peft.adapters.attach import attach_adapters, start_gradients_at_the_embedding
 from megatron_peft.benchmarks.measure import (
     MIB,
-    Collective,
-    CollectiveLog,
     Figure,
     Peak,
     StepsJob,
@@ -37,6 +36,8 @@ from megatron_peft.benchmarks.subjects import (
     microbatch,
 )
 from megatron_peft.models.families import read_shape
+from megatron_peft.rehearsal.record import ITEM_BYTES, Call
+from megatron_peft.rehearsal.recording import Recorder, group_names
 from megatron_peft.runtime.cpu_kernels import give_back_freed_memory
 from megatron_peft.runtime.ranks import run_ranks
 
@@ -214,6 +215,7 @@ class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
 # and, for each row-parallel layer, one r-wide call (two with sequence parallelism).
 
 EXTRA_BYTES_ALLOWED = 1.03
+MOST_NUMBERS = 8  # of a sum of losses, a norm, a count of tokens
 
 
 def collectives_figures(setting: Setting) -> list[Figure]:
@@ -222,7 +224,7 @@ def collectives_figures(setting: Setting) -> list[Figure]:
     return [figure for layout in layouts for figure in _compare(layout)]
 
 
-def log_steps(setting: Setting) -> dict[str, list[Collective]]:
+def log_steps(setting: Setting) -> dict[str, list[Call]]:
     """The calls of one step of the frozen base of megatron-core's own layers, of LoRA and of the Hybrid, on this rank.
 
     Started on ranks.
@@ -234,20 +236,33 @@ def log_steps(setting: Setting) -> dict[str, list[Collective]]:
     return calls
 
 
-def _log(step) -> list[Collective]:
+def _log(step) -> list[Call]:
     step()  # the first step of an optimizer is not like the others
-    with CollectiveLog() as log:
+    with Recorder(group_names(), keeps_work=False) as log:
         step()
-    return log.calls
+    # Where one is waited for is not compared.
+    return [dataclasses.replace(entry, is_async=False) for entry in log.entries() if isinstance(entry, Call)]
+
+
+def num_elements(call: Call) -> int:
+    """Of the whole tensor: what is gathered, or what is summed."""
+    return sum(map(prod, call.shapes)) * (len(call.group) if call.operation == "all_gather" else 1)
+
+
+def _width(call: Call) -> int:
+    """Elements of the last axis."""
+    return call.shapes[0][-1] if call.shapes and call.shapes[0] else 1
 
 
 def _compare(setting: Setting) -> list[Figure]:
     calls = run_ranks(setting.world_size, log_steps, setting)[0]
-    frozen, lora, hybrid = ([c for c in calls[name] if not c.is_scalar] for name in ("frozen", "lora", "hybrid"))
+    frozen, lora, hybrid = (
+        [one for one in calls[name] if num_elements(one) > MOST_NUMBERS] for name in ("frozen", "lora", "hybrid")
+    )
     extra = extra_calls(frozen, lora)
-    wide = [call for call in extra if call.name != "allreduce_" and call.width > setting.rank]
-    sums = [call for call in extra if call.name == "allreduce_"]
-    scalars = sum(call.is_scalar for call in calls["lora"])
+    wide = [call for call in extra if call.operation != "all_reduce" and _width(call) > setting.rank]
+    sums = [call for call in extra if call.operation == "all_reduce"]
+    scalars = len(calls["lora"]) - len(lora)
     ratio = _bytes(lora) / _bytes(frozen)
     behind = f"frozen {_summary(frozen)}; LoRA {_summary(lora)}, and {scalars} of a few numbers"
     name = f"{setting.layout}: LoRA's"
@@ -259,10 +274,10 @@ def _compare(setting: Setting) -> list[Figure]:
     ]
 
 
-def _hybrid_over_lora(setting: Setting, lora: list[Collective], hybrid: list[Collective]) -> list[Figure]:
+def _hybrid_over_lora(setting: Setting, lora: list[Call], hybrid: list[Call]) -> list[Figure]:
     extra = extra_calls(lora, hybrid)
     # Flat ones are sums of gradients and of lambdas' norms; the others carry activations.
-    wide = [call for call in extra if call.width > setting.rank and call.width < call.elements]
+    wide = [call for call in extra if setting.rank < _width(call) < num_elements(call)]
     num_row_layers = 2 * read_shape(setting.checkpoint).num_layers
     allowed = 1 + num_row_layers * (2 if setting.sequence_parallel else 1)
     name = f"{setting.layout}: the Hybrid's"
@@ -272,21 +287,21 @@ def _hybrid_over_lora(setting: Setting, lora: list[Collective], hybrid: list[Col
     ]
 
 
-def extra_calls(base: Sequence[Collective], more: Sequence[Collective]) -> list[Collective]:
+def extra_calls(base: Sequence[Call], more: Sequence[Call]) -> list[Call]:
     """What `more` has and `base` has not, equal calls cancelling one by one."""
     return list((Counter(more) - Counter(base)).elements())
 
 
-def _bytes(calls: Sequence[Collective]) -> int:
-    return sum(call.num_bytes for call in calls)
+def _bytes(calls: Sequence[Call]) -> int:
+    return sum(num_elements(call) * ITEM_BYTES[call.dtype] for call in calls)
 
 
-def _summary(calls: Sequence[Collective]) -> str:
+def _summary(calls: Sequence[Call]) -> str:
     return f"{len(calls)} calls / {_bytes(calls) / MIB:.1f} MiB"
 
 
-def _names(calls: Sequence[Collective]) -> str:
-    counts = Counter((call.name.strip("_"), call.num_bytes) for call in calls)
+def _names(calls: Sequence[Call]) -> str:
+    counts = Counter((call.operation, _bytes([call])) for call in calls)
     return "more: " + ", ".join(f"{count} {name} of {size / MIB:.3g} MiB" for (name, size), count in counts.items())
 
 

@@ -133,7 +133,7 @@ def _config(settings: PlanSettings, flags: Sequence[str]) -> RunConfig:
 
 
 def _report(settings: PlanSettings, config: RunConfig, shape: ModelShape, cluster: "Cluster") -> int:
-    from megatron_peft.plan.plan import make_plan, print_plan
+    from megatron_peft.plan.plan import draw, make_plan, print_plan
 
     _tell("rehearsing the run's distinct ranks: from seconds to a few minutes, by the number of layers of a stage")
     plan = make_plan(config, shape, cluster)
@@ -141,8 +141,6 @@ def _report(settings: PlanSettings, config: RunConfig, shape: ModelShape, cluste
     if settings.json:
         write_file(settings.json, json.dumps(plan.as_dict(settings.tokens), indent=1) + "\n")
     if settings.plot:
-        from megatron_peft.plan.picture import draw
-
         draw(plan, settings.plot)
     return 0 if plan.fits and plan.problem is None else 1
 

@@ -140,6 +140,20 @@ def _may_be_deep(text: str | bytes) -> bool:
     return opened > MAX_DEPTH or brackets[2] in text.lower()  # type: ignore[operator]
 
 
+class StrictLoader(yaml.SafeLoader):
+    """Refuses a key that stands twice in a table, as YAML requires and PyYAML does not."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        places: dict[Any, str] = {}
+        for key in (key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"):
+            name = self.construct_object(key, deep=True)
+            if name in places:
+                told = f"{key.value} stands here and in {places[name]}: leave one out"
+                raise yaml.constructor.ConstructorError(None, None, told, key.start_mark)
+            places[name] = f"line {key.start_mark.line + 1}, column {key.start_mark.column + 1}"
+        return super().construct_mapping(node, deep)
+
+
 def parse_yaml(text: str, place: str, loader: type = yaml.SafeLoader) -> Any:
     """The value that `text` holds, read by a loader that makes plain values only."""
     with _yaml_errors(text, place):

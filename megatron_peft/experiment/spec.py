@@ -11,10 +11,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatron_peft.config import ConfigurationError
-from megatron_peft.config.untrusted import parse_yaml, read_text
+from megatron_peft.config.untrusted import StrictLoader, parse_yaml, read_text
 
 FlagValues = Mapping[str, Any]
 
@@ -189,28 +187,13 @@ CHOICE_KEYS = {
 METRIC_KEYS = ("path", "higher_is_better", "scale")
 
 
-class _Loader(yaml.SafeLoader):
-    """Refuses a duplicate key, as YAML requires and PyYAML does not."""
-
-
-def _mapping_once(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys = [loader.construct_object(key) for key, _ in node.value]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise yaml.constructor.ConstructorError(None, None, f"{key!r} is a duplicate key", node.start_mark)
-    return loader.construct_mapping(node, deep=True)
-
-
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_once)
-
-
 def read_experiment(path: Path) -> Experiment:
     """The experiment of a file, by default named like it.
 
     Raises ConfigurationError: the file cannot be read, is not YAML, has an unknown key, or contradicts itself.
     """
     text = read_text(path)
-    content = parse_yaml(text, str(path), _Loader)
+    content = parse_yaml(text, str(path), StrictLoader)
     try:
         return replace(_experiment(content, path.stem), text=text)
     except ConfigurationError as error:

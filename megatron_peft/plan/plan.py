@@ -1,8 +1,12 @@
-"""The plan of a run: what each rank holds and sends, whether all ranks' calls fit together, and what a step takes."""
+"""The plan of a run: what each rank holds and sends, whether all ranks' calls fit together, and what a step takes.
+
+As tables and answers for the terminal, as JSON, and as one picture.
+"""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -14,11 +18,13 @@ from megatron_peft.plan.cluster import Cluster
 from megatron_peft.plan.pace import Pace, time_table
 from megatron_peft.plan.timing import step_time
 from megatron_peft.rehearsal.deadlock import Problem
-from megatron_peft.rehearsal.record import PHASES, Call, Entry, Memory, RankRecord
+from megatron_peft.rehearsal.record import PHASES, Call, Entry, RankRecord
 from megatron_peft.rehearsal.rehearsal import RehearsedRun, order_problem, rehearse_run, work_bar
 
 _GIB, _MIB = 2**30, 2**20
 ACTIVATIONS = "activations of "
+PARTS = ("weights", "gradients", "optimizer", "activations", "buffers", "temporary")
+COLORS = {"forward": "tab:blue", "backward": "tab:orange", "finish": "tab:green", "update": "tab:red"}
 
 
 @dataclass(frozen=True)
@@ -131,14 +137,21 @@ def why_not_to_start(plan: Plan) -> str | None:
     )
 
 
+def _names(records: Sequence[RankRecord]) -> list[str]:
+    return [f"rank {record.rank}\nstage {record.stage}" for record in records]
+
+
+def _gib_of(part: str, record: RankRecord) -> float:
+    """Of the peak of a rank's step, all activations as one part."""
+    return sum(size for name, size in record.peaks["step"].items() if name.split(" of ")[0] == part) / _GIB
+
+
 def memory_table(plan: Plan) -> Table:
     """The peak of each rehearsed rank's step, by part; and of its other phases."""
     records = plan.run.records
-    names = (Column(f"rank {record.rank}\nstage {record.stage}", justify="right") for record in records)
-    table = Table("", *names, title="Memory, GiB")
-    peaks = [joined_activations(record.peaks["step"]) for record in records]
-    for part in ("weights", "gradients", "optimizer", "activations", "buffers", "temporary"):
-        table.add_row(part, *(f"{peak.get(part, 0) / _GIB:.2f}" for peak in peaks))
+    table = Table("", *(Column(name, justify="right") for name in _names(records)), title="Memory, GiB")
+    for part in PARTS:
+        table.add_row(part, *(f"{_gib_of(part, record):.2f}" for record in records))
     table.add_section()
     for phase in PHASES:
         if phase in plan.fullest.peaks:
@@ -167,23 +180,47 @@ def calls_table(plan: Plan) -> Table:
     return table
 
 
-def joined_activations(memory: Mapping[str, int]) -> Memory:
-    """The parts of a peak, with all activations as one."""
-    joined: dict[str, int] = defaultdict(int)
-    for part, num_bytes in memory.items():
-        joined["activations" if part.startswith(ACTIVATIONS) else part] += num_bytes
-    return dict(joined)
-
-
 def print_plan(plan: Plan, num_tokens: float | None = None) -> None:
     """All tables and answers, for the terminal.
 
     Args:
         num_tokens: of the run, for hours.
     """
-    tables = [memory_table(plan), activations_table(plan), calls_table(plan)]
     paces = [] if plan.pace is None else [plan.pace]
+    tables = memory_table(plan), activations_table(plan), calls_table(plan)
     console = Console()
     for table in (*tables, *(time_table(pace, num_tokens) for pace in paces)):
         console.print(table)
     print(f"cluster: {plan.cluster.name}", *(pace.summary() for pace in paces), *summary(plan), sep="\n")
+
+
+def draw(plan: Plan, path: Path) -> None:
+    """Write the picture: memory of the rehearsed ranks by part, and the pipeline's timeline.
+
+    Args:
+        path: its ending says in which format.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    memory, timeline = figure.subplots(2, 1)
+    records = plan.run.records
+    below = [0.0] * len(records)
+    for part in PARTS:
+        heights = [_gib_of(part, record) for record in records]
+        memory.bar(_names(records), heights, bottom=below, label=part)
+        below = [low + height for low, height in zip(below, heights, strict=True)]
+    memory.axhline(plan.cluster.usable_bytes / _GIB, color="black", linestyle="--", label="usable")
+    memory.set(title="Memory", ylabel="GiB at the peak of a step")
+    memory.legend(fontsize="small", ncols=4)
+
+    spans = {} if plan.pace is None else plan.pace.time.spans
+    for row, rank in enumerate(sorted(spans)):
+        for phase, color in COLORS.items():
+            drawn = [(one.start, one.end - one.start) for one in spans[rank] if one.phase == phase]
+            timeline.broken_barh(drawn, (row - 0.4, 0.8), facecolors=color, label=phase if row == 0 else None)
+    timeline.set_yticks(range(len(spans)), [f"stage {number}" for number in range(len(spans))])
+    timeline.invert_yaxis()
+    timeline.set(title="Pipeline (estimated)", xlabel="seconds")
+    timeline.legend(fontsize="small")
+    figure.savefig(path)

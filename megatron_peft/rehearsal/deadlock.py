@@ -10,9 +10,12 @@ slower than this in a real run only waits later.
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, NoReturn
 
 from megatron_peft.rehearsal.record import MESSAGES, PHASES, Call, EarlyUse, Entry, Mark, Wait
+
+_OF_ONE_COLLECTIVE = attrgetter("operation", "shapes", "dtype", "peer")  # the same for all of its calls
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ def check_order(programs: Mapping[int, Iterable[Entry]]) -> Problem | None:
     try:
         _Replay(programs).run()
     except _Found as found:
-        return found.problem
+        return found.args[0]
     return None
 
 
@@ -93,20 +96,15 @@ class _Place:
     def __str__(self) -> str:
         call = self.call
         shapes = " and ".join(str(list(shape)) for shape in call.shapes[:2]) + (" ..." if len(call.shapes) > 2 else "")
-        peer = "" if call.peer is None else f" {'from' if call.operation == 'recv' else 'to'} rank {call.peer}"
-        if call.operation not in MESSAGES and call.peer is not None:
-            peer = f" from rank {call.peer}"
+        side = "to" if call.operation == "send" else "from"
+        peer = "" if call.peer is None else f" {side} rank {call.peer}"
         of = f" of {call.dtype} {shapes}" if call.shapes else ""
         during = f" ({self.phase})" if self.phase else ""
         return f"call {self.number} of rank {self.rank}{during}, {call.operation}{of}{peer} in group {call.axis}"
 
 
 class _Found(Exception):
-    """Ends a replay."""
-
-    def __init__(self, kind: str, ranks: tuple[int, ...], text: str) -> None:
-        super().__init__(text)
-        self.problem = Problem(kind, ranks, text)
+    """Ends a replay, with its `Problem`."""
 
 
 class _Replay:
@@ -116,9 +114,8 @@ class _Replay:
         self.programs = programs
         self.waits_for: dict[int, list[_Place]] = {rank: [] for rank in programs}
         self.ready = deque(programs)
-        # Of each group, its collectives by number that not all have joined: who has come.
-        self.collectives: dict[Any, dict[int, dict[int, _Place]]] = defaultdict(dict)
-        self.counts: dict[Any, int] = defaultdict(int)  # of each group and rank: collectives issued
+        # Of each group, its collectives that not all have joined, in their order: who has come.
+        self.collectives: dict[Any, list[dict[int, _Place]]] = defaultdict(list)
         # Messages without a partner, all of one rank: of a group's batches from one rank to another; of others between
         # two ranks of a group.
         self.messages: dict[Any, deque[_Place]] = defaultdict(deque)
@@ -134,8 +131,8 @@ class _Replay:
         if stuck := [rank for rank, places in self.waits_for.items() if places]:
             self._tell_why(stuck[0])
         for place in (place for queue in self.messages.values() for place in queue):  # that nobody takes
-            peer = place.call.peer if place.call.peer is not None else -1
-            raise _Found("wait", (place.rank, peer), f"{place} has no partner on rank {peer}.")
+            [peer] = self._missing(place)
+            raise _Found(Problem("wait", (place.rank, peer), f"{place} has no partner on rank {peer}."))
 
     def _waits(self, rank: int, entries: Iterable[Entry]) -> Iterator[Sequence[_Place]]:
         """Issues a rank's calls, and gives what it waits for wherever it does: for a collective where it is issued."""
@@ -166,17 +163,17 @@ class _Replay:
         call = place.call
         if call.operation in MESSAGES:
             return self._message(place)
-        group = (call.axis, call.group)
-        number = self.counts[group, place.rank]
-        self.counts[group, place.rank] += 1
-        others = self.collectives[group].setdefault(number, {})
-        if others:
-            other = next(iter(others.values()))
-            if _differ(call, other.call):
-                raise _Found("mismatch", (other.rank, place.rank), f"{other} meets {place}.")
+        begun = self.collectives[call.axis, call.group]
+        others = next((one for one in begun if place.rank not in one), None)
+        if others is None:
+            begun.append(others := {})
+        other = next(iter(others.values()), place)
+        if _OF_ONE_COLLECTIVE(call) != _OF_ONE_COLLECTIVE(other.call):
+            raise _Found(Problem("mismatch", (other.rank, place.rank), f"{other} meets {place}."))
         others[place.rank] = place
         if len(others) == len(call.group):
-            self._complete(*self.collectives[group].pop(number).values())
+            begun.remove(others)
+            self._complete(*others.values())
 
     def _message(self, place: _Place) -> None:
         call = place.call
@@ -190,9 +187,9 @@ class _Replay:
         other = queue.popleft()
         if call.operation == other.call.operation:
             told = f"{other} waits for rank {place.rank}; {place} waits for rank {other.rank}."
-            raise _Found("wait", (other.rank, place.rank), f"ranks wait for one another: {told}")
+            raise _Found(Problem("wait", (other.rank, place.rank), f"ranks wait for one another: {told}"))
         if (call.shapes, call.dtype) != (other.call.shapes, other.call.dtype):
-            raise _Found("mismatch", (other.rank, place.rank), f"{other} meets {place}.")
+            raise _Found(Problem("mismatch", (other.rank, place.rank), f"{other} meets {place}."))
         self._complete(place, other)
 
     def _complete(self, *places: _Place) -> None:
@@ -213,22 +210,17 @@ class _Replay:
             ended = [other for other in missing if not self.waits_for.get(other)]
             if ended:
                 text = f"{place} waits for rank {ended[0]}, which ends without such a call."
-                raise _Found("wait", (rank, ended[0]), text)
+                raise _Found(Problem("wait", (rank, ended[0]), text))
             seen[rank] = f"{place} waits for rank {missing[0]}"
             rank = missing[0]
         cycle = [*seen][[*seen].index(rank) :]
         told = "; ".join(seen[one] for one in cycle)
-        raise _Found("wait", tuple(cycle), f"ranks wait for one another: {told}.")
+        raise _Found(Problem("wait", tuple(cycle), f"ranks wait for one another: {told}."))
 
     def _missing(self, place: _Place) -> list[int]:
         """The ranks that a call waits for."""
         call = place.call
         if call.operation in MESSAGES:
-            return [call.peer if call.peer is not None else -1]
-        came = next(others for others in self.collectives[call.axis, call.group].values() if place in others.values())
+            return [call.peer] if call.peer is not None else []
+        came = next(others for others in self.collectives[call.axis, call.group] if place in others.values())
         return [rank for rank in call.group if rank not in came]
-
-
-def _differ(one: Call, other: Call) -> bool:
-    """Whether two calls cannot be one collective."""
-    return (one.operation, one.shapes, one.dtype, one.peer) != (other.operation, other.shapes, other.dtype, other.peer)

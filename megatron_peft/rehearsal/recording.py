@@ -6,7 +6,7 @@ The same modes watch a rehearsed rank and a real one, so that tests can compare 
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor, nn
+from torch._prims_common import compute_required_storage_length
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -32,7 +33,7 @@ from megatron_peft.rehearsal.record import (
     Product,
     Wait,
 )
-from megatron_peft.runtime.fake_ranks import Mode
+from megatron_peft.runtime.fake_ranks import Mode, replaced
 
 # Groups of megatron-core that a dense model uses -> their names in a `Call`. Others are never called.
 _GROUPS = {
@@ -57,23 +58,13 @@ def group_names() -> Mapping[str, str]:
     return {**found, dist.group.WORLD.group_name: "world"}  # pyright: ignore[reportOptionalMemberAccess]
 
 
-# Operations of torch.distributed -> (ours, the argument that holds what this rank puts in, the one that names a peer).
+# Operations of torch.distributed -> ours.
 _OPERATIONS = {
-    "allreduce_": ("all_reduce", "tensors", None),
-    "allreduce_coalesced_": ("all_reduce", "tensors", None),
-    "allgather_": ("all_gather", "input_tensors", None),
-    "_allgather_base_": ("all_gather", "input_tensor", None),
-    "allgather_into_tensor_coalesced_": ("all_gather", "inputs", None),
-    "reduce_scatter_": ("reduce_scatter", "input_tensors", None),
-    "_reduce_scatter_base_": ("reduce_scatter", "input_tensor", None),
-    "reduce_scatter_tensor_coalesced_": ("reduce_scatter", "inputs", None),
-    "broadcast_": ("broadcast", "tensors", "root_rank"),
-    "reduce_": ("reduce", "tensors", "root_rank"),
-    "alltoall_base_": ("all_to_all", "input", None),
-    "alltoall_": ("all_to_all", "input_tensors", None),
-    "barrier": ("barrier", None, None),
-    "send": ("send", "tensors", "dst"),
-    "recv_": ("recv", "tensors", "src"),
+    **dict.fromkeys(("allreduce_", "allreduce_coalesced_"), "all_reduce"),
+    **dict.fromkeys(("allgather_", "_allgather_base_", "allgather_into_tensor_coalesced_"), "all_gather"),
+    **dict.fromkeys(("reduce_scatter_", "_reduce_scatter_base_", "reduce_scatter_tensor_coalesced_"), "reduce_scatter"),
+    **dict.fromkeys(("alltoall_base_", "alltoall_"), "all_to_all"),
+    **{name: name.rstrip("_") for name in ("broadcast_", "reduce_", "barrier", "send", "recv_")},
 }
 _DEVICE = torch.ops.prim.device.default
 
@@ -92,52 +83,37 @@ class Recorder(Mode):
         self.groups, self.keeps_work, self.fuses_sums = groups, keeps_work, fuses_sums
         self._batch: int | None = None
         self._num_batches = 0
-        self.clear()
-
-    def clear(self) -> None:
-        """Forget what was recorded."""
         self._entries: list[Entry] = []
         self._num_calls = 0
-        self._under_way: dict[int, list[Tensor]] = {}  # by number of the call: what it writes
-        self._last_product: int | None = None  # the storage that it has written
-        self._start_work()
-
-    def _start_work(self) -> None:
-        self._products: Counter[Product] = Counter()
-        self._num_bytes = self._num_kernels = 0
+        self._under_way: dict[int, _Handle] = {}  # by number of the call
+        self._kernels: list[Product | int] = []  # since the last entry: products, and bytes of others
+        self._last_product: Callable[[], Any] = lambda: None  # the storage that it has written, while that lives
 
     def mark(self, phase: Phase, microbatch: int | None = None, chunk: int = 0) -> None:
         """What follows belongs to this phase."""
         self._add(Mark(phase, microbatch, chunk))
 
-    @contextmanager
-    def batch(self) -> Iterator[None]:
+    def batch(self) -> AbstractContextManager[None]:
         """Messages posted meanwhile are one batch."""
-        self._batch, self._num_batches = self._num_batches, self._num_batches + 1
-        try:
-            yield
-        finally:
-            self._batch = None
+        self._num_batches += 1
+        return replaced(self, "_batch", self._num_batches - 1)
 
     def one_kernel(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         """Run what is one kernel on a GPU (`runtime/cpu_kernels.one_kernel_on_gpu`).
 
         It reads what it is given and writes what it returns; or it is a product in the type of its factors.
         """
-        before = self._products, self._num_bytes, self._num_kernels
-        self._start_work()
+        before, self._kernels = self._kernels, []
         result = function(*args)
-        inside = self._products
-        self._products, self._num_bytes, self._num_kernels = before
-        self._num_kernels += 1
+        inside, self._kernels = [one for one in self._kernels if isinstance(one, Product)], before
         if inside:  # a product of chunks of tokens, which are summed
             *_, factor = _tensors(args)
             [(batch, m, n)] = {(one.batch, one.m, one.n) for one in inside}
-            k = sum(one.k * count for one, count in inside.items())
-            self._products[Product("mm", batch, m, n, k, _dtype_name(factor.dtype))] += 1
+            k = sum(one.k for one in inside)
+            self._kernels.append(Product("mm", batch, m, n, k, _dtype_name(factor.dtype)))
         else:
-            for tensors in (args, result):  # some of which may share their memory
-                self._num_bytes += sum({_storage(one): _num_bytes(one) for one in _tensors(tensors)}.values())
+            sizes = ({_storage(one): _num_bytes(one) for one in _tensors(some)} for some in (args, result))
+            self._kernels.append(sum(sum(by_storage.values()) for by_storage in sizes))  # some share their memory
         return result
 
     def entries(self, since: tuple[int, int] = (0, 0)) -> tuple[Entry, ...]:
@@ -158,14 +134,20 @@ class Recorder(Mode):
         self._flush_work()
         return len(self._entries), self._num_calls
 
+    def forget_sends(self) -> None:
+        """Let go of what a schedule has sent and not waited for."""
+        self._under_way = {number: one for number, one in self._under_way.items() if one.operation != "send"}
+
     def _add(self, entry: Entry) -> None:
         self._flush_work()
         self._entries.append(entry)
 
     def _flush_work(self) -> None:
-        if self.keeps_work and self._num_kernels:
-            self._entries.append(Computation(dict(self._products), self._num_bytes, self._num_kernels))
-        self._start_work()
+        if self._kernels:
+            products = Counter(one for one in self._kernels if isinstance(one, Product))
+            num_bytes = sum(one for one in self._kernels if isinstance(one, int))
+            self._entries.append(Computation(dict(products), num_bytes, len(self._kernels)))
+        self._kernels = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _DEVICE and isinstance(args[0], FakeTensor):
@@ -175,20 +157,13 @@ class Recorder(Mode):
         result = func(*args, **(kwargs or {}))
         if self.keeps_work:
             self._count(func, args, result)
-        elif self._under_way and next(_written(_kind(func), args, result), None) is not None:  # else a view
-            for tensor in (*_tensors(args), *_tensors(result)):
-                self._look_for_early_use(tensor)
+        elif self._under_way and _written(func, args, result):  # else a view
+            used = [*_tensors(args), *_tensors(result)]
+            for number, handle in self._under_way.items():
+                if any(_overlap(one, tensor) for one in handle.writes for tensor in used):
+                    self._add(EarlyUse(number))
+                    handle.writes = ()
         return result
-
-    def _look_for_early_use(self, tensor: Tensor) -> None:
-        first, last = _extent(tensor)
-        for number, written in [*self._under_way.items()]:
-            for one in written:
-                if _storage(one) == _storage(tensor):
-                    begin, end = _extent(one)
-                    if first < end and begin < last:
-                        self._add(EarlyUse(number))
-                        self._under_way.pop(number, None)
 
     def _call(self, func: Any, args: Any, kwargs: Any) -> Any:
         name = func.overloadpacket.__name__
@@ -197,14 +172,14 @@ class Recorder(Mode):
         require(
             name in _OPERATIONS,
             f"a rank calls {func.namespace}.{name}, an operation of torch.distributed that rehearsals do not know: use "
-            f"one of {', '.join(sorted({operation for operation, *_ in _OPERATIONS.values()}))}, not functional ones.",
+            f"one of {', '.join(sorted({*_OPERATIONS.values()}))}, not functional ones.",
         )
         named = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)} | kwargs
-        group = dist.ProcessGroup.unbox(named["process_group"])
-        operation, put_in, other_side = _OPERATIONS[name]
+        operation, group = _OPERATIONS[name], dist.ProcessGroup.unbox(named["process_group"])
         ranks = tuple(dist.get_process_group_ranks(group))
-        tensors = [*_tensors(named[put_in])] if put_in else []
-        peer = ranks[named[other_side]] if other_side else None
+        inputs = [value for key, value in named.items() if key.startswith("input")]
+        tensors = [*_tensors(inputs or named.get("tensors"))]
+        [*peers] = (ranks[named[key]] for key in ("root_rank", "dst", "src") if key in named)
         result = func(*args, **kwargs)
         if len(ranks) == 1:
             return result
@@ -214,74 +189,66 @@ class Recorder(Mode):
             ranks,
             tuple(tuple(tensor.shape) for tensor in tensors),
             _dtype_name(tensors[0].dtype) if tensors else "uint8",
-            peer,
+            peers[0] if peers else None,
             self._batch if operation in MESSAGES else None,
             is_async=True,
         )
         self._add(call)
-        index = self._num_calls
+        number = self._num_calls
         self._num_calls += 1
-        if not self.keeps_work and name != "send" and peer != dist.get_rank():  # a source may read what it sends
-            written = [value for key, value in named.items() if key.startswith("output") or key == "tensors"]
-            self._under_way[index] = [*_tensors(written)]
 
         def waits() -> None:
-            self._under_way.pop(index, None)
+            if self._under_way.pop(number, None) is None:
+                return
             self._flush_work()
             if self._entries and self._entries[-1] is call and call.batch is None:  # it is waited for at once
                 self._entries[-1] = replace(call, is_async=False)
             else:
-                self._entries.append(Wait(index))
+                self._entries.append(Wait(number))
 
         *outputs, work = result if isinstance(result, tuple) else (result,)
-        handle = _Watched(operation, dist.Work.unbox(work), waits).boxed()  # pyright: ignore[reportAttributeAccessIssue]
-        return (*outputs, handle) if outputs else handle
+        handle = _Handle(operation, dist.Work.unbox(work), waits)
+        if not self.keeps_work and name != "send" and call.peer != dist.get_rank():  # a source may read what it sends
+            handle.writes = [*_tensors([one for key, one in named.items() if key.startswith(("output", "tensors"))])]
+        self._under_way[number] = handle
+        boxed = handle.boxed()  # pyright: ignore[reportAttributeAccessIssue]
+        return (*outputs, boxed) if outputs else boxed
 
     def _count(self, func: Any, args: Any, result: Any) -> None:
-        kind = _kind(func)
-        outputs = list(_written(kind, args, result))
+        outputs, name = _written(func, args, result), func.overloadpacket.__name__
         if not outputs:
             return
-        if self.fuses_sums and _adds_to_a_buffer(func, args) and _storage(args[1]) == self._last_product:
+        if self.fuses_sums and func is torch.ops.aten.add_.Tensor and isinstance(args[1], Tensor):
+            is_part = args[0].untyped_storage().nbytes() > args[0].nbytes  # as of the buffer of all sums of gradients
+            if is_part and args[1].untyped_storage() is self._last_product():
+                return
+        if name in _PRODUCTS:
+            self._kernels.append(_product(name, args))
+            self._last_product = weakref.ref(outputs[0].untyped_storage())
             return
-        self._num_kernels += 1
-        if kind.product is not None:
-            self._products[kind.product(args)] += 1
-            self._last_product = _storage(outputs[0])
-        else:
-            read = args if kind.reads is None else kind.reads(args, outputs)
-            self._num_bytes += sum(map(_num_bytes, (*_tensors(read), *outputs)))
+        read = args
+        if name in ("copy_", "fill_", "zero_"):  # the first is only written
+            read = args[1:]
+        elif name == "embedding":  # rows of the table
+            read = args[1], *outputs
+        self._kernels.append(sum(map(_num_bytes, (*_tensors(read), *outputs))))
 
 
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+class _Handle(dist.Work):
+    """What a call gives, which tells when it is waited for. The recorder keeps it until then: C++ does not.
 
+    Attributes:
+        writes: what must not be used before.
+    """
 
-def _adds_to_a_buffer(func: Any, args: Any) -> bool:
-    """Whether it adds a tensor to a part of a storage, as to that of all sums of gradients."""
-    adds = func is torch.ops.aten.add_.Tensor and isinstance(args[1], Tensor)
-    return adds and args[0].untyped_storage().nbytes() > args[0].nbytes
-
-
-def _extent(tensor: Tensor) -> tuple[int, int]:
-    """Where its elements begin and end in its storage, in bytes."""
-    begin, size = tensor.storage_offset(), tensor.element_size()
-    length = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return int(begin * size), int((begin + length * (tensor.numel() > 0)) * size)
-
-
-class _Watched(dist.Work):
-    """A handle that tells when it is waited for."""
+    writes: Sequence[Tensor] = ()
 
     def __init__(self, operation: str, work: dist.Work, waits: Callable[[], None]) -> None:
         super().__init__()
         self.operation, self._work, self._waits = operation, work, waits
-        _HANDLES.add(self)
 
     def wait(self, timeout: Any = None) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
-        if self in _HANDLES:
-            _HANDLES.remove(self)
-            self._waits()
+        self._waits()
         with _disable_current_modes():  # gloo's sums over ranks end with copies of its own here
             return self._work.wait()
 
@@ -289,12 +256,32 @@ class _Watched(dist.Work):
         return self._work.is_completed()
 
 
-_HANDLES: set[Any] = set()  # C++ holds no reference to the Python half of a handle
+# What an operation reads and writes.
+
+_LAUNCH_NOTHING = set(
+    "empty empty_like empty_strided new_empty new_empty_strided _unsafe_view "
+    "_local_scalar_dense lift_fresh resize_ set_".split()
+)
 
 
-def forget_sends() -> None:
-    """Drop the handles of messages that a schedule has sent and not waited for, and with them what was sent."""
-    _HANDLES.difference_update([one for one in _HANDLES if one.operation == "send"])
+@cache
+def _writes(func: Any) -> tuple[Sequence[bool], Sequence[int]]:
+    """Which results are new tensors, or those changed in place; which arguments it changes, if it returns nothing."""
+    schema, name = func._schema, func.overloadpacket.__name__
+    aliases = [returned.alias_info for returned in schema.returns]
+    new = [name not in _LAUNCH_NOTHING and (alias is None or alias.is_write) for alias in aliases]
+    changed = [i for i, one in enumerate(schema.arguments) if one.alias_info is not None and one.alias_info.is_write]
+    return new, [] if aliases else changed
+
+
+def _written(func: Any, args: Sequence[Any], result: Any) -> list[Tensor]:
+    """The tensors that an operation writes. Of a view there are none."""
+    new, changed = _writes(func)
+    results = result if len(new) > 1 else (result,)
+    return [
+        *_tensors([one for one, is_new in zip(results, new, strict=False) if is_new]),
+        *_tensors([args[index] for index in changed]),
+    ]
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:
@@ -310,51 +297,8 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-# What kind of operation it is, found once for each.
-
-_LAUNCH_NOTHING = set(
-    "empty empty_like empty_strided new_empty new_empty_strided _unsafe_view "
-    "_local_scalar_dense lift_fresh resize_ set_".split()
-)
-
-_READS: Mapping[str, Callable[[Sequence[Any], Sequence[Tensor]], Sequence[Any]]] = {
-    **dict.fromkeys(("copy_", "fill_", "zero_"), lambda args, _: args[1:]),  # the first is only written
-    "embedding": lambda args, outputs: (args[1], *outputs),  # rows of the table
-}
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """Args:
-    product: from an operation's arguments to the product that it computes.
-    returns_new: which of its results are new tensors, or those changed in place; views are not.
-    changes: which of its arguments it changes, where it returns nothing.
-    reads: from its arguments and results to tensors of the size of what it reads, where that is not its arguments.
-    """
-
-    product: Callable[[Sequence[Any]], Product] | None
-    returns_new: tuple[bool, ...]
-    changes: tuple[int, ...]
-    reads: Callable[[Sequence[Any], Sequence[Tensor]], Sequence[Any]] | None
-
-
-@cache
-def _kind(func: Any) -> _Kind:
-    schema, name = func._schema, func.overloadpacket.__name__
-    aliases = [returned.alias_info for returned in schema.returns]
-    new = tuple(name not in _LAUNCH_NOTHING and (alias is None or alias.is_write) for alias in aliases)
-    changed = [i for i, one in enumerate(schema.arguments) if one.alias_info is not None and one.alias_info.is_write]
-    return _Kind(_PRODUCTS.get(name), new, () if aliases else tuple(changed), _READS.get(name))
-
-
-def _written(kind: _Kind, args: Sequence[Any], result: Any) -> Iterator[Tensor]:
-    """The tensors that an operation writes."""
-    results = result if len(kind.returns_new) > 1 else (result,)
-    for one, is_new in zip(results, kind.returns_new, strict=False):
-        if is_new:
-            yield from _tensors(one)
-    for index in kind.changes:
-        yield from _tensors(args[index])
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
 
 
 def _num_bytes(tensor: Tensor) -> int:
@@ -363,34 +307,39 @@ def _num_bytes(tensor: Tensor) -> int:
     return prod(sizes) * tensor.element_size()
 
 
-def _matrices(a: Tensor, b: Tensor) -> Product:
-    """[..., m, k] [..., k, n]"""
-    return Product("mm", prod(a.shape[:-2]), a.shape[-2], b.shape[-1], a.shape[-1], _dtype_name(a.dtype))
+def _overlap(one: Tensor, other: Tensor) -> bool:
+    """Whether they lie in parts of a storage that have bytes in common."""
+    (begin, end), (first, last) = _extent(one), _extent(other)
+    return _storage(one) == _storage(other) and first < end and begin < last
 
 
-def _linear(x: Tensor, weight: Tensor) -> Product:
-    """[..., k], [n, k]"""
-    k = x.shape[-1]
-    return Product("mm", 1, x.numel() // k, weight.shape[0], k, _dtype_name(x.dtype))
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """Where its elements begin and end in its storage, in bytes."""
+    begin, size = int(tensor.storage_offset()), tensor.element_size()
+    return begin * size, compute_required_storage_length(tensor.shape, tensor.stride(), begin) * size
 
 
-def _attention(kind: Any, query: Tensor, key: Tensor) -> Product:
-    """[b, n, m, k], [b, g, n, k]"""
-    batch, heads, m, k = query.shape
-    return Product(kind, batch * heads, m, key.shape[2], k, _dtype_name(query.dtype))
-
-
+_LINEAR = "_linear_pointwise"  # oneDNN's
 _ATTENTION = [
     f"_scaled_dot_product_{name}"
     for name in ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
 ]
-_PRODUCTS: Mapping[str, Callable[[Sequence[Any]], Product]] = {
-    **{name: lambda args: _matrices(args[0], args[1]) for name in ("mm", "bmm")},
-    **{name: lambda args: _matrices(args[1], args[2]) for name in ("addmm", "addmm_", "baddbmm", "baddbmm_")},
-    "_linear_pointwise": lambda args: _linear(args[0], args[1]),  # oneDNN's
-    **{name: lambda args: _attention("attention", args[0], args[1]) for name in _ATTENTION},
-    **{f"{name}_backward": lambda args: _attention("attention backward", args[1], args[2]) for name in _ATTENTION},
+# Operation -> (`Product.kind`, which argument is the first factor; the second factor follows).
+_PRODUCTS: Mapping[str, tuple[Any, int]] = {
+    **dict.fromkeys(("mm", "bmm", _LINEAR), ("mm", 0)),
+    **dict.fromkeys(("addmm", "addmm_", "baddbmm", "baddbmm_"), ("mm", 1)),
+    **dict.fromkeys(_ATTENTION, ("attention", 0)),
+    **dict.fromkeys((f"{name}_backward" for name in _ATTENTION), ("attention backward", 1)),
 }
+
+
+def _product(name: str, args: Sequence[Any]) -> Product:
+    """Of factors [..., m, k], [..., k, n]; of queries, keys [b, heads, m, k], [b, g, n, k]; of x [..., k], W [n, k]."""
+    kind, first = _PRODUCTS[name]
+    a, b = args[first : first + 2]
+    k, is_transposed = a.shape[-1], kind != "mm" or name == _LINEAR
+    batch, m = (1, a.numel() // k) if name == _LINEAR else (prod(a.shape[:-2]), a.shape[-2])
+    return Product(kind, batch, m, b.shape[-2 if is_transposed else -1], k, _dtype_name(a.dtype))
 
 
 # Memory: the storages that are alive, in parts.
@@ -450,8 +399,7 @@ class LiveMemory(Mode):
                 tensors are.
         """
         parts = Counter(self._parts if assigned_since else self._at_peak)
-        if assigned_since:
-            parts["temporary"] += self.highest - self.total
+        parts["temporary"] += self.highest - parts.total()
         return {part: num_bytes for part, num_bytes in sorted(parts.items()) if num_bytes}
 
     def name_modules(self, chunks: Iterable[nn.Module]) -> None:
@@ -464,35 +412,25 @@ class LiveMemory(Mode):
     def assign(self, part: str, tensors: Iterable[Tensor]) -> None:
         """The tensors' storages belong to this part."""
         for tensor in tensors:
-            self._move(self._seen(tensor), part)
+            storage = self._seen(tensor)
+            self._change(storage, storage.num_bytes, part)
 
     def resized(self, storage: torch.UntypedStorage) -> None:
         """A storage's size has changed, which no operation tells."""
         if storage._cdata in self._live:
-            self._resize(self._live[storage._cdata], storage.nbytes())
+            self._change(self._live[storage._cdata], storage.nbytes())
 
-    @contextmanager
-    def watch_modules(self) -> Iterator[None]:
-        """Learn which module is running."""
-        hooks = nn.modules.module
-        with (
-            hooks.register_module_forward_pre_hook(self._begin_call),
-            hooks.register_module_forward_hook(self._end_call, always_call=True),
-        ):
-            yield
-
-    def _begin_call(self, module: nn.Module, inputs: Any) -> None:
+    def begin_call(self, module: nn.Module, inputs: Any) -> None:
+        """A hook of all modules: what is made from here on belongs to this one."""
         outer = self._calls[-1][0] if self._calls else None
         self._calls.append((self._kinds.get(module, outer), []))
 
-    def _end_call(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        if not self._calls:
-            return
-        kind, made = self._calls.pop()
-        if kind is not None:
-            for storage in made:
-                if storage.part == "temporary":
-                    self._move(storage, f"activations of {kind}")
+    def end_call(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        """The hook of its end."""
+        kind, made = self._calls.pop() if self._calls else (None, [])
+        for storage in made if kind is not None else ():
+            if storage.part == "temporary":
+                self._change(storage, storage.num_bytes, f"activations of {kind}")
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -508,21 +446,19 @@ class LiveMemory(Mode):
         known = self._live.get(key)
         if known is None:
             known = self._live[key] = _Storage()
-            known.ended = weakref.ref(storage, lambda _: self._resize(self._live.pop(key), 0))
+            known.ended = weakref.ref(storage, lambda _: self._change(self._live.pop(key), 0))
             if self._calls:
                 self._calls[-1][1].append(known)
             elif self.phase in _OUTSIDE_LAYERS:
                 known.part = f"activations of {_OUTSIDE_LAYERS[self.phase]}"
         if num_bytes != known.num_bytes:
-            self._resize(known, num_bytes)
+            self._change(known, num_bytes)
         return known
 
-    def _resize(self, storage: _Storage, num_bytes: int) -> None:
-        self._parts[storage.part] += num_bytes - storage.num_bytes
+    def _change(self, storage: _Storage, num_bytes: int, part: str | None = None) -> None:
+        """Its size, and the part that it belongs to."""
+        self._parts[storage.part] -= storage.num_bytes
+        storage.part = part or storage.part
+        self._parts[storage.part] += num_bytes
         self.total += num_bytes - storage.num_bytes
         storage.num_bytes = num_bytes
-
-    def _move(self, storage: _Storage, part: str) -> None:
-        self._parts[storage.part] -= storage.num_bytes
-        self._parts[part] += storage.num_bytes
-        storage.part = part

@@ -6,16 +6,14 @@ as --seq-length allows.
 """
 
 import os
-import signal
-import sys
 import traceback
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
-from multiprocessing import get_context
+from itertools import starmap
 from multiprocessing.connection import wait
+from pkgutil import resolve_name
 from threading import Thread
 from typing import Any
 
@@ -28,10 +26,15 @@ from megatron_peft.rehearsal.asked import LayersToRecord, Lengths, RankToRehears
 from megatron_peft.rehearsal.deadlock import Problem, check_order, missing_wait
 from megatron_peft.rehearsal.record import Entry, RankRecord, RecordedLayers
 from megatron_peft.rehearsal.schedule import RankGrid, StageProgram, program_of_stage, programs_of_ranks, renumbered
-from megatron_peft.runtime.ranks import NO_GPU, preload
+from megatron_peft.rehearsal.small_run import kept_stages, make_small
+from megatron_peft.runtime.ranks import NO_GPU, Ranks, preload
 
 Watch = Callable[[int, int], None]  # is told how much of the work is done now, and how much more there is to do
 MOST_REPLICAS, MOST_RANKS = 8, 64  # whose calls are compared in `order_problem`
+# Functions for processes of their own.
+REHEARSE = "megatron_peft.rehearsal.rehearsed_rank:rehearse_rank"
+RECORD_LAYERS = "megatron_peft.rehearsal.layer_recording:recorded_layers"
+SCHEDULES = "megatron_peft.rehearsal.stage_schedule:schedules_of_stages"
 
 
 @contextmanager
@@ -52,12 +55,13 @@ def work_bar(title: str) -> Iterator[Watch]:
 
 def rehearse(ranks: Sequence[RankToRehearse], watch: Watch = lambda done, more: None) -> list[RankRecord]:
     """The record of each rank. `watch` counts ranks."""
-    return _in_processes(_rehearse_here, ranks, watch)
+    return _in_processes(REHEARSE, [(rank,) for rank in ranks], watch)
 
 
 def record_layers(asked: Sequence[LayersToRecord], watch: Watch = lambda done, more: None) -> list[RecordedLayers]:
     """The segments of each model, from as few layers as have all kinds of them. `watch` counts recordings."""
-    return _in_processes(_record_layers, asked, watch, take_several=True)
+    found = _in_processes(RECORD_LAYERS, [([one],) for one in asked], watch, take_several=True)
+    return [layers for [layers] in found]
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,7 @@ def rehearse_run(
         places = sorted({*places, *(grid.rank(0, 0, stage) for stage in fullest)})
         places += [grid.rank(1, 0, grid.pipeline - 1)] if grid.tensor > 1 else []
     asked = [RankToRehearse.of(config, shape, rank, peaks) for rank in places]
-    [schedules] = _in_processes(_schedules_here, [(config, shape)], watch)
+    [schedules] = _in_processes(SCHEDULES, [(config, shape)], watch)
     records = rehearse(asked, watch)
     of_rank = dict(zip(places, records, strict=True))
     programs = [
@@ -144,40 +148,41 @@ def start_planned_peak(config: RunConfig, shape: ModelShape) -> Callable[[], int
 def order_problem(run: RehearsedRun, watch: Watch = lambda done, more: None) -> Problem | None:
     """The first problem of the calls of any rank; None: all end.
 
-    Every rank of a smaller run (`small_layout`) is rehearsed from the model to a checkpoint, and their programs are
+    Every rank of a small run (`make_small`) is rehearsed from the model to a checkpoint, and their programs are
     replayed: one rank may do something else than another if those that it does it with do so too. Then a step of the
     run itself is replayed, with all of its layers, stages and microbatches.
     """
     if run.grid.size == 1:
         return None
-    [(config, shape, stages)] = _in_processes(_small_here, [(run.config, run.shape)], watch)
-    grid, many = RankGrid.of(config.parallel), RankGrid.of(run.config.parallel)
+    stages = kept_stages(run.grid.pipeline)
+    few = len(stages) if run.config.parallel.is_interleaved else 2
+    config, shape = make_small(run.config, run.shape, run.grid.tensor, MOST_REPLICAS, few)
+    config = replace(config, checkpoint=replace(config.checkpoint, save="never written"))
+    grid, lengths = RankGrid.of(config.parallel), (Lengths.longest(config),)
     places = [grid.place(rank) for rank in range(grid.size)]
-    numbers = {grid.rank(*place): many.rank(*place[:2], stages[place[2]]) for place in places}
+    numbers = {grid.rank(*place): run.grid.rank(*place[:2], stages[place[2]]) for place in places}
     if grid.size > MOST_RANKS:  # every tensor-parallel rank of a replica, and one of each replica
         places = [place for place in places if 0 in place[:2]]
-    lengths = (Lengths.longest(config),)
     asked = [
-        RankToRehearse(config, shape, grid.rank(*place), config.num_microbatches, lengths, calls_alone=True)
+        (RankToRehearse(config, shape, grid.rank(*place), config.num_microbatches, lengths, calls_alone=True),)
         for place in places
     ]
-    found = _in_processes(_rehearse_here, asked, watch, take_several=True)
+    found = _in_processes(REHEARSE, asked, watch, take_several=True)
     records = dict(zip(places, found, strict=True))
     programs: dict[int, tuple[Entry, ...]] = {}
     for rank, number in numbers.items():
         tensor, data, stage = grid.place(rank)
         record = records.get((tensor, data, stage)) or records[tensor, 0, stage]
-        entries = (
-            record.entries if record.rank == rank else StageProgram(grid, record.rank, record.entries).of_rank(rank)
-        )
+        recorded = StageProgram(grid, record.rank, record.entries)
+        entries = record.entries if record.rank == rank else recorded.of_rank(rank)
         programs[number] = tuple(renumbered(entries, numbers))
     return check_order(programs) or missing_wait(programs) or check_order(run.programs())
 
 
 def _in_processes(
-    function: Callable[[Sequence[Any]], list[Any]], asked: Sequence[Any], watch: Watch, take_several: bool = False
+    function: str, asked: Sequence[tuple[Any, ...]], watch: Watch, take_several: bool = False
 ) -> list[Any]:
-    """What `function`, of this file, gives for each of these, in processes forked from one that has torch.
+    """What a function, "module:name", gives for each of these arguments, in processes forked from one that has torch.
 
     At a time there are as many as this machine has cores, at most four.
 
@@ -187,97 +192,38 @@ def _in_processes(
     """
     num_processes = min(len(os.sched_getaffinity(0)), 4)
     num_parts = min(num_processes, len(asked)) if take_several else len(asked)
-    context = get_context("forkserver")
     preload(["megatron_peft.rehearsal.layer_recording"])  # and all that a rehearsed rank imports
     watch(0, len(asked))
-    answers: dict[int, list[Any]] = {}
-    running: dict[Any, tuple[int, Any]] = {}  # by what a process answers with: its part, and the process
-    try:
-        while len(answers) < num_parts:
-            part = len(answers) + len(running)
-            if part < num_parts and len(running) < num_processes:
-                receiver, sender = context.Pipe(duplex=False)
-                arguments = sender, function, asked[part::num_parts]
-                process = context.Process(target=_answer, args=arguments, daemon=True)
-                process.start()
-                sender.close()
-                running[receiver] = part, process
-                continue
-            answered: list[Any] = wait([*running])
-            for receiver in answered:
-                part, process = running.pop(receiver)
-                try:
-                    answers[part], error = receiver.recv()
-                except EOFError:
-                    process.join()
-                    told = f"the process of a rehearsed rank ended with exit code {process.exitcode}"
-                    raise RuntimeError(told) from None
-                process.join()
-                if error is not None:
-                    raise error
-                watch(len(answers[part]), 0)
-    finally:  # after an error and Ctrl-C too
-        for _, process in running.values():
-            process.kill()
-    return [answers[index % num_parts][index // num_parts] for index in range(len(asked))]
+    answers: list[Any] = [None] * len(asked)
+    waiting = [slice(part, None, num_parts) for part in range(num_parts)]
+    running: dict[Any, tuple[slice, Ranks]] = {}  # by what tells that a process has ended
+    with ExitStack() as stack:  # none is left after an error and Ctrl-C
+        while waiting or running:
+            while waiting and len(running) < num_processes:
+                part = waiting.pop(0)
+                ranks = Ranks(1, _answer, (function, asked[part]))
+                ranks.processes[0].daemon = True  # a run ends without its planned peak
+                stack.enter_context(ranks)
+                running[ranks.processes[0].sentinel] = part, ranks
+            for ended in wait([*running]):
+                part, ranks = running.pop(ended)
+                if any(ranks.exit_codes):
+                    raise RuntimeError(f"the process of a rehearsed rank ended with exit code {ranks.exit_codes[0]}")
+                answer = ranks.result(0)
+                if isinstance(answer, Exception):
+                    raise answer
+                answers[part] = answer
+                watch(len(answer), 0)
+    return answers
 
 
-def _answer(sender: Any, function: Callable[[Sequence[Any]], list[Any]], asked: Sequence[Any]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the asking process ends this one
+def _answer(of: tuple[str, Sequence[tuple[Any, ...]]]) -> Any:
+    """In a process of its own."""
     import_module(NO_GPU)  # where the server could not
-    sys.stdout = open(os.devnull, "w")  # what a run tells at its start
-    warnings.simplefilter("ignore")
+    function, asked = of
     try:
-        answer = function(asked), None
+        return [*starmap(resolve_name(function), asked)]
     except ConfigurationError as error:
-        answer = [], ConfigurationError(*error.problems)
-    except BaseException:
-        answer = [], RuntimeError(f"a rehearsed rank failed:\n{traceback.format_exc()}")
-    sender.send(answer)
-    sender.close()
-    os._exit(0)  # torch has nothing to put away
-
-
-def _rehearse_here(ranks: Sequence[RankToRehearse]) -> list[RankRecord]:
-    from megatron_peft.rehearsal.rehearsed_rank import rehearse_rank
-
-    return [*map(rehearse_rank, ranks)]
-
-
-def _record_layers(asked: Sequence[LayersToRecord]) -> list[RecordedLayers]:
-    from megatron_peft.rehearsal.layer_recording import recorded_layers
-
-    return recorded_layers(asked)
-
-
-def _schedules_here(runs: Sequence[tuple[RunConfig, ModelShape]]) -> list[list[tuple[Entry, ...]]]:
-    from megatron_peft.rehearsal.stage_schedule import schedules_of_stages
-
-    return [schedules_of_stages(config, shape) for config, shape in runs]
-
-
-def _small_here(runs: Sequence[tuple[RunConfig, ModelShape]]) -> list[tuple[RunConfig, ModelShape, tuple[int, ...]]]:
-    """A run of few layers, stages and microbatches, with the run's tensor-parallel ranks; and which stages it has."""
-    from megatron_peft.rehearsal.small_run import small_layout, small_targets
-
-    [(config, shape)] = runs
-    parallel, stages = config.parallel, config.parallel.pipeline_model_parallel_size
-    small, num_layers = small_layout(parallel, shape.num_layers)
-    tp, pp = parallel.tensor_model_parallel_size, small.pipeline_model_parallel_size
-    dp = min(parallel.data_parallel_size, MOST_REPLICAS)
-    small = replace(small, tensor_model_parallel_size=tp, world_size=tp * pp * dp)
-    batch = min(config.num_microbatches, pp if small.is_interleaved else 2)
-    recomputes = "recompute_num_layers" in config.model.transformer
-    transformer = {**config.model.transformer, **({"recompute_num_layers": 1} if recomputes else {})}
-    training: Any = replace(config.training, global_batch_size=batch * config.training.micro_batch_size * dp)
-    config = replace(
-        config,
-        parallel=small,
-        training=training,
-        model=replace(config.model, transformer=transformer),
-        peft=replace(config.peft, target_modules=small_targets(config.peft, shape, num_layers)),
-        checkpoint=replace(config.checkpoint, save="never written"),
-    )
-    full = min(shape.num_full_attention_layers, num_layers)
-    shape = replace(shape, num_layers=num_layers, num_full_attention_layers=full)
-    return [(config, shape, tuple(stage if stage < pp - pp // 2 else stages - pp + stage for stage in range(pp)))]
+        return ConfigurationError(*error.problems)
+    except Exception:
+        return RuntimeError(f"a rehearsed rank failed:\n{traceback.format_exc()}")

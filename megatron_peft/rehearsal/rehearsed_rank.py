@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from megatron_peft.checkpoint import save, tensors
 from megatron_peft.checkpoint.tensors import PlannedFiles, Written, sharded_parameters
@@ -20,7 +21,7 @@ from megatron_peft.models.shape import ModelShape
 from megatron_peft.parallel.collectives import from_first_rank
 from megatron_peft.rehearsal.asked import Lengths, RankToRehearse
 from megatron_peft.rehearsal.record import Memory, RankRecord
-from megatron_peft.rehearsal.recording import LiveMemory, Recorder, forget_sends, group_names
+from megatron_peft.rehearsal.recording import LiveMemory, Recorder, group_names
 from megatron_peft.runtime.fake_ranks import (
     fake_rank,
     replaced,
@@ -61,10 +62,11 @@ class Watch:
     def __call__(self) -> Iterator["Watch"]:
         """Watch what this process does meanwhile."""
         with ExitStack() as stack:
-            stack.enter_context(watched_schedule(self.mark, ended=forget_sends))
+            stack.enter_context(watched_schedule(self.mark, ended=self.recorder.forget_sends))
             stack.enter_context(watched_batches(self.recorder.batch))
             if self.recorder.keeps_work:
-                stack.enter_context(self.memory.watch_modules())
+                stack.enter_context(register_module_forward_pre_hook(self.memory.begin_call))
+                stack.enter_context(register_module_forward_hook(self.memory.end_call, always_call=True))
                 stack.enter_context(watched_storages(self.memory.resized))
                 stack.enter_context(watched_kernels(self.recorder.one_kernel))
                 stack.enter_context(fused_kernels(self.recorder.one_kernel, self.fuses))
@@ -85,7 +87,7 @@ class Watch:
             self.recorder.mark(name)
         yield
         self.peaks[name] = self.memory.peak()
-        forget_sends()
+        self.recorder.forget_sends()
 
 
 @contextmanager
@@ -106,18 +108,15 @@ def fused_kernels(one_kernel: Callable[..., Any], fuses: Mapping[str, bool]) -> 
         def backward(ctx, grad):  # type: ignore[override]
             return one_kernel(rotate_back, (grad, *ctx.saved_tensors)), None, None
 
-    def forward(ctx: Any, x: Tensor) -> Any:
-        return one_kernel(partial(swiglu, ctx), (x,))
-
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        return one_kernel(lambda grad, _: swiglu_backward(ctx, grad), (grad, *ctx.saved_tensors))
-
+    of_swiglu: dict[str, Callable[..., Any]] = {
+        "forward": lambda ctx, x: one_kernel(partial(swiglu, ctx), (x,)),
+        "backward": lambda ctx, grad: one_kernel(lambda g, _: swiglu_backward(ctx, g), (grad, *ctx.saved_tensors)),
+    }
     with ExitStack() as stack:
         if fuses.get("apply_rope_fusion"):
             stack.enter_context(replaced(layers, "_rotate", Rotation.apply))
-        if fuses.get("bias_activation_fusion"):
-            stack.enter_context(replaced(layers._SwiGLU, "forward", staticmethod(forward)))
-            stack.enter_context(replaced(layers._SwiGLU, "backward", staticmethod(backward)))
+        for name, function in of_swiglu.items() if fuses.get("bias_activation_fusion") else ():
+            stack.enter_context(replaced(layers._SwiGLU, name, staticmethod(function)))
         yield
 
 
@@ -158,6 +157,9 @@ def of_all_stages(value: Any, shape: ModelShape) -> Any:
 def watch_run(watch: Watch, of: RankToRehearse, microbatches: Sequence[Microbatch], loads: bool = False) -> RankRecord:
     """Build, start and train a rank's part of the model, on fake ranks or on real ones.
 
+    Where calls alone are recorded, they are those of all phases, with what a run's loop adds: a log line, the best
+    validation, a checkpoint; not those of timers and stragglers.
+
     Args:
         loads: read the base's weights, which needs numbers.
         microbatches: of the recorded step. One step, on as few of them as the schedule takes, comes before it:
@@ -184,11 +186,7 @@ def watch_run(watch: Watch, of: RankToRehearse, microbatches: Sequence[Microbatc
     with watch.phase("step"):
         train_step(state, shortest)
     memory.assign("optimizer", moments_of(state))
-    forget_sends()
-    if of.calls_alone:
-        _go_on(watch, state, microbatches, shortest)
-        return RankRecord(of.rank, of.stage, len(microbatches), watch.recorder.entries(), {}, {})
-    watch.recorder.clear()
+    since = watch.recorder.place
     watch.mark("begin")
     usual = step.finish_gradients
 
@@ -198,36 +196,35 @@ def watch_run(watch: Watch, of: RankToRehearse, microbatches: Sequence[Microbatc
         watch.mark("update")
 
     with watch.phase("step"), replaced(step, "finish_gradients", finish):
-        train_step(state, list(microbatches))
-    entries = watch.recorder.entries()
-    watch.memory.phase = None
+        if of.calls_alone:
+            layers_without_gradient(state)
+        train_step(state, list(microbatches), by_layer=of.calls_alone)
+        if of.calls_alone:
+            mixtures(state)  # of a log line
+    entries = watch.recorder.entries(since)
+    memory.phase = None
     if "validation" in of.phases:
         with watch.phase("validation"):
             validation_loss(state.model_chunks, [list(shortest)])
+            if of.calls_alone:
+                from_first_rank(lambda: state.best.after(1.0, 1))
+                with whole_parameters(state.model_chunks):
+                    largest_orthogonality_error(state)
     if "saving" in of.phases:
         with watch.phase("saving"):
-            only_adapters = config.peft.trains_adapters
-            save.tensors_to_save(
-                state, sharded_parameters([chunk.module for chunk in state.model_chunks], only_adapters)
-            )
+            if of.calls_alone:
+                _save(state)
+            else:
+                modules = [chunk.module for chunk in state.model_chunks]
+                save.tensors_to_save(state, sharded_parameters(modules, config.peft.trains_adapters))
+    if of.calls_alone:
+        entries = watch.recorder.entries()
     return RankRecord(of.rank, of.stage, len(microbatches), entries, numbers_of_parameters(chunks), watch.peaks)
 
 
-def _go_on(
-    watch: Watch, state: TrainingState, microbatches: Sequence[Microbatch], shortest: Sequence[Microbatch]
-) -> None:
-    """What a run does after its first step: the collectives of its loop, once; not those of timers and stragglers."""
-    with watch.phase("step"):
-        layers_without_gradient(state)
-        train_step(state, list(microbatches), by_layer=True)
-        mixtures(state)  # of a log line
-    with watch.phase("validation"):
-        validation_loss(state.model_chunks, [list(shortest)])
-        from_first_rank(lambda: state.best.after(1.0, 1))
-        with whole_parameters(state.model_chunks):
-            largest_orthogonality_error(state)
+def _save(state: TrainingState) -> None:
+    """The collectives of a checkpoint of a run, which is not written."""
     with (
-        watch.phase("saving"),
         whole_parameters(state.model_chunks),
         replaced(save, "start_draft", lambda *_: Path()),
         replaced(save, "base_fingerprint", lambda _: None),
@@ -272,10 +269,8 @@ def _parameters(chunks: Sequence[nn.Module]) -> Iterator[nn.Parameter]:
 
 
 def gradients(chunks: Iterable[Any]) -> Iterator[Tensor]:
-    """The buffers of gradients."""
-    for chunk in chunks:
-        buffers: Any = chunk.buffers  # megatron-core's gradient buffers, not nn.Module's method
-        yield from (buffer.grad_data for buffer in buffers)
+    """The buffers of gradients: megatron-core's `buffers`, not nn.Module's method."""
+    return (buffer.grad_data for chunk in chunks for buffer in chunk.buffers)
 
 
 def moments_of(state: TrainingState) -> Iterator[Tensor]:

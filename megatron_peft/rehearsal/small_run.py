@@ -1,9 +1,10 @@
 """A small run of a large run's own shape: the model, layout, data and steps that a certificate starts for real.
 
-Kept: the flags of the method and their numbers; gating, tied heads, biases, norms of queries and keys, position
-embeddings; queries per key-value head; whether the vocabulary is padded; which pipeline stages hold fewer layers, more
-or none; sequence parallelism, interleaving, packing and padding, recompute, precision, optimizer, the distributed
-optimizer and overlap. Cut:
+`make_small` cuts ranks, stages, layers and microbatches alone, for the order of calls too. Kept: the flags of the
+method and their numbers; gating, tied heads, biases, norms of queries and keys, position embeddings; queries per
+key-value head; whether the vocabulary is padded; which pipeline stages hold fewer layers, more or none; sequence
+parallelism, interleaving, packing and padding, recompute, precision, optimizer, the distributed optimizer and overlap.
+Cut:
 
     tensor-parallel ranks, pipeline stages      at most 4 of each
     replicas                                    2, if there are several
@@ -20,7 +21,7 @@ optimizer and overlap. Cut:
 
 import json
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from math import lcm, sqrt
@@ -37,7 +38,6 @@ from megatron_peft.config import (
     LoggingConfig,
     OptimizerSettings,
     ParallelConfig,
-    PeftConfig,
     RunConfig,
     TrainingConfig,
     is_targeted,
@@ -48,7 +48,7 @@ from megatron_peft.models.rules import expected_tensors
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.parallel.layout import generator_for
 
-MOST_RANKS, MOST_REPLICAS, MOST_KEY_HEADS = 4, 2, 4
+MOST_TENSOR_PARALLEL, MOST_STAGES, MOST_REPLICAS, MOST_KEY_HEADS = 4, 4, 2, 4
 NUM_STEPS = 4
 SEQ_LENGTH = 48  # what 2, 3, 4, 8 and 16 ranks divide; others have a multiple
 LEARNING_RATE, FULL_LEARNING_RATE = 5e-3, 1e-3
@@ -72,30 +72,35 @@ class SmallRun:
     shape: ModelShape
 
 
-def small_run(config: RunConfig, shape: ModelShape, folder: Path, most_ranks: int = MOST_RANKS) -> SmallRun:
+def small_run(
+    config: RunConfig, shape: ModelShape, folder: Path, most_tensor_parallel: int = MOST_TENSOR_PARALLEL
+) -> SmallRun:
     """The small run of a run, with its model and data, which are written.
 
     Args:
         config: of the run.
         shape: of its base model.
         folder: empty.
-        most_ranks: tensor-parallel, and stages.
+        most_tensor_parallel: ranks.
 
     Raises:
         ConfigurationError: no small model fits the method's numbers.
     """
-    parallel, num_layers = small_layout(config.parallel, shape.num_layers, most_ranks)
+    few = max(4, 2 * min(config.parallel.pipeline_model_parallel_size, MOST_STAGES))
+    shrunk, of_few_layers = make_small(config, shape, most_tensor_parallel, MOST_REPLICAS, few)
+    parallel, num_layers = shrunk.parallel, of_few_layers.num_layers
     lr = LEARNING_RATE if config.peft.trains_adapters else FULL_LEARNING_RATE
     rate_scale, decoupled_lr = lr / config.optimizer.lr, config.optimizer.decoupled_lr
-    peft = _peft(config.peft, shape, num_layers, rate_scale)
+    changes: dict[str, Any] = {"lora_dropout": 0.0, "lora_ga_batches": min(config.peft.lora_ga_batches, 2)}
+    if config.peft.hybrid_merge_interval:
+        changes["hybrid_merge_interval"] = min(config.peft.hybrid_merge_interval, 2)
+    if config.peft.peft_lr_rotation and config.peft.urnn_update != "riemannian":  # whose is not a multiple of --lr
+        changes["peft_lr_rotation"] = config.peft.peft_lr_rotation * rate_scale
+    peft = replace(shrunk.peft, **changes)
     small = small_shape(shape, replace(config, peft=peft), parallel.tensor_model_parallel_size, num_layers)
     save_model(small, folder / "model")
-    replicas, interleaved = parallel.data_parallel_size, parallel.is_interleaved
-    stages = parallel.pipeline_model_parallel_size
-    microbatches = min(config.num_microbatches, max(4, 2 * stages)) // (stages if interleaved else 1)
-    microbatches *= stages if interleaved else 1
     micro_batch_size = min(config.training.micro_batch_size, 2)
-    size = micro_batch_size * microbatches * replicas
+    size = micro_batch_size * shrunk.num_microbatches * parallel.data_parallel_size
     training = TrainingConfig(
         micro_batch_size=micro_batch_size,
         global_batch_size=size,
@@ -109,9 +114,7 @@ def small_run(config: RunConfig, shape: ModelShape, folder: Path, most_ranks: in
         decoupled_lr=decoupled_lr and decoupled_lr * rate_scale,
         **_kept(config.optimizer),
     )
-    transformer = {name: value for name, value in config.model.transformer.items() if "dropout" not in name}
-    if "recompute_num_layers" in transformer:
-        transformer["recompute_num_layers"] = 1
+    transformer = {name: value for name, value in shrunk.model.transformer.items() if "dropout" not in name}
     model = replace(
         config.model,
         pretrained_checkpoint=str(folder / "model"),
@@ -130,7 +133,17 @@ def small_run(config: RunConfig, shape: ModelShape, folder: Path, most_ranks: in
         checkpoint=CheckpointConfig(save=str(folder / "split"), async_save=config.checkpoint.async_save),
         logging=LoggingConfig(),
     )
-    return SmallRun(split, _alone(split), small)
+    # In one process, with nothing that is sharded, recomputed or overlapped.
+    transformer = {name: value for name, value in model.transformer.items() if name not in RECOMPUTE}
+    alone = replace(
+        split,
+        parallel=ParallelConfig(),
+        model=replace(model, transformer=transformer, recompute_modules=()),
+        training=replace(training, overlap_grad_reduce=False),
+        optimizer=replace(optimizer, use_distributed_optimizer=False, overlap_param_gather=False),
+        checkpoint=CheckpointConfig(),
+    )
+    return SmallRun(split, alone, small)
 
 
 def wide_run(config: RunConfig, shape: ModelShape, folder: Path) -> SmallRun | None:
@@ -139,7 +152,7 @@ def wide_run(config: RunConfig, shape: ModelShape, folder: Path) -> SmallRun | N
     None: the small run has as many.
     """
     parallel, ranks = config.parallel, config.parallel.tensor_model_parallel_size
-    if ranks <= MOST_RANKS:
+    if ranks <= MOST_TENSOR_PARALLEL:
         return None
     wide = ParallelConfig(ranks, sequence_parallel=parallel.sequence_parallel, world_size=ranks)
     found = small_run(replace(config, parallel=wide), shape, folder, ranks)
@@ -150,109 +163,94 @@ def _kept(settings: TrainingConfig | OptimizerSettings | DataConfig) -> dict[str
     return {name: value for name, value in vars(settings).items() if name in KEPT}
 
 
-def _alone(split: RunConfig) -> RunConfig:
-    """The same run in one process, with nothing that is sharded, recomputed or overlapped."""
-    transformer = {name: value for name, value in split.model.transformer.items() if name not in RECOMPUTE}
-    return replace(
-        split,
-        parallel=ParallelConfig(),
-        model=replace(split.model, transformer=transformer, recompute_modules=()),
-        training=replace(split.training, overlap_grad_reduce=False),
-        optimizer=replace(split.optimizer, use_distributed_optimizer=False, overlap_param_gather=False),
-        checkpoint=CheckpointConfig(),
+# Ranks, stages, layers and microbatches.
+
+
+def kept_stages(num_stages: int) -> Sequence[int]:
+    """Of so many pipeline stages, the first and the last ones that the small run has."""
+    kept = min(num_stages, MOST_STAGES)
+    return *range(kept - kept // 2), *range(num_stages - kept // 2, num_stages)
+
+
+def make_small(
+    config: RunConfig, shape: ModelShape, most_tensor_parallel: int, most_replicas: int, most_microbatches: int
+) -> tuple[RunConfig, ModelShape]:
+    """A run with at most so many ranks on an axis and microbatches a step, and few layers, as wide as before."""
+    parallel, num_layers = small_layout(config.parallel, shape.num_layers, most_tensor_parallel, most_replicas)
+    num_microbatches = min(config.num_microbatches, most_microbatches)
+    if parallel.is_interleaved:
+        num_microbatches -= num_microbatches % parallel.pipeline_model_parallel_size
+    size = config.training.micro_batch_size * num_microbatches * parallel.data_parallel_size
+    transformer: dict[str, Any] = {**config.model.transformer}
+    if "recompute_num_layers" in transformer:
+        transformer["recompute_num_layers"] = 1
+
+    # Of a pattern for layers that the small model has not, the kinds of layers that it means.
+    modules, targets = family_of(shape.architecture).modules, list[str]()
+    names = [(layer, kind) for layer in range(shape.num_layers) for kind in shape.linear_layers(1)]
+    for pattern in config.peft.target_modules:
+        meant = [one for one in names if is_targeted("decoder.layers.{}.{}".format(*one), (pattern,), modules)]
+        is_kept = any(layer < num_layers for layer, _ in meant)
+        targets += [pattern] if is_kept else [kind.split(".")[-1] for _, kind in meant]
+    small = replace(
+        config,
+        parallel=parallel,
+        model=replace(config.model, transformer=transformer),
+        peft=replace(config.peft, target_modules=tuple(dict.fromkeys(targets))),
+        training=replace(config.training, global_batch_size=size),
     )
+    full_attention = min(shape.num_full_attention_layers, num_layers)
+    return small, replace(shape, num_layers=num_layers, num_full_attention_layers=full_attention)
 
 
-def _peft(peft: PeftConfig, shape: ModelShape, num_layers: int, rate_scale: float) -> PeftConfig:
-    """`num_layers`: of the small model; `rate_scale`: by which all learning rates are multiplied."""
-    changes: dict[str, Any] = {"lora_dropout": 0.0, "lora_ga_batches": min(peft.lora_ga_batches, 2)}
-    changes["target_modules"] = small_targets(peft, shape, num_layers)
-    if peft.hybrid_merge_interval:
-        changes["hybrid_merge_interval"] = min(peft.hybrid_merge_interval, 2)
-    if peft.peft_lr_rotation and peft.urnn_update != "riemannian":  # whose rate is not a multiple of --lr
-        changes["peft_lr_rotation"] = peft.peft_lr_rotation * rate_scale
-    return replace(peft, **changes)
-
-
-def small_targets(peft: PeftConfig, shape: ModelShape, num_layers: int) -> tuple[str, ...]:
-    """The run's; of a pattern for layers that the small model has not, the kinds of layers that it means."""
-    modules, kinds = family_of(shape.architecture).modules, shape.linear_layers(1)
-
-    def meant(pattern: str, layers: int) -> list[str]:
-        names = [f"decoder.layers.{layer}.{kind}" for layer in range(layers) for kind in kinds]
-        return [name for name in names if is_targeted(name, (pattern,), modules)]
-
-    found: dict[str, None] = {}
-    for pattern in peft.target_modules:
-        own = (
-            [pattern]
-            if meant(pattern, num_layers)
-            else [name.split(".")[-1] for name in meant(pattern, shape.num_layers)]
-        )
-        found |= dict.fromkeys(own)
-    return tuple(found)
-
-
-# The layout.
-
-
-def small_layout(parallel: ParallelConfig, num_layers: int, most_ranks: int = MOST_RANKS) -> tuple[ParallelConfig, int]:
-    """The layout with at most `most_ranks` on an axis, and the number of layers of the model for it.
+def small_layout(
+    parallel: ParallelConfig, num_layers: int, most_tensor_parallel: int, most_replicas: int
+) -> tuple[ParallelConfig, int]:
+    """The layout of the small run, and the number of layers of the model for it.
 
     Args:
         num_layers: of the run's model.
     """
-    tp, pp = (
-        min(size, most_ranks) for size in (parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
-    )
-    layout, layers = _layers(parallel, num_layers, pp)
+    tp = min(parallel.tensor_model_parallel_size, most_tensor_parallel)
+    pp = min(parallel.pipeline_model_parallel_size, MOST_STAGES)
+    changed, layers = _small_stages(parallel, num_layers, pp)
     small = replace(
         parallel,
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
-        world_size=tp * pp * min(parallel.data_parallel_size, MOST_REPLICAS),
+        world_size=tp * pp * min(parallel.data_parallel_size, most_replicas),
         distributed_backend="gloo",
         distributed_timeout_minutes=5,
-        **layout,
+        **changed,
     )
     return small, layers
 
 
-def _layers(parallel: ParallelConfig, num_layers: int, pp: int) -> tuple[dict[str, Any], int]:
+def _small_stages(parallel: ParallelConfig, num_layers: int, pp: int) -> tuple[dict[str, Any], int]:
     """Changed fields of the layout, and the number of layers."""
-    text = parallel.pipeline_model_parallel_layout
-    if text is not None:
-        stages = _short_stages(stages_of_layout(text), parallel.pipeline_model_parallel_size, pp)
-        return {"pipeline_model_parallel_layout": "|".join(stages)}, sum(stage.count("t") for stage in stages)
-    first, last = parallel.decoder_first_pipeline_num_layers, parallel.decoder_last_pipeline_num_layers
-    if first or last:
-        return _uneven(first, last, parallel.pipeline_model_parallel_size, num_layers, pp)
+    num_stages = parallel.pipeline_model_parallel_size
+    if parallel.pipeline_model_parallel_layout is not None:  # the first and the last chunk of each rank
+        stages = stages_of_layout(parallel.pipeline_model_parallel_layout)
+        chunks = sorted({0, len(stages) // num_stages - 1})
+        kept = [stages[chunk * num_stages + stage] for chunk in chunks for stage in kept_stages(num_stages)]
+        layout = "|".join(kept).replace("tt", "t").replace("tt", "t")
+        return {"pipeline_model_parallel_layout": layout}, layout.count("t")
+    ends = {
+        f"decoder_{name}_pipeline_num_layers": size
+        for name in ("first", "last")
+        if (size := getattr(parallel, f"decoder_{name}_pipeline_num_layers"))
+    }
+    if ends:  # stages in the middle have 2 layers; an end has 1, 2 or 3, as it has fewer, as many or more
+        others = num_stages - len(ends)
+        middle = (num_layers - sum(ends.values())) // others if others else min(ends.values())
+        ends = {name: 2 + (size > middle) - (size < middle) for name, size in ends.items()}
+        return ends, sum(ends.values()) + 2 * (pp - len(ends))
     virtual = parallel.num_virtual_stages(num_layers)
     accounted = parallel.num_divided(num_layers) - num_layers
     divided = pp * (min(virtual, 2) if virtual else 1)
     while divided - accounted < max(2, pp):
         divided += pp
     return ({"num_layers_per_virtual_pipeline_stage": 1} if virtual else {}), divided - accounted
-
-
-def _short_stages(stages: list[str], of: int, pp: int) -> list[str]:
-    """The first and the last chunk of the first and last two ranks, with at most one layer each."""
-    ranks = list(range(of)) if of <= pp else [*range(pp - pp // 2), *range(of - pp // 2, of)]
-    chunks = sorted({0, len(stages) // of - 1})
-    return [stages[chunk * of + rank].replace("tt", "t").replace("tt", "t") for chunk in chunks for rank in ranks]
-
-
-def _uneven(first: int | None, last: int | None, stages: int, num_layers: int, pp: int) -> tuple[dict[str, Any], int]:
-    """Stages in the middle have 2 layers; an end has 1, 2 or 3, as it has fewer, as many or more."""
-    given = [size for size in (first, last) if size]
-    others, rest = stages - len(given), num_layers - sum(given)
-    middle = rest // others if others else min(given)
-    ends = {
-        f"decoder_{name}_pipeline_num_layers": 2 + (size > middle) - (size < middle)
-        for name, size in (("first", first), ("last", last))
-        if size
-    }
-    return ends, sum(ends.values()) + 2 * (pp - len(ends))
 
 
 # The model.
@@ -280,50 +278,54 @@ def small_shape(shape: ModelShape, config: RunConfig, tensor_parallel: int, num_
     )
     parallel = ParallelConfig(tensor_model_parallel_size=tensor_parallel, world_size=tensor_parallel)
     problems: list[str] = []
-    for candidate in _widths(small):
+    # From narrow to wide. transformers takes hidden sizes that the heads divide; Bloom's heads have to fill it, and its
+    # MLP is four times as wide.
+    bound = shape.architecture == "bloom"
+    for head, width in product(WIDTHS, (0,) if bound else (1, 2, *WIDTHS)):
+        hidden = (width or head) * heads
+        ffn = 4 * hidden if bound or not shape.gated_linear_unit else 2 * hidden
+        candidate = replace(small, kv_channels=head, hidden_size=hidden, ffn_hidden_size=ffn)
         problems = check_adapters(config.peft, parallel, candidate)
-        if not problems:
+        if hidden >= 32 and not problems:
             return candidate
     raise ConfigurationError(f"no small model fits the run's method, so it cannot be certified: {problems[0]}")
-
-
-def _widths(shape: ModelShape) -> Iterator[ModelShape]:
-    """From narrow to wide. transformers takes hidden sizes that the heads divide; Bloom's heads have to fill it."""
-    bound = shape.architecture == "bloom"  # hidden is heads x features, and the MLP four times that
-    for head, width in product(WIDTHS, (0,) if bound else (1, 2, *WIDTHS)):
-        hidden = (width or head) * shape.num_attention_heads
-        if hidden >= 32:
-            ffn = 4 * hidden if bound or not shape.gated_linear_unit else 2 * hidden
-            yield replace(shape, kv_channels=head, hidden_size=hidden, ffn_hidden_size=ffn)
 
 
 def save_model(shape: ModelShape, folder: Path) -> None:
     """Random weights of a shape, biases and norms too, as a Hugging Face folder."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config_of_shape(shape), indent=2) + "\n")
-    tensors = {name: _draw(name, size) for name, size in expected_tensors(rules_for(shape)).items()}
+    tensors: dict[str, torch.Tensor] = {}
+    for name, size in expected_tensors(rules_for(shape)).items():
+        generator = generator_for(0, name)
+        if len(size) > 1:
+            tensors[name] = torch.randn(*size, generator=generator) * (0.8 / sqrt(size[1]))
+        elif name.endswith("bias"):
+            tensors[name] = 0.1 * torch.randn(*size, generator=generator)
+        else:
+            tensors[name] = 0.5 + torch.rand(*size, generator=generator)
     save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
-
-
-def _draw(name: str, size: tuple[int, ...]) -> torch.Tensor:
-    generator = generator_for(0, name)
-    if len(size) > 1:
-        return torch.randn(*size, generator=generator) * (0.8 / sqrt(size[1]))
-    if name.endswith("bias"):
-        return 0.1 * torch.randn(*size, generator=generator)
-    return 0.5 + torch.rand(*size, generator=generator)
 
 
 # The data.
 
 
 def _data(data: DataConfig, shape: ModelShape, folder: Path, batch_size: int, seq_length: int) -> DataConfig:
-    """Generated sequences for indexed data, else records; packed and padded as the run's."""
+    """Generated sequences for indexed data, else prompts and completions of random ids, of many lengths; packed and
+    padded as the run's."""
     made: Mapping[str, Any] = {"mock_data": True}
     if data.reads_records or not (data.mock_data or data.data_path or data.train_data_path):
+        draw = random.Random(0)
+
+        def words(shortest: int, longest: int) -> str:
+            return " ".join(str(draw.randrange(shape.vocab_size - 1)) for _ in range(draw.randint(shortest, longest)))
+
         number = round(batch_size * EPOCH * (SAMPLES_OF_A_PACK if data.pack_sequences else 1))
-        path = (str(save_records(folder / "data.jsonl", shape.vocab_size, number)),)
-        made = {"train_data_path": path, "valid_data_path": path, "pack_sequences": data.pack_sequences}
+        pairs = [{"prompt": words(2, 12), "completion": " " + words(3, 24)} for _ in range(number)]
+        path = folder / "data.jsonl"
+        path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+        paths = (str(path),)
+        made = {"train_data_path": paths, "valid_data_path": paths, "pack_sequences": data.pack_sequences}
     return DataConfig(
         **made,
         **_kept(data),
@@ -332,15 +334,3 @@ def _data(data: DataConfig, shape: ModelShape, folder: Path, batch_size: int, se
         vocab_size=shape.vocab_size - 1,
         num_workers=0,
     )
-
-
-def save_records(path: Path, vocab_size: int, number: int) -> Path:
-    """Prompts and completions of random ids, of many lengths."""
-    draw = random.Random(0)
-
-    def words(shortest: int, longest: int) -> str:
-        return " ".join(str(draw.randrange(vocab_size - 1)) for _ in range(draw.randint(shortest, longest)))
-
-    pairs = [{"prompt": words(2, 12), "completion": " " + words(3, 24)} for _ in range(number)]
-    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    return path

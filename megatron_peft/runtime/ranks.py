@@ -128,6 +128,8 @@ def _environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
 
 def _rank(environment: dict[str, str], call: bytes, folder: str) -> None:
     """The life of a rank."""
+    if not Path(folder).exists():  # nobody waits for it any more: the program has ended
+        return
     os.environ.clear()
     os.environ.update(environment)
     rank = environment["RANK"]

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from megatron_peft.adapters.linear import AdaptedColumnParallelLinear, AdaptedRowParallelLinear
 from megatron_peft.adapters.low_rank import LowRank
-from megatron_peft.benchmarks.measure import CollectiveLog
+from megatron_peft.benchmarks.steps import num_elements
 from megatron_peft.config import ParallelConfig, PeftConfig
 from megatron_peft.parallel.collectives import sum_partial_gradients_over_tensor_parallel
+from megatron_peft.rehearsal.record import Call
+from megatron_peft.rehearsal.recording import Recorder, group_names
 from megatron_peft.runtime.launch import start_model_parallel, start_world
 from tests.adapters.many_ranks import drawn as draw
 from tests.adapters.many_ranks import joined as join
@@ -77,14 +79,15 @@ def run_here(sequence_parallel: bool, with_adapters: bool) -> dict[str, Any]:
         return torch.cat(_from_all(own, group)) if sequence_parallel else own
 
     x = own_tokens(draw("x", S, BATCH, H)).clone().requires_grad_()
-    with CollectiveLog() as log:
+    with Recorder(group_names(), keeps_work=False) as log:
         y = pair(x)
         y.backward(own_tokens(draw("dy", S, BATCH, H)))
         for parameter in pair.parameters():
             parameter.main_grad = parameter.grad
         sum_partial_gradients_over_tensor_parallel([pair], group)
     found = {"y": whole_sequence(y.detach()), "dx": whole_sequence(x.grad)}
-    found["calls"] = Counter((call.name, call.elements) for call in log.calls)
+    calls = (entry for entry in log.entries() if isinstance(entry, Call))
+    found["calls"] = Counter((call.operation, num_elements(call)) for call in calls)
     found["kept"] = _kept(pair.column, x)
     for name, parameter in pair.named_parameters():
         if parameter.requires_grad:

@@ -50,10 +50,10 @@ def test_two_ranks_equal_one(alone, on_two_ranks, layout):
             torch.testing.assert_close(found[layout][name], alone[name], msg=lambda text, name=name: f"{name}: {text}")
 
 
-NARROW, SUMS = S * BATCH * RANK, ("allreduce_", RANK * H + H * RANK)
+NARROW, SUMS = S * BATCH * RANK, ("all_reduce", RANK * H + H * RANK)
 CALLS = {  # with the sequence split those of the column layer; the row layer's input is features of all tokens already
     "TP2": {SUMS: 1},
-    "TP2+SP": {SUMS: 1, ("_allgather_base_", NARROW): 1, ("_reduce_scatter_base_", NARROW): 1},
+    "TP2+SP": {SUMS: 1, ("all_gather", NARROW): 1, ("reduce_scatter", NARROW): 1},
 }
 
 

@@ -1,24 +1,20 @@
-"""Times, memory, collectives, files and starts are measured as they are, and a figure is judged by its target."""
+"""Times, memory, files and starts are measured as they are, and a figure is judged by its target."""
 
 import io
 import json
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from megatron.core.tensor_parallel.mappings import _CopyToModelParallelRegion
 from rich.console import Console
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_peft.benchmarks import files, measure
 from megatron_peft.benchmarks.files import convert_figures, load_whole, read_plainly
-from megatron_peft.benchmarks.measure import CollectiveLog, Figure, print_table, write_json
+from megatron_peft.benchmarks.measure import Figure, print_table, write_json
 from megatron_peft.benchmarks.subjects import Setting, Step
 from megatron_peft.cli.parser import parse_arguments
 from tests.conversion.megatron_folders import save_random
@@ -101,36 +97,6 @@ def test_json_holds_numbers_and_verdict(tmp_path: Path) -> None:
     write_json(tmp_path / "new" / "a.json", [Figure("x", 1.5, 2.0, "s", "note")])
     (row,) = json.loads((tmp_path / "new" / "a.json").read_text())
     assert row == {"name": "x", "measured": 1.5, "target": 2.0, "unit": "s", "note": "note", "reached": True}
-
-
-@pytest.fixture
-def pair() -> Iterator[dist.ProcessGroup]:
-    """torch's fake process group, of two ranks."""
-    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
-    yield dist.group.WORLD
-    dist.destroy_process_group()
-
-
-def test_bytes_are_those_of_the_whole_tensor(pair: dist.ProcessGroup) -> None:
-    whole, part = torch.zeros(8, 4), torch.zeros(4, 4)
-    with CollectiveLog() as log:
-        dist.all_gather_into_tensor(whole, part, group=pair)
-        dist.reduce_scatter_tensor(part, whole, group=pair)
-        dist.all_reduce(part, group=pair)
-    found = [(call.num_bytes, call.elements, call.width) for call in log.calls]
-    assert found == [(128, 32, 4), (128, 32, 4), (64, 16, 4)]
-    assert all(name in call.name for name, call in zip(("gather", "scatter", "allreduce"), log.calls, strict=True))
-
-
-def test_asynchronous_calls_and_those_of_a_backward_pass_count_once_and_those_of_one_rank_not(pair) -> None:
-    y = _CopyToModelParallelRegion.apply(torch.ones(4, 4, requires_grad=True), pair).sum()
-    with CollectiveLog() as log:
-        work: Any = dist.all_reduce(torch.zeros(16), group=pair, async_op=True)
-        work.wait()
-        assert len(log.calls) == 1
-        y.backward()
-        dist.all_reduce(torch.zeros(16), group=dist.new_group([0]))
-    assert len(log.calls) == 2
 
 
 @pytest.mark.slow

@@ -134,7 +134,7 @@ def test_real_steps_reach_the_targets(tiny: Setting) -> None:
     assert all(figure.reached for figure in calls)
     # 4 layers: 2 row-parallel layers each forward, 2 column-parallel ones back, embedding and output, 3 for the loss.
     assert "frozen 21 calls" in figures["TP2: LoRA's all-reduces above the frozen base's"].note
-    assert "8 allgather_base" in figures["TP2+SP: LoRA's other calls wider than r"].note
+    assert "8 all_gather" in figures["TP2+SP: LoRA's other calls wider than r"].note
 
 
 def test_memory_that_steps_free_is_to_be_given_back(monkeypatch: pytest.MonkeyPatch):

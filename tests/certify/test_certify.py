@@ -106,7 +106,7 @@ def test_a_small_model_keeps_the_shape(tmp_path, method, shape):
 def test_small_stages_hold_fewer_more_or_none_as_the_runs_do(given, num_layers, expected):
     run = ParallelConfig(pipeline_model_parallel_size=8, world_size=8, **given)
     changed, layers = expected
-    parallel, found = small.small_layout(run, num_layers)
+    parallel, found = small.small_layout(run, num_layers, small.MOST_TENSOR_PARALLEL, small.MOST_REPLICAS)
     assert found == layers and all(getattr(parallel, name) == value for name, value in changed.items())
 
 

@@ -81,7 +81,11 @@ def test_a_contradictory_file_is_an_error(tmp_path: Path, changes: dict[str, Any
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("a: [", "is not YAML"), ("seeds: [1]\nseeds: [2]\n", "'seeds' is a duplicate key"), ("- a\n", "it is a mapping")],
+    [
+        ("a: [", "is not YAML"),
+        ("seeds: [1]\nseeds: [2]\n", "line 2, column 1: seeds stands here and in line 1"),
+        ("- a\n", "it is a mapping"),
+    ],
 )
 def test_broken_or_missing_file_is_an_error(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):

@@ -104,7 +104,7 @@ def test_a_field_that_stands_twice_is_named_with_both_places(again, tmp_path: Pa
         read_cluster(str(path))
     name = "latency_us" if again.startswith("{") else "launch_us"
     [told] = caught.value.problems
-    assert "own.yaml, line" in told and f": {name} stands here and in line" in told
+    assert "own.yaml is not YAML: line" in told and f": {name} stands here and in line" in told
 
 
 def test_a_size_that_stands_twice_is_named_however_it_is_written(tmp_path: Path):

@@ -1,6 +1,8 @@
 """Faults in the calls of some ranks, one line each, planted in the processes that rehearse them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import cache
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
@@ -175,9 +177,13 @@ SOUND: dict[str, Callable[[], None]] = {
 ALL = IN_TENSOR_AND_DATA | BETWEEN_STAGES | SOUND
 
 
-def record_planted(name: str, ranks: Sequence[RankToRehearse]) -> list[RankRecord]:
-    """In place of `rehearsal._rehearse_here`."""
-    from megatron_peft.rehearsal.rehearsal import _rehearse_here
-
+@cache
+def plant(name: str) -> None:
+    """Once in a process."""
     ALL[name]()
-    return _rehearse_here(ranks)
+
+
+def record_planted(name: str, function: str, rank: RankToRehearse) -> RankRecord:
+    """In place of a function of the rehearsals, for `rehearsal._in_processes`."""
+    plant(name)
+    return resolve_name(function)(rank)

@@ -5,7 +5,7 @@ import random
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,7 +24,7 @@ from megatron_peft.rehearsal.record import MESSAGES, Call, Entry, Wait
 from megatron_peft.rehearsal.rehearsal import RehearsedRun, order_problem, rehearse_run
 from megatron_peft.rehearsal.schedule import program_of_stage, programs_of_ranks
 from tests.ranks import run_ranks
-from tests.rehearsal.planted_calls import BETWEEN_STAGES, IN_TENSOR_AND_DATA, SOUND, record_planted
+from tests.rehearsal.planted_calls import BETWEEN_STAGES, IN_TENSOR_AND_DATA, SOUND
 from tests.tiny_llama import ODD_SHAPE
 from tools.published import made_up_run
 
@@ -231,7 +231,14 @@ TENSOR_ALONE = Layout(2, 1, 1, "--tensor-model-parallel-size 2")
 def planted(name: str, monkeypatch: pytest.MonkeyPatch, layout: Layout | None = None, method: str = "lora-ga") -> Any:
     layout = layout or (STAGES_AND_DATA if name in BETWEEN_STAGES else TENSOR_AND_DATA)
     run = rehearsed(method, layout)
-    monkeypatch.setattr(rehearsal, "_rehearse_here", partial(record_planted, name))
+    usual = rehearsal._in_processes
+
+    def in_processes(function: str, asked: Sequence[Any], *args: Any, **kwargs: Any) -> list[Any]:
+        return usual(
+            "tests.rehearsal.planted_calls:record_planted", [(name, function, *one) for one in asked], *args, **kwargs
+        )
+
+    monkeypatch.setattr(rehearsal, "_in_processes", in_processes)
     return order_problem(run)
 
 

@@ -1,16 +1,21 @@
 """What a recorder counts of operations: what a GPU would compute, read and write, in as many launches."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from megatron.core.tensor_parallel.mappings import _CopyToModelParallelRegion
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_peft.adapters.frozen_linear import run_function
+from megatron_peft.benchmarks.steps import num_elements
 from megatron_peft.config import ConfigurationError
 from megatron_peft.models import layers
-from megatron_peft.rehearsal.record import Computation, EarlyUse, Product
+from megatron_peft.rehearsal.record import Call, Computation, EarlyUse, Product
 from megatron_peft.rehearsal.recording import Recorder
 from megatron_peft.rehearsal.rehearsed_rank import fused_kernels
 from megatron_peft.runtime.cpu_kernels import RootMeanSquareNorm, add_outer_sums, outer_sum
@@ -115,14 +120,60 @@ def test_a_gradient_is_added_to_its_buffer_within_the_product_where_that_is_fuse
         assert recorder.entries() == (Computation(products, num_bytes, num_kernels),)
 
 
+def test_what_is_added_where_a_product_was_before_is_an_operation_of_its_own():
+    """A storage may have the address of one that has gone."""
+    grad, x, buffer = torch.zeros(TOKENS, OUT), torch.zeros(TOKENS, INTO), torch.zeros(2, OUT, INTO)
+    recorder = Recorder({}, fuses_sums=True)
+    with recorder:
+        for _ in range(20):
+            torch.mm(grad.t(), x)
+            buffer[1].add_(torch.ones(OUT, INTO))
+    [work] = recorder.entries()
+    assert isinstance(work, Computation) and work.num_kernels == 60
+
+
 def test_what_overlaps_the_result_of_a_call_under_way_is_used_early_and_a_view_of_it_is_not():
     recorder = Recorder({}, keeps_work=False)
     buffer = torch.zeros(8)
     with recorder:
-        recorder._under_way[0] = [buffer[2:4]]
+        recorder._under_way[0] = SimpleNamespace(writes=[buffer[2:4]])  # type: ignore[assignment]
         buffer[4:].add_(1)
         buffer[:2].add_(1)
         _ = buffer[2:4].view(1, 2), torch.empty_like(buffer)
         assert recorder.entries() == ()
         _ = buffer[3:6] + 1
     assert recorder.entries() == (EarlyUse(0),)
+
+
+@pytest.fixture
+def pair() -> Iterator[dist.ProcessGroup]:
+    """torch's fake process group, of two ranks."""
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def calls_of(recorder: Recorder) -> list[Call]:
+    return [entry for entry in recorder.entries() if isinstance(entry, Call)]
+
+
+def test_a_calls_elements_are_those_of_the_whole_tensor(pair):
+    whole, part = torch.zeros(8, 4), torch.zeros(4, 4)
+    with Recorder({}, keeps_work=False) as recorder:
+        dist.all_gather_into_tensor(whole, part, group=pair)
+        dist.reduce_scatter_tensor(part, whole, group=pair)
+        dist.all_reduce(part, group=pair)
+    found = {call.operation: (num_elements(call), call.shapes) for call in calls_of(recorder)}
+    gathered, scattered, summed = (32, ((4, 4),)), (32, ((8, 4),)), (16, ((4, 4),))
+    assert found == {"all_gather": gathered, "reduce_scatter": scattered, "all_reduce": summed}
+
+
+def test_asynchronous_calls_and_those_of_a_backward_pass_count_once_and_those_of_one_rank_not(pair):
+    y = _CopyToModelParallelRegion.apply(torch.ones(4, 4, requires_grad=True), pair).sum()
+    with Recorder({}, keeps_work=False) as recorder:
+        work: Any = dist.all_reduce(torch.zeros(16), group=pair, async_op=True)
+        work.wait()
+        assert len(calls_of(recorder)) == 1
+        y.backward()
+        dist.all_reduce(torch.zeros(16), group=dist.new_group([0]))
+    assert len(calls_of(recorder)) == 2
