@@ -21,6 +21,7 @@ Cut:
 
 import json
 import random
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -233,7 +234,7 @@ def _small_stages(parallel: ParallelConfig, num_layers: int, pp: int) -> tuple[d
         stages = stages_of_layout(parallel.pipeline_model_parallel_layout)
         chunks = sorted({0, len(stages) // num_stages - 1})
         kept = [stages[chunk * num_stages + stage] for chunk in chunks for stage in kept_stages(num_stages)]
-        layout = "|".join(kept).replace("tt", "t").replace("tt", "t")
+        layout = re.sub("t+", "t", "|".join(kept))
         return {"pipeline_model_parallel_layout": layout}, layout.count("t")
     ends = {
         f"decoder_{name}_pipeline_num_layers": size

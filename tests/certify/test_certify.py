@@ -98,6 +98,11 @@ def test_a_small_model_keeps_the_shape(tmp_path, method, shape):
     [
         ({"num_layers_per_virtual_pipeline_stage": 2}, 48, ({"num_layers_per_virtual_pipeline_stage": 1}, 8)),
         ({"decoder_first_pipeline_num_layers": 3}, 31, ({"decoder_first_pipeline_num_layers": 1}, 7)),
+        (
+            {"pipeline_model_parallel_layout": "Et|(ttttt|)*6ttL"},
+            33,
+            ({"pipeline_model_parallel_layout": "Et|t|t|tL"}, 4),
+        ),
         ({"pipeline_model_parallel_layout": "E|(tt|)*6ttL"}, 14, ({"pipeline_model_parallel_layout": "E|t|t|tL"}, 3)),
         ({"account_for_loss_in_pipeline_split": True}, 31, ({}, 7)),
         ({}, 32, ({}, 4)),
