@@ -298,13 +298,14 @@ def test_the_layout_that_the_run_asks_for_changes_nothing():
 
 def test_times_of_a_layer_that_are_known_are_those_of_the_layout():
     known: dict[Hashable, dict[Segment, float]] = {}
+    runs = []
     for rows, tp, sequence, recompute in product((1, 2), (1, 2), (False, True), layouts.RECOMPUTES):
         fields, modules = layouts.RECOMPUTES[recompute]
         sizes = {"world_size": tp, "tensor_model_parallel_size": tp, "sequence_parallel": sequence and tp > 1}
         run = made_up_run("hybrid", 1024, 8, rows, fields, **sizes)
-        run = replace(run, model=replace(run.model, recompute_modules=modules))
-        step = step_of(run, SMALL)
-        seconds = layouts.seconds_of_segments(step.layers, A100.of_run(run))
+        runs.append(replace(run, model=replace(run.model, recompute_modules=modules)))
+    for run, layers in zip(runs, recorded([LayersToRecord.of(run, SMALL) for run in runs]), strict=True):
+        seconds = layouts.seconds_of_segments(layers, A100.of_run(run))
         assert known.setdefault(recorded_alike(run, SMALL), seconds) == seconds
 
 
