@@ -39,9 +39,11 @@ def why_not_served(name: str) -> str:
     family = reason_of(bare) or reason_of(bare.removeprefix("no-"))
     if family and not nearest(name, served, TYPO):
         return refusal(name, family)
-    like = nearest(name, known, TYPO) or nearest(name, served, NEAR)
+    like = nearest(name, known, TYPO) or nearest(name, [*served, *EQUIVALENTS], NEAR)
     if not like:
         return f"{name} is not a known flag; --help lists them."
+    if told := equivalent(like):  # a slip in another library's flag
+        return f"{name} is not a known flag; {told}"
     not_served = "" if known[like] is None else ", a Megatron flag that is not supported"
     return f"{name} is not a known flag; did you mean {like}{not_served}?"
 

@@ -100,6 +100,7 @@ def test_a_later_value_replaces_an_earlier_one() -> None:
     [
         ("--trian-iters 10", "--trian-iters is not a known flag; did you mean --train-iters?"),
         ("--train_iters 10", "did you mean --train-iters?"),
+        ("--lern-rate 1e-3", "--learning-rate is a flag of Hugging Face's libraries; here it is --lr."),
         ("--rl-decay-style linear", "did you mean --lr-decay-style?"),
         ("--num-expert 8", "did you mean --num-experts, a Megatron flag that is not supported?"),
         ("--wibble", "--wibble is not a known flag; --help lists them."),
