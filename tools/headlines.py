@@ -24,8 +24,9 @@ from megatron_peft.plan.layouts import FittedLayout, fit
 from megatron_peft.plan.pipeline import estimated_time
 from megatron_peft.plan.recorded_layers import RecordedStep, total
 from megatron_peft.plan.timing import EXPOSED, StepTime
-from megatron_peft.rehearsal.asked import recorded_alike
+from megatron_peft.rehearsal.asked import LayersToRecord, recorded_alike
 from megatron_peft.rehearsal.record import Memory, RecordedLayers
+from megatron_peft.rehearsal.rehearsal import record_layers
 from tools.published import LLAMA_70B, LLAMA_405B, made_up_run, write_tables
 
 METHODS = ("full", "lora", "lora-ga", "boft", "urnn", "hybrid")
@@ -77,7 +78,9 @@ def compare(shape: ModelShape, cluster: Cluster) -> list[Compared]:
     for method in METHODS:
         world_size, run = full.run.parallel.world_size, replace(full.run, peft=PeftConfig(method=method))
         best = full if method == "full" else fit(_run(method), shape, world_size, cluster, 1, known=known[method])[0]
-        step = RecordedStep(run, shape, known[method][recorded_alike(run, shape)])
+        way = recorded_alike(run, shape)
+        layers = known[method].get(way) or record_layers([LayersToRecord.of(run, shape)])[0]
+        step = RecordedStep(run, shape, layers)
         held = {stage: step.memory(stage) for stage in sorted({0, 1 % step.pp, step.pp - 1, full.stage})}
         found.append(Compared(method, best, estimated_time(step, cluster), held))
     return found
