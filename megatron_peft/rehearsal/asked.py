@@ -118,10 +118,9 @@ class LayersToRecord:
         """Of a run of any layout."""
         targets = targets_of_layers(run, shape)
         first = next((layer for layer, names in enumerate(targets) if names), 0)
-        layers: tuple[Segment, ...] = (*["before"] * (first > 0), "first", *dict.fromkeys(targets))
-        ends = {"before": frozenset[str](), "first": targets[first]}
-        named = [one if isinstance(one, frozenset) else ends[one] for one in layers]
-        of_layer = [f"decoder.layers.{layer}.{name}" for layer, names in enumerate(named) for name in sorted(names)]
+        layers: dict[Segment, frozenset[str]] = {"before": frozenset()} if first > 0 else {}
+        layers |= {"first": targets[first]} | {one: one for one in targets}
+        of_layer = [f"decoder.layers.{n}.{name}" for n, names in enumerate(layers.values()) for name in sorted(names)]
         tp, size = run.parallel.tensor_model_parallel_size, run.training.micro_batch_size
         parallel = ParallelConfig(
             tensor_model_parallel_size=tp, world_size=tp, sequence_parallel=run.parallel.sequence_parallel
@@ -144,7 +143,7 @@ class LayersToRecord:
             # The last of several stages has a table of its own.
             tied_embeddings=shape.tied_embeddings and run.parallel.pipeline_model_parallel_size == 1,
         )
-        return cls(alone, few, layers, Lengths.longest(run))
+        return cls(alone, few, tuple(layers), Lengths.longest(run))
 
 
 def targets_of_layers(run: RunConfig, shape: ModelShape) -> Sequence[frozenset[str]]:
