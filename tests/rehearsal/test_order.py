@@ -443,10 +443,11 @@ def test_the_program_put_together_is_the_one_that_was_recorded():
 def numbered(entries: Iterable[Entry]) -> Iterator[Entry]:
     """Calls and waits; batches and handles numbered from 0."""
     batches: dict[int | None, int | None] = {None: None}
-    handles: dict[Any, int | None] = {None: None}
+    handles: dict[Any, int] = {}
     for entry in entries:
         if isinstance(entry, Call):
             batch = batches.setdefault(entry.batch, len(batches) - 1)
-            yield replace(entry, batch=batch, handle=handles.setdefault(entry.handle, len(handles) - 1))
+            handle = handles.setdefault(entry.handle, len(handles)) if entry.is_async else None
+            yield replace(entry, batch=batch, handle=handle)
         elif isinstance(entry, Wait):
-            yield Wait(handles[entry.handle] or 0)
+            yield Wait(handles.get(entry.handle, -1))
