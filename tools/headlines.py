@@ -11,7 +11,7 @@ python -m tools.headlines docs/results/planning writes the tables of docs/planni
 """
 
 import sys
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from megatron_peft.plan.layouts import FittedLayout, fit
 from megatron_peft.plan.pipeline import estimated_time
 from megatron_peft.plan.recorded_layers import RecordedStep, total
 from megatron_peft.plan.timing import EXPOSED, StepTime
-from megatron_peft.rehearsal.asked import LayersToRecord, recorded_alike
+from megatron_peft.rehearsal.asked import LayersToRecord
 from megatron_peft.rehearsal.record import Memory, RecordedLayers
 from megatron_peft.rehearsal.rehearsal import record_layers
 from tools.published import LLAMA_70B, LLAMA_405B, made_up_run, write_tables
@@ -72,14 +72,13 @@ class Compared:
 
 def compare(shape: ModelShape, cluster: Cluster) -> list[Compared]:
     """Every method on the smallest number of GPUs that holds full fine-tuning."""
-    known: dict[str, dict[Hashable, RecordedLayers]] = {method: {} for method in METHODS}
+    known: dict[str, dict[str, RecordedLayers]] = {method: {} for method in METHODS}
     full = _smallest(shape, cluster, known["full"])
     found = []
     for method in METHODS:
         world_size, run = full.run.parallel.world_size, replace(full.run, peft=PeftConfig(method=method))
         best = full if method == "full" else fit(_run(method), shape, world_size, cluster, 1, known=known[method])[0]
-        way = recorded_alike(run, shape)
-        layers = known[method].get(way) or record_layers([LayersToRecord.of(run, shape)])[0]
+        [layers] = record_layers([LayersToRecord.of(run, shape)], known=known[method])
         step = RecordedStep(run, shape, layers)
         held = {stage: step.memory(stage) for stage in sorted({0, 1 % step.pp, step.pp - 1, full.stage})}
         found.append(Compared(method, best, estimated_time(step, cluster), held))
@@ -90,7 +89,7 @@ def _run(method: str) -> RunConfig:
     return made_up_run(method, LENGTH, BATCH)
 
 
-def _smallest(shape: ModelShape, cluster: Cluster, known: dict[Hashable, RecordedLayers]) -> FittedLayout:
+def _smallest(shape: ModelShape, cluster: Cluster, known: dict[str, RecordedLayers]) -> FittedLayout:
     for world_size in WORLDS:
         try:
             return fit(_run("full"), shape, world_size, cluster, 1, known=known)[0]

@@ -141,10 +141,8 @@ class Step:
 
 def record(steps: Sequence[Step]) -> list[RecordedStep]:
     """All in one call: worlds of several sizes have the same layers."""
-    asked = [step.layers() for step in steps]
-    distinct = {repr(one): one for one in asked}
-    found = dict(zip(distinct, record_layers([*distinct.values()]), strict=True))
-    return [RecordedStep(step.run, step.shape, found[repr(one)]) for step, one in zip(steps, asked, strict=True)]
+    found = record_layers([step.layers() for step in steps])
+    return [RecordedStep(step.run, step.shape, one) for step, one in zip(steps, found, strict=True)]
 
 
 def steps() -> Iterator[Step]:

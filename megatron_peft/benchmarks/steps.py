@@ -241,7 +241,7 @@ def _log(step) -> list[Call]:
     with Recorder(group_names(), keeps_work=False) as log:
         step()
     # Where one is waited for is not compared.
-    return [dataclasses.replace(entry, is_async=False) for entry in log.entries() if isinstance(entry, Call)]
+    return [dataclasses.replace(entry, handle=None) for entry in log.entries() if isinstance(entry, Call)]
 
 
 def num_elements(call: Call) -> int:

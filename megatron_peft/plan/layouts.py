@@ -9,6 +9,7 @@ What is varied: TP, PP, virtual stages, DP (the rest of the world), sequence par
 recompute and, with several replicas, the distributed optimizer. All else is the run's own.
 """
 
+from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
@@ -28,7 +29,7 @@ from megatron_peft.plan.pace import Pace
 from megatron_peft.plan.pipeline import estimated_time
 from megatron_peft.plan.recorded_layers import RecordedStep, total
 from megatron_peft.plan.timing import time_alone
-from megatron_peft.rehearsal.asked import LayersToRecord, recorded_alike
+from megatron_peft.rehearsal.asked import LayersToRecord
 from megatron_peft.rehearsal.record import Memory, RecordedLayers, RecordedPass, Segment
 from megatron_peft.rehearsal.rehearsal import Watch, record_layers
 
@@ -113,7 +114,7 @@ def fit(
     cluster: Cluster,
     num_layouts: int = 10,
     watch: Watch = lambda done, more: None,
-    known: dict[Hashable, RecordedLayers] | None = None,
+    known: dict[str, RecordedLayers] | None = None,
 ) -> list[FittedLayout]:
     """The layouts that fit, the fastest first; of those that divide the layers in other ways alone, the fastest.
 
@@ -140,20 +141,18 @@ def fit(
         f"{shape.num_attention_heads} heads, {shape.num_query_groups} key-value heads) and --global-batch-size "
         f"{run.training.global_batch_size}: use another --world-size or another global batch.",
     )
-    known = {} if known is None else known
     candidates: list[_Candidate] = []
     least = [(one, 0.0) for one in laid_out]  # the seconds that each takes at least
     for recompute in RECOMPUTES:  # each takes longer than the one before
-        limit = _slowest_replayed(candidates, cluster)
+        replayed = _fastest(candidates, cluster)[:NUM_REPLAYED]
+        limit = replayed[-1][0].seconds if len(replayed) == NUM_REPLAYED else inf
         runs = [_recomputing(one, recompute) for one, seconds in least if seconds <= limit]
-        each = {recorded_alike(one, shape): one for one in runs}
-        asked = {key: LayersToRecord.of(one, shape) for key, one in each.items() if key not in known}
-        known |= zip(asked, record_layers([*asked.values()], watch=watch), strict=True)
-        times = {key: seconds_of_segments(known[key], cluster.of_run(one)) for key, one in each.items()}
+        every = record_layers([LayersToRecord.of(one, shape) for one in runs], watch, known)
+        distinct = dict(zip(every, runs, strict=True))
+        times = {layers: seconds_of_segments(layers, cluster.of_run(one)) for layers, one in distinct.items()}
         least = []
-        for one in runs:
-            key = recorded_alike(one, shape)
-            found = _candidate(RecordedStep(one, shape, known[key]), recompute, times[key], cluster)
+        for one, layers in zip(runs, every, strict=True):
+            found = _candidate(RecordedStep(one, shape, layers), recompute, times[layers], cluster)
             least.append((one, found.seconds))
             candidates.append(found)
     fastest = _fastest(candidates, cluster)[:NUM_REPLAYED]
@@ -169,7 +168,11 @@ def fit(
     watch(0, len(fastest))
     best: list[FittedLayout] = []
     for alike in fastest:
-        best.append(min((_replayed(one, cluster) for one in alike[:NUM_DIVISIONS_REPLAYED]), key=_slowness))
+        each: list[FittedLayout] = []
+        for one in alike[:NUM_DIVISIONS_REPLAYED]:
+            pace = Pace.of(one.step.run, shape, cluster, estimated_time(one.step, cluster))
+            each.append(FittedLayout(one.step.run, one.recompute, pace, one.memory, one.stage))
+        best.append(min(each, key=_slowness))
         watch(1, 0)
     return sorted(best, key=_slowness)[:num_layouts]
 
@@ -191,29 +194,17 @@ class _Candidate:
 
 def _fastest(candidates: Sequence[_Candidate], cluster: Cluster) -> list[list[_Candidate]]:
     """Those that fit, the fastest first; together those that divide the layers of a pipeline in other ways alone."""
-    divisions: dict[Hashable, list[_Candidate]] = {}
+    found: defaultdict[Hashable, list[_Candidate]] = defaultdict(list)
     for one in sorted(candidates, key=lambda one: one.seconds):
         if total(one.memory) <= cluster.usable_bytes:
-            divisions.setdefault(_but_for_division(one), []).append(one)
-    return [*divisions.values()]
+            found[_but_for_division(one)].append(one)
+    return [*found.values()]
 
 
 def _but_for_division(one: _Candidate) -> Hashable:
     run = one.step.run
     whole = replace(run.parallel, num_layers_per_virtual_pipeline_stage=None, **dict.fromkeys(ACCOUNTED_STAGES, False))
     return whole, run.training.micro_batch_size, one.recompute
-
-
-def _slowest_replayed(candidates: Sequence[_Candidate], cluster: Cluster) -> float:
-    """Seconds of the last that would be replayed; infinite while there are fewer."""
-    fastest = _fastest(candidates, cluster)
-    return fastest[NUM_REPLAYED - 1][0].seconds if len(fastest) >= NUM_REPLAYED else inf
-
-
-def _replayed(candidate: _Candidate, cluster: Cluster) -> FittedLayout:
-    step = candidate.step
-    pace = Pace.of(step.run, step.shape, cluster, estimated_time(step, cluster))
-    return FittedLayout(step.run, candidate.recompute, pace, candidate.memory, candidate.stage)
 
 
 def _layouts(run: RunConfig, shape: ModelShape, world_size: int, cluster: Cluster) -> Iterator[RunConfig]:
@@ -272,11 +263,11 @@ def _divisors(number: int, most: int) -> list[int]:
 def seconds_of_segments(layers: RecordedLayers, cluster: Cluster) -> dict[Segment, float]:
     """Of both passes of a microbatch, on the cluster as the run finds it."""
 
-    def seconds(one: RecordedPass) -> float:
-        time = time_alone(one.entries, 0, cluster)
+    def seconds(phase: str, segment: Segment) -> float:
+        time = time_alone(layers.passes.get((phase, segment), RecordedPass()).entries, 0, cluster)
         return max(sum(spent for _, spent in time.device), time.host)
 
-    return {name: seconds(segment.forward) + seconds(segment.backward) for name, segment in layers.segments.items()}
+    return {name: seconds("forward", name) + seconds("backward", name) for name in layers.parameters}
 
 
 def _candidate(step: RecordedStep, recompute: str, times: Mapping[Segment, float], cluster: Cluster) -> _Candidate:

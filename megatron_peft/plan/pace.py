@@ -129,9 +129,7 @@ class Pace:
                 "worst_error": accuracy.worst,
             },
             "tokens_per_step": self.tokens,
-            "tokens_per_second": self.tokens_per_second,
-            "tflops_per_gpu": self.tflops_per_gpu,
-            "mfu": self.mfu,
+            **{name: getattr(self, name) for name in ("tokens_per_second", "tflops_per_gpu", "mfu")},
             "tokens_of_the_run": num_tokens,
             "hours": self.hours(num_tokens),
         }

@@ -5,16 +5,17 @@ pipeline adds is here and in `pipeline.py`: which segments a stage holds, the me
 in which microbatches come and go. Gradients and the optimizer's moments follow from numbers of parameters.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Literal
 
 from megatron_peft.config import RunConfig
 from megatron_peft.models.kernels import Training, messages
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.rehearsal.asked import Chunk, chunks_of_stages, enough_microbatches, targets_of_layers
 from megatron_peft.rehearsal.record import (
+    ENDS,
     ITEM_BYTES,
     Call,
     Computation,
@@ -25,7 +26,7 @@ from megatron_peft.rehearsal.record import (
     RecordedPass,
     Segment,
 )
-from megatron_peft.rehearsal.schedule import ProgramWriter, RankGrid, with_numbers
+from megatron_peft.rehearsal.schedule import RankGrid
 
 Pass = Literal["forward", "backward"]
 
@@ -43,8 +44,16 @@ class Turn:
 def turns(stage: int, num_stages: int, num_chunks: int, num_microbatches: int) -> list[Turn]:
     """What a pipeline rank does, in the order of megatron-core's schedules: plain, 1F1B or interleaved."""
     total = num_microbatches * num_chunks
-    forwards = [_at(index, num_stages, num_chunks, "forward") for index in range(total)]
-    backwards = [_at(index, num_stages, num_chunks, "backward") for index in range(total)]
+    # Microbatches go through the chunks in groups of as many as there are stages.
+    group = num_stages if num_chunks > 1 else 1
+    order = [
+        (first + within, chunk)
+        for first in range(0, num_microbatches, group)
+        for chunk in range(num_chunks)
+        for within in range(group)
+    ]
+    forwards = [Turn("forward", microbatch, chunk) for microbatch, chunk in order]
+    backwards = [Turn("backward", microbatch, num_chunks - 1 - chunk) for microbatch, chunk in order]
     if num_chunks == 1:
         warmup = min(num_stages - stage - 1, total)
     elif num_microbatches == num_stages:
@@ -53,17 +62,6 @@ def turns(stage: int, num_stages: int, num_chunks: int, num_microbatches: int) -
         warmup = min((num_stages - stage - 1) * 2 + (num_chunks - 1) * num_stages, total)
     steady = [turn for pair in zip(forwards[warmup:], backwards, strict=False) for turn in pair]
     return [*forwards[:warmup], *steady, *backwards[total - warmup :]]
-
-
-def _at(index: int, num_stages: int, num_chunks: int, phase: Pass) -> Turn:
-    """Microbatches go through the chunks in groups of as many as there are stages."""
-    if num_chunks == 1:
-        return Turn(phase, index, 0)
-    group, within = divmod(index, num_stages * num_chunks)
-    chunk = within // num_stages
-    return Turn(
-        phase, group * num_stages + within % num_stages, chunk if phase == "forward" else num_chunks - 1 - chunk
-    )
 
 
 class RecordedStep:
@@ -81,16 +79,14 @@ class RecordedStep:
         self.grid = RankGrid.of(parallel)
         self.t, self.dp, self.pp = self.grid.tensor, self.grid.data, self.grid.pipeline
         self.dtype = "bfloat16" if run.model.bf16 else "float32"
-        self.item, self.h = ITEM_BYTES[self.dtype], shape.hidden_size
+        self.item = ITEM_BYTES[self.dtype]
         tokens = run.data.seq_length * run.training.micro_batch_size
-        self.own = tokens // self.t if parallel.sequence_parallel else tokens  # tokens of a rank between linear layers
-        self.message_bytes = self.own * self.h * self.item
+        own = tokens // self.t if parallel.sequence_parallel else tokens  # tokens of a rank between linear layers
+        self.message, self.message_bytes = (own, shape.hidden_size), own * shape.hidden_size * self.item
         self.chunks = chunks_of_stages(parallel, shape.num_layers)
         self.is_full = not run.peft.trains_adapters
         self._targets = targets_of_layers(run, shape)
-        self._of_recorded = sum(
-            one.parameters.num_trained for name, one in layers.segments.items() if name not in ("embedding", "head")
-        )
+        self._trained = {name: one.num_trained * (name not in ENDS) for name, one in layers.parameters.items()}
         how = messages(run.model.transformer, parallel, Training.of(run))
         self.tells_sizes, self._frees_outputs = how["variable_seq_lengths"], how["deallocate_pipeline_outputs"]
 
@@ -114,49 +110,43 @@ class RecordedStep:
             layers[: first + 1] = [*["before"] * first, "first"]
         return (*["embedding"] * chunk.embedding, *layers, *["head"] * chunk.head)
 
-    def passes_of(self, phase: Pass, chunk: Chunk) -> list[RecordedPass]:
-        """Of a pass of a microbatch, in program order."""
-        found = [getattr(self.layers.segments[segment], phase) for segment in self.segments(chunk)]
+    def passes_of(self, phase: Pass, segments: Sequence[Segment]) -> list[RecordedPass]:
+        """Of a microbatch, in program order; what a segment does not do is missing."""
+        found = [self.layers.passes.get((phase, segment), RecordedPass()) for segment in segments]
         return found if phase == "forward" else found[::-1]
 
-    def entries(self, phase: Pass, chunk: Chunk, stage: int) -> tuple[Entry, ...]:
-        """A pass of one microbatch through a chunk, with the calls of the tensor-parallel ranks."""
-        program, group = ProgramWriter(), self.tensor_group(stage)
-        for one in self.passes_of(phase, chunk):
-            program.paste(with_numbers(one.entries))
-        return tuple(replace(entry, group=group) if isinstance(entry, Call) else entry for entry in program.entries)
+    def entries(self, phase: Pass, segments: Sequence[Segment], stage: int) -> tuple[Entry, ...]:
+        """A pass of one microbatch through these segments, with the calls of the tensor-parallel ranks."""
+        group = self.tensor_group(stage)
+        found = (entry for one in self.passes_of(phase, segments) for entry in one.entries)
+        return tuple(replace(entry, group=group) if isinstance(entry, Call) else entry for entry in found)
 
     def parameters(self, chunks: Sequence[Chunk]) -> Parameters:
         """Those of chunks of one rank."""
-        return Parameters.sum(
-            self.layers.segments[segment].parameters for chunk in chunks for segment in self.segments(chunk)
-        )
+        return Parameters.sum(self.layers.parameters[segment] for chunk in chunks for segment in self.segments(chunk))
 
-    @property
-    def num_embedded(self) -> int:
-        """Trained elements of the table of embeddings."""
-        return self.layers.segments["embedding"].parameters.trained
+    def _share(self, stage: int) -> float:
+        """What is trained in the stage's layers, of that in the recorded ones; 1: they are as many as were recorded."""
+        own = sum(self._trained[segment] for chunk in self.chunks[stage] for segment in self.segments(chunk))
+        return own / max(sum(self._trained.values()), 1)
 
-    def _share(self, chunks: Sequence[Chunk]) -> float:
-        """What is trained in the chunks' layers, of that in the recorded ones."""
-        layers = (
-            segment for chunk in chunks for segment in self.segments(chunk) if segment not in ("embedding", "head")
-        )
-        trained = sum(self.layers.segments[segment].parameters.num_trained for segment in layers)
-        return trained / max(self._of_recorded, 1)
+    def built_once(self, stage: int, phase: Literal["begin", "finish"]) -> list[Entry]:
+        """What is built for a stage's layers before the first microbatch; what is done with it after the last.
 
-    def built_once(self, stage: int) -> Iterator[list[Entry]]:
-        """What is built for a stage's layers before the first microbatch; what is done with it after the last."""
-        layers, share, group = self.layers, self._share(self.chunks[stage]), self.tensor_group(stage)
-        last = [one for name, one in layers.segments.items() if name != "head"][-1].parameters.num_trained
-        of_one = last / max(self._of_recorded, 1)
-        for entries, kernels in zip((layers.begin, layers.finish), layers.kernels_of_one, strict=True):
-            work, *calls = entries
-            growth = (work.num_kernels - kernels) / (1 - of_one) * (share - of_one)
-            yield [
-                replace(_scaled(work, share), num_kernels=round(kernels + growth) if share else 0),
-                *(_shrunk(call, share, group) for call in calls),
-            ]
+        As it was recorded for several layers, but of a share of them (`_share`), and with one tensor a call.
+        """
+        share, fixed, group = self._share(stage), self.layers.fixed_kernels[phase], self.tensor_group(stage)
+        found: list[Entry] = []
+        for entry in self.layers.passes[phase, ""].entries if share else ():
+            if isinstance(entry, Computation):
+                scaled = {replace(one, batch=max(round(one.batch * share), 1)): n for one, n in entry.products.items()}
+                num_kernels = round(entry.num_kernels * (fixed + (1 - fixed) * share))
+                entry = Computation(scaled, round(entry.num_bytes * share), num_kernels)
+            elif isinstance(entry, Call):
+                size = round(share * entry.num_bytes / ITEM_BYTES[entry.dtype])
+                entry = replace(entry, group=group, shapes=((size,),))
+            found.append(entry)
+        return found
 
     # Memory, in parts.
 
@@ -184,7 +174,7 @@ class RecordedStep:
         for number, chunk in enumerate(self.chunks[stage]):
             for phase in ("forward", "backward"):
                 at = top = 0
-                for one in self.passes_of(phase, chunk):
+                for one in self.passes_of(phase, self.segments(chunk)):
                     top, at = max(top, at + one.peak), at + one.left
                 receives = self.message_bytes * (not (chunk.embedding if phase == "forward" else chunk.head))
                 if phase == "forward":  # the input from another stage is kept
@@ -204,14 +194,11 @@ class RecordedStep:
             if live + top > activations + temporary:
                 activations, temporary = live, top
             live += left
-        built, of_update = self._bytes_built(stage), self._bytes_of_update(stage)
+        built = round(self.layers.passes["begin", ""].left * self._share(stage))  # gone before the update
+        of_update = self._bytes_of_update(stage)
         if of_update > activations + temporary + built:
             return {**memory, "activations": 0, "temporary": of_update}
         return {**memory, "buffers": memory["buffers"] + built, "activations": activations, "temporary": temporary}
-
-    def _bytes_built(self, stage: int) -> int:
-        """What is built once for a step's microbatches, and gone before the update."""
-        return round(self.layers.held * self._share(self.chunks[stage]))
 
     def _bytes_of_update(self, stage: int) -> int:
         """Tensors of a moment: Adam takes two of a parameter's size; gradients in bf16 are copied to float32."""
@@ -222,19 +209,6 @@ class RecordedStep:
             largest = largest // self.dp if self.run.training.overlap_grad_reduce else min(largest, own)
         of_adam = 2 * 4 * largest if optimizer.optimizer == "adam" else 0
         return of_adam + 4 * own * (self.gradient_bytes == 2)
-
-
-def _scaled(work: Computation, share: float) -> Computation:
-    """What is computed at once for several layers, of this share of them (above 1: of more), in as many kernels."""
-    products = {
-        replace(product, batch=max(round(product.batch * share), 1)): count for product, count in work.products.items()
-    }
-    return Computation(products, round(work.num_bytes * share), work.num_kernels) if share else Computation()
-
-
-def _shrunk(call: Any, share: float, group: tuple[int, ...]) -> Call:
-    """A call for this share of what it is for; in one tensor."""
-    return replace(call, group=group, shapes=((round(share * call.num_bytes / ITEM_BYTES[call.dtype]),),))
 
 
 def total(memory: Memory) -> int:

@@ -12,11 +12,11 @@ host never. What the device spends waiting is a bubble (the others are not there
 itself) or launches (the host is behind). Two kernels that run at once do not slow each other down here.
 """
 
-from collections import deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
-from typing import Any, NamedTuple
+from functools import cache, lru_cache
+from typing import Any
 
 from megatron_peft.plan.cluster import Cluster
 from megatron_peft.rehearsal.record import MESSAGES, Call, Computation, Entry, Mark, Product, Wait
@@ -70,13 +70,8 @@ class StepTime:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {
-            "seconds": self.seconds,
-            "bubble": self.bubble,
-            "exposed_communication": self.exposed_communication,
-            "launch_bound": self.launch_bound,
-            "seconds_by_kind": dict(self.by_kind),
-        }
+        parts = ("seconds", "bubble", "exposed_communication", "launch_bound")
+        return {**{name: getattr(self, name) for name in parts}, "seconds_by_kind": dict(self.by_kind)}
 
 
 @lru_cache(maxsize=100_000)
@@ -142,7 +137,7 @@ def step_time(
 
 @dataclass(slots=True, eq=False)
 class _Transfer:
-    """A call: posted by its ranks, it ends `seconds` after the last of them.
+    """A call: it begins when the last of its ranks has posted it.
 
     Args:
         missing: ranks that have not posted it.
@@ -152,19 +147,10 @@ class _Transfer:
     """
 
     axis: str
-    seconds: float
     missing: int
     ready: float = 0.0
     end: float = -1.0
     waiting: list[int] = field(default_factory=list)
-
-
-class _Kind(NamedTuple):
-    """What is the same of a call each time that the schedule repeats it."""
-
-    seconds: float
-    key: Any  # calls with the same key follow one another
-    num_ranks: int  # that are replayed
 
 
 @dataclass(slots=True, eq=False)
@@ -172,7 +158,7 @@ class _Rank:
     """Clocks of one rank.
 
     Args:
-        calls: that it has posted.
+        calls: the latest that it has posted with each handle.
         pending: those that it waits for now.
         totals: seconds of each kind.
         mark, marked_at: the phase that it is in, and when its first work began.
@@ -182,13 +168,12 @@ class _Rank:
     program: Sequence[Entry | WorkTime]
     host: float = 0.0
     device: float = 0.0
-    calls: list[_Transfer] = field(default_factory=list)
+    calls: dict[Any, _Transfer] = field(default_factory=dict)
     pending: list[_Transfer] = field(default_factory=list)
     totals: dict[str, float] = field(default_factory=dict)
     spans: list[Span] = field(default_factory=list)
     mark: Mark | None = None
     marked_at: float | None = None
-    has_ended: bool = False
 
     def spend(self, kind: str, seconds: float) -> None:
         self.totals[kind] = self.totals.get(kind, 0.0) + seconds
@@ -200,22 +185,24 @@ class _Replay:
         self.cluster, self.keep_spans = cluster, keep_spans
         self.launch, self.call_host = cluster.launch_us * 1e-6, cluster.call_us * 1e-6
         self.ranks = {number: _Rank(number, entries) for number, entries in scheduled.items()}
-        # By id: the schedule repeats the same objects, and each is looked at once.
-        self.works: dict[int, WorkTime] = {}
-        self.kinds: dict[tuple[int, int], _Kind] = {}  # rank, id
+        # The schedule repeats the same objects, and each is looked at once.
+        self.works: dict[int, WorkTime] = {}  # by id
+        self.look_at = cache(self._look_at)
         self.joined: dict[Any, _Transfer] = {}  # (key, number of the call) -> not yet joined by all
-        self.num_posted: dict[Any, int] = {}  # (key, rank) -> so far
-        self.free: dict[Any, float] = {}  # key -> when its last call ended
+        self.num_posted: Counter[Any] = Counter()  # by (key, rank)
+        self.free: defaultdict[Any, float] = defaultdict(float)  # key -> when its last call ended
         self.runnable = deque(scheduled)
 
     def run(self) -> StepTime:
         running = {number: self.steps(rank) for number, rank in self.ranks.items()}
+        stuck = {*running}
         while self.runnable:
-            next(running[self.runnable.popleft()], None)
-        ranks = self.ranks.values()
-        stuck = [rank.number for rank in ranks if not rank.has_ended]
+            number = self.runnable.popleft()
+            if next(running[number], "ended") == "ended":
+                stuck.discard(number)
         if stuck:
-            raise ValueError(f"ranks {', '.join(map(str, stuck[:8]))} wait for ever.")
+            raise ValueError(f"ranks {', '.join(map(str, sorted(stuck)[:8]))} wait for ever.")
+        ranks = self.ranks.values()
         by_kind: dict[str, float] = dict.fromkeys((*COMPUTED, LAUNCHES, BUBBLE), 0.0)
         seconds = max(max(rank.device, rank.host) for rank in ranks)
         for rank in ranks:
@@ -242,12 +229,11 @@ class _Replay:
             elif isinstance(entry, Call):
                 self.post(rank, entry)
             elif isinstance(entry, Wait):
-                rank.pending.append(rank.calls[entry.call])
+                rank.pending.append(rank.calls[entry.handle])
             elif isinstance(entry, Mark):
                 self.turn_to(rank, entry)
         yield from self.waits(rank)
         self.turn_to(rank, None)
-        rank.has_ended = True
 
     def compute(self, rank: _Rank, times: WorkTime) -> None:
         first_launch = rank.host + min(times.host, self.launch)
@@ -262,36 +248,33 @@ class _Replay:
             rank.spend(LAUNCHES, rank.host - rank.device)
 
     def post(self, rank: _Rank, call: Call) -> None:
-        kind = self.kinds.get((rank.number, id(call))) or self._look_at(rank, call)
+        seconds, key, num_ranks = self.look_at(rank.number, call)
         rank.host += self.call_host
-        number = self.num_posted.get((kind.key, rank.number), 0)
-        self.num_posted[kind.key, rank.number] = number + 1
-        transfer = self.joined.pop((kind.key, number), None) or _Transfer(call.axis, kind.seconds, kind.num_ranks)
+        number = self.num_posted[key, rank.number]
+        self.num_posted[key, rank.number] += 1
+        transfer = self.joined.pop((key, number), None) or _Transfer(call.axis, missing=num_ranks)
         transfer.missing -= 1
         transfer.ready = max(transfer.ready, rank.device, rank.host)
-        rank.calls.append(transfer)
+        rank.calls[call.handle] = transfer
         if not call.is_async:
             rank.pending.append(transfer)
         if transfer.missing > 0:
-            self.joined[kind.key, number] = transfer
+            self.joined[key, number] = transfer
             return
-        transfer.end = max(transfer.ready, self.free.get(kind.key, 0.0)) + transfer.seconds
-        self.free[kind.key] = transfer.end
+        transfer.end = self.free[key] = max(transfer.ready, self.free[key]) + seconds
         self.runnable.extend(transfer.waiting)
 
-    def _look_at(self, rank: _Rank, call: Call) -> _Kind:
+    def _look_at(self, rank: int, call: Call) -> tuple[float, Any, int]:
+        """Seconds; a key: calls with the same one follow one another; number of its ranks that are replayed."""
         if call.operation in MESSAGES:
             assert call.peer is not None
-            ends = (rank.number, call.peer) if call.operation == "send" else (call.peer, rank.number)
-            kind = _Kind(self.cluster.call_seconds(call.operation, call.num_bytes, ends), (call.axis, ends), 2)
-        else:
-            seconds = self.cluster.call_seconds(call.operation, call.num_bytes, call.group)
-            if call.axis == "tensor" and call.operation in ("all_gather", "reduce_scatter") and not call.is_async:
-                seconds *= 1 - self.cluster.hidden
-            present = tuple(member for member in call.group if member in self.ranks)
-            kind = _Kind(seconds, (call.axis, present), len(present))
-        self.kinds[rank.number, id(call)] = kind
-        return kind
+            ends = (rank, call.peer) if call.operation == "send" else (call.peer, rank)
+            return self.cluster.call_seconds(call.operation, call.num_bytes, ends), (call.axis, ends), 2
+        seconds = self.cluster.call_seconds(call.operation, call.num_bytes, call.group)
+        if call.axis == "tensor" and call.operation in ("all_gather", "reduce_scatter") and not call.is_async:
+            seconds *= 1 - self.cluster.hidden
+        present = tuple(member for member in call.group if member in self.ranks)
+        return seconds, (call.axis, present), len(present)
 
     def waits(self, rank: _Rank) -> Iterator[None]:
         """Let the device wait for what is pending; stops where it is not known for how long."""

@@ -3,6 +3,7 @@
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import accumulate, pairwise
 from typing import Any
 
 from megatron_peft.config import ParallelConfig, RunConfig, is_targeted
@@ -69,9 +70,10 @@ class RankToRehearse:
     def of(cls, config: RunConfig, shape: ModelShape, rank: int, peaks: bool = True) -> "RankToRehearse":
         """A rank of a run, with as many microbatches as it needs for its peak; without `peaks` with the fewest."""
         asked = cls(config, shape, rank, config.num_microbatches, (Lengths.longest(config),))
-        if not peaks:
-            fewest = fewest_microbatches(config, config.num_microbatches)
-            return replace(asked, num_microbatches=fewest, phases=())
+        if not peaks:  # a first, a last and one between them, where the run has them: all others are like that one
+            pp = config.parallel.pipeline_model_parallel_size
+            fewest = -(-3 // pp) * pp if config.parallel.is_interleaved else 3
+            return replace(asked, num_microbatches=min(config.num_microbatches, fewest), phases=())
         enough = enough_microbatches(config, asked.stage, config.num_microbatches)
         return replace(asked, num_microbatches=enough, num_waiting=config.num_microbatches - enough)
 
@@ -90,15 +92,11 @@ def enough_microbatches(config: RunConfig, stage: int, num_microbatches: int) ->
     return min(num_microbatches, 2 * pp)  # more than the schedule warms up with
 
 
-def fewest_microbatches(config: RunConfig, num_microbatches: int) -> int:
-    """Of a step that has a first, a last and one between, where the run has them: all others are like that one."""
-    pp = config.parallel.pipeline_model_parallel_size
-    return min(num_microbatches, -(-3 // pp) * pp if config.parallel.is_interleaved else 3)
-
-
 @dataclass(frozen=True)
 class LayersToRecord:
     """What a process needs to record the segments of a model (`record.RecordedLayers`).
+
+    Equal for layouts of a run whose layers compute, send and hold the same.
 
     Args:
         run: of one tensor-parallel group, without a pipeline and replicas.
@@ -120,10 +118,9 @@ class LayersToRecord:
         """Of a run of any layout."""
         targets = targets_of_layers(run, shape)
         first = next((layer for layer, names in enumerate(targets) if names), 0)
-        layers: tuple[Segment, ...] = (*["before"] * (first > 0), "first", *dict.fromkeys(targets))
-        ends = {"before": frozenset[str](), "first": targets[first]}
-        named = [one if isinstance(one, frozenset) else ends[one] for one in layers]
-        of_layer = [f"decoder.layers.{layer}.{name}" for layer, names in enumerate(named) for name in sorted(names)]
+        layers: dict[Segment, frozenset[str]] = {"before": frozenset()} if first > 0 else {}
+        layers |= {"first": targets[first]} | {one: one for one in targets}
+        of_layer = [f"decoder.layers.{n}.{name}" for n, names in enumerate(layers.values()) for name in sorted(names)]
         tp, size = run.parallel.tensor_model_parallel_size, run.training.micro_batch_size
         parallel = ParallelConfig(
             tensor_model_parallel_size=tp, world_size=tp, sequence_parallel=run.parallel.sequence_parallel
@@ -143,22 +140,10 @@ class LayersToRecord:
             shape,
             num_layers=len(layers),
             num_full_attention_layers=min(shape.num_full_attention_layers, len(layers)),
-            tied_embeddings=_is_tied(run, shape),
+            # The last of several stages has a table of its own.
+            tied_embeddings=shape.tied_embeddings and run.parallel.pipeline_model_parallel_size == 1,
         )
-        return cls(alone, few, layers, Lengths.longest(run))
-
-
-def recorded_alike(run: RunConfig, shape: ModelShape) -> Hashable:
-    """Equal for layouts of a run whose layers compute, send and hold the same."""
-    parallel, transformer = run.parallel, run.model.transformer
-    recompute = transformer.get("recompute_granularity"), run.model.recompute_modules
-    sizes = parallel.tensor_model_parallel_size, parallel.sequence_parallel, run.training.micro_batch_size
-    return *sizes, *recompute, _is_tied(run, shape)
-
-
-def _is_tied(run: RunConfig, shape: ModelShape) -> bool:
-    """The last of several stages has a table of its own."""
-    return shape.tied_embeddings and run.parallel.pipeline_model_parallel_size == 1
+        return cls(alone, few, tuple(layers), Lengths.longest(run))
 
 
 def targets_of_layers(run: RunConfig, shape: ModelShape) -> Sequence[frozenset[str]]:
@@ -188,16 +173,13 @@ class Chunk:
 
 def chunks_of_stages(parallel: ParallelConfig, num_layers: int) -> list[list[Chunk]]:
     """The chunks of every pipeline rank, as megatron-core divides the layers. They must divide (`check_layout`)."""
-    pp, virtual = parallel.pipeline_model_parallel_size, parallel.num_virtual_stages(num_layers) or 1
-    counts = _layers_of_virtual_stages(parallel, num_layers, pp * virtual)
-    firsts = [sum(counts[:index]) for index in range(len(counts))]
-    return [
-        [
-            Chunk(tuple(range(firsts[at], firsts[at] + counts[at])), at == 0, at == pp * virtual - 1)
-            for at in range(stage, pp * virtual, pp)
-        ]
-        for stage in range(pp)
+    pp = parallel.pipeline_model_parallel_size
+    counts = _layers_of_virtual_stages(parallel, num_layers, pp * (parallel.num_virtual_stages(num_layers) or 1))
+    chunks = [
+        Chunk(tuple(range(first, end)), embedding=at == 0, head=at == len(counts) - 1)
+        for at, (first, end) in enumerate(pairwise(accumulate(counts, initial=0)))
     ]
+    return [chunks[stage::pp] for stage in range(pp)]
 
 
 def _layers_of_virtual_stages(parallel: ParallelConfig, num_layers: int, num_stages: int) -> list[int]:

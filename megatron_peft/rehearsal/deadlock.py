@@ -53,17 +53,18 @@ def missing_wait(programs: Mapping[int, Iterable[Entry]]) -> Problem | None:
         programs: as for `check_order`, each of a whole run.
     """
     for rank, entries in programs.items():
-        calls: list[_Place] = []
-        under_way: dict[int, _Place] = {}
+        under_way: dict[Any, _Place] = {}  # by handle
+        num_calls = 0
         for entry, phase in _with_phases(entries):
             if isinstance(entry, Call):
-                calls.append(_Place(rank, len(calls), entry, phase))
                 if entry.is_async and entry.operation != "send":
-                    under_way[len(calls) - 1] = calls[-1]
+                    under_way[entry.handle] = _Place(rank, num_calls, entry, phase)
+                num_calls += 1
             elif isinstance(entry, Wait):
-                under_way.pop(entry.call, None)
+                under_way.pop(entry.handle, None)
             elif isinstance(entry, EarlyUse):
-                return Problem("wait", (rank,), f"{calls[entry.call]}: its result is used before it is waited for.")
+                told = f"{under_way[entry.handle]}: its result is used before it is waited for."
+                return Problem("wait", (rank,), told)
         for place in under_way.values():
             return Problem("wait", (rank,), f"{place}: nobody waits for it.")
     return None
@@ -137,7 +138,7 @@ class _Replay:
     def _waits(self, rank: int, entries: Iterable[Entry]) -> Iterator[Sequence[_Place]]:
         """Issues a rank's calls, and gives what it waits for wherever it does: for a collective where it is issued."""
         num_calls = 0
-        messages: dict[int, _Place] = {}  # by number: those that the program still waits for
+        messages: dict[Any, _Place] = {}  # by handle: those that the program still waits for
         batch: list[_Place] = []
         for entry, phase in _with_phases(entries):
             if not isinstance(entry, Call | Wait):
@@ -146,7 +147,7 @@ class _Replay:
                 yield batch
                 batch = []
             if isinstance(entry, Wait):
-                yield [messages.pop(entry.call)] if entry.call in messages else []
+                yield [messages.pop(entry.handle)] if entry.handle in messages else []
                 continue
             place = _Place(rank, num_calls, entry, phase)
             num_calls += 1
@@ -154,7 +155,7 @@ class _Replay:
             if entry.batch is not None:
                 batch.append(place)
             elif entry.operation in MESSAGES and entry.is_async:
-                messages[place.number] = place
+                messages[entry.handle] = place
             else:
                 yield [place]
         yield batch

@@ -6,8 +6,8 @@ and backward are cut where layers begin and end. Stages of any pipeline are put 
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,16 +19,7 @@ from megatron_peft.adapters.step import adapters_step
 from megatron_peft.models.kernels import fusions_on_a_gpu
 from megatron_peft.parallel.layout import PARTIAL_OVER_TENSOR_PARALLEL
 from megatron_peft.rehearsal.asked import LayersToRecord
-from megatron_peft.rehearsal.record import (
-    Call,
-    Computation,
-    Parameters,
-    Product,
-    RecordedLayers,
-    RecordedPass,
-    RecordedSegment,
-    Segment,
-)
+from megatron_peft.rehearsal.record import ENDS, Computation, Parameters, RecordedLayers, RecordedPass, Segment
 from megatron_peft.rehearsal.recording import Recorder, group_names
 from megatron_peft.rehearsal.rehearsed_rank import Watch, gradients, microbatch_of
 from megatron_peft.runtime.fake_ranks import fake_rank
@@ -46,7 +37,7 @@ class _Cuts(Watch):
 
     passes: dict[Place, RecordedPass] = field(default_factory=dict)
     place: Place | None = None
-    since: tuple[int, int] = (0, 0)  # what the recorder had when the place began, and the memory held
+    since: int = 0  # what the recorder had when the place began, and the memory held
     bytes_before: int = 0
     bytes_of_microbatches: list[int] = field(default_factory=list)  # at their begin
 
@@ -85,12 +76,8 @@ class _Cuts(Watch):
             module.register_forward_pre_hook(hook(segment, before), with_kwargs=True)
 
 
-def recorded_layers(asked: Sequence[LayersToRecord]) -> list[RecordedLayers]:
-    """Record each. Its process can be used for others afterwards, and for nothing else."""
-    return [_record(one) for one in asked]
-
-
-def _record(of: LayersToRecord) -> RecordedLayers:
+def recorded_layers(of: LayersToRecord) -> RecordedLayers:
+    """Record them. Its process can be used for others afterwards, and for nothing else."""
     tp = of.run.parallel.tensor_model_parallel_size
     with fake_rank(0, tp), model_parallel(of.run.parallel, of.run.training.seed):
         fuses = {**fusions_on_a_gpu(of.run, of.shape), **of.fuses}
@@ -114,49 +101,42 @@ def _record(of: LayersToRecord) -> RecordedLayers:
                 finish_with(wrapped, finish)
                 before = cuts.memory.total
                 run_schedule(wrapped, microbatches, forward_only=False)
-            _record_one_layer(cuts, model.decoder.layers[-1])
-        segments = _segments(model, of, cuts.passes)
+            # For the last layer alone: what is built for all together takes as many kernels.
+            last = [model.decoder.layers[-1]]
+            cuts.cut("begin", "one layer")
+            with adapters_step(last) as step_of_one:
+                cuts.cut("finish", "one layer")
+                step_of_one.finish(last)
+                cuts.cut(None)
+        parameters = _parameters_of_segments(model, of)
     cached = cuts.bytes_of_microbatches[-1] - before + sum(one.nbytes for one in _shared(model))
-    begin, end = cuts.passes["begin", ""], cuts.passes["finish", ""]
-    of_one = [_once(cuts.passes[phase, "one layer"])[0] for phase in ("begin", "finish")]
-    kernels = of_one[0].num_kernels, of_one[1].num_kernels
-    return RecordedLayers(segments, _once(begin), _once(end), kernels, begin.left, cached)
+    return RecordedLayers(cuts.passes, parameters, _fixed_kernels(cuts.passes, parameters), cached)
 
 
-def _record_one_layer(cuts: _Cuts, layer: nn.Module) -> None:
-    """What is built once a step, for one layer alone: what is built for all together takes as many kernels."""
-    cuts.cut("begin", "one layer")
-    with adapters_step([layer]) as step:
-        cuts.cut("finish", "one layer")
-        step.finish([layer])
-        cuts.cut(None)
+def _fixed_kernels(passes: Mapping[Place, RecordedPass], parameters: Mapping[Segment, Parameters]) -> dict[str, float]:
+    """`RecordedLayers.fixed_kernels`, from those of all layers and of the last: others grow with what is trained."""
+    trained = [one.num_trained for segment, one in parameters.items() if segment not in ENDS]
+    share = trained[-1] / max(sum(trained), 1)
+    found: dict[str, float] = {}
+    for phase in ("begin", "finish"):
+        of_all, of_one = (
+            sum(entry.num_kernels for entry in passes[phase, layers].entries if isinstance(entry, Computation))
+            for layers in ("", "one layer")
+        )
+        found[phase] = (of_one / of_all - share) / (1 - share) if of_all else 0.0
+    return found
 
 
-def _once(of: RecordedPass) -> tuple[Any, ...]:
-    """All that a pass computes, together; and then its calls."""
-    works = [entry for entry in of.entries if isinstance(entry, Computation)]
-    products: Counter[Product] = Counter()
-    for work in works:
-        products.update(work.products)
-    whole = Computation(dict(products), sum(one.num_bytes for one in works), sum(one.num_kernels for one in works))
-    return whole, *(replace(entry, is_async=False) for entry in of.entries if isinstance(entry, Call))
-
-
-def _segments(model: Any, of: LayersToRecord, passes: dict[Place, RecordedPass]) -> dict[Segment, RecordedSegment]:
-    """The passes of each segment, with its parameters; what layers share is left out."""
-    found: dict[Segment, RecordedSegment] = {}
-    shared = {id(one) for one in _shared(model)}
-    seen: set[int] = set()
+def _parameters_of_segments(model: Any, of: LayersToRecord) -> dict[Segment, Parameters]:
+    """What layers share is left out; a tied output layer is the embedding's."""
+    found: dict[Segment, Parameters] = {}
+    seen = {id(one) for one in _shared(model)}
     modules = model.embedding, *model.decoder.layers, model
     for module, segment in zip(modules, ("embedding", *of.layers, "head"), strict=True):
-        tensors = [one for one in (*module.parameters(), *module.buffers()) if id(one) not in seen | shared]
+        tensors = [one for one in (*module.parameters(), *module.buffers()) if id(one) not in seen]
         seen |= {*map(id, tensors)}
-        parameters = _parameters(tensors, of.run.model.bf16)
-        if segment not in ("embedding", "head"):
-            mixed = sum(hasattr(one.module.adapter, "mix") for one in linear_layers(module))
-            parameters = replace(parameters, num_mixed=mixed)
-        forward, backward = (passes.get((phase, segment), RecordedPass()) for phase in ("forward", "backward"))
-        found[segment] = RecordedSegment(forward, backward, parameters)
+        mixed = 0 if segment in ENDS else sum(hasattr(one.module.adapter, "mix") for one in linear_layers(module))
+        found[segment] = _parameters(tensors, of.run.model.bf16, mixed)
     return found
 
 
@@ -167,7 +147,7 @@ def _shared(model: Any) -> list[Tensor]:
     return [one for one in {id(one): one for one in buffers}.values() if counts[id(one)] > 1]
 
 
-def _parameters(tensors: Sequence[Tensor], in_bf16: bool) -> Parameters:
+def _parameters(tensors: Sequence[Tensor], in_bf16: bool, num_mixed: int) -> Parameters:
     weights = [one for one in tensors if isinstance(one, nn.Parameter)]
     trained = [one for one in weights if one.requires_grad]
     in_float32 = sum(one.numel() for one in trained if in_bf16 and one.dtype == torch.float32)
@@ -181,4 +161,5 @@ def _parameters(tensors: Sequence[Tensor], in_bf16: bool) -> Parameters:
         partial=sum(one.numel() for one in trained if is_split and getattr(one, PARTIAL_OVER_TENSOR_PARALLEL, False)),
         num_tensors=len(trained),
         largest=max((one.numel() for one in trained), default=0),
+        num_mixed=num_mixed,
     )

@@ -6,24 +6,17 @@ Plain data without torch.
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Any, Literal
+from typing import Literal
 
 Phase = Literal["begin", "forward", "schedule", "backward", "finish", "update", "start", "step", "validation", "saving"]
 PHASES = ("loading", "start", "step", "validation", "saving")  # of a run; "start" is LoRA-GA's
 
 ITEM_BYTES = {
-    "float64": 8,
-    "float32": 4,
-    "bfloat16": 2,
-    "float16": 2,
-    "int64": 8,
-    "int32": 4,
-    "int16": 2,
-    "int8": 1,
-    "uint8": 1,
-    "bool": 1,
-    "complex64": 8,
-    "complex128": 16,
+    **dict.fromkeys(("complex128",), 16),
+    **dict.fromkeys(("float64", "int64", "complex64"), 8),
+    **dict.fromkeys(("float32", "int32"), 4),
+    **dict.fromkeys(("bfloat16", "float16", "int16"), 2),
+    **dict.fromkeys(("int8", "uint8", "bool"), 1),
 }
 
 
@@ -88,7 +81,8 @@ class Call:
         dtype: of these tensors.
         peer: global rank of the other side of a message, or the source of a broadcast.
         batch: messages with the same number are posted together, and waited for together.
-        is_async: `Wait` says where it is waited for. Otherwise it is waited for at once.
+        handle: of an asynchronous call; a `Wait` for it says where it is waited for. Calls that follow one another may
+            have the same. None: it is waited for at once.
     """
 
     operation: str
@@ -98,7 +92,12 @@ class Call:
     dtype: str
     peer: int | None = None
     batch: int | None = None
-    is_async: bool = False
+    handle: int | str | None = None
+
+    @property
+    def is_async(self) -> bool:
+        """Whether it runs beside what follows."""
+        return self.handle is not None
 
     @property
     def num_bytes(self) -> int:
@@ -108,24 +107,16 @@ class Call:
 
 @dataclass(frozen=True)
 class Wait:
-    """Where an asynchronous call is waited for.
+    """Where the latest call with this handle is waited for."""
 
-    Args:
-        call: the call's index among the rank's calls.
-    """
-
-    call: int
+    handle: int | str
 
 
 @dataclass(frozen=True)
 class EarlyUse:
-    """Where what an asynchronous call writes is used, although nobody has waited for it.
+    """Where what the call with this handle writes is used, although nobody has waited for it."""
 
-    Args:
-        call: the call's index among the rank's calls.
-    """
-
-    call: int
+    handle: int | str
 
 
 @dataclass(frozen=True)
@@ -183,7 +174,7 @@ class RankRecord:
 
 @dataclass(frozen=True)
 class RecordedPass:
-    """One microbatch's forward or backward through a segment of a model. `Wait` counts the pass's own calls.
+    """One microbatch's forward or backward through a segment of a model, or what is done once a step.
 
     Args:
         entries: in program order.
@@ -198,6 +189,7 @@ class RecordedPass:
 
 # "embedding", "head", "before" and "first" (`LayersToRecord`); another layer is named by its targets.
 Segment = str | frozenset[str]
+ENDS = ("embedding", "head")
 
 
 @dataclass(frozen=True)
@@ -236,30 +228,19 @@ class Parameters:
         return replace(total, largest=max((one.largest for one in parts), default=0))
 
 
-@dataclass(frozen=True)
-class RecordedSegment:
-    """A layer or an end of a model: one microbatch's passes, and what it holds."""
-
-    forward: RecordedPass
-    backward: RecordedPass
-    parameters: Parameters
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RecordedLayers:
     """The segments of a model, and what is built once a step for the layers that were recorded.
 
     Args:
-        segments: by name.
-        begin, finish: a `Computation`, the work before the first microbatch and after the last; and then its calls.
-        kernels_of_one: launched before and after, if there were only the last of these layers.
-        held: bytes between them.
+        passes: ("forward" or "backward", segment) -> one microbatch's; ("begin", "") and ("finish", "") -> what is done
+            before the first microbatch and after the last, for all layers. What does nothing may be missing.
+        parameters: of each segment.
+        fixed_kernels: "begin", "finish" -> part of its kernels that there would be of any number of layers.
         cached: bytes that layers share, from the start or from the first microbatch on, as ALiBi's biases.
     """
 
-    segments: Mapping[Segment, RecordedSegment]
-    begin: tuple[Any, ...]
-    finish: tuple[Any, ...]
-    kernels_of_one: tuple[int, int]
-    held: int
+    passes: Mapping[tuple[str, Segment], RecordedPass]
+    parameters: Mapping[Segment, Parameters]
+    fixed_kernels: Mapping[str, float]
     cached: int

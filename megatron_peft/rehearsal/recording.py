@@ -116,23 +116,16 @@ class Recorder(Mode):
             self._kernels.append(sum(sum(by_storage.values()) for by_storage in sizes))  # some share their memory
         return result
 
-    def entries(self, since: tuple[int, int] = (0, 0)) -> tuple[Entry, ...]:
-        """In program order.
-
-        Args:
-            since: a `place`; waits then count the calls from there on, and none is for an earlier one.
-        """
+    def entries(self, since: int = 0) -> tuple[Entry, ...]:
+        """In program order, from this `place` on."""
         self._flush_work()
-        first, calls = since
-        found = [replace(one, call=one.call - calls) if isinstance(one, Wait) else one for one in self._entries[first:]]
-        assert all(one.call >= 0 for one in found if isinstance(one, Wait)), "waits for a call of another pass"
-        return tuple(found)
+        return tuple(self._entries[since:])
 
     @property
-    def place(self) -> tuple[int, int]:
-        """Numbers of entries and of calls so far."""
+    def place(self) -> int:
+        """Number of entries so far."""
         self._flush_work()
-        return len(self._entries), self._num_calls
+        return len(self._entries)
 
     def forget_sends(self) -> None:
         """Let go of what a schedule has sent and not waited for."""
@@ -191,7 +184,7 @@ class Recorder(Mode):
             _dtype_name(tensors[0].dtype) if tensors else "uint8",
             peers[0] if peers else None,
             self._batch if operation in MESSAGES else None,
-            is_async=True,
+            handle=self._num_calls,
         )
         self._add(call)
         number = self._num_calls
@@ -202,7 +195,7 @@ class Recorder(Mode):
                 return
             self._flush_work()
             if self._entries and self._entries[-1] is call and call.batch is None:  # it is waited for at once
-                self._entries[-1] = replace(call, is_async=False)
+                self._entries[-1] = replace(call, handle=None)
             else:
                 self._entries.append(Wait(number))
 

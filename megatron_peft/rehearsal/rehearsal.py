@@ -58,10 +58,22 @@ def rehearse(ranks: Sequence[RankToRehearse], watch: Watch = lambda done, more: 
     return _in_processes(REHEARSE, [(rank,) for rank in ranks], watch)
 
 
-def record_layers(asked: Sequence[LayersToRecord], watch: Watch = lambda done, more: None) -> list[RecordedLayers]:
-    """The segments of each model, from as few layers as have all kinds of them. `watch` counts recordings."""
-    found = _in_processes(RECORD_LAYERS, [([one],) for one in asked], watch, take_several=True)
-    return [layers for [layers] in found]
+def record_layers(
+    asked: Sequence[LayersToRecord],
+    watch: Watch = lambda done, more: None,
+    known: dict[str, RecordedLayers] | None = None,
+) -> list[RecordedLayers]:
+    """The segments of each model, from as few layers as have all kinds of them.
+
+    Args:
+        watch: counts recordings.
+        known: what was recorded before, which is not recorded again; this adds its own.
+    """
+    known = {} if known is None else known
+    names = [repr(one) for one in asked]
+    new = {name: (one,) for name, one in zip(names, asked, strict=True) if name not in known}
+    known.update(zip(new, _in_processes(RECORD_LAYERS, [*new.values()], watch, take_several=True), strict=True))
+    return [known[name] for name in names]
 
 
 @dataclass(frozen=True)

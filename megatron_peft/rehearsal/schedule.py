@@ -5,13 +5,13 @@ runs the real schedule of a stage with the run's true number of microbatches, an
 the recorded one is put. Ranks of a stage differ in nothing but their numbers.
 """
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 
 from megatron_peft.config import ParallelConfig
-from megatron_peft.rehearsal.record import MESSAGES, Call, EarlyUse, Entry, Mark, RankRecord, Wait
+from megatron_peft.rehearsal.record import MESSAGES, Call, Entry, Mark, RankRecord, Wait
 
 
 @dataclass(frozen=True)
@@ -100,28 +100,29 @@ def program_of_stage(
         schedule: marks and messages of the stage, as `stage_schedule.schedules_of_stages` gives them; peers are stages.
     """
     messages = {call.operation: call for call in record.calls if call.operation in MESSAGES and call.dtype != "int64"}
-    parts, program = _cut_at_marks(record), ProgramWriter()
-    (tensor, data, _), whole = grid.place(record.rank), tuple(range(grid.size))
-    program.paste(parts["begin", None, 0])
-    for number, entry in with_numbers(schedule):
+    parts, (tensor, data, _), whole = _cut_at_marks(record), grid.place(record.rank), tuple(range(grid.size))
+    entries = [*parts["begin", None, 0]]
+    for entry in schedule:
         if isinstance(entry, Call):
             assert entry.peer is not None
             like = entry if entry.dtype == "int64" else messages[entry.operation]  # such a message tells a shape
             group = whole if entry.axis == "world" else grid.ranks([tensor], [data], range(grid.pipeline))
-            peer = grid.rank(tensor, data, entry.peer)
-            entry = replace(entry, group=group, peer=peer, shapes=like.shapes, dtype=like.dtype)
-        program.add(entry, ("of the schedule", number))
+            peer, handle = grid.rank(tensor, data, entry.peer), _of_schedule(entry.handle) if entry.is_async else None
+            entry = replace(entry, group=group, peer=peer, shapes=like.shapes, dtype=like.dtype, handle=handle)
+        entries.append(Wait(_of_schedule(entry.handle)) if isinstance(entry, Wait) else entry)
         if isinstance(entry, Mark) and entry.phase in ("forward", "backward"):
             recorded = _recorded_microbatch(entry.microbatch or 0, num_microbatches, record.num_microbatches)
-            program.paste(parts[entry.phase, recorded, entry.chunk])
+            entries += parts[entry.phase, recorded, entry.chunk]
         elif isinstance(entry, Mark) and entry.phase == "finish":
-            program.paste(parts["finish", None, 0])
-    program.add(Mark("update"))
-    program.paste(parts["update", None, 0])
+            entries += parts["finish", None, 0]
+    entries += [Mark("update"), *parts["update", None, 0]]
     own_rank = grid.rank(tensor, data, stage)
-    return StageProgram(
-        grid, own_rank, tuple(StageProgram(grid, record.rank, tuple(program.entries)).of_rank(own_rank))
-    )
+    return StageProgram(grid, own_rank, tuple(StageProgram(grid, record.rank, tuple(entries)).of_rank(own_rank)))
+
+
+def _of_schedule(handle: int | str | None) -> str:
+    """Of a call between the recorded parts, which have other handles."""
+    return f"schedule {handle}"
 
 
 def _recorded_microbatch(number: int, of: int, num_recorded: int) -> int:
@@ -131,53 +132,18 @@ def _recorded_microbatch(number: int, of: int, num_recorded: int) -> int:
     return num_recorded - 1 if number == of - 1 else num_recorded // 2
 
 
-Numbered = tuple[int, Entry]  # of a call its number; of what names a call, that call's
-
-
-def with_numbers(entries: Iterable[Entry]) -> Iterator[Numbered]:
-    """Counted from 0."""
-    num_calls = 0
-    for entry in entries:
-        yield entry.call if isinstance(entry, Wait | EarlyUse) else num_calls, entry
-        num_calls += isinstance(entry, Call)
-
-
-def _cut_at_marks(record: RankRecord) -> dict[tuple[str, int | None, int], list[Numbered]]:
+def _cut_at_marks(record: RankRecord) -> dict[tuple[str, int | None, int], list[Entry]]:
     """A record, cut at its marks: phase, microbatch, chunk -> its entries. The schedule's own are made anew."""
-    part: list[Numbered] = []
-    found: dict[tuple[str, int | None, int], list[Numbered]] = {("begin", None, 0): part}
-    for number, entry in with_numbers(record.entries):
+    part: list[Entry] = []
+    found: dict[tuple[str, int | None, int], list[Entry]] = {("begin", None, 0): part}
+    for entry in record.entries:
         if isinstance(entry, Mark):
             part = found.setdefault((entry.phase, entry.microbatch, entry.chunk), [])
             continue
         if part is found["begin", None, 0] and isinstance(entry, Call) and entry.operation in MESSAGES:
             part = []  # the schedule has begun
-        part.append((number, entry))
+        part.append(entry)
     return found
-
-
-class ProgramWriter:
-    """Entries put together; waits keep meaning the calls that they meant."""
-
-    def __init__(self) -> None:
-        self.entries: list[Entry] = []
-        self._num_calls = 0
-        self._numbers: dict[Hashable, int] = {}  # of a call's latest copy here
-
-    def add(self, entry: Entry, key: Hashable = None) -> None:
-        """`key`: what names the call, or the call of a wait. A wait for a call of an earlier step is left out."""
-        if isinstance(entry, Wait | EarlyUse):
-            self.entries += [type(entry)(self._numbers[key])] if key in self._numbers else []
-            return
-        self.entries.append(entry)
-        if isinstance(entry, Call):
-            self._numbers[key] = self._num_calls
-            self._num_calls += 1
-
-    def paste(self, part: Iterable[Numbered]) -> None:
-        """Its calls take the place of those of the same numbers in parts that were pasted before."""
-        for number, entry in part:
-            self.add(entry, ("recorded", number))
 
 
 def renumbered(entries: Iterable[Entry], numbers: Mapping[int, int]) -> Iterator[Entry]:

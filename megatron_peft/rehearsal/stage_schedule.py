@@ -20,16 +20,6 @@ from megatron_peft.runtime.fake_ranks import fake_world, idle_steps, shapes_as_a
 from megatron_peft.runtime.launch import model_parallel
 
 
-class _IdleChunk(nn.Module):
-    """A chunk of a model, for a schedule that asks for its configuration alone."""
-
-    model_type = ModelType.encoder_or_decoder
-
-    def __init__(self, config: Any, chunk: int | None) -> None:
-        super().__init__()
-        self.config, self.vp_stage = config, chunk
-
-
 def schedules_of_stages(config: RunConfig, shape: ModelShape) -> list[tuple[Entry, ...]]:
     """Marks and messages of each pipeline stage, in the order of the program. The peers of messages are stages."""
     return [_schedule(config, shape, stage) for stage in range(config.parallel.pipeline_model_parallel_size)]
@@ -44,7 +34,10 @@ def _schedule(config: RunConfig, shape: ModelShape, stage: int) -> tuple[Entry, 
     with fake_world(stage, num_stages), model_parallel(of_stages, config.training.seed, num_chunks):
         recorder = Recorder(group_names(), keeps_work=False)
         core.finalize_model_grads_func = lambda *args, **kwargs: recorder.mark("finish")
-        chunks: list[Any] = [_IdleChunk(core, index) for index in (range(num_chunks) if num_chunks else [None])]
+        chunks: list[Any] = [nn.Module() for _ in range(num_chunks or 1)]
+        for number, chunk in enumerate(chunks):  # a schedule asks for the configuration alone
+            chunk.config, chunk.vp_stage = core, number if num_chunks else None
+            chunk.model_type = ModelType.encoder_or_decoder
         iterators: list[Any] = [iter(()) for _ in chunks]
         with (
             shapes_as_asked(),

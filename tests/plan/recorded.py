@@ -14,11 +14,9 @@ from megatron_peft.rehearsal.rehearsal import record_layers
 _KNOWN: dict[str, RecordedLayers] = {}
 
 
-def recorded(asked: Sequence[LayersToRecord], **_: Any) -> list[RecordedLayers]:
+def recorded(asked: Sequence[LayersToRecord], *_: Any) -> list[RecordedLayers]:
     """As `rehearsal.record_layers`."""
-    new = {name: one for one in asked if (name := repr(one)) not in _KNOWN}
-    _KNOWN.update(zip(new, record_layers([*new.values()]) if new else [], strict=True))
-    return [_KNOWN[repr(one)] for one in asked]
+    return record_layers(asked, known=_KNOWN)
 
 
 def step_of(run: RunConfig, shape: ModelShape) -> RecordedStep:

@@ -1,6 +1,5 @@
 """Estimates from the model's shape, and --fit: what divides, what fits, what is fastest."""
 
-from collections.abc import Hashable
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -17,8 +16,8 @@ from megatron_peft.plan.layouts import fit, fit_tables
 from megatron_peft.plan.pace import Pace, time_table
 from megatron_peft.plan.pipeline import estimated_time
 from megatron_peft.plan.recorded_layers import RecordedStep, Turn, total, turns
-from megatron_peft.rehearsal.asked import LayersToRecord, chunks_of_stages, recorded_alike
-from megatron_peft.rehearsal.record import Segment
+from megatron_peft.rehearsal.asked import LayersToRecord, chunks_of_stages
+from megatron_peft.rehearsal.record import RecordedLayers, Segment
 from megatron_peft.training.speed import ModelFlops
 from tests.plan.recorded import recorded, step_of
 from tools.published import FULL_RECOMPUTE, LLAMA_8B, LLAMA_70B, LLAMA_405B, made_up_run, published, run_of
@@ -33,7 +32,7 @@ def one_recording(request, monkeypatch):
     """Every way to compute a layer has the same record: what a search does with it is tested, not the record."""
     if "every_recording" not in request.fixturenames:
         alike = recorded([LayersToRecord.of(made_up_run("lora", 512, 8), SMALL)])
-        monkeypatch.setattr(layouts, "record_layers", lambda asked, watch: alike * len(asked))
+        monkeypatch.setattr(layouts, "record_layers", lambda asked, watch, known: alike * len(asked))
 
 
 def step_alike(run: RunConfig, shape: ModelShape) -> RecordedStep:
@@ -297,7 +296,7 @@ def test_the_layout_that_the_run_asks_for_changes_nothing():
 
 
 def test_times_of_a_layer_that_are_known_are_those_of_the_layout():
-    known: dict[Hashable, dict[Segment, float]] = {}
+    known: dict[RecordedLayers, dict[Segment, float]] = {}
     runs = []
     for rows, tp, sequence, recompute in product((1, 2), (1, 2), (False, True), layouts.RECOMPUTES):
         fields, modules = layouts.RECOMPUTES[recompute]
@@ -306,7 +305,7 @@ def test_times_of_a_layer_that_are_known_are_those_of_the_layout():
         runs.append(replace(run, model=replace(run.model, recompute_modules=modules)))
     for run, layers in zip(runs, recorded([LayersToRecord.of(run, SMALL) for run in runs]), strict=True):
         seconds = layouts.seconds_of_segments(layers, A100.of_run(run))
-        assert known.setdefault(recorded_alike(run, SMALL), seconds) == seconds
+        assert known.setdefault(layers, seconds) == seconds
 
 
 def test_layouts_whose_outer_stages_alone_fit_are_none(monkeypatch, replay_all):
@@ -337,9 +336,9 @@ def test_a_search_of_the_largest_model_takes_seconds_and_records_recompute_where
     counted: list[int] = []
     usual = layouts.record_layers
 
-    def record(asked, watch):
-        counted.append(len(asked))
-        return usual(asked, watch)
+    def record(asked, *others):
+        counted.append(len({repr(one) for one in asked}))
+        return usual(asked, *others)
 
     monkeypatch.setattr(layouts, "record_layers", record)
     begin = time.process_time()
@@ -353,9 +352,10 @@ def test_recompute_is_looked_at_where_a_layout_may_be_as_fast_as_the_last_that_i
     asked_for: list[str | None] = []
     usual = layouts.record_layers
 
-    def record(asked, watch):
-        asked_for.extend(one.run.model.transformer.get("recompute_granularity") for one in asked)
-        return usual(asked, watch)
+    def record(asked, *others):
+        distinct = {repr(one): one.run.model.transformer for one in asked}.values()
+        asked_for.extend(one.get("recompute_granularity") for one in distinct)
+        return usual(asked, *others)
 
     monkeypatch.setattr(layouts, "record_layers", record)
     monkeypatch.setattr(layouts, "NUM_REPLAYED", 1)
@@ -369,7 +369,6 @@ def test_layouts_that_are_recorded_alike_have_the_same_request():
     tied = replace(SMALL, tied_embeddings=True)
     for shape, alike in ((SMALL, True), (tied, False)):
         runs = [made_up_run("lora", 512, 8, world_size=2, pipeline_model_parallel_size=pp) for pp in (1, 2)]
-        assert (recorded_alike(runs[0], shape) == recorded_alike(runs[1], shape)) is alike
         assert (LayersToRecord.of(runs[0], shape) == LayersToRecord.of(runs[1], shape)) is alike
 
 

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -94,7 +95,7 @@ def test_joined_passes_are_what_a_rehearsal_finds(rehearsed, case):
     record, step = rehearsed[case], step_of(run_of(case), SHAPE)
     (chunk,) = step.chunks[0]
     for phase in ("forward", "backward"):
-        joined, real = step.entries(phase, chunk, 0), part(record.entries, phase)
+        joined, real = step.entries(phase, step.segments(chunk), 0), part(record.entries, phase)
         assert calls(joined) == calls(real)
         assert products(joined) == products(real)
         assert other_work(joined) == pytest.approx(other_work(real), rel=0.01)
@@ -121,21 +122,27 @@ def test_one_layer_of_each_kind_is_recorded():
     assert whole.layers[0] == "first" and len(whole.layers) == 2
 
 
-def test_waits_are_for_calls_of_their_own_pass():
-    """Of the second layer too, whose calls have other numbers in the chunk."""
+def test_a_pass_waits_for_its_calls_before_the_next_one_has_the_same_handles():
+    """Both layers are the same record."""
     step = step_of(run_of("lora TP2+SP"), SHAPE)
-    entries = step.entries("forward", step.chunks[0][0], 0)
-    made = [entry for entry in entries if isinstance(entry, Call)]
-    waited = [entry.call for entry in entries if isinstance(entry, Wait)]
-    assert waited == [number for number, call in enumerate(made) if call.is_async] and len(waited) >= 2
+    handles = [
+        (type(entry), entry.handle)
+        for entry in step.entries("forward", step.segments(step.chunks[0][0]), 0)
+        if isinstance(entry, Wait) or (isinstance(entry, Call) and entry.is_async)
+    ]
+    under_way: set[Any] = set()
+    for kind, handle in handles:
+        assert (handle in under_way) == (kind is Wait)
+        under_way ^= {handle}
+    assert not under_way and len(handles) > len({*handles}) > 2
 
 
 def test_ranks_of_another_stage_make_the_same_calls_in_their_own_group():
     run = made_up_run("lora", 1024, 4, 1, {}, world_size=4, sequence_parallel=True, **TP2_PP2)
     step = step_of(run, replace(SHAPE, num_layers=4))
     groups = [
-        {entry.group for entry in step.entries("backward", chunks[0], stage) if isinstance(entry, Call)}
-        for stage, chunks in enumerate(step.chunks)
+        {one.group for one in step.entries("backward", step.segments(chunk), stage) if isinstance(one, Call)}
+        for stage, [chunk] in enumerate(step.chunks)
     ]
     assert groups == [{(0, 1)}, {(2, 3)}]
 

@@ -26,8 +26,8 @@ def message(operation: str, peer: int, num_bytes: int = GB, **fields: Any) -> Ca
     return Call(operation, "pipeline", (), ((num_bytes,),), "int8", peer, **fields)
 
 
-def summed(group: tuple[int, ...], is_async: bool = False, axis: str = "tensor") -> Call:
-    return Call("reduce_scatter", axis, group, ((2 * GB,),), "int8", is_async=is_async)  # a second for two ranks
+def summed(group: tuple[int, ...], handle: int | None = None, axis: str = "tensor") -> Call:
+    return Call("reduce_scatter", axis, group, ((2 * GB,),), "int8", handle=handle)  # a second for two ranks
 
 
 @pytest.mark.parametrize(
@@ -73,16 +73,21 @@ def test_a_receiver_waits_for_the_sender_and_for_the_message():
 
 
 def test_an_asynchronous_call_runs_beside_the_computation():
-    hidden = [summed((0, 1), is_async=True), work(3), Wait(0)]
-    partly = [summed((0, 1), is_async=True), work(0.25), Wait(0), work(1)]
+    hidden = [summed((0, 1), 0), work(3), Wait(0)]
+    partly = [summed((0, 1), 0), work(0.25), Wait(0), work(1)]
     assert step_time({0: hidden, 1: hidden}, CLUSTER).seconds == 3
     found = step_time({0: partly, 1: partly}, CLUSTER)
     assert (found.seconds, found.by_kind[EXPOSED + "tensor"]) == (2.0, 0.75)
 
 
+def test_a_wait_is_for_the_latest_call_with_its_handle():
+    program = [summed((0, 1), 0), Wait(0), summed((0, 1), 0), work(0.25), Wait(0)]
+    assert step_time({0: program, 1: program}, CLUSTER).seconds == 2
+
+
 def test_calls_of_one_group_follow_one_another_and_others_run_beside_them():
-    one_group = [summed((0, 1), True), summed((0, 1), True), Wait(1)]
-    two_groups = [summed((0, 1), True), summed((0, 1), True, axis="data"), Wait(1), Wait(0)]
+    one_group = [summed((0, 1), 0), summed((0, 1), 1), Wait(1)]
+    two_groups = [summed((0, 1), 0), summed((0, 1), 1, axis="data"), Wait(1), Wait(0)]
     assert step_time({0: one_group, 1: one_group}, CLUSTER).seconds == 2
     assert step_time({0: two_groups, 1: two_groups}, CLUSTER).seconds == 1
 
@@ -153,7 +158,7 @@ def test_an_operation_begins_when_it_is_launched():
 
 
 def test_a_call_takes_its_host_time_too():
-    call = Call("all_reduce", "tensor", (0, 1), ((1,),), "int8", is_async=True)
+    call = Call("all_reduce", "tensor", (0, 1), ((1,),), "int8", handle=0)
     found = step_time({0: [*[call] * 100, work(1)]}, replace(CLUSTER, call_us=1000.0))
     assert found.seconds == pytest.approx(1.1)
 
@@ -165,7 +170,7 @@ def test_the_host_waits_for_the_sum_over_the_world():
 
 
 def test_a_part_that_is_timed_once_takes_what_it_takes_in_the_program():
-    part = [Computation({}, 5 * GB, 7), summed((0, 1), is_async=True), Computation({}, GB, 1), Wait(0)]
+    part = [Computation({}, 5 * GB, 7), summed((0, 1), 0), Computation({}, GB, 1), Wait(0)]
     times = time_alone(part, 0, CLUSTER)
     assert step_time({0: [times, times]}, CLUSTER).seconds == pytest.approx(step_time({0: part}, CLUSTER).seconds * 2)
     slow = time_alone(part, 0, replace(CLUSTER, launch_us=3.0, call_us=5.0))

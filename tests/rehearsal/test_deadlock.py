@@ -11,8 +11,8 @@ def sums(*axes_and_ranks: tuple[str, tuple[int, ...]], size: int = 8) -> list[En
     return [Call("all_reduce", axis, ranks, ((size,),), "float32") for axis, ranks in axes_and_ranks]
 
 
-def message(operation: str, peer: int, batch: int | None = None, is_async: bool = False, size: int = 4) -> Call:
-    return Call(operation, "pipeline", (0, 1), ((size,),), "bfloat16", peer, batch, is_async)
+def message(operation: str, peer: int, batch: int | None = None, handle: int | None = None, size: int = 4) -> Call:
+    return Call(operation, "pipeline", (0, 1), ((size,),), "bfloat16", peer, batch, handle)
 
 
 def test_programs_that_fit_end():
@@ -23,8 +23,8 @@ def test_programs_that_fit_end():
 
 def test_a_batch_waits_for_its_messages_together_and_messages_one_by_one_would_not_end():
     batched = {
-        0: [message("send", 1, 0), message("recv", 1, 0), Wait(0), Wait(1)],
-        1: [message("send", 0, 0), message("recv", 0, 0), Wait(0), Wait(1)],
+        0: [message("send", 1, 0, 0), message("recv", 1, 0, 1), Wait(0), Wait(1)],
+        1: [message("send", 0, 0, 0), message("recv", 0, 0, 1), Wait(0), Wait(1)],
     }
     assert check_order(batched) is None
     found = check_order({rank: [message("recv", 1 - rank), message("send", 1 - rank)] for rank in (0, 1)})
@@ -37,14 +37,14 @@ def test_a_batch_waits_before_the_next_one_and_before_what_follows():
     found = check_order({rank: [message("send", 1 - rank, 0), message("recv", 1 - rank, 1)] for rank in (0, 1)})
     assert found is not None and found.kind == "wait" and {*found.ranks} == {0, 1}
     alone = replace(message("send", 1), axis="world"), replace(message("recv", 0), axis="world")
-    first, second = [message("recv", 1, 0), Wait(0), alone[0]], [alone[1], message("send", 0, 0), Wait(1)]
+    first, second = [message("recv", 1, 0, 0), Wait(0), alone[0]], [alone[1], message("send", 0, 0, 0), Wait(0)]
     found = check_order({0: first, 1: second})
     assert found is not None and found.kind == "wait" and {*found.ranks} == {0, 1}
-    assert check_order({0: first, 1: [*second[1:2], Wait(0), alone[1]]}) is None
+    assert check_order({0: first, 1: [*second[1:], alone[1]]}) is None
 
 
 def test_an_asynchronous_message_waits_where_the_program_does():
-    first = [replace(message("recv", 1, is_async=True), axis="world"), message("send", 1), Wait(0)]
+    first = [replace(message("recv", 1, handle=0), axis="world"), message("send", 1), Wait(0)]
     second = [message("recv", 0), replace(message("send", 0), axis="world")]
     assert check_order({0: first, 1: second}) is None
     assert check_order({0: [first[0], Wait(0), first[1]], 1: second}) is not None
@@ -52,7 +52,7 @@ def test_an_asynchronous_message_waits_where_the_program_does():
 
 def test_messages_of_two_ranks_in_a_group_follow_one_another_in_both_directions():
     """NCCL has one stream for them: what is posted first holds up the other, whatever the program waits for."""
-    posted = [message(operation, 1, is_async=True) for operation in ("recv", "send")]
+    posted = [message(operation, 1, handle=at) for at, operation in enumerate(("recv", "send"))]
     found = check_order({0: posted, 1: [message("recv", 0), message("send", 0)]})
     assert found is not None and found.kind == "wait" and {*found.ranks} == {0, 1}
     assert "call 0 of rank 0" in found.text and "call 0 of rank 1" in found.text
@@ -98,7 +98,7 @@ def test_a_rank_that_ends_before_its_partner_has_all_it_needs_is_named():
         (0, 1),
         "call 0 of rank 0, all_reduce of float32 [8] in group tensor waits for rank 1, which ends without such a call.",
     )
-    found = check_order({0: [message("send", 1, is_async=True)], 1: []})
+    found = check_order({0: [message("send", 1, handle=0)], 1: []})
     assert found is not None and found.ranks == (0, 1)
 
 
@@ -118,14 +118,8 @@ def test_groups_in_another_order_wait_in_a_cycle():
 
 
 def test_a_wait_that_is_missing_or_late_is_found():
-    [call] = [replace(one, is_async=True) for one in sums(("data", (0, 1))) if isinstance(one, Call)]
-    sound: list[Entry] = [
-        Mark("validation"),
-        *sums(("tensor", (0, 1))),
-        call,
-        Wait(1),
-        message("send", 1, is_async=True),
-    ]
+    [call] = [replace(one, handle=1) for one in sums(("data", (0, 1))) if isinstance(one, Call)]
+    sound: list[Entry] = [Mark("validation"), *sums(("tensor", (0, 1))), call, Wait(1), message("send", 1, handle=0)]
     assert missing_wait({0: sound}) is None
     told = "call 1 of rank 1 (validation), all_reduce of float32 [8] in group data"
     assert missing_wait({0: sound, 1: sound[:3]}) == Problem("wait", (1,), f"{told}: nobody waits for it.")

@@ -316,15 +316,16 @@ def test_every_swap_of_two_differing_calls_of_a_group_is_found(method, layout):
 
 
 def without_call(program: Sequence[Entry], number: int) -> list[Entry]:
-    """One call less, and its wait; later ones are counted anew."""
+    """One call less, and its wait."""
     kept: list[Entry] = []
-    count = -1
+    count, left_out = -1, None
     for entry in program:
         count += isinstance(entry, Call)
-        if isinstance(entry, Wait):
-            if entry.call != number:
-                kept.append(Wait(entry.call - (entry.call > number)))
-        elif not (isinstance(entry, Call) and count == number):
+        if isinstance(entry, Call) and count == number:
+            left_out = entry.handle
+        elif isinstance(entry, Wait) and entry.handle == left_out:
+            left_out = None
+        else:
             kept.append(entry)
     return kept
 
@@ -349,7 +350,7 @@ def with_swapped(program: Sequence[Entry], first: int, second: int) -> list[Entr
         there, call = program[place], program[other]
         assert isinstance(there, Call) and isinstance(call, Call)
         are_messages = there.operation in MESSAGES and call.operation in MESSAGES
-        changed[place] = replace(call, batch=there.batch if are_messages else call.batch, is_async=there.is_async)
+        changed[place] = replace(call, batch=there.batch if are_messages else call.batch, handle=there.handle)
     return changed
 
 
@@ -383,21 +384,21 @@ def waits_in_a_cycle(programs: Programs) -> bool:
     waits: dict[tuple[int, int], list[Any]] = defaultdict(list)  # what a rank waits for before its next one
     for rank, program in programs.items():
         counts: dict[Any, int] = defaultdict(int)
-        calls: list[Any] = []
+        calls: dict[Any, Any] = {}  # by handle
         time, batch = 0, None
         for entry in program:
             if isinstance(entry, Call):
                 time += entry.batch is None or entry.batch != batch
                 batch = entry.batch
                 key = channel(entry, rank)
-                calls.append((key, counts[key]))
-                nodes[*calls[-1], rank] = time
-                counts[key] += 1
+                calls[entry.handle] = key, counts[key]
+                nodes[key, counts[key], rank] = time
                 if entry.operation not in MESSAGES or entry.batch is not None or not entry.is_async:
-                    waits[rank, time].append(calls[-1])
+                    waits[rank, time].append((key, counts[key]))
+                counts[key] += 1
             elif isinstance(entry, Wait):
                 time, batch = time + 1, None
-                waits[rank, time].append(calls[entry.call])
+                waits[rank, time].append(calls[entry.handle])
     of_call: dict[Any, list[tuple[int, int]]] = defaultdict(list)
     for (*call, rank), time in nodes.items():
         of_call[tuple(call)].append((rank, time))
@@ -440,10 +441,13 @@ def test_the_program_put_together_is_the_one_that_was_recorded():
 
 
 def numbered(entries: Iterable[Entry]) -> Iterator[Entry]:
-    """Calls and waits; batches numbered from 0."""
+    """Calls and waits; batches and handles numbered from 0."""
     batches: dict[int | None, int | None] = {None: None}
+    handles: dict[Any, int] = {}
     for entry in entries:
         if isinstance(entry, Call):
-            yield replace(entry, batch=batches.setdefault(entry.batch, len(batches) - 1))
+            batch = batches.setdefault(entry.batch, len(batches) - 1)
+            handle = handles.setdefault(entry.handle, len(handles)) if entry.is_async else None
+            yield replace(entry, batch=batch, handle=handle)
         elif isinstance(entry, Wait):
-            yield entry
+            yield Wait(handles.get(entry.handle, -1))
