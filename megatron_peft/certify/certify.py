@@ -7,7 +7,7 @@ import hashlib
 import json
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib import metadata
@@ -203,20 +203,23 @@ def compare_converted(trained: tuple[RunConfig, Tensor, tuple[Tensor, Tensor]]) 
     config, tokens, logits = trained
     run, has_adapters = Path(str(config.checkpoint.save)), config.peft.trains_adapters
 
-    def compared(name: str, folder: Path) -> CertificateLine:
+    def compared(name: str, write: Callable[[], Path], instead: str = "") -> CertificateLine:
+        try:
+            folder = write()
+        except ConfigurationError as error:
+            reason = str(error).rstrip(".").split(". ")[0].split(": ", 1)[-1]
+            return CertificateLine(name, 0, None, 0.0, note=f"not compared ({reason}){instead}")
         return compare_logits(name, verify.logits_of(folder, tokens), logits, 1, config.model.bf16)
 
     to_hf = merge if has_adapters else megatron_to_hf
-    lines = [compared("merged model in transformers", to_hf(run, run.with_name("merged"), progress=False))]
-    if has_adapters:
-        name = "exported adapter in Hugging Face PEFT"
-        try:
-            lines.append(compared(name, export_adapter(run, run.with_name("exported"))))
-        except ConfigurationError as error:
-            reason = str(error).split(". ")[0].split(": ", 1)[-1]
-            note = f"not compared ({reason}): the merged model stands for it"
-            lines.append(CertificateLine(name, 0, None, 0.0, note=note))
-    return lines
+    merged = compared("merged model in transformers", lambda: to_hf(run, run.with_name("merged"), progress=False))
+    if not has_adapters:
+        return [merged]
+    name, instead = (
+        "exported adapter in Hugging Face PEFT",
+        ": the merged model stands for it" if merged.num_compared else "",
+    )
+    return [merged, compared(name, lambda: export_adapter(run, run.with_name("exported")), instead)]
 
 
 # What is printed and written.

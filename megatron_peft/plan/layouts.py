@@ -281,7 +281,7 @@ def _candidate(step: RecordedStep, recompute: str, times: Mapping[Segment, float
     if step.pp > 1:  # a message to each side; those of the interleaved schedule run beside the computation
         message = cluster.call_seconds("send", step.message_bytes, (step.rank(0), step.rank(1)))
         seconds += 2 * microbatches * message * (1.0 if num_chunks == 1 else 0.1 * num_chunks)
-    held = {stage: step.memory(stage) for stage in sorted({0, 1 % step.pp, step.pp // 2, step.pp - 1})}
+    held = {stage: step.memory(stage) for stage in step.stages_that_differ()}
     fullest = max(held, key=lambda stage: total(held[stage]))
     return _Candidate(step, recompute, seconds, held[fullest], fullest)
 

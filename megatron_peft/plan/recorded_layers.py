@@ -110,6 +110,11 @@ class RecordedStep:
             layers[: first + 1] = [*["before"] * first, "first"]
         return (*["embedding"] * chunk.embedding, *layers, *["head"] * chunk.head)
 
+    def stages_that_differ(self) -> list[int]:
+        """One stage of each content: the first, which has most microbatches in flight."""
+        contents = [tuple(map(self.segments, chunks)) for chunks in self.chunks]
+        return [stage for stage, held in enumerate(contents) if contents.index(held) == stage]
+
     def passes_of(self, phase: Pass, segments: Sequence[Segment]) -> list[RecordedPass]:
         """Of a microbatch, in program order; what a segment does not do is missing."""
         found = [self.layers.passes.get((phase, segment), RecordedPass()) for segment in segments]

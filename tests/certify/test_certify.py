@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_peft.certify import certify as module
 from megatron_peft.certify.certify import NOT_CLAIMED, digest_of
@@ -310,6 +311,21 @@ def test_an_error_is_told_apart_from_a_difference(tmp_path, capsys, monkeypatch,
     assert found["verdict"] == verdict and not found["passed"]
     printed = capsys.readouterr().out
     assert verdict in printed and ("ValueError: no such heads" in printed) is (FAILED in lines)
+
+
+def test_a_method_that_cannot_be_merged_is_certified_without_that(monkeypatch, tmp_path):
+    """Nor exported: neither is an error of the tool, or of the run."""
+
+    def refuse(run, output, **_):
+        raise ConfigurationError(f"--input {run}: adapters of --peft-method gains cannot be merged.")
+
+    for name in ("merge", "export_adapter"):
+        monkeypatch.setattr(module, name, refuse)
+    config = run_of(LORA, {}, 1)
+    config = replace(config, checkpoint=replace(config.checkpoint, save=str(tmp_path / "split")))
+    lines = module.compare_converted((config, torch.zeros(2, 4), (torch.zeros(1), torch.ones(1))))
+    told = "not compared (adapters of --peft-method gains cannot be merged)"
+    assert [(one.note, one.passed, one.num_compared) for one in lines] == [(told, True, 0)] * 2
 
 
 @pytest.mark.parametrize("heads", [1, 3, 6, 9, 14, 28, 40])

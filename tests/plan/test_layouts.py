@@ -309,8 +309,11 @@ def test_times_of_a_layer_that_are_known_are_those_of_the_layout():
 
 
 def test_layouts_whose_outer_stages_alone_fit_are_none(monkeypatch, replay_all):
-    """One between them is looked at too."""
+    """A stage that is neither of the first two nor the last holds most where its layers alone are adapted."""
     run = made_up_run("lora", 2048, 8)
+    run = replace(run, peft=replace(run.peft, target_modules=("decoder.layers.5.*",)))
+    adapted = [recorded([LayersToRecord.of(run, SMALL)])[0]]
+    monkeypatch.setattr(layouts, "record_layers", lambda asked, *_: adapted * len(asked))
     sizes = {True: {"weights": 2**37}, False: {"weights": 2**30}}
     monkeypatch.setattr(RecordedStep, "memory", lambda step, stage: sizes[1 < stage < step.pp - 1])
     found = fit_small(run, world_size=8, num_layouts=100)
@@ -318,6 +321,13 @@ def test_layouts_whose_outer_stages_alone_fit_are_none(monkeypatch, replay_all):
     monkeypatch.setattr(RecordedStep, "memory", lambda step, stage: {"weights": 2**40})
     with pytest.raises(ConfigurationError, match="nothing fits 8 GPUs .* comes nearest and takes 1024.0 GiB"):
         fit_small(run, world_size=8)
+
+
+@pytest.mark.parametrize(("targets", "stages"), [("linear_qkv", [0, 1, 3]), ("decoder.layers.[45].*", [0, 1, 2, 3])])
+def test_one_stage_of_each_content_is_looked_at(targets, stages):
+    run = made_up_run("lora", 512, 8, world_size=4, pipeline_model_parallel_size=4)
+    run = replace(run, peft=replace(run.peft, target_modules=(targets,)))
+    assert step_of(run, SMALL).stages_that_differ() == stages
 
 
 def test_an_adapter_that_a_layout_would_cut_is_not_proposed():

@@ -49,7 +49,7 @@ def check_equal(runs: Sequence[Watched]) -> None:
 
 
 def difference(rehearsed: RankRecord, real: RankRecord) -> str:
-    for number, (ours, theirs) in enumerate(zip_longest(rehearsed.calls, real.calls)):
+    for number, (ours, theirs) in enumerate(zip_longest(*map(calls_in_order, (rehearsed, real)))):
         if ours != theirs:
             return f"call {number}: {ours} rehearsed, {theirs} real"
     computed, theirs = products(rehearsed.entries), products(real.entries)
@@ -69,6 +69,12 @@ def difference(rehearsed: RankRecord, real: RankRecord) -> str:
         if not -1e-3 <= excess / rehearsed.peak(phase) <= 1e-3 + under_way / rehearsed.peak(phase):
             return f"peak, {phase}: {rehearsed.peak(phase)} rehearsed, {real.peak(phase)} real"
     return "" if rehearsed.parameters == real.parameters else "parameters"
+
+
+def calls_in_order(record: RankRecord) -> list[Call]:
+    """With handles in the order of the calls: a real run has made others before."""
+    numbers = {call.handle: number for number, call in enumerate(record.calls)}
+    return [replace(call, handle=numbers[call.handle] if call.is_async else None) for call in record.calls]
 
 
 def of_loading(run: Watched, rehearsed: RankRecord, real: RankRecord) -> str:
