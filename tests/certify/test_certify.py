@@ -77,6 +77,25 @@ def run_of(
     )
 
 
+def test_a_small_run_keeps_the_settings_of_a_step_and_multiplies_all_rates_alike(tmp_path):
+    sgd = {"optimizer": "sgd", "sgd_momentum": 0.3, "weight_decay": 0.2, "clip_grad": 0.7}
+    rates = {"lr": 1e-4, "decoupled_lr": 2e-4, "adam_beta1": 0.8, "adam_beta2": 0.7, "adam_eps": 1e-3}
+    config = run_of({**METHODS["boft"], "peft_lr_rotation": 3e-4}, {}, 2, {"pack_sequences": True}, **sgd, **rates)
+    training = replace(config.training, seed=5, grad_reduce_in_bf16=True, overlap_grad_reduce=True)
+    data = replace(config.data, packing="next-fit")
+    checkpoint = replace(config.checkpoint, save="x", async_save=True)
+    config = replace(config, training=training, data=data, checkpoint=checkpoint)
+    split = small.small_run(config, LLAMA, tmp_path).split
+    kept = {"optimizer": (*sgd, "adam_beta1", "adam_beta2", "adam_eps"), "data": ("packing", "pack_sequences")}
+    kept |= {"training": ("seed", "grad_reduce_in_bf16", "overlap_grad_reduce"), "checkpoint": ("async_save",)}
+    for part, names in kept.items():
+        of_both = [[getattr(getattr(one, part), name) for name in names] for one in (config, split)]
+        assert of_both[0] == of_both[1]
+    scale = split.optimizer.lr / config.optimizer.lr
+    assert split.optimizer.decoupled_lr == pytest.approx(2e-4 * scale)
+    assert split.peft.peft_lr_rotation == pytest.approx(3e-4 * scale) and scale != 1
+
+
 @pytest.mark.parametrize("shape", [LLAMA, BLOOM], ids=["llama", "bloom"])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_small_model_keeps_the_shape(tmp_path, method, shape):

@@ -8,9 +8,11 @@ from torch import Tensor
 
 from megatron_peft.certify.comparison import (
     compare_curves,
+    compare_resharded,
     compare_resumed,
     compare_tensors,
     same_copies,
+    same_samples,
     whole_tensors,
 )
 from megatron_peft.certify.runs import END, START, Curve, RankReport
@@ -50,6 +52,25 @@ HALVES = [report(0, (A, 0, ROWS[:2])), report(1, (A, 2, ROWS[2:]))]
 
 def test_slices_of_ranks_make_one_tensor():
     assert torch.equal(whole_tensors(HALVES, END)[A], WHOLE[A])
+
+
+def test_a_microbatch_that_a_replica_lacks_or_has_too_many_is_told():
+    expected = replace(HALVES[0], samples=[[("a",), ("b",)]])
+    for read in ([("a",)], [("a",), ("b",), ("c",)]):
+        (problem,) = same_samples([replace(expected, samples=[read])], expected).problems
+        assert "step 1, rank 0" in problem
+    assert same_samples([expected], expected).passed
+
+
+def test_of_a_resharded_run_changes_since_the_start_are_compared():
+    """A tenth of what training has changed is seen, beside weights a thousand times as large."""
+    moved, other = ((A, 0, ROWS + 1000 + change) for change in (1.0, 1.1))
+    start = {(A, ((0, 0), (4, 2))): ROWS + 1000}
+    layout, resharded = (replace(report(0, one), curve=CURVE) for one in (moved, other))
+    layout, resharded = (replace(one, tensors={**one.tensors, START: start}) for one in (layout, resharded))
+    resharded = replace(resharded, curve=replace(CURVE, steps=CURVE.steps[:0]))
+    *_, line = compare_resharded([layout], resharded)
+    assert line.problems and line.largest is not None and abs(line.largest - 0.1) < 0.01
 
 
 def test_a_float32_copy_stands_for_its_parameter():
