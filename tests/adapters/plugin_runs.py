@@ -65,7 +65,7 @@ def life(asked: tuple[Path, dict[str, Any], Path]) -> dict[str, Any]:
     from tests.ranks import run_ranks
     from tests.tiny_llama import VOCAB_SIZE, save_llama, save_pairs
 
-    ranks._server = multiprocessing.get_context("fork")  # type: ignore[assignment]
+    server, ranks._server = ranks._server, multiprocessing.get_context("fork")  # type: ignore[assignment]
     base, data = save_llama(folder / "base", num_hidden_layers=2), save_pairs(folder / "pairs.jsonl")
     flags = [*RUN.split(), "--vocab-size", str(VOCAB_SIZE - 1)]
     flags += ["--pretrained-checkpoint", str(base), "--train-data-path", str(data)]
@@ -89,6 +89,7 @@ def life(asked: tuple[Path, dict[str, Any], Path]) -> dict[str, Any]:
     with suppress(ConfigurationError):  # the method has no format of HF PEFT
         models["exported"] = export_adapter(run, folder / "exported")
     found |= {name: verify(model, run).logits.absolute for name, model in models.items()}
+    ranks._server = server  # a fork of this process, which has had a world, does not rehearse
     layouts = {"plan": ("--world-size", "2", *TP2), "fit": ("--world-size", "2", "--fit", "--rehearsed", "1")}
     for name, words in layouts.items():
         report = folder / f"{name}.json"
