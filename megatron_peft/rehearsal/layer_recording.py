@@ -1,7 +1,7 @@
 """Records the segments of a model on tensors without numbers: its ends and one layer of each kind (`LayersToRecord`).
 
-The training code runs two microbatches through a model of a few layers, without a pipeline; of the second one, forward
-and backward are cut where layers begin and end. Stages of any pipeline are put together from what is recorded
+The training code runs a microbatch through a model of a few layers, without a pipeline, after the forward of another;
+its forward and backward are cut where layers begin and end. Stages of any pipeline are put together from what is recorded
 (`plan/recorded_layers.py`).
 """
 
@@ -100,7 +100,8 @@ def recorded_layers(of: LayersToRecord) -> RecordedLayers:
                 cuts.cut(None)
                 finish_with(wrapped, finish)
                 before = cuts.memory.total
-                run_schedule(wrapped, microbatches, forward_only=False)
+                run_schedule(wrapped, microbatches[:1], forward_only=True)  # makes what all microbatches share
+                run_schedule(wrapped, microbatches[1:], forward_only=False)
             # For the last layer alone: what is built for all together takes as many kernels.
             last = [model.decoder.layers[-1]]
             cuts.cut("begin", "one layer")
