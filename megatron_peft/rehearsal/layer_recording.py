@@ -1,8 +1,8 @@
 """Records the segments of a model on tensors without numbers: its ends and one layer of each kind (`LayersToRecord`).
 
 The training code runs a microbatch through a model of a few layers, without a pipeline, after the forward of another;
-its forward and backward are cut where layers begin and end. Stages of any pipeline are put together from what is recorded
-(`plan/recorded_layers.py`).
+its forward and backward are cut where layers begin and end. Stages of any pipeline are put together from what is
+recorded (`plan/recorded_layers.py`).
 """
 
 from collections import Counter

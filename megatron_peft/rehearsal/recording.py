@@ -172,6 +172,7 @@ class Recorder(Mode):
         ranks = tuple(dist.get_process_group_ranks(group))
         inputs = [value for key, value in named.items() if key.startswith("input")]
         tensors = [*_tensors(inputs or named.get("tensors"))]
+        is_mixed = len({tensor.dtype for tensor in tensors}) > 1  # coalesced, of several types: bytes are recorded
         [*peers] = (ranks[named[key]] for key in ("root_rank", "dst", "src") if key in named)
         result = func(*args, **kwargs)
         if len(ranks) == 1:
@@ -180,8 +181,8 @@ class Recorder(Mode):
             operation,
             self.groups.get(group.group_name, group.group_name),
             ranks,
-            tuple(tuple(tensor.shape) for tensor in tensors),
-            _dtype_name(tensors[0].dtype) if tensors else "uint8",
+            tuple((tensor.nbytes,) if is_mixed else tuple(tensor.shape) for tensor in tensors),
+            _dtype_name(tensors[0].dtype) if tensors and not is_mixed else "uint8",
             peers[0] if peers else None,
             self._batch if operation in MESSAGES else None,
             handle=self._num_calls,

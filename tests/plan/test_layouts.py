@@ -1,5 +1,6 @@
 """Estimates from the model's shape, and --fit: what divides, what fits, what is fastest."""
 
+from collections import defaultdict
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -382,11 +383,38 @@ def test_layouts_that_are_recorded_alike_have_the_same_request():
         assert (LayersToRecord.of(runs[0], shape) == LayersToRecord.of(runs[1], shape)) is alike
 
 
-def test_adam_takes_two_tensors_as_large_as_the_largest_trained_one():
-    """And a replica of several updates its part."""
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_adam_takes_two_tensors_as_large_as_the_largest_trained_one(overlaps):
+    """A replica of several updates its part: of all buckets together, or of each where their sums overlap."""
+    table = LLAMA_8B.vocab_size * LLAMA_8B.hidden_size
     own = step_of(made_up_run("full", 512, 8), LLAMA_8B)
-    assert own.memory(0)["temporary"] == 2 * 4 * LLAMA_8B.vocab_size * LLAMA_8B.hidden_size
-    assert own.memory(0)["activations"] == 0
+    assert own.memory(0)["temporary"] == 2 * 4 * table and own.memory(0)["activations"] == 0
+    run = made_up_run("full", 512, 8, world_size=2)
+    run = replace(
+        run,
+        training=replace(run.training, overlap_grad_reduce=overlaps),
+        optimizer=replace(run.optimizer, use_distributed_optimizer=True, overlap_param_gather=overlaps),
+    )
+    assert step_of(run, LLAMA_8B)._bytes_of_update(0) == 2 * 4 * table // (2 if overlaps else 1)
+
+
+def test_the_interleaved_schedule_asks_for_the_next_input_before_a_turn():
+    """Stages of one layer, of 4 layers in 4 stages or of 8 in two rounds of them."""
+    plain = made_up_run("lora", 512, 8, world_size=4, pipeline_model_parallel_size=4)
+    parallel = replace(plain.parallel, num_layers_per_virtual_pipeline_stage=1)
+    interleaved = step_alike(replace(plain, parallel=parallel), SMALL).passes(1)
+    alone, size = step_alike(plain, replace(SMALL, num_layers=4)), 512 * 1024 * 2
+    for phase in ("forward", "backward"):
+        assert interleaved[phase, 0][1] == alone.passes(1)[phase, 0][1] + size and alone.message_bytes == size
+
+
+def test_layouts_that_differ_in_recompute_are_ranked_apart(monkeypatch):
+    monkeypatch.setattr(layouts, "NUM_REPLAYED", 10**6)
+    found = fit_small(made_up_run("lora", 512, 8), world_size=2, num_layouts=10**6)
+    recomputes = defaultdict(set)
+    for one in found:
+        recomputes[one.run.parallel, one.run.training.micro_batch_size].add(one.recompute)
+    assert recomputes and all(one == {*layouts.RECOMPUTES} for one in recomputes.values())
 
 
 def test_hours_follow_from_tokens():

@@ -194,6 +194,51 @@ def test_only_a_trained_embedding_that_the_head_shares_has_its_gradient_summed(m
     assert {s for s in entries for one in entries[s] if isinstance(one, Call) and one.axis == "embedding"} == stages
 
 
+def test_replicas_and_tensor_parallel_ranks_send_what_a_rehearsal_sends():
+    """An interleaved Hybrid, whose parameters are of two types, and both overlaps, of the first chunk alone."""
+    run = made_up_run(
+        "hybrid",
+        256,
+        8,
+        1,
+        {},
+        world_size=8,
+        sequence_parallel=True,
+        num_layers_per_virtual_pipeline_stage=1,
+        **TP2_PP2,
+    )
+    run = replace(
+        run,
+        peft=PeftConfig(method="hybrid", **PEFT["hybrid"]),
+        training=replace(run.training, overlap_grad_reduce=True),
+        optimizer=replace(run.optimizer, use_distributed_optimizer=True, overlap_param_gather=True),
+    )
+    shape = replace(SHAPE, num_layers=4, vocab_size=512)
+    real = rehearse_run(run, shape, peaks=False).stages[0].entries
+    mine = [*_Program(step_of(run, shape), 0, read_cluster("8xa100"))]
+    for operation in ("all_gather", "reduce_scatter"):
+        sent, expected = (
+            [one.num_bytes for one in calls_of(entries) if one.axis.startswith("data") and one.operation == operation]
+            for entries in (mine, real)
+        )
+        assert sum(sent) == sum(expected) and len(sent) == 2
+    summed, expected = ([one for one in calls_of(entries) if one.axis == "tensor"][-1:] for entries in (mine, real))
+    assert [(one.operation, one.num_bytes) for one in summed] == [(one.operation, one.num_bytes) for one in expected]
+
+
+def calls_of(entries: Iterable[Entry]) -> list[Call]:
+    return [one for one in entries if isinstance(one, Call)]
+
+
+@pytest.mark.parametrize(("replicas", "smallest"), [(2, 40e6), (64, 64e6)])
+def test_buckets_of_gradients_are_as_large_as_megatron_core_makes_them(replicas, smallest):
+    run = made_up_run("full", 512, 64, world_size=replicas)
+    run = replace(run, training=replace(run.training, overlap_grad_reduce=True))
+    [[embedding, *layers]] = _Program(step_of(run, LLAMA_8B), 0, read_cluster("8xa100")).buckets
+    sizes = {bucket.num_trained for bucket, _ in layers}
+    assert all(smallest <= size < 2 * smallest for size in sizes) and embedding[0].num_trained == 128256 * 4096
+
+
 @pytest.mark.parametrize("num_microbatches", [2, 4])
 def test_stages_exchange_the_messages_of_megatrons_schedule_and_tell_sizes_first(num_microbatches):
     """Microbatches of many lengths, fewer and more than there are stages; a model whose kernels take no time."""

@@ -1,13 +1,15 @@
 """What an adapter builds once a step is there for every forward of it, wherever a step is, and gone afterwards."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from megatron.core.distributed import DistributedDataParallel
 from torch import nn
 
 from megatron_peft.adapters.attach import linear_layers
-from megatron_peft.adapters.step import adapters_step
+from megatron_peft.adapters.step import AdaptersStep, adapters_step
 from megatron_peft.evaluation.generation import GenerationSettings, generate
 from megatron_peft.training.lora_ga_start import first_steps, start_lora_ga
 from megatron_peft.training.step import train_step
@@ -89,3 +91,23 @@ def test_a_step_that_fails_is_forgotten(counted):
     with pytest.raises(RuntimeError), adapters_step(state.model_chunks):
         raise RuntimeError
     assert len(seen) == 1
+
+
+def test_parameters_are_gathered_in_the_order_of_the_modules():
+    """Every rank must ask for them in the same one."""
+    seen: list[nn.Module] = []
+
+    class Wrapped(DistributedDataParallel):
+        def __init__(self, adapters: nn.ModuleList) -> None:
+            nn.Module.__init__(self)
+            self.adapters, self.remove_forward_pre_hook_handles = adapters, {"one": "hook"}
+
+        def _make_forward_pre_hook(self) -> Any:
+            return seen.append
+
+    adapters = nn.ModuleList(nn.Identity() for _ in range(50))
+    step = object.__new__(AdaptersStep)
+    step.model_chunks = [Wrapped(adapters)]
+    step.layers = {nn.Identity: [SimpleNamespace(adapter=one) for one in reversed(adapters)]}
+    step._gather_parameters()
+    assert seen == [*adapters]
