@@ -24,9 +24,9 @@ from megatron_peft.plan.layouts import FittedLayout, fit
 from megatron_peft.plan.pipeline import estimated_time
 from megatron_peft.plan.recorded_layers import RecordedStep, total
 from megatron_peft.plan.timing import EXPOSED, StepTime
-from megatron_peft.rehearsal.asked import LayersToRecord
-from megatron_peft.rehearsal.record import Memory, RecordedLayers
+from megatron_peft.rehearsal.program import Memory, RecordedLayers
 from megatron_peft.rehearsal.rehearsal import record_layers
+from megatron_peft.rehearsal.requests import LayersToRecord
 from tools.published import LLAMA_70B, LLAMA_405B, made_up_run, write_tables
 
 METHODS = ("full", "lora", "lora-ga", "boft", "urnn", "hybrid")
@@ -111,12 +111,12 @@ def methods_table(compared: dict[str, list[Compared]]) -> dict[str, Any]:
     """Memory and time of every method for every model."""
     rows = []
     for model, found in compared.items():
-        full = found[0].best.pace.time.seconds
+        full = found[0].best.speed.time.seconds
         for one in found:
-            best, seconds = one.best, one.best.pace.time.seconds
+            best, seconds = one.best, one.best.speed.time.seconds
             rows.append(
                 [
-                    *(model, str(best.run.parallel.world_size), one.method, _layout(best, best.pace.num_layers)),
+                    *(model, str(best.run.parallel.world_size), one.method, _layout(best, best.speed.num_layers)),
                     *(f"{total(best.memory) / 2**30:.0f}", f"{one.same_bytes / 2**30:.0f}"),
                     *(
                         f"{FULL_MINUTES * seconds / full:.0f}",
@@ -134,7 +134,7 @@ def origins_table(found: Sequence[Compared]) -> dict[str, Any]:
     """Where the Hybrid's lead over full fine-tuning comes from: minutes of an epoch, by kind."""
     by_name = {one.method: one for one in found}
     full, hybrid = by_name["full"], by_name["hybrid"]
-    steps = [full.best.pace.time, hybrid.same_time, hybrid.best.pace.time]
+    steps = [full.best.speed.time, hybrid.same_time, hybrid.best.speed.time]
     scale = FULL_MINUTES / steps[0].seconds
     kinds = list(dict.fromkeys(kind for one in steps for kind in one.by_kind))
     rows = []

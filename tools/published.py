@@ -1,7 +1,7 @@
 """Published runs (published.toml), and what the plan says of them: half of them calibrate its constants.
 
 `python -m tools.published docs/results/planning` plans them from recorded layers as --fit does, in a
-minute, and writes the tables of docs/planning.md; and beside `pace.py` the errors that `pace.Accuracy` reads.
+minute, and writes the tables of docs/planning.md; and beside `speed.py` the errors that `speed.Accuracy` reads.
 """
 
 import json
@@ -25,11 +25,11 @@ from megatron_peft.config import (
 )
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.plan.cluster import Cluster, Link, read_cluster
-from megatron_peft.plan.pace import ERRORS, Accuracy, Pace
 from megatron_peft.plan.pipeline import estimated_time
 from megatron_peft.plan.recorded_layers import RecordedStep, total
-from megatron_peft.rehearsal.asked import LayersToRecord, Lengths
+from megatron_peft.plan.speed import ERRORS, Accuracy, PlannedSpeed
 from megatron_peft.rehearsal.rehearsal import record_layers
+from megatron_peft.rehearsal.requests import LayersToRecord, Lengths
 
 FULL_RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 RECOMPUTE: Mapping[str, dict[str, Any]] = {
@@ -152,8 +152,8 @@ def steps() -> Iterator[Step]:
             run = run_of(layout, num_gpus, batch)
             if layout.get("tflops"):  # as many operations as --log-throughput counts
                 nothing: Any = None
-                pace = Pace.of(run, published_shape(layout["model"]), cluster_for(layout), nothing)
-                seconds = pace.flops / num_gpus / seconds / 1e12  # noqa: PLW2901
+                speed = PlannedSpeed.of(run, published_shape(layout["model"]), cluster_for(layout), nothing)
+                seconds = speed.flops / num_gpus / seconds / 1e12  # noqa: PLW2901
             yield Step(layout, run, seconds)
 
 

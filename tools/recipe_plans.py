@@ -68,14 +68,14 @@ def figures(name: str, cluster: Cluster) -> str:
     plan = make_plan(config, read_shape(config.model.pretrained_checkpoint), cluster)
     peak = f"at most {peak_of(plan.fullest) / 2**30:.1f} GiB a rank (rank {plan.fullest.rank})"
     assert plan.problem is None, plan.problem
-    if name in ON_A_CPU or plan.pace is None:
+    if name in ON_A_CPU or plan.speed is None:
         return f"{peak}, without what Python and torch take themselves."
     assert plan.fits, f"{name}: {peak} does not fit {cluster.usable_bytes / 2**30:.1f} GiB"
-    pace = plan.pace
+    speed = plan.speed
     return (
         f"{peak} of {cluster.usable_bytes / 2**30:.1f} that an A100-80GB has to give; "
-        f"{pace.time.seconds:.1f} s a step, {float(f'{pace.tokens_per_second:.3g}'):,.0f} tokens/s, "
-        f"{pace.mfu:.0%} MFU (estimated)."
+        f"{speed.time.seconds:.1f} s a step, {float(f'{speed.tokens_per_second:.3g}'):,.0f} tokens/s, "
+        f"{speed.mfu:.0%} MFU (estimated)."
     )
 
 

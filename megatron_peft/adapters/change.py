@@ -110,7 +110,7 @@ class MixedChange(WeightChange):
         return change + (start - weight)
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
-        """Of the low-rank part, where the rotation is the identity."""
+        """The factors of the low-rank part, where the rotation is the identity."""
         if self.merged_base is not None or not self.rotation.is_zero:
             return None
         return self.low_rank.A, self.mix * self.low_rank.B

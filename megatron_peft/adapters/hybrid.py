@@ -63,7 +63,7 @@ class Hybrid(RotatesOnceAStep, nn.Module):
         self.register_buffer("folded_weight", None)
 
     def bind_weight(self, weight: Tensor) -> None:
-        """With --hybrid-merge-interval, put the layer's weight into the checkpoint: changes are merged into it.
+        """Put the layer's weight into the checkpoint where --hybrid-merge-interval merges changes into it.
 
         Args:
             weight: [out, in], the base's own tensor; the buffer is a view of it, so a loaded checkpoint loads it.

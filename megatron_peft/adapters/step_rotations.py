@@ -164,7 +164,7 @@ class Stack:
         return stacked.split(self.counts)
 
     def add_gradients(self) -> None:
-        """From the sums of all microbatches to the gradients of the parameters."""
+        """Takes the sums of all microbatches to the gradients of the parameters."""
         assert self.total is not None
         parts, first = [], 0
         for kept, formula in FORMULAS.items():

@@ -36,8 +36,8 @@ from megatron_peft.benchmarks.subjects import (
     microbatch,
 )
 from megatron_peft.models.families import read_shape
-from megatron_peft.rehearsal.record import ITEM_BYTES, Call
-from megatron_peft.rehearsal.recording import Recorder, group_names
+from megatron_peft.rehearsal.program import ITEM_BYTES, Call
+from megatron_peft.rehearsal.recorder import Recorder, group_names
 from megatron_peft.runtime.cpu_kernels import give_back_freed_memory
 from megatron_peft.runtime.ranks import run_ranks
 

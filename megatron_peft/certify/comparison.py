@@ -205,7 +205,7 @@ def _rank(number: int, run: RankReport) -> str:
 
 
 def whole_tensors(ranks: Sequence[RankReport], when: str, prefix: str = "") -> Tensors:
-    """Of the slices that the ranks hold, in float64; what none of them holds is NaN.
+    """Joins the slices that the ranks hold, in float64; what none of them holds is NaN.
 
     In the place of a bfloat16 parameter stands its float32 copy, if there is one: a few steps change a norm's weight by
     less than bfloat16 can say.
@@ -316,12 +316,12 @@ def same_copies(ranks: Sequence[RankReport], when: str) -> CertificateLine:
 
 
 def reported_logits(ranks: Sequence[RankReport]) -> tuple[Tensor, Tensor]:
-    """Before and after training, from the rank that has them."""
+    """The logits before and after training, from the rank that has them."""
     return next(run.logits for run in ranks if run.logits is not None)
 
 
 def compare_logits(name: str, found: Tensor, trained: tuple[Tensor, Tensor], index: int, bf16: bool) -> CertificateLine:
-    """With `trained[index]`, relative to what training has changed; `trained`: before and after it."""
+    """Compares with `trained[index]`, relative to what training has changed; `trained`: before and after it."""
     scale = float((trained[1] - trained[0]).abs().max())
     largest = float((found - trained[index]).abs().max()) / scale if scale else math.inf
     tolerance = TOLERANCES["logits"][bf16]

@@ -82,7 +82,7 @@ class Curve:
 
     @property
     def losses(self) -> list[float]:
-        """Of the steps."""
+        """Each step's."""
         return [step.loss for step in self.steps]
 
 
@@ -196,7 +196,7 @@ class Run:
             return _copies([*entries, *optimizer_tensors(self.state.optimizer, entries)])
 
     def gradients(self) -> Slices:
-        """Of what is trained, by the keys of parameters. A collective."""
+        """Those of what is trained, by the keys of parameters. A collective."""
         trained = [p for chunk in self.state.model_chunks for p in chunk.parameters() if p.requires_grad]
         whole = dict(zip(map(id, trained), GradientShards(self.state.optimizer).whole(trained), strict=True))
         return _copies(with_data(one, whole[id(one.data)]) for one in self.entries if id(one.data) in whole)
@@ -232,7 +232,7 @@ class Run:
 
 
 def _logits(microbatches: Iterator[Microbatch], model: nn.Module) -> tuple[Tensor, Any]:
-    """In the place of a step's forward: logits stand where the schedule collects the report of each microbatch."""
+    """Stands for a step's forward: the schedule collects logits in the place of each microbatch's report."""
     batch = next(microbatches)
     logits = model(input_ids=batch.tokens, position_ids=batch.position_ids, attention_mask=None)
     return logits, lambda output: (output.sum(), torch.tensor(1), gather_from_tensor_model_parallel_region(output))

@@ -149,8 +149,8 @@ def _fit(settings: PlanSettings, config: RunConfig, shape: ModelShape, cluster: 
     from rich.console import Console
 
     from megatron_peft.plan.layouts import fit_tables
-    from megatron_peft.plan.pace import ONLY_RANKS, Accuracy
     from megatron_peft.plan.plan import make_plan, summary
+    from megatron_peft.plan.speed import ONLY_RANKS, Accuracy
 
     if config.training.global_batch_size is None:
         print(f"--global-batch-size {ASSUMED_BATCH} is assumed: layouts are compared at the same one.")
@@ -166,7 +166,7 @@ def _fit(settings: PlanSettings, config: RunConfig, shape: ModelShape, cluster: 
         _tell(f"rehearsing layout {number} of {len(chosen)} (--rehearsed 0 leaves that out): {' '.join(layout.flags)}")
         plans.append(make_plan(layout.run, shape, cluster))
         print(f"layout {number}, rehearsed:")
-        for line in [*summary(plans[-1]), *_pace(plans[-1], settings.tokens)]:
+        for line in [*summary(plans[-1]), *_speed(plans[-1], settings.tokens)]:
             print(f"  {line}")
     if settings.json:
         found = {
@@ -174,12 +174,12 @@ def _fit(settings: PlanSettings, config: RunConfig, shape: ModelShape, cluster: 
             "rehearsed": [plan.as_dict(settings.tokens) for plan in plans],
         }
         write_file(settings.json, json.dumps(found, indent=1) + "\n")
-    paces = {number: plan.pace for number, plan in enumerate(plans) if plan.fits and plan.pace is not None}
-    if plans and not paces:
+    speeds = {number: plan.speed for number, plan in enumerate(plans) if plan.fits and plan.speed is not None}
+    if plans and not speeds:
         print("none of the rehearsed layouts can be run: more may be rehearsed (--rehearsed N).")
         return 1
     # The rehearsed time decides: it is of the whole step.
-    best = min(paces, key=lambda number: paces[number].time.seconds) if paces else 0
+    best = min(speeds, key=lambda number: speeds[number].time.seconds) if speeds else 0
     print(f"flags of layout {best + 1}: {' '.join(layouts[best].flags)}")
     if left_out := layouts[best].flags_to_leave_out(config):
         print(f"leave out of the run's own: {' '.join(left_out)}")
@@ -221,14 +221,14 @@ def _nodes(size: int, cluster: "Cluster") -> str:
     return f"{size} GPUs{nodes} of {cluster.name}"
 
 
-def _pace(plan: "Plan", num_tokens: float) -> list[str]:
-    if plan.pace is None:
+def _speed(plan: "Plan", num_tokens: float) -> list[str]:
+    if plan.speed is None:
         return []
-    pace = plan.pace
+    speed = plan.speed
     return [
-        pace.summary(),
-        f"{pace.tokens_per_second:,.0f} tokens/s, "
-        f"{pace.hours(num_tokens):,.1f} hours for {num_tokens / 1e6:,.0f} million tokens",
+        speed.summary(),
+        f"{speed.tokens_per_second:,.0f} tokens/s, "
+        f"{speed.hours(num_tokens):,.1f} hours for {num_tokens / 1e6:,.0f} million tokens",
     ]
 
 

@@ -260,7 +260,7 @@ def _add_embedding_norm(chunk: GPTModel, norm: Any) -> None:
 
 
 def _mark_vocabulary_weights(chunk: GPTModel) -> None:
-    """With `perform_initialization=False` megatron-core leaves them unmarked, and norms would count rank 0's slice."""
+    """megatron-core leaves them unmarked with `perform_initialization=False`: norms would count rank 0's slice."""
     for module in (getattr(chunk, "output_layer", None), getattr(chunk, "embedding", None)):
         weight = getattr(getattr(module, "word_embeddings", module), "weight", None)
         if weight is not None:

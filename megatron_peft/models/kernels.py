@@ -45,7 +45,7 @@ class Installed:
 
     @classmethod
     def detected(cls) -> "Installed":
-        """On this machine; without a GPU nothing else matters, and nothing is imported."""
+        """What this machine has; without a GPU nothing else matters, and nothing is imported."""
         if not torch.cuda.is_available():
             return cls(cuda=False)
         return cls(
@@ -76,7 +76,7 @@ class Training:
 
     @classmethod
     def of(cls, config: RunConfig) -> "Training":
-        """Of a run."""
+        """The settings of a run."""
         reads_input = {"lora_rank", "rotation_side"} & config.peft.spec.fields(config.peft)
         only_output = reads_input == {"rotation_side"} and config.peft.rotation_side == "output"
         return cls(

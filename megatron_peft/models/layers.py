@@ -53,7 +53,7 @@ class PackedSamples(PackedSeqParams):
 
     @classmethod
     def of(cls, cu_seqlens: Tensor, lengths: tuple[int, ...], position_ids: Tensor) -> "PackedSamples":
-        """From the fields of a `Microbatch`."""
+        """The samples that the fields of a `Microbatch` describe."""
         return cls(
             qkv_format="thd",
             cu_seqlens_q=cu_seqlens,

@@ -35,7 +35,7 @@ def read_window(config: Config) -> dict[str, Any]:
 
 
 def _num_full_attention_layers(config: Config, num_layers: int, has_window: bool) -> int:
-    """From `max_window_layers`, or from `layer_types`, which newer files have for each layer."""
+    """What `max_window_layers` says, or `layer_types`, which newer files have for each layer."""
     kinds = config.get("layer_types")
     if kinds is None:
         first = config["max_window_layers"]

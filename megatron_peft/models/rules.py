@@ -174,7 +174,7 @@ class FusedRows(Rule):
             start += width
 
     def global_slices(self, local: Tensor, rank: int, size: int) -> Iterator[GlobalSlice]:
-        """Without groups, the global tensor concatenates the tensors, and a rank holds some rows of each."""
+        """A rank holds some rows of each tensor that the global one concatenates, where there are no groups."""
         if self.num_groups is not None:
             yield from super().global_slices(local, rank, size)
             return

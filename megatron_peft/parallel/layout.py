@@ -35,7 +35,7 @@ class LinearLayout:
 
     @cached_property
     def sizes(self) -> LinearSizes:
-        """Without the group: for checks, which need no processes."""
+        """A layout without the group: for checks, which need no processes."""
         sizes = self.out_features, self.in_features, self.group.size()
         return LinearSizes(self.split, *sizes, self.num_parts, self.head_features)
 

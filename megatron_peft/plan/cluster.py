@@ -69,7 +69,7 @@ class Cluster:
 
     @property
     def usable_bytes(self) -> float:
-        """Of a GPU's memory, for what a plan counts."""
+        """What of a GPU's memory is left for what a plan counts."""
         return (self.memory_gib - self.reserved_gib) * 2**30
 
     def of_run(self, run: RunConfig) -> "Cluster":
@@ -94,7 +94,7 @@ class Cluster:
         return least + (most - least) * log(gflop / low) / log(high / low)
 
     def link(self, group: Sequence[int]) -> Link:
-        """Of a group of global ranks. Each GPU has a network adapter of its own.
+        """The link of a group of global ranks. Each GPU has a network adapter of its own.
 
         The ranks of a group that share a node share their adapters too: a collective crosses between nodes once for
         all of them.
@@ -107,10 +107,10 @@ class Cluster:
         return Link(min(across, self.node_link.gb_per_second), self.network_link.latency_us)
 
     def call_seconds(self, operation: str, num_bytes: float, group: Sequence[int]) -> float:
-        """Of a collective or a message alone: alpha log2(n) + beta times the bytes that each rank sends.
+        """What a collective or a message takes alone: alpha log2(n) + beta times the bytes that each rank sends.
 
         Args:
-            operation, num_bytes: of a `record.Call`.
+            operation, num_bytes: of a `program.Call`.
             group: its ranks; of a message both ends.
         """
         n, link = len(group), self.link(group)
@@ -152,7 +152,7 @@ def read_cluster(name: str) -> Cluster:
 
 
 def cluster_of_this_machine() -> Cluster | None:
-    """With a GPU the shipped cluster of its kind, with the memory that it has; else None."""
+    """The shipped cluster of this machine's GPU, with the memory that it has; None: there is no GPU."""
     import torch
 
     if not torch.cuda.is_available():

@@ -25,13 +25,13 @@ from megatron_peft.config.parallel import ACCOUNTED_STAGES, LAYOUT, UNEVEN_STAGE
 from megatron_peft.models.families import check_adapters
 from megatron_peft.models.shape import ModelShape, check_layout
 from megatron_peft.plan.cluster import Cluster
-from megatron_peft.plan.pace import Pace
 from megatron_peft.plan.pipeline import estimated_time
 from megatron_peft.plan.recorded_layers import RecordedStep, total
+from megatron_peft.plan.speed import PlannedSpeed
 from megatron_peft.plan.timing import time_alone
-from megatron_peft.rehearsal.asked import LayersToRecord
-from megatron_peft.rehearsal.record import Memory, RecordedLayers, RecordedPass, Segment
+from megatron_peft.rehearsal.program import Memory, RecordedLayers, RecordedPass, Segment
 from megatron_peft.rehearsal.rehearsal import Watch, record_layers
+from megatron_peft.rehearsal.requests import LayersToRecord
 
 MICRO_BATCHES = (1, 2, 4, 8)
 RECOMPUTES: Mapping[str, tuple[dict[str, Any], tuple[str, ...]]] = {  # name -> (fields of TransformerConfig, modules)
@@ -68,14 +68,14 @@ class FittedLayout:
     Args:
         run: the run at this layout.
         recompute: of `RECOMPUTES`.
-        pace: time of a step, tokens a second and what follows from it.
+        speed: time of a step, tokens a second and what follows from it.
         memory: of the rank that holds most, by part.
         stage: the pipeline rank that it is.
     """
 
     run: RunConfig
     recompute: str
-    pace: Pace
+    speed: PlannedSpeed
     memory: Memory
     stage: int
 
@@ -95,7 +95,7 @@ class FittedLayout:
         return [flag(name) for name, value in _layout_values(asked).items() if value and not own[name]]
 
     def as_dict(self, num_tokens: float = 1e8) -> dict[str, Any]:
-        """For JSON, with the hours of a run of so many tokens."""
+        """Plain values for JSON, with the hours of a run of so many tokens."""
         parallel = self.run.parallel
         return {
             "flags": self.flags,
@@ -103,7 +103,7 @@ class FittedLayout:
             "memory_bytes": dict(self.memory),
             "peak_bytes": total(self.memory),
             "stage": self.stage,
-            **self.pace.as_dict(num_tokens),
+            **self.speed.as_dict(num_tokens),
         }
 
 
@@ -170,15 +170,15 @@ def fit(
     for alike in fastest:
         each: list[FittedLayout] = []
         for one in alike[:NUM_DIVISIONS_REPLAYED]:
-            pace = Pace.of(one.step.run, shape, cluster, estimated_time(one.step, cluster))
-            each.append(FittedLayout(one.step.run, one.recompute, pace, one.memory, one.stage))
+            speed = PlannedSpeed.of(one.step.run, shape, cluster, estimated_time(one.step, cluster))
+            each.append(FittedLayout(one.step.run, one.recompute, speed, one.memory, one.stage))
         best.append(min(each, key=_slowness))
         watch(1, 0)
     return sorted(best, key=_slowness)[:num_layouts]
 
 
 def _slowness(one: FittedLayout) -> tuple[float, int]:
-    return one.pace.time.seconds, total(one.memory)
+    return one.speed.time.seconds, total(one.memory)
 
 
 @dataclass(frozen=True)
@@ -261,7 +261,7 @@ def _divisors(number: int, most: int) -> list[int]:
 
 
 def seconds_of_segments(layers: RecordedLayers, cluster: Cluster) -> dict[Segment, float]:
-    """Of both passes of a microbatch, on the cluster as the run finds it."""
+    """What both passes of a microbatch take, on the cluster as the run finds it."""
 
     def seconds(phase: str, segment: Segment) -> float:
         time = time_alone(layers.passes.get((phase, segment), RecordedPass()).entries, 0, cluster)
@@ -295,16 +295,16 @@ def fit_tables(layouts: Sequence[FittedLayout], title: str, num_tokens: float) -
         "The same, parts of a step", "", "TFLOP/s a GPU", "MFU", "bubble", "communication", "launches"
     )
     for number, one in enumerate(layouts, 1):
-        parallel, time = one.run.parallel, one.pace.time
-        stages = parallel.num_virtual_stages(one.pace.num_layers)
+        parallel, time = one.run.parallel, one.speed.time
+        stages = parallel.num_virtual_stages(one.speed.num_layers)
         table.add_row(
             *(str(number), str(parallel.tensor_model_parallel_size), str(parallel.pipeline_model_parallel_size)),
             *(str(stages or "-"), str(parallel.data_parallel_size), "yes" if parallel.sequence_parallel else "no"),
             *(str(one.run.training.micro_batch_size), one.recompute, f"{total(one.memory) / 2**30:.1f}"),
-            *(f"{time.seconds:.2f}", f"{one.pace.tokens_per_second:,.0f}", f"{one.pace.hours(num_tokens):,.1f}"),
+            *(f"{time.seconds:.2f}", f"{one.speed.tokens_per_second:,.0f}", f"{one.speed.hours(num_tokens):,.1f}"),
         )
-        parts = (one.pace.mfu, time.bubble, time.exposed_communication, time.launch_bound)
-        shares.add_row(str(number), f"{one.pace.tflops_per_gpu:.0f}", *(f"{part:.1%}" for part in parts))
+        parts = (one.speed.mfu, time.bubble, time.exposed_communication, time.launch_bound)
+        shares.add_row(str(number), f"{one.speed.tflops_per_gpu:.0f}", *(f"{part:.1%}" for part in parts))
     return [table, shares]
 
 

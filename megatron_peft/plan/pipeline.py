@@ -12,7 +12,7 @@ from typing import Any
 from megatron_peft.plan.cluster import Cluster
 from megatron_peft.plan.recorded_layers import Pass, RecordedStep, Turn, turns
 from megatron_peft.plan.timing import StepTime, WorkTime, part_of, step_time, time_alone
-from megatron_peft.rehearsal.record import Call, Computation, Entry, Mark, Parameters, Segment, Wait
+from megatron_peft.rehearsal.program import Call, Computation, Entry, Mark, Parameters, Segment, Wait
 
 
 def estimated_time(step: RecordedStep, cluster: Cluster) -> StepTime:

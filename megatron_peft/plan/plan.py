@@ -15,10 +15,10 @@ from rich.table import Column, Table
 from megatron_peft.config import RunConfig
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.plan.cluster import Cluster
-from megatron_peft.plan.pace import Pace, time_table
+from megatron_peft.plan.speed import PlannedSpeed, time_table
 from megatron_peft.plan.timing import step_time
 from megatron_peft.rehearsal.deadlock import Problem
-from megatron_peft.rehearsal.record import PHASES, Call, Entry, RankRecord
+from megatron_peft.rehearsal.program import PHASES, Call, Entry, RankRecord
 from megatron_peft.rehearsal.rehearsal import RehearsedRun, order_problem, rehearse_run, work_bar
 
 _GIB, _MIB = 2**30, 2**20
@@ -35,13 +35,13 @@ class Plan:
         run: its rehearsed ranks.
         cluster: that it will run on.
         problem: why its ranks would wait for ever; None: they do not.
-        pace: time of a step; None where ranks would wait for ever.
+        speed: time of a step; None where ranks would wait for ever.
     """
 
     run: RehearsedRun
     cluster: Cluster
     problem: Problem | None
-    pace: Pace | None
+    speed: PlannedSpeed | None
 
     @property
     def fullest(self) -> RankRecord:
@@ -54,7 +54,7 @@ class Plan:
         return peak_of(self.fullest) <= self.cluster.usable_bytes
 
     def as_dict(self, num_tokens: float = 1e8) -> dict[str, Any]:
-        """For JSON, with the hours of a run of so many tokens."""
+        """Plain values for JSON, with the hours of a run of so many tokens."""
         parallel = self.run.config.parallel
         return {
             "cluster": self.cluster.name,
@@ -78,7 +78,7 @@ class Plan:
                 for (axis, operation), (number, num_bytes) in calls_by_group(program.entries).items()
             ],
             "order": self.problem.text if self.problem else "every rank's calls fit together",
-            **({} if self.pace is None else self.pace.as_dict(num_tokens)),
+            **({} if self.speed is None else self.speed.as_dict(num_tokens)),
         }
 
 
@@ -90,7 +90,7 @@ def make_plan(config: RunConfig, shape: ModelShape, cluster: Cluster) -> Plan:
     if problem is not None:
         return Plan(run, cluster, problem, None)
     time = step_time({stage.rank: stage.entries for stage in run.stages}, cluster.of_run(config), keep_spans=True)
-    return Plan(run, cluster, None, Pace.of(config, shape, cluster, time))
+    return Plan(run, cluster, None, PlannedSpeed.of(config, shape, cluster, time))
 
 
 def peak_of(record: RankRecord) -> int:
@@ -142,7 +142,7 @@ def _names(records: Sequence[RankRecord]) -> list[str]:
 
 
 def _gib_of(part: str, record: RankRecord) -> float:
-    """Of the peak of a rank's step, all activations as one part."""
+    """A part of the peak of a rank's step, all activations being one."""
     return sum(size for name, size in record.peaks["step"].items() if name.split(" of ")[0] == part) / _GIB
 
 
@@ -186,12 +186,12 @@ def print_plan(plan: Plan, num_tokens: float | None = None) -> None:
     Args:
         num_tokens: of the run, for hours.
     """
-    paces = [] if plan.pace is None else [plan.pace]
+    speeds = [] if plan.speed is None else [plan.speed]
     tables = memory_table(plan), activations_table(plan), calls_table(plan)
     console = Console()
-    for table in (*tables, *(time_table(pace, num_tokens) for pace in paces)):
+    for table in (*tables, *(time_table(speed, num_tokens) for speed in speeds)):
         console.print(table)
-    print(f"cluster: {plan.cluster.name}", *(pace.summary() for pace in paces), *summary(plan), sep="\n")
+    print(f"cluster: {plan.cluster.name}", *(speed.summary() for speed in speeds), *summary(plan), sep="\n")
 
 
 def draw(plan: Plan, path: Path) -> None:
@@ -214,7 +214,7 @@ def draw(plan: Plan, path: Path) -> None:
     memory.set(title="Memory", ylabel="GiB at the peak of a step")
     memory.legend(fontsize="small", ncols=4)
 
-    spans = {} if plan.pace is None else plan.pace.time.spans
+    spans = {} if plan.speed is None else plan.speed.time.spans
     for row, rank in enumerate(sorted(spans)):
         for phase, color in COLORS.items():
             drawn = [(one.start, one.end - one.start) for one in spans[rank] if one.phase == phase]

@@ -13,8 +13,7 @@ from typing import Literal
 from megatron_peft.config import RunConfig
 from megatron_peft.models.kernels import Training, messages
 from megatron_peft.models.shape import ModelShape
-from megatron_peft.rehearsal.asked import Chunk, chunks_of_stages, enough_microbatches, targets_of_layers
-from megatron_peft.rehearsal.record import (
+from megatron_peft.rehearsal.program import (
     ENDS,
     ITEM_BYTES,
     Call,
@@ -26,6 +25,7 @@ from megatron_peft.rehearsal.record import (
     RecordedPass,
     Segment,
 )
+from megatron_peft.rehearsal.requests import Chunk, chunks_of_stages, enough_microbatches, targets_of_layers
 from megatron_peft.rehearsal.schedule import RankGrid
 
 Pass = Literal["forward", "backward"]
@@ -116,7 +116,7 @@ class RecordedStep:
         return [stage for stage, held in enumerate(contents) if contents.index(held) == stage]
 
     def passes_of(self, phase: Pass, segments: Sequence[Segment]) -> list[RecordedPass]:
-        """Of a microbatch, in program order; what a segment does not do is missing."""
+        """A microbatch's passes in program order; what a segment does not do is missing."""
         found = [self.layers.passes.get((phase, segment), RecordedPass()) for segment in segments]
         return found if phase == "forward" else found[::-1]
 
@@ -170,7 +170,7 @@ class RecordedStep:
 
     @property
     def gradient_bytes(self) -> int:
-        """Of an element."""
+        """Bytes of an element."""
         return 2 if self.run.training.grad_reduce_in_bf16 and self.item == 2 else 4
 
     def passes(self, stage: int) -> dict[tuple[Pass, int], tuple[int, int]]:

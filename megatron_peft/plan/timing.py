@@ -19,7 +19,7 @@ from functools import cache, lru_cache
 from typing import Any
 
 from megatron_peft.plan.cluster import Cluster
-from megatron_peft.rehearsal.record import MESSAGES, Call, Computation, Entry, Mark, Product, Wait
+from megatron_peft.rehearsal.program import MESSAGES, Call, Computation, Entry, Mark, Product, Wait
 
 COMPUTED = ("products", "attention", "other operations")
 LAUNCHES, BUBBLE, EXPOSED = "launches", "bubble", "communication: "  # and the first word of the group's axis
@@ -69,7 +69,7 @@ class StepTime:
         return self.by_kind.get(LAUNCHES, 0.0) / self.seconds
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Plain values for JSON."""
         parts = ("seconds", "bubble", "exposed_communication", "launch_bound")
         return {**{name: getattr(self, name) for name in parts}, "seconds_by_kind": dict(self.by_kind)}
 
@@ -228,7 +228,7 @@ class _Replay:
                 self.compute(rank, self.works[id(entry)])
             elif isinstance(entry, Call):
                 self.post(rank, entry)
-            elif isinstance(entry, Wait):
+            elif isinstance(entry, Wait) and entry.handle in rank.calls:  # else it was called before the step
                 rank.pending.append(rank.calls[entry.handle])
             elif isinstance(entry, Mark):
                 self.turn_to(rank, entry)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, NoReturn
 
-from megatron_peft.rehearsal.record import MESSAGES, PHASES, Call, EarlyUse, Entry, Mark, Wait
+from megatron_peft.rehearsal.program import MESSAGES, PHASES, Call, EarlyUse, Entry, Mark, Wait
 
 _OF_ONE_COLLECTIVE = attrgetter("operation", "shapes", "dtype", "peer")  # the same for all of its calls
 

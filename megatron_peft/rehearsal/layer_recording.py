@@ -18,10 +18,10 @@ from megatron_peft.adapters.attach import linear_layers
 from megatron_peft.adapters.step import adapters_step
 from megatron_peft.models.kernels import fusions_on_a_gpu
 from megatron_peft.parallel.layout import PARTIAL_OVER_TENSOR_PARALLEL
-from megatron_peft.rehearsal.asked import LayersToRecord
-from megatron_peft.rehearsal.record import ENDS, Computation, Parameters, RecordedLayers, RecordedPass, Segment
-from megatron_peft.rehearsal.recording import Recorder, group_names
+from megatron_peft.rehearsal.program import ENDS, Computation, Parameters, RecordedLayers, RecordedPass, Segment
+from megatron_peft.rehearsal.recorder import Recorder, group_names
 from megatron_peft.rehearsal.rehearsed_rank import Watch, gradients, microbatch_of
+from megatron_peft.rehearsal.requests import LayersToRecord
 from megatron_peft.runtime.fake_ranks import fake_rank
 from megatron_peft.runtime.launch import model_parallel
 from megatron_peft.training.run import build_chunks
@@ -51,7 +51,7 @@ class _Cuts(Watch):
         self.since, self.bytes_before = self.recorder.place, self.memory.total
 
     def mark(self, phase: Any, microbatch: int | None = None, chunk: int = 0) -> None:
-        """Of megatron-core's schedule: a microbatch begins at an end of the model."""
+        """Cut where megatron-core's schedule begins a microbatch, which is at an end of the model."""
         self.memory.phase = phase
         if phase == "forward":
             self.bytes_of_microbatches.append(self.memory.total)

@@ -22,9 +22,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from megatron_peft.config import ConfigurationError, RunConfig
 from megatron_peft.models.shape import ModelShape
-from megatron_peft.rehearsal.asked import LayersToRecord, Lengths, RankToRehearse, contents_of_stages
 from megatron_peft.rehearsal.deadlock import Problem, check_order, missing_wait
-from megatron_peft.rehearsal.record import Entry, RankRecord, RecordedLayers
+from megatron_peft.rehearsal.program import Entry, RankRecord, RecordedLayers
+from megatron_peft.rehearsal.requests import LayersToRecord, Lengths, RankToRehearse, contents_of_stages
 from megatron_peft.rehearsal.schedule import RankGrid, StageProgram, program_of_stage, programs_of_ranks, renumbered
 from megatron_peft.rehearsal.small_run import kept_stages, make_small
 from megatron_peft.runtime.ranks import NO_GPU, Ranks, preload
@@ -100,7 +100,7 @@ class RehearsedRun:
         return RankGrid.of(self.config.parallel)
 
     def parameters(self) -> dict[str, int]:
-        """Of the whole model, "trained" and "frozen"; each global parameter counts once."""
+        """Those of the whole model, "trained" and "frozen"; each global parameter counts once."""
         of_stage = {record.stage: record.parameters for record in self.records}
         return {
             kind: sum(of_stage[stage][f"{kind} of stage"] for stage in self.alike) for kind in ("trained", "frozen")
@@ -230,7 +230,7 @@ def _in_processes(
 
 
 def _answer(of: tuple[str, Sequence[tuple[Any, ...]]]) -> Any:
-    """In a process of its own."""
+    """The life of such a process."""
     import_module(NO_GPU)  # where the server could not
     function, asked = of
     try:

@@ -19,9 +19,9 @@ from megatron_peft.models import layers
 from megatron_peft.models.kernels import fusions_on_a_gpu
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.parallel.collectives import from_first_rank
-from megatron_peft.rehearsal.asked import Lengths, RankToRehearse
-from megatron_peft.rehearsal.record import Memory, RankRecord
-from megatron_peft.rehearsal.recording import LiveMemory, Recorder, group_names
+from megatron_peft.rehearsal.program import Memory, RankRecord
+from megatron_peft.rehearsal.recorder import LiveMemory, Recorder, group_names
+from megatron_peft.rehearsal.requests import Lengths, RankToRehearse
 from megatron_peft.runtime.fake_ranks import (
     fake_rank,
     replaced,
@@ -75,7 +75,7 @@ class Watch:
             yield self
 
     def mark(self, phase: Any, microbatch: int | None = None, chunk: int = 0) -> None:
-        """Of a step."""
+        """What follows belongs to this phase of a step."""
         self.memory.phase = phase
         self.recorder.mark(phase, microbatch, chunk)
 
@@ -236,7 +236,7 @@ def _save(state: TrainingState) -> None:
 
 
 def microbatch_of(lengths: Lengths) -> Microbatch:
-    """Of these sizes, without numbers."""
+    """A microbatch of these sizes, without numbers."""
     size = lengths.rows, lengths.positions
     ids = torch.zeros(size, dtype=torch.int64)
     packed = lengths.packed
@@ -252,7 +252,7 @@ def microbatch_of(lengths: Lengths) -> Microbatch:
 
 
 def numbers_of_parameters(chunks: Sequence[nn.Module]) -> dict[str, int]:
-    """On this rank; and of its stage, where a split parameter counts on every tensor-parallel rank, others once."""
+    """This rank's; and its stage's, where a split parameter counts on every tensor-parallel rank, others once."""
     numbers: dict[str, int] = dict.fromkeys(("trained", "frozen", "trained of stage", "frozen of stage"), 0)
     size = parallel_state.get_tensor_model_parallel_world_size()
     for parameter in _parameters(chunks):

@@ -11,7 +11,7 @@ from functools import lru_cache
 from itertools import product
 
 from megatron_peft.config import ParallelConfig
-from megatron_peft.rehearsal.record import MESSAGES, Call, Entry, Mark, RankRecord, Wait
+from megatron_peft.rehearsal.program import MESSAGES, Call, Entry, Mark, RankRecord, Wait
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class RankGrid:
 
     @classmethod
     def of(cls, parallel: ParallelConfig) -> "RankGrid":
-        """Of a run."""
+        """The grid of a run."""
         return cls(
             parallel.tensor_model_parallel_size, parallel.data_parallel_size, parallel.pipeline_model_parallel_size
         )
@@ -87,7 +87,7 @@ class StageProgram:
 
 @lru_cache(maxsize=1000)
 def _places(grid: RankGrid, group: Sequence[int]) -> list[list[int]]:
-    """Of a group's ranks on each of the three axes, ascending."""
+    """The places of a group's ranks on each of the three axes, ascending."""
     return [sorted({*places}) for places in zip(*map(grid.place, group), strict=True)]
 
 
@@ -121,7 +121,7 @@ def program_of_stage(
 
 
 def _of_schedule(handle: int | str | None) -> str:
-    """Of a call between the recorded parts, which have other handles."""
+    """The handle of a call between the recorded parts, which have other handles."""
     return f"schedule {handle}"
 
 

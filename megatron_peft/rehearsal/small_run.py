@@ -168,7 +168,7 @@ def _kept(settings: TrainingConfig | OptimizerSettings | DataConfig) -> dict[str
 
 
 def kept_stages(num_stages: int) -> Sequence[int]:
-    """Of so many pipeline stages, the first and the last ones that the small run has."""
+    """The stages that the small run has: the first and the last of so many."""
     kept = min(num_stages, MOST_STAGES)
     return *range(kept - kept // 2), *range(num_stages - kept // 2, num_stages)
 

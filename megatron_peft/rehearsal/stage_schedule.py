@@ -14,8 +14,8 @@ from megatron_peft.config import ParallelConfig, RunConfig
 from megatron_peft.models.gpt import transformer_config
 from megatron_peft.models.kernels import Training
 from megatron_peft.models.shape import ModelShape
-from megatron_peft.rehearsal.record import Entry
-from megatron_peft.rehearsal.recording import Recorder, group_names
+from megatron_peft.rehearsal.program import Entry
+from megatron_peft.rehearsal.recorder import Recorder, group_names
 from megatron_peft.runtime.fake_ranks import fake_world, idle_steps, shapes_as_asked, watched_batches, watched_schedule
 from megatron_peft.runtime.launch import model_parallel
 

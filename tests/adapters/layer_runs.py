@@ -17,8 +17,8 @@ from megatron_peft.adapters.low_rank import LowRank
 from megatron_peft.benchmarks.steps import num_elements
 from megatron_peft.config import ParallelConfig, PeftConfig
 from megatron_peft.parallel.collectives import sum_partial_gradients_over_tensor_parallel
-from megatron_peft.rehearsal.record import Call
-from megatron_peft.rehearsal.recording import Recorder, group_names
+from megatron_peft.rehearsal.program import Call
+from megatron_peft.rehearsal.recorder import Recorder, group_names
 from megatron_peft.runtime.launch import start_model_parallel, start_world
 from tests.adapters.many_ranks import drawn as draw
 from tests.adapters.many_ranks import joined as join

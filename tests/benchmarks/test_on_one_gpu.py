@@ -25,8 +25,8 @@ from megatron_peft.benchmarks.check_gpu.subjects import (
 )
 from megatron_peft.benchmarks.layers import NUM_FEATURES, crossover_steps
 from megatron_peft.benchmarks.measure import MIB
-from megatron_peft.rehearsal.asked import Lengths, RankToRehearse
 from megatron_peft.rehearsal.rehearsal import rehearse
+from megatron_peft.rehearsal.requests import Lengths, RankToRehearse
 from megatron_peft.training.metrics import memory_bytes
 from megatron_peft.training.speed import ModelFlops
 from megatron_peft.training.step import train_step

@@ -14,11 +14,11 @@ from megatron_peft.models.shape import ModelShape
 from megatron_peft.plan import layouts
 from megatron_peft.plan.cluster import read_cluster
 from megatron_peft.plan.layouts import fit, fit_tables
-from megatron_peft.plan.pace import Pace, time_table
 from megatron_peft.plan.pipeline import estimated_time
 from megatron_peft.plan.recorded_layers import RecordedStep, Turn, total, turns
-from megatron_peft.rehearsal.asked import LayersToRecord, chunks_of_stages
-from megatron_peft.rehearsal.record import RecordedLayers, Segment
+from megatron_peft.plan.speed import PlannedSpeed, time_table
+from megatron_peft.rehearsal.program import RecordedLayers, Segment
+from megatron_peft.rehearsal.requests import LayersToRecord, chunks_of_stages
 from megatron_peft.training.speed import ModelFlops
 from tests.plan.recorded import recorded, step_of
 from tools.published import FULL_RECOMPUTE, LLAMA_8B, LLAMA_70B, LLAMA_405B, made_up_run, published, run_of
@@ -126,16 +126,16 @@ def test_a_pipeline_without_messages_has_the_bubble_of_1f1b():
 @pytest.mark.parametrize("method", ["full", "lora", "boft", "urnn", "hybrid"])
 def test_layouts_fit_and_are_ranked(method, every_recording):
     found = fit_small(made_up_run(method, 2048, 32), world_size=8)
-    seconds = [one.pace.time.seconds for one in found]
+    seconds = [one.speed.time.seconds for one in found]
     assert len(found) == 10 and seconds == sorted(seconds)
     assert all(total(one.memory) <= A100.usable_bytes for one in found)
     for one in found:
-        kinds = one.pace.time.by_kind
-        assert sum(kinds.values()) == pytest.approx(one.pace.time.seconds)
+        kinds = one.speed.time.by_kind
+        assert sum(kinds.values()) == pytest.approx(one.speed.time.seconds)
     console = Console(width=80, record=True)
-    console.print(*fit_tables(found, "layouts", 1e9), time_table(found[0].pace))
+    console.print(*fit_tables(found, "layouts", 1e9), time_table(found[0].speed))
     told = console.export_text()
-    assert "…" not in told and f"{found[9].pace.hours(1e9):,.1f}" in told and f"{found[9].pace.mfu:.1%}" in told
+    assert "…" not in told and f"{found[9].speed.hours(1e9):,.1f}" in told and f"{found[9].speed.mfu:.1%}" in told
 
 
 @pytest.mark.slow
@@ -158,8 +158,8 @@ def test_of_layouts_that_divide_the_layers_in_other_ways_alone_the_fastest_is_gi
                 account_for_loss_in_pipeline_split=False,
             ),
         )
-        if interleaved.pace.num_layers // run.parallel.pipeline_model_parallel_size % (chunk or 1) == 0:
-            assert estimated_time(step_of(run, LLAMA_70B), A100).seconds >= interleaved.pace.time.seconds * 0.999
+        if interleaved.speed.num_layers // run.parallel.pipeline_model_parallel_size % (chunk or 1) == 0:
+            assert estimated_time(step_of(run, LLAMA_70B), A100).seconds >= interleaved.speed.time.seconds * 0.999
 
 
 def test_the_flags_of_a_layout_give_that_layout():
@@ -258,7 +258,7 @@ def test_less_memory_asks_for_more_recompute_or_more_stages(every_recording):
     found = fit(made_up_run("lora", 8192, 16), LLAMA_8B, 8, small)
     best = fit(made_up_run("lora", 8192, 16), LLAMA_8B, 8, A100)
     assert all(total(one.memory) <= small.usable_bytes for one in found)
-    assert best[0].pace.tokens_per_second >= found[0].pace.tokens_per_second
+    assert best[0].speed.tokens_per_second >= found[0].speed.tokens_per_second
 
 
 @pytest.mark.parametrize(
@@ -419,10 +419,10 @@ def test_layouts_that_differ_in_recompute_are_ranked_apart(monkeypatch):
 
 def test_hours_follow_from_tokens():
     run = made_up_run("lora", 512, 32, world_size=8)
-    pace = Pace.of(run, SMALL, A100, estimated_time(step_alike(run, SMALL), A100))
-    assert pace.hours(3600 * pace.tokens_per_second) == pytest.approx(1)
-    assert pace.tokens == 32 * 512
-    flops = ModelFlops.of(SMALL, is_frozen=True).count(pace.tokens, pace.tokens * 513 // 2)
-    assert pace.mfu == pytest.approx(flops / pace.time.seconds / 8 / 1e12 / A100.bf16_tflops)
-    precise = Pace.of(replace(run, model=replace(run.model, bf16=False)), SMALL, A100, pace.time)
-    assert precise.mfu == pytest.approx(pace.mfu * A100.bf16_tflops / A100.fp32_tflops)
+    speed = PlannedSpeed.of(run, SMALL, A100, estimated_time(step_alike(run, SMALL), A100))
+    assert speed.hours(3600 * speed.tokens_per_second) == pytest.approx(1)
+    assert speed.tokens == 32 * 512
+    flops = ModelFlops.of(SMALL, is_frozen=True).count(speed.tokens, speed.tokens * 513 // 2)
+    assert speed.mfu == pytest.approx(flops / speed.time.seconds / 8 / 1e12 / A100.bf16_tflops)
+    precise = PlannedSpeed.of(replace(run, model=replace(run.model, bf16=False)), SMALL, A100, speed.time)
+    assert precise.mfu == pytest.approx(speed.mfu * A100.bf16_tflops / A100.fp32_tflops)

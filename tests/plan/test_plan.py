@@ -14,8 +14,8 @@ from megatron_peft.config import ConfigurationError
 from megatron_peft.models.families import read_shape
 from megatron_peft.plan import layouts
 from megatron_peft.plan.cluster import SHIPPED
-from megatron_peft.plan.pace import Accuracy
-from megatron_peft.rehearsal.record import Product
+from megatron_peft.plan.speed import Accuracy
+from megatron_peft.rehearsal.program import Product
 from tests.ranks import run_ranks
 from tests.tiny_llama import save_llama, save_pairs
 

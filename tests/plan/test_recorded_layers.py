@@ -13,9 +13,9 @@ from megatron_peft.plan.cluster import read_cluster
 from megatron_peft.plan.pipeline import _Program, estimated_time
 from megatron_peft.plan.recorded_layers import total
 from megatron_peft.plan.timing import step_time
-from megatron_peft.rehearsal.asked import LayersToRecord, Lengths, RankToRehearse
-from megatron_peft.rehearsal.record import Call, Computation, Entry, Mark, Parameters, RankRecord, Wait
+from megatron_peft.rehearsal.program import Call, Computation, Entry, Mark, Parameters, RankRecord, Wait
 from megatron_peft.rehearsal.rehearsal import rehearse, rehearse_run
+from megatron_peft.rehearsal.requests import LayersToRecord, Lengths, RankToRehearse
 from tests.plan.recorded import products, step_of
 from tools.headlines import MODELS
 from tools.published import FULL_RECOMPUTE, LLAMA_8B, LLAMA_405B, made_up_run

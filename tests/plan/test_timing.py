@@ -8,7 +8,7 @@ import pytest
 
 from megatron_peft.plan.cluster import Link, read_cluster
 from megatron_peft.plan.timing import EXPOSED, WorkTime, part_of, product_seconds, step_time, time_alone, work_time
-from megatron_peft.rehearsal.record import Call, Computation, Mark, Product, Wait
+from megatron_peft.rehearsal.program import Call, Computation, Mark, Product, Wait
 from tools.published import made_up_run
 
 # A second for 1 GB within a node, two between nodes; nothing for a launch.
@@ -140,6 +140,10 @@ def test_a_batch_waits_for_the_batch_before_it():
 def test_a_rank_that_ends_with_a_message_under_way_is_named():
     with pytest.raises(ValueError, match="ranks 0 wait for ever"):
         step_time({0: [message("recv", 1)], 1: []}, CLUSTER)
+
+
+def test_a_wait_for_a_call_of_an_earlier_step_takes_nothing():
+    assert step_time({0: [Wait(7), work(1)]}, CLUSTER).seconds == 1
 
 
 def test_a_device_waits_for_its_host():

@@ -13,8 +13,8 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron_peft.adapters import attach
 from megatron_peft.checkpoint import save
 from megatron_peft.rehearsal import rehearsed_rank
-from megatron_peft.rehearsal.asked import RankToRehearse
-from megatron_peft.rehearsal.record import RankRecord
+from megatron_peft.rehearsal.program import RankRecord
+from megatron_peft.rehearsal.requests import RankToRehearse
 from megatron_peft.runtime.launch import gather_over_world
 from megatron_peft.training import lora_ga_start, step, validation
 

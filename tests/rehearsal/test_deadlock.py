@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from megatron_peft.rehearsal.deadlock import Problem, check_order, missing_wait
-from megatron_peft.rehearsal.record import Call, Computation, EarlyUse, Entry, Mark, Wait
+from megatron_peft.rehearsal.program import Call, Computation, EarlyUse, Entry, Mark, Wait
 from megatron_peft.rehearsal.schedule import RankGrid, StageProgram, programs_of_ranks
 
 

@@ -18,10 +18,10 @@ from megatron_peft.config import ParallelConfig, RunConfig
 from megatron_peft.models.families import read_shape
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.rehearsal import rehearsal
-from megatron_peft.rehearsal.asked import chunks_of_stages
 from megatron_peft.rehearsal.deadlock import check_order
-from megatron_peft.rehearsal.record import MESSAGES, Call, Entry, Wait
+from megatron_peft.rehearsal.program import MESSAGES, Call, Entry, Wait
 from megatron_peft.rehearsal.rehearsal import RehearsedRun, order_problem, rehearse_run
+from megatron_peft.rehearsal.requests import chunks_of_stages
 from megatron_peft.rehearsal.schedule import program_of_stage, programs_of_ranks
 from tests.ranks import run_ranks
 from tests.rehearsal.planted_calls import BETWEEN_STAGES, IN_TENSOR_AND_DATA, SOUND

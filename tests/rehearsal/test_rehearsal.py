@@ -13,9 +13,9 @@ import pytest
 
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.rehearsal import rehearsal
-from megatron_peft.rehearsal.asked import RankToRehearse, enough_microbatches
-from megatron_peft.rehearsal.record import PHASES, Call, Mark, RankRecord
+from megatron_peft.rehearsal.program import PHASES, Call, Mark, RankRecord
 from megatron_peft.rehearsal.rehearsal import rehearse
+from megatron_peft.rehearsal.requests import RankToRehearse, enough_microbatches
 from tests.plan.recorded import products
 from tests.ranks import run_ranks
 from tests.rehearsal.watched_runs import LAYOUTS, METHODS, Watched, profiled_peaks, real_records, watched

@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_peft.models.families import read_shape
-from megatron_peft.rehearsal.asked import Lengths, RankToRehearse
-from megatron_peft.rehearsal.record import RankRecord
-from megatron_peft.rehearsal.recording import Recorder, group_names
+from megatron_peft.rehearsal.program import RankRecord
+from megatron_peft.rehearsal.recorder import Recorder, group_names
 from megatron_peft.rehearsal.rehearsed_rank import Watch, gradients, microbatch_of, moments_of, watch_run
+from megatron_peft.rehearsal.requests import Lengths, RankToRehearse
 from megatron_peft.runtime import cpu_kernels
 from megatron_peft.runtime.fake_ranks import replaced
 from megatron_peft.runtime.launch import start_model_parallel, start_world, stop_model_parallel

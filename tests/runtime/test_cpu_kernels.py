@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_peft.adapters import linear as adapted
-from megatron_peft.rehearsal.record import Computation, Product
-from megatron_peft.rehearsal.recording import Recorder
+from megatron_peft.rehearsal.program import Computation, Product
+from megatron_peft.rehearsal.recorder import Recorder
 from megatron_peft.runtime import cpu_kernels
 from megatron_peft.runtime.cpu_kernels import add_linear, linear, linear_plus, outer_sum
 

@@ -5,8 +5,8 @@ from typing import Any
 
 from megatron_peft.config import DataConfig, ModelConfig, ParallelConfig, PeftConfig, RunConfig, TrainingConfig
 from megatron_peft.models.shape import ModelShape
-from megatron_peft.rehearsal.asked import RankToRehearse
 from megatron_peft.rehearsal.rehearsal import rehearse
+from megatron_peft.rehearsal.requests import RankToRehearse
 from megatron_peft.runtime.ranks import run_ranks
 
 

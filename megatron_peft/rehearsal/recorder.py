@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from megatron_peft.config import require
-from megatron_peft.rehearsal.record import (
+from megatron_peft.rehearsal.program import (
     MESSAGES,
     Call,
     Computation,
@@ -117,7 +117,7 @@ class Recorder(Mode):
         return result
 
     def entries(self, since: int = 0) -> tuple[Entry, ...]:
-        """In program order, from this `place` on."""
+        """What was recorded from this `place` on, in program order."""
         self._flush_work()
         return tuple(self._entries[since:])
 
@@ -296,7 +296,7 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _num_bytes(tensor: Tensor) -> int:
-    """Of its memory, where an expanded dimension counts once."""
+    """Its memory, where an expanded dimension counts once."""
     sizes = (size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
     return prod(sizes) * tensor.element_size()
 
@@ -328,7 +328,7 @@ _PRODUCTS: Mapping[str, tuple[Any, int]] = {
 
 
 def _product(name: str, args: Sequence[Any]) -> Product:
-    """Of factors [..., m, k], [..., k, n]; of queries, keys [b, heads, m, k], [b, g, n, k]; of x [..., k], W [n, k]."""
+    """Factors are [..., m, k], [..., k, n]; queries, keys [b, heads, m, k], [b, g, n, k]; x [..., k], W [n, k]."""
     kind, first = _PRODUCTS[name]
     a, b = args[first : first + 2]
     k, is_transposed = a.shape[-1], kind != "mm" or name == _LINEAR

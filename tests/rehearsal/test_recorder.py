@@ -15,8 +15,8 @@ from megatron_peft.adapters.frozen_linear import run_function
 from megatron_peft.benchmarks.steps import num_elements
 from megatron_peft.config import ConfigurationError
 from megatron_peft.models import layers
-from megatron_peft.rehearsal.record import Call, Computation, EarlyUse, Product
-from megatron_peft.rehearsal.recording import Recorder
+from megatron_peft.rehearsal.program import Call, Computation, EarlyUse, Product
+from megatron_peft.rehearsal.recorder import Recorder
 from megatron_peft.rehearsal.rehearsed_rank import fused_kernels
 from megatron_peft.runtime.cpu_kernels import RootMeanSquareNorm, add_outer_sums, outer_sum
 from megatron_peft.runtime.fake_ranks import watched_kernels

@@ -10,7 +10,7 @@ from megatron_peft.config import ParallelConfig, RunConfig, is_targeted
 from megatron_peft.config.parallel import stages_of_layout
 from megatron_peft.models.families import family_of
 from megatron_peft.models.shape import ModelShape
-from megatron_peft.rehearsal.record import Segment
+from megatron_peft.rehearsal.program import Segment
 
 SAMPLES_IN_A_PACK = 4  # assumed: what is in the data is not known
 
@@ -52,7 +52,7 @@ class RankToRehearse:
         rank: global.
         num_microbatches: of the recorded step.
         lengths: of each of its microbatches, or of all.
-        phases: of memory (`record.PHASES`) that are rehearsed beside "loading" and "step".
+        phases: of memory (`program.PHASES`) that are rehearsed beside "loading" and "step".
         num_waiting: microbatches that the run's step has beside these; the device holds their data too.
         calls_alone: record the calls of the whole run, from the model to a checkpoint, and nothing else.
     """
@@ -84,7 +84,7 @@ class RankToRehearse:
 
 
 def enough_microbatches(config: RunConfig, stage: int, num_microbatches: int) -> int:
-    """Of a step in which the stage holds as many microbatches at once as in one of `num_microbatches`."""
+    """The fewest whose step fills the stage with as many at once as a step of `num_microbatches` does."""
     pp = config.parallel.pipeline_model_parallel_size
     if not config.parallel.is_interleaved:
         # 1F1B holds pp - stage; and the first, the last and one between them are different from one another.
@@ -94,7 +94,7 @@ def enough_microbatches(config: RunConfig, stage: int, num_microbatches: int) ->
 
 @dataclass(frozen=True)
 class LayersToRecord:
-    """What a process needs to record the segments of a model (`record.RecordedLayers`).
+    """What a process needs to record the segments of a model (`program.RecordedLayers`).
 
     Equal for layouts of a run whose layers compute, send and hold the same.
 
@@ -115,7 +115,7 @@ class LayersToRecord:
 
     @classmethod
     def of(cls, run: RunConfig, shape: ModelShape) -> "LayersToRecord":
-        """Of a run of any layout."""
+        """The request for a run of any layout."""
         targets = targets_of_layers(run, shape)
         first = next((layer for layer, names in enumerate(targets) if names), 0)
         layers: dict[Segment, frozenset[str]] = {"before": frozenset()} if first > 0 else {}
@@ -183,7 +183,7 @@ def chunks_of_stages(parallel: ParallelConfig, num_layers: int) -> list[list[Chu
 
 
 def _layers_of_virtual_stages(parallel: ParallelConfig, num_layers: int, num_stages: int) -> list[int]:
-    """Of the stages in the order in which a token passes them."""
+    """Numbers of layers, in the order in which a token passes the stages."""
     if parallel.pipeline_model_parallel_layout is not None:
         return [stage.count("t") for stage in stages_of_layout(parallel.pipeline_model_parallel_layout)]
     first, last = parallel.decoder_first_pipeline_num_layers, parallel.decoder_last_pipeline_num_layers
@@ -198,7 +198,7 @@ def _layers_of_virtual_stages(parallel: ParallelConfig, num_layers: int, num_sta
 
 
 def contents_of_stages(run: RunConfig, shape: ModelShape) -> list[Hashable]:
-    """Of each pipeline stage; equal for two whose ranks compute and send the same in a microbatch."""
+    """A value for each pipeline stage, equal for two whose ranks compute and send the same in a microbatch."""
     targets = targets_of_layers(run, shape)
     return [
         tuple((chunk.embedding, chunk.head, tuple(targets[layer] for layer in chunk.layers)) for chunk in chunks)

@@ -101,7 +101,7 @@ class Call:
 
     @property
     def num_bytes(self) -> int:
-        """Of the tensors in `shapes`."""
+        """The size of the tensors in `shapes`."""
         return sum(prod(shape) for shape in self.shapes) * ITEM_BYTES[self.dtype]
 
 
@@ -164,7 +164,7 @@ class RankRecord:
 
     @property
     def calls(self) -> Iterator[Call]:
-        """In program order."""
+        """All calls, in program order."""
         return (entry for entry in self.entries if isinstance(entry, Call))
 
     def peak(self, phase: str) -> int:
@@ -194,7 +194,7 @@ ENDS = ("embedding", "head")
 
 @dataclass(frozen=True)
 class Parameters:
-    """Of a segment of a model on a tensor-parallel rank.
+    """Numbers of a model's segment on a tensor-parallel rank.
 
     Args:
         weight_bytes, buffer_bytes: of all parameters and buffers.
@@ -222,7 +222,7 @@ class Parameters:
 
     @classmethod
     def sum(cls, several: "Iterable[Parameters]") -> "Parameters":
-        """Of several segments."""
+        """Those of several segments together."""
         parts = [*several]
         total = cls(*map(sum, zip(*(tuple(vars(one).values()) for one in parts), strict=True)))
         return replace(total, largest=max((one.largest for one in parts), default=0))

@@ -34,7 +34,7 @@ class Accuracy:
     @classmethod
     @cache
     def reported(cls) -> "Accuracy":
-        """Of the runs that had no part in the constants (`tools/published.py`)."""
+        """The errors of the runs that had no part in the constants (`tools/published.py`)."""
         return cls(*(tuple(errors.values()) for errors in json.loads(ERRORS.read_text(encoding="utf-8")).values()))
 
     @property
@@ -64,7 +64,7 @@ class Accuracy:
 
 
 @dataclass(frozen=True)
-class Pace:
+class PlannedSpeed:
     """A step's time, and what a run of such steps gets done. Every sequence is taken to be full.
 
     Args:
@@ -84,8 +84,8 @@ class Pace:
     num_layers: int
 
     @classmethod
-    def of(cls, run: RunConfig, shape: ModelShape, cluster: Cluster, time: StepTime) -> "Pace":
-        """Of a run."""
+    def of(cls, run: RunConfig, shape: ModelShape, cluster: Cluster, time: StepTime) -> "PlannedSpeed":
+        """The speed of a run."""
         length, rows = run.data.seq_length, run.global_batch_size
         model = ModelFlops.of(shape, is_frozen=run.peft.trains_adapters)
         flops = model.count(rows * length, rows * length * (length + 1) // 2)
@@ -94,7 +94,7 @@ class Pace:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all GPUs."""
+        """All GPUs' together."""
         return self.tokens / self.time.seconds
 
     @property
@@ -108,7 +108,7 @@ class Pace:
         return self.tflops_per_gpu / self.peak_tflops
 
     def hours(self, num_tokens: float) -> float:
-        """Of training on so many tokens, without validation and saves."""
+        """What training on so many tokens takes, without validation and saves."""
         return num_tokens / self.tokens_per_second / 3600
 
     def summary(self) -> str:
@@ -118,7 +118,7 @@ class Pace:
         return f"time: {self.time.seconds:.3g} s a step ({low:.3g} to {high:.3g}: {accuracy}). {ONLY_RANKS}"
 
     def as_dict(self, num_tokens: float = 1e8) -> dict[str, Any]:
-        """For JSON, with the hours of a run of so many tokens."""
+        """Plain values for JSON, with the hours of a run of so many tokens."""
         accuracy = Accuracy.reported()
         return {
             "time": self.time.as_dict(),
@@ -135,7 +135,7 @@ class Pace:
         }
 
 
-def time_table(pace: Pace, num_tokens: float | None = None) -> Table:
+def time_table(speed: PlannedSpeed, num_tokens: float | None = None) -> Table:
     """Where a step's time goes, and what a run takes, as a table for the terminal.
 
     Args:
@@ -143,13 +143,13 @@ def time_table(pace: Pace, num_tokens: float | None = None) -> Table:
     """
     numbers = Column(justify="right"), Column(justify="right")
     table = Table("", *numbers, title="Time of a step (estimated)", show_header=False)
-    seconds = pace.time.seconds
-    for kind, spent in pace.time.by_kind.items():
+    seconds = speed.time.seconds
+    for kind, spent in speed.time.by_kind.items():
         if spent > 0.0005 * seconds:
             table.add_row(kind, f"{spent:.3f} s", f"{spent / seconds:.1%}")
     table.add_row("step", f"{seconds:.3f} s", "100%", end_section=True)
-    table.add_row("tokens a second", f"{pace.tokens_per_second:,.0f}", "")
-    table.add_row("TFLOP/s a GPU, MFU", f"{pace.tflops_per_gpu:.0f}", f"{pace.mfu:.1%}")
+    table.add_row("tokens a second", f"{speed.tokens_per_second:,.0f}", "")
+    table.add_row("TFLOP/s a GPU, MFU", f"{speed.tflops_per_gpu:.0f}", f"{speed.mfu:.1%}")
     tokens = 1e8 if num_tokens is None else num_tokens
-    table.add_row(f"hours for {tokens / 1e6:,.0f} million tokens", f"{pace.hours(tokens):,.1f}", "")
+    table.add_row(f"hours for {tokens / 1e6:,.0f} million tokens", f"{speed.hours(tokens):,.1f}", "")
     return table
