@@ -15,8 +15,7 @@ import pytest
 
 from megatron_peft.checkpoint.folders import write_manifest
 from megatron_peft.config import ConfigurationError, DataConfig
-from megatron_peft.data import tables as tables_of_data
-from megatron_peft.data import token_cache
+from megatron_peft.data import files, token_cache
 from megatron_peft.data.files import RecordFiles
 from megatron_peft.data.formats import ColumnNames
 from megatron_peft.data.instruction import InstructionDataset
@@ -90,7 +89,7 @@ def test_a_table_that_cannot_be_read_is_named(tables, tmp_path, name, content, t
 
 @pytest.mark.parametrize("kind", ["csv", "parquet", "arrow", "folder"])
 def test_a_table_of_too_many_columns_is_refused_before_it_is_read(tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(tables_of_data, "MAX_COLUMNS", 2)
+    monkeypatch.setattr(files, "MAX_COLUMNS", 2)
     rows, path = datasets.Dataset.from_list([{"prompt": "a", "completion": "b", "c": "d"}]), tmp_path / f"a.{kind}"
     if kind == "csv":
         path.write_text("prompt,completion,c\na,b,c\n")
