@@ -149,10 +149,11 @@ def samples_of(dataset: InstructionDataset) -> list[tuple[list, list, list]]:
 
 
 @pytest.mark.parametrize("overlong", ["truncate", "skip"])
-def test_what_is_read_from_the_cache_is_what_would_be_made(write_lines, tmp_path, overlong, monkeypatch):
+@pytest.mark.parametrize("seq_length", [1, 2, 4, 9])
+def test_what_is_read_from_the_cache_is_what_would_be_made(write_lines, tmp_path, seq_length, overlong, monkeypatch):
     monkeypatch.setattr(token_cache, "_BATCH", 2)  # several arrays in a file
-    records = RecordFiles([write_lines([*RECORDS, RECORDS[0] | {"id": 3}])], FLAG)
-    fit = Fit(NullTokenizer(99), 4, overlong)
+    records = RecordFiles([write_lines([*RECORDS, RECORDS[0] | {"id": 3}, {"prompt": "", "completion": "7"}])], FLAG)
+    fit = Fit(NullTokenizer(99), seq_length, overlong)
     plain, first, second = (InstructionDataset(records, fit, root) for root in (None, tmp_path / "c", tmp_path / "c"))
     for cached in (first, second):
         assert samples_of(cached) == samples_of(plain)
@@ -377,12 +378,6 @@ def test_a_process_alone_makes_a_cache_alone(monkeypatch, environ, expected):
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
     assert place_on_node() == expected
-
-
-def test_the_last_trained_token_of_each_record_before_its_stop_is_found():
-    flags = np.asarray([1, 0, 0, 1, 0, 1, 1, 0, 0, 0], dtype=bool)  # of records of 1, 4, 3 and 2 tokens
-    starts, stops = np.asarray([0, 1, 5, 8]), np.asarray([1, 5, 6, 10])
-    assert token_cache._last_trained(np.flatnonzero(flags), starts, stops).tolist() == [0, 2, 0, 0]
 
 
 def test_data_cache_path_is_no_longer_of_indexed_data_alone():
