@@ -14,7 +14,6 @@ from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from megatron_peft.config import ConfigurationError, DataConfig
-from megatron_peft.data.chat_template import template_inputs
 from megatron_peft.data.tokenizers import (
     ChatSegment,
     HuggingFaceTokenizer,
@@ -23,6 +22,7 @@ from megatron_peft.data.tokenizers import (
     doubt_about_vocabulary,
     require_vocabulary_fits,
     split_chat,
+    template_inputs,
 )
 from tests.data.tiny_tokenizers import save_tokenizer
 
