@@ -60,10 +60,8 @@ class RecordFormat:
             f"a file have the format of its first one, here {self.name}.",
         )
         read = {name: record[name] for name in (*self.required, *self.optional) if name in record}
-        rest = {
-            name: value for name, value in record.items() if name not in read and name not in NATIVE_FIELDS[self.kind]
-        }
-        return {**rest, **self.convert(read)}
+        taken = {*read, *NATIVE_FIELDS[self.kind]}
+        return {**{name: value for name, value in record.items() if name not in taken}, **self.convert(read)}
 
 
 NATIVE_FIELDS: Mapping[Kind, tuple[str, ...]] = {

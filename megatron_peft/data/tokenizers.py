@@ -208,7 +208,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @contextmanager
     def _faults_told(self, text: str) -> Iterator[None]:
-        """Raises ConfigurationError for words without a token (where none is for unknown ones), numbers as texts, ..."""
+        """Raises ConfigurationError for words without a token (if unknown ones have none), numbers as texts, ..."""
         try:
             yield
         except BaseException as error:  # a panic of tokenizers is not an Exception
