@@ -43,9 +43,8 @@ def test_figures_of_a_small_file_are_those_of_the_data_set_that_training_builds(
     assert found.is_exact and found.length == (dataset.lengths.mean(),) * 3
     assert found.num_samples == (len(dataset),) * 3 and found.steps(len(dataset)) == 2
     order = PackedOrder(SampleOrder(3, 1234, True), dataset.lengths, 4)
-    assert found.num_packs(order.packing) == order.epoch_length(0) and found.fill(order.packing) == pytest.approx(
-        order.fill()
-    )
+    assert found.num_packs(order.packing) == (packs := order.epoch_length(0))
+    assert found.fill(order.packing) == pytest.approx(dataset.lengths.sum() / (4 * packs))
     assert found.fill() == pytest.approx(dataset.lengths.mean() / 4)
     trained = sum(dataset[i].loss_mask.sum() for i in range(3))
     assert found.measured.trained.sum() == trained
