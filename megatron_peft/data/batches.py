@@ -1,12 +1,13 @@
-"""From samples to microbatches, and to global batches that do not depend on the layout."""
+"""Microbatches of samples, and global batches that do not depend on the layout."""
 
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import count
 from operator import itemgetter
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,30 +57,18 @@ class Microbatch:
 def pad(rows: Sequence[Sequence[Sample]], multiple: int, pad_id: int, at_least: int = 0) -> Microbatch:
     """One sample (or none) per row, padded on the right to the longest one, and to `at_least` positions, rounded up to
     `multiple`: with sequence parallelism the tensor-parallel ranks share a sequence evenly."""
-
-    def stacked(values: Sequence[np.ndarray], width: int, padding: float) -> Tensor:
-        padded = np.full((len(values), width), padding, dtype=values[0].dtype)
-        for target, row in zip(padded, values, strict=True):
-            target[: len(row)] = row
-        return torch.from_numpy(padded)
-
     samples = [row[0] if row else _padding(0, pad_id) for row in rows]
     width = _round_up(max(at_least, *(len(sample) for sample in samples)), multiple)
+    parts = [part for sample in samples for part in (sample, _padding(width - len(sample), pad_id))]
     return Microbatch(
-        tokens=stacked([sample.tokens for sample in samples], width, pad_id),
-        labels=stacked([sample.labels for sample in samples], width, pad_id),
-        loss_mask=stacked([sample.loss_mask for sample in samples], width, 0.0),
-        position_ids=torch.arange(width).expand(len(samples), width).contiguous(),
+        **_joined(parts, len(rows)),
+        position_ids=torch.arange(width).expand(len(rows), width).contiguous(),
         num_samples=sum(len(row) for row in rows),
     )
 
 
 def pack(rows: Sequence[Sequence[Sample]], multiple: int, pad_id: int, at_least: int = 0) -> Microbatch:
     """All samples of all packs in a single row, Megatron's `thd` format; see `pad`, `at_least` counts for each pack."""
-
-    def joined(values: Iterable[np.ndarray]) -> Tensor:
-        return torch.from_numpy(np.concatenate([*values])).unsqueeze(0)
-
     samples = [sample for row in rows for sample in row]
     total = sum(len(sample) for sample in samples)
     missing = _round_up(max(total, at_least * len(rows)), multiple) - total
@@ -88,14 +77,18 @@ def pack(rows: Sequence[Sequence[Sample]], multiple: int, pad_id: int, at_least:
     parts = [*samples, *(_padding(min(longest, missing - done), pad_id) for done in range(0, missing, longest or 1))]
     lengths = [len(part) for part in parts]
     return Microbatch(
-        tokens=joined(part.tokens for part in parts),
-        labels=joined(part.labels for part in parts),
-        loss_mask=joined(part.loss_mask for part in parts),
-        position_ids=joined(map(np.arange, lengths)),
+        **_joined(parts, 1),
+        position_ids=torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])).unsqueeze(0),
         num_samples=len(samples),
         cu_seqlens=torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)),
         lengths=tuple(lengths),
     )
+
+
+def _joined(parts: Sequence[Sample], num_rows: int) -> dict[str, Any]:
+    """Tokens, labels and loss mask of the parts one after the other, cut into rows of equal length."""
+    arrays = {name: np.concatenate([vars(part)[name] for part in parts]) for name in ("tokens", "labels", "loss_mask")}
+    return {name: torch.from_numpy(array).view(num_rows, -1) for name, array in arrays.items()}
 
 
 def _padding(length: int, pad_id: int) -> Sample:

@@ -1,4 +1,4 @@
-"""From the run's configuration to its sources of training, validation and test steps."""
+"""The sources of a run's training, validation and test steps, made from its configuration."""
 
 import logging
 import math

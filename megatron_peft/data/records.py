@@ -3,13 +3,14 @@ reads records with it in seconds."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.data.files import RecordFiles
 from megatron_peft.data.formats import NATIVE_FIELDS, ColumnNames, Record, RecordFormat, format_of
 from megatron_peft.data.samples import Sample, sample_from_ids
-from megatron_peft.data.tokenizers import Tokenizer, template_inputs
+from megatron_peft.data.tokenizers import Tokenizer, split_chat, template_inputs
 
 MAX_WORK = 1 << 25  # of a conversation: messages times characters, of which half are tokenized, a million a second
 
@@ -88,7 +89,7 @@ def _tokenize_messages(record: Record, tokenizer: Tokenizer) -> TokenizedRecord:
         tools is None or (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)),
         '"tools" is not a list of objects, each the JSON schema of a function.',
     )
-    segments = tokenizer.split_chat(messages, tools)
+    segments = split_chat(partial(tokenizer.render_chat, tools=tools), messages)
     tokens = encode_segments(tokenizer.encode, [segment.text for segment in segments])
     last_turn = max(i for i, segment in enumerate(segments) if segment.trained)
     if tokenizer.eos_id not in tokens[last_turn]:

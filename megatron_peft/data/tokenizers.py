@@ -120,7 +120,14 @@ class Tokenizer:
         return f"{type(self).__name__} {self.vocab_size}"
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text` alone, without special tokens around it."""
+        """Ids of `text` alone, without special tokens around it. Raises ConfigurationError for more than MAX_TEXT."""
+        require(
+            len(text) <= MAX_TEXT,
+            f"the text has {len(text):,} characters, and the limit of a record is {MAX_TEXT:,}: split it.",
+        )
+        return self._encode(text)
+
+    def _encode(self, text: str) -> list[int]:
         raise NotImplementedError
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -143,17 +150,6 @@ class Tokenizer:
             f"{type(self).__name__} has no chat template, which records with messages need: use "
             "--tokenizer-type HuggingFaceTokenizer, or records with prompt and completion."
         )
-
-    def split_chat(self, messages: Sequence[Message], tools: Tools | None = None) -> list[ChatSegment]:
-        """`render_chat` in segments, each marked as trained (the assistant's turns) or not."""
-        return split_chat(partial(self.render_chat, tools=tools), messages)
-
-
-def _require_short(text: str) -> None:
-    require(
-        len(text) <= MAX_TEXT,
-        f"the text has {len(text):,} characters, and the limit of a record is {MAX_TEXT:,}: split it.",
-    )
 
 
 def _files_of(folder: str) -> list[Path]:
@@ -201,8 +197,7 @@ class HuggingFaceTokenizer(Tokenizer):
         if with_specials[:1] == [self._tokenizer.bos_token_id]:
             self.bos_id = self._tokenizer.bos_token_id
 
-    def encode(self, text: str) -> list[int]:
-        _require_short(text)
+    def _encode(self, text: str) -> list[int]:
         with self._faults_told(text):
             return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
@@ -283,9 +278,13 @@ def _with_reasoning(message: Message) -> dict[str, Any]:
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A sentencepiece `.model` file. As in megatron-core, no beginning-of-sequence token is put before a text."""
+    """A sentencepiece `.model` file.
 
-    def __init__(self, model_file: str) -> None:
+    adds_bos: its beginning-of-sequence token is put before a text, as Llama 2 was trained; as in megatron-core, it is not
+    by default.
+    """
+
+    def __init__(self, model_file: str, adds_bos: bool = False) -> None:
         from sentencepiece import SentencePieceProcessor
 
         path = Path(model_file)
@@ -295,15 +294,15 @@ class SentencePieceTokenizer(Tokenizer):
             self._model = SentencePieceProcessor(model_file=str(path))
         except (OSError, RuntimeError) as error:
             raise ConfigurationError(f"--tokenizer-model {path} is not a sentencepiece model: {error}") from error
-        eos_id = self._model.eos_id()
+        eos_id, bos_id = self._model.eos_id(), self._model.bos_id()
         require(eos_id >= 0, f"--tokenizer-model {path}: the model has no end-of-sequence token.")
-        super().__init__(self._model.get_piece_size(), eos_id, str(path))
+        require(bos_id >= 0 or not adds_bos, f"--tokenizer-model {path}: the model has no beginning-of-sequence token.")
+        super().__init__(self._model.get_piece_size(), eos_id, f"{path}{' with BOS' if adds_bos else ''}")
         self.path = path
-        if self._model.bos_id() >= 0:
-            self.prefix_id = self._model.bos_id()
+        self.prefix_id = bos_id if bos_id >= 0 else eos_id
+        self.bos_id = bos_id if adds_bos else None
 
-    def encode(self, text: str) -> list[int]:
-        _require_short(text)
+    def _encode(self, text: str) -> list[int]:
         return self._model.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -311,20 +310,10 @@ class SentencePieceTokenizer(Tokenizer):
 
     @property
     def digest(self) -> str:
-        return sha256(self.path.read_bytes()).hexdigest()
+        return f"{sha256(self.path.read_bytes()).hexdigest()} {self.bos_id}"
 
     def texts(self, ids: Sequence[int]) -> list[str]:
         return [self._model.id_to_piece(i).replace("\u2581", " ") for i in ids]
-
-
-class Llama2Tokenizer(SentencePieceTokenizer):
-    """A sentencepiece `.model` file whose beginning-of-sequence token is put before a text, as Llama 2 was trained."""
-
-    def __init__(self, model_file: str) -> None:
-        super().__init__(model_file)
-        bos_id = self._model.bos_id()
-        require(bos_id >= 0, f"--tokenizer-model {model_file}: the model has no beginning-of-sequence token.")
-        self.bos_id = bos_id
 
 
 class NullTokenizer(Tokenizer):
@@ -334,7 +323,7 @@ class NullTokenizer(Tokenizer):
         # As in megatron-core up to 0.17; newer ones count the end in. Here a flag means the same whatever is installed.
         super().__init__(vocab_size + 1, vocab_size, "")
 
-    def encode(self, text: str) -> list[int]:
+    def _encode(self, text: str) -> list[int]:
         try:
             ids = [int(word) for word in text.split()]
         except ValueError as error:
@@ -361,10 +350,8 @@ def build_tokenizer(config: DataConfig, pretrained_checkpoint: str | None) -> To
         return NullTokenizer(config.vocab_size or 0)
     if not source:
         raise ConfigurationError("no tokenizer: give --tokenizer-model, or --pretrained-checkpoint with one in it.")
-    if config.tokenizer_type == "Llama2Tokenizer":
-        return Llama2Tokenizer(source)
     if config.tokenizer_type in SENTENCEPIECE:
-        return SentencePieceTokenizer(source)
+        return SentencePieceTokenizer(source, adds_bos=config.tokenizer_type == "Llama2Tokenizer")
     return HuggingFaceTokenizer(source, config.chat_template)
 
 
@@ -412,8 +399,8 @@ def _fault(folder: str, error: Exception) -> str:
     for path in files:
         try:
             read_json_object(path)
-        except ConfigurationError as found:
-            return str(found)
+        except ConfigurationError as damaged:
+            return str(damaged)
     return f"{type(error).__name__}: {_first_line(error)} (read: {', '.join(path.name for path in files) or 'no file'})"
 
 
