@@ -4,10 +4,8 @@ As in Megatron, the order of documents depends on the number of samples: resume 
 """
 
 import logging
-import math
 import struct
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +27,7 @@ from megatron_peft.runtime.launch import gather_over_world
 
 logger = logging.getLogger(__name__)
 DEFAULT_SPLIT = "969, 30, 1"  # Megatron's
-SCANNED_IDS = 1 << 24  # the most ids that a rank checks before training; the others are checked when they are read
-_BLOCK = 1 << 16  # ids checked at once
+READ_BEFORE = 1024  # the most samples that a rank reads before training, to check their ids
 _HEADER = struct.Struct("<9sQBQQ")  # of an index: magic, version, type of a token, sequences, document bounds
 _CODES = {kind.value for kind in DType if "int" in kind.name}  # the others are of fractions
 _NPY = b"\x93NUMPY"
@@ -112,14 +109,22 @@ class IndexedSamples:
         return Sample(tokens, labels, row["loss_mask"].float().numpy())
 
     def _wrong_id(self, index: int) -> str:
-        """What is wrong with a sample: one of the texts that it is cut from has such an id."""
+        """What is wrong with a sample: one of the texts that it is cut from has an id without a row in the embedding."""
         dataset = self._dataset
         if isinstance(dataset, BlendedDataset):
             dataset, index = dataset.datasets[dataset.dataset_index[index]], dataset.dataset_sample_index[index]
         bounds = dataset.sample_index[dataset.shuffle_index[index] :][:2, 0]
-        texts = dataset.document_index[bounds[0] : bounds[1] + 1]
-        told = (_wrong_text(self._flag, dataset.dataset, int(text), self._num_ids) for text in texts)
-        return next(filter(None, told))
+        for text in dataset.document_index[bounds[0] : bounds[1] + 1]:
+            ids = np.asarray(dataset.dataset.get(int(text)))
+            wrong = ids[(ids < 0) | (ids >= self._num_ids)]
+            if len(wrong):
+                break
+        document = int(np.searchsorted(dataset.dataset.document_indices, text, side="right"))
+        return (
+            f"{self._flag} {get_bin_path(dataset.dataset.path_prefix)}, document {document} has the token id {wrong[0]}, "
+            f"but the embedding of --pretrained-checkpoint has {self._num_ids} rows: the data was made with the tokenizer "
+            "of another model; make it again with megatron-peft data preprocess."
+        )
 
 
 def build_indexed(
@@ -159,10 +164,20 @@ def build_indexed(
             require(split != Split.train, f"{lack}; give --split another cut, a larger dataset, or --train-iters.")
             logger.warning("%s, so there is no %s data.", lack, split.name)
             return None
-        _require_ids_fit(prefix, SCANNED_IDS // len(blend.prefixes), num_ids, flag)
     files = [Path(path(prefix)) for prefix in blend.prefixes for path in (get_idx_path, get_bin_path)]
     digest = " ".join(sampled_digest(file)[:16] for file in files)
-    return IndexedSamples(_build(core_config, split, num_samples, blend), num_ids, flag, digest)
+    samples = IndexedSamples(_build(core_config, split, num_samples, blend), num_ids, flag, digest)
+    # Ids of another model's tokenizer end a run before it begins: each rank reads samples, spread over its share.
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    share, problem = range(rank, len(samples), world_size), ""
+    try:
+        for index in share[:: len(share) // READ_BEFORE + 1]:
+            samples[index]
+    except ConfigurationError as error:
+        problem = str(error)  # raising here would hang the others
+    problems = [*filter(None, gather_over_world(problem))]
+    require(not problems, "".join(problems[:1]))
+    return samples
 
 
 def build_mock(config: DataConfig, split: Split, num_samples: int | None, num_ids: int) -> IndexedSamples:
@@ -226,41 +241,3 @@ def _build(config: GPTDatasetConfig, split: Split, num_samples: int | None, blen
             "--data-cache-path a folder that can."
         ) from error
     return built[split.value]
-
-
-def _require_ids_fit(prefix: str, most: int, num_ids: int, flag: str) -> None:
-    """Each rank checks up to `most` ids, spread over its share. Raises ConfigurationError on every rank."""
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    by_rank = gather_over_world(_wrong_position(prefix, rank, world_size, most, num_ids))
-    for position in by_rank:
-        if position is None:
-            continue
-        dataset = IndexedDataset(prefix)
-        text = int(np.searchsorted(np.cumsum(dataset.sequence_lengths, dtype=np.int64), position, side="right"))
-        raise ConfigurationError(_wrong_text(flag, dataset, text, num_ids))
-
-
-@lru_cache(maxsize=1024)  # the splits of a run read the same files
-def _wrong_position(prefix: str, rank: int, world_size: int, most: int, num_ids: int) -> int | None:
-    """Where in the file an id of a rank's share has no row in the embedding; None: nowhere."""
-    tokens = np.memmap(get_bin_path(prefix), IndexedDataset(prefix).index.dtype, mode="r")
-    begin, end = (len(tokens) * share // world_size for share in (rank, rank + 1))
-    for start in range(begin, end, _BLOCK)[:: math.ceil((end - begin) / most) or 1]:
-        block = tokens[start : min(start + _BLOCK, end)]
-        if int(block.min()) < 0 or int(block.max()) >= num_ids:
-            return start + int(((block < 0) | (block >= num_ids)).argmax())
-    return None
-
-
-def _wrong_text(flag: str, dataset: IndexedDataset, text: int, num_ids: int) -> str:
-    """The message that a text has an id without a row in the embedding; empty if it has none."""
-    ids = np.asarray(dataset.get(text))
-    wrong = ids[(ids < 0) | (ids >= num_ids)]
-    if not len(wrong):
-        return ""
-    document = int(np.searchsorted(dataset.document_indices, text, side="right"))
-    return (
-        f"{flag} {get_bin_path(dataset.path_prefix)}, document {document} has the token id {wrong[0]}, but the "
-        f"embedding of --pretrained-checkpoint has {num_ids} rows: the data was made with the tokenizer of another "
-        "model; make it again with megatron-peft data preprocess."
-    )

@@ -280,8 +280,8 @@ def _with_reasoning(message: Message) -> dict[str, Any]:
 class SentencePieceTokenizer(Tokenizer):
     """A sentencepiece `.model` file.
 
-    adds_bos: its beginning-of-sequence token is put before a text, as Llama 2 was trained; as in megatron-core, it is not
-    by default.
+    adds_bos: its beginning-of-sequence token is put before a text, as Llama 2 was trained. By default, as in
+    megatron-core, it is not.
     """
 
     def __init__(self, model_file: str, adds_bos: bool = False) -> None:
