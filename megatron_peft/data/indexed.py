@@ -23,7 +23,7 @@ from megatron_peft.config.sources import RECORD_NAMES
 from megatron_peft.config.untrusted import require_regular
 from megatron_peft.data.samples import Sample
 from megatron_peft.data.tokenizers import NullTokenizer, Tokenizer
-from megatron_peft.runtime.launch import gather_over_world
+from megatron_peft.runtime.launch import checked_together
 
 logger = logging.getLogger(__name__)
 DEFAULT_SPLIT = "969, 30, 1"  # Megatron's
@@ -169,14 +169,8 @@ def build_indexed(
     samples = IndexedSamples(_build(core_config, split, num_samples, blend), num_ids, flag, digest)
     # Ids of another model's tokenizer end a run before it begins: each rank reads samples, spread over its share.
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    share, problem = range(rank, len(samples), world_size), ""
-    try:
-        for index in share[:: len(share) // READ_BEFORE + 1]:
-            samples[index]
-    except ConfigurationError as error:
-        problem = str(error)  # raising here would hang the others
-    problems = [*filter(None, gather_over_world(problem))]
-    require(not problems, "".join(problems[:1]))
+    share = range(rank, len(samples), world_size)
+    checked_together(lambda: [len(samples[i]) for i in share[:: len(share) // READ_BEFORE + 1]], first_alone=True)
     return samples
 
 

@@ -12,7 +12,7 @@ from megatron_peft.data.files import RecordFiles
 from megatron_peft.data.records import Fit
 from megatron_peft.data.samples import Sample
 from megatron_peft.data.token_cache import PROGRESS_FROM, open_cache
-from megatron_peft.runtime.launch import gather_over_world
+from megatron_peft.runtime.launch import checked_together, gather_over_world
 
 
 class InstructionDataset:
@@ -32,15 +32,8 @@ class InstructionDataset:
         self._cache = None if cache_root is None else open_cache(cache_root, records, fit)
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         share = range(len(records) * rank // world_size, len(records) * (rank + 1) // world_size)
-        try:
-            measured = self._measured(share)
-        except ConfigurationError as error:
-            measured = str(error)  # raising here would hang the others
-        shares = gather_over_world(measured)
-        for share in shares:
-            if isinstance(share, str):
-                raise ConfigurationError(share)
-        positions, overlong, left_out = zip(*shares, strict=True)
+        measured = checked_together(lambda: self._measured(share), first_alone=True)
+        positions, overlong, left_out = zip(*gather_over_world(measured), strict=True)
         unread = sum(left_out, Counter()) if self._cache is None else self._cache.left_out
         positions = np.concatenate(positions)
         self._usable = np.flatnonzero(positions)  # int64 [samples]: the record of each
@@ -51,8 +44,8 @@ class InstructionDataset:
             raise ConfigurationError(" ".join([skipped, *self.warnings]))
 
     def _measured(self, share: range) -> tuple[np.ndarray, np.ndarray, Counter[str]]:
-        """Of some records, [share] each: int32, the input positions of the sample, 0 where it is skipped; bool, the
-        record alone is longer than --seq-length. And the number of records by unused field, which the cache has of all.
+        """(int32 [share], the input positions of each sample, 0 where it is skipped; bool [share], the record alone is
+        longer than --seq-length; number of records by unused field, which the cache has of all).
 
         Raises ConfigurationError for the first bad record.
         """
