@@ -12,7 +12,6 @@ from megatron.core.datasets.utils import Split
 from megatron_peft.config import Blend, RunConfig, is_indexed, kind_of_source, parse_blend, require
 from megatron_peft.data.batches import BatchLayout, GlobalBatches
 from megatron_peft.data.files import RecordFiles
-from megatron_peft.data.formats import ColumnNames
 from megatron_peft.data.indexed import build_indexed, build_mock
 from megatron_peft.data.instruction import InstructionDataset
 from megatron_peft.data.records import Fit
@@ -165,8 +164,7 @@ class _Splits:
             checked_together(lambda: RecordFiles(paths, flag) if place_on_node().rank == 0 else None)
         records = checked_together(lambda: RecordFiles(paths, flag))
         _require_one_digest(split, paths, records.digest)
-        fit = Fit(self.tokenizer, data.seq_length, data.overlong, ColumnNames.of(data))
-        dataset = InstructionDataset(records, fit, cache_root)
+        dataset = InstructionDataset(records, Fit.of(data, self.tokenizer), cache_root)
         if not dist.is_initialized() or dist.get_rank() == 0:
             for sentence in dataset.warnings:
                 logger.warning("%s: %s", flag, sentence)

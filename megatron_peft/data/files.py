@@ -24,7 +24,6 @@ from megatron_peft.data.formats import Record
 
 MAX_LINE_BYTES = 1 << 25  # once parsed, a line takes up to 25 times as much memory
 _BLOCK_BYTES = 1 << 17
-_SAVED, _SAVED_SPLITS = "dataset_info.json", "dataset_dict.json"
 
 
 class Lines:
@@ -191,7 +190,7 @@ def _open_table(path: str, flag: str) -> Rows:
         require_limits(file, flag)
     datasets.disable_progress_bars()
     try:
-        rows = _table_in(folder, choice, f"{flag} {name}") if folder.is_dir() else _table_of(Path(path))
+        rows = _split_of(folder, choice, f"{flag} {name}") if folder.is_dir() else _rows_of(Path(path))
         # The folder of a dataset of the Hub is named by its commit.
         return Rows(path, rows, _digest(files) if files else zlib.crc32(f"{folder.name} {path}".encode()))
     except ConfigurationError:
@@ -202,7 +201,7 @@ def _open_table(path: str, flag: str) -> Rows:
         raise ConfigurationError(f"{flag} {path} cannot be read: {type(cause).__name__}: {text[0][:300]}") from error
 
 
-def _table_of(path: Path) -> Any:
+def _rows_of(path: Path) -> Any:
     """The rows of a Parquet, CSV or Arrow file."""
     import datasets
 
@@ -214,22 +213,22 @@ def _table_of(path: Path) -> Any:
     return datasets.load_dataset(path.suffix[1:], data_files=str(path), split="train")
 
 
-def _table_in(folder: Path, choice: list[str], named: str) -> Any:
+def _split_of(folder: Path, choice: list[str], named: str) -> Any:
     """A split of a folder that `datasets` saved, or of one with Parquet, CSV or JSON files, as on the Hub."""
     import datasets
 
     split = choice[-1] if choice else None
-    if (folder / _SAVED).is_file() or (folder / _SAVED_SPLITS).is_file():
-        found = datasets.load_from_disk(str(folder))
+    if any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
+        loaded = datasets.load_from_disk(str(folder))
     else:
-        found = datasets.load_dataset(str(folder), choice[0] if len(choice) > 1 else None)
-    if isinstance(found, datasets.Dataset):
+        loaded = datasets.load_dataset(str(folder), choice[0] if len(choice) > 1 else None)
+    if isinstance(loaded, datasets.Dataset):
         require(split is None, f"{named} has no splits: leave :{split} out.")
-        return found
-    names = list(map(str, found))
+        return loaded
+    names = list(map(str, loaded))
     split = split or ("train" if "train" in names else names[0] if len(names) == 1 else None)
     require(split in names, f"{named} has the splits {', '.join(names)}: give {named.split()[-1]}:{names[0]}.")
-    return found[split]
+    return loaded[split]
 
 
 def _digest(paths: Iterable[Path]) -> int:
@@ -245,7 +244,6 @@ MAX_COLUMNS = 4096  # `datasets` takes a minute for 100,000
 # In a Parquet file one cell may stand for a billion: what it unpacks to is counted, unless it is large anyway.
 MAX_RATIO, ALWAYS_BYTES, COUNTED_BYTES = 1000, 1 << 26, 1 << 26
 _ROWS = 256  # unpacked at once
-_QUOTED = re.compile(rb'"[^"]*"')
 
 
 def require_limits(path: Path, flag: str) -> None:
@@ -271,7 +269,9 @@ def require_limits(path: Path, flag: str) -> None:
             num_columns = len(pa.ipc.open_stream(pa.memory_map(str(path))).schema)
         elif path.suffix == ".csv":
             with path.open("rb") as file:
-                lines = [_QUOTED.sub(b"", file.readline(MAX_LINE_BYTES)) for _ in range(2)]  # the second counts too
+                lines = [
+                    re.sub(rb'"[^"]*"', b"", file.readline(MAX_LINE_BYTES)) for _ in range(2)
+                ]  # the second counts too
                 num_columns = max(line.count(b",") for line in lines) + 1
     except (pa.ArrowException, OSError):
         pass

@@ -3,7 +3,7 @@
 Whatever a record looks like, it becomes one of three kinds: a prompt with a completion, a conversation, or a text.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, Literal
@@ -64,11 +64,7 @@ class RecordFormat:
         return {**{name: value for name, value in record.items() if name not in taken}, **self.convert(read)}
 
 
-NATIVE_FIELDS: Mapping[Kind, tuple[str, ...]] = {
-    "prompt": ("prompt", "completion"),
-    "messages": ("messages", "tools"),
-    "text": ("text",),
-}
+NATIVE_FIELDS = {"prompt": ("prompt", "completion"), "messages": ("messages", "tools"), "text": ("text",)}
 
 
 @lru_cache

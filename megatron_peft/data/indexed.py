@@ -109,21 +109,21 @@ class IndexedSamples:
         return Sample(tokens, labels, row["loss_mask"].float().numpy())
 
     def _wrong_id(self, index: int) -> str:
-        """What is wrong with a sample: one of the texts that it is cut from has an id without a row in the embedding."""
+        """The message for a sample: one of the texts that it is cut from has an id without a row in the embedding."""
         dataset = self._dataset
         if isinstance(dataset, BlendedDataset):
             dataset, index = dataset.datasets[dataset.dataset_index[index]], dataset.dataset_sample_index[index]
         bounds = dataset.sample_index[dataset.shuffle_index[index] :][:2, 0]
-        for text in dataset.document_index[bounds[0] : bounds[1] + 1]:
-            ids = np.asarray(dataset.dataset.get(int(text)))
-            wrong = ids[(ids < 0) | (ids >= self._num_ids)]
-            if len(wrong):
-                break
+        texts = dataset.document_index[bounds[0] : bounds[1] + 1].tolist()
+        arrays = ((text, np.asarray(dataset.dataset.get(text))) for text in texts)
+        text, wrong = next(
+            (text, ids[bad]) for text, ids in arrays if (bad := (ids < 0) | (ids >= self._num_ids)).any()
+        )
         document = int(np.searchsorted(dataset.dataset.document_indices, text, side="right"))
         return (
-            f"{self._flag} {get_bin_path(dataset.dataset.path_prefix)}, document {document} has the token id {wrong[0]}, "
-            f"but the embedding of --pretrained-checkpoint has {self._num_ids} rows: the data was made with the tokenizer "
-            "of another model; make it again with megatron-peft data preprocess."
+            f"{self._flag} {get_bin_path(dataset.dataset.path_prefix)}, document {document} has the token id "
+            f"{wrong[0]}, but the embedding of --pretrained-checkpoint has {self._num_ids} rows: the data was made with "
+            "the tokenizer of another model; make it again with megatron-peft data preprocess."
         )
 
 
@@ -204,9 +204,8 @@ def _core_config(config: DataConfig, split: Split, blend: Blend | None, tokenize
         **source,
     )
     if core_config.split_matrix is not None:  # build this split alone: the others have their own sizes
-        core_config.split_matrix = [
-            edges if each == split else None for each, edges in zip(Split, core_config.split_matrix, strict=True)
-        ]
+        cut: list[Any] = [core_config.split_matrix[split.value] if each == split else None for each in Split]
+        core_config.split_matrix = cut
     return core_config
 
 

@@ -8,7 +8,6 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from typing import NamedTuple
@@ -21,7 +20,6 @@ from rich.text import Text
 from megatron_peft.config import DataConfig, kind_of_source, not_obeyed, parse_blend
 from megatron_peft.config.preview import FLAG, PreviewOptions
 from megatron_peft.data.files import RecordFiles
-from megatron_peft.data.formats import ColumnNames
 from megatron_peft.data.records import Fit
 from megatron_peft.data.samples import PackedOrder, SampleOrder, sample_from_ids
 from megatron_peft.data.tokenizers import build_tokenizer
@@ -42,32 +40,12 @@ class Estimate(NamedTuple):
         return value if low == high == value else f"{value} [{low} to {high}]"
 
 
-@dataclass(frozen=True)
-class Measured:
-    """Figures of n records, int64 [n] each.
-
-    records: their numbers; whole: input positions of the record; kept: of the sample, 0 where it is skipped;
-    trained, cut: tokens that the loss counts, and that it would count if nothing were cut off.
-    """
-
-    records: np.ndarray
-    whole: np.ndarray
-    kept: np.ndarray
-    trained: np.ndarray
-    cut: np.ndarray
-    left_out: Counter[str]
-
-    @property
-    def empty(self) -> np.ndarray:
-        """bool [n]: there is nothing to learn from the record but that a text ends."""
-        return self.trained + self.cut <= 1
-
-
 class Preview:
-    """A dataset of a run, opened and measured.
+    """A dataset of a run, opened, of which n records are measured.
 
-    global_batch_size, micro_batch_size: of the run. `options` have checked the flags.
-    Raises ConfigurationError for whatever is wrong with the files, the tokenizer, or a record that is read.
+    chosen: their numbers; whole: input positions of the record; kept: of the sample, 0 where it is skipped; trained,
+    cut: tokens that the loss counts, and that it would count if nothing were cut off. int64 [n] each. left_out: number
+    of records by field that nothing reads.
     """
 
     def __init__(
@@ -78,6 +56,10 @@ class Preview:
         global_batch_size: int = 1,
         micro_batch_size: int = 1,
     ) -> None:
+        """`options` have checked the flags; the sizes of batches are those of the run.
+
+        Raises ConfigurationError for whatever is wrong with the files, the tokenizer, or a record that is read.
+        """
         self.config, self.options = config, options
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.blend = parse_blend(config.train_data_path, FLAG)
@@ -88,11 +70,19 @@ class Preview:
             with ThreadPoolExecutor(1) as pool:  # the files are searched for lines while transformers is imported
                 records = pool.submit(open_records)
                 self.tokenizer, self.records = build_tokenizer(config, pretrained_checkpoint), records.result()
-        self.fit = Fit(self.tokenizer, config.seq_length, config.overlong, ColumnNames.of(config))
+        self.fit = Fit.of(config, self.tokenizer)
         self.is_exact = options.exact or (not self.blend.weights and len(self.records) <= options.sampled_records)
-        self.measured = self._measure(self._chosen())
+        self.chosen, self.left_out = self._choose(), Counter[str]()
+        rows = np.zeros((len(self.chosen), 4), dtype=np.int64)
+        for row, index in zip(rows, self.chosen.tolist(), strict=True):
+            ids, trained = self.fit.tokenized(self.records, index)
+            whole, sample = sample_from_ids(ids, trained, len(ids)), self.fit.cut(ids, trained)
+            num_trained = int(sample.loss_mask.sum())
+            row[:] = len(whole), len(sample), num_trained, int(whole.loss_mask.sum()) - num_trained
+            self.left_out.update(self.fit.left_out(self.records, index))
+        self.whole, self.kept, self.trained, self.cut = rows.T
 
-    def _chosen(self) -> np.ndarray:
+    def _choose(self) -> np.ndarray:
         """int64 [n]: all records, or random ones; in a weighted blend each source has its share of them."""
         if self.is_exact:
             return np.arange(len(self.records))
@@ -104,17 +94,6 @@ class Preview:
         starts = np.cumsum([0, *lengths])
         shares = [random.choice(length, k, replace=k > length) for length, k in zip(lengths, counts, strict=True)]
         return np.concatenate([start + share for start, share in zip(starts, shares, strict=False)])
-
-    def _measure(self, chosen: np.ndarray) -> Measured:
-        rows, left_out = np.zeros((len(chosen), 4), dtype=np.int64), Counter[str]()
-        for row, index in zip(rows, chosen, strict=True):
-            ids, trained = self.fit.tokenized(self.records, int(index))
-            whole, sample = sample_from_ids(ids, trained, len(ids)), self.fit.cut(ids, trained)
-            num_trained = int(sample.loss_mask.sum())
-            row[:] = len(whole), len(sample), num_trained, int(whole.loss_mask.sum()) - num_trained
-            left_out.update(self.fit.left_out(self.records, int(index)))
-        whole, kept, trained, cut = rows.T
-        return Measured(chosen, whole, kept, trained, cut, left_out)
 
     def share(self, which: np.ndarray) -> Estimate:
         """Share of the records, by Wilson's interval. which: bool [n]."""
@@ -138,39 +117,37 @@ class Preview:
     @property
     def length(self) -> Estimate:
         """Mean input positions of a sample."""
-        used = self.measured.kept[self.measured.kept > 0]
+        used = self.kept[self.kept > 0]
         return self.ratio(used, np.ones_like(used))
 
     @property
     def num_samples(self) -> Estimate:
         """Samples of an epoch: records that are not skipped."""
-        return Estimate(*(share * len(self.records) for share in self.share(self.measured.kept > 0)))
+        return Estimate(*(share * len(self.records) for share in self.share(self.kept > 0)))
 
     def num_packs(self, packing: str) -> float:
         """Sequences of an epoch with --pack-sequences.
 
         The records that were read stand for all, each as often as the other: few leave the last packs open.
         """
-        kept = self.measured.kept
-        copies = 1 if self.is_exact else max(1, min(len(self.records), _MOST_PACKED) // len(kept))
-        used = np.tile(kept[kept > 0], copies)
+        copies = 1 if self.is_exact else max(1, min(len(self.records), _MOST_PACKED) // len(self.kept))
+        used = np.tile(self.kept[self.kept > 0], copies)
         if not len(used):
             return 0.0
         order = PackedOrder(SampleOrder(len(used), self.config.seed, True), used, self.config.seq_length, packing)
-        return order.epoch_length(0) / (len(kept) * copies) * len(self.records)
+        return order.epoch_length(0) / (len(self.kept) * copies) * len(self.records)
 
     def fill(self, packing: str | None = None) -> float:
         """Tokens of a sequence, of --seq-length: with `packing`, or with one sample in each."""
         sequences = self.num_packs(packing) if packing else self.num_samples.value
-        tokens = float(self.measured.kept.mean()) * len(self.records)
+        tokens = float(self.kept.mean()) * len(self.records)
         return tokens / (sequences * self.config.seq_length) if sequences else 0.0
 
     @property
     def padding(self) -> float:
         """Share of the positions of a padded microbatch that are padding."""
         size = self.micro_batch_size
-        used = self.measured.kept[self.measured.kept > 0]
-        used = np.random.default_rng(self.config.seed).permutation(used)
+        used = np.random.default_rng(self.config.seed).permutation(self.kept[self.kept > 0])
         rows = used[: len(used) // size * size].reshape(-1, size)
         return 1 - rows.sum() / (size * rows.max(axis=1).sum()) if len(rows) else 0.0
 
@@ -207,14 +184,14 @@ def _sources(preview: Preview) -> Iterator[str]:
         yield f"{path}: {length:,} records, {name}{share}"
         start += length
     if not preview.is_exact:
-        n = len(preview.measured.records)
+        n = len(preview.chosen)
         yield f"from {n:,} random records, in brackets 95% intervals; --exact reads all {len(records):,}"
 
 
 def _lengths(preview: Preview) -> Iterator[str]:
     """Lengths of samples, in tokens, with what was cut off and skipped."""
-    measured, config = preview.measured, preview.config
-    used = measured.kept[measured.kept > 0]
+    config, whole, kept, trained, cut = preview.config, preview.whole, preview.kept, preview.trained, preview.cut
+    used = kept[kept > 0]
     if len(used):
         middle, most, nearly = np.percentile(used, (50, 90, 99))
         yield (
@@ -226,10 +203,10 @@ def _lengths(preview: Preview) -> Iterator[str]:
         for i, count in enumerate(counts):
             bar = "#" * round(count / counts.max() * _BAR_WIDTH)
             yield f"  {i * width + 1:>6} - {(i + 1) * width:>6}  {bar:<{_BAR_WIDTH}} {count / len(used):6.1%}"
-    yield f"trained: {preview.ratio(measured.trained, measured.kept):.1%} of the tokens"
-    longer, skipped = measured.whole > config.seq_length, measured.kept == 0
+    yield f"trained: {preview.ratio(trained, kept):.1%} of the tokens"
+    longer, skipped = whole > config.seq_length, kept == 0
     if (longer & ~skipped).any() or not preview.is_exact:
-        lost = preview.ratio(np.where(skipped, 0, measured.cut), measured.trained + measured.cut)
+        lost = preview.ratio(np.where(skipped, 0, cut), trained + cut)
         yield (
             f"cut at --seq-length {config.seq_length}: {preview.share(longer & ~skipped):.1%} of the samples, "
             f"{lost:.1%} of the tokens to train"
@@ -245,7 +222,7 @@ def _lengths(preview: Preview) -> Iterator[str]:
 
 
 def _first_place(preview: Preview, which: np.ndarray) -> str:
-    return preview.records.place(int(preview.measured.records[which].min()))
+    return preview.records.place(int(preview.chosen[which].min()))
 
 
 def _batches(preview: Preview) -> Iterator[str]:
@@ -265,21 +242,21 @@ def _batches(preview: Preview) -> Iterator[str]:
 
 
 def _notes(preview: Preview) -> Iterator[str]:
-    left_out, empty = preview.measured.left_out, preview.measured.empty
+    empty = preview.trained + preview.cut <= 1  # there is nothing to learn from these but that a text ends
     if empty.any():
         yield (
             f"WARNING: {preview.share(empty):.1%} of the records train no token but the end of a text: their "
             f"completions are empty (first: {_first_place(preview, empty)})"
         )
-    if left_out:
-        yield f"fields that nothing reads: {', '.join(map(not_obeyed, left_out))}"
+    if preview.left_out:
+        yield f"fields that nothing reads: {', '.join(map(not_obeyed, preview.left_out))}"
 
 
 def _samples(preview: Preview) -> Iterator[Text]:
     """Records spread over the measured ones, so that each source has some."""
-    count = min(preview.options.show_samples, len(preview.measured.records))
+    count = min(preview.options.show_samples, len(preview.chosen))
     random = np.random.default_rng(preview.config.seed)
-    parts = np.array_split(np.sort(preview.measured.records), max(count, 1))
+    parts = np.array_split(np.sort(preview.chosen), max(count, 1))
     if count:
         yield Text(f"\nmarks: {_BETWEEN} between tokens, «trained», ‹cut off›", style="dim")
     for number, part in enumerate(parts[:count], 1):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
-from megatron_peft.config import ConfigurationError, require
+from megatron_peft.config import ConfigurationError, DataConfig, require
 from megatron_peft.data.files import RecordFiles
 from megatron_peft.data.formats import NATIVE_FIELDS, ColumnNames, Record, RecordFormat, format_of
 from megatron_peft.data.samples import Sample, sample_from_ids
@@ -137,6 +137,10 @@ class Fit:
     seq_length: int
     overlong: str = "truncate"
     columns: ColumnNames = ColumnNames()
+
+    @classmethod
+    def of(cls, config: DataConfig, tokenizer: Tokenizer) -> "Fit":
+        return cls(tokenizer, config.seq_length, config.overlong, ColumnNames.of(config))
 
     def sample(self, records: RecordFiles, index: int) -> tuple[Sample, int]:
         """The sample (of length 0 if it is to be skipped) and the input positions that the whole record would take.

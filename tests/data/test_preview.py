@@ -47,7 +47,7 @@ def test_figures_of_a_small_file_are_those_of_the_data_set_that_training_builds(
     assert found.fill(order.packing) == pytest.approx(dataset.lengths.sum() / (4 * packs))
     assert found.fill() == pytest.approx(dataset.lengths.mean() / 4)
     trained = sum(dataset[i].loss_mask.sum() for i in range(3))
-    assert found.measured.trained.sum() == trained
+    assert found.trained.sum() == trained
 
 
 def test_padding_is_what_the_rows_of_a_microbatch_lack_to_its_longest(write_lines):
@@ -112,13 +112,13 @@ def test_estimates_cover_the_truth_as_often_as_they_say(write_lines):
     hits = np.zeros(4)
     for seed in range(15):
         found = preview(path, seq_length=32, seed=seed, options={"sampled_records": 200})
-        longer, of_truth = (one.share(one.measured.whole > 32) for one in (found, truth))
+        longer, of_truth = (one.share(one.whole > 32) for one in (found, truth))
         pairs = [(found.length, truth.length), (longer, of_truth), (found.num_samples, truth.num_samples)]
         pairs += [(_trained(found), _trained(truth))]
         packs, of_truth = (one.num_packs("first-fit-decreasing") for one in (found, truth))
         assert packs == pytest.approx(of_truth, rel=0.25)
         hits += [estimate.low <= exact.value <= estimate.high for estimate, exact in pairs]
-    assert len(truth.measured.records) == 1500 and truth.length.low == truth.length.high
+    assert len(truth.chosen) == 1500 and truth.length.low == truth.length.high
     assert (hits >= 12).all(), hits
 
 
@@ -127,12 +127,12 @@ def test_an_interval_is_as_wide_as_one_of_95_percent(write_lines):
     lengths = np.random.RandomState(0).randint(1, 30, 4000)
     path = write_lines([{"text": " 1" * int(length)} for length in lengths])
     found = preview(path, seq_length=64, options={"sampled_records": 400})
-    width = 2 * 1.96 * np.std(found.measured.whole, ddof=1) / 400**0.5
+    width = 2 * 1.96 * np.std(found.whole, ddof=1) / 400**0.5
     assert found.length.high - found.length.low == pytest.approx(width, rel=0.15)
 
 
 def _trained(found: Preview):
-    return found.ratio(found.measured.trained, found.measured.kept)
+    return found.ratio(found.trained, found.kept)
 
 
 def test_a_weighted_blend_is_drawn_by_its_weights_and_has_no_epoch(write_lines):
