@@ -122,8 +122,8 @@ class IndexedSamples:
         document = int(np.searchsorted(dataset.dataset.document_indices, text, side="right"))
         return (
             f"{self._flag} {get_bin_path(dataset.dataset.path_prefix)}, document {document} has the token id "
-            f"{wrong[0]}, but the embedding of --pretrained-checkpoint has {self._num_ids} rows: the data was made with "
-            "the tokenizer of another model; make it again with megatron-peft data preprocess."
+            f"{wrong[0]}, but the embedding of --pretrained-checkpoint has {self._num_ids} rows: the data was made "
+            "with the tokenizer of another model; make it again with megatron-peft data preprocess."
         )
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from megatron_peft.checkpoint.folders import write_manifest
 from megatron_peft.config import ConfigurationError, DataConfig
-from megatron_peft.data import files, token_cache
+from megatron_peft.data import files, instruction
 from megatron_peft.data.files import RecordFiles
 from megatron_peft.data.formats import ColumnNames
 from megatron_peft.data.instruction import InstructionDataset
@@ -151,7 +151,7 @@ def samples_of(dataset: InstructionDataset) -> list[tuple[list, list, list]]:
 @pytest.mark.parametrize("overlong", ["truncate", "skip"])
 @pytest.mark.parametrize("seq_length", [1, 2, 4, 9])
 def test_what_is_read_from_the_cache_is_what_would_be_made(write_lines, tmp_path, seq_length, overlong, monkeypatch):
-    monkeypatch.setattr(token_cache, "_BATCH", 2)  # several arrays in a file
+    monkeypatch.setattr(instruction, "_BATCH", 2)  # several arrays in a file
     records = RecordFiles([write_lines([*RECORDS, RECORDS[0] | {"id": 3}, {"prompt": "", "completion": "7"}])], FLAG)
     fit = Fit(NullTokenizer(99), seq_length, overlong)
     plain, first, second = (InstructionDataset(records, fit, root) for root in (None, tmp_path / "c", tmp_path / "c"))
@@ -173,14 +173,14 @@ def test_other_files_tokenizers_templates_and_columns_have_caches_of_their_own(w
     tokenizers = [NullTokenizer(9), NullTokenizer(8), HuggingFaceTokenizer(folder)]
     tokenizers += [HuggingFaceTokenizer(folder, "{{ messages }}")]
     (tmp_path / "a" / "added.json").write_text("{}")
-    names = {token_cache.cache_folder(tmp_path, records, Fit(one, 4)) for one in tokenizers}
+    names = {instruction.cache_folder(tmp_path, records, Fit(one, 4)) for one in tokenizers}
     names.add(
-        token_cache.cache_folder(
+        instruction.cache_folder(
             tmp_path, RecordFiles([write_lines(CHATS[1:], "b.jsonl")], FLAG), Fit(tokenizers[0], 4)
         )
     )
     for columns in (ColumnNames(prompt="a", response="b"), ColumnNames(prompt="c", response="b")):
-        names.add(token_cache.cache_folder(tmp_path, records, Fit(tokenizers[0], 4, columns=columns)))
+        names.add(instruction.cache_folder(tmp_path, records, Fit(tokenizers[0], 4, columns=columns)))
     assert len(names) == 7
 
 
@@ -316,7 +316,7 @@ def test_a_damaged_cache_is_said_with_the_folder_to_remove(write_lines, tmp_path
 
 def test_a_cache_is_on_the_disk_before_it_has_its_name(write_lines, tmp_path, monkeypatch):
     synced: list[str] = []
-    monkeypatch.setattr(token_cache, "sync", lambda path: synced.append(path.name) if path.exists() else pytest.fail())
+    monkeypatch.setattr(instruction, "sync", lambda path: synced.append(path.name) if path.exists() else pytest.fail())
     records = RecordFiles([write_lines(RECORDS)], FLAG)
     InstructionDataset(records, Fit(NullTokenizer(99), 4), tmp_path / "c")
     *files, draft, root = synced
@@ -344,7 +344,7 @@ def test_nodes_that_start_together_leave_one_another_their_drafts(tmp_path):
     of_another_node, killed = tmp_path / ".tokens-a.start.1", tmp_path / ".tokens-a.before.1"
     for draft in (of_another_node, killed):
         draft.mkdir()
-    token_cache._start_draft(tmp_path / ".tokens-a.start.0").release()
+    instruction._start_draft(tmp_path / ".tokens-a.start.0").release()
     assert of_another_node.is_dir() and not killed.exists()
 
 
