@@ -72,8 +72,7 @@ def _run(settings: PreprocessSettings) -> int:
         tokenizer_model=settings.tokenizer_model,
         vocab_size=settings.vocab_size,
     )
-    from megatron_peft.data.documents import PreprocessConfig
-    from megatron_peft.data.preprocess import preprocess
+    from megatron_peft.data.preprocess import PreprocessConfig, preprocess
 
     config = PreprocessConfig(
         *(data, settings.output_prefix, settings.json_keys),

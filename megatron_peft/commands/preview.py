@@ -38,10 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         settings.check(config.data)
-        from megatron_peft.data.preview import Batches, preview_data  # with numpy: a wrong flag is told at once
+        from megatron_peft.data.preview import Preview, show  # with numpy: a wrong flag is told at once
 
-        batches = Batches(config.global_batch_size, config.training.micro_batch_size)
-        preview_data(config.data, batches, settings, None if base == NO_MODEL else base)
+        sizes = config.global_batch_size, config.training.micro_batch_size
+        show(Preview(config.data, settings, None if base == NO_MODEL else base, *sizes))
     except ConfigurationError as error:
         exit_with_error(error, program=PROGRAM)
     return 0

@@ -1,4 +1,4 @@
-"""From samples to microbatches, and to global batches that do not depend on the layout."""
+"""Microbatches of samples, and global batches that do not depend on the layout."""
 
 import math
 from collections import deque
@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import count
+from operator import itemgetter
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,12 +39,11 @@ class Microbatch:
         tensors = {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
         if device.type == "cuda":  # only from such memory a copy is asynchronous
             tensors = {name: x.pin_memory() for name, x in tensors.items()}
-        moved = {name: x.to(device, non_blocking=True) for name, x in tensors.items()}
-        return replace(self, **moved)
+        return replace(self, **{name: x.to(device, non_blocking=True) for name, x in tensors.items()})
 
     @property
     def num_pairs(self) -> int:
-        """Pairs of a position and one that it attends to (itself and those before it in its sequence), with padding."""
+        """Pairs of a position and another that it attends to (itself, or before it in its sequence), with padding."""
         num_rows, num_positions = self.tokens.shape
         lengths = self.lengths or [num_positions] * num_rows
         return sum(length * (length + 1) // 2 for length in lengths)
@@ -58,11 +59,10 @@ def pad(rows: Sequence[Sequence[Sample]], multiple: int, pad_id: int, at_least: 
     `multiple`: with sequence parallelism the tensor-parallel ranks share a sequence evenly."""
     samples = [row[0] if row else _padding(0, pad_id) for row in rows]
     width = _round_up(max(at_least, *(len(sample) for sample in samples)), multiple)
+    parts = [part for sample in samples for part in (sample, _padding(width - len(sample), pad_id))]
     return Microbatch(
-        tokens=_rows([sample.tokens for sample in samples], width, pad_id),
-        labels=_rows([sample.labels for sample in samples], width, pad_id),
-        loss_mask=_rows([sample.loss_mask for sample in samples], width, 0.0),
-        position_ids=torch.arange(width).expand(len(samples), width).contiguous(),
+        **_joined(parts, len(rows)),
+        position_ids=torch.arange(width).expand(len(rows), width).contiguous(),
         num_samples=sum(len(row) for row in rows),
     )
 
@@ -77,18 +77,18 @@ def pack(rows: Sequence[Sequence[Sample]], multiple: int, pad_id: int, at_least:
     parts = [*samples, *(_padding(min(longest, missing - done), pad_id) for done in range(0, missing, longest or 1))]
     lengths = [len(part) for part in parts]
     return Microbatch(
-        tokens=_join([part.tokens for part in parts]),
-        labels=_join([part.labels for part in parts]),
-        loss_mask=_join([part.loss_mask for part in parts]),
-        position_ids=_join([np.arange(length) for length in lengths]),
+        **_joined(parts, 1),
+        position_ids=torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])).unsqueeze(0),
         num_samples=len(samples),
         cu_seqlens=torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)),
         lengths=tuple(lengths),
     )
 
 
-def _num_positions(row: Sequence[Sample]) -> int:
-    return sum(map(len, row))
+def _joined(parts: Sequence[Sample], num_rows: int) -> dict[str, Any]:
+    """Tokens, labels and loss mask of the parts one after the other, cut into rows of equal length."""
+    arrays = {name: np.concatenate([vars(part)[name] for part in parts]) for name in ("tokens", "labels", "loss_mask")}
+    return {name: torch.from_numpy(array).view(num_rows, -1) for name, array in arrays.items()}
 
 
 def _padding(length: int, pad_id: int) -> Sample:
@@ -99,17 +99,6 @@ def _padding(length: int, pad_id: int) -> Sample:
 def _round_up(length: int, multiple: int) -> int:
     """At least one multiple: a microbatch without samples still runs."""
     return max(-(-length // multiple), 1) * multiple
-
-
-def _rows(rows: Sequence[np.ndarray], width: int, value: float) -> Tensor:
-    padded = np.full((len(rows), width), value, dtype=rows[0].dtype)
-    for target, row in zip(padded, rows, strict=True):
-        target[: len(row)] = row
-    return torch.from_numpy(padded)
-
-
-def _join(parts: Sequence[np.ndarray]) -> Tensor:
-    return torch.from_numpy(np.concatenate(parts)).unsqueeze(0)
 
 
 Step = list[Microbatch]
@@ -140,6 +129,7 @@ class BatchLayout:
         return [range(start, start + self.micro_batch_size) for start in starts]
 
 
+@dataclass(eq=False)
 class GlobalBatches:
     """An endless (training) or single (evaluation) pass over a dataset, a step at a time.
 
@@ -150,22 +140,12 @@ class GlobalBatches:
         prefetch: number of steps built ahead, and of threads. A step depends on its first position alone.
     """
 
-    def __init__(
-        self,
-        dataset: SampleSource,
-        order: SampleOrder,
-        layout: BatchLayout,
-        consumed_samples: int = 0,
-        end: int | None = None,
-        prefetch: int = 0,
-    ) -> None:
-        self.dataset = dataset
-        self.order = order
-        self.layout = layout
-        self.consumed_samples = consumed_samples
-        self.end = end
-        self.prefetch = prefetch
-        self._collate = pack if isinstance(order, PackedOrder) else pad
+    dataset: SampleSource
+    order: SampleOrder
+    layout: BatchLayout
+    consumed_samples: int = 0
+    end: int | None = None
+    prefetch: int = 0
 
     @property
     def samples_per_epoch(self) -> int:
@@ -177,21 +157,17 @@ class GlobalBatches:
         """Steps of an evaluation; None for training, which has no end."""
         return None if self.end is None else math.ceil(self.end / self.layout.global_batch_size)
 
-    def iterations_for_epochs(self, epochs: float) -> int:
-        """Training iterations that cover `epochs` epochs."""
-        return math.ceil(self.order.positions_in(epochs) / self.layout.global_batch_size)
-
     def epochs_at(self, consumed_samples: int) -> float:
         """Epochs (a fraction) done after so many samples."""
         return self.order.epochs_at(consumed_samples)
 
     def step_at(self, first: int) -> Step:
         """This rank's microbatches of the global batch that begins at position `first`."""
-        layout = self.layout
-        return [
-            self._collate([self._samples(p) for p in positions], layout.pad_multiple, layout.pad_id, layout.pad_to)
-            for positions in layout.microbatches(first)
-        ]
+        return [self._collated([self._samples(p) for p in positions]) for positions in self.layout.microbatches(first)]
+
+    def _collated(self, rows: Sequence[Sequence[Sample]]) -> Microbatch:
+        collate, layout = pack if isinstance(self.order, PackedOrder) else pad, self.layout
+        return collate(rows, layout.pad_multiple, layout.pad_id, layout.pad_to)
 
     def in_few_microbatches(self, num_steps: int, max_positions: int, multiple: int) -> Step:
         """This rank's samples of the first global batches, those of like lengths together: for a sum over all of them.
@@ -201,20 +177,18 @@ class GlobalBatches:
             max_positions: of a microbatch, padding included, unless one sample (or pack) has more.
             multiple: of the number of microbatches; that of a step is one too.
         """
-        layout, groups = self.layout, []
+        layout, groups, width = self.layout, [], 0
         firsts = range(0, num_steps * layout.global_batch_size, layout.global_batch_size)
         rows = [self._samples(p) for first in firsts for positions in layout.microbatches(first) for p in positions]
-        for row in sorted(rows, key=_num_positions, reverse=True):
-            if not groups or (len(groups[-1]) + 1) * self._width(groups[-1][0]) > max_positions:
+        for num_positions, row in sorted(((sum(map(len, row)), row) for row in rows), key=itemgetter(0), reverse=True):
+            if not groups or (len(groups[-1]) + 1) * width > max_positions:
                 groups.append([])
+                width = _round_up(max(layout.pad_to, num_positions), layout.pad_multiple)
             groups[-1].append(row)
         while len(groups) % multiple:
             most = max(groups, key=len)
             groups.append([most.pop() for _ in range(len(most) // 2)])
-        return [self._collate(group, layout.pad_multiple, layout.pad_id, layout.pad_to) for group in groups]
-
-    def _width(self, row: Sequence[Sample]) -> int:
-        return _round_up(max(self.layout.pad_to, _num_positions(row)), self.layout.pad_multiple)
+        return [self._collated(group) for group in groups]
 
     def __iter__(self) -> Iterator[Step]:
         size = self.layout.global_batch_size
@@ -225,10 +199,9 @@ class GlobalBatches:
             self.consumed_samples += size
             yield step
 
-    def _samples(self, position: int) -> list:
-        if self.end is not None and position >= self.end:
-            return []
-        return [self.dataset[int(i)] for i in self.order.samples_at(position)]
+    def _samples(self, position: int) -> list[Sample]:
+        is_past_end = self.end is not None and position >= self.end
+        return [] if is_past_end else [self.dataset[int(i)] for i in self.order.samples_at(position)]
 
     def _build(self, firsts: Iterator[int]) -> Iterator[Step]:
         if not self.prefetch:

@@ -1,34 +1,122 @@
-"""The records of several sources, JSON files or tables, one after the other, each with its place."""
+"""The records of several sources, one after the other: JSON files, tables, and data sets of the Hub.
 
+A JSON-lines file is read record by record through an index of byte offsets, an array in a `.json` file is loaded whole.
+Parquet, CSV, Arrow, folders that `datasets` saved and the Hub are read by `datasets` through its memory-mapped cache.
+Code of a dataset is never run.
+"""
+
+import json
+import os
+import re
+import zlib
+from array import array
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from megatron_peft.config import ConfigurationError, kind_of_source, require
-from megatron_peft.config.untrusted import require_regular
+from megatron_peft.config.hub import DATA_FILES, local_folder
+from megatron_peft.config.untrusted import parse_json, read_bytes, require_regular
 from megatron_peft.data.formats import Record
-from megatron_peft.data.jsonl import open_json
+
+MAX_LINE_BYTES = 1 << 25  # once parsed, a line takes up to 25 times as much memory
+_BLOCK_BYTES = 1 << 17
 
 
-class RecordFile(Protocol):
-    """Records of one source by number."""
+class Lines:
+    """A file with one JSON value per line; blank lines do not count. `digest` is its CRC-32. Takes 8 bytes per line."""
 
-    digest: int  # CRC-32 of what it holds
+    def __init__(self, path: Path, with_digest: bool = True) -> None:
+        """`digest` is 0 without `with_digest`. Raises ConfigurationError for a line above MAX_LINE_BYTES."""
+        self.path = path
+        self._file = path.open("rb", buffering=_BLOCK_BYTES)
+        starts, blanks = array("q"), array("q")  # of each record, in bytes; the records before each blank line
+        offset = crc = 0
+        while line := self._file.readline(MAX_LINE_BYTES + 1):
+            if line.isspace():
+                blanks.append(len(starts))
+            else:
+                starts.append(offset)
+            if with_digest:
+                crc = zlib.crc32(line, crc)
+            offset += len(line)
+            if len(line) > MAX_LINE_BYTES:
+                raise ConfigurationError(
+                    f"{path}, line {len(starts) + len(blanks)} is too long, and the limit of a line is "
+                    f"{MAX_LINE_BYTES / 2**20:.0f} MiB: split the record."
+                )
+        self.digest, self._starts, self._blanks, self._size = crc, starts, blanks, offset
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        return len(self._starts)
 
-    def __getitem__(self, index: int) -> Any: ...
+    def __getitem__(self, index: int) -> Any:
+        start = self._starts[index]
+        end = self._starts[index + 1] if index + 1 < len(self._starts) else self._size
+        # Read, not mapped: SIGBUS kills a process that reads a map of a file which another one has shortened.
+        raw = os.pread(self._file.fileno(), end - start, start)
+        require(len(raw) == end - start, f"{self.path} was shortened while it was being read: put it back.")
+        return _parse(raw, lambda: self.place(index))
 
-    def place(self, index: int) -> str: ...
+    def place(self, index: int) -> str:
+        """FILE, line N of a record, for errors; counted from one."""
+        return f"{self.path}, line {index + 1 + bisect_right(self._blanks, index)}"
+
+
+class Rows:
+    """Records of an array in memory, or of a mapped table.
+
+    digest: CRC-32 of the files, or of the Hub's name and commit; unit: "record" or "row", for errors.
+    """
+
+    def __init__(self, path: str, rows: Any, digest: int, unit: str = "row") -> None:
+        self.path, self.rows, self.digest, self.unit = path, rows, digest, unit
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.rows[index]
+
+    def place(self, index: int) -> str:
+        """FILE, record N (or row N), counted from one."""
+        return f"{self.path}, {self.unit} {index + 1}"
+
+
+def open_json(path: Path, with_digest: bool = True) -> Lines | Rows:
+    """The records of a JSON file. Raises OSError if it cannot be read."""
+    with path.open("rb") as file:
+        is_array = path.suffix == ".json" and file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+    if not is_array:
+        return Lines(path, with_digest)
+    raw = read_bytes(path)  # an array cannot be split without parsing it
+    return Rows(str(path), _parse(raw, lambda: str(path)), zlib.crc32(raw), "record")
+
+
+def _parse(raw: bytes, place: Callable[[], str]) -> Any:
+    try:
+        text = raw.decode("utf-8-sig")
+        if "\0" in text:
+            raise ValueError("it holds NUL bytes, as UTF-16 does")
+    except ValueError as error:
+        raise ConfigurationError(f"{place()}: not text in UTF-8: {error}. Save the file as UTF-8.") from error
+    try:
+        return parse_json(text, place)
+    except ConfigurationError as error:
+        if not isinstance(error.__cause__ and error.__cause__.__cause__, json.JSONDecodeError):
+            raise
+        raise ConfigurationError(
+            f"{error} A file holds one JSON object a line, or, named .json, one array of objects."
+        ) from error
 
 
 class RecordFiles:
     """The records of several sources, one after the other.
 
-    lengths: number of records of each.
+    lengths: number of records of each; digest: a CRC-32 of each.
     """
 
     def __init__(self, paths: Sequence[str], flag: str, with_digest: bool = True) -> None:
@@ -57,33 +145,142 @@ class RecordFiles:
 
     def first_of_file(self, index: int) -> int:
         """The first record of the source that holds a record."""
-        which = bisect_right(self._ends, index)
-        return self._ends[which - 1] if which else 0
+        return index - self._locate(index)[1]
 
     def first_fields(self, index: int) -> tuple[str, ...]:
         """The fields of that record."""
         return self._fields(self.first_of_file(index))
 
-    def _locate(self, index: int) -> tuple[RecordFile, int]:
+    def _locate(self, index: int) -> tuple[Lines | Rows, int]:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        return self._files[bisect_right(self._ends, index)], index - self.first_of_file(index)
+        which = bisect_right(self._ends, index)
+        return self._files[which], index - (self._ends[which - 1] if which else 0)
 
 
-def _open(path: str, flag: str, with_digest: bool) -> RecordFile:
+def _open(path: str, flag: str, with_digest: bool) -> Lines | Rows:
     if kind_of_source(path) in ("table", "hub"):
-        from megatron_peft.data.tables import open_table
-
-        file = open_table(path, flag)
+        file = _open_table(path, flag)
     else:
-        file = _open_json(Path(path), flag, with_digest)
+        require_regular(Path(path), flag)
+        try:
+            file = open_json(Path(path), with_digest)
+        except OSError as error:
+            raise ConfigurationError(f"{flag} {path} cannot be read: {error.strerror}.") from error
     require(len(file) > 0, f"{flag} {path} is empty: it holds no record.")
     return file
 
 
-def _open_json(path: Path, flag: str, with_digest: bool) -> RecordFile:
-    require_regular(path, flag)
+def _open_table(path: str, flag: str) -> Rows:
+    """The table that `path` names: a file, FOLDER[:SPLIT] or ORG/NAME[[:CONFIG]:SPLIT].
+
+    Raises ConfigurationError if it cannot be read, or has several splits and none is chosen.
+    """
+    import datasets
+
+    name, *choice = path.split(":")
+    files: list[Path] = []
+    if kind_of_source(path) == "hub":
+        folder = Path(local_folder(name, flag, DATA_FILES, "dataset"))
+    else:
+        folder = Path(name)
+        files = sorted(file for file in folder.rglob("*") if not file.is_dir()) if folder.is_dir() else [Path(path)]
+    for file in files:
+        require_regular(file, flag)
+        require_limits(file, flag)
+    datasets.disable_progress_bars()
     try:
-        return open_json(path, with_digest)
-    except OSError as error:
-        raise ConfigurationError(f"{flag} {path} cannot be read: {error.strerror}.") from error
+        rows = _split_of(folder, choice, f"{flag} {name}") if folder.is_dir() else _rows_of(Path(path))
+        # The folder of a dataset of the Hub is named by its commit.
+        return Rows(path, rows, _digest(files) if files else zlib.crc32(f"{folder.name} {path}".encode()))
+    except ConfigurationError:
+        raise
+    except Exception as error:  # noqa: BLE001 - of datasets, pyarrow, pandas
+        cause = error.__cause__ or error
+        text = str(cause).strip().splitlines() or [""]
+        raise ConfigurationError(f"{flag} {path} cannot be read: {type(cause).__name__}: {text[0][:300]}") from error
+
+
+def _rows_of(path: Path) -> Any:
+    """The rows of a Parquet, CSV or Arrow file."""
+    import datasets
+
+    if path.suffix == ".arrow":
+        try:
+            return datasets.Dataset.from_file(str(path))
+        except Exception:  # noqa: BLE001 - Arrow's other format, of files and not of streams; read below
+            pass
+    return datasets.load_dataset(path.suffix[1:], data_files=str(path), split="train")
+
+
+def _split_of(folder: Path, choice: list[str], named: str) -> Any:
+    """A split of a folder that `datasets` saved, or of one with Parquet, CSV or JSON files, as on the Hub."""
+    import datasets
+
+    split = choice[-1] if choice else None
+    if any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
+        loaded = datasets.load_from_disk(str(folder))
+    else:
+        loaded = datasets.load_dataset(str(folder), choice[0] if len(choice) > 1 else None)
+    if isinstance(loaded, datasets.Dataset):
+        require(split is None, f"{named} has no splits: leave :{split} out.")
+        return loaded
+    names = list(map(str, loaded))
+    split = split or ("train" if "train" in names else names[0] if len(names) == 1 else None)
+    require(split in names, f"{named} has the splits {', '.join(names)}: give {named.split()[-1]}:{names[0]}.")
+    return loaded[split]
+
+
+def _digest(paths: Iterable[Path]) -> int:
+    crc = 0
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(_BLOCK_BYTES):
+                crc = zlib.crc32(block, crc)
+    return crc
+
+
+MAX_COLUMNS = 4096  # `datasets` takes a minute for 100,000
+# In a Parquet file one cell may stand for a billion: what it unpacks to is counted, unless it is large anyway.
+MAX_RATIO, ALWAYS_BYTES, COUNTED_BYTES = 1000, 1 << 26, 1 << 26
+_ROWS = 256  # unpacked at once
+
+
+def require_limits(path: Path, flag: str) -> None:
+    """Raises ConfigurationError for too many columns or too much in little. What cannot be read `datasets` says."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    num_columns, unpacked_bytes, size = 0, 0, path.stat().st_size
+    most_bytes = max(ALWAYS_BYTES, MAX_RATIO * size)
+    try:
+        if path.suffix == ".parquet":
+            stored = pq.read_metadata(path)
+            num_columns = stored.num_columns
+            groups = [stored.row_group(number).total_byte_size for number in range(stored.num_row_groups)]
+            unpacked_bytes = sum(groups) if sum(groups) > most_bytes else 0  # as the file says; a row repeats any of it
+            num_rows = min(_ROWS, max(1, most_bytes // max(1, *groups))) if groups else _ROWS
+            is_counted = size <= COUNTED_BYTES and num_columns <= MAX_COLUMNS and not unpacked_bytes
+            for batch in pq.ParquetFile(path).iter_batches(num_rows) if is_counted else ():
+                unpacked_bytes += batch.nbytes
+                if unpacked_bytes > most_bytes:
+                    break
+        elif path.suffix == ".arrow":
+            num_columns = len(pa.ipc.open_stream(pa.memory_map(str(path))).schema)
+        elif path.suffix == ".csv":
+            with path.open("rb") as file:
+                lines = [
+                    re.sub(rb'"[^"]*"', b"", file.readline(MAX_LINE_BYTES)) for _ in range(2)
+                ]  # the second counts too
+                num_columns = max(line.count(b",") for line in lines) + 1
+    except (pa.ArrowException, OSError):
+        pass
+    require(
+        num_columns <= MAX_COLUMNS,
+        f"{flag} {path} has {num_columns:,} columns, and the limit is {MAX_COLUMNS:,}: leave out what nothing reads.",
+    )
+    require(
+        unpacked_bytes <= most_bytes,
+        f"{flag} {path} has {size:,} bytes and unpacks to more than {most_bytes:,}, the limit of its size: it repeats "
+        "the same values over and over.",
+    )

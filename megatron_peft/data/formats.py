@@ -3,7 +3,7 @@
 Whatever a record looks like, it becomes one of three kinds: a prompt with a completion, a conversation, or a text.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, Literal
@@ -39,8 +39,7 @@ class RecordFormat:
         kind: what a record becomes.
         required: fields that each record has.
         optional: fields that are read if they are there.
-        convert: takes the fields that are there, and returns "prompt" and "completion"; "messages" and maybe "tools";
-            or "text".
+        convert: takes the fields that are there, and returns those of NATIVE_FIELDS ("tools" may be missing).
     """
 
     name: str
@@ -61,11 +60,11 @@ class RecordFormat:
             f"a file have the format of its first one, here {self.name}.",
         )
         read = {name: record[name] for name in (*self.required, *self.optional) if name in record}
-        rest = {name: value for name, value in record.items() if name not in read and name not in _NATIVE[self.kind]}
-        return {**rest, **self.convert(read)}
+        taken = {*read, *NATIVE_FIELDS[self.kind]}
+        return {**{name: value for name, value in record.items() if name not in taken}, **self.convert(read)}
 
 
-_NATIVE = {"prompt": ("prompt", "completion"), "messages": ("messages", "tools"), "text": ("text",)}
+NATIVE_FIELDS = {"prompt": ("prompt", "completion"), "messages": ("messages", "tools"), "text": ("text",)}
 
 
 @lru_cache
@@ -78,64 +77,56 @@ def format_of(fields: tuple[str, ...], columns: ColumnNames, has_chat_template: 
     if columns != ColumnNames():
         return _of_columns(fields, columns)
     formats = (
-        _renamed("messages", messages="messages"),
-        _renamed("prompt", prompt="prompt", completion="completion"),
+        _plain("messages", "messages"),
+        _plain("prompt", "prompt", "completion"),
         _SHAREGPT,
         _ALPACA_CHAT if has_chat_template else _ALPACA,
-        _renamed("text", text="text"),
+        _plain("text", "text"),
     )
-    whole = [one for one in formats if set(one.required) <= set(fields)]
-    if whole:
-        return whole[0]
+    for candidate in formats:
+        if set(candidate.required) <= set(fields):
+            return candidate
     require(
         not {"chosen", "rejected"} <= set(fields),
         'the record is a preference pair ("chosen" and "rejected"): there is no preference loss (DPO) here. To train '
         "on the chosen answers alone: --prompt-column prompt --response-column chosen, or --messages-column chosen "
         "where they are conversations.",
     )
-    begun = [one for one in formats if set(one.required) & set(fields)]
-    if begun:
-        return begun[0]
+    for candidate in formats:
+        if set(candidate.required) & set(fields):  # `native` says which field is missing
+            return candidate
+    prompt, response = (*fields, "NAME", "NAME")[:2]
     raise ConfigurationError(
         f'the record has the fields {", ".join(fields) or "(none)"}, but neither "prompt" and "completion", nor '
         f'"messages", "conversations" (ShareGPT), "instruction" and "output" (Alpaca) or "text". Name its own: '
-        f"{_proposal(fields)}."
+        f"--prompt-column {prompt} --response-column {response}, --messages-column NAME or --text-column NAME."
     )
-
-
-def _proposal(fields: tuple[str, ...]) -> str:
-    prompt, response = (*fields, "NAME", "NAME")[:2]
-    return f"--prompt-column {prompt} --response-column {response}, --messages-column NAME or --text-column NAME"
 
 
 def _of_columns(fields: tuple[str, ...], columns: ColumnNames) -> RecordFormat:
     """The format that the user's flags name. Raises ConfigurationError for a field that is not there."""
     if columns.messages:
-        found = _renamed("messages", messages=columns.messages)
+        chosen = _plain("messages", columns.messages)
     elif columns.text:
-        found = _renamed("text", text=columns.text)
+        chosen = _plain("text", columns.text)
     else:
-        found = _renamed("prompt", prompt=columns.prompt or "prompt", completion=columns.response or "completion")
+        chosen = _plain("prompt", columns.prompt or "prompt", columns.response or "completion")
     flags = {getattr(columns, name): flag(f"{name}_column") for name in ("prompt", "response", "messages", "text")}
-    for name in found.required:
+    for name in chosen.required:
         require(
             name in fields,
             f'{flags.get(name, "the record")}: there is no field "{name}"; the record has {", ".join(fields)}.',
         )
-    return found
+    return chosen
 
 
-def _renamed(kind: Kind, **names: str) -> RecordFormat:
-    """Our names -> those of the record."""
-    shown = " and ".join(f'"{name}"' for name in names.values())
+def _plain(kind: Kind, *columns: str) -> RecordFormat:
+    """The format with this package's fields in these columns."""
+    shown = " and ".join(f'"{column}"' for column in columns)
     if kind == "messages":
-        column = names["messages"]
-        return RecordFormat(shown, kind, (column,), ("tools",), partial(_conversation, column))
-    return RecordFormat(shown, kind, tuple(names.values()), (), partial(_rename, names))
-
-
-def _rename(names: Mapping[str, str], record: Record) -> Record:
-    return {ours: record[theirs] for ours, theirs in names.items()}
+        return RecordFormat(shown, kind, columns, ("tools",), partial(_conversation, columns[0]))
+    names = dict(zip(NATIVE_FIELDS[kind], columns, strict=True))
+    return RecordFormat(shown, kind, columns, (), lambda record: {ours: record[names[ours]] for ours in names})
 
 
 # ShareGPT: turns with "from" and "value". Its names of who speaks -> ours.
@@ -153,18 +144,28 @@ def _conversation(column: str, record: Record) -> Record:
         raise ConfigurationError(f'"{column}" is not a list of objects with "role" and "content", or it is empty.')
     system = record.get("system")
     messages = [plain_turn(number, turn) for number, turn in enumerate(turns, 1)]
-    found: Record = {"messages": [*([{"role": "system", "content": system}] if system else []), *messages]}
+    native: Record = {"messages": [*([{"role": "system", "content": system}] if system else []), *messages]}
     if "tools" in record:
         tools = record["tools"]  # some write the list as a text
         is_text = isinstance(tools, str) and tools.lstrip().startswith("[")
-        found["tools"] = parse_json(tools, '"tools"') if is_text else tools
-    return found
+        native["tools"] = parse_json(tools, '"tools"') if is_text else tools
+    return native
 
 
 def plain_turn(number: int, turn: Any) -> Any:
-    """A turn with role and content; what is neither of the two forms stays, and is refused where turns are checked."""
+    """A turn with role and content; what is neither of the two forms stays, and is refused where turns are checked.
+
+    Raises ConfigurationError for a content with an image, for instance, and for an unknown speaker.
+    """
     if isinstance(turn, dict) and turn.get("content") and isinstance(turn["content"], list):
-        turn = {**turn, "content": _joined(number, turn["content"])}
+        for part in turn["content"]:
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            require(
+                kind == "text" and isinstance(part.get("text"), str),
+                f'"content" of message {number} has a part of type {kind}: a model is trained on text alone, as '
+                '{"type": "text", "text": "..."}. Leave the record out.',
+            )
+        turn = {**turn, "content": "".join(part["text"] for part in turn["content"])}
     if not isinstance(turn, dict) or "from" not in turn or "role" in turn:
         return turn
     speaker = turn["from"]
@@ -178,52 +179,34 @@ def plain_turn(number: int, turn: Any) -> Any:
     return {"role": ROLES[speaker], "content": turn["value"], **rest}
 
 
-def _joined(number: int, parts: list[Any]) -> str:
-    """The text of a content that is written in parts. ConfigurationError: a part is an image, for instance."""
-    for part in parts:
-        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-        require(
-            kind == "text" and isinstance(part.get("text"), str),
-            f'"content" of message {number} has a part of type {kind}: a model is trained on text alone, as '
-            '{"type": "text", "text": "..."}. Leave the record out.',
-        )
-    return "".join(part["text"] for part in parts)
-
-
 # Alpaca: "instruction", "input" (may be empty) and "output"; some files have "system" and "history", earlier turns.
-_EXTRAS = ("input", "system", "history")
+_REQUIRED, _EXTRAS = ("instruction", "output"), ("input", "system", "history")
 
 
 def _alpaca_chat(record: Record) -> Record:
-    system, turns = record.get("system"), [*_history(record), (_request(record), record["output"])]
+    system, history, given = (record.get(name) for name in ("system", "history", "input"))
+    require(
+        not history
+        or (isinstance(history, list) and all(isinstance(turn, list) and len(turn) == 2 for turn in history)),
+        '"history" is not a list of pairs, a question and its answer.',
+    )
+    request = f"{record['instruction']}\n\n{given}" if given else record["instruction"]
     messages = [{"role": "system", "content": system}] if system else []
-    for question, answer in turns:
+    for question, answer in (*(history or ()), (request, record["output"])):
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return {"messages": messages}
 
 
-def _history(record: Record) -> list[tuple[Any, Any]]:
-    history = record.get("history") or []
-    whole = isinstance(history, list) and all(isinstance(turn, list) and len(turn) == 2 for turn in history)
-    require(whole, '"history" is not a list of pairs, a question and its answer.')
-    return [(question, answer) for question, answer in history]
-
-
-def _request(record: Record) -> Any:
-    given = record.get("input")
-    return f"{record['instruction']}\n\n{given}" if given else record["instruction"]
-
-
 def _alpaca(record: Record) -> Record:
-    """With the prompt of Alpaca's authors, as `megatron-peft data prepare instructions` writes it."""
+    """A record with the prompt of Alpaca's authors, as `megatron-peft data prepare instructions` writes it."""
     extra = [name for name in ("system", "history") if record.get(name)]
     require(
         not extra,
         f'the record has "{extra[0] if extra else ""}", which Alpaca\'s prompt has no place for: give --chat-template, '
         "or a --tokenizer-model with one.",
     )
-    asked = {"instruction": record["instruction"], "input": record.get("input") or ""}
-    return {"prompt": render("task", ALPACA_PROMPT, asked), "completion": record["output"]}
+    fields = {"instruction": record["instruction"], "input": record.get("input") or ""}
+    return {"prompt": render("task", ALPACA_PROMPT, fields), "completion": record["output"]}
 
 
 # As in `tasks/templates/instructions.yaml`.
@@ -234,7 +217,6 @@ ALPACA_PROMPT = (
 )
 
 
-_REQUIRED = ("instruction", "output")
 _ALPACA = RecordFormat("Alpaca, with Alpaca's prompt", "prompt", _REQUIRED, _EXTRAS, _alpaca)
 _ALPACA_CHAT = RecordFormat("Alpaca, as a conversation", "messages", _REQUIRED, _EXTRAS, _alpaca_chat)
 _SHAREGPT = RecordFormat(

@@ -4,12 +4,10 @@ As in Megatron, the order of documents depends on the number of samples: resume 
 """
 
 import logging
-import math
 import struct
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch.distributed as dist
@@ -24,39 +22,37 @@ from megatron_peft.config import Blend, ConfigurationError, DataConfig, parse_bl
 from megatron_peft.config.sources import RECORD_NAMES
 from megatron_peft.config.untrusted import require_regular
 from megatron_peft.data.samples import Sample
-from megatron_peft.data.tokenizers import Tokenizer
-from megatron_peft.runtime.launch import gather_over_world
+from megatron_peft.data.tokenizers import NullTokenizer, Tokenizer
+from megatron_peft.runtime.launch import checked_together
 
+logger = logging.getLogger(__name__)
+DEFAULT_SPLIT = "969, 30, 1"  # Megatron's
+READ_BEFORE = 1024  # the most samples that a rank reads before training, to check their ids
 _HEADER = struct.Struct("<9sQBQQ")  # of an index: magic, version, type of a token, sequences, document bounds
 _CODES = {kind.value for kind in DType if "int" in kind.name}  # the others are of fractions
 _NPY = b"\x93NUMPY"
 
 
 def checked_blend(paths: Sequence[str], flag: str) -> Blend:
-    """`parse_blend`, and ConfigurationError for a dataset that is not whole."""
+    """`parse_blend`. Raises ConfigurationError unless both files of each prefix exist, the index is valid and the data
+    has all of its tokens."""
     blend = parse_blend(paths, flag)
     for prefix in blend.prefixes:
-        _require_whole(prefix, flag)
+        index, data = Path(get_idx_path(prefix)), Path(get_bin_path(prefix))
+        missing = [str(path) for path in (index, data) if not path.exists()]
+        require(
+            not missing,
+            f"{flag} {prefix}: {' and '.join(missing)} not found. A prefix is a path without .bin and .idx, as "
+            f"megatron-peft data preprocess writes it; {RECORD_NAMES}.",
+        )
+        for path in (index, data):
+            require_regular(path, flag)
+        expected, actual = _expected_bytes(index, f"{flag} {prefix}: {index}"), data.stat().st_size
+        require(
+            actual == expected,
+            f"{flag} {prefix}: {data} has {actual} bytes where its index expects {expected}; it is truncated.",
+        )
     return blend
-
-
-def _require_whole(prefix: str, flag: str) -> None:
-    """Raises ConfigurationError unless both files exist, the index is valid and the data has all of its tokens."""
-    index, data = Path(get_idx_path(prefix)), Path(get_bin_path(prefix))
-    missing = [str(path) for path in (index, data) if not path.exists()]
-    require(
-        not missing,
-        f"{flag} {prefix}: {' and '.join(missing)} not found. A prefix is a path without .bin and .idx, as "
-        f"megatron-peft data preprocess writes it; {RECORD_NAMES}.",
-    )
-    for path in (index, data):
-        require_regular(path, flag)
-    expected = _expected_bytes(index, f"{flag} {prefix}: {index}")
-    actual = data.stat().st_size
-    require(
-        actual == expected,
-        f"{flag} {prefix}: {data} has {actual} bytes where its index expects {expected}; it is truncated.",
-    )
 
 
 def _expected_bytes(index: Path, named: str) -> int:
@@ -91,11 +87,6 @@ def _expected_bytes(index: Path, named: str) -> int:
     return int(ends[-1]) if num_sequences else 0
 
 
-DEFAULT_SPLIT = "969, 30, 1"  # Megatron's
-logger = logging.getLogger(__name__)
-SCANNED_IDS = 1 << 24  # the most ids that a rank checks before training; the others are checked when they are read
-
-
 class IndexedSamples:
     """A dataset of megatron-core as a source of samples.
 
@@ -103,10 +94,7 @@ class IndexedSamples:
     """
 
     def __init__(self, dataset: Any, num_ids: int, flag: str, digest: str) -> None:
-        self.digest = digest
-        self._dataset = dataset
-        self._num_ids = num_ids
-        self._flag = flag
+        self._dataset, self._num_ids, self._flag, self.digest = dataset, num_ids, flag, digest
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -121,14 +109,22 @@ class IndexedSamples:
         return Sample(tokens, labels, row["loss_mask"].float().numpy())
 
     def _wrong_id(self, index: int) -> str:
-        """What is wrong with the ids of a sample: of the texts that it is cut from, one has such an id."""
+        """The message for a sample: one of the texts that it is cut from has an id without a row in the embedding."""
         dataset = self._dataset
         if isinstance(dataset, BlendedDataset):
             dataset, index = dataset.datasets[dataset.dataset_index[index]], dataset.dataset_sample_index[index]
         bounds = dataset.sample_index[dataset.shuffle_index[index] :][:2, 0]
-        texts = dataset.document_index[bounds[0] : bounds[1] + 1]
-        told = (_told(self._flag, dataset.dataset, int(text), self._num_ids) for text in texts)
-        return next(filter(None, told))
+        texts = dataset.document_index[bounds[0] : bounds[1] + 1].tolist()
+        arrays = ((text, np.asarray(dataset.dataset.get(text))) for text in texts)
+        text, wrong = next(
+            (text, ids[bad]) for text, ids in arrays if (bad := (ids < 0) | (ids >= self._num_ids)).any()
+        )
+        document = int(np.searchsorted(dataset.dataset.document_indices, text, side="right"))
+        return (
+            f"{self._flag} {get_bin_path(dataset.dataset.path_prefix)}, document {document} has the token id "
+            f"{wrong[0]}, but the embedding of --pretrained-checkpoint has {self._num_ids} rows: the data was made "
+            "with the tokenizer of another model; make it again with megatron-peft data preprocess."
+        )
 
 
 def build_indexed(
@@ -156,33 +152,26 @@ def build_indexed(
     )
     blend = blend if num_samples is not None else Blend(blend.prefixes, None)
     core_config = _core_config(config, split, blend, tokenizer)
+    edges = (0.0, 1.0) if core_config.split_matrix is None else core_config.split_matrix[split.value] or (0.0, 0.0)
     repeats = num_samples is not None and (blend.weights is not None or len(blend.prefixes) == 1)
     needed = 2 if repeats or split == Split.valid else config.seq_length + 1
     for prefix in blend.prefixes:  # megatron-core never ends on a split without tokens
-        tokens = _tokens_of_split(prefix, core_config, split)
-        if tokens < needed:
-            lack = f"{flag}: the {split.name} split has {tokens} tokens of {prefix} and needs {needed}"
+        dataset = IndexedDataset(prefix)  # owns the map that the lengths are read from
+        begin, end = (round(edge * len(dataset.sequence_lengths)) for edge in edges)
+        num_tokens = int(np.sum(dataset.sequence_lengths[begin:end]))
+        if num_tokens < needed:
+            lack = f"{flag}: the {split.name} split has {num_tokens} tokens of {prefix} and needs {needed}"
             require(split != Split.train, f"{lack}; give --split another cut, a larger dataset, or --train-iters.")
             logger.warning("%s, so there is no %s data.", lack, split.name)
             return None
-        _require_ids_fit(prefix, SCANNED_IDS // len(blend.prefixes), num_ids, flag)
     files = [Path(path(prefix)) for prefix in blend.prefixes for path in (get_idx_path, get_bin_path)]
     digest = " ".join(sampled_digest(file)[:16] for file in files)
-    return IndexedSamples(_build(core_config, split, num_samples), num_ids, flag, digest)
-
-
-class _MockIds(NamedTuple):
-    """What MockGPTDataset reads of a tokenizer: its samples count through the model's own ids."""
-
-    vocab_size: int
-
-    @property
-    def eod(self) -> int:
-        return self.vocab_size - 1
-
-    @property
-    def unique_identifiers(self) -> Mapping[str, Any]:
-        return {"class": "mock", "vocab_size": self.vocab_size}
+    samples = IndexedSamples(_build(core_config, split, num_samples, blend), num_ids, flag, digest)
+    # Ids of another model's tokenizer end a run before it begins: each rank reads samples, spread over its share.
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    share = range(rank, len(samples), world_size)
+    checked_together(lambda: [len(samples[i]) for i in share[:: len(share) // READ_BEFORE + 1]], first_alone=True)
+    return samples
 
 
 def build_mock(config: DataConfig, split: Split, num_samples: int | None, num_ids: int) -> IndexedSamples:
@@ -190,17 +179,15 @@ def build_mock(config: DataConfig, split: Split, num_samples: int | None, num_id
 
     Args:
         num_samples: at least so many; None: one pass over the documents of the split.
-        num_ids: above all token ids.
+        num_ids: above all token ids: the samples count through the model's own.
     """
-    core_config = _core_config(config, split, None, _MockIds(num_ids))  # which takes no other --split for them
-    return IndexedSamples(_build(core_config, split, num_samples, MockGPTDataset), num_ids, "--mock-data", "mock")
+    core_config = _core_config(config, split, None, NullTokenizer(num_ids - 1))
+    return IndexedSamples(_build(core_config, split, num_samples, None), num_ids, "--mock-data", "mock")
 
 
-def _core_config(
-    config: DataConfig, split: Split, blend: Blend | None, tokenizer: Tokenizer | _MockIds
-) -> GPTDatasetConfig:
-    """blend: None asks for generated samples."""
-    source: dict[str, Any] = {"blend_per_split": [blend if one == split else None for one in Split]}
+def _core_config(config: DataConfig, split: Split, blend: Blend | None, tokenizer: Tokenizer) -> GPTDatasetConfig:
+    """blend: None asks for generated samples, which are split in one way whatever --split says."""
+    source: dict[str, Any] = {"blend_per_split": [blend if each == split else None for each in Split]}
     if config.data_path or blend is None:
         source = {"blend": blend, "split": config.split or DEFAULT_SPLIT}
     core_config = GPTDatasetConfig(
@@ -217,67 +204,26 @@ def _core_config(
         **source,
     )
     if core_config.split_matrix is not None:  # build this split alone: the others have their own sizes
-        cut: list[Any] = [None] * len(Split)
-        cut[split.value] = core_config.split_matrix[split.value]
+        cut: list[Any] = [core_config.split_matrix[split.value] if each == split else None for each in Split]
         core_config.split_matrix = cut
     return core_config
 
 
-def _require_ids_fit(prefix: str, most: int, num_ids: int, flag: str) -> None:
-    """Each rank checks up to `most` ids, spread over its share. Raises ConfigurationError on every rank."""
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    wrong = [
-        position
-        for (lowest, at_lowest), (highest, at_highest) in gather_over_world(_extremes(prefix, rank, world_size, most))
-        for position in [at_lowest] * (lowest < 0) + [at_highest] * (highest >= num_ids)
-    ]
-    if wrong:
-        dataset = IndexedDataset(prefix)
-        text = int(np.searchsorted(np.cumsum(dataset.sequence_lengths, dtype=np.int64), wrong[0], side="right"))
-        raise ConfigurationError(_told(flag, dataset, text, num_ids))
-
-
-def _told(flag: str, dataset: IndexedDataset, text: int, num_ids: int) -> str:
-    """That a text has an id without a row in the embedding; empty if it has none."""
-    ids = np.asarray(dataset.get(text))
-    wrong = ids[(ids < 0) | (ids >= num_ids)]
-    if not len(wrong):
-        return ""
-    document = int(np.searchsorted(dataset.document_indices, text, side="right"))
-    return (
-        f"{flag} {get_bin_path(dataset.path_prefix)}, document {document} has the token id {wrong[0]}, but the "
-        f"embedding of --pretrained-checkpoint has {num_ids} rows: the data was made with the tokenizer of another "
-        "model; make it again with megatron-peft data preprocess."
-    )
-
-
-@lru_cache(maxsize=1024)  # the splits of a run read the same files
-def _extremes(prefix: str, rank: int, world_size: int, most: int) -> list[tuple[int, int]]:
-    """The least and the largest id of a rank's share, each with its position in the file; (0, 0) if that is empty."""
-    tokens = np.memmap(get_bin_path(prefix), IndexedDataset(prefix).index.dtype, mode="r")
-    bounds = np.linspace(0, len(tokens), world_size + 1).astype(np.int64)
-    begins = range(bounds[rank], bounds[rank + 1], 2**16)
-    stride = math.ceil((bounds[rank + 1] - bounds[rank]) / most) or 1
-    seen = [(begin, tokens[begin : min(begin + 2**16, bounds[rank + 1])]) for begin in begins[::stride]]
-    least = min(((int(block.min()), begin + int(block.argmin())) for begin, block in seen), default=(0, 0))
-    return [least, max(((int(block.max()), begin + int(block.argmax())) for begin, block in seen), default=(0, 0))]
-
-
-def _build(config: GPTDatasetConfig, split: Split, num_samples: int | None, kind: type[GPTDataset] = GPTDataset) -> Any:
-    blends = [blend for blend in (config.blend, *(config.blend_per_split or ())) if blend is not None]
-    blended = any(len(prefixes) > 1 or weights for prefixes, weights in blends)
+def _build(config: GPTDatasetConfig, split: Split, num_samples: int | None, blend: Blend | None) -> Any:
+    prefixes, weights = blend or ([], None)
     require(
-        not (blended and config.path_to_cache and not dist.is_initialized()),
+        not (config.path_to_cache and (len(prefixes) > 1 or weights) and not dist.is_initialized()),
         "--data-cache-path with a blend: megatron-core writes its cache under torch.distributed only; start with "
         "torchrun, or leave --data-cache-path out.",
     )
-    for prefixes, _ in blends:  # megatron-core's np.load unpickles what is no array, and so runs its code
-        for folder in (config.path_to_cache, *(f"{prefix}/cache" for prefix in prefixes)):
-            for path in Path(folder).rglob("*.npy") if folder else ():
-                require_regular(path)
-                with path.open("rb") as file:
-                    require(file.read(len(_NPY)) == _NPY, f"{path} is not an array of numpy's: remove it.")
-    sizes = [num_samples if one == split else 0 for one in Split]
+    # megatron-core's np.load unpickles what is no array, and so runs its code.
+    for folder in (config.path_to_cache, *(f"{prefix}/cache" for prefix in prefixes)) if prefixes else ():
+        for path in Path(folder).rglob("*.npy") if folder else ():
+            require_regular(path)
+            with path.open("rb") as file:
+                require(file.read(len(_NPY)) == _NPY, f"{path} is not an array of numpy's: remove it.")
+    sizes = [num_samples if each == split else 0 for each in Split]
+    kind = GPTDataset if blend else MockGPTDataset
     try:
         built = BlendedMegatronDatasetBuilder(kind, sizes, lambda: True, config).build()  # type: ignore[arg-type]
     except Exception as error:
@@ -288,16 +234,3 @@ def _build(config: GPTDatasetConfig, split: Split, num_samples: int | None, kind
             "--data-cache-path a folder that can."
         ) from error
     return built[split.value]
-
-
-def _tokens_of_split(prefix: str, config: GPTDatasetConfig, split: Split) -> int:
-    """Tokens that the split has of one dataset."""
-    dataset = IndexedDataset(prefix)  # owns the map that the lengths are read from
-    lengths = dataset.sequence_lengths
-    if config.split_matrix is None:
-        return int(np.sum(lengths))
-    book_ends = config.split_matrix[split.value]
-    if book_ends is None:
-        return 0
-    begin, end = (round(edge * float(len(lengths))) for edge in book_ends)
-    return int(np.sum(lengths[begin:end]))

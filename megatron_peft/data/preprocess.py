@@ -1,31 +1,103 @@
 """JSON lines to Megatron's indexed datasets: one `.bin`/`.idx` pair for each key of the records.
 
-A pair appears under its name only when it is complete; nothing that exists is overwritten.
+A pair appears under its name only when it is complete; nothing that exists is overwritten. Every process that tokenizes
+imports this module, so torch and megatron-core are imported where the files are written.
 """
 
+import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder, get_bin_path, get_idx_path
+from rich.console import Console
 from rich.progress import track
 
-from megatron_peft.config import ConfigurationError, require
-from megatron_peft.data.documents import DocumentEncoder, PreprocessConfig, encoded_documents
+from megatron_peft.config import ConfigurationError, DataConfig, require
+from megatron_peft.data.files import RecordFiles
+from megatron_peft.data.tokenizers import Tokenizer, build_tokenizer
+
+if TYPE_CHECKING:
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+_CHUNK = 64  # records sent to a worker at once
+Encoded = list[list[int]] | str  # the ids of each key of a record, or what is wrong with it
 
 
 @dataclass(frozen=True)
+class PreprocessConfig:
+    """The flags of megatron-peft data preprocess. `data` has the tokenizer and, as training paths, the input files."""
+
+    data: DataConfig
+    output_prefix: str
+    json_keys: tuple[str, ...] = ("text",)
+    append_eod: bool = False
+    workers: int = 1
+    log_interval: int = 1000
+
+
+class DocumentEncoder:
+    """Tokenizes the keys of one record, with a beginning-of-sequence token if the tokenizer adds one."""
+
+    def __init__(self, config: PreprocessConfig) -> None:
+        self.config = config
+        self.records = RecordFiles(config.data.train_data_path, "--input")
+        self.tokenizer: Tokenizer = build_tokenizer(config.data, None)
+
+    def encode(self, index: int) -> Encoded:
+        """Ids of each key, or the error message: an exception would end the pool's iterator."""
+        try:
+            record = self.records[index]
+        except ConfigurationError as error:  # names the place itself
+            return str(error)
+        try:
+            return [self._document(record, key) for key in self.config.json_keys]
+        except ConfigurationError as error:
+            return f"{self.records.place(index)}: {error}"
+
+    def _document(self, record: dict, key: str) -> list[int]:
+        require(key in record, f'lacks the field "{key}" (it has {", ".join(record)}); name others with --json-keys.')
+        text = record[key]
+        require(isinstance(text, str), f'"{key}" is not text but {type(text).__name__}.')
+        ids = self.tokenizer.encode_prompt(text) if text else []
+        return [*ids, self.tokenizer.eos_id] if ids and self.config.append_eod else ids
+
+
+@contextmanager
+def encoded_documents(config: PreprocessConfig, encoder: DocumentEncoder) -> Iterator[Iterable[Encoded]]:
+    """`DocumentEncoder.encode` of each record, in the order of the input, in this process or in `workers`."""
+    indices = range(len(encoder.records))
+    if config.workers == 1:
+        yield map(encoder.encode, indices)
+        return
+    with multiprocessing.get_context("spawn").Pool(config.workers, _start_worker, (config,)) as pool:
+        yield pool.imap(_encode_in_worker, indices, chunksize=_CHUNK)
+
+
+_worker_encoder: DocumentEncoder  # set once in each worker process
+
+
+def _start_worker(config: PreprocessConfig) -> None:
+    global _worker_encoder
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    _worker_encoder = DocumentEncoder(config)
+
+
+def _encode_in_worker(index: int) -> Encoded:
+    return _worker_encoder.encode(index)
+
+
+@dataclass
 class Preprocessed:
     """What was written: output prefixes, and counts over all keys."""
 
     prefixes: tuple[str, ...]
-    documents: int
-    empty_documents: int
-    tokens: int
+    documents: int = 0
+    empty_documents: int = 0
+    tokens: int = 0
 
 
 def preprocess(config: PreprocessConfig, report: Callable[[str], None] = print) -> Preprocessed:
@@ -34,74 +106,63 @@ def preprocess(config: PreprocessConfig, report: Callable[[str], None] = print) 
     report: called with a line of progress every `log_interval` records; a terminal shows a bar instead.
     Raises ConfigurationError for bad input, and if an output exists.
     """
-    outputs = tuple(config.output(key) for key in config.json_keys)
-    _require_new(outputs)
+    import torch
+    from megatron.core.datasets.indexed_dataset import DType
+
+    done = Preprocessed(tuple(f"{config.output_prefix}_{key}_document" for key in config.json_keys))  # Megatron's names
+    existing = [path for prefix in done.prefixes for path in _pair(prefix) if path.exists()]
+    require(not existing, f"{' and '.join(map(str, existing))} exist: remove them, or give another --output-prefix.")
+    for folder in {Path(prefix).parent: None for prefix in done.prefixes}:
+        is_writable = folder.is_dir() and os.access(folder, os.W_OK)
+        require(is_writable, f"--output-prefix: cannot write to the folder {folder}.")
     encoder = DocumentEncoder(config)
     dtype = DType.optimal_dtype(encoder.tokenizer.largest_id + 1)  # an added token may have an id above their count
     with ExitStack() as stack:
-        builders = [stack.enter_context(_new_pair(prefix, dtype)) for prefix in outputs]
+        builders = [stack.enter_context(_new_pair(prefix, dtype)) for prefix in done.prefixes]
         encoded = stack.enter_context(encoded_documents(config, encoder))
-        shown = _with_progress(encoded, len(encoder.records), config.log_interval, report)
-        documents, empty, tokens = _add_documents(builders, shown)
-        require(documents > 0, f"no document of {' '.join(config.data.train_data_path)} holds any text.")
-    return Preprocessed(outputs, documents, empty, tokens)
+        for documents in _with_progress(encoded, len(encoder.records), config.log_interval, report):
+            if isinstance(documents, str):
+                raise ConfigurationError(documents)
+            for builder, ids in zip(builders, documents, strict=True):
+                if ids:
+                    builder.add_document(torch.tensor(ids), [len(ids)])
+                done.documents += bool(ids)
+                done.empty_documents += not ids
+                done.tokens += len(ids)
+        require(done.documents > 0, f"no document of {' '.join(config.data.train_data_path)} holds any text.")
+    return done
 
 
-def _add_documents(
-    builders: Sequence[IndexedDatasetBuilder], encoded: Iterable[list[list[int]] | str]
-) -> tuple[int, int, int]:
-    """(documents, empty ones, tokens). A string in place of a record's documents is its error message."""
-    documents = empty = tokens = 0
-    for found in encoded:
-        if isinstance(found, str):
-            raise ConfigurationError(found)
-        for builder, ids in zip(builders, found, strict=True):
-            if ids:
-                builder.add_document(torch.tensor(ids), [len(ids)])
-            documents, empty, tokens = documents + bool(ids), empty + (not ids), tokens + len(ids)
-    return documents, empty, tokens
-
-
-def _require_new(outputs: Sequence[str]) -> None:
-    existing = [path for prefix in outputs for path in _pair(prefix) if Path(path).exists()]
-    require(not existing, f"{' and '.join(existing)} exist: remove them, or give another --output-prefix.")
-    for prefix in outputs:
-        folder = Path(prefix).parent
-        require(
-            folder.is_dir() and os.access(folder, os.W_OK), f"--output-prefix: cannot write to the folder {folder}."
-        )
-
-
-def _pair(prefix: str) -> tuple[str, str]:
-    return get_bin_path(prefix), get_idx_path(prefix)
+def _pair(prefix: str) -> tuple[Path, Path]:
+    return Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
 
 
 @contextmanager
-def _new_pair(prefix: str, dtype: type) -> Iterator[IndexedDatasetBuilder]:
+def _new_pair(prefix: str, dtype: type) -> Iterator["IndexedDatasetBuilder"]:
     """A builder whose files are renamed at the end, the index last, and removed on an error."""
-    part = f"{prefix}.part-{os.getpid()}"
-    builder = IndexedDatasetBuilder(get_bin_path(part), dtype=dtype)
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    drafts = _pair(f"{prefix}.part-{os.getpid()}")
+    builder = IndexedDatasetBuilder(str(drafts[0]), dtype=dtype)
     try:
         yield builder
-        builder.finalize(get_idx_path(part))
-        for unfinished, path in zip(_pair(part), _pair(prefix), strict=True):
-            os.replace(unfinished, path)
+        builder.finalize(str(drafts[1]))
+        for draft, path in zip(drafts, _pair(prefix), strict=True):
+            draft.replace(path)
     finally:
         builder.data_file.close()
-        for unfinished in _pair(part):
-            Path(unfinished).unlink(missing_ok=True)
+        for draft in drafts:
+            draft.unlink(missing_ok=True)
 
 
 def _with_progress(
-    encoded: Iterable[list[list[int]] | str], total: int, log_interval: int, report: Callable[[str], None]
-) -> Iterator[list[list[int]] | str]:
-    from rich.console import Console
-
+    encoded: Iterable[Encoded], total: int, log_interval: int, report: Callable[[str], None]
+) -> Iterator[Encoded]:
     if Console().is_terminal:
         yield from track(encoded, "tokenizing", total=total)
         return
     begin = time.monotonic()
-    for done, found in enumerate(encoded, 1):
-        yield found
+    for done, documents in enumerate(encoded, 1):
+        yield documents
         if done % log_interval == 0 or done == total:
             report(f"{done} of {total} records, {done / (time.monotonic() - begin):.0f} per second")

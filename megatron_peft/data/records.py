@@ -3,14 +3,14 @@ reads records with it in seconds."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
-from megatron_peft.config import ConfigurationError, require
-from megatron_peft.data.chat_template import template_inputs
+from megatron_peft.config import ConfigurationError, DataConfig, require
 from megatron_peft.data.files import RecordFiles
-from megatron_peft.data.formats import ColumnNames, Record, RecordFormat, format_of
+from megatron_peft.data.formats import NATIVE_FIELDS, ColumnNames, Record, RecordFormat, format_of
 from megatron_peft.data.samples import Sample, sample_from_ids
-from megatron_peft.data.tokenizers import ChatSegment, Tokenizer
+from megatron_peft.data.tokenizers import Tokenizer, split_chat, template_inputs
 
 MAX_WORK = 1 << 25  # of a conversation: messages times characters, of which half are tokenized, a million a second
 
@@ -28,12 +28,28 @@ def tokenize_record(record: Record, tokenizer: Tokenizer, record_format: RecordF
     record_format: that of its file; by default the record's own.
     Raises ConfigurationError (without the place) for a record of another format, and for one that is malformed.
     """
-    record_format = record_format or _own_format(record, tokenizer)
-    return _KINDS[record_format.kind](record_format.native(record), tokenizer)
+    record_format = record_format or format_of(tuple(record), ColumnNames(), bool(tokenizer.chat_template))
+    native = record_format.native(record)
+    if record_format.kind == "messages":
+        return _tokenize_messages(native, tokenizer)
+    if record_format.kind == "text":
+        ids = [*tokenizer.encode_prompt(_text(native, "text")), tokenizer.eos_id]
+        return TokenizedRecord(ids, [True] * len(ids))
+    texts = [_text(native, "prompt"), _text(native, "completion")]
+    prompt_ids, completion_ids = encode_segments(tokenizer.encode, texts)
+    before = prompt_ids if tokenizer.bos_id is None else [tokenizer.bos_id, *prompt_ids]
+    after = [*completion_ids, tokenizer.eos_id]
+    return TokenizedRecord(before + after, [False] * len(before) + [True] * len(after))
 
 
-def _own_format(record: Record, tokenizer: Tokenizer) -> RecordFormat:
-    return format_of(tuple(record), ColumnNames(), bool(tokenizer.chat_template))
+def _text(record: Record, name: str) -> str:
+    require(name in record, f'lacks the field "{name}" (it has {", ".join(record)}).')
+    _require_text(record[name], f'"{name}"')
+    return record[name]
+
+
+def _require_text(value: Any, name: str) -> None:
+    require(isinstance(value, str), f"{name} is not text but {type(value).__name__}.")
 
 
 def encode_segments(encode: Callable[[str], list[int]], texts: Sequence[str]) -> list[list[int]]:
@@ -52,71 +68,44 @@ def encode_segments(encode: Callable[[str], list[int]], texts: Sequence[str]) ->
     return segments
 
 
-def _tokenize_completion(record: Record, tokenizer: Tokenizer) -> TokenizedRecord:
-    prompt, completion = _text(record, "prompt"), _text(record, "completion")
-    prompt_ids, completion_ids = encode_segments(tokenizer.encode, [prompt, completion])
-    before = _bos(tokenizer) + prompt_ids
-    after = [*completion_ids, tokenizer.eos_id]
-    return TokenizedRecord(before + after, [False] * len(before) + [True] * len(after))
-
-
-def _tokenize_text(record: Record, tokenizer: Tokenizer) -> TokenizedRecord:
-    ids = [*_bos(tokenizer), *tokenizer.encode(_text(record, "text")), tokenizer.eos_id]
-    return TokenizedRecord(ids, [True] * len(ids))
-
-
 def _tokenize_messages(record: Record, tokenizer: Tokenizer) -> TokenizedRecord:
     """The template writes the special tokens itself, so none is put before, and one after only if it is missing."""
-    wanted = sorted(template_inputs(tokenizer.chat_template).variables & record.keys() - {"messages", "tools"})
+    inputs = template_inputs(tokenizer.chat_template)
+    wanted = sorted(inputs.variables & record.keys() - {"messages", "tools"})
     require(
         not wanted,
         f"the chat template reads {', '.join(wanted)}, which the record has but the template does not get: write it "
         "into the messages, or rename the field.",
     )
-    messages = _messages(record, tokenizer)
+    messages, tools = record["messages"], record.get("tools")
+    _check_messages(messages, inputs.fields)
     characters = sum(len(text) for message in messages for text in message.values() if isinstance(text, str))
     require(
         len(messages) * characters <= MAX_WORK,
         f"a conversation of {len(messages):,} messages with {characters:,} characters, and each message is written and "
         f"tokenized with all before it: their product is limited to {MAX_WORK:,}. Split the conversation.",
     )
-    segments = tokenizer.split_chat(messages, _tools(record))
+    require(
+        tools is None or (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)),
+        '"tools" is not a list of objects, each the JSON schema of a function.',
+    )
+    segments = split_chat(partial(tokenizer.render_chat, tools=tools), messages)
     tokens = encode_segments(tokenizer.encode, [segment.text for segment in segments])
     last_turn = max(i for i, segment in enumerate(segments) if segment.trained)
     if tokenizer.eos_id not in tokens[last_turn]:
         tokens[last_turn] = [*tokens[last_turn], tokenizer.eos_id]
-    trained = [flag for one, ids in zip(segments, tokens, strict=True) for flag in _turn_mask(one, ids, tokenizer)]
+    trained: list[bool] = []
+    for segment, ids in zip(segments, tokens, strict=True):
+        # The loss covers a turn up to its end token, not what the template puts behind it (a line break).
+        end = len(ids) - ids[::-1].index(tokenizer.eos_id) if tokenizer.eos_id in ids else len(ids)
+        trained += [segment.trained and i < end for i in range(len(ids))]
     return TokenizedRecord([i for ids in tokens for i in ids], trained)
 
 
-def _turn_mask(segment: ChatSegment, ids: list[int], tokenizer: Tokenizer) -> list[bool]:
-    """The loss covers a turn up to its end token, not what the template puts behind it (a line break)."""
-    if not segment.trained:
-        return [False] * len(ids)
-    end = len(ids) - ids[::-1].index(tokenizer.eos_id) if tokenizer.eos_id in ids else len(ids)
-    return [i < end for i in range(len(ids))]
-
-
-def _bos(tokenizer: Tokenizer) -> list[int]:
-    return [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-
-
-def _text(record: Record, name: str) -> str:
-    require(name in record, f'lacks the field "{name}" (it has {", ".join(record)}).')
-    return _string(record[name], f'"{name}"')
-
-
-def _string(value: Any, name: str) -> str:
-    if not isinstance(value, str):
-        raise ConfigurationError(f"{name} is not text but {type(value).__name__}.")
-    return value
-
-
-def _messages(record: Record, tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    messages = record["messages"]
+def _check_messages(messages: Any, fields: frozenset[str]) -> None:
+    """fields: those that the chat template reads. Raises ConfigurationError for what it would not write as it is."""
     if not isinstance(messages, list) or not messages:
         raise ConfigurationError('"messages" is not a list of objects with "role" and "content", or it is empty.')
-    fields = template_inputs(tokenizer.chat_template).fields
     for number, message in enumerate(messages, 1):
         if not isinstance(message, dict):
             raise ConfigurationError(f"message {number} is not an object but {type(message).__name__}.")
@@ -130,48 +119,14 @@ def _messages(record: Record, tokenizer: Tokenizer) -> list[dict[str, Any]]:
             f"message {number} has a function_call, which the chat template does not write: make it one of tool_calls.",
         )
         calls = message.get("tool_calls")
-        if calls:
-            require(
-                "tool_calls" in fields,
-                f"message {number} has tool_calls, which the tokenizer's chat template does not write: give "
-                "--tokenizer-model a folder whose template does.",
-            )
+        require(
+            not calls or "tool_calls" in fields,
+            f"message {number} has tool_calls, which the tokenizer's chat template does not write: give "
+            "--tokenizer-model a folder whose template does.",
+        )
         for name in ("role",) if calls and message.get("content") is None else ("role", "content"):
             require(name in message, f'message {number} lacks the field "{name}".')
-            _string(message[name], f'"{name}" of message {number}')
-    return messages
-
-
-def _tools(record: Record) -> list[dict[str, Any]] | None:
-    tools = record.get("tools")
-    if tools is None:
-        return None
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise ConfigurationError('"tools" is not a list of objects, each the JSON schema of a function.')
-    return tools
-
-
-def fields_left_out(record: Record, tokenizer: Tokenizer, record_format: RecordFormat | None = None) -> list[str]:
-    """Unused fields of a record and, as `messages[].name`, of its messages."""
-    record_format = record_format or _own_format(record, tokenizer)
-    native = record_format.native(record)
-    if record_format.kind != "messages":
-        return [name for name in native if name not in _FIELDS[record_format.kind]]
-    inputs = template_inputs(tokenizer.chat_template)
-    read = {"messages"} | ({"tools"} & inputs.variables)
-    of_messages = {"role", "content", "tool_calls"} | inputs.fields
-    inner = {name: None for message in native["messages"] for name in message if message[name] is not None}
-    return [name for name in native if name not in read] + [
-        f"messages[].{name}" for name in inner if name not in of_messages
-    ]
-
-
-_FIELDS = {"prompt": {"prompt", "completion"}, "text": {"text"}}
-_KINDS: dict[str, Callable[[Record, Tokenizer], TokenizedRecord]] = {
-    "messages": _tokenize_messages,
-    "prompt": _tokenize_completion,
-    "text": _tokenize_text,
-}
+            _require_text(message[name], f'"{name}" of message {number}')
 
 
 @dataclass(frozen=True)
@@ -182,6 +137,10 @@ class Fit:
     seq_length: int
     overlong: str = "truncate"
     columns: ColumnNames = ColumnNames()
+
+    @classmethod
+    def of(cls, config: DataConfig, tokenizer: Tokenizer) -> "Fit":
+        return cls(tokenizer, config.seq_length, config.overlong, ColumnNames.of(config))
 
     def sample(self, records: RecordFiles, index: int) -> tuple[Sample, int]:
         """The sample (of length 0 if it is to be skipped) and the input positions that the whole record would take.
@@ -215,8 +174,17 @@ class Fit:
             raise ConfigurationError(f"{records.place(records.first_of_file(index))}: {error}") from error
 
     def left_out(self, records: RecordFiles, index: int) -> list[str]:
-        """Fields of a record that nothing reads."""
-        return fields_left_out(records[index], self.tokenizer, self.format_of(records, index))
+        """Fields of a record that nothing reads and, as `messages[].name`, those of its messages."""
+        record_format = self.format_of(records, index)
+        native, kind = record_format.native(records[index]), record_format.kind
+        if kind != "messages":
+            return [name for name in native if name not in NATIVE_FIELDS[kind]]
+        inputs = template_inputs(self.tokenizer.chat_template)
+        read = {"messages"} | ({"tools"} & inputs.variables)
+        of_messages = {"role", "content", "tool_calls"} | inputs.fields
+        inner = {name: None for message in native["messages"] for name in message if message[name] is not None}
+        unread = [f"messages[].{name}" for name in inner if name not in of_messages]
+        return [name for name in native if name not in read] + unread
 
     def require_fits(self, length: int, records: RecordFiles, index: int) -> None:
         """Raises ConfigurationError if --overlong error refuses a record that takes so many positions."""

@@ -4,7 +4,7 @@ alone."""
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -107,6 +107,9 @@ class SampleOrder:
         return positions + (math.ceil(part * self.epoch_length(whole) - 1e-9) if part else 0)
 
 
+_LONGEST_ROUND = 10_000_000
+
+
 class BlendedOrder(SampleOrder):
     """Samples of several sources in proportion to their weights: each has an order of its own, and begins again at its
     end. An "epoch" is a round of the blend, after which its pattern repeats.
@@ -119,33 +122,30 @@ class BlendedOrder(SampleOrder):
     epochs_hold_the_same_samples = False
 
     def __init__(self, lengths: Sequence[int], weights: Sequence[float], seed: int, shuffle: bool) -> None:
-        shares = np.asarray(weights, dtype=np.float64) / math.fsum(weights)
+        self._shares = np.asarray(weights, dtype=np.float64) / math.fsum(weights)
         # A source gets at least a thousand samples of a round, so rounding changes its share by a thousandth at most.
-        needed = min(math.ceil(1000 / shares.min()), _LONGEST_ROUND)
+        needed = min(math.ceil(1000 / self._shares.min()), _LONGEST_ROUND)
         super().__init__(max(sum(lengths), needed), seed, shuffle)
         self._starts = np.cumsum([0, *lengths])[:-1]
         self._orders = [SampleOrder(length, seed + i, shuffle) for i, length in enumerate(lengths)]
-        self._pattern = cache(lambda: _blend(shares, self.num_samples))
+
+    @cached_property
+    def _pattern(self) -> tuple[np.ndarray, np.ndarray]:
+        """Megatron's blend of a round: the source of each sample, and which of that source's samples it is."""
+        from megatron.core.datasets import helpers_cpp  # pyright: ignore[reportAttributeAccessIssue] - it is compiled
+
+        size = self.num_samples
+        sources, numbers = np.empty(size, dtype=np.int16), np.empty(size, dtype=np.int64)
+        helpers_cpp.build_blending_indices(sources, numbers, self._shares, len(self._shares), size, False)
+        return sources, numbers
 
     def _permutation(self, epoch: int) -> np.ndarray:
-        sources, numbers = self._pattern()
+        sources, numbers = self._pattern
         samples = np.empty(len(sources), dtype=np.int64)
         for i, (start, order) in enumerate(zip(self._starts, self._orders, strict=True)):
             chosen = sources == i
             samples[chosen] = start + order.take(epoch * int(chosen.sum()) + numbers[chosen])
         return samples
-
-
-_LONGEST_ROUND = 10_000_000
-
-
-def _blend(shares: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Megatron's blend of `size` samples: the source of each, and which of that source's samples it is."""
-    from megatron.core.datasets import helpers_cpp  # pyright: ignore[reportAttributeAccessIssue] - it is compiled
-
-    sources, numbers = np.empty(size, dtype=np.int16), np.empty(size, dtype=np.int64)
-    helpers_cpp.build_blending_indices(sources, numbers, shares, len(shares), size, False)
-    return sources, numbers
 
 
 def pack_bounds(lengths: np.ndarray, seq_length: int) -> np.ndarray:
@@ -167,7 +167,7 @@ def first_fit_decreasing(lengths: np.ndarray, seq_length: int) -> np.ndarray:
     lengths: int [n], each at least 1 and at most `seq_length`. Returns int64 [n]: the pack of each sample.
     """
     longest_first = np.argsort(-lengths, kind="stable")
-    sizes, counts = (found[::-1] for found in np.unique(lengths, return_counts=True))
+    sizes, counts = (array[::-1] for array in np.unique(lengths, return_counts=True))
     room = np.full(len(lengths), seq_length, dtype=np.int32)
     packs = np.empty(len(lengths), dtype=np.int64)
     placed = num_packs = 0
@@ -210,18 +210,16 @@ class PackedOrder(SampleOrder):
         lengths = self.lengths[samples]
         if self.packing == "next-fit":
             return samples, pack_bounds(lengths, self.seq_length)
-        packs = self._ranks(first_fit_decreasing(lengths, self.seq_length), epoch)
-        return samples[np.argsort(packs, kind="stable")], np.append(0, np.cumsum(np.bincount(packs)))
-
-    def _ranks(self, packs: np.ndarray, epoch: int) -> np.ndarray:
-        """The packs renumbered: first-fit decreasing has the longest samples in its first packs, so packs are shuffled;
-        in an evaluation, each stands where its first sample stood."""
+        packs = first_fit_decreasing(lengths, self.seq_length)
+        # The longest samples are in the first packs, so packs are shuffled. In an evaluation, each stands where its
+        # first sample stood.
         num_packs = int(packs.max()) + 1
         if self.shuffle:
-            ranks = np.random.RandomState([self.seed % 2**32, epoch, num_packs]).permutation(num_packs)
-            return ranks[packs]
-        _, firsts = np.unique(packs, return_index=True)
-        return np.argsort(np.argsort(firsts))[packs]
+            places = np.random.RandomState([self.seed % 2**32, epoch, num_packs]).permutation(num_packs)
+        else:
+            places = np.argsort(np.argsort(np.unique(packs, return_index=True)[1]))
+        packs = places[packs]
+        return samples[np.argsort(packs, kind="stable")], np.append(0, np.cumsum(np.bincount(packs)))
 
     def epoch_length(self, epoch: int) -> int:
         return self._num_packs(0 if self._num_packs_is_constant else epoch)
@@ -237,8 +235,3 @@ class PackedOrder(SampleOrder):
             position -= self.epoch_length(epoch)
             epoch += 1
         return epoch, position
-
-    def fill(self, epoch: int = 0) -> float:
-        """Tokens of an epoch, of what its sequences could hold."""
-        samples, bounds = self._packs(epoch)
-        return int(self.lengths[samples].sum()) / (self.seq_length * (len(bounds) - 1))

@@ -1,4 +1,4 @@
-"""Text to token ids: Hugging Face, sentencepiece and null tokenizers behind one small interface.
+"""Text to token ids: Hugging Face, sentencepiece and null tokenizers behind one small interface; chat templates.
 
 megatron-core's datasets read `eod`, `unique_identifiers` and `vocab_size`; without a `pad` they pad with -1, no token.
 """
@@ -6,7 +6,7 @@ megatron-core's datasets read `eod`, `unique_identifiers` and `vocab_size`; with
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from hashlib import sha256
 from os.path import commonprefix
 from pathlib import Path
@@ -15,8 +15,24 @@ from typing import Any, NamedTuple
 from megatron_peft.config import SENTENCEPIECE, ConfigurationError, DataConfig, require
 from megatron_peft.config.hub import local_tokenizer
 from megatron_peft.config.templates import render
-from megatron_peft.config.untrusted import read_json_object, require_regular
-from megatron_peft.data.chat_template import read_chat_template
+from megatron_peft.config.untrusted import parse_json, read_json_object, read_text, require_regular
+
+
+class TemplateInputs(NamedTuple):
+    """What a chat template, a program of Jinja that writes a conversation as text, reads."""
+
+    variables: frozenset[str]  # messages, tools, ...
+    fields: frozenset[str]  # possibly, of a message: attributes and strings of its code, not of its comments
+
+
+@lru_cache
+def template_inputs(template: str) -> TemplateInputs:
+    """Raises ConfigurationError for a template that is not valid."""
+    try:
+        variables, fields = parse_json(render("inputs", template, {}), "what it reads")
+    except ConfigurationError as error:
+        raise ConfigurationError(f"the chat template cannot be read: {str(error).rstrip('.')}.") from error
+    return TemplateInputs(frozenset(variables), frozenset(fields))
 
 
 class ChatSegment(NamedTuple):
@@ -32,33 +48,27 @@ def split_chat(render: Callable[..., str], messages: Sequence[Any]) -> list[Chat
     Raises ConfigurationError for a template that does not write from left to right, and without an assistant's turn.
     """
     whole = render(messages)
+
+    def length_of(prefix: str) -> int:
+        require(whole.startswith(prefix), _NOT_LEFT_TO_RIGHT)
+        return len(prefix)
+
     segments: list[ChatSegment] = []
     position = 0
     for turn in (i for i, message in enumerate(messages) if message["role"] == "assistant"):
         # A template does not mark where a turn begins: each boundary is found by rendering what comes before it.
-        start = _turn_start(render, whole, messages[:turn]) if turn else 0
-        end = _prefix_length(whole, render(messages[: turn + 1])) if turn + 1 < len(messages) else len(whole)
-        if not position <= start <= end:
-            raise ConfigurationError(_NOT_LEFT_TO_RIGHT)
+        start = 0
+        if turn:
+            prompt = render(messages[:turn], True)
+            start = len(prompt)
+            if not whole.startswith(prompt):  # which may hold what a finished turn leaves out (an opening <think>)
+                start = max(length_of(render(messages[:turn])), len(commonprefix([whole, prompt])))
+        end = length_of(render(messages[: turn + 1])) if turn + 1 < len(messages) else len(whole)
+        require(position <= start <= end, _NOT_LEFT_TO_RIGHT)
         segments += [ChatSegment(whole[position:start], False), ChatSegment(whole[start:end], True)]
         position = end
-    if not segments:
-        raise ConfigurationError('no message has the role "assistant", so there is nothing to learn.')
+    require(bool(segments), 'no message has the role "assistant", so there is nothing to learn.')
     return [*segments, ChatSegment(whole[position:], False)]
-
-
-def _turn_start(render: Callable[..., str], whole: str, before: Sequence[Any]) -> int:
-    prompt = render(before, True)
-    if whole.startswith(prompt):
-        return len(prompt)
-    # Some templates put into the prompt what they leave out of a finished turn (an opening <think>).
-    return max(_prefix_length(whole, render(before)), len(commonprefix([whole, prompt])))
-
-
-def _prefix_length(whole: str, prefix: str) -> int:
-    if not whole.startswith(prefix):
-        raise ConfigurationError(_NOT_LEFT_TO_RIGHT)
-    return len(prefix)
 
 
 _NOT_LEFT_TO_RIGHT = (
@@ -85,13 +95,11 @@ class Tokenizer:
     empty.
     """
 
-    def __init__(self, vocab_size: int, bos_id: int | None, eos_id: int, identity: str) -> None:
+    def __init__(self, vocab_size: int, eos_id: int, identity: str) -> None:
         """`identity` distinguishes two tokenizers of a class."""
-        self.vocab_size = vocab_size
-        self.largest_id = vocab_size - 1
-        self.bos_id = bos_id
-        self.eos_id = eos_id
-        self.prefix_id = eos_id
+        self.vocab_size, self.largest_id = vocab_size, vocab_size - 1
+        self.bos_id: int | None = None
+        self.eos_id = self.prefix_id = eos_id
         self.special_tokens: Mapping[str, int] = {}
         self.chat_template = ""
         self._identity = identity
@@ -108,11 +116,18 @@ class Tokenizer:
 
     @property
     def digest(self) -> str:
-        """Of all that decides which ids a text has, and of the chat template."""
+        """A digest of all that decides which ids a text has, and of the chat template."""
         return f"{type(self).__name__} {self.vocab_size}"
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text` alone, without special tokens around it."""
+        """Ids of `text` alone, without special tokens around it. Raises ConfigurationError for more than MAX_TEXT."""
+        require(
+            len(text) <= MAX_TEXT,
+            f"the text has {len(text):,} characters, and the limit of a record is {MAX_TEXT:,}: split it.",
+        )
+        return self._encode(text)
+
+    def _encode(self, text: str) -> list[int]:
         raise NotImplementedError
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -136,16 +151,9 @@ class Tokenizer:
             "--tokenizer-type HuggingFaceTokenizer, or records with prompt and completion."
         )
 
-    def split_chat(self, messages: Sequence[Message], tools: Tools | None = None) -> list[ChatSegment]:
-        """`render_chat` in segments, each marked as trained (the assistant's turns) or not."""
-        return split_chat(partial(self.render_chat, tools=tools), messages)
 
-
-def _require_short(text: str) -> None:
-    require(
-        len(text) <= MAX_TEXT,
-        f"the text has {len(text):,} characters, and the limit of a record is {MAX_TEXT:,}: split it.",
-    )
+def _files_of(folder: str) -> list[Path]:
+    return sorted({path for pattern in _READ for path in Path(folder).glob(pattern)})
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -155,7 +163,7 @@ class HuggingFaceTokenizer(Tokenizer):
         """`chat_template` is that of --chat-template, in place of the folder's own."""
         folder = local_tokenizer(folder, "--tokenizer-model")
         require(Path(folder).is_dir(), f"--tokenizer-model {folder}: no such folder.")
-        for path in (path for pattern in _READ for path in sorted(Path(folder).glob(pattern))):
+        for path in _files_of(folder):
             require_regular(path, "--tokenizer-model")
         try:
             reader = _class_that_reads(Path(folder))
@@ -169,7 +177,7 @@ class HuggingFaceTokenizer(Tokenizer):
             eos_id is not None,
             f"--tokenizer-model {folder}: the tokenizer has no end-of-sequence token; tokenizer_config.json names it.",
         )
-        super().__init__(len(self._tokenizer), None, eos_id, folder)
+        super().__init__(len(self._tokenizer), eos_id, folder)
         self.largest_id = max(self._tokenizer.get_vocab().values())
         self.folder = folder
         if self._tokenizer.bos_token_id is not None:
@@ -178,10 +186,10 @@ class HuggingFaceTokenizer(Tokenizer):
         self.special_tokens = {token.content: index for index, token in added.items() if token.special}
         self._template_of = "--chat-template" if chat_template else f"the chat template in {folder}"
         if chat_template:
-            self._tokenizer.chat_template = read_chat_template(chat_template)
+            self._tokenizer.chat_template = _read_chat_template(chat_template)
         given: Any = self._tokenizer.chat_template or ""
         named = [*given.values()] if isinstance(given, dict) else [given]
-        are_texts = all(isinstance(one, str) for one in named)
+        are_texts = all(isinstance(template, str) for template in named)
         require(are_texts, f"--tokenizer-model {folder}: its chat_template is not a text, or names of texts.")
         self.chat_template = "\n".join(named)
         with self._faults_told("a"):
@@ -189,14 +197,13 @@ class HuggingFaceTokenizer(Tokenizer):
         if with_specials[:1] == [self._tokenizer.bos_token_id]:
             self.bos_id = self._tokenizer.bos_token_id
 
-    def encode(self, text: str) -> list[int]:
-        _require_short(text)
+    def _encode(self, text: str) -> list[int]:
         with self._faults_told(text):
             return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     @contextmanager
     def _faults_told(self, text: str) -> Iterator[None]:
-        """As ConfigurationErrors: words without a token where none is for unknown ones, numbers that are texts, ..."""
+        """Raises ConfigurationError for words without a token (if unknown ones have none), numbers as texts, ..."""
         try:
             yield
         except BaseException as error:  # a panic of tokenizers is not an Exception
@@ -211,7 +218,7 @@ class HuggingFaceTokenizer(Tokenizer):
     @property
     def digest(self) -> str:
         digest = sha256(self.chat_template.encode())
-        for path in sorted({path for pattern in _READ for path in Path(self.folder).glob(pattern)}):
+        for path in _files_of(self.folder):
             digest.update(f"\n{path.name}\n".encode() + path.read_bytes())
         return digest.hexdigest()
 
@@ -246,8 +253,24 @@ class HuggingFaceTokenizer(Tokenizer):
             raise ConfigurationError(f"{self._template_of} refuses the messages: {_first_line(error)}") from error
 
 
+def _read_chat_template(given: str) -> str:
+    """The text of --chat-template, which is that text (any template has a brace), or a file.
+
+    Raises ConfigurationError for a file that cannot be read, and for what is no template.
+    """
+    text = given
+    if "{" not in given:
+        require_regular(Path(given), "--chat-template")
+        text = read_text(Path(given))
+    try:
+        template_inputs(text)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"--chat-template {given if text != given else ''}: {error}") from error
+    return text
+
+
 def _with_reasoning(message: Message) -> dict[str, Any]:
-    """Without fields that are null, and with its reasoning under each of the names that templates read."""
+    """The message without fields that are null, and with its reasoning under each of the names that templates read."""
     given = {name: value for name, value in message.items() if value is not None}
     names = ("reasoning_content", "thinking", "reasoning")
     reasoning = next((given[name] for name in names if name in given), None)
@@ -255,9 +278,13 @@ def _with_reasoning(message: Message) -> dict[str, Any]:
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A sentencepiece `.model` file. As in megatron-core, no beginning-of-sequence token is put before a text."""
+    """A sentencepiece `.model` file.
 
-    def __init__(self, model_file: str) -> None:
+    adds_bos: its beginning-of-sequence token is put before a text, as Llama 2 was trained. By default, as in
+    megatron-core, it is not.
+    """
+
+    def __init__(self, model_file: str, adds_bos: bool = False) -> None:
         from sentencepiece import SentencePieceProcessor
 
         path = Path(model_file)
@@ -267,15 +294,15 @@ class SentencePieceTokenizer(Tokenizer):
             self._model = SentencePieceProcessor(model_file=str(path))
         except (OSError, RuntimeError) as error:
             raise ConfigurationError(f"--tokenizer-model {path} is not a sentencepiece model: {error}") from error
-        eos_id = self._model.eos_id()
+        eos_id, bos_id = self._model.eos_id(), self._model.bos_id()
         require(eos_id >= 0, f"--tokenizer-model {path}: the model has no end-of-sequence token.")
-        super().__init__(self._model.get_piece_size(), None, eos_id, str(path))
+        require(bos_id >= 0 or not adds_bos, f"--tokenizer-model {path}: the model has no beginning-of-sequence token.")
+        super().__init__(self._model.get_piece_size(), eos_id, f"{path}{' with BOS' if adds_bos else ''}")
         self.path = path
-        if self._model.bos_id() >= 0:
-            self.prefix_id = self._model.bos_id()
+        self.prefix_id = bos_id if bos_id >= 0 else eos_id
+        self.bos_id = bos_id if adds_bos else None
 
-    def encode(self, text: str) -> list[int]:
-        _require_short(text)
+    def _encode(self, text: str) -> list[int]:
         return self._model.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -283,20 +310,10 @@ class SentencePieceTokenizer(Tokenizer):
 
     @property
     def digest(self) -> str:
-        return sha256(self.path.read_bytes()).hexdigest()
+        return f"{sha256(self.path.read_bytes()).hexdigest()} {self.bos_id}"
 
     def texts(self, ids: Sequence[int]) -> list[str]:
         return [self._model.id_to_piece(i).replace("\u2581", " ") for i in ids]
-
-
-class Llama2Tokenizer(SentencePieceTokenizer):
-    """A sentencepiece `.model` file whose beginning-of-sequence token is put before a text, as Llama 2 was trained."""
-
-    def __init__(self, model_file: str) -> None:
-        super().__init__(model_file)
-        bos_id = self._model.bos_id()
-        require(bos_id >= 0, f"--tokenizer-model {model_file}: the model has no beginning-of-sequence token.")
-        self.bos_id = bos_id
 
 
 class NullTokenizer(Tokenizer):
@@ -304,9 +321,9 @@ class NullTokenizer(Tokenizer):
 
     def __init__(self, vocab_size: int) -> None:
         # As in megatron-core up to 0.17; newer ones count the end in. Here a flag means the same whatever is installed.
-        super().__init__(vocab_size + 1, None, vocab_size, "")
+        super().__init__(vocab_size + 1, vocab_size, "")
 
-    def encode(self, text: str) -> list[int]:
+    def _encode(self, text: str) -> list[int]:
         try:
             ids = [int(word) for word in text.split()]
         except ValueError as error:
@@ -333,14 +350,8 @@ def build_tokenizer(config: DataConfig, pretrained_checkpoint: str | None) -> To
         return NullTokenizer(config.vocab_size or 0)
     if not source:
         raise ConfigurationError("no tokenizer: give --tokenizer-model, or --pretrained-checkpoint with one in it.")
-    return _read_tokenizer(config, source)
-
-
-def _read_tokenizer(config: DataConfig, source: str) -> Tokenizer:
-    if config.tokenizer_type == "Llama2Tokenizer":
-        return Llama2Tokenizer(source)
     if config.tokenizer_type in SENTENCEPIECE:
-        return SentencePieceTokenizer(source)
+        return SentencePieceTokenizer(source, adds_bos=config.tokenizer_type == "Llama2Tokenizer")
     return HuggingFaceTokenizer(source, config.chat_template)
 
 
@@ -388,8 +399,8 @@ def _fault(folder: str, error: Exception) -> str:
     for path in files:
         try:
             read_json_object(path)
-        except ConfigurationError as found:
-            return str(found)
+        except ConfigurationError as damaged:
+            return str(damaged)
     return f"{type(error).__name__}: {_first_line(error)} (read: {', '.join(path.name for path in files) or 'no file'})"
 
 

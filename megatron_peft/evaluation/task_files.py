@@ -14,8 +14,7 @@ from lm_eval.api.registry import METRIC_REGISTRY
 
 from megatron_peft.config import require
 from megatron_peft.config.untrusted import parse_yaml, read_text, require_regular
-from megatron_peft.data.jsonl import open_json
-from megatron_peft.data.tables import require_limits
+from megatron_peft.data.files import open_json, require_limits
 from megatron_peft.evaluation.task_names import harness_files, own_files
 from megatron_peft.tasks.template import TaskLoader
 

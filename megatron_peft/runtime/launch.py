@@ -53,13 +53,16 @@ def gather_over_world(value: Any, group: dist.ProcessGroup | None = None) -> lis
     return values
 
 
-def checked_together(check: Callable[[], Checked], group: dist.ProcessGroup | None = None) -> Checked:
+def checked_together(
+    check: Callable[[], Checked], group: dist.ProcessGroup | None = None, first_alone: bool = False
+) -> Checked:
     """Run `check` on every rank; if it raises ConfigurationError on any rank, raise it on all. A collective.
 
     Use it for what each rank checks by itself (files, shapes), before anything is written.
 
     Args:
         group: all ranks; None is the world. A thread other than the main one needs a group of its own.
+        first_alone: raise the message of the first such rank, where each looks at other data; by default all messages.
     """
     result, message = None, None
     try:
@@ -68,7 +71,7 @@ def checked_together(check: Callable[[], Checked], group: dist.ProcessGroup | No
         message = str(error)
     found = list(dict.fromkeys(m for m in gather_over_world(message, group) if m is not None))
     if found:
-        raise ConfigurationError("\n".join(found))
+        raise ConfigurationError(found[0] if first_alone else "\n".join(found))
     return result  # type: ignore[return-value]
 
 

@@ -10,10 +10,11 @@ import shutil
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from megatron_peft.config import ConfigurationError, Requirements, require
 from megatron_peft.tasks.template import TaskTemplate
@@ -84,7 +85,7 @@ class TestItems:
         self._fragments: dict[str, list[tuple[str, str]]] = {}  # by their first words: (fragment, place)
 
     def add(self, document: Document) -> None:
-        """Note a test item, so that `TestItems` finds it again among training items."""
+        """Note a test item, so that `match` finds it again among training items."""
         for text in document.texts:
             self._places.setdefault(normalized(text), document.place)
         for text in map(normalized, document.fragments):
@@ -92,19 +93,17 @@ class TestItems:
                 self._fragments.setdefault(beginning, []).append((text, document.place))
 
     def match(self, document: Document) -> str | None:
-        """The place of the test item that `document` is or holds, or None."""
+        """The place of the test item that `document` is, or of which it contains a fragment; None without one."""
         texts = [text for text in map(normalized, document.texts) if text]
         for text in texts:
             if text in self._places:
                 return self._places[text]
-        return next(filter(None, map(self._held_by, texts)), None)
-
-    def _held_by(self, text: str) -> str | None:
-        """The place of a test item with a fragment that `text` contains."""
-        if not self._fragments:
-            return None
-        found = (pair for window in _windows(text) for pair in self._fragments.get(window, ()))
-        return next((place for fragment, place in found if f" {fragment} " in f" {text} "), None)
+        for text in texts if self._fragments else ():
+            for window in _windows(text):
+                for fragment, place in self._fragments.get(window, ()):
+                    if f" {fragment} " in f" {text} ":
+                        return place
+        return None
 
 
 def _windows(text: str) -> Iterator[str]:
@@ -147,14 +146,14 @@ class BenchmarkData:
     held_out: Iterable[Document] = ()
 
 
-@dataclass(frozen=True)
+@dataclass
 class Prepared:
     """What was written: `counts` of lines by file, and of 'removed' items, of which `example` is the first."""
 
     folder: Path
-    counts: Mapping[str, int]
+    tasks: tuple[str, ...]
+    counts: Counter[str] = field(default_factory=Counter)
     example: str = ""
-    tasks: tuple[str, ...] = ()
 
 
 def prepare(benchmark: BenchmarkData, folder: Path, split: HashSplit, overlap: str = "remove") -> Prepared:
@@ -168,124 +167,87 @@ def prepare(benchmark: BenchmarkData, folder: Path, split: HashSplit, overlap: s
     outside = [name for name in names if not re.fullmatch(r"[\w.+-]+", name) or name.startswith(".")]
     require(not outside, f"--task-name {' '.join(outside)} is not a valid file name: use letters, digits, . _ + and -.")
     require(not folder.exists(), f"--output {folder} exists already: remove it, or name another folder.")
-    with _new_folder(folder) as draft:
-        with ExitStack() as files:
-            written = _Writer(draft, files, split, overlap).write(benchmark)
-        for tests in benchmark.tests:
-            _write_tasks(tests, draft, folder)
-    names = tuple(template.task for tests in benchmark.tests for template in tests.tasks)
-    return Prepared(folder, written.counts, written.example, names)
-
-
-@contextmanager
-def _new_folder(folder: Path) -> Iterator[Path]:
-    """A draft beside `folder` that is renamed to it at the end; on an error nothing is left."""
+    done = Prepared(folder, tuple(template.task for tests in benchmark.tests for template in tests.tasks))
     draft = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(draft, ignore_errors=True)
     try:
         draft.mkdir(parents=True)
-        yield draft
+        with ExitStack() as files:
+            _write_items(benchmark, split, overlap, done, _LineWriter(draft, files, done.counts))
+        for tests in benchmark.tests:
+            require(
+                done.counts[tests.file] > 0,
+                f"no item for {', '.join(template.task for template in tests.tasks)}: give a file of test items, or a "
+                "--test-percent above 0.",
+            )
+            for template in tests.tasks:
+                data_files = {"test": folder / tests.file}  # where it will be once the draft is renamed
+                if "fewshot_split" in template.settings:
+                    data_files[template.settings["fewshot_split"]] = folder / FEWSHOT
+                (draft / f"{template.name}.yaml").write_text(template.filled(data_files), encoding="utf-8")
         draft.rename(folder)
     except OSError as error:
         raise ConfigurationError(f"--output {folder} could not be written: {error.strerror or error}.") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+    return done
 
 
-@dataclass
-class _Writer:
-    """The state of one preparation: open files by name, and what was written to them."""
+class _LineWriter:
+    """Appends records to the files of a folder, which are closed with `files`, and counts them."""
 
-    folder: Path
-    files: ExitStack
-    split: HashSplit
-    overlap: str
-    items: TestItems = field(default_factory=TestItems)
-    counts: Counter[str] = field(default_factory=Counter)
-    example: str = ""
-    _open: dict[str, IO[str]] = field(default_factory=dict)
-    _most_examples: int = 0
+    def __init__(self, folder: Path, files: ExitStack, counts: Counter[str]) -> None:
+        self._counts = counts
+        self._open = cache(lambda name: files.enter_context((folder / name).open("w", encoding="utf-8")))
 
-    def write(self, benchmark: BenchmarkData) -> "_Writer":
-        tested_by_split = None
-        for tests in benchmark.tests:  # first: what they hold must not get into the training data
-            if not self._write_tests(tests):
-                tested_by_split = tests.file
-        for document in benchmark.held_out:
-            self.items.add(document)
-        needed = _numbers_of_examples(benchmark)
-        self._most_examples = max(MOST_EXAMPLES, *needed) if needed else 0
-        if benchmark.training is not None:
-            for document in benchmark.documents:
-                self._place(document, benchmark.training, tested_by_split)
-            self._check(max(needed, default=0))
-        return self
+    def __call__(self, name: str, record: Mapping[str, Any]) -> None:
+        self._open(name).write(json.dumps(record, ensure_ascii=False) + "\n")
+        self._counts[name] += 1
 
-    def _write_tests(self, tests: Tests) -> int:
-        """The number of the test's own documents."""
-        before = self.counts[tests.file]
+
+def _write_items(benchmark: BenchmarkData, split: HashSplit, overlap: str, done: Prepared, write: _LineWriter) -> None:
+    """Write test items, solved examples, train and valid, and count them in `done`."""
+    test_items, counts, tested_by_split = TestItems(), done.counts, None
+    for tests in benchmark.tests:  # first: what they hold must not get into the training data
         for document in tests.documents:
-            self._line(tests.file, document.fields)
-            self.items.add(document)
-        return self.counts[tests.file] - before
-
-    def _place(self, document: Document, template: TaskTemplate, test_file: str | None) -> None:
-        """Write the item to train, valid or test, or leave it out."""
-        if (tested := self.items.match(document)) is not None:
-            self._remove(document, tested)
-            return
-        part = self.split.split_of(document)
-        if part == "test" and test_file is not None:
-            self._line(test_file, document.fields)
-            return
-        if part != "valid" and self.counts[FEWSHOT] < self._most_examples:
-            self._line(FEWSHOT, document.fields)
-        record = {"prompt": template.prompt(document.fields), "completion": template.completion(document.fields)}
-        self._line("valid.jsonl" if part == "valid" else "train.jsonl", record)
-
-    def _remove(self, document: Document, tested: str) -> None:
-        found = f"{document.place} is the test item of {tested}"
-        if self.overlap == "error":
-            raise ConfigurationError(f"{found}, so it may not be trained on. --overlap remove leaves such items out.")
-        self.example = self.example or found
-        self.counts["removed"] += 1
-
-    def _check(self, num_examples: int) -> None:
-        wanted = ["train.jsonl", *(["valid.jsonl"] if self.split.valid_percent else [])]
-        empty = [name for name in wanted if not self.counts[name]]
-        trained = self.counts["train.jsonl"] + self.counts["valid.jsonl"]
-        require(
-            not empty,
-            f"{' and '.join(empty)} would be empty: {trained} items to train on, and {self.counts['removed']} left out "
-            "that are test items. Give more items, another --valid-percent (0: no validation file) or another --seed.",
-        )
-        examples = self.counts[FEWSHOT]
-        require(
-            examples >= num_examples,
-            f"{num_examples} solved items are shown before each question, and there are {examples} to train on.",
-        )
-
-    def _line(self, name: str, record: Mapping[str, Any]) -> None:
-        if name not in self._open:
-            self._open[name] = self.files.enter_context((self.folder / name).open("w", encoding="utf-8"))
-        self._open[name].write(json.dumps(record, ensure_ascii=False) + "\n")
-        self.counts[name] += 1
-
-
-def _numbers_of_examples(benchmark: BenchmarkData) -> list[int]:
-    """Solved items that each task shows before a question, without --num-fewshot."""
+            write(tests.file, document.fields)
+            test_items.add(document)
+        if not counts[tests.file]:
+            tested_by_split = tests.file
+    for document in benchmark.held_out:
+        test_items.add(document)
+    if benchmark.training is None:
+        return
     settings = [template.settings for tests in benchmark.tests for template in tests.tasks]
-    return [one["num_fewshot"] for one in settings if "fewshot_split" in one]
-
-
-def _write_tasks(tests: Tests, partial: Path, folder: Path) -> None:
+    # The solved items that each task shows before a question, without --num-fewshot.
+    examples = [task["num_fewshot"] for task in settings if "fewshot_split" in task]
+    most_examples = max(MOST_EXAMPLES, *examples) if examples else 0
+    for document in benchmark.documents:
+        if (tested := test_items.match(document)) is not None:
+            shared = f"{document.place} is the test item of {tested}"
+            require(
+                overlap != "error", f"{shared}, so it may not be trained on. --overlap remove leaves such items out."
+            )
+            done.example = done.example or shared
+            counts["removed"] += 1
+            continue
+        part, template = split.split_of(document), benchmark.training
+        if part == "test" and tested_by_split is not None:
+            write(tested_by_split, document.fields)
+            continue
+        if part != "valid" and counts[FEWSHOT] < most_examples:
+            write(FEWSHOT, document.fields)
+        record = {"prompt": template.prompt(document.fields), "completion": template.completion(document.fields)}
+        write("valid.jsonl" if part == "valid" else "train.jsonl", record)
+    empty = [name for name in ["train.jsonl", *["valid.jsonl"] * (split.valid_percent > 0)] if not counts[name]]
     require(
-        (partial / tests.file).exists(),
-        f"no item for {', '.join(template.task for template in tests.tasks)}: give a file of test items, or a "
-        "--test-percent above 0.",
+        not empty,
+        f"{' and '.join(empty)} would be empty: {counts['train.jsonl'] + counts['valid.jsonl']} items to train on, and "
+        f"{counts['removed']} left out that are test items. Give more items, another --valid-percent (0: no validation "
+        "file) or another --seed.",
     )
-    for template in tests.tasks:
-        data_files = {"test": folder / tests.file}  # where it will be once the draft is renamed
-        if "fewshot_split" in template.settings:
-            data_files[template.settings["fewshot_split"]] = folder / FEWSHOT
-        (partial / f"{template.name}.yaml").write_text(template.filled(data_files), encoding="utf-8")
+    needed = max(examples, default=0)
+    require(
+        counts[FEWSHOT] >= needed,
+        f"{needed} solved items are shown before each question, and there are {counts[FEWSHOT]} to train on.",
+    )

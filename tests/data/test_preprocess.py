@@ -10,8 +10,7 @@ from transformers import AutoTokenizer
 
 from megatron_peft.commands.preprocess import main
 from megatron_peft.config import ConfigurationError, DataConfig
-from megatron_peft.data.documents import DocumentEncoder, PreprocessConfig, encoded_documents
-from megatron_peft.data.preprocess import preprocess
+from megatron_peft.data.preprocess import DocumentEncoder, PreprocessConfig, encoded_documents, preprocess
 from tests.data.tiny_tokenizers import save_tokenizer
 
 TEXTS = [{"text": "1 2 3", "title": "7"}, {"text": "", "title": "8"}, {"text": "4 5", "title": "9"}]

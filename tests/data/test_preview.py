@@ -16,7 +16,7 @@ from megatron_peft.commands import preview as command
 from megatron_peft.config import DataConfig
 from megatron_peft.config.preview import PreviewOptions
 from megatron_peft.data.instruction import InstructionDataset
-from megatron_peft.data.preview import Batches, Preview, show, visible
+from megatron_peft.data.preview import Preview, show, visible
 from megatron_peft.data.samples import PackedOrder, SampleOrder
 from tests.data.test_instruction import RECORDS
 from tests.time_limits import seconds
@@ -24,10 +24,10 @@ from tests.time_limits import seconds
 ROOT = Path(__file__).parents[2]
 
 
-def preview(*paths: str, batch: Batches = Batches(2, 2), options: dict | None = None, **data) -> Preview:  # noqa: B008
+def preview(*paths: str, sizes: tuple[int, int] = (2, 2), options: dict | None = None, **data) -> Preview:
     numbers = {"tokenizer_type": "NullTokenizer", "vocab_size": 999}
     config = DataConfig(train_data_path=paths, **{"seq_length": 4, **numbers, **data})
-    return Preview(config, batch, PreviewOptions(**(options or {})))
+    return Preview(config, PreviewOptions(**(options or {})), None, *sizes)
 
 
 def shown(found: Preview, **console) -> str:
@@ -41,17 +41,18 @@ def test_figures_of_a_small_file_are_those_of_the_data_set_that_training_builds(
     found = preview(path)
     dataset = InstructionDataset(found.records, found.fit)
     assert found.is_exact and found.length == (dataset.lengths.mean(),) * 3
-    assert found.num_samples == (len(dataset),) * 3 and found.steps(found.num_samples).value == 2
+    assert found.num_samples == (len(dataset),) * 3 and found.steps(len(dataset)) == 2
     order = PackedOrder(SampleOrder(3, 1234, True), dataset.lengths, 4)
-    assert found.packs.value == order.epoch_length(0) and found.fill(order.packing) == pytest.approx(order.fill())
+    assert found.num_packs(order.packing) == (packs := order.epoch_length(0))
+    assert found.fill(order.packing) == pytest.approx(dataset.lengths.sum() / (4 * packs))
     assert found.fill() == pytest.approx(dataset.lengths.mean() / 4)
     trained = sum(dataset[i].loss_mask.sum() for i in range(3))
-    assert found.measured.trained.sum() == trained
+    assert found.trained.sum() == trained
 
 
 def test_padding_is_what_the_rows_of_a_microbatch_lack_to_its_longest(write_lines):
     records = [{"text": "1"}, {"text": "1 2 3"}, {"text": "1 2"}] * 2  # 1, 3 and 2 positions
-    found = preview(write_lines(records), batch=Batches(2, 3))
+    found = preview(write_lines(records), sizes=(2, 3))
     used = np.random.default_rng(found.config.seed).permutation([1, 3, 2] * 2)
     widest = used[:3].max() + used[3:].max()
     assert found.padding == pytest.approx(1 - 12 / (3 * widest))
@@ -108,14 +109,16 @@ def test_estimates_cover_the_truth_as_often_as_they_say(write_lines):
     lengths = np.sort(np.clip(np.random.RandomState(0).lognormal(2, 0.9, 1500), 1, 60).astype(int))
     path = write_lines([{"text": " 1" * int(length)} for length in lengths])
     truth = preview(path, seq_length=32, options={"exact": True})
-    hits = np.zeros(5)
+    hits = np.zeros(4)
     for seed in range(15):
         found = preview(path, seq_length=32, seed=seed, options={"sampled_records": 200})
-        longer, of_truth = (one.share(one.measured.whole > 32) for one in (found, truth))
+        longer, of_truth = (one.share(one.whole > 32) for one in (found, truth))
         pairs = [(found.length, truth.length), (longer, of_truth), (found.num_samples, truth.num_samples)]
-        pairs += [(found.packs, truth.packs), (_trained(found), _trained(truth))]
+        pairs += [(_trained(found), _trained(truth))]
+        packs, of_truth = (one.num_packs("first-fit-decreasing") for one in (found, truth))
+        assert packs == pytest.approx(of_truth, rel=0.25)
         hits += [estimate.low <= exact.value <= estimate.high for estimate, exact in pairs]
-    assert len(truth.measured.records) == 1500 and truth.length.low == truth.length.high
+    assert len(truth.chosen) == 1500 and truth.length.low == truth.length.high
     assert (hits >= 12).all(), hits
 
 
@@ -124,12 +127,12 @@ def test_an_interval_is_as_wide_as_one_of_95_percent(write_lines):
     lengths = np.random.RandomState(0).randint(1, 30, 4000)
     path = write_lines([{"text": " 1" * int(length)} for length in lengths])
     found = preview(path, seq_length=64, options={"sampled_records": 400})
-    width = 2 * 1.96 * np.std(found.measured.whole, ddof=1) / 400**0.5
+    width = 2 * 1.96 * np.std(found.whole, ddof=1) / 400**0.5
     assert found.length.high - found.length.low == pytest.approx(width, rel=0.15)
 
 
 def _trained(found: Preview):
-    return found.ratio(found.measured.trained, found.measured.kept)
+    return found.ratio(found.trained, found.kept)
 
 
 def test_a_weighted_blend_is_drawn_by_its_weights_and_has_no_epoch(write_lines):

@@ -15,8 +15,7 @@ import pytest
 
 from megatron_peft.checkpoint.folders import write_manifest
 from megatron_peft.config import ConfigurationError, DataConfig
-from megatron_peft.data import tables as tables_of_data
-from megatron_peft.data import token_cache
+from megatron_peft.data import files, instruction
 from megatron_peft.data.files import RecordFiles
 from megatron_peft.data.formats import ColumnNames
 from megatron_peft.data.instruction import InstructionDataset
@@ -90,7 +89,7 @@ def test_a_table_that_cannot_be_read_is_named(tables, tmp_path, name, content, t
 
 @pytest.mark.parametrize("kind", ["csv", "parquet", "arrow", "folder"])
 def test_a_table_of_too_many_columns_is_refused_before_it_is_read(tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(tables_of_data, "MAX_COLUMNS", 2)
+    monkeypatch.setattr(files, "MAX_COLUMNS", 2)
     rows, path = datasets.Dataset.from_list([{"prompt": "a", "completion": "b", "c": "d"}]), tmp_path / f"a.{kind}"
     if kind == "csv":
         path.write_text("prompt,completion,c\na,b,c\n")
@@ -150,10 +149,11 @@ def samples_of(dataset: InstructionDataset) -> list[tuple[list, list, list]]:
 
 
 @pytest.mark.parametrize("overlong", ["truncate", "skip"])
-def test_what_is_read_from_the_cache_is_what_would_be_made(write_lines, tmp_path, overlong, monkeypatch):
-    monkeypatch.setattr(token_cache, "_BATCH", 2)  # several arrays in a file
-    records = RecordFiles([write_lines([*RECORDS, RECORDS[0] | {"id": 3}])], FLAG)
-    fit = Fit(NullTokenizer(99), 4, overlong)
+@pytest.mark.parametrize("seq_length", [1, 2, 4, 9])
+def test_what_is_read_from_the_cache_is_what_would_be_made(write_lines, tmp_path, seq_length, overlong, monkeypatch):
+    monkeypatch.setattr(instruction, "_BATCH", 2)  # several arrays in a file
+    records = RecordFiles([write_lines([*RECORDS, RECORDS[0] | {"id": 3}, {"prompt": "", "completion": "7"}])], FLAG)
+    fit = Fit(NullTokenizer(99), seq_length, overlong)
     plain, first, second = (InstructionDataset(records, fit, root) for root in (None, tmp_path / "c", tmp_path / "c"))
     for cached in (first, second):
         assert samples_of(cached) == samples_of(plain)
@@ -173,14 +173,14 @@ def test_other_files_tokenizers_templates_and_columns_have_caches_of_their_own(w
     tokenizers = [NullTokenizer(9), NullTokenizer(8), HuggingFaceTokenizer(folder)]
     tokenizers += [HuggingFaceTokenizer(folder, "{{ messages }}")]
     (tmp_path / "a" / "added.json").write_text("{}")
-    names = {token_cache.cache_folder(tmp_path, records, Fit(one, 4)) for one in tokenizers}
+    names = {instruction.cache_folder(tmp_path, records, Fit(one, 4)) for one in tokenizers}
     names.add(
-        token_cache.cache_folder(
+        instruction.cache_folder(
             tmp_path, RecordFiles([write_lines(CHATS[1:], "b.jsonl")], FLAG), Fit(tokenizers[0], 4)
         )
     )
     for columns in (ColumnNames(prompt="a", response="b"), ColumnNames(prompt="c", response="b")):
-        names.add(token_cache.cache_folder(tmp_path, records, Fit(tokenizers[0], 4, columns=columns)))
+        names.add(instruction.cache_folder(tmp_path, records, Fit(tokenizers[0], 4, columns=columns)))
     assert len(names) == 7
 
 
@@ -316,7 +316,7 @@ def test_a_damaged_cache_is_said_with_the_folder_to_remove(write_lines, tmp_path
 
 def test_a_cache_is_on_the_disk_before_it_has_its_name(write_lines, tmp_path, monkeypatch):
     synced: list[str] = []
-    monkeypatch.setattr(token_cache, "sync", lambda path: synced.append(path.name) if path.exists() else pytest.fail())
+    monkeypatch.setattr(instruction, "sync", lambda path: synced.append(path.name) if path.exists() else pytest.fail())
     records = RecordFiles([write_lines(RECORDS)], FLAG)
     InstructionDataset(records, Fit(NullTokenizer(99), 4), tmp_path / "c")
     *files, draft, root = synced
@@ -344,7 +344,7 @@ def test_nodes_that_start_together_leave_one_another_their_drafts(tmp_path):
     of_another_node, killed = tmp_path / ".tokens-a.start.1", tmp_path / ".tokens-a.before.1"
     for draft in (of_another_node, killed):
         draft.mkdir()
-    token_cache._start_draft(tmp_path / ".tokens-a.start.0").release()
+    instruction._start_draft(tmp_path / ".tokens-a.start.0").release()
     assert of_another_node.is_dir() and not killed.exists()
 
 
@@ -378,12 +378,6 @@ def test_a_process_alone_makes_a_cache_alone(monkeypatch, environ, expected):
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
     assert place_on_node() == expected
-
-
-def test_the_last_trained_token_of_each_record_before_its_stop_is_found():
-    flags = np.asarray([1, 0, 0, 1, 0, 1, 1, 0, 0, 0], dtype=bool)  # of records of 1, 4, 3 and 2 tokens
-    starts, stops = np.asarray([0, 1, 5, 8]), np.asarray([1, 5, 6, 10])
-    assert token_cache._last_trained(np.flatnonzero(flags), starts, stops).tolist() == [0, 2, 0, 0]
 
 
 def test_data_cache_path_is_no_longer_of_indexed_data_alone():

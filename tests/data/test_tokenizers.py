@@ -14,7 +14,6 @@ from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from megatron_peft.config import ConfigurationError, DataConfig
-from megatron_peft.data.chat_template import template_inputs
 from megatron_peft.data.tokenizers import (
     ChatSegment,
     HuggingFaceTokenizer,
@@ -23,6 +22,7 @@ from megatron_peft.data.tokenizers import (
     doubt_about_vocabulary,
     require_vocabulary_fits,
     split_chat,
+    template_inputs,
 )
 from tests.data.tiny_tokenizers import save_tokenizer
 
@@ -78,6 +78,7 @@ def test_llama_2s_tokenizer_puts_its_first_token_before_a_text(sentencepiece_fil
     assert gpt.encode_prompt("the cat sat") == plain.encode_prompt("the cat sat") == ids
     assert llama.encode_prompt("the cat sat") == [llama.prefix_id, *ids] and llama.bos_id == llama.prefix_id != 0
     assert llama.decode(llama.encode_prompt("the cat sat")) == "the cat sat"
+    assert plain.digest == gpt.digest != llama.digest, "their tokens are not kept in one cache"
 
 
 def test_null_tokenizer_means_what_it_meant_to_megatron():
@@ -174,7 +175,7 @@ def test_messages_need_a_chat_template(tmp_path):
     with pytest.raises(ConfigurationError, match=f"{tmp_path} has no chat template"):
         tokenizer.render_chat(MESSAGES)
     with pytest.raises(ConfigurationError, match="NullTokenizer has no chat template"):
-        NullTokenizer(99).split_chat(MESSAGES)
+        NullTokenizer(99).render_chat(MESSAGES)
 
 
 def test_a_tokenizer_of_another_model_is_refused():

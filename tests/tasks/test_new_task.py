@@ -63,6 +63,8 @@ def test_a_file_in_the_folder_of_tasks_is_a_sub_command(tmp_path: Path, monkeypa
         ("reader: json", "kind: json", "unknown kind, no reader; the keys are fields, "),
         ("test: dev.jsonl", "test: {../x: dev.jsonl}", r"test: \.\./x is not the name of a task"),
         ("label:", "same_item: [question]\nlabel:", "wrong type of same_item"),
+        ("fields: [passage, question]", "fields: 5", "wrong type of fields"),
+        ("[passage, question]", "[[passage], question]", "wrong type of fields"),
         ("label:", "same_item: [[title]]\nlabel:", "title not in fields"),
         ("{answer: [false, true]}", "answer", "wrong type of label"),
         ("train: train.jsonl", "train: [train.jsonl]", "wrong type of train"),
