@@ -54,21 +54,17 @@ def time_turns(job: TurnsJob) -> dict[str, list[float]]:
     for name in job.floors:
         steps[f"{name} adds"] = products_beyond(logs[name], logs["frozen"])
         steps[f"{name} spares"] = products_beyond(logs["frozen"], logs[name])
-    seconds = take_turns(steps, job.num_turns, _Limit(MAX_SECONDS).is_over)
-    leave()
-    return seconds
+    end = time.monotonic() + MAX_SECONDS
 
-
-class _Limit:
-    """A wall-clock limit shared by all ranks."""
-
-    def __init__(self, max_seconds: float) -> None:
-        self.end = time.monotonic() + max_seconds
-
-    def is_over(self) -> bool:
-        over = torch.tensor(time.monotonic() > self.end, dtype=torch.int32)
+    def is_late() -> bool:
+        """Whether the time is up on any rank."""
+        over = torch.tensor(time.monotonic() > end, dtype=torch.int32)
         dist.all_reduce(over, dist.ReduceOp.MAX)
         return bool(over)
+
+    seconds = take_turns(steps, job.num_turns, is_late)
+    leave()
+    return seconds
 
 
 def take_turns(
@@ -84,7 +80,7 @@ def take_turns(
         if is_late() and turn >= FEWEST_TURNS:
             break
         for name in list(steps)[:: -1 if turn % 2 else 1]:
-            spent = _cpu_seconds(steps[name])
+            spent = cpu_seconds(steps[name])
             if turn >= 0:
                 seconds[name].append(spent)
     return seconds
@@ -96,11 +92,12 @@ def over_ranks(by_rank: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, li
 
 
 def median_ratio(above: Sequence[float], below: Sequence[float]) -> float:
-    """The median over the turns of one's seconds over the other's."""
+    """The median over the turns of the quotient of seconds."""
     return median(a / b for a, b in zip(above, below, strict=True))
 
 
-def _cpu_seconds(step: Step) -> float:
+def cpu_seconds(step: Step) -> float:
+    """CPU seconds of all threads of this process during a step."""
     start = time.process_time()
     step()
     return time.process_time() - start
@@ -136,7 +133,7 @@ class StepsJob:
 
 
 def peak_of_steps(setting: Setting, name: str, num_steps: int = NUM_STEPS) -> Peak:
-    """Of some steps of one subject in a fresh process of one rank."""
+    """The peak of some steps of a subject in a fresh process of one rank."""
     return run_ranks(1, run_steps, StepsJob(setting, name, num_steps), timeout=TIMEOUT_SECONDS)[0]
 
 
@@ -152,7 +149,7 @@ def run_steps(job: StepsJob) -> Peak:
 
 
 def resident_bytes() -> int:
-    """Of this process, now."""
+    """Memory of this process, now."""
     return _status("VmRSS")
 
 
@@ -165,16 +162,13 @@ def peak_of_bare_torch() -> int:
     """The high-water mark of an interpreter that has imported torch and nothing else."""
     program = "import torch; print(open('/proc/self/status').read())"
     printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-    return _field(printed, "VmHWM")
+    return _status("VmHWM", printed)
 
 
-def _status(name: str) -> int:
-    return _field(Path("/proc/self/status").read_text(), name)
-
-
-def _field(status: str, name: str) -> int:
-    """`VmHWM:   1234 kB` in bytes."""
-    line = next(line for line in status.splitlines() if line.startswith(f"{name}:"))
+def _status(name: str, status: str | None = None) -> int:
+    """`VmHWM:   1234 kB` of a process's status, by default of this one, in bytes."""
+    lines = (Path("/proc/self/status").read_text() if status is None else status).splitlines()
+    line = next(line for line in lines if line.startswith(f"{name}:"))
     return int(line.split()[1]) * 1024
 
 
@@ -214,8 +208,8 @@ def print_table(title: str, figures: Sequence[Figure], console: Console | None =
     for header in ("figure", "measured", "target", "", "what is behind it"):
         table.add_column(header, overflow="fold")
     for figure in figures:
-        target = "" if figure.target is None else f"<= {_number(figure.target)} {figure.unit}"
-        measured = f"{_number(figure.measured)} {figure.unit}"
+        target = "" if figure.target is None else f"<= {figure.target:.4g} {figure.unit}"
+        measured = f"{figure.measured:.4g} {figure.unit}"
         table.add_row(escape(figure.name), measured, target, VERDICTS[figure.reached], escape(figure.note))
     (console or Console()).print(table)
 
@@ -225,10 +219,6 @@ def write_json(path: Path, figures: Sequence[Figure]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = [{**dataclasses.asdict(figure), "reached": figure.reached} for figure in figures]
     path.write_text(json.dumps(rows, indent=2) + "\n")
-
-
-def _number(value: float) -> str:
-    return f"{value:.4g}"
 
 
 # The floor of a method: the products of its step that another step does not have, run alone.
@@ -251,7 +241,8 @@ class ProductLog(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         if func.overloadpacket.__name__ in PRODUCTS:
-            call = _factors(func.overloadpacket.__name__, [one for one in tree_leaves(args) if isinstance(one, Tensor)])
+            tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+            call = _factors(func.overloadpacket.__name__, tensors)
             if call not in self.again:
                 self.again[call] = partial(func, *tree_map_only(Tensor, torch.clone, args), **(kwargs or {}))
             self.calls.append(call)
@@ -268,7 +259,7 @@ def _factors(name: str, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
 
 
 def products_of(step: Step) -> ProductLog:
-    """Of one step, not the first."""
+    """The products of a step that is not the first."""
     step()
     with ProductLog() as log:
         step()
@@ -276,11 +267,11 @@ def products_of(step: Step) -> ProductLog:
 
 
 def products_beyond(log: ProductLog, other: ProductLog) -> Step:
-    """Runs the products of the one that the other has not."""
+    """Runs the products of `log` that `other` has not."""
     common = Counter(other.calls)
-    own = []
+    beyond = []
     for call in log.calls:
         common[call] -= 1
         if common[call] < 0:
-            own.append(call)
-    return torch.no_grad()(lambda: [log.again[call]() for call in own])
+            beyond.append(call)
+    return torch.no_grad()(lambda: [log.again[call]() for call in beyond])

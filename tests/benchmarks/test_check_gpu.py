@@ -17,14 +17,17 @@ from rich.console import Console
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_peft.adapters import low_rank
-from megatron_peft.benchmarks.check_gpu import LINES, SIZES_VARIABLE, Line, run, speed, subjects, versions
-from megatron_peft.benchmarks.check_gpu.speed import Kernel, busy_share
+from megatron_peft.benchmarks.check_gpu import LINES, SIZES_VARIABLE, Line, run
 from megatron_peft.benchmarks.measure import Figure
 from megatron_peft.commands import check_gpu as command
 from megatron_peft.models import layers
 from megatron_peft.runtime import precision
 from tests.adapters.test_operation_counts import A_MICROBATCH
+from tests.benchmarks import gpu_speed as speed
+from tests.benchmarks import gpu_subjects as subjects
+from tests.benchmarks import gpu_versions as versions
 from tests.benchmarks import test_on_one_gpu as on_one_gpu
+from tests.benchmarks.gpu_speed import Kernel, busy_share
 from tests.emulated_tf32 import FACTORS, as_tf32
 
 ROOT = Path(__file__).parents[2]

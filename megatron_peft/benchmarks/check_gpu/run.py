@@ -1,13 +1,10 @@
 """Run the tests of the lines with pytest, print a table of what each line records, and write all of it as JSON."""
 
 import dataclasses
-import io
 import json
 import math
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -19,10 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from megatron_peft.benchmarks.check_gpu import LINES, SIZES_VARIABLE
-from megatron_peft.benchmarks.check_gpu.subjects import record_losses, save_llama
 from megatron_peft.benchmarks.measure import Figure, print_table
-from megatron_peft.config import ParallelConfig
-from megatron_peft.runtime.launch import start_model_parallel, world
 
 PROVES_NOTHING = (
     "There is no GPU here: the same checks run on the CPU at small sizes. This proves nothing about CUDA, only that "
@@ -177,10 +171,3 @@ def _write(path: Path, outcomes: Sequence[LineOutcome], is_gpu: bool) -> None:
     found = {"device": device, "proves_something_about_cuda": is_gpu, "lines": lines}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found, indent=2) + "\n")
-
-
-def record() -> None:
-    """Write the losses of the CPU anew."""
-    with world(), tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):  # a run tells of its start
-        start_model_parallel(ParallelConfig(), seed=1)
-        record_losses(save_llama(Path(folder)))
