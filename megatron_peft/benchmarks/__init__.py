@@ -1,7 +1,6 @@
 """The benchmarks by name: what each measures on which model. The code that measures, and torch, are imported later."""
 
-import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -29,20 +28,7 @@ class Workplace:
 
     def random_8_layers(self, **changes: Any) -> Any:
         """8 layers, hidden 512, 4 x 256 tokens."""
-        return self._random("llama-8x512", **changes)
-
-    def microbatches_of_512(self) -> Any:
-        """8 layers, hidden 512, 8 microbatches of 512 tokens."""
-        return self.random_8_layers(rows=1, positions=512, microbatches=8)
-
-    def random_2_wide_layers(self) -> Any:
-        """2 layers, hidden 2048, 2 microbatches of 512 tokens."""
-        wide = {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 2}
-        return self._random("llama-2x2048", wide, rows=1, positions=512, microbatches=2)
-
-    def random_8_layers_in_files(self) -> Any:
-        """8 layers, hidden 512, in files of 20 MB."""
-        return self._random("llama-8x512-files", {"max_file_size": "20MB"})
+        return self.random("llama-8x512", {}, **changes)
 
     def pretrained_135m(self, **changes: Any) -> Any:
         """SmolLM2-135M-Instruct, 4 x 256 tokens."""
@@ -51,10 +37,11 @@ class Workplace:
 
         return Setting(str(prepare_model(self.model, self.downloads)), **changes)
 
-    def _random(self, name: str, shape: dict[str, Any] | None = None, **changes: Any) -> Any:
+    def random(self, name: str, shape: Mapping[str, Any], **changes: Any) -> Any:
+        """A model of random weights, with a shape that differs by this from 8 layers, hidden 512."""
         from megatron_peft.benchmarks.subjects import Setting, save_shape
 
-        return Setting(str(save_shape(self.output / name, **(shape or {}))), **changes)
+        return Setting(str(save_shape(self.output / name, **shape)), **changes)
 
 
 @dataclass(frozen=True)
@@ -71,6 +58,7 @@ class Benchmark:
         return getattr(import_module(f"megatron_peft.benchmarks.{module}"), function)(*self.arguments(place))
 
 
+WIDE = {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 2}
 BENCHMARKS = {
     "layout-ratios": Benchmark(
         "CPU seconds of a step over the frozen base's: 8 layers, hidden 512, rank 16, b 8, m 3, 4 x 256 tokens",
@@ -80,12 +68,12 @@ BENCHMARKS = {
     "microbatch-ratios": Benchmark(
         "CPU seconds of a step over the frozen base's: 8 layers, hidden 512, rank 16, b 8, m 3, 8 times 512 tokens",
         "steps:ratio_figures",
-        lambda place: (place.microbatches_of_512(), place.turns),
+        lambda place: (place.random_8_layers(rows=1, positions=512, microbatches=8), place.turns),
     ),
     "wide-ratios": Benchmark(
         "CPU seconds of a step over the frozen base's: 2 layers, hidden 2048, rank 16, b 8, m 3, 2 times 512 tokens",
         "steps:ratio_figures",
-        lambda place: (place.random_2_wide_layers(), place.turns),
+        lambda place: (place.random("llama-2x2048", WIDE, rows=1, positions=512, microbatches=2), place.turns),
     ),
     "boft-layer": Benchmark(
         "A layer of BOFT, b 8, m 3, 2048 x 2048, 1024 tokens, forward and backward",
@@ -133,7 +121,7 @@ BENCHMARKS = {
     "reading": Benchmark(
         "What ranks read to load a model: 8 layers, hidden 512, files of 20 MB",
         "files:reading_figures",
-        lambda place: (place.random_8_layers_in_files(),),
+        lambda place: (place.random("llama-8x512-files", {"max_file_size": "20MB"}),),
     ),
     "convert": Benchmark(
         "Loading and converting the 135M model beside plain safetensors",

@@ -11,19 +11,21 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from safetensors import safe_open
 from torch import Tensor
 
-from megatron_peft.benchmarks.measure import Figure, median_ratio, peak_of_bare_torch, peak_resident_bytes, take_turns
+from megatron_peft.benchmarks.measure import Figure, median_ratio, peak_of_program, take_turns
 from megatron_peft.benchmarks.subjects import Setting, join, leave, load_base
 from megatron_peft.conversion.hf_files import ReadCounts, Source, is_whole_rows
 from megatron_peft.conversion.pretrained import base_parameters, open_weights, owned_rules, read_model_shape
 from megatron_peft.conversion.to_huggingface import megatron_to_hf
 from megatron_peft.conversion.to_megatron import hf_to_megatron
 from megatron_peft.runtime.ranks import run_ranks
+from megatron_peft.training.metrics import memory_bytes
 
 # Time and memory of loading and converting a model, beside reading the same files with plain safetensors.
 #
@@ -66,14 +68,10 @@ def convert_figures(model: Path, work: Path) -> list[Figure]:
         figures.append(Figure(f"{name}: time / {READ}", median_ratio(spent, plain), SLOWER, "", note))
 
     # Memory of a process that does nothing else.
-    program = (
-        "from megatron_peft.conversion.to_megatron import hf_to_megatron\n"
-        f"hf_to_megatron({str(model)!r}, {str(work)!r}, progress=False)\n"
-        "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    program = f"from megatron_peft.conversion.to_megatron import hf_to_megatron\nhf_to_megatron({str(model)!r}, "
+    peak = peak_of_program(f"{program}{str(work)!r}, progress=False)")
     shutil.rmtree(work)
-    peak, bare = int(done.stdout) * 1024, peak_of_bare_torch()
+    bare = peak_of_program("import torch")
     note = f"peak {peak / MIB:.0f}, torch alone {bare / MIB:.0f} MiB"
     name = "hf-to-megatron: peak memory above python with torch"
     return [*figures, Figure(name, (peak - bare) / MIB, MIB_ABOVE_TORCH, "MiB", note)]
@@ -115,7 +113,7 @@ class Loaded:
 def loading_figures(setting: Setting) -> list[Figure]:
     """The rank that read the most against its slices, and the rank that grew the most against its part of the model."""
     ranks = run_ranks(setting.world_size, load_on_ranks, setting)
-    bare = peak_of_bare_torch()
+    bare = peak_of_program("import torch")
     most_read = max(ranks, key=lambda rank: rank.read / rank.shard)
     largest = max(ranks, key=lambda rank: rank.peak - rank.shard)
     above = (largest.peak - largest.shard - bare) / MIB
@@ -134,7 +132,7 @@ def load_on_ranks(setting: Setting) -> Loaded:
     chunks, report = load_base(setting)
     shard = sum(parameter.nbytes for chunk in chunks for parameter in chunk.parameters())
     leave()
-    return Loaded(report.counts.bytes, shard, peak_resident_bytes())
+    return Loaded(report.counts.bytes, shard, memory_bytes()[1])
 
 
 # What ranks read together to load a model, beside what each would read alone. Counts: the same on any machine.
@@ -152,7 +150,7 @@ class RankReads:
 
 
 def reading_figures(setting: Setting) -> list[Figure]:
-    """At every layout: bytes a replica reads, headers that the ranks of a node read, and the mean size of a read."""
+    """Bytes a replica reads, headers that the ranks of a node read, and the mean size of a read, at every layout."""
     num_files = len(list(Path(setting.checkpoint).glob("*.safetensors")))
     figures = []
     for layout in (replace(setting, **layout) for layout in READING_LAYOUTS):
@@ -162,32 +160,16 @@ def reading_figures(setting: Setting) -> list[Figure]:
         headers, opens = sum(rank.counts.headers for rank in ranks), sum(rank.counts.opens for rank in ranks)
         replica, replica_alone = (num_bytes / layout.data_parallel / MIB for num_bytes in (read, alone))
         size, size_alone = read / reads / 1024, alone / pieces / 1024
-        bytes_note = f"together {replica:.1f}, alone {replica_alone:.1f} MiB"
+        headers_name = f"headers that a node of {len(ranks)} ranks reads"
         headers_note = f"alone {len(ranks) * num_files}; files opened for their weights: {opens}"
+        bytes_note = f"together {replica:.1f}, alone {replica_alone:.1f} MiB"
         sizes_note = f"alone {pieces:,} pieces of {size_alone:.1f} KiB, together {reads:,} reads of {size:.1f} KiB"
-        figures += [
-            Figure(
-                f"{layout.layout}: bytes a replica reads / bytes of its slices",
-                read / alone,
-                1 / layout.data_parallel,
-                "",
-                bytes_note,
-            ),
-            Figure(
-                f"{layout.layout}: headers that a node of {len(ranks)} ranks reads",
-                headers,
-                num_files,
-                "headers",
-                headers_note,
-            ),
-            Figure(
-                f"{layout.layout}: mean piece of a slice in the file / mean read",
-                size_alone / size,
-                1.0,
-                "",
-                sizes_note,
-            ),
-        ]
+        measured: tuple[tuple[Any, ...], ...] = (
+            ("bytes a replica reads / bytes of its slices", read / alone, 1 / layout.data_parallel, "", bytes_note),
+            (headers_name, headers, num_files, "headers", headers_note),
+            ("mean piece of a slice in the file / mean read", size_alone / size, 1.0, "", sizes_note),
+        )
+        figures += [Figure(f"{layout.layout}: {name}", *numbers) for name, *numbers in measured]
     return figures
 
 

@@ -6,7 +6,7 @@ import json
 import random
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -140,13 +140,8 @@ def time_generation(job: tuple[Questions, int]) -> dict[str, list[float]]:
     model = load_with_transformers(questions.setting)
     prompts = questions.prompts[:NUM_TIMED]
     settings = GenerationSettings(FOREVER, TIMED_NEW, batch_size=NUM_TIMED)
-    seconds = take_turns(
-        {
-            "ours": lambda: generate(chunks, prompts, settings),
-            "transformers": lambda: _greedy(model, prompts, TIMED_NEW),
-        },
-        turns,
-    )
+    ours, theirs = partial(generate, chunks, prompts, settings), partial(_greedy, model, prompts, TIMED_NEW)
+    seconds = take_turns({"ours": ours, "transformers": theirs}, turns)
     leave()
     return seconds
 
@@ -156,17 +151,10 @@ def _greedy(model: Any, prompts: Sequence[Sequence[int]], num_new: int) -> list[
     longest = max(map(len, prompts))
     tokens = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    lengths = {"max_new_tokens": num_new, "min_new_tokens": num_new, "eos_token_id": None, "pad_token_id": 0}
     with torch.no_grad():
-        found = model.generate(
-            tokens,
-            attention_mask=mask,
-            do_sample=False,
-            max_new_tokens=num_new,
-            min_new_tokens=num_new,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-    return found[:, longest:].tolist()
+        generated = model.generate(tokens, attention_mask=mask, do_sample=False, **lengths)
+    return generated[:, longest:].tolist()
 
 
 # Generation with an adapter whose rotations are computed from parameters, beside the base model alone.
@@ -333,7 +321,7 @@ def _told(item: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _choice_log_likelihoods(item: Mapping[str, Any]) -> list[float]:
-    """Of choices; none for an answer in words."""
+    """The log-likelihoods of choices; none for an answer in words."""
     return [float(answer[0]) for answer in _answers(item) if not isinstance(answer, str)]
 
 
@@ -350,23 +338,17 @@ def our_items(questions: HarnessQuestions) -> Items:
     torch.set_num_threads(1)
     start_world()
     output = Path(questions.tasks, "ours.json")
-    settings = HarnessSettings(
-        questions.names,
-        str(output),
-        (questions.tasks,),
-        limit=questions.limit,
-        batch_size=HARNESS_BATCH_SIZE,
-        log_samples=True,
-    )
+    sizes: dict[str, Any] = {"limit": questions.limit, "batch_size": HARNESS_BATCH_SIZE}
+    settings = HarnessSettings(questions.names, str(output), (questions.tasks,), log_samples=True, **sizes)
     evaluate(parse_arguments(["--pretrained-checkpoint", questions.model], saved=saved_values), settings)
     stop()
     path = output.with_suffix(".samples.jsonl")
     samples = (parse_json(line, str(path)) for line in read_text(path).splitlines())
-    return dict(_keyed((sample["task"], sample) for sample in samples))
+    return _by_task_and_number((sample["task"], sample) for sample in samples)
 
 
 def their_items(questions: HarnessQuestions) -> Items:
-    """By `lm_eval --model hf`. Started on a rank of its own."""
+    """The items of `lm_eval --model hf`. Started on a rank of its own."""
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -376,13 +358,14 @@ def their_items(questions: HarnessQuestions) -> Items:
     manager = TaskManager(include_path=questions.tasks, include_defaults=False)
     backend: Any = HFLM  # its flags are taken from **kwargs
     model = backend(pretrained=questions.model, device="cpu", dtype="float32", batch_size=HARNESS_BATCH_SIZE)
-    found: Any = simple_evaluate(model=model, tasks=list(questions.names), task_manager=manager, limit=questions.limit)
-    samples = json.loads(json.dumps(found["samples"], default=handle_non_serializable))
-    return dict(_keyed((task, sample) for task, of_task in samples.items() for sample in of_task))
+    scores: Any = simple_evaluate(model=model, tasks=list(questions.names), task_manager=manager, limit=questions.limit)
+    samples = json.loads(json.dumps(scores["samples"], default=handle_non_serializable))
+    return _by_task_and_number((task, sample) for task, of_task in samples.items() for sample in of_task)
 
 
-def _keyed(samples: Iterator[tuple[str, Any]]) -> Iterator[tuple[tuple[str, int], Any]]:
-    """By task, filter and number."""
-    for task, sample in samples:
-        name = task if sample["filter"] == "none" else f"{task} ({sample['filter']})"
-        yield (name, sample["doc_id"]), sample
+def _by_task_and_number(samples: Iterable[tuple[str, Any]]) -> Items:
+    """The samples by task, with its filter, and number."""
+    return {
+        (task if sample["filter"] == "none" else f"{task} ({sample['filter']})", sample["doc_id"]): sample
+        for task, sample in samples
+    }

@@ -32,7 +32,7 @@ TIMEOUT_SECONDS = 1200.0
 
 
 def boft_layer_figures(num_turns: int) -> list[Figure]:
-    """Over the frozen linear layer; HF PEFT's for comparison."""
+    """Times over the frozen linear layer's; HF PEFT's for comparison."""
     seconds = run_ranks(1, time_layers, num_turns, timeout=TIMEOUT_SECONDS)[0]
     frozen = seconds["frozen"]
     return [
@@ -84,7 +84,7 @@ def _hf_boft() -> Callable[[Tensor], Tensor]:
 
 
 class _PureBlockDiagonal:
-    """In place of HF PEFT's CUDA extension: [factors, blocks, b, b] -> [factors, n, n]."""
+    """The function of HF PEFT's CUDA extension: [factors, blocks, b, b] -> [factors, n, n]."""
 
     @staticmethod
     def apply(blocks: Tensor) -> Tensor:

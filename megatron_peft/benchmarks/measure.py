@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from megatron_peft.benchmarks.subjects import STEPS, Setting, Step, join, leave
 from megatron_peft.runtime.ranks import run_ranks
+from megatron_peft.training.metrics import memory_bytes
 
 # CPU seconds of several steps that take turns, so that whatever else the machine does falls on all of them alike.
 #
@@ -103,7 +104,7 @@ def cpu_seconds(step: Step) -> float:
     return time.process_time() - start
 
 
-# Resident memory of a process, its peak, and its bytes read, as Linux tells them.
+# Resident memory of a process and its peak, as Linux tells them.
 
 MIB = 2**20
 NUM_STEPS = 3
@@ -140,36 +141,19 @@ def peak_of_steps(setting: Setting, name: str, num_steps: int = NUM_STEPS) -> Pe
 def run_steps(job: StepsJob) -> Peak:
     """Started on a rank."""
     join(job.setting)
-    start = resident_bytes()
+    start, _ = memory_bytes()
     step = STEPS[job.name](job.setting)
     for _ in range(job.num_steps):
         step()
     leave()
-    return Peak(peak_resident_bytes(), start)
+    return Peak(memory_bytes()[1], start)
 
 
-def resident_bytes() -> int:
-    """Memory of this process, now."""
-    return _status("VmRSS")
-
-
-def peak_resident_bytes() -> int:
-    """The high-water mark of this process."""
-    return _status("VmHWM")
-
-
-def peak_of_bare_torch() -> int:
-    """The high-water mark of an interpreter that has imported torch and nothing else."""
-    program = "import torch; print(open('/proc/self/status').read())"
-    printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-    return _status("VmHWM", printed)
-
-
-def _status(name: str, status: str | None = None) -> int:
-    """`VmHWM:   1234 kB` of a process's status, by default of this one, in bytes."""
-    lines = (Path("/proc/self/status").read_text() if status is None else status).splitlines()
-    line = next(line for line in lines if line.startswith(f"{name}:"))
-    return int(line.split()[1]) * 1024
+def peak_of_program(program: str) -> int:
+    """The high-water mark in bytes of an interpreter that has run this text and nothing else."""
+    last = "print([line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')][0])"
+    done = subprocess.run([sys.executable, "-c", f"{program}\n{last}"], capture_output=True, text=True, check=True)
+    return int(done.stdout.splitlines()[-1]) * 1024
 
 
 # A figure: what was measured, the target, and whether it is reached; as a table and as JSON.

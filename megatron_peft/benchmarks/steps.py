@@ -202,7 +202,7 @@ MOST_NUMBERS = 8  # of a sum of losses, a norm, a count of tokens
 
 
 def collectives_figures(setting: Setting) -> list[Figure]:
-    """At TP2 and at TP2 with sequence parallelism."""
+    """LoRA beside the frozen base and the Hybrid beside LoRA, at TP2 and at TP2 with sequence parallelism."""
     layouts = [dataclasses.replace(setting, tensor_parallel=2, sequence_parallel=split) for split in (False, True)]
     return [figure for layout in layouts for figure in _compare(layout)]
 

@@ -61,7 +61,7 @@ def check_names(results: Results) -> None:
 
 
 def beside_ours(rows: Sequence[Row]) -> Iterator[Table]:
-    """For each task with a benchmark of the paper: our means of its first score, and the paper's averages."""
+    """Our means of the first score of each task that has a benchmark of the paper, and the paper's averages."""
     of_tasks: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
         task = row.result.group.task

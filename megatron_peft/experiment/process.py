@@ -124,7 +124,7 @@ def start(command: Sequence[str], log: Path) -> Running:
     end_signal = signal.SIGTERM if "torch.distributed.run" in command else signal.SIGKILL
 
     def end_with_parent() -> None:
-        """In the child: have the kernel send the signal when the runner dies. Linux only."""
+        """Have the kernel send the signal to this child when the runner dies. Linux only."""
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(SET_PARENT_DEATH_SIGNAL, int(end_signal))
             if os.getppid() != parent:

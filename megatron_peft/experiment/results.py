@@ -30,32 +30,21 @@ class Result:
     """What a method reached on a task with a model.
 
     Attributes:
+        model, task, method: their names.
         tuning: (cell, its record or None) of each point of the grid.
         finals: trained records of the chosen point, by seed; fewer than the seeds while the experiment runs.
         settings: of the chosen point.
         records: by key, of all of its cells.
     """
 
+    model: str
+    task: str
+    method: str
     group: Group
     tuning: tuple[tuple[Cell, CellRecord | None], ...]
     finals: Mapping[int, CellRecord]
     settings: Mapping[str, str]
     records: Mapping[str, CellRecord]
-
-    @property
-    def model(self) -> str:
-        """Its name."""
-        return self.group.model.name
-
-    @property
-    def task(self) -> str:
-        """Its name."""
-        return self.group.task.name
-
-    @property
-    def method(self) -> str:
-        """Its name."""
-        return self.group.method.name
 
     def values(self, metric: str) -> dict[int, float]:
         """Seed -> the metric's value, of the runs that have it."""
@@ -138,14 +127,13 @@ def _result(folder: Path, group: Group) -> Result:
         if (record := read_cell_record(folder, cell)) is not None
     }
     tuning = tuple((cell, records.get(cell.key)) for cell in group.tuning)
-    if best is None:
-        return Result(group, tuning, {}, {}, records)
     finals = {
         cell.seed: records[cell.key]
-        for cell in group.finals[best]
+        for cell in (() if best is None else group.finals[best])
         if cell.key in records and records[cell.key].is_trained
     }
-    return Result(group, tuning, finals, dict(group.tuning[best].settings), records)
+    settings = {} if best is None else dict(group.tuning[best].settings)
+    return Result(*group.name, group, tuning, finals, settings, records)
 
 
 def _refuse_other_data(results: Results) -> None:
@@ -208,7 +196,7 @@ def crossing(curve: Curve, loss: float) -> tuple[float, bool] | None:
 
 
 def steps_to(runs: Mapping[int, CellRecord], reference: Mapping[int, CellRecord]) -> list[StepsTo]:
-    """For each measurement that all of the reference's runs have; runs are paired by seed."""
+    """An entry for each measurement that all of the reference's runs have; runs are paired by seed."""
     seeds = sorted(runs.keys() & reference.keys())
     if not seeds:
         return []

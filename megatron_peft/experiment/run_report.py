@@ -60,22 +60,21 @@ def read_run(folder: Path) -> RunFiles:
     require(path.is_file(), f"{folder} has no {METRICS_FILE}: give the --save folder of a run.")
     metrics = read_metrics(path)
     require(bool(metrics), f"{path} is still empty: the run has written no log line.")
-    lambdas, checkpoint, samples = folder / LAMBDA_FILE, newest_checkpoint(folder), folder / SAMPLES_FILE
+    samples = []
+    if (path := folder / SAMPLES_FILE).is_file():
+        for at, line in enumerate(read_text(path).splitlines(), 1):
+            sample = parse_json(line, f"{path}, line {at}")
+            if not isinstance(sample, dict) or not all(isinstance(sample.get(name), str) for name in SAMPLE_FIELDS):
+                raise ConfigurationError(f"{path}, line {at}: not a sample with {', '.join(SAMPLE_FIELDS)}.")
+            samples.append(sample)
+    lambdas, checkpoint = folder / LAMBDA_FILE, newest_checkpoint(folder)
     return RunFiles(
         folder,
         metrics,
         read_metrics(lambdas) if lambdas.is_file() else [],
         read_record(checkpoint) if checkpoint else None,
-        list(_read_samples(samples)) if samples.is_file() else [],
+        samples,
     )
-
-
-def _read_samples(path: Path) -> Iterator[dict[str, Any]]:
-    for at, line in enumerate(read_text(path).splitlines(), 1):
-        sample = parse_json(line, f"{path}, line {at}")
-        if not isinstance(sample, dict) or not all(isinstance(sample.get(name), str) for name in SAMPLE_FIELDS):
-            raise ConfigurationError(f"{path}, line {at}: not a sample with {', '.join(SAMPLE_FIELDS)}.")
-        yield sample
 
 
 def build_run_report(run: RunFiles) -> Report:
@@ -154,17 +153,13 @@ def _cost_sentence(metrics: Sequence[Mapping[str, Any]]) -> str:
         series(metrics, name)[1] for name in ("tokens_per_second", "step_seconds", "peak_memory_bytes")
     )
     if steps:
-        step = format_number(median(steps))
-        told.append(f"a step {step} s (median), with {_rounded(median(speeds))} tokens per second")
+        speed = median(speeds)
+        digits = max(int(log10(speed)) - 2, 0) if speed > 0 else 0
+        rounded = round(speed / 10**digits) * 10**digits  # three digits of a large number
+        told.append(f"a step {format_number(median(steps))} s (median), with {rounded:,} tokens per second")
     if peaks:
         told.append(f"memory of the process of rank 0 at most {format_number(max(peaks) / 1e9)} GB")
     return "; ".join(told) + "."
-
-
-def _rounded(value: float) -> str:
-    """Three digits of a large number."""
-    digits = max(int(log10(value)) - 2, 0) if value > 0 else 0
-    return f"{round(value / 10**digits) * 10**digits:,}"
 
 
 def _lambda_sentence(last: Mapping[str, Any]) -> str:

@@ -158,7 +158,12 @@ class Runner:
             if (code := running.process.returncode) != 0:
                 ended = f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
                 raise ConfigurationError(f"{ended}: {running.last_words()}")
-            record = self._trained(job) if job.work.score is None else self._scored(job, job.work.score)
+            if job.work.score is None:
+                record = self._trained(job)
+            else:
+                score, scores = job.work.score, read_scores(process.score_file(self.folder, cell), job.work.score)
+                values = {"score_command": score.command, "score_seconds": running.seconds}
+                record = replace(job.record, scores=scores, **values)
         except ConfigurationError as error:
             self.gave_up.add(cell.key)
             self.report(f"FAILED: {job.work.kind} {cell.key}: {error}\n  all of it: {running.log}")
@@ -188,10 +193,6 @@ class Runner:
             lambdas=process.lambdas(self.folder, job.work.cell),
             **from_metrics(records),
         )
-
-    def _scored(self, job: Job, score: ScoreSpec) -> CellRecord:
-        scores = read_scores(process.score_file(self.folder, job.work.cell), score)
-        return replace(job.record, scores=scores, score_command=score.command, score_seconds=job.running.seconds)
 
     def _remove_checkpoints(self, cell: Cell) -> None:
         """Remove those of the finished cells of the group, once its grid is complete."""

@@ -5,7 +5,7 @@ and `null` leave a flag out, a list is a flag with several values; anything else
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from itertools import product
 from math import prod
@@ -104,19 +104,17 @@ class Experiment:
     text: str = ""
 
     def __post_init__(self) -> None:
-        problems = [*self._unfit_names(), *self._clashes(), *self._unequal_budgets(), *self._untuned_grids()]
-        if problems:
+        if problems := list(self._problems()):
             raise ConfigurationError(*problems)
 
-    def _unfit_names(self) -> Iterator[str]:
+    def _problems(self) -> Iterator[str]:
         for name in (self.name, *(choice.name for choice in (*self.models, *self.tasks, *self.methods))):
             if not fullmatch(NAME, name):
                 yield f"the name {name!r} becomes a folder's: use letters, digits, and . _ + - after the first."
-
-    def _clashes(self) -> Iterator[str]:
-        """A flag in two places: one of them would be silently ignored."""
         if len(set(self.seeds)) < len(self.seeds):
             yield f"seeds: {', '.join(map(str, self.seeds))} names one twice."
+
+        # Of a flag in two places of a cell, one would be silently ignored.
         for model, task, method in product(self.models, self.tasks, self.methods):
             places = {
                 "flags": self.flags,
@@ -133,20 +131,16 @@ class Experiment:
                     yield f"--{flag} is in {first_place[flag]} and in {place}: leave it in one of the two."
                 first_place.setdefault(flag, place)
 
-    def _unequal_budgets(self) -> Iterator[str]:
+        # The same budget for all methods, and a validation loss to choose by wherever there is a choice.
         for method in self.methods:
             for flag in sorted({*method.flags, *method.grid} & set(BUDGET)):
                 yield f"methods.{method.name}: --{flag} must be the same for all methods; put it under flags or tasks."
         if len({method.num_points for method in self.methods}) > 1:
             listed = ", ".join(f"{method.name} {method.num_points}" for method in self.methods)
             yield f"all methods get the same number of tuning runs, but their grids hold: {listed}."
-
-    def _untuned_grids(self) -> Iterator[str]:
-        """A grid without a validation loss to choose by."""
-        if all(method.num_points == 1 for method in self.methods):
-            return
         for model, task in product(self.models, self.tasks):
-            if not VALIDATED & {*self.flags, *model.flags, *task.flags}:
+            is_validated = VALIDATED & {*self.flags, *model.flags, *task.flags}
+            if not is_validated and any(method.num_points > 1 for method in self.methods):
                 yield (
                     f"tasks.{task.name}: a grid of several points is tuned by the validation loss, but with "
                     f"models.{model.name} nothing is validated: give --valid-data-path."
@@ -182,14 +176,13 @@ def read_experiment(path: Path) -> Experiment:
     text = read_text(path)
     content = parse_yaml(text, str(path), StrictLoader)
     try:
-        return replace(_experiment(_mapping(content, "the file", KEYS), path.stem), text=text)
+        return _experiment(_mapping(content, "the file", KEYS), path.stem, text)
     except ConfigurationError as error:
         raise ConfigurationError(*(f"{path}: {problem}" for problem in error.problems)) from error
 
 
-def _experiment(top: Mapping[str, Any], name: str) -> Experiment:
-    missing = [key for key in NEEDED if not top.get(key)]
-    if missing:
+def _experiment(top: Mapping[str, Any], name: str, text: str) -> Experiment:
+    if missing := [key for key in NEEDED if not top.get(key)]:
         raise ConfigurationError(*(f"the grid is empty: {key} names nothing." for key in missing))
     seeds = _whole_numbers(top["seeds"], "seeds")
     (tuning_seed,) = _whole_numbers([top.get("tuning_seed", seeds[0])], "tuning_seed")
@@ -199,17 +192,10 @@ def _experiment(top: Mapping[str, Any], name: str) -> Experiment:
         for kind in CHOICE_KEYS
     )
     prepare = top.get("prepare") or []
-    return Experiment(
-        name=str(top.get("name", name)),
-        title=str(top.get("title", top.get("name", name))),
-        flags=flags,
-        models=models,
-        tasks=tasks,
-        methods=methods,
-        seeds=seeds,
-        tuning_seed=tuning_seed,
-        prepare=tuple(_words(line, "prepare") for line in (prepare if isinstance(prepare, list) else [prepare])),
-    )
+    commands = tuple(_words(command, "prepare") for command in (prepare if isinstance(prepare, list) else [prepare]))
+    name = str(top.get("name", name))
+    title = str(top.get("title", name))
+    return Experiment(name, title, flags, models, tasks, methods, seeds, tuning_seed, commands, text)
 
 
 def _choice(name: str, content: Any, kind: str, common: Mapping[str, Any]) -> Choice:
