@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -160,16 +159,15 @@ def reading_figures(setting: Setting) -> list[Figure]:
         headers, opens = sum(rank.counts.headers for rank in ranks), sum(rank.counts.opens for rank in ranks)
         replica, replica_alone = (num_bytes / layout.data_parallel / MIB for num_bytes in (read, alone))
         size, size_alone = read / reads / 1024, alone / pieces / 1024
-        headers_name = f"headers that a node of {len(ranks)} ranks reads"
         headers_note = f"alone {len(ranks) * num_files}; files opened for their weights: {opens}"
         bytes_note = f"together {replica:.1f}, alone {replica_alone:.1f} MiB"
         sizes_note = f"alone {pieces:,} pieces of {size_alone:.1f} KiB, together {reads:,} reads of {size:.1f} KiB"
-        measured: tuple[tuple[Any, ...], ...] = (
-            ("bytes a replica reads / bytes of its slices", read / alone, 1 / layout.data_parallel, "", bytes_note),
-            (headers_name, headers, num_files, "headers", headers_note),
-            ("mean piece of a slice in the file / mean read", size_alone / size, 1.0, "", sizes_note),
-        )
-        figures += [Figure(f"{layout.layout}: {name}", *numbers) for name, *numbers in measured]
+        name, share, nodes = layout.layout, 1 / layout.data_parallel, f"a node of {len(ranks)} ranks"
+        figures += [
+            Figure(f"{name}: bytes a replica reads / bytes of its slices", read / alone, share, "", bytes_note),
+            Figure(f"{name}: headers that {nodes} reads", headers, num_files, "headers", headers_note),
+            Figure(f"{name}: mean piece of a slice in the file / mean read", size_alone / size, 1.0, "", sizes_note),
+        ]
     return figures
 
 
