@@ -195,6 +195,12 @@ def _is_running(pid: int) -> bool:
         return False
 
 
+def test_a_group_alone_is_not_prepared(tmp_path: Path) -> None:
+    found, (lora, _) = experiment(tmp_path, prepare=["python -c 1/0"])
+    assert run_experiment(found, tmp_path / "out", [lora], is_whole=False, report=str, program=FAKE_TRAINING)
+    assert len(cells(tmp_path)) == 4
+
+
 def test_failed_preparation_stops_all(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="(?s)prepare: python -c 1/0 failed: Traceback.*ZeroDivisionError"):
         run(tmp_path, prepare=["python -c 1/0"])
