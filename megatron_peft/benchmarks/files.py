@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -17,14 +17,14 @@ from megatron.core import parallel_state
 from safetensors import safe_open
 from torch import Tensor
 
-from megatron_peft.benchmarks.measure import Figure, median_ratio, peak_of_bare_torch, peak_resident_bytes, take_turns
+from megatron_peft.benchmarks.measure import Figure, median_ratio, peak_of_program, take_turns
 from megatron_peft.benchmarks.subjects import Setting, join, leave, load_base
 from megatron_peft.conversion.hf_files import ReadCounts, Source, is_whole_rows
 from megatron_peft.conversion.pretrained import base_parameters, open_weights, owned_rules, read_model_shape
 from megatron_peft.conversion.to_huggingface import megatron_to_hf
 from megatron_peft.conversion.to_megatron import hf_to_megatron
-from megatron_peft.models.rules import HFSlice
 from megatron_peft.runtime.ranks import run_ranks
+from megatron_peft.training.metrics import memory_bytes
 
 # Time and memory of loading and converting a model, beside reading the same files with plain safetensors.
 #
@@ -40,6 +40,11 @@ READ = "read plainly"
 
 def convert_figures(model: Path, work: Path) -> list[Figure]:
     """`model` is a Hugging Face folder of one file; `work` is emptied, and removed at the end."""
+
+    def into_new(convert: Callable[[Path], object]) -> None:
+        convert(work / "new")
+        shutil.rmtree(work / "new")
+
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     megatron = hf_to_megatron(model, work / "megatron", progress=False)
@@ -49,25 +54,26 @@ def convert_figures(model: Path, work: Path) -> list[Figure]:
             READ: lambda: read_plainly(model),
             "load Hugging Face": lambda: load_whole(model),
             "load Megatron": lambda: load_whole(megatron),
-            "hf-to-megatron": lambda: _into_new(work, lambda new: hf_to_megatron(model, new, progress=False)),
-            "megatron-to-hf": lambda: _into_new(work, lambda new: megatron_to_hf(megatron, new, progress=False)),
+            "hf-to-megatron": lambda: into_new(lambda new: hf_to_megatron(model, new, progress=False)),
+            "megatron-to-hf": lambda: into_new(lambda new: megatron_to_hf(megatron, new, progress=False)),
         },
         NUM_TURNS,
     )
     shutil.rmtree(work)
     size = sum(path.stat().st_size for path in model.glob("*.safetensors")) / MIB
-    plain = seconds.pop(READ)
-    figures = [
-        Figure(
-            f"{name}: time / {READ}",
-            median_ratio(spent, plain),
-            SLOWER,
-            "",
-            f"{median(spent):.2f} s for {size:.0f} MiB, plain {median(plain):.2f} s",
-        )
-        for name, spent in seconds.items()
-    ]
-    return [*figures, _memory_figure(model, work)]
+    plain, figures = seconds.pop(READ), []
+    for name, spent in seconds.items():
+        note = f"{median(spent):.2f} s for {size:.0f} MiB, plain {median(plain):.2f} s"
+        figures.append(Figure(f"{name}: time / {READ}", median_ratio(spent, plain), SLOWER, "", note))
+
+    # Memory of a process that does nothing else.
+    program = f"from megatron_peft.conversion.to_megatron import hf_to_megatron\nhf_to_megatron({str(model)!r}, "
+    peak = peak_of_program(f"{program}{str(work)!r}, progress=False)")
+    shutil.rmtree(work)
+    bare = peak_of_program("import torch")
+    note = f"peak {peak / MIB:.0f}, torch alone {bare / MIB:.0f} MiB"
+    name = "hf-to-megatron: peak memory above python with torch"
+    return [*figures, Figure(name, (peak - bare) / MIB, MIB_ABOVE_TORCH, "MiB", note)]
 
 
 def read_plainly(folder: Path) -> dict[str, Tensor]:
@@ -88,27 +94,6 @@ def load_whole(folder: Path) -> list[Tensor]:
     return loaded
 
 
-def _into_new(work: Path, convert: Callable[[Path], object]) -> None:
-    convert(work / "new")
-    shutil.rmtree(work / "new")
-
-
-def _memory_figure(model: Path, work: Path) -> Figure:
-    """Of a process that does nothing else."""
-    program = (
-        "from megatron_peft.conversion.to_megatron import hf_to_megatron\n"
-        f"hf_to_megatron({str(model)!r}, {str(work)!r}, progress=False)\n"
-        "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    shutil.rmtree(work)
-    peak, bare = int(done.stdout) * 1024, peak_of_bare_torch()
-    note = f"peak {peak / MIB:.0f}, torch alone {bare / MIB:.0f} MiB"
-    return Figure(
-        "hf-to-megatron: peak memory above python with torch", (peak - bare) / MIB, MIB_ABOVE_TORCH, "MiB", note
-    )
-
-
 # What a rank reads and how much memory it takes to load its part of a model.
 
 READ_OVER_SLICES = 1.05
@@ -117,7 +102,7 @@ MIB_ABOVE_THE_SHARD = 300
 
 @dataclass(frozen=True)
 class Loaded:
-    """Bytes of one rank: read from the files, of its parameters, largest resident set."""
+    """Bytes of a rank: read from the files, of its parameters, largest resident set."""
 
     read: int
     shard: int
@@ -127,7 +112,7 @@ class Loaded:
 def loading_figures(setting: Setting) -> list[Figure]:
     """The rank that read the most against its slices, and the rank that grew the most against its part of the model."""
     ranks = run_ranks(setting.world_size, load_on_ranks, setting)
-    bare = peak_of_bare_torch()
+    bare = peak_of_program("import torch")
     most_read = max(ranks, key=lambda rank: rank.read / rank.shard)
     largest = max(ranks, key=lambda rank: rank.peak - rank.shard)
     above = (largest.peak - largest.shard - bare) / MIB
@@ -146,7 +131,7 @@ def load_on_ranks(setting: Setting) -> Loaded:
     chunks, report = load_base(setting)
     shard = sum(parameter.nbytes for chunk in chunks for parameter in chunk.parameters())
     leave()
-    return Loaded(report.counts.bytes, shard, peak_resident_bytes())
+    return Loaded(report.counts.bytes, shard, memory_bytes()[1])
 
 
 # What ranks read together to load a model, beside what each would read alone. Counts: the same on any machine.
@@ -156,7 +141,7 @@ READING_LAYOUTS = ({"data_parallel": 2}, {"tensor_parallel": 2, "pipeline_parall
 
 @dataclass(frozen=True)
 class RankReads:
-    """Of one rank: what it read, and the bytes and contiguous pieces of its slices, which it would read alone."""
+    """What a rank read, and the bytes and contiguous pieces of its slices, which it would read alone."""
 
     counts: ReadCounts
     bytes_alone: int
@@ -164,42 +149,26 @@ class RankReads:
 
 
 def reading_figures(setting: Setting) -> list[Figure]:
-    """At every layout: bytes a replica reads, headers that the ranks of a node read, and the mean size of a read."""
-    layouts = [replace(setting, **layout) for layout in READING_LAYOUTS]
-    return [figure for one in layouts for figure in _reading_figures(one)]
-
-
-def _reading_figures(setting: Setting) -> list[Figure]:
-    ranks = run_ranks(setting.world_size, count_reads, setting)
+    """Bytes a replica reads, headers that the ranks of a node read, and the mean size of a read, at every layout."""
     num_files = len(list(Path(setting.checkpoint).glob("*.safetensors")))
-    read, alone = sum(rank.counts.bytes for rank in ranks), sum(rank.bytes_alone for rank in ranks)
-    num_reads, num_runs = sum(rank.counts.reads for rank in ranks), sum(rank.pieces_alone for rank in ranks)
-    num_opens = sum(rank.counts.opens for rank in ranks)
-    replica, replica_alone = (num_bytes / setting.data_parallel / MIB for num_bytes in (read, alone))
-    mean, mean_alone = read / num_reads / 1024, alone / num_runs / 1024
-    return [
-        Figure(
-            f"{setting.layout}: bytes a replica reads / bytes of its slices",
-            read / alone,
-            1 / setting.data_parallel,
-            "",
-            f"together {replica:.1f}, alone {replica_alone:.1f} MiB",
-        ),
-        Figure(
-            f"{setting.layout}: headers that a node of {len(ranks)} ranks reads",
-            sum(rank.counts.headers for rank in ranks),
-            num_files,
-            "headers",
-            f"alone {len(ranks) * num_files}; files opened for their weights: {num_opens}",
-        ),
-        Figure(
-            f"{setting.layout}: mean piece of a slice in the file / mean read",
-            mean_alone / mean,
-            1.0,
-            "",
-            f"alone {num_runs:,} pieces of {mean_alone:.1f} KiB, together {num_reads:,} reads of {mean:.1f} KiB",
-        ),
-    ]
+    figures = []
+    for layout in (replace(setting, **layout) for layout in READING_LAYOUTS):
+        ranks = run_ranks(layout.world_size, count_reads, layout)
+        read, alone = sum(rank.counts.bytes for rank in ranks), sum(rank.bytes_alone for rank in ranks)
+        reads, pieces = sum(rank.counts.reads for rank in ranks), sum(rank.pieces_alone for rank in ranks)
+        headers, opens = sum(rank.counts.headers for rank in ranks), sum(rank.counts.opens for rank in ranks)
+        replica, replica_alone = (num_bytes / layout.data_parallel / MIB for num_bytes in (read, alone))
+        size, size_alone = read / reads / 1024, alone / pieces / 1024
+        headers_note = f"alone {len(ranks) * num_files}; files opened for their weights: {opens}"
+        bytes_note = f"together {replica:.1f}, alone {replica_alone:.1f} MiB"
+        sizes_note = f"alone {pieces:,} pieces of {size_alone:.1f} KiB, together {reads:,} reads of {size:.1f} KiB"
+        name, share, nodes = layout.layout, 1 / layout.data_parallel, f"a node of {len(ranks)} ranks"
+        figures += [
+            Figure(f"{name}: bytes a replica reads / bytes of its slices", read / alone, share, "", bytes_note),
+            Figure(f"{name}: headers that {nodes} reads", headers, num_files, "headers", headers_note),
+            Figure(f"{name}: mean piece of a slice in the file / mean read", size_alone / size, 1.0, "", sizes_note),
+        ]
+    return figures
 
 
 def count_reads(setting: Setting) -> RankReads:
@@ -209,20 +178,15 @@ def count_reads(setting: Setting) -> RankReads:
     rules, source = open_weights(setting.checkpoint, read_model_shape(setting.checkpoint))
     assert isinstance(source, Source)
     rank = parallel_state.get_tensor_model_parallel_rank()
-    slices = [
-        found
-        for chunk in chunks
-        for name, parameter in base_parameters(chunk)
-        for found in rules[name].hf_slices(parameter.detach(), rank, setting.tensor_parallel)
-    ]
+    bytes_alone = pieces_alone = 0
+    for name, parameter in (pair for chunk in chunks for pair in base_parameters(chunk)):
+        for hf_slice in rules[name].hf_slices(parameter.detach(), rank, setting.tensor_parallel):
+            bytes_alone += hf_slice.view.nbytes
+            # Every row of some columns lies by itself in the file.
+            is_whole = is_whole_rows(hf_slice.index, source.headers[hf_slice.name].shape)
+            pieces_alone += 1 if is_whole else hf_slice.view.shape[0]
     leave()
-    num_runs = sum(_count_runs(one, source.headers[one.name].shape) for one in slices)
-    return RankReads(report.counts, sum(one.view.nbytes for one in slices), num_runs)
-
-
-def _count_runs(hf_slice: HFSlice, shape: Sequence[int]) -> int:
-    """Every row of some columns lies by itself in the file."""
-    return 1 if is_whole_rows(hf_slice.index, shape) else hf_slice.view.shape[0]
+    return RankReads(report.counts, bytes_alone, pieces_alone)
 
 
 # Wall seconds from starting `megatron-peft train` to the end of its first step.
@@ -277,17 +241,14 @@ def seconds_to_first_step(command: list[str]) -> float:
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
+    printed: list[str] = []
     with process, process.stdout:
-        printed = list(_until_first_step(process.stdout))
+        for line in process.stdout:
+            printed.append(line)
+            if line.startswith(FIRST_LINE):
+                break
         seconds = time.perf_counter() - start
         process.stdout.read()
     if not printed or not printed[-1].startswith(FIRST_LINE):
         raise ProgramFailed("".join(printed))
     return seconds
-
-
-def _until_first_step(lines: Iterator[str]) -> Iterator[str]:
-    for line in lines:
-        yield line
-        if line.startswith(FIRST_LINE):
-            return

@@ -6,7 +6,7 @@ import json
 import random
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -41,6 +41,7 @@ PROMPT_LENGTHS = 4, 32  # tokens, shortest and longest
 TIMED_NEW = 32
 BATCH_SIZE = 50
 SEED = 0
+TIMEOUT = 3600  # seconds
 LAYOUTS: tuple[dict[str, int], ...] = ({"tensor_parallel": 1}, {"tensor_parallel": 3}, {"pipeline_parallel": 2})
 FOREVER = frozenset[int]()  # nothing ends an answer: both sides do the same work
 
@@ -51,6 +52,13 @@ class Questions:
 
     setting: Setting
     prompts: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def drawn(cls, setting: Setting) -> "Questions":
+        """Prompts of random tokens, of unequal lengths."""
+        draw, vocab_size = random.Random(SEED), read_shape(setting.checkpoint).vocab_size
+        lengths = (draw.randint(*PROMPT_LENGTHS) for _ in range(NUM_PROMPTS))
+        return cls(setting, tuple(tuple(draw.randrange(vocab_size) for _ in range(length)) for length in lengths))
 
 
 @dataclass(frozen=True)
@@ -63,25 +71,17 @@ class Replies:
 
 def generation_figures(setting: Setting, turns: int) -> list[Figure]:
     """Prompts whose answer differs, the largest difference of a log-likelihood, and the quotient of CPU seconds."""
-    questions = Questions(setting, some_prompts(read_shape(setting.checkpoint).vocab_size))
-    expected = run_ranks(1, replies_of_transformers, questions, timeout=1800)[0]
+    questions = Questions.drawn(setting)
+    expected = run_ranks(1, replies_of_transformers, questions, timeout=TIMEOUT)[0]
     figures = []
-    for layout in LAYOUTS:
-        one = dataclasses.replace(questions, setting=dataclasses.replace(setting, **layout))
-        found = run_ranks(one.setting.world_size, our_replies, one, timeout=1800)[0]
-        figures += compare_replies(one.setting.layout, found, expected)
-    seconds = run_ranks(1, time_generation, (questions, turns), timeout=1800)[0]
+    for layout in (dataclasses.replace(setting, **layout) for layout in LAYOUTS):
+        asked = dataclasses.replace(questions, setting=layout)
+        replies = run_ranks(layout.world_size, our_replies, asked, timeout=TIMEOUT)[0]
+        figures += compare_replies(layout.layout, replies, expected)
+    seconds = run_ranks(1, time_generation, (questions, turns), timeout=TIMEOUT)[0]
     ratio = median_ratio(seconds["ours"], seconds["transformers"])
     note = f"{NUM_TIMED} prompts, {TIMED_NEW} new tokens each, greedy, one batch"
     return [*figures, Figure("TP1: CPU seconds / transformers' generate", ratio, 1.0, "", note)]
-
-
-def some_prompts(vocab_size: int) -> tuple[tuple[int, ...], ...]:
-    """Random tokens, of unequal lengths."""
-    draw = random.Random(SEED)
-    return tuple(
-        tuple(draw.randrange(vocab_size) for _ in range(draw.randint(*PROMPT_LENGTHS))) for _ in range(NUM_PROMPTS)
-    )
 
 
 def compare_replies(layout: str, found: Replies, expected: Replies) -> list[Figure]:
@@ -96,30 +96,28 @@ def compare_replies(layout: str, found: Replies, expected: Replies) -> list[Figu
     ]
 
 
+@torch.no_grad()
 def replies_of_transformers(questions: Questions) -> Replies:
-    """By `generate`, and by one forward of prompt and answer for the scores. Started on a rank of its own.
+    """The answers of `generate`, and their scores by one forward of prompt and answer. Started on a rank of its own.
 
     Prompts of one length go together, so that nothing is padded or masked.
     """
     model = load_with_transformers(questions.setting)
-    numbers = sorted(range(len(questions.prompts)), key=lambda number: len(questions.prompts[number]))
-    found: dict[int, tuple[list[int], float]] = {}
-    for _, group in itertools.groupby(numbers, key=lambda number: len(questions.prompts[number])):
-        alike = list(group)
+
+    def length(number: int) -> int:
+        return len(questions.prompts[number])
+
+    replies: dict[int, tuple[list[int], float]] = {}
+    for num_tokens, numbers in itertools.groupby(sorted(range(len(questions.prompts)), key=length), key=length):
+        alike = list(numbers)
         prompts = [questions.prompts[number] for number in alike]
         answers = _greedy(model, prompts, NUM_NEW)
-        found |= zip(alike, zip(answers, _log_likelihoods(model, prompts, answers), strict=True), strict=True)
-    in_order = [found[number] for number in range(len(numbers))]
+        whole = torch.tensor([[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)])
+        likelihoods = model(whole).logits[:, num_tokens - 1 : -1].log_softmax(-1)
+        totals = likelihoods.gather(-1, torch.tensor(answers)[:, :, None]).sum((1, 2)).tolist()
+        replies |= zip(alike, zip(answers, totals, strict=True), strict=True)
+    in_order = [replies[number] for number in range(len(questions.prompts))]
     return Replies([answer for answer, _ in in_order], [total for _, total in in_order])
-
-
-@torch.no_grad()
-def _log_likelihoods(
-    model: Any, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
-) -> list[float]:  # of prompts of one length
-    whole = torch.tensor([[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)])
-    logits = model(whole).logits[:, len(prompts[0]) - 1 : -1]
-    return logits.log_softmax(-1).gather(-1, torch.tensor(answers)[:, :, None]).sum((1, 2)).tolist()
 
 
 def our_replies(questions: Questions) -> Replies:
@@ -142,13 +140,8 @@ def time_generation(job: tuple[Questions, int]) -> dict[str, list[float]]:
     model = load_with_transformers(questions.setting)
     prompts = questions.prompts[:NUM_TIMED]
     settings = GenerationSettings(FOREVER, TIMED_NEW, batch_size=NUM_TIMED)
-    seconds = take_turns(
-        {
-            "ours": lambda: generate(chunks, prompts, settings),
-            "transformers": lambda: _greedy(model, prompts, TIMED_NEW),
-        },
-        turns,
-    )
+    ours, theirs = partial(generate, chunks, prompts, settings), partial(_greedy, model, prompts, TIMED_NEW)
+    seconds = take_turns({"ours": ours, "transformers": theirs}, turns)
     leave()
     return seconds
 
@@ -158,17 +151,10 @@ def _greedy(model: Any, prompts: Sequence[Sequence[int]], num_new: int) -> list[
     longest = max(map(len, prompts))
     tokens = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    lengths = {"max_new_tokens": num_new, "min_new_tokens": num_new, "eos_token_id": None, "pad_token_id": 0}
     with torch.no_grad():
-        found = model.generate(
-            tokens,
-            attention_mask=mask,
-            do_sample=False,
-            max_new_tokens=num_new,
-            min_new_tokens=num_new,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-    return found[:, longest:].tolist()
+        generated = model.generate(tokens, attention_mask=mask, do_sample=False, **lengths)
+    return generated[:, longest:].tolist()
 
 
 # Generation with an adapter whose rotations are computed from parameters, beside the base model alone.
@@ -176,7 +162,7 @@ def _greedy(model: Any, prompts: Sequence[Sequence[int]], num_new: int) -> list[
 
 def boft_generation_figures(setting: Setting, turns: int) -> list[Figure]:
     """CPU seconds of a token with BOFT, and over a token of the base."""
-    seconds = run_ranks(1, time_boft_generation, (setting, turns), timeout=1800)[0]
+    seconds = run_ranks(1, time_boft_generation, (setting, turns), timeout=TIMEOUT)[0]
     boft, base = (median(seconds[name]) / TIMED_NEW for name in ("boft", "base"))
     note = f"one prompt of {PROMPT_LENGTHS[1]} tokens, {TIMED_NEW} new ones, greedy; the base alone {base:.4f} s"
     over = median_ratio(seconds["boft"], seconds["base"])
@@ -214,12 +200,12 @@ def logits_figures(setting: Setting) -> list[Figure]:
     """The largest difference over all tokens of the microbatch and the whole vocabulary, at four layouts."""
     expected = _logits_of_transformers(setting)
     note = f"|logit| up to {expected.abs().max():.1f}, {setting.rows} x {setting.positions} tokens"
-    settings = [dataclasses.replace(setting, **layout) for layout in LOGITS_LAYOUTS]
-    return [
-        Figure(f"{one.layout}: largest difference of logits", difference, LARGEST_DIFFERENCE, "", note)
-        for one in settings
-        for difference in [(_logits(one) - expected).abs().max().item()]
-    ]
+    figures = []
+    for layout in (dataclasses.replace(setting, **layout) for layout in LOGITS_LAYOUTS):
+        difference = (_logits(layout) - expected).abs().max().item()
+        name = f"{layout.layout}: largest difference of logits"
+        figures.append(Figure(name, difference, LARGEST_DIFFERENCE, "", note))
+    return figures
 
 
 def _logits(setting: Setting) -> Tensor:
@@ -228,13 +214,18 @@ def _logits(setting: Setting) -> Tensor:
 
 def split_logits(setting: Setting) -> Tensor | None:
     """[rows, positions, vocabulary] on the last pipeline stage, None on the others. Started on ranks."""
+
+    def forward(batches: Iterator[Microbatch], model: Any):
+        batch = next(batches)
+        logits = model(input_ids=batch.tokens, position_ids=batch.position_ids, attention_mask=None)
+        return logits, lambda output, non_loss_data: gather_from_tensor_model_parallel_region(output)
+
     join(setting)
-    shape = read_shape(setting.checkpoint)
-    batch = microbatch(setting, shape.vocab_size)
+    vocab_size = read_shape(setting.checkpoint).vocab_size
     model, _ = load_base(setting)
     outputs = get_forward_backward_func()(
-        forward_step_func=_forward,
-        data_iterator=iter([batch]),
+        forward_step_func=forward,
+        data_iterator=iter([microbatch(setting, vocab_size)]),
         model=model,
         num_microbatches=1,
         seq_length=setting.positions,
@@ -244,13 +235,7 @@ def split_logits(setting: Setting) -> Tensor | None:
     )
     is_last = parallel_state.is_pipeline_last_stage()
     leave()
-    return outputs[0][..., : shape.vocab_size].detach().clone() if is_last else None
-
-
-def _forward(batches: Iterator[Microbatch], model):
-    batch = next(batches)
-    logits = model(input_ids=batch.tokens, position_ids=batch.position_ids, attention_mask=None)
-    return logits, lambda output, non_loss_data: gather_from_tensor_model_parallel_region(output)
+    return outputs[0][..., :vocab_size].detach().clone() if is_last else None
 
 
 def _logits_of_transformers(setting: Setting) -> Tensor:
@@ -272,7 +257,6 @@ TASKS = (
 LONGEST_ANSWER = 48  # tokens
 ITEMS_OF_A_TASK = 64
 HARNESS_BATCH_SIZE = 16
-TIMEOUT = 3600  # seconds
 Items = dict[tuple[str, int], Any]
 
 
@@ -337,7 +321,7 @@ def _told(item: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _choice_log_likelihoods(item: Mapping[str, Any]) -> list[float]:
-    """Of choices; none for an answer in words."""
+    """The log-likelihoods of choices; none for an answer in words."""
     return [float(answer[0]) for answer in _answers(item) if not isinstance(answer, str)]
 
 
@@ -354,23 +338,17 @@ def our_items(questions: HarnessQuestions) -> Items:
     torch.set_num_threads(1)
     start_world()
     output = Path(questions.tasks, "ours.json")
-    settings = HarnessSettings(
-        questions.names,
-        str(output),
-        (questions.tasks,),
-        limit=questions.limit,
-        batch_size=HARNESS_BATCH_SIZE,
-        log_samples=True,
-    )
+    sizes: dict[str, Any] = {"limit": questions.limit, "batch_size": HARNESS_BATCH_SIZE}
+    settings = HarnessSettings(questions.names, str(output), (questions.tasks,), log_samples=True, **sizes)
     evaluate(parse_arguments(["--pretrained-checkpoint", questions.model], saved=saved_values), settings)
     stop()
     path = output.with_suffix(".samples.jsonl")
     samples = (parse_json(line, str(path)) for line in read_text(path).splitlines())
-    return dict(_keyed((sample["task"], sample) for sample in samples))
+    return _by_task_and_number((sample["task"], sample) for sample in samples)
 
 
 def their_items(questions: HarnessQuestions) -> Items:
-    """By `lm_eval --model hf`. Started on a rank of its own."""
+    """The items of `lm_eval --model hf`. Started on a rank of its own."""
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -380,13 +358,14 @@ def their_items(questions: HarnessQuestions) -> Items:
     manager = TaskManager(include_path=questions.tasks, include_defaults=False)
     backend: Any = HFLM  # its flags are taken from **kwargs
     model = backend(pretrained=questions.model, device="cpu", dtype="float32", batch_size=HARNESS_BATCH_SIZE)
-    found: Any = simple_evaluate(model=model, tasks=list(questions.names), task_manager=manager, limit=questions.limit)
-    samples = json.loads(json.dumps(found["samples"], default=handle_non_serializable))
-    return dict(_keyed((task, sample) for task, of_task in samples.items() for sample in of_task))
+    scores: Any = simple_evaluate(model=model, tasks=list(questions.names), task_manager=manager, limit=questions.limit)
+    samples = json.loads(json.dumps(scores["samples"], default=handle_non_serializable))
+    return _by_task_and_number((task, sample) for task, of_task in samples.items() for sample in of_task)
 
 
-def _keyed(samples: Iterator[tuple[str, Any]]) -> Iterator[tuple[tuple[str, int], Any]]:
-    """By task, filter and number."""
-    for task, sample in samples:
-        name = task if sample["filter"] == "none" else f"{task} ({sample['filter']})"
-        yield (name, sample["doc_id"]), sample
+def _by_task_and_number(samples: Iterable[tuple[str, Any]]) -> Items:
+    """The samples by task, with its filter, and number."""
+    return {
+        (task if sample["filter"] == "none" else f"{task} ({sample['filter']})", sample["doc_id"]): sample
+        for task, sample in samples
+    }

@@ -1,8 +1,9 @@
 """Single layers: BOFT beside the frozen layer and HF PEFT's; the group size from which uRNN's FFT is faster."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from statistics import median
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -31,9 +32,14 @@ TIMEOUT_SECONDS = 1200.0
 
 
 def boft_layer_figures(num_turns: int) -> list[Figure]:
-    """Over the frozen linear layer; HF PEFT's for comparison."""
+    """Times over the frozen linear layer's; HF PEFT's for comparison."""
     seconds = run_ranks(1, time_layers, num_turns, timeout=TIMEOUT_SECONDS)[0]
-    return [_over_frozen(seconds, "BOFT", TARGET), _over_frozen(seconds, "HF PEFT's BOFT", None)]
+    frozen = seconds["frozen"]
+    return [
+        Figure(f"{name} layer / frozen layer", median_ratio(seconds[name], frozen), limit, "", note)
+        for name, limit in {"BOFT": TARGET, "HF PEFT's BOFT": None}.items()
+        for note in [f"{median(seconds[name]):.3f} and {median(frozen):.3f} CPU s"]
+    ]
 
 
 def time_layers(num_turns: int) -> dict[str, list[float]]:
@@ -46,37 +52,23 @@ def time_layers(num_turns: int) -> dict[str, list[float]]:
     return seconds
 
 
-def _over_frozen(seconds: dict[str, list[float]], name: str, limit: float | None) -> Figure:
-    note = f"{median(seconds[name]):.3f} and {median(seconds['frozen']):.3f} CPU s"
-    return Figure(f"{name} layer / frozen layer", median_ratio(seconds[name], seconds["frozen"]), limit, "", note)
-
-
 def _step(layer: Callable[[Tensor], Tensor]) -> Step:
     x = torch.randn(NUM_TOKENS, 1, WIDTH, requires_grad=True)
     grad = torch.randn(NUM_TOKENS, 1, WIDTH)
     return lambda: layer(x).backward(grad)
 
 
-def _frozen() -> Callable[[Tensor], Tensor]:
-    layer = _linear()
-    return lambda x: layer(x)[0]
-
-
-def _boft() -> Callable[[Tensor], Tensor]:
-    layer = _linear()
-    peft = PeftConfig(method="boft", boft_block_size=BLOCK_SIZE, boft_factors=NUM_FACTORS)
-    layer.adapter = build(layer.layout, peft, "decoder.layers.0.mlp.linear_fc1.adapter", 0, torch.float32)
-    return lambda x: layer(x)[0]
-
-
-def _linear() -> Any:
+def _linear(has_boft: bool) -> Callable[[Tensor], Tensor]:
     config: Any = TransformerConfig(
         num_layers=1, hidden_size=WIDTH, num_attention_heads=1, perform_initialization=False
     )
     common: dict[str, Any] = {"config": config, "init_method": None, "bias": False, "tp_comm_buffer_name": "fc1"}
-    layer = AdaptedColumnParallelLinear(WIDTH, WIDTH, **common).requires_grad_(False)
+    layer: Any = AdaptedColumnParallelLinear(WIDTH, WIDTH, **common).requires_grad_(False)
     nn.init.normal_(layer.weight, std=WIDTH**-0.5)
-    return layer
+    if has_boft:
+        peft = PeftConfig(method="boft", boft_block_size=BLOCK_SIZE, boft_factors=NUM_FACTORS)
+        layer.adapter = build(layer.layout, peft, "decoder.layers.0.mlp.linear_fc1.adapter", 0, torch.float32)
+    return lambda x: layer(x)[0]
 
 
 def _hf_boft() -> Callable[[Tensor], Tensor]:
@@ -86,21 +78,20 @@ def _hf_boft() -> Callable[[Tensor], Tensor]:
     module: Any = boft
     module.get_fbd_cuda = lambda: True
     module.FastBlockDiag = _PureBlockDiagonal
-    config = BOFTConfig(
-        boft_block_size=BLOCK_SIZE, boft_n_butterfly_factor=NUM_FACTORS, boft_dropout=0.0, target_modules=["0"]
-    )
+    sizes: dict[str, Any] = {"boft_block_size": BLOCK_SIZE, "boft_n_butterfly_factor": NUM_FACTORS}
+    config = BOFTConfig(**sizes, boft_dropout=0.0, target_modules=["0"])
     return get_peft_model(nn.Sequential(nn.Linear(WIDTH, WIDTH, bias=False)), config)
 
 
 class _PureBlockDiagonal:
-    """In place of HF PEFT's CUDA extension: [factors, blocks, b, b] -> [factors, n, n]."""
+    """The function of HF PEFT's CUDA extension: [factors, blocks, b, b] -> [factors, n, n]."""
 
     @staticmethod
     def apply(blocks: Tensor) -> Tensor:
         return torch.stack([torch.block_diag(*factor) for factor in blocks])
 
 
-LAYERS = {"frozen": _frozen, "BOFT": _boft, "HF PEFT's BOFT": _hf_boft}
+LAYERS = {"frozen": partial(_linear, False), "BOFT": partial(_linear, True), "HF PEFT's BOFT": _hf_boft}
 
 
 # From which size of group on fast Fourier transforms turn a uRNN layer's features faster than dense blocks.
@@ -108,37 +99,23 @@ LAYERS = {"frozen": _frozen, "BOFT": _boft, "HF PEFT's BOFT": _hf_boft}
 CROSSOVER_NUM_TOKENS, NUM_FEATURES = 1024, 4096
 
 
-@dataclass(frozen=True)
-class Alone:
-    """The only rank of a group."""
-
-    def rank(self) -> int:
-        """Of this process."""
-        return 0
-
-    def size(self) -> int:
-        """Number of ranks."""
-        return 1
-
-
 def crossover_figures(num_turns: int) -> list[Figure]:
     """Forward and backward of a rotation of 4096 features and 1024 tokens, on both sides of `DENSE_UP_TO`."""
     torch.set_num_threads(1)
     cpu.install()
-    return [_figure(size, num_turns) for size in (DENSE_UP_TO // 4, DENSE_UP_TO, 2 * DENSE_UP_TO, 4 * DENSE_UP_TO)]
-
-
-def _figure(size: int, num_turns: int) -> Figure:
-    seconds = take_turns(crossover_steps(size), num_turns)
-    ways = ("dense", "fourier") if size <= DENSE_UP_TO else ("fourier", "dense")
-    note = "; ".join(f"{name} {median(spent):.3f} CPU s" for name, spent in seconds.items())
-    name = f"groups of {size}: {ways[0]} / {ways[1]}"
-    return Figure(name, median_ratio(*(seconds[way] for way in ways)), 1.0, "", note)
+    figures = []
+    for size in (DENSE_UP_TO // 4, DENSE_UP_TO, 2 * DENSE_UP_TO, 4 * DENSE_UP_TO):
+        seconds = take_turns(crossover_steps(size), num_turns)
+        ways = ("dense", "fourier") if size <= DENSE_UP_TO else ("fourier", "dense")
+        note = "; ".join(f"{name} {median(spent):.3f} CPU s" for name, spent in seconds.items())
+        name = f"groups of {size}: {ways[0]} / {ways[1]}"
+        figures.append(Figure(name, median_ratio(*(seconds[way] for way in ways)), 1.0, "", note))
+    return figures
 
 
 def crossover_steps(size: int, num_features: int = NUM_FEATURES) -> dict[str, Step]:
     """A rotation by dense blocks and by Fourier transforms, forward and backward, on the device."""
-    alone: Any = Alone()
+    alone: Any = SimpleNamespace(rank=lambda: 0, size=lambda: 1)  # a group of this rank
     layout = LinearLayout("row", num_features, 64, alone)
     adapter = StructuredUrnn(layout, PeftConfig("urnn", urnn_block_size=size), "layer.adapter", 0, torch.float32)
     size_and_place = {"size": (CROSSOVER_NUM_TOKENS, 1, num_features), "device": torch.cuda.current_device()}

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from megatron_peft.benchmarks.subjects import STEPS, Setting, Step, join, leave
 from megatron_peft.runtime.ranks import run_ranks
+from megatron_peft.training.metrics import memory_bytes
 
 # CPU seconds of several steps that take turns, so that whatever else the machine does falls on all of them alike.
 #
@@ -54,21 +55,17 @@ def time_turns(job: TurnsJob) -> dict[str, list[float]]:
     for name in job.floors:
         steps[f"{name} adds"] = products_beyond(logs[name], logs["frozen"])
         steps[f"{name} spares"] = products_beyond(logs["frozen"], logs[name])
-    seconds = take_turns(steps, job.num_turns, _Limit(MAX_SECONDS).is_over)
-    leave()
-    return seconds
+    end = time.monotonic() + MAX_SECONDS
 
-
-class _Limit:
-    """A wall-clock limit shared by all ranks."""
-
-    def __init__(self, max_seconds: float) -> None:
-        self.end = time.monotonic() + max_seconds
-
-    def is_over(self) -> bool:
-        over = torch.tensor(time.monotonic() > self.end, dtype=torch.int32)
+    def is_late() -> bool:
+        """Whether the time is up on any rank."""
+        over = torch.tensor(time.monotonic() > end, dtype=torch.int32)
         dist.all_reduce(over, dist.ReduceOp.MAX)
         return bool(over)
+
+    seconds = take_turns(steps, job.num_turns, is_late)
+    leave()
+    return seconds
 
 
 def take_turns(
@@ -84,7 +81,7 @@ def take_turns(
         if is_late() and turn >= FEWEST_TURNS:
             break
         for name in list(steps)[:: -1 if turn % 2 else 1]:
-            spent = _cpu_seconds(steps[name])
+            spent = cpu_seconds(steps[name])
             if turn >= 0:
                 seconds[name].append(spent)
     return seconds
@@ -96,17 +93,18 @@ def over_ranks(by_rank: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, li
 
 
 def median_ratio(above: Sequence[float], below: Sequence[float]) -> float:
-    """The median over the turns of one's seconds over the other's."""
+    """The median over the turns of the quotient of seconds."""
     return median(a / b for a, b in zip(above, below, strict=True))
 
 
-def _cpu_seconds(step: Step) -> float:
+def cpu_seconds(step: Step) -> float:
+    """CPU seconds of all threads of this process during a step."""
     start = time.process_time()
     step()
     return time.process_time() - start
 
 
-# Resident memory of a process, its peak, and its bytes read, as Linux tells them.
+# Resident memory of a process and its peak, as Linux tells them.
 
 MIB = 2**20
 NUM_STEPS = 3
@@ -136,46 +134,26 @@ class StepsJob:
 
 
 def peak_of_steps(setting: Setting, name: str, num_steps: int = NUM_STEPS) -> Peak:
-    """Of some steps of one subject in a fresh process of one rank."""
+    """The peak of some steps of a subject in a fresh process of one rank."""
     return run_ranks(1, run_steps, StepsJob(setting, name, num_steps), timeout=TIMEOUT_SECONDS)[0]
 
 
 def run_steps(job: StepsJob) -> Peak:
     """Started on a rank."""
     join(job.setting)
-    start = resident_bytes()
+    start, _ = memory_bytes()
     step = STEPS[job.name](job.setting)
     for _ in range(job.num_steps):
         step()
     leave()
-    return Peak(peak_resident_bytes(), start)
+    return Peak(memory_bytes()[1], start)
 
 
-def resident_bytes() -> int:
-    """Of this process, now."""
-    return _status("VmRSS")
-
-
-def peak_resident_bytes() -> int:
-    """The high-water mark of this process."""
-    return _status("VmHWM")
-
-
-def peak_of_bare_torch() -> int:
-    """The high-water mark of an interpreter that has imported torch and nothing else."""
-    program = "import torch; print(open('/proc/self/status').read())"
-    printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-    return _field(printed, "VmHWM")
-
-
-def _status(name: str) -> int:
-    return _field(Path("/proc/self/status").read_text(), name)
-
-
-def _field(status: str, name: str) -> int:
-    """`VmHWM:   1234 kB` in bytes."""
-    line = next(line for line in status.splitlines() if line.startswith(f"{name}:"))
-    return int(line.split()[1]) * 1024
+def peak_of_program(program: str) -> int:
+    """The high-water mark in bytes of an interpreter that has run this text and nothing else."""
+    last = "print([line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')][0])"
+    done = subprocess.run([sys.executable, "-c", f"{program}\n{last}"], capture_output=True, text=True, check=True)
+    return int(done.stdout.splitlines()[-1]) * 1024
 
 
 # A figure: what was measured, the target, and whether it is reached; as a table and as JSON.
@@ -214,8 +192,8 @@ def print_table(title: str, figures: Sequence[Figure], console: Console | None =
     for header in ("figure", "measured", "target", "", "what is behind it"):
         table.add_column(header, overflow="fold")
     for figure in figures:
-        target = "" if figure.target is None else f"<= {_number(figure.target)} {figure.unit}"
-        measured = f"{_number(figure.measured)} {figure.unit}"
+        target = "" if figure.target is None else f"<= {figure.target:.4g} {figure.unit}"
+        measured = f"{figure.measured:.4g} {figure.unit}"
         table.add_row(escape(figure.name), measured, target, VERDICTS[figure.reached], escape(figure.note))
     (console or Console()).print(table)
 
@@ -225,10 +203,6 @@ def write_json(path: Path, figures: Sequence[Figure]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = [{**dataclasses.asdict(figure), "reached": figure.reached} for figure in figures]
     path.write_text(json.dumps(rows, indent=2) + "\n")
-
-
-def _number(value: float) -> str:
-    return f"{value:.4g}"
 
 
 # The floor of a method: the products of its step that another step does not have, run alone.
@@ -251,7 +225,8 @@ class ProductLog(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         if func.overloadpacket.__name__ in PRODUCTS:
-            call = _factors(func.overloadpacket.__name__, [one for one in tree_leaves(args) if isinstance(one, Tensor)])
+            tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+            call = _factors(func.overloadpacket.__name__, tensors)
             if call not in self.again:
                 self.again[call] = partial(func, *tree_map_only(Tensor, torch.clone, args), **(kwargs or {}))
             self.calls.append(call)
@@ -268,7 +243,7 @@ def _factors(name: str, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
 
 
 def products_of(step: Step) -> ProductLog:
-    """Of one step, not the first."""
+    """The products of a step that is not the first."""
     step()
     with ProductLog() as log:
         step()
@@ -276,11 +251,11 @@ def products_of(step: Step) -> ProductLog:
 
 
 def products_beyond(log: ProductLog, other: ProductLog) -> Step:
-    """Runs the products of the one that the other has not."""
+    """Runs the products of `log` that `other` has not."""
     common = Counter(other.calls)
-    own = []
+    beyond = []
     for call in log.calls:
         common[call] -= 1
         if common[call] < 0:
-            own.append(call)
-    return torch.no_grad()(lambda: [log.again[call]() for call in own])
+            beyond.append(call)
+    return torch.no_grad()(lambda: [log.again[call]() for call in beyond])

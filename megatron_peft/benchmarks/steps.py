@@ -1,7 +1,6 @@
 """CPU seconds and memory of the methods' steps beside those of the frozen base, of full fine-tuning and of HF PEFT."""
 
 import dataclasses
-import time
 from collections import Counter
 from collections.abc import Sequence
 from math import prod
@@ -18,6 +17,7 @@ from megatron_peft.benchmarks.measure import (
     Peak,
     StepsJob,
     TurnsJob,
+    cpu_seconds,
     median_ratio,
     over_ranks,
     peak_of_steps,
@@ -27,7 +27,6 @@ from megatron_peft.benchmarks.measure import (
 from megatron_peft.benchmarks.subjects import (
     STEPS,
     Setting,
-    Step,
     frozen_step,
     join,
     leave,
@@ -64,7 +63,20 @@ def ratio_figures(setting: Setting, num_turns: int) -> list[Figure]:
     """Each method's step beyond its floor, both over the frozen base's step with the same products; in the note the
     two, the spread, and the ratio to MKL's."""
     seconds = _take_turns(setting, ("frozen", "frozen-mkl", *METHODS), num_turns, METHODS)
-    return [_beyond_floor(setting.layout, seconds, name) for name in METHODS]
+    figures = []
+    for name in METHODS:
+        step = _ratio(seconds, name, "frozen", None)
+        turns = [above / below for above, below in zip(seconds[name], seconds["frozen"], strict=True)]
+        floor = 1 + median_ratio(seconds[f"{name} adds"], seconds["frozen"])
+        floor -= median_ratio(seconds[f"{name} spares"], seconds["frozen"])
+        below = "" if step.measured >= floor else "below its floor: not measured, take more --turns; "
+        note = (
+            f"{below}step {step.measured:.3f} ({min(turns):.3f} to {max(turns):.3f}; against MKL "
+            f"{median_ratio(seconds[name], seconds['frozen-mkl']):.3f}), floor {floor:.3f}; {step.note}"
+        )
+        what, unit = f"{setting.layout}: {name} step beyond its floor", "hundredths of the frozen step"
+        figures.append(Figure(what, 100 * (step.measured - floor), BOOKKEEPING[name], unit, note))
+    return figures
 
 
 def lora_full_figures(setting: Setting, num_turns: int) -> list[Figure]:
@@ -87,24 +99,10 @@ def rotation_figures(setting: Setting, num_turns: int) -> list[Figure]:
     return [_ratio(seconds, "boft", "lora", 1.10), _ratio(seconds, "urnn", "frozen", 1.30)]
 
 
-def _beyond_floor(layout: str, seconds: dict[str, list[float]], name: str) -> Figure:
-    step = _ratio(seconds, name, "frozen", None)
-    turns = [above / below for above, below in zip(seconds[name], seconds["frozen"], strict=True)]
-    floor = 1 + median_ratio(seconds[f"{name} adds"], seconds["frozen"])
-    floor -= median_ratio(seconds[f"{name} spares"], seconds["frozen"])
-    below = "" if step.measured >= floor else "below its floor: not measured, take more --turns; "
-    note = (
-        f"{below}step {step.measured:.3f} ({min(turns):.3f} to {max(turns):.3f}; against MKL "
-        f"{median_ratio(seconds[name], seconds['frozen-mkl']):.3f}), floor {floor:.3f}; {step.note}"
-    )
-    what, unit = f"{layout}: {name} step beyond its floor", "hundredths of the frozen step"
-    return Figure(what, 100 * (step.measured - floor), BOOKKEEPING[name], unit, note)
-
-
 def _ratio(seconds: dict[str, list[float]], name: str, below: str, limit: float | None) -> Figure:
     ratio = median_ratio(seconds[name], seconds[below])
-    note = f"{_spent(seconds, name)}; {_spent(seconds, below)}; {len(seconds[name])} turns"
-    return Figure(f"{name} step / {below} step", ratio, limit, "", note)
+    spent = "; ".join(f"{step} {median(seconds[step]):.3f} CPU s" for step in (name, below))
+    return Figure(f"{name} step / {below} step", ratio, limit, "", f"{spent}; {len(seconds[name])} turns")
 
 
 def _take_turns(
@@ -114,25 +112,17 @@ def _take_turns(
     return over_ranks(run_ranks(setting.world_size, time_turns, job, timeout=TIMEOUT_SECONDS))
 
 
-def _spent(seconds: dict[str, list[float]], name: str) -> str:
-    return f"{name} {median(seconds[name]):.3f} CPU s"
-
-
 def _memory(setting: Setting, limits: dict[str, float | None]) -> list[Figure]:
     full = peak_of_steps(setting, "full")
-    peaks = {name: peak_of_steps(setting, name) for name in limits}
-    return [
-        Figure(f"{name}: peak memory / full's", peak.above_start / full.above_start, limits[name], "", note)
-        for name, peak in peaks.items()
-        for note in [_sizes(peak, full)]
-    ]
-
-
-def _sizes(peak: Peak, full: Peak) -> str:
-    return (
-        f"{peak.above_start / MIB:,.0f} MiB and {full.above_start / MIB:,.0f} MiB above the process before the model "
-        f"({peak.start / MIB:,.0f} MiB)"
-    )
+    figures = []
+    for name, limit in limits.items():
+        peak = peak_of_steps(setting, name)
+        note = (
+            f"{peak.above_start / MIB:,.0f} MiB and {full.above_start / MIB:,.0f} MiB above the process before the "
+            f"model ({peak.start / MIB:,.0f} MiB)"
+        )
+        figures.append(Figure(f"{name}: peak memory / full's", peak.above_start / full.above_start, limit, "", note))
+    return figures
 
 
 # Bytes that autograd keeps for backward, a layer of the model, by method.
@@ -140,52 +130,45 @@ def _sizes(peak: Peak, full: Peak) -> str:
 # Counted by hooks in one forward of the whole model: each storage once, weights and buffers not at all. What a method
 # adds to the frozen base's is divided by the number of layers.
 
-ACTIVATIONS_TIMEOUT_SECONDS = 1200.0
-
 LIMIT = 1.001  # lambda and what it multiplies are a few scalars
 
 
 def activations_figures(setting: Setting) -> list[Figure]:
     """BOFT's and uRNN's extra over LoRA's, the Hybrid's over LoRA's and BOFT's together."""
-    kept = run_ranks(1, count_methods, setting, timeout=ACTIVATIONS_TIMEOUT_SECONDS)[0]
+    kept = run_ranks(1, count_methods, setting, timeout=TIMEOUT_SECONDS)[0]
     num_layers = read_shape(setting.checkpoint).num_layers
     extra = {name: (num_bytes - kept["frozen"]) / num_layers for name, num_bytes in kept.items()}
-    frozen = f"frozen {kept['frozen'] / num_layers / MIB:.1f} MiB a layer"
-    return [
-        _over(extra, "boft", ("lora",), frozen),
-        _over(extra, "urnn", ("lora",), frozen),
-        _over(extra, "hybrid", ("lora", "boft"), frozen),
-    ]
+    figures = []
+    for name, others in {"boft": ("lora",), "urnn": ("lora",), "hybrid": ("lora", "boft")}.items():
+        allowed = sum(extra[other] for other in others)
+        note = (
+            f"{extra[name] / MIB:.2f} and {allowed / MIB:.2f} MiB a layer more; "
+            f"frozen {kept['frozen'] / num_layers / MIB:.1f} MiB a layer"
+        )
+        what = f"{name}: kept for backward / {' and '.join(others)}'s"
+        figures.append(Figure(what, extra[name] / allowed, LIMIT, "", note))
+    return figures
 
 
 def count_methods(setting: Setting) -> dict[str, int]:
     """Bytes by method, and of the frozen base. Started on a rank."""
     torch.set_num_threads(1)
     join(setting)
-    kept = {name: _kept(setting, name) for name in ("frozen", *METHODS)}
+    batch = microbatch(setting, read_shape(setting.checkpoint).vocab_size)
+    kept = {}
+    for name in ("frozen", *METHODS):
+        (model,), _ = load_base(setting)
+        model.requires_grad_(False)
+        if name == "frozen":
+            start_gradients_at_the_embedding(model)
+        else:
+            attach_adapters([model], setting.peft(name), seed=0)
+        saved = SavedBytes(model)
+        with saved:
+            model(batch.tokens, batch.position_ids, None, labels=batch.labels)
+        kept[name] = saved.num_bytes
     leave()
     return kept
-
-
-def _over(extra: dict[str, float], name: str, others: Sequence[str], frozen: str) -> Figure:
-    allowed = sum(extra[other] for other in others)
-    note = f"{extra[name] / MIB:.2f} and {allowed / MIB:.2f} MiB a layer more; {frozen}"
-    return Figure(f"{name}: kept for backward / {' and '.join(others)}'s", extra[name] / allowed, LIMIT, "", note)
-
-
-def _kept(setting: Setting, method: str) -> int:
-    (model,), _ = load_base(setting)
-    model.requires_grad_(False)
-    if method == "frozen":
-        start_gradients_at_the_embedding(model)
-    else:
-        attach_adapters([model], setting.peft(method), seed=0)
-    batch = microbatch(setting, read_shape(setting.checkpoint).vocab_size)
-    saved = SavedBytes(model)
-    with saved:
-        loss = model(batch.tokens, batch.position_ids, None, labels=batch.labels)
-    del loss
-    return saved.num_bytes
 
 
 class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
@@ -193,8 +176,8 @@ class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(self._keep, lambda tensor: tensor)
-        own = [*model.parameters(), *model.buffers()]
-        self._seen = {tensor.untyped_storage().data_ptr() for tensor in own}
+        tensors = [*model.parameters(), *model.buffers()]
+        self._seen = {tensor.untyped_storage().data_ptr() for tensor in tensors}
         self._held: list[Tensor] = []  # so that no address is used twice
         self.num_bytes = 0
 
@@ -219,7 +202,7 @@ MOST_NUMBERS = 8  # of a sum of losses, a norm, a count of tokens
 
 
 def collectives_figures(setting: Setting) -> list[Figure]:
-    """At TP2 and at TP2 with sequence parallelism."""
+    """LoRA beside the frozen base and the Hybrid beside LoRA, at TP2 and at TP2 with sequence parallelism."""
     layouts = [dataclasses.replace(setting, tensor_parallel=2, sequence_parallel=split) for split in (False, True)]
     return [figure for layout in layouts for figure in _compare(layout)]
 
@@ -230,64 +213,54 @@ def log_steps(setting: Setting) -> dict[str, list[Call]]:
     Started on ranks.
     """
     join(setting)
-    steps = {"frozen": "frozen-mkl", "lora": "lora", "hybrid": "hybrid"}
-    calls = {name: _log(STEPS[step](setting)) for name, step in steps.items()}
+    calls = {}
+    for name, step_name in {"frozen": "frozen-mkl", "lora": "lora", "hybrid": "hybrid"}.items():
+        step = STEPS[step_name](setting)
+        step()  # the first step of an optimizer is not like the others
+        with Recorder(group_names(), keeps_work=False) as log:
+            step()
+        # Where a call is waited for is not compared.
+        made = [entry for entry in log.entries() if isinstance(entry, Call)]
+        calls[name] = [dataclasses.replace(call, handle=None) for call in made]
     leave()
     return calls
 
 
-def _log(step) -> list[Call]:
-    step()  # the first step of an optimizer is not like the others
-    with Recorder(group_names(), keeps_work=False) as log:
-        step()
-    # Where one is waited for is not compared.
-    return [dataclasses.replace(entry, handle=None) for entry in log.entries() if isinstance(entry, Call)]
-
-
 def num_elements(call: Call) -> int:
-    """Of the whole tensor: what is gathered, or what is summed."""
+    """Elements of the whole tensor: what is gathered, or what is summed."""
     return sum(map(prod, call.shapes)) * (len(call.group) if call.operation == "all_gather" else 1)
 
 
-def _width(call: Call) -> int:
-    """Elements of the last axis."""
-    return call.shapes[0][-1] if call.shapes and call.shapes[0] else 1
-
-
 def _compare(setting: Setting) -> list[Figure]:
+    def width(call: Call) -> int:
+        """Elements of the last axis."""
+        return call.shapes[0][-1] if call.shapes and call.shapes[0] else 1
+
     calls = run_ranks(setting.world_size, log_steps, setting)[0]
     frozen, lora, hybrid = (
-        [one for one in calls[name] if num_elements(one) > MOST_NUMBERS] for name in ("frozen", "lora", "hybrid")
+        [call for call in calls[name] if num_elements(call) > MOST_NUMBERS] for name in ("frozen", "lora", "hybrid")
     )
-    extra = extra_calls(frozen, lora)
-    wide = [call for call in extra if call.operation != "all_reduce" and _width(call) > setting.rank]
+    extra, hybrids = _extra_calls(frozen, lora), _extra_calls(lora, hybrid)
+    wide = [call for call in extra if call.operation != "all_reduce" and width(call) > setting.rank]
     sums = [call for call in extra if call.operation == "all_reduce"]
-    scalars = len(calls["lora"]) - len(lora)
-    ratio = _bytes(lora) / _bytes(frozen)
-    behind = f"frozen {_summary(frozen)}; LoRA {_summary(lora)}, and {scalars} of a few numbers"
-    name = f"{setting.layout}: LoRA's"
-    return [
-        Figure(f"{name} all-reduces above the frozen base's", len(sums), 1, "calls", behind),
-        Figure(f"{name} other calls wider than r", len(wide), 0, "calls", _names(extra)),
-        Figure(f"{name} bytes over the frozen base's", ratio, EXTRA_BYTES_ALLOWED),
-        *_hybrid_over_lora(setting, lora, hybrid),
-    ]
-
-
-def _hybrid_over_lora(setting: Setting, lora: list[Call], hybrid: list[Call]) -> list[Figure]:
-    extra = extra_calls(lora, hybrid)
     # Flat ones are sums of gradients and of lambdas' norms; the others carry activations.
-    wide = [call for call in extra if setting.rank < _width(call) < num_elements(call)]
+    hybrids_wide = [call for call in hybrids if setting.rank < width(call) < num_elements(call)]
     num_row_layers = 2 * read_shape(setting.checkpoint).num_layers
     allowed = 1 + num_row_layers * (2 if setting.sequence_parallel else 1)
-    name = f"{setting.layout}: the Hybrid's"
+    scalars = len(calls["lora"]) - len(lora)
+    behind = f"frozen {_summary(frozen)}; LoRA {_summary(lora)}, and {scalars} of a few numbers"
+    its, hybrid_its = f"{setting.layout}: LoRA's", f"{setting.layout}: the Hybrid's"
+    over_lora, calls_behind = len(hybrid) - len(lora), f"Hybrid {_summary(hybrid)}"
     return [
-        Figure(f"{name} calls above LoRA's", len(hybrid) - len(lora), allowed, "calls", f"Hybrid {_summary(hybrid)}"),
-        Figure(f"{name} calls wider than r above LoRA's", len(wide), 0, "calls", _names(extra)),
+        Figure(f"{its} all-reduces above the frozen base's", len(sums), 1, "calls", behind),
+        Figure(f"{its} other calls wider than r", len(wide), 0, "calls", _names(extra)),
+        Figure(f"{its} bytes over the frozen base's", _bytes(lora) / _bytes(frozen), EXTRA_BYTES_ALLOWED),
+        Figure(f"{hybrid_its} calls above LoRA's", over_lora, allowed, "calls", calls_behind),
+        Figure(f"{hybrid_its} calls wider than r above LoRA's", len(hybrids_wide), 0, "calls", _names(hybrids)),
     ]
 
 
-def extra_calls(base: Sequence[Call], more: Sequence[Call]) -> list[Call]:
+def _extra_calls(base: Sequence[Call], more: Sequence[Call]) -> list[Call]:
     """What `more` has and `base` has not, equal calls cancelling one by one."""
     return list((Counter(more) - Counter(base)).elements())
 
@@ -312,26 +285,20 @@ def _names(calls: Sequence[Call]) -> str:
 
 NUM_BATCHES = 8
 MAX_RATIO, MAX_EXTRA_MIB = 2.3, 100.0
-LORA_GA_TIMEOUT_SECONDS = 1800.0
 
 
 def lora_ga_start_figures(setting: Setting) -> list[Figure]:
-    """Of a start from eight batches; memory of a start from one, since no batch adds to it."""
-    frozen, start = run_ranks(1, time_start, setting, timeout=LORA_GA_TIMEOUT_SECONDS)[0]
-    peaks = [_peak(setting, name).peak / MIB for name in ("lora-ga-start", "frozen")]
-    ratio, note = start / frozen, f"{start:.2f} and {frozen:.2f} CPU s a batch; {NUM_BATCHES} batches"
+    """A start from eight batches; memory of a start from one, since no batch adds to it."""
+    frozen, start = run_ranks(1, time_start, setting, timeout=TIMEOUT_SECONDS)[0]
+    jobs = [StepsJob(setting, name, num_steps=1) for name in ("lora-ga-start", "frozen")]
+    peaks = [run_ranks(1, run_steps_giving_back, job, timeout=TIMEOUT_SECONDS)[0].peak / MIB for job in jobs]
+    note = f"{start:.2f} and {frozen:.2f} CPU s a batch; {NUM_BATCHES} batches"
     sizes = f"peaks of {peaks[0]:,.0f} and {peaks[1]:,.0f} MiB"
+    more = peaks[0] - peaks[1]
     return [
-        Figure("LoRA-GA's start, a batch / frozen forward and backward", ratio, MAX_RATIO, "", note),
-        Figure(
-            "LoRA-GA's start: peak memory above the frozen step's", peaks[0] - peaks[1], MAX_EXTRA_MIB, "MiB", sizes
-        ),
+        Figure("LoRA-GA's start, a batch / frozen forward and backward", start / frozen, MAX_RATIO, "", note),
+        Figure("LoRA-GA's start: peak memory above the frozen step's", more, MAX_EXTRA_MIB, "MiB", sizes),
     ]
-
-
-def _peak(setting: Setting, name: str) -> Peak:
-    job = StepsJob(setting, name, num_steps=1)
-    return run_ranks(1, run_steps_giving_back, job, timeout=LORA_GA_TIMEOUT_SECONDS)[0]
 
 
 def run_steps_giving_back(job: StepsJob) -> Peak:
@@ -346,14 +313,8 @@ def time_start(setting: Setting) -> tuple[float, float]:
     join(setting)
     frozen, start = frozen_step(setting), lora_ga_start(setting, NUM_BATCHES)
     frozen()
-    before = [_cpu_seconds(frozen) for _ in range(NUM_BATCHES // 2)]
-    whole = _cpu_seconds(start)
-    after = [_cpu_seconds(frozen) for _ in range(NUM_BATCHES // 2)]
+    before = [cpu_seconds(frozen) for _ in range(NUM_BATCHES // 2)]
+    whole = cpu_seconds(start)
+    after = [cpu_seconds(frozen) for _ in range(NUM_BATCHES // 2)]
     leave()
     return mean(before + after), whole / NUM_BATCHES
-
-
-def _cpu_seconds(step: Step) -> float:
-    begin = time.process_time()
-    step()
-    return time.process_time() - begin

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_peft.benchmarks import NAMES
+from megatron_peft import benchmarks
 from megatron_peft.cli.own_flags import ArgumentParser, add_flags, own_parser, parse_own, settings_of
 from megatron_peft.config import option
 
@@ -35,17 +35,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = own_parser(__doc__)
     add_arguments(parser)
     settings: BenchSettings = settings_of(BenchSettings, parse_own(parser, argv))
-    unknown = [name for name in settings.names if name not in NAMES]
+    named = benchmarks.BENCHMARKS
+    unknown = [name for name in settings.names if name not in named]
     if unknown:
-        parser.error(f"no benchmark is called {', '.join(unknown)}: there are {', '.join(NAMES)}.")
+        parser.error(f"no benchmark is called {', '.join(unknown)}: there are {', '.join(named)}.")
     import megatron_peft.runtime.no_gpu  # noqa: F401  # before torch
     from megatron_peft.benchmarks.measure import print_table, write_json
-    from megatron_peft.benchmarks.registry import BENCHMARKS, Workplace
 
-    place, missed = Workplace(settings.output, settings.model, settings.turns), False
-    for name in settings.names or BENCHMARKS:
-        figures = BENCHMARKS[name].measure(place)
+    place, missed = benchmarks.Workplace(settings.output, settings.model, settings.turns), False
+    for name in settings.names or named:
+        figures = named[name].measure(place)
         write_json(settings.output / f"{name}.json", figures)
-        print_table(f"{name}: {BENCHMARKS[name].title}", figures)
+        print_table(f"{name}: {named[name].title}", figures)
         missed |= any(figure.reached is False for figure in figures)
     return int(missed)

@@ -6,6 +6,8 @@ run on the CPU at small sizes, and prove nothing about CUDA.
 """
 
 import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -27,7 +29,7 @@ class CheckGpuSettings:
     tiny: bool = option(False, "the smallest sizes, and two methods only: whether the checks run at all")
     record_losses: bool = option(
         False,
-        "write the CPU's losses, with which devices are compared, anew into the package; needs a machine without a GPU",
+        "write the CPU's losses, with which devices are compared, anew into tests/; needs a machine without a GPU",
     )
 
 
@@ -58,13 +60,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once: the same bits at each call
     import torch
 
-    from megatron_peft.benchmarks.check_gpu.run import check, record
+    from megatron_peft.benchmarks.check_gpu.run import check
 
     if settings.record_losses:
         if torch.cuda.is_available():
             parser.error(
                 "--record-losses is for the CPU, and there is a GPU here: set CUDA_VISIBLE_DEVICES='' to hide it."
             )
-        record()
-        return 0
+        return subprocess.run([sys.executable, "-m", "tests.benchmarks.gpu_subjects"], cwd=root).returncode
     return int(not check(root, settings.names or tuple(LINES), settings.output, settings.tiny))

@@ -17,8 +17,7 @@ from megatron_peft.cli.own_flags import ArgumentParser, add_flags, own_parser, p
 from megatron_peft.config import ConfigurationError, Requirements, option, required_option
 
 if TYPE_CHECKING:
-    from megatron_peft.experiment.cells import Group
-    from megatron_peft.experiment.spec import Experiment
+    from megatron_peft.experiment.spec import Experiment, Group
 
 
 @dataclass(frozen=True)
@@ -65,21 +64,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _read(settings: ExperimentSettings) -> tuple[Experiment, Path, list[Group]]:
     """The experiment, the folder of its results and its groups, with all flags checked."""
-    from megatron_peft.experiment.cells import check_flags, group_named, groups
-    from megatron_peft.experiment.spec import default_folder, read_experiment
+    from megatron_peft.experiment.spec import check_flags, groups, read_experiment
 
     experiment = read_experiment(settings.experiment)
-    found = groups(experiment)
+    all_groups = groups(experiment)
     try:
-        check_flags(found)
+        check_flags(all_groups)
     except ConfigurationError as error:
         raise ConfigurationError(*(f"{settings.experiment}: {problem}" for problem in error.problems)) from error
-    chosen = [group_named(found, settings.group)] if settings.group else found
-    return experiment, settings.output or default_folder(experiment), chosen
+    chosen = [group for group in all_groups if settings.group in (None, group.key)]
+    if not chosen:
+        names = "; ".join(group.key for group in all_groups)
+        raise ConfigurationError(f"--group {settings.group}: there are {names}.")
+    return experiment, settings.output or experiment.default_folder, chosen
 
 
 def _run(settings: ExperimentSettings) -> int:
-    from megatron_peft.experiment.runner import Board, run_experiment, run_group, table
+    from megatron_peft.experiment.runner import Board, run_experiment, table
 
     experiment, folder, groups = _read(settings)
     board, whole = Board(folder, groups), True
@@ -87,10 +88,7 @@ def _run(settings: ExperimentSettings) -> int:
         options: dict[str, Any] = {"jobs": settings.jobs, "keep_checkpoints": settings.keep_checkpoints}
         options |= {"report": board.report, "refresh": board.refresh}
         with board:
-            if settings.group:
-                whole = run_group(experiment, folder, groups[0], **options)
-            else:
-                whole = run_experiment(experiment, folder, groups, **options)
+            whole = run_experiment(experiment, folder, groups, settings.group is None, **options)
     board.console.print(table(folder, groups))
     return 0 if whole else 1
 

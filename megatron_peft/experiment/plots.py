@@ -40,21 +40,22 @@ def new_figure(width: float, height: float, title: str = "") -> Figure:
     return figure
 
 
-def style(axes: Axes, title: str) -> None:
-    """Title, grid and frame that all plots have."""
+def style(axes: Axes, title: str, across: str = "") -> None:
+    """Title, grid and frame that all plots have. Args: across: what the horizontal axis counts."""
     axes.set_title(title, loc="left", fontsize=11)
+    axes.set_xlabel(across)
     axes.grid(axis="y", color=GUIDE, linewidth=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def color(position: int) -> str:
-    """Color of the curve or bar at this position."""
+    """The color of the curve or bar at this position."""
     return COLOURS[position % len(COLOURS)]
 
 
 def marker(values: Sequence[float] | np.ndarray) -> str:
-    """Of a curve: of a single point no line would be seen."""
+    """The marker of a curve: no line would be seen of a single point."""
     return "o" if len(values) == 1 else ""
 
 
@@ -69,10 +70,11 @@ def svg(figure: Figure) -> str:
 def save(figure: Figure, folder: Path, name: str) -> None:
     """NAME.png and NAME.svg, each whole or not at all."""
     write_atomically(folder / f"{name}.svg", svg(figure))
-    _save_png(figure, folder / f"{name}.png")
+    save_png(figure, folder / f"{name}.png")
 
 
-def _save_png(figure: Figure, path: Path) -> None:
+def save_png(figure: Figure, path: Path) -> None:
+    """A picture of pixels, whole or not at all."""
     output = io.BytesIO()
     figure.savefig(output, format="png", dpi=DOTS_AN_INCH)
     write_atomically(path, output.getvalue())
@@ -94,27 +96,23 @@ def draw_results(rows: Sequence[Row]) -> Figure:
     figure = new_figure(4.2 * across if across > 1 else 6.5, 3.4 * down)
     grid = figure.subplots(down, across, squeeze=False)
     several = len({model for model, _ in panels}) > 1
-    for axes, ((model, task), found) in zip(grid.flat, panels.items(), strict=False):
-        _draw_runs(axes, found)
-        better = "higher" if metrics(found[0].result.group.task)[found[0].metric] else "lower"
-        place = f"{task}, {model}" if several else task
-        style(axes, f"{place}: {found[0].metric} ({better} is better)")
+    for axes, ((model, task), of_place) in zip(grid.flat, panels.items(), strict=False):
+        for at, row in enumerate(of_place):
+            runs = [run for run in row.runs if run is not None]
+            shade = AFTER if row.is_best else BEFORE
+            axes.plot([at] * len(runs), runs, "o", color=shade, markersize=6, alpha=0.7, markeredgewidth=0)
+            if row.mean is not None:
+                axes.hlines(row.mean, at - 0.3, at + 0.3, color=shade, linewidth=2)
+                axes.annotate(format_number(row.mean), (at + 0.33, row.mean), va="center", fontsize=8, color=INK)
+        axes.set_xticks(range(len(of_place)), [row.result.method for row in of_place], rotation=25, ha="right")
+        axes.set_xlim(-0.6, len(of_place) - 0.1)
+        axes.margins(y=0.12)
+        metric = of_place[0].metric
+        better = "higher" if metrics(of_place[0].result.group.task)[metric] else "lower"
+        style(axes, f"{f'{task}, {model}' if several else task}: {metric} ({better} is better)")
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
     return figure
-
-
-def _draw_runs(axes: Axes, rows: Sequence[Row]) -> None:
-    for at, row in enumerate(rows):
-        runs = [run for run in row.runs if run is not None]
-        shade = AFTER if row.is_best else BEFORE
-        axes.plot([at] * len(runs), runs, "o", color=shade, markersize=6, alpha=0.7, markeredgewidth=0)
-        if row.mean is not None:
-            axes.hlines(row.mean, at - 0.3, at + 0.3, color=shade, linewidth=2)
-            axes.annotate(format_number(row.mean), (at + 0.33, row.mean), va="center", fontsize=8, color=INK)
-    axes.set_xticks(range(len(rows)), [row.result.method for row in rows], rotation=25, ha="right")
-    axes.set_xlim(-0.6, len(rows) - 0.1)
-    axes.margins(y=0.12)
 
 
 # Time per epoch and peak memory of each method, by model.
@@ -132,10 +130,15 @@ def peak_gigabytes(record: CellRecord) -> float | None:
     return record.peak_memory_bytes and record.peak_memory_bytes / 1e9
 
 
+def _measured(result: Result, measure: Measure) -> list[float]:
+    """The values of the final runs that were measured."""
+    return [value for record in result.finals.values() if (value := measure(record)) is not None]
+
+
 def mean_of(result: Result, measure: Measure) -> float | None:
-    """Over the final runs that were measured."""
-    found = [value for record in result.finals.values() if (value := measure(record)) is not None]
-    return mean(found) if found else None
+    """The mean over the final runs that were measured."""
+    values = _measured(result, measure)
+    return mean(values) if values else None
 
 
 def draw_cost(results: Results, task: str) -> Figure:
@@ -145,59 +148,42 @@ def draw_cost(results: Results, task: str) -> Figure:
     methods = list(dict.fromkeys(result.method for result in shown))
     figure = new_figure(12, 4.2, f"Time per epoch and peak memory, {task}")
     left, right = figure.subplots(1, 2)
+    width = 0.8 / len(models)
     for axes, title, measure in (
         (left, "Minutes per epoch", epoch_minutes),
         (right, "Peak memory of a process (GB)", peak_gigabytes),
     ):
-        _draw_cost_bars(axes, shown, models, methods, measure)
+        for result in shown:
+            if values := _measured(result, measure):
+                group, height = models.index(result.model), mean(values)
+                at = methods.index(result.method) - 0.4 + width * (group + 0.5)
+                label = result.model if result.method == methods[0] else None
+                whiskers = [[height - min(values)], [max(values) - height]]
+                axes.bar(at, height, width * 0.9, yerr=whiskers, capsize=2, color=color(group), label=label)
+        axes.set_xticks(range(len(methods)), methods, rotation=25, ha="right")
         style(axes, title)
     if len(models) > 1:
         right.legend(frameon=False)
     return figure
 
 
-def _draw_cost_bars(
-    axes: Axes, shown: Sequence[Result], models: Sequence[str], methods: Sequence[str], measure: Measure
-) -> None:
-    width = 0.8 / len(models)
-    for result in shown:
-        found = [value for record in result.finals.values() if (value := measure(record)) is not None]
-        if not found:
-            continue
-        group = models.index(result.model)
-        at = methods.index(result.method) - 0.4 + width * (group + 0.5)
-        label = result.model if result.method == methods[0] else None
-        height = mean(found)
-        whiskers = [[height - min(found)], [max(found) - height]]
-        axes.bar(at, height, width * 0.9, yerr=whiskers, capsize=2, color=color(group), label=label)
-    axes.set_xticks(range(len(methods)), methods, rotation=25, ha="right")
-
-
 def cost_table(results: Results) -> Table:
     """The numbers of the figure, with the number of trained parameters."""
+    lines = []
+    for result in (result for result in results.all if result.finals):
+        trained = next(iter(result.finals.values())).trainable_parameters
+        measures: list[Measure] = [lambda record: record.step_seconds, epoch_minutes, peak_gigabytes]
+        means = (format_number(mean_of(result, measure)) for measure in measures)
+        parameters = "–" if trained is None else f"{trained:,}"
+        lines.append((result.model, result.task, result.method, parameters, *means))
     return Table(
         "Cost",
         ("model", "task", "method", "trainable parameters", "seconds a step", "minutes an epoch", "peak memory (GB)"),
-        tuple(
-            (
-                *(result.model, result.task, result.method),
-                _trainable(result),
-                format_number(mean_of(result, lambda record: record.step_seconds)),
-                format_number(mean_of(result, epoch_minutes)),
-                format_number(mean_of(result, peak_gigabytes)),
-            )
-            for result in results.all
-            if result.finals
-        ),
+        tuple(lines),
         "Means over the final runs. Time is wall-clock time, with whatever else the machine did. Memory is that of the "
         "process that writes the log: on a GPU what its allocator held, on a CPU the resident set with Python itself.",
         text_columns=3,
     )
-
-
-def _trainable(result: Result) -> str:
-    found = next(iter(result.finals.values())).trainable_parameters
-    return "–" if found is None else f"{found:,}"
 
 
 # Gradient norm and validation loss of each method, by epoch.
@@ -210,33 +196,28 @@ def draw_dynamics(results: Results, model: str, task: str) -> Figure:
     """A line for each method, the mean over its seeds; the band is from the least to the greatest of them."""
     figure = new_figure(12, 4.6, f"{model}, {task}")
     left, right = figure.subplots(1, 2)
-    for at, result in enumerate(results.of(model, task)):
-        _draw_method(left, result, "validation_loss", color(at))
-        _draw_method(right, result, "grad_norm", color(at))
-    for axes, title in ((left, "Validation loss"), (right, "Gradient norm")):
-        style(axes, title)
-        axes.set_xlabel("epoch")
+    for axes, name, title in ((left, "validation_loss", "Validation loss"), (right, "grad_norm", "Gradient norm")):
+        for at, result in enumerate(results.of(model, task)):
+            curves = [record.curves[name] for record in result.finals.values() if record.curves.get(name)]
+            if not curves:
+                continue
+            averaged = [averages(curve, MOST_POINTS) for curve in curves]
+            length = min(len(epochs) for epochs, _ in averaged)
+            epochs = averaged[0][0][:length]
+            values = np.stack([values[:length] for _, values in averaged])
+            means = values.mean(axis=0)
+            axes.plot(epochs, means, color=color(at), linewidth=1.6, label=result.method, marker=marker(means))
+            if len(values) > 1:
+                band = values.min(axis=0), values.max(axis=0)
+                axes.fill_between(epochs, *band, color=color(at), alpha=0.15, linewidth=0)
+        style(axes, title, "epoch")
     right.set_ylim(bottom=0)
     left.legend(*right.get_legend_handles_labels(), frameon=False, fontsize=8)
     return figure
 
 
-def _draw_method(axes: Axes, result: Result, name: str, line_color: str) -> None:
-    curves = [record.curves[name] for record in result.finals.values() if record.curves.get(name)]
-    if not curves:
-        return
-    averaged = [averages(curve, MOST_POINTS) for curve in curves]
-    length = min(len(epochs) for epochs, _ in averaged)
-    epochs = averaged[0][0][:length]
-    values = np.stack([values[:length] for _, values in averaged])
-    mean = values.mean(axis=0)
-    axes.plot(epochs, mean, color=line_color, linewidth=1.6, label=result.method, marker=marker(mean))
-    if len(values) > 1:
-        axes.fill_between(epochs, values.min(axis=0), values.max(axis=0), color=line_color, alpha=0.15, linewidth=0)
-
-
 def averages(curve: Sequence[Sequence[float]], most: int) -> Curve:
-    """Means over `most` parts of the curve, of about the same number of points; a short curve stays as it is.
+    """(epochs, values), means over `most` parts of about as many points; a short curve stays as it is.
 
     Args: curve: [iteration, epoch, value] of each point.
     """
@@ -267,18 +248,14 @@ def maps(by_layer: ByLayer) -> dict[str, np.ndarray]:
     """Kind of linear layer, as linear_qkv -> [layers, iterations]; layers that are not adapted are NaN."""
     kinds: dict[str, dict[int, Sequence[float | None]]] = {}
     for name, values in by_layer.items():
-        found = LAYER.search(name)
-        if found:
-            kinds.setdefault(found[2], {})[int(found[1])] = values
-    return {kind: _as_array(layers) for kind, layers in kinds.items()}
-
-
-def _as_array(layers: Mapping[int, Sequence[float | None]]) -> np.ndarray:
-    length = len(next(iter(layers.values())))
-    array = np.full((max(layers) + 1, length), np.nan)
-    for layer, values in layers.items():
-        array[layer] = [np.nan if value is None else value for value in values]
-    return array
+        if layer := LAYER.search(name):
+            kinds.setdefault(layer[2], {})[int(layer[1])] = values
+    arrays = {}
+    for kind, layers in kinds.items():
+        arrays[kind] = np.full((max(layers) + 1, len(next(iter(layers.values())))), np.nan)
+        for layer, values in layers.items():
+            arrays[kind][layer] = [np.nan if value is None else value for value in values]
+    return arrays
 
 
 def mean_by_layer(runs: Sequence[ByLayer]) -> dict[str, list[float | None]]:
@@ -290,6 +267,13 @@ def mean_by_layer(runs: Sequence[ByLayer]) -> dict[str, list[float | None]]:
     }
 
 
+def draw_mean_lambdas(result: Result) -> Figure:
+    """The means over the final runs of a Hybrid."""
+    runs = [record.lambdas for record in result.finals.values() if record.lambdas]
+    title = f"{result.method} on {result.task} with {result.model}"
+    return draw_lambdas(title, runs[0]["iterations"], mean_by_layer([run["by_layer"] for run in runs]))
+
+
 def draw_lambdas(title: str, iterations: Sequence[int], by_layer: ByLayer) -> Figure:
     """A figure of its own."""
     figure = new_figure(13, 4.2, title)
@@ -299,16 +283,16 @@ def draw_lambdas(title: str, iterations: Sequence[int], by_layer: ByLayer) -> Fi
 
 def draw_lambdas_into(figure: Figure | SubFigure, iterations: Sequence[int], by_layer: ByLayer) -> None:
     """A panel for each kind of layer, side by side, with one scale from 0 to 1."""
-    found = maps(by_layer)
-    if not found:
+    arrays = maps(by_layer)
+    if not arrays:
         return
-    panels = np.atleast_1d(figure.subplots(1, len(found), sharey=True))
-    first, last = iterations[0], iterations[min(len(iterations), next(iter(found.values())).shape[1]) - 1]
+    panels = np.atleast_1d(figure.subplots(1, len(arrays), sharey=True))
+    first, last = iterations[0], iterations[min(len(iterations), next(iter(arrays.values())).shape[1]) - 1]
     half = (last - first) / max(len(iterations) - 1, 1) / 2 or 0.5
     image = None
-    for axes, (kind, values) in zip(panels, found.items(), strict=True):
+    look = {"aspect": "auto", "origin": "lower", "interpolation": "nearest", "cmap": "PuOr"}
+    for axes, (kind, values) in zip(panels, arrays.items(), strict=True):
         extent = (first - half, last + half, -0.5, len(values) - 0.5)
-        look = {"aspect": "auto", "origin": "lower", "interpolation": "nearest", "cmap": "PuOr"}
         image = axes.imshow(values, vmin=0, vmax=1, extent=extent, **look)
         axes.set_title(kind, loc="left", fontsize=11)
         axes.set_xlabel("iteration")
@@ -362,41 +346,34 @@ def plot_run(
     rows = figure.add_gridspec(len(heights), 1, height_ratios=heights)
     curves, *middle, texts = [figure.add_subfigure(rows[at]) for at in range(len(heights))]
     left, center, right = curves.subplots(1, 3, width_ratios=[5, 5, 3])
-    _draw_loss(left, records, validation_loss)
-    _draw_curve(center, "Gradient norm", *series(records, "grad_norm"))
-    _draw_bars(right, "BLEU", bleu)
+
+    iterations, losses = series(records, "loss")
+    left.plot(iterations, losses, color=AFTER, linewidth=1.8, label="training")
+    measured = dict(zip(*series(records, "validation_loss"), strict=True))
+    measured |= {0: validation_loss[0], max(iterations, default=1): validation_loss[1]}
+    left.plot(*zip(*sorted(measured.items()), strict=True), "o--", color="#d1242f", markersize=5, label="held out")
+    left.legend(frameon=False)
+    center.plot(*series(records, "grad_norm"), color=AFTER, linewidth=1.8)
+    for axes, name in ((left, "Loss"), (center, "Gradient norm")):
+        style(axes, name, "iteration")
+    bars = right.bar(["before", "after"], bleu, color=[BEFORE, AFTER], width=0.6)
+    right.bar_label(bars, fmt="%.1f", padding=3, fontweight="bold")
+    right.margins(y=0.15)
+    style(right, "BLEU")
+
     for part in middle:
         draw_lambdas_into(part, *read_lines(lambdas))
     _draw_translations(texts.subplots(), translations)
-    _save_png(figure, path)
-
-
-def _draw_loss(axes: Axes, records: Sequence[Mapping[str, Any]], validation_loss: tuple[float, float]) -> None:
-    iterations, losses = series(records, "loss")
-    _draw_curve(axes, "Loss", iterations, losses)
-    axes.lines[-1].set_label("training")
-    measured = dict(zip(*series(records, "validation_loss"), strict=True))
-    measured |= {0: validation_loss[0], max(iterations, default=1): validation_loss[1]}
-    axes.plot(*zip(*sorted(measured.items()), strict=True), "o--", color="#d1242f", markersize=5, label="held out")
-    axes.legend(frameon=False)
-
-
-def _draw_curve(axes: Axes, title: str, iterations: Sequence[int], values: Sequence[float]) -> None:
-    axes.plot(iterations, values, color=AFTER, linewidth=1.8)
-    style(axes, title)
-    axes.set_xlabel("iteration")
-
-
-def _draw_bars(axes: Axes, title: str, before_and_after: tuple[float, float]) -> None:
-    bars = axes.bar(["before", "after"], before_and_after, color=[BEFORE, AFTER], width=0.6)
-    axes.bar_label(bars, fmt="%.1f", padding=3, fontweight="bold")
-    axes.margins(y=0.15)
-    style(axes, title)
+    save_png(figure, path)
 
 
 def _draw_translations(axes: Axes, translations: Sequence[Translation]) -> None:
+    def wrapped(text: str) -> str:
+        lines = textwrap.wrap(text, COLUMN_CHARACTERS, max_lines=MOST_LINES, placeholder=" …")
+        return "\n".join(lines) or "(nothing)"
+
     axes.axis("off")
-    texts = [[_wrapped(text) for text in (t.source, t.reference, t.before, t.after)] for t in translations]
+    texts = [[wrapped(text) for text in (t.source, t.reference, t.before, t.after)] for t in translations]
     if not texts:
         return
     table = axes.table(texts, colLabels=COLUMNS, cellLoc="left", colLoc="left", bbox=Bbox.unit())
@@ -418,8 +395,3 @@ def series(records: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], 
     """(iterations, values) of the records that hold `name`."""
     points = [(record["iteration"], record[name]) for record in records if record.get(name) is not None]
     return [iteration for iteration, _ in points], [value for _, value in points]
-
-
-def _wrapped(text: str) -> str:
-    lines = textwrap.wrap(text, COLUMN_CHARACTERS, max_lines=MOST_LINES, placeholder=" …")
-    return "\n".join(lines) or "(nothing)"

@@ -3,6 +3,9 @@
 They end with the runner, however it ends; a cell that trained on would share its folder with the next attempt.
 """
 
+# Not by submitit: its local jobs survive a runner that is killed, and on SLURM it queues a job again after a time limit
+# or a preemption alone, not after a lost node; a job is a pickled function rather than a script that a user can read.
+
 import ctypes
 import os
 import shlex
@@ -15,10 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, PackageLoader
+
 from megatron_peft.config import ConfigurationError
-from megatron_peft.experiment.cells import Cell, Group
 from megatron_peft.experiment.record import from_lambdas
-from megatron_peft.experiment.spec import Choice, Experiment, ScoreSpec
+from megatron_peft.experiment.spec import Cell, Choice, Experiment, Group, ScoreSpec
 from megatron_peft.training.metrics import read_metrics
 
 PROGRAM = ("-m", "megatron_peft.commands.train")
@@ -41,11 +45,9 @@ def checkpoints_folder(folder: Path, cell: Cell) -> Path:
     return run_folder(folder, cell) / "checkpoints"
 
 
-def lambdas(folder: Path, cell: Cell) -> Mapping[str, Any]:
-    """The field `lambdas` of the cell's record, from its lambda.jsonl; empty if there is none."""
-    path = checkpoints_folder(folder, cell) / LAMBDA_FILE
-    records = read_metrics(path) if path.exists() else []
-    return from_lambdas(records) if records else {}
+def score_file(folder: Path, cell: Cell) -> Path:
+    """Where the score's command writes its JSON file."""
+    return run_folder(folder, cell) / "score.json"
 
 
 def has_checkpoint(folder: Path, cell: Cell) -> bool:
@@ -53,37 +55,28 @@ def has_checkpoint(folder: Path, cell: Cell) -> bool:
     return (checkpoints_folder(folder, cell) / TRACKER).exists()
 
 
+def lambdas(folder: Path, cell: Cell) -> Mapping[str, Any]:
+    """The field `lambdas` of the cell's record, from its lambda.jsonl; empty if there is none."""
+    path = checkpoints_folder(folder, cell) / LAMBDA_FILE
+    records = read_metrics(path) if path.exists() else []
+    return from_lambdas(records) if records else {}
+
+
 def training_command(folder: Path, cell: Cell, program: Sequence[str]) -> list[str]:
-    """The cell's run. One that was stopped continues from its last checkpoint, if that has the optimizer's state."""
-    save = checkpoints_folder(folder, cell)
-    goes_on = has_checkpoint(folder, cell) and "--no-save-optim" not in cell.flags
-    return [
-        *launcher(cell.processes),
-        *program,
-        *cell.flags,
-        "--save",
-        str(save),
-        *(["--load", str(save)] if goes_on else []),
-    ]
+    """The cell's run. If it was stopped, it continues from its last checkpoint that has the optimizer's state."""
+    save = str(checkpoints_folder(folder, cell))
+    resumes = has_checkpoint(folder, cell) and "--no-save-optim" not in cell.flags
+    return [*launcher(cell.processes), *program, *cell.flags, "--save", save, *(["--load", save] if resumes else [])]
 
 
 def score_command(folder: Path, cell: Cell, score: ScoreSpec) -> list[str]:
     """The task's command for this cell, on as many processes as its training."""
+    output, checkpoints = str(score_file(folder, cell)), str(checkpoints_folder(folder, cell))
     words: list[str] = []
-    places = {"{output}": str(score_file(folder, cell)), "{checkpoints}": str(checkpoints_folder(folder, cell))}
     for word in score.command:
-        if word == "{flags}":
-            words += cell.flags
-            continue
-        for place, text in places.items():
-            word = word.replace(place, text)
-        words.append(word)
+        filled = word.replace("{output}", output).replace("{checkpoints}", checkpoints)
+        words += cell.flags if word == "{flags}" else [filled]
     return [*launcher(cell.processes), *words[1:]] if words[0] == "python" else words
-
-
-def score_file(folder: Path, cell: Cell) -> Path:
-    """Where the score's command writes its JSON file."""
-    return run_folder(folder, cell) / "score.json"
 
 
 def launcher(processes: int, environment: Mapping[str, str] = os.environ) -> list[str]:
@@ -109,8 +102,8 @@ class Running:
 
     process: subprocess.Popen[bytes]
     log: Path
-    command: tuple[str, ...]
-    started_at: str
+    heading: str  # of its part of the log
+    started_at: str = field(default_factory=lambda: time.strftime("%Y-%m-%dT%H:%M:%S"))
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -118,24 +111,28 @@ class Running:
         """Since its start."""
         return time.monotonic() - self.started
 
-    def stop(self) -> None:
-        """Send SIGTERM; a training run saves and ends."""
-        if self.process.poll() is None:
-            self.process.terminate()
-
     def last_words(self) -> str:
         """The last `LAST_WORDS` characters of this process's log."""
-        text = self.log.read_text(encoding="utf-8", errors="replace").rpartition(_heading(self.command))[2]
+        text = self.log.read_text(encoding="utf-8", errors="replace").rpartition(self.heading)[2]
         return text.strip()[-LAST_WORDS:].strip() or "it wrote nothing"
 
 
 def start(command: Sequence[str], log: Path) -> Running:
     """Start `command`; the command itself and its output are appended to `log`."""
+    parent, heading = os.getpid(), f"$ {' '.join(command)}\n"
+    # torchrun ends its ranks on SIGTERM; a process alone can be killed at any instant.
+    end_signal = signal.SIGTERM if "torch.distributed.run" in command else signal.SIGKILL
+
+    def end_with_parent() -> None:
+        """Have the kernel send the signal to this child when the runner dies. Linux only."""
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(SET_PARENT_DEATH_SIGNAL, int(end_signal))
+            if os.getppid() != parent:
+                os.kill(os.getpid(), signal.SIGKILL)
+
     log.parent.mkdir(parents=True, exist_ok=True)
-    died_with_us = signal.SIGTERM if "torch.distributed.run" in command else signal.SIGKILL
-    parent = os.getpid()
     with log.open("ab") as output:
-        output.write(_heading(command).encode())
+        output.write(heading.encode())
         output.flush()
         process = subprocess.Popen(
             command,
@@ -144,73 +141,17 @@ def start(command: Sequence[str], log: Path) -> Running:
             stderr=subprocess.STDOUT,
             env={**ENVIRONMENT, **os.environ},
             start_new_session=True,  # Ctrl-C reaches the runner alone, which then stops its cells
-            preexec_fn=lambda: _end_with(parent, died_with_us),
+            preexec_fn=end_with_parent,
         )
-    return Running(process, log, tuple(command), time.strftime("%Y-%m-%dT%H:%M:%S"))
-
-
-def _heading(command: Sequence[str]) -> str:
-    return f"$ {' '.join(command)}\n"
-
-
-def _end_with(parent: int, signal_number: int) -> None:
-    """In the child: have the kernel send the signal when the runner dies. Linux only."""
-    if sys.platform != "linux":
-        return
-    ctypes.CDLL(None).prctl(SET_PARENT_DEATH_SIGNAL, int(signal_number))
-    if os.getppid() != parent:
-        os.kill(os.getpid(), signal.SIGKILL)
+    return Running(process, log, heading)
 
 
 # An experiment as SLURM job arrays: one array per model, since models differ in nodes, and one array task per group.
 # The same program runs a group in one allocation, so a job that is queued again continues from its records.
 
+SCRIPT = "submit.sh.jinja"
 DEFAULTS = {"nodes": 1, "ntasks-per-node": 1, "exclusive": True, "requeue": True, "open-mode": "append"}
-OURS = ("array", "job-name", "signal", "output", "parsable")  # options that the script sets itself
-HEAD = """#!/bin/bash
-# {title}
-#
-# bash {name}
-# from the root of a clone submits {count} tasks of job arrays, one array a model. A task tunes one method on one
-# benchmark, runs its seeds, and leaves a file for each cell under
-#   {folder}
-# (megatron-peft report shows at any time what is there); submitted again, a task does what is missing. PYTHON names the
-# interpreter that the nodes use.
-set -euo pipefail
-export PYTHON=${{PYTHON:-python}}
-mkdir -p {folder}/slurm
-"""
-JOB = """
-sbatch {options} <<'JOB'
-#!/bin/bash
-set -euo pipefail
-cd "${{REPOSITORY:-$SLURM_SUBMIT_DIR}}"
-source examples/requeue.sh
-groups=(
-{groups}
-)
-group=${{groups[$SLURM_ARRAY_TASK_ID]}}
-mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-export MASTER_ADDR=${{MASTER_ADDR:-${{nodes[0]}}}}
-export CUDA_DEVICE_MAX_CONNECTIONS=1 # compute and communication are issued in order, so that they overlap
-
-# Which cells have a record or a score, and how far their runs have got.
-progress() {{
-    local of_group=${{group//[\\/ ]/_}},
-    {{
-        find {folder}/cells {folder}/runs -path "*/$of_group*" '(' -path '*/cells/*.json' -o -name score.json ')' | sort
-        cat {folder}/runs/"$of_group"*/checkpoints/latest_checkpointed_iteration.txt
-    }} 2>/dev/null | cksum
-}}
-
-# The runner ends its cell, which goes on from its last checkpoint when the job is queued again.
-ask_to_stop() {{
-    kill -TERM "$1" 2>/dev/null || true
-}}
-
-run_and_requeue {folder}/slurm "$PYTHON" -m megatron_peft experiment {experiment} --output {folder} --group "$group"
-JOB
-"""
+SET_BY_SCRIPT = ("array", "job-name", "signal", "output", "parsable")
 
 
 def script(experiment: Experiment, groups: Sequence[Group], file: Path, folder: Path, name: str) -> str:
@@ -222,35 +163,27 @@ def script(experiment: Experiment, groups: Sequence[Group], file: Path, folder: 
     Raises:
         ConfigurationError: a model's processes do not divide over its nodes, or an option is the script's own.
     """
-    places = {"folder": shlex.quote(str(folder)), "experiment": shlex.quote(str(file))}
-    head = HEAD.format(title=experiment.title.replace("\n", " "), name=name, count=len(groups), **places)
-    prepare = [shlex.join(command).replace("python ", '"$PYTHON" ', 1) for command in experiment.prepare]
-    jobs = [
-        JOB.format(
-            options=_options(model, [group for group in groups if group.model == model], experiment.name, folder),
-            groups="\n".join(f"    {shlex.quote(group.key)}" for group in groups if group.model == model),
-            **places,
-        )
-        for model in experiment.models
-    ]
-    return "\n".join([head, *prepare]) + "".join(jobs)
+    arrays = []
+    for model in experiment.models:
+        keys = [shlex.quote(group.key) for group in groups if group.model == model]
+        arrays.append((_options(model, len(keys), experiment.name, folder), keys))
+    environment = Environment(
+        loader=PackageLoader("megatron_peft.experiment", "."), trim_blocks=True, keep_trailing_newline=True
+    )
+    return environment.get_template(SCRIPT).render(
+        title=experiment.title.replace("\n", " "),
+        name=name,
+        count=len(groups),
+        folder=shlex.quote(str(folder)),
+        experiment=shlex.quote(str(file)),
+        prepare=[shlex.join(command).replace("python ", '"$PYTHON" ', 1) for command in experiment.prepare],
+        arrays=arrays,
+    )
 
 
-def _options(model: Choice, groups: Sequence[Group], name: str, folder: Path) -> str:
+def _options(model: Choice, num_tasks: int, name: str, folder: Path) -> str:
     options = {**DEFAULTS, **model.slurm}
-    _check(model, options)
-    ours = {
-        "job-name": f"{name}-{model.name}",
-        "array": f"0-{len(groups) - 1}",
-        "signal": "B:USR1@300",
-        "output": f"{folder}/slurm/%x-%a.out",
-    }
-    words = [f"--{flag}" if value is True else f"--{flag}={value}" for flag, value in {**options, **ours}.items()]
-    return " ".join(shlex.quote(word) for word in words if not word.endswith(("=False", "=None")))
-
-
-def _check(model: Choice, options: dict[str, object]) -> None:
-    for flag in OURS:
+    for flag in SET_BY_SCRIPT:
         if flag in options:
             raise ConfigurationError(f"models.{model.name}.slurm: --{flag} is set by the script itself.")
     nodes = options["nodes"]
@@ -259,3 +192,11 @@ def _check(model: Choice, options: dict[str, object]) -> None:
             f"models.{model.name}: {model.processes} processes do not divide over slurm.nodes: {nodes}; the nodes "
             f"hold the same number each."
         )
+    options |= {
+        "job-name": f"{name}-{model.name}",
+        "array": f"0-{num_tasks - 1}",
+        "signal": "B:USR1@300",
+        "output": f"{folder}/slurm/%x-%a.out",
+    }
+    words = [f"--{flag}" if value is True else f"--{flag}={value}" for flag, value in options.items()]
+    return " ".join(shlex.quote(word) for word in words if not word.endswith(("=False", "=None")))

@@ -19,8 +19,7 @@ from typing import Any, Literal
 from megatron_peft.checkpoint.folders import write_atomically
 from megatron_peft.config import ConfigurationError
 from megatron_peft.config.untrusted import read_json_object
-from megatron_peft.experiment.cells import Cell, Group
-from megatron_peft.experiment.spec import ScoreSpec
+from megatron_peft.experiment.spec import Cell, Group, ScoreSpec
 from megatron_peft.training.metrics import finite
 
 CELLS = "cells"
@@ -30,11 +29,13 @@ OWN_DIGEST = "sha256"  # of the record's other fields; records of older versions
 CURVES = ("loss", "grad_norm", "validation_loss")
 TRAINABLE = re.compile(r"trainable parameters: ([\d,]+) of")  # of training.terminal
 PACKAGES = ("megatron-peft", "megatron-core", "torch", "transformers")
+# The fields of a `Cell` that its digest covers; others may be added without changing the digests of records.
+DECLARED = ("model", "task", "method", "settings", "seed", "flags", "processes")
 
 
 @dataclass(frozen=True)
-class CellRecord:
-    """The record of a cell that ended.
+class CellRecord(Cell):
+    """The record of a cell that ended: the cell as it was, and what came of it.
 
     Attributes:
         status: "trained" or "failed".
@@ -47,14 +48,7 @@ class CellRecord:
         provenance: "training" and "score" -> the source of each; empty in older records.
     """
 
-    model: str
-    task: str
-    method: str
-    settings: Mapping[str, str]
-    seed: int
-    flags: tuple[str, ...]
-    processes: int
-    status: str
+    status: str = "failed"
     started_at: str = ""
     seconds: float = 0.0
     validation_loss: float | None = None
@@ -77,6 +71,15 @@ class CellRecord:
         """Whether the run came to its end."""
         return self.status == "trained"
 
+    @property
+    def has_provenance(self) -> bool:
+        """Whether the record has the source of all of its numbers."""
+        return self.provenance.keys() >= ({"training", "score"} if self.scores else {"training"})
+
+    def has_scores(self, score: ScoreSpec) -> bool:
+        """Whether the record holds every number of this score."""
+        return self.is_trained and score.metrics.keys() <= self.scores.keys()
+
 
 def cell_file(folder: Path, cell: Cell) -> Path:
     """The JSON file of the cell's record."""
@@ -88,7 +91,7 @@ def write_record(folder: Path, cell: Cell, record: CellRecord) -> None:
     path = cell_file(folder, cell)
     path.parent.mkdir(parents=True, exist_ok=True)
     values = {name: value for name, value in finite(asdict(record)).items() if value or name != "provenance"}
-    values |= {OWN_DIGEST: _own_digest(values)}
+    values |= {OWN_DIGEST: json_digest(values)}
     lines = [f" {json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}" for name, value in values.items()]
     write_atomically(path, "{\n" + ",\n".join(lines) + "\n}\n")  # a field a line, for diffs
 
@@ -106,7 +109,7 @@ def read_file(path: Path) -> CellRecord:
     """Raises ConfigurationError for a file that is not a cell's record, or was edited."""
     values = read_json_object(path)
     written = values.pop(OWN_DIGEST, None)
-    if written not in (None, _own_digest(values)):
+    if written not in (None, json_digest(values)):
         raise ConfigurationError(f"{path} was changed after it was written: remove it to run the cell again.")
     try:
         tuples = {name: tuple(values[name]) for name in ("flags", "score_command")}
@@ -118,51 +121,49 @@ def read_file(path: Path) -> CellRecord:
         raise ConfigurationError(f"{path} is not the file of a cell ({error!r}): remove it to run the cell.") from error
 
 
-def _own_digest(values: Mapping[str, Any]) -> str:
-    return digest(json.dumps(values, sort_keys=True))
-
-
 def of_cell(cell: Cell, status: str, **values: Any) -> CellRecord:
     """A record of `cell`, with this environment's versions."""
-    return CellRecord(
-        model=cell.model,
-        task=cell.task,
-        method=cell.method,
-        settings=dict(cell.settings),
-        seed=cell.seed,
-        flags=cell.flags,
-        processes=cell.processes,
-        status=status,
-        versions=versions(),
-        **values,
-    )
+    return CellRecord(**_declared(cell), status=status, versions=versions(), **values)
+
+
+def _declared(cell: Cell) -> dict[str, Any]:
+    return {name: getattr(cell, name) for name in DECLARED}
 
 
 def from_metrics(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The fields of a `CellRecord` that come from the lines of metrics.jsonl."""
     last = records[-1]
-    step_seconds = _mean([record["step_seconds"] for record in records if record.get("step_seconds")])
+    steps = [record["step_seconds"] for record in records if record.get("step_seconds")]
+    step_seconds = sum(steps) / len(steps) if steps else None
     epochs = last.get("epoch") or 0
+    curves = {
+        name: [
+            [record["iteration"], round(record.get("epoch") or 0.0, 6), round(record[name], 6)]
+            for record in records
+            if record.get(name) is not None
+        ]
+        for name in CURVES
+    }
     return {
         "iterations": last["iteration"],
         "validation_loss": last.get("validation_loss"),
         "step_seconds": step_seconds,
         "epoch_seconds": step_seconds * last["iteration"] / epochs if step_seconds and epochs else None,
         "peak_memory_bytes": max((record.get("peak_memory_bytes") or 0 for record in records), default=0) or None,
-        "curves": {name: curve for name in CURVES if (curve := _curve(records, name))},
+        "curves": {name: _thinned(curve, MOST_POINTS) for name, curve in curves.items() if curve},
     }
 
 
 def from_lambdas(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The field `lambdas` from the lines of lambda.jsonl, thinned: with 120 layers they would fill the file."""
-    kept = thinned(records, MOST_LAMBDAS)
+    kept = _thinned(records, MOST_LAMBDAS)
     return {
         "iterations": [record["iteration"] for record in kept],
         "by_layer": {layer: [round(record["lambda"][layer], 3) for record in kept] for layer in kept[-1]["lambda"]},
     }
 
 
-def thinned(points: Sequence[Any], most: int) -> list[Any]:
+def _thinned(points: Sequence[Any], most: int) -> list[Any]:
     """About `most` evenly spaced points, always with the last one."""
     step = -(-len(points) // most) or 1
     return [point for at, point in enumerate(points) if at % step == 0 or at == len(points) - 1]
@@ -170,45 +171,33 @@ def thinned(points: Sequence[Any], most: int) -> list[Any]:
 
 def trainable_parameters(log: str) -> int | None:
     """The number that a run prints at its start."""
-    found = TRAINABLE.search(log)
-    return int(found.group(1).replace(",", "")) if found else None
+    printed = TRAINABLE.search(log)
+    return int(printed.group(1).replace(",", "")) if printed else None
 
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that the numbers depend on, without those that are not installed."""
-    found = {"python": platform.python_version(), "machine": platform.machine()}
+    installed = {"python": platform.python_version(), "machine": platform.machine()}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found | source_version()
+    return installed | source_version()
 
 
 def source_version() -> dict[str, str]:
     """The commit of this source, and whether it has changes; empty outside a git checkout."""
-    git = ["git", "-C", str(Path(__file__).parent)]
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-        changes = subprocess.run(
-            [*git, "status", "--porcelain", "--untracked-files=no", ":/"], capture_output=True, text=True, check=True
-        )
+        commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no", ":/")
     except (OSError, subprocess.CalledProcessError):
         return {}
-    return {"commit": commit.stdout.strip() + (" with changes" if changes.stdout.strip() else "")}
-
-
-def _curve(records: Sequence[Mapping[str, Any]], name: str) -> list[list[float]]:
-    points = [
-        [record["iteration"], round(record.get("epoch") or 0.0, 6), round(record[name], 6)]
-        for record in records
-        if record.get(name) is not None
-    ]
-    return thinned(points, MOST_POINTS)
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None
+    return {"commit": commit + (" with changes" if changes else "")}
 
 
 # The next work is derived from the records alone, so a new runner continues where a killed one stopped. A group's grid
@@ -226,7 +215,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class CellProgress:
+class GroupProgress:
     """The state of a group: records of its grid, the chosen point, records of its final cells, and how many scored."""
 
     tuning: tuple[CellRecord | None, ...]
@@ -242,40 +231,14 @@ class CellProgress:
         return trained and (not self.is_scored or self.num_scored == len(self.finals))
 
 
-def progress(folder: Path, group: Group, gave_up: Set[str] = frozenset()) -> CellProgress:
+def progress(folder: Path, group: Group, gave_up: Set[str] = frozenset()) -> GroupProgress:
     """Args: gave_up: keys of cells that failed in this runner; a grid is complete without them."""
     tuning = tuple(read_cell_record(folder, cell) for cell in group.tuning)
     best = _best(group, tuning, gave_up)
     finals = () if best is None else tuple(read_cell_record(folder, cell) for cell in group.finals[best])
     score = group.task.score
-    scored = sum(score is not None and record is not None and has_scores(record, score) for record in finals)
-    return CellProgress(tuning, best, finals, scored, score is not None)
-
-
-def work(
-    folder: Path, group: Group, has_checkpoint: Callable[[Cell], bool], gave_up: Set[str] = frozenset()
-) -> Iterator[Work]:
-    """The work of the group that can start now, in order. A cell without a checkpoint is trained before scoring."""
-    now = progress(folder, group, gave_up)
-    yield from _to_train(group.tuning, now.tuning, gave_up)
-    if now.best is None:
-        return
-    cells, score = group.finals[now.best], group.task.score
-    yield from _to_train(cells, now.finals, gave_up)
-    for cell, record in zip(cells, now.finals, strict=True):
-        if score and record and record.is_trained and cell.key not in gave_up and not has_scores(record, score):
-            yield Work("score", cell, score) if has_checkpoint(cell) else Work("train", cell)
-
-
-def has_scores(record: CellRecord, score: ScoreSpec) -> bool:
-    """Whether the record holds every number of this score."""
-    return record.is_trained and score.metrics.keys() <= record.scores.keys()
-
-
-def _to_train(cells: tuple[Cell, ...], records: tuple[CellRecord | None, ...], gave_up: Set[str]) -> Iterator[Work]:
-    for cell, record in zip(cells, records, strict=True):
-        if cell.key not in gave_up and (record is None or not record.is_trained):
-            yield Work("train", cell)
+    scored = sum(score is not None and record is not None and record.has_scores(score) for record in finals)
+    return GroupProgress(tuning, best, finals, scored, score is not None)
 
 
 def _best(group: Group, tuning: tuple[CellRecord | None, ...], gave_up: Set[str]) -> int | None:
@@ -284,67 +247,58 @@ def _best(group: Group, tuning: tuple[CellRecord | None, ...], gave_up: Set[str]
     losses: dict[int, float] = {}
     for at, (cell, record) in enumerate(zip(group.tuning, tuning, strict=True)):
         if record is not None and record.is_trained:
-            if len(group.tuning) == 1 or math.isfinite(_comparable(record)):
-                losses[at] = _comparable(record)
+            loss = math.inf if record.validation_loss is None else record.validation_loss
+            if len(group.tuning) == 1 or math.isfinite(loss):
+                losses[at] = loss
         elif cell.key not in gave_up:
             return None
     return min(losses, key=losses.__getitem__, default=None)
 
 
-def _comparable(record: CellRecord) -> float:
-    loss = record.validation_loss
-    return math.inf if loss is None or math.isnan(loss) else loss
-
-
-def losses_of_grid(group: Group, tuning: tuple[CellRecord | None, ...]) -> Mapping[str, float | None]:
-    """Point of the grid, written as `lr=0.1 ...`, -> its validation loss."""
-    return {
-        " ".join(f"{name}={value}" for name, value in cell.settings.items()): record and record.validation_loss
-        for cell, record in zip(group.tuning, tuning, strict=True)
-    }
+def work(
+    folder: Path, group: Group, has_checkpoint: Callable[[Cell], bool], gave_up: Set[str] = frozenset()
+) -> Iterator[Work]:
+    """The work of the group that can start now, in order. A cell without a checkpoint is trained before scoring."""
+    now = progress(folder, group, gave_up)
+    finals = () if now.best is None else group.finals[now.best]
+    for cell, record in (*zip(group.tuning, now.tuning, strict=True), *zip(finals, now.finals, strict=True)):
+        if cell.key not in gave_up and (record is None or not record.is_trained):
+            yield Work("train", cell)
+    score = group.task.score
+    for cell, record in zip(finals, now.finals, strict=True):
+        if score and record and record.is_trained and cell.key not in gave_up and not record.has_scores(score):
+            yield Work("score", cell, score) if has_checkpoint(cell) else Work("train", cell)
 
 
 # Provenance: when the runner starts a process, it records digests (sha256) of the experiment's file, of the cell's
 # entry in it and of the data. The digest of a cell covers that entry alone: a record stays valid when the file gains a
 # method or a task, but not if it was moved from another experiment or its flags were rewritten.
 
-# The fields of a `Cell` that its digest covers; others may be added without changing the digests of records.
-DECLARED = ("model", "task", "method", "settings", "seed", "flags", "processes")
 DATA_FLAGS = ("--train-data-path", "--valid-data-path", "--test-data-path", "--data-path", "--include-path")
 
 
-def training_source(experiment: str, cell: Cell) -> dict[str, Any]:
-    """The provenance of a training run. Args: experiment: the text of the experiment's file."""
-    return _source(experiment, training_digest(cell), cell.flags)
+def source_of(experiment: str, cell: Cell, score: ScoreSpec | None = None) -> dict[str, Any]:
+    """The provenance of a cell's training, or of its score with the commit: a cell may be scored later.
+
+    Args: experiment: the text of the experiment's file.
+    """
+    paths = _data_files(score.command if score else cell.flags)
+    return {
+        "experiment_sha256": hashlib.sha256(experiment.encode()).hexdigest(),
+        "cell_sha256": _cell_digest(cell, score),
+        "data_sha256": {str(path): file_digest(path) for path in paths},
+        **(source_version() if score else {}),
+    }
 
 
-def score_source(experiment: str, cell: Cell, score: ScoreSpec) -> dict[str, Any]:
-    """The provenance of a score, with the commit: a cell may be scored later than it was trained."""
-    return {**_source(experiment, score_digest(cell, score), score.command), **source_version()}
+def _cell_digest(cell: Cell, score: ScoreSpec | None = None) -> str:
+    """Digest of what the cell's training follows from, or its score."""
+    return json_digest([_declared(cell), asdict(score)] if score else _declared(cell))
 
 
-def _source(experiment: str, cell: str, words: Sequence[str]) -> dict[str, Any]:
-    data = {str(path): file_digest(path) for path in data_files(words)}
-    return {"experiment_sha256": digest(experiment), "cell_sha256": cell, "data_sha256": data}
-
-
-def training_digest(cell: Cell) -> str:
-    """Digest of what the cell's training follows from."""
-    return digest(json.dumps(_declared(cell), sort_keys=True))
-
-
-def score_digest(cell: Cell, score: ScoreSpec) -> str:
-    """The same of its score."""
-    return digest(json.dumps([_declared(cell), asdict(score)], sort_keys=True))
-
-
-def _declared(cell: Cell) -> dict[str, Any]:
-    return {name: getattr(cell, name) for name in DECLARED}
-
-
-def digest(text: str) -> str:
-    """SHA-256 of a text, in hexadecimal digits."""
-    return hashlib.sha256(text.encode()).hexdigest()
+def json_digest(value: Any) -> str:
+    """SHA-256 of a value of JSON, in hexadecimal digits."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def file_digest(path: Path) -> str:
@@ -353,56 +307,49 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def data_files(words: Sequence[str]) -> Iterator[Path]:
+def _data_files(words: Sequence[str]) -> Iterator[Path]:
     """The files that the data flags of a command name, with those of an indexed prefix and of a folder."""
-    for flag, values in by_flag(words).items():
+    for flag, values in _by_flag(words).items():
         for word in values if flag in DATA_FLAGS else ():
             path = Path(word)
-            found = sorted(path.iterdir()) if path.is_dir() else [path, Path(f"{word}.bin"), Path(f"{word}.idx")]
-            yield from (one for one in found if one.is_file())
+            candidates = sorted(path.iterdir()) if path.is_dir() else [path, Path(f"{word}.bin"), Path(f"{word}.idx")]
+            yield from filter(Path.is_file, candidates)
 
 
-def by_flag(words: Sequence[str]) -> dict[str, list[str]]:
+def _by_flag(words: Sequence[str]) -> dict[str, list[str]]:
     """`--lr 0.1 --bf16` -> {"--lr": ["0.1"], "--bf16": []}; words before the first flag are left out."""
-    found: dict[str, list[str]] = {}
+    flags: dict[str, list[str]] = {}
     values: list[str] = []
     for word in words:
         if word.startswith("--"):
-            values = found.setdefault(word, [])
+            values = flags.setdefault(word, [])
         else:
             values.append(word)
-    return found
-
-
-def has_provenance(record: CellRecord) -> bool:
-    """Whether the record has the source of all of its numbers."""
-    return record.provenance.keys() >= ({"training", "score"} if record.scores else {"training"})
+    return flags
 
 
 def misfits(cell: Cell, score: ScoreSpec | None, record: CellRecord) -> list[str]:
     """The differences between a record and the cell of the experiment's file."""
-    named = [
+    differences = [
         f"{name} is {getattr(record, name)!r} and {value!r} in the file"
         for name, value in _declared(cell).items()
         if name != "flags" and getattr(record, name) != value
     ]
-    ran, wanted = by_flag(record.flags), by_flag(cell.flags)
-    named += [
-        f"{flag} is {_values(ran, flag)} and {_values(wanted, flag)} in the file"
+    ran, wanted = (
+        {flag: " ".join(words) or "given" for flag, words in _by_flag(flags).items()}
+        for flags in (record.flags, cell.flags)
+    )
+    differences += [
+        f"{flag} is {ran.get(flag, 'absent')} and {wanted.get(flag, 'absent')} in the file"
         for flag in sorted(ran.keys() | wanted.keys())
         if ran.get(flag) != wanted.get(flag)
     ]
-    if named or record.flags != cell.flags:
-        return named or ["its flags are in another order than in the file"]
-    digests = {"training": training_digest(cell), "score": score_digest(cell, score) if score else "none"}
-    wrote = {name: str(source["cell_sha256"]) for name, source in record.provenance.items()}
+    if differences or record.flags != cell.flags:
+        return differences or ["its flags are in another order than in the file"]
+    digests = {"training": _cell_digest(cell), "score": _cell_digest(cell, score) if score else "none"}
     return [
-        f"its {name} was produced from a different entry than the file's: digest {has[:12]}, not "
-        f"{digests.get(name, 'none')[:12]}"
-        for name, has in wrote.items()
-        if has != digests.get(name)
+        f"its {name} was produced from a different entry than the file's: digest {str(source['cell_sha256'])[:12]}, "
+        f"not {digests.get(name, 'none')[:12]}"
+        for name, source in record.provenance.items()
+        if str(source["cell_sha256"]) != digests.get(name)
     ]
-
-
-def _values(flags: Mapping[str, Sequence[str]], flag: str) -> str:
-    return " ".join(flags[flag]) or "given" if flag in flags else "absent"

@@ -9,7 +9,6 @@ from statistics import mean
 
 from megatron_peft.config import ConfigurationError
 from megatron_peft.experiment import process
-from megatron_peft.experiment.cells import Cell, Group, groups
 from megatron_peft.experiment.record import (
     CellRecord,
     cell_file,
@@ -20,7 +19,7 @@ from megatron_peft.experiment.record import (
     write_record,
 )
 from megatron_peft.experiment.runner import EXPERIMENT_FILE
-from megatron_peft.experiment.spec import Choice, Experiment, read_experiment
+from megatron_peft.experiment.spec import Cell, Choice, Experiment, Group, groups, read_experiment
 
 VALIDATION_LOSS = "validation loss"
 MOST_MISFITS = 3  # in an error
@@ -28,43 +27,32 @@ MOST_MISFITS = 3  # in an error
 
 @dataclass(frozen=True)
 class Result:
-    """One method on one task with one model.
+    """What a method reached on a task with a model.
 
     Attributes:
+        model, task, method: their names.
         tuning: (cell, its record or None) of each point of the grid.
         finals: trained records of the chosen point, by seed; fewer than the seeds while the experiment runs.
         settings: of the chosen point.
         records: by key, of all of its cells.
     """
 
+    model: str
+    task: str
+    method: str
     group: Group
     tuning: tuple[tuple[Cell, CellRecord | None], ...]
     finals: Mapping[int, CellRecord]
     settings: Mapping[str, str]
     records: Mapping[str, CellRecord]
 
-    @property
-    def model(self) -> str:
-        """Its name."""
-        return self.group.model.name
-
-    @property
-    def task(self) -> str:
-        """Its name."""
-        return self.group.task.name
-
-    @property
-    def method(self) -> str:
-        """Its name."""
-        return self.group.method.name
-
     def values(self, metric: str) -> dict[int, float]:
-        """Seed -> the metric's value, of the runs that have one."""
-        found = {
+        """Seed -> the metric's value, of the runs that have it."""
+        values = {
             seed: record.validation_loss if metric == VALIDATION_LOSS else record.scores.get(metric)
             for seed, record in self.finals.items()
         }
-        return {seed: value for seed, value in found.items() if value is not None}
+        return {seed: value for seed, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -108,52 +96,61 @@ def read_results(folder: Path, experiment_file: Path | None = None) -> Results:
     Raises ConfigurationError: no such file, it has no cell, a record does not match the file or was edited, or two
     cells have read different data.
     """
-    source = experiment_file or folder / EXPERIMENT_FILE
-    if not source.exists():
-        raise ConfigurationError(f"{source} is not there: name the experiment's YAML file with --experiment.")
-    experiment = read_experiment(source)
-    _refuse_misfits(folder, groups(experiment), source)
-    found = Results(experiment, tuple(_result(folder, group) for group in groups(experiment)))
-    _refuse_other_data(found)
-    if not any(record for result in found.all for _, record in result.tuning):
-        raise ConfigurationError(f"{folder}/cells contains no results of {source}: run megatron-peft experiment first.")
-    return found
-
-
-def _refuse_misfits(folder: Path, all_groups: list[Group], source: Path) -> None:
-    """Raises ConfigurationError for records that do not match the file."""
-    problems = [
-        f"{path} does not belong to {source}: {'; '.join(differences)}. Remove it and run megatron-peft "
+    file = experiment_file or folder / EXPERIMENT_FILE
+    if not file.exists():
+        raise ConfigurationError(f"{file} is not there: name the experiment's YAML file with --experiment.")
+    experiment = read_experiment(file)
+    all_groups = groups(experiment)
+    if problems := [
+        f"{path} does not belong to {file}: {'; '.join(differences)}. Remove it and run megatron-peft "
         f"experiment, which runs it again, or name the file that it came from with --experiment."
         for group in all_groups
-        for cell in _cells(group).values()
+        for cell in group.cells.values()
         if (path := cell_file(folder, cell)).exists()
         and (differences := misfits(cell, group.task.score, read_file(path)))
-    ]
-    if problems:
+    ]:
         more = [f"... and {len(problems) - MOST_MISFITS} more."] if len(problems) > MOST_MISFITS else []
         raise ConfigurationError(*problems[:MOST_MISFITS], *more)
+    results = Results(experiment, tuple(_result(folder, group) for group in all_groups))
+    _refuse_other_data(results)
+    if not any(record for result in results.all for _, record in result.tuning):
+        raise ConfigurationError(f"{folder}/cells contains no results of {file}: run megatron-peft experiment first.")
+    return results
+
+
+def _result(folder: Path, group: Group) -> Result:
+    best = progress(folder, group).best
+    records = {
+        # A record that was written without lambdas gets those of its run.
+        key: record if record.lambdas else replace(record, lambdas=process.lambdas(folder, cell))
+        for key, cell in group.cells.items()
+        if (record := read_cell_record(folder, cell)) is not None
+    }
+    tuning = tuple((cell, records.get(cell.key)) for cell in group.tuning)
+    finals = {
+        cell.seed: records[cell.key]
+        for cell in (() if best is None else group.finals[best])
+        if cell.key in records and records[cell.key].is_trained
+    }
+    settings = {} if best is None else dict(group.tuning[best].settings)
+    return Result(*group.name, group, tuning, finals, settings, records)
 
 
 def _refuse_other_data(results: Results) -> None:
     """Raises ConfigurationError if cells have read different data."""
-    read: dict[str, dict[str, list[str]]] = {}
+    keys_of_data: dict[str, dict[str, list[str]]] = {}  # path -> digest -> keys of cells
     for key, record in results.records().items():
-        for path, digest in ((p, d) for source in record.provenance.values() for p, d in source["data_sha256"].items()):
-            read.setdefault(path, {}).setdefault(digest, []).append(key)
+        for source in record.provenance.values():
+            for path, digest in source["data_sha256"].items():
+                keys_of_data.setdefault(path, {}).setdefault(digest, []).append(key)
     problems = [
         f"{path} was not the same for all cells: {digest[:12]} for {', '.join(dict.fromkeys(keys))}. Remove those, "
         "or the other cells, and run megatron-peft experiment, which runs them again."
-        for path, keys_of in read.items()
-        for digest, keys in list(keys_of.items())[1:]
+        for path, keys_of_digest in keys_of_data.items()
+        for digest, keys in list(keys_of_digest.items())[1:]
     ]
     if problems:
         raise ConfigurationError(*problems)
-
-
-def _cells(group: Group) -> dict[str, Cell]:
-    """By key: a tuning cell may be a final one too."""
-    return {cell.key: cell for cells in (group.tuning, *group.finals) for cell in cells}
 
 
 def copy_results(results: Results, folder: Path) -> None:
@@ -161,32 +158,8 @@ def copy_results(results: Results, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / EXPERIMENT_FILE).write_text(results.experiment.text, encoding="utf-8")
     for result in results.all:
-        cells = _cells(result.group)
         for key, record in result.records.items():
-            write_record(folder, cells[key], record)
-
-
-def _result(folder: Path, group: Group) -> Result:
-    now = progress(folder, group)
-    records = {
-        key: _with_lambdas(folder, cell, record)
-        for key, cell in _cells(group).items()
-        if (record := read_cell_record(folder, cell)) is not None
-    }
-    tuning = tuple((cell, records.get(cell.key)) for cell in group.tuning)
-    if now.best is None:
-        return Result(group, tuning, {}, {}, records)
-    finals = {
-        cell.seed: records[cell.key]
-        for cell in group.finals[now.best]
-        if cell.key in records and records[cell.key].is_trained
-    }
-    return Result(group, tuning, finals, dict(group.tuning[now.best].settings), records)
-
-
-def _with_lambdas(folder: Path, cell: Cell, record: CellRecord) -> CellRecord:
-    """The record, with the lambdas of its run if it was written without them."""
-    return record if record.lambdas else replace(record, lambdas=process.lambdas(folder, cell))
+            write_record(folder, result.group.cells[key], record)
 
 
 Curve = Sequence[tuple[float, float]]  # (iteration, validation loss), by iteration
@@ -223,25 +196,25 @@ def crossing(curve: Curve, loss: float) -> tuple[float, bool] | None:
 
 
 def steps_to(runs: Mapping[int, CellRecord], reference: Mapping[int, CellRecord]) -> list[StepsTo]:
-    """One for each measurement that all of the reference's runs have; runs are paired by seed."""
+    """An entry for each measurement that all of the reference's runs have; runs are paired by seed."""
     seeds = sorted(runs.keys() & reference.keys())
     if not seeds:
         return []
-    targets = {seed: dict(validation_curve(reference[seed])) for seed in seeds}
-    shared = sorted(set.intersection(*(set(target) for target in targets.values())))
-    curves = {seed: validation_curve(runs[seed]) for seed in seeds}
-    return [_at(steps, [crossing(curves[seed], targets[seed][steps]) for seed in seeds]) for steps in shared]
-
-
-def validation_curve(record: CellRecord) -> list[tuple[float, float]]:
-    """(iteration, validation loss) in the order of the run."""
-    return [(iteration, loss) for iteration, _, loss in record.curves.get("validation_loss", ())]
-
-
-def _at(steps: float, crossings: Sequence[tuple[float, bool] | None]) -> StepsTo:
-    reached = [found for found in crossings if found is not None]
-    times = steps / mean(at for at, _ in reached) if reached else None
-    return StepsTo(int(steps), times, any(is_bound for _, is_bound in reached), len(reached), len(crossings))
+    curves, targets = (
+        {
+            seed: [(iteration, loss) for iteration, _, loss in records[seed].curves.get("validation_loss", ())]
+            for seed in seeds
+        }
+        for records in (runs, reference)
+    )
+    compared = []
+    for steps in sorted(set.intersection(*({at for at, _ in target} for target in targets.values()))):
+        crossings = [crossing(curves[seed], dict(targets[seed])[steps]) for seed in seeds]
+        reached = [found for found in crossings if found is not None]
+        times = steps / mean(at for at, _ in reached) if reached else None
+        is_bound = any(is_bound for _, is_bound in reached)
+        compared.append(StepsTo(int(steps), times, is_bound, len(reached), len(crossings)))
+    return compared
 
 
 CONFIDENCE = 0.95

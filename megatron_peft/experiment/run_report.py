@@ -25,6 +25,7 @@ from megatron_peft.experiment.tables import Table, format_number
 from megatron_peft.training.metrics import METRICS_FILE, read_metrics
 
 SAMPLES_FILE = "samples.jsonl"
+SAMPLE_FIELDS = ("prompt", "reference", "before", "after")
 VALIDATION = "#d1242f"
 SMOOTHED_FROM = 60  # points of a curve; a shorter one is drawn as it is
 TEXT_CHARACTERS, TEXT_LINES = 300, 8  # of a prompt or an answer on the page; a model may repeat itself to the end
@@ -59,41 +60,30 @@ def read_run(folder: Path) -> RunFiles:
     require(path.is_file(), f"{folder} has no {METRICS_FILE}: give the --save folder of a run.")
     metrics = read_metrics(path)
     require(bool(metrics), f"{path} is still empty: the run has written no log line.")
+    samples = []
+    if (path := folder / SAMPLES_FILE).is_file():
+        for at, line in enumerate(read_text(path).splitlines(), 1):
+            sample = parse_json(line, f"{path}, line {at}")
+            if not isinstance(sample, dict) or not all(isinstance(sample.get(name), str) for name in SAMPLE_FIELDS):
+                raise ConfigurationError(f"{path}, line {at}: not a sample with {', '.join(SAMPLE_FIELDS)}.")
+            samples.append(sample)
     lambdas, checkpoint = folder / LAMBDA_FILE, newest_checkpoint(folder)
     return RunFiles(
         folder,
         metrics,
         read_metrics(lambdas) if lambdas.is_file() else [],
         read_record(checkpoint) if checkpoint else None,
-        _read_samples(folder / SAMPLES_FILE),
+        samples,
     )
 
 
-def _read_samples(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    samples = [parse_json(line, f"{path}, line {at}") for at, line in enumerate(read_text(path).splitlines(), 1)]
-    for at, sample in enumerate(samples, 1):
-        texts = [sample.get(name) for name in SAMPLE_FIELDS] if isinstance(sample, dict) else [None]
-        if not all(isinstance(text, str) for text in texts):
-            raise ConfigurationError(f"{path}, line {at}: not a sample with {', '.join(SAMPLE_FIELDS)}.")
-    return samples
-
-
-SAMPLE_FIELDS = ("prompt", "reference", "before", "after")
-
-
 def build_run_report(run: RunFiles) -> Report:
-    """The report of a run."""
-    return Report(_title(run), tuple(_sections(run)))
-
-
-def _title(run: RunFiles) -> str:
-    name = _last_parts(run.folder)
-    if run.record is None:
-        return name
-    config = run.record.config
-    return f"{config.peft.method} on {_last_parts(Path(str(config.model.pretrained_checkpoint)))}: {name}"
+    """The report of a run, titled by the method, the base model and the folder, as far as they are known."""
+    title = _last_parts(run.folder)
+    if run.record is not None:
+        config = run.record.config
+        title = f"{config.peft.method} on {_last_parts(Path(str(config.model.pretrained_checkpoint)))}: {title}"
+    return Report(title, tuple(_sections(run)))
 
 
 def _last_parts(path: Path) -> str:
@@ -103,14 +93,17 @@ def _last_parts(path: Path) -> str:
 def _sections(run: RunFiles) -> Iterator[Section]:
     yield Section("Loss", list(_result(run)), figures={"loss": draw_loss(run.metrics)})
     if run.samples:
-        yield Section("Answers before and after", [_on_samples(run)], [samples_table(run.samples)])
+        told = (
+            f"Greedy answers of the base model and of the trained one to {len(run.samples)} prompts, spread evenly "
+            f"over the validation data."
+        )
+        yield Section("Answers before and after", [told], [samples_table(run.samples)])
     figures = {"optimizer": draw_optimizer(run.metrics)}
-    if norms := [one for one in run.metrics if one.get("grad_norm_by_layer")]:
+    if norms := [record for record in run.metrics if record.get("grad_norm_by_layer")]:
         figures["depth"] = draw_depth(norms)
     yield Section("Learning rate and gradient norm", figures=figures)
     if run.lambdas:
-        iterations, by_layer = plots.read_lines(run.lambdas)
-        figures = {"lambda": plots.draw_lambdas("", iterations, by_layer)}
+        figures = {"lambda": plots.draw_lambdas("", *plots.read_lines(run.lambdas))}
         yield Section("Lambda by layer", [_lambda_sentence(run.lambdas[-1])], figures=figures)
     yield Section("Speed and memory", [_cost_sentence(run.metrics)], figures={"speed": draw_speed(run.metrics)})
     if run.record is not None:
@@ -118,13 +111,15 @@ def _sections(run: RunFiles) -> Iterator[Section]:
 
 
 def _result(run: RunFiles) -> Iterator[str]:
-    last = run.metrics[-1]
-    length = _length(run.record)
-    of_all = f" of {length}" if length else ""
+    def count(value: Any) -> str:
+        return f"{value:,}" if isinstance(value, int) else "–"
+
+    last, length = run.metrics[-1], planned_iterations(run.record)
+    of_all = f" of {count(length)}" if length else ""
     counted = "packs" if run.record and run.record.config.data.pack_sequences else "samples"
     yield (
-        f"{_count(last['iteration'])}{of_all} iterations, {last.get('epoch', 0):.2f} epochs, "
-        f"{_count(last.get('consumed_samples'))} {counted}, {_count(last.get('consumed_tokens'))} tokens."
+        f"{count(last['iteration'])}{of_all} iterations, {last.get('epoch', 0):.2f} epochs, "
+        f"{count(last.get('consumed_samples'))} {counted}, {count(last.get('consumed_tokens'))} tokens."
     )
     iterations, losses = series(run.metrics, "validation_loss")
     if losses:
@@ -139,45 +134,32 @@ def _result(run: RunFiles) -> Iterator[str]:
         yield f"Training loss: {format_number(losses[-1])} at iteration {iterations[-1]}{first}."
 
 
-def _length(record: RunRecord | None) -> str:
-    """Iterations of the whole run, if the record tells."""
+def planned_iterations(record: RunRecord | None) -> int:
+    """Iterations of the whole run; 0 if the record does not tell."""
     if record is None:
-        return ""
+        return 0
     samples = int((record.schedule or {}).get("wd_incr_steps") or 0)
-    planned = record.config.training.train_iters or samples // record.config.global_batch_size
-    return _count(planned) if planned else ""
-
-
-def _count(value: Any) -> str:
-    return f"{value:,}" if isinstance(value, int) else "–"
+    return record.config.training.train_iters or samples // record.config.global_batch_size
 
 
 def _cost_sentence(metrics: Sequence[Mapping[str, Any]]) -> str:
-    _, speeds = series(metrics, "tokens_per_second")
-    _, steps = series(metrics, "step_seconds")
-    _, peaks = series(metrics, "peak_memory_bytes")
-    told = [f"Training took {timedelta(seconds=round(_training_seconds(metrics)))}, without validation and saves"]
-    if steps:
-        step = format_number(median(steps))
-        told.append(f"a step {step} s (median), with {_rounded(median(speeds))} tokens per second")
-    if peaks:
-        told.append(f"memory of the process of rank 0 at most {format_number(max(peaks) / 1e9)} GB")
-    return "; ".join(told) + "."
-
-
-def _training_seconds(metrics: Sequence[Mapping[str, Any]]) -> float:
-    """Of all steps, by the mean time of a step that each line has for those since the line before."""
+    # Each line has the mean time of the steps since the line before.
     before, seconds = 0, 0.0
     for record in metrics:
         seconds += (record.get("step_seconds") or 0.0) * (record["iteration"] - before)
         before = record["iteration"]
-    return seconds
-
-
-def _rounded(value: float) -> str:
-    """Three digits of a large number."""
-    digits = max(int(log10(value)) - 2, 0) if value > 0 else 0
-    return f"{round(value / 10**digits) * 10**digits:,}"
+    told = [f"Training took {timedelta(seconds=round(seconds))}, without validation and saves"]
+    speeds, steps, peaks = (
+        series(metrics, name)[1] for name in ("tokens_per_second", "step_seconds", "peak_memory_bytes")
+    )
+    if steps:
+        speed = median(speeds)
+        digits = max(int(log10(speed)) - 2, 0) if speed > 0 else 0
+        rounded = round(speed / 10**digits) * 10**digits  # three digits of a large number
+        told.append(f"a step {format_number(median(steps))} s (median), with {rounded:,} tokens per second")
+    if peaks:
+        told.append(f"memory of the process of rank 0 at most {format_number(max(peaks) / 1e9)} GB")
+    return "; ".join(told) + "."
 
 
 def _lambda_sentence(last: Mapping[str, Any]) -> str:
@@ -191,47 +173,31 @@ def _lambda_sentence(last: Mapping[str, Any]) -> str:
     )
 
 
-def _on_samples(run: RunFiles) -> str:
-    return (
-        f"Greedy answers of the base model and of the trained one to {len(run.samples)} prompts, spread evenly over "
-        f"the validation data."
-    )
-
-
 def samples_table(samples: Sequence[Mapping[str, Any]]) -> Table:
     """A row for each prompt; long texts are cut."""
-    rows = tuple(tuple(_cut(sample[name]) for name in SAMPLE_FIELDS) for sample in samples)
+
+    def cut(text: str) -> str:
+        text = text.strip()
+        shown = "\n".join(text.splitlines()[:TEXT_LINES])[:TEXT_CHARACTERS]
+        return text if shown == text else f"{shown.rstrip()} …"
+
+    rows = tuple(tuple(cut(sample[name]) for name in SAMPLE_FIELDS) for sample in samples)
     columns = ("prompt", "in the data", "before", "after")
     return Table("Answers", columns, rows, text_columns=4, is_sortable=False, is_prose=True)
 
 
-def _cut(text: str) -> str:
-    text = text.strip()
-    shown = "\n".join(text.splitlines()[:TEXT_LINES])[:TEXT_CHARACTERS]
-    return text if shown == text else f"{shown.rstrip()} …"
-
-
 def settings_table(record: RunRecord) -> Table:
     """Every flag of the run that is not at its default."""
-    config = record.config
-    rows = []
-    for section in field_names(type(config)):
-        part = getattr(config, section)
+    flags: dict[tuple[str, str], None] = {}
+    for section in field_names(type(record.config)):
+        part = getattr(record.config, section)
         recorded = getattr(part, "recorded_fields", field_names(type(part)))
-        rows += [
-            (flag_of(one), _value(one, getattr(part, one.name)))
-            for one in fields(part)
-            if one.name in recorded and one.metadata and getattr(part, one.name) != _default(one)
-        ]
-    return Table("Flags that are not at their defaults", ("flag", "value"), tuple(dict.fromkeys(rows)), text_columns=2)
-
-
-def _default(one: Any) -> Any:
-    return None if one.default is MISSING else one.default
-
-
-def _value(one: Any, value: Any) -> str:
-    return spelled("", value).strip() or "yes" if value is not False else "no"
+        for field in fields(part):
+            value, default = getattr(part, field.name), None if field.default is MISSING else field.default
+            if field.name in recorded and field.metadata and value != default:
+                shown = "no" if value is False else spelled("", value).strip() or "yes"
+                flags[flag_of(field), shown] = None
+    return Table("Flags that are not at their defaults", ("flag", "value"), tuple(flags), text_columns=2)
 
 
 # Figures of a run, by iteration.
@@ -246,7 +212,7 @@ def draw_loss(metrics: Sequence[Mapping[str, Any]]) -> Figure:
     if losses:
         label = f"validation, lowest {format_number(min(losses))}"
         axes.plot(iterations, losses, "o-", color=VALIDATION, markersize=4, linewidth=1.4, label=label)
-    _finish(axes, "Loss")
+    style(axes, "Loss", "iteration")
     axes.legend(frameon=False)
     return figure
 
@@ -256,10 +222,10 @@ def draw_optimizer(metrics: Sequence[Mapping[str, Any]]) -> Figure:
     figure = new_figure(10, 3.4)
     left, right = figure.subplots(1, 2)
     left.plot(*series(metrics, "learning_rate"), color=AFTER, linewidth=1.6)
-    _finish(left, "Learning rate")
+    style(left, "Learning rate", "iteration")
     left.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
     _draw_smoothed(right, metrics, "grad_norm", "")
-    _finish(right, "Gradient norm (before clipping)")
+    style(right, "Gradient norm (before clipping)", "iteration")
     return figure
 
 
@@ -267,14 +233,13 @@ def draw_depth(metrics: Sequence[Mapping[str, Any]]) -> Figure:
     """Gradient norm by layer, of the first, the middle and the last of these records."""
     figure = new_figure(10, 3.4)
     axes = figure.subplots()
-    some = metrics[0], metrics[len(metrics) // 2], metrics[-1]
-    chosen = {one["iteration"]: one["grad_norm_by_layer"] for one in some}
+    records = metrics[0], metrics[len(metrics) // 2], metrics[-1]
+    chosen = {record["iteration"]: record["grad_norm_by_layer"] for record in records}
     for at, (iteration, norms) in enumerate(chosen.items(), start=1):
         layers = [int(layer) for layer in norms]
         values = [np.nan if norm is None else norm for norm in norms.values()]
         axes.plot(layers, values, color=AFTER, alpha=at / len(chosen), linewidth=1.6, label=f"iteration {iteration}")
-    style(axes, "Gradient norm by layer (before clipping)")
-    axes.set_xlabel("layer")
+    style(axes, "Gradient norm by layer (before clipping)", "layer")
     axes.set_yscale("log")
     axes.legend(frameon=False)
     return figure
@@ -285,11 +250,11 @@ def draw_speed(metrics: Sequence[Mapping[str, Any]]) -> Figure:
     figure = new_figure(10, 3.4)
     left, right = figure.subplots(1, 2)
     _draw_smoothed(left, metrics, "tokens_per_second", "")
-    _finish(left, "Tokens per second")
+    style(left, "Tokens per second", "iteration")
     for name, label, line in (("memory_bytes", "now", "-"), ("peak_memory_bytes", "peak", "--")):
         iterations, values = series(metrics, name)
         right.plot(iterations, [value / 1e9 for value in values], line, color=AFTER, linewidth=1.6, label=label)
-    _finish(right, "Memory of rank 0 (GB)")
+    style(right, "Memory of rank 0 (GB)", "iteration")
     right.legend(frameon=False)
     for axes in (left, right):
         axes.set_ylim(0, axes.dataLim.ymax * 1.15 or 1)
@@ -306,18 +271,10 @@ def _draw_smoothed(axes: Axes, metrics: Sequence[Mapping[str, Any]], name: str, 
 
 
 def running_mean(values: Sequence[float]) -> list[float]:
-    """Of each point and its neighbors, a twentieth of the curve; fewer at its ends, so that it keeps its length."""
-    half, places = max(len(values) // 40, 1), np.arange(len(values))
-    width = 2 * half + 1
-    # A window lies in two blocks as long as it is: the end of one and the start of the next. Unlike differences of
-    # cumulative sums, their sums stay exact after a spike. A window that begins with a block is that block.
-    blocks = np.pad(values, (half, half + -(len(values) + 2 * half) % width)).reshape(-1, width)
-    ends, starts = blocks[:, ::-1].cumsum(1)[:, ::-1].ravel(), blocks.cumsum(1).ravel()
-    sums = ends[places] + np.where(places % width, starts[places + 2 * half], 0)
-    counts = np.minimum(places + half, len(values) - 1) - np.maximum(places - half, 0) + 1
+    """The mean of each point and its neighbors, a twentieth of the curve; fewer at its ends, which keeps its length."""
+    half = max(len(values) // 40, 1)
+    # Each window is summed by itself: differences of cumulative sums would not be exact after a spike.
+    sums, counts = (
+        np.convolve(each, np.ones(2 * half + 1))[half : half + len(values)] for each in (values, np.ones(len(values)))
+    )
     return (sums / counts).tolist()
-
-
-def _finish(axes: Axes, title: str) -> None:
-    style(axes, title)
-    axes.set_xlabel("iteration")

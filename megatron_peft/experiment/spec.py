@@ -1,22 +1,27 @@
-"""An experiment's YAML file: models x tasks x methods, a grid for each method, seeds. docs/experiments.md describes it.
+"""An experiment's YAML file, models x tasks x methods x seeds, and its cells: the training runs that follow from it.
 
-A flag is written without its dashes. `true` is a switch that is given, `false` and `null` leave a flag out, a list is
-a flag with several values; anything else is the flag's value.
+docs/experiments.md describes the file. A flag is written without its dashes. `true` is a switch that is given, `false`
+and `null` leave a flag out, a list is a flag with several values; anything else is the flag's value.
 """
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
+from itertools import product
+from math import prod
 from pathlib import Path
+from re import fullmatch
 from typing import Any
 
-from megatron_peft.config import ConfigurationError
+from megatron_peft.cli.parser import read_config
+from megatron_peft.config import ConfigurationError, PeftConfig
+from megatron_peft.config import flag as dashed
 from megatron_peft.config.untrusted import StrictLoader, parse_yaml, read_text
+from megatron_peft.models.families import read_shape
 
 FlagValues = Mapping[str, Any]
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+NAME = r"[A-Za-z0-9][A-Za-z0-9._+-]*"
 RUNNERS_OWN = {  # flag -> what to write instead
     "seed": "list the seeds under seeds:",
     "save": "each cell has a folder of its own",
@@ -28,9 +33,7 @@ BUDGET = (  # the same for all methods, for a fair comparison
     "lr-decay-style lr-decay-iters lr-decay-samples lr-warmup-iters lr-warmup-samples lr-warmup-fraction "
     "lr-warmup-init min-lr eval-iters eval-interval early-stopping-patience"
 ).split()
-
-
-VALIDATED = ("valid-data-path", "data-path")  # either gives a validation loss
+VALIDATED = {"valid-data-path", "data-path"}  # either gives a validation loss
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,11 @@ class Choice:
     slurm: FlagValues = field(default_factory=dict)
     paper: str | None = None
 
+    @property
+    def num_points(self) -> int:
+        """Points of the grid; 1 without a grid."""
+        return prod(map(len, self.grid.values()))
+
 
 @dataclass(frozen=True)
 class Experiment:
@@ -96,86 +104,60 @@ class Experiment:
     text: str = ""
 
     def __post_init__(self) -> None:
-        problems = [*self._unfit_names(), *self._clashes(), *self._unequal_budgets(), *self._untuned_grids()]
-        if problems:
+        if problems := list(self._problems()):
             raise ConfigurationError(*problems)
 
-    def _unfit_names(self) -> Iterator[str]:
+    def _problems(self) -> Iterator[str]:
         for name in (self.name, *(choice.name for choice in (*self.models, *self.tasks, *self.methods))):
-            if not NAME.fullmatch(name):
+            if not fullmatch(NAME, name):
                 yield f"the name {name!r} becomes a folder's: use letters, digits, and . _ + - after the first."
-
-    def _clashes(self) -> Iterator[str]:
-        """A flag in two places: one of them would be silently ignored."""
         if len(set(self.seeds)) < len(self.seeds):
             yield f"seeds: {', '.join(map(str, self.seeds))} names one twice."
-        for places in self._places():
-            yield from _clashes_in_a_cell(places)
 
-    def _places(self) -> Iterator[list[tuple[str, FlagValues]]]:
-        """For each cell, (place in the file, flags) of all that it combines."""
-        for model in self.models:
-            for task in self.tasks:
-                for method in self.methods:
-                    yield [
-                        ("flags", self.flags),
-                        (f"models.{model.name}.flags", model.flags),
-                        (f"tasks.{task.name}.flags", task.flags),
-                        (f"methods.{method.name}.flags", method.flags),
-                        (f"methods.{method.name}.grid", method.grid),
-                    ]
+        # Of a flag in two places of a cell, one would be silently ignored.
+        for model, task, method in product(self.models, self.tasks, self.methods):
+            places = {
+                "flags": self.flags,
+                f"models.{model.name}.flags": model.flags,
+                f"tasks.{task.name}.flags": task.flags,
+                f"methods.{method.name}.flags": method.flags,
+                f"methods.{method.name}.grid": method.grid,
+            }
+            first_place: dict[str, str] = {}
+            for place, flag in ((place, flag) for place, flags in places.items() for flag in flags):
+                if flag in RUNNERS_OWN:
+                    yield f"{place}: --{flag} is the runner's own: {RUNNERS_OWN[flag]}."
+                if flag in first_place:
+                    yield f"--{flag} is in {first_place[flag]} and in {place}: leave it in one of the two."
+                first_place.setdefault(flag, place)
 
-    def _unequal_budgets(self) -> Iterator[str]:
+        # The same budget for all methods, and a validation loss to choose by wherever there is a choice.
         for method in self.methods:
             for flag in sorted({*method.flags, *method.grid} & set(BUDGET)):
                 yield f"methods.{method.name}: --{flag} must be the same for all methods; put it under flags or tasks."
-        sizes = {method.name: grid_size(method) for method in self.methods}
-        if len(set(sizes.values())) > 1:
-            listed = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        if len({method.num_points for method in self.methods}) > 1:
+            listed = ", ".join(f"{method.name} {method.num_points}" for method in self.methods)
             yield f"all methods get the same number of tuning runs, but their grids hold: {listed}."
+        for model, task in product(self.models, self.tasks):
+            is_validated = VALIDATED & {*self.flags, *model.flags, *task.flags}
+            if not is_validated and any(method.num_points > 1 for method in self.methods):
+                yield (
+                    f"tasks.{task.name}: a grid of several points is tuned by the validation loss, but with "
+                    f"models.{model.name} nothing is validated: give --valid-data-path."
+                )
 
-    def _untuned_grids(self) -> Iterator[str]:
-        """A grid without a validation loss to choose by."""
-        if all(grid_size(method) == 1 for method in self.methods):
-            return
-        for model in self.models:
-            for task in self.tasks:
-                flags = {**self.flags, **model.flags, **task.flags}
-                if not flags.keys() & set(VALIDATED):
-                    yield (
-                        f"tasks.{task.name}: a grid of several points is tuned by the validation loss, but with "
-                        f"models.{model.name} nothing is validated: give --valid-data-path."
-                    )
+    @property
+    def default_folder(self) -> Path:
+        """Where the cells go unless --output names a folder."""
+        return Path("runs/experiments") / self.name
 
-
-def _clashes_in_a_cell(places: Iterable[tuple[str, FlagValues]]) -> Iterator[str]:
-    seen: dict[str, str] = {}
-    for place, flag in ((place, flag) for place, flags in places for flag in flags):
-        if flag in RUNNERS_OWN:
-            yield f"{place}: --{flag} is the runner's own: {RUNNERS_OWN[flag]}."
-        if flag in seen:
-            yield f"--{flag} is in {seen[flag]} and in {place}: leave it in one of the two."
-        seen.setdefault(flag, place)
+    def budget(self, model: Choice, task: Choice) -> FlagValues:
+        """The flags of BUDGET, which are the same for all methods."""
+        flags = {**self.flags, **model.flags, **task.flags}
+        return {flag: value for flag, value in flags.items() if flag in BUDGET}
 
 
-def grid_size(method: Choice) -> int:
-    """Number of points of the method's grid; 1 without a grid."""
-    size = 1
-    for values in method.grid.values():
-        size *= len(values)
-    return size
-
-
-def budget(experiment: Experiment, model: Choice, task: Choice) -> FlagValues:
-    """The flags of BUDGET, which are the same for all methods."""
-    flags = {**experiment.flags, **model.flags, **task.flags}
-    return {flag: value for flag, value in flags.items() if flag in BUDGET}
-
-
-def default_folder(experiment: Experiment) -> Path:
-    """Where an experiment's cells go unless --output names a folder."""
-    return Path("runs/experiments") / experiment.name
-
+# The file is read strictly: an unknown key, a wrong type or an empty list is an error that names its place.
 
 KEYS = ("name", "title", "flags", "models", "tasks", "methods", "seeds", "tuning_seed", "prepare")
 NEEDED = ("models", "tasks", "methods", "seeds")
@@ -184,7 +166,6 @@ CHOICE_KEYS = {
     "tasks": ("flags", "score", "paper"),
     "methods": ("flags", "grid", "paper"),
 }
-METRIC_KEYS = ("path", "higher_is_better", "scale")
 
 
 def read_experiment(path: Path) -> Experiment:
@@ -195,46 +176,34 @@ def read_experiment(path: Path) -> Experiment:
     text = read_text(path)
     content = parse_yaml(text, str(path), StrictLoader)
     try:
-        return replace(_experiment(content, path.stem), text=text)
+        return _experiment(_mapping(content, "the file", KEYS), path.stem, text)
     except ConfigurationError as error:
         raise ConfigurationError(*(f"{path}: {problem}" for problem in error.problems)) from error
 
 
-def _experiment(content: Any, name: str) -> Experiment:
-    top = _mapping(content, "the file")
-    _check_keys(top, KEYS, "the file")
-    missing = [key for key in NEEDED if not top.get(key)]
-    if missing:
+def _experiment(top: Mapping[str, Any], name: str, text: str) -> Experiment:
+    if missing := [key for key in NEEDED if not top.get(key)]:
         raise ConfigurationError(*(f"the grid is empty: {key} names nothing." for key in missing))
     seeds = _whole_numbers(top["seeds"], "seeds")
     (tuning_seed,) = _whole_numbers([top.get("tuning_seed", seeds[0])], "tuning_seed")
-    return Experiment(
-        name=str(top.get("name", name)),
-        title=str(top.get("title", top.get("name", name))),
-        flags=_flags(top.get("flags"), "flags"),
-        models=_choices(top, "models"),
-        tasks=_choices(top, "tasks"),
-        methods=_choices(top, "methods"),
-        seeds=seeds,
-        tuning_seed=tuning_seed,
-        prepare=tuple(_words(command, "prepare") for command in _listed(top.get("prepare"))),
+    flags = _flags(top.get("flags"), "flags")
+    models, tasks, methods = (
+        tuple(_choice(str(name), values, kind, flags) for name, values in _mapping(top[kind], kind).items())
+        for kind in CHOICE_KEYS
     )
+    prepare = top.get("prepare") or []
+    commands = tuple(_words(command, "prepare") for command in (prepare if isinstance(prepare, list) else [prepare]))
+    name = str(top.get("name", name))
+    title = str(top.get("title", name))
+    return Experiment(name, title, flags, models, tasks, methods, seeds, tuning_seed, commands, text)
 
 
-def _choices(top: Mapping[str, Any], kind: str) -> tuple[Choice, ...]:
-    common = _flags(top.get("flags"), "flags")
-    return tuple(
-        _choice(str(name), _mapping(values, f"{kind}.{name}"), kind, common)
-        for name, values in _mapping(top[kind], kind).items()
-    )
-
-
-def _choice(name: str, values: Mapping[str, Any], kind: str, common: Mapping[str, Any]) -> Choice:
+def _choice(name: str, content: Any, kind: str, common: Mapping[str, Any]) -> Choice:
     """`common`: the flags of all cells. Without --peft-method in any flags, a method's name is its --peft-method."""
     place = f"{kind}.{name}"
-    _check_keys(values, CHOICE_KEYS[kind], place)
-    flags = _flags(values.get("flags"), f"{place}.flags")
-    grid = {flag: _grid_values(points, f"{place}.grid.{flag}") for flag, points in _grid(values, place).items()}
+    values = _mapping(content, place, CHOICE_KEYS[kind])
+    flags, grid = (_flags(values.get(key), f"{place}.{key}") for key in ("flags", "grid"))
+    grid = {flag: _grid_values(points, f"{place}.grid.{flag}") for flag, points in grid.items()}
     if kind == "methods" and "peft-method" not in {*flags, *grid, *common}:
         flags = {"peft-method": name, **flags}
     (processes,) = _whole_numbers([values.get("processes", 1)], f"{place}.processes")
@@ -243,10 +212,6 @@ def _choice(name: str, values: Mapping[str, Any], kind: str, common: Mapping[str
     score = _score(values["score"], f"{place}.score") if values.get("score") else None
     paper = None if values.get("paper") is None else str(values["paper"])
     return Choice(name, flags, grid, processes, score, _flags(values.get("slurm"), f"{place}.slurm"), paper)
-
-
-def _grid(values: Mapping[str, Any], place: str) -> Mapping[str, Any]:
-    return _flags(values.get("grid"), f"{place}.grid")
 
 
 def _grid_values(points: Any, place: str) -> tuple[Any, ...]:
@@ -261,20 +226,18 @@ def _grid_values(points: Any, place: str) -> tuple[Any, ...]:
 
 
 def _score(content: Any, place: str) -> ScoreSpec:
-    values = _mapping(content, place)
-    _check_keys(values, ("command", "metrics"), place)
+    values = _mapping(content, place, ("command", "metrics"))
     command = _words(values.get("command"), f"{place}.command")
     if "{output}" not in " ".join(command):
         raise ConfigurationError(f"{place}.command does not name its JSON file: write {{output}} in its place.")
     metrics = _mapping(values.get("metrics"), f"{place}.metrics")
     if not metrics:
         raise ConfigurationError(f"{place}.metrics is empty: name the numbers of the score's file.")
-    return ScoreSpec(command, {str(name): _metric(one, f"{place}.metrics.{name}") for name, one in metrics.items()})
+    return ScoreSpec(command, {str(name): _metric(metrics[name], f"{place}.metrics.{name}") for name in metrics})
 
 
 def _metric(content: Any, place: str) -> Metric:
-    values = _mapping(content, place)
-    _check_keys(values, METRIC_KEYS, place)
+    values = _mapping(content, place, ("path", "higher_is_better", "scale"))
     paths = values.get("path") or []
     if not paths:
         raise ConfigurationError(f"{place} needs path: the keys to the number, joined by slashes, or a list of such.")
@@ -286,28 +249,10 @@ def _metric(content: Any, place: str) -> Metric:
 
 
 def _words(content: Any, place: str) -> tuple[str, ...]:
-    if isinstance(content, str) and content.strip():
-        content = content.split()
-    if not isinstance(content, Sequence) or isinstance(content, str) or not content:
+    words = content.split() if isinstance(content, str) else content
+    if not isinstance(words, Sequence) or not words:
         raise ConfigurationError(f"{place} is {content!r}; it is a command: a line, or a list of words.")
-    return tuple(str(word) for word in content)
-
-
-def _listed(commands: Any) -> list[Any]:
-    """One command or several."""
-    return commands if isinstance(commands, list) else [commands] if commands else []
-
-
-def _flags(content: Any, place: str) -> dict[str, Any]:
-    return {str(name).lstrip("-").replace("_", "-"): value for name, value in _mapping(content, place).items()}
-
-
-def _mapping(content: Any, place: str) -> Mapping[str, Any]:
-    if content is None:
-        return {}
-    if not isinstance(content, Mapping):
-        raise ConfigurationError(f"{place} is {content!r}; it is a mapping, `name: value` on each line.")
-    return content
+    return tuple(map(str, words))
 
 
 def _whole_numbers(content: Any, place: str) -> tuple[int, ...]:
@@ -318,9 +263,140 @@ def _whole_numbers(content: Any, place: str) -> tuple[int, ...]:
     return tuple(listed)
 
 
-def _check_keys(given: Iterable[Any], known: Sequence[str], place: str) -> None:
-    for key in given:
-        if key not in known:
-            near = get_close_matches(str(key), known, 1)
-            hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(known)}."
+def _flags(content: Any, place: str) -> dict[str, Any]:
+    return {str(name).lstrip("-").replace("_", "-"): value for name, value in _mapping(content, place).items()}
+
+
+def _mapping(content: Any, place: str, keys: Sequence[str] | None = None) -> Mapping[str, Any]:
+    """Raises ConfigurationError: not a mapping, or a key that is not among `keys`."""
+    if content is None:
+        return {}
+    if not isinstance(content, Mapping):
+        raise ConfigurationError(f"{place} is {content!r}; it is a mapping, `name: value` on each line.")
+    for key in content:
+        if keys is not None and key not in keys:
+            near = get_close_matches(str(key), keys, 1)
+            hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(keys)}."
             raise ConfigurationError(f"{place} has the unknown key {key!r}: {hint}")
+    return content
+
+
+# Each cell is one training run: a model on a task by a method at one point of its grid.
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run.
+
+    Attributes:
+        settings: flag -> value, the point of the grid.
+        flags: all flags of pretrain_peft.py but --save and --load.
+        processes: number of ranks.
+    """
+
+    model: str
+    task: str
+    method: str
+    settings: Mapping[str, str]
+    seed: int
+    flags: tuple[str, ...]
+    processes: int = 1
+
+    @property
+    def key(self) -> str:
+        """Names the cell; valid in a file's name."""
+        point = "".join(f",{name}={value}" for name, value in self.settings.items())
+        return f"{self.model},{self.task},{self.method}{point},seed={self.seed}".replace("/", "_").replace(" ", "_")
+
+    @property
+    def point(self) -> str:
+        """The point of the grid, as `lr=0.1 lora-rank=4`; empty without a grid."""
+        return " ".join(f"{name}={value}" for name, value in self.settings.items())
+
+
+@dataclass(frozen=True)
+class Group:
+    """The cells of one method, model and task: the grid with the tuning seed, then the best point with all seeds."""
+
+    model: Choice
+    task: Choice
+    method: Choice
+    tuning: tuple[Cell, ...]
+    finals: tuple[tuple[Cell, ...], ...]  # of each point of the grid, a cell for each seed
+
+    @property
+    def name(self) -> tuple[str, str, str]:
+        """Model, task and method."""
+        return self.model.name, self.task.name, self.method.name
+
+    @property
+    def key(self) -> str:
+        """The same as --group takes it."""
+        return ",".join(self.name)
+
+    @property
+    def cells(self) -> dict[str, Cell]:
+        """All cells by key: a tuning cell may be a final one too."""
+        return {cell.key: cell for cells in (self.tuning, *self.finals) for cell in cells}
+
+
+def groups(experiment: Experiment) -> list[Group]:
+    """All groups of the experiment, in the order of its file."""
+
+    def group(model: Choice, task: Choice, method: Choice) -> Group:
+        def cell(point: Mapping[str, Any], seed: int) -> Cell:
+            flags = {**experiment.flags, **model.flags, **task.flags, **method.flags, **point, "seed": seed}
+            settings = {name: str(value) for name, value in point.items()}
+            return Cell(model.name, task.name, method.name, settings, seed, command_line(flags), model.processes)
+
+        points = [dict(zip(method.grid, values, strict=True)) for values in product(*method.grid.values())]
+        tuning = tuple(cell(point, experiment.tuning_seed) for point in points)
+        finals = tuple(tuple(cell(point, seed) for seed in experiment.seeds) for point in points)
+        return Group(model, task, method, tuning, finals)
+
+    return [group(*choices) for choices in product(experiment.models, experiment.tasks, experiment.methods)]
+
+
+def command_line(flags: FlagValues) -> tuple[str, ...]:
+    """`{"lr": 0.1, "bf16": True, "split": None, "x": [1, 2]}` -> --lr 0.1 --bf16 --x 1 2."""
+    words: list[str] = []
+    for name, value in flags.items():
+        if value is None or value is False:
+            continue
+        words.append(f"--{name}")
+        if value is not True:
+            words += [str(word) for word in value] if isinstance(value, list | tuple) else [str(value)]
+    return tuple(words)
+
+
+def check_flags(groups: Iterable[Group]) -> None:
+    """Check the flags of every cell by the rules of pretrain_peft.py, before anything runs.
+
+    Raises ConfigurationError with each problem once, and the first cell that has it.
+    """
+    first_with: dict[str, str] = {}
+    for cell in (cell for group in groups for cell in group.tuning):
+        for problem in _flag_problems(cell):
+            first_with.setdefault(problem, cell.key)
+    if first_with:
+        raise ConfigurationError(*(f"{key}: {problem}" for problem, key in first_with.items()))
+
+
+def _flag_problems(cell: Cell) -> tuple[str, ...]:
+    """The errors that pretrain_peft.py would report for the cell's flags, and a grid over a flag without effect."""
+    # A model that prepare: makes, or that is on a cluster's disk, is checked by its own run.
+    words = dict(zip(cell.flags, cell.flags[1:], strict=False))
+    is_here = "--pretrained-checkpoint" in words and Path(words["--pretrained-checkpoint"], "config.json").is_file()
+    environment = {"WORLD_SIZE": str(cell.processes)}
+    try:
+        config = read_config([*cell.flags, "--save", "the cell's own"], environment, read_shape if is_here else None)
+    except ConfigurationError as error:
+        return error.problems
+    read_by_method = config.peft.spec.fields(config.peft)
+    names = {word: each.name for each in fields(PeftConfig) for word in each.metadata["flags"] or (dashed(each.name),)}
+    return tuple(
+        f"methods.{cell.method}.grid: --{name} has no effect with {config.peft.spec.describe(config.peft)}, so the "
+        f"grid would run equal cells: take it out."
+        for name in cell.settings
+        if names.get(f"--{name}", "method") not in read_by_method
+    )

@@ -1,14 +1,13 @@
-"""Table I: each method's runs, their mean and spread, and a paired test against one method; the paper's beside it."""
+"""Table I: each method's runs, their mean and spread, and a paired test against one method; tables as text."""
 
 import csv
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 
-from megatron_peft.config import METHODS, ConfigurationError, PeftConfig, require
-from megatron_peft.experiment import paper
+from megatron_peft.config import METHODS, PeftConfig, require
 from megatron_peft.experiment.results import (
     VALIDATION_LOSS,
     Comparison,
@@ -59,9 +58,13 @@ class Table:
 
     def markdown(self) -> str:
         """A table of Markdown with its title above and its note below."""
+
+        def shown(cell: str) -> str:
+            escaped = cell.removeprefix(BEST).replace("|", "\\|")
+            return f"**{escaped}**" if cell.startswith(BEST) else escaped
+
         rule = ["---" if at < self.text_columns else "---:" for at in range(len(self.columns))]
-        body = [[_markdown_cell(cell) for cell in row] for row in self.rows]
-        lines = [f"| {' | '.join(row)} |" for row in (list(self.columns), rule, *body)]
+        lines = [f"| {' | '.join(row)} |" for row in (self.columns, rule, *(map(shown, row) for row in self.rows))]
         return "\n".join([f"**{self.title}**", "", *lines, *(["", self.note] if self.note else [])]) + "\n"
 
     def csv(self) -> str:
@@ -73,36 +76,24 @@ class Table:
 
     def latex(self) -> str:
         """A table environment that needs no package."""
+
+        def escaped(text: str) -> str:
+            return re.sub("|".join(map(re.escape, LATEX)), lambda character: LATEX[character.group()], text)
+
+        def shown(cell: str) -> str:
+            text = escaped(cell.removeprefix(BEST))
+            return f"\\textbf{{{text}}}" if cell.startswith(BEST) else text
+
         alignment = "l" * self.text_columns + "r" * (len(self.columns) - self.text_columns)
-        rows = [" & ".join(_latex_cell(cell) for cell in row) + r" \\" for row in (self.columns, *self.rows)]
-        body = [r"\hline", rows[0], r"\hline", *self._with_rules(rows[1:]), r"\hline"]
-        caption = latex_text(f"{self.title}. {self.note}".strip())
-        begin = [r"\begin{table}", r"\centering", f"\\caption{{{caption}}}", f"\\begin{{tabular}}{{{alignment}}}"]
-        return "\n".join([*begin, *body, r"\end{tabular}", r"\end{table}"]) + "\n"
-
-    def _with_rules(self, rows: Sequence[str]) -> list[str]:
-        """A line above each group of rows, where the first column is only filled at a group's start."""
-        grouped = any(not row[0] for row in self.rows)
-        ruled = []
+        caption = escaped(f"{self.title}. {self.note}".strip())
+        lines = [r"\begin{table}", r"\centering", f"\\caption{{{caption}}}", f"\\begin{{tabular}}{{{alignment}}}"]
+        columns, *rows = [" & ".join(map(shown, row)) + r" \\" for row in (self.columns, *self.rows)]
+        lines += [r"\hline", columns, r"\hline"]
+        # A line above each group of rows, where the first column is only filled at a group's start.
+        is_grouped = any(not row[0] for row in self.rows)
         for at, row in enumerate(rows):
-            ruled += [r"\hline"] if grouped and at and self.rows[at][0] else []
-            ruled.append(row)
-        return ruled
-
-
-def latex_text(text: str) -> str:
-    """The text with LaTeX's special characters escaped."""
-    return re.sub("|".join(map(re.escape, LATEX)), lambda found: LATEX[found.group()], text)
-
-
-def _markdown_cell(cell: str) -> str:
-    escaped = cell.removeprefix(BEST).replace("|", "\\|")
-    return f"**{escaped}**" if cell.startswith(BEST) else escaped
-
-
-def _latex_cell(cell: str) -> str:
-    text = latex_text(cell.removeprefix(BEST))
-    return f"\\textbf{{{text}}}" if cell.startswith(BEST) else text
+            lines += [r"\hline", row] if at and is_grouped and self.rows[at][0] else [row]
+        return "\n".join([*lines, r"\hline", r"\end{tabular}", r"\end{table}"]) + "\n"
 
 
 def format_number(value: float | None, signed: bool = False) -> str:
@@ -126,7 +117,7 @@ def _digits(value: float) -> int:
 
 @dataclass(frozen=True)
 class Row:
-    """One metric of one method on one task with one model.
+    """A metric of a method on a task with a model.
 
     Attributes:
         runs: in the order of the experiment's seeds; None for a missing run.
@@ -142,6 +133,11 @@ class Row:
     deviation: float | None
     against: Comparison | None
     is_best: bool
+
+    @property
+    def average(self) -> str:
+        """The mean with its spread, marked if it is the best; a dash without a mean."""
+        return (BEST if self.is_best else "") + with_spread(self.mean, self.deviation)
 
 
 def reference_method(results: Results, chosen: str | None) -> str:
@@ -160,54 +156,26 @@ def reference_method(results: Results, chosen: str | None) -> str:
 
 
 def rows(results: Results, reference: str) -> list[Row]:
-    """By model, task, metric and method."""
-    return [
-        row
-        for model, task in results.places()
-        for metric, higher in metrics(results.of(model, task)[0].group.task).items()
-        for row in _rows(results, results.of(model, task), metric, higher, reference)
-    ]
-
-
-def _rows(results: Results, methods: Sequence[Result], metric: str, higher: bool, reference: str) -> Iterator[Row]:
-    means = {result.method: mean(values) for result in methods if (values := result.values(metric).values())}
-    best = (max if higher else min)(means.values(), default=None)
-    against = next(result for result in methods if result.method == reference).values(metric)
-    for result in methods:
-        values = result.values(metric)
-        runs = tuple(values.get(seed) for seed in results.experiment.seeds)
-        yield Row(
-            result,
-            metric,
-            runs,
-            means.get(result.method),
-            stdev(values.values()) if len(values) > 1 else None,
-            None if result.method == reference else compare_seeds(values, against),
-            len(means) > 1 and means.get(result.method) == best,
-        )
-
-
-def papers_method(result: Result) -> str | None:
-    """The method's name in the paper, if it is one of its six."""
-    return result.group.method.paper or paper.METHODS.get(result.method)
-
-
-def check_paper_names(results: Results) -> None:
-    """Raises ConfigurationError for a `paper:` in the experiment's file that is not in the paper's Table I."""
-    known = {
-        "models": (results.experiment.models, paper.models()),
-        "tasks": (results.experiment.tasks, paper.benchmarks()),
-        "methods": (results.experiment.methods, list(paper.METHODS.values())),
-    }
-    problems = [problem for kind, (choices, names) in known.items() for problem in _unknown(kind, choices, names)]
-    if problems:
-        raise ConfigurationError(*problems)
-
-
-def _unknown(kind: str, choices: Sequence[Choice], names: Sequence[str]) -> Iterator[str]:
-    for choice in choices:
-        if choice.paper is not None and choice.paper not in names:
-            yield f"{kind}.{choice.name}.paper is {choice.paper!r}; the paper has {', '.join(names)}."
+    """The rows of all results, by model, task, metric and method."""
+    table_rows = []
+    for of_place in (results.of(*place) for place in results.places()):
+        for metric, higher in metrics(of_place[0].group.task).items():
+            values = {result.method: result.values(metric) for result in of_place}
+            means = {method: mean(by_seed.values()) for method, by_seed in values.items() if by_seed}
+            best = (max if higher else min)(means.values(), default=None)
+            for result in of_place:
+                method, by_seed = result.method, values[result.method]
+                row = Row(
+                    result,
+                    metric,
+                    runs=tuple(by_seed.get(seed) for seed in results.experiment.seeds),
+                    mean=means.get(method),
+                    deviation=stdev(by_seed.values()) if len(by_seed) > 1 else None,
+                    against=None if method == reference else compare_seeds(by_seed, values[reference]),
+                    is_best=len(means) > 1 and means.get(method) == best,
+                )
+                table_rows.append(row)
+    return table_rows
 
 
 def shown_metrics(task: Choice) -> list[str]:
@@ -218,7 +186,7 @@ def shown_metrics(task: Choice) -> list[str]:
 def by_score(results: Results, table_rows: Sequence[Row]) -> Table:
     """A line per method and a column per score, or the validation loss of a task without scores."""
     experiment = results.experiment
-    cells = {(row.result.model, row.result.task, row.metric, row.result.method): row for row in table_rows}
+    averages = {(row.result.model, row.result.task, row.metric, row.result.method): row.average for row in table_rows}
     places = [
         (model.name, task.name, metric)
         for model in experiment.models
@@ -229,7 +197,7 @@ def by_score(results: Results, table_rows: Sequence[Row]) -> Table:
         f"Mean ± standard deviation of {len(experiment.seeds)} seeds",
         ("method", *(", ".join(place[0 if len(experiment.models) > 1 else 1 :]) for place in places)),
         tuple(
-            (method.name, *(_average_of(cells.get((*place, method.name))) for place in places))
+            (method.name, *(averages.get((*place, method.name), "–") for place in places))
             for method in experiment.methods
         ),
     )
@@ -237,28 +205,27 @@ def by_score(results: Results, table_rows: Sequence[Row]) -> Table:
 
 def with_test(table_rows: Sequence[Row], reference: str, num_seeds: int) -> Table:
     """A line per row, with the test."""
+
+    def line(row: Row) -> tuple[str, ...]:
+        test = row.against
+        return (
+            *(row.result.model, row.result.task, row.metric, row.result.method),
+            *(format_number(run) for run in row.runs),
+            (BEST if row.is_best else "") + format_number(row.mean),
+            format_number(row.deviation),
+            format_number(test.difference, signed=True) if test else "–",
+            f"{format_number(test.low, signed=True)} to {format_number(test.high, signed=True)}" if test else "–",
+            f"{test.p:.3f}" if test else "–",
+        )
+
     runs = tuple(f"run {at}" for at in range(1, num_seeds + 1))
-    columns = ("model", "task", "metric", "method", *runs, "mean", "sd", f"minus {reference}", "95% interval", "p")
     return Table(
         f"Runs, mean, standard deviation, and a paired t-test against {reference}",
-        columns,
-        tuple(_tested_row(row) for row in table_rows),
+        ("model", "task", "metric", "method", *runs, "mean", "sd", f"minus {reference}", "95% interval", "p"),
+        tuple(map(line, table_rows)),
         "Best means are bold. The test pairs runs of the same seed; of few seeds it sees large differences only, "
         "and p is not corrected for the number of methods.",
         text_columns=4,
-    )
-
-
-def _tested_row(row: Row) -> tuple[str, ...]:
-    test = row.against
-    return (
-        *(row.result.model, row.result.task, row.metric, row.result.method),
-        *(format_number(run) for run in row.runs),
-        (BEST if row.is_best else "") + format_number(row.mean),
-        format_number(row.deviation),
-        format_number(test.difference, signed=True) if test else "–",
-        f"{format_number(test.low, signed=True)} to {format_number(test.high, signed=True)}" if test else "–",
-        f"{test.p:.3f}" if test else "–",
     )
 
 
@@ -267,13 +234,14 @@ def in_the_papers_form(results: Results, table_rows: Sequence[Row]) -> Table:
     models = [model.name for model in results.experiment.models]
     cells = {(row.result.task, row.metric, row.result.method, row.result.model): row for row in table_rows}
     lines: list[tuple[str, ...]] = []
-    seen = ""
+    last_heading = ""
     for task, metric, method in dict.fromkeys(key[:3] for key in cells):
-        found = [cells.get((task, metric, method, model)) for model in models]
+        of_models = [cells.get((task, metric, method, model)) for model in models]
         heading = f"{task} ({metric})"
-        lines.append(("" if heading == seen else heading, method, *(_runs_of(row) for row in found)))
-        lines.append(("", "Avg", *(_average_of(row) for row in found)))
-        seen = heading
+        runs = (" / ".join(map(format_number, row.runs)) if row else "–" for row in of_models)
+        lines.append(("" if heading == last_heading else heading, method, *runs))
+        lines.append(("", "Avg", *(row.average if row else "–" for row in of_models)))
+        last_heading = heading
     return Table(
         "Ours: each run and the average",
         ("Benchmark", "Method", *models),
@@ -284,43 +252,36 @@ def in_the_papers_form(results: Results, table_rows: Sequence[Row]) -> Table:
     )
 
 
-def _runs_of(row: Row | None) -> str:
-    return " / ".join(format_number(run) for run in row.runs) if row else "–"
-
-
-def _average_of(row: Row | None) -> str:
-    if row is None or row.mean is None:
-        return "–"
-    return (BEST if row.is_best else "") + with_spread(row.mean, row.deviation)
-
-
 def speed_table(results: Results, model: str, task: str) -> Table | None:
     """A line per method, a column per measurement; None without a run of the default method, LoRA."""
-    found = results.of(model, task)
-    usual = (one for one in found if peft_method(one.group.method) == PeftConfig.method and one.finals)
-    base = next(usual, None)
+
+    def shown(compared: StepsTo | None) -> str:
+        if compared is None:
+            return "–"
+        if compared.times_fewer is None:
+            return f"not reached (0/{compared.num_runs})"
+        reached, runs = compared.num_reached, compared.num_runs
+        share = "" if reached == runs else f" ({reached}/{runs})"
+        return f"{'≥ ' if compared.is_bound else ''}{compared.times_fewer:.2f}{share}"
+
+    of_place = results.of(model, task)
+    lora = (result for result in of_place if peft_method(result.group.method) == PeftConfig.method and result.finals)
+    base = next(lora, None)
     if base is None:
         return None
-    measured = {result.method: steps_to(result.finals, base.finals) for result in found if result is not base}
-    lines = {method: steps for method, steps in measured.items() if steps}
-    steps = sorted({one.steps for line in lines.values() for one in line})
+    measured = {
+        result.method: {compared.steps: compared for compared in steps_to(result.finals, base.finals)}
+        for result in of_place
+        if result is not base
+    }
+    steps = sorted({step for by_step in measured.values() for step in by_step})
     return Table(
         f"Times fewer steps than {base.method} to {base.method}'s validation loss after N steps ({model}, {task})",
-        ("method", *(f"N = {one}" for one in steps)),
-        tuple((method, *_cells(line, steps)) for method, line in lines.items()),
+        ("method", *(f"N = {step}" for step in steps)),
+        tuple(
+            (method, *(shown(by_step.get(step)) for step in steps)) for method, by_step in measured.items() if by_step
+        ),
         "N over the mean number of steps that the method's runs need, seed by seed, linear between measurements; above "
         "1 it is faster. '≥' where the first measurement is at or below the loss already; (k/n) where only k of n runs "
         "reach it. All rates decay to 0 at the end of the run, so N before the end is not a run of N steps.",
     )
-
-
-def _cells(line: Sequence[StepsTo], steps: Sequence[int]) -> list[str]:
-    found = {one.steps: one for one in line}
-    return [_cell(found[one]) if one in found else "–" for one in steps]
-
-
-def _cell(one: StepsTo) -> str:
-    if one.times_fewer is None:
-        return f"not reached (0/{one.num_runs})"
-    share = "" if one.num_reached == one.num_runs else f" ({one.num_reached}/{one.num_runs})"
-    return f"{'≥ ' if one.is_bound else ''}{one.times_fewer:.2f}{share}"

@@ -15,18 +15,10 @@ from torch import Tensor, nn
 
 from megatron_peft.adapters.attach import TargetLayer, linear_layers
 from megatron_peft.adapters.step import adapters_step
-from megatron_peft.benchmarks.check_gpu.subjects import (
-    SEED,
-    chosen_sizes,
-    device,
-    random_chunks,
-    random_state,
-    relative,
-    run_config,
-)
 from megatron_peft.parallel.collectives import gradient_of
 from megatron_peft.parallel.layout import generator_for
 from megatron_peft.runtime.precision import full_precision
+from tests.benchmarks.gpu_subjects import SEED, chosen_sizes, device, random_chunks, random_state, relative, run_config
 from tests.one_rank import one_rank
 
 SIZES = chosen_sizes()

@@ -17,14 +17,17 @@ from rich.console import Console
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_peft.adapters import low_rank
-from megatron_peft.benchmarks.check_gpu import LINES, SIZES_VARIABLE, Line, run, speed, subjects, versions
-from megatron_peft.benchmarks.check_gpu.speed import Kernel, busy_share
+from megatron_peft.benchmarks.check_gpu import LINES, SIZES_VARIABLE, Line, run
 from megatron_peft.benchmarks.measure import Figure
 from megatron_peft.commands import check_gpu as command
 from megatron_peft.models import layers
 from megatron_peft.runtime import precision
 from tests.adapters.test_operation_counts import A_MICROBATCH
+from tests.benchmarks import gpu_speed as speed
+from tests.benchmarks import gpu_subjects as subjects
+from tests.benchmarks import gpu_versions as versions
 from tests.benchmarks import test_on_one_gpu as on_one_gpu
+from tests.benchmarks.gpu_speed import Kernel, busy_share
 from tests.emulated_tf32 import FACTORS, as_tf32
 
 ROOT = Path(__file__).parents[2]
@@ -69,14 +72,10 @@ def test_the_page_explains_every_line() -> None:
     assert re.findall(r"^\| `([\w-]+)` \|", below, re.MULTILINE) == [*LINES]
 
 
-def test_every_line_has_its_tests_in_the_files_that_it_names() -> None:
-    marked = [
-        (name, str(path.relative_to(ROOT / "tests")))
-        for path in (ROOT / "tests").rglob("test_*.py")
-        for name in re.findall(r"pytest\.mark\.gpu\(\"([^\"]*)\"\)", path.read_text())
-        if path != Path(__file__)
-    ]
-    assert {*marked} == {(name, file) for name, line in LINES.items() for file in line.files}
+def test_every_line_has_tests() -> None:
+    files = [path for path in (ROOT / "tests").rglob("test_*.py") if path != Path(__file__)]
+    assert {*LINES} == {name for path in files for name in re.findall(r"mark\.gpu\(\"([^\"]*)\"\)", path.read_text())}
+    assert run.files_of("alibi", ROOT) == [ROOT / "tests" / "models" / "test_attention.py"]
 
 
 def test_cheap_lines_pass_on_a_cpu_and_say_that_this_proves_nothing(tmp_path, capsys, monkeypatch) -> None:
@@ -149,16 +148,12 @@ def test_a_planted_fault_fails_its_line_by_name(name, monkeypatch) -> None:
     plant, figures = FAULTS[name]
     planted: AbstractContextManager[Any] = plant(monkeypatch) or nullcontext()
     with planted:
-        [outcome] = run.run_lines([name], ROOT, files_of(name), Console(quiet=True))
+        [outcome] = run.run_lines({name: run.files_of(name, ROOT)}, ROOT, Console(quiet=True))
     missed = {figure.name for figure in outcome.figures if figure.reached is False}
     assert outcome.verdict == "FAIL" and {*figures} <= missed
     assert not any(re.search("bf16: (output|gradients)", name) for name in missed), (
         f"TF32 is no matter of bf16: {missed}"
     )
-
-
-def files_of(name: str) -> list[str]:
-    return [str(ROOT / "tests" / file) for file in LINES[name].files]
 
 
 @pytest.fixture
@@ -171,9 +166,9 @@ def lines_of(tmp_path, monkeypatch) -> Callable[..., tuple[list[run.LineOutcome]
         paths = {name: tmp_path / f"{tmp_path.name}_{name}.py" for name in texts}  # modules of one process
         for name, path in paths.items():
             path.write_text(f"import pytest\npytestmark = pytest.mark.gpu('{name}')\n{texts[name]}")
-            monkeypatch.setitem(LINES, name, Line((path.name,), "a line"))
+            monkeypatch.setitem(LINES, name, Line("a line"))
         console = Console(record=True, width=200)
-        found = run.run_lines([*texts], tmp_path, [*map(str, paths.values())], console)
+        found = run.run_lines({name: [path] for name, path in paths.items()}, tmp_path, console)
         console.print(run._summary(found))
         return found, console.export_text()
 

@@ -17,6 +17,7 @@ from megatron_peft.benchmarks.files import convert_figures, load_whole, read_pla
 from megatron_peft.benchmarks.measure import Figure, print_table, write_json
 from megatron_peft.benchmarks.subjects import Setting, Step
 from megatron_peft.cli.parser import parse_arguments
+from megatron_peft.training.metrics import memory_bytes
 from tests.conversion.megatron_folders import save_random
 from tests.ranks import run_ranks
 
@@ -51,10 +52,11 @@ def test_ranks_are_added_up_turn_by_turn_and_a_ratio_is_the_median_of_the_turns(
 
 def memory_taken_and_given_back(_: Any) -> tuple[int, int, int]:
     """Peak before; peak and memory after."""
-    before = measure.peak_resident_bytes()
-    taken = bytearray(before - measure.resident_bytes() + 64 * MIB)
+    resident, before = memory_bytes()
+    taken = bytearray(before - resident + 64 * MIB)
     del taken
-    return before, measure.peak_resident_bytes(), measure.resident_bytes()
+    after, peak = memory_bytes()
+    return before, peak, after
 
 
 def test_peak_remembers_what_was_given_back_and_is_above_that_of_bare_torch() -> None:
@@ -62,7 +64,7 @@ def test_peak_remembers_what_was_given_back_and_is_above_that_of_bare_torch() ->
     ((before, peak, after),) = run_ranks(1, memory_taken_and_given_back)
     assert peak >= before + 48 * MIB
     assert after < peak - 32 * MIB
-    assert 50 * MIB < measure.peak_of_bare_torch() < measure.peak_resident_bytes()
+    assert 50 * MIB < measure.peak_of_program("import torch") < memory_bytes()[1]
 
 
 def memory_of_a_model_and_a_step(_: Any) -> int:

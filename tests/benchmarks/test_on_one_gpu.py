@@ -8,21 +8,6 @@ import torch
 
 from megatron_peft.adapters.step import AdaptersStep
 from megatron_peft.adapters.urnn import DENSE_UP_TO
-from megatron_peft.benchmarks.check_gpu import versions
-from megatron_peft.benchmarks.check_gpu.speed import (
-    added_kernels,
-    busy_share,
-    kernels_of,
-    microbatch_step,
-    milliseconds,
-)
-from megatron_peft.benchmarks.check_gpu.subjects import (
-    FULL_RECOMPUTE,
-    chosen_sizes,
-    device,
-    random_microbatch,
-    random_state,
-)
 from megatron_peft.benchmarks.layers import NUM_FEATURES, crossover_steps
 from megatron_peft.benchmarks.measure import MIB
 from megatron_peft.rehearsal.rehearsal import rehearse
@@ -31,6 +16,9 @@ from megatron_peft.training.metrics import memory_bytes
 from megatron_peft.training.speed import ModelFlops
 from megatron_peft.training.step import train_step
 from tests.adapters.test_operation_counts import A_MICROBATCH
+from tests.benchmarks import gpu_versions as versions
+from tests.benchmarks.gpu_speed import added_kernels, busy_share, kernels_of, microbatch_step, milliseconds
+from tests.benchmarks.gpu_subjects import FULL_RECOMPUTE, chosen_sizes, device, random_microbatch, random_state
 from tests.one_rank import one_rank
 
 SIZES = chosen_sizes()

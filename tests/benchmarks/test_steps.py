@@ -5,16 +5,16 @@ import re
 from collections import Counter
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from megatron_peft.benchmarks import NAMES, layers, measure, registry, steps, subjects
+from megatron_peft.benchmarks import BENCHMARKS, Workplace, files, layers, measure, steps, subjects
 from megatron_peft.benchmarks.layers import crossover_figures
 from megatron_peft.benchmarks.measure import StepsJob
-from megatron_peft.benchmarks.registry import BENCHMARKS, Workplace
 from megatron_peft.benchmarks.subjects import STEPS, Setting
 from megatron_peft.models.families import read_shape
 from megatron_peft.runtime import cpu_kernels
@@ -167,7 +167,7 @@ def small(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_layers_start_as_linear_ones_and_have_the_same_number_of_blocks(small):
-    ours, theirs = layers._boft(), layers._hf_boft()
+    ours, theirs = layers.LAYERS["BOFT"](), layers._hf_boft()
     x = torch.randn(8, 1, 64)
     weight = theirs.base_model.model[0].base_layer.weight
     torch.testing.assert_close(theirs(x), x @ weight.t())
@@ -196,12 +196,14 @@ def test_the_way_in_use_stands_first(monkeypatch):
 def test_benchmarks_are_those_of_the_documentation() -> None:
     page = Path(__file__).parents[2] / "docs" / "benchmarks.md"
     assert re.findall(r"^\| `([a-z-]+)` \|", page.read_text(), re.M) == list(BENCHMARKS)
-    assert list(BENCHMARKS) == [*NAMES]
+    for name, benchmark in BENCHMARKS.items():
+        module, _, function = benchmark.function.partition(":")
+        assert callable(getattr(import_module(f"megatron_peft.benchmarks.{module}"), function)), name
 
 
 def test_model_that_is_there_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr(registry, "loading_figures", lambda setting: seen.append(setting) or [])
+    monkeypatch.setattr(files, "loading_figures", lambda setting: seen.append(setting) or [])
     (tmp_path / "model").mkdir()
     BENCHMARKS["loading"].measure(Workplace(tmp_path, tmp_path / "model", turns=1))
     assert seen[0].checkpoint == str(tmp_path / "model") and seen[0].tensor_parallel == 3

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_peft.benchmarks import registry
+from megatron_peft import benchmarks
+from megatron_peft.benchmarks import measure
 from megatron_peft.benchmarks.measure import Figure
 from megatron_peft.commands import bench, convert, demo, evaluate, generate, prepare, report
 from tests.evaluation.local_tasks import write_tasks
@@ -89,10 +90,13 @@ def test_an_unknown_task_ends_it_before_the_model_is_loaded(tmp_path: Path, monk
 
 @pytest.mark.parametrize(("names", "code", "files"), [(["a"], 0, {"a.json"}), ([], 1, {"a.json", "b.json"})])
 def test_exit_code_says_whether_all_was_reached(tmp_path, monkeypatch, names, code, files):
-    good, bad = [Figure("good", 1.0, 2.0)], [Figure("bad", 3.0, 2.0)]
-    benchmarks = {"a": registry.Benchmark("A", lambda place: good), "b": registry.Benchmark("B", lambda place: bad)}
-    monkeypatch.setattr(registry, "BENCHMARKS", benchmarks)
-    monkeypatch.setattr(bench, "NAMES", tuple(benchmarks))
+    monkeypatch.setattr(measure, "measured", lambda number: [Figure("x", number, 2.0)], raising=False)
+    numbers = {"a": 1.0, "b": 3.0}
+    named = {
+        name: benchmarks.Benchmark(name, "measure:measured", lambda place, name=name: (numbers[name],))
+        for name in numbers
+    }
+    monkeypatch.setattr(benchmarks, "BENCHMARKS", named)
     assert bench.main([*names, "--output", str(tmp_path)]) == code
     assert {path.name for path in tmp_path.iterdir()} == files
     assert json.loads((tmp_path / "a.json").read_text())[0]["reached"] is True

@@ -9,7 +9,7 @@ import pytest
 from megatron_peft.demo import ranks, run, scoring
 from megatron_peft.demo.data import Pair
 from megatron_peft.demo.run import DemoScore
-from megatron_peft.demo.scoring import first_line, translate
+from megatron_peft.demo.scoring import translate
 from megatron_peft.training.metrics import read_metrics
 from tests.evaluation.worded_llama import save_worded_llama
 
@@ -18,23 +18,24 @@ LETTERS = SimpleNamespace(  # a character an id
 )
 
 
-def test_an_answer_is_the_first_line_that_is_not_empty(monkeypatch):
-    """Of a model that answers with one text; blank lines in front do not end an answer, the end of its line does."""
+@pytest.mark.parametrize(
+    ("told", "answer"), [("\n\n Ouvrir \nEnglish: and on", "Ouvrir"), ("", ""), (" \n ", ""), (" a b \n c", "a b")]
+)
+def test_an_answer_is_the_first_line_that_is_not_empty(monkeypatch, told, answer):
+    """Of a model that answers with this text; blank lines in front do not end an answer, the end of its line does."""
 
     def generate(model, prompts, settings, report):
         assert [LETTERS.decode(prompt) for prompt in prompts] == ["English: Open file\nFrench:"]
         assert settings.end_ids == {0}
         report(len(prompts))
-        ends = [n for n in range(1, len(model)) if settings.is_complete(list(model.encode())[:n])]
-        assert model[: ends[0]] == "\n\n Ouvrir \n"
-        return [list(model.encode())[: ends[0]]]
+        ends = [n for n in range(1, len(told)) if settings.is_complete(list(told.encode())[:n])]
+        assert not ends or told[: ends[0]].strip() == answer
+        return [list(told.encode())[: ends[0] if ends else None]]
 
     monkeypatch.setattr(scoring, "generate", generate)
     reported: list[int] = []
     pairs = [Pair("Open file", "Ouvrir le fichier")]
-    assert translate("\n\n Ouvrir \nEnglish: and on", LETTERS, pairs, reported.append) == ("Ouvrir",)
-    assert reported == [1]
-    assert (first_line(""), first_line(" \n "), first_line(" a b \n c")) == ("", "", "a b")
+    assert translate([], LETTERS, pairs, reported.append) == (answer,) and reported == [1]
 
 
 def test_a_model_scores_its_own_answers_with_a_hundred(tmp_path, monkeypatch):

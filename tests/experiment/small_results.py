@@ -5,12 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_peft.experiment.cells import Cell
 from megatron_peft.experiment.page import markdown
-from megatron_peft.experiment.record import CellRecord, of_cell, score_source, training_source, write_record
+from megatron_peft.experiment.record import CellRecord, of_cell, source_of, write_record
 from megatron_peft.experiment.report import build_report
 from megatron_peft.experiment.results import Results, read_results
 from megatron_peft.experiment.runner import EXPERIMENT_FILE
+from megatron_peft.experiment.spec import Cell
 from tests.experiment.small_experiment import content, experiment
 
 METHODS = {
@@ -30,9 +30,8 @@ def write_cells(folder: Path, **changes: Any) -> Path:
     for group in groups:
         for cell in (*group.tuning, *(cell for cells in group.finals for cell in cells)):
             if cell.seed == found.tuning_seed or cell.settings["lr"] == BETTER[cell.method]:
-                assert group.task.score is not None
-                sources = {"training": training_source(found.text, cell)}
-                sources |= {"score": score_source(found.text, cell, group.task.score)}
+                sources = {"training": source_of(found.text, cell)}
+                sources |= {"score": source_of(found.text, cell, group.task.score)}
                 write_record(folder, cell, record_of(cell, provenance=sources))
     (folder / EXPERIMENT_FILE).write_text(found.text)
     return folder

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from megatron_peft.config import ConfigurationError
-from megatron_peft.experiment.cells import Cell, Group
 from megatron_peft.experiment.record import (
     MOST_LAMBDAS,
     MOST_POINTS,
@@ -21,6 +20,7 @@ from megatron_peft.experiment.record import (
     work,
     write_record,
 )
+from megatron_peft.experiment.spec import Cell, Group
 from tests.experiment.small_experiment import experiment
 from tests.recorded_calls import recorded_calls
 

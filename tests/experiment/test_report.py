@@ -12,7 +12,7 @@ import pytest
 
 from megatron_peft.benchmarks.measure import Figure, write_json
 from megatron_peft.config import ConfigurationError
-from megatron_peft.experiment import paper_tables, report
+from megatron_peft.experiment import paper, report
 from megatron_peft.experiment.page import Report, html, markdown, write
 from megatron_peft.experiment.record import cell_file
 from megatron_peft.experiment.report import build_report
@@ -144,7 +144,7 @@ def test_a_method_alone_is_not_the_best(tmp_path: Path) -> None:
 
 
 def test_tasks_that_are_not_the_papers_have_no_such_table(found: Results) -> None:
-    assert paper_tables.beside_ours(rows(found, "hybrid")) == []
+    assert list(paper.beside_ours(rows(found, "hybrid"))) == []
 
 
 def test_marked_places_of_a_document_are_filled_from_records(tmp_path: Path) -> None:

@@ -10,9 +10,8 @@ from statistics import mean, stdev
 import pytest
 
 from megatron_peft.config import ConfigurationError
-from megatron_peft.experiment import process, report, tables
-from megatron_peft.experiment.paper import Entry, entries
-from megatron_peft.experiment.record import CellRecord, cell_file, of_cell, training_source, write_record
+from megatron_peft.experiment import paper, process, report, tables
+from megatron_peft.experiment.record import CellRecord, cell_file, of_cell, source_of, write_record
 from megatron_peft.experiment.results import (
     Results,
     StepsTo,
@@ -22,7 +21,7 @@ from megatron_peft.experiment.results import (
     read_results,
     steps_to,
 )
-from megatron_peft.experiment.tables import Table, check_paper_names, format_number, reference_method, rows, with_spread
+from megatron_peft.experiment.tables import Table, format_number, reference_method, rows, with_spread
 from tests.experiment import small_results
 from tests.experiment.small_experiment import content, experiment
 from tests.experiment.small_results import LAYERS, METHODS, as_the_paper, record_of, results, write_cells
@@ -87,7 +86,7 @@ def test_records_fit_a_file_that_gained_a_method(tmp_path: Path) -> None:
 def test_cells_without_provenance_are_named_and_copied_unchanged(found: Results, tmp_path: Path) -> None:
     lora, lora_ga, hybrid = (result.group.tuning for result in found.all)
     for cell in (lora[0], lora[1], lora_ga[1]):  # the second has a score of nowhere
-        training = training_source("", cell) | {"data_sha256": {"train.jsonl": "a" * 64}}
+        training = source_of("", cell) | {"data_sha256": {"train.jsonl": "a" * 64}}
         write_record(tmp_path, cell, record_of(cell, provenance={"training": training}))
     write_record(tmp_path, hybrid[0], record_of(hybrid[0]))
     silent, names = report.provenance(read_results(tmp_path))
@@ -96,7 +95,7 @@ def test_cells_without_provenance_are_named_and_copied_unchanged(found: Results,
     copy_results(read_results(tmp_path), tmp_path / "copy")
     copied, old = (cell_file(folder, hybrid[0]).read_text() for folder in (tmp_path / "copy", tmp_path))
     assert copied == old and "provenance" not in copied
-    other = training_source("", lora_ga[1]) | {"data_sha256": {"train.jsonl": "b" * 64}}
+    other = source_of("", lora_ga[1]) | {"data_sha256": {"train.jsonl": "b" * 64}}
     write_record(tmp_path, lora_ga[1], record_of(lora_ga[1], provenance={"training": other}))
     with pytest.raises(ConfigurationError, match=f"train.jsonl was not the same .*bbb for {lora_ga[1].key}. Remove"):
         read_results(tmp_path)
@@ -212,23 +211,34 @@ def test_reference_is_the_hybrid_or_the_given_method(found: Results) -> None:
 
 
 def test_paper_names_are_held_against_the_paper(tmp_path: Path) -> None:
-    check_paper_names(as_the_paper(tmp_path))
+    paper.check_names(as_the_paper(tmp_path))
     models = {"tiny": {**content()["models"]["tiny"], "paper": "GPT-2"}}
     with pytest.raises(ConfigurationError, match="models.tiny.paper is 'GPT-2'; the paper has Llama3.1-405B, "):
-        check_paper_names(as_the_paper(tmp_path, models=models))
+        paper.check_names(as_the_paper(tmp_path, models=models))
 
 
-def test_entries_of_the_paper_are_those_of_its_table() -> None:
-    found = {(one.benchmark, one.method, one.model, one.metric): one for one in entries()}
-    hybrid = found["GLUE", "Hybrid", "Llama3.1-405B", ""]
-    assert (hybrid.runs, hybrid.average) == ((91.7, 93.1, 92.1), 92.3)
-    assert found["HumanEval", "Hybrid", "Llama3.1-405B", "pass@10"].average == 77.8
-    assert ("HumanEval", "Hybrid", "Llama3.3-70B", "pass@1") not in found and len(found) == 108
+def test_averages_of_the_paper_are_those_of_its_table() -> None:
+    averages = paper.averages()
+    assert averages["GLUE", "Hybrid", "Llama3.1-405B"] == "92.3"
+    assert averages["HumanEval", "Hybrid", "Llama3.1-405B"] == "62.5 / 77.8"
+    assert averages["HumanEval", "Hybrid", "Llama3.3-70B"] == "–" and len(averages) == 4 * 6 * 4
 
 
-def test_average_may_be_rounded_either_way() -> None:
-    printed = [Entry("b", "m", "x", "", (1.0, 1.1, 1.05), average) for average in (1.0, 1.1, 1.2)]
-    assert [one.average_is_of_runs for one in printed] == [True, True, False]
+def test_daggers_mark_the_averages_that_are_not_of_their_runs_rounded_either_way() -> None:
+    table1, wrong, *_ = paper.tables()
+    marked, count = [], 0
+    for runs, averages in zip(table1.rows[::2], table1.rows[1::2], strict=True):
+        for three_runs, average in zip(runs[2:], averages[2:], strict=True):
+            means = average.split(" / ") if average != "–" else []
+            values = [float(run) for run in three_runs.split(" / ")] if means else []
+            for at, text in enumerate(means):
+                mean_of_runs = mean(values[3 * at : 3 * at + 3])
+                is_off = abs(mean_of_runs - float(text.removesuffix("†"))) > 0.05 + 1e-9
+                assert is_off == text.endswith("†")
+                marked += [f"{mean_of_runs:.2f}"] if is_off else []
+                count += 1
+    assert sorted(marked) == sorted(row[4] for row in wrong.rows)
+    assert wrong.title.startswith(f"{len(marked)} of the paper's {count} averages")
 
 
 def test_without_lora_there_is_no_table_of_speed(tmp_path: Path) -> None:

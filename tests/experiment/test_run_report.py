@@ -214,9 +214,9 @@ def test_a_folder_of_a_run_is_told_from_that_of_an_experiment(folder: Path, caps
 
 def test_the_length_of_a_run_by_epochs_is_that_of_its_schedule() -> None:
     record = make_record()
-    assert run_report._length(record) == "3"
+    assert run_report.planned_iterations(record) == 3
     by_epochs = make_record(config=_by_epochs(record.config))
-    assert run_report._length(by_epochs) == "3"  # 12 samples, in batches of 4
+    assert run_report.planned_iterations(by_epochs) == 3  # 12 samples, in batches of 4
 
 
 def _by_epochs(config: RunConfig) -> RunConfig:

@@ -22,7 +22,7 @@ from megatron_peft.checkpoint.folders import FolderLock
 from megatron_peft.config import ConfigurationError
 from megatron_peft.experiment import process, runner
 from megatron_peft.experiment.record import Work, file_digest, of_cell, progress, source_version, write_record
-from megatron_peft.experiment.runner import Board, Runner, read_scores, run_experiment, table
+from megatron_peft.experiment.runner import Board, Job, Runner, read_scores, run_experiment, table
 from megatron_peft.experiment.spec import Metric, ScoreSpec
 from tests.experiment.small_experiment import FAKE_TRAINING, content, experiment
 from tests.time_limits import wait_until
@@ -195,6 +195,12 @@ def _is_running(pid: int) -> bool:
         return False
 
 
+def test_a_group_alone_is_not_prepared(tmp_path: Path) -> None:
+    found, (lora, _) = experiment(tmp_path, prepare=["python -c 1/0"])
+    assert run_experiment(found, tmp_path / "out", [lora], is_whole=False, report=str, program=FAKE_TRAINING)
+    assert len(cells(tmp_path)) == 4
+
+
 def test_failed_preparation_stops_all(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="(?s)prepare: python -c 1/0 failed: Traceback.*ZeroDivisionError"):
         run(tmp_path, prepare=["python -c 1/0"])
@@ -266,7 +272,8 @@ def test_terminal_shows_what_runs_and_is_drawn_once_a_second(tmp_path: Path) -> 
     metrics.parent.mkdir(parents=True)
     metrics.write_text('{"iteration": 7}\n')
     running = SimpleNamespace()
-    runner = Runner(tmp_path, groups, running={cell.key: (Work("train", cell), running)})  # type: ignore[dict-item]
+    job = Job(Work("train", cell), running, of_cell(cell, "failed"))  # type: ignore[arg-type]
+    runner = Runner(tmp_path, groups, running={cell.key: job})
     with Board(tmp_path, groups, Console(file=shown, width=150, force_terminal=True)) as board:
         drawn = []
         for running.seconds in (12.0, 12.5, 13.5):

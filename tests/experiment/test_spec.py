@@ -6,8 +6,7 @@ from typing import Any
 import pytest
 
 from megatron_peft.config import ConfigurationError
-from megatron_peft.experiment.cells import check_flags, command_line
-from megatron_peft.experiment.spec import budget, default_folder, read_experiment
+from megatron_peft.experiment.spec import check_flags, command_line, read_experiment
 from tests.experiment.small_experiment import experiment, write
 
 ROOT = Path(__file__).parents[2]
@@ -24,7 +23,7 @@ def test_file_is_read_as_written(tmp_path: Path) -> None:
     assert (found.name, found.title, found.seeds, found.tuning_seed) == ("small", "Small", (1, 2, 3), 1)
     assert found.methods[0].flags == {"peft-method": "lora"}
     assert found.tasks[0].score is not None and list(found.tasks[0].score.metrics) == ["accuracy"]
-    assert default_folder(found) == Path("runs/experiments/small")
+    assert found.default_folder == Path("runs/experiments/small")
 
 
 def test_peft_method_of_all_cells_is_not_overruled_by_a_name(tmp_path: Path) -> None:
@@ -112,7 +111,7 @@ def test_budget_is_what_all_methods_share(tmp_path: Path) -> None:
     models = {"tiny": {"flags": {"clip-grad": 0.5, "num-layers": 2}}}
     found, _ = experiment(tmp_path, flags={"train-iters": 2, "log-interval": 1}, models=models)
     data = {"train-data-path": "train.jsonl", "valid-data-path": "valid.jsonl"}
-    assert budget(found, found.models[0], found.tasks[0]) == {"train-iters": 2, "clip-grad": 0.5, **data}
+    assert found.budget(found.models[0], found.tasks[0]) == {"train-iters": 2, "clip-grad": 0.5, **data}
 
 
 @pytest.mark.parametrize(

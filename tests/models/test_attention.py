@@ -13,7 +13,6 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
-from megatron_peft.benchmarks.check_gpu.subjects import device, relative
 from megatron_peft.models.kernels import Installed
 from megatron_peft.models.layers import (
     AlibiAttention,
@@ -23,6 +22,7 @@ from megatron_peft.models.layers import (
     ScaledDotProductAttention,
     alibi_slopes,
 )
+from tests.benchmarks.gpu_subjects import device, relative
 from tests.one_rank import one_rank
 from tests.tiny_gpt import SIZES, tiny_gpt
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from megatron_peft.benchmarks.check_gpu import subjects
+from tests.benchmarks import gpu_subjects as subjects
 from tests.one_rank import one_rank
 from tests.tiny_llama import save_llama, save_pairs
 from tests.training.layout_runs import Job, build

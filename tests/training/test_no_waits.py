@@ -16,8 +16,6 @@ from megatron.core.distributed import param_and_grad_buffer
 from torch import nn
 
 from megatron_peft.adapters import attach
-from megatron_peft.benchmarks.check_gpu.subjects import chosen_sizes, losses_of, state_of
-from megatron_peft.benchmarks.check_gpu.subjects import microbatches as microbatches_of_llama
 from megatron_peft.data.batches import Microbatch
 from megatron_peft.models.families import read_shape
 from megatron_peft.models.gpt import build_model_chunks
@@ -27,6 +25,8 @@ from megatron_peft.runtime.launch import start_model_parallel, start_world, stop
 from megatron_peft.training import run
 from megatron_peft.training.state import TrainingState, wrap_data_parallel
 from megatron_peft.training.step import finish_gradients, finish_with, run_schedule, train_step
+from tests.benchmarks.gpu_subjects import chosen_sizes, losses_of, state_of
+from tests.benchmarks.gpu_subjects import microbatches as microbatches_of_llama
 from tests.one_rank import one_rank
 from tests.ranks import run_ranks
 from tests.training.layout_runs import Job, data_of

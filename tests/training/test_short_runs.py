@@ -11,7 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_peft.benchmarks.check_gpu.subjects import (
+from megatron_peft.benchmarks.measure import Figure
+from megatron_peft.config import ConfigurationError
+from megatron_peft.config.untrusted import read_json_object
+from megatron_peft.models.gpt import uses_transformer_engine
+from megatron_peft.models.kernels import Installed, require_packed_attention
+from tests.benchmarks.gpu_subjects import (
     FULL_RECOMPUTE,
     LOSSES,
     chosen_sizes,
@@ -20,12 +25,7 @@ from megatron_peft.benchmarks.check_gpu.subjects import (
     run_config,
     state_of,
 )
-from megatron_peft.benchmarks.check_gpu.subjects import SIZES as ALL_SIZES
-from megatron_peft.benchmarks.measure import Figure
-from megatron_peft.config import ConfigurationError
-from megatron_peft.config.untrusted import read_json_object
-from megatron_peft.models.gpt import uses_transformer_engine
-from megatron_peft.models.kernels import Installed, require_packed_attention
+from tests.benchmarks.gpu_subjects import SIZES as ALL_SIZES
 
 SIZES = chosen_sizes()
 RECORDED: dict[str, list[float]] = read_json_object(LOSSES)["losses"]

@@ -1,13 +1,10 @@
 """Run the tests of the lines with pytest, print a table of what each line records, and write all of it as JSON."""
 
 import dataclasses
-import io
 import json
 import math
 import os
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -19,10 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from megatron_peft.benchmarks.check_gpu import LINES, SIZES_VARIABLE
-from megatron_peft.benchmarks.check_gpu.subjects import record_losses, save_llama
 from megatron_peft.benchmarks.measure import Figure, print_table
-from megatron_peft.config import ParallelConfig
-from megatron_peft.runtime.launch import start_model_parallel, world
 
 PROVES_NOTHING = (
     "There is no GPU here: the same checks run on the CPU at small sizes. This proves nothing about CUDA, only that "
@@ -62,15 +56,15 @@ class LinesPlugin:
     A test that records nothing and passes is a figure too. Once the device no longer answers, nothing more is run.
     """
 
-    def __init__(self, names: Sequence[str], console: Console) -> None:
-        self.outcomes = {name: LineOutcome(name) for name in names}
-        self.console = console
+    def __init__(self, files: Mapping[str, Sequence[Path]], console: Console) -> None:
+        self.outcomes = {name: LineOutcome(name) for name in files}
+        self.files, self.console = files, console
         self._lines: dict[str, LineOutcome] = {}  # by test
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         """A file that cannot be imported is an error of its lines."""
         for name, outcome in self.outcomes.items() if report.failed else ():
-            if report.nodeid.endswith(LINES[name].files):
+            if report.nodeid.endswith(tuple(path.name for path in self.files[name])):
                 outcome.error = report.longreprtext[-400:]
 
     @pytest.hookimpl(trylast=True)  # after pytest's own choice by marks
@@ -93,28 +87,25 @@ class LinesPlugin:
         return done
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Of the start, the call and the end of a test."""
-        outcome, name = self._lines[report.nodeid], _words(report.nodeid)
+        """Called for the start, the call and the end of a test."""
+        outcome = self._lines[report.nodeid]
         outcome.seconds += report.duration
         recorded: list[tuple[str, Any]] = report.user_properties
-        found = [Figure(**told) for kind, told in recorded if kind == "figure" and report.when == "call"]
+        figures = [Figure(**told) for kind, told in recorded if kind == "figure" and report.when == "call"]
         crash: Any = getattr(report.longrepr, "reprcrash", None)
         why = crash.message if crash else report.longreprtext
+        # `test_a_b[c]` is shown as `a b: c`.
+        name, _, parameters = report.nodeid.rpartition("::test_")[2].partition("[")
+        shown = ": ".join(filter(None, [name.replace("_", " "), parameters.removesuffix("]")]))
         if report.failed and MISSED not in why:
-            found.append(Figure(name, math.inf, 0.0, note=why[:400]))
-        elif report.passed and report.when == "call" and not found:
-            found.append(Figure(name, 0.0, 0.0, note="passed"))
-        outcome.figures += found
-
-
-def _words(nodeid: str) -> str:
-    """Of a test: `test_a_b[c]` -> `a b: c`"""
-    name, _, parameters = nodeid.rpartition("::test_")[2].partition("[")
-    return ": ".join(filter(None, [name.replace("_", " "), parameters.removesuffix("]")]))
+            figures.append(Figure(shown, math.inf, 0.0, note=why[:400]))
+        elif report.passed and report.when == "call" and not figures:
+            figures.append(Figure(shown, 0.0, 0.0, note="passed"))
+        outcome.figures += figures
 
 
 def device_answers() -> bool:
-    """After an illegal access every call to CUDA fails, in this process for good."""
+    """Whether CUDA works: after an illegal access every call fails, in this process for good."""
     try:
         return not torch.cuda.is_available() or torch.cuda.synchronize() is None
     except RuntimeError:
@@ -127,8 +118,7 @@ def check(root: Path, names: Sequence[str], output: Path, is_tiny: bool = False)
     os.environ[SIZES_VARIABLE] = "tiny" if is_tiny else "gpu" if is_gpu else "cpu"
     if not is_gpu:
         console.print(PROVES_NOTHING)
-    files = dict.fromkeys(file for name in names for file in LINES[name].files)
-    outcomes = run_lines(names, root, [str(root / "tests" / file) for file in files], console)
+    outcomes = run_lines({name: files_of(name, root) for name in names}, root, console)
     console.print(_summary(outcomes))
     if not is_gpu:
         console.print(PROVES_NOTHING)
@@ -136,13 +126,23 @@ def check(root: Path, names: Sequence[str], output: Path, is_tiny: bool = False)
     return all(one.verdict == "pass" for one in outcomes)
 
 
-def run_lines(names: Sequence[str], root: Path, files: Sequence[str], console: Console) -> list[LineOutcome]:
-    """Each line in turn. One that fails does not keep the others from running, unless CUDA is gone."""
-    plugin = LinesPlugin(names, console)
+def files_of(name: str, root: Path) -> list[Path]:
+    """The files of the checkout with tests of this line."""
+    mark = f'pytest.mark.gpu("{name}")'
+    return [path for path in sorted((root / "tests").rglob("test_*.py")) if mark in path.read_text(encoding="utf-8")]
+
+
+def run_lines(files: Mapping[str, Sequence[Path]], root: Path, console: Console) -> list[LineOutcome]:
+    """Each line in turn. A line that fails does not keep the others from running, unless CUDA is gone.
+
+    Args: files: with tests, by the line's name.
+    """
+    plugin = LinesPlugin(files, console)
     settings = ["--config-file", str(root / "pyproject.toml"), "-o", "addopts=--strict-markers --import-mode=importlib"]
     unused = [f"no:{name}" for name in ("terminalreporter", "cacheprovider", "unraisableexception")]
     without = [word for name in unused for word in ("-p", name)]
-    pytest.main(["-m", "gpu", "--continue-on-collection-errors", *settings, *without, *files], plugins=[plugin])
+    paths = dict.fromkeys(str(path) for of_line in files.values() for path in of_line)
+    pytest.main(["-m", "gpu", "--continue-on-collection-errors", *settings, *without, *paths], plugins=[plugin])
     for outcome in plugin.outcomes.values():
         if not outcome.figures:
             outcome.error = outcome.error or GONE * (not device_answers()) or "none of its tests ran"
@@ -177,10 +177,3 @@ def _write(path: Path, outcomes: Sequence[LineOutcome], is_gpu: bool) -> None:
     found = {"device": device, "proves_something_about_cuda": is_gpu, "lines": lines}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found, indent=2) + "\n")
-
-
-def record() -> None:
-    """Write the losses of the CPU anew."""
-    with world(), tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):  # a run tells of its start
-        start_model_parallel(ParallelConfig(), seed=1)
-        record_losses(save_llama(Path(folder)))

@@ -12,10 +12,10 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from megatron_peft.adapters.step import AdaptersStep
-from megatron_peft.benchmarks.check_gpu.subjects import device, random_microbatch
 from megatron_peft.benchmarks.measure import Figure
 from megatron_peft.training.state import TrainingState
 from megatron_peft.training.step import finish_with, run_schedule
+from tests.benchmarks.gpu_subjects import device, random_microbatch
 
 NUM_WARMUPS = 2
 

@@ -1,9 +1,12 @@
 """What the tests of check-gpu run on: sizes, random models, samples, and states of runs."""
 
+import io
 import json
 import math
 import os
+import tempfile
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,9 +40,10 @@ from megatron_peft.runtime.precision import full_precision
 from megatron_peft.training.run import build_state
 from megatron_peft.training.state import TrainingState, start_state
 from megatron_peft.training.step import train_step
+from tests.one_rank import one_rank
 
 SEED = 1234
-LOSSES = Path(__file__).with_name("losses.json")
+LOSSES = Path(__file__).with_name("gpu_losses.json")
 NUM_STEPS = 10
 FULL_RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 ADAPTERS = tuple(name for name, spec in METHODS.items() if spec.adapter)
@@ -192,13 +196,13 @@ def losses_of(state: TrainingState, num_steps: int, packed: bool = False) -> lis
     return [train_step(state, microbatches(packed)).loss for _ in range(num_steps)]
 
 
-def record_losses(base: str, path: Path = LOSSES) -> None:
+def record_losses(base: str) -> None:
     """Write the CPU's losses anew. Only for a change that is meant to change them."""
     local = {"transformer_impl": "local"}
     rows = [f'    "{name}": {json.dumps(losses_of(state_of(base, name, model=local), NUM_STEPS))}' for name in ADAPTERS]
     words = "ten losses of the CPU by method: float32, padded; megatron-peft check-gpu --record-losses writes them"
     losses = ",\n".join(rows)
-    path.write_text(f'{{\n  "about": "{words}",\n  "losses": {{\n{losses}\n  }}\n}}\n')
+    LOSSES.write_text(f'{{\n  "about": "{words}",\n  "losses": {{\n{losses}\n  }}\n}}\n')
 
 
 def random_state(shape: ModelShape, method: str | None, **groups: Any) -> TrainingState:
@@ -243,3 +247,12 @@ def largest_relative(found: Sequence[float], expected: Sequence[float]) -> float
 def _number(difference: float) -> float:
     """max() would pass over a NaN that is not its first argument."""
     return math.inf if math.isnan(difference) else difference
+
+
+if __name__ == "__main__":
+    with (
+        one_rank(),
+        tempfile.TemporaryDirectory() as folder,
+        redirect_stdout(io.StringIO()),
+    ):  # a run tells of its start
+        record_losses(save_llama(Path(folder)))
