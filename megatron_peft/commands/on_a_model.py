@@ -48,5 +48,6 @@ def ask_a_model(
     tell_loading()
     from megatron_peft.evaluation.model import run_on_a_model
 
-    run_on_a_model(load(), settings, flags, program)
+    main = load()
+    run_on_a_model(lambda config: main(config, settings), flags, program)
     return 0

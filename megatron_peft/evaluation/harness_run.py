@@ -21,8 +21,7 @@ from megatron_peft.config.evaluation import HarnessSettings
 from megatron_peft.config.untrusted import limited_to, read_json_object
 from megatron_peft.evaluation import harness
 from megatron_peft.evaluation.answers import check_output
-from megatron_peft.evaluation.dispatch import RankDispatcher, make_dispatcher
-from megatron_peft.evaluation.harness import FinishedRequests, HarnessModel
+from megatron_peft.evaluation.harness import FinishedRequests, HarnessModel, RankDispatcher
 from megatron_peft.evaluation.model import InferenceModel, load_model, model_fingerprint
 from megatron_peft.evaluation.task_files import find_tasks, told
 from megatron_peft.runtime.launch import checked_together
@@ -56,7 +55,7 @@ def evaluate(config: RunConfig, settings: HarnessSettings) -> None:
     """
     checked = checked_together(lambda: _checked_tasks(config, settings) if dist.get_rank() == 0 else None)
     model = load_model(config)
-    dispatcher = make_dispatcher(model, settings.batch_size)
+    dispatcher = RankDispatcher(model)
     if checked is None:
         dispatcher.serve()
         return

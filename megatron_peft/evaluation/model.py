@@ -5,13 +5,14 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
+from torch import nn
 
-from megatron_peft.adapters.attach import attach_adapters
+from megatron_peft.adapters.attach import attach_adapters, linear_layers
 from megatron_peft.checkpoint.folders import MANIFEST
 from megatron_peft.checkpoint.load import load_trained_parameters
 from megatron_peft.checkpoint.record import (
@@ -71,24 +72,55 @@ def load_model(config: RunConfig) -> InferenceModel:
     # With a key-value cache, our core attention applies the key mask of padded prompts; Transformer Engine's does not.
     config = replace(config, model=replace(config.model, transformer_impl="local"))
     shape = checked_together(lambda: checked_shape(config))
+    base, load = config.model.pretrained_checkpoint, config.checkpoint.load
+    assert base is not None
     start_model_parallel(config.parallel, config.training.seed, config.parallel.num_virtual_stages(shape.num_layers))
-    tokenizer = checked_together(lambda: _checked_tokenizer(config, shape))
+
+    def checked_tokenizer() -> Tokenizer:
+        tokenizer = build_tokenizer(config.data, base)
+        require_vocabulary_fits(tokenizer, shape.vocab_size)
+        return tokenizer
+
+    tokenizer = checked_together(checked_tokenizer)
     chunks = build_model_chunks(shape, config.model, config.parallel)
-    is_trained = config.checkpoint.load is not None
-    if is_trained and config.peft.trains_adapters:
+    if load is not None and config.peft.trains_adapters:
         attach_adapters(chunks, config.peft, config.training.seed)
+    _load_base(chunks, config, shape, progress=dist.get_rank() == 0)
+    record = None
+    if load is not None:
+        run = CurrentRun(config, shape, adapted_layers(chunks), base_fingerprint(base), {})
+
+        def refuse_another() -> None:
+            if problems := contradictions(read_record(find_checkpoint(load)), run):
+                raise ConfigurationError(*problems)
+
+        # The first rank speaks for all: it alone has read the base model's files.
+        checked_together(lambda: refuse_another() if dist.get_rank() == 0 else None)
+        record = load_trained_parameters(chunks, load)
+    return InferenceModel(config, shape, chunks, tokenizer, end_ids(base) | {tokenizer.eos_id}, record)
+
+
+def _load_base(chunks: Sequence[nn.Module], config: RunConfig, shape: ModelShape, progress: bool) -> None:
     load_pretrained(
         chunks,
-        _base(config),
+        str(config.model.pretrained_checkpoint),
         shape,
         tensor_parallel_rank=parallel_state.get_tensor_model_parallel_rank(),
         tensor_parallel_size=config.parallel.tensor_model_parallel_size,
-        progress=dist.get_rank() == 0,
+        progress=progress,
         groups=ReadingGroups.of_layout(),
     )
-    record = _load_trained(config, shape, chunks) if is_trained else None
-    ends = end_ids(_base(config)) | {tokenizer.eos_id}
-    return InferenceModel(config, shape, chunks, tokenizer, ends, record)
+
+
+def restore_base(chunks: Sequence[nn.Module], config: RunConfig, shape: ModelShape) -> None:
+    """Take the adapters off, and read the base's weights again: some methods train or replace them. A collective.
+
+    Args:
+        chunks: of this rank, without a data-parallel wrapper.
+    """
+    for layer in (layer for chunk in chunks for layer in linear_layers(chunk)):
+        layer.module.adapter = None
+    _load_base(chunks, config, shape, progress=False)
 
 
 def model_fingerprint(config: RunConfig) -> str:
@@ -123,33 +155,6 @@ def describe(model: InferenceModel) -> Mapping[str, Any]:
         "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
         "data_parallel_size": parallel.data_parallel_size,
     }
-
-
-def _base(config: RunConfig) -> str:
-    assert config.model.pretrained_checkpoint is not None
-    return config.model.pretrained_checkpoint
-
-
-def _checked_tokenizer(config: RunConfig, shape: ModelShape) -> Tokenizer:
-    tokenizer = build_tokenizer(config.data, config.model.pretrained_checkpoint)
-    require_vocabulary_fits(tokenizer, shape.vocab_size)
-    return tokenizer
-
-
-def _load_trained(config: RunConfig, shape: ModelShape, chunks: list[GPTModel]) -> RunRecord:
-    load = config.checkpoint.load
-    assert load is not None
-    run = CurrentRun(config, shape, adapted_layers(chunks), base_fingerprint(config.model.pretrained_checkpoint), {})
-    checked_together(lambda: _refuse_another(run, load))
-    return load_trained_parameters(chunks, load)
-
-
-def _refuse_another(current: CurrentRun, load: str) -> None:
-    """The first rank speaks for all: it alone has read the base model's files."""
-    if dist.get_rank() == 0:
-        problems = contradictions(read_record(find_checkpoint(load)), current)
-        if problems:
-            raise ConfigurationError(*problems)
 
 
 # Section of RunConfig -> fields that an evaluation takes from the run's record. The layout, and the path of a base that
@@ -192,17 +197,11 @@ def values_of_model(config: RunConfig) -> dict[str, Any]:
     }
 
 
-Settings = TypeVar("Settings")
-
-
-def run_on_a_model(
-    main: Callable[[RunConfig, Settings], None], settings: Settings, flags: Sequence[str], program: str
-) -> None:
+def run_on_a_model(main: Callable[[RunConfig], None], flags: Sequence[str], program: str) -> None:
     """Parse `flags`, join the world and run `main` on all processes.
 
     Args:
-        main: takes the model's configuration and the settings, in a started world.
-        settings: the program's own.
+        main: takes the model's configuration, in a started world.
         flags: of pretrain_peft.py; --load supplies those of the model.
         program: its name, for error messages.
 
@@ -211,4 +210,4 @@ def run_on_a_model(
     """
     config = parse_arguments(flags, read_shape=read_model_shape, program=program, saved=saved_values)
     with world(config.parallel.distributed_backend, config.parallel.distributed_timeout_minutes):
-        run_together(lambda: main(config, settings), program=program)
+        run_together(lambda: main(config), program=program)

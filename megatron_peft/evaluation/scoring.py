@@ -5,8 +5,7 @@ Letters: b rows, s tokens of the longest continuation, v vocabulary.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -97,8 +96,9 @@ class CachedRows:
         done, (num_rows, num_new) = self._cache.sequence_len_offset, tokens.shape
         settings: Any = getattr(self._cache, "config", self._cache)  # up to 0.16 these are the cache's own attributes
         settings.materialize_only_last_token_logits = not every_position
-        positions = torch.arange(done, done + num_new, device=tokens.device).expand_as(tokens)
-        padding_mask = self._padding_mask(done + num_new)
+        columns = torch.arange(done + num_new, device=tokens.device)
+        positions = columns[done:].expand_as(tokens)
+        padding_mask = (columns < self._padding[:, None])[:, None, None] if self._is_padded else None  # [b, 1, 1, k]
         with _inference_mode():
             logits = run_stages(
                 self._chunks,
@@ -122,13 +122,6 @@ class CachedRows:
             memory[layer] = tuple(x.permute(1, 2, 0, 3)[rows].permute(2, 0, 1, 3) for x in pair)
         self._padding = self._padding[rows]
         self._cache.max_batch_size = len(rows)  # an empty cache allocates its memory later, for this many rows
-
-    def _padding_mask(self, num_keys: int) -> Tensor | None:
-        """[b, 1, 1, k], True where a key is padding; None if no row has padding."""
-        if not self._is_padded:
-            return None
-        keys = torch.arange(num_keys, device=self._padding.device)
-        return (keys < self._padding[:, None])[:, None, None]
 
 
 def left_padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, list[int]]:
@@ -168,8 +161,7 @@ def inference(model_chunks: Sequence[nn.Module]) -> Iterator[None]:
 MAX_LOGITS = 2**28  # per forward on the last stage: 1 GiB in float32
 
 
-@dataclass(frozen=True)
-class Continuation:
+class Continuation(NamedTuple):
     """Token ids to score and the context before them, at least one of each."""
 
     context: tuple[int, ...]
@@ -181,8 +173,7 @@ class Continuation:
         return self.context, self.ids[:-1]
 
 
-@dataclass(frozen=True)
-class ContinuationScore:
+class ContinuationScore(NamedTuple):
     """log p(ids | context), summed over the ids, in nats; whether each id was the likeliest at its position."""
 
     log_likelihood: float
@@ -207,13 +198,13 @@ def score_continuations(
     )
     scores = [ContinuationScore(0.0, False)] * len(continuations)
     # The longest first; continuations of one context next to each other.
-    keys = [(len(one.context), one.context, len(one.ids)) for one in continuations]
+    keys = [(len(context), context, len(ids)) for context, ids in continuations]
     order = sorted(range(len(keys)), key=keys.__getitem__, reverse=True)
     with inference(model_chunks):
         for batch in _batches(order, continuations, batch_size, model_chunks[0].vocab_size):
-            found = _score_batch(model_chunks, [continuations[index] for index in batch])
-            for index, one in zip(batch, found, strict=True):
-                scores[index] = one
+            scored = _score_batch(model_chunks, [continuations[index] for index in batch])
+            for index, score in zip(batch, scored, strict=True):
+                scores[index] = score
     return scores
 
 
@@ -236,21 +227,16 @@ def _batches(
 def _score_batch(model_chunks: Sequence[GPTModel], batch: Sequence[Continuation]) -> list[ContinuationScore]:
     rows = sorted({one.row for one in batch})
     logits = _logits(model_chunks, rows)
-    found = torch.zeros(len(batch), 2, dtype=torch.float64, device=torch.cuda.current_device())
+    scores = torch.zeros(len(batch), 2, dtype=torch.float64, device=torch.cuda.current_device())
     if logits is not None:
         row_of = {row: number for number, row in enumerate(rows)}
         log_probabilities = logits.log_softmax(-1)
         for number, one in enumerate(batch):
-            found[number] = _score_row(log_probabilities[row_of[one.row]], one.ids)
-    return [ContinuationScore(total, bool(greedy)) for total, greedy in broadcast_from_last_stage(found).tolist()]
-
-
-def _score_row(log_probabilities: Tensor, ids: Sequence[int]) -> Tensor:
-    """[s, v] of a row -> [2]: the sum over the ids, and 1 if each was the likeliest, else 0."""
-    wanted = torch.tensor(ids, device=log_probabilities.device)
-    own = log_probabilities[: len(ids)]
-    total = own.gather(-1, wanted[:, None]).sum()
-    return torch.stack([total, (own.argmax(-1) == wanted).all()])
+            wanted = torch.tensor(one.ids, device=logits.device)
+            own = log_probabilities[row_of[one.row], : len(one.ids)]  # [tokens, v]
+            scores[number, 0] = own.gather(-1, wanted[:, None]).sum()
+            scores[number, 1] = (own.argmax(-1) == wanted).all()
+    return [ContinuationScore(total, bool(greedy)) for total, greedy in broadcast_from_last_stage(scores).tolist()]
 
 
 def _logits(model_chunks: Sequence[GPTModel], rows: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> Tensor | None:
@@ -267,3 +253,25 @@ def _logits(model_chunks: Sequence[GPTModel], rows: Sequence[tuple[tuple[int, ..
     following = [[context[-1], *before_last] for context, before_last in rows]
     padded = [row + [0] * (longest - len(row)) for row in following]  # on the right, where causal attention ignores it
     return cached.forward(torch.tensor(padded, device=torch.cuda.current_device()), every_position=True)
+
+
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
+
+
+def over_replicas(items: Sequence[Item], work: Callable[[Sequence[Item]], Sequence[Answer]]) -> list[Answer]:
+    """`work(items)`, divided among the data-parallel replicas. A collective of all ranks.
+
+    Returns:
+        One answer for each item, in their order, on every rank.
+    """
+    group: Any = parallel_state.get_data_parallel_group()
+    size, rank = group.size(), group.rank()
+    # Rounded up, so that a single item goes to replica 0, which may stream its answer.
+    bounds = [-(-len(items) * share // size) for share in range(size + 1)]
+    own = list(work(items[bounds[rank] : bounds[rank + 1]]))
+    if size == 1:
+        return own
+    shares: list[Any] = [None] * size
+    dist.all_gather_object(shares, own, group=group)
+    return [answer for share in shares for answer in share]

@@ -98,12 +98,8 @@ def test_settings_out_of_range_and_contradictions_are_told(settings, message):
 def test_a_stop_text_writes_a_new_line_as_backslash_n_and_a_prompt_stands_as_it_is():
     settings = AnswerSettings(prompt="$\\theta$", stop=["\\n\\n"], temperature=0.5, top_k=3, sampling_seed=9)
     assert records_of(settings) == [{"prompt": "$\\theta$"}]
-    assert plan_of(settings).until == ("\n\n",)
-    assert (plan_of(settings).sampling.temperature, plan_of(settings).sampling.top_k, plan_of(settings).seed) == (
-        0.5,
-        3,
-        9,
-    )
+    until, plan = plan_of(settings)
+    assert until == ("\n\n",) and (plan.sampling.temperature, plan.sampling.top_k, plan.seed) == (0.5, 3, 9)
 
 
 def test_a_file_that_cannot_be_written_is_told_before_anything_is_asked(tmp_path):
@@ -220,16 +216,16 @@ def test_every_answer_has_a_random_stream_of_its_own_and_its_place(monkeypatch, 
     """On two replicas, in portions of a batch for each."""
     asked: list[list[str]] = []
 
-    def generated(model, prompts, plan, batch_size):
-        asked.append([one.name for one in prompts])
-        return [[*one.name.encode()] for one in prompts]
+    def generated(model, prompts, until, plan):
+        asked.append([name for _, name in prompts])
+        return [[*name.encode()] for _, name in prompts]
 
     monkeypatch.setattr(answers, "generate_answers", generated)
     config = SimpleNamespace(parallel=SimpleNamespace(data_parallel_size=2))
     model: Any = SimpleNamespace(tokenizer=BYTES, config=config)
     settings = AnswerSettings(prompt_file="f", num_samples=num_samples, batch_size=batch_size, temperature=1.0)
     records = [{"prompt": f"p{number}"} for number in range(5)]
-    lines = [*answers._lines(model, settings, records, [[1]] * 5, StopTexts(BYTES, ()))]
+    lines = [*answers._lines(model, settings, records, [[1]] * 5)]
     assert [len(names) for names in asked] == portions
     for number, line in enumerate(lines):
         own = [f"{number}/{sample}" for sample in range(num_samples)]
@@ -477,16 +473,16 @@ def test_a_base_that_is_not_there_is_told_with_the_way_out(run, tmp_path):
 def test_what_is_wrong_is_told_under_the_programs_name_before_a_world_is_made(capsys, flags, told):
     ran = []
     with pytest.raises(SystemExit, match="2"):
-        run_on_a_model(lambda *both: ran.append(both), 1, flags, "p.py")
+        run_on_a_model(ran.append, flags, "p.py")
     assert capsys.readouterr().err.startswith(told)
     assert not ran and not dist.is_initialized()
 
 
-def test_the_program_runs_in_a_world_with_settings_and_model(tmp_path):
+def test_the_program_runs_in_a_world_with_its_model(tmp_path):
     base, seen = str(save_llama(tmp_path / "base", num_hidden_layers=1)), []
 
-    def main(config: RunConfig, settings: str) -> None:
-        seen.append((config.model.pretrained_checkpoint, settings, dist.get_world_size()))
+    def main(config: RunConfig) -> None:
+        seen.append((config.model.pretrained_checkpoint, dist.get_world_size()))
 
-    run_on_a_model(main, "settings", ["--pretrained-checkpoint", base], "p.py")
-    assert seen == [(base, "settings", 1)] and not dist.is_initialized()
+    run_on_a_model(main, ["--pretrained-checkpoint", base], "p.py")
+    assert seen == [(base, 1)] and not dist.is_initialized()
