@@ -31,7 +31,7 @@ from megatron_peft.config.evaluation import Sampling
 from megatron_peft.config.untrusted import parse_json, require_regular
 from megatron_peft.evaluation.answers import request_bar
 from megatron_peft.evaluation.generation import GREEDY, GenerationSettings, StopTexts, generate_answers
-from megatron_peft.evaluation.model import InferenceModel, describe
+from megatron_peft.evaluation.model import InferenceModel
 from megatron_peft.evaluation.scoring import Continuation, ContinuationScore, over_replicas, score_continuations
 
 
@@ -224,7 +224,19 @@ class HarnessModel(TemplateLM):
 
     def get_model_info(self) -> Mapping[str, Any]:
         """What the results say about the model, in addition to the harness's own fields."""
-        return {**describe(self._model), "sampling_seed": self._seed, "truncated_requests": dict(self.truncated)}
+        config, record = self._model.config, self._model.record
+        return {
+            "pretrained_checkpoint": config.model.pretrained_checkpoint,
+            "checkpoint": config.checkpoint.load,
+            "iteration": None if record is None else record.position["iteration"],
+            "peft_method": None if record is None else config.peft.method,
+            "bf16": config.model.bf16,
+            "tensor_model_parallel_size": config.parallel.tensor_model_parallel_size,
+            "pipeline_model_parallel_size": config.parallel.pipeline_model_parallel_size,
+            "data_parallel_size": config.parallel.data_parallel_size,
+            "sampling_seed": self._seed,
+            "truncated_requests": dict(self.truncated),
+        }
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], **kwargs: Any) -> list[tuple[float, bool]]:
         keyed = []
@@ -242,19 +254,14 @@ class HarnessModel(TemplateLM):
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihoods of whole texts, each token with as much context as the model has positions for."""
-        windows = [list(self._windows(request.args[0])) for request in requests]
+        windows = []
+        for request in requests:
+            rolling = get_rolling_token_windows(
+                self.tok_encode(request.args[0]), self.prefix_token_id, max_seq_len=self.max_length, context_len=1
+            )
+            windows.append([*map(make_disjoint_window, rolling)])  # whose continuations cover the text once
         scores = iter(self._loglikelihood_tokens([("", *window) for text in windows for window in text]))
         return [sum(total for total, _ in itertools.islice(scores, len(text))) for text in windows]
-
-    def _windows(self, text: str) -> Iterator[tuple[list[int], list[int]]]:
-        """(context, continuation) pairs whose continuations cover the text once."""
-        rolling = get_rolling_token_windows(
-            token_list=self.tok_encode(text),
-            prefix_token=self.prefix_token_id,
-            max_seq_len=self.max_length,
-            context_len=1,
-        )
-        return map(make_disjoint_window, rolling)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """An answer to each request; with sampling, equal requests have different random streams."""

@@ -142,21 +142,6 @@ def end_ids(base: str) -> frozenset[int]:
     return frozenset(found)
 
 
-def describe(model: InferenceModel) -> Mapping[str, Any]:
-    """The model and its layout, for the file of results."""
-    parallel = model.config.parallel
-    return {
-        "pretrained_checkpoint": model.config.model.pretrained_checkpoint,
-        "checkpoint": model.config.checkpoint.load,
-        "iteration": None if model.record is None else model.record.position["iteration"],
-        "peft_method": None if model.record is None else model.config.peft.method,
-        "bf16": model.config.model.bf16,
-        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
-        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
-        "data_parallel_size": parallel.data_parallel_size,
-    }
-
-
 # Section of RunConfig -> fields that an evaluation takes from the run's record. The layout, and the path of a base that
 # has moved, are the user's flags.
 SAVED: dict[str, tuple[str, ...]] = {

@@ -18,32 +18,6 @@ from megatron_peft.adapters.step import adapters_step
 from megatron_peft.config import require
 
 
-def run_stages(
-    model_chunks: Sequence[GPTModel], message: tuple[int, ...], forward: Callable[[GPTModel], Tensor]
-) -> Tensor | None:
-    """Run every chunk of every pipeline stage in order, as one microbatch. A collective of the pipeline.
-
-    Args:
-        model_chunks: of this rank, one for each virtual stage.
-        message: shape of the hidden states between stages.
-        forward: runs one chunk, whose input is set.
-
-    Returns:
-        The output of the last chunk on its rank, None elsewhere.
-    """
-    pipeline: Any = parallel_state.get_pipeline_model_parallel_group()
-    for chunk in model_chunks:
-        if not chunk.pre_process:
-            hidden = torch.empty(message, dtype=chunk.config.pipeline_dtype, device=torch.cuda.current_device())
-            dist.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank(), group=pipeline)
-            chunk.set_input_tensor(hidden)
-        output = forward(chunk)
-        if chunk.post_process:
-            return output
-        dist.send(output.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank(), group=pipeline)
-    return None
-
-
 def broadcast_from_last_stage(values: Tensor) -> Tensor:
     """Broadcast `values` in place from the last stage's first tensor-parallel rank to all ranks of the replica.
 
@@ -99,20 +73,29 @@ class CachedRows:
         columns = torch.arange(done + num_new, device=tokens.device)
         positions = columns[done:].expand_as(tokens)
         padding_mask = (columns < self._padding[:, None])[:, None, None] if self._is_padded else None  # [b, 1, 1, k]
-        with _inference_mode():
-            logits = run_stages(
-                self._chunks,
-                (num_new, num_rows, self._chunks[0].config.hidden_size),
-                lambda chunk: chunk(
+        # All stages in order, as one microbatch: a rank has a chunk for each of its virtual stages.
+        pipeline: Any = parallel_state.get_pipeline_model_parallel_group()
+        logits = None
+        for chunk in self._chunks:
+            if not chunk.pre_process:
+                shape = num_new, num_rows, chunk.config.hidden_size
+                hidden = torch.empty(shape, dtype=chunk.config.pipeline_dtype, device=tokens.device)
+                dist.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank(), group=pipeline)
+                chunk.set_input_tensor(hidden)
+            with _inference_mode():
+                output = chunk(
                     input_ids=tokens,
                     position_ids=positions,
                     attention_mask=padding_mask,
                     inference_context=self._cache,
                     runtime_gather_output=True,
-                ),
-            )
+                )
+            if chunk.post_process:
+                logits = output.float()
+            else:
+                dist.send(output.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank(), group=pipeline)
         self._cache.increment_sequence_len_offset(num_new)
-        return None if logits is None else logits.float()
+        return logits
 
     def keep(self, rows: Sequence[int]) -> None:
         """Continue with these rows, in this order; a row may be repeated."""
