@@ -48,6 +48,5 @@ def ask_a_model(
     tell_loading()
     from megatron_peft.evaluation.model import run_on_a_model
 
-    main = load()
-    run_on_a_model(lambda config: main(config, settings), flags, program)
+    run_on_a_model(load(), settings, flags, program)
     return 0

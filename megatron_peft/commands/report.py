@@ -111,9 +111,10 @@ def _of_a_run(settings: ReportSettings, model_flags: Sequence[str]) -> list[Path
         from megatron_peft.evaluation.answers import write_samples
         from megatron_peft.evaluation.model import run_on_a_model
 
-        num_samples, longest = settings.samples, settings.max_new_tokens
+        output, longest = folder / SAMPLES_FILE, settings.max_new_tokens
         run_on_a_model(
-            lambda config: write_samples(config, folder / SAMPLES_FILE, str(folder), num_samples, longest),
+            lambda config, num_samples: write_samples(config, output, str(folder), num_samples, longest),
+            settings.samples,
             ["--load", str(folder), *model_flags],
             PROGRAM,
         )

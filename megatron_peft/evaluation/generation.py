@@ -117,8 +117,8 @@ def generate(
     """
     require(all(prompts), "a prompt is empty: generation needs at least one token to start from.")
     answers: list[list[int]] = [[] for _ in prompts]
-    # Each token takes one number, from 0 to 1, of its prompt's stream: an answer depends neither on the other rows nor
-    # on the layout.
+    # Each token takes a number, from 0 to 1, from the random stream of its prompt, so that an answer depends neither on
+    # the other rows nor on the layout.
     streams = [generator_for(settings.seed, name) for name in names or map(str, range(len(prompts)))]
 
     def next_tokens(running: Sequence[int], logits: Tensor | None) -> list[int]:
@@ -130,6 +130,7 @@ def generate(
         return broadcast_from_last_stage(tokens).tolist()
 
     def goes_on(index: int, token: int) -> bool:
+        """Add the token to its answer, and say whether that answer continues."""
         if token in settings.end_ids:
             return False
         answers[index].append(token)
@@ -138,7 +139,6 @@ def generate(
         return has_room and not settings.is_complete(answers[index])
 
     def answer(running: Sequence[int]) -> None:
-        """Answer these prompts together."""
         batch = [tuple(prompts[index]) for index in running]
         distinct = list(dict.fromkeys(batch))  # equal prompts go through the model once
         tokens, padding = left_padded(distinct)
@@ -212,15 +212,15 @@ def generate_answers(
 
     Args:
         prompts: (token ids, name of the random stream).
-        until: texts that end an answer, in addition to the model's own end tokens.
-        settings: of the same values on every rank; `end_ids` and `max_length` are completed by those of the model.
+        until: texts that end an answer, in addition to the model's end tokens.
+        settings: the same on every rank; the model adds its end tokens and its longest sequence.
     """
     stop = StopTexts(model.tokenizer, until)
     ends = settings.end_ids | model.end_ids | stop.end_ids
     settings = replace(settings, end_ids=ends, is_complete=stop.is_complete, max_length=model.max_length)
 
-    def work(own: Sequence[tuple[Sequence[int], str]]) -> list[list[int]]:
-        ids, names = [ids for ids, _ in own], [name for _, name in own]
+    def work(share: Sequence[tuple[Sequence[int], str]]) -> list[list[int]]:
+        ids, names = [ids for ids, _ in share], [name for _, name in share]
         return generate(model.chunks, ids, settings, names=names, on_token=on_token)
 
     return over_replicas(prompts, work)

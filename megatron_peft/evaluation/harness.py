@@ -1,6 +1,6 @@
 """Our model as a model of lm-evaluation-harness: log-likelihoods and answers.
 
-Tokens, truncation and end tokens follow the harness's own `hf` backend, so both give the same scores: a text that is
+Tokens, truncation and end tokens follow the harness's `hf` backend, so both give the same scores: a text that is
 too long loses its beginning, and an empty context becomes the beginning-of-sequence token.
 
 The harness runs on rank 0 only, so tasks are read, answers scored and code executed once. The other ranks wait for its
@@ -46,14 +46,14 @@ class RankDispatcher:
 
     def score(self, batch_size: int, continuations: Sequence[Continuation]) -> list[ContinuationScore]:
         """Scores by all replicas together; `batch_size` is of a forward pass of each of them."""
-        return over_replicas(continuations, lambda own: score_continuations(self._model.chunks, own, batch_size))
+        return over_replicas(continuations, lambda share: score_continuations(self._model.chunks, share, batch_size))
 
     def generate(self, until: Sequence[str], settings: GenerationSettings, prompts: Sequence[Any]) -> list[list[int]]:
         """As `generate_answers`."""
         return generate_answers(self._model, prompts, until, settings)
 
     def call(self, action: str, *arguments: Any) -> Any:
-        """Run an action on every rank. Called on rank 0; returns its own result."""
+        """Run an action on every rank. Called on rank 0; returns the result there."""
         self._broadcast((action, arguments))
         return getattr(self, action)(*arguments)
 
@@ -79,7 +79,7 @@ class FinishedRequests(dict[str, Any]):
 
         {"key": "5f1c...", "answer": [-12.25, true]}
 
-    The harness's own cache has no sampled answers, and knows no model.
+    The harness has a cache too, but without sampled answers, and not bound to a checkpoint.
 
     Args:
         path: of the file, which is locked as long as this object lives.
@@ -143,7 +143,7 @@ class FinishedRequests(dict[str, Any]):
             ) from error
 
     def require_answers(self, keys: Iterable[str], is_answer: Callable[[Any], bool]) -> None:
-        """Raises ConfigurationError for one of the known answers that is none to such a request."""
+        """Raises ConfigurationError if a known answer to these requests is not of their kind."""
         wrong = [key for key in keys if key in self and not is_answer(self[key])]
         require(
             not wrong,
@@ -223,7 +223,7 @@ class HarnessModel(TemplateLM):
         return "the tokenizer's own" if chat_template else ""
 
     def get_model_info(self) -> Mapping[str, Any]:
-        """What the results say about the model, in addition to the harness's own fields."""
+        """What the results say about the model, in addition to the harness's fields."""
         config, record = self._model.config, self._model.record
         return {
             "pretrained_checkpoint": config.model.pretrained_checkpoint,

@@ -100,7 +100,7 @@ def _run_harness(
             task.apply_filters = _in_time(task.apply_filters, lambda task=task: len(task.instances))
             task.process_results = _in_time(task.process_results)
         group = loaded.get("groups", {}).get(name)
-        asked += [group] if group is not None else loaded["tasks"].values()  # of one task, or of a tag's
+        asked += [group] if group is not None else loaded["tasks"].values()  # of a tag, or a single task
     with told(" ".join(settings.tasks), "scored", except_in=harness.__file__):
         results: Any = simple_evaluate(
             model=harness_model,

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -137,9 +137,9 @@ def end_ids(base: str) -> frozenset[int]:
     if not path.exists():
         return frozenset()
     ends = read_json_object(path).get("eos_token_id")
-    found = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    require(all(type(one) is int for one in found), f"{path}: eos_token_id {ends} must hold only token ids.")
-    return frozenset(found)
+    ids = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    require(all(type(id_) is int for id_ in ids), f"{path}: eos_token_id {ends} must hold only token ids.")
+    return frozenset(ids)
 
 
 # Section of RunConfig -> fields that an evaluation takes from the run's record. The layout, and the path of a base that
@@ -176,17 +176,23 @@ def values_of_model(config: RunConfig) -> dict[str, Any]:
     fields = {**SAVED, "peft": field_names(type(config.peft))}
     return {
         name: value
-        for section, names in ((getattr(config, one), names) for one, names in fields.items())
+        for section, names in ((getattr(config, name), names) for name, names in fields.items())
         for name in names
         if (value := getattr(section, name)) != getattr(type(section), name, None)
     }
 
 
-def run_on_a_model(main: Callable[[RunConfig], None], flags: Sequence[str], program: str) -> None:
+Settings = TypeVar("Settings")
+
+
+def run_on_a_model(
+    main: Callable[[RunConfig, Settings], None], settings: Settings, flags: Sequence[str], program: str
+) -> None:
     """Parse `flags`, join the world and run `main` on all processes.
 
     Args:
-        main: takes the model's configuration, in a started world.
+        main: takes the model's configuration and the settings, in a started world.
+        settings: the program's own.
         flags: of pretrain_peft.py; --load supplies those of the model.
         program: its name, for error messages.
 
@@ -195,4 +201,4 @@ def run_on_a_model(main: Callable[[RunConfig], None], flags: Sequence[str], prog
     """
     config = parse_arguments(flags, read_shape=read_model_shape, program=program, saved=saved_values)
     with world(config.parallel.distributed_backend, config.parallel.distributed_timeout_minutes):
-        run_together(lambda: main(config), program=program)
+        run_together(lambda: main(config, settings), program=program)

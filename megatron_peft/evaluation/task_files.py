@@ -38,7 +38,7 @@ def _apply_template(template: str, doc: Mapping[str, Any]) -> str:
         raise ConfigurationError(f"the template {shown!r} fails on an item with {', '.join(doc)}: {error}") from error
 
 
-lm_eval.utils.apply_template = _apply_template  # the harness's own runs any code
+lm_eval.utils.apply_template = _apply_template  # the one that it replaces runs any code
 
 MOST_REQUESTS = 1_000_000  # of a task: the harness keeps all of them in memory
 
@@ -59,7 +59,7 @@ def find_tasks(
     """
     require_known_tasks(names, include_paths)
     check_task_files(include_paths, may_run_code)
-    # Of the harness's own thousands of files only those of these tasks are parsed. A later folder comes first.
+    # Only those of the harness's thousands of files are parsed that these tasks need. A later folder comes first.
     folders = [*harness_folders(names, include_paths), *include_paths]
     manager = TaskManager(include_path=list(folders), include_defaults=False)
     for name in names:
@@ -164,7 +164,7 @@ def check_task_files(include_paths: Sequence[str], may_run_code: bool = False) -
     may_run_code: functions of the harness's own tasks are allowed, of which some run programs that stand in the data.
     """
     waiting = [(path, path) for folder in include_paths for path in sorted(Path(folder).rglob("*.yaml"))]
-    own = {file.name for file in own_files(include_paths)}
+    of_user = {file.name for file in own_files(include_paths)}
     seen: set[Path] = set()
     for path, origin in waiting:  # grows by the files that these build on
         is_of_harness = path.resolve().is_relative_to(HARNESS)
@@ -191,7 +191,7 @@ def check_task_files(include_paths: Sequence[str], may_run_code: bool = False) -
             for task in tasks:
                 _check_task(path, task)
         built_on = [path.parent / name for task in tasks[:1] for name in texts_of(task.get("include"))]
-        members = {str(task.get("task")) for task in tasks[1:]} - own
+        members = {str(task.get("task")) for task in tasks[1:]} - of_user
         built_on += [Path(file.path) for name in members for file in harness_files().get(name, ())]
         names_data = path is not origin or any(DATA & task.keys() for task in tasks)
         waiting += [(base, origin) for base in built_on if names_data or not base.resolve().is_relative_to(HARNESS)]

@@ -39,7 +39,7 @@ class DeclaredTask(NamedTuple):
 
 
 def require_known_tasks(names: Sequence[str], include_paths: Sequence[str]) -> None:
-    """Each name is a task, a group or a tag of a folder of `include_paths`, or one of the harness's own.
+    """Check that each name is a task, a group or a tag of the harness or of a folder of `include_paths`.
 
     Raises:
         ConfigurationError: a folder that does not exist; a name that nothing has, with the nearest ones.
@@ -70,7 +70,7 @@ def _unknown(name: str, known: set[str], prepared: set[str]) -> str:
 
 
 def harness_folders(names: Sequence[str], include_paths: Sequence[str]) -> list[str]:
-    """The harness's own folders in which `names`, and all that groups among them consist of, are declared.
+    """The harness's folders in which `names`, and all that groups among them consist of, are declared.
 
     Args:
         names: of tasks, groups or tags.
@@ -98,7 +98,7 @@ def own_files(include_paths: Iterable[str]) -> Iterator[DeclaredTask]:
 
 @cache
 def harness_files() -> Mapping[str, Sequence[DeclaredTask]]:
-    """The harness's own files by the names of the tasks, groups and tags that they declare."""
+    """The harness's files by the names of the tasks, groups and tags that they declare."""
     spec = find_spec("lm_eval")
     declared: dict[str, list[DeclaredTask]] = {}
     for root in (spec and spec.submodule_search_locations) or ():
@@ -120,16 +120,16 @@ def _declared(path: str | Path, values: Mapping[str, Sequence[str]]) -> Declared
 
 @cache
 def _first_words(path: str, depth: int = 0) -> dict[str, list[str]]:
-    """Values of the keys that count, with those of included files under the file's own."""
+    """Values of the keys that count, with those of included files under those of the file."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         return {}
-    own = {key: _words(value) for key, value in _KEY.findall(text)}
+    in_file = {key: _words(value) for key, value in _KEY.findall(text)}
     values: dict[str, list[str]] = {}
-    for name in own.pop("include", ()) if depth < 8 else ():
+    for name in in_file.pop("include", ()) if depth < 8 else ():
         values |= _first_words(os.path.normpath(os.path.join(os.path.dirname(path), name)), depth + 1)
-    return values | own
+    return values | in_file
 
 
 def _words(text: str) -> list[str]:

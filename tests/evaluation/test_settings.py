@@ -473,16 +473,16 @@ def test_a_base_that_is_not_there_is_told_with_the_way_out(run, tmp_path):
 def test_what_is_wrong_is_told_under_the_programs_name_before_a_world_is_made(capsys, flags, told):
     ran = []
     with pytest.raises(SystemExit, match="2"):
-        run_on_a_model(ran.append, flags, "p.py")
+        run_on_a_model(lambda *both: ran.append(both), 1, flags, "p.py")
     assert capsys.readouterr().err.startswith(told)
     assert not ran and not dist.is_initialized()
 
 
-def test_the_program_runs_in_a_world_with_its_model(tmp_path):
+def test_the_program_runs_in_a_world_with_settings_and_model(tmp_path):
     base, seen = str(save_llama(tmp_path / "base", num_hidden_layers=1)), []
 
-    def main(config: RunConfig) -> None:
-        seen.append((config.model.pretrained_checkpoint, dist.get_world_size()))
+    def main(config: RunConfig, settings: str) -> None:
+        seen.append((config.model.pretrained_checkpoint, settings, dist.get_world_size()))
 
-    run_on_a_model(main, ["--pretrained-checkpoint", base], "p.py")
-    assert seen == [(base, 1)] and not dist.is_initialized()
+    run_on_a_model(main, "settings", ["--pretrained-checkpoint", base], "p.py")
+    assert seen == [(base, "settings", 1)] and not dist.is_initialized()
