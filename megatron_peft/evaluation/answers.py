@@ -136,7 +136,7 @@ def _prompt(line: str, place: str) -> Record:
                 return {**record, "messages": [plain_turn(number, turn) for number, turn in enumerate(messages, 1)]}
             except ConfigurationError as error:
                 raise ConfigurationError(f"{place}: {error}") from error
-        if isinstance(record.get("prompt"), str):
+        if isinstance(record.get("prompt"), str) and not messages:
             return record
     raise ConfigurationError(f'{place}: neither {{"prompt": "..."}} nor {{"messages": [...]}}.')
 
@@ -160,9 +160,8 @@ def encode_prompts(records: Sequence[Record], tokenizer: Tokenizer, chat: bool, 
             if messages is None:
                 ids = tokenizer.encode_prompt(record["prompt"])
             else:
-                ids = tokenizer.encode(
-                    tokenizer.render_chat(messages, add_generation_prompt=True, tools=record.get("tools"))
-                )
+                text = tokenizer.render_chat(messages, add_generation_prompt=True, tools=record.get("tools"))
+                ids = tokenizer.encode(text)
         except ConfigurationError as error:
             raise ConfigurationError(f"prompt {number}: {error}") from error
         require(

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from importlib.metadata import version
@@ -37,7 +38,8 @@ def _stderr_for_metric(metric: Callable[..., float], bootstrap_iters: int) -> Ca
         return stderr_for_metric(metric, bootstrap_iters)
 
     def drawn(items: Sequence[Any]) -> float:
-        with redirect_stdout(None):  # it prints the metric's name
+        # It prints the metric's name, and sklearn warns about labels that no drawn item has.
+        with redirect_stdout(None), warnings.catch_warnings(action="ignore"):
             return bootstrap_stderr(metric, items, iters=NUM_DRAWS)
 
     return drawn
