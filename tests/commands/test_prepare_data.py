@@ -9,7 +9,7 @@ import pytest
 
 from megatron_peft.commands.prepare import main
 from megatron_peft.config import ConfigurationError
-from megatron_peft.evaluation.task_files import find_tasks
+from megatron_peft.evaluation.harness_run import find_tasks
 
 SAMPLES = Path(__file__).parents[2] / "examples" / "data"
 

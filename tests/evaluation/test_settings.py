@@ -28,6 +28,7 @@ from megatron_peft.evaluation.answers import (
     request_bar,
 )
 from megatron_peft.evaluation.generation import StopTexts
+from megatron_peft.evaluation.harness_run import find_tasks
 from megatron_peft.evaluation.model import (
     SAVED,
     end_ids,
@@ -37,7 +38,6 @@ from megatron_peft.evaluation.model import (
     saved_values,
     values_of_model,
 )
-from megatron_peft.evaluation.task_files import find_tasks
 from tests.evaluation.local_tasks import write_tasks
 from tests.one_rank import one_rank
 from tests.recorded_calls import recorded_calls

@@ -13,8 +13,8 @@ import pytest
 from lm_eval import utils
 
 from megatron_peft.config import ConfigurationError, templates
-from megatron_peft.evaluation import harness_run, task_files
-from megatron_peft.evaluation.task_files import check_task_files, find_tasks
+from megatron_peft.evaluation import harness_run
+from megatron_peft.evaluation.harness_run import check_task_files, find_tasks
 from tests.evaluation.local_tasks import TASKS, write_tasks
 
 RUNS = "{{ cycler.__init__.__globals__.os.system('touch RAN') }}{{ question }}"
@@ -79,7 +79,7 @@ def test_a_template_has_limits_at_every_item(folder: Path, monkeypatch: pytest.M
 
 
 def test_the_harness_renders_nowhere_else() -> None:
-    assert utils.apply_template is task_files._apply_template
+    assert utils.apply_template is harness_run._apply_template
     own = Path(lm_eval.__file__).parent
     files = [*own.glob("*.py"), *(own / "api").glob("*.py"), *(own / "prompts").glob("*.py")]
     users = {path.name for path in files if re.search(r"jinja2|\benv\.from_string", path.read_text())}
@@ -192,7 +192,7 @@ def test_the_limit_of_questions_counts_for_that_of_requests(folder: Path, monkey
     write(folder, {**ANSWERS, "repeats": 700_000})
     assert "it asks more than" in refusal(folder)
     find_tasks(["mine"], [str(folder)], limit=1)
-    monkeypatch.setattr(task_files, "MOST_REQUESTS", 7)
+    monkeypatch.setattr(harness_run, "MOST_REQUESTS", 7)
     write(folder, CHOICES)
     assert "it asks more than 7 times (1 for each item and choice)" in refusal(folder), "2 questions of 4 choices"
 
@@ -211,7 +211,7 @@ def test_a_pattern_that_needs_forever_is_ended(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_data_of_too_many_files_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(task_files, "MOST_FILES", 3)
+    monkeypatch.setattr(harness_run, "MOST_FILES", 3)
     write(folder, {**TEXTS, "dataset_kwargs": {"data_files": "**"}})
     assert "** names more than 3 files" in refusal(folder)
 

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_peft.commands.prepare import main
 from megatron_peft.config import ConfigurationError
-from megatron_peft.evaluation.task_files import find_tasks
+from megatron_peft.evaluation.harness_run import find_tasks
 from megatron_peft.tasks import readers
 from megatron_peft.tasks.readers import read_task_file, shipped
 from megatron_peft.tasks.template import TASKS, TaskTemplate
