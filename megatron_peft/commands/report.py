@@ -108,12 +108,13 @@ def _of_a_run(settings: ReportSettings, model_flags: Sequence[str]) -> list[Path
     folder = settings.folder
     run = read_run(folder)  # before anything is answered
     if settings.samples is not None:
+        from megatron_peft.evaluation.answers import write_samples
         from megatron_peft.evaluation.model import run_on_a_model
-        from megatron_peft.evaluation.samples import SampleSettings, write_samples
 
+        output, longest = folder / SAMPLES_FILE, settings.max_new_tokens
         run_on_a_model(
-            lambda config, own: write_samples(config, own, folder / SAMPLES_FILE),
-            SampleSettings(str(folder), settings.samples, settings.max_new_tokens),
+            lambda config, num_samples: write_samples(config, output, str(folder), num_samples, longest),
+            settings.samples,
             ["--load", str(folder), *model_flags],
             PROGRAM,
         )

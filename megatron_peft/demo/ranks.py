@@ -33,7 +33,7 @@ def _train_and_score(folder: str, *flags: str, tells: bool) -> None:
         from megatron_peft.cli.parser import parse_arguments
         from megatron_peft.demo.run import MOST_NEW_TOKENS
         from megatron_peft.demo.scoring import score_model
-        from megatron_peft.evaluation.samples import restore_base
+        from megatron_peft.evaluation.model import restore_base
         from megatron_peft.runtime.failure import run_together
         from megatron_peft.runtime.launch import world
         from megatron_peft.training.metrics import METRICS_FILE, read_metrics

@@ -1,7 +1,7 @@
 """Batched generation with a key-value cache, at any layout. Letters: b rows, v vocabulary."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -10,27 +10,20 @@ from torch import Tensor
 from megatron_peft.config import require
 from megatron_peft.config.evaluation import Sampling
 from megatron_peft.data.tokenizers import Tokenizer
-from megatron_peft.evaluation.scoring import CachedRows, broadcast_from_last_stage, inference, left_padded
+from megatron_peft.evaluation.model import InferenceModel
+from megatron_peft.evaluation.scoring import (
+    CachedRows,
+    broadcast_from_last_stage,
+    inference,
+    left_padded,
+    over_replicas,
+)
 from megatron_peft.parallel.layout import generator_for
 
 GREEDY = Sampling()
 
 
-class RandomStreams:
-    """A random stream for each row, seeded by the run's seed and the row's name.
-
-    Each token takes one number of its row's stream, so an answer depends neither on the other rows nor on the layout.
-    """
-
-    def __init__(self, seed: int, names: Sequence[str]) -> None:
-        self._generators = [generator_for(seed, name) for name in names]
-
-    def draw(self, rows: Sequence[int]) -> Tensor:
-        """The next number of each of these rows, from 0 to 1: [b], float64."""
-        return torch.cat([torch.rand(1, generator=self._generators[row], dtype=torch.float64) for row in rows])
-
-
-def choose_tokens(logits: Tensor, sampling: Sampling, draws: Tensor | None) -> Tensor:
+def choose_tokens(logits: Tensor, sampling: Sampling, draws: Tensor) -> Tensor:
     """The next token of each row: the likeliest, or the first whose cumulative probability exceeds its draw.
 
     Args:
@@ -42,7 +35,6 @@ def choose_tokens(logits: Tensor, sampling: Sampling, draws: Tensor | None) -> T
     """
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    assert draws is not None
     # In the order of ids: rounding would change the order of probabilities.
     cumulative = probabilities(logits, sampling).double().cumsum(-1)
     targets = draws.to(logits.device) * cumulative[:, -1]
@@ -61,9 +53,6 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
         is_beyond = before >= sampling.top_p  # the likelier tokens reach top_p without this one
         logits = logits.masked_fill(is_beyond.scatter(-1, ids, is_beyond), -torch.inf)
     return logits.softmax(-1)
-
-
-OnToken = Callable[[int, int], None]
 
 
 def never(ids: Sequence[int]) -> bool:
@@ -98,6 +87,9 @@ class GenerationSettings:
         return min(limit, self.max_new_tokens)
 
 
+OnToken = Callable[[int, int], None]
+
+
 def generate(
     model_chunks: Sequence[GPTModel],
     prompts: Sequence[Sequence[int]],
@@ -124,81 +116,58 @@ def generate(
         ConfigurationError: a prompt is empty.
     """
     require(all(prompts), "a prompt is empty: generation needs at least one token to start from.")
-    streams = RandomStreams(settings.seed, names or [str(index) for index in range(len(prompts))])
-    answers = _Answers(prompts, settings, on_token)
-    running = [index for index, prompt in enumerate(prompts) if settings.room(prompt) > 0]
-    running.sort(key=lambda index: (len(prompts[index]), tuple(prompts[index])))  # so that batches need little padding
-    report(len(prompts) - len(running))
+    answers: list[list[int]] = [[] for _ in prompts]
+    # Each token takes a number, from 0 to 1, from the random stream of its prompt, so that an answer depends neither on
+    # the other rows nor on the layout.
+    streams = [generator_for(settings.seed, name) for name in names or map(str, range(len(prompts)))]
+
+    def next_tokens(running: Sequence[int], logits: Tensor | None) -> list[int]:
+        if logits is None:  # another stage's
+            tokens = torch.empty(len(running), dtype=torch.long, device=torch.cuda.current_device())
+        else:
+            draws = [torch.rand(1, generator=streams[index], dtype=torch.float64) for index in running]
+            tokens = choose_tokens(logits[:, -1], settings.sampling, torch.cat(draws))
+        return broadcast_from_last_stage(tokens).tolist()
+
+    def goes_on(index: int, token: int) -> bool:
+        """Add the token to its answer, and say whether that answer continues."""
+        if token in settings.end_ids:
+            return False
+        answers[index].append(token)
+        on_token(index, token)
+        has_room = len(answers[index]) < settings.room(prompts[index])
+        return has_room and not settings.is_complete(answers[index])
+
+    def answer(running: Sequence[int]) -> None:
+        batch = [tuple(prompts[index]) for index in running]
+        distinct = list(dict.fromkeys(batch))  # equal prompts go through the model once
+        tokens, padding = left_padded(distinct)
+        rows = CachedRows(model_chunks, padding, tokens.shape[1] + max(map(settings.room, distinct)))
+        logits = rows.forward(tokens)
+        if len(distinct) < len(batch):
+            row_of = {prompt: row for row, prompt in enumerate(distinct)}
+            copies = [row_of[prompt] for prompt in batch]
+            rows.keep(copies)
+            logits = None if logits is None else logits[copies]
+        while True:
+            newest = zip(running, next_tokens(running, logits), strict=True)
+            kept = [row for row, (index, token) in enumerate(newest) if goes_on(index, token)]
+            if len(kept) < len(running):  # answers that have ended leave the batch
+                report(len(running) - len(kept))
+                if not kept:
+                    return
+                rows.keep(kept)
+                running = [running[row] for row in kept]
+            last = torch.tensor([answers[index][-1:] for index in running], device=torch.cuda.current_device())
+            logits = rows.forward(last)
+
+    pending = [index for index, prompt in enumerate(prompts) if settings.room(prompt) > 0]
+    pending.sort(key=lambda index: (len(prompts[index]), tuple(prompts[index])))  # so that batches need little padding
+    report(len(prompts) - len(pending))
     with inference(model_chunks):
-        for start in range(0, len(running), settings.batch_size):
-            batch = running[start : start + settings.batch_size]
-            for indices, logits in _run_batch(model_chunks, batch, answers):
-                draws = streams.draw(indices) if settings.sampling.temperature else None
-                tokens = (
-                    torch.empty(len(indices), dtype=torch.long, device=torch.cuda.current_device())
-                    if logits is None  # another stage's
-                    else choose_tokens(logits[:, -1], settings.sampling, draws)
-                )
-                if num_ended := answers.append(indices, broadcast_from_last_stage(tokens).tolist()):
-                    report(num_ended)
-    return answers.ids
-
-
-class _Answers:
-    """The answers so far, in the order of the prompts."""
-
-    def __init__(self, prompts: Sequence[Sequence[int]], settings: GenerationSettings, on_token: OnToken) -> None:
-        self.prompts = prompts
-        self.settings = settings
-        self.ids: list[list[int]] = [[] for _ in prompts]
-        self.ended: set[int] = set()
-        self._on_token = on_token
-
-    def append(self, indices: Sequence[int], tokens: Sequence[int]) -> int:
-        """Add a token to each of these answers; returns how many of them end with it."""
-        before = len(self.ended)
-        for index, token in zip(indices, tokens, strict=True):
-            if token not in self.settings.end_ids:
-                self.ids[index].append(token)
-                self._on_token(index, token)
-            if token in self.settings.end_ids or self._is_complete(index):
-                self.ended.add(index)
-        return len(self.ended) - before
-
-    def _is_complete(self, index: int) -> bool:
-        answer = self.ids[index]
-        return len(answer) >= self.settings.room(self.prompts[index]) or self.settings.is_complete(answer)
-
-
-def _run_batch(
-    model_chunks: Sequence[GPTModel], batch: Sequence[int], answers: _Answers
-) -> Iterator[tuple[list[int], Tensor | None]]:
-    """Run one batch: yields the prompts' numbers and the logits [b, 1, v] of their next tokens, until all have ended.
-
-    The caller appends a token to each of these answers before it resumes the generator.
-    """
-    prompts = [tuple(answers.prompts[index]) for index in batch]
-    distinct = list(dict.fromkeys(prompts))
-    tokens, padding = left_padded(distinct)
-    num_new = max(answers.settings.room(prompt) for prompt in distinct)
-    rows = CachedRows(model_chunks, padding, tokens.shape[1] + num_new)
-    logits = rows.forward(tokens)
-    if len(distinct) < len(prompts):  # equal prompts went through the model once
-        row_of = {prompt: row for row, prompt in enumerate(distinct)}
-        copies = [row_of[prompt] for prompt in prompts]
-        rows.keep(copies)
-        logits = None if logits is None else logits[copies]
-    running = list(batch)
-    while True:
-        yield running, logits
-        kept = [row for row, index in enumerate(running) if index not in answers.ended]
-        if not kept:
-            return
-        if len(kept) < len(running):  # answers that have ended leave the batch
-            rows.keep(kept)
-            running = [running[row] for row in kept]
-        newest = [[answers.ids[index][-1]] for index in running]
-        logits = rows.forward(torch.tensor(newest, device=torch.cuda.current_device()))
+        for start in range(0, len(pending), settings.batch_size):
+            answer(pending[start : start + settings.batch_size])
+    return answers
 
 
 _FURTHER_TOKENS = 4  # a tokenizer may treat the first token of a text differently
@@ -230,3 +199,28 @@ class StopTexts:
         for stop in self.texts:
             text = text.split(stop, 1)[0]
         return text
+
+
+def generate_answers(
+    model: InferenceModel,
+    prompts: Sequence[tuple[Sequence[int], str]],
+    until: Sequence[str],
+    settings: GenerationSettings,
+    on_token: OnToken = lambda row, token: None,
+) -> list[list[int]]:
+    """Token ids of an answer to each prompt, generated by all replicas together. A collective of all ranks.
+
+    Args:
+        prompts: (token ids, name of the random stream).
+        until: texts that end an answer, in addition to the model's end tokens.
+        settings: the same on every rank; the model adds its end tokens and its longest sequence.
+    """
+    stop = StopTexts(model.tokenizer, until)
+    ends = settings.end_ids | model.end_ids | stop.end_ids
+    settings = replace(settings, end_ids=ends, is_complete=stop.is_complete, max_length=model.max_length)
+
+    def work(share: Sequence[tuple[Sequence[int], str]]) -> list[list[int]]:
+        ids, names = [ids for ids, _ in share], [name for _, name in share]
+        return generate(model.chunks, ids, settings, names=names, on_token=on_token)
+
+    return over_replicas(prompts, work)

@@ -1,9 +1,13 @@
 """Our model as a model of lm-evaluation-harness: log-likelihoods and answers.
 
-Tokens, truncation and end tokens follow the harness's own `hf` backend, so both give the same scores: a text that is
+Tokens, truncation and end tokens follow the harness's `hf` backend, so both give the same scores: a text that is
 too long loses its beginning, and an empty context becomes the beginning-of-sequence token.
+
+The harness runs on rank 0 only, so tasks are read, answers scored and code executed once. The other ranks wait for its
+calls.
 """
 
+import datetime
 import fcntl
 import hashlib
 import itertools
@@ -11,11 +15,11 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch.distributed as dist
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
@@ -26,16 +30,56 @@ from megatron_peft.config import ConfigurationError, require
 from megatron_peft.config.evaluation import Sampling
 from megatron_peft.config.untrusted import parse_json, require_regular
 from megatron_peft.evaluation.answers import request_bar
-from megatron_peft.evaluation.dispatch import AnswerPlan, NamedPrompt, RankDispatcher
-from megatron_peft.evaluation.generation import GREEDY, StopTexts
-from megatron_peft.evaluation.model import InferenceModel, describe
-from megatron_peft.evaluation.scoring import Continuation
+from megatron_peft.evaluation.generation import GREEDY, GenerationSettings, StopTexts, generate_answers
+from megatron_peft.evaluation.model import InferenceModel
+from megatron_peft.evaluation.scoring import Continuation, ContinuationScore, over_replicas, score_continuations
 
 
-class FinishedRequests:
+class RankDispatcher:
+    """Calls of rank 0 that run on all ranks of a started world: `score` and `generate`. Creating it is a collective."""
+
+    TIMEOUT = datetime.timedelta(days=30)  # of the wait for a call: rank 0 may execute code for hours in between
+
+    def __init__(self, model: InferenceModel) -> None:
+        self._model = model
+        self._group: Any = dist.new_group(backend="gloo", timeout=self.TIMEOUT)
+
+    def score(self, batch_size: int, continuations: Sequence[Continuation]) -> list[ContinuationScore]:
+        """Scores by all replicas together; `batch_size` is of a forward pass of each of them."""
+        return over_replicas(continuations, lambda share: score_continuations(self._model.chunks, share, batch_size))
+
+    def generate(self, until: Sequence[str], settings: GenerationSettings, prompts: Sequence[Any]) -> list[list[int]]:
+        """As `generate_answers`."""
+        return generate_answers(self._model, prompts, until, settings)
+
+    def call(self, action: str, *arguments: Any) -> Any:
+        """Run an action on every rank. Called on rank 0; returns the result there."""
+        self._broadcast((action, arguments))
+        return getattr(self, action)(*arguments)
+
+    def serve(self) -> None:
+        """Run the calls of rank 0 until it calls `stop`. Called on all other ranks."""
+        while message := self._broadcast(None):
+            action, arguments = message
+            getattr(self, action)(*arguments)
+
+    def stop(self) -> None:
+        """End `serve` on the other ranks. Called on rank 0."""
+        self._broadcast(None)
+
+    def _broadcast(self, message: Any) -> Any:
+        messages = [message]
+        if dist.get_world_size() > 1:
+            dist.broadcast_object_list(messages, src=0, group=self._group)
+        return messages[0]
+
+
+class FinishedRequests(dict[str, Any]):
     """Answers by key, in a file of JSON lines, so that a killed evaluation resumes where it stopped.
 
         {"key": "5f1c...", "answer": [-12.25, true]}
+
+    The harness has a cache too, but without sampled answers, and not bound to a checkpoint.
 
     Args:
         path: of the file, which is locked as long as this object lives.
@@ -54,38 +98,19 @@ class FinishedRequests:
         # Opened once: a lock of `fcntl`, which works on network file systems, ends with the first close of its file.
         self._file = open(path, "a+b")  # noqa: SIM115
         self._lock()
-        self._answers = dict(self._read())
-
-    def key(self, kind: str, *what: Any) -> str:
-        """A digest of the model, the kind of the request, and `what`, all else that its answer depends on (JSON)."""
-        return hashlib.sha256(json.dumps([self.model, kind, *what]).encode()).hexdigest()[:32]
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._answers
-
-    def __getitem__(self, key: str) -> Any:
-        return self._answers[key]
-
-    def add(self, answers: Mapping[str, Any]) -> None:
-        """Keep answers, in the file too."""
-        self._answers |= answers
-        lines = [json.dumps({"key": key, "answer": answer}) + "\n" for key, answer in answers.items()]
-        try:
-            self._file.write("".join(lines).encode())
-            self._file.flush()
-        except OSError as error:
-            raise ConfigurationError(
-                f"{self._path} cannot be written ({error.strerror}): free disk space, and the same command goes on."
-            ) from error
-
-    def require_answers(self, keys: Iterable[str], is_answer: Callable[[Any], bool]) -> None:
-        """Raises ConfigurationError for one of the known answers that is none to such a request."""
-        wrong = [key for key in keys if key in self and not is_answer(self[key])]
-        require(
-            not wrong,
-            f"{self._path} has no such answer to the request {''.join(wrong[:1])} as the model gives: remove its line "
-            "to repeat the request.",
-        )
+        self._file.seek(0)
+        content = self._file.read()
+        whole = content[: content.rfind(b"\n") + 1]
+        self._file.truncate(len(whole))  # without the line that a kill cut
+        for number, line in enumerate(whole.splitlines(), 1):
+            place = f"{path}:{number}"
+            try:
+                entry = parse_json(line, place)
+                self[entry["key"] + ""] = entry["answer"]
+            except (ConfigurationError, KeyError, TypeError) as error:
+                raise ConfigurationError(
+                    f"{place} is not an answered request ({error!r}): remove the line to repeat the request."
+                ) from error
 
     def _lock(self) -> None:
         deadline = time.monotonic() + GRACE_SECONDS
@@ -101,20 +126,30 @@ class FinishedRequests:
             except OSError:  # a file system without locks
                 return
 
-    def _read(self) -> Iterator[tuple[str, Any]]:
-        self._file.seek(0)
-        content = self._file.read()
-        whole = content[: content.rfind(b"\n") + 1]
-        self._file.truncate(len(whole))  # without the line that a kill cut
-        for number, line in enumerate(whole.splitlines(), 1):
-            place = f"{self._path}:{number}"
-            try:
-                entry = parse_json(line, place)
-                yield entry["key"] + "", entry["answer"]
-            except (ConfigurationError, KeyError, TypeError) as error:
-                raise ConfigurationError(
-                    f"{place} is not an answered request ({error!r}): remove the line to repeat the request."
-                ) from error
+    def key(self, kind: str, *what: Any) -> str:
+        """A digest of the model, the kind of the request, and `what`, all else that its answer depends on (JSON)."""
+        return hashlib.sha256(json.dumps([self.model, kind, *what]).encode()).hexdigest()[:32]
+
+    def add(self, answers: Mapping[str, Any]) -> None:
+        """Keep answers, in the file too."""
+        self.update(answers)
+        lines = [json.dumps({"key": key, "answer": answer}) + "\n" for key, answer in answers.items()]
+        try:
+            self._file.write("".join(lines).encode())
+            self._file.flush()
+        except OSError as error:
+            raise ConfigurationError(
+                f"{self._path} cannot be written ({error.strerror}): free disk space, and the same command goes on."
+            ) from error
+
+    def require_answers(self, keys: Iterable[str], is_answer: Callable[[Any], bool]) -> None:
+        """Raises ConfigurationError if a known answer to these requests is not of their kind."""
+        wrong = [key for key in keys if key in self and not is_answer(self[key])]
+        require(
+            not wrong,
+            f"{self._path} has no such answer to the request {''.join(wrong[:1])} as the model gives: remove its line "
+            "to repeat the request.",
+        )
 
 
 def _is_score(answer: Any) -> bool:
@@ -128,20 +163,16 @@ MOST_STOP_TEXTS = 1000  # each is looked for after each token
 SUPPORTED_SETTINGS = {"until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k"}
 
 
-@dataclass(frozen=True)
-class _Request:
-    """A continuation or a prompt, the key of its answer, and its sort key."""
-
-    key: str
-    content: Any
-    sort_key: Any
+class _Request(NamedTuple):
+    key: str  # of its answer
+    content: Any  # a continuation, or a prompt with the name of its random stream
+    ids: tuple[int, ...]  # of its context; requests of one length go together
 
 
 class HarnessModel(TemplateLM):
     """The harness's model. It runs on rank 0, and its forwards on all ranks.
 
     Args:
-        dispatcher: of `dispatch.make_dispatcher`.
         finished: known answers; new ones are added portion by portion.
         batch_size: requests per forward pass of a replica.
         seed: of sampling.
@@ -154,7 +185,7 @@ class HarnessModel(TemplateLM):
         self._model = model
         self._dispatcher = dispatcher
         self._finished = finished
-        self._portion = batch_size * model.config.parallel.data_parallel_size
+        self._batch_size = batch_size
         self._seed = seed
         self.truncated: Counter[str] = Counter()
 
@@ -192,131 +223,123 @@ class HarnessModel(TemplateLM):
         return "the tokenizer's own" if chat_template else ""
 
     def get_model_info(self) -> Mapping[str, Any]:
-        """What the results say about the model, in addition to the harness's own fields."""
-        return {**describe(self._model), "sampling_seed": self._seed, "truncated_requests": dict(self.truncated)}
+        """What the results say about the model, in addition to the harness's fields."""
+        config, record = self._model.config, self._model.record
+        return {
+            "pretrained_checkpoint": config.model.pretrained_checkpoint,
+            "checkpoint": config.checkpoint.load,
+            "iteration": None if record is None else record.position["iteration"],
+            "peft_method": None if record is None else config.peft.method,
+            "bf16": config.model.bf16,
+            "tensor_model_parallel_size": config.parallel.tensor_model_parallel_size,
+            "pipeline_model_parallel_size": config.parallel.pipeline_model_parallel_size,
+            "data_parallel_size": config.parallel.data_parallel_size,
+            "sampling_seed": self._seed,
+            "truncated_requests": dict(self.truncated),
+        }
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], **kwargs: Any) -> list[tuple[float, bool]]:
-        def score(continuations: Sequence[Continuation]) -> list[tuple[float, bool]]:
-            return [(one.log_likelihood, one.is_greedy) for one in self._dispatcher.call("score", continuations)]
-
-        continuations = [self._truncated(context, ids) for _, context, ids in requests]
-        keyed = [
-            _Request(self._finished.key("score", one.context, one.ids), one, (-len(one.context), one.context))
-            for one in continuations
-        ]
+        keyed = []
+        for _, context, ids in requests:
+            require(
+                len(ids) <= self.max_length,
+                f"a continuation of {len(ids)} tokens does not fit the {self.max_length} positions of the model.",
+            )
+            excess = max(len(context) + len(ids) - 1 - self.max_length, 0)  # the last token needs no position
+            self.truncated["score"] += excess > 0
+            asked = Continuation(tuple(context[excess:]), tuple(ids))
+            keyed.append(_Request(self._finished.key("score", *asked), asked, asked.context))
+        score = partial(self._dispatcher.call, "score", self._batch_size)
         return [(total, greedy) for total, greedy in self._answers("scoring", keyed, score, _is_score)]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihoods of whole texts, each token with as much context as the model has positions for."""
-        windows = [list(self._windows(request.args[0])) for request in requests]
+        windows = []
+        for request in requests:
+            rolling = get_rolling_token_windows(
+                self.tok_encode(request.args[0]), self.prefix_token_id, max_seq_len=self.max_length, context_len=1
+            )
+            windows.append([*map(make_disjoint_window, rolling)])  # whose continuations cover the text once
         scores = iter(self._loglikelihood_tokens([("", *window) for text in windows for window in text]))
         return [sum(total for total, _ in itertools.islice(scores, len(text))) for text in windows]
-
-    def _windows(self, text: str) -> Iterator[tuple[list[int], list[int]]]:
-        """(context, continuation) pairs whose continuations cover the text once."""
-        rolling = get_rolling_token_windows(
-            token_list=self.tok_encode(text),
-            prefix_token=self.prefix_token_id,
-            max_seq_len=self.max_length,
-            context_len=1,
-        )
-        return map(make_disjoint_window, rolling)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """An answer to each request; with sampling, equal requests have different random streams."""
         plans = [self._plan(request) for request in requests]
         texts = [""] * len(requests)
-        for plan in dict.fromkeys(plans):
-            chosen = [index for index, one in enumerate(plans) if one == plan]
-            prompts = self._named([self._prompt(requests[index].args[0], plan) for index in chosen], plan)
-            answer = partial(self._generated, plan)
-            found = self._answers("answering", prompts, answer, self._are_ids)
-            stop = StopTexts(self._model.tokenizer, plan.until)
-            for index, ids in zip(chosen, found, strict=True):
+        for until, settings in dict.fromkeys(plans):
+            chosen = [index for index, plan in enumerate(plans) if plan == (until, settings)]
+            prompts = self._prompts([requests[index].args[0] for index in chosen], until, settings)
+            generate = partial(self._dispatcher.call, "generate", until, settings)
+            answers = self._answers("answering", prompts, generate, self._are_ids)
+            stop = StopTexts(self._model.tokenizer, until)
+            for index, ids in zip(chosen, answers, strict=True):
                 texts[index] = stop.cut(self._model.tokenizer.decode(ids))
         return texts
 
-    def _generated(self, plan: AnswerPlan, prompts: Sequence[NamedPrompt]) -> Any:
-        return self._dispatcher.call("generate", prompts, plan)
+    def _plan(self, request: Instance) -> tuple[tuple[str, ...], GenerationSettings]:
+        """(texts that end the answer, how it is generated), as the task's `generation_kwargs` say."""
+        arguments: Any = request.args
+        place = f"generation_kwargs of task {request.task_name}:"
+        try:
+            given: dict[str, Any] = {**normalize_gen_kwargs(arguments[1], MAX_NEW_TOKENS)}
+            sampling = GREEDY
+            if given["do_sample"]:
+                temperature, top_p = float(given.get("temperature", 1.0)), float(given.get("top_p", 1.0))
+                sampling = Sampling(temperature, top_p, int(given.get("top_k", 0)))
+        except (ConfigurationError, TypeError, ValueError, OverflowError) as error:
+            raise ConfigurationError(f"{place} {error}") from error
+        unknown = sorted(given.keys() - SUPPORTED_SETTINGS)
+        require(
+            not unknown, f"{place} {', '.join(unknown)} is not supported; use {', '.join(sorted(SUPPORTED_SETTINGS))}."
+        )
+        longest, until = given["max_gen_toks"], given["until"]
+        require(
+            all(isinstance(text, str) for text in until) and len(until) <= MOST_STOP_TEXTS,
+            f"{place} until must be a text, or a list of at most {MOST_STOP_TEXTS} texts.",
+        )
+        require(longest > 0, f"{place} max_gen_toks must be above 0.")
+        require(
+            longest < self.max_length,
+            f"task {request.task_name} generates answers of {longest} tokens, but the model has {self.max_length} "
+            "positions for question and answer together: lower the task's max_gen_toks.",
+        )
+        settings = GenerationSettings(
+            frozenset(), longest, batch_size=self._batch_size, sampling=sampling, seed=self._seed
+        )
+        return tuple(until), settings
+
+    def _prompts(self, texts: Sequence[str], until: Sequence[str], settings: GenerationSettings) -> Iterator[_Request]:
+        """Requests whose random streams are named by content, so that a resumed evaluation samples the same answers."""
+        room = self.max_length - settings.max_new_tokens
+        what = until, settings.max_new_tokens, settings.sampling.__dict__, settings.seed
+        seen: Counter[tuple[int, ...]] = Counter()
+        for text in texts:
+            ids = self.tok_encode(text) or [self.prefix_token_id]
+            self.truncated["generate"] += len(ids) > room
+            ids = tuple(ids[-room:])
+            name = f"{hashlib.sha256(json.dumps(ids).encode()).hexdigest()}/{seen[ids]}"
+            seen[ids] += settings.sampling != GREEDY
+            yield _Request(self._finished.key("generate", ids, name, *what), (ids, name), ids)
 
     def _are_ids(self, answer: Any) -> bool:
         largest = self._model.tokenizer.largest_id
-        return isinstance(answer, list | tuple) and all(type(one) is int and 0 <= one <= largest for one in answer)
-
-    def _named(self, prompts: Sequence[tuple[int, ...]], plan: AnswerPlan) -> Iterator[_Request]:
-        """Requests whose random streams are named by content, so that a resumed evaluation samples the same answers."""
-        seen: Counter[tuple[int, ...]] = Counter()
-        for ids in prompts:
-            name = f"{hashlib.sha256(json.dumps(ids).encode()).hexdigest()}/{seen[ids]}"
-            seen[ids] += plan.sampling != GREEDY
-            what = plan.until, plan.max_new_tokens, plan.sampling.__dict__, plan.seed
-            yield _Request(self._finished.key("generate", ids, name, *what), NamedPrompt(ids, name), (-len(ids), ids))
+        return isinstance(answer, list | tuple) and all(type(id_) is int and 0 <= id_ <= largest for id_ in answer)
 
     def _answers(
         self, title: str, requests: Iterable[_Request], compute: Callable, is_answer: Callable[[Any], bool]
     ) -> list[Any]:
         """Answers in the order of the requests: known ones, and `compute` of the others in portions, longest first."""
         requests = list(requests)
-        self._finished.require_answers([one.key for one in requests], is_answer)
-        unknown = {one.key: one for one in requests if one.key not in self._finished}
-        pending = sorted(unknown.values(), key=lambda one: one.sort_key)
-        num_distinct = len({one.key for one in requests})
-        with request_bar(title, num_distinct, done=num_distinct - len(pending)) as advance:
-            for start in range(0, len(pending), self._portion):
-                portion = pending[start : start + self._portion]
-                found = compute([one.content for one in portion])
-                self._finished.add({one.key: answer for one, answer in zip(portion, found, strict=True)})
+        self._finished.require_answers([request.key for request in requests], is_answer)
+        distinct = {request.key: request for request in requests}
+        pending = [request for request in distinct.values() if request.key not in self._finished]
+        pending.sort(key=lambda request: (-len(request.ids), request.ids))
+        size = self._batch_size * self._model.config.parallel.data_parallel_size
+        with request_bar(title, len(distinct), done=len(distinct) - len(pending)) as advance:
+            for start in range(0, len(pending), size):
+                portion = pending[start : start + size]
+                answers = compute([request.content for request in portion])
+                self._finished.add({request.key: answer for request, answer in zip(portion, answers, strict=True)})
                 advance(len(portion))
-        return [self._finished[one.key] for one in requests]
-
-    def _truncated(self, context: Sequence[int], ids: Sequence[int]) -> Continuation:
-        """Drop the beginning of a context that is too long. The last token needs no position."""
-        require(
-            len(ids) <= self.max_length,
-            f"a continuation of {len(ids)} tokens does not fit the {self.max_length} positions of the model.",
-        )
-        excess = max(len(context) + len(ids) - 1 - self.max_length, 0)
-        self.truncated["score"] += excess > 0
-        return Continuation(tuple(context[excess:]), tuple(ids))
-
-    def _prompt(self, text: str, plan: AnswerPlan) -> tuple[int, ...]:
-        ids = self.tok_encode(text) or [self.prefix_token_id]
-        room = self.max_length - plan.max_new_tokens
-        self.truncated["generate"] += len(ids) > room
-        return tuple(ids[-room:])
-
-    def _plan(self, request: Instance) -> AnswerPlan:
-        arguments: Any = request.args
-        try:
-            given: dict[str, Any] = {**normalize_gen_kwargs(arguments[1], MAX_NEW_TOKENS)}
-        except (TypeError, ValueError, OverflowError) as error:
-            raise ConfigurationError(f"generation_kwargs of task {request.task_name}: {error}.") from error
-        unknown = sorted(given.keys() - SUPPORTED_SETTINGS)
-        require(
-            not unknown,
-            f"generation_kwargs of task {request.task_name}: {', '.join(unknown)} is not supported; "
-            f"use {', '.join(sorted(SUPPORTED_SETTINGS))}.",
-        )
-        longest, until = given["max_gen_toks"], given["until"]
-        require(
-            all(isinstance(text, str) for text in until) and len(until) <= MOST_STOP_TEXTS,
-            f"generation_kwargs of task {request.task_name}: until must be a text, or a list of at most "
-            f"{MOST_STOP_TEXTS} texts.",
-        )
-        require(longest > 0, f"generation_kwargs of task {request.task_name}: max_gen_toks must be above 0.")
-        require(
-            longest < self.max_length,
-            f"task {request.task_name} generates answers of {longest} tokens, but the model has {self.max_length} "
-            "positions for question and answer together: lower the task's max_gen_toks.",
-        )
-        return AnswerPlan(tuple(until), longest, self._sampling(given, request), self._seed)
-
-    def _sampling(self, given: Mapping[str, Any], request: Instance) -> Sampling:
-        if not given["do_sample"]:
-            return GREEDY
-        try:
-            return Sampling(
-                float(given.get("temperature", 1.0)), float(given.get("top_p", 1.0)), int(given.get("top_k", 0))
-            )
-        except (ConfigurationError, TypeError, ValueError, OverflowError) as error:
-            raise ConfigurationError(f"generation_kwargs of task {request.task_name}: {error}") from error
+        return [self._finished[request.key] for request in requests]

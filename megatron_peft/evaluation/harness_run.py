@@ -1,158 +1,68 @@
-"""`megatron-peft evaluate`: check the tasks, load the model, run lm-evaluation-harness, write the results."""
+"""`megatron-peft evaluate`: check the tasks, load the model, run lm-evaluation-harness, write the results.
+
+Whatever the harness would evaluate, load or call because a file of --include-path says so is refused before the harness
+reads the file. Then each task is loaded, and asks its first question; only then the model is loaded.
+"""
 
 import json
 import logging
+import os
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from glob import has_magic, iglob
+from importlib import import_module
 from importlib.metadata import version
+from inspect import isfunction
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-import lm_eval.api.metrics  # fills the registries
 import lm_eval.utils
 import torch.distributed as dist
+from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
+from lm_eval import evaluator_utils
+from lm_eval.api.metrics import acc_all, bootstrap_stderr, bypass_agg, mean, stderr_for_metric
 from lm_eval.api.registry import AGGREGATION_REGISTRY, METRIC_REGISTRY
 from lm_eval.evaluator import simple_evaluate
-from lm_eval.evaluator_utils import get_sample_size
 from lm_eval.tasks import TaskManager
-from lm_eval.utils import handle_non_serializable
 
 from megatron_peft.checkpoint.folders import write_atomically
 from megatron_peft.config import ConfigurationError, RunConfig, require
 from megatron_peft.config.evaluation import HarnessSettings
 from megatron_peft.config.templates import render
-from megatron_peft.config.untrusted import limited_to, read_json_object
+from megatron_peft.config.untrusted import limited_to, parse_yaml, read_json_object, read_text, require_regular
+from megatron_peft.data.jsonl import open_json
+from megatron_peft.data.tables import require_limits
 from megatron_peft.evaluation import harness
 from megatron_peft.evaluation.answers import check_output
-from megatron_peft.evaluation.dispatch import RankDispatcher, make_dispatcher
-from megatron_peft.evaluation.harness import FinishedRequests, HarnessModel
+from megatron_peft.evaluation.harness import FinishedRequests, HarnessModel, RankDispatcher
 from megatron_peft.evaluation.model import InferenceModel, load_model, model_fingerprint
-from megatron_peft.evaluation.standard_errors import WithError
-from megatron_peft.evaluation.task_files import check_task_files
-from megatron_peft.evaluation.task_names import harness_folders, require_known_tasks
+from megatron_peft.evaluation.task_names import harness_files, harness_folders, own_files, require_known_tasks, texts_of
 from megatron_peft.runtime.launch import checked_together
+from megatron_peft.tasks.template import TaskLoader
 
-
-def _apply_template(template: str, doc: Mapping[str, Any]) -> str:
-    try:
-        return render("task", template, doc)
-    except ConfigurationError as error:
-        shown = f"{template[:100]}..." if len(template) > 100 else template
-        raise ConfigurationError(f"the template {shown!r} fails on an item with {', '.join(doc)}: {error}") from error
-
-
-lm_eval.utils.apply_template = _apply_template  # the harness's own runs any code
-
-MOST_REQUESTS = 1_000_000  # of a task: the harness keeps all of them in memory
 JUDGING_SECONDS = 10.0  # for the filters of a task, or to score one answer
-
-
-def find_tasks(
-    names: Sequence[str],
-    include_paths: Sequence[str],
-    num_fewshot: int | None = None,
-    limit: float | None = None,
-    may_run_code: bool = False,
-) -> Any:
-    """The harness's TaskManager for these tasks, each of which loads, and asks its first question.
-
-    Raises:
-        ConfigurationError: an unknown name; a folder that does not exist; a task file that would run code; data that
-            cannot be read or does not fit the task's templates; a label outside the choices; fewer solved examples
-            than `num_fewshot`, or only those that are scored; an unknown metric; too many requests.
-    """
-    require_known_tasks(names, include_paths)
-    check_task_files(include_paths, may_run_code)
-    # Of the harness's own thousands of files only those of these tasks are parsed. A later folder comes first.
-    folders = [*harness_folders(names, include_paths), *include_paths]
-    manager = TaskManager(include_path=list(folders), include_defaults=False)
-    for name in names:
-        with _told(name, "loaded"):
-            for task in _loaded(name, manager):
-                _check_metrics(task)
-                _check_requests(task, limit)
-                _check_examples(task, num_fewshot)
-                task.build_all_requests(limit=1)
-    return manager
-
-
-def _loaded(name: str, manager: Any) -> Sequence[Any]:
-    """The task, or the tasks of a group or tag, with their data; the harness renders the first item."""
-    try:
-        return [*manager.load([name])["tasks"].values()]
-    except IndexError as error:
-        raise ConfigurationError(f"the first item's label is not one of its choices ({error}).") from error
-
-
-@contextmanager
-def _told(tasks: str, done: str) -> Iterator[None]:
-    """The harness may raise anything for what is wrong with a task's file or data: all of it is a ConfigurationError,
-    except for what our model raises, which the harness calls."""
-    try:
-        yield
-    except ConfigurationError as error:
-        raise ConfigurationError(f"--tasks {tasks}: {error}") from error
-    except Exception as error:  # noqa: BLE001
-        frames = traceback.extract_tb(error.__traceback__)
-        if any(frame.filename == harness.__file__ for frame in frames):
-            raise
-        told = f"{type(error).__name__} in {frames[-1].name} of {Path(frames[-1].filename).name}: {error}"
-        raise ConfigurationError(f"--tasks {tasks} cannot be {done}: {told}.") from error
-
-
-def _check_metrics(task: Any) -> None:
-    """Each metric, aggregation and filter exists; the harness would fail when all questions are answered."""
-    given = [one.get("aggregation") for one in task.config.metric_list or ()]
-    bad = [one for one in given if isinstance(one, str) and one not in AGGREGATION_REGISTRY]
-    require(not bad, f"no aggregation {', '.join(bad)}; there are {', '.join(AGGREGATION_REGISTRY)}.")
-    bad = [name for name, function in task._metric_fn_list.items() if function is None]
-    known = task.config.process_results is not None or not bad
-    require(known, f"no metric {', '.join(bad)}; there are {', '.join(METRIC_REGISTRY)}.")
-    for make_filter in (one for ensemble in task._filters for one in ensemble.filters):
-        make_filter()
-
-
-def _check_requests(task: Any, limit: float | None) -> None:
-    """There are not too many, and each item's label is one of its choices: the harness would score other items 0."""
-    repeats, num_items = task.config.repeats, get_sample_size(task, limit) or len(task.eval_docs)
-    require(type(repeats) is int and repeats > 0, f"repeats is {repeats!r}; it must be a number above 0.")
-    num_asked = 0
-    for number, doc in enumerate(task.eval_docs):
-        choices = task.doc_to_choice(doc) if task.OUTPUT_TYPE == "multiple_choice" else "1"
-        num_asked += len(choices) * repeats * (number < num_items)
-        require(
-            num_asked <= MOST_REQUESTS,
-            f"it asks more than {MOST_REQUESTS:,} times ({repeats:,} for each item and choice), which is the limit: "
-            "lower its repeats, or give --limit.",
-        )
-        label = task.doc_to_target(doc) if task.OUTPUT_TYPE == "multiple_choice" else None
-        if isinstance(label, int) and not 0 <= label < len(choices):
-            raise ConfigurationError(
-                f"the label of item {number} is {label}; choices are numbered from 0 to {len(choices) - 1}."
-            )
-
-
-def _check_examples(task: Any, num_fewshot: int | None) -> None:
-    """The task has enough solved examples that are not scored: the harness would show the scored items solved."""
-    flag = f"--num-fewshot {num_fewshot}" if num_fewshot is not None else f"num_fewshot: {task.config.num_fewshot}"
-    wanted = (task.config.num_fewshot or 0) if num_fewshot is None else num_fewshot
-    if not wanted:
-        return
-    settings = task.fewshot_cfg
-    given = settings.split is not None or settings.samples is not None
-    given = given or task.has_training_docs() or (task.has_validation_docs() and task.has_test_docs())
-    require(
-        given or num_fewshot is None,
-        f"{flag}: it has only items that are scored; omit --num-fewshot, or give the task a fewshot_split.",
-    )
-    num_items = len(task.fewshot_docs()) - (settings.split is not None and settings.split == task.config.test_split)
-    require(num_items >= wanted, f"{flag}: it has {num_items} solved items besides the one that is asked.")
-    task.set_config("num_fewshot", wanted)
-
-
-HAVE_A_FORMULA = (lm_eval.api.metrics.mean, lm_eval.api.metrics.acc_all)
+NUM_DRAWS = 100  # of a bootstrap, which tell an error to 7%; the harness's 100,000 take hours for F1 of 40,000 answers
 PACKAGES = ("megatron-peft", "megatron-core", "torch", "transformers", "lm-eval", "sacrebleu", "rouge-score")
+
+
+def _stderr_for_metric(metric: Callable[..., float], bootstrap_iters: int) -> Callable[[Sequence[Any]], float] | None:
+    """The harness's formula or bootstrap, the latter for every statistic: it has a list, without perplexities."""
+    if metric in (mean, acc_all, bypass_agg):
+        return stderr_for_metric(metric, bootstrap_iters)
+
+    def drawn(items: Sequence[Any]) -> float:
+        # It prints the metric's name, and sklearn warns about labels that no drawn item has.
+        with redirect_stdout(None), warnings.catch_warnings(action="ignore"):
+            return bootstrap_stderr(metric, items, iters=NUM_DRAWS)
+
+    return drawn
+
+
+evaluator_utils.stderr_for_metric = _stderr_for_metric
+os.environ["DISABLE_MULTIPROC"] = "1"  # it would fork a process that has joined a world
 
 
 def evaluate(config: RunConfig, settings: HarnessSettings) -> None:
@@ -163,7 +73,7 @@ def evaluate(config: RunConfig, settings: HarnessSettings) -> None:
     """
     checked = checked_together(lambda: _checked_tasks(config, settings) if dist.get_rank() == 0 else None)
     model = load_model(config)
-    dispatcher = make_dispatcher(model, settings.batch_size)
+    dispatcher = RankDispatcher(model)
     if checked is None:
         dispatcher.serve()
         return
@@ -179,43 +89,42 @@ def evaluate(config: RunConfig, settings: HarnessSettings) -> None:
 
 def _checked_tasks(config: RunConfig, settings: HarnessSettings) -> tuple[Any, FinishedRequests]:
     check_output(settings.output)
-    require(
-        settings.overwrite or not Path(settings.output).exists() or _is_of_this_evaluation(config, settings),
-        f"--output {settings.output} exists already, and is not a result of this model with these flags: give another "
-        "file, or --overwrite.",
-    )
+    fingerprint = model_fingerprint(config)
+    if Path(settings.output).exists() and not settings.overwrite:
+        try:
+            existing = read_json_object(Path(settings.output)).get("config")
+        except ConfigurationError:
+            existing = None
+        of_this_command = {"checkpoint_fingerprint": fingerprint, "evaluation": settings.result_settings()}
+        require(
+            isinstance(existing, dict) and of_this_command.items() <= existing.items(),
+            f"--output {settings.output} exists already, and is not a result of this model with these flags: give "
+            "another file, or --overwrite.",
+        )
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     may_run_code = settings.confirm_run_unsafe_code
-    found = find_tasks(settings.tasks, settings.include_path, settings.num_fewshot, settings.limit, may_run_code)
-    return found, FinishedRequests(settings.side_file("requests"), model_fingerprint(config))
-
-
-def _is_of_this_evaluation(config: RunConfig, settings: HarnessSettings) -> bool:
-    """Whether --output is a result of the same command, which may be replaced."""
-    try:
-        found = read_json_object(Path(settings.output)).get("config")
-    except ConfigurationError:
-        return False
-    own = {"checkpoint_fingerprint": model_fingerprint(config), "evaluation": settings.result_settings()}
-    return isinstance(found, dict) and all(found.get(name) == value for name, value in own.items())
+    tasks = find_tasks(settings.tasks, settings.include_path, settings.num_fewshot, settings.limit, may_run_code)
+    return tasks, FinishedRequests(settings.side_file("requests"), fingerprint)
 
 
 def _run_harness(
     model: InferenceModel, dispatcher: RankDispatcher, settings: HarnessSettings, tasks: Any, finished: FinishedRequests
 ) -> dict[str, Any]:
     harness_model: Any = HarnessModel(model, dispatcher, finished, settings.batch_size, settings.sampling_seed)
-    limit = settings.limit
-    loaded = [tasks.load([name]) for name in settings.tasks]
-    statistics = {name: _with_errors(task) for one in loaded for name, task in one["tasks"].items()}
-    for task in (task for one in loaded for task in one["tasks"].values()):
-        task.apply_filters = _in_time(task.apply_filters, lambda task=task: len(task.instances))
-        task.process_results = _in_time(task.process_results)
+    limit, asked = settings.limit, []
+    for name in settings.tasks:
+        loaded = tasks.load([name])
+        for task in loaded["tasks"].values():
+            task.apply_filters = _in_time(task.apply_filters, lambda task=task: len(task.instances))
+            task.process_results = _in_time(task.process_results)
+        group = loaded.get("groups", {}).get(name)
+        asked += [group] if group is not None else loaded["tasks"].values()  # of a tag, or a single task
     with _told(" ".join(settings.tasks), "scored"):
         results: Any = simple_evaluate(
             model=harness_model,
-            tasks=[one for name, found in zip(settings.tasks, loaded, strict=True) for one in _named(name, found)],
+            tasks=asked,
             task_manager=tasks,
-            bootstrap_iters=1,  # no more than a switch: standard errors that have a formula are the harness's own
+            bootstrap_iters=NUM_DRAWS,
             num_fewshot=settings.num_fewshot,
             limit=limit if limit is None or limit < 1 else int(limit),
             batch_size=settings.batch_size,
@@ -223,9 +132,6 @@ def _run_harness(
             apply_chat_template=settings.apply_chat_template,
             confirm_run_unsafe_code=settings.confirm_run_unsafe_code,
         )
-    results["config"]["bootstrap_iters"] = 0
-    for name, measured in statistics.items():
-        _add_errors(results["results"][name], measured)
     results["config"]["checkpoint_fingerprint"] = finished.model
     results["config"]["evaluation"] = settings.result_settings()
     results["config"]["package_versions"] = {name: version(name) for name in PACKAGES}
@@ -248,40 +154,258 @@ def _in_time(judge: Callable[..., Any], num_answers: Callable[[], int] = lambda:
     return limited
 
 
-def _named(name: str, found: Mapping[str, Any]) -> list[Any]:
-    """The group of this name, or the task or the tasks of the tag."""
-    group = found.get("groups", {}).get(name)
-    return [group] if group is not None else list(found["tasks"].values())
-
-
-def _with_errors(task: Any) -> dict[str, WithError]:
-    """Put in the place of a task's statistics those that keep their standard errors; without a formula of the harness.
-
-    The harness would compute such a statistic 100,000 times.
-    """
-    statistics = task.aggregation()
-    measured = {metric: WithError(one) for metric, one in statistics.items() if one not in HAVE_A_FORMULA}
-    statistics.update(measured)
-    return measured
-
-
-def _add_errors(scores: dict[str, Any], measured: Mapping[str, WithError]) -> None:
-    """Standard errors beside the scores of a task, which are in the order in which they were computed."""
-    for metric, statistic in measured.items():
-        filters = [name.partition(",")[2] for name in scores if name.partition(",")[0] == metric]
-        for kind, error in zip(filters, statistic.errors, strict=True):
-            scores[f"{metric}_stderr,{kind}"] = "N/A" if error is None else error
-
-
 def _write(results: dict[str, Any], settings: HarnessSettings) -> None:
     """Write questions and answers, then the results, and print the scores."""
     samples: Mapping[str, list[dict[str, Any]]] = results.pop("samples", {})
     if settings.log_samples:
         lines = [{"task": task, **sample} for task, of_task in samples.items() for sample in of_task]
-        text = "".join(json.dumps(line, default=handle_non_serializable) + "\n" for line in lines)
+        text = "".join(json.dumps(line, default=lm_eval.utils.handle_non_serializable) + "\n" for line in lines)
         write_atomically(settings.side_file("samples"), text)
-    write_atomically(Path(settings.output), json.dumps(results, indent=2, default=handle_non_serializable) + "\n")
+    text = json.dumps(results, indent=2, default=lm_eval.utils.handle_non_serializable) + "\n"
+    write_atomically(Path(settings.output), text)
     for task, scores in results["results"].items():
         shown = {name: value for name, value in scores.items() if isinstance(value, float)}
         print(f"{task}: " + ", ".join(f"{name.partition(',none')[0]} {value:.4f}" for name, value in shown.items()))
     print(f"wrote {settings.output}")
+
+
+def _apply_template(template: str, doc: Mapping[str, Any]) -> str:
+    try:
+        return render("task", template, doc)
+    except ConfigurationError as error:
+        shown = f"{template[:100]}..." if len(template) > 100 else template
+        raise ConfigurationError(f"the template {shown!r} fails on an item with {', '.join(doc)}: {error}") from error
+
+
+lm_eval.utils.apply_template = _apply_template  # the one that it replaces runs any code
+
+MOST_REQUESTS = 1_000_000  # of a task: the harness keeps all of them in memory
+
+
+def find_tasks(
+    names: Sequence[str],
+    include_paths: Sequence[str],
+    num_fewshot: int | None = None,
+    limit: float | None = None,
+    may_run_code: bool = False,
+) -> Any:
+    """The harness's TaskManager for these tasks, each of which loads, and asks its first question.
+
+    Raises:
+        ConfigurationError: an unknown name; a folder that does not exist; a task file that would run code; data that
+            cannot be read or does not fit the task's templates; a label outside the choices; fewer solved examples
+            than `num_fewshot`, or only those that are scored; an unknown metric; too many requests.
+    """
+    require_known_tasks(names, include_paths)
+    check_task_files(include_paths, may_run_code)
+    # Only those of the harness's thousands of files are parsed that these tasks need. A later folder comes first.
+    folders = [*harness_folders(names, include_paths), *include_paths]
+    manager = TaskManager(include_path=list(folders), include_defaults=False)
+    for name in names:
+        with _told(name, "loaded"):
+            try:
+                tasks = [*manager.load([name])["tasks"].values()]  # the harness renders their first items
+            except IndexError as error:
+                raise ConfigurationError(f"the first item's label is not one of its choices ({error}).") from error
+            for task in tasks:
+                _check_metrics(task)
+                _check_requests(task, limit)
+                _check_examples(task, num_fewshot)
+                task.build_all_requests(limit=1)
+    return manager
+
+
+@contextmanager
+def _told(tasks: str, done: str) -> Iterator[None]:
+    """The harness may raise anything for what is wrong with a task's file or data: all of it is a ConfigurationError,
+    except for what our model raises, which the harness calls."""
+    try:
+        yield
+    except ConfigurationError as error:
+        raise ConfigurationError(f"--tasks {tasks}: {error}") from error
+    except Exception as error:  # noqa: BLE001
+        frames = traceback.extract_tb(error.__traceback__)
+        if any(frame.filename == harness.__file__ for frame in frames):
+            raise
+        what = f"{type(error).__name__} in {frames[-1].name} of {Path(frames[-1].filename).name}: {error}"
+        raise ConfigurationError(f"--tasks {tasks} cannot be {done}: {what}.") from error
+
+
+def _check_metrics(task: Any) -> None:
+    """Each metric, aggregation and filter exists; the harness would fail when all questions are answered."""
+    given = [entry.get("aggregation") for entry in task.config.metric_list or ()]
+    bad = [name for name in given if isinstance(name, str) and name not in AGGREGATION_REGISTRY]
+    require(not bad, f"no aggregation {', '.join(bad)}; there are {', '.join(AGGREGATION_REGISTRY)}.")
+    bad = [name for name, function in task._metric_fn_list.items() if function is None]
+    known = task.config.process_results is not None or not bad
+    require(known, f"no metric {', '.join(bad)}; there are {', '.join(METRIC_REGISTRY)}.")
+    for make_filter in chain.from_iterable(ensemble.filters for ensemble in task._filters):
+        make_filter()
+
+
+def _check_requests(task: Any, limit: float | None) -> None:
+    """There are not too many, and each item's label is one of its choices: the harness would score other items 0."""
+    repeats, num_items = task.config.repeats, evaluator_utils.get_sample_size(task, limit) or len(task.eval_docs)
+    require(type(repeats) is int and repeats > 0, f"repeats is {repeats!r}; it must be a number above 0.")
+    has_choices, num_asked = task.OUTPUT_TYPE == "multiple_choice", 0
+    for number, doc in enumerate(task.eval_docs):
+        num_choices = len(task.doc_to_choice(doc)) if has_choices else 1
+        num_asked += num_choices * repeats * (number < num_items)
+        require(
+            num_asked <= MOST_REQUESTS,
+            f"it asks more than {MOST_REQUESTS:,} times ({repeats:,} for each item and choice), which is the limit: "
+            "lower its repeats, or give --limit.",
+        )
+        label = task.doc_to_target(doc) if has_choices else None
+        require(
+            not isinstance(label, int) or 0 <= label < num_choices,
+            f"the label of item {number} is {label}; choices are numbered from 0 to {num_choices - 1}.",
+        )
+
+
+def _check_examples(task: Any, num_fewshot: int | None) -> None:
+    """The task has enough solved examples that are not scored: the harness would show the scored items solved."""
+    wanted = (task.config.num_fewshot or 0) if num_fewshot is None else num_fewshot
+    if not wanted:
+        return
+    settings = task.fewshot_cfg
+    has_examples = settings.split is not None or settings.samples is not None or task.has_training_docs()
+    require(
+        num_fewshot is None or has_examples or (task.has_validation_docs() and task.has_test_docs()),
+        f"--num-fewshot {num_fewshot}: it has only items that are scored; omit --num-fewshot, or give the task a "
+        "fewshot_split.",
+    )
+    num_items = len(task.fewshot_docs()) - (settings.split is not None and settings.split == task.config.test_split)
+    flag = f"num_fewshot: {wanted}" if num_fewshot is None else f"--num-fewshot {wanted}"
+    require(num_items >= wanted, f"{flag}: it has {num_items} solved items besides the one that is asked.")
+    task.set_config("num_fewshot", wanted)
+
+
+HARNESS = Path(lm_eval.__file__).parent.resolve()
+FUNCTIONS_OF = ("megatron_peft.evaluation.task_metrics", "megatron_peft.evaluation.humaneval", "lm_eval.api.metrics")
+READERS = {"arrow", "csv", "json", "parquet", "text"}  # of datasets' own; others read pickles, or ask databases
+DATA = {"dataset_path", "dataset_name", "dataset_kwargs"}
+DATA_SETTINGS = {"data_dir", "data_files", "field", "revision", "trust_remote_code"}  # the last one is ignored
+DATA_SETTINGS |= {"column_names", "delimiter", "encoding", "header", "names", "quotechar", "sep"}  # of tables
+PACKED = (b"\x1f\x8b", b"PK\x03\x04", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18")  # gzip, ...
+MOST_FILES = 10_000  # of a task's data
+CALLING = {"class", "custom_dataset", "use_prompt"}  # keys of a task that call what they name
+
+
+def check_task_files(include_paths: Sequence[str], may_run_code: bool = False) -> None:
+    """Raises ConfigurationError for a file that would make the harness run code, and for one that is not YAML, which
+    the harness would skip.
+
+    may_run_code: functions of the harness's own tasks are allowed, of which some run programs that stand in the data.
+    """
+    waiting = [(path, path) for folder in include_paths for path in sorted(Path(folder).rglob("*.yaml"))]
+    of_user = {file.name for file in own_files(include_paths)}
+    seen: set[Path] = set()
+    for path, origin in waiting:  # grows by the files that these build on
+        is_of_harness = path.resolve().is_relative_to(HARNESS)
+        if path.resolve() in seen or (path is origin and is_of_harness):
+            continue
+        seen.add(path.resolve())
+        functions: list[str] = []  # that !function tags name
+        loader: Any = type("Loader", (TaskLoader,), {})
+        loader.add_constructor(
+            "!function", lambda load, node, to=functions: to.append(str(load.construct_scalar(node)))
+        )
+        values = parse_yaml(read_text(path), str(path), loader)
+        tasks = list(_tasks_in(values))
+        if is_of_harness:
+            require(
+                may_run_code or not functions,
+                f"{origin} is refused: with data of its own it builds on {path.name} of the harness, whose functions "
+                f"({''.join(functions[:1])}, ...) may run code that stands in them: give --confirm-run-unsafe-code if "
+                "you trust the data.",
+            )
+        else:
+            for function in functions:
+                _check_function(path, function, may_run_code)
+            for task in tasks:
+                _check_task(path, task)
+        built_on = [path.parent / name for task in tasks[:1] for name in texts_of(task.get("include"))]
+        members = {str(task.get("task")) for task in tasks[1:]} - of_user
+        built_on += [Path(file.path) for name in members for file in harness_files().get(name, ())]
+        names_data = path is not origin or any(DATA & task.keys() for task in tasks)
+        waiting += [(base, origin) for base in built_on if names_data or not base.resolve().is_relative_to(HARNESS)]
+
+
+def _tasks_in(values: Any) -> Iterator[dict[str, Any]]:
+    """The settings of a task or a group, and of the tasks in it."""
+    if isinstance(values, dict):
+        yield values
+        members = values.get("task")
+        for member in members if isinstance(members, list) else ():
+            yield from _tasks_in(member if isinstance(member, dict) else {"task": member})
+
+
+def _check_function(path: Path, function: str, may_run_code: bool) -> None:
+    module, _, name = function.rpartition(".")
+    named = getattr(import_module(module), name, None) if module in FUNCTIONS_OF else None
+    allowed = isfunction(named) and named.__module__ == module  # not what it imports
+    allowed |= may_run_code and f"{module}.".startswith("lm_eval.") and "._" not in function
+    script = path.resolve().parent / f"{module.replace('.', '/')}.py"
+    require(
+        allowed and not script.exists(),  # the harness would run a script next to the task file
+        f"{path} is refused: !function {function} is not a function of megatron_peft.evaluation.task_metrics or "
+        "lm_eval.api.metrics (lm_eval.tasks too with --confirm-run-unsafe-code), and a task file must not run its own "
+        "code: add it to megatron_peft/evaluation/task_metrics.py.",
+    )
+
+
+def _check_task(path: Path, task: dict[str, Any]) -> None:
+    refused = {*(CALLING & task.keys()), *({"unsafe_code: false"} if not task.get("unsafe_code", True) else ())}
+    require(not refused, f"{path} is refused: {', '.join(sorted(refused))} could run code: remove it.")
+    # `evaluate.load` would look on the disk for a metric that the harness does not know. A !function is None here.
+    metrics = task.get("metric_list")
+    entries = [entry for entry in metrics if isinstance(entry, dict)] if isinstance(metrics, list) else []
+    named = [(str(entry.get("metric")), entry.get("hf_evaluate")) for entry in entries]
+    scripts = [name for name, hf_evaluate in named if hf_evaluate or name not in METRIC_REGISTRY]
+    scripts = [name for name in scripts if "/" in name or Path(name).exists()]
+    require(
+        not scripts,
+        f"{path} is refused: the metric {', '.join(scripts)} is a script, which the harness would run. Use one of its "
+        "own metrics, or a function of megatron_peft.evaluation by !function.",
+    )
+    reader, settings = str(task.get("dataset_path", "")), task.get("dataset_kwargs") or {}
+    unknown = settings.keys() - DATA_SETTINGS if isinstance(settings, dict) else {"dataset_kwargs"}
+    require(not unknown, f"{path} is refused: dataset_kwargs takes {', '.join(sorted(DATA_SETTINGS))}, not {unknown}.")
+    require(
+        reader in READERS or reader not in _PACKAGED_DATASETS_MODULES,
+        f"{path} is refused: dataset_path {reader} may run code: give {', '.join(sorted(READERS))}, a folder, or a "
+        "name on the Hub.",
+    )
+    for given in (reader, *_texts_within(settings)):
+        require("://" not in given and "::" not in given, f"{path} is refused: {given} is no file: download it first.")
+        files = islice(_files_of(given) if given and given not in READERS else (), MOST_FILES + 1)
+        for number, file in enumerate(files):
+            require(number < MOST_FILES, f"{path} is refused: {given} names more than {MOST_FILES:,} files.")
+            _check_data(file, f"{path}: dataset_kwargs:")
+
+
+def _texts_within(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _texts_within(inner)
+
+
+def _files_of(given: str) -> Iterator[Path]:
+    """The files that a path, a folder or a pattern names."""
+    for name in chain([given], iglob(given, recursive=True) if has_magic(given) else ()):
+        inside = Path(name).rglob("*") if Path(name).is_dir() else [Path(name)]
+        yield from (path for path in inside if path.exists() and not path.is_dir())
+
+
+def _check_data(file: Path, flag: str) -> None:
+    """Raises ConfigurationError for what `datasets` would take a machine's memory for, or unpack."""
+    require_regular(file, flag)
+    with file.open("rb") as opened:
+        start = opened.read(max(map(len, PACKED)))
+    require(not start.startswith(PACKED), f"{flag} {file} is compressed: unpack it first.")
+    if file.suffix in (".json", ".jsonl"):
+        open_json(file, with_digest=False)
+    require_limits(file, flag)

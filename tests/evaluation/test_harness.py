@@ -159,7 +159,7 @@ def test_a_second_evaluation_with_the_same_output_is_refused_and_loses_nothing(t
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
     first.add({"b": 2})
     del first
-    assert {*FinishedRequests(path, "model")._answers} == {"a", "b"}, "when it has ended, the next one goes on"
+    assert FinishedRequests(path, "model").keys() == {"a", "b"}, "when it has ended, the next one goes on"
 
 
 def test_answers_come_back_to_their_model_and_kind(tmp_path):

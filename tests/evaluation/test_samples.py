@@ -9,8 +9,9 @@ import pytest
 
 from megatron_peft.cli.parser import parse_arguments
 from megatron_peft.config import ConfigurationError
+from megatron_peft.evaluation import answers
+from megatron_peft.evaluation.answers import question_of, questions_of, write_samples
 from megatron_peft.evaluation.model import saved_values
-from megatron_peft.evaluation.samples import SampleSettings, question_of, write_samples
 from megatron_peft.runtime.launch import stop_model_parallel
 from megatron_peft.training.run import finetune
 from tests.evaluation.worded_llama import save_worded_llama, save_worded_pairs
@@ -59,7 +60,7 @@ def train(folder: Path, name: str, flags: str) -> Path:
 
 def samples(run: Path, number: int) -> list[dict[str, str]]:
     config = parse_arguments(["--load", str(run)], saved=saved_values)
-    write_samples(config, SampleSettings(str(run), number, max_new_tokens=6), run / "samples.jsonl")
+    write_samples(config, run / "samples.jsonl", str(run), number, max_new_tokens=6)
     stop_model_parallel()
     return [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
 
@@ -80,17 +81,15 @@ def test_before_is_the_base_and_after_the_run_for_every_kind_of_method(folder: P
 def test_a_run_without_prompts_is_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with one_rank(with_groups=False):
         run = train(folder, "alone", "--peft-method lora --lora-rank 2 --exit-interval 1")
-    from megatron_peft.evaluation import samples as module
-
-    record = module.read_run_record(run)
+    record = answers.read_run_record(run)
     (folder / "texts.jsonl").write_text('{"text": "w1 w2"}\n')
     for paths, told in (((), "was trained without"), ((str(folder / "texts.jsonl"),), "are plain text")):
         data = replace(record.config.data, valid_data_path=paths)
         changed = replace(record, config=replace(record.config, data=data))
-        monkeypatch.setattr(module, "read_run_record", lambda _, changed=changed: changed)
+        monkeypatch.setattr(answers, "read_run_record", lambda _, changed=changed: changed)
         with pytest.raises(ConfigurationError, match=told):
-            SampleSettings(str(run), 2).questions()
+            questions_of(str(run), 2)
     alpaca = {"instruction": "w1 w2", "input": "", "output": "w3"}
     (folder / "texts.jsonl").write_text(json.dumps(alpaca) + "\n")  # of the last `changed`
-    (question,) = SampleSettings(str(run), 2).questions()
+    (question,) = questions_of(str(run), 2)
     assert "w1 w2" in question.prompt and question.reference == "w3"

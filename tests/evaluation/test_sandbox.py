@@ -23,6 +23,7 @@ from megatron_peft.config import ConfigurationError
 from megatron_peft.evaluation import sandbox as sandbox_module
 from megatron_peft.evaluation.sandbox import (
     DRIVER,
+    ENVIRONMENT,
     MACHINES,
     UNSAFE_VARIABLE,
     Limits,
@@ -30,7 +31,6 @@ from megatron_peft.evaluation.sandbox import (
     Program,
     Sandbox,
     bubblewrap_command,
-    environment,
     find_bubblewrap,
     open_sandbox,
     seccomp_filter,
@@ -267,9 +267,8 @@ PATIENT = Limits(wall_seconds=seconds(20), cpu_seconds=math.ceil(seconds(5)))
 EVALUATION = """
 import os
 from megatron_peft.evaluation import sandbox as sandbox_module
-cleared = sandbox_module._environment()
-sandbox_module._environment = lambda: cleared
-sandbox_module.environment = lambda: dict(os.environ)
+popen = sandbox_module.subprocess.Popen
+sandbox_module.subprocess.Popen = lambda *words, **named: popen(*words, **{**named, "env": dict(os.environ)})
 words = ["/python/bin/python", "-c", "import time; time.sleep(9999)", f"asleep-{os.getpid()}"]
 program = sandbox_module.Program(f"import os; os.execv({words[0]!r}, {words})")
 print(sandbox_module.Sandbox(sandbox_module.find_bubblewrap(), sandbox_module.Limits(wall_seconds=9999)).run(program))
@@ -314,7 +313,7 @@ def test_a_program_shares_no_namespace_and_no_variable_with_the_host(evaluation:
     interfaces = (process / "net" / "dev").read_text().splitlines()[2:]
     assert [line.split(":")[0].strip() for line in interfaces] == ["lo"]
     variables = [word.split("=")[0] for word in read(process / "environ").decode().split("\0") if word]
-    assert set(variables) <= {*environment(), "PYTHONPATH", "LD_LIBRARY_PATH", "PWD", "LC_CTYPE"}
+    assert set(variables) <= {*ENVIRONMENT, "PYTHONPATH", "LD_LIBRARY_PATH", "PWD", "LC_CTYPE"}
 
 
 @needs_bubblewrap

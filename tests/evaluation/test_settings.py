@@ -98,12 +98,8 @@ def test_settings_out_of_range_and_contradictions_are_told(settings, message):
 def test_a_stop_text_writes_a_new_line_as_backslash_n_and_a_prompt_stands_as_it_is():
     settings = AnswerSettings(prompt="$\\theta$", stop=["\\n\\n"], temperature=0.5, top_k=3, sampling_seed=9)
     assert records_of(settings) == [{"prompt": "$\\theta$"}]
-    assert plan_of(settings).until == ("\n\n",)
-    assert (plan_of(settings).sampling.temperature, plan_of(settings).sampling.top_k, plan_of(settings).seed) == (
-        0.5,
-        3,
-        9,
-    )
+    until, plan = plan_of(settings)
+    assert until == ("\n\n",) and (plan.sampling.temperature, plan.sampling.top_k, plan.seed) == (0.5, 3, 9)
 
 
 def test_a_file_that_cannot_be_written_is_told_before_anything_is_asked(tmp_path):
@@ -220,16 +216,16 @@ def test_every_answer_has_a_random_stream_of_its_own_and_its_place(monkeypatch, 
     """On two replicas, in portions of a batch for each."""
     asked: list[list[str]] = []
 
-    def generated(model, prompts, plan, batch_size):
-        asked.append([one.name for one in prompts])
-        return [[*one.name.encode()] for one in prompts]
+    def generated(model, prompts, until, plan):
+        asked.append([name for _, name in prompts])
+        return [[*name.encode()] for _, name in prompts]
 
     monkeypatch.setattr(answers, "generate_answers", generated)
     config = SimpleNamespace(parallel=SimpleNamespace(data_parallel_size=2))
     model: Any = SimpleNamespace(tokenizer=BYTES, config=config)
     settings = AnswerSettings(prompt_file="f", num_samples=num_samples, batch_size=batch_size, temperature=1.0)
     records = [{"prompt": f"p{number}"} for number in range(5)]
-    lines = [*answers._lines(model, settings, records, [[1]] * 5, StopTexts(BYTES, ()))]
+    lines = [*answers._lines(model, settings, records, [[1]] * 5)]
     assert [len(names) for names in asked] == portions
     for number, line in enumerate(lines):
         own = [f"{number}/{sample}" for sample in range(num_samples)]

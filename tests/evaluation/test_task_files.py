@@ -13,9 +13,8 @@ import pytest
 from lm_eval import utils
 
 from megatron_peft.config import ConfigurationError, templates
-from megatron_peft.evaluation import harness_run, task_files
-from megatron_peft.evaluation.harness_run import find_tasks
-from megatron_peft.evaluation.task_files import check_task_files
+from megatron_peft.evaluation import harness_run
+from megatron_peft.evaluation.harness_run import check_task_files, find_tasks
 from tests.evaluation.local_tasks import TASKS, write_tasks
 
 RUNS = "{{ cycler.__init__.__globals__.os.system('touch RAN') }}{{ question }}"
@@ -212,7 +211,7 @@ def test_a_pattern_that_needs_forever_is_ended(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_data_of_too_many_files_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(task_files, "MOST_FILES", 3)
+    monkeypatch.setattr(harness_run, "MOST_FILES", 3)
     write(folder, {**TEXTS, "dataset_kwargs": {"data_files": "**"}})
     assert "** names more than 3 files" in refusal(folder)
 

@@ -62,12 +62,13 @@ class Recorder:
 
     def __init__(self) -> None:
         self.found: dict[str, list[list[str]]] = {}
+        self.root = Path.cwd()  # which a test may leave
 
     def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo) -> None:
         failures, error = self.found.setdefault(item.nodeid, []), call.excinfo
         if error is not None:
-            ours = [str(entry.path) for entry in error.traceback if Path(entry.path).is_relative_to(Path.cwd())]
-            place = os.path.relpath(ours[-1]) if ours else ""
+            ours = [str(entry.path) for entry in error.traceback if Path(entry.path).is_relative_to(self.root)]
+            place = os.path.relpath(ours[-1], self.root) if ours else ""
             failures.append([call.when, error.typename, place, str(error.value)[:500]])
 
 
