@@ -33,8 +33,7 @@ from megatron_peft.config import ConfigurationError, RunConfig, require
 from megatron_peft.config.evaluation import HarnessSettings
 from megatron_peft.config.templates import render
 from megatron_peft.config.untrusted import limited_to, parse_yaml, read_json_object, read_text, require_regular
-from megatron_peft.data.jsonl import open_json
-from megatron_peft.data.tables import require_limits
+from megatron_peft.data.files import open_json, require_limits
 from megatron_peft.evaluation import harness
 from megatron_peft.evaluation.answers import check_output
 from megatron_peft.evaluation.harness import FinishedRequests, HarnessModel, RankDispatcher
