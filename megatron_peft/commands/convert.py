@@ -139,10 +139,10 @@ class ExportAdapter(_WithCard):
         require(self.as_lora or not limits, f"{', '.join(map(flag, limits))}: give --as-lora too, or leave it out.")
         card: dict[str, Any] = {"pretrained_checkpoint": self.base, "license": self.license}
         if self.as_lora:
-            from megatron_peft.conversion.as_lora import export_as_lora
+            from megatron_peft.conversion.peft_export import export_as_lora
 
             return _wrote(export_as_lora(self.input, self.output, **card, **limits), self.input)
-        from megatron_peft.conversion.peft import export_adapter
+        from megatron_peft.conversion.peft_export import export_adapter
 
         return _wrote(export_adapter(self.input, self.output, **card), self.input)
 
@@ -153,7 +153,7 @@ class ImportAdapter(_FromBase, _Conversion):
 
     def run(self) -> int:
         """Write the run."""
-        from megatron_peft.conversion.peft import import_adapter
+        from megatron_peft.conversion.peft_import import import_adapter
 
         return _wrote(import_adapter(self.input, self.output, pretrained_checkpoint=self.base))
 

@@ -14,8 +14,7 @@ from megatron_peft.adapters.attach import linear_layers
 from megatron_peft.checkpoint.folders import write_atomically
 from megatron_peft.checkpoint.record import read_run_record
 from megatron_peft.config import ConfigurationError, Requirements, RunConfig, is_indexed, parse_blend, require
-from megatron_peft.conversion.pretrained import load_pretrained
-from megatron_peft.conversion.shared_reading import ReadingGroups
+from megatron_peft.conversion.pretrained import ReadingGroups, load_pretrained
 from megatron_peft.data.files import RecordFiles
 from megatron_peft.data.formats import ColumnNames
 from megatron_peft.data.records import Fit
