@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_peft.adapters import low_rank
-from megatron_peft.checkpoint.folders import megatron_files
+from megatron_peft.checkpoint.folders import check_new, megatron_files, new_folder
 from megatron_peft.checkpoint.record import ADAPTER_CONFIG
 from megatron_peft.config import ConfigurationError, PeftConfig, PeftFormat, require
 from megatron_peft.config.hub import hub_name
@@ -33,7 +33,7 @@ from megatron_peft.conversion.trained_adapters import (
     shortest_targets,
 )
 from megatron_peft.conversion.verify import Difference, LogitComparison, logits_change
-from megatron_peft.conversion.writer import SafetensorsWriter, TensorSpec, check_new, new_folder
+from megatron_peft.conversion.writer import SafetensorsWriter, TensorSpec
 from megatron_peft.models.families import rules_for
 
 

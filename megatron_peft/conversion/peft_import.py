@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_peft.adapters import boft, low_rank
+from megatron_peft.checkpoint.folders import check_new
 from megatron_peft.checkpoint.record import ADAPTER_CONFIG, RunRecord
 from megatron_peft.checkpoint.tensors import ADAPTER
 from megatron_peft.config import (
@@ -41,7 +42,6 @@ from megatron_peft.conversion.trained_adapters import (
     save_adapters,
     shortest_targets,
 )
-from megatron_peft.conversion.writer import check_new
 from megatron_peft.models.families import rules_for
 from megatron_peft.models.rules import Rule
 from megatron_peft.models.shape import ModelShape, number, size, switch

@@ -13,21 +13,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_peft.checkpoint.folders import MANIFEST, RECORD, damage, megatron_files
+from megatron_peft.checkpoint.folders import MANIFEST, RECORD, check_new, damage, megatron_files, new_folder
 from megatron_peft.checkpoint.record import read_record
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.conversion.hf_files import CONFIG, copy_small_files, set_stored_type, write_config
 from megatron_peft.conversion.model_card import Exported, check_license, write_card
 from megatron_peft.conversion.pretrained import Weights, open_weights, owned_rules, read_model_shape
 from megatron_peft.conversion.trained_adapters import base_of, layer_name, open_adapters
-from megatron_peft.conversion.writer import (
-    DEFAULT_SHARD_BYTES,
-    SafetensorsWriter,
-    TensorSpec,
-    byte_bar,
-    check_new,
-    new_folder,
-)
+from megatron_peft.conversion.writer import DEFAULT_SHARD_BYTES, SafetensorsWriter, TensorSpec, byte_bar
 from megatron_peft.models.families import config_of_shape
 from megatron_peft.models.rules import Rule
 from megatron_peft.models.shape import ModelShape

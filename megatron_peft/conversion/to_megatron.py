@@ -20,11 +20,11 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.utils.serialization import config as serialization_config
 
-from megatron_peft.checkpoint.folders import megatron_files
+from megatron_peft.checkpoint.folders import check_new, megatron_files, new_folder
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.conversion.hf_files import CONFIG, Source, copy_small_files, set_stored_type
 from megatron_peft.conversion.pretrained import open_weights, owned_rules
-from megatron_peft.conversion.writer import DirectFile, byte_bar, check_new, new_folder, require_no_overflow
+from megatron_peft.conversion.writer import DirectFile, byte_bar, require_no_overflow
 from megatron_peft.models.families import read_shape
 from megatron_peft.models.rules import Rule, VocabularyRows
 

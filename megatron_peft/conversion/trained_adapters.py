@@ -14,7 +14,7 @@ import torch.distributed.checkpoint as torch_checkpoint
 from torch import Tensor
 
 from megatron_peft.adapters.change import StoredTensors
-from megatron_peft.checkpoint.folders import RECORD, damage, publish, start_draft
+from megatron_peft.checkpoint.folders import RECORD, damage, iteration_folder, new_folder, publish, start_draft
 from megatron_peft.checkpoint.record import ADAPTER_CONFIG, RunRecord, differing_base, find_checkpoint, read_record
 from megatron_peft.checkpoint.tensors import ADAPTER, NOT_PARAMETERS, master_key
 from megatron_peft.config import ConfigurationError, require
@@ -22,7 +22,6 @@ from megatron_peft.conversion.hf_files import listed
 from megatron_peft.conversion.megatron_files import StoredTensor, open_distributed
 from megatron_peft.conversion.pretrained import known_fingerprint, read_model_shape
 from megatron_peft.conversion.to_megatron import FORMAT
-from megatron_peft.conversion.writer import new_folder
 from megatron_peft.models.rules import HFTensor, RowRange, Rule
 
 # The two factors of a low-rank adapter, between Megatron's fused layers and Hugging Face's separate ones.
@@ -264,7 +263,7 @@ def save_adapters(output: str | Path, record: RunRecord, tensors: Mapping[str, T
         tensors: whole tensors by key, `decoder.layers.3.mlp.linear_fc1.adapter.A`.
     """
     with new_folder(output) as folder:
-        draft = start_draft(folder, ITERATION)
+        draft = start_draft(iteration_folder(folder, ITERATION))
         writer = torch_checkpoint.FileSystemWriter(draft, thread_count=1, sync_files=True)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that there is no process group: it is not needed

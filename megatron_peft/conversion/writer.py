@@ -1,4 +1,4 @@
-"""Write large files past the page cache, safetensors tensor by tensor, and folders that appear only when complete."""
+"""Write large files past the page cache, and safetensors tensor by tensor."""
 
 import errno
 import fcntl
@@ -7,8 +7,6 @@ import json
 import mmap
 import os
 import re
-import secrets
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +21,6 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from torch import Tensor
 
-from megatron_peft.checkpoint.folders import sync
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.config.untrusted import is_finite
 from megatron_peft.conversion.hf_files import SAFETENSORS_TYPES
@@ -210,39 +207,6 @@ def parse_bytes(text: str) -> int:
     if match is None or float(match[1]) <= 0:
         raise ConfigurationError(f"--max-shard-size {text!r} is not a size: use a form like 5GB, 500MB or 1GiB.")
     return int(float(match[1]) * UNITS[match[2]])
-
-
-def check_new(output: str | Path) -> None:
-    """Raise ConfigurationError if `output` exists: nothing is ever overwritten."""
-    require(not os.path.lexists(output), f"--output {output} exists already: remove it, or give another --output.")
-
-
-@contextmanager
-def new_folder(output: str | Path) -> Iterator[Path]:
-    """A draft folder beside `output`: renamed to it at the end, when all is on the disk, and removed on any error.
-
-    Raises:
-        ConfigurationError: `output` exists, its parent cannot be written, or the disk is full.
-    """
-    output = Path(output)
-    check_new(output)
-    draft = output.parent / f".{output.name}.{secrets.token_hex(8)}.draft"
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        draft.mkdir()
-        yield draft
-        for path in (*draft.iterdir(), draft):
-            sync(path)
-        check_new(output)
-        draft.rename(output)
-        sync(output.parent)
-    except OSError as error:
-        raise ConfigurationError(
-            f"--output {output} could not be written ({error.strerror or error}): the partial output was removed. "
-            f"Free disk space there, or give another --output."
-        ) from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)  # does not exist any more if all went well
 
 
 @contextmanager

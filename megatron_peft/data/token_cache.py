@@ -21,13 +21,12 @@ import numpy as np
 from rich.progress import track
 
 from megatron_peft.checkpoint.folders import (
-    MANIFEST,
     FileSum,
     FolderLock,
     damage,
     measure,
+    publish_draft,
     read_manifest,
-    sync,
     write_manifest,
 )
 from megatron_peft.config import ConfigurationError, require
@@ -219,7 +218,6 @@ def _write_share(
                     writer.write_batch({"ids": [one.ids for one in batch], "trained": [one.trained for one in batch]})
                     batch, num_tokens = [], 0
             writer.finalize()
-        sync(shard)
         return left_out, {shard.name: measure(shard)}
     except OSError as error:
         raise _cannot_keep(draft, error) from error
@@ -240,10 +238,7 @@ def _publish(
     try:
         (draft / COUNTS).write_text(json.dumps({"records": num_records, "left_out": left_out}))
         write_manifest(draft, {name: found for _, files in written for name, found in files.items()})
-        for path in (draft / COUNTS, draft / MANIFEST, draft):
-            sync(path)
-        draft.rename(folder)
-        sync(folder.parent)
+        publish_draft(draft, folder)
     except OSError as error:
         if not folder.is_dir():
             raise ConfigurationError(f"{folder} cannot be written: {error.strerror}.") from error

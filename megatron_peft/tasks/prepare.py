@@ -6,15 +6,15 @@ No test item is in the training files. The folder appears when all of it is writ
 import hashlib
 import json
 import re
-import shutil
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from megatron_peft.checkpoint.folders import check_new, new_folder
 from megatron_peft.config import ConfigurationError, Requirements, require
 from megatron_peft.tasks.template import TaskTemplate
 
@@ -167,29 +167,14 @@ def prepare(benchmark: BenchmarkData, folder: Path, split: HashSplit, overlap: s
     names = [tests.file.removesuffix(".jsonl") for tests in benchmark.tests]
     outside = [name for name in names if not re.fullmatch(r"[\w.+-]+", name) or name.startswith(".")]
     require(not outside, f"--task-name {' '.join(outside)} is not a valid file name: use letters, digits, . _ + and -.")
-    require(not folder.exists(), f"--output {folder} exists already: remove it, or name another folder.")
-    with _new_folder(folder) as draft:
+    check_new(folder)
+    with new_folder(folder) as draft:
         with ExitStack() as files:
             written = _Writer(draft, files, split, overlap).write(benchmark)
         for tests in benchmark.tests:
             _write_tasks(tests, draft, folder)
     names = tuple(template.task for tests in benchmark.tests for template in tests.tasks)
     return Prepared(folder, written.counts, written.example, names)
-
-
-@contextmanager
-def _new_folder(folder: Path) -> Iterator[Path]:
-    """A draft beside `folder` that is renamed to it at the end; on an error nothing is left."""
-    draft = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(draft, ignore_errors=True)
-    try:
-        draft.mkdir(parents=True)
-        yield draft
-        draft.rename(folder)
-    except OSError as error:
-        raise ConfigurationError(f"--output {folder} could not be written: {error.strerror or error}.") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
 
 
 @dataclass
