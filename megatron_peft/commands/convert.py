@@ -63,10 +63,11 @@ class HfToMegatron(_Conversion):
 
     def run(self) -> int:
         """Write the checkpoint."""
-        from megatron_peft.conversion.hf_files import type_flag
+        import torch
+
         from megatron_peft.conversion.to_megatron import hf_to_megatron
 
-        multiple, dtype = self.make_vocab_size_divisible_by, type_flag(self.dtype)
+        multiple, dtype = self.make_vocab_size_divisible_by, self.dtype and getattr(torch, self.dtype)
         folder = local_model(self.input, "--input")
         return _wrote(hf_to_megatron(folder, self.output, dtype=dtype, make_vocab_size_divisible_by=multiple))
 
@@ -84,10 +85,11 @@ class _ToHuggingFace(_WithCard):
     max_shard_size: str = option("5GB", "largest safetensors file", metavar="SIZE")
 
     def _write(self, convert: Callable[..., Path]) -> int:
-        from megatron_peft.conversion.hf_files import type_flag
+        import torch
+
         from megatron_peft.conversion.writer import parse_bytes
 
-        size, dtype = parse_bytes(self.max_shard_size), type_flag(self.dtype)
+        size, dtype = parse_bytes(self.max_shard_size), self.dtype and getattr(torch, self.dtype)
         card: dict[str, Any] = {"pretrained_checkpoint": self.base, "license": self.license}
         return _wrote(convert(self.input, self.output, dtype=dtype, max_shard_bytes=size, **card), self.input)
 

@@ -9,12 +9,11 @@ What is no linear layer's weight cannot be in a LoRA. It is left out, and told b
 norms, biases and the embedding too.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
 from math import prod, sqrt
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -61,15 +60,29 @@ SETTLED = 0.005  # relative change of the squared residual from one pass to the 
 ROUNDING = 1e-14  # relative to the squared norm
 
 
-class RowBlocks(Protocol):
-    """A matrix [out, in] that can be read again and again."""
+@dataclass(frozen=True)
+class ModuleChange:
+    """dW [out, in] of a module, as rows that are read and computed when they are asked for, again and again."""
+
+    rule: Rule
+    change: WeightChange
+    ranges: list[RowRange]
+    base: Weights
 
     @property
-    def shape(self) -> tuple[int, int]: ...
+    def shape(self) -> tuple[int, int]:
+        return self.ranges[-1].hf.stop, self.rule.hf_tensors[0].shape[1]
 
-    def blocks(self) -> Iterable[tuple[slice, Tensor]]:
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """Every row once: which rows, and their values [n, in] in float64."""
-        ...
+        for rows in self.ranges:
+            change = self.change.rows(_read_rows(self.base, self.rule, rows), rows.megatron)
+            require(
+                is_finite(change),
+                f"the change of {self.rule.name} holds NaN or infinities: training has diverged. Give an older iter_* "
+                f"folder as --input.",
+            )
+            yield rows.hf, change
 
 
 @dataclass(frozen=True)
@@ -99,7 +112,7 @@ class Truncation:
         return sqrt(self.squared_residual / self.squared_norm) if self.squared_norm else 0.0
 
 
-def truncated_svd(matrix: RowBlocks, tolerance: float, max_rank: int, generator: torch.Generator) -> Truncation:
+def truncated_svd(matrix: ModuleChange, tolerance: float, max_rank: int, generator: torch.Generator) -> Truncation:
     """The smallest rank whose relative Frobenius error is at most `tolerance`, up to `max_rank`; A and B in float64.
 
     Args:
@@ -135,7 +148,7 @@ def truncated_svd(matrix: RowBlocks, tolerance: float, max_rank: int, generator:
             before = rank, residual
 
 
-def svd_of_whole(matrix: RowBlocks, tolerance: float, max_rank: int) -> Truncation:
+def svd_of_whole(matrix: ModuleChange, tolerance: float, max_rank: int) -> Truncation:
     """The same of a matrix that is small enough to hold, in one reading: by the Gram matrix of its short side."""
     whole = torch.empty(matrix.shape, dtype=torch.float64)
     for rows, block in matrix.blocks():
@@ -257,7 +270,7 @@ def approximate(run: TrainedAdapters, base: Path, tolerance: float, max_rank: in
             change = _change(rule, run, weights, trained)
             ranges = row_ranges(rule, change.granule, BLOCK_ELEMENTS)
             layers[layer] = [
-                _module_lora(name, _ModuleChange(rule, change, ranges[tensor.name], weights), tolerance, max_rank)
+                _module_lora(name, ModuleChange(rule, change, ranges[tensor.name], weights), tolerance, max_rank)
                 for name, tensor in zip(modules_of(names[rule.name]), rule.hf_tensors, strict=True)
             ]
             advance(num_bytes[layer])
@@ -285,31 +298,7 @@ def _change(rule: Rule, run: TrainedAdapters, base: Weights, trained: MegatronWe
     return DifferenceChange(lambda rows: merged[rows])
 
 
-@dataclass(frozen=True)
-class _ModuleChange:
-    """dW of a module, as rows that are computed when they are asked for."""
-
-    rule: Rule
-    change: WeightChange
-    ranges: list[RowRange]
-    base: Weights
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.ranges[-1].hf.stop, self.rule.hf_tensors[0].shape[1]
-
-    def blocks(self) -> Iterable[tuple[slice, Tensor]]:
-        for rows in self.ranges:
-            change = self.change.rows(_read_rows(self.base, self.rule, rows), rows.megatron)
-            require(
-                is_finite(change),
-                f"the change of {self.rule.name} holds NaN or infinities: training has diverged. Give an older iter_* "
-                f"folder as --input.",
-            )
-            yield rows.hf, change
-
-
-def _module_lora(name: str, matrix: _ModuleChange, tolerance: float, max_rank: int) -> ModuleLora:
+def _module_lora(name: str, matrix: ModuleChange, tolerance: float, max_rank: int) -> ModuleLora:
     product = matrix.change.factors()
     is_exact = product is not None and product[0].shape[0] <= max_rank
     if product is not None and is_exact:

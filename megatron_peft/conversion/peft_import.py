@@ -7,9 +7,9 @@ know.
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ from megatron_peft.conversion.trained_adapters import (
 )
 from megatron_peft.models.families import rules_for
 from megatron_peft.models.rules import Rule
-from megatron_peft.models.shape import ModelShape, number, size, switch
+from megatron_peft.models.shape import number, size, switch
 
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 WAY_OUT = "Merge it with HF PEFT (`merge_and_unload`, then `save_pretrained`) and give the result as the base model."
@@ -85,50 +85,44 @@ def import_adapter(input: str | Path, output: str | Path, *, pretrained_checkpoi
     }
     problems = tensor_problems(adapter.source.headers, expected, "that belong to no targeted layer of this base")
     raise_problems(f"the tensors in {folder} do not fit {base}.", problems)
-    adopted = adapter.adopt(rules, shape)
+    settings, layers, notes = adapter.adopt([rule for rule in rules if adapter.targeted(rule)])
+    targets = tuple(shortest_targets(layers, shape.num_layers))
     folder_of_base = str(Path(pretrained_checkpoint).absolute())
     record = RunRecord(  # of a run before its first step, without data and length
         config=RunConfig(
             parallel=ParallelConfig(),
             model=ModelConfig(pretrained_checkpoint=folder_of_base),
-            peft=PeftConfig(target_modules=tuple(adopted.target_modules), **adopted.settings),
+            peft=PeftConfig(target_modules=targets, **settings),
             data=DataConfig(),
             training=TrainingConfig(),
         ),
         shape=shape,
         position={"iteration": 0, "consumed_samples": 0, "consumed_tokens": 0},
-        adapted_layers=tuple(sorted({key.partition(ADAPTER)[0] for key in adopted.tensors})),
+        adapted_layers=tuple(sorted(layers)),
         base_fingerprint=known_fingerprint(folder_of_base),
         schedule=None,
         optimizer_steps=None,
     )
-    save_adapters(output, record, adopted.tensors)
-    print(f"{adopted.notes}Load it with --finetune {adopted.flags}", flush=True)
+    tensors = {f"{layer}{ADAPTER}{name}": tensor for layer, own in layers.items() for name, tensor in own.items()}
+    save_adapters(output, record, tensors)
+    flags = {field.name: flag_of(field) for field in fields(PeftConfig)}
+    typed = [spelled(flags[name], value) for name, value in {**settings, "target_modules": targets}.items() if value]
+    print(f"{notes}Load it with --finetune {' '.join(typed)}", flush=True)
     return Path(output)
 
 
-@dataclass(frozen=True)
-class Adopted:
+class Adopted(NamedTuple):
     """Adapters as a run has them.
 
     Args:
-        target_modules: of the run.
-        settings: the other fields of its `PeftConfig`.
-        tensors: whole ones by key, `decoder.layers.3.mlp.linear_fc1.adapter.A`.
+        settings: of its `PeftConfig`, apart from the target modules.
+        tensors: whole, by layer and name, `A`.
         notes: lines about what has changed, each with its end.
     """
 
-    target_modules: Sequence[str]
     settings: Mapping[str, Any]
-    tensors: Mapping[str, Tensor]
-    notes: str
-
-    @property
-    def flags(self) -> str:
-        """What a run is given to load them."""
-        typed = {field.name: flag_of(field) for field in fields(PeftConfig)}
-        given = [spelled(typed[name], value) for name, value in self.settings.items() if value]
-        return " ".join([*given, spelled(typed["target_modules"], tuple(self.target_modules))])
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    notes: str = ""
 
 
 ACCEPTED: dict[str, tuple[Any, ...]] = {"task_type": (None, "CAUSAL_LM"), "bias": (None, "none")}
@@ -214,8 +208,12 @@ class PeftImport:
         """Names, without the module, and shapes of a module's tensors."""
         raise NotImplementedError
 
-    def adopt(self, rules: Iterable[Rule], shape: ModelShape) -> Adopted:
-        """The adapters as a run has them. ConfigurationError: a run cannot hold them."""
+    def adopt(self, rules: Sequence[Rule]) -> Adopted:
+        """The adapters as a run has them. ConfigurationError: a run cannot hold them.
+
+        Args:
+            rules: of the layers with a targeted module.
+        """
         raise NotImplementedError
 
     def tensor(self, module: str, name: str) -> Tensor:
@@ -283,16 +281,15 @@ class LoraImport(PeftImport):
     def shapes(self, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
         return low_rank.EXPORT.shapes({"r": self.rank}, out_features, in_features)
 
-    def adopt(self, rules: Iterable[Rule], shape: ModelShape) -> Adopted:
+    def adopt(self, rules: Sequence[Rule]) -> Adopted:
         """The run's tensors and settings. ConfigurationError: the rank is above a layer's smaller side."""
         fused = {}
         for rule in rules:
-            if targeted := self.targeted(rule):
-                sides = {
-                    module: LowRankFactors(*(self.tensor(module, f"lora_{side}.weight") for side in "AB"))
-                    for module in targeted
-                }
-                fused[layer_name(rule)] = fuse(rule, sides)
+            factors = {
+                module: LowRankFactors(*(self.tensor(module, f"lora_{side}.weight") for side in "AB"))
+                for module in self.targeted(rule)
+            }
+            fused[layer_name(rule)] = fuse(rule, factors)
         rank = max(factors.rank for factors in fused.values())
         # A rank above the smaller side of a layer would be refused at --load.
         side, layer = min((min(factors.A.shape[1], factors.B.shape[0]), layer) for layer, factors in fused.items())
@@ -309,16 +306,12 @@ class LoraImport(PeftImport):
             "lora_dropout": self.dropout,
             "lora_rs": self.rank_stabilised,
         }
-        grown = (
+        notes = (
             f"Modules that share a layer each have their own A, so the rank is {rank} instead of {self.rank}; "
             f"alpha {alpha} keeps the scale of {self.scale:g}.\n"
         )
-        tensors = {
-            f"{layer}.adapter.{name}": tensor
-            for layer, factors in fused.items()
-            for name, tensor in vars(factors.padded(rank)).items()
-        }
-        return Adopted(shortest_targets(fused, shape.num_layers), settings, tensors, grown * (rank != self.rank))
+        tensors = {layer: vars(factors.padded(rank)) for layer, factors in fused.items()}
+        return Adopted(settings, tensors, notes if rank != self.rank else "")
 
 
 class BoftImport(PeftImport):
@@ -343,15 +336,14 @@ class BoftImport(PeftImport):
         config = {"boft_block_size": self.block_size_of(in_features), "boft_n_butterfly_factor": self.num_factors}
         return boft.EXPORT.shapes(config, out_features, in_features)
 
-    def adopt(self, rules: Iterable[Rule], shape: ModelShape) -> Adopted:
+    def adopt(self, rules: Sequence[Rule]) -> Adopted:
         """The run's tensors and settings.
 
         Raises:
             ConfigurationError: modules that are fused differ, output features are scaled, or blocks are of several
                 sizes.
         """
-        rules = [rule for rule in rules if self.targeted(rule)]
-        layers = {layer_name(rule): self._rotation(rule) for rule in rules}
+        tensors = {layer_name(rule): {"Q": self._rotation(rule)} for rule in rules}
         sizes = {self.block_size_of(in_features) for rule in rules for _, in_features in modules_of(rule).values()}
         require(
             len(sizes) == 1,
@@ -372,8 +364,7 @@ class BoftImport(PeftImport):
             )
         if self.dropout:
             notes += f"boft_dropout={self.dropout:g} is left out: rotations have no dropout here.\n"
-        tensors = {f"{layer}.adapter.Q": Q for layer, Q in layers.items()}
-        return Adopted(shortest_targets(layers, shape.num_layers), settings, tensors, notes)
+        return Adopted(settings, tensors, notes)
 
     def _rotation(self, rule: Rule) -> Tensor:
         """Q of a fused layer."""

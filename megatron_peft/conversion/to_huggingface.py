@@ -20,7 +20,7 @@ from megatron_peft.conversion.hf_files import CONFIG, copy_small_files, set_stor
 from megatron_peft.conversion.model_card import Exported, check_license, write_card
 from megatron_peft.conversion.pretrained import Weights, open_weights, owned_rules, read_model_shape
 from megatron_peft.conversion.trained_adapters import base_of, layer_name, open_adapters
-from megatron_peft.conversion.writer import DEFAULT_SHARD_BYTES, SafetensorsWriter, TensorSpec, byte_bar
+from megatron_peft.conversion.writer import DEFAULT_SHARD_BYTES, SafetensorsWriter, byte_bar
 from megatron_peft.models.families import config_of_shape
 from megatron_peft.models.rules import Rule
 from megatron_peft.models.shape import ModelShape
@@ -28,15 +28,12 @@ from megatron_peft.models.shape import ModelShape
 logger = logging.getLogger(__name__)
 
 
-ReadTensors = Callable[[Rule, Weights], Mapping[str, Tensor]]  # the Hugging Face tensors of one parameter
-
-
 def _write(
     output: Path,
     base: str | Path,
     shape: ModelShape,
     origins: Iterable[Path],
-    read: ReadTensors,
+    read: Callable[[Rule, Weights], Mapping[str, Tensor]],
     dtype: torch.dtype | None,
     max_shard_bytes: int,
     bar: str | None,
@@ -47,6 +44,7 @@ def _write(
     Args:
         base: folder of the weights, in either format.
         origins: folders to search for the model's config.json and tokenizer, in order.
+        read: returns the Hugging Face tensors of one parameter.
         dtype: of the weights; None keeps the stored type.
         bar: label of the progress bar; None: no bar.
         card: what the model card says; None: no card.
@@ -58,9 +56,11 @@ def _write(
     rules = owned_rules(rules, shape)
     types = {name: dtype or weights.stored_type(rule) for name, rule in rules.items()}
     specs = {
-        tensor.name: TensorSpec(tensor.shape, types[rule.name]) for rule in rules.values() for tensor in rule.hf_tensors
+        tensor.name: torch.empty(tensor.shape, dtype=types[rule.name], device="meta")
+        for rule in rules.values()
+        for tensor in rule.hf_tensors
     }
-    total_bytes = sum(spec.num_bytes for spec in specs.values())
+    total_bytes = sum(spec.nbytes for spec in specs.values())
     with new_folder(output) as draft, byte_bar(bar or "", total_bytes, bar is not None) as advance:
         origin = next((folder for folder in origins if (folder / CONFIG).is_file()), None)
         if origin is None:
@@ -71,17 +71,13 @@ def _write(
         set_stored_type(draft, types.values())
         with SafetensorsWriter(draft, specs, max_shard_bytes) as writer:
             for rule in rules.values():
-                _write_tensors(writer, read(rule, weights))
-                advance(sum(specs[tensor.name].num_bytes for tensor in rule.hf_tensors))
+                tensors = dict(read(rule, weights))
+                for name in [*tensors]:  # none is left when the next parameter is read
+                    writer.write(name, tensors.pop(name))
+                    advance(specs[name].nbytes)
         if card is not None:
             write_card(draft, card)
     return output
-
-
-def _write_tensors(writer: SafetensorsWriter, tensors: Mapping[str, Tensor]) -> None:
-    """A function of its own, so that the tensors of one parameter are freed before the next are read."""
-    for name, tensor in tensors.items():
-        writer.write(name, tensor)
 
 
 def _tensors(rule: Rule, weights: Weights, dtype: torch.dtype | None = None) -> Mapping[str, Tensor]:

@@ -134,34 +134,29 @@ def hf_to_megatron(
 
 def shard_slices(rule: Rule, padded_vocab_size: int, dtype: torch.dtype) -> Iterator[ShardSlice]:
     """The slices in which a parameter is stored; several shards have at least MIN_SHARD_BYTES each."""
-    whole = _local_shape(rule, 1, padded_vocab_size)
+
+    def shape_of_shard(count: int) -> tuple[int, ...] | None:
+        if isinstance(rule, VocabularyRows):
+            rows, uneven = divmod(padded_vocab_size, count)
+            return None if uneven else (rows, *rule.local_shape(1)[1:])
+        try:
+            return rule.local_shape(count)
+        except ConfigurationError:  # it cannot be split evenly
+            return None
+
+    whole = shape_of_shard(1)
     assert whole is not None
-    size, local_shape = _shards(rule, whole, padded_vocab_size, prod(whole) * dtype.itemsize)
+    size, local_shape = 1, whole
+    for count in SHARD_COUNTS:
+        shape = shape_of_shard(count)
+        if shape not in (None, whole) and prod(whole) * dtype.itemsize >= count * MIN_SHARD_BYTES:
+            size, local_shape = count, shape
+            break
     local = torch.empty(local_shape, device="meta")
     for rank in range(size):
         for number, stored in enumerate(rule.global_slices(local, rank, size)):
             shape = tuple(stored.view.shape)
             yield ShardSlice(rule, rank, size, number, local_shape, whole, stored.offset, shape, dtype)
-
-
-def _shards(rule: Rule, whole: tuple[int, ...], padded_vocab_size: int, size_bytes: int) -> tuple[int, tuple[int, ...]]:
-    """How many shards, and the shape of each."""
-    for count in SHARD_COUNTS:
-        shape = _local_shape(rule, count, padded_vocab_size)
-        if shape is not None and shape != whole and size_bytes >= count * MIN_SHARD_BYTES:
-            return count, shape
-    return 1, whole
-
-
-def _local_shape(rule: Rule, size: int, padded_vocab_size: int) -> tuple[int, ...] | None:
-    """None if it cannot be split evenly over `size` ranks."""
-    if isinstance(rule, VocabularyRows):
-        rows, uneven = divmod(padded_vocab_size, size)
-        return None if uneven else (rows, *rule.local_shape(1)[1:])
-    try:
-        return rule.local_shape(size)
-    except ConfigurationError:
-        return None
 
 
 class _StreamingPlanner(DefaultSavePlanner):

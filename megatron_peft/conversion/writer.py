@@ -9,8 +9,6 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -109,19 +107,6 @@ UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**2
 _ALIGNMENT = 8  # bytes; spaces pad the header, so that the data starts aligned
 
 
-@dataclass(frozen=True)
-class TensorSpec:
-    """Shape and type of a tensor that will be written."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def num_bytes(self) -> int:
-        """Size in the file."""
-        return prod(self.shape) * self.dtype.itemsize
-
-
 def require_no_overflow(values: Tensor, name: str) -> None:
     """ConfigurationError: what is to be written holds NaN or infinities, although what was read did not."""
     require(
@@ -134,16 +119,12 @@ def require_no_overflow(values: Tensor, name: str) -> None:
 class SafetensorsWriter:
     """Writes `<stem>.safetensors`, or several shards with an index, into `folder`, one tensor at a time.
 
-    A file starts with its header, because `specs` (by name, in the order of writing) has every shape and type. Files
-    are complete when the `with` block ends.
+    A file starts with its header, because `specs` has every shape and type: tensors without data (on `meta`), by name,
+    in the order of writing. Files are complete when the `with` block ends.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        specs: Mapping[str, TensorSpec],
-        max_shard_bytes: int = DEFAULT_SHARD_BYTES,
-        stem: str = "model",
+        self, folder: Path, specs: Mapping[str, Tensor], max_shard_bytes: int = DEFAULT_SHARD_BYTES, stem: str = "model"
     ) -> None:
         require(max_shard_bytes > 0, f"--max-shard-size {max_shard_bytes} must be above 0.")
         self._folder = folder
@@ -151,7 +132,7 @@ class SafetensorsWriter:
         self._remaining = iter(specs)
         self._split = split_state_dict_into_shards_factory(
             dict(specs),
-            get_storage_size=lambda spec: spec.num_bytes,
+            get_storage_size=lambda spec: spec.nbytes,
             filename_pattern=stem + "{suffix}.safetensors",
             max_shard_size=max_shard_bytes,
         )
@@ -166,7 +147,7 @@ class SafetensorsWriter:
         """Append a tensor, cast to the type of its spec. Tensors come in the order of `specs`."""
         spec, expected = self._specs[name], next(self._remaining)
         assert name == expected, f"{name} is written where {expected} should be"
-        assert tuple(tensor.shape) == spec.shape, (name, tensor.shape, spec.shape)
+        assert tensor.shape == spec.shape, (name, tensor.shape, spec.shape)
         file_name = self._split.tensor_to_filename[name]
         names = self._split.filename_to_tensors[file_name]
         if name == names[0]:
@@ -191,8 +172,8 @@ class SafetensorsWriter:
         end = 0
         for name in names:
             spec = self._specs[name]
-            start, end = end, end + spec.num_bytes
-            header[name] = {"dtype": TYPE_NAMES[spec.dtype], "shape": spec.shape, "data_offsets": [start, end]}
+            start, end = end, end + spec.nbytes
+            header[name] = {"dtype": TYPE_NAMES[spec.dtype], "shape": [*spec.shape], "data_offsets": [start, end]}
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % _ALIGNMENT)
         file = DirectFile(self._folder / file_name)
