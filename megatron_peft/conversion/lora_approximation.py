@@ -23,14 +23,7 @@ from megatron_peft.config import require
 from megatron_peft.config.untrusted import is_finite
 from megatron_peft.conversion.megatron_weights import MegatronWeights, open_megatron
 from megatron_peft.conversion.pretrained import Weights, open_weights, owned_rules
-from megatron_peft.conversion.trained_adapters import (
-    TrainedAdapters,
-    is_weight,
-    layer_name,
-    modules_of,
-    read_stored,
-    row_ranges,
-)
+from megatron_peft.conversion.trained_adapters import TrainedAdapters, is_weight, layer_name, modules_of, row_ranges
 from megatron_peft.conversion.writer import byte_bar
 from megatron_peft.models.families import rules_for
 from megatron_peft.models.rules import RowRange, Rule
@@ -284,9 +277,7 @@ def approximate(run: TrainedAdapters, base: Path, tolerance: float, max_rank: in
 def _change(rule: Rule, run: TrainedAdapters, base: Weights, trained: MegatronWeights | None) -> WeightChange:
     """What was added to a layer's weight."""
     if trained is not None:
-        stored = trained.stored(rule, torch.float32)
-        assert stored is not None, rule.name  # `open_weights` found it
-        return DifferenceChange(lambda rows: read_stored(stored, rows))
+        return DifferenceChange(trained.stored(rule, torch.float32).read)
     peft = run.record.config.peft
     module, tensors = import_module(peft.spec.adapter), run.of(layer_name(rule))
     if hasattr(module, "change"):

@@ -61,6 +61,13 @@ class StoredTensor:
         """
         return sum(_copy_overlap(target, offset, stored) for stored in self.slices)
 
+    def read(self, rows: slice | None = None) -> Tensor:
+        """The tensor, or some of its rows, copied into memory."""
+        start, shape = (0, self.shape) if rows is None else (rows.start, (rows.stop - rows.start, *self.shape[1:]))
+        tensor = torch.empty(shape, dtype=self.dtype)
+        self.fill(tensor, (start, *(0,) * (len(shape) - 1))[: len(shape)])
+        return tensor
+
 
 def _copy_overlap(target: Tensor, offset: Sequence[int], stored: StoredSlice) -> int:
     dims = list(zip(offset, target.shape, stored.offset, stored.shape, strict=True))

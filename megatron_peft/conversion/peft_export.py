@@ -33,7 +33,7 @@ from megatron_peft.conversion.trained_adapters import (
     shortest_targets,
 )
 from megatron_peft.conversion.verify import Difference, LogitComparison, logits_change
-from megatron_peft.conversion.writer import SafetensorsWriter
+from megatron_peft.conversion.writer import write_safetensors
 from megatron_peft.models.families import rules_for
 
 
@@ -134,9 +134,7 @@ def _write(
     specs = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     with new_folder(card.output) as draft:
         (draft / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        with SafetensorsWriter(draft, specs, max_shard_bytes=sys.maxsize, stem="adapter_model") as writer:
-            for name, tensor in tensors:
-                writer.write(name, tensor)
+        write_safetensors(draft, specs, tensors, max_shard_bytes=sys.maxsize, stem="adapter_model")
         write_card(draft, card)
 
 

@@ -20,7 +20,7 @@ from megatron_peft.conversion.hf_files import CONFIG, copy_small_files, set_stor
 from megatron_peft.conversion.model_card import Exported, check_license, write_card
 from megatron_peft.conversion.pretrained import Weights, open_weights, owned_rules, read_model_shape
 from megatron_peft.conversion.trained_adapters import base_of, layer_name, open_adapters
-from megatron_peft.conversion.writer import DEFAULT_SHARD_BYTES, SafetensorsWriter, byte_bar
+from megatron_peft.conversion.writer import DEFAULT_SHARD_BYTES, byte_bar, write_safetensors
 from megatron_peft.models.families import config_of_shape
 from megatron_peft.models.rules import Rule
 from megatron_peft.models.shape import ModelShape
@@ -60,6 +60,13 @@ def _write(
         for rule in rules.values()
         for tensor in rule.hf_tensors
     }
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for rule in rules.values():
+            held = dict(read(rule, weights))
+            for name in [*held]:
+                yield name, held.pop(name)
+
     total_bytes = sum(spec.nbytes for spec in specs.values())
     with new_folder(output) as draft, byte_bar(bar or "", total_bytes, bar is not None) as advance:
         origin = next((folder for folder in origins if (folder / CONFIG).is_file()), None)
@@ -69,12 +76,7 @@ def _write(
         else:
             copy_small_files(origin, draft)
         set_stored_type(draft, types.values())
-        with SafetensorsWriter(draft, specs, max_shard_bytes) as writer:
-            for rule in rules.values():
-                tensors = dict(read(rule, weights))
-                for name in [*tensors]:  # none is left when the next parameter is read
-                    writer.write(name, tensors.pop(name))
-                    advance(specs[name].nbytes)
+        write_safetensors(draft, specs, tensors(), max_shard_bytes, advance=advance)
         if card is not None:
             write_card(draft, card)
     return output

@@ -151,7 +151,7 @@ class TrainedAdapters:
         stored = self.stored.get(master_key(key), self.stored.get(key))
         if stored is None:
             raise ConfigurationError(_lacks(self.folder, [key]))
-        return read_stored(stored, rows)
+        return stored.read(rows)
 
 
 @dataclass(frozen=True)
@@ -215,14 +215,6 @@ def open_adapters(folder: str | Path) -> TrainedAdapters:
     return run
 
 
-def read_stored(stored: StoredTensor, rows: slice | None = None) -> Tensor:
-    """A tensor of a checkpoint, or some of its rows, copied into memory."""
-    start, shape = (0, stored.shape) if rows is None else (rows.start, (rows.stop - rows.start, *stored.shape[1:]))
-    tensor = torch.empty(shape, dtype=stored.dtype)
-    stored.fill(tensor, (start, *(0,) * (len(shape) - 1))[: len(shape)])
-    return tensor
-
-
 def base_of(adapters: TrainedAdapters, override: str | Path | None) -> Path:
     """The base model's folder: --pretrained-checkpoint if given, else the one that the run names.
 
@@ -251,9 +243,6 @@ def _lacks(checkpoint: Path, keys: list[str]) -> str:
     )
 
 
-ITERATION = 0
-
-
 def save_adapters(output: str | Path, record: RunRecord, tensors: Mapping[str, Tensor]) -> None:
     """Write iter_0000000, the tracker and adapter_config.json; all appear at once.
 
@@ -263,7 +252,7 @@ def save_adapters(output: str | Path, record: RunRecord, tensors: Mapping[str, T
         tensors: whole tensors by key, `decoder.layers.3.mlp.linear_fc1.adapter.A`.
     """
     with new_folder(output) as folder:
-        draft = start_draft(iteration_folder(folder, ITERATION))
+        draft = start_draft(iteration_folder(folder, 0))
         writer = torch_checkpoint.FileSystemWriter(draft, thread_count=1, sync_files=True)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that there is no process group: it is not needed
@@ -273,4 +262,4 @@ def save_adapters(output: str | Path, record: RunRecord, tensors: Mapping[str, T
         (draft / RECORD).write_text(record.to_json())
         for place in (draft, folder):
             (place / ADAPTER_CONFIG).write_text(record.adapter_config())
-        publish(draft, folder, ITERATION)
+        publish(draft, folder, 0)

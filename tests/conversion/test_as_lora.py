@@ -23,7 +23,7 @@ from megatron_peft.conversion.megatron_files import StoredSlice, StoredTensor
 from megatron_peft.conversion.peft_export import export_as_lora
 from megatron_peft.conversion.to_huggingface import megatron_to_hf, merge
 from megatron_peft.conversion.to_megatron import hf_to_megatron
-from megatron_peft.conversion.trained_adapters import base_of, open_run, read_stored, save_adapters
+from megatron_peft.conversion.trained_adapters import base_of, open_run, save_adapters
 from megatron_peft.conversion.verify import logits_change, verify
 from megatron_peft.models.families import read_shape
 from tests.conversion.adapter_runs import trained_on
@@ -232,7 +232,7 @@ def test_a_change_is_told_that_is_not_finite_in_some_rows(moved):
     """As products that overflow make it of finite tensors. R is on the output's side: one of its blocks, some rows."""
     run = open_run(moved.run("hybrid"))
     name = next(name for name in run.stored if name.endswith("fc2.adapter.rotation.Q"))
-    Q = read_stored(run.stored[name])
+    Q = run.stored[name].read()
     Q.view(-1)[-1] = torch.nan
     slices = (StoredSlice((0,) * Q.dim(), tuple(Q.shape), lambda index: Q[index]),)
     run.stored[name] = StoredTensor(tuple(Q.shape), Q.dtype, slices)

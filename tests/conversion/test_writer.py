@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from megatron_peft.config import ConfigurationError
 from megatron_peft.conversion import writer as direct_file
-from megatron_peft.conversion.writer import DirectFile, SafetensorsWriter, parse_bytes
+from megatron_peft.conversion.writer import DirectFile, parse_bytes, write_safetensors
 
 TENSORS = {
     "a": torch.randn(3, 5),
@@ -27,9 +27,7 @@ SPECS = {name: torch.empty_like(tensor, device="meta") for name, tensor in TENSO
 
 def write(folder, **settings) -> dict[str, list[str]]:
     """Names in each file."""
-    with SafetensorsWriter(folder, SPECS, **settings) as writer:
-        for name, tensor in TENSORS.items():
-            writer.write(name, tensor)
+    write_safetensors(folder, SPECS, TENSORS.items(), **settings)
     found = {path.name: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
     for tensors in found.values():
         assert all(t.dtype == TENSORS[n].dtype and torch.equal(t, TENSORS[n]) for n, t in tensors.items())
@@ -55,8 +53,8 @@ def test_shards_keep_the_limit_and_have_an_index(tmp_path):
 
 @pytest.mark.parametrize(("name", "told"), [("a", "never written: .*scalar"), ("b", "b is written where a should be")])
 def test_a_tensor_that_is_forgotten_or_out_of_order_is_noticed(name, told, tmp_path):
-    with pytest.raises(AssertionError, match=told), SafetensorsWriter(tmp_path, SPECS) as writer:
-        writer.write(name, TENSORS[name])
+    with pytest.raises(AssertionError, match=told):
+        write_safetensors(tmp_path, SPECS, [(name, TENSORS[name])])
 
 
 def test_sizes_are_understood():
