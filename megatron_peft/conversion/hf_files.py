@@ -260,7 +260,8 @@ def _read_index(path: Path) -> dict[str, str]:
         weight_map = {str(name): str(file) for name, file in read_json_object(path)["weight_map"].items()}
     except (KeyError, TypeError, AttributeError) as error:
         raise ConfigurationError(f"{path} is not an index of weights ({error!r}): copy the file again.") from error
-    outside = [one for one in weight_map.values() if one != Path(one).name or one in ("", "..") or len(one) > 255]
+    files = weight_map.values()
+    outside = [file for file in files if file != Path(file).name or file in ("", "..") or len(file) > 255]
     require(not outside, f"{path} is refused: it names {str(outside[:1])[:80]}, which is not the name of a file in it.")
     return weight_map
 
@@ -296,26 +297,32 @@ def check_inventory(source: Source, expected: Mapping[str, tuple[int, ...]], tie
     redundant |= {"lm_head.weight"} if tied_embeddings else set()
     headers = {name: header for name, header in source.headers.items() if name in expected or name not in redundant}
     what = f"the tensors in {source.folder} do not fit its config.json."
-    raise_problems(what, tensor_problems(headers, expected, "not part of this model"))
+    require_tensors(headers, expected, what, "not part of this model")
 
 
-def tensor_problems(
-    headers: Mapping[str, Header], expected: Mapping[str, tuple[int, ...]], extra: str
-) -> dict[str, list[str]]:
-    """Names of the tensors that do not fit, by kind of problem; `extra` describes those that are not expected."""
-    found = {name: headers[name] for name in expected if name in headers}
-    return {
+def require_tensors(
+    headers: Mapping[str, Header], expected: Mapping[str, tuple[int, ...]], what: str, extra: str
+) -> None:
+    """Raise ConfigurationError that names the tensors that do not fit, by kind of problem.
+
+    Args:
+        what: how the message begins.
+        extra: describes tensors that are not expected.
+    """
+    there = {name: headers[name] for name in expected if name in headers}
+    problems = {
         "missing": [name for name in expected if name not in headers],
         extra: [name for name in headers if name not in expected],
         "of the wrong shape": [
             f"{name} {list(header.shape)} instead of {list(expected[name])}"
-            for name, header in found.items()
+            for name, header in there.items()
             if header.shape != expected[name]
         ],
         "of an unsupported number type": [
-            f"{name} {header.dtype}" for name, header in found.items() if header.dtype not in NUMBER_TYPES
+            f"{name} {header.dtype}" for name, header in there.items() if header.dtype not in NUMBER_TYPES
         ],
     }
+    raise_problems(what, problems)
 
 
 def raise_problems(what: str, problems: Mapping[str, list[str]]) -> None:

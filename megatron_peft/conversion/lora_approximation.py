@@ -21,7 +21,7 @@ from torch import Tensor
 from megatron_peft.adapters.change import DifferenceChange, WeightChange
 from megatron_peft.config import require
 from megatron_peft.config.untrusted import is_finite
-from megatron_peft.conversion.megatron_weights import MegatronWeights, open_megatron
+from megatron_peft.conversion.megatron_files import MegatronWeights, open_megatron
 from megatron_peft.conversion.pretrained import Weights, open_weights, owned_rules
 from megatron_peft.conversion.trained_adapters import TrainedAdapters, is_weight, layer_name, modules_of, row_ranges
 from megatron_peft.conversion.writer import byte_bar

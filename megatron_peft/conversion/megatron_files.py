@@ -1,4 +1,4 @@
-"""Read the tensors in Megatron's files slice by slice: a distributed checkpoint, or the older files of ranks.
+"""Read a model in Megatron's files slice by slice: a distributed checkpoint, or the older files of ranks.
 
 A distributed checkpoint (`torch_dist`) is read without a process group. megatron-core's own reader needs one and
 unpickles the index without a check. It and torch's `FileSystemReader` copy a stored slice whole: every layer of stacked
@@ -14,7 +14,7 @@ import struct
 import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, cast
@@ -23,12 +23,12 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
-from megatron_peft.checkpoint.folders import RANK_FILES, RANK_FOLDER
+from megatron_peft.checkpoint.folders import INDEX, RANK_FILES, RANK_FOLDER
 from megatron_peft.checkpoint.safe_pickle import BoundedUnpickler, load_inertly, read_metadata
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.config.untrusted import require_finite
-from megatron_peft.conversion.hf_files import listed
-from megatron_peft.models.rules import Rule
+from megatron_peft.conversion.hf_files import ReadCounts, listed, raise_problems
+from megatron_peft.models.rules import RowRange, Rule
 
 
 @dataclass(frozen=True)
@@ -307,3 +307,132 @@ def _parameters(stage: dict[str, Any], chunk: int, folder: Path) -> Iterator[tup
         f"tools/checkpoint/convert.py (--loader legacy --saver core) first.",
     )
     return ((str(name), tensor) for name, tensor in held.items() if isinstance(tensor, Tensor))
+
+
+# A base model by megatron-core's names.
+
+STACK = re.compile(r"^(decoder\.layers\.)(?!\d)(.+)$")
+# Transformer Engine's fused layers hold the norm before them.
+FUSED_NORMS = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+OUTPUT = "output_layer.weight"
+NO_WEIGHT = re.compile(r"^(chained_\d+\.)?(optimizer|rng|rerun)|_extra_state|inv_freq$")
+ADAPTER = ".adapter."
+MASTER = "optimizer.master."
+
+
+@dataclass(frozen=True)
+class DistributedCheckpoint:
+    """`tensors` has the global tensors by name."""
+
+    folder: Path
+    tensors: Mapping[str, StoredTensor]
+
+    @property
+    def arguments(self) -> Any:
+        """Megatron-LM's, or None."""
+        common = self.folder / "common.pt"
+        return load_inertly(common).get("args") if common.is_file() else None
+
+    def stored(self, name: str, rule: Rule) -> StoredTensor | None:
+        """A parameter; None if the checkpoint does not have it."""
+        return self.tensors.get(name)
+
+
+@dataclass
+class MegatronWeights:
+    """The tensors of a checkpoint by megatron-core's names. Those of a distributed checkpoint may be sent to other
+    ranks before anything is read."""
+
+    folder: Path
+    checkpoint: DistributedCheckpoint | LegacyCheckpoint
+    counts: ReadCounts = field(default_factory=ReadCounts)
+
+    def find(self, rule: Rule, dtype: torch.dtype | None = None) -> StoredTensor | None:
+        """A parameter as it is stored; for float32 the float32 copy of bf16 training, if the checkpoint has one."""
+        prefixes = (MASTER, "") if dtype == torch.float32 else ("",)
+        names = (prefix + name for prefix in prefixes for name in spellings(rule.name))
+        return next((tensor for name in names if (tensor := self.checkpoint.stored(name, rule)) is not None), None)
+
+    def stored(self, rule: Rule, dtype: torch.dtype | None = None) -> StoredTensor:
+        """What `find` returns of a parameter that `check` has seen."""
+        stored = self.find(rule, dtype)
+        assert stored is not None, rule.name
+        return stored
+
+    def stored_type(self, rule: Rule) -> torch.dtype:
+        """Type of a rule's weight in the files."""
+        return self.stored(rule).dtype
+
+    @torch.no_grad()
+    def read(self, rule: Rule, local: Tensor, rank: int, size: int) -> None:
+        """Fill `rank`'s local tensor in place, in its own dtype and on its own device."""
+        stored = self.stored(rule, local.dtype)
+        for part in rule.global_slices(local, rank, size):
+            self._fill(part.view, stored, part.offset)
+        rule.clear_padding(local, rank)
+
+    @torch.no_grad()
+    def read_rows(self, rule: Rule, rows: RowRange, target: Tensor) -> None:
+        """Fill `target` with some rows of a parameter, in its own dtype and on its own device."""
+        self._fill(target, self.stored(rule, target.dtype), (rows.megatron.start, *(0,) * (target.dim() - 1)))
+
+    def _fill(self, target: Tensor, stored: StoredTensor, offset: Sequence[int]) -> None:
+        self.counts.bytes += stored.fill(target, offset)
+        self.counts.reads += 1
+
+    def place(self, rule: Rule) -> tuple[str, int]:
+        """File and first byte of a parameter's first slice, to read parameters in that order."""
+        return self.stored(rule).slices[0].place
+
+    def holds_whole_rows(self, rule: Rule, dtype: torch.dtype) -> bool:
+        """Whether rows of a matrix are contiguous in the files, and columns strided: not if the files are of ranks
+        that held columns."""
+        stored = self.stored(rule, dtype)
+        return all(part.shape[-1] == stored.shape[-1] for part in stored.slices)
+
+    def check(self, rules: Mapping[str, Rule]) -> None:
+        """Raise ConfigurationError that lists missing, extra and misshapen tensors."""
+        names = self.checkpoint.tensors
+        adapters = [name for name in names if ADAPTER in name and not NO_WEIGHT.search(name)]
+        require(
+            not adapters,
+            f"{self.folder} holds adapters ({listed(adapters[:1])}, ...) and no base model: "
+            f"megatron-peft convert merge merges them into their base.",
+        )
+        stored = {name: self.find(rule) for name, rule in rules.items()}
+        known = {OUTPUT, *(spelling for name in rules for spelling in spellings(name))}  # a tied output is a copy
+        problems = {
+            "missing": [name for name, tensor in stored.items() if tensor is None],
+            "not part of this model": [n for n in names if n not in known and not NO_WEIGHT.search(n)],
+            "of the wrong shape": [
+                f"{name} {list(tensor.shape)} instead of {list(rules[name].local_shape(1))}"
+                for name, tensor in stored.items()
+                if tensor is not None and not rules[name].accepts(tensor.shape, 1)
+            ],
+        }
+        raise_problems(f"the tensors in {self.folder} do not fit its model.", problems)
+
+
+def open_megatron(files: Path) -> MegatronWeights:
+    """Open a folder that `megatron_files` returned. ConfigurationError: torn, incomplete or refused."""
+    if not (files / INDEX).is_file():
+        return MegatronWeights(files, open_legacy(files))
+    tensors: dict[str, StoredTensor] = {}
+    for key, tensor in open_distributed(files).items():
+        # megatron-core's default for uniform layers is a tensor that stacks all of them.
+        if stack := STACK.match(key):
+            tensors |= {f"{stack[1]}{n}.{stack[2]}": layer_of(tensor, n) for n in range(tensor.shape[0])}
+        else:
+            tensors[key] = tensor
+    return MegatronWeights(files, DistributedCheckpoint(files, tensors), ReadCounts(headers=1))
+
+
+def spellings(name: str) -> Iterator[str]:
+    """megatron-core's names of a parameter: they depend on the layers that it builds the model with."""
+    yield name
+    for norm, fused in FUSED_NORMS.items():
+        if f".{norm}" in name:
+            yield name.replace(norm, fused)

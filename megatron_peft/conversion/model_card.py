@@ -124,11 +124,11 @@ def _license_of_base(base: str | None) -> dict[str, str]:
     except ConfigurationError:
         return {}  # somebody else's card: the export does not depend on it
     known = stated if isinstance(stated, dict) and isinstance(stated.get("license"), str) else {}
-    found = {name: known[name] for name in LICENSE_FIELDS if isinstance(known.get(name), str)}
-    link = found.get("license_link", "")
+    license = {name: known[name] for name in LICENSE_FIELDS if isinstance(known.get(name), str)}
+    link = license.get("license_link", "")
     is_file = link == Path(link).name and (card.parent / link).is_file()
-    are_names = all(LICENSE.fullmatch(found[name]) for name in ("license", "license_name") if name in found)
-    return found if are_names and (not link or is_file or LINK.fullmatch(link)) else {}
+    are_names = all(LICENSE.fullmatch(license[name]) for name in ("license", "license_name") if name in license)
+    return license if are_names and (not link or is_file or LINK.fullmatch(link)) else {}
 
 
 def _named(base: str | None) -> str | None:

@@ -30,7 +30,7 @@ from megatron_peft.config import (
 )
 from megatron_peft.config.errors import flag_of, spelled
 from megatron_peft.config.untrusted import limited_to, read_json_object
-from megatron_peft.conversion.hf_files import Source, listed, open_source, raise_problems, tensor_problems
+from megatron_peft.conversion.hf_files import Source, listed, open_source, require_tensors
 from megatron_peft.conversion.pretrained import known_fingerprint, open_weights, read_model_shape
 from megatron_peft.conversion.trained_adapters import (
     PREFIX,
@@ -83,8 +83,8 @@ def import_adapter(input: str | Path, output: str | Path, *, pretrained_checkpoi
         for module, size in sizes.items()
         for name, tensor_shape in adapter.shapes(*size).items()
     }
-    problems = tensor_problems(adapter.source.headers, expected, "that belong to no targeted layer of this base")
-    raise_problems(f"the tensors in {folder} do not fit {base}.", problems)
+    what, extra = f"the tensors in {folder} do not fit {base}.", "that belong to no targeted layer of this base"
+    require_tensors(adapter.source.headers, expected, what, extra)
     settings, layers, notes = adapter.adopt([rule for rule in rules if adapter.targeted(rule)])
     targets = tuple(shortest_targets(layers, shape.num_layers))
     folder_of_base = str(Path(pretrained_checkpoint).absolute())

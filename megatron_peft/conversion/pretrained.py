@@ -17,13 +17,13 @@ from torch import nn
 from megatron_peft.checkpoint.folders import INDEX, MANIFEST, RECORD, megatron_files
 from megatron_peft.checkpoint.load import require_whole
 from megatron_peft.checkpoint.record import fingerprint, read_record
-from megatron_peft.config import ConfigurationError, RunConfig, require
+from megatron_peft.config import LINEAR_MODULES, ConfigurationError, RunConfig, require
 from megatron_peft.conversion.hf_files import CONFIG, ReadCounts, Source, check_inventory, open_source
-from megatron_peft.conversion.megatron_weights import MegatronWeights, open_megatron, shape_of_arguments
+from megatron_peft.conversion.megatron_files import MegatronWeights, open_megatron
 from megatron_peft.conversion.writer import byte_bar
 from megatron_peft.models.families import read_shape, rules_for
 from megatron_peft.models.rules import Columns, RowRange, Rule, expected_tensors
-from megatron_peft.models.shape import ModelShape, check_layout, check_lengths, compare_shape
+from megatron_peft.models.shape import ModelShape, check_layout, check_lengths, compare_shape, is_size
 from megatron_peft.parallel.collectives import (
     Wait,
     columns_from_rows_over_tensor_parallel,
@@ -56,6 +56,73 @@ def read_model_shape(folder: str | Path) -> ModelShape:
     if (files / RECORD).is_file():
         return read_record(files).shape
     return shape_of_arguments(open_megatron(files).checkpoint.arguments, str(files))
+
+
+WAY_OUT = "provide the model's config.json: put it into the folder, or give its folder with --pretrained-checkpoint."
+# Arguments of a Llama, or of a Qwen, in Megatron-LM; other values compute something else.
+LLAMA_LIKE = {
+    "swiglu": True,
+    "normalization": "RMSNorm",
+    "position_embedding_type": "rope",
+    "rotary_percent": 1.0,
+    "use_rope_scaling": False,
+    "qk_l2_norm": False,
+    "window_size": None,
+    "num_experts": None,
+    "multi_latent_attention": False,
+    "rotary_interleaved": False,
+    "layernorm_zero_centered_gamma": False,
+    "apply_layernorm_1p": False,
+}
+
+
+def shape_of_arguments(arguments: Any, where: str) -> ModelShape:
+    """Shape of a Llama, Qwen2 or Qwen3 from Megatron-LM's arguments; `where` names the checkpoint in errors.
+
+    Raises:
+        ConfigurationError: there are no arguments, they describe another kind of model, or they lack the size of the
+            vocabulary before padding.
+    """
+    require(arguments is not None, f"{where} does not say what model it is: {WAY_OUT}")
+    given = vars(arguments)
+    other = [
+        f"{name} {given[name]!r}" for name, value in LLAMA_LIKE.items() if given.get(name, value) not in (value, None)
+    ]
+    require(not other, f"{where} was trained with {', '.join(other)}, which is not read from arguments: {WAY_OUT}")
+    sizes = {name: given.get(name) for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")}
+    missing = [name for name, value in sizes.items() if value is None]
+    require(not missing, f"the arguments in {where} lack {', '.join(missing)}: {WAY_OUT}")
+    odd = [f"{name} {str(value)[:40]}" for name, value in sizes.items() if not is_size(value)]
+    require(not odd, f"the arguments in {where} have {', '.join(odd)}, which is not a size: {WAY_OUT}")
+    vocab_size = given.get("vocab_size")
+    require(
+        vocab_size is not None,
+        f"{where} holds a vocabulary padded to {given.get('padded_vocab_size')} rows and does not say from how many: "
+        f"{WAY_OUT}",
+    )
+    biases = LINEAR_MODULES if given.get("add_bias_linear") else ["linear_qkv"] if given.get("add_qkv_bias") else []
+    has_head_norms = bool(given.get("qk_layernorm"))
+    require(
+        not (biases and has_head_norms),
+        f"{where} was trained with qk_layernorm and with biases, which is not read from arguments: {WAY_OUT}",
+    )
+    # The family whose config.json can say what differs from a Llama.
+    family = "qwen3" if has_head_norms else "qwen2" if list(biases) == ["linear_qkv"] else "llama"
+    heads = sizes["num_attention_heads"]
+    grouped = given.get("group_query_attention")
+    return ModelShape(
+        architecture=family,
+        **sizes,
+        num_query_groups=given.get("num_query_groups") or heads if grouped else heads,
+        kv_channels=given.get("kv_channels") or sizes["hidden_size"] // heads,
+        vocab_size=vocab_size,
+        max_position_embeddings=given.get("max_position_embeddings") or 2048,
+        norm_epsilon=given.get("norm_epsilon", given.get("layernorm_epsilon", 1e-5)),
+        linear_biases=frozenset(biases),
+        qk_layernorm=has_head_norms,
+        tied_embeddings=not given.get("untie_embeddings_and_output_weights"),
+        rotary_base=float(given.get("rotary_base") or 10000),
+    )
 
 
 def open_weights(folder: str | Path, shape: ModelShape) -> tuple[dict[str, Rule], Weights]:
@@ -119,8 +186,8 @@ def require_same_model(folder: str | Path) -> None:
     A collective. One rank of each node opens its files; every rank does where the launcher does not tell nodes apart.
     """
     looks = "LOCAL_WORLD_SIZE" not in os.environ or place_on_node().rank == 0
-    own = known_fingerprint(folder) or {} if looks else None
-    require_same(own, f"--pretrained-checkpoint {folder}", "another model")
+    fingerprint_here = known_fingerprint(folder) or {} if looks else None
+    require_same(fingerprint_here, f"--pretrained-checkpoint {folder}", "another model")
 
 
 # A byte of a file is read once for all data-parallel replicas: they hold the same slices, so one of them reads a

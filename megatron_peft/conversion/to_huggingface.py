@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_peft.checkpoint.folders import MANIFEST, RECORD, check_new, damage, megatron_files, new_folder
+from megatron_peft.checkpoint.folders import MANIFEST, RECORD, check_new, megatron_files, new_folder
 from megatron_peft.checkpoint.record import read_record
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.conversion.hf_files import CONFIG, copy_small_files, set_stored_type, write_config
 from megatron_peft.conversion.model_card import Exported, check_license, write_card
 from megatron_peft.conversion.pretrained import Weights, open_weights, owned_rules, read_model_shape
-from megatron_peft.conversion.trained_adapters import base_of, layer_name, open_adapters
+from megatron_peft.conversion.trained_adapters import base_of, layer_name, open_adapters, require_undamaged
 from megatron_peft.conversion.writer import DEFAULT_SHARD_BYTES, byte_bar, write_safetensors
 from megatron_peft.models.families import config_of_shape
 from megatron_peft.models.rules import Rule
@@ -120,7 +120,8 @@ def megatron_to_hf(
         raise ConfigurationError(
             f"--input {input} holds no Megatron checkpoint: expected .metadata, mp_rank_00 or iter_* in it."
         )
-    _require_undamaged(files)
+    if (files / MANIFEST).is_file():
+        require_undamaged(files)
     shape = read_model_shape(pretrained_checkpoint or input)
     places = _origins(Path(input), files, pretrained_checkpoint)
     bar, card = "Converting" if progress else None, None
@@ -130,12 +131,6 @@ def megatron_to_hf(
         card = Exported(files, record, Path(output), base, is_adapter=False, license=license)
     read = partial(_tensors, dtype=dtype)
     return _write(Path(output), input, shape, places, read, dtype, max_shard_bytes, bar, card)
-
-
-def _require_undamaged(files: Path) -> None:
-    """Compare a checkpoint with its manifest, if it has one. ConfigurationError names the damage."""
-    problems = damage(files) if (files / MANIFEST).is_file() else []
-    require(not problems, f"{files} is damaged: {'; '.join(problems)}. Copy it again, or give an older iter_* folder.")
 
 
 def _origins(folder: Path, files: Path, pretrained_checkpoint: str | Path | None = None) -> Iterator[Path]:
@@ -182,8 +177,8 @@ def merge(
     require(hasattr(module, "merge"), f"--input {input}: adapters of --peft-method {peft.method} cannot be merged.")
     base = base_of(adapters, pretrained_checkpoint)
     files = megatron_files(base)
-    if files is not None:
-        _require_undamaged(files)
+    if files is not None and (files / MANIFEST).is_file():
+        require_undamaged(files)
     places = [base] if files is None else _origins(base, files)
 
     def read(rule: Rule, weights: Weights) -> Mapping[str, Tensor]:

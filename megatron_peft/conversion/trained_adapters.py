@@ -189,11 +189,7 @@ def open_run(folder: str | Path) -> TrainedAdapters:
             older one).
     """
     checkpoint = find_checkpoint(folder)
-    problems = damage(checkpoint)
-    require(
-        not problems,
-        f"{checkpoint} is damaged: {'; '.join(problems)}. Copy it again, or give an older iter_* folder as --input.",
-    )
+    require_undamaged(checkpoint)
     run = TrainedAdapters(checkpoint, read_record(checkpoint), open_distributed(checkpoint))
     if run.record.config.peft.trains_adapters:
         keys = [key for key in run.stored if ADAPTER in key and not key.startswith(NOT_PARAMETERS)]
@@ -202,6 +198,12 @@ def open_run(folder: str | Path) -> TrainedAdapters:
         missing = [key for key in expected if key not in run.stored]
         require(not missing, _lacks(run.folder, missing))
     return run
+
+
+def require_undamaged(files: Path) -> None:
+    """Compare a checkpoint with its manifest. ConfigurationError names the damage."""
+    problems = damage(files)
+    require(not problems, f"{files} is damaged: {'; '.join(problems)}. Copy it again, or give an older iter_* folder.")
 
 
 def open_adapters(folder: str | Path) -> TrainedAdapters:
