@@ -23,7 +23,14 @@ from megatron_peft.config import require
 from megatron_peft.config.untrusted import is_finite
 from megatron_peft.conversion.megatron_files import MegatronWeights, open_megatron
 from megatron_peft.conversion.pretrained import Weights, open_weights, owned_rules
-from megatron_peft.conversion.trained_adapters import TrainedAdapters, is_weight, layer_name, modules_of, row_ranges
+from megatron_peft.conversion.trained_adapters import (
+    LowRankFactors,
+    TrainedAdapters,
+    is_weight,
+    layer_name,
+    modules_of,
+    row_ranges,
+)
 from megatron_peft.conversion.writer import byte_bar
 from megatron_peft.models.families import rules_for
 from megatron_peft.models.rules import RowRange, Rule
@@ -79,25 +86,11 @@ class ModuleChange:
 
 
 @dataclass(frozen=True)
-class Truncation:
-    """M ~ B A.
+class Truncation(LowRankFactors):
+    """M ~ B A, with |M|_F^2 and |M - B A|_F^2."""
 
-    Args:
-        A: [k, in].
-        B: [out, k].
-        squared_norm: |M|_F^2.
-        squared_residual: |M - B A|_F^2.
-    """
-
-    A: Tensor
-    B: Tensor
     squared_norm: float
     squared_residual: float
-
-    @property
-    def rank(self) -> int:
-        """k."""
-        return self.A.shape[0]
 
     @property
     def residual(self) -> float:

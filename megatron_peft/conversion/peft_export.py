@@ -22,7 +22,6 @@ from megatron_peft.conversion.lora_approximation import RunAsLora, approximate
 from megatron_peft.conversion.model_card import Exported, check_license, write_card
 from megatron_peft.conversion.trained_adapters import (
     PREFIX,
-    LowRankFactors,
     base_of,
     is_weight,
     layer_name,
@@ -204,7 +203,7 @@ def export_as_lora(
     tensors = (
         (f"{PREFIX}{module.module}.lora_{name}.weight", tensor)
         for module in lora.modules
-        for name, tensor in vars(LowRankFactors(module.factors.A, module.factors.B).padded(lora.rank)).items()
+        for name, tensor in vars(module.factors.padded(lora.rank)).items()
     )
     settings = PeftConfig(lora_rank=lora.rank, lora_alpha=lora.rank)
     _write(card, targets, low_rank.EXPORT.config(settings, targets), shapes, tensors)
