@@ -26,7 +26,7 @@ ALLOWED: Mapping[str, set[str]] = {
     "checkpoint": {"config", "runtime", "parallel", "adapters", "models"},
     "conversion": {"config", "runtime", "parallel", "adapters", "models", "checkpoint"},
     "data": {"config", "runtime", "checkpoint"},
-    "tasks": {"config", "data"},
+    "tasks": {"config", "checkpoint", "data"},
     "training": {"config", "runtime", "parallel", "adapters", "lora_ga", "models", "checkpoint", "conversion", "data"},
     "evaluation": {
         "config",

@@ -26,9 +26,9 @@ KNOWS = {
     "adapters.change": {"adapters.rotation"},  # R W without R - I in memory
     "lora_ga.initialize": {"adapters.low_rank", "lora"},  # the start of A and B; the method that needs no such start
     "training.after_step": {"adapters.low_rank"},  # --lora-max-norm-ratio bounds every method's low rank
-    "conversion.as_lora": {"adapters.low_rank"},  # whatever was trained is written as a LoRA
+    "conversion.peft_export": {"adapters.low_rank"},  # whatever was trained is written as a LoRA
     "conversion.model_card": {"lora"},  # a tag of the Hub
-    "conversion.peft_config": {"adapters.low_rank", "adapters.boft", "lora", "boft"},  # reads Hugging Face PEFT's
+    "conversion.peft_import": {"adapters.low_rank", "adapters.boft", "lora", "boft"},  # reads Hugging Face PEFT's
     "cli.unknown": {"lora-ga"},  # what other trainers' flags are here
     "cli.megatron": {"hybrid"},  # Megatron's word for models with Mamba layers
     "experiment.paper": NAMES,  # the paper's tables

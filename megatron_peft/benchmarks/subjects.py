@@ -26,8 +26,7 @@ from megatron_peft.config import (
     RunConfig,
     TrainingConfig,
 )
-from megatron_peft.conversion.pretrained import LoadReport, load_pretrained
-from megatron_peft.conversion.shared_reading import ReadingGroups
+from megatron_peft.conversion.pretrained import LoadReport, ReadingGroups, load_pretrained
 from megatron_peft.data.batches import Microbatch
 from megatron_peft.models.families import read_shape
 from megatron_peft.models.gpt import build_model_chunks

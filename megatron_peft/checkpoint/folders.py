@@ -1,4 +1,4 @@
-"""The --save folder: manifest, atomic publication, lock; and where the files of a Megatron checkpoint are."""
+"""Folders that appear whole; the --save folder with manifest, publication and lock; a Megatron checkpoint's files."""
 
 import fcntl
 import json
@@ -12,7 +12,7 @@ import stat
 import time
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -173,15 +173,6 @@ def _tracked_checkpoint(folder: Path) -> Path | None:
     return next(filter(is_checkpoint, places), None)
 
 
-def start_draft(folder: Path, iteration: int) -> Path:
-    """Make an empty folder to write a checkpoint into, with a random name that no rank of a killed run knows."""
-    folder.mkdir(parents=True, exist_ok=True)
-    name = iteration_folder(folder, iteration).name
-    draft = folder / f".{name}.{secrets.token_hex(4)}.draft"
-    draft.mkdir()
-    return draft
-
-
 def remove_leftovers(folder: Path) -> None:
     """Clean up after a killed run, keeping complete checkpoints. The caller must hold the folder's lock."""
     for pattern in (".iter_*.draft", ".iter_*.removed"):
@@ -204,9 +195,7 @@ def publish(draft: Path, folder: Path, iteration: int, known: Mapping[str, FileS
     # Everything that needs disk space comes first: on a full disk nothing has been renamed yet.
     write_manifest(draft, known or {})
     # A rename may reach the disk before the contents of the files, so those are synced first.
-    for path in draft.iterdir():
-        sync(path)
-    sync(draft)
+    sync_folder(draft)
     tracker = write_beside(folder / TRACKER, f"{iteration}\n")
     # Killed up to here: an ignored draft is left, and the tracker names the previous checkpoint.
     checkpoint = iteration_folder(folder, iteration)
@@ -299,6 +288,60 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush the contents of all files in a folder to disk, and their names."""
+    for path in (*folder.iterdir(), folder):
+        sync(path)
+
+
+# Any new folder is written as a draft beside its place and then renamed: it appears whole or not at all.
+
+
+def start_draft(place: Path) -> Path:
+    """Make an empty folder to write `place` in, with a random name that no rank of a killed run knows."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    draft = place.parent / f".{place.name}.{secrets.token_hex(4)}.draft"
+    draft.mkdir()
+    return draft
+
+
+def publish_draft(draft: Path, place: Path) -> None:
+    """Give a written draft its name, when all of it is on the disk. OSError: a folder with files has this name."""
+    sync_folder(draft)
+    draft.rename(place)
+    sync(place.parent)
+
+
+def check_new(output: str | Path) -> None:
+    """Raise ConfigurationError if `output` exists: nothing is ever overwritten."""
+    require(not os.path.lexists(output), f"--output {output} exists already: remove it, or give another --output.")
+
+
+@contextmanager
+def new_folder(output: str | Path) -> Iterator[Path]:
+    """The draft of `output`: published at the end, and removed on any error.
+
+    Raises:
+        ConfigurationError: `output` exists, its parent cannot be written, or the disk is full.
+    """
+    output = Path(output)
+    draft: Path | None = None
+    check_new(output)
+    try:
+        draft = start_draft(output)
+        yield draft
+        check_new(output)
+        publish_draft(draft, output)
+    except OSError as error:
+        raise ConfigurationError(
+            f"--output {output} could not be written ({error.strerror or error}): the partial output was removed. "
+            f"Free disk space there, or give another --output."
+        ) from error
+    finally:
+        if draft is not None:
+            shutil.rmtree(draft, ignore_errors=True)  # does not exist any more if all went well
 
 
 LOCK = ".lock"

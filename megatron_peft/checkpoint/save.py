@@ -25,9 +25,9 @@ from megatron_peft.checkpoint.folders import (
     link_best,
     newest_checkpoint,
     publish,
+    publish_draft,
     remove_leftovers,
     start_draft,
-    sync,
     write_atomically,
     write_manifest,
 )
@@ -137,7 +137,7 @@ def draft_checkpoint(
     entries = sharded_parameters(chunks, only_adapters=state.config.peft.trains_adapters)
     record = _run_record(state, adapted_layers(chunks), entries)
     with _as_not_saved(folder, iteration):
-        draft = from_first_rank(lambda: start_draft(folder, iteration))
+        draft = from_first_rank(lambda: start_draft(iteration_folder(folder, iteration)))
     with _as_not_saved(folder, iteration, draft), whole_parameters(state.model_chunks):
         files = PlannedFiles(tensors_to_save(state, entries), draft, snapshot)
     return DraftedCheckpoint(folder, draft, files, record, group)
@@ -220,31 +220,26 @@ def write_new_folder(tensors: Sequence[ShardedTensor], folder: Path) -> None:
     Raises:
         ConfigurationError: on every rank: the folder exists, or cannot be written.
     """
-    draft = folder.with_name(f".{folder.name}.partial")
-    from_first_rank(lambda: _start_new(folder, draft))
+
+    def start() -> Path:
+        require(not folder.exists(), f"{folder} exists already: give a folder that does not.")
+        return start_draft(folder)
+
+    draft = from_first_rank(start)
     try:
         files = PlannedFiles(tensors, draft)
         by_rank = gather_over_world(checked_together(files.write))
-        from_first_rank(lambda: _publish_new(files, by_rank, draft, folder))
+
+        def finish() -> None:
+            files.finish(by_rank)
+            write_manifest(draft, {name: found for written in by_rank for name, found in written.sums.items()})
+            publish_draft(draft, folder)
+
+        from_first_rank(finish)
     except ConfigurationError:
         if dist.get_rank() == 0:
             shutil.rmtree(draft, ignore_errors=True)
         raise
-
-
-def _start_new(folder: Path, draft: Path) -> None:
-    require(not folder.exists(), f"{folder} exists already: give a folder that does not.")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-
-
-def _publish_new(files: PlannedFiles, by_rank: Sequence[Written], draft: Path, folder: Path) -> None:
-    files.finish(by_rank)
-    write_manifest(draft, {name: found for written in by_rank for name, found in written.sums.items()})
-    for path in (*draft.iterdir(), draft):
-        sync(path)
-    draft.rename(folder)
-    sync(folder.parent)
 
 
 # With --async-save a save copies the tensors and the run continues; a thread on each rank writes the files. The threads

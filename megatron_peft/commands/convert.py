@@ -63,10 +63,11 @@ class HfToMegatron(_Conversion):
 
     def run(self) -> int:
         """Write the checkpoint."""
-        from megatron_peft.conversion.hf_files import type_flag
+        import torch
+
         from megatron_peft.conversion.to_megatron import hf_to_megatron
 
-        multiple, dtype = self.make_vocab_size_divisible_by, type_flag(self.dtype)
+        multiple, dtype = self.make_vocab_size_divisible_by, self.dtype and getattr(torch, self.dtype)
         folder = local_model(self.input, "--input")
         return _wrote(hf_to_megatron(folder, self.output, dtype=dtype, make_vocab_size_divisible_by=multiple))
 
@@ -84,10 +85,11 @@ class _ToHuggingFace(_WithCard):
     max_shard_size: str = option("5GB", "largest safetensors file", metavar="SIZE")
 
     def _write(self, convert: Callable[..., Path]) -> int:
-        from megatron_peft.conversion.hf_files import type_flag
+        import torch
+
         from megatron_peft.conversion.writer import parse_bytes
 
-        size, dtype = parse_bytes(self.max_shard_size), type_flag(self.dtype)
+        size, dtype = parse_bytes(self.max_shard_size), self.dtype and getattr(torch, self.dtype)
         card: dict[str, Any] = {"pretrained_checkpoint": self.base, "license": self.license}
         return _wrote(convert(self.input, self.output, dtype=dtype, max_shard_bytes=size, **card), self.input)
 
@@ -139,10 +141,10 @@ class ExportAdapter(_WithCard):
         require(self.as_lora or not limits, f"{', '.join(map(flag, limits))}: give --as-lora too, or leave it out.")
         card: dict[str, Any] = {"pretrained_checkpoint": self.base, "license": self.license}
         if self.as_lora:
-            from megatron_peft.conversion.as_lora import export_as_lora
+            from megatron_peft.conversion.peft_export import export_as_lora
 
             return _wrote(export_as_lora(self.input, self.output, **card, **limits), self.input)
-        from megatron_peft.conversion.peft import export_adapter
+        from megatron_peft.conversion.peft_export import export_adapter
 
         return _wrote(export_adapter(self.input, self.output, **card), self.input)
 
@@ -153,7 +155,7 @@ class ImportAdapter(_FromBase, _Conversion):
 
     def run(self) -> int:
         """Write the run."""
-        from megatron_peft.conversion.peft import import_adapter
+        from megatron_peft.conversion.peft_import import import_adapter
 
         return _wrote(import_adapter(self.input, self.output, pretrained_checkpoint=self.base))
 

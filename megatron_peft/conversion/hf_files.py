@@ -6,12 +6,11 @@ import pickle
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
-from itertools import accumulate
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -56,6 +55,16 @@ class Header:
     dtype: str
     start: int | None = None
 
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Its type in torch. KeyError: not one of NUMBER_TYPES."""
+        return NUMBER_TYPES[self.dtype]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the data."""
+        return prod(self.shape) * self.torch_dtype.itemsize
+
 
 @dataclass
 class ReadCounts:
@@ -70,43 +79,28 @@ class ReadCounts:
     bytes: int = 0
 
 
-FoundHeader = tuple[tuple[int, ...], str, int | None]
-
-
-class WeightFile(Protocol):
-    """An open weight file."""
-
-    def headers(self) -> dict[str, FoundHeader]:
-        """Shape, type and first byte of every tensor, by name; see `Header`."""
-        ...
-
-    def view(self, name: str, index: Index) -> Tensor:
-        """`tensor[index]`, lazily where the format allows."""
-        ...
-
-
 class SafetensorsFile:
     """A .safetensors file. Opening it checks that its length matches its header."""
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         self._file = safe_open(path, framework="pt")
-        self._num_bytes = path.stat().st_size
 
-    def headers(self) -> dict[str, FoundHeader]:
+    def headers(self) -> dict[str, Header]:
+        """Shape, type and first byte of every tensor, by name."""
         slices = {name: self._file.get_slice(name) for name in self._file.keys()}
-        found = {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
-        starts = self._first_bytes(found)
-        return {name: (*header, starts.get(name)) for name, header in found.items()}
-
-    def _first_bytes(self, found: Mapping[str, tuple[tuple[int, ...], str]]) -> dict[str, int]:
-        """First byte of each tensor; none if a type is unknown. safetensors refuses gaps, so sizes tell places."""
-        if any(dtype not in SAFETENSORS_TYPES for _, dtype in found.values()):
-            return {}
-        names = self._file.offset_keys()
-        sizes = [prod(found[name][0]) * stored_type(found[name][1]).itemsize for name in names]
-        return dict(zip(names, accumulate(sizes, initial=self._num_bytes - sum(sizes)), strict=False))
+        headers = {name: Header(self.path, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
+        if any(header.dtype not in SAFETENSORS_TYPES for header in headers.values()):
+            return headers
+        # safetensors refuses gaps, so sizes tell places.
+        sizes = {name: headers[name].num_bytes for name in self._file.offset_keys()}
+        start = self.path.stat().st_size - sum(sizes.values())
+        for name, size in sizes.items():
+            headers[name], start = replace(headers[name], start=start), start + size
+        return headers
 
     def view(self, name: str, index: Index) -> Tensor:
+        """`tensor[index]`, lazily."""
         return self._file.get_slice(name)[index]
 
 
@@ -120,14 +114,20 @@ class TorchFile:
             isinstance(state, dict) and all(isinstance(name, str) for name in state),
             f"{path} is not a state_dict of tensors. Save the model's state_dict, or convert it to safetensors.",
         )
+        self.path = path
         self._tensors: dict[str, Tensor] = {name: value for name, value in state.items() if torch.is_tensor(value)}
         odd = [name for name, tensor in self._tensors.items() if tensor.layout != torch.strided or tensor.is_meta]
         require(not odd, f"{path} holds tensors that are sparse or empty: {listed(odd)}. Convert it to safetensors.")
 
-    def headers(self) -> dict[str, FoundHeader]:
-        return {name: (tuple(t.shape), str(t.dtype).removeprefix("torch."), None) for name, t in self._tensors.items()}
+    def headers(self) -> dict[str, Header]:
+        """Shape and type of every tensor, by name."""
+        return {
+            name: Header(self.path, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+            for name, tensor in self._tensors.items()
+        }
 
     def view(self, name: str, index: Index) -> Tensor:
+        """`tensor[index]`, a view."""
         return self._tensors[name][index]
 
 
@@ -141,7 +141,7 @@ class Source:
         self.folder = folder
         self.headers = headers
         self.counts = ReadCounts()
-        self._open: tuple[Path, WeightFile] | None = None
+        self._open: SafetensorsFile | TorchFile | None = None
         self._mapped_bytes = 0
         self._unmapped: dict[Path, BinaryIO] = {}
 
@@ -159,7 +159,10 @@ class Source:
         if header.start is not None and is_whole_rows(index, header.shape):
             values = self._rows(header, header.start, index)
         else:
-            values = self._file_of(header).view(name, index)
+            if self._open is None or self._open.path != header.file or self._mapped_bytes > MAPPED_BYTES:
+                self._open, self._mapped_bytes = _open_file(header.file), 0
+                self.counts.opens += 1
+            values = self._open.view(name, index)
             self.counts.reads += 1
             self.counts.bytes += values.nbytes
             self._mapped_bytes += prod(header.shape) * values.element_size()
@@ -168,29 +171,26 @@ class Source:
 
     def _rows(self, header: Header, start: int, index: Index) -> Tensor:
         first, stop, _ = index[0].indices(header.shape[0])
-        values = torch.empty((stop - first, *header.shape[1:]), dtype=stored_type(header.dtype))
-        row_bytes = prod(header.shape[1:]) * values.element_size()
+        values = torch.empty((stop - first, *header.shape[1:]), dtype=header.torch_dtype)
+        start += first * prod(header.shape[1:]) * values.element_size()
+        memory: Any = values.flatten().view(torch.uint8).numpy()
         try:
-            self._read(self._unmapped_file(header.file), start + first * row_bytes, values)
+            if header.file not in self._unmapped:
+                require_regular(header.file)
+                self._unmapped[header.file] = header.file.open("rb", buffering=0)
+                self.counts.opens += 1
+            file = self._unmapped[header.file]
+            while len(memory):
+                num_bytes = os.preadv(file.fileno(), [memory[:MAX_READ_BYTES]], start)
+                require(
+                    num_bytes > 0, f"{file.name} cannot be read: it was cut short while it was read. Copy it again."
+                )
+                self.counts.reads += 1
+                self.counts.bytes += num_bytes
+                memory, start = memory[num_bytes:], start + num_bytes
         except OSError as error:
             raise ConfigurationError(f"{header.file} cannot be read: {error.strerror}.") from error
         return values
-
-    def _read(self, file: BinaryIO, start: int, values: Tensor) -> None:
-        memory: Any = values.flatten().view(torch.uint8).numpy()
-        while len(memory):
-            num_bytes = os.preadv(file.fileno(), [memory[:MAX_READ_BYTES]], start)
-            require(num_bytes > 0, f"{file.name} cannot be read: it was cut short while it was read. Copy it again.")
-            self.counts.reads += 1
-            self.counts.bytes += num_bytes
-            memory, start = memory[num_bytes:], start + num_bytes
-
-    def _unmapped_file(self, path: Path) -> BinaryIO:
-        if path not in self._unmapped:
-            require_regular(path)
-            self._unmapped[path] = path.open("rb", buffering=0)
-            self.counts.opens += 1
-        return self._unmapped[path]
 
     def read(self, rule: Rule, local: Tensor, rank: int, size: int) -> None:
         """Fill a tensor-parallel rank's local tensor in place, in its own dtype and on its own device."""
@@ -202,7 +202,7 @@ class Source:
 
     def stored_type(self, rule: Rule) -> torch.dtype:
         """Type of a parameter; the wider one if the rule fuses tensors of several types."""
-        return reduce(torch.promote_types, (stored_type(self.headers[t.name].dtype) for t in rule.hf_tensors))
+        return reduce(torch.promote_types, (self.headers[tensor.name].torch_dtype for tensor in rule.hf_tensors))
 
     def place(self, rule: Rule) -> tuple[str, int]:
         """File and first byte of a parameter's first tensor, to read parameters in that order."""
@@ -212,13 +212,6 @@ class Source:
     def holds_whole_rows(self, rule: Rule, dtype: torch.dtype) -> bool:
         """Whether rows of a matrix are contiguous in the file, and columns are strided: always."""
         return True
-
-    def _file_of(self, header: Header) -> WeightFile:
-        if self._open is None or self._open[0] != header.file or self._mapped_bytes > MAPPED_BYTES:
-            self._open = header.file, _open_file(header.file)
-            self._mapped_bytes = 0
-            self.counts.opens += 1
-        return self._open[1]
 
 
 def is_whole_rows(index: Index, shape: Sequence[int]) -> bool:
@@ -243,7 +236,7 @@ def open_source(folder: str | Path, weight_files: Sequence[str] = WEIGHT_FILES) 
     headers: dict[str, Header] = {}
     paths = sorted({folder / file for file in indexed.values()}) or [chosen]
     for path in paths:
-        headers |= {name: Header(path, *header) for name, header in _open_file(path).headers().items()}
+        headers |= _open_file(path).headers()
     missing = [f"{name} in {file}" for name, file in indexed.items() if name not in headers]
     require(not missing, f"{chosen} lists tensors that are missing: {listed(missing)}.")
     source = Source(folder, headers)
@@ -267,12 +260,13 @@ def _read_index(path: Path) -> dict[str, str]:
         weight_map = {str(name): str(file) for name, file in read_json_object(path)["weight_map"].items()}
     except (KeyError, TypeError, AttributeError) as error:
         raise ConfigurationError(f"{path} is not an index of weights ({error!r}): copy the file again.") from error
-    outside = [one for one in weight_map.values() if one != Path(one).name or one in ("", "..") or len(one) > 255]
+    files = weight_map.values()
+    outside = [file for file in files if file != Path(file).name or file in ("", "..") or len(file) > 255]
     require(not outside, f"{path} is refused: it names {str(outside[:1])[:80]}, which is not the name of a file in it.")
     return weight_map
 
 
-def _open_file(path: Path) -> WeightFile:
+def _open_file(path: Path) -> SafetensorsFile | TorchFile:
     require(path.exists(), f"{path} is missing, but the index of the weights lists it: copy the folder again.")
     require_regular(path)
     require(path.suffix in FORMATS, f"{path} is neither {' nor '.join(FORMATS)}.")
@@ -281,78 +275,60 @@ def _open_file(path: Path) -> WeightFile:
     except ConfigurationError:
         raise
     except (*_UNREADABLE, pickle.UnpicklingError) as error:
-        raise ConfigurationError(f"{path} cannot be read: {_why(path, error)}") from error
-
-
-def _why(path: Path, error: Exception) -> str:
-    reason = plain_reason(error)
-    if isinstance(error, pickle.UnpicklingError):
-        return f"it holds more than tensors ({reason}). Convert it to safetensors."
-    with path.open("rb") as file:
-        start = file.read(max(map(len, LOOKALIKES)))
-    known = next((text for magic, text in LOOKALIKES.items() if start.startswith(magic)), None)
-    return known or f"truncated or torn, {path.stat().st_size:,} bytes long ({reason}). Copy or download it again."
+        reason = plain_reason(error)
+        with path.open("rb") as file:
+            start = file.read(max(map(len, LOOKALIKES)))
+        why = next((text for magic, text in LOOKALIKES.items() if start.startswith(magic)), "")
+        if isinstance(error, pickle.UnpicklingError):
+            why = f"it holds more than tensors ({reason}). Convert it to safetensors."
+        why = why or f"truncated or torn, {path.stat().st_size:,} bytes long ({reason}). Copy or download it again."
+        raise ConfigurationError(f"{path} cannot be read: {why}") from error
 
 
 SAFETENSORS_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-TORCH_TYPES = {str(dtype).removeprefix("torch."): dtype for dtype in SAFETENSORS_TYPES.values()}
-WRITABLE = ("float32", "bfloat16", "float16")
-
-
-def stored_type(name: str) -> torch.dtype:
-    """Type of a tensor by the name that its file format uses."""
-    return (SAFETENSORS_TYPES | TORCH_TYPES)[name]
-
-
-def type_flag(name: str | None) -> torch.dtype | None:
-    """Type that --dtype names. ConfigurationError lists the names."""
-    require(name is None or name in WRITABLE, f"--dtype {name} is not one of {', '.join(WRITABLE)}.")
-    return None if name is None else TORCH_TYPES[name]
-
-
-# Redundant tensors of old or tied checkpoints.
-HARMLESS = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
-TIED_OUTPUT = re.compile(r"^lm_head\.weight$")
 # Floating-point types by their names in safetensors and in torch; anything else is a quantized checkpoint.
-NUMBER_TYPES = frozenset({*SAFETENSORS_TYPES, *TORCH_TYPES})
+NUMBER_TYPES = SAFETENSORS_TYPES | {str(dtype).removeprefix("torch."): dtype for dtype in SAFETENSORS_TYPES.values()}
+INVERSE_FREQUENCIES = re.compile(r"(^|\.)rotary_emb\.inv_freq$")  # in old checkpoints
 
 
 def check_inventory(source: Source, expected: Mapping[str, tuple[int, ...]], tied_embeddings: bool) -> None:
     """Raise ConfigurationError that lists missing, extra, misshapen and quantized tensors."""
-    headers = {name: h for name, h in source.headers.items() if not _is_harmless(name, expected, tied_embeddings)}
+    redundant = {name for name in source.headers if INVERSE_FREQUENCIES.search(name)}
+    redundant |= {"lm_head.weight"} if tied_embeddings else set()
+    headers = {name: header for name, header in source.headers.items() if name in expected or name not in redundant}
     what = f"the tensors in {source.folder} do not fit its config.json."
-    raise_problems(what, tensor_problems(headers, expected, "not part of this model"))
+    require_tensors(headers, expected, what, "not part of this model")
 
 
-def tensor_problems(
-    headers: Mapping[str, Header], expected: Mapping[str, tuple[int, ...]], extra: str
-) -> dict[str, list[str]]:
-    """Names of the tensors that do not fit, by kind of problem; `extra` describes those that are not expected."""
-    found = {name: headers[name] for name in expected if name in headers}
-    return {
+def require_tensors(
+    headers: Mapping[str, Header], expected: Mapping[str, tuple[int, ...]], what: str, extra: str
+) -> None:
+    """Raise ConfigurationError that names the tensors that do not fit, by kind of problem.
+
+    Args:
+        what: how the message begins.
+        extra: describes tensors that are not expected.
+    """
+    there = {name: headers[name] for name in expected if name in headers}
+    problems = {
         "missing": [name for name in expected if name not in headers],
         extra: [name for name in headers if name not in expected],
         "of the wrong shape": [
             f"{name} {list(header.shape)} instead of {list(expected[name])}"
-            for name, header in found.items()
+            for name, header in there.items()
             if header.shape != expected[name]
         ],
         "of an unsupported number type": [
-            f"{name} {header.dtype}" for name, header in found.items() if header.dtype not in NUMBER_TYPES
+            f"{name} {header.dtype}" for name, header in there.items() if header.dtype not in NUMBER_TYPES
         ],
     }
+    raise_problems(what, problems)
 
 
 def raise_problems(what: str, problems: Mapping[str, list[str]]) -> None:
     """Raise ConfigurationError with `what` and the names of each kind of problem, if there are any."""
     lines = [f"{len(names)} {kind}: {listed(names)}" for kind, names in problems.items() if names]
     require(not lines, f"{what} {'; '.join(lines)}.")
-
-
-def _is_harmless(name: str, expected: Mapping[str, tuple[int, ...]], tied_embeddings: bool) -> bool:
-    if name in expected:
-        return False
-    return bool(HARMLESS.search(name)) or (tied_embeddings and bool(TIED_OUTPUT.match(name)))
 
 
 CONFIG = "config.json"

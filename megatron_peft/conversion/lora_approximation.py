@@ -2,8 +2,8 @@
 
 For each Hugging Face module the smallest rank whose relative Frobenius error of dW is at most the tolerance. Where the
 method itself has a product of few enough columns (LoRA, LoRA-GA, a Hybrid whose rotation is the identity), the product
-is taken as it is. All others are decomposed (`truncated_svd.py`), from rows that are read from the files as they are
-needed: a block of rows is the largest part of any dW that ever exists, and of what is larger there is a sketch.
+is taken as it is. A small dW is decomposed as a whole. Of a larger one there is a sketch, from rows that are read from
+the files and computed as they are needed: a block of rows is the largest part of it that ever exists.
 
 What is no linear layer's weight cannot be in a LoRA. It is left out, and told by name and size: full fine-tuning trains
 norms, biases and the embedding too.
@@ -19,26 +19,151 @@ import torch
 from torch import Tensor
 
 from megatron_peft.adapters.change import DifferenceChange, WeightChange
-from megatron_peft.config import ConfigurationError, require
+from megatron_peft.config import require
 from megatron_peft.config.untrusted import is_finite
-from megatron_peft.conversion.megatron_weights import MegatronWeights, open_megatron
+from megatron_peft.conversion.megatron_files import MegatronWeights, open_megatron
 from megatron_peft.conversion.pretrained import Weights, open_weights, owned_rules
 from megatron_peft.conversion.trained_adapters import (
+    LowRankFactors,
     TrainedAdapters,
     is_weight,
     layer_name,
     modules_of,
-    read_stored,
     row_ranges,
 )
-from megatron_peft.conversion.truncated_svd import Truncation, svd_of_whole, truncated_svd
 from megatron_peft.conversion.writer import byte_bar
 from megatron_peft.models.families import rules_for
 from megatron_peft.models.rules import RowRange, Rule
 
-BLOCK_ELEMENTS = 2**20  # of a block of rows: 8 MiB
+BLOCK_ELEMENTS = 2**20  # of a block of rows, 8 MiB; a matrix of so many is decomposed as a whole
 SEED = 0
-LINEAR = ".linear_"
+
+# A sketch with subspace iteration. With X [in, w] orthonormal, one pass over the rows of M = dW gives
+#
+#     T = M X  [out, w]        Z = M^T T  [in, w]        |M|_F^2
+#
+# and the next X is an orthonormal basis of Z. The singular values s_i of T approach those of M from below. With T =
+# U S V^T and its k leading triplets, U_k S_k (X V_k)^T is a projection of M, so what it leaves out is exactly
+#
+#     |M - U_k S_k (X V_k)^T|_F^2 = |M|_F^2 - (s_1^2 + ... + s_k^2)
+#
+# however far the iteration has come. The width w grows until the smallest k within the tolerance lies well inside it.
+# Everything is in float64, since the difference of two squared norms may be small.
+
+FIRST_RANK = 32  # that the sketch is wide enough for at first
+EXTRA = 16  # columns beyond the rank: the last directions of a sketch are the worst
+FEWEST_PASSES = 3  # over the rows, at each width: a random start and two steps of the iteration
+MOST_PASSES = 10
+PASSES_TO_WIDEN = 2  # after which a sketch may be too narrow
+GROWTH = 4  # of the width
+SETTLED = 0.005  # relative change of the squared residual from one pass to the next
+ROUNDING = 1e-14  # relative to the squared norm
+
+
+@dataclass(frozen=True)
+class ModuleChange:
+    """dW [out, in] of a module, as rows that are read and computed when they are asked for, again and again."""
+
+    rule: Rule
+    change: WeightChange
+    ranges: list[RowRange]
+    base: Weights
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.ranges[-1].hf.stop, self.rule.hf_tensors[0].shape[1]
+
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Every row once: which rows, and their values [n, in] in float64."""
+        for rows in self.ranges:
+            change = self.change.rows(_read_rows(self.base, self.rule, rows), rows.megatron)
+            require(
+                is_finite(change),
+                f"the change of {self.rule.name} holds NaN or infinities: training has diverged. Give an older iter_* "
+                f"folder as --input.",
+            )
+            yield rows.hf, change
+
+
+@dataclass(frozen=True)
+class Truncation(LowRankFactors):
+    """M ~ B A, with |M|_F^2 and |M - B A|_F^2."""
+
+    squared_norm: float
+    squared_residual: float
+
+    @property
+    def residual(self) -> float:
+        """|M - B A|_F / |M|_F; 0 for M = 0."""
+        return sqrt(self.squared_residual / self.squared_norm) if self.squared_norm else 0.0
+
+
+def truncated_svd(matrix: ModuleChange, tolerance: float, max_rank: int, generator: torch.Generator) -> Truncation:
+    """The smallest rank whose relative Frobenius error is at most `tolerance`, up to `max_rank`; A and B in float64.
+
+    Args:
+        matrix: M; it is read several times.
+        tolerance: of |M - B A|_F / |M|_F.
+        max_rank: the rank where no smaller one suffices.
+        generator: of the random start, on the CPU.
+    """
+    widest = min(*matrix.shape, max_rank + EXTRA)
+    width, number, before = min(widest, FIRST_RANK + EXTRA), 0, (0, 0.0)
+    start = torch.empty(matrix.shape[1], 0, dtype=torch.float64)
+    while True:
+        more = torch.randn(len(start), width - start.shape[1], dtype=torch.float64, generator=generator)
+        X = torch.linalg.qr(torch.cat([start, more], dim=1)).Q
+        T, Z, squared_norm = X.new_zeros(matrix.shape[0], width), torch.zeros_like(X), 0.0
+        for rows, block in matrix.blocks():
+            T[rows] = block @ X
+            Z.addmm_(block.T, T[rows])
+            squared_norm += block.square().sum().item()
+        number, start = number + 1, Z
+        residuals = _squared_residuals(squared_norm, torch.linalg.eigvalsh(T.T @ T))  # cheaper than the SVD of T
+        rank = _smallest_rank(residuals, squared_norm, tolerance, max_rank)
+        residual = float(residuals[rank])
+        settled = rank == before[0] and abs(residual - before[1]) <= max(SETTLED * residual, ROUNDING * squared_norm)
+        is_enough = number == MOST_PASSES or (settled and number >= FEWEST_PASSES)
+        if width < widest and rank > width - EXTRA and (is_enough or number >= PASSES_TO_WIDEN):
+            width, number, before = min(widest, GROWTH * width), 0, (0, 0.0)
+        elif is_enough:
+            _, S, Vh = torch.linalg.svd(T, full_matrices=False)
+            leading, root = Vh[:rank].T, S[:rank].sqrt()
+            return Truncation((X @ (leading * root)).T, T @ (leading / root), squared_norm, residual)
+        else:
+            before = rank, residual
+
+
+def svd_of_whole(matrix: ModuleChange, tolerance: float, max_rank: int) -> Truncation:
+    """The same of a matrix that is small enough to hold, in one reading: by the Gram matrix of its short side."""
+    whole = torch.empty(matrix.shape, dtype=torch.float64)
+    for rows, block in matrix.blocks():
+        whole[rows] = block
+    is_tall = whole.shape[0] >= whole.shape[1]
+    tall = whole if is_tall else whole.T
+    squared_values, vectors = torch.linalg.eigh(tall.T @ tall)
+    squared_norm = whole.square().sum().item()
+    residuals = _squared_residuals(squared_norm, squared_values)
+    rank = _smallest_rank(residuals, squared_norm, tolerance, max_rank)
+    leading = vectors.flip(1)[:, :rank]
+    long = tall @ leading
+    root = long.norm(dim=0).sqrt()
+    short, long = leading * root, long / root
+    A, B = (short.T, long) if is_tall else (long.T, short)
+    return Truncation(A, B, squared_norm, float(residuals[rank]))
+
+
+def _squared_residuals(squared_norm: float, squared_values: Tensor) -> Tensor:
+    """What ranks 0, 1, ... leave out, from the squares of the singular values, the smallest first."""
+    kept = squared_values.flip(0).cumsum(0)
+    return (squared_norm - torch.cat([kept.new_zeros(1), kept])).clamp_min(0)
+
+
+def _smallest_rank(squared_residuals: Tensor, squared_norm: float, tolerance: float, max_rank: int) -> int:
+    """The rank that suffices; `max_rank`, or the largest there is, if none does."""
+    enough = squared_residuals <= max(tolerance**2, ROUNDING) * squared_norm
+    first = int(enough.int().argmax()) if bool(enough.any()) else len(enough) - 1
+    return min(first, max_rank)
 
 
 @dataclass(frozen=True)
@@ -48,13 +173,13 @@ class ModuleLora:
     Args:
         module: Hugging Face's name.
         ranges: its rows.
-        found: A and B, in float32 on a CPU.
+        factors: A and B, in float32 on a CPU.
         is_exact: the method's own product.
     """
 
     module: str
     ranges: list[RowRange]
-    found: Truncation
+    factors: Truncation
     is_exact: bool
 
 
@@ -85,19 +210,19 @@ class RunAsLora:
     @property
     def rank(self) -> int:
         """The largest: every module is padded to it."""
-        return max(1, *(module.found.rank for module in self.modules))
+        return max(1, *(module.factors.rank for module in self.modules))
 
     @property
     def residual(self) -> float:
         """|dW - B A|_F / |dW|_F over all modules."""
-        squared = sum(module.found.squared_norm for module in self.modules)
-        return sqrt(sum(module.found.squared_residual for module in self.modules) / squared) if squared else 0.0
+        squared = sum(module.factors.squared_norm for module in self.modules)
+        return sqrt(sum(module.factors.squared_residual for module in self.modules) / squared) if squared else 0.0
 
     @property
     def share_left_out(self) -> float:
         """|change that is left out|_F / |change of all parameters|_F."""
-        out = sum(one.squared_change for one in self.left_out)
-        total = out + sum(module.found.squared_norm for module in self.modules)
+        out = sum(parameter.squared_change for parameter in self.left_out)
+        total = out + sum(module.factors.squared_norm for module in self.modules)
         return sqrt(out / total) if total else 0.0
 
 
@@ -114,133 +239,74 @@ def approximate(run: TrainedAdapters, base: Path, tolerance: float, max_rank: in
     Raises:
         ConfigurationError: the base or the run's weights do not fit or are not finite, or the method cannot be merged.
     """
-    rules, weights = open_weights(base, run.record.shape)
-    source = _ChangeSource.of(run, weights)
-    linear = {layer_name(rule): rule for rule in rules.values() if is_weight(rule) and LINEAR in rule.name}
+    shape = run.record.shape
+    rules, weights = open_weights(base, shape)
+    trained = None  # the run's own weights, if the weights themselves were trained
+    if not run.record.config.peft.trains_adapters:
+        open_weights(run.folder, shape)  # is complete and fits
+        trained = open_megatron(run.folder)
+    linear = {layer_name(rule): rule for rule in rules.values() if is_weight(rule) and ".linear_" in rule.name}
+    names = rules_for(shape)  # the base's files may leave out the prefix of its modules
     adapted = run.record.adapted_layers or tuple(linear)
-    layers: dict[str, list[ModuleLora]] = {}
     num_bytes = {layer: 4 * prod(linear[layer].local_shape(1)) for layer in adapted}
+    layers: dict[str, list[ModuleLora]] = {}
     with byte_bar("Approximating", sum(num_bytes.values()), progress) as advance:
         for layer in adapted:
-            layers[layer] = source.modules(linear[layer], tolerance, max_rank)
+            rule = linear[layer]
+            change = _change(rule, run, weights, trained)
+            ranges = row_ranges(rule, change.granule, BLOCK_ELEMENTS)
+            layers[layer] = [
+                _module_lora(name, ModuleChange(rule, change, ranges[tensor.name], weights), tolerance, max_rank)
+                for name, tensor in zip(modules_of(names[rule.name]), rule.hf_tensors, strict=True)
+            ]
             advance(num_bytes[layer])
-    others = [rule for rule in owned_rules(rules, run.record.shape).values() if layer_name(rule) not in linear]
-    return RunAsLora(layers, source.left_out(others))
+    left_out: list[LeftOut] = []
+    if trained is not None:
+        others = [rule for rule in owned_rules(rules, shape).values() if layer_name(rule) not in linear]
+        left_out = [_left_out(rule, name, weights, trained) for rule in others for name in row_ranges(rule)]
+    return RunAsLora(layers, [parameter for parameter in left_out if parameter.squared_change])
 
 
-@dataclass(frozen=True)
-class _ChangeSource:
-    """A run, its base's weights, and its own if the weights themselves were trained."""
-
-    run: TrainedAdapters
-    base: Weights
-    trained: MegatronWeights | None
-
-    @classmethod
-    def of(cls, run: TrainedAdapters, base: Weights) -> "_ChangeSource":
-        if run.record.config.peft.trains_adapters:
-            return cls(run, base, None)
-        open_weights(run.folder, run.record.shape)  # is complete and fits
-        return cls(run, base, open_megatron(run.folder))
-
-    def modules(self, rule: Rule, tolerance: float, max_rank: int) -> list[ModuleLora]:
-        """The factors of the modules that a layer holds."""
-        change = self._change(rule)
-        ranges = row_ranges(rule, change.granule, BLOCK_ELEMENTS)
-        names = modules_of(rules_for(self.run.record.shape)[rule.name])  # the base's files may leave out their prefix
-        return [
-            _module_lora(name, _ModuleChange(rule, change, ranges[tensor.name], self.base), tolerance, max_rank)
-            for name, tensor in zip(names, rule.hf_tensors, strict=True)
-        ]
-
-    def _change(self, rule: Rule) -> WeightChange:
-        """What was added to a layer's weight."""
-        if self.trained is not None:
-            stored = self.trained.stored(rule, torch.float32)
-            assert stored is not None, rule.name  # `open_weights` found it
-            return DifferenceChange(lambda rows: read_stored(stored, rows))
-        peft = self.run.record.config.peft
-        module, tensors = import_module(peft.spec.adapter), self.run.of(layer_name(rule))
-        if hasattr(module, "change"):
-            return module.change(tensors, peft)
-        require(hasattr(module, "merge"), f"adapters of --peft-method {peft.method} cannot be merged.")
-        whole = torch.empty(rule.local_shape(1), dtype=torch.float64)
-        self.base.read(rule, whole, 0, 1)
-        merged = module.merge(whole, tensors, peft)
-        return DifferenceChange(lambda rows: merged[rows])
-
-    def left_out(self, rules: list[Rule]) -> list[LeftOut]:
-        """What has changed in these parameters; nothing if adapters were trained."""
-        if self.trained is None:
-            return []
-        found = [self._left_out(rule, name) for rule in rules for name in row_ranges(rule)]
-        return [one for one in found if one.squared_change]
-
-    def _left_out(self, rule: Rule, name: str) -> LeftOut:
-        squared = torch.zeros(2, dtype=torch.float64)
-        for rows in row_ranges(rule, max_elements=BLOCK_ELEMENTS)[name]:
-            before, after = (_read_rows(weights, rule, rows) for weights in (self.base, self.trained) if weights)
-            squared += torch.stack([(after - before).square().sum(), before.square().sum()])
-        return LeftOut(name, *squared.tolist())
+def _change(rule: Rule, run: TrainedAdapters, base: Weights, trained: MegatronWeights | None) -> WeightChange:
+    """What was added to a layer's weight."""
+    if trained is not None:
+        return DifferenceChange(trained.stored(rule, torch.float32).read)
+    peft = run.record.config.peft
+    module, tensors = import_module(peft.spec.adapter), run.of(layer_name(rule))
+    if hasattr(module, "change"):
+        return module.change(tensors, peft)
+    require(hasattr(module, "merge"), f"adapters of --peft-method {peft.method} cannot be merged.")
+    whole = torch.empty(rule.local_shape(1), dtype=torch.float64)
+    base.read(rule, whole, 0, 1)
+    merged = module.merge(whole, tensors, peft)
+    return DifferenceChange(lambda rows: merged[rows])
 
 
-@dataclass(frozen=True)
-class _ModuleChange:
-    """dW of a module, as rows that are computed when they are asked for."""
+def _module_lora(name: str, matrix: ModuleChange, tolerance: float, max_rank: int) -> ModuleLora:
+    product = matrix.change.factors()
+    is_exact = product is not None and product[0].shape[0] <= max_rank
+    if product is not None and is_exact:
+        A, B = product[0], torch.cat([product[1][rows.megatron] for rows in matrix.ranges])
+        factors = Truncation(A, B, ((A @ A.T) * (B.T @ B)).sum().item(), 0.0)
+    elif prod(matrix.shape) <= BLOCK_ELEMENTS:
+        factors = svd_of_whole(matrix, tolerance, max_rank)
+    else:
+        factors = truncated_svd(matrix, tolerance, max_rank, torch.Generator().manual_seed(SEED))
+    return ModuleLora(name, matrix.ranges, replace(factors, A=factors.A.float(), B=factors.B.float()), is_exact)
 
-    rule: Rule
-    change: WeightChange
-    ranges: list[RowRange]
-    base: Weights
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.ranges[-1].hf.stop, self.rule.hf_tensors[0].shape[1]
-
-    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        for rows in self.ranges:
-            change = self.change.rows(_read_rows(self.base, self.rule, rows), rows.megatron)
-            require(
-                is_finite(change),
-                f"the change of {self.rule.name} holds NaN or infinities: training has diverged. Give an older iter_* "
-                f"folder as --input.",
-            )
-            yield rows.hf, change
+def _left_out(rule: Rule, name: str, base: Weights, trained: Weights) -> LeftOut:
+    """How much a parameter has changed that is no linear layer's weight."""
+    squared = torch.zeros(2, dtype=torch.float64)
+    for rows in row_ranges(rule, max_elements=BLOCK_ELEMENTS)[name]:
+        before, after = (_read_rows(weights, rule, rows) for weights in (base, trained))
+        squared += torch.stack([(after - before).square().sum(), before.square().sum()])
+    return LeftOut(name, *squared.tolist())
 
 
 def _read_rows(weights: Weights, rule: Rule, rows: RowRange) -> Tensor:  # -> [n, ...]
-    """In float64; the float32 copies of bf16 training if there are any."""
+    """Read rows in float64; of the float32 copies of bf16 training if there are any."""
     shape = next(tensor.shape for tensor in rule.hf_tensors if tensor.name == rows.name)
     target = torch.empty(rows.hf.stop - rows.hf.start, *shape[1:])
     weights.read_rows(rule, rows, target)
     return target.double()
-
-
-def _module_lora(name: str, matrix: _ModuleChange, tolerance: float, max_rank: int) -> ModuleLora:
-    found = _own_product(matrix, max_rank)
-    is_exact = found is not None
-    if found is None and prod(matrix.shape) <= BLOCK_ELEMENTS:
-        found = svd_of_whole(matrix, tolerance, max_rank)
-    elif found is None:
-        found = truncated_svd(matrix, tolerance, max_rank, torch.Generator().manual_seed(SEED))
-    return ModuleLora(name, matrix.ranges, replace(found, A=found.A.float(), B=found.B.float()), is_exact)
-
-
-def _own_product(matrix: _ModuleChange, max_rank: int) -> Truncation | None:
-    """The method's own factors; None if it has none, or of too high a rank."""
-    factors = matrix.change.factors()
-    if factors is None or factors[0].shape[0] > max_rank:
-        return None
-    A, B = factors[0], torch.cat([factors[1][rows.megatron] for rows in matrix.ranges])
-    return Truncation(A, B, ((A @ A.T) * (B.T @ B)).sum().item(), 0.0)
-
-
-def check_limits(tolerance: float, max_rank: int) -> None:
-    """ConfigurationError: --tolerance or --max-rank cannot be used."""
-    problems = []
-    if not 0 <= tolerance < 1:
-        problems.append(f"--tolerance is {tolerance:g}; it is a relative error, at least 0 and below 1.")
-    if max_rank < 1:
-        problems.append(f"--max-rank is {max_rank}; it must be above 0.")
-    if problems:
-        raise ConfigurationError(*problems)

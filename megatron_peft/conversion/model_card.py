@@ -7,7 +7,8 @@ Folders stand there by their last names, and what others have named stands as it
 
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,6 @@ from megatron_peft.config.untrusted import MAX_BYTES, parse_json, parse_yaml, re
 from megatron_peft.models.families import family_of
 
 CARD = "README.md"
-HEADING = "## How to serve it"
-METRICS = "metrics.jsonl"
 LICENSE = re.compile(r"[A-Za-z0-9][\w.+-]*")  # the hub's identifiers are single words
 LINK = re.compile(r"https://[\w./~%?=&#:@+-]+")
 LICENSE_FIELDS = ("license", "license_name", "license_link")
@@ -59,10 +58,6 @@ class Exported:
     def name(self) -> str:
         return self.output.absolute().name
 
-    @property
-    def is_lora(self) -> bool:
-        return self.lora_rank is not None
-
 
 def check_license(license: str | None) -> None:
     """ConfigurationError: --license is no identifier."""
@@ -74,44 +69,16 @@ def check_license(license: str | None) -> None:
 
 def write_card(folder: Path, exported: Exported) -> None:
     """README.md in `folder`. A license that is not known is left out, and the user is told."""
-    license = _license(exported)
+    license = {"license": exported.license} if exported.license else _license_of_base(exported.base)
     if not license:
         print(
             f"The model card names no license, since neither --license nor the base's card does: fill it in at the top "
             f"of {exported.output / CARD} before you publish it."
         )
-    (folder / CARD).write_text(_card(exported, license), encoding="utf-8")
-
-
-def serving_lines(output: Path, input: str | Path) -> str:
-    """What the card of an export says about serving, with the folders of this machine."""
-    run, config = find_checkpoint(input), output / ADAPTER_CONFIG
-    adapter = read_json_object(config) if config.is_file() else None
-    base, rank = (adapter["base_model_name_or_path"], adapter.get("r")) if adapter else (None, None)
-    if Path(base or "").is_dir():
-        base = str(Path(base or "").absolute())
-    exported = Exported(run, read_record(run), output, base, adapter is not None, rank)
-    return _serving(exported, base, str(output.absolute()))
-
-
-def _card(exported: Exported, license: Mapping[str, str]) -> str:
-    sections = [
-        f"---\n{_front_matter(exported, license)}\n---",
-        f"# {_literal(exported.name)}",
-        _summary(exported),
-        f"## Method\n\n{_method(exported.record)}",
-        f"## Data\n\n{_data(exported.record)}",
-        f"## Figures\n\n{_figures(exported)}",
-        exported.approximation,
-        f"{HEADING}\n\n{_serving(exported, _named(exported.base), exported.name)}",
-    ]
-    return "\n\n".join(section.strip() for section in sections if section) + "\n"
-
-
-def _front_matter(exported: Exported, license: Mapping[str, str]) -> str:
-    tags = ["megatron-peft", exported.record.config.peft.method, *(["lora"] if exported.is_lora else [])]
-    data = ModelCardData(
-        base_model=_named(exported.base),
+    record, base, is_lora = exported.record, _named(exported.base), exported.lora_rank is not None
+    tags = ["megatron-peft", record.config.peft.method, *(["lora"] if is_lora else [])]
+    front = ModelCardData(
+        base_model=base,
         library_name="peft" if exported.is_adapter else "transformers",
         pipeline_tag="text-generation",
         tags=list(dict.fromkeys(tags)),
@@ -119,15 +86,37 @@ def _front_matter(exported: Exported, license: Mapping[str, str]) -> str:
         license_name=license.get("license_name"),
         license_link=license.get("license_link"),
     )
-    return data.to_yaml()
+    kind = "A LoRA adapter" if is_lora else "An adapter" if exported.is_adapter else "A model"
+    trained_on = base or _named(record.config.model.pretrained_checkpoint) or ""
+    sections = [
+        f"---\n{front.to_yaml()}\n---",
+        f"# {_literal(exported.name)}",
+        f"{kind} fine-tuned from {_literal(trained_on)} with megatron_peft.",
+        f"## Method\n\n{_method(record)}",
+        f"## Data\n\n{_data(record)}",
+        f"## Figures\n\n{_figures(exported)}",
+        exported.approximation,
+        f"## How to serve it\n\n{_serving(exported, base, exported.name)}",
+    ]
+    text = "\n\n".join(section.strip() for section in sections if section) + "\n"
+    (folder / CARD).write_text(text, encoding="utf-8")
 
 
-def _license(exported: Exported) -> dict[str, str]:
-    """--license, or what the base's card says."""
-    if exported.license:
-        return {"license": exported.license}
-    card = Path(exported.base or "") / CARD
-    if exported.base is None or not card.is_file():
+def serving_lines(output: Path, input: str | Path) -> str:
+    """What the card of an export says about serving, with the folders of this machine."""
+    run, config = find_checkpoint(input), output / ADAPTER_CONFIG
+    adapter = read_json_object(config) if config.is_file() else {}
+    base = adapter.get("base_model_name_or_path")
+    if base and Path(base).is_dir():
+        base = str(Path(base).absolute())
+    exported = Exported(run, read_record(run), output, base, bool(adapter), adapter.get("r"))
+    return _serving(exported, base, str(output.absolute()))
+
+
+def _license_of_base(base: str | None) -> dict[str, str]:
+    """What the base's card says, if its fields are identifiers and its link is an address or a file of the base."""
+    card = Path(base or "") / CARD
+    if base is None or not card.is_file():
         return {}
     try:
         front = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", read_text(card), re.DOTALL)
@@ -135,11 +124,11 @@ def _license(exported: Exported) -> dict[str, str]:
     except ConfigurationError:
         return {}  # somebody else's card: the export does not depend on it
     known = stated if isinstance(stated, dict) and isinstance(stated.get("license"), str) else {}
-    found = {name: known[name] for name in LICENSE_FIELDS if isinstance(known.get(name), str)}
-    link = found.get("license_link", "")
+    license = {name: known[name] for name in LICENSE_FIELDS if isinstance(known.get(name), str)}
+    link = license.get("license_link", "")
     is_file = link == Path(link).name and (card.parent / link).is_file()
-    are_names = all(LICENSE.fullmatch(found[name]) for name in ("license", "license_name") if name in found)
-    return found if are_names and (not link or is_file or LINK.fullmatch(link)) else {}
+    are_names = all(LICENSE.fullmatch(license[name]) for name in ("license", "license_name") if name in license)
+    return license if are_names and (not link or is_file or LINK.fullmatch(link)) else {}
 
 
 def _named(base: str | None) -> str | None:
@@ -151,31 +140,27 @@ def _named(base: str | None) -> str | None:
 
 def _literal(text: str) -> str:
     """Text as Markdown's code, in which it cannot be a link, a heading, or a cell of a table."""
-    text = "".join(one if one.isprintable() else " " for one in text).replace("|", r"\|")
+    text = "".join(letter if letter.isprintable() else " " for letter in text).replace("|", r"\|")
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence}{text}{fence}" if len(fence) == 1 else f"{fence} {text} {fence}"
 
 
-def _summary(exported: Exported) -> str:
-    kind = "A LoRA adapter" if exported.is_lora else "An adapter" if exported.is_adapter else "A model"
-    base = _named(exported.base) or _named(exported.record.config.model.pretrained_checkpoint)
-    return f"{kind} fine-tuned from {_literal(base or '')} with megatron_peft."
+def _table(rows: Iterable[tuple[str, str]]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows if value)])
 
 
 def _method(record: RunRecord) -> str:
-    peft = record.config.peft
-    used = [one for one in fields(peft) if one.name in peft.spec.fields(peft) and one.name != "method"]
-    values = ((flag_of(one), getattr(peft, one.name)) for one in used)
+    peft, optimizer = record.config.peft, record.config.optimizer
+    used = (field for field in fields(peft) if field.name in peft.spec.fields(peft) and field.name != "method")
+    values = ((flag_of(field), getattr(peft, field.name)) for field in used)
     typed = " ".join(spelled(name, value) for name, value in values if value not in (None, False))
-    optimizer, training = record.config.optimizer, record.config.training
-    rows = [
+    return _table([
         ("method", f"`{peft.method}`: {peft.spec.summary}"),
         ("settings", _literal(typed) if typed else ""),
         ("optimizer", f"{optimizer.optimizer}, learning rate {optimizer.lr:g}" if optimizer.lr else ""),
-        ("samples a step", str(training.global_batch_size or "")),
+        ("samples a step", str(record.config.training.global_batch_size or "")),
         ("precision", "bf16" if record.config.model.bf16 else "float32"),
-    ]
-    return _table(rows)
+    ])  # fmt: skip
 
 
 def _data(record: RunRecord) -> str:
@@ -187,8 +172,12 @@ def _data(record: RunRecord) -> str:
 
 
 def _figures(exported: Exported) -> str:
+    """The position of the checkpoint, and the last value of each metric up to it."""
     position = exported.record.position
-    last = _last_metrics(exported.run.parent / METRICS, position["iteration"])
+    last: dict[str, float] = {}
+    for line in _metrics(exported.run.parent / "metrics.jsonl"):
+        if line["iteration"] <= position["iteration"]:
+            last |= {name: value for name, value in line.items() if isinstance(value, int | float)}
     named = {"loss": "training loss", "validation_loss": "validation loss", "epoch": "epochs"}
     counts = {"iteration": "iterations", "consumed_samples": "samples", "consumed_tokens": "tokens"}
     rows = [(title, f"{position[name]:,}") for name, title in counts.items() if position.get(name)]
@@ -196,71 +185,45 @@ def _figures(exported: Exported) -> str:
     return _table(rows) if rows else "The run's folder holds no figures."
 
 
-def _last_metrics(path: Path, iteration: int) -> dict[str, float]:
-    """The last number of each name up to an iteration; without those of a torn or foreign line."""
-    found: dict[str, float] = {}
-    for record in _metrics(path):
-        if record["iteration"] <= iteration:
-            found |= {name: value for name, value in record.items() if isinstance(value, int | float)}
-    return found
-
-
 def _metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of metrics.jsonl, without those that are torn or not a run's."""
     if not path.is_file():
         return
     with path.open("rb") as file:
         for line in iter(lambda: file.readline(MAX_BYTES), b""):
-            try:
+            with suppress(ConfigurationError):
                 record = parse_json(line, str(path))
-            except ConfigurationError:
-                continue
-            if isinstance(record, dict) and isinstance(record.get("iteration"), int):
-                yield record
-
-
-def _table(rows: list[tuple[str, str]]) -> str:
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows if value)])
+                if isinstance(record, dict) and isinstance(record.get("iteration"), int):
+                    yield record
 
 
 def _serving(exported: Exported, base: str | None, folder: str) -> str:
+    """Lines for vLLM, transformers and peft, or why there are none."""
+
+    def python(model: str, last: str = "", first: str = "") -> str:
+        load = f"model = AutoModelForCausalLM.from_pretrained({model!r})"
+        lines = (first, "from transformers import AutoModelForCausalLM", load, last)
+        return "```python\n" + "\n".join(filter(None, lines)) + "\n```"
+
     if not exported.is_adapter:
-        return f"vLLM:\n\n{_code(f'vllm serve {shlex.quote(folder)}')}\n\ntransformers:\n\n{_python(_model(folder))}"
+        return f"vLLM:\n\n```sh\nvllm serve {shlex.quote(folder)}\n```\n\ntransformers:\n\n{python(folder)}"
     base = base or NO_BASE
-    adapter = f"model.load_adapter({folder!r})"
-    wrapped = f"model = PeftModel.from_pretrained(model, {folder!r})"
-    return "\n\n".join([
-        f"vLLM:\n\n{_vllm(exported, base, folder)}",
-        f"transformers:\n\n{_python([*_model(base), adapter])}",
-        f"peft:\n\n{_python(['from peft import PeftModel', *_model(base), wrapped])}",
-    ])  # fmt: skip
-
-
-def _vllm(exported: Exported, base: str, folder: str) -> str:
-    """The line that serves an adapter, or why there is none and what to do."""
     merged = "Merge the run (`megatron-peft convert merge`) and serve the merged folder."
     family = family_of(exported.record.shape.architecture)
+    fitting = [rank for rank in VLLM_RANKS if rank >= (exported.lora_rank or 0)]
     if not family.vllm_serves_lora:
-        return f"vLLM takes no LoRA for {family.architectures[0]}. {merged}"
-    if exported.lora_rank is None:
-        return f"vLLM serves LoRA only. Export the run with `--as-lora`, or: {merged[0].lower()}{merged[1:]}"
-    fitting = [rank for rank in VLLM_RANKS if rank >= exported.lora_rank]
-    if not fitting:
-        return f"vLLM takes ranks up to {VLLM_RANKS[-1]}; this one is {exported.lora_rank}. {merged}"
-    module = shlex.quote(f"{exported.name}={folder}")
-    line = f"vllm serve {shlex.quote(base)} --enable-lora --max-lora-rank {fitting[0]} --lora-modules {module}"
-    return _code(line)
-
-
-def _model(folder: str) -> list[str]:
-    return [
-        "from transformers import AutoModelForCausalLM",
-        f"model = AutoModelForCausalLM.from_pretrained({folder!r})",
-    ]
-
-
-def _code(line: str) -> str:
-    return f"```sh\n{line}\n```"
-
-
-def _python(lines: list[str]) -> str:
-    return "```python\n" + "\n".join(lines) + "\n```"
+        vllm = f"vLLM takes no LoRA for {family.architectures[0]}. {merged}"
+    elif exported.lora_rank is None:
+        vllm = f"vLLM serves LoRA only. Export the run with `--as-lora`, or: {merged[0].lower()}{merged[1:]}"
+    elif not fitting:
+        vllm = f"vLLM takes ranks up to {VLLM_RANKS[-1]}; this one is {exported.lora_rank}. {merged}"
+    else:
+        module = shlex.quote(f"{exported.name}={folder}")
+        command = f"vllm serve {shlex.quote(base)} --enable-lora --max-lora-rank {fitting[0]} --lora-modules {module}"
+        vllm = f"```sh\n{command}\n```"
+    wrap = f"model = PeftModel.from_pretrained(model, {folder!r})"
+    return "\n\n".join([
+        f"vLLM:\n\n{vllm}",
+        f"transformers:\n\n{python(base, f'model.load_adapter({folder!r})')}",
+        f"peft:\n\n{python(base, wrap, first='from peft import PeftModel')}",
+    ])  # fmt: skip

@@ -3,56 +3,42 @@
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from megatron.core import parallel_state
+from torch import nn
 
 from megatron_peft.checkpoint.folders import INDEX, MANIFEST, RECORD, megatron_files
 from megatron_peft.checkpoint.load import require_whole
 from megatron_peft.checkpoint.record import fingerprint, read_record
-from megatron_peft.config import ConfigurationError, RunConfig, require
-from megatron_peft.conversion.hf_files import CONFIG, ReadCounts, check_inventory, open_source
-from megatron_peft.conversion.megatron_weights import open_megatron, shape_of_arguments
-from megatron_peft.conversion.shared_reading import ALONE, ReadingGroups, fill_parameters
+from megatron_peft.config import LINEAR_MODULES, ConfigurationError, RunConfig, require
+from megatron_peft.conversion.hf_files import CONFIG, ReadCounts, Source, check_inventory, open_source
+from megatron_peft.conversion.megatron_files import MegatronWeights, open_megatron
 from megatron_peft.conversion.writer import byte_bar
 from megatron_peft.models.families import read_shape, rules_for
-from megatron_peft.models.rules import RowRange, Rule, expected_tensors
-from megatron_peft.models.shape import ModelShape, check_layout, check_lengths, compare_shape
-from megatron_peft.parallel.collectives import from_first_rank, require_same
-from megatron_peft.runtime.launch import checked_together, place_on_node
+from megatron_peft.models.rules import Columns, RowRange, Rule, expected_tensors
+from megatron_peft.models.shape import ModelShape, check_layout, check_lengths, compare_shape, is_size
+from megatron_peft.parallel.collectives import (
+    Wait,
+    columns_from_rows_over_tensor_parallel,
+    from_first_rank,
+    require_same,
+    share_of_rows,
+    start_broadcast_over_data_parallel,
+)
+from megatron_peft.runtime.launch import checked_together, place_on_node, wait_for_device
 
+LOCAL_LAYER = re.compile(r"^(decoder\.layers\.\d+)(?=\.)")
 OUTPUT, EMBEDDING = "output_layer.weight", "embedding.word_embeddings.weight"
 
 
-class Weights(Protocol):
-    """An open base model."""
-
-    counts: ReadCounts
-
-    def read(self, rule: Rule, local: Tensor, rank: int, size: int) -> None:
-        """Fill a tensor-parallel rank's local tensor in place, in its own dtype and on its own device."""
-        ...
-
-    def read_rows(self, rule: Rule, rows: RowRange, target: Tensor) -> None:
-        """Fill `target` with some rows of a parameter, in its own dtype and on its own device."""
-        ...
-
-    def stored_type(self, rule: Rule) -> torch.dtype:
-        """Type of a parameter; the wider one if the rule fuses tensors of several types."""
-        ...
-
-    def place(self, rule: Rule) -> tuple[str, int]:
-        """File and first byte of a parameter, or of its first part: parameters are read in this order."""
-        ...
-
-    def holds_whole_rows(self, rule: Rule, dtype: torch.dtype) -> bool:
-        """Whether rows of a matrix, read in `dtype`, are contiguous in the files, and columns are strided."""
-        ...
+Weights = Source | MegatronWeights  # an open base model
 
 
 def read_model_shape(folder: str | Path) -> ModelShape:
@@ -69,7 +55,74 @@ def read_model_shape(folder: str | Path) -> ModelShape:
         return read_shape(with_config)
     if (files / RECORD).is_file():
         return read_record(files).shape
-    return shape_of_arguments(open_megatron(files).arguments(), str(files))
+    return shape_of_arguments(open_megatron(files).checkpoint.arguments, str(files))
+
+
+WAY_OUT = "provide the model's config.json: put it into the folder, or give its folder with --pretrained-checkpoint."
+# Arguments of a Llama, or of a Qwen, in Megatron-LM; other values compute something else.
+LLAMA_LIKE = {
+    "swiglu": True,
+    "normalization": "RMSNorm",
+    "position_embedding_type": "rope",
+    "rotary_percent": 1.0,
+    "use_rope_scaling": False,
+    "qk_l2_norm": False,
+    "window_size": None,
+    "num_experts": None,
+    "multi_latent_attention": False,
+    "rotary_interleaved": False,
+    "layernorm_zero_centered_gamma": False,
+    "apply_layernorm_1p": False,
+}
+
+
+def shape_of_arguments(arguments: Any, where: str) -> ModelShape:
+    """Shape of a Llama, Qwen2 or Qwen3 from Megatron-LM's arguments; `where` names the checkpoint in errors.
+
+    Raises:
+        ConfigurationError: there are no arguments, they describe another kind of model, or they lack the size of the
+            vocabulary before padding.
+    """
+    require(arguments is not None, f"{where} does not say what model it is: {WAY_OUT}")
+    given = vars(arguments)
+    other = [
+        f"{name} {given[name]!r}" for name, value in LLAMA_LIKE.items() if given.get(name, value) not in (value, None)
+    ]
+    require(not other, f"{where} was trained with {', '.join(other)}, which is not read from arguments: {WAY_OUT}")
+    sizes = {name: given.get(name) for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")}
+    missing = [name for name, value in sizes.items() if value is None]
+    require(not missing, f"the arguments in {where} lack {', '.join(missing)}: {WAY_OUT}")
+    odd = [f"{name} {str(value)[:40]}" for name, value in sizes.items() if not is_size(value)]
+    require(not odd, f"the arguments in {where} have {', '.join(odd)}, which is not a size: {WAY_OUT}")
+    vocab_size = given.get("vocab_size")
+    require(
+        vocab_size is not None,
+        f"{where} holds a vocabulary padded to {given.get('padded_vocab_size')} rows and does not say from how many: "
+        f"{WAY_OUT}",
+    )
+    biases = LINEAR_MODULES if given.get("add_bias_linear") else ["linear_qkv"] if given.get("add_qkv_bias") else []
+    has_head_norms = bool(given.get("qk_layernorm"))
+    require(
+        not (biases and has_head_norms),
+        f"{where} was trained with qk_layernorm and with biases, which is not read from arguments: {WAY_OUT}",
+    )
+    # The family whose config.json can say what differs from a Llama.
+    family = "qwen3" if has_head_norms else "qwen2" if list(biases) == ["linear_qkv"] else "llama"
+    heads = sizes["num_attention_heads"]
+    grouped = given.get("group_query_attention")
+    return ModelShape(
+        architecture=family,
+        **sizes,
+        num_query_groups=given.get("num_query_groups") or heads if grouped else heads,
+        kv_channels=given.get("kv_channels") or sizes["hidden_size"] // heads,
+        vocab_size=vocab_size,
+        max_position_embeddings=given.get("max_position_embeddings") or 2048,
+        norm_epsilon=given.get("norm_epsilon", given.get("layernorm_epsilon", 1e-5)),
+        linear_biases=frozenset(biases),
+        qk_layernorm=has_head_norms,
+        tied_embeddings=not given.get("untie_embeddings_and_output_weights"),
+        rotary_base=float(given.get("rotary_base") or 10000),
+    )
 
 
 def open_weights(folder: str | Path, shape: ModelShape) -> tuple[dict[str, Rule], Weights]:
@@ -100,18 +153,6 @@ def open_weights(folder: str | Path, shape: ModelShape) -> tuple[dict[str, Rule]
 def owned_rules(rules: Mapping[str, Rule], shape: ModelShape) -> dict[str, Rule]:
     """Rules of all parameters except a tied output layer, which is the embedding."""
     return {name: rule for name, rule in rules.items() if not (shape.tied_embeddings and name == OUTPUT)}
-
-
-LOCAL_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
-
-
-@dataclass(frozen=True)
-class LoadReport:
-    """What one rank read, the number of its parameters (some may come from other ranks), wall seconds."""
-
-    counts: ReadCounts
-    num_tensors: int
-    seconds: float
 
 
 def checked_shape(config: RunConfig) -> ModelShape:
@@ -145,8 +186,44 @@ def require_same_model(folder: str | Path) -> None:
     A collective. One rank of each node opens its files; every rank does where the launcher does not tell nodes apart.
     """
     looks = "LOCAL_WORLD_SIZE" not in os.environ or place_on_node().rank == 0
-    own = known_fingerprint(folder) or {} if looks else None
-    require_same(own, f"--pretrained-checkpoint {folder}", "another model")
+    fingerprint_here = known_fingerprint(folder) or {} if looks else None
+    require_same(fingerprint_here, f"--pretrained-checkpoint {folder}", "another model")
+
+
+# A byte of a file is read once for all data-parallel replicas: they hold the same slices, so one of them reads a
+# parameter and broadcasts it. Columns of a matrix are strided in a file, so each tensor-parallel rank reads its share
+# of the rows, which is contiguous, and an all-to-all makes columns of them. Values are converted to the parameter's
+# type before they are sent, which gives the same bits as reading alone.
+#
+# All ranks issue these collectives in the order of the parameters, so no two wait for each other. A rank that fails
+# stops reading but goes on taking part, or the others would hang; at the end its error is raised on all ranks.
+
+MAX_IN_FLIGHT = 4  # broadcasts that have started and not ended
+
+
+class ReadingGroups(NamedTuple):
+    """The ranks that read for one another; None for a group in which this one is alone."""
+
+    tensor_parallel: dist.ProcessGroup | None = None
+    data_parallel: dist.ProcessGroup | None = None
+
+    @classmethod
+    def of_layout(cls) -> "ReadingGroups":
+        """megatron-core's groups, which `runtime.launch.start_model_parallel` has made."""
+        tensor_parallel: Any = parallel_state.get_tensor_model_parallel_group()
+        data_parallel: Any = parallel_state.get_data_parallel_group()
+        return cls(tensor_parallel, data_parallel)
+
+
+ALONE = ReadingGroups()
+
+
+class LoadReport(NamedTuple):
+    """What one rank read, the number of its parameters (some may come from other ranks), wall seconds."""
+
+    counts: ReadCounts
+    num_tensors: int
+    seconds: float
 
 
 def load_pretrained(
@@ -180,7 +257,12 @@ def load_pretrained(
     if files is not None and (files / MANIFEST).is_file():
         require_whole(files)
     require_same_model(folder)
-    rules, weights = _open_together(folder, shape)
+    if files is not None and not (files / INDEX).is_file():  # old files of ranks hold mapped tensors: all open them
+        rules, weights = checked_together(lambda: open_weights(folder, shape))
+    else:
+        rules, weights = from_first_rank(lambda: open_weights(folder, shape))
+        if dist.is_initialized() and dist.get_rank() > 0:
+            weights.counts = ReadCounts()  # it received the first rank's
     to_fill = checked_together(
         lambda: [pair for chunk in model_chunks for pair in _with_rules(chunk, rules, tensor_parallel_size)]
     )
@@ -190,27 +272,14 @@ def load_pretrained(
     return LoadReport(weights.counts, len(to_fill), time.perf_counter() - start)
 
 
-def _open_together(folder: str | Path, shape: ModelShape) -> tuple[dict[str, Rule], Weights]:
-    """`open_weights` on the first rank, on all ranks. Old files of ranks hold mapped tensors: each rank opens them."""
-    files = megatron_files(folder)
-    if files is not None and not (files / INDEX).is_file():
-        return checked_together(lambda: open_weights(folder, shape))
-    rules, weights = from_first_rank(lambda: open_weights(folder, shape))
-    if dist.is_initialized() and dist.get_rank() > 0:
-        weights.counts = ReadCounts()  # it received the first rank's
-    return rules, weights
-
-
 def base_parameters(chunk: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Parameters of the pretrained model, without adapters, by names that number layers over all stages."""
     for name, parameter in chunk.named_parameters():
         if ".adapter." not in name:
-            yield LOCAL_LAYER.sub(lambda match: f"decoder.layers.{_global_layer(chunk, match)}.", name), parameter
-
-
-def _global_layer(chunk: nn.Module, match: re.Match[str]) -> int:
-    layer: Any = chunk.get_submodule(match.group().rstrip("."))
-    return layer.layer_number - 1  # megatron-core counts from 1
+            if local := LOCAL_LAYER.match(name):
+                layer: Any = chunk.get_submodule(local[1])
+                name = f"decoder.layers.{layer.layer_number - 1}{name[local.end() :]}"  # megatron-core counts from 1
+            yield name, parameter
 
 
 def _with_rules(chunk: nn.Module, rules: Mapping[str, Rule], size: int) -> Iterator[tuple[Rule, nn.Parameter]]:
@@ -227,3 +296,63 @@ def _with_rules(chunk: nn.Module, rules: Mapping[str, Rule], size: int) -> Itera
             f"{list(rule.local_shape(size))} at --tensor-model-parallel-size {size}.",
         )
         yield rule, parameter
+
+
+@torch.no_grad()
+def fill_parameters(
+    to_fill: Sequence[tuple[Rule, nn.Parameter]],
+    weights: Weights,
+    rank: int,
+    size: int,
+    groups: ReadingGroups,
+    advance: Callable[[int], None],
+) -> None:
+    """Fill parameters in place and in this order, which must be the same on all ranks of the groups.
+
+    Args:
+        to_fill: parameters, contiguous, with their rules.
+        rank, size: of tensor parallelism.
+        advance: called with the bytes of every parameter that has been read or is being sent.
+
+    Raises:
+        ConfigurationError: on all ranks, if a rank cannot read its part.
+    """
+    replicas = groups.data_parallel
+    replica, num_replicas = (0, 1) if replicas is None else (replicas.rank(), replicas.size())
+    read_bytes = [0] * num_replicas
+    failures: list[ConfigurationError] = []
+
+    def read(how: Callable[..., None], *arguments: Any) -> None:
+        if not failures:
+            try:
+                how(*arguments)
+            except ConfigurationError as error:
+                failures.append(error)
+
+    in_flight: deque[Wait] = deque()
+    for rule, parameter in to_fill:
+        local = parameter.detach()
+        source = read_bytes.index(min(read_bytes))  # the replica that has read least so far
+        read_bytes[source] += parameter.nbytes
+        if source == replica:
+            group = groups.tensor_parallel if isinstance(rule, Columns) and size > 1 else None
+            if group is not None and weights.holds_whole_rows(rule, local.dtype):
+                rows = share_of_rows(len(local), rank, size)
+                share = torch.empty((rows.stop - rows.start, local.shape[1] * size), dtype=local.dtype)  # on the host
+                read(weights.read_rows, rule, RowRange(rule.hf_tensors[0].name, rows, rows), share)
+                columns_from_rows_over_tensor_parallel(share, local, group)
+            else:
+                read(weights.read, rule, local, rank, size)
+        in_flight.append(start_broadcast_over_data_parallel(local, source, replicas))
+        if len(in_flight) > MAX_IN_FLIGHT:
+            in_flight.popleft()()
+            wait_for_device()
+        advance(parameter.nbytes)
+    for wait in in_flight:
+        wait()
+
+    def raise_failure() -> None:
+        for error in failures:
+            raise error
+
+    checked_together(raise_failure)

@@ -13,21 +13,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_peft.checkpoint.folders import MANIFEST, RECORD, damage, megatron_files
+from megatron_peft.checkpoint.folders import MANIFEST, RECORD, check_new, megatron_files, new_folder
 from megatron_peft.checkpoint.record import read_record
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.conversion.hf_files import CONFIG, copy_small_files, set_stored_type, write_config
 from megatron_peft.conversion.model_card import Exported, check_license, write_card
 from megatron_peft.conversion.pretrained import Weights, open_weights, owned_rules, read_model_shape
-from megatron_peft.conversion.trained_adapters import base_of, layer_name, open_adapters
-from megatron_peft.conversion.writer import (
-    DEFAULT_SHARD_BYTES,
-    SafetensorsWriter,
-    TensorSpec,
-    byte_bar,
-    check_new,
-    new_folder,
-)
+from megatron_peft.conversion.trained_adapters import base_of, layer_name, open_adapters, require_undamaged
+from megatron_peft.conversion.writer import DEFAULT_SHARD_BYTES, byte_bar, write_safetensors
 from megatron_peft.models.families import config_of_shape
 from megatron_peft.models.rules import Rule
 from megatron_peft.models.shape import ModelShape
@@ -35,15 +28,12 @@ from megatron_peft.models.shape import ModelShape
 logger = logging.getLogger(__name__)
 
 
-ReadTensors = Callable[[Rule, Weights], Mapping[str, Tensor]]  # the Hugging Face tensors of one parameter
-
-
 def _write(
     output: Path,
     base: str | Path,
     shape: ModelShape,
     origins: Iterable[Path],
-    read: ReadTensors,
+    read: Callable[[Rule, Weights], Mapping[str, Tensor]],
     dtype: torch.dtype | None,
     max_shard_bytes: int,
     bar: str | None,
@@ -54,6 +44,7 @@ def _write(
     Args:
         base: folder of the weights, in either format.
         origins: folders to search for the model's config.json and tokenizer, in order.
+        read: returns the Hugging Face tensors of one parameter.
         dtype: of the weights; None keeps the stored type.
         bar: label of the progress bar; None: no bar.
         card: what the model card says; None: no card.
@@ -65,9 +56,18 @@ def _write(
     rules = owned_rules(rules, shape)
     types = {name: dtype or weights.stored_type(rule) for name, rule in rules.items()}
     specs = {
-        tensor.name: TensorSpec(tensor.shape, types[rule.name]) for rule in rules.values() for tensor in rule.hf_tensors
+        tensor.name: torch.empty(tensor.shape, dtype=types[rule.name], device="meta")
+        for rule in rules.values()
+        for tensor in rule.hf_tensors
     }
-    total_bytes = sum(spec.num_bytes for spec in specs.values())
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for rule in rules.values():
+            held = dict(read(rule, weights))
+            for name in [*held]:
+                yield name, held.pop(name)
+
+    total_bytes = sum(spec.nbytes for spec in specs.values())
     with new_folder(output) as draft, byte_bar(bar or "", total_bytes, bar is not None) as advance:
         origin = next((folder for folder in origins if (folder / CONFIG).is_file()), None)
         if origin is None:
@@ -76,19 +76,10 @@ def _write(
         else:
             copy_small_files(origin, draft)
         set_stored_type(draft, types.values())
-        with SafetensorsWriter(draft, specs, max_shard_bytes) as writer:
-            for rule in rules.values():
-                _write_tensors(writer, read(rule, weights))
-                advance(sum(specs[tensor.name].num_bytes for tensor in rule.hf_tensors))
+        write_safetensors(draft, specs, tensors(), max_shard_bytes, advance=advance)
         if card is not None:
             write_card(draft, card)
     return output
-
-
-def _write_tensors(writer: SafetensorsWriter, tensors: Mapping[str, Tensor]) -> None:
-    """A function of its own, so that the tensors of one parameter are freed before the next are read."""
-    for name, tensor in tensors.items():
-        writer.write(name, tensor)
 
 
 def _tensors(rule: Rule, weights: Weights, dtype: torch.dtype | None = None) -> Mapping[str, Tensor]:
@@ -129,7 +120,8 @@ def megatron_to_hf(
         raise ConfigurationError(
             f"--input {input} holds no Megatron checkpoint: expected .metadata, mp_rank_00 or iter_* in it."
         )
-    _require_undamaged(files)
+    if (files / MANIFEST).is_file():
+        require_undamaged(files)
     shape = read_model_shape(pretrained_checkpoint or input)
     places = _origins(Path(input), files, pretrained_checkpoint)
     bar, card = "Converting" if progress else None, None
@@ -139,12 +131,6 @@ def megatron_to_hf(
         card = Exported(files, record, Path(output), base, is_adapter=False, license=license)
     read = partial(_tensors, dtype=dtype)
     return _write(Path(output), input, shape, places, read, dtype, max_shard_bytes, bar, card)
-
-
-def _require_undamaged(files: Path) -> None:
-    """Compare a checkpoint with its manifest, if it has one. ConfigurationError names the damage."""
-    problems = damage(files) if (files / MANIFEST).is_file() else []
-    require(not problems, f"{files} is damaged: {'; '.join(problems)}. Copy it again, or give an older iter_* folder.")
 
 
 def _origins(folder: Path, files: Path, pretrained_checkpoint: str | Path | None = None) -> Iterator[Path]:
@@ -191,8 +177,8 @@ def merge(
     require(hasattr(module, "merge"), f"--input {input}: adapters of --peft-method {peft.method} cannot be merged.")
     base = base_of(adapters, pretrained_checkpoint)
     files = megatron_files(base)
-    if files is not None:
-        _require_undamaged(files)
+    if files is not None and (files / MANIFEST).is_file():
+        require_undamaged(files)
     places = [base] if files is None else _origins(base, files)
 
     def read(rule: Rule, weights: Weights) -> Mapping[str, Tensor]:

@@ -20,13 +20,13 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.utils.serialization import config as serialization_config
 
-from megatron_peft.checkpoint.folders import megatron_files
+from megatron_peft.checkpoint.folders import check_new, megatron_files, new_folder
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.conversion.hf_files import CONFIG, Source, copy_small_files, set_stored_type
 from megatron_peft.conversion.pretrained import open_weights, owned_rules
-from megatron_peft.conversion.writer import DirectFile, byte_bar, check_new, new_folder, require_no_overflow
+from megatron_peft.conversion.writer import DirectFile, byte_bar, require_no_overflow
 from megatron_peft.models.families import read_shape
-from megatron_peft.models.rules import Rule, VocabularyRows
+from megatron_peft.models.rules import HFSlice, Rule, VocabularyRows
 
 # A tensor is stored as the shards of this many tensor-parallel ranks, the first that divides it: so a rank that loads
 # it reads little more than its own share.
@@ -42,47 +42,29 @@ FORMAT = {
 
 @dataclass(frozen=True)
 class ShardSlice:
-    """A slice of a global tensor that is stored by itself: the `number`-th of a tensor-parallel rank's local tensor.
+    """A slice of a global tensor that is stored by itself.
 
     Args:
-        offset: its first index in each dimension of the global tensor.
+        item: what torch's writer plans with.
+        rule, rank, size: a tensor-parallel rank's local tensor that the slice is, or is a part of.
+        hf_slice: the values of a part; None for all of the local tensor.
     """
 
+    item: WriteItem
     rule: Rule
     rank: int
     size: int
-    number: int
-    local_shape: tuple[int, ...]
-    global_shape: tuple[int, ...]
-    offset: tuple[int, ...]
-    shape: tuple[int, ...]
+    shape: Size
     dtype: torch.dtype
-
-    @property
-    def num_bytes(self) -> int:
-        """Size in the file that is written."""
-        return prod(self.shape) * self.dtype.itemsize
-
-    @property
-    def index(self) -> MetadataIndex:
-        """Where torch's checkpoint lists it."""
-        return MetadataIndex(self.rule.name, Size(self.offset))
-
-    def write_item(self) -> WriteItem:
-        """What torch's writer plans with."""
-        chunk = ChunkStorageMetadata(Size(self.offset), Size(self.shape))
-        data = TensorWriteData(chunk, TensorProperties(dtype=self.dtype), Size(self.global_shape))
-        return WriteItem(self.index, WriteItemType.SHARD, tensor_data=data)
+    hf_slice: HFSlice | None
 
     def read(self, source: Source) -> Tensor:
         """Read the values of the slice."""
         values = torch.empty(self.shape, dtype=self.dtype)
-        if self.shape == self.local_shape:
-            source.read(self.rule, values, self.rank, self.size)
-            return values
-        local = torch.empty(self.local_shape, device="meta")  # of several slices, each is one Hugging Face slice
-        hf_slice = list(self.rule.hf_slices(local, self.rank, self.size))[self.number]
-        return values.copy_(source.slice(hf_slice.name, hf_slice.index))
+        if self.hf_slice is not None:
+            return values.copy_(source.slice(self.hf_slice.name, self.hf_slice.index))
+        source.read(self.rule, values, self.rank, self.size)
+        return values
 
 
 def hf_to_megatron(
@@ -124,7 +106,7 @@ def hf_to_megatron(
         for rule in owned_rules(rules, shape).values()
         for stored in shard_slices(rule, padded, dtype or source.stored_type(rule))
     ]
-    total_bytes = sum(stored.num_bytes for stored in slices)
+    total_bytes = sum(stored.shape.numel() * stored.dtype.itemsize for stored in slices)
     with new_folder(output) as draft, byte_bar("Converting", total_bytes, progress) as advance:
         copy_small_files(Path(input), draft)
         set_stored_type(draft, {stored.dtype for stored in slices})
@@ -134,34 +116,34 @@ def hf_to_megatron(
 
 def shard_slices(rule: Rule, padded_vocab_size: int, dtype: torch.dtype) -> Iterator[ShardSlice]:
     """The slices in which a parameter is stored; several shards have at least MIN_SHARD_BYTES each."""
-    whole = _local_shape(rule, 1, padded_vocab_size)
+
+    def shape_of_shard(count: int) -> tuple[int, ...] | None:
+        if isinstance(rule, VocabularyRows):
+            rows, uneven = divmod(padded_vocab_size, count)
+            return None if uneven else (rows, *rule.local_shape(1)[1:])
+        try:
+            return rule.local_shape(count)
+        except ConfigurationError:  # it cannot be split evenly
+            return None
+
+    whole = shape_of_shard(1)
     assert whole is not None
-    size, local_shape = _shards(rule, whole, padded_vocab_size, prod(whole) * dtype.itemsize)
+    size, local_shape = 1, whole
+    for count in SHARD_COUNTS:
+        shape = shape_of_shard(count)
+        if shape not in (None, whole) and prod(whole) * dtype.itemsize >= count * MIN_SHARD_BYTES:
+            size, local_shape = count, shape
+            break
     local = torch.empty(local_shape, device="meta")
     for rank in range(size):
-        for number, stored in enumerate(rule.global_slices(local, rank, size)):
-            shape = tuple(stored.view.shape)
-            yield ShardSlice(rule, rank, size, number, local_shape, whole, stored.offset, shape, dtype)
-
-
-def _shards(rule: Rule, whole: tuple[int, ...], padded_vocab_size: int, size_bytes: int) -> tuple[int, tuple[int, ...]]:
-    """How many shards, and the shape of each."""
-    for count in SHARD_COUNTS:
-        shape = _local_shape(rule, count, padded_vocab_size)
-        if shape is not None and shape != whole and size_bytes >= count * MIN_SHARD_BYTES:
-            return count, shape
-    return 1, whole
-
-
-def _local_shape(rule: Rule, size: int, padded_vocab_size: int) -> tuple[int, ...] | None:
-    """None if it cannot be split evenly over `size` ranks."""
-    if isinstance(rule, VocabularyRows):
-        rows, uneven = divmod(padded_vocab_size, size)
-        return None if uneven else (rows, *rule.local_shape(1)[1:])
-    try:
-        return rule.local_shape(size)
-    except ConfigurationError:
-        return None
+        parts = list(rule.global_slices(local, rank, size))
+        # Where a rank has several slices, each of them is a Hugging Face slice.
+        hf_slices = rule.hf_slices(local, rank, size) if len(parts) > 1 else [None]
+        for part, hf_slice in zip(parts, hf_slices, strict=True):
+            offset, shape = Size(part.offset), part.view.shape
+            data = TensorWriteData(ChunkStorageMetadata(offset, shape), TensorProperties(dtype=dtype), Size(whole))
+            item = WriteItem(MetadataIndex(rule.name, offset), WriteItemType.SHARD, tensor_data=data)
+            yield ShardSlice(item, rule, rank, size, shape, dtype, hf_slice)
 
 
 class _StreamingPlanner(DefaultSavePlanner):
@@ -169,13 +151,13 @@ class _StreamingPlanner(DefaultSavePlanner):
 
     def __init__(self, slices: Sequence[ShardSlice], source: Source, advance: Callable[[int], None]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self._slices = {stored.index: stored for stored in slices}
+        self._slices = {stored.item.index: stored for stored in slices}
         self._source = source
         self._advance = advance
         self._current = torch.empty(0)
 
     def create_local_plan(self) -> SavePlan:
-        return SavePlan([stored.write_item() for stored in self._slices.values()])
+        return SavePlan([stored.item for stored in self._slices.values()])
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
         self._current.untyped_storage().resize_(0)  # the writer keeps the last slice of every tensor until the end

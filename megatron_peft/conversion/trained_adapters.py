@@ -2,7 +2,8 @@
 
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import prod
@@ -13,7 +14,7 @@ import torch.distributed.checkpoint as torch_checkpoint
 from torch import Tensor
 
 from megatron_peft.adapters.change import StoredTensors
-from megatron_peft.checkpoint.folders import RECORD, damage, publish, start_draft
+from megatron_peft.checkpoint.folders import RECORD, damage, iteration_folder, new_folder, publish, start_draft
 from megatron_peft.checkpoint.record import ADAPTER_CONFIG, RunRecord, differing_base, find_checkpoint, read_record
 from megatron_peft.checkpoint.tensors import ADAPTER, NOT_PARAMETERS, master_key
 from megatron_peft.config import ConfigurationError, require
@@ -21,8 +22,7 @@ from megatron_peft.conversion.hf_files import listed
 from megatron_peft.conversion.megatron_files import StoredTensor, open_distributed
 from megatron_peft.conversion.pretrained import known_fingerprint, read_model_shape
 from megatron_peft.conversion.to_megatron import FORMAT
-from megatron_peft.conversion.writer import new_folder
-from megatron_peft.models.rules import HFTensor, Index, RowRange, Rule
+from megatron_peft.models.rules import HFTensor, RowRange, Rule
 
 # The two factors of a low-rank adapter, between Megatron's fused layers and Hugging Face's separate ones.
 #
@@ -66,12 +66,6 @@ def layer_name(rule: Rule) -> str:
     return rule.name.removesuffix(WEIGHT)
 
 
-def rows_of_modules(rule: Rule, tensor: Tensor) -> dict[str, Tensor]:
-    """A tensor over a fused layer's output features, [out, n] or [out], as one for each of its modules."""
-    rows = _with_columns(rule, tensor[0].numel()).write([tensor.view(len(tensor), -1)])
-    return {name.removesuffix(WEIGHT): own.view(-1, *tensor.shape[1:]) for name, own in rows.items()}
-
-
 def row_ranges(rule: Rule, granule: int = 1, max_elements: int | None = None) -> dict[str, list[RowRange]]:
     """The rows of each Hugging Face tensor of a parameter, by its name, in ranges that lie together on both sides.
 
@@ -79,65 +73,65 @@ def row_ranges(rule: Rule, granule: int = 1, max_elements: int | None = None) ->
         granule: ranges begin and end at multiples of it in the parameter, as every run of consecutive rows does.
         max_elements: of one range, unless a granule has more; None: no limit.
     """
-    rule_of_rows = _with_columns(rule, 1)
+    columns = tuple(HFTensor(part.name, (part.shape[0], 1)) for part in rule.hf_tensors)
+    rule_of_rows = replace(rule, hf_tensors=columns)
     places = rule_of_rows.write([torch.arange(rule_of_rows.local_shape(1)[0])[:, None]])
     ranges = {}
     for tensor in rule.hf_tensors:
         num_rows = max_elements // prod(tensor.shape[1:]) if max_elements else tensor.shape[0]
         step = max(num_rows // granule, 1) * granule
-        runs = _runs(places[tensor.name].flatten().tolist())
-        ranges[tensor.name] = [part for run in runs for part in _cut(tensor.name, *run, step)]
+        rows = places[tensor.name].flatten().tolist()  # of the parameter
+        ends = [row for row in range(1, len(rows)) if rows[row] != rows[row - 1] + 1]
+        ranges[tensor.name] = [
+            RowRange(tensor.name, slice(start, end), slice(rows[start], rows[start] + end - start))
+            for first, stop in pairwise([0, *ends, len(rows)])
+            for start in range(first, stop, step)
+            for end in [min(start + step, stop)]
+        ]
     return ranges
 
 
-def _runs(places: list[int]) -> Iterator[tuple[int, int, int]]:
-    """(index of the first, value of the first, length) of each run of consecutive numbers."""
-    ends = [row for row in range(1, len(places)) if places[row] != places[row - 1] + 1]
-    for start, stop in pairwise([0, *ends, len(places)]):
-        yield start, places[start], stop - start
+def rows_of_modules(rule: Rule, tensor: Tensor) -> dict[str, Tensor]:
+    """A tensor over a fused layer's output features, [out, ...], as one for each of its modules."""
+    return {
+        name.removesuffix(WEIGHT): torch.cat([tensor[rows.megatron] for rows in ranges])
+        for name, ranges in row_ranges(rule).items()
+    }
 
 
-def _cut(name: str, hf: int, megatron: int, length: int, step: int) -> Iterator[RowRange]:
-    for start in range(0, length, step):
-        size = min(step, length - start)
-        yield RowRange(name, slice(hf + start, hf + start + size), slice(megatron + start, megatron + start + size))
-
-
-def fuse(rule: Rule, found: Mapping[str, LowRankFactors]) -> LowRankFactors:
+def fuse(rule: Rule, by_module: Mapping[str, LowRankFactors]) -> LowRankFactors:
     """The adapters of a layer's modules as one of the fused layer.
 
     With one A in common the rank stays. Otherwise A is [A_q; A_k; A_v] and B has each module's B in its own rows and
     columns and zeros elsewhere, so that the rank is the sum. Modules without an adapter have zero rows.
     """
-    blocks = list(found.values())
+    blocks, ranges, start = list(by_module.values()), row_ranges(rule), 0
     shared = all(torch.equal(block.A, blocks[0].A) for block in blocks)
     A = blocks[0].A if shared else torch.cat([block.A for block in blocks])
-    rows = {module: A.new_zeros(shape[0], A.shape[0]) for module, shape in modules_of(rule).items()}
-    start = 0
-    for module, block in found.items():
-        rows[module][:, start : start + block.rank] = block.B
+    B = A.new_zeros(rule.local_shape(1)[0], A.shape[0])
+    for module, block in by_module.items():
+        for rows in ranges[module + WEIGHT]:
+            B[rows.megatron, start : start + block.rank] = block.B[rows.hf]
         start += 0 if shared else block.rank
-    rule_of_B = _with_columns(rule, A.shape[0])
-    B = A.new_empty(rule_of_B.local_shape(1))
-    rule_of_B.read(B, _Held(rows), 0, 1)
     return LowRankFactors(A, B)
 
 
-def _with_columns(rule: Rule, num_columns: int) -> Rule:
-    """The rule for a tensor with the weight's rows and other columns."""
-    return replace(
-        rule, hf_tensors=tuple(HFTensor(part.name, (part.shape[0], num_columns)) for part in rule.hf_tensors)
-    )
+PREFIX = "base_model.model."  # of all tensors in the files of HF PEFT
 
 
-@dataclass(frozen=True)
-class _Held:
-    """Tensors in memory as a source of a rule."""
+def shortest_targets(names: Iterable[str], num_layers: int) -> list[str]:
+    """`q_proj` where all layers have it, else the full names; Megatron's names alike.
 
-    by_module: Mapping[str, Tensor]
+    Both --peft-target-modules and HF PEFT's target_modules take either, also mixed.
 
-    def slice(self, name: str, index: Index) -> Tensor:
-        return self.by_module[name.removesuffix(WEIGHT)][index]
+    Args:
+        names: of modules, as `model.layers.3.self_attn.q_proj`.
+        num_layers: of the model.
+    """
+    by_kind: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        by_kind[name.rpartition(".")[2]].append(name)
+    return [target for kind, found in by_kind.items() for target in ([kind] if len(found) == num_layers else found)]
 
 
 @dataclass(frozen=True)
@@ -157,7 +151,7 @@ class TrainedAdapters:
         stored = self.stored.get(master_key(key), self.stored.get(key))
         if stored is None:
             raise ConfigurationError(_lacks(self.folder, [key]))
-        return read_stored(stored, rows)
+        return stored.read(rows)
 
 
 @dataclass(frozen=True)
@@ -195,24 +189,21 @@ def open_run(folder: str | Path) -> TrainedAdapters:
             older one).
     """
     checkpoint = find_checkpoint(folder)
-    problems = damage(checkpoint)
-    require(
-        not problems,
-        f"{checkpoint} is damaged: {'; '.join(problems)}. Copy it again, or give an older iter_* folder as --input.",
-    )
+    require_undamaged(checkpoint)
     run = TrainedAdapters(checkpoint, read_record(checkpoint), open_distributed(checkpoint))
     if run.record.config.peft.trains_adapters:
-        _require_adapters(run)
+        keys = [key for key in run.stored if ADAPTER in key and not key.startswith(NOT_PARAMETERS)]
+        names = sorted({key.partition(ADAPTER)[2] for key in keys})  # every layer has the same
+        expected = [f"{layer}{ADAPTER}{name}" for layer in run.record.adapted_layers for name in names or ["*"]]
+        missing = [key for key in expected if key not in run.stored]
+        require(not missing, _lacks(run.folder, missing))
     return run
 
 
-def _require_adapters(run: TrainedAdapters) -> None:
-    """Every layer that was adapted has its tensors."""
-    keys = [key for key in run.stored if ADAPTER in key and not key.startswith(NOT_PARAMETERS)]
-    names = sorted({key.partition(ADAPTER)[2] for key in keys})  # every layer has the same
-    expected = [f"{layer}{ADAPTER}{name}" for layer in run.record.adapted_layers for name in names or ["*"]]
-    missing = [key for key in expected if key not in run.stored]
-    require(not missing, _lacks(run.folder, missing))
+def require_undamaged(files: Path) -> None:
+    """Compare a checkpoint with its manifest. ConfigurationError names the damage."""
+    problems = damage(files)
+    require(not problems, f"{files} is damaged: {'; '.join(problems)}. Copy it again, or give an older iter_* folder.")
 
 
 def open_adapters(folder: str | Path) -> TrainedAdapters:
@@ -224,14 +215,6 @@ def open_adapters(folder: str | Path) -> TrainedAdapters:
         f"turns it into a Hugging Face folder, and export-adapter --as-lora into an adapter close to it.",
     )
     return run
-
-
-def read_stored(stored: StoredTensor, rows: slice | None = None) -> Tensor:
-    """A tensor of a checkpoint, or some of its rows, copied into memory."""
-    start, shape = (0, stored.shape) if rows is None else (rows.start, (rows.stop - rows.start, *stored.shape[1:]))
-    tensor = torch.empty(shape, dtype=stored.dtype)
-    stored.fill(tensor, (start, *(0,) * (len(shape) - 1))[: len(shape)])
-    return tensor
 
 
 def base_of(adapters: TrainedAdapters, override: str | Path | None) -> Path:
@@ -262,9 +245,6 @@ def _lacks(checkpoint: Path, keys: list[str]) -> str:
     )
 
 
-ITERATION = 0
-
-
 def save_adapters(output: str | Path, record: RunRecord, tensors: Mapping[str, Tensor]) -> None:
     """Write iter_0000000, the tracker and adapter_config.json; all appear at once.
 
@@ -274,7 +254,7 @@ def save_adapters(output: str | Path, record: RunRecord, tensors: Mapping[str, T
         tensors: whole tensors by key, `decoder.layers.3.mlp.linear_fc1.adapter.A`.
     """
     with new_folder(output) as folder:
-        draft = start_draft(folder, ITERATION)
+        draft = start_draft(iteration_folder(folder, 0))
         writer = torch_checkpoint.FileSystemWriter(draft, thread_count=1, sync_files=True)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that there is no process group: it is not needed
@@ -284,4 +264,4 @@ def save_adapters(output: str | Path, record: RunRecord, tensors: Mapping[str, T
         (draft / RECORD).write_text(record.to_json())
         for place in (draft, folder):
             (place / ADAPTER_CONFIG).write_text(record.adapter_config())
-        publish(draft, folder, ITERATION)
+        publish(draft, folder, 0)

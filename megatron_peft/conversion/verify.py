@@ -8,23 +8,33 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from megatron_peft.checkpoint.folders import RECORD, megatron_files
-from megatron_peft.checkpoint.record import differing_base, find_checkpoint, read_record
+from megatron_peft.checkpoint.record import ADAPTER_CONFIG, RunRecord, differing_base, read_record
 from megatron_peft.config import ConfigurationError, ModelConfig, ParallelConfig, require
 from megatron_peft.config.hub import local_model
 from megatron_peft.config.untrusted import is_finite, read_json_object
 from megatron_peft.conversion.hf_files import CONFIG
-from megatron_peft.conversion.pretrained import known_fingerprint, read_model_shape
+from megatron_peft.conversion.lora_approximation import RunAsLora
+from megatron_peft.conversion.pretrained import (
+    base_parameters,
+    known_fingerprint,
+    load_pretrained,
+    open_weights,
+    read_model_shape,
+)
+from megatron_peft.conversion.trained_adapters import WEIGHT, TrainedAdapters, layer_name
+from megatron_peft.models.shape import ModelShape
 
 logger = logging.getLogger(__name__)
 
-PEFT_CONFIG = "adapter_config.json"
 BATCH_SIZE = 2
 
 
@@ -50,7 +60,7 @@ class Difference:
 
     @classmethod
     def of(cls, tensor: Tensor, reference: Tensor) -> "Difference":
-        """Between two tensors of one shape."""
+        """Compare two tensors of one shape."""
         return cls((tensor - reference).abs().max().item(), reference.abs().max().item())
 
 
@@ -64,22 +74,15 @@ class LogitComparison:
     num_positions: int
 
 
-@dataclass(frozen=True)
-class Subject:
-    """A folder, the folder of its base model (itself if it is a whole model), and the function that runs it."""
+class Subject(NamedTuple):
+    """The folder of a base model, and the function that runs it, with adapters if they are what is compared."""
 
-    folder: Path
     base: Path
-    trace: "Callable[[Subject, Tensor], Trace]"
+    trace: Callable[[Tensor], Trace]
 
 
 def verify(
-    input: str | Path,
-    reference: str | Path,
-    *,
-    pretrained_checkpoint: str | Path | None = None,
-    num_tokens: int = 64,
-    seed: int = 0,
+    input: str | Path, reference: str | Path, *, pretrained_checkpoint: str | Path | None = None, num_tokens: int = 64
 ) -> LogitComparison:
     """Compare the models of two folders on random tokens.
 
@@ -87,7 +90,6 @@ def verify(
         input, reference: folders of any format above.
         pretrained_checkpoint: base model of adapters; None takes the one that they were trained on.
         num_tokens: length of each of two sequences.
-        seed: of the tokens.
 
     Raises:
         ConfigurationError: a folder is not a model, or the two have vocabularies or layers of different sizes.
@@ -100,141 +102,85 @@ def verify(
         require(sizes[0] == sizes[1], f"{input} and {reference} are not comparable: {size} {sizes[0]} and {sizes[1]}.")
     longest = min(shape.longest_sequence for shape in shapes)
     require(0 < num_tokens <= longest, f"--num-tokens {num_tokens} must be at least 1 and at most {longest}.")
-    tokens = random_tokens(shapes[0].vocab_size, num_tokens, seed)
-    traces = [subject.trace(subject, tokens) for subject in subjects]
+    tokens = random_tokens(shapes[0].vocab_size, num_tokens)
+    traces = [subject.trace(tokens) for subject in subjects]
     for flag, folder, trace in zip(given, given.values(), traces, strict=True):
         require(is_finite(trace.logits), f"{flag} {folder}: its logits are NaN or infinite, so its weights may be too.")
-    return compare_traces(*traces)
+    return _compare(*traces)
 
 
 def logits_of(folder: str | Path, tokens: Tensor) -> Tensor:  # [b, s] -> [b, s, vocabulary]
-    """Those of the model in a folder of any format above; adapters are put on the base that they name.
+    """Run the model in a folder of any format above; adapters are put on the base that they name.
 
     Raises:
         ConfigurationError: the folder is not a model, or its library cannot open it.
     """
-    subject = _subject("--input", Path(folder), None)
-    return subject.trace(subject, tokens).logits
+    return _subject("--input", Path(folder), None).trace(tokens).logits
 
 
-def random_tokens(vocab_size: int, num_tokens: int, seed: int = 0) -> Tensor:  # -> [BATCH_SIZE, num_tokens]
+def random_tokens(vocab_size: int, num_tokens: int) -> Tensor:  # -> [BATCH_SIZE, num_tokens]
     """The tokens on which models are compared."""
-    return torch.randint(0, vocab_size, (BATCH_SIZE, num_tokens), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(0, vocab_size, (BATCH_SIZE, num_tokens), generator=torch.Generator().manual_seed(0))
 
 
-def compare_traces(trace: Trace, reference: Trace) -> LogitComparison:
-    """Differences of `trace` from `reference`."""
+def _compare(trace: Trace, reference: Trace) -> LogitComparison:
     same = trace.logits.argmax(-1) == reference.logits.argmax(-1)
     layers = [Difference.of(*pair) for pair in zip(trace.layers, reference.layers, strict=True)]
     return LogitComparison(Difference.of(trace.logits, reference.logits), layers, int(same.sum()), same.numel())
 
 
 def _subject(flag: str, folder: Path, pretrained_checkpoint: str | Path | None) -> Subject:
-    """What the folder of `flag` holds. ConfigurationError: it is not a model, or its base is missing."""
+    """Find out what the folder of `flag` holds. ConfigurationError: it is not a model, or its base is missing."""
     require(folder.is_dir(), f"{flag} {folder} is not a folder: give a model, a run or an adapter of HF PEFT.")
-    trained_on, trace = _runner(folder)
-    if trained_on is None:
-        is_model = megatron_files(folder) is not None or (folder / CONFIG).is_file()
+    files, config = megatron_files(folder), folder / ADAPTER_CONFIG
+    record = read_record(files) if files is not None and (files / RECORD).is_file() else None
+    run = record if record is not None and record.config.peft.trains_adapters else None
+    settings = read_json_object(config) if files is None and config.is_file() else {}
+    if run is None and "peft_type" not in settings:
+        is_model = files is not None or (folder / CONFIG).is_file()
         require(is_model, f"{flag} {folder} holds no model: neither a {CONFIG} nor a checkpoint.")
-        return Subject(folder, folder, trace)
+        return Subject(folder, partial(_trace_transformers if files is None else _trace_ours, folder))
+    trained_on = run.config.model.pretrained_checkpoint if run else settings.get("base_model_name_or_path")
     named = pretrained_checkpoint or trained_on
-    if trace is _trace_peft and not pretrained_checkpoint:
-        named = local_model(trained_on, f"the base model of {flag} {folder} (or give --pretrained-checkpoint):")
-    base = Path(named)
+    if run is None and not pretrained_checkpoint:
+        named = local_model(trained_on or "", f"the base model of {flag} {folder} (or give --pretrained-checkpoint):")
+    base = Path(named or "")
     require(
         bool(named) and base.is_dir(),
         f"the base model {base} of {flag} {folder} is not there: give its folder with --pretrained-checkpoint.",
     )
-    if trace is _trace_ours:
-        _warn_of_other_base(folder, base)
-    return Subject(folder, base, trace)
-
-
-def _warn_of_other_base(folder: Path, base: Path) -> None:
-    """Not an error, because the same weights in another format have other files."""
-    record = read_record(find_checkpoint(folder))
-    differing = differing_base(record, read_model_shape(base), known_fingerprint(base))
+    if run is None:
+        return Subject(base, partial(_trace_transformers, base, adapter=folder))
+    # Not an error, because the same weights in another format have other files.
+    differing = differing_base(run, read_model_shape(base), known_fingerprint(base))
     if differing:
-        named = record.config.model.pretrained_checkpoint
-        logger.warning("%s was trained on %s; %s differs from it in %s", folder, named, base, ", ".join(differing))
+        logger.warning("%s was trained on %s; %s differs from it in %s", folder, trained_on, base, ", ".join(differing))
+    return Subject(base, partial(_trace_ours, base, adapters=(folder, run)))
 
 
-def _runner(folder: Path) -> tuple[str | None, Callable[[Subject, Tensor], Trace]]:
-    """The base that a folder of adapters names (None if it holds a whole model), and the function that runs it."""
-    files = megatron_files(folder)
-    if files is not None:
-        record = read_record(files) if (files / RECORD).is_file() else None
-        if record is None or not record.config.peft.trains_adapters:
-            return None, _trace_ours
-        return record.config.model.pretrained_checkpoint or "", _trace_ours
-    config = folder / PEFT_CONFIG
-    settings = read_json_object(config) if config.is_file() else {}
-    if "peft_type" in settings:
-        return settings.get("base_model_name_or_path") or "", _trace_peft
-    return None, lambda subject, tokens: _trace_hf_model(_transformers_model(subject.base), tokens)
+# How each library runs a model.
 
 
-def _trace_ours(subject: Subject, tokens: Tensor) -> Trace:
-    from megatron_peft.adapters.attach import attach_adapters
-    from megatron_peft.checkpoint.load import load_trained_parameters
-    from megatron_peft.conversion.pretrained import load_pretrained
-    from megatron_peft.models.gpt import build_model_chunks
-
-    shape = read_model_shape(subject.base)
-    with single_process() as parallel:
-        model = ModelConfig(str(subject.base), transformer_impl="local")
-        chunks = build_model_chunks(shape, model, parallel)
-        if subject.base != subject.folder:
-            files = megatron_files(subject.folder)
-            assert files is not None
-            config = read_record(files).config
-            attach_adapters(chunks, config.peft, config.training.seed)
-        load_pretrained(chunks, subject.base, shape, tensor_parallel_rank=0, tensor_parallel_size=1, progress=True)
-        if subject.base != subject.folder:
-            load_trained_parameters(chunks, subject.folder)
-        device = next(chunks[0].parameters()).device
-        positions = torch.arange(tokens.shape[1], device=device).expand(tokens.shape)
-        run = lambda: chunks[0].eval()(tokens.to(device), positions, None)[..., : shape.vocab_size]  # noqa: E731
-        trace = traced(run, chunks[0].decoder.layers)
-        return Trace(trace.logits, [layer.transpose(0, 1) for layer in trace.layers])  # [s, b, h] to [b, s, h]
-
-
-@contextmanager
-def single_process() -> Iterator[ParallelConfig]:
-    """A world of one rank, in which a model of ours can be built."""
-    from megatron_peft.runtime.launch import start_model_parallel, start_world, stop
-
-    parallel = ParallelConfig()
-    start_world()
-    try:
-        start_model_parallel(parallel, seed=0)
-        yield parallel
-    finally:
-        stop()
-
-
-def _trace_peft(subject: Subject, tokens: Tensor) -> Trace:
-    try:
-        from peft import PeftModel
-    except ImportError as error:
-        raise ConfigurationError(
-            f"{subject.folder} is an adapter of HF PEFT, which is not installed: pip install peft."
-        ) from error
-    model = _transformers_model(subject.base)
-    with _refusals_named("HF PEFT", subject.folder, " For BOFT with several factors it needs its CUDA extension."):
-        model = PeftModel.from_pretrained(model, str(subject.folder))
-    return _trace_hf_model(model, tokens)
-
-
-def _transformers_model(folder: Path) -> Any:
+def _trace_transformers(base: Path, tokens: Tensor, adapter: Path | None = None) -> Trace:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    with _refusals_named("transformers", folder):
-        return AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+    with _refusals_named("transformers", base):
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            base, dtype=torch.float32, local_files_only=True, trust_remote_code=False
         )
+    if adapter is not None:
+        try:
+            from peft import PeftModel
+        except ImportError as error:
+            message = f"{adapter} is an adapter of HF PEFT, which is not installed: pip install peft."
+            raise ConfigurationError(message) from error
+        with _refusals_named("HF PEFT", adapter, " For BOFT with several factors it needs its CUDA extension."):
+            model = PeftModel.from_pretrained(model, str(adapter))
+    stacks = (module for module in model.modules() if isinstance(module, nn.ModuleList))
+    layers = next(stack for stack in stacks if len(stack) == model.config.num_hidden_layers)
+    return _traced(lambda: model.eval()(tokens).logits, layers)
 
 
 @contextmanager
@@ -247,14 +193,48 @@ def _refusals_named(library: str, folder: Path, hint: str = "") -> Iterator[None
         raise ConfigurationError(f"{library} cannot open {folder} ({type(error).__name__}: {reason}).{hint}") from error
 
 
-def _trace_hf_model(model: Any, tokens: Tensor) -> Trace:
-    stacks = (module for module in model.modules() if isinstance(module, nn.ModuleList))
-    layers = next(stack for stack in stacks if len(stack) == model.config.num_hidden_layers)
-    return traced(lambda: model.eval()(tokens).logits, layers)
+def _trace_ours(base: Path, tokens: Tensor, adapters: tuple[Path, RunRecord] | None = None) -> Trace:
+    from megatron_peft.adapters.attach import attach_adapters
+    from megatron_peft.checkpoint.load import load_trained_parameters
+
+    shape = read_model_shape(base)
+    with _our_model(shape, base) as chunk:
+        if adapters is not None:
+            attach_adapters([chunk], adapters[1].config.peft, adapters[1].config.training.seed)
+        load_pretrained([chunk], base, shape, tensor_parallel_rank=0, tensor_parallel_size=1, progress=True)
+        if adapters is not None:
+            load_trained_parameters([chunk], adapters[0])
+        return _trace_chunk(chunk, tokens, shape.vocab_size)
+
+
+@contextmanager
+def _our_model(shape: ModelShape, base: Path) -> Iterator[Any]:
+    """A GPTModel in float32 without its weights, in a world of one rank."""
+    from megatron_peft.models.gpt import build_model_chunks
+    from megatron_peft.runtime.launch import start_model_parallel, start_world, stop
+
+    parallel = ParallelConfig()
+    start_world()
+    try:
+        start_model_parallel(parallel, seed=0)
+        (chunk,) = build_model_chunks(shape, ModelConfig(str(base), transformer_impl="local"), parallel)
+        yield chunk
+    finally:
+        stop()
+
+
+def _trace_chunk(chunk: Any, tokens: Tensor, vocab_size: int, hidden: Tensor | None = None) -> Trace:
+    """Run a GPTModel; with `hidden` [b, s, h], from its decoder on."""
+    device = next(chunk.parameters()).device
+    positions = torch.arange(tokens.shape[1], device=device).expand(tokens.shape)
+    start = None if hidden is None else hidden.transpose(0, 1).contiguous().to(device)
+    run = lambda: chunk.eval()(tokens.to(device), positions, None, decoder_input=start)[..., :vocab_size]  # noqa: E731
+    trace = _traced(run, chunk.decoder.layers)
+    return Trace(trace.logits, [layer.transpose(0, 1) for layer in trace.layers])  # [s, b, h] to [b, s, h]
 
 
 @torch.no_grad()
-def traced(run: Callable[[], Tensor], layers: Iterable[nn.Module]) -> Trace:
+def _traced(run: Callable[[], Tensor], layers: Iterable[nn.Module]) -> Trace:
     """Run a model and keep the output of each layer (its first, if it returns several)."""
     outputs: list[Tensor] = []
 
@@ -266,3 +246,55 @@ def traced(run: Callable[[], Tensor], layers: Iterable[nn.Module]) -> Trace:
     for hook in hooks:
         hook.remove()
     return Trace(logits, outputs)
+
+
+@torch.no_grad()
+def logits_change(
+    run: TrainedAdapters, base: Path, lora: RunAsLora, num_tokens: int
+) -> tuple[LogitComparison, list[Difference]]:
+    """Compare a run with what its LoRA computes, on two random sequences. Needs the memory of one model in float32.
+
+    Args:
+        run: of any method.
+        base: the folder of its base model.
+        lora: what `approximate` returned.
+        num_tokens: of a sequence.
+
+    Returns:
+        What the written adapter changes, in which parameters that a LoRA leaves out have the base's values; and the
+        change of logits where the weights of one decoder layer alone are base and factors, layer by layer.
+    """
+    shape, peft = run.record.shape, run.record.config.peft
+    tokens = random_tokens(shape.vocab_size, min(num_tokens, shape.max_position_embeddings))
+    with _our_model(shape, base) as chunk:
+        folder = base if peft.trains_adapters else run.folder
+        load_pretrained([chunk], folder, shape, tensor_parallel_rank=0, tensor_parallel_size=1, progress=False)
+        parameters = dict(base_parameters(chunk))
+        for layer in run.record.adapted_layers if peft.trains_adapters else ():
+            weight = parameters[layer + WEIGHT]
+            weight.copy_(import_module(peft.spec.adapter).merge(weight.detach().cpu(), run.of(layer), peft))
+        reference, blocks, changes = _trace_chunk(chunk, tokens, shape.vocab_size), chunk.decoder.layers, []
+        rules, weights = open_weights(base, shape)
+
+        def become_lora(name: str) -> None:
+            weights.read(rules[name], parameters[name], 0, 1)
+            for module in lora.layers.get(layer_name(rules[name]), ()):
+                change = (module.factors.B @ module.factors.A).to(parameters[name])
+                for rows in module.ranges:
+                    parameters[name][rows.megatron] += change[rows.hf]
+
+        for number in range(shape.num_layers):
+            names = [layer + WEIGHT for layer in lora.layers if layer.startswith(f"decoder.layers.{number}.")]
+            before = {name: parameters[name].clone() for name in names}
+            for name in before:
+                become_lora(name)
+            chunk.decoder.layers = blocks[number:]  # what comes before them has not changed
+            hidden = reference.layers[number - 1] if number else None
+            logits = _trace_chunk(chunk, tokens, shape.vocab_size, hidden).logits
+            changes.append(Difference.of(logits, reference.logits))
+            chunk.decoder.layers = blocks
+            for name, weight in before.items():
+                parameters[name].copy_(weight)
+        for name in parameters:
+            become_lora(name)
+        return _compare(_trace_chunk(chunk, tokens, shape.vocab_size), reference), changes

@@ -1,4 +1,4 @@
-"""Write large files past the page cache, safetensors tensor by tensor, and folders that appear only when complete."""
+"""Write large files past the page cache, and safetensors tensor by tensor."""
 
 import errno
 import fcntl
@@ -7,14 +7,9 @@ import json
 import mmap
 import os
 import re
-import secrets
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from math import prod
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -23,7 +18,6 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from torch import Tensor
 
-from megatron_peft.checkpoint.folders import sync
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.config.untrusted import is_finite
 from megatron_peft.conversion.hf_files import SAFETENSORS_TYPES
@@ -112,19 +106,6 @@ UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**2
 _ALIGNMENT = 8  # bytes; spaces pad the header, so that the data starts aligned
 
 
-@dataclass(frozen=True)
-class TensorSpec:
-    """Shape and type of a tensor that will be written."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def num_bytes(self) -> int:
-        """Size in the file."""
-        return prod(self.shape) * self.dtype.itemsize
-
-
 def require_no_overflow(values: Tensor, name: str) -> None:
     """ConfigurationError: what is to be written holds NaN or infinities, although what was read did not."""
     require(
@@ -134,73 +115,72 @@ def require_no_overflow(values: Tensor, name: str) -> None:
     )
 
 
-class SafetensorsWriter:
-    """Writes `<stem>.safetensors`, or several shards with an index, into `folder`, one tensor at a time.
+@torch.no_grad()
+def write_safetensors(
+    folder: Path,
+    specs: Mapping[str, Tensor],
+    tensors: Iterable[tuple[str, Tensor]],
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    stem: str = "model",
+    advance: Callable[[int], None] = lambda num_bytes: None,
+) -> None:
+    """Write `<stem>.safetensors`, or several shards with an index, into `folder`.
 
-    A file starts with its header, because `specs` (by name, in the order of writing) has every shape and type. Files
-    are complete when the `with` block ends.
+    Args:
+        specs: shape and type of every tensor, without data (on `meta`), by name: a file starts with its header.
+        tensors: names and tensors in the order of `specs`. Each is cast to the type of its spec, written, and freed
+            before the next is asked for.
+        advance: called with the bytes of each tensor that has been written.
+
+    Raises:
+        ConfigurationError: the limit is 0, or a value does not fit the type.
     """
-
-    def __init__(
-        self,
-        folder: Path,
-        specs: Mapping[str, TensorSpec],
-        max_shard_bytes: int = DEFAULT_SHARD_BYTES,
-        stem: str = "model",
-    ) -> None:
-        require(max_shard_bytes > 0, f"--max-shard-size {max_shard_bytes} must be above 0.")
-        self._folder = folder
-        self._specs = specs
-        self._remaining = iter(specs)
-        self._split = split_state_dict_into_shards_factory(
-            dict(specs),
-            get_storage_size=lambda spec: spec.num_bytes,
-            filename_pattern=stem + "{suffix}.safetensors",
-            max_shard_size=max_shard_bytes,
-        )
-        self._files: dict[str, DirectFile] = {}  # open ones: two at most, if one is of a tensor above the limit
-        if self._split.is_sharded:
-            weight_map = dict(sorted(self._split.tensor_to_filename.items()))
-            index = {"metadata": self._split.metadata, "weight_map": weight_map}
-            (folder / f"{stem}{INDEX_SUFFIX}").write_text(json.dumps(index, indent=2) + "\n")
-
-    @torch.no_grad()
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Append a tensor, cast to the type of its spec. Tensors come in the order of `specs`."""
-        spec, expected = self._specs[name], next(self._remaining)
-        assert name == expected, f"{name} is written where {expected} should be"
-        assert tuple(tensor.shape) == spec.shape, (name, tensor.shape, spec.shape)
-        file_name = self._split.tensor_to_filename[name]
-        names = self._split.filename_to_tensors[file_name]
-        if name == names[0]:
-            self._files[file_name] = self._start_file(file_name, names)
-        values = tensor.detach().to("cpu", spec.dtype).contiguous()
-        require_no_overflow(values, name)
-        self._files[file_name].write(values.reshape(-1).view(torch.uint8).numpy().data)
-        if name == names[-1]:
-            self._files.pop(file_name).close()
-
-    def __enter__(self) -> "SafetensorsWriter":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
-        for file in self._files.values():
+    require(max_shard_bytes > 0, f"--max-shard-size {max_shard_bytes} must be above 0.")
+    split = split_state_dict_into_shards_factory(
+        dict(specs),
+        get_storage_size=lambda spec: spec.nbytes,
+        filename_pattern=stem + "{suffix}.safetensors",
+        max_shard_size=max_shard_bytes,
+    )
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": dict(sorted(split.tensor_to_filename.items()))}
+        (folder / f"{stem}{INDEX_SUFFIX}").write_text(json.dumps(index, indent=2) + "\n")
+    remaining = iter(specs)
+    files: dict[str, DirectFile] = {}  # open ones: two at most, if one is of a tensor above the limit
+    try:
+        for name, tensor in tensors:
+            spec, expected = specs[name], next(remaining)
+            assert name == expected, f"{name} is written where {expected} should be"
+            assert tensor.shape == spec.shape, (name, tensor.shape, spec.shape)
+            file_name = split.tensor_to_filename[name]
+            names = split.filename_to_tensors[file_name]
+            if name == names[0]:
+                files[file_name] = DirectFile(folder / file_name)
+                files[file_name].write(_header({name: specs[name] for name in names}))
+            values = tensor.detach().to("cpu", spec.dtype).contiguous()
+            require_no_overflow(values, name)
+            files[file_name].write(values.reshape(-1).view(torch.uint8).numpy().data)
+            del tensor, values
+            if name == names[-1]:
+                files.pop(file_name).close()
+            advance(spec.nbytes)
+    finally:
+        for file in files.values():
             file.close()
-        missing = list(self._remaining)
-        assert error is not None or not missing, f"never written: {missing[:8]}"
+    missing = list(remaining)
+    assert not missing, f"never written: {missing[:8]}"
 
-    def _start_file(self, file_name: str, names: list[str]) -> DirectFile:
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        end = 0
-        for name in names:
-            spec = self._specs[name]
-            start, end = end, end + spec.num_bytes
-            header[name] = {"dtype": TYPE_NAMES[spec.dtype], "shape": spec.shape, "data_offsets": [start, end]}
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % _ALIGNMENT)
-        file = DirectFile(self._folder / file_name)
-        file.write(len(text).to_bytes(8, "little") + text)
-        return file
+
+def _header(specs: Mapping[str, Tensor]) -> bytes:
+    """The first bytes of a safetensors file."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, spec in specs.items():
+        start, end = end, end + spec.nbytes
+        header[name] = {"dtype": TYPE_NAMES[spec.dtype], "shape": [*spec.shape], "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
 
 
 def parse_bytes(text: str) -> int:
@@ -210,39 +190,6 @@ def parse_bytes(text: str) -> int:
     if match is None or float(match[1]) <= 0:
         raise ConfigurationError(f"--max-shard-size {text!r} is not a size: use a form like 5GB, 500MB or 1GiB.")
     return int(float(match[1]) * UNITS[match[2]])
-
-
-def check_new(output: str | Path) -> None:
-    """Raise ConfigurationError if `output` exists: nothing is ever overwritten."""
-    require(not os.path.lexists(output), f"--output {output} exists already: remove it, or give another --output.")
-
-
-@contextmanager
-def new_folder(output: str | Path) -> Iterator[Path]:
-    """A draft folder beside `output`: renamed to it at the end, when all is on the disk, and removed on any error.
-
-    Raises:
-        ConfigurationError: `output` exists, its parent cannot be written, or the disk is full.
-    """
-    output = Path(output)
-    check_new(output)
-    draft = output.parent / f".{output.name}.{secrets.token_hex(8)}.draft"
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        draft.mkdir()
-        yield draft
-        for path in (*draft.iterdir(), draft):
-            sync(path)
-        check_new(output)
-        draft.rename(output)
-        sync(output.parent)
-    except OSError as error:
-        raise ConfigurationError(
-            f"--output {output} could not be written ({error.strerror or error}): the partial output was removed. "
-            f"Free disk space there, or give another --output."
-        ) from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)  # does not exist any more if all went well
 
 
 @contextmanager

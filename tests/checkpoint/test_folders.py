@@ -34,7 +34,7 @@ from tests.recorded_calls import recorded_calls
 
 
 def save(folder, iteration, text):
-    draft = start_draft(folder, iteration)
+    draft = start_draft(folders.iteration_folder(folder, iteration))
     (draft / RECORD).write_text(text)
     return folders.publish(draft, folder, iteration)
 
@@ -61,13 +61,13 @@ def test_without_a_usable_tracker_the_newest_folder_is_taken(tmp_path, text, cap
 
 def test_a_draft_is_not_a_checkpoint_and_has_its_own_folder(tmp_path):
     """A rank that outlives its killed run must not write into the next run's files."""
-    assert start_draft(tmp_path, 50) != start_draft(tmp_path, 50)
+    assert start_draft(tmp_path / "iter_0000050") != start_draft(tmp_path / "iter_0000050")
     assert newest_checkpoint(tmp_path) is newest_checkpoint(tmp_path / "missing") is None
 
 
 def test_leftovers_of_a_killed_run_are_removed_but_no_whole_checkpoint(tmp_path):
     save(tmp_path, 40, "a")
-    start_draft(tmp_path, 50)
+    start_draft(tmp_path / "iter_0000050")
     (tmp_path / ".iter_0000030.removed").mkdir()
     os.rename(save(tmp_path, 50, "b"), tmp_path / ".iter_0000050.replaced")  # killed between the two renames
     folders.remove_leftovers(tmp_path)
@@ -257,7 +257,7 @@ def test_a_full_disk_leaves_the_old_text_and_no_temporary_file(tmp_path, monkeyp
 
 def test_everything_that_needs_space_comes_before_the_first_rename(tmp_path, monkeypatch):
     save(tmp_path, 50, "old")
-    draft = start_draft(tmp_path, 50)
+    draft = start_draft(tmp_path / "iter_0000050")
     (draft / RECORD).write_text("new")
     monkeypatch.setattr(folders, "write_beside", mock.Mock(side_effect=OSError(errno.ENOSPC, "full")))
     with pytest.raises(OSError, match="full"):
@@ -359,3 +359,52 @@ def test_a_file_system_without_locks_gives_a_warning(tmp_path, monkeypatch, capl
     lock = FolderLock(tmp_path)
     assert not lock.is_held and "cannot be locked" in caplog.text
     lock.release()
+
+
+def test_a_new_folder_gets_its_name_by_one_rename_of_what_is_on_the_disk(tmp_path, monkeypatch):
+    """Killed, or without power, at any instant there is all of it or nothing."""
+    calls = recorded_calls(monkeypatch)
+    with folders.new_folder(tmp_path / "out") as draft:
+        (draft / "file").write_text("whole")
+    synced = [("fsync", draft / "file"), ("fsync", draft)]
+    assert calls == [*synced, ("rename", tmp_path / "out"), ("fsync", tmp_path)]
+
+
+def test_a_new_folder_appears_at_the_end_with_the_permissions_of_any_new_one(tmp_path):
+    output = tmp_path / "deep" / "out"
+    with folders.new_folder(output) as draft:
+        (draft / "file").write_text("whole")
+        assert not output.exists()
+    assert (output / "file").read_text() == "whole"
+    assert [path.name for path in output.parent.iterdir()] == ["out"]
+    (tmp_path / "ordinary").mkdir()
+    assert output.stat().st_mode == (tmp_path / "ordinary").stat().st_mode
+
+
+@pytest.mark.parametrize(
+    ("error", "expected", "told"),
+    [
+        (KeyboardInterrupt(), KeyboardInterrupt, ""),
+        (ConfigurationError("bad"), ConfigurationError, "bad"),
+        (OSError(errno.ENOSPC, "No space left"), ConfigurationError, "--output .*out could not be written .No space"),
+    ],
+)
+def test_nothing_is_left_of_a_new_folder_after_an_error(error, expected, told, tmp_path):
+    with pytest.raises(expected, match=told), folders.new_folder(tmp_path / "out") as draft:
+        (draft / "file").touch()
+        raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "dangling link", "folder that appears meanwhile"])
+def test_what_has_the_name_of_a_new_folder_is_kept(kind, tmp_path):
+    output = tmp_path / "out"
+    make = {"file": output.touch, "dangling link": lambda: output.symlink_to("nowhere")}.get(kind, output.mkdir)
+    if kind != "folder that appears meanwhile":
+        make()
+    with pytest.raises(ConfigurationError, match="exists already"), folders.new_folder(output):
+        make()
+    if kind == "file":  # a parent of a folder it cannot be
+        with pytest.raises(ConfigurationError, match="could not be written"), folders.new_folder(output / "in"):
+            pass
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

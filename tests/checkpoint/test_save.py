@@ -68,7 +68,7 @@ def test_a_pending_save_is_completed_when_the_run_ends_and_the_last_two_are_kept
 
 
 def test_a_run_into_the_folder_of_another_is_refused_and_touches_nothing(alone, tmp_path, monkeypatch):
-    draft = start_draft(tmp_path, 50)
+    draft = start_draft(tmp_path / "iter_0000050")
     take = save.FolderLock
     monkeypatch.setattr(save, "FolderLock", lambda folder: take(folder, grace_seconds=0.1))
     with holder(tmp_path), pytest.raises(ConfigurationError, match="another run is saving there"):
@@ -82,8 +82,8 @@ def test_a_moved_folder_is_locked_again_unless_another_run_has_it(alone, tmp_pat
         saver.hold_folder()
         assert saver._lock is held
         (tmp_path / "run" / ".lock").unlink()
-        publish(start_draft(tmp_path / "run", 50), tmp_path / "run", 50)
-        draft = start_draft(tmp_path / "run", 60)  # which a thread of this run is writing
+        publish(start_draft(tmp_path / "run" / "iter_0000050"), tmp_path / "run", 50)
+        draft = start_draft(tmp_path / "run" / "iter_0000060")  # which a thread of this run is writing
         saver.hold_folder()  # the lock's file alone is gone, and the checkpoints are this run's
         assert draft.is_dir()
         (tmp_path / "run").rename(tmp_path / "moved")
@@ -99,7 +99,7 @@ def test_a_moved_folder_is_locked_again_unless_another_run_has_it(alone, tmp_pat
 
 @pytest.mark.parametrize("is_locked", [True, False])
 def test_drafts_of_a_killed_run_are_removed_under_the_lock_only(alone, tmp_path, monkeypatch, is_locked):
-    draft = start_draft(tmp_path, 50)
+    draft = start_draft(tmp_path / "iter_0000050")
     if not is_locked:
         monkeypatch.setattr(save.FolderLock, "_acquire", lambda lock, deadline: False)
     with Saver(CheckpointConfig(save=str(tmp_path))) as unused:
@@ -125,8 +125,10 @@ def test_what_torch_says_of_a_full_disk_is_said_in_words(alone, tmp_path, monkey
 
 
 def test_a_folder_of_tensors_is_on_the_disk_before_it_has_its_name_and_that_after(tmp_path, monkeypatch):
-    draft, folder, files = tmp_path / ".draft", tmp_path / "new", SimpleNamespace(finish=lambda by_rank: None)
-    draft.mkdir()
+    files = SimpleNamespace(write=lambda: SimpleNamespace(sums={}), finish=lambda by_rank: None)
+    monkeypatch.setattr(save, "PlannedFiles", lambda tensors, draft: files)
     calls = recorded_calls(monkeypatch)
-    save._publish_new(files, [], draft, folder)  # pyright: ignore[reportArgumentType]
-    assert calls[-4:] == [("fsync", draft / MANIFEST), ("fsync", draft), ("rename", folder), ("fsync", tmp_path)]
+    save.write_new_folder([], tmp_path / "new")
+    (manifest, draft), last = calls[-4:-2], calls[-2:]
+    assert manifest == ("fsync", draft[1] / MANIFEST) and draft[0] == "fsync" and draft[1].parent == tmp_path
+    assert last == [("rename", tmp_path / "new"), ("fsync", tmp_path)]

@@ -17,7 +17,8 @@ from megatron_peft.checkpoint.load import load_checkpoint
 from megatron_peft.checkpoint.record import RunRecord, find_checkpoint, read_record
 from megatron_peft.checkpoint.save import draft_checkpoint
 from megatron_peft.config import ModelConfig
-from megatron_peft.conversion.peft import export_adapter, import_adapter
+from megatron_peft.conversion.peft_export import export_adapter
+from megatron_peft.conversion.peft_import import import_adapter
 from megatron_peft.conversion.trained_adapters import known_fingerprint
 from megatron_peft.parallel.layout import generator_for
 from megatron_peft.runtime.launch import start_world

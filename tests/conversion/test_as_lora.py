@@ -18,14 +18,13 @@ from megatron_peft.checkpoint.folders import RECORD, write_manifest
 from megatron_peft.checkpoint.record import read_run_record
 from megatron_peft.config import ConfigurationError
 from megatron_peft.conversion import lora_approximation
-from megatron_peft.conversion.as_lora import export_as_lora
-from megatron_peft.conversion.logits_change import logits_change
 from megatron_peft.conversion.lora_approximation import RunAsLora, approximate
 from megatron_peft.conversion.megatron_files import StoredSlice, StoredTensor
+from megatron_peft.conversion.peft_export import export_as_lora
 from megatron_peft.conversion.to_huggingface import megatron_to_hf, merge
 from megatron_peft.conversion.to_megatron import hf_to_megatron
-from megatron_peft.conversion.trained_adapters import base_of, open_run, read_stored, save_adapters
-from megatron_peft.conversion.verify import verify
+from megatron_peft.conversion.trained_adapters import base_of, open_run, save_adapters
+from megatron_peft.conversion.verify import logits_change, verify
 from megatron_peft.models.families import read_shape
 from tests.conversion.adapter_runs import trained_on
 from tests.conversion.megatron_folders import global_tensors, save_run, tensors_of
@@ -107,8 +106,8 @@ def test_residuals_are_those_of_the_discarded_singular_values(run, moved, merged
     lora = found_in(moved.run(run), tolerance=0.2, max_rank=20)
     assert {one.module for one in lora.modules} == changes.keys()
     for one in lora.modules:
-        check_module(changes[one.module], one.found.B.double() @ one.found.A.double(), one.found, 0.2, 20)
-    left = torch.cat([(changes[one.module] - one.found.B @ one.found.A).flatten() for one in lora.modules])
+        check_module(changes[one.module], one.factors.B.double() @ one.factors.A.double(), one.factors, 0.2, 20)
+    left = torch.cat([(changes[one.module] - one.factors.B @ one.factors.A).flatten() for one in lora.modules])
     whole = torch.cat([change.flatten() for change in changes.values()])
     assert lora.residual == pytest.approx(float(left.norm() / whole.norm()), rel=1e-3)
 
@@ -132,16 +131,16 @@ def test_peft_computes_what_the_run_does_where_nothing_is_discarded(run, moved, 
 def test_the_change_of_logits_is_what_peft_and_transformers_compute(moved, merged, tmp_path):
     run, base = open_run(moved.run("urnn")), base_folder(moved.run("urnn"))
     lora = found_in(moved.run("urnn"), tolerance=0.3, max_rank=20)
-    told = logits_change(run, base, lora, num_tokens=24)
+    whole, layers = logits_change(run, base, lora, num_tokens=24)
     limits = {"tolerance": 0.3, "max_rank": 20, "num_tokens": 0}
     adapter = export_as_lora(moved.run("urnn"), tmp_path / "adapter", **limits)
     seen = verify(adapter, merged("urnn"), num_tokens=24)
-    assert told.whole.logits.relative == pytest.approx(seen.logits.relative, rel=1e-3) and seen.logits.relative > 0.01
-    assert (told.whole.same_best, told.whole.num_positions) == (seen.same_best, 48)
+    assert whole.logits.relative == pytest.approx(seen.logits.relative, rel=1e-3) and seen.logits.relative > 0.01
+    assert (whole.same_best, whole.num_positions) == (seen.same_best, 48)
     for number in (0, 2):
         mixed = with_layer_of_lora(merged("urnn"), base, lora, number, tmp_path / f"layer {number}")
         alone = verify(mixed, merged("urnn"), num_tokens=24).logits.relative
-        assert told.layers[number].relative == pytest.approx(alone, rel=1e-3) and alone > 1e-3
+        assert layers[number].relative == pytest.approx(alone, rel=1e-3) and alone > 1e-3
 
 
 def with_layer_of_lora(merged: Path, base: Path, lora: RunAsLora, number: int, folder: Path) -> Path:
@@ -151,7 +150,7 @@ def with_layer_of_lora(merged: Path, base: Path, lora: RunAsLora, number: int, f
     for one in lora.modules:
         if f"layers.{number}." in one.module:
             name = f"{one.module}.weight"
-            tensors[name] = before[name] + one.found.B @ one.found.A
+            tensors[name] = before[name] + one.factors.B @ one.factors.A
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
@@ -233,7 +232,7 @@ def test_a_change_is_told_that_is_not_finite_in_some_rows(moved):
     """As products that overflow make it of finite tensors. R is on the output's side: one of its blocks, some rows."""
     run = open_run(moved.run("hybrid"))
     name = next(name for name in run.stored if name.endswith("fc2.adapter.rotation.Q"))
-    Q = read_stored(run.stored[name])
+    Q = run.stored[name].read()
     Q.view(-1)[-1] = torch.nan
     slices = (StoredSlice((0,) * Q.dim(), tuple(Q.shape), lambda index: Q[index]),)
     run.stored[name] = StoredTensor(tuple(Q.shape), Q.dtype, slices)
@@ -246,13 +245,13 @@ def test_modules_are_padded_to_one_rank_that_changes_nothing(moved, tmp_path):
     limits = {"tolerance": 0.3, "max_rank": 12, "num_tokens": 0}
     adapter = export_as_lora(moved.run("hybrid"), tmp_path / "adapter", **limits)
     tensors, config = load_file(adapter / "adapter_model.safetensors"), peft.PeftConfig.from_pretrained(str(adapter))
-    assert len({one.found.rank for one in lora.modules}) > 1
+    assert len({one.factors.rank for one in lora.modules}) > 1
     assert config.r == config.lora_alpha == lora.rank and not config.rank_pattern
     for one in lora.modules:
         A, B = (tensors[f"base_model.model.{one.module}.lora_{side}.weight"] for side in "AB")
         assert len(A) == B.shape[1] == lora.rank
-        assert torch.equal(A[: one.found.rank], one.found.A) and not A[one.found.rank :].any()
-        assert torch.equal(B[:, : one.found.rank], one.found.B) and not B[:, one.found.rank :].any()
+        assert torch.equal(A[: one.factors.rank], one.factors.A) and not A[one.factors.rank :].any()
+        assert torch.equal(B[:, : one.factors.rank], one.factors.B) and not B[:, one.factors.rank :].any()
 
 
 def test_a_product_above_the_largest_rank_is_truncated(moved, tmp_path, capsys):
@@ -260,7 +259,7 @@ def test_a_product_above_the_largest_rank_is_truncated(moved, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "28 of 28 modules reached the largest rank allowed with an error above --tolerance 0.001" in printed
     lora = found_in(moved.run("paper"), 0.001, 5)
-    assert all(one.found.rank == 5 and not one.is_exact for one in lora.modules)
+    assert all(one.factors.rank == 5 and not one.is_exact for one in lora.modules)
 
 
 def test_base_in_megatrons_form(moved, tmp_path, capsys):

@@ -21,8 +21,6 @@ from megatron_peft.conversion.hf_files import (
     copy_small_files,
     open_source,
     set_stored_type,
-    stored_type,
-    type_flag,
     write_config,
 )
 from megatron_peft.models.families import config_of_shape, read_shape
@@ -135,18 +133,16 @@ def test_a_pickle_of_an_old_format_is_refused(copy_of):
         open_source(path.parent)
 
 
-def test_every_number_type_that_a_folder_may_have_is_known_and_the_flag_takes_three():
-    assert {stored_type(name) for name in NUMBER_TYPES} == {torch.float64, torch.float32, torch.float16, torch.bfloat16}
-    assert type_flag("bfloat16") is torch.bfloat16 and type_flag(None) is None
-    with pytest.raises(ConfigurationError, match="--dtype int8 is not one of float32, bfloat16, float16"):
-        type_flag("int8")
-
-
 EXPECTED = {"model.embed_tokens.weight": (11, 4), "model.norm.weight": (4,), "lm_head.weight": (11, 4)}
 
 
 def header(*shape: int, dtype: str = "F32") -> Header:
     return Header(Path("folder/model.safetensors"), shape, dtype)
+
+
+def test_every_number_type_that_a_folder_may_have_is_known():
+    types = {header(dtype=name).torch_dtype for name in NUMBER_TYPES}
+    assert types == {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 
 
 def check(changes: dict[str, Header | None], expected=EXPECTED, tied: bool = False) -> None:

@@ -9,7 +9,8 @@ import torch
 
 from megatron_peft.checkpoint.safe_pickle import load_inertly
 from megatron_peft.config import LINEAR_MODULES, ConfigurationError
-from megatron_peft.conversion.megatron_weights import open_legacy, open_megatron, shape_of_arguments, spellings
+from megatron_peft.conversion.megatron_files import open_legacy, open_megatron, spellings
+from megatron_peft.conversion.pretrained import shape_of_arguments
 from megatron_peft.conversion.to_huggingface import megatron_to_hf
 from megatron_peft.models.families import rules_for
 from megatron_peft.models.shape import ModelShape

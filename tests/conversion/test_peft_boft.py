@@ -18,7 +18,8 @@ from megatron_peft.adapters.boft import LARGEST_NUMBER, Boft, from_huggingface, 
 from megatron_peft.adapters.linear import AdaptedColumnParallelLinear
 from megatron_peft.checkpoint.record import read_run_record
 from megatron_peft.config import ConfigurationError, PeftConfig
-from megatron_peft.conversion.peft import export_adapter, import_adapter
+from megatron_peft.conversion.peft_export import export_adapter
+from megatron_peft.conversion.peft_import import import_adapter
 from megatron_peft.conversion.trained_adapters import open_adapters
 from megatron_peft.conversion.verify import verify
 from tests.conversion.adapter_runs import copy_run, with_config

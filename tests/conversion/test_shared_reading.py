@@ -20,10 +20,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from megatron_peft.config import ConfigurationError, ParallelConfig
-from megatron_peft.conversion import pretrained, shared_reading, to_megatron
+from megatron_peft.conversion import pretrained, to_megatron
 from megatron_peft.conversion.hf_files import ReadCounts
-from megatron_peft.conversion.pretrained import base_parameters, load_pretrained, require_same_model
-from megatron_peft.conversion.shared_reading import ALONE, ReadingGroups
+from megatron_peft.conversion.pretrained import (
+    ALONE,
+    ReadingGroups,
+    base_parameters,
+    load_pretrained,
+    require_same_model,
+)
 from megatron_peft.conversion.to_megatron import hf_to_megatron
 from megatron_peft.models.families import rules_for
 from megatron_peft.runtime.launch import start_model_parallel, start_world, stop, stop_model_parallel
@@ -181,14 +186,14 @@ def test_no_more_broadcasts_are_in_flight_than_the_host_has_waited_for(monkeypat
     """A collective's `wait` does not stop the host where the device does the waiting."""
     events: list[str] = []
     started = lambda *_: events.append("start") or (lambda: None)  # noqa: E731
-    monkeypatch.setattr(shared_reading, "start_broadcast_over_data_parallel", started)
-    monkeypatch.setattr(shared_reading, "wait_for_device", lambda: events.append("done"))
+    monkeypatch.setattr(pretrained, "start_broadcast_over_data_parallel", started)
+    monkeypatch.setattr(pretrained, "wait_for_device", lambda: events.append("done"))
     parameters: Any = [(None, nn.Parameter(torch.zeros(2))) for _ in range(20)]
-    shared_reading.fill_parameters(
+    pretrained.fill_parameters(
         parameters, SimpleNamespace(read=lambda *_: None), 0, 1, ReadingGroups(), lambda num_bytes: None
     )
     in_flight = [events[:at].count("start") - events[:at].count("done") for at in range(len(events))]
-    assert events.count("start") == 20 and max(in_flight) == shared_reading.MAX_IN_FLIGHT + 1
+    assert events.count("start") == 20 and max(in_flight) == pretrained.MAX_IN_FLIGHT + 1
 
 
 def first_bytes(folder: Path) -> dict[str, tuple[str, int]]:

@@ -53,7 +53,7 @@ def test_layer_without_its_tensors_is_named(tensors, told, tmp_path):
 def test_torn_file_is_named(tmp_path):
     (file,) = save(tmp_path / "run", BOTH).glob("iter_*/*.distcp")
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ConfigurationError, match=rf"{file.name} has \d+ bytes instead .* an older iter_\* folder as"):
+    with pytest.raises(ConfigurationError, match=rf"{file.name} has \d+ bytes instead .* an older iter_\* folder\."):
         open_adapters(tmp_path / "run")
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_peft.conversion.truncated_svd import svd_of_whole, truncated_svd
+from megatron_peft.conversion.lora_approximation import svd_of_whole, truncated_svd
 from tests.kept import NewTensors
 
 OUT, IN = 256, 192

@@ -26,6 +26,7 @@ from tests.data.test_build import build
 from tests.data.test_instruction import RECORDS
 from tests.data.tiny_tokenizers import save_tokenizer
 from tests.ranks import run_ranks
+from tests.recorded_calls import recorded_calls
 
 FLAG = "--train-data-path"
 CHATS = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": f"a {i}"}]} for i in range(5)]
@@ -315,12 +316,13 @@ def test_a_damaged_cache_is_said_with_the_folder_to_remove(write_lines, tmp_path
 
 
 def test_a_cache_is_on_the_disk_before_it_has_its_name(write_lines, tmp_path, monkeypatch):
-    synced: list[str] = []
-    monkeypatch.setattr(instruction, "sync", lambda path: synced.append(path.name) if path.exists() else pytest.fail())
+    calls = recorded_calls(monkeypatch)
     records = RecordFiles([write_lines(RECORDS)], FLAG)
     InstructionDataset(records, Fit(NullTokenizer(99), 4), tmp_path / "c")
-    *files, draft, root = synced
-    assert files == [SHARD, "counts.json", "manifest.json"] and draft.startswith(".tokens-") and root == "c"
+    *files, draft, renamed, root = calls
+    assert {path.name for _, path in files} == {SHARD, "counts.json", "manifest.json", ".lock"}
+    assert {name for name, _ in (*files, draft, root)} == {"fsync"} and draft[1].name.startswith(".tokens-")
+    assert renamed[0] == "rename" and renamed[1].parent == root[1] == tmp_path / "c"
 
 
 def test_drafts_of_killed_runs_are_removed_and_that_of_a_run_at_work_stays(write_lines, tmp_path):

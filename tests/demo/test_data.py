@@ -354,7 +354,7 @@ def test_a_model_that_is_there_is_kept(tmp_path):
 
 def test_a_conversion_that_fails_leaves_no_folder(tmp_path, monkeypatch):
     def fail(gguf, folder):
-        folder.mkdir()
+        (folder / "config.json").touch()
         raise RuntimeError("no space")
 
     monkeypatch.setattr(data, "_convert", fail)

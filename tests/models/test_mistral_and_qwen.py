@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_peft.certify.comparison import compare_curves
 from megatron_peft.conversion.hf_files import write_config
-from megatron_peft.conversion.peft import export_adapter
+from megatron_peft.conversion.peft_export import export_adapter
 from megatron_peft.conversion.to_huggingface import megatron_to_hf, merge
 from megatron_peft.conversion.to_megatron import hf_to_megatron
 from megatron_peft.conversion.verify import verify

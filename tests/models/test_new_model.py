@@ -192,7 +192,7 @@ def test_it_takes_one_line_and_no_other_file_names_a_family():
         if isinstance(node, ast.Constant) and node.value in names
     }
     assert found == {
-        "conversion/megatron_weights.py",  # Megatron-LM's arguments without a config.json name no family
+        "conversion/pretrained.py",  # Megatron-LM's arguments without a config.json name no family
         "data/tokenizers.py",  # types for which AutoTokenizer has no class of its own
         "rehearsal/small_run.py",  # Bloom's hidden size is that of its heads
     }

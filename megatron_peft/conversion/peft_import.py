@@ -1,0 +1,385 @@
+"""Adapters of Hugging Face PEFT, as far as they are a plain LoRA or BOFT, as a --save folder that --load opens.
+
+Everything else in adapter_config.json is refused by name: what changes the computation, and what this version does not
+know.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_peft.adapters import boft, low_rank
+from megatron_peft.checkpoint.folders import check_new
+from megatron_peft.checkpoint.record import ADAPTER_CONFIG, RunRecord
+from megatron_peft.checkpoint.tensors import ADAPTER
+from megatron_peft.config import (
+    ConfigurationError,
+    DataConfig,
+    ModelConfig,
+    ParallelConfig,
+    PeftConfig,
+    RunConfig,
+    TrainingConfig,
+    require,
+)
+from megatron_peft.config.errors import flag_of, spelled
+from megatron_peft.config.untrusted import limited_to, read_json_object
+from megatron_peft.conversion.hf_files import Source, listed, open_source, require_tensors
+from megatron_peft.conversion.pretrained import known_fingerprint, open_weights, read_model_shape
+from megatron_peft.conversion.trained_adapters import (
+    PREFIX,
+    LowRankFactors,
+    fuse,
+    is_weight,
+    layer_name,
+    modules_of,
+    save_adapters,
+    shortest_targets,
+)
+from megatron_peft.models.families import rules_for
+from megatron_peft.models.rules import Rule
+from megatron_peft.models.shape import number, size, switch
+
+WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+WAY_OUT = "Merge it with HF PEFT (`merge_and_unload`, then `save_pretrained`) and give the result as the base model."
+
+
+def import_adapter(input: str | Path, output: str | Path, *, pretrained_checkpoint: str | Path | None) -> Path:
+    """Write `output`, and print the flags that a run needs to load it.
+
+    Args:
+        input: the folder of a HF PEFT adapter.
+        output: must not exist.
+        pretrained_checkpoint: the base model. It is checked, but its weights are not read.
+
+    Raises:
+        ConfigurationError: before anything is written: the adapter is not plain LoRA or BOFT, does not fit the fused
+            layers, belongs to another base model, is damaged or lacks tensors, or the output exists.
+    """
+    check_new(output)
+    if pretrained_checkpoint is None:
+        raise ConfigurationError(
+            "import-adapter needs --pretrained-checkpoint, the folder of the adapter's base model."
+        )
+    folder, shape = Path(input), read_model_shape(pretrained_checkpoint)
+    adapter = open_import(folder)
+    open_weights(pretrained_checkpoint, shape)
+    rules = [rule for rule in rules_for(shape).values() if is_weight(rule) and ".linear_" in rule.name]
+    sizes = {module: size for rule in rules for module, size in modules_of(rule).items() if adapter.is_targeted(module)}
+    base = f"--pretrained-checkpoint {pretrained_checkpoint}"
+    require(
+        bool(sizes),
+        f"target_modules {adapter.config['target_modules']} of {folder} name no linear layer of {base}: give "
+        f"the base model that the adapter was made for.",
+    )
+    expected = {
+        f"{PREFIX}{module}.{name}": tensor_shape
+        for module, size in sizes.items()
+        for name, tensor_shape in adapter.shapes(*size).items()
+    }
+    what, extra = f"the tensors in {folder} do not fit {base}.", "that belong to no targeted layer of this base"
+    require_tensors(adapter.source.headers, expected, what, extra)
+    settings, layers, notes = adapter.adopt([rule for rule in rules if adapter.targeted(rule)])
+    targets = tuple(shortest_targets(layers, shape.num_layers))
+    folder_of_base = str(Path(pretrained_checkpoint).absolute())
+    record = RunRecord(  # of a run before its first step, without data and length
+        config=RunConfig(
+            parallel=ParallelConfig(),
+            model=ModelConfig(pretrained_checkpoint=folder_of_base),
+            peft=PeftConfig(target_modules=targets, **settings),
+            data=DataConfig(),
+            training=TrainingConfig(),
+        ),
+        shape=shape,
+        position={"iteration": 0, "consumed_samples": 0, "consumed_tokens": 0},
+        adapted_layers=tuple(sorted(layers)),
+        base_fingerprint=known_fingerprint(folder_of_base),
+        schedule=None,
+        optimizer_steps=None,
+    )
+    tensors = {f"{layer}{ADAPTER}{name}": tensor for layer, own in layers.items() for name, tensor in own.items()}
+    save_adapters(output, record, tensors)
+    flags = {field.name: flag_of(field) for field in fields(PeftConfig)}
+    typed = [spelled(flags[name], value) for name, value in {**settings, "target_modules": targets}.items() if value]
+    print(f"{notes}Load it with --finetune {' '.join(typed)}", flush=True)
+    return Path(output)
+
+
+class Adopted(NamedTuple):
+    """Adapters as a run has them.
+
+    Args:
+        settings: of its `PeftConfig`, apart from the target modules.
+        tensors: whole, by layer and name, `A`.
+        notes: lines about what has changed, each with its end.
+    """
+
+    settings: Mapping[str, Any]
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    notes: str = ""
+
+
+ACCEPTED: dict[str, tuple[Any, ...]] = {"task_type": (None, "CAUSAL_LM"), "bias": (None, "none")}
+KNOWN = {
+    "peft_type", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "revision",
+    "base_model_name_or_path", "inference_mode", "auto_mapping", "peft_version", "runtime_config",
+}  # fmt: skip
+OF_LORA = {
+    "r", "lora_alpha", "lora_dropout", "use_rslora", "megatron_core", "qalora_group_size", "eva_config",
+    "ensure_weight_tying", "enable_lora",
+}  # fmt: skip
+OF_BOFT = {"boft_block_size", "boft_block_num", "boft_n_butterfly_factor", "boft_dropout"}
+# Starts of LoRA that write to the base's weights (pissa, olora, corda, loftq, lora_ga) are refused: the base without
+# its adapter is then another model.
+PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
+# peft_type -> values that leave a plain adapter as it is, and fields that are read or without a meaning for what the
+# trained adapter computes.
+KINDS: dict[str, tuple[dict[str, tuple[Any, ...]], set[str]]] = {
+    "LORA": (ACCEPTED | {"init_lora_weights": PLAIN_STARTS}, KNOWN | OF_LORA),
+    "BOFT": (ACCEPTED | {"init_weights": (None, True, False)}, KNOWN | OF_BOFT),
+}
+
+
+def open_import(folder: Path) -> "PeftImport":
+    """Open the folder of an adapter. ConfigurationError: no HF PEFT folder, not a plain LoRA or BOFT, or damaged."""
+    path = folder / ADAPTER_CONFIG
+    require(path.is_file(), f"--input {folder} holds no {path.name}: give the folder of a HF PEFT adapter.")
+    config = read_json_object(path)
+    name = str(config.get("peft_type") or "")
+    require(
+        name in KINDS,
+        f"{path} describes no HF PEFT adapter: it has no peft_type. A run's --save folder needs no import: --load "
+        f"opens it."
+        if not name
+        else f"{path} describes an adapter of type {name}; only {' and '.join(KINDS)} can be imported. {WAY_OUT}",
+    )
+    accepted, known = KINDS[name]
+    # Settings are off by default, so that an unknown one with nothing in it changes nothing.
+    refused = ", ".join(
+        f"{key}={json.dumps(value)[:80]}"
+        for key, value in sorted(config.items())
+        if (value not in accepted[key] if key in accepted else key not in known and value)
+    )
+    require(not refused, f"{path} uses unsupported settings: {refused}. {WAY_OUT}")
+    require(bool(config.get("target_modules")), f"{path} names no target_modules.")
+    weights = next((file for file in WEIGHT_FILES if (folder / file).is_file()), None)
+    if weights is None:
+        raise ConfigurationError(f"--input {folder} holds neither {' nor '.join(WEIGHT_FILES)}.")
+    source = open_source(folder, [weights])
+    try:
+        return LoraImport(config, source) if name == "LORA" else BoftImport(config, source)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{path}: {error}") from None
+
+
+MATCH_SECONDS = 0.5  # of the processor, for one name; a microsecond would do
+
+
+class PeftImport:
+    """An adapter of HF PEFT. `config` decides which modules have it; `source` has its weights.
+
+    Raises:
+        ConfigurationError: a value in the config cannot be used.
+    """
+
+    def __init__(self, config: Mapping[str, Any], source: Source) -> None:
+        self.config, self.source = config, source
+        for key in ("target_modules", "exclude_modules"):
+            value = config.get(key) or []
+            names = value if isinstance(value, list) else [value]
+            are_names = all(isinstance(name, str) for name in names)
+            require(are_names, f"{key} is {str(value)[:40]}; it must be names of modules.")
+            if isinstance(value, str):
+                _matches(value, "")
+        layers = config.get("layers_to_transform")
+        self.layers = layers if isinstance(layers, list) else [] if layers is None else [layers]
+        require(
+            all(type(layer) is int for layer in self.layers),
+            f"layers_to_transform is {str(layers)[:40]}; it must be numbers of layers.",
+        )
+
+    def shapes(self, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
+        """Names, without the module, and shapes of a module's tensors."""
+        raise NotImplementedError
+
+    def adopt(self, rules: Sequence[Rule]) -> Adopted:
+        """The adapters as a run has them. ConfigurationError: a run cannot hold them.
+
+        Args:
+            rules: of the layers with a targeted module.
+        """
+        raise NotImplementedError
+
+    def tensor(self, module: str, name: str) -> Tensor:
+        """A tensor of a module in float32, copied into memory."""
+        name = f"{PREFIX}{module}.{name}"
+        every = (slice(None),) * len(self.source.headers[name].shape)
+        return self.source.slice(name, every).to(torch.float32, copy=True)
+
+    def targeted(self, rule: Rule) -> list[str]:
+        """The modules of a fused layer that have the adapter."""
+        return [module for module in modules_of(rule) if self.is_targeted(module)]
+
+    def is_targeted(self, module: str) -> bool:
+        """Whether HF PEFT would put its adapter on the module of this full name."""
+        if _is_named(self.config.get("exclude_modules"), module):
+            return False
+        wanted = self.config["target_modules"]
+        if isinstance(wanted, str):
+            return wanted == "all-linear" or _matches(wanted, module)
+        layer = re.search(r"\.(\d+)\.", module)
+        is_in_listed_layer = not self.layers or (layer is not None and int(layer[1]) in self.layers)
+        return module in wanted or (_is_named(wanted, module) and is_in_listed_layer)
+
+
+def _matches(expression: str, module: str) -> bool:
+    """Raises ConfigurationError: no regular expression, or one whose repetitions within repetitions take for ever."""
+    try:
+        with limited_to(MATCH_SECONDS):
+            return bool(re.fullmatch(expression, module))
+    except (re.error, RecursionError, OverflowError, TimeoutError) as error:
+        raise ConfigurationError(
+            f"{ADAPTER_CONFIG}: the regular expression {expression[:60]!r} cannot be used on the name {module!r} "
+            f"({error}): list the modules by name."
+        ) from error
+
+
+def _is_named(names: str | Iterable[str] | None, module: str) -> bool:
+    """A regular expression over full names, or a list of full names and ends of them."""
+    if isinstance(names, str):
+        return bool(names) and _matches(names, module)
+    return any(module == name or module.endswith(f".{name}") for name in names or ())
+
+
+def _dropout(config: Mapping[str, Any], key: str) -> float:
+    value = config.get(key) or 0.0
+    require(type(value) in (int, float) and 0 <= value < 1, f"{key} is {str(value)[:40]}; it is a fraction below 1.")
+    return value
+
+
+class LoraImport(PeftImport):
+    """HF PEFT's LoRA as adapters of a run.
+
+    A run's LoRA has one A for all modules of a fused layer. Modules that were trained apart (q, k and v) each have
+    their own, which the fused adapter holds side by side, so its rank is their sum. A run has one --lora-rank: layers
+    that need less are padded with zeros, which stay zero under training. alpha grows with the rank, so that the scale
+    stays.
+    """
+
+    def __init__(self, config: Mapping[str, Any], source: Source) -> None:
+        super().__init__(config, source)
+        self.rank, self.alpha = size(config, "r"), number(config, "lora_alpha")
+        self.rank_stabilised, self.dropout = switch(config, "use_rslora"), _dropout(config, "lora_dropout")
+        self.scale = self.alpha / (self.rank**0.5 if self.rank_stabilised else self.rank)
+
+    def shapes(self, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
+        return low_rank.EXPORT.shapes({"r": self.rank}, out_features, in_features)
+
+    def adopt(self, rules: Sequence[Rule]) -> Adopted:
+        """The run's tensors and settings. ConfigurationError: the rank is above a layer's smaller side."""
+        fused = {}
+        for rule in rules:
+            factors = {
+                module: LowRankFactors(*(self.tensor(module, f"lora_{side}.weight") for side in "AB"))
+                for module in self.targeted(rule)
+            }
+            fused[layer_name(rule)] = fuse(rule, factors)
+        rank = max(factors.rank for factors in fused.values())
+        # A rank above the smaller side of a layer would be refused at --load.
+        side, layer = min((min(factors.A.shape[1], factors.B.shape[0]), layer) for layer, factors in fused.items())
+        require(
+            rank <= side,
+            f"modules that share a layer each have their own A, which takes --lora-rank {rank} instead of "
+            f"{self.rank}; but {layer} has only {side} features on its smaller side.",
+        )
+        alpha = low_rank.whole_number(low_rank.grown_alpha(self.alpha, rank / self.rank, self.rank_stabilised))
+        settings = {
+            "method": "lora",
+            "lora_rank": rank,
+            "lora_alpha": alpha,
+            "lora_dropout": self.dropout,
+            "lora_rs": self.rank_stabilised,
+        }
+        notes = (
+            f"Modules that share a layer each have their own A, so the rank is {rank} instead of {self.rank}; "
+            f"alpha {alpha} keeps the scale of {self.scale:g}.\n"
+        )
+        tensors = {layer: vars(factors.padded(rank)) for layer, factors in fused.items()}
+        return Adopted(settings, tensors, notes if rank != self.rank else "")
+
+
+class BoftImport(PeftImport):
+    """HF PEFT's BOFT as adapters of a run.
+
+    Without its CUDA extension HF PEFT trains a single factor, whatever its config says: the tensors decide.
+    """
+
+    def __init__(self, config: Mapping[str, Any], source: Source) -> None:
+        super().__init__(config, source)
+        self.block_size = size(config, "boft_block_size") if config.get("boft_block_size") else 0
+        self.num_blocks = 0 if self.block_size else size(config, "boft_block_num")  # of each layer
+        self.configured_factors = size(config, "boft_n_butterfly_factor", 1)
+        self.dropout = _dropout(config, "boft_dropout")
+        stored = next((header.shape[0] for name, header in source.headers.items() if name.endswith("boft_R")), None)
+        self.num_factors = 1 if stored == 1 else self.configured_factors
+
+    def block_size_of(self, in_features: int) -> int:
+        return self.block_size or in_features // self.num_blocks
+
+    def shapes(self, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
+        config = {"boft_block_size": self.block_size_of(in_features), "boft_n_butterfly_factor": self.num_factors}
+        return boft.EXPORT.shapes(config, out_features, in_features)
+
+    def adopt(self, rules: Sequence[Rule]) -> Adopted:
+        """The run's tensors and settings.
+
+        Raises:
+            ConfigurationError: modules that are fused differ, output features are scaled, or blocks are of several
+                sizes.
+        """
+        tensors = {layer_name(rule): {"Q": self._rotation(rule)} for rule in rules}
+        sizes = {self.block_size_of(in_features) for rule in rules for _, in_features in modules_of(rule).values()}
+        require(
+            len(sizes) == 1,
+            f"boft_block_num={self.num_blocks} of {self.source.folder} gives blocks of "
+            f"{' and '.join(map(str, sorted(sizes)))} features; all layers have one --boft-block-size. {WAY_OUT}",
+        )
+        settings = {
+            "method": "boft",
+            "boft_block_size": next(iter(sizes)),
+            "boft_factors": self.num_factors,
+            "rotation_side": "input",
+        }
+        notes = ""
+        if self.configured_factors != self.num_factors:
+            notes += (
+                f"The adapter holds 1 butterfly factor instead of the {self.configured_factors} of its config: HF PEFT "
+                f"trains one where it lacks its CUDA extension.\n"
+            )
+        if self.dropout:
+            notes += f"boft_dropout={self.dropout:g} is left out: rotations have no dropout here.\n"
+        return Adopted(settings, tensors, notes)
+
+    def _rotation(self, rule: Rule) -> Tensor:
+        """Q of a fused layer."""
+        modules, targeted = list(modules_of(rule)), self.targeted(rule)
+        for module in targeted:
+            scale = self.tensor(module, "boft_s")
+            require(
+                bool((scale == 1).all()),
+                f"{PREFIX}{module}.boft_s of {self.source.folder} scales output features by {scale.min():g} to "
+                f"{scale.max():g}; a rotation scales nothing. {WAY_OUT}",
+            )
+        rotations = [boft.from_huggingface(self.tensor(module, "boft_R")) for module in targeted]
+        if targeted != modules or not all(torch.equal(Q, rotations[0]) for Q in rotations):
+            raise ConfigurationError(
+                f"{listed(modules)} share an input in {layer_name(rule)} and therefore need the same rotation; "
+                f"{self.source.folder} has one for {listed(targeted)}, or different ones. {WAY_OUT}"
+            )
+        return rotations[0]
