@@ -4,7 +4,6 @@ spelled-out names.
 Nothing here parses. `served_flags()` is the whole list; `megatron_peft.cli.parser` turns it into a parser.
 """
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields, replace
 from types import NoneType, UnionType
@@ -12,9 +11,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from megatron_peft.cli.config_files import KnownFlag
 from megatron_peft.cli.launch import LaunchConfig
-from megatron_peft.cli.megatron import MegatronField, flags_of_fields, megatron_fields, refused_flags
-from megatron_peft.config import METHODS, PeftConfig, RunConfig, flag
-from megatron_peft.config.methods import PACKAGES, flagged_fields, refuse_method
+from megatron_peft.cli.megatron import MegatronField, megatron_fields
+from megatron_peft.config import METHODS, RunConfig, flag
 
 # Titles of --help, in order. A field may name its title; the others go to the one of their section.
 GROUPS = (
@@ -165,8 +163,6 @@ class Flag:
 
 def served_flags() -> tuple[Flag, ...]:
     """Every flag that is served, in the order of `GROUPS`."""
-    if PACKAGES:
-        _refuse_methods_with_unfit_flags()
     found = [*_program_flags(), *_config_flags(), *launch_flags(), *_shape_flags(), *_run_flags(), *_accepted_flags()]
     return tuple(sorted(found, key=lambda flag: GROUPS.index(flag.group)))
 
@@ -211,52 +207,10 @@ def _config_flags() -> Iterator[Flag]:
     seen = set(NO_FLAG)
     for section, config_class in sections().items():
         hints = get_type_hints(config_class)
-        seen |= {*hints} - {*flagged_fields()} if config_class is PeftConfig else set()
         for field in fields(config_class):
             if field.name not in seen:
                 yield from _field_flags(section, field, hints[field.name])
             seen.add(field.name)
-
-
-def _refuse_methods_with_unfit_flags() -> None:
-    """A package's method whose flags cannot stand beside the others must not break --help: it cannot be used."""
-    by_field: dict[str, list[Flag]] = {}
-    for one in _config_flags():
-        by_field.setdefault(one.key, []).append(one)
-    added = {name: _fields_of_its_own(name) for name in PACKAGES}
-    every = [*_program_flags(), *launch_flags(), *_shape_flags(), *_run_flags(), *_accepted_flags()]
-    every += [one for key, flags in by_field.items() if key not in set().union(*added.values()) for one in flags]
-    own = ("-h", "--help", "--version")
-    taken = {name: "of pretrain_peft.py" for name in (*own, *(name for one in every for name in one.names))}
-    taken |= dict.fromkeys((f"--{name}" for name in refused_flags()), "of Megatron's")
-    taken = dict.fromkeys((name for name, _ in flags_of_fields()), "of Megatron's") | taken
-    for method, names in added.items():
-        flags = [one for name in names for one in by_field[name]]
-        if problem := _problem_of_flags(flags, taken):
-            refuse_method(method, problem)
-        else:
-            taken |= dict.fromkeys((name for one in flags for name in one.names), f"of --peft-method {method}")
-
-
-def _fields_of_its_own(method: str) -> list[str]:
-    """Names of the fields that no other method has."""
-    others = {one.name for name, other in METHODS.items() if name != method for o in other.options for one in fields(o)}
-    return [one.name for o in METHODS[method].options for one in fields(o) if one.name not in others]
-
-
-def _problem_of_flags(flags: Sequence[Flag], taken: Mapping[str, str]) -> str:
-    """Why these flags of a method cannot be served; empty if they can."""
-    taken = dict(taken)
-    for one in flags:
-        for name in one.names:
-            if not re.fullmatch(r"--[a-z0-9][a-z0-9-]*", name):
-                return f"its field {one.key} has the flag {name!r}: use dashes, small letters and digits"
-            if name in taken:
-                return f"its flag {name} is one {taken[name]}"
-            taken[name] = "of another of its fields"
-        if one.group not in GROUPS:
-            return f"its flag {one.names[0]} stands under {one.group!r}, which is no title of --help"
-    return ""
 
 
 def _field_flags(section: str, field: Field[Any], annotation: Any) -> Iterator[Flag]:
