@@ -227,7 +227,7 @@ def _count_runs(hf_slice: HFSlice, shape: Sequence[int]) -> int:
 
 # Wall seconds from starting `megatron-peft train` to the end of its first step.
 
-PROGRAM = ("-m", "megatron_peft.commands.train")
+PROGRAM = ("-m", "megatron_peft", "train")
 SECONDS_ALLOWED = 20.0
 NUM_SAMPLES = 16
 FIRST_LINE = "iteration "

@@ -12,7 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from megatron_peft.cli.config_files import KnownFlag
 from megatron_peft.cli.launch import LaunchConfig
 from megatron_peft.cli.megatron import MegatronField, megatron_fields
-from megatron_peft.config import METHODS, RunConfig, flag
+from megatron_peft.config import METHODS, SECTIONS, flag
 
 # Titles of --help, in order. A field may name its title; the others go to the one of their section.
 GROUPS = (
@@ -167,11 +167,6 @@ def served_flags() -> tuple[Flag, ...]:
     return tuple(sorted(found, key=lambda flag: GROUPS.index(flag.group)))
 
 
-def sections() -> dict[str, type]:
-    """Name of a part of RunConfig -> its dataclass."""
-    return get_type_hints(RunConfig)
-
-
 def flags_of(config_class: type) -> tuple[Flag, ...]:
     """A flag for each field of one dataclass, for a program with flags of its own. A name without dashes is a word."""
     hints = get_type_hints(config_class)
@@ -205,7 +200,7 @@ def launch_flags() -> Iterator[Flag]:
 def _config_flags() -> Iterator[Flag]:
     """A flag for each field of our dataclasses; a field of two of them (seed) is one flag, explained by the first."""
     seen = set(NO_FLAG)
-    for section, config_class in sections().items():
+    for section, config_class in SECTIONS.items():
         hints = get_type_hints(config_class)
         for field in fields(config_class):
             if field.name not in seen:

@@ -14,96 +14,28 @@ from pathlib import Path
 
 from megatron_peft.config import ConfigurationError, flag
 
-# Prefix -> reason. A flag or field whose name starts so is Megatron's; the longest prefix wins.
-FAMILIES = {
-    "adlr-": "NVIDIA's own cluster",
-    "app-tag-": "NVIDIA's own logging service",
-    "bert-": "BERT",
-    "biencoder-": "retrieval",
-    "context-parallel-": "context parallelism",
-    "cp-": "context parallelism",
-    "cpu-offloading": "offloading to the CPU",
-    "cuda-graph-": "CUDA graphs",
-    "dino-": "vision",
-    "disable-tp-comm-": "communication overlap inside Transformer Engine's linear layers",
-    "dsa-": "experimental attention",
-    "encoder-": "encoder-decoder models",
-    "expert-": "mixture of experts",
-    "export-": "quantization and distillation",
-    "fim-": "fill-in-the-middle data",
-    "flight-recorder-": "NCCL's flight recorder",
-    "fp4": "FP4",
-    "fp8": "FP8",
-    "fsdp-": "fully sharded data parallelism",
-    "ft-": "NVIDIA's fault-tolerance package",
-    "grpo-": "reinforcement learning",
-    "gtp-": "generalized tensor parallelism",
-    "heterogeneous-": "heterogeneous layers",
-    "hierarchical-context-parallel-": "context parallelism",
-    "hybrid-attention-": "hybrid Mamba models",
-    "hybrid-context-parallel": "context parallelism",
-    "hybrid-layer-": "hybrid Mamba models",
-    "hybrid-mlp-": "hybrid Mamba models",
-    "hybrid-override-": "hybrid Mamba models",
-    "ict-": "retrieval",
-    "indexer-": "retrieval",
-    "inference-": "inference server",
-    "inprocess-": "restarts inside a process",
-    "kitchen-": "quantization",
-    "langrl-": "reinforcement learning",
-    "linear-": "linear attention",
-    "lion-": "the Lion optimizer",
-    "logits-": "distillation",
-    "mamba-": "Mamba",
-    "megatron-fsdp-": "fully sharded data parallelism",
-    "mla-": "multi-latent attention",
-    "moe-": "mixture of experts",
-    "mtp-": "multi-token prediction",
-    "muon-": "the Muon optimizer",
-    "nccl-": "NCCL tuning",
-    "non-persistent-": "non-persistent checkpoints",
-    "one-logger-": "NVIDIA's own logging service",
-    "otel-": "OpenTelemetry",
-    "profile-": "profiling",
-    "pytorch-profiler-": "profiling",
-    "relative-attention-": "relative position embeddings",
-    "retriever-": "retrieval",
-    "retro-": "Retro",
-    "rl-": "reinforcement learning",
-    "straggler-": "straggler detection",
-    "swin-": "vision",
-    "tiktoken-": "tiktoken tokenizers",
-    "torch-fsdp2-": "fully sharded data parallelism",
-    "tp-comm-": "communication overlap inside Transformer Engine's linear layers",
-    "use-mamba-": "Mamba",
-    "use-kitchen": "quantization",
-    "vision-": "vision",
-    "yarn-": "YaRN rope scaling",
-}
-
-# Reason -> flags.
-FLAGS = {
-    "mixture of experts": "num-experts num-moe-experts overlap-moe-expert-parallel-comm",
+# Reason -> flags, and as `moe-*` the beginnings of flags and fields that are Megatron's; the longest beginning wins.
+REFUSED = {
+    "mixture of experts": "expert-* moe-* num-experts num-moe-experts overlap-moe-expert-parallel-comm",
     "multi-latent attention": """
-        cache-mla-latents kv-lora-rank mscale mscale-all-dim multi-latent-attention q-lora-rank qk-head-dim
+        cache-mla-latents kv-lora-rank mla-* mscale mscale-all-dim multi-latent-attention q-lora-rank qk-head-dim
         qk-pos-emb-head-dim rotary-scaling-factor v-head-dim""",
-    "multi-token prediction": "freeze-base-for-mtp qad-train-target",
-    "FP8": "first-last-layers-bf16 keep-fp8-transpose-cache-when-using-custom-fsdp te-precision-config-file",
+    "multi-token prediction": "freeze-base-for-mtp mtp-* qad-train-target",
+    "FP8": "first-last-layers-bf16 fp8* keep-fp8-transpose-cache-when-using-custom-fsdp te-precision-config-file",
     "float16": """
         fp16 fp16-lm-cross-entropy hysteresis initial-loss-scale loss-scale loss-scale-window min-loss-scale
         no-log-loss-scale-to-tensorboard""",
-    "CUDA graphs": "enable-cuda-graph external-cuda-graph optimizer-cuda-graph te-rng-tracker use-te-rng-tracker",
+    "CUDA graphs": """
+        cuda-graph-* enable-cuda-graph external-cuda-graph optimizer-cuda-graph te-rng-tracker use-te-rng-tracker""",
     "fully sharded data parallelism": """
-        create-all-gather-group data-parallel-sharding-strategy enable-full-sharding-in-hsdp
-        init-model-with-meta-device no-strict-fsdp-dtensor-load outer-dp-sharding-strategy use-custom-fsdp
-        use-megatron-fsdp use-torch-fsdp2""",
-    "NCCL tuning": """
-        high-priority-stream-groups sharp-enabled-group use-nccl-ub use-sharp""",
+        create-all-gather-group data-parallel-sharding-strategy enable-full-sharding-in-hsdp fsdp-*
+        init-model-with-meta-device megatron-fsdp-* no-strict-fsdp-dtensor-load outer-dp-sharding-strategy
+        torch-fsdp2-* use-custom-fsdp use-megatron-fsdp use-torch-fsdp2""",
+    "NCCL tuning": "high-priority-stream-groups nccl-* sharp-enabled-group use-nccl-ub use-sharp",
     "layouts of ranks": """
-        disable-gloo-process-groups fake-process-group lazy-mpu-init
-        local-rank local_rank model-parallel-size num-virtual-stages-per-pipeline-rank
-        pipeline-model-parallel-split-rank standalone-embedding-stage
-        use-gloo-process-groups use-tp-pp-dp-mapping no-scatter-gather-tensors-in-pipeline""",
+        disable-gloo-process-groups fake-process-group lazy-mpu-init local-rank local_rank model-parallel-size
+        no-scatter-gather-tensors-in-pipeline num-virtual-stages-per-pipeline-rank
+        pipeline-model-parallel-split-rank standalone-embedding-stage use-gloo-process-groups use-tp-pp-dp-mapping""",
     "tuning of the data-parallel reduction": """
         ddp-average-in-collective ddp-bucket-size ddp-num-buckets ddp-pad-buckets-for-high-nccl-busbw
         ddp-param-name-patterns-for-fp32-local-accumulation ddp-reduce-scatter-with-fp32-accumulation
@@ -116,8 +48,8 @@ FLAGS = {
         sample-rate short-seq-prob titles-data-path use-one-sent-docs vocab-extra-ids""",
     "model parts that no supported family has": """
         activation-func-clamp-value apply-residual-connection-post-layernorm attention-output-gate enable-gpt-oss
-        glu-linear-offset mrope-section no-rope-freq output-logit-dtype qk-clip qk-l2-norm quick-geglu
-        rope-type rotary-interleaved rotary-seq-len-interpolation-factor softmax-scale softmax-type spec squared-relu
+        glu-linear-offset mrope-section no-rope-freq output-logit-dtype qk-clip qk-l2-norm quick-geglu rope-type
+        rotary-interleaved rotary-seq-len-interpolation-factor softmax-scale softmax-type spec squared-relu
         window-attn-skip-freq window-size""",
     "weights come from the pretrained checkpoint": """
         data-parallel-random-init embedding-init-method-std init-method-xavier-uniform no-pad-vocab-size
@@ -125,21 +57,19 @@ FLAGS = {
     "the choice of kernels is made by torch or Transformer Engine": """
         disable-jit-fuser no-bias-gelu-fusion no-persist-layer-norm use-flashinfer-fused-rope use-te-activation-func""",
     "legacy models and old names of Megatron-LM": """
-        batch-size checkpoint-activations legacy-tokenizer lr-decay-steps lr-warmup-steps use-legacy-models warmup
-        wd-incr-steps wsd-decay-steps yaml-cfg enable-experimental""",
-    "batch sizes that change during a run": """
-        decrease-batch-size-if-needed rampup-batch-size step-batch-size-schedule""",
+        batch-size checkpoint-activations enable-experimental legacy-tokenizer lr-decay-steps lr-warmup-steps
+        use-legacy-models warmup wd-incr-steps wsd-decay-steps yaml-cfg""",
+    "batch sizes that change during a run": "decrease-batch-size-if-needed rampup-batch-size step-batch-size-schedule",
     "freezing by hand": "freeze-all-layers no-weight-decay-cond-type",
     "validation in other ways than --eval-iters": """
         eval-global-batch-size eval-micro-batch-size full-validation multiple-validation-sets skip-train
         start-eval-at-iter test-mode validation-set-names""",
     "data is read in other ways": """
-        allow-ambiguous-pad-tokens data-args-path dataloader-defer-npy-index-mmap
-        dataloader-fast-cache-load dataloader-inter-document-masking dataloader-type eod-mask-loss finetune-data-files
-        finetune-data-split finetune-hf-dataset mid-level-dataset-surplus num-dataset-builder-threads
-        object-storage-cache-path per-dataset-sequences-path per-split-data-args-path phase-transition-iterations
-        renormalize-blend-weights reset-attention-mask reset-position-ids s3-cache-path sft
-        sft-tokenizer-prompt-format""",
+        allow-ambiguous-pad-tokens data-args-path dataloader-defer-npy-index-mmap dataloader-fast-cache-load
+        dataloader-inter-document-masking dataloader-type eod-mask-loss finetune-data-files finetune-data-split
+        finetune-hf-dataset mid-level-dataset-surplus num-dataset-builder-threads object-storage-cache-path
+        per-dataset-sequences-path per-split-data-args-path phase-transition-iterations renormalize-blend-weights
+        reset-attention-mask reset-position-ids s3-cache-path sft sft-tokenizer-prompt-format""",
     "tokenizers other than Hugging Face's and SentencePiece's": """
         merge-file metadata-path no-tokenizer-sentencepiece-ignore-extra-whitespaces null-tokenizer-eod-id
         null-tokenizer-pad-id special-tokens tokenizer-hf-include-special-tokens
@@ -157,33 +87,62 @@ FLAGS = {
         load-main-params-from-ckpt load-model-opt-format most-recent-k no-ckpt-fully-parallel-save
         no-ckpt-load-validate-sharding-integrity no-save-tokenizer-assets no-stream-ckpt-dequant
         override-ckpt-iteration persistent-save-interval replication replication-factor replication-jump
-        save-activations-interval save-config-filepath save-dgrads-interval save-params-interval save-retain-interval
-        save-tokens-per-expert-interval save-wgrads-interval use-mp-args-from-checkpoint-args
+        save-activations-interval save-config-filepath save-dgrads-interval save-params-interval
+        save-retain-interval save-tokens-per-expert-interval save-wgrads-interval use-mp-args-from-checkpoint-args
         use-persistent-ckpt-worker verify-integrity""",
     "the log is metrics.jsonl, TensorBoard and Weights & Biases": """
-        log-batch-size-to-tensorboard log-device-memory-used log-l2-norm-grad-to-tensorboard
-        log-memory-interval log-memory-to-tensorboard log-params-norm log-progress log-runtime-to-tensorboard
-        log-throughput-to-tensorboard log-timers-to-tensorboard log-validation-ppl-to-tensorboard
-        log-world-size-to-tensorboard logging-level memory-keys modules-to-filter no-filter-warnings
-        no-log-learnig-rate-to-tensorboard runtime-time-unit set-level-for-all-loggers tensorboard-log-interval
-        tensorboard-queue-size throughput-window-size timing-log-option wandb-entity
-        log-num-zeros-in-grad log-max-attention-logit""",
+        log-batch-size-to-tensorboard log-device-memory-used log-l2-norm-grad-to-tensorboard log-max-attention-logit
+        log-memory-interval log-memory-to-tensorboard log-num-zeros-in-grad log-params-norm log-progress
+        log-runtime-to-tensorboard log-throughput-to-tensorboard log-timers-to-tensorboard
+        log-validation-ppl-to-tensorboard log-world-size-to-tensorboard logging-level memory-keys modules-to-filter
+        no-filter-warnings no-log-learnig-rate-to-tensorboard runtime-time-unit set-level-for-all-loggers
+        tensorboard-log-interval tensorboard-queue-size throughput-window-size timing-log-option wandb-entity""",
     "profiling": """
-        no-barrier-with-level-1-timing nvtx-ranges record-shapes
-        use-nsys-profiler""",
+        no-barrier-with-level-1-timing nvtx-ranges profile-* pytorch-profiler-* record-shapes use-nsys-profiler""",
     "inference server": """
-        decode-only-cuda-graphs disable-chunked-prefill enable-chunked-prefill flash-decode max-batch-size
-        max-tokens-to-oom mlp-chunks-for-prefill no-offset-sampling-seed-by-dp-rank num-speculative-tokens
-        num-tokens-to-generate prompts return-log-probs skip-prompt-log-probs use-legacy-static-engine
-        use-same-sampling-seed-across-dp-ranks""",
-    "reinforcement learning": "perform-rl-step refit-method result-rejected-tracker-filename",
-    "quantization and distillation": "modelopt-enabled teacher-model-config",
+        decode-only-cuda-graphs disable-chunked-prefill enable-chunked-prefill flash-decode inference-*
+        max-batch-size max-tokens-to-oom mlp-chunks-for-prefill no-offset-sampling-seed-by-dp-rank
+        num-speculative-tokens num-tokens-to-generate prompts return-log-probs skip-prompt-log-probs
+        use-legacy-static-engine use-same-sampling-seed-across-dp-ranks""",
+    "reinforcement learning": "grpo-* langrl-* perform-rl-step refit-method result-rejected-tracker-filename rl-*",
+    "quantization and distillation": "export-* modelopt-enabled teacher-model-config",
     "watching and repairing a run": """
         calc-ft-timeouts check-for-large-grads check-for-spiky-loss check-weight-hash-across-dp-replicas-interval
         disable-straggler-on-startup dump-param-to-param-group-map enable-ft-package error-injection-rate
         error-injection-type exit-signal exit-signal-handler-for-dataloader exit-signal-handler-for-training
         gpu-sniff-test-interval iterations-to-skip no-check-for-nan-in-loss rerun-mode run-workload-inspector-server""",
     "the multi-storage client": "disable-msc enable-msc",
+    "NVIDIA's own cluster": "adlr-*",
+    "NVIDIA's own logging service": "app-tag-* one-logger-*",
+    "BERT": "bert-*",
+    "retrieval": "biencoder-* ict-* indexer-* retriever-*",
+    "context parallelism": "context-parallel-* cp-* hierarchical-context-parallel-* hybrid-context-parallel*",
+    "offloading to the CPU": "cpu-offloading*",
+    "vision": "dino-* swin-* vision-*",
+    "communication overlap inside Transformer Engine's linear layers": "disable-tp-comm-* tp-comm-*",
+    "experimental attention": "dsa-*",
+    "encoder-decoder models": "encoder-*",
+    "fill-in-the-middle data": "fim-*",
+    "NCCL's flight recorder": "flight-recorder-*",
+    "FP4": "fp4*",
+    "NVIDIA's fault-tolerance package": "ft-*",
+    "generalized tensor parallelism": "gtp-*",
+    "heterogeneous layers": "heterogeneous-*",
+    "hybrid Mamba models": "hybrid-attention-* hybrid-layer-* hybrid-mlp-* hybrid-override-*",
+    "restarts inside a process": "inprocess-*",
+    "quantization": "kitchen-* use-kitchen*",
+    "linear attention": "linear-*",
+    "the Lion optimizer": "lion-*",
+    "distillation": "logits-*",
+    "Mamba": "mamba-* use-mamba-*",
+    "the Muon optimizer": "muon-*",
+    "non-persistent checkpoints": "non-persistent-*",
+    "OpenTelemetry": "otel-*",
+    "relative position embeddings": "relative-attention-*",
+    "Retro": "retro-*",
+    "straggler detection": "straggler-*",
+    "tiktoken tokenizers": "tiktoken-*",
+    "YaRN rope scaling": "yarn-*",
 }
 
 # Flag -> what to do, where that is not simply to leave it out.
@@ -233,15 +192,21 @@ WAYS_OUT_OF_VALUES = {
 
 
 @cache
+def _refused() -> dict[str, str]:
+    """Flag of Megatron-LM without dashes, or its beginning and `*` -> reason."""
+    return {name: reason for reason, names in REFUSED.items() for name in names.split()}
+
+
 def refused_flags() -> dict[str, str]:
-    """Flag of Megatron-LM without dashes -> reason, without those that only a family or a field makes known."""
-    return {name: reason for reason, names in FLAGS.items() for name in names.split()}
+    """Flag of Megatron-LM without dashes -> reason, without those that only a beginning or a field makes known."""
+    return {name: reason for name, reason in _refused().items() if not name.endswith("*")}
 
 
 def reason_of(name: str) -> str | None:
     """Why Megatron-LM's flag `name` (no leading dashes) is not served; None if it is not known here."""
-    family = max((prefix for prefix in FAMILIES if name.startswith(prefix)), key=len, default=None)
-    return refused_flags().get(name) or (FAMILIES[family] if family else None)
+    known = _refused()
+    beginnings = [one for one in known if one.endswith("*") and name.startswith(one[:-1])]
+    return known.get(name) or (known[max(beginnings, key=len)] if beginnings else None)
 
 
 def refusal(flag: str, reason: str) -> str:

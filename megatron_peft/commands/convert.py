@@ -9,15 +9,14 @@ megatron-peft convert verify         --input FOLDER --reference FOLDER
 An existing output is never overwritten. docs/moving-weights.md lists every conversion.
 """
 
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_peft.cli.command import Command
 from megatron_peft.cli.launch import tell_loading
-from megatron_peft.cli.own_flags import ArgumentParser, add_flags, own_parser, parse_own, settings_of
-from megatron_peft.config import ConfigurationError, Requirements, flag, option, require, required_option
+from megatron_peft.config import Requirements, flag, option, require, required_option
 from megatron_peft.config.hub import local_model
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -208,21 +207,10 @@ def _wrote(output: Path, run: str = "") -> int:
     return 0
 
 
-def add_arguments(parser: ArgumentParser) -> Mapping[str, ArgumentParser]:
-    """A sub-command for each line of COMMANDS; the parser of each."""
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
-    for name, command in COMMANDS.items():
-        add_flags(commands.add_parser(name, help=command.__doc__, description=command.__doc__), command)
-    return commands.choices
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 2 for bad flags and bad input; 1 if `verify` finds a difference above --tolerance."""
-    parser = own_parser(__doc__)
-    typed = parse_own(parser, argv, add_arguments(parser))
+def run(command: Any) -> int:
+    """Exit code 1 if `verify` finds a difference above --tolerance."""
     tell_loading()
-    try:
-        return settings_of(COMMANDS[typed["command"]], typed).run()
-    except ConfigurationError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return command.run()
+
+
+main = Command(__doc__, COMMANDS, run)

@@ -8,28 +8,18 @@ model is that of --pretrained-checkpoint. A stopped evaluation resumes where it 
 """
 
 import os
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-from megatron_peft.cli.own_flags import ArgumentParser, add_flags, add_run_flags
-from megatron_peft.commands.on_a_model import ask_a_model
-from megatron_peft.config import require_packages
+from megatron_peft.cli.command import Command
+from megatron_peft.cli.parser import RunFlags
+from megatron_peft.commands.generate import ask_a_model
+from megatron_peft.config import RunConfig, require_packages
 from megatron_peft.config.evaluation import HarnessSettings
 
 
-def add_arguments(parser: ArgumentParser) -> None:
-    """Its own flags, and those of `megatron-peft train`."""
-    add_flags(parser, HarnessSettings)
-    add_run_flags(parser)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 2 for whatever the user can put right: flags, tasks, folders, checkpoints."""
-    return ask_a_model("evaluate", HarnessSettings, __doc__, argv, _check, _load)
-
-
-def _check(settings: HarnessSettings) -> None:
+def run(settings: HarnessSettings, run_flags: RunFlags) -> int:
+    """Score the model."""
     if settings.unsafe_execution:
         os.environ["MEGATRON_PEFT_UNSAFE_EXECUTION"] = "1"  # for megatron_peft.evaluation.sandbox
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # these two are read at import
@@ -40,12 +30,12 @@ def _check(settings: HarnessSettings) -> None:
 
     require_known_tasks(settings.tasks, settings.include_path)
 
+    def load() -> Callable[[RunConfig, Any], None]:
+        from megatron_peft.evaluation.harness_run import evaluate
 
-def _load() -> Callable[[Any, Any], None]:
-    from megatron_peft.evaluation.harness_run import evaluate
+        return evaluate
 
-    return evaluate
+    return ask_a_model("evaluate", settings, run_flags, load)
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+main = Command(__doc__, HarnessSettings, run, "megatron-peft evaluate", takes_run_flags=True)

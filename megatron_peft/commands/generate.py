@@ -8,31 +8,48 @@ megatron-peft generate --pretrained-checkpoint FOLDER --prompt-file prompts.json
 docs/evaluation.md.
 """
 
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-from megatron_peft.cli.own_flags import ArgumentParser, add_flags, add_run_flags
-from megatron_peft.commands.on_a_model import ask_a_model
+from megatron_peft.cli.command import Command
+from megatron_peft.cli.launch import start_processes, tell_loading
+from megatron_peft.cli.parser import RunFlags
+from megatron_peft.config import RunConfig
 from megatron_peft.config.evaluation import AnswerSettings
 
 
-def add_arguments(parser: ArgumentParser) -> None:
-    """Its own flags, and those of `megatron-peft train`."""
-    add_flags(parser, AnswerSettings)
-    add_run_flags(parser)
+def run(settings: AnswerSettings, run_flags: RunFlags) -> int:
+    """Answer the prompts."""
+
+    def load() -> Callable[[RunConfig, Any], None]:
+        from megatron_peft.evaluation.answers import answer
+
+        return answer
+
+    return ask_a_model("generate", settings, run_flags, load)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 2 for whatever the user can put right: flags, files, checkpoints, prompts that are too long."""
-    return ask_a_model("generate", AnswerSettings, __doc__, argv, lambda settings: None, _load)
+def ask_a_model(
+    command: str, settings: Any, run_flags: RunFlags, load: Callable[[], Callable[[RunConfig, Any], None]]
+) -> int:
+    """Start processes if they are asked for, and run the command in each. Returns the exit code.
+
+    Args:
+        command: its name.
+        load: imports what takes the configuration of a run, and the settings.
+
+    Raises:
+        SystemExit: 2, after telling what is wrong with the flags.
+    """
+    program, words = f"megatron-peft {command}", [command, *run_flags.command_line]
+    ended = start_processes("megatron_peft", words, run_flags.launch, program, lambda environ: None)
+    if ended is not None:
+        return ended
+    tell_loading()
+    from megatron_peft.evaluation.model import run_on_a_model
+
+    run_on_a_model(load(), settings, run_flags, program)
+    return 0
 
 
-def _load() -> Callable[[Any, Any], None]:
-    from megatron_peft.evaluation.answers import answer
-
-    return answer
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+main = Command(__doc__, AnswerSettings, run, "megatron-peft generate", takes_run_flags=True)

@@ -7,14 +7,13 @@ exist one at a time, without numbers (docs/planning.md). With --fit it ranks the
 
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_peft.cli.command import Command
 from megatron_peft.cli.launch import tell_loading
-from megatron_peft.cli.own_flags import ArgumentParser, add_flags, read_own_flags
-from megatron_peft.cli.parser import exit_with_error, read_config, typed_values, unknown_flags
+from megatron_peft.cli.parser import RunFlags
 from megatron_peft.cli.run_file import run_file
 from megatron_peft.commands.train import shape_of
 from megatron_peft.config import ConfigurationError, Requirements, RunConfig, flag, option, require
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     from megatron_peft.plan.layouts import FittedLayout
     from megatron_peft.plan.plan import Plan
 
-PROGRAM = "megatron-peft plan"
 PICTURES = (".png", ".pdf", ".svg")
 ASSUMED_BATCH = 128  # samples; of --fit without --global-batch-size
 NODES_TRIED = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -76,40 +74,12 @@ class PlanSettings:
                 unmet(path is None or not path.is_dir(), f"{flag(name)} {path} is a folder: name a file in it.")
 
 
-def add_arguments(parser: ArgumentParser) -> None:
-    """Its own flags; those of a run are `megatron-peft train`'s."""
-    add_flags(parser, PlanSettings)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 2 for whatever the user can put right, 1 if the run does not fit or would wait for ever."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    read_settings, flags = read_own_flags(PlanSettings, argv, __doc__)
-    try:
-        if unknown := unknown_flags(flags):
-            raise ConfigurationError(*unknown)
-        return _plan(read_settings(), [_folder_of(word) for word in flags])
-    except ConfigurationError as error:
-        exit_with_error(error, program=PROGRAM)
-
-
-def _folder_of(word: str) -> str:
-    """A config.json stands for its folder, which --save-config then names."""
-    name, equals, value = word.rpartition("=")
-    path = Path(value)
-    return f"{name}{equals}{path.parent}" if path.name == "config.json" and path.is_file() else word
-
-
-def _shape_of(model: str) -> ModelShape:
-    """Of --pretrained-checkpoint: a model's folder, or a file that describes one."""
-    return read_shape_of_file(Path(model)) if Path(model).is_file() else shape_of(model)
-
-
-def _plan(settings: PlanSettings, flags: Sequence[str]) -> int:
+def run(settings: PlanSettings, run_flags: RunFlags) -> int:
+    """Exit code 1 if the run does not fit or would wait for ever."""
     from megatron_peft.plan.cluster import read_cluster
 
     cluster = read_cluster(settings.cluster)
-    config = _config(settings, flags)
+    config = config_of(settings, run_flags)
     require(
         config.model.pretrained_checkpoint is not None, "give --pretrained-checkpoint: a folder, or its config.json."
     )
@@ -120,16 +90,23 @@ def _plan(settings: PlanSettings, flags: Sequence[str]) -> int:
     return _report(settings, config, shape, cluster)
 
 
-def _config(settings: PlanSettings, flags: Sequence[str]) -> RunConfig:
-    """Of the flags, in a world of --world-size; neither data nor a length nor --save is needed.
+def config_of(settings: PlanSettings, run_flags: RunFlags) -> RunConfig:
+    """The run in a world of --world-size; neither data nor a length nor --save is needed.
 
     --fit begins with any layout.
     """
-    typed = typed_values(flags)
-    replica = typed.get("tensor_model_parallel_size", 1) * typed.get("pipeline_model_parallel_size", 1)
-    size = replica if settings.fit or settings.world_size is None else settings.world_size
-    world = {"WORLD_SIZE": str(max(size, 1))}
-    return read_config(flags, world, _shape_of, lambda values: {"save": "never written"}, any_layout=settings.fit)
+    typed = run_flags.values["config"]
+    model = Path(typed.get("pretrained_checkpoint", ""))
+    if model.name == "config.json" and model.is_file():  # it stands for its folder, which --save-config then names
+        typed["pretrained_checkpoint"] = str(model.parent)
+    size = run_flags.replica_size if settings.fit or settings.world_size is None else settings.world_size
+    world, saved = {"WORLD_SIZE": str(size)}, {"save": "never written"}
+    return run_flags.config(world, _shape_of, lambda values: saved, any_layout=settings.fit)
+
+
+def _shape_of(model: str) -> ModelShape:
+    """The shape of --pretrained-checkpoint: a model's folder, or a file that describes one."""
+    return read_shape_of_file(Path(model)) if Path(model).is_file() else shape_of(model)
 
 
 def _report(settings: PlanSettings, config: RunConfig, shape: ModelShape, cluster: "Cluster") -> int:
@@ -244,5 +221,4 @@ def write_file(path: Path, text: str) -> None:
         raise ConfigurationError(f"{path} cannot be written ({error.strerror}): give another file.") from error
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+main = Command(__doc__, PlanSettings, run, "megatron-peft plan", takes_run_flags=True)

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
-from megatron_peft.cli.own_flags import ArgumentParser, add_flags, own_parser, parse_own, settings_of
+from megatron_peft.cli.command import ArgumentParser, add_flags, make_parser, parse, settings_of
 from megatron_peft.config import ConfigurationError, option, require
 from megatron_peft.tasks.prepare import BenchmarkData, HashSplit, Prepared, prepare
 from megatron_peft.tasks.readers import TaskFile, load, shipped
@@ -97,9 +97,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 2 for bad flags and bad input."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        parser = own_parser(__doc__)
+        parser = make_parser(__doc__)
         commands = add_arguments(parser, {name: load(name) for name in argv[:1] if name.endswith(".yaml")})
-        args = SimpleNamespace(**parse_own(parser, argv, commands))
+        args = SimpleNamespace(**parse(parser, argv, commands))
         sources = {source for task in args.members.values() for source in task.test.values()}
         by_split = "--test-input" in sources and not args.test_input
         settings: SplitSettings = settings_of(SplitSettings, vars(args))

@@ -10,17 +10,15 @@ report.html, report.md, table1.csv, table1.tex and the figures as PNG and SVG. S
 """
 
 import os
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_peft.cli.command import Command
 from megatron_peft.cli.launch import start_processes
-from megatron_peft.cli.own_flags import ArgumentParser, add_flags, read_own_flags
-from megatron_peft.cli.parser import typed_launch
+from megatron_peft.cli.parser import RunFlags
 from megatron_peft.config import ConfigurationError, Requirements, option, require, require_packages, required_option
 
-PROGRAM, MODULE = "megatron-peft report", "megatron_peft.commands.report"
+PROGRAM = "megatron-peft report"
 
 
 @dataclass(frozen=True)
@@ -50,48 +48,36 @@ class ReportSettings:
             unmet.fields()
 
 
-def add_arguments(parser: ArgumentParser) -> None:
-    """The flags; with --samples, those of the model's layout too."""
-    add_flags(parser, ReportSettings)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 2 when there is nothing to report, or something is wrong with the files."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    read_settings, model_flags = read_own_flags(ReportSettings, argv, __doc__)
+def run(settings: ReportSettings, run_flags: RunFlags) -> int:
+    """Write the report and print the names of its files."""
     try:
-        settings: ReportSettings = read_settings()
         require(
-            not model_flags or settings.samples is not None,
-            f"unexpected {' '.join(model_flags)}: flags of the model are for --samples.",
+            not run_flags.words or settings.samples is not None,
+            f"unexpected {' '.join(run_flags.words)}: flags of the model are for --samples.",
         )
         require(settings.folder.is_dir(), f"there is no folder {settings.folder}.")
         require_packages("report", "matplotlib", "scipy")
-        ended = start_processes(MODULE, argv, typed_launch(model_flags), PROGRAM, lambda environ: None)
+        words = ["report", *run_flags.command_line]
+        ended = start_processes("megatron_peft", words, run_flags.launch, PROGRAM, lambda environ: None)
         if ended is not None:
             return ended
-        written = _report(settings, model_flags)
-    except ConfigurationError as error:
-        print(f"{PROGRAM}: error: " + "\n  - ".join(error.problems), file=sys.stderr)
-        return 2
+        written = _report(settings, run_flags)
     except OSError as error:
-        print(
-            f"{PROGRAM}: error: {error.filename or 'the report'} cannot be written ({error.strerror}).", file=sys.stderr
-        )
-        return 2
+        told = f"{error.filename or 'the report'} cannot be written ({error.strerror})."
+        raise ConfigurationError(told) from error
     for path in written:
         print(path)
     return 0
 
 
-def _report(settings: ReportSettings, model_flags: Sequence[str]) -> list[Path]:
+def _report(settings: ReportSettings, run_flags: RunFlags) -> list[Path]:
     from megatron_peft.experiment.run_report import is_run
 
     folder = settings.folder
     is_experiment = settings.experiment is not None or (folder / "cells").is_dir()
     if not is_experiment and is_run(folder):
         require(settings.against is None, "--against is of an experiment, but this is the folder of a run.")
-        return _of_a_run(settings, model_flags)
+        return _of_a_run(settings, run_flags)
     require(
         is_experiment,
         f"{folder} holds neither a run (metrics.jsonl, checkpoints) nor an experiment (cells): give the --save folder "
@@ -101,7 +87,7 @@ def _report(settings: ReportSettings, model_flags: Sequence[str]) -> list[Path]:
     return _of_an_experiment(settings)
 
 
-def _of_a_run(settings: ReportSettings, model_flags: Sequence[str]) -> list[Path]:
+def _of_a_run(settings: ReportSettings, run_flags: RunFlags) -> list[Path]:
     from megatron_peft.experiment.page import HTML, write_page
     from megatron_peft.experiment.run_report import SAMPLES_FILE, build_run_report, read_run
 
@@ -114,7 +100,7 @@ def _of_a_run(settings: ReportSettings, model_flags: Sequence[str]) -> list[Path
         run_on_a_model(
             lambda config, own: write_samples(config, own, folder / SAMPLES_FILE),
             SampleSettings(str(folder), settings.samples, settings.max_new_tokens),
-            ["--load", str(folder), *model_flags],
+            RunFlags(["--load", str(folder), *run_flags.words]),
             PROGRAM,
         )
         if os.environ.get("RANK", "0") != "0":
@@ -138,5 +124,4 @@ def _of_an_experiment(settings: ReportSettings) -> list[Path]:
     return write(report, output)
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+main = Command(__doc__, ReportSettings, run, PROGRAM, takes_run_flags=True)

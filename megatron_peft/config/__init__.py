@@ -24,12 +24,15 @@ from megatron_peft.config.methods import (
 from megatron_peft.config.model import SENTENCEPIECE, DataConfig, ModelConfig
 from megatron_peft.config.parallel import ParallelConfig
 from megatron_peft.config.run import (
+    SECTIONS,
     RunConfig,
     config_from_dict,
     config_to_dict,
     field_names,
     missing_for_training,
     missing_to_profile,
+    run_config,
+    sections_of,
 )
 from megatron_peft.config.sources import Blend, is_indexed, kind_of_source, parse_blend
 from megatron_peft.config.targets import LinearSizes, Side, is_targeted, require_matches

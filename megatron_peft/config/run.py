@@ -177,12 +177,48 @@ def config_to_dict(config: RunConfig) -> dict[str, dict[str, Any]]:
     }
 
 
+SECTIONS: Mapping[str, type] = get_type_hints(RunConfig)
+
+
+def sections_of(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The sections of a run by name, made of those `values` that are their fields, and everything that is wrong.
+
+    A section that cannot be made is None. A field that two sections have (seed) is that of both.
+    """
+    sections: dict[str, Any] = {}
+    problems: list[str] = []
+    for section, config_class in SECTIONS.items():
+        try:
+            sections[section] = config_class(
+                **{name: values[name] for name in field_names(config_class) if name in values}
+            )
+        except ConfigurationError as error:
+            sections[section] = None
+            problems += error.problems
+    return sections, problems
+
+
+def run_config(**values: Any) -> RunConfig:
+    """A run of these fields, whatever sections they belong to: `run_config(pretrained_checkpoint="m", lora_rank=4)`.
+
+    Raises:
+        TypeError: no section has a field of this name.
+        ConfigurationError: the values are wrong, or contradict one another.
+    """
+    unknown = values.keys() - {name for config_class in SECTIONS.values() for name in field_names(config_class)}
+    if unknown:
+        raise TypeError(f"no section of a run has {', '.join(sorted(unknown))}")
+    sections, problems = sections_of(values)
+    if problems:
+        raise ConfigurationError(*problems)
+    return RunConfig(**sections)
+
+
 def config_from_dict(record: Mapping[str, Mapping[str, Any]]) -> RunConfig:
     """The RunConfig of a record. Fields that an older record lacks take their defaults.
 
     Raises ConfigurationError for fields that this version does not know, and for values that contradict one another.
     """
-    section_classes = get_type_hints(RunConfig)
     method = record.get("peft", {}).get("method", PeftConfig.method)
     if isinstance(method, str) and method not in METHODS:
         PeftConfig(method)  # the error says why the method is not here
@@ -190,23 +226,26 @@ def config_from_dict(record: Mapping[str, Mapping[str, Any]]) -> RunConfig:
         f"{section}.{name}"
         for section, values in record.items()
         for name in values
-        if section not in section_classes or name not in field_names(section_classes[section])
+        if section not in SECTIONS or name not in field_names(SECTIONS[section])
     ]
     if unknown:
         raise ConfigurationError(
             f"the run's record holds {', '.join(unknown)}, which this installation does not know: it was written by a "
             f"newer version of megatron_peft, or with another package of methods."
         )
-    return RunConfig(**{name: _section(cls, record.get(name, {})) for name, cls in section_classes.items()})
+    sections = {}
+    for section, config_class in SECTIONS.items():
+        hints = get_type_hints(config_class)
+        sections[section] = config_class(
+            **{
+                name: tuple(value) if get_origin(hints[name]) is tuple else value
+                for name, value in record.get(section, {}).items()
+            }
+        )
+    return RunConfig(**sections)
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: _plain(item) for name, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
-
-
-def _section(config_class: type, values: Mapping[str, Any]) -> Any:
-    hints = get_type_hints(config_class)
-    tuples = {field.name for field in fields(config_class) if get_origin(hints[field.name]) is tuple}
-    return config_class(**{name: tuple(value) if name in tuples else value for name, value in values.items()})

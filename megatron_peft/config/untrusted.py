@@ -154,8 +154,8 @@ class StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def parse_yaml(text: str, place: str, loader: type = yaml.SafeLoader) -> Any:
-    """The value that `text` holds, read by a loader that makes plain values only."""
+def parse_yaml(text: str, place: str, loader: type = StrictLoader) -> Any:
+    """The value that `text` holds. `loader` makes plain values only; yaml.SafeLoader is for files of other projects."""
     with _yaml_errors(text, place):
         value = yaml.load(text, loader)
     try:

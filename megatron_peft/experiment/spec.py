@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_peft.config import ConfigurationError
-from megatron_peft.config.untrusted import StrictLoader, parse_yaml, read_text
+from megatron_peft.config.untrusted import parse_yaml, read_text
 
 FlagValues = Mapping[str, Any]
 
@@ -193,7 +193,7 @@ def read_experiment(path: Path) -> Experiment:
     Raises ConfigurationError: the file cannot be read, is not YAML, has an unknown key, or contradicts itself.
     """
     text = read_text(path)
-    content = parse_yaml(text, str(path), StrictLoader)
+    content = parse_yaml(text, str(path))
     try:
         return replace(_experiment(content, path.stem), text=text)
     except ConfigurationError as error:

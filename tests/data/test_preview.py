@@ -155,7 +155,7 @@ def test_what_cannot_be_previewed_is_an_error_with_exit_code_2(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     Path("a.jsonl").write_text('{"text": "1"}\n')
     with pytest.raises(SystemExit) as ended:
-        command.main(flags.split())
+        sys.exit(command.main(flags.split()))
     assert ended.value.code == 2 and told in capsys.readouterr().err
 
 

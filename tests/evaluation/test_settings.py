@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from megatron_peft import config as c
 from megatron_peft.checkpoint.folders import MANIFEST
-from megatron_peft.cli.parser import parse_arguments
+from megatron_peft.cli.parser import RunFlags, parse_arguments
 from megatron_peft.config import ConfigurationError, ParallelConfig, PeftConfig, RunConfig
 from megatron_peft.config.evaluation import AnswerSettings, HarnessSettings, Sampling
 from megatron_peft.evaluation import answers, harness_run, model
@@ -477,7 +477,7 @@ def test_a_base_that_is_not_there_is_told_with_the_way_out(run, tmp_path):
 def test_what_is_wrong_is_told_under_the_programs_name_before_a_world_is_made(capsys, flags, told):
     ran = []
     with pytest.raises(SystemExit, match="2"):
-        run_on_a_model(lambda *both: ran.append(both), 1, flags, "p.py")
+        run_on_a_model(lambda *both: ran.append(both), 1, RunFlags(flags), "p.py")
     assert capsys.readouterr().err.startswith(told)
     assert not ran and not dist.is_initialized()
 
@@ -488,5 +488,5 @@ def test_the_program_runs_in_a_world_with_settings_and_model(tmp_path):
     def main(config: RunConfig, settings: str) -> None:
         seen.append((config.model.pretrained_checkpoint, settings, dist.get_world_size()))
 
-    run_on_a_model(main, "settings", ["--pretrained-checkpoint", base], "p.py")
+    run_on_a_model(main, "settings", RunFlags(["--pretrained-checkpoint", base]), "p.py")
     assert seen == [(base, "settings", 1)] and not dist.is_initialized()
