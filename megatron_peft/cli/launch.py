@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
-from megatron_peft.config import ConfigurationError, Requirements, flag, option, require
+from megatron_peft.config import Checked, ConfigurationError, Requirements, flag, option, require
 
 # Those of the agent have levels of their own.
 TORCHRUN_LOGGERS = (
@@ -32,7 +32,7 @@ def _torchrun(name: str, default: Any, help: str, metavar: str | None = None) ->
 
 
 @dataclass(frozen=True)
-class LaunchConfig:
+class LaunchConfig(Checked):
     """The processes to start. Names and meanings are torchrun's."""
 
     launcher: Literal["torchrun", "ft_launcher"] = _torchrun(
@@ -52,25 +52,23 @@ class LaunchConfig:
     rdzv_id: str | None = _torchrun("rdzv_id", None, "name of the job, the same on every node", "NAME")
     max_restarts: int = _torchrun("max_restarts", 0, "restarts after a failure")
 
-    def __post_init__(self) -> None:
-        with Requirements(self) as unmet:
-            unmet.fields()
-            unmet.positive("nnodes")
-            unmet.not_negative("node_rank", "master_port", "max_restarts")
-            number = self.nproc_per_node or "1"
-            unmet(
-                number == "gpu" or number.isdecimal() and int(number) > 0,
-                f"--nproc-per-node is {number}; it is a number of processes, or gpu.",
-            )
-            unmet(
-                self.nnodes == 1 or bool(self.master_addr or self.rdzv_endpoint),
-                f"--nnodes {self.nnodes} needs --master-addr and --node-rank, or --rdzv-endpoint.",
-            )
-            unmet(
-                self.launcher == "torchrun" or find_spec(FT_LAUNCHER.partition(".")[0]) is not None,
-                f"--launcher {self.launcher} needs the package nvidia-resiliency-ext, which is not installed: pip "
-                f"install nvidia-resiliency-ext, or leave the flag out.",
-            )
+    def check(self, require: Requirements) -> None:
+        require.each("positive", "nnodes")
+        require.each("not_negative", "node_rank", "master_port", "max_restarts")
+        number = self.nproc_per_node or "1"
+        require(
+            number == "gpu" or number.isdecimal() and int(number) > 0,
+            f"--nproc-per-node is {number}; it is a number of processes, or gpu.",
+        )
+        require(
+            self.nnodes == 1 or bool(self.master_addr or self.rdzv_endpoint),
+            f"--nnodes {self.nnodes} needs --master-addr and --node-rank, or --rdzv-endpoint.",
+        )
+        require(
+            self.launcher == "torchrun" or find_spec(FT_LAUNCHER.partition(".")[0]) is not None,
+            f"--launcher {self.launcher} needs the package nvidia-resiliency-ext, which is not installed: pip "
+            f"install nvidia-resiliency-ext, or leave the flag out.",
+        )
 
     def torchrun_words(self) -> list[str]:
         """The flags for torchrun, which ft_launcher has too.

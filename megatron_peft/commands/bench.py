@@ -9,11 +9,11 @@ from pathlib import Path
 
 from megatron_peft.benchmarks import NAMES
 from megatron_peft.cli.command import Command
-from megatron_peft.config import option, require
+from megatron_peft.config import Checked, option, require
 
 
 @dataclass(frozen=True)
-class BenchSettings:
+class BenchSettings(Checked):
     """Which benchmarks are run, and on what."""
 
     names: tuple[str, ...] = option(

@@ -17,7 +17,7 @@ from pathlib import Path
 from megatron_peft.cli.command import Command
 from megatron_peft.cli.launch import tell_loading
 from megatron_peft.cli.parser import RunFlags
-from megatron_peft.config import Requirements, option
+from megatron_peft.config import Checked, Requirements, option
 from megatron_peft.models.families import read_shape, read_shape_of_file
 from megatron_peft.models.shape import ModelShape
 
@@ -25,7 +25,7 @@ EXIT_CODES = {"CERTIFIED": 0, "REFUSED": 1, "UNDECIDED": 3}
 
 
 @dataclass(frozen=True)
-class CertifySettings:
+class CertifySettings(Checked):
     """The run's processes, and where the certificate goes."""
 
     world_size: int | None = option(
@@ -33,15 +33,13 @@ class CertifySettings:
     )
     output: Path | None = option(None, "file for the certificate, as JSON; it must not exist", metavar="FILE")
 
-    def __post_init__(self) -> None:
-        with Requirements(self) as unmet:
-            unmet.fields()
-            path = self.output
-            unmet(path is None or not path.exists(), f"--output {path} exists already: give a file that does not.")
-            unmet(
-                path is None or path.parent.is_dir(),
-                f"--output {path}: there is no folder {path and path.parent}; make it first.",
-            )
+    def check(self, require: Requirements) -> None:
+        path = self.output
+        require(path is None or not path.exists(), f"--output {path} exists already: give a file that does not.")
+        require(
+            path is None or path.parent.is_dir(),
+            f"--output {path}: there is no folder {path and path.parent}; make it first.",
+        )
 
 
 def run(settings: CertifySettings, run_flags: RunFlags) -> int:

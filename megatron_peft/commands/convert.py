@@ -16,21 +16,17 @@ from typing import Any, Literal
 
 from megatron_peft.cli.command import Command
 from megatron_peft.cli.launch import tell_loading
-from megatron_peft.config import Requirements, flag, option, require, required_option
+from megatron_peft.config import Checked, flag, option, require, required_option
 from megatron_peft.config.hub import local_model
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Folders:
+class _Folders(Checked):
     """Every command reads one folder; fields are checked by their declarations."""
 
     input: str = required_option("what is read", metavar="FOLDER")
-
-    def __post_init__(self) -> None:
-        with Requirements(self) as require:
-            require.fields()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_peft.cli.command import Command
-from megatron_peft.config import ConfigurationError, Requirements, option, required_option
+from megatron_peft.config import Checked, ConfigurationError, option, required_option
 
 if TYPE_CHECKING:
     from megatron_peft.experiment.cells import Group
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class ExperimentSettings:
+class ExperimentSettings(Checked):
     """Which experiment is run, and how much of it at once."""
 
     experiment: Path = required_option("the experiment", flags=("experiment",), metavar="EXPERIMENT.yaml")
@@ -35,10 +35,6 @@ class ExperimentSettings:
     emit_slurm: Path | None = option(
         None, "write a script that submits everything to SLURM, without running it", metavar="FILE"
     )
-
-    def __post_init__(self) -> None:
-        with Requirements(self) as require:
-            require.fields()
 
 
 def run(settings: ExperimentSettings) -> int:

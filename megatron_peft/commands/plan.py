@@ -16,7 +16,7 @@ from megatron_peft.cli.launch import tell_loading
 from megatron_peft.cli.parser import RunFlags
 from megatron_peft.cli.run_file import run_file
 from megatron_peft.commands.train import shape_of
-from megatron_peft.config import ConfigurationError, Requirements, RunConfig, flag, option, require
+from megatron_peft.config import Checked, ConfigurationError, Requirements, RunConfig, flag, option, require
 from megatron_peft.models.families import read_shape_of_file
 from megatron_peft.models.shape import ModelShape
 
@@ -31,7 +31,7 @@ NODES_TRIED = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 @dataclass(frozen=True)
-class PlanSettings:
+class PlanSettings(Checked):
     """The world, and what is written of the plan."""
 
     world_size: int | None = option(
@@ -53,25 +53,23 @@ class PlanSettings:
         None, "with --fit: write the flags of the best layout for --config", metavar="FILE.yaml"
     )
 
-    def __post_init__(self) -> None:
-        with Requirements(self) as unmet:
-            unmet.fields()
-            unmet.needs("save_config", "fit")
-            unmet(
-                not (self.plot and self.fit), "--plot draws one run: leave out --fit, or plan the layout that it finds."
+    def check(self, require: Requirements) -> None:
+        require.needs("save_config", "fit")
+        require(
+            not (self.plot and self.fit), "--plot draws one run: leave out --fit, or plan the layout that it finds."
+        )
+        endings = ", ".join(PICTURES)
+        require(
+            self.plot is None or self.plot.suffix.lower() in PICTURES,
+            f"--plot {self.plot} is no picture: its name must end in one of {endings}.",
+        )
+        for name in ("json", "plot", "save_config"):
+            path = getattr(self, name)
+            require(
+                path is None or path.parent.is_dir(),
+                f"{flag(name)} {path}: there is no folder {path and path.parent}; make it first.",
             )
-            endings = ", ".join(PICTURES)
-            unmet(
-                self.plot is None or self.plot.suffix.lower() in PICTURES,
-                f"--plot {self.plot} is no picture: its name must end in one of {endings}.",
-            )
-            for name in ("json", "plot", "save_config"):
-                path = getattr(self, name)
-                unmet(
-                    path is None or path.parent.is_dir(),
-                    f"{flag(name)} {path}: there is no folder {path and path.parent}; make it first.",
-                )
-                unmet(path is None or not path.is_dir(), f"{flag(name)} {path} is a folder: name a file in it.")
+            require(path is None or not path.is_dir(), f"{flag(name)} {path} is a folder: name a file in it.")
 
 
 def run(settings: PlanSettings, run_flags: RunFlags) -> int:

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_peft.cli.command import Command, make_parser
-from megatron_peft.config import DataConfig, Requirements, option, required_option
+from megatron_peft.config import Checked, DataConfig, option, required_option
 
 NOT_SERVED = ("--split-sentences", "--keep-newlines", "--partitions", "--vocab-file", "--merge-file", "--lang")
 
 
 @dataclass(frozen=True)
-class PreprocessSettings:
+class PreprocessSettings(Checked):
     """Megatron's names and defaults."""
 
     input: tuple[str, ...] = required_option("JSON-lines files, or glob patterns", metavar="FILE")
@@ -32,10 +32,6 @@ class PreprocessSettings:
     workers: int = option(1, "number of processes", check="positive")
     log_interval: int = option(1000, "records between progress lines", check="positive")
     keep_sequential_samples: bool = option(False, "accepted for Megatron's scripts; the order is always kept")
-
-    def __post_init__(self) -> None:
-        with Requirements(self) as require:
-            require.fields()
 
 
 def expand(patterns: Sequence[str]) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_peft.cli.command import Command
 from megatron_peft.cli.parser import RunFlags
-from megatron_peft.config.preview import PreviewOptions
+from megatron_peft.config.model import PreviewOptions
 
 PROGRAM = "megatron-peft data preview"
 NO_MODEL = "(none)"  # a model is needed for its tokenizer only
@@ -22,7 +22,7 @@ def run(settings: PreviewOptions, run_flags: RunFlags) -> int:
     environ = {"WORLD_SIZE": str(run_flags.replica_size)}
     config = run_flags.config_or_exit(environ, program=PROGRAM, saved=without_a_model)
     base = config.model.pretrained_checkpoint
-    settings.check(config.data)
+    settings.check_data(config.data)
     from megatron_peft.data.preview import Batches, preview_data  # with numpy: a wrong flag is told at once
 
     batches = Batches(config.global_batch_size, config.training.micro_batch_size)

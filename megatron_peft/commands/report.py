@@ -16,13 +16,13 @@ from pathlib import Path
 from megatron_peft.cli.command import Command
 from megatron_peft.cli.launch import start_processes
 from megatron_peft.cli.parser import RunFlags
-from megatron_peft.config import ConfigurationError, Requirements, option, require, require_packages, required_option
+from megatron_peft.config import Checked, ConfigurationError, option, require, require_packages, required_option
 
 PROGRAM = "megatron-peft report"
 
 
 @dataclass(frozen=True)
-class ReportSettings:
+class ReportSettings(Checked):
     """What is reported, and where the report goes."""
 
     folder: Path = required_option("--save of a run, or --output of an experiment", flags=("folder",), metavar="FOLDER")
@@ -42,10 +42,6 @@ class ReportSettings:
         check="positive",
     )
     max_new_tokens: int = option(128, "of a run: tokens per answer, at most", check="positive")
-
-    def __post_init__(self) -> None:
-        with Requirements(self) as unmet:
-            unmet.fields()
 
 
 def run(settings: ReportSettings, run_flags: RunFlags) -> int:

@@ -1,6 +1,7 @@
 """The configuration of a run: frozen dataclasses that validate themselves, a class for each section."""
 
 from megatron_peft.config.errors import (
+    Checked,
     ConfigurationError,
     Requirements,
     flag,
@@ -29,9 +30,9 @@ from megatron_peft.config.run import (
     config_from_dict,
     config_to_dict,
     field_names,
+    make_run,
     missing_for_training,
     missing_to_profile,
-    run_config,
     sections_of,
 )
 from megatron_peft.config.sources import Blend, is_indexed, kind_of_source, parse_blend

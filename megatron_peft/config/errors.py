@@ -17,7 +17,17 @@ from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
-Check = Literal["positive", "not_negative", "fraction", "not_empty"]  # methods of `Requirements`
+Check = Literal["positive", "not_negative", "fraction", "not_empty"]
+# Check -> (whether a value passes, what is told of another one).
+CHECKS: Mapping[Check, tuple[Callable[[Any], bool], str]] = {
+    "positive": (lambda value: value > 0, "is {}; it must be above 0."),
+    "not_negative": (lambda value: value >= 0, "is {}; it cannot be negative."),
+    "fraction": (lambda value: 0 <= value < 1, "is {}; it is a fraction, at least 0 and below 1."),
+    "not_empty": (
+        lambda value: value != "",
+        "has an empty value (an unset variable of the shell?): give a folder, or leave it out.",
+    ),
+}
 
 
 def option(
@@ -169,35 +179,18 @@ class Requirements:
             if wanted[one.name]:
                 self(False, f"{flag_of(one)} is {getattr(self.config, one.name)!r}; it must be {wanted[one.name]}.")
             elif check and (names is None or one.name in names):
-                getattr(self, check)(one.name)
+                self.each(check, one.name)
         if any(wanted.values()):
             raise ConfigurationError(*self.problems)
 
-    def positive(self, *names: str) -> None:
-        """Each is above 0."""
+    def each(self, check: Check, *names: str) -> None:
+        """The value of each field passes the check."""
+        holds, told = CHECKS[check]
         for name in names:
             value = getattr(self.config, name)
-            self(value is None or value > 0, f"{flag(name)} is {value}; it must be above 0.")
+            self(value is None or holds(value), f"{flag(name)} {told.format(value)}")
 
-    def not_negative(self, *names: str) -> None:
-        """Each is 0 or more."""
-        for name in names:
-            value = getattr(self.config, name)
-            self(value is None or value >= 0, f"{flag(name)} is {value}; it cannot be negative.")
-
-    def fraction(self, *names: str) -> None:
-        """Each is at least 0 and below 1."""
-        for name in names:
-            value = getattr(self.config, name)
-            self(value is None or 0 <= value < 1, f"{flag(name)} is {value}; it is a fraction, at least 0 and below 1.")
-
-    def not_empty(self, *names: str) -> None:
-        """No text is empty."""
-        for name in names:
-            told = "has an empty value (an unset variable of the shell?): give a folder, or leave it out."
-            self(getattr(self.config, name) != "", f"{flag(name)} {told}")
-
-    def that_holds(self, check: Callable[[], None]) -> None:
+    def that_holds(self, check: Callable[[], object]) -> None:
         """The problems of the ConfigurationError that `check` raises, if it does."""
         try:
             check()
@@ -213,6 +206,22 @@ class Requirements:
             not is_set or any(getattr(self.config, other) for other in others),
             f"{spelled(flag(name), value)} needs {ways_out}.",
         )
+
+
+class Checked:
+    """A dataclass that checks its fields as they are declared, and whatever else `check` requires, as it is made.
+
+    Raises:
+        ConfigurationError: with everything that is wrong.
+    """
+
+    def __post_init__(self) -> None:
+        with Requirements(self) as require:
+            require.fields()
+            self.check(require)
+
+    def check(self, require: Requirements) -> None:
+        """What is required beyond the checks of the fields."""
 
 
 def print_failure(message: str, environ: Mapping[str, str] = os.environ) -> None:

@@ -132,7 +132,8 @@ def missing_for_training(values: Mapping[str, Any]) -> list[str]:
         ),
         ("train_iters", "train_samples", "train_epochs"): f"{LENGTH_OF_THE_RUN} (none given).",
     }
-    return [told for names, told in needed.items() if not any(_is_given(values.get(name)) for name in names)]
+    given = {name for name, value in values.items() if value is not None and value is not False and value != ()}
+    return [told for names, told in needed.items() if given.isdisjoint(names)]
 
 
 def missing_to_profile(config: RunConfig) -> list[str]:
@@ -156,10 +157,6 @@ def missing_to_profile(config: RunConfig) -> list[str]:
             f"{logging.profile_step_start}: no step would be profiled."
         )
     return problems
-
-
-def _is_given(value: Any) -> bool:
-    return value is not None and value is not False and value != ()
 
 
 def field_names(config_class: type) -> tuple[str, ...]:
@@ -198,8 +195,8 @@ def sections_of(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     return sections, problems
 
 
-def run_config(**values: Any) -> RunConfig:
-    """A run of these fields, whatever sections they belong to: `run_config(pretrained_checkpoint="m", lora_rank=4)`.
+def make_run(**values: Any) -> RunConfig:
+    """A run of these fields, whatever sections they belong to: `make_run(pretrained_checkpoint="m", lora_rank=4)`.
 
     Raises:
         TypeError: no section has a field of this name.

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.text import Text
 
 from megatron_peft.config import Blend, DataConfig, kind_of_source, not_obeyed, parse_blend
-from megatron_peft.config.preview import FLAG, PreviewOptions
+from megatron_peft.config.model import PreviewOptions
 from megatron_peft.data.files import RecordFiles
 from megatron_peft.data.formats import ColumnNames
 from megatron_peft.data.records import Fit
@@ -80,14 +80,14 @@ class Preview:
         self, config: DataConfig, batches: Batches, options: PreviewOptions, pretrained_checkpoint: str | None = None
     ) -> None:
         self.config, self.batches, self.options = config, batches, options
-        self.blend = parse_blend(config.train_data_path, FLAG)
+        self.blend = parse_blend(config.train_data_path, "--train-data-path")
         self.tokenizer, self.records = self._open(pretrained_checkpoint)
         self.fit = Fit(self.tokenizer, config.seq_length, config.overlong, ColumnNames.of(config))
         self.is_exact = options.exact or (not self.blend.weights and len(self.records) <= options.sampled_records)
         self.measured = _measure(self.records, self.fit, self._chosen())
 
     def _open(self, pretrained_checkpoint: str | None) -> tuple[Tokenizer, RecordFiles]:
-        open_records = partial(RecordFiles, self.blend.prefixes, FLAG, with_digest=False)
+        open_records = partial(RecordFiles, self.blend.prefixes, "--train-data-path", with_digest=False)
         if any(kind_of_source(path) != "json" for path in self.blend.prefixes):
             return build_tokenizer(self.config, pretrained_checkpoint), open_records()
         with ThreadPoolExecutor(1) as pool:  # the files are searched for lines while transformers is imported

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from megatron_peft.commands import preview as command
 from megatron_peft.config import DataConfig
-from megatron_peft.config.preview import PreviewOptions
+from megatron_peft.config.model import PreviewOptions
 from megatron_peft.data.instruction import InstructionDataset
 from megatron_peft.data.preview import Batches, Preview, show, visible
 from megatron_peft.data.samples import PackedOrder, SampleOrder

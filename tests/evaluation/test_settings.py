@@ -403,13 +403,10 @@ def test_what_ends_the_data_of_a_run_ends_an_answer_beside_what_the_base_names(t
 
 
 def _config(base: str = "base", peft: PeftConfig = PEFT["lora"]) -> RunConfig:
-    return RunConfig(
-        ParallelConfig(tensor_model_parallel_size=2, world_size=4),
-        c.ModelConfig(base, bf16=True, make_vocab_size_divisible_by=64),
-        peft,
-        c.DataConfig(train_data_path=("a.jsonl",), tokenizer_type="NullTokenizer", vocab_size=99, seed=7),
-        c.TrainingConfig(train_epochs=3, seed=7, micro_batch_size=2, global_batch_size=8),
-    )
+    model = {"pretrained_checkpoint": base, "bf16": True, "make_vocab_size_divisible_by": 64, "world_size": 4}
+    data = {"train_data_path": ("a.jsonl",), "tokenizer_type": "NullTokenizer", "vocab_size": 99, "seed": 7}
+    training = {"train_epochs": 3, "micro_batch_size": 2, "global_batch_size": 8, "tensor_model_parallel_size": 2}
+    return replace(c.make_run(**model, **data, **training), peft=peft)
 
 
 @pytest.fixture
