@@ -86,21 +86,21 @@ def add_flags(parser: ArgumentParser, config_class: type) -> None:
     """A flag for each field of a command's settings, and --config. What is not typed is not stored."""
     words = "YAML files with flags as keys; typed flags override them"
     parser.add_argument(CONFIG_FLAG, nargs="+", metavar="FILE", help=words, default=SUPPRESS)
-    for one in flags_of(config_class):
-        settings = argparse_settings(one)
-        if one.names[0].startswith("-"):
-            settings |= {"dest": one.key, "required": one.required}
+    for flag in flags_of(config_class):
+        settings = argparse_settings(flag)
+        if flag.names[0].startswith("-"):
+            settings |= {"dest": flag.key, "required": flag.required}
         else:  # a word without a flag
             del settings["dest"]
-            settings["nargs"] = ("+" if one.required else "*") if one.many else None
-        parser.add_argument(*one.names, default=SUPPRESS, **settings)
+            settings["nargs"] = ("+" if flag.required else "*") if flag.many else None
+        parser.add_argument(*flag.names, default=SUPPRESS, **settings)
 
 
 def add_run_flags(parser: ArgumentParser) -> None:
     """Every flag of `served_flags`, to list them: `RunFlags` reads them."""
-    for one in served_flags():
-        if one.names[0] not in parser._option_string_actions:
-            parser.add_argument(*one.names, **argparse_settings(one)).choices = one.choices
+    for flag in served_flags():
+        if flag.names[0] not in parser._option_string_actions:
+            parser.add_argument(*flag.names, **argparse_settings(flag)).choices = flag.choices
 
 
 def settings_of(config_class: type, values: Mapping[str, Any]) -> Any:

@@ -4,8 +4,9 @@ spelled-out names.
 Nothing here parses. `served_flags()` is the whole list; `megatron_peft.cli.parser` turns it into a parser.
 """
 
+import typing
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -40,8 +41,6 @@ SECTION_GROUPS = {
     "optimizer": "optimizer and regularization",
     "checkpoint": "checkpointing",
 }
-
-NO_FLAG = frozenset({"world_size", "shape_flags", "transformer"})  # from the environment, or gathered from others
 
 SHAPE_FIELDS = (
     "num_layers",
@@ -163,14 +162,43 @@ class Flag:
 
 def served_flags() -> tuple[Flag, ...]:
     """Every flag that is served, in the order of `GROUPS`."""
-    found = [*_program_flags(), *_config_flags(), *launch_flags(), *_shape_flags(), *_run_flags(), *_accepted_flags()]
-    return tuple(sorted(found, key=lambda flag: GROUPS.index(flag.group)))
+    classes = {**SECTIONS, "launch": LaunchConfig}
+    of_fields = [served for section, config_class in classes.items() for served in flags_of(config_class, section)]
+    every = [*_program_flags(), *of_fields, *_shape_flags(), *_run_flags(), *_accepted_flags()]
+    return tuple(sorted(every, key=lambda served: GROUPS.index(served.group)))
 
 
-def flags_of(config_class: type) -> tuple[Flag, ...]:
-    """A flag for each field of one dataclass, for a program with flags of its own. A name without dashes is a word."""
+def flags_of(config_class: type, section: str = "") -> Iterator[Flag]:
+    """A flag for each field of a dataclass that is an option. A name without dashes is a word.
+
+    Args:
+        section: of a configuration file; empty for a command's own settings.
+    """
     hints = get_type_hints(config_class)
-    return tuple(one for field in fields(config_class) for one in _field_flags("", field, hints[field.name]))
+    target: Target = "launch" if section == "launch" else "config"
+    for field in fields(config_class):
+        if "help" not in field.metadata:
+            continue
+        kind, choices, many = _value_of(hints[field.name])
+        names = field.metadata["flags"] or (flag(field.name),)
+        group = field.metadata["group"] or SECTION_GROUPS.get(section, section or "options")
+        default, words = None if field.default is MISSING else field.default, field.metadata["help"]
+        if kind is not bool:
+            is_method = field.name == "method"  # PeftConfig says why a method cannot be used
+            yield Flag(
+                *(names, target, field.name, words, group, kind, tuple(METHODS) if is_method else choices, many),
+                default=default,
+                metavar=field.metadata["metavar"],
+                required=field.default is MISSING,
+                section=section,
+                checks_choices=not is_method,
+            )
+            continue
+        words += " (the default)" if default else ""
+        yield Flag(names, target, field.name, words, group, constant=True, section=section)
+        if default:
+            opposite = (f"--no-{names[0][2:]}",)
+            yield Flag(opposite, target, field.name, f"disable {names[0]}", group, constant=False, section=section)
 
 
 def _program_flags() -> Iterator[Flag]:
@@ -187,50 +215,6 @@ def _program_flags() -> Iterator[Flag]:
     yield Flag(("--cluster",), "program", "cluster", words, PROGRAM_GROUP, metavar="NAME")
     words = "on a GPU, do not rehearse rank 0 to print its planned peak of memory beside the measured one"
     yield Flag(("--no-plan",), "program", "no_plan", words, PROGRAM_GROUP, constant=True)
-
-
-def launch_flags() -> Iterator[Flag]:
-    """A flag for each field of `LaunchConfig`."""
-    hints = get_type_hints(LaunchConfig)
-    for field in fields(LaunchConfig):
-        for one in _field_flags("launch", field, hints[field.name]):
-            yield replace(one, target="launch")
-
-
-def _config_flags() -> Iterator[Flag]:
-    """A flag for each field of our dataclasses; a field of two of them (seed) is one flag, explained by the first."""
-    seen = set(NO_FLAG)
-    for section, config_class in SECTIONS.items():
-        hints = get_type_hints(config_class)
-        for field in fields(config_class):
-            if field.name not in seen:
-                yield from _field_flags(section, field, hints[field.name])
-            seen.add(field.name)
-
-
-def _field_flags(section: str, field: Field[Any], annotation: Any) -> Iterator[Flag]:
-    kind, choices, many = _value_of(annotation)
-    own = field.metadata
-    names = own["flags"] or (flag(field.name),)
-    group = own["group"] or SECTION_GROUPS.get(section, section or "options")
-    required = field.default is MISSING
-    default = None if required else field.default
-    if kind is not bool:
-        choices = tuple(METHODS) if field.name == "method" else choices
-        yield Flag(
-            *(names, "config", field.name, own["help"], group, kind, choices, many),
-            default=default,
-            metavar=own["metavar"],
-            required=required,
-            section=section,
-            checks_choices=field.name != "method",  # PeftConfig says why a method cannot be used
-        )
-        return
-    words = own["help"] + (" (the default)" if default else "")
-    yield Flag(names, "config", field.name, words, group, constant=True, section=section)
-    if default:
-        opposite = (f"--no-{names[0][2:]}",)
-        yield Flag(opposite, "config", field.name, f"disable {names[0]}", group, constant=False, section=section)
 
 
 def _value_of(annotation: Any) -> tuple[type, tuple[str, ...] | None, bool]:
@@ -268,15 +252,12 @@ def _run_flags() -> Iterator[Flag]:
 
 
 def _transformer_flag(target: Target, field: MegatronField, group: str) -> Flag:
-    kind, choices = field.type_and_choices
+    kind, choices, _ = _value_of(eval(field.annotation, dict(vars(typing))))  # megatron-core's own source
     constant = True if kind is bool else TAKES_A_VALUE
-    default = RUN_DEFAULTS.get(field.name)
     words = RUN_FIELDS.get(field.name) or field.help
+    names, default = (flag(field.name),), RUN_DEFAULTS.get(field.name)
     return Flag(
-        *((flag(field.name),), target, field.name, words, group, kind, choices),
-        constant=constant,
-        default=default,
-        section="model",
+        names, target, field.name, words, group, kind, choices, constant=constant, default=default, section="model"
     )
 
 
@@ -292,8 +273,8 @@ def _accepted_flags() -> Iterator[Flag]:
 def known_to_files(flags: Sequence[Flag]) -> dict[str, KnownFlag]:
     """Those flags as a configuration file may name them."""
     return {
-        name: KnownFlag(one.constant is TAKES_A_VALUE, one.section)
-        for one in flags
-        if one.target != "program"
-        for name in one.names
+        name: KnownFlag(served.constant is TAKES_A_VALUE, served.section)
+        for served in flags
+        if served.target != "program"
+        for name in served.names
     }

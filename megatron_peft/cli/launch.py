@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from megatron_peft.config import Checked, ConfigurationError, Requirements, flag, option, require
 
-# Those of the agent have levels of their own.
+# The loggers of the agent do not inherit their level.
 TORCHRUN_LOGGERS = (
     "torch.distributed.elastic",
     "torch.distributed.elastic.agent.server.api",
@@ -75,7 +75,7 @@ class LaunchConfig(Checked):
 
         A single node finds a free port by itself, so that two runs can share it.
         """
-        given = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "launcher"}
+        given = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "launcher"}
         alone = self.nnodes == 1 and not (self.master_addr or self.master_port or self.rdzv_endpoint)
         words = [word for name, value in given.items() if value is not None for word in (flag(name), str(value))]
         return [*(["--standalone"] if alone else []), *words]
@@ -118,7 +118,7 @@ def start_processes(
 
 
 def tell_loading() -> None:
-    """At a terminal, that torch is about to be imported, which takes seconds. Of several ranks the first one tells."""
+    """Tell at a terminal that torch is about to be imported, which takes seconds. Rank 0 speaks for all."""
     if sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":
         sys.stderr.write(LOADING)
         sys.stderr.flush()

@@ -205,7 +205,7 @@ def refused_flags() -> dict[str, str]:
 def reason_of(name: str) -> str | None:
     """Why Megatron-LM's flag `name` (no leading dashes) is not served; None if it is not known here."""
     known = _refused()
-    beginnings = [one for one in known if one.endswith("*") and name.startswith(one[:-1])]
+    beginnings = [start for start in known if start.endswith("*") and name.startswith(start[:-1])]
     return known.get(name) or (known[max(beginnings, key=len)] if beginnings else None)
 
 
@@ -239,11 +239,6 @@ class MegatronField:
     help: str
     flags: tuple[str, ...]
 
-    @property
-    def type_and_choices(self) -> tuple[type, tuple[str, ...] | None]:
-        """`Optional[Literal['a', 'b']]` -> (str, ("a", "b")); `float` -> (float, None)."""
-        return _type_and_choices(ast.parse(self.annotation, mode="eval").body)
-
 
 @cache
 def megatron_fields(class_name: str) -> dict[str, MegatronField]:
@@ -261,10 +256,10 @@ def megatron_fields(class_name: str) -> dict[str, MegatronField]:
 def flags_of_fields() -> Iterator[tuple[str, str]]:
     """(flag, field): `--field`, Megatron's own names for it, and for a switch `--no-field` and `--disable-field`."""
     for class_name in SOURCES:
-        for one in megatron_fields(class_name).values():
-            prefixes = ("", "no_", "disable_") if one.annotation == "bool" else ("",)
-            for name in (*(flag(prefix + one.name) for prefix in prefixes), *one.flags):
-                yield name, one.name
+        for field in megatron_fields(class_name).values():
+            prefixes = ("", "no_", "disable_") if field.annotation == "bool" else ("",)
+            for name in (*(flag(prefix + field.name) for prefix in prefixes), *field.flags):
+                yield name, field.name
 
 
 def _megatron_core(file: str) -> Path:
@@ -283,22 +278,15 @@ def _fields(node: ast.ClassDef) -> Iterator[MegatronField]:
             continue
         if statement.target.id.startswith("_"):
             continue
+        text = ""
+        if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
+            text = " ".join(str(following.value.value).split())
         yield MegatronField(
             name=statement.target.id,
             annotation=ast.unparse(statement.annotation),
-            help=_first_sentence(_docstring(following)),
+            help=text.split(". ")[0].rstrip("."),
             flags=_argument_names(statement.value),
         )
-
-
-def _docstring(statement: ast.stmt | None) -> str:
-    if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
-        return str(statement.value.value)
-    return ""
-
-
-def _first_sentence(text: str) -> str:
-    return " ".join(text.split()).split(". ")[0].rstrip(".")
 
 
 def _argument_names(value: ast.expr | None) -> tuple[str, ...]:
@@ -310,17 +298,3 @@ def _argument_names(value: ast.expr | None) -> tuple[str, ...]:
     pairs = (pair for node in dictionaries for pair in zip(node.keys, node.values, strict=True))
     names = (item for key, item in pairs if isinstance(key, ast.Constant) and key.value == "arg_names")
     return tuple(name for item in names for name in ast.literal_eval(item))
-
-
-def _type_and_choices(annotation: ast.expr) -> tuple[type, tuple[str, ...] | None]:
-    simple = {"int": int, "float": float, "bool": bool, "str": str}
-    if isinstance(annotation, ast.Name) and annotation.id in simple:
-        return simple[annotation.id], None
-    if isinstance(annotation, ast.BinOp):  # float | None
-        return _type_and_choices(annotation.left)
-    if isinstance(annotation, ast.Subscript) and ast.unparse(annotation.value) == "Optional":
-        return _type_and_choices(annotation.slice)
-    if isinstance(annotation, ast.Subscript) and ast.unparse(annotation.value) == "Literal":
-        choices = ast.literal_eval(annotation.slice)
-        return str, choices if isinstance(choices, tuple) else (choices,)
-    raise TypeError(f"no flag can be made of a field of type {ast.unparse(annotation)}")

@@ -119,7 +119,7 @@ class RunFlags:
         self.problems: list[str] = []
         self.unknown: list[str] = []
         served = served_flags()
-        self._parser, self._served = _build_parser(served), {name: one for one in served for name in one.names}
+        self._parser, self._served = _build_parser(served), {name: each for each in served for name in each.names}
         self._spellings: dict[tuple[str, str], str] = {}
         files, typed = split_off_files(words)
         for entry in file_entries(files, known_to_files(served), why_not_served):
@@ -333,8 +333,8 @@ def _build_parser(served: Sequence[Flag], program: str = PROGRAM) -> ArgumentPar
         exit_on_error=False,
     )
     groups = {title: parser.add_argument_group(title) for title in GROUPS}
-    for one in served:
-        groups[one.group].add_argument(*one.names, **argparse_settings(one))
+    for each in served:
+        groups[each.group].add_argument(*each.names, **argparse_settings(each))
     return parser
 
 

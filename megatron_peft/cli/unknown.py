@@ -55,8 +55,8 @@ def nearest(name: str, others: Iterable[str], likeness: float) -> str | None:
     """
     bare, flags = name.lstrip("-"), [other.lstrip("-") for other in others]
     longer = [flag for flag in flags if len(bare) >= MIN_BEGINNING and flag.startswith(f"{bare}-")]
-    found = longer if len(longer) == 1 else get_close_matches(bare, flags, 1, likeness)
-    return f"--{found[0]}" if found else None
+    near = longer if len(longer) == 1 else get_close_matches(bare, flags, 1, likeness)
+    return f"--{near[0]}" if near else None
 
 
 # Flags of Hugging Face's trainers (transformers, TRL, PEFT). People who come from there type them, with underscores or

@@ -28,8 +28,8 @@ def run(settings: CompletionSettings) -> int:
 
     whole = ArgumentParser("megatron-peft")
     add_commands(whole, COMMANDS)
-    for one in with_commands(whole):
-        for action in one._actions:
+    for parser in with_commands(whole):
+        for action in parser._actions:
             if action.metavar in FILES:
                 action.complete = shtab.FILE  # type: ignore[attr-defined]
     print(shtab.complete(whole, settings.shell))
@@ -38,8 +38,8 @@ def run(settings: CompletionSettings) -> int:
 
 def with_commands(parser: ArgumentParser) -> list[ArgumentParser]:
     """The parser and those of all its commands."""
-    below = [one for action in parser._actions if isinstance(action.choices, dict) for one in action.choices.values()]
-    return [parser, *(deeper for one in below for deeper in with_commands(one))]
+    choices = (action.choices for action in parser._actions if isinstance(action.choices, dict))
+    return [parser, *(deeper for commands in choices for each in commands.values() for deeper in with_commands(each))]
 
 
 main = Command(__doc__, CompletionSettings, run)

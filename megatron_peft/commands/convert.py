@@ -169,16 +169,16 @@ class Verify(_FromBase):
         from megatron_peft.conversion.verify import verify
 
         folders = local_model(self.input, "--input"), local_model(self.reference, "--reference")
-        found = verify(*folders, pretrained_checkpoint=self.base, num_tokens=self.num_tokens)
+        difference = verify(*folders, pretrained_checkpoint=self.base, num_tokens=self.num_tokens)
         if self.per_layer:
-            for number, layer in enumerate(found.layers):
+            for number, layer in enumerate(difference.layers):
                 print(f"layer {number:3}: largest difference {layer.absolute:.3g}, relative {layer.relative:.3g}")
-        close = found.logits.relative <= self.tolerance
+        close = difference.logits.relative <= self.tolerance
         print(
-            f"logits: largest difference {found.logits.absolute:.3g}, relative {found.logits.relative:.3g} "
+            f"logits: largest difference {difference.logits.absolute:.3g}, relative {difference.logits.relative:.3g} "
             f"({'at most' if close else 'above'} --tolerance {self.tolerance:g}); "
-            f"largest logit {found.logits.scale:.4g}; "
-            f"same best token at {found.same_best} of {found.num_positions} positions"
+            f"largest logit {difference.logits.scale:.4g}; "
+            f"same best token at {difference.same_best} of {difference.num_positions} positions"
         )
         return 0 if close else 1
 
@@ -194,7 +194,7 @@ COMMANDS: dict[str, Any] = {
 
 
 def _wrote(output: Path, run: str = "") -> int:
-    """Of a run's export, the lines that serve it come last."""
+    """Tell what was written; after a run's export the lines that serve it come last."""
     from megatron_peft.conversion.model_card import CARD, serving_lines
 
     print(f"wrote {output}")

@@ -52,12 +52,12 @@ def _read(settings: ExperimentSettings) -> tuple[Experiment, Path, list[Group]]:
     from megatron_peft.experiment.spec import default_folder, read_experiment
 
     experiment = read_experiment(settings.experiment)
-    found = groups(experiment)
+    every = groups(experiment)
     try:
-        check_flags(found)
+        check_flags(every)
     except ConfigurationError as error:
         raise ConfigurationError(*(f"{settings.experiment}: {problem}" for problem in error.problems)) from error
-    chosen = [group_named(found, settings.group)] if settings.group else found
+    chosen = [group_named(every, settings.group)] if settings.group else every
     return experiment, settings.output or default_folder(experiment), chosen
 
 

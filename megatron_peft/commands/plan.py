@@ -144,11 +144,11 @@ def _fit(settings: PlanSettings, config: RunConfig, shape: ModelShape, cluster: 
         for line in [*summary(plans[-1]), *_pace(plans[-1], settings.tokens)]:
             print(f"  {line}")
     if settings.json:
-        found = {
-            "layouts": [one.as_dict(settings.tokens) for one in layouts],
+        written = {
+            "layouts": [layout.as_dict(settings.tokens) for layout in layouts],
             "rehearsed": [plan.as_dict(settings.tokens) for plan in plans],
         }
-        write_file(settings.json, json.dumps(found, indent=1) + "\n")
+        write_file(settings.json, json.dumps(written, indent=1) + "\n")
     paces = {number: plan.pace for number, plan in enumerate(plans) if plan.fits and plan.pace is not None}
     if plans and not paces:
         print("none of the rehearsed layouts can be run: more may be rehearsed (--rehearsed N).")
@@ -180,13 +180,13 @@ def _fitting(
         size = num_nodes * cluster.gpus_per_node
         try:
             with work_bar(f"Comparing layouts of {size} GPUs") as watch:
-                found = fit(config, shape, size, cluster, watch=watch, known=known)
+                layouts = fit(config, shape, size, cluster, watch=watch, known=known)
         except ConfigurationError as error:
             told = str(error).removeprefix("--fit: ")
             _tell(f"{_nodes(size, cluster)}: {told}")
             continue
         print(f"{_nodes(size, cluster)} can hold the run; --world-size N plans for more GPUs.")
-        return size, found
+        return size, layouts
     raise ConfigurationError(f"--fit: no number of nodes up to {NODES_TRIED[-1]} will do. Of the last: {told}")
 
 

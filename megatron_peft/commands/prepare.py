@@ -80,16 +80,16 @@ def add_arguments(parser: ArgumentParser, more: Mapping[str, TaskFile] | None = 
     for name, members in groups.items():
         task = next(iter(members.values()))
         summary = f"{task.help} -> a folder for each of {', '.join(members)}" if task.group else task.help
-        one = commands.add_parser(name, help=summary, description=summary)
+        task_parser = commands.add_parser(name, help=summary, description=summary)
         flags = {flag: settings for member in members.values() for flag, settings in task_flags(member).items()}
         if task.group:
             help_ = f"of {name} (all of them)"
             flags["--tasks"] = {"nargs": "+", "choices": [*members], "default": [*members], "help": help_}
-        one.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="must not exist")
+        task_parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="must not exist")
         for flag, settings in flags.items():
-            one.add_argument(flag, **settings)
-        add_flags(one, SplitSettings)
-        one.set_defaults(members=members, test_input=[])
+            task_parser.add_argument(flag, **settings)
+        add_flags(task_parser, SplitSettings)
+        task_parser.set_defaults(members=members, test_input=[])
     return commands.choices
 
 

@@ -94,7 +94,7 @@ def _of_a_run(settings: ReportSettings, run_flags: RunFlags) -> list[Path]:
         from megatron_peft.evaluation.samples import SampleSettings, write_samples
 
         run_on_a_model(
-            lambda config, own: write_samples(config, own, folder / SAMPLES_FILE),
+            lambda config, asked: write_samples(config, asked, folder / SAMPLES_FILE),
             SampleSettings(str(folder), settings.samples, settings.max_new_tokens),
             RunFlags(["--load", str(folder), *run_flags.words]),
             PROGRAM,

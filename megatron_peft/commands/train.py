@@ -112,7 +112,7 @@ def _dry_run(run_flags: RunFlags, program: str, cluster: str | None) -> int:
 
 
 def _planned_peak(config: RunConfig) -> Callable[[], int | str | None] | None:
-    """On a GPU, a function that gives the planned peak of rank 0: bytes, None while it is rehearsed, or an error."""
+    """A function that gives the planned peak of rank 0 on a GPU: bytes, None while it is rehearsed, or an error."""
     import torch
 
     if not torch.cuda.is_available() or os.environ.get("RANK", "0") != "0":

@@ -78,7 +78,7 @@ class ConfigurationError(ValueError):
 
 def not_obeyed(text: str) -> str:
     """The text, in which what a terminal would obey is escaped."""
-    return _OBEYED.sub(lambda found: ascii(found[0])[1:-1], text)
+    return _OBEYED.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 def require(condition: bool, message: str) -> None:
@@ -118,16 +118,16 @@ _NUMBERS = {int: (Integral, "a whole number"), float: (Real, "a finite number")}
 
 
 def _what_it_must_be(value: Any, annotation: Any) -> str:
-    """What a field of this type takes, if not this value; else nothing."""
+    """What a field of this type takes; empty if this value is right."""
     if get_origin(annotation) in (UnionType, Union):
-        wanted = [_what_it_must_be(value, one) for one in get_args(annotation) if one is not NoneType]
+        wanted = [_what_it_must_be(value, member) for member in get_args(annotation) if member is not NoneType]
         return "" if value is None or not all(wanted) else " or ".join(wanted)
     if get_origin(annotation) is Literal:
         return "" if value in get_args(annotation) else f"one of {', '.join(get_args(annotation))}"
     if annotation is str:
         return "" if isinstance(value, str) else "a string"
     if get_origin(annotation) is tuple and get_args(annotation)[0] is str:
-        are_strings = isinstance(value, tuple | list) and all(isinstance(one, str) for one in value)
+        are_strings = isinstance(value, tuple | list) and all(isinstance(item, str) for item in value)
         return "" if are_strings else "a tuple of strings"
     if annotation is bool:
         return "" if isinstance(value, bool) else "True or False"
@@ -139,7 +139,8 @@ def _what_it_must_be(value: Any, annotation: Any) -> str:
 def mistyped(config: object) -> list[str]:
     """The fields of a dataclass whose values are not of their types."""
     hints = _type_hints(type(config))
-    return [one.name for one in fields(config) if _what_it_must_be(getattr(config, one.name), hints[one.name])]  # pyright: ignore
+    names = [field.name for field in fields(config)]  # pyright: ignore[reportArgumentType]
+    return [name for name in names if _what_it_must_be(getattr(config, name), hints[name])]
 
 
 class Requirements:
@@ -172,15 +173,15 @@ class Requirements:
             ConfigurationError: a value is not of its field's type, so that it cannot be compared with anything.
         """
         hints = _type_hints(type(self.config))
-        every = fields(self.config)  # pyright: ignore[reportArgumentType]
-        wanted = {one.name: _what_it_must_be(getattr(self.config, one.name), hints[one.name]) for one in every}
-        for one in every:
-            check = one.metadata.get("check")
-            if wanted[one.name]:
-                self(False, f"{flag_of(one)} is {getattr(self.config, one.name)!r}; it must be {wanted[one.name]}.")
-            elif check and (names is None or one.name in names):
-                self.each(check, one.name)
-        if any(wanted.values()):
+        is_mistyped = False
+        for declared in fields(self.config):  # pyright: ignore[reportArgumentType]
+            value, check = getattr(self.config, declared.name), declared.metadata.get("check")
+            if wanted := _what_it_must_be(value, hints[declared.name]):
+                is_mistyped = True
+                self(False, f"{flag_of(declared)} is {value!r}; it must be {wanted}.")
+            elif check and (names is None or declared.name in names):
+                self.each(check, declared.name)
+        if is_mistyped:
             raise ConfigurationError(*self.problems)
 
     def each(self, check: Check, *names: str) -> None:

@@ -25,8 +25,8 @@ def is_hub_name(name: str) -> bool:
 
 def hub_name(folder: str | Path) -> str | None:
     """`org/name` of a folder in the Hub's cache, or None."""
-    found = _SNAPSHOT.search(str(folder))
-    return f"{found[1]}/{found[2]}" if found else None
+    match = _SNAPSHOT.search(str(folder))
+    return f"{match[1]}/{match[2]}" if match else None
 
 
 def local_model(name: str, flag: str) -> str:

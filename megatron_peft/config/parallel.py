@@ -165,7 +165,7 @@ def stages_of_layout(layout: str) -> list[str]:
     """
     unrolled = layout.replace(",", "")
     for repeated in (r"\(([^)]+)\)\*(\d+)", r"(.)\*(\d+)"):
-        unrolled = re.sub(repeated, lambda found: found[1] * int(found[2]), unrolled)
+        unrolled = re.sub(repeated, lambda match: match[1] * int(match[2]), unrolled)
     return unrolled.split("|")
 
 

@@ -32,7 +32,7 @@ class _Generation(Extension):
 
 
 class _PlainNamespace(Namespace):
-    """Without `__html__` and the like, which Python would call."""
+    """A namespace that cannot have `__html__` and the like, which Python would call."""
 
     def __init__(*args: Any, **values: Any) -> None:  # no name is taken: a template may have namespace(self=...)
         Namespace.__init__(args[0])
@@ -59,7 +59,7 @@ def _tojson(value: Any, ensure_ascii: bool = False, **settings: Any) -> str:
 
 @lru_cache
 def sandboxed_jinja(kind: str) -> ImmutableSandboxedEnvironment:
-    """Of "chat" templates, with all that transformers gives them, or of a "task", with what the harness does."""
+    """The environment of "chat" templates, with all that transformers gives them, or of a "task"."""
     if kind == "task":
         made = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
         made.filters["regex_replace"] = _regex_replace
@@ -81,8 +81,8 @@ def _compiled(kind: str, template: str) -> Template:
 def _inputs(template: str) -> str:
     """JSON: the variables that a chat template reads, and the attributes and strings of its code."""
     tree = sandboxed_jinja("chat").parse(template)
-    texts = {one.value for one in tree.find_all(nodes.Const) if isinstance(one.value, str)}
-    fields = texts | {one.attr for one in tree.find_all(nodes.Getattr)}
+    texts = {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
+    fields = texts | {node.attr for node in tree.find_all(nodes.Getattr)}
     # This computes what is constant: `{{ 'x' * 10**10 }}`.
     return json.dumps([sorted(meta.find_undeclared_variables(tree)), sorted(fields)])
 

@@ -223,8 +223,8 @@ def _walk(value: Any, most_values: float = inf) -> None:
     level, num_values = [value], 1
     for _ in range(MAX_DEPTH + 1):
         following: list[Any] = []
-        for one in level:
-            following += _values_in(one)
+        for item in level:
+            following += _values_in(item)
             if num_values + len(following) > most_values:
                 raise ConfigurationError(f"it holds more than {most_values:,} values.")
         level, num_values = following, num_values + len(following)

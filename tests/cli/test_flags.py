@@ -19,7 +19,6 @@ from megatron_peft.cli.flags import (
     ACCEPTED_WITH_VALUE,
     CONFIG_SWITCHES,
     GROUPS,
-    NO_FLAG,
     RUN_FIELDS,
     RUN_SWITCHES,
     SHAPE_CLAIMS,
@@ -43,7 +42,7 @@ from megatron_peft.config import METHODS, SECTIONS, ConfigurationError, PeftConf
 from megatron_peft.models.shape import CLAIMS, VALUES
 
 SERVED = served_flags()
-OURS = {one.name for config_class in SECTIONS.values() for one in fields(config_class)}
+OURS = {one.name for config_class in SECTIONS.values() for one in fields(config_class) if "help" in one.metadata}
 TRANSFORMER = megatron_fields("TransformerConfig")
 
 
@@ -52,7 +51,7 @@ def repeated(names: typing.Iterable[str]) -> list[str]:
 
 
 def test_every_field_of_ours_has_one_flag_with_help_and_a_group() -> None:
-    assert {one.key for one in SERVED if one.target == "config"} == OURS - NO_FLAG
+    assert {one.key for one in SERVED if one.target == "config"} == OURS
     assert repeated(name for one in SERVED for name in one.names) == []
     assert [one.names for one in SERVED if len(one.help) <= 10 or one.group not in GROUPS] == []
 
@@ -128,7 +127,8 @@ def test_source_has_the_fields_of_the_class(name: str, classes: dict[str, type])
 
 @pytest.mark.parametrize("name", SHAPE_FIELDS + tuple(RUN_FIELDS))
 def test_types_of_served_fields_are_the_annotations(name: str, classes: dict[str, type]) -> None:
-    kind, choices = TRANSFORMER[name].type_and_choices
+    (served,) = (one for one in SERVED if one.names[0] == flag(name))
+    kind, choices = bool if served.constant is True else served.kind, served.choices
     annotation = typing.get_type_hints(classes["TransformerConfig"])[name]
     members = [one for one in typing.get_args(annotation) if one is not type(None)] or [annotation]
     assert choices == (typing.get_args(members[0]) or typing.get_args(annotation) if choices else None)
@@ -144,12 +144,6 @@ def test_what_is_computed_beside_the_names_is_left_alone() -> None:
     metadata = "{'argparse_meta': {'arg_names': ['--x-y'], 'choices': [one.name for one in Scope]}}"
     (found,) = module._fields(ast.parse(f"class C:\n  x: int = field(metadata={metadata})").body[0])  # type: ignore[arg-type]
     assert found.flags == ("--x-y",)
-
-
-def test_annotations_of_newer_python_are_read_and_others_say_so() -> None:
-    assert MegatronField("rate", "float | None", "", ()).type_and_choices == (float, None)
-    with pytest.raises(TypeError, match="Callable"):
-        _ = TRANSFORMER["init_method"].type_and_choices
 
 
 def test_missing_megatron_core_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,8 +96,8 @@ class Method:
 
     def fields(self, peft: Any) -> set[str]:
         """Fields of `PeftConfig` that the method reads; the others have no effect."""
-        own = {one.name for options in self.options for one in fields(options)} | {"method"}
-        return (own | {"target_modules"} if self.adapter else own) - set(self.ignored)
+        names = {field.name for options in self.options for field in fields(options)} | {"method"}
+        return (names | {"target_modules"} if self.adapter else names) - set(self.ignored)
 
     def variants(self) -> Sequence[Mapping[str, Any]]:
         """Fields of `PeftConfig` with which it reads different flags, for the tables of the documents."""
@@ -236,18 +236,20 @@ class _Checks(PeftOptions):
     def unused_fields(self) -> list[Field[Any]]:
         """Fields that were set and that the method does not read."""
         used = self.spec.fields(self)
-        return [one for one in fields(self) if one.name not in used and getattr(self, one.name) != one.default]
+        return [
+            field for field in fields(self) if field.name not in used and getattr(self, field.name) != field.default
+        ]
 
     @property
     def unused_flags(self) -> list[str]:
         """Their flags, with the values."""
-        return [spelled(flag_of(one), getattr(self, one.name)) for one in self.unused_fields]
+        return [spelled(flag_of(field), getattr(self, field.name)) for field in self.unused_fields]
 
     @property
     def recorded_fields(self) -> list[str]:
         """What a run's record holds, so that it can be read without the packages of other methods."""
-        names = self.spec.fields(self) | {one.name for one in self.unused_fields}
-        return [one.name for one in fields(self) if one.name in names]
+        names = self.spec.fields(self) | {field.name for field in self.unused_fields}
+        return [field.name for field in fields(self) if field.name in names]
 
 
 GROUP = "megatron_peft.methods"  # entry points of other packages
@@ -295,7 +297,8 @@ def _option_classes(methods: Iterable[Method]) -> list[type[PeftOptions]]:
     dataclasses collect fields from the last base to the first, so fields are in the order of the methods.
     """
     every = list(dict.fromkeys(options for method in methods for options in method.options))
-    return [one for one in reversed(every) if not any(issubclass(other, one) for other in every if other is not one)]
+    inherited = {base for options in every for base in options.__mro__[1:]}
+    return [options for options in reversed(every) if options not in inherited]
 
 
 METHODS = _load_methods()
