@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_peft.cli.config_files import CONFIG_FLAG, KnownFlag, file_entries, split_off_files
 from megatron_peft.cli.flags import Flag, flags_of, known_to_files, served_flags
+from megatron_peft.cli.launch import start_processes
 from megatron_peft.cli.parser import RunFlags, argparse_settings, in_a_tuple, split_at_flags, tell_error
 from megatron_peft.cli.unknown import NEAR, nearest
 from megatron_peft.cli.version import version
@@ -74,11 +75,21 @@ class Command:
         return {}
 
 
+def start_ranks(command: str, run_flags: RunFlags) -> int | None:
+    """Start the processes that are asked for, each of which runs the command.
+
+    Returns:
+        Their exit code; None if this process is to go on alone.
+    """
+    words, program = [command, *run_flags.command_line], f"megatron-peft {command}"
+    return start_processes("megatron_peft", words, run_flags.launch, program, lambda environ: None)
+
+
 def make_parser(description: str | None) -> ArgumentParser:
     """A parser without abbreviations, whose --help shows the description as it is laid out, and with --version."""
     layout = argparse.RawDescriptionHelpFormatter
     parser = ArgumentParser(description=description, formatter_class=layout, allow_abbrev=False)
-    parser.add_argument("--version", action=ShowVersion)
+    parser.add_argument("--version", action="store_true", default=SUPPRESS, help="print the version and exit")
     return parser
 
 
@@ -152,6 +163,9 @@ def _words_of_files(
     parser: ArgumentParser, argv: Sequence[str], others: Sequence[Flag] = ()
 ) -> tuple[list[str], list[str], list[str]]:
     """(words for `parser` out of the files of --config, those of the `others`, what was typed besides)."""
+    if "--version" in argv:
+        print(version())
+        raise SystemExit(0)
     mine = {
         name: KnownFlag(takes_value=action.nargs != 0)
         for action in parser._actions
@@ -173,15 +187,3 @@ def _words_of_files(
         written = [f"{entry.name}={entry.words[0]}"] if len(entry.words) == 1 else [entry.name, *entry.words]
         words[entry.name not in mine].extend(written if entry.name.startswith("-") else entry.words)
     return *words, typed
-
-
-class ShowVersion(argparse.Action):
-    """`add_argument("--version", action=ShowVersion)`; the version is looked up only when it is asked for."""
-
-    def __init__(self, option_strings: Any, dest: str, **settings: Any) -> None:
-        help = "print the version and exit"
-        super().__init__(option_strings, SUPPRESS, nargs=0, default=SUPPRESS, help=help)
-
-    def __call__(self, parser: ArgumentParser, *_: Any, **__: Any) -> None:
-        print(version())
-        parser.exit()

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_peft.cli.command import Command
-from megatron_peft.cli.parser import RunFlags, read_config
+from megatron_peft.cli.parser import RunFlags
 from megatron_peft.config import METHODS, PeftConfig, option, require, require_packages
 from megatron_peft.demo.waiting import waiting
 
-ANY_RUN = "--pretrained-checkpoint m --train-data-path a.jsonl --train-iters 1 --tensor-model-parallel-size 3".split()
+ANY_RUN = {"pretrained_checkpoint": "m", "tensor_model_parallel_size": 3}  # several ranks, as in the demo
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class DemoSettings:
 def run(settings: DemoSettings, run_flags: RunFlags) -> int:
     """Exit code 130 when it was interrupted."""
     try:
-        read_config([*ANY_RUN, *run_flags.words], {"WORLD_SIZE": "3"})  # wrong flags are told before torch is imported
+        run_flags.config({"WORLD_SIZE": "3"}, saved=lambda typed: ANY_RUN)  # tells wrong flags before torch is imported
         with waiting("starting"):
             require_packages("demo", "accelerate", "gguf", "matplotlib", "sacrebleu", "scipy")
             from megatron_peft.demo.run import print_report, run_demo

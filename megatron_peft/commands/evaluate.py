@@ -8,14 +8,14 @@ model is that of --pretrained-checkpoint. A stopped evaluation resumes where it 
 """
 
 import os
-from collections.abc import Callable
-from typing import Any
 
-from megatron_peft.cli.command import Command
+from megatron_peft.cli.command import Command, start_ranks
+from megatron_peft.cli.launch import tell_loading
 from megatron_peft.cli.parser import RunFlags
-from megatron_peft.commands.generate import ask_a_model
-from megatron_peft.config import RunConfig, require_packages
+from megatron_peft.config import require_packages
 from megatron_peft.config.evaluation import HarnessSettings
+
+PROGRAM = "megatron-peft evaluate"
 
 
 def run(settings: HarnessSettings, run_flags: RunFlags) -> int:
@@ -30,12 +30,15 @@ def run(settings: HarnessSettings, run_flags: RunFlags) -> int:
 
     require_known_tasks(settings.tasks, settings.include_path)
 
-    def load() -> Callable[[RunConfig, Any], None]:
-        from megatron_peft.evaluation.harness_run import evaluate
+    ended = start_ranks("evaluate", run_flags)
+    if ended is not None:
+        return ended
+    tell_loading()
+    from megatron_peft.evaluation.harness_run import evaluate
+    from megatron_peft.evaluation.model import run_on_a_model
 
-        return evaluate
+    run_on_a_model(evaluate, settings, run_flags, PROGRAM)
+    return 0
 
-    return ask_a_model("evaluate", settings, run_flags, load)
 
-
-main = Command(__doc__, HarnessSettings, run, "megatron-peft evaluate", takes_run_flags=True)
+main = Command(__doc__, HarnessSettings, run, PROGRAM, takes_run_flags=True)

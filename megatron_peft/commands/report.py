@@ -13,8 +13,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_peft.cli.command import Command
-from megatron_peft.cli.launch import start_processes
+from megatron_peft.cli.command import Command, start_ranks
 from megatron_peft.cli.parser import RunFlags
 from megatron_peft.config import Checked, ConfigurationError, option, require, require_packages, required_option
 
@@ -53,8 +52,7 @@ def run(settings: ReportSettings, run_flags: RunFlags) -> int:
         )
         require(settings.folder.is_dir(), f"there is no folder {settings.folder}.")
         require_packages("report", "matplotlib", "scipy")
-        words = ["report", *run_flags.command_line]
-        ended = start_processes("megatron_peft", words, run_flags.launch, PROGRAM, lambda environ: None)
+        ended = start_ranks("report", run_flags)
         if ended is not None:
             return ended
         written = _report(settings, run_flags)

@@ -26,33 +26,31 @@ def add_arguments(parser: ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     """Exit code 2 for whatever the user can put right, 130 for Ctrl-C, 1 for anything else."""
     argv = sys.argv[1:] if argv is None else list(argv)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost rank is one line of ours, not ninety of C++ frames
     try:
-        return _train(argv, program)
+        run_flags = read_flags(argv, program=program)
+        asked = run_flags.values["program"]
+        if asked.get("dry_run"):
+            return _dry_run(run_flags, program, asked.get("cluster"))
+
+        def config_in(environ: Mapping[str, str]) -> RunConfig:
+            return run_flags.config_or_exit(environ, shape_of, program)
+
+        ended = start_processes("megatron_peft", ["train", *argv], run_flags.launch, program, config_in)
+        if ended is not None:
+            return ended
+        config = config_in(os.environ)
+        with ends_before_training(config.training.exit_signal_handler):
+            text = run_file(config, running_processes(os.environ) | run_flags.launch)
+            _run(config, text, program, not asked.get("no_plan"))
+        return 0
+    except ConfigurationError as error:
+        exit_with_error(error, program=program)
     except KeyboardInterrupt as interrupt:  # while nothing has begun
         by_signal = interrupt if isinstance(interrupt, EndedBySignal) else None
         if os.environ.get("RANK", "0") == "0":
             print(f"{program}: {by_signal or 'interrupted'}", file=sys.stderr, flush=True)
         os._exit(by_signal.exit_code if by_signal else 128 + signal.SIGINT)
-
-
-def _train(argv: Sequence[str], program: str) -> int:
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost rank is one line of ours, not ninety of C++ frames
-    run_flags = read_flags(argv, program=program)
-    asked = run_flags.values["program"]
-    if asked.get("dry_run"):
-        return _dry_run(run_flags, program, asked.get("cluster"))
-
-    def config_in(environ: Mapping[str, str]) -> RunConfig:
-        return run_flags.config_or_exit(environ, shape_of, program)
-
-    ended = start_processes("megatron_peft", ["train", *argv], run_flags.launch, program, config_in)
-    if ended is not None:
-        return ended
-    config = config_in(os.environ)
-    with ends_before_training(config.training.exit_signal_handler):
-        text = run_file(config, running_processes(os.environ) | run_flags.launch)
-        _run(config, text, program, not asked.get("no_plan"))
-    return 0
 
 
 def _run(config: RunConfig, text: str, program: str, shows_plan: bool) -> None:
@@ -77,10 +75,7 @@ def _dry_run(run_flags: RunFlags, program: str, cluster: str | None) -> int:
     """
     if os.environ.get("RANK", "0") != "0":
         return 0
-    try:
-        size = planned_world_size(run_flags.launch, os.environ)
-    except ConfigurationError as error:
-        exit_with_error(error, program=program)
+    size = planned_world_size(run_flags.launch, os.environ)
     config = run_flags.config_or_exit({**os.environ, "WORLD_SIZE": str(size)}, shape_of, program)
     os.environ["WORLD_SIZE"] = "1"
 
@@ -90,21 +85,16 @@ def _dry_run(run_flags: RunFlags, program: str, cluster: str | None) -> int:
     from megatron_peft.runtime.launch import start_world, stop
     from megatron_peft.training.run import check_run
 
+    planned_for = read_cluster(cluster) if cluster else cluster_of_this_machine()
+    start_world("gloo")
     try:
-        planned_for = read_cluster(cluster) if cluster else cluster_of_this_machine()
-        start_world("gloo")
-        try:
-            shape = check_run(config)
-        finally:
-            stop()
-        if planned_for is None:
-            print(
-                "not planned: this machine has no GPU. --cluster 8xh100 plans the run for nodes of 8 H100, in minutes."
-            )
-            return 0
-        plan = make_plan(config, shape, planned_for)
-    except ConfigurationError as error:
-        exit_with_error(error, program=program)
+        shape = check_run(config)
+    finally:
+        stop()
+    if planned_for is None:
+        print("not planned: this machine has no GPU. --cluster 8xh100 plans the run for nodes of 8 H100, in minutes.")
+        return 0
+    plan = make_plan(config, shape, planned_for)
     print_plan(plan)
     if warning := why_not_to_start(plan):
         print(f"{program}: WARNING: {warning}", file=sys.stderr, flush=True)
