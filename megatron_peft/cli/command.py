@@ -82,7 +82,7 @@ def start_ranks(command: str, run_flags: RunFlags) -> int | None:
         Their exit code; None if this process is to go on alone.
     """
     words, program = [command, *run_flags.command_line], f"megatron-peft {command}"
-    return start_processes("megatron_peft", words, run_flags.launch, program, lambda environ: None)
+    return start_processes("megatron_peft", words, run_flags.launch, program)
 
 
 def make_parser(description: str | None) -> ArgumentParser:

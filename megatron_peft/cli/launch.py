@@ -86,7 +86,7 @@ def start_processes(
     argv: Sequence[str],
     launch: Mapping[str, Any],
     program: str,
-    check: Callable[[Mapping[str, str]], object],
+    check: Callable[[Mapping[str, str]], object] = lambda environ: None,
 ) -> int | None:
     """Run the module in the processes that are asked for; the exit code, or None if this process is to go on alone.
 

@@ -31,15 +31,13 @@ class CertifySettings(Checked):
     world_size: int | None = option(
         None, "processes of the run (default: those of torchrun, else one replica)", check="positive"
     )
-    output: Path | None = option(None, "file for the certificate, as JSON; it must not exist", metavar="FILE")
+    output: Path | None = option(
+        None, "file for the certificate, as JSON; it must not exist", check="in_a_folder", metavar="FILE"
+    )
 
     def check(self, require: Requirements) -> None:
         path = self.output
         require(path is None or not path.exists(), f"--output {path} exists already: give a file that does not.")
-        require(
-            path is None or path.parent.is_dir(),
-            f"--output {path}: there is no folder {path and path.parent}; make it first.",
-        )
 
 
 def run(settings: CertifySettings, run_flags: RunFlags) -> int:

@@ -47,10 +47,12 @@ class PlanSettings(Checked):
     )
     rehearsed: int = option(3, "with --fit: number of best layouts that are rehearsed", check="not_negative")
     tokens: float = option(1e8, "tokens of the run, for hours", check="positive", metavar="N")
-    json: Path | None = option(None, "also write the plan as JSON", metavar="FILE")
-    plot: Path | None = option(None, "also draw memory and the pipeline's timeline", metavar="FILE")
+    json: Path | None = option(None, "also write the plan as JSON", check="in_a_folder", metavar="FILE")
+    plot: Path | None = option(
+        None, "also draw memory and the pipeline's timeline", check="in_a_folder", metavar="FILE"
+    )
     save_config: Path | None = option(
-        None, "with --fit: write the flags of the best layout for --config", metavar="FILE.yaml"
+        None, "with --fit: write the flags of the best layout for --config", check="in_a_folder", metavar="FILE.yaml"
     )
 
     def check(self, require: Requirements) -> None:
@@ -65,10 +67,6 @@ class PlanSettings(Checked):
         )
         for name in ("json", "plot", "save_config"):
             path = getattr(self, name)
-            require(
-                path is None or path.parent.is_dir(),
-                f"{flag(name)} {path}: there is no folder {path and path.parent}; make it first.",
-            )
             require(path is None or not path.is_dir(), f"{flag(name)} {path} is a folder: name a file in it.")
 
 

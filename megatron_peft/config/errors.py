@@ -17,7 +17,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
-Check = Literal["positive", "not_negative", "fraction", "not_empty"]
+Check = Literal["positive", "not_negative", "fraction", "not_empty", "in_a_folder"]
 # Check -> (whether a value passes, what is told of another one).
 CHECKS: Mapping[Check, tuple[Callable[[Any], bool], str]] = {
     "positive": (lambda value: value > 0, "is {}; it must be above 0."),
@@ -27,6 +27,7 @@ CHECKS: Mapping[Check, tuple[Callable[[Any], bool], str]] = {
         lambda value: value != "",
         "has an empty value (an unset variable of the shell?): give a folder, or leave it out.",
     ),
+    "in_a_folder": (lambda path: path.parent.is_dir(), "{0}: there is no folder {0.parent}; make it first."),
 }
 
 
@@ -189,7 +190,8 @@ class Requirements:
         holds, told = CHECKS[check]
         for name in names:
             value = getattr(self.config, name)
-            self(value is None or holds(value), f"{flag(name)} {told.format(value)}")
+            if value is not None and not holds(value):
+                self.problems.append(f"{flag(name)} {told.format(value)}")
 
     def that_holds(self, check: Callable[[], object]) -> None:
         """The problems of the ConfigurationError that `check` raises, if it does."""
