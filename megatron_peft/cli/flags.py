@@ -7,13 +7,13 @@ Nothing here parses. `served_flags()` is the whole list; `megatron_peft.cli.pars
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from megatron_peft.cli.config_files import KnownFlag
 from megatron_peft.cli.launch import LaunchConfig
 from megatron_peft.cli.megatron import MegatronField, megatron_fields
 from megatron_peft.config import METHODS, SECTIONS, flag
+from megatron_peft.config.errors import value_type
 
 # Titles of --help, in order. A field may name its title; the others go to the one of their section.
 GROUPS = (
@@ -164,7 +164,7 @@ def served_flags() -> tuple[Flag, ...]:
     """Every flag that is served, in the order of `GROUPS`."""
     classes = {**SECTIONS, "launch": LaunchConfig}
     of_fields = [served for section, config_class in classes.items() for served in flags_of(config_class, section)]
-    every = [*_program_flags(), *of_fields, *_shape_flags(), *_run_flags(), *_accepted_flags()]
+    every = [*_program_flags(), *of_fields, *_megatrons_flags()]
     return tuple(sorted(every, key=lambda served: GROUPS.index(served.group)))
 
 
@@ -179,7 +179,7 @@ def flags_of(config_class: type, section: str = "") -> Iterator[Flag]:
     for field in fields(config_class):
         if "help" not in field.metadata:
             continue
-        kind, choices, many = _value_of(hints[field.name])
+        kind, choices, many = value_type(hints[field.name])
         names = field.metadata["flags"] or (flag(field.name),)
         group = field.metadata["group"] or SECTION_GROUPS.get(section, section or "options")
         default, words = None if field.default is MISSING else field.default, field.metadata["help"]
@@ -217,18 +217,8 @@ def _program_flags() -> Iterator[Flag]:
     yield Flag(("--no-plan",), "program", "no_plan", words, PROGRAM_GROUP, constant=True)
 
 
-def _value_of(annotation: Any) -> tuple[type, tuple[str, ...] | None, bool]:
-    """(type of one value, choices, whether it takes several) of a field's type: `int | None`, `tuple[str, ...]`..."""
-    if get_origin(annotation) in (UnionType, Union):
-        return _value_of(next(member for member in get_args(annotation) if member is not NoneType))
-    if get_origin(annotation) is tuple:
-        return get_args(annotation)[0], None, True
-    if get_origin(annotation) is Literal:
-        return str, get_args(annotation), False
-    return annotation, None, False
-
-
-def _shape_flags() -> Iterator[Flag]:
+def _megatrons_flags() -> Iterator[Flag]:
+    """Flags for fields of megatron-core's, for Megatron-LM's spelled-out names, and what is accepted without effect."""
     transformer = megatron_fields("TransformerConfig")
     for name in SHAPE_FIELDS:
         yield _transformer_flag("shape", transformer[name], SHAPE)
@@ -238,36 +228,29 @@ def _shape_flags() -> Iterator[Flag]:
         yield Flag((flag(name),), "shape", name, words, SHAPE, kind, choices, section="model")
     for name, words in SHAPE_CLAIMS.items():
         yield Flag((flag(name),), "shape", name, words, SHAPE, constant=True, section="model")
-
-
-def _run_flags() -> Iterator[Flag]:
     for name, (key, value, words) in CONFIG_SWITCHES.items():
         yield Flag((name,), "config", key, words, "model", constant=value, section="model")
-    transformer = megatron_fields("TransformerConfig")
     for name in RUN_FIELDS:
         group = "optimizer and regularization" if name.endswith("_dropout") else RECOMPUTE
         yield _transformer_flag("transformer", transformer[name], group)
     for name, (key, value, words) in RUN_SWITCHES.items():
         yield Flag((name,), "transformer", key, words, RECOMPUTE, constant=value, section="model")
-
-
-def _transformer_flag(target: Target, field: MegatronField, group: str) -> Flag:
-    kind, choices, _ = _value_of(eval(field.annotation, dict(vars(typing))))  # megatron-core's own source
-    constant = True if kind is bool else TAKES_A_VALUE
-    words = RUN_FIELDS.get(field.name) or field.help
-    names, default = (flag(field.name),), RUN_DEFAULTS.get(field.name)
-    return Flag(
-        names, target, field.name, words, group, kind, choices, constant=constant, default=default, section="model"
-    )
-
-
-def _accepted_flags() -> Iterator[Flag]:
     for name, reason in ACCEPTED.items():
         yield Flag((name,), "nothing", name, reason, ACCEPTED_GROUP, constant=True)
     for name, (kind, reason) in ACCEPTED_WITH_VALUE.items():
         yield Flag((name,), "nothing", name, reason, ACCEPTED_GROUP, kind)
     for name, (choices, reason) in ACCEPTED_VALUES.items():
         yield Flag((name,), "nothing", name, reason, ACCEPTED_GROUP, choices=choices)
+
+
+def _transformer_flag(target: Target, field: MegatronField, group: str) -> Flag:
+    kind, choices, _ = value_type(eval(field.annotation, dict(vars(typing))))  # megatron-core's own source
+    constant = True if kind is bool else TAKES_A_VALUE
+    words = RUN_FIELDS.get(field.name) or field.help
+    names, default = (flag(field.name),), RUN_DEFAULTS.get(field.name)
+    return Flag(
+        names, target, field.name, words, group, kind, choices, constant=constant, default=default, section="model"
+    )
 
 
 def known_to_files(flags: Sequence[Flag]) -> dict[str, KnownFlag]:

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
-from megatron_peft.config import Checked, ConfigurationError, Requirements, flag, option, require
+from megatron_peft.config import Checked, Requirements, flag, option, require
 
 # The loggers of the agent do not inherit their level.
 TORCHRUN_LOGGERS = (
@@ -97,24 +97,22 @@ def start_processes(
         check: called with the environment of a rank before anything is started; exits where something is wrong.
 
     Raises:
-        SystemExit: 2, after telling what is wrong with the flags.
+        ConfigurationError: the values of `launch` are wrong, or contradict the processes that run.
     """
     # CUDA reads it once. Compute and communication are issued in order, so that they overlap; in the ranks too, which
     # another launcher may have started.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    try:
-        config = _processes_to_start(launch, os.environ)
-        if config is None:
-            return None
-        world_size = _world_size(config)
-    except ConfigurationError as error:
-        for problem in error.problems:
-            print(f"{program}: error: {problem}", file=sys.stderr)
-        raise SystemExit(2) from error
+    config = _processes_to_start(launch, os.environ)
+    if config is None:
+        return None
+    world_size = _world_size(config)
     check({**os.environ, "WORLD_SIZE": str(world_size)})
     if sys.stderr.isatty():
         print(f"starting {world_size} process{'es' * (world_size > 1)}", file=sys.stderr, flush=True)
-    return _run(config, module, argv, program)
+    words = [*config.torchrun_words(), "--module", module, *argv]
+    if config.launcher == "ft_launcher":
+        os.execv(sys.executable, [sys.executable, "-m", FT_LAUNCHER, *words])  # signals then reach it
+    return _run_by_torchrun(words, program)
 
 
 def tell_loading() -> None:
@@ -159,13 +157,6 @@ def _world_size(config: LaunchConfig) -> int:
     return gpus * config.nnodes
 
 
-def _run(config: LaunchConfig, module: str, argv: Sequence[str], program: str) -> int:
-    words = [*config.torchrun_words(), "--module", module, *argv]
-    if config.launcher == "ft_launcher":
-        os.execv(sys.executable, [sys.executable, "-m", FT_LAUNCHER, *words])  # signals then reach it
-    return _run_by_torchrun(words, program)
-
-
 def _run_by_torchrun(words: Sequence[str], program: str) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -183,7 +174,13 @@ def _run_by_torchrun(words: Sequence[str], program: str) -> int:
             run(parse_args(["--log-dir", folder, *words]))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        return _told(failure.exitcode, rank, program)
+        exit_code = failure.exitcode
+        if exit_code < 0:  # the rank could say nothing
+            print(f"{program}: rank {rank} was ended by {signal.Signals(-exit_code).name}.", file=sys.stderr)
+            return 128 - exit_code
+        if exit_code not in PROGRAM_FAILED:
+            print(f"{program}: rank {rank} ended with exit code {exit_code}.", file=sys.stderr)
+        return exit_code
     except SignalException as error:
         return 128 + error.sigval
     except RendezvousError as error:
@@ -191,14 +188,3 @@ def _run_by_torchrun(words: Sequence[str], program: str) -> int:
         print(f"{program}: the nodes have not found one another: {cause}", file=sys.stderr)
         return 1
     return 0
-
-
-def _told(exit_code: int, rank: int, program: str) -> int:
-    """The exit code to end with; a rank that could say nothing is named here."""
-    if exit_code < 0:
-        name = signal.Signals(-exit_code).name
-        print(f"{program}: rank {rank} was ended by {name}.", file=sys.stderr)
-        return 128 - exit_code
-    if exit_code not in PROGRAM_FAILED:
-        print(f"{program}: rank {rank} ended with exit code {exit_code}.", file=sys.stderr)
-    return exit_code

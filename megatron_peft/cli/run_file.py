@@ -26,8 +26,13 @@ def run_file(config: RunConfig, launch: Mapping[str, Any], title: str = TITLE, u
     for served in served_flags():
         if served.target == "launch" and served.key in launch:
             sections["launch"].append((served, launch[served.key]))
-        if served.section not in SECTIONS or _is_another_name(served) or _has_no_effect(served, config):
+        # `--no-bf16` or `--use-flash-attn`, of a field that is written under its own flag
+        is_another_name = served.target == "config" and served.constant not in (True, TAKES_A_VALUE)
+        if served.section not in SECTIONS or is_another_name:
             continue
+        if served.section == "peft" and served.key not in config.peft.spec.fields(config.peft):
+            if getattr(config.peft, served.key) == getattr(PeftConfig, served.key, None):
+                continue  # a flag of another method, as nobody typed it
         value = None if served.key in unset else _value(served, config)
         sections[served.section].append((served, float(value) if served.kind is float and value is not None else value))
     return text_of(title, {name: settings for name, settings in sections.items() if settings})
@@ -68,15 +73,3 @@ def _value(served: Flag, config: RunConfig) -> Any:
     if served.constant is TAKES_A_VALUE:
         return value
     return True if value == served.constant else None  # several switches may set one field
-
-
-def _is_another_name(served: Flag) -> bool:
-    """Whether it is `--no-bf16` or `--use-flash-attn`, of a field that is written under its own flag."""
-    return served.target == "config" and served.constant not in (True, TAKES_A_VALUE)
-
-
-def _has_no_effect(served: Flag, config: RunConfig) -> bool:
-    """Whether it is a flag of another method, as nobody typed it."""
-    if served.section != "peft" or served.key in config.peft.spec.fields(config.peft):
-        return False
-    return getattr(config.peft, served.key) == getattr(PeftConfig, served.key, None)

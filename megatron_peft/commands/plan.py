@@ -23,7 +23,6 @@ from megatron_peft.models.shape import ModelShape
 if TYPE_CHECKING:
     from megatron_peft.plan.cluster import Cluster
     from megatron_peft.plan.layouts import FittedLayout
-    from megatron_peft.plan.plan import Plan
 
 PICTURES = (".png", ".pdf", ".svg")
 ASSUMED_BATCH = 128  # samples; of --fit without --global-batch-size
@@ -83,7 +82,16 @@ def run(settings: PlanSettings, run_flags: RunFlags) -> int:
     tell_loading()
     if settings.fit:
         return _fit(settings, config, shape, cluster)
-    return _report(settings, config, shape, cluster)
+    from megatron_peft.plan.plan import draw, make_plan, print_plan
+
+    _tell("rehearsing the run's distinct ranks: from seconds to a few minutes, by the number of layers of a stage")
+    plan = make_plan(config, shape, cluster)
+    print_plan(plan, settings.tokens)
+    if settings.json:
+        write_file(settings.json, json.dumps(plan.as_dict(settings.tokens), indent=1) + "\n")
+    if settings.plot:
+        draw(plan, settings.plot)
+    return 0 if plan.fits and plan.problem is None else 1
 
 
 def config_of(settings: PlanSettings, run_flags: RunFlags) -> RunConfig:
@@ -105,19 +113,6 @@ def _shape_of(model: str) -> ModelShape:
     return read_shape_of_file(Path(model)) if Path(model).is_file() else shape_of(model)
 
 
-def _report(settings: PlanSettings, config: RunConfig, shape: ModelShape, cluster: "Cluster") -> int:
-    from megatron_peft.plan.plan import draw, make_plan, print_plan
-
-    _tell("rehearsing the run's distinct ranks: from seconds to a few minutes, by the number of layers of a stage")
-    plan = make_plan(config, shape, cluster)
-    print_plan(plan, settings.tokens)
-    if settings.json:
-        write_file(settings.json, json.dumps(plan.as_dict(settings.tokens), indent=1) + "\n")
-    if settings.plot:
-        draw(plan, settings.plot)
-    return 0 if plan.fits and plan.problem is None else 1
-
-
 def _fit(settings: PlanSettings, config: RunConfig, shape: ModelShape, cluster: "Cluster") -> int:
     from rich.console import Console
 
@@ -137,10 +132,12 @@ def _fit(settings: PlanSettings, config: RunConfig, shape: ModelShape, cluster: 
     plans, chosen = [], layouts[: settings.rehearsed]
     for number, layout in enumerate(chosen, 1):
         _tell(f"rehearsing layout {number} of {len(chosen)} (--rehearsed 0 leaves that out): {' '.join(layout.flags)}")
-        plans.append(make_plan(layout.run, shape, cluster))
-        print(f"layout {number}, rehearsed:")
-        for line in [*summary(plans[-1]), *_pace(plans[-1], settings.tokens)]:
-            print(f"  {line}")
+        plan = make_plan(layout.run, shape, cluster)
+        plans.append(plan)
+        print(f"layout {number}, rehearsed:", *summary(plan), sep="\n  ")
+        if plan.pace is not None:
+            hours = f"{plan.pace.hours(settings.tokens):,.1f} hours for {settings.tokens / 1e6:,.0f} million tokens"
+            print(f"  {plan.pace.summary()}\n  {plan.pace.tokens_per_second:,.0f} tokens/s, {hours}")
     if settings.json:
         written = {
             "layouts": [layout.as_dict(settings.tokens) for layout in layouts],
@@ -192,17 +189,6 @@ def _nodes(size: int, cluster: "Cluster") -> str:
     number, rest = divmod(size, cluster.gpus_per_node)
     nodes = "" if rest or not number else f" ({number} node{'s' * (number > 1)})"
     return f"{size} GPUs{nodes} of {cluster.name}"
-
-
-def _pace(plan: "Plan", num_tokens: float) -> list[str]:
-    if plan.pace is None:
-        return []
-    pace = plan.pace
-    return [
-        pace.summary(),
-        f"{pace.tokens_per_second:,.0f} tokens/s, "
-        f"{pace.hours(num_tokens):,.1f} hours for {num_tokens / 1e6:,.0f} million tokens",
-    ]
 
 
 def _tell(text: str) -> None:

@@ -65,27 +65,33 @@ def run(settings: ReportSettings, run_flags: RunFlags) -> int:
 
 
 def _report(settings: ReportSettings, run_flags: RunFlags) -> list[Path]:
-    from megatron_peft.experiment.run_report import is_run
+    """Write what FOLDER asks for; the files that were written."""
+    from megatron_peft.experiment.run_report import SAMPLES_FILE, build_run_report, is_run, read_run
 
-    folder = settings.folder
+    folder, output = settings.folder, settings.output or settings.folder
     is_experiment = settings.experiment is not None or (folder / "cells").is_dir()
-    if not is_experiment and is_run(folder):
-        require(settings.against is None, "--against is of an experiment, but this is the folder of a run.")
-        return _of_a_run(settings, run_flags)
-    require(
-        is_experiment,
-        f"{folder} holds neither a run (metrics.jsonl, checkpoints) nor an experiment (cells): give the --save folder "
-        f"of a run, or the --output folder of megatron-peft experiment.",
-    )
-    require(settings.samples is None, f"--samples needs the --save folder of a run; {folder} is not one.")
-    return _of_an_experiment(settings)
+    if is_experiment or not is_run(folder):
+        require(
+            is_experiment,
+            f"{folder} holds neither a run (metrics.jsonl, checkpoints) nor an experiment (cells): give the --save "
+            f"folder of a run, or the --output folder of megatron-peft experiment.",
+        )
+        require(settings.samples is None, f"--samples needs the --save folder of a run; {folder} is not one.")
+        from megatron_peft.experiment.page import write
+        from megatron_peft.experiment.report import build_report
+        from megatron_peft.experiment.results import copy_results, read_results
+        from megatron_peft.experiment.tables import check_paper_names, reference_method
 
+        results = read_results(folder, settings.experiment)
+        check_paper_names(results)
+        report = build_report(results, reference_method(results, settings.against))
+        if output.resolve() != folder.resolve():
+            copy_results(results, output)
+        return write(report, output)
 
-def _of_a_run(settings: ReportSettings, run_flags: RunFlags) -> list[Path]:
+    require(settings.against is None, "--against is of an experiment, but this is the folder of a run.")
     from megatron_peft.experiment.page import HTML, write_page
-    from megatron_peft.experiment.run_report import SAMPLES_FILE, build_run_report, read_run
 
-    folder = settings.folder
     run = read_run(folder)  # before anything is answered
     if settings.samples is not None:
         from megatron_peft.evaluation.model import run_on_a_model
@@ -100,22 +106,7 @@ def _of_a_run(settings: ReportSettings, run_flags: RunFlags) -> list[Path]:
         if os.environ.get("RANK", "0") != "0":
             return []  # one rank writes
         run = read_run(folder)
-    return [write_page(build_run_report(run), (settings.output or folder) / HTML)]
-
-
-def _of_an_experiment(settings: ReportSettings) -> list[Path]:
-    from megatron_peft.experiment.page import write
-    from megatron_peft.experiment.report import build_report
-    from megatron_peft.experiment.results import copy_results, read_results
-    from megatron_peft.experiment.tables import check_paper_names, reference_method
-
-    output = settings.output or settings.folder
-    results = read_results(settings.folder, settings.experiment)
-    check_paper_names(results)
-    report = build_report(results, reference_method(results, settings.against))
-    if output.resolve() != settings.folder.resolve():
-        copy_results(results, output)
-    return write(report, output)
+    return [write_page(build_run_report(run), output / HTML)]
 
 
 main = Command(__doc__, ReportSettings, run, PROGRAM, takes_run_flags=True)

@@ -114,27 +114,39 @@ def spelled(name: str, value: Any) -> str:
     return name if value is True else f"{name} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
 
 
+def value_type(annotation: Any) -> tuple[Any, tuple[str, ...] | None, bool]:
+    """(type of one value, choices, whether it takes several) of a field's type: `int | None`, `tuple[str, ...]`..."""
+    if get_origin(annotation) in (UnionType, Union):
+        return value_type(next(member for member in get_args(annotation) if member is not NoneType))
+    if get_origin(annotation) is tuple:
+        return get_args(annotation)[0], None, True
+    if get_origin(annotation) is Literal:
+        return str, get_args(annotation), False
+    return annotation, None, False
+
+
 _type_hints = cache(get_type_hints)
-_NUMBERS = {int: (Integral, "a whole number"), float: (Real, "a finite number")}
+_TYPES: Mapping[Any, tuple[type, str]] = {
+    str: (str, "a string"),
+    bool: (bool, "True or False"),
+    int: (Integral, "a whole number"),
+    float: (Real, "a finite number"),
+}
 
 
 def _what_it_must_be(value: Any, annotation: Any) -> str:
     """What a field of this type takes; empty if this value is right."""
-    if get_origin(annotation) in (UnionType, Union):
-        wanted = [_what_it_must_be(value, member) for member in get_args(annotation) if member is not NoneType]
-        return "" if value is None or not all(wanted) else " or ".join(wanted)
-    if get_origin(annotation) is Literal:
-        return "" if value in get_args(annotation) else f"one of {', '.join(get_args(annotation))}"
-    if annotation is str:
-        return "" if isinstance(value, str) else "a string"
-    if get_origin(annotation) is tuple and get_args(annotation)[0] is str:
-        are_strings = isinstance(value, tuple | list) and all(isinstance(item, str) for item in value)
-        return "" if are_strings else "a tuple of strings"
-    if annotation is bool:
-        return "" if isinstance(value, bool) else "True or False"
-    kind, name = _NUMBERS.get(annotation, (object, ""))
-    is_number = not isinstance(value, bool) and isinstance(value, kind)
-    return "" if not name or (is_number and (isinstance(value, Integral) or isfinite(value))) else name
+    kind, choices, many = value_type(annotation)
+    if kind not in _TYPES or (value is None and NoneType in get_args(annotation)):
+        return ""
+    if choices:
+        return "" if value in choices else f"one of {', '.join(choices)}"
+    if many:
+        are_right = kind is not str or isinstance(value, tuple | list) and all(isinstance(item, str) for item in value)
+        return "" if are_right else "a tuple of strings"
+    accepted, name = _TYPES[kind]
+    is_right = isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
+    return "" if is_right and (not isinstance(value, float) or isfinite(value)) else name
 
 
 def mistyped(config: object) -> list[str]:

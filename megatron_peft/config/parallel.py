@@ -74,11 +74,8 @@ class ParallelConfig(Checked):
             "--sequence-parallel splits the sequence over tensor-parallel ranks: it needs "
             "--tensor-model-parallel-size above 1.",
         )
-        self._check_pipeline(require)
-
-    def _check_pipeline(self, require: Requirements) -> None:
-        """Flags that fit neither one another nor the number of stages; whether they fit a model, its shape says."""
-        pp, layout = self.pipeline_model_parallel_size, self.pipeline_model_parallel_layout
+        # Flags of stages fit one another and the number of stages; whether they fit a model, its shape says.
+        layout = self.pipeline_model_parallel_layout
         interleaved = self.num_layers_per_virtual_pipeline_stage is not None
         uneven, accounted = self._given(*UNEVEN_STAGES), self._given(*ACCOUNTED_STAGES)
         needs_stages = self._given("num_layers_per_virtual_pipeline_stage", *UNEVEN_STAGES, *ACCOUNTED_STAGES, LAYOUT)

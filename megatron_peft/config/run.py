@@ -1,14 +1,14 @@
 """`RunConfig`: everything a run needs, in frozen dataclasses that validate themselves.
 
 Field names are Megatron's argument names (underscores for dashes), so an error can always name the flag. Every
-`__post_init__` raises one `ConfigurationError` with all problems of its section. Nothing in this room imports torch.
+section raises one `ConfigurationError` with all of its problems as it is made. Nothing in this room imports torch.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, get_origin, get_type_hints
 
-from megatron_peft.config.errors import ConfigurationError, Requirements, flag, spelled
+from megatron_peft.config.errors import Checked, ConfigurationError, Requirements, flag, spelled
 from megatron_peft.config.methods import METHODS, PeftConfig
 from megatron_peft.config.model import DataConfig, ModelConfig
 from megatron_peft.config.parallel import ParallelConfig
@@ -22,7 +22,7 @@ from megatron_peft.config.training import (
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Checked):
     """Everything a run needs. Checks here are those that span two groups."""
 
     parallel: ParallelConfig
@@ -34,13 +34,12 @@ class RunConfig:
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
 
-    def __post_init__(self) -> None:
-        with Requirements(self) as require:
-            self._check_batches(require)
-            self._check_schedule(require)
-            self._check_memory_savers(require)
-            self._check_validation(require)
-            self.peft.spec.check_run(self.peft, self, require)
+    def check(self, require: Requirements) -> None:
+        self._check_batches(require)
+        self._check_schedule(require)
+        self._check_memory_savers(require)
+        self._check_validation(require)
+        self.peft.spec.check_run(self.peft, self, require)
 
     def _check_batches(self, require: Requirements) -> None:
         replicas, pp = self.parallel.data_parallel_size, self.parallel.pipeline_model_parallel_size

@@ -49,24 +49,21 @@ def _raise_exception(message: str) -> NoReturn:
     raise TemplateError(message)
 
 
-def _regex_replace(string: str, pattern: str, repl: str, count: int = 0) -> str:
-    return re.sub(pattern, repl, string, count=count)
-
-
-def _tojson(value: Any, ensure_ascii: bool = False, **settings: Any) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, **settings)  # Jinja's own escapes HTML
-
-
 @lru_cache
 def sandboxed_jinja(kind: str) -> ImmutableSandboxedEnvironment:
     """The environment of "chat" templates, with all that transformers gives them, or of a "task"."""
     if kind == "task":
         made = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
-        made.filters["regex_replace"] = _regex_replace
+        made.filters["regex_replace"] = lambda string, pattern, repl, count=0: re.sub(
+            pattern, repl, string, count=count
+        )
     else:
         extensions = [_Generation, "jinja2.ext.loopcontrols"]
         made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-        made.filters["tojson"] = _tojson
+        # Jinja's own escapes HTML.
+        made.filters["tojson"] = lambda value, ensure_ascii=False, **settings: json.dumps(
+            value, ensure_ascii=ensure_ascii, **settings
+        )
         made.globals["raise_exception"] = _raise_exception
         made.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     made.globals["namespace"] = _PlainNamespace
