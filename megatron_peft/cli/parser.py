@@ -323,11 +323,12 @@ def _build_parser(served: Sequence[Flag], program: str = PROGRAM) -> ArgumentPar
     """A parser that stores only what is typed: defaults are the dataclasses' own."""
     # A script is started by torchrun; the program starts its processes itself.
     command = f"torchrun --nproc-per-node N {program}" if program == PROGRAM else f"{program} [--nproc-per-node N]"
+    width = min(100, shutil.get_terminal_size().columns) - 2  # help stays readable on a wide terminal
     parser = ArgumentParser(
         prog=program,
         usage=USAGE.format(command=command),
         description=DESCRIPTION,
-        formatter_class=_Formatter,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=width),
         argument_default=SUPPRESS,
         allow_abbrev=False,
         exit_on_error=False,
@@ -365,10 +366,3 @@ def _number(text: str) -> float:
 
 
 _number.__name__ = "number"  # argparse says: invalid number value
-
-
-class _Formatter(argparse.HelpFormatter):
-    """Help that stays readable: at most 100 columns, whatever the terminal's width."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=32, width=min(100, shutil.get_terminal_size().columns) - 2)

@@ -24,6 +24,7 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 from megatron_peft.cli.command import ArgumentParser, add_flags, make_parser, parse, settings_of
+from megatron_peft.cli.parser import tell_error
 from megatron_peft.config import ConfigurationError, option, require
 from megatron_peft.tasks.prepare import BenchmarkData, HashSplit, Prepared, prepare
 from megatron_peft.tasks.readers import TaskFile, load, shipped
@@ -110,8 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for prepared in prepare_all(benchmark_data(args), args.output, split, settings.overlap):
             print(report(prepared))
     except ConfigurationError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return tell_error(error, program="")
     return 0
 
 
