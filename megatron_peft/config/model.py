@@ -205,7 +205,14 @@ class DataConfig(Checked):
             not self.pack_sequences or self.reads_records or not self.train_data_path + self.data_path,
             "--pack-sequences packs records; an indexed dataset is packed already: leave it out.",
         )
-        self._check_columns(require)
+        columns = [name for name in ("messages_column", "text_column") if getattr(self, name)]
+        if self.prompt_column or self.response_column:
+            columns.insert(0, "prompt_column" if self.prompt_column else "response_column")
+        require(
+            len(columns) <= 1,
+            f"{' and '.join(map(flag, columns))} name columns of different formats, and a file has one: give "
+            "--prompt-column with --response-column, or --messages-column, or --text-column.",
+        )
         require(
             self.tokenizer_type != "NullTokenizer" or self.vocab_size is not None,
             "--tokenizer-type NullTokenizer needs --vocab-size.",
@@ -213,17 +220,6 @@ class DataConfig(Checked):
         require(
             self.tokenizer_type not in SENTENCEPIECE or bool(self.tokenizer_model),
             f"--tokenizer-type {self.tokenizer_type} needs --tokenizer-model FILE.model.",
-        )
-
-    def _check_columns(self, require: Requirements) -> None:
-        pair = self.prompt_column or self.response_column
-        given = [name for name in ("messages_column", "text_column") if getattr(self, name)]
-        if pair:
-            given.insert(0, "prompt_column" if self.prompt_column else "response_column")
-        require(
-            len(given) <= 1,
-            f"{' and '.join(map(flag, given))} name columns of different formats, and a file has one: give "
-            "--prompt-column with --response-column, or --messages-column, or --text-column.",
         )
 
     @property

@@ -291,21 +291,15 @@ def _load_methods() -> dict[str, Method]:
     return methods
 
 
-def _option_classes(methods: Iterable[Method]) -> list[type[PeftOptions]]:
-    """The dataclasses of all methods' flags, without those that another one inherits, in reverse order.
-
-    dataclasses collect fields from the last base to the first, so fields are in the order of the methods.
-    """
-    every = list(dict.fromkeys(options for method in methods for options in method.options))
-    inherited = {base for options in every for base in options.__mro__[1:]}
-    return [options for options in reversed(every) if options not in inherited]
-
-
 METHODS = _load_methods()
+_options = list(dict.fromkeys(options for method in METHODS.values() for options in method.options))
+_inherited = {base for options in _options for base in options.__mro__[1:]}
+# In reverse: dataclasses collect fields from the last base to the first, so fields are in the order of the methods.
+_bases = [options for options in reversed(_options) if options not in _inherited]
 
 
 @dataclass(frozen=True)
-class PeftConfig(_Checks, *_option_classes(METHODS.values())):
+class PeftConfig(_Checks, *_bases):
     """Which parameters are trained, and the flags of every method.
 
     Fields that the chosen method does not read keep their values and have no effect. Their types are checked, their
