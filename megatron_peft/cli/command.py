@@ -12,7 +12,7 @@ from megatron_peft.cli.config_files import CONFIG_FLAG, KnownFlag, file_entries,
 from megatron_peft.cli.flags import Flag, flags_of, known_to_files, served_flags
 from megatron_peft.cli.launch import start_processes
 from megatron_peft.cli.parser import RunFlags, argparse_settings, in_a_tuple, split_at_flags, tell_error
-from megatron_peft.cli.unknown import NEAR, nearest
+from megatron_peft.cli.refused import NEAR, nearest
 from megatron_peft.cli.version import version
 from megatron_peft.config import ConfigurationError
 

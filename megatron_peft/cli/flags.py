@@ -123,7 +123,7 @@ ACCEPTED_WITH_VALUE: Mapping[str, tuple[type, str]] = {
     "--init-method-std": (float, "weights are always loaded, never initialized"),
     "--tiktoken-pattern": (str, "only TikTokenizer reads it, which is not supported"),
 }
-# Flags of which one value is the case: -> (values, why). `megatron.WAYS_OUT_OF_VALUES` answers the others.
+# Flags of which one value is the case: -> (values, why). `refused.WAYS_OUT_OF_VALUES` answers the others.
 ACCEPTED_VALUES: Mapping[str, tuple[tuple[str, ...], str]] = {
     "--ckpt-format": (("torch_dist",), "the only format"),
     "--context-parallel-size": (("1",), "no sample is split over context-parallel ranks"),

@@ -19,9 +19,8 @@ from typing import Any, NoReturn, get_args
 
 from megatron_peft.cli.config_files import file_entries, split_off_files
 from megatron_peft.cli.flags import GROUPS, TAKES_A_VALUE, Flag, Target, known_to_files, served_flags
-from megatron_peft.cli.megatron import WAYS_OUT_OF_VALUES
+from megatron_peft.cli.refused import WAYS_OUT_OF_VALUES, why_not_served
 from megatron_peft.cli.run_file import run_file
-from megatron_peft.cli.unknown import why_not_served
 from megatron_peft.cli.version import version
 from megatron_peft.config import (
     ConfigurationError,

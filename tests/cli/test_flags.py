@@ -26,18 +26,19 @@ from megatron_peft.cli.flags import (
     SHAPE_VALUES,
     served_flags,
 )
-from megatron_peft.cli.megatron import (
+from megatron_peft.cli.megatron import SOURCES, MegatronField, megatron_fields
+from megatron_peft.cli.refused import (
+    EQUIVALENTS,
     REFUSED,
-    SOURCES,
     WAYS_OUT,
     WAYS_OUT_OF_REASONS,
     WAYS_OUT_OF_VALUES,
-    MegatronField,
-    megatron_fields,
+    equivalent,
+    known_flags,
     reason_of,
     refused_flags,
+    why_not_served,
 )
-from megatron_peft.cli.unknown import EQUIVALENTS, equivalent, known_flags, why_not_served
 from megatron_peft.config import METHODS, SECTIONS, ConfigurationError, PeftConfig, flag
 from megatron_peft.models.shape import CLAIMS, VALUES
 

@@ -72,9 +72,7 @@ def test_nothing_is_started_where_processes_run_already(monkeypatch) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert start_processes("m", [], {"nproc_per_node": "4"}, "p", print) is None
     assert running_processes(os.environ) == {"nproc_per_node": "4"}
-    with pytest.raises(
-        ConfigurationError, match="^--nproc-per-node 2 contradicts the 4 processes that run"
-    ):
+    with pytest.raises(ConfigurationError, match="^--nproc-per-node 2 contradicts the 4 processes that run"):
         start_processes("m", [], {"nproc_per_node": "2"}, "p", print)
 
 
