@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_peft.cli.command import ArgumentParser
 from megatron_peft.cli.flags import served_flags
-from megatron_peft.cli.own_flags import ArgumentParser
 from megatron_peft.commands.completion import with_commands
 from megatron_peft.commands.program import COMMANDS, add_commands
 from megatron_peft.experiment.page import markdown

@@ -228,7 +228,7 @@ def test_imports_are_absolute(modules: dict[str, ast.Module]) -> None:
 
 def test_only_the_two_parsers_use_argparse(modules: dict[str, ast.Module]) -> None:
     users = {name for name, tree in modules.items() if "argparse" in imported_roots(tree)}
-    assert users == {"megatron_peft.cli.parser", "megatron_peft.cli.own_flags"}
+    assert users == {"megatron_peft.cli.parser", "megatron_peft.cli.command"}
 
 
 def test_modules_are_named_for_what_they_hold(modules: dict[str, ast.Module]) -> None:

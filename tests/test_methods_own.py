@@ -29,8 +29,7 @@ KNOWS = {
     "conversion.peft_export": {"adapters.low_rank"},  # whatever was trained is written as a LoRA
     "conversion.model_card": {"lora"},  # a tag of the Hub
     "conversion.peft_import": {"adapters.low_rank", "adapters.boft", "lora", "boft"},  # reads Hugging Face PEFT's
-    "cli.unknown": {"lora-ga"},  # what other trainers' flags are here
-    "cli.megatron": {"hybrid"},  # Megatron's word for models with Mamba layers
+    "cli.refused": {"lora-ga", "hybrid"},  # what other trainers' flags are here; Megatron's word for Mamba layers
     "experiment.paper": NAMES,  # the paper's tables
 }
 

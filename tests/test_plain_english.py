@@ -63,7 +63,7 @@ def test_names_are_the_fields_own(path: Path) -> None:
     assert [name for name in names if odd(name)] == []
 
 
-CONVENTIONS = {"main", "add_arguments"}  # of programs and commands
+CONVENTIONS = {"main", "add_arguments", "run"}  # of programs and commands
 ADAPTERS_OWN = {"build", "change", "merge", "rotation"}  # what the module of every adapter has
 Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 

@@ -14,15 +14,7 @@ from itertools import combinations, islice
 from pathlib import Path
 from typing import Any
 
-from megatron_peft.config import (
-    DataConfig,
-    ModelConfig,
-    OptimizerSettings,
-    ParallelConfig,
-    PeftConfig,
-    RunConfig,
-    TrainingConfig,
-)
+from megatron_peft.config import RunConfig, make_run
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.plan.cluster import Cluster, Link, read_cluster
 from megatron_peft.plan.pipeline import estimated_time
@@ -87,16 +79,11 @@ def made_up_run(
     several = parallel.get("world_size", 1) > parallel.get("tensor_model_parallel_size", 1) * parallel.get(
         "pipeline_model_parallel_size", 1
     )
-    return RunConfig(
-        parallel=ParallelConfig(**parallel),
-        model=ModelConfig(pretrained_checkpoint="(none)", bf16=True, transformer=recompute or {}),
-        peft=PeftConfig(method=method),
-        data=DataConfig(mock_data=True, seq_length=length, pad_to_seq_length=True),
-        training=TrainingConfig(
-            micro_batch_size=micro_batch, global_batch_size=batch, train_iters=1, overlap_grad_reduce=several
-        ),
-        optimizer=OptimizerSettings(use_distributed_optimizer=several, overlap_param_gather=several),
-    )
+    overlaps = ("overlap_grad_reduce", "use_distributed_optimizer", "overlap_param_gather")
+    model = {"pretrained_checkpoint": "(none)", "bf16": True, "transformer": recompute or {}, "method": method}
+    data = {"mock_data": True, "seq_length": length, "pad_to_seq_length": True, "train_iters": 1}
+    sizes = {"micro_batch_size": micro_batch, "global_batch_size": batch, **parallel}
+    return make_run(**model, **data, **sizes, **dict.fromkeys(overlaps, several))
 
 
 @dataclass(frozen=True)

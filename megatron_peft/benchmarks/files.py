@@ -191,7 +191,7 @@ def count_reads(setting: Setting) -> RankReads:
 
 # Wall seconds from starting `megatron-peft train` to the end of its first step.
 
-PROGRAM = ("-m", "megatron_peft.commands.train")
+PROGRAM = ("-m", "megatron_peft", "train")
 SECONDS_ALLOWED = 20.0
 NUM_SAMPLES = 16
 FIRST_LINE = "iteration "

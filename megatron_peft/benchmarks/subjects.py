@@ -7,7 +7,7 @@ layer) and the gradient sums. It multiplies as the methods do, on a CPU by oneDN
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,7 @@ from megatron.core import parallel_state
 from torch import nn
 
 from megatron_peft.adapters.attach import attach_adapters, freeze, start_gradients_at_the_embedding
-from megatron_peft.config import (
-    DataConfig,
-    ModelConfig,
-    OptimizerSettings,
-    ParallelConfig,
-    PeftConfig,
-    RunConfig,
-    TrainingConfig,
-)
+from megatron_peft.config import ModelConfig, ParallelConfig, PeftConfig, RunConfig, make_run
 from megatron_peft.conversion.pretrained import LoadReport, ReadingGroups, load_pretrained
 from megatron_peft.data.batches import Microbatch
 from megatron_peft.models.families import read_shape
@@ -239,13 +231,14 @@ STEPS: dict[str, Callable[[Setting], Step]] = {
 
 
 def _run_config(setting: Setting, method: str) -> RunConfig:
-    return RunConfig(
-        parallel=setting.parallel,
-        model=ModelConfig(setting.checkpoint),
-        peft=setting.peft(method),
-        data=DataConfig(train_data_path=("random.jsonl",), seq_length=setting.positions),  # never opened
-        training=TrainingConfig(
-            micro_batch_size=setting.rows, global_batch_size=setting.rows * setting.microbatches, train_iters=NUM_ITERS
-        ),
-        optimizer=OptimizerSettings(lr=LEARNING_RATE),
+    run = make_run(
+        **vars(setting.parallel),
+        pretrained_checkpoint=setting.checkpoint,
+        train_data_path=("random.jsonl",),  # never opened
+        seq_length=setting.positions,
+        micro_batch_size=setting.rows,
+        global_batch_size=setting.rows * setting.microbatches,
+        train_iters=NUM_ITERS,
+        lr=LEARNING_RATE,
     )
+    return replace(run, peft=setting.peft(method))

@@ -12,15 +12,13 @@ A file becomes words of a command line. Of several files the later ones override
 # Tried before writing this: ConfigArgParse 1.9 lets the last file replace the others, knows no sections and no lines;
 # jsonargparse 4.53 knows a flag only under its section, names no line for an unknown key, and takes 0.19 s to import.
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import inf
 from pathlib import Path
-from typing import Any
 
 import yaml
 
-from megatron_peft.config import ConfigurationError
+from megatron_peft.config import ConfigurationError, require
 from megatron_peft.config.untrusted import compose_yaml, read_text
 
 CONFIG_FLAG = "--config"
@@ -79,92 +77,77 @@ def file_entries(files: Sequence[str], known: Mapping[str, KnownFlag], why_unkno
     """
     merged: dict[str, FileFlag] = {}
     problems: list[str] = []
+    sections = {flag.section for flag in known.values()} - {""}
     for file in files:
         try:
-            entries = [*_Reader(file, known, why_unknown).entries()]
+            table = _table(file)
         except ConfigurationError as error:
             problems += error.problems
-        else:
-            merged |= {one.name.removeprefix("--no-").removeprefix("--"): one for one in entries}
+            continue
+        places: dict[str, str] = {}
+        for outer_key, outer in table:
+            nests = isinstance(outer_key, yaml.ScalarNode) and isinstance(outer, yaml.MappingNode)
+            is_section = nests and outer_key.value in sections
+            for key, value in outer.value if is_section else [(outer_key, outer)]:
+                place = f"line {key.start_mark.line + 1}, column {key.start_mark.column + 1}"
+                try:
+                    name = _name(key, value, known, why_unknown)
+                    its_section = known[name].section
+                    belongs = f"under {its_section}" if its_section else "at the top"
+                    told = f"{key.value} does not belong to {outer_key.value}: write it {belongs}."
+                    require(not is_section or its_section == outer_key.value, told)
+                    told = f"{key.value} stands here and in {places.get(name)}: leave one out."
+                    require(name not in places, told)
+                    places[name] = place
+                    entry = _entry(name, value, known, f"{file}, {place}")
+                    merged[entry.name.removeprefix("--no-").removeprefix("--")] = entry
+                except ConfigurationError as error:
+                    problems.append(f"{file}, {place}: {error}")
     if problems:
         raise ConfigurationError(*problems)
-    return [one for one in merged.values() if one.is_set]
+    return [entry for entry in merged.values() if entry.is_set]
 
 
-class _Reader:
-    """Reads one file and gathers what is wrong with it."""
+def _table(file: str) -> list[tuple[yaml.Node, yaml.Node]]:
+    root = compose_yaml(read_text(Path(file)), file)
+    if root is not None and not isinstance(root, yaml.MappingNode):
+        raise ConfigurationError(f"{file} is not a table of flags: write `lr: 1e-4`, a line for each flag.")
+    return root.value if root else []
 
-    def __init__(self, file: str, known: Mapping[str, KnownFlag], why_unknown: WhyUnknown) -> None:
-        self.file, self.known, self.why_unknown = file, known, why_unknown
-        self.sections = {one.section for one in known.values()} - {""}
-        self.problems: list[str] = []
-        self.places: dict[str, str] = {}
 
-    def entries(self) -> Iterator[FileFlag]:
-        """Each key. ConfigurationError with all problems of the file, at its end."""
-        for key, value in self._table():
-            is_section = isinstance(value, yaml.MappingNode) and key.value in self.sections
-            for inner_key, inner in value.value if is_section else [(key, value)]:
-                yield from self._entry(inner_key, inner, str(key.value) if is_section else "")
-        if self.problems:
-            raise ConfigurationError(*self.problems)
+def _name(key: yaml.Node, value: yaml.Node, known: Mapping[str, KnownFlag], why_unknown: WhyUnknown) -> str:
+    """The flag that a key names; or a ConfigurationError."""
+    if not isinstance(key, yaml.ScalarNode):
+        raise ConfigurationError("a key is the name of a flag.")
+    dashed = key.value.replace("_", "-")
+    if f"--{dashed}" in TYPED_ONLY:
+        raise ConfigurationError(f"{key.value} is for the command line only: a file cannot hold it.")
+    name = next((name for name in (f"--{key.value}", f"--{dashed}", key.value) if name in known), None)
+    if name is None and isinstance(value, yaml.MappingNode):
+        sections = ", ".join(sorted({flag.section for flag in known.values()} - {""}))
+        raise ConfigurationError(f"{key.value} is not a section; the sections are {sections}.")
+    if name is None:
+        raise ConfigurationError(why_unknown(f"--{key.value}"))
+    return name
 
-    def _table(self) -> list[tuple[yaml.Node, yaml.Node]]:
-        text = read_text(Path(self.file))
-        root = compose_yaml(text, self.file)
-        if root is not None and not isinstance(root, yaml.MappingNode):
-            raise ConfigurationError(f"{self.file} is not a table of flags: write `lr: 1e-4`, a line for each flag.")
-        return root.value if root else []
 
-    def _entry(self, key: yaml.Node, value: yaml.Node, section: str) -> Iterator[FileFlag]:
-        place = f"{self.file}, line {key.start_mark.line + 1}, column {key.start_mark.column + 1}"
-        try:
-            name = self._name(key, value, section)
-            if name in self.places:
-                raise ConfigurationError(f"{key.value} stands here and in {self.places[name]}: leave one out.")
-            self.places[name] = place.removeprefix(f"{self.file}, ")
-            yield self._with_value(name, value, place)
-        except ConfigurationError as error:
-            self.problems.append(f"{place}: {error}")
-
-    def _name(self, key: yaml.Node, value: yaml.Node, section: str) -> str:
-        if not isinstance(key, yaml.ScalarNode):
-            raise ConfigurationError("a key is the name of a flag.")
-        dashed = key.value.replace("_", "-")
-        if f"--{dashed}" in TYPED_ONLY:
-            raise ConfigurationError(f"{key.value} is for the command line only: a file cannot hold it.")
-        name = next((one for one in (f"--{key.value}", f"--{dashed}", key.value) if one in self.known), None)
-        if name is None:
-            if isinstance(value, yaml.MappingNode):
-                sections = ", ".join(sorted(self.sections))
-                raise ConfigurationError(f"{key.value} is not a section; the sections are {sections}.")
-            raise ConfigurationError(self.why_unknown(f"--{key.value}"))
-        own = self.known[name].section
-        if section and own != section:
-            belongs = f"under {own}" if own else "at the top"
-            raise ConfigurationError(f"{key.value} does not belong to {section}: write it {belongs}.")
-        return name
-
-    def _with_value(self, name: str, value: yaml.Node, place: str) -> FileFlag:
-        is_list = isinstance(value, yaml.SequenceNode) and value.tag == f"{_YAML}seq"
-        words = [_text(one) for one in (value.value if is_list else [value])]
-        if words == [None]:
-            return FileFlag(name, (), place, is_set=False)
-        texts = tuple(word for word in words if word is not None)
-        if len(texts) < len(words) or not texts:
-            raise ConfigurationError(f"{name.lstrip('-')} has a list with nothing in it, or an empty value in it.")
-        if self.known[name].takes_value:
-            return FileFlag(name, texts, place)
-        return self._switch(name, texts, place)
-
-    def _switch(self, name: str, texts: tuple[str, ...], place: str) -> FileFlag:
-        """A switch that is turned off is the flag `--no-...` where there is one."""
-        (text, *more), opposite = texts, f"--no-{name[2:]}"
-        if more or text.lower() not in (*_ON, *_OFF):
-            raise ConfigurationError(f"{name[2:]} is a switch: true or false, not {' '.join(texts)}.")
-        if text.lower() in _ON:
-            return FileFlag(name, (), place)
-        return FileFlag(opposite, (), place) if opposite in self.known else FileFlag(name, (), place, is_set=False)
+def _entry(name: str, value: yaml.Node, known: Mapping[str, KnownFlag], place: str) -> FileFlag:
+    """A flag with its words. A switch that is turned off is the flag `--no-...` where there is one."""
+    is_list = isinstance(value, yaml.SequenceNode) and value.tag == f"{_YAML}seq"
+    words = [_text(node) for node in (value.value if is_list else [value])]
+    if words == [None]:
+        return FileFlag(name, (), place, is_set=False)
+    texts = tuple(word for word in words if word is not None)
+    if len(texts) < len(words) or not texts:
+        raise ConfigurationError(f"{name.lstrip('-')} has a list with nothing in it, or an empty value in it.")
+    if known[name].takes_value:
+        return FileFlag(name, texts, place)
+    (text, *more), opposite = texts, f"--no-{name[2:]}"
+    if more or text.lower() not in (*_ON, *_OFF):
+        raise ConfigurationError(f"{name[2:]} is a switch: true or false, not {' '.join(texts)}.")
+    if text.lower() in _ON:
+        return FileFlag(name, (), place)
+    return FileFlag(opposite, (), place) if opposite in known else FileFlag(name, (), place, is_set=False)
 
 
 def _text(node: yaml.Node) -> str | None:
@@ -172,42 +155,3 @@ def _text(node: yaml.Node) -> str | None:
     if not isinstance(node, yaml.ScalarNode) or node.tag.removeprefix(_YAML) not in _PLAIN:
         raise ConfigurationError("a value is a string, a number, true, false, or a list of those.")
     return None if node.tag == f"{_YAML}null" else node.value
-
-
-@dataclass(frozen=True)
-class WrittenFlag:
-    """A line of a written file: the flag without dashes, its value (None: not set) and its help."""
-
-    key: str
-    value: Any
-    help: str
-
-
-def written(title: str, sections: Mapping[str, Sequence[WrittenFlag]]) -> str:
-    """The text of a configuration file that reads back to these settings, each under its help.
-
-    Args:
-        title: the first line, a comment.
-        sections: settings by section; those of "" stand at the top.
-    """
-    lines = [f"# {title}"]
-    for section, settings in sections.items():
-        indent = "  " if section else ""
-        lines += ["", f"{section}:"] if section and settings else []
-        for one in settings:
-            lines.append(f"{indent}# {one.help}")
-            lines.append(f"{indent}{'# ' if one.value in (None, ()) else ''}{one.key}: {_scalar(one.value)}".rstrip())
-        if section and settings and all(one.value in (None, ()) for one in settings):
-            lines.append("  {}")
-    return "\n".join(lines) + "\n"
-
-
-def _scalar(value: Any) -> str:
-    if value in (None, ()):
-        return ""
-    if isinstance(value, float):
-        return repr(value)
-    plain = [*value] if isinstance(value, tuple) else value
-    readable = str(value).isprintable()  # else it is escaped: a no-break space would be read as nothing
-    text = yaml.safe_dump(plain, default_flow_style=True, width=inf, allow_unicode=readable)
-    return text.removesuffix("...\n").strip()

@@ -4,17 +4,16 @@ spelled-out names.
 Nothing here parses. `served_flags()` is the whole list; `megatron_peft.cli.parser` turns it into a parser.
 """
 
-import re
+import typing
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, fields, replace
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, Literal, get_type_hints
 
 from megatron_peft.cli.config_files import KnownFlag
 from megatron_peft.cli.launch import LaunchConfig
-from megatron_peft.cli.megatron import MegatronField, flags_of_fields, megatron_fields, refused_flags
-from megatron_peft.config import METHODS, PeftConfig, RunConfig, flag
-from megatron_peft.config.methods import PACKAGES, flagged_fields, refuse_method
+from megatron_peft.cli.megatron import MegatronField, megatron_fields
+from megatron_peft.config import METHODS, SECTIONS, flag
+from megatron_peft.config.errors import value_type
 
 # Titles of --help, in order. A field may name its title; the others go to the one of their section.
 GROUPS = (
@@ -42,8 +41,6 @@ SECTION_GROUPS = {
     "optimizer": "optimizer and regularization",
     "checkpoint": "checkpointing",
 }
-
-NO_FLAG = frozenset({"world_size", "shape_flags", "transformer"})  # from the environment, or gathered from others
 
 SHAPE_FIELDS = (
     "num_layers",
@@ -126,7 +123,7 @@ ACCEPTED_WITH_VALUE: Mapping[str, tuple[type, str]] = {
     "--init-method-std": (float, "weights are always loaded, never initialized"),
     "--tiktoken-pattern": (str, "only TikTokenizer reads it, which is not supported"),
 }
-# Flags of which one value is the case: -> (values, why). `megatron.WAYS_OUT_OF_VALUES` answers the others.
+# Flags of which one value is the case: -> (values, why). `refused.WAYS_OUT_OF_VALUES` answers the others.
 ACCEPTED_VALUES: Mapping[str, tuple[tuple[str, ...], str]] = {
     "--ckpt-format": (("torch_dist",), "the only format"),
     "--context-parallel-size": (("1",), "no sample is split over context-parallel ranks"),
@@ -165,21 +162,43 @@ class Flag:
 
 def served_flags() -> tuple[Flag, ...]:
     """Every flag that is served, in the order of `GROUPS`."""
-    if PACKAGES:
-        _refuse_methods_with_unfit_flags()
-    found = [*_program_flags(), *_config_flags(), *launch_flags(), *_shape_flags(), *_run_flags(), *_accepted_flags()]
-    return tuple(sorted(found, key=lambda flag: GROUPS.index(flag.group)))
+    classes = {**SECTIONS, "launch": LaunchConfig}
+    of_fields = [served for section, config_class in classes.items() for served in flags_of(config_class, section)]
+    every = [*_program_flags(), *of_fields, *_megatrons_flags()]
+    return tuple(sorted(every, key=lambda served: GROUPS.index(served.group)))
 
 
-def sections() -> dict[str, type]:
-    """Name of a part of RunConfig -> its dataclass."""
-    return get_type_hints(RunConfig)
+def flags_of(config_class: type, section: str = "") -> Iterator[Flag]:
+    """A flag for each field of a dataclass that is an option. A name without dashes is a word.
 
-
-def flags_of(config_class: type) -> tuple[Flag, ...]:
-    """A flag for each field of one dataclass, for a program with flags of its own. A name without dashes is a word."""
+    Args:
+        section: of a configuration file; empty for a command's own settings.
+    """
     hints = get_type_hints(config_class)
-    return tuple(one for field in fields(config_class) for one in _field_flags("", field, hints[field.name]))
+    target: Target = "launch" if section == "launch" else "config"
+    for field in fields(config_class):
+        if "help" not in field.metadata:
+            continue
+        kind, choices, many = value_type(hints[field.name])
+        names = field.metadata["flags"] or (flag(field.name),)
+        group = field.metadata["group"] or SECTION_GROUPS.get(section, section or "options")
+        default, words = None if field.default is MISSING else field.default, field.metadata["help"]
+        if kind is not bool:
+            is_method = field.name == "method"  # PeftConfig says why a method cannot be used
+            yield Flag(
+                *(names, target, field.name, words, group, kind, tuple(METHODS) if is_method else choices, many),
+                default=default,
+                metavar=field.metadata["metavar"],
+                required=field.default is MISSING,
+                section=section,
+                checks_choices=not is_method,
+            )
+            continue
+        words += " (the default)" if default else ""
+        yield Flag(names, target, field.name, words, group, constant=True, section=section)
+        if default:
+            opposite = (f"--no-{names[0][2:]}",)
+            yield Flag(opposite, target, field.name, f"disable {names[0]}", group, constant=False, section=section)
 
 
 def _program_flags() -> Iterator[Flag]:
@@ -198,104 +217,8 @@ def _program_flags() -> Iterator[Flag]:
     yield Flag(("--no-plan",), "program", "no_plan", words, PROGRAM_GROUP, constant=True)
 
 
-def launch_flags() -> Iterator[Flag]:
-    """A flag for each field of `LaunchConfig`."""
-    hints = get_type_hints(LaunchConfig)
-    for field in fields(LaunchConfig):
-        for one in _field_flags("launch", field, hints[field.name]):
-            yield replace(one, target="launch")
-
-
-def _config_flags() -> Iterator[Flag]:
-    """A flag for each field of our dataclasses; a field of two of them (seed) is one flag, explained by the first."""
-    seen = set(NO_FLAG)
-    for section, config_class in sections().items():
-        hints = get_type_hints(config_class)
-        seen |= {*hints} - {*flagged_fields()} if config_class is PeftConfig else set()
-        for field in fields(config_class):
-            if field.name not in seen:
-                yield from _field_flags(section, field, hints[field.name])
-            seen.add(field.name)
-
-
-def _refuse_methods_with_unfit_flags() -> None:
-    """A package's method whose flags cannot stand beside the others must not break --help: it cannot be used."""
-    by_field: dict[str, list[Flag]] = {}
-    for one in _config_flags():
-        by_field.setdefault(one.key, []).append(one)
-    added = {name: _fields_of_its_own(name) for name in PACKAGES}
-    every = [*_program_flags(), *launch_flags(), *_shape_flags(), *_run_flags(), *_accepted_flags()]
-    every += [one for key, flags in by_field.items() if key not in set().union(*added.values()) for one in flags]
-    own = ("-h", "--help", "--version")
-    taken = {name: "of pretrain_peft.py" for name in (*own, *(name for one in every for name in one.names))}
-    taken |= dict.fromkeys((f"--{name}" for name in refused_flags()), "of Megatron's")
-    taken = dict.fromkeys((name for name, _ in flags_of_fields()), "of Megatron's") | taken
-    for method, names in added.items():
-        flags = [one for name in names for one in by_field[name]]
-        if problem := _problem_of_flags(flags, taken):
-            refuse_method(method, problem)
-        else:
-            taken |= dict.fromkeys((name for one in flags for name in one.names), f"of --peft-method {method}")
-
-
-def _fields_of_its_own(method: str) -> list[str]:
-    """Names of the fields that no other method has."""
-    others = {one.name for name, other in METHODS.items() if name != method for o in other.options for one in fields(o)}
-    return [one.name for o in METHODS[method].options for one in fields(o) if one.name not in others]
-
-
-def _problem_of_flags(flags: Sequence[Flag], taken: Mapping[str, str]) -> str:
-    """Why these flags of a method cannot be served; empty if they can."""
-    taken = dict(taken)
-    for one in flags:
-        for name in one.names:
-            if not re.fullmatch(r"--[a-z0-9][a-z0-9-]*", name):
-                return f"its field {one.key} has the flag {name!r}: use dashes, small letters and digits"
-            if name in taken:
-                return f"its flag {name} is one {taken[name]}"
-            taken[name] = "of another of its fields"
-        if one.group not in GROUPS:
-            return f"its flag {one.names[0]} stands under {one.group!r}, which is no title of --help"
-    return ""
-
-
-def _field_flags(section: str, field: Field[Any], annotation: Any) -> Iterator[Flag]:
-    kind, choices, many = _value_of(annotation)
-    own = field.metadata
-    names = own["flags"] or (flag(field.name),)
-    group = own["group"] or SECTION_GROUPS.get(section, section or "options")
-    required = field.default is MISSING
-    default = None if required else field.default
-    if kind is not bool:
-        choices = tuple(METHODS) if field.name == "method" else choices
-        yield Flag(
-            *(names, "config", field.name, own["help"], group, kind, choices, many),
-            default=default,
-            metavar=own["metavar"],
-            required=required,
-            section=section,
-            checks_choices=field.name != "method",  # PeftConfig says why a method cannot be used
-        )
-        return
-    words = own["help"] + (" (the default)" if default else "")
-    yield Flag(names, "config", field.name, words, group, constant=True, section=section)
-    if default:
-        opposite = (f"--no-{names[0][2:]}",)
-        yield Flag(opposite, "config", field.name, f"disable {names[0]}", group, constant=False, section=section)
-
-
-def _value_of(annotation: Any) -> tuple[type, tuple[str, ...] | None, bool]:
-    """(type of one value, choices, whether it takes several) of a field's type: `int | None`, `tuple[str, ...]`..."""
-    if get_origin(annotation) in (UnionType, Union):
-        return _value_of(next(member for member in get_args(annotation) if member is not NoneType))
-    if get_origin(annotation) is tuple:
-        return get_args(annotation)[0], None, True
-    if get_origin(annotation) is Literal:
-        return str, get_args(annotation), False
-    return annotation, None, False
-
-
-def _shape_flags() -> Iterator[Flag]:
+def _megatrons_flags() -> Iterator[Flag]:
+    """Flags for fields of megatron-core's, for Megatron-LM's spelled-out names, and what is accepted without effect."""
     transformer = megatron_fields("TransformerConfig")
     for name in SHAPE_FIELDS:
         yield _transformer_flag("shape", transformer[name], SHAPE)
@@ -305,33 +228,13 @@ def _shape_flags() -> Iterator[Flag]:
         yield Flag((flag(name),), "shape", name, words, SHAPE, kind, choices, section="model")
     for name, words in SHAPE_CLAIMS.items():
         yield Flag((flag(name),), "shape", name, words, SHAPE, constant=True, section="model")
-
-
-def _run_flags() -> Iterator[Flag]:
     for name, (key, value, words) in CONFIG_SWITCHES.items():
         yield Flag((name,), "config", key, words, "model", constant=value, section="model")
-    transformer = megatron_fields("TransformerConfig")
     for name in RUN_FIELDS:
         group = "optimizer and regularization" if name.endswith("_dropout") else RECOMPUTE
         yield _transformer_flag("transformer", transformer[name], group)
     for name, (key, value, words) in RUN_SWITCHES.items():
         yield Flag((name,), "transformer", key, words, RECOMPUTE, constant=value, section="model")
-
-
-def _transformer_flag(target: Target, field: MegatronField, group: str) -> Flag:
-    kind, choices = field.type_and_choices
-    constant = True if kind is bool else TAKES_A_VALUE
-    default = RUN_DEFAULTS.get(field.name)
-    words = RUN_FIELDS.get(field.name) or field.help
-    return Flag(
-        *((flag(field.name),), target, field.name, words, group, kind, choices),
-        constant=constant,
-        default=default,
-        section="model",
-    )
-
-
-def _accepted_flags() -> Iterator[Flag]:
     for name, reason in ACCEPTED.items():
         yield Flag((name,), "nothing", name, reason, ACCEPTED_GROUP, constant=True)
     for name, (kind, reason) in ACCEPTED_WITH_VALUE.items():
@@ -340,11 +243,21 @@ def _accepted_flags() -> Iterator[Flag]:
         yield Flag((name,), "nothing", name, reason, ACCEPTED_GROUP, choices=choices)
 
 
+def _transformer_flag(target: Target, field: MegatronField, group: str) -> Flag:
+    kind, choices, _ = value_type(eval(field.annotation, dict(vars(typing))))  # megatron-core's own source
+    constant = True if kind is bool else TAKES_A_VALUE
+    words = RUN_FIELDS.get(field.name) or field.help
+    names, default = (flag(field.name),), RUN_DEFAULTS.get(field.name)
+    return Flag(
+        names, target, field.name, words, group, kind, choices, constant=constant, default=default, section="model"
+    )
+
+
 def known_to_files(flags: Sequence[Flag]) -> dict[str, KnownFlag]:
     """Those flags as a configuration file may name them."""
     return {
-        name: KnownFlag(one.constant is TAKES_A_VALUE, one.section)
-        for one in flags
-        if one.target != "program"
-        for name in one.names
+        name: KnownFlag(served.constant is TAKES_A_VALUE, served.section)
+        for served in flags
+        if served.target != "program"
+        for name in served.names
     }

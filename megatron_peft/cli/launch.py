@@ -10,9 +10,9 @@ from importlib.util import find_spec
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
-from megatron_peft.config import ConfigurationError, Requirements, flag, option, require
+from megatron_peft.config import Checked, Requirements, flag, option, require
 
-# Those of the agent have levels of their own.
+# The loggers of the agent do not inherit their level.
 TORCHRUN_LOGGERS = (
     "torch.distributed.elastic",
     "torch.distributed.elastic.agent.server.api",
@@ -32,7 +32,7 @@ def _torchrun(name: str, default: Any, help: str, metavar: str | None = None) ->
 
 
 @dataclass(frozen=True)
-class LaunchConfig:
+class LaunchConfig(Checked):
     """The processes to start. Names and meanings are torchrun's."""
 
     launcher: Literal["torchrun", "ft_launcher"] = _torchrun(
@@ -52,32 +52,30 @@ class LaunchConfig:
     rdzv_id: str | None = _torchrun("rdzv_id", None, "name of the job, the same on every node", "NAME")
     max_restarts: int = _torchrun("max_restarts", 0, "restarts after a failure")
 
-    def __post_init__(self) -> None:
-        with Requirements(self) as unmet:
-            unmet.fields()
-            unmet.positive("nnodes")
-            unmet.not_negative("node_rank", "master_port", "max_restarts")
-            number = self.nproc_per_node or "1"
-            unmet(
-                number == "gpu" or number.isdecimal() and int(number) > 0,
-                f"--nproc-per-node is {number}; it is a number of processes, or gpu.",
-            )
-            unmet(
-                self.nnodes == 1 or bool(self.master_addr or self.rdzv_endpoint),
-                f"--nnodes {self.nnodes} needs --master-addr and --node-rank, or --rdzv-endpoint.",
-            )
-            unmet(
-                self.launcher == "torchrun" or find_spec(FT_LAUNCHER.partition(".")[0]) is not None,
-                f"--launcher {self.launcher} needs the package nvidia-resiliency-ext, which is not installed: pip "
-                f"install nvidia-resiliency-ext, or leave the flag out.",
-            )
+    def check(self, require: Requirements) -> None:
+        require.each("positive", "nnodes")
+        require.each("not_negative", "node_rank", "master_port", "max_restarts")
+        number = self.nproc_per_node or "1"
+        require(
+            number == "gpu" or number.isdecimal() and int(number) > 0,
+            f"--nproc-per-node is {number}; it is a number of processes, or gpu.",
+        )
+        require(
+            self.nnodes == 1 or bool(self.master_addr or self.rdzv_endpoint),
+            f"--nnodes {self.nnodes} needs --master-addr and --node-rank, or --rdzv-endpoint.",
+        )
+        require(
+            self.launcher == "torchrun" or find_spec(FT_LAUNCHER.partition(".")[0]) is not None,
+            f"--launcher {self.launcher} needs the package nvidia-resiliency-ext, which is not installed: pip "
+            f"install nvidia-resiliency-ext, or leave the flag out.",
+        )
 
     def torchrun_words(self) -> list[str]:
         """The flags for torchrun, which ft_launcher has too.
 
         A single node finds a free port by itself, so that two runs can share it.
         """
-        given = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "launcher"}
+        given = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "launcher"}
         alone = self.nnodes == 1 and not (self.master_addr or self.master_port or self.rdzv_endpoint)
         words = [word for name, value in given.items() if value is not None for word in (flag(name), str(value))]
         return [*(["--standalone"] if alone else []), *words]
@@ -88,7 +86,7 @@ def start_processes(
     argv: Sequence[str],
     launch: Mapping[str, Any],
     program: str,
-    check: Callable[[Mapping[str, str]], object],
+    check: Callable[[Mapping[str, str]], object] = lambda environ: None,
 ) -> int | None:
     """Run the module in the processes that are asked for; the exit code, or None if this process is to go on alone.
 
@@ -99,28 +97,26 @@ def start_processes(
         check: called with the environment of a rank before anything is started; exits where something is wrong.
 
     Raises:
-        SystemExit: 2, after telling what is wrong with the flags.
+        ConfigurationError: the values of `launch` are wrong, or contradict the processes that run.
     """
     # CUDA reads it once. Compute and communication are issued in order, so that they overlap; in the ranks too, which
     # another launcher may have started.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    try:
-        config = _processes_to_start(launch, os.environ)
-        if config is None:
-            return None
-        world_size = _world_size(config)
-    except ConfigurationError as error:
-        for problem in error.problems:
-            print(f"{program}: error: {problem}", file=sys.stderr)
-        raise SystemExit(2) from error
+    config = _processes_to_start(launch, os.environ)
+    if config is None:
+        return None
+    world_size = _world_size(config)
     check({**os.environ, "WORLD_SIZE": str(world_size)})
     if sys.stderr.isatty():
         print(f"starting {world_size} process{'es' * (world_size > 1)}", file=sys.stderr, flush=True)
-    return _run(config, module, argv, program)
+    words = [*config.torchrun_words(), "--module", module, *argv]
+    if config.launcher == "ft_launcher":
+        os.execv(sys.executable, [sys.executable, "-m", FT_LAUNCHER, *words])  # signals then reach it
+    return _run_by_torchrun(words, program)
 
 
 def tell_loading() -> None:
-    """At a terminal, that torch is about to be imported, which takes seconds. Of several ranks the first one tells."""
+    """Tell at a terminal that torch is about to be imported, which takes seconds. Rank 0 speaks for all."""
     if sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":
         sys.stderr.write(LOADING)
         sys.stderr.flush()
@@ -161,13 +157,6 @@ def _world_size(config: LaunchConfig) -> int:
     return gpus * config.nnodes
 
 
-def _run(config: LaunchConfig, module: str, argv: Sequence[str], program: str) -> int:
-    words = [*config.torchrun_words(), "--module", module, *argv]
-    if config.launcher == "ft_launcher":
-        os.execv(sys.executable, [sys.executable, "-m", FT_LAUNCHER, *words])  # signals then reach it
-    return _run_by_torchrun(words, program)
-
-
 def _run_by_torchrun(words: Sequence[str], program: str) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -185,7 +174,13 @@ def _run_by_torchrun(words: Sequence[str], program: str) -> int:
             run(parse_args(["--log-dir", folder, *words]))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        return _told(failure.exitcode, rank, program)
+        exit_code = failure.exitcode
+        if exit_code < 0:  # the rank could say nothing
+            print(f"{program}: rank {rank} was ended by {signal.Signals(-exit_code).name}.", file=sys.stderr)
+            return 128 - exit_code
+        if exit_code not in PROGRAM_FAILED:
+            print(f"{program}: rank {rank} ended with exit code {exit_code}.", file=sys.stderr)
+        return exit_code
     except SignalException as error:
         return 128 + error.sigval
     except RendezvousError as error:
@@ -193,14 +188,3 @@ def _run_by_torchrun(words: Sequence[str], program: str) -> int:
         print(f"{program}: the nodes have not found one another: {cause}", file=sys.stderr)
         return 1
     return 0
-
-
-def _told(exit_code: int, rank: int, program: str) -> int:
-    """The exit code to end with; a rank that could say nothing is named here."""
-    if exit_code < 0:
-        name = signal.Signals(-exit_code).name
-        print(f"{program}: rank {rank} was ended by {name}.", file=sys.stderr)
-        return 128 - exit_code
-    if exit_code not in PROGRAM_FAILED:
-        print(f"{program}: rank {rank} ended with exit code {exit_code}.", file=sys.stderr)
-    return exit_code

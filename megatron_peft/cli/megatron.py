@@ -1,7 +1,8 @@
-"""Flags of Megatron-LM that are known here and not served, each with the reason.
+"""Fields of megatron-core's configuration classes, read from its source.
 
-Fields of megatron-core's configuration classes are known by their own names (`megatron_fields`); here are the flags
-that exist in Megatron-LM's command line only, and the reasons for both. Flags are written without the leading dashes.
+Importing those classes takes seconds, since torch and half of megatron-core come along; a wrong flag and `--help` are
+answered from here at once. What is read (names, types, the docstring under a field, Megatron-LM's own flags for it) is
+what the dataclasses themselves say: a test compares the two.
 """
 
 import ast
@@ -13,248 +14,6 @@ from itertools import zip_longest
 from pathlib import Path
 
 from megatron_peft.config import ConfigurationError, flag
-
-# Prefix -> reason. A flag or field whose name starts so is Megatron's; the longest prefix wins.
-FAMILIES = {
-    "adlr-": "NVIDIA's own cluster",
-    "app-tag-": "NVIDIA's own logging service",
-    "bert-": "BERT",
-    "biencoder-": "retrieval",
-    "context-parallel-": "context parallelism",
-    "cp-": "context parallelism",
-    "cpu-offloading": "offloading to the CPU",
-    "cuda-graph-": "CUDA graphs",
-    "dino-": "vision",
-    "disable-tp-comm-": "communication overlap inside Transformer Engine's linear layers",
-    "dsa-": "experimental attention",
-    "encoder-": "encoder-decoder models",
-    "expert-": "mixture of experts",
-    "export-": "quantization and distillation",
-    "fim-": "fill-in-the-middle data",
-    "flight-recorder-": "NCCL's flight recorder",
-    "fp4": "FP4",
-    "fp8": "FP8",
-    "fsdp-": "fully sharded data parallelism",
-    "ft-": "NVIDIA's fault-tolerance package",
-    "grpo-": "reinforcement learning",
-    "gtp-": "generalized tensor parallelism",
-    "heterogeneous-": "heterogeneous layers",
-    "hierarchical-context-parallel-": "context parallelism",
-    "hybrid-attention-": "hybrid Mamba models",
-    "hybrid-context-parallel": "context parallelism",
-    "hybrid-layer-": "hybrid Mamba models",
-    "hybrid-mlp-": "hybrid Mamba models",
-    "hybrid-override-": "hybrid Mamba models",
-    "ict-": "retrieval",
-    "indexer-": "retrieval",
-    "inference-": "inference server",
-    "inprocess-": "restarts inside a process",
-    "kitchen-": "quantization",
-    "langrl-": "reinforcement learning",
-    "linear-": "linear attention",
-    "lion-": "the Lion optimizer",
-    "logits-": "distillation",
-    "mamba-": "Mamba",
-    "megatron-fsdp-": "fully sharded data parallelism",
-    "mla-": "multi-latent attention",
-    "moe-": "mixture of experts",
-    "mtp-": "multi-token prediction",
-    "muon-": "the Muon optimizer",
-    "nccl-": "NCCL tuning",
-    "non-persistent-": "non-persistent checkpoints",
-    "one-logger-": "NVIDIA's own logging service",
-    "otel-": "OpenTelemetry",
-    "profile-": "profiling",
-    "pytorch-profiler-": "profiling",
-    "relative-attention-": "relative position embeddings",
-    "retriever-": "retrieval",
-    "retro-": "Retro",
-    "rl-": "reinforcement learning",
-    "straggler-": "straggler detection",
-    "swin-": "vision",
-    "tiktoken-": "tiktoken tokenizers",
-    "torch-fsdp2-": "fully sharded data parallelism",
-    "tp-comm-": "communication overlap inside Transformer Engine's linear layers",
-    "use-mamba-": "Mamba",
-    "use-kitchen": "quantization",
-    "vision-": "vision",
-    "yarn-": "YaRN rope scaling",
-}
-
-# Reason -> flags.
-FLAGS = {
-    "mixture of experts": "num-experts num-moe-experts overlap-moe-expert-parallel-comm",
-    "multi-latent attention": """
-        cache-mla-latents kv-lora-rank mscale mscale-all-dim multi-latent-attention q-lora-rank qk-head-dim
-        qk-pos-emb-head-dim rotary-scaling-factor v-head-dim""",
-    "multi-token prediction": "freeze-base-for-mtp qad-train-target",
-    "FP8": "first-last-layers-bf16 keep-fp8-transpose-cache-when-using-custom-fsdp te-precision-config-file",
-    "float16": """
-        fp16 fp16-lm-cross-entropy hysteresis initial-loss-scale loss-scale loss-scale-window min-loss-scale
-        no-log-loss-scale-to-tensorboard""",
-    "CUDA graphs": "enable-cuda-graph external-cuda-graph optimizer-cuda-graph te-rng-tracker use-te-rng-tracker",
-    "fully sharded data parallelism": """
-        create-all-gather-group data-parallel-sharding-strategy enable-full-sharding-in-hsdp
-        init-model-with-meta-device no-strict-fsdp-dtensor-load outer-dp-sharding-strategy use-custom-fsdp
-        use-megatron-fsdp use-torch-fsdp2""",
-    "NCCL tuning": """
-        high-priority-stream-groups sharp-enabled-group use-nccl-ub use-sharp""",
-    "layouts of ranks": """
-        disable-gloo-process-groups fake-process-group lazy-mpu-init
-        local-rank local_rank model-parallel-size num-virtual-stages-per-pipeline-rank
-        pipeline-model-parallel-split-rank standalone-embedding-stage
-        use-gloo-process-groups use-tp-pp-dp-mapping no-scatter-gather-tensors-in-pipeline""",
-    "tuning of the data-parallel reduction": """
-        ddp-average-in-collective ddp-bucket-size ddp-num-buckets ddp-pad-buckets-for-high-nccl-busbw
-        ddp-param-name-patterns-for-fp32-local-accumulation ddp-reduce-scatter-with-fp32-accumulation
-        delay-param-gather no-align-grad-reduce no-delay-grad-reduce no-use-layer-wise-param-layout
-        num-distributed-optimizer-instances train-sync-interval""",
-    "BERT, T5, vision and retrieval models": """
-        block-data-path classes-fraction data-per-class-fraction decoder-num-layers decoder-seq-length
-        embedding-path evidence-data-path head-lr-mult img-h img-w iter-per-epoch mask-factor mask-prob mask-type
-        no-data-sharding num-channels num-classes onnx-safe output-bert-embeddings patch-dim query-in-block-prob
-        sample-rate short-seq-prob titles-data-path use-one-sent-docs vocab-extra-ids""",
-    "model parts that no supported family has": """
-        activation-func-clamp-value apply-residual-connection-post-layernorm attention-output-gate enable-gpt-oss
-        glu-linear-offset mrope-section no-rope-freq output-logit-dtype qk-clip qk-l2-norm quick-geglu
-        rope-type rotary-interleaved rotary-seq-len-interpolation-factor softmax-scale softmax-type spec squared-relu
-        window-attn-skip-freq window-size""",
-    "weights come from the pretrained checkpoint": """
-        data-parallel-random-init embedding-init-method-std init-method-xavier-uniform no-pad-vocab-size
-        padded-vocab-size""",
-    "the choice of kernels is made by torch or Transformer Engine": """
-        disable-jit-fuser no-bias-gelu-fusion no-persist-layer-norm use-flashinfer-fused-rope use-te-activation-func""",
-    "legacy models and old names of Megatron-LM": """
-        batch-size checkpoint-activations legacy-tokenizer lr-decay-steps lr-warmup-steps use-legacy-models warmup
-        wd-incr-steps wsd-decay-steps yaml-cfg enable-experimental""",
-    "batch sizes that change during a run": """
-        decrease-batch-size-if-needed rampup-batch-size step-batch-size-schedule""",
-    "freezing by hand": "freeze-all-layers no-weight-decay-cond-type",
-    "validation in other ways than --eval-iters": """
-        eval-global-batch-size eval-micro-batch-size full-validation multiple-validation-sets skip-train
-        start-eval-at-iter test-mode validation-set-names""",
-    "data is read in other ways": """
-        allow-ambiguous-pad-tokens data-args-path dataloader-defer-npy-index-mmap
-        dataloader-fast-cache-load dataloader-inter-document-masking dataloader-type eod-mask-loss finetune-data-files
-        finetune-data-split finetune-hf-dataset mid-level-dataset-surplus num-dataset-builder-threads
-        object-storage-cache-path per-dataset-sequences-path per-split-data-args-path phase-transition-iterations
-        renormalize-blend-weights reset-attention-mask reset-position-ids s3-cache-path sft
-        sft-tokenizer-prompt-format""",
-    "tokenizers other than Hugging Face's and SentencePiece's": """
-        merge-file metadata-path no-tokenizer-sentencepiece-ignore-extra-whitespaces null-tokenizer-eod-id
-        null-tokenizer-pad-id special-tokens tokenizer-hf-include-special-tokens
-        tokenizer-hf-no-include-special-tokens tokenizer-hf-no-use-fast tokenizer-hf-use-fast tokenizer-metadata
-        tokenizer-sentencepiece-legacy tokenizer-special-tokens trust-remote-code use-gigatoken vocab-file""",
-    "checkpoints are in a format of our own": """
-        async-ckpt-cpu-priority async-ckpt-io-priority async-ckpt-use-cpu-shm async-strategy auto-detect-ckpt-format
-        ckpt-assume-constant-structure ckpt-convert-format ckpt-convert-save
-        ckpt-convert-update-legacy-dist-opt-format ckpt-drop-redundant-extra-state ckpt-fully-parallel-load
-        ckpt-fully-parallel-load-exchange-algo ckpt-fully-parallel-load-per-rank-objects
-        ckpt-fully-parallel-load-process-group ckpt-fully-parallel-save ckpt-fully-parallel-save-process-group
-        ckpt-pg-tensors-cache-create ckpt-pg-tensors-cache-path ckpt-step dist-ckpt-format
-        dist-ckpt-optim-fully-reshardable dist-ckpt-save-pre-mcore-014 dist-ckpt-strictness dist-ckpt-workers
-        distrib-optim-fully-reshardable-mem-efficient fully-parallel-load fully-parallel-save
-        load-main-params-from-ckpt load-model-opt-format most-recent-k no-ckpt-fully-parallel-save
-        no-ckpt-load-validate-sharding-integrity no-save-tokenizer-assets no-stream-ckpt-dequant
-        override-ckpt-iteration persistent-save-interval replication replication-factor replication-jump
-        save-activations-interval save-config-filepath save-dgrads-interval save-params-interval save-retain-interval
-        save-tokens-per-expert-interval save-wgrads-interval use-mp-args-from-checkpoint-args
-        use-persistent-ckpt-worker verify-integrity""",
-    "the log is metrics.jsonl, TensorBoard and Weights & Biases": """
-        log-batch-size-to-tensorboard log-device-memory-used log-l2-norm-grad-to-tensorboard
-        log-memory-interval log-memory-to-tensorboard log-params-norm log-progress log-runtime-to-tensorboard
-        log-throughput-to-tensorboard log-timers-to-tensorboard log-validation-ppl-to-tensorboard
-        log-world-size-to-tensorboard logging-level memory-keys modules-to-filter no-filter-warnings
-        no-log-learnig-rate-to-tensorboard runtime-time-unit set-level-for-all-loggers tensorboard-log-interval
-        tensorboard-queue-size throughput-window-size timing-log-option wandb-entity
-        log-num-zeros-in-grad log-max-attention-logit""",
-    "profiling": """
-        no-barrier-with-level-1-timing nvtx-ranges record-shapes
-        use-nsys-profiler""",
-    "inference server": """
-        decode-only-cuda-graphs disable-chunked-prefill enable-chunked-prefill flash-decode max-batch-size
-        max-tokens-to-oom mlp-chunks-for-prefill no-offset-sampling-seed-by-dp-rank num-speculative-tokens
-        num-tokens-to-generate prompts return-log-probs skip-prompt-log-probs use-legacy-static-engine
-        use-same-sampling-seed-across-dp-ranks""",
-    "reinforcement learning": "perform-rl-step refit-method result-rejected-tracker-filename",
-    "quantization and distillation": "modelopt-enabled teacher-model-config",
-    "watching and repairing a run": """
-        calc-ft-timeouts check-for-large-grads check-for-spiky-loss check-weight-hash-across-dp-replicas-interval
-        disable-straggler-on-startup dump-param-to-param-group-map enable-ft-package error-injection-rate
-        error-injection-type exit-signal exit-signal-handler-for-dataloader exit-signal-handler-for-training
-        gpu-sniff-test-interval iterations-to-skip no-check-for-nan-in-loss rerun-mode run-workload-inspector-server""",
-    "the multi-storage client": "disable-msc enable-msc",
-}
-
-# Flag -> what to do, where that is not simply to leave it out.
-WAYS_OUT = {
-    "batch-size": "use --micro-batch-size",
-    "check-for-nan-in-grad": "gradients are checked unless --no-check-for-nan-in-loss-and-grad is given",
-    "checkpoint-activations": "use --recompute-activations",
-    "fp16": "use --bf16",
-    "max-batch-size": "answers come from megatron-peft generate, with --batch-size",
-    "num-tokens-to-generate": "answers come from megatron-peft generate, with --max-new-tokens",
-    "prompts": "answers come from megatron-peft generate, with --prompt",
-    "freeze-all-layers": "use --peft-method",
-    "full-validation": "leave --eval-iters out: the whole validation set is then used",
-    "local-rank": "start it with torchrun",
-    "local_rank": "start it with torchrun",
-    "model-parallel-size": "use --tensor-model-parallel-size",
-    "most-recent-k": "use --keep-last-checkpoints",
-    "standalone-embedding-stage": "use --account-for-embedding-in-pipeline-split",
-    "num-layers-in-first-pipeline-stage": "use --decoder-first-pipeline-num-layers",
-    "num-layers-in-last-pipeline-stage": "use --decoder-last-pipeline-num-layers",
-    "num-virtual-stages-per-pipeline-rank": "use --num-layers-per-virtual-pipeline-stage",
-    "persistent-save-interval": "use --save-interval",
-    "virtual-pipeline-model-parallel-size": "use --num-layers-per-virtual-pipeline-stage",
-    "warmup": "use --lr-warmup-fraction",
-}
-# Reason -> what to do, for all flags of that reason.
-WAYS_OUT_OF_REASONS = {
-    "FP4": "remove it; --bf16 trains in bfloat16",
-    "FP8": "remove it; --bf16 trains in bfloat16",
-    "context parallelism": (
-        "remove it; --sequence-parallel with --tensor-model-parallel-size, and --recompute-granularity, make room for "
-        "long samples"
-    ),
-    "fully sharded data parallelism": (
-        "remove it; --use-distributed-optimizer shards the optimizer's state, --tensor-model-parallel-size the model"
-    ),
-}
-# Flag -> what to do about a value that is not among its choices.
-WAYS_OUT_OF_VALUES = {
-    "--ckpt-format": "a run's checkpoints have one format, and megatron-peft convert converts them",
-    "--context-parallel-size": WAYS_OUT_OF_REASONS["context parallelism"],
-    "--expert-model-parallel-size": "remove it; mixtures of experts are not supported",
-    "--expert-tensor-parallel-size": "remove it; mixtures of experts are not supported",
-    "--tokenizer-type": "use HuggingFaceTokenizer with a folder that has the tokenizer.json of the model",
-    "--transformer-impl": "use auto",
-}
-
-
-@cache
-def refused_flags() -> dict[str, str]:
-    """Flag of Megatron-LM without dashes -> reason, without those that only a family or a field makes known."""
-    return {name: reason for reason, names in FLAGS.items() for name in names.split()}
-
-
-def reason_of(name: str) -> str | None:
-    """Why Megatron-LM's flag `name` (no leading dashes) is not served; None if it is not known here."""
-    family = max((prefix for prefix in FAMILIES if name.startswith(prefix)), key=len, default=None)
-    return refused_flags().get(name) or (FAMILIES[family] if family else None)
-
-
-def refusal(flag: str, reason: str) -> str:
-    """The error message for an unsupported Megatron flag, given with its dashes."""
-    way_out = WAYS_OUT.get(flag.lstrip("-")) or WAYS_OUT_OF_REASONS.get(reason, "remove it")
-    return f"{flag} is a Megatron flag that megatron_peft does not support ({reason}); {way_out}."
-
-
-# Fields of megatron-core's configuration classes, read from its source.
-#
-# Importing those classes takes seconds, since torch and half of megatron-core come along; a wrong flag and `--help` are
-# answered from here at once. What is read (names, types, defaults, the docstring under a field) is what the dataclasses
-# themselves say: a test compares the two.
 
 # Class -> (file below megatron/core, classes in it and in its bases' files whose fields it has).
 SOURCES = {
@@ -274,11 +33,6 @@ class MegatronField:
     help: str
     flags: tuple[str, ...]
 
-    @property
-    def type_and_choices(self) -> tuple[type, tuple[str, ...] | None]:
-        """`Optional[Literal['a', 'b']]` -> (str, ("a", "b")); `float` -> (float, None)."""
-        return _type_and_choices(ast.parse(self.annotation, mode="eval").body)
-
 
 @cache
 def megatron_fields(class_name: str) -> dict[str, MegatronField]:
@@ -296,10 +50,10 @@ def megatron_fields(class_name: str) -> dict[str, MegatronField]:
 def flags_of_fields() -> Iterator[tuple[str, str]]:
     """(flag, field): `--field`, Megatron's own names for it, and for a switch `--no-field` and `--disable-field`."""
     for class_name in SOURCES:
-        for one in megatron_fields(class_name).values():
-            prefixes = ("", "no_", "disable_") if one.annotation == "bool" else ("",)
-            for name in (*(flag(prefix + one.name) for prefix in prefixes), *one.flags):
-                yield name, one.name
+        for field in megatron_fields(class_name).values():
+            prefixes = ("", "no_", "disable_") if field.annotation == "bool" else ("",)
+            for name in (*(flag(prefix + field.name) for prefix in prefixes), *field.flags):
+                yield name, field.name
 
 
 def _megatron_core(file: str) -> Path:
@@ -318,22 +72,15 @@ def _fields(node: ast.ClassDef) -> Iterator[MegatronField]:
             continue
         if statement.target.id.startswith("_"):
             continue
+        text = ""
+        if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
+            text = " ".join(str(following.value.value).split())
         yield MegatronField(
             name=statement.target.id,
             annotation=ast.unparse(statement.annotation),
-            help=_first_sentence(_docstring(following)),
+            help=text.split(". ")[0].rstrip("."),
             flags=_argument_names(statement.value),
         )
-
-
-def _docstring(statement: ast.stmt | None) -> str:
-    if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
-        return str(statement.value.value)
-    return ""
-
-
-def _first_sentence(text: str) -> str:
-    return " ".join(text.split()).split(". ")[0].rstrip(".")
 
 
 def _argument_names(value: ast.expr | None) -> tuple[str, ...]:
@@ -345,17 +92,3 @@ def _argument_names(value: ast.expr | None) -> tuple[str, ...]:
     pairs = (pair for node in dictionaries for pair in zip(node.keys, node.values, strict=True))
     names = (item for key, item in pairs if isinstance(key, ast.Constant) and key.value == "arg_names")
     return tuple(name for item in names for name in ast.literal_eval(item))
-
-
-def _type_and_choices(annotation: ast.expr) -> tuple[type, tuple[str, ...] | None]:
-    simple = {"int": int, "float": float, "bool": bool, "str": str}
-    if isinstance(annotation, ast.Name) and annotation.id in simple:
-        return simple[annotation.id], None
-    if isinstance(annotation, ast.BinOp):  # float | None
-        return _type_and_choices(annotation.left)
-    if isinstance(annotation, ast.Subscript) and ast.unparse(annotation.value) == "Optional":
-        return _type_and_choices(annotation.slice)
-    if isinstance(annotation, ast.Subscript) and ast.unparse(annotation.value) == "Literal":
-        choices = ast.literal_eval(annotation.slice)
-        return str, choices if isinstance(choices, tuple) else (choices,)
-    raise TypeError(f"no flag can be made of a field of type {ast.unparse(annotation)}")

@@ -4,17 +4,16 @@ megatron-peft bench runs every benchmark; megatron-peft bench logits collectives
 and writes OUTPUT/NAME.json. docs/benchmarks.md explains the figures.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_peft import benchmarks
-from megatron_peft.cli.own_flags import ArgumentParser, add_flags, own_parser, parse_own, settings_of
-from megatron_peft.config import option
+from megatron_peft.cli.command import Command
+from megatron_peft.config import Checked, option, require
 
 
 @dataclass(frozen=True)
-class BenchSettings:
+class BenchSettings(Checked):
     """Which benchmarks are run, and on what."""
 
     names: tuple[str, ...] = option(
@@ -25,20 +24,11 @@ class BenchSettings:
     turns: int = option(9, "number of measured turns per timed step", check="positive")
 
 
-def add_arguments(parser: ArgumentParser) -> None:
-    """The flags."""
-    add_flags(parser, BenchSettings)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
+def run(settings: BenchSettings) -> int:
     """Exit code 1 when a figure misses its target."""
-    parser = own_parser(__doc__)
-    add_arguments(parser)
-    settings: BenchSettings = settings_of(BenchSettings, parse_own(parser, argv))
     named = benchmarks.BENCHMARKS
     unknown = [name for name in settings.names if name not in named]
-    if unknown:
-        parser.error(f"no benchmark is called {', '.join(unknown)}: there are {', '.join(named)}.")
+    require(not unknown, f"no benchmark is called {', '.join(unknown)}: there are {', '.join(named)}.")
     import megatron_peft.runtime.no_gpu  # noqa: F401  # before torch
     from megatron_peft.benchmarks.measure import print_table, write_json
 
@@ -49,3 +39,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print_table(f"{name}: {named[name].title}", figures)
         missed |= any(figure.reached is False for figure in figures)
     return int(missed)
+
+
+main = Command(__doc__, BenchSettings, run, shows_usage=True)

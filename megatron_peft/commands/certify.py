@@ -11,63 +11,41 @@ docs/planning.md.
 """
 
 import os
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_peft.cli.command import Command
 from megatron_peft.cli.launch import tell_loading
-from megatron_peft.cli.own_flags import ArgumentParser, add_flags, add_run_flags, read_own_flags
-from megatron_peft.cli.parser import exit_with_error, read_config, typed_values, unknown_flags
-from megatron_peft.commands.preview import ranks_of_a_replica
-from megatron_peft.config import ConfigurationError, Requirements, option
+from megatron_peft.cli.parser import RunFlags
+from megatron_peft.config import Checked, Requirements, option
 from megatron_peft.models.families import read_shape, read_shape_of_file
 from megatron_peft.models.shape import ModelShape
 
-PROGRAM = "megatron-peft certify"
 EXIT_CODES = {"CERTIFIED": 0, "REFUSED": 1, "UNDECIDED": 3}
 
 
 @dataclass(frozen=True)
-class CertifySettings:
+class CertifySettings(Checked):
     """The run's processes, and where the certificate goes."""
 
     world_size: int | None = option(
         None, "processes of the run (default: those of torchrun, else one replica)", check="positive"
     )
-    output: Path | None = option(None, "file for the certificate, as JSON; it must not exist", metavar="FILE")
+    output: Path | None = option(
+        None, "file for the certificate, as JSON; it must not exist", check="in_a_folder", metavar="FILE"
+    )
 
-    def __post_init__(self) -> None:
-        with Requirements(self) as unmet:
-            unmet.fields()
-            path = self.output
-            unmet(path is None or not path.exists(), f"--output {path} exists already: give a file that does not.")
-            unmet(
-                path is None or path.parent.is_dir(),
-                f"--output {path}: there is no folder {path and path.parent}; make it first.",
-            )
+    def check(self, require: Requirements) -> None:
+        path = self.output
+        require(path is None or not path.exists(), f"--output {path} exists already: give a file that does not.")
 
 
-def add_arguments(parser: ArgumentParser) -> None:
-    """Its own flags, and those of `megatron-peft train`."""
-    add_flags(parser, CertifySettings)
-    add_run_flags(parser)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0: certified, 1: refused, 2: whatever the user can put right, 3: undecided."""
-    read_settings, flags = read_own_flags(CertifySettings, argv, __doc__)
-    try:
-        if unknown := unknown_flags(flags):
-            raise ConfigurationError(*unknown)
-        settings: CertifySettings = read_settings()
-        typed = typed_values(flags)
-        size = settings.world_size or os.environ.get("WORLD_SIZE") or ranks_of_a_replica(typed)
-        # Neither data nor a length is needed, and nothing is saved.
-        environ, saved = {"WORLD_SIZE": str(size)}, {"save": "never written"}
-        config = read_config(flags, environ, shape_of_model, saved=lambda values: saved)
-    except ConfigurationError as error:
-        exit_with_error(error, program=PROGRAM)
+def run(settings: CertifySettings, run_flags: RunFlags) -> int:
+    """Exit code 0: certified, 1: refused, 3: undecided."""
+    size = settings.world_size or os.environ.get("WORLD_SIZE") or run_flags.replica_size
+    # Neither data nor a length is needed, and nothing is saved.
+    saved = {"save": "never written"}
+    config = run_flags.config({"WORLD_SIZE": str(size)}, shape_of_model, saved=lambda values: saved)
     if os.environ.get("RANK", "0") != "0":  # under torchrun the first rank does all of it
         return 0
 
@@ -76,21 +54,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     import megatron_peft.runtime.no_gpu  # noqa: F401
     from megatron_peft.certify.certify import certify, print_certificate, write_certificate
 
-    try:
-        certificate = certify(config, shape_of_model(str(config.model.pretrained_checkpoint)))
-        print_certificate(certificate)
-        if settings.output is not None:
-            write_certificate(certificate, settings.output)
-    except ConfigurationError as error:
-        exit_with_error(error, program=PROGRAM)
+    certificate = certify(config, shape_of_model(str(config.model.pretrained_checkpoint)))
+    print_certificate(certificate)
+    if settings.output is not None:
+        write_certificate(certificate, settings.output)
     return EXIT_CODES[certificate.verdict]
 
 
 def shape_of_model(model: str) -> ModelShape:
-    """Of a model's folder, or of its config.json under any name."""
+    """The shape of a model: of its folder, or of its config.json under any name."""
     path = Path(model)
     return read_shape_of_file(path) if path.is_file() else read_shape(path)
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+main = Command(__doc__, CertifySettings, run, "megatron-peft certify", takes_run_flags=True)

@@ -8,14 +8,13 @@ run on the CPU at small sizes, and prove nothing about CUDA.
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 from megatron_peft.benchmarks.check_gpu import LINES
-from megatron_peft.cli.own_flags import ArgumentParser, add_flags, own_parser, parse_own, settings_of
-from megatron_peft.config import option
+from megatron_peft.cli.command import Command
+from megatron_peft.config import option, require
 
 
 @dataclass(frozen=True)
@@ -33,29 +32,20 @@ class CheckGpuSettings:
     )
 
 
-def add_arguments(parser: ArgumentParser) -> None:
-    """The flags."""
-    add_flags(parser, CheckGpuSettings)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
+def run(settings: CheckGpuSettings) -> int:
     """Exit code 1 when a line fails."""
-    parser = own_parser(__doc__)
-    add_arguments(parser)
-    settings: CheckGpuSettings = settings_of(CheckGpuSettings, parse_own(parser, argv))
     unknown = [name for name in settings.names if name not in LINES]
-    if unknown:
-        parser.error(f"no line is called {', '.join(unknown)}: there are {', '.join(LINES)}.")
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        parser.error(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: check-gpu is one process; start it without torchrun.")
+    require(not unknown, f"no line is called {', '.join(unknown)}: there are {', '.join(LINES)}.")
+    world_size = os.environ.get("WORLD_SIZE", "1")
+    require(world_size == "1", f"WORLD_SIZE is {world_size}: check-gpu is one process; start it without torchrun.")
     root = Path(__file__).parents[2]
     missing = [f"{root / 'tests'} is not there"] * (not (root / "tests" / "conftest.py").is_file())
     missing += [f"{name} is not installed" for name in ("pytest", "hypothesis") if find_spec(name) is None]
-    if missing:
-        parser.error(
-            f"check-gpu runs tests of this project, but {' and '.join(missing)}. Run it in a checkout of the project, "
-            "installed with `pip install --editable '.[test]'`; there `make check-gpu` installs what it needs."
-        )
+    require(
+        not missing,
+        f"check-gpu runs tests of this project, but {' and '.join(missing)}. Run it in a checkout of the project, "
+        "installed with `pip install --editable '.[test]'`; there `make check-gpu` installs what it needs.",
+    )
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once: the same bits at each call
     import torch
@@ -63,9 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     from megatron_peft.benchmarks.check_gpu.run import check
 
     if settings.record_losses:
-        if torch.cuda.is_available():
-            parser.error(
-                "--record-losses is for the CPU, and there is a GPU here: set CUDA_VISIBLE_DEVICES='' to hide it."
-            )
+        told = "--record-losses is for the CPU, and there is a GPU here: set CUDA_VISIBLE_DEVICES='' to hide it."
+        require(not torch.cuda.is_available(), told)
         return subprocess.run([sys.executable, "-m", "tests.benchmarks.gpu_subjects"], cwd=root).returncode
     return int(not check(root, settings.names or tuple(LINES), settings.output, settings.tiny))
+
+
+main = Command(__doc__, CheckGpuSettings, run, shows_usage=True)

@@ -4,11 +4,10 @@ megatron-peft completion bash > ~/.local/share/bash-completion/completions/megat
 megatron-peft completion zsh > ~/.zfunc/_megatron-peft, with fpath+=~/.zfunc before compinit in ~/.zshrc
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_peft.cli.own_flags import ArgumentParser, add_flags, own_parser, settings_of
+from megatron_peft.cli.command import ArgumentParser, Command
 from megatron_peft.config import required_option
 
 FILES = ("FILE", "FILE.yaml", "FOLDER", "PATH", "EXPERIMENT.yaml", "PREFIX")
@@ -21,24 +20,16 @@ class CompletionSettings:
     shell: Literal["bash", "zsh", "tcsh"] = required_option("the shell that reads the script", flags=("shell",))
 
 
-def add_arguments(parser: ArgumentParser) -> None:
-    """The flags."""
-    add_flags(parser, CompletionSettings)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
+def run(settings: CompletionSettings) -> int:
     """Print the script."""
-    parser = own_parser(__doc__)
-    add_arguments(parser)
-    settings: CompletionSettings = settings_of(CompletionSettings, vars(parser.parse_args(argv)))
     import shtab
 
     from megatron_peft.commands.program import COMMANDS, add_commands
 
     whole = ArgumentParser("megatron-peft")
     add_commands(whole, COMMANDS)
-    for one in with_commands(whole):
-        for action in one._actions:
+    for parser in with_commands(whole):
+        for action in parser._actions:
             if action.metavar in FILES:
                 action.complete = shtab.FILE  # type: ignore[attr-defined]
     print(shtab.complete(whole, settings.shell))
@@ -47,5 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def with_commands(parser: ArgumentParser) -> list[ArgumentParser]:
     """The parser and those of all its commands."""
-    below = [one for action in parser._actions if isinstance(action.choices, dict) for one in action.choices.values()]
-    return [parser, *(deeper for one in below for deeper in with_commands(one))]
+    choices = (action.choices for action in parser._actions if isinstance(action.choices, dict))
+    return [parser, *(deeper for commands in choices for each in commands.values() for deeper in with_commands(each))]
+
+
+main = Command(__doc__, CompletionSettings, run)

@@ -9,29 +9,24 @@ megatron-peft convert verify         --input FOLDER --reference FOLDER
 An existing output is never overwritten. docs/moving-weights.md lists every conversion.
 """
 
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_peft.cli.command import Command
 from megatron_peft.cli.launch import tell_loading
-from megatron_peft.cli.own_flags import ArgumentParser, add_flags, own_parser, parse_own, settings_of
-from megatron_peft.config import ConfigurationError, Requirements, flag, option, require, required_option
+from megatron_peft.config import Checked, flag, option, require, required_option
 from megatron_peft.config.hub import local_model
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Folders:
+class _Folders(Checked):
     """Every command reads one folder; fields are checked by their declarations."""
 
     input: str = required_option("what is read", metavar="FOLDER")
-
-    def __post_init__(self) -> None:
-        with Requirements(self) as require:
-            require.fields()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,16 +171,16 @@ class Verify(_FromBase):
         from megatron_peft.conversion.verify import verify
 
         folders = local_model(self.input, "--input"), local_model(self.reference, "--reference")
-        found = verify(*folders, pretrained_checkpoint=self.base, num_tokens=self.num_tokens)
+        difference = verify(*folders, pretrained_checkpoint=self.base, num_tokens=self.num_tokens)
         if self.per_layer:
-            for number, layer in enumerate(found.layers):
+            for number, layer in enumerate(difference.layers):
                 print(f"layer {number:3}: largest difference {layer.absolute:.3g}, relative {layer.relative:.3g}")
-        close = found.logits.relative <= self.tolerance
+        close = difference.logits.relative <= self.tolerance
         print(
-            f"logits: largest difference {found.logits.absolute:.3g}, relative {found.logits.relative:.3g} "
+            f"logits: largest difference {difference.logits.absolute:.3g}, relative {difference.logits.relative:.3g} "
             f"({'at most' if close else 'above'} --tolerance {self.tolerance:g}); "
-            f"largest logit {found.logits.scale:.4g}; "
-            f"same best token at {found.same_best} of {found.num_positions} positions"
+            f"largest logit {difference.logits.scale:.4g}; "
+            f"same best token at {difference.same_best} of {difference.num_positions} positions"
         )
         return 0 if close else 1
 
@@ -201,7 +196,7 @@ COMMANDS: dict[str, Any] = {
 
 
 def _wrote(output: Path, run: str = "") -> int:
-    """Of a run's export, the lines that serve it come last."""
+    """Tell what was written; after a run's export the lines that serve it come last."""
     from megatron_peft.conversion.model_card import CARD, serving_lines
 
     print(f"wrote {output}")
@@ -210,21 +205,10 @@ def _wrote(output: Path, run: str = "") -> int:
     return 0
 
 
-def add_arguments(parser: ArgumentParser) -> Mapping[str, ArgumentParser]:
-    """A sub-command for each line of COMMANDS; the parser of each."""
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
-    for name, command in COMMANDS.items():
-        add_flags(commands.add_parser(name, help=command.__doc__, description=command.__doc__), command)
-    return commands.choices
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 2 for bad flags and bad input; 1 if `verify` finds a difference above --tolerance."""
-    parser = own_parser(__doc__)
-    typed = parse_own(parser, argv, add_arguments(parser))
+def run(command: Any) -> int:
+    """Exit code 1 if `verify` finds a difference above --tolerance."""
     tell_loading()
-    try:
-        return settings_of(COMMANDS[typed["command"]], typed).run()
-    except ConfigurationError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return command.run()
+
+
+main = Command(__doc__, COMMANDS, run)

@@ -8,28 +8,18 @@ model is that of --pretrained-checkpoint. A stopped evaluation resumes where it 
 """
 
 import os
-import sys
-from collections.abc import Callable, Sequence
-from typing import Any
 
-from megatron_peft.cli.own_flags import ArgumentParser, add_flags, add_run_flags
-from megatron_peft.commands.on_a_model import ask_a_model
+from megatron_peft.cli.command import Command, start_ranks
+from megatron_peft.cli.launch import tell_loading
+from megatron_peft.cli.parser import RunFlags
 from megatron_peft.config import require_packages
 from megatron_peft.config.evaluation import HarnessSettings
 
-
-def add_arguments(parser: ArgumentParser) -> None:
-    """Its own flags, and those of `megatron-peft train`."""
-    add_flags(parser, HarnessSettings)
-    add_run_flags(parser)
+PROGRAM = "megatron-peft evaluate"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 2 for whatever the user can put right: flags, tasks, folders, checkpoints."""
-    return ask_a_model("evaluate", HarnessSettings, __doc__, argv, _check, _load)
-
-
-def _check(settings: HarnessSettings) -> None:
+def run(settings: HarnessSettings, run_flags: RunFlags) -> int:
+    """Score the model."""
     if settings.unsafe_execution:
         os.environ["MEGATRON_PEFT_UNSAFE_EXECUTION"] = "1"  # for megatron_peft.evaluation.sandbox
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # these two are read at import
@@ -40,12 +30,15 @@ def _check(settings: HarnessSettings) -> None:
 
     require_known_tasks(settings.tasks, settings.include_path)
 
-
-def _load() -> Callable[[Any, Any], None]:
+    ended = start_ranks("evaluate", run_flags)
+    if ended is not None:
+        return ended
+    tell_loading()
     from megatron_peft.evaluation.harness_run import evaluate
+    from megatron_peft.evaluation.model import run_on_a_model
 
-    return evaluate
+    run_on_a_model(evaluate, settings, run_flags, PROGRAM)
+    return 0
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+main = Command(__doc__, HarnessSettings, run, PROGRAM, takes_run_flags=True)

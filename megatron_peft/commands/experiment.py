@@ -8,20 +8,19 @@ seeds with the best settings and scores them. Each finished cell writes a small 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_peft.cli.own_flags import ArgumentParser, add_flags, own_parser, parse_own, settings_of
-from megatron_peft.config import ConfigurationError, Requirements, option, required_option
+from megatron_peft.cli.command import Command
+from megatron_peft.config import Checked, ConfigurationError, option, required_option
 
 if TYPE_CHECKING:
     from megatron_peft.experiment.spec import Experiment, Group
 
 
 @dataclass(frozen=True)
-class ExperimentSettings:
+class ExperimentSettings(Checked):
     """Which experiment is run, and how much of it at once."""
 
     experiment: Path = required_option("the experiment", flags=("experiment",), metavar="EXPERIMENT.yaml")
@@ -36,27 +35,11 @@ class ExperimentSettings:
         None, "write a script that submits everything to SLURM, without running it", metavar="FILE"
     )
 
-    def __post_init__(self) -> None:
-        with Requirements(self) as require:
-            require.fields()
 
-
-def add_arguments(parser: ArgumentParser) -> None:
-    """The flags."""
-    add_flags(parser, ExperimentSettings)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 2 when something is wrong with the file, 1 when a cell failed, 130 when it was interrupted."""
-    parser = own_parser(__doc__)
-    add_arguments(parser)
-    typed = parse_own(parser, argv)
+def run(settings: ExperimentSettings) -> int:
+    """Exit code 1 when a cell failed, 130 when it was interrupted."""
     try:
-        settings = settings_of(ExperimentSettings, typed)
         return _emit(settings, settings.emit_slurm) if settings.emit_slurm else _run(settings)
-    except ConfigurationError as error:
-        print("experiment: error: " + "\n  - ".join(error.problems), file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("experiment: stopped; run the same command to continue", file=sys.stderr)
         return 130
@@ -105,3 +88,6 @@ def _emit(settings: ExperimentSettings, file: Path) -> int:
         raise ConfigurationError(f"--emit-slurm {file} cannot be written: {error.strerror}.") from error
     print(f"wrote {file}: {len(groups)} array tasks; bash {file} submits them")
     return 0
+
+
+main = Command(__doc__, ExperimentSettings, run, "experiment")

@@ -8,31 +8,25 @@ megatron-peft generate --pretrained-checkpoint FOLDER --prompt-file prompts.json
 docs/evaluation.md.
 """
 
-import sys
-from collections.abc import Callable, Sequence
-from typing import Any
-
-from megatron_peft.cli.own_flags import ArgumentParser, add_flags, add_run_flags
-from megatron_peft.commands.on_a_model import ask_a_model
+from megatron_peft.cli.command import Command, start_ranks
+from megatron_peft.cli.launch import tell_loading
+from megatron_peft.cli.parser import RunFlags
 from megatron_peft.config.evaluation import AnswerSettings
 
-
-def add_arguments(parser: ArgumentParser) -> None:
-    """Its own flags, and those of `megatron-peft train`."""
-    add_flags(parser, AnswerSettings)
-    add_run_flags(parser)
+PROGRAM = "megatron-peft generate"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 2 for whatever the user can put right: flags, files, checkpoints, prompts that are too long."""
-    return ask_a_model("generate", AnswerSettings, __doc__, argv, lambda settings: None, _load)
-
-
-def _load() -> Callable[[Any, Any], None]:
+def run(settings: AnswerSettings, run_flags: RunFlags) -> int:
+    """Answer the prompts."""
+    ended = start_ranks("generate", run_flags)
+    if ended is not None:
+        return ended
+    tell_loading()
     from megatron_peft.evaluation.answers import answer
+    from megatron_peft.evaluation.model import run_on_a_model
 
-    return answer
+    run_on_a_model(answer, settings, run_flags, PROGRAM)
+    return 0
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+main = Command(__doc__, AnswerSettings, run, PROGRAM, takes_run_flags=True)

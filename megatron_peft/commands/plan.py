@@ -7,33 +7,30 @@ exist one at a time, without numbers (docs/planning.md). With --fit it ranks the
 
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_peft.cli.command import Command
 from megatron_peft.cli.launch import tell_loading
-from megatron_peft.cli.own_flags import ArgumentParser, add_flags, read_own_flags
-from megatron_peft.cli.parser import exit_with_error, read_config, typed_values, unknown_flags
+from megatron_peft.cli.parser import RunFlags
 from megatron_peft.cli.run_file import run_file
 from megatron_peft.commands.train import shape_of
-from megatron_peft.config import ConfigurationError, Requirements, RunConfig, flag, option, require
+from megatron_peft.config import Checked, ConfigurationError, Requirements, RunConfig, flag, option, require
 from megatron_peft.models.families import read_shape_of_file
 from megatron_peft.models.shape import ModelShape
 
 if TYPE_CHECKING:
     from megatron_peft.plan.cluster import Cluster
     from megatron_peft.plan.layouts import FittedLayout
-    from megatron_peft.plan.plan import Plan
 
-PROGRAM = "megatron-peft plan"
 PICTURES = (".png", ".pdf", ".svg")
 ASSUMED_BATCH = 128  # samples; of --fit without --global-batch-size
 NODES_TRIED = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 @dataclass(frozen=True)
-class PlanSettings:
+class PlanSettings(Checked):
     """The world, and what is written of the plan."""
 
     world_size: int | None = option(
@@ -49,67 +46,35 @@ class PlanSettings:
     )
     rehearsed: int = option(3, "with --fit: number of best layouts that are rehearsed", check="not_negative")
     tokens: float = option(1e8, "tokens of the run, for hours", check="positive", metavar="N")
-    json: Path | None = option(None, "also write the plan as JSON", metavar="FILE")
-    plot: Path | None = option(None, "also draw memory and the pipeline's timeline", metavar="FILE")
+    json: Path | None = option(None, "also write the plan as JSON", check="in_a_folder", metavar="FILE")
+    plot: Path | None = option(
+        None, "also draw memory and the pipeline's timeline", check="in_a_folder", metavar="FILE"
+    )
     save_config: Path | None = option(
-        None, "with --fit: write the flags of the best layout for --config", metavar="FILE.yaml"
+        None, "with --fit: write the flags of the best layout for --config", check="in_a_folder", metavar="FILE.yaml"
     )
 
-    def __post_init__(self) -> None:
-        with Requirements(self) as unmet:
-            unmet.fields()
-            unmet.needs("save_config", "fit")
-            unmet(
-                not (self.plot and self.fit), "--plot draws one run: leave out --fit, or plan the layout that it finds."
-            )
-            endings = ", ".join(PICTURES)
-            unmet(
-                self.plot is None or self.plot.suffix.lower() in PICTURES,
-                f"--plot {self.plot} is no picture: its name must end in one of {endings}.",
-            )
-            for name in ("json", "plot", "save_config"):
-                path = getattr(self, name)
-                unmet(
-                    path is None or path.parent.is_dir(),
-                    f"{flag(name)} {path}: there is no folder {path and path.parent}; make it first.",
-                )
-                unmet(path is None or not path.is_dir(), f"{flag(name)} {path} is a folder: name a file in it.")
+    def check(self, require: Requirements) -> None:
+        require.needs("save_config", "fit")
+        require(
+            not (self.plot and self.fit), "--plot draws one run: leave out --fit, or plan the layout that it finds."
+        )
+        endings = ", ".join(PICTURES)
+        require(
+            self.plot is None or self.plot.suffix.lower() in PICTURES,
+            f"--plot {self.plot} is no picture: its name must end in one of {endings}.",
+        )
+        for name in ("json", "plot", "save_config"):
+            path = getattr(self, name)
+            require(path is None or not path.is_dir(), f"{flag(name)} {path} is a folder: name a file in it.")
 
 
-def add_arguments(parser: ArgumentParser) -> None:
-    """Its own flags; those of a run are `megatron-peft train`'s."""
-    add_flags(parser, PlanSettings)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 2 for whatever the user can put right, 1 if the run does not fit or would wait for ever."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    read_settings, flags = read_own_flags(PlanSettings, argv, __doc__)
-    try:
-        if unknown := unknown_flags(flags):
-            raise ConfigurationError(*unknown)
-        return _plan(read_settings(), [_folder_of(word) for word in flags])
-    except ConfigurationError as error:
-        exit_with_error(error, program=PROGRAM)
-
-
-def _folder_of(word: str) -> str:
-    """A config.json stands for its folder, which --save-config then names."""
-    name, equals, value = word.rpartition("=")
-    path = Path(value)
-    return f"{name}{equals}{path.parent}" if path.name == "config.json" and path.is_file() else word
-
-
-def _shape_of(model: str) -> ModelShape:
-    """Of --pretrained-checkpoint: a model's folder, or a file that describes one."""
-    return read_shape_of_file(Path(model)) if Path(model).is_file() else shape_of(model)
-
-
-def _plan(settings: PlanSettings, flags: Sequence[str]) -> int:
+def run(settings: PlanSettings, run_flags: RunFlags) -> int:
+    """Exit code 1 if the run does not fit or would wait for ever."""
     from megatron_peft.plan.cluster import read_cluster
 
     cluster = read_cluster(settings.cluster)
-    config = _config(settings, flags)
+    config = config_of(settings, run_flags)
     require(
         config.model.pretrained_checkpoint is not None, "give --pretrained-checkpoint: a folder, or its config.json."
     )
@@ -117,22 +82,6 @@ def _plan(settings: PlanSettings, flags: Sequence[str]) -> int:
     tell_loading()
     if settings.fit:
         return _fit(settings, config, shape, cluster)
-    return _report(settings, config, shape, cluster)
-
-
-def _config(settings: PlanSettings, flags: Sequence[str]) -> RunConfig:
-    """Of the flags, in a world of --world-size; neither data nor a length nor --save is needed.
-
-    --fit begins with any layout.
-    """
-    typed = typed_values(flags)
-    replica = typed.get("tensor_model_parallel_size", 1) * typed.get("pipeline_model_parallel_size", 1)
-    size = replica if settings.fit or settings.world_size is None else settings.world_size
-    world = {"WORLD_SIZE": str(max(size, 1))}
-    return read_config(flags, world, _shape_of, lambda values: {"save": "never written"}, any_layout=settings.fit)
-
-
-def _report(settings: PlanSettings, config: RunConfig, shape: ModelShape, cluster: "Cluster") -> int:
     from megatron_peft.plan.plan import draw, make_plan, print_plan
 
     _tell("rehearsing the run's distinct ranks: from seconds to a few minutes, by the number of layers of a stage")
@@ -143,6 +92,25 @@ def _report(settings: PlanSettings, config: RunConfig, shape: ModelShape, cluste
     if settings.plot:
         draw(plan, settings.plot)
     return 0 if plan.fits and plan.problem is None else 1
+
+
+def config_of(settings: PlanSettings, run_flags: RunFlags) -> RunConfig:
+    """The run in a world of --world-size; neither data nor a length nor --save is needed.
+
+    --fit begins with any layout.
+    """
+    typed = run_flags.values["config"]
+    model = Path(typed.get("pretrained_checkpoint", ""))
+    if model.name == "config.json" and model.is_file():  # it stands for its folder, which --save-config then names
+        typed["pretrained_checkpoint"] = str(model.parent)
+    size = run_flags.replica_size if settings.fit or settings.world_size is None else settings.world_size
+    world, saved = {"WORLD_SIZE": str(size)}, {"save": "never written"}
+    return run_flags.config(world, _shape_of, lambda values: saved, any_layout=settings.fit)
+
+
+def _shape_of(model: str) -> ModelShape:
+    """The shape of --pretrained-checkpoint: a model's folder, or a file that describes one."""
+    return read_shape_of_file(Path(model)) if Path(model).is_file() else shape_of(model)
 
 
 def _fit(settings: PlanSettings, config: RunConfig, shape: ModelShape, cluster: "Cluster") -> int:
@@ -164,16 +132,18 @@ def _fit(settings: PlanSettings, config: RunConfig, shape: ModelShape, cluster: 
     plans, chosen = [], layouts[: settings.rehearsed]
     for number, layout in enumerate(chosen, 1):
         _tell(f"rehearsing layout {number} of {len(chosen)} (--rehearsed 0 leaves that out): {' '.join(layout.flags)}")
-        plans.append(make_plan(layout.run, shape, cluster))
-        print(f"layout {number}, rehearsed:")
-        for line in [*summary(plans[-1]), *_speed(plans[-1], settings.tokens)]:
-            print(f"  {line}")
+        plan = make_plan(layout.run, shape, cluster)
+        plans.append(plan)
+        print(f"layout {number}, rehearsed:", *summary(plan), sep="\n  ")
+        if plan.speed is not None:
+            hours = f"{plan.speed.hours(settings.tokens):,.1f} hours for {settings.tokens / 1e6:,.0f} million tokens"
+            print(f"  {plan.speed.summary()}\n  {plan.speed.tokens_per_second:,.0f} tokens/s, {hours}")
     if settings.json:
-        found = {
-            "layouts": [one.as_dict(settings.tokens) for one in layouts],
+        written = {
+            "layouts": [layout.as_dict(settings.tokens) for layout in layouts],
             "rehearsed": [plan.as_dict(settings.tokens) for plan in plans],
         }
-        write_file(settings.json, json.dumps(found, indent=1) + "\n")
+        write_file(settings.json, json.dumps(written, indent=1) + "\n")
     speeds = {number: plan.speed for number, plan in enumerate(plans) if plan.fits and plan.speed is not None}
     if plans and not speeds:
         print("none of the rehearsed layouts can be run: more may be rehearsed (--rehearsed N).")
@@ -205,13 +175,13 @@ def _fitting(
         size = num_nodes * cluster.gpus_per_node
         try:
             with work_bar(f"Comparing layouts of {size} GPUs") as watch:
-                found = fit(config, shape, size, cluster, watch=watch, known=known)
+                layouts = fit(config, shape, size, cluster, watch=watch, known=known)
         except ConfigurationError as error:
             told = str(error).removeprefix("--fit: ")
             _tell(f"{_nodes(size, cluster)}: {told}")
             continue
         print(f"{_nodes(size, cluster)} can hold the run; --world-size N plans for more GPUs.")
-        return size, found
+        return size, layouts
     raise ConfigurationError(f"--fit: no number of nodes up to {NODES_TRIED[-1]} will do. Of the last: {told}")
 
 
@@ -219,17 +189,6 @@ def _nodes(size: int, cluster: "Cluster") -> str:
     number, rest = divmod(size, cluster.gpus_per_node)
     nodes = "" if rest or not number else f" ({number} node{'s' * (number > 1)})"
     return f"{size} GPUs{nodes} of {cluster.name}"
-
-
-def _speed(plan: "Plan", num_tokens: float) -> list[str]:
-    if plan.speed is None:
-        return []
-    speed = plan.speed
-    return [
-        speed.summary(),
-        f"{speed.tokens_per_second:,.0f} tokens/s, "
-        f"{speed.hours(num_tokens):,.1f} hours for {num_tokens / 1e6:,.0f} million tokens",
-    ]
 
 
 def _tell(text: str) -> None:
@@ -244,5 +203,4 @@ def write_file(path: Path, text: str) -> None:
         raise ConfigurationError(f"{path} cannot be written ({error.strerror}): give another file.") from error
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+main = Command(__doc__, PlanSettings, run, "megatron-peft plan", takes_run_flags=True)

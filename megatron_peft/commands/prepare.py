@@ -23,7 +23,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
-from megatron_peft.cli.own_flags import ArgumentParser, add_flags, own_parser, parse_own, settings_of
+from megatron_peft.cli.command import ArgumentParser, add_flags, make_parser, parse, settings_of
+from megatron_peft.cli.parser import tell_error
 from megatron_peft.config import ConfigurationError, option, require
 from megatron_peft.tasks.prepare import BenchmarkData, HashSplit, Prepared, prepare
 from megatron_peft.tasks.readers import TaskFile, load, shipped
@@ -80,16 +81,16 @@ def add_arguments(parser: ArgumentParser, more: Mapping[str, TaskFile] | None = 
     for name, members in groups.items():
         task = next(iter(members.values()))
         summary = f"{task.help} -> a folder for each of {', '.join(members)}" if task.group else task.help
-        one = commands.add_parser(name, help=summary, description=summary)
+        task_parser = commands.add_parser(name, help=summary, description=summary)
         flags = {flag: settings for member in members.values() for flag, settings in task_flags(member).items()}
         if task.group:
             help_ = f"of {name} (all of them)"
             flags["--tasks"] = {"nargs": "+", "choices": [*members], "default": [*members], "help": help_}
-        one.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="must not exist")
+        task_parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="must not exist")
         for flag, settings in flags.items():
-            one.add_argument(flag, **settings)
-        add_flags(one, SplitSettings)
-        one.set_defaults(members=members, test_input=[])
+            task_parser.add_argument(flag, **settings)
+        add_flags(task_parser, SplitSettings)
+        task_parser.set_defaults(members=members, test_input=[])
     return commands.choices
 
 
@@ -97,9 +98,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 2 for bad flags and bad input."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        parser = own_parser(__doc__)
+        parser = make_parser(__doc__)
         commands = add_arguments(parser, {name: load(name) for name in argv[:1] if name.endswith(".yaml")})
-        args = SimpleNamespace(**parse_own(parser, argv, commands))
+        args = SimpleNamespace(**parse(parser, argv, commands))
         sources = {source for task in args.members.values() for source in task.test.values()}
         by_split = "--test-input" in sources and not args.test_input
         settings: SplitSettings = settings_of(SplitSettings, vars(args))
@@ -110,8 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for prepared in prepare_all(benchmark_data(args), args.output, split, settings.overlap):
             print(report(prepared))
     except ConfigurationError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return tell_error(error, program="")
     return 0
 
 

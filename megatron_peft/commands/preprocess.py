@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_peft.cli.own_flags import SUPPRESS, ArgumentParser, add_flags, own_parser, parse_own, settings_of
-from megatron_peft.config import ConfigurationError, DataConfig, Requirements, flag, option, required_option
+from megatron_peft.cli.command import Command, make_parser
+from megatron_peft.config import Checked, DataConfig, option, required_option
 
-NOT_SERVED = ("split-sentences", "keep-newlines", "partitions", "vocab-file", "merge-file", "lang")
+NOT_SERVED = ("--split-sentences", "--keep-newlines", "--partitions", "--vocab-file", "--merge-file", "--lang")
 
 
 @dataclass(frozen=True)
-class PreprocessSettings:
+class PreprocessSettings(Checked):
     """Megatron's names and defaults."""
 
     input: tuple[str, ...] = required_option("JSON-lines files, or glob patterns", metavar="FILE")
@@ -33,39 +33,14 @@ class PreprocessSettings:
     log_interval: int = option(1000, "records between progress lines", check="positive")
     keep_sequential_samples: bool = option(False, "accepted for Megatron's scripts; the order is always kept")
 
-    def __post_init__(self) -> None:
-        with Requirements(self) as require:
-            require.fields()
-
 
 def expand(patterns: Sequence[str]) -> tuple[str, ...]:
     """Files of each pattern, sorted; a pattern that matches nothing stays, and is reported as a missing file."""
     return tuple(path for pattern in patterns for path in (sorted(glob.glob(pattern)) or [pattern]))
 
 
-def add_arguments(parser: ArgumentParser) -> None:
-    """The flags, and those of Megatron's tool that are refused."""
-    add_flags(parser, PreprocessSettings)
-    for name in NOT_SERVED:
-        parser.add_argument(f"--{name}", nargs="?", const=True, help=SUPPRESS)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 2 for bad flags and bad input."""
-    parser = own_parser(__doc__)
-    add_arguments(parser)
-    typed = parse_own(parser, argv)
-    for name in NOT_SERVED:
-        if typed[name.replace("-", "_")] is not None:
-            parser.error(f"{flag(name)} is a flag of Megatron's that this tool does not serve.")
-    try:
-        return _run(settings_of(PreprocessSettings, typed))
-    except ConfigurationError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-
-
-def _run(settings: PreprocessSettings) -> int:
+def run(settings: PreprocessSettings) -> int:
+    """Write the datasets."""
     data = DataConfig(
         train_data_path=expand(settings.input),
         tokenizer_type=settings.tokenizer_type,
@@ -85,3 +60,18 @@ def _run(settings: PreprocessSettings) -> int:
     if done.empty_documents:
         print(f"{done.empty_documents} empty documents were left out.")
     return 0
+
+
+COMMAND = Command(__doc__, PreprocessSettings, run)
+add_arguments = COMMAND.add_arguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Refuse flags of Megatron's tool that are not served, and run the command."""
+    for word in sys.argv[1:] if argv is None else argv:
+        name = word.partition("=")[0]
+        if name in NOT_SERVED:
+            parser = make_parser(__doc__)
+            add_arguments(parser)
+            parser.error(f"{name} is a flag of Megatron's that this tool does not serve.")
+    return COMMAND(argv)

@@ -5,52 +5,29 @@ megatron-peft data preview --train-data-path data.jsonl --tokenizer-model FOLDER
 All other flags, and files of --config, are those of `megatron-peft train`: a run's own line or file shows its data.
 """
 
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from megatron_peft.cli.own_flags import ArgumentParser, add_flags, add_run_flags, read_own_flags
-from megatron_peft.cli.parser import exit_with_error, parse_arguments, typed_values
-from megatron_peft.config import ConfigurationError
-from megatron_peft.config.preview import PreviewOptions
+from megatron_peft.cli.command import Command
+from megatron_peft.cli.parser import RunFlags
+from megatron_peft.config.model import PreviewOptions
 
 PROGRAM = "megatron-peft data preview"
-LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
 NO_MODEL = "(none)"  # a model is needed for its tokenizer only
 
 
-def add_arguments(parser: ArgumentParser) -> None:
-    """Its own flags, and those of `megatron-peft train`."""
-    add_flags(parser, PreviewOptions)
-    add_run_flags(parser)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 2 for whatever the user can put right."""
-    read_settings, flags = read_own_flags(PreviewOptions, argv, __doc__)
-    try:
-        settings: PreviewOptions = read_settings()
-    except ConfigurationError as error:
-        exit_with_error(error, program=PROGRAM)
-    world_size = str(ranks_of_a_replica(typed_values(flags)))
-    config = parse_arguments(flags, {"WORLD_SIZE": world_size}, program=PROGRAM, saved=without_a_model)
+def run(settings: PreviewOptions, run_flags: RunFlags) -> int:
+    """Print the preview."""
+    # The flags of a run on several ranks are accepted by one process.
+    environ = {"WORLD_SIZE": str(run_flags.replica_size)}
+    config = run_flags.config_or_exit(environ, program=PROGRAM, saved=without_a_model)
     base = config.model.pretrained_checkpoint
+    settings.check_data(config.data)
+    from megatron_peft.data.preview import Preview, show  # with numpy: a wrong flag is told at once
 
-    try:
-        settings.check(config.data)
-        from megatron_peft.data.preview import Preview, show  # with numpy: a wrong flag is told at once
-
-        sizes = config.global_batch_size, config.training.micro_batch_size
-        show(Preview(config.data, settings, None if base == NO_MODEL else base, *sizes))
-    except ConfigurationError as error:
-        exit_with_error(error, program=PROGRAM)
+    sizes = config.global_batch_size, config.training.micro_batch_size
+    show(Preview(config.data, settings, None if base == NO_MODEL else base, *sizes))
     return 0
-
-
-def ranks_of_a_replica(typed: Mapping[str, Any]) -> int:
-    """So that the flags of a run on several ranks are accepted by one process."""
-    sizes = [typed.get(name, 1) for name in LAYOUT]
-    return max(sizes[0] * sizes[1], 1)
 
 
 def without_a_model(typed: Mapping[str, Any]) -> dict[str, Any]:
@@ -58,5 +35,4 @@ def without_a_model(typed: Mapping[str, Any]) -> dict[str, Any]:
     return {} if typed.get("pretrained_checkpoint") else {"pretrained_checkpoint": NO_MODEL}
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+main = Command(__doc__, PreviewOptions, run, PROGRAM, takes_run_flags=True)

@@ -5,18 +5,17 @@ import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
+from megatron_peft.cli.command import ArgumentParser, add_run_flags
 from megatron_peft.cli.launch import planned_world_size, running_processes, start_processes, tell_loading
-from megatron_peft.cli.own_flags import ArgumentParser, add_run_flags
-from megatron_peft.cli.parser import exit_with_error, parse_arguments, typed_launch, typed_program
+from megatron_peft.cli.parser import RunFlags, exit_with_error, read_flags
 from megatron_peft.cli.run_file import run_file
 from megatron_peft.config import ConfigurationError, RunConfig
 from megatron_peft.models.families import read_shape
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.runtime.exit_signals import EndedBySignal, ends_before_training
 
-PROGRAM, MODULE = "megatron-peft train", "megatron_peft.commands.train"
+PROGRAM = "megatron-peft train"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -27,29 +26,31 @@ def add_arguments(parser: ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     """Exit code 2 for whatever the user can put right, 130 for Ctrl-C, 1 for anything else."""
     argv = sys.argv[1:] if argv is None else list(argv)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost rank is one line of ours, not ninety of C++ frames
     try:
-        return _train(argv, program)
+        run_flags = read_flags(argv, program=program)
+        asked = run_flags.values["program"]
+        if asked.get("dry_run"):
+            return _dry_run(run_flags, program, asked.get("cluster"))
+
+        def config_in(environ: Mapping[str, str]) -> RunConfig:
+            return run_flags.config_or_exit(environ, shape_of, program)
+
+        ended = start_processes("megatron_peft", ["train", *argv], run_flags.launch, program, config_in)
+        if ended is not None:
+            return ended
+        config = config_in(os.environ)
+        with ends_before_training(config.training.exit_signal_handler):
+            text = run_file(config, running_processes(os.environ) | run_flags.launch)
+            _run(config, text, program, not asked.get("no_plan"))
+        return 0
+    except ConfigurationError as error:
+        exit_with_error(error, program=program)
     except KeyboardInterrupt as interrupt:  # while nothing has begun
         by_signal = interrupt if isinstance(interrupt, EndedBySignal) else None
         if os.environ.get("RANK", "0") == "0":
             print(f"{program}: {by_signal or 'interrupted'}", file=sys.stderr, flush=True)
         os._exit(by_signal.exit_code if by_signal else 128 + signal.SIGINT)
-
-
-def _train(argv: Sequence[str], program: str) -> int:
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost rank is one line of ours, not ninety of C++ frames
-    launch, asked = typed_launch(argv), typed_program(argv)
-    if asked.get("dry_run"):
-        return _dry_run(argv, launch, program, asked.get("cluster"))
-    ended = start_processes(
-        MODULE, argv, launch, program, lambda environ: parse_arguments(argv, environ, shape_of, program)
-    )
-    if ended is not None:
-        return ended
-    config = parse_arguments(argv, read_shape=shape_of, program=program)
-    with ends_before_training(config.training.exit_signal_handler):
-        _run(config, run_file(config, running_processes(os.environ) | launch), program, not asked.get("no_plan"))
-    return 0
 
 
 def _run(config: RunConfig, text: str, program: str, shows_plan: bool) -> None:
@@ -66,7 +67,7 @@ def _run(config: RunConfig, text: str, program: str, shows_plan: bool) -> None:
         run_together(lambda: finetune(config, text, planned), program=program)
 
 
-def _dry_run(argv: Sequence[str], launch: Mapping[str, Any], program: str, cluster: str | None) -> int:
+def _dry_run(run_flags: RunFlags, program: str, cluster: str | None) -> int:
     """Check in this process alone what a run would check, show its plan for --cluster, and write nothing.
 
     Without --cluster it is planned for this machine's GPUs; without any, there is no plan, which would take minutes and
@@ -74,11 +75,8 @@ def _dry_run(argv: Sequence[str], launch: Mapping[str, Any], program: str, clust
     """
     if os.environ.get("RANK", "0") != "0":
         return 0
-    try:
-        size = planned_world_size(launch, os.environ)
-    except ConfigurationError as error:
-        exit_with_error(error, program=program)
-    config = parse_arguments(argv, {**os.environ, "WORLD_SIZE": str(size)}, shape_of, program)
+    size = planned_world_size(run_flags.launch, os.environ)
+    config = run_flags.config_or_exit({**os.environ, "WORLD_SIZE": str(size)}, shape_of, program)
     os.environ["WORLD_SIZE"] = "1"
 
     tell_loading()
@@ -87,21 +85,16 @@ def _dry_run(argv: Sequence[str], launch: Mapping[str, Any], program: str, clust
     from megatron_peft.runtime.launch import start_world, stop
     from megatron_peft.training.run import check_run
 
+    planned_for = read_cluster(cluster) if cluster else cluster_of_this_machine()
+    start_world("gloo")
     try:
-        planned_for = read_cluster(cluster) if cluster else cluster_of_this_machine()
-        start_world("gloo")
-        try:
-            shape = check_run(config)
-        finally:
-            stop()
-        if planned_for is None:
-            print(
-                "not planned: this machine has no GPU. --cluster 8xh100 plans the run for nodes of 8 H100, in minutes."
-            )
-            return 0
-        plan = make_plan(config, shape, planned_for)
-    except ConfigurationError as error:
-        exit_with_error(error, program=program)
+        shape = check_run(config)
+    finally:
+        stop()
+    if planned_for is None:
+        print("not planned: this machine has no GPU. --cluster 8xh100 plans the run for nodes of 8 H100, in minutes.")
+        return 0
+    plan = make_plan(config, shape, planned_for)
     print_plan(plan)
     if warning := why_not_to_start(plan):
         print(f"{program}: WARNING: {warning}", file=sys.stderr, flush=True)
@@ -109,7 +102,7 @@ def _dry_run(argv: Sequence[str], launch: Mapping[str, Any], program: str, clust
 
 
 def _planned_peak(config: RunConfig) -> Callable[[], int | str | None] | None:
-    """On a GPU, a function that gives the planned peak of rank 0: bytes, None while it is rehearsed, or an error."""
+    """A function that gives the planned peak of rank 0 on a GPU: bytes, None while it is rehearsed, or an error."""
     import torch
 
     if not torch.cuda.is_available() or os.environ.get("RANK", "0") != "0":
@@ -120,13 +113,9 @@ def _planned_peak(config: RunConfig) -> Callable[[], int | str | None] | None:
 
 
 def shape_of(folder: str) -> ModelShape:
-    """Of --pretrained-checkpoint. Without a config.json it may be a checkpoint of Megatron's, which torch must read."""
+    """The shape of a model's folder. Without a config.json it may hold a Megatron checkpoint, which torch must read."""
     if not Path(folder).is_dir() or Path(folder, "config.json").is_file():
         return read_shape(folder)
     from megatron_peft.conversion.pretrained import read_model_shape
 
     return read_model_shape(folder)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,7 @@
 """The configuration of a run: frozen dataclasses that validate themselves, a class for each section."""
 
 from megatron_peft.config.errors import (
+    Checked,
     ConfigurationError,
     Requirements,
     flag,
@@ -24,12 +25,15 @@ from megatron_peft.config.methods import (
 from megatron_peft.config.model import SENTENCEPIECE, DataConfig, ModelConfig
 from megatron_peft.config.parallel import ParallelConfig
 from megatron_peft.config.run import (
+    SECTIONS,
     RunConfig,
     config_from_dict,
     config_to_dict,
     field_names,
+    make_run,
     missing_for_training,
     missing_to_profile,
+    sections_of,
 )
 from megatron_peft.config.sources import Blend, is_indexed, kind_of_source, parse_blend
 from megatron_peft.config.targets import LinearSizes, Side, is_targeted, require_matches

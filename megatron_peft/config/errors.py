@@ -17,7 +17,18 @@ from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
-Check = Literal["positive", "not_negative", "fraction", "not_empty"]  # methods of `Requirements`
+Check = Literal["positive", "not_negative", "fraction", "not_empty", "in_a_folder"]
+# Check -> (whether a value passes, what is told of another one).
+CHECKS: Mapping[Check, tuple[Callable[[Any], bool], str]] = {
+    "positive": (lambda value: value > 0, "is {}; it must be above 0."),
+    "not_negative": (lambda value: value >= 0, "is {}; it cannot be negative."),
+    "fraction": (lambda value: 0 <= value < 1, "is {}; it is a fraction, at least 0 and below 1."),
+    "not_empty": (
+        lambda value: value != "",
+        "has an empty value (an unset variable of the shell?): give a folder, or leave it out.",
+    ),
+    "in_a_folder": (lambda path: path.parent.is_dir(), "{0}: there is no folder {0.parent}; make it first."),
+}
 
 
 def option(
@@ -68,7 +79,7 @@ class ConfigurationError(ValueError):
 
 def not_obeyed(text: str) -> str:
     """The text, in which what a terminal would obey is escaped."""
-    return _OBEYED.sub(lambda found: ascii(found[0])[1:-1], text)
+    return _OBEYED.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 def require(condition: bool, message: str) -> None:
@@ -103,33 +114,46 @@ def spelled(name: str, value: Any) -> str:
     return name if value is True else f"{name} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
 
 
+def value_type(annotation: Any) -> tuple[Any, tuple[str, ...] | None, bool]:
+    """(type of one value, choices, whether it takes several) of a field's type: `int | None`, `tuple[str, ...]`..."""
+    if get_origin(annotation) in (UnionType, Union):
+        return value_type(next(member for member in get_args(annotation) if member is not NoneType))
+    if get_origin(annotation) is tuple:
+        return get_args(annotation)[0], None, True
+    if get_origin(annotation) is Literal:
+        return str, get_args(annotation), False
+    return annotation, None, False
+
+
 _type_hints = cache(get_type_hints)
-_NUMBERS = {int: (Integral, "a whole number"), float: (Real, "a finite number")}
+_TYPES: Mapping[Any, tuple[type, str]] = {
+    str: (str, "a string"),
+    bool: (bool, "True or False"),
+    int: (Integral, "a whole number"),
+    float: (Real, "a finite number"),
+}
 
 
 def _what_it_must_be(value: Any, annotation: Any) -> str:
-    """What a field of this type takes, if not this value; else nothing."""
-    if get_origin(annotation) in (UnionType, Union):
-        wanted = [_what_it_must_be(value, one) for one in get_args(annotation) if one is not NoneType]
-        return "" if value is None or not all(wanted) else " or ".join(wanted)
-    if get_origin(annotation) is Literal:
-        return "" if value in get_args(annotation) else f"one of {', '.join(get_args(annotation))}"
-    if annotation is str:
-        return "" if isinstance(value, str) else "a string"
-    if get_origin(annotation) is tuple and get_args(annotation)[0] is str:
-        are_strings = isinstance(value, tuple | list) and all(isinstance(one, str) for one in value)
-        return "" if are_strings else "a tuple of strings"
-    if annotation is bool:
-        return "" if isinstance(value, bool) else "True or False"
-    kind, name = _NUMBERS.get(annotation, (object, ""))
-    is_number = not isinstance(value, bool) and isinstance(value, kind)
-    return "" if not name or (is_number and (isinstance(value, Integral) or isfinite(value))) else name
+    """What a field of this type takes; empty if this value is right."""
+    kind, choices, many = value_type(annotation)
+    if kind not in _TYPES or (value is None and NoneType in get_args(annotation)):
+        return ""
+    if choices:
+        return "" if value in choices else f"one of {', '.join(choices)}"
+    if many:
+        are_right = kind is not str or isinstance(value, tuple | list) and all(isinstance(item, str) for item in value)
+        return "" if are_right else "a tuple of strings"
+    accepted, name = _TYPES[kind]
+    is_right = isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
+    return "" if is_right and (not isinstance(value, float) or isfinite(value)) else name
 
 
 def mistyped(config: object) -> list[str]:
     """The fields of a dataclass whose values are not of their types."""
     hints = _type_hints(type(config))
-    return [one.name for one in fields(config) if _what_it_must_be(getattr(config, one.name), hints[one.name])]  # pyright: ignore
+    names = [field.name for field in fields(config)]  # pyright: ignore[reportArgumentType]
+    return [name for name in names if _what_it_must_be(getattr(config, name), hints[name])]
 
 
 class Requirements:
@@ -162,42 +186,26 @@ class Requirements:
             ConfigurationError: a value is not of its field's type, so that it cannot be compared with anything.
         """
         hints = _type_hints(type(self.config))
-        every = fields(self.config)  # pyright: ignore[reportArgumentType]
-        wanted = {one.name: _what_it_must_be(getattr(self.config, one.name), hints[one.name]) for one in every}
-        for one in every:
-            check = one.metadata.get("check")
-            if wanted[one.name]:
-                self(False, f"{flag_of(one)} is {getattr(self.config, one.name)!r}; it must be {wanted[one.name]}.")
-            elif check and (names is None or one.name in names):
-                getattr(self, check)(one.name)
-        if any(wanted.values()):
+        is_mistyped = False
+        for declared in fields(self.config):  # pyright: ignore[reportArgumentType]
+            value, check = getattr(self.config, declared.name), declared.metadata.get("check")
+            if wanted := _what_it_must_be(value, hints[declared.name]):
+                is_mistyped = True
+                self(False, f"{flag_of(declared)} is {value!r}; it must be {wanted}.")
+            elif check and (names is None or declared.name in names):
+                self.each(check, declared.name)
+        if is_mistyped:
             raise ConfigurationError(*self.problems)
 
-    def positive(self, *names: str) -> None:
-        """Each is above 0."""
+    def each(self, check: Check, *names: str) -> None:
+        """The value of each field passes the check."""
+        holds, told = CHECKS[check]
         for name in names:
             value = getattr(self.config, name)
-            self(value is None or value > 0, f"{flag(name)} is {value}; it must be above 0.")
+            if value is not None and not holds(value):
+                self.problems.append(f"{flag(name)} {told.format(value)}")
 
-    def not_negative(self, *names: str) -> None:
-        """Each is 0 or more."""
-        for name in names:
-            value = getattr(self.config, name)
-            self(value is None or value >= 0, f"{flag(name)} is {value}; it cannot be negative.")
-
-    def fraction(self, *names: str) -> None:
-        """Each is at least 0 and below 1."""
-        for name in names:
-            value = getattr(self.config, name)
-            self(value is None or 0 <= value < 1, f"{flag(name)} is {value}; it is a fraction, at least 0 and below 1.")
-
-    def not_empty(self, *names: str) -> None:
-        """No text is empty."""
-        for name in names:
-            told = "has an empty value (an unset variable of the shell?): give a folder, or leave it out."
-            self(getattr(self.config, name) != "", f"{flag(name)} {told}")
-
-    def that_holds(self, check: Callable[[], None]) -> None:
+    def that_holds(self, check: Callable[[], object]) -> None:
         """The problems of the ConfigurationError that `check` raises, if it does."""
         try:
             check()
@@ -213,6 +221,22 @@ class Requirements:
             not is_set or any(getattr(self.config, other) for other in others),
             f"{spelled(flag(name), value)} needs {ways_out}.",
         )
+
+
+class Checked:
+    """A dataclass that checks its fields as they are declared, and whatever else `check` requires, as it is made.
+
+    Raises:
+        ConfigurationError: with everything that is wrong.
+    """
+
+    def __post_init__(self) -> None:
+        with Requirements(self) as require:
+            require.fields()
+            self.check(require)
+
+    def check(self, require: Requirements) -> None:
+        """What is required beyond the checks of the fields."""
 
 
 def print_failure(message: str, environ: Mapping[str, str] = os.environ) -> None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_peft.config.errors import ConfigurationError, Requirements, option, required_option
+from megatron_peft.config.errors import Checked, Requirements, option, required_option
 
 
 @dataclass(frozen=True)
@@ -23,12 +23,12 @@ class Sampling:
 
     def __post_init__(self) -> None:
         with Requirements(self) as require:
-            require.not_negative("temperature", "top_k")
+            require.each("not_negative", "temperature", "top_k")
             require(0 < self.top_p <= 1, f"--top-p is {self.top_p}; it is a probability, above 0 and at most 1.")
 
 
 @dataclass(frozen=True)
-class AnswerSettings:
+class AnswerSettings(Checked):
     """The prompts of `megatron-peft generate`, and how they are answered."""
 
     prompt: str | None = option(None, "the prompt; the answer is printed while it is generated")
@@ -59,20 +59,15 @@ class AnswerSettings:
     )
     sampling_seed: int = option(1234, "seed of sampling")
 
-    def __post_init__(self) -> None:
-        with Requirements(self) as require:
-            require.fields()
-            given = [value for value in (self.prompt, self.prompt_file) if value is not None]
-            require(len(given) == 1, "give exactly one of --prompt TEXT and --prompt-file FILE.")
-            require(
-                self.num_samples == 1 or self.temperature != 0,
-                f"--num-samples {self.num_samples} with --temperature 0 gives the same answer {self.num_samples} "
-                "times: use a --temperature above 0.",
-            )
-            try:
-                self.sampling()
-            except ConfigurationError as error:
-                require.problems += error.problems
+    def check(self, require: Requirements) -> None:
+        given = [value for value in (self.prompt, self.prompt_file) if value is not None]
+        require(len(given) == 1, "give exactly one of --prompt TEXT and --prompt-file FILE.")
+        require(
+            self.num_samples == 1 or self.temperature != 0,
+            f"--num-samples {self.num_samples} with --temperature 0 gives the same answer {self.num_samples} "
+            "times: use a --temperature above 0.",
+        )
+        require.that_holds(self.sampling)
 
     def sampling(self) -> Sampling:
         """How each token is chosen. ConfigurationError: a value out of range."""
@@ -80,7 +75,7 @@ class AnswerSettings:
 
 
 @dataclass(frozen=True)
-class HarnessSettings:
+class HarnessSettings(Checked):
     """The tasks of `megatron-peft evaluate`, and how they are run."""
 
     tasks: tuple[str, ...] = required_option("names of tasks, groups or tags", metavar="TASK")
@@ -98,11 +93,9 @@ class HarnessSettings:
     unsafe_execution: bool = option(False, "run such code without a sandbox")
     overwrite: bool = option(False, "replace an existing --output of another evaluation")
 
-    def __post_init__(self) -> None:
-        with Requirements(self) as require:
-            require.fields()
-            whole = self.limit is None or self.limit < 1 or self.limit == int(self.limit)
-            require(whole, f"--limit is {self.limit}; it is a number of questions, or below 1 a share of them.")
+    def check(self, require: Requirements) -> None:
+        whole = self.limit is None or self.limit < 1 or self.limit == int(self.limit)
+        require(whole, f"--limit is {self.limit}; it is a number of questions, or below 1 a share of them.")
 
     def result_settings(self) -> dict[str, Any]:
         """The settings that change the results, for their file."""

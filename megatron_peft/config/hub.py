@@ -25,8 +25,8 @@ def is_hub_name(name: str) -> bool:
 
 def hub_name(folder: str | Path) -> str | None:
     """`org/name` of a folder in the Hub's cache, or None."""
-    found = _SNAPSHOT.search(str(folder))
-    return f"{found[1]}/{found[2]}" if found else None
+    match = _SNAPSHOT.search(str(folder))
+    return f"{match[1]}/{match[2]}" if match else None
 
 
 def local_model(name: str, flag: str) -> str:
@@ -45,7 +45,7 @@ def local_model(name: str, flag: str) -> str:
 
 
 def local_tokenizer(name: str, flag: str) -> str:
-    """As `local_model`, for the files of a tokenizer."""
+    """The folder with the files of a tokenizer; see `local_model`."""
     return local_folder(name, flag, TOKENIZER_FILES) if is_hub_name(name) else name
 
 
@@ -64,7 +64,8 @@ def local_folder(name: str, flag: str, patterns: Sequence[str], repository: Repo
     try:
         return snapshot_download(name, repo_type=repository, allow_patterns=list(patterns), local_files_only=offline)
     except Exception as error:  # noqa: BLE001 - of the network, of the Hub, of its cache
-        why = "HF_HUB_OFFLINE is set" if offline else _reason(error)
+        said = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        why = "HF_HUB_OFFLINE is set" if offline else f"the Hub did not give it ({type(error).__name__}: {said})"
         is_data = repository == "dataset"
         known = f"no file or folder here and no prefix of an .idx ({RECORD_NAMES})" if is_data else "no folder here"
         raise ConfigurationError(
@@ -76,8 +77,3 @@ def local_folder(name: str, flag: str, patterns: Sequence[str], repository: Repo
 def _way_out(name: str, repository: Repository) -> str:
     kind = " --repo-type dataset" if repository == "dataset" else ""
     return f"Where there is a network: hf download {name}{kind} (a private or gated one needs hf auth login first)."
-
-
-def _reason(error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
-    return f"the Hub did not give it ({type(error).__name__}: {text.splitlines()[0][:200]})"

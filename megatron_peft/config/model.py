@@ -1,11 +1,12 @@
-"""What is trained: the sections of a run's model and of its data."""
+"""What is trained: the sections of a run's model and of its data, and how data is looked at before."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
-from megatron_peft.config.errors import Requirements, flag, option
-from megatron_peft.config.sources import is_indexed, kind_of_source, require_one_kind
+from megatron_peft.config.errors import Checked, Requirements, flag, option, require
+from megatron_peft.config.sources import RECORD_NAMES, is_indexed, kind_of_source, parse_blend, require_one_kind
 
 FULL_RECOMPUTE_FIELDS = ("recompute_method", "recompute_num_layers", "distribute_saved_activations")
 
@@ -92,7 +93,7 @@ def _column(content: str) -> str | None:
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Checked):
     """Where the samples come from and how a sample becomes tokens.
 
     Either `train_data_path` (records in JSON or tables, Hub datasets, or indexed prefixes) or `data_path`
@@ -169,63 +170,56 @@ class DataConfig:
     num_workers: int = option(2, "data-loading processes per rank", check="not_negative")
     seed: int = option(1234, "seed for parameters, dropout and the order of samples")
 
-    def __post_init__(self) -> None:
+    def check(self, require: Requirements) -> None:
         separate = self.train_data_path or self.valid_data_path or self.test_data_path
-        with Requirements(self) as require:
-            require.fields()
-            require(
-                self.num_workers <= MOST_WORKERS,
-                f"--num-workers is {self.num_workers}; it is the number of processes per rank, at most "
-                f"{MOST_WORKERS:,}.",
-            )
-            require(
-                not (separate and self.data_path),
-                "--data-path (one source cut by --split) and --train-data-path/--valid-data-path/--test-data-path "
-                "(a source each) are mutually exclusive.",
-            )
-            require(
-                not (self.mock_data and (separate or self.data_path)),
-                "--mock-data generates its samples: leave out --data-path and --train-data-path/--valid-data-path/"
-                "--test-data-path.",
-            )
-            require(
-                not (self.split and separate),
-                "--split cuts the source of --data-path; with --train-data-path each split has a source of its own.",
-            )
-            require(
-                self.split is None or _is_split(self.split),
-                f"--split {self.split} is not a list of up to three shares, as in 969,30,1.",
-            )
-            for name in ("train_data_path", "valid_data_path", "test_data_path"):
-                require.that_holds(lambda name=name: require_one_kind(getattr(self, name), flag(name)))
-            require(
-                not any(kind_of_source(path) in ("json", "table") for path in self.data_path),
-                f"--data-path {' '.join(self.data_path)}: it takes prefixes of indexed data, which --split cuts; give "
-                "records to --train-data-path and --valid-data-path.",
-            )
-            require(
-                not self.pack_sequences or self.reads_records or not self.train_data_path + self.data_path,
-                "--pack-sequences packs records; an indexed dataset is packed already: leave it out.",
-            )
-            self._check_columns(require)
-            require(
-                self.tokenizer_type != "NullTokenizer" or self.vocab_size is not None,
-                "--tokenizer-type NullTokenizer needs --vocab-size.",
-            )
-            require(
-                self.tokenizer_type not in SENTENCEPIECE or bool(self.tokenizer_model),
-                f"--tokenizer-type {self.tokenizer_type} needs --tokenizer-model FILE.model.",
-            )
-
-    def _check_columns(self, require: Requirements) -> None:
-        pair = self.prompt_column or self.response_column
-        given = [name for name in ("messages_column", "text_column") if getattr(self, name)]
-        if pair:
-            given.insert(0, "prompt_column" if self.prompt_column else "response_column")
         require(
-            len(given) <= 1,
-            f"{' and '.join(map(flag, given))} name columns of different formats, and a file has one: give "
+            self.num_workers <= MOST_WORKERS,
+            f"--num-workers is {self.num_workers}; it is the number of processes per rank, at most {MOST_WORKERS:,}.",
+        )
+        require(
+            not (separate and self.data_path),
+            "--data-path (one source cut by --split) and --train-data-path/--valid-data-path/--test-data-path "
+            "(a source each) are mutually exclusive.",
+        )
+        require(
+            not (self.mock_data and (separate or self.data_path)),
+            "--mock-data generates its samples: leave out --data-path and --train-data-path/--valid-data-path/"
+            "--test-data-path.",
+        )
+        require(
+            not (self.split and separate),
+            "--split cuts the source of --data-path; with --train-data-path each split has a source of its own.",
+        )
+        require(
+            self.split is None or _is_split(self.split),
+            f"--split {self.split} is not a list of up to three shares, as in 969,30,1.",
+        )
+        for name in ("train_data_path", "valid_data_path", "test_data_path"):
+            require.that_holds(lambda name=name: require_one_kind(getattr(self, name), flag(name)))
+        require(
+            not any(kind_of_source(path) in ("json", "table") for path in self.data_path),
+            f"--data-path {' '.join(self.data_path)}: it takes prefixes of indexed data, which --split cuts; give "
+            "records to --train-data-path and --valid-data-path.",
+        )
+        require(
+            not self.pack_sequences or self.reads_records or not self.train_data_path + self.data_path,
+            "--pack-sequences packs records; an indexed dataset is packed already: leave it out.",
+        )
+        columns = [name for name in ("messages_column", "text_column") if getattr(self, name)]
+        if self.prompt_column or self.response_column:
+            columns.insert(0, "prompt_column" if self.prompt_column else "response_column")
+        require(
+            len(columns) <= 1,
+            f"{' and '.join(map(flag, columns))} name columns of different formats, and a file has one: give "
             "--prompt-column with --response-column, or --messages-column, or --text-column.",
+        )
+        require(
+            self.tokenizer_type != "NullTokenizer" or self.vocab_size is not None,
+            "--tokenizer-type NullTokenizer needs --vocab-size.",
+        )
+        require(
+            self.tokenizer_type not in SENTENCEPIECE or bool(self.tokenizer_model),
+            f"--tokenizer-type {self.tokenizer_type} needs --tokenizer-model FILE.model.",
         )
 
     @property
@@ -245,3 +239,38 @@ def _is_split(text: str) -> bool:
     except ValueError:
         return False
     return len(shares) <= 3 and min(numbers) >= 0 and sum(numbers) > 0
+
+
+@dataclass(frozen=True)
+class PreviewOptions(Checked):
+    """What `megatron-peft data preview` takes besides the flags of a run; `data.preview.Preview` does the work."""
+
+    show_samples: int = option(3, "samples to show token by token", check="not_negative")
+    max_tokens: int = option(
+        400, "tokens to show of a sample; the middle of a longer one is left out", check="positive"
+    )
+    sampled_records: int = option(2000, "random records that the figures are estimated from", check="positive")
+    exact: bool = option(False, "take the figures from all records")
+    color: Literal["auto", "always", "never"] = option("auto", "color what is shown; auto: on a terminal")
+
+    def check(self, require: Requirements) -> None:
+        require(self.sampled_records > 1, f"--sampled-records is {self.sampled_records}; it must be above 1.")
+
+    def check_data(self, data: DataConfig) -> None:
+        """Raises ConfigurationError for data that cannot be previewed, or not like this; no file is opened."""
+        paths = data.train_data_path
+        require(bool(paths), "nothing to preview: give --train-data-path FILE.jsonl.")
+        prefixes = [
+            path for path in parse_blend(paths, "--train-data-path").prefixes if kind_of_source(path) == "indexed"
+        ]
+        missing = [path for path in prefixes if not Path(f"{path}.idx").exists()]
+        require(not missing, f"--train-data-path {' '.join(missing)}: no file of records; {RECORD_NAMES}.")
+        require(
+            not prefixes,
+            f"--train-data-path {' '.join(paths)} names indexed data, whose tokens are cut into sequences without "
+            f"regard to records: there is nothing to preview. Give the records that it was made from ({RECORD_NAMES}).",
+        )
+        require(
+            not (self.exact and parse_blend(paths, "--train-data-path").weights),
+            "--exact reads each record once, but --train-data-path has weights: leave out one of them.",
+        )

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_peft.config.errors import Requirements, flag, option
+from megatron_peft.config.errors import Checked, Requirements, flag, option
 
 UNEVEN_STAGES = ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")
 ACCOUNTED_STAGES = ("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split")
@@ -13,7 +13,7 @@ LONGEST_LAYOUT = 1000
 
 
 @dataclass(frozen=True)
-class ParallelConfig:
+class ParallelConfig(Checked):
     """How the model and the batch are split over `world_size` processes."""
 
     tensor_model_parallel_size: int = option(1, "number of ranks each linear layer is split over", check="positive")
@@ -61,26 +61,21 @@ class ParallelConfig:
         """How long a rank waits for the others in training."""
         return self.distributed_timeout_seconds_after_init or 60 * self.distributed_timeout_minutes
 
-    def __post_init__(self) -> None:
+    def check(self, require: Requirements) -> None:
         tp, pp = self.tensor_model_parallel_size, self.pipeline_model_parallel_size
-        with Requirements(self) as require:
-            require.fields()
-            require(
-                tp * pp <= 0 or self.world_size % (tp * pp) == 0,
-                f"{self.world_size} processes cannot hold --tensor-model-parallel-size {tp} x "
-                f"--pipeline-model-parallel-size {pp} = {tp * pp} ranks per replica: start a multiple of {tp * pp} "
-                f"processes (torchrun --nproc-per-node), or lower one of the two.",
-            )
-            require(
-                not self.sequence_parallel or tp > 1,
-                "--sequence-parallel splits the sequence over tensor-parallel ranks: it needs "
-                "--tensor-model-parallel-size above 1.",
-            )
-            self._check_pipeline(require)
-
-    def _check_pipeline(self, require: Requirements) -> None:
-        """Flags that fit neither one another nor the number of stages; whether they fit a model, its shape says."""
-        pp, layout = self.pipeline_model_parallel_size, self.pipeline_model_parallel_layout
+        require(
+            tp * pp <= 0 or self.world_size % (tp * pp) == 0,
+            f"{self.world_size} processes cannot hold --tensor-model-parallel-size {tp} x "
+            f"--pipeline-model-parallel-size {pp} = {tp * pp} ranks per replica: start a multiple of {tp * pp} "
+            f"processes (torchrun --nproc-per-node), or lower one of the two.",
+        )
+        require(
+            not self.sequence_parallel or tp > 1,
+            "--sequence-parallel splits the sequence over tensor-parallel ranks: it needs "
+            "--tensor-model-parallel-size above 1.",
+        )
+        # Flags of stages fit one another and the number of stages; whether they fit a model, its shape says.
+        layout = self.pipeline_model_parallel_layout
         interleaved = self.num_layers_per_virtual_pipeline_stage is not None
         uneven, accounted = self._given(*UNEVEN_STAGES), self._given(*ACCOUNTED_STAGES)
         needs_stages = self._given("num_layers_per_virtual_pipeline_stage", *UNEVEN_STAGES, *ACCOUNTED_STAGES, LAYOUT)
@@ -167,7 +162,7 @@ def stages_of_layout(layout: str) -> list[str]:
     """
     unrolled = layout.replace(",", "")
     for repeated in (r"\(([^)]+)\)\*(\d+)", r"(.)\*(\d+)"):
-        unrolled = re.sub(repeated, lambda found: found[1] * int(found[2]), unrolled)
+        unrolled = re.sub(repeated, lambda match: match[1] * int(match[2]), unrolled)
     return unrolled.split("|")
 
 

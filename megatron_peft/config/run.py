@@ -1,14 +1,14 @@
 """`RunConfig`: everything a run needs, in frozen dataclasses that validate themselves.
 
 Field names are Megatron's argument names (underscores for dashes), so an error can always name the flag. Every
-`__post_init__` raises one `ConfigurationError` with all problems of its section. Nothing in this room imports torch.
+section raises one `ConfigurationError` with all of its problems as it is made. Nothing in this room imports torch.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, get_origin, get_type_hints
 
-from megatron_peft.config.errors import ConfigurationError, Requirements, flag, spelled
+from megatron_peft.config.errors import Checked, ConfigurationError, Requirements, flag, spelled
 from megatron_peft.config.methods import METHODS, PeftConfig
 from megatron_peft.config.model import DataConfig, ModelConfig
 from megatron_peft.config.parallel import ParallelConfig
@@ -22,7 +22,7 @@ from megatron_peft.config.training import (
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Checked):
     """Everything a run needs. Checks here are those that span two groups."""
 
     parallel: ParallelConfig
@@ -34,13 +34,12 @@ class RunConfig:
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
 
-    def __post_init__(self) -> None:
-        with Requirements(self) as require:
-            self._check_batches(require)
-            self._check_schedule(require)
-            self._check_memory_savers(require)
-            self._check_validation(require)
-            self.peft.spec.check_run(self.peft, self, require)
+    def check(self, require: Requirements) -> None:
+        self._check_batches(require)
+        self._check_schedule(require)
+        self._check_memory_savers(require)
+        self._check_validation(require)
+        self.peft.spec.check_run(self.peft, self, require)
 
     def _check_batches(self, require: Requirements) -> None:
         replicas, pp = self.parallel.data_parallel_size, self.parallel.pipeline_model_parallel_size
@@ -132,7 +131,8 @@ def missing_for_training(values: Mapping[str, Any]) -> list[str]:
         ),
         ("train_iters", "train_samples", "train_epochs"): f"{LENGTH_OF_THE_RUN} (none given).",
     }
-    return [told for names, told in needed.items() if not any(_is_given(values.get(name)) for name in names)]
+    given = {name for name, value in values.items() if value is not None and value is not False and value != ()}
+    return [told for names, told in needed.items() if given.isdisjoint(names)]
 
 
 def missing_to_profile(config: RunConfig) -> list[str]:
@@ -158,10 +158,6 @@ def missing_to_profile(config: RunConfig) -> list[str]:
     return problems
 
 
-def _is_given(value: Any) -> bool:
-    return value is not None and value is not False and value != ()
-
-
 def field_names(config_class: type) -> tuple[str, ...]:
     """The field names of a dataclass, in order."""
     return tuple(f.name for f in fields(config_class))
@@ -177,12 +173,48 @@ def config_to_dict(config: RunConfig) -> dict[str, dict[str, Any]]:
     }
 
 
+SECTIONS: Mapping[str, type] = get_type_hints(RunConfig)
+
+
+def sections_of(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The sections of a run by name, made of those `values` that are their fields, and everything that is wrong.
+
+    A section that cannot be made is None. A field that two sections have (seed) is that of both.
+    """
+    sections: dict[str, Any] = {}
+    problems: list[str] = []
+    for section, config_class in SECTIONS.items():
+        try:
+            sections[section] = config_class(
+                **{name: values[name] for name in field_names(config_class) if name in values}
+            )
+        except ConfigurationError as error:
+            sections[section] = None
+            problems += error.problems
+    return sections, problems
+
+
+def make_run(**values: Any) -> RunConfig:
+    """A run of these fields, whatever sections they belong to: `make_run(pretrained_checkpoint="m", lora_rank=4)`.
+
+    Raises:
+        TypeError: no section has a field of this name.
+        ConfigurationError: the values are wrong, or contradict one another.
+    """
+    unknown = values.keys() - {name for config_class in SECTIONS.values() for name in field_names(config_class)}
+    if unknown:
+        raise TypeError(f"no section of a run has {', '.join(sorted(unknown))}")
+    sections, problems = sections_of(values)
+    if problems:
+        raise ConfigurationError(*problems)
+    return RunConfig(**sections)
+
+
 def config_from_dict(record: Mapping[str, Mapping[str, Any]]) -> RunConfig:
     """The RunConfig of a record. Fields that an older record lacks take their defaults.
 
     Raises ConfigurationError for fields that this version does not know, and for values that contradict one another.
     """
-    section_classes = get_type_hints(RunConfig)
     method = record.get("peft", {}).get("method", PeftConfig.method)
     if isinstance(method, str) and method not in METHODS:
         PeftConfig(method)  # the error says why the method is not here
@@ -190,23 +222,26 @@ def config_from_dict(record: Mapping[str, Mapping[str, Any]]) -> RunConfig:
         f"{section}.{name}"
         for section, values in record.items()
         for name in values
-        if section not in section_classes or name not in field_names(section_classes[section])
+        if section not in SECTIONS or name not in field_names(SECTIONS[section])
     ]
     if unknown:
         raise ConfigurationError(
             f"the run's record holds {', '.join(unknown)}, which this installation does not know: it was written by a "
             f"newer version of megatron_peft, or with another package of methods."
         )
-    return RunConfig(**{name: _section(cls, record.get(name, {})) for name, cls in section_classes.items()})
+    sections = {}
+    for section, config_class in SECTIONS.items():
+        hints = get_type_hints(config_class)
+        sections[section] = config_class(
+            **{
+                name: tuple(value) if get_origin(hints[name]) is tuple else value
+                for name, value in record.get(section, {}).items()
+            }
+        )
+    return RunConfig(**sections)
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: _plain(item) for name, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
-
-
-def _section(config_class: type, values: Mapping[str, Any]) -> Any:
-    hints = get_type_hints(config_class)
-    tuples = {field.name for field in fields(config_class) if get_origin(hints[field.name]) is tuple}
-    return config_class(**{name: tuple(value) if name in tuples else value for name, value in values.items()})

@@ -17,8 +17,9 @@ _HUB_DATA = re.compile(rf"{HUB_NAME.pattern}(:[\w.-]+){{0,2}}")
 
 
 def kind_of_source(path: str) -> SourceKind:
-    """By its ending. Else a path with an .idx or .bin is the prefix of indexed data, a folder (or FOLDER:SPLIT) is a
-    table that was saved by `datasets`, and `org/name[:split]` is a dataset of the Hub, unless it is a file."""
+    """What a path names, by its ending. Without one, a path with an .idx or .bin is the prefix of indexed data, a
+    folder (or FOLDER:SPLIT) is a table that was saved by `datasets`, and `org/name[:split]` is a dataset of the Hub,
+    unless it is a file."""
     if path.endswith(JSON_SUFFIXES):
         return "json"
     if path.endswith(TABLE_SUFFIXES):

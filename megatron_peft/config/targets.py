@@ -17,7 +17,7 @@ Side = Literal["output", "input"]  # of y = W x
 
 @dataclass(frozen=True)
 class LinearSizes:
-    """Of y = W x, W [out_features, in_features], split over tensor-parallel ranks.
+    """Sizes of y = W x, W [out_features, in_features], split over tensor-parallel ranks.
 
     Args:
         split: "column" splits the rows of W (the output), "row" its columns (the input).
@@ -36,12 +36,12 @@ class LinearSizes:
 
     @property
     def local_out_features(self) -> int:
-        """A rank's."""
+        """Output features that a rank holds."""
         return self.out_features // self.tensor_parallel_size if self.split == "column" else self.out_features
 
     @property
     def local_in_features(self) -> int:
-        """A rank's."""
+        """Input features that a rank holds."""
         return self.in_features // self.tensor_parallel_size if self.split == "row" else self.in_features
 
     def num_features(self, side: Side) -> int:

@@ -32,7 +32,7 @@ class _Generation(Extension):
 
 
 class _PlainNamespace(Namespace):
-    """Without `__html__` and the like, which Python would call."""
+    """A namespace that cannot have `__html__` and the like, which Python would call."""
 
     def __init__(*args: Any, **values: Any) -> None:  # no name is taken: a template may have namespace(self=...)
         Namespace.__init__(args[0])
@@ -49,24 +49,21 @@ def _raise_exception(message: str) -> NoReturn:
     raise TemplateError(message)
 
 
-def _regex_replace(string: str, pattern: str, repl: str, count: int = 0) -> str:
-    return re.sub(pattern, repl, string, count=count)
-
-
-def _tojson(value: Any, ensure_ascii: bool = False, **settings: Any) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, **settings)  # Jinja's own escapes HTML
-
-
 @lru_cache
 def sandboxed_jinja(kind: str) -> ImmutableSandboxedEnvironment:
-    """Of "chat" templates, with all that transformers gives them, or of a "task", with what the harness does."""
+    """The environment of "chat" templates, with all that transformers gives them, or of a "task"."""
     if kind == "task":
         made = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
-        made.filters["regex_replace"] = _regex_replace
+        made.filters["regex_replace"] = lambda string, pattern, repl, count=0: re.sub(
+            pattern, repl, string, count=count
+        )
     else:
         extensions = [_Generation, "jinja2.ext.loopcontrols"]
         made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-        made.filters["tojson"] = _tojson
+        # Jinja's own escapes HTML.
+        made.filters["tojson"] = lambda value, ensure_ascii=False, **settings: json.dumps(
+            value, ensure_ascii=ensure_ascii, **settings
+        )
         made.globals["raise_exception"] = _raise_exception
         made.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     made.globals["namespace"] = _PlainNamespace
@@ -81,8 +78,8 @@ def _compiled(kind: str, template: str) -> Template:
 def _inputs(template: str) -> str:
     """JSON: the variables that a chat template reads, and the attributes and strings of its code."""
     tree = sandboxed_jinja("chat").parse(template)
-    texts = {one.value for one in tree.find_all(nodes.Const) if isinstance(one.value, str)}
-    fields = texts | {one.attr for one in tree.find_all(nodes.Getattr)}
+    texts = {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
+    fields = texts | {node.attr for node in tree.find_all(nodes.Getattr)}
     # This computes what is constant: `{{ 'x' * 10**10 }}`.
     return json.dumps([sorted(meta.find_undeclared_variables(tree)), sorted(fields)])
 

@@ -86,15 +86,15 @@ def require_short(template: str) -> None:
 
 
 def _start() -> subprocess.Popen[bytes]:
-    found = [find_spec(name) for name in ("jinja2", "markupsafe")]
-    folders = ":".join(str(Path(one.origin).parents[1]) for one in found if one and one.origin)
+    specs = [find_spec(name) for name in ("jinja2", "markupsafe")]
+    folders = ":".join(str(Path(spec.origin).parents[1]) for spec in specs if spec and spec.origin)
     limits = map(str, (SECONDS, MEMORY_BYTES, MOST_CHARACTERS))
     words = [sys.executable, "-I", "-S", "-B", "-c", _START, folders, str(_SCRIPT), *limits]
     return subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
 
 def _plain(value: Any) -> Any:
-    """Without objects, whose methods a template could call."""
+    """A copy without objects, whose methods a template could call."""
     if value is None or type(value) in (str, int, float, bool):
         return value
     if isinstance(value, Mapping):

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from megatron_peft.config.errors import Requirements, flag, option
+from megatron_peft.config.errors import Checked, Requirements, flag, option
 
 # Far above what anybody has trained; beyond them an index of the samples would not fit into memory, or into 64 bits.
 MOST_SAMPLES_A_STEP = 2**24
@@ -17,7 +17,7 @@ LENGTH_OF_THE_RUN = "give exactly one of --train-iters, --train-samples and --tr
 
 
 @dataclass(frozen=True)
-class TrainingConfig:
+class TrainingConfig(Checked):
     """Length of the run (one of three, or none where nothing is trained), batch sizes, evaluation, ways to stop."""
 
     micro_batch_size: int = option(1, "samples per forward pass on each data-parallel rank", check="positive")
@@ -63,34 +63,32 @@ class TrainingConfig:
         False, "with --bf16, accumulate and reduce gradients in bfloat16 instead of float32", group=DISTRIBUTED
     )
 
-    def __post_init__(self) -> None:
+    def check(self, require: Requirements) -> None:
         lengths = [n for n in ("train_iters", "train_samples", "train_epochs") if getattr(self, n) is not None]
-        with Requirements(self) as require:
-            require.fields()
-            require.needs("manual_gc_interval", "manual_gc")
-            for name in ("micro_batch_size", "global_batch_size"):
-                size = getattr(self, name)
-                require(
-                    size is None or size <= MOST_SAMPLES_A_STEP,
-                    f"{flag(name)} is {size}; a step takes at most {MOST_SAMPLES_A_STEP:,} samples.",
-                )
-            for name in ("train_iters", "train_samples", "eval_iters"):
-                length = getattr(self, name)
-                require(
-                    length is None or length < MOST_STEPS, f"{flag(name)} is {length}; it must be below {MOST_STEPS:,}."
-                )
+        require.needs("manual_gc_interval", "manual_gc")
+        for name in ("micro_batch_size", "global_batch_size"):
+            size = getattr(self, name)
             require(
-                self.train_epochs is None or self.train_epochs < MOST_EPOCHS,
-                f"--train-epochs is {self.train_epochs}; it must be below {MOST_EPOCHS:,}.",
+                size is None or size <= MOST_SAMPLES_A_STEP,
+                f"{flag(name)} is {size}; a step takes at most {MOST_SAMPLES_A_STEP:,} samples.",
             )
-            require(len(lengths) <= 1, f"{LENGTH_OF_THE_RUN} (given: {', '.join(map(flag, lengths))}).")
+        for name in ("train_iters", "train_samples", "eval_iters"):
+            length = getattr(self, name)
+            require(
+                length is None or length < MOST_STEPS, f"{flag(name)} is {length}; it must be below {MOST_STEPS:,}."
+            )
+        require(
+            self.train_epochs is None or self.train_epochs < MOST_EPOCHS,
+            f"--train-epochs is {self.train_epochs}; it must be below {MOST_EPOCHS:,}.",
+        )
+        require(len(lengths) <= 1, f"{LENGTH_OF_THE_RUN} (given: {', '.join(map(flag, lengths))}).")
 
 
 _rate = partial(option, group=LEARNING_RATE)
 
 
 @dataclass(frozen=True)
-class OptimizerSettings:
+class OptimizerSettings(Checked):
     """AdamW or SGD, its learning-rate schedule and its sharding. Units: rates per step, decay per unit of rate."""
 
     optimizer: Literal["adam", "sgd"] = option("adam", "adam means AdamW")
@@ -148,58 +146,56 @@ class OptimizerSettings:
         flags=("--use-checkpoint-opt-param-scheduler", "--use-checkpoint-opt_param-scheduler"),
     )
 
-    def __post_init__(self) -> None:
+    def check(self, require: Requirements) -> None:
         wsd_flags = [n for n in ("lr_wsd_decay_iters", "lr_wsd_decay_samples") if getattr(self, n) is not None]
         start, end = self.start_weight_decay, self.end_weight_decay
-        with Requirements(self) as require:
-            require.fields()
-            require(self.min_lr <= self.lr, f"--min-lr {self.min_lr} is above --lr {self.lr}.")
-            require(self.lr_warmup_init <= self.lr, f"--lr-warmup-init {self.lr_warmup_init} is above --lr {self.lr}.")
-            require.needs("decoupled_min_lr", "decoupled_lr")
-            require(
-                None in (self.decoupled_lr, self.decoupled_min_lr) or self.decoupled_min_lr <= self.decoupled_lr,  # type: ignore[operator]
-                f"--decoupled-min-lr {self.decoupled_min_lr} is above --decoupled-lr {self.decoupled_lr}.",
-            )
-            require(
-                self.lr_warmup_fraction is None or not (self.lr_warmup_iters or self.lr_warmup_samples),
-                "--lr-warmup-fraction, --lr-warmup-iters and --lr-warmup-samples are mutually exclusive.",
-            )
-            require(
-                self.lr_warmup_fraction is None or 0 <= self.lr_warmup_fraction < 1,
-                f"--lr-warmup-fraction is {self.lr_warmup_fraction}; it is a part of the decay: at least 0, below 1.",
-            )
-            require(
-                self.lr_decay_style != "WSD" or len(wsd_flags) == 1,
-                "--lr-decay-style WSD needs the length of its last phase: give --lr-wsd-decay-iters (or, with "
-                "--train-samples, --lr-wsd-decay-samples).",
-            )
-            require(
-                self.lr_decay_style == "WSD" or not wsd_flags,
-                f"{', '.join(map(flag, wsd_flags))} belong to --lr-decay-style WSD, but it is {self.lr_decay_style}.",
-            )
-            constant = self.weight_decay_incr_style == "constant"
-            require(
-                not constant or start is end is None,
-                "--start-weight-decay and --end-weight-decay need --weight-decay-incr-style linear or cosine.",
-            )
-            require(
-                constant or (start is not None and end is not None and start <= end),
-                f"--weight-decay-incr-style {self.weight_decay_incr_style} needs --start-weight-decay at most "
-                f"--end-weight-decay (given: {start} and {end}).",
-            )
-            require.needs("overlap_param_gather", "use_distributed_optimizer")
-            require(
-                not self.use_distributed_optimizer or self.optimizer == "adam",
-                f"--use-distributed-optimizer shards Adam only: leave it out with --optimizer {self.optimizer}.",
-            )
-            require(
-                not (self.override_opt_param_scheduler and self.use_checkpoint_opt_param_scheduler),
-                "--override-opt-param-scheduler and --use-checkpoint-opt-param-scheduler are mutually exclusive.",
-            )
+        require(self.min_lr <= self.lr, f"--min-lr {self.min_lr} is above --lr {self.lr}.")
+        require(self.lr_warmup_init <= self.lr, f"--lr-warmup-init {self.lr_warmup_init} is above --lr {self.lr}.")
+        require.needs("decoupled_min_lr", "decoupled_lr")
+        require(
+            None in (self.decoupled_lr, self.decoupled_min_lr) or self.decoupled_min_lr <= self.decoupled_lr,  # type: ignore[operator]
+            f"--decoupled-min-lr {self.decoupled_min_lr} is above --decoupled-lr {self.decoupled_lr}.",
+        )
+        require(
+            self.lr_warmup_fraction is None or not (self.lr_warmup_iters or self.lr_warmup_samples),
+            "--lr-warmup-fraction, --lr-warmup-iters and --lr-warmup-samples are mutually exclusive.",
+        )
+        require(
+            self.lr_warmup_fraction is None or 0 <= self.lr_warmup_fraction < 1,
+            f"--lr-warmup-fraction is {self.lr_warmup_fraction}; it is a part of the decay: at least 0, below 1.",
+        )
+        require(
+            self.lr_decay_style != "WSD" or len(wsd_flags) == 1,
+            "--lr-decay-style WSD needs the length of its last phase: give --lr-wsd-decay-iters (or, with "
+            "--train-samples, --lr-wsd-decay-samples).",
+        )
+        require(
+            self.lr_decay_style == "WSD" or not wsd_flags,
+            f"{', '.join(map(flag, wsd_flags))} belong to --lr-decay-style WSD, but it is {self.lr_decay_style}.",
+        )
+        constant = self.weight_decay_incr_style == "constant"
+        require(
+            not constant or start is end is None,
+            "--start-weight-decay and --end-weight-decay need --weight-decay-incr-style linear or cosine.",
+        )
+        require(
+            constant or (start is not None and end is not None and start <= end),
+            f"--weight-decay-incr-style {self.weight_decay_incr_style} needs --start-weight-decay at most "
+            f"--end-weight-decay (given: {start} and {end}).",
+        )
+        require.needs("overlap_param_gather", "use_distributed_optimizer")
+        require(
+            not self.use_distributed_optimizer or self.optimizer == "adam",
+            f"--use-distributed-optimizer shards Adam only: leave it out with --optimizer {self.optimizer}.",
+        )
+        require(
+            not (self.override_opt_param_scheduler and self.use_checkpoint_opt_param_scheduler),
+            "--override-opt-param-scheduler and --use-checkpoint-opt-param-scheduler are mutually exclusive.",
+        )
 
 
 @dataclass(frozen=True)
-class CheckpointConfig:
+class CheckpointConfig(Checked):
     """Where state is written and read. Intervals are iterations."""
 
     save: str | None = option(None, "folder for checkpoints and metrics", check="not_empty", metavar="PATH")
@@ -233,22 +229,20 @@ class CheckpointConfig:
     no_save_optim: bool = option(False, "do not save the optimizer state")
     no_save_rng: bool = option(False, "do not save the state of the random generators")
 
-    def __post_init__(self) -> None:
-        with Requirements(self) as require:
-            require.fields()
-            require.needs("exit_on_missing_checkpoint", "load")
-            require.needs("save_interval", "save")
-            require.needs("async_save", "save")
-            require.needs("keep_last_checkpoints", "save")
-            require.needs("keep_best", "save")
-            require(
-                self.resume == "never" or self.save is not None,
-                "--resume auto resumes from the folder of --save: give --save.",
-            )
+    def check(self, require: Requirements) -> None:
+        require.needs("exit_on_missing_checkpoint", "load")
+        require.needs("save_interval", "save")
+        require.needs("async_save", "save")
+        require.needs("keep_last_checkpoints", "save")
+        require.needs("keep_best", "save")
+        require(
+            self.resume == "never" or self.save is not None,
+            "--resume auto resumes from the folder of --save: give --save.",
+        )
 
 
 @dataclass(frozen=True)
-class LoggingConfig:
+class LoggingConfig(Checked):
     """What a run prints and records. Intervals are iterations."""
 
     log_interval: int = option(10, "iterations between log lines", check="positive")
@@ -306,18 +300,16 @@ class LoggingConfig:
         False, "with --profile, write a trace by torch's profiler to --tensorboard-dir instead"
     )
 
-    def __post_init__(self) -> None:
-        with Requirements(self) as require:
-            require.fields()
-            require.needs("use_pytorch_profiler", "profile")
-            require.needs("use_pytorch_profiler", "tensorboard_dir")
-            require.needs("peak_tflops", "log_throughput")
-            require.needs("memory_snapshot_path", "record_memory_history")
-            require.needs("profile_step_start", "profile")
-            require.needs("profile_step_end", "profile")
-            require.needs("profile_ranks", "profile", "record_memory_history")
-            require(
-                not self.profile or self.profile_step_start < self.profile_step_end,
-                f"--profile-step-end {self.profile_step_end} is not above --profile-step-start "
-                f"{self.profile_step_start}: no step would be profiled.",
-            )
+    def check(self, require: Requirements) -> None:
+        require.needs("use_pytorch_profiler", "profile")
+        require.needs("use_pytorch_profiler", "tensorboard_dir")
+        require.needs("peak_tflops", "log_throughput")
+        require.needs("memory_snapshot_path", "record_memory_history")
+        require.needs("profile_step_start", "profile")
+        require.needs("profile_step_end", "profile")
+        require.needs("profile_ranks", "profile", "record_memory_history")
+        require(
+            not self.profile or self.profile_step_start < self.profile_step_end,
+            f"--profile-step-end {self.profile_step_end} is not above --profile-step-start "
+            f"{self.profile_step_start}: no step would be profiled.",
+        )

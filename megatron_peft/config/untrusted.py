@@ -15,10 +15,9 @@ import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from math import inf, isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -110,12 +109,22 @@ def parse_json(text: str | bytes, place: str | Callable[[], str]) -> Any:
         raise ConfigurationError(f"{place if isinstance(place, str) else place()}: {error}") from error
 
 
+def _finite(text: str) -> float:
+    value = float(text)
+    if not isfinite(value):
+        raise ValueError(f"{text[:40]} is not a finite number")
+    return value
+
+
+_DECODER = json.JSONDecoder(parse_constant=_finite, parse_float=_finite)  # json.loads would make one for each line
+
+
 def _parsed(text: str | bytes) -> Any:
     marks = (b",", b"[", b"{") if isinstance(text, bytes) else (",", "[", "{")
     if len(text) > MAX_JSON_VALUES and sum(text.count(mark) for mark in marks) > MAX_JSON_VALUES:  # type: ignore[arg-type]
         raise ConfigurationError(f"it holds more than {MAX_JSON_VALUES:,} values: split it, or write JSON lines.")
     try:
-        value = _decoder().decode(text if isinstance(text, str) else text.decode(json.detect_encoding(text)))
+        value = _DECODER.decode(text if isinstance(text, str) else text.decode(json.detect_encoding(text)))
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
         raise ConfigurationError(f"not JSON: {error.msg} ({line}character {error.colno}).") from error
@@ -126,11 +135,6 @@ def _parsed(text: str | bytes) -> Any:
     if _may_be_deep(text):
         _walk(value)
     return value
-
-
-@cache
-def _decoder() -> json.JSONDecoder:  # json.loads would make one for each line of a file
-    return json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite)
 
 
 def _may_be_deep(text: str | bytes) -> bool:
@@ -154,8 +158,8 @@ class StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def parse_yaml(text: str, place: str, loader: type = yaml.SafeLoader) -> Any:
-    """The value that `text` holds, read by a loader that makes plain values only."""
+def parse_yaml(text: str, place: str, loader: type = StrictLoader) -> Any:
+    """The value that `text` holds. `loader` makes plain values only; yaml.SafeLoader is for files of other projects."""
     with _yaml_errors(text, place):
         value = yaml.load(text, loader)
     try:
@@ -214,24 +218,13 @@ def limited_to(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGVTALRM, before)
 
 
-def _refuse_constant(text: str) -> NoReturn:
-    raise ValueError(f"{text} is not a finite number")
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not isfinite(value):
-        raise ValueError(f"{text[:40]} is not a finite number")
-    return value
-
-
 def _walk(value: Any, most_values: float = inf) -> None:
     """Reject values that are nested too deeply, too many, or not encodable. Without recursion."""
     level, num_values = [value], 1
     for _ in range(MAX_DEPTH + 1):
         following: list[Any] = []
-        for one in level:
-            following += _values_in(one)
+        for item in level:
+            following += _values_in(item)
             if num_values + len(following) > most_values:
                 raise ConfigurationError(f"it holds more than {most_values:,} values.")
         level, num_values = following, num_values + len(following)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import ModelCardData
 
 from megatron_peft.checkpoint.record import ADAPTER_CONFIG, RunRecord, find_checkpoint, read_record
@@ -120,7 +121,7 @@ def _license_of_base(base: str | None) -> dict[str, str]:
         return {}
     try:
         front = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", read_text(card), re.DOTALL)
-        stated = parse_yaml(front[1], str(card)) if front else {}
+        stated = parse_yaml(front[1], str(card), yaml.SafeLoader) if front else {}
     except ConfigurationError:
         return {}  # somebody else's card: the export does not depend on it
     known = stated if isinstance(stated, dict) and isinstance(stated.get("license"), str) else {}

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.text import Text
 
 from megatron_peft.config import DataConfig, kind_of_source, not_obeyed, parse_blend
-from megatron_peft.config.preview import FLAG, PreviewOptions
+from megatron_peft.config.model import PreviewOptions
 from megatron_peft.data.files import RecordFiles
 from megatron_peft.data.records import Fit
 from megatron_peft.data.samples import PackedOrder, SampleOrder, sample_from_ids
@@ -62,8 +62,8 @@ class Preview:
         """
         self.config, self.options = config, options
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
-        self.blend = parse_blend(config.train_data_path, FLAG)
-        open_records = partial(RecordFiles, self.blend.prefixes, FLAG, with_digest=False)
+        self.blend = parse_blend(config.train_data_path, "--train-data-path")
+        open_records = partial(RecordFiles, self.blend.prefixes, "--train-data-path", with_digest=False)
         if any(kind_of_source(path) != "json" for path in self.blend.prefixes):
             self.tokenizer, self.records = build_tokenizer(config, pretrained_checkpoint), open_records()
         else:

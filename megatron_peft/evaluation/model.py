@@ -25,7 +25,7 @@ from megatron_peft.checkpoint.record import (
 )
 from megatron_peft.checkpoint.save import base_fingerprint
 from megatron_peft.checkpoint.tensors import adapted_layers
-from megatron_peft.cli.parser import parse_arguments
+from megatron_peft.cli.parser import RunFlags
 from megatron_peft.config import ConfigurationError, RunConfig, field_names, require
 from megatron_peft.config.untrusted import read_json_object
 from megatron_peft.conversion.pretrained import ReadingGroups, checked_shape, load_pretrained, read_model_shape
@@ -185,19 +185,19 @@ Settings = TypeVar("Settings")
 
 
 def run_on_a_model(
-    main: Callable[[RunConfig, Settings], None], settings: Settings, flags: Sequence[str], program: str
+    main: Callable[[RunConfig, Settings], None], settings: Settings, run_flags: RunFlags, program: str
 ) -> None:
-    """Parse `flags`, join the world and run `main` on all processes.
+    """Join the world and run `main` on all processes.
 
     Args:
         main: takes the model's configuration and the settings, in a started world.
         settings: the program's own.
-        flags: of pretrain_peft.py; --load supplies those of the model.
+        run_flags: --load supplies those of the model.
         program: its name, for error messages.
 
     Raises:
         SystemExit: 2, after rank 0 has printed what is wrong with the flags.
     """
-    config = parse_arguments(flags, read_shape=read_model_shape, program=program, saved=saved_values)
+    config = run_flags.config_or_exit(read_shape=read_model_shape, program=program, saved=saved_values)
     with world(config.parallel.distributed_backend, config.parallel.distributed_timeout_minutes):
         run_together(lambda: main(config, settings), program=program)

@@ -25,7 +25,7 @@ from megatron_peft.experiment.record import from_lambdas
 from megatron_peft.experiment.spec import Cell, Choice, Experiment, Group, ScoreSpec
 from megatron_peft.training.metrics import read_metrics
 
-PROGRAM = ("-m", "megatron_peft.commands.train")
+PROGRAM = ("-m", "megatron_peft", "train")
 TRACKER = "latest_checkpointed_iteration.txt"
 LOG = "log.txt"
 LAMBDA_FILE = "lambda.jsonl"  # of a Hybrid, beside metrics.jsonl

@@ -16,7 +16,7 @@ from typing import Any
 from megatron_peft.cli.parser import read_config
 from megatron_peft.config import ConfigurationError, PeftConfig
 from megatron_peft.config import flag as dashed
-from megatron_peft.config.untrusted import StrictLoader, parse_yaml, read_text
+from megatron_peft.config.untrusted import parse_yaml, read_text
 from megatron_peft.models.families import read_shape
 
 FlagValues = Mapping[str, Any]
@@ -174,7 +174,7 @@ def read_experiment(path: Path) -> Experiment:
     Raises ConfigurationError: the file cannot be read, is not YAML, has an unknown key, or contradicts itself.
     """
     text = read_text(path)
-    content = parse_yaml(text, str(path), StrictLoader)
+    content = parse_yaml(text, str(path))
     try:
         return _experiment(_mapping(content, "the file", KEYS), path.stem, text)
     except ConfigurationError as error:

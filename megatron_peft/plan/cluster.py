@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 from megatron_peft.config import ConfigurationError, RunConfig, require
-from megatron_peft.config.untrusted import StrictLoader, parse_yaml, read_text
+from megatron_peft.config.untrusted import parse_yaml, read_text
 
 SHIPPED = {path.stem: path for path in sorted((Path(__file__).parent / "clusters").glob("*.yaml"))}
 DEFAULT = "8xh100"
@@ -146,7 +146,7 @@ def read_cluster(name: str) -> Cluster:
         hint = f"; did you mean {near[0]}?" if near else f". Shipped: {', '.join(SHIPPED)}."
         raise ConfigurationError(f"--cluster {name} is neither a file nor the name of a shipped cluster{hint}")
     place = f"--cluster {name}"
-    values = parse_yaml(read_text(path), place, StrictLoader)
+    values = parse_yaml(read_text(path), place)
     require(isinstance(values, dict), f"{place} is not a table of fields: write `gpus_per_node: 8`, a line for each.")
     return cluster_of(values, place)
 

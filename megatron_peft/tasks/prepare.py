@@ -59,7 +59,7 @@ class HashSplit:
 
     def __post_init__(self) -> None:
         with Requirements(self) as unmet:
-            unmet.not_negative("valid_percent", "test_percent")
+            unmet.each("not_negative", "valid_percent", "test_percent")
             unmet(
                 self.valid_percent + self.test_percent < 100,
                 f"--valid-percent {self.valid_percent:g} and --test-percent {self.test_percent:g} leave nothing to "

@@ -17,7 +17,7 @@ DEFAULT_DELIMITER = " "  # the harness's, between prompt and target
 
 
 class TaskLoader(yaml.SafeLoader):
-    """YAML in which `!function NAME` is the name."""
+    """YAML in which `!function NAME` is the name. Some of the harness's own files have a key twice."""
 
 
 TaskLoader.add_constructor("!function", lambda loader, node: loader.construct_scalar(node))  # type: ignore[arg-type]

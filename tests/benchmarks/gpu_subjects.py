@@ -17,17 +17,7 @@ from torch import Tensor, nn
 
 from megatron_peft.adapters.attach import attach_adapters, start_gradients_at_the_embedding
 from megatron_peft.benchmarks.check_gpu import SIZES_VARIABLE
-from megatron_peft.config import (
-    METHODS,
-    CheckpointConfig,
-    DataConfig,
-    ModelConfig,
-    OptimizerSettings,
-    ParallelConfig,
-    PeftConfig,
-    RunConfig,
-    TrainingConfig,
-)
+from megatron_peft.config import METHODS, RunConfig, make_run
 from megatron_peft.data.batches import Microbatch, pack, pad
 from megatron_peft.data.samples import Sample
 from megatron_peft.models.families import read_shape
@@ -149,17 +139,12 @@ def run_config(base: str, method: str, **groups: Any) -> RunConfig:
         base: the model's folder.
         groups: fields that differ, by group: peft, model, transformer, data, training, checkpoint.
     """
-    sizes: dict[str, Any] = {"micro_batch_size": 2, "global_batch_size": 4, "train_iters": NUM_STEPS}
-    return RunConfig(
-        parallel=ParallelConfig(),
-        model=ModelConfig(base, transformer=groups.get("transformer", {}), **groups.get("model", {})),
-        # Groups of rotated features fit into heads of 32.
-        peft=PeftConfig(method=method, urnn_block_size=32, lora_ga_batches=1, **groups.get("peft", {})),
-        data=DataConfig(("random.jsonl",), seq_length=256, **groups.get("data", {})),  # never opened
-        training=TrainingConfig(**{**sizes, **groups.get("training", {})}),
-        optimizer=OptimizerSettings(lr=5e-3, lr_decay_style="constant"),
-        checkpoint=CheckpointConfig(**groups.get("checkpoint", {})),
-    )
+    values: dict[str, Any] = {"pretrained_checkpoint": base, "method": method, "lora_ga_batches": 1}
+    values |= {"urnn_block_size": 32}  # groups of rotated features fit into heads of 32
+    values |= {"train_data_path": ("random.jsonl",), "seq_length": 256}  # never opened
+    values |= {"micro_batch_size": 2, "global_batch_size": 4, "train_iters": NUM_STEPS}
+    values |= {"lr": 5e-3, "lr_decay_style": "constant", "transformer": groups.pop("transformer", {})}
+    return make_run(**values | {name: value for group in groups.values() for name, value in group.items()})
 
 
 def random_samples() -> list[Sample]:

@@ -16,25 +16,10 @@ from megatron_peft.certify.comparison import (
     whole_tensors,
 )
 from megatron_peft.certify.runs import END, START, Curve, RankReport
-from megatron_peft.config import (
-    DataConfig,
-    ModelConfig,
-    OptimizerSettings,
-    ParallelConfig,
-    PeftConfig,
-    RunConfig,
-    TrainingConfig,
-)
+from megatron_peft.config import make_run
 from megatron_peft.training.step import StepReport
 
-CONFIG = RunConfig(
-    parallel=ParallelConfig(world_size=1),
-    model=ModelConfig("not read"),
-    peft=PeftConfig(),
-    data=DataConfig(train_data_path=("not read",)),
-    training=TrainingConfig(global_batch_size=1, train_iters=1),
-    optimizer=OptimizerSettings(),
-)
+CONFIG = make_run(pretrained_checkpoint="not read", train_data_path=("not read",), global_batch_size=1, train_iters=1)
 STEP = StepReport(2.0, 9, 9, 9, grad_norm=1.0, learning_rate=0.1, stop=False, layer_grad_norms=(0.6, 0.8))
 CURVE = Curve([STEP, STEP], {"layer": 0.4}, 1.5)
 A, ROWS = "decoder.layers.0.mlp.linear_fc2.adapter.A", torch.arange(8.0).view(4, 2)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from megatron_peft.cli.config_files import KnownFlag, file_entries, split_off_files
 from megatron_peft.cli.flags import TAKES_A_VALUE, Flag, served_flags
 from megatron_peft.cli.parser import parse_arguments, read_config
-from megatron_peft.cli.run_file import run_file
+from megatron_peft.cli.run_file import run_file, text_of
 from megatron_peft.commands import convert
 from megatron_peft.config import ConfigurationError, RunConfig
 
@@ -45,11 +45,9 @@ def values_of(one: Flag) -> st.SearchStrategy[Any]:
 @settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_every_served_flag_survives_yaml_and_back(tmp_path: Path, one: Flag, data: st.DataObject) -> None:
-    from megatron_peft.cli.config_files import WrittenFlag, written
-
     value = data.draw(values_of(one))
     name = one.names[0]
-    text = written("a title", {one.section: [WrittenFlag(name[2:], value, one.help)]})
+    text = text_of("a title", {one.section: [(one, value)]})
     known = {name: KnownFlag(one.constant is TAKES_A_VALUE, one.section)}
     (found,) = file_entries([file_with(tmp_path, text)], known, str) or [None]
     if one.constant is not TAKES_A_VALUE:

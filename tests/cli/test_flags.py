@@ -19,33 +19,31 @@ from megatron_peft.cli.flags import (
     ACCEPTED_WITH_VALUE,
     CONFIG_SWITCHES,
     GROUPS,
-    NO_FLAG,
     RUN_FIELDS,
     RUN_SWITCHES,
     SHAPE_CLAIMS,
     SHAPE_FIELDS,
     SHAPE_VALUES,
-    sections,
     served_flags,
 )
-from megatron_peft.cli.megatron import (
-    FAMILIES,
-    FLAGS,
-    SOURCES,
+from megatron_peft.cli.megatron import SOURCES, MegatronField, megatron_fields
+from megatron_peft.cli.refused import (
+    EQUIVALENTS,
+    REFUSED,
     WAYS_OUT,
     WAYS_OUT_OF_REASONS,
     WAYS_OUT_OF_VALUES,
-    MegatronField,
-    megatron_fields,
+    equivalent,
+    known_flags,
     reason_of,
     refused_flags,
+    why_not_served,
 )
-from megatron_peft.cli.unknown import EQUIVALENTS, equivalent, known_flags, why_not_served
-from megatron_peft.config import METHODS, ConfigurationError, PeftConfig, flag
+from megatron_peft.config import METHODS, SECTIONS, ConfigurationError, PeftConfig, flag
 from megatron_peft.models.shape import CLAIMS, VALUES
 
 SERVED = served_flags()
-OURS = {one.name for config_class in sections().values() for one in fields(config_class)}
+OURS = {one.name for config_class in SECTIONS.values() for one in fields(config_class) if "help" in one.metadata}
 TRANSFORMER = megatron_fields("TransformerConfig")
 
 
@@ -54,7 +52,7 @@ def repeated(names: typing.Iterable[str]) -> list[str]:
 
 
 def test_every_field_of_ours_has_one_flag_with_help_and_a_group() -> None:
-    assert {one.key for one in SERVED if one.target == "config"} == OURS - NO_FLAG
+    assert {one.key for one in SERVED if one.target == "config"} == OURS
     assert repeated(name for one in SERVED for name in one.names) == []
     assert [one.names for one in SERVED if len(one.help) <= 10 or one.group not in GROUPS] == []
 
@@ -83,20 +81,20 @@ def test_every_peft_flag_belongs_to_a_method() -> None:
 
 
 def test_a_flag_is_refused_for_one_reason_and_never_served_too() -> None:
-    assert repeated(name for names in FLAGS.values() for name in names.split()) == []
+    assert repeated(name for names in REFUSED.values() for name in names.split()) == []
     assert {name[2:] for one in SERVED for name in one.names} & refused_flags().keys() == set()
 
 
 def test_longest_family_wins() -> None:
     assert reason_of("torch-fsdp2-no-reshard-after-forward") == "fully sharded data parallelism"
-    assert reason_of("hybrid-context-parallel") == FAMILIES["hybrid-context-parallel"] == "context parallelism"
+    assert reason_of("hybrid-context-parallel") == "context parallelism" != reason_of("hybrid-layer-x")
 
 
 def test_every_way_out_belongs_to_a_refused_flag() -> None:
     of_fields = {"check-for-nan-in-grad", "virtual-pipeline-model-parallel-size"}
     of_fields |= {"num-layers-in-first-pipeline-stage", "num-layers-in-last-pipeline-stage"}
     assert WAYS_OUT.keys() - refused_flags().keys() == of_fields
-    assert WAYS_OUT_OF_REASONS.keys() <= {*FAMILIES.values(), *FLAGS}
+    assert WAYS_OUT_OF_REASONS.keys() <= REFUSED.keys()
 
 
 @pytest.mark.parametrize("class_name", SOURCES)
@@ -130,7 +128,8 @@ def test_source_has_the_fields_of_the_class(name: str, classes: dict[str, type])
 
 @pytest.mark.parametrize("name", SHAPE_FIELDS + tuple(RUN_FIELDS))
 def test_types_of_served_fields_are_the_annotations(name: str, classes: dict[str, type]) -> None:
-    kind, choices = TRANSFORMER[name].type_and_choices
+    (served,) = (one for one in SERVED if one.names[0] == flag(name))
+    kind, choices = bool if served.constant is True else served.kind, served.choices
     annotation = typing.get_type_hints(classes["TransformerConfig"])[name]
     members = [one for one in typing.get_args(annotation) if one is not type(None)] or [annotation]
     assert choices == (typing.get_args(members[0]) or typing.get_args(annotation) if choices else None)
@@ -146,12 +145,6 @@ def test_what_is_computed_beside_the_names_is_left_alone() -> None:
     metadata = "{'argparse_meta': {'arg_names': ['--x-y'], 'choices': [one.name for one in Scope]}}"
     (found,) = module._fields(ast.parse(f"class C:\n  x: int = field(metadata={metadata})").body[0])  # type: ignore[arg-type]
     assert found.flags == ("--x-y",)
-
-
-def test_annotations_of_newer_python_are_read_and_others_say_so() -> None:
-    assert MegatronField("rate", "float | None", "", ()).type_and_choices == (float, None)
-    with pytest.raises(TypeError, match="Callable"):
-        _ = TRANSFORMER["init_method"].type_and_choices
 
 
 def test_missing_megatron_core_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

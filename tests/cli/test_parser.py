@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from megatron_peft.cli.own_flags import read_own_flags
-from megatron_peft.cli.parser import ShapeReader, parse_arguments
+from megatron_peft.cli.command import Command
+from megatron_peft.cli.parser import RunFlags, ShapeReader, parse_arguments
 from megatron_peft.config import (
     CheckpointConfig,
     ConfigurationError,
@@ -259,14 +259,24 @@ def test_version_names_what_runs(rank: str, capsys: pytest.CaptureFixture[str]) 
     told = f"megatron-peft {ours} (megatron-core {core}, torch {torch})\n"
     assert capsys.readouterr().out == (told if rank == "0" else "")
     with pytest.raises(SystemExit, match="0"):
-        read_own_flags(OwnSettings, ["--version"], "What it does.")
+        COMMAND(["--version"])
     assert capsys.readouterr().out == told
 
 
-def test_flags_of_another_program_stand_beside_ours() -> None:
+def answer(settings: OwnSettings, run_flags: RunFlags) -> int:
+    assert settings == OwnSettings("a", 0)
+    assert run_flags.words == ["--lr", "1", "--seq-length", "2"]
+    assert run_flags.command_line == ["--lr", "1", "--prompt-file", "a", "--seq-length", "2"]
+    return 5
+
+
+COMMAND = Command("What it does.", OwnSettings, answer, "p", takes_run_flags=True)
+
+
+def test_flags_of_a_command_stand_beside_a_runs(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--lr", "1", "--prompt-file", "a", "--prompt", "b"]
-    settings, rest = read_own_flags(OwnSettings, words, "What it does.")
-    assert settings() == OwnSettings("a", 0)
-    assert rest == ["--lr", "1", "--prompt", "b"]  # not abbreviated either
+    assert COMMAND([*words, "--lora-rank", "4"]) == 2  # --prompt is no abbreviation
+    assert capsys.readouterr().err == "p: error: --prompt is not a known flag; did you mean --prompt-column?\n"
+    assert COMMAND([*words[:4], "--seq-length", "2"]) == 5
     with pytest.raises(SystemExit, match="2"):
-        read_own_flags(OwnSettings, ["--top-k", "x"], "What it does.")
+        COMMAND(["--top-k", "x"])

@@ -74,6 +74,10 @@ def test_what_is_wrong_is_told_and_nothing_is_written(tmp_path, monkeypatch, cap
     assert list(tmp_path.iterdir()) == []
 
 
+def end_of_evaluate(words: list[str]) -> None:
+    sys.exit(evaluate.main(words))
+
+
 def test_an_unknown_task_ends_it_before_the_model_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a rank: it has joined the world by then, and ends without leaving it."""
     monkeypatch.setenv("TQDM_DISABLE", "1")
@@ -81,7 +85,7 @@ def test_an_unknown_task_ends_it_before_the_model_is_loaded(tmp_path: Path, monk
     (base / "model.safetensors").unlink()
     tasks = write_tasks(tmp_path / "tasks", ["w1"], num_questions=2)
     where = ["--include-path", str(tasks), "--output", str(tmp_path / "out" / "x.json")]
-    with Ranks(1, evaluate.main, ["--pretrained-checkpoint", str(base), "--tasks", "tiny_choice", *where]) as ranks:
+    with Ranks(1, end_of_evaluate, ["--pretrained-checkpoint", str(base), "--tasks", "tiny_choice", *where]) as ranks:
         ranks.wait(seconds(300))
         assert ranks.exit_codes == [2]
         told = "megatron-peft evaluate: error: --tasks tiny_choice: no task has this name; did you mean tiny_choices"

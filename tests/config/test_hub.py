@@ -9,7 +9,7 @@ import pytest
 from megatron_peft.cli.parser import read_config
 from megatron_peft.commands import convert
 from megatron_peft.config import ConfigurationError, DataConfig, hub, kind_of_source
-from megatron_peft.config.preview import PreviewOptions
+from megatron_peft.config.model import PreviewOptions
 from megatron_peft.data.files import RecordFiles
 from megatron_peft.data.indexed import checked_blend
 from megatron_peft.data.tokenizers import build_tokenizer
@@ -83,7 +83,7 @@ def test_a_file_is_no_name_of_the_hub_and_is_told_what_can_be_read(tmp_path):
     with pytest.raises(ConfigurationError, match=rf"data/nope is no file or folder here .*\({endings}\), the cache"):
         RecordFiles(["data/nope"], "--train-data-path")
     with pytest.raises(ConfigurationError, match=f"data/a.txt: no file of records; {endings}"):
-        PreviewOptions().check(DataConfig(train_data_path=("data/a.txt",)))
+        PreviewOptions().check_data(DataConfig(train_data_path=("data/a.txt",)))
 
 
 @pytest.mark.parametrize("name", ["model", "/a/b", "./a/b", "a/b/c", "org/tokenizer.model", "../model"])

@@ -2,7 +2,6 @@
 
 import json
 import math
-from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from megatron_peft.config import (
     TrainingConfig,
     config_from_dict,
     config_to_dict,
+    make_run,
     missing_for_training,
     missing_to_profile,
 )
@@ -191,13 +191,7 @@ def test_another_error_is_not_replaced_by_the_requirements() -> None:
 
 
 def run_config(**values: Any) -> RunConfig:
-    """Of fields of any section."""
-    values = {**MODEL, **DATA, "train_iters": 10, **values}
-
-    def section(kind: Any) -> Any:
-        return kind(**{field.name: values[field.name] for field in fields(kind) if field.name in values})
-
-    return RunConfig(*map(section, OF_A_SECTION))
+    return make_run(**{**MODEL, **DATA, "train_iters": 10, **values})
 
 
 FULL_RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from megatron_peft.commands import preview as command
 from megatron_peft.config import DataConfig
-from megatron_peft.config.preview import PreviewOptions
+from megatron_peft.config.model import PreviewOptions
 from megatron_peft.data.instruction import InstructionDataset
 from megatron_peft.data.preview import Preview, show, visible
 from megatron_peft.data.samples import PackedOrder, SampleOrder
@@ -158,7 +158,7 @@ def test_what_cannot_be_previewed_is_an_error_with_exit_code_2(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     Path("a.jsonl").write_text('{"text": "1"}\n')
     with pytest.raises(SystemExit) as ended:
-        command.main(flags.split())
+        sys.exit(command.main(flags.split()))
     assert ended.value.code == 2 and told in capsys.readouterr().err
 
 

@@ -253,7 +253,7 @@ def test_without_bubblewrap_unsafe_execution_is_asked_for_by_name(monkeypatch: p
 def test_flag_of_the_evaluation_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(UNSAFE_VARIABLE, "0")
     with pytest.raises(SystemExit):
-        main(["--tasks", "no_such_task", "--output", "scores.json", "--unsafe-execution"])
+        sys.exit(main(["--tasks", "no_such_task", "--output", "scores.json", "--unsafe-execution"]))
     assert os.environ[UNSAFE_VARIABLE] == "1"
 
 

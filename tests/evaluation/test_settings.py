@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from megatron_peft import config as c
 from megatron_peft.checkpoint.folders import MANIFEST
-from megatron_peft.cli.parser import parse_arguments
+from megatron_peft.cli.parser import RunFlags, parse_arguments
 from megatron_peft.config import ConfigurationError, ParallelConfig, PeftConfig, RunConfig
 from megatron_peft.config.evaluation import AnswerSettings, HarnessSettings, Sampling
 from megatron_peft.evaluation import answers, harness_run, model
@@ -399,13 +399,10 @@ def test_what_ends_the_data_of_a_run_ends_an_answer_beside_what_the_base_names(t
 
 
 def _config(base: str = "base", peft: PeftConfig = PEFT["lora"]) -> RunConfig:
-    return RunConfig(
-        ParallelConfig(tensor_model_parallel_size=2, world_size=4),
-        c.ModelConfig(base, bf16=True, make_vocab_size_divisible_by=64),
-        peft,
-        c.DataConfig(train_data_path=("a.jsonl",), tokenizer_type="NullTokenizer", vocab_size=99, seed=7),
-        c.TrainingConfig(train_epochs=3, seed=7, micro_batch_size=2, global_batch_size=8),
-    )
+    model = {"pretrained_checkpoint": base, "bf16": True, "make_vocab_size_divisible_by": 64, "world_size": 4}
+    data = {"train_data_path": ("a.jsonl",), "tokenizer_type": "NullTokenizer", "vocab_size": 99, "seed": 7}
+    training = {"train_epochs": 3, "micro_batch_size": 2, "global_batch_size": 8, "tensor_model_parallel_size": 2}
+    return replace(c.make_run(**model, **data, **training), peft=peft)
 
 
 @pytest.fixture
@@ -473,7 +470,7 @@ def test_a_base_that_is_not_there_is_told_with_the_way_out(run, tmp_path):
 def test_what_is_wrong_is_told_under_the_programs_name_before_a_world_is_made(capsys, flags, told):
     ran = []
     with pytest.raises(SystemExit, match="2"):
-        run_on_a_model(lambda *both: ran.append(both), 1, flags, "p.py")
+        run_on_a_model(lambda *both: ran.append(both), 1, RunFlags(flags), "p.py")
     assert capsys.readouterr().err.startswith(told)
     assert not ran and not dist.is_initialized()
 
@@ -484,5 +481,5 @@ def test_the_program_runs_in_a_world_with_settings_and_model(tmp_path):
     def main(config: RunConfig, settings: str) -> None:
         seen.append((config.model.pretrained_checkpoint, settings, dist.get_world_size()))
 
-    run_on_a_model(main, "settings", ["--pretrained-checkpoint", base], "p.py")
+    run_on_a_model(main, "settings", RunFlags(["--pretrained-checkpoint", base]), "p.py")
     assert seen == [(base, "settings", 1)] and not dist.is_initialized()

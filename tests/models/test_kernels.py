@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_peft.config import ConfigurationError, DataConfig, ModelConfig, ParallelConfig, PeftConfig, RunConfig
-from megatron_peft.config import TrainingConfig as Length
+from megatron_peft.config import ConfigurationError, ModelConfig, ParallelConfig, RunConfig, make_run
 from megatron_peft.models.gpt import transformer_config, uses_transformer_engine
 from megatron_peft.models.kernels import (
     FLASH,
@@ -112,9 +111,8 @@ def test_the_model_has_the_swiglu_that_was_chosen(training, ours):
 def run_of(
     peft: dict[str, Any] | None = None, data: dict[str, Any] | None = None, model: dict[str, Any] | None = None
 ) -> RunConfig:
-    settings = DataConfig(mock_data=True, **(data or {}))
-    base = ModelConfig("m", **{"bf16": True, **(model or {})})
-    return RunConfig(ParallelConfig(), base, PeftConfig(**(peft or {})), settings, Length(train_iters=1))
+    values = {"pretrained_checkpoint": "m", "bf16": True, "mock_data": True, "train_iters": 1, **(model or {})}
+    return make_run(**values, **(peft or {}), **(data or {}))
 
 
 @pytest.mark.parametrize(

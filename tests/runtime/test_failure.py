@@ -113,14 +113,15 @@ def step(*_):
     dist.barrier()  # both have opened the store
     dist.all_reduce(torch.zeros(1))
 
-def parse_arguments(*_, **__):
+def config_or_exit(*_):
     from megatron_peft.training import run
     run.finetune = step
     world = {"distributed_backend": "gloo", "distributed_timeout_minutes": 1}
     of = types.SimpleNamespace
     return of(parallel=of(**world), training=of(exit_signal_handler=True), checkpoint=of(save=None))
 
-train.parse_arguments = parse_arguments
+flags = types.SimpleNamespace(values={"program": {}}, launch={}, config_or_exit=config_or_exit)
+train.read_flags = lambda *_, **__: flags
 train.run_file = lambda *_: ""
 train.main(program="pretrain_peft.py")
 """

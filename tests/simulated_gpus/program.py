@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from megatron_peft.config import DataConfig, ModelConfig, ParallelConfig, PeftConfig, RunConfig, TrainingConfig
+from megatron_peft.config import make_run
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.rehearsal.rehearsal import rehearse
 from megatron_peft.rehearsal.requests import RankToRehearse
@@ -24,13 +24,9 @@ def found_by_a_rank(_: None) -> list[Any]:
 
 def main() -> None:
     shape = ModelShape("llama", 2, 24, 40, 4, 2, 8, 37, 64)
-    run = RunConfig(
-        ParallelConfig(tensor_model_parallel_size=2, world_size=2),
-        ModelConfig("not read", bf16=True),
-        PeftConfig(),
-        DataConfig(mock_data=True, seq_length=16),
-        TrainingConfig(train_iters=1),
-    )
+    model = {"pretrained_checkpoint": "not read", "bf16": True}
+    layout = {"tensor_model_parallel_size": 2, "world_size": 2}
+    run = make_run(**model, **layout, mock_data=True, seq_length=16, train_iters=1)
     [record] = rehearse([RankToRehearse.of(run, shape, 1)])
     print(json.dumps([record.peak("step") > 0, *run_ranks(1, found_by_a_rank)]))
 

@@ -9,11 +9,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_peft import config as settings
 from megatron_peft.certify import runs
 from megatron_peft.certify.comparison import compare_curves, compare_runs
 from megatron_peft.certify.runs import RankReport
-from megatron_peft.config import ParallelConfig, RunConfig
+from megatron_peft.config import RunConfig, make_run
 from megatron_peft.data.build import Data
 from megatron_peft.data.tokenizers import build_tokenizer
 from megatron_peft.models.families import read_shape
@@ -51,21 +50,14 @@ class Job:
 
     def config(self, world_size: int) -> RunConfig:
         path = (self.data,)
-        data = {"train_data_path": path, "valid_data_path": path, "tokenizer_type": "NullTokenizer", "num_workers": 0}
-        data |= {"seq_length": 32, "vocab_size": VOCAB_SIZE - 1, **self.data_settings}
-        training = {"micro_batch_size": 2, "global_batch_size": 8, "train_iters": self.num_steps}
-        training |= {"eval_iters": 2, **self.training}  # five of them would be a third of a short run
-        optimizer = {"lr": 5e-3, "clip_grad": 0.5, "lr_decay_style": "cosine", **self.optimizer}
-        return RunConfig(
-            parallel=ParallelConfig(**self.parallel, world_size=world_size),
-            model=settings.ModelConfig(self.base, transformer=self.transformer, **self.model),
-            peft=settings.PeftConfig(**self.peft),
-            data=settings.DataConfig(**data),
-            training=settings.TrainingConfig(**training),
-            optimizer=settings.OptimizerSettings(**optimizer),
-            checkpoint=settings.CheckpointConfig(**self.checkpoint),
-            logging=settings.LoggingConfig(**self.logging),
-        )
+        values: dict[str, Any] = {"world_size": world_size, "pretrained_checkpoint": self.base}
+        values |= {"train_data_path": path, "valid_data_path": path, "tokenizer_type": "NullTokenizer"}
+        values |= {"seq_length": 32, "vocab_size": VOCAB_SIZE - 1, "num_workers": 0, "transformer": self.transformer}
+        values |= {"micro_batch_size": 2, "global_batch_size": 8, "train_iters": self.num_steps}
+        values |= {"eval_iters": 2}  # five of them would be a third of a short run
+        values |= {"lr": 5e-3, "clip_grad": 0.5, "lr_decay_style": "cosine", **self.parallel, **self.model, **self.peft}
+        values |= {**self.data_settings, **self.training, **self.optimizer, **self.checkpoint, **self.logging}
+        return make_run(**values)
 
 
 def run_jobs(jobs: list[Job]) -> dict[str, RankReport]:

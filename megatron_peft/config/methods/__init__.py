@@ -15,29 +15,20 @@ parameter groups in the optimizer and its cost. The module that `adapter` names 
 """
 
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import Field, dataclass, fields
 from importlib import import_module
-from inspect import get_annotations
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any
 
-from megatron_peft.config.errors import Check, ConfigurationError, Requirements, flag_of, option, spelled
-from megatron_peft.config.model import DataConfig, ModelConfig
-from megatron_peft.config.parallel import ParallelConfig
+from megatron_peft.config.errors import ConfigurationError, Requirements, flag_of, option, require, spelled
 from megatron_peft.config.targets import LinearSizes
-from megatron_peft.config.training import CheckpointConfig, LoggingConfig, OptimizerSettings, TrainingConfig
 
 if TYPE_CHECKING:
-    from importlib.metadata import EntryPoint
-
     from torch import Tensor
 
     from megatron_peft.config.run import RunConfig
 
-# Of a run, beside PeftConfig: the names of their fields are taken.
-SECTIONS = (ModelConfig, ParallelConfig, DataConfig, TrainingConfig, OptimizerSettings, CheckpointConfig, LoggingConfig)
 LINEAR_MODULES = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 
 
@@ -105,8 +96,8 @@ class Method:
 
     def fields(self, peft: Any) -> set[str]:
         """Fields of `PeftConfig` that the method reads; the others have no effect."""
-        own = {one.name for options in self.options for one in fields(options)} | {"method"}
-        return (own | {"target_modules"} if self.adapter else own) - set(self.ignored)
+        names = {field.name for options in self.options for field in fields(options)} | {"method"}
+        return (names | {"target_modules"} if self.adapter else names) - set(self.ignored)
 
     def variants(self) -> Sequence[Mapping[str, Any]]:
         """Fields of `PeftConfig` with which it reads different flags, for the tables of the documents."""
@@ -226,7 +217,7 @@ class _Checks(PeftOptions):
         if not isinstance(self.method, str):
             raise ConfigurationError(f"--peft-method is {self.method!r}; it must be a string.")
         with Requirements(self) as require:
-            require(self.method in METHODS and self.method not in _UNUSABLE, _why_not(self.method))
+            require(self.method in METHODS, f"--peft-method {self.method} is not one of {', '.join(METHODS)}.")
             require(bool(self.target_modules), "--peft-target-modules needs at least one name.")
             if self.method in METHODS:
                 require.fields(self.spec.fields(self))
@@ -245,18 +236,20 @@ class _Checks(PeftOptions):
     def unused_fields(self) -> list[Field[Any]]:
         """Fields that were set and that the method does not read."""
         used = self.spec.fields(self)
-        return [one for one in fields(self) if one.name not in used and getattr(self, one.name) != one.default]
+        return [
+            field for field in fields(self) if field.name not in used and getattr(self, field.name) != field.default
+        ]
 
     @property
     def unused_flags(self) -> list[str]:
         """Their flags, with the values."""
-        return [spelled(flag_of(one), getattr(self, one.name)) for one in self.unused_fields]
+        return [spelled(flag_of(field), getattr(self, field.name)) for field in self.unused_fields]
 
     @property
     def recorded_fields(self) -> list[str]:
         """What a run's record holds, so that it can be read without the packages of other methods."""
-        names = self.spec.fields(self) | {one.name for one in self.unused_fields}
-        return [one.name for one in fields(self) if one.name in names]
+        names = self.spec.fields(self) | {field.name for field in self.unused_fields}
+        return [field.name for field in fields(self) if field.name in names]
 
 
 GROUP = "megatron_peft.methods"  # entry points of other packages
@@ -270,157 +263,43 @@ BUILT_IN = (
 )
 
 
-def _load_methods() -> tuple[dict[str, Method], dict[str, str], dict[str, str]]:
-    """Every method by name, the packages of those that are not our own, and why others cannot be used.
+def _load_methods() -> dict[str, Method]:
+    """Every method by name: ours, and those that installed packages announce.
 
-    A broken package is no error unless its method is chosen.
+    Packages are trusted. Where one cannot be loaded, whatever it raises goes on, with a note that names the package.
     """
-    found: dict[str, Method] = {method.name: method for method in _built_in_methods()}
-    packages: dict[str, str] = {}
-    unusable: dict[str, str] = {}
-    for point in _entry_points():
-        package = f"the installed package {point.dist.name}" if point.dist else "an installed package"
-        method: Any = None
-        try:
-            method = point.load()
-            problem = _problem_of(method, found)
-        except (Exception, SystemExit) as error:
-            problem = f"it cannot be loaded: {error!r}"
-        if not problem:
-            found[method.name], packages[method.name] = method, package
-            continue
-        # By the name that a user types, where it is known: the declaration's, else the entry point's.
-        name = getattr(method, "name", None)
-        if not isinstance(name, str):
-            name = f"{point.name} (an entry point)" if point.name in found else point.name
-        unusable[name] = f"{package} has it, but {problem}."
-    return found, packages, unusable
-
-
-def _built_in_methods() -> Iterator[Method]:
-    """Ours; whatever is wrong with one is raised."""
+    methods: dict[str, Method] = {}
     for path in BUILT_IN:
         module, _, name = path.partition(":")
-        yield getattr(import_module(module), name)
-
-
-def _entry_points() -> Iterable["EntryPoint"]:
-    """Those of `GROUP`. importlib.metadata takes a sixth of the time of --help: only if a package names the group."""
+        method = getattr(import_module(module), name)
+        methods[method.name] = method
+    # importlib.metadata takes a sixth of the time of --help: it is imported only if a package names the group.
     files = (file for folder in sys.path for file in Path(folder).glob("*-info/entry_points.txt"))
     if not any(GROUP.encode() in file.read_bytes() for file in files):
-        return ()
+        return methods
     from importlib.metadata import entry_points
 
-    return entry_points(group=GROUP)
+    for point in entry_points(group=GROUP):
+        package = point.dist.name if point.dist else "an installed package"
+        try:
+            method = point.load()
+            require(method.name not in methods, f"there is a method {method.name} already: uninstall one of them.")
+        except Exception as error:
+            error.add_note(f"This is of the method {point.name} of the installed package {package}.")
+            raise
+        methods[method.name] = method
+    return methods
 
 
-# Of a declaration, with what messages call their types.
-ATTRIBUTES = {"name": str, "summary": str, "cost": str, "adapter": str}
-TUPLES = {"options": type, "ignored": str, "param_groups": ParamGroup}
-
-
-def _problem_of(method: Any, others: Mapping[str, Method]) -> str:
-    """Why a declaration cannot stand beside the others; empty if it can. `cli.flags` looks at its flags."""
-    if not isinstance(method, Method):
-        return f"it declares {method!r}, which is not a Method"
-    for name, kind in ATTRIBUTES.items():
-        if not isinstance(getattr(method, name, None), kind):
-            return f"its {name} is {getattr(method, name, None)!r}, not a string"
-    for name, kind in TUPLES.items():
-        value = getattr(method, name)
-        if not isinstance(value, tuple) or not all(isinstance(one, kind) for one in value):
-            return f"its {name} is {value!r}, not a tuple of {kind.__name__}"
-    if method.name in others:
-        return f"so has {type(others[method.name]).__module__}: uninstall that package"
-    known = {kind for other in others.values() for options in other.options for kind in options.__mro__}
-    known |= {*_Checks.__mro__}
-    problems = (problem for options in method.options if (problem := _problem_of_options(options, known)))
-    if problem := next(problems, ""):
-        return problem
-    try:
-        type("_Trial", tuple(_option_classes([*others.values(), method])), {})
-    except TypeError as error:
-        return f"its options cannot be combined with those of other methods: {error}"
-    return ""
-
-
-def _problem_of_options(options: type, known: Collection[type]) -> str:
-    """The same of one dataclass of flags, beside the `known` classes of which `PeftConfig` is made."""
-    if not (is_dataclass(options) and issubclass(options, PeftOptions)):
-        return f"{options!r} is not a dataclass derived from PeftOptions"
-    own_classes = [kind for kind in options.__mro__ if kind not in known]
-    names = {name for kind in own_classes for name in {*get_annotations(kind), *vars(kind)}}
-    taken = {name for kind in known for name in dir(kind)} | {one.name for kind in SECTIONS for one in fields(kind)}
-    taken |= {one.name for kind in known if is_dataclass(kind) for one in fields(kind)}
-    clashes = {name for name in names & taken if not name.startswith("__")}
-    if clashes:
-        return f"its field {min(clashes)} is one of another method, or of the run"
-    hints = get_type_hints(options)
-    problems = ((one.name, _problem_of_field(one, hints[one.name])) for one in fields(options))
-    return next((f"its field {name} {problem}" for name, problem in problems if problem), "")
-
-
-def _problem_of_field(field: Field[Any], annotation: Any) -> str:
-    """The same of one field."""
-    declared = field.metadata
-    if "help" not in declared or field.default is MISSING:
-        return "is not declared with option()"
-    if declared["check"] not in (None, *get_args(Check)):
-        return f"has the check {declared['check']!r}; there are {', '.join(get_args(Check))}"
-    if not _is_field_type(annotation):
-        return f"is of type {annotation}, for which there is no flag"
-    texts = [declared["help"], *(declared[name] or "" for name in ("group", "metavar"))]
-    if not all(isinstance(one, str) for one in (*texts, *declared["flags"])) or isinstance(declared["flags"], str):
-        return "has a help, group or metavar that is not a string, or flags that are not a tuple of strings"
-    return ""
-
-
-def _is_field_type(annotation: Any) -> bool:
-    """Whether a flag can hold it: a number, a string, a switch, one of several words; None besides; several strings."""
-    if get_origin(annotation) in (UnionType, Union):
-        (annotation, *more) = [one for one in get_args(annotation) if one is not NoneType] or [NoneType]
-        return not more and _is_field_type(annotation)
-    if get_origin(annotation) is tuple:
-        return get_args(annotation)[1:] == (...,) and get_args(annotation)[0] in (int, float, str)
-    if get_origin(annotation) is Literal:
-        return all(isinstance(word, str) for word in get_args(annotation))
-    return annotation in (int, float, bool, str)
-
-
-def _option_classes(methods: Iterable[Method]) -> list[type[PeftOptions]]:
-    """The dataclasses of all methods' flags, without those that another one inherits, in reverse order.
-
-    dataclasses collect fields from the last base to the first, so fields are in the order of the methods.
-    """
-    every = list(dict.fromkeys(options for method in methods for options in method.options))
-    return [one for one in reversed(every) if not any(issubclass(other, one) for other in every if other is not one)]
-
-
-METHODS, PACKAGES, _UNUSABLE = _load_methods()
-
-
-def _why_not(name: str) -> str:
-    """The message about a method that `METHODS` does not have."""
-    if name in _UNUSABLE:
-        return f"--peft-method {name} cannot be used: {_UNUSABLE[name]}"
-    broken = "".join(f" {other} cannot be used: {why}" for other, why in _UNUSABLE.items())
-    return f"--peft-method {name} is not one of {', '.join(METHODS)}.{broken}"
-
-
-def refuse_method(name: str, problem: str) -> None:
-    """Take the method of a package out of `METHODS`: whoever chooses it is told the problem."""
-    del METHODS[name]
-    _UNUSABLE[name] = f"{PACKAGES.pop(name)} has it, but {problem}."
-
-
-def flagged_fields() -> list[str]:
-    """Names of the fields of `PeftConfig` that belong to a method that can be used, or to all of them."""
-    every = (PeftOptions, *(options for method in METHODS.values() for options in method.options))
-    return list(dict.fromkeys(one.name for options in every for one in fields(options)))
+METHODS = _load_methods()
+_options = list(dict.fromkeys(options for method in METHODS.values() for options in method.options))
+_inherited = {base for options in _options for base in options.__mro__[1:]}
+# In reverse: dataclasses collect fields from the last base to the first, so fields are in the order of the methods.
+_bases = [options for options in reversed(_options) if options not in _inherited]
 
 
 @dataclass(frozen=True)
-class PeftConfig(_Checks, *_option_classes(METHODS.values())):
+class PeftConfig(_Checks, *_bases):
     """Which parameters are trained, and the flags of every method.
 
     Fields that the chosen method does not read keep their values and have no effect. Their types are checked, their

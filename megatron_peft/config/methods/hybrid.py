@@ -120,8 +120,8 @@ class HybridMethod(Method):
         names = [name for name in ROTATIONS if name == peft.hybrid_rotation]  # another is an error of that field
         chosen = ROTATIONS[names[0]] if names else BOFT
         unused = [rotation for rotation in ROTATIONS.values() if rotation is not chosen]
-        own = chosen.fields(peft) | LORA_GA.fields(peft)
-        read = super().fields(peft) - set().union(*(rotation.fields(peft) for rotation in unused)) | own
+        of_parts = chosen.fields(peft) | LORA_GA.fields(peft)
+        read = super().fields(peft) - set().union(*(rotation.fields(peft) for rotation in unused)) | of_parts
         return read - set(self.ignored)
 
     def variants(self) -> Sequence[Mapping[str, Any]]:
