@@ -18,7 +18,7 @@ from megatron_peft.plan.pipeline import estimated_time
 from megatron_peft.plan.recorded_layers import RecordedStep, Turn, total, turns
 from megatron_peft.rehearsal.asked import LayersToRecord, chunks_of_stages
 from megatron_peft.rehearsal.record import RecordedLayers, Segment
-from megatron_peft.training.speed import ModelFlops
+from megatron_peft.training.watchers import ModelFlops
 from tests.plan.recorded import recorded, step_of
 from tools.published import FULL_RECOMPUTE, LLAMA_8B, LLAMA_70B, LLAMA_405B, made_up_run, published, run_of
 
