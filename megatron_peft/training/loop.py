@@ -17,11 +17,11 @@ from megatron_peft.parallel.collectives import from_first_rank
 from megatron_peft.runtime.exit_signals import ExitSignals
 from megatron_peft.runtime.launch import shorten_timeout
 from megatron_peft.runtime.stacks import written_after
-from megatron_peft.training.after_step import mixtures
 from megatron_peft.training.metrics import MetricsWriter, memory_bytes
 from megatron_peft.training.state import TrainingState
 from megatron_peft.training.step import StepReport, train_step
 from megatron_peft.training.terminal import Progress
+from megatron_peft.training.update import mixtures
 from megatron_peft.training.validation import (
     ORTHOGONALITY_LIMIT,
     ValidationInterrupted,

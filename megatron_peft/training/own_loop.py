@@ -30,17 +30,10 @@ from megatron_peft.config import METHODS, ConfigurationError, PeftConfig, requir
 from megatron_peft.lora_ga.initialize import init_from_gradients
 from megatron_peft.parallel.collectives import gradient_of, sum_partial_gradients_over_tensor_parallel
 from megatron_peft.runtime.launch import checked_together
-from megatron_peft.training.after_step import (
-    CLIP_EPSILON,
-    bound_low_rank_norms,
-    merge_if_due,
-    mix_from_gradients,
-    mixtures,
-    update,
-)
 from megatron_peft.training.state import group_overrides
 from megatron_peft.training.step import finish_gradients
 from megatron_peft.training.terminal import print_rank_0, unused_flags_notes
+from megatron_peft.training.update import CLIP_EPSILON, mixtures, update
 
 
 def add_adapters(
@@ -256,12 +249,9 @@ class ModelAdapters:
             self.optimizer, self.clip_grad = optimizer, optimizer.config.clip_grad
         else:
             self.optimizer, self.clip_grad = PlainOptimizer(optimizer, clip_grad), clip_grad
-        mix_from_gradients(self)
         grad_norm = update(self)
-        bound_low_rank_norms(self)
-        merge_if_due(self)
         self.iteration += 1
-        return float(grad_norm or 0.0)
+        return grad_norm
 
     @property
     def mixtures(self) -> dict[str, float]:
