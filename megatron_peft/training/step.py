@@ -261,9 +261,8 @@ def _sum_over_world(
 
 
 def _raise_non_finite(state: TrainingState, losses: Tensor) -> None:
-    bad = (~torch.isfinite(losses[:, 0])).nonzero().flatten().tolist()
-    found = enumerate(gather_over_world(bad))
-    places = [f"rank {rank}, microbatch {index}" for rank, indices in found for index in indices]
+    bad = gather_over_world((~torch.isfinite(losses[:, 0])).nonzero().flatten().tolist())
+    places = [f"rank {rank}, microbatch {index}" for rank, indices in enumerate(bad) for index in indices]
     what = f"the loss is NaN or infinite ({'; '.join(places[:8])})" if places else "a gradient is NaN or infinite"
     done = state.position.iteration
     cause = "Lower --lr" if done else "Nothing is trained yet: check the weights of --pretrained-checkpoint"
