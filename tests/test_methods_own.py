@@ -25,7 +25,7 @@ KNOWS = {
     "config.methods": {"lora", "boft", "urnn", "hybrid"},  # the registry
     "adapters.change": {"adapters.rotation"},  # R W without R - I in memory
     "lora_ga.initialize": {"adapters.low_rank", "lora"},  # the start of A and B; the method that needs no such start
-    "training.after_step": {"adapters.low_rank"},  # --lora-max-norm-ratio bounds every method's low rank
+    "training.update": {"adapters.low_rank"},  # --lora-max-norm-ratio bounds every method's low rank
     "conversion.peft_export": {"adapters.low_rank"},  # whatever was trained is written as a LoRA
     "conversion.model_card": {"lora"},  # a tag of the Hub
     "conversion.peft_import": {"adapters.low_rank", "adapters.boft", "lora", "boft"},  # reads Hugging Face PEFT's

@@ -244,6 +244,15 @@ def master_key(key: str) -> str:
     return f"optimizer.master.{key}"
 
 
+def sharded_state(chunk: Any) -> dict[str, Any]:
+    """megatron-core's `sharded_state_dict` of a chunk, in which each layer has its own keys."""
+    metadata = {
+        "non_homogeneous_layers": True,  # a key for each layer, since only some layers may have an adapter
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+    return chunk.sharded_state_dict(metadata=metadata)
+
+
 def sharded_parameters(model_chunks: Sequence[nn.Module], only_adapters: bool) -> list[Sharded]:
     """This rank's parameters (and buffers of adapters) as slices of global tensors. Their `data` are the parameters.
 
@@ -251,12 +260,7 @@ def sharded_parameters(model_chunks: Sequence[nn.Module], only_adapters: bool) -
         model_chunks: bare, not wrapped in DistributedDataParallel.
         only_adapters: leave the base model out.
     """
-    metadata = {
-        "non_homogeneous_layers": True,  # a key for each layer, since only some layers may have an adapter
-        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-    }
-    states = [chunk.sharded_state_dict(metadata=metadata) for chunk in model_chunks]  # type: ignore[operator]
-    entries = (entry for state in states for entry in state.values())
+    entries = (entry for chunk in model_chunks for entry in sharded_state(chunk).values())
     tensors = (entry for entry in entries if isinstance(entry, ShardedTensor | ShardedTensorFactory))  # no FP8 objects
     return [tensor for tensor in tensors if ADAPTER in tensor.key or not only_adapters]
 

@@ -13,7 +13,7 @@ from megatron_peft.config import RunConfig
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.plan.cluster import Cluster
 from megatron_peft.plan.timing import StepTime
-from megatron_peft.training.speed import ModelFlops
+from megatron_peft.training.watchers import ModelFlops
 
 ERRORS = Path(__file__).parent / "published_errors.json"
 ONLY_RANKS = "A plan ranks the layouts of a run on a cluster; its seconds are no promise."

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
@@ -32,11 +31,12 @@ from megatron_peft.runtime.fake_ranks import (
 )
 from megatron_peft.runtime.launch import start_model_parallel, stop_model_parallel
 from megatron_peft.training import step
-from megatron_peft.training.after_step import mixtures
 from megatron_peft.training.lora_ga_start import start_lora_ga
 from megatron_peft.training.run import build_chunks
 from megatron_peft.training.state import TrainingState, start_state
 from megatron_peft.training.step import train_step
+from megatron_peft.training.terminal import numbers_of_parameters
+from megatron_peft.training.update import mixtures
 from megatron_peft.training.validation import (
     largest_orthogonality_error,
     layers_without_gradient,
@@ -249,19 +249,6 @@ def microbatch_of(lengths: Lengths) -> Microbatch:
         cu_seqlens=torch.zeros(len(packed) + 1, dtype=torch.int32) if packed else None,
         lengths=packed or None,
     )
-
-
-def numbers_of_parameters(chunks: Sequence[nn.Module]) -> dict[str, int]:
-    """This rank's; and its stage's, where a split parameter counts on every tensor-parallel rank, others once."""
-    numbers: dict[str, int] = dict.fromkeys(("trained", "frozen", "trained of stage", "frozen of stage"), 0)
-    size = parallel_state.get_tensor_model_parallel_world_size()
-    for parameter in _parameters(chunks):
-        kind = "trained" if parameter.requires_grad else "frozen"
-        numbers[kind] += parameter.numel()
-        if not getattr(parameter, "shared", False):  # a tied output layer on the last stage
-            is_split = getattr(parameter, "tensor_model_parallel", False)
-            numbers[f"{kind} of stage"] += parameter.numel() * (size if is_split else 1)
-    return numbers
 
 
 def _parameters(chunks: Sequence[nn.Module]) -> Iterator[nn.Parameter]:

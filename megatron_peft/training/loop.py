@@ -1,11 +1,9 @@
 """The training loop: steps, log lines, validation, checkpoints, and the ways to stop."""
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
@@ -19,13 +17,11 @@ from megatron_peft.parallel.collectives import from_first_rank
 from megatron_peft.runtime.exit_signals import ExitSignals
 from megatron_peft.runtime.launch import shorten_timeout
 from megatron_peft.runtime.stacks import written_after
-from megatron_peft.training.after_step import mixtures
 from megatron_peft.training.metrics import MetricsWriter, memory_bytes
-from megatron_peft.training.speed import Speed
 from megatron_peft.training.state import TrainingState
 from megatron_peft.training.step import StepReport, train_step
 from megatron_peft.training.terminal import Progress
-from megatron_peft.training.upkeep import Upkeep
+from megatron_peft.training.update import mixtures
 from megatron_peft.training.validation import (
     ORTHOGONALITY_LIMIT,
     ValidationInterrupted,
@@ -33,40 +29,7 @@ from megatron_peft.training.validation import (
     layers_without_gradient,
     validation_loss,
 )
-
-Record = dict[str, Any]
-
-
-@dataclass
-class _Interval:
-    """Time, tokens and losses since the last log line."""
-
-    started_at: float = field(default_factory=time.perf_counter)
-    num_steps: int = 0
-    num_positions: int = 0
-    num_pairs: int = 0
-    sum_of_losses: float = 0.0
-
-    def add(self, report: StepReport) -> None:
-        self.num_steps += 1
-        self.num_positions += report.num_positions
-        self.num_pairs += report.num_pairs
-        self.sum_of_losses += report.loss
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Exclude the time spent inside."""
-        began_at = time.perf_counter()
-        yield
-        self.started_at += time.perf_counter() - began_at
-
-    def averages(self) -> Record:
-        seconds = time.perf_counter() - self.started_at
-        return {
-            "loss": self.sum_of_losses / self.num_steps,
-            "step_seconds": seconds / self.num_steps,
-            "tokens_per_second": self.num_positions / seconds,
-        }
+from megatron_peft.training.watchers import Interval, Record, Watchers, watched_steps
 
 
 def train(
@@ -94,11 +57,9 @@ def train(
         config.checkpoint.save, config.logging, is_writer, position.iteration, config_to_dict(config), saver.hold_folder
     )
     progress = Progress(data.train_iters, position.iteration, enabled=is_writer)
-    signals, upkeep = ExitSignals(config.training.exit_signal_handler, is_writer), Upkeep(config)
-    with signals, writer, progress, upkeep:
-        run = _Run(
-            state, data, saver, writer, progress, signals, upkeep, Speed(state), position.iteration, planned_peak
-        )
+    signals = ExitSignals(config.training.exit_signal_handler, is_writer)
+    with signals, writer, progress, watched_steps(state) as watchers:
+        run = _Run(state, data, saver, writer, progress, signals, watchers, position.iteration, planned_peak)
         return run.to_the_end()
 
 
@@ -110,21 +71,19 @@ class _Run:
     writer: MetricsWriter
     progress: Progress
     signals: ExitSignals
-    upkeep: Upkeep
-    speed: Speed
+    watchers: Watchers
     saved_iteration: int
     planned_peak: Callable[[], int | str | None] | None = None
     measured_peak: int | None = None
     started_at: float = field(default_factory=time.monotonic)
     is_first_step: bool = True
-    interval: _Interval = field(default_factory=_Interval)
 
     def to_the_end(self) -> str:
         position = self.state.position
         steps = iter(self.data.train)
         first, reason = position.iteration, self._interrupted_validation() or self._nothing_to_do()
         while not reason and position.iteration < self.data.train_iters:
-            with self.speed.own_work.of_host():
+            with self.watchers.own_work.of_host():
                 microbatches = next(steps)
             reason = self._one_iteration(microbatches)
         steps.close()  # type: ignore[attr-defined]
@@ -136,16 +95,23 @@ class _Run:
             except ValidationInterrupted:
                 loss = "not measured, since the run was asked to stop"
             self.progress.message(f"test loss at iteration {position.iteration}: {loss}")
-        return self._with_best(reason or self._trained(first))
+        if not reason:
+            resumed = f" ({first + 1} to {position.iteration}): the run is complete" if first else ""
+            reason = f"trained {position.iteration - first} iterations{resumed}"
+        checkpoint, best = self.state.config.checkpoint, self.state.best
+        if checkpoint.keep_best and best.loss is not None:
+            folder = Path(checkpoint.save or "") / BEST
+            reason += f"\nlowest validation loss {best.loss:.6E} at iteration {best.iteration}: {folder}"
+        return reason
 
     def _interrupted_validation(self) -> str:
-        """The one that the resumed run did not end. Returns why this run ends too, or an empty string."""
+        """The validation that the resumed run did not end. Returns why this run ends too, or an empty string."""
         if not self.state.best.was_interrupted or self.data.valid is None:
             return ""
-        found = self._validation()
-        if not found:
+        validation = self._validation()
+        if not validation:
             return self._asked_to_stop()
-        self._write(self._place() | found)
+        self._write(self._place() | validation)
         self.saved_iteration = -1  # its checkpoint does not know of this validation
         return ""
 
@@ -160,42 +126,33 @@ class _Run:
             return f"nothing to do: {early}; to continue, raise --early-stopping-patience, or leave it out"
         return ""
 
-    def _trained(self, first: int) -> str:
-        last = self.state.position.iteration
-        resumed = f" ({first + 1} to {last}): the run is complete" if first else ""
-        return f"trained {last - first} iterations{resumed}"
-
-    def _with_best(self, reason: str) -> str:
-        checkpoint, best = self.state.config.checkpoint, self.state.best
-        if not checkpoint.keep_best or best.loss is None:
-            return reason
-        folder = Path(checkpoint.save or "") / BEST
-        return f"{reason}\nlowest validation loss {best.loss:.6E} at iteration {best.iteration}: {folder}"
-
     def _one_iteration(self, microbatches: list) -> str:
         """Train one step and do what is due after it. Returns why the run should end now, or an empty string."""
         config, position = self.state.config, self.state.position
-        self.upkeep.before_step(position.iteration)
+        self.watchers.before_step(position.iteration)
         by_layer = config.logging.log_grad_norm_by_layer and self._is_recorded(position.iteration + 1)
         # A signal or the clock may stop one rank only. The step's own all-reduce makes it a decision of all.
         with written_after(config.parallel.seconds_to_wait):
-            own_work = self.speed.own_work.of_device
-            report = train_step(self.state, microbatches, self._wants_to_stop(), by_layer, own_work)
+            around_forward = self.watchers.own_work.of_device
+            report = train_step(self.state, microbatches, self._wants_to_stop(), by_layer, around_forward)
         # The position first, since log lines and checkpoints record it. Validation and saves happen between steps, on
         # all ranks; both wait for parameters that are still being gathered (`whole_parameters`).
         position.iteration += 1
         position.consumed_samples += config.global_batch_size
         position.consumed_tokens += report.num_positions
-        self.upkeep.after_step(position.iteration)
-        self.interval.add(report)
+        self.watchers.after_step(position.iteration, report)
         self.progress.advance(position.iteration)
         if self.is_first_step:
             self._check_gradients(report)
             if (seconds := config.parallel.distributed_timeout_seconds_after_init) is not None:
                 shorten_timeout(seconds)  # the first step alone may compile kernels and open connections
-        reason = self._reason_to_end(report)
+        reason = self._asked_to_stop() if report.stop else ""
+        if not reason and _due(position.iteration, config.training.exit_interval):
+            reason = f"--exit-interval reached at iteration {position.iteration}"
         if self.is_first_step and not reason:
-            self._show_first_step(report)
+            # Show the first step at once, unless the log interval does.
+            if not _due(position.iteration, config.logging.log_interval):
+                self.progress.update_first(self._numbers(report))
         elif self.planned_peak is not None:
             self._compare_peaks()
         self.is_first_step = False
@@ -205,14 +162,6 @@ class _Run:
         if is_best or _due(position.iteration, config.checkpoint.save_interval):
             self._save()
         return reason
-
-    def _reason_to_end(self, report: StepReport) -> str:
-        iteration = self.state.position.iteration
-        if report.stop:
-            return self._asked_to_stop()
-        if _due(iteration, self.state.config.training.exit_interval):
-            return f"--exit-interval reached at iteration {iteration}"
-        return ""
 
     def _asked_to_stop(self) -> str:
         return f"asked to stop at iteration {self.state.position.iteration}"
@@ -251,9 +200,9 @@ class _Run:
             return ""
         record = self._record(report)
         if validates:
-            found = self._validation()
-            record |= found
-            reason = reason or ("" if found else self._asked_to_stop())
+            validation = self._validation()
+            record |= validation
+            reason = reason or ("" if validation else self._asked_to_stop())
         if validates or is_last:
             record.update(self._orthogonality())
         self._write(record)
@@ -263,7 +212,7 @@ class _Run:
         """The validation loss; nothing if the run was asked to stop meanwhile, since it may be killed if it is slow."""
         assert self.data.valid is not None
         try:
-            with self.upkeep.around_validation(), self.speed.paused():
+            with self.watchers.around_validation():
                 loss = self._loss_on(self.data.valid, "validation")
         except ValidationInterrupted:
             self.state.best = replace(self.state.best, was_interrupted=True)
@@ -279,7 +228,7 @@ class _Run:
     def _write(self, record: Record) -> None:
         self.writer.write(record)
         self.progress.update(record)
-        self.interval = _Interval()  # a new one, so that validation does not count as time of a step
+        self.watchers.interval = Interval()
 
     def _orthogonality(self) -> Record:
         with whole_parameters(self.state.model_chunks):
@@ -310,20 +259,13 @@ class _Run:
             return
         self.planned_peak = None
         if isinstance(planned, str):
-            self.progress.message(
-                f"peak memory of rank 0: {self.measured_peak / 2**30:.2f} GiB measured, not planned: the rehearsal "
-                f"failed ({planned}; --no-plan leaves this out)"
-            )
-            return
+            comparison = f"not planned: the rehearsal failed ({planned}"
+        else:
+            comparison = f"{planned / 2**30:.2f} GiB planned ({self.measured_peak / planned - 1:+.1%}"
         self.progress.message(
-            f"peak memory of rank 0: {self.measured_peak / 2**30:.2f} GiB measured, {planned / 2**30:.2f} GiB planned "
-            f"({self.measured_peak / planned - 1:+.1%}; --no-plan leaves this out)"
+            f"peak memory of rank 0: {self.measured_peak / 2**30:.2f} GiB measured, {comparison}; --no-plan leaves "
+            f"this out)"
         )
-
-    def _show_first_step(self, report: StepReport) -> None:
-        """At once, unless the log interval shows it."""
-        if not _due(self.state.position.iteration, self.state.config.logging.log_interval):
-            self.progress.update_first(self._numbers(report))
 
     def _record(self, report: StepReport) -> Record:
         mixture = mixtures(self.state)
@@ -334,9 +276,8 @@ class _Run:
                     f"WARNING: a lambda has kept its last value {mixture.num_kept} times: the gradients of its layer "
                     f"were zero or not finite."
                 )
-        numbers, interval = self._numbers(report), self.interval
-        seconds = numbers["step_seconds"] * interval.num_steps
-        numbers |= self.speed.record(interval.num_steps, interval.num_positions, interval.num_pairs, seconds)
+        numbers = self._numbers(report)
+        numbers |= self.watchers.speed(numbers)
         if report.layer_grad_norms:
             numbers["grad_norm_by_layer"] = {str(layer): norm for layer, norm in enumerate(report.layer_grad_norms)}
         return numbers | ({"lambda": mixture.summary()} if mixture else {})
@@ -355,14 +296,14 @@ class _Run:
         return self._place() | {
             "learning_rate": report.learning_rate,
             "grad_norm": report.grad_norm,
-            **self.interval.averages(),
+            **self.watchers.interval.averages(),
             "memory_bytes": memory,
             "peak_memory_bytes": peak,
         }
 
     def _save(self) -> None:
         """Start a checkpoint; its time does not count as time of a step."""
-        with self.interval.paused(), self.speed.paused():
+        with self.watchers.paused():
             self._report_save(self.saver.finish())  # one save at a time: wait for the one before
             self.saver.start(self.state)
             self._report_save(self.saver.finish(wait=False))

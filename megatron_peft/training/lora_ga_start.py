@@ -40,18 +40,15 @@ def start_table(peft: PeftConfig, seconds: float, energy: Mapping[str, float], p
         f"  {'':<12} layers   mean   lowest (layer)   highest (layer)",
     ]
     for kind in sorted({name.rpartition(".")[2] for name in energy}):
-        lines.append(_row(kind, {_layer(name): value for name, value in energy.items() if name.endswith(f".{kind}")}))
+        values = {_layer(name): value for name, value in energy.items() if name.endswith(f".{kind}")}
+        lowest, highest = min(values, key=values.__getitem__), max(values, key=values.__getitem__)
+        lines.append(
+            f"  {kind:<12} {len(values):6d}  {sum(values.values()) / len(values):.3f}   {values[lowest]:.3f} "
+            f"{f'({lowest})':<8}   {values[highest]:.3f} {f'({highest})':<9}".rstrip()
+        )
     if path is not None:
         lines.append(f"  each layer: {path}")
     return "\n".join(lines)
-
-
-def _row(kind: str, values: Mapping[int, float]) -> str:
-    lowest, highest = min(values, key=values.__getitem__), max(values, key=values.__getitem__)
-    return (
-        f"  {kind:<12} {len(values):6d}  {sum(values.values()) / len(values):.3f}   {values[lowest]:.3f} "
-        f"{f'({lowest})':<8}   {values[highest]:.3f} {f'({highest})':<9}".rstrip()
-    )
 
 
 def write_start(peft: PeftConfig, seconds: float, energy: Mapping[str, float], save: str | None) -> Path | None:
@@ -116,6 +113,10 @@ def start_lora_ga(model_chunks: Sequence[nn.Module], config: RunConfig, steps: S
     """
     tensor_parallel: Any = parallel_state.get_tensor_model_parallel_group()
     data_parallel: Any = parallel_state.get_data_parallel_group()
+    # completion tokens of the global batches, over all replicas
+    own_tokens = sum(microbatch.num_loss_tokens for step in steps for microbatch in step)
+    total = torch.tensor(own_tokens, device=torch.cuda.current_device())
+    dist.all_reduce(total, group=data_parallel)
     passes = iter(range(1, NUM_PASSES + 1))
     with _progress(len(steps), config.peft.lora_ga_batches) as advance:
 
@@ -134,23 +135,15 @@ def start_lora_ga(model_chunks: Sequence[nn.Module], config: RunConfig, steps: S
             config.peft.lora_ga_init,
             config.training.seed,
             replay,
-            _num_loss_tokens(steps, data_parallel),
+            int(total),
             tensor_parallel,
             data_parallel,
         )
     seed_generators(config.training.seed)  # the run's dropout is that of a run without this start
-    energy = {name: value for found in gather_over_world(report.energy) for name, value in found.items()}
+    energy = {name: value for of_rank in gather_over_world(report.energy) for name, value in of_rank.items()}
     if dist.get_rank() == 0:
         path = write_start(config.peft, report.seconds, energy, config.checkpoint.save)
         print_rank_0(start_table(config.peft, report.seconds, energy, path))
-
-
-def _num_loss_tokens(steps: Sequence[Step], data_parallel: dist.ProcessGroup) -> int:
-    """Completion tokens of the global batches, over all replicas."""
-    own = sum(microbatch.num_loss_tokens for step in steps for microbatch in step)
-    total = torch.tensor(own, device=torch.cuda.current_device())
-    dist.all_reduce(total, group=data_parallel)
-    return int(total)
 
 
 @contextmanager

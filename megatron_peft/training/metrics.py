@@ -65,25 +65,26 @@ class MetricsWriter(AbstractContextManager):
         hold_folder: Callable[[], None] = lambda: None,
     ) -> None:
         self._hold_folder = hold_folder
-        self._file: _Lines | None = None
-        self._layers_file: _Lines | None = None
         self._folder = Path(save_dir) if is_writer and save_dir is not None else None
+        self._files: dict[str, _Lines] = {}  # by name, in the folder
         self._resumed_iteration = resumed_iteration
         self._tensorboard: Any = None
         self._wandb: Any = None
         if not is_writer:
             return
         if self._folder is not None:
-            self._file = _open_metrics(self._folder / METRICS_FILE, resumed_iteration, hold_folder)
+            self._open(METRICS_FILE)
         if logging.tensorboard_dir is not None:
-            self._tensorboard = _open_tensorboard(logging.tensorboard_dir, resumed_iteration)
+            from torch.utils.tensorboard import SummaryWriter  # takes over a second to import
+
+            self._tensorboard = SummaryWriter(logging.tensorboard_dir, purge_step=resumed_iteration + 1)
         if logging.wandb_project is not None:
             self._wandb = _open_wandb(logging, save_dir, run_settings)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Write a record: `iteration`, and numbers or mappings of numbers; names (of a host) go to the file only."""
-        if self._file is not None:
-            self._file.append(json.dumps(finite(record)))
+        if self._folder is not None:
+            self._open(METRICS_FILE).append(json.dumps(finite(record)))
         scalars = dict(_scalars(record))
         iteration = int(scalars.pop("iteration"))
         scalars = {TAGS.get(name, name): value for name, value in scalars.items()}
@@ -97,23 +98,34 @@ class MetricsWriter(AbstractContextManager):
     def write_layers(self, iteration: int, name: str, by_layer: Mapping[str, float]) -> None:
         """Write a number per layer to `{name}.jsonl` and, as one curve per layer, to TensorBoard."""
         if self._folder is not None:
-            path = self._folder / f"{name}.jsonl"
-            self._layers_file = self._layers_file or _open_metrics(path, self._resumed_iteration, self._hold_folder)
-            self._layers_file.append(json.dumps(finite({"iteration": iteration, name: by_layer})))
+            self._open(f"{name}.jsonl").append(json.dumps(finite({"iteration": iteration, name: by_layer})))
         if self._tensorboard is not None:
             for layer, value in by_layer.items():
                 self._tensorboard.add_scalar(f"{name}_by_layer/{layer}", value, iteration)
 
     def close(self) -> None:
         """Close all files and loggers. May be called twice."""
-        for file in (self._file, self._layers_file):
-            if file is not None:
-                file.close()
+        for file in self._files.values():
+            file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
-        self._file = self._layers_file = self._tensorboard = self._wandb = None
+        self._files, self._folder, self._tensorboard, self._wandb = {}, None, None, None
+
+    def _open(self, name: str) -> "_Lines":
+        """The file of this name in the folder, opened at its first use."""
+        assert self._folder is not None
+        if name not in self._files:
+            path = self._folder / name
+            try:
+                self._hold_folder()
+                path.parent.mkdir(parents=True, exist_ok=True)
+                _drop_records_after(path, self._resumed_iteration)
+                self._files[name] = _Lines(path, self._hold_folder)
+            except OSError as error:
+                raise ConfigurationError(f"--save {path.parent} cannot be written: {error}.") from error
+        return self._files[name]
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -179,7 +191,11 @@ class _Lines:
         self._num_lost = 0  # lines, since the last one that was written
 
     def append(self, line: str) -> None:
-        if not self._is_in_place():
+        try:
+            is_in_place = os.path.samestat(self._path.stat(), os.fstat(self._file.fileno()))
+        except OSError:
+            is_in_place = False
+        if not is_in_place:
             self._reopen()
         start = self._file.seek(0, os.SEEK_END)
         left = memoryview(f"{line}\n".encode())
@@ -199,12 +215,6 @@ class _Lines:
     def close(self) -> None:
         self._file.close()
 
-    def _is_in_place(self) -> bool:
-        try:
-            return os.path.samestat(self._path.stat(), os.fstat(self._file.fileno()))
-        except OSError:
-            return False
-
     def _reopen(self) -> None:
         try:
             self._hold_folder()
@@ -218,28 +228,16 @@ class _Lines:
         self._file = file
 
 
-def _open_metrics(path: Path, resumed_iteration: int, hold_folder: Callable[[], None]) -> _Lines:
-    try:
-        hold_folder()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _drop_records_after(path, resumed_iteration)
-        return _Lines(path, hold_folder)
-    except OSError as error:
-        raise ConfigurationError(f"--save {path.parent} cannot be written: {error}.") from error
-
-
-def _set_aside(path: Path) -> None:
-    """Rename it to the first NAME.1, NAME.2, ... that is free."""
-    numbered = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in count(1))
-    path.rename(next(other for other in numbered if not other.exists()))
-
-
 def _drop_records_after(path: Path, iteration: int) -> None:
-    """Replace the file by its records up to `iteration`; a kill leaves the old file or the new one."""
+    """Replace the file by its records up to `iteration`; a kill leaves the old file or the new one.
+
+    A new run, at 0, renames the file to the first NAME.1, NAME.2, ... that is free.
+    """
     if not path.exists():
         return
     if iteration == 0:
-        _set_aside(path)
+        numbered = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in count(1))
+        path.rename(next(other for other in numbered if not other.exists()))
         return
     temporary = path.with_suffix(".tmp")
     temporary.unlink(missing_ok=True)  # of a killed process, or a link that leads elsewhere
@@ -250,12 +248,6 @@ def _drop_records_after(path: Path, iteration: int) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
-
-
-def _open_tensorboard(folder: str, resumed_iteration: int) -> Any:
-    from torch.utils.tensorboard import SummaryWriter  # takes over a second to import
-
-    return SummaryWriter(folder, purge_step=resumed_iteration + 1)
 
 
 def require_loggers(logging: LoggingConfig) -> None:

@@ -19,28 +19,21 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_layer import TransformerLayer
-from torch import Tensor, nn
+from torch import nn
 
 from megatron_peft.adapters.attach import attach_adapters, make_adaptable, merge_adapters
 from megatron_peft.adapters.step import AdaptersStep
 from megatron_peft.checkpoint.load import require_whole
 from megatron_peft.checkpoint.save import write_new_folder
-from megatron_peft.checkpoint.tensors import ADAPTER, global_slices, load_parameters, sharded_parameters
+from megatron_peft.checkpoint.tensors import ADAPTER, global_slices, load_parameters, sharded_parameters, sharded_state
 from megatron_peft.config import METHODS, ConfigurationError, PeftConfig, require
 from megatron_peft.lora_ga.initialize import init_from_gradients
 from megatron_peft.parallel.collectives import gradient_of, sum_partial_gradients_over_tensor_parallel
 from megatron_peft.runtime.launch import checked_together
-from megatron_peft.training.after_step import (
-    CLIP_EPSILON,
-    bound_low_rank_norms,
-    merge_if_due,
-    mix_from_gradients,
-    mixtures,
-    update,
-)
 from megatron_peft.training.state import group_overrides
 from megatron_peft.training.step import finish_gradients
 from megatron_peft.training.terminal import print_rank_0, unused_flags_notes
+from megatron_peft.training.update import CLIP_EPSILON, mixtures, update
 
 
 def add_adapters(
@@ -174,10 +167,8 @@ class ModelAdapters:
             self.peft.spec.starts_from_gradients,
             f"start_from_gradients: {self.peft.spec.describe(self.peft)} has no such start; use one of {able}.",
         )
-        tensor_parallel: Any = parallel_state.get_tensor_model_parallel_group()
-        data_parallel: Any = parallel_state.get_data_parallel_group()
+        groups: Any = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_data_parallel_group()
         numbers = (self.peft.lora_rank, self.peft.lora_ga_init, self.seed)
-        groups = (tensor_parallel, data_parallel)
         return init_from_gradients(self.model_chunks, *numbers, replay, num_tokens, *groups).energy
 
     # A step.
@@ -201,8 +192,9 @@ class ModelAdapters:
         `finalize_model_grads`.
         """
         group: Any = parallel_state.get_tensor_model_parallel_group()
+        is_buffered = all(getattr(parameter, "main_grad", None) is not None for parameter in self.parameters())
         require(
-            parallel_state.get_data_parallel_world_size() == 1 or _is_buffered(self.parameters()),
+            parallel_state.get_data_parallel_world_size() == 1 or is_buffered,
             "sum_gradients sums over tensor-parallel ranks only, and there are data-parallel replicas: wrap the model "
             "in megatron-core's DistributedDataParallel and set finalize_model_grads_func.",
         )
@@ -210,7 +202,7 @@ class ModelAdapters:
         sum_partial_gradients_over_tensor_parallel(self.model_chunks, group)
 
     def finalize_model_grads(self, model: Sequence[nn.Module], *args: Any, **kwargs: Any) -> None:
-        """For `TransformerConfig.finalize_model_grads_func`: megatron-core's own sums, then ours."""
+        """megatron-core's own sums, then ours: set it as `TransformerConfig.finalize_model_grads_func`."""
         late = [
             one for one in model if isinstance(one, DistributedDataParallel) and one.ddp_config.overlap_param_gather
         ]
@@ -256,18 +248,15 @@ class ModelAdapters:
             self.optimizer, self.clip_grad = optimizer, optimizer.config.clip_grad
         else:
             self.optimizer, self.clip_grad = PlainOptimizer(optimizer, clip_grad), clip_grad
-        mix_from_gradients(self)
         grad_norm = update(self)
-        bound_low_rank_norms(self)
-        merge_if_due(self)
         self.iteration += 1
-        return float(grad_norm or 0.0)
+        return grad_norm
 
     @property
     def mixtures(self) -> dict[str, float]:
         """The Hybrid's lambda by layer of the whole model; empty for other methods. A collective."""
-        found = mixtures(self)
-        return found.by_layer if found else {}
+        lambdas = mixtures(self)
+        return lambdas.by_layer if lambdas else {}
 
     # What becomes of the adapters.
 
@@ -297,8 +286,11 @@ class ModelAdapters:
         What its `load` returns goes to `model.load_state_dict(..., strict=False)`. With several chunks this is a
         dictionary for each, by `model0`, `model1`, ...
         """
-        found = [_of_adapters(chunk) for chunk in self.model_chunks]
-        return found[0] if len(found) == 1 else {f"model{index}": one for index, one in enumerate(found)}
+        states = [
+            {name: entry for name, entry in sharded_state(chunk).items() if ADAPTER in name}
+            for chunk in self.model_chunks
+        ]
+        return states[0] if len(states) == 1 else {f"model{index}": state for index, state in enumerate(states)}
 
     def merge(self) -> None:
         """Merge the adapters into the model's weights, in place, and remove them. A collective."""
@@ -309,18 +301,6 @@ class ModelAdapters:
 def _checked_rate(lr: float) -> float:
     require(lr > 0, f"the learning rate is {lr}; it must be above 0.")
     return lr
-
-
-def _is_buffered(parameters: Sequence[nn.Parameter]) -> bool:
-    return all(getattr(one, "main_grad", None) is not None for one in parameters)
-
-
-def _of_adapters(chunk: Any) -> dict[str, Any]:
-    metadata = {
-        "non_homogeneous_layers": True,  # a key for each layer, since only some layers may have an adapter
-        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-    }
-    return {name: one for name, one in chunk.sharded_state_dict(metadata=metadata).items() if ADAPTER in name}
 
 
 class PlainOptimizer:
@@ -347,25 +327,21 @@ class PlainOptimizer:
 
     def step(self) -> tuple[bool, float, None]:
         """(True, the norm before clipping, None), as megatron-core's optimizers."""
-        parameters = [one for group in self.param_groups for one in group["params"]]
-        gradients = [gradient_of(one) for one in parameters]
-        norm = float(_norm(parameters, gradients))
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        gradients = [gradient_of(parameter) for parameter in parameters]
+        # The norm is that of the whole gradient: what every tensor-parallel rank holds counts once.
+        counts_replicated = parallel_state.get_tensor_model_parallel_rank() == 0
+        squares = [
+            torch.linalg.vector_norm(gradient, dtype=torch.float32).square()
+            for parameter, gradient in zip(parameters, gradients, strict=True)
+            if counts_replicated or getattr(parameter, "tensor_model_parallel", False)
+        ]
+        total = torch.stack(squares).sum() if squares else torch.zeros((), device=torch.cuda.current_device())
+        dist.all_reduce(total, group=parallel_state.get_model_parallel_group())
+        norm = float(total.sqrt())
         if self.clip_grad > 0:
             torch._foreach_mul_(gradients, min(1.0, self.clip_grad / (norm + CLIP_EPSILON)))
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient.to(parameter.dtype)
         self.optimizer.step()
         return True, norm, None
-
-
-def _norm(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> Tensor:
-    """Of the whole gradient. What every tensor-parallel rank holds counts once."""
-    counts_replicated = parallel_state.get_tensor_model_parallel_rank() == 0
-    squares = [
-        torch.linalg.vector_norm(gradient, dtype=torch.float32).square()
-        for parameter, gradient in zip(parameters, gradients, strict=True)
-        if counts_replicated or getattr(parameter, "tensor_model_parallel", False)
-    ]
-    total = torch.stack(squares).sum() if squares else torch.zeros((), device=torch.cuda.current_device())
-    dist.all_reduce(total, group=parallel_state.get_model_parallel_group())
-    return total.sqrt()

@@ -45,7 +45,7 @@ from megatron_peft.training.loop import train
 from megatron_peft.training.lora_ga_start import first_steps, start_lora_ga
 from megatron_peft.training.metrics import require_loggers
 from megatron_peft.training.state import TrainingState, schedule_values, start_state
-from megatron_peft.training.terminal import count_parameters, print_rank_0, resume_summary, training_summary
+from megatron_peft.training.terminal import print_rank_0, resume_summary, training_summary
 from megatron_peft.training.validation import START_TOLERANCE, start_losses
 
 RUN_FILE = "run.yaml"
@@ -97,23 +97,19 @@ def build_chunks(config: RunConfig, shape: ModelShape, loads: bool = True) -> li
     if config.peft.trains_adapters:
         adapted = attach_adapters(chunks, config.peft, config.training.seed)
     if loads:
-        _load(chunks, config, shape)
-        print_rank_0(training_summary(config, all_names(adapted), count_parameters(chunks), chunks))
+        assert config.model.pretrained_checkpoint is not None
+        report = load_pretrained(
+            chunks,
+            config.model.pretrained_checkpoint,
+            shape,
+            tensor_parallel_rank=parallel_state.get_tensor_model_parallel_rank(),
+            tensor_parallel_size=config.parallel.tensor_model_parallel_size,
+            progress=dist.get_rank() == 0,
+            groups=ReadingGroups.of_layout(),
+        )
+        print_rank_0(f"read {report.counts.bytes / 2**20:,.1f} MiB of weights on this rank in {report.seconds:.1f} s")
+        print_rank_0(training_summary(config, all_names(adapted), chunks))
     return chunks
-
-
-def _load(chunks: Sequence[GPTModel], config: RunConfig, shape: ModelShape) -> None:
-    assert config.model.pretrained_checkpoint is not None
-    report = load_pretrained(
-        chunks,
-        config.model.pretrained_checkpoint,
-        shape,
-        tensor_parallel_rank=parallel_state.get_tensor_model_parallel_rank(),
-        tensor_parallel_size=config.parallel.tensor_model_parallel_size,
-        progress=dist.get_rank() == 0,
-        groups=ReadingGroups.of_layout(),
-    )
-    print_rank_0(f"read {report.counts.bytes / 2**20:,.1f} MiB of weights on this rank in {report.seconds:.1f} s")
 
 
 def check_run(config: RunConfig) -> ModelShape:
@@ -194,7 +190,11 @@ def finetune(
         checkpoint = load_checkpoint(state)
         if checkpoint is None:
             _check_start(state, data)
-        _print_start(checkpoint, state, data)
+        if checkpoint is not None:
+            epoch = data.train.epochs_at(state.position.consumed_samples)
+            print_rank_0(resume_summary(checkpoint, state, data.train_iters, epoch))
+        elif config.checkpoint.resume == "auto":
+            print_rank_0(f"--resume auto: --save {config.checkpoint.save} holds no checkpoint, so a new run starts")
         _note_unknown_lengths(config)
         if config.checkpoint.save and run_file:
             path = Path(config.checkpoint.save) / RUN_FILE
@@ -231,14 +231,6 @@ def _check_validation_data(config: RunConfig, data: Data) -> None:
         f"--early-stopping-patience and --keep-best need a validation loss, but --split {config.data.split} leaves no "
         f"validation data: give a split with some, or --valid-data-path.",
     )
-
-
-def _print_start(checkpoint: Path | None, state: TrainingState, data: Data) -> None:
-    if checkpoint is not None:
-        epoch = data.train.epochs_at(state.position.consumed_samples)
-        print_rank_0(resume_summary(checkpoint, state, data.train_iters, epoch))
-    elif state.config.checkpoint.resume == "auto":
-        print_rank_0(f"--resume auto: --save {state.config.checkpoint.save} holds no checkpoint, so a new run starts")
 
 
 def _note_unknown_lengths(config: RunConfig) -> None:

@@ -57,15 +57,15 @@ class GradientShards:
 
     def whole(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
         """Copies of the whole gradients. Sharded: one all-reduce over the data-parallel ranks."""
-        found = []
+        gradients = []
         for parameter in parameters:
             gradient = torch.zeros_like(parameter, dtype=torch.float32)
             gradient.view(-1)[self.shard(parameter)] = self.own(parameter).float()
-            found.append(gradient)
-        if self.is_sharded and found:
+            gradients.append(gradient)
+        if self.is_sharded and gradients:
             group: Any = parallel_state.get_data_parallel_group()
-            sum_coalesced(found, group)
-        return found
+            sum_coalesced(gradients, group)
+        return gradients
 
 
 def start_state(
@@ -85,32 +85,26 @@ def start_state(
 
 def wrap_data_parallel(model_chunks: Sequence[nn.Module], config: RunConfig) -> list[DistributedDataParallel]:
     """Wrap each chunk in megatron-core's DistributedDataParallel, which holds the gradient buffers."""
+    overlaps = config.optimizer.overlap_param_gather
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=config.model.bf16 and not config.training.grad_reduce_in_bf16,  # as Megatron does
         overlap_grad_reduce=config.training.overlap_grad_reduce,
-        overlap_param_gather=config.optimizer.overlap_param_gather,
+        overlap_param_gather=overlaps,
         use_distributed_optimizer=config.optimizer.use_distributed_optimizer,
-        align_param_gather=_gathers_ahead(config, len(model_chunks)),
+        # Otherwise the first microbatch waits for a gather in every chunk of every stage, one after the other. Of
+        # adapters a gather is small, and rotations ask for theirs before the first microbatch.
+        align_param_gather=overlaps and len(model_chunks) > 1 and not config.peft.trains_adapters,
     )
     wrapped = [
         DistributedDataParallel(get_model_config(chunk), settings, chunk, disable_bucketing=index > 0)
         for index, chunk in enumerate(model_chunks)
     ]
-    if settings.overlap_param_gather:
+    if overlaps:
         for chunk in wrapped:
             _wait_for_adapter_submodules(chunk)
     if settings.align_param_gather:
         get_model_config(model_chunks[0]).param_sync_func = [chunk.start_param_sync for chunk in wrapped]
     return wrapped
-
-
-def _gathers_ahead(config: RunConfig, num_chunks: int) -> bool:
-    """Whether a chunk's parameters are gathered before its first input comes, as Megatron's --align-param-gather does.
-
-    Otherwise the first microbatch waits for a gather in every chunk of every stage, one after the other. Of adapters a
-    gather is small, and rotations ask for theirs before the first microbatch.
-    """
-    return config.optimizer.overlap_param_gather and num_chunks > 1 and not config.peft.trains_adapters
 
 
 def _wait_for_adapter_submodules(chunk: DistributedDataParallel) -> None:

@@ -26,14 +26,8 @@ from megatron_peft.data.batches import Microbatch
 from megatron_peft.models.layers import PackedSamples
 from megatron_peft.parallel.collectives import sum_partial_gradients_over_tensor_parallel
 from megatron_peft.runtime.launch import gather_over_world, read_on_host
-from megatron_peft.training.after_step import (
-    bound_low_rank_norms,
-    layer_gradient_squares,
-    merge_if_due,
-    mix_from_gradients,
-    update,
-)
 from megatron_peft.training.state import TrainingState
+from megatron_peft.training.update import layer_gradient_squares, update
 
 
 class NonFiniteError(FloatingPointError):
@@ -131,7 +125,7 @@ def train_step(
     if state.config.training.empty_unused_memory_level >= 1:
         torch.cuda.empty_cache()
     # Gradients are complete. They are checked before anything uses them, so that a NaN leaves the state as it was. The
-    # Hybrid's lambda is taken before the optimizer clips them. The schedule advances last: to the next step's rate.
+    # schedule advances last: to the next step's rate.
     check = state.config.training.check_for_nan_in_loss_and_grad
     num_pairs = sum(microbatch.num_pairs for microbatch in microbatches)
     squares = layer_gradient_squares(state, state.shape.num_layers) if by_layer else None
@@ -139,11 +133,9 @@ def train_step(
     loss_sum, num_tokens, num_positions, num_non_finite, num_stopping, num_pairs, *squared = totals
     if check and num_non_finite:
         _raise_non_finite(state, losses)
-    mix_from_gradients(state)
-    learning_rate = _learning_rate(state)
+    groups = state.optimizer.param_groups
+    learning_rate = next((group["lr"] for group in groups if group.get("default_config", True)), groups[0]["lr"])
     grad_norm = update(state)
-    bound_low_rank_norms(state)
-    merge_if_due(state)
     if state.config.training.empty_unused_memory_level >= 2:
         torch.cuda.empty_cache()
     state.schedule.step(increment=state.config.global_batch_size)
@@ -152,7 +144,7 @@ def train_step(
         num_tokens=int(num_tokens),
         num_positions=int(num_positions),
         num_pairs=int(num_pairs),
-        grad_norm=float(grad_norm or 0.0),
+        grad_norm=grad_norm,
         learning_rate=learning_rate,
         stop=num_stopping > 0,
         layer_grad_norms=tuple(map(sqrt, squared)),
@@ -269,9 +261,8 @@ def _sum_over_world(
 
 
 def _raise_non_finite(state: TrainingState, losses: Tensor) -> None:
-    bad = (~torch.isfinite(losses[:, 0])).nonzero().flatten().tolist()
-    found = enumerate(gather_over_world(bad))
-    places = [f"rank {rank}, microbatch {index}" for rank, indices in found for index in indices]
+    bad = gather_over_world((~torch.isfinite(losses[:, 0])).nonzero().flatten().tolist())
+    places = [f"rank {rank}, microbatch {index}" for rank, indices in enumerate(bad) for index in indices]
     what = f"the loss is NaN or infinite ({'; '.join(places[:8])})" if places else "a gradient is NaN or infinite"
     done = state.position.iteration
     cause = "Lower --lr" if done else "Nothing is trained yet: check the weights of --pretrained-checkpoint"
@@ -279,8 +270,3 @@ def _raise_non_finite(state: TrainingState, losses: Tensor) -> None:
         f"iteration {done + 1}: {what}. The parameters are those of iteration {done}. {cause}, check the data, or "
         f"continue anyway with --no-check-for-nan-in-loss-and-grad."
     )
-
-
-def _learning_rate(state: TrainingState) -> float:
-    groups = state.optimizer.param_groups
-    return next((group["lr"] for group in groups if group.get("default_config", True)), groups[0]["lr"])

@@ -21,6 +21,11 @@ from megatron_peft.adapters.attach import huggingface_modules
 from megatron_peft.checkpoint.state import TrainingState
 from megatron_peft.config import PeftConfig, RunConfig
 
+
+def _rank_and_times(rank: int, host: str, seconds: float, median_seconds: float) -> str:
+    return f"{rank} ({host}) {1000 * seconds:.1f} ms, median {1000 * median_seconds:.1f} ms"
+
+
 # (field of the record, label, format); a field that the record lacks is left out
 Fields = tuple[tuple[str, str, Callable[[Any], str]], ...]
 LINE_FIELDS: Fields = (
@@ -34,7 +39,7 @@ LINE_FIELDS: Fields = (
     ("mfu", "MFU", lambda x: f"{x:.1%}"),
     ("joules_per_step", "energy per iteration (J)", lambda x: f"{x:.1f}"),
     ("timer_seconds", "slowest rank (ms)", lambda times: ", ".join(f"{k} {1000 * s:.1f}" for k, s in times.items())),
-    ("slowest_rank", "slowest rank", lambda found: _rank_and_times(found)),
+    ("slowest_rank", "slowest rank", lambda slowest: _rank_and_times(**slowest)),
     ("validation_loss", "validation loss", lambda x: f"{x:.6E}"),
 )
 SHORT_FIELDS: Fields = (  # at a terminal, as many as fit its width
@@ -93,7 +98,9 @@ class Progress:
             self._show_loss(record)
             self._print(self._short_line(record))
         elif self._enabled:
-            self._print(self._line(record))
+            start = f"iteration {record['iteration']:8d}/{self._total:8d}"
+            left = f"ETA: {self._time_left(record['iteration'])}"
+            self._print(" | ".join([start, *_formatted(record, LINE_FIELDS, ": "), left]))
 
     def update_first(self, record: Mapping[str, Any]) -> None:
         """Show the metrics of the first step: in the bar, or as a line."""
@@ -121,13 +128,8 @@ class Progress:
         if self._enabled:
             self._print(text)
 
-    def _line(self, record: Mapping[str, Any]) -> str:
-        iteration = record["iteration"]
-        start = f"iteration {iteration:8d}/{self._total:8d}"
-        return " | ".join([start, *_formatted(record, LINE_FIELDS, ": "), f"ETA: {self._time_left(iteration)}"])
-
     def _time_left(self, iteration: int) -> timedelta:
-        """By the mean time of an iteration so far, with saves and validations."""
+        """An estimate from the mean time of an iteration so far, with saves and validations."""
         done = max(iteration - self._start, 1)
         return timedelta(seconds=round((time.monotonic() - self._started_at) / done * (self._total - iteration)))
 
@@ -168,11 +170,6 @@ def _formatted(record: Mapping[str, Any], fields: Fields, separator: str) -> lis
     return [f"{label}{separator}{show(record[name])}" for name, label, show in fields if record.get(name) is not None]
 
 
-def _rank_and_times(found: Mapping[str, Any]) -> str:
-    own, median = (f"{1000 * found[name]:.1f} ms" for name in ("seconds", "median_seconds"))
-    return f"{found['rank']} ({found['host']}) {own}, median {median}"
-
-
 _MIB = 2**20
 _FLOAT32_BYTES = 4
 
@@ -185,27 +182,28 @@ class ParameterCounts:
     total: int
 
 
-def count_parameters(model_chunks: Sequence[nn.Module]) -> ParameterCounts:
-    """Count over the tensor- and pipeline-parallel ranks. A collective."""
-    local = [0, 0]
-    for parameter in _counted_here(model_chunks):
-        local[0] += parameter.numel() * parameter.requires_grad
-        local[1] += parameter.numel()
-    counts = torch.tensor(local, dtype=torch.int64, device=torch.cuda.current_device())
-    group: Any = parallel_state.get_model_parallel_group()
-    dist.all_reduce(counts, group=group)
-    return ParameterCounts(*counts.tolist())
-
-
-def _counted_here(model_chunks: Sequence[nn.Module]) -> Iterator[nn.Parameter]:
-    """The parameters that this rank counts, so that the sum over ranks is the whole model."""
-    counts_replicated = parallel_state.get_tensor_model_parallel_rank() == 0
-    for chunk in model_chunks:
-        for parameter in chunk.parameters():
-            is_copy_of_embedding = getattr(parameter, "shared", False)  # a tied output layer on the last stage
+def numbers_of_parameters(model_chunks: Sequence[nn.Module]) -> dict[str, int]:
+    """Numbers on this rank, and on its stage: split parameters count on every tensor-parallel rank, others once."""
+    numbers: dict[str, int] = dict.fromkeys(("trained", "frozen", "trained of stage", "frozen of stage"), 0)
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    for parameter in (parameter for chunk in model_chunks for parameter in chunk.parameters()):
+        kind = "trained" if parameter.requires_grad else "frozen"
+        numbers[kind] += parameter.numel()
+        if not getattr(parameter, "shared", False):  # a tied output layer on the last stage
             is_split = getattr(parameter, "tensor_model_parallel", False)
-            if not is_copy_of_embedding and (is_split or counts_replicated):
-                yield parameter
+            numbers[f"{kind} of stage"] += parameter.numel() * (size if is_split else 1)
+    return numbers
+
+
+def count_parameters(model_chunks: Sequence[nn.Module]) -> ParameterCounts:
+    """Count over the pipeline stages. A collective."""
+    numbers = numbers_of_parameters(model_chunks)
+    of_stage = numbers["trained of stage"], numbers["frozen of stage"]
+    counts = torch.tensor(of_stage, dtype=torch.int64, device=torch.cuda.current_device())
+    group: Any = parallel_state.get_pipeline_model_parallel_group()
+    dist.all_reduce(counts, group=group)
+    trainable, frozen = counts.tolist()
+    return ParameterCounts(trainable, trainable + frozen)
 
 
 def unused_flags_notes(peft: PeftConfig) -> list[str]:
@@ -213,14 +211,11 @@ def unused_flags_notes(peft: PeftConfig) -> list[str]:
     return [f"note: {flag} has no effect with {peft.spec.describe(peft)}" for flag in peft.unused_flags]
 
 
-def training_summary(
-    config: RunConfig, adapted: Sequence[str], counts: ParameterCounts, model_chunks: Sequence[nn.Module]
-) -> str:
-    """What is trained, and memory on this rank; a few lines for the terminal.
+def training_summary(config: RunConfig, adapted: Sequence[str], model_chunks: Sequence[nn.Module]) -> str:
+    """What is trained, and memory on this rank; a few lines for the terminal. A collective.
 
     Args:
         adapted: global names of the adapted layers of the whole model.
-        counts: of the whole model.
         model_chunks: this rank's.
     """
     lines = [f"--peft-method {config.peft.method}: {_modules(config, adapted, huggingface_modules(model_chunks))}"]
@@ -230,6 +225,7 @@ def training_summary(
             "not start from the pretrained one."
         )
     lines += unused_flags_notes(config.peft)
+    counts = count_parameters(model_chunks)
     share = 100 * counts.trainable / max(counts.total, 1)
     lines.append(f"trainable parameters: {counts.trainable:,} of {counts.total:,} ({share:.3f}%)")
     weights, gradients, moments = rank_bytes(config, model_chunks)
@@ -259,16 +255,15 @@ def rank_bytes(config: RunConfig, model_chunks: Sequence[nn.Module]) -> tuple[in
     Gradients are float32. Adam has two float32 moments, and under --bf16 a float32 master;
     --use-distributed-optimizer splits these over the data-parallel ranks.
     """
-    parameters = [parameter for chunk in model_chunks for parameter in chunk.parameters()]
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
-    trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    weights = sum(one.numel() * one.element_size() for chunk in model_chunks for one in chunk.parameters())
+    gradients = numbers_of_parameters(model_chunks)["trained"] * _FLOAT32_BYTES
     copies = (2 if config.optimizer.optimizer == "adam" else 1) + config.model.bf16
     shards = config.parallel.data_parallel_size if config.optimizer.use_distributed_optimizer else 1
-    return weights, trainable * _FLOAT32_BYTES, trainable * _FLOAT32_BYTES * copies // shards
+    return weights, gradients, gradients * copies // shards
 
 
 def resume_summary(checkpoint: Path, state: TrainingState, train_iters: int, epoch: float) -> str:
-    """From what checkpoint a run goes on, where in the data, and what is left; a line for the terminal.
+    """The checkpoint from which a run goes on, its place in the data, and what is left; a line for the terminal.
 
     Args:
         state: with the checkpoint loaded.

@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
-from torch import nn
 
 from megatron_peft.adapters.attach import linear_layers
 from megatron_peft.adapters.step import adapters_step
@@ -69,42 +68,36 @@ def layers_without_gradient(state: TrainingState) -> list[str]:
 
     They would never train, while the loss still falls through the other layers.
     """
-    layers = [layer for chunk in state.model_chunks for layer in linear_layers(chunk)]
-    own = {
-        f"{layer.name}{half}": _largest_gradient(part)
-        for layer in layers
-        if layer.module.adapter is not None
-        for half, part in _with_names(layer.module.adapter)
-    }
-    gathered: list[dict[str, float]] = gather_over_world(own)
-    largest = {name: max(part.get(name, 0.0) for part in gathered) for part in gathered for name in part}
+    own: dict[str, float] = {}
+    for layer in [layer for chunk in state.model_chunks for layer in linear_layers(chunk)]:
+        adapter: Any = layer.module.adapter
+        if adapter is None:
+            continue
+        # Halves of a Hybrid can lose their gradients alone.
+        for half, part in adapter.trained_parts() if hasattr(adapter, "trained_parts") else [("", adapter)]:
+            gradients = [parameter.main_grad for parameter in part.parameters() if parameter.requires_grad]
+            own[f"{layer.name}{half}"] = max((float(one.abs().max()) for one in gradients if one.numel()), default=0.0)
+    by_rank = gather_over_world(own)
+    largest = {name: max(values.get(name, 0.0) for values in by_rank) for values in by_rank for name in values}
     return sorted(name for name, value in largest.items() if value == 0)
-
-
-def _with_names(adapter: Any) -> Iterable[tuple[str, nn.Module]]:
-    """(suffix, module) of an adapter whose parts can lose their gradients alone; else the whole adapter."""
-    return adapter.trained_parts() if hasattr(adapter, "trained_parts") else [("", adapter)]
 
 
 def start_losses(state: TrainingState, step: Step) -> tuple[float, float]:
     """Mean loss of a step's first microbatches, with the adapters and without them. A collective."""
     # As few microbatches as megatron-core's interleaved schedule takes.
     step = step[: state.config.parallel.pipeline_model_parallel_size]
-    # megatron-core takes its hooks off module by module, so no module may be missing when it does.
-    with whole_parameters(state.model_chunks):
-        return validation_loss(state.model_chunks, [step]), _loss_without_adapters(state, step)
-
-
-def _loss_without_adapters(state: TrainingState, step: Step) -> float:
     modules = [layer.module for chunk in state.model_chunks for layer in linear_layers(chunk)]
     adapters = [module.adapter for module in modules]
-    for module in modules:
-        module.adapter = None
-    try:
-        return validation_loss(state.model_chunks, [step])
-    finally:
-        for module, adapter in zip(modules, adapters, strict=True):
-            module.adapter = adapter
+    # megatron-core takes its hooks off module by module, so no module may be missing when it does.
+    with whole_parameters(state.model_chunks):
+        adapted = validation_loss(state.model_chunks, [step])
+        for module in modules:
+            module.adapter = None
+        try:
+            return adapted, validation_loss(state.model_chunks, [step])
+        finally:
+            for module, adapter in zip(modules, adapters, strict=True):
+                module.adapter = adapter
 
 
 def largest_orthogonality_error(state: TrainingState) -> float | None:
@@ -115,8 +108,3 @@ def largest_orthogonality_error(state: TrainingState) -> float | None:
     worst = torch.stack(errors).max() if errors else torch.tensor(-1.0, device=torch.cuda.current_device())
     dist.all_reduce(worst, dist.ReduceOp.MAX)
     return None if worst < 0 else float(worst)
-
-
-def _largest_gradient(adapter: nn.Module) -> float:
-    gradients = [parameter.main_grad for parameter in adapter.parameters() if parameter.requires_grad]  # pyright: ignore[reportAttributeAccessIssue]
-    return max((float(gradient.abs().max()) for gradient in gradients if gradient.numel()), default=0.0)

@@ -13,8 +13,8 @@ from megatron_peft.benchmarks.measure import MIB
 from megatron_peft.rehearsal.rehearsal import rehearse
 from megatron_peft.rehearsal.requests import Lengths, RankToRehearse
 from megatron_peft.training.metrics import memory_bytes
-from megatron_peft.training.speed import ModelFlops
 from megatron_peft.training.step import train_step
+from megatron_peft.training.watchers import ModelFlops
 from tests.adapters.test_operation_counts import A_MICROBATCH
 from tests.benchmarks import gpu_versions as versions
 from tests.benchmarks.gpu_speed import added_kernels, busy_share, kernels_of, microbatch_step, milliseconds

@@ -19,7 +19,7 @@ from megatron_peft.plan.recorded_layers import RecordedStep, Turn, total, turns
 from megatron_peft.plan.speed import PlannedSpeed, time_table
 from megatron_peft.rehearsal.program import RecordedLayers, Segment
 from megatron_peft.rehearsal.requests import LayersToRecord, chunks_of_stages
-from megatron_peft.training.speed import ModelFlops
+from megatron_peft.training.watchers import ModelFlops
 from tests.plan.recorded import recorded, step_of
 from tools.published import FULL_RECOMPUTE, LLAMA_8B, LLAMA_70B, LLAMA_405B, made_up_run, published, run_of
 

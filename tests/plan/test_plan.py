@@ -220,10 +220,10 @@ PUBLISHED = {
 
 def counted(folders: dict[str, str]) -> dict[str, dict[str, int]]:
     """Parameters of each model at TP 8, with LoRA of rank 16 on all linear layers, and rows of padding."""
-    from megatron_peft.rehearsal.rehearsed_rank import numbers_of_parameters
     from megatron_peft.runtime.fake_ranks import fake_rank
     from megatron_peft.runtime.launch import start_model_parallel, stop_model_parallel
     from megatron_peft.training.run import build_chunks
+    from megatron_peft.training.terminal import numbers_of_parameters
 
     found = {}
     for name, folder in folders.items():

@@ -18,7 +18,7 @@ from megatron_peft.runtime import stacks
 from megatron_peft.runtime.failure import run_together
 from megatron_peft.runtime.launch import shorten_timeout
 from megatron_peft.runtime.stacks import FOLDER, Stacks, written_after
-from megatron_peft.training.speed import OwnWork
+from megatron_peft.training.watchers import OwnWork
 from tests.ranks import Ranks
 from tests.time_limits import seconds
 

@@ -11,10 +11,12 @@ import pytest
 
 from megatron_peft.checkpoint.record import BestValidation
 from megatron_peft.checkpoint.save import CheckpointNotSaved
+from megatron_peft.config import LoggingConfig
 from megatron_peft.rehearsal import rehearsal
-from megatron_peft.training import loop
+from megatron_peft.training import loop, watchers
 from megatron_peft.training.loop import ExitSignals, train
 from megatron_peft.training.metrics import METRICS_FILE, read_metrics
+from megatron_peft.training.watchers import Energy, Interval
 from tests.time_limits import seconds
 from tests.training.recorded_saves import RecordedSaves, signal_at
 
@@ -223,8 +225,8 @@ def test_the_time_of_a_save_is_not_that_of_a_step(start, tmp_path, monkeypatch):
     begin = run.saver.start
     run.saver.start = lambda state: (jumps.append(1e6), begin(state))
     monkeypatch.setattr(loop.time, "perf_counter", lambda: clock() + sum(jumps))
-    interval = loop._Interval
-    monkeypatch.setattr(loop, "_Interval", lambda: interval(started_at=loop.time.perf_counter()))
+    for module in (loop, watchers):
+        monkeypatch.setattr(module, "Interval", lambda: Interval(started_at=loop.time.perf_counter()))
     records = run.to_the_end().records
     assert run.saved == [1, 2, 3]
     assert len(jumps) == 3 and all(records[iteration]["step_seconds"] < 1e5 for iteration in (1, 2, 3))
@@ -233,18 +235,14 @@ def test_the_time_of_a_save_is_not_that_of_a_step(start, tmp_path, monkeypatch):
 def test_neither_timers_nor_energy_go_on_in_a_save_or_a_validation(start, tmp_path, monkeypatch):
     happened = []
     run = Run(start, tmp_path, num_steps=4, save_interval=2, training={"eval_interval": 3})
-    begin, Speed = run.saver.start, loop.Speed
+    begin = run.saver.start
     run.saver.start = lambda state: (happened.append("save"), begin(state))
     monkeypatch.setattr(loop, "validation_loss", lambda *_: happened.append("validation") or 1.0)
-
-    def with_meter(state):
-        speed = Speed(state)
-        speed._energy._monitor = SimpleNamespace(
-            pause=lambda: happened.append("pause"), resume=lambda: happened.append("resume"), lap=lambda: 0.0
-        )
-        return speed
-
-    monkeypatch.setattr(loop, "Speed", with_meter)
+    energy = Energy(LoggingConfig())
+    energy._monitor = SimpleNamespace(
+        pause=lambda: happened.append("pause"), resume=lambda: happened.append("resume"), lap=lambda: 0.0
+    )
+    monkeypatch.setattr(watchers, "Energy", lambda settings: energy)
     run.to_the_end()
     assert run.saved == [2, 4]
     expected = [["pause", one, "resume"] for one in ("save", "validation", "validation", "save")]

@@ -14,7 +14,7 @@ from megatron_peft.checkpoint import load
 from megatron_peft.cli.parser import read_config
 from megatron_peft.config import ConfigurationError, RunConfig
 from megatron_peft.runtime.launch import stop_model_parallel
-from megatron_peft.training import upkeep
+from megatron_peft.training import watchers
 from megatron_peft.training.metrics import METRICS_FILE, read_metrics
 from megatron_peft.training.run import finetune
 from tests.data.tiny_tokenizers import save_tokenizer
@@ -108,7 +108,7 @@ def train() -> Iterator[object]:
 def test_the_training_script_trains_two_steps(number, files, tmp_path, train, monkeypatch, caplog):
     emptied, collected = [], []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(1))
-    monkeypatch.setattr(upkeep.gc, "collect", lambda generation=2: collected.append(gc.isenabled()))
+    monkeypatch.setattr(watchers.gc, "collect", lambda generation=2: collected.append(gc.isenabled()))
     config = train(command(number, files, tmp_path))
     records = read_metrics(tmp_path / METRICS_FILE)
     assert [record["iteration"] for record in records] == [1, 2]

@@ -20,7 +20,7 @@ def _chunks(state):
 
 def _summary(state, names=(), **peft):
     config = replace(state.config, peft=replace(state.config.peft, **peft))
-    return training_summary(config, names, count_parameters(_chunks(state)), _chunks(state))
+    return training_summary(config, names, _chunks(state))
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What follows backward: the Hybrid's lambda, the update, bounds on norms, changes merged into weights."""
+"""What follows backward: the Hybrid's lambda, the optimizer's step, bounds on norms, changes merged into weights."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from megatron_peft.training.state import GradientShards
 
 
 class Trained(Protocol):
-    """What follows backward reads: of a run (`TrainingState`), or of a loop of the user's own (`ModelAdapters`).
+    """What `update` needs, of a run (`TrainingState`) or of a loop of the user's own (`ModelAdapters`).
 
     Attributes:
         peft: method and numbers.
@@ -50,13 +50,26 @@ class Trained(Protocol):
     def optimizer(self) -> Any: ...
 
 
+def update(state: Trained) -> float:
+    """Apply the complete gradients of a step, with what the method adds to it. A collective.
+
+    Returns:
+        The norm of the gradients before clipping.
+    """
+    _mix_from_gradients(state)  # before the optimizer clips the gradients
+    grad_norm = _update_parameters(state)
+    _bound_low_rank_norms(state)
+    merge_if_due(state)
+    return float(grad_norm or 0.0)
+
+
 # --lora-max-norm-ratio, eq. (2): one all-reduce of [layers, w, w] numbers over the tensor-parallel ranks per step. The
 # norms are those of the model's parameters, which a distributed optimizer has gathered by then. With --bf16 the
 # optimizer updates a float32 copy, or a shard of one, which is scaled by the same number.
 
 
 @torch.no_grad()
-def bound_low_rank_norms(state: Trained) -> None:
+def _bound_low_rank_norms(state: Trained) -> None:
     """Scale every low-rank change whose norm is above --lora-max-norm-ratio of its weight's. No host-device sync."""
     peft = state.peft
     if peft.lora_max_norm_ratio is None:
@@ -70,14 +83,9 @@ def bound_low_rank_norms(state: Trained) -> None:
     factors = shrinkage(*_whole_gram_matrices(low_ranks), limits, peft.spec.subtracts_start(peft))
     shards = GradientShards(state.optimizer)
     for low_rank, t in zip(low_ranks, factors, strict=True):
-        for parameter, start in _scaled(low_rank):
-            _shrink_with_master(parameter, start, t, shards)
-
-
-def _scaled(low_rank: LowRank) -> list[tuple[nn.Parameter, Tensor | None]]:
-    if low_rank.A0 is None:
-        return [(low_rank.B, None)]
-    return [(low_rank.A, low_rank.A0), (low_rank.B, low_rank.B0)]
+        if low_rank.A0 is not None:
+            _shrink_with_master(low_rank.A, low_rank.A0, t, shards)
+        _shrink_with_master(low_rank.B, low_rank.B0, t, shards)
 
 
 def _whole_gram_matrices(low_ranks: Sequence[LowRank]) -> tuple[Tensor, Tensor]:
@@ -89,7 +97,7 @@ def _whole_gram_matrices(low_ranks: Sequence[LowRank]) -> tuple[Tensor, Tensor]:
 
 
 def _base_norms(parts: Sequence[tuple[AdaptedLinear, LowRank]]) -> Tensor:
-    """||W0||_F of the whole weights, [layers]; found at the first step of a process and kept."""
+    """||W0||_F of the whole weights, [layers]; computed at the first step of a process and kept."""
     if parts[0][1].base_norm is None:
         norms = [torch.linalg.vector_norm(layer.weight, dtype=torch.float64) for layer, _ in parts]
         squares = torch.stack(norms).square()
@@ -101,7 +109,7 @@ def _base_norms(parts: Sequence[tuple[AdaptedLinear, LowRank]]) -> Tensor:
 
 
 def _shrink_with_master(parameter: nn.Parameter, start: Tensor | None, t: Tensor, shards: GradientShards) -> None:
-    """The parameter and its float32 copy, which is then rounded into it as the optimizer does.
+    """Shrink a parameter and its float32 copy, which is then rounded into it as the optimizer does.
 
     A shard is not rounded: the parameter must stay the same on all data-parallel ranks until the next gather.
     """
@@ -123,17 +131,18 @@ def _shrink_with_master(parameter: nn.Parameter, start: Tensor | None, t: Tensor
 CLIP_EPSILON = 1e-6  # megatron-core's own: clipping multiplies by clip / (norm + epsilon)
 
 
-def update(state: Trained) -> float:
-    """Apply the gradients of a step. Returns their norm before clipping."""
+def _update_parameters(state: Trained) -> float:
+    """Step the optimizer, and take what it does not do of the method's own update. Returns the norm before clipping."""
     peft = state.peft
     if not peft.spec.updates_whole_parameters(peft):
-        return _optimizer_step(state)
+        return state.optimizer.step()[1]
     on_group = _modules_with(state.model_chunks, "move")
     parameters = [module.moved for module in on_group]
     gradients = GradientShards(state.optimizer).whole(parameters)
     before = [parameter.detach().clone() for parameter in parameters]
-    grad_norm = _optimizer_step(state)
-    rate = rotation_learning_rate(state) * _clipping(state, grad_norm)
+    grad_norm = state.optimizer.step()[1]
+    clipping = min(1.0, state.clip_grad / (grad_norm + CLIP_EPSILON)) if state.clip_grad > 0 else 1.0
+    rate = rotation_learning_rate(state) * clipping
     for module, start, gradient in zip(on_group, before, gradients, strict=True):
         module.move(start, gradient, rate)
     for module in _modules_with(state.model_chunks, "project"):
@@ -143,26 +152,16 @@ def update(state: Trained) -> float:
 
 def rotation_learning_rate(state: Trained) -> float:
     """Learning rate of rotations in this step; 0 without rotations."""
-    labels = [one.attribute for one in state.peft.spec.param_groups if one.is_labelled]
+    labels = [group.attribute for group in state.peft.spec.param_groups if group.is_labelled]
     groups = [group for group in state.optimizer.param_groups if any(map(group.get, labels))]
     return groups[0]["lr"] if groups else 0.0
-
-
-def _optimizer_step(state: Trained) -> float:
-    outcome: Any = state.optimizer.step()
-    return outcome[1]
-
-
-def _clipping(state: Trained, grad_norm: float) -> float:
-    """What the optimizer multiplied the gradients by."""
-    limit = state.clip_grad
-    return min(1.0, limit / (grad_norm + CLIP_EPSILON)) if limit > 0 else 1.0
 
 
 def _modules_with(model_chunks: Sequence[nn.Module], hook: str) -> list[Any]:
     """The adapters, and parts of them, that have a method of this name."""
     adapters = [layer.module.adapter for chunk in model_chunks for layer in linear_layers(chunk)]
-    return [module for one in adapters if one is not None for module in one.modules() if hasattr(module, hook)]
+    modules = [module for adapter in adapters if adapter is not None for module in adapter.modules()]
+    return [module for module in modules if hasattr(module, hook)]
 
 
 # The Hybrid's lambda within a step: which gradients a rank counts, and what a log line says.
@@ -192,11 +191,10 @@ def mixing_adapters(state: Trained) -> dict[str, Any]:
     return {layer.name: layer.module.adapter for layer in layers if hasattr(layer.module.adapter, "mix")}
 
 
-def mix_from_gradients(state: Trained) -> None:
+def _mix_from_gradients(state: Trained) -> None:
     """Update every lambda from this step's complete gradients, before they are clipped. One all-reduce."""
-    peft, lr = state.peft, state.lr
     adapters = list(mixing_adapters(state).values())
-    if not adapters or not peft.adapts_mix:
+    if not adapters or not state.peft.adapts_mix:
         return
     shards = GradientShards(state.optimizer)
     group: Any = (
@@ -204,7 +202,7 @@ def mix_from_gradients(state: Trained) -> None:
         if shards.is_sharded
         else parallel_state.get_tensor_model_parallel_group()
     )
-    adapters[0].update_mixtures(adapters, peft, _counted(shards), group, lr)
+    adapters[0].update_mixtures(adapters, state.peft, _counted(shards), group, state.lr)
 
 
 def mixtures(state: Trained) -> Mixtures | None:
@@ -212,7 +210,7 @@ def mixtures(state: Trained) -> Mixtures | None:
     if not state.peft.spec.mixes:
         return None
     adapters = mixing_adapters(state)
-    rows = [torch.stack([one.mix.double(), one.num_kept.double()]) for one in adapters.values()]
+    rows = [torch.stack([adapter.mix.double(), adapter.num_kept.double()]) for adapter in adapters.values()]
     own = dict(zip(adapters, torch.stack(rows).tolist() if rows else [], strict=True))  # one read for all layers
     every = {name: values for part in gather_over_world(own) for name, values in part.items()}
     ordered = sorted(every, key=lambda name: int(name.split(".")[2]))
@@ -220,7 +218,7 @@ def mixtures(state: Trained) -> Mixtures | None:
 
 
 def _counted(shards: GradientShards) -> Callable[[nn.Parameter], Tensor]:
-    """Replicated parameters count on the first tensor-parallel rank."""
+    """What this rank counts of a parameter's gradient: that of a replicated one on the first tensor-parallel rank."""
     counts_replicated = parallel_state.get_tensor_model_parallel_rank() == 0
 
     def own(parameter: nn.Parameter) -> Tensor:
@@ -242,17 +240,17 @@ def layer_gradient_squares(state: Trained, num_layers: int) -> Tensor:
         float64 [layers of the whole model]; the sum over all ranks is the model's.
     """
     shards = GradientShards(state.optimizer)
-    found = [torch.zeros((), dtype=torch.float64, device=torch.cuda.current_device())] * num_layers
+    squares = [torch.zeros((), dtype=torch.float64, device=torch.cuda.current_device())] * num_layers
     if not shards.is_sharded and parallel_state.get_data_parallel_rank() > 0:
-        return torch.stack(found)  # every replica has the same gradients: the first one counts
+        return torch.stack(squares)  # every replica has the same gradients: the first one counts
     own = _counted(shards)
     modules = [module for chunk in state.model_chunks for module in chunk.modules()]
     for layer in [module for module in modules if isinstance(module, TransformerLayer)]:
         gradients = [own(parameter) for parameter in layer.parameters() if parameter.requires_grad]
         if gradients:
-            norms = torch.stack([torch.linalg.vector_norm(one, dtype=torch.float32) for one in gradients])
-            found[layer.layer_number - 1] = norms.double().square().sum()
-    return torch.stack(found)
+            norms = torch.stack([torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients])
+            squares[layer.layer_number - 1] = norms.double().square().sum()
+    return torch.stack(squares)
 
 
 # --hybrid-merge-interval: the Hybrid's change goes into the weights, and the adapters start again.
@@ -275,14 +273,11 @@ def merge_if_due(state: Trained) -> None:
 def forget_moments(optimizer: Any) -> None:
     """Set every moment and step count to zero: the parameters that they belong to have started again."""
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if not part.is_stub_optimizer:  # a rank without trainable parameters
-            _forget(part.optimizer)
-
-
-def _forget(optimizer: torch.optim.Optimizer) -> None:
-    for group in optimizer.param_groups:
-        if "step" in group:  # fused optimizers count a group's steps, torch's a parameter's
-            group["step"] = 0
-    for moment in (moment for moments in optimizer.state.values() for moment in moments.values()):
-        if isinstance(moment, Tensor):
-            moment.zero_()
+        if part.is_stub_optimizer:  # a rank without trainable parameters
+            continue
+        for group in part.optimizer.param_groups:
+            if "step" in group:  # fused optimizers count a group's steps, torch's a parameter's
+                group["step"] = 0
+        for moment in (moment for moments in part.optimizer.state.values() for moment in moments.values()):
+            if isinstance(moment, Tensor):
+                moment.zero_()

@@ -12,11 +12,11 @@ from megatron_peft.adapters.boft import ProjectedBoft, nearest_orthogonal
 from megatron_peft.adapters.unitary import exponential_step
 from megatron_peft.adapters.urnn import RiemannianUrnn
 from megatron_peft.config import ConfigurationError, PeftConfig
-from megatron_peft.training import after_step
-from megatron_peft.training.after_step import merge_if_due, mix_from_gradients, mixing_adapters, mixtures
+from megatron_peft.training import update as update_module
 from megatron_peft.training.loop import train
 from megatron_peft.training.metrics import METRICS_FILE, read_metrics
 from megatron_peft.training.step import train_step
+from megatron_peft.training.update import _mix_from_gradients, merge_if_due, mixing_adapters, mixtures
 from megatron_peft.training.validation import validation_loss
 from tests.training.recorded_saves import RecordedSaves
 from tests.training.waits import Waits
@@ -97,7 +97,7 @@ def test_the_rate_of_rotations_is_that_of_their_own_group_wherever_it_stands():
     groups = [{"lr": 1.0}, {"lr": 2.0, label: True}, {"lr": 3.0, label: False}]
     for order in itertools.permutations(groups):
         state = SimpleNamespace(peft=peft, optimizer=SimpleNamespace(param_groups=order))
-        assert after_step.rotation_learning_rate(state) == 2.0  # pyright: ignore[reportArgumentType]
+        assert update_module.rotation_learning_rate(state) == 2.0  # pyright: ignore[reportArgumentType]
 
 
 def take_steps(state, steps, num_steps):
@@ -155,7 +155,7 @@ def test_lambda_is_the_average_of_the_ratio_of_norms_before_mixing(start, sharde
     train_step(state, next(iter(data.train)))
     adapters = mixing_adapters(state)
     before = {name: float(adapter.mix) for name, adapter in adapters.items()}
-    mix_from_gradients(state)  # the gradients of the step are still there
+    _mix_from_gradients(state)  # the gradients of the step are still there
     for name, adapter in adapters.items():
         parts = ((adapter.low_rank, before[name]), (adapter.rotation, 1 - before[name]))
         low, rotation = (torch.cat([p.main_grad.flatten() for p in x.parameters()]).norm() / mix for x, mix in parts)
@@ -185,7 +185,7 @@ def test_lambdas_stand_in_the_order_of_the_layers(start, monkeypatch):
     state, _ = start(peft={"method": "hybrid", "lora_ga_batches": 1, **GROUPS_OF_FOUR})
     adapter = next(iter(mixing_adapters(state).values()))
     names = [f"decoder.layers.{layer}.mlp.linear_fc1" for layer in (10, 2)]
-    monkeypatch.setattr(after_step, "mixing_adapters", lambda _: dict.fromkeys(names, adapter))
+    monkeypatch.setattr(update_module, "mixing_adapters", lambda _: dict.fromkeys(names, adapter))
     adapter.num_kept.fill_(2)
     assert [*mixtures(state).by_layer] == names[::-1]
     assert mixtures(state).num_kept == 4, "of all layers"
@@ -196,7 +196,7 @@ def test_one_log_line_reads_the_lambdas_of_all_layers_at_once(start):
     train_step(state, data.train.step_at(0))
     with Waits() as waits:
         found = mixtures(state)
-    assert len([one for one in waits.found if "after_step.py" in one]) == 1, waits.found
+    assert len([one for one in waits.found if "update.py" in one]) == 1, waits.found
     assert found.by_layer == {name: float(one.mix) for name, one in mixing_adapters(state).items()}
     assert len(found.by_layer) > 1 and found.num_kept == 0
 

@@ -1,21 +1,25 @@
-"""What a log line says of speed: the model's FLOPs by their formula, MFU, timers; in every log alike."""
+"""Speed in every log alike; garbage collection at agreed steps, and which steps of which ranks are profiled."""
 
+import gc
 import json
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_peft.config import LoggingConfig
+from megatron_peft.config import LoggingConfig, TrainingConfig
 from megatron_peft.models.shape import ModelShape
-from megatron_peft.training import speed as speed_of_training
+from megatron_peft.training import watchers as module
 from megatron_peft.training.loop import train
 from megatron_peft.training.metrics import METRICS_FILE, read_metrics
-from megatron_peft.training.speed import Energy, ModelFlops, OwnWork, Speed, Throughput
-from megatron_peft.training.step import finish_gradients, finish_with, run_schedule
+from megatron_peft.training.step import StepReport, finish_gradients, finish_with, run_schedule
+from megatron_peft.training.watchers import Energy, Interval, ModelFlops, OwnWork, Watchers, throughput, watched_steps
 from tests.tiny_gpt import SIZES
 from tests.training.recorded_saves import RecordedSaves
 
@@ -59,12 +63,12 @@ def test_throughput_is_of_a_gpu_and_mfu_a_part_of_its_peak():
         peft=SimpleNamespace(trains_adapters=True),
     )
     flops = ModelFlops.of(SHAPE, is_frozen=True)
-    numbers = Throughput(config, SHAPE).numbers(10**9, 10**9, seconds=5.0)  # pyright: ignore[reportArgumentType]
+    numbers = throughput(config, SHAPE, 10**9, 10**9, seconds=5.0)  # pyright: ignore[reportArgumentType]
     tflops = 1e9 * (flops.per_token + flops.per_pair) / 5 / 4 / 1e12
     expected = {"tokens_per_second_per_gpu": 5e7, "tflops_per_gpu": tflops, "mfu": tflops / 2}
     assert numbers == pytest.approx(expected)
     config.logging = LoggingConfig()
-    assert Throughput(config, SHAPE).numbers(10**9, 10**9, seconds=5.0) == {}  # pyright: ignore[reportArgumentType]
+    assert throughput(config, SHAPE, 10**9, 10**9, seconds=5.0) == {}  # pyright: ignore[reportArgumentType]
 
 
 def test_every_log_has_speed_timers_and_gradient_norms_by_layer(start, tmp_path, monkeypatch, capsys):
@@ -101,26 +105,27 @@ def test_every_log_has_speed_timers_and_gradient_norms_by_layer(start, tmp_path,
 def test_timers_are_those_of_the_slowest_rank(start, monkeypatch):
     """The other rank is a stage whose forward passes take longer, and which has a phase that this one lacks."""
     state, _ = start(logging={"timing_log_level": "2"})
-    speed = Speed(state)
+    watchers = Watchers(state)
     monkeypatch.setattr(
-        speed_of_training,
+        module,
         "gather_over_world",
         lambda own: [own, {"forward-compute": own["forward-compute"] + 6.0, "forward-recv": 4.0}],
     )
-    timers = speed._timers._timers
+    timers = watchers._timers._timers
     timers("forward-compute", log_level=2).set_elapsed(2.0)
     timers("optimizer", log_level=1).set_elapsed(1.0)
-    assert speed._timers.seconds(num_steps=2) == {"forward-compute": 4.0, "forward-recv": 2.0, "optimizer": 0.5}
+    assert watchers._timers.seconds(num_steps=2) == {"forward-compute": 4.0, "forward-recv": 2.0, "optimizer": 0.5}
 
 
 def test_what_happens_in_a_pause_is_not_timed(start):
     state, data = start(logging={"timing_log_level": "2"})
-    speed = Speed(state)
-    with speed.paused():
+    watchers = Watchers(state)
+    watchers.interval = Interval(num_steps=1)
+    with watchers.paused():
         run_schedule(state.model_chunks, data.train.step_at(0), forward_only=True)
-    assert "timer_seconds" not in speed.record(1, 1, 1, 1.0)
+    assert "timer_seconds" not in watchers.speed({"step_seconds": 1.0})
     run_schedule(state.model_chunks, data.train.step_at(0), forward_only=True)
-    assert speed.record(1, 1, 1, 1.0)["timer_seconds"]["forward-compute"] > 0
+    assert watchers.speed({"step_seconds": 1.0})["timer_seconds"]["forward-compute"] > 0
 
 
 def test_energy_is_that_of_all_gpus_since_the_last_line_without_pauses(monkeypatch, caplog):
@@ -144,8 +149,8 @@ def test_energy_is_that_of_all_gpus_since_the_last_line_without_pauses(monkeypat
 
 def test_the_slowest_rank_is_named_with_the_seconds_of_its_own_work_in_a_step(monkeypatch):
     clock = iter([0.0, 6.0, 10.0, 11.0])
-    monkeypatch.setattr(speed_of_training.time, "perf_counter", lambda: next(clock))
-    monkeypatch.setattr(speed_of_training, "gather_over_world", lambda own: [(0.5, "a"), own, (9.0, "c")])
+    monkeypatch.setattr(module.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(module, "gather_over_world", lambda own: [(0.5, "a"), own, (9.0, "c")])
     work = OwnWork(LoggingConfig(log_straggler=True))
     with work.of_host():
         pass
@@ -154,3 +159,82 @@ def test_the_slowest_rank_is_named_with_the_seconds_of_its_own_work_in_a_step(mo
     with work.of_device():
         pass
     assert work.slowest(num_steps=1) == {**slowest, "median_seconds": 1.0}, "that before counts no more"
+
+
+def _without_model(training: TrainingConfig, logging: LoggingConfig) -> Any:
+    config = SimpleNamespace(training=training, logging=logging)
+    return SimpleNamespace(config=config, shape=SHAPE, model_chunks=[], optimizer=None)
+
+
+def run(monkeypatch: pytest.MonkeyPatch, rank: int, training: dict, logging: dict, num_steps: int) -> list:
+    """What happens in a run, in order: steps by number, collections, and starts and stops of CUDA's profiler."""
+    happened = []
+    monkeypatch.setattr(dist, "get_rank", lambda: rank)
+    monkeypatch.setattr(module.gc, "collect", lambda generation=2: happened.append(f"collect {generation}"))
+    runtime = SimpleNamespace(
+        cudaProfilerStart=lambda: happened.append("start"), cudaProfilerStop=lambda: happened.append("stop")
+    )
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "check_error", lambda result: None)
+    monkeypatch.setattr(torch.autograd.profiler, "emit_nvtx", lambda record_shapes: nullcontext())
+    with watched_steps(_without_model(TrainingConfig(**training), LoggingConfig(**logging))) as watchers:
+        happened.append(gc.isenabled())
+        for finished in range(num_steps):
+            watchers.before_step(finished)
+            happened.append(finished + 1)
+            watchers.after_step(finished + 1, StepReport(2.5, 1, 1, 1, 1.0, 1e-3, False))
+        with watchers.around_validation():
+            happened.append("validation")
+    assert gc.isenabled()
+    return happened
+
+
+@pytest.mark.parametrize(
+    ("training", "expected"),
+    [
+        ({}, [True, 1, 2, 3, "validation"]),
+        ({"manual_gc": True}, ["collect 2", False, 1, 2, 3, "collect 2", "validation", "collect 0"]),
+        (
+            {"manual_gc": True, "manual_gc_interval": 2, "manual_gc_eval": False},
+            ["collect 2", False, 1, 2, "collect 2", 3, "validation"],
+        ),
+    ],
+)
+def test_garbage_is_collected_when_it_is_asked_for(training, expected, monkeypatch):
+    assert run(monkeypatch, 0, training, {}, num_steps=3) == expected
+
+
+@pytest.mark.parametrize(
+    ("rank", "num_steps", "expected"),
+    [
+        (1, 5, [1, 2, "start", 3, 4, "stop", 5, "validation"]),
+        (0, 5, [1, 2, 3, 4, 5, "validation"]),
+        (3, 3, [1, 2, "start", 3, "validation", "stop"]),  # a run that ends within them
+    ],
+)
+def test_nsight_sees_the_steps_between_start_and_end_on_the_ranks_that_are_named(
+    rank, num_steps, expected, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    logging = {"profile": True, "profile_step_start": 2, "profile_step_end": 4, "profile_ranks": (1, 3)}
+    happened = run(monkeypatch, rank, {}, logging, num_steps)
+    assert happened == [True, *expected]
+
+
+def test_memorys_history_is_written_on_the_ranks_that_are_named_also_after_an_error(tmp_path, monkeypatch, caplog):
+    logging = {"record_memory_history": True, "memory_snapshot_path": str(tmp_path / "new" / "s.pickle")}
+    run(monkeypatch, 3, {}, {**logging, "profile_ranks": (1, 3)}, num_steps=1)
+    assert "--record-memory-history needs a GPU" in caplog.text
+    happened = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda **told: happened.append(told))
+    monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", lambda path: happened.append(path))
+    run(monkeypatch, 0, {}, {**logging, "profile_ranks": (1, 3)}, num_steps=1)
+    assert happened == []
+    monkeypatch.setattr(dist, "get_rank", lambda: 3)
+    state = _without_model(TrainingConfig(), LoggingConfig(**logging, profile_ranks=(1, 3)))
+    with pytest.raises(MemoryError), watched_steps(state):
+        raise MemoryError
+    expected = str(tmp_path / "new" / "s.rank3.pickle")
+    assert happened == [{"max_entries": module.MOST_ALLOCATIONS}, expected, {"enabled": None}]
+    assert (tmp_path / "new").is_dir()

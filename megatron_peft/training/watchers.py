@@ -1,0 +1,356 @@
+"""Watchers round the steps of a run: speed, timers, energy, the slowest rank; a profile of some steps, the allocator's
+history, and garbage collection at agreed steps.
+
+Flags and meanings are Megatron's: step numbers count finished steps, so --profile-step-start 4 --profile-step-end 6
+profiles the fifth and the sixth step.
+"""
+
+import gc
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import Timers
+from megatron.core.energy_monitor import EnergyMonitor
+from megatron.core.utils import get_model_config
+
+from megatron_peft.config import LoggingConfig, RunConfig
+from megatron_peft.models.shape import ModelShape
+from megatron_peft.runtime.launch import gather_over_world
+from megatron_peft.training.state import TrainingState
+from megatron_peft.training.step import StepReport
+
+logger = logging.getLogger(__name__)
+
+Record = dict[str, Any]
+MOST_ALLOCATIONS = 100_000  # Megatron's number
+
+
+@dataclass
+class Interval:
+    """Time, tokens and losses since the last log line."""
+
+    started_at: float = field(default_factory=time.perf_counter)
+    num_steps: int = 0
+    num_positions: int = 0
+    num_pairs: int = 0
+    sum_of_losses: float = 0.0
+
+    def averages(self) -> Record:
+        """Loss and seconds of a step, and tokens a second."""
+        seconds = time.perf_counter() - self.started_at
+        return {
+            "loss": self.sum_of_losses / self.num_steps,
+            "step_seconds": seconds / self.num_steps,
+            "tokens_per_second": self.num_positions / seconds,
+        }
+
+
+class Watchers:
+    """All of them. `watched_steps` makes one; what a run does between its steps stands inside `paused`.
+
+    Attributes:
+        interval: since the last log line.
+        own_work: where the loop marks what is this rank's own work.
+    """
+
+    def __init__(self, state: TrainingState) -> None:
+        self.interval = Interval()
+        self.own_work = OwnWork(state.config.logging)
+        self._config, self._shape = state.config, state.shape
+        self._timers, self._energy = StepTimers(state), Energy(state.config.logging)
+        self._profile = ExitStack()
+        settings = state.config.logging
+        self._profiles = settings.profile and dist.get_rank() in settings.profile_ranks
+        if self._profiles and not settings.use_pytorch_profiler and not torch.cuda.is_available():
+            self._profiles = False
+            logger.warning(
+                "--profile marks steps for Nsight Systems, which needs a GPU, so nothing is profiled: add "
+                "--use-pytorch-profiler for a trace by torch's profiler."
+            )
+
+    def before_step(self, iteration: int) -> None:
+        """iteration: number of finished steps."""
+        settings = self._config.logging
+        if self._profiles and iteration == settings.profile_step_start:
+            self._profile.enter_context(_torch_trace(settings) if settings.use_pytorch_profiler else _nsight_range())
+
+    def after_step(self, iteration: int, report: StepReport) -> None:
+        """iteration: number of finished steps, with the one that has just ended."""
+        if iteration >= self._config.logging.profile_step_end:
+            self.stop_profile()
+        gc_interval = self._config.training.manual_gc_interval
+        if self._config.training.manual_gc and gc_interval and iteration % gc_interval == 0:
+            gc.collect()
+        self.interval.num_steps += 1
+        self.interval.num_positions += report.num_positions
+        self.interval.num_pairs += report.num_pairs
+        self.interval.sum_of_losses += report.loss
+
+    def stop_profile(self) -> None:
+        """End what is being profiled, if anything is; torch's trace is written here."""
+        self._profile.close()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Exclude a validation or a save from the time, the timers and the energy of steps."""
+        began_at = time.perf_counter()
+        with self._timers.paused(), self._energy.paused():
+            yield
+        self.interval.started_at += time.perf_counter() - began_at
+
+    @contextmanager
+    def around_validation(self) -> Iterator[None]:
+        """Pause; --manual-gc collects what training left before it, and what validation left after it."""
+        collects = self._config.training.manual_gc and self._config.training.manual_gc_eval
+        if collects:
+            gc.collect()
+        with self.paused():
+            yield
+        if collects:
+            gc.collect(generation=0)
+
+    def speed(self, averages: Record) -> Record:
+        """Fields of a log line, as the flags ask for them. A collective.
+
+        Args:
+            averages: of the interval, which the log line shows.
+        """
+        interval = self.interval
+        seconds = averages["step_seconds"] * interval.num_steps
+        timers, slowest = self._timers.seconds(interval.num_steps), self.own_work.slowest(interval.num_steps)
+        return {
+            **throughput(self._config, self._shape, interval.num_positions, interval.num_pairs, seconds),
+            **self._energy.joules(interval.num_steps),
+            **({"timer_seconds": timers} if timers else {}),
+            **({"slowest_rank": slowest} if slowest else {}),
+        }
+
+
+@contextmanager
+def watched_steps(state: TrainingState) -> Iterator[Watchers]:
+    """Watch the steps of a run until it ends, by an error too.
+
+    Python's collector runs when it likes, at other steps on each rank, and all ranks wait for the one that collects:
+    --manual-gc turns it off and collects at the same step everywhere.
+    """
+    watchers, collects_by_itself = Watchers(state), not state.config.training.manual_gc
+    with _memory_history(state.config.logging):
+        if not collects_by_itself:
+            gc.disable()
+            gc.collect()
+        try:
+            yield watchers
+        finally:
+            watchers.stop_profile()
+            if not collects_by_itself:
+                gc.enable()
+
+
+@dataclass(frozen=True)
+class ModelFlops:
+    """Floating-point operations that training takes at least; a multiplication and an addition are two.
+
+    With N weights in the products of the layers and the output layer, a token takes
+
+        2 N forward + 2 N for gradients of activations [+ 2 N for gradients of weights, in full fine-tuning]
+
+    and in each layer, for every position that it attends to (itself and earlier ones),
+
+        4 h forward + 8 h backward, h = heads x features of a head.
+
+    Recompute is not the model's and does not count, nor do adapters, norms and the vocabulary's padding.
+
+    Args:
+        per_token: of a position.
+        per_pair: of a pair of positions, over all layers.
+    """
+
+    per_token: int
+    per_pair: int
+
+    @classmethod
+    def of(cls, shape: ModelShape, is_frozen: bool) -> "ModelFlops":
+        """The operations of a model whose own weights are `is_frozen`, or are trained."""
+        heads = shape.num_attention_heads * shape.kv_channels
+        groups = shape.num_query_groups * shape.kv_channels
+        attention = shape.hidden_size * (heads + 2 * groups) + heads * shape.hidden_size
+        mlp = shape.hidden_size * shape.ffn_hidden_size * (3 if shape.gated_linear_unit else 2)
+        weights = shape.num_layers * (attention + mlp) + shape.hidden_size * shape.vocab_size
+        return cls((4 if is_frozen else 6) * weights, 12 * heads * shape.num_layers)
+
+    def count(self, num_positions: int, num_pairs: int) -> int:
+        """The operations of so many positions that attend to so many pairs (`Microbatch.num_pairs`)."""
+        return self.per_token * num_positions + self.per_pair * num_pairs
+
+
+def throughput(config: RunConfig, shape: ModelShape, num_positions: int, num_pairs: int, seconds: float) -> Record:
+    """--log-throughput and --peak-tflops, of all ranks' work in so many seconds; nothing without the flag."""
+    if not config.logging.log_throughput:
+        return {}
+    gpu_seconds, peak = seconds * config.parallel.world_size, config.logging.peak_tflops
+    flops = ModelFlops.of(shape, is_frozen=config.peft.trains_adapters).count(num_positions, num_pairs)
+    tflops = flops / gpu_seconds / 1e12
+    numbers = {"tokens_per_second_per_gpu": num_positions / gpu_seconds, "tflops_per_gpu": tflops}
+    return numbers if peak is None else {**numbers, "mfu": tflops / peak}
+
+
+class StepTimers:
+    """--timing-log-level: megatron-core's own timers in its schedules, gradient sums and optimizer.
+
+    Each waits for the device when it starts and when it stops, and those of level 1 for all ranks when they start.
+    """
+
+    def __init__(self, state: TrainingState) -> None:
+        level = int(state.config.logging.timing_log_level)
+        self._timers: Any = Timers(level, "max") if level else None
+        self._configs: list[Any] = [get_model_config(chunk) for chunk in state.model_chunks]
+        optimizers = getattr(state.optimizer, "chained_optimizers", [state.optimizer])
+        self._configs += [one.config for one in optimizers if hasattr(one, "config")]
+        self._set(self._timers)
+
+    def _set(self, timers: Any) -> None:
+        for config in self._configs:
+            config.timers = timers
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside is not timed."""
+        self._set(None)
+        yield
+        self._set(self._timers)
+
+    def seconds(self, num_steps: int) -> dict[str, float]:
+        """Seconds of each phase in a step, on its slowest rank, since the last call. A collective with a level."""
+        if self._timers is None:
+            return {}
+        names = list(self._timers._timers)  # ranks of different stages have different ones
+        by_rank = gather_over_world({name: self._timers(name).elapsed() for name in names})
+        every = sorted({name for times in by_rank for name in times})
+        return {name: max(times.get(name, 0.0) for times in by_rank) / num_steps for name in every}
+
+
+class Energy:
+    """--log-energy: what the GPUs of all ranks took, by NVIDIA's management library."""
+
+    def __init__(self, settings: LoggingConfig) -> None:
+        self._monitor = EnergyMonitor() if settings.log_energy and torch.cuda.is_available() else None
+        if settings.log_energy and self._monitor is None:
+            logger.warning("--log-energy reads NVIDIA's management library, and there is no GPU: nothing is recorded.")
+        if self._monitor is not None:
+            self._monitor.setup()
+            self._monitor.resume()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside is not measured."""
+        if self._monitor is not None:
+            self._monitor.pause()
+        yield
+        if self._monitor is not None:
+            self._monitor.resume()
+
+    def joules(self, num_steps: int) -> Record:
+        """Joules of a step since the last call, over all GPUs. A collective with the flag, and one host-device sync."""
+        return {} if self._monitor is None else {"joules_per_step": self._monitor.lap() / num_steps}
+
+
+class OwnWork:
+    """--log-straggler: seconds of a rank's own work, which ends before it waits for other replicas or stages.
+
+    Megatron-LM measures the same: the time in which a batch is made, and forward passes. On a GPU these are read from
+    events when the log line is due, so that no step waits for them. A tensor-parallel group works in step: one slow
+    rank makes its whole group slow.
+    """
+
+    # Not megatron-core's StragglerDetector: it needs GPUs, synchronizes the device at each report, opens a port on rank
+    # 0, and prints its report instead of returning it.
+
+    def __init__(self, settings: LoggingConfig) -> None:
+        self._enabled, self._on_gpu = settings.log_straggler, torch.cuda.is_available()
+        self._host_seconds = 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def of_host(self) -> Iterator[None]:
+        """What happens inside is this rank's own work, done by its host."""
+        began_at = time.perf_counter()
+        yield
+        self._host_seconds += time.perf_counter() - began_at
+
+    @contextmanager
+    def of_device(self) -> Iterator[None]:
+        """The same, done by its device."""
+        if not self._enabled:
+            yield
+        elif not self._on_gpu:
+            with self.of_host():
+                yield
+        else:
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            yield
+            end.record()
+            self._events.append((start, end))
+
+    def slowest(self, num_steps: int) -> Record:
+        """The slowest rank and its seconds in a step since the last call, beside the median's. A collective."""
+        if not self._enabled:
+            return {}
+        milliseconds = sum(start.elapsed_time(end) for start, end in self._events)
+        own = (self._host_seconds + milliseconds / 1000) / num_steps
+        self._host_seconds, self._events = 0.0, []
+        by_rank = gather_over_world((own, os.uname().nodename))
+        seconds, rank = max((seconds, rank) for rank, (seconds, _) in enumerate(by_rank))
+        typical = median(seconds for seconds, _ in by_rank)
+        return {"rank": rank, "host": by_rank[rank][1], "seconds": seconds, "median_seconds": typical}
+
+
+def _torch_trace(settings: LoggingConfig) -> torch.profiler.profile:
+    handler = torch.profiler.tensorboard_trace_handler(settings.tensorboard_dir or ".", f"rank{dist.get_rank()}")
+    return torch.profiler.profile(record_shapes=True, on_trace_ready=handler)
+
+
+@contextmanager
+def _nsight_range() -> Iterator[None]:
+    """What `nsys profile --capture-range=cudaProfilerApi` records."""
+    runtime: Any = torch.cuda.cudart()
+    torch.cuda.check_error(runtime.cudaProfilerStart())
+    with torch.autograd.profiler.emit_nvtx(record_shapes=True):
+        yield
+    torch.cuda.check_error(runtime.cudaProfilerStop())
+
+
+@contextmanager
+def _memory_history(settings: LoggingConfig) -> Iterator[None]:
+    """--record-memory-history on the ranks of --profile-ranks: the newest allocations, written when the run ends.
+
+    If the file cannot be written, a warning is all, for the run matters more.
+    """
+    records = settings.record_memory_history and dist.get_rank() in settings.profile_ranks
+    if records and not torch.cuda.is_available():
+        logger.warning("--record-memory-history needs a GPU, whose allocator it records: nothing is recorded.")
+        records = False
+    if not records:
+        yield
+        return
+    torch.cuda.memory._record_memory_history(max_entries=MOST_ALLOCATIONS)
+    try:
+        yield
+    finally:
+        path = Path(settings.memory_snapshot_path)
+        path = path.with_name(f"{path.stem}.rank{dist.get_rank()}{path.suffix}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.cuda.memory._dump_snapshot(str(path))
+        except OSError as error:
+            logger.warning("--memory-snapshot-path %s cannot be written: %s", path, error.strerror)
+        torch.cuda.memory._record_memory_history(enabled=None)
