@@ -240,9 +240,9 @@ def open_cache(root: Path, records: RecordFiles, fit: Fit) -> TokenCache:
                 shutil.rmtree(draft, ignore_errors=True)
                 lock.release()
 
-    def require_whole() -> None:  # this rank's share of the files
-        found = damage(folder, place.rank, place.size)
-        require(not found, _damaged(folder, "; ".join(found)))
+    def require_whole() -> None:
+        problems = damage(folder, place.rank, place.size)  # of this rank's share of the files
+        require(not problems, _damaged(folder, "; ".join(problems)))
 
     # Arrow sees none of it before all of it is known to be what was written.
     checked_together(require_whole)
