@@ -97,7 +97,7 @@ def _padding(length: int, pad_id: int) -> Sample:
 
 
 def _round_up(length: int, multiple: int) -> int:
-    """At least one multiple: a microbatch without samples still runs."""
+    """A multiple that is at least `length`, and never 0: a microbatch without samples still runs."""
     return max(-(-length // multiple), 1) * multiple
 
 

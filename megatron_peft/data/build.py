@@ -21,7 +21,7 @@ from megatron_peft.runtime.launch import checked_together, gather_over_world, pl
 
 logger = logging.getLogger(__name__)
 
-MOCK_EVAL_ITERS = 10  # one pass over megatron-core's generated documents is some 70 million tokens, which mean nothing
+MOCK_EVAL_ITERS = 10  # megatron-core's generated documents are some 70 million tokens, which mean nothing
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ Kind = Literal["prompt", "messages", "text"]
 
 @dataclass(frozen=True)
 class ColumnNames:
-    """--prompt-column and its like: names of fields. Without any, the format is found by the usual names."""
+    """--prompt-column and its like: names of fields. Without any, the usual names decide the format."""
 
     prompt: str | None = None
     response: str | None = None

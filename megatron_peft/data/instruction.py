@@ -52,7 +52,7 @@ class InstructionDataset:
         self._cache = None if cache_root is None else open_cache(cache_root, records, fit)
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         share = range(len(records) * rank // world_size, len(records) * (rank + 1) // world_size)
-        measured = checked_together(lambda: self._measured(share), first_alone=True)
+        measured = checked_together(lambda: self._measure(share), first_alone=True)
         positions, overlong, left_out = zip(*gather_over_world(measured), strict=True)
         unread = sum(left_out, Counter()) if self._cache is None else self._cache.left_out
         positions = np.concatenate(positions)
@@ -63,7 +63,7 @@ class InstructionDataset:
             skipped = f"all {len(records)} samples were skipped (from {records.place(0)} on)."
             raise ConfigurationError(" ".join([skipped, *self.warnings]))
 
-    def _measured(self, share: range) -> tuple[np.ndarray, np.ndarray, Counter[str]]:
+    def _measure(self, share: range) -> tuple[np.ndarray, np.ndarray, Counter[str]]:
         """(int32 [share], the input positions of each sample, 0 where it is skipped; bool [share], the record alone is
         longer than --seq-length; number of records by unused field, which the cache has of all).
 
@@ -239,9 +239,9 @@ def open_cache(root: Path, records: RecordFiles, fit: Fit) -> TokenCache:
                 shutil.rmtree(draft, ignore_errors=True)
                 lock.release()
 
-    def require_whole() -> None:  # this rank's share of the files
-        found = damage(folder, place.rank, place.size)
-        require(not found, _damaged(folder, "; ".join(found)))
+    def require_whole() -> None:
+        problems = damage(folder, place.rank, place.size)  # of this rank's share of the files
+        require(not problems, _damaged(folder, "; ".join(problems)))
 
     # Arrow sees none of it before all of it is known to be what was written.
     checked_together(require_whole)

@@ -78,7 +78,7 @@ _NOT_LEFT_TO_RIGHT = (
 
 Message = Mapping[str, Any]
 Tools = Sequence[Mapping[str, Any]]  # functions that the assistant may call, each a JSON schema
-_CONTEXT = 8  # ids before one that decide how it is written
+_CONTEXT = 8  # ids before an id that decide how it is written
 _INCOMPLETE = "\ufffd"  # what stands for bytes that are no character yet
 MAX_TEXT = 1 << 22  # characters: tokenizers take up to 400 bytes of memory for each, and two seconds a million
 # Files of a Hugging Face folder: those that transformers may open, and those that must hold a JSON object.

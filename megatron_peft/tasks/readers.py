@@ -179,8 +179,8 @@ def _fits(value: Any, hint: Any) -> bool:
 @cache
 def shipped() -> Mapping[str, TaskFile]:
     """The tasks of `tasks/` by name."""
-    found = filter(None, map(read_task_file, sorted(TASKS.glob("*.yaml"))))
-    return {task.name: task for task in found}
+    tasks = filter(None, map(read_task_file, sorted(TASKS.glob("*.yaml"))))
+    return {task.name: task for task in tasks}
 
 
 def load(name: str) -> TaskFile:
