@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cache
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,13 +101,13 @@ def own_files(include_paths: Iterable[str]) -> Iterator[DeclaredTask]:
 def harness_files() -> Mapping[str, Sequence[DeclaredTask]]:
     """The harness's files by the names of the tasks, groups and tags that they declare."""
     spec = find_spec("lm_eval")
+    roots = (spec and spec.submodule_search_locations) or ()
+    inside = chain.from_iterable(os.walk(os.path.join(root, "tasks")) for root in roots)
     declared: dict[str, list[DeclaredTask]] = {}
-    for root in (spec and spec.submodule_search_locations) or ():
-        for folder, _, names in os.walk(os.path.join(root, "tasks")):
-            for path in (os.path.join(folder, name) for name in names if name.endswith(".yaml")):
-                file = _declared(path, _first_words(path))
-                for name in (file.name, *file.tags) if file else ():
-                    declared.setdefault(name, []).append(file)  # pyright: ignore[reportArgumentType]
+    for path in (os.path.join(folder, name) for folder, _, names in inside for name in names if name.endswith(".yaml")):
+        if file := _declared(path, _first_words(path)):
+            for name in (file.name, *file.tags):
+                declared.setdefault(name, []).append(file)
     return declared
 
 
