@@ -139,7 +139,7 @@ def mean_of(result: Result, measure: Measure) -> float | None:
 
 
 def draw_cost(results: Results, task: str) -> Figure:
-    """Bars of each method, one a model; whiskers are the least and the greatest of the runs."""
+    """A bar of each method for each model; whiskers are the least and the greatest of the runs."""
     shown = [result for result in results.all if result.task == task and result.finals]
     models = list(dict.fromkeys(result.model for result in shown))
     methods = list(dict.fromkeys(result.method for result in shown))
@@ -272,7 +272,7 @@ def draw_mean_lambdas(result: Result) -> Figure:
 
 
 def draw_lambdas(title: str, iterations: Sequence[int], by_layer: ByLayer) -> Figure:
-    """A figure of its own."""
+    """The maps alone, as a figure."""
     figure = new_figure(13, 4.2, title)
     draw_lambdas_into(figure, iterations, by_layer)
     return figure
