@@ -84,10 +84,10 @@ def generation_figures(setting: Setting, turns: int) -> list[Figure]:
     return [*figures, Figure("TP1: CPU seconds / transformers' generate", ratio, 1.0, "", note)]
 
 
-def compare_replies(layout: str, found: Replies, expected: Replies) -> list[Figure]:
+def compare_replies(layout: str, replies: Replies, expected: Replies) -> list[Figure]:
     """Two figures of a layout."""
-    differing = sum(ours != theirs for ours, theirs in zip(found.answers, expected.answers, strict=True))
-    pairs = zip(found.log_likelihoods, expected.log_likelihoods, strict=True)
+    differing = sum(ours != theirs for ours, theirs in zip(replies.answers, expected.answers, strict=True))
+    pairs = zip(replies.log_likelihoods, expected.log_likelihoods, strict=True)
     largest = max(abs(ours - theirs) for ours, theirs in pairs)
     note = f"{len(expected.answers)} prompts, {NUM_NEW} greedy tokens each, float32"
     return [
@@ -128,7 +128,7 @@ def our_replies(questions: Questions) -> Replies:
     asked = [Continuation(prompt, tuple(ids)) for prompt, ids in zip(questions.prompts, answers, strict=True)]
     scores = score_continuations(chunks, asked, BATCH_SIZE)
     leave()
-    return Replies(answers, [one.log_likelihood for one in scores])
+    return Replies(answers, [score.log_likelihood for score in scores])
 
 
 def time_generation(job: tuple[Questions, int]) -> dict[str, list[float]]:
@@ -180,7 +180,7 @@ def time_boft_generation(job: tuple[Setting, int]) -> dict[str, list[float]]:
     prompt = [tuple(range(PROMPT_LENGTHS[1]))]
     settings = GenerationSettings(FOREVER, TIMED_NEW, batch_size=1)
     chunks: dict[str, Any] = {"boft": boft, "base": base}
-    steps = {name: partial(generate, one, prompt, settings) for name, one in chunks.items()}
+    steps = {name: partial(generate, chunk, prompt, settings) for name, chunk in chunks.items()}
     seconds = take_turns(steps, turns)
     leave()
     return seconds

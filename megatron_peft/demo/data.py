@@ -321,7 +321,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     from transformers import modeling_gguf_pytorch_utils as of_gguf
     from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()  # there is one around
+    disable_progress_bar()  # a bar of the demo stands around it
     of_gguf.tqdm = lambda tensors, **_: tensors  # pyright: ignore[reportAttributeAccessIssue]
     # transformers parses the file three times, and makes the table of names anew for every module.
     library.GGUFReader, library.get_tensor_name_map = cache(library.GGUFReader), cache(library.get_tensor_name_map)

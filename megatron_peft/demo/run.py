@@ -7,12 +7,15 @@ import json
 import os
 import shutil
 import sys
+import textwrap
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
+from matplotlib.transforms import Bbox
 from rich.console import Console
 from rich.table import Table
 
@@ -24,7 +27,7 @@ from megatron_peft.config.untrusted import read_json, read_json_object
 from megatron_peft.demo.data import Pair, PairFiles, prepare_model, prepare_pairs, read_pairs, write_lines
 from megatron_peft.demo.ranks import AFTER, BEFORE, MODULE, PROGRAM
 from megatron_peft.demo.waiting import waiting
-from megatron_peft.experiment.plots import Translation, plot_run
+from megatron_peft.experiment import plots
 from megatron_peft.experiment.process import ENVIRONMENT, LAMBDA_FILE
 from megatron_peft.experiment.run_report import SAMPLE_FIELDS, SAMPLES_FILE
 from megatron_peft.training.metrics import METRICS_FILE, read_metrics
@@ -62,6 +65,16 @@ ITERATIONS = 44  # of two packs, about twelve messages: a fifth of an epoch
 SCORED_OF = 2  # one held-out message in so many is scored
 MOST_NEW_TOKENS = 32  # no held-out completion of a short message has more
 NUM_EXAMPLES = 7
+
+
+@dataclass(frozen=True)
+class Translation:
+    """A message, how it should read, and what the model said before and after training."""
+
+    source: str
+    reference: str
+    before: str
+    after: str
 
 
 @dataclass(frozen=True)
@@ -137,15 +150,7 @@ def run_demo(folder: Path, method: str = PeftConfig.method, extra_flags: Sequenc
     lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
     write_atomically(run / CHECKPOINTS / SAMPLES_FILE, lines)
     with waiting("drawing the picture"):
-        plot_run(
-            folder / "report.png",
-            f"SmolLM2-135M, English to French: {method} over {PIPELINE_PARALLEL_SIZE} pipeline stages",
-            records,
-            (before.bleu, after.bleu),
-            (before.validation_loss, after.validation_loss),
-            examples,
-            read_metrics(lambdas) if lambdas.exists() else [],
-        )
+        draw_picture(folder / "report.png", report, records, read_metrics(lambdas) if lambdas.exists() else [])
     return report
 
 
@@ -215,6 +220,76 @@ def _write_json(path: Path, content: Any) -> None:
 
 def _print_progress(text: str) -> None:
     print(f"demo: {text}", flush=True)
+
+
+LAMBDA_INCHES = 3.4
+COLUMNS = ("English", "Reference", "Before", "After")
+COLUMN_CHARACTERS = 42
+MOST_LINES = 3  # of a cell
+
+
+def draw_picture(
+    path: Path, report: DemoReport, records: Sequence[Mapping[str, Any]], lambdas: Sequence[Mapping[str, Any]] = ()
+) -> None:
+    """Draw the run into a PNG: loss, gradient norm, BLEU before and after, translations beside the reference.
+
+    Args:
+        path: of the picture; replaced as a whole.
+        records: lines of metrics.jsonl: iteration, loss, grad_norm, validation_loss where it was measured.
+        lambdas: lines of lambda.jsonl, drawn above the translations; empty for methods other than the Hybrid.
+    """
+    heights = [4.2, *([LAMBDA_INCHES] if lambdas else []), 0.6 + 0.62 * len(report.translations)]
+    figure = plots.new_figure(13, sum(heights) + 0.5)
+    title = f"SmolLM2-135M, English to French: {report.method} over {report.pipeline_parallel_size} pipeline stages"
+    figure.suptitle(title, fontsize=14, fontweight="bold")
+    rows = figure.add_gridspec(len(heights), 1, height_ratios=heights)
+    curves, *middle, texts = [figure.add_subfigure(rows[at]) for at in range(len(heights))]
+    left, center, right = curves.subplots(1, 3, width_ratios=[5, 5, 3])
+
+    iterations, losses = plots.series(records, "loss")
+    left.plot(iterations, losses, color=plots.AFTER, linewidth=1.8, label="training")
+    measured = dict(zip(*plots.series(records, "validation_loss"), strict=True))
+    measured |= {0: report.validation_loss_before, max(iterations, default=1): report.validation_loss_after}
+    left.plot(*zip(*sorted(measured.items()), strict=True), "o--", color="#d1242f", markersize=5, label="held out")
+    left.legend(frameon=False)
+    center.plot(*plots.series(records, "grad_norm"), color=plots.AFTER, linewidth=1.8)
+    for axes, name in ((left, "Loss"), (center, "Gradient norm")):
+        plots.style(axes, name, "iteration")
+    scores, colors = [report.bleu_before, report.bleu_after], [plots.BEFORE, plots.AFTER]
+    right.bar_label(
+        right.bar(["before", "after"], scores, color=colors, width=0.6), fmt="%.1f", padding=3, weight="bold"
+    )
+    right.margins(y=0.15)
+    plots.style(right, "BLEU")
+
+    for part in middle:
+        plots.draw_lambdas_into(part, *plots.read_lines(lambdas))
+    axes = texts.subplots()
+    axes.axis("off")
+    if report.translations:
+        _draw_translations(axes, report.translations)
+    plots.save_png(figure, path)
+
+
+def _draw_translations(axes: Axes, translations: Sequence[Translation]) -> None:
+    def wrapped(text: str) -> str:
+        lines = textwrap.wrap(text, COLUMN_CHARACTERS, max_lines=MOST_LINES, placeholder=" …")
+        return "\n".join(lines) or "(nothing)"
+
+    cells = [[wrapped(text) for text in astuple(translation)] for translation in translations]
+    table = axes.table(cells, colLabels=COLUMNS, cellLoc="left", colLoc="left", bbox=Bbox.unit())
+    table.auto_set_font_size(False)
+    table.set_fontsize(9)
+    for (row, column), cell in table.get_celld().items():
+        cell.set_edgecolor(plots.GUIDE)
+        cell.visible_edges = "B"
+        cell.PAD = 0.02
+        text = cell.get_text()
+        text.set_parse_math(False)  # a message may hold dollar signs
+        if row == 0:
+            text.set_fontweight("bold")
+        elif COLUMNS[column] in ("Before", "After"):
+            text.set_color(plots.AFTER if COLUMNS[column] == "After" else "#57606a")
 
 
 NUM_SHOWN = 4  # translations on the terminal

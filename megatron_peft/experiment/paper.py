@@ -33,7 +33,7 @@ def models() -> Sequence[str]:
     return tables()[0].columns[2:]
 
 
-def averages() -> dict[tuple[str, str, str], str]:
+def printed_averages() -> dict[tuple[str, str, str], str]:
     """(benchmark, method, model) -> the average that Table I prints."""
     rows, benchmark, printed = tables()[0].rows, "", {}
     for (heading, method, *_), (_, _, *of_models) in zip(rows[::2], rows[1::2], strict=True):
@@ -81,7 +81,7 @@ def beside_ours(rows: Sequence[Row]) -> Iterator[Table]:
                 (
                     method,
                     *(means.get((method, model), "–") for model in our_models),
-                    *(averages().get((benchmark, papers or "", model), "–") for model in models()),
+                    *(printed_averages().get((benchmark, papers or "", model), "–") for model in models()),
                 )
                 for method, papers in papers_methods.items()
             ),

@@ -1,10 +1,8 @@
-"""The pictures of reports: a run, costs, dynamics of training, lambda of each layer."""
+"""The pictures of an experiment's report, costs, dynamics of training, lambda of each layer; what all plots share."""
 
 import io
 import re
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -15,7 +13,6 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
-from matplotlib.transforms import Bbox
 
 from megatron_peft.checkpoint.folders import write_atomically
 from megatron_peft.experiment.record import CellRecord
@@ -142,7 +139,7 @@ def mean_of(result: Result, measure: Measure) -> float | None:
 
 
 def draw_cost(results: Results, task: str) -> Figure:
-    """Bars of each method, one a model; whiskers are the least and the greatest of the runs."""
+    """A bar of each method for each model; whiskers are the least and the greatest of the runs."""
     shown = [result for result in results.all if result.task == task and result.finals]
     models = list(dict.fromkeys(result.model for result in shown))
     methods = list(dict.fromkeys(result.method for result in shown))
@@ -275,7 +272,7 @@ def draw_mean_lambdas(result: Result) -> Figure:
 
 
 def draw_lambdas(title: str, iterations: Sequence[int], by_layer: ByLayer) -> Figure:
-    """A figure of its own."""
+    """The maps alone, as a figure."""
     figure = new_figure(13, 4.2, title)
     draw_lambdas_into(figure, iterations, by_layer)
     return figure
@@ -302,93 +299,7 @@ def draw_lambdas_into(figure: Figure | SubFigure, iterations: Sequence[int], by_
     figure.colorbar(image, ax=list(panels), label=LABEL, fraction=0.02)
 
 
-# One picture of a translation run: loss, gradient norm, BLEU before and after, translations beside the reference.
-#
-# A Hybrid's has lambda by layer, too.
-
-LAMBDA_INCHES = 3.4
-COLUMNS = ("English", "Reference", "Before", "After")
-COLUMN_CHARACTERS = 42
-MOST_LINES = 3  # of a cell
-
-
-@dataclass(frozen=True)
-class Translation:
-    """A message, how it should read, and what the model said before and after training."""
-
-    source: str
-    reference: str
-    before: str
-    after: str
-
-
-def plot_run(
-    path: Path,
-    title: str,
-    records: Sequence[Mapping[str, Any]],
-    bleu: tuple[float, float],
-    validation_loss: tuple[float, float],
-    translations: Sequence[Translation],
-    lambdas: Sequence[Mapping[str, Any]] = (),
-) -> None:
-    """Draw the run into a PNG.
-
-    Args:
-        path: of the picture; replaced as a whole.
-        records: lines of metrics.jsonl: iteration, loss, grad_norm, validation_loss where it was measured.
-        bleu, validation_loss: before and after training.
-        translations: about six fill the page.
-        lambdas: lines of lambda.jsonl; empty for methods other than the Hybrid.
-    """
-    heights = [4.2, *([LAMBDA_INCHES] if lambdas else []), 0.6 + 0.62 * len(translations)]
-    figure = new_figure(13, sum(heights) + 0.5)
-    figure.suptitle(title, fontsize=14, fontweight="bold")
-    rows = figure.add_gridspec(len(heights), 1, height_ratios=heights)
-    curves, *middle, texts = [figure.add_subfigure(rows[at]) for at in range(len(heights))]
-    left, center, right = curves.subplots(1, 3, width_ratios=[5, 5, 3])
-
-    iterations, losses = series(records, "loss")
-    left.plot(iterations, losses, color=AFTER, linewidth=1.8, label="training")
-    measured = dict(zip(*series(records, "validation_loss"), strict=True))
-    measured |= {0: validation_loss[0], max(iterations, default=1): validation_loss[1]}
-    left.plot(*zip(*sorted(measured.items()), strict=True), "o--", color="#d1242f", markersize=5, label="held out")
-    left.legend(frameon=False)
-    center.plot(*series(records, "grad_norm"), color=AFTER, linewidth=1.8)
-    for axes, name in ((left, "Loss"), (center, "Gradient norm")):
-        style(axes, name, "iteration")
-    bars = right.bar(["before", "after"], bleu, color=[BEFORE, AFTER], width=0.6)
-    right.bar_label(bars, fmt="%.1f", padding=3, fontweight="bold")
-    right.margins(y=0.15)
-    style(right, "BLEU")
-
-    for part in middle:
-        draw_lambdas_into(part, *read_lines(lambdas))
-    _draw_translations(texts.subplots(), translations)
-    save_png(figure, path)
-
-
-def _draw_translations(axes: Axes, translations: Sequence[Translation]) -> None:
-    def wrapped(text: str) -> str:
-        lines = textwrap.wrap(text, COLUMN_CHARACTERS, max_lines=MOST_LINES, placeholder=" …")
-        return "\n".join(lines) or "(nothing)"
-
-    axes.axis("off")
-    texts = [[wrapped(text) for text in (t.source, t.reference, t.before, t.after)] for t in translations]
-    if not texts:
-        return
-    table = axes.table(texts, colLabels=COLUMNS, cellLoc="left", colLoc="left", bbox=Bbox.unit())
-    table.auto_set_font_size(False)
-    table.set_fontsize(9)
-    for (row, column), cell in table.get_celld().items():
-        cell.set_edgecolor(GUIDE)
-        cell.visible_edges = "B"
-        cell.PAD = 0.02
-        text = cell.get_text()
-        text.set_parse_math(False)  # a message may hold dollar signs
-        if row == 0:
-            text.set_fontweight("bold")
-        elif COLUMNS[column] in ("Before", "After"):
-            text.set_color(AFTER if COLUMNS[column] == "After" else "#57606a")
+# Lines of metrics.jsonl as curves.
 
 
 def series(records: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:

@@ -210,7 +210,7 @@ def steps_to(runs: Mapping[int, CellRecord], reference: Mapping[int, CellRecord]
     compared = []
     for steps in sorted(set.intersection(*({at for at, _ in target} for target in targets.values()))):
         crossings = [crossing(curves[seed], dict(targets[seed])[steps]) for seed in seeds]
-        reached = [found for found in crossings if found is not None]
+        reached = [step for step in crossings if step is not None]
         times = steps / mean(at for at, _ in reached) if reached else None
         is_bound = any(is_bound for _, is_bound in reached)
         compared.append(StepsTo(int(steps), times, is_bound, len(reached), len(crossings)))

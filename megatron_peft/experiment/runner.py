@@ -49,7 +49,7 @@ Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Job:
+class CellJob:
     """A cell at work.
 
     Attributes:
@@ -85,7 +85,7 @@ class Runner:
     keep_checkpoints: bool = False
     experiment: str = ""
     gave_up: set[str] = field(default_factory=set)
-    running: dict[str, Job] = field(default_factory=dict)
+    running: dict[str, CellJob] = field(default_factory=dict)
     _stopped_by: int | None = None
 
     def run(self) -> bool:
@@ -150,9 +150,9 @@ class Runner:
             source = source_of(self.experiment, cell, todo.score)
             record = replace(trained, provenance={**trained.provenance, "score": source})
         self.report(f"{todo.kind} {cell.key}")
-        self.running[cell.key] = Job(todo, process.start(command, folder / process.LOG), record)
+        self.running[cell.key] = CellJob(todo, process.start(command, folder / process.LOG), record)
 
-    def _finish(self, job: Job) -> None:
+    def _finish(self, job: CellJob) -> None:
         cell, running = job.work.cell, job.running
         try:
             if (code := running.process.returncode) != 0:
@@ -179,7 +179,7 @@ class Runner:
         shown = ", ".join(f"{name} {'none' if value is None else f'{value:.4g}'}" for name, value in numbers.items())
         self.report(f"{done} {cell.key} in {running.seconds:.0f} s: {shown}")
 
-    def _trained(self, job: Job) -> CellRecord:
+    def _trained(self, job: CellJob) -> CellRecord:
         path = process.checkpoints_folder(self.folder, job.work.cell) / METRICS_FILE
         records = read_metrics(path) if path.exists() else []
         if not records:

@@ -114,7 +114,7 @@ class Experiment:
         if len(set(self.seeds)) < len(self.seeds):
             yield f"seeds: {', '.join(map(str, self.seeds))} names one twice."
 
-        # Of a flag in two places of a cell, one would be silently ignored.
+        # A flag in two places of a cell: the first would be silently ignored.
         for model, task, method in product(self.models, self.tasks, self.methods):
             places = {
                 "flags": self.flags,

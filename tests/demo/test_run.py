@@ -3,11 +3,14 @@
 import io
 import json
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
+from matplotlib.image import imread
 from rich.console import Console
 
 from megatron_peft.cli.parser import parse_arguments, read_config
@@ -16,8 +19,7 @@ from megatron_peft.config import METHODS
 from megatron_peft.demo import ranks, run, scoring
 from megatron_peft.demo import run as module
 from megatron_peft.demo.data import Pair, PairFiles, read_pairs
-from megatron_peft.demo.run import DemoScore, run_demo, training_flags
-from megatron_peft.experiment.plots import Translation
+from megatron_peft.demo.run import DemoReport, DemoScore, Translation, draw_picture, run_demo, training_flags
 
 LAMBDAS = {"iteration": 60, "lambda": {"decoder.layers.0.mlp.linear_fc1": 0.4}}
 HELD_OUT = [Pair(f"message {i}", f"texte {i}") for i in range(20)]
@@ -64,7 +66,7 @@ def launcher(monkeypatch, tmp_path) -> Launcher:
 
 def test_lambdas_of_a_hybrid_reach_the_picture(tmp_path, launcher, monkeypatch):
     drawn = []
-    monkeypatch.setattr(module, "plot_run", lambda *arguments: drawn.append(arguments[-1]))
+    monkeypatch.setattr(module, "draw_picture", lambda *arguments: drawn.append(arguments[-1]))
     run_demo(tmp_path, "hybrid")
     run_demo(tmp_path, "lora")
     assert drawn == [[LAMBDAS], []]
@@ -205,3 +207,62 @@ def test_an_interrupt_changes_the_exit_code_alone(monkeypatch, capsys):
 
     monkeypatch.setattr(module, "run_demo", interrupted)
     assert demo.main([]) == 130 and capsys.readouterr().err == ""
+
+
+RECORDS = [
+    {"iteration": 10, "loss": 3.0, "grad_norm": 2.0},
+    {"iteration": 20, "loss": 2.5, "grad_norm": 1.5, "validation_loss": 2.6},
+    {"iteration": 30, "loss": None, "grad_norm": 1.0},  # a loss that was not a number
+]
+TRANSLATIONS = [Translation("Pay $5_^ or $6", "Payez 5 $", "", "Payez " + "beaucoup " * 40)]
+REPORT = DemoReport(3.0, 20.0, 4.0, 1.75, 2, 4096, 1.0, 1.0, "lora", 30, 1, 1, "nrefs:1", ())
+
+
+@pytest.fixture
+def drawn(tmp_path, monkeypatch) -> Callable[..., Figure]:
+    """Draws a run as it is saved, over an older picture."""
+    figures = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k)))
+    (tmp_path / "report.png").write_bytes(b"old")
+
+    def draw(records=RECORDS, translations=TRANSLATIONS, *more) -> Figure:
+        draw_picture(tmp_path / "report.png", replace(REPORT, translations=tuple(translations)), records, *more)
+        return figures[-1]
+
+    return draw
+
+
+def _axes(figure):
+    return {axes.get_title(loc="left"): axes for axes in figure.axes}
+
+
+def test_the_picture_of_a_run_is_a_png_that_replaces_the_old_one(drawn, tmp_path):
+    for arguments in ((), ([], [])):  # a run without records still has its scores
+        drawn(*arguments)
+        height, width, _ = imread(tmp_path / "report.png").shape
+        assert width > 1000 and height > 500
+        assert [path.name for path in tmp_path.iterdir()] == ["report.png"]
+
+
+def test_curves_show_what_was_measured(drawn):
+    axes = _axes(drawn())
+    training, held_out = axes["Loss"].lines
+    assert training.get_xydata().tolist() == [[10, 3.0], [20, 2.5]]
+    assert held_out.get_xydata().tolist() == [[0, 4.0], [20, 1.75]]
+    assert axes["Gradient norm"].lines[0].get_xydata().tolist() == [[10, 2.0], [20, 1.5], [30, 1.0]]
+    assert [bar.get_height() for bar in axes["BLEU"].patches] == [3.0, 20.0]
+
+
+def test_translations_stand_beside_their_reference_cut_to_fit(drawn):
+    cells = drawn().axes[-1].tables[0].get_celld()
+    source, reference, before, after = (cells[1, column].get_text().get_text() for column in range(4))
+    assert (source, reference, before) == ("Pay $5_^ or $6", "Payez 5 $", "(nothing)")
+    assert after.count("\n") == 2 and after.endswith("…")
+
+
+def test_a_hybrid_has_its_lambdas_between_curves_and_translations(drawn):
+    lambdas = [{"iteration": at, "lambda": {"decoder.layers.0.mlp.linear_fc1": at / 100}} for at in (10, 20)]
+    image = _axes(drawn(RECORDS, TRANSLATIONS, lambdas))["linear_fc1"].images[0]
+    assert image.get_array().tolist() == [[0.1, 0.2]] and image.get_clim() == (0, 1)
+    assert image.axes.get_xlim() == (5, 25)

@@ -1,6 +1,5 @@
-"""Figures show what was measured: costs, curves, lambda by layer, a whole run; the same numbers give the same file."""
+"""Figures show what was measured: costs, curves, lambda by layer; the same numbers give the same file."""
 
-from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -10,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from megatron_peft.experiment import plots
-from megatron_peft.experiment.plots import Translation, color, new_figure, plot_run, save, style, svg
+from megatron_peft.experiment.plots import color, new_figure, save, style, svg
 from megatron_peft.experiment.record import write_record
 from megatron_peft.experiment.results import Results, read_results
 from megatron_peft.experiment.tables import rows
@@ -100,62 +99,3 @@ def test_a_single_step_is_drawn_and_nothing_is_an_empty_figure() -> None:
     assert plots.draw_lambdas("Hybrid", [7], {QKV.format(0): [0.5]}).axes[0].get_xlim() == (6.5, 7.5)
     for by_layer in ({}, {"embedding": [0.5]}):
         assert plots.draw_lambdas("Hybrid", [1], by_layer).axes == []
-
-
-RECORDS = [
-    {"iteration": 10, "loss": 3.0, "grad_norm": 2.0},
-    {"iteration": 20, "loss": 2.5, "grad_norm": 1.5, "validation_loss": 2.6},
-    {"iteration": 30, "loss": None, "grad_norm": 1.0},  # a loss that was not a number
-]
-TRANSLATIONS = [Translation("Pay $5_^ or $6", "Payez 5 $", "", "Payez " + "beaucoup " * 40)]
-SCORES = (3.0, 20.0), (4.0, 1.75)
-
-
-@pytest.fixture
-def drawn(tmp_path, monkeypatch) -> Callable[..., Figure]:
-    """Draws a run as it is saved, over an older picture."""
-    figures = []
-    save = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k)))
-    (tmp_path / "report.png").write_bytes(b"old")
-
-    def draw(records=RECORDS, translations=TRANSLATIONS, *more) -> Figure:
-        plot_run(tmp_path / "report.png", "A run", records, *SCORES, translations, *more)
-        return figures[-1]
-
-    return draw
-
-
-def _axes(figure):
-    return {axes.get_title(loc="left"): axes for axes in figure.axes}
-
-
-def test_the_picture_of_a_run_is_a_png_that_replaces_the_old_one(drawn, tmp_path):
-    for arguments in ((), ([], [])):  # a run without records still has its scores
-        drawn(*arguments)
-        height, width, _ = imread(tmp_path / "report.png").shape
-        assert width > 1000 and height > 500
-        assert [path.name for path in tmp_path.iterdir()] == ["report.png"]
-
-
-def test_curves_show_what_was_measured(drawn):
-    axes = _axes(drawn())
-    training, held_out = axes["Loss"].lines
-    assert training.get_xydata().tolist() == [[10, 3.0], [20, 2.5]]
-    assert held_out.get_xydata().tolist() == [[0, 4.0], [20, 1.75]]
-    assert axes["Gradient norm"].lines[0].get_xydata().tolist() == [[10, 2.0], [20, 1.5], [30, 1.0]]
-    assert [bar.get_height() for bar in axes["BLEU"].patches] == [3.0, 20.0]
-
-
-def test_translations_stand_beside_their_reference_cut_to_fit(drawn):
-    cells = drawn().axes[-1].tables[0].get_celld()
-    source, reference, before, after = (cells[1, column].get_text().get_text() for column in range(4))
-    assert (source, reference, before) == ("Pay $5_^ or $6", "Payez 5 $", "(nothing)")
-    assert after.count("\n") == 2 and after.endswith("…")
-
-
-def test_a_hybrid_has_its_lambdas_between_curves_and_translations(drawn):
-    lambdas = [{"iteration": at, "lambda": {"decoder.layers.0.mlp.linear_fc1": at / 100}} for at in (10, 20)]
-    image = _axes(drawn(RECORDS, TRANSLATIONS, lambdas))["linear_fc1"].images[0]
-    assert image.get_array().tolist() == [[0.1, 0.2]] and image.get_clim() == (0, 1)
-    assert image.axes.get_xlim() == (5, 25)

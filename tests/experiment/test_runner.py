@@ -22,7 +22,7 @@ from megatron_peft.checkpoint.folders import FolderLock
 from megatron_peft.config import ConfigurationError
 from megatron_peft.experiment import process, runner
 from megatron_peft.experiment.record import Work, file_digest, of_cell, progress, source_version, write_record
-from megatron_peft.experiment.runner import Board, Job, Runner, read_scores, run_experiment, table
+from megatron_peft.experiment.runner import Board, CellJob, Runner, read_scores, run_experiment, table
 from megatron_peft.experiment.spec import Metric, ScoreSpec
 from tests.experiment.small_experiment import FAKE_TRAINING, content, experiment
 from tests.time_limits import wait_until
@@ -272,7 +272,7 @@ def test_terminal_shows_what_runs_and_is_drawn_once_a_second(tmp_path: Path) -> 
     metrics.parent.mkdir(parents=True)
     metrics.write_text('{"iteration": 7}\n')
     running = SimpleNamespace()
-    job = Job(Work("train", cell), running, of_cell(cell, "failed"))  # type: ignore[arg-type]
+    job = CellJob(Work("train", cell), running, of_cell(cell, "failed"))  # type: ignore[arg-type]
     runner = Runner(tmp_path, groups, running={cell.key: job})
     with Board(tmp_path, groups, Console(file=shown, width=150, force_terminal=True)) as board:
         drawn = []

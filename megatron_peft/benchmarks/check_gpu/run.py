@@ -47,7 +47,7 @@ class LineOutcome:
         """Not run: CUDA was gone by then."""
         if self.error:
             return "not run" if self.error == GONE and not self.figures else "error"
-        return "FAIL" if any(one.reached is False for one in self.figures) else "pass"
+        return "FAIL" if any(figure.reached is False for figure in self.figures) else "pass"
 
 
 class LinesPlugin:
@@ -123,7 +123,7 @@ def check(root: Path, names: Sequence[str], output: Path, is_tiny: bool = False)
     if not is_gpu:
         console.print(PROVES_NOTHING)
     _write(output, outcomes, is_gpu)
-    return all(one.verdict == "pass" for one in outcomes)
+    return all(outcome.verdict == "pass" for outcome in outcomes)
 
 
 def files_of(name: str, root: Path) -> list[Path]:
@@ -155,25 +155,26 @@ def _summary(outcomes: Sequence[LineOutcome]) -> Table:
     table = Table(title="check-gpu", title_justify="left")
     for header in ("line", "", "seconds", "row of docs/untested-on-cuda.md", "what failed"):
         table.add_column(header, overflow="fold")
-    for one in outcomes:
-        color = "green" if one.verdict == "pass" else "red"
-        missed = [figure.name for figure in one.figures if figure.reached is False]
-        failed = escape("; ".join([*missed, *[one.error] * bool(one.error)]))
-        rows = "; ".join(LINES[one.name].settles)
-        table.add_row(one.name, f"[{color}]{one.verdict}[/{color}]", f"{one.seconds:.1f}", rows, failed)
+    for line in outcomes:
+        color = "green" if line.verdict == "pass" else "red"
+        missed = [figure.name for figure in line.figures if figure.reached is False]
+        failed = escape("; ".join([*missed, *[line.error] * bool(line.error)]))
+        rows = "; ".join(LINES[line.name].settles)
+        table.add_row(line.name, f"[{color}]{line.verdict}[/{color}]", f"{line.seconds:.1f}", rows, failed)
     return table
 
 
 def _write(path: Path, outcomes: Sequence[LineOutcome], is_gpu: bool) -> None:
-    """One object: the device, and for each line its verdict, figures and rows."""
+    """An object: the device, and for each line its verdict, figures and rows."""
     device = torch.cuda.get_device_name(0) if is_gpu else "cpu"
     lines = []
-    for one in outcomes:
-        of_line = dataclasses.asdict(one)
-        for figure in of_line["figures"]:
+    for outcome in outcomes:
+        values = dataclasses.asdict(outcome)
+        for figure in values["figures"]:
             if not math.isfinite(figure["measured"]):  # JSON has no other numbers
                 figure["measured"] = None
-        lines.append({"name": one.name, "verdict": one.verdict, **of_line, "settles": LINES[one.name].settles})
-    found = {"device": device, "proves_something_about_cuda": is_gpu, "lines": lines}
+        settles = LINES[outcome.name].settles
+        lines.append({"name": outcome.name, "verdict": outcome.verdict, **values, "settles": settles})
+    content = {"device": device, "proves_something_about_cuda": is_gpu, "lines": lines}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found, indent=2) + "\n")
+    path.write_text(json.dumps(content, indent=2) + "\n")
