@@ -130,7 +130,7 @@ def _write(
         "modules_to_save": None,
         **own_config,
     }
-    specs = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    specs = {name: torch.empty(shape, dtype=torch.float32, device="meta") for name, shape in shapes.items()}
     with new_folder(card.output) as draft:
         (draft / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         write_safetensors(draft, specs, tensors, max_shard_bytes=sys.maxsize, stem="adapter_model")
