@@ -55,7 +55,7 @@ class Interval:
 
 
 class Watchers:
-    """All of them. `watched_steps` makes one; what a run does between its steps stands inside `paused`.
+    """All watchers of a run, made by `watched_steps`. What a run does between its steps stands inside `paused`.
 
     Attributes:
         interval: since the last log line.
@@ -214,7 +214,7 @@ class StepTimers:
         self._timers: Any = Timers(level, "max") if level else None
         self._configs: list[Any] = [get_model_config(chunk) for chunk in state.model_chunks]
         optimizers = getattr(state.optimizer, "chained_optimizers", [state.optimizer])
-        self._configs += [one.config for one in optimizers if hasattr(one, "config")]
+        self._configs += [optimizer.config for optimizer in optimizers if hasattr(optimizer, "config")]
         self._set(self._timers)
 
     def _set(self, timers: Any) -> None:
