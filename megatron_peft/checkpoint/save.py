@@ -46,7 +46,7 @@ from megatron_peft.checkpoint.tensors import (
     global_slices,
     sharded_parameters,
 )
-from megatron_peft.config import CheckpointConfig, ConfigurationError, RunConfig, require
+from megatron_peft.config import CheckpointConfig, ConfigurationError, require
 from megatron_peft.parallel.collectives import from_first_rank
 from megatron_peft.runtime.launch import checked_together, device_setter, gather_over_world
 
@@ -171,27 +171,21 @@ def tensors_to_save(state: TrainingState, entries: Sequence[Sharded]) -> list[Sh
 
 
 def _run_record(state: TrainingState, layers: tuple[str, ...], entries: Sequence[Sharded]) -> RunRecord:
-    saves_optimizer = not state.config.checkpoint.no_save_optim
+    config, base = state.config, state.config.model.pretrained_checkpoint
+    if base is not None and Path(base).exists():  # whoever reads the record may be in another folder
+        model = dataclasses.replace(config.model, pretrained_checkpoint=str(Path(base).absolute()))
+        config = dataclasses.replace(config, model=model)
+    saves_optimizer = not config.checkpoint.no_save_optim
     return RunRecord(
-        config=_with_absolute_base(state.config),
+        config=config,
         shape=state.shape,
         position=dataclasses.asdict(state.position),
         adapted_layers=layers,
-        base_fingerprint=base_fingerprint(state.config.model.pretrained_checkpoint),
+        base_fingerprint=base_fingerprint(base),
         schedule=state.schedule.state_dict() if saves_optimizer else None,
         optimizer_steps=optimizer_steps(state.optimizer, entries) if saves_optimizer else None,
         data_digest=state.data_digest,
         best=state.best,
-    )
-
-
-def _with_absolute_base(config: RunConfig) -> RunConfig:
-    """Whoever reads the record may be in another folder."""
-    base = config.model.pretrained_checkpoint
-    if base is None or not Path(base).exists():
-        return config
-    return dataclasses.replace(
-        config, model=dataclasses.replace(config.model, pretrained_checkpoint=str(Path(base).absolute()))
     )
 
 
