@@ -22,16 +22,16 @@ if TYPE_CHECKING:
     from megatron_peft.config import ConfigurationError as ConfigurationError
     from megatron_peft.config import PeftConfig as PeftConfig
     from megatron_peft.runtime.cpu import install as support_cpu
-    from megatron_peft.training.own_loop import ModelAdapters as ModelAdapters
-    from megatron_peft.training.own_loop import add_adapters as add_adapters
+    from megatron_peft.training.model_adapters import ModelAdapters as ModelAdapters
+    from megatron_peft.training.model_adapters import add_adapters as add_adapters
 
 __all__ = ["ConfigurationError", "ModelAdapters", "PeftConfig", "add_adapters", "support_cpu"]
 
 _PLACES = {
     "ConfigurationError": ("megatron_peft.config", "ConfigurationError"),
-    "ModelAdapters": ("megatron_peft.training.own_loop", "ModelAdapters"),
+    "ModelAdapters": ("megatron_peft.training.model_adapters", "ModelAdapters"),
     "PeftConfig": ("megatron_peft.config", "PeftConfig"),
-    "add_adapters": ("megatron_peft.training.own_loop", "add_adapters"),
+    "add_adapters": ("megatron_peft.training.model_adapters", "add_adapters"),
     "support_cpu": ("megatron_peft.runtime.cpu", "install"),
 }
 

@@ -95,12 +95,12 @@ def _damage_of(path: Path, expected: FileSum) -> str:
         require_regular(path)
         if size != expected.size:
             return f"{path.name} has {size} bytes instead of {expected.size}"
-        found = measure(path)
+        measured = measure(path)
     except FileNotFoundError:
         return f"{path.name} is missing"
     except (OSError, ConfigurationError) as error:
         return f"{path.name} cannot be read: {error}"
-    return "" if found == expected else f"{path.name} does not match its checksum"
+    return "" if measured == expected else f"{path.name} does not match its checksum"
 
 
 def _manifest_text(files: Mapping[str, FileSum]) -> str:
@@ -376,8 +376,14 @@ class FolderLock:
         except ConfigurationError:
             self.release()
             raise
-        if self.is_held:
-            self._write_holder()
+        if not self.is_held:
+            return
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        try:
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, f"process {os.getpid()} on {socket.gethostname()} since {since}\n".encode(), 0)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(folder / LOCK)) from error
 
     @property
     def is_in_place(self) -> bool:
@@ -400,27 +406,16 @@ class FolderLock:
                 fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return True
             except (BlockingIOError, PermissionError):
-                self._refuse_after(deadline)
+                if time.monotonic() >= deadline:
+                    holder = os.pread(self._descriptor, 1000, 0).decode(errors="replace").strip()
+                    raise ConfigurationError(
+                        f"--save {self._folder}: another run is saving there ({holder or 'unknown'}): "
+                        f"wait for its end, stop it, or give another --save."
+                    ) from None
                 time.sleep(0.1)
             except OSError as error:
                 logger.warning("%s cannot be locked (%s): make sure that only one run saves there", self._folder, error)
                 return False
-
-    def _refuse_after(self, deadline: float) -> None:
-        if time.monotonic() >= deadline:
-            holder = os.pread(self._descriptor, 1000, 0).decode(errors="replace").strip()
-            raise ConfigurationError(
-                f"--save {self._folder}: another run is saving there ({holder or 'unknown'}): "
-                f"wait for its end, stop it, or give another --save."
-            )
-
-    def _write_holder(self) -> None:
-        since = time.strftime("%Y-%m-%d %H:%M:%S")
-        try:
-            os.ftruncate(self._descriptor, 0)
-            os.pwrite(self._descriptor, f"process {os.getpid()} on {socket.gethostname()} since {since}\n".encode(), 0)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self._folder / LOCK)) from error
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
@@ -443,19 +438,16 @@ RANK_FILES = ("model_optim_rng.pt", "model_rng.pt")
 
 def megatron_files(folder: str | Path) -> Path | None:
     """The folder with Megatron's files: `folder`, or the checkpoint in it that its tracker names; None without any."""
-    return next((place for place in _places(Path(folder)) if (place / INDEX).is_file() or holds_ranks(place)), None)
+    folder = Path(folder)
+    places = [folder]
+    if folder.is_dir() and (ours := newest_checkpoint(folder)) is not None:
+        places.append(ours)
+    if text := tracker_text(folder):
+        is_number = text.isdecimal() and len(text) <= MOST_DIGITS
+        places.append(iteration_folder(folder, int(text)) if is_number else folder / "release")
+    return next((place for place in places if (place / INDEX).is_file() or holds_ranks(place)), None)
 
 
 def holds_ranks(folder: Path) -> bool:
     """Whether it contains the old format's folders of ranks."""
     return any(RANK_FOLDER.match(path.name) for path in folder.glob("mp_rank_*"))
-
-
-def _places(folder: Path) -> Iterator[Path]:
-    yield folder
-    ours = newest_checkpoint(folder) if folder.is_dir() else None
-    if ours is not None:
-        yield ours
-    if text := tracker_text(folder):
-        is_number = text.isdecimal() and len(text) <= MOST_DIGITS
-        yield iteration_folder(folder, int(text)) if is_number else folder / "release"

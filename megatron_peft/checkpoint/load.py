@@ -57,12 +57,12 @@ def find_whole_checkpoint(folder: Path) -> Path | None:
     """
     problems: list[str] = []
     for checkpoint in from_first_rank(lambda: _candidates(folder)):
-        found = _damage_on_all_ranks(checkpoint)
-        if not found:
-            if problems:
-                _warn("WARNING: %s FALLING BACK to %s, the newest undamaged one.", " ".join(problems), checkpoint)
-            return checkpoint
-        problems.append(_damage_message(checkpoint, found))
+        if problem := _damage_on_all_ranks(checkpoint):
+            problems.append(problem)
+            continue
+        if problems:
+            _warn("WARNING: %s FALLING BACK to %s, the newest undamaged one.", " ".join(problems), checkpoint)
+        return checkpoint
     if problems:
         raise ConfigurationError(
             f"--load {folder} holds no whole checkpoint: {' '.join(problems)} Copy the damaged files again, give "
@@ -115,20 +115,20 @@ def check_resume(config: RunConfig, shape: ModelShape, schedule: Mapping[str, An
     Raises:
         ConfigurationError: on every rank, if they contradict each other.
     """
-    checked_together(lambda: _check_newest(config, shape, schedule))
-
-
-def _check_newest(config: RunConfig, shape: ModelShape, schedule: Mapping[str, Any]) -> None:
     settings = config.checkpoint
-    checkpoint = newest_checkpoint(Path(settings.load)) if settings.load and dist.get_rank() == 0 else None
-    if checkpoint is None:
-        return
-    try:
-        record = read_record(checkpoint)
-    except ConfigurationError:
-        return  # damaged: `load_checkpoint` goes back to an older one, or names the damage
-    base = base_fingerprint(config.model.pretrained_checkpoint)
-    _refuse(record, CurrentRun(config, shape, None, base, schedule), _resumes_optimizer(settings))
+
+    def check() -> None:
+        checkpoint = newest_checkpoint(Path(settings.load)) if settings.load and dist.get_rank() == 0 else None
+        if checkpoint is None:
+            return
+        try:
+            record = read_record(checkpoint)
+        except ConfigurationError:
+            return  # damaged: `load_checkpoint` goes back to an older one, or names the damage
+        base = base_fingerprint(config.model.pretrained_checkpoint)
+        _refuse(record, CurrentRun(config, shape, None, base, schedule), _resumes_optimizer(settings))
+
+    checked_together(check)
 
 
 def _resumes_optimizer(settings: CheckpointConfig) -> bool:
@@ -136,30 +136,26 @@ def _resumes_optimizer(settings: CheckpointConfig) -> bool:
 
 
 def _candidates(folder: Path) -> list[Path]:
-    found, named = checkpoints(folder), tracker_text(folder)
+    there, named = checkpoints(folder), tracker_text(folder)
     require(
-        bool(found) or not named,
+        bool(there) or not named,
         f"--load {folder} holds no checkpoint of a run, but its {TRACKER} names {named}: copy it back; or, to start "
         f"from the beginning, remove the file. For a model of another program use --pretrained-checkpoint.",
     )
-    return found
+    return there
 
 
 def require_whole(checkpoint: Path) -> None:
     """Raises ConfigurationError on every rank, with the files' names, if a checkpoint is damaged. A collective."""
-    found = _damage_on_all_ranks(checkpoint)
-    if found:
-        raise ConfigurationError(f"{_damage_message(checkpoint, found)} Copy it again, or give another checkpoint.")
+    if problem := _damage_on_all_ranks(checkpoint):
+        raise ConfigurationError(f"{problem} Copy it again, or give another checkpoint.")
 
 
-def _damage_on_all_ranks(checkpoint: Path) -> list[str]:
-    num_ranks = dist.get_world_size()
-    by_rank = gather_over_world(damage(checkpoint, dist.get_rank(), num_ranks))
-    return list(dict.fromkeys(problem for problems in by_rank for problem in problems))
-
-
-def _damage_message(checkpoint: Path, found: list[str]) -> str:
-    return f"{checkpoint} is damaged: {'; '.join(found)}."
+def _damage_on_all_ranks(checkpoint: Path) -> str:
+    """A sentence with what each rank's share of the files lacks; empty if all are whole. A collective."""
+    by_rank = gather_over_world(damage(checkpoint, dist.get_rank(), dist.get_world_size()))
+    problems = dict.fromkeys(problem for problems in by_rank for problem in problems)
+    return f"{checkpoint} is damaged: {'; '.join(problems)}." if problems else ""
 
 
 def load_checkpoint(state: TrainingState) -> Path | None:

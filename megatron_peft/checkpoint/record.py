@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from math import isfinite
 from pathlib import Path
@@ -52,16 +52,6 @@ class BestValidation:
         if isfinite(loss) and (self.loss is None or loss < self.loss):
             return BestValidation(loss, iteration)
         return BestValidation(self.loss, self.iteration, self.num_since + 1)
-
-
-def _best_from_dict(fields: Any) -> BestValidation:
-    """Raises ValueError or TypeError."""
-    best = BestValidation(**(fields or {}))
-    is_loss = best.loss is None or type(best.loss) in (int, float)
-    counts = {"iteration": best.iteration, "num_since": best.num_since}
-    if not is_loss or not _are_counts(counts) or type(best.was_interrupted) is not bool:
-        raise ValueError(f"its best validation is {fields}")
-    return best
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +107,7 @@ class RunRecord:
             raise ValueError("its optimizer_steps must be non-negative integers")
         _require_schedule(fields["schedule"])
         digests = [fields.get("data_digest"), *(fields["base_fingerprint"] or {}).values()]
-        if not all(isinstance(one, str | None) for one in digests):
+        if not all(isinstance(digest, str | None) for digest in digests):
             raise ValueError("its data_digest and base_fingerprint must be texts")
         if not isinstance(layers, list) or not all(isinstance(layer, str) for layer in layers):
             raise ValueError("its adapted_layers are not names")
@@ -125,10 +115,20 @@ class RunRecord:
         if isinstance(data, dict) and data.get("pack_sequences"):
             data.setdefault("packing", "next-fit")  # there was no other before there was a flag for it
         fields["config"] = config_from_dict(fields["config"])
-        fields["shape"] = _shape_from_dict(fields["shape"])
-        fields["adapted_layers"] = tuple(fields["adapted_layers"])
-        fields["best"] = _best_from_dict(fields.get("best"))
-        return cls(**fields)
+        shape = fields["shape"]
+        scaling, biases = shape["rope_scaling"], shape["linear_biases"]
+        if not isinstance(biases, list) or not all(isinstance(name, str) for name in biases):
+            raise ValueError(f"its linear_biases are {biases}")
+        rope_scaling = None if scaling is None else RopeScaling(**scaling)
+        changed = {"linear_biases": frozenset(biases), "rope_scaling": rope_scaling}
+        fields["shape"] = ModelShape(**{**shape, **changed})
+        fields["adapted_layers"] = tuple(layers)
+        best = BestValidation(**(fields.get("best") or {}))
+        is_loss = best.loss is None or type(best.loss) in (int, float)
+        counts = {"iteration": best.iteration, "num_since": best.num_since}
+        if not is_loss or not _are_counts(counts) or type(best.was_interrupted) is not bool:
+            raise ValueError(f"its best validation is {fields.get('best')}")
+        return cls(**{**fields, "best": best})
 
     def adapter_config(self) -> str:
         """JSON with the method's settings and the base model, for people and for tools that look for adapters."""
@@ -178,19 +178,6 @@ def _are_counts(numbers: Mapping[str, Any]) -> bool:
     return all(type(number) is int and number >= 0 for number in numbers.values())
 
 
-def _shape_from_dict(fields: dict[str, Any]) -> ModelShape:
-    scaling, biases = fields["rope_scaling"], fields["linear_biases"]
-    if not isinstance(biases, list) or not all(isinstance(one, str) for one in biases):
-        raise ValueError(f"its linear_biases are {biases}")
-    return ModelShape(
-        **{
-            **fields,
-            "linear_biases": frozenset(biases),
-            "rope_scaling": None if scaling is None else RopeScaling(**scaling),
-        }
-    )
-
-
 # Whether a run may load a checkpoint. Every contradiction is an error with both values and the way out.
 
 # Section -> fields that a resumed run may change with a warning: other samples, or other updates. So may it those of
@@ -231,13 +218,36 @@ class CurrentRun:
 
 def contradictions(record: RunRecord, current: CurrentRun) -> list[str]:
     """Why this run cannot take the checkpoint's parameters."""
-    there = record.config.peft.method
-    if there != current.config.peft.method:
+    there, peft, load = record.config.peft, current.config.peft, _load(current)
+    another = "another --save" if load.startswith("--save") else "another --load"
+    if there.method != peft.method:
         return [
-            f"{_load(current)} was trained with --peft-method {there}, but this run has --peft-method "
-            f"{current.config.peft.method}: give --peft-method {there}, or {_another(current)}."
+            f"{load} was trained with --peft-method {there.method}, but this run has --peft-method {peft.method}: give "
+            f"--peft-method {there.method}, or {another}."
         ]
-    return [*_other_base(record, current), *_other_numbers(record, current), *_other_layers(record, current)]
+    problems = []
+    if differing := differing_base(record, current.shape, current.base_fingerprint):
+        problems.append(
+            f"{load} was trained on the base model {record.config.model.pretrained_checkpoint}, but "
+            f"--pretrained-checkpoint {current.config.model.pretrained_checkpoint} is another one "
+            f"({', '.join(differing)}): give the base that it was trained on."
+        )
+    for name in sorted(peft.spec.fields(peft) - _may_change()) if peft.trains_adapters else ():
+        before, now = getattr(there, name), getattr(peft, name)
+        if before != now:
+            problems.append(
+                f"{load} was trained with {flag(name)} {before}, but this run has {flag(name)} {now}: give "
+                f"{flag(name)} {before}, or {another}."
+            )
+    layers_there, layers = set(record.adapted_layers), set(current.adapted_layers or ())
+    if current.adapted_layers is not None and layers_there != layers:
+        patterns = " ".join(there.target_modules)
+        problems.append(
+            f"{load} was trained with --peft-target-modules {patterns} ({len(layers_there)} layers), but this run has "
+            f"--peft-target-modules {' '.join(peft.target_modules)} ({len(layers)} layers; the first that differs is "
+            f"{min(layers_there ^ layers)}): give --peft-target-modules {patterns}."
+        )
+    return problems
 
 
 def changes(record: RunRecord, current: CurrentRun) -> str:
@@ -251,19 +261,14 @@ def changes(record: RunRecord, current: CurrentRun) -> str:
     before, now = record.config.model.transformer, current.config.model.transformer
     values += [(name, before.get(name, 0.0), now.get(name, 0.0)) for name in ("hidden_dropout", "attention_dropout")]
     changed = [f"{flag(name)} {_shown(new)} (before: {_shown(old)})" for name, old, new in values if old != new]
-    changed += _changed_contents(record, current)
+    # training data whose path is the same
+    paths = {(config.data.train_data_path, config.data.data_path) for config in (record.config, current.config)}
+    digests = record.data_digest, current.data_digest
+    if len(paths) == 1 and all(digests) and digests[0] != digests[1]:
+        name = "data_path" if current.config.data.data_path else "train_data_path"
+        changed.append(f"other contents of {flag(name)} {_shown(getattr(current.config.data, name))} than before")
     listed = ", ".join(dict.fromkeys(changed))  # --seed is in two sections
     return f"{_load(current)}: the run continues with {listed}, at the old position." if changed else ""
-
-
-def _changed_contents(record: RunRecord, current: CurrentRun) -> list[str]:
-    """Of training data whose path is the same."""
-    paths = {(config.data.train_data_path, config.data.data_path) for config in (record.config, current.config)}
-    before, now = record.data_digest, current.data_digest
-    if len(paths) > 1 or not before or not now or before == now:
-        return []
-    name = "data_path" if current.config.data.data_path else "train_data_path"
-    return [f"other contents of {flag(name)} {_shown(getattr(current.config.data, name))} than before"]
 
 
 def _shown(value: Any) -> str:
@@ -319,18 +324,8 @@ def unused_schedule_values(schedule: Mapping[str, Any]) -> set[str]:
     return unused
 
 
-def _other_base(record: RunRecord, current: CurrentRun) -> Iterator[str]:
-    there, now = record.config.model.pretrained_checkpoint, current.config.model.pretrained_checkpoint
-    differing = differing_base(record, current.shape, current.base_fingerprint)
-    if differing:
-        yield (
-            f"{_load(current)} was trained on the base model {there}, but --pretrained-checkpoint {now} is another one "
-            f"({', '.join(differing)}): give the base that it was trained on."
-        )
-
-
 def differing_base(record: RunRecord, shape: ModelShape, fingerprint: Mapping[str, str] | None) -> list[str]:
-    """How a base model differs from the one of the record: in sizes, or else in files. Empty if it is the same."""
+    """How a base model differs from that of the record: in sizes, or else in files. Empty if it is the same."""
     shapes = dataclasses.asdict(record.shape), dataclasses.asdict(shape)
     differing = [
         f"{name} {shapes[0][name]} there, {shapes[1][name]} here"
@@ -343,46 +338,14 @@ def differing_base(record: RunRecord, shape: ModelShape, fingerprint: Mapping[st
     return differing
 
 
-def _other_numbers(record: RunRecord, current: CurrentRun) -> Iterator[str]:
-    if not current.config.peft.trains_adapters:
-        return
-    peft = current.config.peft
-    for name in sorted(peft.spec.fields(peft) - _may_change()):
-        there, now = getattr(record.config.peft, name), getattr(current.config.peft, name)
-        if there != now:
-            yield (
-                f"{_load(current)} was trained with {flag(name)} {there}, but this run has {flag(name)} {now}: "
-                f"give {flag(name)} {there}, or {_another(current)}."
-            )
-
-
 def _may_change() -> set[str]:
-    return {one.name for one in dataclasses.fields(PeftConfig) if one.metadata["may_change"]}
-
-
-def _other_layers(record: RunRecord, current: CurrentRun) -> Iterator[str]:
-    there, now = set(record.adapted_layers), set(current.adapted_layers or ())
-    if current.adapted_layers is not None and there != now:
-        patterns = " ".join(record.config.peft.target_modules)
-        yield (
-            f"{_load(current)} was trained with --peft-target-modules {patterns} ({len(there)} layers), but this run "
-            f"has --peft-target-modules {' '.join(current.config.peft.target_modules)} ({len(now)} layers; the first "
-            f"that differs is {min(there ^ now)}): give --peft-target-modules {patterns}."
-        )
+    return {field.name for field in dataclasses.fields(PeftConfig) if field.metadata["may_change"]}
 
 
 def _load(current: CurrentRun) -> str:
     settings = current.config.checkpoint
-    return f"--save {settings.save} (--resume auto)" if _is_automatic(current) else f"--load {settings.load}"
-
-
-def _another(current: CurrentRun) -> str:
-    return "another --save" if _is_automatic(current) else "another --load"
-
-
-def _is_automatic(current: CurrentRun) -> bool:
-    settings = current.config.checkpoint
-    return settings.resume == "auto" and settings.load == settings.save
+    is_automatic = settings.resume == "auto" and settings.load == settings.save
+    return f"--save {settings.save} (--resume auto)" if is_automatic else f"--load {settings.load}"
 
 
 # A cheap fingerprint of a base model's folder, so that adapters are never put on another base: config.json, and of each
@@ -416,26 +379,20 @@ def weight_files(folder: Path) -> list[Path]:
     matches = (sorted(folder.glob(pattern)) for pattern in WEIGHT_PATTERNS)
     ranks = (path for path in sorted(folder.glob("mp_rank_*")) if RANK_FOLDER.fullmatch(path.name))
     of_ranks = [path / name for path in ranks for name in RANK_FILES if (path / name).is_file()]
-    return next((found for found in matches if found), of_ranks)
+    return next((files for files in matches if files), of_ranks)
 
 
 def sampled_digest(path: Path) -> str:
     """SHA-256 of a file's size and of some of its bytes (all bytes of a small file)."""
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
+    ranges = [(0, size)]  # first byte, number of bytes
+    if size > _START_BYTES + _END_BYTES:
+        firsts = [size * sample // (_NUM_SAMPLES + 1) for sample in range(1, _NUM_SAMPLES + 1)]
+        samples = [(first, _SAMPLE_BYTES) for first in firsts]
+        ranges = [(0, _START_BYTES), *samples, (size - _END_BYTES, _END_BYTES)]
     with open(path, "rb") as file:
-        for start, length in _sampled_ranges(size):
-            file.seek(start)
+        for first, length in ranges:
+            file.seek(first)
             digest.update(file.read(length))
     return digest.hexdigest()
-
-
-def _sampled_ranges(size: int) -> Iterator[tuple[int, int]]:
-    """(first byte, number of bytes)"""
-    if size <= _START_BYTES + _END_BYTES:
-        yield 0, size
-        return
-    yield 0, _START_BYTES
-    for sample in range(1, _NUM_SAMPLES + 1):
-        yield size * sample // (_NUM_SAMPLES + 1), _SAMPLE_BYTES
-    yield size - _END_BYTES, _END_BYTES

@@ -76,7 +76,8 @@ def load_inertly(path: Path) -> Any:
         with _no_safe_globals():
             names = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
             _refuse(path, [name for name in names if not INERT_NAMES.fullmatch(name)])
-            stand_ins: list[Any] = [(_stand_in(name), name) for name in names]
+            # One class for each name: torch's unpickler looks classes up by value.
+            stand_ins: list[Any] = [(type("Inert_" + name.rpartition(".")[2], (Inert,), {}), name) for name in names]
             with torch.serialization.safe_globals(stand_ins):
                 return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except ConfigurationError:
@@ -225,8 +226,8 @@ class _IndexUnpickler(BoundedUnpickler):
         known = module == torch_metadata.__name__ and name in METADATA_CLASSES
         if not known and not METADATA_NAMES.fullmatch(whole):
             _refuse(self._path, [whole])
-        if isinstance(found := getattr(torch, name, None), torch.dtype) and module == "torch":
-            return found
+        if isinstance(dtype := getattr(torch, name, None), torch.dtype) and module == "torch":
+            return dtype
         return self._classes.setdefault(name, type(name, (_Plain,), {}))
 
     def _check_member(self, *arguments: Any) -> None:
@@ -333,8 +334,3 @@ def _refuse(path: Path, names: list[str]) -> None:
         f"{path} is refused: to unpickle it would call {', '.join(sorted(names))}, which no checkpoint needs. "
         f"Nothing of it was run.",
     )
-
-
-def _stand_in(name: str) -> type[Inert]:
-    """One class for each name: torch's unpickler looks classes up by value."""
-    return type("Inert_" + name.rpartition(".")[2], (Inert,), {})

@@ -17,7 +17,6 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron_peft.checkpoint.folders import (
     RECORD,
     TRACKER,
-    FileSum,
     FolderLock,
     is_checkpoint,
     iteration_folder,
@@ -47,7 +46,7 @@ from megatron_peft.checkpoint.tensors import (
     global_slices,
     sharded_parameters,
 )
-from megatron_peft.config import CheckpointConfig, ConfigurationError, RunConfig, require
+from megatron_peft.config import CheckpointConfig, ConfigurationError, require
 from megatron_peft.parallel.collectives import from_first_rank
 from megatron_peft.runtime.launch import checked_together, device_setter, gather_over_world
 
@@ -92,13 +91,12 @@ class DraftedCheckpoint:
         return iteration_folder(self.folder, self.iteration)
 
     def _publish(self, by_rank: Sequence[Written]) -> None:
-        self.files.finish(by_rank)
+        sums = self.files.finish(by_rank)
         adapter_config = self.record.adapter_config() if self.record.config.peft.trains_adapters else None
         (self.draft / RECORD).write_text(self.record.to_json())
         if adapter_config:
             (self.draft / ADAPTER_CONFIG).write_text(adapter_config)
-        known: dict[str, FileSum] = {name: found for written in by_rank for name, found in written.sums.items()}
-        publish(self.draft, self.folder, self.iteration, known)
+        publish(self.draft, self.folder, self.iteration, sums)
         # The checkpoint is saved. What follows only warns if it fails.
         if adapter_config:
             _write_beside_checkpoints(self.folder / ADAPTER_CONFIG, adapter_config)
@@ -173,27 +171,21 @@ def tensors_to_save(state: TrainingState, entries: Sequence[Sharded]) -> list[Sh
 
 
 def _run_record(state: TrainingState, layers: tuple[str, ...], entries: Sequence[Sharded]) -> RunRecord:
-    saves_optimizer = not state.config.checkpoint.no_save_optim
+    config, base = state.config, state.config.model.pretrained_checkpoint
+    if base is not None and Path(base).exists():  # whoever reads the record may be in another folder
+        model = dataclasses.replace(config.model, pretrained_checkpoint=str(Path(base).absolute()))
+        config = dataclasses.replace(config, model=model)
+    saves_optimizer = not config.checkpoint.no_save_optim
     return RunRecord(
-        config=_with_absolute_base(state.config),
+        config=config,
         shape=state.shape,
         position=dataclasses.asdict(state.position),
         adapted_layers=layers,
-        base_fingerprint=base_fingerprint(state.config.model.pretrained_checkpoint),
+        base_fingerprint=base_fingerprint(base),
         schedule=state.schedule.state_dict() if saves_optimizer else None,
         optimizer_steps=optimizer_steps(state.optimizer, entries) if saves_optimizer else None,
         data_digest=state.data_digest,
         best=state.best,
-    )
-
-
-def _with_absolute_base(config: RunConfig) -> RunConfig:
-    """Whoever reads the record may be in another folder."""
-    base = config.model.pretrained_checkpoint
-    if base is None or not Path(base).exists():
-        return config
-    return dataclasses.replace(
-        config, model=dataclasses.replace(config.model, pretrained_checkpoint=str(Path(base).absolute()))
     )
 
 
@@ -231,8 +223,7 @@ def write_new_folder(tensors: Sequence[ShardedTensor], folder: Path) -> None:
         by_rank = gather_over_world(checked_together(files.write))
 
         def finish() -> None:
-            files.finish(by_rank)
-            write_manifest(draft, {name: found for written in by_rank for name, found in written.sums.items()})
+            write_manifest(draft, files.finish(by_rank))
             publish_draft(draft, folder)
 
         from_first_rank(finish)
@@ -376,10 +367,10 @@ def _refuse_another_run(folder: Path, load: str | None, finetune: bool) -> None:
     loads = Path(load).resolve() if load and not finetune else None
     goes_on = loads is not None and folder.resolve() == (loads.parent if is_checkpoint(loads) else loads)
     newest = newest_checkpoint(folder)
-    found = newest.name if newest else f"{TRACKER} names one" * (folder / TRACKER).is_file()
+    existing = newest.name if newest else f"{TRACKER} names one" * (folder / TRACKER).is_file()
     require(
-        goes_on or not found,
-        f"--save {folder} already holds the checkpoints of a run (the newest: {found}), which a new run would replace: "
-        f"give another --save; or, to resume that run, --load {folder}"
+        goes_on or not existing,
+        f"--save {folder} already holds the checkpoints of a run (the newest: {existing}), which a new run would "
+        f"replace: give another --save; or, to resume that run, --load {folder}"
         + (" without --finetune." if finetune and load else "."),
     )

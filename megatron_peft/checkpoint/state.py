@@ -178,26 +178,21 @@ def optimizer_params(
 ) -> Iterator[tuple[OptimizerParam, Sharded]]:
     """The parameters that this rank's optimizer updates, each with its place in the global tensor."""
     entry_of = {id(entry.data): entry for entry in entries}
+    entry_of_master = {id(getattr(entry.data, "main_param", entry.data)): entry for entry in entries}
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if not part.is_stub_optimizer:  # a rank without trainable parameters
-            sharded = isinstance(part, DistributedOptimizer)
-            params = _sharded_params(part) if sharded else _unsharded_params(part, entries)
-            yield from ((param, entry_of[id(param.parameter)]) for param in params)
-
-
-def _sharded_params(optimizer: DistributedOptimizer) -> Iterator[OptimizerParam]:
-    for parameter, (group_index, position) in optimizer.model_param_group_index_map.items():
-        group = optimizer.optimizer.param_groups[group_index]
-        start = optimizer._get_model_param_range_map(parameter)["param"].start
-        yield OptimizerParam(parameter, group["params"][position], start, True, optimizer.optimizer, group)
-
-
-def _unsharded_params(optimizer: MegatronOptimizer, entries: Sequence[Sharded]) -> Iterator[OptimizerParam]:
-    parameters = [data_of(entry) for entry in entries]
-    by_master = {id(getattr(parameter, "main_param", parameter)): parameter for parameter in parameters}
-    for group in optimizer.optimizer.param_groups:
-        for master in group["params"]:
-            yield OptimizerParam(by_master[id(master)], master, 0, False, optimizer.optimizer, group)
+        if part.is_stub_optimizer:  # a rank without trainable parameters
+            continue
+        inner, groups = part.optimizer, part.optimizer.param_groups
+        if isinstance(part, DistributedOptimizer):
+            for parameter, (group_index, place) in part.model_param_group_index_map.items():
+                group, start = groups[group_index], part._get_model_param_range_map(parameter)["param"].start
+                param = OptimizerParam(parameter, group["params"][place], start, True, inner, group)
+                yield param, entry_of[id(parameter)]
+        else:
+            for group in groups:
+                for master in group["params"]:
+                    entry = entry_of_master[id(master)]
+                    yield OptimizerParam(data_of(entry), master, 0, False, inner, group), entry
 
 
 def optimizer_tensors(optimizer: MegatronOptimizer, entries: Sequence[Sharded]) -> list[ShardedTensor]:
@@ -264,8 +259,8 @@ def _slices_of_state(param: OptimizerParam, entry: Sharded, key: str, tensor: Te
 
 def optimizer_steps(optimizer: MegatronOptimizer, entries: Sequence[Sharded]) -> dict[str, int]:
     """Updates that each parameter has had, by key, over all ranks. A collective."""
-    own = {entry.key: param.steps for param, entry in optimizer_params(optimizer, entries)}
-    return {key: steps for found in gather_over_world(own) for key, steps in found.items()}
+    by_rank = gather_over_world({entry.key: param.steps for param, entry in optimizer_params(optimizer, entries)})
+    return {key: steps for of_rank in by_rank for key, steps in of_rank.items()}
 
 
 def set_optimizer_steps(optimizer: MegatronOptimizer, entries: Sequence[Sharded], steps: Mapping[str, int]) -> None:
@@ -286,7 +281,16 @@ TRACKER = "tracker."
 
 def random_tensors() -> list[ShardedTensor]:
     """This rank's generators, to be written."""
-    return [ShardedTensor.from_rank_offsets(f"{_prefix()}{name}", state) for name, state in _states().items()]
+    kind, words, *rest = cast(tuple[Any, ...], np.random.get_state(legacy=True))
+    states = {
+        "python": _to_bytes(random.getstate()),
+        "numpy": _to_bytes([kind, words.tolist(), *rest]),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    states |= {f"{TRACKER}{name}": state.cpu() for name, state in _tracker().get_states().items()}
+    return [ShardedTensor.from_rank_offsets(f"{_prefix()}{name}", state) for name, state in states.items()]
 
 
 def random_targets(stored: Mapping[str, tuple[int, ...]]) -> list[ShardedTensor]:
@@ -306,19 +310,6 @@ def restore_random(filled: list[ShardedTensor]) -> None:
         torch.cuda.set_rng_state(states["cuda"])
     tracked = {name.removeprefix(TRACKER): state for name, state in states.items() if name.startswith(TRACKER)}
     _tracker().set_states(tracked)
-
-
-def _states() -> dict[str, Tensor]:
-    kind, words, *rest = cast(tuple[Any, ...], np.random.get_state(legacy=True))
-    states = {
-        "python": _to_bytes(random.getstate()),
-        "numpy": _to_bytes([kind, words.tolist(), *rest]),
-        "torch": torch.get_rng_state(),
-    }
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    tracked = _tracker().get_states()
-    return {**states, **{f"{TRACKER}{name}": state.cpu() for name, state in tracked.items()}}
 
 
 def _tracker() -> CudaRNGStatesTracker:

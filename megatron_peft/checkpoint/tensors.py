@@ -119,12 +119,13 @@ class PlannedFiles:
             names = {result.storage_data.relative_path for result in results}
             return Written(results, {name: measure(self.folder / name) for name in names})
 
-    def finish(self, written: Iterable[Written]) -> None:
-        """Write the files common to all ranks; for the first rank, from what every rank has written."""
+    def finish(self, by_rank: Sequence[Written]) -> dict[str, FileSum]:
+        """Write the files common to all ranks, on the first rank. Returns the sums of all ranks' files, by name."""
         with _write_errors(self.folder):
-            self._writer.finish_now([one.results for one in written])
+            self._writer.finish_now([written.results for written in by_rank])
             torch.save({}, self.folder / "common.pt")  # megatron-core expects it; we keep such values in the run record
             save_config(CheckpointingConfig("torch_dist", 1), str(self.folder))
+        return {name: sums for written in by_rank for name, sums in written.sums.items()}
 
 
 def _copies(tensors: Iterable[ShardedTensor]) -> list[ShardedTensor]:
@@ -289,15 +290,13 @@ def load_parameters(entries: Sequence[Sharded], checkpoint: Path) -> Metadata:
     stored = stored_shapes(index)
     keys = all_names([entry.key for entry in entries])
     checked_together(lambda: _check_parameters(entries, keys, stored, checkpoint))
-    sources = (_stored_source(entry, stored) for entry in entries)
-    read_tensors([tensor for source in sources for tensor in global_slices(source)], checkpoint, index)
+    wanted: list[ShardedTensor] = []
+    for entry in entries:
+        # A float32 parameter is read from the stored float32 copy, if there is one.
+        has_copy = data_of(entry).dtype == torch.float32 and master_key(entry.key) in stored
+        wanted += global_slices(replace(entry, key=master_key(entry.key)) if has_copy else entry)
+    read_tensors(wanted, checkpoint, index)
     return index
-
-
-def _stored_source(entry: Sharded, stored: Mapping[str, Any]) -> Sharded:
-    """The stored float32 copy for a float32 parameter, otherwise the parameter's own tensor."""
-    key = master_key(entry.key)
-    return replace(entry, key=key) if data_of(entry).dtype == torch.float32 and key in stored else entry
 
 
 def _check_parameters(

@@ -119,7 +119,7 @@ def add_outer_sums(total: Tensor, grad: Tensor, x: Tensor) -> Tensor:  # [k, g, 
 
 
 def sums_in_chunks(grad: Tensor) -> bool:
-    """On a CPU, but not where its tensors stand for a GPU's."""
+    """Whether a sum over tokens is made in chunks: on a CPU whose tensors do not stand for a GPU's."""
     return grad.device.type == "cpu" and not isinstance(grad, FakeTensor)
 
 

@@ -82,8 +82,8 @@ def _waited(error: Exception) -> str:
     text = str(error)
     if not any(words in text for words in TIMED_OUT):
         return ""
-    found = re.search(r"(\d+) ?ms", text)
-    return f"{int(found[1]) / 1000:g} s" if found else "too long"
+    milliseconds = re.search(r"(\d+) ?ms", text)
+    return f"{int(milliseconds[1]) / 1000:g} s" if milliseconds else "too long"
 
 
 class _FailureBoard:
@@ -118,14 +118,18 @@ class _FailureBoard:
             is_effect: a rank that fails may make others fail so; its own message is better, and may come in a moment.
         """
         self._closed.set()
-        _ignore_signals()  # a launcher ends the ranks that are still here when the first has left: that is no cause
+        # A launcher ends the ranks that are still here when the first has left: that is no cause.
+        with suppress(ValueError):  # not the main thread, which alone gets signals
+            for number in SAVE_AND_EXIT:
+                signal.signal(number, signal.SIG_IGN)
         if self._leaving.locked():
             self._leave(exit_code)  # with the other thread, which has seen that another rank failed
         if self._world_size == 1:
             _exit_with(message, exit_code)
         try:
-            if is_effect:
-                self._let_the_cause_speak()
+            give_up = time.monotonic() + 2 * _POLL_SECONDS
+            while is_effect and time.monotonic() < give_up and not self._store.check(["exit_code"]):
+                time.sleep(_POLL_SECONDS / 5)
             if self._store.add("failures", 1) > 1:
                 exit_code = int(self._store.get("exit_code"))
                 self._write_if_asked(stack)
@@ -140,11 +144,6 @@ class _FailureBoard:
             message += self._places() if stack is not None and not is_effect else ""
         print_failure(message)
         self._leave(exit_code)
-
-    def _let_the_cause_speak(self) -> None:
-        give_up = time.monotonic() + 2 * _POLL_SECONDS
-        while time.monotonic() < give_up and not self._store.check(["exit_code"]):
-            time.sleep(_POLL_SECONDS / 5)
 
     def _write_if_asked(self, stack: traceback.StackSummary | None = None) -> None:
         """This rank's stacks, and for the message where its main thread is; `stack` if that has left it already.
@@ -173,8 +172,8 @@ class _FailureBoard:
                 host, place = self._store.get(key).decode().split("\t")
             by_place.setdefault(place, []).append(f"{rank} ({host})" if host else str(rank))
         lines = [
-            f"  rank {', '.join(found[:8])}{', ...' if len(found) > 8 else ''}: {place}"
-            for place, found in sorted(by_place.items(), key=lambda item: len(item[1]))
+            f"  rank {', '.join(ranks_there[:8])}{', ...' if len(ranks_there) > 8 else ''}: {place}"
+            for place, ranks_there in sorted(by_place.items(), key=lambda item: len(item[1]))
         ]
         written = f"The stacks of all ranks are {Stacks.current.place}." if Stacks.current else ""
         return "\n".join([" Where the ranks were:", *lines, *([written] if written else [])])
@@ -206,12 +205,6 @@ class _FailureBoard:
         if dist.get_rank() == 0:
             time.sleep(_POLL_SECONDS)  # it may host the store that the others poll
         _exit(exit_code)
-
-
-def _ignore_signals() -> None:
-    with suppress(ValueError):  # not the main thread, which alone gets signals
-        for number in SAVE_AND_EXIT:
-            signal.signal(number, signal.SIG_IGN)
 
 
 def _exit_with(message: str, exit_code: int) -> NoReturn:

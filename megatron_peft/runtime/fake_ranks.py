@@ -54,7 +54,7 @@ def fake_rank(rank: int, world_size: int, of_all_ranks: Callable[[Any], Any] = l
     with ExitStack() as stack:
         for part in (
             fake_world(rank, world_size),
-            reads_are(_zeros),
+            reads_are(lambda numbers: [0.0] * numbers.numel()),  # losses, and counts of ranks that want something
             _gathered(of_all_ranks),
             _one_generator(),
             shapes_as_asked(),
@@ -98,11 +98,6 @@ def _gathered(of_all_ranks: Callable[[Any], Any]) -> Iterator[None]:
         replaced(torch_checkpoint, "save", lambda *_, **__: None),  # plans by the numbers of storages
     ):
         yield
-
-
-def _zeros(numbers: torch.Tensor) -> list[float]:
-    """Losses, and counts of ranks that have found or want something."""
-    return [0.0] * numbers.numel()
 
 
 _ONE = {torch.bool: True}

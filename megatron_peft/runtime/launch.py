@@ -69,14 +69,15 @@ def checked_together(
         result = check()
     except ConfigurationError as error:
         message = str(error)
-    found = list(dict.fromkeys(m for m in gather_over_world(message, group) if m is not None))
-    if found:
-        raise ConfigurationError(found[0] if first_alone else "\n".join(found))
+    messages = list(dict.fromkeys(m for m in gather_over_world(message, group) if m is not None))
+    if messages:
+        raise ConfigurationError(messages[0] if first_alone else "
+".join(messages))
     return result  # type: ignore[return-value]
 
 
 class PlaceOnNode(NamedTuple):
-    """Of this process on its node, and of its node."""
+    """This process's rank on its node, the number of processes there, and the node."""
 
     rank: int
     size: int
@@ -110,10 +111,14 @@ def start_world(
 
     A single process, with or without torchrun, needs no port and no environment variables.
     """
-    _prepare_device()
+    cpu.install()
+    has_gpu = torch.cuda.is_available()
+    if has_gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    else:
+        keep_freed_memory()
     is_alone = os.environ.get("WORLD_SIZE", "1") == "1"
     rendezvous = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if is_alone else {}
-    has_gpu = torch.cuda.is_available()
     backend = backend or ("nccl" if has_gpu else "gloo")
     dist.init_process_group(
         backend=backend,
@@ -122,14 +127,6 @@ def start_world(
         device_id=torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" and has_gpu else None,
         **rendezvous,
     )
-
-
-def _prepare_device() -> None:
-    cpu.install()
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    else:
-        keep_freed_memory()
 
 
 def wait_for_device() -> None:
@@ -194,7 +191,7 @@ def _groups_connect_when_used() -> Iterator[None]:
 
 
 def shorten_timeout(seconds: float) -> None:
-    """From now on collectives of the world and of megatron-core's groups wait at most so long. A collective.
+    """Let collectives of the world and of megatron-core's groups wait at most so long. A collective.
 
     The group of an asynchronous save keeps its own: nobody else waits for that.
     """

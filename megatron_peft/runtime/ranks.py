@@ -67,10 +67,12 @@ class Ranks:
     def __init__(self, num_ranks: int, function: Callable[[Any], Any], argument: Any = None) -> None:
         self._folder = tempfile.TemporaryDirectory()
         # The function stays pickled until the environment is set: to load it imports torch.
-        call, port = pickle.dumps((function, argument)), free_port()
+        call = pickle.dumps((function, argument))
+        meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(num_ranks)}
+        shared = {**os.environ, **ONE_THREAD, "PYTHONWARNINGS": "ignore", "CUDA_VISIBLE_DEVICES": "", **meeting}
+        environments = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_ranks)]
         self.processes = [
-            _server.Process(target=_rank, args=(_environment(rank, num_ranks, port), call, self._folder.name))
-            for rank in range(num_ranks)
+            _server.Process(target=_rank, args=(environment, call, self._folder.name)) for environment in environments
         ]
 
     def __enter__(self) -> "Ranks":
@@ -84,7 +86,7 @@ class Ranks:
 
     @property
     def exit_codes(self) -> list[int | None]:
-        """By rank; the negative number of the signal that ended it, None while it runs."""
+        """The ranks' exit codes: the negative number of the signal that ended a rank, None while it runs."""
         return [process.exitcode for process in self.processes]
 
     def output(self, rank: int) -> str:
@@ -118,12 +120,6 @@ def free_port() -> int:
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("localhost", port))
             return port
-
-
-def _environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
-    here = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
-    meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    return {**os.environ, **ONE_THREAD, "PYTHONWARNINGS": "ignore", "CUDA_VISIBLE_DEVICES": "", **here, **meeting}
 
 
 def _rank(environment: dict[str, str], call: bytes, folder: str) -> None:

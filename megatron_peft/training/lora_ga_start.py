@@ -1,8 +1,7 @@
 """LoRA-GA's initialization within a run: its batches, progress bar and report."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import track
 from torch import nn
 
 from megatron_peft.checkpoint.folders import newest_checkpoint, write_atomically
@@ -118,48 +117,30 @@ def start_lora_ga(model_chunks: Sequence[nn.Module], config: RunConfig, steps: S
     total = torch.tensor(own_tokens, device=torch.cuda.current_device())
     dist.all_reduce(total, group=data_parallel)
     passes = iter(range(1, NUM_PASSES + 1))
-    with _progress(len(steps), config.peft.lora_ga_batches) as advance:
+    has_bar = Console().is_terminal and dist.get_rank() == 0
 
-        def replay() -> None:
-            # The same dropout in both passes, so that they see one gradient.
-            number = next(passes)
-            seed_generators(config.training.seed)
-            finish_with(model_chunks, None)  # no sums of gradients: the sketches are summed instead
-            for microbatches in steps:
-                run_schedule(model_chunks, microbatches, forward_only=False)
-                advance(number)
+    def replay() -> None:
+        # The same dropout in both passes, so that they see one gradient.
+        seed_generators(config.training.seed)
+        finish_with(model_chunks, None)  # no sums of gradients: the sketches are summed instead
+        which = f"pass {next(passes)} of {NUM_PASSES}"
+        for microbatches in track(steps, f"LoRA-GA start, {which}", transient=True, disable=not has_bar):
+            run_schedule(model_chunks, microbatches, forward_only=False)
+        if not has_bar:
+            print_rank_0(f"LoRA-GA start: {which} over {config.peft.lora_ga_batches} batches done")
 
-        report = init_from_gradients(
-            model_chunks,
-            config.peft.lora_rank,
-            config.peft.lora_ga_init,
-            config.training.seed,
-            replay,
-            int(total),
-            tensor_parallel,
-            data_parallel,
-        )
+    report = init_from_gradients(
+        model_chunks,
+        config.peft.lora_rank,
+        config.peft.lora_ga_init,
+        config.training.seed,
+        replay,
+        int(total),
+        tensor_parallel,
+        data_parallel,
+    )
     seed_generators(config.training.seed)  # the run's dropout is that of a run without this start
     energy = {name: value for of_rank in gather_over_world(report.energy) for name, value in of_rank.items()}
     if dist.get_rank() == 0:
         path = write_start(config.peft, report.seconds, energy, config.checkpoint.save)
         print_rank_0(start_table(config.peft, report.seconds, energy, path))
-
-
-@contextmanager
-def _progress(num_parts: int, num_batches: int) -> Iterator[Callable[[int], None]]:
-    """A bar over all parts at a terminal, else a line per pass. Yields a function to call with the pass's number."""
-    console = Console()
-    bar = Progress(console=console, transient=True, disable=not (console.is_terminal and dist.get_rank() == 0))
-    task = bar.add_task("LoRA-GA start", total=NUM_PASSES * num_parts)
-    done = 0
-
-    def advance(number: int) -> None:
-        nonlocal done
-        done += 1
-        bar.update(task, completed=done, description=f"LoRA-GA start, pass {number} of {NUM_PASSES}")
-        if bar.disable and done == number * num_parts:
-            print_rank_0(f"LoRA-GA start: pass {number} of {NUM_PASSES} over {num_batches} batches done")
-
-    with bar:
-        yield advance

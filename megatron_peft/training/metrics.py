@@ -154,8 +154,8 @@ def _record_of(line: bytes, place: str) -> dict[str, Any] | None:
     try:
         record = parse_json(line, place)
         groups = [value if isinstance(value, dict) else {"": value} for value in record.values()]
-        numbers = [one for group in groups for name, one in group.items() if name != "host"]  # the slowest rank's
-        if type(record["iteration"]) is not int or not all(isinstance(one, int | float | None) for one in numbers):
+        numbers = [value for group in groups for name, value in group.items() if name != "host"]  # the slowest rank's
+        if type(record["iteration"]) is not int or not all(isinstance(value, int | float | None) for value in numbers):
             raise TypeError
     except (ConfigurationError, AttributeError, TypeError, KeyError) as error:
         if not line.endswith(b"\n") and len(line) < MAX_BYTES:

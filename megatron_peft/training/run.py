@@ -303,11 +303,11 @@ def _check_save_folder(config: RunConfig) -> None:
     if config.checkpoint.save is None:
         return
     folder = Path(config.checkpoint.save)
-    found = [name for name in MODEL_FILES if (folder / name).exists()]
+    foreign = [name for name in MODEL_FILES if (folder / name).exists()]
     require(
-        not found or newest_checkpoint(folder) is not None,
-        f"--save {folder} holds a model or an adapter that no run wrote there ({', '.join(found)}), whose files a run "
-        f"would replace: give another --save.",
+        not foreign or newest_checkpoint(folder) is not None,
+        f"--save {folder} holds a model or an adapter that no run wrote there ({', '.join(foreign)}), whose files a "
+        f"run would replace: give another --save.",
     )
     try:
         folder.mkdir(parents=True, exist_ok=True)

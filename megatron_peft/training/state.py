@@ -35,13 +35,13 @@ class GradientShards:
 
     def __init__(self, optimizer: Any) -> None:
         optimizers = getattr(optimizer, "chained_optimizers", [optimizer])
-        sharded = [one for one in optimizers if isinstance(one, DistributedOptimizer)]
+        sharded = [part for part in optimizers if isinstance(part, DistributedOptimizer)]
         self.is_sharded = bool(sharded)
         self._ranges = {
-            parameter: one._get_model_param_range_map(parameter)["param"]
-            for one in sharded
-            if not one.is_stub_optimizer
-            for parameter in one.model_param_group_index_map
+            parameter: part._get_model_param_range_map(parameter)["param"]
+            for part in sharded
+            if not part.is_stub_optimizer
+            for parameter in part.model_param_group_index_map
         }
 
     def shard(self, parameter: nn.Parameter) -> slice:

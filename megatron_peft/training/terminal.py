@@ -255,7 +255,8 @@ def rank_bytes(config: RunConfig, model_chunks: Sequence[nn.Module]) -> tuple[in
     Gradients are float32. Adam has two float32 moments, and under --bf16 a float32 master;
     --use-distributed-optimizer splits these over the data-parallel ranks.
     """
-    weights = sum(one.numel() * one.element_size() for chunk in model_chunks for one in chunk.parameters())
+    parameters = [parameter for chunk in model_chunks for parameter in chunk.parameters()]
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
     gradients = numbers_of_parameters(model_chunks)["trained"] * _FLOAT32_BYTES
     copies = (2 if config.optimizer.optimizer == "adam" else 1) + config.model.bf16
     shards = config.parallel.data_parallel_size if config.optimizer.use_distributed_optimizer else 1

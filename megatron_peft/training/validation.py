@@ -76,10 +76,11 @@ def layers_without_gradient(state: TrainingState) -> list[str]:
         # Halves of a Hybrid can lose their gradients alone.
         for half, part in adapter.trained_parts() if hasattr(adapter, "trained_parts") else [("", adapter)]:
             gradients = [parameter.main_grad for parameter in part.parameters() if parameter.requires_grad]
-            own[f"{layer.name}{half}"] = max((float(one.abs().max()) for one in gradients if one.numel()), default=0.0)
+            largest = (float(gradient.abs().max()) for gradient in gradients if gradient.numel())
+            own[f"{layer.name}{half}"] = max(largest, default=0.0)
     by_rank = gather_over_world(own)
-    largest = {name: max(values.get(name, 0.0) for values in by_rank) for values in by_rank for name in values}
-    return sorted(name for name, value in largest.items() if value == 0)
+    of_model = {name: max(values.get(name, 0.0) for values in by_rank) for values in by_rank for name in values}
+    return sorted(name for name, value in of_model.items() if value == 0)
 
 
 def start_losses(state: TrainingState, step: Step) -> tuple[float, float]:

@@ -55,7 +55,7 @@ class Interval:
 
 
 class Watchers:
-    """All of them. `watched_steps` makes one; what a run does between its steps stands inside `paused`.
+    """All watchers of a run, made by `watched_steps`. What a run does between its steps stands inside `paused`.
 
     Attributes:
         interval: since the last log line.
@@ -81,7 +81,12 @@ class Watchers:
         """iteration: number of finished steps."""
         settings = self._config.logging
         if self._profiles and iteration == settings.profile_step_start:
-            self._profile.enter_context(_torch_trace(settings) if settings.use_pytorch_profiler else _nsight_range())
+            if settings.use_pytorch_profiler:
+                folder, rank = settings.tensorboard_dir or ".", f"rank{dist.get_rank()}"
+                handler = torch.profiler.tensorboard_trace_handler(folder, rank)
+                self._profile.enter_context(torch.profiler.profile(record_shapes=True, on_trace_ready=handler))
+            else:
+                self._profile.enter_context(_nsight_range())
 
     def after_step(self, iteration: int, report: StepReport) -> None:
         """iteration: number of finished steps, with the one that has just ended."""
@@ -214,7 +219,7 @@ class StepTimers:
         self._timers: Any = Timers(level, "max") if level else None
         self._configs: list[Any] = [get_model_config(chunk) for chunk in state.model_chunks]
         optimizers = getattr(state.optimizer, "chained_optimizers", [state.optimizer])
-        self._configs += [one.config for one in optimizers if hasattr(one, "config")]
+        self._configs += [optimizer.config for optimizer in optimizers if hasattr(optimizer, "config")]
         self._set(self._timers)
 
     def _set(self, timers: Any) -> None:
@@ -312,11 +317,6 @@ class OwnWork:
         seconds, rank = max((seconds, rank) for rank, (seconds, _) in enumerate(by_rank))
         typical = median(seconds for seconds, _ in by_rank)
         return {"rank": rank, "host": by_rank[rank][1], "seconds": seconds, "median_seconds": typical}
-
-
-def _torch_trace(settings: LoggingConfig) -> torch.profiler.profile:
-    handler = torch.profiler.tensorboard_trace_handler(settings.tensorboard_dir or ".", f"rank{dist.get_rank()}")
-    return torch.profiler.profile(record_shapes=True, on_trace_ready=handler)
 
 
 @contextmanager

@@ -88,7 +88,7 @@ def _check_model(chunks: Sequence[nn.Module], config: PeftConfig) -> None:
         attached = any(name.endswith(".adapter") for name, _ in chunk.named_modules())
         require(not attached, "add_adapters: the model has adapters already; merge() removes them.")
         current = torch.device(torch.cuda.current_device())
-        device = next((one.device for one in chunk.parameters()), current)  # a chunk may hold no layer
+        device = next((parameter.device for parameter in chunk.parameters()), current)  # a chunk may hold no layer
         require(
             device == current, f"add_adapters: the model is on {device}, but this rank trains on {current}: move it."
         )
@@ -121,7 +121,8 @@ class ModelAdapters:
 
     def parameters(self) -> list[nn.Parameter]:
         """What is trained on this rank."""
-        return [one for chunk in self.model_chunks for one in chunk.parameters() if one.requires_grad]
+        parameters = (parameter for chunk in self.model_chunks for parameter in chunk.parameters())
+        return [parameter for parameter in parameters if parameter.requires_grad]
 
     # The optimizer: the method's own groups, with their learning rates and without decay where it would do harm.
 
@@ -203,10 +204,9 @@ class ModelAdapters:
 
     def finalize_model_grads(self, model: Sequence[nn.Module], *args: Any, **kwargs: Any) -> None:
         """megatron-core's own sums, then ours: set it as `TransformerConfig.finalize_model_grads_func`."""
-        late = [
-            one for one in model if isinstance(one, DistributedDataParallel) and one.ddp_config.overlap_param_gather
-        ]
-        require(not late, "adapters read parameters before a late gather ends: set overlap_param_gather=False.")
+        wrapped = [chunk for chunk in model if isinstance(chunk, DistributedDataParallel)]
+        gathers_late = any(chunk.ddp_config.overlap_param_gather for chunk in wrapped)
+        require(not gathers_late, "adapters read parameters before a late gather ends: set overlap_param_gather=False.")
         self._end_step(model)
         finish_gradients(model, *args, **kwargs)
 

@@ -1,4 +1,4 @@
-"""The code of docs/your-own-model.md, on ranks started by test_own_loop.py."""
+"""The code of docs/your-own-model.md, on ranks started by test_model_adapters.py."""
 
 import re
 from pathlib import Path

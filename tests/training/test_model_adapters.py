@@ -18,7 +18,7 @@ from megatron_peft.adapters.rotation import BlockRotation
 from tests.one_rank import one_rank
 from tests.ranks import run_ranks
 from tests.tiny_gpt import tiny_gpt
-from tests.training import own_loop_runs
+from tests.training import model_adapters_runs
 
 LORA = {"method": "lora", "lora_rank": 4, "lora_alpha": 8.0}
 GROUPS = {"boft_block_size": 4, "boft_factors": 2}
@@ -40,7 +40,7 @@ def pages(folder: Path, methods: Mapping[str, Any]) -> list[Any]:
     found = []
     for num_ranks, other in ((1, None), (2, folder / "1")):
         (folder / str(num_ranks)).mkdir()
-        found.append(run_ranks(num_ranks, own_loop_runs.run_page, (folder / str(num_ranks), other, methods))[0])
+        found.append(run_ranks(num_ranks, model_adapters_runs.run_page, (folder / str(num_ranks), other, methods))[0])
     return found
 
 
@@ -233,10 +233,10 @@ def test_an_optimizer_without_the_methods_groups_is_refused(world):
 def test_replicas_and_late_gathers_are_refused_where_they_would_not_be_summed(world, monkeypatch):
     adapters = add_adapters(own_model(), PeftConfig(lora_rank=2))
     chunk = SimpleNamespace(ddp_config=SimpleNamespace(overlap_param_gather=True))
-    monkeypatch.setattr("megatron_peft.training.own_loop.DistributedDataParallel", SimpleNamespace)
+    monkeypatch.setattr("megatron_peft.training.model_adapters.DistributedDataParallel", SimpleNamespace)
     with pytest.raises(ConfigurationError, match="set overlap_param_gather=False"):
         adapters.finalize_model_grads([chunk])  # pyright: ignore[reportArgumentType]
-    monkeypatch.setattr("megatron_peft.training.own_loop.parallel_state.get_data_parallel_world_size", lambda: 2)
+    monkeypatch.setattr("megatron_peft.training.model_adapters.parallel_state.get_data_parallel_world_size", lambda: 2)
     with pytest.raises(ConfigurationError, match="there are data-parallel replicas: wrap the model"):
         adapters.sum_gradients()
 
