@@ -71,8 +71,7 @@ def checked_together(
         message = str(error)
     messages = list(dict.fromkeys(m for m in gather_over_world(message, group) if m is not None))
     if messages:
-        raise ConfigurationError(messages[0] if first_alone else "
-".join(messages))
+        raise ConfigurationError(messages[0] if first_alone else "\n".join(messages))
     return result  # type: ignore[return-value]
 
 
