@@ -100,7 +100,7 @@ class _Splits:
         )
         # megatron-core has already shuffled an indexed dataset of that many samples.
         shuffle = isinstance(dataset, InstructionDataset) or len(dataset) < (num_samples or len(dataset) + 1)
-        order = self._order(dataset, blend, shuffle)
+        order = self._sample_order(dataset, blend, shuffle)
         return GlobalBatches(dataset, order, self.layout, consumed_samples, prefetch=self.config.data.num_workers)
 
     def evaluated(self, split: Split) -> GlobalBatches | None:
@@ -114,12 +114,12 @@ class _Splits:
             return None
         # A blend is taken with its weights as far as --eval-iters reaches; otherwise each sample is taken once.
         blend = self._blend(split) if requested is not None else Blend([], None)
-        order = self._order(dataset, blend, shuffle=False)
+        order = self._sample_order(dataset, blend, shuffle=False)
         whole = order.epoch_length(0)
         end = whole if requested is None else min(requested, whole)
         return GlobalBatches(dataset, order, self.layout, end=end, prefetch=self.config.data.num_workers)
 
-    def _order(self, dataset: SampleSource, blend: Blend, shuffle: bool) -> SampleOrder:
+    def _sample_order(self, dataset: SampleSource, blend: Blend, shuffle: bool) -> SampleOrder:
         data, order = self.config.data, SampleOrder(len(dataset), self.config.data.seed, shuffle)
         if not isinstance(dataset, InstructionDataset):
             return order  # megatron-core has blended and packed it already
