@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 PICTURES = (".png", ".pdf", ".svg")
 ASSUMED_BATCH = 128  # samples; of --fit without --global-batch-size
+REHEARSED = 3  # layouts of --fit, unless --rehearsed says otherwise
 NODES_TRIED = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
@@ -44,7 +45,9 @@ class PlanSettings(Checked):
         "rank the layouts of --world-size GPUs, or of the first of 1, 2, 4, 8, ... nodes, that fit, and rehearse the "
         "best three",
     )
-    rehearsed: int = option(3, "with --fit: number of best layouts that are rehearsed", check="not_negative")
+    rehearsed: int | None = option(
+        None, f"with --fit: number of best layouts that are rehearsed (default: {REHEARSED})", check="not_negative"
+    )
     tokens: float = option(1e8, "tokens of the run, for hours", check="positive", metavar="N")
     json: Path | None = option(None, "also write the plan as JSON", check="in_a_folder", metavar="FILE")
     plot: Path | None = option(
@@ -56,6 +59,7 @@ class PlanSettings(Checked):
 
     def check(self, require: Requirements) -> None:
         require.needs("save_config", "fit")
+        require.needs("rehearsed", "fit")
         require(
             not (self.plot and self.fit), "--plot draws one run: leave out --fit, or plan the layout that it finds."
         )
@@ -129,7 +133,7 @@ def _fit(settings: PlanSettings, config: RunConfig, shape: ModelShape, cluster: 
     for table in fit_tables(layouts, title, settings.tokens):
         console.print(table)
     print(f"s/step: {Accuracy.reported()}. {ONLY_RANKS}")
-    plans, chosen = [], layouts[: settings.rehearsed]
+    plans, chosen = [], layouts[: REHEARSED if settings.rehearsed is None else settings.rehearsed]
     for number, layout in enumerate(chosen, 1):
         _tell(f"rehearsing layout {number} of {len(chosen)} (--rehearsed 0 leaves that out): {' '.join(layout.flags)}")
         plan = make_plan(layout.run, shape, cluster)

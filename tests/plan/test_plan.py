@@ -162,11 +162,12 @@ def test_rehearsed_times_choose_among_the_layouts_that_fit(base, tmp_path, capsy
     [
         (["--plot", "x.notanimage"], "--plot x.notanimage is no picture: its name must end in one of .png, .pdf, .svg"),
         (["--plot", "x.png", "--fit"], "--plot draws one run: leave out --fit"),
+        (["--rehearsed", "3"], "--rehearsed 3 needs --fit."),
         (["--json", "."], "--json . is a folder: name a file in it"),
     ],
-    ids=["no picture", "of a fit", "a folder"],
+    ids=["no picture", "of a fit", "not of a fit", "a folder"],
 )
-def test_files_that_cannot_be_written_are_named_before_anything_runs(base, capsys, words, expected):
+def test_what_plan_cannot_write_or_rehearse_is_named_before_anything_runs(base, capsys, words, expected):
     assert expected in refused(["--pretrained-checkpoint", str(base), *words], capsys)
 
 
