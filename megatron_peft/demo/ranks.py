@@ -9,10 +9,7 @@ import signal
 import sys
 from pathlib import Path
 
-from megatron_peft.demo.waiting import waiting
-
-PROGRAM, MODULE = "megatron-peft demo", "megatron_peft.demo.ranks"
-BEFORE, AFTER = "before.json", "after.json"
+from megatron_peft.demo.waiting import PROGRAM, waiting
 
 
 def main() -> None:
@@ -31,7 +28,7 @@ def _train_and_score(folder: str, *flags: str, tells: bool) -> None:
         from megatron.core.utils import unwrap_model
 
         from megatron_peft.cli.parser import parse_arguments
-        from megatron_peft.demo.run import MOST_NEW_TOKENS
+        from megatron_peft.demo.run import AFTER, BEFORE, MOST_NEW_TOKENS
         from megatron_peft.demo.scoring import score_model
         from megatron_peft.evaluation.model import restore_base
         from megatron_peft.runtime.failure import run_together

@@ -25,12 +25,14 @@ from megatron_peft.cli.parser import read_config
 from megatron_peft.config import PeftConfig
 from megatron_peft.config.untrusted import read_json, read_json_object
 from megatron_peft.demo.data import Pair, PairFiles, prepare_model, prepare_pairs, read_pairs, write_lines
-from megatron_peft.demo.ranks import AFTER, BEFORE, MODULE, PROGRAM
-from megatron_peft.demo.waiting import waiting
+from megatron_peft.demo.waiting import PROGRAM, waiting
 from megatron_peft.experiment import plots
 from megatron_peft.experiment.process import ENVIRONMENT, LAMBDA_FILE
 from megatron_peft.experiment.run_report import SAMPLE_FIELDS, SAMPLES_FILE
 from megatron_peft.training.metrics import METRICS_FILE, read_metrics
+
+RANKS = "megatron_peft.demo.ranks"  # what each rank runs
+BEFORE, AFTER = "before.json", "after.json"  # scores that the ranks write
 
 
 @dataclass(frozen=True)
@@ -209,7 +211,7 @@ def _launch(*argv: str) -> None:
     """Run `demo.ranks` on this machine, with its output on our terminal. SystemExit: a rank has said what is wrong."""
     os.environ.update(ENVIRONMENT)
     launch = {"nproc_per_node": str(PIPELINE_PARALLEL_SIZE)}
-    ended = start_processes(MODULE, argv, launch, PROGRAM, lambda environ: None)
+    ended = start_processes(RANKS, argv, launch, PROGRAM, lambda environ: None)
     if ended:
         raise SystemExit(ended)
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+PROGRAM = "megatron-peft demo"
 SECONDS_OF_SILENCE = 3.0  # at most, in a file
 
 

@@ -154,7 +154,7 @@ def test_the_exit_code_of_the_ranks_is_the_demos(monkeypatch, code):
     monkeypatch.setattr(module.os, "environ", {})
     with nullcontext() if code == 0 else pytest.raises(SystemExit, match=str(code)):
         module._launch("folder", "--flag")
-    assert started[0][:3] == (module.MODULE, ("folder", "--flag"), {"nproc_per_node": "2"})
+    assert started[0][:3] == (module.RANKS, ("folder", "--flag"), {"nproc_per_node": "2"})
     assert module.os.environ["OMP_NUM_THREADS"] == "1"
 
 

@@ -27,8 +27,6 @@ from megatron_peft.config.targets import LinearSizes
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from megatron_peft.config.run import RunConfig
-
 LINEAR_MODULES = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 
 
@@ -110,8 +108,8 @@ class Method:
     def check(self, peft: Any, require: Requirements) -> None:
         """What the method requires of its own fields, beyond their `check`."""
 
-    def check_run(self, peft: Any, run: "RunConfig", require: Requirements) -> None:
-        """What the method requires of the rest of the run: layout, precision, overlap."""
+    def check_run(self, peft: Any, run: Any, require: Requirements) -> None:
+        """What the method requires of the rest of the run, a `RunConfig`: layout, precision, overlap."""
 
     def check_layer(self, peft: Any, sizes: LinearSizes, name: str) -> None:
         """What the method requires of a layer.
