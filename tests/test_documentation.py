@@ -146,7 +146,7 @@ def test_every_page_is_in_the_index() -> None:
 @pytest.mark.parametrize("page", [*PAGES, RECORDS / "README.md"], ids=page_id)
 def test_page_says_what_the_records_say_and_no_other_results(page: Path) -> None:
     text = page.read_text()
-    assert filled(text, RECORDS) == text, "python -m tools.documents README.md docs/*.md ..."
+    assert filled(text, RECORDS) == text, "python -m tools.documents docs/*.md ..."
     assert "±" not in PLACE.sub("", text), "a result that no record stands behind"
 
 
