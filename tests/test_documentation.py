@@ -74,6 +74,7 @@ NO_RESULTS = {
     "docs/experiments.md": "95% 0.1",
     "docs/headlines.md": "55 minutes 2.1 times 2.1 80 GB",  # the paper's
     "docs/install.md": "3.11 2.13 5.24 3.12 3.13 2.15 0.19 0.17 2.4 2.8 2.10 2.18 2.19 9.6 2.36",
+    "docs/method-internals.md": "0.5",
     "docs/methods.md": "0.5 0.02 0.98",
     "docs/moving-weights.md": "4 MiB",
     "docs/untested-on-cuda.md": "2.4 2.8 3.9",
