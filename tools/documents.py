@@ -1,6 +1,6 @@
 """Writes the results of committed records into documents, so that no figure in them is typed.
 
-python -m tools.documents README.md docs/*.md docs/results/README.md rewrites the text between
+python -m tools.documents docs/*.md docs/results/README.md rewrites the text between
 
     <!-- records: paper_small -->
     <!-- end of records -->

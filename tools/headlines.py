@@ -7,7 +7,7 @@ The paper names neither the number of GPUs, nor the layout, nor the tokens of an
 smallest number of GPUs that holds full fine-tuning, for all methods, and the fastest layout of each. Minutes are those
 of an epoch that takes full fine-tuning 120.
 
-python -m tools.headlines docs/results/planning writes the tables of docs/planning.md.
+python -m tools.headlines docs/results/planning writes the tables of docs/headlines.md.
 """
 
 import sys

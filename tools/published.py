@@ -1,7 +1,7 @@
 """Published runs (published.toml), and what the plan says of them: half of them calibrate its constants.
 
 `python -m tools.published docs/results/planning` plans them from recorded layers as --fit does, in a
-minute, and writes the tables of docs/planning.md; and beside `speed.py` the errors that `speed.Accuracy` reads.
+minute, and writes the tables of docs/published-runs.md; and beside `speed.py` the errors that `speed.Accuracy` reads.
 """
 
 import json

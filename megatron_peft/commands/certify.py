@@ -7,7 +7,7 @@ small model of the run's own shape is trained for real in its layout (at most 4 
 replicas, which share this machine's cores) and in one process; losses, gradients, trained tensors, checkpoints and
 conversions are compared. If the run has more tensor-parallel ranks, a small model is trained on as many too. Takes
 minutes. Exit code 1: something differs, and is named; 3: undecided, an error kept something from being compared. See
-docs/planning.md.
+docs/certify.md.
 """
 
 import os

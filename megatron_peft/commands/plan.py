@@ -2,7 +2,7 @@
 
 megatron-peft plan takes all flags of `megatron-peft train`, and --world-size. Data is not read, and of the model only
 its config.json: --pretrained-checkpoint may be that file, under any name. The training code itself runs on ranks that
-exist one at a time, without numbers (docs/planning.md). With --fit it ranks the layouts that fit.
+exist one at a time, without numbers (docs/rehearsal.md). With --fit it ranks the layouts that fit.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Milliseconds and kernels of a step on the device, and the steps that are timed. docs/planning.md starts from them."""
+"""Milliseconds and kernels of a step on the device, and the timed steps. docs/rehearsal.md starts from them."""
 
 import time
 from collections.abc import Callable, Sequence

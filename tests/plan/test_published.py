@@ -1,4 +1,4 @@
-"""The constants of the shipped clusters against published runs, and the tables of docs/planning.md."""
+"""The constants of the shipped clusters against published runs, and the tables of docs/published-runs.md."""
 
 import json
 from hashlib import sha256
