@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_peft.checkpoint.folders import TRACKER, checkpoints, damage, newest_checkpoint, tracker_text
-from megatron_peft.checkpoint.record import (
+from megatron_peft.checkpoint.run_record import (
     CurrentRun,
     RunRecord,
     changes,

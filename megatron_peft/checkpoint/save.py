@@ -30,7 +30,7 @@ from megatron_peft.checkpoint.folders import (
     write_atomically,
     write_manifest,
 )
-from megatron_peft.checkpoint.record import ADAPTER_CONFIG, RunRecord, fingerprint
+from megatron_peft.checkpoint.run_record import ADAPTER_CONFIG, RunRecord, fingerprint
 from megatron_peft.checkpoint.state import (
     TrainingState,
     optimizer_steps,

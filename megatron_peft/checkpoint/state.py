@@ -19,7 +19,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 from torch import Tensor
 
-from megatron_peft.checkpoint.record import BestValidation
+from megatron_peft.checkpoint.run_record import BestValidation
 from megatron_peft.checkpoint.tensors import Sharded, data_of, global_slices, master_key
 from megatron_peft.config import PeftConfig, RunConfig
 from megatron_peft.config.untrusted import parse_json

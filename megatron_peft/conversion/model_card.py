@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCardData
 
-from megatron_peft.checkpoint.record import ADAPTER_CONFIG, RunRecord, find_checkpoint, read_record
+from megatron_peft.checkpoint.run_record import ADAPTER_CONFIG, RunRecord, find_checkpoint, read_record
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.config.errors import flag_of, spelled
 from megatron_peft.config.hub import hub_name, is_hub_name

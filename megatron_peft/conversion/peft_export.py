@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_peft.adapters import low_rank
 from megatron_peft.checkpoint.folders import check_new, megatron_files, new_folder
-from megatron_peft.checkpoint.record import ADAPTER_CONFIG
+from megatron_peft.checkpoint.run_record import ADAPTER_CONFIG
 from megatron_peft.config import ConfigurationError, PeftConfig, PeftFormat, require
 from megatron_peft.config.hub import hub_name
 from megatron_peft.config.methods import OTHER_EXPORTS

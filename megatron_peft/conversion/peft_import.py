@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_peft.adapters import boft, low_rank
 from megatron_peft.checkpoint.folders import check_new
-from megatron_peft.checkpoint.record import ADAPTER_CONFIG, RunRecord
+from megatron_peft.checkpoint.run_record import ADAPTER_CONFIG, RunRecord
 from megatron_peft.checkpoint.tensors import ADAPTER
 from megatron_peft.config import (
     ConfigurationError,

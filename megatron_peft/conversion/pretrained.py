@@ -16,7 +16,7 @@ from torch import nn
 
 from megatron_peft.checkpoint.folders import INDEX, MANIFEST, RECORD, megatron_files
 from megatron_peft.checkpoint.load import require_whole
-from megatron_peft.checkpoint.record import fingerprint, read_record
+from megatron_peft.checkpoint.run_record import fingerprint, read_record
 from megatron_peft.config import LINEAR_MODULES, ConfigurationError, RunConfig, require
 from megatron_peft.conversion.hf_files import CONFIG, ReadCounts, Source, check_inventory, open_source
 from megatron_peft.conversion.megatron_files import MegatronWeights, open_megatron

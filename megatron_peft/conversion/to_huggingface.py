@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_peft.checkpoint.folders import MANIFEST, RECORD, check_new, megatron_files, new_folder
-from megatron_peft.checkpoint.record import read_record
+from megatron_peft.checkpoint.run_record import read_record
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.conversion.hf_files import CONFIG, copy_small_files, set_stored_type, write_config
 from megatron_peft.conversion.model_card import Exported, check_license, write_card

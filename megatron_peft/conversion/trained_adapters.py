@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_peft.adapters.change import StoredTensors
 from megatron_peft.checkpoint.folders import RECORD, damage, iteration_folder, new_folder, publish, start_draft
-from megatron_peft.checkpoint.record import ADAPTER_CONFIG, RunRecord, differing_base, find_checkpoint, read_record
+from megatron_peft.checkpoint.run_record import ADAPTER_CONFIG, RunRecord, differing_base, find_checkpoint, read_record
 from megatron_peft.checkpoint.tensors import ADAPTER, NOT_PARAMETERS, master_key
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.conversion.hf_files import listed

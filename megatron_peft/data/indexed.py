@@ -17,7 +17,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, Moc
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, get_bin_path, get_idx_path
 from megatron.core.datasets.utils import Split
 
-from megatron_peft.checkpoint.record import sampled_digest
+from megatron_peft.checkpoint.run_record import sampled_digest
 from megatron_peft.config import Blend, ConfigurationError, DataConfig, parse_blend, require
 from megatron_peft.config.sources import RECORD_NAMES
 from megatron_peft.config.untrusted import require_regular

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from megatron_peft.checkpoint.folders import write_atomically
-from megatron_peft.checkpoint.record import read_run_record
+from megatron_peft.checkpoint.run_record import read_run_record
 from megatron_peft.config import ConfigurationError, RunConfig, is_indexed, parse_blend, require
 from megatron_peft.config.evaluation import AnswerSettings
 from megatron_peft.config.untrusted import parse_json, read_text, require_regular

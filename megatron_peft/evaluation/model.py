@@ -15,7 +15,7 @@ from torch import nn
 from megatron_peft.adapters.attach import attach_adapters, linear_layers
 from megatron_peft.checkpoint.folders import MANIFEST
 from megatron_peft.checkpoint.load import load_trained_parameters
-from megatron_peft.checkpoint.record import (
+from megatron_peft.checkpoint.run_record import (
     CurrentRun,
     RunRecord,
     contradictions,

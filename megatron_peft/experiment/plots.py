@@ -15,7 +15,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
 
 from megatron_peft.checkpoint.folders import write_atomically
-from megatron_peft.experiment.record import CellRecord
+from megatron_peft.experiment.cell_record import CellRecord
 from megatron_peft.experiment.results import Result, Results, metrics
 from megatron_peft.experiment.tables import Row, Table, format_number, shown_metrics
 

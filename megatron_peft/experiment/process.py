@@ -21,7 +21,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader
 
 from megatron_peft.config import ConfigurationError
-from megatron_peft.experiment.record import from_lambdas
+from megatron_peft.experiment.cell_record import from_lambdas
 from megatron_peft.experiment.spec import Cell, Choice, Experiment, Group, ScoreSpec
 from megatron_peft.training.metrics import read_metrics
 

@@ -9,7 +9,7 @@ from statistics import mean
 
 from megatron_peft.config import ConfigurationError
 from megatron_peft.experiment import process
-from megatron_peft.experiment.record import (
+from megatron_peft.experiment.cell_record import (
     CellRecord,
     cell_file,
     misfits,

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from megatron_peft.checkpoint.folders import newest_checkpoint
-from megatron_peft.checkpoint.record import RunRecord, read_record
+from megatron_peft.checkpoint.run_record import RunRecord, read_record
 from megatron_peft.config import ConfigurationError, field_names, require
 from megatron_peft.config.errors import flag_of, spelled
 from megatron_peft.config.untrusted import parse_json, read_text

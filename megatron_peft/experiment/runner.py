@@ -25,7 +25,7 @@ from megatron_peft.checkpoint.folders import FolderLock
 from megatron_peft.config import ConfigurationError
 from megatron_peft.config.untrusted import read_json
 from megatron_peft.experiment import process
-from megatron_peft.experiment.record import (
+from megatron_peft.experiment.cell_record import (
     CellRecord,
     Work,
     from_metrics,

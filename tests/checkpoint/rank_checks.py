@@ -16,7 +16,7 @@ from torch.distributed.checkpoint import FileSystemWriter
 from megatron_peft.checkpoint import tensors as sharded_files
 from megatron_peft.checkpoint.folders import newest_checkpoint
 from megatron_peft.checkpoint.load import find_whole_checkpoint, load_checkpoint, load_trained_parameters
-from megatron_peft.checkpoint.record import read_run_record
+from megatron_peft.checkpoint.run_record import read_run_record
 from megatron_peft.checkpoint.save import Saver, draft_checkpoint
 from megatron_peft.checkpoint.tensors import sharded_parameters
 from megatron_peft.runtime.launch import start_world

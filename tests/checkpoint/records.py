@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from megatron_peft.checkpoint.record import RunRecord
+from megatron_peft.checkpoint.run_record import RunRecord
 from megatron_peft.config import RunConfig
 from megatron_peft.models.shape import ModelShape, RopeScaling
 from tests.checkpoint.runs import Files, configure, merged

@@ -14,7 +14,7 @@ from megatron_peft.adapters.boft import ProjectedBoft
 from megatron_peft.adapters.urnn import RiemannianUrnn
 from megatron_peft.checkpoint.folders import RECORD, write_manifest
 from megatron_peft.checkpoint.load import load_checkpoint
-from megatron_peft.checkpoint.record import RunRecord, find_checkpoint, read_record
+from megatron_peft.checkpoint.run_record import RunRecord, find_checkpoint, read_record
 from megatron_peft.checkpoint.save import draft_checkpoint
 from megatron_peft.config import ModelConfig
 from megatron_peft.conversion.peft_export import export_adapter

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_peft.checkpoint.folders import RECORD, write_manifest
-from megatron_peft.checkpoint.record import read_run_record
+from megatron_peft.checkpoint.run_record import read_run_record
 from megatron_peft.config import ConfigurationError
 from megatron_peft.conversion import lora_approximation
 from megatron_peft.conversion.lora_approximation import RunAsLora, approximate

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_peft.checkpoint.folders import write_manifest
-from megatron_peft.checkpoint.record import read_run_record
+from megatron_peft.checkpoint.run_record import read_run_record
 from megatron_peft.config import ConfigurationError
 from megatron_peft.conversion.to_huggingface import merge
 from megatron_peft.conversion.to_megatron import hf_to_megatron

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from megatron_peft.checkpoint.record import RunRecord, read_run_record
+from megatron_peft.checkpoint.run_record import RunRecord, read_run_record
 from megatron_peft.config import LINEAR_MODULES, ConfigurationError, ModelConfig, PeftConfig
 from megatron_peft.conversion.peft_export import export_adapter, export_as_lora
 from megatron_peft.conversion.peft_import import import_adapter

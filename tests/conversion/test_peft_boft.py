@@ -16,7 +16,7 @@ from torch import nn
 from megatron_peft.adapters import boft
 from megatron_peft.adapters.boft import LARGEST_NUMBER, Boft, from_huggingface, inverse_cayley
 from megatron_peft.adapters.linear import AdaptedColumnParallelLinear
-from megatron_peft.checkpoint.record import read_run_record
+from megatron_peft.checkpoint.run_record import read_run_record
 from megatron_peft.config import ConfigurationError, PeftConfig
 from megatron_peft.conversion.peft_export import export_adapter
 from megatron_peft.conversion.peft_import import import_adapter

@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from megatron_peft.experiment import plots
+from megatron_peft.experiment.cell_record import write_record
 from megatron_peft.experiment.plots import color, new_figure, save, style, svg
-from megatron_peft.experiment.record import write_record
 from megatron_peft.experiment.results import Results, read_results
 from megatron_peft.experiment.tables import rows
 from tests.experiment.small_results import record_of

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_peft.config import ConfigurationError
 from megatron_peft.experiment import paper, process, report, tables
-from megatron_peft.experiment.record import CellRecord, cell_file, of_cell, source_of, write_record
+from megatron_peft.experiment.cell_record import CellRecord, cell_file, of_cell, source_of, write_record
 from megatron_peft.experiment.results import (
     Results,
     StepsTo,

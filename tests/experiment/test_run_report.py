@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from megatron_peft.checkpoint.folders import RECORD, TRACKER, iteration_folder
-from megatron_peft.checkpoint.record import RunRecord
+from megatron_peft.checkpoint.run_record import RunRecord
 from megatron_peft.commands import report
 from megatron_peft.config import ConfigurationError, RunConfig
 from megatron_peft.experiment import page, run_report

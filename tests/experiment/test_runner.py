@@ -21,7 +21,7 @@ from rich.console import Console
 from megatron_peft.checkpoint.folders import FolderLock
 from megatron_peft.config import ConfigurationError
 from megatron_peft.experiment import process, runner
-from megatron_peft.experiment.record import Work, file_digest, of_cell, progress, source_version, write_record
+from megatron_peft.experiment.cell_record import Work, file_digest, of_cell, progress, source_version, write_record
 from megatron_peft.experiment.runner import Board, CellJob, Runner, read_scores, run_experiment, table
 from megatron_peft.experiment.spec import Metric, ScoreSpec
 from tests.experiment.small_experiment import FAKE_TRAINING, content, experiment

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_peft.checkpoint.record import BestValidation
+from megatron_peft.checkpoint.run_record import BestValidation
 from megatron_peft.checkpoint.save import CheckpointNotSaved
 from megatron_peft.config import LoggingConfig
 from megatron_peft.rehearsal import rehearsal

@@ -11,7 +11,7 @@ import pytest
 from torch.distributed import get_rank
 
 from megatron_peft.checkpoint.folders import BEST
-from megatron_peft.checkpoint.record import read_run_record
+from megatron_peft.checkpoint.run_record import read_run_record
 from megatron_peft.config import CheckpointConfig, ConfigurationError
 from megatron_peft.data.batches import GlobalBatches
 from megatron_peft.runtime.launch import start_world, stop_model_parallel

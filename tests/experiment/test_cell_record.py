@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_peft.config import ConfigurationError
-from megatron_peft.experiment.record import (
+from megatron_peft.experiment.cell_record import (
     MOST_LAMBDAS,
     MOST_POINTS,
     cell_file,

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_peft.checkpoint.folders import RECORD, TRACKER, write_manifest
-from megatron_peft.checkpoint.record import (
+from megatron_peft.checkpoint.run_record import (
     CurrentRun,
     RunRecord,
     changes,
