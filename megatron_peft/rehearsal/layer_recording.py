@@ -86,7 +86,7 @@ def recorded_layers(of: LayersToRecord) -> RecordedLayers:
         wrapped = wrap_data_parallel([model], of.run)
         microbatches = [microbatch_of(of.lengths) for _ in range(2)]
         cuts.watch_layers(model, of.layers)
-        given = (value for one in microbatches for value in vars(one).values() if isinstance(value, Tensor))
+        given = [value for one in microbatches for value in vars(one).values() if isinstance(value, Tensor)]
         cuts.memory.assign("given", (*model.parameters(), *model.buffers(), *gradients(wrapped), *given))
         with cuts():
             cuts.cut("begin")
@@ -100,8 +100,11 @@ def recorded_layers(of: LayersToRecord) -> RecordedLayers:
                 cuts.cut(None)
                 finish_with(wrapped, finish)
                 before = cuts.memory.total
-                run_schedule(wrapped, microbatches[:1], forward_only=True)  # makes what all microbatches share
-                run_schedule(wrapped, microbatches[1:], forward_only=False)
+                # The first one makes what all microbatches share. Layers that are recomputed leave nothing of the
+                # rotary embedding to the next one, which only a backward shows.
+                if of.run.model.transformer.get("recompute_granularity") != "full":
+                    run_schedule(wrapped, [microbatches.pop(0)], forward_only=True)
+                run_schedule(wrapped, microbatches, forward_only=False)
             # For the last layer alone: what is built for all together takes as many kernels.
             last = [model.decoder.layers[-1]]
             cuts.cut("begin", "one layer")
