@@ -79,7 +79,7 @@ def test_torch_is_silent_on_a_node_without_gpus() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "module", ["evaluation.answers", "conversion.verify", "data.preprocess", "benchmarks.registry", "training.run"]
+    "module", ["evaluation.answers", "conversion.verify", "data.preprocess", "benchmarks.steps", "training.run"]
 )
 def test_a_command_starts_without_a_word_of_its_libraries(module: str) -> None:
     """Each is the first that its command imports."""
