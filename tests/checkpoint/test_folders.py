@@ -317,8 +317,10 @@ def test_files_that_their_writers_measured_are_not_read_again(described):
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from megatron_peft.checkpoint.folders import FolderLock
+from megatron_peft.checkpoint.folders import FolderLock, sync_folder, write_manifest
 lock = FolderLock(Path(sys.argv[1]))
+for write in sys.argv[2:]:
+    {"manifest": lambda folder: write_manifest(folder, {}), "sync": sync_folder}[write](Path(sys.argv[1]))
 if os.fork() == 0:  # as a worker of the data: it outlives its parent
     time.sleep(20)
     os._exit(0)
@@ -328,8 +330,9 @@ time.sleep(600)
 
 
 @contextmanager
-def holder(folder):
-    with subprocess.Popen([sys.executable, "-c", HOLDER, folder], stdout=subprocess.PIPE, text=True) as process:
+def holder(folder, *writes):
+    words = [sys.executable, "-c", HOLDER, folder, *writes]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout.readline() == "holds it\n"
             yield process
@@ -346,6 +349,13 @@ def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path):
         lock = FolderLock(tmp_path)
     assert lock.is_held
     lock.release()
+
+
+@pytest.mark.parametrize("write", ["manifest", "sync"])
+def test_a_draft_is_held_until_it_has_its_name(tmp_path, write):
+    """A start that cleans up would remove it while its files go to the disk."""
+    with holder(tmp_path, write), pytest.raises(ConfigurationError, match="another run is saving there"):
+        FolderLock(tmp_path, grace_seconds=0)
 
 
 def test_a_lock_that_is_not_a_file_is_an_error(tmp_path):
