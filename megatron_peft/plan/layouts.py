@@ -142,19 +142,26 @@ def fit(
         f"{run.training.global_batch_size}: use another --world-size or another global batch.",
     )
     candidates: list[_Candidate] = []
-    least = [(one, 0.0) for one in laid_out]  # the seconds that each takes at least
+    least = [0.0] * len(laid_out)  # the seconds that each takes at least
     for recompute in RECOMPUTES:  # each takes longer than the one before
         replayed = _fastest(candidates, cluster)[:NUM_REPLAYED]
         limit = replayed[-1][0].seconds if len(replayed) == NUM_REPLAYED else inf
-        runs = [_recomputing(one, recompute) for one, seconds in least if seconds <= limit]
-        every = record_layers([LayersToRecord.of(one, shape) for one in runs], watch, known)
-        distinct = dict(zip(every, runs, strict=True))
-        times = {layers: seconds_of_segments(layers, cluster.of_run(one)) for layers, one in distinct.items()}
-        least = []
-        for one, layers in zip(runs, every, strict=True):
-            found = _candidate(RecordedStep(one, shape, layers), recompute, times[layers], cluster)
-            least.append((one, found.seconds))
-            candidates.append(found)
+        too_large: set[ParallelConfig] = set()
+        for size in MICRO_BATCHES:  # each takes more memory than the one before
+            runs = {
+                number: _recomputing(one, recompute)
+                for number, one in enumerate(laid_out)
+                if one.training.micro_batch_size == size and least[number] <= limit and one.parallel not in too_large
+            }
+            every = record_layers([LayersToRecord.of(one, shape) for one in runs.values()], watch, known)
+            distinct = dict(zip(every, runs.values(), strict=True))
+            times = {layers: seconds_of_segments(layers, cluster.of_run(one)) for layers, one in distinct.items()}
+            for (number, one), layers in zip(runs.items(), every, strict=True):
+                found = _candidate(RecordedStep(one, shape, layers), recompute, times[layers], cluster)
+                candidates.append(found)
+                least[number] = found.seconds
+                if total(found.memory) > cluster.usable_bytes:
+                    too_large.add(one.parallel)
     fastest = _fastest(candidates, cluster)[:NUM_REPLAYED]
     if not fastest:
         nearest = min(candidates, key=lambda one: total(one.memory))

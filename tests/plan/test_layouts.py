@@ -1,6 +1,6 @@
 """Estimates from the model's shape, and --fit: what divides, what fits, what is fastest."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -344,18 +344,34 @@ def test_a_search_of_the_largest_model_takes_seconds_and_records_recompute_where
 ):
     import time
 
-    counted: list[int] = []
+    counted: Counter[str | None] = Counter()
     usual = layouts.record_layers
 
     def record(asked, *others):
-        counted.append(len({repr(one) for one in asked}))
+        distinct = {repr(one): one.run.model.transformer for one in asked}.values()
+        counted.update(one.get("recompute_granularity") for one in distinct)
         return usual(asked, *others)
 
     monkeypatch.setattr(layouts, "record_layers", record)
     begin = time.process_time()
     found = fit(made_up_run("lora", 4096, 128), LLAMA_405B, 128, A100)
     assert time.process_time() - begin < 60 and len(found) == 10
-    assert counted[0] == 28 and all(0 < more < 28 for more in counted[1:]) and len(counted) == 3
+    assert counted[None] == 28 and 0 < counted["selective"] < 28 and 0 < counted["full"] < 28
+
+
+def test_larger_micro_batches_are_recorded_where_smaller_ones_fit(monkeypatch):
+    recorded_sizes: set[int] = set()
+    usual = layouts.record_layers
+
+    def record(asked, *others):
+        recorded_sizes.update(one.run.training.micro_batch_size for one in asked)
+        return usual(asked, *others)
+
+    monkeypatch.setattr(layouts, "record_layers", record)
+    monkeypatch.setattr(RecordedStep, "memory", lambda step, stage: {"weights": 2**40})
+    with pytest.raises(ConfigurationError, match="nothing fits"):
+        fit_small(made_up_run("lora", 512, 8), world_size=8)
+    assert recorded_sizes == {1}
 
 
 def test_recompute_is_looked_at_where_a_layout_may_be_as_fast_as_the_last_that_is_replayed(monkeypatch):
