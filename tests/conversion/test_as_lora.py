@@ -18,11 +18,10 @@ from megatron_peft.checkpoint.folders import RECORD, write_manifest
 from megatron_peft.checkpoint.run_record import read_run_record
 from megatron_peft.config import ConfigurationError
 from megatron_peft.conversion import lora_approximation
+from megatron_peft.conversion.convert import hf_to_megatron, megatron_to_hf, merge
 from megatron_peft.conversion.lora_approximation import RunAsLora, approximate
 from megatron_peft.conversion.megatron_files import StoredSlice, StoredTensor
 from megatron_peft.conversion.peft_export import export_as_lora
-from megatron_peft.conversion.to_huggingface import megatron_to_hf, merge
-from megatron_peft.conversion.to_megatron import hf_to_megatron
 from megatron_peft.conversion.trained_adapters import base_of, open_run, save_adapters
 from megatron_peft.conversion.verify import logits_change, verify
 from megatron_peft.models.families import read_shape

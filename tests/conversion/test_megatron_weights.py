@@ -9,9 +9,9 @@ import torch
 
 from megatron_peft.checkpoint.safe_pickle import load_inertly
 from megatron_peft.config import LINEAR_MODULES, ConfigurationError
-from megatron_peft.conversion.megatron_files import open_legacy, open_megatron, spellings
+from megatron_peft.conversion.convert import megatron_to_hf
+from megatron_peft.conversion.megatron_files import open_megatron, spellings
 from megatron_peft.conversion.pretrained import shape_of_arguments
-from megatron_peft.conversion.to_huggingface import megatron_to_hf
 from megatron_peft.models.families import rules_for
 from megatron_peft.models.shape import ModelShape
 from tests.conversion.megatron_folders import (
@@ -108,7 +108,7 @@ def test_what_lacks_in_the_files_of_ranks_or_does_not_fit_is_named(change, told,
     ranks = save_ranks(original, tmp_path / "ranks", tp=2, pp=2)
     change(ranks)
     with pytest.raises(ConfigurationError, match=told):
-        open_legacy(ranks).stored(FC2, rules_for(ODD)[FC2])
+        open_megatron(ranks).find(rules_for(ODD)[FC2])
 
 
 def test_a_value_that_is_not_finite_is_named_with_its_rank_when_it_is_read(original, tmp_path):
@@ -149,7 +149,7 @@ def test_the_shape_is_in_the_arguments():
         ({"num_experts": 8}, "num_experts 8"),
         ({"window_size": (4096, 0)}, r"window_size \(4096, 0\)"),
         ({"qk_layernorm": True, "add_qkv_bias": True}, "qk_layernorm and with biases"),
-        ({"ffn_hidden_size": None}, "lack ffn_hidden_size"),
+        ({"ffn_hidden_size": None}, "have ffn_hidden_size None, which is not a size"),
         ({"num_attention_heads": 0}, "have num_attention_heads 0, which is not a size"),
         ({"hidden_size": "96", "num_layers": 2**31}, "have num_layers 2147483648, hidden_size 96, which is not a size"),
         ({"vocab_size": None}, "vocabulary padded to 128 rows"),

@@ -11,8 +11,7 @@ from safetensors.torch import load_file
 from megatron_peft.checkpoint.folders import write_manifest
 from megatron_peft.checkpoint.run_record import read_run_record
 from megatron_peft.config import ConfigurationError
-from megatron_peft.conversion.to_huggingface import merge
-from megatron_peft.conversion.to_megatron import hf_to_megatron
+from megatron_peft.conversion.convert import hf_to_megatron, merge
 from megatron_peft.conversion.verify import verify
 from megatron_peft.models.families import read_shape
 from tests.conversion.adapter_runs import RUNS, trained_on

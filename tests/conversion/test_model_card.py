@@ -14,10 +14,9 @@ from markdown_it import MarkdownIt
 
 from megatron_peft.commands.convert import main
 from megatron_peft.config import ConfigurationError
+from megatron_peft.conversion.convert import hf_to_megatron, megatron_to_hf, merge
 from megatron_peft.conversion.model_card import Exported, serving_lines, write_card
 from megatron_peft.conversion.peft_export import export_adapter
-from megatron_peft.conversion.to_huggingface import megatron_to_hf, merge
-from megatron_peft.conversion.to_megatron import hf_to_megatron
 from megatron_peft.conversion.verify import random_tokens, verify
 from tests.checkpoint.records import make_config, make_record
 from tests.conversion.adapter_runs import trained_on

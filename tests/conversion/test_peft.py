@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from megatron_peft.checkpoint.run_record import RunRecord, read_run_record
 from megatron_peft.config import LINEAR_MODULES, ConfigurationError, ModelConfig, PeftConfig
+from megatron_peft.conversion.convert import hf_to_megatron
 from megatron_peft.conversion.peft_export import export_adapter, export_as_lora
 from megatron_peft.conversion.peft_import import import_adapter
-from megatron_peft.conversion.to_megatron import hf_to_megatron
 from megatron_peft.conversion.trained_adapters import open_adapters
 from megatron_peft.conversion.verify import verify
 from tests.conversion.adapter_runs import copy_run, trained_on, with_config

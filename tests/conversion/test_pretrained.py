@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from megatron_peft.checkpoint.folders import write_manifest
 from megatron_peft.config import ConfigurationError
 from megatron_peft.conversion import writer as progress_bar
+from megatron_peft.conversion.convert import hf_to_megatron
 from megatron_peft.conversion.pretrained import LoadReport, base_parameters, load_pretrained, read_model_shape
-from megatron_peft.conversion.to_megatron import hf_to_megatron
 from megatron_peft.models.families import read_shape, rules_for
 from megatron_peft.models.shape import ModelShape
 from tests.conversion.megatron_folders import ODD, flip_a_byte, global_tensors, save_random, save_ranks, save_run

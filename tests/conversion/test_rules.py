@@ -13,7 +13,6 @@ from torch import Tensor
 
 from megatron_peft.config import ConfigurationError
 from megatron_peft.conversion.pretrained import base_parameters
-from megatron_peft.conversion.trained_adapters import is_weight, layer_name, modules_of
 from megatron_peft.models.families import FAMILIES, family_of, read_shape, rules_for
 from megatron_peft.models.rules import HFTensor, Index, Rule, VocabularyRows, expected_tensors
 from megatron_peft.models.shape import ModelShape
@@ -36,8 +35,8 @@ def test_a_family_that_is_not_registered_is_refused():
 def test_rules_are_found_by_megatron_name_and_name_what_targets_go_by(family):
     rules = rules_for(ModelShape(family, 1, 24, 96, 2, 2, 12, 10, 64))
     assert all(name == rule.name for name, rule in rules.items())
-    linear = [rule for rule in rules.values() if is_weight(rule) and ".linear_" in rule.name]
-    layers = {layer_name(rule): modules_of(rule) for rule in linear}
+    linear = [rule for rule in rules.values() if rule.is_linear]
+    layers = {rule.layer: rule.modules for rule in linear}
     found = {part.rpartition(".")[2]: layer.rpartition(".")[2] for layer, parts in layers.items() for part in parts}
     assert found == family_of(family).modules
 

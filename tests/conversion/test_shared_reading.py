@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from megatron_peft.config import ConfigurationError, ParallelConfig
-from megatron_peft.conversion import pretrained, to_megatron
+from megatron_peft.conversion import convert, pretrained
+from megatron_peft.conversion.convert import hf_to_megatron
 from megatron_peft.conversion.hf_files import ReadCounts
 from megatron_peft.conversion.pretrained import (
     ALONE,
@@ -29,7 +30,6 @@ from megatron_peft.conversion.pretrained import (
     load_pretrained,
     require_same_model,
 )
-from megatron_peft.conversion.to_megatron import hf_to_megatron
 from megatron_peft.models.families import rules_for
 from megatron_peft.runtime.launch import start_model_parallel, start_world, stop, stop_model_parallel
 from tests.conversion.megatron_folders import ODD, save_random, save_ranks
@@ -81,7 +81,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     torch.save(load_file(original / "model.safetensors"), pickled / "pytorch_model.bin")
     sliced = hf_to_megatron(original, work / "sliced", progress=False)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(to_megatron, "MIN_SHARD_BYTES", 2**30)
+        patch.setattr(convert, "MIN_SHARD_BYTES", 2**30)
         whole = hf_to_megatron(original, work / "whole", progress=False)
     return {
         "original": original,

@@ -14,8 +14,7 @@ from safetensors.torch import save_file
 
 from megatron_peft.checkpoint.folders import write_manifest
 from megatron_peft.config import ConfigurationError
-from megatron_peft.conversion.to_huggingface import megatron_to_hf
-from megatron_peft.conversion.to_megatron import hf_to_megatron
+from megatron_peft.conversion.convert import hf_to_megatron, megatron_to_hf
 from megatron_peft.models.families import read_shape
 from megatron_peft.models.shape import ModelShape
 from tests.conversion.megatron_folders import (

@@ -1,14 +1,14 @@
 """The rank and the error of a sketch are those of the whole matrix's singular values, and nobody holds the matrix."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from megatron_peft.conversion.lora_approximation import svd_of_whole, truncated_svd
+from megatron_peft.conversion.lora_approximation import truncated_svd
 from tests.kept import NewTensors
 
 OUT, IN = 256, 192
@@ -60,18 +60,6 @@ def found(matrix: Tensor, tolerance: float = 0.05, max_rank: int = 64):
     return truncated_svd(Held(matrix), tolerance, max_rank, torch.Generator().manual_seed(0))
 
 
-def found_of_whole(matrix: Tensor, tolerance: float = 0.05, max_rank: int = 64):
-    return svd_of_whole(Held(matrix), tolerance, max_rank)
-
-
-def found_of_wide(matrix: Tensor, tolerance: float = 0.05, max_rank: int = 64):
-    wide = svd_of_whole(Held(matrix.T.contiguous()), tolerance, max_rank)
-    return replace(wide, A=wide.B.T, B=wide.A.T)
-
-
-WAYS = pytest.mark.parametrize("way", [found, found_of_whole, found_of_wide])
-
-
 def discarded(matrix: Tensor) -> np.ndarray:
     """Relative Frobenius norm of what ranks 0, 1, ... leave out, by numpy's SVD of the whole."""
     squared = np.linalg.svd(matrix.numpy(), compute_uv=False) ** 2
@@ -80,10 +68,9 @@ def discarded(matrix: Tensor) -> np.ndarray:
 
 @pytest.mark.parametrize("tolerance", [0.3, 0.05, 1e-3])
 @pytest.mark.parametrize("name", CASES)
-@WAYS
-def test_rank_is_the_smallest_and_the_error_that_of_the_discarded_singular_values(way, name, tolerance):
+def test_rank_is_the_smallest_and_the_error_that_of_the_discarded_singular_values(name, tolerance):
     matrix = CASES[name]
-    left_out, truncation = discarded(matrix), way(matrix, tolerance)
+    left_out, truncation = discarded(matrix), found(matrix, tolerance)
     smallest = int((left_out <= tolerance).argmax())
     assert truncation.rank == min(smallest, 64)
     assert left_out[truncation.rank] <= truncation.residual + 1e-7
@@ -91,23 +78,20 @@ def test_rank_is_the_smallest_and_the_error_that_of_the_discarded_singular_value
 
 
 @pytest.mark.parametrize("name", CASES)
-@WAYS
-def test_the_error_that_is_told_is_that_of_the_factors(way, name):
-    matrix, truncation = CASES[name], way(CASES[name], 0.1)
+def test_the_error_that_is_told_is_that_of_the_factors(name):
+    matrix, truncation = CASES[name], found(CASES[name], 0.1)
     measured = torch.linalg.norm(matrix - truncation.B @ truncation.A) / torch.linalg.norm(matrix)
     assert truncation.residual == pytest.approx(measured.item(), rel=1e-6, abs=1e-7)
     assert truncation.squared_norm == pytest.approx(matrix.square().sum().item(), rel=1e-12)
 
 
-@WAYS
-def test_tolerance_zero_ends_at_the_rank_of_the_matrix(way):
-    truncation = way(CASES["exactly low rank"], tolerance=0)
+def test_tolerance_zero_ends_at_the_rank_of_the_matrix():
+    truncation = found(CASES["exactly low rank"], tolerance=0)
     assert truncation.rank == 7 and truncation.residual < 1e-7
 
 
-@WAYS
-def test_no_change_has_rank_zero(way):
-    truncation = way(torch.zeros(OUT, IN, dtype=torch.float64))
+def test_no_change_has_rank_zero():
+    truncation = found(torch.zeros(OUT, IN, dtype=torch.float64))
     assert truncation.rank == 0 and truncation.residual == 0
     assert truncation.A.shape == (0, IN) and truncation.B.shape == (OUT, 0)
 

@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from megatron_peft.config import ConfigurationError
-from megatron_peft.conversion.to_megatron import hf_to_megatron
+from megatron_peft.conversion.convert import hf_to_megatron
 from megatron_peft.conversion.verify import verify
 from tests.tiny_llama import save_llama
 

@@ -94,7 +94,7 @@ def test_everything_arrives(lengths, file):
 
 
 def refuses(error: int, when):
-    """An os.open or os.write that raises where `when` says so."""
+    """A function that raises where `when` says so."""
 
     def change(common, calls):
         def function(*args):
@@ -121,17 +121,17 @@ def is_direct(descriptor, data):
 
 
 @pytest.mark.parametrize(
-    ("name", "change", "num_calls"),
+    ("module", "name", "change", "num_calls"),
     [
-        ("open", refuses(errno.EINVAL, lambda path, flags, mode: flags & os.O_DIRECT), {1}),
-        ("write", refuses(errno.EINVAL, is_direct), {0, 1}),  # none where the file system here has no direct access
-        ("write", writes_short, range(5, 1000)),
+        (fcntl, "fcntl", refuses(errno.EINVAL, lambda *args: args[-1] & os.O_DIRECT), {1}),
+        (os, "write", refuses(errno.EINVAL, is_direct), {0, 1}),  # none where the file system here knows no O_DIRECT
+        (os, "write", writes_short, range(5, 1000)),
     ],
     ids=["refused when opened", "refused when written", "parts of a block"],
 )
-def test_file_systems_with_ways_of_their_own_hold_everything_too(name, change, num_calls, file, monkeypatch):
+def test_file_systems_with_ways_of_their_own_hold_everything_too(module, name, change, num_calls, file, monkeypatch):
     calls = []
-    monkeypatch.setattr(direct_file.os, name, change(getattr(os, name), calls))
+    monkeypatch.setattr(module, name, change(getattr(module, name), calls))
     check_writing(file, [5 * PAGE + 1])
     assert len(calls) in num_calls
 
@@ -140,7 +140,7 @@ def test_other_errors_of_writing_are_raised_once_and_no_file_is_overwritten(file
     opened = DirectFile(file)
     with pytest.raises(FileExistsError):
         DirectFile(file)
-    monkeypatch.setattr(direct_file.os, "write", refuses(errno.ENOSPC, lambda *_: True)(os.write, []))
+    monkeypatch.setattr(os, "write", refuses(errno.ENOSPC, lambda *_: True)(os.write, []))
     with pytest.raises(OSError, match="No space left"):
         opened.write(bytes(2 * PAGE))
     monkeypatch.undo()

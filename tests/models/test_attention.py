@@ -10,7 +10,6 @@ import pytest
 import torch
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.transformer.attention import SelfAttention
-from megatron.core.transformer.enums import AttnMaskType
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
 from megatron_peft.models.kernels import Installed
@@ -43,8 +42,8 @@ def _attention(kind="plain", bias=None, **settings):
     config = SimpleNamespace(kv_channels=DIM, attention_dropout=0.0)
     if kind == "alibi":
         bias = bias or AlibiBias(HEADS, 0, 1)
-        return AlibiAttention(config, 1, AttnMaskType.causal, "self", bias=bias, **settings)
-    return ScaledDotProductAttention(config, 1, AttnMaskType.causal, "self", **settings)
+        return AlibiAttention(config, 1, bias=bias, **settings)
+    return ScaledDotProductAttention(config, 1, **settings)
 
 
 def _qkv(num_queries=S, heads=HEADS, groups=HEADS):

@@ -10,10 +10,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_peft.certify.comparison import compare_curves
+from megatron_peft.conversion.convert import hf_to_megatron, megatron_to_hf, merge
 from megatron_peft.conversion.hf_files import write_config
 from megatron_peft.conversion.peft_export import export_adapter
-from megatron_peft.conversion.to_huggingface import megatron_to_hf, merge
-from megatron_peft.conversion.to_megatron import hf_to_megatron
 from megatron_peft.conversion.verify import verify
 from megatron_peft.models.families import config_of_shape, read_shape
 from tests.checkpoint.runs import Files

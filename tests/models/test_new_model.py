@@ -14,9 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, Starcoder2Config, Sta
 from megatron_peft.certify.comparison import compare_curves
 from megatron_peft.certify.runs import START, RankReport
 from megatron_peft.config import ConfigurationError
+from megatron_peft.conversion.convert import hf_to_megatron, megatron_to_hf
 from megatron_peft.conversion.hf_files import write_config
-from megatron_peft.conversion.to_huggingface import megatron_to_hf
-from megatron_peft.conversion.to_megatron import hf_to_megatron
 from megatron_peft.models import families
 from megatron_peft.models.families import FAMILIES, config_of_shape, read_shape
 from tests.conversion.megatron_folders import equal, tensors_of
