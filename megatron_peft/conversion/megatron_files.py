@@ -298,8 +298,8 @@ MASTER = "optimizer.master."
 
 @dataclass
 class MegatronWeights:
-    """The tensors of a checkpoint by megatron-core's names: global ones, or those of each tensor-parallel rank. Global
-    ones may be sent to other ranks before anything is read."""
+    """The tensors of a checkpoint by megatron-core's names: global ones, which may be sent to other ranks before
+    anything is read, or those of each tensor-parallel rank."""
 
     folder: Path
     tensors: Mapping[str, StoredTensor | list[Tensor]]
@@ -352,8 +352,7 @@ class MegatronWeights:
         return self.stored(rule).slices[0].place
 
     def holds_whole_rows(self, rule: Rule, dtype: torch.dtype) -> bool:
-        """Whether rows of a matrix are contiguous in the files, and columns strided: not if the files are of ranks
-        that held columns."""
+        """Whether rows of a matrix are contiguous in the files: not if they are of ranks that held columns."""
         stored = self.stored(rule, dtype)
         return all(part.shape[-1] == stored.shape[-1] for part in stored.slices)
 

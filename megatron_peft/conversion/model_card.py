@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import yaml
 from huggingface_hub import ModelCardData
@@ -60,7 +61,7 @@ def check_export(output: str | Path, license: str | None) -> None:
 
 def write_card(folder: Path, exported: Exported) -> None:
     """README.md in `folder`. A license that is not known is left out, and the user is told."""
-    license = {"license": exported.license} if exported.license else _license_of_base(exported.base)
+    license: dict[str, Any] = {"license": exported.license} if exported.license else _license_of_base(exported.base)
     if not license:
         print(
             f"The model card names no license, since neither --license nor the base's card does: fill it in at the top "

@@ -144,10 +144,7 @@ MATCH_SECONDS = 0.5  # of the processor, for one name; a microsecond would do
 
 
 class PeftImport:
-    """An adapter of HF PEFT. `config` decides which modules have it; `source` has its weights.
-
-    Raises ConfigurationError: a value in the config cannot be used.
-    """
+    """An adapter of HF PEFT. `config`, which is checked, decides which modules have it; `source` has its weights."""
 
     def __init__(self, config: Mapping[str, Any], source: Source) -> None:
         self.config, self.source = config, source

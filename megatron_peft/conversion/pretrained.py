@@ -35,7 +35,6 @@ from megatron_peft.parallel.collectives import (
 from megatron_peft.runtime.launch import checked_together, place_on_node, wait_for_device
 
 LOCAL_LAYER = re.compile(r"^(decoder\.layers\.\d+)(?=\.)")
-EMBEDDING = "embedding.word_embeddings.weight"
 Weights = Source | MegatronWeights  # an open base model
 
 
@@ -130,7 +129,7 @@ def open_weights(folder: str | Path, shape: ModelShape) -> tuple[dict[str, Rule]
     rules = rules_for(shape)
     weights.check(owned_rules(rules, shape))
     if shape.tied_embeddings:  # the last pipeline stage has its own copy
-        rules[OUTPUT] = replace(rules[OUTPUT], name=EMBEDDING)
+        rules[OUTPUT] = replace(rules[OUTPUT], name="embedding.word_embeddings.weight")
     return rules, weights
 
 
@@ -146,18 +145,15 @@ def checked_shape(config: RunConfig) -> ModelShape:
     shape = read_model_shape(base)
     if dist.get_rank() == 0:  # each rank opens them again when it loads
         open_weights(base, shape)
-    problems = [
-        *compare_shape(config.model.shape_flags, shape),
-        *check_layout(config.parallel, shape),
-        *check_lengths(config.data, shape),
-    ]
+    problems = [*compare_shape(config.model.shape_flags, shape), *check_layout(config.parallel, shape)]
+    problems += check_lengths(config.data, shape)
     if problems:
         raise ConfigurationError(*problems)
     return shape
 
 
 def known_fingerprint(base: str | Path) -> Mapping[str, str] | None:
-    """Fingerprint of a base model's folder; None if it has no files to take it from (checkpoints of ranks)."""
+    """Fingerprint of a base model's folder; None if it has no files to take it from."""
     try:
         return fingerprint(str(base))
     except OSError:

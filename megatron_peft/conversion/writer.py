@@ -90,7 +90,6 @@ DEFAULT_SHARD_BYTES = 5 * 10**9
 INDEX_SUFFIX = ".safetensors.index.json"
 TYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_TYPES.items()}
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-_ALIGNMENT = 8  # bytes; spaces pad the header, so that the data starts aligned
 
 
 def require_no_overflow(values: Tensor, name: str) -> None:
@@ -165,7 +164,7 @@ def _header(specs: Mapping[str, Tensor]) -> bytes:
         start, end = end, end + spec.nbytes
         header[name] = {"dtype": TYPE_NAMES[spec.dtype], "shape": [*spec.shape], "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % _ALIGNMENT)
+    text += b" " * (-len(text) % 8)  # so that the data starts aligned
     return len(text).to_bytes(8, "little") + text
 
 

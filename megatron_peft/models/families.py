@@ -131,7 +131,7 @@ def read_shape_of_file(path: Path) -> ModelShape:
         f"{path} describes {', '.join(named) or 'a model'} of model_type {model_type!r}, which is not supported. "
         f"Supported: {supported}; docs/new-model.md adds a family.",
     )
-    family = family_of(model_type)
+    family = family_of(config["model_type"])
     known = {**REFUSED, **family.refused}
     refused = [key for key, accepted in known.items() if config.get(key) not in accepted]
     shown = ", ".join(f"{key}={json.dumps(config[key])[:80]}" for key in refused)
