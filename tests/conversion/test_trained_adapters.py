@@ -87,8 +87,7 @@ def test_split_makes_the_change_that_the_weights_rule_takes_apart_and_fuse_undoe
 @pytest.mark.parametrize("rule", LINEAR, ids=lambda rule: rule.layer)
 @pytest.mark.parametrize("left_out", [0, 1])
 def test_modules_with_an_A_of_their_own_keep_their_change(rule, left_out):
-    modules = list(rule.modules.items())
-    found = {module: draw(*shape, rank=2, seed=seed) for seed, (module, shape) in enumerate(modules)}
+    found = {name: draw(*shape, rank=2, seed=seed) for seed, (name, shape) in enumerate(rule.modules.items())}
     kept = {module: found[module] for module in list(found)[: max(1, len(found) - left_out)]}
     fused = fuse(rule, kept)
     assert fused.rank == 2 * len(kept)
