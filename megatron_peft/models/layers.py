@@ -68,7 +68,7 @@ class ScaledDotProductAttention(MegatronModule):
         layer_number: int,
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
-        **of_megatrons_own: Any,
+        **unused: Any,
     ) -> None:
         super().__init__(config=config)
         assert config.kv_channels is not None

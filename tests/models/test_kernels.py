@@ -1,6 +1,7 @@
 """What a fusion switch decides, by what is installed: tried without a GPU. Packed attention on one takes one kernel."""
 
 import sys
+from collections import ChainMap
 from dataclasses import replace
 from inspect import signature
 from types import ModuleType, SimpleNamespace
@@ -66,7 +67,7 @@ def test_without_a_compiler_nothing_is_fused_that_is_compiled():
 
 
 def test_a_missing_compiler_is_no_news_where_nothing_is_compiled():
-    for run, problem in ((run_of(model={"bf16": False}), NO_COMPILER.compile_problem), (run_of(), "")):
+    for run, problem in ((run_of({"bf16": False}), NO_COMPILER.compile_problem), (run_of(), "")):
         assert kernels.without_compiled(run, LLAMA, problem) == (run, "")
 
 
@@ -83,11 +84,9 @@ def test_the_model_has_the_swiglu_that_was_chosen(training, ours):
     assert (config.use_te_activation_func, config.bias_activation_fusion) == (ours, not ours)
 
 
-def run_of(
-    peft: dict[str, Any] | None = None, data: dict[str, Any] | None = None, model: dict[str, Any] | None = None
-) -> RunConfig:
-    values = {"pretrained_checkpoint": "m", "bf16": True, "mock_data": True, "train_iters": 1, **(model or {})}
-    return make_run(**values, **(peft or {}), **(data or {}))
+def run_of(*settings: dict[str, Any]) -> RunConfig:
+    values = {"pretrained_checkpoint": "m", "bf16": True, "mock_data": True, "train_iters": 1}
+    return make_run(**dict(ChainMap(*settings, values)))
 
 
 @pytest.mark.parametrize(
@@ -106,22 +105,21 @@ def test_which_backward_reads_the_activation_depends_on_the_method(peft, expecte
     assert Training.of(run_of(peft, {"pad_to_seq_length": True})).fixed_lengths
 
 
+def sent(settings: dict[str, Any], stages: ParallelConfig, training: Training) -> set[str]:
+    return {name for name, is_on in kernels.messages(settings, stages, training).items() if is_on}
+
+
 def test_messages_of_a_known_size_are_not_announced_or_waited_for():
     stages = ParallelConfig(pipeline_model_parallel_size=2, world_size=2)
-    waits = {"variable_seq_lengths", "batch_p2p_sync"}
-    fixed, variable = (kernels.messages({}, stages, Training(fixed_lengths=length)) for length in (True, False))
-    assert {name for name, value in fixed.items() if value} == {"batch_p2p_comm", "deallocate_pipeline_outputs"}
-    assert {name for name, value in variable.items() if value} == {"batch_p2p_comm"} | waits
+    assert sent({}, stages, Training(fixed_lengths=True)) == {"batch_p2p_comm", "deallocate_pipeline_outputs"}
+    assert sent({}, stages, Training()) == {"batch_p2p_comm", "variable_seq_lengths", "batch_p2p_sync"}
 
 
 def test_an_output_is_not_freed_while_it_is_being_sent():
     stages = ParallelConfig(pipeline_model_parallel_size=3, num_layers_per_virtual_pipeline_stage=1, world_size=3)
-    overlapped, batched = (
-        kernels.messages({"overlap_p2p_comm": overlaps}, stages, Training(fixed_lengths=True))
-        for overlaps in (True, False)
-    )
-    assert {name for name, value in overlapped.items() if value} == {"overlap_p2p_comm"}
-    assert {name for name, value in batched.items() if value} == {"batch_p2p_comm", "deallocate_pipeline_outputs"}
+    fixed, batched = Training(fixed_lengths=True), {"batch_p2p_comm", "deallocate_pipeline_outputs"}
+    assert sent({"overlap_p2p_comm": True}, stages, fixed) == sent({}, stages, fixed) == {"overlap_p2p_comm"}
+    assert sent({"overlap_p2p_comm": False}, stages, fixed) == batched
 
 
 PACKED: dict[str, Any] = {"pack_sequences": True}
@@ -138,10 +136,10 @@ PACKED: dict[str, Any] = {"pack_sequences": True}
 )
 def test_packing_on_a_gpu_is_refused_where_no_kernel_takes_it(shape, model, installed, message):
     with pytest.raises(ConfigurationError, match=message):
-        kernels.require_packed_attention(run_of(data=PACKED, model=model), shape, False, installed)
-    kernels.require_packed_attention(run_of(data=PACKED, model=model), shape, False, Installed(cuda=False))
-    kernels.require_packed_attention(run_of(model=model), shape, False, installed)
-    kernels.require_packed_attention(run_of(data=PACKED), LLAMA, False, EVERYTHING)
+        kernels.require_packed_attention(run_of(PACKED, model), shape, False, installed)
+    kernels.require_packed_attention(run_of(PACKED, model), shape, False, Installed(cuda=False))
+    kernels.require_packed_attention(run_of(model), shape, False, installed)
+    kernels.require_packed_attention(run_of(PACKED), LLAMA, False, EVERYTHING)
 
 
 A100 = Installed(cuda=True, transformer_engine=True, compute_capability=(8, 0), cudnn=92000)
@@ -167,10 +165,10 @@ H100 = replace(A100, compute_capability=(9, 0))
 )
 def test_packed_samples_are_refused_where_transformer_engine_takes_all_pairs(installed, backend, padded, packed):
     model = {"attention_backend": backend}
-    assert kernels.engine_kernel(run_of(model=model), installed) == padded
-    run = run_of(data=PACKED, model=model)
+    assert kernels.engine_kernel(run_of(model), installed) == padded
+    run = run_of(PACKED, model)
     assert kernels.engine_kernel(run, installed) == packed
-    kernels.require_packed_attention(run_of(model=model), LLAMA, True, installed)
+    kernels.require_packed_attention(run_of(model), LLAMA, True, installed)
     if packed == UNFUSED:
         with pytest.raises(ConfigurationError, match="compute the scores of all pairs of tokens"):
             kernels.require_packed_attention(run, LLAMA, True, installed)
@@ -180,10 +178,10 @@ def test_packed_samples_are_refused_where_transformer_engine_takes_all_pairs(ins
 
 def test_the_refusal_of_packed_samples_names_what_is_there_and_the_ways_out():
     with pytest.raises(ConfigurationError) as refused:
-        kernels.require_packed_attention(run_of(data=PACKED), LLAMA, True, A100)
+        kernels.require_packed_attention(run_of(PACKED), LLAMA, True, A100)
     assert "this GPU has 8.0 and cuDNN is 9.20.0" in str(refused.value)
     assert "pip install flash-attn" in str(refused.value) and "--transformer-impl local" in str(refused.value)
-    float32 = run_of(data=PACKED, model={"bf16": False})
+    float32 = run_of(PACKED, {"bf16": False})
     with pytest.raises(ConfigurationError, match="for --bf16 only"):
         kernels.require_packed_attention(float32, LLAMA, True, H100)
 
@@ -199,7 +197,7 @@ def test_the_refusal_of_packed_samples_names_what_is_there_and_the_ways_out():
     ],
 )
 def test_the_start_of_a_run_names_its_core_attention(shape, data, with_engine, installed, line):
-    assert line in kernels.attention_summary(run_of(data=data), shape, with_engine, installed)
+    assert line in kernels.attention_summary(run_of(data), shape, with_engine, installed)
 
 
 def test_transformer_engine_itself_says_whether_it_takes_flash_attn(monkeypatch: pytest.MonkeyPatch):
@@ -265,9 +263,9 @@ def test_auto_takes_transformer_engine_on_a_gpu(wanted, installed, expected):
 
 def test_norms_are_recomputed_on_a_gpu_with_transformer_engine_only():
     recomputed = {"transformer": {"recompute_granularity": "selective"}, "recompute_modules": ("mlp", "layernorm")}
-    kernels.require_norm_recompute(run_of(model=recomputed).model, EVERYTHING)
+    kernels.require_norm_recompute(run_of(recomputed).model, EVERYTHING)
     with pytest.raises(ConfigurationError, match="--recompute-modules layernorm needs the package transformer_engine"):
-        kernels.require_norm_recompute(run_of(model=recomputed).model, GPU)
+        kernels.require_norm_recompute(run_of(recomputed).model, GPU)
 
 
 def test_torchs_packed_attention_is_called_as_it_is_declared(monkeypatch: pytest.MonkeyPatch):
