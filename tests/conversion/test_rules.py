@@ -16,8 +16,8 @@ from megatron_peft.conversion.pretrained import base_parameters
 from megatron_peft.models.families import FAMILIES, family_of, read_shape, rules_for
 from megatron_peft.models.rules import HFTensor, Index, Rule, VocabularyRows, expected_tensors
 from megatron_peft.models.shape import ModelShape
-from tests.conversion.megatron_folders import bloom_shapes, llama_shapes, tensors_of
-from tests.conversion.test_pretrained import load, stage
+from tests.conversion.megatron_folders import bloom_shapes, llama_shapes, stage, tensors_of
+from tests.conversion.test_pretrained import load
 from tests.tiny_bloom import save_bloom
 
 SMALL = ModelShape("llama", 1, 5, 6, 2, 2, 4, 10, 64)

@@ -24,8 +24,7 @@ from megatron_peft.conversion.hf_files import ReadCounts
 from megatron_peft.conversion.pretrained import ALONE, ReadingGroups, base_parameters, load_pretrained
 from megatron_peft.models.families import rules_for
 from megatron_peft.runtime.launch import start_model_parallel, start_world, stop, stop_model_parallel
-from tests.conversion.megatron_folders import ODD, save_random, save_ranks
-from tests.conversion.test_pretrained import stage
+from tests.conversion.megatron_folders import ODD, save_random, save_ranks, stage
 from tests.ranks import run_ranks
 
 # Four ranks can split its heads; its rows (9) cannot be split evenly.
