@@ -19,10 +19,9 @@ from torch import Tensor
 
 from megatron_peft.benchmarks.measure import Figure, median_ratio, peak_of_program, take_turns
 from megatron_peft.benchmarks.subjects import Setting, join, leave, load_base
+from megatron_peft.conversion.convert import hf_to_megatron, megatron_to_hf
 from megatron_peft.conversion.hf_files import ReadCounts, Source, is_whole_rows
 from megatron_peft.conversion.pretrained import base_parameters, open_weights, owned_rules, read_model_shape
-from megatron_peft.conversion.to_huggingface import megatron_to_hf
-from megatron_peft.conversion.to_megatron import hf_to_megatron
 from megatron_peft.runtime.ranks import run_ranks
 from megatron_peft.training.metrics import memory_bytes
 
@@ -67,7 +66,7 @@ def convert_figures(model: Path, work: Path) -> list[Figure]:
         figures.append(Figure(f"{name}: time / {READ}", median_ratio(spent, plain), SLOWER, "", note))
 
     # Memory of a process that does nothing else.
-    program = f"from megatron_peft.conversion.to_megatron import hf_to_megatron\nhf_to_megatron({str(model)!r}, "
+    program = f"from megatron_peft.conversion.convert import hf_to_megatron\nhf_to_megatron({str(model)!r}, "
     peak = peak_of_program(f"{program}{str(work)!r}, progress=False)")
     shutil.rmtree(work)
     bare = peak_of_program("import torch")

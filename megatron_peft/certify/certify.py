@@ -33,8 +33,8 @@ from megatron_peft.checkpoint.folders import write_atomically
 from megatron_peft.config import ConfigurationError, RunConfig, config_to_dict
 from megatron_peft.config.untrusted import parse_json
 from megatron_peft.conversion import verify
+from megatron_peft.conversion.convert import megatron_to_hf, merge
 from megatron_peft.conversion.peft_export import export_adapter
-from megatron_peft.conversion.to_huggingface import megatron_to_hf, merge
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.rehearsal.rehearsal import work_bar
 from megatron_peft.rehearsal.small_run import SmallRun, small_run, wide_run

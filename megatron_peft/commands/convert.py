@@ -60,7 +60,7 @@ class HfToMegatron(_Conversion):
         """Write the checkpoint."""
         import torch
 
-        from megatron_peft.conversion.to_megatron import hf_to_megatron
+        from megatron_peft.conversion.convert import hf_to_megatron
 
         multiple, dtype = self.make_vocab_size_divisible_by, self.dtype and getattr(torch, self.dtype)
         folder = local_model(self.input, "--input")
@@ -95,7 +95,7 @@ class MegatronToHf(_ToHuggingFace):
 
     def run(self) -> int:
         """Write the folder."""
-        from megatron_peft.conversion.to_huggingface import megatron_to_hf
+        from megatron_peft.conversion.convert import megatron_to_hf
 
         return self._write(megatron_to_hf)
 
@@ -106,7 +106,7 @@ class Merge(_ToHuggingFace):
 
     def run(self) -> int:
         """Write the folder."""
-        from megatron_peft.conversion.to_huggingface import merge
+        from megatron_peft.conversion.convert import merge
 
         return self._write(merge)
 

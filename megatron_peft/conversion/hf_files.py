@@ -6,7 +6,7 @@ import pickle
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import reduce
 from math import prod
 from pathlib import Path
@@ -26,57 +26,37 @@ from megatron_peft.models.rules import Index, RowRange, Rule
 MAPPED_BYTES = 64 * 2**20
 MAX_READ_BYTES = 2**30  # of one read; Linux reads at most 2 GiB at once
 MAX_LISTED = 8  # names in one error
-# First bytes of files that only look like weights, and the error for each.
-LOOKALIKES = {
-    b"version https://git-lfs": "it is a Git LFS pointer, not the weights. Fetch them with `git lfs pull`.",
-    b"\x80\x02\x8a\x0al\xfc\x9cF": "it has the format of torch before 1.6, which cannot be memory-mapped. "
-    "Convert it to safetensors.",
-}
+LFS_POINTER = b"version https://git-lfs"  # the first bytes of a file that only stands for weights
 # The first of these that exists is read, as in transformers.
 WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
+    *("model.safetensors", "model.safetensors.index.json"),
+    *("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
 
 
 @dataclass(frozen=True)
 class Header:
-    """File, shape and type of a tensor, read without its data.
-
-    Args:
-        dtype: the name that the file format uses.
-        start: the first byte in the file, if the elements lie there in order; None if only the format's reader knows.
-    """
+    """File, shape and type of a tensor, read without its data."""
 
     file: Path
     shape: tuple[int, ...]
-    dtype: str
-    start: int | None = None
+    dtype: str  # the name that the file format uses
+    start: int | None = None  # the first byte, if the elements lie in order; None if only the format's reader knows
 
     @property
     def torch_dtype(self) -> torch.dtype:
         """Its type in torch. KeyError: not one of NUMBER_TYPES."""
         return NUMBER_TYPES[self.dtype]
 
-    @property
-    def num_bytes(self) -> int:
-        """Size of the data."""
-        return prod(self.shape) * self.torch_dtype.itemsize
-
 
 @dataclass
 class ReadCounts:
-    """What one rank has read: headers of files, files opened for their weights, reads of weights and their bytes.
+    """What one rank has read."""
 
-    Bytes are in the stored types. The index of a distributed checkpoint counts as a header.
-    """
-
-    headers: int = 0
-    opens: int = 0
+    headers: int = 0  # of files; the index of a distributed checkpoint is one
+    opens: int = 0  # of files for their weights
     reads: int = 0
-    bytes: int = 0
+    bytes: int = 0  # in the stored types
 
 
 class SafetensorsFile:
@@ -88,16 +68,14 @@ class SafetensorsFile:
 
     def headers(self) -> dict[str, Header]:
         """Shape, type and first byte of every tensor, by name."""
-        slices = {name: self._file.get_slice(name) for name in self._file.keys()}
-        headers = {name: Header(self.path, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
-        if any(header.dtype not in SAFETENSORS_TYPES for header in headers.values()):
-            return headers
-        # safetensors refuses gaps, so sizes tell places.
-        sizes = {name: headers[name].num_bytes for name in self._file.offset_keys()}
-        start = self.path.stat().st_size - sum(sizes.values())
-        for name, size in sizes.items():
-            headers[name], start = replace(headers[name], start=start), start + size
-        return headers
+        headers: dict[str, Header] = {}
+        start: int | None = self.path.stat().st_size  # safetensors refuses gaps, so sizes tell places
+        for name in reversed(self._file.offset_keys()):
+            tensor = self._file.get_slice(name)
+            shape, dtype = tuple(tensor.get_shape()), SAFETENSORS_TYPES.get(tensor.get_dtype())
+            start = None if start is None or dtype is None else start - prod(shape) * dtype.itemsize
+            headers[name] = Header(self.path, shape, tensor.get_dtype(), start)
+        return {name: headers[name] for name in self._file.keys()}
 
     def view(self, name: str, index: Index) -> Tensor:
         """`tensor[index]`, lazily."""
@@ -151,9 +129,8 @@ class Source:
         Whole rows are read with one call, where it is known where they lie: on a parallel file system that is faster
         than the page faults of a mapped file.
 
-        Raises:
-            ConfigurationError: the file cannot be read, was cut short after its header was checked, or holds a value
-                that is not finite.
+        Raises ConfigurationError: the file cannot be read, was cut short after its header was checked, or holds a value
+        that is not finite.
         """
         header = self.headers[name]
         if header.start is not None and is_whole_rows(index, header.shape):
@@ -182,9 +159,8 @@ class Source:
             file = self._unmapped[header.file]
             while len(memory):
                 num_bytes = os.preadv(file.fileno(), [memory[:MAX_READ_BYTES]], start)
-                require(
-                    num_bytes > 0, f"{file.name} cannot be read: it was cut short while it was read. Copy it again."
-                )
+                told = f"{file.name} cannot be read: it was cut short while it was read. Copy it again."
+                require(num_bytes > 0, told)
                 self.counts.reads += 1
                 self.counts.bytes += num_bytes
                 memory, start = memory[num_bytes:], start + num_bytes
@@ -223,8 +199,7 @@ def is_whole_rows(index: Index, shape: Sequence[int]) -> bool:
 def open_source(folder: str | Path, weight_files: Sequence[str] = WEIGHT_FILES) -> Source:
     """Read the headers, and nothing else, of the first of `weight_files` that exists.
 
-    Raises:
-        ConfigurationError: a file is missing, torn or unreadable, or lacks a tensor that the index lists.
+    Raises ConfigurationError: a file is missing, torn or unreadable, or lacks a tensor that the index lists.
     """
     folder = Path(folder)
     chosen = next((folder / name for name in weight_files if (folder / name).exists()), None)
@@ -275,13 +250,14 @@ def _open_file(path: Path) -> SafetensorsFile | TorchFile:
     except ConfigurationError:
         raise
     except (*_UNREADABLE, pickle.UnpicklingError) as error:
-        reason = plain_reason(error)
         with path.open("rb") as file:
-            start = file.read(max(map(len, LOOKALIKES)))
-        why = next((text for magic, text in LOOKALIKES.items() if start.startswith(magic)), "")
-        if isinstance(error, pickle.UnpicklingError):
+            is_pointer = file.read(len(LFS_POINTER)) == LFS_POINTER
+        reason = plain_reason(error)
+        why = f"truncated or torn, {path.stat().st_size:,} bytes long ({reason}). Copy or download it again."
+        if is_pointer:
+            why = "it is a Git LFS pointer, not the weights. Fetch them with `git lfs pull`."
+        elif isinstance(error, pickle.UnpicklingError):
             why = f"it holds more than tensors ({reason}). Convert it to safetensors."
-        why = why or f"truncated or torn, {path.stat().st_size:,} bytes long ({reason}). Copy or download it again."
         raise ConfigurationError(f"{path} cannot be read: {why}") from error
 
 
@@ -293,9 +269,11 @@ INVERSE_FREQUENCIES = re.compile(r"(^|\.)rotary_emb\.inv_freq$")  # in old check
 
 def check_inventory(source: Source, expected: Mapping[str, tuple[int, ...]], tied_embeddings: bool) -> None:
     """Raise ConfigurationError that lists missing, extra, misshapen and quantized tensors."""
-    redundant = {name for name in source.headers if INVERSE_FREQUENCIES.search(name)}
-    redundant |= {"lm_head.weight"} if tied_embeddings else set()
-    headers = {name: header for name, header in source.headers.items() if name in expected or name not in redundant}
+    headers = {
+        name: header
+        for name, header in source.headers.items()
+        if name in expected or not (INVERSE_FREQUENCIES.search(name) or (tied_embeddings and name == "lm_head.weight"))
+    }
     what = f"the tensors in {source.folder} do not fit its config.json."
     require_tensors(headers, expected, what, "not part of this model")
 
@@ -303,12 +281,7 @@ def check_inventory(source: Source, expected: Mapping[str, tuple[int, ...]], tie
 def require_tensors(
     headers: Mapping[str, Header], expected: Mapping[str, tuple[int, ...]], what: str, extra: str
 ) -> None:
-    """Raise ConfigurationError that names the tensors that do not fit, by kind of problem.
-
-    Args:
-        what: how the message begins.
-        extra: describes tensors that are not expected.
-    """
+    """Raise ConfigurationError, `what` and the tensors that do not fit; `extra` describes those not expected."""
     there = {name: headers[name] for name in expected if name in headers}
     problems = {
         "missing": [name for name in expected if name not in headers],
@@ -334,15 +307,8 @@ def raise_problems(what: str, problems: Mapping[str, list[str]]) -> None:
 CONFIG = "config.json"
 # What is copied from a Hugging Face folder besides its weights; never code.
 SMALL_FILES = (
-    CONFIG,
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "spiece.model",
-    "chat_template*",
+    *(CONFIG, "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*"),
+    *("merges.txt", "spiece.model", "chat_template*"),
 )
 TYPE_KEYS = ("dtype", "torch_dtype")  # in new and in old config.json
 

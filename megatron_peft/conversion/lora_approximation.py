@@ -2,8 +2,8 @@
 
 For each Hugging Face module the smallest rank whose relative Frobenius error of dW is at most the tolerance. Where the
 method itself has a product of few enough columns (LoRA, LoRA-GA, a Hybrid whose rotation is the identity), the product
-is taken as it is. A small dW is decomposed as a whole. Of a larger one there is a sketch, from rows that are read from
-the files and computed as they are needed: a block of rows is the largest part of it that ever exists.
+is taken as it is. Of any other dW there is a sketch, from rows that are read from the files and computed as they are
+needed: a block of rows is the largest part of it that ever exists.
 
 What is no linear layer's weight cannot be in a LoRA. It is left out, and told by name and size: full fine-tuning trains
 norms, biases and the embedding too.
@@ -23,19 +23,12 @@ from megatron_peft.config import require
 from megatron_peft.config.untrusted import is_finite
 from megatron_peft.conversion.megatron_files import MegatronWeights, open_megatron
 from megatron_peft.conversion.pretrained import Weights, open_weights, owned_rules
-from megatron_peft.conversion.trained_adapters import (
-    LowRankFactors,
-    TrainedAdapters,
-    is_weight,
-    layer_name,
-    modules_of,
-    row_ranges,
-)
+from megatron_peft.conversion.trained_adapters import LowRankFactors, TrainedAdapters, row_ranges
 from megatron_peft.conversion.writer import byte_bar
 from megatron_peft.models.families import rules_for
 from megatron_peft.models.rules import RowRange, Rule
 
-BLOCK_ELEMENTS = 2**20  # of a block of rows, 8 MiB; a matrix of so many is decomposed as a whole
+BLOCK_ELEMENTS = 2**20  # of a block of rows, 8 MiB
 SEED = 0
 
 # A sketch with subspace iteration. With X [in, w] orthonormal, one pass over the rows of M = dW gives
@@ -99,13 +92,9 @@ class Truncation(LowRankFactors):
 
 
 def truncated_svd(matrix: ModuleChange, tolerance: float, max_rank: int, generator: torch.Generator) -> Truncation:
-    """The smallest rank whose relative Frobenius error is at most `tolerance`, up to `max_rank`; A and B in float64.
+    """The smallest rank with |M - B A|_F <= tolerance |M|_F, or `max_rank`; A and B in float64.
 
-    Args:
-        matrix: M; it is read several times.
-        tolerance: of |M - B A|_F / |M|_F.
-        max_rank: the rank where no smaller one suffices.
-        generator: of the random start, on the CPU.
+    M is read several times; `generator` draws the start, on the CPU.
     """
     widest = min(*matrix.shape, max_rank + EXTRA)
     width, number, before = min(widest, FIRST_RANK + EXTRA), 0, (0, 0.0)
@@ -119,8 +108,10 @@ def truncated_svd(matrix: ModuleChange, tolerance: float, max_rank: int, generat
             Z.addmm_(block.T, T[rows])
             squared_norm += block.square().sum().item()
         number, start = number + 1, Z
-        residuals = _squared_residuals(squared_norm, torch.linalg.eigvalsh(T.T @ T))  # cheaper than the SVD of T
-        rank = _smallest_rank(residuals, squared_norm, tolerance, max_rank)
+        kept = torch.linalg.eigvalsh(T.T @ T).flip(0).cumsum(0)  # cheaper than the SVD of T
+        residuals = (squared_norm - torch.cat([kept.new_zeros(1), kept])).clamp_min(0)  # of ranks 0, 1, ...
+        enough = residuals <= max(tolerance**2, ROUNDING) * squared_norm
+        rank = min(int(enough.int().argmax()) if bool(enough.any()) else width, max_rank)
         residual = float(residuals[rank])
         settled = rank == before[0] and abs(residual - before[1]) <= max(SETTLED * residual, ROUNDING * squared_norm)
         is_enough = number == MOST_PASSES or (settled and number >= FEWEST_PASSES)
@@ -134,53 +125,14 @@ def truncated_svd(matrix: ModuleChange, tolerance: float, max_rank: int, generat
             before = rank, residual
 
 
-def svd_of_whole(matrix: ModuleChange, tolerance: float, max_rank: int) -> Truncation:
-    """The same of a matrix that is small enough to hold, in one reading: by the Gram matrix of its short side."""
-    whole = torch.empty(matrix.shape, dtype=torch.float64)
-    for rows, block in matrix.blocks():
-        whole[rows] = block
-    is_tall = whole.shape[0] >= whole.shape[1]
-    tall = whole if is_tall else whole.T
-    squared_values, vectors = torch.linalg.eigh(tall.T @ tall)
-    squared_norm = whole.square().sum().item()
-    residuals = _squared_residuals(squared_norm, squared_values)
-    rank = _smallest_rank(residuals, squared_norm, tolerance, max_rank)
-    leading = vectors.flip(1)[:, :rank]
-    long = tall @ leading
-    root = long.norm(dim=0).sqrt()
-    short, long = leading * root, long / root
-    A, B = (short.T, long) if is_tall else (long.T, short)
-    return Truncation(A, B, squared_norm, float(residuals[rank]))
-
-
-def _squared_residuals(squared_norm: float, squared_values: Tensor) -> Tensor:
-    """What ranks 0, 1, ... leave out, from the squares of the singular values, the smallest first."""
-    kept = squared_values.flip(0).cumsum(0)
-    return (squared_norm - torch.cat([kept.new_zeros(1), kept])).clamp_min(0)
-
-
-def _smallest_rank(squared_residuals: Tensor, squared_norm: float, tolerance: float, max_rank: int) -> int:
-    """The rank that suffices; `max_rank`, or the largest there is, if none does."""
-    enough = squared_residuals <= max(tolerance**2, ROUNDING) * squared_norm
-    first = int(enough.int().argmax()) if bool(enough.any()) else len(enough) - 1
-    return min(first, max_rank)
-
-
 @dataclass(frozen=True)
 class ModuleLora:
-    """A module's dW ~ B A.
-
-    Args:
-        module: Hugging Face's name.
-        ranges: its rows.
-        factors: A and B, in float32 on a CPU.
-        is_exact: the method's own product.
-    """
+    """A module's dW ~ B A: Hugging Face's name, its rows, and the factors in float32 on a CPU."""
 
     module: str
     ranges: list[RowRange]
     factors: Truncation
-    is_exact: bool
+    is_exact: bool  # the method's own product
 
 
 @dataclass(frozen=True)
@@ -227,17 +179,10 @@ class RunAsLora:
 
 
 def approximate(run: TrainedAdapters, base: Path, tolerance: float, max_rank: int, progress: bool) -> RunAsLora:
-    """The change of a run against its base, as factors.
+    """The change of a run, of any method and layout, against its base. Arguments as for `peft_export.export_as_lora`.
 
-    Args:
-        run: of any method and layout.
-        base: the folder of its base model.
-        tolerance: relative Frobenius error of each module's dW.
-        max_rank: of a module.
-        progress: show a bar at a terminal.
-
-    Raises:
-        ConfigurationError: the base or the run's weights do not fit or are not finite, or the method cannot be merged.
+    Raises ConfigurationError: the base or the run's weights do not fit or are not finite, or the method cannot be
+    merged.
     """
     shape = run.record.shape
     rules, weights = open_weights(base, shape)
@@ -245,7 +190,7 @@ def approximate(run: TrainedAdapters, base: Path, tolerance: float, max_rank: in
     if not run.record.config.peft.trains_adapters:
         open_weights(run.folder, shape)  # is complete and fits
         trained = open_megatron(run.folder)
-    linear = {layer_name(rule): rule for rule in rules.values() if is_weight(rule) and ".linear_" in rule.name}
+    linear = {rule.layer: rule for rule in rules.values() if rule.is_linear}
     names = rules_for(shape)  # the base's files may leave out the prefix of its modules
     adapted = run.record.adapted_layers or tuple(linear)
     num_bytes = {layer: 4 * prod(linear[layer].local_shape(1)) for layer in adapted}
@@ -257,12 +202,12 @@ def approximate(run: TrainedAdapters, base: Path, tolerance: float, max_rank: in
             ranges = row_ranges(rule, change.granule, BLOCK_ELEMENTS)
             layers[layer] = [
                 _module_lora(name, ModuleChange(rule, change, ranges[tensor.name], weights), tolerance, max_rank)
-                for name, tensor in zip(modules_of(names[rule.name]), rule.hf_tensors, strict=True)
+                for name, tensor in zip(names[rule.name].modules, rule.hf_tensors, strict=True)
             ]
             advance(num_bytes[layer])
     left_out: list[LeftOut] = []
     if trained is not None:
-        others = [rule for rule in owned_rules(rules, shape).values() if layer_name(rule) not in linear]
+        others = [rule for rule in owned_rules(rules, shape).values() if rule.layer not in linear]
         left_out = [_left_out(rule, name, weights, trained) for rule in others for name in row_ranges(rule)]
     return RunAsLora(layers, [parameter for parameter in left_out if parameter.squared_change])
 
@@ -272,7 +217,7 @@ def _change(rule: Rule, run: TrainedAdapters, base: Weights, trained: MegatronWe
     if trained is not None:
         return DifferenceChange(trained.stored(rule, torch.float32).read)
     peft = run.record.config.peft
-    module, tensors = import_module(peft.spec.adapter), run.of(layer_name(rule))
+    module, tensors = import_module(peft.spec.adapter), run.of(rule.layer)
     if hasattr(module, "change"):
         return module.change(tensors, peft)
     require(hasattr(module, "merge"), f"adapters of --peft-method {peft.method} cannot be merged.")
@@ -288,8 +233,6 @@ def _module_lora(name: str, matrix: ModuleChange, tolerance: float, max_rank: in
     if product is not None and is_exact:
         A, B = product[0], torch.cat([product[1][rows.megatron] for rows in matrix.ranges])
         factors = Truncation(A, B, ((A @ A.T) * (B.T @ B)).sum().item(), 0.0)
-    elif prod(matrix.shape) <= BLOCK_ELEMENTS:
-        factors = svd_of_whole(matrix, tolerance, max_rank)
     else:
         factors = truncated_svd(matrix, tolerance, max_rank, torch.Generator().manual_seed(SEED))
     return ModuleLora(name, matrix.ranges, replace(factors, A=factors.A.float(), B=factors.B.float()), is_exact)

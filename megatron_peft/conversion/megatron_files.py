@@ -16,9 +16,11 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import IO, Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
@@ -56,10 +58,19 @@ class StoredTensor:
     def fill(self, target: Tensor, offset: Sequence[int]) -> int:
         """Copy the slice at `offset` with the shape of `target`. Elements beyond the stored tensor keep their values.
 
-        Returns:
-            Bytes read, in the stored type.
+        Returns the bytes read, in the stored type.
         """
-        return sum(_copy_overlap(target, offset, stored) for stored in self.slices)
+        num_bytes = 0
+        for stored in self.slices:
+            dims = list(zip(offset, target.shape, stored.offset, stored.shape, strict=True))
+            overlaps = [(max(a, c), min(a + b, c + d)) for a, b, c, d in dims]
+            if all(start < stop for start, stop in overlaps):
+                place = zip(overlaps, offset, stored.offset, strict=True)
+                cuts = [(slice(start - a, stop - a), slice(start - c, stop - c)) for (start, stop), a, c in place]
+                values = stored.load(tuple(cut for _, cut in cuts))
+                target[tuple(cut for cut, _ in cuts)].copy_(values)
+                num_bytes += values.nbytes
+        return num_bytes
 
     def read(self, rows: slice | None = None) -> Tensor:
         """The tensor, or some of its rows, copied into memory."""
@@ -67,18 +78,6 @@ class StoredTensor:
         tensor = torch.empty(shape, dtype=self.dtype)
         self.fill(tensor, (start, *(0,) * (len(shape) - 1))[: len(shape)])
         return tensor
-
-
-def _copy_overlap(target: Tensor, offset: Sequence[int], stored: StoredSlice) -> int:
-    dims = list(zip(offset, target.shape, stored.offset, stored.shape, strict=True))
-    overlaps = [(max(a, c), min(a + b, c + d)) for a, b, c, d in dims]
-    if any(start >= stop for start, stop in overlaps):
-        return 0
-    in_target = tuple(slice(start - a, stop - a) for (start, stop), a in zip(overlaps, offset, strict=True))
-    in_stored = tuple(slice(start - c, stop - c) for (start, stop), c in zip(overlaps, stored.offset, strict=True))
-    values = stored.load(in_stored)
-    target[in_target].copy_(values)
-    return values.nbytes
 
 
 def layer_of(stack: StoredTensor, layer: int) -> StoredTensor:
@@ -104,33 +103,23 @@ _LOCAL_HEADER_BYTES, _NAME_AND_EXTRA = 30, 26  # of a zip record: size of its fi
 class MappedTensor:
     """A tensor in a mapped file. An index gives a view; or a copy of that part, where the file did not align it."""
 
-    data: Tensor  # bytes of its storage
+    bits: np.ndarray  # as integers of the tensor's shape, which numpy reads at any address
     dtype: torch.dtype
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    offset: int
 
     def __getitem__(self, index: Any) -> Tensor:
-        size = self.dtype.itemsize
-        if self.data.data_ptr() % size == 0:
-            return self.data.view(self.dtype).as_strided(self.shape, self.strides, self.offset)[index]
-        strides = (*(stride * size for stride in self.strides), 1)
-        every = self.data.as_strided((*self.shape, size), strides, self.offset * size)
-        return every[index].clone(memory_format=torch.contiguous_format).view(self.dtype).squeeze(-1)
+        return torch.from_numpy(np.require(self.bits[index], requirements=["ALIGNED"])).view(self.dtype)
 
 
 def map_tensor(path: Path, start: int, length: int) -> MappedTensor:
     """A tensor that torch.save wrote at these bytes of a file, mapped until it and its views are freed.
 
     The format is an uncompressed zip archive in which `data.pkl` describes the tensor and names the record of its
-    data. `torch.load` would copy the data, and takes long for tensors below a MiB.
-
-    Raises:
-        ValueError, pickle.UnpicklingError, zipfile.BadZipFile and the like: torn, or not a single tensor.
+    data. `torch.load` would copy the data, and takes long for tensors below a MiB. Raises one of _TORN: torn, or not a
+    single tensor.
     """
     before = start % mmap.ALLOCATIONGRANULARITY
     with open(path, "rb") as file:
-        # Copy on write, because torch.frombuffer needs a writable buffer.
+        # Copy on write, because torch.from_numpy needs a writable buffer.
         mapped = mmap.mmap(file.fileno(), before + length, access=mmap.ACCESS_COPY, offset=start - before)
     records: dict[str, tuple[int, int]] = {}  # first byte and size, by name within the archive's folder
     with zipfile.ZipFile(cast(IO[bytes], mapped)) as directory:
@@ -144,8 +133,9 @@ def map_tensor(path: Path, start: int, length: int) -> MappedTensor:
     storage, offset, shape, strides = _Description(io.BytesIO(mapped[first : first + size])).load()[:4]
     _, dtype, key, *_ = storage
     first, size = records[f"data/{key}"]
-    data = torch.frombuffer(mapped, dtype=torch.uint8, count=size, offset=first)
-    return MappedTensor(data, dtype, tuple(shape), tuple(strides), offset)
+    size_of_one, data = dtype.itemsize, memoryview(mapped)[first : first + size]
+    strides = [stride * size_of_one for stride in strides]
+    return MappedTensor(np.ndarray(shape, f"i{size_of_one}", data, offset * size_of_one, strides), dtype)
 
 
 class _Description(BoundedUnpickler):
@@ -176,8 +166,7 @@ _TORN = (
 def open_distributed(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor by key. Only the index is read.
 
-    Raises:
-        ConfigurationError: the index is truncated or refused, a file is missing or short, or a tensor is incomplete.
+    Raises ConfigurationError: the index is truncated or refused, a file is missing or short, or a tensor is incomplete.
     """
     index = read_metadata(folder)
     ends: dict[str, int] = {}
@@ -203,7 +192,7 @@ def open_distributed(folder: Path) -> dict[str, StoredTensor]:
 def _load(path: Path, start: int, length: int, key: str, shape: tuple[int, ...], index: Any) -> Tensor:
     try:
         tensor = map_tensor(path, start, length)
-        values = tensor[index] if tensor.shape == shape else None
+        values = tensor[index] if tensor.bits.shape == shape else None
     except _TORN as error:
         raise ConfigurationError(f"{path} is damaged where it holds {key}: {error}".partition("\n")[0]) from error
     if values is None:
@@ -224,45 +213,34 @@ LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 CHUNK = re.compile(r"model(\d*)")
 
 
-@dataclass(frozen=True)
-class LegacyCheckpoint:
-    """`tensors` has the local tensors of the tensor-parallel ranks, in order, by name with global layer number."""
-
-    folder: Path
-    tensors: Mapping[str, list[Tensor]]
-    arguments: Any
-
-    def stored(self, name: str, rule: Rule) -> StoredTensor | None:
-        """A parameter as one global tensor; None if the checkpoint does not have it."""
-        shards = self.tensors.get(name)
-        if shards is None:
-            return None
-        size = len(shards)
-        for rank, shard in enumerate(shards):
-            require(
-                rule.accepts(shard.shape, size),
-                f"{name} is {list(shard.shape)} on rank {rank} of {size} in {self.folder}, but the model has "
-                f"{list(rule.local_shape(size))} there.",
-            )
-        slices: dict[tuple[int, ...], StoredSlice] = {}  # by offset, since several ranks may hold copies
-        for rank, shard in enumerate(shards):
-            for part in rule.global_slices(shard, rank, size):
-                load = partial(self._load, name, rank, part.view)
-                slices.setdefault(part.offset, StoredSlice(part.offset, tuple(part.view.shape), load))
-        ends = ([a + b for a, b in zip(part.offset, part.shape, strict=True)] for part in slices.values())
-        shape = tuple(map(max, zip(*ends, strict=True)))
-        return StoredTensor(shape, shards[0].dtype, tuple(slices.values()))
-
-    def _load(self, name: str, rank: int, view: Tensor, index: Any) -> Tensor:
-        require_finite(view[index], name, self.folder / f"mp_rank_{rank:02d}*")
-        return view[index]
+def joined(shards: list[Tensor], name: str, rule: Rule, folder: Path) -> StoredTensor:
+    """The local tensors of a parameter as one global tensor."""
+    size = len(shards)
+    slices: dict[tuple[int, ...], StoredSlice] = {}  # by offset, since several ranks may hold copies
+    for rank, shard in enumerate(shards):
+        require(
+            rule.accepts(shard.shape, size),
+            f"{name} is {list(shard.shape)} on rank {rank} of {size} in {folder}, but the model has "
+            f"{list(rule.local_shape(size))} there.",
+        )
+        for part in rule.global_slices(shard, rank, size):
+            load = partial(_load_shard, folder / f"mp_rank_{rank:02d}*", name, part.view)
+            slices.setdefault(part.offset, StoredSlice(part.offset, tuple(part.view.shape), load))
+    ends = ([a + b for a, b in zip(part.offset, part.shape, strict=True)] for part in slices.values())
+    shape = tuple(map(max, zip(*ends, strict=True)))
+    return StoredTensor(shape, shards[0].dtype, tuple(slices.values()))
 
 
-def open_legacy(folder: Path) -> LegacyCheckpoint:
-    """Map every rank's file; no weight is read yet.
+def _load_shard(files: Path, name: str, view: Tensor, index: Any) -> Tensor:
+    require_finite(view[index], name, files)
+    return view[index]
 
-    Raises:
-        ConfigurationError: a rank's file is missing, torn or refused, or has the names of an older Megatron.
+
+def open_legacy(folder: Path) -> tuple[dict[str, list[Tensor]], Any]:
+    """The mapped local tensors of the tensor-parallel ranks, in order, by name with global layer number; and the
+    arguments of the program that trained.
+
+    Raises ConfigurationError: a rank's file is missing, torn or refused, or has the names of an older Megatron.
     """
     files: dict[tuple[int, int], Path] = {}  # by tensor-parallel rank and pipeline stage
     for path in sorted(folder.glob("mp_rank_*")):
@@ -281,32 +259,27 @@ def open_legacy(folder: Path) -> LegacyCheckpoint:
     for rank in range(num_tensor):
         for name, tensor in _whole_model([contents[rank, stage] for stage in range(num_stages)], folder):
             tensors[name].append(tensor)
-    return LegacyCheckpoint(folder, dict(tensors), contents[0, 0].get("args"))
+    return tensors, contents[0, 0].get("args")
 
 
 def _whole_model(stages: list[dict[str, Any]], folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Every parameter of one tensor-parallel rank, with layers numbered over all stages and chunks."""
     first_layer = 0
     num_chunks = max(1, sum(bool(CHUNK.fullmatch(str(key))) for key in stages[0]))
-    for chunk in range(num_chunks):
-        for stage in stages:
-            parameters = dict(_parameters(stage, chunk, folder))
-            for name, tensor in parameters.items():
-                yield LAYER.sub(lambda m: f"decoder.layers.{first_layer + int(m[1])}.", name), tensor  # noqa: B023
-            first_layer += len({match[1] for name in parameters if (match := LAYER.match(name))})
-
-
-def _parameters(stage: dict[str, Any], chunk: int, folder: Path) -> Iterator[tuple[str, Tensor]]:
-    held = stage.get(f"model{chunk}", stage.get("model") if chunk == 0 else None)
-    if not isinstance(held, dict):
-        raise ConfigurationError(f"{folder}: a rank's file holds no 'model': is it a checkpoint of Megatron-LM?")
-    old = next((name for name in held if str(name).startswith(("language_model", "model.language_model"))), None)
-    require(
-        old is None,
-        f"{folder} holds {old}, a name of Megatron-LM before megatron-core: convert it with Megatron-LM's "
-        f"tools/checkpoint/convert.py (--loader legacy --saver core) first.",
-    )
-    return ((str(name), tensor) for name, tensor in held.items() if isinstance(tensor, Tensor))
+    for chunk, stage in product(range(num_chunks), stages):
+        held = stage.get(f"model{chunk}", stage.get("model") if chunk == 0 else None)
+        if not isinstance(held, dict):
+            raise ConfigurationError(f"{folder}: a rank's file holds no 'model': is it a checkpoint of Megatron-LM?")
+        old = next((name for name in held if str(name).startswith(("language_model", "model.language_model"))), None)
+        require(
+            old is None,
+            f"{folder} holds {old}, a name of Megatron-LM before megatron-core: convert it with Megatron-LM's "
+            f"tools/checkpoint/convert.py (--loader legacy --saver core) first.",
+        )
+        parameters = {str(name): tensor for name, tensor in held.items() if isinstance(tensor, Tensor)}
+        for name, tensor in parameters.items():
+            yield LAYER.sub(lambda m: f"decoder.layers.{first_layer + int(m[1])}.", name), tensor  # noqa: B023
+        first_layer += len({match[1] for name in parameters if (match := LAYER.match(name))})
 
 
 # A base model by megatron-core's names.
@@ -323,38 +296,29 @@ ADAPTER = ".adapter."
 MASTER = "optimizer.master."
 
 
-@dataclass(frozen=True)
-class DistributedCheckpoint:
-    """`tensors` has the global tensors by name."""
+@dataclass
+class MegatronWeights:
+    """The tensors of a checkpoint by megatron-core's names: global ones, which may be sent to other ranks before
+    anything is read, or those of each tensor-parallel rank."""
 
     folder: Path
-    tensors: Mapping[str, StoredTensor]
+    tensors: Mapping[str, StoredTensor | list[Tensor]]
+    arguments_of_ranks: Any = None
+    counts: ReadCounts = field(default_factory=ReadCounts)
 
     @property
     def arguments(self) -> Any:
         """Megatron-LM's, or None."""
         common = self.folder / "common.pt"
-        return load_inertly(common).get("args") if common.is_file() else None
-
-    def stored(self, name: str, rule: Rule) -> StoredTensor | None:
-        """A parameter; None if the checkpoint does not have it."""
-        return self.tensors.get(name)
-
-
-@dataclass
-class MegatronWeights:
-    """The tensors of a checkpoint by megatron-core's names. Those of a distributed checkpoint may be sent to other
-    ranks before anything is read."""
-
-    folder: Path
-    checkpoint: DistributedCheckpoint | LegacyCheckpoint
-    counts: ReadCounts = field(default_factory=ReadCounts)
+        return load_inertly(common).get("args") if common.is_file() else self.arguments_of_ranks
 
     def find(self, rule: Rule, dtype: torch.dtype | None = None) -> StoredTensor | None:
         """A parameter as it is stored; for float32 the float32 copy of bf16 training, if the checkpoint has one."""
         prefixes = (MASTER, "") if dtype == torch.float32 else ("",)
         names = (prefix + name for prefix in prefixes for name in spellings(rule.name))
-        return next((tensor for name in names if (tensor := self.checkpoint.stored(name, rule)) is not None), None)
+        name = next((name for name in names if name in self.tensors), "")
+        tensor = self.tensors.get(name)
+        return joined(tensor, name, rule, self.folder) if isinstance(tensor, list) else tensor
 
     def stored(self, rule: Rule, dtype: torch.dtype | None = None) -> StoredTensor:
         """What `find` returns of a parameter that `check` has seen."""
@@ -388,14 +352,13 @@ class MegatronWeights:
         return self.stored(rule).slices[0].place
 
     def holds_whole_rows(self, rule: Rule, dtype: torch.dtype) -> bool:
-        """Whether rows of a matrix are contiguous in the files, and columns strided: not if the files are of ranks
-        that held columns."""
+        """Whether rows of a matrix are contiguous in the files: not if they are of ranks that held columns."""
         stored = self.stored(rule, dtype)
         return all(part.shape[-1] == stored.shape[-1] for part in stored.slices)
 
     def check(self, rules: Mapping[str, Rule]) -> None:
         """Raise ConfigurationError that lists missing, extra and misshapen tensors."""
-        names = self.checkpoint.tensors
+        names = self.tensors
         adapters = [name for name in names if ADAPTER in name and not NO_WEIGHT.search(name)]
         require(
             not adapters,
@@ -419,7 +382,7 @@ class MegatronWeights:
 def open_megatron(files: Path) -> MegatronWeights:
     """Open a folder that `megatron_files` returned. ConfigurationError: torn, incomplete or refused."""
     if not (files / INDEX).is_file():
-        return MegatronWeights(files, open_legacy(files))
+        return MegatronWeights(files, *open_legacy(files))
     tensors: dict[str, StoredTensor] = {}
     for key, tensor in open_distributed(files).items():
         # megatron-core's default for uniform layers is a tensor that stacks all of them.
@@ -427,7 +390,7 @@ def open_megatron(files: Path) -> MegatronWeights:
             tensors |= {f"{stack[1]}{n}.{stack[2]}": layer_of(tensor, n) for n in range(tensor.shape[0])}
         else:
             tensors[key] = tensor
-    return MegatronWeights(files, DistributedCheckpoint(files, tensors), ReadCounts(headers=1))
+    return MegatronWeights(files, tensors, counts=ReadCounts(headers=1))
 
 
 def spellings(name: str) -> Iterator[str]:

@@ -7,7 +7,7 @@ Folders stand there by their last names, and what others have named stands as it
 
 import re
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -16,11 +16,12 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCardData
 
+from megatron_peft.checkpoint.folders import check_new
 from megatron_peft.checkpoint.run_record import ADAPTER_CONFIG, RunRecord, find_checkpoint, read_record
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.config.errors import flag_of, spelled
 from megatron_peft.config.hub import hub_name, is_hub_name
-from megatron_peft.config.untrusted import MAX_BYTES, parse_json, parse_yaml, read_json_object, read_text
+from megatron_peft.config.untrusted import parse_json, parse_yaml, read_bytes, read_json_object, read_text
 from megatron_peft.models.families import family_of
 
 CARD = "README.md"
@@ -33,35 +34,25 @@ NO_BASE = "HUGGING_FACE_BASE"  # where the base has no folder that others open
 
 @dataclass(frozen=True)
 class Exported:
-    """What the card is of.
+    """What the card is of."""
 
-    Args:
-        run: the checkpoint's folder.
-        record: of the run.
-        output: the folder that the card will lie in.
-        base: the base's folder or name, as the run has it; None if there is none that others open.
-        is_adapter: an adapter of HF PEFT; else a whole model.
-        lora_rank: of a LoRA.
-        license: --license.
-        approximation: a section on what the export has left out.
-    """
-
-    run: Path
+    run: Path  # the checkpoint's folder
     record: RunRecord
-    output: Path
-    base: str | None
-    is_adapter: bool
+    output: Path  # the folder that the card will lie in
+    base: str | None  # the base's folder or name, as the run has it; None if there is none that others open
+    is_adapter: bool  # of HF PEFT; else a whole model
     lora_rank: int | None = None
     license: str | None = None
-    approximation: str = ""
+    approximation: str = ""  # a section on what the export has left out
 
     @property
     def name(self) -> str:
         return self.output.absolute().name
 
 
-def check_license(license: str | None) -> None:
-    """ConfigurationError: --license is no identifier."""
+def check_export(output: str | Path, license: str | None) -> None:
+    """ConfigurationError: --output exists, or --license is no identifier."""
+    check_new(output)
     require(
         license is None or LICENSE.fullmatch(license) is not None,
         f"--license {license!r} is not a license identifier: give one like apache-2.0, llama3.1, or other.",
@@ -70,7 +61,7 @@ def check_license(license: str | None) -> None:
 
 def write_card(folder: Path, exported: Exported) -> None:
     """README.md in `folder`. A license that is not known is left out, and the user is told."""
-    license = {"license": exported.license} if exported.license else _license_of_base(exported.base)
+    license: dict[str, Any] = {"license": exported.license} if exported.license else _license_of_base(exported.base)
     if not license:
         print(
             f"The model card names no license, since neither --license nor the base's card does: fill it in at the top "
@@ -83,9 +74,7 @@ def write_card(folder: Path, exported: Exported) -> None:
         library_name="peft" if exported.is_adapter else "transformers",
         pipeline_tag="text-generation",
         tags=list(dict.fromkeys(tags)),
-        license=license.get("license"),
-        license_name=license.get("license_name"),
-        license_link=license.get("license_link"),
+        **license,
     )
     kind = "A LoRA adapter" if is_lora else "An adapter" if exported.is_adapter else "A model"
     trained_on = base or _named(record.config.model.pretrained_checkpoint) or ""
@@ -176,26 +165,18 @@ def _figures(exported: Exported) -> str:
     """The position of the checkpoint, and the last value of each metric up to it."""
     position = exported.record.position
     last: dict[str, float] = {}
-    for line in _metrics(exported.run.parent / "metrics.jsonl"):
-        if line["iteration"] <= position["iteration"]:
-            last |= {name: value for name, value in line.items() if isinstance(value, int | float)}
+    path = exported.run.parent / "metrics.jsonl"
+    for line in read_bytes(path).splitlines() if path.is_file() else ():
+        with suppress(ConfigurationError):  # a torn line
+            metrics = parse_json(line, str(path))
+            iteration = metrics.get("iteration") if isinstance(metrics, dict) else None
+            if isinstance(iteration, int) and iteration <= position["iteration"]:
+                last |= {name: value for name, value in metrics.items() if isinstance(value, int | float)}
     named = {"loss": "training loss", "validation_loss": "validation loss", "epoch": "epochs"}
     counts = {"iteration": "iterations", "consumed_samples": "samples", "consumed_tokens": "tokens"}
     rows = [(title, f"{position[name]:,}") for name, title in counts.items() if position.get(name)]
     rows += [(title, f"{last[name]:.4g}") for name, title in named.items() if name in last]
     return _table(rows) if rows else "The run's folder holds no figures."
-
-
-def _metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of metrics.jsonl, without those that are torn or not a run's."""
-    if not path.is_file():
-        return
-    with path.open("rb") as file:
-        for line in iter(lambda: file.readline(MAX_BYTES), b""):
-            with suppress(ConfigurationError):
-                record = parse_json(line, str(path))
-                if isinstance(record, dict) and isinstance(record.get("iteration"), int):
-                    yield record
 
 
 def _serving(exported: Exported, base: str | None, folder: str) -> str:

@@ -13,19 +13,16 @@ import torch
 from torch import Tensor
 
 from megatron_peft.adapters import low_rank
-from megatron_peft.checkpoint.folders import check_new, megatron_files, new_folder
+from megatron_peft.checkpoint.folders import megatron_files, new_folder
 from megatron_peft.checkpoint.run_record import ADAPTER_CONFIG
 from megatron_peft.config import ConfigurationError, PeftConfig, PeftFormat, require
 from megatron_peft.config.hub import hub_name
 from megatron_peft.config.methods import OTHER_EXPORTS
 from megatron_peft.conversion.lora_approximation import RunAsLora, approximate
-from megatron_peft.conversion.model_card import Exported, check_license, write_card
+from megatron_peft.conversion.model_card import Exported, check_export, write_card
 from megatron_peft.conversion.trained_adapters import (
     PREFIX,
     base_of,
-    is_weight,
-    layer_name,
-    modules_of,
     open_adapters,
     open_run,
     rows_of_modules,
@@ -45,18 +42,13 @@ def export_adapter(
 ) -> Path:
     """Write `output`, which `peft.PeftModel.from_pretrained(base, output)` opens; print what has to be known of it.
 
-    Args:
-        input: the --save folder of a run, of any layout.
-        output: must not exist.
-        pretrained_checkpoint: the base, if it is not where the run says. Its weights are not read.
-        license: of the model card; None takes the base's.
+    `input` is the --save folder of a run, of any layout; `pretrained_checkpoint` its base, if it is not where the run
+    says. The base's weights are not read. `license` is that of the model card; None takes the base's.
 
-    Raises:
-        ConfigurationError: before anything is written: no checkpoint or no adapters, a method that HF PEFT cannot
-            express, another base, an output that exists, damaged files.
+    Raises ConfigurationError: before anything is written: no checkpoint or no adapters, a method that HF PEFT cannot
+    express, another base, an output that exists, damaged files.
     """
-    check_new(output)
-    check_license(license)
+    check_export(output, license)
     adapters = open_adapters(input)
     record, peft = adapters.record, adapters.record.config.peft
     form: PeftFormat | None = getattr(import_module(peft.spec.adapter), "EXPORT", None)
@@ -65,11 +57,9 @@ def export_adapter(
             f"--input {input}: HF PEFT has no equivalent of --peft-method {peft.method}. {OTHER_EXPORTS}."
         )
     rules = [
-        rule
-        for rule in rules_for(record.shape).values()
-        if is_weight(rule) and layer_name(rule) in record.adapted_layers
+        rule for rule in rules_for(record.shape).values() if rule.is_linear and rule.layer in record.adapted_layers
     ]
-    sizes: dict[str, Any] = {module: size for rule in rules for module, size in modules_of(rule).items()}
+    sizes: dict[str, Any] = {module: size for rule in rules for module, size in rule.modules.items()}
     targets = shortest_targets(sizes, record.shape.num_layers)
     config = form.config(peft, targets)
     base = record.config.model.pretrained_checkpoint
@@ -83,10 +73,10 @@ def export_adapter(
     def tensors() -> Iterator[tuple[str, Tensor]]:
         yield from shared.items()
         for rule in rules:
-            layer = layer_name(rule)
+            layer = rule.layer
             tensors = form.tensors(adapters.of(layer), peft, layer, rule.local_shape(1)[0])
             rows = {name: rows_of_modules(rule, tensors[name]) for name in form.rows}
-            for module, name in product(modules_of(rule), tensors):
+            for module, name in product(rule.modules, tensors):
                 yield f"{PREFIX}{module}.{name}", rows[name][module] if name in rows else tensors[name]
 
     named = _opened_by_others(base)
@@ -116,10 +106,7 @@ def _write(
 ) -> None:
     """Write the folder of an adapter: its config, its weights in float32 (in one file: HF PEFT has no shards), a card.
 
-    Args:
-        target_modules: names, or ends of names, of the modules.
-        own_config: fields of its kind of adapter.
-        shapes, tensors: by name, in one order.
+    `own_config` has the fields of its kind of adapter; `shapes` and `tensors` have the same names in one order.
     """
     base = card.base
     config = {
@@ -157,25 +144,19 @@ def export_as_lora(
     license: str | None = None,
     progress: bool = True,
 ) -> Path:
-    """Write `output`, and print rank, residual and change of logits of every layer.
+    """Write `output`, and print rank, residual and change of logits of every layer. As `export_adapter`, and:
 
     Args:
         input: the --save folder of a run, of any method and layout, full fine-tuning included.
-        output: must not exist.
-        pretrained_checkpoint: the base, if it is not where the run says.
         tolerance: relative Frobenius error of each module's change of weight.
         max_rank: of a module.
         num_tokens: of each of two random sequences on which logits are compared, which takes the memory of one model
             in float32; 0 leaves the comparison out.
-        license: of the model card; None takes the base's.
-        progress: show a bar at a terminal.
 
-    Raises:
-        ConfigurationError: before anything is written: no checkpoint, another base, a limit that cannot be used, an
-            output that exists, damaged files.
+    Raises ConfigurationError: before anything is written: no checkpoint, another base, a limit that cannot be used, an
+    output that exists, damaged files.
     """
-    check_new(output)
-    check_license(license)
+    check_export(output, license)
     require(0 <= tolerance < 1, f"--tolerance is {tolerance:g}; it is a relative error, at least 0 and below 1.")
     require(max_rank > 0, f"--max-rank is {max_rank}; it must be above 0.")
     require(num_tokens >= 0, f"--num-tokens is {num_tokens}; it cannot be negative.")

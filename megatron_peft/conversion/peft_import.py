@@ -18,30 +18,12 @@ from megatron_peft.adapters import boft, low_rank
 from megatron_peft.checkpoint.folders import check_new
 from megatron_peft.checkpoint.run_record import ADAPTER_CONFIG, RunRecord
 from megatron_peft.checkpoint.tensors import ADAPTER
-from megatron_peft.config import (
-    ConfigurationError,
-    DataConfig,
-    ModelConfig,
-    ParallelConfig,
-    PeftConfig,
-    RunConfig,
-    TrainingConfig,
-    require,
-)
+from megatron_peft.config import ConfigurationError, PeftConfig, config_from_dict, require
 from megatron_peft.config.errors import flag_of, spelled
 from megatron_peft.config.untrusted import limited_to, read_json_object
 from megatron_peft.conversion.hf_files import Source, listed, open_source, require_tensors
 from megatron_peft.conversion.pretrained import known_fingerprint, open_weights, read_model_shape
-from megatron_peft.conversion.trained_adapters import (
-    PREFIX,
-    LowRankFactors,
-    fuse,
-    is_weight,
-    layer_name,
-    modules_of,
-    save_adapters,
-    shortest_targets,
-)
+from megatron_peft.conversion.trained_adapters import PREFIX, LowRankFactors, fuse, save_adapters, shortest_targets
 from megatron_peft.models.families import rules_for
 from megatron_peft.models.rules import Rule
 from megatron_peft.models.shape import number, size, switch
@@ -51,16 +33,10 @@ WAY_OUT = "Merge it with HF PEFT (`merge_and_unload`, then `save_pretrained`) an
 
 
 def import_adapter(input: str | Path, output: str | Path, *, pretrained_checkpoint: str | Path | None) -> Path:
-    """Write `output`, and print the flags that a run needs to load it.
+    """Write `output`, and print the flags that a run needs to load it. The weights of the base model are not read.
 
-    Args:
-        input: the folder of a HF PEFT adapter.
-        output: must not exist.
-        pretrained_checkpoint: the base model. It is checked, but its weights are not read.
-
-    Raises:
-        ConfigurationError: before anything is written: the adapter is not plain LoRA or BOFT, does not fit the fused
-            layers, belongs to another base model, is damaged or lacks tensors, or the output exists.
+    Raises ConfigurationError: before anything is written: the adapter is not plain LoRA or BOFT, does not fit the fused
+    layers, belongs to another base model, is damaged or lacks tensors, or the output exists.
     """
     check_new(output)
     if pretrained_checkpoint is None:
@@ -70,8 +46,8 @@ def import_adapter(input: str | Path, output: str | Path, *, pretrained_checkpoi
     folder, shape = Path(input), read_model_shape(pretrained_checkpoint)
     adapter = open_import(folder)
     open_weights(pretrained_checkpoint, shape)
-    rules = [rule for rule in rules_for(shape).values() if is_weight(rule) and ".linear_" in rule.name]
-    sizes = {module: size for rule in rules for module, size in modules_of(rule).items() if adapter.is_targeted(module)}
+    rules = [rule for rule in rules_for(shape).values() if rule.is_linear]
+    sizes = {module: size for rule in rules for module, size in rule.modules.items() if adapter.is_targeted(module)}
     base = f"--pretrained-checkpoint {pretrained_checkpoint}"
     require(
         bool(sizes),
@@ -88,14 +64,9 @@ def import_adapter(input: str | Path, output: str | Path, *, pretrained_checkpoi
     settings, layers, notes = adapter.adopt([rule for rule in rules if adapter.targeted(rule)])
     targets = tuple(shortest_targets(layers, shape.num_layers))
     folder_of_base = str(Path(pretrained_checkpoint).absolute())
+    settings = {**settings, "target_modules": targets}
     record = RunRecord(  # of a run before its first step, without data and length
-        config=RunConfig(
-            parallel=ParallelConfig(),
-            model=ModelConfig(pretrained_checkpoint=folder_of_base),
-            peft=PeftConfig(target_modules=targets, **settings),
-            data=DataConfig(),
-            training=TrainingConfig(),
-        ),
+        config=config_from_dict({"model": {"pretrained_checkpoint": folder_of_base}, "peft": settings}),
         shape=shape,
         position={"iteration": 0, "consumed_samples": 0, "consumed_tokens": 0},
         adapted_layers=tuple(sorted(layers)),
@@ -106,23 +77,17 @@ def import_adapter(input: str | Path, output: str | Path, *, pretrained_checkpoi
     tensors = {f"{layer}{ADAPTER}{name}": tensor for layer, own in layers.items() for name, tensor in own.items()}
     save_adapters(output, record, tensors)
     flags = {field.name: flag_of(field) for field in fields(PeftConfig)}
-    typed = [spelled(flags[name], value) for name, value in {**settings, "target_modules": targets}.items() if value]
+    typed = [spelled(flags[name], value) for name, value in settings.items() if value]
     print(f"{notes}Load it with --finetune {' '.join(typed)}", flush=True)
     return Path(output)
 
 
 class Adopted(NamedTuple):
-    """Adapters as a run has them.
+    """Adapters as a run has them."""
 
-    Args:
-        settings: of its `PeftConfig`, apart from the target modules.
-        tensors: whole, by layer and name, `A`.
-        notes: lines about what has changed, each with its end.
-    """
-
-    settings: Mapping[str, Any]
-    tensors: Mapping[str, Mapping[str, Tensor]]
-    notes: str = ""
+    settings: Mapping[str, Any]  # of its `PeftConfig`, apart from the target modules
+    tensors: Mapping[str, Mapping[str, Tensor]]  # whole, by layer and name, `A`
+    notes: str  # lines about what has changed, each with its end
 
 
 ACCEPTED: dict[str, tuple[Any, ...]] = {"task_type": (None, "CAUSAL_LM"), "bias": (None, "none")}
@@ -152,13 +117,10 @@ def open_import(folder: Path) -> "PeftImport":
     require(path.is_file(), f"--input {folder} holds no {path.name}: give the folder of a HF PEFT adapter.")
     config = read_json_object(path)
     name = str(config.get("peft_type") or "")
-    require(
-        name in KINDS,
-        f"{path} describes no HF PEFT adapter: it has no peft_type. A run's --save folder needs no import: --load "
-        f"opens it."
-        if not name
-        else f"{path} describes an adapter of type {name}; only {' and '.join(KINDS)} can be imported. {WAY_OUT}",
-    )
+    no_type = "it has no peft_type. A run's --save folder needs no import: --load opens it."
+    require(bool(name), f"{path} describes no HF PEFT adapter: {no_type}")
+    only = f"only {' and '.join(KINDS)} can be imported. {WAY_OUT}"
+    require(name in KINDS, f"{path} describes an adapter of type {name}; {only}")
     accepted, known = KINDS[name]
     # Settings are off by default, so that an unknown one with nothing in it changes nothing.
     refused = ", ".join(
@@ -182,11 +144,7 @@ MATCH_SECONDS = 0.5  # of the processor, for one name; a microsecond would do
 
 
 class PeftImport:
-    """An adapter of HF PEFT. `config` decides which modules have it; `source` has its weights.
-
-    Raises:
-        ConfigurationError: a value in the config cannot be used.
-    """
+    """An adapter of HF PEFT. `config`, which is checked, decides which modules have it; `source` has its weights."""
 
     def __init__(self, config: Mapping[str, Any], source: Source) -> None:
         self.config, self.source = config, source
@@ -209,11 +167,7 @@ class PeftImport:
         raise NotImplementedError
 
     def adopt(self, rules: Sequence[Rule]) -> Adopted:
-        """The adapters as a run has them. ConfigurationError: a run cannot hold them.
-
-        Args:
-            rules: of the layers with a targeted module.
-        """
+        """The adapters of the layers with a targeted module. ConfigurationError: a run cannot hold them."""
         raise NotImplementedError
 
     def tensor(self, module: str, name: str) -> Tensor:
@@ -224,7 +178,7 @@ class PeftImport:
 
     def targeted(self, rule: Rule) -> list[str]:
         """The modules of a fused layer that have the adapter."""
-        return [module for module in modules_of(rule) if self.is_targeted(module)]
+        return [module for module in rule.modules if self.is_targeted(module)]
 
     def is_targeted(self, module: str) -> bool:
         """Whether HF PEFT would put its adapter on the module of this full name."""
@@ -282,14 +236,13 @@ class LoraImport(PeftImport):
         return low_rank.EXPORT.shapes({"r": self.rank}, out_features, in_features)
 
     def adopt(self, rules: Sequence[Rule]) -> Adopted:
-        """The run's tensors and settings. ConfigurationError: the rank is above a layer's smaller side."""
         fused = {}
         for rule in rules:
             factors = {
                 module: LowRankFactors(*(self.tensor(module, f"lora_{side}.weight") for side in "AB"))
                 for module in self.targeted(rule)
             }
-            fused[layer_name(rule)] = fuse(rule, factors)
+            fused[rule.layer] = fuse(rule, factors)
         rank = max(factors.rank for factors in fused.values())
         # A rank above the smaller side of a layer would be refused at --load.
         side, layer = min((min(factors.A.shape[1], factors.B.shape[0]), layer) for layer, factors in fused.items())
@@ -299,13 +252,8 @@ class LoraImport(PeftImport):
             f"{self.rank}; but {layer} has only {side} features on its smaller side.",
         )
         alpha = low_rank.whole_number(low_rank.grown_alpha(self.alpha, rank / self.rank, self.rank_stabilised))
-        settings = {
-            "method": "lora",
-            "lora_rank": rank,
-            "lora_alpha": alpha,
-            "lora_dropout": self.dropout,
-            "lora_rs": self.rank_stabilised,
-        }
+        settings = {"method": "lora", "lora_rank": rank, "lora_alpha": alpha}
+        settings |= {"lora_dropout": self.dropout, "lora_rs": self.rank_stabilised}
         notes = (
             f"Modules that share a layer each have their own A, so the rank is {rank} instead of {self.rank}; "
             f"alpha {alpha} keeps the scale of {self.scale:g}.\n"
@@ -337,25 +285,15 @@ class BoftImport(PeftImport):
         return boft.EXPORT.shapes(config, out_features, in_features)
 
     def adopt(self, rules: Sequence[Rule]) -> Adopted:
-        """The run's tensors and settings.
-
-        Raises:
-            ConfigurationError: modules that are fused differ, output features are scaled, or blocks are of several
-                sizes.
-        """
-        tensors = {layer_name(rule): {"Q": self._rotation(rule)} for rule in rules}
-        sizes = {self.block_size_of(in_features) for rule in rules for _, in_features in modules_of(rule).values()}
+        tensors = {rule.layer: {"Q": self._rotation(rule)} for rule in rules}
+        sizes = {self.block_size_of(in_features) for rule in rules for _, in_features in rule.modules.values()}
         require(
             len(sizes) == 1,
             f"boft_block_num={self.num_blocks} of {self.source.folder} gives blocks of "
             f"{' and '.join(map(str, sorted(sizes)))} features; all layers have one --boft-block-size. {WAY_OUT}",
         )
-        settings = {
-            "method": "boft",
-            "boft_block_size": next(iter(sizes)),
-            "boft_factors": self.num_factors,
-            "rotation_side": "input",
-        }
+        settings = {"method": "boft", "boft_block_size": sizes.pop(), "boft_factors": self.num_factors}
+        settings |= {"rotation_side": "input"}
         notes = ""
         if self.configured_factors != self.num_factors:
             notes += (
@@ -367,8 +305,7 @@ class BoftImport(PeftImport):
         return Adopted(settings, tensors, notes)
 
     def _rotation(self, rule: Rule) -> Tensor:
-        """Q of a fused layer."""
-        modules, targeted = list(modules_of(rule)), self.targeted(rule)
+        modules, targeted = list(rule.modules), self.targeted(rule)
         for module in targeted:
             scale = self.tensor(module, "boft_s")
             require(
@@ -379,7 +316,7 @@ class BoftImport(PeftImport):
         rotations = [boft.from_huggingface(self.tensor(module, "boft_R")) for module in targeted]
         if targeted != modules or not all(torch.equal(Q, rotations[0]) for Q in rotations):
             raise ConfigurationError(
-                f"{listed(modules)} share an input in {layer_name(rule)} and therefore need the same rotation; "
+                f"{listed(modules)} share an input in {rule.layer} and therefore need the same rotation; "
                 f"{self.source.folder} has one for {listed(targeted)}, or different ones. {WAY_OUT}"
             )
         return rotations[0]

@@ -19,7 +19,7 @@ from megatron_peft.checkpoint.load import require_whole
 from megatron_peft.checkpoint.run_record import fingerprint, read_record
 from megatron_peft.config import LINEAR_MODULES, ConfigurationError, RunConfig, require
 from megatron_peft.conversion.hf_files import CONFIG, ReadCounts, Source, check_inventory, open_source
-from megatron_peft.conversion.megatron_files import MegatronWeights, open_megatron
+from megatron_peft.conversion.megatron_files import OUTPUT, MegatronWeights, open_megatron
 from megatron_peft.conversion.writer import byte_bar
 from megatron_peft.models.families import read_shape, rules_for
 from megatron_peft.models.rules import Columns, RowRange, Rule, expected_tensors
@@ -35,17 +35,13 @@ from megatron_peft.parallel.collectives import (
 from megatron_peft.runtime.launch import checked_together, place_on_node, wait_for_device
 
 LOCAL_LAYER = re.compile(r"^(decoder\.layers\.\d+)(?=\.)")
-OUTPUT, EMBEDDING = "output_layer.weight", "embedding.word_embeddings.weight"
-
-
 Weights = Source | MegatronWeights  # an open base model
 
 
 def read_model_shape(folder: str | Path) -> ModelShape:
     """Shape of the base model in `folder`, from its config.json, a run's record or Megatron-LM's arguments.
 
-    Raises:
-        ConfigurationError: it is not the folder of a supported model.
+    Raises ConfigurationError: it is not the folder of a supported model.
     """
     files = megatron_files(folder)
     if files is None:
@@ -55,33 +51,24 @@ def read_model_shape(folder: str | Path) -> ModelShape:
         return read_shape(with_config)
     if (files / RECORD).is_file():
         return read_record(files).shape
-    return shape_of_arguments(open_megatron(files).checkpoint.arguments, str(files))
+    return shape_of_arguments(open_megatron(files).arguments, str(files))
 
 
 WAY_OUT = "provide the model's config.json: put it into the folder, or give its folder with --pretrained-checkpoint."
 # Arguments of a Llama, or of a Qwen, in Megatron-LM; other values compute something else.
 LLAMA_LIKE = {
-    "swiglu": True,
-    "normalization": "RMSNorm",
-    "position_embedding_type": "rope",
-    "rotary_percent": 1.0,
-    "use_rope_scaling": False,
-    "qk_l2_norm": False,
-    "window_size": None,
-    "num_experts": None,
-    "multi_latent_attention": False,
-    "rotary_interleaved": False,
-    "layernorm_zero_centered_gamma": False,
+    "swiglu": True, "normalization": "RMSNorm", "position_embedding_type": "rope", "rotary_percent": 1.0,
+    "use_rope_scaling": False, "qk_l2_norm": False, "window_size": None, "num_experts": None,
+    "multi_latent_attention": False, "rotary_interleaved": False, "layernorm_zero_centered_gamma": False,
     "apply_layernorm_1p": False,
-}
+}  # fmt: skip
 
 
 def shape_of_arguments(arguments: Any, where: str) -> ModelShape:
     """Shape of a Llama, Qwen2 or Qwen3 from Megatron-LM's arguments; `where` names the checkpoint in errors.
 
-    Raises:
-        ConfigurationError: there are no arguments, they describe another kind of model, or they lack the size of the
-            vocabulary before padding.
+    Raises ConfigurationError: there are no arguments, they describe another kind of model, or they lack the size of the
+    vocabulary before padding.
     """
     require(arguments is not None, f"{where} does not say what model it is: {WAY_OUT}")
     given = vars(arguments)
@@ -90,13 +77,10 @@ def shape_of_arguments(arguments: Any, where: str) -> ModelShape:
     ]
     require(not other, f"{where} was trained with {', '.join(other)}, which is not read from arguments: {WAY_OUT}")
     sizes = {name: given.get(name) for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")}
-    missing = [name for name, value in sizes.items() if value is None]
-    require(not missing, f"the arguments in {where} lack {', '.join(missing)}: {WAY_OUT}")
     odd = [f"{name} {str(value)[:40]}" for name, value in sizes.items() if not is_size(value)]
     require(not odd, f"the arguments in {where} have {', '.join(odd)}, which is not a size: {WAY_OUT}")
-    vocab_size = given.get("vocab_size")
     require(
-        vocab_size is not None,
+        given.get("vocab_size") is not None,
         f"{where} holds a vocabulary padded to {given.get('padded_vocab_size')} rows and does not say from how many: "
         f"{WAY_OUT}",
     )
@@ -115,7 +99,7 @@ def shape_of_arguments(arguments: Any, where: str) -> ModelShape:
         **sizes,
         num_query_groups=given.get("num_query_groups") or heads if grouped else heads,
         kv_channels=given.get("kv_channels") or sizes["hidden_size"] // heads,
-        vocab_size=vocab_size,
+        vocab_size=given["vocab_size"],
         max_position_embeddings=given.get("max_position_embeddings") or 2048,
         norm_epsilon=given.get("norm_epsilon", given.get("layernorm_epsilon", 1e-5)),
         linear_biases=frozenset(biases),
@@ -128,8 +112,7 @@ def shape_of_arguments(arguments: Any, where: str) -> ModelShape:
 def open_weights(folder: str | Path, shape: ModelShape) -> tuple[dict[str, Rule], Weights]:
     """The rule of every parameter, by name, and the weights. Headers are checked; no weight is read yet.
 
-    Raises:
-        ConfigurationError: missing, extra or misshapen tensors, torn files, or a folder of adapters.
+    Raises ConfigurationError: missing, extra or misshapen tensors, torn files, or a folder of adapters.
     """
     files = megatron_files(folder)
     if files is None:
@@ -146,7 +129,7 @@ def open_weights(folder: str | Path, shape: ModelShape) -> tuple[dict[str, Rule]
     rules = rules_for(shape)
     weights.check(owned_rules(rules, shape))
     if shape.tied_embeddings:  # the last pipeline stage has its own copy
-        rules[OUTPUT] = replace(rules[OUTPUT], name=EMBEDDING)
+        rules[OUTPUT] = replace(rules[OUTPUT], name="embedding.word_embeddings.weight")
     return rules, weights
 
 
@@ -162,18 +145,15 @@ def checked_shape(config: RunConfig) -> ModelShape:
     shape = read_model_shape(base)
     if dist.get_rank() == 0:  # each rank opens them again when it loads
         open_weights(base, shape)
-    problems = [
-        *compare_shape(config.model.shape_flags, shape),
-        *check_layout(config.parallel, shape),
-        *check_lengths(config.data, shape),
-    ]
+    problems = [*compare_shape(config.model.shape_flags, shape), *check_layout(config.parallel, shape)]
+    problems += check_lengths(config.data, shape)
     if problems:
         raise ConfigurationError(*problems)
     return shape
 
 
 def known_fingerprint(base: str | Path) -> Mapping[str, str] | None:
-    """Fingerprint of a base model's folder; None if it has no files to take it from (checkpoints of ranks)."""
+    """Fingerprint of a base model's folder; None if it has no files to take it from."""
     try:
         return fingerprint(str(base))
     except OSError:
@@ -236,21 +216,17 @@ def load_pretrained(
     progress: bool,
     groups: ReadingGroups = ALONE,
 ) -> LoadReport:
-    """Fill the base parameters of each chunk in place, in their own dtype. Adapters keep their values.
+    """Fill the base parameters of bare GPTModels in place, in their own dtype. Adapters keep their values.
 
     A collective of all ranks, where there are several. The first one alone reads and checks the headers, and sends
     them. One rank of each other node looks whether its files are the same.
 
     Args:
-        model_chunks: bare GPTModels (before Float16Module and DDP).
-        folder: a Hugging Face folder or a base model in Megatron's format.
-        shape: of the model, from `read_model_shape`.
-        progress: show a bar at a terminal.
+        folder: a Hugging Face folder or a base model in Megatron's format, of the shape that `read_model_shape` gives.
         groups: of ranks that read for one another; by default each rank reads its own slices.
 
-    Raises:
-        ConfigurationError: on every rank. Before a weight is read, for missing, extra, misshapen or truncated tensors
-            and for a parameter without a rule; after that, for a file that cannot be read or is damaged.
+    Raises ConfigurationError on every rank. Before a weight is read, for missing, extra, misshapen or truncated tensors
+    and for a parameter without a rule; after that, for a file that cannot be read or is damaged.
     """
     start = time.perf_counter()
     files = megatron_files(folder)
@@ -263,9 +239,7 @@ def load_pretrained(
         rules, weights = from_first_rank(lambda: open_weights(folder, shape))
         if dist.is_initialized() and dist.get_rank() > 0:
             weights.counts = ReadCounts()  # it received the first rank's
-    to_fill = checked_together(
-        lambda: [pair for chunk in model_chunks for pair in _with_rules(chunk, rules, tensor_parallel_size)]
-    )
+    to_fill = checked_together(lambda: _with_rules(model_chunks, rules, tensor_parallel_size))
     to_fill.sort(key=lambda pair: weights.place(pair[0]))
     with byte_bar("Loading weights", sum(parameter.nbytes for _, parameter in to_fill), progress) as advance:
         fill_parameters(to_fill, weights, tensor_parallel_rank, tensor_parallel_size, groups, advance)
@@ -282,8 +256,11 @@ def base_parameters(chunk: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             yield name, parameter
 
 
-def _with_rules(chunk: nn.Module, rules: Mapping[str, Rule], size: int) -> Iterator[tuple[Rule, nn.Parameter]]:
-    for name, parameter in base_parameters(chunk):
+def _with_rules(
+    model_chunks: Sequence[nn.Module], rules: Mapping[str, Rule], size: int
+) -> list[tuple[Rule, nn.Parameter]]:
+    pairs = []
+    for name, parameter in (named for chunk in model_chunks for named in base_parameters(chunk)):
         rule = rules.get(name)
         if rule is None:
             raise ConfigurationError(
@@ -295,7 +272,8 @@ def _with_rules(chunk: nn.Module, rules: Mapping[str, Rule], size: int) -> Itera
             f"{name} is {list(parameter.shape)} on a rank, but --pretrained-checkpoint gives "
             f"{list(rule.local_shape(size))} at --tensor-model-parallel-size {size}.",
         )
-        yield rule, parameter
+        pairs.append((rule, parameter))
+    return pairs
 
 
 @torch.no_grad()
@@ -307,15 +285,11 @@ def fill_parameters(
     groups: ReadingGroups,
     advance: Callable[[int], None],
 ) -> None:
-    """Fill parameters in place and in this order, which must be the same on all ranks of the groups.
+    """Fill contiguous parameters in place and in this order, which must be the same on all ranks of the groups.
 
-    Args:
-        to_fill: parameters, contiguous, with their rules.
-        rank, size: of tensor parallelism.
-        advance: called with the bytes of every parameter that has been read or is being sent.
+    `advance` is called with the bytes of every parameter that has been read or is being sent.
 
-    Raises:
-        ConfigurationError: on all ranks, if a rank cannot read its part.
+    Raises ConfigurationError on all ranks, if a rank cannot read its part.
     """
     replicas = groups.data_parallel
     replica, num_replicas = (0, 1) if replicas is None else (replicas.rank(), replicas.size())

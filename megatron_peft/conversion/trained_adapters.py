@@ -1,6 +1,5 @@
 """The adapters in a run's --save folder, whatever layout wrote them, as whole tensors and without a model."""
 
-import json
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as torch_checkpoint
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch import Tensor
 
 from megatron_peft.adapters.change import StoredTensors
@@ -21,15 +21,12 @@ from megatron_peft.config import ConfigurationError, require
 from megatron_peft.conversion.hf_files import listed
 from megatron_peft.conversion.megatron_files import StoredTensor, open_distributed
 from megatron_peft.conversion.pretrained import known_fingerprint, read_model_shape
-from megatron_peft.conversion.to_megatron import FORMAT
-from megatron_peft.models.rules import HFTensor, RowRange, Rule
+from megatron_peft.models.rules import WEIGHT, HFTensor, RowRange, Rule
 
 # The two factors of a low-rank adapter, between Megatron's fused layers and Hugging Face's separate ones.
 #
 # A weight's rule says which rows of a fused layer are which module's. They are the rows of B as well; A meets the
 # input, which all modules of a layer share. Letters: out and in are a layer's features, r the rank.
-
-WEIGHT = ".weight"
 
 
 @dataclass(frozen=True)
@@ -41,7 +38,6 @@ class LowRankFactors:
 
     @property
     def rank(self) -> int:
-        """r."""
         return self.A.shape[0]
 
     def padded(self, rank: int) -> "LowRankFactors":
@@ -51,27 +47,11 @@ class LowRankFactors:
         return LowRankFactors(A, torch.cat([self.B, self.B.new_zeros(self.B.shape[0], more)], dim=1))
 
 
-def modules_of(rule: Rule) -> dict[str, tuple[int, ...]]:
-    """The Hugging Face modules whose weights a rule holds, with the shapes [out, in] of the weights."""
-    return {part.name.removesuffix(WEIGHT): part.shape for part in rule.hf_tensors}
-
-
-def is_weight(rule: Rule) -> bool:
-    """Whether it is for a matrix, and not for a bias."""
-    return rule.name.endswith(WEIGHT)
-
-
-def layer_name(rule: Rule) -> str:
-    """Megatron's layer whose weight the rule is for."""
-    return rule.name.removesuffix(WEIGHT)
-
-
 def row_ranges(rule: Rule, granule: int = 1, max_elements: int | None = None) -> dict[str, list[RowRange]]:
     """The rows of each Hugging Face tensor of a parameter, by its name, in ranges that lie together on both sides.
 
-    Args:
-        granule: ranges begin and end at multiples of it in the parameter, as every run of consecutive rows does.
-        max_elements: of one range, unless a granule has more; None: no limit.
+    Ranges begin and end at multiples of `granule` in the parameter, as every run of consecutive rows does, and have at
+    most `max_elements`, unless a granule has more.
     """
     columns = tuple(HFTensor(part.name, (part.shape[0], 1)) for part in rule.hf_tensors)
     rule_of_rows = replace(rule, hf_tensors=columns)
@@ -100,10 +80,10 @@ def rows_of_modules(rule: Rule, tensor: Tensor) -> dict[str, Tensor]:
 
 
 def fuse(rule: Rule, by_module: Mapping[str, LowRankFactors]) -> LowRankFactors:
-    """The adapters of a layer's modules as one of the fused layer.
+    """The adapters of a layer's modules as one of the fused layer. Modules without an adapter have zero rows.
 
     With one A in common the rank stays. Otherwise A is [A_q; A_k; A_v] and B has each module's B in its own rows and
-    columns and zeros elsewhere, so that the rank is the sum. Modules without an adapter have zero rows.
+    columns and zeros elsewhere, so that the rank is the sum.
     """
     blocks, ranges, start = list(by_module.values()), row_ranges(rule), 0
     shared = all(torch.equal(block.A, blocks[0].A) for block in blocks)
@@ -123,10 +103,6 @@ def shortest_targets(names: Iterable[str], num_layers: int) -> list[str]:
     """`q_proj` where all layers have it, else the full names; Megatron's names alike.
 
     Both --peft-target-modules and HF PEFT's target_modules take either, also mixed.
-
-    Args:
-        names: of modules, as `model.layers.3.self_attn.q_proj`.
-        num_layers: of the model.
     """
     by_kind: dict[str, list[str]] = defaultdict(list)
     for name in names:
@@ -156,10 +132,7 @@ class TrainedAdapters:
 
 @dataclass(frozen=True)
 class LayerTensors(StoredTensors):
-    """The tensors of a layer's adapter by name, such as `A` or `low_rank.A`; whole, read when they are asked for.
-
-    ConfigurationError: one is missing.
-    """
+    """The tensors of a layer's adapter by name, such as `A` or `low_rank.A`. ConfigurationError: one is missing."""
 
     adapters: TrainedAdapters
     layer: str
@@ -184,9 +157,8 @@ class LayerTensors(StoredTensors):
 def open_run(folder: str | Path) -> TrainedAdapters:
     """The newest checkpoint in a --save folder. Every file is compared with the manifest; no tensor is kept yet.
 
-    Raises:
-        ConfigurationError: there is no checkpoint, or it is damaged (unlike --load, an export never falls back to an
-            older one).
+    Raises ConfigurationError: there is no checkpoint, or it is damaged (unlike --load, an export never falls back to an
+    older one).
     """
     checkpoint = find_checkpoint(folder)
     require_undamaged(checkpoint)
@@ -220,8 +192,7 @@ def open_adapters(folder: str | Path) -> TrainedAdapters:
 def base_of(adapters: TrainedAdapters, override: str | Path | None) -> Path:
     """The base model's folder: --pretrained-checkpoint if given, else the one that the run names.
 
-    Raises:
-        ConfigurationError: it is not there, or it is another model than the one that was trained on.
+    Raises ConfigurationError: it is not there, or it is another model than the one that was trained on.
     """
     named = adapters.record.config.model.pretrained_checkpoint
     folder = Path(override or named or "")
@@ -248,10 +219,7 @@ def _lacks(checkpoint: Path, keys: list[str]) -> str:
 def save_adapters(output: str | Path, record: RunRecord, tensors: Mapping[str, Tensor]) -> None:
     """Write iter_0000000, the tracker and adapter_config.json; all appear at once.
 
-    Args:
-        output: must not exist.
-        record: of a run that has not begun.
-        tensors: whole tensors by key, `decoder.layers.3.mlp.linear_fc1.adapter.A`.
+    `record` is of a run that has not begun; `tensors` are whole, by key, `decoder.layers.3.mlp.linear_fc1.adapter.A`.
     """
     with new_folder(output) as folder:
         draft = start_draft(iteration_folder(folder, 0))
@@ -259,7 +227,7 @@ def save_adapters(output: str | Path, record: RunRecord, tensors: Mapping[str, T
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that there is no process group: it is not needed
             torch_checkpoint.save(dict(tensors), storage_writer=writer, no_dist=True)
-        (draft / "metadata.json").write_text(json.dumps(FORMAT))
+        save_config(CheckpointingConfig("torch_dist"), str(draft))
         torch.save({}, draft / "common.pt")
         (draft / RECORD).write_text(record.to_json())
         for place in (draft, folder):

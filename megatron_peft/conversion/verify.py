@@ -30,7 +30,8 @@ from megatron_peft.conversion.pretrained import (
     open_weights,
     read_model_shape,
 )
-from megatron_peft.conversion.trained_adapters import WEIGHT, TrainedAdapters, layer_name
+from megatron_peft.conversion.trained_adapters import TrainedAdapters
+from megatron_peft.models.rules import WEIGHT
 from megatron_peft.models.shape import ModelShape
 
 logger = logging.getLogger(__name__)
@@ -38,8 +39,7 @@ logger = logging.getLogger(__name__)
 BATCH_SIZE = 2
 
 
-@dataclass(frozen=True)
-class Trace:
+class Trace(NamedTuple):
     """Logits [batch, sequence, vocabulary] and outputs of layers [batch, sequence, hidden]."""
 
     logits: Tensor
@@ -55,12 +55,10 @@ class Difference:
 
     @property
     def relative(self) -> float:
-        """The largest difference over the largest value of the reference."""
         return self.absolute / self.scale
 
     @classmethod
     def of(cls, tensor: Tensor, reference: Tensor) -> "Difference":
-        """Compare two tensors of one shape."""
         return cls((tensor - reference).abs().max().item(), reference.abs().max().item())
 
 
@@ -74,48 +72,34 @@ class LogitComparison:
     num_positions: int
 
 
-class Subject(NamedTuple):
-    """The folder of a base model, and the function that runs it, with adapters if they are what is compared."""
-
-    base: Path
-    trace: Callable[[Tensor], Trace]
-
-
 def verify(
     input: str | Path, reference: str | Path, *, pretrained_checkpoint: str | Path | None = None, num_tokens: int = 64
 ) -> LogitComparison:
-    """Compare the models of two folders on random tokens.
+    """Compare the models of two folders, of any format above, on two sequences of random tokens.
 
-    Args:
-        input, reference: folders of any format above.
-        pretrained_checkpoint: base model of adapters; None takes the one that they were trained on.
-        num_tokens: length of each of two sequences.
+    `pretrained_checkpoint` is the base model of adapters; None takes the one that they were trained on.
 
-    Raises:
-        ConfigurationError: a folder is not a model, or the two have vocabularies or layers of different sizes.
+    Raises ConfigurationError: a folder is not a model, or the two have vocabularies or layers of different sizes.
     """
     given = {"--input": input, "--reference": reference}
     subjects = [_subject(flag, Path(folder), pretrained_checkpoint) for flag, folder in given.items()]
-    shapes = [read_model_shape(subject.base) for subject in subjects]
+    shapes = [read_model_shape(base) for base, _ in subjects]
     for size in ("vocab_size", "num_layers", "hidden_size"):
         sizes = [getattr(shape, size) for shape in shapes]
         require(sizes[0] == sizes[1], f"{input} and {reference} are not comparable: {size} {sizes[0]} and {sizes[1]}.")
     longest = min(shape.longest_sequence for shape in shapes)
     require(0 < num_tokens <= longest, f"--num-tokens {num_tokens} must be at least 1 and at most {longest}.")
     tokens = random_tokens(shapes[0].vocab_size, num_tokens)
-    traces = [subject.trace(tokens) for subject in subjects]
+    traces = [trace(tokens) for _, trace in subjects]
     for flag, folder, trace in zip(given, given.values(), traces, strict=True):
         require(is_finite(trace.logits), f"{flag} {folder}: its logits are NaN or infinite, so its weights may be too.")
     return _compare(*traces)
 
 
 def logits_of(folder: str | Path, tokens: Tensor) -> Tensor:  # [b, s] -> [b, s, vocabulary]
-    """Run the model in a folder of any format above; adapters are put on the base that they name.
-
-    Raises:
-        ConfigurationError: the folder is not a model, or its library cannot open it.
-    """
-    return _subject("--input", Path(folder), None).trace(tokens).logits
+    """Run the model in a folder as `verify` does; adapters are put on the base that they name."""
+    _, trace = _subject("--input", Path(folder), None)
+    return trace(tokens).logits
 
 
 def random_tokens(vocab_size: int, num_tokens: int) -> Tensor:  # -> [BATCH_SIZE, num_tokens]
@@ -129,8 +113,8 @@ def _compare(trace: Trace, reference: Trace) -> LogitComparison:
     return LogitComparison(Difference.of(trace.logits, reference.logits), layers, int(same.sum()), same.numel())
 
 
-def _subject(flag: str, folder: Path, pretrained_checkpoint: str | Path | None) -> Subject:
-    """Find out what the folder of `flag` holds. ConfigurationError: it is not a model, or its base is missing."""
+def _subject(flag: str, folder: Path, base: str | Path | None) -> tuple[Path, Callable[[Tensor], Trace]]:
+    """The base model, `base` or the one that is named, and the function that runs what the folder of `flag` holds."""
     require(folder.is_dir(), f"{flag} {folder} is not a folder: give a model, a run or an adapter of HF PEFT.")
     files, config = megatron_files(folder), folder / ADAPTER_CONFIG
     record = read_record(files) if files is not None and (files / RECORD).is_file() else None
@@ -139,10 +123,10 @@ def _subject(flag: str, folder: Path, pretrained_checkpoint: str | Path | None) 
     if run is None and "peft_type" not in settings:
         is_model = files is not None or (folder / CONFIG).is_file()
         require(is_model, f"{flag} {folder} holds no model: neither a {CONFIG} nor a checkpoint.")
-        return Subject(folder, partial(_trace_transformers if files is None else _trace_ours, folder))
+        return folder, partial(_trace_transformers if files is None else _trace_ours, folder)
     trained_on = run.config.model.pretrained_checkpoint if run else settings.get("base_model_name_or_path")
-    named = pretrained_checkpoint or trained_on
-    if run is None and not pretrained_checkpoint:
+    named = base or trained_on
+    if run is None and not base:
         named = local_model(trained_on or "", f"the base model of {flag} {folder} (or give --pretrained-checkpoint):")
     base = Path(named or "")
     require(
@@ -150,12 +134,12 @@ def _subject(flag: str, folder: Path, pretrained_checkpoint: str | Path | None) 
         f"the base model {base} of {flag} {folder} is not there: give its folder with --pretrained-checkpoint.",
     )
     if run is None:
-        return Subject(base, partial(_trace_transformers, base, adapter=folder))
+        return base, partial(_trace_transformers, base, adapter=folder)
     # Not an error, because the same weights in another format have other files.
     differing = differing_base(run, read_model_shape(base), known_fingerprint(base))
     if differing:
         logger.warning("%s was trained on %s; %s differs from it in %s", folder, trained_on, base, ", ".join(differing))
-    return Subject(base, partial(_trace_ours, base, adapters=(folder, run)))
+    return base, partial(_trace_ours, base, adapters=(folder, run))
 
 
 # How each library runs a model.
@@ -254,15 +238,8 @@ def logits_change(
 ) -> tuple[LogitComparison, list[Difference]]:
     """Compare a run with what its LoRA computes, on two random sequences. Needs the memory of one model in float32.
 
-    Args:
-        run: of any method.
-        base: the folder of its base model.
-        lora: what `approximate` returned.
-        num_tokens: of a sequence.
-
-    Returns:
-        What the written adapter changes, in which parameters that a LoRA leaves out have the base's values; and the
-        change of logits where the weights of one decoder layer alone are base and factors, layer by layer.
+    Returns what the written adapter changes, in which parameters that a LoRA leaves out have the base's values; and the
+    change of logits where the weights of one decoder layer alone are base and factors, layer by layer.
     """
     shape, peft = run.record.shape, run.record.config.peft
     tokens = random_tokens(shape.vocab_size, min(num_tokens, shape.max_position_embeddings))
@@ -278,7 +255,7 @@ def logits_change(
 
         def become_lora(name: str) -> None:
             weights.read(rules[name], parameters[name], 0, 1)
-            for module in lora.layers.get(layer_name(rules[name]), ()):
+            for module in lora.layers.get(rules[name].layer, ()):
                 change = (module.factors.B @ module.factors.A).to(parameters[name])
                 for rows in module.ranges:
                     parameters[name][rows.megatron] += change[rows.hf]

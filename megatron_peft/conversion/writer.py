@@ -8,7 +8,7 @@ import mmap
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,11 @@ class DirectFile(io.FileIO):
     """
 
     def __init__(self, path: Path) -> None:
+        super().__init__(path, "xb")
         self._block = mmap.mmap(-1, BLOCK_BYTES)  # O_DIRECT needs memory aligned to pages
-        self._written = 0
-        super().__init__(path, "xb", opener=_open_direct)
+        self._is_direct = False
+        with suppress(OSError):  # the file system does not support it
+            self._set_direct(True)
 
     def write(self, data: Any) -> int:
         """Write all of `data`, which is bytes-like."""
@@ -53,7 +55,7 @@ class DirectFile(io.FileIO):
 
     def tell(self) -> int:
         """Bytes so far."""
-        return self._written + self._block.tell()
+        return super().tell() + self._block.tell()
 
     def close(self) -> None:
         """Write the rest of the last block. A second call does nothing."""
@@ -61,7 +63,7 @@ class DirectFile(io.FileIO):
             return
         try:
             if self._block.tell():
-                _clear_direct(self.fileno())  # the rest does not fill its last page
+                self._set_direct(False)  # the rest does not fill its last page
                 self._write_block()
         finally:
             super().close()
@@ -70,40 +72,24 @@ class DirectFile(io.FileIO):
         data = memoryview(self._block)[: self._block.tell()]
         while data:
             try:
-                count = os.write(self.fileno(), data)
+                data = data[os.write(self.fileno(), data) :]
             except OSError as error:
-                if error.errno != errno.EINVAL or not _clear_direct(self.fileno()):
+                # Some file systems refuse O_DIRECT only here; on a disk that is almost full, the rest starts in a page.
+                if error.errno != errno.EINVAL or not self._is_direct:
                     raise
-                continue  # this file system accepts O_DIRECT in `open` and refuses it in `write`
-            if count % mmap.PAGESIZE:  # the disk is almost full: the rest starts within a page
-                _clear_direct(self.fileno())
-            self._written += count
-            data = data[count:]
+                self._set_direct(False)
         self._block.seek(0)
 
-
-def _open_direct(path: str, flags: int) -> int:
-    try:
-        return os.open(path, flags | _DIRECT, 0o666)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        Path(path).unlink(missing_ok=True)  # Linux creates the file before it refuses O_DIRECT
-        return os.open(path, flags, 0o666)
-
-
-def _clear_direct(descriptor: int) -> bool:
-    """Write through the page cache from here on. Returns whether O_DIRECT was set."""
-    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
-    fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~_DIRECT)
-    return bool(flags & _DIRECT)
+    def _set_direct(self, is_direct: bool) -> None:
+        flags = fcntl.fcntl(self.fileno(), fcntl.F_GETFL) & ~_DIRECT
+        fcntl.fcntl(self.fileno(), fcntl.F_SETFL, flags | (_DIRECT if is_direct else 0))
+        self._is_direct = is_direct
 
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 INDEX_SUFFIX = ".safetensors.index.json"
 TYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_TYPES.items()}
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-_ALIGNMENT = 8  # bytes; spaces pad the header, so that the data starts aligned
 
 
 def require_no_overflow(values: Tensor, name: str) -> None:
@@ -132,8 +118,7 @@ def write_safetensors(
             before the next is asked for.
         advance: called with the bytes of each tensor that has been written.
 
-    Raises:
-        ConfigurationError: the limit is 0, or a value does not fit the type.
+    Raises ConfigurationError: the limit is 0, or a value does not fit the type.
     """
     require(max_shard_bytes > 0, f"--max-shard-size {max_shard_bytes} must be above 0.")
     split = split_state_dict_into_shards_factory(
@@ -179,7 +164,7 @@ def _header(specs: Mapping[str, Tensor]) -> bytes:
         start, end = end, end + spec.nbytes
         header[name] = {"dtype": TYPE_NAMES[spec.dtype], "shape": [*spec.shape], "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % _ALIGNMENT)
+    text += b" " * (-len(text) % 8)  # so that the data starts aligned
     return len(text).to_bytes(8, "little") + text
 
 

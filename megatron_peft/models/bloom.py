@@ -22,9 +22,17 @@ READ = {
 
 def bloom_shape(config: Config) -> ModelShape:
     """ConfigurationError names the key at fault."""
-    heads, hidden = _size_of_either(config, "n_head", "num_attention_heads"), _hidden_size(config)
+    heads = _size_of_either(config, "n_head", "num_attention_heads")
+    hidden = _size_of_either(config, "hidden_size", "n_embed")
+    inner = size(config, "n_inner", 4 * hidden)
+    require(inner == 4 * hidden, f"n_inner is {inner}; Bloom's MLP has 4 x {hidden} = {4 * hidden} features.")
     require(hidden % heads == 0, f"hidden_size {hidden} is not a multiple of the {heads} attention heads.")
-    _warn_of_lost_biases(config)
+    # The switch should only change the order of sums, but with it transformers omits two biases of each layer.
+    if switch(config, "slow_but_exact") and size(config, "pretraining_tp", 1) > 1:
+        logger.warning(
+            "slow_but_exact is ignored: with it transformers leaves out the biases of dense and dense_4h_to_h, "
+            "so its logits differ from these. Set it to false in config.json to compare."
+        )
     return ModelShape(
         architecture="bloom",
         num_layers=_size_of_either(config, "n_layer", "num_hidden_layers", most=MOST_LAYERS),
@@ -46,13 +54,6 @@ def bloom_shape(config: Config) -> ModelShape:
     )
 
 
-def _hidden_size(config: Config) -> int:
-    hidden = _size_of_either(config, "hidden_size", "n_embed")
-    inner = size(config, "n_inner", 4 * hidden)
-    require(inner == 4 * hidden, f"n_inner is {inner}; Bloom's MLP has 4 x {hidden} = {4 * hidden} features.")
-    return hidden
-
-
 def _size_of_either(config: Config, *names: str, most: int = MOST) -> int:
     """A size that any of several keys may hold."""
     sizes = {name: size(config, name, most=most) for name in names if config.get(name) is not None}
@@ -62,15 +63,6 @@ def _size_of_either(config: Config, *names: str, most: int = MOST) -> int:
         " and ".join(f"{name} {value}" for name, value in sizes.items()) + " are the same thing and differ.",
     )
     return next(iter(sizes.values()))
-
-
-def _warn_of_lost_biases(config: Config) -> None:
-    """The switch should only change the order of sums, but with it transformers omits two biases of each layer."""
-    if switch(config, "slow_but_exact") and size(config, "pretraining_tp", 1) > 1:
-        logger.warning(
-            "slow_but_exact is ignored: with it transformers leaves out the biases of dense and dense_4h_to_h, "
-            "so its logits differ from these. Set it to false in config.json to compare."
-        )
 
 
 def bloom_config(shape: ModelShape) -> dict[str, Any]:

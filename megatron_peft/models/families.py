@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Set
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -50,56 +51,33 @@ NUMBER_TYPES = {"float64", "float32", "float16", "bfloat16"}
 
 @dataclass(frozen=True)
 class WeightNames:
-    """Hugging Face's names of a decoder's modules, from which the rules for all parameters follow.
+    """Hugging Face's names of a decoder's modules, from which the rules for all parameters follow."""
 
-    Args:
-        prefix: of all names but `output`. A model that was saved without its output layer has names without it.
-        embedding, final_norm: of the whole model.
-        layers: before a layer's number.
-        input_norm, mlp_norm: of a layer, before attention and before the MLP.
-        linear_qkv: of a layer: q, k and v; or one module, with rows [key-value head, (its q, k, v), feature].
-        linear_proj, linear_fc2: of a layer.
-        linear_fc1: of a layer: gate and up of a gated MLP; or one module.
-        query_norm, key_norm: of a layer, if the shape has them.
-        embedding_norm: of the whole model, if its shape has one.
-        output: of the whole model.
-    """
-
-    prefix: str
+    prefix: str  # of all names but `output`; a model that was saved without its output layer has names without it
     embedding: str
     final_norm: str
-    layers: str
-    input_norm: str
-    mlp_norm: str
-    linear_qkv: tuple[str, ...]
+    layers: str  # before a layer's number
+    input_norm: str  # this and what follows of a layer: before attention
+    mlp_norm: str  # before the MLP
+    linear_qkv: tuple[str, ...]  # q, k and v; or one module, with rows [key-value head, (its q, k, v), feature]
     linear_proj: str
-    linear_fc1: tuple[str, ...]
+    linear_fc1: tuple[str, ...]  # gate and up of a gated MLP; or one module
     linear_fc2: str
-    query_norm: str = ""
+    query_norm: str = ""  # if the shape has them
     key_norm: str = ""
-    embedding_norm: str = ""
+    embedding_norm: str = ""  # of the whole model, if its shape has one
     output: str = "lm_head"
 
 
 @dataclass(frozen=True)
 class Family:
-    """What is particular to one model_type.
+    """What is particular to one model_type."""
 
-    Args:
-        architectures: transformers' classes of the whole language model; the first is the usual one.
-        shape: config.json -> shape. ConfigurationError names the key at fault.
-        config: the inverse of `shape`.
-        read: keys that `shape` reads, and keys that have no effect.
-        refused: keys that change the computation -> the values that do not.
-        weights: names of the modules.
-        vllm_serves_lora: whether vLLM takes adapters for the family.
-    """
-
-    architectures: tuple[str, ...]
-    shape: Callable[[Config], ModelShape]
-    config: Callable[[ModelShape], dict[str, Any]]
-    read: Set[str]
-    refused: Mapping[str, tuple[Any, ...]]
+    architectures: tuple[str, ...]  # transformers' classes of the whole language model; the first is the usual one
+    shape: Callable[[Config], ModelShape]  # of a config.json; ConfigurationError names the key at fault
+    config: Callable[[ModelShape], dict[str, Any]]  # the inverse of `shape`
+    read: Set[str]  # keys that `shape` reads, and keys that have no effect
+    refused: Mapping[str, tuple[Any, ...]]  # keys that change the computation -> the values that do not
     weights: WeightNames
     vllm_serves_lora: bool = True
 
@@ -140,15 +118,6 @@ def read_shape(folder: str | Path) -> ModelShape:
 def read_shape_of_file(path: Path) -> ModelShape:
     """Shape of the model that a config.json describes, whatever the file is called. Raises as `read_shape` does."""
     config = read_json_object(path)
-    _require_supported_architecture(path, config)
-    _refuse_unsupported(path, config)
-    try:
-        return family_of(config["model_type"]).shape(config)
-    except ConfigurationError as error:
-        raise ConfigurationError(f"{path}: {error}") from None
-
-
-def _require_supported_architecture(path: Path, config: Config) -> None:
     supported = ", ".join(family_of(name).architectures[0] for name in FAMILIES)
     model_type, named = config.get("model_type"), config.get("architectures") or []
     require(
@@ -162,9 +131,6 @@ def _require_supported_architecture(path: Path, config: Config) -> None:
         f"{path} describes {', '.join(named) or 'a model'} of model_type {model_type!r}, which is not supported. "
         f"Supported: {supported}; docs/new-model.md adds a family.",
     )
-
-
-def _refuse_unsupported(path: Path, config: Config) -> None:
     family = family_of(config["model_type"])
     known = {**REFUSED, **family.refused}
     refused = [key for key, accepted in known.items() if config.get(key) not in accepted]
@@ -180,6 +146,10 @@ def _refuse_unsupported(path: Path, config: Config) -> None:
     if unknown:
         # transformers' own class does not define them either.
         logger.warning("%s: unknown keys are ignored: %s", path, ", ".join(unknown))
+    try:
+        return family.shape(config)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{path}: {error}") from None
 
 
 def check_adapters(peft: PeftConfig, parallel: ParallelConfig, shape: ModelShape) -> list[str]:
@@ -238,29 +208,19 @@ def _layer_rules(shape: ModelShape, names: WeightNames, megatron: str, hugging_f
             megatron_norm = f"{megatron}self_attention.{part}_layernorm"
             yield from _norm_rules(shape, megatron_norm, f"{hugging_face}{norm}", shape.kv_channels)
     qkv_rows = (query, key, key) if len(names.linear_qkv) == 3 else (query + 2 * key,)
-    for module, linears, rows, num_groups in (
-        ("self_attention.linear_qkv", names.linear_qkv, qkv_rows, shape.num_query_groups),
-        ("mlp.linear_fc1", names.linear_fc1, (ffn,) * len(names.linear_fc1), None),
+    qkv, fc1 = partial(FusedRows, num_groups=shape.num_query_groups), partial(FusedRows, num_groups=None)
+    for module, linears, rows, in_features, weight_rule, bias_rule in (
+        ("self_attention.linear_qkv", names.linear_qkv, qkv_rows, hidden, qkv, qkv),
+        ("mlp.linear_fc1", names.linear_fc1, (ffn,) * len(names.linear_fc1), hidden, fc1, fc1),
+        ("self_attention.linear_proj", (names.linear_proj,), (hidden,), query, Columns, Replicated),
+        ("mlp.linear_fc2", (names.linear_fc2,), (hidden,), ffn, Columns, Replicated),
     ):
-        for kind, columns in _kinds(shape, module, hidden):
-            names_and_rows = zip(linears, rows, strict=True)
-            tensors = (HFTensor(f"{hugging_face}{name}.{kind}", (num, *columns)) for name, num in names_and_rows)
-            yield FusedRows(f"{megatron}{module}.{kind}", tuple(tensors), num_groups)
-    for module, linear, in_features in (
-        ("self_attention.linear_proj", names.linear_proj, query),
-        ("mlp.linear_fc2", names.linear_fc2, ffn),
-    ):
-        for kind, columns in _kinds(shape, module, in_features):
-            tensor = HFTensor(f"{hugging_face}{linear}.{kind}", (hidden, *columns))
-            rule = Columns if columns else Replicated
-            yield rule(f"{megatron}{module}.{kind}", (tensor,))
-
-
-def _kinds(shape: ModelShape, module: str, in_features: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """The parameters of a linear layer, with the dimensions behind their rows."""
-    yield "weight", (in_features,)
-    if module.rpartition(".")[2] in shape.linear_biases:
-        yield "bias", ()
+        parameters: list[tuple[str, Any, tuple[int, ...]]] = [("weight", weight_rule, (in_features,))]
+        if module.rpartition(".")[2] in shape.linear_biases:
+            parameters.append(("bias", bias_rule, ()))
+        for kind, rule, columns in parameters:
+            sizes = {f"{hugging_face}{name}.{kind}": (num, *columns) for name, num in zip(linears, rows, strict=True)}
+            yield rule(f"{megatron}{module}.{kind}", tuple(HFTensor(*tensor) for tensor in sizes.items()))
 
 
 def _as_stored(rule: Rule, prefix: str, stored: Collection[str]) -> Rule:

@@ -6,6 +6,7 @@ attention. Two hooks add a norm of the word embeddings and a mask over the padde
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -113,24 +114,34 @@ def build_model_chunks(
     """This rank's part of the base model, one chunk for each virtual pipeline stage, weights not yet loaded."""
     settings = {**model.transformer, "recompute_modules": list(model.recompute_modules) or None}
     config = transformer_config(shape, model.bf16, settings, parallel, training)
-    modules = _LayerModules.of(shape, model.transformer_impl)
+    # Norm and core attention of all layers are ours, or Transformer Engine's if it is requested, or installed on a
+    # machine with a GPU. Its linear layers are never used: they take no adapter and would change the checkpoint's keys.
+    norm: Any = _NORMS[shape.normalization]
+    core_attention: Any = ScaledDotProductAttention
     config.attention_kernel = model.attention_backend
-    if modules.are_transformer_engines:
+    if uses_transformer_engine(model.transformer_impl, Installed.detected()):
+        from megatron.core.extensions.transformer_engine import TEDotProductAttention, TENorm
+
+        norm, core_attention = TENorm, TEDotProductAttention
         config.attention_backend = AttnBackend[model.attention_backend]  # GPTModel passes it on in the environment
+    if shape.position_embedding == "alibi":
+        size = parallel_state.get_tensor_model_parallel_world_size()
+        bias = AlibiBias(shape.num_attention_heads, parallel_state.get_tensor_model_parallel_rank(), size)
+        core_attention = ModuleSpec(module=AlibiAttention, params={"bias": bias})
     vocab_size = shape.padded_vocab_size(model.make_vocab_size_divisible_by, config.tensor_model_parallel_size)
     num_chunks = config.virtual_pipeline_model_parallel_size
     return [
-        _build_chunk(shape, vocab_size, config, modules, stage if num_chunks else None)
+        _build_chunk(shape, vocab_size, config, norm, core_attention, stage if num_chunks else None)
         for stage in range(num_chunks or 1)
     ]
 
 
 def _build_chunk(
-    shape: ModelShape, vocab_size: int, config: GPTConfig, modules: "_LayerModules", vp_stage: int | None
+    shape: ModelShape, vocab_size: int, config: GPTConfig, norm: Any, core_attention: Any, vp_stage: int | None
 ) -> GPTModel:
     chunk = GPTModel(
         config=config,
-        transformer_layer_spec=_block_spec(config, modules, vp_stage),
+        transformer_layer_spec=_block_spec(config, norm, core_attention, vp_stage),
         vocab_size=vocab_size,
         max_sequence_length=shape.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
@@ -144,36 +155,36 @@ def _build_chunk(
     if shape.rope_scaling is not None:
         _scale_rope(chunk, shape, shape.rope_scaling)
     if shape.embedding_layernorm and chunk.pre_process:
-        _add_embedding_norm(chunk, modules.norm)
+        _add_embedding_norm(chunk, norm)
     _mark_vocabulary_weights(chunk)
     if chunk.post_process:
         chunk.output_layer.__class__ = FrozenColumnParallelLinear  # a layer spec cannot choose it
-        chunk.output_layer.register_forward_hook(_PaddedLogitsMask(shape.vocab_size))
+        chunk.output_layer.register_forward_hook(partial(_mask_padded_logits, shape.vocab_size))
     return chunk
 
 
-def _block_spec(config: GPTConfig, modules: "_LayerModules", vp_stage: int | None) -> Any:
+def _block_spec(config: GPTConfig, norm: Any, core_attention: Any, vp_stage: int | None) -> Any:
     """The same spec for every layer of the stage, and the final norm."""
     bias_dropout_add: Any = get_bias_dropout_add
     activation: Any = SwiGLU if config.use_te_activation_func else None
-    head_norm: Any = modules.norm if config.qk_layernorm else None
+    head_norm: Any = norm if config.qk_layernorm else None
     layer = ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=modules.norm,
+            input_layernorm=norm,
             self_attention=ModuleSpec(
                 module=CachingSelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=AdaptedColumnParallelLinear,
-                    core_attention=modules.core_attention,
+                    core_attention=core_attention,
                     linear_proj=AdaptedRowParallelLinear,
                     q_layernorm=head_norm,
                     k_layernorm=head_norm,
                 ),
             ),
             self_attn_bda=bias_dropout_add,
-            pre_mlp_layernorm=modules.norm,
+            pre_mlp_layernorm=norm,
             mlp=ModuleSpec(
                 module=MLP,
                 submodules=MLPSubmodules(
@@ -187,38 +198,7 @@ def _block_spec(config: GPTConfig, modules: "_LayerModules", vp_stage: int | Non
         ),
     )
     num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=modules.norm)
-
-
-@dataclass(frozen=True)
-class _LayerModules:
-    """Norm and core attention of all layers of all chunks.
-
-    Ours, or Transformer Engine's if it is requested, or installed on a machine with a GPU. ALiBi is always ours.
-    Transformer Engine's linear layers are never used: they take no adapter and would change the checkpoint's keys.
-    """
-
-    norm: Any
-    core_attention: Any
-    are_transformer_engines: bool
-
-    @classmethod
-    def of(cls, shape: ModelShape, transformer_impl: str) -> "_LayerModules":
-        norm: Any = _NORMS[shape.normalization]
-        core_attention: Any = ScaledDotProductAttention
-        wanted = uses_transformer_engine(transformer_impl, Installed.detected())
-        if wanted:
-            from megatron.core.extensions.transformer_engine import TEDotProductAttention, TENorm
-
-            norm, core_attention = TENorm, TEDotProductAttention
-        if shape.position_embedding == "alibi":
-            bias = AlibiBias(
-                shape.num_attention_heads,
-                rank=parallel_state.get_tensor_model_parallel_rank(),
-                size=parallel_state.get_tensor_model_parallel_world_size(),
-            )
-            core_attention = ModuleSpec(module=AlibiAttention, params={"bias": bias})
-        return cls(norm, core_attention, wanted)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
 
 
 def uses_transformer_engine(transformer_impl: str, installed: Installed) -> bool:
@@ -267,16 +247,11 @@ def _mark_vocabulary_weights(chunk: GPTModel) -> None:
             mark_split(weight, 0)
 
 
-class _PaddedLogitsMask:
+def _mask_padded_logits(vocab_size: int, module: Any, inputs: Any, outputs: tuple[Tensor, Tensor | None]) -> None:
     """Forward hook of the output layer: the logits of padded rows of the vocabulary are -inf."""
-
-    def __init__(self, vocab_size: int) -> None:
-        self.vocab_size = vocab_size
-
-    def __call__(self, module: Any, inputs: Any, outputs: tuple[Tensor, Tensor | None]) -> None:
-        logits, first = outputs[0], 0
-        if logits.shape[-1] == module.output_size_per_partition:
-            first = module.tp_group.rank() * module.output_size_per_partition
-        num_real = max(self.vocab_size - first, 0)
-        if num_real < logits.shape[-1]:
-            logits.detach()[..., num_real:] = -torch.inf  # probability and gradient are 0
+    logits, first = outputs[0], 0
+    if logits.shape[-1] == module.output_size_per_partition:
+        first = module.tp_group.rank() * module.output_size_per_partition
+    num_real = max(vocab_size - first, 0)
+    if num_real < logits.shape[-1]:
+        logits.detach()[..., num_real:] = -torch.inf  # probability and gradient are 0

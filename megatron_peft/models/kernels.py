@@ -21,27 +21,16 @@ CUDNN_THAT_PACKS = 90600
 
 @dataclass(frozen=True)
 class Installed:
-    """What a fused kernel needs.
+    """What a fused kernel needs."""
 
-    Args:
-        cuda: a GPU.
-        transformer_engine: the package, which has the fused rotary embedding.
-        accumulating_gemm: Apex's extension that adds a weight's gradient to its buffer within the product.
-        varlen_attention: torch's attention over packed samples (`causal_varlen_attention`).
-        flash_attn: the package, in a version that Transformer Engine takes.
-        compute_capability: of the GPU: (8, 0) is an A100's, (9, 0) an H100's.
-        cudnn: its version as torch gives it, 91002 for 9.10.2.
-        compile_problem: why Triton, and with it torch.compile, makes no kernels here; empty where it does.
-    """
-
-    cuda: bool
-    transformer_engine: bool = False
-    accumulating_gemm: bool = False
-    varlen_attention: bool = False
-    flash_attn: bool = False
-    compute_capability: tuple[int, int] = (0, 0)
-    cudnn: int = 0
-    compile_problem: str = ""
+    cuda: bool  # a GPU
+    transformer_engine: bool = False  # the package, which has the fused rotary embedding
+    accumulating_gemm: bool = False  # Apex's extension that adds a weight's gradient to its buffer within the product
+    varlen_attention: bool = False  # torch's attention over packed samples (`causal_varlen_attention`)
+    flash_attn: bool = False  # the package, in a version that Transformer Engine takes
+    compute_capability: tuple[int, int] = (0, 0)  # of the GPU: (8, 0) is an A100's, (9, 0) an H100's
+    cudnn: int = 0  # its version as torch gives it, 91002 for 9.10.2
+    compile_problem: str = ""  # why Triton, and with it torch.compile, makes no kernels here
 
     @classmethod
     def detected(cls) -> "Installed":
@@ -62,17 +51,11 @@ class Installed:
 
 @dataclass(frozen=True)
 class Training:
-    """What the kernels must know of a run that trains.
+    """What the kernels must know of a run that trains."""
 
-    Args:
-        trains_weights: full fine-tuning.
-        recomputes_activation: an adapter's backward reads the input of linear_fc2, which our SwiGLU computes again.
-        fixed_lengths: every microbatch has --seq-length positions (--pad-to-seq-length).
-    """
-
-    trains_weights: bool = False
-    recomputes_activation: bool = True
-    fixed_lengths: bool = False
+    trains_weights: bool = False  # full fine-tuning
+    recomputes_activation: bool = True  # an adapter reads the input of linear_fc2, which our SwiGLU computes again
+    fixed_lengths: bool = False  # every microbatch has --seq-length positions (--pad-to-seq-length)
 
     @classmethod
     def of(cls, config: RunConfig) -> "Training":
@@ -94,13 +77,10 @@ def fusions(
     shape: ModelShape, bf16: bool, settings: Mapping[str, Any], training: Training, installed: Installed
 ) -> dict[str, bool]:
     """Fields of TransformerConfig that fuse something: on where the kernel exists and rounds no more than the run does,
-    unless a flag says no.
+    unless a flag says no: `settings` is `ModelConfig.transformer`, where a --no-*-fusion has left its field at False.
 
     In float32 two round: megatron-core's loss ends with a gradient in bf16, and Apex's product lets cuBLAS take its
     factors in half precision (CUBLAS_GEMM_DEFAULT_TENSOR_OP). The other kernels compute in float32 and keep it.
-
-    Args:
-        settings: `ModelConfig.transformer`, where a --no-*-fusion has left its field at False.
     """
     is_swiglu = shape.gated_linear_unit and shape.activation == "silu"
     adds_something = settings.get("hidden_dropout", 0) > 0 or bool({"linear_proj", "linear_fc2"} & shape.linear_biases)
@@ -151,24 +131,19 @@ def require_packed_attention(
         "--pack-sequences on a GPU needs an attention kernel that takes packed samples with ALiBi, and there is none: "
         "leave it out.",
     )
-    if uses_transformer_engine:
-        _require_engine_packs(config, installed)
+    if not uses_transformer_engine:
+        needs = "--pack-sequences on a GPU without Transformer Engine"
+        way_out = "leave it out, or pip install 'transformer-engine[pytorch]'"
+        require(
+            installed.varlen_attention,
+            f"{needs} takes torch.nn.attention.varlen of torch 2.13 or newer, which torch {torch.__version__} lacks: "
+            f"{way_out}.",
+        )
+        require(config.model.bf16, f"{needs} uses a kernel for --bf16 only: give it, or {way_out}.")
+        dropout = config.model.transformer.get("attention_dropout", 0)
+        require(dropout == 0, f"{needs} has no --attention-dropout, which is {dropout}: use 0, or {way_out}.")
         return
-    needs = "--pack-sequences on a GPU without Transformer Engine"
-    way_out = "leave it out, or pip install 'transformer-engine[pytorch]'"
-    require(
-        installed.varlen_attention,
-        f"{needs} takes torch.nn.attention.varlen of torch 2.13 or newer, which torch {torch.__version__} lacks: "
-        f"{way_out}.",
-    )
-    require(config.model.bf16, f"{needs} uses a kernel for --bf16 only: give it, or {way_out}.")
-    dropout = config.model.transformer.get("attention_dropout", 0)
-    require(dropout == 0, f"{needs} has no --attention-dropout, which is {dropout}: use 0, or {way_out}.")
-
-
-def _require_engine_packs(config: RunConfig, installed: Installed) -> None:
-    """Raises ConfigurationError if Transformer Engine would attend to packed samples by all pairs of tokens, or not at
-    all (before its release 2.11)."""
+    # It would attend to packed samples by all pairs of tokens, or not at all (before its release 2.11).
     needs = "--pack-sequences with Transformer Engine"
     require(config.model.bf16, f"{needs} uses kernels for --bf16 only: give it, or leave packing out.")
     wanted = config.model.attention_backend

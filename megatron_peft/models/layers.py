@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
@@ -41,15 +40,10 @@ _KERNELS = {
 
 @dataclass
 class PackedSamples(PackedSeqParams):
-    """Several samples in one row, in megatron-core's form, with what our own modules need and must not ask the device.
+    """Several samples in one row, in megatron-core's form, with what our modules would else ask the device for."""
 
-    Args:
-        lengths: of the samples in tokens, on the host.
-        position_ids: int64 [tokens], of each token in its sample, on the device.
-    """
-
-    lengths: tuple[int, ...] = ()
-    position_ids: Tensor | None = None
+    lengths: tuple[int, ...] = ()  # of the samples in tokens, on the host
+    position_ids: Tensor | None = None  # int64 [tokens], of each token in its sample, on the device
 
     @classmethod
     def of(cls, cu_seqlens: Tensor, lengths: tuple[int, ...], position_ids: Tensor) -> "PackedSamples":
@@ -72,12 +66,9 @@ class ScaledDotProductAttention(MegatronModule):
         self,
         config: TransformerConfig,
         layer_number: int,
-        attn_mask_type: AttnMaskType,
-        attention_type: str,
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
-        cp_comm_type: str | None = None,
-        pg_collection: ProcessGroupCollection | None = None,
+        **unused: Any,
     ) -> None:
         super().__init__(config=config)
         assert config.kv_channels is not None
@@ -95,18 +86,10 @@ class ScaledDotProductAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSamples | None = None,
     ) -> Tensor:
-        """Attend.
+        """[s, b, n, d], [k, b, g, d] twice -> [s, b, n d]; packed: [tokens, n, d], [tokens, g, d] -> [tokens, 1, n d].
 
-        Args:
-            query: [s, b, n, d]; packed: [tokens, n, d].
-            key, value: [k, b, g, d]; packed: [tokens, g, d].
-            attention_mask: as Megatron's: True hides a key from a query, on top of the causal mask; it broadcasts to
-                [b, n, s, k]. None: causal only.
-            attention_bias: must be None.
-            packed_seq_params: sequence boundaries of packed samples.
-
-        Returns:
-            [s, b, n d]; packed: [tokens, 1, n d].
+        As Megatron's, `attention_mask` is True where a key is hidden from a query, on top of the causal mask, and
+        broadcasts to [b, n, s, k]. None: causal only.
         """
         assert attention_bias is None, "GPTModel passes no attention bias"
         if packed_seq_params is not None:
@@ -117,10 +100,7 @@ class ScaledDotProductAttention(MegatronModule):
         return context.permute(2, 0, 1, 3).flatten(2)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-        """[b, n, s, d], [b, g, k, d] twice -> [b, n, s, d].
-
-        `mask` broadcasts to [b, n, s, k] and is added to the scores. None: causal.
-        """
+        """[b, n, s, d], [b, g, k, d] twice -> [b, n, s, d]. `mask` is added to the scores. None: causal."""
         shape, is_causal = query.shape, mask is None and query.shape[2] > 1
         if query.shape[2] == 1:
             query, mask = (_group_by_key_head(x, key.shape[1]) for x in (query, mask))
@@ -216,13 +196,9 @@ class AlibiBias:
     """The bias of the scores of a rank's heads, -inf where a key comes after the query.
 
     All layers share one object. It caches the bias of the longest sequence so far; any other is a slice of it.
-
-    Args:
-        num_heads: of the whole model.
-        rank, size: tensor-parallel; the heads are split evenly.
     """
 
-    def __init__(self, num_heads: int, rank: int, size: int) -> None:
+    def __init__(self, num_heads: int, rank: int, size: int) -> None:  # heads of the model, split evenly over the ranks
         self._slopes = alibi_slopes(num_heads).chunk(size)[rank][:, None, None]
         self._square: Tensor | None = None
 
@@ -301,13 +277,8 @@ class CachingSelfAttention(SelfAttention):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """megatron-core calls this between the linear layer and the rotary embedding.
-
-        Args:
-            inference_context: a static cache, or None.
-            query: [s, b, n, d].
-            key, value: [s, b, g, d].
-            rotary_pos_emb: angles of queries and of keys, [k, 1, 1, d] each; None without rotary embeddings.
+        """megatron-core calls this between the linear layer and the rotary embedding. query: [s, b, n, d]; key, value:
+        [s, b, g, d]; rotary_pos_emb: angles of queries and of keys, [k, 1, 1, d] each, or None.
         """
         caches = inference_context is not None
         if rotary_pos_emb is not None and (caches or not self.config.apply_rope_fusion):
@@ -348,13 +319,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis; statistics in float32.
-
-    Args:
-        config: gives the dtype of the parameters, and whether the sequence is split.
-        hidden_size: h.
-        eps: added to the mean square.
-    """
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis; statistics in float32."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__()
@@ -368,7 +333,7 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """(x - mean) / sqrt(var + eps) * weight + bias over the last axis. Arguments as for `RMSNorm`."""
+    """(x - mean) / sqrt(var + eps) * weight + bias over the last axis."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__()

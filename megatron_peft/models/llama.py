@@ -55,8 +55,7 @@ def biases(config: Config, *keys: str) -> frozenset[str]:
 def llama_like(config: Config, architecture: str, **others: Any) -> ModelShape:
     """The shape of a family with Llama's keys; `others` are fields that its own keys set.
 
-    Raises:
-        ConfigurationError: names the key at fault.
+    Raises ConfigurationError: names the key at fault.
     """
     heads, hidden = size(config, "num_attention_heads"), size(config, "hidden_size")
     rotary_base, rope_scaling = read_rope(config)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # checking a command line against a model does not import tor
     from torch import Tensor
 
 Index = tuple[slice, ...]
+WEIGHT = ".weight"
 
 
 class SliceSource(Protocol):
@@ -72,6 +73,21 @@ class Rule(ABC):
 
     name: str
     hf_tensors: tuple[HFTensor, ...]
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether it is the weight of a linear layer that takes an adapter."""
+        return ".linear_" in self.name and self.name.endswith(WEIGHT)
+
+    @property
+    def layer(self) -> str:
+        """Megatron's layer whose weight it is."""
+        return self.name.removesuffix(WEIGHT)
+
+    @property
+    def modules(self) -> dict[str, tuple[int, ...]]:
+        """The Hugging Face modules whose weights it holds, with the shapes [out, in] of the weights."""
+        return {tensor.name.removesuffix(WEIGHT): tensor.shape for tensor in self.hf_tensors}
 
     @abstractmethod
     def local_shape(self, size: int) -> tuple[int, ...]:

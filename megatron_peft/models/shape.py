@@ -156,10 +156,18 @@ def compare_shape(shape_flags: Mapping[str, Any], shape: ModelShape) -> list[str
     Keys are flags with underscores (`num_layers`, `swiglu`): those of `VALUES` and `CLAIMS`, KeyError otherwise. Flags
     that were not typed claim nothing.
     """
-    claims = dict(shape_flags)
+    claims, problems = dict(shape_flags), []
     if "num_query_groups" in claims:
         claims.pop("group_query_attention", None)  # num_query_groups is more specific
-    return [message for name, typed in claims.items() if (message := _contradiction(name, typed, shape))]
+    for name, typed in claims.items():
+        if name in CLAIMS:
+            agrees, instead = CLAIMS[name]
+            if not agrees(shape):
+                problems.append(f"{flag(name)} contradicts the checkpoint, which has {instead(shape)}.")
+        elif (actual := VALUES[name](shape)) != typed:
+            shown, there = (f"{value:g}" if isinstance(value, float) else str(value) for value in (typed, actual))
+            problems.append(f"{flag(name)} {shown} contradicts the checkpoint, which has {there}: leave it out.")
+    return problems
 
 
 def check_layout(parallel: ParallelConfig, shape: ModelShape) -> list[str]:
@@ -177,34 +185,16 @@ def check_lengths(data: DataConfig, shape: ModelShape) -> list[str]:
     is_default = length == DataConfig.seq_length
     reads_samples = bool(data.train_data_path or data.data_path)
     if window is not None and length > window and (reads_samples or not is_default):
-        return [_above_window(length, window, shape)]
+        full, layers = shape.num_full_attention_layers, shape.num_layers
+        where = f"in {layers - full} of its {layers} layers" if full else "in every layer"
+        return [
+            f"--seq-length {length} is above the sliding window of {window} tokens that the model has {where}, and "
+            f"windows are not supported: use --seq-length {window} or less, where the window changes nothing. "
+            f"--overlong says what to do with longer samples."
+        ]
     if shape.position_embedding == "rope" and length > longest and not is_default:
         return [f"--seq-length {length} is above the {longest} positions of the model: use at most {longest}."]
     return []
-
-
-def _above_window(length: int, window: int, shape: ModelShape) -> str:
-    full, layers = shape.num_full_attention_layers, shape.num_layers
-    where = f"in {layers - full} of its {layers} layers" if full else "in every layer"
-    return (
-        f"--seq-length {length} is above the sliding window of {window} tokens that the model has {where}, and windows "
-        f"are not supported: use --seq-length {window} or less, where the window changes nothing. --overlong says what "
-        f"to do with longer samples."
-    )
-
-
-def _contradiction(name: str, typed: Any, shape: ModelShape) -> str | None:
-    if name in CLAIMS:
-        agrees, instead = CLAIMS[name]
-        return None if agrees(shape) else f"{flag(name)} contradicts the checkpoint, which has {instead(shape)}."
-    actual = VALUES[name](shape)
-    if actual == typed:
-        return None
-    return f"{flag(name)} {_shown(typed)} contradicts the checkpoint, which has {_shown(actual)}: leave it out."
-
-
-def _shown(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _mlp(shape: ModelShape) -> str:
@@ -232,8 +222,11 @@ def _pipeline_problems(parallel: ParallelConfig, shape: ModelShape) -> list[str]
     given = (parallel.decoder_first_pipeline_num_layers, parallel.decoder_last_pipeline_num_layers)
     if any(given):
         return _uneven_problems(parallel, shape)
-    if parallel.pipeline_model_parallel_layout is not None:
-        return _layout_problems(parallel.pipeline_model_parallel_layout, shape)
+    layout = parallel.pipeline_model_parallel_layout
+    if layout is not None:
+        held = sum(stage.count("t") for stage in stages_of_layout(layout))
+        told = f"--pipeline-model-parallel-layout {layout} has {held} layers (t), the model {layers}"
+        return [] if held == layers else [f"{told}: every layer stands in it once."]
     divided = parallel.num_divided(layers)
     counted = f"{layers} layers" + (f" ({divided - layers} more accounted for)" if divided > layers else "")
     if divided % pp:
@@ -251,36 +244,20 @@ def _pipeline_problems(parallel: ParallelConfig, shape: ModelShape) -> list[str]
     return []
 
 
-def _layout_problems(layout: str, shape: ModelShape) -> list[str]:
-    held = sum(stage.count("t") for stage in stages_of_layout(layout))
-    if held == shape.num_layers:
-        return []
-    return [
-        f"--pipeline-model-parallel-layout {layout} has {held} layers (t), the model {shape.num_layers}: every layer "
-        f"stands in it once."
-    ]
-
-
 def _uneven_problems(parallel: ParallelConfig, shape: ModelShape) -> list[str]:
     """The stages whose layers are not given must have equally many, at least one."""
     first, last = parallel.decoder_first_pipeline_num_layers, parallel.decoder_last_pipeline_num_layers
-    rest = shape.num_layers - (first or 0) - (last or 0)
-    stages = parallel.pipeline_model_parallel_size - bool(first) - bool(last)
+    layers, ends = shape.num_layers, bool(first) + bool(last)
+    rest, stages = layers - (first or 0) - (last or 0), parallel.pipeline_model_parallel_size - ends
     if rest == stages == 0 or (stages > 0 and rest > 0 and rest % stages == 0):
         return []
     given = {"decoder_first_pipeline_num_layers": first, "decoder_last_pipeline_num_layers": last}
     shown = " and ".join(f"{flag(name)} {value}" for name, value in given.items() if value)
+    fitting = [held for held in range(ends, layers) if (layers - held) % stages == 0] if stages else [layers]
     return [
-        f"{shown} leave {rest} of the model's {shape.num_layers} layers to the other {stages} pipeline stages: "
-        f"use {_listed(_uneven_choices(shape.num_layers, stages, bool(first) + bool(last)))} layers in all for those."
+        f"{shown} leave {rest} of the model's {layers} layers to the other {stages} pipeline stages: "
+        f"use {_listed(fitting)} layers in all for those."
     ]
-
-
-def _uneven_choices(layers: int, stages: int, ends: int) -> list[int]:
-    """Numbers of layers for `ends` stages together that leave equally many to each of `stages` others."""
-    if stages == 0:
-        return [layers]
-    return [held for held in range(ends, layers) if (layers - held) % stages == 0]
 
 
 def _divisors(number: int) -> list[int]:

@@ -20,8 +20,8 @@ SAVED = {"train_iters": 3, "save_interval": 3}
 
 def main(folder: Path, layouts: dict[str, Any]) -> dict[str, Any]:
     """Curves by layout, and how far the merged and the exported model are from the trained one (logits)."""
+    from megatron_peft.conversion.convert import merge
     from megatron_peft.conversion.peft_export import export_adapter, export_as_lora
-    from megatron_peft.conversion.to_huggingface import merge
     from megatron_peft.conversion.verify import verify
     from tests.ranks import run_ranks
     from tests.tiny_llama import VOCAB_SIZE, save_llama, save_pairs

@@ -57,8 +57,8 @@ def life(asked: tuple[Path, dict[str, Any], Path]) -> dict[str, Any]:
     install(packages)
     from megatron_peft.commands import plan, train
     from megatron_peft.config import ConfigurationError
+    from megatron_peft.conversion.convert import merge
     from megatron_peft.conversion.peft_export import export_adapter, export_as_lora
-    from megatron_peft.conversion.to_huggingface import merge
     from megatron_peft.conversion.verify import verify
     from megatron_peft.runtime import ranks
     from tests.ranks import run_ranks

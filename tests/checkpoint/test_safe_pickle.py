@@ -32,9 +32,9 @@ from torch.distributed.checkpoint.metadata import (
 from megatron_peft.checkpoint.safe_pickle import Inert, load_inertly, read_metadata
 from megatron_peft.checkpoint.tensors import read_index, read_tensors
 from megatron_peft.config import ConfigurationError
+from megatron_peft.conversion.convert import megatron_to_hf
 from megatron_peft.conversion.hf_files import open_source
 from megatron_peft.conversion.pretrained import read_model_shape
-from megatron_peft.conversion.to_huggingface import megatron_to_hf
 from tests.conversion.megatron_folders import save_distributed, save_random, save_ranks
 from tests.one_rank import one_rank
 from tests.ranks import run_ranks

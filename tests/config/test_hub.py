@@ -56,7 +56,7 @@ def test_a_cached_model_is_a_folder_whose_name_can_be_told(cache):
 
 def test_conversions_take_names_of_the_hub(cache, tmp_path, monkeypatch, capsys):
     given = []
-    conversion = "megatron_peft.conversion.to_megatron.hf_to_megatron"
+    conversion = "megatron_peft.conversion.convert.hf_to_megatron"
     monkeypatch.setattr(conversion, lambda *a, **_: given.append(a) or Path(a[1]))
     assert convert.main(["hf-to-megatron", "--input", "org/model", "--output", "out"]) == 0
     assert given == [(hub.local_model("org/model", "--input"), "out")]

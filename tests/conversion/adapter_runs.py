@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_peft.adapters.boft import ProjectedBoft
 from megatron_peft.adapters.urnn import RiemannianUrnn
@@ -143,15 +143,10 @@ def _fill_adapters(state: TrainingState) -> None:
                 seed = 1 + dist.get_rank() * tensor.tensor_model_parallel
                 values = torch.randn(tensor.shape, generator=generator_for(seed, f"{number}.{name}"))
                 tensor.add_(0.1 * values)
-        for module in chunk.modules():
-            _mend(module)
+        for module in chunk.modules():  # blocks that are to be orthogonal or unitary are made so
+            if isinstance(module, ProjectedBoft):
+                module.project()
+            if isinstance(module, RiemannianUrnn):
+                nearest, _, other = torch.linalg.svd(torch.view_as_complex(module.U))
+                module.U.copy_(torch.view_as_real(nearest @ other))
     state.optimizer.reload_model_params()
-
-
-def _mend(module: nn.Module) -> None:
-    """Blocks that are to be orthogonal or unitary, made so."""
-    if isinstance(module, ProjectedBoft):
-        module.project()
-    if isinstance(module, RiemannianUrnn):
-        nearest, _, other = torch.linalg.svd(torch.view_as_complex(module.U))
-        module.U.copy_(torch.view_as_real(nearest @ other))

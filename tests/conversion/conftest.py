@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from megatron_peft.conversion import to_megatron
+from megatron_peft.conversion import convert
 from tests.conversion import adapter_runs
 from tests.conversion.adapter_runs import Moved
 from tests.conversion.megatron_folders import save_random
@@ -51,7 +51,7 @@ def saved_folders(tmp_path_factory) -> dict[str, Path]:
 def many_shares() -> Iterator[None]:
     """Tiny tensors are cut like large ones."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(to_megatron, "MIN_SHARD_BYTES", 1)
+        patch.setattr(convert, "MIN_SHARD_BYTES", 1)
         yield
 
 

@@ -4,7 +4,7 @@ import argparse
 import io
 import random
 import signal
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,13 @@ import torch
 import torch.distributed.checkpoint as torch_checkpoint
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_peft.checkpoint.folders import MANIFEST, RECORD, TRACKER, write_manifest
 from megatron_peft.checkpoint.safe_pickle import read_metadata
 from megatron_peft.config import LINEAR_MODULES
 from megatron_peft.conversion.hf_files import open_source, write_config
-from megatron_peft.conversion.pretrained import owned_rules
+from megatron_peft.conversion.pretrained import base_parameters, owned_rules
 from megatron_peft.models.families import config_of_shape, read_shape, rules_for
 from megatron_peft.models.rules import expected_tensors
 from megatron_peft.models.shape import ModelShape
@@ -39,6 +39,32 @@ def save_random(folder: Path, shape: ModelShape = ODD, dtype: torch.dtype = torc
     (folder / "tokenizer.json").write_text('{"version": "1.0"}')
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+ENDS = {"first": ("embedding",), "last": ("decoder.final_layernorm", "output_layer")}
+
+
+def stage(shape: ModelShape, size: int, layers: Iterable[int], ends: Iterable[str] = ("first", "last")) -> nn.Module:
+    """Stand-in of a GPTModel chunk on one of `size` ranks: the parameters of these layers and ends, full of NaN."""
+    chunk = nn.Module()
+    local = {f"decoder.layers.{number}.": f"decoder.layers.{index}." for index, number in enumerate(layers)}
+    prefixes = local | {name: name for end in ends for name in ENDS[end]}
+    for name, rule in rules_for(shape).items():
+        prefix = next((p for p in prefixes if name.startswith(p)), None)
+        if prefix is not None:
+            put(chunk, prefixes[prefix] + name.removeprefix(prefix), torch.full(rule.local_shape(size), torch.nan))
+    for index, number in enumerate(layers):
+        chunk.get_submodule(f"decoder.layers.{index}").layer_number = number + 1
+    return chunk
+
+
+def put(module: nn.Module, name: str, tensor: Tensor) -> None:
+    *path, last = name.split(".")
+    for step in path:
+        if not hasattr(module, step):
+            module.add_module(step, nn.Module())
+        module = getattr(module, step)
+    module.register_parameter(last, nn.Parameter(tensor))
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
@@ -87,19 +113,13 @@ def save_ranks(source: Path, folder: Path, tp: int, pp: int, chunks: int = 1, **
 
 def _stage(source: Path, shape: ModelShape, rank: int, tp: int, chunk: int, layers: int) -> dict[str, Any]:
     """A chunk's parameters on a rank; layers are numbered within it. Copies of the embedding belong to both ends."""
-    first, last = chunk * layers, (chunk + 1) * layers
-    weights, found = open_source(source), {}
-    for name, rule in rules_for(shape).items():
-        prefix, _, rest = name.partition("decoder.layers.")
-        number, _, parameter = rest.partition(".")
-        if number and not first <= int(number) < last:
-            continue
-        if not number and (first > 0 if name.startswith("embedding") else last < shape.num_layers):
-            continue
-        local = torch.empty(rule.local_shape(tp))
-        rule.read(local, weights, rank, tp)
-        found[f"decoder.layers.{int(number) - first}.{parameter}" if number else name] = local
-    return found | {"decoder.layers.0.self_attention.core_attention._extra_state": None}
+    numbers, rules, weights = range(chunk * layers, (chunk + 1) * layers), rules_for(shape), open_source(source)
+    ends = ["first"] * (numbers.start == 0) + ["last"] * (numbers.stop == shape.num_layers)
+    module = stage(shape, tp, numbers, ends)
+    for name, parameter in base_parameters(module):
+        rules[name].read(parameter, weights, rank, tp)
+    state = {name: parameter.data for name, parameter in module.named_parameters()}
+    return state | {"decoder.layers.0.self_attention.core_attention._extra_state": None}
 
 
 def save_run(original: Path, folder: Path, tensors: dict[str, Tensor], method="full", shape: ModelShape = ODD) -> Path:

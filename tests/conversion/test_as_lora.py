@@ -18,11 +18,10 @@ from megatron_peft.checkpoint.folders import RECORD, write_manifest
 from megatron_peft.checkpoint.run_record import read_run_record
 from megatron_peft.config import ConfigurationError
 from megatron_peft.conversion import lora_approximation
+from megatron_peft.conversion.convert import hf_to_megatron, megatron_to_hf, merge
 from megatron_peft.conversion.lora_approximation import RunAsLora, approximate
 from megatron_peft.conversion.megatron_files import StoredSlice, StoredTensor
 from megatron_peft.conversion.peft_export import export_as_lora
-from megatron_peft.conversion.to_huggingface import megatron_to_hf, merge
-from megatron_peft.conversion.to_megatron import hf_to_megatron
 from megatron_peft.conversion.trained_adapters import base_of, open_run, save_adapters
 from megatron_peft.conversion.verify import logits_change, verify
 from megatron_peft.models.families import read_shape
@@ -82,18 +81,12 @@ def test_a_change_that_is_a_product_is_exported_exactly(run, moved, merged, tmp_
     assert "(exact)" in capsys.readouterr().out
 
 
-def with_rotation_at_rest(run: Path, folder: Path) -> Path:
-    """A Hybrid whose rotation is the identity: its change is that of the low-rank part."""
-    opened = open_run(run)
+def test_the_low_rank_part_of_a_hybrid_whose_rotation_is_the_identity_is_exported_exactly(moved, tmp_path):
+    """LoRA-GA's original start is subtracted, so its rank is 8; lambda is in the factors."""
+    opened, run = open_run(moved.run("hybrid")), tmp_path / "run"
     tensors = {key: opened.tensor(key) for key in opened.stored if ".adapter." in key and "optimizer" not in key}
     tensors |= {key: torch.zeros_like(tensor) for key, tensor in tensors.items() if key.endswith("rotation.Q")}
-    save_adapters(folder, opened.record, tensors)
-    return folder
-
-
-def test_the_low_rank_part_of_a_hybrid_is_exported_exactly(moved, tmp_path):
-    """LoRA-GA's original start is subtracted, so its rank is 8; lambda is in the factors."""
-    run = with_rotation_at_rest(moved.run("hybrid"), tmp_path / "run")
+    save_adapters(run, opened.record, tensors)
     adapter = export_as_lora(run, tmp_path / "adapter", num_tokens=0)
     assert json.loads((adapter / "adapter_config.json").read_text())["r"] == 8
     assert verify(adapter, merge(run, tmp_path / "merged", progress=False)).logits.relative < 1e-5
@@ -105,20 +98,17 @@ def test_residuals_are_those_of_the_discarded_singular_values(run, moved, merged
     changes = changes_of(merged(run), base_folder(moved.run(run)))
     lora = found_in(moved.run(run), tolerance=0.2, max_rank=20)
     assert {one.module for one in lora.modules} == changes.keys()
-    for one in lora.modules:
-        check_module(changes[one.module], one.factors.B.double() @ one.factors.A.double(), one.factors, 0.2, 20)
+    for module, found in ((one.module, one.factors) for one in lora.modules):
+        change, product = changes[module], found.B.double() @ found.A.double()
+        squared = np.linalg.svd(change.numpy(), compute_uv=False) ** 2
+        discarded = np.sqrt(np.append(np.cumsum(squared[::-1])[::-1], 0) / squared.sum())
+        smallest = min(int((discarded <= 0.2).argmax()), 20)
+        assert smallest <= found.rank <= smallest + (discarded[smallest] > 0.99 * 0.2)
+        assert found.residual == pytest.approx(discarded[found.rank], rel=0.02)
+        assert found.residual == pytest.approx(float((change - product).norm() / change.norm()), rel=1e-3)
     left = torch.cat([(changes[one.module] - one.factors.B @ one.factors.A).flatten() for one in lora.modules])
     whole = torch.cat([change.flatten() for change in changes.values()])
     assert lora.residual == pytest.approx(float(left.norm() / whole.norm()), rel=1e-3)
-
-
-def check_module(change: Tensor, product: Tensor, found: Any, tolerance: float, max_rank: int) -> None:
-    squared = np.linalg.svd(change.numpy(), compute_uv=False) ** 2
-    discarded = np.sqrt(np.append(np.cumsum(squared[::-1])[::-1], 0) / squared.sum())
-    smallest = min(int((discarded <= tolerance).argmax()), max_rank)
-    assert smallest <= found.rank <= smallest + (discarded[smallest] > 0.99 * tolerance)
-    assert found.residual == pytest.approx(discarded[found.rank], rel=0.02)
-    assert found.residual == pytest.approx(float((change - product).norm() / change.norm()), rel=1e-3)
 
 
 @pytest.mark.parametrize("run", ["replace", pytest.param("riemannian", marks=pytest.mark.slow)])
@@ -137,31 +127,26 @@ def test_the_change_of_logits_is_what_peft_and_transformers_compute(moved, merge
     seen = verify(adapter, merged("urnn"), num_tokens=24)
     assert whole.logits.relative == pytest.approx(seen.logits.relative, rel=1e-3) and seen.logits.relative > 0.01
     assert (whole.same_best, whole.num_positions) == (seen.same_best, 48)
-    for number in (0, 2):
-        mixed = with_layer_of_lora(merged("urnn"), base, lora, number, tmp_path / f"layer {number}")
+    before = tensors_of(base)
+    for number in (0, 2):  # the merged model with base and factors in one layer
+        mixed, tensors = Path(shutil.copytree(merged("urnn"), tmp_path / f"{number}")), tensors_of(merged("urnn"))
+        for name, factors in ((f"{one.module}.weight", one.factors) for one in lora.modules):
+            if f"layers.{number}." in name:
+                tensors[name] = before[name] + factors.B @ factors.A
+        save_file(tensors, mixed / "model.safetensors", metadata={"format": "pt"})
         alone = verify(mixed, merged("urnn"), num_tokens=24).logits.relative
         assert layers[number].relative == pytest.approx(alone, rel=1e-3) and alone > 1e-3
 
 
-def with_layer_of_lora(merged: Path, base: Path, lora: RunAsLora, number: int, folder: Path) -> Path:
-    """The merged model with base and factors in one layer."""
-    shutil.copytree(merged, folder)
-    tensors, before = tensors_of(merged), tensors_of(base)
-    for one in lora.modules:
-        if f"layers.{number}." in one.module:
-            name = f"{one.module}.weight"
-            tensors[name] = before[name] + one.factors.B @ one.factors.A
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
-
-
-NORM, EMBEDDING = "decoder.layers.1.input_layernorm.weight", "embedding.word_embeddings.weight"
-BIAS = "decoder.layers.2.mlp.linear_fc2.bias"
-HF_NAMES = {
-    NORM: "model.layers.1.input_layernorm.weight",
-    EMBEDDING: "model.embed_tokens.weight",
-    BIAS: "model.layers.2.mlp.down_proj.bias",
+OTHERS_THAT_CHANGE = {
+    "decoder.layers.1.input_layernorm.weight": 0.3,
+    "embedding.word_embeddings.weight": 0.001,
+    "decoder.layers.2.mlp.linear_fc2.bias": 0.01,
 }
+HF_NAMES = (
+    *("model.layers.1.input_layernorm.weight", "model.embed_tokens.weight"),
+    "model.layers.2.mlp.down_proj.bias",
+)
 
 
 def full_run(base: Path, folder: Path, changed: Mapping[str, float], noise: float = 0.001) -> Path:
@@ -182,17 +167,16 @@ def full_run(base: Path, folder: Path, changed: Mapping[str, float], noise: floa
 
 def test_full_fine_tuning_is_exported_and_what_is_left_out_is_told(moved, tmp_path, capsys):
     base = moved.base("base")
-    run = full_run(base, tmp_path / "run", {NORM: 0.3, EMBEDDING: 0.001, BIAS: 0.01})
+    run = full_run(base, tmp_path / "run", OTHERS_THAT_CHANGE)
     adapter = export_as_lora(run, tmp_path / "adapter", pretrained_checkpoint=base)
     printed, card = capsys.readouterr().out, (tmp_path / "adapter" / "README.md").read_text()
     whole = megatron_to_hf(run, tmp_path / "whole", pretrained_checkpoint=base, progress=False)
     before, after = tensors_of(base), tensors_of(whole)
     assert json.loads((adapter / "adapter_config.json").read_text())["r"] == 3
-    relative = {one: float((after[one] - before[one]).norm() / before[one].norm()) for one in HF_NAMES.values()}
-    for name, share in relative.items():
-        assert f"{name} ({share:.2%} of its norm)" in printed
+    for name in HF_NAMES:
+        assert f"{name} ({(after[name] - before[name]).norm() / before[name].norm():.2%} of its norm)" in printed
     squares = {name: (after[name].double() - before[name].double()).square().sum().item() for name in before}
-    share = (sum(squares[name] for name in HF_NAMES.values()) / sum(squares.values())) ** 0.5
+    share = (sum(squares[name] for name in HF_NAMES) / sum(squares.values())) ** 0.5
     assert f"the changes of 3 others, {share:.2%} of the Frobenius norm of all changes" in printed
     assert all(line in card for line in printed.splitlines() if line.startswith(("A LoRA of rank 3", "Left out")))
     seen = verify(adapter, whole).logits.relative
@@ -273,20 +257,16 @@ def test_base_in_megatrons_form(moved, tmp_path, capsys):
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] is None
 
 
-@pytest.mark.parametrize(
-    ("settings", "told"),
-    [
+def test_what_cannot_be_used_is_refused_before_anything_is_written(moved, tmp_path):
+    settings: list[tuple[dict[str, Any], str]] = [
         ({"tolerance": 1.0}, r"--tolerance is 1; it is a relative error, at least 0 and below 1"),
         ({"tolerance": float("nan")}, r"--tolerance is nan"),
         ({"max_rank": 0}, r"--max-rank is 0; it must be above 0"),
         ({"num_tokens": -1}, r"--num-tokens is -1; it cannot be negative"),
         ({"license": "my own"}, r"--license 'my own' is not a license identifier"),
-        ({"pretrained_checkpoint": "other"}, r"trained on the base model .*base, but .*other is another one"),
-    ],
-)
-def test_what_cannot_be_used_is_refused_before_anything_is_written(settings, told, moved, tmp_path):
-    if "pretrained_checkpoint" in settings:
-        settings = {"pretrained_checkpoint": moved.base("other")}
-    with pytest.raises(ConfigurationError, match=told):
-        export_as_lora(moved.run("boft"), tmp_path / "adapter", **settings)
+        ({"pretrained_checkpoint": moved.base("other")}, r"trained on the base .*base, but .*other is another one"),
+    ]
+    for setting, told in settings:
+        with pytest.raises(ConfigurationError, match=told):
+            export_as_lora(moved.run("boft"), tmp_path / "adapter", **setting)
     assert not list(tmp_path.iterdir())

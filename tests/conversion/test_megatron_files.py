@@ -18,7 +18,6 @@ from megatron_peft.config import ConfigurationError
 from megatron_peft.conversion.megatron_files import StoredSlice, StoredTensor, layer_of, map_tensor, open_distributed
 from tests.checkpoint.test_safe_pickle import Attack
 from tests.conversion.megatron_folders import save_distributed
-from tests.kept import NewTensors
 
 WHOLE = torch.arange(1, 61, dtype=torch.float32).view(6, 10)
 
@@ -67,20 +66,14 @@ def folder(tmp_path):
 
 def test_tensors_are_found_and_other_objects_are_not_and_any_box_is_read(folder):
     found = open_distributed(folder)
-    assert {key: (tensor.shape, tensor.dtype) for key, tensor in found.items()} == {
-        "a.weight": ((3, 4), torch.float32),
-        "b.weight": ((5,), torch.bfloat16),
-    }
+    kinds = {key: (tensor.shape, tensor.dtype) for key, tensor in found.items()}
+    assert kinds == {"a.weight": ((3, 4), torch.float32), "b.weight": ((5,), torch.bfloat16)}
     box = torch.zeros(2, 2)
     assert found["a.weight"].fill(box, (1, 2)) == 4 * 4  # bytes of the box alone
     assert torch.equal(box, A[1:, 2:])
 
 
-PART = MetadataIndex("a.weight", (0, 0))
-
-
-def swap(places):
-    places[PART] = places[MetadataIndex("b.weight", (0,))]
+PART, OTHER = MetadataIndex("a.weight", (0, 0)), MetadataIndex("b.weight", (0,))
 
 
 def with_nan(path):
@@ -96,7 +89,12 @@ def with_nan(path):
         (None, lambda places: places.pop(PART), True, "slices are missing from a.weight"),
         (lambda path: path.write_bytes(bytes(path.stat().st_size)), None, False, "is damaged where it holds a.weight"),
         (with_nan, None, False, "__0_0.distcp holds NaN or infinities in a.weight"),
-        (None, swap, False, r"does not hold a.weight \[3, 4\] where its index says so"),
+        (
+            None,
+            lambda places: places.update({PART: places[OTHER]}),
+            False,
+            r"does not hold a.weight \[3, 4\] where its",
+        ),
     ],
     ids=["no file", "short file", "no place", "zeros", "NaN", "another place"],
 )
@@ -150,21 +148,18 @@ def put(folder: Path, content: object, before: int = 0) -> tuple[Path, int, int]
     return path, before, len(saved)
 
 
-@pytest.mark.parametrize("name", TENSORS)
-def test_a_mapped_tensor_is_the_same_wherever_it_lies(name, tmp_path):
-    expected = TENSORS[name]
+@pytest.mark.parametrize("expected", TENSORS.values(), ids=TENSORS)
+def test_a_mapped_tensor_is_the_same_wherever_it_lies(expected, tmp_path):
     for before in (0, 1, 64, 4096, 70_001):
         found = map_tensor(*put(tmp_path, expected, before))
-        assert (found.dtype, found.shape, found.strides) == (expected.dtype, expected.shape, expected.stride())
-        assert torch.equal(found[...], expected)
+        assert found.dtype == expected.dtype and torch.equal(found[...], expected)
 
 
 def test_a_part_of_a_tensor_that_is_not_aligned_is_copied_alone(tmp_path):
     found = map_tensor(*put(tmp_path, TENSORS["large"], before=1))
-    with NewTensors() as made:
-        part = found[10:14, 5:9]
+    part = found[10:14, 5:9]
     assert torch.equal(part, TENSORS["large"][10:14, 5:9])
-    assert made.largest == 16 * 4  # bytes
+    assert part.untyped_storage().nbytes() == 16 * 4
 
 
 def test_the_numbers_are_not_copied_and_the_file_stays_as_it_is(tmp_path):
@@ -191,5 +186,5 @@ def test_what_is_no_tensor_is_refused_and_does_not_run(content, tmp_path, capsys
 def test_a_view_of_too_small_a_storage_is_refused(tmp_path):
     place = put(tmp_path, BASE)
     place[0].write_bytes(place[0].read_bytes().replace(b"K\x05K\x0c\x86", b"K\x7fK\x0c\x86"))  # 5 rows become 127
-    with pytest.raises(RuntimeError, match="out of bounds"):
-        map_tensor(*place)[...]
+    with pytest.raises(ValueError, match="incompatible with shape .* and size of buffer"):
+        map_tensor(*place)

@@ -9,20 +9,13 @@ import torch
 
 from megatron_peft.checkpoint.safe_pickle import load_inertly
 from megatron_peft.config import LINEAR_MODULES, ConfigurationError
-from megatron_peft.conversion.megatron_files import open_legacy, open_megatron, spellings
+from megatron_peft.conversion.convert import megatron_to_hf
+from megatron_peft.conversion.megatron_files import open_megatron
 from megatron_peft.conversion.pretrained import shape_of_arguments
-from megatron_peft.conversion.to_huggingface import megatron_to_hf
 from megatron_peft.models.families import rules_for
 from megatron_peft.models.shape import ModelShape
-from tests.conversion.megatron_folders import (
-    ODD,
-    equal,
-    global_tensors,
-    megatron_arguments,
-    save_distributed,
-    save_ranks,
-    tensors_of,
-)
+from tests.conversion import megatron_folders
+from tests.conversion.megatron_folders import ODD, equal, global_tensors, save_distributed, save_ranks, tensors_of
 
 RANK_FILE = "mp_rank_01_000/model_optim_rng.pt"
 FC2 = "decoder.layers.1.mlp.linear_fc2.weight"
@@ -41,7 +34,11 @@ def stacked(tensors):
 
 def fused_norms(tensors):
     """The names of a model with Transformer Engine's layers."""
-    return {list(spellings(name))[-1]: tensor for name, tensor in tensors.items()}
+    first, second = ("input_layernorm.", "self_attention.linear_qkv."), ("pre_mlp_layernorm.", "mlp.linear_fc1.")
+    return {
+        name.replace(first[0], f"{first[1]}layer_norm_").replace(second[0], f"{second[1]}layer_norm_"): tensor
+        for name, tensor in tensors.items()
+    }
 
 
 @pytest.mark.parametrize("form", [stacked, fused_norms, lambda tensors: stacked(fused_norms(tensors))])
@@ -51,11 +48,6 @@ def test_every_spelling_is_read(form, original, tmp_path):
     save_distributed(tmp_path / "megatron", tensors)
     written = megatron_to_hf(tmp_path / "megatron", tmp_path / "hf", pretrained_checkpoint=original, progress=False)
     assert equal(tensors_of(written), tensors_of(original))
-
-
-def test_spellings_of_a_norm():
-    norm, fused = "decoder.layers.3.pre_mlp_layernorm.bias", "decoder.layers.3.mlp.linear_fc1.layer_norm_bias"
-    assert list(spellings(norm)) == [norm, fused] and list(spellings(FINAL_NORM)) == [FINAL_NORM]
 
 
 def test_all_faults_are_told_at_once(original, tmp_path):
@@ -83,10 +75,10 @@ def rank_file_holds(content):
     return lambda ranks: torch.save(content, ranks / RANK_FILE)
 
 
-def rank_file_holds_another_shape(ranks):
+def change_fc2(ranks, change):
     model = load_inertly(ranks / RANK_FILE)["model"]
     copies = {name: tensor.clone() for name, tensor in model.items() if tensor is not None}
-    torch.save({"model": copies | {FC2: torch.zeros(10, 5)}}, ranks / RANK_FILE)
+    torch.save({"model": copies | {FC2: change(copies[FC2])}}, ranks / RANK_FILE)
 
 
 OLD_NAMES = {"model": {"language_model.encoder.layers.0.norm": torch.zeros(1)}}
@@ -100,7 +92,10 @@ OLD_NAMES = {"model": {"language_model.encoder.layers.0.norm": torch.zeros(1)}}
         (lambda ranks: (ranks / "mp_rank_00_000_000").mkdir(), "mp_rank_00_000_000 has expert parallelism"),
         (rank_file_holds(OLD_NAMES), "language_model.encoder.* --saver core"),
         (rank_file_holds({}), "holds no 'model'"),
-        (rank_file_holds_another_shape, r"linear_fc2.weight is \[10, 5\] on rank 1 of 2 .* \[10, 6\]"),
+        (
+            lambda ranks: change_fc2(ranks, lambda fc2: fc2[:, :5]),
+            r"linear_fc2.weight is \[10, 5\] on rank 1 of 2 .* \[10, 6\]",
+        ),
     ],
     ids=["a folder", "a file", "experts", "names before megatron-core", "no model", "another shape"],
 )
@@ -108,15 +103,12 @@ def test_what_lacks_in_the_files_of_ranks_or_does_not_fit_is_named(change, told,
     ranks = save_ranks(original, tmp_path / "ranks", tp=2, pp=2)
     change(ranks)
     with pytest.raises(ConfigurationError, match=told):
-        open_legacy(ranks).stored(FC2, rules_for(ODD)[FC2])
+        open_megatron(ranks).find(rules_for(ODD)[FC2])
 
 
 def test_a_value_that_is_not_finite_is_named_with_its_rank_when_it_is_read(original, tmp_path):
     ranks = save_ranks(original, tmp_path / "ranks", tp=2, pp=2)
-    model = load_inertly(ranks / RANK_FILE)["model"]
-    copies = {name: tensor.clone() for name, tensor in model.items() if tensor is not None}
-    copies[FC2][-1, -1] = -torch.inf
-    torch.save({"model": copies}, ranks / RANK_FILE)
+    change_fc2(ranks, lambda fc2: fc2.index_fill(0, torch.tensor([9]), -torch.inf))
     weights, rule, local = open_megatron(ranks), rules_for(ODD)[FC2], torch.empty(10, 6)
     weights.read(rule, local, 0, 2)
     with pytest.raises(ConfigurationError, match=rf"ranks/mp_rank_01\* holds NaN or infinities in {FC2}"):
@@ -127,7 +119,7 @@ SHAPE = ModelShape("llama", 2, 24, 40, 4, 2, 8, 37, 64, norm_epsilon=1e-6, rotar
 
 
 def told_shape(**changes):
-    return shape_of_arguments(Namespace(**megatron_arguments(SHAPE) | changes), "folder")
+    return shape_of_arguments(Namespace(**megatron_folders.megatron_arguments(SHAPE) | changes), "folder")
 
 
 def test_the_shape_is_in_the_arguments():
@@ -149,7 +141,7 @@ def test_the_shape_is_in_the_arguments():
         ({"num_experts": 8}, "num_experts 8"),
         ({"window_size": (4096, 0)}, r"window_size \(4096, 0\)"),
         ({"qk_layernorm": True, "add_qkv_bias": True}, "qk_layernorm and with biases"),
-        ({"ffn_hidden_size": None}, "lack ffn_hidden_size"),
+        ({"ffn_hidden_size": None}, "have ffn_hidden_size None, which is not a size"),
         ({"num_attention_heads": 0}, "have num_attention_heads 0, which is not a size"),
         ({"hidden_size": "96", "num_layers": 2**31}, "have num_layers 2147483648, hidden_size 96, which is not a size"),
         ({"vocab_size": None}, "vocabulary padded to 128 rows"),

@@ -11,8 +11,7 @@ from safetensors.torch import load_file
 from megatron_peft.checkpoint.folders import write_manifest
 from megatron_peft.checkpoint.run_record import read_run_record
 from megatron_peft.config import ConfigurationError
-from megatron_peft.conversion.to_huggingface import merge
-from megatron_peft.conversion.to_megatron import hf_to_megatron
+from megatron_peft.conversion.convert import hf_to_megatron, merge
 from megatron_peft.conversion.verify import verify
 from megatron_peft.models.families import read_shape
 from tests.conversion.adapter_runs import RUNS, trained_on
@@ -21,22 +20,18 @@ from tests.conversion.megatron_folders import equal, flip_a_byte, global_tensors
 
 @pytest.mark.parametrize("run", RUNS)
 def test_merged_folder_computes_what_the_adapted_model_does(run, moved, tmp_path):
-    merge(moved.run(run), tmp_path / "merged", progress=False)
-    assert verify(tmp_path / "merged", moved.run(run)).logits.absolute < 1e-4
-    base = read_run_record(moved.run(run)).config.model.pretrained_checkpoint
-    assert verify(tmp_path / "merged", base).logits.absolute > 0.1
+    merged = merge(moved.run(run), tmp_path / "merged", progress=False)
+    assert verify(merged, moved.run(run)).logits.absolute < 1e-4
+    assert verify(merged, read_run_record(moved.run(run)).config.model.pretrained_checkpoint).logits.absolute > 0.1
 
 
 def test_what_has_no_adapter_keeps_its_bits(moved, tmp_path):
-    merge(moved.run("pp2"), tmp_path / "merged")
-    merged, base = tensors_of(tmp_path / "merged"), tensors_of(moved.base("base"))
+    merged, base = tensors_of(merge(moved.run("pp2"), tmp_path / "merged")), tensors_of(moved.base("base"))
     assert merged.keys() == base.keys()
-    changed = {name for name in base if not torch.equal(base[name], merged[name])}
-    assert changed == {
-        *(f"model.layers.{layer}.mlp.{part}_proj.weight" for layer in (1, 2) for part in ("gate", "up")),
-        *(f"model.layers.{layer}.mlp.down_proj.weight" for layer in range(4)),
-        *(f"model.layers.3.self_attn.{part}_proj.weight" for part in "qkv"),
-    }
+    changed = {name.partition("layers.")[2] for name in base if not torch.equal(base[name], merged[name])}
+    names = {f"{layer}.mlp.{part}" for layer in (1, 2) for part in ("gate", "up")}
+    names |= {f"{layer}.mlp.down" for layer in range(4)} | {f"3.self_attn.{part}" for part in "qkv"}
+    assert changed == {f"{name}_proj.weight" for name in names}
 
 
 def test_type_and_shards_are_chosen(moved, tmp_path):

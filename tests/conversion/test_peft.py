@@ -15,22 +15,19 @@ from transformers import AutoModelForCausalLM
 
 from megatron_peft.checkpoint.run_record import RunRecord, read_run_record
 from megatron_peft.config import LINEAR_MODULES, ConfigurationError, ModelConfig, PeftConfig
+from megatron_peft.conversion.convert import hf_to_megatron
 from megatron_peft.conversion.peft_export import export_adapter, export_as_lora
 from megatron_peft.conversion.peft_import import import_adapter
-from megatron_peft.conversion.to_megatron import hf_to_megatron
 from megatron_peft.conversion.trained_adapters import open_adapters
 from megatron_peft.conversion.verify import verify
 from tests.conversion.adapter_runs import copy_run, trained_on, with_config
 
 LOAD_IT = "Load it with --finetune --peft-method lora"
 EVERY_LLAMA_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+SOME = {f"model.layers.{layer}.mlp.{part}_proj" for layer in (1, 2) for part in ("gate", "up")}
 TARGETS = {
     "tp2": set(EVERY_LLAMA_LINEAR),
-    "pp2": {
-        "down_proj",
-        *(f"model.layers.{layer}.mlp.{part}_proj" for layer in (1, 2) for part in ("gate", "up")),
-        *(f"model.layers.3.self_attn.{part}_proj" for part in "qkv"),
-    },
+    "pp2": {"down_proj", *SOME, *(f"model.layers.3.self_attn.{part}_proj" for part in "qkv")},
     "bloom": {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"},
     "paper": set(EVERY_LLAMA_LINEAR),
 }
@@ -49,8 +46,8 @@ def check_that_peft_finds_every_tensor(adapter: Path, base: Path | str) -> None:
 
 @pytest.mark.parametrize("run", TARGETS)
 def test_peft_computes_what_the_adapted_model_does(run, moved, tmp_path):
-    base, adapter = read_run_record(moved.run(run)).config.model.pretrained_checkpoint, tmp_path / "adapter"
-    export_adapter(moved.run(run), adapter)
+    base = read_run_record(moved.run(run)).config.model.pretrained_checkpoint
+    adapter = export_adapter(moved.run(run), tmp_path / "adapter")
     assert set(config_of(adapter)["target_modules"]) == TARGETS[run]
     assert config_of(adapter)["base_model_name_or_path"] == base
     assert verify(adapter, moved.run(run)).logits.absolute < 1e-4
@@ -106,6 +103,8 @@ def test_base_in_megatrons_form_is_not_named_and_that_is_said(moved, tmp_path, c
     export_adapter(trained_on(moved.run("tp2"), tmp_path / "run", base), tmp_path / "out")
     assert config_of(tmp_path / "out")["base_model_name_or_path"] is None
     assert f"The base model {base} is in Megatron's form, which HF PEFT does not open" in capsys.readouterr().out
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "vllm serve HUGGING_FACE_BASE --enable-lora" in card and "base_model:" not in card
 
 
 def test_full_fine_tuning_has_no_adapter(moved, tmp_path):
@@ -132,7 +131,6 @@ def make_adapter(base: Path, folder: Path, **settings: Any) -> Path:
 
 @pytest.fixture
 def adapter(moved, tmp_path):
-    """An adapter of HF PEFT on q_proj and v_proj."""
     return make_adapter(moved.base("base"), tmp_path / "adapter")
 
 
@@ -141,6 +139,7 @@ def imported(adapter: Path, base: Path) -> RunRecord:
     return read_run_record(adapter.parent / "run")
 
 
+UP_AND_DOWN = r"model\.layers\.[03]\.mlp\.(up|down)_proj"
 fc1, fc2 = "decoder.layers.{}.mlp.linear_fc1".format, "decoder.layers.{}.mlp.linear_fc2".format
 
 
@@ -152,12 +151,7 @@ fc1, fc2 = "decoder.layers.{}.mlp.linear_fc1".format, "decoder.layers.{}.mlp.lin
         ("base", {"target_modules": ["o_proj", "down_proj"]}, 4, {"linear_proj", "linear_fc2"}),
         ("base", {"target_modules": EVERY_LLAMA_LINEAR, "use_rslora": True}, 12, set(LINEAR_MODULES)),
         ("base", {"target_modules": ["up_proj", "gate_proj"], "layers_to_transform": [1, 2]}, 8, {fc1(1), fc1(2)}),
-        (
-            "base",
-            {"target_modules": r"model\.layers\.[03]\.mlp\.(up|down)_proj", "exclude_modules": ["3.mlp.up_proj"]},
-            4,
-            {fc1(0), fc2(0), fc2(3)},
-        ),
+        ("base", {"target_modules": UP_AND_DOWN, "exclude_modules": ["3.mlp.up_proj"]}, 4, {fc1(0), fc2(0), fc2(3)}),
         ("bloom", {"target_modules": ["query_key_value", "dense"]}, 4, {"linear_qkv", "linear_proj"}),
     ],
 )
@@ -186,17 +180,15 @@ def test_a_run_has_its_own_files_and_is_told_the_flags_to_load_it(moved, adapter
     assert len(record.adapted_layers) == 4
 
 
-def test_rank_that_stays_is_not_mentioned(moved, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("settings", "flag"), [({"use_rslora": True}, "--lora-rs"), ({"lora_dropout": 0.25}, "--lora-dropout 0.25")]
+)
+def test_settings_are_among_the_flags_to_load_it_with_and_a_rank_that_stays_is_not_mentioned(
+    settings, flag, moved, tmp_path, capsys
+):
     base = moved.base("base")
-    imported(make_adapter(base, tmp_path / "adapter", target_modules=["o_proj"], use_rslora=True), base)
-    flags = "--lora-rank 4 --lora-alpha 6 --lora-rs --peft-target-modules linear_proj"
-    assert capsys.readouterr().out == f"{LOAD_IT} {flags}\n"
-
-
-def test_dropout_is_among_the_flags_to_load_it_with(moved, tmp_path, capsys):
-    base = moved.base("base")
-    imported(make_adapter(base, tmp_path / "adapter", target_modules=["o_proj"], lora_dropout=0.25), base)
-    flags = "--lora-rank 4 --lora-alpha 6 --lora-dropout 0.25 --peft-target-modules linear_proj"
+    imported(make_adapter(base, tmp_path / "adapter", target_modules=["o_proj"], **settings), base)
+    flags = f"--lora-rank 4 --lora-alpha 6 {flag} --peft-target-modules linear_proj"
     assert capsys.readouterr().out == f"{LOAD_IT} {flags}\n"
 
 
@@ -262,15 +254,15 @@ def test_another_base_and_a_rank_that_a_layer_cannot_hold_are_refused(settings, 
 
 
 def test_missing_base_and_files_are_named(moved, adapter, tmp_path):
-    base, bare, run = moved.base("base"), tmp_path / "bare", tmp_path / "run"
+    base, bare = moved.base("base"), tmp_path / "bare"
     bare.mkdir()
     shutil.copy(base / "config.json", bare)
     for given, told in (
         (None, "import-adapter needs --pretrained-checkpoint, the folder"),
         (bare, "--pretrained-checkpoint .*bare holds no weights"),
+        (base, "holds neither adapter_model.safetensors nor adapter_model.bin"),
     ):
+        if given == base:
+            (adapter / "adapter_model.safetensors").unlink()
         with pytest.raises(ConfigurationError, match=told):
-            import_adapter(adapter, run, pretrained_checkpoint=given)
-    (adapter / "adapter_model.safetensors").unlink()
-    with pytest.raises(ConfigurationError, match=r"holds neither adapter_model.safetensors nor adapter_model.bin"):
-        import_adapter(adapter, run, pretrained_checkpoint=base)
+            import_adapter(adapter, tmp_path / "run", pretrained_checkpoint=given)

@@ -43,23 +43,19 @@ def no_extension(monkeypatch):
     monkeypatch.setattr(peft_boft_layer, "get_fbd_cuda", lambda: None)
 
 
-def our_layer(settings: PeftConfig) -> AdaptedColumnParallelLinear:
-    config: Any = TransformerConfig(num_layers=1, hidden_size=IN, num_attention_heads=1, perform_initialization=False)
-    config.linear_biases = {"linear_fc1"}
-    layer = AdaptedColumnParallelLinear(IN, OUT, config=config, init_method=None, tp_comm_buffer_name="fc1")
-    layer.requires_grad_(False)
-    layer.adapter = Boft(layer.layout, settings, "layer.adapter", 0, torch.float32)
-    return layer
-
-
 @pytest.mark.parametrize("factors", [1, 3])
 def test_layers_have_the_same_output_and_gradients(factors, pure_torch):
     draw = torch.Generator().manual_seed(2)
     config = peft.BOFTConfig(boft_block_size=8, boft_n_butterfly_factor=factors)
     theirs = peft_boft_layer.Linear(nn.Linear(IN, OUT), "default", config)
     D = theirs.boft_R["default"]
+    sizes: Any = TransformerConfig(num_layers=1, hidden_size=IN, num_attention_heads=1, perform_initialization=False)
+    sizes.linear_biases = {"linear_fc1"}
+    settings = PeftConfig("boft", rotation_side="input", boft_block_size=8, boft_factors=factors)
     with one_rank():
-        ours = our_layer(PeftConfig("boft", rotation_side="input", boft_block_size=8, boft_factors=factors))
+        ours = AdaptedColumnParallelLinear(IN, OUT, config=sizes, init_method=None, tp_comm_buffer_name="fc1")
+        ours.requires_grad_(False)
+        ours.adapter = Boft(ours.layout, settings, "layer.adapter", 0, torch.float32)
         with torch.no_grad():
             D.normal_(std=0.3, generator=draw)
             ours.adapter.Q.copy_(from_huggingface(D))

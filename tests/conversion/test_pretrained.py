@@ -2,7 +2,6 @@
 
 import dataclasses
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -13,37 +12,13 @@ from torch import Tensor, nn
 from megatron_peft.checkpoint.folders import write_manifest
 from megatron_peft.config import ConfigurationError
 from megatron_peft.conversion import writer as progress_bar
+from megatron_peft.conversion.convert import hf_to_megatron
 from megatron_peft.conversion.pretrained import LoadReport, base_parameters, load_pretrained, read_model_shape
-from megatron_peft.conversion.to_megatron import hf_to_megatron
 from megatron_peft.models.families import read_shape, rules_for
 from megatron_peft.models.shape import ModelShape
-from tests.conversion.megatron_folders import ODD, flip_a_byte, global_tensors, save_random, save_ranks, save_run
+from tests.conversion import megatron_folders as made
+from tests.conversion.megatron_folders import ODD, global_tensors, save_random, save_ranks, save_run, stage
 from tests.one_rank import one_rank
-
-ENDS = {"first": ("embedding",), "last": ("decoder.final_layernorm", "output_layer")}
-
-
-def stage(shape: ModelShape, size: int, layers: Iterable[int], ends: Iterable[str] = ("first", "last")) -> nn.Module:
-    """Stand-in of a GPTModel chunk on one of `size` ranks: the parameters of these layers and ends, full of NaN."""
-    chunk = nn.Module()
-    local = {f"decoder.layers.{number}.": f"decoder.layers.{index}." for index, number in enumerate(layers)}
-    prefixes = local | {name: name for end in ends for name in ENDS[end]}
-    for name, rule in rules_for(shape).items():
-        prefix = next((p for p in prefixes if name.startswith(p)), None)
-        if prefix is not None:
-            put(chunk, prefixes[prefix] + name.removeprefix(prefix), torch.full(rule.local_shape(size), torch.nan))
-    for index, number in enumerate(layers):
-        chunk.get_submodule(f"decoder.layers.{index}").layer_number = number + 1
-    return chunk
-
-
-def put(module: nn.Module, name: str, tensor: Tensor) -> None:
-    *path, last = name.split(".")
-    for step in path:
-        if not hasattr(module, step):
-            module.add_module(step, nn.Module())
-        module = getattr(module, step)
-    module.register_parameter(last, nn.Parameter(tensor))
 
 
 def load(chunk: nn.Module, folder: Path, shape: ModelShape, rank=0, size=1, progress=False) -> LoadReport:
@@ -73,7 +48,7 @@ def test_layout_does_not_change_what_is_loaded(kind, shape, saved_folders, odd_l
 
 def test_weights_are_converted_in_place_and_adapters_are_left_alone(shape, saved_folders, odd_llama):
     chunk = stage(shape, 1, range(3)).bfloat16()
-    put(chunk, "decoder.layers.0.mlp.linear_fc1.adapter.A", torch.full((2, 2), 5.0))
+    made.put(chunk, "decoder.layers.0.mlp.linear_fc1.adapter.A", torch.full((2, 2), 5.0))
     before = dict(chunk.named_parameters())
     load(chunk, saved_folders["single"], shape)
     assert all(parameter is before[name] for name, parameter in chunk.named_parameters())
@@ -83,20 +58,20 @@ def test_weights_are_converted_in_place_and_adapters_are_left_alone(shape, saved
 
 
 @pytest.mark.parametrize(
-    ("changes", "added", "told"),
+    ("changes", "told"),
     [
-        ({}, ["decoder.layers.0.mlp.linear_fc3.weight"], r"mlp.linear_fc3.weight \[2, 3\] is part of the"),
-        ({"ffn_hidden_size": 70}, [], r"linear_fc1.weight is \[140, 96\] on a rank, but .* \[144, 96\]"),
-        ({"vocab_size": 99}, [], r"word_embeddings.weight is \[99, 96\] on a rank, but .* \[101, 96\]"),
-        ({"num_layers": 4}, [], "decoder.layers.3.input_layernorm.* no tensor of the checkpoint"),
+        ({}, r"mlp.linear_fc3.weight \[2, 3\] is part of the"),
+        ({"ffn_hidden_size": 70}, r"linear_fc1.weight is \[140, 96\] on a rank, but .* \[144, 96\]"),
+        ({"vocab_size": 99}, r"word_embeddings.weight is \[99, 96\] on a rank, but .* \[101, 96\]"),
+        ({"num_layers": 4}, "decoder.layers.3.input_layernorm.* no tensor of the checkpoint"),
     ],
     ids=["no rule", "another shape", "a smaller vocabulary", "a layer too many"],
 )
-def test_a_model_that_does_not_fit_is_named(changes, added, told, shape, saved_folders):
+def test_a_model_that_does_not_fit_is_named(changes, told, shape, saved_folders):
     other = dataclasses.replace(shape, **changes)
     chunk = stage(other, 1, range(other.num_layers))
-    for name in added:
-        put(chunk, name, torch.zeros(2, 3))
+    if not changes:
+        made.put(chunk, "decoder.layers.0.mlp.linear_fc3.weight", torch.zeros(2, 3))
     with pytest.raises(ConfigurationError, match=told):
         load(chunk, saved_folders["single"], shape)
 
@@ -185,6 +160,6 @@ def test_a_flipped_byte_of_a_run_that_is_a_base_is_named(folders, tmp_path):
     write_manifest(checkpoint, {})
     with one_rank():
         load(stage(ODD, 1, [0, 1], ["first"]), base, ODD)
-        flip_a_byte(checkpoint / "__0_0.distcp")
+        made.flip_a_byte(checkpoint / "__0_0.distcp")
         with pytest.raises(ConfigurationError, match="iter_0000002 is damaged: __0_0.distcp does not match"):
             load(stage(ODD, 1, [0, 1], ["first"]), base, ODD)

@@ -13,12 +13,11 @@ from torch import Tensor
 
 from megatron_peft.config import ConfigurationError
 from megatron_peft.conversion.pretrained import base_parameters
-from megatron_peft.conversion.trained_adapters import is_weight, layer_name, modules_of
 from megatron_peft.models.families import FAMILIES, family_of, read_shape, rules_for
 from megatron_peft.models.rules import HFTensor, Index, Rule, VocabularyRows, expected_tensors
 from megatron_peft.models.shape import ModelShape
-from tests.conversion.megatron_folders import bloom_shapes, llama_shapes, tensors_of
-from tests.conversion.test_pretrained import load, stage
+from tests.conversion.megatron_folders import bloom_shapes, llama_shapes, stage, tensors_of
+from tests.conversion.test_pretrained import load
 from tests.tiny_bloom import save_bloom
 
 SMALL = ModelShape("llama", 1, 5, 6, 2, 2, 4, 10, 64)
@@ -36,10 +35,8 @@ def test_a_family_that_is_not_registered_is_refused():
 def test_rules_are_found_by_megatron_name_and_name_what_targets_go_by(family):
     rules = rules_for(ModelShape(family, 1, 24, 96, 2, 2, 12, 10, 64))
     assert all(name == rule.name for name, rule in rules.items())
-    linear = [rule for rule in rules.values() if is_weight(rule) and ".linear_" in rule.name]
-    layers = {layer_name(rule): modules_of(rule) for rule in linear}
-    found = {part.rpartition(".")[2]: layer.rpartition(".")[2] for layer, parts in layers.items() for part in parts}
-    assert found == family_of(family).modules
+    pairs = [(part, rule.layer) for rule in rules.values() if rule.is_linear for part in rule.modules]
+    assert {part.rpartition(".")[2]: layer.rpartition(".")[2] for part, layer in pairs} == family_of(family).modules
 
 
 @pytest.mark.parametrize("kind", ["single", "tied", "bloom", "untied bloom"])
@@ -116,11 +113,6 @@ def test_a_whole_tensor_is_written_without_a_copy():
     assert written.shape == (10, 5) and written.data_ptr() == whole.data_ptr()
 
 
-@pytest.fixture(scope="module")
-def bloom(tmp_path_factory):
-    return save_bloom(tmp_path_factory.mktemp("bloom"))
-
-
 def loaded(folder: Path) -> dict[str, Tensor]:
     shape = read_shape(folder)
     chunk = stage(shape, 1, range(shape.num_layers))
@@ -128,8 +120,9 @@ def loaded(folder: Path) -> dict[str, Tensor]:
     return dict(base_parameters(chunk))
 
 
-def test_names_without_the_prefix_load_the_same_bloom(bloom, tmp_path):
+def test_names_without_the_prefix_load_the_same_bloom(tmp_path_factory, tmp_path):
     """As in bigscience's files, also with a tied copy and one prefixed name. A missing one has transformers' name."""
+    bloom = save_bloom(tmp_path_factory.mktemp("bloom"))
     tensors = load_file(bloom / "model.safetensors")
     bare = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
     bare["transformer.ln_f.weight"] = bare.pop("ln_f.weight")

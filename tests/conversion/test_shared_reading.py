@@ -7,10 +7,9 @@ import shutil
 import struct
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -20,20 +19,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from megatron_peft.config import ConfigurationError, ParallelConfig
-from megatron_peft.conversion import pretrained, to_megatron
+from megatron_peft.conversion import convert, pretrained
 from megatron_peft.conversion.hf_files import ReadCounts
-from megatron_peft.conversion.pretrained import (
-    ALONE,
-    ReadingGroups,
-    base_parameters,
-    load_pretrained,
-    require_same_model,
-)
-from megatron_peft.conversion.to_megatron import hf_to_megatron
+from megatron_peft.conversion.pretrained import ALONE, ReadingGroups, base_parameters, load_pretrained
 from megatron_peft.models.families import rules_for
 from megatron_peft.runtime.launch import start_model_parallel, start_world, stop, stop_model_parallel
-from tests.conversion.megatron_folders import ODD, save_random, save_ranks
-from tests.conversion.test_pretrained import stage
+from tests.conversion.megatron_folders import ODD, save_random, save_ranks, stage
 from tests.ranks import run_ranks
 
 # Four ranks can split its heads; its rows (9) cannot be split evenly.
@@ -44,8 +35,7 @@ QUICK_LAYOUTS = ("DP4", "TP2 x DP2", "PP2 x DP2")
 NUM_RANKS = 4
 
 
-@dataclass(frozen=True)
-class Read:
+class Read(NamedTuple):
     """Of one rank and one folder: whether the bits are those of reading alone, and the counts of both ways."""
 
     equal: bool
@@ -53,44 +43,33 @@ class Read:
     alone: ReadCounts
 
 
-def in_shards(source: Path, folder: Path, dtype: torch.dtype, num_files: int = 3) -> Path:
-    """Tensors of `source`, converted, in several files whose order is not that of the model."""
+def in_shards(source: Path, folder: Path, dtype: torch.dtype) -> Path:
+    """Tensors of `source`, converted, in three files whose order is not that of the model."""
     folder.mkdir()
     (folder / "config.json").write_text((source / "config.json").read_text())
     tensors = {name: tensor.to(dtype) for name, tensor in load_file(source / "model.safetensors").items()}
-    files = {name: f"model-{hash_of(name) % num_files}.safetensors" for name in tensors}
+    files = {name: f"model-{sum(name.encode()) % 3}.safetensors" for name in tensors}
     for file in set(files.values()):
         save_file({name: tensor for name, tensor in tensors.items() if files[name] == file}, folder / file)
-    index = ", ".join(f'"{name}": "{file}"' for name, file in files.items())
-    (folder / "model.safetensors.index.json").write_text(f'{{"weight_map": {{{index}}}}}')
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
     return folder
-
-
-def hash_of(name: str) -> int:
-    return sum(name.encode())
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
     """The model as it is, and in each form; Megatron's distributed format in slices of ranks and whole."""
     work = tmp_path_factory.mktemp("shared")
-    original = save_random(work / "original", SHAPE)
-    pickled = work / "pickle"
+    original, pickled = save_random(work / "original", SHAPE), work / "pickle"
+    in_shards(original, work / "shards", torch.bfloat16)
     pickled.mkdir()
     (pickled / "config.json").write_text((original / "config.json").read_text())
     torch.save(load_file(original / "model.safetensors"), pickled / "pytorch_model.bin")
-    sliced = hf_to_megatron(original, work / "sliced", progress=False)
+    convert.hf_to_megatron(original, work / "sliced", progress=False)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(to_megatron, "MIN_SHARD_BYTES", 2**30)
-        whole = hf_to_megatron(original, work / "whole", progress=False)
-    return {
-        "original": original,
-        "shards": in_shards(original, work / "shards", torch.bfloat16),
-        "pickle": pickled,
-        "sliced": sliced,
-        "whole": whole,
-        "ranks": save_ranks(original, work / "ranks", tp=2, pp=2),
-    }
+        patch.setattr(convert, "MIN_SHARD_BYTES", 2**30)
+        convert.hf_to_megatron(original, work / "whole", progress=False)
+    save_ranks(original, work / "ranks", tp=2, pp=2)
+    return {folder.name: folder for folder in work.iterdir()}
 
 
 def model_part(tensor_parallel: int, pipeline_parallel: int) -> nn.Module:
@@ -125,16 +104,13 @@ def read_both_ways(asked: tuple[dict[str, Path], list[str]]) -> dict[str, dict[s
     """Started on ranks: by layout and form."""
     folders, layouts = asked
 
-    def compare(layout: tuple[int, int]) -> dict[str, Read]:
-        return {form: read(folders[form], layout) for form in FORMS}
-
     def read(folder: Path, layout: tuple[int, int]) -> Read:
         together, shared = load_here(folder, layout, ReadingGroups.of_layout())
         alone, own = load_here(folder, layout, ALONE)
         pairs = zip(base_parameters(together), base_parameters(alone), strict=True)
         return Read(all(torch.equal(one, other) for (_, one), (_, other) in pairs), shared, own)
 
-    return at_each(layouts, compare)
+    return at_each(layouts, lambda layout: {form: read(folders[form], layout) for form in FORMS})
 
 
 @pytest.fixture(scope="module")
@@ -189,9 +165,8 @@ def test_no_more_broadcasts_are_in_flight_than_the_host_has_waited_for(monkeypat
     monkeypatch.setattr(pretrained, "start_broadcast_over_data_parallel", started)
     monkeypatch.setattr(pretrained, "wait_for_device", lambda: events.append("done"))
     parameters: Any = [(None, nn.Parameter(torch.zeros(2))) for _ in range(20)]
-    pretrained.fill_parameters(
-        parameters, SimpleNamespace(read=lambda *_: None), 0, 1, ReadingGroups(), lambda num_bytes: None
-    )
+    nothing: Any = SimpleNamespace(read=lambda *_: None)
+    pretrained.fill_parameters(parameters, nothing, 0, 1, ALONE, lambda num_bytes: None)
     in_flight = [events[:at].count("start") - events[:at].count("done") for at in range(len(events))]
     assert events.count("start") == 20 and max(in_flight) == pretrained.MAX_IN_FLIGHT + 1
 
@@ -233,16 +208,11 @@ LAYOUT_CASES = [pytest.param(layout, marks=[] if layout in QUICK_LAYOUTS else [p
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("layout", LAYOUT_CASES)
-def test_bits_equal_those_of_reading_alone(layout, form, by_rank):
-    assert all(rank[layout][form].equal for rank in by_rank)
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("layout", LAYOUT_CASES)
-def test_replicas_read_each_byte_of_their_slices_once(layout, form, by_rank):
+def test_bits_equal_those_of_reading_alone_and_replicas_read_each_byte_of_their_slices_once(layout, form, by_rank):
     tensor_parallel, pipeline_parallel = LAYOUTS[layout]
     num_replicas = NUM_RANKS // (tensor_parallel * pipeline_parallel)
     reads = [rank[layout][form] for rank in by_rank]
+    assert all(read.equal for read in reads)
     assert sum(read.together.bytes for read in reads) * num_replicas == sum(read.alone.bytes for read in reads)
 
 
@@ -269,14 +239,9 @@ def weight_files_opened(argument: tuple[Path, int]) -> list[str]:
     folder, ranks_on_a_node = argument
     on_nodes_of(ranks_on_a_node)
     opened: list[str] = []
-
-    def note(event: str, arguments: tuple) -> None:
-        if event == "open" and str(arguments[0]).endswith(".safetensors"):
-            opened.append(Path(arguments[0]).name)
-
-    sys.addaudithook(note)
-    require_same_model(folder)
-    return sorted(opened)
+    sys.addaudithook(lambda event, arguments: opened.append(str(arguments[0])) if event == "open" else None)
+    pretrained.require_same_model(folder)
+    return sorted(Path(path).name for path in opened if path.endswith(".safetensors"))
 
 
 @pytest.mark.parametrize(("ranks_on_a_node", "leaders"), [(2, [True, False]), (1, [True, True]), (0, [True, True])])

@@ -14,8 +14,7 @@ from safetensors.torch import save_file
 
 from megatron_peft.checkpoint.folders import write_manifest
 from megatron_peft.config import ConfigurationError
-from megatron_peft.conversion.to_huggingface import megatron_to_hf
-from megatron_peft.conversion.to_megatron import hf_to_megatron
+from megatron_peft.conversion.convert import hf_to_megatron, megatron_to_hf
 from megatron_peft.models.families import read_shape
 from megatron_peft.models.shape import ModelShape
 from tests.conversion.megatron_folders import (
@@ -72,13 +71,6 @@ def test_ranks_of_old_checkpoints_are_joined(tmp_path, tp, pp, chunks, tied):
     assert read_shape(written) == read_shape(original)
 
 
-def test_type_is_changed_on_demand_and_config_says_so(original, tmp_path):
-    hf_to_megatron(original, tmp_path / "megatron", progress=False)
-    written = megatron_to_hf(tmp_path / "megatron", tmp_path / "hf", dtype=torch.bfloat16, progress=False)
-    assert equal(tensors_of(written), {name: t.bfloat16() for name, t in tensors_of(original).items()})
-    assert json.loads((written / "config.json").read_text())["dtype"] == "bfloat16"
-
-
 def test_a_type_too_narrow_for_a_value_is_refused_and_nothing_is_left(original, tmp_path):
     large = Path(shutil.copytree(original, tmp_path / "large"))
     tensors = tensors_of(original)
@@ -109,9 +101,12 @@ def test_float32_takes_the_copies_of_bf16_training(original, tmp_path):
     tensors = global_tensors(original)
     masters = {f"optimizer.master.{name}": tensor for name, tensor in tensors.items()}
     run = save_run(original, tmp_path / "run", {n: t.bfloat16() for n, t in tensors.items()} | masters)
-    for dtype, stored in ((torch.float32, torch.float32), (None, torch.bfloat16)):
+    for dtype, stored in ((torch.float32, "float32"), (torch.float16, "float16"), (None, "bfloat16")):
         written = megatron_to_hf(run, tmp_path / str(dtype), dtype=dtype, progress=False)
-        assert equal(tensors_of(written), {name: t.to(stored) for name, t in tensors_of(original).items()})
+        rounded = torch.float32 if dtype == torch.float32 else torch.bfloat16
+        expected = {name: t.to(rounded).to(getattr(torch, stored)) for name, t in tensors_of(original).items()}
+        assert equal(tensors_of(written), expected)
+        assert json.loads((written / "config.json").read_text())["dtype"] == stored
 
 
 def test_a_lost_base_costs_the_tokenizer_only(original, tmp_path, caplog):

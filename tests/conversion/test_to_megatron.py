@@ -10,11 +10,11 @@ from torch import Tensor
 
 from megatron_peft.checkpoint.tensors import load_parameters, read_index, sharded_parameters, stored_shapes
 from megatron_peft.config import ConfigurationError
-from megatron_peft.conversion import to_megatron
+from megatron_peft.conversion import convert
+from megatron_peft.conversion.convert import ShardSlice, hf_to_megatron
 from megatron_peft.conversion.hf_files import Source
 from megatron_peft.conversion.megatron_files import open_distributed
 from megatron_peft.conversion.pretrained import load_pretrained
-from megatron_peft.conversion.to_megatron import ShardSlice, hf_to_megatron
 from megatron_peft.models.shape import ModelShape
 from tests.conversion.megatron_folders import ODD, save_random, tensors_of
 from tests.one_rank import one_rank
@@ -49,7 +49,7 @@ def test_a_tensor_is_written_as_shards_that_ranks_read(original, tmp_path, monke
     assert [box.shape for box in stored["decoder.layers.0.mlp.linear_fc2.weight"].slices] == [(10, 3)] * 4
     assert len(stored["embedding.word_embeddings.weight"].slices) == 8
     assert len(stored["decoder.final_layernorm.weight"].slices) == 1
-    monkeypatch.setattr(to_megatron, "MIN_SHARD_BYTES", 2**20)
+    monkeypatch.setattr(convert, "MIN_SHARD_BYTES", 2**20)
     stored = open_distributed(hf_to_megatron(original, tmp_path / "uncut", progress=False))
     assert len(stored["embedding.word_embeddings.weight"].slices) == 1
 
@@ -105,9 +105,8 @@ def test_fused_tensors_of_two_types_take_the_wider(original, tmp_path):
 def test_what_fails_is_named_and_leaves_nothing_behind(original, tmp_path):
     with pytest.raises(ConfigurationError, match="--make-vocab-size-divisible-by 0"):
         hf_to_megatron(original, tmp_path / "megatron", make_vocab_size_divisible_by=0, progress=False)
-    tensors = tensors_of(original)
-    del tensors["model.layers.3.mlp.up_proj.weight"]
-    save_file(tensors, original / "model.safetensors")
+    tensors, lost = tensors_of(original), "model.layers.3.mlp.up_proj.weight"
+    save_file({name: tensor for name, tensor in tensors.items() if name != lost}, original / "model.safetensors")
     with pytest.raises(ConfigurationError, match="1 missing: model.layers.3.mlp.up_proj.weight"):
         hf_to_megatron(original, tmp_path / "megatron", progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["odd"]

@@ -9,8 +9,6 @@ from megatron_peft.config import ConfigurationError
 from megatron_peft.conversion.trained_adapters import (
     LowRankFactors,
     fuse,
-    layer_name,
-    modules_of,
     open_adapters,
     rows_of_modules,
     save_adapters,
@@ -75,7 +73,7 @@ def change(factors: LowRankFactors) -> torch.Tensor:
     return factors.B.double() @ factors.A.double()
 
 
-@pytest.mark.parametrize("rule", LINEAR, ids=layer_name)
+@pytest.mark.parametrize("rule", LINEAR, ids=lambda rule: rule.layer)
 def test_split_makes_the_change_that_the_weights_rule_takes_apart_and_fuse_undoes_it(rule):
     fused = draw(*rule.local_shape(1), rank=3, seed=0)
     expected, modules = rule.write([change(fused)]), split(rule, fused)
@@ -86,11 +84,10 @@ def test_split_makes_the_change_that_the_weights_rule_takes_apart_and_fuse_undoe
     assert torch.equal(again.A, fused.A) and torch.equal(again.B, fused.B)
 
 
-@pytest.mark.parametrize("rule", LINEAR, ids=layer_name)
+@pytest.mark.parametrize("rule", LINEAR, ids=lambda rule: rule.layer)
 @pytest.mark.parametrize("left_out", [0, 1])
 def test_modules_with_an_A_of_their_own_keep_their_change(rule, left_out):
-    modules = list(modules_of(rule).items())
-    found = {module: draw(*shape, rank=2, seed=seed) for seed, (module, shape) in enumerate(modules)}
+    found = {name: draw(*shape, rank=2, seed=seed) for seed, (name, shape) in enumerate(rule.modules.items())}
     kept = {module: found[module] for module in list(found)[: max(1, len(found) - left_out)]}
     fused = fuse(rule, kept)
     assert fused.rank == 2 * len(kept)

@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from megatron_peft.config import ConfigurationError
-from megatron_peft.conversion.to_megatron import hf_to_megatron
+from megatron_peft.conversion.convert import hf_to_megatron
 from megatron_peft.conversion.verify import verify
 from tests.tiny_llama import save_llama
 
@@ -21,8 +21,7 @@ def original(saved_folders) -> Path:
 def spoilt(original: Path, folder: Path, name: str, by: float = 1.1) -> Path:
     shutil.copytree(original, folder)
     tensors = load_file(folder / "model.safetensors")
-    tensors[name] = tensors[name] * by
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors | {name: tensors[name] * by}, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 
@@ -58,8 +57,7 @@ def test_logits_that_are_not_finite_are_not_compared(original, tmp_path):
 
 
 def test_what_cannot_be_compared_is_told(original, tmp_path):
-    other = save_llama(tmp_path / "other")
-    empty, adapter = tmp_path / "empty", tmp_path / "adapter"
+    other, empty, adapter = save_llama(tmp_path / "other"), tmp_path / "empty", tmp_path / "adapter"
     empty.mkdir(), adapter.mkdir()
     (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "moved"}')
     for ours, theirs, num_tokens, told in (

@@ -35,7 +35,7 @@ IMPORTED = (
     *("tools.prepare_data", "tools.preprocess_data", "megatron_peft.training.run", "lm_eval.tasks"),
     *("megatron_peft.evaluation.harness_run", "megatron_peft.evaluation.answers", "megatron_peft.evaluation.model"),
     *("megatron_peft.conversion.peft_export", "megatron_peft.conversion.peft_import", "megatron_peft.tasks.readers"),
-    *("megatron_peft.conversion.to_huggingface", "megatron_peft.conversion.to_megatron"),
+    "megatron_peft.conversion.convert",
     *("megatron_peft.data.preprocess", "megatron_peft.experiment.report", "megatron_peft.experiment.runner"),
 )
 CHECKPOINT = "run/iter_0000001"

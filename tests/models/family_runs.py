@@ -2,13 +2,19 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoConfig
 
 from megatron_peft.certify.runs import Curve, RankReport
 from megatron_peft.checkpoint.save import draft_checkpoint
+from megatron_peft.conversion.convert import hf_to_megatron, megatron_to_hf
+from megatron_peft.conversion.hf_files import write_config
+from megatron_peft.models.families import config_of_shape, read_shape
 from tests.checkpoint.runs import Files, configure, merged, start
+from tests.conversion.megatron_folders import equal, tensors_of
 from tests.models.test_bloom import run_all
 from tests.tiny_families import MODELS
 from tests.training.layout_runs import Job, run_each, run_jobs
@@ -22,10 +28,8 @@ QUICK_LOGIT_LAYOUTS = ("TP1", "TP2", "PP2")
 LAYOUTS = {"TP2": TP2, "TP2+SP": SP}
 # `make test` compares these; `make test-all` compares every method of every family at both layouts.
 QUICK = [
-    ("mistral", "lora", "TP2"),
-    ("qwen2", "hybrid", "TP2+SP"),
-    ("qwen3", "full", "TP2"),
-    ("qwen3", "full", "TP2+SP"),
+    *(("mistral", "lora", "TP2"), ("qwen2", "hybrid", "TP2+SP")),
+    *(("qwen3", "full", "TP2"), ("qwen3", "full", "TP2+SP")),
 ]
 SAVED = {**{family: "lora" for family in FAMILIES}, "qwen3 tied": "full"}
 Answers = dict[tuple[str, str], tuple[list[Tensor], list[list[int]]]]
@@ -60,6 +64,24 @@ def run_families(asked: tuple[Files, list[str]]) -> Outcomes:
 def run_methods(asked: tuple[Files, list[tuple[str, str, str]]]) -> dict[str, Curve]:
     files, cases = asked
     return curves_of(run_jobs([curve_job(files, *case) for case in cases]))
+
+
+def check_round_trip(base: Path, work: Path) -> None:
+    """Weights go to Megatron's format and come back bit for bit."""
+    hf_to_megatron(base, work / "megatron", progress=False)
+    assert equal(tensors_of(megatron_to_hf(work / "megatron", work / "hf", progress=False)), tensors_of(base))
+
+
+def made_config(base: Path, folder: Path, caplog: Any, *may_differ: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A config made of the base's shape gives it back; it and the base's as transformers reads them, which is alike."""
+    shape = read_shape(base)
+    write_config(folder, config_of_shape(shape))
+    assert read_shape(folder) == shape
+    assert not caplog.records, "a key without a meaning"
+    ours, theirs = (AutoConfig.from_pretrained(place).to_dict() for place in (folder, base))
+    changed = {key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)}
+    assert changed <= {"_name_or_path", "dtype", "head_dim", *may_differ}
+    return ours, theirs
 
 
 def curves_of(reports: dict[str, RankReport]) -> dict[str, Curve]:

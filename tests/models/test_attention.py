@@ -10,18 +10,11 @@ import pytest
 import torch
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.transformer.attention import SelfAttention
-from megatron.core.transformer.enums import AttnMaskType
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
+from megatron_peft.models import layers
 from megatron_peft.models.kernels import Installed
-from megatron_peft.models.layers import (
-    AlibiAttention,
-    AlibiBias,
-    CachingSelfAttention,
-    PackedSamples,
-    ScaledDotProductAttention,
-    alibi_slopes,
-)
+from megatron_peft.models.layers import AlibiAttention, AlibiBias, PackedSamples, ScaledDotProductAttention
 from tests.benchmarks.gpu_subjects import device, relative
 from tests.one_rank import one_rank
 from tests.tiny_gpt import SIZES, tiny_gpt
@@ -43,8 +36,8 @@ def _attention(kind="plain", bias=None, **settings):
     config = SimpleNamespace(kv_channels=DIM, attention_dropout=0.0)
     if kind == "alibi":
         bias = bias or AlibiBias(HEADS, 0, 1)
-        return AlibiAttention(config, 1, AttnMaskType.causal, "self", bias=bias, **settings)
-    return ScaledDotProductAttention(config, 1, AttnMaskType.causal, "self", **settings)
+        return AlibiAttention(config, 1, bias=bias, **settings)
+    return ScaledDotProductAttention(config, 1, **settings)
 
 
 def _qkv(num_queries=S, heads=HEADS, groups=HEADS):
@@ -116,20 +109,13 @@ def test_output_and_gradients_are_those_of_the_reference_in_float64(figure, kind
     torch.manual_seed(0)
     sizes = [(length, BATCH, heads, DIM) for heads in (HEADS, KINDS[kind], KINDS[kind])]
     drawn = [torch.randn(size, device="cpu").bfloat16() for size in (*sizes, (length, BATCH, HEADS * DIM))]
-    *qkv, weights = [x.to(device(), dtype) for x in drawn]
-    *exact, exact_weights = [x.double() for x in drawn]
-    out, expected = _attention(kind)(*_leaves(qkv), None), _reference(*_leaves(exact), kind)
-    pairs = zip(
-        [out, *torch.autograd.grad(out, qkv, weights)],
-        [expected, *torch.autograd.grad(expected, exact, exact_weights)],
-        strict=True,
-    )
+    *qkv, weights = [x.to(device(), dtype).requires_grad_() for x in drawn]
+    *exact, exact_weights = [x.double().requires_grad_() for x in drawn]
+    out, expected = _attention(kind)(*qkv, None), _reference(*exact, kind)
+    found = [out, *torch.autograd.grad(out, qkv, weights)]
+    pairs = zip(found, [expected, *torch.autograd.grad(expected, exact, exact_weights)], strict=True)
     name = f"{kind}, {length} positions, {dtype}".replace("torch.", "")
     figure(name, max(relative(*pair) for pair in pairs), ulps * torch.finfo(dtype).eps)
-
-
-def _leaves(tensors):
-    return [x.requires_grad_() for x in tensors]
 
 
 def test_dropout_acts_in_training_only_and_keeps_the_mean():
@@ -150,7 +136,7 @@ def test_dropout_of_heads_leaves_the_common_generator_alone():
 
 @pytest.mark.parametrize("num_heads", [1, 2, 3, 6, 8, 12, 32, 52, 112])
 def test_slopes_are_those_of_transformers(num_heads):
-    torch.testing.assert_close(alibi_slopes(num_heads), _slopes(num_heads))
+    torch.testing.assert_close(layers.alibi_slopes(num_heads), _slopes(num_heads))
 
 
 def test_a_rank_has_the_slopes_of_its_own_heads():
@@ -198,7 +184,7 @@ def test_logits_of_rotated_keys_are_those_of_megatron_cores_own_attention_bit_fo
     model = tiny_gpt({"position_embedding": embedding, "num_query_groups": groups}).eval()
     found = _logits(model, StaticInferenceContext(2, 9), PIECES)
     for layer in model.decoder.layers:
-        assert type(layer.self_attention) is CachingSelfAttention
+        assert type(layer.self_attention) is layers.CachingSelfAttention
         layer.self_attention.__class__ = SelfAttention
     assert torch.equal(found, _logits(model, StaticInferenceContext(2, 9), PIECES))
 
@@ -223,10 +209,8 @@ def test_a_backend_chooses_the_kernel_and_keeps_the_numbers(figure, backend):
     if engine and not (has_gpu and Installed.detected().transformer_engine):
         pytest.skip("Transformer Engine needs a GPU")
     chosen = {"transformer_impl": backend} if engine else {"transformer_impl": "local", "attention_backend": backend}
-    model, in_full = (
-        tiny_gpt(bf16=has_gpu, **settings)
-        for settings in (chosen, {"transformer_impl": "local", "attention_backend": "unfused"})
-    )
+    unfused = {"transformer_impl": "local", "attention_backend": "unfused"}
+    model, in_full = (tiny_gpt(bf16=has_gpu, **settings) for settings in (chosen, unfused))
     tokens = torch.arange(20, device=device()).reshape(2, 10)
     positions = torch.arange(10, device=device()).expand(2, 10)
     with torch.profiler.profile() as profile:

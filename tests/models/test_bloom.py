@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -60,10 +61,6 @@ def run_all(
     return {(name, layout): _run(base, layout) for name, base in bases.items() for layout in layouts}
 
 
-def run_asked(asked: tuple[dict[str, str], list[str]]) -> Any:
-    return run_all(*asked)
-
-
 def _run(base: str, layout: str) -> tuple[list[Tensor], list[list[int]]]:
     shape = read_shape(base)
     parallel = ParallelConfig(**LAYOUTS[layout], world_size=dist.get_world_size())
@@ -98,6 +95,21 @@ def _forward(microbatches, model):
     return logits, lambda output, non_loss_data: gather_from_tensor_model_parallel_region(output)
 
 
+@torch.no_grad()
+def check_logits(logits: list[Tensor], model: Any) -> None:
+    """They are those of transformers."""
+    for found, batch in zip(logits, TOKENS, strict=True):
+        expected = model(batch).logits
+        assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@torch.no_grad()
+def check_answers(answers: list[list[int]], model: Any) -> None:
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        logits = model(torch.tensor([prompt + answer])).logits[0]
+        assert len(answer) == NUM_NEW and answer == logits[len(prompt) - 1 : -1].argmax(-1).tolist()
+
+
 @pytest.fixture(scope="module")
 def models():
     return {name: random_bloom(**changes) for name, changes in MODELS.items()}
@@ -108,27 +120,17 @@ def outcomes(models, request, tmp_path_factory):
     folders = {name: str(tmp_path_factory.mktemp("bloom")) for name in models}
     for name, folder in folders.items():
         models[name].save_pretrained(folder)
-    return run_ranks(2, run_asked, (folders, asked_layouts(request)))[-1]
+    return run_ranks(2, partial(run_all, folders), asked_layouts(request))[-1]
 
 
 @pytest.mark.parametrize("layout", quickly(LAYOUTS, QUICK))
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_are_those_of_transformers(outcomes, models, name, layout):
-    logits, _ = outcomes[name, layout]
-    assert len(logits) == len(TOKENS)
-    for found, batch in zip(logits, TOKENS, strict=True):
-        with torch.no_grad():
-            expected = models[name](batch).logits
-        assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    check_logits(outcomes[name, layout][0], models[name])
 
 
 @pytest.mark.parametrize("layout", quickly(GENERATING, QUICK))
 @pytest.mark.parametrize("name", MODELS)
 def test_answers_with_a_cache_are_those_of_the_whole_forward(outcomes, models, name, layout):
     """Prompts of unequal length in one batch, so some are padded; transformers sees each alone and whole."""
-    _, answers = outcomes[name, layout]
-    for prompt, answer in zip(PROMPTS, answers, strict=True):
-        assert len(answer) == NUM_NEW
-        with torch.no_grad():
-            logits = models[name](torch.tensor([prompt + answer])).logits[0]
-        assert answer == logits[len(prompt) - 1 : -1].argmax(-1).tolist()
+    check_answers(outcomes[name, layout][1], models[name])

@@ -9,11 +9,10 @@ from megatron_peft.adapters import linear
 from megatron_peft.adapters.attach import attach_adapters
 from megatron_peft.adapters.frozen_linear import frozen_linear
 from megatron_peft.checkpoint.tensors import sharded_parameters
-from megatron_peft.config import ParallelConfig, PeftConfig
-from megatron_peft.models.gpt import transformer_config
+from megatron_peft.config import PeftConfig
 from megatron_peft.models.kernels import Installed, Training
 from megatron_peft.models.layers import PackedSamples
-from megatron_peft.models.shape import ModelShape, RopeScaling
+from megatron_peft.models.shape import RopeScaling
 from tests.one_rank import one_rank
 from tests.tiny_gpt import SIZES, tiny_gpt
 
@@ -76,18 +75,6 @@ def test_the_frozen_output_layer_is_megatrons_with_our_product(tied, monkeypatch
     (losses, gradients, num_ours), (expected, their_gradients, num_theirs) = found
     torch.testing.assert_close((losses, gradients), (expected, their_gradients))
     assert num_ours == num_theirs + 1
-
-
-@pytest.mark.parametrize(
-    ("interleaved", "settings", "overlaps"), [(1, {}, True), (1, {"overlap_p2p_comm": False}, False), (None, {}, False)]
-)
-def test_messages_between_stages_overlap_or_are_batched(interleaved, settings, overlaps):
-    sizes = ModelShape(**{**SIZES, "num_layers": 6})
-    parallel = ParallelConfig(
-        pipeline_model_parallel_size=3, num_layers_per_virtual_pipeline_stage=interleaved, world_size=3
-    )
-    config = transformer_config(sizes, False, settings, parallel)
-    assert (config.overlap_p2p_comm, config.batch_p2p_comm) == (overlaps, not overlaps)
 
 
 def test_what_a_gpu_fuses_in_float32_keeps_the_gradients_of_the_unfused_model(monkeypatch: pytest.MonkeyPatch):

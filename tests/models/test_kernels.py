@@ -1,6 +1,7 @@
 """What a fusion switch decides, by what is installed: tried without a GPU. Packed attention on one takes one kernel."""
 
 import sys
+from collections import ChainMap
 from dataclasses import replace
 from inspect import signature
 from types import ModuleType, SimpleNamespace
@@ -10,39 +11,17 @@ import pytest
 import torch
 
 from megatron_peft.config import ConfigurationError, ModelConfig, ParallelConfig, RunConfig, make_run
+from megatron_peft.models import kernels
 from megatron_peft.models.gpt import transformer_config, uses_transformer_engine
-from megatron_peft.models.kernels import (
-    FLASH,
-    FUSED,
-    UNFUSED,
-    Installed,
-    Training,
-    _compile_problem,
-    _engine_takes_flash_attn,
-    attention_summary,
-    causal_varlen_attention,
-    engine_kernel,
-    fusions,
-    messages,
-    require_cross_entropy,
-    require_norm_recompute,
-    require_packed_attention,
-    without_compiled,
-)
+from megatron_peft.models.kernels import FLASH, FUSED, UNFUSED, Installed, Training
 from megatron_peft.models.shape import ModelShape
 from tests.tiny_gpt import SIZES
 
 LLAMA = ModelShape(**SIZES)
-BLOOM = ModelShape(
-    **{
-        **SIZES,
-        "architecture": "bloom",
-        "gated_linear_unit": False,
-        "activation": "gelu_tanh",
-        "position_embedding": "alibi",
-        "linear_biases": frozenset({"linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"}),
-    }
-)
+BLOOM = ModelShape(**SIZES | {
+    "architecture": "bloom", "gated_linear_unit": False, "activation": "gelu_tanh", "position_embedding": "alibi",
+    "linear_biases": frozenset({"linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"}),
+})  # fmt: skip
 GPU = Installed(cuda=True)
 EVERYTHING = Installed(cuda=True, transformer_engine=True, accumulating_gemm=True, varlen_attention=True)
 NO_COMPILER = replace(EVERYTHING, compile_problem="node7: no C compiler")
@@ -55,11 +34,7 @@ WITH_DROPOUT = {"hidden_dropout": 0.1}
 def fused(
     shape: ModelShape, settings: dict[str, Any], training: Training, installed: Installed, bf16: bool = True
 ) -> set[str]:
-    return {name for name, is_on in fusions(shape, bf16, settings, training, installed).items() if is_on}
-
-
-def test_nothing_is_fused_without_a_gpu():
-    assert not fused(LLAMA, {LOSS: True, **WITH_DROPOUT}, FULL, Installed(cuda=False, transformer_engine=True))
+    return {name for name, is_on in kernels.fusions(shape, bf16, settings, training, installed).items() if is_on}
 
 
 @pytest.mark.parametrize(
@@ -70,6 +45,7 @@ def test_nothing_is_fused_without_a_gpu():
         (LLAMA, {}, Training(), EVERYTHING, {ROPE, LOSS}),  # our SwiGLU can be computed again, and no weight is trained
         (LLAMA, {}, FULL, GPU, {SWIGLU, LOSS}),
         (BLOOM, {}, FULL, EVERYTHING, {DROPOUT, LOSS, GEMM}),  # no SwiGLU, no rope; biases to add
+        (LLAMA, {LOSS: True, **WITH_DROPOUT}, FULL, replace(EVERYTHING, cuda=False), set()),
     ],
 )
 def test_fusions_are_on_where_their_kernels_exist(shape, settings, training, installed, expected):
@@ -85,14 +61,14 @@ def test_in_float32_nothing_is_fused_that_rounds_to_fewer_bits():
 
 def test_without_a_compiler_nothing_is_fused_that_is_compiled():
     assert fused(LLAMA, WITH_DROPOUT, FULL, NO_COMPILER) == {ROPE, GEMM}
-    run, warning = without_compiled(run_of(), LLAMA, NO_COMPILER.compile_problem)
+    run, warning = kernels.without_compiled(run_of(), LLAMA, NO_COMPILER.compile_problem)
     assert not fused(LLAMA, dict(run.model.transformer), FULL, EVERYTHING) & {SWIGLU, DROPOUT, LOSS}
     assert "node7: no C compiler" in warning and "docs/install.md" in warning
 
 
 def test_a_missing_compiler_is_no_news_where_nothing_is_compiled():
-    for run, problem in ((run_of(model={"bf16": False}), NO_COMPILER.compile_problem), (run_of(), "")):
-        assert without_compiled(run, LLAMA, problem) == (run, "")
+    for run, problem in ((run_of({"bf16": False}), NO_COMPILER.compile_problem), (run_of(), "")):
+        assert kernels.without_compiled(run, LLAMA, problem) == (run, "")
 
 
 @pytest.mark.parametrize("name", [SWIGLU, DROPOUT, ROPE, LOSS, GEMM])
@@ -108,11 +84,9 @@ def test_the_model_has_the_swiglu_that_was_chosen(training, ours):
     assert (config.use_te_activation_func, config.bias_activation_fusion) == (ours, not ours)
 
 
-def run_of(
-    peft: dict[str, Any] | None = None, data: dict[str, Any] | None = None, model: dict[str, Any] | None = None
-) -> RunConfig:
-    values = {"pretrained_checkpoint": "m", "bf16": True, "mock_data": True, "train_iters": 1, **(model or {})}
-    return make_run(**values, **(peft or {}), **(data or {}))
+def run_of(*settings: dict[str, Any]) -> RunConfig:
+    values = {"pretrained_checkpoint": "m", "bf16": True, "mock_data": True, "train_iters": 1}
+    return make_run(**dict(ChainMap(*settings, values)))
 
 
 @pytest.mark.parametrize(
@@ -131,21 +105,21 @@ def test_which_backward_reads_the_activation_depends_on_the_method(peft, expecte
     assert Training.of(run_of(peft, {"pad_to_seq_length": True})).fixed_lengths
 
 
+def sent(settings: dict[str, Any], stages: ParallelConfig, training: Training) -> set[str]:
+    return {name for name, is_on in kernels.messages(settings, stages, training).items() if is_on}
+
+
 def test_messages_of_a_known_size_are_not_announced_or_waited_for():
     stages = ParallelConfig(pipeline_model_parallel_size=2, world_size=2)
-    waits = {"variable_seq_lengths", "batch_p2p_sync"}
-    fixed, variable = (messages({}, stages, Training(fixed_lengths=length)) for length in (True, False))
-    assert {name for name, value in fixed.items() if value} == {"batch_p2p_comm", "deallocate_pipeline_outputs"}
-    assert {name for name, value in variable.items() if value} == {"batch_p2p_comm"} | waits
+    assert sent({}, stages, Training(fixed_lengths=True)) == {"batch_p2p_comm", "deallocate_pipeline_outputs"}
+    assert sent({}, stages, Training()) == {"batch_p2p_comm", "variable_seq_lengths", "batch_p2p_sync"}
 
 
 def test_an_output_is_not_freed_while_it_is_being_sent():
     stages = ParallelConfig(pipeline_model_parallel_size=3, num_layers_per_virtual_pipeline_stage=1, world_size=3)
-    overlapped, batched = (
-        messages({"overlap_p2p_comm": overlaps}, stages, Training(fixed_lengths=True)) for overlaps in (True, False)
-    )
-    assert {name for name, value in overlapped.items() if value} == {"overlap_p2p_comm"}
-    assert {name for name, value in batched.items() if value} == {"batch_p2p_comm", "deallocate_pipeline_outputs"}
+    fixed, batched = Training(fixed_lengths=True), {"batch_p2p_comm", "deallocate_pipeline_outputs"}
+    assert sent({"overlap_p2p_comm": True}, stages, fixed) == sent({}, stages, fixed) == {"overlap_p2p_comm"}
+    assert sent({"overlap_p2p_comm": False}, stages, fixed) == batched
 
 
 PACKED: dict[str, Any] = {"pack_sequences": True}
@@ -162,13 +136,10 @@ PACKED: dict[str, Any] = {"pack_sequences": True}
 )
 def test_packing_on_a_gpu_is_refused_where_no_kernel_takes_it(shape, model, installed, message):
     with pytest.raises(ConfigurationError, match=message):
-        require_packed_attention(run_of(data=PACKED, model=model), shape, False, installed)
-    require_packed_attention(run_of(data=PACKED, model=model), shape, False, Installed(cuda=False))
-    require_packed_attention(run_of(model=model), shape, False, installed)
-
-
-def test_packing_on_a_gpu_takes_the_kernel_that_is_there():
-    require_packed_attention(run_of(data=PACKED), LLAMA, False, Installed(True, varlen_attention=True))
+        kernels.require_packed_attention(run_of(PACKED, model), shape, False, installed)
+    kernels.require_packed_attention(run_of(PACKED, model), shape, False, Installed(cuda=False))
+    kernels.require_packed_attention(run_of(model), shape, False, installed)
+    kernels.require_packed_attention(run_of(PACKED), LLAMA, False, EVERYTHING)
 
 
 A100 = Installed(cuda=True, transformer_engine=True, compute_capability=(8, 0), cudnn=92000)
@@ -194,25 +165,25 @@ H100 = replace(A100, compute_capability=(9, 0))
 )
 def test_packed_samples_are_refused_where_transformer_engine_takes_all_pairs(installed, backend, padded, packed):
     model = {"attention_backend": backend}
-    assert engine_kernel(run_of(model=model), installed) == padded
-    run = run_of(data=PACKED, model=model)
-    assert engine_kernel(run, installed) == packed
-    require_packed_attention(run_of(model=model), LLAMA, True, installed)
+    assert kernels.engine_kernel(run_of(model), installed) == padded
+    run = run_of(PACKED, model)
+    assert kernels.engine_kernel(run, installed) == packed
+    kernels.require_packed_attention(run_of(model), LLAMA, True, installed)
     if packed == UNFUSED:
         with pytest.raises(ConfigurationError, match="compute the scores of all pairs of tokens"):
-            require_packed_attention(run, LLAMA, True, installed)
+            kernels.require_packed_attention(run, LLAMA, True, installed)
     else:
-        require_packed_attention(run, LLAMA, True, installed)
+        kernels.require_packed_attention(run, LLAMA, True, installed)
 
 
 def test_the_refusal_of_packed_samples_names_what_is_there_and_the_ways_out():
     with pytest.raises(ConfigurationError) as refused:
-        require_packed_attention(run_of(data=PACKED), LLAMA, True, A100)
+        kernels.require_packed_attention(run_of(PACKED), LLAMA, True, A100)
     assert "this GPU has 8.0 and cuDNN is 9.20.0" in str(refused.value)
     assert "pip install flash-attn" in str(refused.value) and "--transformer-impl local" in str(refused.value)
-    float32 = run_of(data=PACKED, model={"bf16": False})
+    float32 = run_of(PACKED, {"bf16": False})
     with pytest.raises(ConfigurationError, match="for --bf16 only"):
-        require_packed_attention(float32, LLAMA, True, H100)
+        kernels.require_packed_attention(float32, LLAMA, True, H100)
 
 
 @pytest.mark.parametrize(
@@ -226,19 +197,19 @@ def test_the_refusal_of_packed_samples_names_what_is_there_and_the_ways_out():
     ],
 )
 def test_the_start_of_a_run_names_its_core_attention(shape, data, with_engine, installed, line):
-    assert line in attention_summary(run_of(data=data), shape, with_engine, installed)
+    assert line in kernels.attention_summary(run_of(data), shape, with_engine, installed)
 
 
 def test_transformer_engine_itself_says_whether_it_takes_flash_attn(monkeypatch: pytest.MonkeyPatch):
     """The class stood there, with this field, in the 21 releases from 2.4.0 to 2.20.2."""
     utils = "transformer_engine.pytorch.attention.dot_product_attention.utils"
-    assert not _engine_takes_flash_attn()  # not installed
+    assert not kernels._engine_takes_flash_attn()  # not installed
     monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", ModuleType("pytorch"))
     for known in (True, False):
         module = ModuleType("utils")
         module.FlashAttentionUtils = SimpleNamespace(is_installed=known)  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, utils, module)
-        assert _engine_takes_flash_attn() == known
+        assert kernels._engine_takes_flash_attn() == known
 
 
 @pytest.mark.parametrize(
@@ -252,10 +223,10 @@ def test_transformer_engine_itself_says_whether_it_takes_flash_attn(monkeypatch:
 )
 def test_a_fused_loss_that_was_asked_for_is_there_and_keeps_the_precision(setting, bf16, installed, message):
     with pytest.raises(ConfigurationError, match=message):
-        require_cross_entropy(ModelConfig("m", bf16=bf16, transformer=setting), installed)
-    require_cross_entropy(ModelConfig("m", bf16=True, transformer=setting), EVERYTHING)
-    require_cross_entropy(ModelConfig("m", bf16=bf16, transformer=setting), Installed(cuda=False))
-    require_cross_entropy(ModelConfig("m", bf16=bf16), installed)
+        kernels.require_cross_entropy(ModelConfig("m", bf16=bf16, transformer=setting), installed)
+    kernels.require_cross_entropy(ModelConfig("m", bf16=True, transformer=setting), EVERYTHING)
+    kernels.require_cross_entropy(ModelConfig("m", bf16=bf16, transformer=setting), Installed(cuda=False))
+    kernels.require_cross_entropy(ModelConfig("m", bf16=bf16), installed)
 
 
 @pytest.mark.parametrize("error", [None, ModuleNotFoundError("No module named 'triton'"), RuntimeError("no compiler")])
@@ -270,9 +241,9 @@ def test_triton_itself_says_whether_it_compiles(monkeypatch: pytest.MonkeyPatch,
     driver = SimpleNamespace(active=SimpleNamespace(get_current_device=current_device))
     monkeypatch.setitem(sys.modules, "triton.runtime", SimpleNamespace(driver=driver))
     monkeypatch.setitem(sys.modules, "triton", ModuleType("triton"))
-    _compile_problem.cache_clear()
-    found = _compile_problem()
-    _compile_problem.cache_clear()
+    kernels._compile_problem.cache_clear()
+    found = kernels._compile_problem()
+    kernels._compile_problem.cache_clear()
     assert found.endswith(f"{type(error).__name__}: {error}" if error else "")
     assert bool(found) == (error is not None)
 
@@ -292,16 +263,16 @@ def test_auto_takes_transformer_engine_on_a_gpu(wanted, installed, expected):
 
 def test_norms_are_recomputed_on_a_gpu_with_transformer_engine_only():
     recomputed = {"transformer": {"recompute_granularity": "selective"}, "recompute_modules": ("mlp", "layernorm")}
-    require_norm_recompute(run_of(model=recomputed).model, EVERYTHING)
+    kernels.require_norm_recompute(run_of(recomputed).model, EVERYTHING)
     with pytest.raises(ConfigurationError, match="--recompute-modules layernorm needs the package transformer_engine"):
-        require_norm_recompute(run_of(model=recomputed).model, GPU)
+        kernels.require_norm_recompute(run_of(recomputed).model, GPU)
 
 
 def test_torchs_packed_attention_is_called_as_it_is_declared(monkeypatch: pytest.MonkeyPatch):
     """The kernel itself is for a GPU; its signature is not."""
     varlen = pytest.importorskip("torch.nn.attention.varlen", reason="this torch has none")
-    causal_varlen_attention.cache_clear()
-    if causal_varlen_attention() is None:
+    kernels.causal_varlen_attention.cache_clear()
+    if kernels.causal_varlen_attention() is None:
         pytest.skip("this torch has an earlier form of it")
     bound = []
     plain = signature(varlen.varlen_attn)
@@ -312,9 +283,9 @@ def test_torchs_packed_attention_is_called_as_it_is_declared(monkeypatch: pytest
         return query
 
     monkeypatch.setattr(varlen, "varlen_attn", recorded)
-    causal_varlen_attention.cache_clear()
-    attend, x, bounds = causal_varlen_attention(), torch.zeros(5, 2, 8), torch.tensor([0, 2, 5])
+    kernels.causal_varlen_attention.cache_clear()
+    attend, x, bounds = kernels.causal_varlen_attention(), torch.zeros(5, 2, 8), torch.tensor([0, 2, 5])
     assert attend is not None
     attend(x, x, x, bounds, bounds, 3, 3, scale=0.5)
-    causal_varlen_attention.cache_clear()
+    kernels.causal_varlen_attention.cache_clear()
     assert bound[0]["window_size"] == (-1, 0) and bound[0]["enable_gqa"] and bound[0]["max_q"] == 3

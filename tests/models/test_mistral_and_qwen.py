@@ -1,41 +1,27 @@
 """Mistral, Qwen2 and Qwen3 against transformers and HF PEFT: logits, answers, weights there and back, training."""
 
-import json
 from itertools import product
 from pathlib import Path
 
 import peft
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from megatron_peft.certify.comparison import compare_curves
-from megatron_peft.conversion.hf_files import write_config
+from megatron_peft.conversion.convert import megatron_to_hf, merge
 from megatron_peft.conversion.peft_export import export_adapter
-from megatron_peft.conversion.to_huggingface import megatron_to_hf, merge
-from megatron_peft.conversion.to_megatron import hf_to_megatron
 from megatron_peft.conversion.verify import verify
-from megatron_peft.models.families import config_of_shape, read_shape
+from megatron_peft.models.families import read_shape
 from tests.checkpoint.runs import Files
-from tests.conversion.megatron_folders import equal, tensors_of
-from tests.models.family_runs import (
-    FAMILIES,
-    LAYOUTS,
-    LOGIT_LAYOUTS,
-    QUICK,
-    QUICK_LOGIT_LAYOUTS,
-    SAVED,
-    SIX,
-    Outcomes,
-    run_families,
-    run_methods,
-)
-from tests.models.test_bloom import GENERATING, NUM_NEW, PROMPTS, TOKENS, asked_layouts, quickly
+from tests.conversion.megatron_folders import tensors_of
+from tests.models import family_runs as runs
+from tests.models.test_bloom import GENERATING, asked_layouts, check_answers, check_logits, quickly
 from tests.ranks import run_ranks
 from tests.tiny_families import MODELS, random_model
 from tests.tiny_llama import save_pairs
 
-ADAPTED = [name for name, method in SAVED.items() if method == "lora"]
+ADAPTED = [name for name, method in runs.SAVED.items() if method == "lora"]
 
 
 @pytest.fixture(scope="module")
@@ -52,60 +38,42 @@ def files(models, tmp_path_factory) -> Files:
 
 
 @pytest.fixture(scope="module")
-def outcomes(files, request) -> Outcomes:
-    return run_ranks(2, run_families, (files, asked_layouts(request)))[-1]
+def outcomes(files, request) -> runs.Outcomes:
+    return run_ranks(2, runs.run_families, (files, asked_layouts(request)))[-1]
 
 
 @pytest.fixture(scope="module")
 def alone(files):
     """The curves of one process."""
-    return run_ranks(1, run_methods, (files, [(family, method, "") for family, method, _ in QUICK]))[0]
+    return run_ranks(1, runs.run_methods, (files, [(family, method, "") for family, method, _ in runs.QUICK]))[0]
 
 
-@pytest.mark.parametrize("layout", quickly(LOGIT_LAYOUTS, QUICK_LOGIT_LAYOUTS))
+@pytest.mark.parametrize("layout", quickly(runs.LOGIT_LAYOUTS, runs.QUICK_LOGIT_LAYOUTS))
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_are_those_of_transformers(outcomes, models, name, layout):
-    logits, _ = outcomes.answers[name, layout]
-    assert len(logits) == len(TOKENS)
-    for found, batch in zip(logits, TOKENS, strict=True):
-        with torch.no_grad():
-            expected = models[name](batch).logits
-        assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    check_logits(outcomes.answers[name, layout][0], models[name])
 
 
-@pytest.mark.parametrize("layout", quickly(GENERATING, QUICK_LOGIT_LAYOUTS))
+@pytest.mark.parametrize("layout", quickly(GENERATING, runs.QUICK_LOGIT_LAYOUTS))
 @pytest.mark.parametrize("name", MODELS)
 def test_answers_are_those_of_transformers(outcomes, models, name, layout):
-    _, answers = outcomes.answers[name, layout]
-    for prompt, answer in zip(PROMPTS, answers, strict=True):
-        with torch.no_grad():
-            logits = models[name](torch.tensor([prompt + answer])).logits[0]
-        assert len(answer) == NUM_NEW and answer == logits[len(prompt) - 1 : -1].argmax(-1).tolist()
+    check_answers(outcomes.answers[name, layout][1], models[name])
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_weights_are_converted_there_and_back_bit_for_bit(files, tmp_path, name):
-    base = Path(files.bases, name)
-    hf_to_megatron(base, tmp_path / "megatron", progress=False)
-    written = megatron_to_hf(tmp_path / "megatron", tmp_path / "hf", progress=False)
-    assert equal(tensors_of(written), tensors_of(base))
+    runs.check_round_trip(Path(files.bases, name), tmp_path)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_made_config_gives_the_shape_back_and_transformers_reads_it_alike(files, tmp_path, caplog, name):
-    base = Path(files.bases, name)
-    shape = read_shape(base)
+    shape = read_shape(Path(files.bases, name))
     assert (shape.architecture, shape.tied_embeddings) == (name.split()[0], "tied" in name)
-    write_config(tmp_path, config_of_shape(shape))
-    assert read_shape(tmp_path) == shape
-    assert not caplog.records, "a key without a meaning"
-    ours, theirs = (AutoConfig.from_pretrained(folder).to_dict() for folder in (tmp_path, base))
-    changed = {key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)}
-    assert changed <= {"_name_or_path", "dtype", "head_dim", "sliding_window", "max_window_layers"}
+    ours, theirs = runs.made_config(Path(files.bases, name), tmp_path, caplog, "sliding_window", "max_window_layers")
     assert ours["sliding_window"] == theirs["sliding_window"] or not theirs["use_sliding_window"]
 
 
-@pytest.mark.parametrize("case", QUICK, ids=" ".join)
+@pytest.mark.parametrize("case", runs.QUICK, ids=" ".join)
 def test_training_on_two_ranks_equals_one_process(outcomes, alone, case):
     family, method, layout = case
     one, two = alone[f"{family} {method} "], outcomes.curves[f"{family} {method} {layout}"]
@@ -113,11 +81,11 @@ def test_training_on_two_ranks_equals_one_process(outcomes, alone, case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", runs.FAMILIES)
 def test_every_method_on_two_ranks_equals_one_process(files, family):
-    one = run_ranks(1, run_methods, (files, [(family, method, "") for method in SIX]))[0]
-    cases = list(product([family], SIX, LAYOUTS))
-    two = run_ranks(2, run_methods, (files, cases))[-1]
+    one = run_ranks(1, runs.run_methods, (files, [(family, method, "") for method in runs.SIX]))[0]
+    cases = list(product([family], runs.SIX, runs.LAYOUTS))
+    two = run_ranks(2, runs.run_methods, (files, cases))[-1]
     assert len(two) == len(cases) == 12
     for case in cases:
         lines = compare_curves(two[" ".join(case)], one[f"{family} {case[1]} "])
@@ -127,13 +95,12 @@ def test_every_method_on_two_ranks_equals_one_process(files, family):
 @pytest.mark.parametrize("name", ADAPTED)
 def test_hf_peft_opens_an_exported_adapter_and_computes_the_same(files, outcomes, tmp_path, name):
     run, base = Path(files.work, name), Path(files.bases, name)
-    export_adapter(run, tmp_path / "adapter")
-    targets = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["target_modules"]
-    assert set(targets) == {f"{part}_proj" for part in "q k v o gate up down".split()}
-    assert verify(tmp_path / "adapter", run).logits.absolute < 1e-4
-    assert verify(tmp_path / "adapter", base).logits.absolute > 0.1
-    opened = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(tmp_path / "adapter"))
-    assert opened.peft_config["default"].r == 4
+    adapter = export_adapter(run, tmp_path / "adapter")
+    assert verify(adapter, run).logits.absolute < 1e-4
+    assert verify(adapter, base).logits.absolute > 0.1
+    opened = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(adapter))
+    config = opened.peft_config["default"]
+    assert config.r == 4 and config.target_modules == {f"{part}_proj" for part in "q k v o gate up down".split()}
 
 
 @pytest.mark.parametrize("name", ADAPTED)

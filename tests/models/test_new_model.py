@@ -9,45 +9,26 @@ from types import ModuleType
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, Starcoder2Config, Starcoder2ForCausalLM
+from transformers import AutoModelForCausalLM, Starcoder2Config, Starcoder2ForCausalLM
 
 from megatron_peft.certify.comparison import compare_curves
 from megatron_peft.certify.runs import START, RankReport
 from megatron_peft.config import ConfigurationError
 from megatron_peft.conversion.hf_files import write_config
-from megatron_peft.conversion.to_huggingface import megatron_to_hf
-from megatron_peft.conversion.to_megatron import hf_to_megatron
 from megatron_peft.models import families
-from megatron_peft.models.families import FAMILIES, config_of_shape, read_shape
-from tests.conversion.megatron_folders import equal, tensors_of
-from tests.models.test_bloom import (
-    GENERATING,
-    LAYOUTS,
-    NUM_NEW,
-    PROMPTS,
-    QUICK,
-    TOKENS,
-    asked_layouts,
-    quickly,
-    run_all,
-)
+from megatron_peft.models.families import FAMILIES, read_shape
+from tests.models.family_runs import check_round_trip, made_config, run_all
+from tests.models.test_bloom import GENERATING, LAYOUTS, QUICK, asked_layouts, check_answers, check_logits, quickly
 from tests.ranks import run_ranks
-from tests.tiny_llama import VOCAB_SIZE, draw_parameters, save_pairs
+from tests.tiny_families import SIZES
+from tests.tiny_llama import draw_parameters, save_pairs
 from tests.training.layout_runs import Job, run_each, run_jobs
 
 PAGE = Path(__file__).parents[2] / "docs" / "new-model.md"
 (SOURCE,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
 LINES = r'^    "(\w+)": "([\w.]+)",$'
 (LINE,) = re.findall(LINES, PAGE.read_text(), re.MULTILINE)
-SIZES = {
-    "hidden_size": 96,
-    "intermediate_size": 160,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "vocab_size": VOCAB_SIZE,
-    "max_position_embeddings": 256,
-}
+
 MODELS = {
     "untied": {"tie_word_embeddings": False},
     "tied, heads of 20, no biases": {"head_dim": 20, "use_bias": False, "sliding_window": 160},
@@ -89,7 +70,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     found = {}
     for name, changes in MODELS.items():
         torch.manual_seed(0)
-        model = Starcoder2ForCausalLM(Starcoder2Config(**{**SIZES, **changes}))
+        model = Starcoder2ForCausalLM(Starcoder2Config(**{**SIZES, "num_hidden_layers": 4, **changes}))
         draw_parameters(model, std=0.08)
         found[name] = tmp_path_factory.mktemp("starcoder2")
         model.save_pretrained(found[name])
@@ -114,22 +95,13 @@ def outcomes(folders, request, tmp_path_factory):
 @pytest.mark.parametrize("layout", quickly(LAYOUTS, QUICK))
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_are_those_of_transformers(outcomes, models, name, layout):
-    logits, _ = outcomes[0][name, layout]
-    assert len(logits) == len(TOKENS)
-    for found, batch in zip(logits, TOKENS, strict=True):
-        with torch.no_grad():
-            expected = models[name](batch).logits
-        assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    check_logits(outcomes[0][name, layout][0], models[name])
 
 
 @pytest.mark.parametrize("layout", quickly(GENERATING, QUICK))
 @pytest.mark.parametrize("name", MODELS)
 def test_answers_are_those_of_transformers(outcomes, models, name, layout):
-    _, answers = outcomes[0][name, layout]
-    for prompt, answer in zip(PROMPTS, answers, strict=True):
-        with torch.no_grad():
-            logits = models[name](torch.tensor([prompt + answer])).logits[0]
-        assert len(answer) == NUM_NEW and answer == logits[len(prompt) - 1 : -1].argmax(-1).tolist()
+    check_answers(outcomes[0][name, layout][1], models[name])
 
 
 def test_hugging_faces_names_are_targets_and_training_is_alike_at_tp2(outcomes):
@@ -144,20 +116,12 @@ def test_hugging_faces_names_are_targets_and_training_is_alike_at_tp2(outcomes):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_weights_are_converted_there_and_back_bit_for_bit(folders, tmp_path, name):
-    hf_to_megatron(folders[name], tmp_path / "megatron", progress=False)
-    written = megatron_to_hf(tmp_path / "megatron", tmp_path / "hf", progress=False)
-    assert equal(tensors_of(written), tensors_of(folders[name]))
+    check_round_trip(folders[name], tmp_path)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_made_config_gives_the_shape_back_and_transformers_reads_it_alike(folders, models, tmp_path, caplog, name):
-    shape = read_shape(folders[name])
-    write_config(tmp_path, config_of_shape(shape))
-    assert read_shape(tmp_path) == shape
-    assert not caplog.records, "a key without a meaning"
-    ours, theirs = (AutoConfig.from_pretrained(folder).to_dict() for folder in (tmp_path, folders[name]))
-    changed = {key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)}
-    assert changed <= {"_name_or_path", "dtype", "head_dim"}
+    ours, _ = made_config(folders[name], tmp_path, caplog)
     assert ours["head_dim"] == models[name].model.layers[0].self_attn.head_dim
 
 

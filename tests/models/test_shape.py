@@ -10,9 +10,7 @@ from megatron_peft.config import LINEAR_MODULES, ConfigurationError, DataConfig,
 from megatron_peft.models.shape import MOST, ModelShape, RopeScaling, check_layout, check_lengths, compare_shape
 
 LLAMA = ModelShape("llama", 12, 96, 288, 12, 6, 8, 1000, 2048, rope_scaling=RopeScaling(factor=8.0))
-ACCOUNTED: dict[str, Any] = {
-    "account_for_embedding_in_pipeline_split": True, "account_for_loss_in_pipeline_split": True,
-}  # fmt: skip
+ACCOUNTED = dict.fromkeys(("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"), True)
 BLOOM = ModelShape(
     "bloom", 12, 96, 288, 12, 12, 8, 1000, 2048, normalization="LayerNorm", activation="gelu_tanh",
     gated_linear_unit=False, linear_biases=frozenset(LINEAR_MODULES), tied_embeddings=True, position_embedding="alibi",
@@ -93,6 +91,7 @@ def test_layouts_that_fit_say_nothing() -> None:
 def test_layouts_that_do_not_fit_list_what_does(parallel: ParallelConfig, expected: str) -> None:
     (problem,) = check_layout(parallel, LLAMA)
     assert re.search(expected, problem), problem
+    assert len(check_layout(layout(tp=4, pp=5), LLAMA)) == 2  # both are told together
 
 
 def test_divisors_of_a_huge_prime_are_found_at_once() -> None:
@@ -113,10 +112,6 @@ def test_no_shape_has_sizes_or_numbers_that_mean_nothing(changes: dict[str, Any]
         replace(LLAMA, **changes)
 
 
-def test_tensor_and_pipeline_problems_are_reported_together() -> None:
-    assert len(check_layout(layout(tp=4, pp=5), LLAMA)) == 2
-
-
 def test_samples_longer_than_rotary_positions_are_reported_unless_their_length_is_the_default() -> None:
     (problem,) = check_lengths(DataConfig(seq_length=4096), LLAMA)
     assert "--seq-length 4096" in problem and "2048" in problem
@@ -131,9 +126,7 @@ def test_a_window_that_is_shorter_than_the_samples_is_refused_with_the_length_th
     windowed = replace(LLAMA, sliding_window=512, num_full_attention_layers=4)
     trains: dict[str, Any] = {"train_data_path": ("train.jsonl",)}
     problem = "".join(check_lengths(DataConfig(seq_length=513, **trains), windowed))
-    assert re.match(
-        "--seq-length 513 .* window of 512 tokens .* 8 of its 12 layers.* --seq-length 512 or less", problem
-    )
+    assert re.match("--seq-length 513 .* window of 512 .* 8 of its 12 layers.* --seq-length 512 or less", problem)
     assert check_lengths(DataConfig(seq_length=512, **trains), windowed) == []
     assert len(check_lengths(DataConfig(**trains), windowed)) == 1
     assert len(check_lengths(DataConfig(seq_length=513), windowed)) == 1

@@ -1,0 +1,349 @@
+"""Whole models: from a Hugging Face folder to Megatron's format, back again, and merged with a run's adapters.
+
+Megatron's is the distributed checkpoint (`torch_dist`) with the keys and shapes of GPTModel's `sharded_state_dict`, a
+key for each layer. The rules of `models.rules` go both ways; one slice or one parameter is in memory at a time.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from io import IOBase
+from math import prod
+from os import PathLike
+from pathlib import Path
+
+import torch
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from torch import Size, Tensor
+from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, StorageMeta, TensorProperties
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.utils.serialization import config as serialization_config
+
+from megatron_peft.checkpoint.folders import MANIFEST, RECORD, check_new, megatron_files, new_folder
+from megatron_peft.checkpoint.run_record import read_record
+from megatron_peft.config import ConfigurationError, require
+from megatron_peft.conversion.hf_files import CONFIG, Source, copy_small_files, set_stored_type, write_config
+from megatron_peft.conversion.model_card import Exported, check_export, write_card
+from megatron_peft.conversion.pretrained import Weights, open_weights, owned_rules, read_model_shape
+from megatron_peft.conversion.trained_adapters import base_of, open_adapters, require_undamaged
+from megatron_peft.conversion.writer import (
+    DEFAULT_SHARD_BYTES,
+    DirectFile,
+    byte_bar,
+    require_no_overflow,
+    write_safetensors,
+)
+from megatron_peft.models.families import config_of_shape, read_shape
+from megatron_peft.models.rules import HFSlice, Rule, VocabularyRows
+from megatron_peft.models.shape import ModelShape
+
+logger = logging.getLogger(__name__)
+
+# A tensor is stored as the shards of this many tensor-parallel ranks, the first that divides it: so a rank that loads
+# it reads little more than its own share.
+SHARD_COUNTS = (8, 4, 2, 3)
+MIN_SHARD_BYTES = 4 * 2**20
+
+
+@dataclass(frozen=True)
+class ShardSlice:
+    """A slice of a global tensor that is stored by itself: a tensor-parallel rank's local tensor, or a part of it."""
+
+    item: WriteItem  # what torch's writer plans with
+    rule: Rule
+    rank: int
+    size: int
+    hf_slice: HFSlice | None  # the values of a part; None for all of the local tensor
+
+    def empty(self, device: str) -> Tensor:
+        """A tensor of its shape and type."""
+        data = self.item.tensor_data
+        assert data is not None
+        return torch.empty(data.chunk.sizes, dtype=data.properties.dtype, device=device)
+
+    def read(self, source: Source) -> Tensor:
+        """Read the values of the slice."""
+        values = self.empty("cpu")
+        if self.hf_slice is not None:
+            return values.copy_(source.slice(self.hf_slice.name, self.hf_slice.index))
+        source.read(self.rule, values, self.rank, self.size)
+        return values
+
+
+def hf_to_megatron(
+    input: str | Path,
+    output: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    make_vocab_size_divisible_by: int = 128,
+    progress: bool = True,
+) -> Path:
+    """Write `output`, which --pretrained-checkpoint opens with any layout, from a Hugging Face folder.
+
+    Args:
+        dtype: of the weights; None keeps the stored type (the wider one if tensors are fused).
+        make_vocab_size_divisible_by: zeros pad the rows of embedding and output layer to a multiple of it.
+
+    Raises ConfigurationError: before anything is written, if `input` is not a model, is truncated or does not fit its
+    config.json, or if `output` exists.
+    """
+    check_new(output)
+    require(
+        make_vocab_size_divisible_by > 0,
+        f"--make-vocab-size-divisible-by {make_vocab_size_divisible_by} must be above 0.",
+    )
+    is_megatrons = megatron_files(input) is not None
+    require(not is_megatrons, f"--input {input} is already in Megatron's format: give a Hugging Face folder.")
+    described = (Path(input) / CONFIG).is_file()
+    require(described, f"--input {input} is not a folder with a {CONFIG}: give the Hugging Face folder of a model.")
+    shape = read_shape(input)
+    rules, source = open_weights(input, shape)
+    assert isinstance(source, Source)
+    padded = shape.padded_vocab_size(make_vocab_size_divisible_by, 1)
+    slices = [
+        stored
+        for rule in owned_rules(rules, shape).values()
+        for stored in shard_slices(rule, padded, dtype or source.stored_type(rule))
+    ]
+    specs = [stored.empty("meta") for stored in slices]
+    total_bytes = sum(spec.nbytes for spec in specs)
+    with new_folder(output) as draft, byte_bar("Converting", total_bytes, progress) as advance:
+        copy_small_files(Path(input), draft)
+        set_stored_type(draft, {spec.dtype for spec in specs})
+        planner, writer = _StreamingPlanner(slices, source, advance), _Writer(draft)
+        # The steps of torch.distributed.checkpoint.save, which would wrap every error in a CheckpointException.
+        plans, metadata = planner.create_global_plan([planner.create_local_plan()])
+        (plan,) = writer.prepare_global_plan(plans)
+        # torch.save would spend a sixth of the time on checksums, which torch.load ignores.
+        with serialization_config.patch({"save.compute_crc32": False}):  # pyright: ignore[reportAttributeAccessIssue]
+            written = writer.write_data(plan, planner).wait()
+        writer.finish(metadata, [written])
+        save_config(CheckpointingConfig("torch_dist"), str(draft))
+        torch.save({}, draft / "common.pt")  # Megatron keeps arguments here; config.json has them
+    return Path(output)
+
+
+def shard_slices(rule: Rule, padded_vocab_size: int, dtype: torch.dtype) -> Iterator[ShardSlice]:
+    """The slices in which a parameter is stored; several shards have at least MIN_SHARD_BYTES each."""
+
+    def shape_of_shard(count: int) -> tuple[int, ...] | None:
+        if isinstance(rule, VocabularyRows):
+            rows, uneven = divmod(padded_vocab_size, count)
+            return None if uneven else (rows, *rule.local_shape(1)[1:])
+        try:
+            return rule.local_shape(count)
+        except ConfigurationError:  # it cannot be split evenly
+            return None
+
+    whole = shape_of_shard(1)
+    assert whole is not None
+    size, local_shape = 1, whole
+    for count in SHARD_COUNTS:
+        shape = shape_of_shard(count)
+        if shape not in (None, whole) and prod(whole) * dtype.itemsize >= count * MIN_SHARD_BYTES:
+            size, local_shape = count, shape
+            break
+    local = torch.empty(local_shape, device="meta")
+    for rank in range(size):
+        parts = list(rule.global_slices(local, rank, size))
+        # Where a rank has several slices, each of them is a Hugging Face slice.
+        hf_slices = rule.hf_slices(local, rank, size) if len(parts) > 1 else [None]
+        for part, hf_slice in zip(parts, hf_slices, strict=True):
+            chunk = ChunkStorageMetadata(Size(part.offset), part.view.shape)
+            data = TensorWriteData(chunk, TensorProperties(dtype=dtype), Size(whole))
+            item = WriteItem(MetadataIndex(rule.name, chunk.offsets), WriteItemType.SHARD, tensor_data=data)
+            yield ShardSlice(item, rule, rank, size, hf_slice)
+
+
+class _StreamingPlanner(DefaultSavePlanner):
+    """Reads each slice when torch's writer gets to it, and holds one at a time."""
+
+    def __init__(self, slices: Sequence[ShardSlice], source: Source, advance: Callable[[int], None]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._slices = {stored.item.index: stored for stored in slices}
+        self._source = source
+        self._advance = advance
+        self._current = torch.empty(0)
+
+    def create_local_plan(self) -> SavePlan:
+        return SavePlan([stored.item for stored in self._slices.values()])
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        self._current.untyped_storage().resize_(0)  # the writer keeps the last slice of every tensor until the end
+        self._current = self._slices[write_item.index].read(self._source)
+        require_no_overflow(self._current, write_item.index.fqn)
+        self._advance(self._current.nbytes)
+        return self._current
+
+
+class _DirectFileSystem(FileSystem):
+    @contextmanager
+    def create_stream(self, path: str | PathLike, mode: str) -> Iterator[IOBase]:
+        with DirectFile(Path(path)) as file:
+            yield file
+
+
+class _Writer(FileSystemWriter):
+    """torch's writer of distributed checkpoints, past the page cache."""
+
+    def __init__(self, folder: Path) -> None:
+        # No copying ahead: it would sort the slices by size. `new_folder` syncs the files.
+        super().__init__(folder, sync_files=False, per_thread_copy_ahead=0)
+        self.fs = _DirectFileSystem()
+
+    def storage_meta(self) -> StorageMeta:
+        return StorageMeta()  # torch's has the path of the draft and a random id
+
+
+# To a Hugging Face folder, one parameter at a time: it is read in Megatron's form (fused, whole), changed if an adapter
+# changes it, and written as the Hugging Face tensors that it consists of.
+
+
+def _write(
+    output: Path,
+    base: str | Path,
+    shape: ModelShape,
+    origins: Iterable[Path],
+    read: Callable[[Rule, Weights], Mapping[str, Tensor]],
+    dtype: torch.dtype | None,
+    max_shard_bytes: int,
+    bar: str,
+    card: Exported | None,
+) -> Path:
+    """Write config.json and the tokenizer's files, from the first of `origins` that has them, and the weights of `base`
+    in sharded safetensors; `read` returns the Hugging Face tensors of one parameter, `bar` labels the progress bar.
+    """
+    rules, weights = open_weights(base, shape)
+    rules = owned_rules(rules, shape)
+    types = {name: dtype or weights.stored_type(rule) for name, rule in rules.items()}
+    specs = {
+        tensor.name: torch.empty(tensor.shape, dtype=types[rule.name], device="meta")
+        for rule in rules.values()
+        for tensor in rule.hf_tensors
+    }
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for rule in rules.values():
+            held = dict(read(rule, weights))
+            for name in [*held]:
+                yield name, held.pop(name)
+
+    total_bytes = sum(spec.nbytes for spec in specs.values())
+    with new_folder(output) as draft, byte_bar(bar, total_bytes, bool(bar)) as advance:
+        origin = next((folder for folder in origins if (folder / CONFIG).is_file()), None)
+        if origin is None:
+            logger.warning("no config.json was found: writing one from the model's shape, without a tokenizer")
+            write_config(draft, config_of_shape(shape))
+        else:
+            copy_small_files(origin, draft)
+        set_stored_type(draft, types.values())
+        write_safetensors(draft, specs, tensors(), max_shard_bytes, advance=advance)
+        if card is not None:
+            write_card(draft, card)
+    return output
+
+
+def _tensors(rule: Rule, weights: Weights, dtype: torch.dtype | None = None) -> Mapping[str, Tensor]:
+    whole = torch.empty(rule.local_shape(1), dtype=dtype or weights.stored_type(rule))
+    weights.read(rule, whole, 0, 1)
+    return rule.write([whole])
+
+
+def megatron_to_hf(
+    input: str | Path,
+    output: str | Path,
+    *,
+    pretrained_checkpoint: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    license: str | None = None,
+    progress: bool = True,
+) -> Path:
+    """Write `output`: sharded safetensors with their index, config.json and the tokenizer's files.
+
+    Args:
+        input: output of hf-to-megatron, --save folder of full fine-tuning, or checkpoint of Megatron-LM.
+        pretrained_checkpoint: Hugging Face folder with config.json and tokenizer, if `input` does not lead to one.
+        dtype: of the weights; None keeps the stored type. float32 reads the float32 copies of bf16 training.
+        max_shard_bytes: of one file.
+        license: of the model card, which a run gets; None takes the base's.
+
+    Raises ConfigurationError: before anything is written, if `input` is truncated, refused, holds only adapters or does
+    not fit its shape, or if `output` exists.
+    """
+    check_export(output, license)
+    files = megatron_files(input)
+    if files is None:
+        raise ConfigurationError(
+            f"--input {input} holds no Megatron checkpoint: expected .metadata, mp_rank_00 or iter_* in it."
+        )
+    if (files / MANIFEST).is_file():
+        require_undamaged(files)
+    shape = read_model_shape(pretrained_checkpoint or input)
+    places = _origins(Path(input), files, pretrained_checkpoint)
+    card = None
+    if (files / RECORD).is_file():
+        record = read_record(files)
+        base = record.config.model.pretrained_checkpoint
+        card = Exported(files, record, Path(output), base, is_adapter=False, license=license)
+    read, bar = partial(_tensors, dtype=dtype), "Converting" if progress else ""
+    return _write(Path(output), input, shape, places, read, dtype, max_shard_bytes, bar, card)
+
+
+def _origins(folder: Path, files: Path, pretrained_checkpoint: str | Path | None = None) -> Iterator[Path]:
+    """Folders to search for a model's config.json and tokenizer, in order; a run's base, and its base, come last."""
+    if pretrained_checkpoint is not None:
+        yield Path(pretrained_checkpoint)
+    yield from (files, folder)
+    base = read_record(files).config.model.pretrained_checkpoint if (files / RECORD).is_file() else None
+    if base is not None:
+        base_files = megatron_files(base)
+        yield from [Path(base)] if base_files is None else _origins(Path(base), base_files)
+
+
+def merge(
+    input: str | Path,
+    output: str | Path,
+    *,
+    pretrained_checkpoint: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    license: str | None = None,
+    progress: bool = True,
+) -> Path:
+    """Write `output`: a model card, config.json, the tokenizer's files and sharded safetensors of the changed model.
+
+    Arguments as for `megatron_to_hf`, of a run with adapters at any layout; `pretrained_checkpoint` is their base, if
+    it is not where the run says.
+
+    Raises ConfigurationError: before anything is written: no checkpoint or no adapters, another base, an output that
+    exists, damaged files.
+    """
+    check_export(output, license)
+    adapters = open_adapters(input)
+    peft, shape = adapters.record.config.peft, adapters.record.shape
+    module = import_module(peft.spec.adapter)
+    require(hasattr(module, "merge"), f"--input {input}: adapters of --peft-method {peft.method} cannot be merged.")
+    base = base_of(adapters, pretrained_checkpoint)
+    files = megatron_files(base)
+    if files is not None and (files / MANIFEST).is_file():
+        require_undamaged(files)
+    places = [base] if files is None else _origins(base, files)
+
+    def read(rule: Rule, weights: Weights) -> Mapping[str, Tensor]:
+        """Changed in float32 (or float64), and cast when written."""
+        layer, stored = rule.layer, weights.stored_type(rule)
+        if layer not in adapters.record.adapted_layers:
+            return _tensors(rule, weights)
+        whole = torch.empty(rule.local_shape(1), dtype=torch.promote_types(stored, torch.float32))
+        weights.read(rule, whole, 0, 1)
+        return rule.write([module.merge(whole, adapters.of(layer), peft)])
+
+    card = Exported(adapters.folder, adapters.record, Path(output), str(base), is_adapter=False, license=license)
+    bar = "Merging" if progress else ""
+    return _write(Path(output), base, shape, places, read, dtype, max_shard_bytes, bar, card)
