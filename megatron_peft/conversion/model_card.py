@@ -5,11 +5,13 @@ the run, from its record and its metrics, and last how to serve the folder. Noth
 Folders stand there by their last names, and what others have named stands as it is, never as Markdown.
 """
 
+import io
 import re
 import shlex
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from megatron_peft.checkpoint.run_record import ADAPTER_CONFIG, RunRecord, find_
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.config.errors import flag_of, spelled
 from megatron_peft.config.hub import hub_name, is_hub_name
-from megatron_peft.config.untrusted import parse_json, parse_yaml, read_bytes, read_json_object, read_text
+from megatron_peft.config.untrusted import MAX_BYTES, parse_json, parse_yaml, read_json_object, read_text
 from megatron_peft.models.families import family_of
 
 CARD = "README.md"
@@ -166,12 +168,13 @@ def _figures(exported: Exported) -> str:
     position = exported.record.position
     last: dict[str, float] = {}
     path = exported.run.parent / "metrics.jsonl"
-    for line in read_bytes(path).splitlines() if path.is_file() else ():
-        with suppress(ConfigurationError):  # a torn line
-            metrics = parse_json(line, str(path))
-            iteration = metrics.get("iteration") if isinstance(metrics, dict) else None
-            if isinstance(iteration, int) and iteration <= position["iteration"]:
-                last |= {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+    with path.open("rb") if path.is_file() else io.BytesIO() as file:
+        for line in iter(partial(file.readline, MAX_BYTES), b""):
+            with suppress(ConfigurationError):  # a torn line
+                metrics = parse_json(line, str(path))
+                iteration = metrics.get("iteration") if isinstance(metrics, dict) else None
+                if isinstance(iteration, int) and iteration <= position["iteration"]:
+                    last |= {name: value for name, value in metrics.items() if isinstance(value, int | float)}
     named = {"loss": "training loss", "validation_loss": "validation loss", "epoch": "epochs"}
     counts = {"iteration": "iterations", "consumed_samples": "samples", "consumed_tokens": "tokens"}
     rows = [(title, f"{position[name]:,}") for name, title in counts.items() if position.get(name)]
