@@ -41,4 +41,4 @@ def run(settings: DemoSettings, run_flags: RunFlags) -> int:
     return 0
 
 
-main = Command(__doc__, DemoSettings, run, "megatron-peft demo", takes_run_flags=True)
+main = Command("demo", __doc__, DemoSettings, run, takes_run_flags=True)

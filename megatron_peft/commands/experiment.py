@@ -90,4 +90,4 @@ def _emit(settings: ExperimentSettings, file: Path) -> int:
     return 0
 
 
-main = Command(__doc__, ExperimentSettings, run, "experiment")
+main = Command("experiment", __doc__, ExperimentSettings, run)

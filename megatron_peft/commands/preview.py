@@ -12,7 +12,6 @@ from megatron_peft.cli.command import Command
 from megatron_peft.cli.parser import RunFlags
 from megatron_peft.config.model import PreviewOptions
 
-PROGRAM = "megatron-peft data preview"
 NO_MODEL = "(none)"  # a model is needed for its tokenizer only
 
 
@@ -20,7 +19,7 @@ def run(settings: PreviewOptions, run_flags: RunFlags) -> int:
     """Print the preview."""
     # The flags of a run on several ranks are accepted by one process.
     environ = {"WORLD_SIZE": str(run_flags.replica_size)}
-    config = run_flags.config_or_exit(environ, program=PROGRAM, saved=without_a_model)
+    config = run_flags.config(environ, saved=without_a_model)
     base = config.model.pretrained_checkpoint
     settings.check_data(config.data)
     from megatron_peft.data.preview import Preview, show  # with numpy: a wrong flag is told at once
@@ -35,4 +34,4 @@ def without_a_model(typed: Mapping[str, Any]) -> dict[str, Any]:
     return {} if typed.get("pretrained_checkpoint") else {"pretrained_checkpoint": NO_MODEL}
 
 
-main = Command(__doc__, PreviewOptions, run, PROGRAM, takes_run_flags=True)
+main = Command("data preview", __doc__, PreviewOptions, run, takes_run_flags=True)

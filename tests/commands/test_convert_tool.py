@@ -26,8 +26,7 @@ def test_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
     for name, command in COMMANDS.items():
-        with pytest.raises(SystemExit, match="0"):
-            main([name, "--help"])
+        assert main([name, "--help"]) == 0
         shown = capsys.readouterr().out
         assert "--input" in shown and all(one.names[0] in shown for one in flags_of(command))
 

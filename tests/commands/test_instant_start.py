@@ -23,7 +23,7 @@ print("\\nheavy:", *sorted({heavy} & sys.modules.keys()))
 @pytest.mark.parametrize(
     ("code", "shown", "heavy"),
     [
-        (f"{PARSE}(['--help'])", "--lora-rank N", NONE),
+        ("import megatron_peft.commands.train as tool; tool.main(['--help'])", "--lora-rank N", NONE),
         (f"{PARSE}(['--num-experts', '8', '--wibble'], {{}})", "", NONE),
         (f"{PARSE}('--pretrained-checkpoint m --train-data-path a.jsonl --train-iters 1'.split(), {{}})", "", NONE),
         ("import megatron_peft.commands.convert as tool; tool.main(['--help'])", "hf-to-megatron", NONE),
