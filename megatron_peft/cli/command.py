@@ -6,6 +6,7 @@ from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from inspect import isfunction
 from typing import Any
 
@@ -52,7 +53,7 @@ class Command:
                 settings, program = settings[name], f"{program} {name}"
             run_flags = RunFlags(words, [*flags_of(settings)] if settings else [], self.takes_run_flags, program)
             if settings and run_flags.refused:
-                raise ConfigurationError(*run_flags.refused)
+                raise ConfigurationError(*run_flags.problems)
             given = [settings(**run_flags.values["command"])] if settings else []
             return self.run(*given, run_flags) if self.takes_run_flags else self.run(*given)
         except ConfigurationError as error:
@@ -66,7 +67,7 @@ class Command:
         if isinstance(settings, Mapping):
             listed = parser.add_subparsers(metavar="COMMAND")
             for name, its_settings in settings.items():
-                about = {"help": its_settings.__doc__, "description": its_settings.__doc__}
+                about: dict[str, Any] = {"help": its_settings.__doc__, "description": its_settings.__doc__}
                 add_flags(listed.add_parser(name, **about), [CONFIG, *flags_of(its_settings)])
             return listed.choices
         own = [] if settings is None else [*flags_of(settings)]
@@ -86,16 +87,15 @@ class Command:
         return self.settings(words) if isfunction(self.settings) else self.settings  # pyright: ignore[reportReturnType]
 
 
-def start_ranks(run_flags: RunFlags) -> int | None:
+def start_ranks(command: str, run_flags: RunFlags) -> int | None:
     """Start the processes that are asked for, each of which runs the command, as `start_processes` does."""
-    words = [*run_flags.program.split()[1:], *run_flags.command_line]
-    return start_processes("megatron_peft", words, run_flags.launch, run_flags.program)
+    return start_processes("megatron_peft", [command, *run_flags.command_line], run_flags.launch, run_flags.program)
 
 
 def make_parser(description: str | None) -> ArgumentParser:
     """A parser for --help, which shows the description as it is laid out, and is readable on a wide terminal."""
     width = min(100, shutil.get_terminal_size().columns) - 2
-    layout = lambda prog: RawDescriptionHelpFormatter(prog, max_help_position=32, width=width)  # noqa: E731
+    layout = partial(RawDescriptionHelpFormatter, max_help_position=32, width=width)
     parser = ArgumentParser(description=description, formatter_class=layout)
     parser.add_argument("--version", action="store_true", default=SUPPRESS, help="print the version and exit")
     return parser

@@ -13,7 +13,7 @@ too: `--print-config` prints it, and it is `run.yaml` in the folder of `--save`.
 # Tried before writing this: ConfigArgParse 1.9 lets the last file replace the others, knows no sections and no lines;
 # jsonargparse 4.53 knows a flag only under its section, names no line for an unknown key, and takes 0.19 s to import.
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
@@ -34,12 +34,11 @@ _PLAIN = ("str", "int", "float", "bool", "null", "timestamp", "value", "merge")
 
 @dataclass(frozen=True)
 class FileFlag:
-    """A flag with its words, and where it stands. `is_set` is false for `false` and `null`."""
+    """A flag with its words, and where it stands. `words` is None for `null`, and for `false` of a switch."""
 
     name: str
-    words: tuple[str, ...]
+    words: tuple[str, ...] | None
     place: str
-    is_set: bool = True
 
 
 def file_entries(files: Sequence[str], known: Mapping[str, Flag], why_unknown: Callable[[str], str]) -> list[FileFlag]:
@@ -56,75 +55,75 @@ def file_entries(files: Sequence[str], known: Mapping[str, Flag], why_unknown: C
     problems: list[str] = []
     sections = {flag.section for flag in known.values()} - {""}
     for file in files:
+        places: dict[str, str] = {}
         try:
-            table = _table(file)
+            settings = [*_settings(file, sections)]
         except ConfigurationError as error:
             problems += error.problems
             continue
-        places: dict[str, str] = {}
-        for outer_key, outer in table:
-            nests = isinstance(outer_key, yaml.ScalarNode) and isinstance(outer, yaml.MappingNode)
-            is_section = nests and outer_key.value in sections
-            for key, value in outer.value if is_section else [(outer_key, outer)]:
-                place = f"line {key.start_mark.line + 1}, column {key.start_mark.column + 1}"
-                try:
-                    name = _name(key, value, known, why_unknown)
-                    its_section = known[name].section
-                    belongs = f"under {its_section}" if its_section else "at the top"
-                    told = f"{key.value} does not belong to {outer_key.value}: write it {belongs}."
-                    require(not is_section or its_section == outer_key.value, told)
-                    told = f"{key.value} stands here and in {places.get(name)}: leave one out."
-                    require(name not in places, told)
-                    places[name] = place
-                    entry = _entry(name, value, known, f"{file}, {place}")
-                    merged[entry.name.removeprefix("--no-").removeprefix("--")] = entry
-                except ConfigurationError as error:
-                    problems.append(f"{file}, {place}: {error}")
+        for section, key, value in settings:
+            place = f"line {key.start_mark.line + 1}, column {key.start_mark.column + 1}"
+            try:
+                name = _name(key, known)
+                if name is None and isinstance(value, yaml.MappingNode):
+                    told = f"{key.value} is not a section; the sections are {', '.join(sorted(sections))}."
+                    raise ConfigurationError(told)
+                if name is None:
+                    raise ConfigurationError(why_unknown(f"--{key.value}"))
+                belongs = f"under {known[name].section}" if known[name].section else "at the top"
+                told = f"{key.value} does not belong to {section}: write it {belongs}."
+                require(section in ("", known[name].section), told)
+                require(name not in places, f"{key.value} stands here and in {places.get(name)}: leave one out.")
+                places[name] = place
+                entry = FileFlag(*_flag_and_words(name, value, known), f"{file}, {place}")
+                merged[entry.name.removeprefix("--no-").removeprefix("--")] = entry
+            except ConfigurationError as error:
+                problems.append(f"{file}, {place}: {error}")
     if problems:
         raise ConfigurationError(*problems)
-    return [entry for entry in merged.values() if entry.is_set]
+    return [entry for entry in merged.values() if entry.words is not None]
 
 
-def _table(file: str) -> list[tuple[yaml.Node, yaml.Node]]:
+def _settings(file: str, sections: Collection[str]) -> Iterator[tuple[str, yaml.Node, yaml.Node]]:
+    """(section or "", key, value) of everything in a file."""
     root = compose_yaml(read_text(Path(file)), file)
     if root is not None and not isinstance(root, yaml.MappingNode):
         raise ConfigurationError(f"{file} is not a table of flags: write `lr: 1e-4`, a line for each flag.")
-    return root.value if root else []
+    for key, value in root.value if root else []:
+        nests = isinstance(key, yaml.ScalarNode) and isinstance(value, yaml.MappingNode)
+        if nests and key.value in sections:
+            yield from ((key.value, *inner) for inner in value.value)
+        else:
+            yield "", key, value
 
 
-def _name(key: yaml.Node, value: yaml.Node, known: Mapping[str, Flag], why_unknown: Callable[[str], str]) -> str:
-    """The flag that a key names; or a ConfigurationError."""
+def _name(key: yaml.Node, known: Mapping[str, Flag]) -> str | None:
+    """The flag that a key names, if it is known. ConfigurationError: a file cannot hold it."""
     if not isinstance(key, yaml.ScalarNode):
         raise ConfigurationError("a key is the name of a flag.")
-    dashed = key.value.replace("_", "-")
-    name = next((name for name in (f"--{key.value}", f"--{dashed}", key.value) if name in known), None)
-    if f"--{dashed}" in TYPED_ONLY or name is not None and known[name].target == "program":
+    dashed = f"--{key.value.replace('_', '-')}"
+    name = next((name for name in (f"--{key.value}", dashed, key.value) if name in known), None)
+    if dashed in TYPED_ONLY or name is not None and known[name].target == "program":
         raise ConfigurationError(f"{key.value} is for the command line only: a file cannot hold it.")
-    if name is None and isinstance(value, yaml.MappingNode):
-        sections = ", ".join(sorted({flag.section for flag in known.values()} - {""}))
-        raise ConfigurationError(f"{key.value} is not a section; the sections are {sections}.")
-    if name is None:
-        raise ConfigurationError(why_unknown(f"--{key.value}"))
     return name
 
 
-def _entry(name: str, value: yaml.Node, known: Mapping[str, Flag], place: str) -> FileFlag:
-    """A flag with its words. A switch that is turned off is the flag `--no-...` where there is one."""
+def _flag_and_words(name: str, value: yaml.Node, known: Mapping[str, Flag]) -> tuple[str, tuple[str, ...] | None]:
+    """A switch that is turned off is the flag `--no-...` where there is one."""
     is_list = isinstance(value, yaml.SequenceNode) and value.tag == f"{_YAML}seq"
     words = [_text(node) for node in (value.value if is_list else [value])]
     if words == [None]:
-        return FileFlag(name, (), place, is_set=False)
+        return name, None
     texts = tuple(word for word in words if word is not None)
     if len(texts) < len(words) or not texts:
         raise ConfigurationError(f"{name.lstrip('-')} has a list with nothing in it, or an empty value in it.")
     if known[name].takes_value:
-        return FileFlag(name, texts, place)
-    (text, *more), opposite = texts, f"--no-{name[2:]}"
-    if more or text.lower() not in (*_ON, *_OFF):
-        raise ConfigurationError(f"{name[2:]} is a switch: true or false, not {' '.join(texts)}.")
+        return name, texts
+    text, opposite = " ".join(texts), f"--no-{name[2:]}"
+    require(text.lower() in (*_ON, *_OFF), f"{name[2:]} is a switch: true or false, not {text}.")
     if text.lower() in _ON:
-        return FileFlag(name, (), place)
-    return FileFlag(opposite, (), place) if opposite in known else FileFlag(name, (), place, is_set=False)
+        return name, ()
+    return (opposite, ()) if opposite in known else (name, None)
 
 
 def _text(node: yaml.Node) -> str | None:

@@ -37,6 +37,7 @@ GROUPS = (
 GROUP_OF = {  # a section, or a table of served.toml
     "program": GROUPS[0],
     "parallel": "distributed",
+    "launch": "distributed",
     "peft": "PEFT",
     "optimizer": "optimizer and regularization",
     "checkpoint": "checkpointing",
@@ -126,8 +127,9 @@ def flags_of(config_class: type, section: str = "") -> Iterator[Flag]:
         if "help" not in field.metadata:
             continue
         kind, choices, many = value_type(hints[field.name])
-        names = field.metadata["flags"] or (flag(field.name),)
-        of_field = {
+        spellings = (flag(field.name), f"--{field.name}") if target == "launch" else (flag(field.name),)
+        names = field.metadata["flags"] or tuple(dict.fromkeys(spellings))
+        of_field: dict[str, Any] = {
             "target": target,
             "key": field.name,
             "group": field.metadata["group"] or GROUP_OF.get(section, section or "options"),
@@ -152,7 +154,7 @@ def _megatrons_flags() -> Iterator[Flag]:
     for target in ("shape", "config", "transformer", "nothing"):
         for name, declared in MEGATRONS[target].items():
             key = declared.get("key", name.replace("-", "_"))
-            settings = {"group": GROUP_OF[target], "section": "" if target == "nothing" else "model"}
+            settings: dict[str, Any] = {"group": GROUP_OF[target], "section": "" if target == "nothing" else "model"}
             if declared.keys().isdisjoint(("kind", "choices", "constant")):
                 field = megatron_fields("TransformerConfig")[key]
                 kind, choices, _ = value_type(eval(field.annotation, dict(vars(typing))))  # megatron-core's own source

@@ -72,8 +72,8 @@ class RunFlags:
         command_line: all words, for the processes that the command starts.
         words: those that are flags of a run.
         values: target (`flags.Target`) -> key -> value.
-        problems: one message for each flag of a run that is wrong, and for each word that no flag explains.
-        refused: those about such words, and about the command's own flags.
+        problems: one message for each flag that is wrong, and for each word that no flag explains.
+        refused: whether one of them is about such a word, or about a flag of the command itself.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class RunFlags:
         self.command_line, self.words, self.program = list(words), list[str](), program
         self.values: dict[str, dict[str, Any]] = {target: {} for target in get_args(Target)}
         self.problems: list[str] = []
-        self.refused: list[str] = []
+        self.refused = False
         self._takes_run_flags = takes_run_flags
         self._served = {name: each for each in (served_flags() if takes_run_flags else ()) for name in each.names}
         self._served |= {name: each for each in own for name in each.names}
@@ -102,7 +102,7 @@ class RunFlags:
         files = [values for name, values in parts if name == CONFIG_FLAG]
         require(all(map(all, files)) and [] not in files, f"{CONFIG_FLAG} needs a file: {CONFIG_FLAG} run.yaml.")
         for entry in file_entries(sum(files, []), self._served, self._why_unknown):
-            self._read(entry.name, [*entry.words], f"{entry.place}: ")
+            self._read(entry.name, [*(entry.words or ())], f"{entry.place}: ")
         self._spellings.clear()
 
         free, unflagged = next((each for each in own if not each.names[0].startswith("-")), None), list[str]()
@@ -118,7 +118,8 @@ class RunFlags:
             self._read(free.names[0], unflagged)
         missing = [each.names[0] for each in own if each.required and each.key not in self.values["command"]]
         if missing:
-            self.refused.append(f"the following arguments are required: {', '.join(missing)}.")
+            self.problems.append(f"the following arguments are required: {', '.join(missing)}.")
+            self.refused = True
 
     @property
     def launch(self) -> dict[str, Any]:
@@ -159,11 +160,9 @@ class RunFlags:
         if config.get("tensor_model_parallel_size", 1) == 1:
             config.pop("sequence_parallel", None)  # as in Megatron, whose scripts give it always: nothing is split
         world_size = environ.get("WORLD_SIZE", "1")
-        if not world_size.isdecimal() or int(world_size) < 1:
-            raise ConfigurationError(
-                *problems, f"WORLD_SIZE is {world_size!r}, not a number of processes: use torchrun."
-            )
+        told = f"WORLD_SIZE is {world_size!r}, not a number of processes: use torchrun."
         try:
+            require(world_size.isdecimal() and int(world_size) > 0, told)
             for name, local in HUB_FLAGS.items():
                 if config.get(name):
                     config[name] = local(config[name], flag(name))
@@ -201,12 +200,9 @@ class RunFlags:
         try:
             value = self._value(name, served, words)
         except ConfigurationError as error:
-            problems = [place + problem for problem in error.problems]
-            if served is None or served.target == "command":
-                self.refused += problems
-            if served is None or served.target != "command":
-                self.problems += problems
-            else:
+            self.problems += [place + problem for problem in error.problems]
+            self.refused |= served is None or served.target == "command"
+            if served and served.target == "command":
                 self.values["command"].setdefault(served.key, None)  # it was given
             return
         assert served is not None

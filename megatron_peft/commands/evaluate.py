@@ -28,7 +28,7 @@ def run(settings: HarnessSettings, run_flags: RunFlags) -> int:
 
     require_known_tasks(settings.tasks, settings.include_path)
 
-    ended = start_ranks(run_flags)
+    ended = start_ranks("evaluate", run_flags)
     if ended is not None:
         return ended
     tell_loading()

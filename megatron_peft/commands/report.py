@@ -49,7 +49,7 @@ def run(settings: ReportSettings, run_flags: RunFlags) -> int:
         )
         require(settings.folder.is_dir(), f"there is no folder {settings.folder}.")
         require_packages("report", "matplotlib", "scipy")
-        ended = start_ranks(run_flags)
+        ended = start_ranks("report", run_flags)
         if ended is not None:
             return ended
         written = _report(settings, run_flags)

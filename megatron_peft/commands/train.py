@@ -9,12 +9,12 @@ torchrun does, with pretrain_peft.py, which takes the same flags.
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
-from megatron_peft.cli.command import Command
+from megatron_peft.cli.command import Command, start_ranks
 from megatron_peft.cli.config_files import run_file
-from megatron_peft.cli.launch import planned_world_size, running_processes, start_processes, tell_loading
+from megatron_peft.cli.launch import running_processes, tell_loading, with_world_size
 from megatron_peft.cli.parser import RunFlags, is_first_rank
 from megatron_peft.config import RunConfig
 from megatron_peft.models.families import read_shape
@@ -26,18 +26,14 @@ def run(run_flags: RunFlags) -> int:
     """Exit code 2 for whatever the user can put right, 130 for Ctrl-C, 1 for anything else."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost rank is one line of ours, not ninety of C++ frames
     asked, program = run_flags.values["program"], run_flags.program
-
-    def config_in(environ: Mapping[str, str]) -> RunConfig:
-        return run_flags.config(environ, shape_of)
-
     try:
+        # Checked for all processes before any is started.
+        config = run_flags.config(with_world_size(run_flags.launch, os.environ), shape_of)
         if asked.get("dry_run"):
-            return _dry_run(run_flags, asked.get("cluster"))
-        words = ["train", *run_flags.command_line]
-        ended = start_processes("megatron_peft", words, run_flags.launch, program, config_in)
+            return _dry_run(config, program, asked.get("cluster"))
+        ended = start_ranks("train", run_flags)
         if ended is not None:
             return ended
-        config = config_in(os.environ)
         with ends_before_training(config.training.exit_signal_handler):
             text = run_file(config, running_processes(os.environ) | run_flags.launch)
             _run(config, text, program, not asked.get("no_plan"))
@@ -63,7 +59,7 @@ def _run(config: RunConfig, text: str, program: str, shows_plan: bool) -> None:
         run_together(lambda: finetune(config, text, planned), program=program)
 
 
-def _dry_run(run_flags: RunFlags, cluster: str | None) -> int:
+def _dry_run(config: RunConfig, program: str, cluster: str | None) -> int:
     """Check in this process alone what a run would check, show its plan for --cluster, and write nothing.
 
     Without --cluster it is planned for this machine's GPUs; without any, there is no plan, which would take minutes and
@@ -71,10 +67,7 @@ def _dry_run(run_flags: RunFlags, cluster: str | None) -> int:
     """
     if not is_first_rank():
         return 0
-    size = planned_world_size(run_flags.launch, os.environ)
-    config = run_flags.config({**os.environ, "WORLD_SIZE": str(size)}, shape_of)
     os.environ["WORLD_SIZE"] = "1"
-
     tell_loading()
     from megatron_peft.plan.cluster import cluster_of_this_machine, read_cluster
     from megatron_peft.plan.plan import make_plan, print_plan, why_not_to_start
@@ -93,7 +86,7 @@ def _dry_run(run_flags: RunFlags, cluster: str | None) -> int:
     plan = make_plan(config, shape, planned_for)
     print_plan(plan)
     if warning := why_not_to_start(plan):
-        print(f"{run_flags.program}: WARNING: {warning}", file=sys.stderr, flush=True)
+        print(f"{program}: WARNING: {warning}", file=sys.stderr, flush=True)
     return 0 if plan.problem is None else 1
 
 
