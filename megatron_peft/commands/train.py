@@ -9,7 +9,6 @@ torchrun does, with pretrain_peft.py, which takes the same flags.
 import os
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from megatron_peft.cli.command import Command, start_ranks
@@ -48,12 +47,18 @@ def run(run_flags: RunFlags) -> int:
 def _run(config: RunConfig, text: str, program: str, shows_plan: bool) -> None:
     # Imported after the arguments were read: --help and a wrong flag answer at once.
     tell_loading()
+    import torch
+
     from megatron_peft.runtime.failure import run_together
     from megatron_peft.runtime.launch import world
     from megatron_peft.runtime.stacks import record_collectives
     from megatron_peft.training.run import finetune
 
-    planned = _planned_peak(config) if shows_plan else None
+    planned = None
+    if shows_plan and torch.cuda.is_available() and is_first_rank():
+        from megatron_peft.rehearsal.rehearsal import start_planned_peak
+
+        planned = start_planned_peak(config, shape_of(str(config.model.pretrained_checkpoint)))
     record_collectives(config.checkpoint.save)
     with world(config.parallel.distributed_backend, config.parallel.distributed_timeout_minutes):
         run_together(lambda: finetune(config, text, planned), program=program)
@@ -88,17 +93,6 @@ def _dry_run(config: RunConfig, program: str, cluster: str | None) -> int:
     if warning := why_not_to_start(plan):
         print(f"{program}: WARNING: {warning}", file=sys.stderr, flush=True)
     return 0 if plan.problem is None else 1
-
-
-def _planned_peak(config: RunConfig) -> Callable[[], int | str | None] | None:
-    """A function that gives the planned peak of rank 0 on a GPU: bytes, None while it is rehearsed, or an error."""
-    import torch
-
-    if not torch.cuda.is_available() or not is_first_rank():
-        return None
-    from megatron_peft.rehearsal.rehearsal import start_planned_peak
-
-    return start_planned_peak(config, shape_of(str(config.model.pretrained_checkpoint)))
 
 
 def shape_of(folder: str) -> ModelShape:
