@@ -5,10 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_peft.cli.command import ArgumentParser
 from megatron_peft.cli.flags import served_flags
-from megatron_peft.commands.completion import with_commands
-from megatron_peft.commands.program import COMMANDS, add_commands
+from megatron_peft.commands.completion import whole_parser, with_commands
 from megatron_peft.experiment.page import markdown
 from megatron_peft.experiment.report import build_report
 from megatron_peft.experiment.results import read_results
@@ -28,10 +26,8 @@ FOREIGN = set(
 
 
 def known_flags() -> set[str]:
-    parser = ArgumentParser("megatron-peft")
-    add_commands(parser, COMMANDS)
     refused = {flag.split()[0] for script in reference.scripts() for flag in script["refused"]}
-    return {name for one in with_commands(parser) for name in one._option_string_actions} | FOREIGN | refused
+    return {name for one in with_commands(whole_parser()) for name in one._option_string_actions} | FOREIGN | refused
 
 
 def page_id(path: Path) -> str:

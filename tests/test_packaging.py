@@ -128,8 +128,7 @@ def test_a_score_of_the_demo_names_the_extra_that_it_lacks(tmp_path, monkeypatch
 def test_help_needs_no_extra(program, monkeypatch, capsys) -> None:
     for name in PROGRAM_EXTRAS:
         monkeypatch.setitem(sys.modules, name.replace("-", "_"), None)
-    with pytest.raises(SystemExit, match="0"):
-        program.main(["--help"])
+    assert program.main(["--help"]) == 0
     assert "usage:" in capsys.readouterr().out
 
 

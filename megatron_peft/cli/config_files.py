@@ -6,66 +6,42 @@
     train-data-path: [0.3, a.jsonl, 0.7, b.jsonl]
 
 A file becomes words of a command line. Of several files the later ones override, and typed flags override them all.
-`true` is a switch, `false` its absence, and `null` is as if the key were not there.
+`true` is a switch, `false` its absence, and `null` is as if the key were not there. A run is written as such a file
+too: `--print-config` prints it, and it is `run.yaml` in the folder of `--save`.
 """
 
 # Tried before writing this: ConfigArgParse 1.9 lets the last file replace the others, knows no sections and no lines;
 # jsonargparse 4.53 knows a flag only under its section, names no line for an unknown key, and takes 0.19 s to import.
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from megatron_peft.config import ConfigurationError, require
+from megatron_peft.cli.flags import Flag, served_flags
+from megatron_peft.config import SECTIONS, ConfigurationError, PeftConfig, RunConfig, require
 from megatron_peft.config.untrusted import compose_yaml, read_text
 
+TITLE = "Repeat this run, in the folder where it was started: megatron-peft train --config FOLDER/run.yaml --save OTHER"
 CONFIG_FLAG = "--config"
 TYPED_ONLY = (CONFIG_FLAG, "--print-config", "--help", "--version")
 _YAML, _ON, _OFF = "tag:yaml.org,2002:", ("true", "yes", "on"), ("false", "no", "off")
 _PLAIN = ("str", "int", "float", "bool", "null", "timestamp", "value", "merge")
-WhyUnknown = Callable[[str], str]
-
-
-@dataclass(frozen=True)
-class KnownFlag:
-    """What a file needs to know of a flag: whether a value follows it, and the section it may stand under."""
-
-    takes_value: bool
-    section: str = ""
 
 
 @dataclass(frozen=True)
 class FileFlag:
-    """A flag with its words, and where it stands. `is_set` is false for `false` and `null`."""
+    """A flag with its words, and where it stands. `words` is None for `null`, and for `false` of a switch."""
 
     name: str
-    words: tuple[str, ...]
+    words: tuple[str, ...] | None
     place: str
-    is_set: bool = True
 
 
-def split_off_files(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The files of every `--config FILE ...`, in order, and the other words. ConfigurationError: no file follows."""
-    files, rest, takes = [], [], False
-    for word in argv:
-        name, equals, value = word.partition("=")
-        if name == CONFIG_FLAG:
-            takes = not equals
-            files += [value] if equals else []
-        elif takes and not word.startswith("-"):
-            files.append(word)
-        else:
-            takes = False
-            rest.append(word)
-    named = sum(word.partition("=")[0] == CONFIG_FLAG for word in argv)
-    if "" in files or len(files) < named:
-        raise ConfigurationError(f"{CONFIG_FLAG} needs a file: {CONFIG_FLAG} run.yaml.")
-    return files, rest
-
-
-def file_entries(files: Sequence[str], known: Mapping[str, KnownFlag], why_unknown: WhyUnknown) -> list[FileFlag]:
+def file_entries(files: Sequence[str], known: Mapping[str, Flag], why_unknown: Callable[[str], str]) -> list[FileFlag]:
     """What all files together set, each flag once.
 
     Args:
@@ -79,75 +55,75 @@ def file_entries(files: Sequence[str], known: Mapping[str, KnownFlag], why_unkno
     problems: list[str] = []
     sections = {flag.section for flag in known.values()} - {""}
     for file in files:
+        places: dict[str, str] = {}
         try:
-            table = _table(file)
+            settings = [*_settings(file, sections)]
         except ConfigurationError as error:
             problems += error.problems
             continue
-        places: dict[str, str] = {}
-        for outer_key, outer in table:
-            nests = isinstance(outer_key, yaml.ScalarNode) and isinstance(outer, yaml.MappingNode)
-            is_section = nests and outer_key.value in sections
-            for key, value in outer.value if is_section else [(outer_key, outer)]:
-                place = f"line {key.start_mark.line + 1}, column {key.start_mark.column + 1}"
-                try:
-                    name = _name(key, value, known, why_unknown)
-                    its_section = known[name].section
-                    belongs = f"under {its_section}" if its_section else "at the top"
-                    told = f"{key.value} does not belong to {outer_key.value}: write it {belongs}."
-                    require(not is_section or its_section == outer_key.value, told)
-                    told = f"{key.value} stands here and in {places.get(name)}: leave one out."
-                    require(name not in places, told)
-                    places[name] = place
-                    entry = _entry(name, value, known, f"{file}, {place}")
-                    merged[entry.name.removeprefix("--no-").removeprefix("--")] = entry
-                except ConfigurationError as error:
-                    problems.append(f"{file}, {place}: {error}")
+        for section, key, value in settings:
+            place = f"line {key.start_mark.line + 1}, column {key.start_mark.column + 1}"
+            try:
+                name = _name(key, known)
+                if name is None and isinstance(value, yaml.MappingNode):
+                    told = f"{key.value} is not a section; the sections are {', '.join(sorted(sections))}."
+                    raise ConfigurationError(told)
+                if name is None:
+                    raise ConfigurationError(why_unknown(f"--{key.value}"))
+                belongs = f"under {known[name].section}" if known[name].section else "at the top"
+                told = f"{key.value} does not belong to {section}: write it {belongs}."
+                require(section in ("", known[name].section), told)
+                require(name not in places, f"{key.value} stands here and in {places.get(name)}: leave one out.")
+                places[name] = place
+                entry = FileFlag(*_flag_and_words(name, value, known), f"{file}, {place}")
+                merged[entry.name.removeprefix("--no-").removeprefix("--")] = entry
+            except ConfigurationError as error:
+                problems.append(f"{file}, {place}: {error}")
     if problems:
         raise ConfigurationError(*problems)
-    return [entry for entry in merged.values() if entry.is_set]
+    return [entry for entry in merged.values() if entry.words is not None]
 
 
-def _table(file: str) -> list[tuple[yaml.Node, yaml.Node]]:
+def _settings(file: str, sections: Collection[str]) -> Iterator[tuple[str, yaml.Node, yaml.Node]]:
+    """(section or "", key, value) of everything in a file."""
     root = compose_yaml(read_text(Path(file)), file)
     if root is not None and not isinstance(root, yaml.MappingNode):
         raise ConfigurationError(f"{file} is not a table of flags: write `lr: 1e-4`, a line for each flag.")
-    return root.value if root else []
+    for key, value in root.value if root else []:
+        nests = isinstance(key, yaml.ScalarNode) and isinstance(value, yaml.MappingNode)
+        if nests and key.value in sections:
+            yield from ((key.value, *inner) for inner in value.value)
+        else:
+            yield "", key, value
 
 
-def _name(key: yaml.Node, value: yaml.Node, known: Mapping[str, KnownFlag], why_unknown: WhyUnknown) -> str:
-    """The flag that a key names; or a ConfigurationError."""
+def _name(key: yaml.Node, known: Mapping[str, Flag]) -> str | None:
+    """The flag that a key names, if it is known. ConfigurationError: a file cannot hold it."""
     if not isinstance(key, yaml.ScalarNode):
         raise ConfigurationError("a key is the name of a flag.")
-    dashed = key.value.replace("_", "-")
-    if f"--{dashed}" in TYPED_ONLY:
+    dashed = f"--{key.value.replace('_', '-')}"
+    name = next((name for name in (f"--{key.value}", dashed, key.value) if name in known), None)
+    if dashed in TYPED_ONLY or name is not None and known[name].target == "program":
         raise ConfigurationError(f"{key.value} is for the command line only: a file cannot hold it.")
-    name = next((name for name in (f"--{key.value}", f"--{dashed}", key.value) if name in known), None)
-    if name is None and isinstance(value, yaml.MappingNode):
-        sections = ", ".join(sorted({flag.section for flag in known.values()} - {""}))
-        raise ConfigurationError(f"{key.value} is not a section; the sections are {sections}.")
-    if name is None:
-        raise ConfigurationError(why_unknown(f"--{key.value}"))
     return name
 
 
-def _entry(name: str, value: yaml.Node, known: Mapping[str, KnownFlag], place: str) -> FileFlag:
-    """A flag with its words. A switch that is turned off is the flag `--no-...` where there is one."""
+def _flag_and_words(name: str, value: yaml.Node, known: Mapping[str, Flag]) -> tuple[str, tuple[str, ...] | None]:
+    """A switch that is turned off is the flag `--no-...` where there is one."""
     is_list = isinstance(value, yaml.SequenceNode) and value.tag == f"{_YAML}seq"
     words = [_text(node) for node in (value.value if is_list else [value])]
     if words == [None]:
-        return FileFlag(name, (), place, is_set=False)
+        return name, None
     texts = tuple(word for word in words if word is not None)
     if len(texts) < len(words) or not texts:
         raise ConfigurationError(f"{name.lstrip('-')} has a list with nothing in it, or an empty value in it.")
     if known[name].takes_value:
-        return FileFlag(name, texts, place)
-    (text, *more), opposite = texts, f"--no-{name[2:]}"
-    if more or text.lower() not in (*_ON, *_OFF):
-        raise ConfigurationError(f"{name[2:]} is a switch: true or false, not {' '.join(texts)}.")
+        return name, texts
+    text, opposite = " ".join(texts), f"--no-{name[2:]}"
+    require(text.lower() in (*_ON, *_OFF), f"{name[2:]} is a switch: true or false, not {text}.")
     if text.lower() in _ON:
-        return FileFlag(name, (), place)
-    return FileFlag(opposite, (), place) if opposite in known else FileFlag(name, (), place, is_set=False)
+        return name, ()
+    return (opposite, ()) if opposite in known else (name, None)
 
 
 def _text(node: yaml.Node) -> str | None:
@@ -155,3 +131,66 @@ def _text(node: yaml.Node) -> str | None:
     if not isinstance(node, yaml.ScalarNode) or node.tag.removeprefix(_YAML) not in _PLAIN:
         raise ConfigurationError("a value is a string, a number, true, false, or a list of those.")
     return None if node.tag == f"{_YAML}null" else node.value
+
+
+def run_file(config: RunConfig, launch: Mapping[str, Any], title: str = TITLE, unset: Collection[str] = ()) -> str:
+    """The text of a file from which the run can be repeated: every flag with its value, under its help.
+
+    Flags of other methods stand there only if they were given. A flag that is not set is a comment.
+
+    Args:
+        launch: typed values of `LaunchConfig`.
+        title: the first line, a comment.
+        unset: fields that are written as if they were not set.
+    """
+    sections: dict[str, list[tuple[Flag, Any]]] = {name: [] for name in ("launch", *SECTIONS)}
+    for served in served_flags():
+        if served.target == "launch" and served.key in launch:
+            sections["launch"].append((served, launch[served.key]))
+        # `--no-bf16` or `--use-flash-attn`, of a field that is written under its own flag
+        is_another_name = served.target == "config" and not served.takes_value and served.constant is not True
+        if served.section not in SECTIONS or is_another_name:
+            continue
+        if served.section == "peft" and served.key not in config.peft.spec.fields(config.peft):
+            if getattr(config.peft, served.key) == getattr(PeftConfig, served.key, None):
+                continue  # a flag of another method, as nobody typed it
+        value = None if served.key in unset else _value(served, config)
+        sections[served.section].append((served, float(value) if served.kind is float and value is not None else value))
+    return text_of(title, {name: settings for name, settings in sections.items() if settings})
+
+
+def text_of(title: str, sections: Mapping[str, Sequence[tuple[Flag, Any]]]) -> str:
+    """The text of a configuration file that reads back to these flags and values (None: not set), each under its help.
+
+    Args:
+        title: the first line, a comment.
+        sections: flags with their values, by section.
+    """
+    lines = [f"# {title}"]
+    for section, settings in sections.items():
+        lines += ["", f"{section}:"]
+        for served, value in settings:
+            is_set = value not in (None, ())
+            lines.append(f"  # {served.help}")
+            lines.append(f"  {'' if is_set else '# '}{served.names[0][2:]}:{f' {_scalar(value)}' if is_set else ''}")
+        if all(value in (None, ()) for _, value in settings):
+            lines.append("  {}")
+    return "\n".join(lines) + "\n"
+
+
+def _scalar(value: Any) -> str:
+    if isinstance(value, float):
+        return repr(value)
+    plain = [*value] if isinstance(value, tuple) else value
+    readable = str(value).isprintable()  # else it is escaped: a no-break space would be read as nothing
+    text = yaml.safe_dump(plain, default_flow_style=True, width=inf, allow_unicode=readable)
+    return text.removesuffix("...\n").strip()
+
+
+def _value(served: Flag, config: RunConfig) -> Any:
+    if served.target not in ("transformer", "shape"):
+        return getattr(getattr(config, served.section), served.key)
+    value = (config.model.transformer if served.target == "transformer" else config.model.shape_flags).get(served.key)
+    if served.takes_value:
+        return value
+    return True if value == served.constant else None  # several switches may set one field

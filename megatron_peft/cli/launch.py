@@ -4,7 +4,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from tempfile import TemporaryDirectory
@@ -25,36 +25,26 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 PROGRAM_FAILED = (1, 2, *(128 + number for number in SIGNALS))  # exit codes after which a rank of ours has said why
 
 
-def _torchrun(name: str, default: Any, help: str, metavar: str | None = None) -> Any:
-    """An option that torchrun spells with dashes or underscores."""
-    spellings = tuple(dict.fromkeys((flag(name), f"--{name}")))
-    return option(default, help, flags=spellings, metavar=metavar, group="distributed")
-
-
 @dataclass(frozen=True)
 class LaunchConfig(Checked):
-    """The processes to start. Names and meanings are torchrun's."""
+    """The processes to start. Names and meanings are torchrun's, which spells them with dashes or underscores."""
 
-    launcher: Literal["torchrun", "ft_launcher"] = _torchrun(
-        "launcher",
-        "torchrun",
-        "what starts the processes: torchrun, or ft_launcher of the package nvidia-resiliency-ext",
+    launcher: Literal["torchrun", "ft_launcher"] = option(
+        "torchrun", "what starts the processes: torchrun, or ft_launcher of the package nvidia-resiliency-ext"
     )
-    nproc_per_node: str | None = _torchrun(
-        "nproc_per_node", None, "start this many processes on this node, or one for each GPU (gpu)", "N|gpu"
+    nproc_per_node: str | None = option(
+        None, "start this many processes on this node, or one for each GPU (gpu)", metavar="N|gpu"
     )
-    nnodes: int = _torchrun("nnodes", 1, "number of nodes; the same command is started on each")
-    node_rank: int | None = _torchrun("node_rank", None, "number of this node, from 0")
-    master_addr: str | None = _torchrun("master_addr", None, "address of node 0", "HOST")
-    master_port: int | None = _torchrun("master_port", None, "port of node 0")
-    rdzv_backend: str | None = _torchrun("rdzv_backend", None, "how nodes find one another, for instance c10d", "NAME")
-    rdzv_endpoint: str | None = _torchrun("rdzv_endpoint", None, "where nodes find one another", "HOST:PORT")
-    rdzv_id: str | None = _torchrun("rdzv_id", None, "name of the job, the same on every node", "NAME")
-    max_restarts: int = _torchrun("max_restarts", 0, "restarts after a failure")
+    nnodes: int = option(1, "number of nodes; the same command is started on each", check="positive")
+    node_rank: int | None = option(None, "number of this node, from 0", check="not_negative")
+    master_addr: str | None = option(None, "address of node 0", metavar="HOST")
+    master_port: int | None = option(None, "port of node 0", check="not_negative")
+    rdzv_backend: str | None = option(None, "how nodes find one another, for instance c10d", metavar="NAME")
+    rdzv_endpoint: str | None = option(None, "where nodes find one another", metavar="HOST:PORT")
+    rdzv_id: str | None = option(None, "name of the job, the same on every node", metavar="NAME")
+    max_restarts: int = option(0, "restarts after a failure", check="not_negative")
 
     def check(self, require: Requirements) -> None:
-        require.each("positive", "nnodes")
-        require.each("not_negative", "node_rank", "master_port", "max_restarts")
         number = self.nproc_per_node or "1"
         require(
             number == "gpu" or number.isdecimal() and int(number) > 0,
@@ -81,20 +71,13 @@ class LaunchConfig(Checked):
         return [*(["--standalone"] if alone else []), *words]
 
 
-def start_processes(
-    module: str,
-    argv: Sequence[str],
-    launch: Mapping[str, Any],
-    program: str,
-    check: Callable[[Mapping[str, str]], object] = lambda environ: None,
-) -> int | None:
+def start_processes(module: str, argv: Sequence[str], launch: Mapping[str, Any], program: str) -> int | None:
     """Run the module in the processes that are asked for; the exit code, or None if this process is to go on alone.
 
     Args:
         module: run as `python -m MODULE ARGV` in each; the name of a script's own module stands for the script's file.
         launch: typed values of `LaunchConfig`.
         program: its name, for messages.
-        check: called with the environment of a rank before anything is started; exits where something is wrong.
 
     Raises:
         ConfigurationError: the values of `launch` are wrong, or contradict the processes that run.
@@ -106,7 +89,6 @@ def start_processes(
     if config is None:
         return None
     world_size = _world_size(config)
-    check({**os.environ, "WORLD_SIZE": str(world_size)})
     if sys.stderr.isatty():
         print(f"starting {world_size} process{'es' * (world_size > 1)}", file=sys.stderr, flush=True)
     words = [*config.torchrun_words(), "--module", module, *argv]
@@ -122,10 +104,10 @@ def tell_loading() -> None:
         sys.stderr.flush()
 
 
-def planned_world_size(launch: Mapping[str, Any], environ: Mapping[str, str]) -> int:
-    """The number of processes that are to be started, or that run. ConfigurationError: the flags contradict."""
+def with_world_size(launch: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a process that is to be started, or of this one. ConfigurationError: the flags contradict."""
     config = _processes_to_start(launch, environ)
-    return int(environ.get("WORLD_SIZE", "1")) if config is None else _world_size(config)
+    return {**environ} if config is None else {**environ, "WORLD_SIZE": str(_world_size(config))}
 
 
 def _processes_to_start(launch: Mapping[str, Any], environ: Mapping[str, str]) -> LaunchConfig | None:

@@ -1,13 +1,18 @@
-"""Fields of megatron-core's configuration classes, read from its source.
+"""What Megatron knows: the fields of megatron-core's configuration classes, and Megatron-LM's flags that are refused.
 
 Importing those classes takes seconds, since torch and half of megatron-core come along; a wrong flag and `--help` are
-answered from here at once. What is read (names, types, the docstring under a field, Megatron-LM's own flags for it) is
-what the dataclasses themselves say: a test compares the two.
+answered from their source at once. What is read (names, types, the docstring under a field, Megatron-LM's own flags for
+it) is what the dataclasses themselves say: a test compares the two.
+
+A Megatron flag is refused by name, with the reason and the way out; a flag of Hugging Face's trainers gets what stands
+for it here, and any other the nearest flag. refused.toml has the words.
 """
 
 import ast
-from collections.abc import Iterator
+import tomllib
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cache
 from importlib.util import find_spec
 from itertools import zip_longest
@@ -22,6 +27,14 @@ SOURCES = {
     "DistributedDataParallelConfig": ("distributed/distributed_data_parallel_config.py",),
 }
 BASES = {"TransformerConfig": ("ModelParallelConfig",)}
+
+TYPO, NEAR = 0.85, 0.6  # likeness to a flag: a slip of the finger; worth asking about
+MIN_BEGINNING = 6  # letters of a flag's beginning that are not there by chance
+FIELD_REASON = "a field of megatron-core that fine-tuning has no use for"
+REFUSED_TOO = ", a Megatron flag that is not supported"
+TOLD = tomllib.loads(Path(__file__).with_name("refused.toml").read_text(encoding="utf-8"))
+REASONS = {name: reason for reason, names in TOLD["reasons"].items() for name in names.split()}
+EQUIVALENTS = {name: here for here, names in TOLD["equivalents"].items() for name in names.split()}
 
 
 @dataclass(frozen=True)
@@ -92,3 +105,76 @@ def _argument_names(value: ast.expr | None) -> tuple[str, ...]:
     pairs = (pair for node in dictionaries for pair in zip(node.keys, node.values, strict=True))
     names = (item for key, item in pairs if isinstance(key, ast.Constant) and key.value == "arg_names")
     return tuple(name for item in names for name in ast.literal_eval(item))
+
+
+def known_flags(served: Iterable[str]) -> dict[str, str | None]:
+    """Every flag that is known, with its dashes -> None if it is served, else why it is not.
+
+    Besides Megatron-LM's own flags these are all fields of megatron-core's configuration classes, whatever its
+    version: a field is served by a flag, or it is refused; there is no third state.
+    """
+    of_fields = {
+        name: reason_of(name[2:]) or reason_of(field_name.replace("_", "-")) or FIELD_REASON
+        for name, field_name in flags_of_fields()
+    }
+    refused = {f"--{name}": reason for name, reason in REASONS.items() if not name.endswith("*")}
+    return of_fields | refused | dict.fromkeys(served)
+
+
+def why_not_served(name: str, served: Collection[str]) -> str:
+    """The error message for a Megatron flag that is not supported, another library's flag, or an unknown one.
+
+    Args:
+        served: all flags that are, with their dashes.
+    """
+    known = known_flags(served)
+    if reason := known.get(name):
+        return _refusal(name, reason)
+    if told := equivalent(name):
+        return told
+    bare = name.lstrip("-")
+    family = reason_of(bare) or reason_of(bare.removeprefix("no-"))
+    if family and not nearest(name, served, TYPO):
+        return _refusal(name, family)
+    like = nearest(name, known, TYPO) or nearest(name, [*served, *EQUIVALENTS], NEAR)
+    if like and (told := equivalent(like)):  # a slip in another library's flag
+        return f"{name} is not a known flag; {told}"
+    return not_known(name, like) if not like or known[like] is None else not_known(name, like, REFUSED_TOO)
+
+
+def not_known(name: str, like: str | None, more: str = "") -> str:
+    """The error message for a flag that nobody knows, with the one `like` it."""
+    return f"{name} is not a known flag; {f'did you mean {like}{more}?' if like else '--help lists them.'}"
+
+
+def nearest(name: str, others: Iterable[str], likeness: float = NEAR) -> str | None:
+    """The only flag that begins with `name`, or else the one most like it, if it is at least so alike (0 to 1).
+
+    Dashes in front do not count.
+    """
+    bare, flags = name.lstrip("-"), [other.lstrip("-") for other in others]
+    longer = [flag for flag in flags if len(bare) >= MIN_BEGINNING and flag.startswith(f"{bare}-")]
+    near = longer if len(longer) == 1 else get_close_matches(bare, flags, 1, likeness)
+    return f"--{near[0]}" if near else None
+
+
+def equivalent(flag: str) -> str | None:
+    """What to tell about a flag (with its dashes) of Hugging Face's trainers; None if it is not one."""
+    here = EQUIVALENTS.get(flag.lstrip("-").replace("_", "-"))
+    return f"{flag} is a flag of Hugging Face's libraries; here it is {here}." if here else None
+
+
+def reason_of(name: str) -> str | None:
+    """Why Megatron-LM's flag `name` (no leading dashes) is not served; None if it is not known here."""
+    beginnings = [start for start in REASONS if start.endswith("*") and name.startswith(start[:-1])]
+    return REASONS.get(name) or (REASONS[max(beginnings, key=len)] if beginnings else None)
+
+
+def way_out(flag: str, reason: str | None) -> str | None:
+    """What to do about a flag (with its dashes) that is not served, or not with its value; None: leave it out."""
+    return TOLD["ways-out"].get(flag.lstrip("-")) or TOLD["ways-out-by-reason"].get(reason)
+
+
+def _refusal(flag: str, reason: str) -> str:
+    told = way_out(flag, reason) or "remove it"
+    return f"{flag} is a Megatron flag that megatron_peft does not support ({reason}); {told}."

@@ -1,27 +1,23 @@
-"""Megatron's flags -> typed configuration. Only this file and command.py use argparse; nothing heavy is imported.
+"""Words -> flags -> typed configuration. Only this file and command.py use argparse; nothing heavy is imported.
 
 Everything that is wrong (unknown flags, flags of Megatron that are not served, values, contradictions, also with the
 checkpoint's shape and the world size) is gathered and told in one message, by rank 0 alone; every rank exits with 2.
 """
 
-import argparse
 import os
 import re
-import shutil
 import signal
 import sys
 import time
-from argparse import SUPPRESS, ArgumentParser
+from argparse import ArgumentError, ArgumentParser
 from collections.abc import Callable, Mapping, Sequence
 from math import isfinite
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Any, get_args
 
-from megatron_peft.cli.config_files import file_entries, split_off_files
-from megatron_peft.cli.flags import GROUPS, TAKES_A_VALUE, Flag, Target, known_to_files, served_flags
-from megatron_peft.cli.refused import WAYS_OUT_OF_VALUES, why_not_served
-from megatron_peft.cli.run_file import run_file
-from megatron_peft.cli.version import version
+from megatron_peft.cli.config_files import CONFIG_FLAG, file_entries, run_file
+from megatron_peft.cli.flags import Flag, Target, served_flags
+from megatron_peft.cli.megatron import nearest, not_known, reason_of, way_out, why_not_served
 from megatron_peft.config import (
     ConfigurationError,
     ParallelConfig,
@@ -38,14 +34,6 @@ from megatron_peft.models.shape import ModelShape, check_layout, check_lengths, 
 
 HUB_FLAGS = {"pretrained_checkpoint": local_model, "tokenizer_model": local_tokenizer}
 PROGRAM = "pretrain_peft.py"
-USAGE = """
-  {command} --pretrained-checkpoint FOLDER
-    --train-data-path FILE.jsonl --train-iters N [--save FOLDER] [flag ...]"""
-DESCRIPTION = (
-    "Fine-tune a pretrained model, in full or with adapters, over tensor-, pipeline- and data-parallel ranks. Flags "
-    "are Megatron's, with Megatron's meanings; they cannot be abbreviated. `megatron-peft train` takes the same flags, "
-    "and with --nproc-per-node N starts the processes itself."
-)
 PATIENCE_SECONDS = 2.0
 
 ShapeReader = Callable[[str], ModelShape]
@@ -59,8 +47,11 @@ def parse_arguments(
     program: str = PROGRAM,
     saved: Callable[[Values], Values] | None = None,
 ) -> RunConfig:
-    """`read_flags`, and then `RunFlags.config_or_exit`, whose arguments these are."""
-    return read_flags(argv, environ, program).config_or_exit(environ, read_shape, program, saved)
+    """`read_config` of the words in `argv` (default: the process's own). SystemExit: 2 after telling what is wrong."""
+    try:
+        return read_config(sys.argv[1:] if argv is None else argv, environ, read_shape, saved)
+    except ConfigurationError as error:
+        raise SystemExit(tell_error(error, environ, program)) from error
 
 
 def read_config(
@@ -73,59 +64,62 @@ def read_config(
     return RunFlags(argv).config(environ, read_shape, saved)
 
 
-def read_flags(
-    argv: Sequence[str] | None = None, environ: Mapping[str, str] = os.environ, program: str = PROGRAM
-) -> "RunFlags":
-    """The flags of a run in `argv` (default: the process's own).
-
-    Raises SystemExit: 0 after `--help` and `--version`, 2 after telling that a file of --config cannot be read. Only
-    `RANK` 0 prints.
-    """
-    argv = sys.argv[1:] if argv is None else argv
-    if "--version" in argv:
-        if _is_first_rank(environ):
-            print(version())
-        raise SystemExit(0)
-    if {"--help", "-h"} & set(argv):
-        if _is_first_rank(environ):
-            _build_parser(served_flags(), program).print_help()
-        raise SystemExit(0)
-    try:
-        return RunFlags(argv)
-    except ConfigurationError as error:
-        exit_with_error(error, environ, program)
-
-
 class RunFlags:
-    """The flags of a run, read once from files and words: values by target and key, and what is wrong with them.
+    """The flags of a command, read once from files and words: values by target and key, and what is wrong with them.
 
     Attributes:
-        words: what was read.
-        command_line: all words of the command, its own flags too, for the processes that it starts.
+        program: the command's name, for messages.
+        command_line: all words, for the processes that the command starts.
+        words: those that are flags of a run.
         values: target (`flags.Target`) -> key -> value.
-        problems: one message for each flag that is wrong.
-        unknown: messages about words that no flag explains; they are among `problems` too.
+        problems: one message for each flag that is wrong, and for each word that no flag explains.
+        refused: whether one of them is about such a word, or about a flag of the command itself.
     """
 
-    def __init__(self, words: Sequence[str], command_line: Sequence[str] | None = None) -> None:
+    def __init__(
+        self, words: Sequence[str], own: Sequence[Flag] = (), takes_run_flags: bool = True, program: str = PROGRAM
+    ) -> None:
         """Read configuration files first, so that typed flags override them.
+
+        Args:
+            own: flags of the command itself; one without dashes takes the words that follow no flag.
+            takes_run_flags: all other flags are those of a run.
+            program: the command's name, for messages.
 
         Raises:
             ConfigurationError: a configuration file cannot be read.
         """
-        self.words, self.command_line = list(words), list(words if command_line is None else command_line)
+        self.command_line, self.words, self.program = list(words), list[str](), program
         self.values: dict[str, dict[str, Any]] = {target: {} for target in get_args(Target)}
         self.problems: list[str] = []
-        self.unknown: list[str] = []
-        served = served_flags()
-        self._parser, self._served = _build_parser(served), {name: each for each in served for name in each.names}
+        self.refused = False
+        self._takes_run_flags = takes_run_flags
+        self._served = {name: each for each in (served_flags() if takes_run_flags else ()) for name in each.names}
+        self._served |= {name: each for each in own for name in each.names}
         self._spellings: dict[tuple[str, str], str] = {}
-        files, typed = split_off_files(words)
-        for entry in file_entries(files, known_to_files(served), why_not_served):
-            self._read(entry.name, [*entry.words], f"{entry.place}: ")
+
+        parts = split_at_flags(words)
+        files = [values for name, values in parts if name == CONFIG_FLAG]
+        require(all(map(all, files)) and [] not in files, f"{CONFIG_FLAG} needs a file: {CONFIG_FLAG} run.yaml.")
+        for entry in file_entries(sum(files, []), self._served, self._why_unknown):
+            self._read(entry.name, [*(entry.words or ())], f"{entry.place}: ")
         self._spellings.clear()
-        for name, values in split_at_flags(typed):
-            self._read(name, values)
+
+        free, unflagged = next((each for each in own if not each.names[0].startswith("-")), None), list[str]()
+        for name, values in parts:
+            served = self._served.get(name)
+            if free and (served or not name):
+                num_taken = 0 if not served or not served.takes_value else len(values) if served.many else 1
+                unflagged += values[num_taken:]
+                values = values[:num_taken]
+            if name != CONFIG_FLAG and (name or values):
+                self._read(name, values)
+        if free and unflagged:
+            self._read(free.names[0], unflagged)
+        missing = [each.names[0] for each in own if each.required and each.key not in self.values["command"]]
+        if missing:
+            self.problems.append(f"the following arguments are required: {', '.join(missing)}.")
+            self.refused = True
 
     @property
     def launch(self) -> dict[str, Any]:
@@ -138,27 +132,6 @@ class RunFlags:
         config = self.values["config"]
         size = config.get("tensor_model_parallel_size", 1) * config.get("pipeline_model_parallel_size", 1)
         return max(size, 1)  # a size below 1 is told with the rest
-
-    def config_or_exit(
-        self,
-        environ: Mapping[str, str] = os.environ,
-        read_shape: ShapeReader | None = None,
-        program: str = PROGRAM,
-        saved: Callable[[Values], Values] | None = None,
-    ) -> RunConfig:
-        """`config`, for a program whose name is `program`.
-
-        Raises SystemExit: 0 after `--print-config`, 2 after telling what is wrong on stderr. Only `RANK` 0 prints.
-        """
-        try:
-            config = self.config(environ, read_shape, saved)
-        except ConfigurationError as error:
-            exit_with_error(error, environ, program)
-        if not self.values["program"].get("print_config"):
-            return config
-        if _is_first_rank(environ):
-            print(run_file(config, self.launch), end="")
-        raise SystemExit(0)
 
     def config(
         self,
@@ -180,17 +153,16 @@ class RunFlags:
 
         Raises:
             ConfigurationError: with everything that is wrong.
+            SystemExit: 0 after `--print-config`. Only `RANK` 0 prints.
         """
         typed, problems = self.values["config"], list(self.problems)
         config = {**(saved(typed) if saved else {}), **typed}
         if config.get("tensor_model_parallel_size", 1) == 1:
             config.pop("sequence_parallel", None)  # as in Megatron, whose scripts give it always: nothing is split
         world_size = environ.get("WORLD_SIZE", "1")
-        if not world_size.isdecimal() or int(world_size) < 1:
-            raise ConfigurationError(
-                *problems, f"WORLD_SIZE is {world_size!r}, not a number of processes: use torchrun."
-            )
+        told = f"WORLD_SIZE is {world_size!r}, not a number of processes: use torchrun."
         try:
+            require(world_size.isdecimal() and int(world_size) > 0, told)
             for name, local in HUB_FLAGS.items():
                 if config.get(name):
                     config[name] = local(config[name], flag(name))
@@ -216,16 +188,27 @@ class RunFlags:
             problems += _shape_problems(config["pretrained_checkpoint"], shape_flags, laid_out, read_shape)
         if problems or whole is None:
             raise ConfigurationError(*problems)
+        if self.values["program"].get("print_config"):
+            if is_first_rank(environ):
+                print(run_file(whole, self.launch), end="")
+            raise SystemExit(0)
         return whole
 
     def _read(self, name: str, words: list[str], place: str = "") -> None:
         """One flag and the words up to the next flag; `place` is where they stand, if in a file."""
+        served = self._served.get(name)
         try:
-            value = self._value(name, words)
+            value = self._value(name, served, words)
         except ConfigurationError as error:
             self.problems += [place + problem for problem in error.problems]
+            self.refused |= served is None or served.target == "command"
+            if served and served.target == "command":
+                self.values["command"].setdefault(served.key, None)  # it was given
             return
-        served = self._served[name]
+        assert served is not None
+        if served.target != "command":
+            joined = len(words) == 1 and words[0].startswith("-")
+            self.words += [f"{name}={words[0]}"] if joined else [name, *words]
         values = self.values[served.target]
         before = self._spellings.setdefault((served.target, served.key), name)
         if before not in served.names and values[served.key] != value:
@@ -235,48 +218,39 @@ class RunFlags:
                 self.problems.append(f"{place}{before} and {name} contradict each other: leave one out.")
         values[served.key] = value
 
-    def _value(self, name: str, words: list[str]) -> Any:
-        if not name:
-            raise ConfigurationError(f"unexpected argument {' '.join(words)}.")
-        if name not in self._served:
-            self.unknown.append(why_not_served(name))
-            raise ConfigurationError(self.unknown[-1])
-        served = self._served[name]
-        if served.constant is not TAKES_A_VALUE:
+    def _value(self, name: str, served: Flag | None, words: list[str]) -> Any:
+        require(bool(name), f"unexpected argument {' '.join(words)}.")
+        if served is None:
+            raise ConfigurationError(self._why_unknown(name))
+        if not served.takes_value:
             require(not words, f"{name} takes no value, but {' '.join(words)} follows it.")
             return served.constant
-        require(len(words) <= 1 or served.many, f"{name} takes one value, but {' '.join(words)} follow it.")
+        way = ": put a text with spaces into quotes" if served.kind is str and not served.choices else ""
+        require(len(words) <= 1 or served.many, f"{name} takes one value, but {' '.join(words)} follow it{way}.")
+        parser = ArgumentParser(add_help=False, exit_on_error=False)
+        parser.add_argument("--value", **argparse_settings(served))
         try:  # joined by `=`, a value may start with a dash
-            namespace = self._parser.parse_args([f"{name}={words[0]}"] if len(words) == 1 else [name, *words])
-        except argparse.ArgumentError as error:
-            way_out = WAYS_OUT_OF_VALUES.get(name)
-            raise ConfigurationError(f"{name}: {error.message}{f'; {way_out}' if way_out else ''}.") from error
-        (value,) = vars(namespace).values()
-        return in_a_tuple(value)
+            namespace = parser.parse_args([f"--value={words[0]}"] if len(words) == 1 else ["--value", *words])
+        except ArgumentError as error:
+            told = way_out(name, reason_of(name[2:])) if served.choices else None
+            raise ConfigurationError(f"{name}: {error.message}{f'; {told}' if told else ''}.") from error
+        return tuple(namespace.value) if served.many else namespace.value
+
+    def _why_unknown(self, name: str) -> str:
+        known = [known for known in self._served if known.startswith("-")]
+        return why_not_served(name, known) if self._takes_run_flags else not_known(name, nearest(name, known))
 
 
-def in_a_tuple(value: Any) -> Any:
-    """What argparse gives; several values as a tuple."""
-    return tuple(value) if isinstance(value, list) else value
-
-
-def split_at_flags(argv: Sequence[str]) -> list[tuple[str, list[str]]]:
+def split_at_flags(words: Sequence[str]) -> list[tuple[str, list[str]]]:
     """`a --lr 1 --split=9,1 --bf16` -> ("", [a]), (--lr, [1]), (--split, [9,1]), (--bf16, [])."""
     parts: list[tuple[str, list[str]]] = [("", [])]
-    for word in argv:
-        if re.match(r"--|-[^\d.]", word):
+    for word in words:
+        if re.match(r"(--|-[^\d.\s])[^\s=]*(=|\Z)", word):  # a text in quotes, which has spaces, is no flag
             name, equals, value = word.partition("=")
             parts.append((name, [value] if equals else []))
         else:
             parts[-1][1].append(word)
-    return [(name, words) for name, words in parts if name or words]
-
-
-def exit_with_error(
-    error: ConfigurationError, environ: Mapping[str, str] = os.environ, program: str = PROGRAM
-) -> NoReturn:
-    """Tell what is wrong as `tell_error` does, and exit with 2 on every rank."""
-    raise SystemExit(tell_error(error, environ, program))
+    return parts
 
 
 def tell_error(error: ConfigurationError, environ: Mapping[str, str] = os.environ, program: str = PROGRAM) -> int:
@@ -284,9 +258,9 @@ def tell_error(error: ConfigurationError, environ: Mapping[str, str] = os.enviro
 
     torchrun kills all ranks when one exits, so the others wait for rank 0 to print its message.
     """
-    if _is_first_rank(environ):
+    if is_first_rank(environ):
         lines = error.problems if len(error.problems) == 1 else ("found several problems:", *error.problems)
-        print_failure(f"{program}: error: ".removeprefix(": ") + "\n  - ".join(lines), environ)
+        print_failure(f"{program}: error: " + "\n  - ".join(lines), environ)
         return 2
     previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(2))  # as if it had exited by itself
     try:
@@ -296,7 +270,8 @@ def tell_error(error: ConfigurationError, environ: Mapping[str, str] = os.enviro
     return 2
 
 
-def _is_first_rank(environ: Mapping[str, str]) -> bool:
+def is_first_rank(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process speaks for all."""
     return environ.get("RANK", "0") == "0"
 
 
@@ -318,43 +293,23 @@ def _shape_problems(
     ]
 
 
-def _build_parser(served: Sequence[Flag], program: str = PROGRAM) -> ArgumentParser:
-    """A parser that stores only what is typed: defaults are the dataclasses' own."""
-    # A script is started by torchrun; the program starts its processes itself.
-    command = f"torchrun --nproc-per-node N {program}" if program == PROGRAM else f"{program} [--nproc-per-node N]"
-    width = min(100, shutil.get_terminal_size().columns) - 2  # help stays readable on a wide terminal
-    parser = ArgumentParser(
-        prog=program,
-        usage=USAGE.format(command=command),
-        description=DESCRIPTION,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=width),
-        argument_default=SUPPRESS,
-        allow_abbrev=False,
-        exit_on_error=False,
-    )
-    groups = {title: parser.add_argument_group(title) for title in GROUPS}
-    for each in served:
-        groups[each.group].add_argument(*each.names, **argparse_settings(each))
-    return parser
-
-
 def argparse_settings(served: Flag) -> dict[str, Any]:
     """Keyword arguments for `add_argument`."""
     words = served.help.replace("%", "%%")
-    settings: dict[str, Any] = {"dest": f"{served.target}.{served.key}", "help": words}
-    if served.constant is not TAKES_A_VALUE:
-        return settings | {"action": "store_const", "const": served.constant}
+    if not served.takes_value:
+        return {"help": words, "action": "store_const", "const": served.constant}
     shown = " ".join(map(str, served.default or ())) if served.many else served.default
     if shown not in (None, ""):
-        settings["help"] += f" (default: {shown})"
-    if served.choices and served.metavar and served.checks_choices:  # they are too long to stand in front
-        settings["help"] += f" (one of {', '.join(served.choices)})".replace("%", "%%")
-    if served.choices and served.checks_choices:
-        return settings | {"choices": served.choices, "metavar": served.metavar}
+        words += f" (default: {shown})"
+    choices = served.choices if served.checks_choices else None
+    if choices and served.metavar:  # they are too long to stand in front
+        words += f" (one of {', '.join(choices)})".replace("%", "%%")
+    settings: dict[str, Any] = {"help": words, "nargs": "+" if served.many else None}
+    if choices:
+        return settings | {"choices": choices, "metavar": served.metavar}
     named = f"{{{','.join(served.choices)}}}" if served.choices else served.metavar
     metavar = named or {int: "N", float: "X", str: "TEXT", Path: "PATH"}[served.kind]
-    kind = _number if served.kind is float else served.kind
-    return settings | {"type": kind, "metavar": metavar, "nargs": "+" if served.many else None}
+    return settings | {"type": _number if served.kind is float else served.kind, "metavar": metavar}
 
 
 def _number(text: str) -> float:

@@ -41,4 +41,4 @@ def run(settings: BenchSettings) -> int:
     return int(missed)
 
 
-main = Command(__doc__, BenchSettings, run, shows_usage=True)
+main = Command("bench", __doc__, BenchSettings, run)

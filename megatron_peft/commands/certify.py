@@ -16,7 +16,7 @@ from pathlib import Path
 
 from megatron_peft.cli.command import Command
 from megatron_peft.cli.launch import tell_loading
-from megatron_peft.cli.parser import RunFlags
+from megatron_peft.cli.parser import RunFlags, is_first_rank
 from megatron_peft.config import Checked, Requirements, option
 from megatron_peft.models.families import read_shape, read_shape_of_file
 from megatron_peft.models.shape import ModelShape
@@ -46,7 +46,7 @@ def run(settings: CertifySettings, run_flags: RunFlags) -> int:
     # Neither data nor a length is needed, and nothing is saved.
     saved = {"save": "never written"}
     config = run_flags.config({"WORLD_SIZE": str(size)}, shape_of_model, saved=lambda values: saved)
-    if os.environ.get("RANK", "0") != "0":  # under torchrun the first rank does all of it
+    if not is_first_rank():  # under torchrun the first rank does all of it
         return 0
 
     # Imported after the arguments were read: --help and a wrong flag answer at once. GPUs are hidden before torch asks.
@@ -67,4 +67,4 @@ def shape_of_model(model: str) -> ModelShape:
     return read_shape_of_file(path) if path.is_file() else read_shape(path)
 
 
-main = Command(__doc__, CertifySettings, run, "megatron-peft certify", takes_run_flags=True)
+main = Command("certify", __doc__, CertifySettings, run, takes_run_flags=True)

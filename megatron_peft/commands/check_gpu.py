@@ -59,4 +59,4 @@ def run(settings: CheckGpuSettings) -> int:
     return int(not check(root, settings.names or tuple(LINES), settings.output, settings.tiny))
 
 
-main = Command(__doc__, CheckGpuSettings, run, shows_usage=True)
+main = Command("check-gpu", __doc__, CheckGpuSettings, run)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_peft.cli.command import ArgumentParser, Command
+from megatron_peft.commands.program import COMMANDS, command
 from megatron_peft.config import required_option
 
 FILES = ("FILE", "FILE.yaml", "FOLDER", "PATH", "EXPERIMENT.yaml", "PREFIX")
@@ -24,10 +25,7 @@ def run(settings: CompletionSettings) -> int:
     """Print the script."""
     import shtab
 
-    from megatron_peft.commands.program import COMMANDS, add_commands
-
-    whole = ArgumentParser("megatron-peft")
-    add_commands(whole, COMMANDS)
+    whole = whole_parser()
     for parser in with_commands(whole):
         for action in parser._actions:
             if action.metavar in FILES:
@@ -36,10 +34,22 @@ def run(settings: CompletionSettings) -> int:
     return 0
 
 
+def whole_parser() -> ArgumentParser:
+    """All commands with their flags, which imports their modules."""
+    whole = ArgumentParser("megatron-peft")
+    groups = {"": whole.add_subparsers()}
+    for name, summary in COMMANDS.items():
+        group, _, last = name.rpartition(" ")
+        if group not in groups:
+            groups[group] = groups[""].add_parser(group, help=f"commands for {group}").add_subparsers()
+        command(name).add_arguments(groups[group].add_parser(last, help=summary))
+    return whole
+
+
 def with_commands(parser: ArgumentParser) -> list[ArgumentParser]:
     """The parser and those of all its commands."""
     choices = (action.choices for action in parser._actions if isinstance(action.choices, dict))
     return [parser, *(deeper for commands in choices for each in commands.values() for deeper in with_commands(each))]
 
 
-main = Command(__doc__, CompletionSettings, run)
+main = Command("completion", __doc__, CompletionSettings, run)

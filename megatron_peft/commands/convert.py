@@ -211,4 +211,4 @@ def run(command: Any) -> int:
     return command.run()
 
 
-main = Command(__doc__, COMMANDS, run)
+main = Command("convert", __doc__, COMMANDS, run)

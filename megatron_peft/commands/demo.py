@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_peft.cli.command import Command
 from megatron_peft.cli.parser import RunFlags
-from megatron_peft.config import METHODS, PeftConfig, option, require, require_packages
+from megatron_peft.config import METHODS, PeftConfig, option, require_packages
 from megatron_peft.demo.waiting import waiting
 
 ANY_RUN = {"pretrained_checkpoint": "m", "tensor_model_parallel_size": 3}  # several ranks, as in the demo
@@ -22,14 +22,12 @@ class DemoSettings:
     method: str = option(PeftConfig.method, "--peft-method of the run", metavar="|".join(METHODS))
     output: Path = option(Path("runs/demo"), "folder for everything", metavar="FOLDER")
 
-    def __post_init__(self) -> None:
-        require(self.method in METHODS, f"--method is {self.method}; it is one of {', '.join(METHODS)}.")
-
 
 def run(settings: DemoSettings, run_flags: RunFlags) -> int:
     """Exit code 130 when it was interrupted."""
     try:
-        run_flags.config({"WORLD_SIZE": "3"}, saved=lambda typed: ANY_RUN)  # tells wrong flags before torch is imported
+        # Wrong flags are told before torch is imported.
+        run_flags.config({"WORLD_SIZE": "3"}, saved=lambda typed: {**ANY_RUN, "method": settings.method})
         with waiting("starting"):
             require_packages("demo", "accelerate", "gguf", "matplotlib", "sacrebleu", "scipy")
             from megatron_peft.demo.run import print_report, run_demo
@@ -41,4 +39,4 @@ def run(settings: DemoSettings, run_flags: RunFlags) -> int:
     return 0
 
 
-main = Command(__doc__, DemoSettings, run, "megatron-peft demo", takes_run_flags=True)
+main = Command("demo", __doc__, DemoSettings, run, takes_run_flags=True)

@@ -15,8 +15,6 @@ from megatron_peft.cli.parser import RunFlags
 from megatron_peft.config import require_packages
 from megatron_peft.config.evaluation import HarnessSettings
 
-PROGRAM = "megatron-peft evaluate"
-
 
 def run(settings: HarnessSettings, run_flags: RunFlags) -> int:
     """Score the model."""
@@ -37,8 +35,8 @@ def run(settings: HarnessSettings, run_flags: RunFlags) -> int:
     from megatron_peft.evaluation.harness_run import evaluate
     from megatron_peft.evaluation.model import run_on_a_model
 
-    run_on_a_model(evaluate, settings, run_flags, PROGRAM)
+    run_on_a_model(evaluate, settings, run_flags)
     return 0
 
 
-main = Command(__doc__, HarnessSettings, run, PROGRAM, takes_run_flags=True)
+main = Command("evaluate", __doc__, HarnessSettings, run, takes_run_flags=True)

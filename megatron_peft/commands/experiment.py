@@ -5,18 +5,13 @@ seeds with the best settings and scores them. Each finished cell writes a small 
 `megatron-peft report` makes tables and plots. docs/experiments.md describes the YAML file.
 """
 
-from __future__ import annotations
-
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron_peft.cli.command import Command
-from megatron_peft.config import Checked, ConfigurationError, option, required_option
-
-if TYPE_CHECKING:
-    from megatron_peft.experiment.spec import Experiment, Group
+from megatron_peft.config import Checked, ConfigurationError, option, require, required_option
 
 
 @dataclass(frozen=True)
@@ -38,15 +33,8 @@ class ExperimentSettings(Checked):
 
 def run(settings: ExperimentSettings) -> int:
     """Exit code 1 when a cell failed, 130 when it was interrupted."""
-    try:
-        return _emit(settings, settings.emit_slurm) if settings.emit_slurm else _run(settings)
-    except KeyboardInterrupt:
-        print("experiment: stopped; run the same command to continue", file=sys.stderr)
-        return 130
-
-
-def _read(settings: ExperimentSettings) -> tuple[Experiment, Path, list[Group]]:
-    """The experiment, the folder of its results and its groups, with all flags checked."""
+    from megatron_peft.experiment.process import script
+    from megatron_peft.experiment.runner import Board, run_experiment, table
     from megatron_peft.experiment.spec import check_flags, groups, read_experiment
 
     experiment = read_experiment(settings.experiment)
@@ -56,38 +44,32 @@ def _read(settings: ExperimentSettings) -> tuple[Experiment, Path, list[Group]]:
     except ConfigurationError as error:
         raise ConfigurationError(*(f"{settings.experiment}: {problem}" for problem in error.problems)) from error
     chosen = [group for group in all_groups if settings.group in (None, group.key)]
-    if not chosen:
-        names = "; ".join(group.key for group in all_groups)
-        raise ConfigurationError(f"--group {settings.group}: there are {names}.")
-    return experiment, settings.output or experiment.default_folder, chosen
+    names = "; ".join(group.key for group in all_groups)
+    require(bool(chosen), f"--group {settings.group}: there are {names}.")
 
+    folder, file = settings.output or experiment.default_folder, settings.emit_slurm
+    if file is not None:
+        text = script(experiment, chosen, settings.experiment, folder, str(file))
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise ConfigurationError(f"--emit-slurm {file} cannot be written: {error.strerror}.") from error
+        print(f"wrote {file}: {len(chosen)} array tasks; bash {file} submits them")
+        return 0
 
-def _run(settings: ExperimentSettings) -> int:
-    from megatron_peft.experiment.runner import Board, run_experiment, table
-
-    experiment, folder, groups = _read(settings)
-    board, whole = Board(folder, groups), True
-    if not settings.list:
-        options: dict[str, Any] = {"jobs": settings.jobs, "keep_checkpoints": settings.keep_checkpoints}
-        options |= {"report": board.report, "refresh": board.refresh}
-        with board:
-            whole = run_experiment(experiment, folder, groups, settings.group is None, **options)
-    board.console.print(table(folder, groups))
+    board, whole = Board(folder, chosen), True
+    try:
+        if not settings.list:
+            options: dict[str, Any] = {"jobs": settings.jobs, "keep_checkpoints": settings.keep_checkpoints}
+            options |= {"report": board.report, "refresh": board.refresh}
+            with board:
+                whole = run_experiment(experiment, folder, chosen, settings.group is None, **options)
+    except KeyboardInterrupt:
+        print("experiment: stopped; run the same command to continue", file=sys.stderr)
+        return 130
+    board.console.print(table(folder, chosen))
     return 0 if whole else 1
 
 
-def _emit(settings: ExperimentSettings, file: Path) -> int:
-    from megatron_peft.experiment.process import script
-
-    experiment, folder, groups = _read(settings)
-    text = script(experiment, groups, settings.experiment, folder, str(file))
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigurationError(f"--emit-slurm {file} cannot be written: {error.strerror}.") from error
-    print(f"wrote {file}: {len(groups)} array tasks; bash {file} submits them")
-    return 0
-
-
-main = Command(__doc__, ExperimentSettings, run, "experiment")
+main = Command("experiment", __doc__, ExperimentSettings, run)

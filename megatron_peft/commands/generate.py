@@ -13,8 +13,6 @@ from megatron_peft.cli.launch import tell_loading
 from megatron_peft.cli.parser import RunFlags
 from megatron_peft.config.evaluation import AnswerSettings
 
-PROGRAM = "megatron-peft generate"
-
 
 def run(settings: AnswerSettings, run_flags: RunFlags) -> int:
     """Answer the prompts."""
@@ -25,8 +23,8 @@ def run(settings: AnswerSettings, run_flags: RunFlags) -> int:
     from megatron_peft.evaluation.answers import answer
     from megatron_peft.evaluation.model import run_on_a_model
 
-    run_on_a_model(answer, settings, run_flags, PROGRAM)
+    run_on_a_model(answer, settings, run_flags)
     return 0
 
 
-main = Command(__doc__, AnswerSettings, run, PROGRAM, takes_run_flags=True)
+main = Command("generate", __doc__, AnswerSettings, run, takes_run_flags=True)

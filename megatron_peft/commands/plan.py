@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_peft.cli.command import Command
+from megatron_peft.cli.config_files import run_file
 from megatron_peft.cli.launch import tell_loading
 from megatron_peft.cli.parser import RunFlags
-from megatron_peft.cli.run_file import run_file
 from megatron_peft.commands.train import shape_of
 from megatron_peft.config import Checked, ConfigurationError, Requirements, RunConfig, flag, option, require
 from megatron_peft.models.families import read_shape_of_file
@@ -207,4 +207,4 @@ def write_file(path: Path, text: str) -> None:
         raise ConfigurationError(f"{path} cannot be written ({error.strerror}): give another file.") from error
 
 
-main = Command(__doc__, PlanSettings, run, "megatron-peft plan", takes_run_flags=True)
+main = Command("plan", __doc__, PlanSettings, run, takes_run_flags=True)

@@ -5,15 +5,11 @@ writes corpus_text_document.bin and corpus_text_document.idx; train on them with
 """
 
 import glob
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_peft.cli.command import Command, make_parser
+from megatron_peft.cli.command import Command
 from megatron_peft.config import Checked, DataConfig, option, required_option
-
-NOT_SERVED = ("--split-sentences", "--keep-newlines", "--partitions", "--vocab-file", "--merge-file", "--lang")
 
 
 @dataclass(frozen=True)
@@ -34,15 +30,12 @@ class PreprocessSettings(Checked):
     keep_sequential_samples: bool = option(False, "accepted for Megatron's scripts; the order is always kept")
 
 
-def expand(patterns: Sequence[str]) -> tuple[str, ...]:
-    """Files of each pattern, sorted; a pattern that matches nothing stays, and is reported as a missing file."""
-    return tuple(path for pattern in patterns for path in (sorted(glob.glob(pattern)) or [pattern]))
-
-
 def run(settings: PreprocessSettings) -> int:
     """Write the datasets."""
+    # A pattern that matches nothing stays, and is reported as a missing file.
+    files = tuple(path for pattern in settings.input for path in (sorted(glob.glob(pattern)) or [pattern]))
     data = DataConfig(
-        train_data_path=expand(settings.input),
+        train_data_path=files,
         tokenizer_type=settings.tokenizer_type,
         tokenizer_model=settings.tokenizer_model,
         vocab_size=settings.vocab_size,
@@ -62,16 +55,4 @@ def run(settings: PreprocessSettings) -> int:
     return 0
 
 
-COMMAND = Command(__doc__, PreprocessSettings, run)
-add_arguments = COMMAND.add_arguments
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Refuse flags of Megatron's tool that are not served, and run the command."""
-    for word in sys.argv[1:] if argv is None else argv:
-        name = word.partition("=")[0]
-        if name in NOT_SERVED:
-            parser = make_parser(__doc__)
-            add_arguments(parser)
-            parser.error(f"{name} is a flag of Megatron's that this tool does not serve.")
-    return COMMAND(argv)
+main = Command("data preprocess", __doc__, PreprocessSettings, run)

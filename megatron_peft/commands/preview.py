@@ -5,34 +5,23 @@ megatron-peft data preview --train-data-path data.jsonl --tokenizer-model FOLDER
 All other flags, and files of --config, are those of `megatron-peft train`: a run's own line or file shows its data.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 from megatron_peft.cli.command import Command
 from megatron_peft.cli.parser import RunFlags
 from megatron_peft.config.model import PreviewOptions
-
-PROGRAM = "megatron-peft data preview"
-NO_MODEL = "(none)"  # a model is needed for its tokenizer only
 
 
 def run(settings: PreviewOptions, run_flags: RunFlags) -> int:
     """Print the preview."""
     # The flags of a run on several ranks are accepted by one process.
     environ = {"WORLD_SIZE": str(run_flags.replica_size)}
-    config = run_flags.config_or_exit(environ, program=PROGRAM, saved=without_a_model)
-    base = config.model.pretrained_checkpoint
+    given = run_flags.values["config"].get("pretrained_checkpoint")  # it is needed for its tokenizer only
+    config = run_flags.config(environ, saved=lambda typed: {} if given else {"pretrained_checkpoint": "(none)"})
     settings.check_data(config.data)
     from megatron_peft.data.preview import Preview, show  # with numpy: a wrong flag is told at once
 
     sizes = config.global_batch_size, config.training.micro_batch_size
-    show(Preview(config.data, settings, None if base == NO_MODEL else base, *sizes))
+    show(Preview(config.data, settings, config.model.pretrained_checkpoint if given else None, *sizes))
     return 0
 
 
-def without_a_model(typed: Mapping[str, Any]) -> dict[str, Any]:
-    """What the configuration of a run needs and a preview does not."""
-    return {} if typed.get("pretrained_checkpoint") else {"pretrained_checkpoint": NO_MODEL}
-
-
-main = Command(__doc__, PreviewOptions, run, PROGRAM, takes_run_flags=True)
+main = Command("data preview", __doc__, PreviewOptions, run, takes_run_flags=True)

@@ -9,15 +9,12 @@ megatron-peft report FOLDER reads FOLDER/cells and FOLDER/experiment.yaml of `me
 report.html, report.md, table1.csv, table1.tex and the figures as PNG and SVG. See docs/experiments.md.
 """
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_peft.cli.command import Command, start_ranks
-from megatron_peft.cli.parser import RunFlags
+from megatron_peft.cli.parser import RunFlags, is_first_rank
 from megatron_peft.config import Checked, ConfigurationError, option, require, require_packages, required_option
-
-PROGRAM = "megatron-peft report"
 
 
 @dataclass(frozen=True)
@@ -102,13 +99,12 @@ def _report(settings: ReportSettings, run_flags: RunFlags) -> list[Path]:
         run_on_a_model(
             lambda config, num_samples: write_samples(config, output, str(folder), num_samples, longest),
             settings.samples,
-            RunFlags(["--load", str(folder), *run_flags.words]),
-            PROGRAM,
+            RunFlags(["--load", str(folder), *run_flags.words], program=run_flags.program),
         )
-        if os.environ.get("RANK", "0") != "0":
+        if not is_first_rank():
             return []  # one rank writes
         run = read_run(folder)
     return [write_page(build_run_report(run), output / HTML)]
 
 
-main = Command(__doc__, ReportSettings, run, PROGRAM, takes_run_flags=True)
+main = Command("report", __doc__, ReportSettings, run, takes_run_flags=True)

@@ -211,7 +211,7 @@ def _launch(*argv: str) -> None:
     """Run `demo.ranks` on this machine, with its output on our terminal. SystemExit: a rank has said what is wrong."""
     os.environ.update(ENVIRONMENT)
     launch = {"nproc_per_node": str(PIPELINE_PARALLEL_SIZE)}
-    ended = start_processes(RANKS, argv, launch, PROGRAM, lambda environ: None)
+    ended = start_processes(RANKS, argv, launch, PROGRAM)
     if ended:
         raise SystemExit(ended)
 

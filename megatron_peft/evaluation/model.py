@@ -184,20 +184,17 @@ def values_of_model(config: RunConfig) -> dict[str, Any]:
 Settings = TypeVar("Settings")
 
 
-def run_on_a_model(
-    main: Callable[[RunConfig, Settings], None], settings: Settings, run_flags: RunFlags, program: str
-) -> None:
+def run_on_a_model(main: Callable[[RunConfig, Settings], None], settings: Settings, run_flags: RunFlags) -> None:
     """Join the world and run `main` on all processes.
 
     Args:
         main: takes the model's configuration and the settings, in a started world.
         settings: the program's own.
         run_flags: --load supplies those of the model.
-        program: its name, for error messages.
 
     Raises:
-        SystemExit: 2, after rank 0 has printed what is wrong with the flags.
+        ConfigurationError: something is wrong with the flags.
     """
-    config = run_flags.config_or_exit(read_shape=read_model_shape, program=program, saved=saved_values)
+    config = run_flags.config(read_shape=read_model_shape, saved=saved_values)
     with world(config.parallel.distributed_backend, config.parallel.distributed_timeout_minutes):
-        run_together(lambda: main(config, settings), program=program)
+        run_together(lambda: main(config, settings), program=run_flags.program)

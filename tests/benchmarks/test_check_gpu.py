@@ -227,8 +227,7 @@ def test_nothing_more_is_run_once_cuda_is_gone(lines_of, tmp_path, monkeypatch) 
 def test_without_the_tests_the_command_says_what_is_missing_and_the_way_out(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(command, "__file__", str(tmp_path / "megatron_peft" / "commands" / "check_gpu.py"))
     monkeypatch.setattr(command, "find_spec", lambda name: None if name == "hypothesis" else version(name))
-    with pytest.raises(SystemExit, match="2"):
-        command.main([])
+    assert command.main([]) == 2
     told = " ".join(capsys.readouterr().err.split())
     assert f"{tmp_path}/tests is not there and hypothesis is not installed. Run it in a checkout" in told
     assert "pip install --editable '.[test]'" in told
@@ -266,15 +265,13 @@ def test_versions_name_the_driver_and_every_nccl(monkeypatch) -> None:
     ("words", "told"), [(["c"], "no line is called c: there are versions"), (["--nope"], "--nope")]
 )
 def test_a_wrong_word_is_told(words, told, capsys) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        command.main(words)
+    assert command.main(words) == 2
     assert told in capsys.readouterr().err
 
 
 def test_several_processes_are_refused(monkeypatch, capsys) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(SystemExit, match="2"):
-        command.main([])
+    assert command.main([]) == 2
     assert "start it without torchrun" in capsys.readouterr().err
 
 

@@ -13,38 +13,32 @@ from dataclasses import fields
 import pytest
 
 from megatron_peft.cli import megatron as module
-from megatron_peft.cli.flags import (
-    ACCEPTED,
-    ACCEPTED_VALUES,
-    ACCEPTED_WITH_VALUE,
-    CONFIG_SWITCHES,
-    GROUPS,
-    RUN_FIELDS,
-    RUN_SWITCHES,
-    SHAPE_CLAIMS,
-    SHAPE_FIELDS,
-    SHAPE_VALUES,
-    served_flags,
-)
-from megatron_peft.cli.megatron import SOURCES, MegatronField, megatron_fields
-from megatron_peft.cli.refused import (
+from megatron_peft.cli.flags import GROUPS, MEGATRONS, served_flags
+from megatron_peft.cli.megatron import (
     EQUIVALENTS,
-    REFUSED,
-    WAYS_OUT,
-    WAYS_OUT_OF_REASONS,
-    WAYS_OUT_OF_VALUES,
+    REASONS,
+    SOURCES,
+    TOLD,
+    MegatronField,
     equivalent,
     known_flags,
+    megatron_fields,
     reason_of,
-    refused_flags,
     why_not_served,
 )
 from megatron_peft.config import METHODS, SECTIONS, ConfigurationError, PeftConfig, flag
 from megatron_peft.models.shape import CLAIMS, VALUES
 
 SERVED = served_flags()
+NAMES = {name for one in SERVED for name in one.names}
 OURS = {one.name for config_class in SECTIONS.values() for one in fields(config_class) if "help" in one.metadata}
 TRANSFORMER = megatron_fields("TransformerConfig")
+READ_FROM_SOURCE = [
+    name.replace("-", "_")
+    for table in MEGATRONS.values()
+    for name, declared in table.items()
+    if declared.keys().isdisjoint(("kind", "choices", "constant"))
+]
 
 
 def repeated(names: typing.Iterable[str]) -> list[str]:
@@ -57,21 +51,14 @@ def test_every_field_of_ours_has_one_flag_with_help_and_a_group() -> None:
     assert [one.names for one in SERVED if len(one.help) <= 10 or one.group not in GROUPS] == []
 
 
-def test_accepted_flags_store_nothing_that_is_read() -> None:
-    accepted = {*ACCEPTED, *ACCEPTED_WITH_VALUE, *ACCEPTED_VALUES}
-    assert {name for one in SERVED if one.target == "nothing" for name in one.names} == accepted
-
-
-def test_tables_name_fields_that_exist() -> None:
-    assert RUN_FIELDS.keys() <= TRANSFORMER.keys()
-    assert {field for field, _, _ in RUN_SWITCHES.values()} <= TRANSFORMER.keys()
-    assert {field for field, _, _ in CONFIG_SWITCHES.values()} <= OURS
-    assert WAYS_OUT_OF_VALUES.keys() <= {name for one in SERVED if one.choices for name in one.names}
+def test_every_flag_of_a_run_sets_a_field_that_exists() -> None:
+    assert {one.key for one in SERVED if one.target == "transformer"} <= TRANSFORMER.keys()
 
 
 def test_every_shape_flag_can_be_compared_with_a_checkpoint() -> None:
-    assert {*SHAPE_FIELDS, *SHAPE_VALUES, "vocab_size"} == VALUES.keys()
-    assert SHAPE_CLAIMS.keys() == CLAIMS.keys()
+    shape = [one for one in SERVED if one.target == "shape"]
+    assert {one.key for one in shape if one.takes_value} | {"vocab_size"} == VALUES.keys()
+    assert {one.key for one in shape if not one.takes_value} == CLAIMS.keys()
 
 
 def test_every_peft_flag_belongs_to_a_method() -> None:
@@ -81,8 +68,8 @@ def test_every_peft_flag_belongs_to_a_method() -> None:
 
 
 def test_a_flag_is_refused_for_one_reason_and_never_served_too() -> None:
-    assert repeated(name for names in REFUSED.values() for name in names.split()) == []
-    assert {name[2:] for one in SERVED for name in one.names} & refused_flags().keys() == set()
+    assert repeated(name for names in TOLD["reasons"].values() for name in names.split()) == []
+    assert {name[2:] for name in NAMES} & REASONS.keys() == set()
 
 
 def test_longest_family_wins() -> None:
@@ -93,13 +80,14 @@ def test_longest_family_wins() -> None:
 def test_every_way_out_belongs_to_a_refused_flag() -> None:
     of_fields = {"check-for-nan-in-grad", "virtual-pipeline-model-parallel-size"}
     of_fields |= {"num-layers-in-first-pipeline-stage", "num-layers-in-last-pipeline-stage"}
-    assert WAYS_OUT.keys() - refused_flags().keys() == of_fields
-    assert WAYS_OUT_OF_REASONS.keys() <= REFUSED.keys()
+    of_values = {name[2:] for one in SERVED if one.choices for name in one.names}
+    assert TOLD["ways-out"].keys() - REASONS.keys() - of_values == of_fields
+    assert TOLD["ways-out-by-reason"].keys() <= TOLD["reasons"].keys()
 
 
 @pytest.mark.parametrize("class_name", SOURCES)
 def test_every_field_of_megatron_core_is_served_or_refused(class_name: str) -> None:
-    known = known_flags()
+    known = known_flags(NAMES)
     names = [name for one in megatron_fields(class_name).values() for name in (flag(one.name), *one.flags)]
     assert [name for name in names if name not in known or known[name] == ""] == []
 
@@ -108,7 +96,7 @@ def test_a_field_of_a_newer_megatron_core_is_refused(monkeypatch: pytest.MonkeyP
     field = MegatronField("quantum_speedup", "bool", "", ())
     monkeypatch.setattr("megatron_peft.cli.megatron.megatron_fields", lambda name: {"quantum_speedup": field})
     for name in ("--quantum-speedup", "--no-quantum-speedup"):
-        assert f"{name} is a Megatron flag" in why_not_served(name)
+        assert f"{name} is a Megatron flag" in why_not_served(name, NAMES)
 
 
 @pytest.fixture(scope="module")
@@ -126,10 +114,10 @@ def test_source_has_the_fields_of_the_class(name: str, classes: dict[str, type])
     assert megatron_fields(name).keys() == {one.name for one in fields(classes[name]) if not one.name.startswith("_")}
 
 
-@pytest.mark.parametrize("name", SHAPE_FIELDS + tuple(RUN_FIELDS))
+@pytest.mark.parametrize("name", READ_FROM_SOURCE)
 def test_types_of_served_fields_are_the_annotations(name: str, classes: dict[str, type]) -> None:
     (served,) = (one for one in SERVED if one.names[0] == flag(name))
-    kind, choices = bool if served.constant is True else served.kind, served.choices
+    kind, choices = served.kind if served.takes_value else bool, served.choices
     annotation = typing.get_type_hints(classes["TransformerConfig"])[name]
     members = [one for one in typing.get_args(annotation) if one is not type(None)] or [annotation]
     assert choices == (typing.get_args(members[0]) or typing.get_args(annotation) if choices else None)
@@ -154,9 +142,9 @@ def test_missing_megatron_core_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_flags_of_hugging_faces_trainers_stand_beside_ours_and_name_ours() -> None:
-    assert EQUIVALENTS.keys() & {name.lstrip("-") for name in known_flags()} == set()
+    assert EQUIVALENTS.keys() & {name.lstrip("-") for name in known_flags(NAMES)} == set()
     mentioned = {name for told in EQUIVALENTS.values() for name in re.findall(r"--[a-z][a-z0-9-]*[a-z0-9]", told)}
-    assert mentioned <= {name for one in SERVED for name in one.names}
+    assert mentioned <= NAMES
 
 
 def test_common_arguments_of_hugging_faces_trainer_are_known() -> None:
@@ -167,6 +155,6 @@ def test_common_arguments_of_hugging_faces_trainer_are_known() -> None:
     common += "gradient_accumulation_steps lr_scheduler_type logging_steps save_steps save_total_limit eval_steps "
     common += "gradient_checkpointing max_grad_norm seed bf16 fp16 optim report_to run_name resume_from_checkpoint "
     common += "dataloader_num_workers warmup_steps deepspeed fsdp ddp_timeout push_to_hub group_by_length adam_beta1"
-    known = {name.lstrip("-").replace("-", "_") for name in known_flags()}
+    known = {name.lstrip("-").replace("-", "_") for name in known_flags(NAMES)}
     unanswered = [name for name in common.split() if name not in known and not equivalent(f"--{name}")]
     assert unanswered == ["group_by_length"]  # there is nothing like it here

@@ -10,6 +10,7 @@ import pytest
 
 from megatron_peft.cli import launch
 from megatron_peft.cli.launch import LaunchConfig, running_processes, start_processes
+from megatron_peft.commands import train
 from megatron_peft.config import ConfigurationError
 from tests.time_limits import seconds
 
@@ -52,7 +53,7 @@ def test_ft_launcher_takes_the_place_of_torchrun(monkeypatch) -> None:
     started: list[tuple[str, list[str]]] = []
     values = {"launcher": "ft_launcher", "nproc_per_node": "2", "max_restarts": 3}
     monkeypatch.setattr(launch, "_run_by_torchrun", lambda *_: 0)
-    start_processes("m", ["--lr", "1"], values, "p", lambda environ: None)
+    start_processes("m", ["--lr", "1"], values, "p")
     program, words = started[0]
     assert program == sys.executable and words[1:3] == ["-m", "nvidia_resiliency_ext.fault_tolerance.launcher"]
     expected = "--standalone --nproc-per-node 2 --nnodes 1 --max-restarts 3 --module m --lr 1"
@@ -62,31 +63,25 @@ def test_ft_launcher_takes_the_place_of_torchrun(monkeypatch) -> None:
 @pytest.mark.parametrize("chosen", [None, "8"])
 def test_compute_and_communication_are_issued_in_order_unless_the_user_says_otherwise(monkeypatch, chosen) -> None:
     monkeypatch.setattr(launch.os, "environ", {} if chosen is None else {"CUDA_DEVICE_MAX_CONNECTIONS": chosen})
-    start_processes("m", [], {}, "p", print)
+    start_processes("m", [], {}, "p")
     assert launch.os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == (chosen or "1")
 
 
 def test_nothing_is_started_where_processes_run_already(monkeypatch) -> None:
-    assert start_processes("m", [], {}, "p", print) is None
+    assert start_processes("m", [], {}, "p") is None
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert start_processes("m", [], {"nproc_per_node": "4"}, "p", print) is None
+    assert start_processes("m", [], {"nproc_per_node": "4"}, "p") is None
     assert running_processes(os.environ) == {"nproc_per_node": "4"}
     with pytest.raises(ConfigurationError, match="^--nproc-per-node 2 contradicts the 4 processes that run"):
-        start_processes("m", [], {"nproc_per_node": "2"}, "p", print)
+        start_processes("m", [], {"nproc_per_node": "2"}, "p")
 
 
-def test_flags_are_checked_for_all_processes_before_any_is_started(monkeypatch) -> None:
+def test_flags_are_checked_for_all_processes_before_any_is_started(monkeypatch, capsys) -> None:
     monkeypatch.setattr(launch, "_run_by_torchrun", lambda *_: pytest.fail("started"))
-    seen = []
-
-    def check(environ) -> None:
-        seen.append(environ["WORLD_SIZE"])
-        raise SystemExit(2)
-
-    with pytest.raises(SystemExit):
-        start_processes("m", [], {"nproc_per_node": "3", "nnodes": 2, "rdzv_endpoint": "a:1"}, "p", check)
-    assert seen == ["6"]
+    words = "--nproc-per-node 3 --nnodes 2 --rdzv-endpoint a:1 --tensor-model-parallel-size 4"
+    assert train.main(words.split()) == 2
+    assert "6 processes cannot hold" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -102,7 +97,7 @@ def test_ranks_are_started_and_their_end_is_one_line(tmp_path: Path, end: str, c
     (tmp_path / "a_rank.py").write_text(RANK)
     program = (
         "import sys; from megatron_peft.cli.launch import start_processes; "
-        f"sys.exit(start_processes('a_rank', ['{end}', '--x'], {{'nproc_per_node': '2'}}, 'p', lambda environ: None))"
+        f"sys.exit(start_processes('a_rank', ['{end}', '--x'], {{'nproc_per_node': '2'}}, 'p'))"
     )
     (tmp_path / "temporary").mkdir()
     environ = {**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}", "TMPDIR": str(tmp_path / "temporary")}

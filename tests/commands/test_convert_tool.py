@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_peft.cli.flags import flags_of
-from megatron_peft.commands.convert import COMMANDS, main
+from megatron_peft.commands.convert import main
 from megatron_peft.conversion import verify
 from tests.conversion.megatron_folders import equal, save_random, tensors_of
 
@@ -22,14 +21,6 @@ def test_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert equal(tensors_of(back), tensors_of(original))
     assert (back / "model.safetensors.index.json").is_file()
     assert tuple(capsys.readouterr()) == (f"wrote {megatron}\nwrote {back}\n", "")
-
-
-def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
-    for name, command in COMMANDS.items():
-        with pytest.raises(SystemExit, match="0"):
-            main([name, "--help"])
-        shown = capsys.readouterr().out
-        assert "--input" in shown and all(one.names[0] in shown for one in flags_of(command))
 
 
 def test_verify_says_how_far_apart(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,7 +23,7 @@ print("\\nheavy:", *sorted({heavy} & sys.modules.keys()))
 @pytest.mark.parametrize(
     ("code", "shown", "heavy"),
     [
-        (f"{PARSE}(['--help'])", "--lora-rank N", NONE),
+        ("import megatron_peft.commands.train as tool; tool.main(['--help'])", "--lora-rank N", NONE),
         (f"{PARSE}(['--num-experts', '8', '--wibble'], {{}})", "", NONE),
         (f"{PARSE}('--pretrained-checkpoint m --train-data-path a.jsonl --train-iters 1'.split(), {{}})", "", NONE),
         ("import megatron_peft.commands.convert as tool; tool.main(['--help'])", "hf-to-megatron", NONE),
@@ -36,6 +36,8 @@ print("\\nheavy:", *sorted({heavy} & sys.modules.keys()))
         ("import megatron_peft.commands.certify as tool; tool.main(['--help'])", "--world-size N", NONE),
         ("import megatron_peft.commands.demo as tool; tool.main(['--nope'])", "", NONE),
         ("import megatron_peft.commands.program as tool; tool.main(['bench', '--version'])", "megatron-core", NONE),
+        ("import megatron_peft.commands.program as tool; tool.main(['--version'])", "megatron-core", NONE),
+        ("import megatron_peft.commands.program as tool; tool.main(['--help'])", "data preview", NONE),
         ("from megatron_peft.models.families import FAMILIES, family_of; [*map(family_of, FAMILIES)]", "", NONE),
         ("import megatron_peft; print(megatron_peft.PeftConfig.__name__, dir(megatron_peft))", "add_adapters", NONE),
         ("import megatron_peft.data.preprocess", "", NONE),

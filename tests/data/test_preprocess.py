@@ -1,7 +1,6 @@
 """JSON lines become Megatron's indexed datasets, by one process or several, whole or not at all."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -120,11 +119,10 @@ def test_the_tool_takes_megatrons_flags_and_patterns(write_lines, tmp_path, caps
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--split-sentences"], "--split-sentences is a flag of Megatron's that this tool does not serve"),
+        (["--split-sentences"], "--split-sentences is not a known flag; --help lists them."),
         (["--workers", "0"], "--workers is 0; it must be above 0"),
     ],
 )
 def test_the_tool_refuses_flags_by_name(write_lines, tmp_path, capsys, flags, message):
-    with pytest.raises(SystemExit, match="2"):
-        sys.exit(run_tool(write_lines(TEXTS), tmp_path / "out", *flags))
+    assert run_tool(write_lines(TEXTS), tmp_path / "out", *flags) == 2
     assert message in capsys.readouterr().err

@@ -462,16 +462,15 @@ def test_a_base_that_is_not_there_is_told_with_the_way_out(run, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        (["--load", ""], "p.py: error: --load is empty: give the folder of a run"),
-        (["--load", "nowhere"], "p.py: error: nowhere holds no checkpoint"),
-        (["--pretrained-checkpoint", "nowhere", "--wibble"], "p.py: error: found several problems:"),
+        (["--load", ""], "^--load is empty: give the folder of a run"),
+        (["--load", "nowhere"], "^nowhere holds no checkpoint"),
+        (["--pretrained-checkpoint", "nowhere", "--wibble"], "(?s)^--wibble is not a known flag.*nowhere"),
     ],
 )
-def test_what_is_wrong_is_told_under_the_programs_name_before_a_world_is_made(capsys, flags, told):
+def test_what_is_wrong_is_told_before_a_world_is_made(flags, told):
     ran = []
-    with pytest.raises(SystemExit, match="2"):
-        run_on_a_model(lambda *both: ran.append(both), 1, RunFlags(flags), "p.py")
-    assert capsys.readouterr().err.startswith(told)
+    with pytest.raises(ConfigurationError, match=told):
+        run_on_a_model(lambda *both: ran.append(both), 1, RunFlags(flags))
     assert not ran and not dist.is_initialized()
 
 
@@ -481,5 +480,5 @@ def test_the_program_runs_in_a_world_with_settings_and_model(tmp_path):
     def main(config: RunConfig, settings: str) -> None:
         seen.append((config.model.pretrained_checkpoint, settings, dist.get_world_size()))
 
-    run_on_a_model(main, "settings", RunFlags(["--pretrained-checkpoint", base]), "p.py")
+    run_on_a_model(main, "settings", RunFlags(["--pretrained-checkpoint", base]))
     assert seen == [(base, "settings", 1)] and not dist.is_initialized()

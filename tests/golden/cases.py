@@ -91,7 +91,7 @@ SAID = {
     "help": ["--help", *(f"{command} --help".replace(":", " ") for command in COMMANDS.split())],
     "errors": Path(__file__).with_name("errors.txt").read_text().splitlines(),
     "print-config": [f"train {RUN} --save run --print-config"],
-    "preview": [f"data preview {TEXT} --train-data-path {{inputs}}/pairs.jsonl --pack-sequences --samples 2"],
+    "preview": [f"data preview {TEXT} --train-data-path {{inputs}}/pairs.jsonl --pack-sequences --show-samples 2"],
     "plan": [f"plan {RUN} {TP2} --pipeline-model-parallel-size 2 --json plan.json"],
     "plan --fit": [f"plan {RUN} --fit --world-size 2 --rehearsed 1 --json fit.json --save-config fit.yaml"],
     "certify": [f"certify {RUN} {TP2} --world-size 2 --output certificate.json"],

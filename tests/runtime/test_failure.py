@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from megatron_peft.cli.parser import exit_with_error
+from megatron_peft.cli.parser import tell_error
 from megatron_peft.config import ConfigurationError
 from megatron_peft.runtime import failure
 from megatron_peft.runtime.exit_signals import ends_before_training
@@ -113,17 +113,16 @@ def step(*_):
     dist.barrier()  # both have opened the store
     dist.all_reduce(torch.zeros(1))
 
-def config_or_exit(*_):
+def config(*_):
     from megatron_peft.training import run
     run.finetune = step
     world = {"distributed_backend": "gloo", "distributed_timeout_minutes": 1}
     of = types.SimpleNamespace
     return of(parallel=of(**world), training=of(exit_signal_handler=True), checkpoint=of(save=None))
 
-flags = types.SimpleNamespace(values={"program": {}}, launch={}, config_or_exit=config_or_exit)
-train.read_flags = lambda *_, **__: flags
+flags = types.SimpleNamespace(values={"program": {}}, launch={}, config=config, program="p", command_line=[])
 train.run_file = lambda *_: ""
-train.main(program="pretrain_peft.py")
+train.run(flags)
 """
 # The one that is killed needs no more of it than its place in the world.
 KILLED = """
@@ -205,11 +204,9 @@ def test_ranks_that_take_too_long_are_stopped() -> None:
 
 def test_the_report_of_torchrun_ends_with_our_message(tmp_path, capsys):
     path = tmp_path / "error.json"
-    with pytest.raises(SystemExit):
-        exit_with_error(WRONG, {"TORCHELASTIC_ERROR_FILE": str(path)}, "program")
+    assert tell_error(WRONG, {"TORCHELASTIC_ERROR_FILE": str(path)}, "program") == 2
     assert capsys.readouterr().err == "program: error: --lr is wrong.\n"
     failure = ProcessFailure(0, 1, 2, str(path))
     assert failure.message == "program: error: --lr is wrong." and abs(failure.timestamp - time.time()) < 3600
-    with pytest.raises(SystemExit):
-        exit_with_error(WRONG, {"TORCHELASTIC_ERROR_FILE": str(tmp_path / "gone" / "error.json")}, "program")
+    assert tell_error(WRONG, {"TORCHELASTIC_ERROR_FILE": str(tmp_path / "gone" / "error.json")}, "program") == 2
     assert "--lr is wrong" in capsys.readouterr().err
