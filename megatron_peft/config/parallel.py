@@ -8,8 +8,7 @@ from megatron_peft.config.errors import Checked, Requirements, flag, option
 
 UNEVEN_STAGES = ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")
 ACCOUNTED_STAGES = ("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split")
-LAYOUT = "pipeline_model_parallel_layout"
-LONGEST_LAYOUT = 1000
+CHUNK, LAYOUT = "num_layers_per_virtual_pipeline_stage", "pipeline_model_parallel_layout"
 
 
 @dataclass(frozen=True)
@@ -50,8 +49,7 @@ class ParallelConfig(Checked):
     )
     distributed_timeout_seconds_after_init: int | None = option(
         None,
-        "seconds a rank waits for the others after the first iteration, more than a save takes (default: as long as "
-        "--distributed-timeout-minutes)",
+        "the same in seconds, after the first iteration: more than a save takes (default: as before)",
         check="positive",
     )
     world_size: int = 1
@@ -74,54 +72,31 @@ class ParallelConfig(Checked):
             "--sequence-parallel splits the sequence over tensor-parallel ranks: it needs "
             "--tensor-model-parallel-size above 1.",
         )
-        # Flags of stages fit one another and the number of stages; whether they fit a model, its shape says.
+        uneven, divided = self._given(*UNEVEN_STAGES), self._given(CHUNK, *ACCOUNTED_STAGES)
+        ways = [way for way in (uneven, divided, self._given(LAYOUT)) if way]
+        named = [name for way in ways for name in way]
+        require(
+            pp > 1 or not ways,
+            f"{_listed(named)} {'need' if len(named) > 1 else 'needs'} --pipeline-model-parallel-size above 1: one "
+            f"pipeline stage holds all layers.",
+        )
+        require(
+            len(ways) <= 1,
+            f"{', '.join(map(_listed, ways))} are mutually exclusive ways to divide layers among pipeline stages.",
+        )
         layout = self.pipeline_model_parallel_layout
-        interleaved = self.num_layers_per_virtual_pipeline_stage is not None
-        uneven, accounted = self._given(*UNEVEN_STAGES), self._given(*ACCOUNTED_STAGES)
-        needs_stages = self._given("num_layers_per_virtual_pipeline_stage", *UNEVEN_STAGES, *ACCOUNTED_STAGES, LAYOUT)
-        require(
-            pp > 1 or not needs_stages,
-            f"{_listed(needs_stages)} {'need' if len(needs_stages) > 1 else 'needs'} --pipeline-model-parallel-size "
-            f"above 1: one pipeline stage holds all layers.",
-        )
-        require(
-            not (uneven and interleaved),
-            f"--num-layers-per-virtual-pipeline-stage needs stages of equal size: leave out {_listed(uneven)}.",
-        )
-        require(
-            not (uneven and accounted),
-            f"{_listed(uneven)} and {_listed(accounted)} are mutually exclusive: an end either holds a given number of "
-            f"layers, or counts the embedding or the loss as one of its layers.",
-        )
         if layout is None:
             return
-        others = self._given("num_layers_per_virtual_pipeline_stage", *UNEVEN_STAGES, *ACCOUNTED_STAGES)
-        require(not others, f"{flag(LAYOUT)} says what every pipeline stage holds: leave out {_listed(others)}.")
-        self._check_layout(require, layout)
-
-    def _check_layout(self, require: Requirements, layout: str) -> None:
-        pp, named = self.pipeline_model_parallel_size, f"{flag(LAYOUT)} {layout[:80]}"
-        numbers = re.findall(r"\d+", layout)
-        if len(layout) > LONGEST_LAYOUT or any(len(number) > 3 for number in numbers):
-            require(
-                False, f"{named} is too long: use at most {LONGEST_LAYOUT} letters, and repeat less than 1,000 times."
-            )
-            return
-        stages = stages_of_layout(layout)
-        foreign = "".join(sorted({*"".join(stages)} - {*"EtL"}))
+        is_short, shown = len(layout) <= 1000 and not re.search(r"\d{4}", layout), f"{flag(LAYOUT)} {layout[:80]}"
+        stages = stages_of_layout(layout) if is_short else []
         require(
-            not foreign,
-            f"{named} holds {foreign!r}: stages hold E (embedding), t (layer) and L (loss), as in "
-            f"'Ettt|(tttt|)*14tttL'.",
-        )
-        ends = stages[0][:1], stages[-1][-1:], layout.count("E"), layout.count("L")
-        require(
-            bool(foreign) or ends == ("E", "L", 1, 1),
-            f"{named} must begin with E, the embedding, and end with L, the loss, each once.",
+            re.fullmatch(r"E[t|]*L", "|".join(stages)) is not None,
+            f"{shown} must hold E (embedding), t (layer) and L (loss) in this order, with | between stages, as in "
+            f"'Ettt|(tttt|)*14tttL'; *N repeats less than 1,000 times.",
         )
         require(
             pp <= 0 or len(stages) % pp == 0,
-            f"{named} has {len(stages)} stages, which --pipeline-model-parallel-size {pp} does not divide: every rank "
+            f"{shown} has {len(stages)} stages, which --pipeline-model-parallel-size {pp} does not divide: every rank "
             f"holds equally many.",
         )
 
@@ -131,9 +106,8 @@ class ParallelConfig(Checked):
     @property
     def is_interleaved(self) -> bool:
         """Whether a pipeline rank holds several chunks of the model."""
-        layout = self.pipeline_model_parallel_layout
-        if layout is not None:
-            return len(stages_of_layout(layout)) > self.pipeline_model_parallel_size
+        if self.pipeline_model_parallel_layout is not None:
+            return len(stages_of_layout(self.pipeline_model_parallel_layout)) > self.pipeline_model_parallel_size
         return self.num_layers_per_virtual_pipeline_stage is not None
 
     def num_divided(self, num_layers: int) -> int:

@@ -6,7 +6,7 @@ section raises one `ConfigurationError` with all of its problems as it is made. 
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 from megatron_peft.config.errors import Checked, ConfigurationError, Requirements, flag, spelled
 from megatron_peft.config.methods import METHODS, PeftConfig
@@ -35,34 +35,57 @@ class RunConfig(Checked):
     logging: LoggingConfig = LoggingConfig()
 
     def check(self, require: Requirements) -> None:
-        self._check_batches(require)
-        self._check_schedule(require)
-        self._check_memory_savers(require)
-        self._check_validation(require)
-        self.peft.spec.check_run(self.peft, self, require)
-
-    def _check_batches(self, require: Requirements) -> None:
-        replicas, pp = self.parallel.data_parallel_size, self.parallel.pipeline_model_parallel_size
-        step = self.training.micro_batch_size * replicas
+        parallel, training, optimizer, transformer = (
+            self.parallel,
+            self.training,
+            self.optimizer,
+            self.model.transformer,
+        )
+        tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+        step = training.micro_batch_size * parallel.data_parallel_size
         below = self.global_batch_size // step * step
         require(
             self.global_batch_size % step == 0,
             f"--global-batch-size {self.global_batch_size} is not a multiple of --micro-batch-size "
-            f"{self.training.micro_batch_size} x {replicas} data-parallel ranks = {step}: "
+            f"{training.micro_batch_size} x {parallel.data_parallel_size} data-parallel ranks = {step}: "
             f"use {' or '.join(str(batch) for batch in (below, below + step) if batch)}.",
         )
-        interleaved = self.parallel.is_interleaved
+        if parallel.is_interleaved:
+            require(
+                pp != 2 or transformer.get("overlap_p2p_comm", True),
+                "--no-overlap-p2p-communication batches the messages of the interleaved schedule, and at "
+                "--pipeline-model-parallel-size 2, where the next stage is also the previous one, they would be "
+                "confused: leave it out, or use 3 stages or more.",
+            )
+            require(
+                self.num_microbatches % pp == 0,
+                f"the interleaved schedule needs a multiple of --pipeline-model-parallel-size {pp} microbatches a "
+                f"step, but --global-batch-size {self.global_batch_size} gives {self.num_microbatches}.",
+            )
         require(
-            not interleaved or pp != 2 or self.model.transformer.get("overlap_p2p_comm", True),
-            "--no-overlap-p2p-communication batches the messages of the interleaved schedule, and at "
-            "--pipeline-model-parallel-size 2, where the next stage is also the previous one, they would be confused: "
-            "leave it out, or use 3 stages or more.",
+            not parallel.sequence_parallel or self.data.seq_length % tp == 0,
+            f"--seq-length {self.data.seq_length} is not a multiple of --tensor-model-parallel-size {tp}, which "
+            f"--sequence-parallel needs: use {self.data.seq_length // tp * tp or tp}.",
         )
         require(
-            not interleaved or self.num_microbatches % pp == 0,
-            f"the interleaved schedule needs a multiple of --pipeline-model-parallel-size {pp} microbatches a step, "
-            f"but --global-batch-size {self.global_batch_size} gives {self.num_microbatches}.",
+            not transformer.get("distribute_saved_activations") or (tp > 1 and not parallel.sequence_parallel),
+            "--distribute-saved-activations splits them over tensor-parallel ranks: it needs "
+            "--tensor-model-parallel-size above 1, and no --sequence-parallel (which has split them already).",
         )
+        require(
+            not optimizer.overlap_param_gather or training.overlap_grad_reduce,
+            "--overlap-param-gather needs --overlap-grad-reduce.",
+        )
+        self._check_schedule(require)
+        has_data = bool(self.data.valid_data_path or self.data.data_path)
+        validates = has_data and training.eval_interval is not None and training.eval_iters != 0
+        for section, name in ((training, "early_stopping_patience"), (self.checkpoint, "keep_best")):
+            require(
+                validates or not getattr(section, name),
+                f"{spelled(flag(name), getattr(section, name))} needs a validation loss: give --valid-data-path (or "
+                f"--data-path with a --split), and no --eval-iters 0.",
+            )
+        self.peft.spec.check_run(self.peft, self, require)
 
     def _check_schedule(self, require: Requirements) -> None:
         """Lengths of the schedule count what the length of the run counts, and the warmup ends before the decay."""
@@ -82,36 +105,6 @@ class RunConfig(Checked):
             f"{flag('lr_decay_' + unit)} (default: {flag('train_' + unit)}).",
         )
 
-    def _check_memory_savers(self, require: Requirements) -> None:
-        tp, sequence_parallel = self.parallel.tensor_model_parallel_size, self.parallel.sequence_parallel
-        require(
-            not sequence_parallel or self.data.seq_length % tp == 0,
-            f"--seq-length {self.data.seq_length} is not a multiple of --tensor-model-parallel-size {tp}, which "
-            f"--sequence-parallel needs: use {self.data.seq_length // tp * tp or tp}.",
-        )
-        require(
-            not self.model.transformer.get("distribute_saved_activations") or (tp > 1 and not sequence_parallel),
-            "--distribute-saved-activations splits them over tensor-parallel ranks: it needs "
-            "--tensor-model-parallel-size above 1, and no --sequence-parallel (which has split them already).",
-        )
-        require(
-            not self.optimizer.overlap_param_gather or self.training.overlap_grad_reduce,
-            "--overlap-param-gather needs --overlap-grad-reduce.",
-        )
-
-    def _check_validation(self, require: Requirements) -> None:
-        has_data = bool(self.data.valid_data_path or self.data.data_path)
-        validates = has_data and self.training.eval_interval is not None and self.training.eval_iters != 0
-        for name, value in (
-            ("early_stopping_patience", self.training.early_stopping_patience),
-            ("keep_best", self.checkpoint.keep_best),
-        ):
-            require(
-                validates or not value,
-                f"{spelled(flag(name), value)} needs a validation loss: give --valid-data-path (or --data-path with a "
-                f"--split), and no --eval-iters 0.",
-            )
-
     @property
     def global_batch_size(self) -> int:
         """Samples a step over all ranks."""
@@ -125,14 +118,12 @@ class RunConfig(Checked):
 
 def missing_for_training(values: Mapping[str, Any]) -> list[str]:
     """Messages for what training requires, and inference and conversion do not, given a run's fields by name."""
-    needed = {
-        ("data_path", "train_data_path", "mock_data"): (
-            "no training data: give --train-data-path FILE.jsonl, or --data-path PREFIX of an indexed dataset."
-        ),
-        ("train_iters", "train_samples", "train_epochs"): f"{LENGTH_OF_THE_RUN} (none given).",
-    }
-    given = {name for name, value in values.items() if value is not None and value is not False and value != ()}
-    return [told for names, told in needed.items() if given.isdisjoint(names)]
+    problems = []
+    if not any(map(values.get, ("data_path", "train_data_path", "mock_data"))):
+        problems.append("no training data: give --train-data-path FILE.jsonl, or --data-path PREFIX of indexed data.")
+    if all(values.get(name) is None for name in ("train_iters", "train_samples", "train_epochs")):
+        problems.append(f"{LENGTH_OF_THE_RUN} (none given).")
+    return problems
 
 
 def missing_to_profile(config: RunConfig) -> list[str]:
@@ -142,14 +133,10 @@ def missing_to_profile(config: RunConfig) -> list[str]:
     """
     logging, training, world_size = config.logging, config.training, config.parallel.world_size
     outside = [rank for rank in logging.profile_ranks if not 0 <= rank < world_size]
-    samples = training.train_samples
+    samples, problems = training.train_samples, []
     length = training.train_iters if samples is None else samples // config.global_batch_size
-    problems = []
     if (logging.profile or logging.record_memory_history) and outside:
-        problems.append(
-            f"{spelled(flag('profile_ranks'), logging.profile_ranks)} needs ranks of this run, which has 0 to "
-            f"{world_size - 1}: leave out {' '.join(map(str, outside))}."
-        )
+        problems.append(f"--profile-ranks: leave out {outside}, as the ranks of this run are 0 to {world_size - 1}.")
     if logging.profile and length is not None and length <= logging.profile_step_start:
         problems.append(
             f"--profile needs --profile-step-start below the run's {length} iterations, but it is "
@@ -165,12 +152,11 @@ def field_names(config_class: type) -> tuple[str, ...]:
 
 def config_to_dict(config: RunConfig) -> dict[str, dict[str, Any]]:
     """{section: {field: value}} with lists for tuples; what `config_from_dict` reads back to an equal RunConfig."""
-    return {
-        section: {
-            name: _plain(getattr(part, name)) for name in getattr(part, "recorded_fields", field_names(type(part)))
-        }
-        for section, part in ((name, getattr(config, name)) for name in field_names(RunConfig))
-    }
+    record: dict[str, dict[str, Any]] = {}
+    for section, part in vars(config).items():
+        values = {name: getattr(part, name) for name in getattr(part, "recorded_fields", field_names(type(part)))}
+        record[section] = {name: [*value] if isinstance(value, tuple) else value for name, value in values.items()}
+    return record
 
 
 SECTIONS: Mapping[str, type] = get_type_hints(RunConfig)
@@ -229,19 +215,14 @@ def config_from_dict(record: Mapping[str, Mapping[str, Any]]) -> RunConfig:
             f"the run's record holds {', '.join(unknown)}, which this installation does not know: it was written by a "
             f"newer version of megatron_peft, or with another package of methods."
         )
-    sections = {}
-    for section, config_class in SECTIONS.items():
-        hints = get_type_hints(config_class)
-        sections[section] = config_class(
-            **{
-                name: tuple(value) if get_origin(hints[name]) is tuple else value
-                for name, value in record.get(section, {}).items()
-            }
-        )
-    return RunConfig(**sections)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _plain(item) for name, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+    return RunConfig(
+        **{
+            section: config_class(
+                **{
+                    name: tuple(value) if isinstance(value, list) else value
+                    for name, value in record.get(section, {}).items()
+                }
+            )
+            for section, config_class in SECTIONS.items()
+        }
+    )
