@@ -45,7 +45,7 @@ def attach_adapters(model_chunks: Sequence[nn.Module], peft: PeftConfig, seed: i
     modules = huggingface_modules(model_chunks)
     require_matches(peft.target_modules, all_names([target.name for target in targets]), modules)
     adapted = [target for target in targets if is_targeted(target.name, peft.target_modules, modules)]
-    checked_together(lambda: [peft.spec.check_layer(peft, one.module.layout.sizes, one.name) for one in adapted])
+    checked_together(lambda: [peft.spec.check_layer(peft, one.module.layout, one.name) for one in adapted])
     for chunk in model_chunks:
         freeze(chunk)
     adapters: dict[str, nn.Module] = {}

@@ -17,11 +17,12 @@ from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
-Check = Literal["positive", "not_negative", "fraction", "not_empty", "in_a_folder"]
+Check = Literal["positive", "not_negative", "even", "fraction", "not_empty", "in_a_folder"]
 # Check -> (whether a value passes, what is told of another one).
 CHECKS: Mapping[Check, tuple[Callable[[Any], bool], str]] = {
     "positive": (lambda value: value > 0, "is {}; it must be above 0."),
     "not_negative": (lambda value: value >= 0, "is {}; it cannot be negative."),
+    "even": (lambda value: value > 0 and value % 2 == 0, "is {}; its halves are paired: use an even size."),
     "fraction": (lambda value: 0 <= value < 1, "is {}; it is a fraction, at least 0 and below 1."),
     "not_empty": (
         lambda value: value != "",
@@ -49,7 +50,7 @@ def option(
         default: of the field; None stands for "not set".
         help: one line for `--help` and docs/arguments.md, with the unit.
         check, most: what `Requirements.fields` requires of the value.
-        needs: fields, one of which must be set where this one is not at its default, or it has no effect.
+        needs: fields without which one that is not at its default has no effect; `a|b`: one of the two will do.
         group: title under which `--help` lists it; None: that of the section.
         flags: spellings; by default `--field-name`.
         metavar: placeholder of the value in `--help`; by default that of its type.
@@ -156,10 +157,11 @@ def _what_it_must_be(value: Any, annotation: Any) -> str:
     return "" if is_right(value) else name
 
 
-def mistyped(config: object) -> list[str]:
-    """The fields of a dataclass whose values are not of their types."""
+def mistyped(config: object) -> dict[str, str]:
+    """The fields of a dataclass whose values are not of their types, and what those must be."""
     hints = _type_hints(type(config))
-    return [name for name, value in vars(config).items() if _what_it_must_be(value, hints[name])]
+    told = {name: _what_it_must_be(value, hints[name]) for name, value in vars(config).items()}
+    return {name: wanted for name, wanted in told.items() if wanted}
 
 
 class Requirements:
@@ -192,22 +194,21 @@ class Requirements:
         Raises:
             ConfigurationError: a value is not of its field's type, so that it cannot be compared with anything.
         """
-        hints, config = _type_hints(type(self.config)), self.config
-        wrong = mistyped(config)
+        config, wrong = self.config, mistyped(self.config)
         for declared in fields(config):  # pyright: ignore[reportArgumentType]
             name, value, rules = declared.name, getattr(config, declared.name), declared.metadata
             if name in wrong:
-                wanted = _what_it_must_be(value, hints[name])
-                self(False, f"{flag_of(declared)} is {value!r}; it must be {wanted}.")
+                self(False, f"{flag_of(declared)} is {value!r}; it must be {wrong[name]}.")
             elif rules and value is not None and (names is None or name in names):
                 if rules["check"]:
                     self.each(rules["check"], name)
                 most, needs = rules["most"], rules["needs"]
                 self(most == inf or value <= most, f"{flag(name)} is {value}; it must be at most {most:,}.")
-                is_set = value not in (declared.default, "") and needs
-                ways_out = " or ".join(map(flag, needs))
-                is_met = any(getattr(config, other) for other in needs)
-                self(not is_set or is_met, f"{spelled(flag(name), value)} needs {ways_out}.")
+                is_set = value not in (declared.default, "")
+                for others in (need.split("|") for need in needs if is_set):
+                    ways_out = " or ".join(map(flag, others))
+                    is_met = any(getattr(config, other) for other in others)
+                    self(is_met, f"{spelled(flag(name), value)} needs {ways_out}.")
         if wrong:
             raise ConfigurationError
 

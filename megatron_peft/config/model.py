@@ -90,7 +90,9 @@ class DataConfig(Checked):
     data_path: tuple[str, ...] = option(
         (), "indexed .bin/.idx prefixes, each optionally preceded by its weight, divided by --split", metavar="PATH"
     )
-    split: str | None = option(None, "shares of training, validation and test with --data-path, such as 969,30,1")
+    split: str | None = option(
+        None, "shares of training, validation and test, such as 969,30,1", needs="data_path|mock_data"
+    )
     mock_data: bool = option(False, "train on generated token ids, to try a layout or its speed without data")
     data_cache_path: str | None = option(
         None, "folder for the index files built from indexed data, and for the tokens of records", metavar="PATH"
@@ -107,9 +109,7 @@ class DataConfig(Checked):
     )
     seq_length: int = option(1024, "longest sample, in tokens", check="positive")
     pad_to_seq_length: bool = option(
-        False,
-        "pad every microbatch to --seq-length (packed: each pack), so that pipeline stages exchange messages of a "
-        "known size and never wait for the device",
+        False, "pad every microbatch (or pack) to --seq-length, so that pipeline stages never wait for the device"
     )
     overlong: Literal["error", "skip", "truncate"] = option(
         "truncate", "what to do with longer samples; truncate cuts the end of the completion, with a warning"
@@ -132,9 +132,7 @@ class DataConfig(Checked):
         metavar="TYPE",
     )
     tokenizer_model: str | None = _tokenizer(
-        None,
-        "tokenizer folder, ORG/NAME of the Hub, or SentencePiece model (default: that of --pretrained-checkpoint)",
-        metavar="PATH",
+        None, "tokenizer folder, ORG/NAME of the Hub or SentencePiece model (default: the base model's)", metavar="PATH"
     )
     vocab_size: int | None = _tokenizer(
         None, "size of NullTokenizer's vocabulary; others' is compared with the checkpoint", check="positive"
@@ -148,10 +146,6 @@ class DataConfig(Checked):
             bool(separate) + bool(self.data_path) + self.mock_data <= 1,
             "--data-path (one source cut by --split), --train-data-path/--valid-data-path/--test-data-path (a source "
             "each) and --mock-data (generated samples) are mutually exclusive.",
-        )
-        require(
-            not (self.split and separate),
-            "--split cuts the source of --data-path; with --train-data-path each split has a source of its own.",
         )
         require(
             self.split is None or _is_split(self.split),
@@ -207,9 +201,7 @@ class PreviewOptions(Checked):
     """What `megatron-peft data preview` takes besides the flags of a run; `data.preview.Preview` does the work."""
 
     show_samples: int = option(3, "samples to show token by token", check="not_negative")
-    max_tokens: int = option(
-        400, "tokens to show of a sample; the middle of a longer one is left out", check="positive"
-    )
+    max_tokens: int = option(400, "tokens to show of a sample; the middle of a longer one is cut", check="positive")
     sampled_records: int = option(2000, "random records that the figures are estimated from", check="positive")
     exact: bool = option(False, "take the figures from all records")
     color: Literal["auto", "always", "never"] = option("auto", "color what is shown; auto: on a terminal")

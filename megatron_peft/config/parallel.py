@@ -44,13 +44,9 @@ class ParallelConfig(Checked):
         "split the sequence over the tensor-parallel ranks outside the linear layers; no effect with one such rank",
     )
     distributed_backend: Literal["nccl", "gloo"] | None = option(None, "default: nccl with CUDA, gloo without")
-    distributed_timeout_minutes: float = option(
-        10, "minutes a rank waits for the others before the run fails", check="positive"
-    )
+    distributed_timeout_minutes: float = option(10, "minutes a rank waits for the others at most", check="positive")
     distributed_timeout_seconds_after_init: int | None = option(
-        None,
-        "the same in seconds, after the first iteration: more than a save takes (default: as before)",
-        check="positive",
+        None, "the same after the first iteration, in seconds: more than a save takes", check="positive"
     )
     world_size: int = 1
 

@@ -135,12 +135,13 @@ def missing_to_profile(config: RunConfig) -> list[str]:
     outside = [rank for rank in logging.profile_ranks if not 0 <= rank < world_size]
     samples, problems = training.train_samples, []
     length = training.train_iters if samples is None else samples // config.global_batch_size
+    last = logging.profile_step_end if length is None else min(length, logging.profile_step_end)
     if (logging.profile or logging.record_memory_history) and outside:
         problems.append(f"--profile-ranks: leave out {outside}, as the ranks of this run are 0 to {world_size - 1}.")
-    if logging.profile and length is not None and length <= logging.profile_step_start:
+    if logging.profile and logging.profile_step_start >= last:
         problems.append(
-            f"--profile needs --profile-step-start below the run's {length} iterations, but it is "
-            f"{logging.profile_step_start}: no step would be profiled."
+            f"--profile needs --profile-step-start below {last}, the last step of the run or of --profile-step-end, "
+            f"but it is {logging.profile_step_start}: no step would be profiled."
         )
     return problems
 

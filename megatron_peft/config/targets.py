@@ -17,22 +17,14 @@ Side = Literal["output", "input"]  # of y = W x
 
 @dataclass(frozen=True)
 class LinearSizes:
-    """Sizes of y = W x, W [out_features, in_features], split over tensor-parallel ranks.
+    """Sizes of y = W x, W [out_features, in_features], split over tensor-parallel ranks."""
 
-    Args:
-        split: "column" splits the rows of W (the output), "row" its columns (the input).
-        out_features, in_features: of the whole matrix.
-        tensor_parallel_size: number of ranks.
-        num_parts: matrices stacked along the output; a rank holds its slice of each. 2 for a gated fc1, [gate; up].
-        head_features: of an attention head, if the output consists of heads.
-    """
-
-    split: Literal["column", "row"]
-    out_features: int
+    split: Literal["column", "row"]  # of the rows of W (the output), or of its columns (the input)
+    out_features: int  # of the whole matrix
     in_features: int
     tensor_parallel_size: int
-    num_parts: int = 1
-    head_features: int | None = None
+    num_parts: int = 1  # matrices stacked along the output; a rank holds its slice of each. 2: [gate; up] of fc1
+    head_features: int | None = None  # of an attention head, if the output consists of heads
 
     @property
     def local_out_features(self) -> int:
@@ -54,31 +46,23 @@ class LinearSizes:
 
 
 def is_targeted(name: str, patterns: Sequence[str], modules: Mapping[str, str]) -> bool:
-    """Whether a layer's global name is meant by any pattern.
+    """Whether any of `patterns` (--peft-target-modules) means the layer of this global name.
 
-    Args:
-        name: `decoder.layers.3.mlp.linear_fc1`.
-        patterns: --peft-target-modules.
-        modules: Hugging Face's names of linear layers -> the last part of Megatron's.
+    `modules` maps Hugging Face's names of linear layers to the last part of Megatron's.
     """
     return any(_matches(name, pattern, modules) for pattern in patterns)
 
 
 def require_matches(patterns: Sequence[str], names: Sequence[str], modules: Mapping[str, str]) -> None:
-    """Every pattern must match a layer of the whole model.
-
-    Raises:
-        ConfigurationError: naming the patterns that do not, and what exists.
-    """
-    foreign = f" (Hugging Face: {', '.join(modules)})" if modules else ""
+    """Raises ConfigurationError for patterns that match no layer of the whole model, with what there is."""
+    require(bool(names), "the model has no linear layer to adapt.")
     lost = [pattern for pattern in patterns if not any(_matches(name, pattern, modules) for name in names)]
     endings = sorted({name.rpartition(".")[2] for name in names})
+    foreign = f" (Hugging Face: {', '.join(modules)})" if modules else ""
     require(
         not lost,
-        f"--peft-target-modules {' '.join(lost)} matches no linear layer. There are "
-        f"{', '.join(endings)}{foreign}, with full names {names[0]} ... {names[-1]}; wildcards * ? [] work."
-        if names
-        else "the model has no linear layer to adapt.",
+        f"--peft-target-modules {' '.join(lost)} matches no linear layer. There are {', '.join(endings)}{foreign}, "
+        f"with full names {names[0]} ... {names[-1]}; wildcards * ? [] work.",
     )
 
 

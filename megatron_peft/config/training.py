@@ -27,9 +27,7 @@ class TrainingConfig(Checked):
     )
     train_iters: int | None = option(None, "length of the run in iterations", check="positive", most=MOST_STEPS)
     train_samples: int | None = option(None, "length of the run in samples", check="positive", most=MOST_STEPS)
-    train_epochs: float | None = option(
-        None, "length of the run in passes over the training data; may be a fraction", check="positive", most=10**6
-    )
+    train_epochs: float | None = option(None, "length of the run in epochs (or a part)", check="positive", most=10**6)
     eval_interval: int | None = _validation(1000, "iterations between validations", check="positive")
     eval_iters: int | None = _validation(
         None,
@@ -41,18 +39,13 @@ class TrainingConfig(Checked):
         None, "end the run, saved, after this many validations without a lower loss", check="positive"
     )
     seed: int = 1234  # DataConfig explains it: one flag sets both
-    check_for_nan_in_loss_and_grad: bool = option(
-        True, "stop at a loss or gradient that is not finite, naming iteration and rank"
-    )
+    check_for_nan_in_loss_and_grad: bool = option(True, "stop at a loss or gradient that is not finite, and say where")
     exit_interval: int | None = option(None, "save and exit at a multiple of this many iterations", check="positive")
     exit_duration_in_mins: float | None = option(None, "save and exit after this many minutes", check="positive")
     exit_signal_handler: bool = option(True, "save and exit on SIGINT (Ctrl-C), SIGTERM and SIGUSR1")
     manual_gc: bool = option(False, "run Python's garbage collector only when told to, on all ranks at the same step")
     manual_gc_interval: int = option(
-        0,
-        "iterations between garbage collections with --manual-gc; 0: only before and after validation",
-        check="not_negative",
-        needs="manual_gc",
+        0, "iterations between collections; 0: only around validation", check="not_negative", needs="manual_gc"
     )
     manual_gc_eval: bool = option(True, "with --manual-gc, collect garbage before and after validation")
     empty_unused_memory_level: int = option(
@@ -98,13 +91,9 @@ class OptimizerSettings(Checked):
     decoupled_min_lr: float | None = _rate(
         None, "--min-lr of the embedding and the output layer", check="not_negative", needs="decoupled_lr"
     )
-    start_weight_decay: float | None = option(
-        None, "weight decay at the start, if it increases over the run", check="not_negative"
-    )
-    end_weight_decay: float | None = option(None, "weight decay at the end, if it increases over the run")
-    weight_decay_incr_style: Literal["constant", "linear", "cosine"] = option(
-        "constant", "how the weight decay increases"
-    )
+    start_weight_decay: float | None = option(None, "weight decay at the start, if it increases", check="not_negative")
+    end_weight_decay: float | None = option(None, "weight decay at the end, if it increases")
+    weight_decay_incr_style: Literal["constant", "linear", "cosine"] = option("constant", "how weight decay increases")
     adam_beta1: float = option(0.9, "decay rate of Adam's first moment", check="fraction")
     adam_beta2: float = option(0.999, "decay rate of Adam's second moment", check="fraction")
     adam_eps: float = option(1e-8, "term added to Adam's denominator", check="positive")
@@ -114,10 +103,7 @@ class OptimizerSettings(Checked):
         False, "shard the optimizer's state over the data-parallel ranks", group=DISTRIBUTED
     )
     overlap_param_gather: bool = option(
-        False,
-        "gather sharded parameters while forward is running",
-        needs="use_distributed_optimizer",
-        group=DISTRIBUTED,
+        False, "gather sharded parameters during forward", needs="use_distributed_optimizer", group=DISTRIBUTED
     )
     override_opt_param_scheduler: bool = _rate(
         False,
@@ -165,9 +151,7 @@ class CheckpointConfig(Checked):
     """Where state is written and read. Intervals are iterations."""
 
     save: str | None = _path("folder for checkpoints and metrics")
-    load: str | None = _path(
-        "folder of checkpoints to resume from (the newest complete one), or one of its iter_ folders"
-    )
+    load: str | None = _path("folder of checkpoints to resume (the newest complete one), or one of its iter_ folders")
     exit_on_missing_checkpoint: bool = option(
         False, "end with an error if --load holds no checkpoint, even if it is the folder of --save", needs="load"
     )
@@ -179,10 +163,7 @@ class CheckpointConfig(Checked):
         None, "newest checkpoints to keep; older ones are removed (default: all)", check="positive", needs="save"
     )
     keep_best: bool = option(
-        False,
-        "save at each lowest validation loss, and link it as `best`; with --keep-last-checkpoints N, the N newest and "
-        "the best are left",
-        needs="save",
+        False, "save at each lowest validation loss, as `best`, which --keep-last-checkpoints keeps", needs="save"
     )
     resume: Literal["never", "auto"] = option(
         "never", "auto: resume from --save if it holds a checkpoint, else start (from --load, if given)", needs="save"
@@ -209,10 +190,7 @@ class LoggingConfig(Checked):
         "frozen model's products, 6 in full fine-tuning, and those of attention; recompute does not count",
     )
     peak_tflops: float | None = option(
-        None,
-        "a GPU's peak in the run's precision, for MFU (H100: 989 in bfloat16)",
-        check="positive",
-        needs="log_throughput",
+        None, "for MFU: a GPU's peak in this precision (H100: 989 in bf16)", check="positive", needs="log_throughput"
     )
     log_grad_norm_by_layer: bool = option(
         False, "also record the gradient norm of each transformer layer, before clipping, at log intervals"
@@ -224,9 +202,7 @@ class LoggingConfig(Checked):
         "microbatch; the host then waits for the device at each",
     )
     log_straggler: bool = option(
-        False,
-        "also name the rank that took longest for its own work in a step (batches and forward passes), and record its "
-        "seconds and the median's",
+        False, "also name the rank that took longest for its own work in a step, with its seconds and the median's"
     )
     record_memory_history: bool = option(
         False, "record CUDA allocations on --profile-ranks, and write them at the end, also after running out of memory"
@@ -243,15 +219,7 @@ class LoggingConfig(Checked):
     )
     profile_step_start: int = option(10, "steps before the first one profiled", check="not_negative", needs="profile")
     profile_step_end: int = option(12, "the last step that is profiled", check="positive", needs="profile")
-    profile_ranks: tuple[int, ...] = option((0,), "ranks that are profiled", needs="profile record_memory_history")
+    profile_ranks: tuple[int, ...] = option((0,), "ranks that are profiled", needs="profile|record_memory_history")
     use_pytorch_profiler: bool = option(
-        False, "with --profile, write a trace by torch's profiler to --tensorboard-dir instead", needs="tensorboard_dir"
+        False, "write a trace by torch's profiler to --tensorboard-dir instead", needs="profile tensorboard_dir"
     )
-
-    def check(self, require: Requirements) -> None:
-        require(not self.use_pytorch_profiler or self.profile, "--use-pytorch-profiler needs --profile.")
-        require(
-            not self.profile or self.profile_step_start < self.profile_step_end,
-            f"--profile-step-end {self.profile_step_end} is not above --profile-step-start "
-            f"{self.profile_step_start}: no step would be profiled.",
-        )

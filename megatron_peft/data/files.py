@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_peft.config import ConfigurationError, kind_of_source, require
-from megatron_peft.config.hub import DATA_FILES, local_folder
+from megatron_peft.config.sources import DATA_FILES, local_folder
 from megatron_peft.config.untrusted import parse_json, read_bytes, require_regular
 from megatron_peft.data.formats import Record
 

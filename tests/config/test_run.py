@@ -81,8 +81,8 @@ OF_A_SECTION: dict[type, list[tuple[dict[str, Any], str]]] = {
         ({"method": "prefix"}, "--peft-method prefix is not one of full, lora, lora-ga, boft, urnn, hybrid"),
         ({"lora_rank": 0}, "--lora-rank is 0; it must be above 0"),
         ({"lora_dropout": 1.0}, "--lora-dropout is 1.0; it is a fraction"),
-        ({"method": "boft", "boft_block_size": 5}, "--boft-block-size is 5; a butterfly mixes halves of a block"),
-        ({"method": "urnn", "urnn_block_size": 9}, "--urnn-block-size is 9; two real features make a complex one"),
+        ({"method": "boft", "boft_block_size": 5}, "--boft-block-size is 5; its halves are paired: use an even size"),
+        ({"method": "urnn", "urnn_block_size": 9}, "--urnn-block-size is 9; its halves are paired: use an even size"),
         ({"method": "hybrid", "hybrid_lambda": "fixed:1.5"}, "descent, or fixed:X with X from 0 to 1"),
         ({"method": "hybrid", "hybrid_lambda": "fixed:"}, "descent, or fixed:X with X from 0 to 1"),
         ({"method": "hybrid", "hybrid_lambda": "fixed:-0.1"}, "descent, or fixed:X with X from 0 to 1"),
@@ -94,7 +94,7 @@ OF_A_SECTION: dict[type, list[tuple[dict[str, Any], str]]] = {
     ],
     DataConfig: [
         ({**DATA, **INDEXED}, "mutually exclusive"),
-        ({**DATA, "split": "9,1"}, "--split cuts"),
+        ({**DATA, "split": "9,1"}, "--split 9,1 needs --data-path or --mock-data"),
         ({**INDEXED, "split": "9;1"}, "--split 9;1"),
         ({**INDEXED, "split": "0,0,0"}, "--split 0,0,0"),
         ({**INDEXED, "split": "1,1,1,1"}, "--split 1,1,1,1"),
@@ -172,8 +172,14 @@ PROFILE = {"profile": True, "profile_step_start": 4}
             "--profile-ranks: leave out [2, -1], as the ranks of this run are 0 to 1",
         ),
         ({**PROFILE, "profile_ranks": (1,)}, "--profile-ranks: leave out"),
-        ({**PROFILE, "train_iters": 4}, "--profile-step-start below the run's 4 iterations, but it is 4"),
-        ({**PROFILE, "train_iters": None, "train_samples": 9, "global_batch_size": 2}, "below the run's 4 iterations"),
+        (
+            {**PROFILE, "train_iters": 4},
+            "--profile-step-start below 4, the last step of the run or of --profile-step-end, but it is 4",
+        ),
+        (
+            {**PROFILE, "train_iters": None, "train_samples": 9, "global_batch_size": 2},
+            "below 4, the last step of the run",
+        ),
         ({**PROFILE, "train_iters": 5}, ""),  # the fifth step is profiled, whatever --profile-step-end says
         ({**PROFILE, "train_iters": None, "train_epochs": 0.1}, ""),  # nobody knows yet how many steps that is
         ({"train_iters": 1}, ""),

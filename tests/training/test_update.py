@@ -73,7 +73,7 @@ BOUNDED = {"lora_max_norm_ratio": 0.1}
     [
         (RIEMANNIAN, LATE, "whole parameters at the end of a step, before --overlap-param-gather has"),
         (PROJECTED, LATE, "whole parameters at the end of a step, before --overlap-param-gather has"),
-        (MERGED, LATE, "--hybrid-merge-interval merges parameters as a step ends"),
+        (MERGED, LATE, "--hybrid-merge-interval: changes whole parameters at the end"),
         (BOUNDED, LATE, "--lora-max-norm-ratio .* --overlap-param-gather"),
         (MERGED, {"model": {"bf16": True}}, "merges changes into weights .* --bf16 does not"),
     ],

@@ -1,14 +1,11 @@
 """LoRA and LoRA-GA, eq. (1)-(2) and (7)-(9): flags, checks and cost. The adapter is `adapters/low_rank.py`."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from megatron_peft.config.errors import Requirements, option, require
+from megatron_peft.config.errors import option, require
 from megatron_peft.config.methods import Method, ParamGroup, PeftOptions
 from megatron_peft.config.targets import LinearSizes
-
-if TYPE_CHECKING:
-    from megatron_peft.config.run import RunConfig
 
 # Marks on parameters, by which the optimizer knows them.
 IS_LORA_B = "is_lora_b"
@@ -21,13 +18,9 @@ class LowRankOptions(PeftOptions):
 
     lora_rank: int = option(16, "r, the inner size of the low-rank factors", check="positive")
     lora_alpha: float = option(32, "the low-rank change is scaled by alpha / r", check="positive")
-    lora_dropout: float = option(
-        0.0, "dropout probability on the input of the low-rank path", check="fraction", may_change=True
-    )
+    lora_dropout: float = option(0.0, "dropout on the input of the low-rank path", check="fraction", may_change=True)
     lora_rs: bool = option(False, "scale by alpha / sqrt(r) instead (rsLoRA)")
-    lora_plus_ratio: float = option(
-        1.0, "learning rate of B divided by that of A (LoRA+)", check="positive", may_change=True
-    )
+    lora_plus_ratio: float = option(1.0, "learning rate of B over that of A (LoRA+)", check="positive", may_change=True)
     lora_max_norm_ratio: float | None = option(
         None,
         "after each step, scale the low-rank change of a weight down to at most this fraction of the weight's own "
@@ -70,12 +63,8 @@ class LoraMethod(Method):
     def num_parameters(self, peft: LowRankOptions, out_features: int, in_features: int) -> int:
         return peft.lora_rank * (out_features + in_features)
 
-    def check_run(self, peft: LowRankOptions, run: "RunConfig", require: Requirements) -> None:
-        require(
-            peft.lora_max_norm_ratio is None or not run.optimizer.overlap_param_gather,
-            "--lora-max-norm-ratio scales whole parameters after a step, which --overlap-param-gather has not gathered "
-            "by then: leave out one of them.",
-        )
+    def late_updates(self, peft: LowRankOptions) -> list[str]:
+        return ["--lora-max-norm-ratio"] if peft.lora_max_norm_ratio is not None else []
 
     def check_layer(self, peft: LowRankOptions, sizes: LinearSizes, name: str) -> None:
         rank, smaller = peft.lora_rank, min(sizes.out_features, sizes.in_features)
