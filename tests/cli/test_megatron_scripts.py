@@ -132,7 +132,10 @@ def test_values_are_read_as_megatron_reads_them() -> None:
         ("--use-pytorch-profiler --tensorboard-dir t", "--use-pytorch-profiler needs --profile"),
         ("--profile --use-pytorch-profiler", "--use-pytorch-profiler needs --tensorboard-dir"),
         ("--profile --profile-step-start 20 --profile-step-end 21", "--profile needs --profile-step-start below"),
-        ("--profile --profile-step-start 1 --profile-ranks 0 8", "--profile-ranks: leave out [8], as the ranks of this run are 0 to 0"),
+        (
+            "--profile --profile-step-start 1 --profile-ranks 0 8",
+            "--profile-ranks: leave out [8], as the ranks of this run are 0 to 0",
+        ),
         ("--tokenizer-type Llama2Tokenizer", "--tokenizer-type Llama2Tokenizer needs --tokenizer-model FILE.model"),
     ],
 )
