@@ -1,4 +1,4 @@
-"""Adapters put in place of a model's linear layers, or merged into them; `config.targets` says which layers."""
+"""Adapters put in place of a model's linear layers, or merged into them; `config.methods` says which layers."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

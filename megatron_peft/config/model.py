@@ -51,19 +51,15 @@ class ModelConfig(Checked):
         )
         for name in ("attention_dropout", "hidden_dropout"):
             require(0 <= run.get(name, 0) < 1, f"{flag(name)} is {run.get(name)}; it is at least 0 and below 1.")
+        is_complete = run.get("recompute_method") and run.get("recompute_num_layers", 0) > 0
         require(
-            granularity != "full" or {"recompute_method", "recompute_num_layers"} <= run.keys(),
-            "--recompute-granularity full needs --recompute-method uniform or block, and --recompute-num-layers N "
-            "(uniform: layers per recomputed group; block: recomputed layers per stage).",
+            granularity != "full" or bool(is_complete),
+            "--recompute-granularity full needs --recompute-method uniform or block, and --recompute-num-layers > 0.",
         )
         only_full = [name for name in FULL_RECOMPUTE_FIELDS if run.get(name)]
         for kind, names in (("full", only_full), ("selective", ["recompute_modules"] * bool(self.recompute_modules))):
             needing = f"{', '.join(map(flag, names))}: only with"
             require(granularity == kind or not names, f"{needing} --recompute-granularity {kind}.")
-        require(
-            run.get("recompute_num_layers", 1) > 0,
-            f"--recompute-num-layers is {run.get('recompute_num_layers')}; it must be above 0.",
-        )
 
 
 SENTENCEPIECE = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")  # read a .model file
@@ -144,8 +140,8 @@ class DataConfig(Checked):
         separate = self.train_data_path or self.valid_data_path or self.test_data_path
         require(
             bool(separate) + bool(self.data_path) + self.mock_data <= 1,
-            "--data-path (one source cut by --split), --train-data-path/--valid-data-path/--test-data-path (a source "
-            "each) and --mock-data (generated samples) are mutually exclusive.",
+            "--data-path (cut by --split), --train-data-path/--valid-data-path/--test-data-path and --mock-data are "
+            "mutually exclusive.",
         )
         require(
             self.split is None or _is_split(self.split),
@@ -153,18 +149,17 @@ class DataConfig(Checked):
         )
         require(
             not any(kind_of_source(path) in ("json", "table") for path in self.data_path),
-            f"--data-path {' '.join(self.data_path)}: it takes prefixes of indexed data, which --split cuts; give "
-            "records to --train-data-path and --valid-data-path.",
+            f"--data-path {' '.join(self.data_path)} takes prefixes of indexed data; --train-data-path takes records.",
         )
         require(
             not self.pack_sequences or self.reads_records or not self.train_data_path + self.data_path,
-            "--pack-sequences packs records; an indexed dataset is packed already: leave it out.",
+            "--pack-sequences packs records; indexed data is packed already: leave it out.",
         )
         columns = (self.prompt_column or self.response_column, self.messages_column, self.text_column)
         require(
             columns.count(None) >= 2,
-            "--prompt-column with --response-column, --messages-column and --text-column name columns of different "
-            "formats: a file has one of the three.",
+            "--prompt-column (with --response-column), --messages-column and --text-column name columns of different "
+            "formats: give one.",
         )
         require(
             self.tokenizer_type != "NullTokenizer" or self.vocab_size is not None,

@@ -60,26 +60,16 @@ class ParallelConfig(Checked):
         require(
             tp * pp <= 0 or self.world_size % (tp * pp) == 0,
             f"{self.world_size} processes cannot hold --tensor-model-parallel-size {tp} x "
-            f"--pipeline-model-parallel-size {pp} = {tp * pp} ranks per replica: start a multiple of {tp * pp} "
-            f"processes (torchrun --nproc-per-node), or lower one of the two.",
+            f"--pipeline-model-parallel-size {pp} ranks: start a multiple of {tp * pp}, or lower one of the two.",
         )
         require(
-            not self.sequence_parallel or tp > 1,
-            "--sequence-parallel splits the sequence over tensor-parallel ranks: it needs "
-            "--tensor-model-parallel-size above 1.",
+            not self.sequence_parallel or tp > 1, "--sequence-parallel: only with --tensor-model-parallel-size above 1."
         )
         uneven, divided = self._given(*UNEVEN_STAGES), self._given(CHUNK, *ACCOUNTED_STAGES)
         ways = [way for way in (uneven, divided, self._given(LAYOUT)) if way]
-        named = [name for way in ways for name in way]
-        require(
-            pp > 1 or not ways,
-            f"{_listed(named)} {'need' if len(named) > 1 else 'needs'} --pipeline-model-parallel-size above 1: one "
-            f"pipeline stage holds all layers.",
-        )
-        require(
-            len(ways) <= 1,
-            f"{', '.join(map(_listed, ways))} are mutually exclusive ways to divide layers among pipeline stages.",
-        )
+        named = ", ".join(flag(name) for way in ways for name in way)
+        require(pp > 1 or not ways, f"{named}: only with --pipeline-model-parallel-size above 1.")
+        require(len(ways) <= 1, f"{named}: mutually exclusive ways to divide layers among pipeline stages.")
         layout = self.pipeline_model_parallel_layout
         if layout is None:
             return
@@ -88,12 +78,11 @@ class ParallelConfig(Checked):
         require(
             re.fullmatch(r"E[t|]*L", "|".join(stages)) is not None,
             f"{shown} must hold E (embedding), t (layer) and L (loss) in this order, with | between stages, as in "
-            f"'Ettt|(tttt|)*14tttL'; *N repeats less than 1,000 times.",
+            f"'Ettt|(tttt|)*14tttL', and repeat less than 1,000 times.",
         )
         require(
             pp <= 0 or len(stages) % pp == 0,
-            f"{shown} has {len(stages)} stages, which --pipeline-model-parallel-size {pp} does not divide: every rank "
-            f"holds equally many.",
+            f"{shown} has {len(stages)} stages, which --pipeline-model-parallel-size {pp} does not divide.",
         )
 
     def _given(self, *names: str) -> list[str]:
@@ -134,7 +123,3 @@ def stages_of_layout(layout: str) -> list[str]:
     for repeated in (r"\(([^)]+)\)\*(\d+)", r"(.)\*(\d+)"):
         unrolled = re.sub(repeated, lambda match: match[1] * int(match[2]), unrolled)
     return unrolled.split("|")
-
-
-def _listed(names: list[str]) -> str:
-    return " and ".join(map(flag, names))

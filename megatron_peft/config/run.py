@@ -12,13 +12,7 @@ from megatron_peft.config.errors import Checked, ConfigurationError, Requirement
 from megatron_peft.config.methods import METHODS, PeftConfig
 from megatron_peft.config.model import DataConfig, ModelConfig
 from megatron_peft.config.parallel import ParallelConfig
-from megatron_peft.config.training import (
-    LENGTH_OF_THE_RUN,
-    CheckpointConfig,
-    LoggingConfig,
-    OptimizerSettings,
-    TrainingConfig,
-)
+from megatron_peft.config.training import CheckpointConfig, LoggingConfig, OptimizerSettings, TrainingConfig
 
 
 @dataclass(frozen=True)
@@ -35,12 +29,8 @@ class RunConfig(Checked):
     logging: LoggingConfig = LoggingConfig()
 
     def check(self, require: Requirements) -> None:
-        parallel, training, optimizer, transformer = (
-            self.parallel,
-            self.training,
-            self.optimizer,
-            self.model.transformer,
-        )
+        parallel, training, optimizer = self.parallel, self.training, self.optimizer
+        transformer = self.model.transformer
         tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
         step = training.micro_batch_size * parallel.data_parallel_size
         below = self.global_batch_size // step * step
@@ -53,9 +43,8 @@ class RunConfig(Checked):
         if parallel.is_interleaved:
             require(
                 pp != 2 or transformer.get("overlap_p2p_comm", True),
-                "--no-overlap-p2p-communication batches the messages of the interleaved schedule, and at "
-                "--pipeline-model-parallel-size 2, where the next stage is also the previous one, they would be "
-                "confused: leave it out, or use 3 stages or more.",
+                "--no-overlap-p2p-communication confuses messages of the interleaved schedule between "
+                "--pipeline-model-parallel-size 2 stages: leave it out, or use 3 stages or more.",
             )
             require(
                 self.num_microbatches % pp == 0,
@@ -69,8 +58,7 @@ class RunConfig(Checked):
         )
         require(
             not transformer.get("distribute_saved_activations") or (tp > 1 and not parallel.sequence_parallel),
-            "--distribute-saved-activations splits them over tensor-parallel ranks: it needs "
-            "--tensor-model-parallel-size above 1, and no --sequence-parallel (which has split them already).",
+            "--distribute-saved-activations: only with --tensor-model-parallel-size > 1, and no --sequence-parallel.",
         )
         require(
             not optimizer.overlap_param_gather or training.overlap_grad_reduce,
@@ -94,15 +82,13 @@ class RunConfig(Checked):
         for stem in ("lr_decay_", "lr_warmup_", "lr_wsd_decay_"):
             require(
                 not getattr(self.optimizer, stem + other),
-                f"{flag(stem + other)} does not fit a run whose length is given "
-                f"{'by' if by_samples else 'without'} --train-samples: use {flag(stem + unit)}.",
+                f"{flag(stem + other)} does not fit --train-{unit}: use {flag(stem + unit)}.",
             )
         warmup = getattr(self.optimizer, "lr_warmup_" + unit)
         decay = getattr(self.optimizer, "lr_decay_" + unit) or getattr(self.training, "train_" + unit)
         require(
             decay is None or warmup < decay,
-            f"{flag('lr_warmup_' + unit)} {warmup} leaves nothing to decay: it must be below the {decay} {unit} of "
-            f"{flag('lr_decay_' + unit)} (default: {flag('train_' + unit)}).",
+            f"{flag('lr_warmup_' + unit)} {warmup} must be below the {decay} {unit} of the decay.",
         )
 
     @property
@@ -114,16 +100,6 @@ class RunConfig(Checked):
     def num_microbatches(self) -> int:
         """Microbatches a step on each rank."""
         return self.global_batch_size // (self.training.micro_batch_size * self.parallel.data_parallel_size)
-
-
-def missing_for_training(values: Mapping[str, Any]) -> list[str]:
-    """Messages for what training requires, and inference and conversion do not, given a run's fields by name."""
-    problems = []
-    if not any(map(values.get, ("data_path", "train_data_path", "mock_data"))):
-        problems.append("no training data: give --train-data-path FILE.jsonl, or --data-path PREFIX of indexed data.")
-    if all(values.get(name) is None for name in ("train_iters", "train_samples", "train_epochs")):
-        problems.append(f"{LENGTH_OF_THE_RUN} (none given).")
-    return problems
 
 
 def missing_to_profile(config: RunConfig) -> list[str]:

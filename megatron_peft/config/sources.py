@@ -114,7 +114,7 @@ def local_model(name: str, flag: str) -> str:
     if not any(Path(folder).glob("*.safetensors")):
         folder = local_folder(name, flag, (*TOKENIZER_FILES, OLD_WEIGHTS))
     has_weights = any(any(Path(folder).glob(pattern)) for pattern in ("*.safetensors", OLD_WEIGHTS))
-    require(has_weights, f"{flag} {name}: its folder {folder} in the cache has no weights. {_way_out(name, 'model')}")
+    require(has_weights, f"{flag} {name}: its folder {folder} in the cache has no weights: hf download {name}")
     return folder
 
 
@@ -140,14 +140,11 @@ def local_folder(name: str, flag: str, patterns: Sequence[str], repository: Repo
     except Exception as error:  # noqa: BLE001 - of the network, of the Hub, of its cache
         said = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         why = "HF_HUB_OFFLINE is set" if offline else f"the Hub did not give it ({type(error).__name__}: {said})"
-        is_data = repository == "dataset"
-        known = f"no file or folder here and no prefix of an .idx ({RECORD_NAMES})" if is_data else "no folder here"
+        known, kind = "no folder here", ""
+        if repository == "dataset":
+            known = f"no file or folder here and no prefix of an .idx ({RECORD_NAMES})"
+            kind = " --repo-type dataset"
         raise ConfigurationError(
             f"{flag} {name} is {known}, the cache of the Hugging Face Hub ({constants.HF_HUB_CACHE}) does not have it, "
-            f"and {why}. {_way_out(name, repository)}"
+            f"and {why}. Where there is a network: hf download {name}{kind} (after hf auth login, if it is gated)."
         ) from error
-
-
-def _way_out(name: str, repository: Repository) -> str:
-    kind = " --repo-type dataset" if repository == "dataset" else ""
-    return f"Where there is a network: hf download {name}{kind} (a private or gated one needs hf auth login first)."

@@ -1,12 +1,14 @@
 """Configuration of a run's length and batches, optimizer, checkpoints and logging."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_peft.config.errors import Checked, Requirements, flag, option
 
-LENGTH_OF_THE_RUN = "give exactly one of --train-iters, --train-samples and --train-epochs as the length of the run"
+LENGTHS = ("train_iters", "train_samples", "train_epochs")
+ONE_LENGTH = "give exactly one of --train-iters, --train-samples and --train-epochs as the length of the run"
 MOST_STEPS = 10**12  # far above what anybody has trained; an index of so many samples would not fit into memory
 
 # Titles of --help, and settings that several fields share.
@@ -59,8 +61,18 @@ class TrainingConfig(Checked):
     )
 
     def check(self, require: Requirements) -> None:
-        lengths = [n for n in ("train_iters", "train_samples", "train_epochs") if getattr(self, n) is not None]
-        require(len(lengths) <= 1, f"{LENGTH_OF_THE_RUN} (given: {', '.join(map(flag, lengths))}).")
+        given = [name for name in LENGTHS if getattr(self, name) is not None]
+        require(len(given) <= 1, f"{ONE_LENGTH} (given: {', '.join(map(flag, given))}).")
+
+
+def missing_for_training(values: Mapping[str, Any]) -> list[str]:
+    """Messages for what training requires, and inference and conversion do not, given a run's fields by name."""
+    problems = []
+    if not any(map(values.get, ("data_path", "train_data_path", "mock_data"))):
+        problems.append("no training data: give --train-data-path FILE.jsonl, or --data-path PREFIX of indexed data.")
+    if all(values.get(name) is None for name in LENGTHS):
+        problems.append(f"{ONE_LENGTH} (none given).")
+    return problems
 
 
 @dataclass(frozen=True)
@@ -127,8 +139,8 @@ class OptimizerSettings(Checked):
         last_phases = [length for length in (self.lr_wsd_decay_iters, self.lr_wsd_decay_samples) if length is not None]
         require(
             len(last_phases) == (self.lr_decay_style == "WSD"),
-            f"--lr-decay-style WSD needs the length of its last phase, --lr-wsd-decay-iters (or, with --train-samples, "
-            f"--lr-wsd-decay-samples), and no other style has one: it is {self.lr_decay_style}.",
+            f"--lr-decay-style WSD, and no other style, needs the length of its last phase: --lr-wsd-decay-iters (with "
+            f"--train-samples: --lr-wsd-decay-samples). It is {self.lr_decay_style}.",
         )
         style, start, end = self.weight_decay_incr_style, self.start_weight_decay, self.end_weight_decay
         require(

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_peft.config.targets import LinearSizes, Side
+from megatron_peft.config import LinearSizes, Side
 
 PARTIAL_OVER_TENSOR_PARALLEL = "partial_over_tensor_parallel"
 

@@ -122,8 +122,8 @@ def test_values_are_read_as_megatron_reads_them() -> None:
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        ("--mock-data --data-path p", "and --mock-data (generated samples) are mutually exclusive"),
-        ("--mock-data --train-data-path a.jsonl", "and --mock-data (generated samples) are mutually exclusive"),
+        ("--mock-data --data-path p", "and --mock-data are mutually exclusive"),
+        ("--mock-data --train-data-path a.jsonl", "and --mock-data are mutually exclusive"),
         ("--use-flash-attn --attention-backend unfused", "contradict each other"),
         ("--decoupled-min-lr 1e-5", "--decoupled-min-lr 1e-05 needs --decoupled-lr"),
         ("--decoupled-lr 1e-5 --decoupled-min-lr 1e-4", "--decoupled-min-lr 0.0001 is above --decoupled-lr 1e-05"),

@@ -5,12 +5,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_peft.config.errors import Requirements, option
-from megatron_peft.config.methods import Method, ParamGroup
+from megatron_peft.config.methods import LinearSizes, Method, ParamGroup
 from megatron_peft.config.methods.boft import BOFT, BoftOptions
 from megatron_peft.config.methods.low_rank import LORA_GA, LoraGaOptions
 from megatron_peft.config.methods.rotation import IS_ROTATION, RotationMethod
 from megatron_peft.config.methods.urnn import URNN, UrnnOptions
-from megatron_peft.config.targets import LinearSizes
 
 if TYPE_CHECKING:
     from megatron_peft.config.run import RunConfig
@@ -102,8 +101,7 @@ class HybridMethod(Method):
         super().check_run(peft, run, require)
         require(
             peft.hybrid_merge_interval is None or not run.model.bf16,
-            "--hybrid-merge-interval merges changes into weights that have to be kept in float32, which --bf16 does "
-            "not: leave out one of them.",
+            "--hybrid-merge-interval merges changes into weights, which must be float32: leave out --bf16.",
         )
 
     def late_updates(self, peft: HybridOptions) -> list[str]:

@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_peft.config.errors import option, require
-from megatron_peft.config.methods import Method, ParamGroup, PeftOptions
-from megatron_peft.config.targets import LinearSizes
+from megatron_peft.config.methods import LinearSizes, Method, ParamGroup, PeftOptions
 
 # Marks on parameters, by which the optimizer knows them.
 IS_LORA_B = "is_lora_b"

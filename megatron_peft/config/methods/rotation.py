@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from megatron_peft.config.errors import flag, option, require, spelled
-from megatron_peft.config.methods import Method, ParamGroup, PeftOptions
-from megatron_peft.config.targets import LinearSizes
+from megatron_peft.config.methods import LinearSizes, Method, ParamGroup, PeftOptions
 
 IS_ROTATION = "is_rotation"  # mark on parameters, by which the optimizer knows them
 

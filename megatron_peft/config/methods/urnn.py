@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_peft.config.errors import option, require
+from megatron_peft.config.methods import LinearSizes
 from megatron_peft.config.methods.rotation import RotationMethod, RotationOptions
-from megatron_peft.config.targets import LinearSizes
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,8 @@ class UrnnMethod(RotationMethod):
     def check_layer(self, peft: UrnnOptions, sizes: LinearSizes, name: str) -> None:
         require(
             not self.replaces_base(peft) or sizes.split == "row" and sizes.out_features == sizes.in_features,
-            f"--urnn-mode replace needs square layers, but {name} is {sizes.out_features} x {sizes.in_features}: "
-            f"give --peft-target-modules linear_proj, which is square where the heads fill the hidden size, or use "
-            f"--urnn-mode multiply.",
+            f"--urnn-mode replace needs square layers, but {name} is {sizes.out_features} x {sizes.in_features}: give "
+            f"--peft-target-modules linear_proj, square where heads fill the hidden size, or --urnn-mode multiply.",
         )
         super().check_layer(peft, sizes, name)
 
