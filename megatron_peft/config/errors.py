@@ -24,10 +24,7 @@ CHECKS: Mapping[Check, tuple[Callable[[Any], bool], str]] = {
     "not_negative": (lambda value: value >= 0, "is {}; it cannot be negative."),
     "even": (lambda value: value > 0 and value % 2 == 0, "is {}; its halves are paired: use an even size."),
     "fraction": (lambda value: 0 <= value < 1, "is {}; it is a fraction, at least 0 and below 1."),
-    "not_empty": (
-        lambda value: value != "",
-        "has an empty value (an unset variable of the shell?): give a folder, or leave it out.",
-    ),
+    "not_empty": (lambda value: value != "", "has an empty value (an unset variable?): give one, or leave it out."),
     "in_a_folder": (lambda path: path.parent.is_dir(), "{0}: there is no folder {0.parent}; make it first."),
 }
 
@@ -187,9 +184,7 @@ class Requirements:
             self.problems.append(message)
 
     def fields(self, names: Collection[str] | None = None) -> None:
-        """The type of every field of the dataclass, and what `option` says of all, or of those that are named.
-
-        A field that nothing reads is recorded too, so its type counts.
+        """The type of every field, since all are recorded, and what `option` says of all, or of those that are named.
 
         Raises:
             ConfigurationError: a value is not of its field's type, so that it cannot be compared with anything.
@@ -242,8 +237,7 @@ def print_failure(message: str, environ: Mapping[str, str] = os.environ) -> None
     Without that, torchrun's last lines about a rank are "To enable traceback see: https://...".
     """
     print(message, file=sys.stderr, flush=True)
-    path = environ.get("TORCHELASTIC_ERROR_FILE")
-    if path:
+    if path := environ.get("TORCHELASTIC_ERROR_FILE"):
         with suppress(OSError):
             text = json.dumps({"message": message, "timestamp": int(time.time())})
             Path(path).write_text(text, encoding="utf-8")

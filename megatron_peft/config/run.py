@@ -147,10 +147,9 @@ def sections_of(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     sections: dict[str, Any] = {}
     problems: list[str] = []
     for section, config_class in SECTIONS.items():
+        given = {name: values[name] for name in field_names(config_class) if name in values}
         try:
-            sections[section] = config_class(
-                **{name: values[name] for name in field_names(config_class) if name in values}
-            )
+            sections[section] = config_class(**given)
         except ConfigurationError as error:
             sections[section] = None
             problems += error.problems
@@ -181,25 +180,16 @@ def config_from_dict(record: Mapping[str, Mapping[str, Any]]) -> RunConfig:
     method = record.get("peft", {}).get("method", PeftConfig.method)
     if isinstance(method, str) and method not in METHODS:
         PeftConfig(method)  # the error says why the method is not here
-    unknown = [
-        f"{section}.{name}"
-        for section, values in record.items()
-        for name in values
-        if section not in SECTIONS or name not in field_names(SECTIONS[section])
-    ]
+    known = {section: field_names(config_class) for section, config_class in SECTIONS.items()}
+    named = [(section, name) for section, values in record.items() for name in values]
+    unknown = [f"{section}.{name}" for section, name in named if name not in known.get(section, ())]
     if unknown:
         raise ConfigurationError(
             f"the run's record holds {', '.join(unknown)}, which this installation does not know: it was written by a "
             f"newer version of megatron_peft, or with another package of methods."
         )
-    return RunConfig(
-        **{
-            section: config_class(
-                **{
-                    name: tuple(value) if isinstance(value, list) else value
-                    for name, value in record.get(section, {}).items()
-                }
-            )
-            for section, config_class in SECTIONS.items()
-        }
-    )
+    sections = {}
+    for section, config_class in SECTIONS.items():
+        values = record.get(section, {}).items()
+        sections[section] = config_class(**{name: tuple(it) if isinstance(it, list) else it for name, it in values})
+    return RunConfig(**sections)

@@ -140,10 +140,9 @@ def local_folder(name: str, flag: str, patterns: Sequence[str], repository: Repo
     except Exception as error:  # noqa: BLE001 - of the network, of the Hub, of its cache
         said = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         why = "HF_HUB_OFFLINE is set" if offline else f"the Hub did not give it ({type(error).__name__}: {said})"
-        known, kind = "no folder here", ""
-        if repository == "dataset":
-            known = f"no file or folder here and no prefix of an .idx ({RECORD_NAMES})"
-            kind = " --repo-type dataset"
+        is_data = repository == "dataset"
+        known = f"no file or folder here and no prefix of an .idx ({RECORD_NAMES})" if is_data else "no folder here"
+        kind = " --repo-type dataset" if is_data else ""
         raise ConfigurationError(
             f"{flag} {name} is {known}, the cache of the Hugging Face Hub ({constants.HF_HUB_CACHE}) does not have it, "
             f"and {why}. Where there is a network: hf download {name}{kind} (after hf auth login, if it is gated)."

@@ -120,14 +120,12 @@ def parse_json(text: str | bytes, place: str | Callable[[], str]) -> Any:
         if num_brackets > MAX_DEPTH or half in text.lower():  # type: ignore[operator]
             _walk(value)
         return value
-    except json.JSONDecodeError as error:
-        line = f"line {error.lineno}, " if error.lineno > 1 else ""
-        told = f"not JSON: {error.msg} ({line}character {error.colno})"
-    except RecursionError:
-        told = TOO_DEEP
-    except (ValueError, OverflowError) as error:  # also not UTF-8, no finite number, a number of 5,000 digits
-        told = str(error)
-    raise ConfigurationError(f"{place if isinstance(place, str) else place()}: {told}.")
+    except (ValueError, OverflowError, RecursionError) as error:
+        told = TOO_DEEP if isinstance(error, RecursionError) else str(error)
+        if isinstance(error, json.JSONDecodeError):
+            line = f"line {error.lineno}, " if error.lineno > 1 else ""
+            told = f"not JSON: {error.msg} ({line}character {error.colno})"
+        raise ConfigurationError(f"{place if isinstance(place, str) else place()}: {told}.") from error
 
 
 class StrictLoader(yaml.SafeLoader):

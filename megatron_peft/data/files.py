@@ -106,7 +106,7 @@ def _parse(raw: bytes, place: Callable[[], str]) -> Any:
     try:
         return parse_json(text, place)
     except ConfigurationError as error:
-        if not isinstance(error.__cause__ and error.__cause__.__cause__, json.JSONDecodeError):
+        if not isinstance(error.__cause__, json.JSONDecodeError):
             raise
         raise ConfigurationError(
             f"{error} A file holds one JSON object a line, or, named .json, one array of objects."

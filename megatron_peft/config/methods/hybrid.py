@@ -37,11 +37,6 @@ class HybridOptions(UrnnOptions, BoftOptions, LoraGaOptions):
     )
 
     @property
-    def adapts_mix(self) -> bool:
-        """Whether lambda follows the gradients."""
-        return self.fixed_mix is None
-
-    @property
     def initial_mix(self) -> float:
         """lambda at the start: X of fixed:X, else --hybrid-lambda-init."""
         return self.hybrid_lambda_init if self.fixed_mix is None else self.fixed_mix
@@ -86,7 +81,7 @@ class HybridMethod(Method):
 
     def check(self, peft: HybridOptions, require: Requirements) -> None:
         require(
-            peft.hybrid_lambda in LAMBDA_RULES or not peft.adapts_mix,
+            peft.hybrid_lambda in LAMBDA_RULES or peft.fixed_mix is not None,
             f"--hybrid-lambda is {peft.hybrid_lambda}; it must be {', '.join(LAMBDA_RULES)}, or fixed:X with X from 0 "
             f"to 1.",
         )

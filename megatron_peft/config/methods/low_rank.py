@@ -1,7 +1,7 @@
 """LoRA and LoRA-GA, eq. (1)-(2) and (7)-(9): flags, checks and cost. The adapter is `adapters/low_rank.py`."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_peft.config.errors import option, require
 from megatron_peft.config.methods import LinearSizes, Method, ParamGroup, PeftOptions
@@ -65,10 +65,16 @@ class LoraMethod(Method):
     def late_updates(self, peft: LowRankOptions) -> list[str]:
         return ["--lora-max-norm-ratio"] if peft.lora_max_norm_ratio is not None else []
 
-    def check_layer(self, peft: LowRankOptions, sizes: LinearSizes, name: str) -> None:
+    def check_layer(self, peft: Any, sizes: LinearSizes, name: str) -> None:
         rank, smaller = peft.lora_rank, min(sizes.out_features, sizes.in_features)
         side = f"{smaller}, the smaller side of {name} ({sizes.out_features} x {sizes.in_features})"
         require(rank <= smaller, f"--lora-rank {rank} is above {side}: use at most {smaller}.")
+        takes_twice = self.starts_from_gradients and peft.lora_ga_init == "original"
+        require(
+            not takes_twice or 2 * rank <= smaller,
+            f"--lora-ga-init original takes 2 x --lora-rank {rank} = {2 * rank} singular vectors, more than {side}: "
+            f"use a rank of at most {smaller // 2}, or --lora-ga-init aligned or paper.",
+        )
 
 
 class LoraGaMethod(LoraMethod):
@@ -81,16 +87,6 @@ class LoraGaMethod(LoraMethod):
 
     def subtracts_start(self, peft: LoraGaOptions) -> bool:
         return peft.lora_ga_init != "aligned"
-
-    def check_layer(self, peft: LoraGaOptions, sizes: LinearSizes, name: str) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        super().check_layer(peft, sizes, name)
-        rank, smaller = peft.lora_rank, min(sizes.out_features, sizes.in_features)
-        require(
-            peft.lora_ga_init != "original" or 2 * rank <= smaller,
-            f"--lora-ga-init original takes 2 x --lora-rank {rank} = {2 * rank} singular vectors, more than {smaller}, "
-            f"the smaller side of {name} ({sizes.out_features} x {sizes.in_features}): use a rank of at most "
-            f"{smaller // 2}, or --lora-ga-init aligned or paper.",
-        )
 
 
 LORA = LoraMethod()
