@@ -99,11 +99,10 @@ OVERSAMPLING = 48
 
 
 class InitReport(NamedTuple):
-    """What the initialization found on this rank."""
+    """What the initialization found on this rank: by layer, the share of |G|_F^2 in the r leading directions (what the
+    sketch misses is estimated), and the wall time."""
 
-    energy: dict[
-        str, float
-    ]  # by layer: share of |G|_F^2 in the r leading directions; what the sketch misses is estimated
+    energy: dict[str, float]
     seconds: float
 
 
@@ -135,22 +134,24 @@ def init_from_gradients(
     sketches = [
         _Sketch(target, rank, init, seed) for target in targets if low_rank_part(target.module.adapter) is not None
     ]
-    groups = (tensor_parallel_group, data_parallel_group)
 
-    def replay_a_step() -> None:
+    def collect() -> None:
+        """Run one pass and sum the branches' totals over replicas and, where they are partial, over ranks."""
         with adapters_step(model_chunks):  # of adapters without a low rank, which stay
             replay()
+        sum_coalesced([sketch.branch.total for sketch in sketches], data_parallel_group)
+        sum_coalesced([sketch.branch.total for sketch in sketches if sketch.total_is_partial], tensor_parallel_group)
 
     with ExitStack() as hooks:
         for chunk in model_chunks:  # no parameter has a gradient now, so backward would not reach the first layers
             hook = start_gradients_at_the_embedding(chunk)
             if hook is not None:
                 hooks.callback(hook.remove)
-        _collect(sketches, replay_a_step, *groups)
+        collect()
         checked_together(lambda: _check_finite(sketches))
         for sketch in sketches:
             sketch.prepare_second_pass()
-        _collect(sketches, replay_a_step, *groups)
+        collect()
     energy = {sketch.target.name: sketch.finish(num_tokens) for sketch in sketches}
     return InitReport(energy, time.perf_counter() - started_at)
 
@@ -218,15 +219,3 @@ def _check_finite(sketches: Sequence[_Sketch]) -> None:
         f"LoRA-GA's start: the gradient of {', '.join(bad[:3])}{', ...' if len(bad) > 3 else ''} is NaN or infinite. "
         f"Check the data and the base model, or start with --peft-method lora.",
     )
-
-
-def _collect(
-    sketches: Sequence[_Sketch],
-    replay: Callable[[], None],
-    tensor_parallel_group: dist.ProcessGroup,
-    data_parallel_group: dist.ProcessGroup,
-) -> None:
-    """Run one pass and sum the branches' totals over replicas and, where they are partial, over ranks."""
-    replay()
-    sum_coalesced([sketch.branch.total for sketch in sketches], data_parallel_group)
-    sum_coalesced([sketch.branch.total for sketch in sketches if sketch.total_is_partial], tensor_parallel_group)
