@@ -232,10 +232,7 @@ class Checked:
 
 
 def print_failure(message: str, environ: Mapping[str, str] = os.environ) -> None:
-    """Print to stderr what ends this process; also where torchrun looks for it, so that its own report ends with it.
-
-    Without that, torchrun's last lines about a rank are "To enable traceback see: https://...".
-    """
+    """Print to stderr what ends this process; also where torchrun looks for it, so that its own report ends with it."""
     print(message, file=sys.stderr, flush=True)
     if path := environ.get("TORCHELASTIC_ERROR_FILE"):
         with suppress(OSError):

@@ -43,23 +43,23 @@ class ModelConfig(Checked):
     )
 
     def check(self, require: Requirements) -> None:
-        run = self.transformer
-        granularity = run.get("recompute_granularity")
+        run, granularity = self.transformer, self.transformer.get("recompute_granularity")
         require(
             bool(self.pretrained_checkpoint),
             "no base model: --pretrained-checkpoint takes a Hugging Face folder (config.json and *.safetensors).",
         )
         for name in ("attention_dropout", "hidden_dropout"):
             require(0 <= run.get(name, 0) < 1, f"{flag(name)} is {run.get(name)}; it is at least 0 and below 1.")
-        is_complete = run.get("recompute_method") and run.get("recompute_num_layers", 0) > 0
+        is_full = bool(run.get("recompute_method")) and run.get("recompute_num_layers", 0) > 0
         require(
-            granularity != "full" or bool(is_complete),
+            granularity != "full" or is_full,
             "--recompute-granularity full needs --recompute-method uniform or block, and --recompute-num-layers > 0.",
         )
         only_full = [name for name in FULL_RECOMPUTE_FIELDS if run.get(name)]
-        for kind, names in (("full", only_full), ("selective", ["recompute_modules"] * bool(self.recompute_modules))):
-            needing = f"{', '.join(map(flag, names))}: only with"
-            require(granularity == kind or not names, f"{needing} --recompute-granularity {kind}.")
+        selective = ["recompute_modules"] if self.recompute_modules else []
+        for kind, names in (("full", only_full), ("selective", selective)):
+            told = f"{', '.join(map(flag, names))}: only with --recompute-granularity {kind}."
+            require(granularity == kind or not names, told)
 
 
 SENTENCEPIECE = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")  # read a .model file

@@ -159,9 +159,7 @@ def sections_of(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 def make_run(**values: Any) -> RunConfig:
     """A run of these fields, whatever sections they belong to: `make_run(pretrained_checkpoint="m", lora_rank=4)`.
 
-    Raises:
-        TypeError: no section has a field of this name.
-        ConfigurationError: the values are wrong, or contradict one another.
+    Raises TypeError if no section has a field of this name, and ConfigurationError.
     """
     unknown = values.keys() - {name for config_class in SECTIONS.values() for name in field_names(config_class)}
     if unknown:

@@ -70,13 +70,15 @@ def is_targeted(name: str, patterns: Sequence[str], modules: Mapping[str, str]) 
 
     `modules` maps Hugging Face's names of linear layers to the last part of Megatron's.
     """
-    return any(_matches(name, pattern, modules) for pattern in patterns)
+    module = name.rpartition(".")[2]
+    names = (name, module, *(part for part, layer in modules.items() if layer == module))
+    return any(fnmatchcase(meant, pattern) for meant in names for pattern in patterns)
 
 
 def require_matches(patterns: Sequence[str], names: Sequence[str], modules: Mapping[str, str]) -> None:
     """Raises ConfigurationError for patterns that match no layer of the whole model, with what there is."""
     require(bool(names), "the model has no linear layer to adapt.")
-    lost = [pattern for pattern in patterns if not any(_matches(name, pattern, modules) for name in names)]
+    lost = [pattern for pattern in patterns if not any(is_targeted(name, [pattern], modules) for name in names)]
     endings = sorted({name.rpartition(".")[2] for name in names})
     foreign = f" (Hugging Face: {', '.join(modules)})" if modules else ""
     require(
@@ -84,12 +86,6 @@ def require_matches(patterns: Sequence[str], names: Sequence[str], modules: Mapp
         f"--peft-target-modules {' '.join(lost)} matches no linear layer. There are {', '.join(endings)}{foreign}, "
         f"with full names {names[0]} ... {names[-1]}; wildcards * ? [] work.",
     )
-
-
-def _matches(name: str, pattern: str, modules: Mapping[str, str]) -> bool:
-    module = name.rpartition(".")[2]
-    parts = [part for part, layer in modules.items() if layer == module]
-    return any(fnmatchcase(meant, pattern) for meant in (name, module, *parts))
 
 
 LINEAR_MODULES = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")

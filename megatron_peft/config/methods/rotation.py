@@ -51,9 +51,9 @@ class RotationMethod(Method):
         heads = sizes.head_features if side == "output" else None
         held = heads or sizes.num_local_features(side)
         whole = heads or sizes.num_features(side) // parts
-        where = (
-            "in each attention head" if heads else f"per rank at --tensor-model-parallel-size {tp} on its {side} side"
-        )
+        where = f"per rank at --tensor-model-parallel-size {tp} on its {side} side"
+        if heads:
+            where = "in each attention head"
         flags = " with ".join(spelled(flag(name), getattr(peft, name)) for name in self.group_fields)
         fitting = ", ".join(str(number) for number in range(2, held + 1, 2) if held % number == 0)
         ranks = ", ".join(str(ranks) for ranks in range(1, tp + 1) if whole % (ranks * size) == 0)
