@@ -46,7 +46,7 @@ class ParallelConfig(Checked):
     distributed_backend: Literal["nccl", "gloo"] | None = option(None, "default: nccl with CUDA, gloo without")
     distributed_timeout_minutes: float = option(10, "minutes a rank waits for the others at most", check="positive")
     distributed_timeout_seconds_after_init: int | None = option(
-        None, "the same after the first iteration, in seconds: more than a save takes", check="positive"
+        None, "seconds that a rank waits after the first iteration: more than a save takes", check="positive"
     )
     world_size: int = 1
 

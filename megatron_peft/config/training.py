@@ -9,10 +9,10 @@ from megatron_peft.config.errors import Checked, Requirements, flag, option
 
 LENGTHS = ("train_iters", "train_samples", "train_epochs")
 ONE_LENGTH = "give exactly one of --train-iters, --train-samples and --train-epochs as the length of the run"
-MOST_STEPS = 10**12  # far above what anybody has trained; an index of so many samples would not fit into memory
 
-# Titles of --help, and settings that several fields share.
+# Titles of --help, and settings that several fields share. The limits are far above what anybody has trained.
 DISTRIBUTED = "distributed"
+_length = partial(option, None, check="positive", most=10**12)
 _batch = partial(option, check="positive", most=2**24)
 _path = partial(option, None, check="not_empty", metavar="PATH")
 _rate = partial(option, group="learning rate")
@@ -27,15 +27,12 @@ class TrainingConfig(Checked):
     global_batch_size: int | None = _batch(
         None, "samples per step over all ranks (default: --micro-batch-size x data-parallel size)"
     )
-    train_iters: int | None = option(None, "length of the run in iterations", check="positive", most=MOST_STEPS)
-    train_samples: int | None = option(None, "length of the run in samples", check="positive", most=MOST_STEPS)
-    train_epochs: float | None = option(None, "length of the run in epochs (or a part)", check="positive", most=10**6)
+    train_iters: int | None = _length("length of the run in iterations")
+    train_samples: int | None = _length("length of the run in samples")
+    train_epochs: float | None = _length("length of the run in epochs, or a part of one", most=10**6)
     eval_interval: int | None = _validation(1000, "iterations between validations", check="positive")
     eval_iters: int | None = _validation(
-        None,
-        "global batches per validation (default: the whole validation set, once; with --mock-data 10)",
-        check="not_negative",
-        most=MOST_STEPS,
+        None, "global batches per validation (default: all, once; with --mock-data 10)", check="not_negative"
     )
     early_stopping_patience: int | None = _validation(
         None, "end the run, saved, after this many validations without a lower loss", check="positive"
