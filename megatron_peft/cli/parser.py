@@ -349,12 +349,13 @@ def argparse_settings(served: Flag) -> dict[str, Any]:
         settings["help"] += f" (default: {shown})"
     if served.choices and served.metavar and served.checks_choices:  # they are too long to stand in front
         settings["help"] += f" (one of {', '.join(served.choices)})".replace("%", "%%")
+    settings["nargs"] = "+" if served.many else None
     if served.choices and served.checks_choices:
         return settings | {"choices": served.choices, "metavar": served.metavar}
     named = f"{{{','.join(served.choices)}}}" if served.choices else served.metavar
     metavar = named or {int: "N", float: "X", str: "TEXT", Path: "PATH"}[served.kind]
     kind = _number if served.kind is float else served.kind
-    return settings | {"type": kind, "metavar": metavar, "nargs": "+" if served.many else None}
+    return settings | {"type": kind, "metavar": metavar}
 
 
 def _number(text: str) -> float:

@@ -145,5 +145,6 @@ def local_folder(name: str, flag: str, patterns: Sequence[str], repository: Repo
         kind = " --repo-type dataset" if is_data else ""
         raise ConfigurationError(
             f"{flag} {name} is {known}, the cache of the Hugging Face Hub ({constants.HF_HUB_CACHE}) does not have it, "
-            f"and {why}. Where there is a network: hf download {name}{kind} (after hf auth login, if it is gated)."
+            f"and {why}. Where there is a network: hf download {name}{kind} (a private or gated one needs hf auth "
+            f"login first)."
         ) from error

@@ -45,7 +45,7 @@ from megatron_peft.runtime.launch import checked_together
 from megatron_peft.runtime.precision import full_precision
 
 
-class Product(nn.Module):
+class SketchProduct(nn.Module):
     """Takes an adapter's place: the frozen layer, whose backward adds a narrow product to `total`, in float32.
 
     Args:
@@ -157,7 +157,7 @@ def init_from_gradients(
 
 
 class _Sketch:
-    """One layer while it is sketched, with a `Product` in its adapter's place."""
+    """One layer while it is sketched, with a `SketchProduct` in its adapter's place."""
 
     def __init__(self, target: TargetLayer, rank: int, init: str, seed: int) -> None:
         layout, weight = target.module.layout, target.module.weight
@@ -169,7 +169,7 @@ class _Sketch:
         direction = torch.randn(layout.in_features, generator=generator_for(seed, f"{target.name}.sketch.direction"))
         self.direction = layout.slice_input(direction).to(weight.device)
         own_omega = layout.slice_input(omega).to(weight).contiguous()  # of some columns oneDNN has no fast product
-        target.module.adapter = self.branch = Product(own_omega, layout.local_out_features, is_first=True)
+        target.module.adapter = self.branch = SketchProduct(own_omega, layout.local_out_features, is_first=True)
 
     @property
     def total_is_partial(self) -> bool:
@@ -193,7 +193,7 @@ class _Sketch:
         Y = self.branch.total.t()
         self.squared_residual = squared_residual_estimate(Y, self.sum_over_rows)
         Q = orthonormal_basis(Y, self.sum_over_rows).to(self.target.module.weight)
-        self.target.module.adapter = self.branch = Product(Q.t(), self.layout.local_in_features, is_first=False)
+        self.target.module.adapter = self.branch = SketchProduct(Q.t(), self.layout.local_in_features, is_first=False)
 
     @torch.no_grad()
     def finish(self, num_tokens: int) -> float:

@@ -18,7 +18,7 @@ from megatron_peft.adapters.step import AdaptersStep
 from megatron_peft.adapters.unitary import as_real, change_from_start, exponential_step, orthogonality_error, structured
 from megatron_peft.adapters.urnn import StructuredUrnn
 from megatron_peft.config import PeftConfig
-from megatron_peft.lora_ga.initialize import Product, _AddInBackward
+from megatron_peft.lora_ga.initialize import SketchProduct, _AddInBackward
 from megatron_peft.parallel.layout import LinearLayout
 from megatron_peft.runtime import cpu, precision
 from tests.emulated_tf32 import EmulatedTF32
@@ -156,7 +156,7 @@ def test_lora_gas_sketches_are_not_rounded(is_first):
     draw = torch.Generator().manual_seed(0)
     x, grad = torch.randn(5, 2, 12, generator=draw), torch.randn(5, 2, 8, generator=draw)
     narrow = torch.randn(4, 12 if is_first else 8, generator=draw)
-    product, call = Product(narrow, 8 if is_first else 12, is_first), SimpleNamespace(splits_sequence=False)
+    product, call = SketchProduct(narrow, 8 if is_first else 12, is_first), SimpleNamespace(splits_sequence=False)
     z = torch.zeros_like(grad, requires_grad=True)
     with tf32() as mode:
         _AddInBackward.apply(z, x, None, product, call).backward(grad)

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_peft.adapters.attach import attach_adapters, linear_layers, start_gradients_at_the_embedding
 from megatron_peft.adapters.frozen_linear import FrozenLinearCall
 from megatron_peft.config import ConfigurationError
-from megatron_peft.lora_ga.initialize import Product, _Sketch, init_from_gradients
+from megatron_peft.lora_ga.initialize import SketchProduct, _Sketch, init_from_gradients
 from megatron_peft.lora_ga.sketch import INIT_RULES
 from megatron_peft.models.families import read_shape
 from megatron_peft.models.layers import RMSNorm, _SwiGLU
@@ -249,7 +249,7 @@ def normed(h: torch.Tensor) -> torch.Tensor:
 def test_passes_add_up_a_narrow_product_and_save_no_input_that_can_be_recomputed(is_first, make):
     num_features = make(draw("h", 1, 1, 2 * IN)).shape[-1]
     weight, omega, Q = draw("W", OUT, num_features), draw("omega", WIDTH, num_features), draw("Q", OUT, WIDTH)
-    branch = Product(omega, OUT, True) if is_first else Product(Q.T, num_features, False)
+    branch = SketchProduct(omega, OUT, True) if is_first else SketchProduct(Q.T, num_features, False)
     G = torch.zeros(OUT, num_features)
     for microbatch in ("first", "second"):
         x = make(draw(microbatch, S, BATCH, 2 * IN).requires_grad_())
@@ -272,7 +272,7 @@ def test_a_ranks_columns_of_omega_are_a_matrix_of_their_own():
 
 
 def test_sums_are_float32_beside_bfloat16_activations():
-    branch = Product(draw("omega", WIDTH, IN).bfloat16(), OUT, is_first=True)
+    branch = SketchProduct(draw("omega", WIDTH, IN).bfloat16(), OUT, is_first=True)
     call = FrozenLinearCall(draw("W", OUT, IN).bfloat16(), None, False, False, ALONE)
     y = branch(draw("x", S, BATCH, IN).bfloat16().requires_grad_(), call)
     y.sum().backward()
