@@ -1,6 +1,7 @@
 """How a linear layer's global matrix is split over tensor-parallel ranks; adapters derive their shapes from it."""
 
 import hashlib
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -12,6 +13,7 @@ from megatron_peft.config import LinearSizes, Side
 PARTIAL_OVER_TENSOR_PARALLEL = "partial_over_tensor_parallel"
 
 
+@dataclass(frozen=True, init=False)
 class LinearLayout(LinearSizes):
     """The split of a linear layer over the tensor-parallel ranks of `group`, of which this process is one."""
 
