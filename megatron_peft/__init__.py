@@ -14,8 +14,8 @@ They are imported when they are first used: `import megatron_peft` needs no torc
 import logging
 import sys
 import warnings
-from importlib import import_module
 from importlib.util import find_spec, spec_from_file_location
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -28,19 +28,18 @@ if TYPE_CHECKING:
 __all__ = ["ConfigurationError", "ModelAdapters", "PeftConfig", "add_adapters", "support_cpu"]
 
 _PLACES = {
-    "ConfigurationError": ("megatron_peft.config", "ConfigurationError"),
-    "ModelAdapters": ("megatron_peft.training.model_adapters", "ModelAdapters"),
-    "PeftConfig": ("megatron_peft.config", "PeftConfig"),
-    "add_adapters": ("megatron_peft.training.model_adapters", "add_adapters"),
-    "support_cpu": ("megatron_peft.runtime.cpu", "install"),
+    "ConfigurationError": "megatron_peft.config:ConfigurationError",
+    "ModelAdapters": "megatron_peft.training.model_adapters:ModelAdapters",
+    "PeftConfig": "megatron_peft.config:PeftConfig",
+    "add_adapters": "megatron_peft.training.model_adapters:add_adapters",
+    "support_cpu": "megatron_peft.runtime.cpu:install",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it offers {', '.join(__all__)}")
-    module, attribute = _PLACES[name]
-    return getattr(import_module(module), attribute)
+    return resolve_name(_PLACES[name])
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,4 @@
-"""Adapters put in place of a model's linear layers, or merged into them; `config.targets` says which layers."""
+"""Adapters put in place of a model's linear layers, or merged into them; `config.methods` says which layers."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -45,7 +45,7 @@ def attach_adapters(model_chunks: Sequence[nn.Module], peft: PeftConfig, seed: i
     modules = huggingface_modules(model_chunks)
     require_matches(peft.target_modules, all_names([target.name for target in targets]), modules)
     adapted = [target for target in targets if is_targeted(target.name, peft.target_modules, modules)]
-    checked_together(lambda: [peft.spec.check_layer(peft, one.module.layout.sizes, one.name) for one in adapted])
+    checked_together(lambda: [peft.spec.check_layer(peft, one.module.layout, one.name) for one in adapted])
     for chunk in model_chunks:
         freeze(chunk)
     adapters: dict[str, nn.Module] = {}

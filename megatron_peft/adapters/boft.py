@@ -262,6 +262,8 @@ LARGEST_NUMBER = 1e4  # of a Cayley block: beyond it float32 holds no rotation t
 class BoftFormat(PeftFormat):
     """BOFT of the input side."""
 
+    rows = ("boft_s",)
+
     def config(self, peft: PeftConfig, target_modules: list[str]) -> dict[str, Any]:
         require(
             peft.rotation_side == "input",
@@ -307,7 +309,7 @@ class BoftFormat(PeftFormat):
         )
 
 
-EXPORT = BoftFormat(rows=("boft_s",))
+EXPORT = BoftFormat()
 
 
 def to_huggingface(Q: Tensor) -> Tensor:  # [k, m, c, b (b - 1) / 2] -> [m, n, b, b]

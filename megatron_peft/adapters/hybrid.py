@@ -179,7 +179,7 @@ def update_mixtures(
         group: the holders of parts: tensor-parallel ranks and, with a distributed optimizer, data-parallel shards.
         rotation_rate: learning rate of rotations over that of the low rank.
     """
-    if not adapters or not peft.adapts_mix:
+    if not adapters or peft.fixed_mix is not None:
         return
     magnitude = torch.abs if peft.hybrid_lambda == "descent" else torch.square
     parts = [(adapter.low_rank, adapter.rotation) for adapter in adapters]

@@ -159,6 +159,8 @@ def whole_factors(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
 class LoraFormat(PeftFormat):
     """LoRA as Hugging Face PEFT has it. A start that is subtracted doubles the rank: [B, -B0] and [A; A0]."""
 
+    rows = ("lora_B.weight",)
+
     def config(self, peft: PeftConfig, target_modules: list[str]) -> dict[str, Any]:
         growth = 2 if peft.spec.subtracts_start(peft) else 1
         return {
@@ -182,7 +184,7 @@ class LoraFormat(PeftFormat):
         return {"lora_A.weight": A, "lora_B.weight": B}
 
 
-EXPORT = LoraFormat(rows=("lora_B.weight",))
+EXPORT = LoraFormat()
 
 
 def grown_alpha(alpha: float, growth: float, rank_stabilised: bool) -> float:

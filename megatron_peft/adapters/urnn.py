@@ -113,7 +113,7 @@ class StructuredUrnn(BlockRotation):
 
     def __init__(self, layout: LinearLayout, peft: PeftConfig, name: str, seed: int, dtype: torch.dtype) -> None:
         super().__init__(layout, peft.rotation_side, peft.urnn_block_size)
-        size, num_groups = self.group_size // 2, layout.sizes.num_features(self.side) // self.group_size
+        size, num_groups = self.group_size // 2, layout.num_features(self.side) // self.group_size
         generator, device = generator_for(seed, f"{name}.theta"), torch.cuda.current_device()
         start = layout.slice_groups(self.side, random_theta(num_groups, size, generator)).to(device).contiguous()
         self.theta = nn.Parameter(start.clone())

@@ -29,7 +29,7 @@ from megatron_peft.config import (
     require,
     sections_of,
 )
-from megatron_peft.config.hub import local_model, local_tokenizer
+from megatron_peft.config.sources import local_model, local_tokenizer
 from megatron_peft.models.shape import ModelShape, check_layout, check_lengths, compare_shape
 
 HUB_FLAGS = {"pretrained_checkpoint": local_model, "tokenizer_model": local_tokenizer}

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from megatron_peft.cli.command import Command
 from megatron_peft.cli.launch import tell_loading
 from megatron_peft.config import Checked, flag, option, require, required_option
-from megatron_peft.config.hub import local_model
+from megatron_peft.config.sources import local_model
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 

@@ -46,7 +46,10 @@ class PlanSettings(Checked):
         "best three",
     )
     rehearsed: int | None = option(
-        None, f"with --fit: number of best layouts that are rehearsed (default: {REHEARSED})", check="not_negative"
+        None,
+        f"with --fit: number of best layouts that are rehearsed (default: {REHEARSED})",
+        check="not_negative",
+        needs="fit",
     )
     tokens: float = option(1e8, "tokens of the run, for hours", check="positive", metavar="N")
     json: Path | None = option(None, "also write the plan as JSON", check="in_a_folder", metavar="FILE")
@@ -54,12 +57,14 @@ class PlanSettings(Checked):
         None, "also draw memory and the pipeline's timeline", check="in_a_folder", metavar="FILE"
     )
     save_config: Path | None = option(
-        None, "with --fit: write the flags of the best layout for --config", check="in_a_folder", metavar="FILE.yaml"
+        None,
+        "with --fit: write the flags of the best layout for --config",
+        check="in_a_folder",
+        needs="fit",
+        metavar="FILE.yaml",
     )
 
     def check(self, require: Requirements) -> None:
-        require.needs("save_config", "fit")
-        require.needs("rehearsed", "fit")
         require(
             not (self.plot and self.fit), "--plot draws one run: leave out --fit, or plan the layout that it finds."
         )

@@ -16,11 +16,15 @@ from megatron_peft.config.errors import (
 from megatron_peft.config.methods import (
     LINEAR_MODULES,
     METHODS,
+    LinearSizes,
     Method,
     ParamGroup,
     PeftConfig,
     PeftFormat,
     PeftOptions,
+    Side,
+    is_targeted,
+    require_matches,
 )
 from megatron_peft.config.model import SENTENCEPIECE, DataConfig, ModelConfig
 from megatron_peft.config.parallel import ParallelConfig
@@ -31,10 +35,14 @@ from megatron_peft.config.run import (
     config_to_dict,
     field_names,
     make_run,
-    missing_for_training,
     missing_to_profile,
     sections_of,
 )
 from megatron_peft.config.sources import Blend, is_indexed, kind_of_source, parse_blend
-from megatron_peft.config.targets import LinearSizes, Side, is_targeted, require_matches
-from megatron_peft.config.training import CheckpointConfig, LoggingConfig, OptimizerSettings, TrainingConfig
+from megatron_peft.config.training import (
+    CheckpointConfig,
+    LoggingConfig,
+    OptimizerSettings,
+    TrainingConfig,
+    missing_for_training,
+)

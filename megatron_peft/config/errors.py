@@ -7,26 +7,24 @@ import sys
 import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
-from dataclasses import Field, field, fields
+from dataclasses import MISSING, Field, field, fields
 from functools import cache
 from importlib import import_module
-from math import isfinite
+from math import inf, isfinite
 from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
-Check = Literal["positive", "not_negative", "fraction", "not_empty", "in_a_folder"]
+Check = Literal["positive", "not_negative", "even", "fraction", "not_empty", "in_a_folder"]
 # Check -> (whether a value passes, what is told of another one).
 CHECKS: Mapping[Check, tuple[Callable[[Any], bool], str]] = {
     "positive": (lambda value: value > 0, "is {}; it must be above 0."),
     "not_negative": (lambda value: value >= 0, "is {}; it cannot be negative."),
+    "even": (lambda value: value > 0 and value % 2 == 0, "is {}; its halves are paired: use an even size."),
     "fraction": (lambda value: 0 <= value < 1, "is {}; it is a fraction, at least 0 and below 1."),
-    "not_empty": (
-        lambda value: value != "",
-        "has an empty value (an unset variable of the shell?): give a folder, or leave it out.",
-    ),
+    "not_empty": (lambda value: value != "", "has an empty value (an unset variable?): give one, or leave it out."),
     "in_a_folder": (lambda path: path.parent.is_dir(), "{0}: there is no folder {0.parent}; make it first."),
 }
 
@@ -36,6 +34,8 @@ def option(
     help: str,
     *,
     check: Check | None = None,
+    most: float = inf,
+    needs: str = "",
     group: str | None = None,
     flags: tuple[str, ...] = (),
     metavar: str | None = None,
@@ -46,19 +46,20 @@ def option(
     Args:
         default: of the field; None stands for "not set".
         help: one line for `--help` and docs/arguments.md, with the unit.
-        check: what `Requirements.fields` requires of the value.
+        check, most: what `Requirements.fields` requires of the value.
+        needs: fields without which one that is not at its default has no effect; `a|b`: one of the two will do.
         group: title under which `--help` lists it; None: that of the section.
         flags: spellings; by default `--field-name`.
         metavar: placeholder of the value in `--help`; by default that of its type.
         may_change: of a method's flag: a resumed run may have another value.
     """
-    described = {"help": help, "check": check, "group": group, "flags": flags, "metavar": metavar}
-    return field(default=default, metadata={**described, "may_change": may_change})  # pyright: ignore[reportReturnType]
+    described = {"help": help, "check": check, "most": most, "needs": needs.split(), "group": group, "flags": flags}
+    return field(default=default, metadata={**described, "metavar": metavar, "may_change": may_change})  # pyright: ignore[reportReturnType]
 
 
 def required_option(help: str, *, flags: tuple[str, ...] = (), metavar: str | None = None) -> Any:
     """Like `option`, for a field that has no default: its flag must be given."""
-    return field(metadata={"help": help, "check": None, "group": None, "flags": flags, "metavar": metavar})
+    return option(MISSING, help, flags=flags, metavar=metavar)
 
 
 # Control characters, and marks that turn text around.
@@ -119,7 +120,7 @@ def value_type(annotation: Any) -> tuple[Any, tuple[str, ...] | None, bool]:
     if get_origin(annotation) in (UnionType, Union):
         return value_type(next(member for member in get_args(annotation) if member is not NoneType))
     if get_origin(annotation) is tuple:
-        return get_args(annotation)[0], None, True
+        return (*value_type(get_args(annotation)[0])[:2], True)
     if get_origin(annotation) is Literal:
         return str, get_args(annotation), False
     return annotation, None, False
@@ -139,27 +140,31 @@ def _what_it_must_be(value: Any, annotation: Any) -> str:
     kind, choices, many = value_type(annotation)
     if kind not in _TYPES or (value is None and NoneType in get_args(annotation)):
         return ""
-    if choices:
-        return "" if value in choices else f"one of {', '.join(choices)}"
-    if many:
-        are_right = kind is not str or isinstance(value, tuple | list) and all(isinstance(item, str) for item in value)
-        return "" if are_right else "a tuple of strings"
     accepted, name = _TYPES[kind]
-    is_right = isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
-    return "" if is_right and (not isinstance(value, float) or isfinite(value)) else name
+    name = f"one of {', '.join(choices)}" if choices else name
+
+    def is_right(item: Any) -> bool:
+        if choices:
+            return item in choices
+        is_number_too = isinstance(item, bool) and kind is not bool
+        return isinstance(item, accepted) and not is_number_too and (not isinstance(item, float) or isfinite(item))
+
+    if many:
+        return "" if isinstance(value, tuple | list) and all(map(is_right, value)) else f"a tuple, each {name}"
+    return "" if is_right(value) else name
 
 
-def mistyped(config: object) -> list[str]:
-    """The fields of a dataclass whose values are not of their types."""
+def mistyped(config: object) -> dict[str, str]:
+    """The fields of a dataclass whose values are not of their types, and what those must be."""
     hints = _type_hints(type(config))
-    names = [field.name for field in fields(config)]  # pyright: ignore[reportArgumentType]
-    return [name for name in names if _what_it_must_be(getattr(config, name), hints[name])]
+    told = {name: _what_it_must_be(value, hints[name]) for name, value in vars(config).items()}
+    return {name: wanted for name, wanted in told.items() if wanted}
 
 
 class Requirements:
     """Collects failed checks inside a `with` block and raises them together, as one `ConfigurationError`, at its end.
 
-    `config` is the dataclass whose fields the methods look at; None stands for "not set" and passes.
+    A ConfigurationError that is raised inside joins them. `config` is the dataclass whose fields the methods look at.
     """
 
     def __init__(self, config: object) -> None:
@@ -169,58 +174,45 @@ class Requirements:
     def __enter__(self) -> "Requirements":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None and self.problems:
-            raise ConfigurationError(*self.problems)
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        self.problems += getattr(error, "problems", ())
+        if self.problems and kind in (None, ConfigurationError):
+            raise ConfigurationError(*self.problems) from error
 
     def __call__(self, condition: bool, message: str) -> None:
         if not condition:
             self.problems.append(message)
 
     def fields(self, names: Collection[str] | None = None) -> None:
-        """The type of every field of the dataclass, and the `check` of all, or of those that are named.
-
-        A field that nothing reads is recorded too, so its type counts.
+        """The type of every field, since all are recorded, and what `option` says of all, or of those that are named.
 
         Raises:
             ConfigurationError: a value is not of its field's type, so that it cannot be compared with anything.
         """
-        hints = _type_hints(type(self.config))
-        is_mistyped = False
-        for declared in fields(self.config):  # pyright: ignore[reportArgumentType]
-            value, check = getattr(self.config, declared.name), declared.metadata.get("check")
-            if wanted := _what_it_must_be(value, hints[declared.name]):
-                is_mistyped = True
-                self(False, f"{flag_of(declared)} is {value!r}; it must be {wanted}.")
-            elif check and (names is None or declared.name in names):
-                self.each(check, declared.name)
-        if is_mistyped:
-            raise ConfigurationError(*self.problems)
+        config, wrong = self.config, mistyped(self.config)
+        for declared in fields(config):  # pyright: ignore[reportArgumentType]
+            name, value, rules = declared.name, getattr(config, declared.name), declared.metadata
+            if name in wrong:
+                self(False, f"{flag_of(declared)} is {value!r}; it must be {wrong[name]}.")
+            elif rules and value is not None and (names is None or name in names):
+                if rules["check"]:
+                    self.each(rules["check"], name)
+                most, needs = rules["most"], rules["needs"]
+                self(most == inf or value <= most, f"{flag(name)} is {value}; it must be at most {most:,}.")
+                is_set = value not in (declared.default, "")
+                for others in (need.split("|") for need in needs if is_set):
+                    ways_out = " or ".join(map(flag, others))
+                    is_met = any(getattr(config, other) for other in others)
+                    self(is_met, f"{spelled(flag(name), value)} needs {ways_out}.")
+        if wrong:
+            raise ConfigurationError
 
     def each(self, check: Check, *names: str) -> None:
         """The value of each field passes the check."""
         holds, told = CHECKS[check]
         for name in names:
             value = getattr(self.config, name)
-            if value is not None and not holds(value):
-                self.problems.append(f"{flag(name)} {told.format(value)}")
-
-    def that_holds(self, check: Callable[[], object]) -> None:
-        """The problems of the ConfigurationError that `check` raises, if it does."""
-        try:
-            check()
-        except ConfigurationError as error:
-            self.problems += error.problems
-
-    def needs(self, name: str, *others: str) -> None:
-        """A field that has another value than its default needs one of `others` to be set, or it has no effect."""
-        value, default = getattr(self.config, name), getattr(type(self.config), name)
-        is_set = value != default and value not in (None, "")
-        ways_out = " or ".join(map(flag, others))
-        self(
-            not is_set or any(getattr(self.config, other) for other in others),
-            f"{spelled(flag(name), value)} needs {ways_out}.",
-        )
+            self(value is None or holds(value), f"{flag(name)} {told.format(value)}")
 
 
 class Checked:
@@ -240,13 +232,9 @@ class Checked:
 
 
 def print_failure(message: str, environ: Mapping[str, str] = os.environ) -> None:
-    """Print to stderr what ends this process; also where torchrun looks for it, so that its own report ends with it.
-
-    Without that, torchrun's last lines about a rank are "To enable traceback see: https://...".
-    """
+    """Print to stderr what ends this process; also where torchrun looks for it, so that its own report ends with it."""
     print(message, file=sys.stderr, flush=True)
-    path = environ.get("TORCHELASTIC_ERROR_FILE")
-    if path:
+    if path := environ.get("TORCHELASTIC_ERROR_FILE"):
         with suppress(OSError):
             text = json.dumps({"message": message, "timestamp": int(time.time())})
             Path(path).write_text(text, encoding="utf-8")

@@ -1,30 +1,25 @@
 """What is asked of a model: the flags of generation and of evaluation on tasks."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron_peft.config.errors import Checked, Requirements, option, required_option
 
+_file = partial(option, None, check="not_empty", metavar="FILE")
+
 
 @dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen.
+class Sampling(Checked):
+    """How the next token is chosen."""
 
-    Args:
-        temperature: divides the logits; 0 takes the likeliest token.
-        top_p: samples from the fewest likeliest tokens whose probabilities sum to at least this.
-        top_k: samples from the k likeliest tokens, before top_p; 0 for all.
-    """
+    temperature: float = option(0.0, "0 is greedy", check="not_negative")
+    top_p: float = option(1.0, "sample from the smallest set of tokens with probability X")
+    top_k: int = option(0, "sample from the N most likely tokens, before --top-p; 0: from all", check="not_negative")
 
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-
-    def __post_init__(self) -> None:
-        with Requirements(self) as require:
-            require.each("not_negative", "temperature", "top_k")
-            require(0 < self.top_p <= 1, f"--top-p is {self.top_p}; it is a probability, above 0 and at most 1.")
+    def check(self, require: Requirements) -> None:
+        require(0 < self.top_p <= 1, f"--top-p is {self.top_p}; it is a probability, above 0 and at most 1.")
 
 
 @dataclass(frozen=True)
@@ -32,18 +27,11 @@ class AnswerSettings(Checked):
     """The prompts of `megatron-peft generate`, and how they are answered."""
 
     prompt: str | None = option(None, "the prompt; the answer is printed while it is generated")
-    prompt_file: str | None = option(
-        None, "one prompt per line, or .jsonl with prompt or messages", metavar="FILE", check="not_empty"
-    )
-    output: str | None = option(
-        None, "write prompts and answers as JSON lines (default: print them)", metavar="FILE", check="not_empty"
-    )
+    prompt_file: str | None = _file("one prompt per line, or .jsonl with prompt or messages")
+    output: str | None = _file("write prompts and answers as JSON lines (default: print them)")
     overwrite: bool = option(False, "replace an existing --output")
     max_new_tokens: int = option(
-        128,
-        "tokens per answer, at most (the second is Megatron-LM's name)",
-        check="positive",
-        flags=("--max-new-tokens", "--num-tokens-to-generate"),
+        128, "tokens of an answer, at most", check="positive", flags=("--max-new-tokens", "--num-tokens-to-generate")
     )
     temperature: float = option(Sampling.temperature, "0 is greedy")
     top_p: float = option(Sampling.top_p, "sample from the smallest set of tokens with probability X")
@@ -52,10 +40,7 @@ class AnswerSettings(Checked):
     stop: tuple[str, ...] = option((), r"an answer ends before any of these; \n is a newline")
     chat: bool = option(False, "treat the prompt as a user message and apply the tokenizer's chat template")
     batch_size: int = option(
-        16,
-        "answers generated together (the second is Megatron-LM's name)",
-        check="positive",
-        flags=("--batch-size", "--max-batch-size"),
+        16, "answers generated together", check="positive", flags=("--batch-size", "--max-batch-size")
     )
     sampling_seed: int = option(1234, "seed of sampling")
 
@@ -67,7 +52,7 @@ class AnswerSettings(Checked):
             f"--num-samples {self.num_samples} with --temperature 0 gives the same answer {self.num_samples} "
             "times: use a --temperature above 0.",
         )
-        require.that_holds(self.sampling)
+        self.sampling()
 
     def sampling(self) -> Sampling:
         """How each token is chosen. ConfigurationError: a value out of range."""
@@ -82,9 +67,7 @@ class HarnessSettings(Checked):
     output: str = required_option("results as JSON, written when all tasks are done", metavar="FILE")
     include_path: tuple[str, ...] = option((), "folders with task files (YAML)", metavar="FOLDER")
     num_fewshot: int | None = option(None, "solved examples per question (default: the task's)", check="not_negative")
-    limit: float | None = option(
-        None, "first N questions of each task; below 1, that share of them", check="positive", metavar="N"
-    )
+    limit: float | None = option(None, "first N questions of a task, or a share below 1", check="positive", metavar="N")
     batch_size: int = option(16, "requests per forward pass of a replica", check="positive")
     apply_chat_template: bool = option(False, "format questions with the tokenizer's chat template")
     sampling_seed: int = option(1234, "seed of sampled answers")
@@ -92,10 +75,6 @@ class HarnessSettings(Checked):
     confirm_run_unsafe_code: bool = option(False, "allow tasks that run code: a model's, or functions of lm_eval.tasks")
     unsafe_execution: bool = option(False, "run such code without a sandbox")
     overwrite: bool = option(False, "replace an existing --output of another evaluation")
-
-    def check(self, require: Requirements) -> None:
-        whole = self.limit is None or self.limit < 1 or self.limit == int(self.limit)
-        require(whole, f"--limit is {self.limit}; it is a number of questions, or below 1 a share of them.")
 
     def result_settings(self) -> dict[str, Any]:
         """The settings that change the results, for their file."""

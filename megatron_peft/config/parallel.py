@@ -8,8 +8,7 @@ from megatron_peft.config.errors import Checked, Requirements, flag, option
 
 UNEVEN_STAGES = ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")
 ACCOUNTED_STAGES = ("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split")
-LAYOUT = "pipeline_model_parallel_layout"
-LONGEST_LAYOUT = 1000
+CHUNK, LAYOUT = "num_layers_per_virtual_pipeline_stage", "pipeline_model_parallel_layout"
 
 
 @dataclass(frozen=True)
@@ -45,14 +44,9 @@ class ParallelConfig(Checked):
         "split the sequence over the tensor-parallel ranks outside the linear layers; no effect with one such rank",
     )
     distributed_backend: Literal["nccl", "gloo"] | None = option(None, "default: nccl with CUDA, gloo without")
-    distributed_timeout_minutes: float = option(
-        10, "minutes a rank waits for the others before the run fails", check="positive"
-    )
+    distributed_timeout_minutes: float = option(10, "minutes a rank waits for the others at most", check="positive")
     distributed_timeout_seconds_after_init: int | None = option(
-        None,
-        "seconds a rank waits for the others after the first iteration, more than a save takes (default: as long as "
-        "--distributed-timeout-minutes)",
-        check="positive",
+        None, "seconds that a rank waits after the first iteration: more than a save takes", check="positive"
     )
     world_size: int = 1
 
@@ -66,63 +60,29 @@ class ParallelConfig(Checked):
         require(
             tp * pp <= 0 or self.world_size % (tp * pp) == 0,
             f"{self.world_size} processes cannot hold --tensor-model-parallel-size {tp} x "
-            f"--pipeline-model-parallel-size {pp} = {tp * pp} ranks per replica: start a multiple of {tp * pp} "
-            f"processes (torchrun --nproc-per-node), or lower one of the two.",
+            f"--pipeline-model-parallel-size {pp} ranks: start a multiple of {tp * pp}, or lower one of the two.",
         )
         require(
-            not self.sequence_parallel or tp > 1,
-            "--sequence-parallel splits the sequence over tensor-parallel ranks: it needs "
-            "--tensor-model-parallel-size above 1.",
+            not self.sequence_parallel or tp > 1, "--sequence-parallel: only with --tensor-model-parallel-size above 1."
         )
-        # Flags of stages fit one another and the number of stages; whether they fit a model, its shape says.
+        uneven, divided = self._given(*UNEVEN_STAGES), self._given(CHUNK, *ACCOUNTED_STAGES)
+        ways = [way for way in (uneven, divided, self._given(LAYOUT)) if way]
+        named = ", ".join(flag(name) for way in ways for name in way)
+        require(pp > 1 or not ways, f"{named}: only with --pipeline-model-parallel-size above 1.")
+        require(len(ways) <= 1, f"{named}: mutually exclusive ways to divide layers among pipeline stages.")
         layout = self.pipeline_model_parallel_layout
-        interleaved = self.num_layers_per_virtual_pipeline_stage is not None
-        uneven, accounted = self._given(*UNEVEN_STAGES), self._given(*ACCOUNTED_STAGES)
-        needs_stages = self._given("num_layers_per_virtual_pipeline_stage", *UNEVEN_STAGES, *ACCOUNTED_STAGES, LAYOUT)
-        require(
-            pp > 1 or not needs_stages,
-            f"{_listed(needs_stages)} {'need' if len(needs_stages) > 1 else 'needs'} --pipeline-model-parallel-size "
-            f"above 1: one pipeline stage holds all layers.",
-        )
-        require(
-            not (uneven and interleaved),
-            f"--num-layers-per-virtual-pipeline-stage needs stages of equal size: leave out {_listed(uneven)}.",
-        )
-        require(
-            not (uneven and accounted),
-            f"{_listed(uneven)} and {_listed(accounted)} are mutually exclusive: an end either holds a given number of "
-            f"layers, or counts the embedding or the loss as one of its layers.",
-        )
         if layout is None:
             return
-        others = self._given("num_layers_per_virtual_pipeline_stage", *UNEVEN_STAGES, *ACCOUNTED_STAGES)
-        require(not others, f"{flag(LAYOUT)} says what every pipeline stage holds: leave out {_listed(others)}.")
-        self._check_layout(require, layout)
-
-    def _check_layout(self, require: Requirements, layout: str) -> None:
-        pp, named = self.pipeline_model_parallel_size, f"{flag(LAYOUT)} {layout[:80]}"
-        numbers = re.findall(r"\d+", layout)
-        if len(layout) > LONGEST_LAYOUT or any(len(number) > 3 for number in numbers):
-            require(
-                False, f"{named} is too long: use at most {LONGEST_LAYOUT} letters, and repeat less than 1,000 times."
-            )
-            return
-        stages = stages_of_layout(layout)
-        foreign = "".join(sorted({*"".join(stages)} - {*"EtL"}))
+        is_short, shown = len(layout) <= 1000 and not re.search(r"\d{4}", layout), f"{flag(LAYOUT)} {layout[:80]}"
+        stages = stages_of_layout(layout) if is_short else []
         require(
-            not foreign,
-            f"{named} holds {foreign!r}: stages hold E (embedding), t (layer) and L (loss), as in "
-            f"'Ettt|(tttt|)*14tttL'.",
-        )
-        ends = stages[0][:1], stages[-1][-1:], layout.count("E"), layout.count("L")
-        require(
-            bool(foreign) or ends == ("E", "L", 1, 1),
-            f"{named} must begin with E, the embedding, and end with L, the loss, each once.",
+            re.fullmatch(r"E[t|]*L", "|".join(stages)) is not None,
+            f"{shown} must hold E (embedding), t (layer) and L (loss) in this order, with | between stages, as in "
+            f"'Ettt|(tttt|)*14tttL', and repeat less than 1,000 times.",
         )
         require(
             pp <= 0 or len(stages) % pp == 0,
-            f"{named} has {len(stages)} stages, which --pipeline-model-parallel-size {pp} does not divide: every rank "
-            f"holds equally many.",
+            f"{shown} has {len(stages)} stages, which --pipeline-model-parallel-size {pp} does not divide.",
         )
 
     def _given(self, *names: str) -> list[str]:
@@ -131,9 +91,8 @@ class ParallelConfig(Checked):
     @property
     def is_interleaved(self) -> bool:
         """Whether a pipeline rank holds several chunks of the model."""
-        layout = self.pipeline_model_parallel_layout
-        if layout is not None:
-            return len(stages_of_layout(layout)) > self.pipeline_model_parallel_size
+        if self.pipeline_model_parallel_layout is not None:
+            return len(stages_of_layout(self.pipeline_model_parallel_layout)) > self.pipeline_model_parallel_size
         return self.num_layers_per_virtual_pipeline_stage is not None
 
     def num_divided(self, num_layers: int) -> int:
@@ -164,7 +123,3 @@ def stages_of_layout(layout: str) -> list[str]:
     for repeated in (r"\(([^)]+)\)\*(\d+)", r"(.)\*(\d+)"):
         unrolled = re.sub(repeated, lambda match: match[1] * int(match[2]), unrolled)
     return unrolled.split("|")
-
-
-def _listed(names: list[str]) -> str:
-    return " and ".join(map(flag, names))

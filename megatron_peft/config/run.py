@@ -6,19 +6,13 @@ section raises one `ConfigurationError` with all of its problems as it is made. 
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 from megatron_peft.config.errors import Checked, ConfigurationError, Requirements, flag, spelled
 from megatron_peft.config.methods import METHODS, PeftConfig
 from megatron_peft.config.model import DataConfig, ModelConfig
 from megatron_peft.config.parallel import ParallelConfig
-from megatron_peft.config.training import (
-    LENGTH_OF_THE_RUN,
-    CheckpointConfig,
-    LoggingConfig,
-    OptimizerSettings,
-    TrainingConfig,
-)
+from megatron_peft.config.training import CheckpointConfig, LoggingConfig, OptimizerSettings, TrainingConfig
 
 
 @dataclass(frozen=True)
@@ -35,34 +29,51 @@ class RunConfig(Checked):
     logging: LoggingConfig = LoggingConfig()
 
     def check(self, require: Requirements) -> None:
-        self._check_batches(require)
-        self._check_schedule(require)
-        self._check_memory_savers(require)
-        self._check_validation(require)
-        self.peft.spec.check_run(self.peft, self, require)
-
-    def _check_batches(self, require: Requirements) -> None:
-        replicas, pp = self.parallel.data_parallel_size, self.parallel.pipeline_model_parallel_size
-        step = self.training.micro_batch_size * replicas
+        parallel, training, optimizer = self.parallel, self.training, self.optimizer
+        transformer = self.model.transformer
+        tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+        step = training.micro_batch_size * parallel.data_parallel_size
         below = self.global_batch_size // step * step
         require(
             self.global_batch_size % step == 0,
             f"--global-batch-size {self.global_batch_size} is not a multiple of --micro-batch-size "
-            f"{self.training.micro_batch_size} x {replicas} data-parallel ranks = {step}: "
+            f"{training.micro_batch_size} x {parallel.data_parallel_size} data-parallel ranks = {step}: "
             f"use {' or '.join(str(batch) for batch in (below, below + step) if batch)}.",
         )
-        interleaved = self.parallel.is_interleaved
+        if parallel.is_interleaved:
+            require(
+                pp != 2 or transformer.get("overlap_p2p_comm", True),
+                "--no-overlap-p2p-communication confuses messages of the interleaved schedule between "
+                "--pipeline-model-parallel-size 2 stages: leave it out, or use 3 stages or more.",
+            )
+            require(
+                self.num_microbatches % pp == 0,
+                f"the interleaved schedule needs a multiple of --pipeline-model-parallel-size {pp} microbatches a "
+                f"step, but --global-batch-size {self.global_batch_size} gives {self.num_microbatches}.",
+            )
         require(
-            not interleaved or pp != 2 or self.model.transformer.get("overlap_p2p_comm", True),
-            "--no-overlap-p2p-communication batches the messages of the interleaved schedule, and at "
-            "--pipeline-model-parallel-size 2, where the next stage is also the previous one, they would be confused: "
-            "leave it out, or use 3 stages or more.",
+            not parallel.sequence_parallel or self.data.seq_length % tp == 0,
+            f"--seq-length {self.data.seq_length} is not a multiple of --tensor-model-parallel-size {tp}, which "
+            f"--sequence-parallel needs: use {self.data.seq_length // tp * tp or tp}.",
         )
         require(
-            not interleaved or self.num_microbatches % pp == 0,
-            f"the interleaved schedule needs a multiple of --pipeline-model-parallel-size {pp} microbatches a step, "
-            f"but --global-batch-size {self.global_batch_size} gives {self.num_microbatches}.",
+            not transformer.get("distribute_saved_activations") or (tp > 1 and not parallel.sequence_parallel),
+            "--distribute-saved-activations: only with --tensor-model-parallel-size > 1, and no --sequence-parallel.",
         )
+        require(
+            not optimizer.overlap_param_gather or training.overlap_grad_reduce,
+            "--overlap-param-gather needs --overlap-grad-reduce.",
+        )
+        self._check_schedule(require)
+        has_data = bool(self.data.valid_data_path or self.data.data_path)
+        validates = has_data and training.eval_interval is not None and training.eval_iters != 0
+        for section, name in ((training, "early_stopping_patience"), (self.checkpoint, "keep_best")):
+            require(
+                validates or not getattr(section, name),
+                f"{spelled(flag(name), getattr(section, name))} needs a validation loss: give --valid-data-path (or "
+                f"--data-path with a --split), and no --eval-iters 0.",
+            )
+        self.peft.spec.check_run(self.peft, self, require)
 
     def _check_schedule(self, require: Requirements) -> None:
         """Lengths of the schedule count what the length of the run counts, and the warmup ends before the decay."""
@@ -71,46 +82,14 @@ class RunConfig(Checked):
         for stem in ("lr_decay_", "lr_warmup_", "lr_wsd_decay_"):
             require(
                 not getattr(self.optimizer, stem + other),
-                f"{flag(stem + other)} does not fit a run whose length is given "
-                f"{'by' if by_samples else 'without'} --train-samples: use {flag(stem + unit)}.",
+                f"{flag(stem + other)} does not fit --train-{unit}: use {flag(stem + unit)}.",
             )
         warmup = getattr(self.optimizer, "lr_warmup_" + unit)
         decay = getattr(self.optimizer, "lr_decay_" + unit) or getattr(self.training, "train_" + unit)
         require(
             decay is None or warmup < decay,
-            f"{flag('lr_warmup_' + unit)} {warmup} leaves nothing to decay: it must be below the {decay} {unit} of "
-            f"{flag('lr_decay_' + unit)} (default: {flag('train_' + unit)}).",
+            f"{flag('lr_warmup_' + unit)} {warmup} must be below the {decay} {unit} of the decay.",
         )
-
-    def _check_memory_savers(self, require: Requirements) -> None:
-        tp, sequence_parallel = self.parallel.tensor_model_parallel_size, self.parallel.sequence_parallel
-        require(
-            not sequence_parallel or self.data.seq_length % tp == 0,
-            f"--seq-length {self.data.seq_length} is not a multiple of --tensor-model-parallel-size {tp}, which "
-            f"--sequence-parallel needs: use {self.data.seq_length // tp * tp or tp}.",
-        )
-        require(
-            not self.model.transformer.get("distribute_saved_activations") or (tp > 1 and not sequence_parallel),
-            "--distribute-saved-activations splits them over tensor-parallel ranks: it needs "
-            "--tensor-model-parallel-size above 1, and no --sequence-parallel (which has split them already).",
-        )
-        require(
-            not self.optimizer.overlap_param_gather or self.training.overlap_grad_reduce,
-            "--overlap-param-gather needs --overlap-grad-reduce.",
-        )
-
-    def _check_validation(self, require: Requirements) -> None:
-        has_data = bool(self.data.valid_data_path or self.data.data_path)
-        validates = has_data and self.training.eval_interval is not None and self.training.eval_iters != 0
-        for name, value in (
-            ("early_stopping_patience", self.training.early_stopping_patience),
-            ("keep_best", self.checkpoint.keep_best),
-        ):
-            require(
-                validates or not value,
-                f"{spelled(flag(name), value)} needs a validation loss: give --valid-data-path (or --data-path with a "
-                f"--split), and no --eval-iters 0.",
-            )
 
     @property
     def global_batch_size(self) -> int:
@@ -123,18 +102,6 @@ class RunConfig(Checked):
         return self.global_batch_size // (self.training.micro_batch_size * self.parallel.data_parallel_size)
 
 
-def missing_for_training(values: Mapping[str, Any]) -> list[str]:
-    """Messages for what training requires, and inference and conversion do not, given a run's fields by name."""
-    needed = {
-        ("data_path", "train_data_path", "mock_data"): (
-            "no training data: give --train-data-path FILE.jsonl, or --data-path PREFIX of an indexed dataset."
-        ),
-        ("train_iters", "train_samples", "train_epochs"): f"{LENGTH_OF_THE_RUN} (none given).",
-    }
-    given = {name for name, value in values.items() if value is not None and value is not False and value != ()}
-    return [told for names, told in needed.items() if given.isdisjoint(names)]
-
-
 def missing_to_profile(config: RunConfig) -> list[str]:
     """Messages for what is to be profiled and is no part of the run: ranks, and the first of the steps.
 
@@ -142,18 +109,15 @@ def missing_to_profile(config: RunConfig) -> list[str]:
     """
     logging, training, world_size = config.logging, config.training, config.parallel.world_size
     outside = [rank for rank in logging.profile_ranks if not 0 <= rank < world_size]
-    samples = training.train_samples
+    samples, problems = training.train_samples, []
     length = training.train_iters if samples is None else samples // config.global_batch_size
-    problems = []
+    last = logging.profile_step_end if length is None else min(length, logging.profile_step_end)
     if (logging.profile or logging.record_memory_history) and outside:
+        problems.append(f"--profile-ranks: leave out {outside}, as the ranks of this run are 0 to {world_size - 1}.")
+    if logging.profile and logging.profile_step_start >= last:
         problems.append(
-            f"{spelled(flag('profile_ranks'), logging.profile_ranks)} needs ranks of this run, which has 0 to "
-            f"{world_size - 1}: leave out {' '.join(map(str, outside))}."
-        )
-    if logging.profile and length is not None and length <= logging.profile_step_start:
-        problems.append(
-            f"--profile needs --profile-step-start below the run's {length} iterations, but it is "
-            f"{logging.profile_step_start}: no step would be profiled."
+            f"--profile needs --profile-step-start below {last}, the last step of the run or of --profile-step-end, "
+            f"but it is {logging.profile_step_start}: no step would be profiled."
         )
     return problems
 
@@ -165,12 +129,11 @@ def field_names(config_class: type) -> tuple[str, ...]:
 
 def config_to_dict(config: RunConfig) -> dict[str, dict[str, Any]]:
     """{section: {field: value}} with lists for tuples; what `config_from_dict` reads back to an equal RunConfig."""
-    return {
-        section: {
-            name: _plain(getattr(part, name)) for name in getattr(part, "recorded_fields", field_names(type(part)))
-        }
-        for section, part in ((name, getattr(config, name)) for name in field_names(RunConfig))
-    }
+    record: dict[str, dict[str, Any]] = {}
+    for section, part in vars(config).items():
+        values = {name: getattr(part, name) for name in getattr(part, "recorded_fields", field_names(type(part)))}
+        record[section] = {name: [*value] if isinstance(value, tuple) else value for name, value in values.items()}
+    return record
 
 
 SECTIONS: Mapping[str, type] = get_type_hints(RunConfig)
@@ -184,10 +147,9 @@ def sections_of(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     sections: dict[str, Any] = {}
     problems: list[str] = []
     for section, config_class in SECTIONS.items():
+        given = {name: values[name] for name in field_names(config_class) if name in values}
         try:
-            sections[section] = config_class(
-                **{name: values[name] for name in field_names(config_class) if name in values}
-            )
+            sections[section] = config_class(**given)
         except ConfigurationError as error:
             sections[section] = None
             problems += error.problems
@@ -197,9 +159,7 @@ def sections_of(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 def make_run(**values: Any) -> RunConfig:
     """A run of these fields, whatever sections they belong to: `make_run(pretrained_checkpoint="m", lora_rank=4)`.
 
-    Raises:
-        TypeError: no section has a field of this name.
-        ConfigurationError: the values are wrong, or contradict one another.
+    Raises TypeError if no section has a field of this name, and ConfigurationError.
     """
     unknown = values.keys() - {name for config_class in SECTIONS.values() for name in field_names(config_class)}
     if unknown:
@@ -218,12 +178,9 @@ def config_from_dict(record: Mapping[str, Mapping[str, Any]]) -> RunConfig:
     method = record.get("peft", {}).get("method", PeftConfig.method)
     if isinstance(method, str) and method not in METHODS:
         PeftConfig(method)  # the error says why the method is not here
-    unknown = [
-        f"{section}.{name}"
-        for section, values in record.items()
-        for name in values
-        if section not in SECTIONS or name not in field_names(SECTIONS[section])
-    ]
+    known = {section: field_names(config_class) for section, config_class in SECTIONS.items()}
+    named = [(section, name) for section, values in record.items() for name in values]
+    unknown = [f"{section}.{name}" for section, name in named if name not in known.get(section, ())]
     if unknown:
         raise ConfigurationError(
             f"the run's record holds {', '.join(unknown)}, which this installation does not know: it was written by a "
@@ -231,17 +188,6 @@ def config_from_dict(record: Mapping[str, Mapping[str, Any]]) -> RunConfig:
         )
     sections = {}
     for section, config_class in SECTIONS.items():
-        hints = get_type_hints(config_class)
-        sections[section] = config_class(
-            **{
-                name: tuple(value) if get_origin(hints[name]) is tuple else value
-                for name, value in record.get(section, {}).items()
-            }
-        )
+        values = record.get(section, {}).items()
+        sections[section] = config_class(**{name: tuple(it) if isinstance(it, list) else it for name, it in values})
     return RunConfig(**sections)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _plain(item) for name, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, tuple) else value

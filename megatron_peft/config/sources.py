@@ -1,7 +1,13 @@
-"""What a path of training data names: records in JSON or a table, Megatron's indexed data, or a dataset of the Hub."""
+"""Where data, models and tokenizers come from: files and folders, or names of the Hugging Face Hub (`org/name`).
 
+What the Hub has is taken from its cache, or downloaded once. Never code.
+"""
+
+import os
 import re
 from collections.abc import Sequence
+from functools import lru_cache
+from math import inf
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -41,27 +47,26 @@ class Blend(NamedTuple):
 
 def parse_blend(paths: Sequence[str], flag: str) -> Blend:
     """`p q` or `0.3 p 0.7 q`. Raises ConfigurationError for another mixture, and for a weight that is not above 0."""
+    numbers = [_number(path) for path in paths]
+    if not any(number is not None for number in numbers):
+        return Blend(list(paths), None)
+    weights = [number for number in numbers[::2] if number is not None and 0 < number < inf]
+    is_paired = 2 * len(weights) == len(paths) and not any(number is not None for number in numbers[1::2])
     given = " ".join([flag, *paths])
-    weights = [_number(path) for path in paths]
-    weighted = any(weight is not None for weight in weights)
-    pairs = len(paths) % 2 == 0 and all((weight is None) == bool(i % 2) for i, weight in enumerate(weights))
-    require(not weighted or pairs, f"{given}: give paths only, or a weight before each path (0.3 A 0.7 B).")
-    chosen = [weight for weight in weights if weight is not None]
-    require(all(0 < weight < float("inf") for weight in chosen), f"{given}: weights must be above 0, and finite.")
-    return Blend(list(paths[1::2] if weighted else paths), chosen or None)
+    require(is_paired, f"{given}: give paths only, or a weight before each path (0.3 A 0.7 B), above 0 and finite.")
+    return Blend(list(paths[1::2]), weights)
 
 
 def require_one_kind(paths: Sequence[str], flag: str) -> None:
     """Raises ConfigurationError for a malformed blend, and for records and indexed data in one blend."""
     prefixes, _ = parse_blend(paths, flag)
     indexed = [path for path in prefixes if kind_of_source(path) == "indexed"]
-    if len(indexed) in (0, len(prefixes)):
-        return
     missing = [path for path in indexed if not Path(f"{path}.idx").exists()]
     note = f" (no .idx: {', '.join(missing)}; {RECORD_NAMES})" if missing else ""
-    raise ConfigurationError(
+    require(
+        len(indexed) in (0, len(prefixes)),
         f"{flag} mixes JSON files or tables with indexed datasets ({' '.join(paths)}): convert the JSON files with "
-        f"megatron-peft data preprocess, or leave out {', '.join(indexed)}{note}."
+        f"megatron-peft data preprocess, or leave out {', '.join(indexed)}{note}.",
     )
 
 
@@ -75,3 +80,71 @@ def _number(text: str) -> float | None:
         return float(text)
     except ValueError:
         return None
+
+
+# Names of the Hub in place of folders.
+
+TOKENIZER_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
+MODEL_FILES = (*TOKENIZER_FILES, "*.safetensors")
+OLD_WEIGHTS = "pytorch_model*.bin"  # of a model without safetensors
+DATA_FILES = ("README.md", "*.parquet", "*.csv", "*.arrow", "*.json", "*.jsonl", "*.jsonl.gz", "*.json.gz", "*.zst")
+_SNAPSHOT = re.compile(r"(?:models|datasets)--([^/]+)--([^/]+)/snapshots/[^/]+/?$")
+Repository = Literal["model", "dataset"]
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether it is `org/name`, and nothing that exists here: a local folder of this name wins."""
+    return HUB_NAME.fullmatch(name) is not None and not name.endswith(".model") and not Path(name).exists()
+
+
+def hub_name(folder: str | Path) -> str | None:
+    """`org/name` of a folder in the Hub's cache, or None."""
+    match = _SNAPSHOT.search(str(folder))
+    return f"{match[1]}/{match[2]}" if match else None
+
+
+def local_model(name: str, flag: str) -> str:
+    """The folder with config.json, tokenizer and weights: `name` itself, unless it is one of the Hub's.
+
+    Raises ConfigurationError if the Hub or its cache does not have it.
+    """
+    if not is_hub_name(name):
+        return name
+    folder = local_folder(name, flag, MODEL_FILES)
+    if not any(Path(folder).glob("*.safetensors")):
+        folder = local_folder(name, flag, (*TOKENIZER_FILES, OLD_WEIGHTS))
+    has_weights = any(any(Path(folder).glob(pattern)) for pattern in ("*.safetensors", OLD_WEIGHTS))
+    require(has_weights, f"{flag} {name}: its folder {folder} in the cache has no weights: hf download {name}")
+    return folder
+
+
+def local_tokenizer(name: str, flag: str) -> str:
+    """The folder with the files of a tokenizer; see `local_model`."""
+    return local_folder(name, flag, TOKENIZER_FILES) if is_hub_name(name) else name
+
+
+@lru_cache
+def local_folder(name: str, flag: str, patterns: Sequence[str], repository: Repository = "model") -> str:
+    """The folder of the Hub's cache with those files of `name` that match; what is missing is downloaded.
+
+    Raises ConfigurationError if it is neither there nor can be had.
+    """
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.utils import disable_progress_bars
+
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        disable_progress_bars()
+    offline = bool(constants.HF_HUB_OFFLINE)
+    try:
+        return snapshot_download(name, repo_type=repository, allow_patterns=list(patterns), local_files_only=offline)
+    except Exception as error:  # noqa: BLE001 - of the network, of the Hub, of its cache
+        said = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        why = "HF_HUB_OFFLINE is set" if offline else f"the Hub did not give it ({type(error).__name__}: {said})"
+        is_data = repository == "dataset"
+        known = f"no file or folder here and no prefix of an .idx ({RECORD_NAMES})" if is_data else "no folder here"
+        kind = " --repo-type dataset" if is_data else ""
+        raise ConfigurationError(
+            f"{flag} {name} is {known}, the cache of the Hugging Face Hub ({constants.HF_HUB_CACHE}) does not have it, "
+            f"and {why}. Where there is a network: hf download {name}{kind} (a private or gated one needs hf auth "
+            f"login first)."
+        ) from error

@@ -12,7 +12,7 @@ import signal
 import sys
 from collections.abc import Mapping
 from datetime import datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NoReturn
 
 from jinja2 import StrictUndefined, Template, TemplateError, meta, nodes
@@ -50,20 +50,15 @@ def _raise_exception(message: str) -> NoReturn:
 
 
 @lru_cache
-def sandboxed_jinja(kind: str) -> ImmutableSandboxedEnvironment:
+def _environment(kind: str) -> ImmutableSandboxedEnvironment:
     """The environment of "chat" templates, with all that transformers gives them, or of a "task"."""
     if kind == "task":
         made = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
-        made.filters["regex_replace"] = lambda string, pattern, repl, count=0: re.sub(
-            pattern, repl, string, count=count
-        )
+        made.filters["regex_replace"] = lambda text, pattern, repl, count=0: re.sub(pattern, repl, text, count=count)
     else:
         extensions = [_Generation, "jinja2.ext.loopcontrols"]
         made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-        # Jinja's own escapes HTML.
-        made.filters["tojson"] = lambda value, ensure_ascii=False, **settings: json.dumps(
-            value, ensure_ascii=ensure_ascii, **settings
-        )
+        made.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # Jinja's own escapes HTML
         made.globals["raise_exception"] = _raise_exception
         made.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     made.globals["namespace"] = _PlainNamespace
@@ -72,27 +67,27 @@ def sandboxed_jinja(kind: str) -> ImmutableSandboxedEnvironment:
 
 @lru_cache
 def _compiled(kind: str, template: str) -> Template:
-    return sandboxed_jinja(kind).from_string(template)
+    return _environment(kind).from_string(template)
 
 
 def _inputs(template: str) -> str:
     """JSON: the variables that a chat template reads, and the attributes and strings of its code."""
-    tree = sandboxed_jinja("chat").parse(template)
+    tree = _environment("chat").parse(template)
     texts = {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
     fields = texts | {node.attr for node in tree.find_all(nodes.Getattr)}
     # This computes what is constant: `{{ 'x' * 10**10 }}`.
     return json.dumps([sorted(meta.find_undeclared_variables(tree)), sorted(fields)])
 
 
-def _answer(kind: str, template: str, values: Mapping[str, Any], most_characters: int) -> tuple[bytes, str]:
+def _answer(kind: str, template: str, values: Mapping[str, Any], most_characters: int) -> tuple[str, str]:
     """(what it is, text): rendered text, too Long, out of Memory, or another Fault and its message."""
     try:
         text = _inputs(template) if kind == "inputs" else _compiled(kind, template).render(values)
     except MemoryError:
-        return b"M", ""
+        return "M", ""
     except Exception as error:  # noqa: BLE001 - a template is a program
-        return b"F", (str(error) or type(error).__name__)[:most_characters]
-    return (b"L", "") if len(text) > most_characters else (b"T", text)
+        return "F", (str(error) or type(error).__name__)[:most_characters]
+    return ("L", "") if len(text) > most_characters else ("T", text)
 
 
 def main() -> None:
@@ -106,13 +101,15 @@ def main() -> None:
         hard = resource.getrlimit(limit)[1]
         most = most if hard == resource.RLIM_INFINITY else min(most, hard)
         resource.setrlimit(limit, (most, most))
-    while length := sys.stdin.buffer.read(8):
-        kind, template, values = marshal.loads(sys.stdin.buffer.read(int.from_bytes(length)))
+    while True:
+        try:
+            kind, template, values = marshal.load(sys.stdin.buffer)
+        except EOFError:
+            return
         signal.setitimer(signal.ITIMER_PROF, seconds)
-        told, text = _answer(kind, template, values, most_characters)
+        answer = _answer(kind, template, values, most_characters)
         signal.setitimer(signal.ITIMER_PROF, 0)
-        encoded = text.encode("utf-8", "surrogatepass")
-        sys.stdout.buffer.write(told + len(encoded).to_bytes(8) + encoded)
+        marshal.dump(answer, sys.stdout.buffer)
         sys.stdout.buffer.flush()
 
 

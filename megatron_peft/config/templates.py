@@ -39,34 +39,33 @@ class _Renderer:
     def render(self, kind: str, template: str, values: Mapping[str, Any]) -> str:
         with self._lock:
             tried = (kind, template) in self._endless
-            answer, text = (b"S", "") if tried else self._ask(marshal.dumps((kind, template, _plain(values))))
-        if answer == b"T":
-            return text
-        if answer == b"S":
+            answer, text = ("S", "") if tried else self._ask((kind, template, _plain(values)))
+        if answer == "S":
             self._endless.add((kind, template))
         faults = {
-            b"L": f"writes more than {MOST_CHARACTERS:,} characters, the limit of a text: let it write less.",
-            b"M": f"needs more than {MEMORY_BYTES >> 20} MiB of memory, the limit of a text: let it make less.",
-            b"S": f"has not come to an end in {SECONDS:g} s of computing, the limit of a text: simplify its loops.",
+            "L": f"it writes more than {MOST_CHARACTERS:,} characters, the limit of a text: let it write less.",
+            "M": f"it needs more than {MEMORY_BYTES >> 20} MiB of memory, the limit of a text: let it make less.",
+            "S": f"it has not come to an end in {SECONDS:g} s of computing, the limit of a text: simplify its loops.",
         }
-        raise ConfigurationError(f"it {faults[answer]}" if answer in faults else text)
+        require(answer == "T", faults.get(answer, text))
+        return text
 
-    def _ask(self, asked: bytes) -> tuple[bytes, str]:
+    def _ask(self, asked: tuple[str, str, Any]) -> tuple[str, str]:
         process, self._process = self._process or _start(), None  # where Ctrl-C comes between, its answer is not read
         assert process.stdin is not None and process.stdout is not None
         try:
-            process.stdin.write(len(asked).to_bytes(8) + asked)
+            marshal.dump(asked, process.stdin)
             process.stdin.flush()
-        except BrokenPipeError:
-            pass  # what it ended with is told below
-        if answer := process.stdout.read(1):
-            text = process.stdout.read(int.from_bytes(process.stdout.read(8)))
-            self._process = process
-            return answer, text.decode("utf-8", "surrogatepass")
-        ended = process.wait()
-        if ended == -signal.SIGPROF:
-            return b"S", ""
-        raise ConfigurationError(f"the process that renders it has ended with {ended}, perhaps for want of memory.")
+            answer = marshal.load(process.stdout)
+        except (BrokenPipeError, EOFError) as error:
+            ended = process.wait()
+            if ended == -signal.SIGPROF:
+                return "S", ""
+            raise ConfigurationError(
+                f"the process that renders it has ended with {ended}, perhaps for want of memory."
+            ) from error
+        self._process = process
+        return answer
 
 
 def render(kind: str, template: str, values: Mapping[str, Any]) -> str:
@@ -75,14 +74,9 @@ def render(kind: str, template: str, values: Mapping[str, Any]) -> str:
 
     Raises ConfigurationError: the template's own fault, or the limit that it passes.
     """
-    require_short(template)
+    size, most = len(template), MOST_TEMPLATE_CHARACTERS  # a longer one would take seconds to parse
+    require(size <= most, f"it has {size:,} characters, above the limit of a template, {most:,}.")
     return _RENDERER.render(kind, template, values)
-
-
-def require_short(template: str) -> None:
-    """Raises ConfigurationError for one that would take seconds to parse."""
-    most = MOST_TEMPLATE_CHARACTERS
-    require(len(template) <= most, f"it has {len(template):,} characters, above the limit of a template, {most:,}.")
 
 
 def _start() -> subprocess.Popen[bytes]:
@@ -100,7 +94,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {_plain(key): _plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(map(_plain, value)) if type(value) in (list, tuple) else [*map(_plain, value)]
+        return tuple(map(_plain, value)) if type(value) is tuple else [*map(_plain, value)]
     return _plain(value.tolist()) if hasattr(value, "tolist") else str(value)
 
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from megatron_peft.config.errors import ConfigurationError
+from megatron_peft.config.errors import ConfigurationError, require
 
 if TYPE_CHECKING:  # a command line is checked without torch
     from torch import Tensor
@@ -31,7 +31,7 @@ MAX_DEPTH = 100
 MAX_JSON_VALUES = 8_000_000  # of one text: an empty list is two bytes of it and 64 of memory
 MAX_YAML_CHARACTERS = 1 << 20  # of one text: PyYAML takes a minute and a gigabyte for five times as many
 MAX_YAML_VALUES = 1_000_000  # a value counts each time that an alias names it: ten lines can hold a billion
-_TOO_DEEP = f"nested deeper than {MAX_DEPTH} levels."
+TOO_DEEP = f"nested deeper than {MAX_DEPTH} levels"
 _HALF_OF_A_PAIR = re.compile("[\ud800-\udfff]")
 
 
@@ -60,11 +60,11 @@ def is_finite(values: "Tensor") -> bool:
 
 def require_finite(values: "Tensor", name: str, file: Path) -> None:
     """Raises ConfigurationError if a tensor of a file, or a slice of it, holds NaN or infinities."""
-    if not is_finite(values):
-        raise ConfigurationError(
-            f"{file} holds NaN or infinities in {name}. Copy or download the file again; if a run wrote it, the run "
-            f"has diverged: give one of its older iter_* folders."
-        )
+    require(
+        is_finite(values),
+        f"{file} holds NaN or infinities in {name}. Copy or download the file again; if a run wrote it, the run has "
+        f"diverged: give one of its older iter_* folders.",
+    )
 
 
 def read_bytes(path: Path) -> bytes:
@@ -75,8 +75,7 @@ def read_bytes(path: Path) -> bytes:
             content = file.read(MAX_BYTES + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise ConfigurationError(f"{path} cannot be read: {error}.") from error
-    if len(content) > MAX_BYTES:
-        raise ConfigurationError(f"{path} has more than {MAX_BYTES / 2**20:.0f} MiB, the limit for such files.")
+    require(len(content) <= MAX_BYTES, f"{path} has more than {MAX_BYTES >> 20} MiB, the limit for such files.")
     return content
 
 
@@ -96,17 +95,8 @@ def read_json(path: Path) -> Any:
 def read_json_object(path: Path) -> dict[str, Any]:
     """The object that a JSON file holds. Raises as `read_json` does."""
     value = read_json(path)
-    if not isinstance(value, dict):
-        raise ConfigurationError(f"{path} must be a JSON object, not {type(value).__name__}.")
+    require(isinstance(value, dict), f"{path} must be a JSON object, not {type(value).__name__}.")
     return value
-
-
-def parse_json(text: str | bytes, place: str | Callable[[], str]) -> Any:
-    """The value that `text` holds. Raises ConfigurationError that begins with `place`, as in `data.jsonl, line 7`."""
-    try:
-        return _parsed(text)
-    except ConfigurationError as error:
-        raise ConfigurationError(f"{place if isinstance(place, str) else place()}: {error}") from error
 
 
 def _finite(text: str) -> float:
@@ -119,29 +109,23 @@ def _finite(text: str) -> float:
 _DECODER = json.JSONDecoder(parse_constant=_finite, parse_float=_finite)  # json.loads would make one for each line
 
 
-def _parsed(text: str | bytes) -> Any:
-    marks = (b",", b"[", b"{") if isinstance(text, bytes) else (",", "[", "{")
-    if len(text) > MAX_JSON_VALUES and sum(text.count(mark) for mark in marks) > MAX_JSON_VALUES:  # type: ignore[arg-type]
-        raise ConfigurationError(f"it holds more than {MAX_JSON_VALUES:,} values: split it, or write JSON lines.")
+def parse_json(text: str | bytes, place: str | Callable[[], str]) -> Any:
+    """The value that `text` holds. Raises ConfigurationError that begins with `place`, as in `data.jsonl, line 7`."""
     try:
+        comma, square, curly, half = (b",", b"[", b"{", b"\\ud") if isinstance(text, bytes) else (",", "[", "{", "\\ud")
+        num_brackets = text.count(square) + text.count(curly)  # type: ignore[arg-type]
+        if len(text) > MAX_JSON_VALUES and text.count(comma) + num_brackets > MAX_JSON_VALUES:  # type: ignore[arg-type]
+            raise ValueError(f"it holds more than {MAX_JSON_VALUES:,} values: split it, or write JSON lines")
         value = _DECODER.decode(text if isinstance(text, str) else text.decode(json.detect_encoding(text)))
-    except json.JSONDecodeError as error:
-        line = f"line {error.lineno}, " if error.lineno > 1 else ""
-        raise ConfigurationError(f"not JSON: {error.msg} ({line}character {error.colno}).") from error
-    except RecursionError as error:
-        raise ConfigurationError(_TOO_DEEP) from error
-    except (ValueError, OverflowError) as error:  # not UTF-8, no finite number, a number of 5,000 digits
-        raise ConfigurationError(f"not JSON: {error}.") from error
-    if _may_be_deep(text):
-        _walk(value)
-    return value
-
-
-def _may_be_deep(text: str | bytes) -> bool:
-    """Whether it has enough brackets to be too deep, or half of a surrogate pair."""
-    brackets = (b"[", b"{", b"\\ud") if isinstance(text, bytes) else ("[", "{", "\\ud")
-    opened = sum(text.count(bracket) for bracket in brackets[:2])  # type: ignore[arg-type]
-    return opened > MAX_DEPTH or brackets[2] in text.lower()  # type: ignore[operator]
+        if num_brackets > MAX_DEPTH or half in text.lower():  # type: ignore[operator]
+            _walk(value)
+        return value
+    except (ValueError, OverflowError, RecursionError) as error:
+        told = TOO_DEEP if isinstance(error, RecursionError) else str(error)
+        if isinstance(error, json.JSONDecodeError):
+            line = f"line {error.lineno}, " if error.lineno > 1 else ""
+            told = f"not JSON: {error.msg} ({line}character {error.colno})"
+        raise ConfigurationError(f"{place if isinstance(place, str) else place()}: {told}.") from error
 
 
 class StrictLoader(yaml.SafeLoader):
@@ -162,10 +146,7 @@ def parse_yaml(text: str, place: str, loader: type = StrictLoader) -> Any:
     """The value that `text` holds. `loader` makes plain values only; yaml.SafeLoader is for files of other projects."""
     with _yaml_errors(text, place):
         value = yaml.load(text, loader)
-    try:
         _walk(value, MAX_YAML_VALUES)
-    except ConfigurationError as error:
-        raise ConfigurationError(f"{place}: {error}") from error
     return value
 
 
@@ -177,23 +158,19 @@ def compose_yaml(text: str, place: str) -> yaml.Node | None:
 
 @contextmanager
 def _yaml_errors(text: str, place: str) -> Iterator[None]:
-    if len(text) > MAX_YAML_CHARACTERS:
-        raise ConfigurationError(
-            f"{place} has {len(text):,} characters, above the limit of YAML, {MAX_YAML_CHARACTERS:,}."
-        )
+    size = len(text)
+    require(
+        size <= MAX_YAML_CHARACTERS,
+        f"{place} has {size:,} characters, above the limit of YAML, {MAX_YAML_CHARACTERS:,}.",
+    )
     try:
         yield
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        told = ", ".join(filter(None, (error.context, error.problem)))
-        raise ConfigurationError(f"{place} is not YAML: {where}{told}.") from error
-    except yaml.YAMLError as error:
-        raise ConfigurationError(f"{place} is not YAML: {error}") from error
-    except RecursionError as error:
-        raise ConfigurationError(f"{place}: {_TOO_DEEP}") from error
-    except (ValueError, OverflowError, TypeError) as error:
-        raise ConfigurationError(f"{place} is not YAML: {error}.") from error
+    except (yaml.YAMLError, ValueError, OverflowError, TypeError, RecursionError) as error:
+        told = TOO_DEEP if isinstance(error, RecursionError) else str(error)
+        if isinstance(error, yaml.MarkedYAMLError) and (mark := error.problem_mark or error.context_mark):
+            words = ", ".join(filter(None, (error.context, error.problem)))
+            told = f"line {mark.line + 1}, column {mark.column + 1}: {words}"
+        raise ConfigurationError(f"{place} is not YAML: {told}.") from error
 
 
 @contextmanager
@@ -219,23 +196,23 @@ def limited_to(seconds: float) -> Iterator[None]:
 
 
 def _walk(value: Any, most_values: float = inf) -> None:
-    """Reject values that are nested too deeply, too many, or not encodable. Without recursion."""
+    """ValueError for values that are nested too deeply, too many, or not encodable. Without recursion."""
     level, num_values = [value], 1
     for _ in range(MAX_DEPTH + 1):
         following: list[Any] = []
         for item in level:
             following += _values_in(item)
             if num_values + len(following) > most_values:
-                raise ConfigurationError(f"it holds more than {most_values:,} values.")
+                raise ValueError(f"it holds more than {most_values:,} values")
         level, num_values = following, num_values + len(following)
         if not level:
             return
-    raise ConfigurationError(_TOO_DEEP)
+    raise ValueError(TOO_DEEP)
 
 
 def _values_in(value: Any) -> Sequence[Any]:
     if isinstance(value, str) and _HALF_OF_A_PAIR.search(value):
-        raise ConfigurationError("a string contains an unpaired surrogate.")
+        raise ValueError("a string contains an unpaired surrogate")
     if isinstance(value, dict):
         return [*value.keys(), *value.values()]
     return value if isinstance(value, list) else ()

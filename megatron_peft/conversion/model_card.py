@@ -22,7 +22,7 @@ from megatron_peft.checkpoint.folders import check_new
 from megatron_peft.checkpoint.run_record import ADAPTER_CONFIG, RunRecord, find_checkpoint, read_record
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.config.errors import flag_of, spelled
-from megatron_peft.config.hub import hub_name, is_hub_name
+from megatron_peft.config.sources import hub_name, is_hub_name
 from megatron_peft.config.untrusted import MAX_BYTES, parse_json, parse_yaml, read_json_object, read_text
 from megatron_peft.models.families import family_of
 

@@ -16,8 +16,8 @@ from megatron_peft.adapters import low_rank
 from megatron_peft.checkpoint.folders import megatron_files, new_folder
 from megatron_peft.checkpoint.run_record import ADAPTER_CONFIG
 from megatron_peft.config import ConfigurationError, PeftConfig, PeftFormat, require
-from megatron_peft.config.hub import hub_name
 from megatron_peft.config.methods import OTHER_EXPORTS
+from megatron_peft.config.sources import hub_name
 from megatron_peft.conversion.lora_approximation import RunAsLora, approximate
 from megatron_peft.conversion.model_card import Exported, check_export, write_card
 from megatron_peft.conversion.trained_adapters import (

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from megatron_peft.checkpoint.folders import RECORD, megatron_files
 from megatron_peft.checkpoint.run_record import ADAPTER_CONFIG, RunRecord, differing_base, read_record
 from megatron_peft.config import ConfigurationError, ModelConfig, ParallelConfig, require
-from megatron_peft.config.hub import local_model
+from megatron_peft.config.sources import local_model
 from megatron_peft.config.untrusted import is_finite, read_json_object
 from megatron_peft.conversion.hf_files import CONFIG
 from megatron_peft.conversion.lora_approximation import RunAsLora

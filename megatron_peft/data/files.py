@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_peft.config import ConfigurationError, kind_of_source, require
-from megatron_peft.config.hub import DATA_FILES, local_folder
+from megatron_peft.config.sources import DATA_FILES, local_folder
 from megatron_peft.config.untrusted import parse_json, read_bytes, require_regular
 from megatron_peft.data.formats import Record
 
@@ -106,7 +106,7 @@ def _parse(raw: bytes, place: Callable[[], str]) -> Any:
     try:
         return parse_json(text, place)
     except ConfigurationError as error:
-        if not isinstance(error.__cause__ and error.__cause__.__cause__, json.JSONDecodeError):
+        if not isinstance(error.__cause__, json.JSONDecodeError):
             raise
         raise ConfigurationError(
             f"{error} A file holds one JSON object a line, or, named .json, one array of objects."

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_peft.config import SENTENCEPIECE, ConfigurationError, DataConfig, require
-from megatron_peft.config.hub import local_tokenizer
+from megatron_peft.config.sources import local_tokenizer
 from megatron_peft.config.templates import render
 from megatron_peft.config.untrusted import parse_json, read_json_object, read_text, require_regular
 

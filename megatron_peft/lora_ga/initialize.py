@@ -15,7 +15,7 @@ Letters: s sequence, b batch, w width of the sketch, r rank; in and out are a ra
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -45,65 +45,33 @@ from megatron_peft.runtime.launch import checked_together
 from megatron_peft.runtime.precision import full_precision
 
 
-class _Product(nn.Module):
-    """Takes an adapter's place: the frozen layer, whose backward adds a narrow product to `total`, in float32."""
+class SketchProduct(nn.Module):
+    """Takes an adapter's place: the frozen layer, whose backward adds a narrow product to `total`, in float32.
 
-    total: Tensor
+    Args:
+        narrow: Omega^T [w, in] in the first pass, Q^T [w, out] in the second: a rank's own, in the activations' dtype.
+        num_features: of the other side, on this rank.
+        is_first: `total` is Y^T = sum of (Omega^T x) dy^T, [w, out]; else Z = sum of (Q^T dy) x^T, [w, in].
+    """
+
+    def __init__(self, narrow: Tensor, num_features: int, is_first: bool) -> None:
+        super().__init__()
+        self.narrow, self.is_first = narrow, is_first
+        self.total = torch.zeros(narrow.shape[0], num_features, device=narrow.device)
 
     def forward(self, x: Tensor, call: FrozenLinearCall) -> Tensor:  # [s, b, in] -> [s, b, out]
         return call.reduce(_AddInBackward.apply(frozen_linear(x, call), x.detach(), producer_of(x), self, call))
 
     def add(self, grad: Tensor, x: Tensor, call: FrozenLinearCall) -> None:
         """Add a microbatch's term: dy [s, b, out], x [s, b, in]."""
-        raise NotImplementedError
-
-
-class LeftProduct(_Product):
-    """Sums Y = G Omega of one layer.
-
-    Args:
-        omega: [w, in], the rank's own slice, in the dtype of the activations.
-        out_features: of this rank.
-
-    Attributes:
-        total: Y^T, [w, out], float32.
-    """
-
-    def __init__(self, omega: Tensor, out_features: int) -> None:
-        super().__init__()
-        self.omega = omega
-        self.total = torch.zeros(omega.shape[0], out_features, device=omega.device)
-
-    def add(self, grad: Tensor, x: Tensor, call: FrozenLinearCall) -> None:
-        """Add the product of a microbatch: x [s, b, in], grad [s, b, out]."""
-        u = linear(x, self.omega)
+        start = start_sum_scatter_sequence_over_tensor_parallel
+        whole, other = grad, x
+        if self.is_first:
+            start, whole, other = start_gather_sequence_over_tensor_parallel, x, grad
+        narrowed = linear(whole, self.narrow)
         if call.splits_sequence:  # communicate the narrow side
-            u = start_gather_sequence_over_tensor_parallel(u, call.group)()
-        self.total.add_(outer_sum(u, grad, self.total.dtype))
-
-
-class RightProduct(_Product):
-    """Sums Z = Q^T G of one layer.
-
-    Args:
-        Q: [out, w], the rank's own rows, in the dtype of the activations.
-        in_features: of this rank.
-
-    Attributes:
-        total: Z, [w, in], float32.
-    """
-
-    def __init__(self, Q: Tensor, in_features: int) -> None:
-        super().__init__()
-        self.Q = Q
-        self.total = torch.zeros(Q.shape[1], in_features, device=Q.device)
-
-    def add(self, grad: Tensor, x: Tensor, call: FrozenLinearCall) -> None:
-        """Add the product of a microbatch: x [s, b, in], grad [s, b, out]."""
-        du = linear(grad, self.Q.t())
-        if call.splits_sequence:
-            du = start_sum_scatter_sequence_over_tensor_parallel(du, call.group)()
-        self.total.add_(outer_sum(du, x, self.total.dtype))
+            narrowed = start(narrowed, call.group)()
+        self.total.add_(outer_sum(narrowed, other, self.total.dtype))
 
 
 class _AddInBackward(torch.autograd.Function):
@@ -130,14 +98,9 @@ class _AddInBackward(torch.autograd.Function):
 OVERSAMPLING = 48
 
 
-@dataclass(frozen=True)
-class InitReport:
-    """What the initialization found on this rank.
-
-    Args:
-        energy: by layer, the share of |G|_F^2 in the r leading directions (what the sketch misses is estimated).
-        seconds: wall time.
-    """
+class InitReport(NamedTuple):
+    """What the initialization found on this rank: by layer, the share of |G|_F^2 in the r leading directions (what the
+    sketch misses is estimated), and the wall time."""
 
     energy: dict[str, float]
     seconds: float
@@ -171,30 +134,30 @@ def init_from_gradients(
     sketches = [
         _Sketch(target, rank, init, seed) for target in targets if low_rank_part(target.module.adapter) is not None
     ]
-    groups = (tensor_parallel_group, data_parallel_group)
 
-    def replay_a_step() -> None:
+    def collect() -> None:
+        """Run one pass and sum the branches' totals over replicas and, where they are partial, over ranks."""
         with adapters_step(model_chunks):  # of adapters without a low rank, which stay
             replay()
+        sum_coalesced([sketch.branch.total for sketch in sketches], data_parallel_group)
+        sum_coalesced([sketch.branch.total for sketch in sketches if sketch.total_is_partial], tensor_parallel_group)
 
     with ExitStack() as hooks:
         for chunk in model_chunks:  # no parameter has a gradient now, so backward would not reach the first layers
             hook = start_gradients_at_the_embedding(chunk)
             if hook is not None:
                 hooks.callback(hook.remove)
-        _collect(sketches, replay_a_step, *groups)
+        collect()
         checked_together(lambda: _check_finite(sketches))
         for sketch in sketches:
             sketch.prepare_second_pass()
-        _collect(sketches, replay_a_step, *groups)
+        collect()
     energy = {sketch.target.name: sketch.finish(num_tokens) for sketch in sketches}
     return InitReport(energy, time.perf_counter() - started_at)
 
 
 class _Sketch:
-    """One layer while it is sketched, with a `_Product` in its adapter's place."""
-
-    branch: LeftProduct | RightProduct
+    """One layer while it is sketched, with a `SketchProduct` in its adapter's place."""
 
     def __init__(self, target: TargetLayer, rank: int, init: str, seed: int) -> None:
         layout, weight = target.module.layout, target.module.weight
@@ -206,41 +169,36 @@ class _Sketch:
         direction = torch.randn(layout.in_features, generator=generator_for(seed, f"{target.name}.sketch.direction"))
         self.direction = layout.slice_input(direction).to(weight.device)
         own_omega = layout.slice_input(omega).to(weight).contiguous()  # of some columns oneDNN has no fast product
-        self._set_branch(LeftProduct(own_omega, layout.local_out_features))
-
-    def _set_branch(self, branch: LeftProduct | RightProduct) -> None:
-        self.branch = branch
-        self.target.module.adapter = branch
+        target.module.adapter = self.branch = SketchProduct(own_omega, layout.local_out_features, is_first=True)
 
     @property
     def total_is_partial(self) -> bool:
         """Whether `branch.total` is a partial sum on each tensor-parallel rank: Y if the input is split, else Z."""
-        return self.layout.split == ("row" if isinstance(self.branch, LeftProduct) else "column")
+        return self.layout.split == ("row" if self.branch.is_first else "column")
 
     def sum_over_rows(self, partial: Tensor) -> Tensor:
         """The sum over the ranks that share the rows of W."""
-        return self._sum(partial) if self.layout.split == "column" else partial
+        if self.layout.split == "column":
+            sum_coalesced([partial], self.layout.group)
+        return partial
 
     def sum_over_columns(self, partial: Tensor) -> Tensor:
         """The sum over the ranks that share the columns of W."""
-        return self._sum(partial) if self.layout.split == "row" else partial
-
-    def _sum(self, partial: Tensor) -> Tensor:
-        sum_coalesced([partial], self.layout.group)
+        if self.layout.split == "row":
+            sum_coalesced([partial], self.layout.group)
         return partial
 
     @torch.no_grad()
     def prepare_second_pass(self) -> None:
         Y = self.branch.total.t()
-        self.squared_residual = squared_residual_estimate(Y, 1.0, self.sum_over_rows)
+        self.squared_residual = squared_residual_estimate(Y, self.sum_over_rows)
         Q = orthonormal_basis(Y, self.sum_over_rows).to(self.target.module.weight)
-        self._set_branch(RightProduct(Q, self.layout.local_in_features))
+        self.target.module.adapter = self.branch = SketchProduct(Q.t(), self.layout.local_in_features, is_first=False)
 
     @torch.no_grad()
     def finish(self, num_tokens: int) -> float:
         """Restore the adapter with its new A and B. Returns the share of |G|_F^2 in the r leading directions."""
-        assert isinstance(self.branch, RightProduct)
-        Q, Z = self.branch.Q.double(), self.branch.total
+        Q, Z = self.branch.narrow.t().double(), self.branch.total
         triplets = leading_triplets(Q, Z, self.init.triplets_per_rank * self.rank, self.sum_over_columns)
         triplets = with_fixed_signs(triplets, self.direction, self.sum_over_columns)
         energy = triplets.S[: self.rank].square().sum()
@@ -261,15 +219,3 @@ def _check_finite(sketches: Sequence[_Sketch]) -> None:
         f"LoRA-GA's start: the gradient of {', '.join(bad[:3])}{', ...' if len(bad) > 3 else ''} is NaN or infinite. "
         f"Check the data and the base model, or start with --peft-method lora.",
     )
-
-
-def _collect(
-    sketches: Sequence[_Sketch],
-    replay: Callable[[], None],
-    tensor_parallel_group: dist.ProcessGroup,
-    data_parallel_group: dist.ProcessGroup,
-) -> None:
-    """Run one pass and sum the branches' totals over replicas and, where they are partial, over ranks."""
-    replay()
-    sum_coalesced([sketch.branch.total for sketch in sketches], data_parallel_group)
-    sum_coalesced([sketch.branch.total for sketch in sketches if sketch.total_is_partial], tensor_parallel_group)

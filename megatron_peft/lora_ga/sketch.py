@@ -10,7 +10,6 @@ Letters: w width of the sketch, r rank; out and in are this rank's.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -40,14 +39,7 @@ def _orthonormalize(Y: Tensor, all_sum: AllSum) -> Tensor:
 
 
 def leading_triplets(Q: Tensor, Z: Tensor, rank: int, all_sum: AllSum) -> Triplets:
-    """Singular triplets of Q Z, up to the signs of the vectors.
-
-    Args:
-        Q: [out, w], orthonormal columns.
-        Z: [w, in].
-        rank: r, at most w.
-        all_sum: over the ranks that share Z's columns.
-    """
+    """Singular triplets of Q Z, up to the signs of the vectors. Q: [out, w], orthonormal columns; Z: [w, in]."""
     Z = Z.double()
     eigenvalues, vectors = torch.linalg.eigh(all_sum(Z @ Z.T))
     S = eigenvalues.flip(0)[:rank].clamp_min(0).sqrt()
@@ -61,22 +53,18 @@ def with_fixed_signs(triplets: Triplets, direction: Tensor, all_sum: AllSum) -> 
     return Triplets(triplets.U * signs, triplets.S, triplets.V * signs)
 
 
-def squared_residual_estimate(Y: Tensor, variance: float, all_sum: AllSum) -> float:
+def squared_residual_estimate(Y: Tensor, all_sum: AllSum) -> float:  # Y: [out, w]
     """|G - Q Q^T G|_F^2, what the sketch Y = G Omega misses of G, by leaving out one column of Omega at a time.
 
-    G omega_i is independent of the basis of the other columns, and 1 / [(Y^T Y)^-1]_ii is the squared norm of what that
-    basis misses of it. The mean over i is unbiased for w - 1 columns, so slightly too large for w.
-
-    Args:
-        Y: [out, w].
-        variance: of Omega's independent entries.
-        all_sum: over the ranks that share Y's rows.
+    Omega's entries have variance 1. G omega_i is independent of the basis of the other columns, and 1 / [(Y^T Y)^-1]_ii
+    is the squared norm of what that basis misses of it. The mean over i is unbiased for w - 1 columns, so slightly too
+    large for w.
     """
     Y = Y.double()
     eigenvalues, vectors = torch.linalg.eigh(all_sum(Y.T @ Y))
     floor = (NEGLIGIBLE * eigenvalues.max()).clamp_min(torch.finfo(eigenvalues.dtype).tiny)
     inverse_diagonal = (vectors.square() / eigenvalues.clamp_min(floor)).sum(1)
-    return float(inverse_diagonal.reciprocal().mean()) / variance
+    return float(inverse_diagonal.reciprocal().mean())
 
 
 def _inverse(values: Tensor, negligible: float) -> Tensor:
@@ -132,17 +120,11 @@ def with_all_rows(factors: Factors, S: Tensor, own: Tensor) -> Factors:
     return factors._replace(A=torch.where(has_direction[:, None], factors.A, own.to(factors.A)))
 
 
-@dataclass(frozen=True)
-class InitRule:
-    """How A and B follow from singular triplets.
-
-    Args:
-        triplets_per_rank: singular triplets needed for each of the r.
-        factors: (triplets, r, out_features of the whole layer) -> A and B.
-    """
+class InitRule(NamedTuple):
+    """How A and B follow from singular triplets, of which each of the r needs so many."""
 
     triplets_per_rank: int
-    factors: Callable[[Triplets, int, int], Factors]
+    factors: Callable[[Triplets, int, int], Factors]  # (triplets, r, out_features of the whole layer) -> A and B
 
 
 # --lora-ga-init

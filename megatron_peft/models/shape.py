@@ -74,7 +74,7 @@ class ModelShape:
 
     def __post_init__(self) -> None:
         """All readers pass here, whatever the file. ConfigurationError names the fields at fault."""
-        wrong = [name for name in _SIZES if not is_size(getattr(self, name))] or mistyped(self)
+        wrong = [name for name in _SIZES if not is_size(getattr(self, name))] or [*mistyped(self)]
         wrong += ["num_layers"] * (not wrong and self.num_layers > MOST_LAYERS)
         wrong += [name for name in ("norm_epsilon", "rotary_base") if not is_positive(getattr(self, name))]
         wrong += ["norm_epsilon"] * (not wrong and self.norm_epsilon > MOST_EPSILON)

@@ -118,23 +118,14 @@ def gradient_of(parameter: nn.Parameter) -> Tensor:
     return parameter.grad
 
 
-def partial_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-    """Gradients of the replicated adapter parameters: a partial sum on each rank."""
-    return [
-        gradient_of(parameter)
-        for parameter in parameters
-        if parameter.requires_grad and getattr(parameter, PARTIAL_OVER_TENSOR_PARALLEL, False)
-    ]
-
-
 def sum_partial_gradients_over_tensor_parallel(model_chunks: Iterable[nn.Module], group: dist.ProcessGroup) -> None:
     """Complete the gradients of all replicated adapter parameters with one coalesced all-reduce.
 
     Call it after the data-parallel reduction: the two sums commute, and with a distributed optimizer all
     tensor-parallel peers own the same shard of the gradient buffer.
     """
-    parameters = [parameter for chunk in model_chunks for parameter in chunk.parameters()]
-    sum_coalesced(partial_gradients(parameters), group)
+    trained = [one for chunk in model_chunks for one in chunk.parameters() if one.requires_grad]
+    sum_coalesced([gradient_of(one) for one in trained if getattr(one, PARTIAL_OVER_TENSOR_PARALLEL, False)], group)
 
 
 Found = TypeVar("Found")

@@ -2,52 +2,34 @@
 
 import hashlib
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_peft.config.targets import LinearSizes, Side
+from megatron_peft.config import LinearSizes, Side
 
 PARTIAL_OVER_TENSOR_PARALLEL = "partial_over_tensor_parallel"
 
 
-@dataclass(frozen=True)
-class LinearLayout:
-    """The split of y = W x, W [out_features, in_features], over the ranks of `group`.
+@dataclass(frozen=True, init=False)
+class LinearLayout(LinearSizes):
+    """The split of a linear layer over the tensor-parallel ranks of `group`, of which this process is one."""
 
-    Args:
-        split: "column" splits the rows of W (the output), "row" its columns (the input).
-        out_features, in_features: of the whole matrix.
-        num_parts: matrices stacked along the output; a rank holds its slice of each. 2 for a gated fc1, [gate; up].
-        group: the tensor-parallel ranks.
-        head_features: of an attention head, if the output consists of heads.
-    """
-
-    split: Literal["column", "row"]
-    out_features: int
-    in_features: int
     group: dist.ProcessGroup
-    num_parts: int = 1
-    head_features: int | None = None
 
-    @cached_property
-    def sizes(self) -> LinearSizes:
-        """A layout without the group: for checks, which need no processes."""
-        sizes = self.out_features, self.in_features, self.group.size()
-        return LinearSizes(self.split, *sizes, self.num_parts, self.head_features)
-
-    @property
-    def local_out_features(self) -> int:
-        """This rank's."""
-        return self.sizes.local_out_features
-
-    @property
-    def local_in_features(self) -> int:
-        """This rank's."""
-        return self.sizes.local_in_features
+    def __init__(
+        self,
+        split: Literal["column", "row"],
+        out_features: int,
+        in_features: int,
+        group: dist.ProcessGroup,
+        num_parts: int = 1,
+        head_features: int | None = None,
+    ) -> None:
+        super().__init__(split, out_features, in_features, group.size(), num_parts, head_features)
+        object.__setattr__(self, "group", group)  # the sizes are frozen
 
     def slice_output(self, whole: Tensor) -> Tensor:
         """This rank's rows of a tensor over the output features: [out, ...] -> [local out, ...]."""
@@ -61,10 +43,6 @@ class LinearLayout:
         if self.split == "column":
             return whole
         return whole.unflatten(-1, (self.group.size(), -1))[..., self.group.rank(), :]
-
-    def num_local_features(self, side: Side) -> int:
-        """Number of features of one stacked matrix on this rank; groups of features must divide it."""
-        return self.sizes.num_local_features(side)
 
     def num_global(self, module: nn.Module) -> int:
         """Size of a module's parameters over all ranks; replicated ones count once."""

@@ -194,7 +194,7 @@ def mixing_adapters(state: Trained) -> dict[str, Any]:
 def _mix_from_gradients(state: Trained) -> None:
     """Update every lambda from this step's complete gradients, before they are clipped. One all-reduce."""
     adapters = list(mixing_adapters(state).values())
-    if not adapters or not state.peft.adapts_mix:
+    if not adapters or state.peft.fixed_mix is not None:
         return
     shards = GradientShards(state.optimizer)
     group: Any = (

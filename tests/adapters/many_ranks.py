@@ -7,7 +7,7 @@ numbers float64. torch's mode is private; without it nothing can be compared her
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
@@ -22,7 +22,7 @@ from megatron_peft.adapters.boft import ProjectedBoft
 from megatron_peft.adapters.linear import AdaptedColumnParallelLinear, AdaptedRowParallelLinear
 from megatron_peft.config import LINEAR_MODULES, LinearSizes, PeftConfig
 from megatron_peft.parallel.collectives import sum_partial_gradients_over_tensor_parallel
-from megatron_peft.parallel.layout import generator_for
+from megatron_peft.parallel.layout import LinearLayout, generator_for
 from megatron_peft.runtime import cpu
 
 TOLERANCE = 1e-11  # of the largest number of a tensor, in float64
@@ -150,7 +150,9 @@ def attach(layer: Any, peft: PeftConfig, size: int) -> None:
     """
 
     def made(group: Any) -> Any:
-        return new_adapters({"layer": replace(layer.layout, group=group)}, peft, 3, torch.float64)["layer"]
+        one = layer.layout
+        layout = LinearLayout(one.split, one.out_features, one.in_features, group, one.num_parts, one.head_features)
+        return new_adapters({"layer": layout}, peft, 3, torch.float64)["layer"]
 
     alone, ranks = made(TensorParallelPlace(0, 1)), [made(TensorParallelPlace(at, size)) for at in range(size)]
     slices = [dict(one.named_parameters()) for one in ranks]

@@ -18,7 +18,7 @@ def made(split: str = "column", size: int = 1, heads: int | None = None, **setti
     cpu.install()
     layout = LinearLayout(split, 48, 32, Place(0, size), head_features=heads)  # type: ignore[arg-type]
     peft = PeftConfig("boft", **{"boft_block_size": 4, "boft_factors": 2, **settings})
-    peft.spec.check_layer(peft, layout.sizes, "decoder.layers.0.linear")
+    peft.spec.check_layer(peft, layout, "decoder.layers.0.linear")
     return build(layout, peft, "decoder.layers.0.linear.adapter", 0, torch.bfloat16)
 
 
@@ -42,7 +42,7 @@ def test_a_rank_holds_the_groups_of_its_features(split, side, groups, is_split):
 def test_groups_that_do_not_divide_are_refused():
     with pytest.raises(ConfigurationError, match=r"--boft-block-size 4 with --boft-factors 4 gives groups of 32 .* 24"):
         made(size=2, boft_factors=4)
-    with pytest.raises(ConfigurationError, match="the heads of decoder.layers.0.linear have 12"):
+    with pytest.raises(ConfigurationError, match="decoder.layers.0.linear holds 12 in each attention head"):
         made(heads=12)
 
 

@@ -28,7 +28,7 @@ def world():
 def _adapter(split="column", name=NAME, seed=1, **settings):
     layout = LinearLayout(split, OUT, IN, Place(0, 1))
     peft = PeftConfig(**{"lora_rank": RANK, **settings})
-    peft.spec.check_layer(peft, layout.sizes, name.removesuffix(".adapter"))
+    peft.spec.check_layer(peft, layout, name.removesuffix(".adapter"))
     return LowRank(layout, peft, name, seed, torch.float32)
 
 

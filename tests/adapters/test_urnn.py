@@ -24,7 +24,7 @@ def made(split: str, out: int = OUT, place: Place | None = None, **settings):
     cpu.install()
     layout = LinearLayout(split, out, IN, place or Place(0, 1))  # type: ignore[arg-type]
     peft = PeftConfig("urnn", **{"urnn_block_size": 8, **settings})
-    peft.spec.check_layer(peft, layout.sizes, NAME.removesuffix(".adapter"))
+    peft.spec.check_layer(peft, layout, NAME.removesuffix(".adapter"))
     return build(layout, peft, NAME, 0, torch.bfloat16)
 
 

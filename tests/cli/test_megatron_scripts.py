@@ -122,8 +122,8 @@ def test_values_are_read_as_megatron_reads_them() -> None:
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        ("--mock-data --data-path p", "--mock-data generates its samples: leave out --data-path"),
-        ("--mock-data --train-data-path a.jsonl", "--mock-data generates its samples"),
+        ("--mock-data --data-path p", "and --mock-data are mutually exclusive"),
+        ("--mock-data --train-data-path a.jsonl", "and --mock-data are mutually exclusive"),
         ("--use-flash-attn --attention-backend unfused", "contradict each other"),
         ("--decoupled-min-lr 1e-5", "--decoupled-min-lr 1e-05 needs --decoupled-lr"),
         ("--decoupled-lr 1e-5 --decoupled-min-lr 1e-4", "--decoupled-min-lr 0.0001 is above --decoupled-lr 1e-05"),
@@ -132,7 +132,10 @@ def test_values_are_read_as_megatron_reads_them() -> None:
         ("--use-pytorch-profiler --tensorboard-dir t", "--use-pytorch-profiler needs --profile"),
         ("--profile --use-pytorch-profiler", "--use-pytorch-profiler needs --tensorboard-dir"),
         ("--profile --profile-step-start 20 --profile-step-end 21", "--profile needs --profile-step-start below"),
-        ("--profile --profile-step-start 1 --profile-ranks 0 8", "--profile-ranks 0 8 needs ranks of this run"),
+        (
+            "--profile --profile-step-start 1 --profile-ranks 0 8",
+            "--profile-ranks: leave out [8], as the ranks of this run are 0 to 0",
+        ),
         ("--tokenizer-type Llama2Tokenizer", "--tokenizer-type Llama2Tokenizer needs --tokenizer-model FILE.model"),
     ],
 )

@@ -171,7 +171,7 @@ def test_adapters_that_do_not_fit_the_model_are_told(capsys: pytest.CaptureFixtu
         return complaint(capsys, *flags, world_size=world_size, read_shape=lambda folder: SHAPE)
 
     boft = "--peft-method", "boft", "--boft-block-size"
-    assert "but the heads of decoder.layers.0.self_attention.linear_qkv have 16" in told(*boft, "8")
+    assert "but decoder.layers.0.self_attention.linear_qkv holds 16 in each attention head" in told(*boft, "8")
     assert "--lora-rank 65 is above 64, the smaller side of decoder.layers.2.mlp.linear_fc1 (256 x 64)" in told(
         "--lora-rank", "65", "--peft-target-modules", "decoder.layers.2.mlp.linear_fc1"
     )

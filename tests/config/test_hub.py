@@ -8,7 +8,7 @@ import pytest
 
 from megatron_peft.cli.parser import read_config
 from megatron_peft.commands import convert
-from megatron_peft.config import ConfigurationError, DataConfig, hub, kind_of_source
+from megatron_peft.config import ConfigurationError, DataConfig, kind_of_source, sources
 from megatron_peft.config.model import PreviewOptions
 from megatron_peft.data.files import RecordFiles
 from megatron_peft.data.indexed import checked_blend
@@ -26,7 +26,7 @@ def cache(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(folder))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    hub.local_folder.cache_clear()
+    sources.local_folder.cache_clear()
     model = cached(folder, "models--org--model")
     save_tokenizer(model)
     (model / "model.safetensors").write_bytes(b"")
@@ -47,9 +47,9 @@ def cached(folder: Path, name: str) -> Path:
 
 
 def test_a_cached_model_is_a_folder_whose_name_can_be_told(cache):
-    folder = hub.local_model("org/model", FLAG)
+    folder = sources.local_model("org/model", FLAG)
     assert Path(folder) == cache / "models--org--model" / "snapshots" / COMMIT
-    assert hub.hub_name(folder) == "org/model" and hub.hub_name(cache) is None
+    assert sources.hub_name(folder) == "org/model" and sources.hub_name(cache) is None
     config = DataConfig(tokenizer_model="org/model")
     assert build_tokenizer(config, None).encode("the cat") == build_tokenizer(DataConfig(), folder).encode("the cat")
 
@@ -59,14 +59,14 @@ def test_conversions_take_names_of_the_hub(cache, tmp_path, monkeypatch, capsys)
     conversion = "megatron_peft.conversion.convert.hf_to_megatron"
     monkeypatch.setattr(conversion, lambda *a, **_: given.append(a) or Path(a[1]))
     assert convert.main(["hf-to-megatron", "--input", "org/model", "--output", "out"]) == 0
-    assert given == [(hub.local_model("org/model", "--input"), "out")]
+    assert given == [(sources.local_model("org/model", "--input"), "out")]
     assert convert.main(["verify", "--input", str(tmp_path), "--reference", "org/part"]) == 2
     assert "--reference org/part" in capsys.readouterr().err
 
 
 def test_a_local_folder_of_the_name_wins(tmp_path):
     (tmp_path / "org" / "model").mkdir(parents=True)
-    assert hub.local_model("org/model", FLAG) == hub.local_tokenizer("org/model", FLAG) == "org/model"
+    assert sources.local_model("org/model", FLAG) == sources.local_tokenizer("org/model", FLAG) == "org/model"
     assert kind_of_source("org/model") == "table" and kind_of_source("org/data:train") == "hub"
     (tmp_path / "org" / "corpus.idx").write_bytes(b"")
     assert kind_of_source("org/corpus") == "indexed"
@@ -88,18 +88,18 @@ def test_a_file_is_no_name_of_the_hub_and_is_told_what_can_be_read(tmp_path):
 
 @pytest.mark.parametrize("name", ["model", "/a/b", "./a/b", "a/b/c", "org/tokenizer.model", "../model"])
 def test_paths_are_not_names_of_the_hub(name):
-    assert hub.local_model(name, FLAG) == name
+    assert sources.local_model(name, FLAG) == name
 
 
 def test_the_command_line_takes_names_and_tells_what_is_missing(cache):
     flags = "--train-data-path org/data:train --train-iters 1 --pretrained-checkpoint".split()
     config = read_config([*flags, "org/model", "--tokenizer-model", "org/model"], {})
-    assert config.model.pretrained_checkpoint == config.data.tokenizer_model == hub.local_model("org/model", FLAG)
+    assert config.model.pretrained_checkpoint == config.data.tokenizer_model == sources.local_model("org/model", FLAG)
     told = "org/none is no folder here, .*does not have it, and HF_HUB_OFFLINE is set. .*: hf download org/none "
     with pytest.raises(ConfigurationError, match=told):
         read_config([*flags, "org/none"], {})
-    with pytest.raises(ConfigurationError, match="org/part: its folder .* has no weights. .*hf download org/part"):
-        hub.local_model("org/part", FLAG)
+    with pytest.raises(ConfigurationError, match="org/part: its folder .* has no weights: hf download org/part"):
+        sources.local_model("org/part", FLAG)
 
 
 def test_a_data_set_of_the_hub_is_read_by_split(monkeypatch, tmp_path):
@@ -122,11 +122,11 @@ def test_what_is_not_cached_is_downloaded_but_no_code(monkeypatch, tmp_path):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    assert hub.local_model("org/new", FLAG) == str(tmp_path)
+    assert sources.local_model("org/new", FLAG) == str(tmp_path)
     patterns = [pattern for _, settings in asked for pattern in settings["allow_patterns"]]
     assert not any(settings["local_files_only"] for _, settings in asked)
     assert "*.safetensors" in patterns and "pytorch_model*.bin" in patterns
-    assert not [pattern for pattern in (*patterns, *hub.DATA_FILES) if pattern.endswith((".py", "*"))]
+    assert not [pattern for pattern in (*patterns, *sources.DATA_FILES) if pattern.endswith((".py", "*"))]
 
 
 def test_what_the_hub_answers_is_told(monkeypatch):
@@ -136,4 +136,4 @@ def test_what_the_hub_answers_is_told(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     with pytest.raises(ConfigurationError, match=r"\(PermissionError: 401: this one is gated\)\. .*hf auth login"):
-        hub.local_tokenizer("org/gated", "--tokenizer-model")
+        sources.local_tokenizer("org/gated", "--tokenizer-model")

@@ -92,7 +92,9 @@ def test_a_json_file_is_an_array_or_lines(tmp_path):
 def test_a_bad_line_is_named_by_file_number_and_character(write_lines):
     records = RecordFiles([write_lines([{"n": 0}, "", "{'n': 1}", {"n": 2}])], FLAG)
     assert records[2] == {"n": 2}
-    with pytest.raises(ConfigurationError, match=r"line 3: not JSON: Expecting property name .*\(character 2\)"):
+    with pytest.raises(
+        ConfigurationError, match=r"line 3: not JSON: Expecting property name .*\(character 2\)\. A file holds"
+    ):
         records[1]
 
 

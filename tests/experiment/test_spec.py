@@ -164,7 +164,7 @@ UNREAD_GRID = r"methods.lora.grid: --boft-factors has no effect with --peft-meth
     [
         ({"methods": {"lorra": {}}}, "tiny,talk,lorra,seed=1: --peft-method lorra is not one"),
         ({"flags": {"train-iters": 2, "leraning-rate": 1}}, "--leraning-rate is not a known flag"),
-        ({"methods": {"boft": {"grid": {"boft-block-size": [5]}}}}, "--boft-block-size is 5; a butterfly mixes"),
+        ({"methods": {"boft": {"grid": {"boft-block-size": [5]}}}}, "--boft-block-size is 5; its halves are paired"),
         ({"methods": {"lora": {"grid": {"lora-rank": [4], "boft-factors": [2, 3]}}}}, UNREAD_GRID),
         ({"methods": {"lora": {"grid": {"lr": ["fast"]}}}}, "--lr: .*fast"),
         ({"models": {"big": {"processes": 3, "flags": {"tensor-model-parallel-size": 2}}}}, "3 processes cannot hold"),

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_peft.adapters.attach import attach_adapters, linear_layers, start_gradients_at_the_embedding
 from megatron_peft.adapters.frozen_linear import FrozenLinearCall
 from megatron_peft.config import ConfigurationError
-from megatron_peft.lora_ga.initialize import LeftProduct, RightProduct, _Sketch, init_from_gradients
+from megatron_peft.lora_ga.initialize import SketchProduct, _Sketch, init_from_gradients
 from megatron_peft.lora_ga.sketch import INIT_RULES
 from megatron_peft.models.families import read_shape
 from megatron_peft.models.layers import RMSNorm, _SwiGLU
@@ -245,11 +245,11 @@ def normed(h: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("make", [_SwiGLU.apply, normed, torch.tanh])
-@pytest.mark.parametrize("kind", [LeftProduct, RightProduct])
-def test_passes_add_up_a_narrow_product_and_save_no_input_that_can_be_recomputed(kind, make):
+@pytest.mark.parametrize("is_first", [True, False])
+def test_passes_add_up_a_narrow_product_and_save_no_input_that_can_be_recomputed(is_first, make):
     num_features = make(draw("h", 1, 1, 2 * IN)).shape[-1]
     weight, omega, Q = draw("W", OUT, num_features), draw("omega", WIDTH, num_features), draw("Q", OUT, WIDTH)
-    branch = LeftProduct(omega, OUT) if kind is LeftProduct else RightProduct(Q, num_features)
+    branch = SketchProduct(omega, OUT, True) if is_first else SketchProduct(Q.T, num_features, False)
     G = torch.zeros(OUT, num_features)
     for microbatch in ("first", "second"):
         x = make(draw(microbatch, S, BATCH, 2 * IN).requires_grad_())
@@ -260,19 +260,19 @@ def test_passes_add_up_a_narrow_product_and_save_no_input_that_can_be_recomputed
         torch.testing.assert_close(y, x @ weight.T)
         torch.testing.assert_close(*torch.autograd.grad(y, x, dy), dy @ weight)
         G += dy.flatten(0, 1).T @ x.detach().flatten(0, 1)
-    torch.testing.assert_close(branch.total, omega @ G.T if kind is LeftProduct else Q.T @ G, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(branch.total, omega @ G.T if is_first else Q.T @ G, atol=1e-4, rtol=1e-4)
 
 
 def test_a_ranks_columns_of_omega_are_a_matrix_of_their_own():
     """With a slice of a wider one a product by oneDNN took 500 times as long."""
     layout, weight = LinearLayout("row", OUT, IN, Place(1, 3)), draw("W", OUT, IN // 3)  # pyright: ignore[reportArgumentType]
     target: Any = SimpleNamespace(name="layer", module=SimpleNamespace(layout=layout, weight=weight, adapter=None))
-    omega = _Sketch(target, 2, "aligned", 0).branch.omega
+    omega = _Sketch(target, 2, "aligned", 0).branch.narrow
     assert omega.shape[1] == IN // 3 and omega.is_contiguous()
 
 
 def test_sums_are_float32_beside_bfloat16_activations():
-    branch = LeftProduct(draw("omega", WIDTH, IN).bfloat16(), OUT)
+    branch = SketchProduct(draw("omega", WIDTH, IN).bfloat16(), OUT, is_first=True)
     call = FrozenLinearCall(draw("W", OUT, IN).bfloat16(), None, False, False, ALONE)
     y = branch(draw("x", S, BATCH, IN).bfloat16().requires_grad_(), call)
     y.sum().backward()

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_peft.parallel import collectives
-from megatron_peft.parallel.collectives import partial_gradients, sum_partial_gradients_over_tensor_parallel
+from megatron_peft.parallel.collectives import sum_partial_gradients_over_tensor_parallel
 from megatron_peft.parallel.layout import LinearLayout
 from megatron_peft.runtime.launch import start_world
 from tests.one_rank import Place
@@ -42,12 +42,12 @@ def found_by_a_rank(_: None) -> dict[str, Any]:
 
 
 def two_layers(group: Any, gradient: float) -> nn.ParameterList:
-    """A and B of a column layer, then a base weight without a gradient; every element's gradient is `gradient`."""
+    """A and B of a column layer, a base weight without marks, and an A that is not trained; all gradients are alike."""
     layout = LinearLayout("column", 4, 4, group)
-    model = nn.ParameterList(torch.zeros(2, 3) for _ in range(3))
+    model = nn.ParameterList(torch.zeros(2, 3) for _ in range(4))
     layout.mark_input(model[0])
     layout.mark_output(model[1])
-    model[2].requires_grad_(False)
+    layout.mark_input(model[3].requires_grad_(False))
     for parameter in model:
         parameter.main_grad = torch.full((2, 3), gradient)
     return model
@@ -74,7 +74,7 @@ def test_a_coalesced_sum_is_one_call_for_each_type(on_two_ranks):
 
 def test_only_replicated_trainable_gradients_are_summed(on_two_ranks):
     for rank, found in enumerate(on_two_ranks):
-        assert [gradient.unique().tolist() for gradient in found["gradients"]] == [[3.0], [1.0 + rank], [1.0 + rank]]
+        assert [gradient.unique().tolist() for gradient in found["gradients"]] == [[3.0], *[[1.0 + rank]] * 3]
         assert found["summed"][2:] == [6]
 
 
@@ -88,10 +88,3 @@ def test_alone_no_gradient_is_summed():
     model = two_layers(Place(0, 1), gradient=1.0)
     sum_partial_gradients_over_tensor_parallel([model], Place(0, 1))
     assert model[0].main_grad.unique().tolist() == [1.0]
-
-
-def test_replicated_trainable_parameters_have_partial_gradients_and_the_base_model_is_megatron_cores():
-    model = two_layers(Place(0, 2), gradient=1.0)
-    assert [gradient is model[0].main_grad for gradient in partial_gradients(model)] == [True]
-    model[0].requires_grad_(False)
-    assert partial_gradients(model) == partial_gradients([nn.Parameter(torch.zeros(2))]) == []

@@ -73,9 +73,9 @@ BOUNDED = {"lora_max_norm_ratio": 0.1}
     [
         (RIEMANNIAN, LATE, "whole parameters at the end of a step, before --overlap-param-gather has"),
         (PROJECTED, LATE, "whole parameters at the end of a step, before --overlap-param-gather has"),
-        (MERGED, LATE, "--hybrid-merge-interval merges parameters as a step ends"),
-        (BOUNDED, LATE, "--lora-max-norm-ratio .* --overlap-param-gather"),
-        (MERGED, {"model": {"bf16": True}}, "merges changes into weights .* --bf16 does not"),
+        (MERGED, LATE, "--hybrid-merge-interval: changes whole parameters at the end"),
+        (BOUNDED, LATE, "--lora-max-norm-ratio: .* --overlap-param-gather"),
+        (MERGED, {"model": {"bf16": True}}, "merges changes into weights, which must be float32: leave out --bf16"),
     ],
 )
 def test_what_has_no_whole_or_no_precise_parameters_as_a_step_ends_is_refused(job, peft, groups, message):

@@ -16,16 +16,77 @@ parameter groups in the optimizer and its cost. The module that `adapter` names 
 
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import Field, dataclass, fields
-from importlib import import_module
+from dataclasses import dataclass, fields
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_peft.config.errors import ConfigurationError, Requirements, flag_of, option, require, spelled
-from megatron_peft.config.targets import LinearSizes
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+Side = Literal["output", "input"]  # of y = W x
+
+
+@dataclass(frozen=True)
+class LinearSizes:
+    """Sizes of y = W x, W [out_features, in_features], split over tensor-parallel ranks."""
+
+    split: Literal["column", "row"]  # of the rows of W (the output), or of its columns (the input)
+    out_features: int  # of the whole matrix
+    in_features: int
+    tensor_parallel_size: int
+    num_parts: int = 1  # matrices stacked along the output; a rank holds its slice of each. 2: [gate; up] of fc1
+    head_features: int | None = None  # of an attention head, if the output consists of heads
+
+    @property
+    def local_out_features(self) -> int:
+        """Output features that a rank holds."""
+        return self.out_features // self.tensor_parallel_size if self.split == "column" else self.out_features
+
+    @property
+    def local_in_features(self) -> int:
+        """Input features that a rank holds."""
+        return self.in_features // self.tensor_parallel_size if self.split == "row" else self.in_features
+
+    def num_features(self, side: Side) -> int:
+        """Number of features of the whole matrix."""
+        return self.out_features if side == "output" else self.in_features
+
+    def num_local_features(self, side: Side) -> int:
+        """Number of features of one stacked matrix on a rank; groups of features must divide it."""
+        return self.local_out_features // self.num_parts if side == "output" else self.local_in_features
+
+
+# Which linear layers are adapted, by name: Megatron's (`linear_qkv`), Hugging Face's for the model's family (`q_proj`:
+# the fused layer that holds it is adapted as a whole), full names (`decoder.layers.3.mlp.linear_fc1`), and wildcards
+# over all three (`decoder.layers.1?.*`, `*_proj`). Layer numbers are those of the whole model, from 0.
+
+
+def is_targeted(name: str, patterns: Sequence[str], modules: Mapping[str, str]) -> bool:
+    """Whether any of `patterns` (--peft-target-modules) means the layer of this global name.
+
+    `modules` maps Hugging Face's names of linear layers to the last part of Megatron's.
+    """
+    module = name.rpartition(".")[2]
+    names = (name, module, *(part for part, layer in modules.items() if layer == module))
+    return any(fnmatchcase(meant, pattern) for meant in names for pattern in patterns)
+
+
+def require_matches(patterns: Sequence[str], names: Sequence[str], modules: Mapping[str, str]) -> None:
+    """Raises ConfigurationError for patterns that match no layer of the whole model, with what there is."""
+    require(bool(names), "the model has no linear layer to adapt.")
+    lost = [pattern for pattern in patterns if not any(is_targeted(name, [pattern], modules) for name in names)]
+    endings = sorted({name.rpartition(".")[2] for name in names})
+    foreign = f" (Hugging Face: {', '.join(modules)})" if modules else ""
+    require(
+        not lost,
+        f"--peft-target-modules {' '.join(lost)} matches no linear layer. There are {', '.join(endings)}{foreign}, "
+        f"with full names {names[0]} ... {names[-1]}; wildcards * ? [] work.",
+    )
+
 
 LINEAR_MODULES = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 
@@ -46,47 +107,27 @@ class PeftOptions:
 
 @dataclass(frozen=True)
 class ParamGroup:
-    """A parameter group of the optimizer: the parameters on which the adapter set `attribute` to True.
-
-    Args:
-        attribute: of the parameters.
-        learning_rate: (peft, --lr) -> the group's peak rate; None: --lr. --min-lr is scaled by the same factor.
-        is_decayed: whether weight decay applies.
-        is_labelled: the optimizer's group carries the attribute too, so that its learning rate can be looked up.
-    """
+    """A parameter group of the optimizer: the parameters on which the adapter set `attribute` to True."""
 
     attribute: str
-    learning_rate: Callable[[Any, float], float] | None = None
+    learning_rate: Callable[[Any, float], float] | None = None  # (peft, --lr) -> its peak; None: --lr. --min-lr scales
     is_decayed: bool = True
-    is_labelled: bool = False
+    is_labelled: bool = False  # the optimizer's group carries the attribute too, so that its rate can be looked up
 
 
 class Method:
-    """One value of --peft-method. Subclasses set the attributes and override the checks that they need.
+    """One value of --peft-method. Subclasses set the attributes and override the checks that they need."""
 
-    Attributes:
-        name: value of --peft-method.
-        summary: one line for docs/methods.md.
-        options: dataclasses derived from `PeftOptions` with the flags that the method reads.
-        ignored: fields of these dataclasses that it does not read.
-        adapter: module of `build`, `merge` and `EXPORT`; empty: the base weights themselves are trained.
-        cost: trained parameters of one layer, as a formula for docs/methods.md; `num_parameters` computes it.
-        param_groups: in the optimizer.
-        demo_lr: learning rate of `megatron-peft demo`, which trains a Llama of 135M parameters.
-        starts_from_gradients: whether LoRA-GA's start initializes A and B.
-        mixes: whether adapters have a lambda, `mix` and `num_kept`, that their `update_mixtures` moves after backward.
-    """
-
-    name: str
-    summary: str
-    options: tuple[type[PeftOptions], ...] = ()
-    ignored: tuple[str, ...] = ()
-    adapter: str = ""
-    cost: str
-    param_groups: tuple[ParamGroup, ...] = ()
-    demo_lr: float = 3e-3
-    starts_from_gradients: bool = False
-    mixes: bool = False
+    name: str  # value of --peft-method
+    summary: str  # one line for docs/methods.md
+    options: tuple[type[PeftOptions], ...] = ()  # dataclasses of the flags that the method reads
+    ignored: tuple[str, ...] = ()  # fields of these dataclasses that it does not read
+    adapter: str = ""  # module of `build`, `merge` and `EXPORT`; empty: the base weights themselves are trained
+    cost: str  # trained parameters of one layer, as a formula for docs/methods.md; `num_parameters` computes it
+    param_groups: tuple[ParamGroup, ...] = ()  # of the optimizer
+    demo_lr: float = 3e-3  # of `megatron-peft demo`, which trains a Llama of 135M parameters
+    starts_from_gradients: bool = False  # whether LoRA-GA's start initializes A and B
+    mixes: bool = False  # whether adapters have a lambda, `mix` and `num_kept`, that `update_mixtures` moves
 
     def describe(self, peft: Any) -> str:
         """The flags that select the method, for messages."""
@@ -110,17 +151,18 @@ class Method:
 
     def check_run(self, peft: Any, run: Any, require: Requirements) -> None:
         """What the method requires of the rest of the run, a `RunConfig`: layout, precision, overlap."""
+        late = " and ".join(self.late_updates(peft))
+        require(
+            not (late and run.optimizer.overlap_param_gather),
+            f"{late}: changes whole parameters at the end of a step, before --overlap-param-gather has gathered them.",
+        )
+
+    def late_updates(self, peft: Any) -> list[str]:
+        """Flags that change whole parameters after the optimizer's step."""
+        return []
 
     def check_layer(self, peft: Any, sizes: LinearSizes, name: str) -> None:
-        """What the method requires of a layer.
-
-        Args:
-            sizes: of the layer.
-            name: global name of the layer, for errors.
-
-        Raises:
-            ConfigurationError: with the sizes that fit.
-        """
+        """What the method requires of a layer, whose global `name` is for the error, which says what sizes fit."""
 
     def subtracts_start(self, peft: Any) -> bool:
         """Whether B A starts away from zero, so that a frozen B0 A0 is subtracted to keep the pretrained function."""
@@ -135,10 +177,9 @@ class Method:
         return None
 
     def updates_whole_parameters(self, peft: Any) -> bool:
-        """Whether a step ends with an update of whole parameters on every rank, after the optimizer's own.
+        """Whether modules of the adapter update whole parameters on every rank, after the optimizer's step.
 
-        Then modules of the adapter that have `project()` are projected after each step, and those that have
-        `move(before, gradient, learning_rate)` update their `moved` parameter in place of the optimizer.
+        Those with `project()` are projected; `move(before, gradient, learning_rate)` updates the parameter `moved`.
         """
         return False
 
@@ -168,19 +209,16 @@ OTHER_EXPORTS = (
 class PeftFormat:
     """How Hugging Face PEFT stores a method's adapters. Names of tensors leave out the module, as `lora_A.weight`.
 
-    Args:
-        rows: tensors over the output features. A fused layer's modules each get their own rows of them, and all of the
-            other tensors.
+    `rows` are tensors over the output features: a fused layer's modules each get their own rows of these, and all of
+    the other tensors.
     """
 
-    def __init__(self, rows: tuple[str, ...] = ()) -> None:
-        self.rows = rows
+    rows: tuple[str, ...] = ()
 
     def config(self, peft: Any, target_modules: list[str]) -> dict[str, Any]:
         """Fields of adapter_config.json beyond those of every adapter. ConfigurationError: PEFT cannot express it.
 
-        Args:
-            target_modules: names of the adapted modules, in the shortest form that PEFT understands.
+        `target_modules` are names of the adapted modules, in the shortest form that PEFT understands.
         """
         raise NotImplementedError
 
@@ -193,11 +231,7 @@ class PeftFormat:
         raise NotImplementedError
 
     def shared(self, peft: Any, sizes: "Mapping[str, tuple[int, int]]") -> "dict[str, Tensor]":
-        """Tensors that the modules share, by whole name, as `base_model.vera_A`.
-
-        Args:
-            sizes: (output, input) features of every adapted module, by name.
-        """
+        """Tensors that all modules share, by whole name; `sizes`: (output, input) features of each module by name."""
         return {}
 
     def note(self, peft: Any) -> str:
@@ -206,48 +240,6 @@ class PeftFormat:
 
 
 # The registry, and the configuration that is made of the flags of every method.
-
-
-class _Checks(PeftOptions):
-    """Validation and derived properties of `PeftConfig`."""
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.method, str):
-            raise ConfigurationError(f"--peft-method is {self.method!r}; it must be a string.")
-        with Requirements(self) as require:
-            require(self.method in METHODS, f"--peft-method {self.method} is not one of {', '.join(METHODS)}.")
-            require(bool(self.target_modules), "--peft-target-modules needs at least one name.")
-            if self.method in METHODS:
-                require.fields(self.spec.fields(self))
-                self.spec.check(self, require)
-
-    @property
-    def spec(self) -> Method:
-        """The method's declaration."""
-        return METHODS[self.method]
-
-    @property
-    def trains_adapters(self) -> bool:
-        return bool(self.spec.adapter)
-
-    @property
-    def unused_fields(self) -> list[Field[Any]]:
-        """Fields that were set and that the method does not read."""
-        used = self.spec.fields(self)
-        return [
-            field for field in fields(self) if field.name not in used and getattr(self, field.name) != field.default
-        ]
-
-    @property
-    def unused_flags(self) -> list[str]:
-        """Their flags, with the values."""
-        return [spelled(flag_of(field), getattr(self, field.name)) for field in self.unused_fields]
-
-    @property
-    def recorded_fields(self) -> list[str]:
-        """What a run's record holds, so that it can be read without the packages of other methods."""
-        names = self.spec.fields(self) | {field.name for field in self.unused_fields}
-        return [field.name for field in fields(self) if field.name in names]
 
 
 GROUP = "megatron_peft.methods"  # entry points of other packages
@@ -266,11 +258,7 @@ def _load_methods() -> dict[str, Method]:
 
     Packages are trusted. Where one cannot be loaded, whatever it raises goes on, with a note that names the package.
     """
-    methods: dict[str, Method] = {}
-    for path in BUILT_IN:
-        module, _, name = path.partition(":")
-        method = getattr(import_module(module), name)
-        methods[method.name] = method
+    methods = {method.name: method for method in map(resolve_name, BUILT_IN)}
     # importlib.metadata takes a sixth of the time of --help: it is imported only if a package names the group.
     files = (file for folder in sys.path for file in Path(folder).glob("*-info/entry_points.txt"))
     if not any(GROUP.encode() in file.read_bytes() for file in files):
@@ -297,9 +285,40 @@ _bases = [options for options in reversed(_options) if options not in _inherited
 
 
 @dataclass(frozen=True)
-class PeftConfig(_Checks, *_bases):
+class PeftConfig(*_bases):
     """Which parameters are trained, and the flags of every method.
 
     Fields that the chosen method does not read keep their values and have no effect. Their types are checked, their
     ranges are not.
     """
+
+    def __post_init__(self) -> None:
+        is_known = self.method in [*METHODS]  # a record may hold anything
+        with Requirements(self) as require:
+            require(is_known, f"--peft-method {self.method} is not one of {', '.join(METHODS)}.")
+            require(bool(self.target_modules), "--peft-target-modules needs at least one name.")
+            if is_known:
+                require.fields(self.spec.fields(self))
+                self.spec.check(self, require)
+
+    @property
+    def spec(self) -> Method:
+        """The method's declaration."""
+        return METHODS[self.method]
+
+    @property
+    def trains_adapters(self) -> bool:
+        return bool(self.spec.adapter)
+
+    @property
+    def recorded_fields(self) -> list[str]:
+        """What a run's record holds, so that it can be read without the packages of other methods."""
+        used = self.spec.fields(self)
+        return [one.name for one in fields(self) if one.name in used or getattr(self, one.name) != one.default]
+
+    @property
+    def unused_flags(self) -> list[str]:
+        """Flags that were set and that the method does not read, with their values."""
+        used, recorded = self.spec.fields(self), self.recorded_fields
+        unused = [field for field in fields(self) if field.name not in used and field.name in recorded]
+        return [spelled(flag_of(field), getattr(self, field.name)) for field in unused]

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_peft.config.errors import Requirements, option
+from megatron_peft.config.errors import option
 from megatron_peft.config.methods.rotation import RotationMethod, RotationOptions
 
 
@@ -11,7 +11,7 @@ from megatron_peft.config.methods.rotation import RotationMethod, RotationOption
 class BoftOptions(RotationOptions):
     """Butterfly factors of orthogonal blocks."""
 
-    boft_block_size: int = option(8, "b, the size of the orthogonal blocks", check="positive")
+    boft_block_size: int = option(8, "b, the size of the orthogonal blocks", check="even")
     boft_factors: int = option(
         3, "m, the number of butterfly factors; groups of b 2^(m-1) features are rotated together", check="positive"
     )
@@ -29,7 +29,8 @@ class BoftMethod(RotationMethod):
     summary = "R W, R a product of m butterfly factors with orthogonal b x b blocks"
     options = (BoftOptions,)
     adapter = "megatron_peft.adapters.boft"
-    whole_update_flags = "--boft-parametrization projection"
+    group_fields = ("boft_block_size", "boft_factors")
+    whole_update = ("boft_parametrization", "projection")  # eq. (6)
     cost = "out m (b - 1) / 2; projection: out m b (input side: in)"
     demo_lr = 5e-4
 
@@ -38,21 +39,8 @@ class BoftMethod(RotationMethod):
         numbers = features * peft.boft_factors * peft.boft_block_size  # of whole blocks
         return numbers if peft.boft_parametrization == "projection" else (numbers - features * peft.boft_factors) // 2
 
-    def check(self, peft: BoftOptions, require: Requirements) -> None:
-        require(
-            peft.boft_block_size % 2 == 0,
-            f"--boft-block-size is {peft.boft_block_size}; a butterfly mixes halves of a block: use an even size.",
-        )
-
     def group_size(self, peft: BoftOptions) -> int:
         return peft.boft_block_size * 2 ** (peft.boft_factors - 1)
-
-    def group_flags(self, peft: BoftOptions) -> str:
-        return f"--boft-block-size {peft.boft_block_size} with --boft-factors {peft.boft_factors}"
-
-    def updates_whole_parameters(self, peft: BoftOptions) -> bool:
-        """Eq. (6)."""
-        return peft.boft_parametrization == "projection"
 
 
 BOFT = BoftMethod()

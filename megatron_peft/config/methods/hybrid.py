@@ -5,12 +5,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_peft.config.errors import Requirements, option
-from megatron_peft.config.methods import Method, ParamGroup
+from megatron_peft.config.methods import LinearSizes, Method, ParamGroup
 from megatron_peft.config.methods.boft import BOFT, BoftOptions
 from megatron_peft.config.methods.low_rank import LORA_GA, LoraGaOptions
 from megatron_peft.config.methods.rotation import IS_ROTATION, RotationMethod
 from megatron_peft.config.methods.urnn import URNN, UrnnOptions
-from megatron_peft.config.targets import LinearSizes
 
 if TYPE_CHECKING:
     from megatron_peft.config.run import RunConfig
@@ -30,19 +29,12 @@ class HybridOptions(UrnnOptions, BoftOptions, LoraGaOptions):
         "step gains by each part), raw (the paper's norms), or fixed:X",
     )
     hybrid_lambda_init: float = option(0.5, "lambda before the first step, unless it is fixed")
-    hybrid_lambda_ema: float = option(
-        0.9, "weight of the previous lambda in the exponential moving average", check="fraction"
-    )
+    hybrid_lambda_ema: float = option(0.9, "weight of the previous lambda in its moving average", check="fraction")
     hybrid_lambda_min: float = option(0.02, "lower bound of lambda")
     hybrid_lambda_max: float = option(0.98, "upper bound of lambda")
     hybrid_merge_interval: int | None = option(
         None, "merge the change into the weight after this many iterations and restart the adapters", check="positive"
     )
-
-    @property
-    def adapts_mix(self) -> bool:
-        """Whether lambda follows the gradients."""
-        return self.fixed_mix is None
 
     @property
     def initial_mix(self) -> float:
@@ -88,9 +80,8 @@ class HybridMethod(Method):
         return sum(part.num_parameters(rotation_options(peft), out_features, in_features) for part in parts)
 
     def check(self, peft: HybridOptions, require: Requirements) -> None:
-        ROTATIONS[peft.hybrid_rotation].check(peft, require)
         require(
-            peft.hybrid_lambda in LAMBDA_RULES or not peft.adapts_mix,
+            peft.hybrid_lambda in LAMBDA_RULES or peft.fixed_mix is not None,
             f"--hybrid-lambda is {peft.hybrid_lambda}; it must be {', '.join(LAMBDA_RULES)}, or fixed:X with X from 0 "
             f"to 1.",
         )
@@ -102,27 +93,21 @@ class HybridMethod(Method):
         )
 
     def check_run(self, peft: HybridOptions, run: "RunConfig", require: Requirements) -> None:
-        LORA_GA.check_run(peft, run, require)
-        ROTATIONS[peft.hybrid_rotation].check_run(peft, run, require)
-        require(
-            peft.hybrid_merge_interval is None or not run.optimizer.overlap_param_gather,
-            "--hybrid-merge-interval merges parameters as a step ends, which --overlap-param-gather has not gathered "
-            "by then: leave out one of them.",
-        )
+        super().check_run(peft, run, require)
         require(
             peft.hybrid_merge_interval is None or not run.model.bf16,
-            "--hybrid-merge-interval merges changes into weights that have to be kept in float32, which --bf16 does "
-            "not: leave out one of them.",
+            "--hybrid-merge-interval merges changes into weights, which must be float32: leave out --bf16.",
         )
+
+    def late_updates(self, peft: HybridOptions) -> list[str]:
+        merges = ["--hybrid-merge-interval"] if peft.hybrid_merge_interval is not None else []
+        return [*LORA_GA.late_updates(peft), *ROTATIONS[peft.hybrid_rotation].late_updates(peft), *merges]
 
     def fields(self, peft: HybridOptions) -> set[str]:
         """The fields that the method reads, without those of the other rotation."""
-        names = [name for name in ROTATIONS if name == peft.hybrid_rotation]  # another is an error of that field
-        chosen = ROTATIONS[names[0]] if names else BOFT
-        unused = [rotation for rotation in ROTATIONS.values() if rotation is not chosen]
-        of_parts = chosen.fields(peft) | LORA_GA.fields(peft)
-        read = super().fields(peft) - set().union(*(rotation.fields(peft) for rotation in unused)) | of_parts
-        return read - set(self.ignored)
+        chosen = [rotation for name, rotation in ROTATIONS.items() if name == peft.hybrid_rotation]
+        parts = (LORA_GA, *chosen)  # another rotation is an error of that field
+        return {*HybridOptions.__annotations__}.union(*(part.fields(peft) for part in parts)) - {*self.ignored}
 
     def variants(self) -> Sequence[Mapping[str, Any]]:
         return [{"hybrid_rotation": name} for name in ROTATIONS]

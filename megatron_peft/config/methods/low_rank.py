@@ -1,14 +1,10 @@
 """LoRA and LoRA-GA, eq. (1)-(2) and (7)-(9): flags, checks and cost. The adapter is `adapters/low_rank.py`."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
-from megatron_peft.config.errors import Requirements, option, require
-from megatron_peft.config.methods import Method, ParamGroup, PeftOptions
-from megatron_peft.config.targets import LinearSizes
-
-if TYPE_CHECKING:
-    from megatron_peft.config.run import RunConfig
+from megatron_peft.config.errors import option, require
+from megatron_peft.config.methods import LinearSizes, Method, ParamGroup, PeftOptions
 
 # Marks on parameters, by which the optimizer knows them.
 IS_LORA_B = "is_lora_b"
@@ -21,13 +17,9 @@ class LowRankOptions(PeftOptions):
 
     lora_rank: int = option(16, "r, the inner size of the low-rank factors", check="positive")
     lora_alpha: float = option(32, "the low-rank change is scaled by alpha / r", check="positive")
-    lora_dropout: float = option(
-        0.0, "dropout probability on the input of the low-rank path", check="fraction", may_change=True
-    )
+    lora_dropout: float = option(0.0, "dropout on the input of the low-rank path", check="fraction", may_change=True)
     lora_rs: bool = option(False, "scale by alpha / sqrt(r) instead (rsLoRA)")
-    lora_plus_ratio: float = option(
-        1.0, "learning rate of B divided by that of A (LoRA+)", check="positive", may_change=True
-    )
+    lora_plus_ratio: float = option(1.0, "learning rate of B over that of A (LoRA+)", check="positive", may_change=True)
     lora_max_norm_ratio: float | None = option(
         None,
         "after each step, scale the low-rank change of a weight down to at most this fraction of the weight's own "
@@ -70,17 +62,19 @@ class LoraMethod(Method):
     def num_parameters(self, peft: LowRankOptions, out_features: int, in_features: int) -> int:
         return peft.lora_rank * (out_features + in_features)
 
-    def check_run(self, peft: LowRankOptions, run: "RunConfig", require: Requirements) -> None:
-        require(
-            peft.lora_max_norm_ratio is None or not run.optimizer.overlap_param_gather,
-            "--lora-max-norm-ratio scales whole parameters after a step, which --overlap-param-gather has not gathered "
-            "by then: leave out one of them.",
-        )
+    def late_updates(self, peft: LowRankOptions) -> list[str]:
+        return ["--lora-max-norm-ratio"] if peft.lora_max_norm_ratio is not None else []
 
-    def check_layer(self, peft: LowRankOptions, sizes: LinearSizes, name: str) -> None:
+    def check_layer(self, peft: Any, sizes: LinearSizes, name: str) -> None:
         rank, smaller = peft.lora_rank, min(sizes.out_features, sizes.in_features)
         side = f"{smaller}, the smaller side of {name} ({sizes.out_features} x {sizes.in_features})"
         require(rank <= smaller, f"--lora-rank {rank} is above {side}: use at most {smaller}.")
+        takes_twice = self.starts_from_gradients and peft.lora_ga_init == "original"
+        require(
+            not takes_twice or 2 * rank <= smaller,
+            f"--lora-ga-init original takes 2 x --lora-rank {rank} = {2 * rank} singular vectors, more than {side}: "
+            f"use a rank of at most {smaller // 2}, or --lora-ga-init aligned or paper.",
+        )
 
 
 class LoraGaMethod(LoraMethod):
@@ -93,16 +87,6 @@ class LoraGaMethod(LoraMethod):
 
     def subtracts_start(self, peft: LoraGaOptions) -> bool:
         return peft.lora_ga_init != "aligned"
-
-    def check_layer(self, peft: LoraGaOptions, sizes: LinearSizes, name: str) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        super().check_layer(peft, sizes, name)
-        rank, smaller = peft.lora_rank, min(sizes.out_features, sizes.in_features)
-        require(
-            peft.lora_ga_init != "original" or 2 * rank <= smaller,
-            f"--lora-ga-init original takes 2 x --lora-rank {rank} = {2 * rank} singular vectors, more than {smaller}, "
-            f"the smaller side of {name} ({sizes.out_features} x {sizes.in_features}): use a rank of at most "
-            f"{smaller // 2}, or --lora-ga-init aligned or paper.",
-        )
 
 
 LORA = LoraMethod()

@@ -1,14 +1,10 @@
 """What BOFT, uRNN and the Hybrid have in common: a block-diagonal rotation of one side of the weight."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from megatron_peft.config.errors import Requirements, option, require
-from megatron_peft.config.methods import Method, ParamGroup, PeftOptions
-from megatron_peft.config.targets import LinearSizes, Side
-
-if TYPE_CHECKING:
-    from megatron_peft.config.run import RunConfig
+from megatron_peft.config.errors import flag, option, require, spelled
+from megatron_peft.config.methods import LinearSizes, Method, ParamGroup, PeftOptions
 
 IS_ROTATION = "is_rotation"  # mark on parameters, by which the optimizer knows them
 
@@ -28,7 +24,8 @@ class RotationOptions(PeftOptions):
 class RotationMethod(Method):
     """A method whose adapter is a rotation. Subclasses say how large its blocks are."""
 
-    whole_update_flags: str  # those with which `updates_whole_parameters`, for errors
+    group_fields: tuple[str, ...]  # that set g
+    whole_update: tuple[str, str]  # field and value with which `updates_whole_parameters`
 
     # Not decayed, since the identity need not be at zero.
     param_groups = (
@@ -39,52 +36,30 @@ class RotationMethod(Method):
         """g, features of a block of R."""
         raise NotImplementedError
 
-    def group_flags(self, peft: Any) -> str:
-        """The flags that set g, for errors."""
-        raise NotImplementedError
+    def updates_whole_parameters(self, peft: Any) -> bool:
+        name, value = self.whole_update
+        return getattr(peft, name) == value
 
-    def check_run(self, peft: Any, run: "RunConfig", require: Requirements) -> None:
-        require(
-            not (self.updates_whole_parameters(peft) and run.optimizer.overlap_param_gather),
-            f"{self.whole_update_flags} updates whole parameters at the end of a step, before "
-            f"--overlap-param-gather has gathered them: leave out one of them.",
-        )
+    def late_updates(self, peft: Any) -> list[str]:
+        name, value = self.whole_update
+        return [spelled(flag(name), value)] if self.updates_whole_parameters(peft) else []
 
     def check_layer(self, peft: Any, sizes: LinearSizes, name: str) -> None:
-        check_groups(sizes, peft.rotation_side, self.group_size(peft), name, self.group_flags(peft))
-
-
-def check_groups(sizes: LinearSizes, side: Side, group_size: int, name: str, flags: str) -> None:
-    """Groups of features must divide what a rank holds of a layer, and the features of an attention head.
-
-    Args:
-        sizes: of the layer.
-        side: of the weight that is rotated.
-        group_size: g.
-        name: of the layer, and `flags` that set g, for errors.
-
-    Raises:
-        ConfigurationError: with the sizes that fit.
-    """
-    held = sizes.num_local_features(side)
-    heads = sizes.head_features if side == "output" else None
-    whole = heads or sizes.num_features(side) // (sizes.num_parts if side == "output" else 1)
-    fitting = ", ".join(str(size) for size in even_divisors(heads or held))
-    ranks = [str(size) for size in range(1, sizes.tensor_parallel_size + 1) if whole % (size * group_size) == 0]
-    elsewhere = f"; groups of {group_size} fit at --tensor-model-parallel-size {', '.join(ranks)}" if ranks else ""
-    require(
-        held % group_size == 0,
-        f"{flags} gives groups of {group_size} features, but {name} holds {held} per rank at "
-        f"--tensor-model-parallel-size {sizes.tensor_parallel_size} on its {side} side: groups must divide {held}. "
-        f"Groups that do: {fitting}{elsewhere}.",
-    )
-    require(
-        heads is None or heads % group_size == 0,
-        f"{flags} gives groups of {group_size} features, but the heads of {name} have {heads}: groups must divide "
-        f"that, so that no head is mixed with another. Groups that do, at any layout: {fitting}.",
-    )
-
-
-def even_divisors(number: int) -> list[int]:
-    """The even divisors of `number`, in ascending order."""
-    return [size for size in range(2, number + 1, 2) if number % size == 0]
+        """Groups of features must divide what a rank holds of a layer, or the features of an attention head."""
+        size, side = self.group_size(peft), "input" if self.replaces_base(peft) else peft.rotation_side
+        tp, parts = sizes.tensor_parallel_size, sizes.num_parts if side == "output" else 1
+        heads = sizes.head_features if side == "output" else None
+        held = heads or sizes.num_local_features(side)
+        whole = heads or sizes.num_features(side) // parts
+        where = f"per rank at --tensor-model-parallel-size {tp} on its {side} side"
+        if heads:
+            where = "in each attention head"
+        flags = " with ".join(spelled(flag(name), getattr(peft, name)) for name in self.group_fields)
+        fitting = ", ".join(str(number) for number in range(2, held + 1, 2) if held % number == 0)
+        ranks = ", ".join(str(ranks) for ranks in range(1, tp + 1) if whole % (ranks * size) == 0)
+        elsewhere = f"; groups of {size} fit at --tensor-model-parallel-size {ranks}" if ranks else ""
+        require(
+            held % size == 0,
+            f"{flags} gives groups of {size} features, but {name} holds {held} {where}: groups must divide {held}. "
+            f"Groups that do: {fitting}{elsewhere}.",
+        )

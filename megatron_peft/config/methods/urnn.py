@@ -3,18 +3,16 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_peft.config.errors import Requirements, option, require
-from megatron_peft.config.methods.rotation import RotationMethod, RotationOptions, check_groups
-from megatron_peft.config.targets import LinearSizes
+from megatron_peft.config.errors import option, require
+from megatron_peft.config.methods import LinearSizes
+from megatron_peft.config.methods.rotation import RotationMethod, RotationOptions
 
 
 @dataclass(frozen=True)
 class UrnnOptions(RotationOptions):
     """Unitary blocks over pairs of features."""
 
-    urnn_block_size: int = option(
-        64, "real features that are rotated together; two of them form a complex one", check="positive"
-    )
+    urnn_block_size: int = option(64, "real features rotated together; two of them form a complex one", check="even")
     urnn_update: Literal["structured", "riemannian"] = option(
         "structured",
         "structured: phases and reflections are trained; riemannian: the unitary blocks, by the exponential map with "
@@ -32,44 +30,27 @@ class UrnnMethod(RotationMethod):
     summary = "Q W, Q block-diagonal and unitary over pairs of features"
     options = (UrnnOptions,)
     adapter = "megatron_peft.adapters.urnn"
-    whole_update_flags = "--urnn-update riemannian"
+    group_fields = ("urnn_block_size",)
+    whole_update = ("urnn_update", "riemannian")  # eq. (11)-(12)
     cost = "7 out / 2; riemannian: out n, n = half the block size (input side: in)"
-    demo_lr = 3e-3
 
     def num_parameters(self, peft: UrnnOptions, out_features: int, in_features: int) -> int:
         features = out_features if peft.rotation_side == "output" and not self.replaces_base(peft) else in_features
         return features * 7 // 2 if peft.urnn_update == "structured" else features * peft.urnn_block_size // 2
 
-    def check(self, peft: UrnnOptions, require: Requirements) -> None:
-        require(
-            peft.urnn_block_size % 2 == 0,
-            f"--urnn-block-size is {peft.urnn_block_size}; two real features make a complex one: use an even size.",
-        )
-
     def check_layer(self, peft: UrnnOptions, sizes: LinearSizes, name: str) -> None:
-        if not self.replaces_base(peft):
-            super().check_layer(peft, sizes, name)
-            return
         require(
-            sizes.split == "row" and sizes.out_features == sizes.in_features,
-            f"--urnn-mode replace needs square layers, but {name} is {sizes.out_features} x {sizes.in_features}: "
-            f"give --peft-target-modules linear_proj, which is square where the heads fill the hidden size, or use "
-            f"--urnn-mode multiply.",
+            not self.replaces_base(peft) or sizes.split == "row" and sizes.out_features == sizes.in_features,
+            f"--urnn-mode replace needs square layers, but {name} is {sizes.out_features} x {sizes.in_features}: give "
+            f"--peft-target-modules linear_proj, square where heads fill the hidden size, or --urnn-mode multiply.",
         )
-        check_groups(sizes, "input", self.group_size(peft), name, self.group_flags(peft))
+        super().check_layer(peft, sizes, name)
 
     def group_size(self, peft: UrnnOptions) -> int:
         return peft.urnn_block_size
 
-    def group_flags(self, peft: UrnnOptions) -> str:
-        return f"--urnn-block-size {peft.urnn_block_size}"
-
     def replaces_base(self, peft: UrnnOptions) -> bool:
         return peft.urnn_mode == "replace"
-
-    def updates_whole_parameters(self, peft: UrnnOptions) -> bool:
-        """Eq. (11)-(12)."""
-        return peft.urnn_update == "riemannian"
 
 
 URNN = UrnnMethod()

@@ -79,6 +79,8 @@ class VeraFormat(PeftFormat):
     Of a fused layer ours takes other rows of B than the modules would: refused.
     """
 
+    rows = ("vera_lambda_b",)
+
     def config(self, peft: PeftConfig, target_modules: list[str]) -> dict[str, Any]:
         return {"peft_type": "VERA", "r": peft.vera_rank, "save_projection": True, "projection_prng_key": 0}
 
@@ -97,4 +99,4 @@ class VeraFormat(PeftFormat):
         return {"vera_lambda_d": tensors["d"].float(), "vera_lambda_b": tensors["b"].float()}
 
 
-EXPORT = VeraFormat(rows=("vera_lambda_b",))
+EXPORT = VeraFormat()
