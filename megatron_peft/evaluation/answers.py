@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch.distributed as dist
 from rich.console import Console
@@ -40,8 +40,7 @@ def answer(config: RunConfig, settings: AnswerSettings) -> None:
     until, plan = plan_of(settings)
     records = checked_together(lambda: records_of(settings))
     is_first = dist.get_rank() == 0
-    writes = settings.output is not None and is_first
-    file = checked_together(lambda: AnswerFile(Path(str(settings.output))) if writes else None)
+    file = checked_together(lambda: AnswerFile(Path(settings.output)) if settings.output and is_first else None)
     model = load_model(config)
     ids = encode_prompts(records, model.tokenizer, settings.chat, model.max_length)
     if settings.prompt is not None and settings.num_samples == 1 and settings.output is None:
@@ -52,13 +51,11 @@ def answer(config: RunConfig, settings: AnswerSettings) -> None:
         return
     with request_bar("answering", len(records)) as advance:
         for line in _lines(model, settings, records, ids):
-            if not is_first:
-                continue
-            advance(1)
-            if file is None:
-                print(line, end="", flush=True)
-            else:
+            if file is not None:
                 file.add(line)
+            elif is_first:
+                print(line, end="", flush=True)
+            advance(is_first)
     if file is not None:
         file.publish()
         print(f"wrote {settings.output}")
@@ -79,19 +76,16 @@ def plan_of(settings: AnswerSettings) -> tuple[tuple[str, ...], GenerationSettin
 
 def records_of(settings: AnswerSettings) -> list[Record]:
     """The prompts. ConfigurationError: --prompt-file cannot be read, or --output cannot be written."""
+    prompts = None if settings.prompt_file is None else Path(settings.prompt_file)
     if settings.output is not None:
         check_output(settings.output)
         output = Path(settings.output)
         # Nothing is replaced unasked, and never the prompts.
-        require(
-            settings.overwrite or not output.exists(),
-            f"--output {output} exists already: give another file, or --overwrite.",
-        )
-        require(
-            settings.prompt_file is None or output.resolve() != Path(settings.prompt_file).resolve(),
-            f"--output {output} is the file of --prompt-file: give another file.",
-        )
-    return [{"prompt": settings.prompt}] if settings.prompt_file is None else read_prompts(Path(settings.prompt_file))
+        may_write = settings.overwrite or not output.exists()
+        require(may_write, f"--output {output} exists already: give another file, or --overwrite.")
+        is_other = prompts is None or output.resolve() != prompts.resolve()
+        require(is_other, f"--output {output} is the file of --prompt-file: give another file.")
+    return [{"prompt": settings.prompt}] if prompts is None else read_prompts(prompts)
 
 
 def check_output(output: str) -> None:
@@ -101,18 +95,15 @@ def check_output(output: str) -> None:
     """
     path = Path(output)
     require(not path.is_dir(), f"--output {path} is a folder: give a file.")
+    kind = "a link" if path.is_symlink() else "a pipe or a device"
     is_plain = path.is_file() or not path.exists()
-    require(
-        is_plain and not path.is_symlink(),
-        f"--output {path} is {'a link' if path.is_symlink() else 'a pipe or a device'}, not a file: give another path.",
-    )
+    require(is_plain and not path.is_symlink(), f"--output {path} is {kind}, not a file: give another path.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigurationError(f"--output {path} cannot be written ({error.strerror}).") from error
-    require(
-        os.access(path.parent, os.W_OK), f"--output {path} cannot be written: no permission to write to {path.parent}."
-    )
+    may_write = os.access(path.parent, os.W_OK)
+    require(may_write, f"--output {path} cannot be written: no permission to write to {path.parent}.")
 
 
 def read_prompts(path: Path) -> list[Record]:
@@ -142,14 +133,10 @@ def _prompt(line: str, place: str) -> Record:
 
 
 def encode_prompts(records: Sequence[Record], tokenizer: Tokenizer, chat: bool, max_length: int) -> list[list[int]]:
-    """Token ids of each record.
-
-    Args:
-        chat: format a plain prompt as a user message with the chat template.
-        max_length: positions of the model; a prompt and at least one new token must fit.
+    """Token ids of each record; `chat` formats a plain prompt as a user message.
 
     Raises:
-        ConfigurationError: a prompt is too long, or has messages and the tokenizer no chat template.
+        ConfigurationError: no room for an answer in `max_length` tokens; messages without a chat template.
     """
     encoded = []
     for number, record in enumerate(records, 1):
@@ -198,9 +185,7 @@ class AnswerFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._draft = path.with_name(f".{path.name}.partial")
-        self._num_written = 0
+        self._path, self._draft, self._num_written = path, path.with_name(f".{path.name}.partial"), 0
         with self._explained_errors():
             self._file = self._draft.open("w", encoding="utf-8")
 
@@ -235,8 +220,7 @@ class Stream:
     def __init__(self, tokenizer: Tokenizer, stop: StopTexts, write: Callable[[str], Any]) -> None:
         self._tokenizer, self._stop, self._write = tokenizer, stop, write
         self._num_held = max((len(text) for text in stop.texts), default=1) - 1
-        self._ids: list[int] = []
-        self._num_written = 0
+        self._ids, self._num_written = list[int](), 0
 
     def add(self, row: int, token: int) -> None:
         """Print what a new token adds, as soon as it is whole characters."""
@@ -279,14 +263,6 @@ def request_bar(title: str, total: int, done: int = 0) -> Iterator[Callable[[int
         yield advance
 
 
-class Question(NamedTuple):
-    """The prompt of a record as a person reads it, its answer, and the record that `encode_prompts` takes."""
-
-    prompt: str
-    reference: str
-    record: Record
-
-
 def write_samples(config: RunConfig, output: Path, run: str, num_samples: int, max_new_tokens: int) -> None:
     """Write what a run and its base answer to prompts of its validation data, greedily. In a started world.
 
@@ -301,7 +277,7 @@ def write_samples(config: RunConfig, output: Path, run: str, num_samples: int, m
     """
     questions = checked_together(lambda: questions_of(run, num_samples))
     model = load_model(config)
-    ids = encode_prompts([question.record for question in questions], model.tokenizer, False, model.max_length)
+    ids = encode_prompts([record for *_, record in questions], model.tokenizer, False, model.max_length)
     prompts = [(prompt, str(number)) for number, prompt in enumerate(ids)]
     plan = GenerationSettings(frozenset(), max_new_tokens, batch_size=16)
     with request_bar("answering", 2 * len(questions)) as advance:
@@ -311,9 +287,9 @@ def write_samples(config: RunConfig, output: Path, run: str, num_samples: int, m
         before = generate_answers(model, prompts, (), plan)
         advance(len(questions))
     lines = ""
-    for question, *pair in zip(questions, before, after, strict=True):
-        texts = dict(zip(("before", "after"), map(model.tokenizer.decode, pair), strict=True))
-        line = {"prompt": question.prompt, "reference": question.reference, **texts}
+    for (prompt, reference, _), *pair in zip(questions, before, after, strict=True):
+        first, second = map(model.tokenizer.decode, pair)
+        line = {"prompt": prompt, "reference": reference, "before": first, "after": second}
         lines += json.dumps(line, ensure_ascii=False) + "\n"
 
     def write() -> None:
@@ -325,8 +301,12 @@ def write_samples(config: RunConfig, output: Path, run: str, num_samples: int, m
     checked_together(lambda: write() if dist.get_rank() == 0 else None)
 
 
-def questions_of(run: str, num_samples: int) -> list[Question]:
-    """Prompts spread evenly over the validation data of a run. ConfigurationError: it has none with prompts."""
+def questions_of(run: str, num_samples: int) -> list[tuple[str, str, Record]]:
+    """(prompt as a person reads it, its answer, what is asked), spread evenly over the validation data of a run.
+
+    Raises:
+        ConfigurationError: it has none with prompts.
+    """
     config = read_run_record(run).config
     data = config.data
     paths = data.data_path or data.valid_data_path
@@ -345,19 +325,19 @@ def questions_of(run: str, num_samples: int) -> list[Question]:
     return questions
 
 
-def question_of(record: Record) -> Question | None:
-    """What is asked in a record of training data: its prompt, or its messages up to the last of the assistant.
+def question_of(record: Record) -> tuple[str, str, Record] | None:
+    """What a record of training data asks: its prompt, or its messages up to the last of the assistant.
 
     None for a plain text, and for messages in which nothing is asked.
     """
     if isinstance(record.get("prompt"), str):
-        return Question(record["prompt"], str(record.get("completion", "")), {"prompt": record["prompt"]})
+        return record["prompt"], str(record.get("completion", "")), {"prompt": record["prompt"]}
     messages = record.get("messages")
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         return None
-    turns = [at for at, message in enumerate(messages) if message.get("role") == "assistant"]
-    if not turns or turns[-1] == 0:
+    last = max((at for at, message in enumerate(messages) if message.get("role") == "assistant"), default=0)
+    if not last:
         return None
-    asked, reply = messages[: turns[-1]], messages[turns[-1]]
     tools = {"tools": record["tools"]} if record.get("tools") else {}
-    return Question(str(asked[-1].get("content")), str(reply.get("content")), {"messages": asked, **tools})
+    texts = (str(message.get("content")) for message in messages[last - 1 : last + 1])
+    return *texts, {"messages": messages[:last], **tools}

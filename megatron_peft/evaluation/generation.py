@@ -11,27 +11,16 @@ from megatron_peft.config import require
 from megatron_peft.config.evaluation import Sampling
 from megatron_peft.data.tokenizers import Tokenizer
 from megatron_peft.evaluation.model import InferenceModel
-from megatron_peft.evaluation.scoring import (
-    CachedRows,
-    broadcast_from_last_stage,
-    inference,
-    left_padded,
-    over_replicas,
-)
+from megatron_peft.evaluation.scoring import CachedRows, from_last_stage, inference, left_padded, over_replicas
 from megatron_peft.parallel.layout import generator_for
 
 GREEDY = Sampling()
 
 
 def choose_tokens(logits: Tensor, sampling: Sampling, draws: Tensor) -> Tensor:
-    """The next token of each row: the likeliest, or the first whose cumulative probability exceeds its draw.
+    """The next token of each row [b]: the likeliest, or the first whose cumulative probability exceeds its draw.
 
-    Args:
-        logits: [b, v], float32.
-        draws: [b], from 0 to 1; ignored at temperature 0.
-
-    Returns:
-        [b] ids.
+    logits: [b, v], float32; draws: [b], from 0 to 1, ignored at temperature 0.
     """
     if sampling.temperature == 0:
         return logits.argmax(-1)
@@ -55,11 +44,6 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     return logits.softmax(-1)
 
 
-def never(ids: Sequence[int]) -> bool:
-    """The default `is_complete`: only an end token or the length limit ends an answer."""
-    return False
-
-
 @dataclass(frozen=True)
 class GenerationSettings:
     """How to generate.
@@ -75,7 +59,7 @@ class GenerationSettings:
 
     end_ids: frozenset[int]
     max_new_tokens: int
-    is_complete: Callable[[Sequence[int]], bool] = never
+    is_complete: Callable[[Sequence[int]], bool] | None = None
     batch_size: int = 32
     sampling: Sampling = GREEDY
     seed: int = 0
@@ -102,18 +86,14 @@ def generate(
     """Generate an answer to each prompt. All ranks of a replica call it together.
 
     Args:
-        model_chunks: of this rank, without a data-parallel wrapper; their training mode and sequence parallelism are
-            restored afterwards.
-        prompts: token ids, at least one each. A prompt that is given n times gets n answers.
+        model_chunks: of this rank, without a data-parallel wrapper; restored to their mode afterwards.
+        prompts: token ids, at least one each.
         report: called with the number of prompts that have just been answered.
         names: of the prompts' random streams; by default the prompts' numbers.
         on_token: called with (number of the prompt, id) as each token is generated.
 
     Returns:
         New ids for each prompt, in the order of the prompts, the same on every rank of the replica.
-
-    Raises:
-        ConfigurationError: a prompt is empty.
     """
     require(all(prompts), "a prompt is empty: generation needs at least one token to start from.")
     answers: list[list[int]] = [[] for _ in prompts]
@@ -121,45 +101,33 @@ def generate(
     # the other rows nor on the layout.
     streams = [generator_for(settings.seed, name) for name in names or map(str, range(len(prompts)))]
 
-    def next_tokens(running: Sequence[int], logits: Tensor | None) -> list[int]:
-        if logits is None:  # another stage's
-            tokens = torch.empty(len(running), dtype=torch.long, device=torch.cuda.current_device())
-        else:
-            draws = [torch.rand(1, generator=streams[index], dtype=torch.float64) for index in running]
-            tokens = choose_tokens(logits[:, -1], settings.sampling, torch.cat(draws))
-        return broadcast_from_last_stage(tokens).tolist()
-
     def goes_on(index: int, token: int) -> bool:
         """Add the token to its answer, and say whether that answer continues."""
         if token in settings.end_ids:
             return False
         answers[index].append(token)
         on_token(index, token)
-        has_room = len(answers[index]) < settings.room(prompts[index])
-        return has_room and not settings.is_complete(answers[index])
+        is_complete = settings.is_complete is not None and settings.is_complete(answers[index])
+        return len(answers[index]) < settings.room(prompts[index]) and not is_complete
 
     def answer(running: Sequence[int]) -> None:
-        batch = [tuple(prompts[index]) for index in running]
-        distinct = list(dict.fromkeys(batch))  # equal prompts go through the model once
-        tokens, padding = left_padded(distinct)
-        rows = CachedRows(model_chunks, padding, tokens.shape[1] + max(map(settings.room, distinct)))
-        logits = rows.forward(tokens)
-        if len(distinct) < len(batch):
-            row_of = {prompt: row for row, prompt in enumerate(distinct)}
-            copies = [row_of[prompt] for prompt in batch]
-            rows.keep(copies)
-            logits = None if logits is None else logits[copies]
-        while True:
-            newest = zip(running, next_tokens(running, logits), strict=True)
+        batch = [prompts[index] for index in running]
+        tokens, padding = left_padded(batch)
+        rows = CachedRows(model_chunks, padding, tokens.shape[1] + max(map(settings.room, batch)))
+        while running:
+            logits = rows.forward(tokens)
+            if logits is None:  # another stage's
+                chosen = torch.empty(len(running), dtype=torch.long, device=tokens.device)
+            else:
+                draws = [torch.rand(1, generator=streams[index], dtype=torch.float64) for index in running]
+                chosen = choose_tokens(logits[:, -1], settings.sampling, torch.cat(draws))
+            newest = zip(running, from_last_stage(chosen).tolist(), strict=True)
             kept = [row for row, (index, token) in enumerate(newest) if goes_on(index, token)]
             if len(kept) < len(running):  # answers that have ended leave the batch
                 report(len(running) - len(kept))
-                if not kept:
-                    return
                 rows.keep(kept)
                 running = [running[row] for row in kept]
-            last = torch.tensor([answers[index][-1:] for index in running], device=torch.cuda.current_device())
-            logits = rows.forward(last)
+            tokens = torch.tensor([answers[index][-1:] for index in running], device=tokens.device)
 
     pending = [index for index, prompt in enumerate(prompts) if settings.room(prompt) > 0]
     pending.sort(key=lambda index: (len(prompts[index]), tuple(prompts[index])))  # so that batches need little padding
@@ -168,9 +136,6 @@ def generate(
         for start in range(0, len(pending), settings.batch_size):
             answer(pending[start : start + settings.batch_size])
     return answers
-
-
-_FURTHER_TOKENS = 4  # a tokenizer may treat the first token of a text differently
 
 
 class StopTexts:
@@ -184,14 +149,13 @@ class StopTexts:
         special = tokenizer.special_tokens
         self.end_ids = frozenset(special[text] for text in texts if text in special)
         self.texts = [text for text in texts if text and text not in special]
-        # A visible token has at least one byte, so this many of the last tokens hold any text that has just ended.
-        self._num_tokens = max((len(text.encode()) for text in self.texts), default=0) + _FURTHER_TOKENS
+        # A visible token has at least one byte, so this many of the last tokens hold any text that has just ended. Four
+        # more, since a tokenizer may treat the first token of a text differently.
+        self._num_tokens = max((len(text.encode()) for text in self.texts), default=0) + 4
 
     def is_complete(self, ids: Sequence[int]) -> bool:
         """Whether the newest token completes one of the texts."""
-        if not self.texts:
-            return False
-        tail = self._tokenizer.decode(ids[-self._num_tokens :])
+        tail = self._tokenizer.decode(ids[-self._num_tokens :]) if self.texts else ""
         return any(text in tail for text in self.texts)
 
     def cut(self, text: str) -> str:
@@ -213,7 +177,6 @@ def generate_answers(
     Args:
         prompts: (token ids, name of the random stream).
         until: texts that end an answer, in addition to the model's end tokens.
-        settings: the same on every rank; the model adds its end tokens and its longest sequence.
     """
     stop = StopTexts(model.tokenizer, until)
     ends = settings.end_ids | model.end_ids | stop.end_ids

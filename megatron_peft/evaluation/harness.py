@@ -38,19 +38,18 @@ from megatron_peft.evaluation.scoring import Continuation, ContinuationScore, ov
 class RankDispatcher:
     """Calls of rank 0 that run on all ranks of a started world: `score` and `generate`. Creating it is a collective."""
 
-    TIMEOUT = datetime.timedelta(days=30)  # of the wait for a call: rank 0 may execute code for hours in between
-
     def __init__(self, model: InferenceModel) -> None:
-        self._model = model
-        self._group: Any = dist.new_group(backend="gloo", timeout=self.TIMEOUT)
+        self.model = model
+        # Between two calls rank 0 may execute code for hours.
+        self._group: Any = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=30))
 
     def score(self, batch_size: int, continuations: Sequence[Continuation]) -> list[ContinuationScore]:
-        """Scores by all replicas together; `batch_size` is of a forward pass of each of them."""
-        return over_replicas(continuations, lambda share: score_continuations(self._model.chunks, share, batch_size))
+        """Scores by all replicas together, each of which passes `batch_size` continuations at once."""
+        return over_replicas(continuations, lambda share: score_continuations(self.model.chunks, share, batch_size))
 
     def generate(self, until: Sequence[str], settings: GenerationSettings, prompts: Sequence[Any]) -> list[list[int]]:
         """As `generate_answers`."""
-        return generate_answers(self._model, prompts, until, settings)
+        return generate_answers(self.model, prompts, until, settings)
 
     def call(self, action: str, *arguments: Any) -> Any:
         """Run an action on every rank. Called on rank 0; returns the result there."""
@@ -79,11 +78,8 @@ class FinishedRequests(dict[str, Any]):
 
         {"key": "5f1c...", "answer": [-12.25, true]}
 
-    The harness has a cache too, but without sampled answers, and not bound to a checkpoint.
-
-    Args:
-        path: of the file, which is locked as long as this object lives.
-        model: fingerprint of the model, part of every key.
+    The harness has a cache too, but without sampled answers, and not bound to a checkpoint. The file is locked as long
+    as this object lives; `model`, the fingerprint of the model, is part of every key.
 
     Raises:
         ConfigurationError: a line of the file is not an answered request; another evaluation writes to it.
@@ -127,7 +123,7 @@ class FinishedRequests(dict[str, Any]):
                 return
 
     def key(self, kind: str, *what: Any) -> str:
-        """A digest of the model, the kind of the request, and `what`, all else that its answer depends on (JSON)."""
+        """A digest of the model, the kind of the request, and all else that its answer depends on (JSON)."""
         return hashlib.sha256(json.dumps([self.model, kind, *what]).encode()).hexdigest()[:32]
 
     def add(self, answers: Mapping[str, Any]) -> None:
@@ -170,39 +166,25 @@ class _Request(NamedTuple):
 
 
 class HarnessModel(TemplateLM):
-    """The harness's model. It runs on rank 0, and its forwards on all ranks.
+    """The harness's model. It runs on rank 0, and its forwards on all ranks, with `batch_size` requests per replica.
 
-    Args:
-        finished: known answers; new ones are added portion by portion.
-        batch_size: requests per forward pass of a replica.
-        seed: of sampling.
+    New answers are added to `finished` portion by portion; `seed` is of sampling.
     """
 
-    def __init__(
-        self, model: InferenceModel, dispatcher: RankDispatcher, finished: FinishedRequests, batch_size: int, seed: int
-    ) -> None:
+    def __init__(self, dispatcher: RankDispatcher, finished: FinishedRequests, batch_size: int, seed: int) -> None:
         super().__init__()
-        self._model = model
-        self._dispatcher = dispatcher
-        self._finished = finished
-        self._batch_size = batch_size
-        self._seed = seed
-        self.truncated: Counter[str] = Counter()
+        self._model, self._dispatcher, self._finished = dispatcher.model, dispatcher, finished
+        self._batch_size, self._seed = batch_size, seed
+        self.max_length = dispatcher.model.max_length
+        self.truncated: Counter[str] = Counter()  # kind of request -> how many lost their beginning
 
     @property
     def eot_token_id(self) -> int:
-        """Id of the token that ends a text."""
         return self._model.tokenizer.eos_id
 
     @property
     def prefix_token_id(self) -> int:
-        """Id of the token before a text without context."""
         return self._model.tokenizer.prefix_id
-
-    @property
-    def max_length(self) -> int:
-        """Positions of the model."""
-        return self._model.max_length
 
     @property
     def tokenizer_name(self) -> str:
@@ -298,16 +280,13 @@ class HarnessModel(TemplateLM):
             all(isinstance(text, str) for text in until) and len(until) <= MOST_STOP_TEXTS,
             f"{place} until must be a text, or a list of at most {MOST_STOP_TEXTS} texts.",
         )
-        require(longest > 0, f"{place} max_gen_toks must be above 0.")
         require(
-            longest < self.max_length,
-            f"task {request.task_name} generates answers of {longest} tokens, but the model has {self.max_length} "
-            "positions for question and answer together: lower the task's max_gen_toks.",
+            0 < longest < self.max_length,
+            f"{place} max_gen_toks is {longest}; it must be above 0, and below {self.max_length}, the positions of the "
+            "model for question and answer together.",
         )
-        settings = GenerationSettings(
-            frozenset(), longest, batch_size=self._batch_size, sampling=sampling, seed=self._seed
-        )
-        return tuple(until), settings
+        plan = GenerationSettings(frozenset(), longest, batch_size=self._batch_size, sampling=sampling, seed=self._seed)
+        return tuple(until), plan
 
     def _prompts(self, texts: Sequence[str], until: Sequence[str], settings: GenerationSettings) -> Iterator[_Request]:
         """Requests whose random streams are named by content, so that a resumed evaluation samples the same answers."""

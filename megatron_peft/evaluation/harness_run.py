@@ -10,12 +10,13 @@ import os
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
+from functools import partial
 from glob import has_magic, iglob
 from importlib import import_module
 from importlib.metadata import version
 from inspect import isfunction
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from megatron_peft.data.files import open_json, require_limits
 from megatron_peft.evaluation import harness
 from megatron_peft.evaluation.answers import check_output
 from megatron_peft.evaluation.harness import FinishedRequests, HarnessModel, RankDispatcher
-from megatron_peft.evaluation.model import InferenceModel, load_model, model_fingerprint
+from megatron_peft.evaluation.model import load_model, model_fingerprint
 from megatron_peft.evaluation.task_names import harness_files, harness_folders, own_files, require_known_tasks, texts_of
 from megatron_peft.runtime.launch import checked_together
 from megatron_peft.tasks.template import TaskLoader
@@ -71,12 +72,11 @@ def evaluate(config: RunConfig, settings: HarnessSettings) -> None:
         ConfigurationError: on every rank: wrong tasks or files (before the model is loaded), or a wrong checkpoint.
     """
     checked = checked_together(lambda: _checked_tasks(config, settings) if dist.get_rank() == 0 else None)
-    model = load_model(config)
-    dispatcher = RankDispatcher(model)
+    dispatcher = RankDispatcher(load_model(config))
     if checked is None:
         dispatcher.serve()
         return
-    results = _run_harness(model, dispatcher, settings, *checked)
+    results = _run_harness(dispatcher, settings, *checked)
     dispatcher.stop()
     try:
         _write(results, settings)
@@ -88,17 +88,16 @@ def evaluate(config: RunConfig, settings: HarnessSettings) -> None:
 
 def _checked_tasks(config: RunConfig, settings: HarnessSettings) -> tuple[Any, FinishedRequests]:
     check_output(settings.output)
-    fingerprint = model_fingerprint(config)
-    if Path(settings.output).exists() and not settings.overwrite:
-        try:
-            existing = read_json_object(Path(settings.output)).get("config")
-        except ConfigurationError:
-            existing = None
+    output, fingerprint = Path(settings.output), model_fingerprint(config)
+    if output.exists() and not settings.overwrite:
+        existing = None
+        with suppress(ConfigurationError):
+            existing = read_json_object(output).get("config")
         of_this_command = {"checkpoint_fingerprint": fingerprint, "evaluation": settings.result_settings()}
         require(
             isinstance(existing, dict) and of_this_command.items() <= existing.items(),
-            f"--output {settings.output} exists already, and is not a result of this model with these flags: give "
-            "another file, or --overwrite.",
+            f"--output {output} exists already, and is not a result of this model with these flags: give another file, "
+            "or --overwrite.",
         )
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     may_run_code = settings.confirm_run_unsafe_code
@@ -107,9 +106,9 @@ def _checked_tasks(config: RunConfig, settings: HarnessSettings) -> tuple[Any, F
 
 
 def _run_harness(
-    model: InferenceModel, dispatcher: RankDispatcher, settings: HarnessSettings, tasks: Any, finished: FinishedRequests
+    dispatcher: RankDispatcher, settings: HarnessSettings, tasks: Any, finished: FinishedRequests
 ) -> dict[str, Any]:
-    harness_model: Any = HarnessModel(model, dispatcher, finished, settings.batch_size, settings.sampling_seed)
+    model: Any = HarnessModel(dispatcher, finished, settings.batch_size, settings.sampling_seed)
     limit, asked = settings.limit, []
     for name in settings.tasks:
         loaded = tasks.load([name])
@@ -120,7 +119,7 @@ def _run_harness(
         asked += [group] if group is not None else loaded["tasks"].values()  # of a tag, or a single task
     with _told(" ".join(settings.tasks), "scored"):
         results: Any = simple_evaluate(
-            model=harness_model,
+            model=model,
             tasks=asked,
             task_manager=tasks,
             bootstrap_iters=NUM_DRAWS,
@@ -134,7 +133,7 @@ def _run_harness(
     results["config"]["checkpoint_fingerprint"] = finished.model
     results["config"]["evaluation"] = settings.result_settings()
     results["config"]["package_versions"] = {name: version(name) for name in PACKAGES}
-    for kind, number in harness_model.truncated.items():
+    for kind, number in model.truncated.items():
         if number:
             print(f"{number} {kind} requests were cut at the beginning to fit the model's {model.max_length} positions")
     return results
@@ -155,13 +154,12 @@ def _in_time(judge: Callable[..., Any], num_answers: Callable[[], int] = lambda:
 
 def _write(results: dict[str, Any], settings: HarnessSettings) -> None:
     """Write questions and answers, then the results, and print the scores."""
+    as_json = partial(json.dumps, default=lm_eval.utils.handle_non_serializable)
     samples: Mapping[str, list[dict[str, Any]]] = results.pop("samples", {})
     if settings.log_samples:
-        lines = [{"task": task, **sample} for task, of_task in samples.items() for sample in of_task]
-        text = "".join(json.dumps(line, default=lm_eval.utils.handle_non_serializable) + "\n" for line in lines)
-        write_atomically(settings.side_file("samples"), text)
-    text = json.dumps(results, indent=2, default=lm_eval.utils.handle_non_serializable) + "\n"
-    write_atomically(Path(settings.output), text)
+        lines = [as_json({"task": task, **sample}) + "\n" for task, of_task in samples.items() for sample in of_task]
+        write_atomically(settings.side_file("samples"), "".join(lines))
+    write_atomically(Path(settings.output), as_json(results, indent=2) + "\n")
     for task, scores in results["results"].items():
         shown = {name: value for name, value in scores.items() if isinstance(value, float)}
         print(f"{task}: " + ", ".join(f"{name.partition(',none')[0]} {value:.4f}" for name, value in shown.items()))
@@ -191,15 +189,14 @@ def find_tasks(
     """The harness's TaskManager for these tasks, each of which loads, and asks its first question.
 
     Raises:
-        ConfigurationError: an unknown name; a folder that does not exist; a task file that would run code; data that
-            cannot be read or does not fit the task's templates; a label outside the choices; fewer solved examples
-            than `num_fewshot`, or only those that are scored; an unknown metric; too many requests.
+        ConfigurationError: an unknown name or folder; a task file that would run code; data that cannot be read or does
+            not fit the task's templates; what the checks below name.
     """
     require_known_tasks(names, include_paths)
     check_task_files(include_paths, may_run_code)
     # Only those of the harness's thousands of files are parsed that these tasks need. A later folder comes first.
-    folders = [*harness_folders(names, include_paths), *include_paths]
-    manager = TaskManager(include_path=list(folders), include_defaults=False)
+    folders: list[Any] = [*harness_folders(names, include_paths), *include_paths]
+    manager = TaskManager(include_path=folders, include_defaults=False)
     for name in names:
         with _told(name, "loaded"):
             try:
@@ -233,11 +230,11 @@ def _told(tasks: str, done: str) -> Iterator[None]:
 def _check_metrics(task: Any) -> None:
     """Each metric, aggregation and filter exists; the harness would fail when all questions are answered."""
     given = [entry.get("aggregation") for entry in task.config.metric_list or ()]
-    bad = [name for name in given if isinstance(name, str) and name not in AGGREGATION_REGISTRY]
-    require(not bad, f"no aggregation {', '.join(bad)}; there are {', '.join(AGGREGATION_REGISTRY)}.")
-    bad = [name for name, function in task._metric_fn_list.items() if function is None]
-    known = task.config.process_results is not None or not bad
-    require(known, f"no metric {', '.join(bad)}; there are {', '.join(METRIC_REGISTRY)}.")
+    unknown = [name for name in given if isinstance(name, str) and name not in AGGREGATION_REGISTRY]
+    require(not unknown, f"no aggregation {', '.join(unknown)}; there are {', '.join(AGGREGATION_REGISTRY)}.")
+    unknown = [name for name, function in task._metric_fn_list.items() if function is None]
+    is_scored = task.config.process_results is not None or not unknown
+    require(is_scored, f"no metric {', '.join(unknown)}; there are {', '.join(METRIC_REGISTRY)}.")
     for make_filter in chain.from_iterable(ensemble.filters for ensemble in task._filters):
         make_filter()
 
@@ -287,7 +284,6 @@ DATA = {"dataset_path", "dataset_name", "dataset_kwargs"}
 DATA_SETTINGS = {"data_dir", "data_files", "field", "revision", "trust_remote_code"}  # the last one is ignored
 DATA_SETTINGS |= {"column_names", "delimiter", "encoding", "header", "names", "quotechar", "sep"}  # of tables
 PACKED = (b"\x1f\x8b", b"PK\x03\x04", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18")  # gzip, ...
-MOST_FILES = 10_000  # of a task's data
 CALLING = {"class", "custom_dataset", "use_prompt"}  # keys of a task that call what they name
 
 
@@ -298,8 +294,7 @@ def check_task_files(include_paths: Sequence[str], may_run_code: bool = False) -
     may_run_code: functions of the harness's own tasks are allowed, of which some run programs that stand in the data.
     """
     waiting = [(path, path) for folder in include_paths for path in sorted(Path(folder).rglob("*.yaml"))]
-    of_user = {file.name for file in own_files(include_paths)}
-    seen: set[Path] = set()
+    of_user, seen = own_files(include_paths), set[Path]()
     for path, origin in waiting:  # grows by the files that these build on
         is_of_harness = path.resolve().is_relative_to(HARNESS)
         if path.resolve() in seen or (path is origin and is_of_harness):
@@ -325,7 +320,7 @@ def check_task_files(include_paths: Sequence[str], may_run_code: bool = False) -
             for task in tasks:
                 _check_task(path, task)
         built_on = [path.parent / name for task in tasks[:1] for name in texts_of(task.get("include"))]
-        members = {str(task.get("task")) for task in tasks[1:]} - of_user
+        members = {str(task.get("task")) for task in tasks[1:]} - of_user.keys()
         built_on += [Path(file.path) for name in members for file in harness_files().get(name, ())]
         names_data = path is not origin or any(DATA & task.keys() for task in tasks)
         waiting += [(base, origin) for base in built_on if names_data or not base.resolve().is_relative_to(HARNESS)]
@@ -359,15 +354,14 @@ def _check_task(path: Path, task: dict[str, Any]) -> None:
     require(not refused, f"{path} is refused: {', '.join(sorted(refused))} could run code: remove it.")
     # `evaluate.load` would look on the disk for a metric that the harness does not know. A !function is None here.
     metrics = task.get("metric_list")
-    entries = [entry for entry in metrics if isinstance(entry, dict)] if isinstance(metrics, list) else []
-    named = [(str(entry.get("metric")), entry.get("hf_evaluate")) for entry in entries]
-    scripts = [name for name, hf_evaluate in named if hf_evaluate or name not in METRIC_REGISTRY]
-    scripts = [name for name in scripts if "/" in name or Path(name).exists()]
-    require(
-        not scripts,
-        f"{path} is refused: the metric {', '.join(scripts)} is a script, which the harness would run. Use one of its "
-        "own metrics, or a function of megatron_peft.evaluation by !function.",
-    )
+    for entry in (entry for entry in (metrics if isinstance(metrics, list) else ()) if isinstance(entry, dict)):
+        name = str(entry.get("metric"))
+        is_script = entry.get("hf_evaluate") or name not in METRIC_REGISTRY
+        require(
+            not (is_script and ("/" in name or Path(name).exists())),
+            f"{path} is refused: the metric {name} is a script, which the harness would run. Use one of its own "
+            "metrics, or a function of megatron_peft.evaluation by !function.",
+        )
     reader, settings = str(task.get("dataset_path", "")), task.get("dataset_kwargs") or {}
     unknown = settings.keys() - DATA_SETTINGS if isinstance(settings, dict) else {"dataset_kwargs"}
     require(not unknown, f"{path} is refused: dataset_kwargs takes {', '.join(sorted(DATA_SETTINGS))}, not {unknown}.")
@@ -378,10 +372,11 @@ def _check_task(path: Path, task: dict[str, Any]) -> None:
     )
     for given in (reader, *_texts_within(settings)):
         require("://" not in given and "::" not in given, f"{path} is refused: {given} is no file: download it first.")
-        files = islice(_files_of(given) if given and given not in READERS else (), MOST_FILES + 1)
-        for number, file in enumerate(files):
-            require(number < MOST_FILES, f"{path} is refused: {given} names more than {MOST_FILES:,} files.")
-            _check_data(file, f"{path}: dataset_kwargs:")
+        named = iglob(given, recursive=True) if has_magic(given) else filter(None, [given])
+        for place in map(Path, named if given not in READERS else ()):
+            inside = place.rglob("*") if place.is_dir() else [place]
+            for file in (file for file in inside if file.exists() and not file.is_dir()):
+                _check_data(file, f"{path}: dataset_kwargs:")
 
 
 def _texts_within(value: Any) -> Iterator[str]:
@@ -390,13 +385,6 @@ def _texts_within(value: Any) -> Iterator[str]:
     elif isinstance(value, dict | list):
         for inner in value.values() if isinstance(value, dict) else value:
             yield from _texts_within(inner)
-
-
-def _files_of(given: str) -> Iterator[Path]:
-    """The files that a path, a folder or a pattern names."""
-    for name in chain([given], iglob(given, recursive=True) if has_magic(given) else ()):
-        inside = Path(name).rglob("*") if Path(name).is_dir() else [Path(name)]
-        yield from (path for path in inside if path.exists() and not path.is_dir())
 
 
 def _check_data(file: Path, flag: str) -> None:

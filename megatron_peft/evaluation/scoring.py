@@ -18,8 +18,8 @@ from megatron_peft.adapters.step import adapters_step
 from megatron_peft.config import require
 
 
-def broadcast_from_last_stage(values: Tensor) -> Tensor:
-    """Broadcast `values` in place from the last stage's first tensor-parallel rank to all ranks of the replica.
+def from_last_stage(values: Tensor) -> Tensor:
+    """Broadcast `values`, in place, from the last stage's first tensor-parallel rank to all ranks of the replica.
 
     All of them need identical tokens: a rank that ended a row alone would leave the others waiting forever.
     """
@@ -46,12 +46,8 @@ class CachedRows:
     Rows of unequal length are padded on the left, so each row's newest token is in the last column. A key mask hides
     the padding; rotary and ALiBi positions are relative, so the shift changes nothing.
 
-    Letters: b rows, s new positions of a forward, k positions in the cache, g key-value heads, d their size.
-
-    Args:
-        model_chunks: of this rank.
-        padding: number of padded columns on the left of each row.
-        num_columns: capacity of the cache, including padding.
+    Letters: b rows, s new positions of a forward, k positions in the cache, g key-value heads, d their size. `padding`
+    has the number of padded columns of each row; `num_columns`, the capacity of the cache, includes them.
     """
 
     def __init__(self, model_chunks: Sequence[GPTModel], padding: Sequence[int], num_columns: int) -> None:
@@ -61,11 +57,9 @@ class CachedRows:
         self._is_padded = any(padding)
 
     def forward(self, tokens: Tensor, every_position: bool = False) -> Tensor | None:
-        """Logits after `tokens` [b, s], which follow the cached ones.
+        """Logits after `tokens` [b, s], which follow the cached ones: None except on the last pipeline stage.
 
-        Returns:
-            [b, 1, vocabulary] after the last column, or [b, s, vocabulary] for `every_position`, float32, on the last
-            pipeline stage; None on the others.
+        They are [b, 1, vocabulary] after the last column, or [b, s, vocabulary] for `every_position`, in float32.
         """
         done, (num_rows, num_new) = self._cache.sequence_len_offset, tokens.shape
         settings: Any = getattr(self._cache, "config", self._cache)  # up to 0.16 these are the cache's own attributes
@@ -150,11 +144,6 @@ class Continuation(NamedTuple):
     context: tuple[int, ...]
     ids: tuple[int, ...]
 
-    @property
-    def row(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The tokens that go into the model: all but the last."""
-        return self.context, self.ids[:-1]
-
 
 class ContinuationScore(NamedTuple):
     """log p(ids | context), summed over the ids, in nats; whether each id was the likeliest at its position."""
@@ -166,60 +155,44 @@ class ContinuationScore(NamedTuple):
 def score_continuations(
     model_chunks: Sequence[GPTModel], continuations: Sequence[Continuation], batch_size: int
 ) -> list[ContinuationScore]:
-    """Score each continuation. All ranks of a replica call it together and get the same result.
+    """Score each continuation, `batch_size` per forward. All ranks of a replica call it and get the same result.
 
-    Args:
-        model_chunks: of this rank, without a data-parallel wrapper; their modes are restored afterwards.
-        batch_size: continuations per forward.
-
-    Raises:
-        ConfigurationError: a context or a continuation is empty.
+    The chunks of this rank, without a data-parallel wrapper, are restored to their mode afterwards.
     """
     require(
         all(context and ids for context, ids in continuations),
         "a context or a continuation has no token: a score needs at least one of each.",
     )
-    scores = [ContinuationScore(0.0, False)] * len(continuations)
     # The longest first; continuations of one context next to each other.
     keys = [(len(context), context, len(ids)) for context, ids in continuations]
     order = sorted(range(len(keys)), key=keys.__getitem__, reverse=True)
+    scores: dict[int, ContinuationScore] = {}
     with inference(model_chunks):
-        for batch in _batches(order, continuations, batch_size, model_chunks[0].vocab_size):
-            scored = _score_batch(model_chunks, [continuations[index] for index in batch])
-            for index, score in zip(batch, scored, strict=True):
-                scores[index] = score
-    return scores
-
-
-def _batches(
-    order: Sequence[int], continuations: Sequence[Continuation], batch_size: int, vocab_size: int
-) -> Iterator[list[int]]:
-    """Batches of up to `batch_size` continuations and MAX_LOGITS logits; a continuation with more logits goes alone."""
-    batch: list[int] = []
-    longest = 0
-    for index in order:
-        longest = max(longest, len(continuations[index].ids))
-        if batch and (len(batch) == batch_size or (len(batch) + 1) * longest * vocab_size > MAX_LOGITS):
-            yield batch
-            batch, longest = [], len(continuations[index].ids)
-        batch.append(index)
-    if batch:
-        yield batch
+        while len(scores) < len(order):
+            batch, longest = list[Continuation](), 0
+            for index in order[len(scores) :][:batch_size]:
+                longest = max(longest, len(continuations[index].ids))
+                if batch and (len(batch) + 1) * longest * model_chunks[0].vocab_size > MAX_LOGITS:
+                    break
+                batch.append(continuations[index])
+            scored = _score_batch(model_chunks, batch)
+            scores |= zip(order[len(scores) :][: len(batch)], scored, strict=True)
+    return [scores[index] for index in range(len(order))]
 
 
 def _score_batch(model_chunks: Sequence[GPTModel], batch: Sequence[Continuation]) -> list[ContinuationScore]:
-    rows = sorted({continuation.row for continuation in batch})
+    asked = [(context, ids[:-1]) for context, ids in batch]  # all tokens but the last go into the model
+    rows = sorted(set(asked))
     logits = _logits(model_chunks, rows)
     scores = torch.zeros(len(batch), 2, dtype=torch.float64, device=torch.cuda.current_device())
     if logits is not None:
-        row_of = {row: number for number, row in enumerate(rows)}
         log_probabilities = logits.log_softmax(-1)
-        for number, continuation in enumerate(batch):
-            wanted = torch.tensor(continuation.ids, device=logits.device)
-            candidates = log_probabilities[row_of[continuation.row], : len(wanted)]  # [tokens, v]
+        for number, (row, (_, ids)) in enumerate(zip(asked, batch, strict=True)):
+            wanted = torch.tensor(ids, device=logits.device)
+            candidates = log_probabilities[rows.index(row), : len(wanted)]  # [tokens, v]
             scores[number, 0] = candidates.gather(-1, wanted[:, None]).sum()
             scores[number, 1] = (candidates.argmax(-1) == wanted).all()
-    return [ContinuationScore(total, bool(greedy)) for total, greedy in broadcast_from_last_stage(scores).tolist()]
+    return [ContinuationScore(total, bool(greedy)) for total, greedy in from_last_stage(scores).tolist()]
 
 
 def _logits(model_chunks: Sequence[GPTModel], rows: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> Tensor | None:
@@ -231,8 +204,7 @@ def _logits(model_chunks: Sequence[GPTModel], rows: Sequence[tuple[tuple[int, ..
     cached = CachedRows(model_chunks, padding, tokens.shape[1] + longest)
     if tokens.shape[1]:
         cached.forward(tokens)
-    row_of = {context: row for row, context in enumerate(contexts)}
-    cached.keep([row_of[context] for context, _ in rows])
+    cached.keep([contexts.index(context) for context, _ in rows])
     following = [[context[-1], *before_last] for context, before_last in rows]
     padded = [row + [0] * (longest - len(row)) for row in following]  # on the right, where causal attention ignores it
     return cached.forward(torch.tensor(padded, device=torch.cuda.current_device()), every_position=True)
@@ -243,10 +215,9 @@ Answer = TypeVar("Answer")
 
 
 def over_replicas(items: Sequence[Item], work: Callable[[Sequence[Item]], Sequence[Answer]]) -> list[Answer]:
-    """`work(items)`, divided among the data-parallel replicas. A collective of all ranks.
+    """`work(items)`, divided among the data-parallel replicas: an answer for each item, in their order, on every rank.
 
-    Returns:
-        One answer for each item, in their order, on every rank.
+    A collective of all ranks.
     """
     group: Any = parallel_state.get_data_parallel_group()
     size, rank = group.size(), group.rank()

@@ -86,7 +86,7 @@ def passes(monkeypatch):
         return 10.0 * nn.functional.one_hot(said, 10)
 
     monkeypatch.setattr(scoring, "_logits", logits)
-    monkeypatch.setattr(scoring, "broadcast_from_last_stage", lambda values: values)
+    monkeypatch.setattr(scoring, "from_last_stage", lambda values: values)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: torch.device("cpu"))
     return seen
 

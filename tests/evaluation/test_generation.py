@@ -229,7 +229,7 @@ def _generate_by_script(monkeypatch, settings, script, told=lambda row, token: N
 
     monkeypatch.setattr(generation, "CachedRows", Rows)
     monkeypatch.setattr(generation, "left_padded", lambda rows: (torch.tensor(rows), [0] * len(rows)))
-    monkeypatch.setattr(generation, "broadcast_from_last_stage", lambda values: values)
+    monkeypatch.setattr(generation, "from_last_stage", lambda values: values)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: torch.device("cpu"))
     return generate([torch.nn.Module()], [[first] for first in script], settings, on_token=told)
 

@@ -22,6 +22,7 @@ from megatron_peft.commands.evaluate import main
 from megatron_peft.config import ConfigurationError
 from megatron_peft.evaluation import sandbox as sandbox_module
 from megatron_peft.evaluation.sandbox import (
+    CLONE3,
     DRIVER,
     ENVIRONMENT,
     MACHINES,
@@ -553,7 +554,7 @@ def test_ordinary_calls_pass(name: str) -> None:
     machine, program = MACHINES[name], seccomp_filter(name)
     assert answer(program, machine.audit, READ[name]) == ALLOW
     assert answer(program, machine.audit, machine.clone, 0x3D0F00) == ALLOW  # flags of a thread
-    assert answer(program, machine.audit, machine.clone3) == MISSING
+    assert answer(program, machine.audit, CLONE3) == MISSING
 
 
 def test_a_namespace_and_other_architectures_and_abis_do_not_slip_past() -> None:
