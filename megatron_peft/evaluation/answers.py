@@ -28,7 +28,6 @@ from megatron_peft.evaluation.model import InferenceModel, load_model, restore_b
 from megatron_peft.runtime.launch import checked_together
 
 Record = Mapping[str, Any]
-JSON_SUFFIXES = (".json", ".jsonl")
 
 
 def answer(config: RunConfig, settings: AnswerSettings) -> None:
@@ -64,14 +63,8 @@ def answer(config: RunConfig, settings: AnswerSettings) -> None:
 def plan_of(settings: AnswerSettings) -> tuple[tuple[str, ...], GenerationSettings]:
     """The texts that end an answer, with new lines and tabs for their `\\n` and `\\t`; how answers are generated."""
     until = tuple(text.replace("\\n", "\n").replace("\\t", "\t") for text in settings.stop)
-    plan = GenerationSettings(
-        frozenset(),
-        settings.max_new_tokens,
-        batch_size=settings.batch_size,
-        sampling=settings.sampling(),
-        seed=settings.sampling_seed,
-    )
-    return until, plan
+    how = {"batch_size": settings.batch_size, "sampling": settings.sampling(), "seed": settings.sampling_seed}
+    return until, GenerationSettings(frozenset(), settings.max_new_tokens, **how)
 
 
 def records_of(settings: AnswerSettings) -> list[Record]:
@@ -115,21 +108,22 @@ def read_prompts(path: Path) -> list[Record]:
     require_regular(path, "--prompt-file")
     lines = [(f"{path}:{number}", line) for number, line in enumerate(read_text(path).splitlines(), 1) if line.strip()]
     require(bool(lines), f"--prompt-file {path} contains no prompt.")
-    return [_prompt(line, place) if path.suffix in JSON_SUFFIXES else {"prompt": line} for place, line in lines]
-
-
-def _prompt(line: str, place: str) -> Record:
-    record = parse_json(line, place)
-    if isinstance(record, dict):
-        messages = record.get("messages")
+    if path.suffix not in (".json", ".jsonl"):
+        return [{"prompt": line} for _, line in lines]
+    records = []
+    for place, line in lines:
+        record = parse_json(line, place)
+        messages = record.get("messages") if isinstance(record, dict) else None
         if messages and isinstance(messages, list) and all(isinstance(message, dict) for message in messages):
             try:
-                return {**record, "messages": [plain_turn(number, turn) for number, turn in enumerate(messages, 1)]}
+                record["messages"] = [plain_turn(number, turn) for number, turn in enumerate(messages, 1)]
             except ConfigurationError as error:
                 raise ConfigurationError(f"{place}: {error}") from error
-        if isinstance(record.get("prompt"), str) and not messages:
-            return record
-    raise ConfigurationError(f'{place}: neither {{"prompt": "..."}} nor {{"messages": [...]}}.')
+        else:
+            is_prompt = isinstance(record, dict) and isinstance(record.get("prompt"), str) and not messages
+            require(is_prompt, f'{place}: neither {{"prompt": "..."}} nor {{"messages": [...]}}.')
+        records.append(record)
+    return records
 
 
 def encode_prompts(records: Sequence[Record], tokenizer: Tokenizer, chat: bool, max_length: int) -> list[list[int]]:

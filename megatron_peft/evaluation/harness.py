@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch.distributed as dist
 from lm_eval.api.instance import Instance
@@ -86,8 +86,7 @@ class FinishedRequests(dict[str, Any]):
     """
 
     def __init__(self, path: Path, model: str) -> None:
-        self._path = path
-        self.model = model
+        self._path, self.model = path, model
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             require_regular(path)
@@ -140,29 +139,25 @@ class FinishedRequests(dict[str, Any]):
 
     def require_answers(self, keys: Iterable[str], is_answer: Callable[[Any], bool]) -> None:
         """Raises ConfigurationError if a known answer to these requests is not of their kind."""
-        wrong = [key for key in keys if key in self and not is_answer(self[key])]
-        require(
-            not wrong,
-            f"{self._path} has no such answer to the request {''.join(wrong[:1])} as the model gives: remove its line "
-            "to repeat the request.",
-        )
+        for key in keys:
+            require(
+                key not in self or is_answer(self[key]),
+                f"{self._path} has no such answer to the request {key} as the model gives: remove its line to repeat "
+                "the request.",
+            )
 
 
 def _is_score(answer: Any) -> bool:
     """A log-likelihood, and whether it is of the likeliest continuation."""
-    is_pair = isinstance(answer, list | tuple) and len(answer) == 2
-    return is_pair and type(answer[0]) in (int, float) and type(answer[1]) is bool
+    return isinstance(answer, list | tuple) and [*map(type, answer)] in ([float, bool], [int, bool])
 
 
 MAX_NEW_TOKENS = 256  # the harness's default
 MOST_STOP_TEXTS = 1000  # each is looked for after each token
 SUPPORTED_SETTINGS = {"until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k"}
 
-
-class _Request(NamedTuple):
-    key: str  # of its answer
-    content: Any  # a continuation, or a prompt with the name of its random stream
-    ids: tuple[int, ...]  # of its context; requests of one length go together
+# The key of its answer, and a continuation, or a prompt with the name of its random stream: both begin with a context.
+Request = tuple[str, tuple[tuple[int, ...], Any]]
 
 
 class HarnessModel(TemplateLM):
@@ -207,15 +202,14 @@ class HarnessModel(TemplateLM):
     def get_model_info(self) -> Mapping[str, Any]:
         """What the results say about the model, in addition to the harness's fields."""
         config, record = self._model.config, self._model.record
+        sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "data_parallel_size")
         return {
             "pretrained_checkpoint": config.model.pretrained_checkpoint,
             "checkpoint": config.checkpoint.load,
             "iteration": None if record is None else record.position["iteration"],
             "peft_method": None if record is None else config.peft.method,
             "bf16": config.model.bf16,
-            "tensor_model_parallel_size": config.parallel.tensor_model_parallel_size,
-            "pipeline_model_parallel_size": config.parallel.pipeline_model_parallel_size,
-            "data_parallel_size": config.parallel.data_parallel_size,
+            **{name: getattr(config.parallel, name) for name in sizes},
             "sampling_seed": self._seed,
             "truncated_requests": dict(self.truncated),
         }
@@ -223,14 +217,12 @@ class HarnessModel(TemplateLM):
     def _loglikelihood_tokens(self, requests: Sequence[Any], **kwargs: Any) -> list[tuple[float, bool]]:
         keyed = []
         for _, context, ids in requests:
-            require(
-                len(ids) <= self.max_length,
-                f"a continuation of {len(ids)} tokens does not fit the {self.max_length} positions of the model.",
-            )
+            told = f"a continuation of {len(ids)} tokens does not fit the {self.max_length} positions of the model."
+            require(len(ids) <= self.max_length, told)
             excess = max(len(context) + len(ids) - 1 - self.max_length, 0)  # the last token needs no position
             self.truncated["score"] += excess > 0
             asked = Continuation(tuple(context[excess:]), tuple(ids))
-            keyed.append(_Request(self._finished.key("score", *asked), asked, asked.context))
+            keyed.append((self._finished.key("score", *asked), asked))
         score = partial(self._dispatcher.call, "score", self._batch_size)
         return [(total, greedy) for total, greedy in self._answers("scoring", keyed, score, _is_score)]
 
@@ -253,7 +245,7 @@ class HarnessModel(TemplateLM):
             chosen = [index for index, plan in enumerate(plans) if plan == (until, settings)]
             prompts = self._prompts([requests[index].args[0] for index in chosen], until, settings)
             generate = partial(self._dispatcher.call, "generate", until, settings)
-            answers = self._answers("answering", prompts, generate, self._are_ids)
+            answers = self._answers("answering", [*prompts], generate, self._are_ids)
             stop = StopTexts(self._model.tokenizer, until)
             for index, ids in zip(chosen, answers, strict=True):
                 texts[index] = stop.cut(self._model.tokenizer.decode(ids))
@@ -265,10 +257,8 @@ class HarnessModel(TemplateLM):
         place = f"generation_kwargs of task {request.task_name}:"
         try:
             given: dict[str, Any] = {**normalize_gen_kwargs(arguments[1], MAX_NEW_TOKENS)}
-            sampling = GREEDY
-            if given["do_sample"]:
-                temperature, top_p = float(given.get("temperature", 1.0)), float(given.get("top_p", 1.0))
-                sampling = Sampling(temperature, top_p, int(given.get("top_k", 0)))
+            values = (float(given.get("temperature", 1)), float(given.get("top_p", 1)), int(given.get("top_k", 0)))
+            sampling = Sampling(*values) if given["do_sample"] else GREEDY
         except (ConfigurationError, TypeError, ValueError, OverflowError) as error:
             raise ConfigurationError(f"{place} {error}") from error
         unknown = sorted(given.keys() - SUPPORTED_SETTINGS)
@@ -288,7 +278,7 @@ class HarnessModel(TemplateLM):
         plan = GenerationSettings(frozenset(), longest, batch_size=self._batch_size, sampling=sampling, seed=self._seed)
         return tuple(until), plan
 
-    def _prompts(self, texts: Sequence[str], until: Sequence[str], settings: GenerationSettings) -> Iterator[_Request]:
+    def _prompts(self, texts: Sequence[str], until: Sequence[str], settings: GenerationSettings) -> Iterator[Request]:
         """Requests whose random streams are named by content, so that a resumed evaluation samples the same answers."""
         room = self.max_length - settings.max_new_tokens
         what = until, settings.max_new_tokens, settings.sampling.__dict__, settings.seed
@@ -299,26 +289,25 @@ class HarnessModel(TemplateLM):
             ids = tuple(ids[-room:])
             name = f"{hashlib.sha256(json.dumps(ids).encode()).hexdigest()}/{seen[ids]}"
             seen[ids] += settings.sampling != GREEDY
-            yield _Request(self._finished.key("generate", ids, name, *what), (ids, name), ids)
+            yield self._finished.key("generate", ids, name, *what), (ids, name)
 
     def _are_ids(self, answer: Any) -> bool:
         largest = self._model.tokenizer.largest_id
         return isinstance(answer, list | tuple) and all(type(id_) is int and 0 <= id_ <= largest for id_ in answer)
 
     def _answers(
-        self, title: str, requests: Iterable[_Request], compute: Callable, is_answer: Callable[[Any], bool]
+        self, title: str, requests: Sequence[Request], compute: Callable, is_answer: Callable[[Any], bool]
     ) -> list[Any]:
         """Answers in the order of the requests: known ones, and `compute` of the others in portions, longest first."""
-        requests = list(requests)
-        self._finished.require_answers([request.key for request in requests], is_answer)
-        distinct = {request.key: request for request in requests}
-        pending = [request for request in distinct.values() if request.key not in self._finished]
-        pending.sort(key=lambda request: (-len(request.ids), request.ids))
+        finished, distinct = self._finished, dict(requests)
+        finished.require_answers(distinct, is_answer)
+        pending = [key for key in distinct if key not in finished]
+        pending.sort(key=lambda key: (-len(distinct[key][0]), distinct[key][0]))
         size = self._batch_size * self._model.config.parallel.data_parallel_size
         with request_bar(title, len(distinct), done=len(distinct) - len(pending)) as advance:
             for start in range(0, len(pending), size):
                 portion = pending[start : start + size]
-                answers = compute([request.content for request in portion])
-                self._finished.add({request.key: answer for request, answer in zip(portion, answers, strict=True)})
+                answers = compute([distinct[key] for key in portion])
+                finished.add(dict(zip(portion, answers, strict=True)))
                 advance(len(portion))
-        return [self._finished[request.key] for request in requests]
+        return [finished[key] for key, _ in requests]

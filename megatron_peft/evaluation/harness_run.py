@@ -76,8 +76,36 @@ def evaluate(config: RunConfig, settings: HarnessSettings) -> None:
     if checked is None:
         dispatcher.serve()
         return
-    results = _run_harness(dispatcher, settings, *checked)
+    tasks, finished = checked
+    asked: list[Any] = []
+    for name in settings.tasks:
+        loaded = tasks.load([name])
+        for task in loaded["tasks"].values():
+            task.apply_filters = _in_time(task.apply_filters, lambda task=task: len(task.instances))
+            task.process_results = _in_time(task.process_results)
+        group = loaded.get("groups", {}).get(name)
+        asked += [group] if group is not None else loaded["tasks"].values()  # of a tag, or a single task
+    model: Any = HarnessModel(dispatcher, finished, settings.batch_size, settings.sampling_seed)
+    limit = settings.limit
+    with _told(" ".join(settings.tasks), "scored"):
+        results: Any = simple_evaluate(
+            model=model,
+            tasks=asked,
+            task_manager=tasks,
+            bootstrap_iters=NUM_DRAWS,
+            num_fewshot=settings.num_fewshot,
+            limit=limit if limit is None or limit < 1 else int(limit),
+            batch_size=settings.batch_size,
+            log_samples=settings.log_samples,
+            apply_chat_template=settings.apply_chat_template,
+            confirm_run_unsafe_code=settings.confirm_run_unsafe_code,
+        )
     dispatcher.stop()
+    results["config"]["checkpoint_fingerprint"] = finished.model
+    results["config"]["evaluation"] = settings.result_settings()
+    results["config"]["package_versions"] = {name: version(name) for name in PACKAGES}
+    for kind, number in (+model.truncated).items():
+        print(f"{number} {kind} requests were cut at the beginning to fit the model's {model.max_length} positions")
     try:
         _write(results, settings)
     except OSError as error:
@@ -103,40 +131,6 @@ def _checked_tasks(config: RunConfig, settings: HarnessSettings) -> tuple[Any, F
     may_run_code = settings.confirm_run_unsafe_code
     tasks = find_tasks(settings.tasks, settings.include_path, settings.num_fewshot, settings.limit, may_run_code)
     return tasks, FinishedRequests(settings.side_file("requests"), fingerprint)
-
-
-def _run_harness(
-    dispatcher: RankDispatcher, settings: HarnessSettings, tasks: Any, finished: FinishedRequests
-) -> dict[str, Any]:
-    model: Any = HarnessModel(dispatcher, finished, settings.batch_size, settings.sampling_seed)
-    limit, asked = settings.limit, []
-    for name in settings.tasks:
-        loaded = tasks.load([name])
-        for task in loaded["tasks"].values():
-            task.apply_filters = _in_time(task.apply_filters, lambda task=task: len(task.instances))
-            task.process_results = _in_time(task.process_results)
-        group = loaded.get("groups", {}).get(name)
-        asked += [group] if group is not None else loaded["tasks"].values()  # of a tag, or a single task
-    with _told(" ".join(settings.tasks), "scored"):
-        results: Any = simple_evaluate(
-            model=model,
-            tasks=asked,
-            task_manager=tasks,
-            bootstrap_iters=NUM_DRAWS,
-            num_fewshot=settings.num_fewshot,
-            limit=limit if limit is None or limit < 1 else int(limit),
-            batch_size=settings.batch_size,
-            log_samples=settings.log_samples,
-            apply_chat_template=settings.apply_chat_template,
-            confirm_run_unsafe_code=settings.confirm_run_unsafe_code,
-        )
-    results["config"]["checkpoint_fingerprint"] = finished.model
-    results["config"]["evaluation"] = settings.result_settings()
-    results["config"]["package_versions"] = {name: version(name) for name in PACKAGES}
-    for kind, number in model.truncated.items():
-        if number:
-            print(f"{number} {kind} requests were cut at the beginning to fit the model's {model.max_length} positions")
-    return results
 
 
 def _in_time(judge: Callable[..., Any], num_answers: Callable[[], int] = lambda: 0) -> Callable[..., Any]:
@@ -228,7 +222,7 @@ def _told(tasks: str, done: str) -> Iterator[None]:
 
 
 def _check_metrics(task: Any) -> None:
-    """Each metric, aggregation and filter exists; the harness would fail when all questions are answered."""
+    """Each metric, aggregation and filter exists: the harness would fail when all questions are answered."""
     given = [entry.get("aggregation") for entry in task.config.metric_list or ()]
     unknown = [name for name in given if isinstance(name, str) and name not in AGGREGATION_REGISTRY]
     require(not unknown, f"no aggregation {', '.join(unknown)}; there are {', '.join(AGGREGATION_REGISTRY)}.")
@@ -264,14 +258,14 @@ def _check_examples(task: Any, num_fewshot: int | None) -> None:
     wanted = (task.config.num_fewshot or 0) if num_fewshot is None else num_fewshot
     if not wanted:
         return
-    settings = task.fewshot_cfg
-    has_examples = settings.split is not None or settings.samples is not None or task.has_training_docs()
+    split, has_samples = task.fewshot_cfg.split, task.fewshot_cfg.samples is not None
+    is_apart = split is not None or has_samples or task.has_training_docs()
     require(
-        num_fewshot is None or has_examples or (task.has_validation_docs() and task.has_test_docs()),
+        num_fewshot is None or is_apart or (task.has_validation_docs() and task.has_test_docs()),
         f"--num-fewshot {num_fewshot}: it has only items that are scored; omit --num-fewshot, or give the task a "
         "fewshot_split.",
     )
-    num_items = len(task.fewshot_docs()) - (settings.split is not None and settings.split == task.config.test_split)
+    num_items = len(task.fewshot_docs()) - (split is not None and split == task.config.test_split)
     flag = f"num_fewshot: {wanted}" if num_fewshot is None else f"--num-fewshot {wanted}"
     require(num_items >= wanted, f"{flag}: it has {num_items} solved items besides the one that is asked.")
     task.set_config("num_fewshot", wanted)
@@ -376,7 +370,15 @@ def _check_task(path: Path, task: dict[str, Any]) -> None:
         for place in map(Path, named if given not in READERS else ()):
             inside = place.rglob("*") if place.is_dir() else [place]
             for file in (file for file in inside if file.exists() and not file.is_dir()):
-                _check_data(file, f"{path}: dataset_kwargs:")
+                # What `datasets` would take a machine's memory for, or unpack.
+                flag = f"{path}: dataset_kwargs:"
+                require_regular(file, flag)
+                with file.open("rb") as opened:
+                    is_packed = opened.read(max(map(len, PACKED))).startswith(PACKED)
+                require(not is_packed, f"{flag} {file} is compressed: unpack it first.")
+                if file.suffix in (".json", ".jsonl"):
+                    open_json(file, with_digest=False)
+                require_limits(file, flag)
 
 
 def _texts_within(value: Any) -> Iterator[str]:
@@ -385,14 +387,3 @@ def _texts_within(value: Any) -> Iterator[str]:
     elif isinstance(value, dict | list):
         for inner in value.values() if isinstance(value, dict) else value:
             yield from _texts_within(inner)
-
-
-def _check_data(file: Path, flag: str) -> None:
-    """Raises ConfigurationError for what `datasets` would take a machine's memory for, or unpack."""
-    require_regular(file, flag)
-    with file.open("rb") as opened:
-        start = opened.read(max(map(len, PACKED)))
-    require(not start.startswith(PACKED), f"{flag} {file} is compressed: unpack it first.")
-    if file.suffix in (".json", ".jsonl"):
-        open_json(file, with_digest=False)
-    require_limits(file, flag)

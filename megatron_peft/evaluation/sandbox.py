@@ -131,10 +131,8 @@ def bubblewrap_command(
 
 # System call -> its numbers on (x86_64, aarch64). In the sandbox they fail with EPERM.
 DENIED = tomllib.loads(Path(__file__).with_name("denied_calls.toml").read_text(encoding="utf-8"))
-NEW_NAMESPACE = 0x7E020080  # the CLONE_NEW... flags: time, mount, cgroup, uts, ipc, user, pid, net
-
-
 CLONE3 = 435
+NEW_NAMESPACE = 0x7E020080  # the CLONE_NEW... flags: time, mount, cgroup, uts, ipc, user, pid, net
 
 
 class Machine(NamedTuple):
@@ -240,12 +238,12 @@ class Sandbox:
                 limits["RLIMIT_NPROC"] = (self.limits.processes + 2, self.limits.processes + 2)
             max_files = self.limits.files if is_confined else None  # without bubblewrap /tmp is the host's
             job = {**asdict(program), "user": user, "judge": judge, "limits": limits, "max_files": max_files}
-            # A program's output is a file, which other processes may hold: nobody waits for its end.
-            printed, info, calls = (opened.enter_context(tempfile.TemporaryFile("a+b")) for _ in range(3))
+            # A program's output is a file: nobody waits for its end, which other processes may hold.
+            printed, info, system_calls = (opened.enter_context(tempfile.TemporaryFile("a+b")) for _ in range(3))
             if self.bubblewrap:
-                calls.write(seccomp_filter())
-                calls.seek(0)
-                folder, passed_on = None, (calls.fileno(), info.fileno())
+                system_calls.write(seccomp_filter())
+                system_calls.seek(0)
+                folder, passed_on = None, (system_calls.fileno(), info.fileno())
                 command = bubblewrap_command(self.bubblewrap, self.limits, self.packages, *passed_on)
             else:  # with all packages of this environment
                 folder, passed_on = opened.enter_context(tempfile.TemporaryDirectory()), ()

@@ -1,29 +1,25 @@
-"""A forward with a cache, and what is off meanwhile; how continuations are batched, and shared by made-up replicas.
+"""A forward with a cache, and what is off meanwhile; how continuations are batched.
 
 Every layout, stage and method is in test_generation.py, scores too; real replicas are in test_harness.py.
 """
 
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from megatron_peft.config import ConfigurationError
-from megatron_peft.config.evaluation import Sampling
-from megatron_peft.evaluation import generation, scoring
-from megatron_peft.evaluation.generation import GenerationSettings, generate_answers
+from megatron_peft.evaluation import scoring
 from megatron_peft.evaluation.scoring import (
     SEQUENCE_PARALLEL_SWITCHES,
     CachedRows,
     Continuation,
     inference,
     left_padded,
-    over_replicas,
     score_continuations,
 )
-from tests.one_rank import Place, one_rank
+from tests.one_rank import one_rank
 from tests.tiny_gpt import tiny_gpt
 
 MODEL = [nn.Module()]
@@ -117,37 +113,3 @@ def test_a_batch_is_cut_where_its_logits_would_not_fit(passes, monkeypatch):
 def test_nothing_to_score_is_refused():
     with pytest.raises(ConfigurationError, match="has no token"):
         score_continuations(MODEL, [Continuation((), (1,))], 1)
-
-
-@pytest.mark.parametrize("parts", [[[0, 1], [2, 3], [4]], [["alone"], [], []]])
-@pytest.mark.parametrize("rank", [0, 1, 2])
-def test_each_replica_takes_a_part_and_all_get_everything(monkeypatch, rank, parts):
-    """One item alone is the first replica's, which shows the answer as it grows."""
-    everything = [item for part in parts for item in part]
-    monkeypatch.setattr(scoring.parallel_state, "get_data_parallel_group", lambda: Place(rank, 3))
-    seen: list[Any] = []
-
-    def gather(found, own, group):
-        found[:] = parts
-
-    monkeypatch.setattr(scoring.dist, "all_gather_object", gather)
-    assert over_replicas(everything, lambda own: seen.append(list(own)) or own) == everything
-    assert seen == [parts[rank]]
-
-
-def test_an_answer_ends_at_the_models_ends_the_plans_and_the_longest_text(monkeypatch):
-    tokenizer = SimpleNamespace(special_tokens={"<end>": 7}, decode=lambda ids: "".join(map(chr, ids)))
-    model: Any = SimpleNamespace(tokenizer=tokenizer, end_ids=frozenset({3}), max_length=50, chunks=MODEL)
-    monkeypatch.setattr(generation, "over_replicas", lambda prompts, work: work(prompts))
-    monkeypatch.setattr(generation, "generate", lambda chunks, ids, settings, **named: (ids, settings, named["names"]))
-    plan = GenerationSettings(frozenset(), 9, batch_size=2, sampling=Sampling(0.5), seed=4)
-    ids, settings, names = generate_answers(model, [([1], "a"), ([2], "b")], ("<end>", "ab"), plan)
-    assert (
-        ids == [[1], [2]]
-        and names == ["a", "b"]
-        and settings.end_ids == {3, 7}
-        and settings.is_complete([97, 98])
-        and not settings.is_complete([97])
-    )
-    assert (settings.max_new_tokens, settings.max_length, settings.batch_size, settings.seed) == (9, 50, 2, 4)
-    assert settings.sampling.temperature == 0.5

@@ -15,15 +15,9 @@ from transformers import AutoModelForCausalLM, TemperatureLogitsWarper, TopKLogi
 
 from megatron_peft.benchmarks.check_gpu import SIZES_VARIABLE
 from megatron_peft.config import ConfigurationError
+from megatron_peft.config.evaluation import Sampling
 from megatron_peft.evaluation import generation
-from megatron_peft.evaluation.generation import (
-    GenerationSettings,
-    Sampling,
-    StopTexts,
-    choose_tokens,
-    generate,
-    probabilities,
-)
+from megatron_peft.evaluation.generation import GenerationSettings, StopTexts, choose_tokens, generate, probabilities
 from megatron_peft.evaluation.scoring import Continuation
 from megatron_peft.runtime.launch import stop
 from megatron_peft.runtime.precision import full_precision
@@ -47,20 +41,12 @@ COMPARED = {
 QUICK_LAYOUTS = ("TP2+SP", "PP2 interleaved")
 
 
-def greedy_by_transformers(base, prompts, end_id=None):
+def greedy_by_transformers(base, prompts, end_id=-1):
     """Each prompt alone and whole at every token: no batch, no padding, no cache."""
     model = AutoModelForCausalLM.from_pretrained(base)
-    answers = []
-    for prompt in prompts:
-        answer: list[int] = []
-        while len(answer) < NUM_NEW:
-            with torch.no_grad():
-                token = int(model(torch.tensor([prompt + answer])).logits[0, -1].argmax())
-            if token == end_id:
-                break
-            answer.append(token)
-        answers.append(answer)
-    return answers
+    how = {"max_new_tokens": NUM_NEW, "do_sample": False, "use_cache": False, "eos_token_id": end_id}
+    texts = [model.generate(torch.tensor([prompt]), **how)[0, len(prompt) :].tolist() for prompt in prompts]
+    return [text[: text.index(end_id)] if end_id in text else text for text in texts]
 
 
 def scores_by_transformers(base, continuations):
@@ -296,19 +282,17 @@ def test_rounding_of_the_logits_does_not_move_a_draw():
 LETTERS: Any = SimpleNamespace(special_tokens={}, decode=lambda ids: "".join(map(chr, ids)))
 
 
-@pytest.mark.parametrize("text", ["a\n\nb", "\n\n", "x" * 500 + "###"], ids=["inside", "alone", "after much"])
-def test_an_answer_ends_with_any_of_the_texts(text):
-    assert StopTexts(LETTERS, ("###", "\n\n")).is_complete(list(map(ord, text)))
+def test_an_answer_ends_with_any_of_the_texts():
+    stop = StopTexts(LETTERS, ("###", "\n\n"))
+    assert all(stop.is_complete([*map(ord, text)]) for text in ("a\n\nb", "\n\n", "x" * 500 + "###"))
+    assert not any(stop.is_complete([*map(ord, text)]) for text in ("", "a b", "a\n", "###" + "x" * 500))
+    for none in (StopTexts(LETTERS, ()), StopTexts(LETTERS, ("",))):
+        assert not none.is_complete([97]) and none.cut("a") == "a"
 
 
-@pytest.mark.parametrize("text", ["", "a b", "a\n", "###" + "x" * 500], ids=["empty", "none", "half", "long ago"])
-def test_an_answer_that_does_not_end_with_one_goes_on(text):
-    assert not StopTexts(LETTERS, ("###", "\n\n")).is_complete(list(map(ord, text)))
-
-
-@pytest.mark.parametrize("stops", [(), ("",)], ids=["none", "an empty one"])
-def test_without_a_text_nothing_ends_or_is_cut(stops):
-    assert not StopTexts(LETTERS, stops).is_complete([97]) and StopTexts(LETTERS, stops).cut("a") == "a"
+def test_a_text_that_is_a_special_token_ends_an_answer_by_its_id():
+    stop = StopTexts(SimpleNamespace(special_tokens={"<end>": 7}), ("<end>", "ab"))
+    assert stop.end_ids == {7} and stop.texts == ["ab"]
 
 
 def test_an_answer_is_cut_at_the_first():

@@ -90,6 +90,8 @@ def test_what_is_wrong_with_a_file_is_named(tmp_path: Path, capsys, old: str, ne
 
 def test_shipped_tasks_have_their_files_names() -> None:
     assert {*shipped()} == {"mnli", "qqp", "sst2", "qnli", "gsm8k", "translation", "humaneval", "instructions"}
+    names = [path.stem for path in TASKS.glob("*.yaml")]
+    assert len(names) == 10 and [name for name in names if TaskTemplate(name).task != name] == []
     assert read_task_file(TASKS / "humaneval_greedy.yaml") is None
     with pytest.raises(ConfigurationError, match="no task nli; the tasks are mnli, "):
         readers.load("nli")
