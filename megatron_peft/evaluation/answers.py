@@ -31,11 +31,7 @@ Record = Mapping[str, Any]
 
 
 def answer(config: RunConfig, settings: AnswerSettings) -> None:
-    """Print or write the answers of `config`'s model, in a started world.
-
-    Raises:
-        ConfigurationError: on every rank: wrong files, a wrong checkpoint, a prompt that is too long.
-    """
+    """Print or write the answers of `config`'s model, in a started world. All ranks raise its ConfigurationErrors."""
     until, plan = plan_of(settings)
     records = checked_together(lambda: records_of(settings))
     is_first = dist.get_rank() == 0
@@ -82,12 +78,10 @@ def records_of(settings: AnswerSettings) -> list[Record]:
 
 
 def check_output(output: str) -> None:
-    """Create the folder of --output. ConfigurationError: a file cannot be written there.
-
-    Links, pipes and devices are refused, since the rename at the end would replace them instead of writing to them.
-    """
+    """Create the folder of --output. ConfigurationError: a file cannot be written there."""
     path = Path(output)
     require(not path.is_dir(), f"--output {path} is a folder: give a file.")
+    # The rename at the end would replace a link or a pipe instead of writing to it.
     kind = "a link" if path.is_symlink() else "a pipe or a device"
     is_plain = path.is_file() or not path.exists()
     require(is_plain and not path.is_symlink(), f"--output {path} is {kind}, not a file: give another path.")
@@ -100,11 +94,7 @@ def check_output(output: str) -> None:
 
 
 def read_prompts(path: Path) -> list[Record]:
-    """`{"prompt": ...}` for each line of a text file; the objects of a JSON-lines file, with prompt or messages.
-
-    Raises:
-        ConfigurationError: the file cannot be read or has no prompt, or one of its lines is not a prompt.
-    """
+    """`{"prompt": ...}` for each line of a text file; the objects of a JSON-lines file, with prompt or messages."""
     require_regular(path, "--prompt-file")
     lines = [(f"{path}:{number}", line) for number, line in enumerate(read_text(path).splitlines(), 1) if line.strip()]
     require(bool(lines), f"--prompt-file {path} contains no prompt.")
@@ -127,11 +117,7 @@ def read_prompts(path: Path) -> list[Record]:
 
 
 def encode_prompts(records: Sequence[Record], tokenizer: Tokenizer, chat: bool, max_length: int) -> list[list[int]]:
-    """Token ids of each record; `chat` formats a plain prompt as a user message.
-
-    Raises:
-        ConfigurationError: no room for an answer in `max_length` tokens; messages without a chat template.
-    """
+    """Token ids of each record, which leave room for an answer in `max_length`; `chat` makes a prompt a message."""
     encoded = []
     for number, record in enumerate(records, 1):
         try:
@@ -172,11 +158,7 @@ def _lines(
 
 
 class AnswerFile:
-    """--output. Each answer is written to a draft next to it as it is generated; `publish` renames the draft.
-
-    Raises:
-        ConfigurationError: the draft cannot be written, for instance on a full disk; it keeps the answers so far.
-    """
+    """--output. Each answer is written to a draft next to it as it is generated; `publish` renames the draft."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._draft, self._num_written = path, path.with_name(f".{path.name}.partial"), 0
@@ -238,10 +220,7 @@ class Stream:
 
 @contextmanager
 def request_bar(title: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
-    """Show the number of finished requests on stderr: a bar on a terminal, else a line every tenth of `total`.
-
-    Yields a function to call with the number of requests that have just finished.
-    """
+    """Show on stderr how many requests the yielded function was told: a bar on a terminal, else a line every tenth."""
     console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
@@ -262,12 +241,7 @@ def write_samples(config: RunConfig, output: Path, run: str, num_samples: int, m
 
         {"prompt": "...", "reference": "the answer in the data", "before": "the base's", "after": "the run's"}
 
-    Args:
-        config: of the model, with --load naming the run.
-        run: the --save folder of the run, or a checkpoint in it.
-
-    Raises:
-        ConfigurationError: on every rank: no validation data, a prompt that is too long, a folder that is read-only.
+    `run` is the --save folder of the run, or a checkpoint in it, which --load of `config` names too.
     """
     questions = checked_together(lambda: questions_of(run, num_samples))
     model = load_model(config)
@@ -296,11 +270,7 @@ def write_samples(config: RunConfig, output: Path, run: str, num_samples: int, m
 
 
 def questions_of(run: str, num_samples: int) -> list[tuple[str, str, Record]]:
-    """(prompt as a person reads it, its answer, what is asked), spread evenly over the validation data of a run.
-
-    Raises:
-        ConfigurationError: it has none with prompts.
-    """
+    """(prompt as a person reads it, its answer, what is asked), spread evenly over the validation data of a run."""
     config = read_run_record(run).config
     data = config.data
     paths = data.data_path or data.valid_data_path
@@ -320,10 +290,7 @@ def questions_of(run: str, num_samples: int) -> list[tuple[str, str, Record]]:
 
 
 def question_of(record: Record) -> tuple[str, str, Record] | None:
-    """What a record of training data asks: its prompt, or its messages up to the last of the assistant.
-
-    None for a plain text, and for messages in which nothing is asked.
-    """
+    """What a record asks: its prompt, or its messages up to the last of the assistant. None if it asks nothing."""
     if isinstance(record.get("prompt"), str):
         return record["prompt"], str(record.get("completion", "")), {"prompt": record["prompt"]}
     messages = record.get("messages")
@@ -333,5 +300,5 @@ def question_of(record: Record) -> tuple[str, str, Record] | None:
     if not last:
         return None
     tools = {"tools": record["tools"]} if record.get("tools") else {}
-    texts = (str(message.get("content")) for message in messages[last - 1 : last + 1])
-    return *texts, {"messages": messages[:last], **tools}
+    prompt, reference = (str(message.get("content")) for message in messages[last - 1 : last + 1])
+    return prompt, reference, {"messages": messages[:last], **tools}

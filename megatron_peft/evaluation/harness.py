@@ -15,7 +15,6 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,31 +35,23 @@ from megatron_peft.evaluation.scoring import Continuation, ContinuationScore, ov
 
 
 class RankDispatcher:
-    """Calls of rank 0 that run on all ranks of a started world: `score` and `generate`. Creating it is a collective."""
+    """Calls of rank 0 that run on all ranks of a started world. Creating it is a collective."""
 
     def __init__(self, model: InferenceModel) -> None:
         self.model = model
         # Between two calls rank 0 may execute code for hours.
         self._group: Any = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=30))
 
-    def score(self, batch_size: int, continuations: Sequence[Continuation]) -> list[ContinuationScore]:
-        """Scores by all replicas together, each of which passes `batch_size` continuations at once."""
-        return over_replicas(continuations, lambda share: score_continuations(self.model.chunks, share, batch_size))
-
-    def generate(self, until: Sequence[str], settings: GenerationSettings, prompts: Sequence[Any]) -> list[list[int]]:
-        """As `generate_answers`."""
-        return generate_answers(self.model, prompts, until, settings)
-
-    def call(self, action: str, *arguments: Any) -> Any:
-        """Run an action on every rank. Called on rank 0; returns the result there."""
+    def call(self, action: Callable[..., Any], *arguments: Any) -> Any:
+        """Run `action(model, *arguments)` on every rank. Called on rank 0; returns the result there."""
         self._broadcast((action, arguments))
-        return getattr(self, action)(*arguments)
+        return action(self.model, *arguments)
 
     def serve(self) -> None:
         """Run the calls of rank 0 until it calls `stop`. Called on all other ranks."""
         while message := self._broadcast(None):
             action, arguments = message
-            getattr(self, action)(*arguments)
+            action(self.model, *arguments)
 
     def stop(self) -> None:
         """End `serve` on the other ranks. Called on rank 0."""
@@ -73,6 +64,11 @@ class RankDispatcher:
         return messages[0]
 
 
+def score(model: InferenceModel, continuations: Sequence[Continuation], batch_size: int) -> list[ContinuationScore]:
+    """Scores by all replicas together, each of which passes `batch_size` continuations at once."""
+    return over_replicas(continuations, lambda share: score_continuations(model.chunks, share, batch_size))
+
+
 class FinishedRequests(dict[str, Any]):
     """Answers by key, in a file of JSON lines, so that a killed evaluation resumes where it stopped.
 
@@ -80,9 +76,6 @@ class FinishedRequests(dict[str, Any]):
 
     The harness has a cache too, but without sampled answers, and not bound to a checkpoint. The file is locked as long
     as this object lives; `model`, the fingerprint of the model, is part of every key.
-
-    Raises:
-        ConfigurationError: a line of the file is not an answered request; another evaluation writes to it.
     """
 
     def __init__(self, path: Path, model: str) -> None:
@@ -161,10 +154,7 @@ Request = tuple[str, tuple[tuple[int, ...], Any]]
 
 
 class HarnessModel(TemplateLM):
-    """The harness's model. It runs on rank 0, and its forwards on all ranks, with `batch_size` requests per replica.
-
-    New answers are added to `finished` portion by portion; `seed` is of sampling.
-    """
+    """The harness's model. It runs on rank 0, and its forwards on all ranks, with `batch_size` requests per replica."""
 
     def __init__(self, dispatcher: RankDispatcher, finished: FinishedRequests, batch_size: int, seed: int) -> None:
         super().__init__()
@@ -223,8 +213,8 @@ class HarnessModel(TemplateLM):
             self.truncated["score"] += excess > 0
             asked = Continuation(tuple(context[excess:]), tuple(ids))
             keyed.append((self._finished.key("score", *asked), asked))
-        score = partial(self._dispatcher.call, "score", self._batch_size)
-        return [(total, greedy) for total, greedy in self._answers("scoring", keyed, score, _is_score)]
+        found = self._answers("scoring", keyed, (score, self._batch_size), _is_score)
+        return [(total, greedy) for total, greedy in found]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihoods of whole texts, each token with as much context as the model has positions for."""
@@ -244,8 +234,7 @@ class HarnessModel(TemplateLM):
         for until, settings in dict.fromkeys(plans):
             chosen = [index for index, plan in enumerate(plans) if plan == (until, settings)]
             prompts = self._prompts([requests[index].args[0] for index in chosen], until, settings)
-            generate = partial(self._dispatcher.call, "generate", until, settings)
-            answers = self._answers("answering", [*prompts], generate, self._are_ids)
+            answers = self._answers("answering", [*prompts], (generate_answers, until, settings), self._are_ids)
             stop = StopTexts(self._model.tokenizer, until)
             for index, ids in zip(chosen, answers, strict=True):
                 texts[index] = stop.cut(self._model.tokenizer.decode(ids))
@@ -296,10 +285,11 @@ class HarnessModel(TemplateLM):
         return isinstance(answer, list | tuple) and all(type(id_) is int and 0 <= id_ <= largest for id_ in answer)
 
     def _answers(
-        self, title: str, requests: Sequence[Request], compute: Callable, is_answer: Callable[[Any], bool]
+        self, title: str, requests: Sequence[Request], action: tuple, is_answer: Callable[[Any], bool]
     ) -> list[Any]:
-        """Answers in the order of the requests: known ones, and `compute` of the others in portions, longest first."""
-        finished, distinct = self._finished, dict(requests)
+        """Answers in the order of the requests: known ones, and those of `action`, a function of the model and requests
+        with its further arguments, to the others in portions, longest first."""
+        finished, distinct, (function, *settings) = self._finished, dict(requests), action
         finished.require_answers(distinct, is_answer)
         pending = [key for key in distinct if key not in finished]
         pending.sort(key=lambda key: (-len(distinct[key][0]), distinct[key][0]))
@@ -307,7 +297,7 @@ class HarnessModel(TemplateLM):
         with request_bar(title, len(distinct), done=len(distinct) - len(pending)) as advance:
             for start in range(0, len(pending), size):
                 portion = pending[start : start + size]
-                answers = compute([distinct[key] for key in portion])
+                answers = self._dispatcher.call(function, [distinct[key] for key in portion], *settings)
                 finished.add(dict(zip(portion, answers, strict=True)))
                 advance(len(portion))
         return [finished[key] for key, _ in requests]

@@ -68,8 +68,7 @@ os.environ["DISABLE_MULTIPROC"] = "1"  # it would fork a process that has joined
 def evaluate(config: RunConfig, settings: HarnessSettings) -> None:
     """Write the results of `config`'s model on the tasks, in a started world.
 
-    Raises:
-        ConfigurationError: on every rank: wrong tasks or files (before the model is loaded), or a wrong checkpoint.
+    ConfigurationErrors are raised on every rank; those of tasks and files before the model is loaded.
     """
     checked = checked_together(lambda: _checked_tasks(config, settings) if dist.get_rank() == 0 else None)
     dispatcher = RankDispatcher(load_model(config))
@@ -122,11 +121,9 @@ def _checked_tasks(config: RunConfig, settings: HarnessSettings) -> tuple[Any, F
         with suppress(ConfigurationError):
             existing = read_json_object(output).get("config")
         of_this_command = {"checkpoint_fingerprint": fingerprint, "evaluation": settings.result_settings()}
-        require(
-            isinstance(existing, dict) and of_this_command.items() <= existing.items(),
-            f"--output {output} exists already, and is not a result of this model with these flags: give another file, "
-            "or --overwrite.",
-        )
+        is_same = isinstance(existing, dict) and of_this_command.items() <= existing.items()
+        told = f"--output {output} exists already, and is not a result of this model with these flags"
+        require(is_same, f"{told}: give another file, or --overwrite.")
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     may_run_code = settings.confirm_run_unsafe_code
     tasks = find_tasks(settings.tasks, settings.include_path, settings.num_fewshot, settings.limit, may_run_code)
@@ -180,12 +177,7 @@ def find_tasks(
     limit: float | None = None,
     may_run_code: bool = False,
 ) -> Any:
-    """The harness's TaskManager for these tasks, each of which loads, and asks its first question.
-
-    Raises:
-        ConfigurationError: an unknown name or folder; a task file that would run code; data that cannot be read or does
-            not fit the task's templates; what the checks below name.
-    """
+    """The harness's TaskManager for these tasks, each of which has passed all checks and asks its first question."""
     require_known_tasks(names, include_paths)
     check_task_files(include_paths, may_run_code)
     # Only those of the harness's thousands of files are parsed that these tasks need. A later folder comes first.
@@ -241,16 +233,11 @@ def _check_requests(task: Any, limit: float | None) -> None:
     for number, doc in enumerate(task.eval_docs):
         num_choices = len(task.doc_to_choice(doc)) if has_choices else 1
         num_asked += num_choices * repeats * (number < num_items)
-        require(
-            num_asked <= MOST_REQUESTS,
-            f"it asks more than {MOST_REQUESTS:,} times ({repeats:,} for each item and choice), which is the limit: "
-            "lower its repeats, or give --limit.",
-        )
-        label = task.doc_to_target(doc) if has_choices else None
-        require(
-            not isinstance(label, int) or 0 <= label < num_choices,
-            f"the label of item {number} is {label}; choices are numbered from 0 to {num_choices - 1}.",
-        )
+        limits = f"{MOST_REQUESTS:,} times ({repeats:,} for each item and choice), which is the limit"
+        require(num_asked <= MOST_REQUESTS, f"it asks more than {limits}: lower its repeats, or give --limit.")
+        label = task.doc_to_target(doc) if has_choices else 0
+        told = f"the label of item {number} is {label}; choices are numbered from 0 to {num_choices - 1}."
+        require(not isinstance(label, int) or 0 <= label < num_choices, told)
 
 
 def _check_examples(task: Any, num_fewshot: int | None) -> None:
@@ -260,11 +247,10 @@ def _check_examples(task: Any, num_fewshot: int | None) -> None:
         return
     split, has_samples = task.fewshot_cfg.split, task.fewshot_cfg.samples is not None
     is_apart = split is not None or has_samples or task.has_training_docs()
-    require(
-        num_fewshot is None or is_apart or (task.has_validation_docs() and task.has_test_docs()),
-        f"--num-fewshot {num_fewshot}: it has only items that are scored; omit --num-fewshot, or give the task a "
-        "fewshot_split.",
-    )
+    is_apart |= task.has_validation_docs() and task.has_test_docs()
+    ways = "omit --num-fewshot, or give the task a fewshot_split"
+    told = f"--num-fewshot {num_fewshot}: it has only items that are scored; {ways}."
+    require(num_fewshot is None or is_apart, told)
     num_items = len(task.fewshot_docs()) - (split is not None and split == task.config.test_split)
     flag = f"num_fewshot: {wanted}" if num_fewshot is None else f"--num-fewshot {wanted}"
     require(num_items >= wanted, f"{flag}: it has {num_items} solved items besides the one that is asked.")
@@ -300,7 +286,7 @@ def check_task_files(include_paths: Sequence[str], may_run_code: bool = False) -
             "!function", lambda load, node, to=functions: to.append(str(load.construct_scalar(node)))
         )
         values = parse_yaml(read_text(path), str(path), loader)
-        tasks = list(_tasks_in(values))
+        tasks = [value for value in _values_within(values) if isinstance(value, dict)]  # members of groups too
         if is_of_harness:
             require(
                 may_run_code or not functions,
@@ -313,20 +299,17 @@ def check_task_files(include_paths: Sequence[str], may_run_code: bool = False) -
                 _check_function(path, function, may_run_code)
             for task in tasks:
                 _check_task(path, task)
-        built_on = [path.parent / name for task in tasks[:1] for name in texts_of(task.get("include"))]
-        members = {str(task.get("task")) for task in tasks[1:]} - of_user.keys()
+        built_on = [path.parent / name for task in tasks for name in texts_of(task.get("include"))]
+        members = {name for task in tasks for name in texts_of(task.get("task"))} - of_user.keys()
         built_on += [Path(file.path) for name in members for file in harness_files().get(name, ())]
         names_data = path is not origin or any(DATA & task.keys() for task in tasks)
         waiting += [(base, origin) for base in built_on if names_data or not base.resolve().is_relative_to(HARNESS)]
 
 
-def _tasks_in(values: Any) -> Iterator[dict[str, Any]]:
-    """The settings of a task or a group, and of the tasks in it."""
-    if isinstance(values, dict):
-        yield values
-        members = values.get("task")
-        for member in members if isinstance(members, list) else ():
-            yield from _tasks_in(member if isinstance(member, dict) else {"task": member})
+def _values_within(value: Any) -> Iterator[Any]:
+    yield value
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _values_within(inner)
 
 
 def _check_function(path: Path, function: str, may_run_code: bool) -> None:
@@ -347,24 +330,20 @@ def _check_task(path: Path, task: dict[str, Any]) -> None:
     refused = {*(CALLING & task.keys()), *({"unsafe_code: false"} if not task.get("unsafe_code", True) else ())}
     require(not refused, f"{path} is refused: {', '.join(sorted(refused))} could run code: remove it.")
     # `evaluate.load` would look on the disk for a metric that the harness does not know. A !function is None here.
-    metrics = task.get("metric_list")
-    for entry in (entry for entry in (metrics if isinstance(metrics, list) else ()) if isinstance(entry, dict)):
-        name = str(entry.get("metric"))
-        is_script = entry.get("hf_evaluate") or name not in METRIC_REGISTRY
-        require(
-            not (is_script and ("/" in name or Path(name).exists())),
-            f"{path} is refused: the metric {name} is a script, which the harness would run. Use one of its own "
-            "metrics, or a function of megatron_peft.evaluation by !function.",
-        )
+    name = str(task.get("metric"))
+    is_own = name in METRIC_REGISTRY and not task.get("hf_evaluate")
+    require(
+        is_own or not ("/" in name or Path(name).exists()),
+        f"{path} is refused: the metric {name} is a script, which the harness would run. Use one of its own "
+        "metrics, or a function of megatron_peft.evaluation by !function.",
+    )
     reader, settings = str(task.get("dataset_path", "")), task.get("dataset_kwargs") or {}
     unknown = settings.keys() - DATA_SETTINGS if isinstance(settings, dict) else {"dataset_kwargs"}
     require(not unknown, f"{path} is refused: dataset_kwargs takes {', '.join(sorted(DATA_SETTINGS))}, not {unknown}.")
-    require(
-        reader in READERS or reader not in _PACKAGED_DATASETS_MODULES,
-        f"{path} is refused: dataset_path {reader} may run code: give {', '.join(sorted(READERS))}, a folder, or a "
-        "name on the Hub.",
-    )
-    for given in (reader, *_texts_within(settings)):
+    may_load = reader in READERS or reader not in _PACKAGED_DATASETS_MODULES
+    ways = f"give {', '.join(sorted(READERS))}, a folder, or a name on the Hub"
+    require(may_load, f"{path} is refused: dataset_path {reader} may run code: {ways}.")
+    for given in (reader, *(value for value in _values_within(settings) if isinstance(value, str))):
         require("://" not in given and "::" not in given, f"{path} is refused: {given} is no file: download it first.")
         named = iglob(given, recursive=True) if has_magic(given) else filter(None, [given])
         for place in map(Path, named if given not in READERS else ()):
@@ -379,11 +358,3 @@ def _check_task(path: Path, task: dict[str, Any]) -> None:
                 if file.suffix in (".json", ".jsonl"):
                     open_json(file, with_digest=False)
                 require_limits(file, flag)
-
-
-def _texts_within(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for inner in value.values() if isinstance(value, dict) else value:
-            yield from _texts_within(inner)

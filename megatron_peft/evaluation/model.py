@@ -62,8 +62,7 @@ class InferenceModel:
 def load_model(config: RunConfig) -> InferenceModel:
     """Load the model of --load, or of --pretrained-checkpoint, in a started world. Creates the layout's groups.
 
-    Raises:
-        ConfigurationError: on every rank: no checkpoint, another base, another method, a layout that does not divide.
+    ConfigurationErrors are raised on every rank: no checkpoint, another base or method, a layout that does not divide.
     """
     # With a key-value cache, our core attention applies the key mask of padded prompts; Transformer Engine's does not.
     config = replace(config, model=replace(config.model, transformer_impl="local"))
@@ -143,11 +142,7 @@ SAVED: dict[str, tuple[str, ...]] = {
 
 
 def saved_values(typed: Mapping[str, Any]) -> dict[str, Any]:
-    """Model, method and tokenizer of the run in the folder `typed["load"]`, by field; `saved` of `read_config`.
-
-    Raises:
-        ConfigurationError: the folder has no checkpoint, or the run's base model has moved.
-    """
+    """Model, method and tokenizer of the run in the folder `typed["load"]`, by field; `saved` of `read_config`."""
     load = typed.get("load")
     if load is None:
         return {}
@@ -175,8 +170,7 @@ def values_of_model(config: RunConfig) -> dict[str, Any]:
 def run_on_a_model(main: Callable[[RunConfig, Any], None], settings: Any, run_flags: RunFlags, program: str) -> None:
     """Run `main` on all processes of a started world with the model's configuration and its own settings.
 
-    Raises:
-        SystemExit: 2, after rank 0 has printed what is wrong with the flags.
+    SystemExit 2: rank 0 has printed what is wrong with the flags.
     """
     config = run_flags.config_or_exit(read_shape=read_model_shape, program=program, saved=saved_values)
     with world(config.parallel.distributed_backend, config.parallel.distributed_timeout_minutes):

@@ -291,12 +291,9 @@ def _kill(process: subprocess.Popen[bytes], info: IO[bytes]) -> None:
 
 
 def open_sandbox(limits: Limits = Limits(), packages: tuple[str, ...] = ()) -> Sandbox:
-    """A sandbox in which a probe has run and has not seen the host.
+    """A sandbox in which a probe has run and has not seen the host. ConfigurationError: bwrap does not work here.
 
     If the environment variable MEGATRON_PEFT_UNSAFE_EXECUTION is 1, only the limits hold.
-
-    Raises:
-        ConfigurationError: bwrap is missing or does not work here.
     """
     if os.environ.get(UNSAFE_VARIABLE) == "1":
         return Sandbox(None, limits, packages)

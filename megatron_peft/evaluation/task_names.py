@@ -36,11 +36,7 @@ class DeclaredTask(NamedTuple):
 
 
 def require_known_tasks(names: Sequence[str], include_paths: Sequence[str]) -> None:
-    """Check that each name is a task, a group or a tag of the harness or of a folder of `include_paths`.
-
-    Raises:
-        ConfigurationError: a folder that does not exist; a name that nothing has, with the nearest ones.
-    """
+    """Raises ConfigurationError unless each name is a task, a group or a tag of the harness or of `include_paths`."""
     missing = [path for path in include_paths if not Path(path).is_dir()]
     require(not missing, f"--include-path {' '.join(missing)}: no such folder.")
     known = {*own_files(include_paths)}
@@ -59,9 +55,7 @@ def require_known_tasks(names: Sequence[str], include_paths: Sequence[str]) -> N
 def harness_folders(names: Sequence[str], include_paths: Sequence[str]) -> list[str]:
     """The harness's folders in which `names`, and all that groups among them consist of, are declared.
 
-    Args:
-        names: of tasks, groups or tags.
-        include_paths: the user's folders, whose files come before those of the harness.
+    The files of `include_paths` come before those of the harness.
     """
     own = own_files(include_paths)
     folders, seen, wanted = set[Path](), set[str](), {*names}

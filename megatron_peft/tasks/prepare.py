@@ -159,7 +159,6 @@ def prepare(benchmark: BenchmarkData, folder: Path, split: HashSplit, overlap: s
     """Write `folder`, which must not exist yet.
 
     overlap: what to do with a training item that is also a test item, 'remove' it or raise an 'error' with both places.
-    Raises ConfigurationError for that, and for an input without items.
     """
     require(overlap in OVERLAPS, f"--overlap is {overlap}; it must be {' or '.join(OVERLAPS)}.")
     names = [tests.file.removesuffix(".jsonl") for tests in benchmark.tests]

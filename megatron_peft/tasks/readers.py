@@ -92,7 +92,6 @@ class TaskFile:
             inputs: --input, a folder or files.
             test_inputs: --test-input; without it the split's test part is scored.
             options: values of `given` and of `flags`, by name.
-            skip_damaged: leave out a table's lines of another length than the header.
             held_out: the file of the task that `held_out` names.
         """
         options = options or {}
