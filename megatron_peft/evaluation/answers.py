@@ -131,11 +131,8 @@ def encode_prompts(records: Sequence[Record], tokenizer: Tokenizer, chat: bool, 
                 ids = tokenizer.encode(text)
         except ConfigurationError as error:
             raise ConfigurationError(f"prompt {number}: {error}") from error
-        require(
-            len(ids) < max_length,
-            f"prompt {number} has {len(ids)} tokens, but the model has {max_length} positions for prompt and answer "
-            "together: shorten it.",
-        )
+        positions = f"the model has {max_length} positions for prompt and answer together"
+        require(len(ids) < max_length, f"prompt {number} has {len(ids)} tokens, but {positions}: shorten it.")
         encoded.append(ids or [tokenizer.prefix_id])
     return encoded
 
@@ -185,9 +182,8 @@ class AnswerFile:
             yield
         except OSError as error:
             kept = f" The first {self._num_written} answers are in {self._draft}." if self._num_written else ""
-            raise ConfigurationError(
-                f"--output {self._path} cannot be written ({error.strerror}): free space, or give another file.{kept}"
-            ) from error
+            told = f"--output {self._path} cannot be written ({error.strerror}): free space, or give another file."
+            raise ConfigurationError(told + kept) from error
 
 
 class Stream:
@@ -201,19 +197,17 @@ class Stream:
     def add(self, row: int, token: int) -> None:
         """Print what a new token adds, as soon as it is whole characters."""
         self._ids.append(token)
-        text = self._text()
-        if not text.endswith("\ufffd"):  # else the last bytes of a character are still missing
-            self._write_up_to(text[: len(text) - self._num_held])
+        self._show()
 
     def end(self) -> None:
         """Print what is left, and end the line."""
-        self._write_up_to(self._text())
+        self._show(is_whole=True)
         self._write("\n")
 
-    def _text(self) -> str:
-        return self._stop.cut(self._tokenizer.decode(self._ids))
-
-    def _write_up_to(self, text: str) -> None:
+    def _show(self, is_whole: bool = False) -> None:
+        text = self._stop.cut(self._tokenizer.decode(self._ids))
+        if not is_whole:  # the last bytes of a character may be missing
+            text = "" if text.endswith("\ufffd") else text[: len(text) - self._num_held]
         self._write(text[self._num_written :])
         self._num_written = max(self._num_written, len(text))
 
@@ -274,11 +268,9 @@ def questions_of(run: str, num_samples: int) -> list[tuple[str, str, Record]]:
     config = read_run_record(run).config
     data = config.data
     paths = data.data_path or data.valid_data_path
-    require(
-        bool(paths) and not is_indexed(paths),
-        f"--samples takes prompts from the run's --valid-data-path, but {run} "
-        + (f"was validated on indexed data ({paths[0]})." if paths else "was trained without."),
-    )
+    reason = f"was validated on indexed data ({paths[0]})" if paths else "was trained without"
+    told = f"--samples takes prompts from the run's --valid-data-path, but {run} {reason}."
+    require(bool(paths) and not is_indexed(paths), told)
     records = RecordFiles(parse_blend(paths, "--valid-data-path").prefixes, "--valid-data-path")
     tokenizer = build_tokenizer(data, config.model.pretrained_checkpoint)
     fit = Fit(tokenizer, data.seq_length, columns=ColumnNames.of(data))

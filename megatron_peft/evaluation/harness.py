@@ -29,9 +29,15 @@ from megatron_peft.config import ConfigurationError, require
 from megatron_peft.config.evaluation import Sampling
 from megatron_peft.config.untrusted import parse_json, require_regular
 from megatron_peft.evaluation.answers import request_bar
-from megatron_peft.evaluation.generation import GREEDY, GenerationSettings, StopTexts, generate_answers
+from megatron_peft.evaluation.generation import (
+    GREEDY,
+    Continuation,
+    GenerationSettings,
+    StopTexts,
+    generate_answers,
+    score_together,
+)
 from megatron_peft.evaluation.model import InferenceModel
-from megatron_peft.evaluation.scoring import Continuation, ContinuationScore, over_replicas, score_continuations
 
 
 class RankDispatcher:
@@ -64,11 +70,6 @@ class RankDispatcher:
         return messages[0]
 
 
-def score(model: InferenceModel, continuations: Sequence[Continuation], batch_size: int) -> list[ContinuationScore]:
-    """Scores by all replicas together, each of which passes `batch_size` continuations at once."""
-    return over_replicas(continuations, lambda share: score_continuations(model.chunks, share, batch_size))
-
-
 class FinishedRequests(dict[str, Any]):
     """Answers by key, in a file of JSON lines, so that a killed evaluation resumes where it stopped.
 
@@ -96,9 +97,8 @@ class FinishedRequests(dict[str, Any]):
                 entry = parse_json(line, place)
                 self[entry["key"] + ""] = entry["answer"]
             except (ConfigurationError, KeyError, TypeError) as error:
-                raise ConfigurationError(
-                    f"{place} is not an answered request ({error!r}): remove the line to repeat the request."
-                ) from error
+                told = f"{place} is not an answered request ({error!r}): remove the line to repeat the request."
+                raise ConfigurationError(told) from error
 
     def _lock(self) -> None:
         deadline = time.monotonic() + GRACE_SECONDS
@@ -133,11 +133,8 @@ class FinishedRequests(dict[str, Any]):
     def require_answers(self, keys: Iterable[str], is_answer: Callable[[Any], bool]) -> None:
         """Raises ConfigurationError if a known answer to these requests is not of their kind."""
         for key in keys:
-            require(
-                key not in self or is_answer(self[key]),
-                f"{self._path} has no such answer to the request {key} as the model gives: remove its line to repeat "
-                "the request.",
-            )
+            told = f"{self._path} has no such answer to the request {key} as the model gives"
+            require(key not in self or is_answer(self[key]), f"{told}: remove its line to repeat the request.")
 
 
 def _is_score(answer: Any) -> bool:
@@ -213,16 +210,15 @@ class HarnessModel(TemplateLM):
             self.truncated["score"] += excess > 0
             asked = Continuation(tuple(context[excess:]), tuple(ids))
             keyed.append((self._finished.key("score", *asked), asked))
-        found = self._answers("scoring", keyed, (score, self._batch_size), _is_score)
+        found = self._answers("scoring", keyed, (score_together, self._batch_size), _is_score)
         return [(total, greedy) for total, greedy in found]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihoods of whole texts, each token with as much context as the model has positions for."""
         windows = []
         for request in requests:
-            rolling = get_rolling_token_windows(
-                self.tok_encode(request.args[0]), self.prefix_token_id, max_seq_len=self.max_length, context_len=1
-            )
+            ids = self.tok_encode(request.args[0])
+            rolling = get_rolling_token_windows(ids, self.prefix_token_id, max_seq_len=self.max_length, context_len=1)
             windows.append([*map(make_disjoint_window, rolling)])  # whose continuations cover the text once
         scores = iter(self._loglikelihood_tokens([("", *window) for text in windows for window in text]))
         return [sum(total for total, _ in itertools.islice(scores, len(text))) for text in windows]
@@ -250,20 +246,14 @@ class HarnessModel(TemplateLM):
             sampling = Sampling(*values) if given["do_sample"] else GREEDY
         except (ConfigurationError, TypeError, ValueError, OverflowError) as error:
             raise ConfigurationError(f"{place} {error}") from error
-        unknown = sorted(given.keys() - SUPPORTED_SETTINGS)
-        require(
-            not unknown, f"{place} {', '.join(unknown)} is not supported; use {', '.join(sorted(SUPPORTED_SETTINGS))}."
-        )
+        unknown, known = ", ".join(sorted(given.keys() - SUPPORTED_SETTINGS)), ", ".join(sorted(SUPPORTED_SETTINGS))
+        require(not unknown, f"{place} {unknown} is not supported; use {known}.")
         longest, until = given["max_gen_toks"], given["until"]
-        require(
-            all(isinstance(text, str) for text in until) and len(until) <= MOST_STOP_TEXTS,
-            f"{place} until must be a text, or a list of at most {MOST_STOP_TEXTS} texts.",
-        )
-        require(
-            0 < longest < self.max_length,
-            f"{place} max_gen_toks is {longest}; it must be above 0, and below {self.max_length}, the positions of the "
-            "model for question and answer together.",
-        )
+        are_texts = all(isinstance(text, str) for text in until) and len(until) <= MOST_STOP_TEXTS
+        require(are_texts, f"{place} until must be a text, or a list of at most {MOST_STOP_TEXTS} texts.")
+        positions = f"{self.max_length}, the positions of the model for question and answer together"
+        told = f"{place} max_gen_toks is {longest}; it must be above 0, and below {positions}."
+        require(0 < longest < self.max_length, told)
         plan = GenerationSettings(frozenset(), longest, batch_size=self._batch_size, sampling=sampling, seed=self._seed)
         return tuple(until), plan
 

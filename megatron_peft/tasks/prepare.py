@@ -59,11 +59,9 @@ class HashSplit:
     def __post_init__(self) -> None:
         with Requirements(self) as unmet:
             unmet.each("not_negative", "valid_percent", "test_percent")
-            unmet(
-                self.valid_percent + self.test_percent < 100,
-                f"--valid-percent {self.valid_percent:g} and --test-percent {self.test_percent:g} leave nothing to "
-                "train on: their sum must be below 100.",
-            )
+            shares = f"--valid-percent {self.valid_percent:g} and --test-percent {self.test_percent:g}"
+            told = f"{shares} leave nothing to train on: their sum must be below 100."
+            unmet(self.valid_percent + self.test_percent < 100, told)
 
     def split_of(self, document: Document) -> str:
         """'train', 'valid' or 'test'."""
@@ -94,14 +92,12 @@ class TestItems:
     def match(self, document: Document) -> str | None:
         """The place of the test item that `document` is, or of which it contains a fragment; None without one."""
         texts = [text for text in map(normalized, document.texts) if text]
-        for text in texts:
-            if text in self._places:
-                return self._places[text]
+        if known := [self._places[text] for text in texts if text in self._places]:
+            return known[0]
         for text in texts if self._fragments else ():
-            for window in _windows(text):
-                for fragment, place in self._fragments.get(window, ()):
-                    if f" {fragment} " in f" {text} ":
-                        return place
+            for fragment, place in (found for window in _windows(text) for found in self._fragments.get(window, ())):
+                if f" {fragment} " in f" {text} ":
+                    return place
         return None
 
 

@@ -11,11 +11,12 @@ from megatron_peft.adapters.attach import attach_adapters
 from megatron_peft.checkpoint.tensors import global_slices, sharded_parameters
 from megatron_peft.config import ModelConfig, ParallelConfig, PeftConfig
 from megatron_peft.conversion.pretrained import load_pretrained
-from megatron_peft.evaluation.generation import GenerationSettings, generate
-from megatron_peft.evaluation.scoring import (
+from megatron_peft.evaluation.generation import (
     SEQUENCE_PARALLEL_SWITCHES,
     Continuation,
     ContinuationScore,
+    GenerationSettings,
+    generate,
     score_continuations,
 )
 from megatron_peft.models.families import read_shape

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from megatron_peft.config import ConfigurationError
-from megatron_peft.evaluation import scoring
-from megatron_peft.evaluation.scoring import (
+from megatron_peft.evaluation import generation
+from megatron_peft.evaluation.generation import (
     SEQUENCE_PARALLEL_SWITCHES,
     CachedRows,
     Continuation,
@@ -81,8 +81,8 @@ def passes(monkeypatch):
         said = torch.tensor([[(token + 1) % 10 for token in text] + [0] * (longest - len(text)) for text in texts])
         return 10.0 * nn.functional.one_hot(said, 10)
 
-    monkeypatch.setattr(scoring, "_logits", logits)
-    monkeypatch.setattr(scoring, "from_last_stage", lambda values: values)
+    monkeypatch.setattr(generation, "_logits", logits)
+    monkeypatch.setattr(generation, "from_last_stage", lambda values: values)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: torch.device("cpu"))
     return seen
 
@@ -104,7 +104,7 @@ def test_batches_hold_like_lengths_and_answers_come_back_in_order(passes):
 
 
 def test_a_batch_is_cut_where_its_logits_would_not_fit(passes, monkeypatch):
-    monkeypatch.setattr(scoring, "MAX_LOGITS", 60)
+    monkeypatch.setattr(generation, "MAX_LOGITS", 60)
     items = [Continuation((length,), (1,) * length) for length in (9, 3, 2, 2)]
     score_continuations(MODEL, items, batch_size=8)
     assert [len(rows) for rows in passes] == [1, 2, 1], "9 x 10 alone, then two rows of at most 3 x 10"

@@ -17,8 +17,14 @@ from megatron_peft.benchmarks.check_gpu import SIZES_VARIABLE
 from megatron_peft.config import ConfigurationError
 from megatron_peft.config.evaluation import Sampling
 from megatron_peft.evaluation import generation
-from megatron_peft.evaluation.generation import GenerationSettings, StopTexts, choose_tokens, generate, probabilities
-from megatron_peft.evaluation.scoring import Continuation
+from megatron_peft.evaluation.generation import (
+    Continuation,
+    GenerationSettings,
+    StopTexts,
+    choose_tokens,
+    generate,
+    probabilities,
+)
 from megatron_peft.runtime.launch import stop
 from megatron_peft.runtime.precision import full_precision
 from tests.evaluation import generation_runs
