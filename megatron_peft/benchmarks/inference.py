@@ -26,9 +26,8 @@ from megatron_peft.cli.parser import parse_arguments
 from megatron_peft.config.untrusted import parse_json, read_text
 from megatron_peft.data.batches import Microbatch
 from megatron_peft.demo.data import fetch_wheel, prepare_reviews
-from megatron_peft.evaluation.generation import GenerationSettings, generate
+from megatron_peft.evaluation.generation import Continuation, GenerationSettings, generate, score_continuations
 from megatron_peft.evaluation.model import saved_values
-from megatron_peft.evaluation.scoring import Continuation, score_continuations
 from megatron_peft.models.families import read_shape
 from megatron_peft.runtime.launch import start_world, stop
 from megatron_peft.runtime.ranks import run_ranks

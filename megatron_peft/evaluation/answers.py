@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch.distributed as dist
 from rich.console import Console
@@ -28,20 +28,14 @@ from megatron_peft.evaluation.model import InferenceModel, load_model, restore_b
 from megatron_peft.runtime.launch import checked_together
 
 Record = Mapping[str, Any]
-JSON_SUFFIXES = (".json", ".jsonl")
 
 
 def answer(config: RunConfig, settings: AnswerSettings) -> None:
-    """Print or write the answers of `config`'s model, in a started world.
-
-    Raises:
-        ConfigurationError: on every rank: wrong files, a wrong checkpoint, a prompt that is too long.
-    """
+    """Print or write the answers of `config`'s model, in a started world. All ranks raise its ConfigurationErrors."""
     until, plan = plan_of(settings)
     records = checked_together(lambda: records_of(settings))
     is_first = dist.get_rank() == 0
-    writes = settings.output is not None and is_first
-    file = checked_together(lambda: AnswerFile(Path(str(settings.output))) if writes else None)
+    file = checked_together(lambda: AnswerFile(Path(settings.output)) if settings.output and is_first else None)
     model = load_model(config)
     ids = encode_prompts(records, model.tokenizer, settings.chat, model.max_length)
     if settings.prompt is not None and settings.num_samples == 1 and settings.output is None:
@@ -52,13 +46,11 @@ def answer(config: RunConfig, settings: AnswerSettings) -> None:
         return
     with request_bar("answering", len(records)) as advance:
         for line in _lines(model, settings, records, ids):
-            if not is_first:
-                continue
-            advance(1)
-            if file is None:
-                print(line, end="", flush=True)
-            else:
+            if file is not None:
                 file.add(line)
+            elif is_first:
+                print(line, end="", flush=True)
+            advance(is_first)
     if file is not None:
         file.publish()
         print(f"wrote {settings.output}")
@@ -67,90 +59,65 @@ def answer(config: RunConfig, settings: AnswerSettings) -> None:
 def plan_of(settings: AnswerSettings) -> tuple[tuple[str, ...], GenerationSettings]:
     """The texts that end an answer, with new lines and tabs for their `\\n` and `\\t`; how answers are generated."""
     until = tuple(text.replace("\\n", "\n").replace("\\t", "\t") for text in settings.stop)
-    plan = GenerationSettings(
-        frozenset(),
-        settings.max_new_tokens,
-        batch_size=settings.batch_size,
-        sampling=settings.sampling(),
-        seed=settings.sampling_seed,
-    )
-    return until, plan
+    how = {"batch_size": settings.batch_size, "sampling": settings.sampling(), "seed": settings.sampling_seed}
+    return until, GenerationSettings(frozenset(), settings.max_new_tokens, **how)
 
 
 def records_of(settings: AnswerSettings) -> list[Record]:
     """The prompts. ConfigurationError: --prompt-file cannot be read, or --output cannot be written."""
+    prompts = None if settings.prompt_file is None else Path(settings.prompt_file)
     if settings.output is not None:
         check_output(settings.output)
         output = Path(settings.output)
         # Nothing is replaced unasked, and never the prompts.
-        require(
-            settings.overwrite or not output.exists(),
-            f"--output {output} exists already: give another file, or --overwrite.",
-        )
-        require(
-            settings.prompt_file is None or output.resolve() != Path(settings.prompt_file).resolve(),
-            f"--output {output} is the file of --prompt-file: give another file.",
-        )
-    return [{"prompt": settings.prompt}] if settings.prompt_file is None else read_prompts(Path(settings.prompt_file))
+        may_write = settings.overwrite or not output.exists()
+        require(may_write, f"--output {output} exists already: give another file, or --overwrite.")
+        is_other = prompts is None or output.resolve() != prompts.resolve()
+        require(is_other, f"--output {output} is the file of --prompt-file: give another file.")
+    return [{"prompt": settings.prompt}] if prompts is None else read_prompts(prompts)
 
 
 def check_output(output: str) -> None:
-    """Create the folder of --output. ConfigurationError: a file cannot be written there.
-
-    Links, pipes and devices are refused, since the rename at the end would replace them instead of writing to them.
-    """
+    """Create the folder of --output. ConfigurationError: a file cannot be written there."""
     path = Path(output)
     require(not path.is_dir(), f"--output {path} is a folder: give a file.")
+    # The rename at the end would replace a link or a pipe instead of writing to it.
+    kind = "a link" if path.is_symlink() else "a pipe or a device"
     is_plain = path.is_file() or not path.exists()
-    require(
-        is_plain and not path.is_symlink(),
-        f"--output {path} is {'a link' if path.is_symlink() else 'a pipe or a device'}, not a file: give another path.",
-    )
+    require(is_plain and not path.is_symlink(), f"--output {path} is {kind}, not a file: give another path.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigurationError(f"--output {path} cannot be written ({error.strerror}).") from error
-    require(
-        os.access(path.parent, os.W_OK), f"--output {path} cannot be written: no permission to write to {path.parent}."
-    )
+    may_write = os.access(path.parent, os.W_OK)
+    require(may_write, f"--output {path} cannot be written: no permission to write to {path.parent}.")
 
 
 def read_prompts(path: Path) -> list[Record]:
-    """`{"prompt": ...}` for each line of a text file; the objects of a JSON-lines file, with prompt or messages.
-
-    Raises:
-        ConfigurationError: the file cannot be read or has no prompt, or one of its lines is not a prompt.
-    """
+    """`{"prompt": ...}` for each line of a text file; the objects of a JSON-lines file, with prompt or messages."""
     require_regular(path, "--prompt-file")
     lines = [(f"{path}:{number}", line) for number, line in enumerate(read_text(path).splitlines(), 1) if line.strip()]
     require(bool(lines), f"--prompt-file {path} contains no prompt.")
-    return [_prompt(line, place) if path.suffix in JSON_SUFFIXES else {"prompt": line} for place, line in lines]
-
-
-def _prompt(line: str, place: str) -> Record:
-    record = parse_json(line, place)
-    if isinstance(record, dict):
-        messages = record.get("messages")
+    if path.suffix not in (".json", ".jsonl"):
+        return [{"prompt": line} for _, line in lines]
+    records = []
+    for place, line in lines:
+        record = parse_json(line, place)
+        messages = record.get("messages") if isinstance(record, dict) else None
         if messages and isinstance(messages, list) and all(isinstance(message, dict) for message in messages):
             try:
-                return {**record, "messages": [plain_turn(number, turn) for number, turn in enumerate(messages, 1)]}
+                record["messages"] = [plain_turn(number, turn) for number, turn in enumerate(messages, 1)]
             except ConfigurationError as error:
                 raise ConfigurationError(f"{place}: {error}") from error
-        if isinstance(record.get("prompt"), str) and not messages:
-            return record
-    raise ConfigurationError(f'{place}: neither {{"prompt": "..."}} nor {{"messages": [...]}}.')
+        else:
+            is_prompt = isinstance(record, dict) and isinstance(record.get("prompt"), str) and not messages
+            require(is_prompt, f'{place}: neither {{"prompt": "..."}} nor {{"messages": [...]}}.')
+        records.append(record)
+    return records
 
 
 def encode_prompts(records: Sequence[Record], tokenizer: Tokenizer, chat: bool, max_length: int) -> list[list[int]]:
-    """Token ids of each record.
-
-    Args:
-        chat: format a plain prompt as a user message with the chat template.
-        max_length: positions of the model; a prompt and at least one new token must fit.
-
-    Raises:
-        ConfigurationError: a prompt is too long, or has messages and the tokenizer no chat template.
-    """
+    """Token ids of each record, which leave room for an answer in `max_length`; `chat` makes a prompt a message."""
     encoded = []
     for number, record in enumerate(records, 1):
         try:
@@ -164,11 +131,8 @@ def encode_prompts(records: Sequence[Record], tokenizer: Tokenizer, chat: bool, 
                 ids = tokenizer.encode(text)
         except ConfigurationError as error:
             raise ConfigurationError(f"prompt {number}: {error}") from error
-        require(
-            len(ids) < max_length,
-            f"prompt {number} has {len(ids)} tokens, but the model has {max_length} positions for prompt and answer "
-            "together: shorten it.",
-        )
+        positions = f"the model has {max_length} positions for prompt and answer together"
+        require(len(ids) < max_length, f"prompt {number} has {len(ids)} tokens, but {positions}: shorten it.")
         encoded.append(ids or [tokenizer.prefix_id])
     return encoded
 
@@ -191,16 +155,10 @@ def _lines(
 
 
 class AnswerFile:
-    """--output. Each answer is written to a draft next to it as it is generated; `publish` renames the draft.
-
-    Raises:
-        ConfigurationError: the draft cannot be written, for instance on a full disk; it keeps the answers so far.
-    """
+    """--output. Each answer is written to a draft next to it as it is generated; `publish` renames the draft."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._draft = path.with_name(f".{path.name}.partial")
-        self._num_written = 0
+        self._path, self._draft, self._num_written = path, path.with_name(f".{path.name}.partial"), 0
         with self._explained_errors():
             self._file = self._draft.open("w", encoding="utf-8")
 
@@ -224,9 +182,8 @@ class AnswerFile:
             yield
         except OSError as error:
             kept = f" The first {self._num_written} answers are in {self._draft}." if self._num_written else ""
-            raise ConfigurationError(
-                f"--output {self._path} cannot be written ({error.strerror}): free space, or give another file.{kept}"
-            ) from error
+            told = f"--output {self._path} cannot be written ({error.strerror}): free space, or give another file."
+            raise ConfigurationError(told + kept) from error
 
 
 class Stream:
@@ -235,35 +192,29 @@ class Stream:
     def __init__(self, tokenizer: Tokenizer, stop: StopTexts, write: Callable[[str], Any]) -> None:
         self._tokenizer, self._stop, self._write = tokenizer, stop, write
         self._num_held = max((len(text) for text in stop.texts), default=1) - 1
-        self._ids: list[int] = []
-        self._num_written = 0
+        self._ids, self._num_written = list[int](), 0
 
     def add(self, row: int, token: int) -> None:
         """Print what a new token adds, as soon as it is whole characters."""
         self._ids.append(token)
-        text = self._text()
-        if not text.endswith("\ufffd"):  # else the last bytes of a character are still missing
-            self._write_up_to(text[: len(text) - self._num_held])
+        self._show()
 
     def end(self) -> None:
         """Print what is left, and end the line."""
-        self._write_up_to(self._text())
+        self._show(is_whole=True)
         self._write("\n")
 
-    def _text(self) -> str:
-        return self._stop.cut(self._tokenizer.decode(self._ids))
-
-    def _write_up_to(self, text: str) -> None:
+    def _show(self, is_whole: bool = False) -> None:
+        text = self._stop.cut(self._tokenizer.decode(self._ids))
+        if not is_whole:  # the last bytes of a character may be missing
+            text = "" if text.endswith("\ufffd") else text[: len(text) - self._num_held]
         self._write(text[self._num_written :])
         self._num_written = max(self._num_written, len(text))
 
 
 @contextmanager
 def request_bar(title: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
-    """Show the number of finished requests on stderr: a bar on a terminal, else a line every tenth of `total`.
-
-    Yields a function to call with the number of requests that have just finished.
-    """
+    """Show on stderr how many requests the yielded function was told: a bar on a terminal, else a line every tenth."""
     console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
@@ -279,29 +230,16 @@ def request_bar(title: str, total: int, done: int = 0) -> Iterator[Callable[[int
         yield advance
 
 
-class Question(NamedTuple):
-    """The prompt of a record as a person reads it, its answer, and the record that `encode_prompts` takes."""
-
-    prompt: str
-    reference: str
-    record: Record
-
-
 def write_samples(config: RunConfig, output: Path, run: str, num_samples: int, max_new_tokens: int) -> None:
     """Write what a run and its base answer to prompts of its validation data, greedily. In a started world.
 
         {"prompt": "...", "reference": "the answer in the data", "before": "the base's", "after": "the run's"}
 
-    Args:
-        config: of the model, with --load naming the run.
-        run: the --save folder of the run, or a checkpoint in it.
-
-    Raises:
-        ConfigurationError: on every rank: no validation data, a prompt that is too long, a folder that is read-only.
+    `run` is the --save folder of the run, or a checkpoint in it, which --load of `config` names too.
     """
     questions = checked_together(lambda: questions_of(run, num_samples))
     model = load_model(config)
-    ids = encode_prompts([question.record for question in questions], model.tokenizer, False, model.max_length)
+    ids = encode_prompts([record for *_, record in questions], model.tokenizer, False, model.max_length)
     prompts = [(prompt, str(number)) for number, prompt in enumerate(ids)]
     plan = GenerationSettings(frozenset(), max_new_tokens, batch_size=16)
     with request_bar("answering", 2 * len(questions)) as advance:
@@ -311,9 +249,9 @@ def write_samples(config: RunConfig, output: Path, run: str, num_samples: int, m
         before = generate_answers(model, prompts, (), plan)
         advance(len(questions))
     lines = ""
-    for question, *pair in zip(questions, before, after, strict=True):
-        texts = dict(zip(("before", "after"), map(model.tokenizer.decode, pair), strict=True))
-        line = {"prompt": question.prompt, "reference": question.reference, **texts}
+    for (prompt, reference, _), *pair in zip(questions, before, after, strict=True):
+        first, second = map(model.tokenizer.decode, pair)
+        line = {"prompt": prompt, "reference": reference, "before": first, "after": second}
         lines += json.dumps(line, ensure_ascii=False) + "\n"
 
     def write() -> None:
@@ -325,16 +263,14 @@ def write_samples(config: RunConfig, output: Path, run: str, num_samples: int, m
     checked_together(lambda: write() if dist.get_rank() == 0 else None)
 
 
-def questions_of(run: str, num_samples: int) -> list[Question]:
-    """Prompts spread evenly over the validation data of a run. ConfigurationError: it has none with prompts."""
+def questions_of(run: str, num_samples: int) -> list[tuple[str, str, Record]]:
+    """(prompt as a person reads it, its answer, what is asked), spread evenly over the validation data of a run."""
     config = read_run_record(run).config
     data = config.data
     paths = data.data_path or data.valid_data_path
-    require(
-        bool(paths) and not is_indexed(paths),
-        f"--samples takes prompts from the run's --valid-data-path, but {run} "
-        + (f"was validated on indexed data ({paths[0]})." if paths else "was trained without."),
-    )
+    reason = f"was validated on indexed data ({paths[0]})" if paths else "was trained without"
+    told = f"--samples takes prompts from the run's --valid-data-path, but {run} {reason}."
+    require(bool(paths) and not is_indexed(paths), told)
     records = RecordFiles(parse_blend(paths, "--valid-data-path").prefixes, "--valid-data-path")
     tokenizer = build_tokenizer(data, config.model.pretrained_checkpoint)
     fit = Fit(tokenizer, data.seq_length, columns=ColumnNames.of(data))
@@ -345,19 +281,16 @@ def questions_of(run: str, num_samples: int) -> list[Question]:
     return questions
 
 
-def question_of(record: Record) -> Question | None:
-    """What is asked in a record of training data: its prompt, or its messages up to the last of the assistant.
-
-    None for a plain text, and for messages in which nothing is asked.
-    """
+def question_of(record: Record) -> tuple[str, str, Record] | None:
+    """What a record asks: its prompt, or its messages up to the last of the assistant. None if it asks nothing."""
     if isinstance(record.get("prompt"), str):
-        return Question(record["prompt"], str(record.get("completion", "")), {"prompt": record["prompt"]})
+        return record["prompt"], str(record.get("completion", "")), {"prompt": record["prompt"]}
     messages = record.get("messages")
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         return None
-    turns = [at for at, message in enumerate(messages) if message.get("role") == "assistant"]
-    if not turns or turns[-1] == 0:
+    last = max((at for at, message in enumerate(messages) if message.get("role") == "assistant"), default=0)
+    if not last:
         return None
-    asked, reply = messages[: turns[-1]], messages[turns[-1]]
     tools = {"tools": record["tools"]} if record.get("tools") else {}
-    return Question(str(asked[-1].get("content")), str(reply.get("content")), {"messages": asked, **tools})
+    prompt, reference = (str(message.get("content")) for message in messages[last - 1 : last + 1])
+    return prompt, reference, {"messages": messages[:last], **tools}

@@ -1,37 +1,150 @@
-"""Batched generation with a key-value cache, at any layout. Letters: b rows, v vocabulary."""
+"""Inference at any layout: forward passes with a key-value cache, batched generation, log-likelihoods of continuations.
 
-from collections.abc import Callable, Sequence
+Letters: b rows, s tokens of the longest continuation, v vocabulary.
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.models.gpt import GPTModel
-from torch import Tensor
+from torch import Tensor, nn
 
+from megatron_peft.adapters.step import adapters_step
 from megatron_peft.config import require
 from megatron_peft.config.evaluation import Sampling
 from megatron_peft.data.tokenizers import Tokenizer
 from megatron_peft.evaluation.model import InferenceModel
-from megatron_peft.evaluation.scoring import (
-    CachedRows,
-    broadcast_from_last_stage,
-    inference,
-    left_padded,
-    over_replicas,
-)
 from megatron_peft.parallel.layout import generator_for
 
-GREEDY = Sampling()
+
+def from_last_stage(values: Tensor) -> Tensor:
+    """Broadcast `values`, in place, from the last stage's first tensor-parallel rank to all ranks of the replica.
+
+    All of them need identical tokens: a rank that ended a row alone would leave the others waiting forever.
+    """
+    pipeline: Any = parallel_state.get_pipeline_model_parallel_group()
+    tensor_parallel: Any = parallel_state.get_tensor_model_parallel_group()
+    if pipeline.size() > 1:
+        dist.broadcast(values, parallel_state.get_pipeline_model_parallel_last_rank(), group=pipeline)
+    if tensor_parallel.size() > 1:
+        dist.broadcast(values, parallel_state.get_tensor_model_parallel_src_rank(), group=tensor_parallel)
+    return values
+
+
+try:
+    from megatron.core.inference.utils import InferenceMode
+
+    _inference_mode: Any = InferenceMode.active  # without it megatron-core 0.19 computes the logits of every position
+except ImportError:  # earlier versions check whether a cache is passed
+    _inference_mode = nullcontext
+
+
+class CachedRows:
+    """A batch of rows and their key-value cache. Every rank of a replica makes the same calls, inside `inference`.
+
+    Rows of unequal length are padded on the left, so each row's newest token is in the last column. A key mask hides
+    the padding; rotary and ALiBi positions are relative, so the shift changes nothing.
+
+    Letters: b rows, s new positions of a forward, k positions in the cache, g key-value heads, d their size. `padding`
+    has the number of padded columns of each row; `num_columns`, the capacity of the cache, includes them.
+    """
+
+    def __init__(self, model_chunks: Sequence[GPTModel], padding: Sequence[int], num_columns: int) -> None:
+        self._chunks = model_chunks
+        self._cache = StaticInferenceContext(len(padding), num_columns)
+        self._padding = torch.tensor(padding, device=torch.cuda.current_device())  # [b]
+        self._is_padded = any(padding)
+
+    def forward(self, tokens: Tensor, every_position: bool = False) -> Tensor | None:
+        """Logits after `tokens` [b, s], which follow the cached ones: None except on the last pipeline stage.
+
+        They are [b, 1, vocabulary] after the last column, or [b, s, vocabulary] for `every_position`, in float32.
+        """
+        done, (num_rows, num_new) = self._cache.sequence_len_offset, tokens.shape
+        settings: Any = getattr(self._cache, "config", self._cache)  # up to 0.16 these are the cache's own attributes
+        settings.materialize_only_last_token_logits = not every_position
+        columns = torch.arange(done + num_new, device=tokens.device)
+        positions = columns[done:].expand_as(tokens)
+        padding_mask = (columns < self._padding[:, None])[:, None, None] if self._is_padded else None  # [b, 1, 1, k]
+        # All stages in order, as one microbatch: a rank has a chunk for each of its virtual stages.
+        pipeline: Any = parallel_state.get_pipeline_model_parallel_group()
+        logits = None
+        for chunk in self._chunks:
+            if not chunk.pre_process:
+                shape = num_new, num_rows, chunk.config.hidden_size
+                hidden = torch.empty(shape, dtype=chunk.config.pipeline_dtype, device=tokens.device)
+                dist.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank(), group=pipeline)
+                chunk.set_input_tensor(hidden)
+            with _inference_mode():
+                output = chunk(
+                    input_ids=tokens,
+                    position_ids=positions,
+                    attention_mask=padding_mask,
+                    inference_context=self._cache,
+                    runtime_gather_output=True,
+                )
+            if chunk.post_process:
+                logits = output.float()
+            else:
+                dist.send(output.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank(), group=pipeline)
+        self._cache.increment_sequence_len_offset(num_new)
+        return logits
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Continue with these rows, in this order; a row may be repeated."""
+        memory = self._cache.key_value_memory_dict
+        for layer, pair in memory.items():
+            # Keys and values are [k, b, g, d] views of contiguous [b, g, k, d] tensors, and stay so.
+            memory[layer] = tuple(x.permute(1, 2, 0, 3)[rows].permute(2, 0, 1, 3) for x in pair)
+        self._padding = self._padding[rows]
+        self._cache.max_batch_size = len(rows)  # an empty cache allocates its memory later, for this many rows
+
+
+def left_padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, list[int]]:
+    """Rows of token ids as a tensor [b, longest], and the number of padded columns of each row."""
+    longest = max(map(len, rows))
+    padding = [longest - len(row) for row in rows]
+    padded = [[0] * missing + list(row) for missing, row in zip(padding, rows, strict=True)]
+    return torch.tensor(padded, device=torch.cuda.current_device()), padding
+
+
+# Attributes of modules and of their configuration. megatron-core's static batching refuses all of them.
+SEQUENCE_PARALLEL_SWITCHES = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
+
+
+@contextmanager
+def inference(model_chunks: Sequence[nn.Module]) -> Iterator[None]:
+    """No gradients, no dropout, no sequence parallelism; afterwards each chunk is as before."""
+    were_training = [chunk.training for chunk in model_chunks]
+    # megatron-core's own `set_model_to_sequence_parallel` remembers models by `id`, which a later model may reuse.
+    modules = (module for chunk in model_chunks for module in chunk.modules())
+    owners = {id(owner): owner for module in modules for owner in (module, getattr(module, "config", None))}
+    switched = [(o, name) for o in owners.values() for name in SEQUENCE_PARALLEL_SWITCHES if getattr(o, name, False)]
+    for chunk in model_chunks:
+        chunk.eval()
+    for owner, name in switched:
+        setattr(owner, name, False)
+    try:
+        with torch.no_grad(), adapters_step(model_chunks, is_training=False):
+            yield
+    finally:
+        for owner, name in switched:
+            setattr(owner, name, True)
+        for chunk, was_training in zip(model_chunks, were_training, strict=True):
+            chunk.train(was_training)
 
 
 def choose_tokens(logits: Tensor, sampling: Sampling, draws: Tensor) -> Tensor:
-    """The next token of each row: the likeliest, or the first whose cumulative probability exceeds its draw.
+    """The next token of each row [b]: the likeliest, or the first whose cumulative probability exceeds its draw.
 
-    Args:
-        logits: [b, v], float32.
-        draws: [b], from 0 to 1; ignored at temperature 0.
-
-    Returns:
-        [b] ids.
+    logits: [b, v], float32; draws: [b], from 0 to 1, ignored at temperature 0.
     """
     if sampling.temperature == 0:
         return logits.argmax(-1)
@@ -55,11 +168,6 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     return logits.softmax(-1)
 
 
-def never(ids: Sequence[int]) -> bool:
-    """The default `is_complete`: only an end token or the length limit ends an answer."""
-    return False
-
-
 @dataclass(frozen=True)
 class GenerationSettings:
     """How to generate.
@@ -70,21 +178,20 @@ class GenerationSettings:
         is_complete: called with the ids of an answer after each token; True ends the answer after that token.
         batch_size: prompts per batch, on each replica.
         seed: of sampling.
-        max_length: limit of prompt and answer together, in tokens; None for no limit.
+        max_length: limit of prompt and answer together, in tokens.
     """
 
     end_ids: frozenset[int]
     max_new_tokens: int
-    is_complete: Callable[[Sequence[int]], bool] = never
+    is_complete: Callable[[Sequence[int]], bool] | None = None
     batch_size: int = 32
-    sampling: Sampling = GREEDY
+    sampling: Sampling = Sampling()
     seed: int = 0
-    max_length: int | None = None
+    max_length: int = sys.maxsize
 
     def room(self, prompt: Sequence[int]) -> int:
         """Length limit of the answer to this prompt, in tokens."""
-        limit = self.max_new_tokens if self.max_length is None else self.max_length - len(prompt)
-        return min(limit, self.max_new_tokens)
+        return min(self.max_new_tokens, self.max_length - len(prompt))
 
 
 OnToken = Callable[[int, int], None]
@@ -102,18 +209,14 @@ def generate(
     """Generate an answer to each prompt. All ranks of a replica call it together.
 
     Args:
-        model_chunks: of this rank, without a data-parallel wrapper; their training mode and sequence parallelism are
-            restored afterwards.
-        prompts: token ids, at least one each. A prompt that is given n times gets n answers.
+        model_chunks: of this rank, without a data-parallel wrapper; restored to their mode afterwards.
+        prompts: token ids, at least one each.
         report: called with the number of prompts that have just been answered.
         names: of the prompts' random streams; by default the prompts' numbers.
         on_token: called with (number of the prompt, id) as each token is generated.
 
     Returns:
         New ids for each prompt, in the order of the prompts, the same on every rank of the replica.
-
-    Raises:
-        ConfigurationError: a prompt is empty.
     """
     require(all(prompts), "a prompt is empty: generation needs at least one token to start from.")
     answers: list[list[int]] = [[] for _ in prompts]
@@ -121,56 +224,39 @@ def generate(
     # the other rows nor on the layout.
     streams = [generator_for(settings.seed, name) for name in names or map(str, range(len(prompts)))]
 
-    def next_tokens(running: Sequence[int], logits: Tensor | None) -> list[int]:
-        if logits is None:  # another stage's
-            tokens = torch.empty(len(running), dtype=torch.long, device=torch.cuda.current_device())
-        else:
-            draws = [torch.rand(1, generator=streams[index], dtype=torch.float64) for index in running]
-            tokens = choose_tokens(logits[:, -1], settings.sampling, torch.cat(draws))
-        return broadcast_from_last_stage(tokens).tolist()
-
     def goes_on(index: int, token: int) -> bool:
         """Add the token to its answer, and say whether that answer continues."""
         if token in settings.end_ids:
             return False
         answers[index].append(token)
         on_token(index, token)
-        has_room = len(answers[index]) < settings.room(prompts[index])
-        return has_room and not settings.is_complete(answers[index])
-
-    def answer(running: Sequence[int]) -> None:
-        batch = [tuple(prompts[index]) for index in running]
-        distinct = list(dict.fromkeys(batch))  # equal prompts go through the model once
-        tokens, padding = left_padded(distinct)
-        rows = CachedRows(model_chunks, padding, tokens.shape[1] + max(map(settings.room, distinct)))
-        logits = rows.forward(tokens)
-        if len(distinct) < len(batch):
-            row_of = {prompt: row for row, prompt in enumerate(distinct)}
-            copies = [row_of[prompt] for prompt in batch]
-            rows.keep(copies)
-            logits = None if logits is None else logits[copies]
-        while True:
-            newest = zip(running, next_tokens(running, logits), strict=True)
-            kept = [row for row, (index, token) in enumerate(newest) if goes_on(index, token)]
-            if len(kept) < len(running):  # answers that have ended leave the batch
-                report(len(running) - len(kept))
-                if not kept:
-                    return
-                rows.keep(kept)
-                running = [running[row] for row in kept]
-            last = torch.tensor([answers[index][-1:] for index in running], device=torch.cuda.current_device())
-            logits = rows.forward(last)
+        is_complete = settings.is_complete is not None and settings.is_complete(answers[index])
+        return len(answers[index]) < settings.room(prompts[index]) and not is_complete
 
     pending = [index for index, prompt in enumerate(prompts) if settings.room(prompt) > 0]
     pending.sort(key=lambda index: (len(prompts[index]), tuple(prompts[index])))  # so that batches need little padding
     report(len(prompts) - len(pending))
     with inference(model_chunks):
         for start in range(0, len(pending), settings.batch_size):
-            answer(pending[start : start + settings.batch_size])
+            running = pending[start : start + settings.batch_size]
+            batch = [prompts[index] for index in running]
+            tokens, padding = left_padded(batch)
+            rows = CachedRows(model_chunks, padding, tokens.shape[1] + max(map(settings.room, batch)))
+            while running:
+                logits = rows.forward(tokens)
+                if logits is None:  # another stage's
+                    chosen = torch.empty(len(running), dtype=torch.long, device=tokens.device)
+                else:
+                    draws = [torch.rand(1, generator=streams[index], dtype=torch.float64) for index in running]
+                    chosen = choose_tokens(logits[:, -1], settings.sampling, torch.cat(draws))
+                newest = zip(running, from_last_stage(chosen).tolist(), strict=True)
+                kept = [row for row, (index, token) in enumerate(newest) if goes_on(index, token)]
+                if len(kept) < len(running):  # answers that have ended leave the batch
+                    report(len(running) - len(kept))
+                    rows.keep(kept)
+                    running = [running[row] for row in kept]
+                tokens = torch.tensor([answers[index][-1:] for index in running], device=tokens.device)
     return answers
-
-
-_FURTHER_TOKENS = 4  # a tokenizer may treat the first token of a text differently
 
 
 class StopTexts:
@@ -184,14 +270,13 @@ class StopTexts:
         special = tokenizer.special_tokens
         self.end_ids = frozenset(special[text] for text in texts if text in special)
         self.texts = [text for text in texts if text and text not in special]
-        # A visible token has at least one byte, so this many of the last tokens hold any text that has just ended.
-        self._num_tokens = max((len(text.encode()) for text in self.texts), default=0) + _FURTHER_TOKENS
+        # A visible token has at least one byte, so this many of the last tokens hold any text that has just ended. Four
+        # more, since a tokenizer may treat the first token of a text differently.
+        self._num_tokens = max((len(text.encode()) for text in self.texts), default=0) + 4
 
     def is_complete(self, ids: Sequence[int]) -> bool:
         """Whether the newest token completes one of the texts."""
-        if not self.texts:
-            return False
-        tail = self._tokenizer.decode(ids[-self._num_tokens :])
+        tail = self._tokenizer.decode(ids[-self._num_tokens :]) if self.texts else ""
         return any(text in tail for text in self.texts)
 
     def cut(self, text: str) -> str:
@@ -201,6 +286,97 @@ class StopTexts:
         return text
 
 
+MAX_LOGITS = 2**28  # per forward on the last stage: 1 GiB in float32
+
+
+class Continuation(NamedTuple):
+    """Token ids to score and the context before them, at least one of each."""
+
+    context: tuple[int, ...]
+    ids: tuple[int, ...]
+
+
+class ContinuationScore(NamedTuple):
+    """log p(ids | context), summed over the ids, in nats; whether each id was the likeliest at its position."""
+
+    log_likelihood: float
+    is_greedy: bool
+
+
+def score_continuations(
+    model_chunks: Sequence[GPTModel], continuations: Sequence[Continuation], batch_size: int
+) -> list[ContinuationScore]:
+    """Score each continuation, `batch_size` per forward. All ranks of a replica call it and get the same result.
+
+    The chunks of this rank, without a data-parallel wrapper, are restored to their mode afterwards.
+    """
+    require(
+        all(context and ids for context, ids in continuations),
+        "a context or a continuation has no token: a score needs at least one of each.",
+    )
+    # The longest first; continuations of one context next to each other.
+    keys = [(len(context), context, len(ids)) for context, ids in continuations]
+    order = sorted(range(len(keys)), key=keys.__getitem__, reverse=True)
+    scores: dict[int, ContinuationScore] = {}
+    with inference(model_chunks):
+        while len(scores) < len(order):
+            batch, longest = list[Continuation](), 0
+            for index in order[len(scores) :][:batch_size]:
+                longest = max(longest, len(continuations[index].ids))
+                if batch and (len(batch) + 1) * longest * model_chunks[0].vocab_size > MAX_LOGITS:
+                    break
+                batch.append(continuations[index])
+            scored = _score_batch(model_chunks, batch)
+            scores |= zip(order[len(scores) :][: len(batch)], scored, strict=True)
+    return [scores[index] for index in range(len(order))]
+
+
+def _score_batch(model_chunks: Sequence[GPTModel], batch: Sequence[Continuation]) -> list[ContinuationScore]:
+    asked = [(context, ids[:-1]) for context, ids in batch]  # all tokens but the last go into the model
+    rows = sorted(set(asked))
+    logits = _logits(model_chunks, rows)
+    scores = torch.zeros(len(batch), 2, dtype=torch.float64, device=torch.cuda.current_device())
+    if logits is not None:
+        log_probabilities = logits.log_softmax(-1)
+        for number, (row, (_, ids)) in enumerate(zip(asked, batch, strict=True)):
+            wanted = torch.tensor(ids, device=logits.device)
+            candidates = log_probabilities[rows.index(row), : len(wanted)]  # [tokens, v]
+            scores[number, 0] = candidates.gather(-1, wanted[:, None]).sum()
+            scores[number, 1] = (candidates.argmax(-1) == wanted).all()
+    return [ContinuationScore(total, bool(greedy)) for total, greedy in from_last_stage(scores).tolist()]
+
+
+def _logits(model_chunks: Sequence[GPTModel], rows: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> Tensor | None:
+    """[b, s, v] on the last stage: logits after each context, and after each token of its continuation."""
+    # Each distinct context fills the cache once, without its last token, so logits are computed for continuations only.
+    contexts = list(dict.fromkeys(context for context, _ in rows))
+    tokens, padding = left_padded([context[:-1] for context in contexts])
+    longest = 1 + max(len(before_last) for _, before_last in rows)
+    cached = CachedRows(model_chunks, padding, tokens.shape[1] + longest)
+    if tokens.shape[1]:
+        cached.forward(tokens)
+    cached.keep([contexts.index(context) for context, _ in rows])
+    following = [[context[-1], *before_last] for context, before_last in rows]
+    padded = [row + [0] * (longest - len(row)) for row in following]  # on the right, where causal attention ignores it
+    return cached.forward(torch.tensor(padded, device=torch.cuda.current_device()), every_position=True)
+
+
+def over_replicas(items: Sequence[Any], work: Callable[[Sequence[Any]], Sequence[Any]]) -> list[Any]:
+    """`work(items)`, divided among the data-parallel replicas: an answer for each item, in their order, on every rank.
+
+    A collective of all ranks.
+    """
+    group: Any = parallel_state.get_data_parallel_group()
+    size, rank = group.size(), group.rank()
+    # Rounded up, so that a single item goes to replica 0, which may stream its answer.
+    bounds = [-(-len(items) * share // size) for share in range(size + 1)]
+    shares: list[Any] = [None] * size
+    shares[rank] = list(work(items[bounds[rank] : bounds[rank + 1]]))
+    if size > 1:
+        dist.all_gather_object(shares, shares[rank], group=group)
+    return [answer for share in shares for answer in share]
+
+
 def generate_answers(
     model: InferenceModel,
     prompts: Sequence[tuple[Sequence[int], str]],
@@ -208,12 +384,9 @@ def generate_answers(
     settings: GenerationSettings,
     on_token: OnToken = lambda row, token: None,
 ) -> list[list[int]]:
-    """Token ids of an answer to each prompt, generated by all replicas together. A collective of all ranks.
+    """Token ids of an answer to each prompt (token ids, name of its random stream), generated by all replicas together.
 
-    Args:
-        prompts: (token ids, name of the random stream).
-        until: texts that end an answer, in addition to the model's end tokens.
-        settings: the same on every rank; the model adds its end tokens and its longest sequence.
+    A collective of all ranks. The texts of `until` end an answer, in addition to the model's end tokens.
     """
     stop = StopTexts(model.tokenizer, until)
     ends = settings.end_ids | model.end_ids | stop.end_ids
@@ -224,3 +397,8 @@ def generate_answers(
         return generate(model.chunks, ids, settings, names=names, on_token=on_token)
 
     return over_replicas(prompts, work)
+
+
+def score_all(model: InferenceModel, asked: Sequence[Continuation], batch_size: int) -> list[ContinuationScore]:
+    """Scores by all replicas together, each of which passes `batch_size` continuations at once."""
+    return over_replicas(asked, lambda share: score_continuations(model.chunks, share, batch_size))

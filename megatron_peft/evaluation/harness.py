@@ -15,9 +15,8 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch.distributed as dist
 from lm_eval.api.instance import Instance
@@ -30,38 +29,28 @@ from megatron_peft.config import ConfigurationError, require
 from megatron_peft.config.evaluation import Sampling
 from megatron_peft.config.untrusted import parse_json, require_regular
 from megatron_peft.evaluation.answers import request_bar
-from megatron_peft.evaluation.generation import GREEDY, GenerationSettings, StopTexts, generate_answers
+from megatron_peft.evaluation.generation import Continuation, GenerationSettings, StopTexts, generate_answers, score_all
 from megatron_peft.evaluation.model import InferenceModel
-from megatron_peft.evaluation.scoring import Continuation, ContinuationScore, over_replicas, score_continuations
 
 
 class RankDispatcher:
-    """Calls of rank 0 that run on all ranks of a started world: `score` and `generate`. Creating it is a collective."""
-
-    TIMEOUT = datetime.timedelta(days=30)  # of the wait for a call: rank 0 may execute code for hours in between
+    """Calls of rank 0 that run on all ranks of a started world. Creating it is a collective."""
 
     def __init__(self, model: InferenceModel) -> None:
-        self._model = model
-        self._group: Any = dist.new_group(backend="gloo", timeout=self.TIMEOUT)
+        self.model = model
+        # Between two calls rank 0 may execute code for hours.
+        self._group: Any = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=30))
 
-    def score(self, batch_size: int, continuations: Sequence[Continuation]) -> list[ContinuationScore]:
-        """Scores by all replicas together; `batch_size` is of a forward pass of each of them."""
-        return over_replicas(continuations, lambda share: score_continuations(self._model.chunks, share, batch_size))
-
-    def generate(self, until: Sequence[str], settings: GenerationSettings, prompts: Sequence[Any]) -> list[list[int]]:
-        """As `generate_answers`."""
-        return generate_answers(self._model, prompts, until, settings)
-
-    def call(self, action: str, *arguments: Any) -> Any:
-        """Run an action on every rank. Called on rank 0; returns the result there."""
+    def call(self, action: Callable[..., Any], *arguments: Any) -> Any:
+        """Run `action(model, *arguments)` on every rank. Called on rank 0; returns the result there."""
         self._broadcast((action, arguments))
-        return getattr(self, action)(*arguments)
+        return action(self.model, *arguments)
 
     def serve(self) -> None:
         """Run the calls of rank 0 until it calls `stop`. Called on all other ranks."""
         while message := self._broadcast(None):
             action, arguments = message
-            getattr(self, action)(*arguments)
+            action(self.model, *arguments)
 
     def stop(self) -> None:
         """End `serve` on the other ranks. Called on rank 0."""
@@ -79,19 +68,12 @@ class FinishedRequests(dict[str, Any]):
 
         {"key": "5f1c...", "answer": [-12.25, true]}
 
-    The harness has a cache too, but without sampled answers, and not bound to a checkpoint.
-
-    Args:
-        path: of the file, which is locked as long as this object lives.
-        model: fingerprint of the model, part of every key.
-
-    Raises:
-        ConfigurationError: a line of the file is not an answered request; another evaluation writes to it.
+    The harness has a cache too, but without sampled answers, and not bound to a checkpoint. The file is locked as long
+    as this object lives; `model`, the fingerprint of the model, is part of every key.
     """
 
     def __init__(self, path: Path, model: str) -> None:
-        self._path = path
-        self.model = model
+        self._path, self.model = path, model
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             require_regular(path)
@@ -108,9 +90,8 @@ class FinishedRequests(dict[str, Any]):
                 entry = parse_json(line, place)
                 self[entry["key"] + ""] = entry["answer"]
             except (ConfigurationError, KeyError, TypeError) as error:
-                raise ConfigurationError(
-                    f"{place} is not an answered request ({error!r}): remove the line to repeat the request."
-                ) from error
+                told = f"{place} is not an answered request ({error!r}): remove the line to repeat the request."
+                raise ConfigurationError(told) from error
 
     def _lock(self) -> None:
         deadline = time.monotonic() + GRACE_SECONDS
@@ -127,7 +108,7 @@ class FinishedRequests(dict[str, Any]):
                 return
 
     def key(self, kind: str, *what: Any) -> str:
-        """A digest of the model, the kind of the request, and `what`, all else that its answer depends on (JSON)."""
+        """A digest of the model, the kind of the request, and all else that its answer depends on (JSON)."""
         return hashlib.sha256(json.dumps([self.model, kind, *what]).encode()).hexdigest()[:32]
 
     def add(self, answers: Mapping[str, Any]) -> None:
@@ -144,65 +125,41 @@ class FinishedRequests(dict[str, Any]):
 
     def require_answers(self, keys: Iterable[str], is_answer: Callable[[Any], bool]) -> None:
         """Raises ConfigurationError if a known answer to these requests is not of their kind."""
-        wrong = [key for key in keys if key in self and not is_answer(self[key])]
-        require(
-            not wrong,
-            f"{self._path} has no such answer to the request {''.join(wrong[:1])} as the model gives: remove its line "
-            "to repeat the request.",
-        )
+        for key in keys:
+            told = f"{self._path} has no such answer to the request {key} as the model gives"
+            require(key not in self or is_answer(self[key]), f"{told}: remove its line to repeat the request.")
 
 
 def _is_score(answer: Any) -> bool:
     """A log-likelihood, and whether it is of the likeliest continuation."""
-    is_pair = isinstance(answer, list | tuple) and len(answer) == 2
-    return is_pair and type(answer[0]) in (int, float) and type(answer[1]) is bool
+    return isinstance(answer, list | tuple) and [*map(type, answer)] in ([float, bool], [int, bool])
 
 
 MAX_NEW_TOKENS = 256  # the harness's default
 MOST_STOP_TEXTS = 1000  # each is looked for after each token
 SUPPORTED_SETTINGS = {"until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k"}
 
-
-class _Request(NamedTuple):
-    key: str  # of its answer
-    content: Any  # a continuation, or a prompt with the name of its random stream
-    ids: tuple[int, ...]  # of its context; requests of one length go together
+# The key of its answer, and a continuation, or a prompt with the name of its random stream: both begin with a context.
+Request = tuple[str, tuple[tuple[int, ...], Any]]
 
 
 class HarnessModel(TemplateLM):
-    """The harness's model. It runs on rank 0, and its forwards on all ranks.
+    """The harness's model. It runs on rank 0, and its forwards on all ranks, with `batch_size` requests per replica."""
 
-    Args:
-        finished: known answers; new ones are added portion by portion.
-        batch_size: requests per forward pass of a replica.
-        seed: of sampling.
-    """
-
-    def __init__(
-        self, model: InferenceModel, dispatcher: RankDispatcher, finished: FinishedRequests, batch_size: int, seed: int
-    ) -> None:
+    def __init__(self, dispatcher: RankDispatcher, finished: FinishedRequests, batch_size: int, seed: int) -> None:
         super().__init__()
-        self._model = model
-        self._dispatcher = dispatcher
-        self._finished = finished
-        self._batch_size = batch_size
-        self._seed = seed
-        self.truncated: Counter[str] = Counter()
+        self._model, self._dispatcher, self._finished = dispatcher.model, dispatcher, finished
+        self._batch_size, self._seed = batch_size, seed
+        self.max_length = dispatcher.model.max_length
+        self.truncated: Counter[str] = Counter()  # kind of request -> how many lost their beginning
 
     @property
     def eot_token_id(self) -> int:
-        """Id of the token that ends a text."""
         return self._model.tokenizer.eos_id
 
     @property
     def prefix_token_id(self) -> int:
-        """Id of the token before a text without context."""
         return self._model.tokenizer.prefix_id
-
-    @property
-    def max_length(self) -> int:
-        """Positions of the model."""
-        return self._model.max_length
 
     @property
     def tokenizer_name(self) -> str:
@@ -225,15 +182,14 @@ class HarnessModel(TemplateLM):
     def get_model_info(self) -> Mapping[str, Any]:
         """What the results say about the model, in addition to the harness's fields."""
         config, record = self._model.config, self._model.record
+        sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "data_parallel_size")
         return {
             "pretrained_checkpoint": config.model.pretrained_checkpoint,
             "checkpoint": config.checkpoint.load,
             "iteration": None if record is None else record.position["iteration"],
             "peft_method": None if record is None else config.peft.method,
             "bf16": config.model.bf16,
-            "tensor_model_parallel_size": config.parallel.tensor_model_parallel_size,
-            "pipeline_model_parallel_size": config.parallel.pipeline_model_parallel_size,
-            "data_parallel_size": config.parallel.data_parallel_size,
+            **{name: getattr(config.parallel, name) for name in sizes},
             "sampling_seed": self._seed,
             "truncated_requests": dict(self.truncated),
         }
@@ -241,24 +197,21 @@ class HarnessModel(TemplateLM):
     def _loglikelihood_tokens(self, requests: Sequence[Any], **kwargs: Any) -> list[tuple[float, bool]]:
         keyed = []
         for _, context, ids in requests:
-            require(
-                len(ids) <= self.max_length,
-                f"a continuation of {len(ids)} tokens does not fit the {self.max_length} positions of the model.",
-            )
+            told = f"a continuation of {len(ids)} tokens does not fit the {self.max_length} positions of the model."
+            require(len(ids) <= self.max_length, told)
             excess = max(len(context) + len(ids) - 1 - self.max_length, 0)  # the last token needs no position
             self.truncated["score"] += excess > 0
             asked = Continuation(tuple(context[excess:]), tuple(ids))
-            keyed.append(_Request(self._finished.key("score", *asked), asked, asked.context))
-        score = partial(self._dispatcher.call, "score", self._batch_size)
-        return [(total, greedy) for total, greedy in self._answers("scoring", keyed, score, _is_score)]
+            keyed.append((self._finished.key("score", *asked), asked))
+        found = self._answers("scoring", keyed, (score_all, self._batch_size), _is_score)
+        return [(total, greedy) for total, greedy in found]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihoods of whole texts, each token with as much context as the model has positions for."""
         windows = []
         for request in requests:
-            rolling = get_rolling_token_windows(
-                self.tok_encode(request.args[0]), self.prefix_token_id, max_seq_len=self.max_length, context_len=1
-            )
+            ids = self.tok_encode(request.args[0])
+            rolling = get_rolling_token_windows(ids, self.prefix_token_id, max_seq_len=self.max_length, context_len=1)
             windows.append([*map(make_disjoint_window, rolling)])  # whose continuations cover the text once
         scores = iter(self._loglikelihood_tokens([("", *window) for text in windows for window in text]))
         return [sum(total for total, _ in itertools.islice(scores, len(text))) for text in windows]
@@ -270,8 +223,7 @@ class HarnessModel(TemplateLM):
         for until, settings in dict.fromkeys(plans):
             chosen = [index for index, plan in enumerate(plans) if plan == (until, settings)]
             prompts = self._prompts([requests[index].args[0] for index in chosen], until, settings)
-            generate = partial(self._dispatcher.call, "generate", until, settings)
-            answers = self._answers("answering", prompts, generate, self._are_ids)
+            answers = self._answers("answering", [*prompts], (generate_answers, until, settings), self._are_ids)
             stop = StopTexts(self._model.tokenizer, until)
             for index, ids in zip(chosen, answers, strict=True):
                 texts[index] = stop.cut(self._model.tokenizer.decode(ids))
@@ -283,33 +235,22 @@ class HarnessModel(TemplateLM):
         place = f"generation_kwargs of task {request.task_name}:"
         try:
             given: dict[str, Any] = {**normalize_gen_kwargs(arguments[1], MAX_NEW_TOKENS)}
-            sampling = GREEDY
-            if given["do_sample"]:
-                temperature, top_p = float(given.get("temperature", 1.0)), float(given.get("top_p", 1.0))
-                sampling = Sampling(temperature, top_p, int(given.get("top_k", 0)))
+            values = (float(given.get("temperature", 1)), float(given.get("top_p", 1)), int(given.get("top_k", 0)))
+            sampling = Sampling(*values) if given["do_sample"] else Sampling()
         except (ConfigurationError, TypeError, ValueError, OverflowError) as error:
             raise ConfigurationError(f"{place} {error}") from error
-        unknown = sorted(given.keys() - SUPPORTED_SETTINGS)
-        require(
-            not unknown, f"{place} {', '.join(unknown)} is not supported; use {', '.join(sorted(SUPPORTED_SETTINGS))}."
-        )
+        unknown, known = ", ".join(sorted(given.keys() - SUPPORTED_SETTINGS)), ", ".join(sorted(SUPPORTED_SETTINGS))
+        require(not unknown, f"{place} {unknown} is not supported; use {known}.")
         longest, until = given["max_gen_toks"], given["until"]
-        require(
-            all(isinstance(text, str) for text in until) and len(until) <= MOST_STOP_TEXTS,
-            f"{place} until must be a text, or a list of at most {MOST_STOP_TEXTS} texts.",
-        )
-        require(longest > 0, f"{place} max_gen_toks must be above 0.")
-        require(
-            longest < self.max_length,
-            f"task {request.task_name} generates answers of {longest} tokens, but the model has {self.max_length} "
-            "positions for question and answer together: lower the task's max_gen_toks.",
-        )
-        settings = GenerationSettings(
-            frozenset(), longest, batch_size=self._batch_size, sampling=sampling, seed=self._seed
-        )
-        return tuple(until), settings
+        are_texts = all(isinstance(text, str) for text in until) and len(until) <= MOST_STOP_TEXTS
+        require(are_texts, f"{place} until must be a text, or a list of at most {MOST_STOP_TEXTS} texts.")
+        positions = f"{self.max_length}, the positions of the model for question and answer together"
+        told = f"{place} max_gen_toks is {longest}; it must be above 0, and below {positions}."
+        require(0 < longest < self.max_length, told)
+        plan = GenerationSettings(frozenset(), longest, batch_size=self._batch_size, sampling=sampling, seed=self._seed)
+        return tuple(until), plan
 
-    def _prompts(self, texts: Sequence[str], until: Sequence[str], settings: GenerationSettings) -> Iterator[_Request]:
+    def _prompts(self, texts: Sequence[str], until: Sequence[str], settings: GenerationSettings) -> Iterator[Request]:
         """Requests whose random streams are named by content, so that a resumed evaluation samples the same answers."""
         room = self.max_length - settings.max_new_tokens
         what = until, settings.max_new_tokens, settings.sampling.__dict__, settings.seed
@@ -319,27 +260,27 @@ class HarnessModel(TemplateLM):
             self.truncated["generate"] += len(ids) > room
             ids = tuple(ids[-room:])
             name = f"{hashlib.sha256(json.dumps(ids).encode()).hexdigest()}/{seen[ids]}"
-            seen[ids] += settings.sampling != GREEDY
-            yield _Request(self._finished.key("generate", ids, name, *what), (ids, name), ids)
+            seen[ids] += settings.sampling.temperature > 0
+            yield self._finished.key("generate", ids, name, *what), (ids, name)
 
     def _are_ids(self, answer: Any) -> bool:
         largest = self._model.tokenizer.largest_id
         return isinstance(answer, list | tuple) and all(type(id_) is int and 0 <= id_ <= largest for id_ in answer)
 
     def _answers(
-        self, title: str, requests: Iterable[_Request], compute: Callable, is_answer: Callable[[Any], bool]
+        self, title: str, requests: Sequence[Request], action: tuple, is_answer: Callable[[Any], bool]
     ) -> list[Any]:
-        """Answers in the order of the requests: known ones, and `compute` of the others in portions, longest first."""
-        requests = list(requests)
-        self._finished.require_answers([request.key for request in requests], is_answer)
-        distinct = {request.key: request for request in requests}
-        pending = [request for request in distinct.values() if request.key not in self._finished]
-        pending.sort(key=lambda request: (-len(request.ids), request.ids))
+        """Answers in the order of the requests: known ones, and those of `action`, a function of the model and requests
+        with its further arguments, to the others in portions, longest first."""
+        finished, distinct, (function, *settings) = self._finished, dict(requests), action
+        finished.require_answers(distinct, is_answer)
+        pending = [key for key in distinct if key not in finished]
+        pending.sort(key=lambda key: (-len(distinct[key][0]), distinct[key][0]))
         size = self._batch_size * self._model.config.parallel.data_parallel_size
         with request_bar(title, len(distinct), done=len(distinct) - len(pending)) as advance:
             for start in range(0, len(pending), size):
                 portion = pending[start : start + size]
-                answers = compute([request.content for request in portion])
-                self._finished.add({request.key: answer for request, answer in zip(portion, answers, strict=True)})
+                answers = self._dispatcher.call(function, [distinct[key] for key in portion], *settings)
+                finished.add(dict(zip(portion, answers, strict=True)))
                 advance(len(portion))
-        return [self._finished[request.key] for request in requests]
+        return [finished[key] for key, _ in requests]

@@ -10,12 +10,13 @@ import os
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
+from functools import partial
 from glob import has_magic, iglob
 from importlib import import_module
 from importlib.metadata import version
 from inspect import isfunction
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from megatron_peft.data.files import open_json, require_limits
 from megatron_peft.evaluation import harness
 from megatron_peft.evaluation.answers import check_output
 from megatron_peft.evaluation.harness import FinishedRequests, HarnessModel, RankDispatcher
-from megatron_peft.evaluation.model import InferenceModel, load_model, model_fingerprint
+from megatron_peft.evaluation.model import load_model, model_fingerprint
 from megatron_peft.evaluation.task_names import harness_files, harness_folders, own_files, require_known_tasks, texts_of
 from megatron_peft.runtime.launch import checked_together
 from megatron_peft.tasks.template import TaskLoader
@@ -67,50 +68,15 @@ os.environ["DISABLE_MULTIPROC"] = "1"  # it would fork a process that has joined
 def evaluate(config: RunConfig, settings: HarnessSettings) -> None:
     """Write the results of `config`'s model on the tasks, in a started world.
 
-    Raises:
-        ConfigurationError: on every rank: wrong tasks or files (before the model is loaded), or a wrong checkpoint.
+    ConfigurationErrors are raised on every rank; those of tasks and files before the model is loaded.
     """
     checked = checked_together(lambda: _checked_tasks(config, settings) if dist.get_rank() == 0 else None)
-    model = load_model(config)
-    dispatcher = RankDispatcher(model)
+    dispatcher = RankDispatcher(load_model(config))
     if checked is None:
         dispatcher.serve()
         return
-    results = _run_harness(model, dispatcher, settings, *checked)
-    dispatcher.stop()
-    try:
-        _write(results, settings)
-    except OSError as error:
-        raise ConfigurationError(
-            f"{error.filename} cannot be written ({error.strerror}): free disk space, and the same command goes on."
-        ) from error
-
-
-def _checked_tasks(config: RunConfig, settings: HarnessSettings) -> tuple[Any, FinishedRequests]:
-    check_output(settings.output)
-    fingerprint = model_fingerprint(config)
-    if Path(settings.output).exists() and not settings.overwrite:
-        try:
-            existing = read_json_object(Path(settings.output)).get("config")
-        except ConfigurationError:
-            existing = None
-        of_this_command = {"checkpoint_fingerprint": fingerprint, "evaluation": settings.result_settings()}
-        require(
-            isinstance(existing, dict) and of_this_command.items() <= existing.items(),
-            f"--output {settings.output} exists already, and is not a result of this model with these flags: give "
-            "another file, or --overwrite.",
-        )
-    logging.getLogger("lm_eval").setLevel(logging.WARNING)
-    may_run_code = settings.confirm_run_unsafe_code
-    tasks = find_tasks(settings.tasks, settings.include_path, settings.num_fewshot, settings.limit, may_run_code)
-    return tasks, FinishedRequests(settings.side_file("requests"), fingerprint)
-
-
-def _run_harness(
-    model: InferenceModel, dispatcher: RankDispatcher, settings: HarnessSettings, tasks: Any, finished: FinishedRequests
-) -> dict[str, Any]:
-    harness_model: Any = HarnessModel(model, dispatcher, finished, settings.batch_size, settings.sampling_seed)
-    limit, asked = settings.limit, []
+    tasks, finished = checked
+    asked: list[Any] = []
     for name in settings.tasks:
         loaded = tasks.load([name])
         for task in loaded["tasks"].values():
@@ -118,9 +84,11 @@ def _run_harness(
             task.process_results = _in_time(task.process_results)
         group = loaded.get("groups", {}).get(name)
         asked += [group] if group is not None else loaded["tasks"].values()  # of a tag, or a single task
+    model: Any = HarnessModel(dispatcher, finished, settings.batch_size, settings.sampling_seed)
+    limit = settings.limit
     with _told(" ".join(settings.tasks), "scored"):
         results: Any = simple_evaluate(
-            model=harness_model,
+            model=model,
             tasks=asked,
             task_manager=tasks,
             bootstrap_iters=NUM_DRAWS,
@@ -131,13 +99,35 @@ def _run_harness(
             apply_chat_template=settings.apply_chat_template,
             confirm_run_unsafe_code=settings.confirm_run_unsafe_code,
         )
+    dispatcher.stop()
     results["config"]["checkpoint_fingerprint"] = finished.model
     results["config"]["evaluation"] = settings.result_settings()
     results["config"]["package_versions"] = {name: version(name) for name in PACKAGES}
-    for kind, number in harness_model.truncated.items():
-        if number:
-            print(f"{number} {kind} requests were cut at the beginning to fit the model's {model.max_length} positions")
-    return results
+    for kind, number in (+model.truncated).items():
+        print(f"{number} {kind} requests were cut at the beginning to fit the model's {model.max_length} positions")
+    try:
+        _write(results, settings)
+    except OSError as error:
+        raise ConfigurationError(
+            f"{error.filename} cannot be written ({error.strerror}): free disk space, and the same command goes on."
+        ) from error
+
+
+def _checked_tasks(config: RunConfig, settings: HarnessSettings) -> tuple[Any, FinishedRequests]:
+    check_output(settings.output)
+    output, fingerprint = Path(settings.output), model_fingerprint(config)
+    if output.exists() and not settings.overwrite:
+        existing = None
+        with suppress(ConfigurationError):
+            existing = read_json_object(output).get("config")
+        of_this_command = {"checkpoint_fingerprint": fingerprint, "evaluation": settings.result_settings()}
+        is_same = isinstance(existing, dict) and of_this_command.items() <= existing.items()
+        told = f"--output {output} exists already, and is not a result of this model with these flags"
+        require(is_same, f"{told}: give another file, or --overwrite.")
+    logging.getLogger("lm_eval").setLevel(logging.WARNING)
+    may_run_code = settings.confirm_run_unsafe_code
+    tasks = find_tasks(settings.tasks, settings.include_path, settings.num_fewshot, settings.limit, may_run_code)
+    return tasks, FinishedRequests(settings.side_file("requests"), fingerprint)
 
 
 def _in_time(judge: Callable[..., Any], num_answers: Callable[[], int] = lambda: 0) -> Callable[..., Any]:
@@ -155,13 +145,12 @@ def _in_time(judge: Callable[..., Any], num_answers: Callable[[], int] = lambda:
 
 def _write(results: dict[str, Any], settings: HarnessSettings) -> None:
     """Write questions and answers, then the results, and print the scores."""
+    as_json = partial(json.dumps, default=lm_eval.utils.handle_non_serializable)
     samples: Mapping[str, list[dict[str, Any]]] = results.pop("samples", {})
     if settings.log_samples:
-        lines = [{"task": task, **sample} for task, of_task in samples.items() for sample in of_task]
-        text = "".join(json.dumps(line, default=lm_eval.utils.handle_non_serializable) + "\n" for line in lines)
-        write_atomically(settings.side_file("samples"), text)
-    text = json.dumps(results, indent=2, default=lm_eval.utils.handle_non_serializable) + "\n"
-    write_atomically(Path(settings.output), text)
+        lines = [as_json({"task": task, **sample}) + "\n" for task, of_task in samples.items() for sample in of_task]
+        write_atomically(settings.side_file("samples"), "".join(lines))
+    write_atomically(Path(settings.output), as_json(results, indent=2) + "\n")
     for task, scores in results["results"].items():
         shown = {name: value for name, value in scores.items() if isinstance(value, float)}
         print(f"{task}: " + ", ".join(f"{name.partition(',none')[0]} {value:.4f}" for name, value in shown.items()))
@@ -188,18 +177,12 @@ def find_tasks(
     limit: float | None = None,
     may_run_code: bool = False,
 ) -> Any:
-    """The harness's TaskManager for these tasks, each of which loads, and asks its first question.
-
-    Raises:
-        ConfigurationError: an unknown name; a folder that does not exist; a task file that would run code; data that
-            cannot be read or does not fit the task's templates; a label outside the choices; fewer solved examples
-            than `num_fewshot`, or only those that are scored; an unknown metric; too many requests.
-    """
+    """The harness's TaskManager for these tasks, each of which has passed all checks and asks its first question."""
     require_known_tasks(names, include_paths)
     check_task_files(include_paths, may_run_code)
     # Only those of the harness's thousands of files are parsed that these tasks need. A later folder comes first.
-    folders = [*harness_folders(names, include_paths), *include_paths]
-    manager = TaskManager(include_path=list(folders), include_defaults=False)
+    folders: list[Any] = [*harness_folders(names, include_paths), *include_paths]
+    manager = TaskManager(include_path=folders, include_defaults=False)
     for name in names:
         with _told(name, "loaded"):
             try:
@@ -231,13 +214,13 @@ def _told(tasks: str, done: str) -> Iterator[None]:
 
 
 def _check_metrics(task: Any) -> None:
-    """Each metric, aggregation and filter exists; the harness would fail when all questions are answered."""
+    """Each metric, aggregation and filter exists: the harness would fail when all questions are answered."""
     given = [entry.get("aggregation") for entry in task.config.metric_list or ()]
-    bad = [name for name in given if isinstance(name, str) and name not in AGGREGATION_REGISTRY]
-    require(not bad, f"no aggregation {', '.join(bad)}; there are {', '.join(AGGREGATION_REGISTRY)}.")
-    bad = [name for name, function in task._metric_fn_list.items() if function is None]
-    known = task.config.process_results is not None or not bad
-    require(known, f"no metric {', '.join(bad)}; there are {', '.join(METRIC_REGISTRY)}.")
+    unknown = [name for name in given if isinstance(name, str) and name not in AGGREGATION_REGISTRY]
+    require(not unknown, f"no aggregation {', '.join(unknown)}; there are {', '.join(AGGREGATION_REGISTRY)}.")
+    unknown = [name for name, function in task._metric_fn_list.items() if function is None]
+    is_scored = task.config.process_results is not None or not unknown
+    require(is_scored, f"no metric {', '.join(unknown)}; there are {', '.join(METRIC_REGISTRY)}.")
     for make_filter in chain.from_iterable(ensemble.filters for ensemble in task._filters):
         make_filter()
 
@@ -250,16 +233,11 @@ def _check_requests(task: Any, limit: float | None) -> None:
     for number, doc in enumerate(task.eval_docs):
         num_choices = len(task.doc_to_choice(doc)) if has_choices else 1
         num_asked += num_choices * repeats * (number < num_items)
-        require(
-            num_asked <= MOST_REQUESTS,
-            f"it asks more than {MOST_REQUESTS:,} times ({repeats:,} for each item and choice), which is the limit: "
-            "lower its repeats, or give --limit.",
-        )
-        label = task.doc_to_target(doc) if has_choices else None
-        require(
-            not isinstance(label, int) or 0 <= label < num_choices,
-            f"the label of item {number} is {label}; choices are numbered from 0 to {num_choices - 1}.",
-        )
+        limits = f"{MOST_REQUESTS:,} times ({repeats:,} for each item and choice), which is the limit"
+        require(num_asked <= MOST_REQUESTS, f"it asks more than {limits}: lower its repeats, or give --limit.")
+        label = task.doc_to_target(doc) if has_choices else 0
+        told = f"the label of item {number} is {label}; choices are numbered from 0 to {num_choices - 1}."
+        require(not isinstance(label, int) or 0 <= label < num_choices, told)
 
 
 def _check_examples(task: Any, num_fewshot: int | None) -> None:
@@ -267,14 +245,13 @@ def _check_examples(task: Any, num_fewshot: int | None) -> None:
     wanted = (task.config.num_fewshot or 0) if num_fewshot is None else num_fewshot
     if not wanted:
         return
-    settings = task.fewshot_cfg
-    has_examples = settings.split is not None or settings.samples is not None or task.has_training_docs()
-    require(
-        num_fewshot is None or has_examples or (task.has_validation_docs() and task.has_test_docs()),
-        f"--num-fewshot {num_fewshot}: it has only items that are scored; omit --num-fewshot, or give the task a "
-        "fewshot_split.",
-    )
-    num_items = len(task.fewshot_docs()) - (settings.split is not None and settings.split == task.config.test_split)
+    split, has_samples = task.fewshot_cfg.split, task.fewshot_cfg.samples is not None
+    is_apart = split is not None or has_samples or task.has_training_docs()
+    is_apart |= task.has_validation_docs() and task.has_test_docs()
+    ways = "omit --num-fewshot, or give the task a fewshot_split"
+    told = f"--num-fewshot {num_fewshot}: it has only items that are scored; {ways}."
+    require(num_fewshot is None or is_apart, told)
+    num_items = len(task.fewshot_docs()) - (split is not None and split == task.config.test_split)
     flag = f"num_fewshot: {wanted}" if num_fewshot is None else f"--num-fewshot {wanted}"
     require(num_items >= wanted, f"{flag}: it has {num_items} solved items besides the one that is asked.")
     task.set_config("num_fewshot", wanted)
@@ -287,7 +264,6 @@ DATA = {"dataset_path", "dataset_name", "dataset_kwargs"}
 DATA_SETTINGS = {"data_dir", "data_files", "field", "revision", "trust_remote_code"}  # the last one is ignored
 DATA_SETTINGS |= {"column_names", "delimiter", "encoding", "header", "names", "quotechar", "sep"}  # of tables
 PACKED = (b"\x1f\x8b", b"PK\x03\x04", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18")  # gzip, ...
-MOST_FILES = 10_000  # of a task's data
 CALLING = {"class", "custom_dataset", "use_prompt"}  # keys of a task that call what they name
 
 
@@ -298,8 +274,7 @@ def check_task_files(include_paths: Sequence[str], may_run_code: bool = False) -
     may_run_code: functions of the harness's own tasks are allowed, of which some run programs that stand in the data.
     """
     waiting = [(path, path) for folder in include_paths for path in sorted(Path(folder).rglob("*.yaml"))]
-    of_user = {file.name for file in own_files(include_paths)}
-    seen: set[Path] = set()
+    of_user, seen = own_files(include_paths), set[Path]()
     for path, origin in waiting:  # grows by the files that these build on
         is_of_harness = path.resolve().is_relative_to(HARNESS)
         if path.resolve() in seen or (path is origin and is_of_harness):
@@ -311,7 +286,7 @@ def check_task_files(include_paths: Sequence[str], may_run_code: bool = False) -
             "!function", lambda load, node, to=functions: to.append(str(load.construct_scalar(node)))
         )
         values = parse_yaml(read_text(path), str(path), loader)
-        tasks = list(_tasks_in(values))
+        tasks = [value for value in _values_within(values) if isinstance(value, dict)]  # members of groups too
         if is_of_harness:
             require(
                 may_run_code or not functions,
@@ -324,20 +299,17 @@ def check_task_files(include_paths: Sequence[str], may_run_code: bool = False) -
                 _check_function(path, function, may_run_code)
             for task in tasks:
                 _check_task(path, task)
-        built_on = [path.parent / name for task in tasks[:1] for name in texts_of(task.get("include"))]
-        members = {str(task.get("task")) for task in tasks[1:]} - of_user
+        built_on = [path.parent / name for task in tasks for name in texts_of(task.get("include"))]
+        members = {name for task in tasks for name in texts_of(task.get("task"))} - of_user.keys()
         built_on += [Path(file.path) for name in members for file in harness_files().get(name, ())]
         names_data = path is not origin or any(DATA & task.keys() for task in tasks)
         waiting += [(base, origin) for base in built_on if names_data or not base.resolve().is_relative_to(HARNESS)]
 
 
-def _tasks_in(values: Any) -> Iterator[dict[str, Any]]:
-    """The settings of a task or a group, and of the tasks in it."""
-    if isinstance(values, dict):
-        yield values
-        members = values.get("task")
-        for member in members if isinstance(members, list) else ():
-            yield from _tasks_in(member if isinstance(member, dict) else {"task": member})
+def _values_within(value: Any) -> Iterator[Any]:
+    yield value
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _values_within(inner)
 
 
 def _check_function(path: Path, function: str, may_run_code: bool) -> None:
@@ -358,53 +330,31 @@ def _check_task(path: Path, task: dict[str, Any]) -> None:
     refused = {*(CALLING & task.keys()), *({"unsafe_code: false"} if not task.get("unsafe_code", True) else ())}
     require(not refused, f"{path} is refused: {', '.join(sorted(refused))} could run code: remove it.")
     # `evaluate.load` would look on the disk for a metric that the harness does not know. A !function is None here.
-    metrics = task.get("metric_list")
-    entries = [entry for entry in metrics if isinstance(entry, dict)] if isinstance(metrics, list) else []
-    named = [(str(entry.get("metric")), entry.get("hf_evaluate")) for entry in entries]
-    scripts = [name for name, hf_evaluate in named if hf_evaluate or name not in METRIC_REGISTRY]
-    scripts = [name for name in scripts if "/" in name or Path(name).exists()]
+    name = str(task.get("metric"))
+    is_own = name in METRIC_REGISTRY and not task.get("hf_evaluate")
     require(
-        not scripts,
-        f"{path} is refused: the metric {', '.join(scripts)} is a script, which the harness would run. Use one of its "
-        "own metrics, or a function of megatron_peft.evaluation by !function.",
+        is_own or not ("/" in name or Path(name).exists()),
+        f"{path} is refused: the metric {name} is a script, which the harness would run. Use one of its own "
+        "metrics, or a function of megatron_peft.evaluation by !function.",
     )
     reader, settings = str(task.get("dataset_path", "")), task.get("dataset_kwargs") or {}
     unknown = settings.keys() - DATA_SETTINGS if isinstance(settings, dict) else {"dataset_kwargs"}
     require(not unknown, f"{path} is refused: dataset_kwargs takes {', '.join(sorted(DATA_SETTINGS))}, not {unknown}.")
-    require(
-        reader in READERS or reader not in _PACKAGED_DATASETS_MODULES,
-        f"{path} is refused: dataset_path {reader} may run code: give {', '.join(sorted(READERS))}, a folder, or a "
-        "name on the Hub.",
-    )
-    for given in (reader, *_texts_within(settings)):
+    may_load = reader in READERS or reader not in _PACKAGED_DATASETS_MODULES
+    ways = f"give {', '.join(sorted(READERS))}, a folder, or a name on the Hub"
+    require(may_load, f"{path} is refused: dataset_path {reader} may run code: {ways}.")
+    for given in (reader, *(value for value in _values_within(settings) if isinstance(value, str))):
         require("://" not in given and "::" not in given, f"{path} is refused: {given} is no file: download it first.")
-        files = islice(_files_of(given) if given and given not in READERS else (), MOST_FILES + 1)
-        for number, file in enumerate(files):
-            require(number < MOST_FILES, f"{path} is refused: {given} names more than {MOST_FILES:,} files.")
-            _check_data(file, f"{path}: dataset_kwargs:")
-
-
-def _texts_within(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for inner in value.values() if isinstance(value, dict) else value:
-            yield from _texts_within(inner)
-
-
-def _files_of(given: str) -> Iterator[Path]:
-    """The files that a path, a folder or a pattern names."""
-    for name in chain([given], iglob(given, recursive=True) if has_magic(given) else ()):
-        inside = Path(name).rglob("*") if Path(name).is_dir() else [Path(name)]
-        yield from (path for path in inside if path.exists() and not path.is_dir())
-
-
-def _check_data(file: Path, flag: str) -> None:
-    """Raises ConfigurationError for what `datasets` would take a machine's memory for, or unpack."""
-    require_regular(file, flag)
-    with file.open("rb") as opened:
-        start = opened.read(max(map(len, PACKED)))
-    require(not start.startswith(PACKED), f"{flag} {file} is compressed: unpack it first.")
-    if file.suffix in (".json", ".jsonl"):
-        open_json(file, with_digest=False)
-    require_limits(file, flag)
+        named = iglob(given, recursive=True) if has_magic(given) else filter(None, [given])
+        for place in map(Path, named if given not in READERS else ()):
+            inside = place.rglob("*") if place.is_dir() else [place]
+            for file in (file for file in inside if file.exists() and not file.is_dir()):
+                # What `datasets` would take a machine's memory for, or unpack.
+                flag = f"{path}: dataset_kwargs:"
+                require_regular(file, flag)
+                with file.open("rb") as opened:
+                    is_packed = opened.read(max(map(len, PACKED))).startswith(PACKED)
+                require(not is_packed, f"{flag} {file} is compressed: unpack it first.")
+                if file.suffix in (".json", ".jsonl"):
+                    open_json(file, with_digest=False)
+                require_limits(file, flag)

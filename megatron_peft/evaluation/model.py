@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -35,15 +35,12 @@ from megatron_peft.models.shape import ModelShape
 from megatron_peft.runtime.failure import run_together
 from megatron_peft.runtime.launch import checked_together, start_model_parallel, world
 
-GENERATION_CONFIG = "generation_config.json"
-
 
 @dataclass(frozen=True)
 class InferenceModel:
-    """A loaded model on this rank.
+    """A loaded model on this rank; `config` has the layout of the evaluation, not that of the training run.
 
     Args:
-        config: of the evaluation, with its own layout, not that of the training run.
         chunks: the model chunks of this rank, without a data-parallel wrapper.
         end_ids: tokens that end an answer.
         record: of the run that trained it; None for a base model.
@@ -65,22 +62,20 @@ class InferenceModel:
 def load_model(config: RunConfig) -> InferenceModel:
     """Load the model of --load, or of --pretrained-checkpoint, in a started world. Creates the layout's groups.
 
-    Raises:
-        ConfigurationError: on every rank: no checkpoint, another base, another method, a layout that does not divide.
+    ConfigurationErrors are raised on every rank: no checkpoint, another base or method, a layout that does not divide.
     """
     # With a key-value cache, our core attention applies the key mask of padded prompts; Transformer Engine's does not.
     config = replace(config, model=replace(config.model, transformer_impl="local"))
-    shape = checked_together(lambda: checked_shape(config))
     base, load = config.model.pretrained_checkpoint, config.checkpoint.load
     assert base is not None
-    start_model_parallel(config.parallel, config.training.seed, config.parallel.num_virtual_stages(shape.num_layers))
 
-    def checked_tokenizer() -> Tokenizer:
-        tokenizer = build_tokenizer(config.data, base)
+    def checked() -> tuple[ModelShape, Tokenizer]:
+        shape, tokenizer = checked_shape(config), build_tokenizer(config.data, base)
         require_vocabulary_fits(tokenizer, shape.vocab_size)
-        return tokenizer
+        return shape, tokenizer
 
-    tokenizer = checked_together(checked_tokenizer)
+    shape, tokenizer = checked_together(checked)
+    start_model_parallel(config.parallel, config.training.seed, config.parallel.num_virtual_stages(shape.num_layers))
     chunks = build_model_chunks(shape, config.model, config.parallel)
     if load is not None and config.peft.trains_adapters:
         attach_adapters(chunks, config.peft, config.training.seed)
@@ -90,11 +85,11 @@ def load_model(config: RunConfig) -> InferenceModel:
         run = CurrentRun(config, shape, adapted_layers(chunks), base_fingerprint(base), {})
 
         def refuse_another() -> None:
-            if problems := contradictions(read_record(find_checkpoint(load)), run):
+            # The first rank speaks for all: it alone has read the base model's files.
+            if dist.get_rank() == 0 and (problems := contradictions(read_record(find_checkpoint(load)), run)):
                 raise ConfigurationError(*problems)
 
-        # The first rank speaks for all: it alone has read the base model's files.
-        checked_together(lambda: refuse_another() if dist.get_rank() == 0 else None)
+        checked_together(refuse_another)
         record = load_trained_parameters(chunks, load)
     return InferenceModel(config, shape, chunks, tokenizer, end_ids(base) | {tokenizer.eos_id}, record)
 
@@ -112,11 +107,7 @@ def _load_base(chunks: Sequence[nn.Module], config: RunConfig, shape: ModelShape
 
 
 def restore_base(chunks: Sequence[nn.Module], config: RunConfig, shape: ModelShape) -> None:
-    """Take the adapters off, and read the base's weights again: some methods train or replace them. A collective.
-
-    Args:
-        chunks: of this rank, without a data-parallel wrapper.
-    """
+    """Take the adapters off, and read the base's weights again: some methods train or replace them. A collective."""
     for layer in (layer for chunk in chunks for layer in linear_layers(chunk)):
         layer.module.adapter = None
     _load_base(chunks, config, shape, progress=False)
@@ -132,7 +123,7 @@ def model_fingerprint(config: RunConfig) -> str:
 
 def end_ids(base: str) -> frozenset[int]:
     """The `eos_token_id` of the base model's `generation_config.json`; a chat model may list several."""
-    path = Path(base, GENERATION_CONFIG)
+    path = Path(base, "generation_config.json")
     if not path.exists():
         return frozenset()
     ends = read_json_object(path).get("eos_token_id")
@@ -151,46 +142,31 @@ SAVED: dict[str, tuple[str, ...]] = {
 
 
 def saved_values(typed: Mapping[str, Any]) -> dict[str, Any]:
-    """Model, method and tokenizer of the run in the folder `typed["load"]`, by field; `saved` of `read_config`.
-
-    Raises:
-        ConfigurationError: the folder has no checkpoint, or the run's base model has moved.
-    """
+    """Model, method and tokenizer of the run in the folder `typed["load"]`, by field; `saved` of `read_config`."""
     load = typed.get("load")
     if load is None:
         return {}
     require(load != "", "--load is empty: give the folder of a run, or omit the flag.")
     record = read_run_record(load)
     base = record.config.model.pretrained_checkpoint
-    require(
-        "pretrained_checkpoint" in typed or (base is not None and Path(base).exists()),
-        f"--load {load} was trained on the base model {base}, which does not exist: give its current folder with "
-        "--pretrained-checkpoint.",
-    )
+    is_there = "pretrained_checkpoint" in typed or (base is not None and Path(base).exists())
+    told = f"--load {load} was trained on the base model {base}, which does not exist"
+    require(is_there, f"{told}: give its current folder with --pretrained-checkpoint.")
     return values_of_model(record.config)
 
 
 def values_of_model(config: RunConfig) -> dict[str, Any]:
     """Field -> value of a configuration's model, method and tokenizer, without defaults."""
-    fields = {**SAVED, "peft": field_names(type(config.peft))}
-    return {
-        name: value
-        for section, names in ((getattr(config, name), names) for name, names in fields.items())
-        for name in names
-        if (value := getattr(section, name)) != getattr(type(section), name, None)
-    }
+    values: dict[str, Any] = {}
+    for section, names in {**SAVED, "peft": field_names(type(config.peft))}.items():
+        fields = getattr(config, section)
+        given = {name: getattr(fields, name) for name in names}
+        values |= {name: value for name, value in given.items() if value != getattr(type(fields), name, None)}
+    return values
 
 
-Settings = TypeVar("Settings")
-
-
-def run_on_a_model(main: Callable[[RunConfig, Settings], None], settings: Settings, run_flags: RunFlags) -> None:
-    """Join the world and run `main` on all processes.
-
-    Args:
-        main: takes the model's configuration and the settings, in a started world.
-        settings: the program's own.
-        run_flags: --load supplies those of the model.
+def run_on_a_model(main: Callable[[RunConfig, Any], None], settings: Any, run_flags: RunFlags) -> None:
+    """Run `main` on all processes of a started world with the model's configuration and its own settings.
 
     Raises:
         ConfigurationError: something is wrong with the flags.

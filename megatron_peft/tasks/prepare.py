@@ -8,12 +8,12 @@ import json
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from megatron_peft.checkpoint.folders import check_new, new_folder
 from megatron_peft.config import Requirements, require
@@ -28,8 +28,7 @@ class Document:
 
     Args:
         fields: as the task's template names them.
-        texts: an item with one of these texts is the same item (question, source sentence), whatever its case,
-            punctuation and spaces. The first one decides the split.
+        texts: an item with the words of one of these texts is the same item. The first one decides the split.
         place: FILE, line N.
         fragments: texts that may not appear inside another item's either (a solution).
     """
@@ -60,11 +59,9 @@ class HashSplit:
     def __post_init__(self) -> None:
         with Requirements(self) as unmet:
             unmet.each("not_negative", "valid_percent", "test_percent")
-            unmet(
-                self.valid_percent + self.test_percent < 100,
-                f"--valid-percent {self.valid_percent:g} and --test-percent {self.test_percent:g} leave nothing to "
-                "train on: their sum must be below 100.",
-            )
+            shares = f"--valid-percent {self.valid_percent:g} and --test-percent {self.test_percent:g}"
+            told = f"{shares} leave nothing to train on: their sum must be below 100."
+            unmet(self.valid_percent + self.test_percent < 100, told)
 
     def split_of(self, document: Document) -> str:
         """'train', 'valid' or 'test'."""
@@ -95,14 +92,12 @@ class TestItems:
     def match(self, document: Document) -> str | None:
         """The place of the test item that `document` is, or of which it contains a fragment; None without one."""
         texts = [text for text in map(normalized, document.texts) if text]
-        for text in texts:
-            if text in self._places:
-                return self._places[text]
+        if known := [self._places[text] for text in texts if text in self._places]:
+            return known[0]
         for text in texts if self._fragments else ():
-            for window in _windows(text):
-                for fragment, place in self._fragments.get(window, ()):
-                    if f" {fragment} " in f" {text} ":
-                        return place
+            for fragment, place in (found for window in _windows(text) for found in self._fragments.get(window, ())):
+                if f" {fragment} " in f" {text} ":
+                    return place
         return None
 
 
@@ -160,7 +155,6 @@ def prepare(benchmark: BenchmarkData, folder: Path, split: HashSplit, overlap: s
     """Write `folder`, which must not exist yet.
 
     overlap: what to do with a training item that is also a test item, 'remove' it or raise an 'error' with both places.
-    Raises ConfigurationError for that, and for an input without items.
     """
     require(overlap in OVERLAPS, f"--overlap is {overlap}; it must be {' or '.join(OVERLAPS)}.")
     names = [tests.file.removesuffix(".jsonl") for tests in benchmark.tests]
@@ -170,7 +164,16 @@ def prepare(benchmark: BenchmarkData, folder: Path, split: HashSplit, overlap: s
     done = Prepared(folder, tuple(template.task for tests in benchmark.tests for template in tests.tasks))
     with new_folder(folder) as draft:
         with ExitStack() as files:
-            _write_items(benchmark, split, overlap, done, _LineWriter(draft, files, done.counts))
+
+            @cache
+            def opened(name: str) -> IO[str]:
+                return files.enter_context((draft / name).open("w", encoding="utf-8"))
+
+            def write(name: str, record: Mapping[str, Any]) -> None:
+                opened(name).write(json.dumps(record, ensure_ascii=False) + "\n")
+                done.counts[name] += 1
+
+            _write_items(benchmark, split, overlap, done, write)
         for tests in benchmark.tests:
             require(
                 done.counts[tests.file] > 0,
@@ -185,20 +188,10 @@ def prepare(benchmark: BenchmarkData, folder: Path, split: HashSplit, overlap: s
     return done
 
 
-class _LineWriter:
-    """Appends records to the files of a folder, which are closed with `files`, and counts them."""
-
-    def __init__(self, folder: Path, files: ExitStack, counts: Counter[str]) -> None:
-        self._counts = counts
-        self._open = cache(lambda name: files.enter_context((folder / name).open("w", encoding="utf-8")))
-
-    def __call__(self, name: str, record: Mapping[str, Any]) -> None:
-        self._open(name).write(json.dumps(record, ensure_ascii=False) + "\n")
-        self._counts[name] += 1
-
-
-def _write_items(benchmark: BenchmarkData, split: HashSplit, overlap: str, done: Prepared, write: _LineWriter) -> None:
-    """Write test items, solved examples, train and valid, and count them in `done`."""
+def _write_items(
+    benchmark: BenchmarkData, split: HashSplit, overlap: str, done: Prepared, write: Callable[[str, Any], None]
+) -> None:
+    """Write test items, solved examples, train and valid, and count in `done` what is left out."""
     test_items, counts, tested_by_split = TestItems(), done.counts, None
     for tests in benchmark.tests:  # first: what they hold must not get into the training data
         for document in tests.documents:
@@ -217,9 +210,8 @@ def _write_items(benchmark: BenchmarkData, split: HashSplit, overlap: str, done:
     for document in benchmark.documents:
         if (tested := test_items.match(document)) is not None:
             shared = f"{document.place} is the test item of {tested}"
-            require(
-                overlap != "error", f"{shared}, so it may not be trained on. --overlap remove leaves such items out."
-            )
+            told = f"{shared}, so it may not be trained on. --overlap remove leaves such items out."
+            require(overlap != "error", told)
             done.example = done.example or shared
             counts["removed"] += 1
             continue
@@ -239,7 +231,5 @@ def _write_items(benchmark: BenchmarkData, split: HashSplit, overlap: str, done:
         "file) or another --seed.",
     )
     needed = max(examples, default=0)
-    require(
-        counts[FEWSHOT] >= needed,
-        f"{needed} solved items are shown before each question, and there are {counts[FEWSHOT]} to train on.",
-    )
+    told = f"{needed} solved items are shown before each question, and there are {counts[FEWSHOT]} to train on."
+    require(counts[FEWSHOT] >= needed, told)

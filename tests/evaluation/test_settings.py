@@ -1,7 +1,4 @@
-"""Settled before `generate` and `evaluate` ask a model: settings, prompts, tasks, the flags of a run.
-
-Also the stream of answers and the world that a program runs in. Answers and whole evaluations are in test_harness.py.
-"""
+"""Settled before `generate` and `evaluate` ask a model: settings, prompts, files, flags of a run; the stream too."""
 
 import json
 import os
@@ -18,27 +15,9 @@ from megatron_peft.cli.parser import RunFlags, parse_arguments
 from megatron_peft.config import ConfigurationError, ParallelConfig, PeftConfig, RunConfig
 from megatron_peft.config.evaluation import AnswerSettings, HarnessSettings, Sampling
 from megatron_peft.evaluation import answers, harness_run, model
-from megatron_peft.evaluation.answers import (
-    AnswerFile,
-    Stream,
-    encode_prompts,
-    plan_of,
-    read_prompts,
-    records_of,
-    request_bar,
-)
+from megatron_peft.evaluation.answers import AnswerFile, Stream, encode_prompts, read_prompts, records_of, request_bar
 from megatron_peft.evaluation.generation import StopTexts
-from megatron_peft.evaluation.harness_run import find_tasks
-from megatron_peft.evaluation.model import (
-    SAVED,
-    end_ids,
-    load_model,
-    model_fingerprint,
-    run_on_a_model,
-    saved_values,
-    values_of_model,
-)
-from tests.evaluation.local_tasks import write_tasks
+from megatron_peft.evaluation.model import end_ids, load_model, model_fingerprint, run_on_a_model, saved_values
 from tests.one_rank import one_rank
 from tests.recorded_calls import recorded_calls
 from tests.tiny_llama import save_llama
@@ -79,7 +58,6 @@ def test_the_text_grows_but_for_half_a_character_and_what_may_be_a_stop(answer, 
     ("settings", "message"),
     [
         (lambda: Sampling(temperature=-1.0), "--temperature is -1.0; it cannot be negative"),
-        (lambda: Sampling(top_k=-1), "--top-k is -1"),
         (lambda: Sampling(top_p=0.0), "--top-p is 0.0; it is a probability, above 0 and at most 1"),
         (lambda: AnswerSettings("a", "b"), "exactly one of"),
         (lambda: AnswerSettings("a", num_samples=3), "--num-samples 3 with --temperature 0 gives the same answer"),
@@ -97,88 +75,71 @@ def test_settings_out_of_range_and_contradictions_are_told(settings, message):
 def test_a_stop_text_writes_a_new_line_as_backslash_n_and_a_prompt_stands_as_it_is():
     settings = AnswerSettings(prompt="$\\theta$", stop=["\\n\\n"], temperature=0.5, top_k=3, sampling_seed=9)
     assert records_of(settings) == [{"prompt": "$\\theta$"}]
-    until, plan = plan_of(settings)
+    until, plan = answers.plan_of(settings)
     assert until == ("\n\n",) and (plan.sampling.temperature, plan.sampling.top_k, plan.seed) == (0.5, 3, 9)
 
 
-def test_a_file_that_cannot_be_written_is_told_before_anything_is_asked(tmp_path):
-    (tmp_path / "file").touch()
-    for output, message in ((tmp_path, "is a folder: give a file"), (tmp_path / "file" / "x", "cannot be written")):
-        with pytest.raises(ConfigurationError, match=f"--output {output} {message}"):
-            records_of(AnswerSettings(prompt="a", output=str(output)))
-    records_of(AnswerSettings(prompt="a", output=str(tmp_path / "new" / "out.jsonl")))
-    assert list((tmp_path / "new").iterdir()) == []
-
-
-def _answering(monkeypatch, path, load_model, texts=()):
-    """`answer` with --output `path`, by a model that is not there."""
-    monkeypatch.setattr(answers, "checked_together", lambda check: check())
-    monkeypatch.setattr(answers.dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(answers, "load_model", load_model)
-    monkeypatch.setattr(answers, "_lines", lambda *_: iter(texts))
-    answers.answer(_config(), AnswerSettings(prompt="a", output=str(path)))
-
-
-def test_the_output_is_open_before_the_model_is_loaded(tmp_path, monkeypatch):
-    path = tmp_path / "out.jsonl"
+def test_an_answer_is_on_the_disk_before_the_next_is_asked_and_the_file_is_open_before_the_model(tmp_path, monkeypatch):
+    path, seen = tmp_path / "new" / "out.jsonl", []
+    draft = path.with_name(".out.jsonl.partial")
 
     def load(config):
-        assert path.with_name(".out.jsonl.partial").exists()
+        seen.append(draft.read_text())
         return SimpleNamespace(tokenizer=BYTES, max_length=9)
 
-    _answering(monkeypatch, path, load, ["one\n"])
-    assert path.read_text() == "one\n"
-
-
-def test_an_answer_is_on_the_disk_before_the_next_is_asked(tmp_path, monkeypatch):
-    path, seen = tmp_path / "out.jsonl", []
-
-    def asked():
+    def lines(*_):
         for line in ("one\n", "two\n"):
-            seen.append(path.with_name(".out.jsonl.partial").read_text())
+            seen.append(draft.read_text())
             yield line
 
-    _answering(monkeypatch, path, lambda config: SimpleNamespace(tokenizer=BYTES, max_length=9), asked())
-    assert seen == ["", "one\n"]
-
-
-@pytest.mark.parametrize("kind", ["a link", "a pipe"])
-def test_what_is_no_plain_file_is_never_replaced(tmp_path, kind):
-    path, target = tmp_path / "out.jsonl", tmp_path / "mine"
-    target.write_text("mine")
-    path.symlink_to(target) if kind == "a link" else os.mkfifo(path)
-    mode = path.lstat().st_mode
-    with pytest.raises(ConfigurationError, match=f"out.jsonl is {kind}.*not a file: give another path"):
-        records_of(AnswerSettings(prompt="a", output=str(path), overwrite=True))
-    with pytest.raises(ConfigurationError, match=f"out.jsonl is {kind}"):
-        harness_run._checked_tasks(_config(), HarnessSettings([], str(path), overwrite=True))
-    assert path.lstat().st_mode == mode and target.read_text() == "mine"
+    monkeypatch.setattr(answers, "checked_together", lambda check: check())
+    monkeypatch.setattr(answers.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(answers, "load_model", load)
+    monkeypatch.setattr(answers, "_lines", lines)
+    answers.answer(_config(), AnswerSettings(prompt="a", output=str(path)))
+    assert seen == ["", "", "one\n"] and path.read_text() == "one\ntwo\n"
 
 
 @pytest.mark.parametrize(
-    ("found", "flags", "told"),
+    ("name", "told"),
     [
-        ({"checkpoint_fingerprint": "this", "evaluation": {"tasks": ["a"]}}, {}, None),
-        ({"checkpoint_fingerprint": "other", "evaluation": {"tasks": ["a"]}}, {}, "--overwrite"),
-        ({"checkpoint_fingerprint": "this", "evaluation": {"tasks": ["b"]}}, {}, "--overwrite"),
-        ({"checkpoint_fingerprint": "this", "evaluation": {"tasks": ["a"], "limit": 3.0}}, {}, "--overwrite"),
-        (None, {}, "--overwrite"),
-        (None, {"overwrite": True}, None),
+        ("link", "is a link, not a file: give another path"),
+        ("pipe", "is a pipe or a device, not a file"),
+        ("folder", "is a folder: give a file"),
+        ("mine/x", "cannot be written"),
     ],
-    ids=["its own", "another model", "another task", "fewer questions", "no results", "overwrite"],
 )
-def test_other_results_are_not_replaced_unless_asked(tmp_path, monkeypatch, found, flags, told):
+def test_what_is_no_plain_file_is_never_replaced(tmp_path, name, told):
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "mine")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    path = tmp_path / name
+    with pytest.raises(ConfigurationError, match=f"--output {path} {told}"):
+        records_of(AnswerSettings(prompt="a", output=str(path), overwrite=True))
+    with pytest.raises(ConfigurationError, match=f"--output {path} {told}"):
+        harness_run._checked_tasks(_config(), HarnessSettings([], str(path), overwrite=True))
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "mine").read_text() == "mine"
+
+
+@pytest.mark.parametrize("found", [("other", {}), ("this", {"tasks": ["b"]}), ("this", {"limit": 3.0}), None])
+def test_other_results_are_not_replaced_unless_asked(tmp_path, monkeypatch, found):
+    """Those of another model, of another task, of fewer questions; what holds no results."""
     monkeypatch.setattr(harness_run, "model_fingerprint", lambda config: "this")
     monkeypatch.setattr(harness_run, "find_tasks", lambda *_: "found")
-    settings = HarnessSettings(["a"], str(tmp_path / "scores.json"), **flags)
-    if found:
-        found["evaluation"] = settings.result_settings() | found["evaluation"]
-    (tmp_path / "scores.json").write_text(json.dumps({"config": found}) if found else "mine")
-    if told is None:
-        assert harness_run._checked_tasks(_config(), settings)[0] == "found"
-    else:
-        with pytest.raises(ConfigurationError, match=f"scores.json exists already.*{told}"):
-            harness_run._checked_tasks(_config(), settings)
+    path = tmp_path / "scores.json"
+    settings = HarnessSettings(["a"], str(path))
+
+    def text(fingerprint, changed):
+        evaluation = settings.result_settings() | changed
+        return json.dumps({"config": {"checkpoint_fingerprint": fingerprint, "evaluation": evaluation}})
+
+    path.write_text(text(*found) if found else "mine")
+    with pytest.raises(ConfigurationError, match="scores.json exists already.*--overwrite"):
+        harness_run._checked_tasks(_config(), settings)
+    assert harness_run._checked_tasks(_config(), replace(settings, overwrite=True))[0] == "found"
+    path.write_text(text("this", {}))
+    assert harness_run._checked_tasks(_config(), settings)[0] == "found"
 
 
 def test_a_file_that_is_there_is_replaced_where_that_is_asked_for_and_never_the_prompts(tmp_path):
@@ -189,7 +150,6 @@ def test_a_file_that_is_there_is_replaced_where_that_is_asked_for_and_never_the_
     records_of(AnswerSettings(prompt="a", output=str(path), overwrite=True))
     with pytest.raises(ConfigurationError, match="is the file of --prompt-file"):
         records_of(AnswerSettings(prompt_file=str(path), output=str(path), overwrite=True))
-    assert path.read_text() == "hello\n"
 
 
 def test_answers_are_kept_as_they_come_where_the_disk_fills(tmp_path, monkeypatch):
@@ -294,89 +254,7 @@ def test_a_log_has_a_line_at_each_tenth(capsys):
     assert len(lines) == 10
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """A folder of tasks."""
-    return write_tasks(tmp_path / "tasks", ["a", "b"], num_questions=2)
-
-
-def _refused(message, *names, folders, **settings):
-    with pytest.raises(ConfigurationError, match=message):
-        find_tasks(names, list(map(str, folders)), **settings)
-
-
-def test_known_tasks_are_found_and_an_unknown_one_is_told(folder):
-    assert "tiny_choices" in find_tasks(["tiny_choices", "tiny_texts"], [str(folder)]).all_tasks
-    _refused("--tasks xyz: .*--include-path FOLDER", "xyz", folders=[folder])
-    _refused("--include-path nowhere: no such folder", "tiny_choices", folders=[folder, "nowhere"])
-
-
-@pytest.mark.parametrize(
-    "name", ["evil.f", "megatron_peft.evaluation.task_metrics.f", "os.system", "lm_eval.tasks._x.f"]
-)
-@pytest.mark.parametrize("place", ["tiny_choices.yaml", "included"])
-def test_code_beside_a_task_file_is_never_run(folder, name, place):
-    mark, task = folder / "ran", folder / "tiny_choices.yaml"
-    module = folder.joinpath(*name.split(".")[:-1]).with_suffix(".py")
-    module.parent.mkdir(parents=True, exist_ok=True)
-    module.write_text(f"open({str(mark)!r}, 'w')\nf = print")
-    if place == "included":
-        task.write_text(task.read_text()[:-1] + ', "include": "included"}')
-        (folder / place).write_text("{}")
-    text = (folder / place).read_text()
-    separator = ", " if len(text) > 2 else ""
-    (folder / place).write_text(f'{text[:-1]}{separator}"process_docs": !function {name}}}')
-    _refused(f"{place} is refused: !function {name} is not a function of", "tiny_choices", folders=[folder])
-    assert not mark.exists()
-
-
-@pytest.mark.parametrize("metric", ["./evil", "evil", "evil/evil.py"])
-def test_a_metric_that_is_a_script_is_never_run(folder, monkeypatch, metric):
-    monkeypatch.chdir(folder)
-    (folder / "evil").mkdir()
-    (folder / "evil" / "evil.py").write_text("open('ran', 'w')")
-    task = json.loads((folder / "tiny_choices.yaml").read_text())
-    (folder / "tiny_choices.yaml").write_text(json.dumps({**task, "metric_list": [{"metric": metric}]}))
-    _refused(f"refused: the metric {metric} is a script", "tiny_choices", folders=[folder])
-    assert not (folder / "ran").exists()
-
-
-QUESTION = {"question": "a", "choices": ["a", "b", "c", "d"], "label": 0}
-
-
-@pytest.mark.parametrize(
-    ("items", "message"),
-    [
-        (
-            [{"query": "a", "answer": "b"}],
-            "the template .* fails on an item with query, answer: 'question' is undefined",
-        ),
-        (None, "--tasks tiny_choices cannot be loaded: .*questions.jsonl"),
-        ([QUESTION, {**QUESTION, "label": 7}], "label of item 1 is 7; choices are numbered from 0 to"),
-        ([{**QUESTION, "label": 7}, QUESTION], "tiny_choices: the first item's label is not one of its choices"),
-    ],
-    ids=["other columns", "no data", "label of a later item", "label of the first"],
-)
-def test_data_that_does_not_fit_its_task_is_told(folder, items, message):
-    path = folder / "questions.jsonl"
-    path.unlink()
-    if items:
-        path.write_text("".join(json.dumps(one) + "\n" for one in items))
-    _refused(message, "tiny_choices", folders=[folder])
-
-
-def test_a_task_of_scored_items_only_shows_none_of_them(folder):
-    message = "--tasks tiny_choices: --num-fewshot 1: it has only items that are scored"
-    _refused(message, "tiny_choices", folders=[folder], num_fewshot=1)
-    find_tasks(["tiny_choices"], [str(folder)], num_fewshot=0)
-
-
-PEFT = {
-    "lora": PeftConfig(lora_rank=3, lora_rs=True, target_modules=("linear_qkv", "*fc1"), lora_dropout=0.1),
-    "boft": PeftConfig(method="boft", boft_block_size=4, rotation_side="input", peft_lr_rotation=1e-3),
-    "hybrid": PeftConfig(method="hybrid", hybrid_lambda="fixed:0.25", lora_alpha=2.5),
-    "full": PeftConfig(method="full"),
-}
+LORA = PeftConfig(lora_rank=3, lora_rs=True, target_modules=("linear_qkv", "*fc1"), lora_dropout=0.1)
 
 
 @pytest.mark.parametrize(("named", "ids"), [("2", {2}), ("[2, 5]", {2, 5}), ("null", set())])
@@ -397,7 +275,7 @@ def test_what_ends_the_data_of_a_run_ends_an_answer_beside_what_the_base_names(t
         assert load_model(config).end_ids == {2, 5, config.data.vocab_size}
 
 
-def _config(base: str = "base", peft: PeftConfig = PEFT["lora"]) -> RunConfig:
+def _config(base: str = "base", peft: PeftConfig = LORA) -> RunConfig:
     model = {"pretrained_checkpoint": base, "bf16": True, "make_vocab_size_divisible_by": 64, "world_size": 4}
     data = {"train_data_path": ("a.jsonl",), "tokenizer_type": "NullTokenizer", "vocab_size": 99, "seed": 7}
     training = {"train_epochs": 3, "micro_batch_size": 2, "global_batch_size": 8, "tensor_model_parallel_size": 2}
@@ -417,38 +295,23 @@ def _parse(*argv: str) -> RunConfig:
     return parse_arguments(argv, {"WORLD_SIZE": "2"}, saved=saved_values)
 
 
-@pytest.mark.parametrize("method", PEFT)
-def test_a_model_is_described_by_its_run_alone(method):
-    config = _config(peft=PEFT[method])
-    again = parse_arguments([], {}, saved=lambda typed: values_of_model(config))
-    assert again.peft == config.peft and not again.data.train_data_path and again.training.train_iters is None
-    for section, names in SAVED.items():
-        for name in names:
-            assert getattr(getattr(again, section), name) == getattr(getattr(config, section), name)
-
-
 def test_all_of_a_run_that_decides_its_answers_is_taken_from_it():
-    config = _config(peft=PEFT["full"])
+    config = _config(peft=PeftConfig(method="full"))
     data = replace(config.data, tokenizer_model="tokens", chat_template="{{ messages }}")
     tokenizer = {"tokenizer_type": "NullTokenizer", "vocab_size": 99}
     tokenizer |= {"tokenizer_model": "tokens", "chat_template": "{{ messages }}"}
-    model = {"pretrained_checkpoint": "base", "bf16": True, "make_vocab_size_divisible_by": 64}
-    assert values_of_model(replace(config, data=data)) == {**model, **tokenizer, "seed": 7, "method": "full"}
+    base = {"pretrained_checkpoint": "base", "bf16": True, "make_vocab_size_divisible_by": 64}
+    found = model.values_of_model(replace(config, data=data))
+    assert found == {**base, **tokenizer, "seed": 7, "method": "full"}
 
 
 def test_the_layout_is_the_users_and_not_the_runs_and_what_is_typed_holds(run):
     config = _parse("--load", "run", "--pipeline-model-parallel-size", "2")
-    assert config.peft == PEFT["lora"] and config.model.pretrained_checkpoint == run and config.model.bf16
+    assert config.peft == LORA and config.model.pretrained_checkpoint == run and config.model.bf16
     assert config.parallel == ParallelConfig(pipeline_model_parallel_size=2, world_size=2)
     assert config.checkpoint.load == "run" and config.training.seed == config.data.seed == 7
     config = _parse("--load=run", "--pretrained-checkpoint", "elsewhere", "--lora-rank", "5")
     assert config.model.pretrained_checkpoint == "elsewhere" and config.peft.lora_rank == 5
-
-
-def test_the_training_flags_of_a_run_may_stay():
-    flags = "--pretrained-checkpoint base --train-data-path b.jsonl --train-epochs 2 --sequence-parallel"
-    config = _parse(*flags.split(), "--tensor-model-parallel-size", "2")
-    assert config.training.train_epochs == 2 and config.data.train_data_path == ("b.jsonl",)
 
 
 def test_a_base_that_is_not_there_is_told_with_the_way_out(run, tmp_path):
@@ -471,13 +334,3 @@ def test_what_is_wrong_is_told_before_a_world_is_made(flags, told):
     with pytest.raises(ConfigurationError, match=told):
         run_on_a_model(lambda *both: ran.append(both), 1, RunFlags(flags))
     assert not ran and not dist.is_initialized()
-
-
-def test_the_program_runs_in_a_world_with_settings_and_model(tmp_path):
-    base, seen = str(save_llama(tmp_path / "base", num_hidden_layers=1)), []
-
-    def main(config: RunConfig, settings: str) -> None:
-        seen.append((config.model.pretrained_checkpoint, settings, dist.get_world_size()))
-
-    run_on_a_model(main, "settings", RunFlags(["--pretrained-checkpoint", base]))
-    assert seen == [(base, "settings", 1)] and not dist.is_initialized()

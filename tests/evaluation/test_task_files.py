@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import re
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,18 @@ from typing import Any
 import lm_eval
 import pytest
 from lm_eval import utils
+from lm_eval.tasks import TaskManager
 
 from megatron_peft.config import ConfigurationError, templates
 from megatron_peft.evaluation import harness_run
 from megatron_peft.evaluation.harness_run import check_task_files, find_tasks
+from megatron_peft.evaluation.task_names import harness_files, harness_folders, own_files, require_known_tasks
 from tests.evaluation.local_tasks import TASKS, write_tasks
 
 RUNS = "{{ cycler.__init__.__globals__.os.system('touch RAN') }}{{ question }}"
 UNSAFE = "the template .* fails on an item with question, choices, label: access to attribute '__init__'"
 CHOICES, ANSWERS, TEXTS = TASKS["tiny_choices"], TASKS["tiny_answers"], TASKS["tiny_texts"]
+WRONG = tomllib.loads(Path(__file__).with_name("wrong_tasks.toml").read_text())
 SOLVED = {"num_fewshot": 1, "fewshot_split": "test"}
 HF_MODEL = {"pretrained": "evil", "trust_remote_code": True}
 PROMPTS = "prompts:\n  evil: {doc_to_text: !!python/object/apply:os.system ['touch RAN'], doc_to_target: a}\n"
@@ -58,9 +62,7 @@ def write(folder: Path, task: dict[str, Any], name: str = "mine", functions: str
         ),
         {**CHOICES, **SOLVED, "fewshot_config": {"doc_to_choice": RUNS}},
     ],
-    ids=lambda task: (
-        f"{task['output_type']} {[key for key in task if task[key] == RUNS] or task.get('fewshot_config')}"
-    ),
+    ids=lambda task: f"{task['output_type']} {[key for key in task if task[key] == RUNS] or task['fewshot_config']}",
 )
 def test_no_template_runs_code(folder: Path, task: dict[str, Any]) -> None:
     write(folder, task)
@@ -86,47 +88,10 @@ def test_the_harness_renders_nowhere_else() -> None:
     assert users == {"utils.py"}
 
 
-OF_HARNESS = "lm_eval.tasks.cruxeval.utils.pass_at_1"
-REFUSED = {
-    "a model with code of its own": (
-        "custom_dataset: !function lm_eval.models.huggingface.HFLM",
-        "!function lm_eval.models",
-    ),
-    "a function that ours imports": (
-        "process_docs: !function megatron_peft.evaluation.task_metrics.open_sandbox",
-        "!function megatron_peft.evaluation.task_metrics.open_sandbox is not a function of",
-    ),
-    "another module of ours": (
-        "custom_dataset: !function megatron_peft.evaluation.harness_run.write_atomically",
-        "write_atomically is not a function of",
-    ),
-    "a class": ("class: !function lm_eval.api.metrics.mean", "refused: class could run code"),
-    "a loader": ("custom_dataset: !function lm_eval.api.metrics.mean", "refused: custom_dataset could run code"),
-    "a library of prompts": ("use_prompt: prompts.yaml:evil", "refused: use_prompt could run code"),
-    "a sampler": ("fewshot_config: {sampler: !function os.system}", "!function os.system is not a function of"),
-    "a filter": (
-        "filter_list: [{name: a, filter: [{function: custom, filter_fn: !function os.system}]}]",
-        "!function os.system is not a function of",
-    ),
-    "a function of the harness that runs code": (f"process_docs: !function {OF_HARNESS}", "--confirm-run-unsafe-code"),
-    "unsafe, and said not to be": ("unsafe_code: false", "refused: unsafe_code: false could run code"),
-    "pickles": ("dataset_path: pandas", "refused: dataset_path pandas may run code: give arrow, csv"),
-    "a cache of pickles": ("dataset_kwargs: {storage_options: {cache_storage: evil}}", "not {'storage_options'}"),
-    "chained files": ("dataset_kwargs: {data_files: 'filecache::file:///x'}", "filecache::file:///x is no file"),
-    "a server": ("dataset_kwargs: {data_files: {test: ['http://evil/x']}}", "http://evil/x is no file"),
-    "a pipe": ("dataset_kwargs: {data_files: {test: pipe}}", "dataset_kwargs: pipe is a pipe or a device"),
-    "a script as metric": ("metric_list: [{metric: ./evil}]", "the metric ./evil is a script"),
-    "one of datasets' and evaluate's": (
-        "metric_list: [{metric: acc, hf_evaluate: true}, {metric: evil}]",
-        "metric evil is",
-    ),
-}
-
-
 @pytest.mark.parametrize("place", ["task", "member", "included"])
-@pytest.mark.parametrize("what", REFUSED)
+@pytest.mark.parametrize("what", WRONG["refused"])
 def test_what_would_run_code_is_refused_before_it_is_read_by_the_harness(folder: Path, what: str, place: str) -> None:
-    written, told = REFUSED[what]
+    written, told = WRONG["refused"][what]
     (folder / "evil").mkdir()
     (folder / "evil" / "evil.py").write_text("open('RAN', 'w')")
     os.mkfifo(folder / "pipe")
@@ -137,6 +102,40 @@ def test_what_would_run_code_is_refused_before_it_is_read_by_the_harness(folder:
     (folder / "base").write_text(task)
     with pytest.raises(ConfigurationError, match=re.escape(told)):
         check_task_files([str(folder)])
+
+
+def test_code_beside_a_task_file_is_never_run(folder: Path) -> None:
+    module = folder / "lm_eval" / "api" / "metrics.py"
+    module.parent.mkdir(parents=True)
+    module.write_text("open('RAN', 'w')\nmean = print")
+    write(folder, ANSWERS, functions='"process_docs": !function lm_eval.api.metrics.mean')
+    assert "refused: !function lm_eval.api.metrics.mean is not a function of" in refusal(folder)
+
+
+QUESTION = {"question": "a", "choices": ["a", "b", "c", "d"], "label": 0}
+
+
+@pytest.mark.parametrize(
+    ("items", "told"),
+    [
+        ([{"query": "a", "answer": "b"}], "fails on an item with query, answer: 'question' is undefined"),
+        (None, "mine cannot be loaded: "),
+        ([QUESTION, {**QUESTION, "label": 7}], "label of item 1 is 7; choices are numbered from 0 to"),
+        ([{**QUESTION, "label": 7}, QUESTION], "mine: the first item's label is not one of its choices"),
+    ],
+)
+def test_data_that_does_not_fit_its_task_is_told(folder: Path, items: list[Any] | None, told: str) -> None:
+    write(folder, CHOICES)
+    (folder / "questions.jsonl").unlink()
+    if items:
+        (folder / "questions.jsonl").write_text("".join(json.dumps(one) + "\n" for one in items))
+    assert told in refusal(folder)
+
+
+def test_a_task_of_scored_items_only_shows_none_of_them(folder: Path) -> None:
+    write(folder, CHOICES)
+    assert "mine: --num-fewshot 1: it has only items that are scored" in refusal(folder, num_fewshot=1)
+    find_tasks(["mine"], [str(folder)], num_fewshot=0)
 
 
 def test_a_task_of_the_harness_with_functions_does_not_judge_other_data_unasked(folder: Path) -> None:
@@ -158,33 +157,10 @@ def test_a_task_of_the_harness_with_functions_does_not_judge_other_data_unasked(
         check_task_files([str(folder)])
 
 
-@pytest.mark.parametrize(
-    ("task", "told"),
-    [
-        (
-            {"repeats": 10**9},
-            "it asks more than 1,000,000 times (1,000,000,000 for each item and choice), which is the",
-        ),
-        ({"repeats": "2"}, "repeats is '2'; it must be a number above 0"),
-        ({"repeats": 0}, "repeats is 0"),
-        ({"metric_list": [{"metric": "exact_match", "aggregation": "nope"}]}, "no aggregation nope; there are "),
-        ({"metric_list": [{"metric": "nope", "aggregation": "mean"}]}, "no metric nope; there are "),
-        (
-            {"filter_list": [{"name": "a", "filter": [{"function": "regex", "regex_pattern": "("}]}]},
-            "missing ), unterm",
-        ),
-        ({"filter_list": [{"name": "a", "filter": [{"function": "nope"}]}]}, "cannot be loaded: KeyError"),
-        ({"num_fewshot": 5}, "num_fewshot: 5: it has 2 solved items besides the one that is asked"),
-        ({**SOLVED, "num_fewshot": 2}, "num_fewshot: 2: it has 1 solved items besides the one that is asked"),
-        ({"num_fewshot": "x"}, "cannot be loaded: TypeError"),
-        ({"generation_kwargs": 5}, "cannot be loaded: TypeError"),
-        ({"doc_to_text": "label"}, "Context is not a string"),
-        ({"fewshot_config": {"sampler": "nope"}, **SOLVED}, "cannot be loaded: KeyError"),
-        ({**CHOICES, "doc_to_choice": "['a', {{ question }}"}, "cannot be loaded: SyntaxError"),
-    ],
-)
-def test_a_mistake_is_told_before_the_model_is_loaded(folder: Path, task: dict[str, Any], told: str) -> None:
-    write(folder, {**ANSWERS, **task})
+@pytest.mark.parametrize("what", WRONG["mistakes"])
+def test_a_mistake_is_told_before_the_model_is_loaded(folder: Path, what: str) -> None:
+    settings, told = WRONG["mistakes"][what]
+    write(folder, {**ANSWERS, **json.loads(settings)})
     assert told in refusal(folder)
 
 
@@ -208,12 +184,6 @@ def test_a_pattern_that_needs_forever_is_ended(monkeypatch: pytest.MonkeyPatch) 
     assert judge("a") == ["a"]
     with pytest.raises(ConfigurationError, match=r"it has not come to an end in 0.05 s; simplify their patterns"):
         judge("a" * 60 + "b")
-
-
-def test_data_of_too_many_files_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness_run, "MOST_FILES", 3)
-    write(folder, {**TEXTS, "dataset_kwargs": {"data_files": "**"}})
-    assert "** names more than 3 files" in refusal(folder)
 
 
 def parquet_of_one_value(path: Path) -> None:
@@ -245,3 +215,52 @@ def test_data_of_a_task_have_the_limits_of_data(folder: Path, name: str, given: 
     settings = {"file": {"data_files": f"data/{name}"}, "pattern": {"data_files": ["data/*"]}}
     write(folder, {**TEXTS, "dataset_path": reader, "dataset_kwargs": settings.get(given, {"data_dir": "data"})})
     assert told in refusal(folder)
+
+
+# Names of tasks: an unknown one is answered at once, a known one parses its own folders only.
+
+
+def unknown(*names: str, folders: tuple[str, ...] = ()) -> str:
+    with pytest.raises(ConfigurationError) as refused:
+        require_known_tasks(names, folders)
+    return str(refused.value)
+
+
+def test_an_unknown_name_is_answered_with_the_nearest_ones():
+    told = unknown("hellaswagg", "qqqqqqqq", "sst2", "mmlu")
+    assert "--tasks hellaswagg: no task has this name; did you mean hellaswag or " in told
+    assert "--tasks qqqqqqqq: no task has this name; give its folder with --include-path FOLDER" in told
+    assert "sst2" not in told
+
+
+@pytest.mark.parametrize(("name", "few"), [("sst2", 5), ("glue", 50), ("mmlu", 300), ("social_bias", 60)])
+def test_a_task_a_group_and_a_tag_are_whole_without_the_other_thousands(name, few):
+    known = TaskManager(include_path=list(harness_folders([name], [])), include_defaults=False)
+    declared = harness_files()[name]
+    assert {file.name for file in declared} <= set(known.all_tasks) and len(known.all_tasks) <= few
+    index = known.task_index
+    members = index[name].tags or set((index[name].cfg or {}).get("task") or ())
+    assert {one for one in members if isinstance(one, str)} <= set(known.all_tasks)
+
+
+@pytest.mark.slow
+def test_the_names_are_those_that_the_harness_finds_in_all_of_its_files():
+    index = TaskManager().task_index
+    assert harness_files().keys() == index.keys()
+    tags = {name: entry.tags for name, entry in index.items() if entry.kind.name == "TAG"}
+    assert {name: {file.name for file in harness_files()[name]} for name in tags} == tags
+
+
+def test_files_of_the_user_are_read_as_yaml_with_what_they_include(tmp_path: Path):
+    (tmp_path / "common").write_text("tag: [mine, ours]\noutput_type: multiple_choice\n")
+    (tmp_path / "a.yaml").write_text(json.dumps({"task": "a", "include": "common"}))
+    (tmp_path / "group.yaml").write_text("group: both\ntask:\n  - a\n  - task: sst2\n    alias: films\n")
+    (tmp_path / "nothing.yaml").write_text("- no task\n")
+    found = own_files([str(tmp_path)])
+    assert found.keys() == {"a", "mine", "ours", "both"}
+    assert [file.name for file in found["ours"]] == ["a"] and found["both"][0].is_group
+    require_known_tasks(["a", "mine", "both", "sst2"], [str(tmp_path)])
+    (folder,) = harness_folders(["both"], [str(tmp_path)])  # for the member that the harness has
+    assert folder.endswith("glue/sst2") and harness_folders(["a"], [str(tmp_path)]) == []
+    assert "did you mean both" in unknown("bothh", folders=(str(tmp_path),))
+    assert unknown("a", folders=("nowhere",)) == "--include-path nowhere: no such folder."

@@ -21,7 +21,7 @@ from megatron_peft.tasks.prepare import (
     normalized,
     prepare,
 )
-from megatron_peft.tasks.template import TASKS, TaskTemplate
+from megatron_peft.tasks.template import TaskTemplate
 
 
 @pytest.mark.parametrize(
@@ -97,9 +97,6 @@ def test_a_task_prompts_and_answers_by_choice_or_text() -> None:
     fields = {"source": "Open", "target": "Ouvrir", "source_language": "English", "target_language": "French"}
     assert TaskTemplate("translation").completion(fields) == " Ouvrir"
     assert TaskTemplate("humaneval_greedy").completion({"canonical_solution": "    return 1"}) == "    return 1"
-
-
-def test_input_of_an_instruction_is_optional() -> None:
     template, asked = TaskTemplate("instructions"), {"instruction": "Add.", "input": "1 2"}
     assert template.prompt(asked).endswith("### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n")
     assert template.prompt({**asked, "input": ""}).endswith("Add.\n\n### Response:\n")
@@ -124,12 +121,6 @@ def test_change_that_does_not_apply_is_an_error() -> None:
         TaskTemplate("glue_qqp", {"repeats: 20": "repeats: 5"})
 
 
-def test_every_template_is_named_like_its_task() -> None:
-    names = [path.stem for path in TASKS.glob("*.yaml")]
-    assert len(names) == 10
-    assert [name for name in names if TaskTemplate(name).task != name] == []
-
-
 GSM8K, SST2 = TaskTemplate("gsm8k_8shot"), TaskTemplate("glue_sst2")
 SENTENCES = [f"sentence {n}" for n in range(50)]
 
@@ -147,22 +138,16 @@ def run(folder: Path, train: list[str], test: list[str], valid: float = 20, test
     return prepare(benchmark, folder, HashSplit(valid, tested), **settings)
 
 
-def test_training_files_and_task_are_written(tmp_path: Path) -> None:
-    folder = run(tmp_path / "out", SENTENCES, ["good", "fine"]).folder
-    written = {"train.jsonl", "valid.jsonl", "fewshot.jsonl", "test.jsonl", "glue_sst2.yaml"}
-    assert {path.name for path in folder.iterdir()} == written
-    train = lines(folder / "train.jsonl")
-    assert len(train) + len(lines(folder / "valid.jsonl")) == 50
-    assert set(train[0]) == {"prompt", "completion"} and train[0]["completion"] == " positive"
-    assert lines(folder / "test.jsonl")[0] == {"sentence": "good", "label": 1}
-    assert str(folder / "test.jsonl") in (folder / "glue_sst2.yaml").read_text()
-
-
 def test_test_items_are_left_out_and_counted(tmp_path: Path) -> None:
     done = run(tmp_path / "out", [*SENTENCES, "A TEST, item!"], ["a test item"])
+    written = {"train.jsonl", "valid.jsonl", "fewshot.jsonl", "test.jsonl", "glue_sst2.yaml"}
+    assert {path.name for path in done.folder.iterdir()} == written
     assert done.counts["removed"] == 1
     assert done.example == "train, line 51 is the test item of test, line 1"
-    assert "TEST" not in (done.folder / "train.jsonl").read_text() + (done.folder / "valid.jsonl").read_text()
+    trained = lines(done.folder / "train.jsonl") + lines(done.folder / "valid.jsonl")
+    assert len(trained) == 50 and "TEST" not in str(trained)
+    assert set(trained[0]) == {"prompt", "completion"} and trained[0]["completion"] == " positive"
+    assert lines(done.folder / "test.jsonl")[0] == {"sentence": "a test item", "label": 1}
 
 
 TEXTS = st.lists(st.text("ab .A", min_size=1, max_size=6), max_size=30)
