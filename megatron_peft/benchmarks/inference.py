@@ -5,7 +5,7 @@ import itertools
 import json
 import random
 import re
-import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +20,7 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 from torch import Tensor
 
 from megatron_peft.adapters.attach import attach_adapters, freeze
-from megatron_peft.benchmarks.measure import Figure, median_ratio, take_turns
+from megatron_peft.benchmarks.measure import TIMEOUT_SECONDS, Figure, median_ratio, take_turns
 from megatron_peft.benchmarks.subjects import Setting, join, leave, load_base, load_with_transformers, microbatch
 from megatron_peft.cli.parser import parse_arguments
 from megatron_peft.config.untrusted import parse_json, read_text
@@ -41,24 +41,18 @@ PROMPT_LENGTHS = 4, 32  # tokens, shortest and longest
 TIMED_NEW = 32
 BATCH_SIZE = 50
 SEED = 0
-TIMEOUT = 3600  # seconds
 LAYOUTS: tuple[dict[str, int], ...] = ({"tensor_parallel": 1}, {"tensor_parallel": 3}, {"pipeline_parallel": 2})
 FOREVER = frozenset[int]()  # nothing ends an answer: both sides do the same work
 
 
-@dataclass(frozen=True)
-class Questions:
-    """The benchmark's prompts and settings."""
+Prompts = Sequence[tuple[int, ...]]
 
-    setting: Setting
-    prompts: tuple[tuple[int, ...], ...]
 
-    @classmethod
-    def drawn(cls, setting: Setting) -> "Questions":
-        """Prompts of random tokens, of unequal lengths."""
-        draw, vocab_size = random.Random(SEED), read_shape(setting.checkpoint).vocab_size
-        lengths = (draw.randint(*PROMPT_LENGTHS) for _ in range(NUM_PROMPTS))
-        return cls(setting, tuple(tuple(draw.randrange(vocab_size) for _ in range(length)) for length in lengths))
+def drawn_prompts(setting: Setting) -> Prompts:
+    """Random tokens, of unequal lengths."""
+    draw, vocab_size = random.Random(SEED), read_shape(setting.checkpoint).vocab_size
+    lengths = (draw.randint(*PROMPT_LENGTHS) for _ in range(NUM_PROMPTS))
+    return [tuple(draw.randrange(vocab_size) for _ in range(length)) for length in lengths]
 
 
 @dataclass(frozen=True)
@@ -69,16 +63,15 @@ class Replies:
     log_likelihoods: list[float]
 
 
-def generation_figures(setting: Setting, turns: int) -> list[Figure]:
+def generation_figures(setting: Setting) -> list[Figure]:
     """Prompts whose answer differs, the largest difference of a log-likelihood, and the quotient of CPU seconds."""
-    questions = Questions.drawn(setting)
-    expected = run_ranks(1, replies_of_transformers, questions, timeout=TIMEOUT)[0]
+    prompts = drawn_prompts(setting)
+    expected = run_ranks(1, partial(replies_of_transformers, prompts=prompts), setting, TIMEOUT_SECONDS)[0]
     figures = []
     for layout in (dataclasses.replace(setting, **layout) for layout in LAYOUTS):
-        asked = dataclasses.replace(questions, setting=layout)
-        replies = run_ranks(layout.world_size, our_replies, asked, timeout=TIMEOUT)[0]
+        replies = run_ranks(layout.world_size, partial(our_replies, prompts=prompts), layout, TIMEOUT_SECONDS)[0]
         figures += compare_replies(layout.layout, replies, expected)
-    seconds = run_ranks(1, time_generation, (questions, turns), timeout=TIMEOUT)[0]
+    seconds = run_ranks(1, partial(time_generation, prompts=prompts[:NUM_TIMED]), setting, TIMEOUT_SECONDS)[0]
     ratio = median_ratio(seconds["ours"], seconds["transformers"])
     note = f"{NUM_TIMED} prompts, {TIMED_NEW} new tokens each, greedy, one batch"
     return [*figures, Figure("TP1: CPU seconds / transformers' generate", ratio, 1.0, "", note)]
@@ -97,51 +90,49 @@ def compare_replies(layout: str, replies: Replies, expected: Replies) -> list[Fi
 
 
 @torch.no_grad()
-def replies_of_transformers(questions: Questions) -> Replies:
+def replies_of_transformers(setting: Setting, prompts: Prompts) -> Replies:
     """The answers of `generate`, and their scores by one forward of prompt and answer. Started on a rank of its own.
 
     Prompts of one length go together, so that nothing is padded or masked.
     """
-    model = load_with_transformers(questions.setting)
+    model = load_with_transformers(setting)
 
     def length(number: int) -> int:
-        return len(questions.prompts[number])
+        return len(prompts[number])
 
     replies: dict[int, tuple[list[int], float]] = {}
-    for num_tokens, numbers in itertools.groupby(sorted(range(len(questions.prompts)), key=length), key=length):
+    for num_tokens, numbers in itertools.groupby(sorted(range(len(prompts)), key=length), key=length):
         alike = list(numbers)
-        prompts = [questions.prompts[number] for number in alike]
-        answers = _greedy(model, prompts, NUM_NEW)
-        whole = torch.tensor([[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)])
+        asked = [prompts[number] for number in alike]
+        answers = _greedy(model, asked, NUM_NEW)
+        whole = torch.tensor([[*prompt, *answer] for prompt, answer in zip(asked, answers, strict=True)])
         likelihoods = model(whole).logits[:, num_tokens - 1 : -1].log_softmax(-1)
         totals = likelihoods.gather(-1, torch.tensor(answers)[:, :, None]).sum((1, 2)).tolist()
         replies |= zip(alike, zip(answers, totals, strict=True), strict=True)
-    in_order = [replies[number] for number in range(len(questions.prompts))]
-    return Replies([answer for answer, _ in in_order], [total for _, total in in_order])
+    answers, totals = zip(*(replies[number] for number in range(len(prompts))), strict=True)
+    return Replies(list(answers), list(totals))
 
 
-def our_replies(questions: Questions) -> Replies:
+def our_replies(setting: Setting, prompts: Prompts) -> Replies:
     """Started on every rank of the layout."""
-    join(questions.setting)
-    chunks: Any = load_base(questions.setting)[0]
-    answers = generate(chunks, questions.prompts, GenerationSettings(FOREVER, NUM_NEW, batch_size=BATCH_SIZE))
-    asked = [Continuation(prompt, tuple(ids)) for prompt, ids in zip(questions.prompts, answers, strict=True)]
+    join(setting)
+    chunks: Any = load_base(setting)[0]
+    answers = generate(chunks, prompts, GenerationSettings(FOREVER, NUM_NEW, batch_size=BATCH_SIZE))
+    asked = [Continuation(prompt, tuple(ids)) for prompt, ids in zip(prompts, answers, strict=True)]
     scores = score_continuations(chunks, asked, BATCH_SIZE)
     leave()
     return Replies(answers, [score.log_likelihood for score in scores])
 
 
-def time_generation(job: tuple[Questions, int]) -> dict[str, list[float]]:
+def time_generation(setting: Setting, prompts: Prompts) -> dict[str, list[float]]:
     """CPU seconds of each turn of both, in one process. Started on a rank of its own."""
-    questions, turns = job
     torch.set_num_threads(1)
-    join(questions.setting)
-    chunks: Any = load_base(questions.setting)[0]
-    model = load_with_transformers(questions.setting)
-    prompts = questions.prompts[:NUM_TIMED]
-    settings = GenerationSettings(FOREVER, TIMED_NEW, batch_size=NUM_TIMED)
+    join(setting)
+    chunks: Any = load_base(setting)[0]
+    model = load_with_transformers(setting)
+    settings = GenerationSettings(FOREVER, TIMED_NEW, batch_size=len(prompts))
     ours, theirs = partial(generate, chunks, prompts, settings), partial(_greedy, model, prompts, TIMED_NEW)
-    seconds = take_turns({"ours": ours, "transformers": theirs}, turns)
+    seconds = take_turns({"ours": ours, "transformers": theirs}, setting.turns)
     leave()
     return seconds
 
@@ -160,28 +151,27 @@ def _greedy(model: Any, prompts: Sequence[Sequence[int]], num_new: int) -> list[
 # Generation with an adapter whose rotations are computed from parameters, beside the base model alone.
 
 
-def boft_generation_figures(setting: Setting, turns: int) -> list[Figure]:
+def boft_generation_figures(setting: Setting) -> list[Figure]:
     """CPU seconds of a token with BOFT, and over a token of the base."""
-    seconds = run_ranks(1, time_boft_generation, (setting, turns), timeout=TIMEOUT)[0]
+    seconds = run_ranks(1, time_boft_generation, setting, TIMEOUT_SECONDS)[0]
     boft, base = (median(seconds[name]) / TIMED_NEW for name in ("boft", "base"))
     note = f"one prompt of {PROMPT_LENGTHS[1]} tokens, {TIMED_NEW} new ones, greedy; the base alone {base:.4f} s"
     over = median_ratio(seconds["boft"], seconds["base"])
     return [Figure("BOFT: CPU seconds of a token", boft, None, "s", note), Figure("BOFT / the base", over)]
 
 
-def time_boft_generation(job: tuple[Setting, int]) -> dict[str, list[float]]:
+def time_boft_generation(setting: Setting) -> dict[str, list[float]]:
     """CPU seconds of each turn of both. Started on a rank of its own."""
-    setting, turns = job
     torch.set_num_threads(1)
     join(setting)
     base, boft = (load_base(setting)[0] for _ in range(2))
     freeze(base[0])
-    attach_adapters(boft, setting.peft("boft"), SEED)
+    attach_adapters(boft, setting.run("boft").peft, SEED)
     prompt = [tuple(range(PROMPT_LENGTHS[1]))]
     settings = GenerationSettings(FOREVER, TIMED_NEW, batch_size=1)
     chunks: dict[str, Any] = {"boft": boft, "base": base}
     steps = {name: partial(generate, chunk, prompt, settings) for name, chunk in chunks.items()}
-    seconds = take_turns(steps, turns)
+    seconds = take_turns(steps, setting.turns)
     leave()
     return seconds
 
@@ -260,22 +250,14 @@ HARNESS_BATCH_SIZE = 16
 Items = dict[tuple[str, int], Any]
 
 
-@dataclass(frozen=True)
-class HarnessQuestions:
-    """A Hugging Face folder, the folder of the tasks, their names, and the most items of each."""
-
-    model: str
-    tasks: str
-    names: tuple[str, ...] = TASKS
-    limit: int = ITEMS_OF_A_TASK
-
-
-def harness_figures(model: str, work: Path, downloads: Path) -> list[Figure]:
-    """Items that differ, and the largest difference of a log-likelihood. `work` is emptied."""
-    shutil.rmtree(work, ignore_errors=True)
-    prepare_tasks(work / "tasks", downloads)
-    questions = HarnessQuestions(model, str(work / "tasks"))
-    ours, theirs = (run_ranks(1, backend, questions, timeout=TIMEOUT)[0] for backend in (our_items, their_items))
+def harness_figures(setting: Setting) -> list[Figure]:
+    """Items that differ, and the largest difference of a log-likelihood."""
+    with tempfile.TemporaryDirectory() as tasks:
+        prepare_tasks(Path(tasks), Path(setting.checkpoint).parent / "downloads")
+        ours, theirs = (
+            run_ranks(1, partial(items, tasks=tasks), setting.checkpoint, TIMEOUT_SECONDS)[0]
+            for items in (our_items, their_items)
+        )
     return compare_items(ours, theirs)
 
 
@@ -330,24 +312,24 @@ def _answers(item: Mapping[str, Any]) -> list[Any]:
     return [answer for of_request in item["resps"] for answer in of_request]
 
 
-def our_items(questions: HarnessQuestions) -> Items:
-    """Started on a rank of its own."""
+def our_items(model: str, tasks: str, names: Sequence[str] = TASKS, limit: int = ITEMS_OF_A_TASK) -> Items:
+    """The items of this model on the tasks of a folder, at most so many of each. Started on a rank of its own."""
     from megatron_peft.config.evaluation import HarnessSettings
     from megatron_peft.evaluation.harness_run import evaluate
 
     torch.set_num_threads(1)
     start_world()
-    output = Path(questions.tasks, "ours.json")
-    sizes: dict[str, Any] = {"limit": questions.limit, "batch_size": HARNESS_BATCH_SIZE}
-    settings = HarnessSettings(questions.names, str(output), (questions.tasks,), log_samples=True, **sizes)
-    evaluate(parse_arguments(["--pretrained-checkpoint", questions.model], saved=saved_values), settings)
+    output = Path(tasks, "ours.json")
+    sizes: dict[str, Any] = {"limit": limit, "batch_size": HARNESS_BATCH_SIZE}
+    settings = HarnessSettings(tuple(names), str(output), (tasks,), log_samples=True, **sizes)
+    evaluate(parse_arguments(["--pretrained-checkpoint", model], saved=saved_values), settings)
     stop()
     path = output.with_suffix(".samples.jsonl")
     samples = (parse_json(line, str(path)) for line in read_text(path).splitlines())
     return _by_task_and_number((sample["task"], sample) for sample in samples)
 
 
-def their_items(questions: HarnessQuestions) -> Items:
+def their_items(model: str, tasks: str, names: Sequence[str] = TASKS, limit: int = ITEMS_OF_A_TASK) -> Items:
     """The items of `lm_eval --model hf`. Started on a rank of its own."""
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -355,10 +337,10 @@ def their_items(questions: HarnessQuestions) -> Items:
     from lm_eval.utils import handle_non_serializable
 
     torch.set_num_threads(1)
-    manager = TaskManager(include_path=questions.tasks, include_defaults=False)
+    manager = TaskManager(include_path=tasks, include_defaults=False)
     backend: Any = HFLM  # its flags are taken from **kwargs
-    model = backend(pretrained=questions.model, device="cpu", dtype="float32", batch_size=HARNESS_BATCH_SIZE)
-    scores: Any = simple_evaluate(model=model, tasks=list(questions.names), task_manager=manager, limit=questions.limit)
+    loaded = backend(pretrained=model, device="cpu", dtype="float32", batch_size=HARNESS_BATCH_SIZE)
+    scores: Any = simple_evaluate(model=loaded, tasks=list(names), task_manager=manager, limit=limit)
     samples = json.loads(json.dumps(scores["samples"], default=handle_non_serializable))
     return _by_task_and_number((task, sample) for task, of_task in samples.items() for sample in of_task)
 

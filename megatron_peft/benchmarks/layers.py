@@ -14,7 +14,7 @@ from megatron_peft.adapters.boft import build
 from megatron_peft.adapters.linear import AdaptedColumnParallelLinear
 from megatron_peft.adapters.rotation import rotate
 from megatron_peft.adapters.urnn import DENSE_UP_TO, StructuredUrnn, rotate_by_fourier
-from megatron_peft.benchmarks.measure import Figure, median_ratio, take_turns
+from megatron_peft.benchmarks.measure import TIMEOUT_SECONDS, Figure, median_ratio, take_turns
 from megatron_peft.benchmarks.subjects import Setting, Step, join, leave
 from megatron_peft.config import PeftConfig
 from megatron_peft.parallel.layout import LinearLayout
@@ -28,12 +28,11 @@ from megatron_peft.runtime.ranks import run_ranks
 
 WIDTH, NUM_TOKENS, BLOCK_SIZE, NUM_FACTORS = 2048, 1024, 8, 3
 TARGET = 1.25
-TIMEOUT_SECONDS = 1200.0
 
 
-def boft_layer_figures(num_turns: int) -> list[Figure]:
+def boft_layer_figures(setting: Setting) -> list[Figure]:
     """Times over the frozen linear layer's; HF PEFT's for comparison."""
-    seconds = run_ranks(1, time_layers, num_turns, timeout=TIMEOUT_SECONDS)[0]
+    seconds = run_ranks(1, time_layers, setting, timeout=TIMEOUT_SECONDS)[0]
     frozen = seconds["frozen"]
     return [
         Figure(f"{name} layer / frozen layer", median_ratio(seconds[name], frozen), limit, "", note)
@@ -42,12 +41,12 @@ def boft_layer_figures(num_turns: int) -> list[Figure]:
     ]
 
 
-def time_layers(num_turns: int) -> dict[str, list[float]]:
+def time_layers(setting: Setting) -> dict[str, list[float]]:
     """CPU seconds of every turn by name. Started on a rank."""
     torch.set_num_threads(1)
-    join(Setting("none"))
+    join(setting)
     steps = {name: _step(build()) for name, build in LAYERS.items()}
-    seconds = take_turns(steps, num_turns)
+    seconds = take_turns(steps, setting.turns)
     leave()
     return seconds
 
@@ -99,13 +98,13 @@ LAYERS = {"frozen": partial(_linear, False), "BOFT": partial(_linear, True), "HF
 CROSSOVER_NUM_TOKENS, NUM_FEATURES = 1024, 4096
 
 
-def crossover_figures(num_turns: int) -> list[Figure]:
+def crossover_figures(setting: Setting) -> list[Figure]:
     """Forward and backward of a rotation of 4096 features and 1024 tokens, on both sides of `DENSE_UP_TO`."""
     torch.set_num_threads(1)
     cpu.install()
     figures = []
     for size in (DENSE_UP_TO // 4, DENSE_UP_TO, 2 * DENSE_UP_TO, 4 * DENSE_UP_TO):
-        seconds = take_turns(crossover_steps(size), num_turns)
+        seconds = take_turns(crossover_steps(size), setting.turns)
         ways = ("dense", "fourier") if size <= DENSE_UP_TO else ("fourier", "dense")
         note = "; ".join(f"{name} {median(spent):.3f} CPU s" for name, spent in seconds.items())
         name = f"groups of {size}: {ways[0]} / {ways[1]}"

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from megatron_peft.benchmarks.subjects import STEPS, Setting, Step, join, leave
+from megatron_peft.runtime.cpu_kernels import give_back_freed_memory
 from megatron_peft.runtime.ranks import run_ranks
 from megatron_peft.training.metrics import memory_bytes
 
@@ -31,28 +32,27 @@ from megatron_peft.training.metrics import memory_bytes
 # CPU seconds of all threads of the process, not wall time: waiting for another rank or for a core costs nothing.
 
 NUM_WARMUPS = 2
+TIMEOUT_SECONDS = 3600.0
 FEWEST_TURNS = 3
 MAX_SECONDS = 300.0  # of wall time: no turn begins after that, so that a benchmark ends on a busy machine too
 
 
-@dataclass(frozen=True)
-class TurnsJob:
-    """Which of `STEPS` take turns, and how often; with those of `floors`, the products that they and "frozen" do not
-    share."""
-
-    setting: Setting
-    names: tuple[str, ...]
-    num_turns: int
-    floors: tuple[str, ...] = ()
+def seconds_of_steps(setting: Setting, names: tuple[str, ...], floors: tuple[str, ...] = ()) -> dict[str, list[float]]:
+    """CPU seconds, over all ranks, of every turn of these `STEPS`; with those of `floors`, the products that they and
+    "frozen" do not share.
+    """
+    time_steps = partial(time_turns, names=names, floors=floors)
+    by_rank = run_ranks(setting.world_size, time_steps, setting, timeout=TIMEOUT_SECONDS)
+    return {name: [sum(turn) for turn in zip(*(r[name] for r in by_rank), strict=True)] for name in by_rank[0]}
 
 
-def time_turns(job: TurnsJob) -> dict[str, list[float]]:
+def time_turns(setting: Setting, names: tuple[str, ...], floors: tuple[str, ...]) -> dict[str, list[float]]:
     """CPU seconds of every turn on this rank, by name. Started on ranks."""
     torch.set_num_threads(1)
-    join(job.setting)
-    steps = {name: STEPS[name](job.setting) for name in job.names}
-    logs = {name: products_of(steps[name]) for name in ("frozen", *job.floors) if job.floors}
-    for name in job.floors:
+    join(setting)
+    steps = {name: STEPS[name](setting) for name in names}
+    logs = {name: products_of(steps[name]) for name in ("frozen", *floors) if floors}
+    for name in floors:
         steps[f"{name} adds"] = products_beyond(logs[name], logs["frozen"])
         steps[f"{name} spares"] = products_beyond(logs["frozen"], logs[name])
     end = time.monotonic() + MAX_SECONDS
@@ -63,7 +63,7 @@ def time_turns(job: TurnsJob) -> dict[str, list[float]]:
         dist.all_reduce(over, dist.ReduceOp.MAX)
         return bool(over)
 
-    seconds = take_turns(steps, job.num_turns, is_late)
+    seconds = take_turns(steps, setting.turns, is_late)
     leave()
     return seconds
 
@@ -87,11 +87,6 @@ def take_turns(
     return seconds
 
 
-def over_ranks(by_rank: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, list[float]]:
-    """CPU seconds of all ranks together, turn by turn."""
-    return {name: [sum(turn) for turn in zip(*(r[name] for r in by_rank), strict=True)] for name in by_rank[0]}
-
-
 def median_ratio(above: Sequence[float], below: Sequence[float]) -> float:
     """The median over the turns of the quotient of seconds."""
     return median(a / b for a, b in zip(above, below, strict=True))
@@ -107,8 +102,6 @@ def cpu_seconds(step: Step) -> float:
 # Resident memory of a process and its peak, as Linux tells them.
 
 MIB = 2**20
-NUM_STEPS = 3
-TIMEOUT_SECONDS = 1200.0
 
 
 @dataclass(frozen=True)
@@ -124,26 +117,20 @@ class Peak:
         return self.peak - self.start
 
 
-@dataclass(frozen=True)
-class StepsJob:
-    """One of `STEPS`, alone."""
-
-    setting: Setting
-    name: str
-    num_steps: int = NUM_STEPS
-
-
-def peak_of_steps(setting: Setting, name: str, num_steps: int = NUM_STEPS) -> Peak:
+def peak_of_steps(setting: Setting, name: str, num_steps: int = 3, keeps_freed: bool = True) -> Peak:
     """The peak of some steps of a subject in a fresh process of one rank."""
-    return run_ranks(1, run_steps, StepsJob(setting, name, num_steps), timeout=TIMEOUT_SECONDS)[0]
+    run = partial(run_steps, name=name, num_steps=num_steps, keeps_freed=keeps_freed)
+    return run_ranks(1, run, setting, timeout=TIMEOUT_SECONDS)[0]
 
 
-def run_steps(job: StepsJob) -> Peak:
-    """Started on a rank."""
-    join(job.setting)
+def run_steps(setting: Setting, name: str, num_steps: int, keeps_freed: bool) -> Peak:
+    """Args: keeps_freed: whether the C library may keep what is freed. Started on a rank."""
+    if not keeps_freed:
+        give_back_freed_memory()
+    join(setting)
     start, _ = memory_bytes()
-    step = STEPS[job.name](job.setting)
-    for _ in range(job.num_steps):
+    step = STEPS[name](setting)
+    for _ in range(num_steps):
         step()
     leave()
     return Peak(memory_bytes()[1], start)

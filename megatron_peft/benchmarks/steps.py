@@ -13,16 +13,12 @@ from torch import Tensor, nn
 from megatron_peft.adapters.attach import attach_adapters, start_gradients_at_the_embedding
 from megatron_peft.benchmarks.measure import (
     MIB,
+    TIMEOUT_SECONDS,
     Figure,
-    Peak,
-    StepsJob,
-    TurnsJob,
     cpu_seconds,
     median_ratio,
-    over_ranks,
     peak_of_steps,
-    run_steps,
-    time_turns,
+    seconds_of_steps,
 )
 from megatron_peft.benchmarks.subjects import (
     STEPS,
@@ -37,7 +33,6 @@ from megatron_peft.benchmarks.subjects import (
 from megatron_peft.models.families import read_shape
 from megatron_peft.rehearsal.program import ITEM_BYTES, Call
 from megatron_peft.rehearsal.recorder import Recorder, group_names
-from megatron_peft.runtime.cpu_kernels import give_back_freed_memory
 from megatron_peft.runtime.ranks import run_ranks
 
 METHODS = ("lora", "boft", "urnn", "hybrid")
@@ -50,19 +45,17 @@ LAYOUTS: tuple[dict[str, Any], ...] = (
     {"tensor_parallel": 2, "sequence_parallel": True},
 )
 OVER_FULL = {"frozen": None, "lora": 0.72, "hf-peft-lora": None}
-TIMEOUT_SECONDS = 3600.0
 
 
-def layout_ratio_figures(setting: Setting, num_turns: int) -> list[Figure]:
+def layout_ratio_figures(setting: Setting) -> list[Figure]:
     """`ratio_figures` at TP1, TP2 and TP2 with sequence parallelism."""
-    layouts = [dataclasses.replace(setting, **layout) for layout in LAYOUTS]
-    return [figure for layout in layouts for figure in ratio_figures(layout, num_turns)]
+    return [figure for layout in LAYOUTS for figure in ratio_figures(dataclasses.replace(setting, **layout))]
 
 
-def ratio_figures(setting: Setting, num_turns: int) -> list[Figure]:
+def ratio_figures(setting: Setting) -> list[Figure]:
     """Each method's step beyond its floor, both over the frozen base's step with the same products; in the note the
     two, the spread, and the ratio to MKL's."""
-    seconds = _take_turns(setting, ("frozen", "frozen-mkl", *METHODS), num_turns, METHODS)
+    seconds = seconds_of_steps(setting, ("frozen", "frozen-mkl", *METHODS), floors=METHODS)
     figures = []
     for name in METHODS:
         step = _ratio(seconds, name, "frozen", None)
@@ -79,23 +72,23 @@ def ratio_figures(setting: Setting, num_turns: int) -> list[Figure]:
     return figures
 
 
-def lora_full_figures(setting: Setting, num_turns: int) -> list[Figure]:
+def lora_full_figures(setting: Setting) -> list[Figure]:
     """The steps of `OVER_FULL` over full fine-tuning's, LoRA over HF PEFT's, and the peak memory of each alone."""
-    seconds = _take_turns(setting, (*OVER_FULL, "full"), num_turns)
+    seconds = seconds_of_steps(setting, (*OVER_FULL, "full"))
     times = [_ratio(seconds, name, "full", limit) for name, limit in OVER_FULL.items()]
     peer = _ratio(seconds, "lora", "hf-peft-lora", 1.0)
     return [*times, peer, *_memory(setting, dict.fromkeys(OVER_FULL))]
 
 
-def hybrid_full_figures(setting: Setting, num_turns: int) -> list[Figure]:
+def hybrid_full_figures(setting: Setting) -> list[Figure]:
     """Time and peak memory of the Hybrid over full fine-tuning's."""
-    seconds = _take_turns(setting, ("hybrid", "full"), num_turns)
+    seconds = seconds_of_steps(setting, ("hybrid", "full"))
     return [_ratio(seconds, "hybrid", "full", 0.80), *_memory(setting, {"hybrid": 0.60})]
 
 
-def rotation_figures(setting: Setting, num_turns: int) -> list[Figure]:
+def rotation_figures(setting: Setting) -> list[Figure]:
     """BOFT over LoRA, uRNN over the frozen base."""
-    seconds = _take_turns(setting, ("frozen", "lora", "boft", "urnn"), num_turns)
+    seconds = seconds_of_steps(setting, ("frozen", "lora", "boft", "urnn"))
     return [_ratio(seconds, "boft", "lora", 1.10), _ratio(seconds, "urnn", "frozen", 1.30)]
 
 
@@ -103,13 +96,6 @@ def _ratio(seconds: dict[str, list[float]], name: str, below: str, limit: float 
     ratio = median_ratio(seconds[name], seconds[below])
     spent = "; ".join(f"{step} {median(seconds[step]):.3f} CPU s" for step in (name, below))
     return Figure(f"{name} step / {below} step", ratio, limit, "", f"{spent}; {len(seconds[name])} turns")
-
-
-def _take_turns(
-    setting: Setting, names: tuple[str, ...], num_turns: int, floors: tuple[str, ...] = ()
-) -> dict[str, list[float]]:
-    job = TurnsJob(setting, names, num_turns, floors)
-    return over_ranks(run_ranks(setting.world_size, time_turns, job, timeout=TIMEOUT_SECONDS))
 
 
 def _memory(setting: Setting, limits: dict[str, float | None]) -> list[Figure]:
@@ -162,7 +148,7 @@ def count_methods(setting: Setting) -> dict[str, int]:
         if name == "frozen":
             start_gradients_at_the_embedding(model)
         else:
-            attach_adapters([model], setting.peft(name), seed=0)
+            attach_adapters([model], setting.run(name).peft, seed=0)
         saved = SavedBytes(model)
         with saved:
             model(batch.tokens, batch.position_ids, None, labels=batch.labels)
@@ -290,8 +276,9 @@ MAX_RATIO, MAX_EXTRA_MIB = 2.3, 100.0
 def lora_ga_start_figures(setting: Setting) -> list[Figure]:
     """A start from eight batches; memory of a start from one, since no batch adds to it."""
     frozen, start = run_ranks(1, time_start, setting, timeout=TIMEOUT_SECONDS)[0]
-    jobs = [StepsJob(setting, name, num_steps=1) for name in ("lora-ga-start", "frozen")]
-    peaks = [run_ranks(1, run_steps_giving_back, job, timeout=TIMEOUT_SECONDS)[0].peak / MIB for job in jobs]
+    peaks = [
+        peak_of_steps(setting, name, num_steps=1, keeps_freed=False).peak / MIB for name in ("lora-ga-start", "frozen")
+    ]
     note = f"{start:.2f} and {frozen:.2f} CPU s a batch; {NUM_BATCHES} batches"
     sizes = f"peaks of {peaks[0]:,.0f} and {peaks[1]:,.0f} MiB"
     more = peaks[0] - peaks[1]
@@ -299,12 +286,6 @@ def lora_ga_start_figures(setting: Setting) -> list[Figure]:
         Figure("LoRA-GA's start, a batch / frozen forward and backward", start / frozen, MAX_RATIO, "", note),
         Figure("LoRA-GA's start: peak memory above the frozen step's", more, MAX_EXTRA_MIB, "MiB", sizes),
     ]
-
-
-def run_steps_giving_back(job: StepsJob) -> Peak:
-    """`run_steps` of a process that keeps nothing of what it frees. Started on a rank."""
-    give_back_freed_memory()
-    return run_steps(job)
 
 
 def time_start(setting: Setting) -> tuple[float, float]:

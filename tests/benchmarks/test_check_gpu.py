@@ -17,7 +17,8 @@ from rich.console import Console
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_peft.adapters import low_rank
-from megatron_peft.benchmarks.check_gpu import LINES, SIZES_VARIABLE, Line, run
+from megatron_peft.benchmarks import LINES, SIZES_VARIABLE, Line
+from megatron_peft.benchmarks import check_gpu as run
 from megatron_peft.benchmarks.measure import Figure
 from megatron_peft.commands import check_gpu as command
 from megatron_peft.models import layers

@@ -12,9 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from megatron_peft.benchmarks import BENCHMARKS, Workplace, files, layers, measure, steps, subjects
+from megatron_peft.benchmarks import BENCHMARKS, files, layers, measure, steps, subjects
 from megatron_peft.benchmarks.layers import crossover_figures
-from megatron_peft.benchmarks.measure import StepsJob
 from megatron_peft.benchmarks.subjects import STEPS, Setting
 from megatron_peft.models.families import read_shape
 from megatron_peft.runtime import cpu_kernels
@@ -25,7 +24,7 @@ from tests.ranks import run_ranks
 
 @pytest.mark.parametrize("figures", [steps.rotation_figures, steps.hybrid_full_figures])
 def test_a_figure_is_the_quotient_of_the_two_that_it_names(figures, even: Setting) -> None:
-    for figure in figures(even, 1):
+    for figure in figures(even):
         amounts = [float(text) for text in re.findall(r"([\d.]+) (?:CPU s|MiB)", figure.note)[:2]]
         assert amounts[0] > 0 and figure.measured == pytest.approx(amounts[0] / amounts[1], rel=0.2)
         if "step" in figure.name:
@@ -36,15 +35,15 @@ def test_a_figure_is_the_quotient_of_the_two_that_it_names(figures, even: Settin
 def test_a_step_is_judged_by_what_it_takes_beyond_the_floor_of_the_same_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = {"frozen": [1.0, 2.0, 1.0], "frozen-mkl": [2.0, 2.0, 2.0], "lora": [1.5, 2.4, 1.3]}
     seconds |= {"lora adds": [0.25, 0.5, 0.3], "lora spares": [0.02, 0.04, 0.1]}
-    monkeypatch.setattr(steps, "run_ranks", lambda num_ranks, target, job, timeout: [seconds] * num_ranks)
+    monkeypatch.setattr(measure, "run_ranks", lambda num_ranks, run, setting, timeout: [seconds] * num_ranks)
     monkeypatch.setattr(steps, "METHODS", ("lora",))
-    (figure,) = steps.ratio_figures(Setting("nowhere", tensor_parallel=2), 3)
+    (figure,) = steps.ratio_figures(Setting("nowhere", tensor_parallel=2))
     assert (figure.name, figure.unit) == ("TP2: lora step beyond its floor", "hundredths of the frozen step")
     assert figure.measured == pytest.approx(100 * (1.3 - (1 + 0.25 - 0.02)))
     assert (figure.target, figure.reached) == (steps.BOOKKEEPING["lora"], False)
     assert figure.note.startswith("step 1.300 (1.200 to 1.500; against MKL 0.750), floor 1.230; lora 3.000 CPU s")
     seconds["lora"] = [1.2, 2.0, 1.0]
-    (figure,) = steps.ratio_figures(Setting("nowhere", tensor_parallel=2), 3)
+    (figure,) = steps.ratio_figures(Setting("nowhere", tensor_parallel=2))
     assert figure.note.startswith("below its floor: not measured, take more --turns; step 1.000 ")
 
 
@@ -139,10 +138,12 @@ def test_real_steps_reach_the_targets(tiny: Setting) -> None:
 
 def test_memory_that_steps_free_is_to_be_given_back(monkeypatch: pytest.MonkeyPatch):
     done: list = []
-    monkeypatch.setattr(steps, "give_back_freed_memory", lambda: done.append("asked"))
-    monkeypatch.setattr(steps, "run_steps", done.append)
-    steps.run_steps_giving_back(StepsJob(Setting("nowhere"), "lora"))
-    assert done == ["asked", StepsJob(Setting("nowhere"), "lora")]
+    monkeypatch.setattr(measure, "give_back_freed_memory", lambda: done.append("asked"))
+    monkeypatch.setattr(measure, "join", done.append)
+    monkeypatch.setattr(measure, "leave", lambda: None)
+    monkeypatch.setattr(measure, "STEPS", {"lora": lambda setting: lambda: None})
+    measure.run_steps(Setting("nowhere"), "lora", num_steps=1, keeps_freed=False)
+    assert done == ["asked", Setting("nowhere")]
 
 
 def test_a_real_start_sees_every_batch_twice(monkeypatch: pytest.MonkeyPatch, tiny: Setting):
@@ -187,7 +188,7 @@ def test_the_way_in_use_stands_first(monkeypatch):
     monkeypatch.setattr(layers, "NUM_TOKENS", 8)
     monkeypatch.setattr(layers, "NUM_FEATURES", 64)
     monkeypatch.setattr(layers, "DENSE_UP_TO", 16)
-    figures = crossover_figures(num_turns=1)
+    figures = crossover_figures(Setting("nowhere", turns=1))
     found = [figure.name.removeprefix("groups of ") for figure in figures]
     assert found == ["4: dense / fourier", "16: dense / fourier", "32: fourier / dense", "64: fourier / dense"]
     assert all(figure.measured > 0 and figure.target == 1.0 for figure in figures)
@@ -197,7 +198,7 @@ def test_benchmarks_are_those_of_the_documentation() -> None:
     page = Path(__file__).parents[2] / "docs" / "benchmarks.md"
     assert re.findall(r"^\| `([a-z-]+)` \|", page.read_text(), re.M) == list(BENCHMARKS)
     for name, benchmark in BENCHMARKS.items():
-        module, _, function = benchmark.function.partition(":")
+        module, _, function = benchmark.measure.partition(":")
         assert callable(getattr(import_module(f"megatron_peft.benchmarks.{module}"), function)), name
 
 
@@ -205,8 +206,8 @@ def test_model_that_is_there_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyP
     seen = []
     monkeypatch.setattr(files, "loading_figures", lambda setting: seen.append(setting) or [])
     (tmp_path / "model").mkdir()
-    BENCHMARKS["loading"].measure(Workplace(tmp_path, tmp_path / "model", turns=1))
-    assert seen[0].checkpoint == str(tmp_path / "model") and seen[0].tensor_parallel == 3
+    BENCHMARKS["loading"].figures(tmp_path, tmp_path / "model", turns=2)
+    assert seen == [Setting(str(tmp_path / "model"), tensor_parallel=3, turns=2)]
 
 
 def test_every_token_counts_and_labels_are_the_next_tokens() -> None:

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from megatron_peft.benchmarks.check_gpu import LINES, SIZES_VARIABLE
+from megatron_peft.benchmarks import LINES, SIZES_VARIABLE
 from megatron_peft.benchmarks.measure import Figure, print_table
 
 PROVES_NOTHING = (
