@@ -63,16 +63,17 @@ def _read(settings: ExperimentSettings) -> tuple[Experiment, Path, list[Group]]:
 
 
 def _run(settings: ExperimentSettings) -> int:
-    from megatron_peft.experiment.runner import Board, run_experiment, table
+    from rich.console import Console
+
+    from megatron_peft.experiment.runner import run_experiment, table
 
     experiment, folder, groups = _read(settings)
-    board, whole = Board(folder, groups), True
+    console, whole = Console(highlight=False), True
     if not settings.list:
         options: dict[str, Any] = {"jobs": settings.jobs, "keep_checkpoints": settings.keep_checkpoints}
-        options |= {"report": board.report, "refresh": board.refresh}
-        with board:
-            whole = run_experiment(experiment, folder, groups, settings.group is None, **options)
-    board.console.print(table(folder, groups))
+        options |= {"console": console, "report": lambda text: console.print(text, markup=False, emoji=False)}
+        whole = run_experiment(experiment, folder, groups, settings.group is None, **options)
+    console.print(table(folder, groups))
     return 0 if whole else 1
 
 

@@ -6,20 +6,19 @@ are those of the experiment's file: cells whose flags were changed run again.
 
 import hashlib
 import json
-import math
 import platform
 import re
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from megatron_peft.checkpoint.folders import write_atomically
 from megatron_peft.config import ConfigurationError
 from megatron_peft.config.untrusted import read_json_object
-from megatron_peft.experiment.spec import Cell, Group, ScoreSpec
+from megatron_peft.experiment.spec import Cell, ScoreSpec
 from megatron_peft.training.metrics import finite
 
 CELLS = "cells"
@@ -90,7 +89,9 @@ def write_record(folder: Path, cell: Cell, record: CellRecord) -> None:
     """Write the cell's record, whole or not at all."""
     path = cell_file(folder, cell)
     path.parent.mkdir(parents=True, exist_ok=True)
-    values = {name: value for name, value in finite(asdict(record)).items() if value or name != "provenance"}
+    values = finite(asdict(record))
+    if not record.provenance:
+        del values["provenance"]
     values |= {OWN_DIGEST: json_digest(values)}
     lines = [f" {json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}" for name, value in values.items()]
     write_atomically(path, "{\n" + ",\n".join(lines) + "\n}\n")  # a field a line, for diffs
@@ -198,76 +199,6 @@ def source_version() -> dict[str, str]:
     except (OSError, subprocess.CalledProcessError):
         return {}
     return {"commit": commit + (" with changes" if changes else "")}
-
-
-# The next work is derived from the records alone, so a new runner continues where a killed one stopped. A group's grid
-# runs with the tuning seed. Then the point with the least validation loss at the end of its run is chosen, whatever the
-# scores, and its other seeds are run and scored.
-
-
-@dataclass(frozen=True)
-class Work:
-    """A cell to train, or a trained one to score."""
-
-    kind: Literal["train", "score"]
-    cell: Cell
-    score: ScoreSpec | None = None
-
-
-@dataclass(frozen=True)
-class GroupProgress:
-    """The state of a group: records of its grid, the chosen point, records of its final cells, and how many scored."""
-
-    tuning: tuple[CellRecord | None, ...]
-    best: int | None
-    finals: tuple[CellRecord | None, ...]
-    num_scored: int
-    is_scored: bool  # whether the task has a score
-
-    @property
-    def is_done(self) -> bool:
-        """Whether all final runs are trained, and scored if the task has a score."""
-        trained = bool(self.finals) and all(record is not None and record.is_trained for record in self.finals)
-        return trained and (not self.is_scored or self.num_scored == len(self.finals))
-
-
-def progress(folder: Path, group: Group, gave_up: Set[str] = frozenset()) -> GroupProgress:
-    """Args: gave_up: keys of cells that failed in this runner; a grid is complete without them."""
-    tuning = tuple(read_cell_record(folder, cell) for cell in group.tuning)
-    best = _best(group, tuning, gave_up)
-    finals = () if best is None else tuple(read_cell_record(folder, cell) for cell in group.finals[best])
-    score = group.task.score
-    scored = sum(score is not None and record is not None and record.has_scores(score) for record in finals)
-    return GroupProgress(tuning, best, finals, scored, score is not None)
-
-
-def _best(group: Group, tuning: tuple[CellRecord | None, ...], gave_up: Set[str]) -> int | None:
-    """The point of the grid with the least validation loss, the first of equals; None until all were tried, or if no
-    loss is finite. A single point is chosen in any case."""
-    losses: dict[int, float] = {}
-    for at, (cell, record) in enumerate(zip(group.tuning, tuning, strict=True)):
-        if record is not None and record.is_trained:
-            loss = math.inf if record.validation_loss is None else record.validation_loss
-            if len(group.tuning) == 1 or math.isfinite(loss):
-                losses[at] = loss
-        elif cell.key not in gave_up:
-            return None
-    return min(losses, key=losses.__getitem__, default=None)
-
-
-def work(
-    folder: Path, group: Group, has_checkpoint: Callable[[Cell], bool], gave_up: Set[str] = frozenset()
-) -> Iterator[Work]:
-    """The work of the group that can start now, in order. A cell without a checkpoint is trained before scoring."""
-    now = progress(folder, group, gave_up)
-    finals = () if now.best is None else group.finals[now.best]
-    for cell, record in (*zip(group.tuning, now.tuning, strict=True), *zip(finals, now.finals, strict=True)):
-        if cell.key not in gave_up and (record is None or not record.is_trained):
-            yield Work("train", cell)
-    score = group.task.score
-    for cell, record in zip(finals, now.finals, strict=True):
-        if score and record and record.is_trained and cell.key not in gave_up and not record.has_scores(score):
-            yield Work("score", cell, score) if has_checkpoint(cell) else Work("train", cell)
 
 
 # Provenance: when the runner starts a process, it records digests (sha256) of the experiment's file, of the cell's

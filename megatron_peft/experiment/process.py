@@ -16,14 +16,11 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, PackageLoader
 
 from megatron_peft.config import ConfigurationError
-from megatron_peft.experiment.cell_record import from_lambdas
 from megatron_peft.experiment.spec import Cell, Choice, Experiment, Group, ScoreSpec
-from megatron_peft.training.metrics import read_metrics
 
 PROGRAM = ("-m", "megatron_peft", "train")
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -53,13 +50,6 @@ def score_file(folder: Path, cell: Cell) -> Path:
 def has_checkpoint(folder: Path, cell: Cell) -> bool:
     """Whether the cell's run can be resumed."""
     return (checkpoints_folder(folder, cell) / TRACKER).exists()
-
-
-def lambdas(folder: Path, cell: Cell) -> Mapping[str, Any]:
-    """The field `lambdas` of the cell's record, from its lambda.jsonl; empty if there is none."""
-    path = checkpoints_folder(folder, cell) / LAMBDA_FILE
-    records = read_metrics(path) if path.exists() else []
-    return from_lambdas(records) if records else {}
 
 
 def training_command(folder: Path, cell: Cell, program: Sequence[str]) -> list[str]:

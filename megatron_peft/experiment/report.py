@@ -158,10 +158,10 @@ def _tuning(results: Results) -> Table:
                 settings(cell.point, cell.flags),
                 str(cell.seed),
                 format_number(record.validation_loss) if record and record.is_trained else "failed" if record else "–",
-                "yes" if result.finals and dict(cell.settings) == dict(result.settings) else "",
+                "yes" if result.finals and at == result.best else "",
             )
             for result in results.all
-            for cell, record in result.tuning
+            for at, (cell, record) in enumerate(result.tuning)
         ),
         text_columns=4,
     )

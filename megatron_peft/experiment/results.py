@@ -1,25 +1,32 @@
-"""The results of an experiment: for each model, task and method the tried settings, and the runs of the best."""
+"""The results of an experiment: what is done of each group of cells, what comes next, and how methods compare."""
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
+from typing import Literal
 
 from megatron_peft.config import ConfigurationError
-from megatron_peft.experiment import process
 from megatron_peft.experiment.cell_record import (
     CellRecord,
     cell_file,
     misfits,
-    progress,
     read_cell_record,
     read_file,
     write_record,
 )
-from megatron_peft.experiment.runner import EXPERIMENT_FILE
-from megatron_peft.experiment.spec import Cell, Choice, Experiment, Group, groups, read_experiment
+from megatron_peft.experiment.spec import (
+    EXPERIMENT_FILE,
+    Cell,
+    Choice,
+    Experiment,
+    Group,
+    ScoreSpec,
+    groups,
+    read_experiment,
+)
 
 VALIDATION_LOSS = "validation loss"
 MOST_MISFITS = 3  # in an error
@@ -27,24 +34,48 @@ MOST_MISFITS = 3  # in an error
 
 @dataclass(frozen=True)
 class Result:
-    """What a method reached on a task with a model.
+    """What a method reached on a task with a model so far.
 
     Attributes:
         model, task, method: their names.
-        tuning: (cell, its record or None) of each point of the grid.
-        finals: trained records of the chosen point, by seed; fewer than the seeds while the experiment runs.
-        settings: of the chosen point.
         records: by key, of all of its cells.
+        best: the chosen point of the grid; None before all were tried.
     """
 
     model: str
     task: str
     method: str
     group: Group
-    tuning: tuple[tuple[Cell, CellRecord | None], ...]
-    finals: Mapping[int, CellRecord]
-    settings: Mapping[str, str]
     records: Mapping[str, CellRecord]
+    best: int | None
+
+    @property
+    def tuning(self) -> list[tuple[Cell, CellRecord | None]]:
+        """Each point of the grid, with its record."""
+        return [(cell, self.records.get(cell.key)) for cell in self.group.tuning]
+
+    @property
+    def chosen(self) -> tuple[Cell, ...]:
+        """The chosen point with each seed."""
+        return () if self.best is None else self.group.finals[self.best]
+
+    @property
+    def finals(self) -> dict[int, CellRecord]:
+        """Seed -> trained record of the chosen point."""
+        records = {cell.seed: self.records.get(cell.key) for cell in self.chosen}
+        return {seed: record for seed, record in records.items() if record is not None and record.is_trained}
+
+    @property
+    def num_scored(self) -> int:
+        """Final runs with every number of the task's score."""
+        score = self.group.task.score
+        return sum(score is not None and record.has_scores(score) for record in self.finals.values())
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all final runs are trained, and scored if the task has a score."""
+        done = len(self.finals) if self.group.task.score is None else self.num_scored
+        return done > 0 and done == len(self.chosen)
 
     def values(self, metric: str) -> dict[int, float]:
         """Seed -> the metric's value, of the runs that have it."""
@@ -53,6 +84,58 @@ class Result:
             for seed, record in self.finals.items()
         }
         return {seed: value for seed, value in values.items() if value is not None}
+
+
+def progress(folder: Path, group: Group, gave_up: Set[str] = frozenset()) -> Result:
+    """What the records in `folder` say of a group.
+
+    The point with the least validation loss at the end of its run is chosen, the first of equals, whatever the scores.
+
+    Args:
+        gave_up: keys of cells that failed in this runner; a grid is complete without them.
+    """
+    found = {key: read_cell_record(folder, cell) for key, cell in group.cells.items()}
+    records = {key: record for key, record in found.items() if record is not None}
+    losses: dict[int, float] = {}
+    is_tried = True
+    for at, cell in enumerate(group.tuning):
+        record = records.get(cell.key)
+        if record is not None and record.is_trained:
+            loss = math.inf if record.validation_loss is None else record.validation_loss
+            if len(group.tuning) == 1 or math.isfinite(loss):  # a single point is chosen in any case
+                losses[at] = loss
+        else:
+            is_tried &= cell.key in gave_up
+    best = min(losses, key=losses.__getitem__, default=None) if is_tried else None
+    return Result(*group.name, group, records, best)
+
+
+@dataclass(frozen=True)
+class Work:
+    """A cell to train, or a trained one to score."""
+
+    kind: Literal["train", "score"]
+    cell: Cell
+    score: ScoreSpec | None = None
+
+
+def work(
+    folder: Path, group: Group, has_checkpoint: Callable[[Cell], bool], gave_up: Set[str] = frozenset()
+) -> Iterator[Work]:
+    """The work of the group that can start now, in order. A cell without a checkpoint is trained before scoring.
+
+    It follows from the records alone, so a new runner continues where a killed one stopped. A group's grid runs with
+    the tuning seed; then the chosen point's other seeds are run, and all of them scored.
+    """
+    now, score = progress(folder, group, gave_up), group.task.score
+    for cell in (*group.tuning, *now.chosen):
+        record = now.records.get(cell.key)
+        if cell.key not in gave_up and (record is None or not record.is_trained):
+            yield Work("train", cell)
+    for cell in now.chosen if score else ():
+        record = now.finals.get(cell.seed)
+        if cell.key not in gave_up and record and not record.has_scores(score):
+            yield Work("score", cell, score) if has_checkpoint(cell) else Work("train", cell)
 
 
 @dataclass(frozen=True)
@@ -111,29 +194,11 @@ def read_results(folder: Path, experiment_file: Path | None = None) -> Results:
     ]:
         more = [f"... and {len(problems) - MOST_MISFITS} more."] if len(problems) > MOST_MISFITS else []
         raise ConfigurationError(*problems[:MOST_MISFITS], *more)
-    results = Results(experiment, tuple(_result(folder, group) for group in all_groups))
+    results = Results(experiment, tuple(progress(folder, group) for group in all_groups))
     _refuse_other_data(results)
     if not any(record for result in results.all for _, record in result.tuning):
         raise ConfigurationError(f"{folder}/cells contains no results of {file}: run megatron-peft experiment first.")
     return results
-
-
-def _result(folder: Path, group: Group) -> Result:
-    best = progress(folder, group).best
-    records = {
-        # A record that was written without lambdas gets those of its run.
-        key: record if record.lambdas else replace(record, lambdas=process.lambdas(folder, cell))
-        for key, cell in group.cells.items()
-        if (record := read_cell_record(folder, cell)) is not None
-    }
-    tuning = tuple((cell, records.get(cell.key)) for cell in group.tuning)
-    finals = {
-        cell.seed: records[cell.key]
-        for cell in (() if best is None else group.finals[best])
-        if cell.key in records and records[cell.key].is_trained
-    }
-    settings = {} if best is None else dict(group.tuning[best].settings)
-    return Result(*group.name, group, tuning, finals, settings, records)
 
 
 def _refuse_other_data(results: Results) -> None:

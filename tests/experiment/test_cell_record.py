@@ -14,12 +14,11 @@ from megatron_peft.experiment.cell_record import (
     from_lambdas,
     from_metrics,
     of_cell,
-    progress,
     read_file,
     trainable_parameters,
-    work,
     write_record,
 )
+from megatron_peft.experiment.results import progress, work
 from megatron_peft.experiment.spec import Cell, Group
 from tests.experiment.small_experiment import experiment
 from tests.recorded_calls import recorded_calls

@@ -1,6 +1,5 @@
 """Which runs of an experiment count, how a method's differ from another's, and tables of them in several formats."""
 
-import json
 import math
 import random
 import re
@@ -10,7 +9,7 @@ from statistics import mean, stdev
 import pytest
 
 from megatron_peft.config import ConfigurationError
-from megatron_peft.experiment import paper, process, report, tables
+from megatron_peft.experiment import paper, report, tables
 from megatron_peft.experiment.cell_record import CellRecord, cell_file, of_cell, source_of, write_record
 from megatron_peft.experiment.results import (
     Results,
@@ -24,7 +23,7 @@ from megatron_peft.experiment.results import (
 from megatron_peft.experiment.tables import Table, format_number, reference_method, rows, with_spread
 from tests.experiment import small_results
 from tests.experiment.small_experiment import content, experiment
-from tests.experiment.small_results import LAYERS, METHODS, as_the_paper, record_of, results, write_cells
+from tests.experiment.small_results import METHODS, as_the_paper, record_of, results, write_cells
 
 CELL = "cells/tiny,talk,lora,lr=0.1,seed=1.json"
 
@@ -34,17 +33,6 @@ def test_a_run_that_failed_is_left_out(found: Results, tmp_path: Path) -> None:
     write_record(tmp_path, cell, of_cell(cell, "failed", reason="killed"))
     again = read_results(tmp_path)
     assert list(again.all[0].finals) == [1, 2] and again.num_finals() == (8, 9)
-
-
-def test_cells_written_without_lambdas_get_them_from_their_run(found: Results, tmp_path: Path) -> None:
-    cell = found.all[2].group.finals[1][0]
-    write_record(tmp_path, cell, record_of(cell, lambdas={}))
-    path = process.checkpoints_folder(tmp_path, cell) / process.LAMBDA_FILE
-    path.parent.mkdir(parents=True)
-    lines = [{"iteration": at, "lambda": {LAYERS[0]: 0.5, LAYERS[1]: at / 10}} for at in (1, 2)]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    lambdas = read_results(tmp_path).all[2].finals[1].lambdas
-    assert lambdas == {"iterations": [1, 2], "by_layer": {LAYERS[0]: [0.5, 0.5], LAYERS[1]: [0.1, 0.2]}}
 
 
 def test_a_missing_experiment_and_a_folder_without_its_cells_are_errors(tmp_path: Path) -> None:
