@@ -18,12 +18,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from megatron_peft.benchmarks.measure import Figure, median_ratio, peak_of_program, take_turns
-from megatron_peft.benchmarks.subjects import Setting, join, leave, load_base
+from megatron_peft.benchmarks.subjects import Setting, load_base, on_ranks
 from megatron_peft.conversion.hf_files import ReadCounts, Source, is_whole_rows
 from megatron_peft.conversion.pretrained import base_parameters, open_weights, owned_rules, read_model_shape
 from megatron_peft.conversion.to_huggingface import megatron_to_hf
 from megatron_peft.conversion.to_megatron import hf_to_megatron
-from megatron_peft.runtime.ranks import run_ranks
 from megatron_peft.training.metrics import memory_bytes
 
 # Time and memory of loading and converting a model, beside reading the same files with plain safetensors.
@@ -114,7 +113,6 @@ class RankReads:
 
 def load_on_rank(setting: Setting) -> RankReads:
     """Started on ranks."""
-    join(setting)
     chunks, report = load_base(setting)
     peak = memory_bytes()[1]
     shard = sum(parameter.nbytes for chunk in chunks for parameter in chunk.parameters())
@@ -128,13 +126,12 @@ def load_on_rank(setting: Setting) -> RankReads:
             # Every row of some columns lies by itself in the file.
             is_whole = is_whole_rows(hf_slice.index, source.headers[hf_slice.name].shape)
             pieces_alone += 1 if is_whole else hf_slice.view.shape[0]
-    leave()
     return RankReads(report.counts, shard, peak, bytes_alone, pieces_alone)
 
 
 def loading_figures(setting: Setting) -> list[Figure]:
     """The rank that read the most against its slices, and the rank that grew the most against its part of the model."""
-    ranks = run_ranks(setting.world_size, load_on_rank, setting)
+    ranks = on_ranks(load_on_rank, setting)
     bare = peak_of_program("import torch")
     most_read = max(ranks, key=lambda rank: rank.counts.bytes / rank.shard)
     largest = max(ranks, key=lambda rank: rank.peak - rank.shard)
@@ -153,7 +150,7 @@ def reading_figures(setting: Setting) -> list[Figure]:
     num_files = len(list(Path(setting.checkpoint).glob("*.safetensors")))
     figures = []
     for layout in (replace(setting, **layout) for layout in READING_LAYOUTS):
-        ranks = run_ranks(layout.world_size, load_on_rank, layout)
+        ranks = on_ranks(load_on_rank, layout)
         read, alone = sum(rank.counts.bytes for rank in ranks), sum(rank.bytes_alone for rank in ranks)
         reads, pieces = sum(rank.counts.reads for rank in ranks), sum(rank.pieces_alone for rank in ranks)
         headers, opens = sum(rank.counts.headers for rank in ranks), sum(rank.counts.opens for rank in ranks)

@@ -6,6 +6,7 @@ import json
 import random
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,14 +15,12 @@ from statistics import median
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from torch import Tensor
 
 from megatron_peft.adapters.attach import attach_adapters, freeze
-from megatron_peft.benchmarks.measure import TIMEOUT_SECONDS, Figure, median_ratio, take_turns
-from megatron_peft.benchmarks.subjects import Setting, join, leave, load_base, load_with_transformers, microbatch
+from megatron_peft.benchmarks.measure import Figure, median_ratio, take_turns
+from megatron_peft.benchmarks.subjects import Setting, load_base, load_with_transformers, microbatch, on_ranks
 from megatron_peft.cli.parser import parse_arguments
 from megatron_peft.config.untrusted import parse_json, read_text
 from megatron_peft.data.batches import Microbatch
@@ -34,6 +33,7 @@ from megatron_peft.runtime.launch import start_world, stop
 from megatron_peft.runtime.ranks import run_ranks
 from megatron_peft.tasks import readers
 from megatron_peft.tasks.prepare import HashSplit, prepare
+from megatron_peft.training.step import run_schedule
 
 LARGEST_DIFFERENCE = 1e-4
 NUM_PROMPTS, NUM_NEW, NUM_TIMED = 200, 16, 16
@@ -66,12 +66,12 @@ class Replies:
 def generation_figures(setting: Setting) -> list[Figure]:
     """Prompts whose answer differs, the largest difference of a log-likelihood, and the quotient of CPU seconds."""
     prompts = drawn_prompts(setting)
-    expected = run_ranks(1, partial(replies_of_transformers, prompts=prompts), setting, TIMEOUT_SECONDS)[0]
+    expected = on_ranks(replies_of_transformers, setting, prompts=prompts)[0]
     figures = []
     for layout in (dataclasses.replace(setting, **layout) for layout in LAYOUTS):
-        replies = run_ranks(layout.world_size, partial(our_replies, prompts=prompts), layout, TIMEOUT_SECONDS)[0]
+        replies = on_ranks(our_replies, layout, prompts=prompts)[0]
         figures += compare_replies(layout.layout, replies, expected)
-    seconds = run_ranks(1, partial(time_generation, prompts=prompts[:NUM_TIMED]), setting, TIMEOUT_SECONDS)[0]
+    seconds = on_ranks(time_generation, setting, prompts=prompts[:NUM_TIMED])[0]
     ratio = median_ratio(seconds["ours"], seconds["transformers"])
     note = f"{NUM_TIMED} prompts, {TIMED_NEW} new tokens each, greedy, one batch"
     return [*figures, Figure("TP1: CPU seconds / transformers' generate", ratio, 1.0, "", note)]
@@ -115,26 +115,20 @@ def replies_of_transformers(setting: Setting, prompts: Prompts) -> Replies:
 
 def our_replies(setting: Setting, prompts: Prompts) -> Replies:
     """Started on every rank of the layout."""
-    join(setting)
     chunks: Any = load_base(setting)[0]
     answers = generate(chunks, prompts, GenerationSettings(FOREVER, NUM_NEW, batch_size=BATCH_SIZE))
     asked = [Continuation(prompt, tuple(ids)) for prompt, ids in zip(prompts, answers, strict=True)]
     scores = score_continuations(chunks, asked, BATCH_SIZE)
-    leave()
     return Replies(answers, [score.log_likelihood for score in scores])
 
 
 def time_generation(setting: Setting, prompts: Prompts) -> dict[str, list[float]]:
     """CPU seconds of each turn of both, in one process. Started on a rank of its own."""
-    torch.set_num_threads(1)
-    join(setting)
     chunks: Any = load_base(setting)[0]
     model = load_with_transformers(setting)
     settings = GenerationSettings(FOREVER, TIMED_NEW, batch_size=len(prompts))
     ours, theirs = partial(generate, chunks, prompts, settings), partial(_greedy, model, prompts, TIMED_NEW)
-    seconds = take_turns({"ours": ours, "transformers": theirs}, setting.turns)
-    leave()
-    return seconds
+    return take_turns({"ours": ours, "transformers": theirs}, setting.turns)
 
 
 def _greedy(model: Any, prompts: Sequence[Sequence[int]], num_new: int) -> list[list[int]]:
@@ -153,7 +147,7 @@ def _greedy(model: Any, prompts: Sequence[Sequence[int]], num_new: int) -> list[
 
 def boft_generation_figures(setting: Setting) -> list[Figure]:
     """CPU seconds of a token with BOFT, and over a token of the base."""
-    seconds = run_ranks(1, time_boft_generation, setting, TIMEOUT_SECONDS)[0]
+    seconds = on_ranks(time_boft_generation, setting)[0]
     boft, base = (median(seconds[name]) / TIMED_NEW for name in ("boft", "base"))
     note = f"one prompt of {PROMPT_LENGTHS[1]} tokens, {TIMED_NEW} new ones, greedy; the base alone {base:.4f} s"
     over = median_ratio(seconds["boft"], seconds["base"])
@@ -162,8 +156,6 @@ def boft_generation_figures(setting: Setting) -> list[Figure]:
 
 def time_boft_generation(setting: Setting) -> dict[str, list[float]]:
     """CPU seconds of each turn of both. Started on a rank of its own."""
-    torch.set_num_threads(1)
-    join(setting)
     base, boft = (load_base(setting)[0] for _ in range(2))
     freeze(base[0])
     attach_adapters(boft, setting.run("boft").peft, SEED)
@@ -171,9 +163,7 @@ def time_boft_generation(setting: Setting) -> dict[str, list[float]]:
     settings = GenerationSettings(FOREVER, TIMED_NEW, batch_size=1)
     chunks: dict[str, Any] = {"boft": boft, "base": base}
     steps = {name: partial(generate, chunk, prompt, settings) for name, chunk in chunks.items()}
-    seconds = take_turns(steps, setting.turns)
-    leave()
-    return seconds
+    return take_turns(steps, setting.turns)
 
 
 # The logits of the split model beside those of transformers.
@@ -188,50 +178,32 @@ LOGITS_LAYOUTS = (
 
 def logits_figures(setting: Setting) -> list[Figure]:
     """The largest difference over all tokens of the microbatch and the whole vocabulary, at four layouts."""
-    expected = _logits_of_transformers(setting)
+    model = load_with_transformers(setting)
+    with torch.no_grad():
+        expected = model(microbatch(setting, model.config.vocab_size).tokens).logits
     note = f"|logit| up to {expected.abs().max():.1f}, {setting.rows} x {setting.positions} tokens"
     figures = []
     for layout in (dataclasses.replace(setting, **layout) for layout in LOGITS_LAYOUTS):
-        difference = (_logits(layout) - expected).abs().max().item()
+        difference = (on_ranks(split_logits, layout)[-1] - expected).abs().max().item()
         name = f"{layout.layout}: largest difference of logits"
         figures.append(Figure(name, difference, LARGEST_DIFFERENCE, "", note))
     return figures
 
 
-def _logits(setting: Setting) -> Tensor:
-    return run_ranks(setting.world_size, split_logits, setting)[-1]
+def split_logits(setting: Setting) -> Tensor:
+    """[1, rows, positions, vocabulary] on the last pipeline stage. Started on ranks."""
+    vocab_size = read_shape(setting.checkpoint).vocab_size
 
-
-def split_logits(setting: Setting) -> Tensor | None:
-    """[rows, positions, vocabulary] on the last pipeline stage, None on the others. Started on ranks."""
-
-    def forward(batches: Iterator[Microbatch], model: Any):
+    def forward(batches: Iterator[Microbatch], model: Any) -> tuple[Tensor, Any]:
         batch = next(batches)
         logits = model(input_ids=batch.tokens, position_ids=batch.position_ids, attention_mask=None)
-        return logits, lambda output, non_loss_data: gather_from_tensor_model_parallel_region(output)
+        return logits, lambda output: (
+            output.mean(),
+            gather_from_tensor_model_parallel_region(output)[..., :vocab_size].detach(),
+        )
 
-    join(setting)
-    vocab_size = read_shape(setting.checkpoint).vocab_size
-    model, _ = load_base(setting)
-    outputs = get_forward_backward_func()(
-        forward_step_func=forward,
-        data_iterator=iter([microbatch(setting, vocab_size)]),
-        model=model,
-        num_microbatches=1,
-        seq_length=setting.positions,
-        micro_batch_size=setting.rows,
-        forward_only=True,
-        collect_non_loss_data=True,
-    )
-    is_last = parallel_state.is_pipeline_last_stage()
-    leave()
-    return outputs[0][..., :vocab_size].detach().clone() if is_last else None
-
-
-def _logits_of_transformers(setting: Setting) -> Tensor:
-    model = load_with_transformers(setting)
-    with torch.no_grad():
-        return model(microbatch(setting, model.config.vocab_size).tokens).logits
+    chunks, _ = load_base(setting)
+    return run_schedule(chunks, [microbatch(setting, vocab_size)], forward_only=True, forward=forward)
 
 
 # The shipped tasks scored by our backend of the evaluation harness and by its own for Hugging Face models.
@@ -255,7 +227,7 @@ def harness_figures(setting: Setting) -> list[Figure]:
     with tempfile.TemporaryDirectory() as tasks:
         prepare_tasks(Path(tasks), Path(setting.checkpoint).parent / "downloads")
         ours, theirs = (
-            run_ranks(1, partial(items, tasks=tasks), setting.checkpoint, TIMEOUT_SECONDS)[0]
+            run_ranks(1, partial(items, tasks=tasks), setting.checkpoint, timeout=3600)[0]
             for items in (our_items, their_items)
         )
     return compare_items(ours, theirs)
@@ -280,15 +252,16 @@ def prepare_tasks(folder: Path, downloads: Path) -> None:
 
 def compare_items(ours: Items, theirs: Items) -> list[Figure]:
     """Two figures; an item that only one of them has counts as different."""
-    common = ours.keys() & theirs.keys()
-    differing = [item for item in sorted(common) if _told(ours[item]) != _told(theirs[item])]
+    common = sorted(ours.keys() & theirs.keys())
+    differing = [item for item in common if _told(ours[item]) != _told(theirs[item])]
     alone = len(ours.keys() ^ theirs.keys())
-    by_task = {task: sum(item[0] == task for item in common) for task in sorted({task for task, _ in common})}
-    note = ", ".join(f"{task} {count}" for task, count in by_task.items())
+    counts = Counter(task for task, _ in common)
+    note = ", ".join(f"{task} {count}" for task, count in counts.items())
     if differing:
         note += f"; differing: {', '.join(f'{task} {number}' for task, number in differing[:8])}"
-    pairs = ((_choice_log_likelihoods(ours[item]), _choice_log_likelihoods(theirs[item])) for item in common)
-    largest = max((abs(a - b) for a_side, b_side in pairs for a, b in zip(a_side, b_side, strict=True)), default=0.0)
+    pairs = (zip(_answers(ours[item]), _answers(theirs[item]), strict=True) for item in common)
+    choices = ((a[0], b[0]) for answers in pairs for a, b in answers if not isinstance(a, str))
+    largest = max((abs(float(a) - float(b)) for a, b in choices), default=0.0)
     return [
         Figure("items whose answer or score is not that of lm-eval's hf backend", len(differing) + alone, 0, "", note),
         Figure("largest difference of a choice's log-likelihood", largest, LARGEST_DIFFERENCE),
@@ -300,11 +273,6 @@ def _told(item: Mapping[str, Any]) -> tuple[Any, ...]:
     answers = [answer if isinstance(answer, str) else str(answer[1]) for answer in _answers(item)]
     filtered = item["filtered_resps"] if isinstance(_answers(item)[0], str) else None
     return answers, filtered, {name: item[name] for name in item["metrics"]}
-
-
-def _choice_log_likelihoods(item: Mapping[str, Any]) -> list[float]:
-    """The log-likelihoods of choices; none for an answer in words."""
-    return [float(answer[0]) for answer in _answers(item) if not isinstance(answer, str)]
 
 
 def _answers(item: Mapping[str, Any]) -> list[Any]:

@@ -14,12 +14,11 @@ from megatron_peft.adapters.boft import build
 from megatron_peft.adapters.linear import AdaptedColumnParallelLinear
 from megatron_peft.adapters.rotation import rotate
 from megatron_peft.adapters.urnn import DENSE_UP_TO, StructuredUrnn, rotate_by_fourier
-from megatron_peft.benchmarks.measure import TIMEOUT_SECONDS, Figure, median_ratio, take_turns
-from megatron_peft.benchmarks.subjects import Setting, Step, join, leave
+from megatron_peft.benchmarks.measure import Figure, median_ratio, take_turns
+from megatron_peft.benchmarks.subjects import Setting, Step, on_ranks
 from megatron_peft.config import PeftConfig
 from megatron_peft.parallel.layout import LinearLayout
 from megatron_peft.runtime import cpu
-from megatron_peft.runtime.ranks import run_ranks
 
 # A linear layer of BOFT beside the frozen layer and HF PEFT's: forward and backward of 1024 tokens at width 2048.
 #
@@ -32,7 +31,7 @@ TARGET = 1.25
 
 def boft_layer_figures(setting: Setting) -> list[Figure]:
     """Times over the frozen linear layer's; HF PEFT's for comparison."""
-    seconds = run_ranks(1, time_layers, setting, timeout=TIMEOUT_SECONDS)[0]
+    seconds = on_ranks(time_layers, setting)[0]
     frozen = seconds["frozen"]
     return [
         Figure(f"{name} layer / frozen layer", median_ratio(seconds[name], frozen), limit, "", note)
@@ -43,12 +42,8 @@ def boft_layer_figures(setting: Setting) -> list[Figure]:
 
 def time_layers(setting: Setting) -> dict[str, list[float]]:
     """CPU seconds of every turn by name. Started on a rank."""
-    torch.set_num_threads(1)
-    join(setting)
     steps = {name: _step(build()) for name, build in LAYERS.items()}
-    seconds = take_turns(steps, setting.turns)
-    leave()
-    return seconds
+    return take_turns(steps, setting.turns)
 
 
 def _step(layer: Callable[[Tensor], Tensor]) -> Step:

@@ -22,9 +22,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from megatron_peft.benchmarks.subjects import STEPS, Setting, Step, join, leave
+from megatron_peft.benchmarks.subjects import STEPS, Setting, Step, on_ranks
 from megatron_peft.runtime.cpu_kernels import give_back_freed_memory
-from megatron_peft.runtime.ranks import run_ranks
 from megatron_peft.training.metrics import memory_bytes
 
 # CPU seconds of several steps that take turns, so that whatever else the machine does falls on all of them alike.
@@ -32,7 +31,6 @@ from megatron_peft.training.metrics import memory_bytes
 # CPU seconds of all threads of the process, not wall time: waiting for another rank or for a core costs nothing.
 
 NUM_WARMUPS = 2
-TIMEOUT_SECONDS = 3600.0
 FEWEST_TURNS = 3
 MAX_SECONDS = 300.0  # of wall time: no turn begins after that, so that a benchmark ends on a busy machine too
 
@@ -41,15 +39,12 @@ def seconds_of_steps(setting: Setting, names: tuple[str, ...], floors: tuple[str
     """CPU seconds, over all ranks, of every turn of these `STEPS`; with those of `floors`, the products that they and
     "frozen" do not share.
     """
-    time_steps = partial(time_turns, names=names, floors=floors)
-    by_rank = run_ranks(setting.world_size, time_steps, setting, timeout=TIMEOUT_SECONDS)
+    by_rank = on_ranks(time_turns, setting, names=names, floors=floors)
     return {name: [sum(turn) for turn in zip(*(r[name] for r in by_rank), strict=True)] for name in by_rank[0]}
 
 
 def time_turns(setting: Setting, names: tuple[str, ...], floors: tuple[str, ...]) -> dict[str, list[float]]:
     """CPU seconds of every turn on this rank, by name. Started on ranks."""
-    torch.set_num_threads(1)
-    join(setting)
     steps = {name: STEPS[name](setting) for name in names}
     logs = {name: products_of(steps[name]) for name in ("frozen", *floors) if floors}
     for name in floors:
@@ -63,9 +58,7 @@ def time_turns(setting: Setting, names: tuple[str, ...], floors: tuple[str, ...]
         dist.all_reduce(over, dist.ReduceOp.MAX)
         return bool(over)
 
-    seconds = take_turns(steps, setting.turns, is_late)
-    leave()
-    return seconds
+    return take_turns(steps, setting.turns, is_late)
 
 
 def take_turns(
@@ -119,20 +112,17 @@ class Peak:
 
 def peak_of_steps(setting: Setting, name: str, num_steps: int = 3, keeps_freed: bool = True) -> Peak:
     """The peak of some steps of a subject in a fresh process of one rank."""
-    run = partial(run_steps, name=name, num_steps=num_steps, keeps_freed=keeps_freed)
-    return run_ranks(1, run, setting, timeout=TIMEOUT_SECONDS)[0]
+    return on_ranks(run_steps, setting, name=name, num_steps=num_steps, keeps_freed=keeps_freed)[0]
 
 
 def run_steps(setting: Setting, name: str, num_steps: int, keeps_freed: bool) -> Peak:
     """Args: keeps_freed: whether the C library may keep what is freed. Started on a rank."""
     if not keeps_freed:
         give_back_freed_memory()
-    join(setting)
     start, _ = memory_bytes()
     step = STEPS[name](setting)
     for _ in range(num_steps):
         step()
-    leave()
     return Peak(memory_bytes()[1], start)
 
 

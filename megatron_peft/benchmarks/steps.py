@@ -11,29 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from megatron_peft.adapters.attach import attach_adapters, start_gradients_at_the_embedding
-from megatron_peft.benchmarks.measure import (
-    MIB,
-    TIMEOUT_SECONDS,
-    Figure,
-    cpu_seconds,
-    median_ratio,
-    peak_of_steps,
-    seconds_of_steps,
-)
+from megatron_peft.benchmarks.measure import MIB, Figure, cpu_seconds, median_ratio, peak_of_steps, seconds_of_steps
 from megatron_peft.benchmarks.subjects import (
     STEPS,
     Setting,
     frozen_step,
-    join,
-    leave,
     load_base,
     lora_ga_start,
     microbatch,
+    on_ranks,
 )
 from megatron_peft.models.families import read_shape
 from megatron_peft.rehearsal.program import ITEM_BYTES, Call
 from megatron_peft.rehearsal.recorder import Recorder, group_names
-from megatron_peft.runtime.ranks import run_ranks
 
 METHODS = ("lora", "boft", "urnn", "hybrid")
 
@@ -121,7 +111,7 @@ LIMIT = 1.001  # lambda and what it multiplies are a few scalars
 
 def activations_figures(setting: Setting) -> list[Figure]:
     """BOFT's and uRNN's extra over LoRA's, the Hybrid's over LoRA's and BOFT's together."""
-    kept = run_ranks(1, count_methods, setting, timeout=TIMEOUT_SECONDS)[0]
+    kept = on_ranks(count_methods, setting)[0]
     num_layers = read_shape(setting.checkpoint).num_layers
     extra = {name: (num_bytes - kept["frozen"]) / num_layers for name, num_bytes in kept.items()}
     figures = []
@@ -138,8 +128,6 @@ def activations_figures(setting: Setting) -> list[Figure]:
 
 def count_methods(setting: Setting) -> dict[str, int]:
     """Bytes by method, and of the frozen base. Started on a rank."""
-    torch.set_num_threads(1)
-    join(setting)
     batch = microbatch(setting, read_shape(setting.checkpoint).vocab_size)
     kept = {}
     for name in ("frozen", *METHODS):
@@ -153,7 +141,6 @@ def count_methods(setting: Setting) -> dict[str, int]:
         with saved:
             model(batch.tokens, batch.position_ids, None, labels=batch.labels)
         kept[name] = saved.num_bytes
-    leave()
     return kept
 
 
@@ -198,7 +185,6 @@ def log_steps(setting: Setting) -> dict[str, list[Call]]:
 
     Started on ranks.
     """
-    join(setting)
     calls = {}
     for name, step_name in {"frozen": "frozen-mkl", "lora": "lora", "hybrid": "hybrid"}.items():
         step = STEPS[step_name](setting)
@@ -208,7 +194,6 @@ def log_steps(setting: Setting) -> dict[str, list[Call]]:
         # Where a call is waited for is not compared.
         made = [entry for entry in log.entries() if isinstance(entry, Call)]
         calls[name] = [dataclasses.replace(call, handle=None) for call in made]
-    leave()
     return calls
 
 
@@ -222,7 +207,7 @@ def _compare(setting: Setting) -> list[Figure]:
         """Elements of the last axis."""
         return call.shapes[0][-1] if call.shapes and call.shapes[0] else 1
 
-    calls = run_ranks(setting.world_size, log_steps, setting)[0]
+    calls = on_ranks(log_steps, setting)[0]
     frozen, lora, hybrid = (
         [call for call in calls[name] if num_elements(call) > MOST_NUMBERS] for name in ("frozen", "lora", "hybrid")
     )
@@ -275,7 +260,7 @@ MAX_RATIO, MAX_EXTRA_MIB = 2.3, 100.0
 
 def lora_ga_start_figures(setting: Setting) -> list[Figure]:
     """A start from eight batches; memory of a start from one, since no batch adds to it."""
-    frozen, start = run_ranks(1, time_start, setting, timeout=TIMEOUT_SECONDS)[0]
+    frozen, start = on_ranks(time_start, setting)[0]
     peaks = [
         peak_of_steps(setting, name, num_steps=1, keeps_freed=False).peak / MIB for name in ("lora-ga-start", "frozen")
     ]
@@ -290,12 +275,9 @@ def lora_ga_start_figures(setting: Setting) -> list[Figure]:
 
 def time_start(setting: Setting) -> tuple[float, float]:
     """CPU seconds a batch of the frozen base (half of them before the start, half after) and of the start."""
-    torch.set_num_threads(1)
-    join(setting)
     frozen, start = frozen_step(setting), lora_ga_start(setting, NUM_BATCHES)
     frozen()
     before = [cpu_seconds(frozen) for _ in range(NUM_BATCHES // 2)]
     whole = cpu_seconds(start)
     after = [cpu_seconds(frozen) for _ in range(NUM_BATCHES // 2)]
-    leave()
     return mean(before + after), whole / NUM_BATCHES

@@ -23,6 +23,7 @@ from megatron_peft.data.batches import Microbatch
 from megatron_peft.models.families import read_shape
 from megatron_peft.models.gpt import build_model_chunks
 from megatron_peft.runtime.launch import start_model_parallel, start_world, stop
+from megatron_peft.runtime.ranks import run_ranks
 from megatron_peft.training.lora_ga_start import start_lora_ga
 from megatron_peft.training.run import build_state
 from megatron_peft.training.state import wrap_data_parallel
@@ -40,6 +41,7 @@ SHAPE: dict[str, Any] = {
     "max_position_embeddings": 1024,
     "tie_word_embeddings": False,
 }
+TIMEOUT_SECONDS = 3600.0
 LEARNING_RATE = 1e-4
 NUM_ITERS = 1000  # length of the learning-rate schedule; no run gets there
 
@@ -116,13 +118,20 @@ def save_shape(folder: Path, max_file_size: str = "5GB", **changes: Any) -> Path
     return folder
 
 
-def join(setting: Setting) -> None:
-    """Join the world of this process and make its groups."""
+def on_ranks(function: Callable[..., Any], setting: Setting, **more: Any) -> list[Any]:
+    """What `function(setting, **more)` returns on each rank of the setting's layout; all of it is pickled."""
+    run = partial(in_world, function=function, **more)
+    return run_ranks(setting.world_size, run, setting, timeout=TIMEOUT_SECONDS)
+
+
+def in_world(setting: Setting, function: Callable[..., Any], **more: Any) -> Any:
+    """Call a function in the world of this process and the groups of the layout, on one thread."""
+    torch.set_num_threads(1)
     start_world()
     start_model_parallel(setting.run().parallel, seed=1)
-
-
-leave = stop
+    answer = function(setting, **more)
+    stop()
+    return answer
 
 
 def microbatch(setting: Setting, vocab_size: int) -> Microbatch:

@@ -2,14 +2,14 @@
 
 import copy
 import re
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from megatron_peft.benchmarks import inference
 from megatron_peft.benchmarks.inference import TASKS, compare_items, our_items, their_items
-from megatron_peft.benchmarks.subjects import Setting
+from megatron_peft.benchmarks.subjects import Setting, on_ranks
 from megatron_peft.tasks.template import TASKS as ALL_TASKS
 from tests.evaluation.local_tasks import write_tasks
 from tests.evaluation.worded_llama import WORDS, save_worded_llama
@@ -18,12 +18,11 @@ from tests.ranks import run_ranks
 
 def test_split_logits_are_those_of_transformers_and_one_wrong_one_is_found(tiny: Setting, monkeypatch) -> None:
     monkeypatch.setattr(inference, "LOGITS_LAYOUTS", ({"tensor_parallel": 2, "sequence_parallel": True},))
-    monkeypatch.setattr(inference, "_logits", cache(inference._logits))
+    split: list = []
+    monkeypatch.setattr(inference, "on_ranks", lambda *call: split or split.extend(on_ranks(*call)) or split)
     (figure,) = inference.logits_figures(tiny)
     assert figure.reached and "TP2+SP" in figure.name
-    wrong = inference._logits_of_transformers(tiny)
-    wrong[1, 2, 3] += 5e-4
-    monkeypatch.setattr(inference, "_logits_of_transformers", lambda setting: wrong)
+    split[-1][0, 1, 2, 3] += 5e-4
     (figure,) = inference.logits_figures(tiny)
     assert figure.measured == pytest.approx(5e-4, abs=5e-5) and not figure.reached
 

@@ -47,7 +47,7 @@ def test_waiting_costs_nothing_and_work_does() -> None:
 
 def test_ranks_are_added_up_turn_by_turn_and_a_ratio_is_the_median_of_the_turns(monkeypatch) -> None:
     by_rank = [{"a": [1.0, 2.0]}, {"a": [10.0, 20.0]}]
-    monkeypatch.setattr(measure, "run_ranks", lambda *_, **__: by_rank)
+    monkeypatch.setattr(measure, "on_ranks", lambda *_, **__: by_rank)
     assert measure.seconds_of_steps(Setting("nowhere"), ("a",)) == {"a": [11.0, 22.0]}
     assert measure.median_ratio([2.0, 30.0, 3.0], [1.0, 10.0, 3.0]) == 2.0
 
@@ -75,10 +75,8 @@ def memory_of_a_model_and_a_step(_: Any) -> int:
         return lambda: len(model + bytearray(len(model)))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measure, "join", lambda setting: None)
-        patch.setattr(measure, "leave", lambda: None)
         patch.setattr(measure, "STEPS", {"big": build})
-        patch.setattr(measure, "run_ranks", lambda num_ranks, run, setting, timeout: [run(setting)])
+        patch.setattr(measure, "on_ranks", lambda run, setting, **more: [run(setting, **more)])
         return measure.peak_of_steps(Setting("nowhere"), "big").above_start
 
 
@@ -161,8 +159,7 @@ def test_command_is_accepted(tmp_path: Path, tiny: Setting) -> None:
 
 def test_two_ranks_read_their_halves_and_no_more(tiny: Setting) -> None:
     setting = replace(tiny, tensor_parallel=2)
-    ranks = files.run_ranks(2, files.load_on_rank, setting)
-    (alone,) = files.run_ranks(1, files.load_on_rank, tiny)
+    ranks, (alone,) = files.on_ranks(files.load_on_rank, setting), files.on_ranks(files.load_on_rank, tiny)
     for rank in ranks:
         assert rank.shard * 0.8 < rank.counts.bytes <= rank.shard  # less by the padding of the vocabulary
         assert 0.5 <= rank.shard / alone.shard < 0.51  # norms are whole on each
