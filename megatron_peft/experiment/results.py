@@ -4,11 +4,12 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from megatron_peft.config import ConfigurationError
+from megatron_peft.config import ConfigurationError, require
 from megatron_peft.experiment.cell_record import (
     CellRecord,
     cell_file,
@@ -180,8 +181,7 @@ def read_results(folder: Path, experiment_file: Path | None = None) -> Results:
     cells have read different data.
     """
     file = experiment_file or folder / EXPERIMENT_FILE
-    if not file.exists():
-        raise ConfigurationError(f"{file} is not there: name the experiment's YAML file with --experiment.")
+    require(file.exists(), f"{file} is not there: name the experiment's YAML file with --experiment.")
     experiment = read_experiment(file)
     all_groups = groups(experiment)
     if problems := [
@@ -195,27 +195,22 @@ def read_results(folder: Path, experiment_file: Path | None = None) -> Results:
         more = [f"... and {len(problems) - MOST_MISFITS} more."] if len(problems) > MOST_MISFITS else []
         raise ConfigurationError(*problems[:MOST_MISFITS], *more)
     results = Results(experiment, tuple(progress(folder, group) for group in all_groups))
-    _refuse_other_data(results)
-    if not any(record for result in results.all for _, record in result.tuning):
-        raise ConfigurationError(f"{folder}/cells contains no results of {file}: run megatron-peft experiment first.")
-    return results
 
-
-def _refuse_other_data(results: Results) -> None:
-    """Raises ConfigurationError if cells have read different data."""
     keys_of_data: dict[str, dict[str, list[str]]] = {}  # path -> digest -> keys of cells
     for key, record in results.records().items():
         for source in record.provenance.values():
             for path, digest in source["data_sha256"].items():
                 keys_of_data.setdefault(path, {}).setdefault(digest, []).append(key)
-    problems = [
+    if problems := [
         f"{path} was not the same for all cells: {digest[:12]} for {', '.join(dict.fromkeys(keys))}. Remove those, "
         "or the other cells, and run megatron-peft experiment, which runs them again."
         for path, keys_of_digest in keys_of_data.items()
         for digest, keys in list(keys_of_digest.items())[1:]
-    ]
-    if problems:
+    ]:
         raise ConfigurationError(*problems)
+    has_any = any(record for result in results.all for _, record in result.tuning)
+    require(has_any, f"{folder}/cells contains no results of {file}: run megatron-peft experiment first.")
+    return results
 
 
 def copy_results(results: Results, folder: Path) -> None:
@@ -227,11 +222,7 @@ def copy_results(results: Results, folder: Path) -> None:
             write_record(folder, result.group.cells[key], record)
 
 
-Curve = Sequence[tuple[float, float]]  # (iteration, validation loss), by iteration
-
-
-@dataclass(frozen=True)
-class StepsTo:
+class StepsTo(NamedTuple):
     """How a method reaches a reference's loss after `steps` steps.
 
     Attributes:
@@ -246,25 +237,29 @@ class StepsTo:
     num_reached: int
     num_runs: int
 
+    def __str__(self) -> str:
+        if self.times_fewer is None:
+            return f"not reached (0/{self.num_runs})"
+        share = "" if self.num_reached == self.num_runs else f" ({self.num_reached}/{self.num_runs})"
+        return f"{'≥ ' if self.is_bound else ''}{self.times_fewer:.2f}{share}"
 
-def crossing(curve: Curve, loss: float) -> tuple[float, bool] | None:
-    """(first iteration, linear between measurements, at which the loss is reached; whether it is only a bound)."""
-    before: tuple[float, float] | None = None
-    for at, value in curve:
+
+def crossing(curve: Sequence[tuple[float, float]], loss: float) -> tuple[float, bool] | None:
+    """(first iteration, linear between measurements, at which the loss is reached; whether it is only a bound).
+
+    Args: curve: (iteration, validation loss), by iteration.
+    """
+    for (before_at, before), (at, value) in pairwise([(0.0, math.inf), *curve]):
+        if value <= loss and math.isinf(before):
+            return at, value < loss
         if value <= loss:
-            if before is None:
-                return at, value < loss
-            share = (before[1] - loss) / (before[1] - value)
-            return before[0] + share * (at - before[0]), False
-        before = at, value
+            return before_at + (before - loss) / (before - value) * (at - before_at), False
     return None
 
 
 def steps_to(runs: Mapping[int, CellRecord], reference: Mapping[int, CellRecord]) -> list[StepsTo]:
     """An entry for each measurement that all of the reference's runs have; runs are paired by seed."""
     seeds = sorted(runs.keys() & reference.keys())
-    if not seeds:
-        return []
     curves, targets = (
         {
             seed: [(iteration, loss) for iteration, _, loss in records[seed].curves.get("validation_loss", ())]
@@ -273,7 +268,8 @@ def steps_to(runs: Mapping[int, CellRecord], reference: Mapping[int, CellRecord]
         for records in (runs, reference)
     )
     compared = []
-    for steps in sorted(set.intersection(*({at for at, _ in target} for target in targets.values()))):
+    measured = [{at for at, _ in target} for target in targets.values()]
+    for steps in sorted(set.intersection(*measured)) if seeds else ():
         crossings = [crossing(curves[seed], dict(targets[seed])[steps]) for seed in seeds]
         reached = [step for step in crossings if step is not None]
         times = steps / mean(at for at, _ in reached) if reached else None
@@ -285,22 +281,18 @@ def steps_to(runs: Mapping[int, CellRecord], reference: Mapping[int, CellRecord]
 CONFIDENCE = 0.95
 
 
-@dataclass(frozen=True)
-class Comparison:
+class Comparison(NamedTuple):
     """A paired t-test over the seeds that both methods have: same data order, same draws.
 
     Attributes:
-        difference: mean of (this method - the reference).
-        low, high: its 95% confidence interval.
+        difference: mean of (this method - the reference); low, high: its 95% confidence interval.
         p: two-sided; not corrected for the number of comparisons.
-        num_pairs: at least two.
     """
 
     difference: float
     low: float
     high: float
     p: float
-    num_pairs: int
 
 
 def compare_seeds(values: Mapping[int, float], reference: Mapping[int, float]) -> Comparison | None:
@@ -318,4 +310,4 @@ def compare_seeds(values: Mapping[int, float], reference: Mapping[int, float]) -
     difference = sum(a - b for a, b in zip(ours, theirs, strict=True)) / len(seeds)
     if not math.isfinite(test.statistic):
         return None
-    return Comparison(difference, float(interval.low), float(interval.high), float(test.pvalue), len(seeds))
+    return Comparison(difference, float(interval.low), float(interval.high), float(test.pvalue))

@@ -13,7 +13,6 @@ from megatron_peft.experiment.results import (
     Comparison,
     Result,
     Results,
-    StepsTo,
     compare_seeds,
     metrics,
     peft_method,
@@ -254,16 +253,6 @@ def in_the_papers_form(results: Results, table_rows: Sequence[Row]) -> Table:
 
 def speed_table(results: Results, model: str, task: str) -> Table | None:
     """A line per method, a column per measurement; None without a run of the default method, LoRA."""
-
-    def shown(compared: StepsTo | None) -> str:
-        if compared is None:
-            return "–"
-        if compared.times_fewer is None:
-            return f"not reached (0/{compared.num_runs})"
-        reached, runs = compared.num_reached, compared.num_runs
-        share = "" if reached == runs else f" ({reached}/{runs})"
-        return f"{'≥ ' if compared.is_bound else ''}{compared.times_fewer:.2f}{share}"
-
     of_place = results.of(model, task)
     lora = (result for result in of_place if peft_method(result.group.method) == PeftConfig.method and result.finals)
     base = next(lora, None)
@@ -279,7 +268,9 @@ def speed_table(results: Results, model: str, task: str) -> Table | None:
         f"Times fewer steps than {base.method} to {base.method}'s validation loss after N steps ({model}, {task})",
         ("method", *(f"N = {step}" for step in steps)),
         tuple(
-            (method, *(shown(by_step.get(step)) for step in steps)) for method, by_step in measured.items() if by_step
+            (method, *(str(by_step.get(step, "–")) for step in steps))
+            for method, by_step in measured.items()
+            if by_step
         ),
         "N over the mean number of steps that the method's runs need, seed by seed, linear between measurements; above "
         "1 it is faster. '≥' where the first measurement is at or below the loss already; (k/n) where only k of n runs "
