@@ -19,14 +19,12 @@ class Benchmark:
     model: str = ""
     shape: Mapping[str, Any] = field(default_factory=dict)
     setting: Mapping[str, Any] = field(default_factory=dict)
+    layouts: Sequence[Mapping[str, Any]] = ({},)
 
     def figures(self, output: Path, model_135m: Path, turns: int) -> list[Any]:
         """Make the model if it is missing, and measure.
 
-        Args:
-            output: folder of the models with random weights.
-            model_135m: Hugging Face folder of that model.
-            turns: of each step that is timed.
+        Args: output: folder of the models with random weights; turns: of each step that is timed.
         """
         from megatron_peft.benchmarks.subjects import Setting, save_shape
         from megatron_peft.demo.data import prepare_model
@@ -38,7 +36,8 @@ class Benchmark:
         checkpoint = model_135m if self.model == "135M" else output / self.model
         module, _, function = self.measure.partition(":")
         measure = getattr(import_module(f"megatron_peft.benchmarks.{module}"), function)
-        return measure(Setting(str(checkpoint), turns=turns, **self.setting))
+        settings = (Setting(str(checkpoint), turns=turns, **self.setting, **layout) for layout in self.layouts)
+        return [figure for setting in settings for figure in measure(setting)]
 
 
 @dataclass(frozen=True)

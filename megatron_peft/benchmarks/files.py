@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
@@ -95,7 +95,6 @@ def load_whole(folder: Path) -> list[Tensor]:
 
 READ_OVER_SLICES = 1.05
 MIB_ABOVE_THE_SHARD = 300
-READING_LAYOUTS = ({"data_parallel": 2}, {"tensor_parallel": 2, "pipeline_parallel": 2}, {"tensor_parallel": 4})
 
 
 @dataclass(frozen=True)
@@ -146,26 +145,23 @@ def loading_figures(setting: Setting) -> list[Figure]:
 
 
 def reading_figures(setting: Setting) -> list[Figure]:
-    """Bytes a replica reads, headers that the ranks of a node read, and the mean size of a read, at every layout."""
+    """Bytes a replica reads, headers that the ranks of a node read, and the mean size of a read."""
     num_files = len(list(Path(setting.checkpoint).glob("*.safetensors")))
-    figures = []
-    for layout in (replace(setting, **layout) for layout in READING_LAYOUTS):
-        ranks = on_ranks(load_on_rank, layout)
-        read, alone = sum(rank.counts.bytes for rank in ranks), sum(rank.bytes_alone for rank in ranks)
-        reads, pieces = sum(rank.counts.reads for rank in ranks), sum(rank.pieces_alone for rank in ranks)
-        headers, opens = sum(rank.counts.headers for rank in ranks), sum(rank.counts.opens for rank in ranks)
-        replica, replica_alone = (num_bytes / layout.data_parallel / MIB for num_bytes in (read, alone))
-        size, size_alone = read / reads / 1024, alone / pieces / 1024
-        headers_note = f"alone {len(ranks) * num_files}; files opened for their weights: {opens}"
-        bytes_note = f"together {replica:.1f}, alone {replica_alone:.1f} MiB"
-        sizes_note = f"alone {pieces:,} pieces of {size_alone:.1f} KiB, together {reads:,} reads of {size:.1f} KiB"
-        name, share, nodes = layout.layout, 1 / layout.data_parallel, f"a node of {len(ranks)} ranks"
-        figures += [
-            Figure(f"{name}: bytes a replica reads / bytes of its slices", read / alone, share, "", bytes_note),
-            Figure(f"{name}: headers that {nodes} reads", headers, num_files, "headers", headers_note),
-            Figure(f"{name}: mean piece of a slice in the file / mean read", size_alone / size, 1.0, "", sizes_note),
-        ]
-    return figures
+    ranks = on_ranks(load_on_rank, setting)
+    read, alone = sum(rank.counts.bytes for rank in ranks), sum(rank.bytes_alone for rank in ranks)
+    reads, pieces = sum(rank.counts.reads for rank in ranks), sum(rank.pieces_alone for rank in ranks)
+    headers, opens = sum(rank.counts.headers for rank in ranks), sum(rank.counts.opens for rank in ranks)
+    replica, replica_alone = (num_bytes / setting.data_parallel / MIB for num_bytes in (read, alone))
+    size, size_alone = read / reads / 1024, alone / pieces / 1024
+    headers_note = f"alone {len(ranks) * num_files}; files opened for their weights: {opens}"
+    bytes_note = f"together {replica:.1f}, alone {replica_alone:.1f} MiB"
+    sizes_note = f"alone {pieces:,} pieces of {size_alone:.1f} KiB, together {reads:,} reads of {size:.1f} KiB"
+    name, share, nodes = setting.layout, 1 / setting.data_parallel, f"a node of {len(ranks)} ranks"
+    return [
+        Figure(f"{name}: bytes a replica reads / bytes of its slices", read / alone, share, "", bytes_note),
+        Figure(f"{name}: headers that {nodes} reads", headers, num_files, "headers", headers_note),
+        Figure(f"{name}: mean piece of a slice in the file / mean read", size_alone / size, 1.0, "", sizes_note),
+    ]
 
 
 # Wall seconds from starting `megatron-peft train` to the end of its first step.

@@ -48,13 +48,6 @@ FOREVER = frozenset[int]()  # nothing ends an answer: both sides do the same wor
 Prompts = Sequence[tuple[int, ...]]
 
 
-def drawn_prompts(setting: Setting) -> Prompts:
-    """Random tokens, of unequal lengths."""
-    draw, vocab_size = random.Random(SEED), read_shape(setting.checkpoint).vocab_size
-    lengths = (draw.randint(*PROMPT_LENGTHS) for _ in range(NUM_PROMPTS))
-    return [tuple(draw.randrange(vocab_size) for _ in range(length)) for length in lengths]
-
-
 @dataclass(frozen=True)
 class Replies:
     """Greedy answers, and the log-likelihood of each (summed over its tokens)."""
@@ -65,7 +58,9 @@ class Replies:
 
 def generation_figures(setting: Setting) -> list[Figure]:
     """Prompts whose answer differs, the largest difference of a log-likelihood, and the quotient of CPU seconds."""
-    prompts = drawn_prompts(setting)
+    draw, vocab_size = random.Random(SEED), read_shape(setting.checkpoint).vocab_size
+    lengths = (draw.randint(*PROMPT_LENGTHS) for _ in range(NUM_PROMPTS))
+    prompts = [tuple(draw.randrange(vocab_size) for _ in range(length)) for length in lengths]
     expected = on_ranks(replies_of_transformers, setting, prompts=prompts)[0]
     figures = []
     for layout in (dataclasses.replace(setting, **layout) for layout in LAYOUTS):
@@ -168,26 +163,15 @@ def time_boft_generation(setting: Setting) -> dict[str, list[float]]:
 
 # The logits of the split model beside those of transformers.
 
-LOGITS_LAYOUTS = (
-    {"tensor_parallel": 1},
-    {"tensor_parallel": 3},
-    {"tensor_parallel": 3, "sequence_parallel": True},
-    {"pipeline_parallel": 2},
-)
-
 
 def logits_figures(setting: Setting) -> list[Figure]:
-    """The largest difference over all tokens of the microbatch and the whole vocabulary, at four layouts."""
+    """The largest difference over all tokens of the microbatch and the whole vocabulary."""
     model = load_with_transformers(setting)
     with torch.no_grad():
         expected = model(microbatch(setting, model.config.vocab_size).tokens).logits
+    difference = (on_ranks(split_logits, setting)[-1] - expected).abs().max().item()
     note = f"|logit| up to {expected.abs().max():.1f}, {setting.rows} x {setting.positions} tokens"
-    figures = []
-    for layout in (dataclasses.replace(setting, **layout) for layout in LOGITS_LAYOUTS):
-        difference = (on_ranks(split_logits, layout)[-1] - expected).abs().max().item()
-        name = f"{layout.layout}: largest difference of logits"
-        figures.append(Figure(name, difference, LARGEST_DIFFERENCE, "", note))
-    return figures
+    return [Figure(f"{setting.layout}: largest difference of logits", difference, LARGEST_DIFFERENCE, "", note)]
 
 
 def split_logits(setting: Setting) -> Tensor:

@@ -138,13 +138,10 @@ def peak_of_program(program: str) -> int:
 
 @dataclass(frozen=True)
 class Figure:
-    """One measured number.
+    """One measured number, in `unit` ("" for a ratio).
 
     Args:
-        name: what was measured.
-        measured: in `unit`.
         target: the largest value that is good; None where the number is only for comparison.
-        unit: "" for a ratio.
         note: the numbers behind it.
     """
 

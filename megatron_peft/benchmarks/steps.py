@@ -2,7 +2,8 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from math import prod
 from statistics import mean, median
 from typing import Any
@@ -29,17 +30,7 @@ METHODS = ("lora", "boft", "urnn", "hybrid")
 
 # What a step may take beyond its floor, in hundredths of the frozen base's step. The floor is measured in the same run.
 BOOKKEEPING = {"lora": 5.0, "boft": 8.0, "urnn": 10.0, "hybrid": 16.0}
-LAYOUTS: tuple[dict[str, Any], ...] = (
-    {"tensor_parallel": 1},
-    {"tensor_parallel": 2},
-    {"tensor_parallel": 2, "sequence_parallel": True},
-)
 OVER_FULL = {"frozen": None, "lora": 0.72, "hf-peft-lora": None}
-
-
-def layout_ratio_figures(setting: Setting) -> list[Figure]:
-    """`ratio_figures` at TP1, TP2 and TP2 with sequence parallelism."""
-    return [figure for layout in LAYOUTS for figure in ratio_figures(dataclasses.replace(setting, **layout))]
 
 
 def ratio_figures(setting: Setting) -> list[Figure]:
@@ -137,30 +128,26 @@ def count_methods(setting: Setting) -> dict[str, int]:
             start_gradients_at_the_embedding(model)
         else:
             attach_adapters([model], setting.run(name).peft, seed=0)
-        saved = SavedBytes(model)
-        with saved:
-            model(batch.tokens, batch.position_ids, None, labels=batch.labels)
-        kept[name] = saved.num_bytes
+        forward = partial(model, batch.tokens, batch.position_ids, None, labels=batch.labels)
+        kept[name] = saved_bytes(model, forward)
     return kept
 
 
-class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
-    """Context manager; counts what autograd keeps while it is entered, but for the tensors of `model`."""
+def saved_bytes(model: nn.Module, forward: Callable[[], Any]) -> int:
+    """Bytes that autograd keeps of a forward, but for the tensors of `model`."""
+    seen = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    held = []  # so that no address is used twice
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(self._keep, lambda tensor: tensor)
-        tensors = [*model.parameters(), *model.buffers()]
-        self._seen = {tensor.untyped_storage().data_ptr() for tensor in tensors}
-        self._held: list[Tensor] = []  # so that no address is used twice
-        self.num_bytes = 0
-
-    def _keep(self, tensor: Tensor) -> Tensor:
+    def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._seen:
-            self._seen.add(storage.data_ptr())
-            self._held.append(tensor)
-            self.num_bytes += storage.nbytes()
+        if storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            held.append(storage)
         return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        forward()
+    return sum(storage.nbytes() for storage in held)
 
 
 # Collectives of a LoRA step beside those of a step of the frozen base, and of a Hybrid step beside LoRA's.
@@ -174,17 +161,8 @@ EXTRA_BYTES_ALLOWED = 1.03
 MOST_NUMBERS = 8  # of a sum of losses, a norm, a count of tokens
 
 
-def collectives_figures(setting: Setting) -> list[Figure]:
-    """LoRA beside the frozen base and the Hybrid beside LoRA, at TP2 and at TP2 with sequence parallelism."""
-    layouts = [dataclasses.replace(setting, tensor_parallel=2, sequence_parallel=split) for split in (False, True)]
-    return [figure for layout in layouts for figure in _compare(layout)]
-
-
 def log_steps(setting: Setting) -> dict[str, list[Call]]:
-    """The calls of one step of the frozen base of megatron-core's own layers, of LoRA and of the Hybrid, on this rank.
-
-    Started on ranks.
-    """
+    """The calls of a step of megatron-core's own frozen base, LoRA and the Hybrid, on this rank. Started on ranks."""
     calls = {}
     for name, step_name in {"frozen": "frozen-mkl", "lora": "lora", "hybrid": "hybrid"}.items():
         step = STEPS[step_name](setting)
@@ -202,7 +180,9 @@ def num_elements(call: Call) -> int:
     return sum(map(prod, call.shapes)) * (len(call.group) if call.operation == "all_gather" else 1)
 
 
-def _compare(setting: Setting) -> list[Figure]:
+def collectives_figures(setting: Setting) -> list[Figure]:
+    """LoRA beside the frozen base, and the Hybrid beside LoRA."""
+
     def width(call: Call) -> int:
         """Elements of the last axis."""
         return call.shapes[0][-1] if call.shapes and call.shapes[0] else 1

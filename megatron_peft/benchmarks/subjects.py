@@ -52,10 +52,7 @@ class Setting:
 
     Args:
         checkpoint: Hugging Face folder.
-        rows, positions: of a microbatch; microbatches: of a step.
-        rank: of LoRA, on all four linear layers; alpha is twice that.
-        block_size, num_factors: of BOFT.
-        turns: of each step that is timed.
+        rank: of LoRA, on all four linear layers; alpha is twice that. block_size, num_factors: of BOFT.
     """
 
     checkpoint: str
@@ -174,8 +171,7 @@ def load_base(setting: Setting) -> tuple[list[nn.Module], LoadReport]:
 def frozen_step(setting: Setting, by_mkl: bool = False) -> Step:
     """Forward, backward and gradient sums of the base model, none of which is trained.
 
-    Args:
-        by_mkl: megatron-core's own linear layers, for which torch multiplies by MKL; else ours, as under an adapter.
+    Args: by_mkl: megatron-core's own linear layers, for which torch multiplies by MKL; else ours, as under an adapter.
     """
     chunks, _ = load_base(setting)
     for chunk in chunks:

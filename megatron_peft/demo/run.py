@@ -37,10 +37,8 @@ BEFORE, AFTER = "before.json", "after.json"  # scores that the ranks write
 
 @dataclass(frozen=True)
 class DemoScore:
-    """The score of one model on the held-out messages, and its file.
-
-    BLEU is from 0 to 100; the loss is the mean over the completions' tokens; `translations` are in the order of the
-    messages.
+    """The score of one model on the held-out messages, and its file: BLEU from 0 to 100, the mean loss of the
+    completions' tokens, and the translations in the order of the messages.
     """
 
     bleu: float
@@ -72,14 +70,9 @@ Report = Mapping[str, Any]  # what report.json holds
 
 
 def run_demo(folder: Path, method: str = PeftConfig.method, extra_flags: Sequence[str] = ()) -> Report:
-    """Run what is missing under `folder`; writes report.json and report.png.
+    """Run what is missing under `folder`; writes report.json and report.png. `extra_flags` override the demo's own.
 
-    Args:
-        method: of --peft-method.
-        extra_flags: for pretrain_peft.py; they override the demo's own.
-
-    Raises:
-        ConfigurationError: a flag is wrong (before any download); a download, the training or a scoring failed.
+    Raises ConfigurationError: a flag is wrong (before any download); a download, the training or a scoring failed.
     """
     started_at = time.monotonic()
     unread = training_flags(Path("model"), PairFiles(Path("train.jsonl"), Path("valid.jsonl")), method)
@@ -197,10 +190,7 @@ def draw_picture(
 ) -> None:
     """Draw the run into a PNG: loss, gradient norm, BLEU before and after, translations beside the reference.
 
-    Args:
-        path: of the picture; replaced as a whole.
-        records: lines of metrics.jsonl: iteration, loss, grad_norm, validation_loss where it was measured.
-        lambdas: lines of lambda.jsonl, drawn above the translations; empty for methods other than the Hybrid.
+    Args: records: lines of metrics.jsonl; lambdas: of lambda.jsonl, drawn above the translations (a Hybrid's).
     """
     heights = [4.2, *([LAMBDA_INCHES] if lambdas else []), 0.6 + 0.62 * len(report["translations"])]
     figure = plots.new_figure(13, sum(heights) + 0.5)

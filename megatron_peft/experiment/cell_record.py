@@ -9,7 +9,8 @@ import json
 import platform
 import re
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -37,13 +38,12 @@ class CellRecord(Cell):
     """The record of a cell that ended: the cell as it was, and what came of it.
 
     Attributes:
-        status: "trained" or "failed".
+        status: "trained" or "failed"; reason: of the failure, the end of the log.
         validation_loss: at the end of the run; None if it failed or measured none.
         curves: name -> [[iteration, epoch, value], ...].
         lambdas: the Hybrid's of each layer, {"iterations": [...], "by_layer": {layer: [...]}}; empty for other methods.
         epoch_seconds: time of one pass over the training data, from the mean time of a step.
         scores: name of the metric -> number; empty until it is scored.
-        reason: of the failure, the end of the log.
         provenance: "training" and "score" -> the source of each; empty in older records.
     """
 
@@ -180,22 +180,20 @@ def versions() -> dict[str, str]:
     """Versions of Python and of the packages that the numbers depend on, without those that are not installed."""
     installed = {"python": platform.python_version(), "machine": platform.machine()}
     for package in PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             installed[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return installed | source_version()
 
 
 def source_version() -> dict[str, str]:
     """The commit of this source, and whether it has changes; empty outside a git checkout."""
-
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
+    git = ["git", "-C", str(Path(__file__).parent)]
+    state = ["status", "--porcelain", "--untracked-files=no", ":/"]
     try:
-        commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no", ":/")
+        commit, changes = (
+            subprocess.check_output([*git, *words], text=True, stderr=subprocess.DEVNULL).strip()
+            for words in (["rev-parse", "HEAD"], state)
+        )
     except (OSError, subprocess.CalledProcessError):
         return {}
     return {"commit": commit + (" with changes" if changes else "")}
@@ -213,11 +211,15 @@ def source_of(experiment: str, cell: Cell, score: ScoreSpec | None = None) -> di
 
     Args: experiment: the text of the experiment's file.
     """
-    paths = _data_files(score.command if score else cell.flags)
+    files: dict[str, str] = {}  # that the data flags of the command name, with those of a prefix and of a folder
+    for flag, words in _by_flag(score.command if score else cell.flags).items():
+        for path in map(Path, words if flag in DATA_FLAGS else ()):
+            candidates = sorted(path.iterdir()) if path.is_dir() else [path, Path(f"{path}.bin"), Path(f"{path}.idx")]
+            files |= {str(file): file_digest(file) for file in candidates if file.is_file()}
     return {
         "experiment_sha256": hashlib.sha256(experiment.encode()).hexdigest(),
         "cell_sha256": _cell_digest(cell, score),
-        "data_sha256": {str(path): file_digest(path) for path in paths},
+        "data_sha256": files,
         **(source_version() if score else {}),
     }
 
@@ -236,15 +238,6 @@ def file_digest(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _data_files(words: Sequence[str]) -> Iterator[Path]:
-    """The files that the data flags of a command name, with those of an indexed prefix and of a folder."""
-    for flag, values in _by_flag(words).items():
-        for word in values if flag in DATA_FLAGS else ():
-            path = Path(word)
-            candidates = sorted(path.iterdir()) if path.is_dir() else [path, Path(f"{word}.bin"), Path(f"{word}.idx")]
-            yield from filter(Path.is_file, candidates)
 
 
 def _by_flag(words: Sequence[str]) -> dict[str, list[str]]:

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -10,24 +10,10 @@ from statistics import mean
 from typing import Literal, NamedTuple
 
 from megatron_peft.config import ConfigurationError, require
-from megatron_peft.experiment.cell_record import (
-    CellRecord,
-    cell_file,
-    misfits,
-    read_cell_record,
-    read_file,
-    write_record,
-)
-from megatron_peft.experiment.spec import (
-    EXPERIMENT_FILE,
-    Cell,
-    Choice,
-    Experiment,
-    Group,
-    ScoreSpec,
-    groups,
-    read_experiment,
-)
+from megatron_peft.experiment import cell_record, spec
+from megatron_peft.experiment.cell_record import CellRecord
+from megatron_peft.experiment.process import has_checkpoint
+from megatron_peft.experiment.spec import Cell, Choice, Experiment, Group, ScoreSpec
 
 VALIDATION_LOSS = "validation loss"
 MOST_MISFITS = 3  # in an error
@@ -37,10 +23,7 @@ MOST_MISFITS = 3  # in an error
 class Result:
     """What a method reached on a task with a model so far.
 
-    Attributes:
-        model, task, method: their names.
-        records: by key, of all of its cells.
-        best: the chosen point of the grid; None before all were tried.
+    Attributes: records: by key, of all of its cells; best: the chosen point of the grid, None before all were tried.
     """
 
     model: str
@@ -92,10 +75,9 @@ def progress(folder: Path, group: Group, gave_up: Set[str] = frozenset()) -> Res
 
     The point with the least validation loss at the end of its run is chosen, the first of equals, whatever the scores.
 
-    Args:
-        gave_up: keys of cells that failed in this runner; a grid is complete without them.
+    Args: gave_up: keys of cells that failed in this runner; a grid is complete without them.
     """
-    found = {key: read_cell_record(folder, cell) for key, cell in group.cells.items()}
+    found = {key: cell_record.read_cell_record(folder, cell) for key, cell in group.cells.items()}
     records = {key: record for key, record in found.items() if record is not None}
     losses: dict[int, float] = {}
     is_tried = True
@@ -111,8 +93,7 @@ def progress(folder: Path, group: Group, gave_up: Set[str] = frozenset()) -> Res
     return Result(*group.name, group, records, best)
 
 
-@dataclass(frozen=True)
-class Work:
+class Work(NamedTuple):
     """A cell to train, or a trained one to score."""
 
     kind: Literal["train", "score"]
@@ -120,9 +101,7 @@ class Work:
     score: ScoreSpec | None = None
 
 
-def work(
-    folder: Path, group: Group, has_checkpoint: Callable[[Cell], bool], gave_up: Set[str] = frozenset()
-) -> Iterator[Work]:
+def work(folder: Path, group: Group, gave_up: Set[str] = frozenset()) -> Iterator[Work]:
     """The work of the group that can start now, in order. A cell without a checkpoint is trained before scoring.
 
     It follows from the records alone, so a new runner continues where a killed one stopped. A group's grid runs with
@@ -136,7 +115,7 @@ def work(
     for cell in now.chosen if score else ():
         record = now.finals.get(cell.seed)
         if cell.key not in gave_up and record and not record.has_scores(score):
-            yield Work("score", cell, score) if has_checkpoint(cell) else Work("train", cell)
+            yield Work("score", cell, score) if has_checkpoint(folder, cell) else Work("train", cell)
 
 
 @dataclass(frozen=True)
@@ -169,9 +148,9 @@ def metrics(task: Choice) -> dict[str, bool]:
     return {VALIDATION_LOSS: False, **{name: metric.higher_is_better for name, metric in scores.items()}}
 
 
-def peft_method(method: Choice) -> str:
-    """The method's --peft-method."""
-    return str(method.flags.get("peft-method", method.name))
+def shown_metrics(task: Choice) -> list[str]:
+    """The scores of a task, or the validation loss of a task without scores."""
+    return [metric for metric in metrics(task) if metric != VALIDATION_LOSS or task.score is None]
 
 
 def read_results(folder: Path, experiment_file: Path | None = None) -> Results:
@@ -180,17 +159,17 @@ def read_results(folder: Path, experiment_file: Path | None = None) -> Results:
     Raises ConfigurationError: no such file, it has no cell, a record does not match the file or was edited, or two
     cells have read different data.
     """
-    file = experiment_file or folder / EXPERIMENT_FILE
+    file = experiment_file or folder / spec.EXPERIMENT_FILE
     require(file.exists(), f"{file} is not there: name the experiment's YAML file with --experiment.")
-    experiment = read_experiment(file)
-    all_groups = groups(experiment)
+    experiment = spec.read_experiment(file)
+    all_groups = spec.groups(experiment)
     if problems := [
         f"{path} does not belong to {file}: {'; '.join(differences)}. Remove it and run megatron-peft "
         f"experiment, which runs it again, or name the file that it came from with --experiment."
         for group in all_groups
         for cell in group.cells.values()
-        if (path := cell_file(folder, cell)).exists()
-        and (differences := misfits(cell, group.task.score, read_file(path)))
+        if (path := cell_record.cell_file(folder, cell)).exists()
+        and (differences := cell_record.misfits(cell, group.task.score, cell_record.read_file(path)))
     ]:
         more = [f"... and {len(problems) - MOST_MISFITS} more."] if len(problems) > MOST_MISFITS else []
         raise ConfigurationError(*problems[:MOST_MISFITS], *more)
@@ -216,19 +195,17 @@ def read_results(folder: Path, experiment_file: Path | None = None) -> Results:
 def copy_results(results: Results, folder: Path) -> None:
     """Write the cells and the experiment's file to `folder`, from which the same report can be made."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / EXPERIMENT_FILE).write_text(results.experiment.text, encoding="utf-8")
+    (folder / spec.EXPERIMENT_FILE).write_text(results.experiment.text, encoding="utf-8")
     for result in results.all:
         for key, record in result.records.items():
-            write_record(folder, result.group.cells[key], record)
+            cell_record.write_record(folder, result.group.cells[key], record)
 
 
 class StepsTo(NamedTuple):
-    """How a method reaches a reference's loss after `steps` steps.
+    """How a method reaches a reference's loss after `steps` steps: `num_reached` of its `num_runs` runs do.
 
-    Attributes:
-        times_fewer: `steps` over the mean number of steps that the method needs; None if no run reaches the loss.
-        is_bound: a run had reached it at its first measurement, so `times_fewer` is a lower bound.
-        num_reached: of `num_runs`; the mean is over these.
+    `times_fewer` is `steps` over the mean number of steps that they need, None if none does; a lower bound
+    (`is_bound`) if a run had reached it at its first measurement.
     """
 
     steps: int
@@ -284,9 +261,8 @@ CONFIDENCE = 0.95
 class Comparison(NamedTuple):
     """A paired t-test over the seeds that both methods have: same data order, same draws.
 
-    Attributes:
-        difference: mean of (this method - the reference); low, high: its 95% confidence interval.
-        p: two-sided; not corrected for the number of comparisons.
+    `difference` is the mean of (this method - the reference), from `low` to `high` with 95% confidence; `p` is
+    two-sided and not corrected for the number of comparisons.
     """
 
     difference: float

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.console import Group as Stack
@@ -24,17 +24,8 @@ from rich.text import Text
 from megatron_peft.checkpoint.folders import FolderLock
 from megatron_peft.config import ConfigurationError
 from megatron_peft.config.untrusted import read_json
-from megatron_peft.experiment import process
-from megatron_peft.experiment.cell_record import (
-    CellRecord,
-    from_lambdas,
-    from_metrics,
-    of_cell,
-    read_cell_record,
-    source_of,
-    trainable_parameters,
-    write_record,
-)
+from megatron_peft.experiment import cell_record, process
+from megatron_peft.experiment.cell_record import CellRecord
 from megatron_peft.experiment.results import Work, progress, work
 from megatron_peft.experiment.spec import EXPERIMENT_FILE, Cell, Experiment, Group, ScoreSpec
 from megatron_peft.training.metrics import METRICS_FILE, read_metrics
@@ -44,13 +35,9 @@ POLL_SECONDS = 0.2
 PATIENCE_SECONDS = 60  # a run that is stopped saves first
 
 
-@dataclass(frozen=True)
-class CellJob:
-    """A cell at work.
-
-    Attributes:
-        record: the cell's record with the provenance of its numbers, from before the process started: the commit and
-            the data may change until it ends.
+class CellJob(NamedTuple):
+    """A cell at work, and its record with the source of its numbers from before the start: commit and data may change
+    until it ends.
     """
 
     work: Work
@@ -63,14 +50,10 @@ class Runner:
     """A call of the runner on a folder.
 
     Attributes:
-        jobs: cells at a time.
-        report: called with a sentence at each event.
-        console: a terminal shows a live table of the groups there.
+        jobs: cells at a time; report: called with a sentence at each event; console: a terminal shows a live table.
         program: the training program, as words after `python`; None is `megatron-peft train`.
-        keep_checkpoints: keep the checkpoints of finished cells.
         experiment: the text of the experiment's file.
-        gave_up: keys of the cells that failed in this call.
-        running: what runs now, by the cell's key.
+        gave_up: keys of the cells that failed in this call; running: what runs now, by the cell's key.
     """
 
     folder: Path
@@ -121,7 +104,7 @@ class Runner:
         """Whether anything was started."""
         has_started = False
         for group in self.groups:
-            for todo in work(self.folder, group, self._has_checkpoint, self.gave_up):
+            for todo in work(self.folder, group, self.gave_up):
                 if todo.cell.key in self.running:
                     continue
                 if len(self.running) >= self.jobs:
@@ -130,21 +113,18 @@ class Runner:
                 has_started = True
         return has_started
 
-    def _has_checkpoint(self, cell: Cell) -> bool:
-        return process.has_checkpoint(self.folder, cell)
-
     def _start(self, todo: Work) -> None:
         cell, folder = todo.cell, process.run_folder(self.folder, todo.cell)
-        source = source_of(self.experiment, cell, todo.score)
+        source = cell_record.source_of(self.experiment, cell, todo.score)
         if todo.score is None:
             command = process.training_command(self.folder, cell, self.program or process.PROGRAM)
             if "--load" not in command:
                 shutil.rmtree(folder, ignore_errors=True)
-            record = of_cell(cell, "failed", provenance={"training": source})
+            record = cell_record.of_cell(cell, "failed", provenance={"training": source})
         else:
             process.score_file(self.folder, cell).unlink(missing_ok=True)
             command = process.score_command(self.folder, cell, todo.score)
-            trained = read_cell_record(self.folder, cell)
+            trained = cell_record.read_cell_record(self.folder, cell)
             assert trained is not None
             record = replace(trained, provenance={**trained.provenance, "score": source})
         self.report(f"{todo.kind} {cell.key}")
@@ -168,9 +148,9 @@ class Runner:
             self.report(f"FAILED: {job.work.kind} {cell.key}: {error}\n  all of it: {running.log}")
             if job.work.kind == "train":
                 values = {"started_at": running.started_at, "seconds": running.seconds, "reason": str(error)}
-                write_record(self.folder, cell, replace(job.record, **values))
+                cell_record.write_record(self.folder, cell, replace(job.record, **values))
             return
-        write_record(self.folder, cell, record)
+        cell_record.write_record(self.folder, cell, record)
         self._remove_checkpoints(cell)
         shown = ", ".join(f"{name} {'none' if value is None else f'{value:.4g}'}" for name, value in numbers.items())
         self.report(f"{done} {cell.key} in {running.seconds:.0f} s: {shown}")
@@ -187,15 +167,15 @@ class Runner:
             status="trained",
             started_at=job.running.started_at,
             seconds=job.running.seconds,
-            trainable_parameters=trainable_parameters(job.running.log.read_text(encoding="utf-8", errors="replace")),
-            lambdas=from_lambdas(lambdas) if lambdas else {},
-            **from_metrics(records),
+            trainable_parameters=cell_record.trainable_parameters(job.running.log.read_text(errors="replace")),
+            lambdas=cell_record.from_lambdas(lambdas) if lambdas else {},
+            **cell_record.from_metrics(records),
         )
 
     def _remove_checkpoints(self, cell: Cell) -> None:
         """Remove those of the finished cells of the group, once its grid is complete."""
         group = next(group for group in self.groups if group.name == (cell.model, cell.task, cell.method))
-        missing = list(work(self.folder, group, self._has_checkpoint))
+        missing = list(work(self.folder, group))
         if self.keep_checkpoints or any(todo.kind == "train" and todo.cell in group.tuning for todo in missing):
             return
         for key in group.cells.keys() - {todo.cell.key for todo in missing} - self.running.keys():
@@ -229,12 +209,9 @@ def run_experiment(
 ) -> bool:
     """Prepare, then run the missing cells; returns whether all cells are done.
 
-    Args:
-        is_whole: False runs one group, without `prepare`, beside runners of other groups in the same folder.
-        settings: fields of the `Runner`.
+    Args: is_whole: False runs one group, without `prepare`, beside runners of other groups; settings: of the `Runner`.
 
-    Raises:
-        ConfigurationError: another runner works on the same cells, or a command of prepare: failed.
+    Raises ConfigurationError: another runner works on the same cells, or a command of prepare: failed.
     """
     locked = folder if is_whole else folder / LOCKS / groups[0].key
     try:
@@ -259,10 +236,7 @@ def run_experiment(
 
 def read_scores(path: Path, score: ScoreSpec) -> dict[str, float]:
     """The task's metrics, from the score's file. Raises ConfigurationError: no file, or it lacks a number."""
-    try:
-        content = read_json(path)
-    except ConfigurationError as error:
-        raise ConfigurationError(f"the score's file: {error}") from error
+    content = read_json(path)
     return {
         name: metric.scale * mean(_number_at(content, keys, path) for keys in metric.paths)
         for name, metric in score.metrics.items()

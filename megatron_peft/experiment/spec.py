@@ -79,15 +79,17 @@ class Choice:
         """Points of the grid; 1 without a grid."""
         return prod(map(len, self.grid.values()))
 
+    @property
+    def peft_method(self) -> str:
+        """A method's --peft-method."""
+        return str(self.flags.get("peft-method", self.name))
+
 
 @dataclass(frozen=True)
 class Experiment:
     """The content of an experiment's file. `check_flags` checks its flags.
 
-    Attributes:
-        seeds: of the final runs; tuning_seed: of the tuning runs.
-        prepare: commands that run before the first cell.
-        text: of the file, which the runner copies next to the cells.
+    Attributes: prepare: commands that run before the first cell; text: of the file, copied next to the cells.
     """
 
     name: str
@@ -144,11 +146,6 @@ class Experiment:
                     f"models.{model.name} nothing is validated: give --valid-data-path."
                 )
 
-    @property
-    def default_folder(self) -> Path:
-        """Where the cells go unless --output names a folder."""
-        return Path("runs/experiments") / self.name
-
     def budget(self, model: Choice, task: Choice) -> FlagValues:
         """The flags of BUDGET, which are the same for all methods."""
         flags = {**self.flags, **model.flags, **task.flags}
@@ -173,25 +170,22 @@ def read_experiment(path: Path) -> Experiment:
     text = read_text(path)
     content = parse_yaml(text, str(path))
     try:
-        return _experiment(_mapping(content, "the file", KEYS), path.stem, text)
+        top = _mapping(content, "the file", KEYS)
+        if missing := [key for key in (*CHOICE_KEYS, "seeds") if not top.get(key)]:
+            raise ConfigurationError(*(f"the grid is empty: {key} names nothing." for key in missing))
+        flags = _flags(top.get("flags"), "flags")
+        models, tasks, methods = (
+            tuple(_choice(str(name), values, kind, flags) for name, values in _mapping(top[kind], kind).items())
+            for kind in CHOICE_KEYS
+        )
+        seeds = _whole_numbers(top["seeds"], "seeds")
+        (tuning_seed,) = _whole_numbers(top.get("tuning_seed", seeds[0]), "tuning_seed")
+        prepare = tuple(_words(command, "prepare") for command in _listed(top.get("prepare") or []))
+        name = str(top.get("name", path.stem))
+        title = str(top.get("title", name))
+        return Experiment(name, title, flags, models, tasks, methods, seeds, tuning_seed, prepare, text)
     except ConfigurationError as error:
         raise ConfigurationError(*(f"{path}: {problem}" for problem in error.problems)) from error
-
-
-def _experiment(top: Mapping[str, Any], name: str, text: str) -> Experiment:
-    if missing := [key for key in (*CHOICE_KEYS, "seeds") if not top.get(key)]:
-        raise ConfigurationError(*(f"the grid is empty: {key} names nothing." for key in missing))
-    seeds = _whole_numbers(top["seeds"], "seeds")
-    (tuning_seed,) = _whole_numbers(top.get("tuning_seed", seeds[0]), "tuning_seed")
-    flags = _flags(top.get("flags"), "flags")
-    models, tasks, methods = (
-        tuple(_choice(str(name), values, kind, flags) for name, values in _mapping(top[kind], kind).items())
-        for kind in CHOICE_KEYS
-    )
-    commands = tuple(_words(command, "prepare") for command in _listed(top.get("prepare") or []))
-    name = str(top.get("name", name))
-    title = str(top.get("title", name))
-    return Experiment(name, title, flags, models, tasks, methods, seeds, tuning_seed, commands, text)
 
 
 def _choice(name: str, content: Any, kind: str, common: Mapping[str, Any]) -> Choice:
@@ -270,13 +264,7 @@ def _mapping(content: Any, place: str, keys: Sequence[str] | None = None) -> Map
 
 @dataclass(frozen=True)
 class Cell:
-    """One training run.
-
-    Attributes:
-        settings: flag -> value, the point of the grid.
-        flags: all flags of pretrain_peft.py but --save and --load.
-        processes: number of ranks.
-    """
+    """One training run: `settings` is the point of the grid, `flags` are all but --save and --load."""
 
     model: str
     task: str

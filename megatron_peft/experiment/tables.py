@@ -2,46 +2,35 @@
 
 import csv
 import io
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
+from typing import NamedTuple
 
 from megatron_peft.config import METHODS, PeftConfig, require
 from megatron_peft.experiment.results import (
-    VALIDATION_LOSS,
     Comparison,
     Result,
     Results,
     compare_seeds,
     metrics,
-    peft_method,
+    shown_metrics,
     steps_to,
 )
-from megatron_peft.experiment.spec import Choice
 
-LATEX = {
-    "\\": r"\textbackslash{}",
-    **{character: f"\\{character}" for character in "&%$#_{}"},
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "±": r"$\pm$",
-    "†": r"$^\dagger$",
-    "–": "--",
-    "≥": r"$\ge$",
-}
+LATEX = {character: f"\\{character}" for character in "&%$#_{}"}
+LATEX |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+LATEX |= {"±": r"$\pm$", "†": r"$^\dagger$", "–": "--", "≥": r"$\ge$"}
 BEST = "*"  # the first character of a highlighted cell; CSV leaves it out
 
 
 @dataclass(frozen=True)
 class Table:
-    """Columns and rows of text.
+    """Columns and rows of text, `title` above and `note` below.
 
     Attributes:
-        title: above it; note: below it.
         text_columns: the first so many are words, aligned left; the others are numbers.
-        is_sortable: whether the order of the rows is free.
-        is_prose: whether cells are texts of several lines.
+        is_sortable: whether the order of the rows is free; is_prose: whether cells are texts of several lines.
     """
 
     title: str
@@ -76,15 +65,12 @@ class Table:
     def latex(self) -> str:
         """A table environment that needs no package."""
 
-        def escaped(text: str) -> str:
-            return re.sub("|".join(map(re.escape, LATEX)), lambda character: LATEX[character.group()], text)
-
         def shown(cell: str) -> str:
-            text = escaped(cell.removeprefix(BEST))
+            text = cell.removeprefix(BEST).translate(str.maketrans(LATEX))
             return f"\\textbf{{{text}}}" if cell.startswith(BEST) else text
 
         alignment = "l" * self.text_columns + "r" * (len(self.columns) - self.text_columns)
-        caption = escaped(f"{self.title}. {self.note}".strip())
+        caption = shown(f"{self.title}. {self.note}".strip())
         lines = [r"\begin{table}", r"\centering", f"\\caption{{{caption}}}", f"\\begin{{tabular}}{{{alignment}}}"]
         columns, *rows = [" & ".join(map(shown, row)) + r" \\" for row in (self.columns, *self.rows)]
         lines += [r"\hline", columns, r"\hline"]
@@ -114,15 +100,12 @@ def _digits(value: float) -> int:
     return 3 if abs(value) < 10 else 2 if abs(value) < 100 else 1
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """A metric of a method on a task with a model.
 
     Attributes:
-        runs: in the order of the experiment's seeds; None for a missing run.
-        deviation: of the sample (n - 1).
+        runs: in the order of the experiment's seeds; None for a missing run. deviation: of the sample (n - 1).
         against: the comparison with the reference method; None for itself and without a test.
-        is_best: whether the mean is the best of several methods.
     """
 
     result: Result
@@ -140,8 +123,7 @@ class Row:
 
 
 def reference_method(results: Results, chosen: str | None) -> str:
-    """The method that others are tested against: the given one, or the first that mixes two (the Hybrid), or the
-    first of all.
+    """The method that others are tested against: the chosen one, or the first that mixes two, or the first of all.
 
     Raises ConfigurationError: the experiment has no such method.
     """
@@ -150,7 +132,7 @@ def reference_method(results: Results, chosen: str | None) -> str:
         require(chosen in names, f"--against {chosen}: the experiment's methods are {', '.join(names)}.")
         return chosen
     mixing = {name for name, method in METHODS.items() if method.mixes}
-    mixed = [method.name for method in results.experiment.methods if peft_method(method) in mixing]
+    mixed = [method.name for method in results.experiment.methods if method.peft_method in mixing]
     return (mixed or names)[0]
 
 
@@ -175,11 +157,6 @@ def rows(results: Results, reference: str) -> list[Row]:
                 )
                 table_rows.append(row)
     return table_rows
-
-
-def shown_metrics(task: Choice) -> list[str]:
-    """The scores of a task, or the validation loss of a task without scores."""
-    return [metric for metric in metrics(task) if metric != VALIDATION_LOSS or task.score is None]
 
 
 def by_score(results: Results, table_rows: Sequence[Row]) -> Table:
@@ -254,7 +231,7 @@ def in_the_papers_form(results: Results, table_rows: Sequence[Row]) -> Table:
 def speed_table(results: Results, model: str, task: str) -> Table | None:
     """A line per method, a column per measurement; None without a run of the default method, LoRA."""
     of_place = results.of(model, task)
-    lora = (result for result in of_place if peft_method(result.group.method) == PeftConfig.method and result.finals)
+    lora = (result for result in of_place if result.group.method.peft_method == PeftConfig.method and result.finals)
     base = next(lora, None)
     if base is None:
         return None

@@ -2,6 +2,7 @@
 
 import copy
 import re
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,13 +18,13 @@ from tests.ranks import run_ranks
 
 
 def test_split_logits_are_those_of_transformers_and_one_wrong_one_is_found(tiny: Setting, monkeypatch) -> None:
-    monkeypatch.setattr(inference, "LOGITS_LAYOUTS", ({"tensor_parallel": 2, "sequence_parallel": True},))
+    setting = replace(tiny, tensor_parallel=2, sequence_parallel=True)
     split: list = []
     monkeypatch.setattr(inference, "on_ranks", lambda *call: split or split.extend(on_ranks(*call)) or split)
-    (figure,) = inference.logits_figures(tiny)
+    (figure,) = inference.logits_figures(setting)
     assert figure.reached and "TP2+SP" in figure.name
     split[-1][0, 1, 2, 3] += 5e-4
-    (figure,) = inference.logits_figures(tiny)
+    (figure,) = inference.logits_figures(setting)
     assert figure.measured == pytest.approx(5e-4, abs=5e-5) and not figure.reached
 
 

@@ -106,11 +106,12 @@ def test_the_frozen_base_multiplies_as_an_adapted_model_does(even: Setting) -> N
 def test_each_storage_counts_once_and_weights_do_not():
     weight = nn.Linear(4, 4, bias=False)
     x = torch.randn(10, 4, requires_grad=True)
-    saved = steps.SavedBytes(weight)
-    with saved:
+
+    def forward() -> None:
         y = weight(x)
         (y * x + y.exp()).sum()
-    assert saved.num_bytes == 3 * 10 * 4 * 4  # x, y and exp(y)
+
+    assert steps.saved_bytes(weight, forward) == 3 * 10 * 4 * 4  # x, y and exp(y)
 
 
 def test_twice_the_rank_keeps_twice_the_narrow_activations(even: Setting):
@@ -122,7 +123,8 @@ def test_twice_the_rank_keeps_twice_the_narrow_activations(even: Setting):
 
 
 def test_real_steps_reach_the_targets(tiny: Setting) -> None:
-    figures = {figure.name: figure for figure in steps.collectives_figures(tiny)}
+    settings = [replace(tiny, **layout) for layout in BENCHMARKS["collectives"].layouts]
+    figures = {figure.name: figure for setting in settings for figure in steps.collectives_figures(setting)}
     calls = [figure for name, figure in figures.items() if "bytes" not in name]
     assert [figure.measured for figure in calls] == [1, 0, 1 + 8, 0, 1, 0, 1 + 2 * 8, 0]
     assert all(figure.reached for figure in calls)
