@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -97,17 +97,11 @@ def cpu_seconds(step: Step) -> float:
 MIB = 2**20
 
 
-@dataclass(frozen=True)
-class Peak:
+class Peak(NamedTuple):
     """Bytes: the largest resident set of a process, and what was resident before the model was built."""
 
     peak: int
     start: int
-
-    @property
-    def above_start(self) -> int:
-        """Bytes beyond those that were held at the start."""
-        return self.peak - self.start
 
 
 def peak_of_steps(setting: Setting, name: str, num_steps: int = 3, keeps_freed: bool = True) -> Peak:

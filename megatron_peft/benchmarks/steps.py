@@ -80,15 +80,16 @@ def _ratio(seconds: dict[str, list[float]], name: str, below: str, limit: float 
 
 
 def _memory(setting: Setting, limits: dict[str, float | None]) -> list[Figure]:
-    full = peak_of_steps(setting, "full")
+    whole, before = peak_of_steps(setting, "full")
     figures = []
     for name, limit in limits.items():
-        peak = peak_of_steps(setting, name)
+        peak, start = peak_of_steps(setting, name)
+        above, above_of_full = peak - start, whole - before
         note = (
-            f"{peak.above_start / MIB:,.0f} MiB and {full.above_start / MIB:,.0f} MiB above the process before the "
-            f"model ({peak.start / MIB:,.0f} MiB)"
+            f"{above / MIB:,.0f} MiB and {above_of_full / MIB:,.0f} MiB above the process before the model "
+            f"({start / MIB:,.0f} MiB)"
         )
-        figures.append(Figure(f"{name}: peak memory / full's", peak.above_start / full.above_start, limit, "", note))
+        figures.append(Figure(f"{name}: peak memory / full's", above / above_of_full, limit, "", note))
     return figures
 
 
@@ -191,7 +192,8 @@ def collectives_figures(setting: Setting) -> list[Figure]:
     frozen, lora, hybrid = (
         [call for call in calls[name] if num_elements(call) > MOST_NUMBERS] for name in ("frozen", "lora", "hybrid")
     )
-    extra, hybrids = _extra_calls(frozen, lora), _extra_calls(lora, hybrid)
+    # What one step has and the other has not, equal calls cancelling one by one.
+    extra, hybrids = ([*(Counter(more) - Counter(base)).elements()] for base, more in ((frozen, lora), (lora, hybrid)))
     wide = [call for call in extra if call.operation != "all_reduce" and width(call) > setting.rank]
     sums = [call for call in extra if call.operation == "all_reduce"]
     # Flat ones are sums of gradients and of lambdas' norms; the others carry activations.
@@ -209,11 +211,6 @@ def collectives_figures(setting: Setting) -> list[Figure]:
         Figure(f"{hybrid_its} calls above LoRA's", over_lora, allowed, "calls", calls_behind),
         Figure(f"{hybrid_its} calls wider than r above LoRA's", len(hybrids_wide), 0, "calls", _names(hybrids)),
     ]
-
-
-def _extra_calls(base: Sequence[Call], more: Sequence[Call]) -> list[Call]:
-    """What `more` has and `base` has not, equal calls cancelling one by one."""
-    return list((Counter(more) - Counter(base)).elements())
 
 
 def _bytes(calls: Sequence[Call]) -> int:

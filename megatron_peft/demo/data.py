@@ -76,7 +76,6 @@ def read_messages(catalog: bytes) -> Iterator[tuple[str, str]]:
     """
 
     def text(order: str, entry: int) -> str:
-        """A string, by the (length, offset) at `entry`."""
         length, offset = struct.unpack_from(order + "2I", catalog, entry)
         if offset + length > len(catalog):
             raise ValueError(f"a message ends at byte {offset + length} of {len(catalog)}")
@@ -196,7 +195,6 @@ def _words(text: str) -> list[str]:
 
 
 def _is_drawn(text: str, of: int) -> bool:
-    """A fixed draw of a text in so many, by a hash."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % of == 0
 
 
@@ -239,7 +237,6 @@ def read_ratings(source: Path) -> Iterator[tuple[float, str]]:
     """(mean rating, sentence) of each line of a file in an archive in the archive."""
 
     def member(archive: tarfile.TarFile, ending: str) -> bytes:
-        """The content of the archive's file with this ending."""
         name = next((name for name in archive.getnames() if name.endswith(ending)), ending)
         file = archive.extractfile(name)
         if file is None:
@@ -301,7 +298,6 @@ def prepare_model(folder: Path, downloads: Path) -> Path:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    """Dequantize to float32 and save."""
     import gguf as library
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM

@@ -225,7 +225,6 @@ def source_of(experiment: str, cell: Cell, score: ScoreSpec | None = None) -> di
 
 
 def _cell_digest(cell: Cell, score: ScoreSpec | None = None) -> str:
-    """Digest of what the cell's training follows from, or its score."""
     return json_digest([_declared(cell), asdict(score)] if score else _declared(cell))
 
 

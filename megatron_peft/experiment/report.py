@@ -64,14 +64,14 @@ def _sections(
 
 def state(results: Results) -> str:
     """How many final runs are finished."""
-    have, whole = results.num_finals()
-    seeds = ", ".join(map(str, results.experiment.seeds))
-    done = f"{have} of {whole} final runs are in (seeds {seeds})."
+    seeds = results.experiment.seeds
+    have, whole = sum(len(result.finals) for result in results.all), len(results.all) * len(seeds)
+    done = f"{have} of {whole} final runs are in (seeds {', '.join(map(str, seeds))})."
     if have == whole:
         return done
     missing: dict[str, list[str]] = {}
     for result in results.all:
-        if len(result.finals) < len(results.experiment.seeds):
+        if len(result.finals) < len(seeds):
             missing.setdefault(f"{result.model}, {result.task}", []).append(result.method)
     places = "; ".join(f"{place}: {', '.join(methods)}" for place, methods in missing.items())
     return f"**Not finished:** {done} Missing runs: {places}."
@@ -104,7 +104,6 @@ def verdicts(rows: Sequence[Row], reference: str) -> list[str]:
 
 
 def _budget_sentence(results: Results) -> str:
-    """What all methods have in common."""
     experiment = results.experiment
     tries, seeds = experiment.methods[0].num_points, len(experiment.seeds)
     tuned = (
@@ -118,7 +117,6 @@ def _budget_sentence(results: Results) -> str:
 
 
 def _versions_of_runs(results: Results) -> str:
-    """The versions of the final runs."""
     versions: dict[str, dict[str, None]] = {}
     for result in results.all:
         for record in result.finals.values():
@@ -142,8 +140,6 @@ def provenance(results: Results) -> Iterator[str]:
 
 
 def _tuning(results: Results) -> Table:
-    """The settings that were tried, and their validation losses."""
-
     def settings(point: str, flags: Sequence[str]) -> str:
         """The point of the grid; the learning rate, for a method without a grid."""
         return point or (f"lr={flags[flags.index('--lr') + 1]}" if "--lr" in flags[:-1] else "")
@@ -167,7 +163,6 @@ def _tuning(results: Results) -> Table:
 
 
 def _common_flags(results: Results) -> Table:
-    """The flags that all methods share, for each model and task."""
     experiment = results.experiment
     return Table(
         "Flags that all methods share",

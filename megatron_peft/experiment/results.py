@@ -112,9 +112,9 @@ def work(folder: Path, group: Group, gave_up: Set[str] = frozenset()) -> Iterato
         record = now.records.get(cell.key)
         if cell.key not in gave_up and (record is None or not record.is_trained):
             yield Work("train", cell)
-    for cell in now.chosen if score else ():
+    for cell in now.chosen:
         record = now.finals.get(cell.seed)
-        if cell.key not in gave_up and record and not record.has_scores(score):
+        if score and record and cell.key not in gave_up and not record.has_scores(score):
             yield Work("score", cell, score) if has_checkpoint(folder, cell) else Work("train", cell)
 
 
@@ -136,10 +136,6 @@ class Results:
     def records(self) -> dict[str, CellRecord]:
         """The record of each cell that has one, by key."""
         return {key: record for result in self.all for key, record in result.records.items()}
-
-    def num_finals(self) -> tuple[int, int]:
-        """(finished final runs, final runs of the whole experiment)."""
-        return sum(len(result.finals) for result in self.all), len(self.all) * len(self.experiment.seeds)
 
 
 def metrics(task: Choice) -> dict[str, bool]:

@@ -30,7 +30,6 @@ from megatron_peft.experiment.results import Work, progress, work
 from megatron_peft.experiment.spec import EXPERIMENT_FILE, Cell, Experiment, Group, ScoreSpec
 from megatron_peft.training.metrics import METRICS_FILE, read_metrics
 
-LOCKS = "locks"  # of runners of single groups
 POLL_SECONDS = 0.2
 PATIENCE_SECONDS = 60  # a run that is stopped saves first
 
@@ -213,7 +212,7 @@ def run_experiment(
 
     Raises ConfigurationError: another runner works on the same cells, or a command of prepare: failed.
     """
-    locked = folder if is_whole else folder / LOCKS / groups[0].key
+    locked = folder if is_whole else folder / "locks" / groups[0].key
     try:
         lock = FolderLock(locked, grace_seconds=1)
     except ConfigurationError as error:

@@ -247,7 +247,7 @@ def _flags(content: Any, place: str) -> dict[str, Any]:
     return {str(name).lstrip("-").replace("_", "-"): value for name, value in _mapping(content, place).items()}
 
 
-def _mapping(content: Any, place: str, keys: Sequence[str] | None = None) -> Mapping[str, Any]:
+def _mapping(content: Any, place: str, keys: Sequence[str] = ()) -> Mapping[str, Any]:
     """Raises ConfigurationError: not a mapping, or a key that is not among `keys`."""
     content = {} if content is None else content
     is_mapping = isinstance(content, Mapping)

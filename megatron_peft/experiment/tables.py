@@ -96,7 +96,6 @@ def with_spread(mean: float | None, deviation: float | None) -> str:
 
 
 def _digits(value: float) -> int:
-    """Digits after the point."""
     return 3 if abs(value) < 10 else 2 if abs(value) < 100 else 1
 
 
