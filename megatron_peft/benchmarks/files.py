@@ -180,13 +180,13 @@ def startup_figures(setting: Setting) -> list[Figure]:
     """LoRA on the model of `setting`, one process, two iterations of two short samples."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     with tempfile.TemporaryDirectory() as folder:
-        seconds = seconds_to_first_step(training_command(setting, Path(folder, "train.jsonl")))
+        seconds = seconds_to_first_step(short_run(setting, Path(folder, "train.jsonl")))
     cpu_seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before.ru_utime
     note = f"to the line of the first iteration; both iterations took {cpu_seconds:.1f} CPU s in all"
     return [Figure("startup to the end of the first step", seconds, SECONDS_ALLOWED, "s", note)]
 
 
-def training_command(setting: Setting, data: Path) -> list[str]:
+def short_run(setting: Setting, data: Path) -> list[str]:
     """A short run on `data`, which is written."""
     lines = [json.dumps({"prompt": f"What follows {n}?", "completion": f" {n + 1}"}) for n in range(NUM_SAMPLES)]
     data.write_text("\n".join(lines) + "\n")

@@ -153,7 +153,7 @@ def test_program_that_ends_before_is_an_error_with_its_words() -> None:
 
 
 def test_command_is_accepted(tmp_path: Path, tiny: Setting) -> None:
-    command = files.training_command(tiny, tmp_path / "a.jsonl")
+    command = files.short_run(tiny, tmp_path / "a.jsonl")
     config = parse_arguments(command[command.index(files.PROGRAM[-1]) + 1 :])
     assert config.training.train_iters == 2 and config.logging.log_interval == 1
 
