@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
-from megatron_peft.benchmarks.check_gpu import SIZES_VARIABLE
+from megatron_peft.benchmarks import SIZES_VARIABLE
 from tests.time_limits import seconds
 
 if SIZES_VARIABLE not in os.environ:  # but for check-gpu, the suite computes on the CPU, and so does what it starts

@@ -30,7 +30,7 @@ KNOWS = {
     "conversion.model_card": {"lora"},  # a tag of the Hub
     "conversion.peft_import": {"adapters.low_rank", "adapters.boft", "lora", "boft"},  # reads Hugging Face PEFT's
     "cli.refused": {"lora-ga", "hybrid"},  # what other trainers' flags are here; Megatron's word for Mamba layers
-    "experiment.paper": NAMES,  # the paper's tables
+    "experiment.report": NAMES,  # the paper's tables
 }
 
 

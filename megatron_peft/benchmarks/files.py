@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
@@ -18,11 +18,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from megatron_peft.benchmarks.measure import Figure, median_ratio, peak_of_program, take_turns
-from megatron_peft.benchmarks.subjects import Setting, join, leave, load_base
+from megatron_peft.benchmarks.subjects import Setting, load_base, on_ranks
 from megatron_peft.conversion.convert import hf_to_megatron, megatron_to_hf
 from megatron_peft.conversion.hf_files import ReadCounts, Source, is_whole_rows
 from megatron_peft.conversion.pretrained import base_parameters, open_weights, owned_rules, read_model_shape
-from megatron_peft.runtime.ranks import run_ranks
 from megatron_peft.training.metrics import memory_bytes
 
 # Time and memory of loading and converting a model, beside reading the same files with plain safetensors.
@@ -37,38 +36,36 @@ NUM_TURNS = 9
 READ = "read plainly"
 
 
-def convert_figures(model: Path, work: Path) -> list[Figure]:
-    """`model` is a Hugging Face folder of one file; `work` is emptied, and removed at the end."""
+def convert_figures(setting: Setting) -> list[Figure]:
+    """The model is a Hugging Face folder of one file; copies lie beside it for the time being."""
+    model = Path(setting.checkpoint)
+    with tempfile.TemporaryDirectory(dir=model.parent, prefix=".convert.") as folder:
+        work = Path(folder)
+        megatron = hf_to_megatron(model, work / "megatron", progress=False)
 
-    def into_new(convert: Callable[[Path], object]) -> None:
-        convert(work / "new")
-        shutil.rmtree(work / "new")
+        def into_new(convert: Callable[[Path], object]) -> None:
+            convert(work / "new")
+            shutil.rmtree(work / "new")
 
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    megatron = hf_to_megatron(model, work / "megatron", progress=False)
-    torch.set_num_threads(1)
-    seconds = take_turns(
-        {
-            READ: lambda: read_plainly(model),
-            "load Hugging Face": lambda: load_whole(model),
-            "load Megatron": lambda: load_whole(megatron),
-            "hf-to-megatron": lambda: into_new(lambda new: hf_to_megatron(model, new, progress=False)),
-            "megatron-to-hf": lambda: into_new(lambda new: megatron_to_hf(megatron, new, progress=False)),
-        },
-        NUM_TURNS,
-    )
-    shutil.rmtree(work)
+        torch.set_num_threads(1)
+        seconds = take_turns(
+            {
+                READ: lambda: read_plainly(model),
+                "load Hugging Face": lambda: load_whole(model),
+                "load Megatron": lambda: load_whole(megatron),
+                "hf-to-megatron": lambda: into_new(lambda new: hf_to_megatron(model, new, progress=False)),
+                "megatron-to-hf": lambda: into_new(lambda new: megatron_to_hf(megatron, new, progress=False)),
+            },
+            NUM_TURNS,
+        )
+        # Memory of a process that does nothing else.
+        program = f"from megatron_peft.conversion.convert import hf_to_megatron\nhf_to_megatron({str(model)!r}, "
+        peak = peak_of_program(f"{program}{str(work / 'new')!r}, progress=False)")
     size = sum(path.stat().st_size for path in model.glob("*.safetensors")) / MIB
     plain, figures = seconds.pop(READ), []
     for name, spent in seconds.items():
         note = f"{median(spent):.2f} s for {size:.0f} MiB, plain {median(plain):.2f} s"
         figures.append(Figure(f"{name}: time / {READ}", median_ratio(spent, plain), SLOWER, "", note))
-
-    # Memory of a process that does nothing else.
-    program = f"from megatron_peft.conversion.convert import hf_to_megatron\nhf_to_megatron({str(model)!r}, "
-    peak = peak_of_program(f"{program}{str(work)!r}, progress=False)")
-    shutil.rmtree(work)
     bare = peak_of_program("import torch")
     note = f"peak {peak / MIB:.0f}, torch alone {bare / MIB:.0f} MiB"
     name = "hf-to-megatron: peak memory above python with torch"
@@ -93,87 +90,30 @@ def load_whole(folder: Path) -> list[Tensor]:
     return loaded
 
 
-# What a rank reads and how much memory it takes to load its part of a model.
+# What ranks read, and how much memory it takes, to load a model. What they read are counts: the same on any machine.
 
 READ_OVER_SLICES = 1.05
 MIB_ABOVE_THE_SHARD = 300
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """Bytes of a rank: read from the files, of its parameters, largest resident set."""
-
-    read: int
-    shard: int
-    peak: int
-
-
-def loading_figures(setting: Setting) -> list[Figure]:
-    """The rank that read the most against its slices, and the rank that grew the most against its part of the model."""
-    ranks = run_ranks(setting.world_size, load_on_ranks, setting)
-    bare = peak_of_program("import torch")
-    most_read = max(ranks, key=lambda rank: rank.read / rank.shard)
-    largest = max(ranks, key=lambda rank: rank.peak - rank.shard)
-    above = (largest.peak - largest.shard - bare) / MIB
-    read_note = f"{most_read.read / MIB:.1f} MiB read, {most_read.shard / MIB:.1f} MiB held"
-    peak_note = f"peak {largest.peak / MIB:.0f}, model {largest.shard / MIB:.0f}, torch alone {bare / MIB:.0f} MiB"
-    read, memory = "bytes read / bytes of the rank's slices", "peak memory above model and python with torch"
-    return [
-        Figure(f"{setting.layout}: {read}", most_read.read / most_read.shard, READ_OVER_SLICES, "", read_note),
-        Figure(f"{setting.layout}: {memory}", above, MIB_ABOVE_THE_SHARD, "MiB", peak_note),
-    ]
-
-
-def load_on_ranks(setting: Setting) -> Loaded:
-    """Started on ranks."""
-    join(setting)
-    chunks, report = load_base(setting)
-    shard = sum(parameter.nbytes for chunk in chunks for parameter in chunk.parameters())
-    leave()
-    return Loaded(report.counts.bytes, shard, memory_bytes()[1])
-
-
-# What ranks read together to load a model, beside what each would read alone. Counts: the same on any machine.
-
-READING_LAYOUTS = ({"data_parallel": 2}, {"tensor_parallel": 2, "pipeline_parallel": 2}, {"tensor_parallel": 4})
-
-
-@dataclass(frozen=True)
 class RankReads:
-    """What a rank read, and the bytes and contiguous pieces of its slices, which it would read alone."""
+    """What a rank read; bytes of its parameters and of its largest resident set; the bytes and contiguous pieces of
+    its slices, which it would read alone.
+    """
 
     counts: ReadCounts
+    shard: int
+    peak: int
     bytes_alone: int
     pieces_alone: int
 
 
-def reading_figures(setting: Setting) -> list[Figure]:
-    """Bytes a replica reads, headers that the ranks of a node read, and the mean size of a read, at every layout."""
-    num_files = len(list(Path(setting.checkpoint).glob("*.safetensors")))
-    figures = []
-    for layout in (replace(setting, **layout) for layout in READING_LAYOUTS):
-        ranks = run_ranks(layout.world_size, count_reads, layout)
-        read, alone = sum(rank.counts.bytes for rank in ranks), sum(rank.bytes_alone for rank in ranks)
-        reads, pieces = sum(rank.counts.reads for rank in ranks), sum(rank.pieces_alone for rank in ranks)
-        headers, opens = sum(rank.counts.headers for rank in ranks), sum(rank.counts.opens for rank in ranks)
-        replica, replica_alone = (num_bytes / layout.data_parallel / MIB for num_bytes in (read, alone))
-        size, size_alone = read / reads / 1024, alone / pieces / 1024
-        headers_note = f"alone {len(ranks) * num_files}; files opened for their weights: {opens}"
-        bytes_note = f"together {replica:.1f}, alone {replica_alone:.1f} MiB"
-        sizes_note = f"alone {pieces:,} pieces of {size_alone:.1f} KiB, together {reads:,} reads of {size:.1f} KiB"
-        name, share, nodes = layout.layout, 1 / layout.data_parallel, f"a node of {len(ranks)} ranks"
-        figures += [
-            Figure(f"{name}: bytes a replica reads / bytes of its slices", read / alone, share, "", bytes_note),
-            Figure(f"{name}: headers that {nodes} reads", headers, num_files, "headers", headers_note),
-            Figure(f"{name}: mean piece of a slice in the file / mean read", size_alone / size, 1.0, "", sizes_note),
-        ]
-    return figures
-
-
-def count_reads(setting: Setting) -> RankReads:
+def load_on_rank(setting: Setting) -> RankReads:
     """Started on ranks."""
-    join(setting)
     chunks, report = load_base(setting)
+    peak = memory_bytes()[1]
+    shard = sum(parameter.nbytes for chunk in chunks for parameter in chunk.parameters())
     rules, source = open_weights(setting.checkpoint, read_model_shape(setting.checkpoint))
     assert isinstance(source, Source)
     rank = parallel_state.get_tensor_model_parallel_rank()
@@ -184,8 +124,43 @@ def count_reads(setting: Setting) -> RankReads:
             # Every row of some columns lies by itself in the file.
             is_whole = is_whole_rows(hf_slice.index, source.headers[hf_slice.name].shape)
             pieces_alone += 1 if is_whole else hf_slice.view.shape[0]
-    leave()
-    return RankReads(report.counts, bytes_alone, pieces_alone)
+    return RankReads(report.counts, shard, peak, bytes_alone, pieces_alone)
+
+
+def loading_figures(setting: Setting) -> list[Figure]:
+    """The rank that read the most against its slices, and the rank that grew the most against its part of the model."""
+    ranks = on_ranks(load_on_rank, setting)
+    bare = peak_of_program("import torch")
+    most_read = max(ranks, key=lambda rank: rank.counts.bytes / rank.shard)
+    largest = max(ranks, key=lambda rank: rank.peak - rank.shard)
+    read, above = most_read.counts.bytes, (largest.peak - largest.shard - bare) / MIB
+    read_note = f"{read / MIB:.1f} MiB read, {most_read.shard / MIB:.1f} MiB held"
+    peak_note = f"peak {largest.peak / MIB:.0f}, model {largest.shard / MIB:.0f}, torch alone {bare / MIB:.0f} MiB"
+    name, memory = f"{setting.layout}: bytes read / bytes of the rank's slices", "model and python with torch"
+    return [
+        Figure(name, read / most_read.shard, READ_OVER_SLICES, "", read_note),
+        Figure(f"{setting.layout}: peak memory above {memory}", above, MIB_ABOVE_THE_SHARD, "MiB", peak_note),
+    ]
+
+
+def reading_figures(setting: Setting) -> list[Figure]:
+    """Bytes a replica reads, headers that the ranks of a node read, and the mean size of a read."""
+    num_files = len(list(Path(setting.checkpoint).glob("*.safetensors")))
+    ranks = on_ranks(load_on_rank, setting)
+    read, alone = sum(rank.counts.bytes for rank in ranks), sum(rank.bytes_alone for rank in ranks)
+    reads, pieces = sum(rank.counts.reads for rank in ranks), sum(rank.pieces_alone for rank in ranks)
+    headers, opens = sum(rank.counts.headers for rank in ranks), sum(rank.counts.opens for rank in ranks)
+    replica, replica_alone = (num_bytes / setting.data_parallel / MIB for num_bytes in (read, alone))
+    size, size_alone = read / reads / 1024, alone / pieces / 1024
+    headers_note = f"alone {len(ranks) * num_files}; files opened for their weights: {opens}"
+    bytes_note = f"together {replica:.1f}, alone {replica_alone:.1f} MiB"
+    sizes_note = f"alone {pieces:,} pieces of {size_alone:.1f} KiB, together {reads:,} reads of {size:.1f} KiB"
+    name, share, nodes = setting.layout, 1 / setting.data_parallel, f"a node of {len(ranks)} ranks"
+    return [
+        Figure(f"{name}: bytes a replica reads / bytes of its slices", read / alone, share, "", bytes_note),
+        Figure(f"{name}: headers that {nodes} reads", headers, num_files, "headers", headers_note),
+        Figure(f"{name}: mean piece of a slice in the file / mean read", size_alone / size, 1.0, "", sizes_note),
+    ]
 
 
 # Wall seconds from starting `megatron-peft train` to the end of its first step.
@@ -204,20 +179,16 @@ def startup_figures(setting: Setting) -> list[Figure]:
     """LoRA on the model of `setting`, one process, two iterations of two short samples."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     with tempfile.TemporaryDirectory() as folder:
-        data = _save_samples(Path(folder, "train.jsonl"))
-        seconds = seconds_to_first_step(_command(setting, data))
+        seconds = seconds_to_first_step(short_run(setting, Path(folder, "train.jsonl")))
     cpu_seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before.ru_utime
     note = f"to the line of the first iteration; both iterations took {cpu_seconds:.1f} CPU s in all"
     return [Figure("startup to the end of the first step", seconds, SECONDS_ALLOWED, "s", note)]
 
 
-def _save_samples(path: Path) -> Path:
+def short_run(setting: Setting, data: Path) -> list[str]:
+    """A short run on `data`, which is written."""
     lines = [json.dumps({"prompt": f"What follows {n}?", "completion": f" {n + 1}"}) for n in range(NUM_SAMPLES)]
-    path.write_text("\n".join(lines) + "\n")
-    return path
-
-
-def _command(setting: Setting, data: Path) -> list[str]:
+    data.write_text("\n".join(lines) + "\n")
     flags = {
         "--pretrained-checkpoint": setting.checkpoint,
         "--peft-method": "lora",
@@ -232,11 +203,7 @@ def _command(setting: Setting, data: Path) -> list[str]:
 
 
 def seconds_to_first_step(command: list[str]) -> float:
-    """Wall seconds from starting `command` to its line of the first iteration.
-
-    Raises:
-        ProgramFailed: it ended before.
-    """
+    """Wall seconds from starting `command` to its first iteration's line. Raises ProgramFailed: it ended before."""
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None

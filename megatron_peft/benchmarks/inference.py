@@ -5,7 +5,8 @@ import itertools
 import json
 import random
 import re
-import shutil
+import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,14 +15,12 @@ from statistics import median
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from torch import Tensor
 
 from megatron_peft.adapters.attach import attach_adapters, freeze
 from megatron_peft.benchmarks.measure import Figure, median_ratio, take_turns
-from megatron_peft.benchmarks.subjects import Setting, join, leave, load_base, load_with_transformers, microbatch
+from megatron_peft.benchmarks.subjects import Setting, load_base, load_with_transformers, microbatch, on_ranks
 from megatron_peft.cli.parser import parse_arguments
 from megatron_peft.config.untrusted import parse_json, read_text
 from megatron_peft.data.batches import Microbatch
@@ -33,6 +32,7 @@ from megatron_peft.runtime.launch import start_world, stop
 from megatron_peft.runtime.ranks import run_ranks
 from megatron_peft.tasks import readers
 from megatron_peft.tasks.prepare import HashSplit, prepare
+from megatron_peft.training.step import run_schedule
 
 LARGEST_DIFFERENCE = 1e-4
 NUM_PROMPTS, NUM_NEW, NUM_TIMED = 200, 16, 16
@@ -40,24 +40,11 @@ PROMPT_LENGTHS = 4, 32  # tokens, shortest and longest
 TIMED_NEW = 32
 BATCH_SIZE = 50
 SEED = 0
-TIMEOUT = 3600  # seconds
 LAYOUTS: tuple[dict[str, int], ...] = ({"tensor_parallel": 1}, {"tensor_parallel": 3}, {"pipeline_parallel": 2})
 FOREVER = frozenset[int]()  # nothing ends an answer: both sides do the same work
 
 
-@dataclass(frozen=True)
-class Questions:
-    """The benchmark's prompts and settings."""
-
-    setting: Setting
-    prompts: tuple[tuple[int, ...], ...]
-
-    @classmethod
-    def drawn(cls, setting: Setting) -> "Questions":
-        """Prompts of random tokens, of unequal lengths."""
-        draw, vocab_size = random.Random(SEED), read_shape(setting.checkpoint).vocab_size
-        lengths = (draw.randint(*PROMPT_LENGTHS) for _ in range(NUM_PROMPTS))
-        return cls(setting, tuple(tuple(draw.randrange(vocab_size) for _ in range(length)) for length in lengths))
+Prompts = Sequence[tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -68,16 +55,17 @@ class Replies:
     log_likelihoods: list[float]
 
 
-def generation_figures(setting: Setting, turns: int) -> list[Figure]:
+def generation_figures(setting: Setting) -> list[Figure]:
     """Prompts whose answer differs, the largest difference of a log-likelihood, and the quotient of CPU seconds."""
-    questions = Questions.drawn(setting)
-    expected = run_ranks(1, replies_of_transformers, questions, timeout=TIMEOUT)[0]
+    draw, vocab_size = random.Random(SEED), read_shape(setting.checkpoint).vocab_size
+    lengths = (draw.randint(*PROMPT_LENGTHS) for _ in range(NUM_PROMPTS))
+    prompts = [tuple(draw.randrange(vocab_size) for _ in range(length)) for length in lengths]
+    expected = on_ranks(replies_of_transformers, setting, prompts=prompts)[0]
     figures = []
     for layout in (dataclasses.replace(setting, **layout) for layout in LAYOUTS):
-        asked = dataclasses.replace(questions, setting=layout)
-        replies = run_ranks(layout.world_size, our_replies, asked, timeout=TIMEOUT)[0]
+        replies = on_ranks(our_replies, layout, prompts=prompts)[0]
         figures += compare_replies(layout.layout, replies, expected)
-    seconds = run_ranks(1, time_generation, (questions, turns), timeout=TIMEOUT)[0]
+    seconds = on_ranks(time_generation, setting, prompts=prompts[:NUM_TIMED])[0]
     ratio = median_ratio(seconds["ours"], seconds["transformers"])
     note = f"{NUM_TIMED} prompts, {TIMED_NEW} new tokens each, greedy, one batch"
     return [*figures, Figure("TP1: CPU seconds / transformers' generate", ratio, 1.0, "", note)]
@@ -96,53 +84,45 @@ def compare_replies(layout: str, replies: Replies, expected: Replies) -> list[Fi
 
 
 @torch.no_grad()
-def replies_of_transformers(questions: Questions) -> Replies:
+def replies_of_transformers(setting: Setting, prompts: Prompts) -> Replies:
     """The answers of `generate`, and their scores by one forward of prompt and answer. Started on a rank of its own.
 
     Prompts of one length go together, so that nothing is padded or masked.
     """
-    model = load_with_transformers(questions.setting)
+    model = load_with_transformers(setting)
 
     def length(number: int) -> int:
-        return len(questions.prompts[number])
+        return len(prompts[number])
 
     replies: dict[int, tuple[list[int], float]] = {}
-    for num_tokens, numbers in itertools.groupby(sorted(range(len(questions.prompts)), key=length), key=length):
+    for num_tokens, numbers in itertools.groupby(sorted(range(len(prompts)), key=length), key=length):
         alike = list(numbers)
-        prompts = [questions.prompts[number] for number in alike]
-        answers = _greedy(model, prompts, NUM_NEW)
-        whole = torch.tensor([[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)])
+        asked = [prompts[number] for number in alike]
+        answers = _greedy(model, asked, NUM_NEW)
+        whole = torch.tensor([[*prompt, *answer] for prompt, answer in zip(asked, answers, strict=True)])
         likelihoods = model(whole).logits[:, num_tokens - 1 : -1].log_softmax(-1)
         totals = likelihoods.gather(-1, torch.tensor(answers)[:, :, None]).sum((1, 2)).tolist()
         replies |= zip(alike, zip(answers, totals, strict=True), strict=True)
-    in_order = [replies[number] for number in range(len(questions.prompts))]
-    return Replies([answer for answer, _ in in_order], [total for _, total in in_order])
+    answers, totals = zip(*(replies[number] for number in range(len(prompts))), strict=True)
+    return Replies(list(answers), list(totals))
 
 
-def our_replies(questions: Questions) -> Replies:
+def our_replies(setting: Setting, prompts: Prompts) -> Replies:
     """Started on every rank of the layout."""
-    join(questions.setting)
-    chunks: Any = load_base(questions.setting)[0]
-    answers = generate(chunks, questions.prompts, GenerationSettings(FOREVER, NUM_NEW, batch_size=BATCH_SIZE))
-    asked = [Continuation(prompt, tuple(ids)) for prompt, ids in zip(questions.prompts, answers, strict=True)]
+    chunks: Any = load_base(setting)[0]
+    answers = generate(chunks, prompts, GenerationSettings(FOREVER, NUM_NEW, batch_size=BATCH_SIZE))
+    asked = [Continuation(prompt, tuple(ids)) for prompt, ids in zip(prompts, answers, strict=True)]
     scores = score_continuations(chunks, asked, BATCH_SIZE)
-    leave()
     return Replies(answers, [score.log_likelihood for score in scores])
 
 
-def time_generation(job: tuple[Questions, int]) -> dict[str, list[float]]:
+def time_generation(setting: Setting, prompts: Prompts) -> dict[str, list[float]]:
     """CPU seconds of each turn of both, in one process. Started on a rank of its own."""
-    questions, turns = job
-    torch.set_num_threads(1)
-    join(questions.setting)
-    chunks: Any = load_base(questions.setting)[0]
-    model = load_with_transformers(questions.setting)
-    prompts = questions.prompts[:NUM_TIMED]
-    settings = GenerationSettings(FOREVER, TIMED_NEW, batch_size=NUM_TIMED)
+    chunks: Any = load_base(setting)[0]
+    model = load_with_transformers(setting)
+    settings = GenerationSettings(FOREVER, TIMED_NEW, batch_size=len(prompts))
     ours, theirs = partial(generate, chunks, prompts, settings), partial(_greedy, model, prompts, TIMED_NEW)
-    seconds = take_turns({"ours": ours, "transformers": theirs}, turns)
-    leave()
-    return seconds
+    return take_turns({"ours": ours, "transformers": theirs}, setting.turns)
 
 
 def _greedy(model: Any, prompts: Sequence[Sequence[int]], num_new: int) -> list[list[int]]:
@@ -159,88 +139,54 @@ def _greedy(model: Any, prompts: Sequence[Sequence[int]], num_new: int) -> list[
 # Generation with an adapter whose rotations are computed from parameters, beside the base model alone.
 
 
-def boft_generation_figures(setting: Setting, turns: int) -> list[Figure]:
+def boft_generation_figures(setting: Setting) -> list[Figure]:
     """CPU seconds of a token with BOFT, and over a token of the base."""
-    seconds = run_ranks(1, time_boft_generation, (setting, turns), timeout=TIMEOUT)[0]
+    seconds = on_ranks(time_boft_generation, setting)[0]
     boft, base = (median(seconds[name]) / TIMED_NEW for name in ("boft", "base"))
     note = f"one prompt of {PROMPT_LENGTHS[1]} tokens, {TIMED_NEW} new ones, greedy; the base alone {base:.4f} s"
     over = median_ratio(seconds["boft"], seconds["base"])
     return [Figure("BOFT: CPU seconds of a token", boft, None, "s", note), Figure("BOFT / the base", over)]
 
 
-def time_boft_generation(job: tuple[Setting, int]) -> dict[str, list[float]]:
+def time_boft_generation(setting: Setting) -> dict[str, list[float]]:
     """CPU seconds of each turn of both. Started on a rank of its own."""
-    setting, turns = job
-    torch.set_num_threads(1)
-    join(setting)
     base, boft = (load_base(setting)[0] for _ in range(2))
     freeze(base[0])
-    attach_adapters(boft, setting.peft("boft"), SEED)
+    attach_adapters(boft, setting.run("boft").peft, SEED)
     prompt = [tuple(range(PROMPT_LENGTHS[1]))]
     settings = GenerationSettings(FOREVER, TIMED_NEW, batch_size=1)
     chunks: dict[str, Any] = {"boft": boft, "base": base}
     steps = {name: partial(generate, chunk, prompt, settings) for name, chunk in chunks.items()}
-    seconds = take_turns(steps, turns)
-    leave()
-    return seconds
+    return take_turns(steps, setting.turns)
 
 
 # The logits of the split model beside those of transformers.
 
-LOGITS_LAYOUTS = (
-    {"tensor_parallel": 1},
-    {"tensor_parallel": 3},
-    {"tensor_parallel": 3, "sequence_parallel": True},
-    {"pipeline_parallel": 2},
-)
-
 
 def logits_figures(setting: Setting) -> list[Figure]:
-    """The largest difference over all tokens of the microbatch and the whole vocabulary, at four layouts."""
-    expected = _logits_of_transformers(setting)
-    note = f"|logit| up to {expected.abs().max():.1f}, {setting.rows} x {setting.positions} tokens"
-    figures = []
-    for layout in (dataclasses.replace(setting, **layout) for layout in LOGITS_LAYOUTS):
-        difference = (_logits(layout) - expected).abs().max().item()
-        name = f"{layout.layout}: largest difference of logits"
-        figures.append(Figure(name, difference, LARGEST_DIFFERENCE, "", note))
-    return figures
-
-
-def _logits(setting: Setting) -> Tensor:
-    return run_ranks(setting.world_size, split_logits, setting)[-1]
-
-
-def split_logits(setting: Setting) -> Tensor | None:
-    """[rows, positions, vocabulary] on the last pipeline stage, None on the others. Started on ranks."""
-
-    def forward(batches: Iterator[Microbatch], model: Any):
-        batch = next(batches)
-        logits = model(input_ids=batch.tokens, position_ids=batch.position_ids, attention_mask=None)
-        return logits, lambda output, non_loss_data: gather_from_tensor_model_parallel_region(output)
-
-    join(setting)
-    vocab_size = read_shape(setting.checkpoint).vocab_size
-    model, _ = load_base(setting)
-    outputs = get_forward_backward_func()(
-        forward_step_func=forward,
-        data_iterator=iter([microbatch(setting, vocab_size)]),
-        model=model,
-        num_microbatches=1,
-        seq_length=setting.positions,
-        micro_batch_size=setting.rows,
-        forward_only=True,
-        collect_non_loss_data=True,
-    )
-    is_last = parallel_state.is_pipeline_last_stage()
-    leave()
-    return outputs[0][..., :vocab_size].detach().clone() if is_last else None
-
-
-def _logits_of_transformers(setting: Setting) -> Tensor:
+    """The largest difference over all tokens of the microbatch and the whole vocabulary."""
     model = load_with_transformers(setting)
     with torch.no_grad():
-        return model(microbatch(setting, model.config.vocab_size).tokens).logits
+        expected = model(microbatch(setting, model.config.vocab_size).tokens).logits
+    difference = (on_ranks(split_logits, setting)[-1] - expected).abs().max().item()
+    note = f"|logit| up to {expected.abs().max():.1f}, {setting.rows} x {setting.positions} tokens"
+    return [Figure(f"{setting.layout}: largest difference of logits", difference, LARGEST_DIFFERENCE, "", note)]
+
+
+def split_logits(setting: Setting) -> Tensor:
+    """[1, rows, positions, vocabulary] on the last pipeline stage. Started on ranks."""
+    vocab_size = read_shape(setting.checkpoint).vocab_size
+
+    def forward(batches: Iterator[Microbatch], model: Any) -> tuple[Tensor, Any]:
+        batch = next(batches)
+        logits = model(input_ids=batch.tokens, position_ids=batch.position_ids, attention_mask=None)
+        return logits, lambda output: (
+            output.mean(),
+            gather_from_tensor_model_parallel_region(output)[..., :vocab_size].detach(),
+        )
+
+    chunks, _ = load_base(setting)
+    return run_schedule(chunks, [microbatch(setting, vocab_size)], forward_only=True, forward=forward)
 
 
 # The shipped tasks scored by our backend of the evaluation harness and by its own for Hugging Face models.
@@ -259,22 +205,14 @@ HARNESS_BATCH_SIZE = 16
 Items = dict[tuple[str, int], Any]
 
 
-@dataclass(frozen=True)
-class HarnessQuestions:
-    """A Hugging Face folder, the folder of the tasks, their names, and the most items of each."""
-
-    model: str
-    tasks: str
-    names: tuple[str, ...] = TASKS
-    limit: int = ITEMS_OF_A_TASK
-
-
-def harness_figures(model: str, work: Path, downloads: Path) -> list[Figure]:
-    """Items that differ, and the largest difference of a log-likelihood. `work` is emptied."""
-    shutil.rmtree(work, ignore_errors=True)
-    prepare_tasks(work / "tasks", downloads)
-    questions = HarnessQuestions(model, str(work / "tasks"))
-    ours, theirs = (run_ranks(1, backend, questions, timeout=TIMEOUT)[0] for backend in (our_items, their_items))
+def harness_figures(setting: Setting) -> list[Figure]:
+    """Items that differ, and the largest difference of a log-likelihood."""
+    with tempfile.TemporaryDirectory() as tasks:
+        prepare_tasks(Path(tasks), Path(setting.checkpoint).parent / "downloads")
+        ours, theirs = (
+            run_ranks(1, partial(items, tasks=tasks), setting.checkpoint, timeout=3600)[0]
+            for items in (our_items, their_items)
+        )
     return compare_items(ours, theirs)
 
 
@@ -297,15 +235,16 @@ def prepare_tasks(folder: Path, downloads: Path) -> None:
 
 def compare_items(ours: Items, theirs: Items) -> list[Figure]:
     """Two figures; an item that only one of them has counts as different."""
-    common = ours.keys() & theirs.keys()
-    differing = [item for item in sorted(common) if _told(ours[item]) != _told(theirs[item])]
+    common = sorted(ours.keys() & theirs.keys())
+    differing = [item for item in common if _told(ours[item]) != _told(theirs[item])]
     alone = len(ours.keys() ^ theirs.keys())
-    by_task = {task: sum(item[0] == task for item in common) for task in sorted({task for task, _ in common})}
-    note = ", ".join(f"{task} {count}" for task, count in by_task.items())
+    counts = Counter(task for task, _ in common)
+    note = ", ".join(f"{task} {count}" for task, count in counts.items())
     if differing:
         note += f"; differing: {', '.join(f'{task} {number}' for task, number in differing[:8])}"
-    pairs = ((_choice_log_likelihoods(ours[item]), _choice_log_likelihoods(theirs[item])) for item in common)
-    largest = max((abs(a - b) for a_side, b_side in pairs for a, b in zip(a_side, b_side, strict=True)), default=0.0)
+    pairs = (zip(_answers(ours[item]), _answers(theirs[item]), strict=True) for item in common)
+    choices = ((a[0], b[0]) for answers in pairs for a, b in answers if not isinstance(a, str))
+    largest = max((abs(float(a) - float(b)) for a, b in choices), default=0.0)
     return [
         Figure("items whose answer or score is not that of lm-eval's hf backend", len(differing) + alone, 0, "", note),
         Figure("largest difference of a choice's log-likelihood", largest, LARGEST_DIFFERENCE),
@@ -319,34 +258,29 @@ def _told(item: Mapping[str, Any]) -> tuple[Any, ...]:
     return answers, filtered, {name: item[name] for name in item["metrics"]}
 
 
-def _choice_log_likelihoods(item: Mapping[str, Any]) -> list[float]:
-    """The log-likelihoods of choices; none for an answer in words."""
-    return [float(answer[0]) for answer in _answers(item) if not isinstance(answer, str)]
-
-
 def _answers(item: Mapping[str, Any]) -> list[Any]:
     """Texts, or for choices [log-likelihood, whether its tokens were the likeliest]."""
     return [answer for of_request in item["resps"] for answer in of_request]
 
 
-def our_items(questions: HarnessQuestions) -> Items:
-    """Started on a rank of its own."""
+def our_items(model: str, tasks: str, names: Sequence[str] = TASKS, limit: int = ITEMS_OF_A_TASK) -> Items:
+    """The items of this model on the tasks of a folder, at most so many of each. Started on a rank of its own."""
     from megatron_peft.config.evaluation import HarnessSettings
     from megatron_peft.evaluation.harness_run import evaluate
 
     torch.set_num_threads(1)
     start_world()
-    output = Path(questions.tasks, "ours.json")
-    sizes: dict[str, Any] = {"limit": questions.limit, "batch_size": HARNESS_BATCH_SIZE}
-    settings = HarnessSettings(questions.names, str(output), (questions.tasks,), log_samples=True, **sizes)
-    evaluate(parse_arguments(["--pretrained-checkpoint", questions.model], saved=saved_values), settings)
+    output = Path(tasks, "ours.json")
+    sizes: dict[str, Any] = {"limit": limit, "batch_size": HARNESS_BATCH_SIZE}
+    settings = HarnessSettings(tuple(names), str(output), (tasks,), log_samples=True, **sizes)
+    evaluate(parse_arguments(["--pretrained-checkpoint", model], saved=saved_values), settings)
     stop()
     path = output.with_suffix(".samples.jsonl")
     samples = (parse_json(line, str(path)) for line in read_text(path).splitlines())
     return _by_task_and_number((sample["task"], sample) for sample in samples)
 
 
-def their_items(questions: HarnessQuestions) -> Items:
+def their_items(model: str, tasks: str, names: Sequence[str] = TASKS, limit: int = ITEMS_OF_A_TASK) -> Items:
     """The items of `lm_eval --model hf`. Started on a rank of its own."""
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -354,10 +288,10 @@ def their_items(questions: HarnessQuestions) -> Items:
     from lm_eval.utils import handle_non_serializable
 
     torch.set_num_threads(1)
-    manager = TaskManager(include_path=questions.tasks, include_defaults=False)
+    manager = TaskManager(include_path=tasks, include_defaults=False)
     backend: Any = HFLM  # its flags are taken from **kwargs
-    model = backend(pretrained=questions.model, device="cpu", dtype="float32", batch_size=HARNESS_BATCH_SIZE)
-    scores: Any = simple_evaluate(model=model, tasks=list(questions.names), task_manager=manager, limit=questions.limit)
+    loaded = backend(pretrained=model, device="cpu", dtype="float32", batch_size=HARNESS_BATCH_SIZE)
+    scores: Any = simple_evaluate(model=loaded, tasks=list(names), task_manager=manager, limit=limit)
     samples = json.loads(json.dumps(scores["samples"], default=handle_non_serializable))
     return _by_task_and_number((task, sample) for task, of_task in samples.items() for sample in of_task)
 

@@ -15,11 +15,10 @@ from megatron_peft.adapters.linear import AdaptedColumnParallelLinear
 from megatron_peft.adapters.rotation import rotate
 from megatron_peft.adapters.urnn import DENSE_UP_TO, StructuredUrnn, rotate_by_fourier
 from megatron_peft.benchmarks.measure import Figure, median_ratio, take_turns
-from megatron_peft.benchmarks.subjects import Setting, Step, join, leave
+from megatron_peft.benchmarks.subjects import Setting, Step, on_ranks
 from megatron_peft.config import PeftConfig
 from megatron_peft.parallel.layout import LinearLayout
 from megatron_peft.runtime import cpu
-from megatron_peft.runtime.ranks import run_ranks
 
 # A linear layer of BOFT beside the frozen layer and HF PEFT's: forward and backward of 1024 tokens at width 2048.
 #
@@ -28,12 +27,11 @@ from megatron_peft.runtime.ranks import run_ranks
 
 WIDTH, NUM_TOKENS, BLOCK_SIZE, NUM_FACTORS = 2048, 1024, 8, 3
 TARGET = 1.25
-TIMEOUT_SECONDS = 1200.0
 
 
-def boft_layer_figures(num_turns: int) -> list[Figure]:
+def boft_layer_figures(setting: Setting) -> list[Figure]:
     """Times over the frozen linear layer's; HF PEFT's for comparison."""
-    seconds = run_ranks(1, time_layers, num_turns, timeout=TIMEOUT_SECONDS)[0]
+    seconds = on_ranks(time_layers, setting)[0]
     frozen = seconds["frozen"]
     return [
         Figure(f"{name} layer / frozen layer", median_ratio(seconds[name], frozen), limit, "", note)
@@ -42,14 +40,10 @@ def boft_layer_figures(num_turns: int) -> list[Figure]:
     ]
 
 
-def time_layers(num_turns: int) -> dict[str, list[float]]:
+def time_layers(setting: Setting) -> dict[str, list[float]]:
     """CPU seconds of every turn by name. Started on a rank."""
-    torch.set_num_threads(1)
-    join(Setting("none"))
     steps = {name: _step(build()) for name, build in LAYERS.items()}
-    seconds = take_turns(steps, num_turns)
-    leave()
-    return seconds
+    return take_turns(steps, setting.turns)
 
 
 def _step(layer: Callable[[Tensor], Tensor]) -> Step:
@@ -99,13 +93,13 @@ LAYERS = {"frozen": partial(_linear, False), "BOFT": partial(_linear, True), "HF
 CROSSOVER_NUM_TOKENS, NUM_FEATURES = 1024, 4096
 
 
-def crossover_figures(num_turns: int) -> list[Figure]:
+def crossover_figures(setting: Setting) -> list[Figure]:
     """Forward and backward of a rotation of 4096 features and 1024 tokens, on both sides of `DENSE_UP_TO`."""
     torch.set_num_threads(1)
     cpu.install()
     figures = []
     for size in (DENSE_UP_TO // 4, DENSE_UP_TO, 2 * DENSE_UP_TO, 4 * DENSE_UP_TO):
-        seconds = take_turns(crossover_steps(size), num_turns)
+        seconds = take_turns(crossover_steps(size), setting.turns)
         ways = ("dense", "fourier") if size <= DENSE_UP_TO else ("fourier", "dense")
         note = "; ".join(f"{name} {median(spent):.3f} CPU s" for name, spent in seconds.items())
         name = f"groups of {size}: {ways[0]} / {ways[1]}"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from megatron_peft.benchmarks.subjects import STEPS, Setting, Step, join, leave
-from megatron_peft.runtime.ranks import run_ranks
+from megatron_peft.benchmarks.subjects import STEPS, Setting, Step, on_ranks
+from megatron_peft.runtime.cpu_kernels import give_back_freed_memory
 from megatron_peft.training.metrics import memory_bytes
 
 # CPU seconds of several steps that take turns, so that whatever else the machine does falls on all of them alike.
@@ -35,24 +35,19 @@ FEWEST_TURNS = 3
 MAX_SECONDS = 300.0  # of wall time: no turn begins after that, so that a benchmark ends on a busy machine too
 
 
-@dataclass(frozen=True)
-class TurnsJob:
-    """Which of `STEPS` take turns, and how often; with those of `floors`, the products that they and "frozen" do not
-    share."""
-
-    setting: Setting
-    names: tuple[str, ...]
-    num_turns: int
-    floors: tuple[str, ...] = ()
+def seconds_of_steps(setting: Setting, names: tuple[str, ...], floors: tuple[str, ...] = ()) -> dict[str, list[float]]:
+    """CPU seconds, over all ranks, of every turn of these `STEPS`; with those of `floors`, the products that they and
+    "frozen" do not share.
+    """
+    by_rank = on_ranks(time_turns, setting, names=names, floors=floors)
+    return {name: [sum(turn) for turn in zip(*(r[name] for r in by_rank), strict=True)] for name in by_rank[0]}
 
 
-def time_turns(job: TurnsJob) -> dict[str, list[float]]:
+def time_turns(setting: Setting, names: tuple[str, ...], floors: tuple[str, ...]) -> dict[str, list[float]]:
     """CPU seconds of every turn on this rank, by name. Started on ranks."""
-    torch.set_num_threads(1)
-    join(job.setting)
-    steps = {name: STEPS[name](job.setting) for name in job.names}
-    logs = {name: products_of(steps[name]) for name in ("frozen", *job.floors) if job.floors}
-    for name in job.floors:
+    steps = {name: STEPS[name](setting) for name in names}
+    logs = {name: products_of(steps[name]) for name in ("frozen", *floors) if floors}
+    for name in floors:
         steps[f"{name} adds"] = products_beyond(logs[name], logs["frozen"])
         steps[f"{name} spares"] = products_beyond(logs["frozen"], logs[name])
     end = time.monotonic() + MAX_SECONDS
@@ -63,9 +58,7 @@ def time_turns(job: TurnsJob) -> dict[str, list[float]]:
         dist.all_reduce(over, dist.ReduceOp.MAX)
         return bool(over)
 
-    seconds = take_turns(steps, job.num_turns, is_late)
-    leave()
-    return seconds
+    return take_turns(steps, setting.turns, is_late)
 
 
 def take_turns(
@@ -87,11 +80,6 @@ def take_turns(
     return seconds
 
 
-def over_ranks(by_rank: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, list[float]]:
-    """CPU seconds of all ranks together, turn by turn."""
-    return {name: [sum(turn) for turn in zip(*(r[name] for r in by_rank), strict=True)] for name in by_rank[0]}
-
-
 def median_ratio(above: Sequence[float], below: Sequence[float]) -> float:
     """The median over the turns of the quotient of seconds."""
     return median(a / b for a, b in zip(above, below, strict=True))
@@ -107,45 +95,28 @@ def cpu_seconds(step: Step) -> float:
 # Resident memory of a process and its peak, as Linux tells them.
 
 MIB = 2**20
-NUM_STEPS = 3
-TIMEOUT_SECONDS = 1200.0
 
 
-@dataclass(frozen=True)
-class Peak:
+class Peak(NamedTuple):
     """Bytes: the largest resident set of a process, and what was resident before the model was built."""
 
     peak: int
     start: int
 
-    @property
-    def above_start(self) -> int:
-        """Bytes beyond those that were held at the start."""
-        return self.peak - self.start
 
-
-@dataclass(frozen=True)
-class StepsJob:
-    """One of `STEPS`, alone."""
-
-    setting: Setting
-    name: str
-    num_steps: int = NUM_STEPS
-
-
-def peak_of_steps(setting: Setting, name: str, num_steps: int = NUM_STEPS) -> Peak:
+def peak_of_steps(setting: Setting, name: str, num_steps: int = 3, keeps_freed: bool = True) -> Peak:
     """The peak of some steps of a subject in a fresh process of one rank."""
-    return run_ranks(1, run_steps, StepsJob(setting, name, num_steps), timeout=TIMEOUT_SECONDS)[0]
+    return on_ranks(run_steps, setting, name=name, num_steps=num_steps, keeps_freed=keeps_freed)[0]
 
 
-def run_steps(job: StepsJob) -> Peak:
-    """Started on a rank."""
-    join(job.setting)
+def run_steps(setting: Setting, name: str, num_steps: int, keeps_freed: bool) -> Peak:
+    """Args: keeps_freed: whether the C library may keep what is freed. Started on a rank."""
+    if not keeps_freed:
+        give_back_freed_memory()
     start, _ = memory_bytes()
-    step = STEPS[job.name](job.setting)
-    for _ in range(job.num_steps):
+    step = STEPS[name](setting)
+    for _ in range(num_steps):
         step()
-    leave()
     return Peak(memory_bytes()[1], start)
 
 
@@ -161,13 +132,10 @@ def peak_of_program(program: str) -> int:
 
 @dataclass(frozen=True)
 class Figure:
-    """One measured number.
+    """One measured number, in `unit` ("" for a ratio).
 
     Args:
-        name: what was measured.
-        measured: in `unit`.
         target: the largest value that is good; None where the number is only for comparison.
-        unit: "" for a ratio.
         note: the numbers behind it.
     """
 

@@ -2,7 +2,8 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from math import prod
 from statistics import mean, median
 from typing import Any
@@ -11,58 +12,31 @@ import torch
 from torch import Tensor, nn
 
 from megatron_peft.adapters.attach import attach_adapters, start_gradients_at_the_embedding
-from megatron_peft.benchmarks.measure import (
-    MIB,
-    Figure,
-    Peak,
-    StepsJob,
-    TurnsJob,
-    cpu_seconds,
-    median_ratio,
-    over_ranks,
-    peak_of_steps,
-    run_steps,
-    time_turns,
-)
+from megatron_peft.benchmarks.measure import MIB, Figure, cpu_seconds, median_ratio, peak_of_steps, seconds_of_steps
 from megatron_peft.benchmarks.subjects import (
     STEPS,
     Setting,
     frozen_step,
-    join,
-    leave,
     load_base,
     lora_ga_start,
     microbatch,
+    on_ranks,
 )
 from megatron_peft.models.families import read_shape
 from megatron_peft.rehearsal.program import ITEM_BYTES, Call
 from megatron_peft.rehearsal.recorder import Recorder, group_names
-from megatron_peft.runtime.cpu_kernels import give_back_freed_memory
-from megatron_peft.runtime.ranks import run_ranks
 
 METHODS = ("lora", "boft", "urnn", "hybrid")
 
 # What a step may take beyond its floor, in hundredths of the frozen base's step. The floor is measured in the same run.
 BOOKKEEPING = {"lora": 5.0, "boft": 8.0, "urnn": 10.0, "hybrid": 16.0}
-LAYOUTS: tuple[dict[str, Any], ...] = (
-    {"tensor_parallel": 1},
-    {"tensor_parallel": 2},
-    {"tensor_parallel": 2, "sequence_parallel": True},
-)
 OVER_FULL = {"frozen": None, "lora": 0.72, "hf-peft-lora": None}
-TIMEOUT_SECONDS = 3600.0
 
 
-def layout_ratio_figures(setting: Setting, num_turns: int) -> list[Figure]:
-    """`ratio_figures` at TP1, TP2 and TP2 with sequence parallelism."""
-    layouts = [dataclasses.replace(setting, **layout) for layout in LAYOUTS]
-    return [figure for layout in layouts for figure in ratio_figures(layout, num_turns)]
-
-
-def ratio_figures(setting: Setting, num_turns: int) -> list[Figure]:
+def ratio_figures(setting: Setting) -> list[Figure]:
     """Each method's step beyond its floor, both over the frozen base's step with the same products; in the note the
     two, the spread, and the ratio to MKL's."""
-    seconds = _take_turns(setting, ("frozen", "frozen-mkl", *METHODS), num_turns, METHODS)
+    seconds = seconds_of_steps(setting, ("frozen", "frozen-mkl", *METHODS), floors=METHODS)
     figures = []
     for name in METHODS:
         step = _ratio(seconds, name, "frozen", None)
@@ -79,23 +53,23 @@ def ratio_figures(setting: Setting, num_turns: int) -> list[Figure]:
     return figures
 
 
-def lora_full_figures(setting: Setting, num_turns: int) -> list[Figure]:
+def lora_full_figures(setting: Setting) -> list[Figure]:
     """The steps of `OVER_FULL` over full fine-tuning's, LoRA over HF PEFT's, and the peak memory of each alone."""
-    seconds = _take_turns(setting, (*OVER_FULL, "full"), num_turns)
+    seconds = seconds_of_steps(setting, (*OVER_FULL, "full"))
     times = [_ratio(seconds, name, "full", limit) for name, limit in OVER_FULL.items()]
     peer = _ratio(seconds, "lora", "hf-peft-lora", 1.0)
     return [*times, peer, *_memory(setting, dict.fromkeys(OVER_FULL))]
 
 
-def hybrid_full_figures(setting: Setting, num_turns: int) -> list[Figure]:
+def hybrid_full_figures(setting: Setting) -> list[Figure]:
     """Time and peak memory of the Hybrid over full fine-tuning's."""
-    seconds = _take_turns(setting, ("hybrid", "full"), num_turns)
+    seconds = seconds_of_steps(setting, ("hybrid", "full"))
     return [_ratio(seconds, "hybrid", "full", 0.80), *_memory(setting, {"hybrid": 0.60})]
 
 
-def rotation_figures(setting: Setting, num_turns: int) -> list[Figure]:
+def rotation_figures(setting: Setting) -> list[Figure]:
     """BOFT over LoRA, uRNN over the frozen base."""
-    seconds = _take_turns(setting, ("frozen", "lora", "boft", "urnn"), num_turns)
+    seconds = seconds_of_steps(setting, ("frozen", "lora", "boft", "urnn"))
     return [_ratio(seconds, "boft", "lora", 1.10), _ratio(seconds, "urnn", "frozen", 1.30)]
 
 
@@ -105,23 +79,17 @@ def _ratio(seconds: dict[str, list[float]], name: str, below: str, limit: float 
     return Figure(f"{name} step / {below} step", ratio, limit, "", f"{spent}; {len(seconds[name])} turns")
 
 
-def _take_turns(
-    setting: Setting, names: tuple[str, ...], num_turns: int, floors: tuple[str, ...] = ()
-) -> dict[str, list[float]]:
-    job = TurnsJob(setting, names, num_turns, floors)
-    return over_ranks(run_ranks(setting.world_size, time_turns, job, timeout=TIMEOUT_SECONDS))
-
-
 def _memory(setting: Setting, limits: dict[str, float | None]) -> list[Figure]:
-    full = peak_of_steps(setting, "full")
+    whole, before = peak_of_steps(setting, "full")
     figures = []
     for name, limit in limits.items():
-        peak = peak_of_steps(setting, name)
+        peak, start = peak_of_steps(setting, name)
+        above, above_of_full = peak - start, whole - before
         note = (
-            f"{peak.above_start / MIB:,.0f} MiB and {full.above_start / MIB:,.0f} MiB above the process before the "
-            f"model ({peak.start / MIB:,.0f} MiB)"
+            f"{above / MIB:,.0f} MiB and {above_of_full / MIB:,.0f} MiB above the process before the model "
+            f"({start / MIB:,.0f} MiB)"
         )
-        figures.append(Figure(f"{name}: peak memory / full's", peak.above_start / full.above_start, limit, "", note))
+        figures.append(Figure(f"{name}: peak memory / full's", above / above_of_full, limit, "", note))
     return figures
 
 
@@ -135,7 +103,7 @@ LIMIT = 1.001  # lambda and what it multiplies are a few scalars
 
 def activations_figures(setting: Setting) -> list[Figure]:
     """BOFT's and uRNN's extra over LoRA's, the Hybrid's over LoRA's and BOFT's together."""
-    kept = run_ranks(1, count_methods, setting, timeout=TIMEOUT_SECONDS)[0]
+    kept = on_ranks(count_methods, setting)[0]
     num_layers = read_shape(setting.checkpoint).num_layers
     extra = {name: (num_bytes - kept["frozen"]) / num_layers for name, num_bytes in kept.items()}
     figures = []
@@ -152,8 +120,6 @@ def activations_figures(setting: Setting) -> list[Figure]:
 
 def count_methods(setting: Setting) -> dict[str, int]:
     """Bytes by method, and of the frozen base. Started on a rank."""
-    torch.set_num_threads(1)
-    join(setting)
     batch = microbatch(setting, read_shape(setting.checkpoint).vocab_size)
     kept = {}
     for name in ("frozen", *METHODS):
@@ -162,32 +128,27 @@ def count_methods(setting: Setting) -> dict[str, int]:
         if name == "frozen":
             start_gradients_at_the_embedding(model)
         else:
-            attach_adapters([model], setting.peft(name), seed=0)
-        saved = SavedBytes(model)
-        with saved:
-            model(batch.tokens, batch.position_ids, None, labels=batch.labels)
-        kept[name] = saved.num_bytes
-    leave()
+            attach_adapters([model], setting.run(name).peft, seed=0)
+        forward = partial(model, batch.tokens, batch.position_ids, None, labels=batch.labels)
+        kept[name] = saved_bytes(model, forward)
     return kept
 
 
-class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
-    """Context manager; counts what autograd keeps while it is entered, but for the tensors of `model`."""
+def saved_bytes(model: nn.Module, forward: Callable[[], Any]) -> int:
+    """Bytes that autograd keeps of a forward, but for the tensors of `model`."""
+    seen = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    held = []  # so that no address is used twice
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(self._keep, lambda tensor: tensor)
-        tensors = [*model.parameters(), *model.buffers()]
-        self._seen = {tensor.untyped_storage().data_ptr() for tensor in tensors}
-        self._held: list[Tensor] = []  # so that no address is used twice
-        self.num_bytes = 0
-
-    def _keep(self, tensor: Tensor) -> Tensor:
+    def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._seen:
-            self._seen.add(storage.data_ptr())
-            self._held.append(tensor)
-            self.num_bytes += storage.nbytes()
+        if storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            held.append(storage)
         return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        forward()
+    return sum(storage.nbytes() for storage in held)
 
 
 # Collectives of a LoRA step beside those of a step of the frozen base, and of a Hybrid step beside LoRA's.
@@ -201,18 +162,8 @@ EXTRA_BYTES_ALLOWED = 1.03
 MOST_NUMBERS = 8  # of a sum of losses, a norm, a count of tokens
 
 
-def collectives_figures(setting: Setting) -> list[Figure]:
-    """LoRA beside the frozen base and the Hybrid beside LoRA, at TP2 and at TP2 with sequence parallelism."""
-    layouts = [dataclasses.replace(setting, tensor_parallel=2, sequence_parallel=split) for split in (False, True)]
-    return [figure for layout in layouts for figure in _compare(layout)]
-
-
 def log_steps(setting: Setting) -> dict[str, list[Call]]:
-    """The calls of one step of the frozen base of megatron-core's own layers, of LoRA and of the Hybrid, on this rank.
-
-    Started on ranks.
-    """
-    join(setting)
+    """The calls of a step of megatron-core's own frozen base, LoRA and the Hybrid, on this rank. Started on ranks."""
     calls = {}
     for name, step_name in {"frozen": "frozen-mkl", "lora": "lora", "hybrid": "hybrid"}.items():
         step = STEPS[step_name](setting)
@@ -222,7 +173,6 @@ def log_steps(setting: Setting) -> dict[str, list[Call]]:
         # Where a call is waited for is not compared.
         made = [entry for entry in log.entries() if isinstance(entry, Call)]
         calls[name] = [dataclasses.replace(call, handle=None) for call in made]
-    leave()
     return calls
 
 
@@ -231,16 +181,19 @@ def num_elements(call: Call) -> int:
     return sum(map(prod, call.shapes)) * (len(call.group) if call.operation == "all_gather" else 1)
 
 
-def _compare(setting: Setting) -> list[Figure]:
+def collectives_figures(setting: Setting) -> list[Figure]:
+    """LoRA beside the frozen base, and the Hybrid beside LoRA."""
+
     def width(call: Call) -> int:
         """Elements of the last axis."""
         return call.shapes[0][-1] if call.shapes and call.shapes[0] else 1
 
-    calls = run_ranks(setting.world_size, log_steps, setting)[0]
+    calls = on_ranks(log_steps, setting)[0]
     frozen, lora, hybrid = (
         [call for call in calls[name] if num_elements(call) > MOST_NUMBERS] for name in ("frozen", "lora", "hybrid")
     )
-    extra, hybrids = _extra_calls(frozen, lora), _extra_calls(lora, hybrid)
+    # What one step has and the other has not, equal calls cancelling one by one.
+    extra, hybrids = ([*(Counter(more) - Counter(base)).elements()] for base, more in ((frozen, lora), (lora, hybrid)))
     wide = [call for call in extra if call.operation != "all_reduce" and width(call) > setting.rank]
     sums = [call for call in extra if call.operation == "all_reduce"]
     # Flat ones are sums of gradients and of lambdas' norms; the others carry activations.
@@ -258,11 +211,6 @@ def _compare(setting: Setting) -> list[Figure]:
         Figure(f"{hybrid_its} calls above LoRA's", over_lora, allowed, "calls", calls_behind),
         Figure(f"{hybrid_its} calls wider than r above LoRA's", len(hybrids_wide), 0, "calls", _names(hybrids)),
     ]
-
-
-def _extra_calls(base: Sequence[Call], more: Sequence[Call]) -> list[Call]:
-    """What `more` has and `base` has not, equal calls cancelling one by one."""
-    return list((Counter(more) - Counter(base)).elements())
 
 
 def _bytes(calls: Sequence[Call]) -> int:
@@ -289,9 +237,10 @@ MAX_RATIO, MAX_EXTRA_MIB = 2.3, 100.0
 
 def lora_ga_start_figures(setting: Setting) -> list[Figure]:
     """A start from eight batches; memory of a start from one, since no batch adds to it."""
-    frozen, start = run_ranks(1, time_start, setting, timeout=TIMEOUT_SECONDS)[0]
-    jobs = [StepsJob(setting, name, num_steps=1) for name in ("lora-ga-start", "frozen")]
-    peaks = [run_ranks(1, run_steps_giving_back, job, timeout=TIMEOUT_SECONDS)[0].peak / MIB for job in jobs]
+    frozen, start = on_ranks(time_start, setting)[0]
+    peaks = [
+        peak_of_steps(setting, name, num_steps=1, keeps_freed=False).peak / MIB for name in ("lora-ga-start", "frozen")
+    ]
     note = f"{start:.2f} and {frozen:.2f} CPU s a batch; {NUM_BATCHES} batches"
     sizes = f"peaks of {peaks[0]:,.0f} and {peaks[1]:,.0f} MiB"
     more = peaks[0] - peaks[1]
@@ -301,20 +250,11 @@ def lora_ga_start_figures(setting: Setting) -> list[Figure]:
     ]
 
 
-def run_steps_giving_back(job: StepsJob) -> Peak:
-    """`run_steps` of a process that keeps nothing of what it frees. Started on a rank."""
-    give_back_freed_memory()
-    return run_steps(job)
-
-
 def time_start(setting: Setting) -> tuple[float, float]:
     """CPU seconds a batch of the frozen base (half of them before the start, half after) and of the start."""
-    torch.set_num_threads(1)
-    join(setting)
     frozen, start = frozen_step(setting), lora_ga_start(setting, NUM_BATCHES)
     frozen()
     before = [cpu_seconds(frozen) for _ in range(NUM_BATCHES // 2)]
     whole = cpu_seconds(start)
     after = [cpu_seconds(frozen) for _ in range(NUM_BATCHES // 2)]
-    leave()
     return mean(before + after), whole / NUM_BATCHES

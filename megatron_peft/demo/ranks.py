@@ -42,16 +42,13 @@ def _train_and_score(folder: str, *flags: str, tells: bool) -> None:
         trained = finetune(config)
         if trained.state.position.iteration < trained.data.train_iters:
             raise KeyboardInterrupt  # it was asked to stop, and has saved
-        title, limit = "scoring the {} model", MOST_NEW_TOKENS
-        score_model(trained, title.format("trained"), Path(folder, AFTER), loss=last_loss(), max_new_tokens=limit)
+        # Training ends with a validation: of all held-out messages, unless --eval-iters said otherwise.
+        last = read_metrics(Path(str(config.checkpoint.save), METRICS_FILE))[-1]
+        loss = last.get("validation_loss") if config.training.eval_iters is None else None
+        limit = MOST_NEW_TOKENS
+        score_model(trained, "scoring the trained model", Path(folder, AFTER), loss=loss, max_new_tokens=limit)
         restore_base(unwrap_model(trained.state.model_chunks), config, trained.state.shape)
-        score_model(trained, title.format("base"), Path(folder, BEFORE), max_new_tokens=limit)
-
-    def last_loss() -> float | None:
-        """Training ends with a validation: of all held-out messages, unless --eval-iters said otherwise."""
-        assert config.checkpoint.save is not None
-        records = read_metrics(Path(config.checkpoint.save) / METRICS_FILE)
-        return records[-1].get("validation_loss") if config.training.eval_iters is None else None
+        score_model(trained, "scoring the base model", Path(folder, BEFORE), max_new_tokens=limit)
 
     with world(config.parallel.distributed_backend, config.parallel.distributed_timeout_minutes):
         run_together(train_and_score, program=PROGRAM)

@@ -10,7 +10,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +37,8 @@ BEFORE, AFTER = "before.json", "after.json"  # scores that the ranks write
 
 @dataclass(frozen=True)
 class DemoScore:
-    """The score of one model on the held-out messages, and its file.
-
-    BLEU is from 0 to 100; the loss is the mean over the completions' tokens; `translations` are in the order of the
-    messages.
+    """The score of one model on the held-out messages, and its file: BLEU from 0 to 100, the mean loss of the
+    completions' tokens, and the translations in the order of the messages.
     """
 
     bleu: float
@@ -67,50 +65,14 @@ ITERATIONS = 44  # of two packs, about twelve messages: a fifth of an epoch
 SCORED_OF = 2  # one held-out message in so many is scored
 MOST_NEW_TOKENS = 32  # no held-out completion of a short message has more
 NUM_EXAMPLES = 7
+CHECKPOINTS = "checkpoints"  # --save, in the folder of a method
+Report = Mapping[str, Any]  # what report.json holds
 
 
-@dataclass(frozen=True)
-class Translation:
-    """A message, how it should read, and what the model said before and after training."""
+def run_demo(folder: Path, method: str = PeftConfig.method, extra_flags: Sequence[str] = ()) -> Report:
+    """Run what is missing under `folder`; writes report.json and report.png. `extra_flags` override the demo's own.
 
-    source: str
-    reference: str
-    before: str
-    after: str
-
-
-@dataclass(frozen=True)
-class DemoReport:
-    """What report.json holds. BLEU is sacreBLEU's, 0 to 100; losses are means over the held-out completions' tokens.
-
-    seconds: of the whole call that wrote the report, less in a second call; training_seconds: of the training steps.
-    """
-
-    bleu_before: float
-    bleu_after: float
-    validation_loss_before: float
-    validation_loss_after: float
-    pipeline_parallel_size: int
-    trainable_parameters: int
-    seconds: float
-    training_seconds: float
-    method: str
-    iterations: int
-    training_messages: int
-    held_out_messages: int
-    bleu_signature: str
-    translations: tuple[Translation, ...]
-
-
-def run_demo(folder: Path, method: str = PeftConfig.method, extra_flags: Sequence[str] = ()) -> DemoReport:
-    """Run what is missing under `folder`; writes report.json and report.png.
-
-    Args:
-        method: of --peft-method.
-        extra_flags: for pretrain_peft.py; they override the demo's own.
-
-    Raises:
-        ConfigurationError: a flag is wrong (before any download); a download, the training or a scoring failed.
+    Raises ConfigurationError: a flag is wrong (before any download); a download, the training or a scoring failed.
     """
     started_at = time.monotonic()
     unread = training_flags(Path("model"), PairFiles(Path("train.jsonl"), Path("valid.jsonl")), method)
@@ -118,39 +80,36 @@ def run_demo(folder: Path, method: str = PeftConfig.method, extra_flags: Sequenc
     _print_progress(f"model and messages in {folder}")
     model = prepare_model(folder / "model", folder / "downloads")
     files = _short_files(prepare_pairs(folder / "data", folder / "downloads"))
-    run = folder / method
-    before, after = _trained(run, [*training_flags(model, files, method), *extra_flags])
-    records, lambdas = read_metrics(run / CHECKPOINTS / METRICS_FILE), run / CHECKPOINTS / LAMBDA_FILE
+    save = folder / method / CHECKPOINTS
+    before, after = _trained(folder / method, [*training_flags(model, files, method), *extra_flags])
+    records, lambdas = read_metrics(save / METRICS_FILE), save / LAMBDA_FILE
     held_out = read_pairs(files.valid)
     # Examples spread evenly over the held-out messages, not the best ones.
     chosen = range(0, len(held_out), max(len(held_out) // NUM_EXAMPLES, 1))[:NUM_EXAMPLES]
-    examples = tuple(
-        Translation(held_out[at].english, held_out[at].french, before.translations[at], after.translations[at])
-        for at in chosen
-    )
-    report = DemoReport(
-        bleu_before=before.bleu,
-        bleu_after=after.bleu,
-        validation_loss_before=before.validation_loss,
-        validation_loss_after=after.validation_loss,
-        pipeline_parallel_size=PIPELINE_PARALLEL_SIZE,
-        trainable_parameters=after.trainable_parameters,
-        seconds=time.monotonic() - started_at,
-        training_seconds=sum(record["step_seconds"] for record in records),
-        method=method,
-        iterations=records[-1]["iteration"],
-        training_messages=len(read_pairs(files.train)),
-        held_out_messages=len(held_out),
-        bleu_signature=after.bleu_signature,
-        translations=examples,
-    )
-    _write_json(folder / "report.json", asdict(report))
-    samples = [  # for `megatron-peft report` of the run
-        {"prompt": Pair(shown.source, "").prompt, **{name: getattr(shown, name) for name in SAMPLE_FIELDS[1:]}}
-        for shown in examples
-    ]
-    lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
-    write_atomically(run / CHECKPOINTS / SAMPLES_FILE, lines)
+    examples = [(held_out[at], before.translations[at], after.translations[at]) for at in chosen]
+    report = {
+        "bleu_before": before.bleu,  # sacreBLEU's, from 0 to 100
+        "bleu_after": after.bleu,
+        "validation_loss_before": before.validation_loss,  # means over the held-out completions' tokens
+        "validation_loss_after": after.validation_loss,
+        "pipeline_parallel_size": PIPELINE_PARALLEL_SIZE,
+        "trainable_parameters": after.trainable_parameters,
+        "seconds": time.monotonic() - started_at,  # of this call; less in a second one
+        "training_seconds": sum(record["step_seconds"] for record in records),
+        "method": method,
+        "iterations": records[-1]["iteration"],
+        "training_messages": len(read_pairs(files.train)),
+        "held_out_messages": len(held_out),
+        "bleu_signature": after.bleu_signature,
+        "translations": [
+            {"source": pair.english, "reference": pair.french, "before": untrained, "after": trained}
+            for pair, untrained, trained in examples
+        ],
+    }
+    _write_json(folder / "report.json", report)
+    # For `megatron-peft report` of the run.
+    samples = [dict(zip(SAMPLE_FIELDS, (pair.prompt, pair.french, *said), strict=True)) for pair, *said in examples]
+    write_atomically(save / SAMPLES_FILE, "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples))
     with waiting("drawing the picture"):
         draw_picture(folder / "report.png", report, records, read_metrics(lambdas) if lambdas.exists() else [])
     return report
@@ -188,9 +147,6 @@ def training_flags(model: Path, files: PairFiles, method: str) -> list[str]:
     return [*words, "--pack-sequences"]
 
 
-CHECKPOINTS = "checkpoints"  # --save, in the folder of a method
-
-
 def _trained(folder: Path, flags: list[str]) -> tuple[DemoScore, DemoScore]:
     """Scores of the base and the trained model, of an earlier call with these flags; else trains and scores them."""
     record, scores = folder / "flags.json", (folder / BEFORE, folder / AFTER)
@@ -211,8 +167,7 @@ def _launch(*argv: str) -> None:
     """Run `demo.ranks` on this machine, with its output on our terminal. SystemExit: a rank has said what is wrong."""
     os.environ.update(ENVIRONMENT)
     launch = {"nproc_per_node": str(PIPELINE_PARALLEL_SIZE)}
-    ended = start_processes(RANKS, argv, launch, PROGRAM)
-    if ended:
+    if ended := start_processes(RANKS, argv, launch, PROGRAM):
         raise SystemExit(ended)
 
 
@@ -231,18 +186,16 @@ MOST_LINES = 3  # of a cell
 
 
 def draw_picture(
-    path: Path, report: DemoReport, records: Sequence[Mapping[str, Any]], lambdas: Sequence[Mapping[str, Any]] = ()
+    path: Path, report: Report, records: Sequence[Mapping[str, Any]], lambdas: Sequence[Mapping[str, Any]] = ()
 ) -> None:
     """Draw the run into a PNG: loss, gradient norm, BLEU before and after, translations beside the reference.
 
-    Args:
-        path: of the picture; replaced as a whole.
-        records: lines of metrics.jsonl: iteration, loss, grad_norm, validation_loss where it was measured.
-        lambdas: lines of lambda.jsonl, drawn above the translations; empty for methods other than the Hybrid.
+    Args: records: lines of metrics.jsonl; lambdas: of lambda.jsonl, drawn above the translations (a Hybrid's).
     """
-    heights = [4.2, *([LAMBDA_INCHES] if lambdas else []), 0.6 + 0.62 * len(report.translations)]
+    heights = [4.2, *([LAMBDA_INCHES] if lambdas else []), 0.6 + 0.62 * len(report["translations"])]
     figure = plots.new_figure(13, sum(heights) + 0.5)
-    title = f"SmolLM2-135M, English to French: {report.method} over {report.pipeline_parallel_size} pipeline stages"
+    stages = report["pipeline_parallel_size"]
+    title = f"SmolLM2-135M, English to French: {report['method']} over {stages} pipeline stages"
     figure.suptitle(title, fontsize=14, fontweight="bold")
     rows = figure.add_gridspec(len(heights), 1, height_ratios=heights)
     curves, *middle, texts = [figure.add_subfigure(rows[at]) for at in range(len(heights))]
@@ -251,16 +204,16 @@ def draw_picture(
     iterations, losses = plots.series(records, "loss")
     left.plot(iterations, losses, color=plots.AFTER, linewidth=1.8, label="training")
     measured = dict(zip(*plots.series(records, "validation_loss"), strict=True))
-    measured |= {0: report.validation_loss_before, max(iterations, default=1): report.validation_loss_after}
+    ends = report["validation_loss_before"], report["validation_loss_after"]
+    measured |= dict(zip((0, max(iterations, default=1)), ends, strict=True))
     left.plot(*zip(*sorted(measured.items()), strict=True), "o--", color="#d1242f", markersize=5, label="held out")
     left.legend(frameon=False)
     center.plot(*plots.series(records, "grad_norm"), color=plots.AFTER, linewidth=1.8)
     for axes, name in ((left, "Loss"), (center, "Gradient norm")):
         plots.style(axes, name, "iteration")
-    scores, colors = [report.bleu_before, report.bleu_after], [plots.BEFORE, plots.AFTER]
-    right.bar_label(
-        right.bar(["before", "after"], scores, color=colors, width=0.6), fmt="%.1f", padding=3, weight="bold"
-    )
+    scores, colors = [report["bleu_before"], report["bleu_after"]], [plots.BEFORE, plots.AFTER]
+    bars = right.bar(["before", "after"], scores, color=colors, width=0.6)
+    right.bar_label(bars, fmt="%.1f", padding=3, weight="bold")
     right.margins(y=0.15)
     plots.style(right, "BLEU")
 
@@ -268,17 +221,17 @@ def draw_picture(
         plots.draw_lambdas_into(part, *plots.read_lines(lambdas))
     axes = texts.subplots()
     axes.axis("off")
-    if report.translations:
-        _draw_translations(axes, report.translations)
+    if report["translations"]:
+        _draw_translations(axes, report["translations"])
     plots.save_png(figure, path)
 
 
-def _draw_translations(axes: Axes, translations: Sequence[Translation]) -> None:
+def _draw_translations(axes: Axes, translations: Sequence[Mapping[str, str]]) -> None:
     def wrapped(text: str) -> str:
         lines = textwrap.wrap(text, COLUMN_CHARACTERS, max_lines=MOST_LINES, placeholder=" …")
         return "\n".join(lines) or "(nothing)"
 
-    cells = [[wrapped(text) for text in astuple(translation)] for translation in translations]
+    cells = [list(map(wrapped, translation.values())) for translation in translations]
     table = axes.table(cells, colLabels=COLUMNS, cellLoc="left", colLoc="left", bbox=Bbox.unit())
     table.auto_set_font_size(False)
     table.set_fontsize(9)
@@ -297,28 +250,29 @@ def _draw_translations(axes: Axes, translations: Sequence[Translation]) -> None:
 NUM_SHOWN = 4  # translations on the terminal
 
 
-def print_report(report: DemoReport, folder: Path, console: Console | None = None) -> None:
+def print_report(report: Report, folder: Path, console: Console | None = None) -> None:
     """Scores before and after, what was trained, a few translations, and where to find the rest."""
     console = Console() if console is None else console
-    scores = Table("", title=f"{report.held_out_messages} held-out messages")
-    for column in ("before", "after"):
-        scores.add_column(column, justify="right")
-    scores.add_row("BLEU", f"{report.bleu_before:.1f}", f"{report.bleu_after:.1f}")
-    scores.add_row("validation loss", f"{report.validation_loss_before:.3f}", f"{report.validation_loss_after:.3f}")
-    translations = Table("English", "Reference", "Before", "After", show_lines=True)
-    for example in report.translations[:NUM_SHOWN]:
-        translations.add_row(example.source, example.reference, example.before, example.after)
+    scores = Table("", title=f"{report['held_out_messages']} held-out messages")
+    for when in ("before", "after"):
+        scores.add_column(when, justify="right")
+    for title, name, digits in (("BLEU", "bleu", 1), ("validation loss", "validation_loss", 3)):
+        scores.add_row(title, *(f"{report[f'{name}_{when}']:.{digits}f}" for when in ("before", "after")))
+    translations = Table(*COLUMNS, show_lines=True)
+    for example in report["translations"][:NUM_SHOWN]:
+        translations.add_row(*example.values())
     console.print(scores, translations, markup=False)
 
     # To ask the trained model something of one's own, and to look at its run.
-    program, run = Path(sys.executable).with_name("megatron-peft"), folder / report.method / CHECKPOINTS
+    program, run = Path(sys.executable).with_name("megatron-peft"), folder / report["method"] / CHECKPOINTS
     if program.is_relative_to(Path.cwd()):
         program = program.relative_to(Path.cwd())
     asked = Pair("Open the file", "").prompt.replace("\n", "\\n")
+    stages, spent = report["pipeline_parallel_size"], f"{report['training_seconds']:.0f} s"
     console.print(
-        f"{report.method}: {report.trainable_parameters:,} trainable parameters, {report.iterations} iterations in "
-        f"{report.training_seconds:.0f} s on {report.pipeline_parallel_size} pipeline stages; "
-        f"{report.seconds:.0f} s in all.\n{folder / 'report.json'}, {folder / 'report.png'}\n\nTry next:\n"
+        f"{report['method']}: {report['trainable_parameters']:,} trainable parameters, {report['iterations']} "
+        f"iterations in {spent} on {stages} pipeline stages; {report['seconds']:.0f} s in all.\n"
+        f"{folder / 'report.json'}, {folder / 'report.png'}\n\nTry next:\n"
         f"  {program} generate --load {run} --prompt $'{asked}'\n  {program} report {run}",
         markup=False,
         highlight=False,

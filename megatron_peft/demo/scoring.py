@@ -9,14 +9,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.utils import unwrap_model
 
 from megatron_peft.checkpoint.load import load_checkpoint
 from megatron_peft.cli.parser import parse_arguments
 from megatron_peft.config import RunConfig, require_packages
-from megatron_peft.data.build import build_data
 from megatron_peft.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_peft.demo.data import Pair, read_pairs
 from megatron_peft.demo.run import DemoScore
@@ -25,7 +23,7 @@ from megatron_peft.evaluation.generation import GenerationSettings, generate
 from megatron_peft.models.families import read_shape
 from megatron_peft.runtime.failure import run_together
 from megatron_peft.runtime.launch import start_model_parallel, world
-from megatron_peft.training.run import Finetuned, build_state
+from megatron_peft.training.run import Finetuned, build_state, data_of_rank
 from megatron_peft.training.terminal import count_parameters
 from megatron_peft.training.validation import validation_loss
 
@@ -81,16 +79,11 @@ def score_model(
 def score(config: RunConfig, output: Path) -> None:
     """Write the score of the model that `config` describes to `output`. A collective over all ranks."""
     require_packages("demo", "sacrebleu")
-    assert config.model.pretrained_checkpoint is not None
-    shape = read_shape(config.model.pretrained_checkpoint)
+    base = str(config.model.pretrained_checkpoint)
+    shape = read_shape(base)
     start_model_parallel(config.parallel, config.training.seed)
-    tokenizer = build_tokenizer(config.data, config.model.pretrained_checkpoint)
-    data = build_data(
-        config,
-        tokenizer,
-        data_parallel_rank=parallel_state.get_data_parallel_rank(),
-        data_parallel_size=parallel_state.get_data_parallel_world_size(),
-    )
+    tokenizer = build_tokenizer(config.data, base)
+    data = data_of_rank(config, tokenizer, shape)
     state = build_state(config, shape, data.train_iters)
     load_checkpoint(state)
     score_model(Finetuned(state, data, tokenizer), "scoring", output)

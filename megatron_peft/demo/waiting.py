@@ -16,10 +16,7 @@ SECONDS_OF_SILENCE = 3.0  # at most, in a file
 def waiting(text: str, enabled: bool = True, total: int | None = None) -> Iterator[Callable[[int], None]]:
     """Tell `text`, and that it goes on: at a terminal a bar that moves, in a file a line every three seconds.
 
-    Yields a function to call with how many of `total` have just been done, where that is known.
-
-    Args:
-        enabled: whether this process tells it.
+    Yields a function to call with how many of `total` have just been done. `enabled`: whether this process tells it.
     """
     console, done = Console(), 0
 

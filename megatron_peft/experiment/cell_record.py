@@ -6,20 +6,20 @@ are those of the experiment's file: cells whose flags were changed run again.
 
 import hashlib
 import json
-import math
 import platform
 import re
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from megatron_peft.checkpoint.folders import write_atomically
 from megatron_peft.config import ConfigurationError
 from megatron_peft.config.untrusted import read_json_object
-from megatron_peft.experiment.spec import Cell, Group, ScoreSpec
+from megatron_peft.experiment.spec import Cell, ScoreSpec
 from megatron_peft.training.metrics import finite
 
 CELLS = "cells"
@@ -38,13 +38,12 @@ class CellRecord(Cell):
     """The record of a cell that ended: the cell as it was, and what came of it.
 
     Attributes:
-        status: "trained" or "failed".
+        status: "trained" or "failed"; reason: of the failure, the end of the log.
         validation_loss: at the end of the run; None if it failed or measured none.
         curves: name -> [[iteration, epoch, value], ...].
         lambdas: the Hybrid's of each layer, {"iterations": [...], "by_layer": {layer: [...]}}; empty for other methods.
         epoch_seconds: time of one pass over the training data, from the mean time of a step.
         scores: name of the metric -> number; empty until it is scored.
-        reason: of the failure, the end of the log.
         provenance: "training" and "score" -> the source of each; empty in older records.
     """
 
@@ -90,7 +89,9 @@ def write_record(folder: Path, cell: Cell, record: CellRecord) -> None:
     """Write the cell's record, whole or not at all."""
     path = cell_file(folder, cell)
     path.parent.mkdir(parents=True, exist_ok=True)
-    values = {name: value for name, value in finite(asdict(record)).items() if value or name != "provenance"}
+    values = finite(asdict(record))
+    if not record.provenance:
+        del values["provenance"]
     values |= {OWN_DIGEST: json_digest(values)}
     lines = [f" {json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}" for name, value in values.items()]
     write_atomically(path, "{\n" + ",\n".join(lines) + "\n}\n")  # a field a line, for diffs
@@ -179,95 +180,23 @@ def versions() -> dict[str, str]:
     """Versions of Python and of the packages that the numbers depend on, without those that are not installed."""
     installed = {"python": platform.python_version(), "machine": platform.machine()}
     for package in PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             installed[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return installed | source_version()
 
 
 def source_version() -> dict[str, str]:
     """The commit of this source, and whether it has changes; empty outside a git checkout."""
-
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
+    git = ["git", "-C", str(Path(__file__).parent)]
+    state = ["status", "--porcelain", "--untracked-files=no", ":/"]
     try:
-        commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no", ":/")
+        commit, changes = (
+            subprocess.check_output([*git, *words], text=True, stderr=subprocess.DEVNULL).strip()
+            for words in (["rev-parse", "HEAD"], state)
+        )
     except (OSError, subprocess.CalledProcessError):
         return {}
     return {"commit": commit + (" with changes" if changes else "")}
-
-
-# The next work is derived from the records alone, so a new runner continues where a killed one stopped. A group's grid
-# runs with the tuning seed. Then the point with the least validation loss at the end of its run is chosen, whatever the
-# scores, and its other seeds are run and scored.
-
-
-@dataclass(frozen=True)
-class Work:
-    """A cell to train, or a trained one to score."""
-
-    kind: Literal["train", "score"]
-    cell: Cell
-    score: ScoreSpec | None = None
-
-
-@dataclass(frozen=True)
-class GroupProgress:
-    """The state of a group: records of its grid, the chosen point, records of its final cells, and how many scored."""
-
-    tuning: tuple[CellRecord | None, ...]
-    best: int | None
-    finals: tuple[CellRecord | None, ...]
-    num_scored: int
-    is_scored: bool  # whether the task has a score
-
-    @property
-    def is_done(self) -> bool:
-        """Whether all final runs are trained, and scored if the task has a score."""
-        trained = bool(self.finals) and all(record is not None and record.is_trained for record in self.finals)
-        return trained and (not self.is_scored or self.num_scored == len(self.finals))
-
-
-def progress(folder: Path, group: Group, gave_up: Set[str] = frozenset()) -> GroupProgress:
-    """Args: gave_up: keys of cells that failed in this runner; a grid is complete without them."""
-    tuning = tuple(read_cell_record(folder, cell) for cell in group.tuning)
-    best = _best(group, tuning, gave_up)
-    finals = () if best is None else tuple(read_cell_record(folder, cell) for cell in group.finals[best])
-    score = group.task.score
-    scored = sum(score is not None and record is not None and record.has_scores(score) for record in finals)
-    return GroupProgress(tuning, best, finals, scored, score is not None)
-
-
-def _best(group: Group, tuning: tuple[CellRecord | None, ...], gave_up: Set[str]) -> int | None:
-    """The point of the grid with the least validation loss, the first of equals; None until all were tried, or if no
-    loss is finite. A single point is chosen in any case."""
-    losses: dict[int, float] = {}
-    for at, (cell, record) in enumerate(zip(group.tuning, tuning, strict=True)):
-        if record is not None and record.is_trained:
-            loss = math.inf if record.validation_loss is None else record.validation_loss
-            if len(group.tuning) == 1 or math.isfinite(loss):
-                losses[at] = loss
-        elif cell.key not in gave_up:
-            return None
-    return min(losses, key=losses.__getitem__, default=None)
-
-
-def work(
-    folder: Path, group: Group, has_checkpoint: Callable[[Cell], bool], gave_up: Set[str] = frozenset()
-) -> Iterator[Work]:
-    """The work of the group that can start now, in order. A cell without a checkpoint is trained before scoring."""
-    now = progress(folder, group, gave_up)
-    finals = () if now.best is None else group.finals[now.best]
-    for cell, record in (*zip(group.tuning, now.tuning, strict=True), *zip(finals, now.finals, strict=True)):
-        if cell.key not in gave_up and (record is None or not record.is_trained):
-            yield Work("train", cell)
-    score = group.task.score
-    for cell, record in zip(finals, now.finals, strict=True):
-        if score and record and record.is_trained and cell.key not in gave_up and not record.has_scores(score):
-            yield Work("score", cell, score) if has_checkpoint(cell) else Work("train", cell)
 
 
 # Provenance: when the runner starts a process, it records digests (sha256) of the experiment's file, of the cell's
@@ -282,17 +211,20 @@ def source_of(experiment: str, cell: Cell, score: ScoreSpec | None = None) -> di
 
     Args: experiment: the text of the experiment's file.
     """
-    paths = _data_files(score.command if score else cell.flags)
+    files: dict[str, str] = {}  # that the data flags of the command name, with those of a prefix and of a folder
+    for flag, words in _by_flag(score.command if score else cell.flags).items():
+        for path in map(Path, words if flag in DATA_FLAGS else ()):
+            candidates = sorted(path.iterdir()) if path.is_dir() else [path, Path(f"{path}.bin"), Path(f"{path}.idx")]
+            files |= {str(file): file_digest(file) for file in candidates if file.is_file()}
     return {
         "experiment_sha256": hashlib.sha256(experiment.encode()).hexdigest(),
         "cell_sha256": _cell_digest(cell, score),
-        "data_sha256": {str(path): file_digest(path) for path in paths},
+        "data_sha256": files,
         **(source_version() if score else {}),
     }
 
 
 def _cell_digest(cell: Cell, score: ScoreSpec | None = None) -> str:
-    """Digest of what the cell's training follows from, or its score."""
     return json_digest([_declared(cell), asdict(score)] if score else _declared(cell))
 
 
@@ -305,15 +237,6 @@ def file_digest(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _data_files(words: Sequence[str]) -> Iterator[Path]:
-    """The files that the data flags of a command name, with those of an indexed prefix and of a folder."""
-    for flag, values in _by_flag(words).items():
-        for word in values if flag in DATA_FLAGS else ():
-            path = Path(word)
-            candidates = sorted(path.iterdir()) if path.is_dir() else [path, Path(f"{word}.bin"), Path(f"{word}.idx")]
-            yield from filter(Path.is_file, candidates)
 
 
 def _by_flag(words: Sequence[str]) -> dict[str, list[str]]:

@@ -18,10 +18,9 @@ MARKDOWN, HTML = "report.md", "report.html"
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and its content: figures, texts, then tables.
+    """A heading and its content: figures by the names of their files, texts, then tables.
 
     Attributes:
-        figures: by the names of their files.
         is_papers: whether it shows the paper's numbers, which were not measured here.
         is_folded: whether the page shows the heading only, until it is clicked.
     """

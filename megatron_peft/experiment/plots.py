@@ -2,7 +2,7 @@
 
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -15,16 +15,14 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
 
 from megatron_peft.checkpoint.folders import write_atomically
-from megatron_peft.experiment.cell_record import CellRecord
-from megatron_peft.experiment.results import Result, Results, metrics
-from megatron_peft.experiment.tables import Row, Table, format_number, shown_metrics
+from megatron_peft.experiment.results import Result, Results, metrics, shown_metrics
+from megatron_peft.experiment.tables import Row, Table, format_number
 
 # What the plots have in common: a figure without a display, the look of its axes, and its files.
 
 GUIDE, INK = "#d0d7de", "#24292f"
 BEFORE, AFTER = "#9aa5b1", "#1f6feb"
 COLOURS = ("#1f6feb", "#d1242f", "#1a7f37", "#9a6700", "#8250df", "#0a7f8c", "#bf3989", "#57606a", "#e16f24", "#24292f")
-DOTS_AN_INCH = 120
 
 
 def new_figure(width: float, height: float, title: str = "") -> Figure:
@@ -73,13 +71,11 @@ def save(figure: Figure, folder: Path, name: str) -> None:
 def save_png(figure: Figure, path: Path) -> None:
     """A picture of pixels, whole or not at all."""
     output = io.BytesIO()
-    figure.savefig(output, format="png", dpi=DOTS_AN_INCH)
+    figure.savefig(output, format="png", dpi=120)
     write_atomically(path, output.getvalue())
 
 
 # The headline: the first score of each task, a dot for each run.
-
-PANELS_A_ROW = 3
 
 
 def draw_results(rows: Sequence[Row]) -> Figure:
@@ -88,7 +84,7 @@ def draw_results(rows: Sequence[Row]) -> Figure:
     for row in rows:
         if row.metric == shown_metrics(row.result.group.task)[0]:
             panels.setdefault((row.result.model, row.result.task), []).append(row)
-    across = min(len(panels), PANELS_A_ROW)
+    across = min(len(panels), 3)
     down = -(-len(panels) // across)
     figure = new_figure(4.2 * across if across > 1 else 6.5, 3.4 * down)
     grid = figure.subplots(down, across, squeeze=False)
@@ -114,28 +110,13 @@ def draw_results(rows: Sequence[Row]) -> Figure:
 
 # Time per epoch and peak memory of each method, by model.
 
-Measure = Callable[[CellRecord], float | None]
+STEP, EPOCH, MEMORY = ("step_seconds", 1.0), ("epoch_seconds", 60.0), ("peak_memory_bytes", 1e9)  # field, unit
 
 
-def epoch_minutes(record: CellRecord) -> float | None:
-    """Minutes that an epoch took; None if it was not recorded."""
-    return record.epoch_seconds and record.epoch_seconds / 60
-
-
-def peak_gigabytes(record: CellRecord) -> float | None:
-    """Peak memory of the run in GB (1e9 bytes); None if it was not recorded."""
-    return record.peak_memory_bytes and record.peak_memory_bytes / 1e9
-
-
-def _measured(result: Result, measure: Measure) -> list[float]:
-    """The values of the final runs that were measured."""
-    return [value for record in result.finals.values() if (value := measure(record)) is not None]
-
-
-def mean_of(result: Result, measure: Measure) -> float | None:
-    """The mean over the final runs that were measured."""
-    values = _measured(result, measure)
-    return mean(values) if values else None
+def measured(result: Result, field: str, unit: float) -> list[float]:
+    """A field of the final runs that have it, in multiples of `unit`."""
+    values = (getattr(record, field) for record in result.finals.values())
+    return [value / unit for value in values if value is not None]
 
 
 def draw_cost(results: Results, task: str) -> Figure:
@@ -146,12 +127,9 @@ def draw_cost(results: Results, task: str) -> Figure:
     figure = new_figure(12, 4.2, f"Time per epoch and peak memory, {task}")
     left, right = figure.subplots(1, 2)
     width = 0.8 / len(models)
-    for axes, title, measure in (
-        (left, "Minutes per epoch", epoch_minutes),
-        (right, "Peak memory of a process (GB)", peak_gigabytes),
-    ):
+    for axes, title, what in ((left, "Minutes per epoch", EPOCH), (right, "Peak memory of a process (GB)", MEMORY)):
         for result in shown:
-            if values := _measured(result, measure):
+            if values := measured(result, *what):
                 group, height = models.index(result.model), mean(values)
                 at = methods.index(result.method) - 0.4 + width * (group + 0.5)
                 label = result.model if result.method == methods[0] else None
@@ -169,8 +147,8 @@ def cost_table(results: Results) -> Table:
     lines = []
     for result in (result for result in results.all if result.finals):
         trained = next(iter(result.finals.values())).trainable_parameters
-        measures: list[Measure] = [lambda record: record.step_seconds, epoch_minutes, peak_gigabytes]
-        means = (format_number(mean_of(result, measure)) for measure in measures)
+        columns = (measured(result, *what) for what in (STEP, EPOCH, MEMORY))
+        means = (format_number(mean(values) if values else None) for values in columns)
         parameters = "–" if trained is None else f"{trained:,}"
         lines.append((result.model, result.task, result.method, parameters, *means))
     return Table(
@@ -229,7 +207,6 @@ def averages(curve: Sequence[Sequence[float]], most: int) -> Curve:
 
 LAYER = re.compile(r"decoder\.layers\.(\d+)\.(?:.*\.)?(\w+)$")
 ByLayer = Mapping[str, Sequence[float | None]]
-LABEL = "λ: low-rank 1, rotation 0"
 
 
 def read_lines(records: Sequence[Mapping[str, Any]]) -> tuple[list[int], dict[str, list[float | None]]]:
@@ -280,23 +257,19 @@ def draw_lambdas(title: str, iterations: Sequence[int], by_layer: ByLayer) -> Fi
 
 def draw_lambdas_into(figure: Figure | SubFigure, iterations: Sequence[int], by_layer: ByLayer) -> None:
     """A panel for each kind of layer, side by side, with one scale from 0 to 1."""
-    arrays = maps(by_layer)
-    if not arrays:
+    if not (arrays := maps(by_layer)):
         return
     panels = np.atleast_1d(figure.subplots(1, len(arrays), sharey=True))
     first, last = iterations[0], iterations[min(len(iterations), next(iter(arrays.values())).shape[1]) - 1]
     half = (last - first) / max(len(iterations) - 1, 1) / 2 or 0.5
-    image = None
-    look = {"aspect": "auto", "origin": "lower", "interpolation": "nearest", "cmap": "PuOr"}
+    look = {"vmin": 0, "vmax": 1, "aspect": "auto", "origin": "lower", "interpolation": "nearest", "cmap": "PuOr"}
     for axes, (kind, values) in zip(panels, arrays.items(), strict=True):
-        extent = (first - half, last + half, -0.5, len(values) - 0.5)
-        image = axes.imshow(values, vmin=0, vmax=1, extent=extent, **look)
+        axes.imshow(values, extent=(first - half, last + half, -0.5, len(values) - 0.5), **look)
         axes.set_title(kind, loc="left", fontsize=11)
         axes.set_xlabel("iteration")
     panels[0].set_ylabel("layer")
     panels[0].yaxis.set_major_locator(MaxNLocator(integer=True))
-    assert image is not None
-    figure.colorbar(image, ax=list(panels), label=LABEL, fraction=0.02)
+    figure.colorbar(panels[-1].images[0], ax=list(panels), label="λ: low-rank 1, rotation 0", fraction=0.02)
 
 
 # Lines of metrics.jsonl as curves.

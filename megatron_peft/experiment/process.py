@@ -16,14 +16,11 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, PackageLoader
 
-from megatron_peft.config import ConfigurationError
-from megatron_peft.experiment.cell_record import from_lambdas
-from megatron_peft.experiment.spec import Cell, Choice, Experiment, Group, ScoreSpec
-from megatron_peft.training.metrics import read_metrics
+from megatron_peft.config import require
+from megatron_peft.experiment.spec import Cell, Experiment, Group, ScoreSpec
 
 PROGRAM = ("-m", "megatron_peft", "train")
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -53,13 +50,6 @@ def score_file(folder: Path, cell: Cell) -> Path:
 def has_checkpoint(folder: Path, cell: Cell) -> bool:
     """Whether the cell's run can be resumed."""
     return (checkpoints_folder(folder, cell) / TRACKER).exists()
-
-
-def lambdas(folder: Path, cell: Cell) -> Mapping[str, Any]:
-    """The field `lambdas` of the cell's record, from its lambda.jsonl; empty if there is none."""
-    path = checkpoints_folder(folder, cell) / LAMBDA_FILE
-    records = read_metrics(path) if path.exists() else []
-    return from_lambdas(records) if records else {}
 
 
 def training_command(folder: Path, cell: Cell, program: Sequence[str]) -> list[str]:
@@ -157,16 +147,27 @@ SET_BY_SCRIPT = ("array", "job-name", "signal", "output", "parsable")
 def script(experiment: Experiment, groups: Sequence[Group], file: Path, folder: Path, name: str) -> str:
     """The text of a shell script that submits all of the experiment.
 
-    Args:
-        file: the experiment's file, as the nodes see it; folder: of the results; name: of the script.
+    Args: file: the experiment's, as the nodes see it; folder: of the results; name: of the script.
 
-    Raises:
-        ConfigurationError: a model's processes do not divide over its nodes, or an option is the script's own.
+    Raises ConfigurationError: a model's processes do not divide over its nodes, or an option is the script's own.
     """
     arrays = []
     for model in experiment.models:
         keys = [shlex.quote(group.key) for group in groups if group.model == model]
-        arrays.append((_options(model, len(keys), experiment.name, folder), keys))
+        options = {**DEFAULTS, **model.slurm}
+        for flag in SET_BY_SCRIPT:
+            require(flag not in options, f"models.{model.name}.slurm: --{flag} is set by the script itself.")
+        nodes = options["nodes"]
+        require(
+            isinstance(nodes, int) and model.processes % nodes == 0,
+            f"models.{model.name}: {model.processes} processes do not divide over slurm.nodes: {nodes}; the nodes hold "
+            f"the same number each.",
+        )
+        options |= {"job-name": f"{experiment.name}-{model.name}", "array": f"0-{len(keys) - 1}"}
+        options |= {"signal": "B:USR1@300", "output": f"{folder}/slurm/%x-%a.out"}
+        given = {flag: value for flag, value in options.items() if value is not False and value is not None}
+        words = [f"--{flag}" if value is True else f"--{flag}={value}" for flag, value in given.items()]
+        arrays.append((shlex.join(words), keys))
     environment = Environment(
         loader=PackageLoader("megatron_peft.experiment", "."), trim_blocks=True, keep_trailing_newline=True
     )
@@ -179,24 +180,3 @@ def script(experiment: Experiment, groups: Sequence[Group], file: Path, folder: 
         prepare=[shlex.join(command).replace("python ", '"$PYTHON" ', 1) for command in experiment.prepare],
         arrays=arrays,
     )
-
-
-def _options(model: Choice, num_tasks: int, name: str, folder: Path) -> str:
-    options = {**DEFAULTS, **model.slurm}
-    for flag in SET_BY_SCRIPT:
-        if flag in options:
-            raise ConfigurationError(f"models.{model.name}.slurm: --{flag} is set by the script itself.")
-    nodes = options["nodes"]
-    if not isinstance(nodes, int) or model.processes % nodes:
-        raise ConfigurationError(
-            f"models.{model.name}: {model.processes} processes do not divide over slurm.nodes: {nodes}; the nodes "
-            f"hold the same number each."
-        )
-    options |= {
-        "job-name": f"{name}-{model.name}",
-        "array": f"0-{num_tasks - 1}",
-        "signal": "B:USR1@300",
-        "output": f"{folder}/slurm/%x-%a.out",
-    }
-    words = [f"--{flag}" if value is True else f"--{flag}={value}" for flag, value in options.items()]
-    return " ".join(shlex.quote(word) for word in words if not word.endswith(("=False", "=None")))

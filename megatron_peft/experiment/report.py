@@ -1,30 +1,29 @@
 """The report of an experiment: the result in one chart and one table, then what stands behind it."""
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from itertools import groupby
+from pathlib import Path
+from typing import Any
 
-from megatron_peft.experiment import paper, plots
+from megatron_peft.config import ConfigurationError
+from megatron_peft.experiment import plots, tables
 from megatron_peft.experiment.page import Report, Section
 from megatron_peft.experiment.results import Results
 from megatron_peft.experiment.spec import command_line
-from megatron_peft.experiment.tables import (
-    Row,
-    Table,
-    by_score,
-    format_number,
-    in_the_papers_form,
-    rows,
-    speed_table,
-    with_spread,
-    with_test,
-)
+from megatron_peft.experiment.tables import Row, Table, format_number
 
 
 def build_report(results: Results, reference: str) -> Report:
-    """Args: reference: the method that the others are tested against."""
-    table_rows = rows(results, reference)
-    ours = in_the_papers_form(results, table_rows)
-    tested = with_test(table_rows, reference, len(results.experiment.seeds))
+    """Args: reference: the method that the others are tested against.
+
+    Raises ConfigurationError for a `paper:` in the experiment's file that is not in the paper's Table I.
+    """
+    check_names(results)
+    table_rows = tables.rows(results, reference)
+    ours = tables.in_the_papers_form(results, table_rows)
+    tested = tables.with_test(table_rows, reference, len(results.experiment.seeds))
     return Report(
         results.experiment.title,
         tuple(_sections(results, table_rows, reference, ours, tested)),
@@ -37,12 +36,12 @@ def _sections(
 ) -> Iterator[Section]:
     experiment, places = results.experiment, results.places()
     texts = [state(results), *verdicts(table_rows, reference), _budget_sentence(results)]
-    yield Section("Result", texts, [by_score(results, table_rows)], {"result": plots.draw_results(table_rows)})
+    yield Section("Result", texts, [tables.by_score(results, table_rows)], {"result": plots.draw_results(table_rows)})
     curves = {f"curves-{model}-{task}": plots.draw_dynamics(results, model, task) for model, task in places}
     yield Section("Validation loss and gradient norm", figures=curves)
     costs = {f"cost-{task}": plots.draw_cost(results, task) for task in dict.fromkeys(task for _, task in places)}
     yield Section("Cost", tables=[plots.cost_table(results)], figures=costs)
-    if speeds := [table for place in places if (table := speed_table(results, *place))]:
+    if speeds := [table for place in places if (table := tables.speed_table(results, *place))]:
         yield Section("Steps to LoRA's loss", tables=speeds)
     lambdas = {
         f"lambda-{result.model}-{result.task}-{result.method}": plots.draw_mean_lambdas(result)
@@ -55,24 +54,24 @@ def _sections(
     choices = (*experiment.models, *experiment.tasks, *experiment.methods)
     if any(choice.paper is not None for choice in choices):
         note = "Other models and other data: what can be compared is the order of the methods."
-        beside = [ours, *paper.beside_ours(table_rows)]
+        beside = [ours, *beside_ours(table_rows)]
         yield Section("Table I, in the paper's form", [note], beside, is_folded=True)
-        source = f"Source: {paper.facts()['source']}."
-        yield Section("The paper's own numbers", [source], paper.tables(), is_papers=True, is_folded=True)
+        source = f"Source: {facts()['source']}."
+        yield Section("The paper's own numbers", [source], papers_tables(), is_papers=True, is_folded=True)
     made = [_versions_of_runs(results), *provenance(results)]
     yield Section("How it was made", made, [_tuning(results), _common_flags(results)], is_folded=True)
 
 
 def state(results: Results) -> str:
     """How many final runs are finished."""
-    have, whole = results.num_finals()
-    seeds = ", ".join(map(str, results.experiment.seeds))
-    done = f"{have} of {whole} final runs are in (seeds {seeds})."
+    seeds = results.experiment.seeds
+    have, whole = sum(len(result.finals) for result in results.all), len(results.all) * len(seeds)
+    done = f"{have} of {whole} final runs are in (seeds {', '.join(map(str, seeds))})."
     if have == whole:
         return done
     missing: dict[str, list[str]] = {}
     for result in results.all:
-        if len(result.finals) < len(results.experiment.seeds):
+        if len(result.finals) < len(seeds):
             missing.setdefault(f"{result.model}, {result.task}", []).append(result.method)
     places = "; ".join(f"{place}: {', '.join(methods)}" for place, methods in missing.items())
     return f"**Not finished:** {done} Missing runs: {places}."
@@ -92,20 +91,19 @@ def verdicts(rows: Sequence[Row], reference: str) -> list[str]:
         so_far = "So far, on" if any(run is None for row in of_metric for run in row.runs) else "On"
         sentence = (
             f"{so_far} {place}, **{best.result.method}** has the best {metric} of {len(measured)} methods: "
-            f"{with_spread(best.mean, best.deviation)}."
+            f"{tables.with_spread(best.mean, best.deviation)}."
         )
         compared = next((row for row in measured if row.result.method == reference), None)
         if compared is not None and compared is not best:
             sign = 1 if (best.mean or 0.0) > (compared.mean or 0.0) else -1  # whether higher is better
             ahead = [row.result.method for row in measured if sign * (row.mean or 0.0) > sign * (compared.mean or 0.0)]
-            with_mean = with_spread(compared.mean, compared.deviation)
+            with_mean = tables.with_spread(compared.mean, compared.deviation)
             sentence += f" {reference}, with {with_mean}, comes after {', '.join(ahead)}."
         sentences.append(sentence)
     return sentences
 
 
 def _budget_sentence(results: Results) -> str:
-    """What all methods have in common."""
     experiment = results.experiment
     tries, seeds = experiment.methods[0].num_points, len(experiment.seeds)
     tuned = (
@@ -119,7 +117,6 @@ def _budget_sentence(results: Results) -> str:
 
 
 def _versions_of_runs(results: Results) -> str:
-    """The versions of the final runs."""
     versions: dict[str, dict[str, None]] = {}
     for result in results.all:
         for record in result.finals.values():
@@ -143,8 +140,6 @@ def provenance(results: Results) -> Iterator[str]:
 
 
 def _tuning(results: Results) -> Table:
-    """The settings that were tried, and their validation losses."""
-
     def settings(point: str, flags: Sequence[str]) -> str:
         """The point of the grid; the learning rate, for a method without a grid."""
         return point or (f"lr={flags[flags.index('--lr') + 1]}" if "--lr" in flags[:-1] else "")
@@ -158,17 +153,16 @@ def _tuning(results: Results) -> Table:
                 settings(cell.point, cell.flags),
                 str(cell.seed),
                 format_number(record.validation_loss) if record and record.is_trained else "failed" if record else "–",
-                "yes" if result.finals and dict(cell.settings) == dict(result.settings) else "",
+                "yes" if result.finals and at == result.best else "",
             )
             for result in results.all
-            for cell, record in result.tuning
+            for at, (cell, record) in enumerate(result.tuning)
         ),
         text_columns=4,
     )
 
 
 def _common_flags(results: Results) -> Table:
-    """The flags that all methods share, for each model and task."""
     experiment = results.experiment
     return Table(
         "Flags that all methods share",
@@ -180,3 +174,82 @@ def _common_flags(results: Results) -> Table:
         ),
         text_columns=3,
     )
+
+
+# The paper's own numbers, as printed, and ours beside them. None was measured here; paper.json has their source.
+
+METHODS = {"full": "Full FT", "lora": "LoRA", "boft": "BOFT", "lora-ga": "LoRA-GA", "urnn": "uRNN", "hybrid": "Hybrid"}
+
+
+@cache
+def facts() -> Mapping[str, Any]:
+    """The file: source, units by benchmark, tables."""
+    return json.loads(Path(__file__).with_name("paper.json").read_text(encoding="utf-8"))
+
+
+def papers_tables() -> list[Table]:
+    """Table I, its averages that are not the mean of their runs, and what the text says on figures 1 and 2."""
+    return [
+        Table(**{**table, "columns": tuple(table["columns"]), "rows": tuple(map(tuple, table["rows"]))})
+        for table in facts()["tables"]
+    ]
+
+
+def papers_models() -> Sequence[str]:
+    """The models of Table I."""
+    return papers_tables()[0].columns[2:]
+
+
+def printed_averages() -> dict[tuple[str, str, str], str]:
+    """(benchmark, method, model) -> the average that Table I prints."""
+    rows, benchmark, printed = papers_tables()[0].rows, "", {}
+    for (heading, method, *_), (_, _, *of_models) in zip(rows[::2], rows[1::2], strict=True):
+        benchmark = heading.partition(",")[0] or benchmark
+        printed |= {(benchmark, method, model): mean for model, mean in zip(papers_models(), of_models, strict=True)}
+    return printed
+
+
+def check_names(results: Results) -> None:
+    """Raises ConfigurationError for a `paper:` in the experiment's file that is not in the paper's Table I."""
+    experiment = results.experiment
+    known = {
+        "models": (experiment.models, papers_models()),
+        "tasks": (experiment.tasks, list(facts()["units"])),
+        "methods": (experiment.methods, list(METHODS.values())),
+    }
+    problems = [
+        f"{kind}.{choice.name}.paper is {choice.paper!r}; the paper has {', '.join(names)}."
+        for kind, (choices, names) in known.items()
+        for choice in choices
+        if choice.paper is not None and choice.paper not in names
+    ]
+    if problems:
+        raise ConfigurationError(*problems)
+
+
+def beside_ours(rows: Sequence[Row]) -> Iterator[Table]:
+    """Our means of the first score of each task that has a benchmark of the paper, and the paper's averages."""
+    of_tasks: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        task = row.result.group.task
+        benchmark = task.paper or task.name
+        if benchmark in facts()["units"] and task.score and row.metric == next(iter(task.score.metrics)):
+            of_tasks.setdefault((task.name, row.metric, benchmark), []).append(row)
+    for (task, metric, benchmark), ours in of_tasks.items():
+        our_models = list(dict.fromkeys(row.result.model for row in ours))
+        means = {(row.result.method, row.result.model): format_number(row.mean) for row in ours}
+        papers_methods = {
+            row.result.method: row.result.group.method.paper or METHODS.get(row.result.method) for row in ours
+        }
+        yield Table(
+            f"Ours, {task} ({metric}), beside the paper's averages of {benchmark} ({facts()['units'][benchmark]})",
+            ("method", *(f"ours: {model}" for model in our_models), *(f"paper: {model}" for model in papers_models())),
+            tuple(
+                (
+                    method,
+                    *(means.get((method, model), "–") for model in our_models),
+                    *(printed_averages().get((benchmark, papers or "", model), "–") for model in papers_models()),
+                )
+                for method, papers in papers_methods.items()
+            ),
+        )

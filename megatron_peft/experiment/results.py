@@ -1,25 +1,19 @@
-"""The results of an experiment: for each model, task and method the tried settings, and the runs of the best."""
+"""The results of an experiment: what is done of each group of cells, what comes next, and how methods compare."""
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean
+from typing import Literal, NamedTuple
 
-from megatron_peft.config import ConfigurationError
-from megatron_peft.experiment import process
-from megatron_peft.experiment.cell_record import (
-    CellRecord,
-    cell_file,
-    misfits,
-    progress,
-    read_cell_record,
-    read_file,
-    write_record,
-)
-from megatron_peft.experiment.runner import EXPERIMENT_FILE
-from megatron_peft.experiment.spec import Cell, Choice, Experiment, Group, groups, read_experiment
+from megatron_peft.config import ConfigurationError, require
+from megatron_peft.experiment import cell_record, spec
+from megatron_peft.experiment.cell_record import CellRecord
+from megatron_peft.experiment.process import has_checkpoint
+from megatron_peft.experiment.spec import Cell, Choice, Experiment, Group, ScoreSpec
 
 VALIDATION_LOSS = "validation loss"
 MOST_MISFITS = 3  # in an error
@@ -27,24 +21,45 @@ MOST_MISFITS = 3  # in an error
 
 @dataclass(frozen=True)
 class Result:
-    """What a method reached on a task with a model.
+    """What a method reached on a task with a model so far.
 
-    Attributes:
-        model, task, method: their names.
-        tuning: (cell, its record or None) of each point of the grid.
-        finals: trained records of the chosen point, by seed; fewer than the seeds while the experiment runs.
-        settings: of the chosen point.
-        records: by key, of all of its cells.
+    Attributes: records: by key, of all of its cells; best: the chosen point of the grid, None before all were tried.
     """
 
     model: str
     task: str
     method: str
     group: Group
-    tuning: tuple[tuple[Cell, CellRecord | None], ...]
-    finals: Mapping[int, CellRecord]
-    settings: Mapping[str, str]
     records: Mapping[str, CellRecord]
+    best: int | None
+
+    @property
+    def tuning(self) -> list[tuple[Cell, CellRecord | None]]:
+        """Each point of the grid, with its record."""
+        return [(cell, self.records.get(cell.key)) for cell in self.group.tuning]
+
+    @property
+    def chosen(self) -> tuple[Cell, ...]:
+        """The chosen point with each seed."""
+        return () if self.best is None else self.group.finals[self.best]
+
+    @property
+    def finals(self) -> dict[int, CellRecord]:
+        """Seed -> trained record of the chosen point."""
+        records = {cell.seed: self.records.get(cell.key) for cell in self.chosen}
+        return {seed: record for seed, record in records.items() if record is not None and record.is_trained}
+
+    @property
+    def num_scored(self) -> int:
+        """Final runs with every number of the task's score."""
+        score = self.group.task.score
+        return sum(score is not None and record.has_scores(score) for record in self.finals.values())
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all final runs are trained, and scored if the task has a score."""
+        done = len(self.finals) if self.group.task.score is None else self.num_scored
+        return done > 0 and done == len(self.chosen)
 
     def values(self, metric: str) -> dict[int, float]:
         """Seed -> the metric's value, of the runs that have it."""
@@ -53,6 +68,54 @@ class Result:
             for seed, record in self.finals.items()
         }
         return {seed: value for seed, value in values.items() if value is not None}
+
+
+def progress(folder: Path, group: Group, gave_up: Set[str] = frozenset()) -> Result:
+    """What the records in `folder` say of a group.
+
+    The point with the least validation loss at the end of its run is chosen, the first of equals, whatever the scores.
+
+    Args: gave_up: keys of cells that failed in this runner; a grid is complete without them.
+    """
+    found = {key: cell_record.read_cell_record(folder, cell) for key, cell in group.cells.items()}
+    records = {key: record for key, record in found.items() if record is not None}
+    losses: dict[int, float] = {}
+    is_tried = True
+    for at, cell in enumerate(group.tuning):
+        record = records.get(cell.key)
+        if record is not None and record.is_trained:
+            loss = math.inf if record.validation_loss is None else record.validation_loss
+            if len(group.tuning) == 1 or math.isfinite(loss):  # a single point is chosen in any case
+                losses[at] = loss
+        else:
+            is_tried &= cell.key in gave_up
+    best = min(losses, key=losses.__getitem__, default=None) if is_tried else None
+    return Result(*group.name, group, records, best)
+
+
+class Work(NamedTuple):
+    """A cell to train, or a trained one to score."""
+
+    kind: Literal["train", "score"]
+    cell: Cell
+    score: ScoreSpec | None = None
+
+
+def work(folder: Path, group: Group, gave_up: Set[str] = frozenset()) -> Iterator[Work]:
+    """The work of the group that can start now, in order. A cell without a checkpoint is trained before scoring.
+
+    It follows from the records alone, so a new runner continues where a killed one stopped. A group's grid runs with
+    the tuning seed; then the chosen point's other seeds are run, and all of them scored.
+    """
+    now, score = progress(folder, group, gave_up), group.task.score
+    for cell in (*group.tuning, *now.chosen):
+        record = now.records.get(cell.key)
+        if cell.key not in gave_up and (record is None or not record.is_trained):
+            yield Work("train", cell)
+    for cell in now.chosen:
+        record = now.finals.get(cell.seed)
+        if score and record and cell.key not in gave_up and not record.has_scores(score):
+            yield Work("score", cell, score) if has_checkpoint(folder, cell) else Work("train", cell)
 
 
 @dataclass(frozen=True)
@@ -74,10 +137,6 @@ class Results:
         """The record of each cell that has one, by key."""
         return {key: record for result in self.all for key, record in result.records.items()}
 
-    def num_finals(self) -> tuple[int, int]:
-        """(finished final runs, final runs of the whole experiment)."""
-        return sum(len(result.finals) for result in self.all), len(self.all) * len(self.experiment.seeds)
-
 
 def metrics(task: Choice) -> dict[str, bool]:
     """Name -> whether higher is better."""
@@ -85,9 +144,9 @@ def metrics(task: Choice) -> dict[str, bool]:
     return {VALIDATION_LOSS: False, **{name: metric.higher_is_better for name, metric in scores.items()}}
 
 
-def peft_method(method: Choice) -> str:
-    """The method's --peft-method."""
-    return str(method.flags.get("peft-method", method.name))
+def shown_metrics(task: Choice) -> list[str]:
+    """The scores of a task, or the validation loss of a task without scores."""
+    return [metric for metric in metrics(task) if metric != VALIDATION_LOSS or task.score is None]
 
 
 def read_results(folder: Path, experiment_file: Path | None = None) -> Results:
@@ -96,83 +155,53 @@ def read_results(folder: Path, experiment_file: Path | None = None) -> Results:
     Raises ConfigurationError: no such file, it has no cell, a record does not match the file or was edited, or two
     cells have read different data.
     """
-    file = experiment_file or folder / EXPERIMENT_FILE
-    if not file.exists():
-        raise ConfigurationError(f"{file} is not there: name the experiment's YAML file with --experiment.")
-    experiment = read_experiment(file)
-    all_groups = groups(experiment)
+    file = experiment_file or folder / spec.EXPERIMENT_FILE
+    require(file.exists(), f"{file} is not there: name the experiment's YAML file with --experiment.")
+    experiment = spec.read_experiment(file)
+    all_groups = spec.groups(experiment)
     if problems := [
         f"{path} does not belong to {file}: {'; '.join(differences)}. Remove it and run megatron-peft "
         f"experiment, which runs it again, or name the file that it came from with --experiment."
         for group in all_groups
         for cell in group.cells.values()
-        if (path := cell_file(folder, cell)).exists()
-        and (differences := misfits(cell, group.task.score, read_file(path)))
+        if (path := cell_record.cell_file(folder, cell)).exists()
+        and (differences := cell_record.misfits(cell, group.task.score, cell_record.read_file(path)))
     ]:
         more = [f"... and {len(problems) - MOST_MISFITS} more."] if len(problems) > MOST_MISFITS else []
         raise ConfigurationError(*problems[:MOST_MISFITS], *more)
-    results = Results(experiment, tuple(_result(folder, group) for group in all_groups))
-    _refuse_other_data(results)
-    if not any(record for result in results.all for _, record in result.tuning):
-        raise ConfigurationError(f"{folder}/cells contains no results of {file}: run megatron-peft experiment first.")
-    return results
+    results = Results(experiment, tuple(progress(folder, group) for group in all_groups))
 
-
-def _result(folder: Path, group: Group) -> Result:
-    best = progress(folder, group).best
-    records = {
-        # A record that was written without lambdas gets those of its run.
-        key: record if record.lambdas else replace(record, lambdas=process.lambdas(folder, cell))
-        for key, cell in group.cells.items()
-        if (record := read_cell_record(folder, cell)) is not None
-    }
-    tuning = tuple((cell, records.get(cell.key)) for cell in group.tuning)
-    finals = {
-        cell.seed: records[cell.key]
-        for cell in (() if best is None else group.finals[best])
-        if cell.key in records and records[cell.key].is_trained
-    }
-    settings = {} if best is None else dict(group.tuning[best].settings)
-    return Result(*group.name, group, tuning, finals, settings, records)
-
-
-def _refuse_other_data(results: Results) -> None:
-    """Raises ConfigurationError if cells have read different data."""
     keys_of_data: dict[str, dict[str, list[str]]] = {}  # path -> digest -> keys of cells
     for key, record in results.records().items():
         for source in record.provenance.values():
             for path, digest in source["data_sha256"].items():
                 keys_of_data.setdefault(path, {}).setdefault(digest, []).append(key)
-    problems = [
+    if problems := [
         f"{path} was not the same for all cells: {digest[:12]} for {', '.join(dict.fromkeys(keys))}. Remove those, "
         "or the other cells, and run megatron-peft experiment, which runs them again."
         for path, keys_of_digest in keys_of_data.items()
         for digest, keys in list(keys_of_digest.items())[1:]
-    ]
-    if problems:
+    ]:
         raise ConfigurationError(*problems)
+    has_any = any(record for result in results.all for _, record in result.tuning)
+    require(has_any, f"{folder}/cells contains no results of {file}: run megatron-peft experiment first.")
+    return results
 
 
 def copy_results(results: Results, folder: Path) -> None:
     """Write the cells and the experiment's file to `folder`, from which the same report can be made."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / EXPERIMENT_FILE).write_text(results.experiment.text, encoding="utf-8")
+    (folder / spec.EXPERIMENT_FILE).write_text(results.experiment.text, encoding="utf-8")
     for result in results.all:
         for key, record in result.records.items():
-            write_record(folder, result.group.cells[key], record)
+            cell_record.write_record(folder, result.group.cells[key], record)
 
 
-Curve = Sequence[tuple[float, float]]  # (iteration, validation loss), by iteration
+class StepsTo(NamedTuple):
+    """How a method reaches a reference's loss after `steps` steps: `num_reached` of its `num_runs` runs do.
 
-
-@dataclass(frozen=True)
-class StepsTo:
-    """How a method reaches a reference's loss after `steps` steps.
-
-    Attributes:
-        times_fewer: `steps` over the mean number of steps that the method needs; None if no run reaches the loss.
-        is_bound: a run had reached it at its first measurement, so `times_fewer` is a lower bound.
-        num_reached: of `num_runs`; the mean is over these.
+    `times_fewer` is `steps` over the mean number of steps that they need, None if none does; a lower bound
+    (`is_bound`) if a run had reached it at its first measurement.
     """
 
     steps: int
@@ -181,25 +210,29 @@ class StepsTo:
     num_reached: int
     num_runs: int
 
+    def __str__(self) -> str:
+        if self.times_fewer is None:
+            return f"not reached (0/{self.num_runs})"
+        share = "" if self.num_reached == self.num_runs else f" ({self.num_reached}/{self.num_runs})"
+        return f"{'≥ ' if self.is_bound else ''}{self.times_fewer:.2f}{share}"
 
-def crossing(curve: Curve, loss: float) -> tuple[float, bool] | None:
-    """(first iteration, linear between measurements, at which the loss is reached; whether it is only a bound)."""
-    before: tuple[float, float] | None = None
-    for at, value in curve:
+
+def crossing(curve: Sequence[tuple[float, float]], loss: float) -> tuple[float, bool] | None:
+    """(first iteration, linear between measurements, at which the loss is reached; whether it is only a bound).
+
+    Args: curve: (iteration, validation loss), by iteration.
+    """
+    for (before_at, before), (at, value) in pairwise([(0.0, math.inf), *curve]):
+        if value <= loss and math.isinf(before):
+            return at, value < loss
         if value <= loss:
-            if before is None:
-                return at, value < loss
-            share = (before[1] - loss) / (before[1] - value)
-            return before[0] + share * (at - before[0]), False
-        before = at, value
+            return before_at + (before - loss) / (before - value) * (at - before_at), False
     return None
 
 
 def steps_to(runs: Mapping[int, CellRecord], reference: Mapping[int, CellRecord]) -> list[StepsTo]:
     """An entry for each measurement that all of the reference's runs have; runs are paired by seed."""
     seeds = sorted(runs.keys() & reference.keys())
-    if not seeds:
-        return []
     curves, targets = (
         {
             seed: [(iteration, loss) for iteration, _, loss in records[seed].curves.get("validation_loss", ())]
@@ -208,7 +241,8 @@ def steps_to(runs: Mapping[int, CellRecord], reference: Mapping[int, CellRecord]
         for records in (runs, reference)
     )
     compared = []
-    for steps in sorted(set.intersection(*({at for at, _ in target} for target in targets.values()))):
+    measured = [{at for at, _ in target} for target in targets.values()]
+    for steps in sorted(set.intersection(*measured)) if seeds else ():
         crossings = [crossing(curves[seed], dict(targets[seed])[steps]) for seed in seeds]
         reached = [step for step in crossings if step is not None]
         times = steps / mean(at for at, _ in reached) if reached else None
@@ -220,22 +254,17 @@ def steps_to(runs: Mapping[int, CellRecord], reference: Mapping[int, CellRecord]
 CONFIDENCE = 0.95
 
 
-@dataclass(frozen=True)
-class Comparison:
+class Comparison(NamedTuple):
     """A paired t-test over the seeds that both methods have: same data order, same draws.
 
-    Attributes:
-        difference: mean of (this method - the reference).
-        low, high: its 95% confidence interval.
-        p: two-sided; not corrected for the number of comparisons.
-        num_pairs: at least two.
+    `difference` is the mean of (this method - the reference), from `low` to `high` with 95% confidence; `p` is
+    two-sided and not corrected for the number of comparisons.
     """
 
     difference: float
     low: float
     high: float
     p: float
-    num_pairs: int
 
 
 def compare_seeds(values: Mapping[int, float], reference: Mapping[int, float]) -> Comparison | None:
@@ -253,4 +282,4 @@ def compare_seeds(values: Mapping[int, float], reference: Mapping[int, float]) -
     difference = sum(a - b for a, b in zip(ours, theirs, strict=True)) / len(seeds)
     if not math.isfinite(test.statistic):
         return None
-    return Comparison(difference, float(interval.low), float(interval.high), float(test.pvalue), len(seeds))
+    return Comparison(difference, float(interval.low), float(interval.high), float(test.pvalue))

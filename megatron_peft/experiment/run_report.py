@@ -1,12 +1,13 @@
 """The report of a single run: one page of its --save folder, whatever the run has written so far."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, fields
 from datetime import timedelta
+from itertools import pairwise
 from math import log10
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -32,21 +33,17 @@ TEXT_CHARACTERS, TEXT_LINES = 300, 8  # of a prompt or an answer on the page; a 
 TITLE_PARTS = 3  # of a path
 
 
-@dataclass(frozen=True)
-class RunFiles:
-    """What a --save folder holds.
+Lines = Sequence[Mapping[str, Any]]  # of a file of JSON lines
 
-    Attributes:
-        metrics: lines of metrics.jsonl; lambdas: of lambda.jsonl.
-        record: of the newest checkpoint; None before the first.
-        samples: lines of samples.jsonl, with prompt, reference, before and after.
-    """
+
+class RunFiles(NamedTuple):
+    """What a --save folder holds; `record` is of the newest checkpoint."""
 
     folder: Path
-    metrics: Sequence[Mapping[str, Any]]
-    lambdas: Sequence[Mapping[str, Any]]
+    metrics: Lines
+    lambdas: Lines
     record: RunRecord | None
-    samples: Sequence[Mapping[str, Any]]
+    samples: Lines
 
 
 def is_run(folder: Path) -> bool:
@@ -142,12 +139,10 @@ def planned_iterations(record: RunRecord | None) -> int:
     return record.config.training.train_iters or samples // record.config.global_batch_size
 
 
-def _cost_sentence(metrics: Sequence[Mapping[str, Any]]) -> str:
+def _cost_sentence(metrics: Lines) -> str:
     # Each line has the mean time of the steps since the line before.
-    before, seconds = 0, 0.0
-    for record in metrics:
-        seconds += (record.get("step_seconds") or 0.0) * (record["iteration"] - before)
-        before = record["iteration"]
+    lines = pairwise([{"iteration": 0}, *metrics])
+    seconds = sum((now.get("step_seconds") or 0.0) * (now["iteration"] - before["iteration"]) for before, now in lines)
     told = [f"Training took {timedelta(seconds=round(seconds))}, without validation and saves"]
     speeds, steps, peaks = (
         series(metrics, name)[1] for name in ("tokens_per_second", "step_seconds", "peak_memory_bytes")
@@ -173,7 +168,7 @@ def _lambda_sentence(last: Mapping[str, Any]) -> str:
     )
 
 
-def samples_table(samples: Sequence[Mapping[str, Any]]) -> Table:
+def samples_table(samples: Lines) -> Table:
     """A row for each prompt; long texts are cut."""
 
     def cut(text: str) -> str:
@@ -203,7 +198,7 @@ def settings_table(record: RunRecord) -> Table:
 # Figures of a run, by iteration.
 
 
-def draw_loss(metrics: Sequence[Mapping[str, Any]]) -> Figure:
+def draw_loss(metrics: Lines) -> Figure:
     """The headline: training loss, its running mean where it has many points, and validation loss."""
     figure = new_figure(10, 4.2)
     axes = figure.subplots()
@@ -217,7 +212,7 @@ def draw_loss(metrics: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def draw_optimizer(metrics: Sequence[Mapping[str, Any]]) -> Figure:
+def draw_optimizer(metrics: Lines) -> Figure:
     """Learning rate, and gradient norm before clipping."""
     figure = new_figure(10, 3.4)
     left, right = figure.subplots(1, 2)
@@ -229,7 +224,7 @@ def draw_optimizer(metrics: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def draw_depth(metrics: Sequence[Mapping[str, Any]]) -> Figure:
+def draw_depth(metrics: Lines) -> Figure:
     """Gradient norm by layer, of the first, the middle and the last of these records."""
     figure = new_figure(10, 3.4)
     axes = figure.subplots()
@@ -245,7 +240,7 @@ def draw_depth(metrics: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def draw_speed(metrics: Sequence[Mapping[str, Any]]) -> Figure:
+def draw_speed(metrics: Lines) -> Figure:
     """Tokens per second over all ranks, and memory of rank 0."""
     figure = new_figure(10, 3.4)
     left, right = figure.subplots(1, 2)
@@ -261,7 +256,7 @@ def draw_speed(metrics: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def _draw_smoothed(axes: Axes, metrics: Sequence[Mapping[str, Any]], name: str, label: str) -> None:
+def _draw_smoothed(axes: Axes, metrics: Lines, name: str, label: str) -> None:
     iterations, values = series(metrics, name)
     if len(values) < SMOOTHED_FROM:
         axes.plot(iterations, values, color=AFTER, linewidth=1.6, label=label, marker=plots.marker(values))

@@ -1,19 +1,19 @@
 """Runs the missing cells, a few at a time, writes a record of each, and shows how far they are.
 
-The runner has no state of its own: `record.work` derives the next cell from the records. A cell that fails is reported,
-recorded and tried again by the next call.
+The runner has no state of its own: `results.work` derives the next cell from the records. A cell that fails is
+reported, recorded and tried again by the next call.
 """
 
 import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.console import Group as Stack
@@ -24,37 +24,19 @@ from rich.text import Text
 from megatron_peft.checkpoint.folders import FolderLock
 from megatron_peft.config import ConfigurationError
 from megatron_peft.config.untrusted import read_json
-from megatron_peft.experiment import process
-from megatron_peft.experiment.cell_record import (
-    CellRecord,
-    Work,
-    from_metrics,
-    of_cell,
-    progress,
-    read_cell_record,
-    source_of,
-    trainable_parameters,
-    work,
-    write_record,
-)
-from megatron_peft.experiment.spec import Cell, Experiment, Group, ScoreSpec
+from megatron_peft.experiment import cell_record, process
+from megatron_peft.experiment.cell_record import CellRecord
+from megatron_peft.experiment.results import Work, progress, work
+from megatron_peft.experiment.spec import EXPERIMENT_FILE, Cell, Experiment, Group, ScoreSpec
 from megatron_peft.training.metrics import METRICS_FILE, read_metrics
 
-EXPERIMENT_FILE = "experiment.yaml"  # a copy of the experiment's file, next to the cells
-LOCKS = "locks"  # of runners of single groups
 POLL_SECONDS = 0.2
 PATIENCE_SECONDS = 60  # a run that is stopped saves first
 
-Report = Callable[[str], None]
 
-
-@dataclass(frozen=True)
-class CellJob:
-    """A cell at work.
-
-    Attributes:
-        record: the cell's record with the provenance of its numbers, from before the process started: the commit and
-            the data may change until it ends.
+class CellJob(NamedTuple):
+    """A cell at work, and its record with the source of its numbers from before the start: commit and data may change
+    until it ends.
     """
 
     work: Work
@@ -67,63 +49,61 @@ class Runner:
     """A call of the runner on a folder.
 
     Attributes:
-        jobs: cells at a time.
-        report: called with a sentence at each event; refresh: called each time that the running cells are polled.
+        jobs: cells at a time; report: called with a sentence at each event; console: a terminal shows a live table.
         program: the training program, as words after `python`; None is `megatron-peft train`.
-        keep_checkpoints: keep the checkpoints of finished cells.
         experiment: the text of the experiment's file.
-        gave_up: keys of the cells that failed in this call.
-        running: what runs now, by the cell's key.
+        gave_up: keys of the cells that failed in this call; running: what runs now, by the cell's key.
     """
 
     folder: Path
     groups: Sequence[Group]
     jobs: int = 1
-    report: Report = print
-    refresh: "Callable[[Runner], None]" = lambda runner: None
+    report: Callable[[str], None] = print
+    console: Console | None = None
     program: Sequence[str] | None = None
     keep_checkpoints: bool = False
     experiment: str = ""
     gave_up: set[str] = field(default_factory=set)
     running: dict[str, CellJob] = field(default_factory=dict)
-    _stopped_by: int | None = None
 
     def run(self) -> bool:
         """Run all that is missing; returns whether all cells are done.
 
         Raises KeyboardInterrupt on SIGINT and SIGTERM, after its cells have ended.
         """
-        with self._signals():
-            while self._stopped_by is None and (self._start_what_fits() or self.running):
-                self.refresh(self)
+        signals: list[int] = []
+        with ExitStack() as stack:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                stack.callback(signal.signal, number, signal.signal(number, lambda number, _: signals.append(number)))
+            if self.console and self.console.is_terminal:
+                live = Live(console=self.console, refresh_per_second=1, transient=True, get_renderable=self.shown)
+                stack.enter_context(live)
+            while not signals and (self._start_what_fits() or self.running):
                 time.sleep(POLL_SECONDS)
                 for job in [job for job in self.running.values() if job.running.process.poll() is not None]:
                     del self.running[job.work.cell.key]
-                    if self._stopped_by is None:
+                    if not signals:
                         self._finish(job)
             self._end_cells()
-        self.refresh(self)
-        if self._stopped_by is not None:
+        if signals:
             raise KeyboardInterrupt
         return not [group for group in self.groups if not self._is_done(group)]
 
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        def note(number: int, _: object) -> None:
-            self._stopped_by = number
-
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def shown(self) -> Stack:
+        """The table of the groups, and what runs now."""
+        lines = []
+        for key, job in list(self.running.items()):
+            path = process.checkpoints_folder(self.folder, job.work.cell) / METRICS_FILE
+            records = read_metrics(path) if path.exists() else []
+            iteration = f"iteration {records[-1]['iteration']}," if records else ""
+            lines.append(Text(f"{job.work.kind} {key}: {iteration} {job.running.seconds:.0f} s"))
+        return Stack(table(self.folder, self.groups), *lines)
 
     def _start_what_fits(self) -> bool:
         """Whether anything was started."""
         has_started = False
         for group in self.groups:
-            for todo in work(self.folder, group, self._has_checkpoint, self.gave_up):
+            for todo in work(self.folder, group, self.gave_up):
                 if todo.cell.key in self.running:
                     continue
                 if len(self.running) >= self.jobs:
@@ -132,22 +112,19 @@ class Runner:
                 has_started = True
         return has_started
 
-    def _has_checkpoint(self, cell: Cell) -> bool:
-        return process.has_checkpoint(self.folder, cell)
-
     def _start(self, todo: Work) -> None:
         cell, folder = todo.cell, process.run_folder(self.folder, todo.cell)
+        source = cell_record.source_of(self.experiment, cell, todo.score)
         if todo.score is None:
             command = process.training_command(self.folder, cell, self.program or process.PROGRAM)
             if "--load" not in command:
                 shutil.rmtree(folder, ignore_errors=True)
-            record = of_cell(cell, "failed", provenance={"training": source_of(self.experiment, cell)})
+            record = cell_record.of_cell(cell, "failed", provenance={"training": source})
         else:
             process.score_file(self.folder, cell).unlink(missing_ok=True)
             command = process.score_command(self.folder, cell, todo.score)
-            trained = read_cell_record(self.folder, cell)
+            trained = cell_record.read_cell_record(self.folder, cell)
             assert trained is not None
-            source = source_of(self.experiment, cell, todo.score)
             record = replace(trained, provenance={**trained.provenance, "score": source})
         self.report(f"{todo.kind} {cell.key}")
         self.running[cell.key] = CellJob(todo, process.start(command, folder / process.LOG), record)
@@ -158,46 +135,46 @@ class Runner:
             if (code := running.process.returncode) != 0:
                 ended = f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
                 raise ConfigurationError(f"{ended}: {running.last_words()}")
-            if job.work.score is None:
+            if (score := job.work.score) is None:
                 record = self._trained(job)
+                done, numbers = "trained", {"validation loss": record.validation_loss}
             else:
-                score, scores = job.work.score, read_scores(process.score_file(self.folder, cell), job.work.score)
-                values = {"score_command": score.command, "score_seconds": running.seconds}
-                record = replace(job.record, scores=scores, **values)
+                numbers = read_scores(process.score_file(self.folder, cell), score)
+                spent = {"score_command": score.command, "score_seconds": running.seconds}
+                done, record = "scored", replace(job.record, scores=numbers, **spent)
         except ConfigurationError as error:
             self.gave_up.add(cell.key)
             self.report(f"FAILED: {job.work.kind} {cell.key}: {error}\n  all of it: {running.log}")
             if job.work.kind == "train":
                 values = {"started_at": running.started_at, "seconds": running.seconds, "reason": str(error)}
-                write_record(self.folder, cell, replace(job.record, **values))
+                cell_record.write_record(self.folder, cell, replace(job.record, **values))
             return
-        write_record(self.folder, cell, record)
+        cell_record.write_record(self.folder, cell, record)
         self._remove_checkpoints(cell)
-        done, numbers = "trained", {"validation loss": record.validation_loss}
-        if job.work.score is not None:
-            done, numbers = "scored", record.scores
         shown = ", ".join(f"{name} {'none' if value is None else f'{value:.4g}'}" for name, value in numbers.items())
         self.report(f"{done} {cell.key} in {running.seconds:.0f} s: {shown}")
 
     def _trained(self, job: CellJob) -> CellRecord:
-        path = process.checkpoints_folder(self.folder, job.work.cell) / METRICS_FILE
-        records = read_metrics(path) if path.exists() else []
+        save = process.checkpoints_folder(self.folder, job.work.cell)
+        records, lambdas = (
+            read_metrics(path) if path.exists() else [] for path in (save / METRICS_FILE, save / process.LAMBDA_FILE)
+        )
         if not records:
-            raise ConfigurationError(f"it ended well, but left no {path}")
+            raise ConfigurationError(f"it ended well, but left no {save / METRICS_FILE}")
         return replace(
             job.record,
             status="trained",
             started_at=job.running.started_at,
             seconds=job.running.seconds,
-            trainable_parameters=trainable_parameters(job.running.log.read_text(encoding="utf-8", errors="replace")),
-            lambdas=process.lambdas(self.folder, job.work.cell),
-            **from_metrics(records),
+            trainable_parameters=cell_record.trainable_parameters(job.running.log.read_text(errors="replace")),
+            lambdas=cell_record.from_lambdas(lambdas) if lambdas else {},
+            **cell_record.from_metrics(records),
         )
 
     def _remove_checkpoints(self, cell: Cell) -> None:
         """Remove those of the finished cells of the group, once its grid is complete."""
         group = next(group for group in self.groups if group.name == (cell.model, cell.task, cell.method))
-        missing = list(work(self.folder, group, self._has_checkpoint))
+        missing = list(work(self.folder, group))
         if self.keep_checkpoints or any(todo.kind == "train" and todo.cell in group.tuning for todo in missing):
             return
         for key in group.cells.keys() - {todo.cell.key for todo in missing} - self.running.keys():
@@ -231,14 +208,11 @@ def run_experiment(
 ) -> bool:
     """Prepare, then run the missing cells; returns whether all cells are done.
 
-    Args:
-        is_whole: False runs one group, without `prepare`, beside runners of other groups in the same folder.
-        settings: fields of the `Runner`.
+    Args: is_whole: False runs one group, without `prepare`, beside runners of other groups; settings: of the `Runner`.
 
-    Raises:
-        ConfigurationError: another runner works on the same cells, or a command of prepare: failed.
+    Raises ConfigurationError: another runner works on the same cells, or a command of prepare: failed.
     """
-    locked = folder if is_whole else folder / LOCKS / groups[0].key
+    locked = folder if is_whole else folder / "locks" / groups[0].key
     try:
         lock = FolderLock(locked, grace_seconds=1)
     except ConfigurationError as error:
@@ -261,10 +235,7 @@ def run_experiment(
 
 def read_scores(path: Path, score: ScoreSpec) -> dict[str, float]:
     """The task's metrics, from the score's file. Raises ConfigurationError: no file, or it lacks a number."""
-    try:
-        content = read_json(path)
-    except ConfigurationError as error:
-        raise ConfigurationError(f"the score's file: {error}") from error
+    content = read_json(path)
     return {
         name: metric.scale * mean(_number_at(content, keys, path) for keys in metric.paths)
         for name, metric in score.metrics.items()
@@ -283,70 +254,28 @@ def _number_at(content: Any, keys: str, path: Path) -> float:
     return float(value)
 
 
-REFRESH_SECONDS = 1.0
-
-
-class Board:
-    """Shows the runner's progress: a live table on a terminal, else a line for each event. A context manager."""
-
-    def __init__(self, folder: Path, groups: Sequence[Group], console: Console | None = None) -> None:
-        self.folder, self.groups = folder, groups
-        self.console = console or Console(highlight=False)
-        self._live = Live(console=self.console, auto_refresh=False) if self.console.is_terminal else None
-        self._shown_at = 0.0
-
-    def __enter__(self) -> "Board":
-        if self._live:
-            self._live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._live:
-            self._live.stop()
-
-    def report(self, text: str) -> None:
-        """Print an event."""
-        self.console.print(Text(text))
-
-    def refresh(self, runner: Runner) -> None:
-        """Draw the table again, at most once a second."""
-        now = max((job.running.seconds for job in runner.running.values()), default=0.0)
-        if self._live is None or (runner.running and abs(now - self._shown_at) < REFRESH_SECONDS):
-            return
-        self._shown_at = now
-        lines = []
-        for key, job in runner.running.items():
-            path = process.checkpoints_folder(runner.folder, job.work.cell) / METRICS_FILE
-            records = read_metrics(path) if path.exists() else []
-            iteration = f"iteration {records[-1]['iteration']}," if records else ""
-            lines.append(Text(f"{job.work.kind} {key}: {iteration} {job.running.seconds:.0f} s"))
-        self._live.update(Stack(table(self.folder, self.groups), *lines), refresh=True)
-
-
 def table(folder: Path, groups: Sequence[Group]) -> Table:
     """The state of each group: how many cells are done, the chosen settings, the means of the results."""
+
+    def average(values: Sequence[float | None]) -> str:
+        known = [value for value in values if value is not None]
+        return f"{mean(known):.4g}" if known else ""
+
     shown = Table("model", "task", "method", "tuned", "chosen", "seeds", "validation loss", "scores")
     for group in groups:
-        now = progress(folder, group)
-        tuned = sum(record is not None and record.is_trained for record in now.tuning)
-        failed = sum(record is not None and not record.is_trained for record in (*now.tuning, *now.finals))
-        trained = [record for record in now.finals if record is not None and record.is_trained]
-        scores = {
-            name: _mean([record.scores.get(name) for record in trained])
-            for name in (group.task.score.metrics if group.task.score else ())
-        }
+        now, score = progress(folder, group), group.task.score
+        cells = [cell.key for cell in (*group.tuning, *now.chosen)]
+        failed = sum(not now.records[key].is_trained for key in cells if key in now.records)
+        tuned = sum(record is not None and record.is_trained for _, record in now.tuning)
+        trained = now.finals.values()
+        scores = {name: average([one.scores.get(name) for one in trained]) for name in (score.metrics if score else ())}
         shown.add_row(
             *group.name,
             f"{tuned}/{len(now.tuning)}" + (f" ({failed} failed)" if failed else ""),
             "" if now.best is None else group.tuning[now.best].point or "(no grid)",
-            f"{len(trained)}/{len(group.finals[0])}" + (f", {now.num_scored} scored" if now.is_scored else ""),
-            _mean([record.validation_loss for record in trained]),
+            f"{len(trained)}/{len(group.finals[0])}" + (f", {now.num_scored} scored" if score else ""),
+            average([record.validation_loss for record in trained]),
             ", ".join(f"{name} {value}" for name, value in scores.items() if value),
             style="green" if now.is_done else "",
         )
     return shown
-
-
-def _mean(values: Sequence[float | None]) -> str:
-    known = [value for value in values if value is not None]
-    return f"{sum(known) / len(known):.4g}" if known else ""

@@ -14,13 +14,14 @@ from re import fullmatch
 from typing import Any
 
 from megatron_peft.cli.parser import read_config
-from megatron_peft.config import ConfigurationError, PeftConfig
+from megatron_peft.config import ConfigurationError, PeftConfig, require
 from megatron_peft.config import flag as dashed
 from megatron_peft.config.untrusted import parse_yaml, read_text
 from megatron_peft.models.families import read_shape
 
 FlagValues = Mapping[str, Any]
 
+EXPERIMENT_FILE = "experiment.yaml"  # a copy of the file, beside the cells
 NAME = r"[A-Za-z0-9][A-Za-z0-9._+-]*"
 RUNNERS_OWN = {  # flag -> what to write instead
     "seed": "list the seeds under seeds:",
@@ -38,10 +39,7 @@ VALIDATED = {"valid-data-path", "data-path"}  # either gives a validation loss
 
 @dataclass(frozen=True)
 class Metric:
-    """A number of a score's JSON file: the mean of what is at `paths`, times `scale` (100 for %).
-
-    A path is the keys to a number, joined by slashes.
-    """
+    """The mean of the numbers at `paths` of a score's JSON file (keys, joined by slashes), times `scale`: 100 for %."""
 
     paths: tuple[str, ...]
     higher_is_better: bool = True
@@ -81,15 +79,17 @@ class Choice:
         """Points of the grid; 1 without a grid."""
         return prod(map(len, self.grid.values()))
 
+    @property
+    def peft_method(self) -> str:
+        """A method's --peft-method."""
+        return str(self.flags.get("peft-method", self.name))
+
 
 @dataclass(frozen=True)
 class Experiment:
     """The content of an experiment's file. `check_flags` checks its flags.
 
-    Attributes:
-        seeds: of the final runs; tuning_seed: of the tuning runs.
-        prepare: commands that run before the first cell.
-        text: of the file, which the runner copies next to the cells.
+    Attributes: prepare: commands that run before the first cell; text: of the file, copied next to the cells.
     """
 
     name: str
@@ -146,11 +146,6 @@ class Experiment:
                     f"models.{model.name} nothing is validated: give --valid-data-path."
                 )
 
-    @property
-    def default_folder(self) -> Path:
-        """Where the cells go unless --output names a folder."""
-        return Path("runs/experiments") / self.name
-
     def budget(self, model: Choice, task: Choice) -> FlagValues:
         """The flags of BUDGET, which are the same for all methods."""
         flags = {**self.flags, **model.flags, **task.flags}
@@ -160,7 +155,6 @@ class Experiment:
 # The file is read strictly: an unknown key, a wrong type or an empty list is an error that names its place.
 
 KEYS = ("name", "title", "flags", "models", "tasks", "methods", "seeds", "tuning_seed", "prepare")
-NEEDED = ("models", "tasks", "methods", "seeds")
 CHOICE_KEYS = {
     "models": ("flags", "processes", "slurm", "paper"),
     "tasks": ("flags", "score", "paper"),
@@ -176,108 +170,92 @@ def read_experiment(path: Path) -> Experiment:
     text = read_text(path)
     content = parse_yaml(text, str(path))
     try:
-        return _experiment(_mapping(content, "the file", KEYS), path.stem, text)
+        top = _mapping(content, "the file", KEYS)
+        if missing := [key for key in (*CHOICE_KEYS, "seeds") if not top.get(key)]:
+            raise ConfigurationError(*(f"the grid is empty: {key} names nothing." for key in missing))
+        flags = _flags(top.get("flags"), "flags")
+        models, tasks, methods = (
+            tuple(_choice(str(name), values, kind, flags) for name, values in _mapping(top[kind], kind).items())
+            for kind in CHOICE_KEYS
+        )
+        seeds = _whole_numbers(top["seeds"], "seeds")
+        (tuning_seed,) = _whole_numbers(top.get("tuning_seed", seeds[0]), "tuning_seed")
+        prepare = tuple(_words(command, "prepare") for command in _listed(top.get("prepare") or []))
+        name = str(top.get("name", path.stem))
+        title = str(top.get("title", name))
+        return Experiment(name, title, flags, models, tasks, methods, seeds, tuning_seed, prepare, text)
     except ConfigurationError as error:
         raise ConfigurationError(*(f"{path}: {problem}" for problem in error.problems)) from error
-
-
-def _experiment(top: Mapping[str, Any], name: str, text: str) -> Experiment:
-    if missing := [key for key in NEEDED if not top.get(key)]:
-        raise ConfigurationError(*(f"the grid is empty: {key} names nothing." for key in missing))
-    seeds = _whole_numbers(top["seeds"], "seeds")
-    (tuning_seed,) = _whole_numbers([top.get("tuning_seed", seeds[0])], "tuning_seed")
-    flags = _flags(top.get("flags"), "flags")
-    models, tasks, methods = (
-        tuple(_choice(str(name), values, kind, flags) for name, values in _mapping(top[kind], kind).items())
-        for kind in CHOICE_KEYS
-    )
-    prepare = top.get("prepare") or []
-    commands = tuple(_words(command, "prepare") for command in (prepare if isinstance(prepare, list) else [prepare]))
-    name = str(top.get("name", name))
-    title = str(top.get("title", name))
-    return Experiment(name, title, flags, models, tasks, methods, seeds, tuning_seed, commands, text)
 
 
 def _choice(name: str, content: Any, kind: str, common: Mapping[str, Any]) -> Choice:
     """`common`: the flags of all cells. Without --peft-method in any flags, a method's name is its --peft-method."""
     place = f"{kind}.{name}"
     values = _mapping(content, place, CHOICE_KEYS[kind])
-    flags, grid = (_flags(values.get(key), f"{place}.{key}") for key in ("flags", "grid"))
-    grid = {flag: _grid_values(points, f"{place}.grid.{flag}") for flag, points in grid.items()}
+    flags, grid, slurm = (_flags(values.get(key), f"{place}.{key}") for key in ("flags", "grid", "slurm"))
+    grid = {flag: tuple(_listed(points)) for flag, points in grid.items()}
+    for flag, points in grid.items():
+        require(bool(points), f"{place}.grid.{flag} is empty: list the values to try, or leave the flag out.")
+        words = [str(point) for point in points]
+        twice = sorted({word for word in words if words.count(word) > 1})
+        require(not twice, f"{place}.grid.{flag} holds {', '.join(twice)} twice.")
     if kind == "methods" and "peft-method" not in {*flags, *grid, *common}:
         flags = {"peft-method": name, **flags}
-    (processes,) = _whole_numbers([values.get("processes", 1)], f"{place}.processes")
-    if processes < 1:
-        raise ConfigurationError(f"{place}.processes is {processes}; a cell needs one at least.")
+    (processes,) = _whole_numbers(values.get("processes", 1), f"{place}.processes")
+    require(processes >= 1, f"{place}.processes is {processes}; a cell needs one at least.")
     score = _score(values["score"], f"{place}.score") if values.get("score") else None
     paper = None if values.get("paper") is None else str(values["paper"])
-    return Choice(name, flags, grid, processes, score, _flags(values.get("slurm"), f"{place}.slurm"), paper)
-
-
-def _grid_values(points: Any, place: str) -> tuple[Any, ...]:
-    listed = points if isinstance(points, list) else [points]
-    if not listed:
-        raise ConfigurationError(f"{place} is empty: list the values to try, or leave the flag out.")
-    words = [str(point) for point in listed]
-    twice = sorted({word for word in words if words.count(word) > 1})
-    if twice:
-        raise ConfigurationError(f"{place} holds {', '.join(twice)} twice.")
-    return tuple(listed)
+    return Choice(name, flags, grid, processes, score, slurm, paper)
 
 
 def _score(content: Any, place: str) -> ScoreSpec:
     values = _mapping(content, place, ("command", "metrics"))
     command = _words(values.get("command"), f"{place}.command")
-    if "{output}" not in " ".join(command):
-        raise ConfigurationError(f"{place}.command does not name its JSON file: write {{output}} in its place.")
-    metrics = _mapping(values.get("metrics"), f"{place}.metrics")
-    if not metrics:
-        raise ConfigurationError(f"{place}.metrics is empty: name the numbers of the score's file.")
-    return ScoreSpec(command, {str(name): _metric(metrics[name], f"{place}.metrics.{name}") for name in metrics})
-
-
-def _metric(content: Any, place: str) -> Metric:
-    values = _mapping(content, place, ("path", "higher_is_better", "scale"))
-    paths = values.get("path") or []
-    if not paths:
-        raise ConfigurationError(f"{place} needs path: the keys to the number, joined by slashes, or a list of such.")
-    scale = values.get("scale", 1.0)
-    if isinstance(scale, bool) or not isinstance(scale, int | float):
-        raise ConfigurationError(f"{place}.scale is {scale!r}, not a number.")
-    keys = tuple(map(str, paths)) if isinstance(paths, list) else (str(paths),)
-    return Metric(keys, bool(values.get("higher_is_better", True)), float(scale))
+    named = "{output}" in " ".join(command)
+    require(named, f"{place}.command does not name its JSON file: write {{output}} in its place.")
+    metrics = {}
+    for name, metric in _mapping(values.get("metrics"), f"{place}.metrics").items():
+        metric_place = f"{place}.metrics.{name}"
+        entry = _mapping(metric, metric_place, ("path", "higher_is_better", "scale"))
+        paths, scale = tuple(map(str, _listed(entry.get("path") or []))), entry.get("scale", 1.0)
+        told = "needs path: the keys to the number, joined by slashes, or a list of such."
+        require(bool(paths), f"{metric_place} {told}")
+        require(type(scale) in (int, float), f"{metric_place}.scale is {scale!r}, not a number.")
+        metrics[str(name)] = Metric(paths, bool(entry.get("higher_is_better", True)), float(scale))
+    require(bool(metrics), f"{place}.metrics is empty: name the numbers of the score's file.")
+    return ScoreSpec(command, metrics)
 
 
 def _words(content: Any, place: str) -> tuple[str, ...]:
     words = content.split() if isinstance(content, str) else content
-    if not isinstance(words, Sequence) or not words:
-        raise ConfigurationError(f"{place} is {content!r}; it is a command: a line, or a list of words.")
+    is_command = isinstance(words, Sequence) and bool(words)
+    require(is_command, f"{place} is {content!r}; it is a command: a line, or a list of words.")
     return tuple(map(str, words))
 
 
 def _whole_numbers(content: Any, place: str) -> tuple[int, ...]:
-    listed = content if isinstance(content, list) else [content]
-    for number in listed:
-        if not isinstance(number, int) or isinstance(number, bool):
-            raise ConfigurationError(f"{place} holds {number!r}, which is not a whole number.")
-    return tuple(listed)
+    for number in _listed(content):
+        require(type(number) is int, f"{place} holds {number!r}, which is not a whole number.")
+    return tuple(_listed(content))
+
+
+def _listed(content: Any) -> list[Any]:
+    return content if isinstance(content, list) else [content]
 
 
 def _flags(content: Any, place: str) -> dict[str, Any]:
     return {str(name).lstrip("-").replace("_", "-"): value for name, value in _mapping(content, place).items()}
 
 
-def _mapping(content: Any, place: str, keys: Sequence[str] | None = None) -> Mapping[str, Any]:
+def _mapping(content: Any, place: str, keys: Sequence[str] = ()) -> Mapping[str, Any]:
     """Raises ConfigurationError: not a mapping, or a key that is not among `keys`."""
-    if content is None:
-        return {}
-    if not isinstance(content, Mapping):
-        raise ConfigurationError(f"{place} is {content!r}; it is a mapping, `name: value` on each line.")
-    for key in content:
-        if keys is not None and key not in keys:
-            near = get_close_matches(str(key), keys, 1)
-            hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(keys)}."
-            raise ConfigurationError(f"{place} has the unknown key {key!r}: {hint}")
+    content = {} if content is None else content
+    is_mapping = isinstance(content, Mapping)
+    require(is_mapping, f"{place} is {content!r}; it is a mapping, `name: value` on each line.")
+    for key in content if keys else ():
+        near = get_close_matches(str(key), keys, 1)
+        hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(keys)}."
+        require(key in keys, f"{place} has the unknown key {key!r}: {hint}")
     return content
 
 
@@ -286,13 +264,7 @@ def _mapping(content: Any, place: str, keys: Sequence[str] | None = None) -> Map
 
 @dataclass(frozen=True)
 class Cell:
-    """One training run.
-
-    Attributes:
-        settings: flag -> value, the point of the grid.
-        flags: all flags of pretrain_peft.py but --save and --load.
-        processes: number of ranks.
-    """
+    """One training run: `settings` is the point of the grid, `flags` are all but --save and --load."""
 
     model: str
     task: str
@@ -370,9 +342,8 @@ def command_line(flags: FlagValues) -> tuple[str, ...]:
 
 
 def check_flags(groups: Iterable[Group]) -> None:
-    """Check the flags of every cell by the rules of pretrain_peft.py, before anything runs.
-
-    Raises ConfigurationError with each problem once, and the first cell that has it.
+    """Check the flags of every cell by the rules of pretrain_peft.py. ConfigurationError has each problem once, with
+    the first cell that has it.
     """
     first_with: dict[str, str] = {}
     for cell in (cell for group in groups for cell in group.tuning):

@@ -2,47 +2,35 @@
 
 import csv
 import io
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
+from typing import NamedTuple
 
 from megatron_peft.config import METHODS, PeftConfig, require
 from megatron_peft.experiment.results import (
-    VALIDATION_LOSS,
     Comparison,
     Result,
     Results,
-    StepsTo,
     compare_seeds,
     metrics,
-    peft_method,
+    shown_metrics,
     steps_to,
 )
-from megatron_peft.experiment.spec import Choice
 
-LATEX = {
-    "\\": r"\textbackslash{}",
-    **{character: f"\\{character}" for character in "&%$#_{}"},
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "±": r"$\pm$",
-    "†": r"$^\dagger$",
-    "–": "--",
-    "≥": r"$\ge$",
-}
+LATEX = {character: f"\\{character}" for character in "&%$#_{}"}
+LATEX |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+LATEX |= {"±": r"$\pm$", "†": r"$^\dagger$", "–": "--", "≥": r"$\ge$"}
 BEST = "*"  # the first character of a highlighted cell; CSV leaves it out
 
 
 @dataclass(frozen=True)
 class Table:
-    """Columns and rows of text.
+    """Columns and rows of text, `title` above and `note` below.
 
     Attributes:
-        title: above it; note: below it.
         text_columns: the first so many are words, aligned left; the others are numbers.
-        is_sortable: whether the order of the rows is free.
-        is_prose: whether cells are texts of several lines.
+        is_sortable: whether the order of the rows is free; is_prose: whether cells are texts of several lines.
     """
 
     title: str
@@ -77,15 +65,12 @@ class Table:
     def latex(self) -> str:
         """A table environment that needs no package."""
 
-        def escaped(text: str) -> str:
-            return re.sub("|".join(map(re.escape, LATEX)), lambda character: LATEX[character.group()], text)
-
         def shown(cell: str) -> str:
-            text = escaped(cell.removeprefix(BEST))
+            text = cell.removeprefix(BEST).translate(str.maketrans(LATEX))
             return f"\\textbf{{{text}}}" if cell.startswith(BEST) else text
 
         alignment = "l" * self.text_columns + "r" * (len(self.columns) - self.text_columns)
-        caption = escaped(f"{self.title}. {self.note}".strip())
+        caption = shown(f"{self.title}. {self.note}".strip())
         lines = [r"\begin{table}", r"\centering", f"\\caption{{{caption}}}", f"\\begin{{tabular}}{{{alignment}}}"]
         columns, *rows = [" & ".join(map(shown, row)) + r" \\" for row in (self.columns, *self.rows)]
         lines += [r"\hline", columns, r"\hline"]
@@ -111,19 +96,15 @@ def with_spread(mean: float | None, deviation: float | None) -> str:
 
 
 def _digits(value: float) -> int:
-    """Digits after the point."""
     return 3 if abs(value) < 10 else 2 if abs(value) < 100 else 1
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """A metric of a method on a task with a model.
 
     Attributes:
-        runs: in the order of the experiment's seeds; None for a missing run.
-        deviation: of the sample (n - 1).
+        runs: in the order of the experiment's seeds; None for a missing run. deviation: of the sample (n - 1).
         against: the comparison with the reference method; None for itself and without a test.
-        is_best: whether the mean is the best of several methods.
     """
 
     result: Result
@@ -141,8 +122,7 @@ class Row:
 
 
 def reference_method(results: Results, chosen: str | None) -> str:
-    """The method that others are tested against: the given one, or the first that mixes two (the Hybrid), or the
-    first of all.
+    """The method that others are tested against: the chosen one, or the first that mixes two, or the first of all.
 
     Raises ConfigurationError: the experiment has no such method.
     """
@@ -151,7 +131,7 @@ def reference_method(results: Results, chosen: str | None) -> str:
         require(chosen in names, f"--against {chosen}: the experiment's methods are {', '.join(names)}.")
         return chosen
     mixing = {name for name, method in METHODS.items() if method.mixes}
-    mixed = [method.name for method in results.experiment.methods if peft_method(method) in mixing]
+    mixed = [method.name for method in results.experiment.methods if method.peft_method in mixing]
     return (mixed or names)[0]
 
 
@@ -176,11 +156,6 @@ def rows(results: Results, reference: str) -> list[Row]:
                 )
                 table_rows.append(row)
     return table_rows
-
-
-def shown_metrics(task: Choice) -> list[str]:
-    """The scores of a task, or the validation loss of a task without scores."""
-    return [metric for metric in metrics(task) if metric != VALIDATION_LOSS or task.score is None]
 
 
 def by_score(results: Results, table_rows: Sequence[Row]) -> Table:
@@ -254,18 +229,8 @@ def in_the_papers_form(results: Results, table_rows: Sequence[Row]) -> Table:
 
 def speed_table(results: Results, model: str, task: str) -> Table | None:
     """A line per method, a column per measurement; None without a run of the default method, LoRA."""
-
-    def shown(compared: StepsTo | None) -> str:
-        if compared is None:
-            return "–"
-        if compared.times_fewer is None:
-            return f"not reached (0/{compared.num_runs})"
-        reached, runs = compared.num_reached, compared.num_runs
-        share = "" if reached == runs else f" ({reached}/{runs})"
-        return f"{'≥ ' if compared.is_bound else ''}{compared.times_fewer:.2f}{share}"
-
     of_place = results.of(model, task)
-    lora = (result for result in of_place if peft_method(result.group.method) == PeftConfig.method and result.finals)
+    lora = (result for result in of_place if result.group.method.peft_method == PeftConfig.method and result.finals)
     base = next(lora, None)
     if base is None:
         return None
@@ -279,7 +244,9 @@ def speed_table(results: Results, model: str, task: str) -> Table | None:
         f"Times fewer steps than {base.method} to {base.method}'s validation loss after N steps ({model}, {task})",
         ("method", *(f"N = {step}" for step in steps)),
         tuple(
-            (method, *(shown(by_step.get(step)) for step in steps)) for method, by_step in measured.items() if by_step
+            (method, *(str(by_step.get(step, "–")) for step in steps))
+            for method, by_step in measured.items()
+            if by_step
         ),
         "N over the mean number of steps that the method's runs need, seed by seed, linear between measurements; above "
         "1 it is faster. '≥' where the first measurement is at or below the loss already; (k/n) where only k of n runs "

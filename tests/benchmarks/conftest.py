@@ -4,7 +4,7 @@ from megatron_peft.benchmarks.subjects import Setting
 from tests.tiny_llama import save_llama
 
 EVEN = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
-SETTING = {"rows": 2, "positions": 16, "rank": 4, "block_size": 2, "num_factors": 2}
+SETTING = {"rows": 2, "positions": 16, "rank": 4, "block_size": 2, "num_factors": 2, "turns": 1}
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_peft.adapters.attach import attach_adapters, start_gradients_at_the_embedding
-from megatron_peft.benchmarks.check_gpu import SIZES_VARIABLE
+from megatron_peft.benchmarks import SIZES_VARIABLE
 from megatron_peft.config import METHODS, RunConfig, make_run
 from megatron_peft.data.batches import Microbatch, pack, pad
 from megatron_peft.data.samples import Sample

@@ -17,17 +17,16 @@ from rich.console import Console
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_peft.adapters import low_rank
-from megatron_peft.benchmarks.check_gpu import LINES, SIZES_VARIABLE, Line, run
+from megatron_peft.benchmarks import LINES, SIZES_VARIABLE, Line
+from megatron_peft.benchmarks import check_gpu as run
 from megatron_peft.benchmarks.measure import Figure
 from megatron_peft.commands import check_gpu as command
 from megatron_peft.models import layers
 from megatron_peft.runtime import precision
 from tests.adapters.test_operation_counts import A_MICROBATCH
-from tests.benchmarks import gpu_speed as speed
 from tests.benchmarks import gpu_subjects as subjects
-from tests.benchmarks import gpu_versions as versions
 from tests.benchmarks import test_on_one_gpu as on_one_gpu
-from tests.benchmarks.gpu_speed import Kernel, busy_share
+from tests.benchmarks.test_on_one_gpu import Kernel, busy_share
 from tests.emulated_tf32 import FACTORS, as_tf32
 
 ROOT = Path(__file__).parents[2]
@@ -233,46 +232,22 @@ def test_without_the_tests_the_command_says_what_is_missing_and_the_way_out(tmp_
     assert "pip install --editable '.[test]'" in told
 
 
-def driver() -> str:
-    return versions.driver()[0].note
-
-
-def tell_version(reference: Any) -> None:
-    """As libcuda's, of a driver for CUDA 13.1."""
-    reference._obj.value = 13010
-
-
-def test_versions_name_the_driver_and_every_nccl(monkeypatch) -> None:
-    assert versions.driver() == [Figure("driver", 0.0)]
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(versions.ctypes, "CDLL", lambda name: SimpleNamespace(cuDriverGetVersion=tell_version))
-    monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert driver().startswith("takes CUDA 13.1;")
-    nvml = SimpleNamespace(nvmlInit=lambda: None, nvmlSystemGetDriverVersion=lambda: "580.65.06")
-    monkeypatch.setitem(sys.modules, "pynvml", nvml)
-    assert driver() == "580.65.06"
-    monkeypatch.setattr(nvml, "nvmlInit", lambda: 1 // 0)  # the package without the library
-    assert driver().startswith("takes CUDA 13.1;")
-    monkeypatch.setattr(versions.nccl, "version", lambda: (2, 29, 7))
+def test_every_package_with_an_nccl_is_named(monkeypatch) -> None:
+    notes: dict[str, str] = {}
     installed = [SimpleNamespace(name=name, version="2.29.7") for name in ("nvidia-nccl-cu13", "nvidia-cudnn-cu13")]
-    monkeypatch.setattr(versions, "distributions", lambda: installed)
-    assert versions.nccl_libraries() == [Figure("NCCL", 1.0, note="torch's 2.29.7, nvidia-nccl-cu13 2.29.7")]
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert versions.nccl_libraries()[0].note == "nvidia-nccl-cu13 2.29.7"
+    monkeypatch.setattr(on_one_gpu, "distributions", lambda: installed)
+    on_one_gpu.test_what_is_installed(lambda name, *_, note="": notes.update({name: note}))
+    assert notes["NCCL"] == "nvidia-nccl-cu13 2.29.7"
 
 
 @pytest.mark.parametrize(
-    ("words", "told"), [(["c"], "no line is called c: there are versions"), (["--nope"], "--nope")]
+    ("words", "processes", "told"),
+    [(["c"], 1, "no line is called c: there are versions"), (["--nope"], 1, "--nope"), ([], 2, "without torchrun")],
 )
-def test_a_wrong_word_is_told(words, told, capsys) -> None:
+def test_what_cannot_run_is_told(words, processes, told, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
     assert command.main(words) == 2
     assert told in capsys.readouterr().err
-
-
-def test_several_processes_are_refused(monkeypatch, capsys) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert command.main([]) == 2
-    assert "start it without torchrun" in capsys.readouterr().err
 
 
 def test_kernels_that_overlap_count_once() -> None:
@@ -285,17 +260,17 @@ def test_kernels_of_an_adapter_are_compared_with_the_operations_that_are_counted
     """Those of tests/adapters/test_operation_counts.py, which the page names too."""
     row = next(line for line in PAGE.read_text().splitlines() if line.startswith("| few kernels a layer |"))
     assert all(f"{forward} + {backward}" in row for forward, backward, _ in A_MICROBATCH.values())
-    monkeypatch.setattr(speed, "device", lambda: torch.device("cpu"))
-    assert speed.added_kernels("x", 480, 6).reached is None
-    monkeypatch.setattr(speed, "device", lambda: torch.device("cuda", 0))
-    found = {number: speed.added_kernels("x", number, 6) for number in (48, 49)}
+    monkeypatch.setattr(on_one_gpu, "device", lambda: torch.device("cpu"))
+    assert on_one_gpu.added_kernels("x", 480, 6).reached is None
+    monkeypatch.setattr(on_one_gpu, "device", lambda: torch.device("cuda", 0))
+    found = {number: on_one_gpu.added_kernels("x", number, 6) for number in (48, 49)}
     assert found[48].reached and found[49].reached is False and "6 operations in each of 4" in found[48].note
-    assert speed.added_kernels("x", 480, None).reached is None, "a method of another package"
+    assert on_one_gpu.added_kernels("x", 480, None).reached is None, "a method of another package"
 
 
 def test_a_layers_kernels_are_compared_with_the_frozen_ones(monkeypatch) -> None:
     counts, figures, of_frozen_layer = iter([100, 140, 190]), [], {}
-    monkeypatch.setattr(speed, "device", lambda: torch.device("cuda", 0))
+    monkeypatch.setattr(on_one_gpu, "device", lambda: torch.device("cuda", 0))
     monkeypatch.setattr(on_one_gpu, "milliseconds", lambda *_: 1.0)
     monkeypatch.setattr(on_one_gpu, "random_state", lambda *_: None)
     monkeypatch.setattr(on_one_gpu, "microbatch_step", lambda *_: lambda: None)

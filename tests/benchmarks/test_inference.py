@@ -1,15 +1,16 @@
 """Logits, answers and scores of a tiny model are those of transformers and of the harness; a difference is found."""
 
 import copy
-import functools
 import re
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from megatron_peft.benchmarks import inference
-from megatron_peft.benchmarks.inference import TASKS, HarnessQuestions, compare_items, our_items, their_items
-from megatron_peft.benchmarks.subjects import Setting
+from megatron_peft.benchmarks.inference import TASKS, compare_items, our_items, their_items
+from megatron_peft.benchmarks.subjects import Setting, on_ranks
 from megatron_peft.tasks.template import TASKS as ALL_TASKS
 from tests.evaluation.local_tasks import write_tasks
 from tests.evaluation.worded_llama import WORDS, save_worded_llama
@@ -17,14 +18,13 @@ from tests.ranks import run_ranks
 
 
 def test_split_logits_are_those_of_transformers_and_one_wrong_one_is_found(tiny: Setting, monkeypatch) -> None:
-    monkeypatch.setattr(inference, "LOGITS_LAYOUTS", ({"tensor_parallel": 2, "sequence_parallel": True},))
-    monkeypatch.setattr(inference, "_logits", functools.cache(inference._logits))
-    (figure,) = inference.logits_figures(tiny)
+    setting = replace(tiny, tensor_parallel=2, sequence_parallel=True)
+    split: list = []
+    monkeypatch.setattr(inference, "on_ranks", lambda *call: split or split.extend(on_ranks(*call)) or split)
+    (figure,) = inference.logits_figures(setting)
     assert figure.reached and "TP2+SP" in figure.name
-    wrong = inference._logits_of_transformers(tiny)
-    wrong[1, 2, 3] += 5e-4
-    monkeypatch.setattr(inference, "_logits_of_transformers", lambda setting: wrong)
-    (figure,) = inference.logits_figures(tiny)
+    split[-1][0, 1, 2, 3] += 5e-4
+    (figure,) = inference.logits_figures(setting)
     assert figure.measured == pytest.approx(5e-4, abs=5e-5) and not figure.reached
 
 
@@ -33,7 +33,7 @@ def test_answers_and_scores_are_those_of_transformers_and_wrong_ones_are_found(t
     monkeypatch.setattr(inference, "NUM_PROMPTS", 6)
     compared, compare = [], inference.compare_replies
     monkeypatch.setattr(inference, "compare_replies", lambda *sides: compared.append(sides) or compare(*sides))
-    differing, largest, ratio = inference.generation_figures(tiny, turns=1)
+    differing, largest, ratio = inference.generation_figures(tiny)
     assert differing.reached and differing.note.startswith("6 prompts")
     assert largest.reached and largest.measured > 0, "two programs never round alike"
     assert ratio.measured > 0
@@ -47,7 +47,7 @@ def test_answers_and_scores_are_those_of_transformers_and_wrong_ones_are_found(t
 
 def test_a_token_with_boft_is_timed_beside_one_of_the_base(tiny: Setting, monkeypatch) -> None:
     monkeypatch.setattr(inference, "TIMED_NEW", 2)
-    seconds, over = inference.boft_generation_figures(tiny, turns=1)
+    seconds, over = inference.boft_generation_figures(tiny)
     base = float(re.findall(r"base alone ([\d.]+) s", seconds.note)[0])
     assert seconds.measured > 0 and over.measured == pytest.approx(seconds.measured / base, rel=0.1)
 
@@ -56,8 +56,8 @@ def test_a_token_with_boft_is_timed_beside_one_of_the_base(tiny: Setting, monkey
 def test_both_backends_give_the_same_and_every_kind_of_difference_is_found(tmp_path: Path) -> None:
     model, names = save_worded_llama(tmp_path / "model"), ("tiny_choices", "tiny_answers")
     tasks = write_tasks(tmp_path / "tasks", WORDS[:50], num_questions=9, stop=" w", longest=280)
-    questions = HarnessQuestions(str(model), str(tasks), names, limit=8)
-    ours, theirs = (run_ranks(1, backend, questions)[0] for backend in (our_items, their_items))
+    asked = {"tasks": str(tasks), "names": names, "limit": 8}
+    ours, theirs = (run_ranks(1, partial(items, **asked), str(model))[0] for items in (our_items, their_items))
     assert {task for task, _ in ours} == set(names) and len(ours) == 16
     differing, largest = compare_items(ours, theirs)
     assert differing.measured == 0 and differing.note == "tiny_answers 8, tiny_choices 8"

@@ -45,8 +45,10 @@ def test_waiting_costs_nothing_and_work_does() -> None:
     assert seconds["waits"][0] < 0.05 < 0.1 <= seconds["works"][0]
 
 
-def test_ranks_are_added_up_turn_by_turn_and_a_ratio_is_the_median_of_the_turns() -> None:
-    assert measure.over_ranks([{"a": [1.0, 2.0]}, {"a": [10.0, 20.0]}]) == {"a": [11.0, 22.0]}
+def test_ranks_are_added_up_turn_by_turn_and_a_ratio_is_the_median_of_the_turns(monkeypatch) -> None:
+    by_rank = [{"a": [1.0, 2.0]}, {"a": [10.0, 20.0]}]
+    monkeypatch.setattr(measure, "on_ranks", lambda *_, **__: by_rank)
+    assert measure.seconds_of_steps(Setting("nowhere"), ("a",)) == {"a": [11.0, 22.0]}
     assert measure.median_ratio([2.0, 30.0, 3.0], [1.0, 10.0, 3.0]) == 2.0
 
 
@@ -73,11 +75,10 @@ def memory_of_a_model_and_a_step(_: Any) -> int:
         return lambda: len(model + bytearray(len(model)))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measure, "join", lambda setting: None)
-        patch.setattr(measure, "leave", lambda: None)
         patch.setattr(measure, "STEPS", {"big": build})
-        patch.setattr(measure, "run_ranks", lambda num_ranks, target, job, timeout: [measure.run_steps(job)])
-        return measure.peak_of_steps(Setting("nowhere"), "big").above_start
+        patch.setattr(measure, "on_ranks", lambda run, setting, **more: [run(setting, **more)])
+        peak, start = measure.peak_of_steps(Setting("nowhere"), "big")
+        return peak - start
 
 
 def test_memory_of_the_model_and_of_a_step_counts() -> None:
@@ -104,7 +105,7 @@ def test_json_holds_numbers_and_verdict(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_every_way_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "NUM_TURNS", 1)
-    figures = convert_figures(save_random(tmp_path / "hf"), tmp_path / "work")
+    figures = convert_figures(Setting(str(save_random(tmp_path / "hf"))))
     told = " ".join(figure.name for figure in figures)
     assert all(way in told for way in ("load Hugging Face", "load Megatron", "hf-to-megatron", "megatron-to-hf"))
     assert all(figure.measured > 0 and figure.target is not None for figure in figures)
@@ -152,16 +153,15 @@ def test_program_that_ends_before_is_an_error_with_its_words() -> None:
 
 
 def test_command_is_accepted(tmp_path: Path, tiny: Setting) -> None:
-    command = files._command(tiny, files._save_samples(tmp_path / "a.jsonl"))
+    command = files.short_run(tiny, tmp_path / "a.jsonl")
     config = parse_arguments(command[command.index(files.PROGRAM[-1]) + 1 :])
     assert config.training.train_iters == 2 and config.logging.log_interval == 1
 
 
 def test_two_ranks_read_their_halves_and_no_more(tiny: Setting) -> None:
     setting = replace(tiny, tensor_parallel=2)
-    ranks = files.run_ranks(2, files.load_on_ranks, setting)
-    (alone,) = files.run_ranks(1, files.load_on_ranks, tiny)
+    ranks, (alone,) = files.on_ranks(files.load_on_rank, setting), files.on_ranks(files.load_on_rank, tiny)
     for rank in ranks:
-        assert rank.shard * 0.8 < rank.read <= rank.shard  # less by the padding of the vocabulary
+        assert rank.shard * 0.8 < rank.counts.bytes <= rank.shard  # less by the padding of the vocabulary
         assert 0.5 <= rank.shard / alone.shard < 0.51  # norms are whole on each
         assert rank.peak > 50 * files.MIB

@@ -12,20 +12,18 @@ import pytest
 import torch
 from torch import nn
 
-from megatron_peft.benchmarks import BENCHMARKS, Workplace, files, layers, measure, steps, subjects
+from megatron_peft.benchmarks import BENCHMARKS, files, layers, measure, steps, subjects
 from megatron_peft.benchmarks.layers import crossover_figures
-from megatron_peft.benchmarks.measure import StepsJob
-from megatron_peft.benchmarks.subjects import STEPS, Setting
+from megatron_peft.benchmarks.subjects import STEPS, Setting, on_ranks
 from megatron_peft.models.families import read_shape
 from megatron_peft.runtime import cpu_kernels
 from megatron_peft.training import lora_ga_start as start_module
 from tests.one_rank import one_rank
-from tests.ranks import run_ranks
 
 
 @pytest.mark.parametrize("figures", [steps.rotation_figures, steps.hybrid_full_figures])
 def test_a_figure_is_the_quotient_of_the_two_that_it_names(figures, even: Setting) -> None:
-    for figure in figures(even, 1):
+    for figure in figures(even):
         amounts = [float(text) for text in re.findall(r"([\d.]+) (?:CPU s|MiB)", figure.note)[:2]]
         assert amounts[0] > 0 and figure.measured == pytest.approx(amounts[0] / amounts[1], rel=0.2)
         if "step" in figure.name:
@@ -36,21 +34,20 @@ def test_a_figure_is_the_quotient_of_the_two_that_it_names(figures, even: Settin
 def test_a_step_is_judged_by_what_it_takes_beyond_the_floor_of_the_same_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = {"frozen": [1.0, 2.0, 1.0], "frozen-mkl": [2.0, 2.0, 2.0], "lora": [1.5, 2.4, 1.3]}
     seconds |= {"lora adds": [0.25, 0.5, 0.3], "lora spares": [0.02, 0.04, 0.1]}
-    monkeypatch.setattr(steps, "run_ranks", lambda num_ranks, target, job, timeout: [seconds] * num_ranks)
+    monkeypatch.setattr(measure, "on_ranks", lambda run, setting, **_: [seconds] * setting.world_size)
     monkeypatch.setattr(steps, "METHODS", ("lora",))
-    (figure,) = steps.ratio_figures(Setting("nowhere", tensor_parallel=2), 3)
+    (figure,) = steps.ratio_figures(Setting("nowhere", tensor_parallel=2))
     assert (figure.name, figure.unit) == ("TP2: lora step beyond its floor", "hundredths of the frozen step")
     assert figure.measured == pytest.approx(100 * (1.3 - (1 + 0.25 - 0.02)))
     assert (figure.target, figure.reached) == (steps.BOOKKEEPING["lora"], False)
     assert figure.note.startswith("step 1.300 (1.200 to 1.500; against MKL 0.750), floor 1.230; lora 3.000 CPU s")
     seconds["lora"] = [1.2, 2.0, 1.0]
-    (figure,) = steps.ratio_figures(Setting("nowhere", tensor_parallel=2), 3)
+    (figure,) = steps.ratio_figures(Setting("nowhere", tensor_parallel=2))
     assert figure.note.startswith("below its floor: not measured, take more --turns; step 1.000 ")
 
 
 def floors_of_steps(setting: Setting) -> dict[str, Counter]:
     """Started on a rank. The products that a step has beyond the frozen base's (+) and has not (-), by their shapes."""
-    subjects.join(setting)
     logs = {name: measure.products_of(STEPS[name](setting)) for name in ("frozen", "lora", "boft")}
     ran = []
     for log in logs.values():
@@ -61,13 +58,12 @@ def floors_of_steps(setting: Setting) -> dict[str, Counter]:
             measure.products_beyond(logs[pair[1]], logs[pair[0]])()
             found[name + mark] = Counter(ran)
             ran.clear()
-    subjects.leave()
     return found
 
 
 def test_a_floor_is_of_the_products_that_the_frozen_base_lacks(even: Setting) -> None:
     """A low rank: six narrow ones a layer, without the first's input gradient. A rotation: those of its blocks."""
-    (found,) = run_ranks(1, floors_of_steps, even)
+    (found,) = on_ranks(floors_of_steps, even)
     num_layers = 4 * read_shape(even.checkpoint).num_layers
     assert sum(found["lora+"].values()) == 6 * num_layers - 1
     assert all(any(even.rank in shape for shape in factors) for factors in found["lora+"])
@@ -87,7 +83,6 @@ def test_recorded_products_run_again_on_copies_and_leave_the_step_alone():
 
 def products_of_steps(setting: Setting) -> dict[str, set[str]]:
     """Started on a rank. Which operators multiply activations with weights in a step."""
-    subjects.join(setting)
     cpu_kernels._FEWEST_FOR_ONEDNN = 0  # the model is a small one
     found = {}
     for name in ("frozen", "frozen-mkl", "boft"):
@@ -96,7 +91,6 @@ def products_of_steps(setting: Setting) -> dict[str, set[str]]:
             step()
         events = {event.name for event in profile.events()}
         found[name] = {product for product in PRODUCTS if product in events}
-    subjects.leave()
     return found
 
 
@@ -104,7 +98,7 @@ ONEDNN, PRODUCTS = "mkldnn::_linear_pointwise", ("mkldnn::_linear_pointwise", "a
 
 
 def test_the_frozen_base_multiplies_as_an_adapted_model_does(even: Setting) -> None:
-    (found,) = run_ranks(1, products_of_steps, even)
+    (found,) = on_ranks(products_of_steps, even)
     assert ONEDNN in found["boft"]
     assert found["frozen"] == {ONEDNN} and ONEDNN not in found["frozen-mkl"]
 
@@ -112,23 +106,25 @@ def test_the_frozen_base_multiplies_as_an_adapted_model_does(even: Setting) -> N
 def test_each_storage_counts_once_and_weights_do_not():
     weight = nn.Linear(4, 4, bias=False)
     x = torch.randn(10, 4, requires_grad=True)
-    saved = steps.SavedBytes(weight)
-    with saved:
+
+    def forward() -> None:
         y = weight(x)
         (y * x + y.exp()).sum()
-    assert saved.num_bytes == 3 * 10 * 4 * 4  # x, y and exp(y)
+
+    assert steps.saved_bytes(weight, forward) == 3 * 10 * 4 * 4  # x, y and exp(y)
 
 
 def test_twice_the_rank_keeps_twice_the_narrow_activations(even: Setting):
     """[tokens, rank] in float32 of four linear layers in each of four; only LoRA and the Hybrid have a rank."""
-    kept, wider = (steps.count_methods(replace(even, rank=rank)) for rank in (4, 8))
+    kept, wider = (subjects.in_world(replace(even, rank=rank), steps.count_methods) for rank in (4, 8))
     narrow = 4 * 4 * even.rows * even.positions * 4 * 4
     grown = {name: wider[name] - kept[name] for name in kept}
     assert grown == {"frozen": 0, "lora": narrow, "boft": 0, "urnn": 0, "hybrid": narrow}
 
 
 def test_real_steps_reach_the_targets(tiny: Setting) -> None:
-    figures = {figure.name: figure for figure in steps.collectives_figures(tiny)}
+    settings = [replace(tiny, **layout) for layout in BENCHMARKS["collectives"].layouts]
+    figures = {figure.name: figure for setting in settings for figure in steps.collectives_figures(setting)}
     calls = [figure for name, figure in figures.items() if "bytes" not in name]
     assert [figure.measured for figure in calls] == [1, 0, 1 + 8, 0, 1, 0, 1 + 2 * 8, 0]
     assert all(figure.reached for figure in calls)
@@ -139,10 +135,10 @@ def test_real_steps_reach_the_targets(tiny: Setting) -> None:
 
 def test_memory_that_steps_free_is_to_be_given_back(monkeypatch: pytest.MonkeyPatch):
     done: list = []
-    monkeypatch.setattr(steps, "give_back_freed_memory", lambda: done.append("asked"))
-    monkeypatch.setattr(steps, "run_steps", done.append)
-    steps.run_steps_giving_back(StepsJob(Setting("nowhere"), "lora"))
-    assert done == ["asked", StepsJob(Setting("nowhere"), "lora")]
+    monkeypatch.setattr(measure, "give_back_freed_memory", lambda: done.append("asked"))
+    monkeypatch.setattr(measure, "STEPS", {"lora": lambda setting: lambda: done.append("step")})
+    measure.run_steps(Setting("nowhere"), "lora", num_steps=1, keeps_freed=False)
+    assert done == ["asked", "step"]
 
 
 def test_a_real_start_sees_every_batch_twice(monkeypatch: pytest.MonkeyPatch, tiny: Setting):
@@ -153,7 +149,7 @@ def test_a_real_start_sees_every_batch_twice(monkeypatch: pytest.MonkeyPatch, ti
     monkeypatch.setattr(
         start_module, "run_schedule", lambda *args, **kwargs: runs.append(1) or schedule(*args, **kwargs)
     )
-    frozen, a_batch = steps.time_start(tiny)
+    frozen, a_batch = subjects.in_world(tiny, steps.time_start)
     assert len(runs) == 4 and frozen > 0 and a_batch > 0
 
 
@@ -187,7 +183,7 @@ def test_the_way_in_use_stands_first(monkeypatch):
     monkeypatch.setattr(layers, "NUM_TOKENS", 8)
     monkeypatch.setattr(layers, "NUM_FEATURES", 64)
     monkeypatch.setattr(layers, "DENSE_UP_TO", 16)
-    figures = crossover_figures(num_turns=1)
+    figures = crossover_figures(Setting("nowhere", turns=1))
     found = [figure.name.removeprefix("groups of ") for figure in figures]
     assert found == ["4: dense / fourier", "16: dense / fourier", "32: fourier / dense", "64: fourier / dense"]
     assert all(figure.measured > 0 and figure.target == 1.0 for figure in figures)
@@ -197,7 +193,7 @@ def test_benchmarks_are_those_of_the_documentation() -> None:
     page = Path(__file__).parents[2] / "docs" / "benchmarks.md"
     assert re.findall(r"^\| `([a-z-]+)` \|", page.read_text(), re.M) == list(BENCHMARKS)
     for name, benchmark in BENCHMARKS.items():
-        module, _, function = benchmark.function.partition(":")
+        module, _, function = benchmark.measure.partition(":")
         assert callable(getattr(import_module(f"megatron_peft.benchmarks.{module}"), function)), name
 
 
@@ -205,8 +201,8 @@ def test_model_that_is_there_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyP
     seen = []
     monkeypatch.setattr(files, "loading_figures", lambda setting: seen.append(setting) or [])
     (tmp_path / "model").mkdir()
-    BENCHMARKS["loading"].measure(Workplace(tmp_path, tmp_path / "model", turns=1))
-    assert seen[0].checkpoint == str(tmp_path / "model") and seen[0].tensor_parallel == 3
+    BENCHMARKS["loading"].figures(tmp_path, tmp_path / "model", turns=2)
+    assert seen == [Setting(str(tmp_path / "model"), tensor_parallel=3, turns=2)]
 
 
 def test_every_token_counts_and_labels_are_the_next_tokens() -> None:
@@ -226,18 +222,16 @@ def test_small_model_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def losses_of_two_steps(setting: Setting) -> dict[str, list[float]]:
     """Started on a rank. Loss sums of our steps, in the same world."""
-    subjects.join(setting)
     losses = {}
     for name in ("frozen", "lora", "full"):
         step = STEPS[name](setting)
         answers = [step() for _ in range(3)]  # a tensor is the schedule's: sum of the losses, tokens, positions
         losses[name] = [(a[0, 0] / a[0, 1]).item() if isinstance(a, torch.Tensor) else a.loss for a in answers]
-    subjects.leave()
     return losses
 
 
 def test_frozen_base_learns_nothing_and_the_others_do(tiny: Setting) -> None:
-    (losses,) = run_ranks(1, losses_of_two_steps, replace(tiny, microbatches=2))
+    (losses,) = on_ranks(losses_of_two_steps, replace(tiny, microbatches=2))
     frozen, lora, full = losses["frozen"], losses["lora"], losses["full"]
     assert frozen[0] == frozen[2] == pytest.approx(lora[0], rel=1e-6) == pytest.approx(full[0], rel=1e-6)
     assert lora[2] < lora[0] and full[2] < full[0]

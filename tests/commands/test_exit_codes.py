@@ -92,14 +92,13 @@ def test_an_unknown_task_ends_it_before_the_model_is_loaded(tmp_path: Path, monk
         assert told in ranks.output(0)
 
 
+ROWS = (("a", 1), ("b", 3))
+
+
 @pytest.mark.parametrize(("names", "code", "files"), [(["a"], 0, {"a.json"}), ([], 1, {"a.json", "b.json"})])
 def test_exit_code_says_whether_all_was_reached(tmp_path, monkeypatch, names, code, files):
-    monkeypatch.setattr(measure, "measured", lambda number: [Figure("x", number, 2.0)], raising=False)
-    numbers = {"a": 1.0, "b": 3.0}
-    named = {
-        name: benchmarks.Benchmark(name, "measure:measured", lambda place, name=name: (numbers[name],))
-        for name in numbers
-    }
+    monkeypatch.setattr(measure, "measured", lambda setting: [Figure("x", setting.rows, 2.0)], raising=False)
+    named = {name: benchmarks.Benchmark(name, "measure:measured", setting={"rows": rows}) for name, rows in ROWS}
     monkeypatch.setattr(benchmarks, "BENCHMARKS", named)
     assert bench.main([*names, "--output", str(tmp_path)]) == code
     assert {path.name for path in tmp_path.iterdir()} == files

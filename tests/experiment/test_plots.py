@@ -47,7 +47,9 @@ def test_mean_is_over_the_runs_that_were_measured(found: Results, tmp_path: Path
     cells = found.all[0].group.finals[1]
     write_record(tmp_path, cells[1], record_of(cells[1], epoch_seconds=None))
     write_record(tmp_path, cells[2], record_of(cells[2], epoch_seconds=180.0))
-    assert plots.mean_of(read_results(tmp_path).all[0], plots.epoch_minutes) == pytest.approx(2.0)
+    again = read_results(tmp_path)
+    assert plots.measured(again.all[0], *plots.EPOCH) == [1.0, 3.0]
+    assert plots.cost_table(again).rows[0][5] == "2.000"
 
 
 def test_lines_are_means_over_the_seeds(found: Results) -> None:

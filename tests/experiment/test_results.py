@@ -1,6 +1,5 @@
 """Which runs of an experiment count, how a method's differ from another's, and tables of them in several formats."""
 
-import json
 import math
 import random
 import re
@@ -10,7 +9,7 @@ from statistics import mean, stdev
 import pytest
 
 from megatron_peft.config import ConfigurationError
-from megatron_peft.experiment import paper, process, report, tables
+from megatron_peft.experiment import report, tables
 from megatron_peft.experiment.cell_record import CellRecord, cell_file, of_cell, source_of, write_record
 from megatron_peft.experiment.results import (
     Results,
@@ -24,7 +23,7 @@ from megatron_peft.experiment.results import (
 from megatron_peft.experiment.tables import Table, format_number, reference_method, rows, with_spread
 from tests.experiment import small_results
 from tests.experiment.small_experiment import content, experiment
-from tests.experiment.small_results import LAYERS, METHODS, as_the_paper, record_of, results, write_cells
+from tests.experiment.small_results import METHODS, as_the_paper, record_of, results, write_cells
 
 CELL = "cells/tiny,talk,lora,lr=0.1,seed=1.json"
 
@@ -33,18 +32,7 @@ def test_a_run_that_failed_is_left_out(found: Results, tmp_path: Path) -> None:
     cell = found.all[0].group.finals[1][2]
     write_record(tmp_path, cell, of_cell(cell, "failed", reason="killed"))
     again = read_results(tmp_path)
-    assert list(again.all[0].finals) == [1, 2] and again.num_finals() == (8, 9)
-
-
-def test_cells_written_without_lambdas_get_them_from_their_run(found: Results, tmp_path: Path) -> None:
-    cell = found.all[2].group.finals[1][0]
-    write_record(tmp_path, cell, record_of(cell, lambdas={}))
-    path = process.checkpoints_folder(tmp_path, cell) / process.LAMBDA_FILE
-    path.parent.mkdir(parents=True)
-    lines = [{"iteration": at, "lambda": {LAYERS[0]: 0.5, LAYERS[1]: at / 10}} for at in (1, 2)]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    lambdas = read_results(tmp_path).all[2].finals[1].lambdas
-    assert lambdas == {"iterations": [1, 2], "by_layer": {LAYERS[0]: [0.5, 0.5], LAYERS[1]: [0.1, 0.2]}}
+    assert [[*result.finals] for result in again.all] == [[1, 2], [1, 2, 3], [1, 2, 3]]
 
 
 def test_a_missing_experiment_and_a_folder_without_its_cells_are_errors(tmp_path: Path) -> None:
@@ -80,7 +68,7 @@ def test_record_that_is_not_of_the_files_words_is_refused(
 def test_records_fit_a_file_that_gained_a_method(tmp_path: Path) -> None:
     path = write_cells(tmp_path) / "experiment.yaml"
     path.write_text(path.read_text().replace("methods:", "methods:\n  boft: {grid: {lr: [0.1, 0.4]}}"))
-    assert read_results(tmp_path).num_finals() == (9, 12)
+    assert report.state(read_results(tmp_path)).startswith("**Not finished:** 9 of 12 final runs are in")
 
 
 def test_cells_without_provenance_are_named_and_copied_unchanged(found: Results, tmp_path: Path) -> None:
@@ -138,8 +126,7 @@ def test_difference_and_statistic_are_those_of_the_pairs() -> None:
     ours, theirs = ({seed: random.gauss(0, 1) for seed in (1, 2, 3)} for _ in range(2))
     differences = [ours[seed] - theirs[seed] for seed in (1, 2, 3)]
     found = compare_seeds(ours, theirs)
-    assert found is not None and found.num_pairs == 3
-    assert found.difference == pytest.approx(mean(differences))
+    assert found is not None and found.difference == pytest.approx(mean(differences))
     half = 4.30265 * stdev(differences) / math.sqrt(3)
     assert (found.low, found.high) == pytest.approx((mean(differences) - half, mean(differences) + half), rel=1e-4)
     assert (found.p < 0.05) == (abs(found.difference) > half)
@@ -150,7 +137,7 @@ def test_pairs_are_of_the_same_seed_and_seeds_of_one_alone_are_left_out() -> Non
     found = compare_seeds({1: 10.1, 2: 20.11, 3: 30.09}, {1: 10.0, 2: 20.0, 3: 30.0})
     assert found is not None and found.p < 0.01
     found = compare_seeds({1: 1.0, 2: 3.0, 5: 100.0}, {1: 0.0, 2: 1.0, 3: 7.0})
-    assert found is not None and (found.num_pairs, found.difference) == (2, 1.5)
+    assert found is not None and found.difference == 1.5, "the mean of two"
 
 
 @pytest.mark.parametrize(
@@ -211,21 +198,21 @@ def test_reference_is_the_hybrid_or_the_given_method(found: Results) -> None:
 
 
 def test_paper_names_are_held_against_the_paper(tmp_path: Path) -> None:
-    paper.check_names(as_the_paper(tmp_path))
+    report.check_names(as_the_paper(tmp_path))
     models = {"tiny": {**content()["models"]["tiny"], "paper": "GPT-2"}}
     with pytest.raises(ConfigurationError, match="models.tiny.paper is 'GPT-2'; the paper has Llama3.1-405B, "):
-        paper.check_names(as_the_paper(tmp_path, models=models))
+        report.check_names(as_the_paper(tmp_path, models=models))
 
 
 def test_averages_of_the_paper_are_those_of_its_table() -> None:
-    averages = paper.printed_averages()
+    averages = report.printed_averages()
     assert averages["GLUE", "Hybrid", "Llama3.1-405B"] == "92.3"
     assert averages["HumanEval", "Hybrid", "Llama3.1-405B"] == "62.5 / 77.8"
     assert averages["HumanEval", "Hybrid", "Llama3.3-70B"] == "–" and len(averages) == 4 * 6 * 4
 
 
 def test_daggers_mark_the_averages_that_are_not_of_their_runs_rounded_either_way() -> None:
-    table1, wrong, *_ = paper.tables()
+    table1, wrong, *_ = report.papers_tables()
     marked, count = [], 0
     for runs, averages in zip(table1.rows[::2], table1.rows[1::2], strict=True):
         for three_runs, average in zip(runs[2:], averages[2:], strict=True):

@@ -35,7 +35,7 @@ def folder(tmp_path: Path) -> Path:
     """A run in progress: a line each second step, a validation each twentieth, no checkpoint."""
     losses = {20: 2.5, 40: 1.75, 60: 2.25, 80: 1.875}
     lines = [line(at, **({"validation_loss": losses[at]} if at in losses else {})) for at in range(2, LENGTH + 1, 2)]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+    write_lines(tmp_path / "metrics.jsonl", lines)
     return tmp_path
 
 
@@ -158,12 +158,6 @@ def test_a_damaged_file_is_named(folder: Path, name: str, content: str, told: st
 def test_losses_that_are_not_finite_leave_gaps(folder: Path) -> None:
     write_lines(folder / "metrics.jsonl", [line(1, loss=None, grad_norm=None), line(2, validation_loss=None)])
     assert "Validation loss" not in markdown(build_run_report(read_run(folder)))
-
-
-def test_running_mean_keeps_the_length_and_the_level() -> None:
-    noisy = [2.0 + (-1) ** at for at in range(200)]
-    smooth = running_mean(noisy)
-    assert len(smooth) == 200 and np.ptp(smooth[5:-5]) < 0.3 and np.mean(smooth) == pytest.approx(2.0, abs=0.05)
 
 
 def test_running_mean_is_the_mean_of_each_points_neighbors_and_of_a_long_run_at_once() -> None:

@@ -21,8 +21,9 @@ from rich.console import Console
 from megatron_peft.checkpoint.folders import FolderLock
 from megatron_peft.config import ConfigurationError
 from megatron_peft.experiment import process, runner
-from megatron_peft.experiment.cell_record import Work, file_digest, of_cell, progress, source_version, write_record
-from megatron_peft.experiment.runner import Board, CellJob, Runner, read_scores, run_experiment, table
+from megatron_peft.experiment.cell_record import file_digest, of_cell, source_version, write_record
+from megatron_peft.experiment.results import Work, progress
+from megatron_peft.experiment.runner import CellJob, Runner, read_scores, run_experiment, table
 from megatron_peft.experiment.spec import Metric, ScoreSpec
 from tests.experiment.small_experiment import FAKE_TRAINING, content, experiment
 from tests.time_limits import wait_until
@@ -257,27 +258,17 @@ def test_table_shows_how_far_each_method_is(tmp_path: Path) -> None:
     ]
 
 
-def test_events_are_lines_where_there_is_no_terminal(tmp_path: Path) -> None:
-    groups, shown = half_done(tmp_path), io.StringIO()
-    with Board(tmp_path, groups, Console(file=shown, width=80)) as board:
-        board.report("trained [lora]")
-        board.refresh(Runner(tmp_path, groups))
-    assert shown.getvalue() == "trained [lora]\n"
-
-
-def test_terminal_shows_what_runs_and_is_drawn_once_a_second(tmp_path: Path) -> None:
-    groups, shown = half_done(tmp_path), io.StringIO()
-    cell = groups[1].tuning[1]
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_terminal_shows_the_table_with_what_runs(tmp_path: Path, is_terminal: bool) -> None:
+    groups, drawn = half_done(tmp_path), io.StringIO()
+    cell, console = groups[1].tuning[1], Console(file=drawn, width=150, force_terminal=is_terminal)
     metrics = process.checkpoints_folder(tmp_path, cell) / "metrics.jsonl"
     metrics.parent.mkdir(parents=True)
     metrics.write_text('{"iteration": 7}\n')
-    running = SimpleNamespace()
+    running = SimpleNamespace(seconds=12.0)
     job = CellJob(Work("train", cell), running, of_cell(cell, "failed"))  # type: ignore[arg-type]
-    runner = Runner(tmp_path, groups, running={cell.key: job})
-    with Board(tmp_path, groups, Console(file=shown, width=150, force_terminal=True)) as board:
-        drawn = []
-        for running.seconds in (12.0, 12.5, 13.5):
-            board.refresh(runner)
-            drawn.append(shown.getvalue())
-    assert f"train {cell.key}: iteration 7, 12 s" in drawn[0] and drawn[1] == drawn[0]
-    assert "iteration 7, 14 s" in drawn[2]
+    console.print(Runner(tmp_path, groups, running={cell.key: job}).shown())
+    assert "0/2 (1 failed)" in drawn.getvalue() and f"train {cell.key}: iteration 7, 12 s" in drawn.getvalue()
+    drawn.truncate(0)
+    Runner(tmp_path, [], console=console).run()
+    assert ("chosen" in drawn.getvalue()) == is_terminal

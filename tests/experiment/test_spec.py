@@ -23,7 +23,6 @@ def test_file_is_read_as_written(tmp_path: Path) -> None:
     assert (found.name, found.title, found.seeds, found.tuning_seed) == ("small", "Small", (1, 2, 3), 1)
     assert found.methods[0].flags == {"peft-method": "lora"}
     assert found.tasks[0].score is not None and list(found.tasks[0].score.metrics) == ["accuracy"]
-    assert found.default_folder == Path("runs/experiments/small")
 
 
 def test_peft_method_of_all_cells_is_not_overruled_by_a_name(tmp_path: Path) -> None:

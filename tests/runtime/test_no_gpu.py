@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_peft.benchmarks.check_gpu import SIZES_VARIABLE
+from megatron_peft.benchmarks import SIZES_VARIABLE
 from megatron_peft.models.families import config_of_shape
 from megatron_peft.models.shape import ModelShape
 from tests.time_limits import seconds

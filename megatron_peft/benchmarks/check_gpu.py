@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from megatron_peft.benchmarks.check_gpu import LINES, SIZES_VARIABLE
+from megatron_peft.benchmarks import LINES, SIZES_VARIABLE
 from megatron_peft.benchmarks.measure import Figure, print_table
 
 PROVES_NOTHING = (
@@ -32,7 +32,6 @@ class LineOutcome:
     """What came of a line.
 
     Args:
-        seconds: of wall time.
         figures: all that its tests recorded; a test that raised is one that has failed, and its note says why.
         error: what kept the line from being measured to its end.
     """
@@ -133,10 +132,7 @@ def files_of(name: str, root: Path) -> list[Path]:
 
 
 def run_lines(files: Mapping[str, Sequence[Path]], root: Path, console: Console) -> list[LineOutcome]:
-    """Each line in turn. A line that fails does not keep the others from running, unless CUDA is gone.
-
-    Args: files: with tests, by the line's name.
-    """
+    """Each line in turn, by its files with tests. One that fails stops no other, unless CUDA is gone."""
     plugin = LinesPlugin(files, console)
     settings = ["--config-file", str(root / "pyproject.toml"), "-o", "addopts=--strict-markers --import-mode=importlib"]
     unused = [f"no:{name}" for name in ("terminalreporter", "cacheprovider", "unraisableexception")]
