@@ -24,8 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import adam
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_peft.runtime import cpu, cpu_kernels
-from megatron_peft.runtime.launch import reads_are
+from megatron_peft.runtime import cpu, cpu_kernels, launch
 
 
 @contextmanager
@@ -51,17 +50,16 @@ def fake_rank(rank: int, world_size: int, of_all_ranks: Callable[[Any], Any] = l
     Args:
         of_all_ranks: from what this rank gives to a gather of objects, to what another rank would give.
     """
-    with ExitStack() as stack:
-        for part in (
-            fake_world(rank, world_size),
-            reads_are(lambda numbers: [0.0] * numbers.numel()),  # losses, and counts of ranks that want something
-            _gathered(of_all_ranks),
-            _one_generator(),
-            shapes_as_asked(),
-            _without_numbers(),
-            _Answers(),
-        ):
-            stack.enter_context(part)
+    with (
+        fake_world(rank, world_size),
+        replaced(launch, "read", lambda numbers: [0.0] * numbers.numel()),  # losses, ranks that want something
+        _gathered(of_all_ranks),
+        # Nothing is drawn: megatron-core's switch of generators would copy their real states.
+        replaced(CudaRNGStatesTracker, "fork", lambda *_, **__: contextlib.nullcontext()),
+        shapes_as_asked(),
+        _without_numbers(),
+        _Answers(),
+    ):
         yield
 
 
@@ -100,9 +98,6 @@ def _gathered(of_all_ranks: Callable[[Any], Any]) -> Iterator[None]:
         yield
 
 
-_ONE = {torch.bool: True}
-
-
 class Mode(TorchDispatchMode):
     """One without the protection from torch.compile that takes a tenth of the time: nothing is compiled here."""
 
@@ -119,7 +114,8 @@ class _Answers(Mode):
             work = FakeWork().boxed()
             return work if len(func._schema.returns) == 1 else (args[0], work)
         if func is torch.ops.aten._local_scalar_dense.default and getattr(args[0], "constant", None) is None:
-            return _ONE.get(args[0].dtype, 1.0 if args[0].is_floating_point() else 1)
+            dtype = args[0].dtype
+            return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
         return func(*args, **(kwargs or {}))
 
 
@@ -132,11 +128,6 @@ def replaced(owner: Any, name: str, by: Any) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, usual)
-
-
-def _one_generator() -> contextlib.AbstractContextManager[None]:
-    """Nothing is drawn: megatron-core's switch of generators would copy their real states."""
-    return replaced(CudaRNGStatesTracker, "fork", lambda *_, **__: contextlib.nullcontext())
 
 
 @contextmanager

@@ -60,6 +60,7 @@ class Watchers:
     Attributes:
         interval: since the last log line.
         own_work: where the loop marks what is this rank's own work.
+        profile: of some steps, while they run.
     """
 
     def __init__(self, state: TrainingState) -> None:
@@ -67,7 +68,7 @@ class Watchers:
         self.own_work = OwnWork(state.config.logging)
         self._config, self._shape = state.config, state.shape
         self._timers, self._energy = StepTimers(state), Energy(state.config.logging)
-        self._profile = ExitStack()
+        self.profile = ExitStack()
         settings = state.config.logging
         self._profiles = settings.profile and dist.get_rank() in settings.profile_ranks
         if self._profiles and not settings.use_pytorch_profiler and not torch.cuda.is_available():
@@ -84,25 +85,21 @@ class Watchers:
             if settings.use_pytorch_profiler:
                 folder, rank = settings.tensorboard_dir or ".", f"rank{dist.get_rank()}"
                 handler = torch.profiler.tensorboard_trace_handler(folder, rank)
-                self._profile.enter_context(torch.profiler.profile(record_shapes=True, on_trace_ready=handler))
+                self.profile.enter_context(torch.profiler.profile(record_shapes=True, on_trace_ready=handler))
             else:
-                self._profile.enter_context(_nsight_range())
+                self.profile.enter_context(_nsight_range())
 
     def after_step(self, iteration: int, report: StepReport) -> None:
         """iteration: number of finished steps, with the one that has just ended."""
         if iteration >= self._config.logging.profile_step_end:
-            self.stop_profile()
-        gc_interval = self._config.training.manual_gc_interval
-        if self._config.training.manual_gc and gc_interval and iteration % gc_interval == 0:
+            self.profile.close()  # torch's trace is written here
+        training = self._config.training
+        if training.manual_gc and training.manual_gc_interval and iteration % training.manual_gc_interval == 0:
             gc.collect()
         self.interval.num_steps += 1
         self.interval.num_positions += report.num_positions
         self.interval.num_pairs += report.num_pairs
         self.interval.sum_of_losses += report.loss
-
-    def stop_profile(self) -> None:
-        """End what is being profiled, if anything is; torch's trace is written here."""
-        self._profile.close()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -131,13 +128,10 @@ class Watchers:
         """
         interval = self.interval
         seconds = averages["step_seconds"] * interval.num_steps
-        timers, slowest = self._timers.seconds(interval.num_steps), self.own_work.slowest(interval.num_steps)
-        return {
-            **throughput(self._config, self._shape, interval.num_positions, interval.num_pairs, seconds),
-            **self._energy.joules(interval.num_steps),
-            **({"timer_seconds": timers} if timers else {}),
-            **({"slowest_rank": slowest} if slowest else {}),
-        }
+        record = throughput(self._config, self._shape, interval.num_positions, interval.num_pairs, seconds)
+        for watcher in (self._energy, self._timers, self.own_work):
+            record |= watcher.record(interval.num_steps)
+        return record
 
 
 @contextmanager
@@ -147,17 +141,14 @@ def watched_steps(state: TrainingState) -> Iterator[Watchers]:
     Python's collector runs when it likes, at other steps on each rank, and all ranks wait for the one that collects:
     --manual-gc turns it off and collects at the same step everywhere.
     """
-    watchers, collects_by_itself = Watchers(state), not state.config.training.manual_gc
-    with _memory_history(state.config.logging):
-        if not collects_by_itself:
+    watchers = Watchers(state)
+    with _memory_history(state.config.logging), ExitStack() as stack:
+        stack.callback(watchers.profile.close)
+        if state.config.training.manual_gc:
             gc.disable()
+            stack.callback(gc.enable)
             gc.collect()
-        try:
-            yield watchers
-        finally:
-            watchers.stop_profile()
-            if not collects_by_itself:
-                gc.enable()
+        yield watchers
 
 
 @dataclass(frozen=True)
@@ -233,14 +224,15 @@ class StepTimers:
         yield
         self._set(self._timers)
 
-    def seconds(self, num_steps: int) -> dict[str, float]:
-        """Seconds of each phase in a step, on its slowest rank, since the last call. A collective with a level."""
+    def record(self, num_steps: int) -> Record:
+        """Seconds of each phase in a step, on its slowest rank, since the last call. A collective with the flag."""
         if self._timers is None:
             return {}
         names = list(self._timers._timers)  # ranks of different stages have different ones
         by_rank = gather_over_world({name: self._timers(name).elapsed() for name in names})
         every = sorted({name for times in by_rank for name in times})
-        return {name: max(times.get(name, 0.0) for times in by_rank) / num_steps for name in every}
+        seconds = {name: max(times.get(name, 0.0) for times in by_rank) / num_steps for name in every}
+        return {"timer_seconds": seconds} if seconds else {}
 
 
 class Energy:
@@ -263,7 +255,7 @@ class Energy:
         if self._monitor is not None:
             self._monitor.resume()
 
-    def joules(self, num_steps: int) -> Record:
+    def record(self, num_steps: int) -> Record:
         """Joules of a step since the last call, over all GPUs. A collective with the flag, and one host-device sync."""
         return {} if self._monitor is None else {"joules_per_step": self._monitor.lap() / num_steps}
 
@@ -306,8 +298,10 @@ class OwnWork:
             end.record()
             self._events.append((start, end))
 
-    def slowest(self, num_steps: int) -> Record:
-        """The slowest rank and its seconds in a step since the last call, beside the median's. A collective."""
+    def record(self, num_steps: int) -> Record:
+        """The slowest rank and its seconds in a step since the last call, beside the median's. A collective with the
+        flag.
+        """
         if not self._enabled:
             return {}
         milliseconds = sum(start.elapsed_time(end) for start, end in self._events)
@@ -316,7 +310,8 @@ class OwnWork:
         by_rank = gather_over_world((own, os.uname().nodename))
         seconds, rank = max((seconds, rank) for rank, (seconds, _) in enumerate(by_rank))
         typical = median(seconds for seconds, _ in by_rank)
-        return {"rank": rank, "host": by_rank[rank][1], "seconds": seconds, "median_seconds": typical}
+        slowest = {"rank": rank, "host": by_rank[rank][1], "seconds": seconds, "median_seconds": typical}
+        return {"slowest_rank": slowest}
 
 
 @contextmanager
@@ -338,8 +333,7 @@ def _memory_history(settings: LoggingConfig) -> Iterator[None]:
     records = settings.record_memory_history and dist.get_rank() in settings.profile_ranks
     if records and not torch.cuda.is_available():
         logger.warning("--record-memory-history needs a GPU, whose allocator it records: nothing is recorded.")
-        records = False
-    if not records:
+    if not (records and torch.cuda.is_available()):
         yield
         return
     torch.cuda.memory._record_memory_history(max_entries=MOST_ALLOCATIONS)

@@ -11,7 +11,7 @@ from torch import nn
 from megatron_peft.adapters.attach import linear_layers
 from megatron_peft.adapters.step import AdaptersStep, adapters_step
 from megatron_peft.evaluation.generation import GenerationSettings, generate
-from megatron_peft.training.lora_ga_start import first_steps, start_lora_ga
+from megatron_peft.training.run import first_steps, start_lora_ga
 from megatron_peft.training.step import train_step
 from megatron_peft.training.validation import validation_loss
 
