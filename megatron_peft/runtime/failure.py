@@ -23,8 +23,6 @@ from megatron_peft.config import ConfigurationError, print_failure
 from megatron_peft.runtime.exit_signals import SAVE_AND_EXIT, EndedBySignal
 from megatron_peft.runtime.stacks import Stacks, place_in
 
-CONFIGURATION_ERROR_EXIT_CODE = 2
-INTERRUPTED_EXIT_CODE = 128 + signal.SIGINT
 LOST_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 TIMED_OUT = ("Timed out waiting", "collective operation timeout")  # of gloo and of NCCL
 STORE_TIMEOUT = datetime.timedelta(seconds=60)  # its host may have ended; torch's default is five minutes
@@ -49,41 +47,24 @@ def run_together(main: Callable[[], object], program: str) -> None:
     try:
         main()
         board.close()
-    except ConfigurationError as error:
-        board.fail(CONFIGURATION_ERROR_EXIT_CODE, f"{program}: error: {error}")
+    except (ConfigurationError, FloatingPointError) as error:  # the message of a training step is enough
+        board.fail(2 if isinstance(error, ConfigurationError) else 1, f"{program}: error: {error}")
     except EndedBySignal as ended:
         board.fail(ended.exit_code, f"{program}: {ended}")
     except KeyboardInterrupt:
-        board.fail(INTERRUPTED_EXIT_CODE, f"{program}: interrupted")
-    except FloatingPointError as error:  # the message of a training step is enough
-        board.fail(1, f"{program}: error: {error}")
+        board.fail(128 + signal.SIGINT, f"{program}: interrupted")
     except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must not wait for this one
         # torch's own message for a lost connection is ninety lines of C++ frames, on each rank that waits.
-        rank = dist.get_rank()
-        if waited := _waited(error):
-            board.fail(
-                1,
-                f"{program}: rank {rank} waited {waited} for another rank, as long as it may (--distributed-timeout-"
-                f"minutes; after the first step --distributed-timeout-seconds-after-init).",
-                traceback.extract_tb(error.__traceback__),
-            )
-        if isinstance(error, dist.DistNetworkError) or any(text in str(error) for text in LOST_CONNECTION):
-            board.fail(
-                1,
-                f"{program}: rank {rank} lost its connection to another rank: that one was killed, or its node failed.",
-                traceback.extract_tb(error.__traceback__),
-                is_effect=True,
-            )
-        board.fail(1, f"{program}: rank {rank} failed:\n{traceback.format_exc()}")
-
-
-def _waited(error: Exception) -> str:
-    """How long the rank has waited for the others, if that is what went wrong; else an empty string."""
-    text = str(error)
-    if not any(words in text for words in TIMED_OUT):
-        return ""
-    milliseconds = re.search(r"(\d+) ?ms", text)
-    return f"{int(milliseconds[1]) / 1000:g} s" if milliseconds else "too long"
+        who, text, stack = f"{program}: rank {dist.get_rank()}", str(error), traceback.extract_tb(error.__traceback__)
+        if any(words in text for words in TIMED_OUT):
+            milliseconds = re.search(r"(\d+) ?ms", text)
+            waited = f"{int(milliseconds[1]) / 1000:g} s" if milliseconds else "too long"
+            flags = "--distributed-timeout-minutes; after the first step --distributed-timeout-seconds-after-init"
+            board.fail(1, f"{who} waited {waited} for another rank, as long as it may ({flags}).", stack)
+        if isinstance(error, dist.DistNetworkError) or any(words in text for words in LOST_CONNECTION):
+            lost = "lost its connection to another rank: that one was killed, or its node failed."
+            board.fail(1, f"{who} {lost}", stack, is_effect=True)
+        board.fail(1, f"{who} failed:\n{traceback.format_exc()}")
 
 
 class _FailureBoard:
@@ -167,16 +148,17 @@ class _FailureBoard:
             time.sleep(_POLL_SECONDS / 5)
         by_place: dict[str, list[str]] = {}
         for rank, key in ranks.items():
-            host, place = "", "no answer: it hangs outside of Python, or its node is lost"
+            told, place = str(rank), "no answer: it hangs outside of Python, or its node is lost"
             if self._store.check([key]):
                 host, place = self._store.get(key).decode().split("\t")
-            by_place.setdefault(place, []).append(f"{rank} ({host})" if host else str(rank))
+                told = f"{rank} ({host})"
+            by_place.setdefault(place, []).append(told)
         lines = [
             f"  rank {', '.join(ranks_there[:8])}{', ...' if len(ranks_there) > 8 else ''}: {place}"
             for place, ranks_there in sorted(by_place.items(), key=lambda item: len(item[1]))
         ]
-        written = f"The stacks of all ranks are {Stacks.current.place}." if Stacks.current else ""
-        return "\n".join([" Where the ranks were:", *lines, *([written] if written else [])])
+        written = [f"The stacks of all ranks are {Stacks.current.place}."] if Stacks.current else []
+        return "\n".join([" Where the ranks were:", *lines, *written])
 
     def _watch(self) -> None:
         while not self._closed.wait(_POLL_SECONDS):

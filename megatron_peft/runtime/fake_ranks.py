@@ -4,9 +4,8 @@ All that must be replaced in torch and megatron-core for it stands here; `cpu.py
 needs. Use it in a process of its own: caches of torch and megatron-core would keep tensors without numbers.
 """
 
-import contextlib
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from copy import copy
 from functools import cache
 from pathlib import Path
@@ -55,7 +54,7 @@ def fake_rank(rank: int, world_size: int, of_all_ranks: Callable[[Any], Any] = l
         replaced(launch, "read", lambda numbers: [0.0] * numbers.numel()),  # losses, ranks that want something
         _gathered(of_all_ranks),
         # Nothing is drawn: megatron-core's switch of generators would copy their real states.
-        replaced(CudaRNGStatesTracker, "fork", lambda *_, **__: contextlib.nullcontext()),
+        replaced(CudaRNGStatesTracker, "fork", lambda *_, **__: nullcontext()),
         shapes_as_asked(),
         _without_numbers(),
         _Answers(),
@@ -63,10 +62,8 @@ def fake_rank(rank: int, world_size: int, of_all_ranks: Callable[[Any], Any] = l
         yield
 
 
-@cache
-def _without_numbers() -> FakeTensorMode:
-    """One for all ranks of this process: torch's and our caches keep tensors, and modes do not mix."""
-    return FakeTensorMode(allow_non_fake_inputs=False)
+# One for all ranks of this process: torch's and our caches keep tensors, and modes do not mix.
+_without_numbers = cache(lambda: FakeTensorMode(allow_non_fake_inputs=False))
 
 
 @contextmanager
@@ -163,16 +160,14 @@ def shapes_as_asked() -> Iterator[None]:
 # What a recorder must be told, in a rehearsal and in a real run alike.
 
 
-@contextmanager
-def watched_batches(batch: Callable[[], contextlib.AbstractContextManager[None]]) -> Iterator[None]:
+def watched_batches(batch: Callable[[], AbstractContextManager[None]]) -> AbstractContextManager[None]:
     """`batch()` is entered around the messages of each torch.distributed.batch_isend_irecv."""
 
     def post(operations: list[Any]) -> list[Any]:
         with batch():
             return [one.op(one.tensor, one.peer, one.group, one.tag) for one in operations]
 
-    with replaced(dist, "batch_isend_irecv", post):
-        yield
+    return replaced(dist, "batch_isend_irecv", post)
 
 
 @contextmanager
@@ -199,8 +194,7 @@ def watched_kernels(one_kernel: Callable[[Callable[..., Any], tuple[Any, ...]], 
         yield
 
 
-@contextmanager
-def watched_storages(resized: Callable[[torch.UntypedStorage], None]) -> Iterator[None]:
+def watched_storages(resized: Callable[[torch.UntypedStorage], None]) -> AbstractContextManager[None]:
     """`resized` is called after a storage has another size."""
     resize = torch.UntypedStorage.resize_
 
@@ -209,8 +203,7 @@ def watched_storages(resized: Callable[[torch.UntypedStorage], None]) -> Iterato
         resized(self)
         return result
 
-    with replaced(torch.UntypedStorage, "resize_", resize_and_tell):
-        yield
+    return replaced(torch.UntypedStorage, "resize_", resize_and_tell)
 
 
 @contextmanager

@@ -31,10 +31,7 @@ def read_on_host(numbers: torch.Tensor) -> list[float]:
 
 
 def gather_over_world(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """`value` of every rank of `group` (None: the world), in order of rank. A collective.
-
-    Without torch.distributed it is the value of this process alone.
-    """
+    """`value` of every rank of `group` (None: the world), in order; without torch.distributed of this process alone."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size(group)
@@ -136,19 +133,21 @@ def device_setter() -> Callable[[], None]:
 def start_model_parallel(parallel: ParallelConfig, seed: int, num_virtual_stages: int | None = None) -> None:
     """Create megatron-core's tensor-, pipeline- and data-parallel groups and seed its generators.
 
-    Args:
-        parallel: sizes and timeout.
-        seed: of the run.
-        num_virtual_stages: model chunks of a pipeline rank under the interleaved schedule, else None.
+    `num_virtual_stages`: model chunks of a pipeline rank under the interleaved schedule, else None.
     """
-    with _groups_connect_when_used():
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-            pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-            virtual_pipeline_model_parallel_size=num_virtual_stages,
-            distributed_timeout_minutes=parallel.distributed_timeout_minutes,  # pyright: ignore[reportArgumentType]
-            create_gloo_process_groups=False,  # nothing uses a second, slower copy of each group
-        )
+    # Groups connect when they are used. Where the world is bound to a device, torch would split each off it, in a call
+    # of all ranks: 3,185 at 1,024 ranks. It would also send the single messages of an interleaved pipeline one after
+    # the other, in the stream of the group's collectives, not in a stream for each pair of ranks.
+    everyone: Any = dist.group.WORLD
+    device, everyone.bound_device_id = everyone.bound_device_id, None
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=num_virtual_stages,
+        distributed_timeout_minutes=parallel.distributed_timeout_minutes,  # pyright: ignore[reportArgumentType]
+        create_gloo_process_groups=False,  # nothing uses a second, slower copy of each group
+    )
+    everyone.bound_device_id = device
     seed_generators(seed)
 
 
@@ -160,22 +159,6 @@ def model_parallel(parallel: ParallelConfig, seed: int, num_virtual_stages: int 
         yield
     finally:
         stop_model_parallel()
-
-
-@contextmanager
-def _groups_connect_when_used() -> Iterator[None]:
-    """Groups that are made meanwhile are not split off the world's, as torch does where that is bound to a device.
-
-    A split is a call of all ranks for each group of any of them: 3,185 at 1,024 ranks. And a group that is connected at
-    once sends single messages, as those of an interleaved pipeline are, one after the other in a stream of its own
-    collectives, where one that connects when it is used has a stream for each pair of ranks.
-    """
-    everyone: Any = dist.group.WORLD
-    device, everyone.bound_device_id = everyone.bound_device_id, None
-    try:
-        yield
-    finally:
-        everyone.bound_device_id = device
 
 
 def shorten_timeout(seconds: float) -> None:

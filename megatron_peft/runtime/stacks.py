@@ -24,22 +24,16 @@ FOLDER = "stacks"  # in the folder of --save
 PACKAGE = str(Path(__file__).parents[1])
 NUM_COLLECTIVES = 16  # of the last ones, in the file
 RECORDERS = ("_dump_nccl_trace_json", "_dump_fr_trace_json")  # NCCL's; gloo's, which a torch built for CUDA has too
-OLD_FILE = "NCCL_DEBUG_INFO_TEMP_FILE"
 NUM_RECORDED = 2000  # by torch's flight recorder
 
 
 class Stacks:
-    """The file of this rank, FOLDER/stacks/rank_3.txt; without a folder standard error. A context manager.
-
-    Args:
-        folder: of --save.
-        rank: of the world.
-    """
+    """The file of this rank, SAVE/stacks/rank_3.txt; without a folder standard error. A context manager."""
 
     current: "Stacks | None" = None  # of this process, as faulthandler itself
 
     def __init__(self, folder: str | Path | None, rank: int) -> None:
-        self._path = None if folder is None else Path(folder) / FOLDER / f"rank_{rank}.txt"
+        self._path = folder and Path(folder, FOLDER, f"rank_{rank}.txt")
         self._file: TextIO | None = None
 
     @property
@@ -50,11 +44,11 @@ class Stacks:
     @property
     def place(self) -> str:
         """Where those of all ranks are, as words of a sentence."""
-        return "above" if self._file is None or self._path is None else f"in {self._path.parent}"
+        return "above" if self._file is None else f"in {Path(self._file.name).parent}"
 
     def __enter__(self) -> "Stacks":
         with suppress(OSError):  # a full disk is no reason not to train
-            if self._path is not None:
+            if self._path:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 self._file = self._path.open("a", encoding="utf-8")
         self._was_enabled = faulthandler.is_enabled()
@@ -74,7 +68,7 @@ class Stacks:
         if self._was_enabled:
             with suppress(ValueError, OSError):
                 faulthandler.enable(sys.__stderr__ or sys.stderr)
-        if self._file is not None and self._path is not None:
+        if self._file is not None and self._path:
             self._file.close()
             with suppress(OSError):
                 if not self._path.stat().st_size:
@@ -122,15 +116,14 @@ def _line(frame: FrameSummary) -> str:
 def record_collectives(folder: str | Path | None) -> None:
     """Have torch keep each rank's last collectives, and NCCL write them when one times out. Before the world is made.
 
-    Args:
-        folder: of --save, where they go beside the stacks; None: where torch writes them, in /tmp.
+    They go to `folder` (--save) beside the stacks; None: where torch writes them, in /tmp.
     """
     is_renamed = hasattr(_distributed_c10d, "_dump_fr_trace_json")  # torch warns of its older names
-    size, file = ("FR_BUFFER_SIZE", "FR_DUMP_TEMP_FILE") if is_renamed else ("NCCL_TRACE_BUFFER_SIZE", OLD_FILE)
-    os.environ.setdefault(f"TORCH_{size}", str(NUM_RECORDED))
+    os.environ.setdefault(f"TORCH_{'FR' if is_renamed else 'NCCL_TRACE'}_BUFFER_SIZE", str(NUM_RECORDED))
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
     if folder is not None:
-        os.environ.setdefault(f"TORCH_{file}", f"{folder}/{FOLDER}/collectives_rank_")
+        file = "FR_DUMP" if is_renamed else "NCCL_DEBUG_INFO"
+        os.environ.setdefault(f"TORCH_{file}_TEMP_FILE", f"{folder}/{FOLDER}/collectives_rank_")
 
 
 def _last_collectives() -> str:

@@ -97,25 +97,16 @@ def _check_model(chunks: Sequence[nn.Module], config: PeftConfig) -> None:
 class ModelAdapters:
     """The adapters of a model, in a loop of the user's own.
 
-    Args:
-        model_chunks: this rank's, with adapters attached.
-        peft: method and numbers.
-        seed: of the initial values.
-        names: global names of this rank's adapted layers.
-
     Attributes:
+        model_chunks: this rank's.
+        names: global names of this rank's adapted layers.
         iteration: steps taken; set it when a loop resumes (`--hybrid-merge-interval` counts by it).
         lr: the peak learning rate that `param_groups` or `config_overrides` was given.
     """
 
     def __init__(self, model_chunks: Sequence[nn.Module], peft: PeftConfig, seed: int, names: Sequence[str]) -> None:
-        self.model_chunks = model_chunks
-        self.peft = peft
-        self.seed = seed
-        self.names = tuple(names)
-        self.iteration = 0
-        self.lr = 0.0
-        self.clip_grad = 0.0
+        self.model_chunks, self.peft, self.seed, self.names = model_chunks, peft, seed, tuple(names)
+        self.iteration, self.lr, self.clip_grad = 0, 0.0, 0.0
         self.optimizer: Any = None
         self.current: AdaptersStep | None = None
 
@@ -127,13 +118,13 @@ class ModelAdapters:
     # The optimizer: the method's own groups, with their learning rates and without decay where it would do harm.
 
     def param_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
-        """Groups for an optimizer of torch, such as AdamW.
+        """Groups for an optimizer of torch, such as AdamW. A schedule scales the groups' own rates alike.
 
         Args:
-            lr: the peak; a schedule scales the groups' own rates alike.
+            lr: the peak.
             weight_decay: of the parameters that decay.
         """
-        self.lr = _checked_rate(lr)
+        self._set_rate(lr)
         groups: dict[tuple[Any, ...], dict[str, Any]] = {}
         for parameter in self.parameters():
             own = [group for group in self.peft.spec.param_groups if getattr(parameter, group.attribute, False)]
@@ -146,8 +137,12 @@ class ModelAdapters:
 
     def config_overrides(self, optimizer_config: OptimizerConfig) -> dict[Any, Any]:
         """`config_overrides` for `get_megatron_optimizer`, whose `lr` and `min_lr` the groups' rates follow."""
-        self.lr = _checked_rate(optimizer_config.lr or 0.0)
+        self._set_rate(optimizer_config.lr or 0.0)
         return group_overrides(self.peft, optimizer_config)
+
+    def _set_rate(self, lr: float) -> None:
+        require(lr > 0, f"the learning rate is {lr}; it must be above 0.")
+        self.lr = lr
 
     # LoRA-GA and the Hybrid.
 
@@ -175,11 +170,7 @@ class ModelAdapters:
     # A step.
 
     def begin_step(self) -> None:
-        """Call it before the first microbatch of a step.
-
-        It sets the gradients of the last one to zero and builds what holds for a step, as the blocks of rotations do,
-        until `sum_gradients` or `finalize_model_grads`.
-        """
+        """Call it before the first microbatch of a step: gradients become zero, and what holds for a step is built."""
         for parameter in self.parameters():
             gradient_of(parameter).zero_()
         self.current = AdaptersStep(self.model_chunks)
@@ -217,10 +208,7 @@ class ModelAdapters:
             current.clear()
 
     def step(self, optimizer: Any, clip_grad: float = 0.0) -> float:
-        """Take the optimizer's step, and what the method adds to it. A collective.
-
-        Before it the Hybrid's lambda is taken from the gradients; after it orthogonal blocks are projected, unitary
-        ones moved, `lora_max_norm_ratio` is kept and `hybrid_merge_interval` merges.
+        """Take the optimizer's step, and what the method adds to it (`training.update`). A collective.
 
         Args:
             optimizer: of torch, made of `param_groups`; or megatron-core's, made with `config_overrides`.
@@ -296,11 +284,6 @@ class ModelAdapters:
         """Merge the adapters into the model's weights, in place, and remove them. A collective."""
         merge_adapters(self.model_chunks, self.peft)
         self.names = ()
-
-
-def _checked_rate(lr: float) -> float:
-    require(lr > 0, f"the learning rate is {lr}; it must be above 0.")
-    return lr
 
 
 class PlainOptimizer:

@@ -199,6 +199,9 @@ def throughput(config: RunConfig, shape: ModelShape, num_positions: int, num_pai
     return numbers if peak is None else {**numbers, "mfu": tflops / peak}
 
 
+# Each watcher has `record`: its fields of a log line, since the last call; a collective if its flag is given.
+
+
 class StepTimers:
     """--timing-log-level: megatron-core's own timers in its schedules, gradient sums and optimizer.
 
@@ -208,9 +211,9 @@ class StepTimers:
     def __init__(self, state: TrainingState) -> None:
         level = int(state.config.logging.timing_log_level)
         self._timers: Any = Timers(level, "max") if level else None
-        self._configs: list[Any] = [get_model_config(chunk) for chunk in state.model_chunks]
         optimizers = getattr(state.optimizer, "chained_optimizers", [state.optimizer])
-        self._configs += [optimizer.config for optimizer in optimizers if hasattr(optimizer, "config")]
+        self._configs: list[Any] = [optimizer.config for optimizer in optimizers if hasattr(optimizer, "config")]
+        self._configs += [get_model_config(chunk) for chunk in state.model_chunks]
         self._set(self._timers)
 
     def _set(self, timers: Any) -> None:
@@ -225,7 +228,7 @@ class StepTimers:
         self._set(self._timers)
 
     def record(self, num_steps: int) -> Record:
-        """Seconds of each phase in a step, on its slowest rank, since the last call. A collective with the flag."""
+        """Seconds of each phase in a step, on its slowest rank."""
         if self._timers is None:
             return {}
         names = list(self._timers._timers)  # ranks of different stages have different ones
@@ -256,7 +259,7 @@ class Energy:
             self._monitor.resume()
 
     def record(self, num_steps: int) -> Record:
-        """Joules of a step since the last call, over all GPUs. A collective with the flag, and one host-device sync."""
+        """Joules of a step, over all GPUs. One host-device sync."""
         return {} if self._monitor is None else {"joules_per_step": self._monitor.lap() / num_steps}
 
 
@@ -299,9 +302,7 @@ class OwnWork:
             self._events.append((start, end))
 
     def record(self, num_steps: int) -> Record:
-        """The slowest rank and its seconds in a step since the last call, beside the median's. A collective with the
-        flag.
-        """
+        """The slowest rank and its seconds in a step, beside the median's."""
         if not self._enabled:
             return {}
         milliseconds = sum(start.elapsed_time(end) for start, end in self._events)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from megatron_peft.adapters.blocks import HeldBlocks
 from megatron_peft.config import CheckpointConfig, ConfigurationError, LoggingConfig
 from megatron_peft.runtime.launch import start_world, stop_model_parallel
-from megatron_peft.training import loop, metrics
+from megatron_peft.training import loop
 from megatron_peft.training import run as finetune_module
 from megatron_peft.training.metrics import METRICS_FILE, MetricsWriter, read_metrics
 from megatron_peft.training.run import finetune
@@ -317,11 +317,3 @@ def told_in_its_folder(argument: tuple[Job, Path]) -> str:
     os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "GROUP_RANK": str(rank)}
     os.chdir(folder / str(rank))
     return told(lambda: finetune(job.config(2)))
-
-
-def test_wandb_gets_the_configuration(run, monkeypatch):
-    told = []
-    monkeypatch.setattr(finetune_module, "require_loggers", lambda _logging: None)
-    monkeypatch.setattr(metrics, "_open_wandb", lambda _logging, _save, settings: told.append(settings))
-    run(num_steps=1, logging={"wandb_project": "p", "wandb_exp_name": "e"})
-    assert told[0]["peft"]["lora_rank"] == 4 and json.dumps(told[0])

@@ -72,9 +72,9 @@ def test_throughput_is_of_a_gpu_and_mfu_a_part_of_its_peak():
 
 
 def test_every_log_has_speed_timers_and_gradient_norms_by_layer(start, tmp_path, monkeypatch, capsys):
-    sent = []
+    sent, told = [], {}
     run = SimpleNamespace(log=lambda scalars, step: sent.append(scalars), finish=lambda: None)
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: run))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **settings: told.update(settings) or run))
     flags = {"log_throughput": True, "peak_tflops": 1.0, "log_grad_norm_by_layer": True, "timing_log_level": "2"}
     loggers = {"tensorboard_dir": str(tmp_path / "tb"), "wandb_project": "p", "wandb_exp_name": "e"}
     state, data = start(
@@ -97,6 +97,7 @@ def test_every_log_has_speed_timers_and_gradient_norms_by_layer(start, tmp_path,
     }
     assert names <= {*board.Tags()["scalars"]} and names <= {*sent[0]}
     assert all("/" in name for name in sent[0]), "a curve without a group"
+    assert told["config"]["peft"]["lora_rank"] == 4 and json.dumps(told["config"])
     printed = capsys.readouterr().out
     assert "throughput per GPU (TFLOP/s/GPU): " in printed and "forward-backward " in printed
     assert json.loads((tmp_path / METRICS_FILE).read_text())["mfu"] == record["tflops_per_gpu"]
