@@ -14,38 +14,16 @@ from safetensors.torch import load_file, save_file
 
 from megatron_peft.adapters.blocks import HeldBlocks
 from megatron_peft.config import CheckpointConfig, ConfigurationError, LoggingConfig
-from megatron_peft.runtime.launch import start_world, stop_model_parallel
+from megatron_peft.runtime.launch import start_world
 from megatron_peft.training import loop
 from megatron_peft.training import run as finetune_module
 from megatron_peft.training.metrics import METRICS_FILE, MetricsWriter, read_metrics
 from megatron_peft.training.run import finetune
 from megatron_peft.training.step import NonFiniteError
 from tests.data.tiny_tokenizers import save_tokenizer
-from tests.one_rank import one_rank
 from tests.ranks import run_ranks
 from tests.tiny_llama import save_llama
 from tests.training.layout_runs import Job
-
-
-@pytest.fixture(scope="module")
-def world():
-    with one_rank(with_groups=False):
-        yield
-
-
-@pytest.fixture(scope="module")
-def run(job, world):
-    """Fine-tune a job's configuration with changes of its groups."""
-
-    def fine_tuned(**groups):
-        try:
-            plain = job(logging={"log_interval": 1}, training={"micro_batch_size": 8})
-            changed = dataclasses.replace(plain, **groups)
-            finetune(changed.config(1))
-        finally:
-            stop_model_parallel()
-
-    return fine_tuned
 
 
 def contents(folder: Path) -> dict[str, bytes]:
