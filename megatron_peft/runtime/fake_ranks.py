@@ -28,10 +28,7 @@ from megatron_peft.runtime import cpu, cpu_kernels, launch
 
 @contextmanager
 def fake_world(rank: int, world_size: int) -> Iterator[None]:
-    """This process is rank `rank` of a world of `world_size`: it sends to nobody, and what it receives is not written.
-
-    A later one may follow in the same process.
-    """
+    """This process is `rank` of a world of `world_size`: it sends to nobody, and what it receives is not written."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     cpu.install()
@@ -79,7 +76,7 @@ def _gathered(of_all_ranks: Callable[[Any], Any]) -> Iterator[None]:
         values[:] = [of_all_ranks(value)] * len(values)
         values[dist.get_rank(group)] = value
 
-    def gather(value: Any, values: Any = None, dst: Any = None, group: Any = None, **_: Any) -> None:
+    def gather(value: Any, values: Any = None, dst: Any = None, group: Any = None) -> None:
         tell_size(value, group)
 
     def broadcast(values: list[Any], src: Any = None, group: Any = None, **_: Any) -> None:

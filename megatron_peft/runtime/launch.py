@@ -44,10 +44,8 @@ def checked_together(
 ) -> Checked:
     """Run `check` on every rank; if it raises ConfigurationError on any rank, raise it on all. A collective.
 
-    Use it for what each rank checks by itself (files, shapes), before anything is written.
-
     Args:
-        group: all ranks; None is the world. A thread other than the main one needs a group of its own.
+        group: None is the world. A thread other than the main one needs a group of its own.
         first_alone: raise the message of the first such rank, where each looks at other data; by default all messages.
     """
     result, message = None, None
@@ -71,27 +69,26 @@ class PlaceOnNode(NamedTuple):
 
 def place_on_node() -> PlaceOnNode:
     """As torchrun tells it; without torchrun all ranks are on one node."""
+    environ = os.environ
     if not dist.is_initialized():
         return PlaceOnNode(0, 1, "0")
-    if os.environ.get("LOCAL_WORLD_SIZE"):
-        environ = os.environ
+    if environ.get("LOCAL_WORLD_SIZE"):
         return PlaceOnNode(int(environ["LOCAL_RANK"]), int(environ["LOCAL_WORLD_SIZE"]), environ.get("GROUP_RANK", "0"))
     return PlaceOnNode(dist.get_rank(), dist.get_world_size(), "0")
 
 
+TIMEOUT_MINUTES = ParallelConfig.distributed_timeout_minutes
+
+
 @contextmanager
-def world(
-    backend: str | None = None, timeout_minutes: float = ParallelConfig.distributed_timeout_minutes
-) -> Iterator[None]:
+def world(backend: str | None = None, timeout_minutes: float = TIMEOUT_MINUTES) -> Iterator[None]:
     """`start_world`, and `stop` at the end."""
     start_world(backend, timeout_minutes)
     yield
     stop()
 
 
-def start_world(
-    backend: str | None = None, timeout_minutes: float = ParallelConfig.distributed_timeout_minutes
-) -> None:
+def start_world(backend: str | None = None, timeout_minutes: float = TIMEOUT_MINUTES) -> None:
     """Initialize torch.distributed; on CUDA use the device of LOCAL_RANK.
 
     A single process, with or without torchrun, needs no port and no environment variables.

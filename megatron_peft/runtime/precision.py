@@ -31,10 +31,9 @@ _ROUNDED = ("tf32", "bf16")
 
 
 class _FullPrecision(ContextDecorator):
-    """Products in the full precision of their type, as a context or a decorator; it may be nested, also over threads.
+    """It may be nested, also over threads: the first to come in keeps the settings, the last to leave gives them back.
 
-    The first to come in keeps the settings, the last to leave gives them back. A call costs a few microseconds, a
-    nested one less than one.
+    A call costs a few microseconds, a nested one less than one.
     """
 
     def __init__(self) -> None:

@@ -31,27 +31,13 @@ from megatron_peft.config import (
     missing_for_training,
     require,
 )
-from megatron_peft.conversion.pretrained import (
-    ReadingGroups,
-    checked_shape,
-    load_pretrained,
-    open_weights,
-    require_same_model,
-)
+from megatron_peft.conversion import pretrained
 from megatron_peft.data.batches import GlobalBatches, Step
 from megatron_peft.data.build import Data, build_data
 from megatron_peft.data.tokenizers import Tokenizer, build_tokenizer, doubt_about_vocabulary, require_vocabulary_fits
 from megatron_peft.lora_ga.initialize import init_from_gradients
+from megatron_peft.models import kernels
 from megatron_peft.models.gpt import build_model_chunks, require_transformer_engine, uses_transformer_engine
-from megatron_peft.models.kernels import (
-    Installed,
-    Training,
-    attention_summary,
-    require_cross_entropy,
-    require_norm_recompute,
-    require_packed_attention,
-    without_compiled,
-)
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.parallel.collectives import from_first_rank, require_same
 from megatron_peft.runtime.launch import checked_together, gather_over_world, seed_generators, start_model_parallel
@@ -98,20 +84,20 @@ def build_chunks(config: RunConfig, shape: ModelShape, loads: bool = True) -> li
     Args:
         loads: False leaves the base's weights as they were allocated.
     """
-    chunks = build_model_chunks(shape, config.model, config.parallel, Training.of(config))
+    chunks = build_model_chunks(shape, config.model, config.parallel, kernels.Training.of(config))
     adapted: list[str] = []
     if config.peft.trains_adapters:
         adapted = attach_adapters(chunks, config.peft, config.training.seed)
     if loads:
         assert config.model.pretrained_checkpoint is not None
-        report = load_pretrained(
+        report = pretrained.load_pretrained(
             chunks,
             config.model.pretrained_checkpoint,
             shape,
             tensor_parallel_rank=parallel_state.get_tensor_model_parallel_rank(),
             tensor_parallel_size=config.parallel.tensor_model_parallel_size,
             progress=dist.get_rank() == 0,
-            groups=ReadingGroups.of_layout(),
+            groups=pretrained.ReadingGroups.of_layout(),
         )
         print_rank_0(f"read {report.counts.bytes / 2**20:,.1f} MiB of weights on this rank in {report.seconds:.1f} s")
         print_rank_0(training_summary(config, all_names(adapted), chunks))
@@ -131,8 +117,8 @@ def check_run(config: RunConfig) -> ModelShape:
     require_loggers(config.logging)
     config = replace(config, checkpoint=resolve_resume(config.checkpoint))
     assert config.model.pretrained_checkpoint is not None
-    shape = checked_shape(config)
-    open_weights(config.model.pretrained_checkpoint, shape)
+    shape = pretrained.checked_shape(config)
+    pretrained.open_weights(config.model.pretrained_checkpoint, shape)
     tokenizer = _checked_tokenizer(config, shape)
     require_something_to_load(config.checkpoint)
     data = _checked_data(config, tokenizer, shape, rank=0)
@@ -171,12 +157,12 @@ def finetune(
     if missing := missing_for_training({**vars(config.data), **vars(config.training)}):
         raise ConfigurationError(*missing)
     checked_together(lambda: require_transformer_engine(config.model))
-    shape = checked_together(lambda: checked_shape(config))
+    shape = checked_together(lambda: pretrained.checked_shape(config))
     attention = checked_together(lambda: _require_kernels(config, shape))
-    problem = next(filter(None, gather_over_world(Installed.detected().compile_problem)), "")
-    config, warning = without_compiled(config, shape, problem)
+    problem = next(filter(None, gather_over_world(kernels.Installed.detected().compile_problem)), "")
+    config, warning = kernels.without_compiled(config, shape, problem)
     base = config.model.pretrained_checkpoint
-    require_same_model(str(base))
+    pretrained.require_same_model(str(base))
     start_model_parallel(config.parallel, config.training.seed, config.parallel.num_virtual_stages(shape.num_layers))
     tokenizer = checked_together(lambda: _checked_tokenizer(config, shape))
     folder = config.data.tokenizer_model or base
@@ -208,12 +194,12 @@ def finetune(
 
 def _require_kernels(config: RunConfig, shape: ModelShape) -> str:
     """The line that names core attention; raises ConfigurationError if a kernel that the run needs is not there."""
-    installed = Installed.detected()
-    require_cross_entropy(config.model, installed)
-    require_norm_recompute(config.model, installed)
+    installed = kernels.Installed.detected()
+    kernels.require_cross_entropy(config.model, installed)
+    kernels.require_norm_recompute(config.model, installed)
     with_engine = uses_transformer_engine(config.model.transformer_impl, installed)
-    require_packed_attention(config, shape, with_engine, installed)
-    return attention_summary(config, shape, with_engine, installed)
+    kernels.require_packed_attention(config, shape, with_engine, installed)
+    return kernels.attention_summary(config, shape, with_engine, installed)
 
 
 def _write_run_file(path: Path, text: str) -> None:

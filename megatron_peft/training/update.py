@@ -118,7 +118,7 @@ CLIP_EPSILON = 1e-6  # megatron-core's own: clipping multiplies by clip / (norm 
 
 
 def _update_parameters(state: Trained) -> float:
-    """Step the optimizer, and take what it does not do of the method's own update. Returns the norm before clipping."""
+    """Step the optimizer, and take what the method adds. Returns the norm of the gradients before clipping."""
     peft = state.peft
     if not peft.spec.updates_whole_parameters(peft):
         return state.optimizer.step()[1]

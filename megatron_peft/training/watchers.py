@@ -55,17 +55,11 @@ class Interval:
 
 
 class Watchers:
-    """All watchers of a run, made by `watched_steps`. What a run does between its steps stands inside `paused`.
-
-    Attributes:
-        interval: since the last log line.
-        own_work: where the loop marks what is this rank's own work.
-        profile: of some steps, while they run.
-    """
+    """All watchers of a run, made by `watched_steps`. What a run does between its steps stands inside `paused`."""
 
     def __init__(self, state: TrainingState) -> None:
-        self.interval = Interval()
-        self.own_work = OwnWork(state.config.logging)
+        self.interval = Interval()  # since the last log line
+        self.own_work = OwnWork(state.config.logging)  # the loop marks what is this rank's
         self._config, self._shape = state.config, state.shape
         self._timers, self._energy = StepTimers(state), Energy(state.config.logging)
         self.profile = ExitStack()
@@ -121,11 +115,7 @@ class Watchers:
             gc.collect(generation=0)
 
     def speed(self, averages: Record) -> Record:
-        """Fields of a log line, as the flags ask for them. A collective.
-
-        Args:
-            averages: of the interval, which the log line shows.
-        """
+        """Fields of a log line, as the flags ask for them, beside the interval's `averages`. A collective."""
         interval = self.interval
         seconds = averages["step_seconds"] * interval.num_steps
         record = throughput(self._config, self._shape, interval.num_positions, interval.num_pairs, seconds)
@@ -164,18 +154,13 @@ class ModelFlops:
         4 h forward + 8 h backward, h = heads x features of a head.
 
     Recompute is not the model's and does not count, nor do adapters, norms and the vocabulary's padding.
-
-    Args:
-        per_token: of a position.
-        per_pair: of a pair of positions, over all layers.
     """
 
     per_token: int
-    per_pair: int
+    per_pair: int  # of positions, over all layers
 
     @classmethod
     def of(cls, shape: ModelShape, is_frozen: bool) -> "ModelFlops":
-        """The operations of a model whose own weights are `is_frozen`, or are trained."""
         heads = shape.num_attention_heads * shape.kv_channels
         groups = shape.num_query_groups * shape.kv_channels
         attention = shape.hidden_size * (heads + 2 * groups) + heads * shape.hidden_size
