@@ -76,7 +76,7 @@ def _gathered(of_all_ranks: Callable[[Any], Any]) -> Iterator[None]:
         values[:] = [of_all_ranks(value)] * len(values)
         values[dist.get_rank(group)] = value
 
-    def gather(value: Any, values: Any = None, dst: Any = None, group: Any = None) -> None:
+    def gather(value: Any, values: Any = None, dst: Any = None, group: Any = None, **_: Any) -> None:
         tell_size(value, group)
 
     def broadcast(values: list[Any], src: Any = None, group: Any = None, **_: Any) -> None:

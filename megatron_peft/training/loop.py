@@ -175,13 +175,13 @@ class _Run:
         return self.signals.received or (limit is not None and minutes > limit)
 
     def _validates(self, iteration: int) -> bool:
-        is_due = _due(iteration, self.state.config.training.eval_interval)
-        return self.data.valid is not None and (is_due or iteration == self.data.train_iters)
+        is_due = iteration == self.data.train_iters or _due(iteration, self.state.config.training.eval_interval)
+        return is_due and self.data.valid is not None
 
     def _is_recorded(self, iteration: int) -> bool:
         """Whether the iteration has a log line, even if the run does not end early."""
-        is_last, interval = iteration == self.data.train_iters, self.state.config.logging.log_interval
-        return is_last or _due(iteration, interval) or self._validates(iteration)
+        is_due = iteration == self.data.train_iters or _due(iteration, self.state.config.logging.log_interval)
+        return is_due or self._validates(iteration)
 
     def _log_and_validate(self, report: StepReport, reason: str) -> str:
         """Returns why the run should end now: `reason`, or that validation was interrupted."""
@@ -267,7 +267,8 @@ class _Run:
                     f"WARNING: a lambda has kept its last value {mixture.num_kept} times: the gradients of its layer "
                     f"were zero or not finite."
                 )
-            record["lambda"] = mixture.summary()
+            values = mixture.by_layer.values()
+            record["lambda"] = {"mean": sum(values) / len(values), "min": min(values), "max": max(values)}
         return record
 
     def _place(self) -> Record:
@@ -299,14 +300,12 @@ class _Run:
     def _save_the_end(self) -> None:
         """Wait for the pending save, then write the last checkpoint unless it exists (a failed save is tried again)."""
         self._report_save(self.saver.finish())
-        if not self.state.config.checkpoint.save or self.saved_iteration == self.state.position.iteration:
-            return
-        self.saver.start(self.state)
-        outcome = self.saver.finish()
-        assert outcome is not None
-        if outcome.error is not None:
-            raise outcome.error
-        self._report_save(outcome)
+        if self.state.config.checkpoint.save and self.saved_iteration != self.state.position.iteration:
+            self.saver.start(self.state)
+            outcome = self.saver.finish()
+            if outcome is not None and outcome.error is not None:
+                raise outcome.error
+            self._report_save(outcome)
 
     def _report_save(self, outcome: SaveOutcome | None) -> None:
         if outcome is None:

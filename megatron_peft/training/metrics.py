@@ -11,7 +11,7 @@ import os
 import resource
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
@@ -44,7 +44,6 @@ class MetricsWriter(ExitStack):
 
     Args:
         save_dir: the folder of `metrics.jsonl`; None writes no file.
-        logging: --tensorboard-dir and --wandb-*.
         is_writer: whether this rank writes (one rank does); if not, all methods do nothing.
         resumed_iteration: records after this iteration are removed, since it will be trained again. 0 starts a new
             file, and an existing one is kept as `metrics.1.jsonl` and so on.
@@ -134,8 +133,7 @@ def _lines_and_records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     require_regular(path)
     with path.open("rb") as file:  # line by line: the lambdas of a long run take gigabytes
         for number, line in enumerate(iter(lambda: file.readline(MAX_BYTES), b""), start=1):
-            record = _record_of(line, f"{path}, line {number}")
-            if record is None:
+            if (record := _record_of(line, f"{path}, line {number}")) is None:
                 return
             yield line, record
 
@@ -182,10 +180,9 @@ class _Lines:
         self._num_lost = 0  # lines, since the last one that was written
 
     def append(self, line: str) -> None:
-        try:
+        is_in_place = False
+        with suppress(OSError):
             is_in_place = os.path.samestat(self._path.stat(), os.fstat(self._file.fileno()))
-        except OSError:
-            is_in_place = False
         if not is_in_place:
             self._reopen()
         start = self._file.seek(0, os.SEEK_END)

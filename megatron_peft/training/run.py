@@ -108,9 +108,6 @@ def check_run(config: RunConfig) -> ModelShape:
     """What `finetune` checks before it builds the model, in this process alone, whatever the world of `config`.
 
     Nothing is written. Returns the shape of the base model.
-
-    Raises:
-        ConfigurationError: something is wrong with the model, its files, the tokenizer, the data or a checkpoint.
     """
     if missing := missing_for_training({**vars(config.data), **vars(config.training)}):
         raise ConfigurationError(*missing)
@@ -347,11 +344,7 @@ def first_steps(config: RunConfig, train: GlobalBatches) -> Sequence[Step]:
 
 
 def start_lora_ga(model_chunks: Sequence[nn.Module], config: RunConfig, steps: Sequence[Step]) -> None:
-    """Initialize the low-rank factors from the gradient over `steps`, and report it. A collective.
-
-    Args:
-        model_chunks: bare, with adapters attached and the base loaded.
-    """
+    """Initialize the low-rank factors of bare chunks from the gradient over `steps`, and report it. A collective."""
     tensor_parallel: Any = parallel_state.get_tensor_model_parallel_group()
     data_parallel: Any = parallel_state.get_data_parallel_group()
     # completion tokens of the global batches, over all replicas
@@ -371,16 +364,8 @@ def start_lora_ga(model_chunks: Sequence[nn.Module], config: RunConfig, steps: S
         if not has_bar:
             print_rank_0(f"LoRA-GA start: {which} over {config.peft.lora_ga_batches} batches done")
 
-    report = init_from_gradients(
-        model_chunks,
-        config.peft.lora_rank,
-        config.peft.lora_ga_init,
-        config.training.seed,
-        replay,
-        int(total),
-        tensor_parallel,
-        data_parallel,
-    )
+    numbers = config.peft.lora_rank, config.peft.lora_ga_init, config.training.seed
+    report = init_from_gradients(model_chunks, *numbers, replay, int(total), tensor_parallel, data_parallel)
     seed_generators(config.training.seed)  # the run's dropout is that of a run without this start
     energy = {name: value for of_rank in gather_over_world(report.energy) for name, value in of_rank.items()}
     if dist.get_rank() == 0:
@@ -390,9 +375,7 @@ def start_lora_ga(model_chunks: Sequence[nn.Module], config: RunConfig, steps: S
 def start_report(peft: PeftConfig, seconds: float, energy: Mapping[str, float], save: str | None) -> str:
     """Write each layer's number beside metrics.jsonl, if there is a --save folder, and summarize each kind of layer.
 
-    Args:
-        seconds: wall time of the start.
-        energy: share of the gradient's squared norm in its r leading directions, by global name of the layer.
+    `energy`: share of the gradient's squared norm in its r leading directions, by global name of the layer.
     """
     lines = [
         f"LoRA-GA start ({peft.lora_ga_init}) took {seconds:.1f} s; the gradient's squared norm in rank "

@@ -148,10 +148,6 @@ def _formatted(record: Mapping[str, Any], fields: Fields, separator: str) -> lis
     return [f"{label}{separator}{show(record[name])}" for name, label, show in fields if record.get(name) is not None]
 
 
-_MIB = 2**20
-_FLOAT32_BYTES = 4
-
-
 def numbers_of_parameters(model_chunks: Sequence[nn.Module]) -> dict[str, int]:
     """Numbers on this rank, and on its stage: split parameters count on every tensor-parallel rank, others once."""
     numbers: dict[str, int] = dict.fromkeys(("trained", "frozen", "trained of stage", "frozen of stage"), 0)
@@ -182,12 +178,7 @@ def unused_flags_notes(peft: PeftConfig) -> list[str]:
 
 
 def training_summary(config: RunConfig, adapted: Sequence[str], model_chunks: Sequence[nn.Module]) -> str:
-    """What is trained, and memory on this rank; a few lines for the terminal. A collective.
-
-    Args:
-        adapted: global names of the adapted layers of the whole model.
-        model_chunks: this rank's.
-    """
+    """What is trained; a few lines for the terminal. A collective. `adapted`: global names of all adapted layers."""
     lines = [f"--peft-method {config.peft.method}: {_modules(config, adapted, huggingface_modules(model_chunks))}"]
     if config.peft.spec.replaces_base(config.peft):
         lines.append(
@@ -197,11 +188,6 @@ def training_summary(config: RunConfig, adapted: Sequence[str], model_chunks: Se
     lines += unused_flags_notes(config.peft)
     trainable, total = count_parameters(model_chunks)
     lines.append(f"trainable parameters: {trainable:,} of {total:,} ({100 * trainable / max(total, 1):.3f}%)")
-    weights, gradients, moments = rank_bytes(config, model_chunks)
-    lines.append(
-        f"bytes on this rank: weights {weights / _MIB:,.1f} MiB, gradients {gradients / _MIB:,.1f} MiB, "
-        f"optimizer {moments / _MIB:,.1f} MiB"
-    )
     return "\n".join(lines)
 
 
@@ -216,20 +202,6 @@ def _modules(config: RunConfig, adapted: Sequence[str], megatron_names: Mapping[
         if name in megatron_names and list(megatron_names.values()).count(megatron_names[name]) > 1
     ]
     return f"{len(adapted)} layers: {listed}" + "".join(f"\nnote: {line}" for line in fused)
-
-
-def rank_bytes(config: RunConfig, model_chunks: Sequence[nn.Module]) -> tuple[int, int, int]:
-    """(weights, gradients, optimizer state) of this rank in bytes.
-
-    Gradients are float32. Adam has two float32 moments, and under --bf16 a float32 master;
-    --use-distributed-optimizer splits these over the data-parallel ranks.
-    """
-    parameters = [parameter for chunk in model_chunks for parameter in chunk.parameters()]
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
-    gradients = numbers_of_parameters(model_chunks)["trained"] * _FLOAT32_BYTES
-    copies = (2 if config.optimizer.optimizer == "adam" else 1) + config.model.bf16
-    shards = config.parallel.data_parallel_size if config.optimizer.use_distributed_optimizer else 1
-    return weights, gradients, gradients * copies // shards
 
 
 def resume_summary(checkpoint: Path, state: TrainingState, train_iters: int, epoch: float) -> str:

@@ -163,11 +163,6 @@ class Mixtures:
     by_layer: dict[str, float]
     num_kept: int
 
-    def summary(self) -> dict[str, float]:
-        """mean, min and max over the layers."""
-        values = list(self.by_layer.values())
-        return {"mean": sum(values) / len(values), "min": min(values), "max": max(values)}
-
 
 def mixing_adapters(state: Trained) -> dict[str, Any]:
     """This rank's adapters that have a lambda, by the global name of their layer, in the order of the layers."""
