@@ -56,9 +56,8 @@ def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
 def _run(config: RunConfig, text: str, program: str, shows_plan: bool) -> None:
     # Imported after the arguments were read: --help and a wrong flag answer at once.
     tell_loading()
-    from megatron_peft.runtime.failure import run_together
+    from megatron_peft.runtime.failure import record_collectives, run_together
     from megatron_peft.runtime.launch import world
-    from megatron_peft.runtime.stacks import record_collectives
     from megatron_peft.training.run import finetune
 
     planned = _planned_peak(config) if shows_plan else None

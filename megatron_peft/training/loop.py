@@ -15,8 +15,8 @@ from megatron_peft.data.batches import GlobalBatches
 from megatron_peft.data.build import Data
 from megatron_peft.parallel.collectives import from_first_rank
 from megatron_peft.runtime.exit_signals import ExitSignals
+from megatron_peft.runtime.failure import written_after
 from megatron_peft.runtime.launch import shorten_timeout
-from megatron_peft.runtime.stacks import written_after
 from megatron_peft.training.metrics import MetricsWriter, memory_bytes
 from megatron_peft.training.state import TrainingState
 from megatron_peft.training.step import StepReport, train_step

@@ -40,8 +40,8 @@ from megatron_peft.models import kernels
 from megatron_peft.models.gpt import build_model_chunks, require_transformer_engine, uses_transformer_engine
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.parallel.collectives import from_first_rank, require_same
+from megatron_peft.runtime.failure import Stacks
 from megatron_peft.runtime.launch import checked_together, gather_over_world, seed_generators, start_model_parallel
-from megatron_peft.runtime.stacks import Stacks
 from megatron_peft.training.loop import train
 from megatron_peft.training.metrics import require_loggers
 from megatron_peft.training.state import TrainingState, schedule_values, start_state
