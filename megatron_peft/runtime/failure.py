@@ -223,7 +223,7 @@ class Stacks:
     current: "Stacks | None" = None  # of this process, as faulthandler itself
 
     def __init__(self, folder: str | Path | None, rank: int) -> None:
-        self._path = folder and Path(folder, FOLDER, f"rank_{rank}.txt")
+        self._path = Path(folder, FOLDER, f"rank_{rank}.txt") if folder else None
         self._file: TextIO | None = None
 
     @property
