@@ -27,7 +27,6 @@ def install() -> None:
         return
     _installed = True
     _redirect_devices()
-    _redirect_streams()
     _redirect_tensor_methods()
     _redirect_generator()
 
@@ -56,7 +55,7 @@ def _norm(chunk_size: int, overflow: Any, tensors: list[list[torch.Tensor]], *_:
 
 
 def _redirect_devices() -> None:
-    """The device of megatron-core's buffers, and `device="cuda"` of its token counters, norms and loss scales."""
+    """The device of megatron-core's buffers, `device="cuda"` of its token counters, norms and loss scales; streams."""
     torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment]
     torch.cuda.device_count = lambda: 0
     torch.cuda.set_device = lambda device: None
@@ -64,6 +63,13 @@ def _redirect_devices() -> None:
     _device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
+    stream = _Stream()
+    torch.cuda.synchronize = lambda device=None: None
+    torch.cuda.current_stream = lambda device=None: stream  # type: ignore[assignment, return-value]
+    torch.cuda.default_stream = lambda device=None: stream  # type: ignore[assignment, return-value]
+    torch.cuda.Stream = _Stream  # type: ignore[assignment, misc]
+    torch.cuda.stream = contextlib.nullcontext  # type: ignore[assignment, misc]
+    torch.cuda.empty_cache = lambda: None
 
 
 def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -89,16 +95,6 @@ class _Stream:
         pass
 
     synchronize = wait_stream = wait_event = record_event = wait
-
-
-def _redirect_streams() -> None:
-    stream = _Stream()
-    torch.cuda.synchronize = lambda device=None: None
-    torch.cuda.current_stream = lambda device=None: stream  # type: ignore[assignment, return-value]
-    torch.cuda.default_stream = lambda device=None: stream  # type: ignore[assignment, return-value]
-    torch.cuda.Stream = _Stream  # type: ignore[assignment, misc]
-    torch.cuda.stream = contextlib.nullcontext  # type: ignore[assignment, misc]
-    torch.cuda.empty_cache = lambda: None
 
 
 def _redirect_tensor_methods() -> None:

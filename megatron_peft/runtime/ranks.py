@@ -81,7 +81,7 @@ class Ranks:
 
     @property
     def exit_codes(self) -> list[int | None]:
-        """By rank: the negative number of the signal that ended it, None while it runs."""
+        """The negative number of the signal that ended a rank, None while it runs."""
         return [process.exitcode for process in self.processes]
 
     def output(self, rank: int) -> str:

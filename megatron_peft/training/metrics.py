@@ -80,7 +80,13 @@ class MetricsWriter(ExitStack):
             self._tensorboard = SummaryWriter(logging.tensorboard_dir, purge_step=resumed_iteration + 1)
             self.callback(self._tensorboard.close)
         if logging.wandb_project is not None:
-            self._wandb = _open_wandb(logging, save_dir, run_settings)
+            import wandb  # pyright: ignore[reportMissingImports]
+
+            folder = logging.wandb_save_dir or (str(Path(save_dir) / "wandb") if save_dir else "wandb")
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            name = logging.wandb_exp_name or (Path(save_dir).resolve().name if save_dir else None)  # None: W&B's own
+            config = dict(run_settings or {})
+            self._wandb = wandb.init(project=logging.wandb_project, name=name, dir=folder, config=config)
             self.callback(self._wandb.finish)
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -242,15 +248,6 @@ def require_loggers(logging: LoggingConfig) -> None:
         "--log-energy needs the package nvidia-ml-py, which is not installed: pip install nvidia-ml-py, or drop the "
         "flag.",
     )
-
-
-def _open_wandb(logging: LoggingConfig, save_dir: str | Path | None, run_settings: Mapping[str, Any] | None) -> Any:
-    import wandb  # pyright: ignore[reportMissingImports]
-
-    folder = logging.wandb_save_dir or (str(Path(save_dir) / "wandb") if save_dir else "wandb")
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    name = logging.wandb_exp_name or (Path(save_dir).resolve().name if save_dir else None)  # None: W&B makes one up
-    return wandb.init(project=logging.wandb_project, name=name, dir=folder, config=dict(run_settings or {}))
 
 
 def _scalars(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
