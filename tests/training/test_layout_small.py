@@ -19,7 +19,7 @@ from megatron_peft.training.step import NonFiniteError, train_step
 from tests.one_rank import one_rank
 from tests.ranks import run_ranks
 from tests.tiny_llama import save_llama
-from tests.training.layout_runs import Job, built, differences, run_each
+from tests.training.layout_runs import Job, built, differences, run_each, run_jobs
 from tests.training.recorded_saves import RecordedSaves, signal_at
 from tests.training.test_layout import HALF_AS_MANY, LAYOUTS, ONE, PP2, SP, TP2
 
@@ -66,13 +66,12 @@ POISONED = {"PP2": AT_PP2, "DP2": HALF_AS_MANY}
 BAD_RANK = 1
 
 
-def found_by_a_rank(asked: tuple[list[Job], list[Job], Job]) -> dict[str, Any]:
-    """Reports that are compared; what is said where BAD_RANK's last loss is NaN; what its signal does."""
+def disagree(asked: tuple[list[Job], Job]) -> dict[str, Any]:
+    """What is said where BAD_RANK's last loss is NaN; what its signal does."""
     start_world()
-    compared, poisoned, signalled = asked
+    poisoned, signalled = asked
     errors = {job.name: _poisoned(job) for job in poisoned}
-    stopped = [_signalled(signalled, "train"), _signalled(signalled, "valid")]
-    return {"reports": run_each(compared), "errors": errors, "stopped": stopped}
+    return {"errors": errors, "stopped": [_signalled(signalled, "train"), _signalled(signalled, "valid")]}
 
 
 def _poisoned(job: Job) -> str:
@@ -100,8 +99,8 @@ def _signalled(job: Job, split: str) -> tuple[str, list[int], bool]:
 
 
 @pytest.fixture(scope="module")
-def found(files, tmp_path_factory):
-    """Reports of one process, by run, and what each of two ranks has found."""
+def make(files, tmp_path_factory):
+    """A job of a run, with changes of its groups."""
     folder = tmp_path_factory.mktemp("corners")
     four = [str(save_llama(folder / f"{n}", tie_word_embeddings=bool(n), intermediate_size=64)) for n in (0, 1)]
 
@@ -110,19 +109,29 @@ def found(files, tmp_path_factory):
         base = four[run.startswith("tied")] if is_corner else files[0]
         return Job(name, base, files[1], num_steps=4 if is_corner else 3, **{**RUNS[run], **groups})
 
+    return job
+
+
+@pytest.fixture(scope="module")
+def found(make):
+    """Reports of one process, by run, and of each of two ranks, by case."""
     with one_rank(with_groups=False):
-        alone = run_each([job(run, run, ONE) for run in RUNS])
-    compared = [job(case, run, groups) for case, (run, groups) in CASES.items()]
-    poisoned = [job(name, "tied lora", groups) for name, groups in POISONED.items()]
-    validates = {"training": {"micro_batch_size": 4, "eval_interval": 3}}
-    signalled = job("", "tied lora", {"checkpoint": {"save": str(folder / "save")}, **validates})
-    return alone, run_ranks(2, found_by_a_rank, (compared, poisoned, signalled))
+        alone = run_each([make(run, run, ONE) for run in RUNS])
+    return alone, run_ranks(2, run_jobs, [make(case, run, groups) for case, (run, groups) in CASES.items()])
+
+
+@pytest.fixture(scope="module")
+def differing(make, tmp_path_factory):
+    """What each of two ranks tells that do not find the same."""
+    save = {"save": str(tmp_path_factory.mktemp("save"))}
+    signalled = make("", "tied lora", {"checkpoint": save, "training": {"micro_batch_size": 4, "eval_interval": 3}})
+    return run_ranks(2, disagree, ([make(name, "tied lora", groups) for name, groups in POISONED.items()], signalled))
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks_train_what_one_process_does(found, case):
     """LoRA-GA's A too: its rows are singular vectors with a sign, whichever ranks hold their columns."""
-    alone, by_rank = found[0][CASES[case][0]], [rank["reports"][case] for rank in found[1]]
+    alone, by_rank = found[0][CASES[case][0]], [rank[case] for rank in found[1]]
     assert bool(alone.curve.lambdas) == case.startswith("hybrid") and alone.curve.losses[2] != alone.curve.losses[0]
     assert min(step.grad_norm for step in alone.curve.steps) > 0
     assert all(here.curve == by_rank[0].curve for here in by_rank)
@@ -130,21 +139,21 @@ def test_two_ranks_train_what_one_process_does(found, case):
 
 
 def test_a_stop_on_one_rank_stops_all(found):
-    for report in (found[0]["lora"], *(rank["reports"]["lora TP2"] for rank in found[1])):
+    for report in (found[0]["lora"], *(rank["lora TP2"] for rank in found[1])):
         assert [step.stop for step in report.curve.steps] == [False, True, False]
 
 
 @pytest.mark.parametrize("layout", POISONED)
-def test_nan_on_one_rank_stops_all_before_the_update(found, layout):
-    messages = [rank["errors"][layout] for rank in found[1]]
+def test_nan_on_one_rank_stops_all_before_the_update(differing, layout):
+    messages = [rank["errors"][layout] for rank in differing]
     assert messages[0] == messages[1]
     assert messages[0].startswith("iteration 1: the loss is NaN or infinite (")
     assert f"rank {BAD_RANK}, microbatch 0" in messages[0] and f"rank {1 - BAD_RANK}," not in messages[0]
 
 
-def test_a_signal_to_one_rank_stops_all_after_the_same_step_or_in_the_same_validation(found):
+def test_a_signal_to_one_rank_stops_all_after_the_same_step_or_in_the_same_validation(differing):
     expected = [("asked to stop at iteration 2", [2], False), ("asked to stop at iteration 3", [3], True)]
-    assert [rank["stopped"] for rank in found[1]] == [expected] * 2
+    assert [rank["stopped"] for rank in differing] == [expected] * 2
 
 
 def test_a_run_file_that_cannot_be_written_is_a_clear_error(tmp_path: Path) -> None:
