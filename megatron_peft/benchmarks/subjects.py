@@ -24,8 +24,7 @@ from megatron_peft.models.families import read_shape
 from megatron_peft.models.gpt import build_model_chunks
 from megatron_peft.runtime.launch import start_model_parallel, start_world, stop
 from megatron_peft.runtime.ranks import run_ranks
-from megatron_peft.training.lora_ga_start import start_lora_ga
-from megatron_peft.training.run import build_state
+from megatron_peft.training.run import build_state, start_lora_ga
 from megatron_peft.training.state import wrap_data_parallel
 from megatron_peft.training.step import finish_gradients, finish_with, run_schedule, train_step
 

@@ -29,8 +29,7 @@ from megatron_peft.data.batches import Microbatch
 from megatron_peft.data.tokenizers import build_tokenizer
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.runtime.launch import model_parallel, world
-from megatron_peft.training.lora_ga_start import first_steps
-from megatron_peft.training.run import build_state, data_of_rank
+from megatron_peft.training.run import build_state, data_of_rank, first_steps
 from megatron_peft.training.state import GradientShards
 from megatron_peft.training.step import StepReport, run_schedule, train_step
 from megatron_peft.training.update import mixtures

@@ -11,7 +11,7 @@ import socket
 import stat
 import time
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -260,19 +260,20 @@ def keep_last(folder: Path, iteration: int, num_kept: int, best: int | None = No
             logger.warning("%s cannot be removed: %s", path, error)
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write text or bytes to `path`; a crash leaves the old file or the new one."""
+def write_atomically(path: Path, content: str | bytes | Iterable[bytes]) -> None:
+    """Write text, bytes or lines to `path`; a crash leaves the old file or the new one."""
     os.replace(write_beside(path, content), path)
     sync(path.parent)
 
 
-def write_beside(path: Path, content: str | bytes) -> Path:
+def write_beside(path: Path, content: str | bytes | Iterable[bytes]) -> Path:
     """Write and sync a temporary file, ready to replace `path`. No file is left if that fails."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         temporary.unlink(missing_ok=True)  # of a killed process, or a link that leads elsewhere
         with open(temporary, "xb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            content = content.encode() if isinstance(content, str) else content
+            file.writelines([content] if isinstance(content, bytes) else content)
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:

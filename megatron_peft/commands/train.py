@@ -49,9 +49,8 @@ def _run(config: RunConfig, text: str, program: str, shows_plan: bool) -> None:
     tell_loading()
     import torch
 
-    from megatron_peft.runtime.failure import run_together
+    from megatron_peft.runtime.failure import record_collectives, run_together
     from megatron_peft.runtime.launch import world
-    from megatron_peft.runtime.stacks import record_collectives
     from megatron_peft.training.run import finetune
 
     planned = None

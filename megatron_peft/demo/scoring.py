@@ -67,7 +67,7 @@ def score_model(
     pairs = read_pairs(Path(state.config.data.valid_data_path[0]))
     with waiting(f"{title}: translations", is_writer, len(pairs)) as advance:
         translations = translate(unwrap_model(state.model_chunks), tokenizer, pairs, advance, max_new_tokens)
-    trainable = count_parameters(state.model_chunks).trainable
+    trainable = count_parameters(state.model_chunks)[0]
     if is_writer:
         from sacrebleu.metrics import BLEU
 

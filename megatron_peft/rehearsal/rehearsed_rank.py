@@ -31,8 +31,7 @@ from megatron_peft.runtime.fake_ranks import (
 )
 from megatron_peft.runtime.launch import start_model_parallel, stop_model_parallel
 from megatron_peft.training import step
-from megatron_peft.training.lora_ga_start import start_lora_ga
-from megatron_peft.training.run import build_chunks
+from megatron_peft.training.run import build_chunks, start_lora_ga
 from megatron_peft.training.state import TrainingState, start_state
 from megatron_peft.training.step import train_step
 from megatron_peft.training.terminal import numbers_of_parameters

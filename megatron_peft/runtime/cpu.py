@@ -8,7 +8,7 @@ import contextlib
 import functools
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,10 +27,8 @@ def install() -> None:
         return
     _installed = True
     _redirect_devices()
-    _redirect_streams()
     _redirect_tensor_methods()
     _redirect_generator()
-    _redirect_fp8()
 
 
 def is_installed() -> bool:
@@ -57,7 +55,7 @@ def _norm(chunk_size: int, overflow: Any, tensors: list[list[torch.Tensor]], *_:
 
 
 def _redirect_devices() -> None:
-    """The device of megatron-core's buffers, and `device="cuda"` of its token counters, norms and loss scales."""
+    """The device of megatron-core's buffers, `device="cuda"` of its token counters, norms and loss scales; streams."""
     torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment]
     torch.cuda.device_count = lambda: 0
     torch.cuda.set_device = lambda device: None
@@ -65,6 +63,13 @@ def _redirect_devices() -> None:
     _device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
+    stream = _Stream()
+    torch.cuda.synchronize = lambda device=None: None
+    torch.cuda.current_stream = lambda device=None: stream  # type: ignore[assignment, return-value]
+    torch.cuda.default_stream = lambda device=None: stream  # type: ignore[assignment, return-value]
+    torch.cuda.Stream = _Stream  # type: ignore[assignment, misc]
+    torch.cuda.stream = contextlib.nullcontext  # type: ignore[assignment, misc]
+    torch.cuda.empty_cache = lambda: None
 
 
 def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -86,37 +91,16 @@ class _Stream:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
-    def synchronize(self) -> None:
+    def wait(self, *args: Any) -> None:
         pass
 
-    def wait_stream(self, stream: Any) -> None:
-        pass
-
-    def wait_event(self, event: Any) -> None:
-        pass
-
-    def record_event(self, event: Any = None) -> Any:
-        return event
-
-
-def _redirect_streams() -> None:
-    stream = _Stream()
-
-    @contextlib.contextmanager
-    def stream_context(_: Any) -> Iterator[None]:
-        yield
-
-    torch.cuda.synchronize = lambda device=None: None
-    torch.cuda.current_stream = lambda device=None: stream  # type: ignore[assignment, return-value]
-    torch.cuda.default_stream = lambda device=None: stream  # type: ignore[assignment, return-value]
-    torch.cuda.Stream = _Stream  # type: ignore[assignment, misc]
-    torch.cuda.stream = stream_context  # type: ignore[assignment]
-    torch.cuda.empty_cache = lambda: None
+    synchronize = wait_stream = wait_event = record_event = wait
 
 
 def _redirect_tensor_methods() -> None:
-    plain_type, plain_cuda = torch.Tensor.type, torch.Tensor.cuda
+    plain_type = torch.Tensor.type
 
+    @functools.wraps(plain_type)
     def tensor_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         result = plain_type(self, *args, **kwargs)
         # megatron-core's optimizers compare it with "torch.cuda.FloatTensor".
@@ -125,23 +109,25 @@ def _redirect_tensor_methods() -> None:
             return result.replace("torch.", "torch.cuda.", 1)
         return result
 
+    @functools.wraps(torch.Tensor.cuda)
     def tensor_cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return self
 
-    functools.update_wrapper(tensor_type, plain_type)
-    functools.update_wrapper(tensor_cuda, plain_cuda)
     torch.Tensor.type = tensor_type  # type: ignore[assignment, method-assign]
     torch.Tensor.cuda = tensor_cuda  # type: ignore[assignment, method-assign]
 
 
 def _redirect_generator() -> None:
-    """Use the default CPU generator in place of the CUDA one, which dropout and activation recompute use."""
+    """Use the default CPU generator in place of the CUDA one, which dropout and activation recompute use.
+
+    megatron-core also asks Transformer Engine whether FP8 is on when it recomputes a norm, in any precision.
+    """
     from megatron.core.tensor_parallel import random as tensor_parallel_random
 
-    def get_state(device: Any = "cuda", clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
+    def get_state(*_: Any, **__: Any) -> torch.Tensor:
         return torch.get_rng_state()
 
-    def set_state(new_state: torch.Tensor, device: Any = -1, graph_safe: bool = False) -> None:
+    def set_state(new_state: torch.Tensor, *_: Any, **__: Any) -> None:
         torch.set_rng_state(new_state)
 
     torch.cuda.get_rng_state = get_state
@@ -154,15 +140,8 @@ def _redirect_generator() -> None:
     logging.getLogger(tensor_parallel_random.__name__).addFilter(
         lambda record: "CPU RNG state changed" not in record.getMessage()
     )
-
-
-def _redirect_fp8() -> None:
-    """megatron-core asks Transformer Engine whether FP8 is on when it recomputes a norm, in any precision."""
-    from megatron.core.tensor_parallel import random as tensor_parallel_random
-
-    if hasattr(tensor_parallel_random, "FP8GlobalStateManager"):
-        return
-    off = SimpleNamespace(is_fp8_enabled=lambda: False)
-    tensor_parallel_random.FP8GlobalStateManager = off  # pyright: ignore[reportAttributeAccessIssue]
-    for name in ("activation_recompute_forward", "fp8_autocast"):
-        setattr(tensor_parallel_random, name, lambda **_: contextlib.nullcontext())
+    if not hasattr(tensor_parallel_random, "FP8GlobalStateManager"):
+        off = SimpleNamespace(is_fp8_enabled=lambda: False)
+        tensor_parallel_random.FP8GlobalStateManager = off  # pyright: ignore[reportAttributeAccessIssue]
+        for name in ("activation_recompute_forward", "fp8_autocast"):
+            setattr(tensor_parallel_random, name, lambda **_: contextlib.nullcontext())

@@ -1,7 +1,6 @@
 """Kernels for CPUs: products by oneDNN, sums in chunks, RMSNorm; and malloc's settings."""
 
 import ctypes
-import sys
 from collections.abc import Callable
 from functools import wraps
 from typing import Any, TypeVar
@@ -123,11 +122,6 @@ def sums_in_chunks(grad: Tensor) -> bool:
     return grad.device.type == "cpu" and not isinstance(grad, FakeTensor)
 
 
-def fuses_norms(x: Tensor) -> bool:
-    """Whether torch's RMSNorm is one kernel: on a GPU only."""
-    return x.is_cuda
-
-
 @one_kernel_on_gpu
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     wide = x if x.dtype == torch.float64 else x.float()
@@ -180,25 +174,20 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt
 _NEVER = 2**31 - 1  # bytes free at the end of the heap
 _LARGEST = 2**25  # glibc's limit: larger blocks are always returned to the system
 _SMALLEST = 2**16
-_is_set = False
+_gives_back = False
 
 
 def keep_freed_memory() -> None:
     """Freed memory stays with the process, unless `give_back_freed_memory` was called before."""
-    _set_malloc_options({_MMAP_THRESHOLD: _LARGEST, _TRIM_THRESHOLD: _NEVER})
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl and macOS have none
+    if mallopt and not _gives_back:
+        mallopt(_MMAP_THRESHOLD, _LARGEST)
+        mallopt(_TRIM_THRESHOLD, _NEVER)
 
 
 def give_back_freed_memory() -> None:
     """Freed blocks of 64 KiB and more return to the system, so that resident memory is the memory in use."""
-    _set_malloc_options({_MMAP_THRESHOLD: _SMALLEST})
-
-
-def _set_malloc_options(options: dict[int, int]) -> None:
-    global _is_set
-    if _is_set or not sys.platform.startswith("linux"):
-        return
-    _is_set = True
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
-    if mallopt is not None:
-        for option, value in options.items():
-            mallopt(option, value)
+    global _gives_back
+    _gives_back = True
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        mallopt(_MMAP_THRESHOLD, _SMALLEST)

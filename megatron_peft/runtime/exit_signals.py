@@ -24,17 +24,15 @@ class EndedBySignal(KeyboardInterrupt):
         self.exit_code = 128 + number
 
     def __str__(self) -> str:
-        return (
-            f"{signal.Signals(self.exit_code - 128).name} while no step was running: the run ends, and nothing is lost"
-        )
+        name = signal.Signals(self.exit_code - 128).name
+        return f"{name} while no step was running: the run ends, and nothing is lost"
 
 
 @contextmanager
 def ends_before_training(enabled: bool) -> Iterator[None]:
     """Inside, except within `ExitSignals`, SIGTERM and SIGUSR1 raise EndedBySignal, as SIGINT raises KeyboardInterrupt.
 
-    Args:
-        enabled: --exit-signal-handler. Without it signals act as usual.
+    Unless --exit-signal-handler is `enabled`, signals act as usual.
     """
 
     def end(number: int, frame: FrameType | None) -> None:

@@ -1,4 +1,4 @@
-"""When one rank fails, all ranks end at once, with one message.
+"""When one rank fails, all ranks end at once, with one message; and if they have waited in vain, with their stacks.
 
 Otherwise the other ranks would wait in a collective until the distributed timeout. The first rank to fail prints its
 message and writes to the rendezvous store, which a thread on every other rank polls twice a second. If that timeout is
@@ -6,6 +6,7 @@ what failed, each rank writes its Python stacks and says where it was, and the m
 """
 
 import datetime
+import faulthandler
 import os
 import re
 import signal
@@ -13,18 +14,19 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
-from typing import NoReturn
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from traceback import FrameSummary, StackSummary
+from typing import NoReturn, TextIO
 
 import torch.distributed as dist
+from torch._C import _distributed_c10d
 
 from megatron_peft.config import ConfigurationError, print_failure
+from megatron_peft.config.untrusted import parse_json
 from megatron_peft.runtime.exit_signals import SAVE_AND_EXIT, EndedBySignal
-from megatron_peft.runtime.stacks import Stacks, place_in
 
-CONFIGURATION_ERROR_EXIT_CODE = 2
-INTERRUPTED_EXIT_CODE = 128 + signal.SIGINT
 LOST_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 TIMED_OUT = ("Timed out waiting", "collective operation timeout")  # of gloo and of NCCL
 STORE_TIMEOUT = datetime.timedelta(seconds=60)  # its host may have ended; torch's default is five minutes
@@ -49,41 +51,24 @@ def run_together(main: Callable[[], object], program: str) -> None:
     try:
         main()
         board.close()
-    except ConfigurationError as error:
-        board.fail(CONFIGURATION_ERROR_EXIT_CODE, f"{program}: error: {error}")
+    except (ConfigurationError, FloatingPointError) as error:  # the message of a training step is enough
+        board.fail(2 if isinstance(error, ConfigurationError) else 1, f"{program}: error: {error}")
     except EndedBySignal as ended:
         board.fail(ended.exit_code, f"{program}: {ended}")
     except KeyboardInterrupt:
-        board.fail(INTERRUPTED_EXIT_CODE, f"{program}: interrupted")
-    except FloatingPointError as error:  # the message of a training step is enough
-        board.fail(1, f"{program}: error: {error}")
+        board.fail(128 + signal.SIGINT, f"{program}: interrupted")
     except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must not wait for this one
         # torch's own message for a lost connection is ninety lines of C++ frames, on each rank that waits.
-        rank = dist.get_rank()
-        if waited := _waited(error):
-            board.fail(
-                1,
-                f"{program}: rank {rank} waited {waited} for another rank, as long as it may (--distributed-timeout-"
-                f"minutes; after the first step --distributed-timeout-seconds-after-init).",
-                traceback.extract_tb(error.__traceback__),
-            )
-        if isinstance(error, dist.DistNetworkError) or any(text in str(error) for text in LOST_CONNECTION):
-            board.fail(
-                1,
-                f"{program}: rank {rank} lost its connection to another rank: that one was killed, or its node failed.",
-                traceback.extract_tb(error.__traceback__),
-                is_effect=True,
-            )
-        board.fail(1, f"{program}: rank {rank} failed:\n{traceback.format_exc()}")
-
-
-def _waited(error: Exception) -> str:
-    """How long the rank has waited for the others, if that is what went wrong; else an empty string."""
-    text = str(error)
-    if not any(words in text for words in TIMED_OUT):
-        return ""
-    milliseconds = re.search(r"(\d+) ?ms", text)
-    return f"{int(milliseconds[1]) / 1000:g} s" if milliseconds else "too long"
+        who, text, stack = f"{program}: rank {dist.get_rank()}", str(error), traceback.extract_tb(error.__traceback__)
+        if any(words in text for words in TIMED_OUT):
+            milliseconds = re.search(r"(\d+) ?ms", text)
+            waited = f"{int(milliseconds[1]) / 1000:g} s" if milliseconds else "too long"
+            flags = "--distributed-timeout-minutes; after the first step --distributed-timeout-seconds-after-init"
+            board.fail(1, f"{who} waited {waited} for another rank, as long as it may ({flags}).", stack)
+        if isinstance(error, dist.DistNetworkError) or any(words in text for words in LOST_CONNECTION):
+            lost = "lost its connection to another rank: that one was killed, or its node failed."
+            board.fail(1, f"{who} {lost}", stack, is_effect=True)
+        board.fail(1, f"{who} failed:\n{traceback.format_exc()}")
 
 
 class _FailureBoard:
@@ -108,7 +93,7 @@ class _FailureBoard:
         self._closed.set()
 
     def fail(
-        self, exit_code: int, message: str, stack: traceback.StackSummary | None = None, is_effect: bool = False
+        self, exit_code: int, message: str, stack: StackSummary | None = None, is_effect: bool = False
     ) -> NoReturn:
         """End this process with all others; print `message` unless another rank failed first.
 
@@ -145,7 +130,7 @@ class _FailureBoard:
         print_failure(message)
         self._leave(exit_code)
 
-    def _write_if_asked(self, stack: traceback.StackSummary | None = None) -> None:
+    def _write_if_asked(self, stack: StackSummary | None = None) -> None:
         """This rank's stacks, and for the message where its main thread is; `stack` if that has left it already.
 
         Whatever goes wrong in it, the rank ends with its message all the same.
@@ -167,16 +152,17 @@ class _FailureBoard:
             time.sleep(_POLL_SECONDS / 5)
         by_place: dict[str, list[str]] = {}
         for rank, key in ranks.items():
-            host, place = "", "no answer: it hangs outside of Python, or its node is lost"
+            told, place = str(rank), "no answer: it hangs outside of Python, or its node is lost"
             if self._store.check([key]):
                 host, place = self._store.get(key).decode().split("\t")
-            by_place.setdefault(place, []).append(f"{rank} ({host})" if host else str(rank))
+                told = f"{rank} ({host})"
+            by_place.setdefault(place, []).append(told)
         lines = [
             f"  rank {', '.join(ranks_there[:8])}{', ...' if len(ranks_there) > 8 else ''}: {place}"
             for place, ranks_there in sorted(by_place.items(), key=lambda item: len(item[1]))
         ]
-        written = f"The stacks of all ranks are {Stacks.current.place}." if Stacks.current else ""
-        return "\n".join([" Where the ranks were:", *lines, *([written] if written else [])])
+        written = [f"The stacks of all ranks are {Stacks.current.place}."] if Stacks.current else []
+        return "\n".join([" Where the ranks were:", *lines, *written])
 
     def _watch(self) -> None:
         while not self._closed.wait(_POLL_SECONDS):
@@ -218,3 +204,126 @@ def _exit(exit_code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(exit_code)
+
+
+# The stacks of a rank, in a file. Three things write them, since a rank that hangs cannot be asked to: a timer in C for
+# a step that takes longer than a collective may (also while the interpreter is locked), Python's handler of fatal
+# signals (NCCL's watchdog ends a process by SIGABRT), and the thread that watches for failures of other ranks.
+
+FOLDER = "stacks"  # in the folder of --save
+PACKAGE = str(Path(__file__).parents[1])
+NUM_COLLECTIVES = 16  # of the last ones, in the file
+RECORDERS = ("_dump_nccl_trace_json", "_dump_fr_trace_json")  # NCCL's; gloo's, which a torch built for CUDA has too
+NUM_RECORDED = 2000  # by torch's flight recorder
+
+
+class Stacks:
+    """The file of this rank, SAVE/stacks/rank_3.txt; without a folder standard error. A context manager."""
+
+    current: "Stacks | None" = None  # of this process, as faulthandler itself
+
+    def __init__(self, folder: str | Path | None, rank: int) -> None:
+        self._path = Path(folder, FOLDER, f"rank_{rank}.txt") if folder else None
+        self._file: TextIO | None = None
+
+    @property
+    def file(self) -> TextIO:
+        """Where they are written."""
+        return self._file or sys.stderr
+
+    @property
+    def place(self) -> str:
+        """Where those of all ranks are, as words of a sentence."""
+        return "above" if self._file is None else f"in {Path(self._file.name).parent}"
+
+    def __enter__(self) -> "Stacks":
+        with suppress(OSError):  # a full disk is no reason not to train
+            if self._path:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = self._path.open("a", encoding="utf-8")
+        self._was_enabled = faulthandler.is_enabled()
+        with suppress(ValueError, OSError):  # a standard error that is no file, as pytest's
+            faulthandler.enable(self.file)
+        Stacks.current = self
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None or not issubclass(kind, Exception) or issubclass(kind, ConfigurationError):
+            self.close()  # else the ranks may have lost one another, and the file is still needed
+
+    def close(self) -> None:
+        """Leave no empty file behind."""
+        Stacks.current = None
+        faulthandler.disable()
+        if self._was_enabled:
+            with suppress(ValueError, OSError):
+                faulthandler.enable(sys.__stderr__ or sys.stderr)
+        if self._file is not None and self._path:
+            self._file.close()
+            with suppress(OSError):
+                if not self._path.stat().st_size:
+                    self._path.unlink()
+                self._path.parent.rmdir()  # if it is empty
+
+    def write(self, why: str, stack: StackSummary | None = None) -> None:
+        """Write them now, and `stack`, which the main thread has left already. What fails in it is left out."""
+        with suppress(Exception):
+            now, host = time.strftime("%Y-%m-%d %H:%M:%S"), os.uname().nodename
+            self.file.write(f"{now}, {host}, process {os.getpid()}: {why}\n")
+            self.file.writelines(stack.format() if stack else ())
+            self.file.flush()
+            faulthandler.dump_traceback(self.file)
+            self.file.write(_last_collectives())
+            self.file.flush()
+
+
+@contextmanager
+def written_after(seconds: float) -> Iterator[None]:
+    """If what happens inside takes longer, this rank's stacks are written at that moment, and it goes on."""
+    if Stacks.current is None:
+        yield
+        return
+    with suppress(ValueError, OSError):
+        faulthandler.dump_traceback_later(seconds, file=Stacks.current.file)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def place_in(stack: StackSummary) -> str:
+    """The innermost frame and, if it is not ours, the innermost one of ours, each with file and line."""
+    last = stack[-1]
+    ours = next((frame for frame in reversed(stack) if frame.filename.startswith(PACKAGE)), last)
+    caller = "" if ours is last else f", called by {ours.name} ({_line(ours)})"
+    return f"{last.name} ({_line(last)}){caller}"
+
+
+def _line(frame: FrameSummary) -> str:
+    return f"{Path(frame.filename).name}:{frame.lineno}"
+
+
+def record_collectives(folder: str | Path | None) -> None:
+    """Have torch keep each rank's last collectives, and NCCL write them when one times out. Before the world is made.
+
+    They go to `folder` (--save) beside the stacks; None: where torch writes them, in /tmp.
+    """
+    is_renamed = hasattr(_distributed_c10d, "_dump_fr_trace_json")  # torch warns of its older names
+    os.environ.setdefault(f"TORCH_{'FR' if is_renamed else 'NCCL_TRACE'}_BUFFER_SIZE", str(NUM_RECORDED))
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    if folder is not None:
+        file = "FR_DUMP" if is_renamed else "NCCL_DEBUG_INFO"
+        os.environ.setdefault(f"TORCH_{file}_TEMP_FILE", f"{folder}/{FOLDER}/collectives_rank_")
+
+
+def _last_collectives() -> str:
+    """A line each: group, number, name, sizes, state; an empty string where torch cannot say."""
+    dumps = [getattr(_distributed_c10d, name) for name in RECORDERS if hasattr(_distributed_c10d, name)]
+    if not dumps:
+        return ""
+    recorded = (parse_json(dump(), "torch's flight recorder").get("entries", []) for dump in dumps)
+    lines = []
+    for entry in next(filter(None, recorded), [])[-NUM_COLLECTIVES:]:
+        group, number = entry["process_group"][-1], entry["collective_seq_id" if not entry["is_p2p"] else "p2p_seq_id"]
+        lines.append(f"  {group} {number} {entry['profiling_name']} {entry['input_sizes']} {entry['state']}\n")
+    return f"the last {len(lines)} collectives (group, number, name, sizes, state):\n{''.join(lines)}"

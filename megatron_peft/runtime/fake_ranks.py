@@ -4,9 +4,8 @@ All that must be replaced in torch and megatron-core for it stands here; `cpu.py
 needs. Use it in a process of its own: caches of torch and megatron-core would keep tensors without numbers.
 """
 
-import contextlib
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from copy import copy
 from functools import cache
 from pathlib import Path
@@ -24,16 +23,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import adam
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_peft.runtime import cpu, cpu_kernels
-from megatron_peft.runtime.launch import reads_are
+from megatron_peft.runtime import cpu, cpu_kernels, launch
 
 
 @contextmanager
 def fake_world(rank: int, world_size: int) -> Iterator[None]:
-    """This process is rank `rank` of a world of `world_size`: it sends to nobody, and what it receives is not written.
-
-    A later one may follow in the same process.
-    """
+    """This process is `rank` of a world of `world_size`: it sends to nobody, and what it receives is not written."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     cpu.install()
@@ -51,24 +46,21 @@ def fake_rank(rank: int, world_size: int, of_all_ranks: Callable[[Any], Any] = l
     Args:
         of_all_ranks: from what this rank gives to a gather of objects, to what another rank would give.
     """
-    with ExitStack() as stack:
-        for part in (
-            fake_world(rank, world_size),
-            reads_are(lambda numbers: [0.0] * numbers.numel()),  # losses, and counts of ranks that want something
-            _gathered(of_all_ranks),
-            _one_generator(),
-            shapes_as_asked(),
-            _without_numbers(),
-            _Answers(),
-        ):
-            stack.enter_context(part)
+    with (
+        fake_world(rank, world_size),
+        replaced(launch, "read", lambda numbers: [0.0] * numbers.numel()),  # losses, ranks that want something
+        _gathered(of_all_ranks),
+        # Nothing is drawn: megatron-core's switch of generators would copy their real states.
+        replaced(CudaRNGStatesTracker, "fork", lambda *_, **__: nullcontext()),
+        shapes_as_asked(),
+        _without_numbers(),
+        _Answers(),
+    ):
         yield
 
 
-@cache
-def _without_numbers() -> FakeTensorMode:
-    """One for all ranks of this process: torch's and our caches keep tensors, and modes do not mix."""
-    return FakeTensorMode(allow_non_fake_inputs=False)
+# One for all ranks of this process: torch's and our caches keep tensors, and modes do not mix.
+_without_numbers = cache(lambda: FakeTensorMode(allow_non_fake_inputs=False))
 
 
 @contextmanager
@@ -100,9 +92,6 @@ def _gathered(of_all_ranks: Callable[[Any], Any]) -> Iterator[None]:
         yield
 
 
-_ONE = {torch.bool: True}
-
-
 class Mode(TorchDispatchMode):
     """One without the protection from torch.compile that takes a tenth of the time: nothing is compiled here."""
 
@@ -119,7 +108,8 @@ class _Answers(Mode):
             work = FakeWork().boxed()
             return work if len(func._schema.returns) == 1 else (args[0], work)
         if func is torch.ops.aten._local_scalar_dense.default and getattr(args[0], "constant", None) is None:
-            return _ONE.get(args[0].dtype, 1.0 if args[0].is_floating_point() else 1)
+            dtype = args[0].dtype
+            return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
         return func(*args, **(kwargs or {}))
 
 
@@ -132,11 +122,6 @@ def replaced(owner: Any, name: str, by: Any) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, usual)
-
-
-def _one_generator() -> contextlib.AbstractContextManager[None]:
-    """Nothing is drawn: megatron-core's switch of generators would copy their real states."""
-    return replaced(CudaRNGStatesTracker, "fork", lambda *_, **__: contextlib.nullcontext())
 
 
 @contextmanager
@@ -172,16 +157,14 @@ def shapes_as_asked() -> Iterator[None]:
 # What a recorder must be told, in a rehearsal and in a real run alike.
 
 
-@contextmanager
-def watched_batches(batch: Callable[[], contextlib.AbstractContextManager[None]]) -> Iterator[None]:
+def watched_batches(batch: Callable[[], AbstractContextManager[None]]) -> AbstractContextManager[None]:
     """`batch()` is entered around the messages of each torch.distributed.batch_isend_irecv."""
 
     def post(operations: list[Any]) -> list[Any]:
         with batch():
             return [one.op(one.tensor, one.peer, one.group, one.tag) for one in operations]
 
-    with replaced(dist, "batch_isend_irecv", post):
-        yield
+    return replaced(dist, "batch_isend_irecv", post)
 
 
 @contextmanager
@@ -208,8 +191,7 @@ def watched_kernels(one_kernel: Callable[[Callable[..., Any], tuple[Any, ...]], 
         yield
 
 
-@contextmanager
-def watched_storages(resized: Callable[[torch.UntypedStorage], None]) -> Iterator[None]:
+def watched_storages(resized: Callable[[torch.UntypedStorage], None]) -> AbstractContextManager[None]:
     """`resized` is called after a storage has another size."""
     resize = torch.UntypedStorage.resize_
 
@@ -218,8 +200,7 @@ def watched_storages(resized: Callable[[torch.UntypedStorage], None]) -> Iterato
         resized(self)
         return result
 
-    with replaced(torch.UntypedStorage, "resize_", resize_and_tell):
-        yield
+    return replaced(torch.UntypedStorage, "resize_", resize_and_tell)
 
 
 @contextmanager

@@ -22,30 +22,16 @@ from megatron_peft.runtime.cpu_kernels import keep_freed_memory
 Checked = TypeVar("Checked")
 
 
-_read: Callable[[torch.Tensor], list[float]] = torch.Tensor.tolist
-
-
-@contextmanager
-def reads_are(read: Callable[[torch.Tensor], list[float]]) -> Iterator[None]:
-    """`read_on_host` gives what `read` gives meanwhile: a rehearsal's tensors have no numbers."""
-    global _read
-    usual, _read = _read, read
-    try:
-        yield
-    finally:
-        _read = usual
+read: Callable[[torch.Tensor], list[float]] = torch.Tensor.tolist  # a rehearsal's tensors have no numbers
 
 
 def read_on_host(numbers: torch.Tensor) -> list[float]:
     """The numbers of a flat tensor, once the device has computed them: where training waits for it, it is here."""
-    return _read(numbers)
+    return read(numbers)
 
 
 def gather_over_world(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """`value` of every rank of `group` (None: the world), in order of rank. A collective.
-
-    Without torch.distributed it is the value of this process alone.
-    """
+    """`value` of every rank of `group` (None: the world), in order; without torch.distributed of this process alone."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size(group)
@@ -58,10 +44,8 @@ def checked_together(
 ) -> Checked:
     """Run `check` on every rank; if it raises ConfigurationError on any rank, raise it on all. A collective.
 
-    Use it for what each rank checks by itself (files, shapes), before anything is written.
-
     Args:
-        group: all ranks; None is the world. A thread other than the main one needs a group of its own.
+        group: None is the world. A thread other than the main one needs a group of its own.
         first_alone: raise the message of the first such rank, where each looks at other data; by default all messages.
     """
     result, message = None, None
@@ -85,27 +69,26 @@ class PlaceOnNode(NamedTuple):
 
 def place_on_node() -> PlaceOnNode:
     """As torchrun tells it; without torchrun all ranks are on one node."""
+    environ = os.environ
     if not dist.is_initialized():
         return PlaceOnNode(0, 1, "0")
-    if os.environ.get("LOCAL_WORLD_SIZE"):
-        environ = os.environ
+    if environ.get("LOCAL_WORLD_SIZE"):
         return PlaceOnNode(int(environ["LOCAL_RANK"]), int(environ["LOCAL_WORLD_SIZE"]), environ.get("GROUP_RANK", "0"))
     return PlaceOnNode(dist.get_rank(), dist.get_world_size(), "0")
 
 
+TIMEOUT_MINUTES = ParallelConfig.distributed_timeout_minutes
+
+
 @contextmanager
-def world(
-    backend: str | None = None, timeout_minutes: float = ParallelConfig.distributed_timeout_minutes
-) -> Iterator[None]:
+def world(backend: str | None = None, timeout_minutes: float = TIMEOUT_MINUTES) -> Iterator[None]:
     """`start_world`, and `stop` at the end."""
     start_world(backend, timeout_minutes)
     yield
     stop()
 
 
-def start_world(
-    backend: str | None = None, timeout_minutes: float = ParallelConfig.distributed_timeout_minutes
-) -> None:
+def start_world(backend: str | None = None, timeout_minutes: float = TIMEOUT_MINUTES) -> None:
     """Initialize torch.distributed; on CUDA use the device of LOCAL_RANK.
 
     A single process, with or without torchrun, needs no port and no environment variables.
@@ -147,19 +130,21 @@ def device_setter() -> Callable[[], None]:
 def start_model_parallel(parallel: ParallelConfig, seed: int, num_virtual_stages: int | None = None) -> None:
     """Create megatron-core's tensor-, pipeline- and data-parallel groups and seed its generators.
 
-    Args:
-        parallel: sizes and timeout.
-        seed: of the run.
-        num_virtual_stages: model chunks of a pipeline rank under the interleaved schedule, else None.
+    `num_virtual_stages`: model chunks of a pipeline rank under the interleaved schedule, else None.
     """
-    with _groups_connect_when_used():
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-            pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-            virtual_pipeline_model_parallel_size=num_virtual_stages,
-            distributed_timeout_minutes=parallel.distributed_timeout_minutes,  # pyright: ignore[reportArgumentType]
-            create_gloo_process_groups=False,  # nothing uses a second, slower copy of each group
-        )
+    # Groups connect when they are used. Where the world is bound to a device, torch would split each off it, in a call
+    # of all ranks: 3,185 at 1,024 ranks. It would also send the single messages of an interleaved pipeline one after
+    # the other, in the stream of the group's collectives, not in a stream for each pair of ranks.
+    everyone: Any = dist.group.WORLD
+    device, everyone.bound_device_id = everyone.bound_device_id, None
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=num_virtual_stages,
+        distributed_timeout_minutes=parallel.distributed_timeout_minutes,  # pyright: ignore[reportArgumentType]
+        create_gloo_process_groups=False,  # nothing uses a second, slower copy of each group
+    )
+    everyone.bound_device_id = device
     seed_generators(seed)
 
 
@@ -171,22 +156,6 @@ def model_parallel(parallel: ParallelConfig, seed: int, num_virtual_stages: int 
         yield
     finally:
         stop_model_parallel()
-
-
-@contextmanager
-def _groups_connect_when_used() -> Iterator[None]:
-    """Groups that are made meanwhile are not split off the world's, as torch does where that is bound to a device.
-
-    A split is a call of all ranks for each group of any of them: 3,185 at 1,024 ranks. And a group that is connected at
-    once sends single messages, as those of an interleaved pipeline are, one after the other in a stream of its own
-    collectives, where one that connects when it is used has a stream for each pair of ranks.
-    """
-    everyone: Any = dist.group.WORLD
-    device, everyone.bound_device_id = everyone.bound_device_id, None
-    try:
-        yield
-    finally:
-        everyone.bound_device_id = device
 
 
 def shorten_timeout(seconds: float) -> None:

@@ -31,10 +31,9 @@ _ROUNDED = ("tf32", "bf16")
 
 
 class _FullPrecision(ContextDecorator):
-    """Products in the full precision of their type, as a context or a decorator; it may be nested, also over threads.
+    """It may be nested, also over threads: the first to come in keeps the settings, the last to leave gives them back.
 
-    The first to come in keeps the settings, the last to leave gives them back. A call costs a few microseconds, a
-    nested one less than one.
+    A call costs a few microseconds, a nested one less than one.
     """
 
     def __init__(self) -> None:
@@ -62,7 +61,10 @@ def _set_full_precision() -> tuple[str | None, list[str], list[str]]:
     reductions = [name for name in _REDUCTIONS if getattr(_CUDA, name)]
     for name in reductions:
         setattr(_CUDA, name, False)
-    for_all = _setting_for_all()
+    try:
+        for_all = torch.get_float32_matmul_precision()
+    except RuntimeError:  # the program has set single backends: torch refuses to name one setting for all
+        for_all = None
     if for_all == "highest":  # torch has seen to it that no backend says otherwise
         return for_all, [], reductions
     for_each = [backend.fp32_precision for backend in _BACKENDS]
@@ -81,11 +83,3 @@ def _give_back(for_all: str | None, for_each: list[str], reductions: list[str]) 
         torch.set_float32_matmul_precision(for_all)
     for backend, precision in zip(_BACKENDS, for_each, strict=False):
         backend.fp32_precision = precision
-
-
-def _setting_for_all() -> str | None:
-    """None where the program has set single backends: torch then refuses to name one setting for all."""
-    try:
-        return torch.get_float32_matmul_precision()
-    except RuntimeError:
-        return None

@@ -44,12 +44,7 @@ def preload(modules: Sequence[str]) -> None:
 def run_ranks(num_ranks: int, function: Callable[[Any], Any], argument: Any = None, timeout: float = 300) -> list[Any]:
     """What `function(argument)` returned, by rank (both are pickled, so it is a function of a module).
 
-    Args:
-        num_ranks: processes, one thread each.
-        timeout: seconds until the ranks are stopped.
-
-    Raises:
-        RanksFailed: a rank failed or the time was up.
+    Raises RanksFailed if a rank failed, or `timeout` seconds were up.
     """
     with Ranks(num_ranks, function, argument) as ranks:
         ranks.wait(timeout)
@@ -86,7 +81,7 @@ class Ranks:
 
     @property
     def exit_codes(self) -> list[int | None]:
-        """The ranks' exit codes: the negative number of the signal that ended a rank, None while it runs."""
+        """The negative number of the signal that ended a rank, None while it runs."""
         return [process.exitcode for process in self.processes]
 
     def output(self, rank: int) -> str:

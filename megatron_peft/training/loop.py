@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed as dist
@@ -15,8 +15,8 @@ from megatron_peft.data.batches import GlobalBatches
 from megatron_peft.data.build import Data
 from megatron_peft.parallel.collectives import from_first_rank
 from megatron_peft.runtime.exit_signals import ExitSignals
+from megatron_peft.runtime.failure import written_after
 from megatron_peft.runtime.launch import shorten_timeout
-from megatron_peft.runtime.stacks import written_after
 from megatron_peft.training.metrics import MetricsWriter, memory_bytes
 from megatron_peft.training.state import TrainingState
 from megatron_peft.training.step import StepReport, train_step
@@ -51,32 +51,26 @@ def train(
         CheckpointNotSaved: on every rank, if the last checkpoint could not be written. Earlier failures only warn.
         ConfigurationError: on every rank, at a save: --save was moved away, and another run has that folder now.
     """
-    config, position = state.config, state.position
-    is_writer = dist.get_rank() == 0
-    writer = MetricsWriter(
-        config.checkpoint.save, config.logging, is_writer, position.iteration, config_to_dict(config), saver.hold_folder
-    )
-    progress = Progress(data.train_iters, position.iteration, enabled=is_writer)
-    signals = ExitSignals(config.training.exit_signal_handler, is_writer)
-    with signals, writer, progress, watched_steps(state) as watchers:
-        run = _Run(state, data, saver, writer, progress, signals, watchers, position.iteration, planned_peak)
+    run = _Run(state, data, saver, planned_peak)
+    with run.signals, run.writer, run.progress, watched_steps(state) as run.watchers:
         return run.to_the_end()
 
 
-@dataclass
 class _Run:
-    state: TrainingState
-    data: Data
-    saver: Saver
-    writer: MetricsWriter
-    progress: Progress
-    signals: ExitSignals
     watchers: Watchers
-    saved_iteration: int
-    planned_peak: Callable[[], int | str | None] | None = None
-    measured_peak: int | None = None
-    started_at: float = field(default_factory=time.monotonic)
-    is_first_step: bool = True
+
+    def __init__(
+        self, state: TrainingState, data: Data, saver: Saver, planned_peak: Callable[[], int | str | None] | None
+    ) -> None:
+        self.state, self.data, self.saver, self.planned_peak = state, data, saver, planned_peak
+        config, is_writer = state.config, dist.get_rank() == 0
+        self.started_from = self.saved_iteration = start = state.position.iteration
+        folder, settings = config.checkpoint.save, config_to_dict(config)
+        self.writer = MetricsWriter(folder, config.logging, is_writer, start, settings, saver.hold_folder)
+        self.progress = Progress(data.train_iters, start, enabled=is_writer)
+        self.signals = ExitSignals(config.training.exit_signal_handler, is_writer)
+        self.measured_peak: int | None = None
+        self.started_at = time.monotonic()
 
     def to_the_end(self) -> str:
         position = self.state.position
@@ -105,23 +99,21 @@ class _Run:
         return reason
 
     def _interrupted_validation(self) -> str:
-        """The validation that the resumed run did not end. Returns why this run ends too, or an empty string."""
+        """Make up for the validation that the run before did not end. Returns why this run ends too, or ""."""
         if not self.state.best.was_interrupted or self.data.valid is None:
             return ""
-        validation = self._validation()
-        if not validation:
+        if not (validation := self._validation()):
             return self._asked_to_stop()
         self._write(self._place() | validation)
         self.saved_iteration = -1  # its checkpoint does not know of this validation
         return ""
 
     def _nothing_to_do(self) -> str:
-        """Why a resumed run has nothing left, or an empty string."""
+        """Say why a resumed run has nothing left, or nothing."""
         iteration, length = self.state.position.iteration, self.data.train_iters
         if iteration >= length:
-            return f"nothing to do: the run was complete at iteration {length}" + (
-                f", and the checkpoint is of iteration {iteration}" if iteration > length else ""
-            )
+            later = f", and the checkpoint is of iteration {iteration}" if iteration > length else ""
+            return f"nothing to do: the run was complete at iteration {length}{later}"
         if early := self._ends_early():
             return f"nothing to do: {early}; to continue, raise --early-stopping-patience, or leave it out"
         return ""
@@ -142,20 +134,20 @@ class _Run:
         position.consumed_tokens += report.num_positions
         self.watchers.after_step(position.iteration, report)
         self.progress.advance(position.iteration)
-        if self.is_first_step:
+        is_first_step = position.iteration == self.started_from + 1
+        if is_first_step:
             self._check_gradients(report)
             if (seconds := config.parallel.distributed_timeout_seconds_after_init) is not None:
                 shorten_timeout(seconds)  # the first step alone may compile kernels and open connections
         reason = self._asked_to_stop() if report.stop else ""
         if not reason and _due(position.iteration, config.training.exit_interval):
             reason = f"--exit-interval reached at iteration {position.iteration}"
-        if self.is_first_step and not reason:
+        if is_first_step and not reason:
             # Show the first step at once, unless the log interval does.
             if not _due(position.iteration, config.logging.log_interval):
-                self.progress.update_first(self._numbers(report))
+                self.progress.update(self._numbers(report), only_in_bar=True)
         elif self.planned_peak is not None:
             self._compare_peaks()
-        self.is_first_step = False
         reason = self._log_and_validate(report, reason) or self._ends_early()
         self._report_save(self.saver.finish(wait=False))  # a background save that has ended since
         is_best = config.checkpoint.keep_best and self.state.best.iteration == position.iteration
@@ -167,7 +159,7 @@ class _Run:
         return f"asked to stop at iteration {self.state.position.iteration}"
 
     def _ends_early(self) -> str:
-        """That --early-stopping-patience has run out, or an empty string."""
+        """Say that --early-stopping-patience has run out, or nothing."""
         patience, best = self.state.config.training.early_stopping_patience, self.state.best
         if patience is None or best.num_since < patience:
             return ""
@@ -183,28 +175,27 @@ class _Run:
         return self.signals.received or (limit is not None and minutes > limit)
 
     def _validates(self, iteration: int) -> bool:
-        is_due = _due(iteration, self.state.config.training.eval_interval)
-        return self.data.valid is not None and (is_due or iteration == self.data.train_iters)
+        is_due = iteration == self.data.train_iters or _due(iteration, self.state.config.training.eval_interval)
+        return is_due and self.data.valid is not None
 
     def _is_recorded(self, iteration: int) -> bool:
         """Whether the iteration has a log line, even if the run does not end early."""
-        is_due = _due(iteration, self.state.config.logging.log_interval)
-        return is_due or iteration == self.data.train_iters or self._validates(iteration)
+        is_due = iteration == self.data.train_iters or _due(iteration, self.state.config.logging.log_interval)
+        return is_due or self._validates(iteration)
 
     def _log_and_validate(self, report: StepReport, reason: str) -> str:
-        """Returns why the run should end now: the reason that there is already, or that validation was interrupted."""
+        """Returns why the run should end now: `reason`, or that validation was interrupted."""
         iteration = self.state.position.iteration
-        is_last, validates = iteration == self.data.train_iters, self._validates(iteration)
         # A run that stops early logs, but validates only if that is due.
         if not (self._is_recorded(iteration) or reason):
             return ""
         record = self._record(report)
-        if validates:
+        if validates := self._validates(iteration):
             validation = self._validation()
             record |= validation
             reason = reason or ("" if validation else self._asked_to_stop())
-        if validates or is_last:
-            record.update(self._orthogonality())
+        if validates or iteration == self.data.train_iters:
+            record |= self._orthogonality()
         self._write(record)
         return reason
 
@@ -236,10 +227,8 @@ class _Run:
         if error is None:
             return {}
         if not error <= ORTHOGONALITY_LIMIT:
-            self.progress.message(
-                f"WARNING: a rotation is {error:.1e} away from orthogonal, above {ORTHOGONALITY_LIMIT:.0e}: lower "
-                f"--peft-lr-rotation."
-            )
+            off = f"{error:.1e} away from orthogonal, above {ORTHOGONALITY_LIMIT:.0e}"
+            self.progress.message(f"WARNING: a rotation is {off}: lower --peft-lr-rotation.")
         return {"orthogonality_error": error}
 
     def _check_gradients(self, report: StepReport) -> None:
@@ -262,25 +251,25 @@ class _Run:
             comparison = f"not planned: the rehearsal failed ({planned}"
         else:
             comparison = f"{planned / 2**30:.2f} GiB planned ({self.measured_peak / planned - 1:+.1%}"
-        self.progress.message(
-            f"peak memory of rank 0: {self.measured_peak / 2**30:.2f} GiB measured, {comparison}; --no-plan leaves "
-            f"this out)"
-        )
+        measured = f"{self.measured_peak / 2**30:.2f} GiB measured"
+        self.progress.message(f"peak memory of rank 0: {measured}, {comparison}; --no-plan leaves this out)")
 
     def _record(self, report: StepReport) -> Record:
-        mixture = mixtures(self.state)
-        if mixture is not None:
+        """All fields of a log line but those of a validation. A collective."""
+        record = self._numbers(report)
+        record |= self.watchers.speed(record)
+        if report.layer_grad_norms:
+            record["grad_norm_by_layer"] = {str(layer): norm for layer, norm in enumerate(report.layer_grad_norms)}
+        if mixture := mixtures(self.state):
             self.writer.write_layers(self.state.position.iteration, "lambda", mixture.by_layer)
             if mixture.num_kept:
                 self.progress.message(
                     f"WARNING: a lambda has kept its last value {mixture.num_kept} times: the gradients of its layer "
                     f"were zero or not finite."
                 )
-        numbers = self._numbers(report)
-        numbers |= self.watchers.speed(numbers)
-        if report.layer_grad_norms:
-            numbers["grad_norm_by_layer"] = {str(layer): norm for layer, norm in enumerate(report.layer_grad_norms)}
-        return numbers | ({"lambda": mixture.summary()} if mixture else {})
+            values = mixture.by_layer.values()
+            record["lambda"] = {"mean": sum(values) / len(values), "min": min(values), "max": max(values)}
+        return record
 
     def _place(self) -> Record:
         position = self.state.position
@@ -311,14 +300,12 @@ class _Run:
     def _save_the_end(self) -> None:
         """Wait for the pending save, then write the last checkpoint unless it exists (a failed save is tried again)."""
         self._report_save(self.saver.finish())
-        if not self.state.config.checkpoint.save or self.saved_iteration == self.state.position.iteration:
-            return
-        self.saver.start(self.state)
-        outcome = self.saver.finish()
-        assert outcome is not None
-        if outcome.error is not None:
-            raise outcome.error
-        self._report_save(outcome)
+        if self.state.config.checkpoint.save and self.saved_iteration != self.state.position.iteration:
+            self.saver.start(self.state)
+            outcome = self.saver.finish()
+            if outcome is not None and outcome.error is not None:
+                raise outcome.error
+            self._report_save(outcome)
 
     def _report_save(self, outcome: SaveOutcome | None) -> None:
         if outcome is None:

@@ -11,13 +11,13 @@ import os
 import resource
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
-from importlib import import_module
+from contextlib import ExitStack, suppress
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 from typing import Any
 
+from megatron_peft.checkpoint.folders import write_atomically
 from megatron_peft.config import ConfigurationError, LoggingConfig, require
 from megatron_peft.config.untrusted import MAX_BYTES, parse_json, require_regular
 
@@ -39,12 +39,11 @@ TAGS = {
 PROCESS_STATUS = Path("/proc/self/status")
 
 
-class MetricsWriter(AbstractContextManager):
-    """Writes one record per log interval to `metrics.jsonl`, TensorBoard and Weights & Biases.
+class MetricsWriter(ExitStack):
+    """Writes one record per log interval to `metrics.jsonl`, TensorBoard and Weights & Biases; a context manager.
 
     Args:
         save_dir: the folder of `metrics.jsonl`; None writes no file.
-        logging: --tensorboard-dir and --wandb-*.
         is_writer: whether this rank writes (one rank does); if not, all methods do nothing.
         resumed_iteration: records after this iteration are removed, since it will be trained again. 0 starts a new
             file, and an existing one is kept as `metrics.1.jsonl` and so on.
@@ -52,7 +51,7 @@ class MetricsWriter(AbstractContextManager):
         hold_folder: `Saver.hold_folder`, called before a file is made.
 
     Raises:
-        ConfigurationError: --save cannot be written, or wandb is not installed.
+        ConfigurationError: --save cannot be written.
     """
 
     def __init__(
@@ -64,6 +63,7 @@ class MetricsWriter(AbstractContextManager):
         run_settings: Mapping[str, Any] | None = None,
         hold_folder: Callable[[], None] = lambda: None,
     ) -> None:
+        super().__init__()
         self._hold_folder = hold_folder
         self._folder = Path(save_dir) if is_writer and save_dir is not None else None
         self._files: dict[str, _Lines] = {}  # by name, in the folder
@@ -78,8 +78,16 @@ class MetricsWriter(AbstractContextManager):
             from torch.utils.tensorboard import SummaryWriter  # takes over a second to import
 
             self._tensorboard = SummaryWriter(logging.tensorboard_dir, purge_step=resumed_iteration + 1)
+            self.callback(self._tensorboard.close)
         if logging.wandb_project is not None:
-            self._wandb = _open_wandb(logging, save_dir, run_settings)
+            import wandb  # pyright: ignore[reportMissingImports]
+
+            folder = logging.wandb_save_dir or (str(Path(save_dir) / "wandb") if save_dir else "wandb")
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            name = logging.wandb_exp_name or (Path(save_dir).resolve().name if save_dir else None)  # None: W&B's own
+            config = dict(run_settings or {})
+            self._wandb = wandb.init(project=logging.wandb_project, name=name, dir=folder, config=config)
+            self.callback(self._wandb.finish)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Write a record: `iteration`, and numbers or mappings of numbers; names (of a host) go to the file only."""
@@ -103,16 +111,6 @@ class MetricsWriter(AbstractContextManager):
             for layer, value in by_layer.items():
                 self._tensorboard.add_scalar(f"{name}_by_layer/{layer}", value, iteration)
 
-    def close(self) -> None:
-        """Close all files and loggers. May be called twice."""
-        for file in self._files.values():
-            file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish()
-        self._files, self._folder, self._tensorboard, self._wandb = {}, None, None, None
-
     def _open(self, name: str) -> "_Lines":
         """The file of this name in the folder, opened at its first use."""
         assert self._folder is not None
@@ -123,12 +121,10 @@ class MetricsWriter(AbstractContextManager):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 _drop_records_after(path, self._resumed_iteration)
                 self._files[name] = _Lines(path, self._hold_folder)
+                self.callback(self._files[name].close)
             except OSError as error:
                 raise ConfigurationError(f"--save {path.parent} cannot be written: {error}.") from error
         return self._files[name]
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -143,8 +139,7 @@ def _lines_and_records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     require_regular(path)
     with path.open("rb") as file:  # line by line: the lambdas of a long run take gigabytes
         for number, line in enumerate(iter(lambda: file.readline(MAX_BYTES), b""), start=1):
-            record = _record_of(line, f"{path}, line {number}")
-            if record is None:
+            if (record := _record_of(line, f"{path}, line {number}")) is None:
                 return
             yield line, record
 
@@ -191,10 +186,9 @@ class _Lines:
         self._num_lost = 0  # lines, since the last one that was written
 
     def append(self, line: str) -> None:
-        try:
+        is_in_place = False
+        with suppress(OSError):
             is_in_place = os.path.samestat(self._path.stat(), os.fstat(self._file.fileno()))
-        except OSError:
-            is_in_place = False
         if not is_in_place:
             self._reopen()
         start = self._file.seek(0, os.SEEK_END)
@@ -239,44 +233,21 @@ def _drop_records_after(path: Path, iteration: int) -> None:
         numbered = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in count(1))
         path.rename(next(other for other in numbered if not other.exists()))
         return
-    temporary = path.with_suffix(".tmp")
-    temporary.unlink(missing_ok=True)  # of a killed process, or a link that leads elsewhere
-    with temporary.open("xb") as file:
-        file.writelines(
-            line.rstrip(b"\n") + b"\n" for line, record in _lines_and_records(path) if record["iteration"] <= iteration
-        )
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    kept = (line for line, record in _lines_and_records(path) if record["iteration"] <= iteration)
+    write_atomically(path, (line.rstrip(b"\n") + b"\n" for line in kept))
 
 
 def require_loggers(logging: LoggingConfig) -> None:
     """Raises ConfigurationError if a package that the flags need is not installed. Imports nothing."""
     require(
-        logging.wandb_project is None or _is_installed("wandb"),
+        logging.wandb_project is None or find_spec("wandb") is not None,
         "--wandb-project needs the package wandb, which is not installed: pip install wandb, or drop the flag.",
     )
     require(
-        not logging.log_energy or _is_installed("pynvml"),
+        not logging.log_energy or find_spec("pynvml") is not None,
         "--log-energy needs the package nvidia-ml-py, which is not installed: pip install nvidia-ml-py, or drop the "
         "flag.",
     )
-
-
-def _is_installed(package: str) -> bool:
-    try:
-        return find_spec(package) is not None
-    except ValueError:  # a module without a spec
-        return sys.modules.get(package) is not None
-
-
-def _open_wandb(logging: LoggingConfig, save_dir: str | Path | None, run_settings: Mapping[str, Any] | None) -> Any:
-    require_loggers(logging)
-    wandb: Any = import_module("wandb")
-    folder = logging.wandb_save_dir or (str(Path(save_dir) / "wandb") if save_dir else "wandb")
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    name = logging.wandb_exp_name or (Path(save_dir).resolve().name if save_dir else None)  # None: W&B makes one up
-    return wandb.init(project=logging.wandb_project, name=name, dir=folder, config=dict(run_settings or {}))
 
 
 def _scalars(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

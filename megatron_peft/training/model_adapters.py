@@ -51,7 +51,6 @@ def add_adapters(
     Args:
         model: of `get_gpt_layer_local_spec` (megatron-core's own layers); under the interleaved schedule the list of
             this rank's chunks.
-        config: method, targets and numbers.
         seed: with the names of the layers it fixes the initial values, at any layout.
         huggingface_modules: names that `config.target_modules` may use, such as {"q_proj": "linear_qkv"}.
 
@@ -97,25 +96,16 @@ def _check_model(chunks: Sequence[nn.Module], config: PeftConfig) -> None:
 class ModelAdapters:
     """The adapters of a model, in a loop of the user's own.
 
-    Args:
-        model_chunks: this rank's, with adapters attached.
-        peft: method and numbers.
-        seed: of the initial values.
-        names: global names of this rank's adapted layers.
-
     Attributes:
+        model_chunks: this rank's.
+        names: global names of this rank's adapted layers.
         iteration: steps taken; set it when a loop resumes (`--hybrid-merge-interval` counts by it).
         lr: the peak learning rate that `param_groups` or `config_overrides` was given.
     """
 
     def __init__(self, model_chunks: Sequence[nn.Module], peft: PeftConfig, seed: int, names: Sequence[str]) -> None:
-        self.model_chunks = model_chunks
-        self.peft = peft
-        self.seed = seed
-        self.names = tuple(names)
-        self.iteration = 0
-        self.lr = 0.0
-        self.clip_grad = 0.0
+        self.model_chunks, self.peft, self.seed, self.names = model_chunks, peft, seed, tuple(names)
+        self.iteration, self.lr, self.clip_grad = 0, 0.0, 0.0
         self.optimizer: Any = None
         self.current: AdaptersStep | None = None
 
@@ -127,13 +117,8 @@ class ModelAdapters:
     # The optimizer: the method's own groups, with their learning rates and without decay where it would do harm.
 
     def param_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
-        """Groups for an optimizer of torch, such as AdamW.
-
-        Args:
-            lr: the peak; a schedule scales the groups' own rates alike.
-            weight_decay: of the parameters that decay.
-        """
-        self.lr = _checked_rate(lr)
+        """Groups for an optimizer of torch, such as AdamW. `lr` is the peak; a schedule scales all rates alike."""
+        self._set_rate(lr)
         groups: dict[tuple[Any, ...], dict[str, Any]] = {}
         for parameter in self.parameters():
             own = [group for group in self.peft.spec.param_groups if getattr(parameter, group.attribute, False)]
@@ -146,15 +131,17 @@ class ModelAdapters:
 
     def config_overrides(self, optimizer_config: OptimizerConfig) -> dict[Any, Any]:
         """`config_overrides` for `get_megatron_optimizer`, whose `lr` and `min_lr` the groups' rates follow."""
-        self.lr = _checked_rate(optimizer_config.lr or 0.0)
+        self._set_rate(optimizer_config.lr or 0.0)
         return group_overrides(self.peft, optimizer_config)
+
+    def _set_rate(self, lr: float) -> None:
+        require(lr > 0, f"the learning rate is {lr}; it must be above 0.")
+        self.lr = lr
 
     # LoRA-GA and the Hybrid.
 
     def start_from_gradients(self, replay: Callable[[], None], num_tokens: int = 1) -> dict[str, float]:
         """LoRA-GA's start: set A and B from the gradient of the base weights over some batches. A collective.
-
-        Without it, the low-rank factors start as LoRA's do.
 
         Args:
             replay: runs forward and backward over the same batches at each of its two calls, and no optimizer.
@@ -175,11 +162,7 @@ class ModelAdapters:
     # A step.
 
     def begin_step(self) -> None:
-        """Call it before the first microbatch of a step.
-
-        It sets the gradients of the last one to zero and builds what holds for a step, as the blocks of rotations do,
-        until `sum_gradients` or `finalize_model_grads`.
-        """
+        """Call it before the first microbatch of a step: gradients become zero, and what holds for a step is built."""
         for parameter in self.parameters():
             gradient_of(parameter).zero_()
         self.current = AdaptersStep(self.model_chunks)
@@ -188,9 +171,8 @@ class ModelAdapters:
     def sum_gradients(self) -> None:
         """Call it after the last backward of a step where no schedule of megatron-core does. A collective.
 
-        It takes the gradients of rotations from their blocks, and completes those of adapter parameters that every
-        tensor-parallel rank holds. Data-parallel replicas are summed by megatron-core's DistributedDataParallel, with
-        `finalize_model_grads`.
+        It completes the gradients of rotations, and of parameters that every tensor-parallel rank holds. Data-parallel
+        replicas are summed by megatron-core's DistributedDataParallel, with `finalize_model_grads`.
         """
         group: Any = parallel_state.get_tensor_model_parallel_group()
         is_buffered = all(getattr(parameter, "main_grad", None) is not None for parameter in self.parameters())
@@ -217,21 +199,15 @@ class ModelAdapters:
             current.clear()
 
     def step(self, optimizer: Any, clip_grad: float = 0.0) -> float:
-        """Take the optimizer's step, and what the method adds to it. A collective.
-
-        Before it the Hybrid's lambda is taken from the gradients; after it orthogonal blocks are projected, unitary
-        ones moved, `lora_max_norm_ratio` is kept and `hybrid_merge_interval` merges.
+        """Take the optimizer's step, and what the method adds to it (`training.update`). A collective.
 
         Args:
             optimizer: of torch, made of `param_groups`; or megatron-core's, made with `config_overrides`.
-            clip_grad: for torch's optimizer the norm to which gradients are clipped, counted over all ranks; 0: no
-                clipping. megatron-core's clips by its own `clip_grad`.
+            clip_grad: norm over all ranks to which gradients are clipped for torch's optimizer; 0: they are not.
+                megatron-core's clips by its own `clip_grad`.
 
         Returns:
             The norm of the whole gradient, before clipping.
-
-        Raises:
-            ConfigurationError: the optimizer has other groups than the method needs.
         """
         require(
             self.lr > 0,
@@ -261,21 +237,17 @@ class ModelAdapters:
     # What becomes of the adapters.
 
     def save(self, folder: str | Path) -> None:
-        """Write the adapters to a new folder, in Megatron's `torch_dist` format. A collective.
+        """Write the adapters, without the method's numbers, to a new folder in Megatron's `torch_dist` format.
 
-        The method's numbers and the optimizer are not part of it.
-
-        Raises:
-            ConfigurationError: on every rank: the folder exists, or cannot be written.
+        A collective. Raises ConfigurationError, on every rank, if the folder exists or cannot be written.
         """
         entries = sharded_parameters(self.model_chunks, only_adapters=True)
         write_new_folder([tensor for entry in entries for tensor in global_slices(entry)], Path(folder))
 
     def load(self, folder: str | Path) -> None:
-        """Read what `save` wrote, at this layout or another. A collective. Call it before the optimizer is made.
+        """Read what `save` wrote, at this layout or another, before the optimizer is made. A collective.
 
-        Raises:
-            ConfigurationError: on every rank, with nothing changed: it is damaged, or of another method or rank.
+        Raises ConfigurationError, on every rank, with nothing changed, if it is damaged or of another method or rank.
         """
         require_whole(Path(folder))
         load_parameters(sharded_parameters(self.model_chunks, only_adapters=True), Path(folder))
@@ -283,8 +255,7 @@ class ModelAdapters:
     def sharded_state_dict(self) -> dict[str, Any]:
         """The adapters for `megatron.core.dist_checkpointing`, in a checkpoint of your own.
 
-        What its `load` returns goes to `model.load_state_dict(..., strict=False)`. With several chunks this is a
-        dictionary for each, by `model0`, `model1`, ...
+        What its `load` returns goes to `model.load_state_dict(..., strict=False)`. Several chunks are `model0`, ...
         """
         states = [
             {name: entry for name, entry in sharded_state(chunk).items() if ADAPTER in name}
@@ -298,19 +269,10 @@ class ModelAdapters:
         self.names = ()
 
 
-def _checked_rate(lr: float) -> float:
-    require(lr > 0, f"the learning rate is {lr}; it must be above 0.")
-    return lr
-
-
 class PlainOptimizer:
     """An optimizer of torch, stepped as megatron-core's are: gradients are clipped by their norm over all ranks.
 
     torch's own clipping would give each tensor-parallel rank another norm, and copies of a parameter would drift apart.
-
-    Args:
-        optimizer: of torch.
-        clip_grad: norm to clip to; 0: no clipping.
     """
 
     is_stub_optimizer = False
@@ -318,8 +280,7 @@ class PlainOptimizer:
     def __init__(self, optimizer: torch.optim.Optimizer, clip_grad: float) -> None:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise ConfigurationError(f"adapters.step: {type(optimizer).__name__} is not an optimizer of torch.")
-        self.optimizer = optimizer
-        self.clip_grad = clip_grad
+        self.optimizer, self.clip_grad = optimizer, clip_grad
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:

@@ -1,50 +1,51 @@
-"""Run a fine-tuning configuration: check everything, build the model, load weights, train."""
+"""Run a fine-tuning configuration: check everything, build the model, load weights, start LoRA-GA, train."""
 
+import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from hashlib import sha256
 from math import isfinite
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
+from rich.console import Console
+from rich.progress import track
+from torch import nn
 
 from megatron_peft.adapters.attach import all_names, attach_adapters
 from megatron_peft.checkpoint.folders import newest_checkpoint, write_atomically
 from megatron_peft.checkpoint.load import check_resume, load_checkpoint, require_something_to_load, resolve_resume
 from megatron_peft.checkpoint.save import Saver
-from megatron_peft.config import ConfigurationError, RunConfig, config_to_dict, flag, missing_for_training, require
-from megatron_peft.conversion.pretrained import (
-    ReadingGroups,
-    checked_shape,
-    load_pretrained,
-    open_weights,
-    require_same_model,
+from megatron_peft.config import (
+    ConfigurationError,
+    PeftConfig,
+    RunConfig,
+    config_to_dict,
+    flag,
+    missing_for_training,
+    require,
 )
-from megatron_peft.data.batches import Step
+from megatron_peft.conversion import pretrained
+from megatron_peft.data.batches import GlobalBatches, Step
 from megatron_peft.data.build import Data, build_data
 from megatron_peft.data.tokenizers import Tokenizer, build_tokenizer, doubt_about_vocabulary, require_vocabulary_fits
+from megatron_peft.lora_ga.initialize import init_from_gradients
+from megatron_peft.models import kernels
 from megatron_peft.models.gpt import build_model_chunks, require_transformer_engine, uses_transformer_engine
-from megatron_peft.models.kernels import (
-    Installed,
-    Training,
-    attention_summary,
-    require_cross_entropy,
-    require_norm_recompute,
-    require_packed_attention,
-    without_compiled,
-)
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.parallel.collectives import from_first_rank, require_same
-from megatron_peft.runtime.launch import checked_together, gather_over_world, start_model_parallel
-from megatron_peft.runtime.stacks import Stacks
+from megatron_peft.runtime.failure import Stacks
+from megatron_peft.runtime.launch import checked_together, gather_over_world, seed_generators, start_model_parallel
 from megatron_peft.training.loop import train
-from megatron_peft.training.lora_ga_start import first_steps, start_lora_ga
 from megatron_peft.training.metrics import require_loggers
 from megatron_peft.training.state import TrainingState, schedule_values, start_state
+from megatron_peft.training.step import finish_with, run_schedule
 from megatron_peft.training.terminal import print_rank_0, resume_summary, training_summary
 from megatron_peft.training.validation import START_TOLERANCE, start_losses
 
@@ -52,15 +53,11 @@ RUN_FILE = "run.yaml"
 MODEL_FILES = ("config.json", "adapter_model.safetensors", "adapter_model.bin")  # of transformers and PEFT
 
 
-def data_of_rank(config: RunConfig, tokenizer: Tokenizer, shape: ModelShape) -> Data:
-    """The data of a run that this rank's replica reads, in the present groups; raises like `build_data`."""
-    return build_data(
-        config,
-        tokenizer,
-        data_parallel_rank=parallel_state.get_data_parallel_rank(),
-        data_parallel_size=parallel_state.get_data_parallel_world_size(),
-        num_ids=shape.vocab_size,
-    )
+def data_of_rank(config: RunConfig, tokenizer: Tokenizer, shape: ModelShape, rank: int | None = None) -> Data:
+    """The data that a data-parallel rank reads (None: this one, in the present groups); raises like `build_data`."""
+    rank = parallel_state.get_data_parallel_rank() if rank is None else rank
+    size = config.parallel.data_parallel_size
+    return build_data(config, tokenizer, data_parallel_rank=rank, data_parallel_size=size, num_ids=shape.vocab_size)
 
 
 def build_state(
@@ -69,7 +66,6 @@ def build_state(
     """Build the model, attach adapters, load pretrained weights, and make optimizer and schedule.
 
     Args:
-        shape: of the base model.
         train_iters: iterations of the whole run, for the schedule.
         start_steps: global batches for LoRA-GA's start; empty if it does not run.
 
@@ -83,29 +79,25 @@ def build_state(
 
 
 def build_chunks(config: RunConfig, shape: ModelShape, loads: bool = True) -> list[GPTModel]:
-    """This rank's part of the model, with adapters and pretrained weights.
+    """This rank's part of the model, with adapters and pretrained weights; raises like `build_state`.
 
     Args:
-        shape: of the base model.
         loads: False leaves the base's weights as they were allocated.
-
-    Raises:
-        ConfigurationError: as for `build_state`.
     """
-    chunks = build_model_chunks(shape, config.model, config.parallel, Training.of(config))
+    chunks = build_model_chunks(shape, config.model, config.parallel, kernels.Training.of(config))
     adapted: list[str] = []
     if config.peft.trains_adapters:
         adapted = attach_adapters(chunks, config.peft, config.training.seed)
     if loads:
         assert config.model.pretrained_checkpoint is not None
-        report = load_pretrained(
+        report = pretrained.load_pretrained(
             chunks,
             config.model.pretrained_checkpoint,
             shape,
             tensor_parallel_rank=parallel_state.get_tensor_model_parallel_rank(),
             tensor_parallel_size=config.parallel.tensor_model_parallel_size,
             progress=dist.get_rank() == 0,
-            groups=ReadingGroups.of_layout(),
+            groups=pretrained.ReadingGroups.of_layout(),
         )
         print_rank_0(f"read {report.counts.bytes / 2**20:,.1f} MiB of weights on this rank in {report.seconds:.1f} s")
         print_rank_0(training_summary(config, all_names(adapted), chunks))
@@ -116,23 +108,17 @@ def check_run(config: RunConfig) -> ModelShape:
     """What `finetune` checks before it builds the model, in this process alone, whatever the world of `config`.
 
     Nothing is written. Returns the shape of the base model.
-
-    Raises:
-        ConfigurationError: something is wrong with the model, its files, the tokenizer, the data or a checkpoint.
     """
     if missing := missing_for_training({**vars(config.data), **vars(config.training)}):
         raise ConfigurationError(*missing)
     require_loggers(config.logging)
     config = replace(config, checkpoint=resolve_resume(config.checkpoint))
     assert config.model.pretrained_checkpoint is not None
-    shape = checked_shape(config)
-    open_weights(config.model.pretrained_checkpoint, shape)
+    shape = pretrained.checked_shape(config)
+    pretrained.open_weights(config.model.pretrained_checkpoint, shape)
     tokenizer = _checked_tokenizer(config, shape)
     require_something_to_load(config.checkpoint)
-    size = config.parallel.data_parallel_size
-    data = build_data(config, tokenizer, data_parallel_rank=0, data_parallel_size=size, num_ids=shape.vocab_size)
-    _check_validation_data(config, data)
-    check_resume(config, shape, schedule_values(config, data.train_iters))
+    data = _checked_data(config, tokenizer, shape, rank=0)
     print_rank_0(
         f"flags, model, tokenizer and data can be used: {data.train.samples_per_epoch:,} training samples, "
         f"{data.train_iters:,} iterations"
@@ -168,12 +154,12 @@ def finetune(
     if missing := missing_for_training({**vars(config.data), **vars(config.training)}):
         raise ConfigurationError(*missing)
     checked_together(lambda: require_transformer_engine(config.model))
-    shape = checked_together(lambda: checked_shape(config))
+    shape = checked_together(lambda: pretrained.checked_shape(config))
     attention = checked_together(lambda: _require_kernels(config, shape))
-    problem = next(filter(None, gather_over_world(Installed.detected().compile_problem)), "")
-    config, warning = without_compiled(config, shape, problem)
+    problem = next(filter(None, gather_over_world(kernels.Installed.detected().compile_problem)), "")
+    config, warning = kernels.without_compiled(config, shape, problem)
     base = config.model.pretrained_checkpoint
-    require_same_model(str(base))
+    pretrained.require_same_model(str(base))
     start_model_parallel(config.parallel, config.training.seed, config.parallel.num_virtual_stages(shape.num_layers))
     tokenizer = checked_together(lambda: _checked_tokenizer(config, shape))
     folder = config.data.tokenizer_model or base
@@ -181,20 +167,18 @@ def finetune(
     from_first_rank(lambda: require_something_to_load(config.checkpoint))
     checked_together(lambda: _check_save_folder(config))
     with Stacks(config.checkpoint.save, dist.get_rank()), Saver(config.checkpoint) as saver:
-        data = data_of_rank(config, tokenizer, shape)
-        _check_validation_data(config, data)
-        check_resume(config, shape, schedule_values(config, data.train_iters))
+        data = _checked_data(config, tokenizer, shape)
         print_rank_0("\n".join(filter(None, [attention, warning])))
         state = build_state(config, shape, data.train_iters, first_steps(config, data.train))
         state.data_digest = data.digest
         checkpoint = load_checkpoint(state)
-        if checkpoint is None:
-            _check_start(state, data)
         if checkpoint is not None:
             epoch = data.train.epochs_at(state.position.consumed_samples)
             print_rank_0(resume_summary(checkpoint, state, data.train_iters, epoch))
-        elif config.checkpoint.resume == "auto":
-            print_rank_0(f"--resume auto: --save {config.checkpoint.save} holds no checkpoint, so a new run starts")
+        else:
+            _check_start(state, data)
+            if config.checkpoint.resume == "auto":
+                print_rank_0(f"--resume auto: --save {config.checkpoint.save} holds no checkpoint, so a new run starts")
         _note_unknown_lengths(config)
         if config.checkpoint.save and run_file:
             path = Path(config.checkpoint.save) / RUN_FILE
@@ -207,12 +191,12 @@ def finetune(
 
 def _require_kernels(config: RunConfig, shape: ModelShape) -> str:
     """The line that names core attention; raises ConfigurationError if a kernel that the run needs is not there."""
-    installed = Installed.detected()
-    require_cross_entropy(config.model, installed)
-    require_norm_recompute(config.model, installed)
+    installed = kernels.Installed.detected()
+    kernels.require_cross_entropy(config.model, installed)
+    kernels.require_norm_recompute(config.model, installed)
     with_engine = uses_transformer_engine(config.model.transformer_impl, installed)
-    require_packed_attention(config, shape, with_engine, installed)
-    return attention_summary(config, shape, with_engine, installed)
+    kernels.require_packed_attention(config, shape, with_engine, installed)
+    return kernels.attention_summary(config, shape, with_engine, installed)
 
 
 def _write_run_file(path: Path, text: str) -> None:
@@ -224,13 +208,16 @@ def _write_run_file(path: Path, text: str) -> None:
         ) from error
 
 
-def _check_validation_data(config: RunConfig, data: Data) -> None:
-    """Raises ConfigurationError if a flag needs a validation loss, but --split leaves nothing to validate."""
+def _checked_data(config: RunConfig, tokenizer: Tokenizer, shape: ModelShape, rank: int | None = None) -> Data:
+    """As `data_of_rank`; raises ConfigurationError too if nothing is left to validate, or a checkpoint does not fit."""
+    data = data_of_rank(config, tokenizer, shape, rank)
     require(
         data.valid is not None or not (config.training.early_stopping_patience or config.checkpoint.keep_best),
         f"--early-stopping-patience and --keep-best need a validation loss, but --split {config.data.split} leaves no "
         f"validation data: give a split with some, or --valid-data-path.",
     )
+    check_resume(config, shape, schedule_values(config, data.train_iters))
+    return data
 
 
 def _note_unknown_lengths(config: RunConfig) -> None:
@@ -316,3 +303,101 @@ def _check_save_folder(config: RunConfig) -> None:
         raise ConfigurationError(
             f"--save {folder} cannot be written ({error.strerror}): give a folder that you may write to."
         ) from error
+
+
+# LoRA-GA's initialization within a run: its batches, progress bar and report.
+
+START_FILE = "lora_ga_start.json"
+NUM_PASSES = 2
+POSITIONS_THAT_FIT = 256
+
+
+def first_steps(config: RunConfig, train: GlobalBatches) -> Sequence[Step]:
+    """The run's first --lora-ga-batches global batches, which it will also train on; empty for other methods.
+
+    The gradient is a sum over their tokens, so the microbatches are others than in training: samples of like lengths
+    share one. A product of few tokens takes up to three times as long a token.
+
+    Raises:
+        ConfigurationError: on every rank: the training data has fewer samples.
+    """
+    if not config.peft.spec.starts_from_gradients:
+        return ()
+    folder = config.checkpoint.load
+    if checked_together(lambda: folder is not None and newest_checkpoint(Path(folder)) is not None):
+        return ()  # a resumed run takes the factors from its checkpoint
+    size, wanted = config.global_batch_size, config.peft.lora_ga_batches
+    most = train.samples_per_epoch // size
+    require(
+        wanted <= most,
+        f"--lora-ga-batches {wanted} of --global-batch-size {size} are {wanted * size} samples, but the training data "
+        f"has {train.samples_per_epoch}: use {f'at most {most}, or ' if most else ''}a smaller --global-batch-size.",
+    )
+    stages = config.parallel.pipeline_model_parallel_size if config.parallel.is_interleaved else 1
+    # No more memory than the longest samples take in training. Where these are short there is room for more: nothing
+    # has gradients or moments yet. (Not with --pad-to-seq-length, where the stages expect messages of one size.)
+    most_positions = config.training.micro_batch_size * config.data.seq_length
+    most_positions = max(most_positions, 0 if config.data.pad_to_seq_length else POSITIONS_THAT_FIT)
+    microbatches = train.in_few_microbatches(wanted, most_positions, stages)
+    a_step = len(train.layout.microbatches(0))
+    return [microbatches[first : first + a_step] for first in range(0, len(microbatches), a_step)]
+
+
+def start_lora_ga(model_chunks: Sequence[nn.Module], config: RunConfig, steps: Sequence[Step]) -> None:
+    """Initialize the low-rank factors of bare chunks from the gradient over `steps`, and report it. A collective."""
+    tensor_parallel: Any = parallel_state.get_tensor_model_parallel_group()
+    data_parallel: Any = parallel_state.get_data_parallel_group()
+    # completion tokens of the global batches, over all replicas
+    own_tokens = sum(microbatch.num_loss_tokens for step in steps for microbatch in step)
+    total = torch.tensor(own_tokens, device=torch.cuda.current_device())
+    dist.all_reduce(total, group=data_parallel)
+    passes = iter(range(1, NUM_PASSES + 1))
+    has_bar = Console().is_terminal and dist.get_rank() == 0
+
+    def replay() -> None:
+        # The same dropout in both passes, so that they see one gradient.
+        seed_generators(config.training.seed)
+        finish_with(model_chunks, None)  # no sums of gradients: the sketches are summed instead
+        which = f"pass {next(passes)} of {NUM_PASSES}"
+        for microbatches in track(steps, f"LoRA-GA start, {which}", transient=True, disable=not has_bar):
+            run_schedule(model_chunks, microbatches, forward_only=False)
+        if not has_bar:
+            print_rank_0(f"LoRA-GA start: {which} over {config.peft.lora_ga_batches} batches done")
+
+    numbers = config.peft.lora_rank, config.peft.lora_ga_init, config.training.seed
+    report = init_from_gradients(model_chunks, *numbers, replay, int(total), tensor_parallel, data_parallel)
+    seed_generators(config.training.seed)  # the run's dropout is that of a run without this start
+    energy = {name: value for of_rank in gather_over_world(report.energy) for name, value in of_rank.items()}
+    if dist.get_rank() == 0:
+        print_rank_0(start_report(config.peft, report.seconds, energy, config.checkpoint.save))
+
+
+def start_report(peft: PeftConfig, seconds: float, energy: Mapping[str, float], save: str | None) -> str:
+    """Write each layer's number beside metrics.jsonl, if there is a --save folder, and summarize each kind of layer.
+
+    `energy`: share of the gradient's squared norm in its r leading directions, by global name of the layer.
+    """
+    lines = [
+        f"LoRA-GA start ({peft.lora_ga_init}) took {seconds:.1f} s; the gradient's squared norm in rank "
+        f"{peft.lora_rank}:",
+        f"  {'':<12} layers   mean   lowest (layer)   highest (layer)",
+    ]
+    for kind in sorted({name.rpartition(".")[2] for name in energy}):
+        values = {_layer(name): value for name, value in energy.items() if name.endswith(f".{kind}")}
+        lowest, highest = min(values, key=values.__getitem__), max(values, key=values.__getitem__)
+        lines.append(
+            f"  {kind:<12} {len(values):6d}  {sum(values.values()) / len(values):.3f}   {values[lowest]:.3f} "
+            f"{f'({lowest})':<8}   {values[highest]:.3f} {f'({highest})':<9}".rstrip()
+        )
+    if save is not None:
+        path = Path(save) / START_FILE
+        record = {name: getattr(peft, name) for name in ("lora_ga_init", "lora_ga_batches", "lora_rank")}
+        record |= {"seconds": seconds, "energy": dict(sorted(energy.items(), key=lambda one: (_layer(one[0]), one[0])))}
+        with suppress(OSError):  # a full disk: the run's first checkpoint will report it
+            write_atomically(path, json.dumps(record, indent=2) + "\n")
+            lines.append(f"  each layer: {path}")
+    return "\n".join(lines)
+
+
+def _layer(name: str) -> int:
+    return int(name.split(".")[2])

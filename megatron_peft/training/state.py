@@ -1,6 +1,7 @@
 """Gradient buffers, optimizer and learning-rate schedule: megatron-core's, built from our configuration."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +22,8 @@ from megatron_peft.config import PeftConfig, RunConfig, require
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.parallel.collectives import gradient_of, sum_coalesced
 from megatron_peft.runtime.cpu import redirect_norm
+
+OPTIMIZER_FIELDS = frozenset(one.name for one in fields(OptimizerConfig))
 
 
 class GradientShards:
@@ -71,11 +74,9 @@ class GradientShards:
 def start_state(
     model_chunks: Sequence[nn.Module], config: RunConfig, shape: ModelShape, train_iters: int
 ) -> TrainingState:
-    """The state of a run at iteration 0: wrapped chunks, optimizer and schedule.
+    """The state of a run at iteration 0, of this rank's bare chunks with adapters and weights.
 
     Args:
-        model_chunks: this rank's, bare, with adapters attached and weights loaded.
-        shape: of the base model.
         train_iters: iterations of the whole run, for the schedule.
     """
     wrapped = wrap_data_parallel(model_chunks, config)
@@ -126,25 +127,10 @@ def _wait_for_adapter_submodules(chunk: DistributedDataParallel) -> None:
 
 def build_optimizer(model_chunks: Sequence[DistributedDataParallel], config: RunConfig) -> MegatronOptimizer:
     """megatron-core's optimizer over the trainable parameters, in the groups that the method declares."""
-    settings = config.optimizer
+    # Our fields have the names of megatron-core's, but those of the schedule.
+    own = {name: value for name, value in vars(config.optimizer).items() if name in OPTIMIZER_FIELDS}
     dtype = torch.bfloat16 if config.model.bf16 else torch.float32
-    optimizer_config = OptimizerConfig(
-        optimizer=settings.optimizer,
-        lr=settings.lr,
-        min_lr=settings.min_lr,
-        decoupled_lr=settings.decoupled_lr,
-        decoupled_min_lr=settings.decoupled_min_lr,
-        weight_decay=settings.weight_decay,
-        adam_beta1=settings.adam_beta1,
-        adam_beta2=settings.adam_beta2,
-        adam_eps=settings.adam_eps,
-        sgd_momentum=settings.sgd_momentum,
-        clip_grad=settings.clip_grad,
-        bf16=config.model.bf16,
-        params_dtype=dtype,
-        use_distributed_optimizer=settings.use_distributed_optimizer,
-        overlap_param_gather=settings.overlap_param_gather,
-    )
+    optimizer_config = OptimizerConfig(**own, bf16=config.model.bf16, params_dtype=dtype)
     overrides = group_overrides(config.peft, optimizer_config)
     redirect_norm()
     return get_megatron_optimizer(

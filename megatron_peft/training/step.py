@@ -36,27 +36,16 @@ class NonFiniteError(FloatingPointError):
 
 @dataclass(frozen=True)
 class StepReport:
-    """What every rank knows after a step.
+    """What every rank knows after a step."""
 
-    Args:
-        loss: mean over the completion tokens of the global batch.
-        num_tokens: completion tokens of the global batch.
-        num_positions: all tokens that went through the model, including prompts and padding.
-        num_pairs: pairs of positions that attention computed in each layer (`Microbatch.num_pairs`).
-        grad_norm: of the whole gradient, before clipping.
-        learning_rate: of this step.
-        stop: a rank was asked to stop.
-        layer_grad_norms: of each transformer layer, before clipping, if asked for.
-    """
-
-    loss: float
-    num_tokens: int
-    num_positions: int
-    num_pairs: int
-    grad_norm: float
-    learning_rate: float
-    stop: bool
-    layer_grad_norms: tuple[float, ...] = ()
+    loss: float  # mean over the completion tokens of the global batch
+    num_tokens: int  # completion tokens of the global batch
+    num_positions: int  # all tokens that went through the model, including prompts and padding
+    num_pairs: int  # pairs of positions that attention computed in each layer (`Microbatch.num_pairs`)
+    grad_norm: float  # of the whole gradient, before clipping
+    learning_rate: float  # of this step
+    stop: bool  # a rank was asked to stop
+    layer_grad_norms: tuple[float, ...] = ()  # of each transformer layer, before clipping, if asked for
 
 
 def finish_gradients(
@@ -69,10 +58,8 @@ def finish_gradients(
     """Sum gradients over the ranks. megatron-core calls this after the last backward of a step.
 
     Args:
-        model: this rank's chunks.
         num_tokens: completion tokens of this rank's microbatches, on the last pipeline stage; gradients are divided by
             their sum over the replicas. None: they are not divided.
-        args, kwargs: of megatron-core's function.
         step: of the adapters; None where it has ended.
     """
     # From sums over microbatches to gradients of parameters.
@@ -107,7 +94,6 @@ def train_step(
 
     Args:
         state: updated in place, except for its position.
-        microbatches: of this data-parallel rank.
         stop: this rank wants the run to end; the report has it on all ranks.
         by_layer: the report has the gradient norm of each layer; the same on all ranks.
         around_forward: entered for each forward pass, for instance to measure it.
@@ -152,11 +138,7 @@ def train_step(
 
 
 def finish_with(model_chunks: Sequence[nn.Module], finish: Callable[..., None] | None) -> None:
-    """Set what megatron-core's schedule calls after the last backward.
-
-    Args:
-        model_chunks: wrapped for data parallelism; or bare, with `finish` None, to leave each rank its own gradients.
-    """
+    """Set what megatron-core's schedule calls after the last backward; None leaves each rank its own gradients."""
     config = get_model_config(model_chunks[0])
     config.finalize_model_grads_func = finish
     # Within no_sync a backward starts no data-parallel sum: the schedule leaves it for the last microbatch.

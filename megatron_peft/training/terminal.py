@@ -3,7 +3,6 @@
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,6 @@ from megatron_peft.adapters.attach import huggingface_modules
 from megatron_peft.checkpoint.state import TrainingState
 from megatron_peft.config import PeftConfig, RunConfig
 
-
-def _rank_and_times(rank: int, host: str, seconds: float, median_seconds: float) -> str:
-    return f"{rank} ({host}) {1000 * seconds:.1f} ms, median {1000 * median_seconds:.1f} ms"
-
-
 # (field of the record, label, format); a field that the record lacks is left out
 Fields = tuple[tuple[str, str, Callable[[Any], str]], ...]
 LINE_FIELDS: Fields = (
@@ -39,7 +33,11 @@ LINE_FIELDS: Fields = (
     ("mfu", "MFU", lambda x: f"{x:.1%}"),
     ("joules_per_step", "energy per iteration (J)", lambda x: f"{x:.1f}"),
     ("timer_seconds", "slowest rank (ms)", lambda times: ", ".join(f"{k} {1000 * s:.1f}" for k, s in times.items())),
-    ("slowest_rank", "slowest rank", lambda slowest: _rank_and_times(**slowest)),
+    (
+        "slowest_rank",
+        "slowest rank",
+        lambda r: f"{r['rank']} ({r['host']}) {1000 * r['seconds']:.1f} ms, median {1000 * r['median_seconds']:.1f} ms",
+    ),
     ("validation_loss", "validation loss", lambda x: f"{x:.6E}"),
 )
 SHORT_FIELDS: Fields = (  # at a terminal, as many as fit its width
@@ -52,8 +50,6 @@ SHORT_FIELDS: Fields = (  # at a terminal, as many as fit its width
     ("tflops_per_gpu", "TFLOP/s/GPU", lambda x: f"{x:.1f}"),
     ("mfu", "MFU", lambda x: f"{x:.1%}"),
 )
-
-
 SECONDS_WITHOUT_A_LINE = 3
 
 
@@ -77,7 +73,16 @@ class Progress:
     def __enter__(self) -> "Progress":
         self._started_at = time.monotonic()
         if self._enabled and self._console.is_terminal:
-            self._bar = _make_bar(self._console)
+            whole = Column(no_wrap=True)
+            self._bar = Bar(  # takes what the words beside it leave of the terminal's width
+                BarColumn(bar_width=None, table_column=Column(ratio=1)),
+                TextColumn("{task.completed}/{task.total}", table_column=whole),
+                TimeElapsedColumn(table_column=whole),
+                TextColumn("{task.fields[eta]}", table_column=whole),
+                TextColumn("{task.fields[loss]}", table_column=whole),
+                console=self._console,
+                expand=True,
+            )
             self._task = self._bar.add_task("training", total=self._total, completed=self._start, eta="", loss="")
             self._bar.start()
         return self
@@ -92,22 +97,25 @@ class Progress:
         if self._bar is not None:
             self._bar.update(self._task, completed=iteration, eta=f"ETA {self._time_left(iteration)}")
 
-    def update(self, record: Mapping[str, Any]) -> None:
-        """Print a line with the metrics of a log interval."""
-        if self._bar is not None:
-            self._show_loss(record)
-            self._print(self._short_line(record))
-        elif self._enabled:
+    def update(self, record: Mapping[str, Any], only_in_bar: bool = False) -> None:
+        """Print a line with the metrics of a log interval.
+
+        Args:
+            only_in_bar: at a terminal show the loss in the bar, and print no line.
+        """
+        if self._bar is None:
             start = f"iteration {record['iteration']:8d}/{self._total:8d}"
             left = f"ETA: {self._time_left(record['iteration'])}"
-            self._print(" | ".join([start, *_formatted(record, LINE_FIELDS, ": "), left]))
-
-    def update_first(self, record: Mapping[str, Any]) -> None:
-        """Show the metrics of the first step: in the bar, or as a line."""
-        if self._bar is not None:
-            self._show_loss(record)
-        else:
-            self.update(record)
+            self.message(" | ".join([start, *_formatted(record, LINE_FIELDS, ": "), left]))
+            return
+        if "loss" in record:
+            self._bar.update(self._task, loss=f"loss {record['loss']:.3f}")
+        if not only_in_bar:
+            line = f"{record['iteration']:{len(str(self._total))}d}/{self._total}"
+            for field in _formatted(record, SHORT_FIELDS, " "):
+                if len(line) + 2 + len(field) <= self._console.width:
+                    line = f"{line}  {field}"
+            self.message(line)
 
     def track(self, batches: Iterable[Any], what: str, total: int | None) -> Iterator[Any]:
         """The batches; meanwhile a second bar shows how many are done, or in a file a line every three seconds."""
@@ -126,60 +134,18 @@ class Progress:
     def message(self, text: str) -> None:
         """Print a line (above the bar)."""
         if self._enabled:
-            self._print(text)
+            self._console.print(text, soft_wrap=True, markup=False, highlight=False)
+            self._console.file.flush()  # people read log files during the run
+            self._told_at = time.monotonic()
 
     def _time_left(self, iteration: int) -> timedelta:
         """An estimate from the mean time of an iteration so far, with saves and validations."""
         done = max(iteration - self._start, 1)
         return timedelta(seconds=round((time.monotonic() - self._started_at) / done * (self._total - iteration)))
 
-    def _show_loss(self, record: Mapping[str, Any]) -> None:
-        assert self._bar is not None
-        if "loss" in record:
-            self._bar.update(self._task, loss=f"loss {record['loss']:.3f}")
-
-    def _short_line(self, record: Mapping[str, Any]) -> str:
-        width = len(str(self._total))
-        line = f"{record['iteration']:{width}d}/{self._total}"
-        for field in _formatted(record, SHORT_FIELDS, " "):
-            if len(line) + 2 + len(field) <= self._console.width:
-                line = f"{line}  {field}"
-        return line
-
-    def _print(self, text: str) -> None:
-        self._console.print(text, soft_wrap=True, markup=False, highlight=False)
-        self._console.file.flush()  # people read log files during the run
-        self._told_at = time.monotonic()
-
-
-def _make_bar(console: Console) -> Bar:
-    """A bar that takes what the words beside it leave of the terminal's width."""
-    whole = Column(no_wrap=True)
-    return Bar(
-        BarColumn(bar_width=None, table_column=Column(ratio=1)),
-        TextColumn("{task.completed}/{task.total}", table_column=whole),
-        TimeElapsedColumn(table_column=whole),
-        TextColumn("{task.fields[eta]}", table_column=whole),
-        TextColumn("{task.fields[loss]}", table_column=whole),
-        console=console,
-        expand=True,
-    )
-
 
 def _formatted(record: Mapping[str, Any], fields: Fields, separator: str) -> list[str]:
     return [f"{label}{separator}{show(record[name])}" for name, label, show in fields if record.get(name) is not None]
-
-
-_MIB = 2**20
-_FLOAT32_BYTES = 4
-
-
-@dataclass(frozen=True)
-class ParameterCounts:
-    """Numbers of parameters of the whole model, each global parameter counted once."""
-
-    trainable: int
-    total: int
 
 
 def numbers_of_parameters(model_chunks: Sequence[nn.Module]) -> dict[str, int]:
@@ -195,15 +161,15 @@ def numbers_of_parameters(model_chunks: Sequence[nn.Module]) -> dict[str, int]:
     return numbers
 
 
-def count_parameters(model_chunks: Sequence[nn.Module]) -> ParameterCounts:
-    """Count over the pipeline stages. A collective."""
+def count_parameters(model_chunks: Sequence[nn.Module]) -> tuple[int, int]:
+    """(trainable, all) parameters of the whole model, each global parameter counted once. A collective."""
     numbers = numbers_of_parameters(model_chunks)
     of_stage = numbers["trained of stage"], numbers["frozen of stage"]
     counts = torch.tensor(of_stage, dtype=torch.int64, device=torch.cuda.current_device())
     group: Any = parallel_state.get_pipeline_model_parallel_group()
     dist.all_reduce(counts, group=group)
     trainable, frozen = counts.tolist()
-    return ParameterCounts(trainable, trainable + frozen)
+    return trainable, trainable + frozen
 
 
 def unused_flags_notes(peft: PeftConfig) -> list[str]:
@@ -212,12 +178,7 @@ def unused_flags_notes(peft: PeftConfig) -> list[str]:
 
 
 def training_summary(config: RunConfig, adapted: Sequence[str], model_chunks: Sequence[nn.Module]) -> str:
-    """What is trained, and memory on this rank; a few lines for the terminal. A collective.
-
-    Args:
-        adapted: global names of the adapted layers of the whole model.
-        model_chunks: this rank's.
-    """
+    """What is trained; a few lines for the terminal. A collective. `adapted`: global names of all adapted layers."""
     lines = [f"--peft-method {config.peft.method}: {_modules(config, adapted, huggingface_modules(model_chunks))}"]
     if config.peft.spec.replaces_base(config.peft):
         lines.append(
@@ -225,14 +186,8 @@ def training_summary(config: RunConfig, adapted: Sequence[str], model_chunks: Se
             "not start from the pretrained one."
         )
     lines += unused_flags_notes(config.peft)
-    counts = count_parameters(model_chunks)
-    share = 100 * counts.trainable / max(counts.total, 1)
-    lines.append(f"trainable parameters: {counts.trainable:,} of {counts.total:,} ({share:.3f}%)")
-    weights, gradients, moments = rank_bytes(config, model_chunks)
-    lines.append(
-        f"bytes on this rank: weights {weights / _MIB:,.1f} MiB, gradients {gradients / _MIB:,.1f} MiB, "
-        f"optimizer {moments / _MIB:,.1f} MiB"
-    )
+    trainable, total = count_parameters(model_chunks)
+    lines.append(f"trainable parameters: {trainable:,} of {total:,} ({100 * trainable / max(total, 1):.3f}%)")
     return "\n".join(lines)
 
 
@@ -249,27 +204,8 @@ def _modules(config: RunConfig, adapted: Sequence[str], megatron_names: Mapping[
     return f"{len(adapted)} layers: {listed}" + "".join(f"\nnote: {line}" for line in fused)
 
 
-def rank_bytes(config: RunConfig, model_chunks: Sequence[nn.Module]) -> tuple[int, int, int]:
-    """(weights, gradients, optimizer state) of this rank in bytes.
-
-    Gradients are float32. Adam has two float32 moments, and under --bf16 a float32 master;
-    --use-distributed-optimizer splits these over the data-parallel ranks.
-    """
-    parameters = [parameter for chunk in model_chunks for parameter in chunk.parameters()]
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
-    gradients = numbers_of_parameters(model_chunks)["trained"] * _FLOAT32_BYTES
-    copies = (2 if config.optimizer.optimizer == "adam" else 1) + config.model.bf16
-    shards = config.parallel.data_parallel_size if config.optimizer.use_distributed_optimizer else 1
-    return weights, gradients, gradients * copies // shards
-
-
 def resume_summary(checkpoint: Path, state: TrainingState, train_iters: int, epoch: float) -> str:
-    """The checkpoint from which a run goes on, its place in the data, and what is left; a line for the terminal.
-
-    Args:
-        state: with the checkpoint loaded.
-        epoch: of the position.
-    """
+    """The checkpoint that was loaded into `state`, its place in the data, and what is left; a line for the terminal."""
     position = state.position
     if state.config.checkpoint.finetune:
         return f"loaded the parameters of {checkpoint} (--finetune): the run starts at iteration 0 of {train_iters}"

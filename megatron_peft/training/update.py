@@ -20,34 +20,20 @@ from megatron_peft.training.state import GradientShards
 
 
 class Trained(Protocol):
-    """What `update` needs, of a run (`TrainingState`) or of a loop of the user's own (`ModelAdapters`).
-
-    Attributes:
-        peft: method and numbers.
-        lr: the peak learning rate, of which those of rotations are fractions.
-        clip_grad: norm to which the optimizer clips; 0: it does not.
-        iteration: steps taken before the present one.
-        model_chunks: of this rank.
-        optimizer: megatron-core's, or `PlainOptimizer`.
-    """
+    """What `update` needs, of a run (`TrainingState`) or of a loop of the user's own (`ModelAdapters`)."""
 
     @property
     def peft(self) -> PeftConfig: ...
-
     @property
-    def lr(self) -> float: ...
-
+    def lr(self) -> float: ...  # the peak, of which those of rotations are fractions
     @property
-    def clip_grad(self) -> float: ...
-
+    def clip_grad(self) -> float: ...  # norm to which the optimizer clips; 0: it does not
     @property
-    def iteration(self) -> int: ...
-
+    def iteration(self) -> int: ...  # steps taken before the present one
     @property
     def model_chunks(self) -> Sequence[nn.Module]: ...
-
     @property
-    def optimizer(self) -> Any: ...
+    def optimizer(self) -> Any: ...  # megatron-core's, or `PlainOptimizer`
 
 
 def update(state: Trained) -> float:
@@ -132,7 +118,7 @@ CLIP_EPSILON = 1e-6  # megatron-core's own: clipping multiplies by clip / (norm 
 
 
 def _update_parameters(state: Trained) -> float:
-    """Step the optimizer, and take what it does not do of the method's own update. Returns the norm before clipping."""
+    """Step the optimizer, and take what the method adds. Returns the norm of the gradients before clipping."""
     peft = state.peft
     if not peft.spec.updates_whole_parameters(peft):
         return state.optimizer.step()[1]
@@ -169,20 +155,13 @@ def _modules_with(model_chunks: Sequence[nn.Module], hook: str) -> list[Any]:
 
 @dataclass(frozen=True)
 class Mixtures:
-    """lambda of every adapted layer of the whole model.
+    """lambda of every adapted layer of the whole model, by its global name.
 
-    Args:
-        by_layer: lambda by the layer's global name.
-        num_kept: how often, so far in this process, a lambda kept its value because a gradient's norm was not finite.
+    `num_kept`: how often, so far in this process, a lambda kept its value because a gradient's norm was not finite.
     """
 
     by_layer: dict[str, float]
     num_kept: int
-
-    def summary(self) -> dict[str, float]:
-        """mean, min and max over the layers."""
-        values = list(self.by_layer.values())
-        return {"mean": sum(values) / len(values), "min": min(values), "max": max(values)}
 
 
 def mixing_adapters(state: Trained) -> dict[str, Any]:
@@ -197,11 +176,9 @@ def _mix_from_gradients(state: Trained) -> None:
     if not adapters or state.peft.fixed_mix is not None:
         return
     shards = GradientShards(state.optimizer)
-    group: Any = (
-        parallel_state.get_tensor_and_data_parallel_group()
-        if shards.is_sharded
-        else parallel_state.get_tensor_model_parallel_group()
-    )
+    group: Any = parallel_state.get_tensor_model_parallel_group()
+    if shards.is_sharded:
+        group = parallel_state.get_tensor_and_data_parallel_group()
     adapters[0].update_mixtures(adapters, state.peft, _counted(shards), group, state.lr)
 
 

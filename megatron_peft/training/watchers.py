@@ -55,19 +55,14 @@ class Interval:
 
 
 class Watchers:
-    """All watchers of a run, made by `watched_steps`. What a run does between its steps stands inside `paused`.
-
-    Attributes:
-        interval: since the last log line.
-        own_work: where the loop marks what is this rank's own work.
-    """
+    """All watchers of a run, made by `watched_steps`. What a run does between its steps stands inside `paused`."""
 
     def __init__(self, state: TrainingState) -> None:
-        self.interval = Interval()
-        self.own_work = OwnWork(state.config.logging)
+        self.interval = Interval()  # since the last log line
+        self.own_work = OwnWork(state.config.logging)  # the loop marks what is this rank's
         self._config, self._shape = state.config, state.shape
         self._timers, self._energy = StepTimers(state), Energy(state.config.logging)
-        self._profile = ExitStack()
+        self.profile = ExitStack()
         settings = state.config.logging
         self._profiles = settings.profile and dist.get_rank() in settings.profile_ranks
         if self._profiles and not settings.use_pytorch_profiler and not torch.cuda.is_available():
@@ -84,25 +79,21 @@ class Watchers:
             if settings.use_pytorch_profiler:
                 folder, rank = settings.tensorboard_dir or ".", f"rank{dist.get_rank()}"
                 handler = torch.profiler.tensorboard_trace_handler(folder, rank)
-                self._profile.enter_context(torch.profiler.profile(record_shapes=True, on_trace_ready=handler))
+                self.profile.enter_context(torch.profiler.profile(record_shapes=True, on_trace_ready=handler))
             else:
-                self._profile.enter_context(_nsight_range())
+                self.profile.enter_context(_nsight_range())
 
     def after_step(self, iteration: int, report: StepReport) -> None:
         """iteration: number of finished steps, with the one that has just ended."""
         if iteration >= self._config.logging.profile_step_end:
-            self.stop_profile()
-        gc_interval = self._config.training.manual_gc_interval
-        if self._config.training.manual_gc and gc_interval and iteration % gc_interval == 0:
+            self.profile.close()  # torch's trace is written here
+        training = self._config.training
+        if training.manual_gc and training.manual_gc_interval and iteration % training.manual_gc_interval == 0:
             gc.collect()
         self.interval.num_steps += 1
         self.interval.num_positions += report.num_positions
         self.interval.num_pairs += report.num_pairs
         self.interval.sum_of_losses += report.loss
-
-    def stop_profile(self) -> None:
-        """End what is being profiled, if anything is; torch's trace is written here."""
-        self._profile.close()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -124,20 +115,13 @@ class Watchers:
             gc.collect(generation=0)
 
     def speed(self, averages: Record) -> Record:
-        """Fields of a log line, as the flags ask for them. A collective.
-
-        Args:
-            averages: of the interval, which the log line shows.
-        """
+        """Fields of a log line, as the flags ask for them, beside the interval's `averages`. A collective."""
         interval = self.interval
         seconds = averages["step_seconds"] * interval.num_steps
-        timers, slowest = self._timers.seconds(interval.num_steps), self.own_work.slowest(interval.num_steps)
-        return {
-            **throughput(self._config, self._shape, interval.num_positions, interval.num_pairs, seconds),
-            **self._energy.joules(interval.num_steps),
-            **({"timer_seconds": timers} if timers else {}),
-            **({"slowest_rank": slowest} if slowest else {}),
-        }
+        record = throughput(self._config, self._shape, interval.num_positions, interval.num_pairs, seconds)
+        for watcher in (self._energy, self._timers, self.own_work):
+            record |= watcher.record(interval.num_steps)
+        return record
 
 
 @contextmanager
@@ -147,17 +131,14 @@ def watched_steps(state: TrainingState) -> Iterator[Watchers]:
     Python's collector runs when it likes, at other steps on each rank, and all ranks wait for the one that collects:
     --manual-gc turns it off and collects at the same step everywhere.
     """
-    watchers, collects_by_itself = Watchers(state), not state.config.training.manual_gc
-    with _memory_history(state.config.logging):
-        if not collects_by_itself:
+    watchers = Watchers(state)
+    with _memory_history(state.config.logging), ExitStack() as stack:
+        stack.callback(watchers.profile.close)
+        if state.config.training.manual_gc:
             gc.disable()
+            stack.callback(gc.enable)
             gc.collect()
-        try:
-            yield watchers
-        finally:
-            watchers.stop_profile()
-            if not collects_by_itself:
-                gc.enable()
+        yield watchers
 
 
 @dataclass(frozen=True)
@@ -173,18 +154,13 @@ class ModelFlops:
         4 h forward + 8 h backward, h = heads x features of a head.
 
     Recompute is not the model's and does not count, nor do adapters, norms and the vocabulary's padding.
-
-    Args:
-        per_token: of a position.
-        per_pair: of a pair of positions, over all layers.
     """
 
     per_token: int
-    per_pair: int
+    per_pair: int  # of positions, over all layers
 
     @classmethod
     def of(cls, shape: ModelShape, is_frozen: bool) -> "ModelFlops":
-        """The operations of a model whose own weights are `is_frozen`, or are trained."""
         heads = shape.num_attention_heads * shape.kv_channels
         groups = shape.num_query_groups * shape.kv_channels
         attention = shape.hidden_size * (heads + 2 * groups) + heads * shape.hidden_size
@@ -208,6 +184,9 @@ def throughput(config: RunConfig, shape: ModelShape, num_positions: int, num_pai
     return numbers if peak is None else {**numbers, "mfu": tflops / peak}
 
 
+# Each watcher has `record`: its fields of a log line, since the last call; a collective if its flag is given.
+
+
 class StepTimers:
     """--timing-log-level: megatron-core's own timers in its schedules, gradient sums and optimizer.
 
@@ -217,9 +196,9 @@ class StepTimers:
     def __init__(self, state: TrainingState) -> None:
         level = int(state.config.logging.timing_log_level)
         self._timers: Any = Timers(level, "max") if level else None
-        self._configs: list[Any] = [get_model_config(chunk) for chunk in state.model_chunks]
         optimizers = getattr(state.optimizer, "chained_optimizers", [state.optimizer])
-        self._configs += [optimizer.config for optimizer in optimizers if hasattr(optimizer, "config")]
+        self._configs: list[Any] = [optimizer.config for optimizer in optimizers if hasattr(optimizer, "config")]
+        self._configs += [get_model_config(chunk) for chunk in state.model_chunks]
         self._set(self._timers)
 
     def _set(self, timers: Any) -> None:
@@ -233,14 +212,15 @@ class StepTimers:
         yield
         self._set(self._timers)
 
-    def seconds(self, num_steps: int) -> dict[str, float]:
-        """Seconds of each phase in a step, on its slowest rank, since the last call. A collective with a level."""
+    def record(self, num_steps: int) -> Record:
+        """Seconds of each phase in a step, on its slowest rank."""
         if self._timers is None:
             return {}
         names = list(self._timers._timers)  # ranks of different stages have different ones
         by_rank = gather_over_world({name: self._timers(name).elapsed() for name in names})
         every = sorted({name for times in by_rank for name in times})
-        return {name: max(times.get(name, 0.0) for times in by_rank) / num_steps for name in every}
+        seconds = {name: max(times.get(name, 0.0) for times in by_rank) / num_steps for name in every}
+        return {"timer_seconds": seconds} if seconds else {}
 
 
 class Energy:
@@ -263,8 +243,8 @@ class Energy:
         if self._monitor is not None:
             self._monitor.resume()
 
-    def joules(self, num_steps: int) -> Record:
-        """Joules of a step since the last call, over all GPUs. A collective with the flag, and one host-device sync."""
+    def record(self, num_steps: int) -> Record:
+        """Joules of a step, over all GPUs. One host-device sync."""
         return {} if self._monitor is None else {"joules_per_step": self._monitor.lap() / num_steps}
 
 
@@ -306,8 +286,8 @@ class OwnWork:
             end.record()
             self._events.append((start, end))
 
-    def slowest(self, num_steps: int) -> Record:
-        """The slowest rank and its seconds in a step since the last call, beside the median's. A collective."""
+    def record(self, num_steps: int) -> Record:
+        """The slowest rank and its seconds in a step, beside the median's."""
         if not self._enabled:
             return {}
         milliseconds = sum(start.elapsed_time(end) for start, end in self._events)
@@ -316,7 +296,8 @@ class OwnWork:
         by_rank = gather_over_world((own, os.uname().nodename))
         seconds, rank = max((seconds, rank) for rank, (seconds, _) in enumerate(by_rank))
         typical = median(seconds for seconds, _ in by_rank)
-        return {"rank": rank, "host": by_rank[rank][1], "seconds": seconds, "median_seconds": typical}
+        slowest = {"rank": rank, "host": by_rank[rank][1], "seconds": seconds, "median_seconds": typical}
+        return {"slowest_rank": slowest}
 
 
 @contextmanager
@@ -338,8 +319,7 @@ def _memory_history(settings: LoggingConfig) -> Iterator[None]:
     records = settings.record_memory_history and dist.get_rank() in settings.profile_ranks
     if records and not torch.cuda.is_available():
         logger.warning("--record-memory-history needs a GPU, whose allocator it records: nothing is recorded.")
-        records = False
-    if not records:
+    if not (records and torch.cuda.is_available()):
         yield
         return
     torch.cuda.memory._record_memory_history(max_entries=MOST_ALLOCATIONS)

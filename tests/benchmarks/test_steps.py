@@ -17,7 +17,7 @@ from megatron_peft.benchmarks.layers import crossover_figures
 from megatron_peft.benchmarks.subjects import STEPS, Setting, on_ranks
 from megatron_peft.models.families import read_shape
 from megatron_peft.runtime import cpu_kernels
-from megatron_peft.training import lora_ga_start as start_module
+from megatron_peft.training import run as start_module
 from tests.one_rank import one_rank
 
 

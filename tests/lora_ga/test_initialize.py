@@ -24,8 +24,7 @@ from megatron_peft.models.families import read_shape
 from megatron_peft.models.layers import RMSNorm, _SwiGLU
 from megatron_peft.parallel.layout import LinearLayout
 from megatron_peft.runtime import cpu
-from megatron_peft.training.lora_ga_start import first_steps
-from megatron_peft.training.run import build_state
+from megatron_peft.training.run import build_state, first_steps
 from megatron_peft.training.step import finish_with, run_schedule
 from tests.kept import kept_for_backward
 from tests.one_rank import Place, one_rank

@@ -16,7 +16,7 @@ from megatron_peft.rehearsal import rehearsed_rank
 from megatron_peft.rehearsal.program import RankRecord
 from megatron_peft.rehearsal.requests import RankToRehearse
 from megatron_peft.runtime.launch import gather_over_world
-from megatron_peft.training import lora_ga_start, step, validation
+from megatron_peft.training import run, step, validation
 
 Group = Callable[[], Any]
 tensor: Group = parallel_state.get_tensor_model_parallel_group
@@ -139,9 +139,9 @@ IN_TENSOR_AND_DATA: dict[str, Callable[[], None]] = {
     "the model: one tensor-parallel rank gathers names": lambda: added(
         (attach, "all_names"), tensor_rank, lambda: gather_over_world(0)
     ),
-    "LoRA-GA's start: one replica makes a call": lambda: added((lora_ga_start, "run_schedule"), replica, total(data)),
+    "LoRA-GA's start: one replica makes a call": lambda: added((run, "run_schedule"), replica, total(data)),
     "LoRA-GA's start: one tensor-parallel rank makes a call": lambda: added(
-        (lora_ga_start, "init_from_gradients"), tensor_rank, total(tensor)
+        (run, "init_from_gradients"), tensor_rank, total(tensor)
     ),
     "losses at the start: one tensor-parallel rank makes a call": lambda: added(
         (rehearsed_rank, "start_losses"), tensor_rank, total(tensor)

@@ -14,10 +14,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_peft.config import LoggingConfig
-from megatron_peft.runtime import stacks
-from megatron_peft.runtime.failure import run_together
+from megatron_peft.runtime import failure
+from megatron_peft.runtime.failure import FOLDER, Stacks, run_together, written_after
 from megatron_peft.runtime.launch import shorten_timeout
-from megatron_peft.runtime.stacks import FOLDER, Stacks, written_after
 from megatron_peft.training.watchers import OwnWork
 from tests.ranks import Ranks
 from tests.time_limits import seconds
@@ -43,11 +42,11 @@ def _program(hang: str, folder: str) -> None:
     work = OwnWork(LoggingConfig(log_straggler=True))
     with work.of_device():
         time.sleep(0.3 * (dist.get_rank() == HANGING))
-    found = work.slowest(num_steps=1)
+    found = work.record(num_steps=1)["slowest_rank"]
     print(f"slowest: {found['rank']} {found['seconds'] > 0.2 > found['median_seconds']}", flush=True)
     print(f"began at {time.time()}", flush=True)
     if dist.get_rank() == WITHOUT_RECORDER:
-        stacks._last_collectives = lambda: {}["entries"]
+        failure._last_collectives = lambda: {}["entries"]
     with Stacks(folder, dist.get_rank()), written_after(TIMEOUT_SECONDS):
         if hang and dist.get_rank() == HANGING:
             HANGS[hang]()
@@ -119,7 +118,7 @@ def test_the_last_collectives_are_nccls_where_it_has_recorded_any(tmp_path, monk
         return json.dumps({"version": "2.10"} | ({"entries": entries} if names else {})).encode()
 
     recorder = type("c10d", (), {name: staticmethod(partial(dump, names)) for name, names in recorded.items()})
-    monkeypatch.setattr(stacks, "_distributed_c10d", recorder)
+    monkeypatch.setattr(failure, "_distributed_c10d", recorder)
     with Stacks(tmp_path, 0) as written:
         written.write("asked")
     assert found in (tmp_path / FOLDER / "rank_0.txt").read_text()
@@ -147,9 +146,9 @@ def test_without_a_hang_nothing_is_left(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("has_new_names", "name"), [(True, "FR_DUMP_TEMP_FILE"), (False, "NCCL_DEBUG_INFO_TEMP_FILE")])
 def test_nccl_is_told_where_to_write_its_last_collectives(monkeypatch, has_new_names: bool, name: str) -> None:
     c10d = type("c10d", (), {"_dump_fr_trace_json": None} if has_new_names else {})
-    monkeypatch.setattr(stacks, "_distributed_c10d", c10d)
+    monkeypatch.setattr(failure, "_distributed_c10d", c10d)
     environment: dict[str, str] = {"TORCH_NCCL_DUMP_ON_TIMEOUT": "0"}
-    monkeypatch.setattr(stacks.os, "environ", environment)
-    stacks.record_collectives("runs/a")
+    monkeypatch.setattr(failure.os, "environ", environment)
+    failure.record_collectives("runs/a")
     assert environment[f"TORCH_{name}"] == "runs/a/stacks/collectives_rank_"
     assert environment["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "0", "what the user has set stays"

@@ -28,12 +28,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from megatron_peft.checkpoint.folders import (  # noqa: E402
-    TRACKER,
-    checkpoints,
-    damage,  # noqa: E402
-    iteration_folder,
-)
+from megatron_peft.checkpoint.folders import TRACKER, checkpoints, damage, iteration_folder  # noqa: E402
 from megatron_peft.config import RunConfig  # noqa: E402
 from megatron_peft.runtime.failure import run_together  # noqa: E402
 from megatron_peft.runtime.launch import world  # noqa: E402
@@ -87,17 +82,7 @@ def main() -> int:
         return 1
     shutil.rmtree(work)
     seen = {name: number for name, number in asdict(tally).items() if name != "newest"}
-    print(
-        json.dumps(
-            {
-                "layout": options.layout,
-                "signal": options.signal,
-                "async_save": options.async_save,
-                "seed": options.seed,
-                **seen,
-            }
-        )
-    )
+    print(json.dumps({**vars(options), **seen}))
     return 0
 
 

@@ -1,10 +1,13 @@
 """A small base model and data on disk, and jobs that train it in the test's own process."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from megatron_peft.runtime.launch import stop_model_parallel
+from megatron_peft.training.run import finetune
 from tests.benchmarks import gpu_subjects as subjects
 from tests.one_rank import one_rank
 from tests.tiny_llama import save_llama, save_pairs
@@ -33,6 +36,26 @@ def job(files) -> Callable[..., Job]:
         return Job("job", *files, **{"peft": {"lora_rank": 4}, "num_steps": 4, **groups})
 
     return make
+
+
+@pytest.fixture(scope="module")
+def world():
+    with one_rank(with_groups=False):
+        yield
+
+
+@pytest.fixture(scope="module")
+def run(job, world) -> Callable[..., None]:
+    """Fine-tune a job's configuration, with other fields of the job."""
+
+    def fine_tuned(**fields: Any) -> None:
+        try:
+            plain = job(logging={"log_interval": 1}, training={"micro_batch_size": 8})
+            finetune(replace(plain, **fields).config(1))
+        finally:
+            stop_model_parallel()
+
+    return fine_tuned
 
 
 @pytest.fixture(scope="module")

@@ -82,7 +82,7 @@ ON_FOUR_RANKS = {
 LAYOUTS = {**ON_TWO_RANKS, **ON_FOUR_RANKS}
 # `make test` runs a third of the layouts for LoRA and one or two for each other method, and no variants of them;
 # `make test-all` runs all.
-# `test_layout_small.py` and `test_corners.py` have others.
+# `test_layout_small.py` has others.
 QUICK_LAYOUTS = {
     "lora": (*("TP2+SP", "PP2 interleaved, accounted", "DP2 overlapped"), *("TP2xPP2 recompute", "PP4 layout")),
     "hybrid": ("TP2+SP", "DP2 distributed optimizer"),

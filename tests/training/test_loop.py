@@ -1,7 +1,6 @@
 """When the loop logs, validates, saves and stops; and the signals that stop it."""
 
 import itertools
-import os
 import signal
 import time
 from math import inf, nan
@@ -14,14 +13,13 @@ from megatron_peft.checkpoint.save import CheckpointNotSaved
 from megatron_peft.config import LoggingConfig
 from megatron_peft.rehearsal import rehearsal
 from megatron_peft.training import loop, watchers
-from megatron_peft.training.loop import ExitSignals, train
+from megatron_peft.training.loop import train
 from megatron_peft.training.metrics import METRICS_FILE, read_metrics
 from megatron_peft.training.watchers import Energy, Interval
 from tests.time_limits import seconds
 from tests.training.recorded_saves import RecordedSaves, signal_at
 
 EACH = {"log_interval": 1}
-THREE = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Run:
@@ -64,22 +62,14 @@ TRAINED = "trained 6 iterations"
         ({"resume_at": 6}, "nothing to do: the run was complete at iteration 6", [], []),
         ({"resume_at": 4}, "trained 2 iterations (5 to 6): the run is complete", [6], [6]),
     ],
-    ids=[
-        "once",
-        "each",
-        "the last one again",
-        "in the background",
-        "no folder",
-        "exit interval",
-        "ended before",
-        "resumed",
-    ],
 )
 def test_why_a_run_ends_and_when_it_saves(run, capsys, groups, reason, attempts, saved):
+    """Once, after each interval, the failed last one again, in the background, never, early, not again, and resumed."""
     found = run(**groups)
     assert (found.reason, found.saver.attempts, found.saved) == (reason, attempts, saved)
     assert sorted(found.records) == saved[-1:] and capsys.readouterr().out.count("saved iteration") == len(saved)
     assert found.state.position.iteration == (4 if "exit" in reason else 6)
+    assert found.state.position.consumed_samples == 8 * (found.state.position.iteration - groups.get("resume_at", 0))
 
 
 NOTHING = BestValidation()
@@ -131,7 +121,7 @@ def test_a_run_that_stopped_early_does_not_continue_unless_it_is_told_to(validat
     assert validated([9.0, 9.0], **ended, training={"early_stopping_patience": 3}).state.position.iteration == 5
 
 
-def test_keep_best_saves_at_each_lowest_loss(validated, tmp_path, start):
+def test_keep_best_saves_at_each_lowest_loss(validated, tmp_path):
     losses = [3.0, 4.0, 2.0, 2.0, 1.0, 9.0]
     checkpoint = {"save": str(tmp_path), "save_interval": 2, "keep_best": True}
     found = validated(losses, checkpoint=checkpoint)
@@ -210,7 +200,7 @@ def test_exit_duration(run, monkeypatch, limit, stops):
     assert found.saved == [found.state.position.iteration]
 
 
-@pytest.mark.parametrize("number", THREE)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_saves_and_stops_after_the_step(start, tmp_path, number):
     run = Run(start, tmp_path)
     signal_at(run.data.train, 16, number)
@@ -260,38 +250,9 @@ def test_the_peak_beside_the_planned_one_is_that_of_the_second_step(start, tmp_p
     assert len(told) == 1 and "2.00 GiB measured, 4.00 GiB planned (-50.0%;" in told[0]
 
 
-def test_a_resumed_run_ends_at_the_same_iteration(run):
-    found = run(resume_at=4, logging=EACH)
-    assert sorted(found.records) == [5, 6] and found.saved == [6]
-    assert found.state.position.consumed_samples == found.data.train.consumed_samples == 16
-
-
-@pytest.fixture
-def own_handler():
-    """A handler of the test's own, so that a signal that is not caught ends no process."""
-    received = []
-    before = {number: signal.signal(number, lambda number, frame: received.append(number)) for number in THREE}
-    yield received
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 def test_the_timeout_is_shortened_once_after_the_first_step(run, monkeypatch):
-    at = []
-    monkeypatch.setattr(loop, "shorten_timeout", lambda seconds: at.append((seconds, len(steps))))
-    steps = []
-    original = loop.train_step
-    monkeypatch.setattr(loop, "train_step", lambda *words: (steps.append(1), original(*words))[1])
+    happened, step = [], loop.train_step
+    monkeypatch.setattr(loop, "shorten_timeout", lambda seconds: happened.append(seconds))
+    monkeypatch.setattr(loop, "train_step", lambda *words: (happened.append("step"), step(*words))[1])
     run(parallel={"distributed_timeout_seconds_after_init": 7}, logging={**EACH, "log_straggler": True})
-    assert at == [(7, 1)]
-
-
-@pytest.mark.parametrize("number", THREE)
-@pytest.mark.parametrize("enabled", [True, False])
-def test_a_signal_is_recorded_or_acts_as_usual_and_handlers_are_restored(own_handler, number, enabled):
-    with ExitSignals(enabled) as signals:
-        assert not signals.received
-        os.kill(os.getpid(), number)
-    assert signals.received == enabled and own_handler == [number] * (not enabled)
-    os.kill(os.getpid(), number)
-    assert own_handler[-1:] == [number]
+    assert happened == ["step", 7, *["step"] * 5]

@@ -10,8 +10,8 @@ from megatron_peft.checkpoint.load import load_checkpoint
 from megatron_peft.checkpoint.save import draft_checkpoint
 from megatron_peft.config import ConfigurationError, PeftConfig
 from megatron_peft.runtime.launch import seed_generators
-from megatron_peft.training import lora_ga_start as start_module
-from megatron_peft.training.lora_ga_start import START_FILE, first_steps, start_table, write_start
+from megatron_peft.training import run as start_module
+from megatron_peft.training.run import START_FILE, first_steps, start_report
 from megatron_peft.training.step import train_step
 
 PEFT = {"method": "lora-ga", "lora_rank": 4, "lora_ga_batches": 2}
@@ -119,7 +119,7 @@ START = PeftConfig("lora-ga", lora_rank=4, lora_ga_batches=2), 12.34, ENERGY
 
 
 def test_a_line_for_each_kind_of_layer(tmp_path):
-    lines = start_table(*START, tmp_path / START_FILE).splitlines()
+    lines = start_report(*START, str(tmp_path)).splitlines()
     assert lines[0] == "LoRA-GA start (aligned) took 12.3 s; the gradient's squared norm in rank 4:"
     assert lines[1].split() == ["layers", "mean", "lowest", "(layer)", "highest", "(layer)"]
     assert lines[2].split() == ["linear_fc2", "3", "0.750", "0.500", "(9)", "1.000", "(11)"]
@@ -129,10 +129,10 @@ def test_a_line_for_each_kind_of_layer(tmp_path):
 
 
 def test_each_layers_number_is_written_in_the_order_of_layers_if_there_is_a_folder(tmp_path):
-    assert write_start(*START, None) is None and len(start_table(*START, None).splitlines()) == 4
-    assert write_start(*START, str(tmp_path / "missing")) is None
-    path = write_start(*START, str(tmp_path))
-    record = json.loads(path.read_text())
+    for nowhere in (None, str(tmp_path / "missing")):
+        assert len(start_report(*START, nowhere).splitlines()) == 4
+    start_report(*START, str(tmp_path))
+    record = json.loads((tmp_path / START_FILE).read_text())
     assert record["energy"] == ENERGY
     assert list(record["energy"])[:2] == [f"decoder.layers.9.{module}" for module in BY_MODULE]
     assert (record["lora_ga_init"], record["lora_rank"], record["lora_ga_batches"]) == ("aligned", 4, 2)

@@ -47,7 +47,7 @@ def test_what_is_left_of_a_log_is_on_the_disk_before_it_has_its_name(tmp_path, m
     calls = recorded_calls(monkeypatch)
     _write(tmp_path, [], resumed_iteration=2)
     name = tmp_path / METRICS_FILE
-    assert calls == [("fsync", name.with_suffix(".tmp")), ("replace", name)]
+    assert calls == [("fsync", tmp_path / f".{METRICS_FILE}.tmp"), ("replace", name), ("fsync", tmp_path)]
 
 
 def test_a_log_of_any_size_is_cut_in_little_memory(tmp_path, monkeypatch):
@@ -97,19 +97,6 @@ def test_a_full_disk_loses_lines_but_not_the_run(tmp_path, caplog):
     assert "lambda.jsonl cannot be written" in caplog.text and read_metrics(tmp_path / "lambda.jsonl") == []
 
 
-def test_tensorboard_gets_every_number_at_its_iteration(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    with MetricsWriter(None, LoggingConfig(tensorboard_dir=str(tmp_path)), is_writer=True) as writer:
-        writer.write({"iteration": 7, "loss": 1.5, "lambda": {"min": 0.25}})
-    events = EventAccumulator(str(tmp_path)).Reload()
-    found = {tag: events.Scalars(tag)[0] for tag in events.Tags()["scalars"]}
-    assert {tag: (one.step, one.value) for tag, one in found.items()} == {
-        "train/loss": (7, 1.5),
-        "lambda/min": (7, 0.25),
-    }
-
-
 def test_a_resumed_run_replaces_the_points_of_tensorboard_after_its_checkpoint(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -117,21 +104,24 @@ def test_a_resumed_run_replaces_the_points_of_tensorboard_after_its_checkpoint(t
         logging = LoggingConfig(tensorboard_dir=str(tmp_path))
         with MetricsWriter(None, logging, is_writer=True, resumed_iteration=resumed_at) as writer:
             for iteration in iterations:
-                writer.write({"iteration": iteration, "loss": float(resumed_at)})
-    points = EventAccumulator(str(tmp_path)).Reload().Scalars("train/loss")
-    assert [(one.step, one.value) for one in points] == [(1, 0.0), (2, 0.0), (3, 2.0), (4, 2.0)]
+                writer.write({"iteration": iteration, "loss": float(resumed_at), "lambda": {"min": 0.25}})
+    events = EventAccumulator(str(tmp_path)).Reload()
+    points = [(one.step, one.value) for one in events.Scalars("train/loss")]
+    assert points == [(1, 0.0), (2, 0.0), (3, 2.0), (4, 2.0)]
+    assert sorted(events.Tags()["scalars"]) == ["lambda/min", "train/loss"]
 
 
-def test_wandb_that_is_not_installed_is_a_clear_error(monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ConfigurationError, match="--wandb-project needs the package wandb"):
-        MetricsWriter(None, LoggingConfig(wandb_project="p", wandb_exp_name="e"), is_writer=True)
-
-
-def test_energy_needs_nvidias_package(monkeypatch):
-    monkeypatch.setitem(sys.modules, "pynvml", None)
-    with pytest.raises(ConfigurationError, match="--log-energy needs the package nvidia-ml-py"):
-        require_loggers(LoggingConfig(log_energy=True))
+@pytest.mark.parametrize(
+    ("flags", "module", "told"),
+    [
+        ({"wandb_project": "p", "wandb_exp_name": "e"}, "wandb", "--wandb-project needs the package wandb"),
+        ({"log_energy": True}, "pynvml", "--log-energy needs the package nvidia-ml-py"),
+    ],
+)
+def test_a_logger_that_is_not_installed_is_a_clear_error(monkeypatch, flags, module, told):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ConfigurationError, match=told):
+        require_loggers(LoggingConfig(**flags))
 
 
 def test_wandb_is_started_under_megatrons_flags(monkeypatch, tmp_path):
@@ -147,8 +137,13 @@ def test_wandb_is_started_under_megatrons_flags(monkeypatch, tmp_path):
 
 def test_a_run_at_wandb_is_named_by_the_flag_else_by_its_folder(monkeypatch, tmp_path):
     names = []
+
+    def init(name, **_):
+        names.append(name)
+        return SimpleNamespace(finish=None)
+
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **told: names.append(told["name"])))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
     for folder, name in ((tmp_path / "first", "e"), (tmp_path / "first", None), (None, None)):
         MetricsWriter(folder, LoggingConfig(wandb_project="p", wandb_exp_name=name), is_writer=True)
     assert names == ["e", "first", None]

@@ -1,74 +1,57 @@
 """The host never waits for the device within forward, backward and gradient sums, and twice in a whole step.
 
-On two gloo ranks modes see each read of a number and each blocking copy from the host; on meta tensors, which hold no
-numbers, a read raises.
+On two gloo ranks modes see each read of a number and each blocking copy from the host.
 """
 
-from contextlib import nullcontext
-from dataclasses import replace
 from itertools import product
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import param_and_grad_buffer
-from torch import nn
 
-from megatron_peft.adapters import attach
 from megatron_peft.data.batches import Microbatch
-from megatron_peft.models.families import read_shape
-from megatron_peft.models.gpt import build_model_chunks
-from megatron_peft.models.kernels import Training
-from megatron_peft.runtime import cpu
-from megatron_peft.runtime.launch import start_model_parallel, start_world, stop, stop_model_parallel
+from megatron_peft.runtime.launch import start_world
 from megatron_peft.training import run
-from megatron_peft.training.state import TrainingState, wrap_data_parallel
+from megatron_peft.training.state import TrainingState
 from megatron_peft.training.step import finish_gradients, finish_with, run_schedule, train_step
 from tests.benchmarks.gpu_subjects import chosen_sizes, losses_of, state_of
 from tests.benchmarks.gpu_subjects import microbatches as microbatches_of_llama
 from tests.one_rank import one_rank
 from tests.ranks import run_ranks
-from tests.training.layout_runs import Job, data_of
+from tests.training.layout_runs import Job, built
+from tests.training.test_layout import BOFT, LORA, PP2, RECOMPUTE, SP, TP2, URNN
 from tests.training.test_short_runs import run_packs
 from tests.training.waits import Waits
 
-BOFT: dict[str, Any] = {"boft_block_size": 2, "boft_factors": 2}
-URNN: dict[str, Any] = {"urnn_block_size": 4}
+HYBRID: dict[str, Any] = {"method": "hybrid", "lora_rank": 4, "lora_ga_batches": 1}
 METHODS: dict[str, dict[str, Any]] = {
     "full": {"method": "full"},
-    "lora": {"method": "lora", "lora_rank": 4},
-    "lora bounded": {"method": "lora", "lora_rank": 4, "lora_max_norm_ratio": 1e-3},
-    "lora-ga": {"method": "lora-ga", "lora_rank": 4, "lora_ga_init": "paper"},
-    "boft": {"method": "boft", **BOFT},
-    "urnn": {"method": "urnn", **URNN},
-    "hybrid": {"method": "hybrid", "lora_rank": 4, "hybrid_lambda": "rms", **BOFT},
-    "boft input": {"method": "boft", "rotation_side": "input", **BOFT},
-    "projection": {"method": "boft", "boft_parametrization": "projection", **BOFT},
-    "riemannian": {"method": "urnn", "urnn_update": "riemannian", "peft_lr_rotation": 0.1, **URNN},
-    "hybrid urnn": {"method": "hybrid", "lora_rank": 4, "hybrid_rotation": "urnn", "hybrid_lambda": "descent", **URNN},
+    "lora": LORA,
+    "lora bounded": {**LORA, "lora_max_norm_ratio": 1e-3},
+    "lora-ga": {**LORA, "method": "lora-ga", "lora_ga_init": "paper", "lora_ga_batches": 1},
+    "boft": BOFT,
+    "urnn": URNN,
+    "hybrid": {**HYBRID, **BOFT, "method": "hybrid", "hybrid_lambda": "rms"},
+    "boft input": {**BOFT, "rotation_side": "input"},
+    "projection": {**BOFT, "boft_parametrization": "projection"},
+    "riemannian": {**URNN, "urnn_update": "riemannian", "peft_lr_rotation": 0.1},
+    "hybrid urnn": {**URNN, **HYBRID, "hybrid_rotation": "urnn", "hybrid_lambda": "descent"},
 }
 QUICK = ("lora", "hybrid")
 WAITS_OF_A_STEP = 2  # for losses and what is finite, and for the norm of the gradients
 FIXED = {"pad_to_seq_length": True}
 PACKED = {"pack_sequences": True}
 LAYOUTS: dict[str, dict[str, Any]] = {
-    "TP2": {"parallel": {"tensor_model_parallel_size": 2}},
-    "TP2+SP packed": {
-        "parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
-        "data_settings": PACKED,
-    },
-    "PP2": {"parallel": {"pipeline_model_parallel_size": 2}, "data_settings": FIXED},
-    "PP2 packed": {"parallel": {"pipeline_model_parallel_size": 2}, "data_settings": FIXED | PACKED},
+    "TP2": {"parallel": TP2},
+    "TP2+SP packed": {"parallel": SP, "data_settings": PACKED},
+    "PP2": {"parallel": PP2, "data_settings": FIXED},
+    "PP2 packed": {"parallel": PP2, "data_settings": FIXED | PACKED},
 }
-RECOMPUTED = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 # Further ones on ranks.
 WITH_FLAGS: dict[str, dict[str, Any]] = {
-    "TP2 bf16 recomputed": {**LAYOUTS["TP2"], "model": {"bf16": True}, "transformer": RECOMPUTED},
-    "PP2 interleaved": {
-        "parallel": {"pipeline_model_parallel_size": 2, "pipeline_model_parallel_layout": "E|t|t|L"},
-        "data_settings": FIXED,
-    },
+    "TP2 bf16 recomputed": {"parallel": TP2, "model": {"bf16": True}, "transformer": RECOMPUTE},
+    "PP2 interleaved": {"parallel": {**PP2, "pipeline_model_parallel_layout": "E|t|t|L"}, "data_settings": FIXED},
     "DP2 distributed bf16": {"model": {"bf16": True}, "optimizer": {"use_distributed_optimizer": True}},
     "DP2 distributed overlapped": {
         "optimizer": {"use_distributed_optimizer": True},
@@ -93,13 +76,8 @@ def waits_of(given: list[Job]) -> dict[str, tuple[list[str], list[str], list[str
     start_world()
     found = {}
     for job in given:
-        config = job.config(dist.get_world_size())
-        num_stages = config.parallel.num_virtual_stages(read_shape(job.base).num_layers)
-        start_model_parallel(config.parallel, config.training.seed, num_stages)
-        data = data_of(config)
-        state = run.build_state(config, read_shape(job.base), data.train_iters)
-        found[job.name] = waits_of_steps(state, data.train.step_at(0))
-        stop_model_parallel()
+        with built(job) as (state, data):
+            found[job.name] = waits_of_steps(state, data.train.step_at(0))
     return found
 
 
@@ -159,15 +137,15 @@ def test_the_mode_sees_what_waits():
         x.sum() + x.max()
     assert not waits.found
     with Waits() as waits:
-        host, meta = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.ones(4, device="meta")
-        host.to(x.device, non_blocking=True), x.to("meta", non_blocking=True), x.new_full((2,), 1.0), x.copy_(x + 1)
+        host = torch.tensor([1.0, 2.0, 3.0, 4.0])
+        host.to(x.device, non_blocking=True), x.new_full((2,), 1.0), x.copy_(x + 1)
     assert not waits.found
     reads = [
         lambda: x.sum().item(), lambda: x.tolist(), lambda: bool(x[0] > 1), lambda: x.nonzero(), lambda: x[x > 1],
         lambda: x.numpy(), lambda: torch.linalg.inv(torch.eye(2)), lambda: float(x[0]),
         lambda: torch.tensor([1.0], device=x.device), lambda: torch.as_tensor([1.0], device=x.device),
         lambda: x.new_tensor([1.0, 2.0]), lambda: torch.tensor([1.0, 2.0]).to(x.device), lambda: x.copy_(host),
-        lambda: torch.from_numpy(host.numpy()).to(x.device), lambda: torch.ones(2).to("meta"), lambda: meta.copy_(x),
+        lambda: torch.from_numpy(host.numpy()).to(x.device),
     ]  # fmt: skip
     for read in reads:
         with Waits() as waits:
@@ -177,65 +155,7 @@ def test_the_mode_sees_what_waits():
 
 @pytest.mark.parametrize(("layout", "notes"), [("PP2", 0), ("PP2 packed", 0), ("TP2", 0), ("PP2 unpadded", 1)])
 def test_a_pipeline_of_unknown_lengths_says_so_once(files, capsys, monkeypatch, layout, notes):
-    groups = {**LAYOUTS, "PP2 unpadded": {"parallel": {"pipeline_model_parallel_size": 2}}}[layout]
+    groups = {**LAYOUTS, "PP2 unpadded": {"parallel": PP2}}[layout]
     monkeypatch.setattr(dist, "get_rank", lambda: 0)
     run._note_unknown_lengths(Job("note", *files, **SIZES, **groups).config(2))
     assert capsys.readouterr().out.count("without --pad-to-seq-length pipeline stages tell one another") == notes
-
-
-@pytest.fixture
-def on_meta(monkeypatch):
-    """What this project and megatron-core would put on a GPU has no numbers."""
-    cpu.install()
-    monkeypatch.setattr(attach, "all_names", sorted)  # a gather of objects, whose sizes it reads
-    # The fake group takes single messages and sums of such tensors, but no batches of them.
-    monkeypatch.setattr(dist, "batch_isend_irecv", lambda operations: [])
-    monkeypatch.setattr(param_and_grad_buffer, "_coalescing_manager", lambda *args, **kwargs: nullcontext())
-    yield lambda: monkeypatch.setattr(cpu, "_CPU", torch.device("meta"))
-    if dist.is_initialized():
-        stop()
-
-
-def on_meta_cases():
-    for method, layout, rank in product(METHODS, LAYOUTS, (0, 1)):
-        is_quick = method in QUICK and "packed" in layout and rank == 1
-        yield pytest.param(method, layout, rank, marks=[] if is_quick else [pytest.mark.slow])
-
-
-@pytest.mark.parametrize(("method", "layout", "rank"), on_meta_cases())
-def test_microbatches_run_on_tensors_without_numbers(files, on_meta, method, layout, rank):
-    """Forward, backward and gradient sums of a rank of two."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    job = jobs(files, [method])[f"{method} {layout}"]
-    dist.init_process_group("fake", rank=rank, world_size=2, store=FakeStore())
-    config = job.config(2)
-    start_model_parallel(config.parallel, 1)
-    shape = replace(read_shape(job.base), num_layers=2)
-    batches = microbatches(config)
-    on_meta()
-    with torch.device("meta"):
-        chunks: list[Any] = build_model_chunks(shape, config.model, config.parallel, Training.of(config))
-        if config.peft.trains_adapters:
-            attach.attach_adapters(chunks, config.peft, 1)
-        wrapped = wrap_data_parallel(chunks, config)
-    finish_with(wrapped, finish_gradients)
-    run_schedule(wrapped, batches, forward_only=False)
-    assert all(is_on_meta(chunk) for chunk in wrapped)
-
-
-def microbatches(config):
-    """Of the data, read before the device has no numbers."""
-    from megatron_peft.data.batches import pack, pad
-    from megatron_peft.data.samples import Sample
-
-    collate = pack if config.data.pack_sequences else pad
-    at_least = config.data.seq_length if config.data.pad_to_seq_length else 0
-    ids = [torch.arange(length).numpy() for length in (5, 12, 7, 9)]
-    samples = [Sample(one, one, (one % 2).astype("float32")) for one in ids]
-    return [collate([[one], [other]], 2, 0, at_least) for one, other in (samples[:2], samples[2:])]
-
-
-def is_on_meta(chunk: nn.Module) -> bool:
-    trained = [parameter for parameter in chunk.parameters() if parameter.requires_grad]
-    return bool(trained) and all(parameter.main_grad.is_meta for parameter in trained)  # pyright: ignore[reportAttributeAccessIssue]

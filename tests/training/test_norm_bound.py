@@ -1,7 +1,9 @@
-"""--lora-max-norm-ratio holds after every step, at every layout and for what the optimizer keeps in float32."""
+"""--lora-max-norm-ratio holds after every step, in a checkpoint and for what the optimizer keeps in float32.
 
-from dataclasses import dataclass
-from typing import Any
+`test_layout_small.py` has it at several layouts.
+"""
+
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -25,18 +27,11 @@ METHODS = {
     "original": {"method": "lora-ga", "lora_ga_init": "original"},
     "hybrid": {"method": "hybrid", "boft_block_size": 2, "boft_factors": 2},
 }
-TP2 = {"parallel": {"tensor_model_parallel_size": 2}}
 BF16 = {"model": {"bf16": True}}
-DISTRIBUTED = {"optimizer": {"use_distributed_optimizer": True}}
+SHARDED = {**BF16, "optimizer": {"use_distributed_optimizer": True}}
 
 
-def job_of(files, name: str, method: str, ratio: float | None = RATIO, **groups) -> Job:
-    peft = {"lora_rank": 4, "lora_ga_batches": 1, "lora_max_norm_ratio": ratio, **METHODS[method]}
-    return Job(name, *files, peft=peft, num_steps=3, training={"global_batch_size": 4}, **groups)
-
-
-@dataclass(frozen=True)
-class Bounded:
+class Bounded(NamedTuple):
     """By layer: |dW| / |W0| after the last step. Losses by step; the largest |parameter - rounded float32 copy|."""
 
     ratios: dict[str, float]
@@ -44,22 +39,25 @@ class Bounded:
     master_gap: float
 
 
-def run(jobs: list[Job]) -> dict[str, Bounded]:
+def run(jobs: list[Job]) -> list[Bounded]:
+    """Every step of each job in the present world; or none, where it has a checkpoint to load."""
+    found = []
+    for job in jobs:
+        with built(job) as (state, data):
+            steps = iter(data.train)
+            num_steps = 0 if load_checkpoint(state) else job.num_steps
+            losses = [train_step(state, next(steps)).loss for _ in range(num_steps)]
+            if state.config.checkpoint.save:
+                state.position.iteration = num_steps
+                draft_checkpoint(state).complete()
+            gap = max(map(_gap, state.model_chunks[0].parameters()))  # before `_ratios` widens the parameters
+            found.append(Bounded(_ratios(state), losses, gap))
+    return found
+
+
+def on_ranks(jobs: list[Job]) -> list[Bounded]:
     start_world()
-    return {job.name: here(job) for job in jobs}
-
-
-def here(job: Job) -> Bounded:
-    """Every step of the job in the present world; or none, where it has a checkpoint to load."""
-    with built(job) as (state, data):
-        steps = iter(data.train)
-        num_steps = 0 if load_checkpoint(state) else job.num_steps
-        losses = [train_step(state, next(steps)).loss for _ in range(num_steps)]
-        if state.config.checkpoint.save:
-            state.position.iteration = num_steps
-            draft_checkpoint(state).complete()
-        gap = max(map(_gap, state.model_chunks[0].parameters()))  # before `_ratios` widens the parameters
-        return Bounded(_ratios(state), losses, gap)
+    return run(jobs)
 
 
 def _ratios(state: Any) -> dict[str, float]:
@@ -85,64 +83,47 @@ def _gap(parameter: Any) -> float:
 
 
 @pytest.fixture(scope="module")
-def on_two(files, tmp_path_factory):
-    folder = str(tmp_path_factory.getbasetemp() / "bounded")
-    jobs = [
-        job_of(files, "lora TP2", "lora", **TP2),
-        job_of(files, "original TP2", "original", **TP2, checkpoint={"save": folder}),
-        job_of(files, "lora DP2 distributed bf16", "lora", **BF16, **DISTRIBUTED),
-        job_of(files, "original DP2 distributed bf16", "original", **BF16, **DISTRIBUTED),
-    ]
-    return run_ranks(2, run, jobs)
+def bounded(files):
+    """Jobs of three steps, run on this process or on two ranks: by rank, what each has found of each."""
 
+    def job(method: str, ratio: float | None = RATIO, **groups) -> Job:
+        peft = {"lora_rank": 4, "lora_ga_batches": 1, "lora_max_norm_ratio": ratio, **METHODS[method]}
+        return Job(method, *files, peft=peft, num_steps=3, training={"global_batch_size": 4}, **groups)
 
-@pytest.fixture(scope="module")
-def alone_found(files):
-    with one_rank(with_groups=False):
-        return {
-            **{name: here(job_of(files, name, name)) for name in METHODS},
-            "free": here(job_of(files, "free", "lora", ratio=None)),
-            "lora bf16": here(job_of(files, "lora bf16", "lora", **BF16)),
-        }
+    def found(num_ranks: int, *asked: dict) -> list[list[Bounded]]:
+        jobs = [job(**settings) for settings in asked]
+        if num_ranks > 1:
+            return run_ranks(num_ranks, on_ranks, jobs)
+        with one_rank(with_groups=False):
+            return [run(jobs)]
+
+    return found
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_no_change_is_above_its_limit_and_most_are_at_it(alone_found, name):
-    ratios = np.array(list(alone_found[name].ratios.values()))
+def test_no_change_is_above_its_limit_and_most_are_at_it(bounded, name):
+    ((found,),) = bounded(1, {"method": name})
+    ratios = np.array(list(found.ratios.values()))
     assert ratios.max() <= RATIO * (1 + 1e-5)
     assert np.median(ratios) > 0.6 * RATIO
 
 
-def test_without_the_flag_changes_are_larger(alone_found):
-    assert min(alone_found["free"].ratios.values()) > 2 * RATIO
+def test_the_float32_copy_is_scaled_with_the_parameter(bounded):
+    ((free, found),) = bounded(1, {"method": "lora", "ratio": None}, {"method": "lora", **BF16})
+    assert min(free.ratios.values()) > 2 * RATIO, "without the flag changes are larger"
+    assert max(found.ratios.values()) <= RATIO * (1 + 2**-7)
+    assert found.master_gap == 0
 
 
-def test_the_float32_copy_is_scaled_with_the_parameter(alone_found):
-    assert max(alone_found["lora bf16"].ratios.values()) <= RATIO * (1 + 2**-7)
-    assert alone_found["lora bf16"].master_gap == 0
-
-
-@pytest.mark.parametrize("name", ["lora", "original"])
-def test_tensor_parallel_ranks_bound_the_whole_weight(on_two, alone_found, name):
-    here, alone = on_two[0][f"{name} TP2"], alone_found[name]
-    np.testing.assert_allclose(here.losses, alone.losses, rtol=1e-5)
-    np.testing.assert_allclose(list(here.ratios.values()), list(alone.ratios.values()), rtol=1e-4)
-
-
-def test_a_subtracted_start_is_the_same_when_its_checkpoint_is_opened_on_one_rank(on_two, files, tmp_path_factory):
-    """Its norm would change if A0 or B0 were put together otherwise than A and B, gate and up of fc1 included."""
-    with one_rank(with_groups=False):
-        folder = str(tmp_path_factory.getbasetemp() / "bounded")
-        opened = here(job_of(files, "opened", "original", checkpoint={"load": folder}))
-    assert opened.losses == []
-    for name, ratio in on_two[0]["original TP2"].ratios.items():
-        assert opened.ratios[name] == pytest.approx(ratio, rel=1e-4), name
-
-
-@pytest.mark.parametrize("name", ["lora", "original"])
-def test_shards_of_a_distributed_optimizer_are_scaled(on_two, name):
-    """An unscaled shard would come back with the next step's gather. The start's rounding is a large part of so small
-    a change of `original`."""
-    first, second = (rank[f"{name} DP2 distributed bf16"] for rank in on_two)
-    assert max(first.ratios.values()) <= RATIO * (1.1 if name == "original" else 1 + 2**-7)
-    assert first.ratios == second.ratios and first.losses == second.losses
+def test_ranks_scale_a_subtracted_start_and_their_shards_and_save_what_one_rank_opens(bounded, tmp_path):
+    """Its norm would change if A0 or B0 were put together otherwise than A and B, gate and up of fc1 included. An
+    unscaled shard would come back with the next step's gather; in bfloat16 the start's rounding is a large part of so
+    small a change of `original`."""
+    whole = {"parallel": {"tensor_model_parallel_size": 2}, "checkpoint": {"save": str(tmp_path)}}
+    asked = {"method": "original", **whole}, {"method": "lora", **SHARDED}, {"method": "original", **SHARDED}
+    (saved, *first), (_, *second) = bounded(2, *asked)
+    for one, other, limit in zip(first, second, (1 + 2**-7, 1.1), strict=True):
+        assert max(one.ratios.values()) <= RATIO * limit
+        assert one.ratios == other.ratios and one.losses == other.losses
+    ((opened,),) = bounded(1, {"method": "original", "checkpoint": {"load": str(tmp_path)}})
+    assert opened.losses == [] and opened.ratios == pytest.approx(saved.ratios, rel=1e-4)

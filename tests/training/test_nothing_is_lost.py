@@ -5,7 +5,6 @@ import gc
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,38 +13,16 @@ from safetensors.torch import load_file, save_file
 
 from megatron_peft.adapters.blocks import HeldBlocks
 from megatron_peft.config import CheckpointConfig, ConfigurationError, LoggingConfig
-from megatron_peft.runtime.launch import start_world, stop_model_parallel
-from megatron_peft.training import loop, metrics
+from megatron_peft.runtime.launch import start_world
+from megatron_peft.training import loop
 from megatron_peft.training import run as finetune_module
 from megatron_peft.training.metrics import METRICS_FILE, MetricsWriter, read_metrics
 from megatron_peft.training.run import finetune
 from megatron_peft.training.step import NonFiniteError
 from tests.data.tiny_tokenizers import save_tokenizer
-from tests.one_rank import one_rank
 from tests.ranks import run_ranks
 from tests.tiny_llama import save_llama
 from tests.training.layout_runs import Job
-
-
-@pytest.fixture(scope="module")
-def world():
-    with one_rank(with_groups=False):
-        yield
-
-
-@pytest.fixture(scope="module")
-def run(job, world):
-    """Fine-tune a job's configuration with changes of its groups."""
-
-    def fine_tuned(**groups):
-        try:
-            plain = job(logging={"log_interval": 1}, training={"micro_batch_size": 8})
-            changed = dataclasses.replace(plain, **groups)
-            finetune(changed.config(1))
-        finally:
-            stop_model_parallel()
-
-    return fine_tuned
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -167,15 +144,15 @@ def test_groups_of_runs_that_have_ended_leave_no_thread(run):
     assert num_threads() == before
 
 
+HYBRID = {"method": "hybrid", "lora_rank": 4, "lora_ga_batches": 2, "boft_block_size": 4, "boft_factors": 1}
+
+
 @pytest.mark.parametrize("spoilt", [False, True])
 def test_untrained_adapters_that_change_the_model_give_a_warning(run, monkeypatch, capsys, spoilt):
     if spoilt:
         build = finetune_module.build_state
         monkeypatch.setattr(finetune_module, "build_state", lambda *args: _with_ones(build(*args)))
-    for peft in (
-        {"method": "hybrid", "lora_rank": 4, "lora_ga_batches": 2, "boft_block_size": 4, "boft_factors": 1},
-        {"method": "boft", "boft_block_size": 4, "boft_factors": 1},
-    ):
+    for peft in (HYBRID, {**HYBRID, "method": "boft"}):
         run(num_steps=1, peft=peft)
         told = "with untrained adapters the model's loss is" in capsys.readouterr().out
         assert told == spoilt
@@ -191,25 +168,15 @@ def _with_ones(state):
 
 def test_a_half_of_the_hybrid_that_is_cut_off_is_named(run, monkeypatch, capsys):
     monkeypatch.setattr(HeldBlocks, "accumulate", lambda *args: None)
-    run(
-        num_steps=1,
-        peft={"method": "hybrid", "lora_rank": 4, "lora_ga_batches": 2, "boft_block_size": 4, "boft_factors": 1},
-    )
+    run(num_steps=1, peft=HYBRID)
     said = capsys.readouterr().out
     assert "8 adapted layers have no gradient" in said and "linear_fc1 (its rotation)" in said
     assert "(its low rank)" not in said
 
 
-@pytest.mark.parametrize(
-    ("section", "name"),
-    [
-        (CheckpointConfig, "save"),
-        (CheckpointConfig, "load"),
-        (LoggingConfig, "tensorboard_dir"),
-        (LoggingConfig, "wandb_save_dir"),
-    ],
-)
-def test_an_empty_folder_name_is_refused(section, name):
+@pytest.mark.parametrize("name", ["save", "load", "tensorboard_dir", "wandb_save_dir"])
+def test_an_empty_folder_name_is_refused(name):
+    section = CheckpointConfig if name in ("save", "load") else LoggingConfig
     with pytest.raises(ConfigurationError, match=f"--{name.replace('_', '-')} has an empty value"):
         section(**{name: ""})
 
@@ -243,16 +210,16 @@ def test_a_base_that_overflows_is_an_error(run, files, tmp_path, method, error, 
         run(num_steps=1, peft={"method": method}, base=str(base))
 
 
-def told_when_ranks_differ(jobs: tuple[Job, Job]) -> str:
+def told_on_a_rank(asked: tuple[list[Job], Path | None]) -> str:
+    """What a run says on this rank: with its own job, in its own folder."""
+    jobs, folder = asked
     start_world()
-    from torch.distributed import get_rank
-
-    return told(lambda: finetune(jobs[get_rank()].config(2)))
-
-
-def told(run: Callable[[], None]) -> str:
+    rank = torch.distributed.get_rank()
+    if folder is not None:
+        os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "GROUP_RANK": str(rank)}
+        os.chdir(folder / str(rank))
     try:
-        run()
+        finetune(jobs[rank].config(2))
     except ConfigurationError as error:
         return str(error)
     return "nothing: it trained"
@@ -268,7 +235,7 @@ def told(run: Callable[[], None]) -> str:
 )
 def test_ranks_that_were_started_differently_do_not_train(job, tmp_path, change, expected):
     own = job(parallel={"tensor_model_parallel_size": 2}, checkpoint={"save": str(tmp_path / "run")})
-    messages = run_ranks(2, told_when_ranks_differ, (own, dataclasses.replace(own, **change)))
+    messages = run_ranks(2, told_on_a_rank, ([own, dataclasses.replace(own, **change)], None))
     assert messages[0] == messages[1] and expected in messages[0]
     assert not (tmp_path / "run").exists()
 
@@ -305,23 +272,6 @@ def test_ranks_that_read_other_files_do_not_train(job, tmp_path, differing, expe
     own = dataclasses.replace(own, base="base", data="data.jsonl")
     if differing in ("words", "merges"):
         own.data_settings.update(tokenizer_type="HuggingFaceTokenizer", tokenizer_model="words", vocab_size=None)
-    messages = run_ranks(2, told_in_its_folder, (own, tmp_path))
+    messages = run_ranks(2, told_on_a_rank, ([own, own], tmp_path))
     assert messages[0] == messages[1] and expected in messages[0], messages[0]
     assert not (tmp_path / "run").exists() or not list((tmp_path / "run").glob("iter_*"))
-
-
-def told_in_its_folder(argument: tuple[Job, Path]) -> str:
-    job, folder = argument
-    start_world()
-    rank = torch.distributed.get_rank()
-    os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "GROUP_RANK": str(rank)}
-    os.chdir(folder / str(rank))
-    return told(lambda: finetune(job.config(2)))
-
-
-def test_wandb_gets_the_configuration(run, monkeypatch):
-    told = []
-    monkeypatch.setattr(finetune_module, "require_loggers", lambda _logging: None)
-    monkeypatch.setattr(metrics, "_open_wandb", lambda _logging, _save, settings: told.append(settings))
-    run(num_steps=1, logging={"wandb_project": "p", "wandb_exp_name": "e"})
-    assert told[0]["peft"]["lora_rank"] == 4 and json.dumps(told[0])

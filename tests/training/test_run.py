@@ -1,79 +1,68 @@
-"""A run from its configuration to its checkpoint, and errors before anything is loaded."""
+"""A run from its configuration to its checkpoint, and started again; errors before anything is loaded; signals."""
 
+import dataclasses
+import json
 import os
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from torch.distributed import get_rank
 
-from megatron_peft.config import ConfigurationError
+from megatron_peft.checkpoint.folders import BEST, TRACKER
+from megatron_peft.checkpoint.run_record import read_run_record
+from megatron_peft.config import CheckpointConfig, ConfigurationError
+from megatron_peft.data.batches import GlobalBatches
 from megatron_peft.models.kernels import COMPILED
-from megatron_peft.runtime.launch import stop_model_parallel
+from megatron_peft.runtime.launch import start_world, stop_model_parallel
+from megatron_peft.training import loop
 from megatron_peft.training import run as module
 from megatron_peft.training.metrics import METRICS_FILE, read_metrics
 from megatron_peft.training.run import finetune
-from tests.one_rank import one_rank
-from tests.time_limits import seconds
+from tests.ranks import run_ranks
+from tests.time_limits import seconds, wait_until
 from tests.tiny_llama import VOCAB_SIZE
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(autouse=True)
-def world():
-    with one_rank(with_groups=False):
-        yield
-
-
 @pytest.fixture
-def run(job):
-    """Fine-tune a job's configuration with changes of its groups; returns its records."""
+def run(run, capsys):
+    """Returns what was printed."""
 
-    def fine_tuned(folder, **groups):
-        checkpoint = {"save": str(folder), **groups.pop("checkpoint", {})}
-        config = job(num_steps=6, checkpoint=checkpoint, logging={"log_interval": 1}, **groups).config(1)
-        finetune(config)
-        stop_model_parallel()
-        return {record["iteration"]: record for record in read_metrics(folder / METRICS_FILE)}
+    def fine_tuned(**fields):
+        run(**fields)
+        return capsys.readouterr().out
 
     return fine_tuned
 
 
-def test_a_resumed_run_equals_one_that_was_never_interrupted(run, tmp_path, capsys):
-    whole = run(tmp_path / "whole")
-    first = run(tmp_path / "parts", training={"exit_interval": 3})
-    assert sorted(first) == [1, 2, 3]
-    both = run(tmp_path / "parts", checkpoint={"load": str(tmp_path / "parts")})
+def test_a_resumed_run_equals_one_that_was_never_interrupted(run, tmp_path):
+    def records(name, load=None, **training):
+        folder = tmp_path / name
+        run(checkpoint={"save": str(folder), "load": load and str(folder)}, training=training, num_steps=6)
+        return {record["iteration"]: record for record in read_metrics(folder / METRICS_FILE)}
+
+    whole = records("whole")
+    assert sorted(records("parts", exit_interval=3)) == [1, 2, 3]
+    both = records("parts", load=True)
     assert sorted(both) == [1, 2, 3, 4, 5, 6]
     for name in ("loss", "grad_norm", "learning_rate", "consumed_samples", "consumed_tokens", "epoch"):
         assert [record[name] for record in both.values()] == [record[name] for record in whole.values()], name
     assert both[6]["validation_loss"] == whole[6]["validation_loss"]
-    said = capsys.readouterr().out
-    assert "--exit-interval reached at iteration 3" in said and "trained 6 iterations" in said
 
 
-@pytest.mark.parametrize(
-    ("groups", "message"),
-    [
-        ({"model": {"shape_flags": {"num_layers": 3}}}, "--num-layers 3 .*2"),
-        ({"data_settings": {"vocab_size": 1500}}, "the embedding of --pretrained-checkpoint"),
-        ({"checkpoint": {"save": f"{__file__}/run"}}, r"^--save .*\.py/run cannot be written \(Not a directory\)"),
-    ],
-)
-def test_contradictions_and_unwritable_folders_are_errors(job, groups, message):
-    with pytest.raises(ConfigurationError, match=message):
-        finetune(job(**groups).config(1))
-
-
-def test_if_one_node_cannot_compile_no_rank_fuses_what_is_compiled(job, monkeypatch, capsys):
+def test_if_one_node_cannot_compile_no_rank_fuses_what_is_compiled(run, monkeypatch):
     """The fused loss makes two collectives, the unfused one three: ranks that differ would wait for one another."""
     states = []
     monkeypatch.setattr(module, "gather_over_world", lambda value: [value, "node7: no C compiler"])
     monkeypatch.setattr(module, "train", lambda state, *_: states.append(state) or "")
-    finetune(job(model={"bf16": True}).config(1))
+    printed = run(model={"bf16": True})
     assert not any(states[0].config.model.transformer[name] for name in COMPILED)
-    assert capsys.readouterr().out.count("WARNING: Triton cannot compile (node7: no C compiler)") == 1
+    assert printed.count("WARNING: Triton cannot compile (node7: no C compiler)") == 1
 
 
 def torchrun(files, save, *flags):
@@ -113,3 +102,229 @@ def test_the_command_line_refuses_with_one_message(files, tmp_path):
     lines = output.splitlines()  # torchrun's own report ends with it too
     assert sum(line.startswith(said) for line in lines) == 1, output
     assert "megatron_peft/training" not in output, "a traceback of ours"
+
+
+def test_a_resumed_run_says_from_what_from_where_and_what_is_left(run, tmp_path):
+    save = {"save": str(tmp_path), "load": str(tmp_path)}
+    assert "resumed from" not in run(checkpoint=save, training={"exit_interval": 2})
+    told = run(checkpoint=save)
+    place = f"{tmp_path}/iter_0000002: iteration 2 of 4, 16 samples (epoch 0.40); 2 iterations left"
+    assert f"resumed from {place}\n" in told and "trained 2 iterations (3 to 4): the run is complete\n" in told
+    assert "nothing to do: the run was complete at iteration 4\n" in run(checkpoint=save)
+    told = run(checkpoint={"load": str(tmp_path), "finetune": True})
+    assert f"loaded the parameters of {tmp_path}/iter_0000004 (--finetune): the run starts at iteration 0 of 4" in told
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ({"optimizer": {"lr": 1e-3}}, "was trained with another schedule .--lr: 0.005 there, 0.001 here"),
+        ({"peft": {"method": "full"}}, "--peft-method lora, but this run has --peft-method full"),
+        ({"peft": {"lora_rank": 8}}, "--lora-rank 4, but this run has --lora-rank 8"),
+        ({"logging": {"wandb_project": "p", "wandb_exp_name": "e"}}, "--wandb-project needs the package wandb"),
+        ({"model": {"shape_flags": {"num_layers": 3}}}, "--num-layers 3 .*2"),
+        ({"data_settings": {"vocab_size": 1500}}, "the embedding of --pretrained-checkpoint"),
+        ({"checkpoint": {"save": f"{__file__}/run"}}, r"^--save .*\.py/run cannot be written \(Not a directory\)"),
+    ],
+    ids=["schedule", "method", "rank", "wandb", "shape", "vocabulary", "no folder"],
+)
+def test_contradictions_are_errors_before_weights_are_read(run, finished, monkeypatch, groups, message):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setattr(module, "build_model_chunks", lambda *_: pytest.fail("the model is built"))
+    with pytest.raises(ConfigurationError, match=message):
+        run(**{"checkpoint": {"load": finished}, **groups})
+
+
+@pytest.fixture(scope="module")
+def finished(job, world, tmp_path_factory):
+    """The --save folder of a run of four steps."""
+    folder = str(tmp_path_factory.mktemp("finished"))
+    finetune(job(num_steps=4, checkpoint={"save": folder}).config(1))
+    stop_model_parallel()
+    return folder
+
+
+def test_a_validation_that_a_signal_ends_is_made_up_for_when_the_run_resumes(run, files, tmp_path, monkeypatch):
+    """A run that is told to stop in every fourth batch of validation, until it is done, equals one that never is."""
+    groups = {"data_settings": {"test_data_path": (files[1],)}, "logging": {"log_interval": 1}}
+    groups["training"] = {"eval_interval": 2, "eval_iters": None, "early_stopping_patience": 3}
+
+    def save(name):
+        return {"save": str(tmp_path / name), "resume": "auto", "keep_best": True}
+
+    told = run(checkpoint=save("undisturbed"), **groups)
+    assert "test loss at iteration 4: " in told
+    step_at, built = GlobalBatches.step_at, []
+
+    def signals(self, first):
+        if self.end is not None and built.append(first) is None and len(built) % 8 == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step_at(self, first)
+
+    monkeypatch.setattr(GlobalBatches, "step_at", signals)
+    found = [run(checkpoint=save("interrupted"), **groups) for _ in range(4)]
+    ends = ["asked to stop at iteration 2", "asked to stop at iteration 4", "nothing to do", "nothing to do"]
+    assert all(end in one for end, one in zip(ends, found, strict=True)), found
+    assert "test loss at iteration 4: not measured, since the run was asked to stop" in found[2]
+    for line in (-3, -1):  # the test loss, and the lowest validation loss
+        assert found[3].splitlines()[line].replace("interrupted", "undisturbed") == told.splitlines()[line]
+
+    def kept(name):
+        lines = read_metrics(tmp_path / name / METRICS_FILE)
+        by_iteration = {line["iteration"]: {} for line in lines}
+        for line in lines:
+            by_iteration[line["iteration"]] |= line
+        names = ("loss", "validation_loss", "epoch")
+        figures = [{name: line.get(name) for name in names} for line in by_iteration.values()]
+        return figures, read_run_record(tmp_path / name).best, (tmp_path / name / BEST).readlink()
+
+    assert kept("interrupted") == kept("undisturbed")
+
+
+def test_a_damaged_record_is_left_to_the_load_which_goes_back(run, tmp_path):
+    save = {"save": str(tmp_path), "save_interval": 2}
+    run(checkpoint=save)
+    (tmp_path / "iter_0000004" / "run_record.json").write_text("{")
+    assert f"resumed from {tmp_path}/iter_0000002" in run(checkpoint={**save, "load": str(tmp_path)})
+
+
+def test_resume_auto_starts_then_resumes_and_says_which(run, finished, tmp_path):
+    """With --load --finetune the run begins from another one's parameters, once."""
+    auto = {"save": str(tmp_path / "run"), "resume": "auto", "load": finished, "finetune": True}
+    told = run(checkpoint=auto, training={"exit_interval": 3})
+    assert f"loaded the parameters of {finished}/iter_0000004 (--finetune)" in told
+    assert f"resumed from {tmp_path}/run/iter_0000003: iteration 3 of 4" in run(checkpoint=auto)
+    assert "nothing to do" in run(checkpoint={"save": auto["save"], "resume": "auto"})
+    told = run(checkpoint={"save": str(tmp_path / "new"), "resume": "auto"})
+    assert f"--resume auto: --save {tmp_path}/new holds no checkpoint, so a new run starts\n" in told
+    own = (
+        f"^--save {tmp_path}/new \\(--resume auto\\) was trained with --lora-rank 4, .*: give --lora-rank 4, or another"
+    )
+    with pytest.raises(ConfigurationError, match=f"{own} --save.$"):
+        run(checkpoint={"save": str(tmp_path / "new"), "resume": "auto"}, peft={"lora_rank": 8})
+
+
+def test_resume_auto_never_starts_over_in_place_of_a_run_whose_checkpoint_is_lost(run, tmp_path):
+    (tmp_path / TRACKER).write_text("40\n")
+    with pytest.raises(ConfigurationError, match="holds no checkpoint of a run, but its latest_.* names 40"):
+        run(checkpoint={"save": str(tmp_path), "resume": "auto"})
+    with pytest.raises(ConfigurationError, match="--resume auto .*: give --save"):
+        CheckpointConfig(resume="auto")
+
+
+@pytest.mark.parametrize(
+    ("groups", "flag"),
+    [
+        ({"training": {"early_stopping_patience": 2}}, "--early-stopping-patience 2"),
+        ({"checkpoint": {"keep_best": True, "save": "runs"}}, "--keep-best"),
+    ],
+)
+@pytest.mark.parametrize("without", [{"data_settings": {"valid_data_path": ()}}, {"training": {"eval_iters": 0}}])
+def test_flags_that_need_a_validation_loss_say_so(job, groups, flag, without):
+    merged = {key: {**groups.get(key, {}), **without.get(key, {})} for key in {*groups, *without}}
+    with pytest.raises(ConfigurationError, match=f"^{flag} needs a validation loss: give --valid-data-path"):
+        job(**merged).config(1)
+
+
+LOSSES = {2: 2.0, 4: 3.0, 6: 4.0}  # iteration -> validation loss
+
+
+def with_losses(state, by_rank=0.0):
+    """The validation loss of an iteration, a little above on each further rank."""
+
+    def measured(*_):
+        return LOSSES[state.position.iteration] + by_rank * get_rank()
+
+    return measured
+
+
+def test_the_best_checkpoint_is_kept_and_can_be_loaded(run, tmp_path, monkeypatch):
+    train = module.train
+
+    def with_known_losses(state, *rest):
+        monkeypatch.setattr(loop, "validation_loss", with_losses(state))
+        return train(state, *rest)
+
+    monkeypatch.setattr(module, "train", with_known_losses)
+    save = {"save": str(tmp_path), "save_interval": 1, "keep_last_checkpoints": 1, "keep_best": True}
+    settings = {"num_steps": 6, "training": {"eval_interval": 2, "early_stopping_patience": 2}}
+    told = run(checkpoint=save, **{**settings, "training": {**settings["training"], "exit_interval": 5}})
+    assert "--exit-interval reached at iteration 5\nlowest validation loss 2.000000E+00 at iteration 2" in told
+    assert os.readlink(tmp_path / BEST) == "iter_0000002"
+    assert {path.name for path in tmp_path.glob("iter_*")} == {"iter_0000002", "iter_0000005"}
+    record = read_run_record(tmp_path)
+    assert dataclasses.astuple(record.best) == (2.0, 2, 1, False)
+    told = run(checkpoint={**save, "load": str(tmp_path)}, **settings)
+    assert "stopped early at iteration 6: 2 validation losses without a lower one" in told
+    again = {**save, "load": str(tmp_path)}
+    assert "nothing to do: the run was complete at iteration 6" in run(checkpoint=again, **settings)
+    told = run(checkpoint={**save, "load": str(tmp_path / BEST)}, num_steps=6, training={"exit_interval": 3})
+    assert f"resumed from {tmp_path}/best: iteration 2 of 6" in told
+
+
+def test_the_base_is_recorded_by_its_absolute_path(run, files, tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(files[0]).parent)
+    run(num_steps=1, checkpoint={"save": str(tmp_path)}, base="base")
+    record = json.loads((tmp_path / "iter_0000001" / "run_record.json").read_text())
+    told = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert record["config"]["model"]["pretrained_checkpoint"] == told["base_model_name_or_path"] == files[0]
+
+
+def ends_on_each_rank(job):
+    start_world()
+    train, reasons = module.train, []
+
+    def with_losses_of_the_rank(state, *rest):
+        loop.validation_loss = with_losses(state, by_rank=-1.5)
+        reasons.append(train(state, *rest))
+        return reasons[0]
+
+    module.train = with_losses_of_the_rank
+    finetune(job.config(2))
+    return reasons
+
+
+@pytest.mark.slow
+def test_ranks_stop_early_together_though_their_losses_differ(job, tmp_path):
+    """Rank 1 alone sees 0.5, 1.5, 2.5; rank 0 decides."""
+    settings = {"eval_interval": 2, "early_stopping_patience": 1}
+    own = job(
+        num_steps=6, parallel={"tensor_model_parallel_size": 2}, checkpoint={"save": str(tmp_path)}, training=settings
+    )
+    (first,), (second,) = run_ranks(2, ends_on_each_rank, own)
+    assert first == second and first.startswith("stopped early at iteration 4: 1 validation losses without a lower one")
+    assert "than 2.000000E+00 at iteration 2" in first and (tmp_path / "iter_0000004").is_dir()
+
+
+FLAGS = (
+    f"--tokenizer-type NullTokenizer --vocab-size {VOCAB_SIZE - 1} --seq-length 24 --global-batch-size 2 "
+    "--tensor-model-parallel-size 2 --train-iters 100000 --lr 1e-3 --log-interval 1"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_launcher_saves_and_ends_all_ranks(files, tmp_path, number):
+    """One line, the exit code, no orphan."""
+    paths = ["--pretrained-checkpoint", files[0], "--train-data-path", files[1], "--save", tmp_path / "run"]
+    program = [sys.executable, "-m", "megatron_peft", "train", "--nproc-per-node", "2"]
+    output = tmp_path / "output"
+    with output.open("w") as file:
+        launcher = subprocess.Popen([*program, *FLAGS.split(), *paths], cwd=ROOT, stdout=file, stderr=file)
+    wait_until(lambda: re.search(r"iteration +3", output.read_text()) or launcher.poll() is not None, "a third step")
+    launcher.send_signal(number)
+    assert launcher.wait(seconds(120)) == 128 + number, output.read_text()
+    told = [line for line in output.read_text().splitlines() if number.name in line]
+    if number == signal.SIGINT:  # SIGTERM is told of a second later, where the step still runs
+        assert told[0] == f"{number.name}: ending after this step (Ctrl-\\ ends at once)", told
+    assert not re.search("Traceback|death signal|closing signal", output.read_text()), output.read_text()
+    saved, last = int((tmp_path / "run" / TRACKER).read_text()), re.findall(r"iteration +(\d+)", output.read_text())[-1]
+    assert saved >= 3 and saved >= int(last)
+    assert not _processes_that_name(str(tmp_path))
+
+
+def _processes_that_name(path: str) -> list[str]:
+    """Command lines, of Linux."""
+    files = Path("/proc").glob("[0-9]*/cmdline")
+    lines = [file.read_bytes().replace(b"\0", b" ").decode(errors="replace") for file in files if file.exists()]
+    return [line for line in lines if path in line]

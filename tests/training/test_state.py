@@ -9,6 +9,7 @@ from megatron.core.optimizer import clip_grads
 from megatron.core.optimizer import optimizer as optimizer_module
 
 from megatron_peft.adapters.hybrid import Hybrid
+from megatron_peft.adapters.step import AdaptersStep
 from megatron_peft.config import ConfigurationError
 from megatron_peft.training import state as state_module
 from megatron_peft.training.state import build_optimizer, build_schedule, wrap_data_parallel
@@ -93,7 +94,10 @@ def test_the_hybrids_parts_have_rates_of_their_own(start):
 
 
 def test_a_mixture_waits_for_the_parameters_of_its_parts(start, monkeypatch):
-    """megatron-core waits before the forward of the module that owns them, which a mixture does not call."""
+    """megatron-core waits before the forward of the module that owns them, which a mixture does not call.
+
+    Nor does a method of one's own, for which no step gathers them.
+    """
     hook, waited_for = DistributedDataParallel._make_forward_pre_hook, []
 
     def watched_hook(chunk):
@@ -101,6 +105,7 @@ def test_a_mixture_waits_for_the_parameters_of_its_parts(start, monkeypatch):
         return lambda module, *inputs: (waited_for.append(module), wait(module, *inputs))[1]
 
     monkeypatch.setattr(DistributedDataParallel, "_make_forward_pre_hook", watched_hook)
+    monkeypatch.setattr(AdaptersStep, "_gather_parameters", lambda self: None)
     late = {"use_distributed_optimizer": True, "overlap_param_gather": True}
     state, data = start(peft=HYBRID, optimizer=late, training={"overlap_grad_reduce": True})
     train_step(state, next(iter(data.train)))

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from megatron_peft.training import terminal as progress_module
-from megatron_peft.training.terminal import Progress, count_parameters, rank_bytes, training_summary
+from megatron_peft.training.terminal import Progress, count_parameters, training_summary
 
 NAMES = [f"decoder.layers.{layer}.mlp.linear_fc{n}" for layer in (0, 1) for n in (1, 2)]
 LORA = 2 * 4 * ((96 + 200) + (120 + 96) + (96 + 320) + (160 + 96))  # layers x rank x (in + out) of each linear layer
@@ -30,18 +30,17 @@ def state(start):
 
 def test_all_are_trainable_in_full_fine_tuning_and_it_says_so(start, state):
     full, _ = start(peft={"method": "full"})
-    counts = count_parameters(_chunks(full))
-    assert counts.trainable == counts.total == count_parameters(_chunks(state)).total - LORA
+    trainable, total = count_parameters(_chunks(full))
+    assert trainable == total == count_parameters(_chunks(state))[1] - LORA
     assert _summary(full).startswith("--peft-method full: every parameter of the model\n")
 
 
 def test_the_lines_name_what_is_adapted(state):
-    counts = count_parameters(_chunks(state))
-    first, second, third = _summary(state, NAMES).splitlines()
-    assert counts.trainable == LORA
+    trainable, total = count_parameters(_chunks(state))
+    first, second = _summary(state, NAMES).splitlines()
+    assert trainable == LORA
     assert first == "--peft-method lora: 4 layers: linear_fc1 (2), linear_fc2 (2)"
-    assert second == f"trainable parameters: {LORA:,} of {counts.total:,} ({100 * LORA / counts.total:.3f}%)"
-    assert third.startswith("bytes on this rank: weights ")
+    assert second == f"trainable parameters: {LORA:,} of {total:,} ({100 * LORA / total:.3f}%)"
 
 
 def test_a_note_for_part_of_a_fused_layer_that_is_adapted_whole(start):
@@ -57,19 +56,6 @@ def test_discarding_weights_gives_a_warning(state):
 def test_flags_without_effect_are_named_once(state):
     lines = _summary(state, NAMES, method="lora", boft_factors=2).splitlines()
     assert lines[1] == "note: --boft-factors 2 has no effect with --peft-method lora"
-
-
-@pytest.mark.parametrize(
-    "settings, moments",
-    [({}, 2), ({"optimizer": {"optimizer": "sgd"}}, 1), ({"model": {"bf16": True}}, 3)],
-    ids=["adam", "sgd", "bf16"],
-)
-def test_bytes_of_weights_gradients_and_optimizer(start, settings, moments):
-    state, _ = start(**settings)
-    weights, gradients, optimizer = rank_bytes(state.config, _chunks(state))
-    element = 2 if "model" in settings else 4
-    assert weights == element * count_parameters(_chunks(state)).total
-    assert (gradients, optimizer) == (4 * LORA, 4 * LORA * moments)
 
 
 RECORD = {"iteration": 20, "consumed_samples": 160, "loss": 2.5, "learning_rate": 0.002, "grad_norm": 1.25}
@@ -151,7 +137,7 @@ def test_the_first_step_is_a_line_in_a_file_and_is_in_the_bar_of_a_terminal():
     for settings, expected in (({}, "iteration       20/      60 |"), ({"force_terminal": True}, "loss 2.500")):
         console, text = _shown(**settings)
         with Progress(60, console=console) as progress:
-            progress.update_first(RECORD)
+            progress.update(RECORD, only_in_bar=True)
         assert expected in text() and text().count("norm") == (not settings)
 
 

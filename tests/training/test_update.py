@@ -19,12 +19,12 @@ from megatron_peft.training.step import train_step
 from megatron_peft.training.update import _mix_from_gradients, merge_if_due, mixing_adapters, mixtures
 from megatron_peft.training.validation import validation_loss
 from tests.training.recorded_saves import RecordedSaves
+from tests.training.test_layout import GROUPS_OF_FOUR
 from tests.training.waits import Waits
 
 RATE = 0.05
 UNCHECKED = {"check_for_nan_in_loss_and_grad": False}
 RIEMANNIAN = {"method": "urnn", "urnn_update": "riemannian", "urnn_block_size": 4, "peft_lr_rotation": RATE}
-GROUPS_OF_FOUR = {"boft_block_size": 2, "boft_factors": 2}
 PROJECTED = {"method": "boft", "boft_parametrization": "projection", "peft_lr_rotation": RATE, **GROUPS_OF_FOUR}
 
 
@@ -182,7 +182,7 @@ def test_records_hold_a_summary_and_a_file_of_its_own_every_layer(start, tmp_pat
 
 
 def test_lambdas_stand_in_the_order_of_the_layers(start, monkeypatch):
-    state, _ = start(peft={"method": "hybrid", "lora_ga_batches": 1, **GROUPS_OF_FOUR})
+    state, _ = start(peft=HYBRID)
     adapter = next(iter(mixing_adapters(state).values()))
     names = [f"decoder.layers.{layer}.mlp.linear_fc1" for layer in (10, 2)]
     monkeypatch.setattr(update_module, "mixing_adapters", lambda _: dict.fromkeys(names, adapter))
@@ -192,7 +192,7 @@ def test_lambdas_stand_in_the_order_of_the_layers(start, monkeypatch):
 
 
 def test_one_log_line_reads_the_lambdas_of_all_layers_at_once(start):
-    state, data = start(peft={"method": "hybrid", "lora_ga_batches": 1, **GROUPS_OF_FOUR})
+    state, data = start(peft=HYBRID)
     train_step(state, data.train.step_at(0))
     with Waits() as waits:
         found = mixtures(state)

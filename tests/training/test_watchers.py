@@ -72,9 +72,9 @@ def test_throughput_is_of_a_gpu_and_mfu_a_part_of_its_peak():
 
 
 def test_every_log_has_speed_timers_and_gradient_norms_by_layer(start, tmp_path, monkeypatch, capsys):
-    sent = []
+    sent, told = [], {}
     run = SimpleNamespace(log=lambda scalars, step: sent.append(scalars), finish=lambda: None)
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: run))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **settings: told.update(settings) or run))
     flags = {"log_throughput": True, "peak_tflops": 1.0, "log_grad_norm_by_layer": True, "timing_log_level": "2"}
     loggers = {"tensorboard_dir": str(tmp_path / "tb"), "wandb_project": "p", "wandb_exp_name": "e"}
     state, data = start(
@@ -97,6 +97,7 @@ def test_every_log_has_speed_timers_and_gradient_norms_by_layer(start, tmp_path,
     }
     assert names <= {*board.Tags()["scalars"]} and names <= {*sent[0]}
     assert all("/" in name for name in sent[0]), "a curve without a group"
+    assert told["config"]["peft"]["lora_rank"] == 4 and json.dumps(told["config"])
     printed = capsys.readouterr().out
     assert "throughput per GPU (TFLOP/s/GPU): " in printed and "forward-backward " in printed
     assert json.loads((tmp_path / METRICS_FILE).read_text())["mfu"] == record["tflops_per_gpu"]
@@ -114,7 +115,8 @@ def test_timers_are_those_of_the_slowest_rank(start, monkeypatch):
     timers = watchers._timers._timers
     timers("forward-compute", log_level=2).set_elapsed(2.0)
     timers("optimizer", log_level=1).set_elapsed(1.0)
-    assert watchers._timers.seconds(num_steps=2) == {"forward-compute": 4.0, "forward-recv": 2.0, "optimizer": 0.5}
+    expected = {"forward-compute": 4.0, "forward-recv": 2.0, "optimizer": 0.5}
+    assert watchers._timers.record(num_steps=2) == {"timer_seconds": expected}
 
 
 def test_what_happens_in_a_pause_is_not_timed(start):
@@ -143,8 +145,8 @@ def test_energy_is_that_of_all_gpus_since_the_last_line_without_pauses(monkeypat
     energy = Energy(LoggingConfig(log_energy=True))
     with energy.paused():
         pass
-    assert energy.joules(num_steps=2) == {"joules_per_step": 7.0}
-    assert energy.joules(num_steps=1) == {"joules_per_step": 2.0}
+    assert energy.record(num_steps=2) == {"joules_per_step": 7.0}
+    assert energy.record(num_steps=1) == {"joules_per_step": 2.0}
 
 
 def test_the_slowest_rank_is_named_with_the_seconds_of_its_own_work_in_a_step(monkeypatch):
@@ -155,10 +157,11 @@ def test_the_slowest_rank_is_named_with_the_seconds_of_its_own_work_in_a_step(mo
     with work.of_host():
         pass
     slowest = {"rank": 2, "host": "c", "seconds": 9.0}
-    assert work.slowest(num_steps=2) == {**slowest, "median_seconds": 3.0}
+    assert work.record(num_steps=2) == {"slowest_rank": {**slowest, "median_seconds": 3.0}}
     with work.of_device():
         pass
-    assert work.slowest(num_steps=1) == {**slowest, "median_seconds": 1.0}, "that before counts no more"
+    later = {**slowest, "median_seconds": 1.0}
+    assert work.record(num_steps=1) == {"slowest_rank": later}, "that before counts no more"
 
 
 def _without_model(training: TrainingConfig, logging: LoggingConfig) -> Any:

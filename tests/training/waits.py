@@ -75,12 +75,7 @@ class _Operations(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if name in _READS or _indexes_by_mask(name, args):
             _note(self.found, name)
-        result = func(*args, **(kwargs or {}))
-        source = args[-1] if name == "copy_" else args[0] if name == "_to_copy" else result
-        if isinstance(result, torch.Tensor) and (source.device.type, result.device.type) == ("cpu", "meta"):
-            if not (kwargs or {}).get("non_blocking"):
-                _note(self.found, f"{name} from the host")
-        return result
+        return func(*args, **(kwargs or {}))
 
 
 class _Methods(TorchFunctionMode):
