@@ -406,5 +406,5 @@ def _check_data(file: Path, flag: str) -> None:
         start = opened.read(max(map(len, PACKED)))
     require(not start.startswith(PACKED), f"{flag} {file} is compressed: unpack it first.")
     if file.suffix in (".json", ".jsonl"):
-        open_json(file, with_digest=False)
+        open_json(file)
     require_limits(file, flag)

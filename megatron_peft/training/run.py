@@ -191,7 +191,7 @@ def finetune(
         if checkpoint is None:
             _check_start(state, data)
         if checkpoint is not None:
-            epoch = data.train.epochs_at(state.position.consumed_samples)
+            epoch = data.train.order.epochs_at(state.position.consumed_samples)
             print_rank_0(resume_summary(checkpoint, state, data.train_iters, epoch))
         elif config.checkpoint.resume == "auto":
             print_rank_0(f"--resume auto: --save {config.checkpoint.save} holds no checkpoint, so a new run starts")
