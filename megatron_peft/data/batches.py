@@ -3,9 +3,9 @@
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import count
+from itertools import count, islice
 from operator import itemgetter
 from typing import Any
 
@@ -157,10 +157,6 @@ class GlobalBatches:
         """Steps of an evaluation; None for training, which has no end."""
         return None if self.end is None else math.ceil(self.end / self.layout.global_batch_size)
 
-    def epochs_at(self, consumed_samples: int) -> float:
-        """Epochs (a fraction) done after so many samples."""
-        return self.order.epochs_at(consumed_samples)
-
     def step_at(self, first: int) -> Step:
         """This rank's microbatches of the global batch that begins at position `first`."""
         return [self._collated([self._samples(p) for p in positions]) for positions in self.layout.microbatches(first)]
@@ -207,14 +203,9 @@ class GlobalBatches:
         if not self.prefetch:
             yield from map(self.step_at, firsts)
             return
-        pool = ThreadPoolExecutor(self.prefetch, thread_name_prefix="prefetch")
-        waiting: deque[Future[Step]] = deque()
-        try:
-            while True:
-                while len(waiting) < self.prefetch and (first := next(firsts, None)) is not None:
-                    waiting.append(pool.submit(self.step_at, first))
-                if not waiting:
-                    return
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+        with ThreadPoolExecutor(self.prefetch, thread_name_prefix="prefetch") as pool:
+            waiting = deque(pool.submit(self.step_at, first) for first in islice(firsts, self.prefetch))
+            while waiting:
+                step = waiting.popleft().result()
+                waiting.extend(pool.submit(self.step_at, first) for first in islice(firsts, 1))
+                yield step

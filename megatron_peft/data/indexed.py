@@ -145,11 +145,6 @@ def build_indexed(
     num_ids = num_ids or tokenizer.largest_id + 1
     flag = "--data-path" if config.data_path else f"--{split.name}-data-path"
     blend = checked_blend(paths, flag)
-    require(
-        blend.weights is None or num_samples is not None or split != Split.train,
-        f"{flag} has weights, and --train-epochs is undefined for a weighted blend: give --train-iters or "
-        "--train-samples.",
-    )
     blend = blend if num_samples is not None else Blend(blend.prefixes, None)
     core_config = _core_config(config, split, blend, tokenizer)
     edges = (0.0, 1.0) if core_config.split_matrix is None else core_config.split_matrix[split.value] or (0.0, 0.0)

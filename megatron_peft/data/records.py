@@ -32,20 +32,15 @@ def tokenize_record(record: Record, tokenizer: Tokenizer, record_format: RecordF
     native = record_format.native(record)
     if record_format.kind == "messages":
         return _tokenize_messages(native, tokenizer)
+    for name in NATIVE_FIELDS[record_format.kind]:
+        _require_text(native[name], f'"{name}"')
     if record_format.kind == "text":
-        ids = [*tokenizer.encode_prompt(_text(native, "text")), tokenizer.eos_id]
+        ids = [*tokenizer.encode_prompt(native["text"]), tokenizer.eos_id]
         return TokenizedRecord(ids, [True] * len(ids))
-    texts = [_text(native, "prompt"), _text(native, "completion")]
-    prompt_ids, completion_ids = encode_segments(tokenizer.encode, texts)
+    prompt_ids, completion_ids = encode_segments(tokenizer.encode, [native["prompt"], native["completion"]])
     before = prompt_ids if tokenizer.bos_id is None else [tokenizer.bos_id, *prompt_ids]
     after = [*completion_ids, tokenizer.eos_id]
     return TokenizedRecord(before + after, [False] * len(before) + [True] * len(after))
-
-
-def _text(record: Record, name: str) -> str:
-    require(name in record, f'lacks the field "{name}" (it has {", ".join(record)}).')
-    _require_text(record[name], f'"{name}"')
-    return record[name]
 
 
 def _require_text(value: Any, name: str) -> None:
@@ -142,20 +137,10 @@ class Fit:
     def of(cls, config: DataConfig, tokenizer: Tokenizer) -> "Fit":
         return cls(tokenizer, config.seq_length, config.overlong, ColumnNames.of(config))
 
-    def sample(self, records: RecordFiles, index: int) -> tuple[Sample, int]:
-        """The sample (of length 0 if it is to be skipped) and the input positions that the whole record would take.
-
-        Raises ConfigurationError naming file and line.
-        """
-        ids, trained = self.tokenized(records, index)
-        whole = sample_from_ids(ids, trained, len(ids))
-        self.require_fits(len(whole), records, index)
-        return whole if len(whole) <= self.seq_length else self.cut(ids, trained), len(whole)
-
     def cut(self, ids: Sequence[int], trained: Sequence[bool]) -> Sample:
         """The sample of a whole record; of length 0 if it is to be skipped."""
         sample = sample_from_ids(ids, trained, self.seq_length)
-        skips = self.overlong != "truncate" and len(sample_from_ids(ids, trained, len(ids))) > self.seq_length
+        skips = self.overlong != "truncate" and any(trained[self.seq_length + 1 :])
         return sample_from_ids(ids, trained, 0) if skips else sample
 
     def tokenized(self, records: RecordFiles, index: int) -> TokenizedRecord:
@@ -168,10 +153,11 @@ class Fit:
 
     def format_of(self, records: RecordFiles, index: int) -> RecordFormat:
         """The format of the file that holds a record: that of its first one. Raises ConfigurationError."""
+        first, fields = records.first_of_file(index)
         try:
-            return format_of(records.first_fields(index), self.columns, bool(self.tokenizer.chat_template))
+            return format_of(fields, self.columns, bool(self.tokenizer.chat_template))
         except ConfigurationError as error:
-            raise ConfigurationError(f"{records.place(records.first_of_file(index))}: {error}") from error
+            raise ConfigurationError(f"{records.place(first)}: {error}") from error
 
     def left_out(self, records: RecordFiles, index: int) -> list[str]:
         """Fields of a record that nothing reads and, as `messages[].name`, those of its messages."""
@@ -185,17 +171,3 @@ class Fit:
         inner = {name: None for message in native["messages"] for name in message if message[name] is not None}
         unread = [f"messages[].{name}" for name in inner if name not in of_messages]
         return [name for name in native if name not in read] + unread
-
-    def require_fits(self, length: int, records: RecordFiles, index: int) -> None:
-        """Raises ConfigurationError if --overlong error refuses a record that takes so many positions."""
-        if self.overlong != "error" or 0 < length <= self.seq_length:
-            return
-        place = records.place(index)
-        require(
-            length <= self.seq_length,
-            f"{place}: the sample takes {length} tokens, above --seq-length {self.seq_length}: raise it, or give "
-            "--overlong truncate or --overlong skip.",
-        )
-        raise ConfigurationError(
-            f"{place}: the sample has no token to learn from: give it a text, or give --overlong skip."
-        )

@@ -133,8 +133,10 @@ def test_indexed_data_keep_megatrons_order_while_they_last(tmp_path):
     assert data.valid is not None and first_tokens(data.valid)[0] >= 0 and data.test is None
 
 
-def test_indexed_data_are_shuffled_again_each_epoch(tmp_path):
+def test_indexed_data_are_shuffled_again_each_epoch_and_weighted_have_none(tmp_path):
     prefix = write_indexed(tmp_path / "corpus", numbered_documents(100))
+    with pytest.raises(ConfigurationError, match="--data-path has weights, and --train-epochs is undefined"):
+        build({"data_path": ("1", prefix), "split": "1"}, train_epochs=2)
     train = build({"data_path": (prefix,), "split": "1"}, train_epochs=2).train
     per_epoch = train.samples_per_epoch
     assert per_epoch == (500 - 1) // 8
