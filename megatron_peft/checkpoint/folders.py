@@ -79,9 +79,8 @@ def read_manifest(folder: Path) -> dict[str, FileSum]:
 def damage(checkpoint: Path, share: int = 0, num_shares: int = 1) -> list[str]:
     """What is wrong with a checkpoint's files, by name; empty if all are whole.
 
-    Args:
-        checkpoint: an iteration's folder.
-        share, num_shares: check only this share of the files (one share per rank).
+    checkpoint: an iteration's folder.
+    share, num_shares: check only this share of the files (one share per rank).
     """
     try:
         files = read_manifest(checkpoint)
@@ -194,8 +193,7 @@ def remove_leftovers(folder: Path) -> None:
 def publish(draft: Path, folder: Path, iteration: int, known: Mapping[str, FileSum] | None = None) -> Path:
     """Make a written draft the newest checkpoint. If the process is killed, the tracker names a whole checkpoint.
 
-    Args:
-        known: sums of files that need not be read for the manifest, by name.
+    known: sums of files that need not be read for the manifest, by name.
     """
     # Everything that needs disk space comes first: on a full disk nothing has been renamed yet.
     write_manifest(draft, known or {})
@@ -328,8 +326,7 @@ def check_new(output: str | Path) -> None:
 def new_folder(output: str | Path) -> Iterator[Path]:
     """The draft of `output`: published at the end, and removed on any error.
 
-    Raises:
-        ConfigurationError: `output` exists, its parent cannot be written, or the disk is full.
+    Raises ConfigurationError: `output` exists, its parent cannot be written, or the disk is full.
     """
     output = Path(output)
     draft: Path | None = None
@@ -359,12 +356,9 @@ class FolderLock:
     Such a lock ends with kill -9, is not inherited by forked data workers, and works on network file systems. The
     file's text only tells people who holds it.
 
-    Attributes:
-        is_held: False if the file system does not support locks (a warning is logged).
-
-    Raises:
-        ConfigurationError: another process still holds it after `grace_seconds`.
-        OSError: the lock file cannot be made.
+    is_held: False if the file system does not support locks (a warning is logged).
+    Raises ConfigurationError: another process still holds it after `grace_seconds`.
+    Raises OSError: the lock file cannot be made.
     """
 
     def __init__(self, folder: Path, grace_seconds: float = GRACE_SECONDS) -> None:

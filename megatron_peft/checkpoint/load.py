@@ -8,7 +8,6 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_peft.checkpoint.folders import TRACKER, checkpoints, damage, newest_checkpoint, tracker_text
 from megatron_peft.checkpoint.run_record import (
@@ -30,7 +29,6 @@ from megatron_peft.checkpoint.state import (
     set_optimizer_steps,
 )
 from megatron_peft.checkpoint.tensors import (
-    Sharded,
     adapted_layers,
     load_parameters,
     read_tensors,
@@ -48,12 +46,9 @@ logger = logging.getLogger(__name__)
 def find_whole_checkpoint(folder: Path) -> Path | None:
     """The checkpoint to resume from, or None if there is none. Damaged ones are skipped with a warning. A collective.
 
-    Args:
-        folder: --load: a --save folder, or a single checkpoint.
-
-    Raises:
-        ConfigurationError: on every rank, if there are checkpoints but none is whole (it names the damage), or if the
-            tracker names a checkpoint that is missing.
+    folder: --load: a --save folder, or a single checkpoint.
+    Raises ConfigurationError, on every rank, if there are checkpoints but none is whole (it names the damage), or if
+    the tracker names a checkpoint that is missing.
     """
     problems: list[str] = []
     for checkpoint in from_first_rank(lambda: _candidates(folder)):
@@ -96,8 +91,7 @@ def resolve_resume(settings: CheckpointConfig) -> CheckpointConfig:
 
     If --save holds a checkpoint, the run resumes from it, and --load (where the run once began) is not read again.
 
-    Raises:
-        ConfigurationError: the folder's tracker names a checkpoint that is missing.
+    Raises ConfigurationError: the folder's tracker names a checkpoint that is missing.
     """
     if settings.resume == "never" or not _candidates(Path(settings.save or "")):
         return settings
@@ -109,11 +103,8 @@ def check_resume(config: RunConfig, shape: ModelShape, schedule: Mapping[str, An
 
     `load_checkpoint` compares again, with the adapted layers too, and with an older record if the newest is damaged.
 
-    Args:
-        schedule: of this run, `state_dict` of megatron-core's.
-
-    Raises:
-        ConfigurationError: on every rank, if they contradict each other.
+    schedule: of this run, `state_dict` of megatron-core's.
+    Raises ConfigurationError, on every rank, if they contradict each other.
     """
     settings = config.checkpoint
 
@@ -164,12 +155,9 @@ def load_checkpoint(state: TrainingState) -> Path | None:
     --finetune loads the parameters only, --no-load-optim and --no-load-rng leave their part out. At another layout
     everything but the generators is restored.
 
-    Returns:
-        The checkpoint, or None if there was none.
-
-    Raises:
-        ConfigurationError: on every rank and before anything has changed, if the checkpoint has another method, rank,
-            base model, ..., or no checkpoint is whole (`find_whole_checkpoint`).
+    Returns the checkpoint, or None if there was none.
+    Raises ConfigurationError, on every rank and before anything has changed, if the checkpoint has another method,
+    rank, base model, ..., or no checkpoint is whole (`find_whole_checkpoint`).
     """
     settings = state.config.checkpoint
     if settings.load is None:
@@ -199,28 +187,31 @@ def load_checkpoint(state: TrainingState) -> Path | None:
     index = load_parameters(entries, checkpoint)
     state.optimizer.reload_model_params()  # copies them into the float32 masters
     if resumes_optimizer:
-        _load_optimizer(state, entries, record, checkpoint, index)
+        assert record.optimizer_steps is not None and record.schedule is not None
+        read_tensors(optimizer_targets(state.optimizer, entries, stored_shapes(index)), checkpoint, index)
+        set_optimizer_steps(state.optimizer, entries, record.optimizer_steps)
+        _load_schedule(state, record.schedule)
     if not settings.finetune:
         for name, value in record.position.items():
             setattr(state.position, name, value)
         state.best = record.best
     if not (settings.finetune or settings.no_load_rng):
-        _load_random(checkpoint, index)
+        targets = random_targets(stored_shapes(index))
+        read_tensors(targets, checkpoint, index)  # a collective: without targets too
+        if targets:
+            restore_random(targets)
+        else:
+            _warn("%s holds no random generators for this layout: they start from --seed", checkpoint)
     return checkpoint
 
 
 def load_trained_parameters(model_chunks: Sequence[nn.Module], folder: str | Path) -> RunRecord:
     """Load the parameters of the newest checkpoint in a --save folder, for scoring and generation.
 
-    Args:
-        model_chunks: this rank's, bare, with the base loaded and adapters attached as in `read_run_record(folder)`.
-        folder: a --save folder, or a checkpoint in it.
-
-    Returns:
-        The record of the run.
-
-    Raises:
-        ConfigurationError: on every rank: there is no checkpoint, it is damaged, or it has other parameters.
+    model_chunks: this rank's, bare, with the base loaded and adapters attached as in `read_run_record(folder)`.
+    folder: a --save folder, or a checkpoint in it.
+    Returns the record of the run.
+    Raises ConfigurationError, on every rank: there is no checkpoint, it is damaged, or it has other parameters.
     """
     checkpoint = from_first_rank(lambda: find_checkpoint(folder))
     require_whole(checkpoint)
@@ -239,16 +230,6 @@ def _refuse(record: RunRecord, current: CurrentRun, resumes_optimizer: bool) -> 
             raise ConfigurationError(*problems)
 
 
-def _load_optimizer(
-    state: TrainingState, entries: Sequence[Sharded], record: RunRecord, checkpoint: Path, index: Metadata
-) -> None:
-    assert record.optimizer_steps is not None and record.schedule is not None
-    targets = optimizer_targets(state.optimizer, entries, stored_shapes(index))
-    read_tensors(targets, checkpoint, index)
-    set_optimizer_steps(state.optimizer, entries, record.optimizer_steps)
-    _load_schedule(state, record.schedule)
-
-
 def _load_schedule(state: TrainingState, stored: Mapping[str, Any]) -> None:
     schedule = state.schedule
     max_lr, min_lr = schedule.max_lr, schedule.min_lr
@@ -260,15 +241,6 @@ def _load_schedule(state: TrainingState, stored: Mapping[str, Any]) -> None:
             ratio = group["max_lr"] / max_lr
             group["max_lr"], group["min_lr"] = ratio * schedule.max_lr, ratio * schedule.min_lr
     schedule.step(0)
-
-
-def _load_random(checkpoint: Path, index: Metadata) -> None:
-    targets = random_targets(stored_shapes(index))
-    if not targets:
-        _warn("%s holds no random generators for this layout: they start from --seed", checkpoint)
-    read_tensors(targets, checkpoint, index)  # a collective: without targets too
-    if targets:
-        restore_random(targets)
 
 
 def _warn(message: str, *values: Any) -> None:

@@ -53,16 +53,15 @@ class BestValidation:
 class RunRecord:
     """Everything in a checkpoint except its tensors.
 
-    Args:
-        config: of the run.
-        shape: of the base model.
-        position: counters by name (`iteration`, `consumed_samples`, ...).
-        adapted_layers: global names of the layers with an adapter, over all ranks; empty for full fine-tuning.
-        base_fingerprint: {file name: digest} of the base model's folder; None if it could not be read.
-        schedule: state of megatron-core's learning-rate schedule; None without optimizer state.
-        optimizer_steps: updates that each parameter has had, by key; None without optimizer state.
-        data_digest: of the training data's files; None in older records.
-        best: the lowest validation loss so far; older records have none.
+    config: of the run.
+    shape: of the base model.
+    position: counters by name (`iteration`, `consumed_samples`, ...).
+    adapted_layers: global names of the layers with an adapter, over all ranks; empty for full fine-tuning.
+    base_fingerprint: {file name: digest} of the base model's folder; None if it could not be read.
+    schedule: state of megatron-core's learning-rate schedule; None without optimizer state.
+    optimizer_steps: updates that each parameter has had, by key; None without optimizer state.
+    data_digest: of the training data's files; None in older records.
+    best: the lowest validation loss so far; older records have none.
     """
 
     config: RunConfig
@@ -115,9 +114,8 @@ class RunRecord:
             "base_fingerprint": all(isinstance(digest, str) for digest in (record.base_fingerprint or {}).values()),
             "linear_biases": isinstance(biases, list) and all(isinstance(name, str) for name in biases),
         }
-        wrong = (
-            [name for name, is_right in are_right.items() if not is_right] + mistyped(record) + mistyped(record.best)
-        )
+        wrong = [name for name, is_right in are_right.items() if not is_right]
+        wrong += mistyped(record) + mistyped(record.best)
         if wrong:
             raise ValueError(f"its {', '.join(wrong)} cannot be that of a run")
         return record

@@ -59,8 +59,7 @@ class Inert:
 def load_inertly(path: Path) -> Any:
     """Content of a torch.save file, with memory-mapped tensors and objects of known libraries as `Inert`.
 
-    Raises:
-        ConfigurationError: it names anything else, or it is truncated. Nothing in it was run.
+    Raises ConfigurationError: it names anything else, or it is truncated. Nothing in it was run.
     """
     declared = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()  # megatron-core adds to torch's list of safe classes when it is imported
@@ -87,8 +86,7 @@ def load_inertly(path: Path) -> Any:
 def require_harmless(path: Path) -> None:
     """Unpickle a torch.save file without its tensors, to find out whether torch would crash. Takes milliseconds.
 
-    Raises:
-        pickle.UnpicklingError, RuntimeError and the like: torch would crash, or the file is truncated.
+    Raises pickle.UnpicklingError, RuntimeError and the like: torch would crash, or the file is truncated.
     """
     with torch.serialization._open_zipfile_reader(str(path)) as archive:
         if archive.has_record("data.pkl"):
@@ -108,9 +106,8 @@ def read_metadata(folder: Path) -> Metadata:
 
     Entries of other objects are dropped, so that no reader unpickles them.
 
-    Raises:
-        ConfigurationError: it names a class that no index needs or a file outside `folder`, it is truncated, or slices
-            of a tensor are missing. Nothing in it was run.
+    Raises ConfigurationError: it names a class that no index needs or a file outside `folder`, it is truncated, or
+    slices of a tensor are missing. Nothing in it was run.
     """
     path = folder / ".metadata"
     unpickler = _IndexUnpickler(path)

@@ -48,7 +48,7 @@ from megatron_peft.checkpoint.tensors import (
 )
 from megatron_peft.config import CheckpointConfig, ConfigurationError, require
 from megatron_peft.parallel.collectives import from_first_rank
-from megatron_peft.runtime.launch import checked_together, device_setter, gather_over_world
+from megatron_peft.runtime.launch import device_setter
 
 logger = logging.getLogger(__name__)
 
@@ -75,19 +75,11 @@ class DraftedCheckpoint:
     def complete(self) -> Path:
         """Write this rank's files; when all ranks have, the first one publishes. A collective of `group`.
 
-        Returns:
-            The checkpoint, `<save>/iter_0000050`, now the newest.
-
-        Raises:
-            CheckpointNotSaved: on every rank. Earlier checkpoints are untouched, and the draft is removed.
+        Returns the checkpoint, `<save>/iter_0000050`, now the newest.
+        Raises CheckpointNotSaved, on every rank: earlier checkpoints are untouched, and the draft is removed.
         """
         with _as_not_saved(self.folder, self.iteration, self.draft):
-            # All ranks wait here until all files are on disk: what is published is complete.
-            own = checked_together(self.files.write, self.group)
-            by_rank: list[Written] | None = [own] * dist.get_world_size() if dist.get_rank() == 0 else None
-            dist.gather_object(own, by_rank, dst=0, group=self.group)
-            # The other ranks wait, so that "saved" means published on every rank.
-            from_first_rank(lambda: self._publish(by_rank or []), self.group)
+            self.files.write_together(self._publish, self.group)
         return iteration_folder(self.folder, self.iteration)
 
     def _publish(self, by_rank: Sequence[Written]) -> None:
@@ -122,12 +114,9 @@ def draft_checkpoint(
 
     It holds the adapters (for full fine-tuning the whole model), optimizer, schedule, generators and position.
 
-    Args:
-        snapshot: copy the state, so that the run may go on before the files are written.
-        group: all ranks; a gloo group for this purpose alone if `complete` runs in a thread.
-
-    Raises:
-        CheckpointNotSaved: on every rank.
+    snapshot: copy the state, so that the run may go on before the files are written.
+    group: all ranks; a gloo group for this purpose alone if `complete` runs in a thread.
+    Raises CheckpointNotSaved on every rank.
     """
     assert state.config.checkpoint.save is not None
     folder, iteration = Path(state.config.checkpoint.save), state.position.iteration
@@ -158,8 +147,7 @@ def _as_not_saved(folder: Path, iteration: int, draft: Path | None = None) -> It
 def tensors_to_save(state: TrainingState, entries: Sequence[Sharded]) -> list[ShardedTensor]:
     """This rank's tensors of a checkpoint: parameters, optimizer and generators, as far as they are saved.
 
-    Args:
-        entries: of the parameters that are saved (`sharded_parameters`).
+    entries: of the parameters that are saved (`sharded_parameters`).
     """
     settings = state.config.checkpoint
     tensors = [tensor for entry in entries for tensor in global_slices(entry)]
@@ -209,8 +197,7 @@ def base_fingerprint(folder: str | None) -> Mapping[str, str] | None:
 def write_new_folder(tensors: Sequence[ShardedTensor], folder: Path) -> None:
     """Write a folder that does not exist yet, whole or not at all, with a manifest. A collective.
 
-    Raises:
-        ConfigurationError: on every rank: the folder exists, or cannot be written.
+    Raises ConfigurationError, on every rank: the folder exists, or cannot be written.
     """
 
     def start() -> Path:
@@ -220,13 +207,12 @@ def write_new_folder(tensors: Sequence[ShardedTensor], folder: Path) -> None:
     draft = from_first_rank(start)
     try:
         files = PlannedFiles(tensors, draft)
-        by_rank = gather_over_world(checked_together(files.write))
 
-        def finish() -> None:
+        def finish(by_rank: Sequence[Written]) -> None:
             write_manifest(draft, files.finish(by_rank))
             publish_draft(draft, folder)
 
-        from_first_rank(finish)
+        files.write_together(finish)
     except ConfigurationError:
         if dist.get_rank() == 0:
             shutil.rmtree(draft, ignore_errors=True)
@@ -253,9 +239,8 @@ class Saver:
 
     The constructor and `start` are collectives. Without --save, `start` must not be called.
 
-    Raises:
-        ConfigurationError: on every rank: another run is saving there; or another run has saved there, and --load does
-            not resume it; or the folder cannot be written.
+    Raises ConfigurationError, on every rank: another run is saving there; or another run has saved there, and --load
+    does not resume it; or the folder cannot be written.
     """
 
     def __init__(self, settings: CheckpointConfig) -> None:
@@ -276,8 +261,7 @@ class Saver:
 
         `finish` returns the outcome. It must have been called for the previous save.
 
-        Raises:
-            ConfigurationError: on every rank: the folder was moved away, and another run's is in its place.
+        Raises ConfigurationError, on every rank: the folder was moved away, and another run's is in its place.
         """
         assert self._pending is None, "a save is under way"
         save: Future[Any] = Future()
@@ -326,9 +310,8 @@ class Saver:
     def hold_folder(self) -> None:
         """Make and lock the folder again if somebody has moved or removed it. Does nothing except on the first rank.
 
-        Raises:
-            ConfigurationError: another run saves there by now, or has saved there.
-            OSError: the folder cannot be made.
+        Raises ConfigurationError: another run saves there by now, or has saved there.
+        Raises OSError: the folder cannot be made.
         """
         before = self._lock
         if before is None or before.is_in_place:

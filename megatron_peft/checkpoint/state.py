@@ -40,10 +40,9 @@ class Position:
 class TrainingState:
     """One rank's share of a run: everything that a checkpoint saves and a resumed run restores.
 
-    Args:
-        model_chunks: wrapped in megatron-core's DistributedDataParallel, one for each virtual pipeline stage.
-        data_digest: of the training data, if known.
-        best: the lowest validation loss so far.
+    model_chunks: wrapped in megatron-core's DistributedDataParallel, one for each virtual pipeline stage.
+    data_digest: of the training data, if known.
+    best: the lowest validation loss so far.
     """
 
     config: RunConfig
@@ -139,13 +138,12 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 class OptimizerParam:
     """A parameter as the optimizer updates it.
 
-    Args:
-        parameter: of the model, whole on this tensor-parallel rank.
-        master: what the optimizer updates: the parameter, a shard of it, or a float32 copy of either.
-        start: where the shard begins in the flattened parameter.
-        is_sharded: each data-parallel rank holds a shard; otherwise each holds all of it.
-        inner: torch's, Apex's or Transformer Engine's optimizer.
-        group: parameter group of `inner`.
+    parameter: of the model, whole on this tensor-parallel rank.
+    master: what the optimizer updates: the parameter, a shard of it, or a float32 copy of either.
+    start: where the shard begins in the flattened parameter.
+    is_sharded: each data-parallel rank holds a shard; otherwise each holds all of it.
+    inner: torch's, Apex's or Transformer Engine's optimizer.
+    group: parameter group of `inner`.
     """
 
     parameter: Tensor

@@ -133,11 +133,10 @@ class BatchLayout:
 class GlobalBatches:
     """An endless (training) or single (evaluation) pass over a dataset, a step at a time.
 
-    Args:
-        consumed_samples: where a training source starts. It is all of its state, and advances with each step.
-        end: positions of an evaluation, which always starts at 0. The last step is filled up with padding, so that all
-            ranks have the same number of microbatches.
-        prefetch: number of steps built ahead, and of threads. A step depends on its first position alone.
+    consumed_samples: where a training source starts. It is all of its state, and advances with each step.
+    end: positions of an evaluation, which always starts at 0. The last step is filled up with padding, so that all
+    ranks have the same number of microbatches.
+    prefetch: number of steps built ahead, and of threads. A step depends on its first position alone.
     """
 
     dataset: SampleSource
@@ -146,11 +145,6 @@ class GlobalBatches:
     consumed_samples: int = 0
     end: int | None = None
     prefetch: int = 0
-
-    @property
-    def samples_per_epoch(self) -> int:
-        """Positions (samples, or packs of the first epoch) in one pass."""
-        return self.order.epoch_length(0)
 
     @property
     def num_steps(self) -> int | None:
@@ -168,10 +162,9 @@ class GlobalBatches:
     def in_few_microbatches(self, num_steps: int, max_positions: int, multiple: int) -> Step:
         """This rank's samples of the first global batches, those of like lengths together: for a sum over all of them.
 
-        Args:
-            num_steps: global batches.
-            max_positions: of a microbatch, padding included, unless one sample (or pack) has more.
-            multiple: of the number of microbatches; that of a step is one too.
+        num_steps: global batches.
+        max_positions: of a microbatch, padding included, unless one sample (or pack) has more.
+        multiple: of the number of microbatches; that of a step is one too.
         """
         layout, groups, width = self.layout, [], 0
         firsts = range(0, num_steps * layout.global_batch_size, layout.global_batch_size)

@@ -34,12 +34,11 @@ class ColumnNames:
 class RecordFormat:
     """How the records of a file are read.
 
-    Args:
-        name: for messages to the user.
-        kind: what a record becomes.
-        required: fields that each record has.
-        optional: fields that are read if they are there.
-        convert: takes the fields that are there, and returns those of NATIVE_FIELDS ("tools" may be missing).
+    name: for messages to the user.
+    kind: what a record becomes.
+    required: fields that each record has.
+    optional: fields that are read if they are there.
+    convert: takes the fields that are there, and returns those of NATIVE_FIELDS ("tools" may be missing).
     """
 
     name: str

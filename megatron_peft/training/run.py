@@ -134,7 +134,7 @@ def check_run(config: RunConfig) -> ModelShape:
     _check_validation_data(config, data)
     check_resume(config, shape, schedule_values(config, data.train_iters))
     print_rank_0(
-        f"flags, model, tokenizer and data can be used: {data.train.samples_per_epoch:,} training samples, "
+        f"flags, model, tokenizer and data can be used: {data.train.order.epoch_length(0):,} training samples, "
         f"{data.train_iters:,} iterations"
     )
     return shape

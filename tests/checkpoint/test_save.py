@@ -126,7 +126,7 @@ def test_what_torch_says_of_a_full_disk_is_said_in_words(alone, tmp_path, monkey
 
 
 def test_a_folder_of_tensors_is_on_the_disk_before_it_has_its_name_and_that_after(tmp_path, monkeypatch):
-    files = SimpleNamespace(write=lambda: SimpleNamespace(sums={}), finish=lambda by_rank: None)
+    files = SimpleNamespace(write_together=lambda publish: publish([]), finish=lambda by_rank: {})
     monkeypatch.setattr(save, "PlannedFiles", lambda tensors, draft: files)
     calls = recorded_calls(monkeypatch)
     save.write_new_folder([], tmp_path / "new")
