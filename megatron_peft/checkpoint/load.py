@@ -9,17 +9,9 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
+from megatron_peft.checkpoint import run_record
 from megatron_peft.checkpoint.folders import TRACKER, checkpoints, damage, newest_checkpoint, tracker_text
-from megatron_peft.checkpoint.run_record import (
-    CurrentRun,
-    RunRecord,
-    changes,
-    contradictions,
-    find_checkpoint,
-    optimizer_contradictions,
-    read_record,
-    unused_schedule_values,
-)
+from megatron_peft.checkpoint.run_record import CurrentRun, RunRecord
 from megatron_peft.checkpoint.save import base_fingerprint
 from megatron_peft.checkpoint.state import (
     TrainingState,
@@ -113,7 +105,7 @@ def check_resume(config: RunConfig, shape: ModelShape, schedule: Mapping[str, An
         if checkpoint is None:
             return
         try:
-            record = read_record(checkpoint)
+            record = run_record.read_record(checkpoint)
         except ConfigurationError:
             return  # damaged: `load_checkpoint` goes back to an older one, or names the damage
         base = base_fingerprint(config.model.pretrained_checkpoint)
@@ -169,7 +161,7 @@ def load_checkpoint(state: TrainingState) -> Path | None:
         _warn("--load %s holds no checkpoint: starting from the beginning", folder)
         return None
     chunks = [chunk.module for chunk in state.model_chunks]
-    record = from_first_rank(lambda: read_record(checkpoint))
+    record = from_first_rank(lambda: run_record.read_record(checkpoint))
     current = CurrentRun(
         state.config,
         state.shape,
@@ -181,7 +173,7 @@ def load_checkpoint(state: TrainingState) -> Path | None:
     resumes_optimizer = _resumes_optimizer(settings)
     # All of the record is compared before the first tensor is read, so that a refused checkpoint changes nothing.
     checked_together(lambda: _refuse(record, current, resumes_optimizer))
-    if not settings.finetune and (warning := changes(record, current)):
+    if not settings.finetune and (warning := run_record.changes(record, current)):
         _warn("%s", warning)
     entries = sharded_parameters(chunks, only_adapters=state.config.peft.trains_adapters)
     index = load_parameters(entries, checkpoint)
@@ -213,9 +205,9 @@ def load_trained_parameters(model_chunks: Sequence[nn.Module], folder: str | Pat
     Returns the record of the run.
     Raises ConfigurationError, on every rank: there is no checkpoint, it is damaged, or it has other parameters.
     """
-    checkpoint = from_first_rank(lambda: find_checkpoint(folder))
+    checkpoint = from_first_rank(lambda: run_record.find_checkpoint(folder))
     require_whole(checkpoint)
-    record = from_first_rank(lambda: read_record(checkpoint))
+    record = from_first_rank(lambda: run_record.read_record(checkpoint))
     entries = sharded_parameters(model_chunks, only_adapters=record.config.peft.trains_adapters)
     load_parameters(entries, checkpoint)
     return record
@@ -223,9 +215,9 @@ def load_trained_parameters(model_chunks: Sequence[nn.Module], folder: str | Pat
 
 def _refuse(record: RunRecord, current: CurrentRun, resumes_optimizer: bool) -> None:
     if dist.get_rank() == 0:  # only it has read the base model's files
-        problems = contradictions(record, current)
+        problems = run_record.contradictions(record, current)
         if resumes_optimizer and not problems:
-            problems = optimizer_contradictions(record, current)
+            problems = run_record.optimizer_contradictions(record, current)
         if problems:
             raise ConfigurationError(*problems)
 
@@ -235,7 +227,7 @@ def _load_schedule(state: TrainingState, stored: Mapping[str, Any]) -> None:
     max_lr, min_lr = schedule.max_lr, schedule.min_lr
     own = schedule.state_dict()
     schedule.num_steps = 0  # megatron-core adds the stored steps
-    schedule.load_state_dict({**stored, **{name: own[name] for name in unused_schedule_values(own)}})
+    schedule.load_state_dict({**stored, **{name: own[name] for name in run_record.unused_schedule_values(own)}})
     if (schedule.max_lr, schedule.min_lr) != (max_lr, min_lr):
         for group in state.optimizer.param_groups:  # the schedule reads their rates, multiples of its own (LoRA+)
             ratio = group["max_lr"] / max_lr

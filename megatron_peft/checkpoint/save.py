@@ -14,22 +14,7 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-from megatron_peft.checkpoint.folders import (
-    RECORD,
-    TRACKER,
-    FolderLock,
-    is_checkpoint,
-    iteration_folder,
-    keep_last,
-    link_best,
-    newest_checkpoint,
-    publish,
-    publish_draft,
-    remove_leftovers,
-    start_draft,
-    write_atomically,
-    write_manifest,
-)
+from megatron_peft.checkpoint import folders
 from megatron_peft.checkpoint.run_record import ADAPTER_CONFIG, RunRecord, fingerprint
 from megatron_peft.checkpoint.state import (
     TrainingState,
@@ -80,29 +65,29 @@ class DraftedCheckpoint:
         """
         with _as_not_saved(self.folder, self.iteration, self.draft):
             self.files.write_together(self._publish, self.group)
-        return iteration_folder(self.folder, self.iteration)
+        return folders.iteration_folder(self.folder, self.iteration)
 
     def _publish(self, by_rank: Sequence[Written]) -> None:
         sums = self.files.finish(by_rank)
         adapter_config = self.record.adapter_config() if self.record.config.peft.trains_adapters else None
-        (self.draft / RECORD).write_text(self.record.to_json())
+        (self.draft / folders.RECORD).write_text(self.record.to_json())
         if adapter_config:
             (self.draft / ADAPTER_CONFIG).write_text(adapter_config)
-        publish(self.draft, self.folder, self.iteration, sums)
+        folders.publish(self.draft, self.folder, self.iteration, sums)
         # The checkpoint is saved. What follows only warns if it fails.
         if adapter_config:
             _write_beside_checkpoints(self.folder / ADAPTER_CONFIG, adapter_config)
         settings, best = self.record.config.checkpoint, self.record.best
         best_iteration = best.iteration if settings.keep_best and best.loss is not None else None
         if best_iteration is not None:
-            link_best(self.folder, best_iteration)
+            folders.link_best(self.folder, best_iteration)
         if settings.keep_last_checkpoints is not None:
-            keep_last(self.folder, self.iteration, settings.keep_last_checkpoints, best_iteration)
+            folders.keep_last(self.folder, self.iteration, settings.keep_last_checkpoints, best_iteration)
 
 
 def _write_beside_checkpoints(path: Path, text: str) -> None:
     try:
-        write_atomically(path, text)
+        folders.write_atomically(path, text)
     except OSError as error:
         logger.warning("%s cannot be written: %s", path, error)
 
@@ -124,7 +109,7 @@ def draft_checkpoint(
     entries = sharded_parameters(chunks, only_adapters=state.config.peft.trains_adapters)
     record = _run_record(state, adapted_layers(chunks), entries)
     with _as_not_saved(folder, iteration):
-        draft = from_first_rank(lambda: start_draft(iteration_folder(folder, iteration)))
+        draft = from_first_rank(lambda: folders.start_draft(folders.iteration_folder(folder, iteration)))
     with _as_not_saved(folder, iteration, draft), whole_parameters(state.model_chunks):
         files = PlannedFiles(tensors_to_save(state, entries), draft, snapshot)
     return DraftedCheckpoint(folder, draft, files, record, group)
@@ -202,15 +187,15 @@ def write_new_folder(tensors: Sequence[ShardedTensor], folder: Path) -> None:
 
     def start() -> Path:
         require(not folder.exists(), f"{folder} exists already: give a folder that does not.")
-        return start_draft(folder)
+        return folders.start_draft(folder)
 
     draft = from_first_rank(start)
     try:
         files = PlannedFiles(tensors, draft)
 
         def finish(by_rank: Sequence[Written]) -> None:
-            write_manifest(draft, files.finish(by_rank))
-            publish_draft(draft, folder)
+            folders.write_manifest(draft, files.finish(by_rank))
+            folders.publish_draft(draft, folder)
 
         files.write_together(finish)
     except ConfigurationError:
@@ -245,7 +230,7 @@ class Saver:
 
     def __init__(self, settings: CheckpointConfig) -> None:
         self._folder = Path(settings.save or "")
-        self._lock: FolderLock | None = None
+        self._lock: folders.FolderLock | None = None
         self._executor: ThreadPoolExecutor | None = None
         self._group: dist.ProcessGroup | None = None
         self._pending: tuple[int, Future[Any]] | None = None
@@ -334,10 +319,10 @@ class Saver:
         return ""
 
     def _take(self, load: str | None, finetune: bool = False, **lock_settings: float) -> None:
-        lock = FolderLock(self._folder, **lock_settings)
+        lock = folders.FolderLock(self._folder, **lock_settings)
         try:
             if lock.is_held and self._lock is None:
-                remove_leftovers(self._folder)
+                folders.remove_leftovers(self._folder)
             _refuse_another_run(self._folder, load, finetune)
         except ConfigurationError:
             lock.release()
@@ -348,9 +333,9 @@ class Saver:
 def _refuse_another_run(folder: Path, load: str | None, finetune: bool) -> None:
     """A --save folder belongs to one run: another run would replace its checkpoints and metrics."""
     loads = Path(load).resolve() if load and not finetune else None
-    goes_on = loads is not None and folder.resolve() == (loads.parent if is_checkpoint(loads) else loads)
-    newest = newest_checkpoint(folder)
-    existing = newest.name if newest else f"{TRACKER} names one" * (folder / TRACKER).is_file()
+    goes_on = loads is not None and folder.resolve() == (loads.parent if folders.is_checkpoint(loads) else loads)
+    newest = folders.newest_checkpoint(folder)
+    existing = newest.name if newest else f"{folders.TRACKER} names one" * (folder / folders.TRACKER).is_file()
     require(
         goes_on or not existing,
         f"--save {folder} already holds the checkpoints of a run (the newest: {existing}), which a new run would "

@@ -20,8 +20,8 @@ from typing import Any
 from megatron_peft.config import ConfigurationError, kind_of_source, require
 from megatron_peft.config.hub import DATA_FILES, local_folder
 from megatron_peft.config.untrusted import parse_json, read_bytes, require_regular
-from megatron_peft.data.formats import Record
 
+Record = dict[str, Any]
 MAX_LINE_BYTES = 1 << 25  # once parsed, a line takes up to 25 times as much memory
 _BLOCK_BYTES = 1 << 17
 

@@ -15,15 +15,7 @@ import numpy as np
 import torch.distributed as dist
 from rich.progress import track
 
-from megatron_peft.checkpoint.folders import (
-    FileSum,
-    FolderLock,
-    damage,
-    measure,
-    publish_draft,
-    read_manifest,
-    write_manifest,
-)
+from megatron_peft.checkpoint import folders
 from megatron_peft.config import ConfigurationError, not_obeyed, require
 from megatron_peft.config.untrusted import read_json_object
 from megatron_peft.data.files import RecordFiles
@@ -140,7 +132,7 @@ class TokenCache:
         import pyarrow as pa
 
         self.folder = folder
-        shards = [folder / name for name in sorted(read_manifest(folder)) if name.endswith(".arrow")]
+        shards = [folder / name for name in sorted(folders.read_manifest(folder)) if name.endswith(".arrow")]
         table = pa.concat_tables([pa.ipc.open_stream(pa.memory_map(str(shard))).read_all() for shard in shards])
         self._ids, self._trained = table.column("ids"), table.column("trained")
         self.left_out = Counter[str](read_json_object(folder / COUNTS)["left_out"])
@@ -216,7 +208,7 @@ def open_cache(root: Path, records: RecordFiles, fit: Fit) -> TokenCache:
         return cache
 
     def require_whole() -> None:
-        problems = damage(folder, place.rank, place.size)  # of this rank's share of the files
+        problems = folders.damage(folder, place.rank, place.size)  # of this rank's share of the files
         require(not problems, _damaged(folder, "; ".join(problems)))
 
     # Arrow sees none of it before all of it is known to be what was written.
@@ -235,22 +227,22 @@ def _writing_in(root: Path) -> Iterator[None]:
         ) from error
 
 
-def _start_draft(draft: Path) -> FolderLock:
+def _start_draft(draft: Path) -> folders.FolderLock:
     """Make and hold the folder of a draft, after those of killed runs were removed, which nobody holds."""
     with _writing_in(draft.parent):
         # Those of this start are being made by other nodes at this moment, and may not be held yet.
         for left in [other for other in draft.parent.glob(".tokens-*") if other.stem != draft.stem]:
             with suppress(ConfigurationError, OSError):  # a run at work; no folder of ours
-                lock = FolderLock(left, grace_seconds=0)
+                lock = folders.FolderLock(left, grace_seconds=0)
                 if lock.is_held:
                     shutil.rmtree(left, ignore_errors=True)
                 lock.release()
-        return FolderLock(draft)
+        return folders.FolderLock(draft)
 
 
 def _write_share(
     draft: Path, records: RecordFiles, fit: Fit, rank: int, share: range
-) -> tuple[Counter[str], dict[str, FileSum]]:
+) -> tuple[Counter[str], dict[str, folders.FileSum]]:
     """Tokenize the share of a node's rank into a file. Returns the unused fields, and the file's sum by its name."""
     from datasets import Features, List, Value
     from datasets.arrow_writer import ArrowWriter
@@ -270,19 +262,19 @@ def _write_share(
                     writer.write_batch({name: [getattr(record, name) for record in batch] for name in features})
                     batch, num_tokens = [], 0
             writer.finalize()
-        return left_out, {shard.name: measure(shard)}
+        return left_out, {shard.name: folders.measure(shard)}
 
 
 def _publish(
-    draft: Path, folder: Path, written: Sequence[tuple[Counter[str], dict[str, FileSum]]], num_records: int
+    draft: Path, folder: Path, written: Sequence[tuple[Counter[str], dict[str, folders.FileSum]]], num_records: int
 ) -> None:
     """Give the draft its name, unless another node or run was faster. written: what `_write_share` returned."""
     left_out = sum((fields for fields, _ in written), Counter[str]())
     with _writing_in(folder.parent):
         (draft / COUNTS).write_text(json.dumps({"records": num_records, "left_out": left_out}))
-        write_manifest(draft, {name: file_sum for _, files in written for name, file_sum in files.items()})
+        folders.write_manifest(draft, {name: file_sum for _, files in written for name, file_sum in files.items()})
         try:
-            publish_draft(draft, folder)
+            folders.publish_draft(draft, folder)
         except OSError:
             if not folder.is_dir():
                 raise

@@ -1,6 +1,7 @@
 """Chat templates in the manner of Mistral's, Qwen2's and Qwen3's: what is rendered, and what the loss counts."""
 
 from itertools import cycle
+from pathlib import Path
 
 import pytest
 
@@ -9,54 +10,8 @@ from megatron_peft.data.records import tokenize_record
 from megatron_peft.data.tokenizers import HuggingFaceTokenizer
 from tests.data.tiny_tokenizers import save_tokenizer
 
-# Turns must alternate; a system message is written into the last user's turn.
-MISTRAL = """
-{%- set system = messages[0]['content'] if messages[0]['role'] == 'system' else '' -%}
-{%- set turns = messages[1:] if system else messages -%}
-{{- bos_token -}}
-{%- for turn in turns -%}
-    {%- if (turn['role'] == 'user') != (loop.index0 % 2 == 0) -%}
-        {{- raise_exception('user and assistant must take turns') -}}
-    {%- endif -%}
-    {%- if turn['role'] == 'user' -%}
-        {%- set last = loop.index0 >= turns | length - 2 -%}
-        {{- '[INST] ' + (system + '\n\n' if system and last else '') + turn['content'] + '[/INST]' -}}
-    {%- else -%}
-        {{- ' ' + turn['content'] + eos_token -}}
-    {%- endif -%}
-{%- endfor -%}"""
-# A default system message.
-QWEN2 = """
-{%- for message in messages -%}
-    {%- if loop.first and messages[0]['role'] != 'system' -%}
-        {{- '<|im_start|>system\nYou help.<|im_end|>\n' -}}
-    {%- endif -%}
-    {{- '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"""
-# The answer to the last question has its reasoning, even if it is empty; earlier answers lose theirs.
-QWEN3 = """
-{%- set found = namespace(last_question=messages | length - 1, searching=true) -%}
-{%- for message in messages[::-1] -%}
-    {%- if found.searching and message.role == 'user' -%}
-        {%- set found.searching = false -%}
-        {%- set found.last_question = messages | length - 1 - loop.index0 -%}
-    {%- endif -%}
-{%- endfor -%}
-{%- for message in messages -%}
-    {{- '<|im_start|>' + message.role + '\n' -}}
-    {%- if message.role == 'assistant' -%}
-        {%- set reasoning = message.reasoning_content if message.reasoning_content is string else '' -%}
-        {%- if loop.index0 > found.last_question -%}
-            {{- '<think>\n' + reasoning.strip('\n') + '\n</think>\n\n' -}}
-        {%- endif -%}
-    {%- endif -%}
-    {{- message.content + '<|im_end|>\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-    {{- '<|im_start|>assistant\n' -}}
-    {%- if enable_thinking is defined and enable_thinking is false -%}{{- '<think>\n\n</think>\n\n' -}}{%- endif -%}
-{%- endif -%}"""
+TEMPLATES = Path(__file__).parent / "templates"
+MISTRAL, QWEN2, QWEN3 = ((TEMPLATES / f"{name}.jinja").read_text() for name in ("mistral", "qwen2", "qwen3"))
 SYSTEM = {"role": "system", "content": "the cat"}
 ASKED = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "bonjour"}]
 AGAIN = [{"role": "user", "content": "world"}, {"role": "assistant", "content": "le monde"}]

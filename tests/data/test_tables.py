@@ -18,9 +18,8 @@ from megatron_peft.checkpoint.folders import write_manifest
 from megatron_peft.config import ConfigurationError, DataConfig
 from megatron_peft.data import files, instruction
 from megatron_peft.data.files import RecordFiles
-from megatron_peft.data.formats import ColumnNames
 from megatron_peft.data.instruction import InstructionDataset
-from megatron_peft.data.records import Fit
+from megatron_peft.data.records import ColumnNames, Fit
 from megatron_peft.data.tokenizers import HuggingFaceTokenizer, NullTokenizer
 from megatron_peft.runtime.launch import place_on_node, start_world
 from tests.data.test_build import build
