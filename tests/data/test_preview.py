@@ -189,12 +189,6 @@ def test_a_file_of_a_million_lines_takes_seconds(tmp_path, tokenizer_folder):
     assert took < seconds(12)  # of the processor; about 5 on an idle machine, half of it imports
 
 
-def test_samples_are_of_every_source(tmp_path):
-    paths = []
-    for name in "abc":
-        (tmp_path / f"{name}.jsonl").write_text('{"text": "1 2 3"}\n' * 30)
-        paths.append(str(tmp_path / f"{name}.jsonl"))
-    console = Console(file=io.StringIO(), width=200)
-    show(preview(*paths), console)
-    shown = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
-    assert all(path in shown for path in paths)
+def test_samples_are_of_every_source(write_lines):
+    paths = [write_lines([{"text": "1 2 3"}] * 30, f"{name}.jsonl") for name in "abc"]
+    assert all(f"of 3: {path}, line" in shown(preview(*paths), width=200) for path in paths)
