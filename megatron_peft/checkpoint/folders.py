@@ -144,10 +144,12 @@ def checkpoints(folder: Path) -> list[Path]:
     """Checkpoints to resume from, best first: `folder` itself if it is one, else the tracker's, then the newest."""
     if is_checkpoint(folder):
         return [folder]
-    tracked = _tracked_checkpoint(folder)
-    others = [path for path in _iterations(folder) if path != tracked]
-    if tracked is not None:
-        return [tracked, *others]
+    named = _named_by_tracker(folder)
+    # After a kill between the two renames of `publish` it is still aside.
+    tracked = [path for path in ((named, _aside(named)) if named else ()) if is_checkpoint(path)][:1]
+    others = [path for path in _iterations(folder) if path not in tracked]
+    if tracked:
+        return tracked + others
     if others:
         logger.warning("%s does not name a checkpoint that is there: the newest is %s", folder / TRACKER, others[0])
     return others
@@ -168,13 +170,11 @@ def tracker_text(folder: Path) -> str:
     return tracker.read_text(errors="replace").strip() if tracker.is_file() else ""
 
 
-def _tracked_checkpoint(folder: Path) -> Path | None:
+def _named_by_tracker(folder: Path) -> Path | None:
+    """An iteration's folder, or `release` where the tracker holds no number; None without a tracker."""
     text = tracker_text(folder)
-    if not (text.isascii() and text.isdecimal() and len(text) <= MOST_DIGITS):
-        return None
-    checkpoint = iteration_folder(folder, int(text))
-    places = (checkpoint, _aside(checkpoint))  # after a kill between the two renames of `publish` it is still aside
-    return next(filter(is_checkpoint, places), None)
+    is_number = text.isascii() and text.isdecimal() and len(text) <= MOST_DIGITS
+    return iteration_folder(folder, int(text)) if is_number else folder / "release" if text else None
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -438,13 +438,8 @@ RANK_FILES = ("model_optim_rng.pt", "model_rng.pt")
 def megatron_files(folder: str | Path) -> Path | None:
     """The folder with Megatron's files: `folder`, or the checkpoint in it that its tracker names; None without any."""
     folder = Path(folder)
-    places = [folder]
-    if folder.is_dir() and (ours := newest_checkpoint(folder)) is not None:
-        places.append(ours)
-    if text := tracker_text(folder):
-        is_number = text.isdecimal() and len(text) <= MOST_DIGITS
-        places.append(iteration_folder(folder, int(text)) if is_number else folder / "release")
-    return next((place for place in places if (place / INDEX).is_file() or holds_ranks(place)), None)
+    places = [folder, newest_checkpoint(folder) if folder.is_dir() else None, _named_by_tracker(folder)]
+    return next((place for place in places if place and ((place / INDEX).is_file() or holds_ranks(place))), None)
 
 
 def holds_ranks(folder: Path) -> bool:
