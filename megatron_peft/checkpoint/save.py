@@ -68,7 +68,7 @@ class DraftedCheckpoint:
         return folders.iteration_folder(self.folder, self.iteration)
 
     def _publish(self, by_rank: Sequence[Written]) -> None:
-        sums = self.files.finish(by_rank)
+        sums = self.files.complete(by_rank)
         adapter_config = self.record.adapter_config() if self.record.config.peft.trains_adapters else None
         (self.draft / folders.RECORD).write_text(self.record.to_json())
         if adapter_config:
@@ -194,7 +194,7 @@ def write_new_folder(tensors: Sequence[ShardedTensor], folder: Path) -> None:
         files = PlannedFiles(tensors, draft)
 
         def finish(by_rank: Sequence[Written]) -> None:
-            folders.write_manifest(draft, files.finish(by_rank))
+            folders.write_manifest(draft, files.complete(by_rank))
             folders.publish_draft(draft, folder)
 
         files.write_together(finish)

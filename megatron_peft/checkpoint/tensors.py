@@ -58,29 +58,6 @@ def with_data(sharded: Sharded, data: Tensor) -> Sharded:
     return replace(sharded, data=data, **own_type)
 
 
-class _DeferredWriter(torch_checkpoint.FileSystemWriter):
-    """Separates torch's planning, a collective, from writing the files, which may happen in a thread."""
-
-    def __init__(self, folder: Path) -> None:
-        # One thread: torch's writer drops exceptions of the others, and the tensors that they have not written.
-        super().__init__(folder, thread_count=1, sync_files=True)
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        self._plan, self._planner = plan, planner
-        nothing_written: Future[list[WriteResult]] = Future()
-        nothing_written.set_result([])
-        return nothing_written
-
-    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        self._metadata = metadata
-
-    def write_now(self) -> list[WriteResult]:
-        return super().write_data(self._plan, self._planner).value()
-
-    def finish_now(self, results: list[list[WriteResult]]) -> None:
-        super().finish(self._metadata, results)
-
-
 class Written(NamedTuple):
     """What a rank has written: the place of each tensor, and size and checksum of each file, by name."""
 
@@ -88,10 +65,10 @@ class Written(NamedTuple):
     sums: dict[str, FileSum]
 
 
-class PlannedFiles:
+class PlannedFiles(torch_checkpoint.FileSystemWriter):
     """A write that all ranks have planned. Of replicated tensors only the first copy is written.
 
-    The constructor is a collective; `write` and `finish` are not, and may run in a thread.
+    torch plans in the constructor, a collective; `write` and `complete` are none, and may run in a thread.
 
     torch's writer, not megatron-core's: it makes no copies, starts no processes, and reports a failed rank to all,
     where megatron-core's leaves the other ranks waiting if the disk fills up during the common file or the metadata.
@@ -103,18 +80,30 @@ class PlannedFiles:
     """
 
     def __init__(self, tensors: Iterable[ShardedTensor], folder: Path, snapshot: bool = False) -> None:
+        # One thread: torch's writer drops exceptions of the others, and the tensors that they have not written.
+        super().__init__(folder, thread_count=1, sync_files=True)
         own = [tensor for tensor in tensors if is_main_replica(tensor.replica_id)]
         own = checked_together(lambda: _copies(own) if snapshot else own)
         self.folder = folder
-        self._writer = _DeferredWriter(folder)
         planner = MCoreSavePlanner(flatten_state_dict=False)
         with _library_errors(f"{folder} could not be written"):
-            torch_checkpoint.save(mcore_to_pyt_state_dict(_by_key(own)), storage_writer=self._writer, planner=planner)
+            torch_checkpoint.save(mcore_to_pyt_state_dict(_by_key(own)), storage_writer=self, planner=planner)
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """torch calls it when all is planned. Nothing is written yet."""
+        self._plan, self._planner = plan, planner
+        nothing_written: Future[list[WriteResult]] = Future()
+        nothing_written.set_result([])
+        return nothing_written
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """torch calls it at the end of its plan."""
+        self._metadata = metadata
 
     def write(self) -> Written:
         """Write this rank's files and sync them to disk. Raises ConfigurationError if that fails."""
         with _write_errors(self.folder):
-            results = self._writer.write_now()
+            results = super().write_data(self._plan, self._planner).value()
             names = {result.storage_data.relative_path for result in results}
             return Written(results, {name: measure(self.folder / name) for name in names})
 
@@ -129,10 +118,10 @@ class PlannedFiles:
         # The other ranks wait, so that "saved" means published on every rank.
         from_first_rank(lambda: publish(by_rank or []), group)
 
-    def finish(self, by_rank: Sequence[Written]) -> dict[str, FileSum]:
+    def complete(self, by_rank: Sequence[Written]) -> dict[str, FileSum]:
         """Write the files common to all ranks, on the first rank. Returns the sums of all ranks' files, by name."""
         with _write_errors(self.folder):
-            self._writer.finish_now([written.results for written in by_rank])
+            super().finish(self._metadata, [written.results for written in by_rank])
             torch.save({}, self.folder / "common.pt")  # megatron-core expects it; we keep such values in the run record
             save_config(CheckpointingConfig("torch_dist", 1), str(self.folder))
         return {name: sums for written in by_rank for name, sums in written.sums.items()}

@@ -122,11 +122,11 @@ def test_what_torch_says_of_a_full_disk_is_said_in_words(alone, tmp_path, monkey
     torn = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
     monkeypatch.setattr(torch, "save", mock.Mock(side_effect=torn))
     with pytest.raises(ConfigurationError, match="could not be written: a file was cut short; is the disk full.$"):
-        files.finish([files.write()])
+        files.complete([files.write()])
 
 
 def test_a_folder_of_tensors_is_on_the_disk_before_it_has_its_name_and_that_after(tmp_path, monkeypatch):
-    files = SimpleNamespace(write_together=lambda publish: publish([]), finish=lambda by_rank: {})
+    files = SimpleNamespace(write_together=lambda publish: publish([]), complete=lambda by_rank: {})
     monkeypatch.setattr(save, "PlannedFiles", lambda tensors, draft: files)
     calls = recorded_calls(monkeypatch)
     save.write_new_folder([], tmp_path / "new")
