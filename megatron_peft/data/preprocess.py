@@ -7,7 +7,7 @@ imports this module, so torch and megatron-core are imported where the files are
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +62,7 @@ class DocumentEncoder:
         return [*ids, self.tokenizer.eos_id] if ids and self.config.append_eod else ids
 
 
-def encoded_documents(config: PreprocessConfig, encoder: DocumentEncoder) -> Iterator[Encoded]:
+def encoded_documents(config: PreprocessConfig, encoder: DocumentEncoder) -> Generator[Encoded, None, None]:
     """`DocumentEncoder.encode` of each record, in the order of the input, in this process or in `workers`."""
     indices = range(len(encoder.records))
     if config.workers == 1:

@@ -21,7 +21,7 @@ from megatron_peft.checkpoint.run_record import (
     weight_files,
 )
 from megatron_peft.config import ConfigurationError, flag
-from tests.checkpoint.records import SCHEDULE, SHAPE, make_config, make_record
+from tests.checkpoint.runs import SCHEDULE, SHAPE, make_config, make_record
 from tests.conversion.megatron_folders import save_distributed
 
 

@@ -19,7 +19,7 @@ from megatron_peft.conversion.peft_export import export_adapter
 from megatron_peft.conversion.to_huggingface import megatron_to_hf, merge
 from megatron_peft.conversion.to_megatron import hf_to_megatron
 from megatron_peft.conversion.verify import random_tokens, verify
-from tests.checkpoint.records import make_config, make_record
+from tests.checkpoint.runs import make_config, make_record
 from tests.conversion.adapter_runs import trained_on
 from tests.conversion.megatron_folders import ODD, global_tensors, save_random, save_run
 

@@ -10,7 +10,7 @@ import pytest
 from megatron_peft.config import ConfigurationError, DataConfig, ParallelConfig, TrainingConfig
 from megatron_peft.data.build import Data, build_data
 from megatron_peft.data.tokenizers import NullTokenizer
-from tests.checkpoint.records import make_config
+from tests.checkpoint.runs import make_config
 from tests.data.test_indexed import numbered_documents, write_indexed
 
 RECORDS = [{"prompt": str(i), "completion": f"{i} {i}"} for i in range(10)]  # 3 positions each
