@@ -79,9 +79,8 @@ def read_manifest(folder: Path) -> dict[str, FileSum]:
 def damage(checkpoint: Path, share: int = 0, num_shares: int = 1) -> list[str]:
     """What is wrong with a checkpoint's files, by name; empty if all are whole.
 
-    Args:
-        checkpoint: an iteration's folder.
-        share, num_shares: check only this share of the files (one share per rank).
+    checkpoint: an iteration's folder.
+    share, num_shares: check only this share of the files (one share per rank).
     """
     try:
         files = read_manifest(checkpoint)
@@ -145,10 +144,12 @@ def checkpoints(folder: Path) -> list[Path]:
     """Checkpoints to resume from, best first: `folder` itself if it is one, else the tracker's, then the newest."""
     if is_checkpoint(folder):
         return [folder]
-    tracked = _tracked_checkpoint(folder)
-    others = [path for path in _iterations(folder) if path != tracked]
-    if tracked is not None:
-        return [tracked, *others]
+    named = _named_by_tracker(folder)
+    # After a kill between the two renames of `publish` it is still aside.
+    tracked = [path for path in ((named, _aside(named)) if named else ()) if is_checkpoint(path)][:1]
+    others = [path for path in _iterations(folder) if path not in tracked]
+    if tracked:
+        return tracked + others
     if others:
         logger.warning("%s does not name a checkpoint that is there: the newest is %s", folder / TRACKER, others[0])
     return others
@@ -169,13 +170,11 @@ def tracker_text(folder: Path) -> str:
     return tracker.read_text(errors="replace").strip() if tracker.is_file() else ""
 
 
-def _tracked_checkpoint(folder: Path) -> Path | None:
+def _named_by_tracker(folder: Path) -> Path | None:
+    """An iteration's folder, or `release` where the tracker holds no number; None without a tracker."""
     text = tracker_text(folder)
-    if not (text.isascii() and text.isdecimal() and len(text) <= MOST_DIGITS):
-        return None
-    checkpoint = iteration_folder(folder, int(text))
-    places = (checkpoint, _aside(checkpoint))  # after a kill between the two renames of `publish` it is still aside
-    return next(filter(is_checkpoint, places), None)
+    is_number = text.isascii() and text.isdecimal() and len(text) <= MOST_DIGITS
+    return iteration_folder(folder, int(text)) if is_number else folder / "release" if text else None
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -194,8 +193,7 @@ def remove_leftovers(folder: Path) -> None:
 def publish(draft: Path, folder: Path, iteration: int, known: Mapping[str, FileSum] | None = None) -> Path:
     """Make a written draft the newest checkpoint. If the process is killed, the tracker names a whole checkpoint.
 
-    Args:
-        known: sums of files that need not be read for the manifest, by name.
+    known: sums of files that need not be read for the manifest, by name.
     """
     # Everything that needs disk space comes first: on a full disk nothing has been renamed yet.
     write_manifest(draft, known or {})
@@ -329,8 +327,7 @@ def check_new(output: str | Path) -> None:
 def new_folder(output: str | Path) -> Iterator[Path]:
     """The draft of `output`: published at the end, and removed on any error.
 
-    Raises:
-        ConfigurationError: `output` exists, its parent cannot be written, or the disk is full.
+    Raises ConfigurationError: `output` exists, its parent cannot be written, or the disk is full.
     """
     output = Path(output)
     draft: Path | None = None
@@ -360,12 +357,9 @@ class FolderLock:
     Such a lock ends with kill -9, is not inherited by forked data workers, and works on network file systems. The
     file's text only tells people who holds it.
 
-    Attributes:
-        is_held: False if the file system does not support locks (a warning is logged).
-
-    Raises:
-        ConfigurationError: another process still holds it after `grace_seconds`.
-        OSError: the lock file cannot be made.
+    is_held: False if the file system does not support locks (a warning is logged).
+    Raises ConfigurationError: another process still holds it after `grace_seconds`.
+    Raises OSError: the lock file cannot be made.
     """
 
     def __init__(self, folder: Path, grace_seconds: float = GRACE_SECONDS) -> None:
@@ -445,13 +439,8 @@ RANK_FILES = ("model_optim_rng.pt", "model_rng.pt")
 def megatron_files(folder: str | Path) -> Path | None:
     """The folder with Megatron's files: `folder`, or the checkpoint in it that its tracker names; None without any."""
     folder = Path(folder)
-    places = [folder]
-    if folder.is_dir() and (ours := newest_checkpoint(folder)) is not None:
-        places.append(ours)
-    if text := tracker_text(folder):
-        is_number = text.isdecimal() and len(text) <= MOST_DIGITS
-        places.append(iteration_folder(folder, int(text)) if is_number else folder / "release")
-    return next((place for place in places if (place / INDEX).is_file() or holds_ranks(place)), None)
+    places = [folder, newest_checkpoint(folder) if folder.is_dir() else None, _named_by_tracker(folder)]
+    return next((place for place in places if place and ((place / INDEX).is_file() or holds_ranks(place))), None)
 
 
 def holds_ranks(folder: Path) -> bool:

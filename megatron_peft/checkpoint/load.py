@@ -8,19 +8,10 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.checkpoint.metadata import Metadata
 
+from megatron_peft.checkpoint import run_record
 from megatron_peft.checkpoint.folders import TRACKER, checkpoints, damage, newest_checkpoint, tracker_text
-from megatron_peft.checkpoint.run_record import (
-    CurrentRun,
-    RunRecord,
-    changes,
-    contradictions,
-    find_checkpoint,
-    optimizer_contradictions,
-    read_record,
-    unused_schedule_values,
-)
+from megatron_peft.checkpoint.run_record import CurrentRun, RunRecord
 from megatron_peft.checkpoint.save import base_fingerprint
 from megatron_peft.checkpoint.state import (
     TrainingState,
@@ -30,7 +21,6 @@ from megatron_peft.checkpoint.state import (
     set_optimizer_steps,
 )
 from megatron_peft.checkpoint.tensors import (
-    Sharded,
     adapted_layers,
     load_parameters,
     read_tensors,
@@ -48,12 +38,9 @@ logger = logging.getLogger(__name__)
 def find_whole_checkpoint(folder: Path) -> Path | None:
     """The checkpoint to resume from, or None if there is none. Damaged ones are skipped with a warning. A collective.
 
-    Args:
-        folder: --load: a --save folder, or a single checkpoint.
-
-    Raises:
-        ConfigurationError: on every rank, if there are checkpoints but none is whole (it names the damage), or if the
-            tracker names a checkpoint that is missing.
+    folder: --load: a --save folder, or a single checkpoint.
+    Raises ConfigurationError, on every rank, if there are checkpoints but none is whole (it names the damage), or if
+    the tracker names a checkpoint that is missing.
     """
     problems: list[str] = []
     for checkpoint in from_first_rank(lambda: _candidates(folder)):
@@ -96,8 +83,7 @@ def resolve_resume(settings: CheckpointConfig) -> CheckpointConfig:
 
     If --save holds a checkpoint, the run resumes from it, and --load (where the run once began) is not read again.
 
-    Raises:
-        ConfigurationError: the folder's tracker names a checkpoint that is missing.
+    Raises ConfigurationError: the folder's tracker names a checkpoint that is missing.
     """
     if settings.resume == "never" or not _candidates(Path(settings.save or "")):
         return settings
@@ -109,11 +95,8 @@ def check_resume(config: RunConfig, shape: ModelShape, schedule: Mapping[str, An
 
     `load_checkpoint` compares again, with the adapted layers too, and with an older record if the newest is damaged.
 
-    Args:
-        schedule: of this run, `state_dict` of megatron-core's.
-
-    Raises:
-        ConfigurationError: on every rank, if they contradict each other.
+    schedule: of this run, `state_dict` of megatron-core's.
+    Raises ConfigurationError, on every rank, if they contradict each other.
     """
     settings = config.checkpoint
 
@@ -122,7 +105,7 @@ def check_resume(config: RunConfig, shape: ModelShape, schedule: Mapping[str, An
         if checkpoint is None:
             return
         try:
-            record = read_record(checkpoint)
+            record = run_record.read_record(checkpoint)
         except ConfigurationError:
             return  # damaged: `load_checkpoint` goes back to an older one, or names the damage
         base = base_fingerprint(config.model.pretrained_checkpoint)
@@ -164,12 +147,9 @@ def load_checkpoint(state: TrainingState) -> Path | None:
     --finetune loads the parameters only, --no-load-optim and --no-load-rng leave their part out. At another layout
     everything but the generators is restored.
 
-    Returns:
-        The checkpoint, or None if there was none.
-
-    Raises:
-        ConfigurationError: on every rank and before anything has changed, if the checkpoint has another method, rank,
-            base model, ..., or no checkpoint is whole (`find_whole_checkpoint`).
+    Returns the checkpoint, or None if there was none.
+    Raises ConfigurationError, on every rank and before anything has changed, if the checkpoint has another method,
+    rank, base model, ..., or no checkpoint is whole (`find_whole_checkpoint`).
     """
     settings = state.config.checkpoint
     if settings.load is None:
@@ -181,7 +161,7 @@ def load_checkpoint(state: TrainingState) -> Path | None:
         _warn("--load %s holds no checkpoint: starting from the beginning", folder)
         return None
     chunks = [chunk.module for chunk in state.model_chunks]
-    record = from_first_rank(lambda: read_record(checkpoint))
+    record = from_first_rank(lambda: run_record.read_record(checkpoint))
     current = CurrentRun(
         state.config,
         state.shape,
@@ -193,38 +173,41 @@ def load_checkpoint(state: TrainingState) -> Path | None:
     resumes_optimizer = _resumes_optimizer(settings)
     # All of the record is compared before the first tensor is read, so that a refused checkpoint changes nothing.
     checked_together(lambda: _refuse(record, current, resumes_optimizer))
-    if not settings.finetune and (warning := changes(record, current)):
+    if not settings.finetune and (warning := run_record.changes(record, current)):
         _warn("%s", warning)
     entries = sharded_parameters(chunks, only_adapters=state.config.peft.trains_adapters)
     index = load_parameters(entries, checkpoint)
     state.optimizer.reload_model_params()  # copies them into the float32 masters
     if resumes_optimizer:
-        _load_optimizer(state, entries, record, checkpoint, index)
+        assert record.optimizer_steps is not None and record.schedule is not None
+        read_tensors(optimizer_targets(state.optimizer, entries, stored_shapes(index)), checkpoint, index)
+        set_optimizer_steps(state.optimizer, entries, record.optimizer_steps)
+        _load_schedule(state, record.schedule)
     if not settings.finetune:
         for name, value in record.position.items():
             setattr(state.position, name, value)
         state.best = record.best
     if not (settings.finetune or settings.no_load_rng):
-        _load_random(checkpoint, index)
+        targets = random_targets(stored_shapes(index))
+        read_tensors(targets, checkpoint, index)  # a collective: without targets too
+        if targets:
+            restore_random(targets)
+        else:
+            _warn("%s holds no random generators for this layout: they start from --seed", checkpoint)
     return checkpoint
 
 
 def load_trained_parameters(model_chunks: Sequence[nn.Module], folder: str | Path) -> RunRecord:
     """Load the parameters of the newest checkpoint in a --save folder, for scoring and generation.
 
-    Args:
-        model_chunks: this rank's, bare, with the base loaded and adapters attached as in `read_run_record(folder)`.
-        folder: a --save folder, or a checkpoint in it.
-
-    Returns:
-        The record of the run.
-
-    Raises:
-        ConfigurationError: on every rank: there is no checkpoint, it is damaged, or it has other parameters.
+    model_chunks: this rank's, bare, with the base loaded and adapters attached as in `read_run_record(folder)`.
+    folder: a --save folder, or a checkpoint in it.
+    Returns the record of the run.
+    Raises ConfigurationError, on every rank: there is no checkpoint, it is damaged, or it has other parameters.
     """
-    checkpoint = from_first_rank(lambda: find_checkpoint(folder))
+    checkpoint = from_first_rank(lambda: run_record.find_checkpoint(folder))
     require_whole(checkpoint)
-    record = from_first_rank(lambda: read_record(checkpoint))
+    record = from_first_rank(lambda: run_record.read_record(checkpoint))
     entries = sharded_parameters(model_chunks, only_adapters=record.config.peft.trains_adapters)
     load_parameters(entries, checkpoint)
     return record
@@ -232,21 +215,11 @@ def load_trained_parameters(model_chunks: Sequence[nn.Module], folder: str | Pat
 
 def _refuse(record: RunRecord, current: CurrentRun, resumes_optimizer: bool) -> None:
     if dist.get_rank() == 0:  # only it has read the base model's files
-        problems = contradictions(record, current)
+        problems = run_record.contradictions(record, current)
         if resumes_optimizer and not problems:
-            problems = optimizer_contradictions(record, current)
+            problems = run_record.optimizer_contradictions(record, current)
         if problems:
             raise ConfigurationError(*problems)
-
-
-def _load_optimizer(
-    state: TrainingState, entries: Sequence[Sharded], record: RunRecord, checkpoint: Path, index: Metadata
-) -> None:
-    assert record.optimizer_steps is not None and record.schedule is not None
-    targets = optimizer_targets(state.optimizer, entries, stored_shapes(index))
-    read_tensors(targets, checkpoint, index)
-    set_optimizer_steps(state.optimizer, entries, record.optimizer_steps)
-    _load_schedule(state, record.schedule)
 
 
 def _load_schedule(state: TrainingState, stored: Mapping[str, Any]) -> None:
@@ -254,21 +227,12 @@ def _load_schedule(state: TrainingState, stored: Mapping[str, Any]) -> None:
     max_lr, min_lr = schedule.max_lr, schedule.min_lr
     own = schedule.state_dict()
     schedule.num_steps = 0  # megatron-core adds the stored steps
-    schedule.load_state_dict({**stored, **{name: own[name] for name in unused_schedule_values(own)}})
+    schedule.load_state_dict({**stored, **{name: own[name] for name in run_record.unused_schedule_values(own)}})
     if (schedule.max_lr, schedule.min_lr) != (max_lr, min_lr):
         for group in state.optimizer.param_groups:  # the schedule reads their rates, multiples of its own (LoRA+)
             ratio = group["max_lr"] / max_lr
             group["max_lr"], group["min_lr"] = ratio * schedule.max_lr, ratio * schedule.min_lr
     schedule.step(0)
-
-
-def _load_random(checkpoint: Path, index: Metadata) -> None:
-    targets = random_targets(stored_shapes(index))
-    if not targets:
-        _warn("%s holds no random generators for this layout: they start from --seed", checkpoint)
-    read_tensors(targets, checkpoint, index)  # a collective: without targets too
-    if targets:
-        restore_random(targets)
 
 
 def _warn(message: str, *values: Any) -> None:

@@ -9,14 +9,8 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from megatron_peft.checkpoint.folders import (
-    MANIFEST,
-    RANK_FILES,
-    RANK_FOLDER,
-    RECORD,
-    megatron_files,
-    newest_checkpoint,
-)
+from megatron_peft.checkpoint import folders
+from megatron_peft.checkpoint.folders import MANIFEST, RECORD
 from megatron_peft.config import (
     ConfigurationError,
     PeftConfig,
@@ -24,6 +18,7 @@ from megatron_peft.config import (
     config_from_dict,
     config_to_dict,
     flag,
+    mistyped,
     require,
 )
 from megatron_peft.config.untrusted import parse_json, read_text
@@ -58,16 +53,15 @@ class BestValidation:
 class RunRecord:
     """Everything in a checkpoint except its tensors.
 
-    Args:
-        config: of the run.
-        shape: of the base model.
-        position: counters by name (`iteration`, `consumed_samples`, ...).
-        adapted_layers: global names of the layers with an adapter, over all ranks; empty for full fine-tuning.
-        base_fingerprint: {file name: digest} of the base model's folder; None if it could not be read.
-        schedule: state of megatron-core's learning-rate schedule; None without optimizer state.
-        optimizer_steps: updates that each parameter has had, by key; None without optimizer state.
-        data_digest: of the training data's files; None in older records.
-        best: the lowest validation loss so far; older records have none.
+    config: of the run.
+    shape: of the base model.
+    position: counters by name (`iteration`, `consumed_samples`, ...).
+    adapted_layers: global names of the layers with an adapter, over all ranks; empty for full fine-tuning.
+    base_fingerprint: {file name: digest} of the base model's folder; None if it could not be read.
+    schedule: state of megatron-core's learning-rate schedule; None without optimizer state.
+    optimizer_steps: updates that each parameter has had, by key; None without optimizer state.
+    data_digest: of the training data's files; None in older records.
+    best: the lowest validation loss so far; older records have none.
     """
 
     config: RunConfig
@@ -100,35 +94,31 @@ class RunRecord:
             version <= FORMAT_VERSION,
             f"it has format {version} and this version of megatron_peft reads up to {FORMAT_VERSION}: update it.",
         )
-        position, steps, layers = fields["position"], fields["optimizer_steps"], fields["adapted_layers"]
-        if not position.keys() <= set(COUNTERS) or "iteration" not in position or not _are_counts(position):
-            raise ValueError(f"its position is {position}")
-        if not (steps is None or _are_counts(steps)):
-            raise ValueError("its optimizer_steps must be non-negative integers")
-        _require_schedule(fields["schedule"])
-        digests = [fields.get("data_digest"), *(fields["base_fingerprint"] or {}).values()]
-        if not all(isinstance(digest, str | None) for digest in digests):
-            raise ValueError("its data_digest and base_fingerprint must be texts")
-        if not isinstance(layers, list) or not all(isinstance(layer, str) for layer in layers):
-            raise ValueError("its adapted_layers are not names")
-        data = fields["config"].get("data", {})
+        data, shape = fields["config"].get("data", {}), fields["shape"]
         if isinstance(data, dict) and data.get("pack_sequences"):
             data.setdefault("packing", "next-fit")  # there was no other before there was a flag for it
-        fields["config"] = config_from_dict(fields["config"])
-        shape = fields["shape"]
-        scaling, biases = shape["rope_scaling"], shape["linear_biases"]
-        if not isinstance(biases, list) or not all(isinstance(name, str) for name in biases):
-            raise ValueError(f"its linear_biases are {biases}")
+        biases, scaling = shape["linear_biases"], shape["rope_scaling"]
         rope_scaling = None if scaling is None else RopeScaling(**scaling)
-        changed = {"linear_biases": frozenset(biases), "rope_scaling": rope_scaling}
-        fields["shape"] = ModelShape(**{**shape, **changed})
-        fields["adapted_layers"] = tuple(layers)
-        best = BestValidation(**(fields.get("best") or {}))
-        is_loss = best.loss is None or type(best.loss) in (int, float)
-        counts = {"iteration": best.iteration, "num_since": best.num_since}
-        if not is_loss or not _are_counts(counts) or type(best.was_interrupted) is not bool:
-            raise ValueError(f"its best validation is {fields.get('best')}")
-        return cls(**{**fields, "best": best})
+        read = {
+            "config": config_from_dict(fields["config"]),
+            "shape": ModelShape(**{**shape, "linear_biases": frozenset(biases), "rope_scaling": rope_scaling}),
+            "adapted_layers": tuple(fields["adapted_layers"]),
+            "best": BestValidation(**(fields.get("best") or {})),
+        }
+        record = cls(**{**fields, **read})
+        counters, steps = record.position, record.optimizer_steps
+        are_right = {
+            "position": {"iteration"} <= counters.keys() <= set(COUNTERS) and _are_counts(counters),
+            "optimizer_steps": steps is None or _are_counts(steps),
+            "schedule": record.schedule is None or _is_schedule(record.schedule),
+            "base_fingerprint": all(isinstance(digest, str) for digest in (record.base_fingerprint or {}).values()),
+            "linear_biases": isinstance(biases, list) and all(isinstance(name, str) for name in biases),
+        }
+        wrong = [name for name, is_right in are_right.items() if not is_right]
+        wrong += mistyped(record) + mistyped(record.best)
+        if wrong:
+            raise ValueError(f"its {', '.join(wrong)} cannot be that of a run")
+        return record
 
     def adapter_config(self) -> str:
         """JSON with the method's settings and the base model, for people and for tools that look for adapters."""
@@ -148,7 +138,7 @@ def read_run_record(folder: str | Path) -> RunRecord:
 
 def find_checkpoint(folder: str | Path) -> Path:
     """The newest checkpoint in a --save folder. Raises ConfigurationError if there is none."""
-    checkpoint = newest_checkpoint(Path(folder))
+    checkpoint = folders.newest_checkpoint(Path(folder))
     if checkpoint is None:
         raise ConfigurationError(f"{folder} holds no checkpoint: give the --save folder of a run.")
     return checkpoint
@@ -164,18 +154,17 @@ def read_record(checkpoint: Path) -> RunRecord:
         raise ConfigurationError(f"{path} cannot be read: {error}") from error
 
 
-def _require_schedule(schedule: Any) -> None:
-    if schedule is None:
-        return
-    for name in (*SCHEDULE_FLAGS, "num_steps"):
-        value = schedule[name]
-        wanted = str if name.endswith("_style") else int if name.endswith("_steps") else (int, float)
-        if not isinstance(value, wanted) or isinstance(value, bool) or (not isinstance(value, str) and value < 0):
-            raise ValueError(f"its schedule has {name} {value!r}")
-
-
 def _are_counts(numbers: Mapping[str, Any]) -> bool:
     return all(type(number) is int and number >= 0 for number in numbers.values())
+
+
+def _is_schedule(schedule: Mapping[str, Any]) -> bool:
+    kinds: dict[str, tuple[type, ...]] = {"style": (str,), "steps": (int,)}  # others are rates
+    return all(
+        type(value := schedule[name]) in kinds.get(name.rpartition("_")[2], (int, float))
+        and (isinstance(value, str) or value >= 0)
+        for name in (*SCHEDULE_FLAGS, "num_steps")
+    )
 
 
 # Whether a run may load a checkpoint. Every contradiction is an error with both values and the way out.
@@ -366,7 +355,7 @@ def fingerprint(folder: str) -> dict[str, str]:
     Raises OSError if the folder or a file cannot be read.
     """
     root = Path(folder)
-    place = megatron_files(root) or root
+    place = folders.megatron_files(root) or root
     described = [path for path in (root / "config.json", place / "config.json", place / MANIFEST) if path.is_file()]
     files = dict.fromkeys([*described, *weight_files(place)])
     if not files:
@@ -377,8 +366,8 @@ def fingerprint(folder: str) -> dict[str, str]:
 def weight_files(folder: Path) -> list[Path]:
     """The files with weights, sorted: those of one pattern, or of the folders of old Megatron ranks."""
     matches = (sorted(folder.glob(pattern)) for pattern in WEIGHT_PATTERNS)
-    ranks = (path for path in sorted(folder.glob("mp_rank_*")) if RANK_FOLDER.fullmatch(path.name))
-    of_ranks = [path / name for path in ranks for name in RANK_FILES if (path / name).is_file()]
+    ranks = (path for path in sorted(folder.glob("mp_rank_*")) if folders.RANK_FOLDER.fullmatch(path.name))
+    of_ranks = [path / name for path in ranks for name in folders.RANK_FILES if (path / name).is_file()]
     return next((files for files in matches if files), of_ranks)
 
 

@@ -11,23 +11,15 @@ import pickle
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Size
 from torch.distributed.checkpoint import metadata as torch_metadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.config.untrusted import read_bytes
@@ -61,25 +53,24 @@ class Inert:
         self.arguments = args
 
     def __setstate__(self, state: Any) -> None:
-        if isinstance(state, dict):
-            self.__dict__.update(state)
+        self.__dict__.update(state if isinstance(state, dict) else {"state": state})
 
 
 def load_inertly(path: Path) -> Any:
     """Content of a torch.save file, with memory-mapped tensors and objects of known libraries as `Inert`.
 
-    Raises:
-        ConfigurationError: it names anything else, or it is truncated. Nothing in it was run.
+    Raises ConfigurationError: it names anything else, or it is truncated. Nothing in it was run.
     """
+    declared = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()  # megatron-core adds to torch's list of safe classes when it is imported
     try:
         require_harmless(path)
-        with _no_safe_globals():
-            names = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
-            _refuse(path, [name for name in names if not INERT_NAMES.fullmatch(name)])
-            # One class for each name: torch's unpickler looks classes up by value.
-            stand_ins: list[Any] = [(type("Inert_" + name.rpartition(".")[2], (Inert,), {}), name) for name in names]
-            with torch.serialization.safe_globals(stand_ins):
-                return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+        _refuse(path, [name for name in names if not INERT_NAMES.fullmatch(name)])
+        # One class for each name: torch's unpickler looks classes up by value.
+        stand_ins: list[Any] = [(type("Inert_" + name.rpartition(".")[2], (Inert,), {}), name) for name in names]
+        with torch.serialization.safe_globals(stand_ins):
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except ConfigurationError:
         raise
     except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
@@ -87,13 +78,15 @@ def load_inertly(path: Path) -> Any:
         raise ConfigurationError(
             f"{path} cannot be read: it is truncated, or not a file of torch.save ({reason})."
         ) from error
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(declared)
 
 
 def require_harmless(path: Path) -> None:
     """Unpickle a torch.save file without its tensors, to find out whether torch would crash. Takes milliseconds.
 
-    Raises:
-        pickle.UnpicklingError, RuntimeError and the like: torch would crash, or the file is truncated.
+    Raises pickle.UnpicklingError, RuntimeError and the like: torch would crash, or the file is truncated.
     """
     with torch.serialization._open_zipfile_reader(str(path)) as archive:
         if archive.has_record("data.pkl"):
@@ -113,9 +106,8 @@ def read_metadata(folder: Path) -> Metadata:
 
     Entries of other objects are dropped, so that no reader unpickles them.
 
-    Raises:
-        ConfigurationError: it names a class that no index needs or a file outside `folder`, it is truncated, or slices
-            of a tensor are missing. Nothing in it was run.
+    Raises ConfigurationError: it names a class that no index needs or a file outside `folder`, it is truncated, or
+    slices of a tensor are missing. Nothing in it was run.
     """
     path = folder / ".metadata"
     unpickler = _IndexUnpickler(path)
@@ -132,19 +124,6 @@ def read_metadata(folder: Path) -> Metadata:
     finally:
         if was_enabled:
             gc.enable()
-
-
-class _Plain:
-    """A pickled object, with its arguments and state, in place of any class of torch."""
-
-    arguments: tuple[Any, ...] = ()
-    state: Any = None
-
-    def __init__(self, *arguments: Any) -> None:
-        self.arguments = arguments
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
 
 
 class BoundedUnpickler(pickle._Unpickler):  # pyright: ignore[reportAttributeAccessIssue]
@@ -201,10 +180,10 @@ class _Rehearsal(BoundedUnpickler):
     """Reads a pickle and drops the result."""
 
     def find_class(self, module: str, name: str) -> Any:
-        return type(name, (_Plain if module not in ("collections", "builtins", "__builtin__") else _Collection,), {})
+        return type(name, (Inert if module not in ("collections", "builtins", "__builtin__") else _Collection,), {})
 
     def persistent_load(self, pid: Any) -> Any:
-        return _Plain()
+        return Inert()
 
 
 class _IndexUnpickler(BoundedUnpickler):
@@ -217,18 +196,18 @@ class _IndexUnpickler(BoundedUnpickler):
     def __init__(self, path: Path) -> None:
         super().__init__(io.BytesIO(read_bytes(path)))
         self._path = path
-        self._classes: dict[str, type[_Plain]] = {}
+        self._classes: dict[str, type[Inert]] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         whole = f"{module}.{name}"
         if whole == "builtins.getattr":
-            return self._classes.setdefault(name, type(name, (_Plain,), {"__init__": self._check_member}))
+            return self._classes.setdefault(name, type(name, (Inert,), {"__init__": self._check_member}))
         known = module == torch_metadata.__name__ and name in METADATA_CLASSES
         if not known and not METADATA_NAMES.fullmatch(whole):
             _refuse(self._path, [whole])
         if isinstance(dtype := getattr(torch, name, None), torch.dtype) and module == "torch":
             return dtype
-        return self._classes.setdefault(name, type(name, (_Plain,), {}))
+        return self._classes.setdefault(name, type(name, (Inert,), {}))
 
     def _check_member(self, *arguments: Any) -> None:
         """Python 3.11.0 to 3.11.3 pickle a member of an enumeration as getattr(enumeration, name)."""
@@ -240,14 +219,13 @@ class _IndexUnpickler(BoundedUnpickler):
         root = self.load()
         is_index = any(type(root) is self._classes.get(name) for name in ("Metadata", "MCoreMetadata"))
         require(is_index, f"{self._path} is not an index of a distributed checkpoint.")
-        fields = self._typed(root.state, dict)
-        stored = self._typed(fields["state_dict_metadata"], dict)
+        stored = self._typed(vars(root)["state_dict_metadata"], dict)
         tensors = {
             self._typed(key, str): self._tensor(entry)
             for key, entry in stored.items()
             if type(entry) is not self._classes.get("BytesStorageMetadata")
         }
-        places = dict(map(self._place, self._typed(fields["storage_data"], dict).items()))
+        places = dict(map(self._place, self._typed(vars(root)["storage_data"], dict).items()))
         torn = [key for key, tensor in tensors.items() if not _is_whole(key, tensor, places)]
         require(
             not torn,
@@ -259,10 +237,9 @@ class _IndexUnpickler(BoundedUnpickler):
     def _tensor(self, entry: Any) -> TensorStorageMetadata:
         fields = self._state(entry, "TensorStorageMetadata")
         chunks = [self._state(chunk, "ChunkStorageMetadata") for chunk in self._typed(fields["chunks"], list)]
-        properties = self._typed(fields["properties"], self._classes["TensorProperties"])
-        dtype, *_ = self._typed(properties.state, tuple)
+        dtype, *_ = self._typed(self._state(fields["properties"], "TensorProperties")["state"], tuple)
         return TensorStorageMetadata(
-            TensorProperties(self._typed(dtype, torch.dtype)),
+            torch_metadata.TensorProperties(self._typed(dtype, torch.dtype)),
             self._size(fields["size"]),
             [ChunkStorageMetadata(self._size(chunk["offsets"]), self._size(chunk["sizes"])) for chunk in chunks],
         )
@@ -278,10 +255,10 @@ class _IndexUnpickler(BoundedUnpickler):
         return index, _StorageInfo(file, self._count(place["offset"]), self._count(place["length"]))
 
     def _state(self, value: Any, name: str) -> dict[str, Any]:
-        return self._typed(self._typed(value, self._classes[name]).state, dict)
+        return vars(self._typed(value, self._classes[name]))
 
     def _size(self, value: Any) -> torch.Size:
-        (numbers,) = self._typed(value, self._classes["Size"]).arguments
+        (numbers,) = self._state(value, "Size")["arguments"]
         return torch.Size(map(self._count, self._typed(numbers, tuple)))
 
     def _count(self, value: Any) -> int:
@@ -307,7 +284,7 @@ def _is_whole(key: str, tensor: TensorStorageMetadata, places: Mapping[MetadataI
     # Count +1 and -1 at the corners of a box in turn: those of the slices add up to those of the tensor only if the
     # slices fill it, since each box is the sum of its corners' counts up to each index.
     corners: Counter[tuple[int, ...]] = Counter()
-    whole = ChunkStorageMetadata(Size([0] * len(tensor.size)), tensor.size)
+    whole = ChunkStorageMetadata(torch.Size([0] * len(tensor.size)), tensor.size)
     for box, sign in [(whole, 1), *((chunk, -1) for chunk in tensor.chunks)]:
         if not len(box.offsets) == len(box.sizes) == len(tensor.size) <= _MAX_DIMS:
             return False
@@ -315,17 +292,6 @@ def _is_whole(key: str, tensor: TensorStorageMetadata, places: Mapping[MetadataI
             corner = tuple(start + size * end for start, size, end in zip(box.offsets, box.sizes, ends, strict=True))
             corners[corner] += sign * (-1) ** sum(ends)
     return not any(corners.values()) and all(MetadataIndex(key, chunk.offsets) in places for chunk in tensor.chunks)
-
-
-@contextmanager
-def _no_safe_globals() -> Iterator[None]:
-    """Clear torch's list of safe classes inside: megatron-core adds to it when it is imported."""
-    declared = torch.serialization.get_safe_globals()
-    torch.serialization.clear_safe_globals()
-    try:
-        yield
-    finally:
-        torch.serialization.add_safe_globals(declared)
 
 
 def _refuse(path: Path, names: list[str]) -> None:

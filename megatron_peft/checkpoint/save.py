@@ -14,22 +14,7 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-from megatron_peft.checkpoint.folders import (
-    RECORD,
-    TRACKER,
-    FolderLock,
-    is_checkpoint,
-    iteration_folder,
-    keep_last,
-    link_best,
-    newest_checkpoint,
-    publish,
-    publish_draft,
-    remove_leftovers,
-    start_draft,
-    write_atomically,
-    write_manifest,
-)
+from megatron_peft.checkpoint import folders
 from megatron_peft.checkpoint.run_record import ADAPTER_CONFIG, RunRecord, fingerprint
 from megatron_peft.checkpoint.state import (
     TrainingState,
@@ -48,7 +33,7 @@ from megatron_peft.checkpoint.tensors import (
 )
 from megatron_peft.config import CheckpointConfig, ConfigurationError, require
 from megatron_peft.parallel.collectives import from_first_rank
-from megatron_peft.runtime.launch import checked_together, device_setter, gather_over_world
+from megatron_peft.runtime.launch import device_setter
 
 logger = logging.getLogger(__name__)
 
@@ -75,42 +60,34 @@ class DraftedCheckpoint:
     def complete(self) -> Path:
         """Write this rank's files; when all ranks have, the first one publishes. A collective of `group`.
 
-        Returns:
-            The checkpoint, `<save>/iter_0000050`, now the newest.
-
-        Raises:
-            CheckpointNotSaved: on every rank. Earlier checkpoints are untouched, and the draft is removed.
+        Returns the checkpoint, `<save>/iter_0000050`, now the newest.
+        Raises CheckpointNotSaved, on every rank: earlier checkpoints are untouched, and the draft is removed.
         """
         with _as_not_saved(self.folder, self.iteration, self.draft):
-            # All ranks wait here until all files are on disk: what is published is complete.
-            own = checked_together(self.files.write, self.group)
-            by_rank: list[Written] | None = [own] * dist.get_world_size() if dist.get_rank() == 0 else None
-            dist.gather_object(own, by_rank, dst=0, group=self.group)
-            # The other ranks wait, so that "saved" means published on every rank.
-            from_first_rank(lambda: self._publish(by_rank or []), self.group)
-        return iteration_folder(self.folder, self.iteration)
+            self.files.write_together(self._publish, self.group)
+        return folders.iteration_folder(self.folder, self.iteration)
 
     def _publish(self, by_rank: Sequence[Written]) -> None:
-        sums = self.files.finish(by_rank)
+        sums = self.files.complete(by_rank)
         adapter_config = self.record.adapter_config() if self.record.config.peft.trains_adapters else None
-        (self.draft / RECORD).write_text(self.record.to_json())
+        (self.draft / folders.RECORD).write_text(self.record.to_json())
         if adapter_config:
             (self.draft / ADAPTER_CONFIG).write_text(adapter_config)
-        publish(self.draft, self.folder, self.iteration, sums)
+        folders.publish(self.draft, self.folder, self.iteration, sums)
         # The checkpoint is saved. What follows only warns if it fails.
         if adapter_config:
             _write_beside_checkpoints(self.folder / ADAPTER_CONFIG, adapter_config)
         settings, best = self.record.config.checkpoint, self.record.best
         best_iteration = best.iteration if settings.keep_best and best.loss is not None else None
         if best_iteration is not None:
-            link_best(self.folder, best_iteration)
+            folders.link_best(self.folder, best_iteration)
         if settings.keep_last_checkpoints is not None:
-            keep_last(self.folder, self.iteration, settings.keep_last_checkpoints, best_iteration)
+            folders.keep_last(self.folder, self.iteration, settings.keep_last_checkpoints, best_iteration)
 
 
 def _write_beside_checkpoints(path: Path, text: str) -> None:
     try:
-        write_atomically(path, text)
+        folders.write_atomically(path, text)
     except OSError as error:
         logger.warning("%s cannot be written: %s", path, error)
 
@@ -122,12 +99,9 @@ def draft_checkpoint(
 
     It holds the adapters (for full fine-tuning the whole model), optimizer, schedule, generators and position.
 
-    Args:
-        snapshot: copy the state, so that the run may go on before the files are written.
-        group: all ranks; a gloo group for this purpose alone if `complete` runs in a thread.
-
-    Raises:
-        CheckpointNotSaved: on every rank.
+    snapshot: copy the state, so that the run may go on before the files are written.
+    group: all ranks; a gloo group for this purpose alone if `complete` runs in a thread.
+    Raises CheckpointNotSaved on every rank.
     """
     assert state.config.checkpoint.save is not None
     folder, iteration = Path(state.config.checkpoint.save), state.position.iteration
@@ -135,7 +109,7 @@ def draft_checkpoint(
     entries = sharded_parameters(chunks, only_adapters=state.config.peft.trains_adapters)
     record = _run_record(state, adapted_layers(chunks), entries)
     with _as_not_saved(folder, iteration):
-        draft = from_first_rank(lambda: start_draft(iteration_folder(folder, iteration)))
+        draft = from_first_rank(lambda: folders.start_draft(folders.iteration_folder(folder, iteration)))
     with _as_not_saved(folder, iteration, draft), whole_parameters(state.model_chunks):
         files = PlannedFiles(tensors_to_save(state, entries), draft, snapshot)
     return DraftedCheckpoint(folder, draft, files, record, group)
@@ -158,8 +132,7 @@ def _as_not_saved(folder: Path, iteration: int, draft: Path | None = None) -> It
 def tensors_to_save(state: TrainingState, entries: Sequence[Sharded]) -> list[ShardedTensor]:
     """This rank's tensors of a checkpoint: parameters, optimizer and generators, as far as they are saved.
 
-    Args:
-        entries: of the parameters that are saved (`sharded_parameters`).
+    entries: of the parameters that are saved (`sharded_parameters`).
     """
     settings = state.config.checkpoint
     tensors = [tensor for entry in entries for tensor in global_slices(entry)]
@@ -209,24 +182,22 @@ def base_fingerprint(folder: str | None) -> Mapping[str, str] | None:
 def write_new_folder(tensors: Sequence[ShardedTensor], folder: Path) -> None:
     """Write a folder that does not exist yet, whole or not at all, with a manifest. A collective.
 
-    Raises:
-        ConfigurationError: on every rank: the folder exists, or cannot be written.
+    Raises ConfigurationError, on every rank: the folder exists, or cannot be written.
     """
 
     def start() -> Path:
         require(not folder.exists(), f"{folder} exists already: give a folder that does not.")
-        return start_draft(folder)
+        return folders.start_draft(folder)
 
     draft = from_first_rank(start)
     try:
         files = PlannedFiles(tensors, draft)
-        by_rank = gather_over_world(checked_together(files.write))
 
-        def finish() -> None:
-            write_manifest(draft, files.finish(by_rank))
-            publish_draft(draft, folder)
+        def finish(by_rank: Sequence[Written]) -> None:
+            folders.write_manifest(draft, files.complete(by_rank))
+            folders.publish_draft(draft, folder)
 
-        from_first_rank(finish)
+        files.write_together(finish)
     except ConfigurationError:
         if dist.get_rank() == 0:
             shutil.rmtree(draft, ignore_errors=True)
@@ -253,14 +224,13 @@ class Saver:
 
     The constructor and `start` are collectives. Without --save, `start` must not be called.
 
-    Raises:
-        ConfigurationError: on every rank: another run is saving there; or another run has saved there, and --load does
-            not resume it; or the folder cannot be written.
+    Raises ConfigurationError, on every rank: another run is saving there; or another run has saved there, and --load
+    does not resume it; or the folder cannot be written.
     """
 
     def __init__(self, settings: CheckpointConfig) -> None:
         self._folder = Path(settings.save or "")
-        self._lock: FolderLock | None = None
+        self._lock: folders.FolderLock | None = None
         self._executor: ThreadPoolExecutor | None = None
         self._group: dist.ProcessGroup | None = None
         self._pending: tuple[int, Future[Any]] | None = None
@@ -276,8 +246,7 @@ class Saver:
 
         `finish` returns the outcome. It must have been called for the previous save.
 
-        Raises:
-            ConfigurationError: on every rank: the folder was moved away, and another run's is in its place.
+        Raises ConfigurationError, on every rank: the folder was moved away, and another run's is in its place.
         """
         assert self._pending is None, "a save is under way"
         save: Future[Any] = Future()
@@ -326,9 +295,8 @@ class Saver:
     def hold_folder(self) -> None:
         """Make and lock the folder again if somebody has moved or removed it. Does nothing except on the first rank.
 
-        Raises:
-            ConfigurationError: another run saves there by now, or has saved there.
-            OSError: the folder cannot be made.
+        Raises ConfigurationError: another run saves there by now, or has saved there.
+        Raises OSError: the folder cannot be made.
         """
         before = self._lock
         if before is None or before.is_in_place:
@@ -351,10 +319,10 @@ class Saver:
         return ""
 
     def _take(self, load: str | None, finetune: bool = False, **lock_settings: float) -> None:
-        lock = FolderLock(self._folder, **lock_settings)
+        lock = folders.FolderLock(self._folder, **lock_settings)
         try:
             if lock.is_held and self._lock is None:
-                remove_leftovers(self._folder)
+                folders.remove_leftovers(self._folder)
             _refuse_another_run(self._folder, load, finetune)
         except ConfigurationError:
             lock.release()
@@ -365,9 +333,9 @@ class Saver:
 def _refuse_another_run(folder: Path, load: str | None, finetune: bool) -> None:
     """A --save folder belongs to one run: another run would replace its checkpoints and metrics."""
     loads = Path(load).resolve() if load and not finetune else None
-    goes_on = loads is not None and folder.resolve() == (loads.parent if is_checkpoint(loads) else loads)
-    newest = newest_checkpoint(folder)
-    existing = newest.name if newest else f"{TRACKER} names one" * (folder / TRACKER).is_file()
+    goes_on = loads is not None and folder.resolve() == (loads.parent if folders.is_checkpoint(loads) else loads)
+    newest = folders.newest_checkpoint(folder)
+    existing = newest.name if newest else f"{folders.TRACKER} names one" * (folder / folders.TRACKER).is_file()
     require(
         goes_on or not existing,
         f"--save {folder} already holds the checkpoints of a run (the newest: {existing}), which a new run would "

@@ -40,10 +40,9 @@ class Position:
 class TrainingState:
     """One rank's share of a run: everything that a checkpoint saves and a resumed run restores.
 
-    Args:
-        model_chunks: wrapped in megatron-core's DistributedDataParallel, one for each virtual pipeline stage.
-        data_digest: of the training data, if known.
-        best: the lowest validation loss so far.
+    model_chunks: wrapped in megatron-core's DistributedDataParallel, one for each virtual pipeline stage.
+    data_digest: of the training data, if known.
+    best: the lowest validation loss so far.
     """
 
     config: RunConfig
@@ -104,26 +103,18 @@ class TensorSlice:
 
 def slices_of_range(start: int, end: int, shape: Sequence[int]) -> Iterator[TensorSlice]:
     """Elements start ... end - 1 of a flattened tensor of `shape` as slices of the tensor, in order."""
-    if start >= end:
-        return
-    if len(shape) <= 1:
-        yield TensorSlice(start, (start,) * len(shape), (end - start,) * len(shape))
-        return
-    row = math.prod(shape[1:])
-    first, last = -(-start // row), end // row  # whole rows: first ... last - 1
-    if first > last:  # within one row
-        yield from _in_row(last, start, end, shape)
-        return
-    yield from _in_row(first - 1, start, first * row, shape)
-    if first < last:
-        yield TensorSlice(first * row, (first,) + (0,) * (len(shape) - 1), (last - first, *shape[1:]))
-    yield from _in_row(last, last * row, end, shape)
+    while start < end:
+        # The outermost dim of which something begins here and is whole before the end: rows, or elements of a row.
+        dim = next((dim for dim in range(len(shape)) if _fits(start, end, math.prod(shape[dim + 1 :]))), len(shape))
+        size = math.prod(shape[dim + 1 :])
+        offset = tuple(map(int, np.unravel_index(start, shape)))
+        count = min((end - start) // size, shape[dim] - offset[dim]) if shape else 1
+        yield TensorSlice(start, offset, (*[1] * dim, count, *shape[dim + 1 :]) if shape else ())
+        start += count * size
 
 
-def _in_row(row: int, start: int, end: int, shape: Sequence[int]) -> Iterator[TensorSlice]:
-    first = row * math.prod(shape[1:])
-    for inner in slices_of_range(start - first, end - first, shape[1:]):
-        yield TensorSlice(first + inner.start, (row, *inner.offset), (1, *inner.shape))
+def _fits(start: int, end: int, size: int) -> bool:
+    return start % size == 0 and start + size <= end
 
 
 # Optimizer state is stored by parameter, so that neither the layout nor the kind of optimizer matters. (megatron-core's
@@ -139,13 +130,12 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 class OptimizerParam:
     """A parameter as the optimizer updates it.
 
-    Args:
-        parameter: of the model, whole on this tensor-parallel rank.
-        master: what the optimizer updates: the parameter, a shard of it, or a float32 copy of either.
-        start: where the shard begins in the flattened parameter.
-        is_sharded: each data-parallel rank holds a shard; otherwise each holds all of it.
-        inner: torch's, Apex's or Transformer Engine's optimizer.
-        group: parameter group of `inner`.
+    parameter: of the model, whole on this tensor-parallel rank.
+    master: what the optimizer updates: the parameter, a shard of it, or a float32 copy of either.
+    start: where the shard begins in the flattened parameter.
+    is_sharded: each data-parallel rank holds a shard; otherwise each holds all of it.
+    inner: torch's, Apex's or Transformer Engine's optimizer.
+    group: parameter group of `inner`.
     """
 
     parameter: Tensor

@@ -2,13 +2,14 @@
 
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as torch_checkpoint
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, CheckpointingException, save_config
@@ -30,6 +31,7 @@ from megatron_peft.checkpoint.folders import FileSum, measure
 from megatron_peft.checkpoint.safe_pickle import plain_reason, read_metadata
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.config.untrusted import require_finite
+from megatron_peft.parallel.collectives import from_first_rank
 from megatron_peft.runtime.launch import checked_together
 
 Sharded = ShardedTensor | ShardedTensorFactory
@@ -56,29 +58,6 @@ def with_data(sharded: Sharded, data: Tensor) -> Sharded:
     return replace(sharded, data=data, **own_type)
 
 
-class _DeferredWriter(torch_checkpoint.FileSystemWriter):
-    """Separates torch's planning, a collective, from writing the files, which may happen in a thread."""
-
-    def __init__(self, folder: Path) -> None:
-        # One thread: torch's writer drops exceptions of the others, and the tensors that they have not written.
-        super().__init__(folder, thread_count=1, sync_files=True)
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        self._plan, self._planner = plan, planner
-        nothing_written: Future[list[WriteResult]] = Future()
-        nothing_written.set_result([])
-        return nothing_written
-
-    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        self._metadata = metadata
-
-    def write_now(self) -> list[WriteResult]:
-        return super().write_data(self._plan, self._planner).value()
-
-    def finish_now(self, results: list[list[WriteResult]]) -> None:
-        super().finish(self._metadata, results)
-
-
 class Written(NamedTuple):
     """What a rank has written: the place of each tensor, and size and checksum of each file, by name."""
 
@@ -86,43 +65,63 @@ class Written(NamedTuple):
     sums: dict[str, FileSum]
 
 
-class PlannedFiles:
+class PlannedFiles(torch_checkpoint.FileSystemWriter):
     """A write that all ranks have planned. Of replicated tensors only the first copy is written.
 
-    The constructor is a collective; `write` and `finish` are not, and may run in a thread.
+    torch plans in the constructor, a collective; `write` and `complete` are none, and may run in a thread.
 
     torch's writer, not megatron-core's: it makes no copies, starts no processes, and reports a failed rank to all,
     where megatron-core's leaves the other ranks waiting if the disk fills up during the common file or the metadata.
 
-    Args:
-        tensors: of this rank.
-        folder: empty, the same on all ranks.
-        snapshot: copy the tensors to CPU memory now, so that training may change them before they are written.
-
-    Raises:
-        ConfigurationError: on every rank, if planning failed on any.
+    tensors: of this rank.
+    folder: empty, the same on all ranks.
+    snapshot: copy the tensors to CPU memory now, so that training may change them before they are written.
+    Raises ConfigurationError, on every rank, if planning failed on any.
     """
 
     def __init__(self, tensors: Iterable[ShardedTensor], folder: Path, snapshot: bool = False) -> None:
+        # One thread: torch's writer drops exceptions of the others, and the tensors that they have not written.
+        super().__init__(folder, thread_count=1, sync_files=True)
         own = [tensor for tensor in tensors if is_main_replica(tensor.replica_id)]
         own = checked_together(lambda: _copies(own) if snapshot else own)
         self.folder = folder
-        self._writer = _DeferredWriter(folder)
         planner = MCoreSavePlanner(flatten_state_dict=False)
         with _library_errors(f"{folder} could not be written"):
-            torch_checkpoint.save(mcore_to_pyt_state_dict(_by_key(own)), storage_writer=self._writer, planner=planner)
+            torch_checkpoint.save(mcore_to_pyt_state_dict(_by_key(own)), storage_writer=self, planner=planner)
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """torch calls it when all is planned. Nothing is written yet."""
+        self._plan, self._planner = plan, planner
+        nothing_written: Future[list[WriteResult]] = Future()
+        nothing_written.set_result([])
+        return nothing_written
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """torch calls it at the end of its plan."""
+        self._metadata = metadata
 
     def write(self) -> Written:
         """Write this rank's files and sync them to disk. Raises ConfigurationError if that fails."""
         with _write_errors(self.folder):
-            results = self._writer.write_now()
+            results = super().write_data(self._plan, self._planner).value()
             names = {result.storage_data.relative_path for result in results}
             return Written(results, {name: measure(self.folder / name) for name in names})
 
-    def finish(self, by_rank: Sequence[Written]) -> dict[str, FileSum]:
+    def write_together(
+        self, publish: Callable[[Sequence[Written]], None], group: dist.ProcessGroup | None = None
+    ) -> None:
+        """`write` on all ranks, then `publish` on the first, with what each has written. A collective of `group`."""
+        # All ranks wait here until all files are on disk: what is published is complete.
+        own = checked_together(self.write, group)
+        by_rank: list[Written] | None = [own] * dist.get_world_size() if dist.get_rank() == 0 else None
+        dist.gather_object(own, by_rank, dst=0, group=group)
+        # The other ranks wait, so that "saved" means published on every rank.
+        from_first_rank(lambda: publish(by_rank or []), group)
+
+    def complete(self, by_rank: Sequence[Written]) -> dict[str, FileSum]:
         """Write the files common to all ranks, on the first rank. Returns the sums of all ranks' files, by name."""
         with _write_errors(self.folder):
-            self._writer.finish_now([written.results for written in by_rank])
+            super().finish(self._metadata, [written.results for written in by_rank])
             torch.save({}, self.folder / "common.pt")  # megatron-core expects it; we keep such values in the run record
             save_config(CheckpointingConfig("torch_dist", 1), str(self.folder))
         return {name: sums for written in by_rank for name, sums in written.sums.items()}
@@ -172,8 +171,7 @@ def read_index(folder: Path) -> Metadata:
 
     A large model's index takes seconds to read: who reads tensors several times hands it on.
 
-    Raises:
-        ConfigurationError: on every rank, when it is missing or damaged, or would run code.
+    Raises ConfigurationError, on every rank, when it is missing or damaged, or would run code.
     """
     return checked_together(lambda: read_metadata(folder))
 
@@ -181,11 +179,8 @@ def read_index(folder: Path) -> Metadata:
 def read_tensors(tensors: Iterable[ShardedTensor], folder: Path, index: Metadata) -> None:
     """Fill every rank's tensors in place. A collective.
 
-    Args:
-        index: that of `folder`, by `read_index`.
-
-    Raises:
-        ConfigurationError: on every rank, when a file is missing or damaged, or holds a value that is not finite.
+    index: that of `folder`, by `read_index`.
+    Raises ConfigurationError, on every rank, when a file is missing or damaged, or holds a value that is not finite.
     """
     wanted = [replace(tensor) for tensor in tensors]  # copies, because megatron-core modifies the descriptions
     planner = _LoadPlanner(
@@ -257,9 +252,8 @@ def sharded_state(chunk: Any) -> dict[str, Any]:
 def sharded_parameters(model_chunks: Sequence[nn.Module], only_adapters: bool) -> list[Sharded]:
     """This rank's parameters (and buffers of adapters) as slices of global tensors. Their `data` are the parameters.
 
-    Args:
-        model_chunks: bare, not wrapped in DistributedDataParallel.
-        only_adapters: leave the base model out.
+    model_chunks: bare, not wrapped in DistributedDataParallel.
+    only_adapters: leave the base model out.
     """
     entries = (entry for chunk in model_chunks for entry in sharded_state(chunk).values())
     tensors = (entry for entry in entries if isinstance(entry, ShardedTensor | ShardedTensorFactory))  # no FP8 objects
@@ -275,16 +269,11 @@ def adapted_layers(model_chunks: Sequence[nn.Module]) -> tuple[str, ...]:
 def load_parameters(entries: Sequence[Sharded], checkpoint: Path) -> Metadata:
     """Fill the parameters in place. A collective.
 
-    Args:
-        entries: from `sharded_parameters`.
-        checkpoint: an iteration's folder.
-
-    Returns:
-        The checkpoint's index, for what else is read of it.
-
-    Raises:
-        ConfigurationError: on every rank, if the checkpoint holds other parameters or shapes (nothing is changed
-            then), or is damaged.
+    entries: from `sharded_parameters`.
+    checkpoint: an iteration's folder.
+    Returns the checkpoint's index, for what else is read of it.
+    Raises ConfigurationError, on every rank, if the checkpoint holds other parameters or shapes (nothing is changed
+    then), or is damaged.
     """
     index = read_index(checkpoint)
     stored = stored_shapes(index)

@@ -3,9 +3,9 @@
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import count
+from itertools import count, islice
 from operator import itemgetter
 from typing import Any
 
@@ -133,11 +133,10 @@ class BatchLayout:
 class GlobalBatches:
     """An endless (training) or single (evaluation) pass over a dataset, a step at a time.
 
-    Args:
-        consumed_samples: where a training source starts. It is all of its state, and advances with each step.
-        end: positions of an evaluation, which always starts at 0. The last step is filled up with padding, so that all
-            ranks have the same number of microbatches.
-        prefetch: number of steps built ahead, and of threads. A step depends on its first position alone.
+    consumed_samples: where a training source starts. It is all of its state, and advances with each step.
+    end: positions of an evaluation, which always starts at 0. The last step is filled up with padding, so that all
+    ranks have the same number of microbatches.
+    prefetch: number of steps built ahead, and of threads. A step depends on its first position alone.
     """
 
     dataset: SampleSource
@@ -148,18 +147,9 @@ class GlobalBatches:
     prefetch: int = 0
 
     @property
-    def samples_per_epoch(self) -> int:
-        """Positions (samples, or packs of the first epoch) in one pass."""
-        return self.order.epoch_length(0)
-
-    @property
     def num_steps(self) -> int | None:
         """Steps of an evaluation; None for training, which has no end."""
         return None if self.end is None else math.ceil(self.end / self.layout.global_batch_size)
-
-    def epochs_at(self, consumed_samples: int) -> float:
-        """Epochs (a fraction) done after so many samples."""
-        return self.order.epochs_at(consumed_samples)
 
     def step_at(self, first: int) -> Step:
         """This rank's microbatches of the global batch that begins at position `first`."""
@@ -172,10 +162,9 @@ class GlobalBatches:
     def in_few_microbatches(self, num_steps: int, max_positions: int, multiple: int) -> Step:
         """This rank's samples of the first global batches, those of like lengths together: for a sum over all of them.
 
-        Args:
-            num_steps: global batches.
-            max_positions: of a microbatch, padding included, unless one sample (or pack) has more.
-            multiple: of the number of microbatches; that of a step is one too.
+        num_steps: global batches.
+        max_positions: of a microbatch, padding included, unless one sample (or pack) has more.
+        multiple: of the number of microbatches; that of a step is one too.
         """
         layout, groups, width = self.layout, [], 0
         firsts = range(0, num_steps * layout.global_batch_size, layout.global_batch_size)
@@ -207,14 +196,9 @@ class GlobalBatches:
         if not self.prefetch:
             yield from map(self.step_at, firsts)
             return
-        pool = ThreadPoolExecutor(self.prefetch, thread_name_prefix="prefetch")
-        waiting: deque[Future[Step]] = deque()
-        try:
-            while True:
-                while len(waiting) < self.prefetch and (first := next(firsts, None)) is not None:
-                    waiting.append(pool.submit(self.step_at, first))
-                if not waiting:
-                    return
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+        with ThreadPoolExecutor(self.prefetch, thread_name_prefix="prefetch") as pool:
+            waiting = deque(pool.submit(self.step_at, first) for first in islice(firsts, self.prefetch))
+            while waiting:
+                step = waiting.popleft().result()
+                waiting.extend(pool.submit(self.step_at, first) for first in islice(firsts, 1))
+                yield step

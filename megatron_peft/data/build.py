@@ -90,14 +90,15 @@ class _Splits:
 
     def train(self, num_samples: int | None, consumed_samples: int) -> GlobalBatches:
         """num_samples: which the run takes; None with --train-epochs."""
-        dataset, blend = self._dataset(Split.train, num_samples), self._blend(Split.train)
-        require(dataset is not None, "no training data: give --train-data-path or --data-path.")
-        assert dataset is not None
+        paths, flag = self._paths(Split.train)
+        blend = parse_blend(paths, flag)
         require(
             blend.weights is None or num_samples is not None,
-            "--train-data-path has weights, and --train-epochs is undefined for a weighted blend: give --train-iters "
-            "or --train-samples.",
+            f"{flag} has weights, and --train-epochs is undefined for a weighted blend: give --train-iters or "
+            "--train-samples.",
         )
+        dataset = self._dataset(Split.train, num_samples)
+        assert dataset is not None
         # megatron-core has already shuffled an indexed dataset of that many samples.
         shuffle = isinstance(dataset, InstructionDataset) or len(dataset) < (num_samples or len(dataset) + 1)
         order = self._sample_order(dataset, blend, shuffle)
@@ -113,7 +114,7 @@ class _Splits:
         if dataset is None:
             return None
         # A blend is taken with its weights as far as --eval-iters reaches; otherwise each sample is taken once.
-        blend = self._blend(split) if requested is not None else Blend([], None)
+        blend = parse_blend(*self._paths(split)) if requested is not None else Blend([], None)
         order = self._sample_order(dataset, blend, shuffle=False)
         whole = order.epoch_length(0)
         end = whole if requested is None else min(requested, whole)
@@ -134,18 +135,16 @@ class _Splits:
             order = BlendedOrder(lengths, blend.weights, data.seed, shuffle)
         return PackedOrder(order, dataset.lengths, data.seq_length, data.packing) if data.pack_sequences else order
 
-    def _paths(self, split: Split) -> Sequence[str]:
+    def _paths(self, split: Split) -> tuple[Sequence[str], str]:
+        """The paths of a split, weights among them, and the flag that named them."""
         data = self.config.data
-        return data.data_path or (data.train_data_path, data.valid_data_path, data.test_data_path)[split.value]
-
-    def _blend(self, split: Split) -> Blend:
-        """Paths and weights of the split; without weights for --data-path, which megatron-core blends."""
-        if self.config.data.data_path:
-            return Blend([], None)
-        return parse_blend(self._paths(split), f"--{split.name}-data-path")
+        if data.data_path:
+            return data.data_path, "--data-path"
+        own = data.train_data_path, data.valid_data_path, data.test_data_path
+        return own[split.value], f"--{split.name}-data-path"
 
     def _dataset(self, split: Split, num_samples: int | None) -> SampleSource | None:
-        data, paths = self.config.data, self._paths(split)
+        data, (paths, flag) = self.config.data, self._paths(split)
         if data.mock_data:
             return build_mock(data, split, num_samples, self.num_ids)
         if not paths:
@@ -154,7 +153,7 @@ class _Splits:
             indexed = build_indexed(data, split, paths, num_samples, self.tokenizer, self.num_ids)
             _require_one_digest(split, paths, indexed.digest if indexed else "")
             return indexed
-        flag, paths = f"--{split.name}-data-path", self._blend(split).prefixes
+        paths = parse_blend(paths, flag).prefixes
         cache_root = Path(data.data_cache_path) if data.data_cache_path else None
         if any(kind_of_source(path) != "json" for path in paths):
             from datasets import config

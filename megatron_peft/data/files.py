@@ -20,17 +20,19 @@ from typing import Any
 from megatron_peft.config import ConfigurationError, kind_of_source, require
 from megatron_peft.config.sources import DATA_FILES, local_folder
 from megatron_peft.config.untrusted import parse_json, read_bytes, require_regular
-from megatron_peft.data.formats import Record
 
+Record = dict[str, Any]
 MAX_LINE_BYTES = 1 << 25  # once parsed, a line takes up to 25 times as much memory
 _BLOCK_BYTES = 1 << 17
 
 
 class Lines:
-    """A file with one JSON value per line; blank lines do not count. `digest` is its CRC-32. Takes 8 bytes per line."""
+    """A file with one JSON value per line; blank lines do not count. `digest` is its CRC-32. Takes 8 bytes per line.
 
-    def __init__(self, path: Path, with_digest: bool = True) -> None:
-        """`digest` is 0 without `with_digest`. Raises ConfigurationError for a line above MAX_LINE_BYTES."""
+    Raises ConfigurationError for a line above MAX_LINE_BYTES.
+    """
+
+    def __init__(self, path: Path) -> None:
         self.path = path
         self._file = path.open("rb", buffering=_BLOCK_BYTES)
         starts, blanks = array("q"), array("q")  # of each record, in bytes; the records before each blank line
@@ -40,8 +42,7 @@ class Lines:
                 blanks.append(len(starts))
             else:
                 starts.append(offset)
-            if with_digest:
-                crc = zlib.crc32(line, crc)
+            crc = zlib.crc32(line, crc)
             offset += len(line)
             if len(line) > MAX_LINE_BYTES:
                 raise ConfigurationError(
@@ -86,12 +87,12 @@ class Rows:
         return f"{self.path}, {self.unit} {index + 1}"
 
 
-def open_json(path: Path, with_digest: bool = True) -> Lines | Rows:
+def open_json(path: Path) -> Lines | Rows:
     """The records of a JSON file. Raises OSError if it cannot be read."""
     with path.open("rb") as file:
         is_array = path.suffix == ".json" and file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
     if not is_array:
-        return Lines(path, with_digest)
+        return Lines(path)
     raw = read_bytes(path)  # an array cannot be split without parsing it
     return Rows(str(path), _parse(raw, lambda: str(path)), zlib.crc32(raw), "record")
 
@@ -116,20 +117,20 @@ def _parse(raw: bytes, place: Callable[[], str]) -> Any:
 class RecordFiles:
     """The records of several sources, one after the other.
 
-    lengths: number of records of each; digest: a CRC-32 of each.
+    lengths: number of records of each; ends: their running sum; digest: a CRC-32 of each.
     """
 
-    def __init__(self, paths: Sequence[str], flag: str, with_digest: bool = True) -> None:
+    def __init__(self, paths: Sequence[str], flag: str) -> None:
         """`flag` is the one that named the paths. Raises ConfigurationError for a missing or an empty source."""
         self.paths = tuple(paths)
-        self._files = [_open(path, flag, with_digest) for path in paths]
+        self._files = [_open(path, flag) for path in paths]
         self.lengths = [len(file) for file in self._files]
-        self._ends = list(accumulate(self.lengths))
+        self.ends = list(accumulate(self.lengths))
         self.digest = " ".join(f"{file.digest:08x}" for file in self._files)
         self._fields = cache(lambda first: tuple(self[first]))
 
     def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
+        return self.ends[-1] if self.ends else 0
 
     def __getitem__(self, index: int) -> Record:
         file, local = self._locate(index)
@@ -143,28 +144,25 @@ class RecordFiles:
         file, local = self._locate(index)
         return file.place(local)
 
-    def first_of_file(self, index: int) -> int:
-        """The first record of the source that holds a record."""
-        return index - self._locate(index)[1]
-
-    def first_fields(self, index: int) -> tuple[str, ...]:
-        """The fields of that record."""
-        return self._fields(self.first_of_file(index))
+    def first_of_file(self, index: int) -> tuple[int, tuple[str, ...]]:
+        """The first record of the source that holds a record, and its fields."""
+        first = index - self._locate(index)[1]
+        return first, self._fields(first)
 
     def _locate(self, index: int) -> tuple[Lines | Rows, int]:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        which = bisect_right(self._ends, index)
-        return self._files[which], index - (self._ends[which - 1] if which else 0)
+        which = bisect_right(self.ends, index)
+        return self._files[which], index - (self.ends[which - 1] if which else 0)
 
 
-def _open(path: str, flag: str, with_digest: bool) -> Lines | Rows:
+def _open(path: str, flag: str) -> Lines | Rows:
     if kind_of_source(path) in ("table", "hub"):
         file = _open_table(path, flag)
     else:
         require_regular(Path(path), flag)
         try:
-            file = open_json(Path(path), with_digest)
+            file = open_json(Path(path))
         except OSError as error:
             raise ConfigurationError(f"{flag} {path} cannot be read: {error.strerror}.") from error
     require(len(file) > 0, f"{flag} {path} is empty: it holds no record.")

@@ -137,19 +137,13 @@ def build_indexed(
 ) -> IndexedSamples | None:
     """The samples of one split; None if --split leaves it nothing (an error for training). A collective over all ranks.
 
-    Args:
-        paths: prefixes, or weights and prefixes; --split applies to those of --data-path, others are the split's own.
-        num_samples: at least so many, documents repeated as needed; None: each document once, without weights.
-        num_ids: above all token ids (default: the tokenizer's).
+    paths: prefixes, or weights and prefixes; --split applies to those of --data-path, others are the split's own.
+    num_samples: at least so many, documents repeated as needed; None: each document once, without weights.
+    num_ids: above all token ids (default: the tokenizer's).
     """
     num_ids = num_ids or tokenizer.largest_id + 1
     flag = "--data-path" if config.data_path else f"--{split.name}-data-path"
     blend = checked_blend(paths, flag)
-    require(
-        blend.weights is None or num_samples is not None or split != Split.train,
-        f"{flag} has weights, and --train-epochs is undefined for a weighted blend: give --train-iters or "
-        "--train-samples.",
-    )
     blend = blend if num_samples is not None else Blend(blend.prefixes, None)
     core_config = _core_config(config, split, blend, tokenizer)
     edges = (0.0, 1.0) if core_config.split_matrix is None else core_config.split_matrix[split.value] or (0.0, 0.0)
@@ -177,9 +171,8 @@ def build_indexed(
 def build_mock(config: DataConfig, split: Split, num_samples: int | None, num_ids: int) -> IndexedSamples:
     """megatron-core's generated samples for --mock-data, a third of them for each split. A collective over all ranks.
 
-    Args:
-        num_samples: at least so many; None: one pass over the documents of the split.
-        num_ids: above all token ids: the samples count through the model's own.
+    num_samples: at least so many; None: one pass over the documents of the split.
+    num_ids: above all token ids: the samples count through the model's own.
     """
     core_config = _core_config(config, split, None, NullTokenizer(num_ids - 1))
     return IndexedSamples(_build(core_config, split, num_samples, None), num_ids, "--mock-data", "mock")

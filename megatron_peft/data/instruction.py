@@ -6,31 +6,22 @@ import os
 import secrets
 import shutil
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch.distributed as dist
 from rich.progress import track
 
-from megatron_peft.checkpoint.folders import (
-    FileSum,
-    FolderLock,
-    damage,
-    measure,
-    publish_draft,
-    read_manifest,
-    write_manifest,
-)
+from megatron_peft.checkpoint import folders
 from megatron_peft.config import ConfigurationError, not_obeyed, require
 from megatron_peft.config.untrusted import read_json_object
 from megatron_peft.data.files import RecordFiles
 from megatron_peft.data.records import Fit, TokenizedRecord
-from megatron_peft.data.samples import Sample
-from megatron_peft.runtime.launch import PlaceOnNode, checked_together, gather_over_world, place_on_node
+from megatron_peft.data.samples import Sample, sample_from_ids
+from megatron_peft.runtime.launch import checked_together, gather_over_world, place_on_node
 
 PROGRESS_FROM = 20_000  # records; fewer take a moment only
 
@@ -53,36 +44,44 @@ class InstructionDataset:
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         share = range(len(records) * rank // world_size, len(records) * (rank + 1) // world_size)
         measured = checked_together(lambda: self._measure(share), first_alone=True)
-        positions, overlong, left_out = zip(*gather_over_world(measured), strict=True)
-        unread = sum(left_out, Counter()) if self._cache is None else self._cache.left_out
-        positions = np.concatenate(positions)
+        positions, left_out = zip(*gather_over_world(measured), strict=True)
+        whole, kept = np.concatenate(positions, axis=1)
+        overlong = whole > fit.seq_length
+        if fit.overlong == "error" and (refused := overlong | (whole == 0)).any():
+            self._refuse(int(refused.argmax()), int(whole[refused.argmax()]))
+        positions = np.where(overlong & (fit.overlong == "skip"), 0, kept)
         self._usable = np.flatnonzero(positions)  # int64 [samples]: the record of each
         self.lengths: np.ndarray = positions[self._usable]
-        self.warnings = self._warnings(positions == 0, np.concatenate(overlong), unread)
+        unread = sum(left_out, Counter()) if self._cache is None else self._cache.left_out
+        self.warnings = self._warnings(positions == 0, overlong, unread)
         if not len(self._usable):
             skipped = f"all {len(records)} samples were skipped (from {records.place(0)} on)."
             raise ConfigurationError(" ".join([skipped, *self.warnings]))
 
-    def _measure(self, share: range) -> tuple[np.ndarray, np.ndarray, Counter[str]]:
-        """(int32 [share], the input positions of each sample, 0 where it is skipped; bool [share], the record alone is
-        longer than --seq-length; number of records by unused field, which the cache has of all).
+    def _measure(self, share: range) -> tuple[np.ndarray, Counter[str]]:
+        """int32 [2, share], the input positions of the whole record and of what --seq-length leaves of it; number of
+        records by unused field, which the cache has of all.
 
         Raises ConfigurationError for the first bad record.
         """
         fit, left_out = self._fit, Counter[str]()
         if self._cache is not None:
-            whole, kept = self._cache.positions(share, fit.seq_length)
-            overlong = whole > fit.seq_length
-            for i in np.flatnonzero(overlong | (whole == 0))[:1]:
-                fit.require_fits(int(whole[i]), self._records, share[int(i)])
-            return np.where(overlong & (fit.overlong != "truncate"), 0, kept), overlong, left_out
-        positions, overlong = np.zeros(len(share), dtype=np.int32), np.zeros(len(share), dtype=bool)
+            return self._cache.positions(share, fit.seq_length), left_out
+        positions = np.zeros((2, len(share)), dtype=np.int32)
         quiet = share.start > 0 or len(share) < PROGRESS_FROM
         for i, index in enumerate(track(share, "reading samples", disable=quiet, transient=True)):
-            sample, whole = fit.sample(self._records, index)
-            positions[i], overlong[i] = len(sample), whole > fit.seq_length
+            ids, trained = fit.tokenized(self._records, index)
+            positions[:, i] = [len(sample_from_ids(ids, trained, most)) for most in (len(ids), fit.seq_length)]
             left_out.update(fit.left_out(self._records, index))
-        return positions, overlong, left_out
+        return positions, left_out
+
+    def _refuse(self, record: int, length: int) -> None:
+        """Raise the error of --overlong error for a record that takes so many positions."""
+        what, way_out = "has no token to learn from", "give it a text, or give --overlong skip"
+        if length:
+            what = f"takes {length} tokens, above --seq-length {self._fit.seq_length}"
+            way_out = "raise it, or give --overlong truncate or --overlong skip"
+        raise ConfigurationError(f"{self._records.place(record)}: the sample {what}: {way_out}.")
 
     def _warnings(self, skipped: np.ndarray, overlong: np.ndarray, unread: Counter[str]) -> list[str]:
         """skipped, overlong: bool [records]; unread: number of records by unused field."""
@@ -104,10 +103,8 @@ class InstructionDataset:
         return len(self._usable)
 
     def __getitem__(self, index: int) -> Sample:
-        record = int(self._usable[index])
-        if self._cache is not None:
-            return self._fit.cut(*self._cache.tokenized(record))
-        return self._fit.sample(self._records, record)[0]
+        record, cache = int(self._usable[index]), self._cache
+        return self._fit.cut(*(cache.tokenized(record) if cache else self._fit.tokenized(self._records, record)))
 
     def lengths_of_files(self) -> list[int]:
         """Samples of each source."""
@@ -131,84 +128,47 @@ _BATCH, _BATCH_TOKENS = 500, 1 << 20  # records written at once, fewer if they h
 class TokenCache:
     """The tokens of all records, by number; left_out: number of records by unused field."""
 
-    def __init__(self, folder: Path, records: RecordFiles, fit: Fit, place: PlaceOnNode) -> None:
-        """Raises ConfigurationError unless the folder holds lists of ids and flags for so many records.
+    def __init__(self, folder: Path) -> None:
+        import pyarrow as pa
 
-        place: this rank's share of the shards is searched for ids that the tokenizer does not have.
-        """
-        counts = read_json_object(folder / COUNTS)
-        left_out = counts.get("left_out")
-        if not isinstance(left_out, dict) or any(type(count) is not int for count in left_out.values()):
-            raise ConfigurationError(_damaged(folder, f"{COUNTS} does not count fields"))
-        self.left_out: Counter[str] = Counter(left_out)
-        shards = [folder / name for name in sorted(read_manifest(folder)) if name.endswith(".arrow")]
-        self._columns = [_columns_of(path) for path in shards]
-        self._ends = np.cumsum([0, *(len(ids) for ids, _ in self._columns)], dtype=np.int64)
-        num_records = int(self._ends[-1])
-        require(
-            num_records == counts.get("records") == len(records),
-            _damaged(folder, f"it has {num_records} records, and should have {len(records)}"),
-        )
-        for shard in range(place.rank, len(shards), place.size):
-            ids, first = self._columns[shard][0], int(self._ends[shard])
-            _require_ids_fit(shards[shard], ids, fit.tokenizer.largest_id, records, first)
+        self.folder = folder
+        shards = [folder / name for name in sorted(folders.read_manifest(folder)) if name.endswith(".arrow")]
+        table = pa.concat_tables([pa.ipc.open_stream(pa.memory_map(str(shard))).read_all() for shard in shards])
+        self._ids, self._trained = table.column("ids"), table.column("trained")
+        self.left_out = Counter[str](read_json_object(folder / COUNTS)["left_out"])
 
     def tokenized(self, index: int) -> TokenizedRecord:
         """All ids of a record, and which of them the loss counts."""
-        shard = int(np.searchsorted(self._ends, index, side="right")) - 1
-        ids, trained = (column[index - int(self._ends[shard])].values for column in self._columns[shard])
+        ids, trained = self._ids[index].values, self._trained[index].values
         return TokenizedRecord(ids.to_numpy(), trained.to_numpy(zero_copy_only=False))
 
-    def positions(self, share: range, seq_length: int) -> tuple[np.ndarray, np.ndarray]:
-        """int32 [share] each: input positions of whole records, and of what --seq-length leaves of them."""
-        whole, kept = np.zeros((2, len(share)), dtype=np.int32)
-        first = 0  # record of the array of masks
-        for masks in (chunk for _, column in self._columns for chunk in column.chunks):
-            low, high = max(share.start, first), min(share.stop, first + len(masks))
-            if low < high:
-                offsets = masks.offsets.to_numpy()[low - first : high - first + 1]
-                flags = masks.values.to_numpy(zero_copy_only=False)
-                # The number of the last trained token before each; the first token of a record is not predicted.
-                last = np.append(-1, np.maximum.accumulate(np.where(flags, np.arange(len(flags)), -1)))
-                starts, ends, rows = offsets[:-1], offsets[1:], slice(low - share.start, high - share.start)
-                whole[rows] = np.maximum(last[ends] - starts, 0)
-                kept[rows] = np.maximum(last[np.minimum(ends, starts + seq_length + 1)] - starts, 0)
-            first += len(masks)
-        return whole, kept
+    def positions(self, share: range, seq_length: int) -> np.ndarray:
+        """int32 [2, share]: input positions of whole records, and of what --seq-length leaves of them."""
+        positions = [np.zeros((2, 0), dtype=np.int32)]
+        for masks in self._trained.slice(share.start, len(share)).chunks:
+            offsets, flags = masks.offsets.to_numpy(), masks.values.to_numpy(zero_copy_only=False)
+            # The number of the last trained token before each; the first token of a record is not predicted.
+            last = np.append(-1, np.maximum.accumulate(np.where(flags, np.arange(len(flags)), -1))).astype(np.int32)
+            starts, ends = offsets[:-1], offsets[1:]
+            ends_kept = np.minimum(ends, starts + seq_length + 1)
+            positions.append(np.maximum(last[np.stack([ends, ends_kept])] - starts, 0))
+        return np.concatenate(positions, axis=1)
+
+    def require_ids_fit(self, share: range, largest: int, records: RecordFiles) -> None:
+        """Raises ConfigurationError for an id of these records that is above `largest` or below 0."""
+        first = share.start
+        for lists in self._ids.slice(share.start, len(share)).chunks:
+            ids, offsets = lists.flatten().to_numpy(), lists.offsets.to_numpy()
+            if (wrong := (ids < 0) | (ids > largest)).any():
+                at = int(wrong.argmax())
+                place = records.place(first + int(np.searchsorted(offsets - offsets[0], at, side="right")) - 1)
+                why = f"the id {ids[at]} for {place}; those of the tokenizer are below {largest + 1}"
+                raise ConfigurationError(_damaged(self.folder, why))
+            first += len(lists)
 
 
 def _damaged(folder: Path, why: str) -> str:
     return f"the token cache {folder} is damaged ({why}): remove this folder, and the next start makes it again."
-
-
-def _columns_of(shard: Path) -> tuple[Any, Any]:
-    """The lists of ids and of flags that a shard maps. Raises ConfigurationError if it holds anything else."""
-    import pyarrow as pa
-
-    try:
-        table = pa.ipc.open_stream(pa.memory_map(str(shard))).read_all()
-        ids, trained = columns = table.column("ids"), table.column("trained")
-        if (ids.type, trained.type) != (pa.list_(pa.int32()), pa.list_(pa.bool_())):
-            raise pa.ArrowInvalid(f"its columns are {ids.type} and {trained.type}")
-        table.validate(full=True)
-        missing = any(lists.null_count or lists.values.null_count for lists in (*ids.chunks, *trained.chunks))
-        if missing or any(a.offsets != b.offsets for a, b in zip(ids.chunks, trained.chunks, strict=True)):
-            raise pa.ArrowInvalid("a record has not a flag for each id")
-    except (pa.ArrowException, OSError, KeyError) as error:
-        raise ConfigurationError(_damaged(shard.parent, f"{shard.name}: {error}")) from error
-    return columns
-
-
-def _require_ids_fit(shard: Path, column: Any, largest: int, records: RecordFiles, first: int) -> None:
-    """Raises ConfigurationError for an id above `largest` or below 0. first: of the records of the shard."""
-    for lists in column.chunks:
-        ids = lists.values.to_numpy()
-        if len(ids) and (ids.min() < 0 or ids.max() > largest):
-            at = int(((ids < 0) | (ids > largest)).argmax())
-            record = first + int(np.searchsorted(lists.offsets.to_numpy(), at, side="right")) - 1
-            what = f"{shard.name} has the id {ids[at]} for {records.place(record)}; those of the tokenizer are below"
-            raise ConfigurationError(_damaged(shard.parent, f"{what} {largest + 1}"))
-        first += len(lists)
 
 
 def cache_folder(root: Path, records: RecordFiles, fit: Fit) -> Path:
@@ -223,6 +183,7 @@ def open_cache(root: Path, records: RecordFiles, fit: Fit) -> TokenCache:
     Raises ConfigurationError, on every rank, for the first bad record, and if `root` cannot be written.
     """
     folder, place = cache_folder(root, records, fit), place_on_node()
+    share = range(len(records) * place.rank // place.size, len(records) * (place.rank + 1) // place.size)
     # All ranks look before any of them writes; a node is done if all of its ranks have seen the cache.
     seen = gather_over_world((place.node, os.path.lexists(folder), secrets.token_hex(4)))
     is_done = all(is_there for node, is_there, _ in seen if node == place.node)
@@ -231,50 +192,65 @@ def open_cache(root: Path, records: RecordFiles, fit: Fit) -> TokenCache:
         is_first = place.rank == 0 and not is_done
         lock = checked_together(lambda: _start_draft(draft) if is_first else None)
         try:
-            share = checked_together(lambda: None if is_done else _write_share(draft, records, fit, place))
-            shares = [share for node, share in gather_over_world((place.node, share)) if node == place.node]
-            checked_together(lambda: _publish(draft, folder, shares, len(records)) if is_first else None)
+            written = checked_together(
+                lambda: None if is_done else _write_share(draft, records, fit, place.rank, share)
+            )
+            of_node = [written for node, written in gather_over_world((place.node, written)) if node == place.node]
+            checked_together(lambda: _publish(draft, folder, of_node, len(records)) if is_first else None)
         finally:
             if lock is not None:
                 shutil.rmtree(draft, ignore_errors=True)
                 lock.release()
 
+    def opened() -> TokenCache:
+        cache = TokenCache(folder)
+        cache.require_ids_fit(share, fit.tokenizer.largest_id, records)
+        return cache
+
     def require_whole() -> None:
-        problems = damage(folder, place.rank, place.size)  # of this rank's share of the files
+        problems = folders.damage(folder, place.rank, place.size)  # of this rank's share of the files
         require(not problems, _damaged(folder, "; ".join(problems)))
 
     # Arrow sees none of it before all of it is known to be what was written.
     checked_together(require_whole)
-    return checked_together(lambda: TokenCache(folder, records, fit, place))
+    return checked_together(opened)
 
 
-def _start_draft(draft: Path) -> FolderLock:
-    """Make and hold the folder of a draft, after those of killed runs were removed, which nobody holds."""
+@contextmanager
+def _writing_in(root: Path) -> Iterator[None]:
     try:
+        yield
+    except OSError as error:
+        raise ConfigurationError(
+            f"the tokens of the data cannot be kept in {root} ({error.strerror or error}): give --data-cache-path a "
+            "folder that can be written."
+        ) from error
+
+
+def _start_draft(draft: Path) -> folders.FolderLock:
+    """Make and hold the folder of a draft, after those of killed runs were removed, which nobody holds."""
+    with _writing_in(draft.parent):
         # Those of this start are being made by other nodes at this moment, and may not be held yet.
         for left in [other for other in draft.parent.glob(".tokens-*") if other.stem != draft.stem]:
             with suppress(ConfigurationError, OSError):  # a run at work; no folder of ours
-                lock = FolderLock(left, grace_seconds=0)
+                lock = folders.FolderLock(left, grace_seconds=0)
                 if lock.is_held:
                     shutil.rmtree(left, ignore_errors=True)
                 lock.release()
-        return FolderLock(draft)
-    except OSError as error:
-        raise _cannot_keep(draft.parent, error) from error
+        return folders.FolderLock(draft)
 
 
 def _write_share(
-    draft: Path, records: RecordFiles, fit: Fit, place: PlaceOnNode
-) -> tuple[Counter[str], dict[str, FileSum]]:
-    """Tokenize this rank's share into a file. Returns the unused fields, and the file's sum by its name."""
+    draft: Path, records: RecordFiles, fit: Fit, rank: int, share: range
+) -> tuple[Counter[str], dict[str, folders.FileSum]]:
+    """Tokenize the share of a node's rank into a file. Returns the unused fields, and the file's sum by its name."""
     from datasets import Features, List, Value
     from datasets.arrow_writer import ArrowWriter
 
-    share = range(len(records) * place.rank // place.size, len(records) * (place.rank + 1) // place.size)
     features, left_out = Features({"ids": List(Value("int32")), "trained": List(Value("bool"))}), Counter[str]()
-    shard = draft / f"tokens-{place.rank:05d}.arrow"
-    quiet = place.rank > 0 or len(share) < PROGRESS_FROM
-    try:
+    shard = draft / f"tokens-{rank:05d}.arrow"
+    quiet = rank > 0 or len(share) < PROGRESS_FROM
+    with _writing_in(draft.parent):
         draft.mkdir(parents=True, exist_ok=True)
         with ArrowWriter(features=features, path=str(shard)) as writer:
             batch, num_tokens = list[TokenizedRecord](), 0
@@ -286,27 +262,19 @@ def _write_share(
                     writer.write_batch({name: [getattr(record, name) for record in batch] for name in features})
                     batch, num_tokens = [], 0
             writer.finalize()
-        return left_out, {shard.name: measure(shard)}
-    except OSError as error:
-        raise _cannot_keep(draft.parent, error) from error
+        return left_out, {shard.name: folders.measure(shard)}
 
 
 def _publish(
-    draft: Path, folder: Path, shares: Sequence[tuple[Counter[str], dict[str, FileSum]]], num_records: int
+    draft: Path, folder: Path, written: Sequence[tuple[Counter[str], dict[str, folders.FileSum]]], num_records: int
 ) -> None:
-    """Give the draft its name, unless another node or run was faster. shares: what `_write_share` returned."""
-    left_out = sum((fields for fields, _ in shares), Counter[str]())
-    try:
+    """Give the draft its name, unless another node or run was faster. written: what `_write_share` returned."""
+    left_out = sum((fields for fields, _ in written), Counter[str]())
+    with _writing_in(folder.parent):
         (draft / COUNTS).write_text(json.dumps({"records": num_records, "left_out": left_out}))
-        write_manifest(draft, {name: file_sum for _, files in shares for name, file_sum in files.items()})
-        publish_draft(draft, folder)
-    except OSError as error:
-        if not folder.is_dir():
-            raise _cannot_keep(folder.parent, error) from error
-
-
-def _cannot_keep(root: Path, error: OSError) -> ConfigurationError:
-    return ConfigurationError(
-        f"the tokens of the data cannot be kept in {root} ({error.strerror or error}): give --data-cache-path a folder "
-        "that can be written."
-    )
+        folders.write_manifest(draft, {name: file_sum for _, files in written for name, file_sum in files.items()})
+        try:
+            folders.publish_draft(draft, folder)
+        except OSError:
+            if not folder.is_dir():
+                raise

@@ -7,14 +7,11 @@ imports this module, so torch and megatron-core are imported where the files are
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from rich.console import Console
-from rich.progress import track
 
 from megatron_peft.config import ConfigurationError, DataConfig, require
 from megatron_peft.data.files import RecordFiles
@@ -49,14 +46,13 @@ class DocumentEncoder:
 
     def encode(self, index: int) -> Encoded:
         """Ids of each key, or the error message: an exception would end the pool's iterator."""
+        place = ""
         try:
-            record = self.records[index]
-        except ConfigurationError as error:  # names the place itself
-            return str(error)
-        try:
+            record = self.records[index]  # the error names the place itself
+            place = f"{self.records.place(index)}: "
             return [self._document(record, key) for key in self.config.json_keys]
         except ConfigurationError as error:
-            return f"{self.records.place(index)}: {error}"
+            return f"{place}{error}"
 
     def _document(self, record: dict, key: str) -> list[int]:
         require(key in record, f'lacks the field "{key}" (it has {", ".join(record)}); name others with --json-keys.')
@@ -66,15 +62,14 @@ class DocumentEncoder:
         return [*ids, self.tokenizer.eos_id] if ids and self.config.append_eod else ids
 
 
-@contextmanager
-def encoded_documents(config: PreprocessConfig, encoder: DocumentEncoder) -> Iterator[Iterable[Encoded]]:
+def encoded_documents(config: PreprocessConfig, encoder: DocumentEncoder) -> Generator[Encoded, None, None]:
     """`DocumentEncoder.encode` of each record, in the order of the input, in this process or in `workers`."""
     indices = range(len(encoder.records))
     if config.workers == 1:
-        yield map(encoder.encode, indices)
+        yield from map(encoder.encode, indices)
         return
     with multiprocessing.get_context("spawn").Pool(config.workers, _start_worker, (config,)) as pool:
-        yield pool.imap(_encode_in_worker, indices, chunksize=_CHUNK)
+        yield from pool.imap(_encode_in_worker, indices, chunksize=_CHUNK)
 
 
 _worker_encoder: DocumentEncoder  # set once in each worker process
@@ -103,7 +98,7 @@ class Preprocessed:
 def preprocess(config: PreprocessConfig, report: Callable[[str], None] = print) -> Preprocessed:
     """Write all pairs. Empty documents are left out and counted.
 
-    report: called with a line of progress every `log_interval` records; a terminal shows a bar instead.
+    report: called with a line of progress every `log_interval` records.
     Raises ConfigurationError for bad input, and if an output exists.
     """
     import torch
@@ -119,8 +114,8 @@ def preprocess(config: PreprocessConfig, report: Callable[[str], None] = print) 
     dtype = DType.optimal_dtype(encoder.tokenizer.largest_id + 1)  # an added token may have an id above their count
     with ExitStack() as stack:
         builders = [stack.enter_context(_new_pair(prefix, dtype)) for prefix in done.prefixes]
-        encoded = stack.enter_context(encoded_documents(config, encoder))
-        for documents in _with_progress(encoded, len(encoder.records), config.log_interval, report):
+        begin, total = time.monotonic(), len(encoder.records)
+        for number, documents in enumerate(stack.enter_context(closing(encoded_documents(config, encoder))), 1):
             if isinstance(documents, str):
                 raise ConfigurationError(documents)
             for builder, ids in zip(builders, documents, strict=True):
@@ -129,6 +124,8 @@ def preprocess(config: PreprocessConfig, report: Callable[[str], None] = print) 
                 done.documents += bool(ids)
                 done.empty_documents += not ids
                 done.tokens += len(ids)
+            if number % config.log_interval == 0 or number == total:
+                report(f"{number} of {total} records, {number / (time.monotonic() - begin):.0f} per second")
         require(done.documents > 0, f"no document of {' '.join(config.data.train_data_path)} holds any text.")
     return done
 
@@ -153,16 +150,3 @@ def _new_pair(prefix: str, dtype: type) -> Iterator["IndexedDatasetBuilder"]:
         builder.data_file.close()
         for draft in drafts:
             draft.unlink(missing_ok=True)
-
-
-def _with_progress(
-    encoded: Iterable[Encoded], total: int, log_interval: int, report: Callable[[str], None]
-) -> Iterator[Encoded]:
-    if Console().is_terminal:
-        yield from track(encoded, "tokenizing", total=total)
-        return
-    begin = time.monotonic()
-    for done, documents in enumerate(encoded, 1):
-        yield documents
-        if done % log_interval == 0 or done == total:
-            report(f"{done} of {total} records, {done / (time.monotonic() - begin):.0f} per second")

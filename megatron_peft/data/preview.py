@@ -7,8 +7,6 @@ Imports no torch and no megatron-core.
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from itertools import groupby
 from typing import NamedTuple
 from unicodedata import category
@@ -17,7 +15,7 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from megatron_peft.config import DataConfig, kind_of_source, not_obeyed, parse_blend
+from megatron_peft.config import DataConfig, not_obeyed, parse_blend
 from megatron_peft.config.model import PreviewOptions
 from megatron_peft.data.files import RecordFiles
 from megatron_peft.data.records import Fit
@@ -63,13 +61,8 @@ class Preview:
         self.config, self.options = config, options
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.blend = parse_blend(config.train_data_path, "--train-data-path")
-        open_records = partial(RecordFiles, self.blend.prefixes, "--train-data-path", with_digest=False)
-        if any(kind_of_source(path) != "json" for path in self.blend.prefixes):
-            self.tokenizer, self.records = build_tokenizer(config, pretrained_checkpoint), open_records()
-        else:
-            with ThreadPoolExecutor(1) as pool:  # the files are searched for lines while transformers is imported
-                records = pool.submit(open_records)
-                self.tokenizer, self.records = build_tokenizer(config, pretrained_checkpoint), records.result()
+        self.tokenizer = build_tokenizer(config, pretrained_checkpoint)
+        self.records = RecordFiles(self.blend.prefixes, "--train-data-path")
         self.fit = Fit.of(config, self.tokenizer)
         self.is_exact = options.exact or (not self.blend.weights and len(self.records) <= options.sampled_records)
         self.chosen, self.left_out = self._choose(), Counter[str]()
@@ -115,12 +108,6 @@ class Preview:
         return Estimate(value, value - half, value + half)
 
     @property
-    def length(self) -> Estimate:
-        """Mean input positions of a sample."""
-        used = self.kept[self.kept > 0]
-        return self.ratio(used, np.ones_like(used))
-
-    @property
     def num_samples(self) -> Estimate:
         """Samples of an epoch: records that are not skipped."""
         return Estimate(*(share * len(self.records) for share in self.share(self.kept > 0)))
@@ -137,11 +124,10 @@ class Preview:
         order = PackedOrder(SampleOrder(len(used), self.config.seed, True), used, self.config.seq_length, packing)
         return order.epoch_length(0) / (len(self.kept) * copies) * len(self.records)
 
-    def fill(self, packing: str | None = None) -> float:
-        """Tokens of a sequence, of --seq-length: with `packing`, or with one sample in each."""
-        sequences = self.num_packs(packing) if packing else self.num_samples.value
+    def fill(self, num_sequences: float) -> float:
+        """Tokens of an epoch by the positions of so many sequences."""
         tokens = float(self.kept.mean()) * len(self.records)
-        return tokens / (sequences * self.config.seq_length) if sequences else 0.0
+        return tokens / (num_sequences * self.config.seq_length) if num_sequences else 0.0
 
     @property
     def padding(self) -> float:
@@ -159,8 +145,9 @@ class Preview:
 # What is printed. Everything that color says, a mark says too: «trained», ‹cut off›.
 
 _BARS, _BAR_WIDTH = 10, 32
-_STYLES = {"trained": "bold green", "context": "", "cut": "red", "unread": "dim"}
 _BETWEEN = "·"  # tokens
+# Style of a token by its state, and the marks around a run of them.
+_STYLES = {"trained": "bold green", "context": "", "cut": "red"}
 _MARKS = {"trained": ("«", "»"), "cut": ("‹", "›"), "gap": ("", "")}
 
 
@@ -177,12 +164,10 @@ def show(preview: Preview, console: Console | None = None) -> None:
 
 def _sources(preview: Preview) -> Iterator[str]:
     records, weights = preview.records, preview.blend.weights or [None] * len(preview.blend.prefixes)
-    start = 0
-    for path, length, weight in zip(records.paths, records.lengths, weights, strict=True):
-        name = preview.fit.format_of(records, start).name
+    for path, length, end, weight in zip(records.paths, records.lengths, records.ends, weights, strict=True):
+        name = preview.fit.format_of(records, end - 1).name
         share = "" if weight is None else f", weight {weight:g}"
         yield f"{path}: {length:,} records, {name}{share}"
-        start += length
     if not preview.is_exact:
         n = len(preview.chosen)
         yield f"from {n:,} random records, in brackets 95% intervals; --exact reads all {len(records):,}"
@@ -195,8 +180,8 @@ def _lengths(preview: Preview) -> Iterator[str]:
     if len(used):
         middle, most, nearly = np.percentile(used, (50, 90, 99))
         yield (
-            f"positions of a sample (its tokens but one): mean {preview.length:,.1f}, median {middle:,.0f}, "
-            f"90% {most:,.0f}, 99% {nearly:,.0f}, longest {used.max():,}"
+            f"positions of a sample (its tokens but one): mean {preview.ratio(used, np.ones_like(used)):,.1f}, median "
+            f"{middle:,.0f}, 90% {most:,.0f}, 99% {nearly:,.0f}, longest {used.max():,}"
         )
         width = max(1, math.ceil(used.max() / _BARS))
         counts = np.bincount((used - 1) // width)
@@ -227,16 +212,16 @@ def _first_place(preview: Preview, which: np.ndarray) -> str:
 
 def _batches(preview: Preview) -> Iterator[str]:
     config, size = preview.config, preview.micro_batch_size
-    packings = DataConfig.__dataclass_fields__["packing"].default, "next-fit"
-    filled = ", ".join(f"{packing} {preview.fill(packing):.1%}" for packing in packings)
-    yield f"fill of --seq-length {config.seq_length}: one sample {preview.fill():.1%}; packed: {filled}"
+    packs = {name: preview.num_packs(name) for name in ("first-fit-decreasing", "next-fit")}
+    filled = ", ".join(f"{packing} {preview.fill(num_packs):.1%}" for packing, num_packs in packs.items())
+    alone = preview.fill(preview.num_samples.value)
+    yield f"fill of --seq-length {config.seq_length}: one sample {alone:.1%}; packed: {filled}"
     if size > 1 and not config.pack_sequences:
         yield f"padding in microbatches of {size}: {preview.padding:.1%} of the positions"
     if preview.blend.weights:
         yield "a weighted blend has no epoch: --train-iters or --train-samples set its length"
         return
-    plain = Estimate(*map(preview.steps, preview.num_samples))
-    packed = preview.steps(preview.num_packs(config.packing))
+    plain, packed = Estimate(*map(preview.steps, preview.num_samples)), preview.steps(packs[config.packing])
     batch = preview.global_batch_size
     yield f"an epoch: {plain:,.0f} steps of --global-batch-size {batch}; with --pack-sequences {packed:,}"
 
@@ -263,10 +248,9 @@ def _samples(preview: Preview) -> Iterator[Text]:
         index = int(random.choice(part))
         ids, trained = preview.fit.tokenized(preview.records, index)
         states = _states(ids, trained, preview.fit)
-        counts = Counter(states)
-        cut = f", {counts['cut']:,} cut off" if counts["cut"] else ""
+        cut = f", {states.count('cut'):,} cut off" if "cut" in states else ""
         title = f"\nsample {number} of {count}: {preview.records.place(index)}"
-        yield Text(f"{title}; {len(ids):,} tokens, {counts['trained']:,} trained{cut}", style="bold")
+        yield Text(f"{title}; {len(ids):,} tokens, {states.count('trained'):,} trained{cut}", style="bold")
         yield _colored(preview.tokenizer.texts(ids), states, preview.options.max_tokens)
 
 

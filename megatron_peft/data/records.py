@@ -1,16 +1,232 @@
-"""Records as token ids and a mask of what the loss counts. docs/data.md has the formats. Imports no torch: the preview
-reads records with it in seconds."""
+"""Records: the format of a file, by its first record's fields, and the token ids of a record with what the loss counts.
+
+Whatever a record looks like, it becomes one of three kinds: a prompt with a completion, a conversation, or a text.
+docs/data.md has the formats. Imports no torch: the preview reads records with it in seconds.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, NamedTuple
+from functools import lru_cache, partial
+from typing import Any, Literal, NamedTuple
 
-from megatron_peft.config import ConfigurationError, DataConfig, require
-from megatron_peft.data.files import RecordFiles
-from megatron_peft.data.formats import NATIVE_FIELDS, ColumnNames, Record, RecordFormat, format_of
+from megatron_peft.config import ConfigurationError, DataConfig, flag, require
+from megatron_peft.config.templates import render
+from megatron_peft.config.untrusted import parse_json
+from megatron_peft.data.files import Record, RecordFiles
 from megatron_peft.data.samples import Sample, sample_from_ids
 from megatron_peft.data.tokenizers import Tokenizer, split_chat, template_inputs
+
+Kind = Literal["prompt", "messages", "text"]
+
+
+@dataclass(frozen=True)
+class ColumnNames:
+    """--prompt-column and its like: names of fields. Without any, the usual names decide the format."""
+
+    prompt: str | None = None
+    response: str | None = None
+    messages: str | None = None
+    text: str | None = None
+
+    @classmethod
+    def of(cls, config: DataConfig) -> "ColumnNames":
+        return cls(config.prompt_column, config.response_column, config.messages_column, config.text_column)
+
+
+@dataclass(frozen=True)
+class RecordFormat:
+    """How the records of a file are read.
+
+    name: for messages to the user.
+    kind: what a record becomes.
+    required: fields that each record has.
+    optional: fields that are read if they are there.
+    convert: takes the fields that are there, and returns those of NATIVE_FIELDS ("tools" may be missing).
+    """
+
+    name: str
+    kind: Kind
+    required: tuple[str, ...]
+    optional: tuple[str, ...]
+    convert: Callable[[Record], Record]
+
+    def native(self, record: Record) -> Record:
+        """The record with this package's field names; fields that the format does not read stay.
+
+        Raises ConfigurationError (without the place) for a record of another format.
+        """
+        missing = [name for name in self.required if name not in record]
+        require(
+            not missing,
+            f'lacks the field "{missing[0] if missing else ""}" (it has {", ".join(record) or "none"}); all records of '
+            f"a file have the format of its first one, here {self.name}.",
+        )
+        read = {name: record[name] for name in (*self.required, *self.optional) if name in record}
+        taken = {*read, *NATIVE_FIELDS[self.kind]}
+        return {**{name: value for name, value in record.items() if name not in taken}, **self.convert(read)}
+
+
+NATIVE_FIELDS = {"prompt": ("prompt", "completion"), "messages": ("messages", "tools"), "text": ("text",)}
+
+
+@lru_cache
+def format_of(fields: tuple[str, ...], columns: ColumnNames, has_chat_template: bool) -> RecordFormat:
+    """The format of a file whose first record has these fields.
+
+    has_chat_template: Alpaca records are then conversations; otherwise they get Alpaca's own prompt.
+    Raises ConfigurationError (without the place) that names the fields, and the flags that say which is which.
+    """
+    if columns != ColumnNames():
+        return _of_columns(fields, columns)
+    formats = (
+        _plain("messages", "messages"),
+        _plain("prompt", "prompt", "completion"),
+        _SHAREGPT,
+        _ALPACA_CHAT if has_chat_template else _ALPACA,
+        _plain("text", "text"),
+    )
+    for candidate in formats:
+        if set(candidate.required) <= set(fields):
+            return candidate
+    require(
+        not {"chosen", "rejected"} <= set(fields),
+        'the record is a preference pair ("chosen" and "rejected"): there is no preference loss (DPO) here. To train '
+        "on the chosen answers alone: --prompt-column prompt --response-column chosen, or --messages-column chosen "
+        "where they are conversations.",
+    )
+    for candidate in formats:
+        if set(candidate.required) & set(fields):  # `native` says which field is missing
+            return candidate
+    prompt, response = (*fields, "NAME", "NAME")[:2]
+    raise ConfigurationError(
+        f'the record has the fields {", ".join(fields) or "(none)"}, but neither "prompt" and "completion", nor '
+        f'"messages", "conversations" (ShareGPT), "instruction" and "output" (Alpaca) or "text". Name its own: '
+        f"--prompt-column {prompt} --response-column {response}, --messages-column NAME or --text-column NAME."
+    )
+
+
+def _of_columns(fields: tuple[str, ...], columns: ColumnNames) -> RecordFormat:
+    """The format that the user's flags name. Raises ConfigurationError for a field that is not there."""
+    if columns.messages:
+        chosen = _plain("messages", columns.messages)
+    elif columns.text:
+        chosen = _plain("text", columns.text)
+    else:
+        chosen = _plain("prompt", columns.prompt or "prompt", columns.response or "completion")
+    flags = {getattr(columns, name): flag(f"{name}_column") for name in ("prompt", "response", "messages", "text")}
+    for name in chosen.required:
+        require(
+            name in fields,
+            f'{flags.get(name, "the record")}: there is no field "{name}"; the record has {", ".join(fields)}.',
+        )
+    return chosen
+
+
+def _plain(kind: Kind, *columns: str) -> RecordFormat:
+    """The format with this package's fields in these columns."""
+    shown = " and ".join(f'"{column}"' for column in columns)
+    if kind == "messages":
+        return RecordFormat(shown, kind, columns, ("tools",), partial(_conversation, columns[0]))
+    names = dict(zip(NATIVE_FIELDS[kind], columns, strict=True))
+    return RecordFormat(shown, kind, columns, (), lambda record: {ours: record[names[ours]] for ours in names})
+
+
+# ShareGPT: turns with "from" and "value". Its names of who speaks -> ours.
+ROLES = {
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "model"), "assistant"),
+    "system": "system",
+    **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
+}
+
+
+def _conversation(column: str, record: Record) -> Record:
+    turns = record[column]
+    if not isinstance(turns, list) or not turns:
+        raise ConfigurationError(f'"{column}" is not a list of objects with "role" and "content", or it is empty.')
+    system = record.get("system")
+    messages = [plain_turn(number, turn) for number, turn in enumerate(turns, 1)]
+    native: Record = {"messages": [*([{"role": "system", "content": system}] if system else []), *messages]}
+    if "tools" in record:
+        tools = record["tools"]  # some write the list as a text
+        is_text = isinstance(tools, str) and tools.lstrip().startswith("[")
+        native["tools"] = parse_json(tools, '"tools"') if is_text else tools
+    return native
+
+
+def plain_turn(number: int, turn: Any) -> Any:
+    """A turn with role and content; what is neither of the two forms stays, and is refused where turns are checked.
+
+    Raises ConfigurationError for a content with an image, for instance, and for an unknown speaker.
+    """
+    if isinstance(turn, dict) and turn.get("content") and isinstance(turn["content"], list):
+        for part in turn["content"]:
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            require(
+                kind == "text" and isinstance(part.get("text"), str),
+                f'"content" of message {number} has a part of type {kind}: a model is trained on text alone, as '
+                '{"type": "text", "text": "..."}. Leave the record out.',
+            )
+        turn = {**turn, "content": "".join(part["text"] for part in turn["content"])}
+    if not isinstance(turn, dict) or "from" not in turn or "role" in turn:
+        return turn
+    speaker = turn["from"]
+    require(
+        isinstance(speaker, str) and speaker in ROLES,
+        f"message {number} is from {speaker!r}; known are {', '.join(ROLES)}. Write a call of a function as "
+        '"tool_calls" of an assistant\'s message, in "messages".',
+    )
+    require("value" in turn, f'message {number} lacks the field "value" (it has {", ".join(turn)}).')
+    rest = {name: value for name, value in turn.items() if name not in ("from", "value")}
+    return {"role": ROLES[speaker], "content": turn["value"], **rest}
+
+
+# Alpaca: "instruction", "input" (may be empty) and "output"; some files have "system" and "history", earlier turns.
+_REQUIRED, _EXTRAS = ("instruction", "output"), ("input", "system", "history")
+
+
+def _alpaca_chat(record: Record) -> Record:
+    system, history, given = (record.get(name) for name in ("system", "history", "input"))
+    require(
+        not history
+        or (isinstance(history, list) and all(isinstance(turn, list) and len(turn) == 2 for turn in history)),
+        '"history" is not a list of pairs, a question and its answer.',
+    )
+    request = f"{record['instruction']}\n\n{given}" if given else record["instruction"]
+    messages = [{"role": "system", "content": system}] if system else []
+    for question, answer in (*(history or ()), (request, record["output"])):
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return {"messages": messages}
+
+
+def _alpaca(record: Record) -> Record:
+    """A record with the prompt of Alpaca's authors, as `megatron-peft data prepare instructions` writes it."""
+    extra = [name for name in ("system", "history") if record.get(name)]
+    require(
+        not extra,
+        f'the record has "{extra[0] if extra else ""}", which Alpaca\'s prompt has no place for: give --chat-template, '
+        "or a --tokenizer-model with one.",
+    )
+    fields = {"instruction": record["instruction"], "input": record.get("input") or ""}
+    return {"prompt": render("task", ALPACA_PROMPT, fields), "completion": record["output"]}
+
+
+# As in `tasks/templates/instructions.yaml`.
+ALPACA_PROMPT = (
+    "Below is an instruction that describes a task{{', paired with an input that provides further context' if input "
+    "else ''}}. Write a response that appropriately completes the request.\n\n### Instruction:\n{{instruction}}\n"
+    "{{'\n### Input:\n' ~ input ~ '\n' if input else ''}}\n### Response:\n"
+)
+
+
+_ALPACA = RecordFormat("Alpaca, with Alpaca's prompt", "prompt", _REQUIRED, _EXTRAS, _alpaca)
+_ALPACA_CHAT = RecordFormat("Alpaca, as a conversation", "messages", _REQUIRED, _EXTRAS, _alpaca_chat)
+_SHAREGPT = RecordFormat(
+    "ShareGPT", "messages", ("conversations",), ("system", "tools"), partial(_conversation, "conversations")
+)
+
+
+# From a record to tokens.
 
 MAX_WORK = 1 << 25  # of a conversation: messages times characters, of which half are tokenized, a million a second
 
@@ -32,20 +248,15 @@ def tokenize_record(record: Record, tokenizer: Tokenizer, record_format: RecordF
     native = record_format.native(record)
     if record_format.kind == "messages":
         return _tokenize_messages(native, tokenizer)
+    for name in NATIVE_FIELDS[record_format.kind]:
+        _require_text(native[name], f'"{name}"')
     if record_format.kind == "text":
-        ids = [*tokenizer.encode_prompt(_text(native, "text")), tokenizer.eos_id]
+        ids = [*tokenizer.encode_prompt(native["text"]), tokenizer.eos_id]
         return TokenizedRecord(ids, [True] * len(ids))
-    texts = [_text(native, "prompt"), _text(native, "completion")]
-    prompt_ids, completion_ids = encode_segments(tokenizer.encode, texts)
+    prompt_ids, completion_ids = encode_segments(tokenizer.encode, [native["prompt"], native["completion"]])
     before = prompt_ids if tokenizer.bos_id is None else [tokenizer.bos_id, *prompt_ids]
     after = [*completion_ids, tokenizer.eos_id]
     return TokenizedRecord(before + after, [False] * len(before) + [True] * len(after))
-
-
-def _text(record: Record, name: str) -> str:
-    require(name in record, f'lacks the field "{name}" (it has {", ".join(record)}).')
-    _require_text(record[name], f'"{name}"')
-    return record[name]
 
 
 def _require_text(value: Any, name: str) -> None:
@@ -142,20 +353,10 @@ class Fit:
     def of(cls, config: DataConfig, tokenizer: Tokenizer) -> "Fit":
         return cls(tokenizer, config.seq_length, config.overlong, ColumnNames.of(config))
 
-    def sample(self, records: RecordFiles, index: int) -> tuple[Sample, int]:
-        """The sample (of length 0 if it is to be skipped) and the input positions that the whole record would take.
-
-        Raises ConfigurationError naming file and line.
-        """
-        ids, trained = self.tokenized(records, index)
-        whole = sample_from_ids(ids, trained, len(ids))
-        self.require_fits(len(whole), records, index)
-        return whole if len(whole) <= self.seq_length else self.cut(ids, trained), len(whole)
-
     def cut(self, ids: Sequence[int], trained: Sequence[bool]) -> Sample:
         """The sample of a whole record; of length 0 if it is to be skipped."""
         sample = sample_from_ids(ids, trained, self.seq_length)
-        skips = self.overlong != "truncate" and len(sample_from_ids(ids, trained, len(ids))) > self.seq_length
+        skips = self.overlong != "truncate" and any(trained[self.seq_length + 1 :])
         return sample_from_ids(ids, trained, 0) if skips else sample
 
     def tokenized(self, records: RecordFiles, index: int) -> TokenizedRecord:
@@ -168,10 +369,11 @@ class Fit:
 
     def format_of(self, records: RecordFiles, index: int) -> RecordFormat:
         """The format of the file that holds a record: that of its first one. Raises ConfigurationError."""
+        first, fields = records.first_of_file(index)
         try:
-            return format_of(records.first_fields(index), self.columns, bool(self.tokenizer.chat_template))
+            return format_of(fields, self.columns, bool(self.tokenizer.chat_template))
         except ConfigurationError as error:
-            raise ConfigurationError(f"{records.place(records.first_of_file(index))}: {error}") from error
+            raise ConfigurationError(f"{records.place(first)}: {error}") from error
 
     def left_out(self, records: RecordFiles, index: int) -> list[str]:
         """Fields of a record that nothing reads and, as `messages[].name`, those of its messages."""
@@ -185,17 +387,3 @@ class Fit:
         inner = {name: None for message in native["messages"] for name in message if message[name] is not None}
         unread = [f"messages[].{name}" for name in inner if name not in of_messages]
         return [name for name in native if name not in read] + unread
-
-    def require_fits(self, length: int, records: RecordFiles, index: int) -> None:
-        """Raises ConfigurationError if --overlong error refuses a record that takes so many positions."""
-        if self.overlong != "error" or 0 < length <= self.seq_length:
-            return
-        place = records.place(index)
-        require(
-            length <= self.seq_length,
-            f"{place}: the sample takes {length} tokens, above --seq-length {self.seq_length}: raise it, or give "
-            "--overlong truncate or --overlong skip.",
-        )
-        raise ConfigurationError(
-            f"{place}: the sample has no token to learn from: give it a text, or give --overlong skip."
-        )

@@ -114,9 +114,8 @@ class BlendedOrder(SampleOrder):
     """Samples of several sources in proportion to their weights: each has an order of its own, and begins again at its
     end. An "epoch" is a round of the blend, after which its pattern repeats.
 
-    Args:
-        lengths: samples of each source; they are numbered through.
-        weights: above 0, of any sum.
+    lengths: samples of each source; they are numbered through.
+    weights: above 0, of any sum.
     """
 
     epochs_hold_the_same_samples = False

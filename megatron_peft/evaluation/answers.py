@@ -20,8 +20,7 @@ from megatron_peft.config import ConfigurationError, RunConfig, is_indexed, pars
 from megatron_peft.config.evaluation import AnswerSettings
 from megatron_peft.config.untrusted import parse_json, read_text, require_regular
 from megatron_peft.data.files import RecordFiles
-from megatron_peft.data.formats import ColumnNames, plain_turn
-from megatron_peft.data.records import Fit
+from megatron_peft.data.records import ColumnNames, Fit, plain_turn
 from megatron_peft.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_peft.evaluation.generation import GenerationSettings, StopTexts, generate_answers
 from megatron_peft.evaluation.model import InferenceModel, load_model, restore_base

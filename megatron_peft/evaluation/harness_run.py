@@ -356,5 +356,5 @@ def _check_task(path: Path, task: dict[str, Any]) -> None:
                     is_packed = opened.read(max(map(len, PACKED))).startswith(PACKED)
                 require(not is_packed, f"{flag} {file} is compressed: unpack it first.")
                 if file.suffix in (".json", ".jsonl"):
-                    open_json(file, with_digest=False)
+                    open_json(file)
                 require_limits(file, flag)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from megatron_peft.checkpoint import save, tensors
+from megatron_peft.checkpoint import folders, save, tensors
 from megatron_peft.checkpoint.tensors import PlannedFiles, Written, sharded_parameters
 from megatron_peft.data.batches import Microbatch
 from megatron_peft.models import layers
@@ -225,7 +225,7 @@ def _save(state: TrainingState) -> None:
     """The collectives of a checkpoint of a run, which is not written."""
     with (
         whole_parameters(state.model_chunks),
-        replaced(save, "start_draft", lambda *_: Path()),
+        replaced(folders, "start_draft", lambda *_: Path()),
         replaced(save, "base_fingerprint", lambda _: None),
         replaced(tensors, "mcore_to_pyt_state_dict", lambda own: own),
         replaced(PlannedFiles, "write", lambda _: Written([], {})),

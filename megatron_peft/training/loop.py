@@ -275,7 +275,7 @@ class _Run:
         position = self.state.position
         return {
             "iteration": position.iteration,
-            "epoch": self.data.train.epochs_at(position.consumed_samples),
+            "epoch": self.data.train.order.epochs_at(position.consumed_samples),
             "consumed_samples": position.consumed_samples,
             "consumed_tokens": position.consumed_tokens,
         }

@@ -120,7 +120,7 @@ def check_run(config: RunConfig) -> ModelShape:
     require_something_to_load(config.checkpoint)
     data = _checked_data(config, tokenizer, shape, rank=0)
     print_rank_0(
-        f"flags, model, tokenizer and data can be used: {data.train.samples_per_epoch:,} training samples, "
+        f"flags, model, tokenizer and data can be used: {data.train.order.epoch_length(0):,} training samples, "
         f"{data.train_iters:,} iterations"
     )
     return shape
@@ -173,7 +173,7 @@ def finetune(
         state.data_digest = data.digest
         checkpoint = load_checkpoint(state)
         if checkpoint is not None:
-            epoch = data.train.epochs_at(state.position.consumed_samples)
+            epoch = data.train.order.epochs_at(state.position.consumed_samples)
             print_rank_0(resume_summary(checkpoint, state, data.train_iters, epoch))
         else:
             _check_start(state, data)
@@ -327,11 +327,12 @@ def first_steps(config: RunConfig, train: GlobalBatches) -> Sequence[Step]:
     if checked_together(lambda: folder is not None and newest_checkpoint(Path(folder)) is not None):
         return ()  # a resumed run takes the factors from its checkpoint
     size, wanted = config.global_batch_size, config.peft.lora_ga_batches
-    most = train.samples_per_epoch // size
+    num_samples = train.order.epoch_length(0)
+    most = num_samples // size
     require(
         wanted <= most,
         f"--lora-ga-batches {wanted} of --global-batch-size {size} are {wanted * size} samples, but the training data "
-        f"has {train.samples_per_epoch}: use {f'at most {most}, or ' if most else ''}a smaller --global-batch-size.",
+        f"has {num_samples}: use {f'at most {most}, or ' if most else ''}a smaller --global-batch-size.",
     )
     stages = config.parallel.pipeline_model_parallel_size if config.parallel.is_interleaved else 1
     # No more memory than the longest samples take in training. Where these are short there is room for more: nothing

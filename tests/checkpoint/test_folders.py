@@ -159,16 +159,27 @@ def count_down(monkeypatch, calls, error):
     return left
 
 
-@pytest.mark.parametrize("iteration", [50, 60])  # of the same iteration, and of a later one
-def test_killed_at_any_call_the_tracker_names_a_whole_checkpoint(tmp_path, monkeypatch, caplog, iteration):
-    seen = set()
+def killed_at_every_call(tmp_path, monkeypatch, before, act):
+    """Folders in which `act` was killed at its first call of CALLS, its second, ..., and one in which it came to its
+    end."""
     for calls in range(100):
         folder = tmp_path / str(calls)
-        save(folder, 50, "old")
+        before(folder)
         with monkeypatch.context() as patch:
             left = count_down(patch, calls, Killed())
             with suppress(Killed):
-                save(folder, iteration, "new")
+                act(folder)
+        yield folder
+        if left[0] >= 0:
+            assert calls > 6
+            return
+    pytest.fail("not every call was reached")
+
+
+@pytest.mark.parametrize("iteration", [50, 60])  # of the same iteration, and of a later one
+def test_killed_at_any_call_the_tracker_names_a_whole_checkpoint(tmp_path, monkeypatch, caplog, iteration):
+    seen, before, act = set(), lambda folder: save(folder, 50, "old"), lambda folder: save(folder, iteration, "new")
+    for folder in killed_at_every_call(tmp_path, monkeypatch, before, act):
         survived = newest_text(folder)
         seen.add(survived)
         assert not caplog.records, "the tracker's checkpoint was missing, and another one was taken"
@@ -176,36 +187,23 @@ def test_killed_at_any_call_the_tracker_names_a_whole_checkpoint(tmp_path, monke
         assert newest_text(folder) == survived
         save(folder, iteration, "again")  # and the run can go on
         assert newest_text(folder) == "again"
-        if left[0] >= 0:
-            break
-    assert left[0] >= 0 and calls > 6, "every call was reached"
     assert seen == {"old", "new"}
 
 
-def test_killed_at_any_call_the_link_names_a_whole_best_checkpoint(tmp_path, monkeypatch):
-    seen = set()
-    for calls in range(100):
-        folder = tmp_path / str(calls)
-        save(folder, 40, "40")
-        folders.link_best(folder, 40)
-        with monkeypatch.context() as patch:
-            left = count_down(patch, calls, Killed())
-            with suppress(Killed):
-                save_the_best(folder, 50)
-        folders.remove_leftovers(folder)
-        seen.add(best_text(folder))
-        save_the_best(folder, 60)
-        assert best_text(folder) == newest_text(folder) == "60" and len(checkpoints(folder)) == 1
-        if left[0] >= 0:
-            break
-    assert left[0] >= 0 and calls > 9, "every call was reached"
-    assert seen == {"40", "50"}
-
-
-def save_the_best(folder, iteration):
+def save_the_best(iteration, folder):
     save(folder, iteration, str(iteration))
     folders.link_best(folder, iteration)
     folders.keep_last(folder, iteration, num_kept=1, best=iteration)
+
+
+def test_killed_at_any_call_the_link_names_a_whole_best_checkpoint(tmp_path, monkeypatch):
+    seen, before, act = set(), partial(save_the_best, 40), partial(save_the_best, 50)
+    for folder in killed_at_every_call(tmp_path, monkeypatch, before, act):
+        folders.remove_leftovers(folder)
+        seen.add(best_text(folder))
+        save_the_best(60, folder)
+        assert best_text(folder) == newest_text(folder) == "60" and len(checkpoints(folder)) == 1
+    assert seen == {"40", "50"}
 
 
 def test_files_are_synced_before_the_rename_and_that_before_the_tracker(tmp_path, monkeypatch):
@@ -237,30 +235,27 @@ def test_links_that_others_have_left_lead_nothing_elsewhere(tmp_path):
     assert other.read_text() == "kept"
 
 
-def test_a_full_disk_is_told_with_the_name_of_the_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "pwrite", mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
-    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/.lock'"):
-        FolderLock(tmp_path)
-    monkeypatch.setattr(os, "fsync", mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
-    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/{TRACKER}'"):
-        folders.write_atomically(tmp_path / TRACKER, "50\n")
+FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_a_full_disk_leaves_the_old_text_and_no_temporary_file(tmp_path, monkeypatch):
+def test_a_full_disk_is_told_with_the_file_and_leaves_the_old_text_and_no_temporary_file(tmp_path, monkeypatch):
     path = tmp_path / TRACKER
     folders.write_atomically(path, "50\n")
-    count_down(monkeypatch, 0, OSError(errno.ENOSPC, "No space left on device"))
-    with pytest.raises(OSError, match="No space"):
+    count_down(monkeypatch, 0, FULL)
+    with pytest.raises(OSError, match=f"No space left on device: '{path}'"):
         folders.write_atomically(path, "60\n")
     assert path.read_text() == "50\n" and list(tmp_path.iterdir()) == [path]
+    monkeypatch.setattr(os, "pwrite", mock.Mock(side_effect=FULL))
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/.lock'"):
+        FolderLock(tmp_path)
 
 
 def test_everything_that_needs_space_comes_before_the_first_rename(tmp_path, monkeypatch):
     save(tmp_path, 50, "old")
     draft = start_draft(tmp_path / "iter_0000050")
     (draft / RECORD).write_text("new")
-    monkeypatch.setattr(folders, "write_beside", mock.Mock(side_effect=OSError(errno.ENOSPC, "full")))
-    with pytest.raises(OSError, match="full"):
+    monkeypatch.setattr(folders, "write_beside", mock.Mock(side_effect=FULL))
+    with pytest.raises(OSError, match="No space"):
         folders.publish(draft, tmp_path, 50)
     assert (tmp_path / "iter_0000050" / RECORD).read_text() == "old"
 
@@ -372,23 +367,15 @@ def test_a_file_system_without_locks_gives_a_warning(tmp_path, monkeypatch, capl
 
 
 def test_a_new_folder_gets_its_name_by_one_rename_of_what_is_on_the_disk(tmp_path, monkeypatch):
-    """Killed, or without power, at any instant there is all of it or nothing."""
-    calls = recorded_calls(monkeypatch)
-    with folders.new_folder(tmp_path / "out") as draft:
-        (draft / "file").write_text("whole")
-    synced = [("fsync", draft / "file"), ("fsync", draft)]
-    assert calls == [*synced, ("rename", tmp_path / "out"), ("fsync", tmp_path)]
-
-
-def test_a_new_folder_appears_at_the_end_with_the_permissions_of_any_new_one(tmp_path):
-    output = tmp_path / "deep" / "out"
+    """Killed, or without power, at any instant there is all of it or nothing. Its permissions are a new folder's."""
+    calls, output = recorded_calls(monkeypatch), tmp_path / "deep" / "out"
     with folders.new_folder(output) as draft:
         (draft / "file").write_text("whole")
         assert not output.exists()
-    assert (output / "file").read_text() == "whole"
-    assert [path.name for path in output.parent.iterdir()] == ["out"]
-    (tmp_path / "ordinary").mkdir()
-    assert output.stat().st_mode == (tmp_path / "ordinary").stat().st_mode
+    synced = [("fsync", draft / "file"), ("fsync", draft)]
+    assert calls == [*synced, ("rename", output), ("fsync", output.parent)]
+    assert (output / "file").read_text() == "whole" and list(output.parent.iterdir()) == [output]
+    assert output.stat().st_mode == output.parent.stat().st_mode
 
 
 @pytest.mark.parametrize(
@@ -396,7 +383,7 @@ def test_a_new_folder_appears_at_the_end_with_the_permissions_of_any_new_one(tmp
     [
         (KeyboardInterrupt(), KeyboardInterrupt, ""),
         (ConfigurationError("bad"), ConfigurationError, "bad"),
-        (OSError(errno.ENOSPC, "No space left"), ConfigurationError, "--output .*out could not be written .No space"),
+        (FULL, ConfigurationError, "--output .*out could not be written .No space"),
     ],
 )
 def test_nothing_is_left_of_a_new_folder_after_an_error(error, expected, told, tmp_path):

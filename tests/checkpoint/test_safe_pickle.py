@@ -1,7 +1,6 @@
 """Nothing in a checkpoint of somebody else's runs."""
 
 import argparse
-import io
 import os
 import pickle
 import random
@@ -9,8 +8,8 @@ import re
 import resource
 import signal
 import zipfile
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -68,60 +67,63 @@ def test_a_malicious_checkpoint_of_ranks_is_refused_by_name_and_runs_nothing(kin
     assert not mark.exists() and not (tmp_path / "out").exists()
 
 
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A distributed checkpoint of one tensor, "a"."""
+    return save_distributed(tmp_path / "megatron", {"a": torch.zeros(2)})
+
+
+@contextmanager
+def changed_index(folder: Path) -> Iterator[Any]:
+    """The index of a checkpoint, which is written back at the end."""
+    index = pickle.loads((folder / ".metadata").read_bytes())
+    yield index
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
+
+
 def read_one_tensor(folder: Path) -> None:
     read_tensors([ShardedTensor.from_rank_offsets("a", torch.zeros(2))], folder, read_index(folder))
 
 
 @pytest.mark.parametrize("kind", ["system", "eval", "getattr"])
 @pytest.mark.parametrize("read", [read_metadata, read_index, read_one_tensor])
-def test_a_malicious_index_is_refused_by_name_and_runs_nothing(read, kind, tmp_path):
+def test_a_malicious_index_is_refused_by_name_and_runs_nothing(read, kind, folder, tmp_path):
     mark = tmp_path / "ran"
-    folder = save_distributed(tmp_path / "megatron", {"a": torch.zeros(2)})
-    index = pickle.loads((folder / ".metadata").read_bytes())
-    index.planner_data = attack(kind, mark)
-    (folder / ".metadata").write_bytes(pickle.dumps(index))
+    with changed_index(folder) as index:
+        index.planner_data = attack(kind, mark)
     with one_rank(), pytest.raises(ConfigurationError, match=f"is refused: .*{kind}.*Nothing of it was run"):
         read(folder)
     assert not mark.exists()
 
 
-def test_a_part_that_is_no_tensor_is_never_unpickled(tmp_path):
+def test_a_part_that_is_no_tensor_is_never_unpickled(folder, tmp_path):
     """torch unpickles such a part whatever it holds, and megatron-core looks at nothing but its size."""
     mark = tmp_path / "ran"
-    folder = save_distributed(tmp_path / "megatron", {"a": torch.zeros(2)})
-    index = pickle.loads((folder / ".metadata").read_bytes())
-    payload = io.BytesIO()
-    torch.save(attack("system", mark), payload)
-    (folder / "__0_0.distcp").write_bytes(payload.getvalue())
-    index.state_dict_metadata["a"] = torch_metadata.BytesStorageMetadata()
-    index.state_dict_metadata["a"].size = torch.Size([2])
-    place = _StorageInfo("__0_0.distcp", 0, len(payload.getvalue()))
-    index.storage_data = {torch_metadata.MetadataIndex("a"): place}
-    (folder / ".metadata").write_bytes(pickle.dumps(index))
+    torch.save(attack("system", mark), folder / "__0_0.distcp")
+    with changed_index(folder) as index:
+        index.state_dict_metadata["a"] = torch_metadata.BytesStorageMetadata()
+        index.state_dict_metadata["a"].size = torch.Size([2])
+        place = _StorageInfo("__0_0.distcp", 0, (folder / "__0_0.distcp").stat().st_size)
+        index.storage_data = {torch_metadata.MetadataIndex("a"): place}
     with one_rank(), pytest.raises(ConfigurationError, match="is damaged: .*a from model not in state dict"):
         read_one_tensor(folder)
     assert not mark.exists()
 
 
-def as_python_3_11_0_does(member: Any, protocol: int) -> Any:
-    return getattr, (type(member), member.name)
+@pytest.mark.parametrize("reaches", ["a member of that enumeration", "another attribute"])
+def test_an_index_of_python_3_11_0_may_reach_a_member_of_that_enumeration_alone(folder, monkeypatch, reaches):
+    """Debian 12 has 3.11.2, which pickles a member as getattr(enumeration, name)."""
 
+    def reduced(member: Any, protocol: int) -> Any:
+        is_member = reaches == "a member of that enumeration"
+        return getattr, (type(member), member.name) if is_member else (torch_metadata.Metadata, "__init__")
 
-def test_an_index_that_python_3_11_0_wrote_is_read(tmp_path, monkeypatch):
-    """Debian 12 has 3.11.2."""
-    folder = save_distributed(tmp_path / "megatron", {"a": torch.zeros(2)})
-    index = pickle.loads((folder / ".metadata").read_bytes())
-    monkeypatch.setattr(torch_metadata._MEM_FORMAT_ENCODING, "__reduce_ex__", as_python_3_11_0_does)
-    (folder / ".metadata").write_bytes(pickle.dumps(index))
-    assert b"getattr" in (folder / ".metadata").read_bytes() and [*read_metadata(folder).state_dict_metadata] == ["a"]
-
-
-def test_an_index_reaches_no_attribute_but_a_member_of_that_enumeration(tmp_path, monkeypatch):
-    folder = save_distributed(tmp_path / "megatron", {"a": torch.zeros(2)})
-    index = pickle.loads((folder / ".metadata").read_bytes())
-    other = lambda member, protocol: (getattr, (torch_metadata.Metadata, "__init__"))  # noqa: E731
-    monkeypatch.setattr(torch_metadata._MEM_FORMAT_ENCODING, "__reduce_ex__", other)
-    (folder / ".metadata").write_bytes(pickle.dumps(index))
+    with changed_index(folder):
+        monkeypatch.setattr(torch_metadata._MEM_FORMAT_ENCODING, "__reduce_ex__", reduced)
+    assert b"getattr" in (folder / ".metadata").read_bytes()
+    if reaches == "a member of that enumeration":
+        assert [*read_metadata(folder).state_dict_metadata] == ["a"]
+        return
     with pytest.raises(ConfigurationError, match="is refused: .*builtins.getattr"):
         read_metadata(folder)
 
@@ -139,12 +141,10 @@ def test_an_index_cannot_change_the_classes_of_torch(name, tmp_path):
 
 
 @pytest.mark.parametrize("file", ["../outside.distcp", "/outside.distcp", "sub/__0_0.distcp", ".."])
-def test_an_index_names_files_of_its_own_folder_only(file, tmp_path):
-    folder = save_distributed(tmp_path / "megatron", {"a": torch.zeros(2)})
-    index = pickle.loads((folder / ".metadata").read_bytes())
-    for place in index.storage_data.values():
-        place.relative_path = file
-    (folder / ".metadata").write_bytes(pickle.dumps(index))
+def test_an_index_names_files_of_its_own_folder_only(file, folder):
+    with changed_index(folder) as index:
+        for place in index.storage_data.values():
+            place.relative_path = file
     with pytest.raises(ConfigurationError, match=f"is refused: it names '{file}'"):
         read_metadata(folder)
 
@@ -277,17 +277,15 @@ def test_no_pickle_crashes_its_reader_or_takes_its_memory(kind, tmp_path):
             assert "MemoryError" not in told, (reader, told)
 
 
-def test_no_message_advises_to_unpickle_without_a_check(tmp_path):
+def test_no_message_advises_to_unpickle_without_a_check(folder, tmp_path):
     torch.save({"a": attack("system", tmp_path / "ran")}, tmp_path / "pytorch_model.bin")
     with pytest.raises(ConfigurationError, match=r"it names \w+\.system.*safetensors") as told:
         open_source(tmp_path)
     assert "weights_only" not in str(told.value)
-    folder = save_distributed(tmp_path / "megatron", {"a": torch.zeros(2)})
     payload = (tmp_path / "pytorch_model.bin").read_bytes()
     (folder / "__0_0.distcp").write_bytes(payload)
-    index = pickle.loads((folder / ".metadata").read_bytes())
-    index.storage_data = {key: _StorageInfo("__0_0.distcp", 0, len(payload)) for key in index.storage_data}
-    (folder / ".metadata").write_bytes(pickle.dumps(index))
+    with changed_index(folder) as index:
+        index.storage_data = {key: _StorageInfo("__0_0.distcp", 0, len(payload)) for key in index.storage_data}
     with one_rank(), pytest.raises(ConfigurationError, match=r"is damaged: .*it names \w+\.system") as told:
         read_one_tensor(folder)
     assert "weights_only" not in str(told.value) and "\n" not in str(told.value)

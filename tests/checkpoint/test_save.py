@@ -10,7 +10,7 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 
-from megatron_peft.checkpoint import save
+from megatron_peft.checkpoint import folders, save
 from megatron_peft.checkpoint.folders import MANIFEST, publish, start_draft
 from megatron_peft.checkpoint.save import Saver
 from megatron_peft.checkpoint.tensors import PlannedFiles
@@ -32,7 +32,7 @@ def test_a_failed_copy_of_adapter_config_does_not_fail_the_save(tmp_path, monkey
     """The file of the adapters beside the checkpoints; each of them has its own."""
     (tmp_path / "adapter_config.json").write_text("of the one before")
     full = OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(save, "write_atomically", mock.Mock(side_effect=full))
+    monkeypatch.setattr(folders, "write_atomically", mock.Mock(side_effect=full))
     save._write_beside_checkpoints(tmp_path / "adapter_config.json", "{}")
     assert "adapter_config.json cannot be written" in caplog.text
     assert (tmp_path / "adapter_config.json").read_text() == "of the one before"
@@ -70,8 +70,8 @@ def test_a_pending_save_is_completed_when_the_run_ends_and_the_last_two_are_kept
 
 def test_a_run_into_the_folder_of_another_is_refused_and_touches_nothing(alone, tmp_path, monkeypatch):
     draft = start_draft(tmp_path / "iter_0000050")
-    take = save.FolderLock
-    monkeypatch.setattr(save, "FolderLock", lambda folder: take(folder, grace_seconds=0.1))
+    take = folders.FolderLock
+    monkeypatch.setattr(folders, "FolderLock", lambda folder: take(folder, grace_seconds=0.1))
     with holder(tmp_path), pytest.raises(ConfigurationError, match="another run is saving there"):
         Saver(CheckpointConfig(save=str(tmp_path)))
     assert draft.exists()
@@ -102,7 +102,7 @@ def test_a_moved_folder_is_locked_again_unless_another_run_has_it(alone, tmp_pat
 def test_drafts_of_a_killed_run_are_removed_under_the_lock_only(alone, tmp_path, monkeypatch, is_locked):
     draft = start_draft(tmp_path / "iter_0000050")
     if not is_locked:
-        monkeypatch.setattr(save.FolderLock, "_acquire", lambda lock, deadline: False)
+        monkeypatch.setattr(folders.FolderLock, "_acquire", lambda lock, deadline: False)
     with Saver(CheckpointConfig(save=str(tmp_path))) as unused:
         assert unused.finish() is None
     assert draft.exists() != is_locked
@@ -122,11 +122,11 @@ def test_what_torch_says_of_a_full_disk_is_said_in_words(alone, tmp_path, monkey
     torn = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
     monkeypatch.setattr(torch, "save", mock.Mock(side_effect=torn))
     with pytest.raises(ConfigurationError, match="could not be written: a file was cut short; is the disk full.$"):
-        files.finish([files.write()])
+        files.complete([files.write()])
 
 
 def test_a_folder_of_tensors_is_on_the_disk_before_it_has_its_name_and_that_after(tmp_path, monkeypatch):
-    files = SimpleNamespace(write=lambda: SimpleNamespace(sums={}), finish=lambda by_rank: None)
+    files = SimpleNamespace(write_together=lambda publish: publish([]), complete=lambda by_rank: {})
     monkeypatch.setattr(save, "PlannedFiles", lambda tensors, draft: files)
     calls = recorded_calls(monkeypatch)
     save.write_new_folder([], tmp_path / "new")

@@ -23,7 +23,7 @@ from megatron_peft.conversion.pretrained import base_parameters, owned_rules
 from megatron_peft.models.families import config_of_shape, read_shape, rules_for
 from megatron_peft.models.rules import expected_tensors
 from megatron_peft.models.shape import ModelShape
-from tests.checkpoint.records import make_config, make_record
+from tests.checkpoint.runs import make_config, make_record
 
 # Two key-value heads, head_dim not hidden / heads, every bias, a prime vocabulary.
 ODD = ModelShape("llama", 4, 10, 12, 6, 2, 4, 23, 64, linear_biases=frozenset(LINEAR_MODULES))

@@ -18,7 +18,7 @@ from megatron_peft.conversion.convert import megatron_to_hf, merge
 from megatron_peft.conversion.model_card import Exported, serving_lines, write_card
 from megatron_peft.conversion.peft_export import export_adapter
 from megatron_peft.conversion.verify import random_tokens, verify
-from tests.checkpoint.records import make_config, make_record
+from tests.checkpoint.runs import make_config, make_record
 from tests.conversion.megatron_folders import ODD, global_tensors, save_random, save_run
 
 BLOOM = make_record(shape=dataclasses.replace(ODD, architecture="bloom"))

@@ -14,7 +14,7 @@ from megatron_peft.conversion.trained_adapters import (
     save_adapters,
 )
 from megatron_peft.models.families import rules_for
-from tests.checkpoint.records import SHAPE, make_record
+from tests.checkpoint.runs import SHAPE, make_record
 
 LAYER, OTHER = "decoder.layers.0.mlp.linear_fc1", "decoder.layers.1.mlp.linear_fc1"
 A, B = torch.arange(6.0).view(2, 3), -torch.ones(5, 2)

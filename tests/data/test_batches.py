@@ -135,7 +135,7 @@ def test_an_evaluation_sees_every_sample_once_in_as_many_microbatches_a_rank(num
 
     def evaluation(rank: int) -> GlobalBatches:
         batches = source(num_samples, BatchLayout(dp * micro * per_rank, micro, rank, dp), packed, prefetch=prefetch)
-        batches.end = batches.samples_per_epoch
+        batches.end = batches.order.epoch_length(0)
         return batches
 
     ranks = [evaluation(rank) for rank in range(dp)]

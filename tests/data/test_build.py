@@ -10,7 +10,7 @@ import pytest
 from megatron_peft.config import ConfigurationError, DataConfig, ParallelConfig, TrainingConfig
 from megatron_peft.data.build import Data, build_data
 from megatron_peft.data.tokenizers import NullTokenizer
-from tests.checkpoint.records import make_config
+from tests.checkpoint.runs import make_config
 from tests.data.test_indexed import numbered_documents, write_indexed
 
 RECORDS = [{"prompt": str(i), "completion": f"{i} {i}"} for i in range(10)]  # 3 positions each
@@ -73,7 +73,7 @@ def test_packing_packs_whatever_is_json(both):
     data = build({**both, "pack_sequences": True, "packing": "next-fit"})
     batch = next(iter(data.train))[0]
     assert batch.cu_seqlens is not None and batch.cu_seqlens.tolist() == [0, 3, 6]  # 2 of 3 positions fit in 8
-    assert data.train.samples_per_epoch == 5
+    assert data.train.order.epoch_length(0) == 5
     assert data.valid is not None and sum(b.num_samples for step in data.valid for b in step) == 6
 
 
@@ -81,7 +81,7 @@ def test_first_fit_decreasing_is_the_default_and_needs_fewer_steps(write_lines):
     records = [{"text": " 1" * length} for length in (6, 2) * 8]
     data = {"train_data_path": (write_lines(records),), "pack_sequences": True}
     full, before = (build(data | choice).train for choice in ({}, {"packing": "next-fit"}))
-    assert full.samples_per_epoch == 8 < before.samples_per_epoch
+    assert full.order.epoch_length(0) == 8 < before.order.epoch_length(0)
     assert {batch.tokens.shape[1] for step in islice(full, 2) for batch in step} == {8}
 
 
@@ -133,10 +133,12 @@ def test_indexed_data_keep_megatrons_order_while_they_last(tmp_path):
     assert data.valid is not None and first_tokens(data.valid)[0] >= 0 and data.test is None
 
 
-def test_indexed_data_are_shuffled_again_each_epoch(tmp_path):
+def test_indexed_data_are_shuffled_again_each_epoch_and_weighted_have_none(tmp_path):
     prefix = write_indexed(tmp_path / "corpus", numbered_documents(100))
+    with pytest.raises(ConfigurationError, match="--data-path has weights, and --train-epochs is undefined"):
+        build({"data_path": ("1", prefix), "split": "1"}, train_epochs=2)
     train = build({"data_path": (prefix,), "split": "1"}, train_epochs=2).train
-    per_epoch = train.samples_per_epoch
+    per_epoch = train.order.epoch_length(0)
     assert per_epoch == (500 - 1) // 8
     seen = first_tokens(train, -(-2 * per_epoch // 4))
     first, second = seen[:per_epoch], seen[per_epoch : 2 * per_epoch]

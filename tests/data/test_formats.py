@@ -6,9 +6,8 @@ import pytest
 
 from megatron_peft.config import ConfigurationError
 from megatron_peft.data.files import RecordFiles
-from megatron_peft.data.formats import ColumnNames, format_of
 from megatron_peft.data.instruction import InstructionDataset
-from megatron_peft.data.records import Fit
+from megatron_peft.data.records import ColumnNames, Fit, format_of
 from megatron_peft.data.tokenizers import HuggingFaceTokenizer
 from megatron_peft.tasks.template import TaskTemplate
 from tests.data.tiny_tokenizers import CHATML, save_tokenizer

@@ -132,8 +132,6 @@ def test_a_split_without_text_is_no_data_for_evaluation_and_an_error_for_trainin
 
 
 def test_what_cannot_be_built_is_named(corpus, tmp_path):
-    with pytest.raises(ConfigurationError, match="--data-path has weights, and --train-epochs is undefined"):
-        build(Split.train, None, "1", corpus)
     with pytest.raises(ConfigurationError, match="--data-cache-path with a blend"):  # without torch.distributed
         build(Split.train, 10, corpus, corpus, data_cache_path=str(tmp_path))
     (tmp_path / "file").write_text("")

@@ -46,8 +46,7 @@ def test_documents_keep_the_order_and_bad_records_their_place(write_lines, worke
     long = {"text": "7 " * 1_000_000}  # so that a second worker overtakes the first
     path = write_lines([long, *numbers, "{", {"text": "x"}])
     settings = config(path, "out", workers=workers)
-    with encoded_documents(settings, DocumentEncoder(settings)) as encoded:
-        first, *documents, torn, bad = encoded
+    first, *documents, torn, bad = encoded_documents(settings, DocumentEncoder(settings))
     assert first == [[7] * 1_000_000] and documents == [[[i % 90]] for i in range(150)]
     assert "line 152: not JSON" in torn and "line 153: NullTokenizer reads ids" in bad
 

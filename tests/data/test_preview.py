@@ -36,16 +36,21 @@ def shown(found: Preview, **console) -> str:
     return out.getvalue()
 
 
+def length(found: Preview):
+    """Mean input positions of a sample."""
+    used = found.kept[found.kept > 0]
+    return found.ratio(used, np.ones_like(used))
+
+
 def test_figures_of_a_small_file_are_those_of_the_data_set_that_training_builds(write_lines):
     path = write_lines(RECORDS)
     found = preview(path)
     dataset = InstructionDataset(found.records, found.fit)
-    assert found.is_exact and found.length == (dataset.lengths.mean(),) * 3
+    assert found.is_exact and length(found) == (dataset.lengths.mean(),) * 3
     assert found.num_samples == (len(dataset),) * 3 and found.steps(len(dataset)) == 2
     order = PackedOrder(SampleOrder(3, 1234, True), dataset.lengths, 4)
     assert found.num_packs(order.packing) == (packs := order.epoch_length(0))
-    assert found.fill(order.packing) == pytest.approx(dataset.lengths.sum() / (4 * packs))
-    assert found.fill() == pytest.approx(dataset.lengths.mean() / 4)
+    assert found.fill(packs) == pytest.approx(dataset.lengths.sum() / (4 * packs))
     trained = sum(dataset[i].loss_mask.sum() for i in range(3))
     assert found.trained.sum() == trained
 
@@ -113,12 +118,12 @@ def test_estimates_cover_the_truth_as_often_as_they_say(write_lines):
     for seed in range(15):
         found = preview(path, seq_length=32, seed=seed, options={"sampled_records": 200})
         longer, of_truth = (one.share(one.whole > 32) for one in (found, truth))
-        pairs = [(found.length, truth.length), (longer, of_truth), (found.num_samples, truth.num_samples)]
-        pairs += [(_trained(found), _trained(truth))]
+        pairs = [(length(found), length(truth)), (longer, of_truth), (found.num_samples, truth.num_samples)]
+        pairs += [(found.ratio(found.trained, found.kept), truth.ratio(truth.trained, truth.kept))]
         packs, of_truth = (one.num_packs("first-fit-decreasing") for one in (found, truth))
         assert packs == pytest.approx(of_truth, rel=0.25)
         hits += [estimate.low <= exact.value <= estimate.high for estimate, exact in pairs]
-    assert len(truth.chosen) == 1500 and truth.length.low == truth.length.high
+    assert len(truth.chosen) == 1500 and length(truth).low == length(truth).high
     assert (hits >= 12).all(), hits
 
 
@@ -128,17 +133,13 @@ def test_an_interval_is_as_wide_as_one_of_95_percent(write_lines):
     path = write_lines([{"text": " 1" * int(length)} for length in lengths])
     found = preview(path, seq_length=64, options={"sampled_records": 400})
     width = 2 * 1.96 * np.std(found.whole, ddof=1) / 400**0.5
-    assert found.length.high - found.length.low == pytest.approx(width, rel=0.15)
-
-
-def _trained(found: Preview):
-    return found.ratio(found.trained, found.kept)
+    assert length(found).high - length(found).low == pytest.approx(width, rel=0.15)
 
 
 def test_a_weighted_blend_is_drawn_by_its_weights_and_has_no_epoch(write_lines):
     short, long = write_lines([{"text": "1"}] * 50), write_lines([{"text": "1 1 1"}] * 50, "long.jsonl")
     found = preview("3", short, "1", long, options={"sampled_records": 400})
-    assert found.length.value == 0.75 * 1 + 0.25 * 3
+    assert length(found).value == 0.75 * 1 + 0.25 * 3
     text = shown(found)
     assert 'records, "text", weight 3' in text and "a weighted blend has no epoch" in text
 
@@ -187,12 +188,6 @@ def test_a_file_of_a_million_lines_takes_seconds(tmp_path, tokenizer_folder):
     assert took < seconds(12)  # of the processor; about 5 on an idle machine, half of it imports
 
 
-def test_samples_are_of_every_source(tmp_path):
-    paths = []
-    for name in "abc":
-        (tmp_path / f"{name}.jsonl").write_text('{"text": "1 2 3"}\n' * 30)
-        paths.append(str(tmp_path / f"{name}.jsonl"))
-    console = Console(file=io.StringIO(), width=200)
-    show(preview(*paths), console)
-    shown = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
-    assert all(path in shown for path in paths)
+def test_samples_are_of_every_source(write_lines):
+    paths = [write_lines([{"text": "1 2 3"}] * 30, f"{name}.jsonl") for name in "abc"]
+    assert all(f"of 3: {path}, line" in shown(preview(*paths), width=200) for path in paths)

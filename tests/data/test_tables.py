@@ -15,12 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_peft.checkpoint.folders import write_manifest
-from megatron_peft.config import ConfigurationError, DataConfig
+from megatron_peft.config import ConfigurationError
 from megatron_peft.data import files, instruction
 from megatron_peft.data.files import RecordFiles
-from megatron_peft.data.formats import ColumnNames
 from megatron_peft.data.instruction import InstructionDataset
-from megatron_peft.data.records import Fit
+from megatron_peft.data.records import ColumnNames, Fit
 from megatron_peft.data.tokenizers import HuggingFaceTokenizer, NullTokenizer
 from megatron_peft.runtime.launch import place_on_node, start_world
 from tests.data.test_build import build
@@ -93,10 +92,8 @@ def test_a_table_that_cannot_be_read_is_named(tables, tmp_path, name, content, t
 def test_a_table_of_too_many_columns_is_refused_before_it_is_read(tmp_path, monkeypatch, kind):
     monkeypatch.setattr(files, "MAX_COLUMNS", 2)
     rows, path = datasets.Dataset.from_list([{"prompt": "a", "completion": "b", "c": "d"}]), tmp_path / f"a.{kind}"
-    if kind == "csv":
-        path.write_text("prompt,completion,c\na,b,c\n")
-    elif kind == "parquet":
-        rows.to_parquet(path)
+    if kind in ("csv", "parquet"):
+        getattr(rows, f"to_{kind}")(path)
     else:
         rows.save_to_disk(tmp_path / "a.folder")
         path = next(path.parent.rglob("*.arrow")) if kind == "arrow" else path
@@ -162,35 +159,31 @@ def test_what_is_read_from_the_cache_is_what_would_be_made(write_lines, tmp_path
         assert cached.warnings == plain.warnings and cached.lengths.tolist() == plain.lengths.tolist()
 
 
-def test_a_second_start_makes_no_tokens(write_lines, tmp_path, monkeypatch):
-    records, fit = RecordFiles([write_lines(RECORDS)], FLAG), Fit(NullTokenizer(99), 4)
-    InstructionDataset(records, fit, tmp_path / "c")
+@pytest.fixture
+def numbers(write_lines) -> tuple[RecordFiles, Fit]:
+    return RecordFiles([write_lines(RECORDS)], FLAG), Fit(NullTokenizer(99), 4)
+
+
+def test_a_second_start_makes_no_tokens(numbers, tmp_path, monkeypatch):
+    InstructionDataset(*numbers, tmp_path / "c")
     monkeypatch.setattr(NullTokenizer, "encode", lambda *_: pytest.fail("tokenized again"))
-    assert len(InstructionDataset(records, Fit(NullTokenizer(99), 3), tmp_path / "c")) == 3  # another length too
+    assert len(InstructionDataset(numbers[0], Fit(NullTokenizer(99), 3), tmp_path / "c")) == 3  # another length too
 
 
 def test_other_files_tokenizers_templates_and_columns_have_caches_of_their_own(write_lines, tmp_path):
-    records = RecordFiles([write_lines(CHATS)], FLAG)
     folder = str(save_tokenizer(tmp_path / "a"))
-    tokenizers = [NullTokenizer(9), NullTokenizer(8), HuggingFaceTokenizer(folder)]
-    tokenizers += [HuggingFaceTokenizer(folder, "{{ messages }}")]
-    (tmp_path / "a" / "added.json").write_text("{}")
-    names = {instruction.cache_folder(tmp_path, records, Fit(one, 4)) for one in tokenizers}
-    names.add(
-        instruction.cache_folder(
-            tmp_path, RecordFiles([write_lines(CHATS[1:], "b.jsonl")], FLAG), Fit(tokenizers[0], 4)
-        )
-    )
-    for columns in (ColumnNames(prompt="a", response="b"), ColumnNames(prompt="c", response="b")):
-        names.add(instruction.cache_folder(tmp_path, records, Fit(tokenizers[0], 4, columns=columns)))
-    assert len(names) == 7
+    numbers, *tokenizers = NullTokenizer(9), NullTokenizer(8), HuggingFaceTokenizer(folder)
+    fits = [Fit(one, 4) for one in (*tokenizers, HuggingFaceTokenizer(folder, "{{ messages }}"))]
+    fits += [Fit(numbers, 4, columns=ColumnNames(prompt, response="b")) for prompt in (None, "a", "c")]
+    records, others = (RecordFiles([write_lines(CHATS[first:], f"{first}.jsonl")], FLAG) for first in (0, 1))
+    asked = [(records, Fit(numbers, 4)), (others, Fit(numbers, 4)), *((records, fit) for fit in fits)]
+    assert len({instruction.cache_folder(tmp_path, *one) for one in asked}) == len(asked)
 
 
-def test_overlong_error_holds_for_cached_tokens_too(write_lines, tmp_path):
-    records = RecordFiles([write_lines(RECORDS)], FLAG)
+def test_overlong_error_holds_for_cached_tokens_too(numbers, tmp_path):
     for _ in range(2):
         with pytest.raises(ConfigurationError, match="line 2: the sample takes 6 tokens, above --seq-length 4"):
-            InstructionDataset(records, Fit(NullTokenizer(99), 4, "error"), tmp_path / "c")
+            InstructionDataset(numbers[0], Fit(NullTokenizer(99), 4, "error"), tmp_path / "c")
 
 
 def test_tables_are_cached_by_default_and_json_where_a_flag_says_so(tables, write_lines, tmp_path, cache_of_datasets):
@@ -205,11 +198,10 @@ def test_tables_are_cached_by_default_and_json_where_a_flag_says_so(tables, writ
     assert len(list((cache_of_datasets / "megatron_peft").iterdir())) == 1
 
 
-def test_a_folder_that_cannot_be_written_is_said(write_lines, tmp_path):
-    records, fit = RecordFiles([write_lines(RECORDS)], FLAG), Fit(NullTokenizer(99), 4)
+def test_a_folder_that_cannot_be_written_is_said(numbers, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigurationError, match="cannot be kept in .*give --data-cache-path a folder"):
-        InstructionDataset(records, fit, tmp_path / "file")
+        InstructionDataset(*numbers, tmp_path / "file")
 
 
 SHARD = "tokens-00000.arrow"
@@ -223,21 +215,6 @@ def other_id(path: Path, wrong: int) -> None:
     path.write_bytes(content.replace(before, after))
 
 
-def signed_anew(folder: Path) -> None:
-    """A manifest as somebody would write it who means harm."""
-    (folder / "manifest.json").unlink()
-    write_manifest(folder, {})
-
-
-def shard_of(columns: dict[str, object]) -> Callable[[Path], None]:
-    def plant(path: Path) -> None:
-        table = pa.table(columns)
-        with pa.ipc.new_stream(str(path), table.schema) as stream:
-            stream.write_table(table)
-
-    return plant
-
-
 def replaced(make: Callable[[Path], object]) -> Callable[[Path], None]:
     def plant(path: Path) -> None:
         path.unlink()
@@ -246,86 +223,51 @@ def replaced(make: Callable[[Path], object]) -> Callable[[Path], None]:
     return plant
 
 
-IDS, FLAGS = [[1, 2]] * 5, [[False, True]] * 5
-INTS, BOOLS = pa.list_(pa.int32()), pa.list_(pa.bool_())
-DAMAGE: list[
-    tuple[str, Callable[[Path], object], bool, str]
-] = [  # of which file, what, with a manifest made anew, told
+TORN_MANIFESTS = ("{}", "[]", "5", "[null]", '["../.."]', '{"files": ["../.."]}')
+DAMAGE: list[tuple[str, Callable[[Path], object], bool, str]] = [  # file, what, with a manifest made anew, told
     (SHARD, partial(other_id, wrong=7), False, f"{SHARD} does not match its checksum"),
-    (
-        SHARD,
-        partial(other_id, wrong=10**6),
-        True,
-        "the id 1000000 for .*data.jsonl, line 2; those of the tokenizer are below 100",
-    ),
-    (SHARD, partial(other_id, wrong=-1), True, "the id -1 for .*data.jsonl, line 2"),
+    *[
+        (SHARD, partial(other_id, wrong=wrong), True, f"the id {wrong} for .*data.jsonl, line 2; those .* below 100")
+        for wrong in (10**6, -1)
+    ],
     (SHARD, lambda path: os.truncate(path, 40), False, f"{SHARD} has 40 bytes instead of"),
-    (SHARD, lambda path: os.truncate(path, 40), True, SHARD),
     (SHARD, Path.unlink, False, f"{SHARD} is missing"),
     (SHARD, replaced(os.mkfifo), False, f"{SHARD} is a pipe"),
     (SHARD, replaced(os.mkdir), False, f"{SHARD} is a folder"),
     (SHARD, replaced(lambda path: path.symlink_to("/dev/zero")), False, "a pipe or a device"),
     (SHARD, replaced(lambda path: path.symlink_to("/etc/passwd")), False, "bytes instead of"),
-    (SHARD, shard_of({"ids": pa.array(IDS, INTS)}), True, "trained"),
-    (SHARD, shard_of({"ids": pa.array(IDS), "trained": pa.array(FLAGS, BOOLS)}), True, "list<.*int64>"),
-    (
-        SHARD,
-        shard_of({"ids": pa.array(IDS, INTS), "trained": pa.array(FLAGS[:4] + [[True]], BOOLS)}),
-        True,
-        "a flag for",
-    ),
-    (SHARD, shard_of({"ids": pa.array([[None, 1]] * 5, INTS), "trained": pa.array(FLAGS, BOOLS)}), True, "a flag for"),
-    (SHARD, shard_of({"ids": pa.array(IDS[:4], INTS), "trained": pa.array(FLAGS[:4], BOOLS)}), True, "4 records, .* 5"),
-    *(
-        ("counts.json", partial(Path.write_text, data=text), True, "counts")
-        for text in ("{}", "[]", "5", '{"left_out": [1]}')
-    ),
-    (
-        "counts.json",
-        partial(Path.write_text, data='{"records": 6, "left_out": {}}'),
-        True,
-        "5 records, and should have 5",
-    ),
-    *(
+    ("counts.json", partial(Path.write_text, data="{}"), False, "counts.json has 2 bytes instead of"),
+    *[
         ("manifest.json", partial(Path.write_text, data=text), False, "manifest.json cannot be read")
-        for text in (
-            "{}",
-            "[]",
-            "5",
-            "[null]",
-            '["../.."]',
-            '{"files": ["../.."]}',
-            '{"files": {"../..": {"size": 1, "crc32": "0"}}}',
-        )
-    ),
+        for text in (*TORN_MANIFESTS, '{"files": {"../..": {"size": 1, "crc32": "0"}}}')
+    ],
     ("manifest.json", Path.unlink, False, "manifest.json cannot be read"),
     ("manifest.json", replaced(os.mkfifo), False, "manifest.json is a pipe"),
 ]
 
 
 @pytest.mark.parametrize(("name", "plant", "is_signed", "told"), DAMAGE)
-def test_a_damaged_cache_is_said_with_the_folder_to_remove(write_lines, tmp_path, name, plant, is_signed, told):
-    records, fit = RecordFiles([write_lines(RECORDS)], FLAG), Fit(NullTokenizer(99), 4)
-    InstructionDataset(records, fit, tmp_path / "c")
+def test_a_damaged_cache_is_said_with_the_folder_to_remove(numbers, tmp_path, name, plant, is_signed, told):
+    InstructionDataset(*numbers, tmp_path / "c")
     (folder,) = (tmp_path / "c").iterdir()
     plant(folder / name)
     if is_signed:
-        signed_anew(folder)
+        (folder / "manifest.json").unlink()
+        write_manifest(folder, {})
     with pytest.raises(ConfigurationError, match=told) as caught:
-        InstructionDataset(records, fit, tmp_path / "c")
+        InstructionDataset(*numbers, tmp_path / "c")
     assert str(folder) in str(caught.value)
 
 
-def test_a_cache_is_on_the_disk_before_it_has_its_name(write_lines, tmp_path, monkeypatch):
+def test_a_cache_is_on_the_disk_before_it_has_its_name(numbers, tmp_path, monkeypatch):
     calls = recorded_calls(monkeypatch)
-    records = RecordFiles([write_lines(RECORDS)], FLAG)
-    InstructionDataset(records, Fit(NullTokenizer(99), 4), tmp_path / "c")
+    InstructionDataset(*numbers, tmp_path / "c")
     before, _, after = " ".join(f"{name} {path.name}" for name, path in calls).partition(" rename ")
     assert all(f"fsync {name} " in before for name in (SHARD, "counts.json", "manifest.json"))
     assert re.search(r"fsync \.tokens-\S+$", before) and re.fullmatch(r"tokens-\w+ fsync c", after)
 
 
-def test_drafts_of_killed_runs_are_removed_and_that_of_a_run_at_work_stays(write_lines, tmp_path):
+def test_drafts_of_killed_runs_are_removed_and_that_of_a_run_at_work_stays(numbers, tmp_path):
     killed, at_work = tmp_path / "c" / ".tokens-killed", tmp_path / "c" / ".tokens-at-work"
     for draft in (killed, at_work):
         draft.mkdir(parents=True)
@@ -336,7 +278,7 @@ def test_drafts_of_killed_runs_are_removed_and_that_of_a_run_at_work_stays(write
     words = [sys.executable, "-c", hold, str(at_work / ".lock")]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout and other.stdout.readline()
-        InstructionDataset(RecordFiles([write_lines(RECORDS)], FLAG), Fit(NullTokenizer(99), 4), tmp_path / "c")
+        InstructionDataset(*numbers, tmp_path / "c")
         other.communicate(b"\n")
     assert (at_work / SHARD).read_bytes() == b"a part" and not killed.exists()
     assert len(list((tmp_path / "c").iterdir())) == 3 and note.is_file()
@@ -380,7 +322,3 @@ def test_a_process_alone_makes_a_cache_alone(monkeypatch, environ, expected):
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
     assert place_on_node() == expected
-
-
-def test_data_cache_path_is_no_longer_of_indexed_data_alone():
-    assert DataConfig(train_data_path=("a.parquet",), data_cache_path="c", pack_sequences=True).reads_records

@@ -16,7 +16,7 @@ from megatron_peft.config import ConfigurationError, RunConfig
 from megatron_peft.experiment import page, run_report
 from megatron_peft.experiment.page import html, markdown, write_page
 from megatron_peft.experiment.run_report import SAMPLES_FILE, build_run_report, is_run, read_run, running_mean
-from tests.checkpoint.records import make_record
+from tests.checkpoint.runs import make_record
 from tests.experiment.small_results import LAYERS
 
 LENGTH = 80

@@ -11,7 +11,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
 from megatron_peft.adapters import attach
-from megatron_peft.checkpoint import save
+from megatron_peft.checkpoint import save, tensors
 from megatron_peft.rehearsal import rehearsed_rank
 from megatron_peft.rehearsal.program import RankRecord
 from megatron_peft.rehearsal.requests import RankToRehearse
@@ -156,7 +156,7 @@ IN_TENSOR_AND_DATA: dict[str, Callable[[], None]] = {
         (validation, "read_on_host"), first, lambda: dist.broadcast_object_list([0], 0)
     ),
     "saving: the first rank makes a call": lambda: added((save, "tensors_to_save"), first, total(world)),
-    "saving: one replica gathers": lambda: added((save, "checked_together"), replica, lambda: gather_over_world(0)),
+    "saving: one replica gathers": lambda: added((tensors, "checked_together"), replica, lambda: gather_over_world(0)),
 }
 BETWEEN_STAGES: dict[str, Callable[[], None]] = {
     "a message of another shape": lambda: sent(stage, lambda x: x[:-1].contiguous()),
