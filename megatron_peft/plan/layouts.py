@@ -25,13 +25,12 @@ from megatron_peft.config.parallel import ACCOUNTED_STAGES, LAYOUT, UNEVEN_STAGE
 from megatron_peft.models.families import check_adapters
 from megatron_peft.models.shape import ModelShape, check_layout
 from megatron_peft.plan.cluster import Cluster
-from megatron_peft.plan.pipeline import estimated_time
-from megatron_peft.plan.recorded_layers import RecordedStep, total
+from megatron_peft.plan.recorded_step import RecordedStep, estimated_time, total
 from megatron_peft.plan.speed import PlannedSpeed
 from megatron_peft.plan.timing import time_alone
 from megatron_peft.rehearsal.program import Memory, RecordedLayers, RecordedPass, Segment
 from megatron_peft.rehearsal.rehearsal import Watch, record_layers
-from megatron_peft.rehearsal.requests import LayersToRecord
+from megatron_peft.rehearsal.requests import LayersToRecord, alike_stages
 
 MICRO_BATCHES = (1, 2, 4, 8)
 RECOMPUTES: Mapping[str, tuple[dict[str, Any], tuple[str, ...]]] = {  # name -> (fields of TransformerConfig, modules)
@@ -63,20 +62,12 @@ def _layout_values(run: RunConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class FittedLayout:
-    """A layout that fits, with what a step of it takes.
-
-    Args:
-        run: the run at this layout.
-        recompute: of `RECOMPUTES`.
-        speed: time of a step, tokens a second and what follows from it.
-        memory: of the rank that holds most, by part.
-        stage: the pipeline rank that it is.
-    """
+    """A run at a layout that fits, with what a step of it takes."""
 
     run: RunConfig
-    recompute: str
+    recompute: str  # of `RECOMPUTES`
     speed: PlannedSpeed
-    memory: Memory
+    memory: Memory  # of the rank that holds most, which is of this stage
     stage: int
 
     @property
@@ -96,10 +87,9 @@ class FittedLayout:
 
     def as_dict(self, num_tokens: float = 1e8) -> dict[str, Any]:
         """Plain values for JSON, with the hours of a run of so many tokens."""
-        parallel = self.run.parallel
         return {
             "flags": self.flags,
-            "data_parallel_size": parallel.data_parallel_size,
+            "data_parallel_size": self.run.parallel.data_parallel_size,
             "memory_bytes": dict(self.memory),
             "peak_bytes": total(self.memory),
             "stage": self.stage,
@@ -120,7 +110,6 @@ def fit(
 
     Args:
         run: flags of a run of any layout, with --global-batch-size.
-        shape: of the base model.
         world_size: GPUs.
         num_layouts: at most.
         watch: counts recordings, and layouts whose step is replayed.
@@ -281,19 +270,20 @@ def _candidate(step: RecordedStep, recompute: str, times: Mapping[Segment, float
     if step.pp > 1:  # a message to each side; those of the interleaved schedule run beside the computation
         message = cluster.call_seconds("send", step.message_bytes, (step.rank(0), step.rank(1)))
         seconds += 2 * microbatches * message * (1.0 if num_chunks == 1 else 0.1 * num_chunks)
-    held = {stage: step.memory(stage) for stage in step.stages_that_differ()}
+    held = {stage: step.memory(stage) for stage in sorted({*alike_stages(step.run, step.shape)})}
     fullest = max(held, key=lambda stage: total(held[stage]))
     return _Candidate(step, recompute, seconds, held[fullest], fullest)
 
 
 def fit_tables(layouts: Sequence[FittedLayout], title: str, num_tokens: float) -> list[Table]:
     """The layouts as tables of 80 columns: what they are and take, hours for `num_tokens`; and where the time goes."""
-    table = _narrow_table(
-        title, "", "TP", "PP", "VPP", "DP", "SP", "rows", "recompute", "GiB", "s/step", "tokens/s", "hours"
-    )
-    shares = _narrow_table(
-        "The same, parts of a step", "", "TFLOP/s a GPU", "MFU", "bubble", "communication", "launches"
-    )
+
+    def narrow(title: str, names: str) -> Table:  # of numbers, which stand close together
+        columns = (Column(name, justify="right", no_wrap=True) for name in ("", *names.split(", ")))
+        return Table(*columns, title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
+
+    table = narrow(title, "TP, PP, VPP, DP, SP, rows, recompute, GiB, s/step, tokens/s, hours")
+    shares = narrow("The same, parts of a step", "TFLOP/s a GPU, MFU, bubble, communication, launches")
     for number, one in enumerate(layouts, 1):
         parallel, time = one.run.parallel, one.speed.time
         stages = parallel.num_virtual_stages(one.speed.num_layers)
@@ -306,9 +296,3 @@ def fit_tables(layouts: Sequence[FittedLayout], title: str, num_tokens: float) -
         parts = (one.speed.mfu, time.bubble, time.exposed_communication, time.launch_bound)
         shares.add_row(str(number), f"{one.speed.tflops_per_gpu:.0f}", *(f"{part:.1%}" for part in parts))
     return [table, shares]
-
-
-def _narrow_table(title: str, *columns: str) -> Table:
-    """One whose cells are numbers, and stand close together."""
-    aligned = (Column(name, justify="right", no_wrap=True) for name in columns)
-    return Table(*aligned, title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))

@@ -12,7 +12,7 @@ Phase = Literal["begin", "forward", "schedule", "backward", "finish", "update", 
 PHASES = ("loading", "start", "step", "validation", "saving")  # of a run; "start" is LoRA-GA's
 
 ITEM_BYTES = {
-    **dict.fromkeys(("complex128",), 16),
+    "complex128": 16,
     **dict.fromkeys(("float64", "int64", "complex64"), 8),
     **dict.fromkeys(("float32", "int32"), 4),
     **dict.fromkeys(("bfloat16", "float16", "int16"), 2),
@@ -55,17 +55,11 @@ class Product:
 
 @dataclass(frozen=True)
 class Computation:
-    """What a rank computes between two calls.
+    """What a rank computes between two calls."""
 
-    Args:
-        products: how often each was computed.
-        num_bytes: read and written by all other operations.
-        num_kernels: operations launched, products among them.
-    """
-
-    products: Mapping[Product, int] = field(default_factory=dict)
-    num_bytes: int = 0
-    num_kernels: int = 0
+    products: Mapping[Product, int] = field(default_factory=dict)  # how often each was computed
+    num_bytes: int = 0  # read and written by all other operations
+    num_kernels: int = 0  # operations launched, products among them
 
 
 @dataclass(frozen=True)
@@ -96,12 +90,10 @@ class Call:
 
     @property
     def is_async(self) -> bool:
-        """Whether it runs beside what follows."""
         return self.handle is not None
 
     @property
     def num_bytes(self) -> int:
-        """The size of the tensors in `shapes`."""
         return sum(prod(shape) for shape in self.shapes) * ITEM_BYTES[self.dtype]
 
 
@@ -146,10 +138,7 @@ class RankRecord:
     """One rank's step in program order, and its peaks.
 
     Args:
-        rank: global.
-        stage: pipeline rank.
         num_microbatches: of the step in `entries`; the run may have more.
-        entries: of one training step.
         parameters: number of elements on this rank, "trained" and "frozen".
         peaks: memory by phase (`PHASES`) and part: "weights", "gradients", "optimizer", "buffers", "temporary", and
             "activations of KIND" of each kind of layer.
@@ -164,26 +153,22 @@ class RankRecord:
 
     @property
     def calls(self) -> Iterator[Call]:
-        """All calls, in program order."""
         return (entry for entry in self.entries if isinstance(entry, Call))
 
     def peak(self, phase: str) -> int:
-        """Bytes."""
         return sum(self.peaks[phase].values())
+
+    @property
+    def highest_peak(self) -> int:
+        return max(map(self.peak, self.peaks))
 
 
 @dataclass(frozen=True)
 class RecordedPass:
-    """One microbatch's forward or backward through a segment of a model, or what is done once a step.
-
-    Args:
-        entries: in program order.
-        left: bytes that it leaves behind.
-        peak: bytes; both are relative to its begin.
-    """
+    """One microbatch's forward or backward through a segment of a model, or what is done once a step."""
 
     entries: tuple[Entry, ...] = ()
-    left: int = 0
+    left: int = 0  # bytes that it leaves behind, and their peak, both relative to its begin
     peak: int = 0
 
 
@@ -217,12 +202,10 @@ class Parameters:
 
     @property
     def num_trained(self) -> int:
-        """Elements."""
         return self.trained + self.trained_float32
 
     @classmethod
     def sum(cls, several: "Iterable[Parameters]") -> "Parameters":
-        """Those of several segments together."""
         parts = [*several]
         total = cls(*map(sum, zip(*(tuple(vars(one).values()) for one in parts), strict=True)))
         return replace(total, largest=max((one.largest for one in parts), default=0))

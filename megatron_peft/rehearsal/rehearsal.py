@@ -6,14 +6,12 @@ as --seq-length allows.
 """
 
 import os
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
 from itertools import starmap
 from multiprocessing.connection import wait
-from pkgutil import resolve_name
 from threading import Thread
 from typing import Any
 
@@ -22,19 +20,23 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from megatron_peft.config import ConfigurationError, RunConfig
 from megatron_peft.models.shape import ModelShape
-from megatron_peft.rehearsal.deadlock import Problem, check_order, missing_wait
+from megatron_peft.rehearsal.deadlock import Problem, check_order
 from megatron_peft.rehearsal.program import Entry, RankRecord, RecordedLayers
-from megatron_peft.rehearsal.requests import LayersToRecord, Lengths, RankToRehearse, contents_of_stages
-from megatron_peft.rehearsal.schedule import RankGrid, StageProgram, program_of_stage, programs_of_ranks, renumbered
+from megatron_peft.rehearsal.rehearsed_rank import recorded_layers, rehearse_rank
+from megatron_peft.rehearsal.requests import LayersToRecord, Lengths, RankToRehearse, alike_stages
+from megatron_peft.rehearsal.schedule import (
+    RankGrid,
+    StageProgram,
+    program_of_stage,
+    programs_of_ranks,
+    renumbered,
+    schedules_of_stages,
+)
 from megatron_peft.rehearsal.small_run import kept_stages, make_small
 from megatron_peft.runtime.ranks import NO_GPU, Ranks, preload
 
 Watch = Callable[[int, int], None]  # is told how much of the work is done now, and how much more there is to do
 MOST_REPLICAS, MOST_RANKS = 8, 64  # whose calls are compared in `order_problem`
-# Functions for processes of their own.
-REHEARSE = "megatron_peft.rehearsal.rehearsed_rank:rehearse_rank"
-RECORD_LAYERS = "megatron_peft.rehearsal.layer_recording:recorded_layers"
-SCHEDULES = "megatron_peft.rehearsal.stage_schedule:schedules_of_stages"
 
 
 @contextmanager
@@ -55,7 +57,7 @@ def work_bar(title: str) -> Iterator[Watch]:
 
 def rehearse(ranks: Sequence[RankToRehearse], watch: Watch = lambda done, more: None) -> list[RankRecord]:
     """The record of each rank. `watch` counts ranks."""
-    return _in_processes(REHEARSE, [(rank,) for rank in ranks], watch)
+    return _in_processes(rehearse_rank, [(rank,) for rank in ranks], watch)
 
 
 def record_layers(
@@ -63,16 +65,15 @@ def record_layers(
     watch: Watch = lambda done, more: None,
     known: dict[str, RecordedLayers] | None = None,
 ) -> list[RecordedLayers]:
-    """The segments of each model, from as few layers as have all kinds of them.
+    """The segments of each model, from as few layers as have all kinds of them. `watch` counts recordings.
 
     Args:
-        watch: counts recordings.
         known: what was recorded before, which is not recorded again; this adds its own.
     """
     known = {} if known is None else known
     names = [repr(one) for one in asked]
     new = {name: (one,) for name, one in zip(names, asked, strict=True) if name not in known}
-    known.update(zip(new, _in_processes(RECORD_LAYERS, [*new.values()], watch, take_several=True), strict=True))
+    known.update(zip(new, _in_processes(recorded_layers, [*new.values()], watch, take_several=True), strict=True))
     return [known[name] for name in names]
 
 
@@ -81,7 +82,6 @@ class RehearsedRun:
     """A run of which some ranks were rehearsed.
 
     Args:
-        config, shape: of the run.
         records: of the rehearsed ranks. Of every stage that holds something else, the one with most microbatches in
             flight; the first, second, middle and last stage; and a second tensor-parallel rank.
         stages: the program of every stage, with all of the run's microbatches.
@@ -92,11 +92,10 @@ class RehearsedRun:
     shape: ModelShape
     records: tuple[RankRecord, ...]
     stages: tuple[StageProgram, ...]
-    alike: tuple[int, ...]
+    alike: Sequence[int]
 
     @property
     def grid(self) -> RankGrid:
-        """The places of its ranks."""
         return RankGrid.of(self.config.parallel)
 
     def parameters(self) -> dict[str, int]:
@@ -120,16 +119,13 @@ def rehearse_run(
         peaks: of memory. Without them, the records tell what ranks compute and call, in less time.
         watch: counts ranks, and the search for the stages' schedules.
     """
-    grid, contents = RankGrid.of(config.parallel), contents_of_stages(config, shape)
-    alike = tuple(contents.index(one) for one in contents)  # the first of those like it
-    places = [grid.rank(0, 0, stage) for stage in sorted({*alike})]
-    if peaks:
-        fullest = (0, min(1, grid.pipeline - 1), grid.pipeline // 2, grid.pipeline - 1)
-        places = sorted({*places, *(grid.rank(0, 0, stage) for stage in fullest)})
-        places += [grid.rank(1, 0, grid.pipeline - 1)] if grid.tensor > 1 else []
-    asked = [RankToRehearse.of(config, shape, rank, peaks) for rank in places]
-    [schedules] = _in_processes(SCHEDULES, [(config, shape)], watch)
-    records = rehearse(asked, watch)
+    grid, alike = RankGrid.of(config.parallel), alike_stages(config, shape)
+    stages = {*alike, 0, min(1, grid.pipeline - 1), grid.pipeline // 2, grid.pipeline - 1} if peaks else {*alike}
+    places = [grid.rank(0, 0, stage) for stage in sorted(stages)]
+    if peaks and grid.tensor > 1:
+        places.append(grid.rank(1, 0, grid.pipeline - 1))
+    [schedules] = _in_processes(schedules_of_stages, [(config, shape)], watch)
+    records = rehearse([RankToRehearse.of(config, shape, rank, peaks) for rank in places], watch)
     of_rank = dict(zip(places, records, strict=True))
     programs = [
         program_of_stage(of_rank[grid.rank(0, 0, alike[stage])], stage, schedule, grid, config.num_microbatches)
@@ -143,13 +139,12 @@ def start_planned_peak(config: RunConfig, shape: ModelShape) -> Callable[[], int
 
     A rehearsal that fails gives its error's last line: the run does not depend on it.
     """
-    asked = RankToRehearse.of(config, shape, 0)
     found: list[int | str] = []
 
     def rehearse_it() -> None:
         try:
-            [record] = rehearse([asked])
-            found.append(max(record.peak(phase) for phase in record.peaks))
+            [record] = rehearse([RankToRehearse.of(config, shape, 0)])
+            found.append(record.highest_peak)
         except Exception as error:
             found.append((str(error).strip() or repr(error)).splitlines()[-1])
 
@@ -179,8 +174,7 @@ def order_problem(run: RehearsedRun, watch: Watch = lambda done, more: None) -> 
         (RankToRehearse(config, shape, grid.rank(*place), config.num_microbatches, lengths, calls_alone=True),)
         for place in places
     ]
-    found = _in_processes(REHEARSE, asked, watch, take_several=True)
-    records = dict(zip(places, found, strict=True))
+    records = dict(zip(places, _in_processes(rehearse_rank, asked, watch, take_several=True), strict=True))
     programs: dict[int, tuple[Entry, ...]] = {}
     for rank, number in numbers.items():
         tensor, data, stage = grid.place(rank)
@@ -188,13 +182,13 @@ def order_problem(run: RehearsedRun, watch: Watch = lambda done, more: None) -> 
         recorded = StageProgram(grid, record.rank, record.entries)
         entries = record.entries if record.rank == rank else recorded.of_rank(rank)
         programs[number] = tuple(renumbered(entries, numbers))
-    return check_order(programs) or missing_wait(programs) or check_order(run.programs())
+    return check_order(programs, whole_runs=True) or check_order(run.programs())
 
 
 def _in_processes(
-    function: str, asked: Sequence[tuple[Any, ...]], watch: Watch, take_several: bool = False
+    function: Callable[..., Any], asked: Sequence[tuple[Any, ...]], watch: Watch, take_several: bool = False
 ) -> list[Any]:
-    """What a function, "module:name", gives for each of these arguments, in processes forked from one that has torch.
+    """What a function gives for each of these arguments, in processes forked from one that has torch.
 
     At a time there are as many as this machine has cores, at most four.
 
@@ -204,7 +198,7 @@ def _in_processes(
     """
     num_processes = min(len(os.sched_getaffinity(0)), 4)
     num_parts = min(num_processes, len(asked)) if take_several else len(asked)
-    preload(["megatron_peft.rehearsal.layer_recording"])  # and all that a rehearsed rank imports
+    preload([rehearse_rank.__module__])
     watch(0, len(asked))
     answers: list[Any] = [None] * len(asked)
     waiting = [slice(part, None, num_parts) for part in range(num_parts)]
@@ -220,7 +214,7 @@ def _in_processes(
             for ended in wait([*running]):
                 part, ranks = running.pop(ended)
                 if any(ranks.exit_codes):
-                    raise RuntimeError(f"the process of a rehearsed rank ended with exit code {ranks.exit_codes[0]}")
+                    raise RuntimeError(f"a rehearsed rank failed ({ranks.exit_codes[0]}):\n{ranks.output(0)}")
                 answer = ranks.result(0)
                 if isinstance(answer, Exception):
                     raise answer
@@ -229,13 +223,11 @@ def _in_processes(
     return answers
 
 
-def _answer(of: tuple[str, Sequence[tuple[Any, ...]]]) -> Any:
+def _answer(of: tuple[Callable[..., Any], Sequence[tuple[Any, ...]]]) -> Any:
     """The life of such a process."""
     import_module(NO_GPU)  # where the server could not
     function, asked = of
     try:
-        return [*starmap(resolve_name(function), asked)]
+        return [*starmap(function, asked)]
     except ConfigurationError as error:
-        return ConfigurationError(*error.problems)
-    except Exception:
-        return RuntimeError(f"a rehearsed rank failed:\n{traceback.format_exc()}")
+        return error

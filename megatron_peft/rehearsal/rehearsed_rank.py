@@ -1,5 +1,6 @@
 """What runs in the process of a rehearsed rank: the training code, with a recorder of calls, products and memory."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -8,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
+from megatron_peft.adapters.attach import linear_layers
+from megatron_peft.adapters.step import adapters_step
 from megatron_peft.checkpoint import save, tensors
 from megatron_peft.checkpoint.tensors import PlannedFiles, Written, sharded_parameters
 from megatron_peft.data.batches import Microbatch
@@ -18,23 +22,27 @@ from megatron_peft.models import layers
 from megatron_peft.models.kernels import fusions_on_a_gpu
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.parallel.collectives import from_first_rank
-from megatron_peft.rehearsal.program import Memory, RankRecord
-from megatron_peft.rehearsal.recorder import LiveMemory, Recorder, group_names
-from megatron_peft.rehearsal.requests import Lengths, RankToRehearse
-from megatron_peft.runtime.fake_ranks import (
-    fake_rank,
-    replaced,
-    watched_batches,
-    watched_kernels,
-    watched_schedule,
-    watched_storages,
+from megatron_peft.parallel.layout import PARTIAL_OVER_TENSOR_PARALLEL
+from megatron_peft.rehearsal.program import (
+    ENDS,
+    Computation,
+    Memory,
+    Parameters,
+    RankRecord,
+    RecordedLayers,
+    RecordedPass,
+    Segment,
 )
-from megatron_peft.runtime.launch import start_model_parallel, stop_model_parallel
+from megatron_peft.rehearsal.recorder import LiveMemory, Recorder, group_names
+from megatron_peft.rehearsal.requests import LayersToRecord, Lengths, RankToRehearse
+from megatron_peft.runtime import fake_ranks
+from megatron_peft.runtime.fake_ranks import fake_rank, replaced
+from megatron_peft.runtime.launch import model_parallel
 from megatron_peft.training import step
 from megatron_peft.training.lora_ga_start import start_lora_ga
 from megatron_peft.training.run import build_chunks
-from megatron_peft.training.state import TrainingState, start_state
-from megatron_peft.training.step import train_step
+from megatron_peft.training.state import TrainingState, start_state, wrap_data_parallel
+from megatron_peft.training.step import finish_with, run_schedule, train_step
 from megatron_peft.training.terminal import numbers_of_parameters
 from megatron_peft.training.update import mixtures
 from megatron_peft.training.validation import (
@@ -61,17 +69,18 @@ class Watch:
     @contextmanager
     def __call__(self) -> Iterator["Watch"]:
         """Watch what this process does meanwhile."""
+        recorder, memory = self.recorder, self.memory
         with ExitStack() as stack:
-            stack.enter_context(watched_schedule(self.mark, ended=self.recorder.forget_sends))
-            stack.enter_context(watched_batches(self.recorder.batch))
-            if self.recorder.keeps_work:
-                stack.enter_context(register_module_forward_pre_hook(self.memory.begin_call))
-                stack.enter_context(register_module_forward_hook(self.memory.end_call, always_call=True))
-                stack.enter_context(watched_storages(self.memory.resized))
-                stack.enter_context(watched_kernels(self.recorder.one_kernel))
-                stack.enter_context(fused_kernels(self.recorder.one_kernel, self.fuses))
-                stack.enter_context(self.memory)
-            stack.enter_context(self.recorder)
+            stack.enter_context(fake_ranks.watched_schedule(self.mark, ended=recorder.forget_sends))
+            stack.enter_context(fake_ranks.watched_batches(recorder.batch))
+            if recorder.keeps_work:
+                stack.enter_context(register_module_forward_pre_hook(memory.begin_call))
+                stack.enter_context(register_module_forward_hook(memory.end_call, always_call=True))
+                stack.enter_context(fake_ranks.watched_storages(memory.resized))
+                stack.enter_context(fake_ranks.watched_kernels(recorder.one_kernel))
+                stack.enter_context(fused_kernels(recorder.one_kernel, self.fuses))
+                stack.enter_context(memory)
+            stack.enter_context(recorder)
             yield self
 
     def mark(self, phase: Any, microbatch: int | None = None, chunk: int = 0) -> None:
@@ -124,11 +133,12 @@ def rehearse_rank(of: RankToRehearse) -> RankRecord:
     """Run one rank. Its process can be used for others afterwards, and for nothing else."""
     # Transformer Engine needs a GPU.
     config = replace(of.config, model=replace(of.config.model, transformer_impl="local"))
-    of = replace(of, config=config)
-
-    with fake_rank(of.rank, config.parallel.world_size, lambda value: of_all_stages(value, of.shape)):
-        num_stages = config.parallel.num_virtual_stages(of.shape.num_layers)
-        start_model_parallel(config.parallel, config.training.seed, num_stages)
+    of, parallel = replace(of, config=config), config.parallel
+    num_stages = parallel.num_virtual_stages(of.shape.num_layers)
+    with (
+        fake_rank(of.rank, parallel.world_size, lambda value: of_all_stages(value, of.shape)),
+        model_parallel(parallel, config.training.seed, num_stages),
+    ):
         fuses = fusions_on_a_gpu(config, of.shape)
         recorder = Recorder(group_names(), not of.calls_alone, fuses["gradient_accumulation_fusion"])
         watch = Watch(recorder, fuses)
@@ -137,7 +147,6 @@ def rehearse_rank(of: RankToRehearse) -> RankRecord:
             waiting = [microbatch_of(of.lengths[-1]) for _ in range(of.num_waiting)]
             record = watch_run(watch, of, [microbatch_of(one) for one in steps])
             del waiting  # which the device held until here
-        stop_model_parallel()
         return record
 
 
@@ -237,9 +246,8 @@ def _save(state: TrainingState) -> None:
 
 def microbatch_of(lengths: Lengths) -> Microbatch:
     """A microbatch of these sizes, without numbers."""
-    size = lengths.rows, lengths.positions
+    size, packed = (lengths.rows, lengths.positions), lengths.packed
     ids = torch.zeros(size, dtype=torch.int64)
-    packed = lengths.packed
     return Microbatch(
         tokens=ids,
         labels=torch.zeros_like(ids),
@@ -270,3 +278,143 @@ def moments_of(state: TrainingState) -> Iterator[Tensor]:
         copies = (one for group in optimizer.param_groups for one in group["params"] if one not in weights)
         moments = (one for moments in optimizer.state.values() for one in moments.values() if isinstance(one, Tensor))
         yield from (*copies, *moments)
+
+
+# The segments of a model, on tensors without numbers: its ends and one layer of each kind (`LayersToRecord`). A
+# microbatch runs through a model of a few layers, without a pipeline, after the forward of another; its forward and
+# backward are cut where layers begin and end. Stages of any pipeline are put together from what is recorded.
+
+Place = tuple[str, Segment]  # "forward", "backward", "begin" or "finish"; and of what
+
+
+@dataclass
+class _Cuts(Watch):
+    """A watch that cuts what it sees into passes: of those of one place the last one counts."""
+
+    passes: dict[Place, RecordedPass] = field(default_factory=dict)
+    place: Place | None = None
+    since: int = 0  # what the recorder had when the place began, and the memory held
+    bytes_before: int = 0
+    bytes_of_microbatches: list[int] = field(default_factory=list)  # at their begin
+
+    def cut(self, phase: str | None, segment: Segment = "") -> None:
+        """What follows belongs to this place, or to none."""
+        if self.place is not None:
+            left, peak = self.memory.total - self.bytes_before, self.memory.highest - self.bytes_before
+            self.passes[self.place] = RecordedPass(self.recorder.entries(self.since), left, peak)
+        self.place = (phase, segment) if phase else None
+        self.memory.start_peak()
+        self.since, self.bytes_before = self.recorder.place, self.memory.total
+
+    def mark(self, phase: Any, microbatch: int | None = None, chunk: int = 0) -> None:
+        """Cut where megatron-core's schedule begins a microbatch, which is at an end of the model."""
+        self.memory.phase = phase
+        if phase == "forward":
+            self.bytes_of_microbatches.append(self.memory.total)
+        self.cut(phase, {"forward": "embedding", "backward": "head"}[phase]) if phase != "schedule" else self.cut(None)
+
+    def watch_layers(self, model: Any, names: Sequence[Segment]) -> None:
+        """Cut where a layer or the final norm begins, and in backward where the gradient of its input is there."""
+
+        def hook(segment: Segment, before: Segment) -> Callable[..., None]:
+            def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
+                if self.place is None or self.place[0] != "forward":  # recomputed
+                    return
+                self.cut("forward", segment)
+                x: Tensor = kwargs.get("hidden_states", args[0] if args else None)
+                if x.grad_fn is not None:
+                    x.register_hook(lambda _: self.cut("backward", before))
+
+            return begin
+
+        modules = [*model.decoder.layers, model.decoder.final_layernorm]
+        for module, segment, before in zip(modules, (*names, "head"), ("embedding", *names), strict=True):
+            module.register_forward_pre_hook(hook(segment, before), with_kwargs=True)
+
+
+def recorded_layers(of: LayersToRecord) -> RecordedLayers:
+    """Record them. Its process can be used for others afterwards, and for nothing else."""
+    tp = of.run.parallel.tensor_model_parallel_size
+    with fake_rank(0, tp), model_parallel(of.run.parallel, of.run.training.seed):
+        fuses = {**fusions_on_a_gpu(of.run, of.shape), **of.fuses}
+        cuts = _Cuts(Recorder(group_names(), fuses_sums=fuses["gradient_accumulation_fusion"]), fuses)
+        [model] = build_chunks(of.run, of.shape, loads=False)
+        wrapped = wrap_data_parallel([model], of.run)
+        microbatches = [microbatch_of(of.lengths) for _ in range(2)]
+        cuts.watch_layers(model, of.layers)
+        given = [value for one in microbatches for value in vars(one).values() if isinstance(value, Tensor)]
+        cuts.memory.assign("given", (*model.parameters(), *model.buffers(), *gradients(wrapped), *given))
+        with cuts():
+            cuts.cut("begin")
+            with adapters_step(wrapped) as step_of_all:
+
+                def finish(chunks: Sequence[nn.Module], *_: Any, **__: Any) -> None:
+                    cuts.cut("finish")
+                    step_of_all.finish(chunks)
+                    cuts.cut(None)
+
+                cuts.cut(None)
+                finish_with(wrapped, finish)
+                before = cuts.memory.total
+                # The first one makes what all microbatches share. Layers that are recomputed leave nothing of the
+                # rotary embedding to the next one, which only a backward shows.
+                if of.run.model.transformer.get("recompute_granularity") != "full":
+                    run_schedule(wrapped, [microbatches.pop(0)], forward_only=True)
+                run_schedule(wrapped, microbatches, forward_only=False)
+            # For the last layer alone: what is built for all together takes as many kernels.
+            last = [model.decoder.layers[-1]]
+            cuts.cut("begin", "one layer")
+            with adapters_step(last) as step_of_one:
+                cuts.cut("finish", "one layer")
+                step_of_one.finish(last)
+                cuts.cut(None)
+        parameters = _parameters_of_segments(model, of)
+    cached = cuts.bytes_of_microbatches[-1] - before + sum(one.nbytes for one in _shared(model))
+    return RecordedLayers(cuts.passes, parameters, _fixed_kernels(cuts.passes, parameters), cached)
+
+
+def _fixed_kernels(passes: Mapping[Place, RecordedPass], parameters: Mapping[Segment, Parameters]) -> dict[str, float]:
+    """`RecordedLayers.fixed_kernels`, from those of all layers and of the last: others grow with what is trained."""
+    trained = [one.num_trained for segment, one in parameters.items() if segment not in ENDS]
+    share = trained[-1] / max(sum(trained), 1)
+
+    def kernels(place: Place) -> int:
+        return sum(entry.num_kernels for entry in passes[place].entries if isinstance(entry, Computation))
+
+    of_one = {phase: (kernels((phase, "one layer")), kernels((phase, ""))) for phase in ("begin", "finish")}
+    return {phase: (one / whole - share) / (1 - share) if whole else 0.0 for phase, (one, whole) in of_one.items()}
+
+
+def _parameters_of_segments(model: Any, of: LayersToRecord) -> dict[Segment, Parameters]:
+    """What layers share is left out; a tied output layer is the embedding's."""
+    found: dict[Segment, Parameters] = {}
+    seen = {id(one) for one in _shared(model)}
+    is_split = parallel_state.get_tensor_model_parallel_world_size() > 1
+    modules = model.embedding, *model.decoder.layers, model
+    for module, segment in zip(modules, ("embedding", *of.layers, "head"), strict=True):
+        held = [one for one in (*module.parameters(), *module.buffers()) if id(one) not in seen]
+        seen |= {*map(id, held)}
+        weights = [one for one in held if isinstance(one, nn.Parameter)]
+        trained = [one for one in weights if one.requires_grad]
+        in_float32 = sum(one.numel() for one in trained if of.run.model.bf16 and one.dtype == torch.float32)
+        summed = (one.numel() for one in trained if is_split and getattr(one, PARTIAL_OVER_TENSOR_PARALLEL, False))
+        adapted = () if segment in ENDS else linear_layers(module)
+        weight_bytes = sum(one.nbytes for one in weights)
+        found[segment] = Parameters(
+            weight_bytes,
+            buffer_bytes=sum(one.nbytes for one in held) - weight_bytes,
+            trained=sum(one.numel() for one in trained) - in_float32,
+            trained_float32=in_float32,
+            partial=sum(summed),
+            num_tensors=len(trained),
+            largest=max((one.numel() for one in trained), default=0),
+            num_mixed=sum(hasattr(one.module.adapter, "mix") for one in adapted),
+        )
+    return found
+
+
+def _shared(model: Any) -> list[Tensor]:
+    """Tensors of more than one layer: a stage has them once (`adapters/attach.py`)."""
+    buffers = [buffer for layer in model.decoder.layers for buffer in layer.buffers()]
+    counts = Counter(map(id, buffers))
+    return [one for one in {id(one): one for one in buffers}.values() if counts[id(one)] > 1]

@@ -49,10 +49,10 @@ def test_an_absurd_value_is_named_with_its_limits(name, value):
         ("node_link.latency", 8, "node_link.latency is not a field; did you mean node_link.latency_us?"),
         ("gpus_per_node", 7.5, "gpus_per_node is 7.5; it must be a whole number"),
         ("reserved_gib", 80, "leaves nothing of memory_gib"),
-        ("product_efficiency", {1: 0.5, 10: 0.2}, "a larger product must not reach less"),
-        ("product_efficiency", {0: 0.5}, "sizes are above 0"),
-        ("product_efficiency", {1: 7}, "parts from 0.01 to 1"),
-        ("product_efficiency", 0.5, "maps GFLOP of a product"),
+        *(
+            ("product_efficiency", wrong, f"product_efficiency is {wrong}; it maps GFLOP of a product")
+            for wrong in ({1: 0.5, 10: 0.2}, {0: 0.5}, {1: 7}, {1: 0.001}, {1: 0.1, 2: float("nan")}, {}, 0.5)
+        ),
     ],
 )
 def test_what_is_wrong_is_said(name, value, told):

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import cache
-from pkgutil import resolve_name
 from typing import Any
 
 import torch
@@ -183,7 +182,7 @@ def plant(name: str) -> None:
     ALL[name]()
 
 
-def record_planted(name: str, function: str, rank: RankToRehearse) -> RankRecord:
+def record_planted(name: str, function: Callable[[RankToRehearse], RankRecord], rank: RankToRehearse) -> RankRecord:
     """In place of a function of the rehearsals, for `rehearsal._in_processes`."""
     plant(name)
-    return resolve_name(function)(rank)
+    return function(rank)

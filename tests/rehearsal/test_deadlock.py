@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from megatron_peft.rehearsal.deadlock import Problem, check_order, missing_wait
+from megatron_peft.rehearsal.deadlock import Problem, check_order
 from megatron_peft.rehearsal.program import Call, Computation, EarlyUse, Entry, Mark, Wait
 from megatron_peft.rehearsal.schedule import RankGrid, StageProgram, programs_of_ranks
 
@@ -119,12 +119,16 @@ def test_groups_in_another_order_wait_in_a_cycle():
 
 def test_a_wait_that_is_missing_or_late_is_found():
     [call] = [replace(one, handle=1) for one in sums(("data", (0, 1))) if isinstance(one, Call)]
-    sound: list[Entry] = [Mark("validation"), *sums(("tensor", (0, 1))), call, Wait(1), message("send", 1, handle=0)]
-    assert missing_wait({0: sound}) is None
+    begun: list[Entry] = [Mark("validation"), *sums(("tensor", (0, 1))), call]
+    sound = [*begun, Wait(1), message("send", 1, handle=0)]
+    other = [*begun, Wait(1), message("recv", 0)]
+    assert check_order({0: sound, 1: other}, whole_runs=True) is None
     told = "call 1 of rank 1 (validation), all_reduce of float32 [8] in group data"
-    assert missing_wait({0: sound, 1: sound[:3]}) == Problem("wait", (1,), f"{told}: nobody waits for it.")
+    left = {0: sound, 1: [*begun, message("recv", 0)]}
+    assert check_order(left, whole_runs=True) == Problem("wait", (1,), f"{told}: nobody waits for it.")
+    assert check_order(left) is None, "a step may leave a call to the next one"
     early = Problem("wait", (1,), f"{told}: its result is used before it is waited for.")
-    assert missing_wait({1: [*sound[:3], EarlyUse(1), *sound[3:]]}) == early
+    assert check_order({0: sound, 1: [*begun, EarlyUse(1), *other[3:]]}) == early
 
 
 def test_programs_of_four_replicas_become_those_of_two():

@@ -22,9 +22,9 @@ from megatron_peft.rehearsal.deadlock import check_order
 from megatron_peft.rehearsal.program import MESSAGES, Call, Entry, Wait
 from megatron_peft.rehearsal.rehearsal import RehearsedRun, order_problem, rehearse_run
 from megatron_peft.rehearsal.requests import chunks_of_stages
-from megatron_peft.rehearsal.schedule import program_of_stage, programs_of_ranks
+from megatron_peft.rehearsal.schedule import program_of_stage, programs_of_ranks, schedules_of_stages
 from tests.ranks import run_ranks
-from tests.rehearsal.planted_calls import BETWEEN_STAGES, IN_TENSOR_AND_DATA, SOUND
+from tests.rehearsal.planted_calls import BETWEEN_STAGES, IN_TENSOR_AND_DATA, SOUND, record_planted
 from tests.tiny_llama import ODD_SHAPE
 from tools.published import made_up_run
 
@@ -111,8 +111,6 @@ def scheduled(layout: Layout, numbers: Sequence[int]) -> dict[int, list[tuple[En
 
 
 def schedules(configs_and_shape: tuple[list[RunConfig], ModelShape]) -> list[list[tuple[Entry, ...]]]:
-    from megatron_peft.rehearsal.stage_schedule import schedules_of_stages
-
     configs, shape = configs_and_shape
     return [schedules_of_stages(config, shape) for config in configs]
 
@@ -233,12 +231,13 @@ def planted(name: str, monkeypatch: pytest.MonkeyPatch, layout: Layout | None = 
     run = rehearsed(method, layout)
     usual = rehearsal._in_processes
 
-    def in_processes(function: str, asked: Sequence[Any], *args: Any, **kwargs: Any) -> list[Any]:
-        return usual(
-            "tests.rehearsal.planted_calls:record_planted", [(name, function, *one) for one in asked], *args, **kwargs
-        )
-
-    monkeypatch.setattr(rehearsal, "_in_processes", in_processes)
+    monkeypatch.setattr(
+        rehearsal,
+        "_in_processes",
+        lambda function, asked, *others, **named: usual(
+            record_planted, [(name, function, *one) for one in asked], *others, **named
+        ),
+    )
     return order_problem(run)
 
 

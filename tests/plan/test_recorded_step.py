@@ -10,8 +10,7 @@ import pytest
 from megatron_peft.config import PeftConfig, RunConfig
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.plan.cluster import read_cluster
-from megatron_peft.plan.pipeline import _Program, estimated_time
-from megatron_peft.plan.recorded_layers import total
+from megatron_peft.plan.recorded_step import _Program, estimated_time, total
 from megatron_peft.plan.timing import step_time
 from megatron_peft.rehearsal.program import Call, Computation, Entry, Mark, Parameters, RankRecord, Wait
 from megatron_peft.rehearsal.rehearsal import rehearse, rehearse_run
