@@ -8,7 +8,6 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from difflib import get_close_matches
 from math import isfinite, log, log2
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -131,12 +130,9 @@ def read_cluster(name: str) -> Cluster:
         ConfigurationError: there is no such file, a field is doubled, or some are missing, unknown or absurd; all of
             these are named.
     """
-    path = SHIPPED.get(name.lower(), Path(name))
-    if name.lower() not in SHIPPED and not path.exists():
-        near = get_close_matches(name.lower(), SHIPPED, 1)
-        hint = f"; did you mean {near[0]}?" if near else f". Shipped: {', '.join(SHIPPED)}."
-        raise ConfigurationError(f"--cluster {name} is neither a file nor the name of a shipped cluster{hint}")
-    place = f"--cluster {name}"
+    path, place = SHIPPED.get(name.lower(), Path(name)), f"--cluster {name}"
+    shipped = ", ".join(SHIPPED)
+    require(path.exists(), f"{place} is neither a file nor the name of a shipped cluster. Shipped: {shipped}.")
     values = parse_yaml(read_text(path), place)
     require(isinstance(values, dict), f"{place} is not a table of fields: write `gpus_per_node: 8`, a line for each.")
     return cluster_of(values, place)
@@ -159,13 +155,9 @@ def cluster_of(values: Mapping[str, Any], place: str) -> Cluster:
     for name, value in values.items():
         is_link = name in LINKS and isinstance(value, dict)
         given |= {f"{name}.{key}": one for key, one in value.items()} if is_link else {str(name): value}
-    known, problems = sorted((*LIMITS, "name", EFFICIENCIES)), []
-    for name in given:
-        if name not in (*known, *LINKS):
-            near = get_close_matches(name, known, 1)
-            problems.append(
-                f"{name} is not a field; " + (f"did you mean {near[0]}?" if near else f"there are {known}.")
-            )
+    known = sorted((*LIMITS, "name", EFFICIENCIES))
+    unknown = [name for name in given if name not in (*known, *LINKS)]
+    problems = [f"{name} is not a field; there are {', '.join(known)}." for name in unknown]
     for name, (unit, least, most) in LIMITS.items():
         value, bounds = given.get(name), f"{least:,} to {most:,} {unit}"
         if value is None:

@@ -21,6 +21,7 @@ from rich import box
 from rich.table import Column, Table
 
 from megatron_peft.config import ConfigurationError, ParallelConfig, RunConfig, flag, require
+from megatron_peft.config.errors import spelled
 from megatron_peft.config.parallel import ACCOUNTED_STAGES, LAYOUT, UNEVEN_STAGES
 from megatron_peft.models.families import check_adapters
 from megatron_peft.models.shape import ModelShape, check_layout
@@ -73,12 +74,8 @@ class FittedLayout:
     @property
     def flags(self) -> list[str]:
         """Words of a command line that set the layout, beside the run's own."""
-        words = []
-        for name, value in _layout_values(self.run).items():
-            if value:
-                told = () if value is True else value if isinstance(value, tuple) else (value,)
-                words += [flag(name), *map(str, told)]
-        return words
+        set_values = {flag(name): value for name, value in _layout_values(self.run).items() if value}
+        return [word for name, value in set_values.items() for word in spelled(name, value).split()]
 
     def flags_to_leave_out(self, asked: RunConfig) -> list[str]:
         """Flags of `asked`, the run that a layout was looked for, which `flags` cannot take back."""
@@ -133,18 +130,17 @@ def fit(
     candidates: list[_Candidate] = []
     least = [(one, 0.0) for one in laid_out]  # the seconds that each takes at least
     for recompute in RECOMPUTES:  # each takes longer than the one before
-        replayed = _fastest(candidates, cluster)[:NUM_REPLAYED]
+        replayed = _fastest(candidates, cluster)
         limit = replayed[-1][0].seconds if len(replayed) == NUM_REPLAYED else inf
         runs = [_recomputing(one, recompute) for one, seconds in least if seconds <= limit]
         every = record_layers([LayersToRecord.of(one, shape) for one in runs], watch, known)
         distinct = dict(zip(every, runs, strict=True))
         times = {layers: seconds_of_segments(layers, cluster.of_run(one)) for layers, one in distinct.items()}
-        least = []
-        for one, layers in zip(runs, every, strict=True):
-            found = _candidate(RecordedStep(one, shape, layers), recompute, times[layers], cluster)
-            least.append((one, found.seconds))
-            candidates.append(found)
-    fastest = _fastest(candidates, cluster)[:NUM_REPLAYED]
+        steps = [RecordedStep(one, shape, layers) for one, layers in zip(runs, every, strict=True)]
+        found = [_candidate(step, recompute, times[step.layers], cluster) for step in steps]
+        least = [(one.step.run, one.seconds) for one in found]
+        candidates += found
+    fastest = _fastest(candidates, cluster)
     if not fastest:
         nearest = min(candidates, key=lambda one: total(one.memory))
         parallel, peak = nearest.step.run.parallel, total(nearest.memory)
@@ -157,13 +153,15 @@ def fit(
     watch(0, len(fastest))
     best: list[FittedLayout] = []
     for alike in fastest:
-        each: list[FittedLayout] = []
-        for one in alike[:NUM_DIVISIONS_REPLAYED]:
-            speed = PlannedSpeed.of(one.step.run, shape, cluster, estimated_time(one.step, cluster))
-            each.append(FittedLayout(one.step.run, one.recompute, speed, one.memory, one.stage))
-        best.append(min(each, key=_slowness))
+        best.append(min((_replayed(one, cluster) for one in alike[:NUM_DIVISIONS_REPLAYED]), key=_slowness))
         watch(1, 0)
     return sorted(best, key=_slowness)[:num_layouts]
+
+
+def _replayed(one: "_Candidate", cluster: Cluster) -> FittedLayout:
+    run, shape = one.step.run, one.step.shape
+    speed = PlannedSpeed.of(run, shape, cluster, estimated_time(one.step, cluster))
+    return FittedLayout(run, one.recompute, speed, one.memory, one.stage)
 
 
 def _slowness(one: FittedLayout) -> tuple[float, int]:
@@ -182,12 +180,12 @@ class _Candidate:
 
 
 def _fastest(candidates: Sequence[_Candidate], cluster: Cluster) -> list[list[_Candidate]]:
-    """Those that fit, the fastest first; together those that divide the layers of a pipeline in other ways alone."""
+    """The fastest that fit; together those that divide the layers of a pipeline in other ways alone."""
     found: defaultdict[Hashable, list[_Candidate]] = defaultdict(list)
     for one in sorted(candidates, key=lambda one: one.seconds):
         if total(one.memory) <= cluster.usable_bytes:
             found[_but_for_division(one)].append(one)
-    return [*found.values()]
+    return [*found.values()][:NUM_REPLAYED]
 
 
 def _but_for_division(one: _Candidate) -> Hashable:
@@ -199,15 +197,13 @@ def _but_for_division(one: _Candidate) -> Hashable:
 def _layouts(run: RunConfig, shape: ModelShape, world_size: int, cluster: Cluster) -> Iterator[RunConfig]:
     """The run at every layout that divides the model and the batch, without recompute."""
     run = _recomputing(run, "none")
-    trainings = [replace(run.training, micro_batch_size=size) for size in MICRO_BATCHES]
     may_shard = run.optimizer.optimizer == "adam" and not run.optimizer.overlap_param_gather
-    for parallel in _parallel_layouts(run, shape, world_size, cluster):
-        optimizer = run.optimizer
+    for parallel, size in product(_parallel_layouts(run, shape, world_size, cluster), MICRO_BATCHES):
+        training, optimizer = replace(run.training, micro_batch_size=size), run.optimizer
         if may_shard:  # never slower here, and smaller
             optimizer = replace(optimizer, use_distributed_optimizer=parallel.data_parallel_size > 1)
-        for training in trainings:
-            with suppress(ConfigurationError):  # it doesn't divide the batch
-                yield replace(run, parallel=parallel, training=training, optimizer=optimizer)
+        with suppress(ConfigurationError):  # it doesn't divide the batch
+            yield replace(run, parallel=parallel, training=training, optimizer=optimizer)
 
 
 def _recomputing(run: RunConfig, recompute: str) -> RunConfig:

@@ -17,7 +17,6 @@ from megatron_peft.models.shape import ModelShape
 from megatron_peft.plan.cluster import Cluster
 from megatron_peft.plan.speed import PlannedSpeed, time_table
 from megatron_peft.plan.timing import step_time
-from megatron_peft.rehearsal.deadlock import Problem
 from megatron_peft.rehearsal.program import PHASES, Call, Entry, RankRecord
 from megatron_peft.rehearsal.rehearsal import RehearsedRun, order_problem, rehearse_run, work_bar
 
@@ -29,19 +28,12 @@ COLORS = {"forward": "tab:blue", "backward": "tab:orange", "finish": "tab:green"
 
 @dataclass(frozen=True)
 class Plan:
-    """What is known of a run before it starts.
-
-    Args:
-        run: its rehearsed ranks.
-        cluster: that it will run on.
-        problem: why its ranks would wait for ever; None: they do not.
-        speed: time of a step; None where ranks would wait for ever.
-    """
+    """What is known of a run before it starts."""
 
     run: RehearsedRun
     cluster: Cluster
-    problem: Problem | None
-    speed: PlannedSpeed | None
+    problem: str | None  # why its ranks would wait for ever
+    speed: PlannedSpeed | None  # None where they would
 
     @property
     def fullest(self) -> RankRecord:
@@ -76,7 +68,7 @@ class Plan:
                 for stage, program in enumerate(self.run.stages)
                 for (axis, operation), (number, num_bytes) in calls_by_group(program.entries).items()
             ],
-            "order": self.problem.text if self.problem else "every rank's calls fit together",
+            "order": self.problem or "every rank's calls fit together",
             **({} if self.speed is None else self.speed.as_dict(num_tokens)),
         }
 
@@ -109,7 +101,7 @@ def summary(plan: Plan) -> list[str]:
     fits = "fits" if plan.fits else "DOES NOT FIT"
     order = "every call of every rank finds its partners"
     if plan.problem is not None:
-        order = f"ranks would wait for ever. {plan.problem.text}"
+        order = f"ranks would wait for ever. {plan.problem}"
     return [
         f"trainable parameters: {numbers['trained']:,} of {total:,} ({100 * numbers['trained'] / total:.3f}%)",
         f"memory: {peak / _GIB:.2f} GiB at most (rank {plan.fullest.rank}): {fits} {usable:.1f} GiB, a GPU's "
@@ -122,7 +114,7 @@ def summary(plan: Plan) -> list[str]:
 def why_not_to_start(plan: Plan) -> str | None:
     """One sentence; None: nothing speaks against it."""
     if plan.problem is not None:
-        return f"ranks would wait for ever. {plan.problem.text}"
+        return f"ranks would wait for ever. {plan.problem}"
     if plan.fits:
         return None
     peak, usable = plan.fullest.highest_peak / _GIB, plan.cluster.usable_bytes / _GIB

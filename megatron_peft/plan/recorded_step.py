@@ -16,20 +16,8 @@ from megatron_peft.models.kernels import Training, messages
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.plan.cluster import Cluster
 from megatron_peft.plan.timing import StepTime, WorkTime, part_of, step_time, time_alone
-from megatron_peft.rehearsal.program import (
-    ENDS,
-    ITEM_BYTES,
-    Call,
-    Computation,
-    Entry,
-    Mark,
-    Memory,
-    Parameters,
-    RecordedLayers,
-    RecordedPass,
-    Segment,
-    Wait,
-)
+from megatron_peft.rehearsal import program
+from megatron_peft.rehearsal.program import Call, Computation, Entry, Mark, Parameters, RecordedLayers, Wait
 from megatron_peft.rehearsal.requests import Chunk, chunks_of_stages, enough_microbatches, targets_of_layers
 from megatron_peft.rehearsal.schedule import RankGrid
 
@@ -81,14 +69,14 @@ class RecordedStep:
         self.grid = RankGrid.of(parallel)
         self.t, self.dp, self.pp = self.grid.tensor, self.grid.data, self.grid.pipeline
         self.dtype = "bfloat16" if run.model.bf16 else "float32"
-        self.item = ITEM_BYTES[self.dtype]
+        self.item = program.ITEM_BYTES[self.dtype]
         tokens = run.data.seq_length * run.training.micro_batch_size
         own = tokens // self.t if parallel.sequence_parallel else tokens  # tokens of a rank between linear layers
         self.message, self.message_bytes = (own, shape.hidden_size), own * shape.hidden_size * self.item
         self.chunks = chunks_of_stages(parallel, shape.num_layers)
         self.is_full = not run.peft.trains_adapters
         self._targets = targets_of_layers(run, shape)
-        self._trained = {name: one.num_trained * (name not in ENDS) for name, one in layers.parameters.items()}
+        self._trained = {name: one.num_trained * (name not in program.ENDS) for name, one in layers.parameters.items()}
         how = messages(run.model.transformer, parallel, Training.of(run))
         self.tells_sizes, self._frees_outputs = how["variable_seq_lengths"], how["deallocate_pipeline_outputs"]
 
@@ -101,20 +89,20 @@ class RecordedStep:
     def data_group(self, stage: int) -> tuple[int, ...]:
         return self.grid.ranks([0], range(self.dp), [stage])
 
-    def segments(self, chunk: Chunk) -> tuple[Segment, ...]:
+    def segments(self, chunk: Chunk) -> tuple[program.Segment, ...]:
         """What a chunk consists of, in the order of its forward."""
-        layers: list[Segment] = [self._targets[layer] for layer in chunk.layers]
+        layers: list[program.Segment] = [self._targets[layer] for layer in chunk.layers]
         first = next((index for index, targets in enumerate(layers) if targets), None)
         if chunk.embedding and first is not None:  # backward need not go beyond the first adapter
             layers[: first + 1] = [*["before"] * first, "first"]
         return (*["embedding"] * chunk.embedding, *layers, *["head"] * chunk.head)
 
-    def passes_of(self, phase: Pass, segments: Sequence[Segment]) -> list[RecordedPass]:
+    def passes_of(self, phase: Pass, segments: Sequence[program.Segment]) -> list[program.RecordedPass]:
         """A microbatch's passes in program order; what a segment does not do is missing."""
-        found = [self.layers.passes.get((phase, segment), RecordedPass()) for segment in segments]
+        found = [self.layers.passes.get((phase, segment), program.RecordedPass()) for segment in segments]
         return found if phase == "forward" else found[::-1]
 
-    def entries(self, phase: Pass, segments: Sequence[Segment], stage: int) -> tuple[Entry, ...]:
+    def entries(self, phase: Pass, segments: Sequence[program.Segment], stage: int) -> tuple[Entry, ...]:
         """A pass of one microbatch through these segments, with the calls of the tensor-parallel ranks."""
         group = self.tensor_group(stage)
         found = (entry for one in self.passes_of(phase, segments) for entry in one.entries)
@@ -131,29 +119,29 @@ class RecordedStep:
     def built_once(self, stage: int, phase: Literal["begin", "finish"]) -> list[Entry]:
         """What is built for a stage's layers before the first microbatch; what is done with it after the last.
 
-        As it was recorded for several layers, but of a share of them (`_share`), and with one tensor a call.
+        As it was recorded for several layers, but of a share of them (`_share`), with as many kernels, since most are
+        of all layers together, and with one tensor a call.
         """
-        share, fixed, group = self._share(stage), self.layers.fixed_kernels[phase], self.tensor_group(stage)
+        share, group = self._share(stage), self.tensor_group(stage)
         found: list[Entry] = []
         for entry in self.layers.passes[phase, ""].entries if share else ():
             if isinstance(entry, Computation):
                 scaled = {replace(one, batch=max(round(one.batch * share), 1)): n for one, n in entry.products.items()}
-                num_kernels = round(entry.num_kernels * (fixed + (1 - fixed) * share))
-                entry = Computation(scaled, round(entry.num_bytes * share), num_kernels)
+                entry = Computation(scaled, round(entry.num_bytes * share), entry.num_kernels)
             elif isinstance(entry, Call):
-                size = round(share * entry.num_bytes / ITEM_BYTES[entry.dtype])
+                size = round(share * entry.num_bytes / program.ITEM_BYTES[entry.dtype])
                 entry = replace(entry, group=group, shapes=((size,),))
             found.append(entry)
         return found
 
     # Memory, in parts.
 
-    def held(self, stage: int) -> Memory:
+    def held(self, stage: int) -> program.Memory:
         """Bytes that are there all the time."""
         counts, optimizer = self.parameters(self.chunks[stage]), self.run.optimizer
         shards = self.dp if optimizer.use_distributed_optimizer else 1
         moments = {"adam": 8, "sgd": 4 if optimizer.sgd_momentum else 0}[optimizer.optimizer]
-        masters = 0 if self.item == ITEM_BYTES["float32"] else 4 * counts.trained
+        masters = 0 if self.item == program.ITEM_BYTES["float32"] else 4 * counts.trained
         return {
             "weights": counts.weight_bytes,
             "gradients": self.gradient_bytes * counts.num_trained,
@@ -181,7 +169,7 @@ class RecordedStep:
             found["backward", number] = -found["forward", number][0], found["backward", number][1]
         return found
 
-    def memory(self, stage: int) -> Memory:
+    def memory(self, stage: int) -> program.Memory:
         """Bytes at the highest point of a walk through the schedule's turns, or of the update after them."""
         passes, memory, num_chunks = self.passes(stage), self.held(stage), len(self.chunks[stage])
         num_microbatches = enough_microbatches(self.run, stage, self.run.num_microbatches)
@@ -208,7 +196,7 @@ class RecordedStep:
         return of_adam + 4 * own * (self.gradient_bytes == 2)
 
 
-def total(memory: Memory) -> int:
+def total(memory: program.Memory) -> int:
     """Bytes."""
     return sum(memory.values())
 
@@ -235,7 +223,7 @@ class _Program:
         self.chunks, self.rank = step.chunks[stage], step.rank(stage)
 
         @cache  # most chunks are alike
-        def time(phase: Pass, segments: Sequence[Segment]) -> WorkTime:
+        def time(phase: Pass, segments: Sequence[program.Segment]) -> WorkTime:
             return time_alone(step.entries(phase, segments, stage), self.rank, cluster)
 
         self.blocks = {

@@ -45,33 +45,25 @@ class Accuracy:
         return seconds / (1 + max(*self.errors, 0.0)), seconds / (1 + min(*self.errors, 0.0))
 
     def __str__(self) -> str:
-        told = f"{len(self.errors)} published runs were off by {self._sizes}"
+        sizes = f"{self.median:.0%} in the median, {self.worst:.0%} at most"
+        told = f"{len(self.errors)} published runs were off by {sizes}"
         if not self.elsewhere:
             return told
-        return f"{told}; {len(self.elsewhere)} layouts on another network by {Accuracy(self.elsewhere)._sizes}"
-
-    @property
-    def _sizes(self) -> str:
-        return f"{self.median:.0%} in the median, {self.worst:.0%} at most"
+        other = Accuracy(self.elsewhere)
+        return (
+            f"{told}; {len(other.errors)} layouts on another network by {other.median:.0%}, {other.worst:.0%} at most"
+        )
 
 
 @dataclass(frozen=True)
 class PlannedSpeed:
-    """A step's time, and what a run of such steps gets done. Every sequence is taken to be full.
-
-    Args:
-        time: of a step.
-        tokens: of a step, over all replicas.
-        flops: of a step, as --log-throughput counts them (`ModelFlops`).
-        peak_tflops: of a GPU in the run's precision.
-        num_layers: of the model.
-    """
+    """A step's time, and what a run of such steps gets done. Every sequence is taken to be full."""
 
     time: StepTime
-    tokens: int
-    flops: int
+    tokens: int  # of a step, over all replicas
+    flops: int  # of a step, as --log-throughput counts them (`ModelFlops`)
     num_gpus: int
-    peak_tflops: float
+    peak_tflops: float  # of a GPU in the run's precision
     num_layers: int
 
     @classmethod

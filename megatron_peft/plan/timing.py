@@ -40,17 +40,11 @@ class Span:
 
 @dataclass(frozen=True)
 class StepTime:
-    """A step's time until the last rank has ended, and where it goes: the mean over the ranks.
-
-    Args:
-        by_kind: seconds of each kind; they add up to `seconds`. `COMPUTED`, `LAUNCHES`, `BUBBLE`, and `EXPOSED` with
-            the axis of the group.
-        spans: of each rank that was replayed.
-    """
+    """A step's time until the last rank has ended, and where it goes: the mean over the ranks."""
 
     seconds: float
-    by_kind: Mapping[str, float]
-    spans: Mapping[int, tuple[Span, ...]] = field(default_factory=dict)
+    by_kind: Mapping[str, float]  # they add up: `COMPUTED`, `LAUNCHES`, `BUBBLE`, `EXPOSED` with the group's axis
+    spans: Mapping[int, tuple[Span, ...]] = field(default_factory=dict)  # of each rank that was replayed
 
     # Parts of the step in which a device waits: for other ranks, for a call under way, for its host.
 
@@ -124,7 +118,6 @@ def step_time(
         scheduled: global rank -> all that it does in a step, in program order; work may have been timed already. Ranks
             that do the same at the same time may be left out: tensor-parallel peers and replicas. The other end of
             every message must be there.
-        keep_spans: for a picture of the pipeline.
 
     Raises:
         ValueError: ranks wait for one another for ever. `deadlock.py` says who waits for whom.

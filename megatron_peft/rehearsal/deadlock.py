@@ -18,21 +18,10 @@ from megatron_peft.rehearsal.program import MESSAGES, PHASES, Call, EarlyUse, En
 _OF_ONE_COLLECTIVE = attrgetter("operation", "shapes", "dtype", "peer")  # the same for all of its calls
 
 
-@dataclass(frozen=True)
-class Problem:
-    """Two ranks that do not fit together, in a sentence that names both and their calls; or one that reads too early.
-
-    Args:
-        kind: "mismatch"; "wait" for one that does not end, or for one that is missing.
-    """
-
-    kind: str
-    ranks: tuple[int, ...]
-    text: str
-
-
-def check_order(programs: Mapping[int, Iterable[Entry]], whole_runs: bool = False) -> Problem | None:
+def check_order(programs: Mapping[int, Iterable[Entry]], whole_runs: bool = False) -> str | None:
     """The first problem of these programs, which must be those of all ranks of every group in them; None: all end.
+
+    It names both ranks that do not fit together, and their calls; or one that reads too early.
 
     Args:
         programs: by global rank; what is computed does not matter.
@@ -41,7 +30,7 @@ def check_order(programs: Mapping[int, Iterable[Entry]], whole_runs: bool = Fals
     try:
         _Replay(programs, whole_runs).run()
     except _Found as found:
-        return found.args[0]
+        return str(found)
     return None
 
 
@@ -66,10 +55,7 @@ class _Place:
 
 
 class _Found(Exception):
-    """Ends a replay, with its `Problem`."""
-
-    def __init__(self, ranks: Iterable[int], text: str, kind: str = "wait") -> None:
-        super().__init__(Problem(kind, tuple(ranks), text))
+    """Ends a replay, and says why."""
 
 
 class _Replay:
@@ -96,8 +82,7 @@ class _Replay:
         if stuck := [rank for rank, places in self.waits_for.items() if places]:
             self._tell_why(stuck[0])
         for place in (place for queue in self.messages.values() for place in queue):  # that nobody takes
-            [peer] = self._missing(place)
-            raise _Found((place.rank, peer), f"{place} has no partner on rank {peer}.")
+            raise _Found(f"{place} has no partner on rank {place.call.peer}.")
 
     def _waits(self, rank: int, entries: Iterable[Entry]) -> Iterator[Sequence[_Place]]:
         """Issues a rank's calls, and gives what it waits for wherever it does: for a collective where it is issued."""
@@ -108,8 +93,7 @@ class _Replay:
             if isinstance(entry, Mark) and entry.phase in PHASES:
                 phase = entry.phase
             elif isinstance(entry, EarlyUse):
-                told = f"{under_way[entry.handle]}: its result is used before it is waited for."
-                raise _Found([rank], told)
+                raise _Found(f"{under_way[entry.handle]}: its result is used before it is waited for.")
             if not isinstance(entry, Call | Wait):
                 continue
             if batch and (isinstance(entry, Wait) or entry.batch != batch[0].call.batch):
@@ -130,7 +114,7 @@ class _Replay:
         yield batch
         for place in under_way.values():
             if self.whole_runs and place.call.operation != "send":
-                raise _Found([rank], f"{place}: nobody waits for it.")
+                raise _Found(f"{place}: nobody waits for it.")
 
     def _issue(self, place: _Place) -> None:
         call = place.call
@@ -142,7 +126,7 @@ class _Replay:
             begun.append(others := {})
         other = next(iter(others.values()), place)
         if _OF_ONE_COLLECTIVE(call) != _OF_ONE_COLLECTIVE(other.call):
-            raise _Found((other.rank, place.rank), f"{other} meets {place}.", "mismatch")
+            raise _Found(f"{other} meets {place}.")
         others[place.rank] = place
         if len(others) == len(call.group):
             begun.remove(others)
@@ -160,9 +144,9 @@ class _Replay:
         other = queue.popleft()
         if call.operation == other.call.operation:
             told = f"{other} waits for rank {place.rank}; {place} waits for rank {other.rank}."
-            raise _Found((other.rank, place.rank), f"ranks wait for one another: {told}")
+            raise _Found(f"ranks wait for one another: {told}")
         if (call.shapes, call.dtype) != (other.call.shapes, other.call.dtype):
-            raise _Found((other.rank, place.rank), f"{other} meets {place}.", "mismatch")
+            raise _Found(f"{other} meets {place}.")
         self._complete(place, other)
 
     def _complete(self, *places: _Place) -> None:
@@ -182,12 +166,11 @@ class _Replay:
             missing = self._missing(place)
             ended = [other for other in missing if not self.waits_for.get(other)]
             if ended:
-                told = f"{place} waits for rank {ended[0]}, which ends without such a call."
-                raise _Found((rank, ended[0]), told)
+                raise _Found(f"{place} waits for rank {ended[0]}, which ends without such a call.")
             seen[rank] = f"{place} waits for rank {missing[0]}"
             rank = missing[0]
-        cycle = [*seen][[*seen].index(rank) :]
-        raise _Found(cycle, f"ranks wait for one another: {'; '.join(seen[one] for one in cycle)}.")
+        cycle = [*seen.values()][[*seen].index(rank) :]
+        raise _Found(f"ranks wait for one another: {'; '.join(cycle)}.")
 
     def _missing(self, place: _Place) -> list[int]:
         """The ranks that a call waits for."""

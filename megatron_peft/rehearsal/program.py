@@ -64,28 +64,19 @@ class Computation:
 
 @dataclass(frozen=True)
 class Call:
-    """A collective or a message.
+    """A collective or a message."""
 
-    Args:
-        operation: "all_reduce", "all_gather", "reduce_scatter", "broadcast", "all_to_all", "barrier", "send", "recv".
-        axis: name of the process group, as "tensor", "data", "pipeline", "world": two groups may have the same ranks.
-        group: its global ranks, in the group's order.
-        shapes: of the tensors that this rank puts in (of a "recv": that it gets); several if they are coalesced. Of
-            "all_gather" the own shard, of "reduce_scatter" all shards.
-        dtype: of these tensors.
-        peer: global rank of the other side of a message, or the source of a broadcast.
-        batch: messages with the same number are posted together, and waited for together.
-        handle: of an asynchronous call; a `Wait` for it says where it is waited for. Calls that follow one another may
-            have the same. None: it is waited for at once.
-    """
-
-    operation: str
-    axis: str
-    group: tuple[int, ...]
+    operation: str  # "all_reduce", "all_gather", "reduce_scatter", "broadcast", "all_to_all", "barrier", "send", "recv"
+    axis: str  # the process group, as "tensor", "data", "pipeline", "world": two groups may have the same ranks
+    group: tuple[int, ...]  # its global ranks, in its order
+    # Of the tensors that this rank puts in (of a "recv": that it gets); several if they are coalesced. Of "all_gather"
+    # the own shard, of "reduce_scatter" all shards.
     shapes: tuple[tuple[int, ...], ...]
     dtype: str
-    peer: int | None = None
-    batch: int | None = None
+    peer: int | None = None  # global rank of the other side of a message, or the source of a broadcast
+    batch: int | None = None  # messages with the same number are posted together, and waited for together
+    # Of an asynchronous call; a `Wait` for it says where it is waited for. Calls that follow one another may have the
+    # same. None: it is waited for at once.
     handle: int | str | None = None
 
     @property
@@ -135,20 +126,15 @@ Memory = dict[str, int]  # bytes of each part at the moment of the peak; their s
 
 @dataclass(frozen=True)
 class RankRecord:
-    """One rank's step in program order, and its peaks.
-
-    Args:
-        num_microbatches: of the step in `entries`; the run may have more.
-        parameters: number of elements on this rank, "trained" and "frozen".
-        peaks: memory by phase (`PHASES`) and part: "weights", "gradients", "optimizer", "buffers", "temporary", and
-            "activations of KIND" of each kind of layer.
-    """
+    """One rank's step in program order, and its peaks."""
 
     rank: int
     stage: int
-    num_microbatches: int
+    num_microbatches: int  # of the step in `entries`; the run may have more
     entries: tuple[Entry, ...]
-    parameters: Mapping[str, int]
+    parameters: Mapping[str, int]  # number of elements on this rank, "trained" and "frozen"
+    # By phase (`PHASES`) and part: "weights", "gradients", "optimizer", "buffers", "temporary", and "activations of
+    # KIND" of each kind of layer.
     peaks: Mapping[str, Memory]
 
     @property
@@ -179,26 +165,16 @@ ENDS = ("embedding", "head")
 
 @dataclass(frozen=True)
 class Parameters:
-    """Numbers of a model's segment on a tensor-parallel rank.
-
-    Args:
-        weight_bytes, buffer_bytes: of all parameters and buffers.
-        trained: elements in the run's own type, with master parameters beside them where it is not float32.
-        trained_float32: in a run of another type, those in float32: their own masters.
-        partial: of the trained ones, those whose gradients are summed over the tensor-parallel ranks.
-        num_tensors: trained ones.
-        largest: elements of the largest trained one.
-        num_mixed: linear layers that mix a low rank with a rotation.
-    """
+    """Numbers of a model's segment on a tensor-parallel rank."""
 
     weight_bytes: int = 0
     buffer_bytes: int = 0
-    trained: int = 0
-    trained_float32: int = 0
-    partial: int = 0
-    num_tensors: int = 0
-    largest: int = 0
-    num_mixed: int = 0
+    trained: int = 0  # elements in the run's own type, with master parameters beside them where it is not float32
+    trained_float32: int = 0  # in a run of another type, those in float32: their own masters
+    partial: int = 0  # trained ones whose gradients are summed over the tensor-parallel ranks
+    num_tensors: int = 0  # trained ones
+    largest: int = 0  # elements of the largest trained one
+    num_mixed: int = 0  # linear layers that mix a low rank with a rotation
 
     @property
     def num_trained(self) -> int:
@@ -213,17 +189,10 @@ class Parameters:
 
 @dataclass(frozen=True, eq=False)
 class RecordedLayers:
-    """The segments of a model, and what is built once a step for the layers that were recorded.
+    """The segments of a model, and what is built once a step for the layers that were recorded."""
 
-    Args:
-        passes: ("forward" or "backward", segment) -> one microbatch's; ("begin", "") and ("finish", "") -> what is done
-            before the first microbatch and after the last, for all layers. What does nothing may be missing.
-        parameters: of each segment.
-        fixed_kernels: "begin", "finish" -> part of its kernels that there would be of any number of layers.
-        cached: bytes that layers share, from the start or from the first microbatch on, as ALiBi's biases.
-    """
-
+    # ("forward" or "backward", segment) -> one microbatch's; ("begin", "") and ("finish", "") -> what is done before
+    # the first microbatch and after the last, for all layers. What does nothing may be missing.
     passes: Mapping[tuple[str, Segment], RecordedPass]
     parameters: Mapping[Segment, Parameters]
-    fixed_kernels: Mapping[str, float]
-    cached: int
+    cached: int  # bytes that layers share, from the start or from the first microbatch on, as ALiBi's biases

@@ -20,18 +20,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from megatron_peft.config import ConfigurationError, RunConfig
 from megatron_peft.models.shape import ModelShape
-from megatron_peft.rehearsal.deadlock import Problem, check_order
+from megatron_peft.rehearsal import schedule
+from megatron_peft.rehearsal.deadlock import check_order
 from megatron_peft.rehearsal.program import Entry, RankRecord, RecordedLayers
 from megatron_peft.rehearsal.rehearsed_rank import recorded_layers, rehearse_rank
 from megatron_peft.rehearsal.requests import LayersToRecord, Lengths, RankToRehearse, alike_stages
-from megatron_peft.rehearsal.schedule import (
-    RankGrid,
-    StageProgram,
-    program_of_stage,
-    programs_of_ranks,
-    renumbered,
-    schedules_of_stages,
-)
+from megatron_peft.rehearsal.schedule import RankGrid, StageProgram
 from megatron_peft.rehearsal.small_run import kept_stages, make_small
 from megatron_peft.runtime.ranks import NO_GPU, Ranks, preload
 
@@ -79,20 +73,15 @@ def record_layers(
 
 @dataclass(frozen=True)
 class RehearsedRun:
-    """A run of which some ranks were rehearsed.
-
-    Args:
-        records: of the rehearsed ranks. Of every stage that holds something else, the one with most microbatches in
-            flight; the first, second, middle and last stage; and a second tensor-parallel rank.
-        stages: the program of every stage, with all of the run's microbatches.
-        alike: of every stage, the rehearsed one that holds the same.
-    """
+    """A run of which some ranks were rehearsed."""
 
     config: RunConfig
     shape: ModelShape
+    # Of every stage that holds something else, the rank with most microbatches in flight; the first, second, middle and
+    # last stage; and a second tensor-parallel rank.
     records: tuple[RankRecord, ...]
-    stages: tuple[StageProgram, ...]
-    alike: Sequence[int]
+    stages: tuple[StageProgram, ...]  # of every stage, with all of the run's microbatches
+    alike: Sequence[int]  # of every stage, the rehearsed one that holds the same
 
     @property
     def grid(self) -> RankGrid:
@@ -107,7 +96,7 @@ class RehearsedRun:
 
     def programs(self) -> dict[int, Iterator[Entry]]:
         """The entries of every rank; of more than two replicas, of two, which stand for all."""
-        return programs_of_ranks(self.stages, replace(self.grid, data=min(self.grid.data, 2)))
+        return schedule.programs_of_ranks(self.stages, replace(self.grid, data=min(self.grid.data, 2)))
 
 
 def rehearse_run(
@@ -124,12 +113,13 @@ def rehearse_run(
     places = [grid.rank(0, 0, stage) for stage in sorted(stages)]
     if peaks and grid.tensor > 1:
         places.append(grid.rank(1, 0, grid.pipeline - 1))
-    [schedules] = _in_processes(schedules_of_stages, [(config, shape)], watch)
+    [schedules] = _in_processes(schedule.schedules_of_stages, [(config, shape)], watch)
     records = rehearse([RankToRehearse.of(config, shape, rank, peaks) for rank in places], watch)
     of_rank = dict(zip(places, records, strict=True))
+    like = [of_rank[grid.rank(0, 0, stage)] for stage in alike]
     programs = [
-        program_of_stage(of_rank[grid.rank(0, 0, alike[stage])], stage, schedule, grid, config.num_microbatches)
-        for stage, schedule in enumerate(schedules)
+        schedule.program_of_stage(record, stage, entries, grid, config.num_microbatches)
+        for stage, (record, entries) in enumerate(zip(like, schedules, strict=True))
     ]
     return RehearsedRun(config, shape, tuple(records), tuple(programs), alike)
 
@@ -152,7 +142,7 @@ def start_planned_peak(config: RunConfig, shape: ModelShape) -> Callable[[], int
     return lambda: found[0] if found else None
 
 
-def order_problem(run: RehearsedRun, watch: Watch = lambda done, more: None) -> Problem | None:
+def order_problem(run: RehearsedRun, watch: Watch = lambda done, more: None) -> str | None:
     """The first problem of the calls of any rank; None: all end.
 
     Every rank of a small run (`make_small`) is rehearsed from the model to a checkpoint, and their programs are
@@ -165,7 +155,7 @@ def order_problem(run: RehearsedRun, watch: Watch = lambda done, more: None) -> 
     few = len(stages) if run.config.parallel.is_interleaved else 2
     config, shape = make_small(run.config, run.shape, run.grid.tensor, MOST_REPLICAS, few)
     config = replace(config, checkpoint=replace(config.checkpoint, save="never written"))
-    grid, lengths = RankGrid.of(config.parallel), (Lengths.longest(config),)
+    grid, lengths = RankGrid.of(config.parallel), Lengths.longest(config)
     places = [grid.place(rank) for rank in range(grid.size)]
     numbers = {grid.rank(*place): run.grid.rank(*place[:2], stages[place[2]]) for place in places}
     if grid.size > MOST_RANKS:  # every tensor-parallel rank of a replica, and one of each replica
@@ -181,7 +171,7 @@ def order_problem(run: RehearsedRun, watch: Watch = lambda done, more: None) -> 
         record = records.get((tensor, data, stage)) or records[tensor, 0, stage]
         recorded = StageProgram(grid, record.rank, record.entries)
         entries = record.entries if record.rank == rank else recorded.of_rank(rank)
-        programs[number] = tuple(renumbered(entries, numbers))
+        programs[number] = tuple(schedule.renumbered(entries, numbers))
     return check_order(programs, whole_runs=True) or check_order(run.programs())
 
 

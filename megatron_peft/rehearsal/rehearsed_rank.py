@@ -23,35 +23,19 @@ from megatron_peft.models.kernels import fusions_on_a_gpu
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.parallel.collectives import from_first_rank
 from megatron_peft.parallel.layout import PARTIAL_OVER_TENSOR_PARALLEL
-from megatron_peft.rehearsal.program import (
-    ENDS,
-    Computation,
-    Memory,
-    Parameters,
-    RankRecord,
-    RecordedLayers,
-    RecordedPass,
-    Segment,
-)
+from megatron_peft.rehearsal.program import ENDS, Memory, Parameters, RankRecord, RecordedLayers, RecordedPass, Segment
 from megatron_peft.rehearsal.recorder import LiveMemory, Recorder, group_names
 from megatron_peft.rehearsal.requests import LayersToRecord, Lengths, RankToRehearse
 from megatron_peft.runtime import fake_ranks
 from megatron_peft.runtime.fake_ranks import fake_rank, replaced
 from megatron_peft.runtime.launch import model_parallel
-from megatron_peft.training import step
+from megatron_peft.training import step, validation
 from megatron_peft.training.lora_ga_start import start_lora_ga
 from megatron_peft.training.run import build_chunks
 from megatron_peft.training.state import TrainingState, start_state, wrap_data_parallel
 from megatron_peft.training.step import finish_with, run_schedule, train_step
 from megatron_peft.training.terminal import numbers_of_parameters
 from megatron_peft.training.update import mixtures
-from megatron_peft.training.validation import (
-    largest_orthogonality_error,
-    layers_without_gradient,
-    start_losses,
-    validation_loss,
-    whole_parameters,
-)
 
 
 @dataclass
@@ -84,7 +68,6 @@ class Watch:
             yield self
 
     def mark(self, phase: Any, microbatch: int | None = None, chunk: int = 0) -> None:
-        """What follows belongs to this phase of a step."""
         self.memory.phase = phase
         self.recorder.mark(phase, microbatch, chunk)
 
@@ -101,7 +84,7 @@ class Watch:
 
 @contextmanager
 def fused_kernels(one_kernel: Callable[..., Any], fuses: Mapping[str, bool]) -> Iterator[None]:
-    """As `watched_kernels`, of the rotary embedding and SwiGLU where `fuses` has them."""
+    """As `fake_ranks.watched_kernels`, of the rotary embedding and SwiGLU where `fuses` has them."""
     rotate, swiglu, swiglu_backward = layers._rotate, layers._SwiGLU.forward, layers._SwiGLU.backward
 
     def rotate_back(grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -142,10 +125,9 @@ def rehearse_rank(of: RankToRehearse) -> RankRecord:
         fuses = fusions_on_a_gpu(config, of.shape)
         recorder = Recorder(group_names(), not of.calls_alone, fuses["gradient_accumulation_fusion"])
         watch = Watch(recorder, fuses)
-        steps = of.lengths * of.num_microbatches if len(of.lengths) == 1 else of.lengths
         with watch():
-            waiting = [microbatch_of(of.lengths[-1]) for _ in range(of.num_waiting)]
-            record = watch_run(watch, of, [microbatch_of(one) for one in steps])
+            waiting = [microbatch_of(of.lengths) for _ in range(of.num_waiting)]
+            record = watch_run(watch, of, [microbatch_of(of.lengths) for _ in range(of.num_microbatches)])
             del waiting  # which the device held until here
         return record
 
@@ -164,34 +146,31 @@ def of_all_stages(value: Any, shape: ModelShape) -> Any:
 
 
 def watch_run(watch: Watch, of: RankToRehearse, microbatches: Sequence[Microbatch], loads: bool = False) -> RankRecord:
-    """Build, start and train a rank's part of the model, on fake ranks or on real ones.
+    """Build, start and train a rank's part of the model, on fake ranks or on real ones, which read (`loads`) weights.
 
-    Where calls alone are recorded, they are those of all phases, with what a run's loop adds: a log line, the best
-    validation, a checkpoint; not those of timers and stragglers.
-
-    Args:
-        loads: read the base's weights, which needs numbers.
-        microbatches: of the recorded step. One step, on as few of them as the schedule takes, comes before it:
-            the optimizer makes its moments in the first.
+    One step, on as few of the microbatches as the schedule takes, comes before the recorded one: the optimizer makes
+    its moments in the first. Where calls alone are recorded, they are those of all phases, with what a run's loop adds:
+    a log line, the best validation, a checkpoint; not those of timers and stragglers.
     """
     config, memory = of.config, watch.memory
     shortest = microbatches[: config.parallel.pipeline_model_parallel_size if config.parallel.is_interleaved else 1]
     memory.start_peak()
     chunks = build_chunks(config, of.shape, loads)
     memory.name_modules(chunks)
-    memory.assign("weights", _parameters(chunks))
+    parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
+    memory.assign("weights", parameters)
     memory.assign("buffers", (buffer for chunk in chunks for buffer in chunk.buffers()))
     watch.peaks["loading"] = memory.peak(assigned_since=True)
-    if config.peft.spec.starts_from_gradients and "start" in of.phases:
+    if config.peft.spec.starts_from_gradients and of.all_phases:
         with watch.phase("start"):
             start_lora_ga(chunks, config, [list(microbatches)])
     state = start_state(chunks, config, of.shape, train_iters=1000)
-    memory.assign("weights", _parameters(chunks))  # the distributed optimizer has moved them to its buffers
+    memory.assign("weights", parameters)  # the distributed optimizer has moved them to its buffers
     memory.assign("gradients", gradients(state.model_chunks))
     memory.assign("optimizer", moments_of(state))
     if of.calls_alone and config.peft.trains_adapters:
         with watch.phase("start"):
-            start_losses(state, list(microbatches))
+            validation.start_losses(state, list(microbatches))
     with watch.phase("step"):
         train_step(state, shortest)
     memory.assign("optimizer", moments_of(state))
@@ -206,20 +185,19 @@ def watch_run(watch: Watch, of: RankToRehearse, microbatches: Sequence[Microbatc
 
     with watch.phase("step"), replaced(step, "finish_gradients", finish):
         if of.calls_alone:
-            layers_without_gradient(state)
+            validation.layers_without_gradient(state)
         train_step(state, list(microbatches), by_layer=of.calls_alone)
         if of.calls_alone:
             mixtures(state)  # of a log line
     entries = watch.recorder.entries(since)
     memory.phase = None
-    if "validation" in of.phases:
+    if of.all_phases:
         with watch.phase("validation"):
-            validation_loss(state.model_chunks, [list(shortest)])
+            validation.validation_loss(state.model_chunks, [list(shortest)])
             if of.calls_alone:
                 from_first_rank(lambda: state.best.after(1.0, 1))
-                with whole_parameters(state.model_chunks):
-                    largest_orthogonality_error(state)
-    if "saving" in of.phases:
+                with validation.whole_parameters(state.model_chunks):
+                    validation.largest_orthogonality_error(state)
         with watch.phase("saving"):
             if of.calls_alone:
                 _save(state)
@@ -234,7 +212,7 @@ def watch_run(watch: Watch, of: RankToRehearse, microbatches: Sequence[Microbatc
 def _save(state: TrainingState) -> None:
     """The collectives of a checkpoint of a run, which is not written."""
     with (
-        whole_parameters(state.model_chunks),
+        validation.whole_parameters(state.model_chunks),
         replaced(save, "start_draft", lambda *_: Path()),
         replaced(save, "base_fingerprint", lambda _: None),
         replaced(tensors, "mcore_to_pyt_state_dict", lambda own: own),
@@ -257,10 +235,6 @@ def microbatch_of(lengths: Lengths) -> Microbatch:
         cu_seqlens=torch.zeros(len(packed) + 1, dtype=torch.int32) if packed else None,
         lengths=packed or None,
     )
-
-
-def _parameters(chunks: Sequence[nn.Module]) -> Iterator[nn.Parameter]:
-    return (parameter for chunk in chunks for parameter in chunk.parameters())
 
 
 def gradients(chunks: Iterable[Any]) -> Iterator[Tensor]:
@@ -346,11 +320,11 @@ def recorded_layers(of: LayersToRecord) -> RecordedLayers:
         cuts.memory.assign("given", (*model.parameters(), *model.buffers(), *gradients(wrapped), *given))
         with cuts():
             cuts.cut("begin")
-            with adapters_step(wrapped) as step_of_all:
+            with adapters_step(wrapped) as own_step:
 
                 def finish(chunks: Sequence[nn.Module], *_: Any, **__: Any) -> None:
                     cuts.cut("finish")
-                    step_of_all.finish(chunks)
+                    own_step.finish(chunks)
                     cuts.cut(None)
 
                 cuts.cut(None)
@@ -361,28 +335,9 @@ def recorded_layers(of: LayersToRecord) -> RecordedLayers:
                 if of.run.model.transformer.get("recompute_granularity") != "full":
                     run_schedule(wrapped, [microbatches.pop(0)], forward_only=True)
                 run_schedule(wrapped, microbatches, forward_only=False)
-            # For the last layer alone: what is built for all together takes as many kernels.
-            last = [model.decoder.layers[-1]]
-            cuts.cut("begin", "one layer")
-            with adapters_step(last) as step_of_one:
-                cuts.cut("finish", "one layer")
-                step_of_one.finish(last)
-                cuts.cut(None)
         parameters = _parameters_of_segments(model, of)
     cached = cuts.bytes_of_microbatches[-1] - before + sum(one.nbytes for one in _shared(model))
-    return RecordedLayers(cuts.passes, parameters, _fixed_kernels(cuts.passes, parameters), cached)
-
-
-def _fixed_kernels(passes: Mapping[Place, RecordedPass], parameters: Mapping[Segment, Parameters]) -> dict[str, float]:
-    """`RecordedLayers.fixed_kernels`, from those of all layers and of the last: others grow with what is trained."""
-    trained = [one.num_trained for segment, one in parameters.items() if segment not in ENDS]
-    share = trained[-1] / max(sum(trained), 1)
-
-    def kernels(place: Place) -> int:
-        return sum(entry.num_kernels for entry in passes[place].entries if isinstance(entry, Computation))
-
-    of_one = {phase: (kernels((phase, "one layer")), kernels((phase, ""))) for phase in ("begin", "finish")}
-    return {phase: (one / whole - share) / (1 - share) if whole else 0.0 for phase, (one, whole) in of_one.items()}
+    return RecordedLayers(cuts.passes, parameters, cached)
 
 
 def _parameters_of_segments(model: Any, of: LayersToRecord) -> dict[Segment, Parameters]:

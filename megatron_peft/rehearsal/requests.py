@@ -36,34 +36,25 @@ class Lengths:
 
 @dataclass(frozen=True)
 class RankToRehearse:
-    """What a process needs to run one rank.
+    """What a process needs to run one rank."""
 
-    Args:
-        config: of the run; its world need not exist.
-        num_microbatches: of the recorded step.
-        lengths: of each of its microbatches, or of all.
-        phases: of memory (`program.PHASES`) that are rehearsed beside "loading" and "step".
-        num_waiting: microbatches that the run's step has beside these; the device holds their data too.
-        calls_alone: record the calls of the whole run, from the model to a checkpoint, and nothing else.
-    """
-
-    config: RunConfig
+    config: RunConfig  # its world need not exist
     shape: ModelShape
     rank: int
-    num_microbatches: int
-    lengths: tuple[Lengths, ...]
-    phases: tuple[str, ...] = ("start", "validation", "saving")
-    num_waiting: int = 0
-    calls_alone: bool = False
+    num_microbatches: int  # of the recorded step
+    lengths: Lengths  # of its microbatches
+    all_phases: bool = True  # LoRA-GA's start, validation and saving too, not loading and the step alone
+    num_waiting: int = 0  # microbatches that the run's step has beside these; the device holds their data too
+    calls_alone: bool = False  # record the calls of the whole run, from the model to a checkpoint, and nothing else
 
     @classmethod
     def of(cls, config: RunConfig, shape: ModelShape, rank: int, peaks: bool = True) -> "RankToRehearse":
         """A rank of a run, with as many microbatches as it needs for its peak; without `peaks` with the fewest."""
-        asked = cls(config, shape, rank, config.num_microbatches, (Lengths.longest(config),))
+        asked = cls(config, shape, rank, config.num_microbatches, Lengths.longest(config))
         if not peaks:  # a first, a last and one between them, where the run has them: all others are like that one
             pp = config.parallel.pipeline_model_parallel_size
             fewest = -(-3 // pp) * pp if config.parallel.is_interleaved else 3
-            return replace(asked, num_microbatches=min(config.num_microbatches, fewest), phases=())
+            return replace(asked, num_microbatches=min(config.num_microbatches, fewest), all_phases=False)
         enough = enough_microbatches(config, asked.stage, config.num_microbatches)
         return replace(asked, num_microbatches=enough, num_waiting=config.num_microbatches - enough)
 
@@ -87,21 +78,15 @@ class LayersToRecord:
     """What a process needs to record the segments of a model (`program.RecordedLayers`).
 
     Equal for layouts of a run whose layers compute, send and hold the same.
-
-    Args:
-        run: of one tensor-parallel group, without a pipeline and replicas.
-        shape: of a model of these layers.
-        layers: in the model's order. "before" stands for those ahead of the first that has an adapter; "first" is that
-            one, whose backward may stop early; of the others there is one for each set of targets.
-        lengths: of a microbatch.
-        fuses: other fusions than those of the run's flags.
     """
 
-    run: RunConfig
+    run: RunConfig  # of one tensor-parallel group, without a pipeline and replicas
     shape: ModelShape
+    # In the model's order. "before" stands for those ahead of the first that has an adapter; "first" is that one, whose
+    # backward may stop early; of the others there is one for each set of targets.
     layers: tuple[Segment, ...]
     lengths: Lengths
-    fuses: Mapping[str, bool] = field(default_factory=dict)
+    fuses: Mapping[str, bool] = field(default_factory=dict)  # other fusions than those of the run's flags
 
     @classmethod
     def of(cls, run: RunConfig, shape: ModelShape) -> "LayersToRecord":

@@ -56,16 +56,10 @@ class RankGrid:
 
 @dataclass(frozen=True)
 class StageProgram:
-    """What every rank of a stage does in a step.
+    """What every rank of a stage does in a step."""
 
-    Args:
-        grid: of the run.
-        rank: the rank that `entries` belong to; the others of the stage do the same with other partners.
-        entries: in program order.
-    """
-
-    grid: RankGrid
-    rank: int
+    grid: RankGrid  # of the run
+    rank: int  # that `entries` belong to; the others of the stage do the same with other partners
     entries: tuple[Entry, ...]
 
     def of_rank(self, rank: int, grid: RankGrid | None = None) -> Iterator[Entry]:

@@ -82,7 +82,7 @@ def small_run(
     micro_batch_size = min(config.training.micro_batch_size, 2)
     size = micro_batch_size * shrunk.num_microbatches * parallel.data_parallel_size
     transformer = {name: value for name, value in shrunk.model.transformer.items() if "dropout" not in name}
-    sections = (config.training, config.optimizer, config.data)
+    sections = (config.data, config.optimizer, config.training)
     values = {
         **{name: value for section in sections for name, value in vars(section).items() if name in KEPT},
         **vars(parallel),

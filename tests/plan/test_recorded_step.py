@@ -61,7 +61,7 @@ def rehearsed(request) -> dict[str, RankRecord]:
     """All cases that were chosen, in processes that are started once."""
     here = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
     chosen = [params["case"] for params in here if params.get("case") in CASES]
-    asked = [RankToRehearse(run, SHAPE, 0, 2, (Lengths.longest(run),), ()) for run in map(run_of, chosen)]
+    asked = [RankToRehearse(run, SHAPE, 0, 2, Lengths.longest(run), False) for run in map(run_of, chosen)]
     return dict(zip(chosen, rehearse(asked), strict=True))
 
 

@@ -143,7 +143,7 @@ IN_TENSOR_AND_DATA: dict[str, Callable[[], None]] = {
         (lora_ga_start, "init_from_gradients"), tensor_rank, total(tensor)
     ),
     "losses at the start: one tensor-parallel rank makes a call": lambda: added(
-        (rehearsed_rank, "start_losses"), tensor_rank, total(tensor)
+        (validation, "start_losses"), tensor_rank, total(tensor)
     ),
     "a log line: one replica gathers": lambda: added(
         (rehearsed_rank, "mixtures"), replica, lambda: gather_over_world(0)

@@ -243,7 +243,7 @@ def planted(name: str, monkeypatch: pytest.MonkeyPatch, layout: Layout | None = 
 
 def test_a_call_that_only_one_tensor_parallel_rank_makes_in_validation_is_found(monkeypatch):
     found = planted("validation: one tensor-parallel rank makes a call", monkeypatch, TENSOR_ALONE, "full")
-    assert found is not None and {*found.ranks} == {0, 1} and "(validation), all_reduce of" in found.text
+    assert found is not None and "rank 0" in found and "rank 1 (validation), all_reduce of" in found
 
 
 @pytest.mark.slow
@@ -255,8 +255,7 @@ def test_a_planted_call_of_some_ranks_is_found_and_named(name, monkeypatch):
     # The code of a validation finds the losses at the start too, which come first where adapters are trained.
     phase |= dict.fromkeys(("LoRA-GA's start", "losses at the start", "validation"), "(start)")
     expected = "(start)" if name.startswith("a message") else phase.get(name.partition(":")[0], "(step)")
-    assert expected in found.text
-    assert all(f"rank {rank}" in found.text for rank in found.ranks)
+    assert expected in found and "of rank " in found
 
 
 @pytest.mark.slow
@@ -418,8 +417,8 @@ def test_stages_that_warm_up_for_two_real_schedules_wait_for_one_another():
     assert check_order(programs) is None and check_order(of_two) is None
     first = [replace(entry, group=tuple(programs)) if isinstance(entry, Call) else entry for entry in of_two[0]]
     found = check_order({**programs, 0: first})
-    assert found is not None and found.kind == "wait" and {*found.ranks} == {0, 1}
-    assert "wait for one another" in found.text
+    assert found is not None and found.startswith("ranks wait for one another: call ")
+    assert "of rank 0, " in found and "of rank 1, " in found and "of rank 2, " not in found
 
 
 def messages(layout: Layout) -> Programs:
