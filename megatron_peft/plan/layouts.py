@@ -29,7 +29,7 @@ from megatron_peft.plan.cluster import Cluster
 from megatron_peft.plan.recorded_step import RecordedStep, estimated_time, total
 from megatron_peft.plan.speed import PlannedSpeed
 from megatron_peft.plan.timing import time_alone
-from megatron_peft.rehearsal.program import Memory, RecordedLayers, RecordedPass, Segment
+from megatron_peft.rehearsal.program import Memory, RecordedLayers, Segment
 from megatron_peft.rehearsal.rehearsal import Watch, record_layers
 from megatron_peft.rehearsal.requests import LayersToRecord, alike_stages
 
@@ -247,12 +247,12 @@ def _divisors(number: int, most: int) -> list[int]:
 
 def seconds_of_segments(layers: RecordedLayers, cluster: Cluster) -> dict[Segment, float]:
     """What both passes of a microbatch take, on the cluster as the run finds it."""
-
-    def seconds(phase: str, segment: Segment) -> float:
-        time = time_alone(layers.passes.get((phase, segment), RecordedPass()).entries, 0, cluster)
-        return max(sum(spent for _, spent in time.device), time.host)
-
-    return {name: seconds("forward", name) + seconds("backward", name) for name in layers.parameters}
+    found = dict.fromkeys(layers.parameters, 0.0)
+    for (phase, segment), one in layers.passes.items():
+        if phase in ("forward", "backward"):
+            time = time_alone(one.entries, 0, cluster)
+            found[segment] += max(sum(spent for _, spent in time.device), time.host)
+    return found
 
 
 def _candidate(step: RecordedStep, recompute: str, times: Mapping[Segment, float], cluster: Cluster) -> _Candidate:

@@ -163,7 +163,10 @@ class _Replay:
         seen: dict[int, str] = {}  # why each waits
         while rank not in seen:
             place = self.waits_for[rank][0]
-            missing = self._missing(place)
+            call, missing = place.call, [place.call.peer]
+            if call.operation not in MESSAGES:
+                came = next(one for one in self.collectives[call.axis, call.group] if place in one.values())
+                missing = [other for other in call.group if other not in came]
             ended = [other for other in missing if not self.waits_for.get(other)]
             if ended:
                 raise _Found(f"{place} waits for rank {ended[0]}, which ends without such a call.")
@@ -171,11 +174,3 @@ class _Replay:
             rank = missing[0]
         cycle = [*seen.values()][[*seen].index(rank) :]
         raise _Found(f"ranks wait for one another: {'; '.join(cycle)}.")
-
-    def _missing(self, place: _Place) -> list[int]:
-        """The ranks that a call waits for."""
-        call = place.call
-        if call.operation in MESSAGES:
-            return [call.peer] if call.peer is not None else []
-        came = next(one for one in self.collectives[call.axis, call.group] if place in one.values())
-        return [rank for rank in call.group if rank not in came]

@@ -67,10 +67,9 @@ class RankToRehearse:
 def enough_microbatches(config: RunConfig, stage: int, num_microbatches: int) -> int:
     """The fewest whose step fills the stage with as many at once as a step of `num_microbatches` does."""
     pp = config.parallel.pipeline_model_parallel_size
-    if not config.parallel.is_interleaved:
-        # 1F1B holds pp - stage; and the first, the last and one between them are different from one another.
-        return min(num_microbatches, max(pp - stage + 1, 3))
-    return min(num_microbatches, 2 * pp)  # more than the schedule warms up with
+    # 1F1B holds pp - stage; and the first, the last and one between them are different from one another. The
+    # interleaved schedule warms up with less than two rounds.
+    return min(num_microbatches, 2 * pp if config.parallel.is_interleaved else max(pp - stage + 1, 3))
 
 
 @dataclass(frozen=True)

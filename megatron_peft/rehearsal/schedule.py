@@ -120,33 +120,25 @@ def program_of_stage(
     parts, (tensor, data, _), whole = _cut_at_marks(record), grid.place(record.rank), tuple(range(grid.size))
     entries = [*parts["begin", None, 0]]
     for entry in schedule:
+        if isinstance(entry, Call | Wait) and entry.handle is not None:
+            entry = replace(entry, handle=f"schedule {entry.handle}")  # the recorded parts have other handles
         if isinstance(entry, Call):
             assert entry.peer is not None
             like = entry if entry.dtype == "int64" else messages[entry.operation]  # such a message tells a shape
             group = whole if entry.axis == "world" else grid.ranks([tensor], [data], range(grid.pipeline))
-            peer, handle = grid.rank(tensor, data, entry.peer), _of_schedule(entry.handle) if entry.is_async else None
-            entry = replace(entry, group=group, peer=peer, shapes=like.shapes, dtype=like.dtype, handle=handle)
-        entries.append(Wait(_of_schedule(entry.handle)) if isinstance(entry, Wait) else entry)
+            peer = grid.rank(tensor, data, entry.peer)
+            entry = replace(entry, group=group, peer=peer, shapes=like.shapes, dtype=like.dtype)
+        entries.append(entry)
         if isinstance(entry, Mark) and entry.phase in ("forward", "backward"):
-            recorded = _recorded_microbatch(entry.microbatch or 0, num_microbatches, record.num_microbatches)
-            entries += parts[entry.phase, recorded, entry.chunk]
+            number, most = entry.microbatch or 0, record.num_microbatches
+            if most < num_microbatches and number > 0:  # it is like the last one that was recorded, or one between
+                number = most - 1 if number == num_microbatches - 1 else most // 2
+            entries += parts[entry.phase, number, entry.chunk]
         elif isinstance(entry, Mark) and entry.phase == "finish":
             entries += parts["finish", None, 0]
     entries += [Mark("update"), *parts["update", None, 0]]
     own_rank = grid.rank(tensor, data, stage)
     return StageProgram(grid, own_rank, tuple(StageProgram(grid, record.rank, tuple(entries)).of_rank(own_rank)))
-
-
-def _of_schedule(handle: int | str | None) -> str:
-    """The handle of a call between the recorded parts, which have other handles."""
-    return f"schedule {handle}"
-
-
-def _recorded_microbatch(number: int, of: int, num_recorded: int) -> int:
-    """The recorded microbatch that is like number `number` of `of`: the first, the last, or one between."""
-    if of == num_recorded or number == 0:
-        return number
-    return num_recorded - 1 if number == of - 1 else num_recorded // 2
 
 
 def _cut_at_marks(record: RankRecord) -> dict[tuple[str, int | None, int], list[Entry]]:

@@ -231,11 +231,14 @@ def calls_of(entries: Iterable[Entry]) -> list[Call]:
 
 @pytest.mark.parametrize(("replicas", "smallest"), [(2, 40e6), (64, 64e6)])
 def test_buckets_of_gradients_are_as_large_as_megatron_core_makes_them(replicas, smallest):
-    run = made_up_run("full", 512, 64, world_size=replicas)
+    """Of the first chunk: those of the others have one each."""
+    several = {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 8}
+    run = made_up_run("full", 512, 128, world_size=2 * replicas, **several)
     run = replace(run, training=replace(run.training, overlap_grad_reduce=True))
-    [[embedding, *layers]] = _Program(step_of(run, LLAMA_8B), 0, read_cluster("8xa100")).buckets
+    [embedding, *layers], [second] = _Program(step_of(run, LLAMA_8B), 0, read_cluster("8xa100")).buckets
     sizes = {bucket.num_trained for bucket, _ in layers}
     assert all(smallest <= size < 2 * smallest for size in sizes) and embedding[0].num_trained == 128256 * 4096
+    assert second[1] == 1 and second[0].num_trained > 2 * smallest
 
 
 @pytest.mark.parametrize("num_microbatches", [2, 4])
