@@ -77,11 +77,7 @@ def digest_of(content: Mapping[str, Any]) -> str:
 
 
 def certify(config: RunConfig, shape: ModelShape) -> Certificate:
-    """Start the small run and compare. Takes minutes. ConfigurationError: no small model fits the method.
-
-    Args:
-        config, shape: of the run.
-    """
+    """Start the small run of a run and compare. Takes minutes. ConfigurationError: no small model fits the method."""
     preload(["megatron_peft.certify.runs"])  # and all that a rank of the small run imports
     with tempfile.TemporaryDirectory(prefix="megatron-peft-certify-") as folder, work_bar("Comparing") as watch:
         small, wide = small_run(config, shape, Path(folder)), wide_run(config, shape, Path(folder, "wide"))
@@ -173,12 +169,8 @@ def failed(name: str, error: RanksFailed) -> CertificateLine:
 
 
 def compare_converted(trained: tuple[RunConfig, Tensor, tuple[Tensor, Tensor]]) -> list[CertificateLine]:
-    """The trained small run outside Megatron: merged in transformers, exported in Hugging Face PEFT.
-
-    Called on one rank, without a world, with the run in its layout, tokens, and its logits on them before and after
-    training.
-    """
-    config, tokens, logits = trained
+    """The trained small run outside Megatron: merged in transformers, exported in Hugging Face PEFT. On one rank."""
+    config, tokens, logits = trained  # logits on these tokens, before and after training
     run, has_adapters = Path(str(config.checkpoint.save)), config.peft.trains_adapters
 
     def compared(name: str, write: Callable[[], Path], instead: str = "") -> CertificateLine:

@@ -197,9 +197,7 @@ def whole_tensors(ranks: Sequence[RankReport], when: str, prefix: str = "") -> T
     """Joins the slices that the ranks hold, in float64; what none of them holds is NaN.
 
     In the place of a bfloat16 parameter stands its float32 copy, if there is one: a few steps change a norm's weight by
-    less than bfloat16 can say.
-
-    A `prefix` of keys in a checkpoint is left out; parameters have none.
+    less than bfloat16 can say. A `prefix` of keys in a checkpoint is left out; parameters have none.
     """
     slices: dict[str, dict[Place, Tensor]] = {}
     for run in ranks:

@@ -105,12 +105,11 @@ def fit(
 ) -> list[FittedLayout]:
     """The layouts that fit, the fastest first; of those that divide the layers in other ways alone, the fastest.
 
+    `watch` counts recordings, and layouts whose step is replayed; `known` is what searches for the same run in other
+    worlds have recorded, and this one adds its own.
+
     Args:
         run: flags of a run of any layout, with --global-batch-size.
-        world_size: GPUs.
-        num_layouts: at most.
-        watch: counts recordings, and layouts whose step is replayed.
-        known: what searches for the same run in other worlds have recorded; this one adds its own.
 
     Raises:
         ConfigurationError: there is no global batch to compare layouts at, or no layout divides or fits; it names what

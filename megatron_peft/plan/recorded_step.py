@@ -197,7 +197,7 @@ class RecordedStep:
 
 
 def total(memory: program.Memory) -> int:
-    """Bytes."""
+    """Bytes of all parts."""
     return sum(memory.values())
 
 

@@ -112,15 +112,12 @@ def time_alone(entries: Sequence[Entry], rank: int, cluster: Cluster) -> WorkTim
 def step_time(
     scheduled: Mapping[int, Sequence[Entry | WorkTime]], cluster: Cluster, keep_spans: bool = False
 ) -> StepTime:
-    """The time of a step.
+    """The time of a step. ValueError: ranks wait for one another for ever; `deadlock.py` says who waits for whom.
 
     Args:
         scheduled: global rank -> all that it does in a step, in program order; work may have been timed already. Ranks
             that do the same at the same time may be left out: tensor-parallel peers and replicas. The other end of
             every message must be there.
-
-    Raises:
-        ValueError: ranks wait for one another for ever. `deadlock.py` says who waits for whom.
     """
     return _Replay(scheduled, cluster, keep_spans).run()
 

@@ -36,12 +36,9 @@ class Product:
 
     @property
     def flops(self) -> int:
-        """2 for each multiply and add; attention has two products, and five in backward (scores are recomputed).
-
-        A complex product is four real ones.
-        """
+        """2 for each multiply and add; attention has two products, and five in backward (scores are recomputed)."""
         num_products = {"mm": 1, "attention": 2, "attention backward": 5}[self.kind]
-        num_real = 4 if self.dtype.startswith("complex") else 1
+        num_real = 4 if self.dtype.startswith("complex") else 1  # products
         return 2 * num_products * num_real * self.batch * self.m * self.n * self.k
 
     @property
@@ -108,15 +105,11 @@ class Mark:
 
     "begin" is what comes before the first microbatch, "forward" and "backward" are of a microbatch, "schedule" is what
     megatron-core's schedule does between them (messages), "finish" sums gradients, "update" is all that follows.
-
-    Args:
-        microbatch: number within the step; None outside forward and backward.
-        chunk: of the interleaved schedule.
     """
 
     phase: Phase
-    microbatch: int | None = None
-    chunk: int = 0
+    microbatch: int | None = None  # number within the step; None outside forward and backward
+    chunk: int = 0  # of the interleaved schedule
 
 
 Entry = Computation | Call | Wait | EarlyUse | Mark

@@ -1,6 +1,6 @@
-"""Records what a rank computes, sends and holds: modes that see every operation, on fake tensors and on real ones.
+"""Records what a rank computes, sends and holds: a mode that sees every operation, on fake tensors and on real ones.
 
-The same modes watch a rehearsed rank and a real one, so that tests can compare the two.
+The same mode watches a rehearsed rank and a real one, so that tests can compare the two.
 """
 
 import weakref
@@ -60,17 +60,19 @@ _DEVICE = torch.ops.prim.device.default
 
 
 class Recorder(Mode):
-    """The entries of a rank, while it is entered.
+    """The entries of a rank, and the memory that it holds, while it is entered.
 
     Args:
         groups: as `group_names` gives them.
-        keeps_work: record computation too; otherwise calls alone, and where what one has not finished is used.
+        keeps_work: record computation and memory too; otherwise calls alone, and where what one has not finished is
+            used.
         fuses_sums: on a GPU, products that give a weight's gradient add it to the sum over microbatches themselves.
     """
 
     def __init__(self, groups: Mapping[str, str], keeps_work: bool = True, fuses_sums: bool = False) -> None:
         super().__init__()
         self.groups, self.keeps_work, self.fuses_sums = groups, keeps_work, fuses_sums
+        self.memory = LiveMemory()
         self._batch: int | None = None
         self._num_batches = 0
         self._entries: list[Entry] = []
@@ -80,6 +82,7 @@ class Recorder(Mode):
         self._last_product: Callable[[], Any] = lambda: None  # the storage that it has written, while that lives
 
     def mark(self, phase: program.Phase, microbatch: int | None = None, chunk: int = 0) -> None:
+        self.memory.phase = phase
         self._add(Mark(phase, microbatch, chunk))
 
     def batch(self) -> AbstractContextManager[None]:
@@ -139,6 +142,7 @@ class Recorder(Mode):
         result = func(*args, **(kwargs or {}))
         if self.keeps_work:
             self._count(func, args, result)
+            self.memory.see(args, result)
         elif self._under_way and _written(func, args, result):  # else a view
             used = [*_tensors(args), *_tensors(result)]
             for number, handle in self._under_way.items():
@@ -164,6 +168,8 @@ class Recorder(Mode):
         is_mixed = len({tensor.dtype for tensor in tensors}) > 1  # coalesced, of several types: bytes are recorded
         [*peers] = (ranks[named[key]] for key in ("root_rank", "dst", "src") if key in named)
         result = func(*args, **kwargs)
+        if self.keeps_work:
+            self.memory.see(args, result)
         if len(ranks) == 1:
             return result
         number, self._num_calls = self._num_calls, self._num_calls + 1
@@ -338,15 +344,14 @@ class _Storage:
     ended: Any = None  # what tells of its end
 
 
-class LiveMemory(Mode):
-    """Bytes of all live storages, and of each part at the moment of their peak, while it is entered.
+class LiveMemory:
+    """Bytes of all live storages, and of each part at the moment of their peak.
 
     A storage is "temporary" until the call of the module that made it ends; then it is one of the activations of that
     kind of layer. `assign` says what the others are. `total` are bytes now, `highest` those at the peak.
     """
 
     def __init__(self) -> None:
-        super().__init__()
         self.phase: str | None = None
         self._live: dict[int, _Storage] = {}
         self._parts: Counter[str] = Counter()
@@ -393,13 +398,12 @@ class LiveMemory(Mode):
             if storage.part == "temporary":
                 self._change(storage, storage.num_bytes, f"activations of {kind}")
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+    def see(self, args: Any, result: Any) -> None:
+        """An operation's tensors."""
         for tensor in (*_tensors(args), *_tensors(result)):
             self._seen(tensor)
         if self.total > self.highest:
             self.highest, self._at_peak = self.total, dict(self._parts)
-        return result
 
     def _seen(self, tensor: Tensor) -> _Storage:
         storage = tensor.untyped_storage()

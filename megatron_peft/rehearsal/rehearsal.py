@@ -61,8 +61,7 @@ def record_layers(
 ) -> list[RecordedLayers]:
     """The segments of each model, from as few layers as have all kinds of them. `watch` counts recordings.
 
-    Args:
-        known: what was recorded before, which is not recorded again; this adds its own.
+    What is `known` already is not recorded again; this adds its own.
     """
     known = {} if known is None else known
     names = [repr(one) for one in asked]
@@ -102,11 +101,9 @@ class RehearsedRun:
 def rehearse_run(
     config: RunConfig, shape: ModelShape, peaks: bool = True, watch: Watch = lambda done, more: None
 ) -> RehearsedRun:
-    """Rehearse the distinct ranks of a run's world, which need not exist.
+    """Rehearse the distinct ranks of a run's world, which need not exist. `watch` counts them.
 
-    Args:
-        peaks: of memory. Without them, the records tell what ranks compute and call, in less time.
-        watch: counts ranks, and the search for the stages' schedules.
+    Without `peaks` of memory the records tell what ranks compute and call, in less time.
     """
     grid, alike = RankGrid.of(config.parallel), alike_stages(config, shape)
     stages = {*alike, 0, min(1, grid.pipeline - 1), grid.pipeline // 2, grid.pipeline - 1} if peaks else {*alike}
@@ -180,11 +177,8 @@ def _in_processes(
 ) -> list[Any]:
     """What a function gives for each of these arguments, in processes forked from one that has torch.
 
-    At a time there are as many as this machine has cores, at most four.
-
-    Args:
-        take_several: what the first one costs most is found in torch's caches by those that follow in its process.
-            Otherwise each has a process of its own.
+    At a time there are as many as this machine has cores, at most four. Each has one of its own, unless they
+    `take_several`: what the first one costs most is found in torch's caches by those that follow.
     """
     num_processes = min(len(os.sched_getaffinity(0)), 4)
     num_parts = min(num_processes, len(asked)) if take_several else len(asked)

@@ -40,14 +40,13 @@ from megatron_peft.training.update import mixtures
 
 @dataclass
 class Watch:
-    """What is seen of a rank: `recorder`'s entries, and `memory` with the peaks of the phases that have ended.
+    """What is seen of a rank: `recorder`'s entries and memory, with its peaks in the phases that have ended.
 
     What `fuses` (`kernels.fusions`) says is one kernel on a GPU counts as one.
     """
 
     recorder: Recorder
     fuses: Mapping[str, bool] = field(default_factory=dict)
-    memory: LiveMemory = field(default_factory=LiveMemory)
     peaks: dict[str, Memory] = field(default_factory=dict)
 
     @contextmanager
@@ -63,12 +62,14 @@ class Watch:
                 stack.enter_context(fake_ranks.watched_storages(memory.resized))
                 stack.enter_context(fake_ranks.watched_kernels(recorder.one_kernel))
                 stack.enter_context(fused_kernels(recorder.one_kernel, self.fuses))
-                stack.enter_context(memory)
             stack.enter_context(recorder)
             yield self
 
+    @property
+    def memory(self) -> LiveMemory:
+        return self.recorder.memory
+
     def mark(self, phase: Any, microbatch: int | None = None, chunk: int = 0) -> None:
-        self.memory.phase = phase
         self.recorder.mark(phase, microbatch, chunk)
 
     @contextmanager

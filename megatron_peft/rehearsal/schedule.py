@@ -113,8 +113,7 @@ def program_of_stage(
 ) -> StageProgram:
     """The program of a stage, from the record of a rank of it, or of a stage that holds the same kinds of layers.
 
-    Args:
-        schedule: marks and messages of the stage, as `schedules_of_stages` gives them; peers are stages.
+    `schedule` has the marks and messages of the stage (`schedules_of_stages`).
     """
     messages = {call.operation: call for call in record.calls if call.operation in MESSAGES and call.dtype != "int64"}
     parts, (tensor, data, _), whole = _cut_at_marks(record), grid.place(record.rank), tuple(range(grid.size))
