@@ -163,7 +163,8 @@ class _Replay:
         seen: dict[int, str] = {}  # why each waits
         while rank not in seen:
             place = self.waits_for[rank][0]
-            call, missing = place.call, [place.call.peer]
+            call = place.call
+            missing: list[Any] = [call.peer]
             if call.operation not in MESSAGES:
                 came = next(one for one in self.collectives[call.axis, call.group] if place in one.values())
                 missing = [other for other in call.group if other not in came]
