@@ -179,6 +179,10 @@ def test_stages_hold_the_layers_that_megatron_core_gives_them():
     for (run, shape), stages in zip(runs, found, strict=True):
         ours = chunks_of_stages(run.parallel, shape.num_layers)
         assert [[chunk.layers for chunk in chunks] for chunks in ours] == stages
+        in_order = [chunk for chunks in zip(*ours, strict=True) for chunk in chunks]
+        assert [layer for chunk in in_order for layer in chunk.layers] == [*range(shape.num_layers)]
+        assert [chunk.embedding for chunk in in_order] == [True, *[False] * (len(in_order) - 1)]
+        assert [chunk.head for chunk in in_order] == [*[False] * (len(in_order) - 1), True]
 
 
 # No false alarm.
