@@ -21,8 +21,7 @@ from megatron_peft.config import ConfigurationError, PeftConfig, RunConfig
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.plan.cluster import Cluster, read_cluster
 from megatron_peft.plan.layouts import FittedLayout, fit
-from megatron_peft.plan.pipeline import estimated_time
-from megatron_peft.plan.recorded_layers import RecordedStep, total
+from megatron_peft.plan.recorded_step import RecordedStep, estimated_time, total
 from megatron_peft.plan.timing import EXPOSED, StepTime
 from megatron_peft.rehearsal.program import Memory, RecordedLayers
 from megatron_peft.rehearsal.rehearsal import record_layers

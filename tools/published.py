@@ -17,8 +17,7 @@ from typing import Any
 from megatron_peft.config import RunConfig, make_run
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.plan.cluster import Cluster, Link, read_cluster
-from megatron_peft.plan.pipeline import estimated_time
-from megatron_peft.plan.recorded_layers import RecordedStep, total
+from megatron_peft.plan.recorded_step import RecordedStep, estimated_time, total
 from megatron_peft.plan.speed import ERRORS, Accuracy, PlannedSpeed
 from megatron_peft.rehearsal.rehearsal import record_layers
 from megatron_peft.rehearsal.requests import LayersToRecord, Lengths

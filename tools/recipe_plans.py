@@ -61,12 +61,12 @@ def recipe(name: str) -> RunConfig:
 
 def figures(name: str, cluster: Cluster) -> str:
     """What a plan finds of a recipe, in a line or two."""
-    from megatron_peft.plan.plan import make_plan, peak_of
+    from megatron_peft.plan.plan import make_plan
 
     config = recipe(name)
     assert config.model.pretrained_checkpoint is not None
     plan = make_plan(config, read_shape(config.model.pretrained_checkpoint), cluster)
-    peak = f"at most {peak_of(plan.fullest) / 2**30:.1f} GiB a rank (rank {plan.fullest.rank})"
+    peak = f"at most {plan.fullest.highest_peak / 2**30:.1f} GiB a rank (rank {plan.fullest.rank})"
     assert plan.problem is None, plan.problem
     if name in ON_A_CPU or plan.speed is None:
         return f"{peak}, without what Python and torch take themselves."

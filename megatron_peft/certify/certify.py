@@ -18,16 +18,8 @@ from rich.console import Console
 from rich.table import Column, Table
 from torch import Tensor
 
-from megatron_peft.certify.comparison import (
-    CertificateLine,
-    begins_alike,
-    compare_logits,
-    compare_resharded,
-    compare_resumed,
-    compare_runs,
-    reported_logits,
-    whole_tensors,
-)
+from megatron_peft.certify import comparison
+from megatron_peft.certify.comparison import CertificateLine, compare_logits, reported_logits
 from megatron_peft.certify.runs import START, Job, run_jobs
 from megatron_peft.checkpoint.folders import write_atomically
 from megatron_peft.config import ConfigurationError, RunConfig, config_to_dict
@@ -52,19 +44,11 @@ NOT_CLAIMED = (
 
 @dataclass(frozen=True)
 class Certificate:
-    """What was compared, of which run; the fields are those of the document.
+    """What was compared, of which run; the fields are those of the document."""
 
-    Args:
-        run, started: layouts of the run and of what was started, in words.
-        comparisons: in the order in which a fault shows first.
-        versions: of the packages.
-        flags, model: of the run.
-        small_flags, small_model: of what was started.
-    """
-
-    run: str
+    run: str  # layouts of the run and of what was started, in words
     started: str
-    comparisons: tuple[CertificateLine, ...]
+    comparisons: tuple[CertificateLine, ...]  # in the order in which a fault shows first
     not_claimed: str
     versions: Mapping[str, str]
     flags: Mapping[str, Any]
@@ -93,15 +77,7 @@ def digest_of(content: Mapping[str, Any]) -> str:
 
 
 def certify(config: RunConfig, shape: ModelShape) -> Certificate:
-    """Start the small run and compare. Takes minutes.
-
-    Args:
-        config: of the run.
-        shape: of its base model.
-
-    Raises:
-        ConfigurationError: no small model fits the method.
-    """
+    """Start the small run of a run and compare. Takes minutes. ConfigurationError: no small model fits the method."""
     preload(["megatron_peft.certify.runs"])  # and all that a rank of the small run imports
     with tempfile.TemporaryDirectory(prefix="megatron-peft-certify-") as folder, work_bar("Comparing") as watch:
         small, wide = small_run(config, shape, Path(folder)), wide_run(config, shape, Path(folder, "wide"))
@@ -125,11 +101,11 @@ def certify(config: RunConfig, shape: ModelShape) -> Certificate:
 
 def layout_of(config: RunConfig) -> str:
     """`TP8+SP x PP16 x DP2, distributed optimizer`."""
-    parallel, optimizer = config.parallel, config.optimizer
+    parallel = config.parallel
     tensor = f"TP{parallel.tensor_model_parallel_size}{'+SP' if parallel.sequence_parallel else ''}"
     stages = f"PP{parallel.pipeline_model_parallel_size}{' interleaved' if parallel.is_interleaved else ''}"
     more = {
-        "distributed optimizer": optimizer.use_distributed_optimizer,
+        "distributed optimizer": config.optimizer.use_distributed_optimizer,
         "overlapped": config.training.overlap_grad_reduce,
         "bf16": config.model.bf16,
         "packed": config.data.pack_sequences,
@@ -169,15 +145,15 @@ def compare_small(small: SmallRun) -> Iterator[CertificateLine]:
     try:
         by_rank = run_ranks(small.split.parallel.world_size, run_jobs, jobs(split), TIMEOUT_SECONDS)
         ranks, *resumed = zip(*by_rank, strict=True)
-        if begins_alike(small.alone):
-            alone = replace(alone, start=whole_tensors(ranks, START))
+        if comparison.begins_alike(small.alone):
+            alone = replace(alone, start=comparison.whole_tensors(ranks, START))
         name = "the run in one process"
         ((reference, *resharded),) = run_ranks(1, run_jobs, jobs(alone), TIMEOUT_SECONDS)
-        yield from compare_runs(ranks, reference)
+        yield from comparison.compare_runs(ranks, reference)
         if not resumed:
             return
-        yield compare_resumed(ranks, *resumed)
-        yield from compare_resharded(ranks, *resharded)
+        yield comparison.compare_resumed(ranks, *resumed)
+        yield from comparison.compare_resharded(ranks, *resharded)
         name, trained = "merge and export", (small.split, tokens, reported_logits(ranks))
         (converted,) = run_ranks(1, compare_converted, trained, TIMEOUT_SECONDS)
         yield from converted
@@ -193,14 +169,8 @@ def failed(name: str, error: RanksFailed) -> CertificateLine:
 
 
 def compare_converted(trained: tuple[RunConfig, Tensor, tuple[Tensor, Tensor]]) -> list[CertificateLine]:
-    """The trained small run outside Megatron: merged in transformers, exported in Hugging Face PEFT.
-
-    Called on one rank, without a world.
-
-    Args:
-        trained: the run in its layout, and its logits on these tokens, before and after training.
-    """
-    config, tokens, logits = trained
+    """The trained small run outside Megatron: merged in transformers, exported in Hugging Face PEFT. On one rank."""
+    config, tokens, logits = trained  # logits on these tokens, before and after training
     run, has_adapters = Path(str(config.checkpoint.save)), config.peft.trains_adapters
 
     def compared(name: str, write: Callable[[], Path], instead: str = "") -> CertificateLine:
@@ -215,11 +185,11 @@ def compare_converted(trained: tuple[RunConfig, Tensor, tuple[Tensor, Tensor]]) 
     merged = compared("merged model in transformers", lambda: to_hf(run, run.with_name("merged"), progress=False))
     if not has_adapters:
         return [merged]
-    name, instead = (
-        "exported adapter in Hugging Face PEFT",
-        ": the merged model stands for it" if merged.num_compared else "",
+    name, instead = "exported adapter in Hugging Face PEFT", ": the merged model stands for it"
+    exported = compared(
+        name, lambda: export_adapter(run, run.with_name("exported")), instead if merged.num_compared else ""
     )
-    return [merged, compared(name, lambda: export_adapter(run, run.with_name("exported")), instead)]
+    return [merged, exported]
 
 
 # What is printed and written.

@@ -45,29 +45,18 @@ TOLERANCES = {
 
 @dataclass(frozen=True)
 class CertificateLine:
-    """One line of a certificate.
+    """One line of a certificate."""
 
-    Args:
-        name: what was compared.
-        num_compared: numbers, tensors or folders.
-        largest: difference; None where things are equal or not.
-        tolerance: the largest difference that passes.
-        problems: what does not pass, the worst first.
-        note: how the difference is measured, or why nothing was compared.
-        error: what kept it from being compared: a failure of the tool, or of the ranks that it started.
-    """
-
-    name: str
-    num_compared: int
-    largest: float | None
-    tolerance: float
-    problems: tuple[str, ...] = ()
-    note: str = ""
-    error: str = ""
+    name: str  # what was compared
+    num_compared: int  # numbers, tensors or folders
+    largest: float | None  # difference; None where things are equal or not
+    tolerance: float  # the largest difference that passes
+    problems: tuple[str, ...] = ()  # what does not pass, the worst first
+    note: str = ""  # how the difference is measured, or why nothing was compared
+    error: str = ""  # what kept it from being compared: a failure of the tool, or of the ranks that it started
 
     @property
     def passed(self) -> bool:
-        """Whether nothing differs by more than the tolerance, as far as it was compared."""
         return not (self.problems or self.error)
 
 
@@ -208,10 +197,7 @@ def whole_tensors(ranks: Sequence[RankReport], when: str, prefix: str = "") -> T
     """Joins the slices that the ranks hold, in float64; what none of them holds is NaN.
 
     In the place of a bfloat16 parameter stands its float32 copy, if there is one: a few steps change a norm's weight by
-    less than bfloat16 can say.
-
-    Args:
-        prefix: of keys in a checkpoint, which is left out; parameters have none.
+    less than bfloat16 can say. A `prefix` of keys in a checkpoint is left out; parameters have none.
     """
     slices: dict[str, dict[Place, Tensor]] = {}
     for run in ranks:
@@ -243,7 +229,6 @@ def compare_tensors(
     """The norm of the difference over the norm of the reference, tensor by tensor.
 
     Args:
-        found, reference: whole tensors by key.
         ranks: say which slices they hold.
         since: what both were before: their changes since are compared instead.
         weights: of each tensor's elements.

@@ -45,19 +45,12 @@ Slices = Mapping[tuple[str, Place], Tensor]  # what a rank holds of global tenso
 
 @dataclass(frozen=True)
 class Job:
-    """A run to be trained from its start or, with --load, from there; with --save it saves after SAVED_AT and the end.
-
-    Args:
-        config: its flags.
-        shape: of its model.
-        tokens: [2, s], on which the model is asked for logits before and after training; None: it is not.
-        start: whole tensors to begin with, after the run's own start was reported.
-    """
+    """A run to be trained from its start or from --load; with --save it saves after SAVED_AT and at the end."""
 
     config: RunConfig
     shape: ModelShape
-    tokens: Tensor | None = None
-    start: Mapping[str, Tensor] | None = None
+    tokens: Tensor | None = None  # [2, s], on which the model is asked for logits before and after training
+    start: Mapping[str, Tensor] | None = None  # whole tensors to begin with, after the run's own start was reported
 
     def resumed(self, saved: RunConfig) -> "Job":
         """The rest of this run, from what the run `saved` has saved after step SAVED_AT."""
@@ -67,45 +60,30 @@ class Job:
 
 @dataclass(frozen=True)
 class Curve:
-    """Numbers of a run that every rank knows.
+    """Numbers of a run that every rank knows."""
 
-    Args:
-        steps: reports, with the gradient norms of layers.
-        lambdas: of the Hybrid's layers, after the last step.
-        validation_loss: after the last step; 0 without validation data.
-    """
-
-    steps: list[StepReport]
-    lambdas: Mapping[str, float]
-    validation_loss: float
+    steps: list[StepReport]  # with the gradient norms of layers
+    lambdas: Mapping[str, float]  # of the Hybrid's layers, after the last step
+    validation_loss: float  # after the last step; 0 without validation data
 
     @property
     def losses(self) -> list[float]:
-        """Each step's."""
         return [step.loss for step in self.steps]
 
 
 @dataclass(frozen=True)
 class RankReport:
-    """What one rank has to say of a run.
-
-    Args:
-        config: of the run.
-        place: tensor-parallel rank, stage and replica.
-        tensors: what this rank holds: at START and END of trained tensors and of the optimizer's, and GRADIENTS of
-            the parameters as they reach the optimizer, summed and not clipped.
-        samples: of the microbatches that this rank read, step by step: digests of their samples.
-        logits: [2, s, vocabulary] before and after training, on a rank that has them.
-        others: what a resumed run has to find beside tensors, at the end.
-    """
+    """What one rank has to say of a run."""
 
     config: RunConfig
-    place: tuple[int, int, int]
+    place: tuple[int, int, int]  # tensor-parallel rank, stage and replica
     curve: Curve
+    # What this rank holds: at START and END of trained tensors and of the optimizer's, and GRADIENTS of the parameters
+    # as they reach the optimizer, summed and not clipped.
     tensors: Mapping[str, Slices]
-    samples: list[list[tuple[str, ...]]]
-    logits: tuple[Tensor, Tensor] | None
-    others: Mapping[str, Any]
+    samples: list[list[tuple[str, ...]]]  # digests of what was in this rank's microbatches, step by step
+    logits: tuple[Tensor, Tensor] | None  # [2, s, vocabulary] before and after training, on a rank that has them
+    others: Mapping[str, Any]  # what a resumed run has to find beside tensors, at the end
 
 
 def run_jobs(jobs: Sequence[Job]) -> list[RankReport]:
@@ -195,7 +173,7 @@ class Run:
             return _copies([*entries, *optimizer_tensors(self.state.optimizer, entries)])
 
     def gradients(self) -> Slices:
-        """Those of what is trained, by the keys of parameters. A collective."""
+        """By the keys of parameters. A collective."""
         trained = [p for chunk in self.state.model_chunks for p in chunk.parameters() if p.requires_grad]
         whole = dict(zip(map(id, trained), GradientShards(self.state.optimizer).whole(trained), strict=True))
         return _copies(with_data(one, whole[id(one.data)]) for one in self.entries if id(one.data) in whole)
@@ -203,9 +181,8 @@ class Run:
     def others(self) -> dict[str, Any]:
         """What else training changes on this rank."""
         state = self.state
-        generators = {
-            f"generator {one.key.split('.', 2)[2]}": data_of(one).numpy().tobytes() for one in random_tensors()
-        }
+        states = {one.key.split(".", 2)[2]: data_of(one).numpy().tobytes() for one in random_tensors()}
+        generators = {f"generator {name}": held for name, held in states.items()}
         best = {f"lowest validation loss: {name}": number for name, number in vars(state.best).items()}
         return {**generators, **vars(state.position), **best, "schedule": state.schedule.num_steps}
 

@@ -8,8 +8,6 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from difflib import get_close_matches
-from itertools import pairwise
 from math import isfinite, log, log2
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -25,15 +23,10 @@ EFFICIENCIES, LINKS = "product_efficiency", ("node_link", "network_link")
 
 @dataclass(frozen=True)
 class Link:
-    """What connects GPUs.
+    """What connects GPUs."""
 
-    Args:
-        gb_per_second: 1e9 bytes a second, of one GPU in one direction, as a collective of large messages reaches it.
-        latency_us: of a message, in microseconds.
-    """
-
-    gb_per_second: float
-    latency_us: float
+    gb_per_second: float  # 1e9 bytes, of one GPU in one direction, as a collective of large messages reaches it
+    latency_us: float  # microseconds of a message
 
 
 @dataclass(frozen=True)
@@ -69,7 +62,6 @@ class Cluster:
 
     @property
     def usable_bytes(self) -> float:
-        """What of a GPU's memory is left for what a plan counts."""
         return (self.memory_gib - self.reserved_gib) * 2**30
 
     def of_run(self, run: RunConfig) -> "Cluster":
@@ -109,9 +101,7 @@ class Cluster:
     def call_seconds(self, operation: str, num_bytes: float, group: Sequence[int]) -> float:
         """What a collective or a message takes alone: alpha log2(n) + beta times the bytes that each rank sends.
 
-        Args:
-            operation, num_bytes: of a `program.Call`.
-            group: its ranks; of a message both ends.
+        `num_bytes` are those of a `program.Call`; the group of a message is both ends.
         """
         n, link = len(group), self.link(group)
         if n == 1:
@@ -140,12 +130,9 @@ def read_cluster(name: str) -> Cluster:
         ConfigurationError: there is no such file, a field is doubled, or some are missing, unknown or absurd; all of
             these are named.
     """
-    path = SHIPPED.get(name.lower(), Path(name))
-    if name.lower() not in SHIPPED and not path.exists():
-        near = get_close_matches(name.lower(), SHIPPED, 1)
-        hint = f"; did you mean {near[0]}?" if near else f". Shipped: {', '.join(SHIPPED)}."
-        raise ConfigurationError(f"--cluster {name} is neither a file nor the name of a shipped cluster{hint}")
-    place = f"--cluster {name}"
+    path, place = SHIPPED.get(name.lower(), Path(name)), f"--cluster {name}"
+    shipped = ", ".join(SHIPPED)
+    require(path.exists(), f"{place} is neither a file nor the name of a shipped cluster. Shipped: {shipped}.")
     values = parse_yaml(read_text(path), place)
     require(isinstance(values, dict), f"{place} is not a table of fields: write `gpus_per_node: 8`, a line for each.")
     return cluster_of(values, place)
@@ -168,13 +155,9 @@ def cluster_of(values: Mapping[str, Any], place: str) -> Cluster:
     for name, value in values.items():
         is_link = name in LINKS and isinstance(value, dict)
         given |= {f"{name}.{key}": one for key, one in value.items()} if is_link else {str(name): value}
-    known, problems = sorted((*LIMITS, "name", EFFICIENCIES)), []
-    for name in given:
-        if name not in (*known, *LINKS):
-            near = get_close_matches(name, known, 1)
-            problems.append(
-                f"{name} is not a field; " + (f"did you mean {near[0]}?" if near else f"there are {known}.")
-            )
+    known = sorted((*LIMITS, "name", EFFICIENCIES))
+    unknown = [name for name in given if name not in (*known, *LINKS)]
+    problems = [f"{name} is not a field; there are {', '.join(known)}." for name in unknown]
     for name, (unit, least, most) in LIMITS.items():
         value, bounds = given.get(name), f"{least:,} to {most:,} {unit}"
         if value is None:
@@ -185,8 +168,13 @@ def cluster_of(values: Mapping[str, Any], place: str) -> Cluster:
             problems.append(f"{name} is {value}; it must be a whole number.")
     if not isinstance(given.get("name", ""), str):
         problems.append(f"name is {str(given['name'])[:40]}; it must be a text.")
-    if wrong := _wrong_with_efficiencies(given.get(EFFICIENCIES)):
-        problems.append(f"{EFFICIENCIES} is {wrong}.")
+    curve = given.get(EFFICIENCIES)
+    if not _are_efficiencies(curve):
+        problems.append(
+            f"{EFFICIENCIES} is {'missing' if curve is None else str(curve)[:80]}; it maps GFLOP of a product, above "
+            f"0, to the part of bf16_tflops that it reaches, from 0.01 to 1 and not less for a larger product, as in "
+            f"{{1: 0.3, 1000: 0.7}}."
+        )
     if not problems and given["reserved_gib"] >= given["memory_gib"]:
         problems.append(
             f"reserved_gib is {given['reserved_gib']}, which leaves nothing of memory_gib {given['memory_gib']}."
@@ -199,16 +187,10 @@ def cluster_of(values: Mapping[str, Any], place: str) -> Cluster:
     return Cluster(name=given.get("name", place), product_efficiency=curve, **plain, **links)
 
 
-def _wrong_with_efficiencies(value: Any) -> str | None:
-    """What keeps it from being `Cluster.product_efficiency`."""
-    needs = "; it maps GFLOP of a product to the part of bf16_tflops that it reaches, as in {1: 0.3, 1000: 0.7}"
-    if value is None:
-        return f"missing{needs}"
+def _are_efficiencies(value: Any) -> bool:
+    """Whether it can be `Cluster.product_efficiency`."""
     numbers = (*value, *value.values()) if isinstance(value, dict) else ()
     if not numbers or not all(type(number) in (int, float) and isfinite(number) for number in numbers):
-        return f"{str(value)[:80]}{needs}"
-    if min(value) <= 0 or not all(0.01 <= part <= 1 for part in value.values()):
-        return f"{str(value)[:80]}: sizes are above 0, and parts from 0.01 to 1{needs}"
-    if any(part > following for (_, part), (_, following) in pairwise(sorted(value.items()))):
-        return f"{str(value)[:80]}: a larger product must not reach less of the rate"
-    return None
+        return False
+    parts = [value[size] for size in sorted(value)]
+    return min(value) > 0 and parts == sorted(parts) and 0.01 <= parts[0] <= parts[-1] <= 1

@@ -21,17 +21,17 @@ from rich import box
 from rich.table import Column, Table
 
 from megatron_peft.config import ConfigurationError, ParallelConfig, RunConfig, flag, require
+from megatron_peft.config.errors import spelled
 from megatron_peft.config.parallel import ACCOUNTED_STAGES, LAYOUT, UNEVEN_STAGES
 from megatron_peft.models.families import check_adapters
 from megatron_peft.models.shape import ModelShape, check_layout
 from megatron_peft.plan.cluster import Cluster
-from megatron_peft.plan.pipeline import estimated_time
-from megatron_peft.plan.recorded_layers import RecordedStep, total
+from megatron_peft.plan.recorded_step import RecordedStep, estimated_time, total
 from megatron_peft.plan.speed import PlannedSpeed
 from megatron_peft.plan.timing import time_alone
-from megatron_peft.rehearsal.program import Memory, RecordedLayers, RecordedPass, Segment
+from megatron_peft.rehearsal.program import Memory, RecordedLayers, Segment
 from megatron_peft.rehearsal.rehearsal import Watch, record_layers
-from megatron_peft.rehearsal.requests import LayersToRecord
+from megatron_peft.rehearsal.requests import LayersToRecord, alike_stages
 
 MICRO_BATCHES = (1, 2, 4, 8)
 RECOMPUTES: Mapping[str, tuple[dict[str, Any], tuple[str, ...]]] = {  # name -> (fields of TransformerConfig, modules)
@@ -63,31 +63,19 @@ def _layout_values(run: RunConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class FittedLayout:
-    """A layout that fits, with what a step of it takes.
-
-    Args:
-        run: the run at this layout.
-        recompute: of `RECOMPUTES`.
-        speed: time of a step, tokens a second and what follows from it.
-        memory: of the rank that holds most, by part.
-        stage: the pipeline rank that it is.
-    """
+    """A run at a layout that fits, with what a step of it takes."""
 
     run: RunConfig
-    recompute: str
+    recompute: str  # of `RECOMPUTES`
     speed: PlannedSpeed
-    memory: Memory
+    memory: Memory  # of the rank that holds most, which is of this stage
     stage: int
 
     @property
     def flags(self) -> list[str]:
         """Words of a command line that set the layout, beside the run's own."""
-        words = []
-        for name, value in _layout_values(self.run).items():
-            if value:
-                told = () if value is True else value if isinstance(value, tuple) else (value,)
-                words += [flag(name), *map(str, told)]
-        return words
+        set_values = {flag(name): value for name, value in _layout_values(self.run).items() if value}
+        return [word for name, value in set_values.items() for word in spelled(name, value).split()]
 
     def flags_to_leave_out(self, asked: RunConfig) -> list[str]:
         """Flags of `asked`, the run that a layout was looked for, which `flags` cannot take back."""
@@ -96,10 +84,9 @@ class FittedLayout:
 
     def as_dict(self, num_tokens: float = 1e8) -> dict[str, Any]:
         """Plain values for JSON, with the hours of a run of so many tokens."""
-        parallel = self.run.parallel
         return {
             "flags": self.flags,
-            "data_parallel_size": parallel.data_parallel_size,
+            "data_parallel_size": self.run.parallel.data_parallel_size,
             "memory_bytes": dict(self.memory),
             "peak_bytes": total(self.memory),
             "stage": self.stage,
@@ -118,13 +105,11 @@ def fit(
 ) -> list[FittedLayout]:
     """The layouts that fit, the fastest first; of those that divide the layers in other ways alone, the fastest.
 
+    `watch` counts recordings, and layouts whose step is replayed; `known` is what searches for the same run in other
+    worlds have recorded, and this one adds its own.
+
     Args:
         run: flags of a run of any layout, with --global-batch-size.
-        shape: of the base model.
-        world_size: GPUs.
-        num_layouts: at most.
-        watch: counts recordings, and layouts whose step is replayed.
-        known: what searches for the same run in other worlds have recorded; this one adds its own.
 
     Raises:
         ConfigurationError: there is no global batch to compare layouts at, or no layout divides or fits; it names what
@@ -144,7 +129,7 @@ def fit(
     candidates: list[_Candidate] = []
     least = [0.0] * len(laid_out)  # the seconds that each takes at least
     for recompute in RECOMPUTES:  # each takes longer than the one before
-        replayed = _fastest(candidates, cluster)[:NUM_REPLAYED]
+        replayed = _fastest(candidates, cluster)
         limit = replayed[-1][0].seconds if len(replayed) == NUM_REPLAYED else inf
         too_large: set[ParallelConfig] = set()
         for size in MICRO_BATCHES:  # each takes more memory than the one before
@@ -162,7 +147,7 @@ def fit(
                 least[number] = found.seconds
                 if total(found.memory) > cluster.usable_bytes:
                     too_large.add(one.parallel)
-    fastest = _fastest(candidates, cluster)[:NUM_REPLAYED]
+    fastest = _fastest(candidates, cluster)
     if not fastest:
         nearest = min(candidates, key=lambda one: total(one.memory))
         parallel, peak = nearest.step.run.parallel, total(nearest.memory)
@@ -175,13 +160,15 @@ def fit(
     watch(0, len(fastest))
     best: list[FittedLayout] = []
     for alike in fastest:
-        each: list[FittedLayout] = []
-        for one in alike[:NUM_DIVISIONS_REPLAYED]:
-            speed = PlannedSpeed.of(one.step.run, shape, cluster, estimated_time(one.step, cluster))
-            each.append(FittedLayout(one.step.run, one.recompute, speed, one.memory, one.stage))
-        best.append(min(each, key=_slowness))
+        best.append(min((_replayed(one, cluster) for one in alike[:NUM_DIVISIONS_REPLAYED]), key=_slowness))
         watch(1, 0)
     return sorted(best, key=_slowness)[:num_layouts]
+
+
+def _replayed(one: "_Candidate", cluster: Cluster) -> FittedLayout:
+    run, shape = one.step.run, one.step.shape
+    speed = PlannedSpeed.of(run, shape, cluster, estimated_time(one.step, cluster))
+    return FittedLayout(run, one.recompute, speed, one.memory, one.stage)
 
 
 def _slowness(one: FittedLayout) -> tuple[float, int]:
@@ -200,12 +187,12 @@ class _Candidate:
 
 
 def _fastest(candidates: Sequence[_Candidate], cluster: Cluster) -> list[list[_Candidate]]:
-    """Those that fit, the fastest first; together those that divide the layers of a pipeline in other ways alone."""
+    """The fastest that fit; together those that divide the layers of a pipeline in other ways alone."""
     found: defaultdict[Hashable, list[_Candidate]] = defaultdict(list)
     for one in sorted(candidates, key=lambda one: one.seconds):
         if total(one.memory) <= cluster.usable_bytes:
             found[_but_for_division(one)].append(one)
-    return [*found.values()]
+    return [*found.values()][:NUM_REPLAYED]
 
 
 def _but_for_division(one: _Candidate) -> Hashable:
@@ -217,15 +204,13 @@ def _but_for_division(one: _Candidate) -> Hashable:
 def _layouts(run: RunConfig, shape: ModelShape, world_size: int, cluster: Cluster) -> Iterator[RunConfig]:
     """The run at every layout that divides the model and the batch, without recompute."""
     run = _recomputing(run, "none")
-    trainings = [replace(run.training, micro_batch_size=size) for size in MICRO_BATCHES]
     may_shard = run.optimizer.optimizer == "adam" and not run.optimizer.overlap_param_gather
-    for parallel in _parallel_layouts(run, shape, world_size, cluster):
-        optimizer = run.optimizer
+    for parallel, size in product(_parallel_layouts(run, shape, world_size, cluster), MICRO_BATCHES):
+        training, optimizer = replace(run.training, micro_batch_size=size), run.optimizer
         if may_shard:  # never slower here, and smaller
             optimizer = replace(optimizer, use_distributed_optimizer=parallel.data_parallel_size > 1)
-        for training in trainings:
-            with suppress(ConfigurationError):  # it doesn't divide the batch
-                yield replace(run, parallel=parallel, training=training, optimizer=optimizer)
+        with suppress(ConfigurationError):  # it doesn't divide the batch
+            yield replace(run, parallel=parallel, training=training, optimizer=optimizer)
 
 
 def _recomputing(run: RunConfig, recompute: str) -> RunConfig:
@@ -269,12 +254,12 @@ def _divisors(number: int, most: int) -> list[int]:
 
 def seconds_of_segments(layers: RecordedLayers, cluster: Cluster) -> dict[Segment, float]:
     """What both passes of a microbatch take, on the cluster as the run finds it."""
-
-    def seconds(phase: str, segment: Segment) -> float:
-        time = time_alone(layers.passes.get((phase, segment), RecordedPass()).entries, 0, cluster)
-        return max(sum(spent for _, spent in time.device), time.host)
-
-    return {name: seconds("forward", name) + seconds("backward", name) for name in layers.parameters}
+    found = dict.fromkeys(layers.parameters, 0.0)
+    for (phase, segment), one in layers.passes.items():
+        if phase in ("forward", "backward"):
+            time = time_alone(one.entries, 0, cluster)
+            found[segment] += max(sum(spent for _, spent in time.device), time.host)
+    return found
 
 
 def _candidate(step: RecordedStep, recompute: str, times: Mapping[Segment, float], cluster: Cluster) -> _Candidate:
@@ -288,19 +273,20 @@ def _candidate(step: RecordedStep, recompute: str, times: Mapping[Segment, float
     if step.pp > 1:  # a message to each side; those of the interleaved schedule run beside the computation
         message = cluster.call_seconds("send", step.message_bytes, (step.rank(0), step.rank(1)))
         seconds += 2 * microbatches * message * (1.0 if num_chunks == 1 else 0.1 * num_chunks)
-    held = {stage: step.memory(stage) for stage in step.stages_that_differ()}
+    held = {stage: step.memory(stage) for stage in sorted({*alike_stages(step.run, step.shape)})}
     fullest = max(held, key=lambda stage: total(held[stage]))
     return _Candidate(step, recompute, seconds, held[fullest], fullest)
 
 
 def fit_tables(layouts: Sequence[FittedLayout], title: str, num_tokens: float) -> list[Table]:
     """The layouts as tables of 80 columns: what they are and take, hours for `num_tokens`; and where the time goes."""
-    table = _narrow_table(
-        title, "", "TP", "PP", "VPP", "DP", "SP", "rows", "recompute", "GiB", "s/step", "tokens/s", "hours"
-    )
-    shares = _narrow_table(
-        "The same, parts of a step", "", "TFLOP/s a GPU", "MFU", "bubble", "communication", "launches"
-    )
+
+    def narrow(title: str, names: str) -> Table:  # of numbers, which stand close together
+        columns = (Column(name, justify="right", no_wrap=True) for name in ("", *names.split(", ")))
+        return Table(*columns, title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
+
+    table = narrow(title, "TP, PP, VPP, DP, SP, rows, recompute, GiB, s/step, tokens/s, hours")
+    shares = narrow("The same, parts of a step", "TFLOP/s a GPU, MFU, bubble, communication, launches")
     for number, one in enumerate(layouts, 1):
         parallel, time = one.run.parallel, one.speed.time
         stages = parallel.num_virtual_stages(one.speed.num_layers)
@@ -313,9 +299,3 @@ def fit_tables(layouts: Sequence[FittedLayout], title: str, num_tokens: float) -
         parts = (one.speed.mfu, time.bubble, time.exposed_communication, time.launch_bound)
         shares.add_row(str(number), f"{one.speed.tflops_per_gpu:.0f}", *(f"{part:.1%}" for part in parts))
     return [table, shares]
-
-
-def _narrow_table(title: str, *columns: str) -> Table:
-    """One whose cells are numbers, and stand close together."""
-    aligned = (Column(name, justify="right", no_wrap=True) for name in columns)
-    return Table(*aligned, title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))

@@ -4,7 +4,7 @@ As tables and answers for the terminal, as JSON, and as one picture.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from megatron_peft.models.shape import ModelShape
 from megatron_peft.plan.cluster import Cluster
 from megatron_peft.plan.speed import PlannedSpeed, time_table
 from megatron_peft.plan.timing import step_time
-from megatron_peft.rehearsal.deadlock import Problem
 from megatron_peft.rehearsal.program import PHASES, Call, Entry, RankRecord
 from megatron_peft.rehearsal.rehearsal import RehearsedRun, order_problem, rehearse_run, work_bar
 
@@ -29,36 +28,28 @@ COLORS = {"forward": "tab:blue", "backward": "tab:orange", "finish": "tab:green"
 
 @dataclass(frozen=True)
 class Plan:
-    """What is known of a run before it starts.
-
-    Args:
-        run: its rehearsed ranks.
-        cluster: that it will run on.
-        problem: why its ranks would wait for ever; None: they do not.
-        speed: time of a step; None where ranks would wait for ever.
-    """
+    """What is known of a run before it starts."""
 
     run: RehearsedRun
     cluster: Cluster
-    problem: Problem | None
-    speed: PlannedSpeed | None
+    problem: str | None  # why its ranks would wait for ever
+    speed: PlannedSpeed | None  # None where they would
 
     @property
     def fullest(self) -> RankRecord:
         """The rehearsed rank with the highest peak of all phases."""
-        return max(self.run.records, key=peak_of)
+        return max(self.run.records, key=lambda record: record.highest_peak)
 
     @property
     def fits(self) -> bool:
         """Whether every rank's peak leaves free what the cluster's file reserves for what no rehearsal sees."""
-        return peak_of(self.fullest) <= self.cluster.usable_bytes
+        return self.fullest.highest_peak <= self.cluster.usable_bytes
 
     def as_dict(self, num_tokens: float = 1e8) -> dict[str, Any]:
         """Plain values for JSON, with the hours of a run of so many tokens."""
-        parallel = self.run.config.parallel
         return {
             "cluster": self.cluster.name,
-            "world_size": parallel.world_size,
+            "world_size": self.run.config.parallel.world_size,
             "parameters": self.run.parameters(),
             "ranks": [
                 {
@@ -69,7 +60,7 @@ class Plan:
                 }
                 for record in self.run.records
             ],
-            "peak_bytes": peak_of(self.fullest),
+            "peak_bytes": self.fullest.highest_peak,
             "usable_bytes": self.cluster.usable_bytes,
             "fits": self.fits,
             "calls_of_a_step": [
@@ -77,7 +68,7 @@ class Plan:
                 for stage, program in enumerate(self.run.stages)
                 for (axis, operation), (number, num_bytes) in calls_by_group(program.entries).items()
             ],
-            "order": self.problem.text if self.problem else "every rank's calls fit together",
+            "order": self.problem or "every rank's calls fit together",
             **({} if self.speed is None else self.speed.as_dict(num_tokens)),
         }
 
@@ -93,11 +84,6 @@ def make_plan(config: RunConfig, shape: ModelShape, cluster: Cluster) -> Plan:
     return Plan(run, cluster, None, PlannedSpeed.of(config, shape, cluster, time))
 
 
-def peak_of(record: RankRecord) -> int:
-    """Bytes, in the phase that holds most."""
-    return max(record.peak(phase) for phase in record.peaks)
-
-
 def calls_by_group(entries: Iterable[Entry]) -> dict[tuple[str, str], tuple[int, int]]:
     """(group, operation) -> (number of calls, bytes that the rank puts in)."""
     found: dict[tuple[str, str], list[int]] = defaultdict(list)  # bytes of each call
@@ -109,36 +95,33 @@ def calls_by_group(entries: Iterable[Entry]) -> dict[tuple[str, str], tuple[int,
 
 def summary(plan: Plan) -> list[str]:
     """The plan's answers, a line each."""
-    numbers, peak = plan.run.parameters(), peak_of(plan.fullest)
+    numbers, peak = plan.run.parameters(), plan.fullest.highest_peak
     usable, reserved = plan.cluster.usable_bytes / _GIB, plan.cluster.reserved_gib
     total = sum(numbers.values())
     fits = "fits" if plan.fits else "DOES NOT FIT"
-    lines = [
+    order = "every call of every rank finds its partners"
+    if plan.problem is not None:
+        order = f"ranks would wait for ever. {plan.problem}"
+    return [
         f"trainable parameters: {numbers['trained']:,} of {total:,} ({100 * numbers['trained'] / total:.3f}%)",
         f"memory: {peak / _GIB:.2f} GiB at most (rank {plan.fullest.rank}): {fits} {usable:.1f} GiB, a GPU's "
         f"{plan.cluster.memory_gib:g} less {reserved:g} for what a rehearsal does not see (reserved memory, NCCL, "
         f"workspaces)",
+        f"order of communication: {order}",
     ]
-    if plan.problem is None:
-        return [*lines, "order of communication: every call of every rank finds its partners"]
-    return [*lines, f"order of communication: ranks would wait for ever. {plan.problem.text}"]
 
 
 def why_not_to_start(plan: Plan) -> str | None:
     """One sentence; None: nothing speaks against it."""
     if plan.problem is not None:
-        return f"ranks would wait for ever. {plan.problem.text}"
+        return f"ranks would wait for ever. {plan.problem}"
     if plan.fits:
         return None
-    peak, usable = peak_of(plan.fullest) / _GIB, plan.cluster.usable_bytes / _GIB
+    peak, usable = plan.fullest.highest_peak / _GIB, plan.cluster.usable_bytes / _GIB
     return (
         f"the run does not fit GPUs of {plan.cluster.name}: rank {plan.fullest.rank} holds {peak:.2f} GiB at its peak, "
         f"and {usable:.2f} can be used. `megatron-peft plan --fit` finds layouts that fit; --cluster plans for others."
     )
-
-
-def _names(records: Sequence[RankRecord]) -> list[str]:
-    return [f"rank {record.rank}\nstage {record.stage}" for record in records]
 
 
 def _gib_of(part: str, record: RankRecord) -> float:
@@ -146,69 +129,56 @@ def _gib_of(part: str, record: RankRecord) -> float:
     return sum(size for name, size in record.peaks["step"].items() if name.split(" of ")[0] == part) / _GIB
 
 
-def memory_table(plan: Plan) -> Table:
-    """The peak of each rehearsed rank's step, by part; and of its other phases."""
-    records = plan.run.records
-    table = Table("", *(Column(name, justify="right") for name in _names(records)), title="Memory, GiB")
+def _tables(plan: Plan) -> Iterator[Table]:
+    # The peak of each rehearsed rank's step, by part; and of its other phases.
+    records, fullest = plan.run.records, plan.fullest
+    ranks = (Column(f"rank {record.rank}\nstage {record.stage}", justify="right") for record in records)
+    memory = Table("", *ranks, title="Memory, GiB")
     for part in PARTS:
-        table.add_row(part, *(f"{_gib_of(part, record):.2f}" for record in records))
-    table.add_section()
+        memory.add_row(part, *(f"{_gib_of(part, record):.2f}" for record in records))
+    memory.add_section()
     for phase in PHASES:
-        if phase in plan.fullest.peaks:
-            table.add_row(f"peak, {phase}", *(f"{record.peak(phase) / _GIB:.2f}" for record in records))
-    return table
+        if phase in fullest.peaks:
+            memory.add_row(f"peak, {phase}", *(f"{record.peak(phase) / _GIB:.2f}" for record in records))
+    yield memory
 
-
-def activations_table(plan: Plan) -> Table:
-    """Activations of the fullest rank at the peak of its step, by kind of layer."""
-    title = f"Activations of rank {plan.fullest.rank} at the peak, MiB"
-    table = Table("", Column(justify="right"), title=title, show_header=False)
-    for part, num_bytes in sorted(plan.fullest.peaks["step"].items(), key=lambda one: -one[1]):
+    title = f"Activations of rank {fullest.rank} at the peak, MiB"
+    activations = Table("", Column(justify="right"), title=title, show_header=False)
+    for part, num_bytes in sorted(fullest.peaks["step"].items(), key=lambda one: -one[1]):
         if part.startswith(ACTIVATIONS):
-            table.add_row(part.removeprefix(ACTIVATIONS), f"{num_bytes / _MIB:,.1f}")
-    return table
+            activations.add_row(part.removeprefix(ACTIVATIONS), f"{num_bytes / _MIB:,.1f}")
+    yield activations
 
-
-def calls_table(plan: Plan) -> Table:
-    """What the ranks of the first and the last stage send in a step."""
+    # Of the first and the last stage.
     numbers = Column("calls", justify="right"), Column("MiB put in", justify="right")
-    table = Table("stage", "group", "operation", *numbers, title="Calls of a step")
+    calls = Table("stage", "group", "operation", *numbers, title="Calls of a step")
     for stage in dict.fromkeys((0, len(plan.run.stages) - 1)):
         for (axis, operation), (number, num_bytes) in calls_by_group(plan.run.stages[stage].entries).items():
-            table.add_row(str(stage), axis, operation, f"{number:,}", f"{num_bytes / _MIB:,.1f}")
-        table.add_section()
-    return table
+            calls.add_row(str(stage), axis, operation, f"{number:,}", f"{num_bytes / _MIB:,.1f}")
+        calls.add_section()
+    yield calls
 
 
 def print_plan(plan: Plan, num_tokens: float | None = None) -> None:
-    """All tables and answers, for the terminal.
-
-    Args:
-        num_tokens: of the run, for hours.
-    """
+    """All tables and answers, for the terminal; with the hours of a run of so many tokens."""
     speeds = [] if plan.speed is None else [plan.speed]
-    tables = memory_table(plan), activations_table(plan), calls_table(plan)
     console = Console()
-    for table in (*tables, *(time_table(speed, num_tokens) for speed in speeds)):
+    for table in (*_tables(plan), *(time_table(speed, num_tokens) for speed in speeds)):
         console.print(table)
     print(f"cluster: {plan.cluster.name}", *(speed.summary() for speed in speeds), *summary(plan), sep="\n")
 
 
 def draw(plan: Plan, path: Path) -> None:
-    """Write the picture: memory of the rehearsed ranks by part, and the pipeline's timeline.
-
-    Args:
-        path: its ending says in which format.
-    """
+    """Write the picture: memory of the rehearsed ranks by part, and the pipeline's timeline."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 8), layout="constrained")
     memory, timeline = figure.subplots(2, 1)
-    records = plan.run.records
-    below = [0.0] * len(records)
+    names = [f"rank {record.rank}\nstage {record.stage}" for record in plan.run.records]
+    below = [0.0] * len(names)
     for part in PARTS:
-        heights = [_gib_of(part, record) for record in records]
-        memory.bar(_names(records), heights, bottom=below, label=part)
+        heights = [_gib_of(part, record) for record in plan.run.records]
+        memory.bar(names, heights, bottom=below, label=part)
         below = [low + height for low, height in zip(below, heights, strict=True)]
     memory.axhline(plan.cluster.usable_bytes / _GIB, color="black", linestyle="--", label="usable")
     memory.set(title="Memory", ylabel="GiB at the peak of a step")

@@ -21,15 +21,10 @@ ONLY_RANKS = "A plan ranks the layouts of a run on a cluster; its seconds are no
 
 @dataclass(frozen=True)
 class Accuracy:
-    """How far off plans of published runs were.
-
-    Args:
-        errors: planned over published seconds, less 1.
-        elsewhere: the same of layouts of a run on a network that is not like those of clusters here.
-    """
+    """How far off plans of published runs were: planned over published seconds, less 1."""
 
     errors: tuple[float, ...]
-    elsewhere: tuple[float, ...] = ()
+    elsewhere: tuple[float, ...] = ()  # layouts of a run on a network that is not like those of clusters here
 
     @classmethod
     @cache
@@ -39,12 +34,10 @@ class Accuracy:
 
     @property
     def median(self) -> float:
-        """Half of the runs were off by less."""
         return median(map(abs, self.errors))
 
     @property
     def worst(self) -> float:
-        """The largest error."""
         return max(map(abs, self.errors))
 
     def around(self, seconds: float) -> tuple[float, float]:
@@ -52,9 +45,8 @@ class Accuracy:
         return seconds / (1 + max(*self.errors, 0.0)), seconds / (1 + min(*self.errors, 0.0))
 
     def __str__(self) -> str:
-        told = (
-            f"{len(self.errors)} published runs were off by {self.median:.0%} in the median, {self.worst:.0%} at most"
-        )
+        sizes = f"{self.median:.0%} in the median, {self.worst:.0%} at most"
+        told = f"{len(self.errors)} published runs were off by {sizes}"
         if not self.elsewhere:
             return told
         other = Accuracy(self.elsewhere)
@@ -65,27 +57,17 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class PlannedSpeed:
-    """A step's time, and what a run of such steps gets done. Every sequence is taken to be full.
-
-    Args:
-        time: of a step.
-        tokens: of a step, over all replicas.
-        flops: of a step, as --log-throughput counts them (`ModelFlops`).
-        num_gpus: of the world.
-        peak_tflops: of a GPU in the run's precision.
-        num_layers: of the model.
-    """
+    """A step's time, and what a run of such steps gets done. Every sequence is taken to be full."""
 
     time: StepTime
-    tokens: int
-    flops: int
+    tokens: int  # of a step, over all replicas
+    flops: int  # of a step, as --log-throughput counts them (`ModelFlops`)
     num_gpus: int
-    peak_tflops: float
+    peak_tflops: float  # of a GPU in the run's precision
     num_layers: int
 
     @classmethod
     def of(cls, run: RunConfig, shape: ModelShape, cluster: Cluster, time: StepTime) -> "PlannedSpeed":
-        """The speed of a run."""
         length, rows = run.data.seq_length, run.global_batch_size
         model = ModelFlops.of(shape, is_frozen=run.peft.trains_adapters)
         flops = model.count(rows * length, rows * length * (length + 1) // 2)
@@ -94,21 +76,17 @@ class PlannedSpeed:
 
     @property
     def tokens_per_second(self) -> float:
-        """All GPUs' together."""
         return self.tokens / self.time.seconds
 
     @property
-    def tflops_per_gpu(self) -> float:
-        """Model FLOPs, so recompute does not count."""
+    def tflops_per_gpu(self) -> float:  # of the model: recompute does not count
         return self.flops / self.time.seconds / self.num_gpus / 1e12
 
     @property
     def mfu(self) -> float:
-        """Model FLOPs utilization: part of the GPU's peak."""
         return self.tflops_per_gpu / self.peak_tflops
 
     def hours(self, num_tokens: float) -> float:
-        """What training on so many tokens takes, without validation and saves."""
         return num_tokens / self.tokens_per_second / 3600
 
     def summary(self) -> str:
@@ -118,16 +96,12 @@ class PlannedSpeed:
         return f"time: {self.time.seconds:.3g} s a step ({low:.3g} to {high:.3g}: {accuracy}). {ONLY_RANKS}"
 
     def as_dict(self, num_tokens: float = 1e8) -> dict[str, Any]:
-        """Plain values for JSON, with the hours of a run of so many tokens."""
         accuracy = Accuracy.reported()
+        errors = {"number": len(accuracy.errors), "median_error": accuracy.median, "worst_error": accuracy.worst}
         return {
             "time": self.time.as_dict(),
             "seconds_range": accuracy.around(self.time.seconds),
-            "published_runs": {
-                "number": len(accuracy.errors),
-                "median_error": accuracy.median,
-                "worst_error": accuracy.worst,
-            },
+            "published_runs": errors,
             "tokens_per_step": self.tokens,
             **{name: getattr(self, name) for name in ("tokens_per_second", "tflops_per_gpu", "mfu")},
             "tokens_of_the_run": num_tokens,
@@ -136,11 +110,7 @@ class PlannedSpeed:
 
 
 def time_table(speed: PlannedSpeed, num_tokens: float | None = None) -> Table:
-    """Where a step's time goes, and what a run takes, as a table for the terminal.
-
-    Args:
-        num_tokens: of the run, where they are known; else hours for 100 million tokens are given.
-    """
+    """Where a step's time goes, and the hours of `num_tokens`, or of 100 million, as a table for the terminal."""
     numbers = Column(justify="right"), Column(justify="right")
     table = Table("", *numbers, title="Time of a step (estimated)", show_header=False)
     seconds = speed.time.seconds

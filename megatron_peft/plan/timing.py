@@ -40,36 +40,27 @@ class Span:
 
 @dataclass(frozen=True)
 class StepTime:
-    """A step's time, and where it goes: the mean over the ranks.
-
-    Args:
-        seconds: of the step, until the last rank has ended.
-        by_kind: seconds of each kind; they add up to `seconds`. `COMPUTED`, `LAUNCHES`, `BUBBLE`, and `EXPOSED` with
-            the axis of the group.
-        spans: of each rank that was replayed.
-    """
+    """A step's time until the last rank has ended, and where it goes: the mean over the ranks."""
 
     seconds: float
-    by_kind: Mapping[str, float]
-    spans: Mapping[int, tuple[Span, ...]] = field(default_factory=dict)
+    by_kind: Mapping[str, float]  # they add up: `COMPUTED`, `LAUNCHES`, `BUBBLE`, `EXPOSED` with the group's axis
+    spans: Mapping[int, tuple[Span, ...]] = field(default_factory=dict)  # of each rank that was replayed
+
+    # Parts of the step in which a device waits: for other ranks, for a call under way, for its host.
 
     @property
     def bubble(self) -> float:
-        """Part of the step in which a device waits for other ranks."""
         return self.by_kind.get(BUBBLE, 0.0) / self.seconds
 
     @property
     def exposed_communication(self) -> float:
-        """Part of the step in which a device waits for a call under way."""
         return sum(value for kind, value in self.by_kind.items() if kind.startswith(EXPOSED)) / self.seconds
 
     @property
     def launch_bound(self) -> float:
-        """Part of the step in which a device waits for its host."""
         return self.by_kind.get(LAUNCHES, 0.0) / self.seconds
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
         parts = ("seconds", "bubble", "exposed_communication", "launch_bound")
         return {**{name: getattr(self, name) for name in parts}, "seconds_by_kind": dict(self.by_kind)}
 
@@ -121,58 +112,40 @@ def time_alone(entries: Sequence[Entry], rank: int, cluster: Cluster) -> WorkTim
 def step_time(
     scheduled: Mapping[int, Sequence[Entry | WorkTime]], cluster: Cluster, keep_spans: bool = False
 ) -> StepTime:
-    """The time of a step.
+    """The time of a step. ValueError: ranks wait for one another for ever; `deadlock.py` says who waits for whom.
 
     Args:
         scheduled: global rank -> all that it does in a step, in program order; work may have been timed already. Ranks
             that do the same at the same time may be left out: tensor-parallel peers and replicas. The other end of
             every message must be there.
-        keep_spans: for a picture of the pipeline.
-
-    Raises:
-        ValueError: ranks wait for one another for ever. `deadlock.py` says who waits for whom.
     """
     return _Replay(scheduled, cluster, keep_spans).run()
 
 
 @dataclass(slots=True, eq=False)
 class _Transfer:
-    """A call: it begins when the last of its ranks has posted it.
-
-    Args:
-        missing: ranks that have not posted it.
-        ready: when the last one has posted it, so far.
-        end: less than 0 until it is known.
-        waiting: ranks that wait to know it.
-    """
+    """A call: it begins when the last of its ranks has posted it."""
 
     axis: str
-    missing: int
-    ready: float = 0.0
-    end: float = -1.0
-    waiting: list[int] = field(default_factory=list)
+    missing: int  # ranks that have not posted it
+    ready: float = 0.0  # when the last one has posted it, so far
+    end: float = -1.0  # less than 0 until it is known
+    waiting: list[int] = field(default_factory=list)  # ranks that wait to know it
 
 
 @dataclass(slots=True, eq=False)
 class _Rank:
-    """Clocks of one rank.
-
-    Args:
-        calls: the latest that it has posted with each handle.
-        pending: those that it waits for now.
-        totals: seconds of each kind.
-        mark, marked_at: the phase that it is in, and when its first work began.
-    """
+    """Clocks of one rank."""
 
     number: int
     program: Sequence[Entry | WorkTime]
     host: float = 0.0
     device: float = 0.0
-    calls: dict[Any, _Transfer] = field(default_factory=dict)
-    pending: list[_Transfer] = field(default_factory=list)
-    totals: dict[str, float] = field(default_factory=dict)
+    calls: dict[Any, _Transfer] = field(default_factory=dict)  # the latest that it has posted with each handle
+    pending: list[_Transfer] = field(default_factory=list)  # those that it waits for now
+    totals: dict[str, float] = field(default_factory=dict)  # seconds of each kind
     spans: list[Span] = field(default_factory=list)
-    mark: Mark | None = None
+    mark: Mark | None = None  # the phase that it is in, and when its first work began
     marked_at: float | None = None
 
     def spend(self, kind: str, seconds: float) -> None:

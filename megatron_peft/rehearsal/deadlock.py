@@ -18,81 +18,31 @@ from megatron_peft.rehearsal.program import MESSAGES, PHASES, Call, EarlyUse, En
 _OF_ONE_COLLECTIVE = attrgetter("operation", "shapes", "dtype", "peer")  # the same for all of its calls
 
 
-@dataclass(frozen=True)
-class Problem:
-    """Two ranks that do not fit together, in a sentence that names both and their calls; or one that reads too early.
-
-    Args:
-        kind: "mismatch"; "wait" for one that does not end, or for one that is missing.
-    """
-
-    kind: str
-    ranks: tuple[int, ...]
-    text: str
-
-
-def check_order(programs: Mapping[int, Iterable[Entry]]) -> Problem | None:
+def check_order(programs: Mapping[int, Iterable[Entry]], whole_runs: bool = False) -> str | None:
     """The first problem of these programs, which must be those of all ranks of every group in them; None: all end.
+
+    It names both ranks that do not fit together, and their calls; or one that reads too early.
 
     Args:
         programs: by global rank; what is computed does not matter.
+        whole_runs: they end with the run, and by then all calls were waited for; a schedule leaves sends to themselves.
     """
     try:
-        _Replay(programs).run()
+        _Replay(programs, whole_runs).run()
     except _Found as found:
-        return found.args[0]
+        return str(found)
     return None
-
-
-def missing_wait(programs: Mapping[int, Iterable[Entry]]) -> Problem | None:
-    """The first asynchronous call whose result is used, or left at the end, without a wait; None: there is none.
-
-    A schedule leaves sends to themselves.
-
-    Args:
-        programs: as for `check_order`, each of a whole run.
-    """
-    for rank, entries in programs.items():
-        under_way: dict[Any, _Place] = {}  # by handle
-        num_calls = 0
-        for entry, phase in _with_phases(entries):
-            if isinstance(entry, Call):
-                if entry.is_async and entry.operation != "send":
-                    under_way[entry.handle] = _Place(rank, num_calls, entry, phase)
-                num_calls += 1
-            elif isinstance(entry, Wait):
-                under_way.pop(entry.handle, None)
-            elif isinstance(entry, EarlyUse):
-                told = f"{under_way[entry.handle]}: its result is used before it is waited for."
-                return Problem("wait", (rank,), told)
-        for place in under_way.values():
-            return Problem("wait", (rank,), f"{place}: nobody waits for it.")
-    return None
-
-
-def _with_phases(entries: Iterable[Entry]) -> Iterator[tuple[Entry, str]]:
-    """Each entry, and the phase of a run that it is in; empty if that is not marked."""
-    phase = ""
-    for entry in entries:
-        if isinstance(entry, Mark) and entry.phase in PHASES:
-            phase = entry.phase
-        yield entry, phase
 
 
 @dataclass(slots=True, eq=False)
 class _Place:
-    """A call of a rank, and its number among the rank's calls.
-
-    Args:
-        phase: of a run, if it is marked.
-        is_met: by all that it waits for.
-    """
+    """A call of a rank, and its number among the rank's calls."""
 
     rank: int
     number: int
     call: Call
-    phase: str = ""
-    is_met: bool = False
+    phase: str = ""  # of a run, if it is marked
+    is_met: bool = False  # by all that it waits for
 
     def __str__(self) -> str:
         call = self.call
@@ -105,14 +55,14 @@ class _Place:
 
 
 class _Found(Exception):
-    """Ends a replay, with its `Problem`."""
+    """Ends a replay, and says why."""
 
 
 class _Replay:
     """Runs every rank as far as it comes, until all have ended or none moves. Raises `_Found`."""
 
-    def __init__(self, programs: Mapping[int, Iterable[Entry]]) -> None:
-        self.programs = programs
+    def __init__(self, programs: Mapping[int, Iterable[Entry]], whole_runs: bool) -> None:
+        self.programs, self.whole_runs = programs, whole_runs
         self.waits_for: dict[int, list[_Place]] = {rank: [] for rank in programs}
         self.ready = deque(programs)
         # Of each group, its collectives that not all have joined, in their order: who has come.
@@ -132,33 +82,39 @@ class _Replay:
         if stuck := [rank for rank, places in self.waits_for.items() if places]:
             self._tell_why(stuck[0])
         for place in (place for queue in self.messages.values() for place in queue):  # that nobody takes
-            [peer] = self._missing(place)
-            raise _Found(Problem("wait", (place.rank, peer), f"{place} has no partner on rank {peer}."))
+            raise _Found(f"{place} has no partner on rank {place.call.peer}.")
 
     def _waits(self, rank: int, entries: Iterable[Entry]) -> Iterator[Sequence[_Place]]:
         """Issues a rank's calls, and gives what it waits for wherever it does: for a collective where it is issued."""
-        num_calls = 0
-        messages: dict[Any, _Place] = {}  # by handle: those that the program still waits for
+        num_calls, phase = 0, ""
+        under_way: dict[Any, _Place] = {}  # by handle: what the program still waits for
         batch: list[_Place] = []
-        for entry, phase in _with_phases(entries):
+        for entry in entries:
+            if isinstance(entry, Mark) and entry.phase in PHASES:
+                phase = entry.phase
+            elif isinstance(entry, EarlyUse):
+                raise _Found(f"{under_way[entry.handle]}: its result is used before it is waited for.")
             if not isinstance(entry, Call | Wait):
                 continue
             if batch and (isinstance(entry, Wait) or entry.batch != batch[0].call.batch):
                 yield batch
                 batch = []
             if isinstance(entry, Wait):
-                yield [messages.pop(entry.handle)] if entry.handle in messages else []
+                yield [under_way.pop(entry.handle)] if entry.handle in under_way else []
                 continue
             place = _Place(rank, num_calls, entry, phase)
             num_calls += 1
             self._issue(place)
+            if entry.is_async:
+                under_way[entry.handle] = place
             if entry.batch is not None:
                 batch.append(place)
-            elif entry.operation in MESSAGES and entry.is_async:
-                messages[entry.handle] = place
-            else:
+            elif entry.operation not in MESSAGES or not entry.is_async:
                 yield [place]
         yield batch
+        for place in under_way.values():
+            if self.whole_runs and place.call.operation != "send":
+                raise _Found(f"{place}: nobody waits for it.")
 
     def _issue(self, place: _Place) -> None:
         call = place.call
@@ -170,7 +126,7 @@ class _Replay:
             begun.append(others := {})
         other = next(iter(others.values()), place)
         if _OF_ONE_COLLECTIVE(call) != _OF_ONE_COLLECTIVE(other.call):
-            raise _Found(Problem("mismatch", (other.rank, place.rank), f"{other} meets {place}."))
+            raise _Found(f"{other} meets {place}.")
         others[place.rank] = place
         if len(others) == len(call.group):
             begun.remove(others)
@@ -188,9 +144,9 @@ class _Replay:
         other = queue.popleft()
         if call.operation == other.call.operation:
             told = f"{other} waits for rank {place.rank}; {place} waits for rank {other.rank}."
-            raise _Found(Problem("wait", (other.rank, place.rank), f"ranks wait for one another: {told}"))
+            raise _Found(f"ranks wait for one another: {told}")
         if (call.shapes, call.dtype) != (other.call.shapes, other.call.dtype):
-            raise _Found(Problem("mismatch", (other.rank, place.rank), f"{other} meets {place}."))
+            raise _Found(f"{other} meets {place}.")
         self._complete(place, other)
 
     def _complete(self, *places: _Place) -> None:
@@ -207,21 +163,15 @@ class _Replay:
         seen: dict[int, str] = {}  # why each waits
         while rank not in seen:
             place = self.waits_for[rank][0]
-            missing = self._missing(place)
+            call = place.call
+            missing: list[Any] = [call.peer]
+            if call.operation not in MESSAGES:
+                came = next(one for one in self.collectives[call.axis, call.group] if place in one.values())
+                missing = [other for other in call.group if other not in came]
             ended = [other for other in missing if not self.waits_for.get(other)]
             if ended:
-                text = f"{place} waits for rank {ended[0]}, which ends without such a call."
-                raise _Found(Problem("wait", (rank, ended[0]), text))
+                raise _Found(f"{place} waits for rank {ended[0]}, which ends without such a call.")
             seen[rank] = f"{place} waits for rank {missing[0]}"
             rank = missing[0]
-        cycle = [*seen][[*seen].index(rank) :]
-        told = "; ".join(seen[one] for one in cycle)
-        raise _Found(Problem("wait", tuple(cycle), f"ranks wait for one another: {told}."))
-
-    def _missing(self, place: _Place) -> list[int]:
-        """The ranks that a call waits for."""
-        call = place.call
-        if call.operation in MESSAGES:
-            return [call.peer] if call.peer is not None else []
-        came = next(others for others in self.collectives[call.axis, call.group] if place in others.values())
-        return [rank for rank in call.group if rank not in came]
+        cycle = [*seen.values()][[*seen].index(rank) :]
+        raise _Found(f"ranks wait for one another: {'; '.join(cycle)}.")

@@ -12,7 +12,7 @@ Phase = Literal["begin", "forward", "schedule", "backward", "finish", "update", 
 PHASES = ("loading", "start", "step", "validation", "saving")  # of a run; "start" is LoRA-GA's
 
 ITEM_BYTES = {
-    **dict.fromkeys(("complex128",), 16),
+    "complex128": 16,
     **dict.fromkeys(("float64", "int64", "complex64"), 8),
     **dict.fromkeys(("float32", "int32"), 4),
     **dict.fromkeys(("bfloat16", "float16", "int16"), 2),
@@ -36,12 +36,9 @@ class Product:
 
     @property
     def flops(self) -> int:
-        """2 for each multiply and add; attention has two products, and five in backward (scores are recomputed).
-
-        A complex product is four real ones.
-        """
+        """2 for each multiply and add; attention has two products, and five in backward (scores are recomputed)."""
         num_products = {"mm": 1, "attention": 2, "attention backward": 5}[self.kind]
-        num_real = 4 if self.dtype.startswith("complex") else 1
+        num_real = 4 if self.dtype.startswith("complex") else 1  # products
         return 2 * num_products * num_real * self.batch * self.m * self.n * self.k
 
     @property
@@ -55,53 +52,36 @@ class Product:
 
 @dataclass(frozen=True)
 class Computation:
-    """What a rank computes between two calls.
+    """What a rank computes between two calls."""
 
-    Args:
-        products: how often each was computed.
-        num_bytes: read and written by all other operations.
-        num_kernels: operations launched, products among them.
-    """
-
-    products: Mapping[Product, int] = field(default_factory=dict)
-    num_bytes: int = 0
-    num_kernels: int = 0
+    products: Mapping[Product, int] = field(default_factory=dict)  # how often each was computed
+    num_bytes: int = 0  # read and written by all other operations
+    num_kernels: int = 0  # operations launched, products among them
 
 
 @dataclass(frozen=True)
 class Call:
-    """A collective or a message.
+    """A collective or a message."""
 
-    Args:
-        operation: "all_reduce", "all_gather", "reduce_scatter", "broadcast", "all_to_all", "barrier", "send", "recv".
-        axis: name of the process group, as "tensor", "data", "pipeline", "world": two groups may have the same ranks.
-        group: its global ranks, in the group's order.
-        shapes: of the tensors that this rank puts in (of a "recv": that it gets); several if they are coalesced. Of
-            "all_gather" the own shard, of "reduce_scatter" all shards.
-        dtype: of these tensors.
-        peer: global rank of the other side of a message, or the source of a broadcast.
-        batch: messages with the same number are posted together, and waited for together.
-        handle: of an asynchronous call; a `Wait` for it says where it is waited for. Calls that follow one another may
-            have the same. None: it is waited for at once.
-    """
-
-    operation: str
-    axis: str
-    group: tuple[int, ...]
+    operation: str  # "all_reduce", "all_gather", "reduce_scatter", "broadcast", "all_to_all", "barrier", "send", "recv"
+    axis: str  # the process group, as "tensor", "data", "pipeline", "world": two groups may have the same ranks
+    group: tuple[int, ...]  # its global ranks, in its order
+    # Of the tensors that this rank puts in (of a "recv": that it gets); several if they are coalesced. Of "all_gather"
+    # the own shard, of "reduce_scatter" all shards.
     shapes: tuple[tuple[int, ...], ...]
     dtype: str
-    peer: int | None = None
-    batch: int | None = None
+    peer: int | None = None  # global rank of the other side of a message, or the source of a broadcast
+    batch: int | None = None  # messages with the same number are posted together, and waited for together
+    # Of an asynchronous call; a `Wait` for it says where it is waited for. Calls that follow one another may have the
+    # same. None: it is waited for at once.
     handle: int | str | None = None
 
     @property
     def is_async(self) -> bool:
-        """Whether it runs beside what follows."""
         return self.handle is not None
 
     @property
     def num_bytes(self) -> int:
-        """The size of the tensors in `shapes`."""
         return sum(prod(shape) for shape in self.shapes) * ITEM_BYTES[self.dtype]
 
 
@@ -125,15 +105,11 @@ class Mark:
 
     "begin" is what comes before the first microbatch, "forward" and "backward" are of a microbatch, "schedule" is what
     megatron-core's schedule does between them (messages), "finish" sums gradients, "update" is all that follows.
-
-    Args:
-        microbatch: number within the step; None outside forward and backward.
-        chunk: of the interleaved schedule.
     """
 
     phase: Phase
-    microbatch: int | None = None
-    chunk: int = 0
+    microbatch: int | None = None  # number within the step; None outside forward and backward
+    chunk: int = 0  # of the interleaved schedule
 
 
 Entry = Computation | Call | Wait | EarlyUse | Mark
@@ -143,47 +119,35 @@ Memory = dict[str, int]  # bytes of each part at the moment of the peak; their s
 
 @dataclass(frozen=True)
 class RankRecord:
-    """One rank's step in program order, and its peaks.
-
-    Args:
-        rank: global.
-        stage: pipeline rank.
-        num_microbatches: of the step in `entries`; the run may have more.
-        entries: of one training step.
-        parameters: number of elements on this rank, "trained" and "frozen".
-        peaks: memory by phase (`PHASES`) and part: "weights", "gradients", "optimizer", "buffers", "temporary", and
-            "activations of KIND" of each kind of layer.
-    """
+    """One rank's step in program order, and its peaks."""
 
     rank: int
     stage: int
-    num_microbatches: int
+    num_microbatches: int  # of the step in `entries`; the run may have more
     entries: tuple[Entry, ...]
-    parameters: Mapping[str, int]
+    parameters: Mapping[str, int]  # number of elements on this rank, "trained" and "frozen"
+    # By phase (`PHASES`) and part: "weights", "gradients", "optimizer", "buffers", "temporary", and "activations of
+    # KIND" of each kind of layer.
     peaks: Mapping[str, Memory]
 
     @property
     def calls(self) -> Iterator[Call]:
-        """All calls, in program order."""
         return (entry for entry in self.entries if isinstance(entry, Call))
 
     def peak(self, phase: str) -> int:
-        """Bytes."""
         return sum(self.peaks[phase].values())
+
+    @property
+    def highest_peak(self) -> int:
+        return max(map(self.peak, self.peaks))
 
 
 @dataclass(frozen=True)
 class RecordedPass:
-    """One microbatch's forward or backward through a segment of a model, or what is done once a step.
-
-    Args:
-        entries: in program order.
-        left: bytes that it leaves behind.
-        peak: bytes; both are relative to its begin.
-    """
+    """One microbatch's forward or backward through a segment of a model, or what is done once a step."""
 
     entries: tuple[Entry, ...] = ()
-    left: int = 0
+    left: int = 0  # bytes that it leaves behind, and their peak, both relative to its begin
     peak: int = 0
 
 
@@ -194,35 +158,23 @@ ENDS = ("embedding", "head")
 
 @dataclass(frozen=True)
 class Parameters:
-    """Numbers of a model's segment on a tensor-parallel rank.
-
-    Args:
-        weight_bytes, buffer_bytes: of all parameters and buffers.
-        trained: elements in the run's own type, with master parameters beside them where it is not float32.
-        trained_float32: in a run of another type, those in float32: their own masters.
-        partial: of the trained ones, those whose gradients are summed over the tensor-parallel ranks.
-        num_tensors: trained ones.
-        largest: elements of the largest trained one.
-        num_mixed: linear layers that mix a low rank with a rotation.
-    """
+    """Numbers of a model's segment on a tensor-parallel rank."""
 
     weight_bytes: int = 0
     buffer_bytes: int = 0
-    trained: int = 0
-    trained_float32: int = 0
-    partial: int = 0
-    num_tensors: int = 0
-    largest: int = 0
-    num_mixed: int = 0
+    trained: int = 0  # elements in the run's own type, with master parameters beside them where it is not float32
+    trained_float32: int = 0  # in a run of another type, those in float32: their own masters
+    partial: int = 0  # trained ones whose gradients are summed over the tensor-parallel ranks
+    num_tensors: int = 0  # trained ones
+    largest: int = 0  # elements of the largest trained one
+    num_mixed: int = 0  # linear layers that mix a low rank with a rotation
 
     @property
     def num_trained(self) -> int:
-        """Elements."""
         return self.trained + self.trained_float32
 
     @classmethod
     def sum(cls, several: "Iterable[Parameters]") -> "Parameters":
-        """Those of several segments together."""
         parts = [*several]
         total = cls(*map(sum, zip(*(tuple(vars(one).values()) for one in parts), strict=True)))
         return replace(total, largest=max((one.largest for one in parts), default=0))
@@ -230,17 +182,10 @@ class Parameters:
 
 @dataclass(frozen=True, eq=False)
 class RecordedLayers:
-    """The segments of a model, and what is built once a step for the layers that were recorded.
+    """The segments of a model, and what is built once a step for the layers that were recorded."""
 
-    Args:
-        passes: ("forward" or "backward", segment) -> one microbatch's; ("begin", "") and ("finish", "") -> what is done
-            before the first microbatch and after the last, for all layers. What does nothing may be missing.
-        parameters: of each segment.
-        fixed_kernels: "begin", "finish" -> part of its kernels that there would be of any number of layers.
-        cached: bytes that layers share, from the start or from the first microbatch on, as ALiBi's biases.
-    """
-
+    # ("forward" or "backward", segment) -> one microbatch's; ("begin", "") and ("finish", "") -> what is done before
+    # the first microbatch and after the last, for all layers. What does nothing may be missing.
     passes: Mapping[tuple[str, Segment], RecordedPass]
     parameters: Mapping[Segment, Parameters]
-    fixed_kernels: Mapping[str, float]
-    cached: int
+    cached: int  # bytes that layers share, from the start or from the first microbatch on, as ALiBi's biases

@@ -1,6 +1,6 @@
-"""Records what a rank computes, sends and holds: modes that see every operation, on fake tensors and on real ones.
+"""Records what a rank computes, sends and holds: a mode that sees every operation, on fake tensors and on real ones.
 
-The same modes watch a rehearsed rank and a real one, so that tests can compare the two.
+The same mode watches a rehearsed rank and a real one, so that tests can compare the two.
 """
 
 import weakref
@@ -21,18 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from megatron_peft.config import require
-from megatron_peft.rehearsal.program import (
-    MESSAGES,
-    Call,
-    Computation,
-    EarlyUse,
-    Entry,
-    Mark,
-    Memory,
-    Phase,
-    Product,
-    Wait,
-)
+from megatron_peft.rehearsal import program
+from megatron_peft.rehearsal.program import MESSAGES, Call, Computation, EarlyUse, Entry, Mark, Product, Wait
 from megatron_peft.runtime.fake_ranks import Mode, replaced
 
 # Groups of megatron-core that a dense model uses -> their names in a `Call`. Others are never called.
@@ -70,17 +60,19 @@ _DEVICE = torch.ops.prim.device.default
 
 
 class Recorder(Mode):
-    """The entries of a rank, while it is entered.
+    """The entries of a rank, and the memory that it holds, while it is entered.
 
     Args:
         groups: as `group_names` gives them.
-        keeps_work: record computation too; otherwise calls alone, and where what one has not finished is used.
+        keeps_work: record computation and memory too; otherwise calls alone, and where what one has not finished is
+            used.
         fuses_sums: on a GPU, products that give a weight's gradient add it to the sum over microbatches themselves.
     """
 
     def __init__(self, groups: Mapping[str, str], keeps_work: bool = True, fuses_sums: bool = False) -> None:
         super().__init__()
         self.groups, self.keeps_work, self.fuses_sums = groups, keeps_work, fuses_sums
+        self.memory = LiveMemory()
         self._batch: int | None = None
         self._num_batches = 0
         self._entries: list[Entry] = []
@@ -89,8 +81,8 @@ class Recorder(Mode):
         self._kernels: list[Product | int] = []  # since the last entry: products, and bytes of others
         self._last_product: Callable[[], Any] = lambda: None  # the storage that it has written, while that lives
 
-    def mark(self, phase: Phase, microbatch: int | None = None, chunk: int = 0) -> None:
-        """What follows belongs to this phase."""
+    def mark(self, phase: program.Phase, microbatch: int | None = None, chunk: int = 0) -> None:
+        self.memory.phase = phase
         self._add(Mark(phase, microbatch, chunk))
 
     def batch(self) -> AbstractContextManager[None]:
@@ -128,7 +120,7 @@ class Recorder(Mode):
         return len(self._entries)
 
     def forget_sends(self) -> None:
-        """Let go of what a schedule has sent and not waited for."""
+        # What a schedule has sent and not waited for.
         self._under_way = {number: one for number, one in self._under_way.items() if one.operation != "send"}
 
     def _add(self, entry: Entry) -> None:
@@ -150,6 +142,7 @@ class Recorder(Mode):
         result = func(*args, **(kwargs or {}))
         if self.keeps_work:
             self._count(func, args, result)
+            self.memory.see(args, result)
         elif self._under_way and _written(func, args, result):  # else a view
             used = [*_tensors(args), *_tensors(result)]
             for number, handle in self._under_way.items():
@@ -175,8 +168,11 @@ class Recorder(Mode):
         is_mixed = len({tensor.dtype for tensor in tensors}) > 1  # coalesced, of several types: bytes are recorded
         [*peers] = (ranks[named[key]] for key in ("root_rank", "dst", "src") if key in named)
         result = func(*args, **kwargs)
+        if self.keeps_work:
+            self.memory.see(args, result)
         if len(ranks) == 1:
             return result
+        number, self._num_calls = self._num_calls, self._num_calls + 1
         call = Call(
             operation,
             self.groups.get(group.group_name, group.group_name),
@@ -185,28 +181,25 @@ class Recorder(Mode):
             _dtype_name(tensors[0].dtype) if tensors and not is_mixed else "uint8",
             peers[0] if peers else None,
             self._batch if operation in MESSAGES else None,
-            handle=self._num_calls,
+            handle=number,
         )
         self._add(call)
-        number = self._num_calls
-        self._num_calls += 1
-
-        def waits() -> None:
-            if self._under_way.pop(number, None) is None:
-                return
-            self._flush_work()
-            if self._entries and self._entries[-1] is call and call.batch is None:  # it is waited for at once
-                self._entries[-1] = replace(call, handle=None)
-            else:
-                self._entries.append(Wait(number))
-
         *outputs, work = result if isinstance(result, tuple) else (result,)
-        handle = _Handle(operation, dist.Work.unbox(work), waits)
+        handle = _Handle(operation, dist.Work.unbox(work), lambda: self._waited_for(number, call))
         if not self.keeps_work and name != "send" and call.peer != dist.get_rank():  # a source may read what it sends
             handle.writes = [*_tensors([one for key, one in named.items() if key.startswith(("output", "tensors"))])]
         self._under_way[number] = handle
         boxed = handle.boxed()  # pyright: ignore[reportAttributeAccessIssue]
         return (*outputs, boxed) if outputs else boxed
+
+    def _waited_for(self, number: int, call: Call) -> None:
+        if self._under_way.pop(number, None) is None:
+            return
+        self._flush_work()
+        if self._entries and self._entries[-1] is call and call.batch is None:  # it is waited for at once
+            self._entries[-1] = replace(call, handle=None)
+        else:
+            self._entries.append(Wait(number))
 
     def _count(self, func: Any, args: Any, result: Any) -> None:
         outputs, name = _written(func, args, result), func.overloadpacket.__name__
@@ -229,13 +222,9 @@ class Recorder(Mode):
 
 
 class _Handle(dist.Work):
-    """What a call gives, which tells when it is waited for. The recorder keeps it until then: C++ does not.
+    """What a call gives, which tells when it is waited for. The recorder keeps it until then: C++ does not."""
 
-    Attributes:
-        writes: what must not be used before.
-    """
-
-    writes: Sequence[Tensor] = ()
+    writes: Sequence[Tensor] = ()  # what must not be used before
 
     def __init__(self, operation: str, work: dist.Work, waits: Callable[[], None]) -> None:
         super().__init__()
@@ -252,10 +241,8 @@ class _Handle(dist.Work):
 
 # What an operation reads and writes.
 
-_LAUNCH_NOTHING = set(
-    "empty empty_like empty_strided new_empty new_empty_strided _unsafe_view "
-    "_local_scalar_dense lift_fresh resize_ set_".split()
-)
+_LAUNCH_NOTHING = set("empty empty_like empty_strided new_empty new_empty_strided _unsafe_view".split())
+_LAUNCH_NOTHING |= {"_local_scalar_dense", "lift_fresh", "resize_", "set_"}
 
 
 @cache
@@ -307,8 +294,7 @@ def _overlap(one: Tensor, other: Tensor) -> bool:
     return _storage(one) == _storage(other) and first < end and begin < last
 
 
-def _extent(tensor: Tensor) -> tuple[int, int]:
-    """Where its elements begin and end in its storage, in bytes."""
+def _extent(tensor: Tensor) -> tuple[int, int]:  # of its elements in its storage, in bytes
     begin, size = int(tensor.storage_offset()), tensor.element_size()
     return begin * size, compute_required_storage_length(tensor.shape, tensor.stride(), begin) * size
 
@@ -353,26 +339,19 @@ _OUTSIDE_LAYERS: Mapping[str | None, str] = {"forward": "logits and loss", "sche
 
 @dataclass(slots=True, eq=False)
 class _Storage:
-    """A storage that is alive, and what tells of its end."""
-
     num_bytes: int = 0
     part: str = "temporary"
-    ended: Any = None
+    ended: Any = None  # what tells of its end
 
 
-class LiveMemory(Mode):
-    """Bytes of all live storages, and of each part at the moment of their peak, while it is entered.
+class LiveMemory:
+    """Bytes of all live storages, and of each part at the moment of their peak.
 
     A storage is "temporary" until the call of the module that made it ends; then it is one of the activations of that
-    kind of layer. `assign` says what the others are.
-
-    Attributes:
-        total: bytes now.
-        highest: bytes at the peak.
+    kind of layer. `assign` says what the others are. `total` are bytes now, `highest` those at the peak.
     """
 
     def __init__(self) -> None:
-        super().__init__()
         self.phase: str | None = None
         self._live: dict[int, _Storage] = {}
         self._parts: Counter[str] = Counter()
@@ -382,22 +361,15 @@ class LiveMemory(Mode):
         self.start_peak()
 
     def start_peak(self) -> None:
-        """Look for a peak from here on."""
         self.highest, self._at_peak = self.total, dict(self._parts)
 
-    def peak(self, assigned_since: bool = False) -> Memory:
-        """Bytes of each part at the peak.
-
-        Args:
-            assigned_since: of each part as it is now, what has gone since as temporary: only now is it known what the
-                tensors are.
-        """
+    def peak(self, assigned_since: bool = False) -> program.Memory:
+        """Bytes of each part at the peak; of parts assigned since as they are now, what has gone being temporary."""
         parts = Counter(self._parts if assigned_since else self._at_peak)
         parts["temporary"] += self.highest - parts.total()
         return {part: num_bytes for part, num_bytes in sorted(parts.items()) if num_bytes}
 
     def name_modules(self, chunks: Iterable[nn.Module]) -> None:
-        """Learn the kinds of layers, by the names of modules."""
         for chunk in chunks:
             for name, module in chunk.named_modules():
                 known = [_LAYER_KINDS[one] for one in name.split(".") if one in _LAYER_KINDS]
@@ -414,25 +386,24 @@ class LiveMemory(Mode):
         if storage._cdata in self._live:
             self._change(self._live[storage._cdata], storage.nbytes())
 
+    # Hooks of all modules: what is made between them belongs to the module.
+
     def begin_call(self, module: nn.Module, inputs: Any) -> None:
-        """A hook of all modules: what is made from here on belongs to this one."""
         outer = self._calls[-1][0] if self._calls else None
         self._calls.append((self._kinds.get(module, outer), []))
 
     def end_call(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        """The hook of its end."""
         kind, made = self._calls.pop() if self._calls else (None, [])
         for storage in made if kind is not None else ():
             if storage.part == "temporary":
                 self._change(storage, storage.num_bytes, f"activations of {kind}")
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+    def see(self, args: Any, result: Any) -> None:
+        """An operation's tensors."""
         for tensor in (*_tensors(args), *_tensors(result)):
             self._seen(tensor)
         if self.total > self.highest:
             self.highest, self._at_peak = self.total, dict(self._parts)
-        return result
 
     def _seen(self, tensor: Tensor) -> _Storage:
         storage = tensor.untyped_storage()
@@ -450,7 +421,6 @@ class LiveMemory(Mode):
         return known
 
     def _change(self, storage: _Storage, num_bytes: int, part: str | None = None) -> None:
-        """Its size, and the part that it belongs to."""
         self._parts[storage.part] -= storage.num_bytes
         storage.part = part or storage.part
         self._parts[storage.part] += num_bytes

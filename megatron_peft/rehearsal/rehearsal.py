@@ -6,14 +6,12 @@ as --seq-length allows.
 """
 
 import os
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
 from itertools import starmap
 from multiprocessing.connection import wait
-from pkgutil import resolve_name
 from threading import Thread
 from typing import Any
 
@@ -22,19 +20,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from megatron_peft.config import ConfigurationError, RunConfig
 from megatron_peft.models.shape import ModelShape
-from megatron_peft.rehearsal.deadlock import Problem, check_order, missing_wait
+from megatron_peft.rehearsal import schedule
+from megatron_peft.rehearsal.deadlock import check_order
 from megatron_peft.rehearsal.program import Entry, RankRecord, RecordedLayers
-from megatron_peft.rehearsal.requests import LayersToRecord, Lengths, RankToRehearse, contents_of_stages
-from megatron_peft.rehearsal.schedule import RankGrid, StageProgram, program_of_stage, programs_of_ranks, renumbered
+from megatron_peft.rehearsal.rehearsed_rank import recorded_layers, rehearse_rank
+from megatron_peft.rehearsal.requests import LayersToRecord, Lengths, RankToRehearse, alike_stages
+from megatron_peft.rehearsal.schedule import RankGrid, StageProgram
 from megatron_peft.rehearsal.small_run import kept_stages, make_small
 from megatron_peft.runtime.ranks import NO_GPU, Ranks, preload
 
 Watch = Callable[[int, int], None]  # is told how much of the work is done now, and how much more there is to do
 MOST_REPLICAS, MOST_RANKS = 8, 64  # whose calls are compared in `order_problem`
-# Functions for processes of their own.
-REHEARSE = "megatron_peft.rehearsal.rehearsed_rank:rehearse_rank"
-RECORD_LAYERS = "megatron_peft.rehearsal.layer_recording:recorded_layers"
-SCHEDULES = "megatron_peft.rehearsal.stage_schedule:schedules_of_stages"
 
 
 @contextmanager
@@ -55,7 +51,7 @@ def work_bar(title: str) -> Iterator[Watch]:
 
 def rehearse(ranks: Sequence[RankToRehearse], watch: Watch = lambda done, more: None) -> list[RankRecord]:
     """The record of each rank. `watch` counts ranks."""
-    return _in_processes(REHEARSE, [(rank,) for rank in ranks], watch)
+    return _in_processes(rehearse_rank, [(rank,) for rank in ranks], watch)
 
 
 def record_layers(
@@ -63,40 +59,31 @@ def record_layers(
     watch: Watch = lambda done, more: None,
     known: dict[str, RecordedLayers] | None = None,
 ) -> list[RecordedLayers]:
-    """The segments of each model, from as few layers as have all kinds of them.
+    """The segments of each model, from as few layers as have all kinds of them. `watch` counts recordings.
 
-    Args:
-        watch: counts recordings.
-        known: what was recorded before, which is not recorded again; this adds its own.
+    What is `known` already is not recorded again; this adds its own.
     """
     known = {} if known is None else known
     names = [repr(one) for one in asked]
     new = {name: (one,) for name, one in zip(names, asked, strict=True) if name not in known}
-    known.update(zip(new, _in_processes(RECORD_LAYERS, [*new.values()], watch, take_several=True), strict=True))
+    known.update(zip(new, _in_processes(recorded_layers, [*new.values()], watch, take_several=True), strict=True))
     return [known[name] for name in names]
 
 
 @dataclass(frozen=True)
 class RehearsedRun:
-    """A run of which some ranks were rehearsed.
-
-    Args:
-        config, shape: of the run.
-        records: of the rehearsed ranks. Of every stage that holds something else, the one with most microbatches in
-            flight; the first, second, middle and last stage; and a second tensor-parallel rank.
-        stages: the program of every stage, with all of the run's microbatches.
-        alike: of every stage, the rehearsed one that holds the same.
-    """
+    """A run of which some ranks were rehearsed."""
 
     config: RunConfig
     shape: ModelShape
+    # Of every stage that holds something else, the rank with most microbatches in flight; the first, second, middle and
+    # last stage; and a second tensor-parallel rank.
     records: tuple[RankRecord, ...]
-    stages: tuple[StageProgram, ...]
-    alike: tuple[int, ...]
+    stages: tuple[StageProgram, ...]  # of every stage, with all of the run's microbatches
+    alike: Sequence[int]  # of every stage, the rehearsed one that holds the same
 
     @property
     def grid(self) -> RankGrid:
-        """The places of its ranks."""
         return RankGrid.of(self.config.parallel)
 
     def parameters(self) -> dict[str, int]:
@@ -108,32 +95,28 @@ class RehearsedRun:
 
     def programs(self) -> dict[int, Iterator[Entry]]:
         """The entries of every rank; of more than two replicas, of two, which stand for all."""
-        return programs_of_ranks(self.stages, replace(self.grid, data=min(self.grid.data, 2)))
+        return schedule.programs_of_ranks(self.stages, replace(self.grid, data=min(self.grid.data, 2)))
 
 
 def rehearse_run(
     config: RunConfig, shape: ModelShape, peaks: bool = True, watch: Watch = lambda done, more: None
 ) -> RehearsedRun:
-    """Rehearse the distinct ranks of a run's world, which need not exist.
+    """Rehearse the distinct ranks of a run's world, which need not exist. `watch` counts them.
 
-    Args:
-        peaks: of memory. Without them, the records tell what ranks compute and call, in less time.
-        watch: counts ranks, and the search for the stages' schedules.
+    Without `peaks` of memory the records tell what ranks compute and call, in less time.
     """
-    grid, contents = RankGrid.of(config.parallel), contents_of_stages(config, shape)
-    alike = tuple(contents.index(one) for one in contents)  # the first of those like it
-    places = [grid.rank(0, 0, stage) for stage in sorted({*alike})]
-    if peaks:
-        fullest = (0, min(1, grid.pipeline - 1), grid.pipeline // 2, grid.pipeline - 1)
-        places = sorted({*places, *(grid.rank(0, 0, stage) for stage in fullest)})
-        places += [grid.rank(1, 0, grid.pipeline - 1)] if grid.tensor > 1 else []
-    asked = [RankToRehearse.of(config, shape, rank, peaks) for rank in places]
-    [schedules] = _in_processes(SCHEDULES, [(config, shape)], watch)
-    records = rehearse(asked, watch)
+    grid, alike = RankGrid.of(config.parallel), alike_stages(config, shape)
+    stages = {*alike, 0, min(1, grid.pipeline - 1), grid.pipeline // 2, grid.pipeline - 1} if peaks else {*alike}
+    places = [grid.rank(0, 0, stage) for stage in sorted(stages)]
+    if peaks and grid.tensor > 1:
+        places.append(grid.rank(1, 0, grid.pipeline - 1))
+    [schedules] = _in_processes(schedule.schedules_of_stages, [(config, shape)], watch)
+    records = rehearse([RankToRehearse.of(config, shape, rank, peaks) for rank in places], watch)
     of_rank = dict(zip(places, records, strict=True))
+    like = [of_rank[grid.rank(0, 0, stage)] for stage in alike]
     programs = [
-        program_of_stage(of_rank[grid.rank(0, 0, alike[stage])], stage, schedule, grid, config.num_microbatches)
-        for stage, schedule in enumerate(schedules)
+        schedule.program_of_stage(record, stage, entries, grid, config.num_microbatches)
+        for stage, (record, entries) in enumerate(zip(like, schedules, strict=True))
     ]
     return RehearsedRun(config, shape, tuple(records), tuple(programs), alike)
 
@@ -143,13 +126,12 @@ def start_planned_peak(config: RunConfig, shape: ModelShape) -> Callable[[], int
 
     A rehearsal that fails gives its error's last line: the run does not depend on it.
     """
-    asked = RankToRehearse.of(config, shape, 0)
     found: list[int | str] = []
 
     def rehearse_it() -> None:
         try:
-            [record] = rehearse([asked])
-            found.append(max(record.peak(phase) for phase in record.peaks))
+            [record] = rehearse([RankToRehearse.of(config, shape, 0)])
+            found.append(record.highest_peak)
         except Exception as error:
             found.append((str(error).strip() or repr(error)).splitlines()[-1])
 
@@ -157,7 +139,7 @@ def start_planned_peak(config: RunConfig, shape: ModelShape) -> Callable[[], int
     return lambda: found[0] if found else None
 
 
-def order_problem(run: RehearsedRun, watch: Watch = lambda done, more: None) -> Problem | None:
+def order_problem(run: RehearsedRun, watch: Watch = lambda done, more: None) -> str | None:
     """The first problem of the calls of any rank; None: all end.
 
     Every rank of a small run (`make_small`) is rehearsed from the model to a checkpoint, and their programs are
@@ -170,7 +152,7 @@ def order_problem(run: RehearsedRun, watch: Watch = lambda done, more: None) -> 
     few = len(stages) if run.config.parallel.is_interleaved else 2
     config, shape = make_small(run.config, run.shape, run.grid.tensor, MOST_REPLICAS, few)
     config = replace(config, checkpoint=replace(config.checkpoint, save="never written"))
-    grid, lengths = RankGrid.of(config.parallel), (Lengths.longest(config),)
+    grid, lengths = RankGrid.of(config.parallel), Lengths.longest(config)
     places = [grid.place(rank) for rank in range(grid.size)]
     numbers = {grid.rank(*place): run.grid.rank(*place[:2], stages[place[2]]) for place in places}
     if grid.size > MOST_RANKS:  # every tensor-parallel rank of a replica, and one of each replica
@@ -179,32 +161,28 @@ def order_problem(run: RehearsedRun, watch: Watch = lambda done, more: None) -> 
         (RankToRehearse(config, shape, grid.rank(*place), config.num_microbatches, lengths, calls_alone=True),)
         for place in places
     ]
-    found = _in_processes(REHEARSE, asked, watch, take_several=True)
-    records = dict(zip(places, found, strict=True))
+    records = dict(zip(places, _in_processes(rehearse_rank, asked, watch, take_several=True), strict=True))
     programs: dict[int, tuple[Entry, ...]] = {}
     for rank, number in numbers.items():
         tensor, data, stage = grid.place(rank)
         record = records.get((tensor, data, stage)) or records[tensor, 0, stage]
         recorded = StageProgram(grid, record.rank, record.entries)
         entries = record.entries if record.rank == rank else recorded.of_rank(rank)
-        programs[number] = tuple(renumbered(entries, numbers))
-    return check_order(programs) or missing_wait(programs) or check_order(run.programs())
+        programs[number] = tuple(schedule.renumbered(entries, numbers))
+    return check_order(programs, whole_runs=True) or check_order(run.programs())
 
 
 def _in_processes(
-    function: str, asked: Sequence[tuple[Any, ...]], watch: Watch, take_several: bool = False
+    function: Callable[..., Any], asked: Sequence[tuple[Any, ...]], watch: Watch, take_several: bool = False
 ) -> list[Any]:
-    """What a function, "module:name", gives for each of these arguments, in processes forked from one that has torch.
+    """What a function gives for each of these arguments, in processes forked from one that has torch.
 
-    At a time there are as many as this machine has cores, at most four.
-
-    Args:
-        take_several: what the first one costs most is found in torch's caches by those that follow in its process.
-            Otherwise each has a process of its own.
+    At a time there are as many as this machine has cores, at most four. Each has one of its own, unless they
+    `take_several`: what the first one costs most is found in torch's caches by those that follow.
     """
     num_processes = min(len(os.sched_getaffinity(0)), 4)
     num_parts = min(num_processes, len(asked)) if take_several else len(asked)
-    preload(["megatron_peft.rehearsal.layer_recording"])  # and all that a rehearsed rank imports
+    preload([rehearse_rank.__module__])
     watch(0, len(asked))
     answers: list[Any] = [None] * len(asked)
     waiting = [slice(part, None, num_parts) for part in range(num_parts)]
@@ -220,7 +198,7 @@ def _in_processes(
             for ended in wait([*running]):
                 part, ranks = running.pop(ended)
                 if any(ranks.exit_codes):
-                    raise RuntimeError(f"the process of a rehearsed rank ended with exit code {ranks.exit_codes[0]}")
+                    raise RuntimeError(f"a rehearsed rank failed ({ranks.exit_codes[0]}):\n{ranks.output(0)}")
                 answer = ranks.result(0)
                 if isinstance(answer, Exception):
                     raise answer
@@ -229,13 +207,11 @@ def _in_processes(
     return answers
 
 
-def _answer(of: tuple[str, Sequence[tuple[Any, ...]]]) -> Any:
+def _answer(of: tuple[Callable[..., Any], Sequence[tuple[Any, ...]]]) -> Any:
     """The life of such a process."""
     import_module(NO_GPU)  # where the server could not
     function, asked = of
     try:
-        return [*starmap(resolve_name(function), asked)]
+        return [*starmap(function, asked)]
     except ConfigurationError as error:
-        return ConfigurationError(*error.problems)
-    except Exception:
-        return RuntimeError(f"a rehearsed rank failed:\n{traceback.format_exc()}")
+        return error

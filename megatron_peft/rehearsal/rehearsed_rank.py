@@ -1,5 +1,6 @@
 """What runs in the process of a rehearsed rank: the training code, with a recorder of calls, products and memory."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -8,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
+from megatron_peft.adapters.attach import linear_layers
+from megatron_peft.adapters.step import adapters_step
 from megatron_peft.checkpoint import folders, save, tensors
 from megatron_peft.checkpoint.tensors import PlannedFiles, Written, sharded_parameters
 from megatron_peft.data.batches import Microbatch
@@ -18,64 +22,53 @@ from megatron_peft.models import layers
 from megatron_peft.models.kernels import fusions_on_a_gpu
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.parallel.collectives import from_first_rank
-from megatron_peft.rehearsal.program import Memory, RankRecord
+from megatron_peft.parallel.layout import PARTIAL_OVER_TENSOR_PARALLEL
+from megatron_peft.rehearsal.program import ENDS, Memory, Parameters, RankRecord, RecordedLayers, RecordedPass, Segment
 from megatron_peft.rehearsal.recorder import LiveMemory, Recorder, group_names
-from megatron_peft.rehearsal.requests import Lengths, RankToRehearse
-from megatron_peft.runtime.fake_ranks import (
-    fake_rank,
-    replaced,
-    watched_batches,
-    watched_kernels,
-    watched_schedule,
-    watched_storages,
-)
-from megatron_peft.runtime.launch import start_model_parallel, stop_model_parallel
-from megatron_peft.training import step
+from megatron_peft.rehearsal.requests import LayersToRecord, Lengths, RankToRehearse
+from megatron_peft.runtime import fake_ranks
+from megatron_peft.runtime.fake_ranks import fake_rank, replaced
+from megatron_peft.runtime.launch import model_parallel
+from megatron_peft.training import step, validation
 from megatron_peft.training.run import build_chunks, start_lora_ga
-from megatron_peft.training.state import TrainingState, start_state
-from megatron_peft.training.step import train_step
+from megatron_peft.training.state import TrainingState, start_state, wrap_data_parallel
+from megatron_peft.training.step import finish_with, run_schedule, train_step
 from megatron_peft.training.terminal import numbers_of_parameters
 from megatron_peft.training.update import mixtures
-from megatron_peft.training.validation import (
-    largest_orthogonality_error,
-    layers_without_gradient,
-    start_losses,
-    validation_loss,
-    whole_parameters,
-)
 
 
 @dataclass
 class Watch:
-    """What is seen of a rank: `recorder`'s entries, and `memory` with the peaks of the phases that have ended.
+    """What is seen of a rank: `recorder`'s entries and memory, with its peaks in the phases that have ended.
 
     What `fuses` (`kernels.fusions`) says is one kernel on a GPU counts as one.
     """
 
     recorder: Recorder
     fuses: Mapping[str, bool] = field(default_factory=dict)
-    memory: LiveMemory = field(default_factory=LiveMemory)
     peaks: dict[str, Memory] = field(default_factory=dict)
 
     @contextmanager
     def __call__(self) -> Iterator["Watch"]:
         """Watch what this process does meanwhile."""
+        recorder, memory = self.recorder, self.memory
         with ExitStack() as stack:
-            stack.enter_context(watched_schedule(self.mark, ended=self.recorder.forget_sends))
-            stack.enter_context(watched_batches(self.recorder.batch))
-            if self.recorder.keeps_work:
-                stack.enter_context(register_module_forward_pre_hook(self.memory.begin_call))
-                stack.enter_context(register_module_forward_hook(self.memory.end_call, always_call=True))
-                stack.enter_context(watched_storages(self.memory.resized))
-                stack.enter_context(watched_kernels(self.recorder.one_kernel))
-                stack.enter_context(fused_kernels(self.recorder.one_kernel, self.fuses))
-                stack.enter_context(self.memory)
-            stack.enter_context(self.recorder)
+            stack.enter_context(fake_ranks.watched_schedule(self.mark, ended=recorder.forget_sends))
+            stack.enter_context(fake_ranks.watched_batches(recorder.batch))
+            if recorder.keeps_work:
+                stack.enter_context(register_module_forward_pre_hook(memory.begin_call))
+                stack.enter_context(register_module_forward_hook(memory.end_call, always_call=True))
+                stack.enter_context(fake_ranks.watched_storages(memory.resized))
+                stack.enter_context(fake_ranks.watched_kernels(recorder.one_kernel))
+                stack.enter_context(fused_kernels(recorder.one_kernel, self.fuses))
+            stack.enter_context(recorder)
             yield self
 
+    @property
+    def memory(self) -> LiveMemory:
+        return self.recorder.memory
+
     def mark(self, phase: Any, microbatch: int | None = None, chunk: int = 0) -> None:
-        """What follows belongs to this phase of a step."""
-        self.memory.phase = phase
         self.recorder.mark(phase, microbatch, chunk)
 
     @contextmanager
@@ -91,7 +84,7 @@ class Watch:
 
 @contextmanager
 def fused_kernels(one_kernel: Callable[..., Any], fuses: Mapping[str, bool]) -> Iterator[None]:
-    """As `watched_kernels`, of the rotary embedding and SwiGLU where `fuses` has them."""
+    """As `fake_ranks.watched_kernels`, of the rotary embedding and SwiGLU where `fuses` has them."""
     rotate, swiglu, swiglu_backward = layers._rotate, layers._SwiGLU.forward, layers._SwiGLU.backward
 
     def rotate_back(grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -123,20 +116,19 @@ def rehearse_rank(of: RankToRehearse) -> RankRecord:
     """Run one rank. Its process can be used for others afterwards, and for nothing else."""
     # Transformer Engine needs a GPU.
     config = replace(of.config, model=replace(of.config.model, transformer_impl="local"))
-    of = replace(of, config=config)
-
-    with fake_rank(of.rank, config.parallel.world_size, lambda value: of_all_stages(value, of.shape)):
-        num_stages = config.parallel.num_virtual_stages(of.shape.num_layers)
-        start_model_parallel(config.parallel, config.training.seed, num_stages)
+    of, parallel = replace(of, config=config), config.parallel
+    num_stages = parallel.num_virtual_stages(of.shape.num_layers)
+    with (
+        fake_rank(of.rank, parallel.world_size, lambda value: of_all_stages(value, of.shape)),
+        model_parallel(parallel, config.training.seed, num_stages),
+    ):
         fuses = fusions_on_a_gpu(config, of.shape)
         recorder = Recorder(group_names(), not of.calls_alone, fuses["gradient_accumulation_fusion"])
         watch = Watch(recorder, fuses)
-        steps = of.lengths * of.num_microbatches if len(of.lengths) == 1 else of.lengths
         with watch():
-            waiting = [microbatch_of(of.lengths[-1]) for _ in range(of.num_waiting)]
-            record = watch_run(watch, of, [microbatch_of(one) for one in steps])
+            waiting = [microbatch_of(of.lengths) for _ in range(of.num_waiting)]
+            record = watch_run(watch, of, [microbatch_of(of.lengths) for _ in range(of.num_microbatches)])
             del waiting  # which the device held until here
-        stop_model_parallel()
         return record
 
 
@@ -154,34 +146,31 @@ def of_all_stages(value: Any, shape: ModelShape) -> Any:
 
 
 def watch_run(watch: Watch, of: RankToRehearse, microbatches: Sequence[Microbatch], loads: bool = False) -> RankRecord:
-    """Build, start and train a rank's part of the model, on fake ranks or on real ones.
+    """Build, start and train a rank's part of the model, on fake ranks or on real ones, which read (`loads`) weights.
 
-    Where calls alone are recorded, they are those of all phases, with what a run's loop adds: a log line, the best
-    validation, a checkpoint; not those of timers and stragglers.
-
-    Args:
-        loads: read the base's weights, which needs numbers.
-        microbatches: of the recorded step. One step, on as few of them as the schedule takes, comes before it:
-            the optimizer makes its moments in the first.
+    One step, on as few of the microbatches as the schedule takes, comes before the recorded one: the optimizer makes
+    its moments in the first. Where calls alone are recorded, they are those of all phases, with what a run's loop adds:
+    a log line, the best validation, a checkpoint; not those of timers and stragglers.
     """
     config, memory = of.config, watch.memory
     shortest = microbatches[: config.parallel.pipeline_model_parallel_size if config.parallel.is_interleaved else 1]
     memory.start_peak()
     chunks = build_chunks(config, of.shape, loads)
     memory.name_modules(chunks)
-    memory.assign("weights", _parameters(chunks))
+    parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
+    memory.assign("weights", parameters)
     memory.assign("buffers", (buffer for chunk in chunks for buffer in chunk.buffers()))
     watch.peaks["loading"] = memory.peak(assigned_since=True)
-    if config.peft.spec.starts_from_gradients and "start" in of.phases:
+    if config.peft.spec.starts_from_gradients and of.all_phases:
         with watch.phase("start"):
             start_lora_ga(chunks, config, [list(microbatches)])
     state = start_state(chunks, config, of.shape, train_iters=1000)
-    memory.assign("weights", _parameters(chunks))  # the distributed optimizer has moved them to its buffers
+    memory.assign("weights", parameters)  # the distributed optimizer has moved them to its buffers
     memory.assign("gradients", gradients(state.model_chunks))
     memory.assign("optimizer", moments_of(state))
     if of.calls_alone and config.peft.trains_adapters:
         with watch.phase("start"):
-            start_losses(state, list(microbatches))
+            validation.start_losses(state, list(microbatches))
     with watch.phase("step"):
         train_step(state, shortest)
     memory.assign("optimizer", moments_of(state))
@@ -196,20 +185,19 @@ def watch_run(watch: Watch, of: RankToRehearse, microbatches: Sequence[Microbatc
 
     with watch.phase("step"), replaced(step, "finish_gradients", finish):
         if of.calls_alone:
-            layers_without_gradient(state)
+            validation.layers_without_gradient(state)
         train_step(state, list(microbatches), by_layer=of.calls_alone)
         if of.calls_alone:
             mixtures(state)  # of a log line
     entries = watch.recorder.entries(since)
     memory.phase = None
-    if "validation" in of.phases:
+    if of.all_phases:
         with watch.phase("validation"):
-            validation_loss(state.model_chunks, [list(shortest)])
+            validation.validation_loss(state.model_chunks, [list(shortest)])
             if of.calls_alone:
                 from_first_rank(lambda: state.best.after(1.0, 1))
-                with whole_parameters(state.model_chunks):
-                    largest_orthogonality_error(state)
-    if "saving" in of.phases:
+                with validation.whole_parameters(state.model_chunks):
+                    validation.largest_orthogonality_error(state)
         with watch.phase("saving"):
             if of.calls_alone:
                 _save(state)
@@ -224,7 +212,7 @@ def watch_run(watch: Watch, of: RankToRehearse, microbatches: Sequence[Microbatc
 def _save(state: TrainingState) -> None:
     """The collectives of a checkpoint of a run, which is not written."""
     with (
-        whole_parameters(state.model_chunks),
+        validation.whole_parameters(state.model_chunks),
         replaced(folders, "start_draft", lambda *_: Path()),
         replaced(save, "base_fingerprint", lambda _: None),
         replaced(tensors, "mcore_to_pyt_state_dict", lambda own: own),
@@ -236,9 +224,8 @@ def _save(state: TrainingState) -> None:
 
 def microbatch_of(lengths: Lengths) -> Microbatch:
     """A microbatch of these sizes, without numbers."""
-    size = lengths.rows, lengths.positions
+    size, packed = (lengths.rows, lengths.positions), lengths.packed
     ids = torch.zeros(size, dtype=torch.int64)
-    packed = lengths.packed
     return Microbatch(
         tokens=ids,
         labels=torch.zeros_like(ids),
@@ -248,10 +235,6 @@ def microbatch_of(lengths: Lengths) -> Microbatch:
         cu_seqlens=torch.zeros(len(packed) + 1, dtype=torch.int32) if packed else None,
         lengths=packed or None,
     )
-
-
-def _parameters(chunks: Sequence[nn.Module]) -> Iterator[nn.Parameter]:
-    return (parameter for chunk in chunks for parameter in chunk.parameters())
 
 
 def gradients(chunks: Iterable[Any]) -> Iterator[Tensor]:
@@ -269,3 +252,124 @@ def moments_of(state: TrainingState) -> Iterator[Tensor]:
         copies = (one for group in optimizer.param_groups for one in group["params"] if one not in weights)
         moments = (one for moments in optimizer.state.values() for one in moments.values() if isinstance(one, Tensor))
         yield from (*copies, *moments)
+
+
+# The segments of a model, on tensors without numbers: its ends and one layer of each kind (`LayersToRecord`). A
+# microbatch runs through a model of a few layers, without a pipeline, after the forward of another; its forward and
+# backward are cut where layers begin and end. Stages of any pipeline are put together from what is recorded.
+
+Place = tuple[str, Segment]  # "forward", "backward", "begin" or "finish"; and of what
+
+
+@dataclass
+class _Cuts(Watch):
+    """A watch that cuts what it sees into passes: of those of one place the last one counts."""
+
+    passes: dict[Place, RecordedPass] = field(default_factory=dict)
+    place: Place | None = None
+    since: int = 0  # what the recorder had when the place began, and the memory held
+    bytes_before: int = 0
+    bytes_of_microbatches: list[int] = field(default_factory=list)  # at their begin
+
+    def cut(self, phase: str | None, segment: Segment = "") -> None:
+        """What follows belongs to this place, or to none."""
+        if self.place is not None:
+            left, peak = self.memory.total - self.bytes_before, self.memory.highest - self.bytes_before
+            self.passes[self.place] = RecordedPass(self.recorder.entries(self.since), left, peak)
+        self.place = (phase, segment) if phase else None
+        self.memory.start_peak()
+        self.since, self.bytes_before = self.recorder.place, self.memory.total
+
+    def mark(self, phase: Any, microbatch: int | None = None, chunk: int = 0) -> None:
+        """Cut where megatron-core's schedule begins a microbatch, which is at an end of the model."""
+        self.memory.phase = phase
+        if phase == "forward":
+            self.bytes_of_microbatches.append(self.memory.total)
+        self.cut(phase, {"forward": "embedding", "backward": "head"}[phase]) if phase != "schedule" else self.cut(None)
+
+    def watch_layers(self, model: Any, names: Sequence[Segment]) -> None:
+        """Cut where a layer or the final norm begins, and in backward where the gradient of its input is there."""
+
+        def hook(segment: Segment, before: Segment) -> Callable[..., None]:
+            def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
+                if self.place is None or self.place[0] != "forward":  # recomputed
+                    return
+                self.cut("forward", segment)
+                x: Tensor = kwargs.get("hidden_states", args[0] if args else None)
+                if x.grad_fn is not None:
+                    x.register_hook(lambda _: self.cut("backward", before))
+
+            return begin
+
+        modules = [*model.decoder.layers, model.decoder.final_layernorm]
+        for module, segment, before in zip(modules, (*names, "head"), ("embedding", *names), strict=True):
+            module.register_forward_pre_hook(hook(segment, before), with_kwargs=True)
+
+
+def recorded_layers(of: LayersToRecord) -> RecordedLayers:
+    """Record them. Its process can be used for others afterwards, and for nothing else."""
+    tp = of.run.parallel.tensor_model_parallel_size
+    with fake_rank(0, tp), model_parallel(of.run.parallel, of.run.training.seed):
+        fuses = {**fusions_on_a_gpu(of.run, of.shape), **of.fuses}
+        cuts = _Cuts(Recorder(group_names(), fuses_sums=fuses["gradient_accumulation_fusion"]), fuses)
+        [model] = build_chunks(of.run, of.shape, loads=False)
+        wrapped = wrap_data_parallel([model], of.run)
+        microbatches = [microbatch_of(of.lengths) for _ in range(2)]
+        cuts.watch_layers(model, of.layers)
+        given = [value for one in microbatches for value in vars(one).values() if isinstance(value, Tensor)]
+        cuts.memory.assign("given", (*model.parameters(), *model.buffers(), *gradients(wrapped), *given))
+        with cuts():
+            cuts.cut("begin")
+            with adapters_step(wrapped) as own_step:
+
+                def finish(chunks: Sequence[nn.Module], *_: Any, **__: Any) -> None:
+                    cuts.cut("finish")
+                    own_step.finish(chunks)
+                    cuts.cut(None)
+
+                cuts.cut(None)
+                finish_with(wrapped, finish)
+                before = cuts.memory.total
+                # The first one makes what all microbatches share. Layers that are recomputed leave nothing of the
+                # rotary embedding to the next one, which only a backward shows.
+                if of.run.model.transformer.get("recompute_granularity") != "full":
+                    run_schedule(wrapped, [microbatches.pop(0)], forward_only=True)
+                run_schedule(wrapped, microbatches, forward_only=False)
+        parameters = _parameters_of_segments(model, of)
+    cached = cuts.bytes_of_microbatches[-1] - before + sum(one.nbytes for one in _shared(model))
+    return RecordedLayers(cuts.passes, parameters, cached)
+
+
+def _parameters_of_segments(model: Any, of: LayersToRecord) -> dict[Segment, Parameters]:
+    """What layers share is left out; a tied output layer is the embedding's."""
+    found: dict[Segment, Parameters] = {}
+    seen = {id(one) for one in _shared(model)}
+    is_split = parallel_state.get_tensor_model_parallel_world_size() > 1
+    modules = model.embedding, *model.decoder.layers, model
+    for module, segment in zip(modules, ("embedding", *of.layers, "head"), strict=True):
+        held = [one for one in (*module.parameters(), *module.buffers()) if id(one) not in seen]
+        seen |= {*map(id, held)}
+        weights = [one for one in held if isinstance(one, nn.Parameter)]
+        trained = [one for one in weights if one.requires_grad]
+        in_float32 = sum(one.numel() for one in trained if of.run.model.bf16 and one.dtype == torch.float32)
+        summed = (one.numel() for one in trained if is_split and getattr(one, PARTIAL_OVER_TENSOR_PARALLEL, False))
+        adapted = () if segment in ENDS else linear_layers(module)
+        weight_bytes = sum(one.nbytes for one in weights)
+        found[segment] = Parameters(
+            weight_bytes,
+            buffer_bytes=sum(one.nbytes for one in held) - weight_bytes,
+            trained=sum(one.numel() for one in trained) - in_float32,
+            trained_float32=in_float32,
+            partial=sum(summed),
+            num_tensors=len(trained),
+            largest=max((one.numel() for one in trained), default=0),
+            num_mixed=sum(hasattr(one.module.adapter, "mix") for one in adapted),
+        )
+    return found
+
+
+def _shared(model: Any) -> list[Tensor]:
+    """Tensors of more than one layer: a stage has them once (`adapters/attach.py`)."""
+    buffers = [buffer for layer in model.decoder.layers for buffer in layer.buffers()]
+    counts = Counter(map(id, buffers))
+    return [one for one in {id(one): one for one in buffers}.values() if counts[id(one)] > 1]

@@ -1,6 +1,6 @@
 """What a rehearsed rank is asked for: a run, a place in it, and the microbatches of its step; or a model's layers."""
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import accumulate, pairwise
@@ -17,17 +17,11 @@ SAMPLES_IN_A_PACK = 4  # assumed: what is in the data is not known
 
 @dataclass(frozen=True)
 class Lengths:
-    """Sizes of a microbatch.
+    """Sizes of a microbatch."""
 
-    Args:
-        rows: samples, or 1 if they are packed.
-        positions: of each row.
-        packed: lengths of the samples in the one row; empty: not packed.
-    """
-
-    rows: int
-    positions: int
-    packed: tuple[int, ...] = ()
+    rows: int  # samples, or 1 if they are packed
+    positions: int  # of each row
+    packed: tuple[int, ...] = ()  # lengths of the samples in the one row
 
     @classmethod
     def longest(cls, config: RunConfig) -> "Lengths":
@@ -35,61 +29,47 @@ class Lengths:
         rows, positions = config.training.micro_batch_size, config.data.seq_length
         if not config.data.pack_sequences:
             return cls(rows, positions)
-        num_samples = SAMPLES_IN_A_PACK * rows
-        total = rows * positions
-        return cls(
-            1, total, tuple(total * (i + 1) // num_samples - total * i // num_samples for i in range(num_samples))
-        )
+        num_samples, total = SAMPLES_IN_A_PACK * rows, rows * positions
+        ends = [total * number // num_samples for number in range(num_samples + 1)]
+        return cls(1, total, tuple(end - begin for begin, end in pairwise(ends)))
 
 
 @dataclass(frozen=True)
 class RankToRehearse:
-    """What a process needs to run one rank.
+    """What a process needs to run one rank."""
 
-    Args:
-        config: of the run; its world need not exist.
-        shape: of the base model.
-        rank: global.
-        num_microbatches: of the recorded step.
-        lengths: of each of its microbatches, or of all.
-        phases: of memory (`program.PHASES`) that are rehearsed beside "loading" and "step".
-        num_waiting: microbatches that the run's step has beside these; the device holds their data too.
-        calls_alone: record the calls of the whole run, from the model to a checkpoint, and nothing else.
-    """
-
-    config: RunConfig
+    config: RunConfig  # its world need not exist
     shape: ModelShape
     rank: int
-    num_microbatches: int
-    lengths: tuple[Lengths, ...]
-    phases: tuple[str, ...] = ("start", "validation", "saving")
-    num_waiting: int = 0
-    calls_alone: bool = False
+    num_microbatches: int  # of the recorded step
+    lengths: Lengths  # of its microbatches
+    all_phases: bool = True  # LoRA-GA's start, validation and saving too, not loading and the step alone
+    num_waiting: int = 0  # microbatches that the run's step has beside these; the device holds their data too
+    calls_alone: bool = False  # record the calls of the whole run, from the model to a checkpoint, and nothing else
 
     @classmethod
     def of(cls, config: RunConfig, shape: ModelShape, rank: int, peaks: bool = True) -> "RankToRehearse":
         """A rank of a run, with as many microbatches as it needs for its peak; without `peaks` with the fewest."""
-        asked = cls(config, shape, rank, config.num_microbatches, (Lengths.longest(config),))
+        asked = cls(config, shape, rank, config.num_microbatches, Lengths.longest(config))
         if not peaks:  # a first, a last and one between them, where the run has them: all others are like that one
             pp = config.parallel.pipeline_model_parallel_size
             fewest = -(-3 // pp) * pp if config.parallel.is_interleaved else 3
-            return replace(asked, num_microbatches=min(config.num_microbatches, fewest), phases=())
+            return replace(asked, num_microbatches=min(config.num_microbatches, fewest), all_phases=False)
         enough = enough_microbatches(config, asked.stage, config.num_microbatches)
         return replace(asked, num_microbatches=enough, num_waiting=config.num_microbatches - enough)
 
     @property
     def stage(self) -> int:
-        """Pipeline rank: as megatron-core orders ranks, the slowest index."""
-        return self.rank // (self.config.parallel.world_size // self.config.parallel.pipeline_model_parallel_size)
+        parallel = self.config.parallel
+        return self.rank // (parallel.world_size // parallel.pipeline_model_parallel_size)
 
 
 def enough_microbatches(config: RunConfig, stage: int, num_microbatches: int) -> int:
     """The fewest whose step fills the stage with as many at once as a step of `num_microbatches` does."""
     pp = config.parallel.pipeline_model_parallel_size
-    if not config.parallel.is_interleaved:
-        # 1F1B holds pp - stage; and the first, the last and one between them are different from one another.
-        return min(num_microbatches, max(pp - stage + 1, 3))
-    return min(num_microbatches, 2 * pp)  # more than the schedule warms up with
+    # 1F1B holds pp - stage; and the first, the last and one between them are different from one another. The
+    # interleaved schedule warms up with less than two rounds.
+    return min(num_microbatches, 2 * pp if config.parallel.is_interleaved else max(pp - stage + 1, 3))
 
 
 @dataclass(frozen=True)
@@ -97,53 +77,48 @@ class LayersToRecord:
     """What a process needs to record the segments of a model (`program.RecordedLayers`).
 
     Equal for layouts of a run whose layers compute, send and hold the same.
-
-    Args:
-        run: of one tensor-parallel group, without a pipeline and replicas.
-        shape: of a model of the layers that are recorded.
-        layers: their names, in the model's order. "before" stands for those ahead of the first that has an adapter;
-            "first" is that one, whose backward may stop early; of the others there is one for each set of targets.
-        lengths: of a microbatch.
-        fuses: other fusions than those of the run's flags.
     """
 
-    run: RunConfig
+    run: RunConfig  # of one tensor-parallel group, without a pipeline and replicas
     shape: ModelShape
+    # In the model's order. "before" stands for those ahead of the first that has an adapter; "first" is that one, whose
+    # backward may stop early; of the others there is one for each set of targets.
     layers: tuple[Segment, ...]
     lengths: Lengths
-    fuses: Mapping[str, bool] = field(default_factory=dict)
+    fuses: Mapping[str, bool] = field(default_factory=dict)  # other fusions than those of the run's flags
 
     @classmethod
     def of(cls, run: RunConfig, shape: ModelShape) -> "LayersToRecord":
-        """The request for a run of any layout."""
         targets = targets_of_layers(run, shape)
         first = next((layer for layer, names in enumerate(targets) if names), 0)
         layers: dict[Segment, frozenset[str]] = {"before": frozenset()} if first > 0 else {}
         layers |= {"first": targets[first]} | {one: one for one in targets}
         of_layer = [f"decoder.layers.{n}.{name}" for n, names in enumerate(layers.values()) for name in sorted(names)]
         tp, size = run.parallel.tensor_model_parallel_size, run.training.micro_batch_size
-        parallel = ParallelConfig(
-            tensor_model_parallel_size=tp, world_size=tp, sequence_parallel=run.parallel.sequence_parallel
-        )
-        transformer: dict[str, Any] = {**run.model.transformer}
-        if "recompute_num_layers" in transformer:
-            transformer["recompute_num_layers"] = 1
         alone = replace(
             run,
-            parallel=parallel,
-            model=replace(run.model, transformer=transformer, transformer_impl="local"),
+            parallel=ParallelConfig(tp, world_size=tp, sequence_parallel=run.parallel.sequence_parallel),
+            model=replace(run.model, transformer=one_layer_recomputed(run), transformer_impl="local"),
             peft=replace(run.peft, target_modules=tuple(of_layer)) if run.peft.trains_adapters else run.peft,
             training=replace(run.training, overlap_grad_reduce=False, global_batch_size=2 * size),
             optimizer=replace(run.optimizer, use_distributed_optimizer=False, overlap_param_gather=False),
         )
-        few = replace(
-            shape,
-            num_layers=len(layers),
-            num_full_attention_layers=min(shape.num_full_attention_layers, len(layers)),
-            # The last of several stages has a table of its own.
-            tied_embeddings=shape.tied_embeddings and run.parallel.pipeline_model_parallel_size == 1,
-        )
+        # The last of several stages has a table of its own.
+        is_tied = shape.tied_embeddings and run.parallel.pipeline_model_parallel_size == 1
+        few = replace(of_num_layers(shape, len(layers)), tied_embeddings=is_tied)
         return cls(alone, few, tuple(layers), Lengths.longest(run))
+
+
+def one_layer_recomputed(run: RunConfig) -> Mapping[str, Any]:
+    """The run's fields of TransformerConfig, for fewer layers: those that are recomputed are so one by one."""
+    given = run.model.transformer
+    return {**given, "recompute_num_layers": 1} if "recompute_num_layers" in given else given
+
+
+def of_num_layers(shape: ModelShape, num_layers: int) -> ModelShape:
+    """The shape with so many layers, which are fewer."""
+    full_attention = min(shape.num_full_attention_layers, num_layers)
+    return replace(shape, num_layers=num_layers, num_full_attention_layers=full_attention)
 
 
 def targets_of_layers(run: RunConfig, shape: ModelShape) -> Sequence[frozenset[str]]:
@@ -197,10 +172,11 @@ def _layers_of_virtual_stages(parallel: ParallelConfig, num_layers: int, num_sta
     return counts
 
 
-def contents_of_stages(run: RunConfig, shape: ModelShape) -> list[Hashable]:
-    """A value for each pipeline stage, equal for two whose ranks compute and send the same in a microbatch."""
+def alike_stages(run: RunConfig, shape: ModelShape) -> list[int]:
+    """Of each pipeline stage, the first whose ranks compute and send the same in a microbatch."""
     targets = targets_of_layers(run, shape)
-    return [
-        tuple((chunk.embedding, chunk.head, tuple(targets[layer] for layer in chunk.layers)) for chunk in chunks)
+    contents = [
+        [(chunk.embedding, chunk.head, [targets[layer] for layer in chunk.layers]) for chunk in chunks]
         for chunks in chunks_of_stages(run.parallel, shape.num_layers)
     ]
+    return [contents.index(one) for one in contents]

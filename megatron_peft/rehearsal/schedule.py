@@ -1,17 +1,28 @@
 """The entries of every rank of a run, from the rehearsed ranks and megatron-core's own schedule.
 
-A rehearsed step has a few microbatches. The first, the last and one between them stand for all: `stage_schedule.py`
-runs the real schedule of a stage with the run's true number of microbatches, and where it calls a forward or a backward
-the recorded one is put. Ranks of a stage differ in nothing but their numbers.
+A rehearsed step has a few microbatches. The first, the last and one between them stand for all: the real schedule of a
+stage is run with the run's true number of microbatches, and where it calls a forward or a backward the recorded one is
+put. Ranks of a stage differ in nothing but their numbers.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
+from typing import Any
 
-from megatron_peft.config import ParallelConfig
+from megatron.core.enums import ModelType
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import nn
+
+from megatron_peft.config import ParallelConfig, RunConfig
+from megatron_peft.models.gpt import transformer_config
+from megatron_peft.models.kernels import Training
+from megatron_peft.models.shape import ModelShape
 from megatron_peft.rehearsal.program import MESSAGES, Call, Entry, Mark, RankRecord, Wait
+from megatron_peft.rehearsal.recorder import Recorder, group_names
+from megatron_peft.runtime.fake_ranks import fake_world, idle_steps, shapes_as_asked, watched_batches, watched_schedule
+from megatron_peft.runtime.launch import model_parallel
 
 
 @dataclass(frozen=True)
@@ -24,18 +35,14 @@ class RankGrid:
 
     @classmethod
     def of(cls, parallel: ParallelConfig) -> "RankGrid":
-        """The grid of a run."""
-        return cls(
-            parallel.tensor_model_parallel_size, parallel.data_parallel_size, parallel.pipeline_model_parallel_size
-        )
+        tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+        return cls(tp, parallel.data_parallel_size, pp)
 
     @property
     def size(self) -> int:
-        """Number of ranks."""
         return self.tensor * self.data * self.pipeline
 
     def rank(self, tensor: int, data: int, stage: int) -> int:
-        """Global rank of a place."""
         return tensor + self.tensor * (data + self.data * stage)
 
     def place(self, rank: int) -> tuple[int, int, int]:
@@ -49,16 +56,10 @@ class RankGrid:
 
 @dataclass(frozen=True)
 class StageProgram:
-    """What every rank of a stage does in a step.
+    """What every rank of a stage does in a step."""
 
-    Args:
-        grid: of the run.
-        rank: the rank that `entries` belong to; the others of the stage do the same with other partners.
-        entries: in program order.
-    """
-
-    grid: RankGrid
-    rank: int
+    grid: RankGrid  # of the run
+    rank: int  # that `entries` belong to; the others of the stage do the same with other partners
     entries: tuple[Entry, ...]
 
     def of_rank(self, rank: int, grid: RankGrid | None = None) -> Iterator[Entry]:
@@ -68,9 +69,8 @@ class StageProgram:
             if isinstance(entry, Call):
                 if id(entry) not in moved:
                     moved[id(entry)] = self._moved(entry, rank, grid or self.grid)
-                yield moved[id(entry)]
-            else:
-                yield entry
+                entry = moved[id(entry)]
+            yield entry
 
     def _moved(self, call: Call, rank: int, grid: RankGrid) -> Call:
         # Along an axis a group holds the places that it held, and all replicas; elsewhere it is where the rank is.
@@ -91,45 +91,53 @@ def _places(grid: RankGrid, group: Sequence[int]) -> list[list[int]]:
     return [sorted({*places}) for places in zip(*map(grid.place, group), strict=True)]
 
 
+def programs_of_ranks(stages: Sequence[StageProgram], grid: RankGrid) -> dict[int, Iterator[Entry]]:
+    """The entries of every rank of `grid`, which may have another number of replicas than the programs' own.
+
+    They are made while they are gone through: those of all ranks at once fill gigabytes.
+    """
+    return {rank: stages[grid.place(rank)[2]].of_rank(rank, grid) for rank in range(grid.size)}
+
+
+def renumbered(entries: Iterable[Entry], numbers: Mapping[int, int]) -> Iterator[Entry]:
+    """A program of ranks that have other numbers elsewhere."""
+    for entry in entries:
+        if isinstance(entry, Call):
+            peer = None if entry.peer is None else numbers[entry.peer]
+            entry = replace(entry, group=tuple(numbers[rank] for rank in entry.group), peer=peer)
+        yield entry
+
+
 def program_of_stage(
     record: RankRecord, stage: int, schedule: Sequence[Entry], grid: RankGrid, num_microbatches: int
 ) -> StageProgram:
     """The program of a stage, from the record of a rank of it, or of a stage that holds the same kinds of layers.
 
-    Args:
-        schedule: marks and messages of the stage, as `stage_schedule.schedules_of_stages` gives them; peers are stages.
+    `schedule` has the marks and messages of the stage (`schedules_of_stages`).
     """
     messages = {call.operation: call for call in record.calls if call.operation in MESSAGES and call.dtype != "int64"}
     parts, (tensor, data, _), whole = _cut_at_marks(record), grid.place(record.rank), tuple(range(grid.size))
     entries = [*parts["begin", None, 0]]
     for entry in schedule:
+        if isinstance(entry, Call | Wait) and entry.handle is not None:
+            entry = replace(entry, handle=f"schedule {entry.handle}")  # the recorded parts have other handles
         if isinstance(entry, Call):
             assert entry.peer is not None
             like = entry if entry.dtype == "int64" else messages[entry.operation]  # such a message tells a shape
             group = whole if entry.axis == "world" else grid.ranks([tensor], [data], range(grid.pipeline))
-            peer, handle = grid.rank(tensor, data, entry.peer), _of_schedule(entry.handle) if entry.is_async else None
-            entry = replace(entry, group=group, peer=peer, shapes=like.shapes, dtype=like.dtype, handle=handle)
-        entries.append(Wait(_of_schedule(entry.handle)) if isinstance(entry, Wait) else entry)
+            peer = grid.rank(tensor, data, entry.peer)
+            entry = replace(entry, group=group, peer=peer, shapes=like.shapes, dtype=like.dtype)
+        entries.append(entry)
         if isinstance(entry, Mark) and entry.phase in ("forward", "backward"):
-            recorded = _recorded_microbatch(entry.microbatch or 0, num_microbatches, record.num_microbatches)
-            entries += parts[entry.phase, recorded, entry.chunk]
+            number, most = entry.microbatch or 0, record.num_microbatches
+            if most < num_microbatches and number > 0:  # it is like the last one that was recorded, or one between
+                number = most - 1 if number == num_microbatches - 1 else most // 2
+            entries += parts[entry.phase, number, entry.chunk]
         elif isinstance(entry, Mark) and entry.phase == "finish":
             entries += parts["finish", None, 0]
     entries += [Mark("update"), *parts["update", None, 0]]
     own_rank = grid.rank(tensor, data, stage)
     return StageProgram(grid, own_rank, tuple(StageProgram(grid, record.rank, tuple(entries)).of_rank(own_rank)))
-
-
-def _of_schedule(handle: int | str | None) -> str:
-    """The handle of a call between the recorded parts, which have other handles."""
-    return f"schedule {handle}"
-
-
-def _recorded_microbatch(number: int, of: int, num_recorded: int) -> int:
-    """The recorded microbatch that is like number `number` of `of`: the first, the last, or one between."""
-    if of == num_recorded or number == 0:
-        return number
-    return num_recorded - 1 if number == of - 1 else num_recorded // 2
 
 
 def _cut_at_marks(record: RankRecord) -> dict[tuple[str, int | None, int], list[Entry]]:
@@ -146,18 +154,37 @@ def _cut_at_marks(record: RankRecord) -> dict[tuple[str, int | None, int], list[
     return found
 
 
-def renumbered(entries: Iterable[Entry], numbers: Mapping[int, int]) -> Iterator[Entry]:
-    """A program of ranks that have other numbers elsewhere."""
-    for entry in entries:
-        if isinstance(entry, Call):
-            peer = None if entry.peer is None else numbers[entry.peer]
-            entry = replace(entry, group=tuple(numbers[rank] for rank in entry.group), peer=peer)
-        yield entry
+def schedules_of_stages(config: RunConfig, shape: ModelShape) -> list[tuple[Entry, ...]]:
+    """Marks and messages of each pipeline stage in program order, from megatron-core's schedule of empty chunks.
 
-
-def programs_of_ranks(stages: Sequence[StageProgram], grid: RankGrid) -> dict[int, Iterator[Entry]]:
-    """The entries of every rank of `grid`, which may have another number of replicas than the programs' own.
-
-    They are made while they are gone through: those of all ranks at once fill gigabytes.
+    In a process of its own, whose fake world has one rank for each stage: peers are stages. Messages are of one number;
+    `program_of_stage` puts their true shapes in.
     """
-    return {rank: stages[grid.place(rank)[2]].of_rank(rank, grid) for rank in range(grid.size)}
+    return [_schedule(config, shape, stage) for stage in range(config.parallel.pipeline_model_parallel_size)]
+
+
+def _schedule(config: RunConfig, shape: ModelShape, stage: int) -> tuple[Entry, ...]:
+    parallel, transformer = config.parallel, config.model.transformer
+    num_stages, num_chunks = parallel.pipeline_model_parallel_size, parallel.num_virtual_stages(shape.num_layers)
+    core: Any = transformer_config(shape, config.model.bf16, transformer, parallel, Training.of(config))
+    core.hidden_size, core.sequence_parallel = 1, False
+    of_stages = ParallelConfig(1, num_stages, world_size=num_stages)
+    with fake_world(stage, num_stages), model_parallel(of_stages, config.training.seed, num_chunks):
+        recorder = Recorder(group_names(), keeps_work=False)
+        core.finalize_model_grads_func = lambda *args, **kwargs: recorder.mark("finish")
+        chunks: list[Any] = [nn.Module() for _ in range(num_chunks or 1)]
+        for number, chunk in enumerate(chunks):  # a schedule asks for the configuration alone
+            chunk.config, chunk.vp_stage = core, number if num_chunks else None
+            chunk.model_type = ModelType.encoder_or_decoder
+        iterators: list[Any] = [iter(()) for _ in chunks]
+        watched = watched_schedule(recorder.mark), watched_batches(recorder.batch)
+        with shapes_as_asked(), idle_steps(), watched[0], watched[1], recorder:
+            get_forward_backward_func()(
+                forward_step_func=None,
+                data_iterator=iterators if parallel.is_interleaved else iterators[0],
+                model=chunks,
+                num_microbatches=config.num_microbatches,
+                seq_length=1,
+                micro_batch_size=1,
+            )
+    return recorder.entries()

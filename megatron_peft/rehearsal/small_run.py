@@ -1,28 +1,13 @@
 """A small run of a large run's own shape: the model, layout, data and steps that a certificate starts for real.
 
-`make_small` cuts ranks, stages, layers and microbatches alone, for the order of calls too. Kept: the flags of the
-method and their numbers; gating, tied heads, biases, norms of queries and keys, position embeddings; queries per
-key-value head; whether the vocabulary is padded; which pipeline stages hold fewer layers, more or none; sequence
-parallelism, interleaving, packing and padding, recompute, precision, optimizer, the distributed optimizer and overlap.
-Cut:
-
-    tensor-parallel ranks, pipeline stages      at most 4 of each
-    replicas                                    2, if there are several
-    key-value heads of a rank                   at most 4
-    head, hidden and MLP features               the smallest that the method's ranks and blocks fit
-    vocabulary                                  one unit of --make-vocab-size-divisible-by (less 3, if padded)
-    layers                                      one a virtual stage (two virtual stages a rank if interleaved)
-    samples                                     microbatches of at most 2, at most 4 a step or twice the stages; an
-                                                epoch ends within the four steps
-    --seq-length                                48 tokens
-    learning rates                              all times one number, without warmup and decay; --lr becomes 5e-3
-    dropouts                                    0: layouts draw them differently
+docs/certify.md lists what is kept and what is cut. `make_small` cuts ranks, stages, layers and microbatches alone, for
+the order of calls too.
 """
 
 import json
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from math import lcm, sqrt
@@ -36,18 +21,17 @@ from megatron_peft.config import (
     CheckpointConfig,
     ConfigurationError,
     DataConfig,
-    LoggingConfig,
-    OptimizerSettings,
     ParallelConfig,
     RunConfig,
-    TrainingConfig,
     is_targeted,
+    make_run,
 )
 from megatron_peft.config.parallel import stages_of_layout
 from megatron_peft.models.families import check_adapters, config_of_shape, family_of, rules_for
 from megatron_peft.models.rules import expected_tensors
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.parallel.layout import generator_for
+from megatron_peft.rehearsal.requests import of_num_layers, one_layer_recomputed
 
 MOST_TENSOR_PARALLEL, MOST_STAGES, MOST_REPLICAS, MOST_KEY_HEADS = 4, 4, 2, 4
 NUM_STEPS = 4
@@ -56,7 +40,7 @@ LEARNING_RATE, FULL_LEARNING_RATE = 5e-3, 1e-3
 EPOCH = 3  # steps; of packs about so many
 SAMPLES_OF_A_PACK = 7 / 3
 WIDTHS = (4, 8, 16, 32, 64, 128, 256, 512)
-KEPT = {
+KEPT = {  # of training, optimizer and data
     *("seed", "overlap_grad_reduce", "grad_reduce_in_bf16", "packing", "pad_to_seq_length"),
     *("optimizer", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "sgd_momentum", "clip_grad"),
     *("use_distributed_optimizer", "overlap_param_gather"),
@@ -76,75 +60,60 @@ class SmallRun:
 def small_run(
     config: RunConfig, shape: ModelShape, folder: Path, most_tensor_parallel: int = MOST_TENSOR_PARALLEL
 ) -> SmallRun:
-    """The small run of a run, with its model and data, which are written.
-
-    Args:
-        config: of the run.
-        shape: of its base model.
-        folder: empty.
-        most_tensor_parallel: ranks.
+    """The small run of a run, with its model and data, which are written to the empty `folder`.
 
     Raises:
         ConfigurationError: no small model fits the method's numbers.
     """
     few = max(4, 2 * min(config.parallel.pipeline_model_parallel_size, MOST_STAGES))
     shrunk, of_few_layers = make_small(config, shape, most_tensor_parallel, MOST_REPLICAS, few)
-    parallel, num_layers = shrunk.parallel, of_few_layers.num_layers
+    parallel, tp = shrunk.parallel, shrunk.parallel.tensor_model_parallel_size
     lr = LEARNING_RATE if config.peft.trains_adapters else FULL_LEARNING_RATE
     rate_scale, decoupled_lr = lr / config.optimizer.lr, config.optimizer.decoupled_lr
+    # Layouts draw dropouts differently.
     changes: dict[str, Any] = {"lora_dropout": 0.0, "lora_ga_batches": min(config.peft.lora_ga_batches, 2)}
     if config.peft.hybrid_merge_interval:
         changes["hybrid_merge_interval"] = min(config.peft.hybrid_merge_interval, 2)
     if config.peft.peft_lr_rotation and config.peft.urnn_update != "riemannian":  # whose is not a multiple of --lr
         changes["peft_lr_rotation"] = config.peft.peft_lr_rotation * rate_scale
     peft = replace(shrunk.peft, **changes)
-    small = small_shape(shape, replace(config, peft=peft), parallel.tensor_model_parallel_size, num_layers)
+    small = small_shape(shape, replace(config, peft=peft), tp, of_few_layers.num_layers)
     save_model(small, folder / "model")
     micro_batch_size = min(config.training.micro_batch_size, 2)
     size = micro_batch_size * shrunk.num_microbatches * parallel.data_parallel_size
-    training = TrainingConfig(
-        micro_batch_size=micro_batch_size,
-        global_batch_size=size,
-        train_iters=NUM_STEPS,
-        eval_iters=NUM_STEPS,
-        **_kept(config.training),
-    )
-    optimizer = OptimizerSettings(
-        lr=lr,
-        lr_decay_style="constant",
-        decoupled_lr=decoupled_lr and decoupled_lr * rate_scale,
-        **_kept(config.optimizer),
-    )
     transformer = {name: value for name, value in shrunk.model.transformer.items() if "dropout" not in name}
-    model = replace(
-        config.model,
-        pretrained_checkpoint=str(folder / "model"),
-        shape_flags={},
-        transformer=transformer | {"attention_dropout": 0.0, "hidden_dropout": 0.0},
-        transformer_impl="local",
-        attention_backend="auto",
-    )
-    split = RunConfig(
-        parallel=parallel,
-        model=model,
-        peft=peft,
-        data=_data(config.data, small, folder, size, lcm(SEQ_LENGTH, parallel.tensor_model_parallel_size)),
-        training=training,
-        optimizer=optimizer,
-        checkpoint=CheckpointConfig(save=str(folder / "split"), async_save=config.checkpoint.async_save),
-        logging=LoggingConfig(),
-    )
+    sections = (config.data, config.optimizer, config.training)
+    values = {
+        **{name: value for section in sections for name, value in vars(section).items() if name in KEPT},
+        **vars(parallel),
+        **vars(config.model),
+        **vars(peft),
+        **_data(config.data, small, folder, size),
+        "pretrained_checkpoint": str(folder / "model"),
+        "shape_flags": {},
+        "transformer": transformer | {"attention_dropout": 0.0, "hidden_dropout": 0.0},
+        "transformer_impl": "local",
+        "attention_backend": "auto",
+        "seq_length": lcm(SEQ_LENGTH, tp),
+        "micro_batch_size": micro_batch_size,
+        "global_batch_size": size,
+        "train_iters": NUM_STEPS,
+        "eval_iters": NUM_STEPS,
+        "lr": lr,
+        "lr_decay_style": "constant",
+        "decoupled_lr": decoupled_lr and decoupled_lr * rate_scale,
+        "save": str(folder / "split"),
+        "async_save": config.checkpoint.async_save,
+    }
     # In one process, with nothing that is sharded, recomputed or overlapped.
-    transformer = {name: value for name, value in model.transformer.items() if name not in RECOMPUTE}
-    alone = replace(
-        split,
-        parallel=ParallelConfig(),
-        model=replace(model, transformer=transformer, recompute_modules=()),
-        training=replace(training, overlap_grad_reduce=False),
-        optimizer=replace(optimizer, use_distributed_optimizer=False, overlap_param_gather=False),
-        checkpoint=CheckpointConfig(),
-    )
-    return SmallRun(split, alone, small)
+    of_one = {
+        **vars(ParallelConfig()),
+        "transformer": {name: one for name, one in values["transformer"].items() if name not in RECOMPUTE},
+        "recompute_modules": (),
+        **dict.fromkeys(("overlap_grad_reduce", "use_distributed_optimizer", "overlap_param_gather"), False),
+        **vars(CheckpointConfig()),
+    }
+    return SmallRun(make_run(**values), make_run(**values | of_one), small)
 
 
 def wide_run(config: RunConfig, shape: ModelShape, folder: Path) -> SmallRun | None:
@@ -158,10 +127,6 @@ def wide_run(config: RunConfig, shape: ModelShape, folder: Path) -> SmallRun | N
     wide = ParallelConfig(ranks, sequence_parallel=parallel.sequence_parallel, world_size=ranks)
     found = small_run(replace(config, parallel=wide), shape, folder, ranks)
     return replace(found, split=replace(found.split, checkpoint=CheckpointConfig()))
-
-
-def _kept(settings: TrainingConfig | OptimizerSettings | DataConfig) -> dict[str, Any]:
-    return {name: value for name, value in vars(settings).items() if name in KEPT}
 
 
 # Ranks, stages, layers and microbatches.
@@ -182,10 +147,6 @@ def make_small(
     if parallel.is_interleaved:
         num_microbatches -= num_microbatches % parallel.pipeline_model_parallel_size
     size = config.training.micro_batch_size * num_microbatches * parallel.data_parallel_size
-    transformer: dict[str, Any] = {**config.model.transformer}
-    if "recompute_num_layers" in transformer:
-        transformer["recompute_num_layers"] = 1
-
     # Of a pattern for layers that the small model has not, the kinds of layers that it means.
     modules, targets = family_of(shape.architecture).modules, list[str]()
     names = [(layer, kind) for layer in range(shape.num_layers) for kind in shape.linear_layers(1)]
@@ -196,22 +157,17 @@ def make_small(
     small = replace(
         config,
         parallel=parallel,
-        model=replace(config.model, transformer=transformer),
+        model=replace(config.model, transformer=one_layer_recomputed(config)),
         peft=replace(config.peft, target_modules=tuple(dict.fromkeys(targets))),
         training=replace(config.training, global_batch_size=size),
     )
-    full_attention = min(shape.num_full_attention_layers, num_layers)
-    return small, replace(shape, num_layers=num_layers, num_full_attention_layers=full_attention)
+    return small, of_num_layers(shape, num_layers)
 
 
 def small_layout(
     parallel: ParallelConfig, num_layers: int, most_tensor_parallel: int, most_replicas: int
 ) -> tuple[ParallelConfig, int]:
-    """The layout of the small run, and the number of layers of the model for it.
-
-    Args:
-        num_layers: of the run's model.
-    """
+    """The layout of the small run, and the number of layers of the model for it; the run's model has `num_layers`."""
     tp = min(parallel.tensor_model_parallel_size, most_tensor_parallel)
     pp = min(parallel.pipeline_model_parallel_size, MOST_STAGES)
     changed, layers = _small_stages(parallel, num_layers, pp)
@@ -270,14 +226,12 @@ def small_shape(shape: ModelShape, config: RunConfig, tensor_parallel: int, num_
     groups = min(shape.num_query_groups // run_tp or 1, MOST_KEY_HEADS) * tensor_parallel
     heads = groups * (shape.num_attention_heads // shape.num_query_groups)
     small = replace(
-        shape,
-        num_layers=num_layers,
+        of_num_layers(shape, num_layers),
         num_attention_heads=heads,
         num_query_groups=groups,
         vocab_size=unit - 3 * is_padded,
-        num_full_attention_layers=min(shape.num_full_attention_layers, num_layers),
     )
-    parallel = ParallelConfig(tensor_model_parallel_size=tensor_parallel, world_size=tensor_parallel)
+    parallel = ParallelConfig(tensor_parallel, world_size=tensor_parallel)
     problems: list[str] = []
     # From narrow to wide. transformers takes hidden sizes that the heads divide; Bloom's heads have to fill it, and its
     # MLP is four times as wide.
@@ -308,30 +262,20 @@ def save_model(shape: ModelShape, folder: Path) -> None:
     save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
 
 
-# The data.
+def _data(data: DataConfig, shape: ModelShape, folder: Path, batch_size: int) -> dict[str, Any]:
+    """Fields of the data: generated sequences for indexed data, else prompts and completions of random ids, of many
+    lengths."""
+    tokenizer = {"tokenizer_type": "NullTokenizer", "vocab_size": shape.vocab_size - 1, "num_workers": 0}
+    if not data.reads_records and (data.mock_data or data.data_path or data.train_data_path):
+        return {"mock_data": True, **tokenizer}
+    draw = random.Random(0)
 
+    def words(shortest: int, longest: int) -> str:
+        return " ".join(str(draw.randrange(shape.vocab_size - 1)) for _ in range(draw.randint(shortest, longest)))
 
-def _data(data: DataConfig, shape: ModelShape, folder: Path, batch_size: int, seq_length: int) -> DataConfig:
-    """Generated sequences for indexed data, else prompts and completions of random ids, of many lengths; packed and
-    padded as the run's."""
-    made: Mapping[str, Any] = {"mock_data": True}
-    if data.reads_records or not (data.mock_data or data.data_path or data.train_data_path):
-        draw = random.Random(0)
-
-        def words(shortest: int, longest: int) -> str:
-            return " ".join(str(draw.randrange(shape.vocab_size - 1)) for _ in range(draw.randint(shortest, longest)))
-
-        number = round(batch_size * EPOCH * (SAMPLES_OF_A_PACK if data.pack_sequences else 1))
-        pairs = [{"prompt": words(2, 12), "completion": " " + words(3, 24)} for _ in range(number)]
-        path = folder / "data.jsonl"
-        path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-        paths = (str(path),)
-        made = {"train_data_path": paths, "valid_data_path": paths, "pack_sequences": data.pack_sequences}
-    return DataConfig(
-        **made,
-        **_kept(data),
-        seq_length=seq_length,
-        tokenizer_type="NullTokenizer",
-        vocab_size=shape.vocab_size - 1,
-        num_workers=0,
-    )
+    number = round(batch_size * EPOCH * (SAMPLES_OF_A_PACK if data.pack_sequences else 1))
+    pairs = [{"prompt": words(2, 12), "completion": " " + words(3, 24)} for _ in range(number)]
+    path = folder / "data.jsonl"
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    paths = {"train_data_path": (str(path),), "valid_data_path": (str(path),)}
+    return {**paths, "pack_sequences": data.pack_sequences, **tokenizer}

@@ -34,6 +34,22 @@ def layers_of_many_ranks(asked: tuple[Path, dict[str, Any]]) -> dict[str, float]
     return compare_many_ranks((sizes, PeftConfig(**peft), True))
 
 
+def bytes_that_layers_share(asked: tuple[Path, dict[str, Any]]) -> tuple[int, int]:
+    """What --fit records of them, of a run of the method and of LoRA."""
+    packages, peft = asked
+    install(packages)
+    from megatron_peft.config import make_run
+    from megatron_peft.models.shape import ModelShape
+    from megatron_peft.rehearsal.rehearsed_rank import recorded_layers
+    from megatron_peft.rehearsal.requests import LayersToRecord
+
+    shape = ModelShape("llama", 2, 64, 128, 4, 2, 16, 128, 64)
+    base = {"pretrained_checkpoint": "(none)", "mock_data": True, "seq_length": 16, "train_iters": 1}
+    asked_for = (LayersToRecord.of(make_run(**base, **one), shape) for one in (peft, {"method": "lora"}))
+    own, of_lora = (recorded_layers(one).cached for one in asked_for)
+    return own, of_lora
+
+
 def certificates(asked: tuple[Path, dict[str, Any]]) -> list[Any]:
     """In one layout of each kind."""
     packages, peft = asked

@@ -225,6 +225,12 @@ def test_layers_at_tp2_are_those_of_one_rank(tmp_path, name, whole):
     assert max(found.values()) < 1e-11, found
 
 
+def test_what_layers_share_is_held_once(tmp_path):
+    """A and B for the sizes of each of the four kinds of linear layers, in float32."""
+    (found,) = run_ranks(1, plugin_runs.bytes_that_layers_share, asked("vera", tmp_path))
+    assert found[0] - found[1] == 4 * 4 * sum((64 + 128, 64 + 64, 64 + 256, 128 + 64))
+
+
 @pytest.fixture(scope="module")
 def lives(tmp_path_factory) -> Callable[[str], dict[str, Any]]:
     """What became of a plug-in's run, made once."""

@@ -84,7 +84,7 @@ def test_planned_peak(figure, method):
     as_rehearsed = {"bf16": True, "transformer_impl": "local"}
     state = random_state(SIZES.model, method, model=as_rehearsed, training=ONE_ROW)
     batch = [random_microbatch(state.shape, tokens)]
-    [record] = rehearse([RankToRehearse(state.config, state.shape, 0, 1, (Lengths(1, tokens),), ())])
+    [record] = rehearse([RankToRehearse(state.config, state.shape, 0, 1, Lengths(1, tokens), False)])
     planned = record.peak("step")
     train_step(state, batch)
     if not torch.cuda.is_available():

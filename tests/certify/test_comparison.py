@@ -1,11 +1,13 @@
 """Comparisons of reports that are made by hand: what differs is named, and nothing else."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron_peft.certify import runs
 from megatron_peft.certify.comparison import (
     compare_curves,
     compare_resharded,
@@ -16,6 +18,8 @@ from megatron_peft.certify.comparison import (
     whole_tensors,
 )
 from megatron_peft.certify.runs import END, START, Curve, RankReport
+from megatron_peft.checkpoint.run_record import BestValidation
+from megatron_peft.checkpoint.state import Position
 from megatron_peft.config import make_run
 from megatron_peft.training.step import StepReport
 
@@ -115,6 +119,15 @@ def test_a_resumed_run_has_the_moments_and_generators_of_one_that_was_not_interr
     assert compare_resumed(whole, whole).passed
     problems = compare_resumed(whole, again).problems
     assert problems == tuple(f"{name} differs after resuming from step 2" for name in (f"exp_avg {A}", "generator"))
+
+
+def test_a_resumed_run_has_to_find_its_place_and_its_schedule(monkeypatch):
+    monkeypatch.setattr(runs, "random_tensors", lambda: [])
+    state = SimpleNamespace(
+        position=Position(3, 24), best=BestValidation(1.5, 2), schedule=SimpleNamespace(num_steps=24)
+    )
+    others = runs.Run.others(SimpleNamespace(state=state))  # type: ignore[arg-type]
+    assert (others["iteration"], others["schedule"], others["lowest validation loss: loss"]) == (3, 24, 1.5)
 
 
 def test_every_number_of_a_curve_is_compared():

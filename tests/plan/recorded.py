@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron_peft.config import RunConfig
 from megatron_peft.models.shape import ModelShape
-from megatron_peft.plan.recorded_layers import RecordedStep
+from megatron_peft.plan.recorded_step import RecordedStep
 from megatron_peft.rehearsal.program import Computation, Entry, Product, RecordedLayers
 from megatron_peft.rehearsal.rehearsal import record_layers
 from megatron_peft.rehearsal.requests import LayersToRecord

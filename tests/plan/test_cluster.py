@@ -45,14 +45,14 @@ def test_an_absurd_value_is_named_with_its_limits(name, value):
 @pytest.mark.parametrize(
     ("name", "value", "told"),
     [
-        ("gpus_per_nod", 8, "gpus_per_nod is not a field; did you mean gpus_per_node?"),
-        ("node_link.latency", 8, "node_link.latency is not a field; did you mean node_link.latency_us?"),
+        ("gpus_per_nod", 8, "gpus_per_nod is not a field; there are attention_efficiency, bf16_tflops, call_us, "),
+        ("node_link.latency", 8, "node_link.latency is not a field"),
         ("gpus_per_node", 7.5, "gpus_per_node is 7.5; it must be a whole number"),
         ("reserved_gib", 80, "leaves nothing of memory_gib"),
-        ("product_efficiency", {1: 0.5, 10: 0.2}, "a larger product must not reach less"),
-        ("product_efficiency", {0: 0.5}, "sizes are above 0"),
-        ("product_efficiency", {1: 7}, "parts from 0.01 to 1"),
-        ("product_efficiency", 0.5, "maps GFLOP of a product"),
+        *(
+            ("product_efficiency", wrong, f"product_efficiency is {wrong}; it maps GFLOP of a product")
+            for wrong in ({1: 0.5, 10: 0.2}, {0: 0.5}, {1: 7}, {1: 0.001}, {1: 0.1, 2: float("nan")}, {}, 0.5)
+        ),
     ],
 )
 def test_what_is_wrong_is_said(name, value, told):
@@ -81,7 +81,12 @@ def test_everything_that_is_wrong_is_said_at_once():
 
 @pytest.mark.parametrize(
     ("text", "told"),
-    [(None, "did you mean 8xh100?"), ("[1]", "not a table of fields"), ("{a: [", "not YAML"), ("", "not a table")],
+    [
+        (None, "neither a file nor the name of a shipped cluster. Shipped: 8xa100, 8xh100."),
+        ("[1]", "not a table of fields"),
+        ("{a: [", "not YAML"),
+        ("", "not a table"),
+    ],
 )
 def test_a_file_that_is_no_cluster_is_refused(text, told, tmp_path: Path):
     path = tmp_path / "8xh10"

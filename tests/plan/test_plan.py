@@ -171,38 +171,36 @@ def test_what_plan_cannot_write_or_rehearse_is_named_before_anything_runs(base, 
     assert expected in refused(["--pretrained-checkpoint", str(base), *words], capsys)
 
 
-def test_a_dry_run_checks_and_writes_nothing(base, tmp_path, capsys, monkeypatch):
-    for name in ("RANK", "WORLD_SIZE"):
-        monkeypatch.setenv(name, {"RANK": "0", "WORLD_SIZE": "1"}[name])
-    save = tmp_path / "save"
+@pytest.fixture
+def dry_run(base, tmp_path, monkeypatch) -> list[str]:
+    """Words of one, in a world of one process."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
     pairs = str(save_pairs(tmp_path / "pairs.jsonl"))
-    words = ["--dry-run", "--pretrained-checkpoint", str(base), "--train-data-path", pairs, "--save", str(save)]
-    words += ["--tokenizer-type", "NullTokenizer", "--vocab-size", "1000", "--train-iters", "2", "--seq-length", "32"]
-    assert train.main([*words, "--lr", "1e-3", "--micro-batch-size", "2"]) == 0
+    words = ["--dry-run", "--pretrained-checkpoint", str(base), "--train-data-path", pairs, "--train-iters", "2"]
+    return [*words, "--tokenizer-type", "NullTokenizer", "--vocab-size", "1000", "--seq-length", "32"]
+
+
+def test_a_dry_run_checks_and_writes_nothing(dry_run, tmp_path, capsys):
+    save = tmp_path / "save"
+    assert train.main([*dry_run, "--save", str(save), "--micro-batch-size", "2"]) == 0
     told = capsys.readouterr().out
     assert "40 training samples, 2 iterations" in told
     assert "no GPU. --cluster 8xh100 plans the run" in told and "GiB" not in told, "a plan of another machine"
     assert not save.exists()
-    assert train.main([*words, "--lr", "1e-3", "--train-data-path", str(tmp_path / "none.jsonl")]) == 2
+    assert train.main([*dry_run, "--train-data-path", str(tmp_path / "none.jsonl")]) == 2
     assert "none.jsonl" in capsys.readouterr().err
 
 
-def test_a_dry_run_plans_for_its_cluster_and_warns_if_that_is_too_small(base, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    cluster, pairs = tmp_path / "own.yaml", str(save_pairs(tmp_path / "pairs.jsonl"))
+def test_a_dry_run_plans_for_its_cluster_and_warns_if_that_is_too_small(dry_run, tmp_path, capsys):
+    cluster = tmp_path / "own.yaml"
     fields = yaml.safe_load(SHIPPED["8xa100"].read_text())
     cluster.write_text(yaml.safe_dump({**fields, "name": "tiny", "memory_gib": 1, "reserved_gib": 1 - 1 / 1024}))
-    words = ["--dry-run", "--pretrained-checkpoint", str(base), "--train-data-path", pairs, "--cluster", str(cluster)]
-    words += ["--tokenizer-type", "NullTokenizer", "--vocab-size", "1000", "--train-iters", "2", "--seq-length", "32"]
-    assert train.main(words) == 0
+    assert train.main([*dry_run, "--cluster", str(cluster)]) == 0
     told = capsys.readouterr()
-    assert (
-        "cluster: tiny" in told.out
-        and "peak, validation" in told.out
-        and "WARNING: the run does not fit GPUs of tiny: rank 0 holds" in told.err
-    )
-    assert train.main([*words[:-8], "--cluster", "8xh10", *words[-8:]]) == 2
+    assert "cluster: tiny" in told.out and "peak, validation" in told.out
+    assert "WARNING: the run does not fit GPUs of tiny: rank 0 holds" in told.err
+    assert train.main([*dry_run, "--cluster", "8xh10"]) == 2
     assert "--cluster 8xh10 is neither a file" in capsys.readouterr().err
 
 

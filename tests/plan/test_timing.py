@@ -1,6 +1,5 @@
 """The replay: times that can be computed by hand."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -46,10 +45,6 @@ def test_a_product_takes_its_operations_or_its_bytes(product, seconds):
     assert product_seconds(product, read_cluster("8xh100")) == pytest.approx(seconds)
 
 
-def test_other_operations_take_their_bytes():
-    assert step_time({0: [Computation({}, 2 * GB, 1)]}, CLUSTER).seconds == pytest.approx(2 / (3350 * 0.8))
-
-
 def test_work_takes_the_sum_of_what_is_in_it():
     product, attention = Product("mm", 1, 512, 512, 512, "bfloat16"), Product("attention", 8, 64, 64, 32, "bfloat16")
     cluster = replace(CLUSTER, launch_us=4.0)
@@ -72,29 +67,68 @@ def test_a_receiver_waits_for_the_sender_and_for_the_message():
     assert (found.bubble, found.exposed_communication, found.launch_bound) == (0.4, 0.2, 0.0)
 
 
-def test_an_asynchronous_call_runs_beside_the_computation():
-    hidden = [summed((0, 1), 0), work(3), Wait(0)]
-    partly = [summed((0, 1), 0), work(0.25), Wait(0), work(1)]
-    assert step_time({0: hidden, 1: hidden}, CLUSTER).seconds == 3
+def exchanged(*batches: int | None) -> dict[int, Any]:
+    """A message each way, between two ranks."""
+    [batch] = batches or (None,)
+    return {rank: [message(word, 1 - rank, batch=batch) for word in ("send", "recv")] for rank in (0, 1)}
+
+
+def sent_to_two(*batches: int) -> dict[int, Any]:
+    sends = [message("send", peer, batch=batch) for peer, batch in zip((1, 2), batches, strict=True)]
+    return {0: sends, **{peer: [message("recv", 0, batch=0)] for peer in (1, 2)}}
+
+
+A, B = summed((0, 1), 0), summed((0, 1), 1)
+SMALL_CALL = Call("all_reduce", "tensor", (0, 1), ((1,),), "int8", handle=0)
+OF_THE_WORLD = Call("all_reduce", "world", (0, 1), ((1,),), "int8")
+SLOW_HOST = replace(CLUSTER, launch_us=1000.0)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "seconds", "cluster"),
+    [
+        pytest.param(ranks, seconds, rest[0] if rest else CLUSTER, id=claim)
+        for claim, ranks, seconds, *rest in [
+            ("other operations take their bytes", {0: [Computation({}, 2 * GB, 1)]}, 2 / (3350 * 0.8)),
+            ("an asynchronous call runs beside the computation", dict.fromkeys((0, 1), [A, work(3), Wait(0)]), 3),
+            ("a wait is for the latest", dict.fromkeys((0, 1), [A, Wait(0), A, work(0.25), Wait(0)]), 2),
+            ("calls of one group follow one another", dict.fromkeys((0, 1), [A, B, Wait(1)]), 2),
+            (
+                "calls of two groups run at once",
+                dict.fromkeys((0, 1), [A, summed((0, 1), 1, axis="data"), Wait(1), Wait(0)]),
+                1,
+            ),
+            ("peers that are left out come at the same time", {0: [work(1), summed((0, 1))]}, 2),
+            ("messages of a batch are posted together", exchanged(0), 1),
+            ("one batch", sent_to_two(0, 0), 1),
+            ("a batch waits for the batch before it", sent_to_two(0, 1), 2),
+            ("a call of an earlier step", {0: [Wait(7), work(1)]}, 1),
+            ("a device waits for its host", {0: [Computation({}, 0, 100), work(1)]}, 1.1, SLOW_HOST),
+            ("launched ahead", {0: [work(1), Computation({}, 0, 100)]}, 1.0, SLOW_HOST),
+            ("a launch comes first", {0: [Computation({}, 2 * GB, 1)]}, 0.001 + 2 / (3350 * 0.8), SLOW_HOST),
+            ("a call takes the host", {0: [*[SMALL_CALL] * 100, work(1)]}, 1.1, replace(CLUSTER, call_us=1000.0)),
+            ("the host reads a sum", {0: [work(1), OF_THE_WORLD, Computation({}, 0, 100)]}, 1.1, SLOW_HOST),
+        ]
+    ],
+)
+def test_a_step_takes(ranks, seconds, cluster):
+    assert step_time(ranks, cluster).seconds == pytest.approx(seconds)
+
+
+def test_what_a_device_waits_for_is_told():
+    partly = [A, work(0.25), Wait(0), work(1)]
     found = step_time({0: partly, 1: partly}, CLUSTER)
     assert (found.seconds, found.by_kind[EXPOSED + "tensor"]) == (2.0, 0.75)
-
-
-def test_a_wait_is_for_the_latest_call_with_its_handle():
-    program = [summed((0, 1), 0), Wait(0), summed((0, 1), 0), work(0.25), Wait(0)]
-    assert step_time({0: program, 1: program}, CLUSTER).seconds == 2
-
-
-def test_calls_of_one_group_follow_one_another_and_others_run_beside_them():
-    one_group = [summed((0, 1), 0), summed((0, 1), 1), Wait(1)]
-    two_groups = [summed((0, 1), 0), summed((0, 1), 1, axis="data"), Wait(1), Wait(0)]
-    assert step_time({0: one_group, 1: one_group}, CLUSTER).seconds == 2
-    assert step_time({0: two_groups, 1: two_groups}, CLUSTER).seconds == 1
-
-
-def test_a_call_begins_when_the_last_rank_has_joined():
     found = step_time({0: [work(1), summed((0, 1))], 1: [work(4), summed((0, 1))]}, CLUSTER)
     assert (found.seconds, found.by_kind["bubble"], found.by_kind[EXPOSED + "tensor"]) == (5, 1.5, 1)
+    found = step_time({0: [Computation({}, 0, 100), work(1)]}, SLOW_HOST)
+    assert found.by_kind["launches"] == pytest.approx(0.1) and found.launch_bound == pytest.approx(0.1 / 1.1)
+
+
+@pytest.mark.parametrize(("ranks", "told"), [(exchanged(), "0, 1"), ({0: [message("recv", 1)], 1: []}, "0")])
+def test_ranks_that_wait_for_ever_are_named(ranks, told):
+    with pytest.raises(ValueError, match=f"ranks {told} wait for ever"):
+        step_time(ranks, CLUSTER)
 
 
 def test_a_run_that_overlaps_hides_nine_tenths_of_tensor_parallel_calls():
@@ -113,64 +147,6 @@ def test_every_doubling_of_the_nodes_costs_half_a_percent():
     one_node = made_up_run("full", 64, 64, world_size=4)
     assert CLUSTER.of_run(one_node).sustained == CLUSTER.sustained
     assert CLUSTER.of_run(run).sustained == pytest.approx(CLUSTER.sustained * 0.995**3)
-
-
-def test_peers_that_are_left_out_come_at_the_same_time():
-    assert step_time({0: [work(1), summed((0, 1))]}, CLUSTER).seconds == 2
-
-
-def test_messages_of_a_batch_are_posted_together():
-    def ranks(**batch: int) -> dict[int, Sequence[Any]]:
-        return {rank: [message("send", 1 - rank, **batch), message("recv", 1 - rank, **batch)] for rank in (0, 1)}
-
-    assert step_time(ranks(batch=0), CLUSTER).seconds == 1
-    with pytest.raises(ValueError, match="ranks 0, 1 wait for ever"):
-        step_time(ranks(), CLUSTER)
-
-
-def test_a_batch_waits_for_the_batch_before_it():
-    def sent(*batches: int) -> list[Call]:
-        return [message("send", peer, batch=batch) for peer, batch in zip((1, 2), batches, strict=True)]
-
-    receivers = {peer: [message("recv", 0, batch=0)] for peer in (1, 2)}
-    assert step_time({0: sent(0, 0), **receivers}, CLUSTER).seconds == 1
-    assert step_time({0: sent(0, 1), **receivers}, CLUSTER).seconds == 2
-
-
-def test_a_rank_that_ends_with_a_message_under_way_is_named():
-    with pytest.raises(ValueError, match="ranks 0 wait for ever"):
-        step_time({0: [message("recv", 1)], 1: []}, CLUSTER)
-
-
-def test_a_wait_for_a_call_of_an_earlier_step_takes_nothing():
-    assert step_time({0: [Wait(7), work(1)]}, CLUSTER).seconds == 1
-
-
-def test_a_device_waits_for_its_host():
-    slow = replace(CLUSTER, launch_us=1000.0)
-    found = step_time({0: [Computation({}, 0, 100), work(1)]}, slow)
-    assert found.seconds == pytest.approx(1.1) and found.by_kind["launches"] == pytest.approx(0.1)
-    # Launched ahead, the operations wait for the device instead.
-    assert step_time({0: [work(1), Computation({}, 0, 100)]}, slow).seconds == pytest.approx(1.0)
-
-
-def test_an_operation_begins_when_it_is_launched():
-    slow = replace(CLUSTER, launch_us=1000.0)
-    found = step_time({0: [Computation({}, 2 * GB, 1)]}, slow)
-    assert found.seconds == pytest.approx(0.001 + 2 / (3350 * 0.8))
-    assert found.launch_bound == pytest.approx(0.001 / found.seconds)
-
-
-def test_a_call_takes_its_host_time_too():
-    call = Call("all_reduce", "tensor", (0, 1), ((1,),), "int8", handle=0)
-    found = step_time({0: [*[call] * 100, work(1)]}, replace(CLUSTER, call_us=1000.0))
-    assert found.seconds == pytest.approx(1.1)
-
-
-def test_the_host_waits_for_the_sum_over_the_world():
-    slow = replace(CLUSTER, launch_us=1000.0)
-    call = Call("all_reduce", "world", (0, 1), ((1,),), "int8")
-    assert step_time({0: [work(1), call, Computation({}, 0, 100)]}, slow).seconds == pytest.approx(1.1)
 
 
 def test_a_part_that_is_timed_once_takes_what_it_takes_in_the_program():

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import cache
-from pkgutil import resolve_name
 from typing import Any
 
 import torch
@@ -144,7 +143,7 @@ IN_TENSOR_AND_DATA: dict[str, Callable[[], None]] = {
         (run, "init_from_gradients"), tensor_rank, total(tensor)
     ),
     "losses at the start: one tensor-parallel rank makes a call": lambda: added(
-        (rehearsed_rank, "start_losses"), tensor_rank, total(tensor)
+        (validation, "start_losses"), tensor_rank, total(tensor)
     ),
     "a log line: one replica gathers": lambda: added(
         (rehearsed_rank, "mixtures"), replica, lambda: gather_over_world(0)
@@ -183,7 +182,7 @@ def plant(name: str) -> None:
     ALL[name]()
 
 
-def record_planted(name: str, function: str, rank: RankToRehearse) -> RankRecord:
+def record_planted(name: str, function: Callable[[RankToRehearse], RankRecord], rank: RankToRehearse) -> RankRecord:
     """In place of a function of the rehearsals, for `rehearsal._in_processes`."""
     plant(name)
-    return resolve_name(function)(rank)
+    return function(rank)

@@ -100,7 +100,7 @@ def test_products_are_those_of_the_closed_form(files):
     full, lora = watched(files, 1, ["full"], ["alone"]) + watched(files, 1, ["lora"], ["alone"])
     found = rehearse([full.of_rank(0), lora.of_rank(0)])
     of = full.of_rank(0)
-    shape, rows, length = of.shape, of.lengths[0].rows, of.lengths[0].positions
+    shape, rows, length = of.shape, of.lengths.rows, of.lengths.positions
     h, f, d = shape.hidden_size, shape.ffn_hidden_size, shape.kv_channels
     q, kv = shape.num_attention_heads * d, shape.num_query_groups * d
     linears = {"qkv": (h, q + 2 * kv), "proj": (q, h), "fc1": (h, 2 * f), "fc2": (f, h)}

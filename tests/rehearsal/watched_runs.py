@@ -76,8 +76,8 @@ class Watched:
 
     def of_rank(self, rank: int) -> RankToRehearse:
         config = self.job.config(self.world_size)
-        lengths = Lengths.longest(config)
-        return RankToRehearse(config, read_shape(self.job.base), rank, config.num_microbatches, (lengths,))
+        shape, lengths = read_shape(self.job.base), Lengths.longest(config)
+        return RankToRehearse(config, shape, rank, config.num_microbatches, lengths)
 
 
 def watched(files: tuple[str, str], world_size: int, methods: Any, layouts: Any = None) -> list[Watched]:
@@ -114,7 +114,7 @@ def real_records(runs: list[Watched]) -> dict[str, RankRecord]:
         start_model_parallel(of.config.parallel, of.config.training.seed, num_stages)
         watch = Watch(Recorder(group_names()))
         with watch(), sums_of_a_gpu():
-            microbatches = [microbatch_of(of.lengths[0]) for _ in range(of.num_microbatches)]
+            microbatches = [microbatch_of(of.lengths) for _ in range(of.num_microbatches)]
             records[run.job.name] = watch_run(watch, of, microbatches, loads=True)
         stop_model_parallel()
     return records
@@ -140,7 +140,7 @@ def profiled_peaks(runs: list[Watched]) -> dict[str, tuple[int, int]]:
         of = run.of_rank(0)
         start_model_parallel(of.config.parallel, of.config.training.seed)
         state = start_state(build_chunks(of.config, of.shape), of.config, of.shape, 10)
-        step = [microbatch_of(longer(of.lengths[0])) for _ in range(2)]
+        step = [microbatch_of(longer(of.lengths)) for _ in range(2)]
         watch = Watch(Recorder(group_names()))
         of_step = [one for microbatch in step for one in vars(microbatch).values() if isinstance(one, torch.Tensor)]
         parameters = [parameter for chunk in state.model_chunks for parameter in chunk.parameters()]

@@ -10,8 +10,7 @@ import pytest
 from megatron_peft.config import PeftConfig, RunConfig
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.plan.cluster import read_cluster
-from megatron_peft.plan.pipeline import _Program, estimated_time
-from megatron_peft.plan.recorded_layers import total
+from megatron_peft.plan.recorded_step import _Program, estimated_time, total
 from megatron_peft.plan.timing import step_time
 from megatron_peft.rehearsal.program import Call, Computation, Entry, Mark, Parameters, RankRecord, Wait
 from megatron_peft.rehearsal.rehearsal import rehearse, rehearse_run
@@ -62,7 +61,7 @@ def rehearsed(request) -> dict[str, RankRecord]:
     """All cases that were chosen, in processes that are started once."""
     here = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
     chosen = [params["case"] for params in here if params.get("case") in CASES]
-    asked = [RankToRehearse(run, SHAPE, 0, 2, (Lengths.longest(run),), ()) for run in map(run_of, chosen)]
+    asked = [RankToRehearse(run, SHAPE, 0, 2, Lengths.longest(run), False) for run in map(run_of, chosen)]
     return dict(zip(chosen, rehearse(asked), strict=True))
 
 
@@ -232,11 +231,14 @@ def calls_of(entries: Iterable[Entry]) -> list[Call]:
 
 @pytest.mark.parametrize(("replicas", "smallest"), [(2, 40e6), (64, 64e6)])
 def test_buckets_of_gradients_are_as_large_as_megatron_core_makes_them(replicas, smallest):
-    run = made_up_run("full", 512, 64, world_size=replicas)
+    """Of the first chunk: those of the others have one each."""
+    several = {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 8}
+    run = made_up_run("full", 512, 128, world_size=2 * replicas, **several)
     run = replace(run, training=replace(run.training, overlap_grad_reduce=True))
-    [[embedding, *layers]] = _Program(step_of(run, LLAMA_8B), 0, read_cluster("8xa100")).buckets
+    [embedding, *layers], [second] = _Program(step_of(run, LLAMA_8B), 0, read_cluster("8xa100")).buckets
     sizes = {bucket.num_trained for bucket, _ in layers}
     assert all(smallest <= size < 2 * smallest for size in sizes) and embedding[0].num_trained == 128256 * 4096
+    assert second[1] == 1 and second[0].num_trained > 2 * smallest
 
 
 @pytest.mark.parametrize("num_microbatches", [2, 4])
