@@ -115,7 +115,7 @@ class RunRecord:
             "linear_biases": isinstance(biases, list) and all(isinstance(name, str) for name in biases),
         }
         wrong = [name for name, is_right in are_right.items() if not is_right]
-        wrong += mistyped(record) + mistyped(record.best)
+        wrong += {**mistyped(record), **mistyped(record.best)}
         if wrong:
             raise ValueError(f"its {', '.join(wrong)} cannot be that of a run")
         return record
