@@ -29,7 +29,6 @@ KNOWS = {
     "conversion.peft_export": {"adapters.low_rank"},  # whatever was trained is written as a LoRA
     "conversion.model_card": {"lora"},  # a tag of the Hub
     "conversion.peft_import": {"adapters.low_rank", "adapters.boft", "lora", "boft"},  # reads Hugging Face PEFT's
-    "cli.refused": {"lora-ga", "hybrid"},  # what other trainers' flags are here; Megatron's word for Mamba layers
     "experiment.report": NAMES,  # the paper's tables
 }
 
