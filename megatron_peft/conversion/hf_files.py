@@ -26,7 +26,12 @@ from megatron_peft.models.rules import Index, RowRange, Rule
 MAPPED_BYTES = 64 * 2**20
 MAX_READ_BYTES = 2**30  # of one read; Linux reads at most 2 GiB at once
 MAX_LISTED = 8  # names in one error
-LFS_POINTER = b"version https://git-lfs"  # the first bytes of a file that only stands for weights
+# First bytes of files that only look like weights, and the error for each.
+LOOKALIKES = {
+    b"version https://git-lfs": "it is a Git LFS pointer, not the weights. Fetch them with `git lfs pull`.",
+    b"\x80\x02\x8a\x0al\xfc\x9cF": "it has the format of torch before 1.6, which cannot be memory-mapped. "
+    "Convert it to safetensors.",
+}
 # The first of these that exists is read, as in transformers.
 WEIGHT_FILES = (
     *("model.safetensors", "model.safetensors.index.json"),
@@ -250,14 +255,13 @@ def _open_file(path: Path) -> SafetensorsFile | TorchFile:
     except ConfigurationError:
         raise
     except (*_UNREADABLE, pickle.UnpicklingError) as error:
-        with path.open("rb") as file:
-            is_pointer = file.read(len(LFS_POINTER)) == LFS_POINTER
         reason = plain_reason(error)
-        why = f"truncated or torn, {path.stat().st_size:,} bytes long ({reason}). Copy or download it again."
-        if is_pointer:
-            why = "it is a Git LFS pointer, not the weights. Fetch them with `git lfs pull`."
-        elif isinstance(error, pickle.UnpicklingError):
+        with path.open("rb") as file:
+            start = file.read(max(map(len, LOOKALIKES)))
+        why = next((text for magic, text in LOOKALIKES.items() if start.startswith(magic)), "")
+        if isinstance(error, pickle.UnpicklingError):
             why = f"it holds more than tensors ({reason}). Convert it to safetensors."
+        why = why or f"truncated or torn, {path.stat().st_size:,} bytes long ({reason}). Copy or download it again."
         raise ConfigurationError(f"{path} cannot be read: {why}") from error
 
 

@@ -115,6 +115,13 @@ def test_an_index_that_promises_in_vain_and_files_that_are_missing_are_named(fil
         open_source(path.parent)
 
 
+def test_a_pickle_of_an_old_format_is_refused(copy_of):
+    path = copy_of("torch") / "pytorch_model.bin"
+    torch.save({"a": torch.zeros(3)}, path, _use_new_zipfile_serialization=False)
+    with pytest.raises(ConfigurationError, match="torch before 1.6.*Convert it to safetensors"):
+        open_source(path.parent)
+
+
 EXPECTED = {"model.embed_tokens.weight": (11, 4), "model.norm.weight": (4,), "lm_head.weight": (11, 4)}
 
 
