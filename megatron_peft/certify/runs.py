@@ -31,9 +31,8 @@ from megatron_peft.models.shape import ModelShape
 from megatron_peft.runtime.launch import model_parallel, world
 from megatron_peft.training.run import build_state, data_of_rank, first_steps
 from megatron_peft.training.state import GradientShards
-from megatron_peft.training.step import StepReport, run_schedule, train_step
+from megatron_peft.training.step import StepReport, inference_mode, run_schedule, train_step, validation_loss
 from megatron_peft.training.update import mixtures
-from megatron_peft.training.validation import inference_mode, validation_loss
 
 START, END = "start", "end"
 GRADIENTS = {1: "gradients of step 1", 2: "gradients of step 2"}  # a LoRA's A has none before its B has moved

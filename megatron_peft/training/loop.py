@@ -19,16 +19,17 @@ from megatron_peft.runtime.failure import written_after
 from megatron_peft.runtime.launch import shorten_timeout
 from megatron_peft.training.metrics import MetricsWriter, memory_bytes
 from megatron_peft.training.state import TrainingState
-from megatron_peft.training.step import StepReport, train_step
-from megatron_peft.training.terminal import Progress
-from megatron_peft.training.update import mixtures
-from megatron_peft.training.validation import (
+from megatron_peft.training.step import (
     ORTHOGONALITY_LIMIT,
+    StepReport,
     ValidationInterrupted,
     largest_orthogonality_error,
     layers_without_gradient,
+    train_step,
     validation_loss,
 )
+from megatron_peft.training.terminal import Progress
+from megatron_peft.training.update import mixtures
 from megatron_peft.training.watchers import Interval, Record, Watchers, watched_steps
 
 

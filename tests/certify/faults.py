@@ -146,7 +146,7 @@ FAULTS = [
          "lora-ga", "TP2 bf16", START, "all together"),
     ),
     *_of(
-        "collective", "megatron_peft.training.validation",
+        "collective", "megatron_peft.training.step",
         ("validation is of one replica", "    dist.all_reduce(total)\n", "    pass\n",
          "lora", "DP2", "validation loss", "step 1"),
     ),

@@ -10,12 +10,12 @@ from megatron_peft.adapters.attach import linear_layers
 from megatron_peft.training import loop
 from megatron_peft.training.loop import train
 from megatron_peft.training.metrics import METRICS_FILE, read_metrics
-from megatron_peft.training.step import train_step
-from megatron_peft.training.validation import (
+from megatron_peft.training.step import (
     ORTHOGONALITY_LIMIT,
     inference_mode,
     largest_orthogonality_error,
     layers_without_gradient,
+    train_step,
     validation_loss,
 )
 from tests.kept import kept_for_backward
