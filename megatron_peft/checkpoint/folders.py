@@ -11,7 +11,7 @@ import socket
 import stat
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -318,6 +318,15 @@ def publish_draft(draft: Path, place: Path) -> None:
     sync(place.parent)
 
 
+@contextmanager
+def written(what_fails: str, way_out: str) -> Iterator[None]:
+    """Turn an OSError inside into a ConfigurationError: what fails, the cause, and the way out."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigurationError(f"{what_fails} ({error.strerror or error}): {way_out}") from error
+
+
 def check_new(output: str | Path) -> None:
     """Raise ConfigurationError if `output` exists: nothing is ever overwritten."""
     require(not os.path.lexists(output), f"--output {output} exists already: remove it, or give another --output.")
@@ -332,16 +341,13 @@ def new_folder(output: str | Path) -> Iterator[Path]:
     output = Path(output)
     draft: Path | None = None
     check_new(output)
+    way_out = "the partial output was removed. Free disk space there, or give another --output."
     try:
-        draft = start_draft(output)
-        yield draft
-        check_new(output)
-        publish_draft(draft, output)
-    except OSError as error:
-        raise ConfigurationError(
-            f"--output {output} could not be written ({error.strerror or error}): the partial output was removed. "
-            f"Free disk space there, or give another --output."
-        ) from error
+        with written(f"--output {output} could not be written", way_out):
+            draft = start_draft(output)
+            yield draft
+            check_new(output)
+            publish_draft(draft, output)
     finally:
         if draft is not None:
             shutil.rmtree(draft, ignore_errors=True)  # does not exist any more if all went well
@@ -372,7 +378,7 @@ class FolderLock:
                 stat.S_ISREG(os.fstat(self._descriptor).st_mode),
                 f"--save {folder}: {LOCK} in it is a pipe or a device, not a file: remove it.",
             )
-            self.is_held = self._acquire(time.monotonic() + grace_seconds)
+            self.is_held = locked(self._descriptor, folder, self._refusal, grace_seconds)
         except ConfigurationError:
             self.release()
             raise
@@ -400,22 +406,31 @@ class FolderLock:
         os.close(self._descriptor)
         os.close(self._opened_folder)
 
-    def _acquire(self, deadline: float) -> bool:
-        while True:
-            try:
-                fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return True
-            except (BlockingIOError, PermissionError):
-                if time.monotonic() >= deadline:
-                    holder = os.pread(self._descriptor, 1000, 0).decode(errors="replace").strip()
-                    raise ConfigurationError(
-                        f"--save {self._folder}: another run is saving there ({holder or 'unknown'}): "
-                        f"wait for its end, stop it, or give another --save."
-                    ) from None
-                time.sleep(0.1)
-            except OSError as error:
-                logger.warning("%s cannot be locked (%s): make sure that only one run saves there", self._folder, error)
-                return False
+    def _refusal(self) -> str:
+        holder = os.pread(self._descriptor, 1000, 0).decode(errors="replace").strip()
+        return (
+            f"--save {self._folder}: another run is saving there ({holder or 'unknown'}): wait for its end, stop it, "
+            "or give another --save."
+        )
+
+
+def locked(file: int, path: Path, refusal: Callable[[], str], grace_seconds: float = GRACE_SECONDS) -> bool:
+    """Lock an open file; False, with a warning, on a file system without locks. `path` is what it is locked for.
+
+    Raises ConfigurationError, with `refusal`: another process still holds it after `grace_seconds`.
+    """
+    deadline = time.monotonic() + grace_seconds
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except (BlockingIOError, PermissionError) as error:
+            if time.monotonic() >= deadline:
+                raise ConfigurationError(refusal()) from error
+            time.sleep(0.1)
+        except OSError as error:
+            logger.warning("%s cannot be locked (%s): make sure that only one run saves there", path, error)
+            return False
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

@@ -82,8 +82,6 @@ def resolve_resume(settings: CheckpointConfig) -> CheckpointConfig:
     """The settings with what --resume auto means now. To be called on the first rank.
 
     If --save holds a checkpoint, the run resumes from it, and --load (where the run once began) is not read again.
-
-    Raises ConfigurationError: the folder's tracker names a checkpoint that is missing.
     """
     if settings.resume == "never" or not _candidates(Path(settings.save or "")):
         return settings
@@ -91,12 +89,9 @@ def resolve_resume(settings: CheckpointConfig) -> CheckpointConfig:
 
 
 def check_resume(config: RunConfig, shape: ModelShape, schedule: Mapping[str, Any]) -> None:
-    """Compare the record of the newest checkpoint under --load with this run, before the model is built. A collective.
+    """Raises ConfigurationError, on every rank, if the newest record under --load contradicts this run. A collective.
 
     `load_checkpoint` compares again, with the adapted layers too, and with an older record if the newest is damaged.
-
-    schedule: of this run, `state_dict` of megatron-core's.
-    Raises ConfigurationError, on every rank, if they contradict each other.
     """
     settings = config.checkpoint
 
@@ -162,14 +157,8 @@ def load_checkpoint(state: TrainingState) -> Path | None:
         return None
     chunks = [chunk.module for chunk in state.model_chunks]
     record = from_first_rank(lambda: run_record.read_record(checkpoint))
-    current = CurrentRun(
-        state.config,
-        state.shape,
-        adapted_layers(chunks),
-        base_fingerprint(state.config.model.pretrained_checkpoint),
-        state.schedule.state_dict(),
-        state.data_digest,
-    )
+    base, schedule = base_fingerprint(state.config.model.pretrained_checkpoint), state.schedule.state_dict()
+    current = CurrentRun(state.config, state.shape, adapted_layers(chunks), base, schedule, state.data_digest)
     resumes_optimizer = _resumes_optimizer(settings)
     # All of the record is compared before the first tensor is read, so that a refused checkpoint changes nothing.
     checked_together(lambda: _refuse(record, current, resumes_optimizer))
@@ -198,11 +187,9 @@ def load_checkpoint(state: TrainingState) -> Path | None:
 
 
 def load_trained_parameters(model_chunks: Sequence[nn.Module], folder: str | Path) -> RunRecord:
-    """Load the parameters of the newest checkpoint in a --save folder, for scoring and generation.
+    """Load the parameters of the newest checkpoint in a --save folder, or of a checkpoint; returns the run's record.
 
     model_chunks: this rank's, bare, with the base loaded and adapters attached as in `read_run_record(folder)`.
-    folder: a --save folder, or a checkpoint in it.
-    Returns the record of the run.
     Raises ConfigurationError, on every rank: there is no checkpoint, it is damaged, or it has other parameters.
     """
     checkpoint = from_first_rank(lambda: run_record.find_checkpoint(folder))

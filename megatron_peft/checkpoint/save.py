@@ -58,9 +58,8 @@ class DraftedCheckpoint:
         return self.record.position["iteration"]
 
     def complete(self) -> Path:
-        """Write this rank's files; when all ranks have, the first one publishes. A collective of `group`.
+        """Write this rank's files; when all have, the first publishes. Returns the checkpoint. A collective of `group`.
 
-        Returns the checkpoint, `<save>/iter_0000050`, now the newest.
         Raises CheckpointNotSaved, on every rank: earlier checkpoints are untouched, and the draft is removed.
         """
         with _as_not_saved(self.folder, self.iteration, self.draft):
@@ -130,10 +129,7 @@ def _as_not_saved(folder: Path, iteration: int, draft: Path | None = None) -> It
 
 
 def tensors_to_save(state: TrainingState, entries: Sequence[Sharded]) -> list[ShardedTensor]:
-    """This rank's tensors of a checkpoint: parameters, optimizer and generators, as far as they are saved.
-
-    entries: of the parameters that are saved (`sharded_parameters`).
-    """
+    """This rank's tensors of a checkpoint: parameters, optimizer and generators, as far as they are saved."""
     settings = state.config.checkpoint
     tensors = [tensor for entry in entries for tensor in global_slices(entry)]
     if not settings.no_save_optim:

@@ -73,8 +73,6 @@ class PlannedFiles(torch_checkpoint.FileSystemWriter):
     torch's writer, not megatron-core's: it makes no copies, starts no processes, and reports a failed rank to all,
     where megatron-core's leaves the other ranks waiting if the disk fills up during the common file or the metadata.
 
-    tensors: of this rank.
-    folder: empty, the same on all ranks.
     snapshot: copy the tensors to CPU memory now, so that training may change them before they are written.
     Raises ConfigurationError, on every rank, if planning failed on any.
     """
@@ -179,7 +177,6 @@ def read_index(folder: Path) -> Metadata:
 def read_tensors(tensors: Iterable[ShardedTensor], folder: Path, index: Metadata) -> None:
     """Fill every rank's tensors in place. A collective.
 
-    index: that of `folder`, by `read_index`.
     Raises ConfigurationError, on every rank, when a file is missing or damaged, or holds a value that is not finite.
     """
     wanted = [replace(tensor) for tensor in tensors]  # copies, because megatron-core modifies the descriptions
@@ -250,11 +247,7 @@ def sharded_state(chunk: Any) -> dict[str, Any]:
 
 
 def sharded_parameters(model_chunks: Sequence[nn.Module], only_adapters: bool) -> list[Sharded]:
-    """This rank's parameters (and buffers of adapters) as slices of global tensors. Their `data` are the parameters.
-
-    model_chunks: bare, not wrapped in DistributedDataParallel.
-    only_adapters: leave the base model out.
-    """
+    """Parameters (and buffers of adapters) of bare chunks as slices of global tensors. `data` are the parameters."""
     entries = (entry for chunk in model_chunks for entry in sharded_state(chunk).values())
     tensors = (entry for entry in entries if isinstance(entry, ShardedTensor | ShardedTensorFactory))  # no FP8 objects
     return [tensor for tensor in tensors if ADAPTER in tensor.key or not only_adapters]
@@ -267,11 +260,8 @@ def adapted_layers(model_chunks: Sequence[nn.Module]) -> tuple[str, ...]:
 
 
 def load_parameters(entries: Sequence[Sharded], checkpoint: Path) -> Metadata:
-    """Fill the parameters in place. A collective.
+    """Fill the parameters in place; returns the checkpoint's index, for what else is read of it. A collective.
 
-    entries: from `sharded_parameters`.
-    checkpoint: an iteration's folder.
-    Returns the checkpoint's index, for what else is read of it.
     Raises ConfigurationError, on every rank, if the checkpoint holds other parameters or shapes (nothing is changed
     then), or is damaged.
     """

@@ -106,19 +106,15 @@ Step = list[Microbatch]
 
 @dataclass(frozen=True)
 class BatchLayout:
-    """How a global batch is split over data-parallel ranks, in positions (samples, or packs).
-
-    pad_multiple: the sequence is rounded up to a multiple of it; pad_to: and is no shorter than this; pad_id: the token
-    of padding.
-    """
+    """How a global batch is split over data-parallel ranks, in positions (samples, or packs)."""
 
     global_batch_size: int
     micro_batch_size: int
     data_parallel_rank: int = 0
     data_parallel_size: int = 1
-    pad_multiple: int = 1
-    pad_to: int = 0
-    pad_id: int = 0
+    pad_multiple: int = 1  # the sequence is rounded up to a multiple of it
+    pad_to: int = 0  # and is no shorter than this
+    pad_id: int = 0  # the token of padding
 
     def microbatches(self, first: int) -> list[range]:
         """Positions of each microbatch of this rank in the global batch that begins at `first`."""
@@ -162,9 +158,7 @@ class GlobalBatches:
     def in_few_microbatches(self, num_steps: int, max_positions: int, multiple: int) -> Step:
         """This rank's samples of the first global batches, those of like lengths together: for a sum over all of them.
 
-        num_steps: global batches.
         max_positions: of a microbatch, padding included, unless one sample (or pack) has more.
-        multiple: of the number of microbatches; that of a step is one too.
         """
         layout, groups, width = self.layout, [], 0
         firsts = range(0, num_steps * layout.global_batch_size, layout.global_batch_size)

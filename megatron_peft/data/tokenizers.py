@@ -355,24 +355,17 @@ def build_tokenizer(config: DataConfig, pretrained_checkpoint: str | None) -> To
     return HuggingFaceTokenizer(source, config.chat_template)
 
 
-def require_vocabulary_fits(tokenizer: Tokenizer, model_vocab_size: int) -> None:
-    """Raises `ConfigurationError` if the tokenizer has an id without a row in the model's embedding."""
-    require(
-        tokenizer.largest_id < model_vocab_size,
-        f"the tokenizer has ids up to {tokenizer.largest_id}, but the embedding of --pretrained-checkpoint has "
-        f"{model_vocab_size} rows: give --tokenizer-model the tokenizer that belongs to it.",
-    )
+def require_vocabulary_fits(tokenizer: Tokenizer, num_rows: int) -> str:
+    """A warning if the tokenizer is probably another model's, else empty.
 
-
-def doubt_about_vocabulary(tokenizer: Tokenizer, model_vocab_size: int) -> str:
-    """A warning if the tokenizer is probably another model's; else empty."""
+    Raises `ConfigurationError` if it has an id without a row in the model's embedding.
+    """
+    largest = tokenizer.largest_id
+    differ = f"the tokenizer has ids up to {largest}, but the embedding of --pretrained-checkpoint has {num_rows} rows"
+    require(largest < num_rows, f"{differ}: give --tokenizer-model the tokenizer that belongs to it.")
     # Models pad their vocabularies by a few hundred rows at most; a tenth of the rows without a token is not padding.
-    if tokenizer.largest_id + 1 >= 0.9 * model_vocab_size:
-        return ""
-    return (
-        f"WARNING: the tokenizer has ids up to {tokenizer.largest_id}, but the embedding of --pretrained-checkpoint "
-        f"has {model_vocab_size} rows: is it the tokenizer of another model? --tokenizer-model names it."
-    )
+    is_doubtful = largest + 1 < 0.9 * num_rows
+    return f"WARNING: {differ}: is it the tokenizer of another model? --tokenizer-model names it." * is_doubtful
 
 
 # AutoTokenizer takes a class that tokenizer_config.json names, but for types of models that have classes of their own.

@@ -38,19 +38,11 @@ def train(
 ) -> str:
     """Train from `state.position` to the end of the run, or until a signal or limit stops it.
 
-    Args:
-        state: updated in place.
-        data: training steps (set to the state's position) and validation steps.
-        saver: writes a checkpoint every --save-interval and at the end, if --save is given.
-        planned_peak: bytes of this rank's planned peak, once it is known; it is then printed beside the measured one.
-            Text: why it cannot be known.
-
-    Returns:
-        Why it ended, a sentence for the terminal.
-
-    Raises:
-        CheckpointNotSaved: on every rank, if the last checkpoint could not be written. Earlier failures only warn.
-        ConfigurationError: on every rank, at a save: --save was moved away, and another run has that folder now.
+    data: of which the training steps are set to the state's position.
+    planned_peak: bytes of this rank's planned peak, once it is known, or why it cannot be; printed beside the measured.
+    Returns why it ended, a sentence for the terminal.
+    Raises CheckpointNotSaved: on every rank, if the last checkpoint could not be written. Earlier failures only warn.
+    Raises ConfigurationError: on every rank, at a save: --save was moved away, and another run has that folder now.
     """
     run = _Run(state, data, saver, planned_peak)
     with run.signals, run.writer, run.progress, watched_steps(state) as run.watchers:

@@ -19,7 +19,7 @@ from rich.progress import track
 from torch import nn
 
 from megatron_peft.adapters.attach import all_names, attach_adapters
-from megatron_peft.checkpoint.folders import newest_checkpoint, write_atomically
+from megatron_peft.checkpoint.folders import newest_checkpoint, write_atomically, written
 from megatron_peft.checkpoint.load import check_resume, load_checkpoint, require_something_to_load, resolve_resume
 from megatron_peft.checkpoint.save import Saver
 from megatron_peft.config import (
@@ -34,7 +34,7 @@ from megatron_peft.config import (
 from megatron_peft.conversion import pretrained
 from megatron_peft.data.batches import GlobalBatches, Step
 from megatron_peft.data.build import Data, build_data
-from megatron_peft.data.tokenizers import Tokenizer, build_tokenizer, doubt_about_vocabulary, require_vocabulary_fits
+from megatron_peft.data.tokenizers import Tokenizer, build_tokenizer, require_vocabulary_fits
 from megatron_peft.lora_ga.initialize import init_from_gradients
 from megatron_peft.models import kernels
 from megatron_peft.models.gpt import build_model_chunks, require_transformer_engine, uses_transformer_engine
@@ -62,14 +62,10 @@ def data_of_rank(config: RunConfig, tokenizer: Tokenizer, shape: ModelShape, ran
 def build_state(
     config: RunConfig, shape: ModelShape, train_iters: int, start_steps: Sequence[Step] = ()
 ) -> TrainingState:
-    """Build the model, attach adapters, load pretrained weights, and make optimizer and schedule.
+    """The model, with adapters and weights, optimizer and schedule of a run of `train_iters` iterations.
 
-    Args:
-        train_iters: iterations of the whole run, for the schedule.
-        start_steps: global batches for LoRA-GA's start; empty if it does not run.
-
-    Raises:
-        ConfigurationError: the targets match nothing, the rank is too large, or the weights do not fit the shape.
+    start_steps: global batches for LoRA-GA's start; empty if it does not run.
+    Raises ConfigurationError: the targets match nothing, the rank is too large, or the weights do not fit the shape.
     """
     chunks = build_chunks(config, shape)
     if start_steps:
@@ -78,11 +74,7 @@ def build_state(
 
 
 def build_chunks(config: RunConfig, shape: ModelShape, loads: bool = True) -> list[GPTModel]:
-    """This rank's part of the model, with adapters and pretrained weights; raises like `build_state`.
-
-    Args:
-        loads: False leaves the base's weights as they were allocated.
-    """
+    """This rank's part of the model, with adapters, and with weights if it `loads`; raises like `build_state`."""
     chunks = build_model_chunks(shape, config.model, config.parallel, kernels.Training.of(config))
     adapted: list[str] = []
     if config.peft.trains_adapters:
@@ -138,13 +130,8 @@ def finetune(
 ) -> Finetuned:
     """Train `config` to its end. The processes must be joined (`runtime.launch.world`).
 
-    Args:
-        run_file: written to run.yaml in the folder of --save, so that the run can be repeated from it.
-        planned_peak: of this rank's memory in bytes, once it is known; printed beside the measured one.
-
-    Raises:
-        ConfigurationError: on every rank, before anything large is loaded or anything is written, if something is
-            wrong with the model, the layout, the data, the targets or the folders.
+    run_file: written to run.yaml in the folder of --save, so that the run can be repeated from it.
+    Raises ConfigurationError, on every rank, before anything large is loaded or anything is written.
     """
     # Checks go from cheap to expensive, each on all ranks together: a rank that fails alone would hang the others.
     _require_same_configuration(config)
@@ -199,12 +186,8 @@ def _require_kernels(config: RunConfig, shape: ModelShape) -> str:
 
 
 def _write_run_file(path: Path, text: str) -> None:
-    try:
+    with written(f"{path} cannot be written", "free disk space, or use another --save folder."):
         write_atomically(path, text)
-    except OSError as error:
-        raise ConfigurationError(
-            f"{path} cannot be written ({error.strerror}): free disk space, or use another --save folder."
-        ) from error
 
 
 def _checked_data(config: RunConfig, tokenizer: Tokenizer, shape: ModelShape, rank: int | None = None) -> Data:
@@ -257,8 +240,7 @@ def _checked_tokenizer(config: RunConfig, shape: ModelShape) -> Tokenizer:
     tokenizer = build_tokenizer(config.data, config.model.pretrained_checkpoint)
     if config.data.mock_data:  # its ids are the model's own, and no text is read
         return tokenizer
-    require_vocabulary_fits(tokenizer, shape.vocab_size)
-    if doubt := doubt_about_vocabulary(tokenizer, shape.vocab_size):
+    if doubt := require_vocabulary_fits(tokenizer, shape.vocab_size):
         print_rank_0(doubt)
     return tokenizer
 
@@ -295,13 +277,9 @@ def _check_save_folder(config: RunConfig) -> None:
         f"--save {folder} holds a model or an adapter that no run wrote there ({', '.join(foreign)}), whose files a "
         f"run would replace: give another --save.",
     )
-    try:
+    with written(f"--save {folder} cannot be written", "give a folder that you may write to."):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise ConfigurationError(
-            f"--save {folder} cannot be written ({error.strerror}): give a folder that you may write to."
-        ) from error
 
 
 # LoRA-GA's initialization within a run: its batches, progress bar and report.
@@ -317,8 +295,7 @@ def first_steps(config: RunConfig, train: GlobalBatches) -> Sequence[Step]:
     The gradient is a sum over their tokens, so the microbatches are others than in training: samples of like lengths
     share one. A product of few tokens takes up to three times as long a token.
 
-    Raises:
-        ConfigurationError: on every rank: the training data has fewer samples.
+    Raises ConfigurationError, on every rank: the training data has fewer samples.
     """
     if not config.peft.spec.starts_from_gradients:
         return ()
@@ -345,7 +322,6 @@ def first_steps(config: RunConfig, train: GlobalBatches) -> Sequence[Step]:
 
 def start_lora_ga(model_chunks: Sequence[nn.Module], config: RunConfig, steps: Sequence[Step]) -> None:
     """Initialize the low-rank factors of bare chunks from the gradient over `steps`, and report it. A collective."""
-    tensor_parallel: Any = parallel_state.get_tensor_model_parallel_group()
     data_parallel: Any = parallel_state.get_data_parallel_group()
     # completion tokens of the global batches, over all replicas
     own_tokens = sum(microbatch.num_loss_tokens for step in steps for microbatch in step)
@@ -364,8 +340,7 @@ def start_lora_ga(model_chunks: Sequence[nn.Module], config: RunConfig, steps: S
         if not has_bar:
             print_rank_0(f"LoRA-GA start: {which} over {config.peft.lora_ga_batches} batches done")
 
-    numbers = config.peft.lora_rank, config.peft.lora_ga_init, config.training.seed
-    report = init_from_gradients(model_chunks, *numbers, replay, int(total), tensor_parallel, data_parallel)
+    report = init_from_gradients(model_chunks, config.peft, config.training.seed, replay, int(total))
     seed_generators(config.training.seed)  # the run's dropout is that of a run without this start
     energy = {name: value for of_rank in gather_over_world(report.energy) for name, value in of_rank.items()}
     if dist.get_rank() == 0:

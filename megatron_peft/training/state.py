@@ -31,9 +31,6 @@ class GradientShards:
 
     Without the distributed optimizer every data-parallel rank holds whole gradients. With it they are scattered: a rank
     holds a shard of some parameters' gradients and nothing of the others.
-
-    Args:
-        optimizer: megatron-core's.
     """
 
     def __init__(self, optimizer: Any) -> None:
@@ -74,11 +71,7 @@ class GradientShards:
 def start_state(
     model_chunks: Sequence[nn.Module], config: RunConfig, shape: ModelShape, train_iters: int
 ) -> TrainingState:
-    """The state of a run at iteration 0, of this rank's bare chunks with adapters and weights.
-
-    Args:
-        train_iters: iterations of the whole run, for the schedule.
-    """
+    """The state of a run of `train_iters` iterations at its start, of bare chunks with adapters and weights."""
     wrapped = wrap_data_parallel(model_chunks, config)
     optimizer = build_optimizer(wrapped, config)
     return TrainingState(config, shape, wrapped, optimizer, build_schedule(optimizer, config, train_iters))
@@ -164,11 +157,8 @@ def group_overrides(peft: PeftConfig, optimizer: OptimizerConfig) -> dict[ParamK
 def build_schedule(optimizer: MegatronOptimizer, config: RunConfig, train_iters: int) -> OptimizerParamScheduler:
     """megatron-core's schedule. It counts samples, so that its shape does not change with the batch size.
 
-    Args:
-        train_iters: iterations of the whole run; the default length of the decay.
-
-    Raises:
-        ConfigurationError: the warmup is as long as the decay.
+    train_iters: iterations of the whole run; the default length of the decay.
+    Raises ConfigurationError: the warmup is as long as the decay.
     """
     settings, batch = config.optimizer, config.global_batch_size
     decay = settings.lr_decay_samples or (settings.lr_decay_iters or train_iters) * batch

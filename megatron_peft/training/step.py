@@ -59,10 +59,9 @@ def finish_gradients(
 ) -> None:
     """Sum gradients over the ranks. megatron-core calls this after the last backward of a step.
 
-    Args:
-        num_tokens: completion tokens of this rank's microbatches, on the last pipeline stage; gradients are divided by
-            their sum over the replicas. None: they are not divided.
-        step: of the adapters; None where it has ended.
+    num_tokens: completion tokens of this rank's microbatches, on the last pipeline stage; gradients are divided by
+    their sum over the replicas. None: they are not divided.
+    step: of the adapters; None where it has ended.
     """
     # From sums over microbatches to gradients of parameters.
     if step is not None:
@@ -92,16 +91,12 @@ def train_step(
     by_layer: bool = False,
     around_forward: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> StepReport:
-    """Forward, backward and update on this rank's microbatches of one global batch.
+    """Forward, backward and update on this rank's microbatches of one global batch; all but the position of `state`.
 
-    Args:
-        state: updated in place, except for its position.
-        stop: this rank wants the run to end; the report has it on all ranks.
-        by_layer: the report has the gradient norm of each layer; the same on all ranks.
-        around_forward: entered for each forward pass, for instance to measure it.
-
-    Raises:
-        NonFiniteError: on every rank, before parameters and optimizer have changed.
+    stop: this rank wants the run to end; the report has it on all ranks.
+    by_layer: the report has the gradient norm of each layer; the same on all ranks.
+    around_forward: entered for each forward pass, for instance to measure it.
+    Raises NonFiniteError: on every rank, before parameters and optimizer have changed.
     """
     for chunk in state.model_chunks:
         chunk.zero_grad_buffer()
@@ -156,12 +151,9 @@ def run_schedule(
 ) -> Tensor:
     """Run megatron-core's schedule (plain, 1F1B or interleaved) over the microbatches.
 
-    Args:
-        forward: megatron-core's `forward_step_func`, whose own reports are returned; None computes token losses.
-
-    Returns:
-        float64 [microbatches, 3] on the last pipeline stage: sum of the token losses, number of completion tokens,
-        number of positions; [0, 3] on the other stages.
+    forward: megatron-core's `forward_step_func`, whose own reports are returned; None computes token losses.
+    Returns float64 [microbatches, 3] on the last pipeline stage: sum of the token losses, number of completion tokens,
+    number of positions; [0, 3] on the other stages.
     """
     device = torch.device(torch.cuda.current_device())
     moved = [microbatch.to(device) for microbatch in microbatches]
@@ -225,9 +217,8 @@ def _sum_over_world(
 
     The other is the norm of the gradients, which megatron-core's optimizer reads to clip them.
 
-    Returns:
-        Sum of losses, numbers of completion tokens and of positions; how many ranks have found a loss or gradient that
-        is not finite, and how many were asked to stop; numbers of attended pairs; `squares`, float64, of the layers.
+    Returns sum of losses, numbers of completion tokens and of positions; how many ranks have found a loss or gradient
+    that is not finite, and how many were asked to stop; numbers of attended pairs; `squares`, float64, of the layers.
     """
     # Tensor-parallel ranks compute the same losses: count them once.
     counts = parallel_state.get_tensor_model_parallel_rank() == 0
@@ -268,8 +259,7 @@ def validation_loss(
 ) -> float:
     """Mean token loss over all steps and ranks; the same number on every rank, at any layout. A collective.
 
-    Args:
-        stops: asked before each step, whether this rank wants to end it. Then all do, with ValidationInterrupted.
+    stops: asked before each step, whether this rank wants to end it. Then all do, with ValidationInterrupted.
     """
     total = torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())
     # `forward_only` skips backward, but megatron-core's schedules would still record the graph.

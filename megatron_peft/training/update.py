@@ -37,11 +37,7 @@ class Trained(Protocol):
 
 
 def update(state: Trained) -> float:
-    """Apply the complete gradients of a step, with what the method adds to it. A collective.
-
-    Returns:
-        The norm of the gradients before clipping.
-    """
+    """Apply the complete gradients of a step, as the method does; returns their norm before clipping. A collective."""
     _mix_from_gradients(state)  # before the optimizer clips the gradients
     grad_norm = _update_parameters(state)
     _bound_low_rank_norms(state)
@@ -213,8 +209,7 @@ def _counted(shards: GradientShards) -> Callable[[nn.Parameter], Tensor]:
 def layer_gradient_squares(state: Trained, num_layers: int) -> Tensor:
     """Squared norms of what this rank counts of each transformer layer's complete gradients, on the device.
 
-    Returns:
-        float64 [layers of the whole model]; the sum over all ranks is the model's.
+    Returns float64 [layers of the whole model]; the sum over all ranks is the model's.
     """
     shards = GradientShards(state.optimizer)
     squares = [torch.zeros((), dtype=torch.float64, device=torch.cuda.current_device())] * num_layers

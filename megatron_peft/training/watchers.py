@@ -128,8 +128,7 @@ class Watchers:
 def watched_steps(state: TrainingState) -> Iterator[Watchers]:
     """Watch the steps of a run until it ends, by an error too.
 
-    Python's collector runs when it likes, at other steps on each rank, and all ranks wait for the one that collects:
-    --manual-gc turns it off and collects at the same step everywhere.
+    All ranks wait for the one whose garbage Python collects: --manual-gc does it at the same step everywhere.
     """
     watchers = Watchers(state)
     with _memory_history(state.config.logging), ExitStack() as stack:
