@@ -172,7 +172,7 @@ class Run:
             return _copies([*entries, *optimizer_tensors(self.state.optimizer, entries)])
 
     def gradients(self) -> Slices:
-        """By the keys of parameters. A collective."""
+        """Each parameter's, by its key. A collective."""
         trained = [p for chunk in self.state.model_chunks for p in chunk.parameters() if p.requires_grad]
         whole = dict(zip(map(id, trained), GradientShards(self.state.optimizer).whole(trained), strict=True))
         return _copies(with_data(one, whole[id(one.data)]) for one in self.entries if id(one.data) in whole)

@@ -9,7 +9,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from megatron_peft.checkpoint import run_record
+from megatron_peft.checkpoint import run_record, tensors
 from megatron_peft.checkpoint.folders import TRACKER, checkpoints, damage, newest_checkpoint, tracker_text
 from megatron_peft.checkpoint.run_record import CurrentRun, RunRecord
 from megatron_peft.checkpoint.save import base_fingerprint
@@ -19,13 +19,6 @@ from megatron_peft.checkpoint.state import (
     random_targets,
     restore_random,
     set_optimizer_steps,
-)
-from megatron_peft.checkpoint.tensors import (
-    adapted_layers,
-    load_parameters,
-    read_tensors,
-    sharded_parameters,
-    stored_shapes,
 )
 from megatron_peft.config import CheckpointConfig, ConfigurationError, RunConfig, require
 from megatron_peft.models.shape import ModelShape
@@ -158,18 +151,19 @@ def load_checkpoint(state: TrainingState) -> Path | None:
     chunks = [chunk.module for chunk in state.model_chunks]
     record = from_first_rank(lambda: run_record.read_record(checkpoint))
     base, schedule = base_fingerprint(state.config.model.pretrained_checkpoint), state.schedule.state_dict()
-    current = CurrentRun(state.config, state.shape, adapted_layers(chunks), base, schedule, state.data_digest)
+    current = CurrentRun(state.config, state.shape, tensors.adapted_layers(chunks), base, schedule, state.data_digest)
     resumes_optimizer = _resumes_optimizer(settings)
     # All of the record is compared before the first tensor is read, so that a refused checkpoint changes nothing.
     checked_together(lambda: _refuse(record, current, resumes_optimizer))
     if not settings.finetune and (warning := run_record.changes(record, current)):
         _warn("%s", warning)
-    entries = sharded_parameters(chunks, only_adapters=state.config.peft.trains_adapters)
-    index = load_parameters(entries, checkpoint)
+    entries = tensors.sharded_parameters(chunks, only_adapters=state.config.peft.trains_adapters)
+    index = tensors.load_parameters(entries, checkpoint)
+    stored = tensors.stored_shapes(index)
     state.optimizer.reload_model_params()  # copies them into the float32 masters
     if resumes_optimizer:
         assert record.optimizer_steps is not None and record.schedule is not None
-        read_tensors(optimizer_targets(state.optimizer, entries, stored_shapes(index)), checkpoint, index)
+        tensors.read_tensors(optimizer_targets(state.optimizer, entries, stored), checkpoint, index)
         set_optimizer_steps(state.optimizer, entries, record.optimizer_steps)
         _load_schedule(state, record.schedule)
     if not settings.finetune:
@@ -177,8 +171,8 @@ def load_checkpoint(state: TrainingState) -> Path | None:
             setattr(state.position, name, value)
         state.best = record.best
     if not (settings.finetune or settings.no_load_rng):
-        targets = random_targets(stored_shapes(index))
-        read_tensors(targets, checkpoint, index)  # a collective: without targets too
+        targets = random_targets(stored)
+        tensors.read_tensors(targets, checkpoint, index)  # a collective: without targets too
         if targets:
             restore_random(targets)
         else:
@@ -195,8 +189,8 @@ def load_trained_parameters(model_chunks: Sequence[nn.Module], folder: str | Pat
     checkpoint = from_first_rank(lambda: run_record.find_checkpoint(folder))
     require_whole(checkpoint)
     record = from_first_rank(lambda: run_record.read_record(checkpoint))
-    entries = sharded_parameters(model_chunks, only_adapters=record.config.peft.trains_adapters)
-    load_parameters(entries, checkpoint)
+    entries = tensors.sharded_parameters(model_chunks, only_adapters=record.config.peft.trains_adapters)
+    tensors.load_parameters(entries, checkpoint)
     return record
 
 

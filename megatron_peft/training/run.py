@@ -22,15 +22,7 @@ from megatron_peft.adapters.attach import all_names, attach_adapters
 from megatron_peft.checkpoint.folders import newest_checkpoint, write_atomically, written
 from megatron_peft.checkpoint.load import check_resume, load_checkpoint, require_something_to_load, resolve_resume
 from megatron_peft.checkpoint.save import Saver
-from megatron_peft.config import (
-    ConfigurationError,
-    PeftConfig,
-    RunConfig,
-    config_to_dict,
-    flag,
-    missing_for_training,
-    require,
-)
+from megatron_peft.config import ConfigurationError, RunConfig, config_to_dict, flag, missing_for_training, require
 from megatron_peft.conversion import pretrained
 from megatron_peft.data.batches import GlobalBatches, Step
 from megatron_peft.data.build import Data, build_data
@@ -165,7 +157,6 @@ def finetune(
             _check_start(state, data)
             if config.checkpoint.resume == "auto":
                 print_rank_0(f"--resume auto: --save {config.checkpoint.save} holds no checkpoint, so a new run starts")
-        _note_unknown_lengths(config)
         if config.checkpoint.save and run_file:
             path = Path(config.checkpoint.save) / RUN_FILE
             from_first_rank(lambda: _write_run_file(path, run_file))
@@ -200,14 +191,6 @@ def _checked_data(config: RunConfig, tokenizer: Tokenizer, shape: ModelShape, ra
     )
     check_resume(config, shape, schedule_values(config, data.train_iters))
     return data
-
-
-def _note_unknown_lengths(config: RunConfig) -> None:
-    if config.parallel.pipeline_model_parallel_size > 1 and not config.data.pad_to_seq_length:
-        print_rank_0(
-            "without --pad-to-seq-length pipeline stages tell one another the size of every message, and wait for it: "
-            "give it where samples or packs are nearly as long as --seq-length"
-        )
 
 
 def _require_same_configuration(config: RunConfig) -> None:
@@ -344,14 +327,15 @@ def start_lora_ga(model_chunks: Sequence[nn.Module], config: RunConfig, steps: S
     seed_generators(config.training.seed)  # the run's dropout is that of a run without this start
     energy = {name: value for of_rank in gather_over_world(report.energy) for name, value in of_rank.items()}
     if dist.get_rank() == 0:
-        print_rank_0(start_report(config.peft, report.seconds, energy, config.checkpoint.save))
+        print_rank_0(start_report(config, report.seconds, energy))
 
 
-def start_report(peft: PeftConfig, seconds: float, energy: Mapping[str, float], save: str | None) -> str:
+def start_report(config: RunConfig, seconds: float, energy: Mapping[str, float]) -> str:
     """Write each layer's number beside metrics.jsonl, if there is a --save folder, and summarize each kind of layer.
 
     `energy`: share of the gradient's squared norm in its r leading directions, by global name of the layer.
     """
+    peft, save = config.peft, config.checkpoint.save
     lines = [
         f"LoRA-GA start ({peft.lora_ga_init}) took {seconds:.1f} s; the gradient's squared norm in rank "
         f"{peft.lora_rank}:",

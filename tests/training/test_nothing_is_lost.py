@@ -105,7 +105,7 @@ def test_a_folder_moved_during_a_run_is_made_again_unless_another_run_has_it(run
                 shutil.copytree(other, save)
         return step(state, *arguments, **settings)
 
-    monkeypatch.setattr(loop, "train_step", moves_the_folder)
+    monkeypatch.setattr(loop.step, "train_step", moves_the_folder)
     settings = {"checkpoint": {"save": str(save), "save_interval": 1}, "num_steps": 3}
     if is_taken:
         with pytest.raises(ConfigurationError, match="another run has that folder now"):
