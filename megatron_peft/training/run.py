@@ -80,7 +80,7 @@ def build_chunks(config: RunConfig, shape: ModelShape, loads: bool = True) -> li
             tensor_parallel_rank=parallel_state.get_tensor_model_parallel_rank(),
             tensor_parallel_size=config.parallel.tensor_model_parallel_size,
             progress=dist.get_rank() == 0,
-            groups=pretrained.ReadingGroups.of_layout(),
+            together=True,
         )
         print_rank_0(f"read {report.counts.bytes / 2**20:,.1f} MiB of weights on this rank in {report.seconds:.1f} s")
         print_rank_0(training_summary(config, all_names(adapted), chunks))
