@@ -25,8 +25,8 @@ from megatron_peft.models.gpt import build_model_chunks
 from megatron_peft.runtime.launch import start_model_parallel, start_world, stop
 from megatron_peft.runtime.ranks import run_ranks
 from megatron_peft.training.run import build_state, start_lora_ga
-from megatron_peft.training.state import wrap_data_parallel
 from megatron_peft.training.step import finish_gradients, finish_with, run_schedule, train_step
+from megatron_peft.training.update import wrap_data_parallel
 
 Step = Callable[[], Any]
 

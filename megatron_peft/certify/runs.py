@@ -30,9 +30,8 @@ from megatron_peft.data.tokenizers import build_tokenizer
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.runtime.launch import model_parallel, world
 from megatron_peft.training.run import build_state, data_of_rank, first_steps
-from megatron_peft.training.state import GradientShards
 from megatron_peft.training.step import StepReport, inference_mode, run_schedule, train_step, validation_loss
-from megatron_peft.training.update import mixtures
+from megatron_peft.training.update import GradientShards, mixtures
 
 START, END = "start", "end"
 GRADIENTS = {1: "gradients of step 1", 2: "gradients of step 2"}  # a LoRA's A has none before its B has moved

@@ -31,10 +31,9 @@ from megatron_peft.runtime.fake_ranks import fake_rank, replaced
 from megatron_peft.runtime.launch import model_parallel
 from megatron_peft.training import step
 from megatron_peft.training.run import build_chunks, start_lora_ga
-from megatron_peft.training.state import TrainingState, start_state, wrap_data_parallel
 from megatron_peft.training.step import finish_with, run_schedule, train_step
 from megatron_peft.training.terminal import numbers_of_parameters
-from megatron_peft.training.update import mixtures
+from megatron_peft.training.update import TrainingState, mixtures, start_state, wrap_data_parallel
 
 
 @dataclass

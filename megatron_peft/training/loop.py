@@ -19,9 +19,8 @@ from megatron_peft.runtime.failure import written_after
 from megatron_peft.runtime.launch import shorten_timeout
 from megatron_peft.training import step
 from megatron_peft.training.metrics import MetricsWriter, memory_bytes
-from megatron_peft.training.state import TrainingState
 from megatron_peft.training.terminal import Progress
-from megatron_peft.training.update import mixtures
+from megatron_peft.training.update import TrainingState, mixtures
 from megatron_peft.training.watchers import Interval, Record, Watchers, watched_steps
 
 

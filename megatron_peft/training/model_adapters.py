@@ -30,10 +30,9 @@ from megatron_peft.config import METHODS, ConfigurationError, PeftConfig, requir
 from megatron_peft.lora_ga.initialize import init_from_gradients
 from megatron_peft.parallel.collectives import gradient_of, sum_partial_gradients_over_tensor_parallel
 from megatron_peft.runtime.launch import checked_together
-from megatron_peft.training.state import group_overrides
 from megatron_peft.training.step import finish_gradients
 from megatron_peft.training.terminal import print_rank_0, unused_flags_notes
-from megatron_peft.training.update import CLIP_EPSILON, mixtures, update
+from megatron_peft.training.update import CLIP_EPSILON, group_overrides, mixtures, update
 
 
 def add_adapters(

@@ -36,9 +36,9 @@ from megatron_peft.runtime.failure import Stacks
 from megatron_peft.runtime.launch import checked_together, gather_over_world, seed_generators, start_model_parallel
 from megatron_peft.training.loop import train
 from megatron_peft.training.metrics import require_loggers
-from megatron_peft.training.state import TrainingState, schedule_values, start_state
 from megatron_peft.training.step import START_TOLERANCE, finish_with, run_schedule, start_losses
 from megatron_peft.training.terminal import print_rank_0, resume_summary, training_summary
+from megatron_peft.training.update import TrainingState, schedule_values, start_state
 
 RUN_FILE = "run.yaml"
 MODEL_FILES = ("config.json", "adapter_model.safetensors", "adapter_model.bin")  # of transformers and PEFT

@@ -312,7 +312,7 @@ NOT_SEEN = [
         ("all layers start alike", 'f"{name}.adapter", seed, dtype)', '"adapter", seed, dtype)', "lora", "PP2"),
     ),
     *_of(
-        "warmup and decay", "megatron_peft.training.state",
+        "warmup and decay", "megatron_peft.training.update",
         ("rates are not warmed up", "lr_warmup_steps=warmup,", "lr_warmup_steps=0,", "lora", "TP2"),
     ),
 ]
