@@ -12,7 +12,7 @@ import stat
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,11 +77,7 @@ def read_manifest(folder: Path) -> dict[str, FileSum]:
 
 
 def damage(checkpoint: Path, share: int = 0, num_shares: int = 1) -> list[str]:
-    """What is wrong with a checkpoint's files, by name; empty if all are whole.
-
-    checkpoint: an iteration's folder.
-    share, num_shares: check only this share of the files (one share per rank).
-    """
+    """What is wrong with a checkpoint's files (of which a rank checks its share), by name; empty if all are whole."""
     try:
         files = read_manifest(checkpoint)
     except ConfigurationError as error:
@@ -191,10 +187,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def publish(draft: Path, folder: Path, iteration: int, known: Mapping[str, FileSum] | None = None) -> Path:
-    """Make a written draft the newest checkpoint. If the process is killed, the tracker names a whole checkpoint.
-
-    known: sums of files that need not be read for the manifest, by name.
-    """
+    """Make a written draft the newest checkpoint. If the process is killed, the tracker names a whole checkpoint."""
     # Everything that needs disk space comes first: on a full disk nothing has been renamed yet.
     write_manifest(draft, known or {})
     # A rename may reach the disk before the contents of the files, so those are synced first.
@@ -300,11 +293,8 @@ def sync_folder(folder: Path) -> None:
         sync(path)
 
 
-# Any new folder is written as a draft beside its place and then renamed: it appears whole or not at all.
-
-
 def start_draft(place: Path) -> Path:
-    """Make an empty folder to write `place` in, with a random name that no rank of a killed run knows."""
+    """Make an empty folder beside `place`, which then appears whole. No rank of a killed run knows its random name."""
     place.parent.mkdir(parents=True, exist_ok=True)
     draft = place.parent / f".{place.name}.{secrets.token_hex(4)}.draft"
     draft.mkdir()
@@ -338,19 +328,14 @@ def new_folder(output: str | Path) -> Iterator[Path]:
 
     Raises ConfigurationError: `output` exists, its parent cannot be written, or the disk is full.
     """
-    output = Path(output)
-    draft: Path | None = None
     check_new(output)
     way_out = "the partial output was removed. Free disk space there, or give another --output."
-    try:
-        with written(f"--output {output} could not be written", way_out):
-            draft = start_draft(output)
-            yield draft
-            check_new(output)
-            publish_draft(draft, output)
-    finally:
-        if draft is not None:
-            shutil.rmtree(draft, ignore_errors=True)  # does not exist any more if all went well
+    with written(f"--output {output} could not be written", way_out), ExitStack() as stack:
+        draft = start_draft(Path(output))
+        stack.callback(shutil.rmtree, draft, ignore_errors=True)  # does not exist any more if all went well
+        yield draft
+        check_new(output)
+        publish_draft(draft, Path(output))
 
 
 LOCK = ".lock"
@@ -361,10 +346,8 @@ class FolderLock:
     """One writer for each --save folder: an `fcntl` lock, from construction until `release` or the process's end.
 
     Such a lock ends with kill -9, is not inherited by forked data workers, and works on network file systems. The
-    file's text only tells people who holds it.
+    file's text only tells people who holds it. is_held: see `locked`, whose errors it raises.
 
-    is_held: False if the file system does not support locks (a warning is logged).
-    Raises ConfigurationError: another process still holds it after `grace_seconds`.
     Raises OSError: the lock file cannot be made.
     """
 

@@ -31,7 +31,6 @@ logger = logging.getLogger(__name__)
 def find_whole_checkpoint(folder: Path) -> Path | None:
     """The checkpoint to resume from, or None if there is none. Damaged ones are skipped with a warning. A collective.
 
-    folder: --load: a --save folder, or a single checkpoint.
     Raises ConfigurationError, on every rank, if there are checkpoints but none is whole (it names the damage), or if
     the tracker names a checkpoint that is missing.
     """

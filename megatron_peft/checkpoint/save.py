@@ -96,8 +96,6 @@ def draft_checkpoint(
 ) -> DraftedCheckpoint:
     """Plan a checkpoint of the current state; `complete` writes it. A collective.
 
-    It holds the adapters (for full fine-tuning the whole model), optimizer, schedule, generators and position.
-
     snapshot: copy the state, so that the run may go on before the files are written.
     group: all ranks; a gloo group for this purpose alone if `complete` runs in a thread.
     Raises CheckpointNotSaved on every rank.
@@ -241,7 +239,6 @@ class Saver:
         """Save the current state: write it before returning or, with --async-save, copy it and write in a thread.
 
         `finish` returns the outcome. It must have been called for the previous save.
-
         Raises ConfigurationError, on every rank: the folder was moved away, and another run's is in its place.
         """
         assert self._pending is None, "a save is under way"

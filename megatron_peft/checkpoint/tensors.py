@@ -165,9 +165,7 @@ class _LoadPlanner(MCoreLoadPlanner):
 
 
 def read_index(folder: Path) -> Metadata:
-    """Which tensors a checkpoint holds and where they lie, on every rank. A collective.
-
-    A large model's index takes seconds to read: who reads tensors several times hands it on.
+    """Which tensors a checkpoint holds and where they lie, on every rank: seconds for a large model. A collective.
 
     Raises ConfigurationError, on every rank, when it is missing or damaged, or would run code.
     """

@@ -18,21 +18,18 @@ from megatron_peft.data.samples import PackedOrder, Sample, SampleOrder, SampleS
 
 @dataclass(frozen=True)
 class Microbatch:
-    """What one forward pass reads: b padded rows of s positions, or one packed row. Padding has loss_mask 0.
+    """What one forward pass reads: b padded rows of s positions, or one packed row of n sequences.
 
-    tokens, labels, position_ids: int64 [b, s]; loss_mask: float32 [b, s]. Labels are shifted already.
-    cu_seqlens (packed only): int32 [n + 1], where each of the n sequences in the one row begins, and the row's end;
-    padding at the end is sequences of its own. lengths (packed only): of the sequences, on the host, which need not ask
-    the device for them. num_samples: without padding.
+    Padding has loss_mask 0; at the end of a packed row it is sequences of its own.
     """
 
-    tokens: Tensor
-    labels: Tensor
-    loss_mask: Tensor
-    position_ids: Tensor
-    num_samples: int
-    cu_seqlens: Tensor | None = None
-    lengths: tuple[int, ...] | None = None
+    tokens: Tensor  # int64 [b, s]
+    labels: Tensor  # int64 [b, s], shifted already
+    loss_mask: Tensor  # float32 [b, s]
+    position_ids: Tensor  # int64 [b, s]
+    num_samples: int  # without padding
+    cu_seqlens: Tensor | None = None  # packed: int32 [n + 1], where each sequence begins, and the row's end
+    lengths: tuple[int, ...] | None = None  # of the sequences, on the host, which need not ask the device for them
 
     def to(self, device: torch.device) -> "Microbatch":
         """The same on `device`; the host does not wait for the copies to a GPU."""

@@ -313,7 +313,6 @@ def build_indexed(
 ) -> IndexedSamples | None:
     """The samples of one split; None if --split leaves it nothing (an error for training). A collective over all ranks.
 
-    paths: prefixes, or weights and prefixes; --split applies to those of --data-path, others are the split's own.
     num_samples: at least so many, documents repeated as needed; None: each document once, without weights.
     num_ids: above all token ids (default: the tokenizer's).
     """
@@ -347,8 +346,7 @@ def build_indexed(
 def build_mock(config: DataConfig, split: Split, num_samples: int | None, num_ids: int) -> IndexedSamples:
     """megatron-core's generated samples for --mock-data, a third of them for each split. A collective over all ranks.
 
-    num_samples: at least so many; None: one pass over the documents of the split.
-    num_ids: above all token ids: the samples count through the model's own.
+    num_samples: at least so many; None: one pass over the documents of the split. They count through the model's ids.
     """
     core_config = _core_config(config, split, None, NullTokenizer(num_ids - 1))
     return IndexedSamples(_build(core_config, split, num_samples, None), num_ids, "--mock-data", "mock")

@@ -42,8 +42,7 @@ class Preview:
     """A dataset of a run, opened, of which n records are measured.
 
     chosen: their numbers; whole: input positions of the record; kept: of the sample, 0 where it is skipped; trained,
-    cut: tokens that the loss counts, and that it would count if nothing were cut off. int64 [n] each. left_out: number
-    of records by field that nothing reads.
+    cut: tokens that the loss counts, and that it would count if nothing were cut off. int64 [n] each.
     """
 
     def __init__(

@@ -87,22 +87,16 @@ _JSON_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.js
 
 
 class Tokenizer:
-    """What the rest of the package uses of a tokenizer. Ids are Python integers up to `largest_id`.
-
-    vocab_size: number of ids (an added token may have an id above it); bos_id: put before a prompt, None where the
-    tokenizer does not do so by itself; eos_id: ends what is trained on; prefix_id: precedes a text without a context,
-    the beginning of sequence or else its end; special_tokens: those that `decode` leaves out; chat_template: may be
-    empty.
-    """
+    """What the rest of the package uses of a tokenizer. Ids are Python integers up to `largest_id`."""
 
     def __init__(self, vocab_size: int, eos_id: int, identity: str) -> None:
-        """`identity` distinguishes two tokenizers of a class."""
-        self.vocab_size, self.largest_id = vocab_size, vocab_size - 1
-        self.bos_id: int | None = None
-        self.eos_id = self.prefix_id = eos_id
-        self.special_tokens: Mapping[str, int] = {}
+        self.vocab_size, self.largest_id = vocab_size, vocab_size - 1  # an added token may have an id above their count
+        self.bos_id: int | None = None  # put before a prompt; None where the tokenizer does not do so by itself
+        self.eos_id = eos_id  # ends what is trained on
+        self.prefix_id = eos_id  # precedes a text without a context: the beginning of sequence or else its end
+        self.special_tokens: Mapping[str, int] = {}  # those that `decode` leaves out
         self.chat_template = ""
-        self._identity = identity
+        self._identity = identity  # distinguishes two tokenizers of a class
 
     @property
     def eod(self) -> int:
@@ -278,11 +272,7 @@ def _with_reasoning(message: Message) -> dict[str, Any]:
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A sentencepiece `.model` file.
-
-    adds_bos: its beginning-of-sequence token is put before a text, as Llama 2 was trained. By default, as in
-    megatron-core, it is not.
-    """
+    """A sentencepiece `.model` file. `adds_bos`: its token is put before a text, as Llama 2 was trained."""
 
     def __init__(self, model_file: str, adds_bos: bool = False) -> None:
         from sentencepiece import SentencePieceProcessor
@@ -337,10 +327,7 @@ class NullTokenizer(Tokenizer):
 
 
 def build_tokenizer(config: DataConfig, pretrained_checkpoint: str | None) -> Tokenizer:
-    """The tokenizer of --tokenizer-type; --tokenizer-model defaults to the base model's folder.
-
-    Raises `ConfigurationError` where it cannot be read.
-    """
+    """The tokenizer of --tokenizer-type; --tokenizer-model defaults to the base model's folder."""
     source = config.tokenizer_model or pretrained_checkpoint
     require(
         not config.chat_template or config.tokenizer_type == "HuggingFaceTokenizer",

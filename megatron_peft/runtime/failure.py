@@ -125,11 +125,8 @@ class _FailureBoard:
         self._leave(exit_code)
 
     def _write_if_asked(self, stack: StackSummary | None = None) -> None:
-        """This rank's stacks, and for the message where its main thread is; `stack` if that has left it already.
-
-        Whatever goes wrong in it, the rank ends with its message all the same.
-        """
-        with suppress(Exception):
+        """This rank's stacks, and for the message where its main thread is; `stack` if that has left it already."""
+        with suppress(Exception):  # the rank ends with its message all the same
             if not self._store.check(["asks_where"]):
                 return
             if Stacks.current is not None:

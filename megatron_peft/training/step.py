@@ -59,8 +59,7 @@ def finish_gradients(
     """Sum gradients over the ranks. megatron-core calls this after the last backward of a step.
 
     num_tokens: completion tokens of this rank's microbatches, on the last pipeline stage; gradients are divided by
-    their sum over the replicas. None: they are not divided.
-    step: of the adapters; None where it has ended.
+    their sum over the replicas, if it is given.
     """
     # From sums over microbatches to gradients of parameters.
     if step is not None:
