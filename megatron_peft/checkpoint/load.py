@@ -13,13 +13,7 @@ from megatron_peft.checkpoint import run_record, tensors
 from megatron_peft.checkpoint.folders import TRACKER, checkpoints, damage, newest_checkpoint, tracker_text
 from megatron_peft.checkpoint.run_record import CurrentRun, RunRecord
 from megatron_peft.checkpoint.save import base_fingerprint
-from megatron_peft.checkpoint.state import (
-    TrainingState,
-    optimizer_targets,
-    random_targets,
-    restore_random,
-    set_optimizer_steps,
-)
+from megatron_peft.checkpoint.state import TrainingState, optimizer_targets, random_targets, restore_random, set_steps
 from megatron_peft.config import CheckpointConfig, ConfigurationError, RunConfig, require
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.parallel.collectives import from_first_rank
@@ -163,7 +157,7 @@ def load_checkpoint(state: TrainingState) -> Path | None:
     if resumes_optimizer:
         assert record.optimizer_steps is not None and record.schedule is not None
         tensors.read_tensors(optimizer_targets(state.optimizer, entries, stored), checkpoint, index)
-        set_optimizer_steps(state.optimizer, entries, record.optimizer_steps)
+        set_steps(state.optimizer, entries, record.optimizer_steps)
         _load_schedule(state, record.schedule)
     if not settings.finetune:
         for name, value in record.position.items():

@@ -11,16 +11,8 @@ from typing import Any
 
 from megatron_peft.checkpoint import folders
 from megatron_peft.checkpoint.folders import MANIFEST, RECORD
-from megatron_peft.config import (
-    ConfigurationError,
-    PeftConfig,
-    RunConfig,
-    config_from_dict,
-    config_to_dict,
-    flag,
-    mistyped,
-    require,
-)
+from megatron_peft.config import ConfigurationError, PeftConfig, RunConfig, config_from_dict, config_to_dict, require
+from megatron_peft.config.errors import flag, mistyped
 from megatron_peft.config.untrusted import parse_json, read_text
 from megatron_peft.models.shape import ModelShape, RopeScaling
 

@@ -16,13 +16,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from megatron_peft.checkpoint import folders
 from megatron_peft.checkpoint.run_record import ADAPTER_CONFIG, RunRecord, fingerprint
-from megatron_peft.checkpoint.state import (
-    TrainingState,
-    optimizer_steps,
-    optimizer_tensors,
-    random_tensors,
-    whole_parameters,
-)
+from megatron_peft.checkpoint.state import TrainingState, optimizer_tensors, random_tensors, steps_of, whole_parameters
 from megatron_peft.checkpoint.tensors import (
     PlannedFiles,
     Sharded,
@@ -150,7 +144,7 @@ def _run_record(state: TrainingState, layers: tuple[str, ...], entries: Sequence
         adapted_layers=layers,
         base_fingerprint=base_fingerprint(base),
         schedule=state.schedule.state_dict() if saves_optimizer else None,
-        optimizer_steps=optimizer_steps(state.optimizer, entries) if saves_optimizer else None,
+        optimizer_steps=steps_of(state.optimizer, entries) if saves_optimizer else None,
         data_digest=state.data_digest,
         best=state.best,
     )

@@ -234,13 +234,13 @@ def _slices_of_state(param: OptimizerParam, entry: Sharded, key: str, tensor: Te
             )
 
 
-def optimizer_steps(optimizer: MegatronOptimizer, entries: Sequence[Sharded]) -> dict[str, int]:
+def steps_of(optimizer: MegatronOptimizer, entries: Sequence[Sharded]) -> dict[str, int]:
     """Updates that each parameter has had, by key, over all ranks. A collective."""
     by_rank = gather_over_world({entry.key: param.steps for param, entry in optimizer_params(optimizer, entries)})
     return {key: steps for of_rank in by_rank for key, steps in of_rank.items()}
 
 
-def set_optimizer_steps(optimizer: MegatronOptimizer, entries: Sequence[Sharded], steps: Mapping[str, int]) -> None:
+def set_steps(optimizer: MegatronOptimizer, entries: Sequence[Sharded], steps: Mapping[str, int]) -> None:
     """Set each parameter's number of updates, from which Adam corrects the bias of its moments."""
     for param, entry in optimizer_params(optimizer, entries):
         if "exp_avg" in param.state:

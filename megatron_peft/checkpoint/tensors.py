@@ -14,11 +14,7 @@ import torch.distributed.checkpoint as torch_checkpoint
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, CheckpointingException, save_config
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensor, ShardedTensorFactory, is_main_replica
-from megatron.core.dist_checkpointing.strategies.torch import (
-    MCoreLoadPlanner,
-    MCoreSavePlanner,
-    mcore_to_pyt_state_dict,
-)
+from megatron.core.dist_checkpointing.strategies import torch as core
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
@@ -83,9 +79,9 @@ class PlannedFiles(torch_checkpoint.FileSystemWriter):
         own = [tensor for tensor in tensors if is_main_replica(tensor.replica_id)]
         own = checked_together(lambda: _copies(own) if snapshot else own)
         self.folder = folder
-        planner = MCoreSavePlanner(flatten_state_dict=False)
+        planner = core.MCoreSavePlanner(flatten_state_dict=False)
         with _library_errors(f"{folder} could not be written"):
-            torch_checkpoint.save(mcore_to_pyt_state_dict(_by_key(own)), storage_writer=self, planner=planner)
+            torch_checkpoint.save(core.mcore_to_pyt_state_dict(_by_key(own)), storage_writer=self, planner=planner)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """torch calls it when all is planned. Nothing is written yet."""
@@ -150,7 +146,7 @@ class _CheckedReader(torch_checkpoint.FileSystemReader):
         return self._index
 
 
-class _LoadPlanner(MCoreLoadPlanner):
+class _LoadPlanner(core.MCoreLoadPlanner):
     """Raises ConfigurationError if a slice that was read holds NaN or an infinity."""
 
     def __init__(self, folder: Path, **settings: Any) -> None:
@@ -185,7 +181,7 @@ def read_tensors(tensors: Iterable[ShardedTensor], folder: Path, index: Metadata
     )
     with _library_errors(f"{folder} is damaged"), torch.no_grad():
         torch_checkpoint.load(
-            mcore_to_pyt_state_dict(_by_key(wanted), is_loading=True),
+            core.mcore_to_pyt_state_dict(_by_key(wanted), is_loading=True),
             storage_reader=_CheckedReader(folder, index),
             planner=planner,
         )

@@ -17,17 +17,8 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, get_bi
 from megatron.core.datasets.utils import Split
 
 from megatron_peft.checkpoint.run_record import sampled_digest
-from megatron_peft.config import (
-    Blend,
-    ConfigurationError,
-    DataConfig,
-    RunConfig,
-    is_indexed,
-    kind_of_source,
-    parse_blend,
-    require,
-)
-from megatron_peft.config.sources import RECORD_NAMES
+from megatron_peft.config import ConfigurationError, DataConfig, RunConfig, require
+from megatron_peft.config.sources import RECORD_NAMES, Blend, is_indexed, kind_of_source, parse_blend
 from megatron_peft.config.untrusted import require_regular
 from megatron_peft.data.batches import BatchLayout, GlobalBatches
 from megatron_peft.data.files import RecordFiles

@@ -214,7 +214,7 @@ def _save(state: TrainingState) -> None:
         step.whole_parameters(state.model_chunks),
         replaced(folders, "start_draft", lambda *_: Path()),
         replaced(save, "base_fingerprint", lambda _: None),
-        replaced(tensors, "mcore_to_pyt_state_dict", lambda own: own),
+        replaced(tensors.core, "mcore_to_pyt_state_dict", lambda own: own),
         replaced(PlannedFiles, "write", lambda _: Written([], {})),
         replaced(save.DraftedCheckpoint, "_publish", lambda *_: None),
     ):

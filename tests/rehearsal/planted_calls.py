@@ -149,10 +149,10 @@ IN_TENSOR_AND_DATA: dict[str, Callable[[], None]] = {
         (rehearsed_rank, "mixtures"), replica, lambda: gather_over_world(0)
     ),
     "validation: one tensor-parallel rank makes a call": lambda: added(
-        (step, "run_schedule"), tensor_rank, total(tensor)
+        (step, "validation_loss"), tensor_rank, total(tensor)
     ),
     "validation: the first rank alone tells all": lambda: added(
-        (step, "read_on_host"), first, lambda: dist.broadcast_object_list([0], 0)
+        (step, "inference_mode"), first, lambda: dist.broadcast_object_list([0], 0)
     ),
     "saving: the first rank makes a call": lambda: added((save, "tensors_to_save"), first, total(world)),
     "saving: one replica gathers": lambda: added((tensors, "checked_together"), replica, lambda: gather_over_world(0)),

@@ -251,7 +251,7 @@ def test_the_peak_beside_the_planned_one_is_that_of_the_second_step(start, tmp_p
 
 
 def test_the_timeout_is_shortened_once_after_the_first_step(run, monkeypatch):
-    happened, step = [], loop.train_step
+    happened, step = [], loop.step.train_step
     monkeypatch.setattr(loop, "shorten_timeout", lambda seconds: happened.append(seconds))
     monkeypatch.setattr(loop.step, "train_step", lambda *words: (happened.append("step"), step(*words))[1])
     run(parallel={"distributed_timeout_seconds_after_init": 7}, logging={**EACH, "log_straggler": True})
