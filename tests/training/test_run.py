@@ -275,7 +275,7 @@ def ends_on_each_rank(job):
     train, reasons = module.train, []
 
     def with_losses_of_the_rank(state, *rest):
-        loop.validation_loss = with_losses(state, by_rank=-1.5)
+        loop.step.validation_loss = with_losses(state, by_rank=-1.5)
         reasons.append(train(state, *rest))
         return reasons[0]
 
