@@ -120,7 +120,7 @@ ROOMS = {path.name for path in (ROOT / "megatron_peft").iterdir() if path.is_dir
 
 @pytest.mark.parametrize("page", SOURCES, ids=page_id)
 def test_modules_that_are_named_exist(page: Path) -> None:
-    """`training.state.TrainingState` or `record.work`: a room's module, and a name that stands in it."""
+    """`training.update.GradientShards` or `record.work`: a room's module, and a name that stands in it."""
     for room, module, name in re.findall(r"`(?:megatron_peft\.)?(\w+\.)?(\w+)\.(\w+)`", page.read_text()):
         if room.rstrip(".") in ROOMS:
             assert module in MODULES, f"{room}{module} is gone"

@@ -18,15 +18,15 @@ from torch import nn
 
 from megatron_peft.adapters.attach import attach_adapters, freeze, start_gradients_at_the_embedding
 from megatron_peft.config import RunConfig, make_run
-from megatron_peft.conversion.pretrained import LoadReport, ReadingGroups, load_pretrained
+from megatron_peft.conversion.pretrained import LoadReport, load_pretrained
 from megatron_peft.data.batches import Microbatch
 from megatron_peft.models.families import read_shape
 from megatron_peft.models.gpt import build_model_chunks
 from megatron_peft.runtime.launch import start_model_parallel, start_world, stop
 from megatron_peft.runtime.ranks import run_ranks
 from megatron_peft.training.run import build_state, start_lora_ga
-from megatron_peft.training.state import wrap_data_parallel
 from megatron_peft.training.step import finish_gradients, finish_with, run_schedule, train_step
+from megatron_peft.training.update import wrap_data_parallel
 
 Step = Callable[[], Any]
 
@@ -162,7 +162,7 @@ def load_base(setting: Setting) -> tuple[list[nn.Module], LoadReport]:
         tensor_parallel_rank=parallel_state.get_tensor_model_parallel_rank(),
         tensor_parallel_size=setting.tensor_parallel,
         progress=False,
-        groups=ReadingGroups.of_layout(),
+        together=True,
     )
     return list(chunks), report
 

@@ -30,10 +30,8 @@ from megatron_peft.data.tokenizers import build_tokenizer
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.runtime.launch import model_parallel, world
 from megatron_peft.training.run import build_state, data_of_rank, first_steps
-from megatron_peft.training.state import GradientShards
-from megatron_peft.training.step import StepReport, run_schedule, train_step
-from megatron_peft.training.update import mixtures
-from megatron_peft.training.validation import inference_mode, validation_loss
+from megatron_peft.training.step import StepReport, inference_mode, run_schedule, train_step, validation_loss
+from megatron_peft.training.update import GradientShards, mixtures
 
 START, END = "start", "end"
 GRADIENTS = {1: "gradients of step 1", 2: "gradients of step 2"}  # a LoRA's A has none before its B has moved
@@ -173,7 +171,7 @@ class Run:
             return _copies([*entries, *optimizer_tensors(self.state.optimizer, entries)])
 
     def gradients(self) -> Slices:
-        """By the keys of parameters. A collective."""
+        """Each parameter's, by its key. A collective."""
         trained = [p for chunk in self.state.model_chunks for p in chunk.parameters() if p.requires_grad]
         whole = dict(zip(map(id, trained), GradientShards(self.state.optimizer).whole(trained), strict=True))
         return _copies(with_data(one, whole[id(one.data)]) for one in self.entries if id(one.data) in whole)

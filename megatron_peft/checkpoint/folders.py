@@ -11,8 +11,8 @@ import socket
 import stat
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,11 +77,7 @@ def read_manifest(folder: Path) -> dict[str, FileSum]:
 
 
 def damage(checkpoint: Path, share: int = 0, num_shares: int = 1) -> list[str]:
-    """What is wrong with a checkpoint's files, by name; empty if all are whole.
-
-    checkpoint: an iteration's folder.
-    share, num_shares: check only this share of the files (one share per rank).
-    """
+    """What is wrong with a checkpoint's files (of which a rank checks its share), by name; empty if all are whole."""
     try:
         files = read_manifest(checkpoint)
     except ConfigurationError as error:
@@ -191,10 +187,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def publish(draft: Path, folder: Path, iteration: int, known: Mapping[str, FileSum] | None = None) -> Path:
-    """Make a written draft the newest checkpoint. If the process is killed, the tracker names a whole checkpoint.
-
-    known: sums of files that need not be read for the manifest, by name.
-    """
+    """Make a written draft the newest checkpoint. If the process is killed, the tracker names a whole checkpoint."""
     # Everything that needs disk space comes first: on a full disk nothing has been renamed yet.
     write_manifest(draft, known or {})
     # A rename may reach the disk before the contents of the files, so those are synced first.
@@ -300,11 +293,8 @@ def sync_folder(folder: Path) -> None:
         sync(path)
 
 
-# Any new folder is written as a draft beside its place and then renamed: it appears whole or not at all.
-
-
 def start_draft(place: Path) -> Path:
-    """Make an empty folder to write `place` in, with a random name that no rank of a killed run knows."""
+    """Make an empty folder beside `place`, which then appears whole. No rank of a killed run knows its random name."""
     place.parent.mkdir(parents=True, exist_ok=True)
     draft = place.parent / f".{place.name}.{secrets.token_hex(4)}.draft"
     draft.mkdir()
@@ -318,6 +308,15 @@ def publish_draft(draft: Path, place: Path) -> None:
     sync(place.parent)
 
 
+@contextmanager
+def written(what_fails: str, way_out: str) -> Iterator[None]:
+    """Turn an OSError inside into a ConfigurationError: what fails, the cause, and the way out."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigurationError(f"{what_fails} ({error.strerror or error}): {way_out}") from error
+
+
 def check_new(output: str | Path) -> None:
     """Raise ConfigurationError if `output` exists: nothing is ever overwritten."""
     require(not os.path.lexists(output), f"--output {output} exists already: remove it, or give another --output.")
@@ -329,22 +328,14 @@ def new_folder(output: str | Path) -> Iterator[Path]:
 
     Raises ConfigurationError: `output` exists, its parent cannot be written, or the disk is full.
     """
-    output = Path(output)
-    draft: Path | None = None
     check_new(output)
-    try:
-        draft = start_draft(output)
+    way_out = "the partial output was removed. Free disk space there, or give another --output."
+    with written(f"--output {output} could not be written", way_out), ExitStack() as stack:
+        draft = start_draft(Path(output))
+        stack.callback(shutil.rmtree, draft, ignore_errors=True)  # does not exist any more if all went well
         yield draft
         check_new(output)
-        publish_draft(draft, output)
-    except OSError as error:
-        raise ConfigurationError(
-            f"--output {output} could not be written ({error.strerror or error}): the partial output was removed. "
-            f"Free disk space there, or give another --output."
-        ) from error
-    finally:
-        if draft is not None:
-            shutil.rmtree(draft, ignore_errors=True)  # does not exist any more if all went well
+        publish_draft(draft, Path(output))
 
 
 LOCK = ".lock"
@@ -355,10 +346,8 @@ class FolderLock:
     """One writer for each --save folder: an `fcntl` lock, from construction until `release` or the process's end.
 
     Such a lock ends with kill -9, is not inherited by forked data workers, and works on network file systems. The
-    file's text only tells people who holds it.
+    file's text only tells people who holds it. is_held: see `locked`, whose errors it raises.
 
-    is_held: False if the file system does not support locks (a warning is logged).
-    Raises ConfigurationError: another process still holds it after `grace_seconds`.
     Raises OSError: the lock file cannot be made.
     """
 
@@ -372,7 +361,7 @@ class FolderLock:
                 stat.S_ISREG(os.fstat(self._descriptor).st_mode),
                 f"--save {folder}: {LOCK} in it is a pipe or a device, not a file: remove it.",
             )
-            self.is_held = self._acquire(time.monotonic() + grace_seconds)
+            self.is_held = locked(self._descriptor, folder, self._refusal, grace_seconds)
         except ConfigurationError:
             self.release()
             raise
@@ -400,22 +389,31 @@ class FolderLock:
         os.close(self._descriptor)
         os.close(self._opened_folder)
 
-    def _acquire(self, deadline: float) -> bool:
-        while True:
-            try:
-                fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return True
-            except (BlockingIOError, PermissionError):
-                if time.monotonic() >= deadline:
-                    holder = os.pread(self._descriptor, 1000, 0).decode(errors="replace").strip()
-                    raise ConfigurationError(
-                        f"--save {self._folder}: another run is saving there ({holder or 'unknown'}): "
-                        f"wait for its end, stop it, or give another --save."
-                    ) from None
-                time.sleep(0.1)
-            except OSError as error:
-                logger.warning("%s cannot be locked (%s): make sure that only one run saves there", self._folder, error)
-                return False
+    def _refusal(self) -> str:
+        holder = os.pread(self._descriptor, 1000, 0).decode(errors="replace").strip()
+        return (
+            f"--save {self._folder}: another run is saving there ({holder or 'unknown'}): wait for its end, stop it, "
+            "or give another --save."
+        )
+
+
+def locked(file: int, path: Path, refusal: Callable[[], str], grace_seconds: float = GRACE_SECONDS) -> bool:
+    """Lock an open file; False, with a warning, on a file system without locks. `path` is what it is locked for.
+
+    Raises ConfigurationError, with `refusal`: another process still holds it after `grace_seconds`.
+    """
+    deadline = time.monotonic() + grace_seconds
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except (BlockingIOError, PermissionError) as error:
+            if time.monotonic() >= deadline:
+                raise ConfigurationError(refusal()) from error
+            time.sleep(0.1)
+        except OSError as error:
+            logger.warning("%s cannot be locked (%s): make sure that only one run saves there", path, error)
+            return False
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

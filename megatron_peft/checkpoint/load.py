@@ -9,24 +9,11 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from megatron_peft.checkpoint import run_record
+from megatron_peft.checkpoint import run_record, tensors
 from megatron_peft.checkpoint.folders import TRACKER, checkpoints, damage, newest_checkpoint, tracker_text
 from megatron_peft.checkpoint.run_record import CurrentRun, RunRecord
 from megatron_peft.checkpoint.save import base_fingerprint
-from megatron_peft.checkpoint.state import (
-    TrainingState,
-    optimizer_targets,
-    random_targets,
-    restore_random,
-    set_optimizer_steps,
-)
-from megatron_peft.checkpoint.tensors import (
-    adapted_layers,
-    load_parameters,
-    read_tensors,
-    sharded_parameters,
-    stored_shapes,
-)
+from megatron_peft.checkpoint.state import TrainingState, optimizer_targets, random_targets, restore_random, set_steps
 from megatron_peft.config import CheckpointConfig, ConfigurationError, RunConfig, require
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.parallel.collectives import from_first_rank
@@ -38,7 +25,6 @@ logger = logging.getLogger(__name__)
 def find_whole_checkpoint(folder: Path) -> Path | None:
     """The checkpoint to resume from, or None if there is none. Damaged ones are skipped with a warning. A collective.
 
-    folder: --load: a --save folder, or a single checkpoint.
     Raises ConfigurationError, on every rank, if there are checkpoints but none is whole (it names the damage), or if
     the tracker names a checkpoint that is missing.
     """
@@ -82,8 +68,6 @@ def resolve_resume(settings: CheckpointConfig) -> CheckpointConfig:
     """The settings with what --resume auto means now. To be called on the first rank.
 
     If --save holds a checkpoint, the run resumes from it, and --load (where the run once began) is not read again.
-
-    Raises ConfigurationError: the folder's tracker names a checkpoint that is missing.
     """
     if settings.resume == "never" or not _candidates(Path(settings.save or "")):
         return settings
@@ -91,12 +75,9 @@ def resolve_resume(settings: CheckpointConfig) -> CheckpointConfig:
 
 
 def check_resume(config: RunConfig, shape: ModelShape, schedule: Mapping[str, Any]) -> None:
-    """Compare the record of the newest checkpoint under --load with this run, before the model is built. A collective.
+    """Raises ConfigurationError, on every rank, if the newest record under --load contradicts this run. A collective.
 
     `load_checkpoint` compares again, with the adapted layers too, and with an older record if the newest is damaged.
-
-    schedule: of this run, `state_dict` of megatron-core's.
-    Raises ConfigurationError, on every rank, if they contradict each other.
     """
     settings = config.checkpoint
 
@@ -162,34 +143,29 @@ def load_checkpoint(state: TrainingState) -> Path | None:
         return None
     chunks = [chunk.module for chunk in state.model_chunks]
     record = from_first_rank(lambda: run_record.read_record(checkpoint))
-    current = CurrentRun(
-        state.config,
-        state.shape,
-        adapted_layers(chunks),
-        base_fingerprint(state.config.model.pretrained_checkpoint),
-        state.schedule.state_dict(),
-        state.data_digest,
-    )
+    base, schedule = base_fingerprint(state.config.model.pretrained_checkpoint), state.schedule.state_dict()
+    current = CurrentRun(state.config, state.shape, tensors.adapted_layers(chunks), base, schedule, state.data_digest)
     resumes_optimizer = _resumes_optimizer(settings)
     # All of the record is compared before the first tensor is read, so that a refused checkpoint changes nothing.
     checked_together(lambda: _refuse(record, current, resumes_optimizer))
     if not settings.finetune and (warning := run_record.changes(record, current)):
         _warn("%s", warning)
-    entries = sharded_parameters(chunks, only_adapters=state.config.peft.trains_adapters)
-    index = load_parameters(entries, checkpoint)
+    entries = tensors.sharded_parameters(chunks, only_adapters=state.config.peft.trains_adapters)
+    index = tensors.load_parameters(entries, checkpoint)
+    stored = tensors.stored_shapes(index)
     state.optimizer.reload_model_params()  # copies them into the float32 masters
     if resumes_optimizer:
         assert record.optimizer_steps is not None and record.schedule is not None
-        read_tensors(optimizer_targets(state.optimizer, entries, stored_shapes(index)), checkpoint, index)
-        set_optimizer_steps(state.optimizer, entries, record.optimizer_steps)
+        tensors.read_tensors(optimizer_targets(state.optimizer, entries, stored), checkpoint, index)
+        set_steps(state.optimizer, entries, record.optimizer_steps)
         _load_schedule(state, record.schedule)
     if not settings.finetune:
         for name, value in record.position.items():
             setattr(state.position, name, value)
         state.best = record.best
     if not (settings.finetune or settings.no_load_rng):
-        targets = random_targets(stored_shapes(index))
-        read_tensors(targets, checkpoint, index)  # a collective: without targets too
+        targets = random_targets(stored)
+        tensors.read_tensors(targets, checkpoint, index)  # a collective: without targets too
         if targets:
             restore_random(targets)
         else:
@@ -198,18 +174,16 @@ def load_checkpoint(state: TrainingState) -> Path | None:
 
 
 def load_trained_parameters(model_chunks: Sequence[nn.Module], folder: str | Path) -> RunRecord:
-    """Load the parameters of the newest checkpoint in a --save folder, for scoring and generation.
+    """Load the parameters of the newest checkpoint in a --save folder, or of a checkpoint; returns the run's record.
 
     model_chunks: this rank's, bare, with the base loaded and adapters attached as in `read_run_record(folder)`.
-    folder: a --save folder, or a checkpoint in it.
-    Returns the record of the run.
     Raises ConfigurationError, on every rank: there is no checkpoint, it is damaged, or it has other parameters.
     """
     checkpoint = from_first_rank(lambda: run_record.find_checkpoint(folder))
     require_whole(checkpoint)
     record = from_first_rank(lambda: run_record.read_record(checkpoint))
-    entries = sharded_parameters(model_chunks, only_adapters=record.config.peft.trains_adapters)
-    load_parameters(entries, checkpoint)
+    entries = tensors.sharded_parameters(model_chunks, only_adapters=record.config.peft.trains_adapters)
+    tensors.load_parameters(entries, checkpoint)
     return record
 
 

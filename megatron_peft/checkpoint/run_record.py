@@ -11,16 +11,8 @@ from typing import Any
 
 from megatron_peft.checkpoint import folders
 from megatron_peft.checkpoint.folders import MANIFEST, RECORD
-from megatron_peft.config import (
-    ConfigurationError,
-    PeftConfig,
-    RunConfig,
-    config_from_dict,
-    config_to_dict,
-    flag,
-    mistyped,
-    require,
-)
+from megatron_peft.config import ConfigurationError, PeftConfig, RunConfig, config_from_dict, config_to_dict, require
+from megatron_peft.config.errors import flag, mistyped
 from megatron_peft.config.untrusted import parse_json, read_text
 from megatron_peft.models.shape import ModelShape, RopeScaling
 
@@ -31,16 +23,12 @@ ADAPTER_CONFIG = "adapter_config.json"  # in a checkpoint with adapters, and bes
 
 @dataclasses.dataclass(frozen=True)
 class BestValidation:
-    """The lowest validation loss of a run so far, and how many validations there were since.
+    """The lowest validation loss of a run so far, and how many validations there were since."""
 
-    loss: None as long as no validation gave a number.
-    was_interrupted: the run was asked to stop during a validation, with which the run that resumes begins.
-    """
-
-    loss: float | None = None
+    loss: float | None = None  # as long as no validation gave a number
     iteration: int = 0
     num_since: int = 0
-    was_interrupted: bool = False
+    was_interrupted: bool = False  # the run was asked to stop in a validation, with which the one that resumes begins
 
     def after(self, loss: float, iteration: int) -> "BestValidation":
         """This, after another validation. A loss that is not a finite number is never the lowest."""
@@ -51,28 +39,17 @@ class BestValidation:
 
 @dataclasses.dataclass(frozen=True)
 class RunRecord:
-    """Everything in a checkpoint except its tensors.
-
-    config: of the run.
-    shape: of the base model.
-    position: counters by name (`iteration`, `consumed_samples`, ...).
-    adapted_layers: global names of the layers with an adapter, over all ranks; empty for full fine-tuning.
-    base_fingerprint: {file name: digest} of the base model's folder; None if it could not be read.
-    schedule: state of megatron-core's learning-rate schedule; None without optimizer state.
-    optimizer_steps: updates that each parameter has had, by key; None without optimizer state.
-    data_digest: of the training data's files; None in older records.
-    best: the lowest validation loss so far; older records have none.
-    """
+    """Everything in a checkpoint except its tensors."""
 
     config: RunConfig
-    shape: ModelShape
-    position: Mapping[str, int]
-    adapted_layers: tuple[str, ...]
-    base_fingerprint: Mapping[str, str] | None
-    schedule: Mapping[str, Any] | None
-    optimizer_steps: Mapping[str, int] | None
-    data_digest: str | None = None
-    best: BestValidation = BestValidation()
+    shape: ModelShape  # of the base model
+    position: Mapping[str, int]  # counters by name (`iteration`, `consumed_samples`, ...)
+    adapted_layers: tuple[str, ...]  # global names, over all ranks; empty for full fine-tuning
+    base_fingerprint: Mapping[str, str] | None  # {file name: digest} of the base's folder; None: it could not be read
+    schedule: Mapping[str, Any] | None  # state of megatron-core's; None without optimizer state
+    optimizer_steps: Mapping[str, int] | None  # updates of each parameter, by key; None without optimizer state
+    data_digest: str | None = None  # of the training data's files; older records have none
+    best: BestValidation = BestValidation()  # older records have none
 
     def to_json(self) -> str:
         """The text of the record's file, with its format's version."""

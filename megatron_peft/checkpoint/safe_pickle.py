@@ -102,9 +102,7 @@ def plain_reason(error: BaseException) -> str:
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """The index of a distributed checkpoint: its tensors, and where each slice is stored.
-
-    Entries of other objects are dropped, so that no reader unpickles them.
+    """The index of a distributed checkpoint: its tensors, and where each slice is stored; no other objects.
 
     Raises ConfigurationError: it names a class that no index needs or a file outside `folder`, it is truncated, or
     slices of a tensor are missing. Nothing in it was run.

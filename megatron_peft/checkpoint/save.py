@@ -16,13 +16,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from megatron_peft.checkpoint import folders
 from megatron_peft.checkpoint.run_record import ADAPTER_CONFIG, RunRecord, fingerprint
-from megatron_peft.checkpoint.state import (
-    TrainingState,
-    optimizer_steps,
-    optimizer_tensors,
-    random_tensors,
-    whole_parameters,
-)
+from megatron_peft.checkpoint.state import TrainingState, optimizer_tensors, random_tensors, steps_of, whole_parameters
 from megatron_peft.checkpoint.tensors import (
     PlannedFiles,
     Sharded,
@@ -58,9 +52,8 @@ class DraftedCheckpoint:
         return self.record.position["iteration"]
 
     def complete(self) -> Path:
-        """Write this rank's files; when all ranks have, the first one publishes. A collective of `group`.
+        """Write this rank's files; when all have, the first publishes. Returns the checkpoint. A collective of `group`.
 
-        Returns the checkpoint, `<save>/iter_0000050`, now the newest.
         Raises CheckpointNotSaved, on every rank: earlier checkpoints are untouched, and the draft is removed.
         """
         with _as_not_saved(self.folder, self.iteration, self.draft):
@@ -97,8 +90,6 @@ def draft_checkpoint(
 ) -> DraftedCheckpoint:
     """Plan a checkpoint of the current state; `complete` writes it. A collective.
 
-    It holds the adapters (for full fine-tuning the whole model), optimizer, schedule, generators and position.
-
     snapshot: copy the state, so that the run may go on before the files are written.
     group: all ranks; a gloo group for this purpose alone if `complete` runs in a thread.
     Raises CheckpointNotSaved on every rank.
@@ -130,10 +121,7 @@ def _as_not_saved(folder: Path, iteration: int, draft: Path | None = None) -> It
 
 
 def tensors_to_save(state: TrainingState, entries: Sequence[Sharded]) -> list[ShardedTensor]:
-    """This rank's tensors of a checkpoint: parameters, optimizer and generators, as far as they are saved.
-
-    entries: of the parameters that are saved (`sharded_parameters`).
-    """
+    """This rank's tensors of a checkpoint: parameters, optimizer and generators, as far as they are saved."""
     settings = state.config.checkpoint
     tensors = [tensor for entry in entries for tensor in global_slices(entry)]
     if not settings.no_save_optim:
@@ -156,7 +144,7 @@ def _run_record(state: TrainingState, layers: tuple[str, ...], entries: Sequence
         adapted_layers=layers,
         base_fingerprint=base_fingerprint(base),
         schedule=state.schedule.state_dict() if saves_optimizer else None,
-        optimizer_steps=optimizer_steps(state.optimizer, entries) if saves_optimizer else None,
+        optimizer_steps=steps_of(state.optimizer, entries) if saves_optimizer else None,
         data_digest=state.data_digest,
         best=state.best,
     )
@@ -245,7 +233,6 @@ class Saver:
         """Save the current state: write it before returning or, with --async-save, copy it and write in a thread.
 
         `finish` returns the outcome. It must have been called for the previous save.
-
         Raises ConfigurationError, on every rank: the folder was moved away, and another run's is in its place.
         """
         assert self._pending is None, "a save is under way"

@@ -38,20 +38,15 @@ class Position:
 
 @dataclass
 class TrainingState:
-    """One rank's share of a run: everything that a checkpoint saves and a resumed run restores.
-
-    model_chunks: wrapped in megatron-core's DistributedDataParallel, one for each virtual pipeline stage.
-    data_digest: of the training data, if known.
-    best: the lowest validation loss so far.
-    """
+    """One rank's share of a run: everything that a checkpoint saves and a resumed run restores."""
 
     config: RunConfig
     shape: ModelShape
-    model_chunks: list[DistributedDataParallel]
+    model_chunks: list[DistributedDataParallel]  # one for each virtual pipeline stage
     optimizer: MegatronOptimizer
     schedule: OptimizerParamScheduler
     position: Position = field(default_factory=Position)
-    data_digest: str | None = None
+    data_digest: str | None = None  # of the training data, if known
     best: BestValidation = BestValidation()
 
     @property
@@ -128,22 +123,14 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 
 @dataclass(frozen=True)
 class OptimizerParam:
-    """A parameter as the optimizer updates it.
+    """A parameter as the optimizer updates it."""
 
-    parameter: of the model, whole on this tensor-parallel rank.
-    master: what the optimizer updates: the parameter, a shard of it, or a float32 copy of either.
-    start: where the shard begins in the flattened parameter.
-    is_sharded: each data-parallel rank holds a shard; otherwise each holds all of it.
-    inner: torch's, Apex's or Transformer Engine's optimizer.
-    group: parameter group of `inner`.
-    """
-
-    parameter: Tensor
-    master: Tensor
-    start: int
-    is_sharded: bool
-    inner: torch.optim.Optimizer
-    group: dict[str, Any]
+    parameter: Tensor  # of the model, whole on this tensor-parallel rank
+    master: Tensor  # what the optimizer updates: the parameter, a shard of it, or a float32 copy of either
+    start: int  # where the shard begins in the flattened parameter
+    is_sharded: bool  # each data-parallel rank holds a shard; otherwise each holds all of it
+    inner: torch.optim.Optimizer  # torch's, Apex's or Transformer Engine's
+    group: dict[str, Any]  # of parameters, of `inner`
 
     @property
     def state(self) -> dict[str, Any]:
@@ -247,13 +234,13 @@ def _slices_of_state(param: OptimizerParam, entry: Sharded, key: str, tensor: Te
             )
 
 
-def optimizer_steps(optimizer: MegatronOptimizer, entries: Sequence[Sharded]) -> dict[str, int]:
+def steps_of(optimizer: MegatronOptimizer, entries: Sequence[Sharded]) -> dict[str, int]:
     """Updates that each parameter has had, by key, over all ranks. A collective."""
     by_rank = gather_over_world({entry.key: param.steps for param, entry in optimizer_params(optimizer, entries)})
     return {key: steps for of_rank in by_rank for key, steps in of_rank.items()}
 
 
-def set_optimizer_steps(optimizer: MegatronOptimizer, entries: Sequence[Sharded], steps: Mapping[str, int]) -> None:
+def set_steps(optimizer: MegatronOptimizer, entries: Sequence[Sharded], steps: Mapping[str, int]) -> None:
     """Set each parameter's number of updates, from which Adam corrects the bias of its moments."""
     for param, entry in optimizer_params(optimizer, entries):
         if "exp_avg" in param.state:

@@ -14,11 +14,7 @@ import torch.distributed.checkpoint as torch_checkpoint
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, CheckpointingException, save_config
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensor, ShardedTensorFactory, is_main_replica
-from megatron.core.dist_checkpointing.strategies.torch import (
-    MCoreLoadPlanner,
-    MCoreSavePlanner,
-    mcore_to_pyt_state_dict,
-)
+from megatron.core.dist_checkpointing.strategies import torch as core
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
@@ -73,8 +69,6 @@ class PlannedFiles(torch_checkpoint.FileSystemWriter):
     torch's writer, not megatron-core's: it makes no copies, starts no processes, and reports a failed rank to all,
     where megatron-core's leaves the other ranks waiting if the disk fills up during the common file or the metadata.
 
-    tensors: of this rank.
-    folder: empty, the same on all ranks.
     snapshot: copy the tensors to CPU memory now, so that training may change them before they are written.
     Raises ConfigurationError, on every rank, if planning failed on any.
     """
@@ -85,9 +79,9 @@ class PlannedFiles(torch_checkpoint.FileSystemWriter):
         own = [tensor for tensor in tensors if is_main_replica(tensor.replica_id)]
         own = checked_together(lambda: _copies(own) if snapshot else own)
         self.folder = folder
-        planner = MCoreSavePlanner(flatten_state_dict=False)
+        planner = core.MCoreSavePlanner(flatten_state_dict=False)
         with _library_errors(f"{folder} could not be written"):
-            torch_checkpoint.save(mcore_to_pyt_state_dict(_by_key(own)), storage_writer=self, planner=planner)
+            torch_checkpoint.save(core.mcore_to_pyt_state_dict(_by_key(own)), storage_writer=self, planner=planner)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """torch calls it when all is planned. Nothing is written yet."""
@@ -152,7 +146,7 @@ class _CheckedReader(torch_checkpoint.FileSystemReader):
         return self._index
 
 
-class _LoadPlanner(MCoreLoadPlanner):
+class _LoadPlanner(core.MCoreLoadPlanner):
     """Raises ConfigurationError if a slice that was read holds NaN or an infinity."""
 
     def __init__(self, folder: Path, **settings: Any) -> None:
@@ -167,9 +161,7 @@ class _LoadPlanner(MCoreLoadPlanner):
 
 
 def read_index(folder: Path) -> Metadata:
-    """Which tensors a checkpoint holds and where they lie, on every rank. A collective.
-
-    A large model's index takes seconds to read: who reads tensors several times hands it on.
+    """Which tensors a checkpoint holds and where they lie, on every rank: seconds for a large model. A collective.
 
     Raises ConfigurationError, on every rank, when it is missing or damaged, or would run code.
     """
@@ -179,7 +171,6 @@ def read_index(folder: Path) -> Metadata:
 def read_tensors(tensors: Iterable[ShardedTensor], folder: Path, index: Metadata) -> None:
     """Fill every rank's tensors in place. A collective.
 
-    index: that of `folder`, by `read_index`.
     Raises ConfigurationError, on every rank, when a file is missing or damaged, or holds a value that is not finite.
     """
     wanted = [replace(tensor) for tensor in tensors]  # copies, because megatron-core modifies the descriptions
@@ -190,7 +181,7 @@ def read_tensors(tensors: Iterable[ShardedTensor], folder: Path, index: Metadata
     )
     with _library_errors(f"{folder} is damaged"), torch.no_grad():
         torch_checkpoint.load(
-            mcore_to_pyt_state_dict(_by_key(wanted), is_loading=True),
+            core.mcore_to_pyt_state_dict(_by_key(wanted), is_loading=True),
             storage_reader=_CheckedReader(folder, index),
             planner=planner,
         )
@@ -250,11 +241,7 @@ def sharded_state(chunk: Any) -> dict[str, Any]:
 
 
 def sharded_parameters(model_chunks: Sequence[nn.Module], only_adapters: bool) -> list[Sharded]:
-    """This rank's parameters (and buffers of adapters) as slices of global tensors. Their `data` are the parameters.
-
-    model_chunks: bare, not wrapped in DistributedDataParallel.
-    only_adapters: leave the base model out.
-    """
+    """Parameters (and buffers of adapters) of bare chunks as slices of global tensors. `data` are the parameters."""
     entries = (entry for chunk in model_chunks for entry in sharded_state(chunk).values())
     tensors = (entry for entry in entries if isinstance(entry, ShardedTensor | ShardedTensorFactory))  # no FP8 objects
     return [tensor for tensor in tensors if ADAPTER in tensor.key or not only_adapters]
@@ -267,11 +254,8 @@ def adapted_layers(model_chunks: Sequence[nn.Module]) -> tuple[str, ...]:
 
 
 def load_parameters(entries: Sequence[Sharded], checkpoint: Path) -> Metadata:
-    """Fill the parameters in place. A collective.
+    """Fill the parameters in place; returns the checkpoint's index, for what else is read of it. A collective.
 
-    entries: from `sharded_parameters`.
-    checkpoint: an iteration's folder.
-    Returns the checkpoint's index, for what else is read of it.
     Raises ConfigurationError, on every rank, if the checkpoint holds other parameters or shapes (nothing is changed
     then), or is damaged.
     """

@@ -3,7 +3,7 @@
 Whatever is wrong with such a file is one ConfigurationError with its name, and its line if it has lines: text that is
 not UTF-8 or not JSON, numbers that are not finite or have thousands of digits, halves of a surrogate pair, values
 nested too deep, pipes and devices. `conversion.hf_files` reads weights, `checkpoint.safe_pickle` the index of a
-checkpoint, `data.indexed` indexed data, and `data.tokenizers` tokenizers.
+checkpoint, `data.build` indexed data, and `data.tokenizers` tokenizers.
 """
 
 import gzip

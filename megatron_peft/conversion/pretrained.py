@@ -181,23 +181,6 @@ def require_same_model(folder: str | Path) -> None:
 MAX_IN_FLIGHT = 4  # broadcasts that have started and not ended
 
 
-class ReadingGroups(NamedTuple):
-    """The ranks that read for one another; None for a group in which this one is alone."""
-
-    tensor_parallel: dist.ProcessGroup | None = None
-    data_parallel: dist.ProcessGroup | None = None
-
-    @classmethod
-    def of_layout(cls) -> "ReadingGroups":
-        """megatron-core's groups, which `runtime.launch.start_model_parallel` has made."""
-        tensor_parallel: Any = parallel_state.get_tensor_model_parallel_group()
-        data_parallel: Any = parallel_state.get_data_parallel_group()
-        return cls(tensor_parallel, data_parallel)
-
-
-ALONE = ReadingGroups()
-
-
 class LoadReport(NamedTuple):
     """What one rank read, the number of its parameters (some may come from other ranks), wall seconds."""
 
@@ -214,7 +197,7 @@ def load_pretrained(
     tensor_parallel_rank: int,
     tensor_parallel_size: int,
     progress: bool,
-    groups: ReadingGroups = ALONE,
+    together: bool = False,
 ) -> LoadReport:
     """Fill the base parameters of bare GPTModels in place, in their own dtype. Adapters keep their values.
 
@@ -223,7 +206,7 @@ def load_pretrained(
 
     Args:
         folder: a Hugging Face folder or a base model in Megatron's format, of the shape that `read_model_shape` gives.
-        groups: of ranks that read for one another; by default each rank reads its own slices.
+        together: replicas and tensor-parallel ranks read for one another; by default each rank reads its own slices.
 
     Raises ConfigurationError on every rank. Before a weight is read, for missing, extra, misshapen or truncated tensors
     and for a parameter without a rule; after that, for a file that cannot be read or is damaged.
@@ -242,6 +225,9 @@ def load_pretrained(
     to_fill = checked_together(lambda: _with_rules(model_chunks, rules, tensor_parallel_size))
     to_fill.sort(key=lambda pair: weights.place(pair[0]))
     with byte_bar("Loading weights", sum(parameter.nbytes for _, parameter in to_fill), progress) as advance:
+        groups: Any = (None, None)
+        if together:
+            groups = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_data_parallel_group()
         fill_parameters(to_fill, weights, tensor_parallel_rank, tensor_parallel_size, groups, advance)
     return LoadReport(weights.counts, len(to_fill), time.perf_counter() - start)
 
@@ -282,7 +268,7 @@ def fill_parameters(
     weights: Weights,
     rank: int,
     size: int,
-    groups: ReadingGroups,
+    groups: tuple[dist.ProcessGroup | None, dist.ProcessGroup | None],
     advance: Callable[[int], None],
 ) -> None:
     """Fill contiguous parameters in place and in this order, which must be the same on all ranks of the groups.
@@ -291,7 +277,7 @@ def fill_parameters(
 
     Raises ConfigurationError on all ranks, if a rank cannot read its part.
     """
-    replicas = groups.data_parallel
+    tensor_parallel, replicas = groups
     replica, num_replicas = (0, 1) if replicas is None else (replicas.rank(), replicas.size())
     read_bytes = [0] * num_replicas
     failures: list[ConfigurationError] = []
@@ -309,7 +295,7 @@ def fill_parameters(
         source = read_bytes.index(min(read_bytes))  # the replica that has read least so far
         read_bytes[source] += parameter.nbytes
         if source == replica:
-            group = groups.tensor_parallel if isinstance(rule, Columns) and size > 1 else None
+            group = tensor_parallel if isinstance(rule, Columns) and size > 1 else None
             if group is not None and weights.holds_whole_rows(rule, local.dtype):
                 rows = share_of_rows(len(local), rank, size)
                 share = torch.empty((rows.stop - rows.start, local.shape[1] * size), dtype=local.dtype)  # on the host

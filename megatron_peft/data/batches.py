@@ -18,21 +18,18 @@ from megatron_peft.data.samples import PackedOrder, Sample, SampleOrder, SampleS
 
 @dataclass(frozen=True)
 class Microbatch:
-    """What one forward pass reads: b padded rows of s positions, or one packed row. Padding has loss_mask 0.
+    """What one forward pass reads: b padded rows of s positions, or one packed row of n sequences.
 
-    tokens, labels, position_ids: int64 [b, s]; loss_mask: float32 [b, s]. Labels are shifted already.
-    cu_seqlens (packed only): int32 [n + 1], where each of the n sequences in the one row begins, and the row's end;
-    padding at the end is sequences of its own. lengths (packed only): of the sequences, on the host, which need not ask
-    the device for them. num_samples: without padding.
+    Padding has loss_mask 0; at the end of a packed row it is sequences of its own.
     """
 
-    tokens: Tensor
-    labels: Tensor
-    loss_mask: Tensor
-    position_ids: Tensor
-    num_samples: int
-    cu_seqlens: Tensor | None = None
-    lengths: tuple[int, ...] | None = None
+    tokens: Tensor  # int64 [b, s]
+    labels: Tensor  # int64 [b, s], shifted already
+    loss_mask: Tensor  # float32 [b, s]
+    position_ids: Tensor  # int64 [b, s]
+    num_samples: int  # without padding
+    cu_seqlens: Tensor | None = None  # packed: int32 [n + 1], where each sequence begins, and the row's end
+    lengths: tuple[int, ...] | None = None  # of the sequences, on the host, which need not ask the device for them
 
     def to(self, device: torch.device) -> "Microbatch":
         """The same on `device`; the host does not wait for the copies to a GPU."""
@@ -106,19 +103,15 @@ Step = list[Microbatch]
 
 @dataclass(frozen=True)
 class BatchLayout:
-    """How a global batch is split over data-parallel ranks, in positions (samples, or packs).
-
-    pad_multiple: the sequence is rounded up to a multiple of it; pad_to: and is no shorter than this; pad_id: the token
-    of padding.
-    """
+    """How a global batch is split over data-parallel ranks, in positions (samples, or packs)."""
 
     global_batch_size: int
     micro_batch_size: int
     data_parallel_rank: int = 0
     data_parallel_size: int = 1
-    pad_multiple: int = 1
-    pad_to: int = 0
-    pad_id: int = 0
+    pad_multiple: int = 1  # the sequence is rounded up to a multiple of it
+    pad_to: int = 0  # and is no shorter than this
+    pad_id: int = 0  # the token of padding
 
     def microbatches(self, first: int) -> list[range]:
         """Positions of each microbatch of this rank in the global batch that begins at `first`."""
@@ -162,9 +155,7 @@ class GlobalBatches:
     def in_few_microbatches(self, num_steps: int, max_positions: int, multiple: int) -> Step:
         """This rank's samples of the first global batches, those of like lengths together: for a sum over all of them.
 
-        num_steps: global batches.
         max_positions: of a microbatch, padding included, unless one sample (or pack) has more.
-        multiple: of the number of microbatches; that of a step is one too.
         """
         layout, groups, width = self.layout, [], 0
         firsts = range(0, num_steps * layout.global_batch_size, layout.global_batch_size)

@@ -2,21 +2,30 @@
 
 import logging
 import math
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch.distributed as dist
+from megatron.core.datasets.blended_dataset import BlendedDataset
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, get_bin_path, get_idx_path
 from megatron.core.datasets.utils import Split
 
-from megatron_peft.config import Blend, RunConfig, is_indexed, kind_of_source, parse_blend, require
+from megatron_peft.checkpoint.run_record import sampled_digest
+from megatron_peft.config import ConfigurationError, DataConfig, RunConfig, require
+from megatron_peft.config.sources import RECORD_NAMES, Blend, is_indexed, kind_of_source, parse_blend
+from megatron_peft.config.untrusted import require_regular
 from megatron_peft.data.batches import BatchLayout, GlobalBatches
 from megatron_peft.data.files import RecordFiles
-from megatron_peft.data.indexed import build_indexed, build_mock
 from megatron_peft.data.instruction import InstructionDataset
 from megatron_peft.data.records import Fit
-from megatron_peft.data.samples import BlendedOrder, PackedOrder, SampleOrder, SampleSource
-from megatron_peft.data.tokenizers import Tokenizer
+from megatron_peft.data.samples import BlendedOrder, PackedOrder, Sample, SampleOrder, SampleSource
+from megatron_peft.data.tokenizers import NullTokenizer, Tokenizer
 from megatron_peft.runtime.launch import checked_together, gather_over_world, place_on_node
 
 logger = logging.getLogger(__name__)
@@ -179,3 +188,207 @@ def _require_one_digest(split: Split, paths: Sequence[str], digest: str) -> None
         f"the {split.name} data {' '.join(paths)} of rank {others[0] if others else 0} has other contents than that of "
         "rank 0: copy the files again to where that rank reads them.",
     )
+
+
+# Megatron's indexed datasets (`.bin` and `.idx`), read by megatron-core's own GPTDataset and blended builder. As in
+# Megatron, the order of documents depends on the number of samples: resume a run with the same length.
+
+DEFAULT_SPLIT = "969, 30, 1"  # Megatron's
+READ_BEFORE = 1024  # the most samples that a rank reads before training, to check their ids
+_HEADER = struct.Struct("<9sQBQQ")  # of an index: magic, version, type of a token, sequences, document bounds
+_CODES = {kind.value for kind in DType if "int" in kind.name}  # the others are of fractions
+_NPY = b"\x93NUMPY"
+
+
+def checked_blend(paths: Sequence[str], flag: str) -> Blend:
+    """`parse_blend`. Raises ConfigurationError unless both files of each prefix exist, the index is valid and the data
+    has all of its tokens."""
+    blend = parse_blend(paths, flag)
+    for prefix in blend.prefixes:
+        index, data = Path(get_idx_path(prefix)), Path(get_bin_path(prefix))
+        missing = [str(path) for path in (index, data) if not path.exists()]
+        require(
+            not missing,
+            f"{flag} {prefix}: {' and '.join(missing)} not found. A prefix is a path without .bin and .idx, as "
+            f"megatron-peft data preprocess writes it; {RECORD_NAMES}.",
+        )
+        for path in (index, data):
+            require_regular(path, flag)
+        expected, actual = _expected_bytes(index, f"{flag} {prefix}: {index}"), data.stat().st_size
+        require(
+            actual == expected,
+            f"{flag} {prefix}: {data} has {actual} bytes where its index expects {expected}; it is truncated.",
+        )
+    return blend
+
+
+def _expected_bytes(index: Path, named: str) -> int:
+    """Size of the data file that an index describes. Raises ConfigurationError for an index that is truncated, or whose
+    sequences or documents do not follow one another."""
+    # megatron-core's reader does not check the sizes and follows any pointer.
+    with index.open("rb") as file:
+        num_bytes, header = index.stat().st_size, file.read(_HEADER.size)
+        fields = _HEADER.unpack(header) if len(header) == _HEADER.size else (b"", 0, 0, 0, 0)
+        magic, version, dtype_code, num_sequences, num_bounds = fields
+        known = magic == b"MMIDIDX\0\0" and version == 1 and dtype_code in _CODES
+        require(
+            known and num_bytes == _HEADER.size + num_sequences * (4 + 8) + num_bounds * 8,
+            f"{named} is not an index of Megatron's, or it is truncated ({num_bytes} bytes).",
+        )
+        lengths = np.fromfile(file, np.int32, num_sequences)
+        pointers = np.fromfile(file, np.int64, num_sequences)
+        bounds = np.fromfile(file, np.int64, num_bounds)
+    ends = np.cumsum(lengths, dtype=np.int64) * DType.size(dtype_code)
+    astray = (lengths < 0) | (pointers != np.append(0, ends)[:-1])
+    require(
+        not astray.any(),
+        f"{named} is damaged: sequence {astray.argmax() if len(astray) else 0} does not begin where the one before it "
+        "ends, or its length is below 0. Copy it again, or make it again with megatron-peft data preprocess.",
+    )
+    in_order = num_bounds > 0 and bounds[0] == 0 and bounds[-1] == num_sequences and (np.diff(bounds) >= 0).all()
+    require(
+        bool(in_order),
+        f"{named} is damaged: its documents are not its {num_sequences} sequences in their order. Copy it again, or "
+        "make it again with megatron-peft data preprocess.",
+    )
+    return int(ends[-1]) if num_sequences else 0
+
+
+class IndexedSamples:
+    """A dataset of megatron-core as a source of samples.
+
+    num_ids: above all token ids; flag: which named the prefixes; digest: of the files, sampled.
+    """
+
+    def __init__(self, dataset: Any, num_ids: int, flag: str, digest: str) -> None:
+        self._dataset, self._num_ids, self._flag, self.digest = dataset, num_ids, flag, digest
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> Sample:
+        """Raises ConfigurationError for a token id that the model has no row for."""
+        row = self._dataset[index]
+        tokens, labels = row["tokens"].numpy(), row["labels"].numpy()
+        for ids in (tokens, labels):
+            if ids.min() < 0 or ids.max() >= self._num_ids:
+                raise ConfigurationError(self._wrong_id(index))
+        return Sample(tokens, labels, row["loss_mask"].float().numpy())
+
+    def _wrong_id(self, index: int) -> str:
+        """The message for a sample: one of the texts that it is cut from has an id without a row in the embedding."""
+        dataset = self._dataset
+        if isinstance(dataset, BlendedDataset):
+            dataset, index = dataset.datasets[dataset.dataset_index[index]], dataset.dataset_sample_index[index]
+        bounds = dataset.sample_index[dataset.shuffle_index[index] :][:2, 0]
+        texts = dataset.document_index[bounds[0] : bounds[1] + 1].tolist()
+        arrays = ((text, np.asarray(dataset.dataset.get(text))) for text in texts)
+        text, wrong = next(
+            (text, ids[bad]) for text, ids in arrays if (bad := (ids < 0) | (ids >= self._num_ids)).any()
+        )
+        document = int(np.searchsorted(dataset.dataset.document_indices, text, side="right"))
+        return (
+            f"{self._flag} {get_bin_path(dataset.dataset.path_prefix)}, document {document} has the token id "
+            f"{wrong[0]}, but the embedding of --pretrained-checkpoint has {self._num_ids} rows: the data was made "
+            "with the tokenizer of another model; make it again with megatron-peft data preprocess."
+        )
+
+
+def build_indexed(
+    config: DataConfig,
+    split: Split,
+    paths: Sequence[str],
+    num_samples: int | None,
+    tokenizer: Tokenizer,
+    num_ids: int | None = None,
+) -> IndexedSamples | None:
+    """The samples of one split; None if --split leaves it nothing (an error for training). A collective over all ranks.
+
+    num_samples: at least so many, documents repeated as needed; None: each document once, without weights.
+    num_ids: above all token ids (default: the tokenizer's).
+    """
+    num_ids = num_ids or tokenizer.largest_id + 1
+    flag = "--data-path" if config.data_path else f"--{split.name}-data-path"
+    blend = checked_blend(paths, flag)
+    blend = blend if num_samples is not None else Blend(blend.prefixes, None)
+    core_config = _core_config(config, split, blend, tokenizer)
+    edges = (0.0, 1.0) if core_config.split_matrix is None else core_config.split_matrix[split.value] or (0.0, 0.0)
+    repeats = num_samples is not None and (blend.weights is not None or len(blend.prefixes) == 1)
+    needed = 2 if repeats or split == Split.valid else config.seq_length + 1
+    for prefix in blend.prefixes:  # megatron-core never ends on a split without tokens
+        dataset = IndexedDataset(prefix)  # owns the map that the lengths are read from
+        begin, end = (round(edge * len(dataset.sequence_lengths)) for edge in edges)
+        num_tokens = int(np.sum(dataset.sequence_lengths[begin:end]))
+        if num_tokens < needed:
+            lack = f"{flag}: the {split.name} split has {num_tokens} tokens of {prefix} and needs {needed}"
+            require(split != Split.train, f"{lack}; give --split another cut, a larger dataset, or --train-iters.")
+            logger.warning("%s, so there is no %s data.", lack, split.name)
+            return None
+    files = [Path(path(prefix)) for prefix in blend.prefixes for path in (get_idx_path, get_bin_path)]
+    digest = " ".join(sampled_digest(file)[:16] for file in files)
+    samples = IndexedSamples(_build(core_config, split, num_samples, blend), num_ids, flag, digest)
+    # Ids of another model's tokenizer end a run before it begins: each rank reads samples, spread over its share.
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    share = range(rank, len(samples), world_size)
+    checked_together(lambda: [len(samples[i]) for i in share[:: len(share) // READ_BEFORE + 1]], first_alone=True)
+    return samples
+
+
+def build_mock(config: DataConfig, split: Split, num_samples: int | None, num_ids: int) -> IndexedSamples:
+    """megatron-core's generated samples for --mock-data, a third of them for each split. A collective over all ranks.
+
+    num_samples: at least so many; None: one pass over the documents of the split. They count through the model's ids.
+    """
+    core_config = _core_config(config, split, None, NullTokenizer(num_ids - 1))
+    return IndexedSamples(_build(core_config, split, num_samples, None), num_ids, "--mock-data", "mock")
+
+
+def _core_config(config: DataConfig, split: Split, blend: Blend | None, tokenizer: Tokenizer) -> GPTDatasetConfig:
+    """blend: None asks for generated samples, which are split in one way whatever --split says."""
+    source: dict[str, Any] = {"blend_per_split": [blend if each == split else None for each in Split]}
+    if config.data_path or blend is None:
+        source = {"blend": blend, "split": config.split or DEFAULT_SPLIT}
+    core_config = GPTDatasetConfig(
+        random_seed=config.seed,
+        sequence_length=config.seq_length,
+        path_to_cache=config.data_cache_path,
+        tokenizer=tokenizer,  # type: ignore[arg-type]  # ours has what GPTDataset asks of one
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+        drop_last_partial_validation_sequence=False,
+        mmap_bin_files=config.mmap_bin_files,
+        **source,
+    )
+    if core_config.split_matrix is not None:  # build this split alone: the others have their own sizes
+        cut: list[Any] = [core_config.split_matrix[split.value] if each == split else None for each in Split]
+        core_config.split_matrix = cut
+    return core_config
+
+
+def _build(config: GPTDatasetConfig, split: Split, num_samples: int | None, blend: Blend | None) -> Any:
+    prefixes, weights = blend or ([], None)
+    require(
+        not (config.path_to_cache and (len(prefixes) > 1 or weights) and not dist.is_initialized()),
+        "--data-cache-path with a blend: megatron-core writes its cache under torch.distributed only; start with "
+        "torchrun, or leave --data-cache-path out.",
+    )
+    # megatron-core's np.load unpickles what is no array, and so runs its code.
+    for folder in (config.path_to_cache, *(f"{prefix}/cache" for prefix in prefixes)) if prefixes else ():
+        for path in Path(folder).rglob("*.npy") if folder else ():
+            require_regular(path)
+            with path.open("rb") as file:
+                require(file.read(len(_NPY)) == _NPY, f"{path} is not an array of numpy's: remove it.")
+    sizes = [num_samples if each == split else 0 for each in Split]
+    kind = GPTDataset if blend else MockGPTDataset
+    try:
+        built = BlendedMegatronDatasetBuilder(kind, sizes, lambda: True, config).build()  # type: ignore[arg-type]
+    except Exception as error:
+        if not isinstance(error.__cause__ or error, OSError):
+            raise
+        raise ConfigurationError(
+            f"the indices of the {split.name} data cannot be written ({error.__cause__ or error}): give "
+            "--data-cache-path a folder that can."
+        ) from error
+    return built[split.value]

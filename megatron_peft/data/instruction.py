@@ -6,8 +6,8 @@ import os
 import secrets
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -216,15 +216,9 @@ def open_cache(root: Path, records: RecordFiles, fit: Fit) -> TokenCache:
     return checked_together(opened)
 
 
-@contextmanager
-def _writing_in(root: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ConfigurationError(
-            f"the tokens of the data cannot be kept in {root} ({error.strerror or error}): give --data-cache-path a "
-            "folder that can be written."
-        ) from error
+def _writing_in(root: Path) -> AbstractContextManager[None]:
+    way_out = "give --data-cache-path a folder that can be written."
+    return folders.written(f"the tokens of the data cannot be kept in {root}", way_out)
 
 
 def _start_draft(draft: Path) -> folders.FolderLock:

@@ -4,6 +4,7 @@ A pair appears under its name only when it is complete; nothing that exists is o
 imports this module, so torch and megatron-core are imported where the files are written.
 """
 
+import glob
 import multiprocessing
 import os
 import time
@@ -11,11 +12,11 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from megatron_peft.config import ConfigurationError, DataConfig, require
+from megatron_peft.config import Checked, ConfigurationError, DataConfig, option, require, required_option
 from megatron_peft.data.files import RecordFiles
-from megatron_peft.data.tokenizers import Tokenizer, build_tokenizer
+from megatron_peft.data.tokenizers import build_tokenizer
 
 if TYPE_CHECKING:
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
@@ -25,24 +26,36 @@ Encoded = list[list[int]] | str  # the ids of each key of a record, or what is w
 
 
 @dataclass(frozen=True)
-class PreprocessConfig:
-    """The flags of megatron-peft data preprocess. `data` has the tokenizer and, as training paths, the input files."""
+class PreprocessSettings(Checked):
+    """The flags of megatron-peft data preprocess, with Megatron's names and defaults."""
 
-    data: DataConfig
-    output_prefix: str
-    json_keys: tuple[str, ...] = ("text",)
-    append_eod: bool = False
-    workers: int = 1
-    log_interval: int = 1000
+    input: tuple[str, ...] = required_option("JSON-lines files, or glob patterns", metavar="FILE")
+    output_prefix: str = required_option("writes PREFIX_KEY_document.bin and .idx", metavar="PREFIX")
+    json_keys: tuple[str, ...] = option(("text",), "fields to convert, each to its own dataset", metavar="KEY")
+    tokenizer_type: Literal["HuggingFaceTokenizer", "SentencePieceTokenizer", "NullTokenizer"] = option(
+        "HuggingFaceTokenizer", "what --tokenizer-model holds"
+    )
+    tokenizer_model: str | None = option(None, "a Hugging Face folder or a SentencePiece model", metavar="PATH")
+    vocab_size: int | None = option(None, "vocabulary size of NullTokenizer", check="positive")
+    append_eod: bool = option(False, "append the end-of-document token to each document")
+    workers: int = option(1, "number of processes", check="positive")
+    log_interval: int = option(1000, "records between progress lines", check="positive")
+    keep_sequential_samples: bool = option(False, "accepted for Megatron's scripts; the order is always kept")
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The input. A pattern that matches nothing stays, and is reported as a missing file."""
+        return tuple(path for pattern in self.input for path in (sorted(glob.glob(pattern)) or [pattern]))
 
 
 class DocumentEncoder:
     """Tokenizes the keys of one record, with a beginning-of-sequence token if the tokenizer adds one."""
 
-    def __init__(self, config: PreprocessConfig) -> None:
+    def __init__(self, config: PreprocessSettings) -> None:
         self.config = config
-        self.records = RecordFiles(config.data.train_data_path, "--input")
-        self.tokenizer: Tokenizer = build_tokenizer(config.data, None)
+        self.records = RecordFiles(config.files, "--input")
+        named = {name: getattr(config, name) for name in ("tokenizer_type", "tokenizer_model", "vocab_size")}
+        self.tokenizer = build_tokenizer(DataConfig(**named), None)
 
     def encode(self, index: int) -> Encoded:
         """Ids of each key, or the error message: an exception would end the pool's iterator."""
@@ -62,7 +75,7 @@ class DocumentEncoder:
         return [*ids, self.tokenizer.eos_id] if ids and self.config.append_eod else ids
 
 
-def encoded_documents(config: PreprocessConfig, encoder: DocumentEncoder) -> Generator[Encoded, None, None]:
+def encoded_documents(config: PreprocessSettings, encoder: DocumentEncoder) -> Generator[Encoded, None, None]:
     """`DocumentEncoder.encode` of each record, in the order of the input, in this process or in `workers`."""
     indices = range(len(encoder.records))
     if config.workers == 1:
@@ -75,7 +88,7 @@ def encoded_documents(config: PreprocessConfig, encoder: DocumentEncoder) -> Gen
 _worker_encoder: DocumentEncoder  # set once in each worker process
 
 
-def _start_worker(config: PreprocessConfig) -> None:
+def _start_worker(config: PreprocessSettings) -> None:
     global _worker_encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     _worker_encoder = DocumentEncoder(config)
@@ -95,7 +108,7 @@ class Preprocessed:
     tokens: int = 0
 
 
-def preprocess(config: PreprocessConfig, report: Callable[[str], None] = print) -> Preprocessed:
+def preprocess(config: PreprocessSettings, report: Callable[[str], None] = print) -> Preprocessed:
     """Write all pairs. Empty documents are left out and counted.
 
     report: called with a line of progress every `log_interval` records.
@@ -126,7 +139,7 @@ def preprocess(config: PreprocessConfig, report: Callable[[str], None] = print) 
                 done.tokens += len(ids)
             if number % config.log_interval == 0 or number == total:
                 report(f"{number} of {total} records, {number / (time.monotonic() - begin):.0f} per second")
-        require(done.documents > 0, f"no document of {' '.join(config.data.train_data_path)} holds any text.")
+        require(done.documents > 0, f"no document of {' '.join(config.files)} holds any text.")
     return done
 
 

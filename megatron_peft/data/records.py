@@ -35,20 +35,13 @@ class ColumnNames:
 
 @dataclass(frozen=True)
 class RecordFormat:
-    """How the records of a file are read.
+    """How the records of a file are read."""
 
-    name: for messages to the user.
-    kind: what a record becomes.
-    required: fields that each record has.
-    optional: fields that are read if they are there.
-    convert: takes the fields that are there, and returns those of NATIVE_FIELDS ("tools" may be missing).
-    """
-
-    name: str
-    kind: Kind
-    required: tuple[str, ...]
-    optional: tuple[str, ...]
-    convert: Callable[[Record], Record]
+    name: str  # for messages to the user
+    kind: Kind  # what a record becomes
+    required: tuple[str, ...]  # fields that each record has
+    optional: tuple[str, ...]  # fields that are read if they are there
+    convert: Callable[[Record], Record]  # from these fields to those of NATIVE_FIELDS ("tools" may be missing)
 
     def native(self, record: Record) -> Record:
         """The record with this package's field names; fields that the format does not read stay.

@@ -60,9 +60,7 @@ class SampleOrder:
     epochs_hold_the_same_samples = True
 
     def __init__(self, num_samples: int, seed: int, shuffle: bool) -> None:
-        self.num_samples = num_samples
-        self.seed = seed
-        self.shuffle = shuffle
+        self.num_samples, self.seed, self.shuffle = num_samples, seed, shuffle
         self.permutation = lru_cache(maxsize=2)(self._permutation)  # two: a step can reach into the next epoch
 
     def _permutation(self, epoch: int) -> np.ndarray:
@@ -111,12 +109,8 @@ _LONGEST_ROUND = 10_000_000
 
 
 class BlendedOrder(SampleOrder):
-    """Samples of several sources in proportion to their weights: each has an order of its own, and begins again at its
-    end. An "epoch" is a round of the blend, after which its pattern repeats.
-
-    lengths: samples of each source; they are numbered through.
-    weights: above 0, of any sum.
-    """
+    """Samples of several sources, numbered through, in proportion to their weights: each has an order of its own, and
+    begins again at its end. An "epoch" is a round of the blend, after which its pattern repeats."""
 
     epochs_hold_the_same_samples = False
 
@@ -195,10 +189,7 @@ class PackedOrder(SampleOrder):
         self, order: SampleOrder, lengths: np.ndarray, seq_length: int, packing: str = "first-fit-decreasing"
     ) -> None:
         super().__init__(order.num_samples, order.seed, order.shuffle)
-        self.order = order
-        self.lengths = lengths
-        self.seq_length = seq_length
-        self.packing = packing
+        self.order, self.lengths, self.seq_length, self.packing = order, lengths, seq_length, packing
         self._num_packs_is_constant = packing != "next-fit" and order.epochs_hold_the_same_samples
         self._packs = lru_cache(maxsize=2)(self._pack)
         self._num_packs = cache(lambda epoch: len(self._packs(epoch)[1]) - 1)

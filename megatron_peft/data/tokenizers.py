@@ -87,22 +87,16 @@ _JSON_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.js
 
 
 class Tokenizer:
-    """What the rest of the package uses of a tokenizer. Ids are Python integers up to `largest_id`.
-
-    vocab_size: number of ids (an added token may have an id above it); bos_id: put before a prompt, None where the
-    tokenizer does not do so by itself; eos_id: ends what is trained on; prefix_id: precedes a text without a context,
-    the beginning of sequence or else its end; special_tokens: those that `decode` leaves out; chat_template: may be
-    empty.
-    """
+    """What the rest of the package uses of a tokenizer. Ids are Python integers up to `largest_id`."""
 
     def __init__(self, vocab_size: int, eos_id: int, identity: str) -> None:
-        """`identity` distinguishes two tokenizers of a class."""
-        self.vocab_size, self.largest_id = vocab_size, vocab_size - 1
-        self.bos_id: int | None = None
-        self.eos_id = self.prefix_id = eos_id
-        self.special_tokens: Mapping[str, int] = {}
+        self.vocab_size, self.largest_id = vocab_size, vocab_size - 1  # an added token may have an id above their count
+        self.bos_id: int | None = None  # put before a prompt; None where the tokenizer does not do so by itself
+        self.eos_id = eos_id  # ends what is trained on
+        self.prefix_id = eos_id  # precedes a text without a context: the beginning of sequence or else its end
+        self.special_tokens: Mapping[str, int] = {}  # those that `decode` leaves out
         self.chat_template = ""
-        self._identity = identity
+        self._identity = identity  # distinguishes two tokenizers of a class
 
     @property
     def eod(self) -> int:
@@ -278,11 +272,7 @@ def _with_reasoning(message: Message) -> dict[str, Any]:
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A sentencepiece `.model` file.
-
-    adds_bos: its beginning-of-sequence token is put before a text, as Llama 2 was trained. By default, as in
-    megatron-core, it is not.
-    """
+    """A sentencepiece `.model` file. `adds_bos`: its token is put before a text, as Llama 2 was trained."""
 
     def __init__(self, model_file: str, adds_bos: bool = False) -> None:
         from sentencepiece import SentencePieceProcessor
@@ -337,10 +327,7 @@ class NullTokenizer(Tokenizer):
 
 
 def build_tokenizer(config: DataConfig, pretrained_checkpoint: str | None) -> Tokenizer:
-    """The tokenizer of --tokenizer-type; --tokenizer-model defaults to the base model's folder.
-
-    Raises `ConfigurationError` where it cannot be read.
-    """
+    """The tokenizer of --tokenizer-type; --tokenizer-model defaults to the base model's folder."""
     source = config.tokenizer_model or pretrained_checkpoint
     require(
         not config.chat_template or config.tokenizer_type == "HuggingFaceTokenizer",
@@ -355,24 +342,17 @@ def build_tokenizer(config: DataConfig, pretrained_checkpoint: str | None) -> To
     return HuggingFaceTokenizer(source, config.chat_template)
 
 
-def require_vocabulary_fits(tokenizer: Tokenizer, model_vocab_size: int) -> None:
-    """Raises `ConfigurationError` if the tokenizer has an id without a row in the model's embedding."""
-    require(
-        tokenizer.largest_id < model_vocab_size,
-        f"the tokenizer has ids up to {tokenizer.largest_id}, but the embedding of --pretrained-checkpoint has "
-        f"{model_vocab_size} rows: give --tokenizer-model the tokenizer that belongs to it.",
-    )
+def require_vocabulary_fits(tokenizer: Tokenizer, num_rows: int) -> str:
+    """A warning if the tokenizer is probably another model's, else empty.
 
-
-def doubt_about_vocabulary(tokenizer: Tokenizer, model_vocab_size: int) -> str:
-    """A warning if the tokenizer is probably another model's; else empty."""
+    Raises `ConfigurationError` if it has an id without a row in the model's embedding.
+    """
+    largest = tokenizer.largest_id
+    differ = f"the tokenizer has ids up to {largest}, but the embedding of --pretrained-checkpoint has {num_rows} rows"
+    require(largest < num_rows, f"{differ}: give --tokenizer-model the tokenizer that belongs to it.")
     # Models pad their vocabularies by a few hundred rows at most; a tenth of the rows without a token is not padding.
-    if tokenizer.largest_id + 1 >= 0.9 * model_vocab_size:
-        return ""
-    return (
-        f"WARNING: the tokenizer has ids up to {tokenizer.largest_id}, but the embedding of --pretrained-checkpoint "
-        f"has {model_vocab_size} rows: is it the tokenizer of another model? --tokenizer-model names it."
-    )
+    is_doubtful = largest + 1 < 0.9 * num_rows
+    return f"WARNING: {differ}: is it the tokenizer of another model? --tokenizer-model names it." * is_doubtful
 
 
 # AutoTokenizer takes a class that tokenizer_config.json names, but for types of models that have classes of their own.

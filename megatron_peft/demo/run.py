@@ -82,7 +82,7 @@ def run_demo(folder: Path, method: str = PeftConfig.method, extra_flags: Sequenc
     files = _short_files(prepare_pairs(folder / "data", folder / "downloads"))
     save = folder / method / CHECKPOINTS
     before, after = _trained(folder / method, [*training_flags(model, files, method), *extra_flags])
-    records, lambdas = read_metrics(save / METRICS_FILE), save / LAMBDA_FILE
+    records, lambdas = read_metrics(save / METRICS_FILE), read_metrics(save / LAMBDA_FILE)
     held_out = read_pairs(files.valid)
     # Examples spread evenly over the held-out messages, not the best ones.
     chosen = range(0, len(held_out), max(len(held_out) // NUM_EXAMPLES, 1))[:NUM_EXAMPLES]
@@ -111,7 +111,7 @@ def run_demo(folder: Path, method: str = PeftConfig.method, extra_flags: Sequenc
     samples = [dict(zip(SAMPLE_FIELDS, (pair.prompt, pair.french, *said), strict=True)) for pair, *said in examples]
     write_atomically(save / SAMPLES_FILE, "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples))
     with waiting("drawing the picture"):
-        draw_picture(folder / "report.png", report, records, read_metrics(lambdas) if lambdas.exists() else [])
+        draw_picture(folder / "report.png", report, records, lambdas)
     return report
 
 

@@ -24,8 +24,8 @@ from megatron_peft.models.families import read_shape
 from megatron_peft.runtime.failure import run_together
 from megatron_peft.runtime.launch import start_model_parallel, world
 from megatron_peft.training.run import Finetuned, build_state, data_of_rank
+from megatron_peft.training.step import validation_loss
 from megatron_peft.training.terminal import count_parameters
-from megatron_peft.training.validation import validation_loss
 
 MAX_NEW_TOKENS = 64  # two held-out references are longer; an untrained model may never end
 BATCH_SIZE = 128  # a step of many ends as soon as one of few

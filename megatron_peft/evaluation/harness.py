@@ -8,11 +8,9 @@ calls.
 """
 
 import datetime
-import fcntl
 import hashlib
 import itertools
 import json
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,7 +22,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from megatron_peft.checkpoint.folders import GRACE_SECONDS
+from megatron_peft.checkpoint.folders import GRACE_SECONDS, locked, written
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.config.evaluation import Sampling
 from megatron_peft.config.untrusted import parse_json, require_regular
@@ -79,7 +77,8 @@ class FinishedRequests(dict[str, Any]):
             require_regular(path)
         # Opened once: a lock of `fcntl`, which works on network file systems, ends with the first close of its file.
         self._file = open(path, "a+b")  # noqa: SIM115
-        self._lock()
+        refusal = f"{path} is in use by another evaluation: wait for its end, or give another --output."
+        locked(self._file.fileno(), path, lambda: refusal, GRACE_SECONDS)
         self._file.seek(0)
         content = self._file.read()
         whole = content[: content.rfind(b"\n") + 1]
@@ -93,20 +92,6 @@ class FinishedRequests(dict[str, Any]):
                 told = f"{place} is not an answered request ({error!r}): remove the line to repeat the request."
                 raise ConfigurationError(told) from error
 
-    def _lock(self) -> None:
-        deadline = time.monotonic() + GRACE_SECONDS
-        while True:
-            try:
-                return fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError) as error:
-                if time.monotonic() >= deadline:
-                    raise ConfigurationError(
-                        f"{self._path} is in use by another evaluation: wait for its end, or give another --output."
-                    ) from error
-                time.sleep(0.1)
-            except OSError:  # a file system without locks
-                return
-
     def key(self, kind: str, *what: Any) -> str:
         """A digest of the model, the kind of the request, and all else that its answer depends on (JSON)."""
         return hashlib.sha256(json.dumps([self.model, kind, *what]).encode()).hexdigest()[:32]
@@ -115,13 +100,9 @@ class FinishedRequests(dict[str, Any]):
         """Keep answers, in the file too."""
         self.update(answers)
         lines = [json.dumps({"key": key, "answer": answer}) + "\n" for key, answer in answers.items()]
-        try:
+        with written(f"{self._path} cannot be written", "free disk space, and the same command goes on."):
             self._file.write("".join(lines).encode())
             self._file.flush()
-        except OSError as error:
-            raise ConfigurationError(
-                f"{self._path} cannot be written ({error.strerror}): free disk space, and the same command goes on."
-            ) from error
 
     def require_answers(self, keys: Iterable[str], is_answer: Callable[[Any], bool]) -> None:
         """Raises ConfigurationError if a known answer to these requests is not of their kind."""

@@ -28,7 +28,7 @@ from megatron_peft.checkpoint.tensors import adapted_layers
 from megatron_peft.cli.parser import RunFlags
 from megatron_peft.config import ConfigurationError, RunConfig, field_names, require
 from megatron_peft.config.untrusted import read_json_object
-from megatron_peft.conversion.pretrained import ReadingGroups, checked_shape, load_pretrained, read_model_shape
+from megatron_peft.conversion.pretrained import checked_shape, load_pretrained, read_model_shape
 from megatron_peft.data.tokenizers import Tokenizer, build_tokenizer, require_vocabulary_fits
 from megatron_peft.models.gpt import build_model_chunks
 from megatron_peft.models.shape import ModelShape
@@ -102,7 +102,7 @@ def _load_base(chunks: Sequence[nn.Module], config: RunConfig, shape: ModelShape
         tensor_parallel_rank=parallel_state.get_tensor_model_parallel_rank(),
         tensor_parallel_size=config.parallel.tensor_model_parallel_size,
         progress=progress,
-        groups=ReadingGroups.of_layout(),
+        together=True,
     )
 
 

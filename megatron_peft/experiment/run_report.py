@@ -64,13 +64,9 @@ def read_run(folder: Path) -> RunFiles:
             if not isinstance(sample, dict) or not all(isinstance(sample.get(name), str) for name in SAMPLE_FIELDS):
                 raise ConfigurationError(f"{path}, line {at}: not a sample with {', '.join(SAMPLE_FIELDS)}.")
             samples.append(sample)
-    lambdas, checkpoint = folder / LAMBDA_FILE, newest_checkpoint(folder)
+    checkpoint = newest_checkpoint(folder)
     return RunFiles(
-        folder,
-        metrics,
-        read_metrics(lambdas) if lambdas.is_file() else [],
-        read_record(checkpoint) if checkpoint else None,
-        samples,
+        folder, metrics, read_metrics(folder / LAMBDA_FILE), read_record(checkpoint) if checkpoint else None, samples
     )
 
 

@@ -93,8 +93,7 @@ class Runner:
         """The table of the groups, and what runs now."""
         lines = []
         for key, job in list(self.running.items()):
-            path = process.checkpoints_folder(self.folder, job.work.cell) / METRICS_FILE
-            records = read_metrics(path) if path.exists() else []
+            records = read_metrics(process.checkpoints_folder(self.folder, job.work.cell) / METRICS_FILE)
             iteration = f"iteration {records[-1]['iteration']}," if records else ""
             lines.append(Text(f"{job.work.kind} {key}: {iteration} {job.running.seconds:.0f} s"))
         return Stack(table(self.folder, self.groups), *lines)
@@ -156,9 +155,7 @@ class Runner:
 
     def _trained(self, job: CellJob) -> CellRecord:
         save = process.checkpoints_folder(self.folder, job.work.cell)
-        records, lambdas = (
-            read_metrics(path) if path.exists() else [] for path in (save / METRICS_FILE, save / process.LAMBDA_FILE)
-        )
+        records, lambdas = (read_metrics(save / name) for name in (METRICS_FILE, process.LAMBDA_FILE))
         if not records:
             raise ConfigurationError(f"it ended well, but left no {save / METRICS_FILE}")
         return replace(

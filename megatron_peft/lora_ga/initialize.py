@@ -15,17 +15,17 @@ Letters: s sequence, b batch, w width of the sketch, r rank; in and out are a ra
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
+from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from megatron_peft.adapters.attach import TargetLayer, linear_layers, start_gradients_at_the_embedding
 from megatron_peft.adapters.frozen_linear import FrozenLinearCall, frozen_linear, producer_of, recompute
 from megatron_peft.adapters.low_rank import low_rank_part
 from megatron_peft.adapters.step import adapters_step
-from megatron_peft.config import require
+from megatron_peft.config import PeftConfig, require
 from megatron_peft.lora_ga.sketch import (
     INIT_RULES,
     leading_triplets,
@@ -107,33 +107,21 @@ class InitReport(NamedTuple):
 
 
 def init_from_gradients(
-    model_chunks: Sequence[nn.Module],
-    rank: int,
-    init: str,
-    seed: int,
-    replay: Callable[[], None],
-    num_tokens: int,
-    tensor_parallel_group: dist.ProcessGroup,
-    data_parallel_group: dist.ProcessGroup,
+    model_chunks: Sequence[nn.Module], peft: PeftConfig, seed: int, replay: Callable[[], None], num_tokens: int
 ) -> InitReport:
     """Set A and B of every low-rank adapter from the gradient of the base weights. A collective.
 
-    Args:
-        model_chunks: this rank's, bare, with adapters attached and the base loaded.
-        rank, init, seed: --lora-rank, --lora-ga-init and --seed of the run.
-        replay: runs forward and backward on the same batches at each call; the loss is the sum over tokens.
-        num_tokens: that have a loss, in all batches on all replicas.
-        tensor_parallel_group: ranks that hold slices of W.
-        data_parallel_group: replicas, which run other slices of the batches.
-
-    Raises:
-        ConfigurationError: on all ranks, if a gradient is not finite.
+    model_chunks: this rank's, bare, with adapters attached and the base loaded.
+    replay: runs forward and backward on the same batches at each call; the loss is the sum over tokens.
+    num_tokens: that have a loss, in all batches on all replicas.
+    Raises ConfigurationError, on all ranks, if a gradient is not finite.
     """
     started_at = time.perf_counter()
+    tensor_parallel_group: Any = parallel_state.get_tensor_model_parallel_group()  # ranks that hold slices of W
+    data_parallel_group: Any = parallel_state.get_data_parallel_group()  # replicas, which run other slices of batches
     targets = [target for chunk in model_chunks for target in linear_layers(chunk)]
-    sketches = [
-        _Sketch(target, rank, init, seed) for target in targets if low_rank_part(target.module.adapter) is not None
-    ]
+    low_rank = [target for target in targets if low_rank_part(target.module.adapter) is not None]
+    sketches = [_Sketch(target, peft.lora_rank, peft.lora_ga_init, seed) for target in low_rank]
 
     def collect() -> None:
         """Run one pass and sum the branches' totals over replicas and, where they are partial, over ranks."""

@@ -29,12 +29,11 @@ from megatron_peft.rehearsal.requests import LayersToRecord, Lengths, RankToRehe
 from megatron_peft.runtime import fake_ranks
 from megatron_peft.runtime.fake_ranks import fake_rank, replaced
 from megatron_peft.runtime.launch import model_parallel
-from megatron_peft.training import step, validation
+from megatron_peft.training import step
 from megatron_peft.training.run import build_chunks, start_lora_ga
-from megatron_peft.training.state import TrainingState, start_state, wrap_data_parallel
 from megatron_peft.training.step import finish_with, run_schedule, train_step
 from megatron_peft.training.terminal import numbers_of_parameters
-from megatron_peft.training.update import mixtures
+from megatron_peft.training.update import TrainingState, mixtures, start_state, wrap_data_parallel
 
 
 @dataclass
@@ -170,7 +169,7 @@ def watch_run(watch: Watch, of: RankToRehearse, microbatches: Sequence[Microbatc
     memory.assign("optimizer", moments_of(state))
     if of.calls_alone and config.peft.trains_adapters:
         with watch.phase("start"):
-            validation.start_losses(state, list(microbatches))
+            step.start_losses(state, list(microbatches))
     with watch.phase("step"):
         train_step(state, shortest)
     memory.assign("optimizer", moments_of(state))
@@ -185,7 +184,7 @@ def watch_run(watch: Watch, of: RankToRehearse, microbatches: Sequence[Microbatc
 
     with watch.phase("step"), replaced(step, "finish_gradients", finish):
         if of.calls_alone:
-            validation.layers_without_gradient(state)
+            step.layers_without_gradient(state)
         train_step(state, list(microbatches), by_layer=of.calls_alone)
         if of.calls_alone:
             mixtures(state)  # of a log line
@@ -193,11 +192,11 @@ def watch_run(watch: Watch, of: RankToRehearse, microbatches: Sequence[Microbatc
     memory.phase = None
     if of.all_phases:
         with watch.phase("validation"):
-            validation.validation_loss(state.model_chunks, [list(shortest)])
+            step.validation_loss(state.model_chunks, [list(shortest)])
             if of.calls_alone:
                 from_first_rank(lambda: state.best.after(1.0, 1))
-                with validation.whole_parameters(state.model_chunks):
-                    validation.largest_orthogonality_error(state)
+                with step.whole_parameters(state.model_chunks):
+                    step.largest_orthogonality_error(state)
         with watch.phase("saving"):
             if of.calls_alone:
                 _save(state)
@@ -212,10 +211,10 @@ def watch_run(watch: Watch, of: RankToRehearse, microbatches: Sequence[Microbatc
 def _save(state: TrainingState) -> None:
     """The collectives of a checkpoint of a run, which is not written."""
     with (
-        validation.whole_parameters(state.model_chunks),
+        step.whole_parameters(state.model_chunks),
         replaced(folders, "start_draft", lambda *_: Path()),
         replaced(save, "base_fingerprint", lambda _: None),
-        replaced(tensors, "mcore_to_pyt_state_dict", lambda own: own),
+        replaced(tensors.core, "mcore_to_pyt_state_dict", lambda own: own),
         replaced(PlannedFiles, "write", lambda _: Written([], {})),
         replaced(save.DraftedCheckpoint, "_publish", lambda *_: None),
     ):

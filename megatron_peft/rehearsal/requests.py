@@ -173,7 +173,7 @@ def _layers_of_virtual_stages(parallel: ParallelConfig, num_layers: int, num_sta
 
 
 def alike_stages(run: RunConfig, shape: ModelShape) -> list[int]:
-    """Of each pipeline stage, the first whose ranks compute and send the same in a microbatch."""
+    """Each pipeline stage's twin: the first whose ranks compute and send the same in a microbatch."""
     targets = targets_of_layers(run, shape)
     contents = [
         [(chunk.embedding, chunk.head, [targets[layer] for layer in chunk.layers]) for chunk in chunks]

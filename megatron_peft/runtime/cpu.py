@@ -31,11 +31,6 @@ def install() -> None:
     _redirect_generator()
 
 
-def is_installed() -> bool:
-    """Whether CUDA calls are redirected: never on a machine with a GPU."""
-    return _installed
-
-
 def redirect_norm() -> None:
     """Let megatron-core read one number for the norm of the gradients where neither Transformer Engine nor Apex is.
 

@@ -33,7 +33,6 @@ def one_kernel_on_gpu(function: _Function) -> _Function:
 #
 # Only for use without autograd: inside autograd functions, and in generation.
 
-
 # torch.compile's operator for a linear layer; None: torch's own product is used.
 _ONEDNN: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 _FEWEST_FOR_ONEDNN = 2**20  # multiplications

@@ -63,9 +63,8 @@ os.register_at_fork(after_in_child=_restore)
 class ExitSignals:
     """Records whether one of the signals arrived; a context manager that restores the old handlers.
 
-    Args:
-        enabled: --exit-signal-handler. Without it signals act as usual.
-        prints: whether this process confirms a signal at the terminal.
+    enabled: --exit-signal-handler. Without it signals act as usual.
+    prints: whether this process confirms a signal at the terminal.
     """
 
     def __init__(self, enabled: bool, prints: bool = False) -> None:

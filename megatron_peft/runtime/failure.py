@@ -41,11 +41,7 @@ def run_together(main: Callable[[], object], program: str) -> None:
 
     The exit code is 2 for a ConfigurationError, 130 for Ctrl-C, 128 + the signal for another one that ends a run before
     its training, and 1 for anything else. Only the latter prints a traceback, unless it is a FloatingPointError (a loss
-    that is not finite) or the ranks have lost one another.
-
-    Args:
-        main: the program.
-        program: its name, the prefix of the message.
+    that is not finite) or the ranks have lost one another. `program` is the prefix of the message.
     """
     board = _FailureBoard()
     try:
@@ -97,10 +93,8 @@ class _FailureBoard:
     ) -> NoReturn:
         """End this process with all others; print `message` unless another rank failed first.
 
-        Args:
-            stack: of a rank that has waited for others in vain: the message goes on with where each rank was, and all
-                ranks write their stacks.
-            is_effect: a rank that fails may make others fail so; its own message is better, and may come in a moment.
+        stack: of a rank that has waited in vain: the message says where each rank was, and all write their stacks.
+        is_effect: a rank that fails may make others fail so; its own message is better, and may come in a moment.
         """
         self._closed.set()
         # A launcher ends the ranks that are still here when the first has left: that is no cause.
@@ -131,11 +125,8 @@ class _FailureBoard:
         self._leave(exit_code)
 
     def _write_if_asked(self, stack: StackSummary | None = None) -> None:
-        """This rank's stacks, and for the message where its main thread is; `stack` if that has left it already.
-
-        Whatever goes wrong in it, the rank ends with its message all the same.
-        """
-        with suppress(Exception):
+        """This rank's stacks, and for the message where its main thread is; `stack` if that has left it already."""
+        with suppress(Exception):  # the rank ends with its message all the same
             if not self._store.check(["asks_where"]):
                 return
             if Stacks.current is not None:

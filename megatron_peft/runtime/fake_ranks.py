@@ -43,8 +43,7 @@ def fake_world(rank: int, world_size: int) -> Iterator[None]:
 def fake_rank(rank: int, world_size: int, of_all_ranks: Callable[[Any], Any] = lambda value: value) -> Iterator[None]:
     """A rank of `fake_world` whose tensors have no numbers and take no memory. Others may follow in the same process.
 
-    Args:
-        of_all_ranks: from what this rank gives to a gather of objects, to what another rank would give.
+    of_all_ranks: from what this rank gives to a gather of objects, to what another rank would give.
     """
     with (
         fake_world(rank, world_size),

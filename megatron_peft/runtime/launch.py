@@ -44,9 +44,8 @@ def checked_together(
 ) -> Checked:
     """Run `check` on every rank; if it raises ConfigurationError on any rank, raise it on all. A collective.
 
-    Args:
-        group: None is the world. A thread other than the main one needs a group of its own.
-        first_alone: raise the message of the first such rank, where each looks at other data; by default all messages.
+    group: None is the world. A thread other than the main one needs a group of its own.
+    first_alone: raise the message of the first such rank, where each looks at other data; by default all messages.
     """
     result, message = None, None
     try:

@@ -1,17 +1,14 @@
 """The precision of products on a GPU, set for the time of a computation and given back afterwards.
 
-Torch may round the factors of a float32 product to TF32, which keeps 10 of 23 bits: where container images put
-`TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1` into the environment, or a line of the program asks for it. Torch also lets a
-bfloat16 or float16 product that is split along its inner side sum the parts in that type. A model can bear both.
-Matrices that must stay orthogonal cannot, and neither can gradients of narrow factors, whose products are split
-because they are narrow.
+Torch may round the factors of a float32 product to TF32 (container images ask for it in the environment), and sum a
+bfloat16 product that is split along its inner side in that type. A model can bear both. Matrices that must stay
+orthogonal cannot, and neither can gradients of narrow factors, whose products are split because they are narrow.
 
     with full_precision:                    @full_precision
         R = cayley(Q)                       def forward(ctx, ...):
 
-The settings are the process's own, so they also hold on the threads that run backward. They count when a product is
-launched, not when it runs, so nothing waits for the device. A program that trains our adapters has its own reasons for
-its settings: outside these lines they are what it made them.
+The settings are the process's own, so they also hold on the threads that run backward, and count when a product is
+launched. Outside these lines they are what a program that trains our adapters made them.
 """
 
 import threading

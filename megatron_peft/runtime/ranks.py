@@ -1,8 +1,7 @@
 """Run a function on several ranks of this machine, each a process of its own, and collect what it returns.
 
-`run_ranks(2, function, argument)` starts two processes with the environment of a world of two; the function may join
-it. Benchmarks and tests use it: like torchrun, but returning each rank's result. The processes are forks of
-one server, which may have the slow imports (torch, megatron-core: seconds a process) behind it: see `preload`.
+Like torchrun, for benchmarks and tests. The processes have the environment of a world, which the function may join.
+They are forks of one server, which may have the slow imports (seconds a process) behind it: see `preload`.
 """
 
 import multiprocessing

@@ -17,18 +17,10 @@ from megatron_peft.parallel.collectives import from_first_rank
 from megatron_peft.runtime.exit_signals import ExitSignals
 from megatron_peft.runtime.failure import written_after
 from megatron_peft.runtime.launch import shorten_timeout
+from megatron_peft.training import step
 from megatron_peft.training.metrics import MetricsWriter, memory_bytes
-from megatron_peft.training.state import TrainingState
-from megatron_peft.training.step import StepReport, train_step
 from megatron_peft.training.terminal import Progress
-from megatron_peft.training.update import mixtures
-from megatron_peft.training.validation import (
-    ORTHOGONALITY_LIMIT,
-    ValidationInterrupted,
-    largest_orthogonality_error,
-    layers_without_gradient,
-    validation_loss,
-)
+from megatron_peft.training.update import TrainingState, mixtures
 from megatron_peft.training.watchers import Interval, Record, Watchers, watched_steps
 
 
@@ -37,19 +29,11 @@ def train(
 ) -> str:
     """Train from `state.position` to the end of the run, or until a signal or limit stops it.
 
-    Args:
-        state: updated in place.
-        data: training steps (set to the state's position) and validation steps.
-        saver: writes a checkpoint every --save-interval and at the end, if --save is given.
-        planned_peak: bytes of this rank's planned peak, once it is known; it is then printed beside the measured one.
-            Text: why it cannot be known.
-
-    Returns:
-        Why it ended, a sentence for the terminal.
-
-    Raises:
-        CheckpointNotSaved: on every rank, if the last checkpoint could not be written. Earlier failures only warn.
-        ConfigurationError: on every rank, at a save: --save was moved away, and another run has that folder now.
+    data: of which the training steps are set to the state's position.
+    planned_peak: bytes of this rank's planned peak, once it is known, or why it cannot be; printed beside the measured.
+    Returns why it ended, a sentence for the terminal.
+    Raises CheckpointNotSaved: on every rank, if the last checkpoint could not be written. Earlier failures only warn.
+    Raises ConfigurationError: on every rank, at a save: --save was moved away, and another run has that folder now.
     """
     run = _Run(state, data, saver, planned_peak)
     with run.signals, run.writer, run.progress, watched_steps(state) as run.watchers:
@@ -86,7 +70,7 @@ class _Run:
         if self.data.test is not None and position.iteration >= self.data.train_iters:
             try:
                 loss = f"{self._loss_on(self.data.test, 'test'):.6E}"
-            except ValidationInterrupted:
+            except step.ValidationInterrupted:
                 loss = "not measured, since the run was asked to stop"
             self.progress.message(f"test loss at iteration {position.iteration}: {loss}")
         if not reason:
@@ -126,7 +110,7 @@ class _Run:
         # A signal or the clock may stop one rank only. The step's own all-reduce makes it a decision of all.
         with written_after(config.parallel.seconds_to_wait):
             around_forward = self.watchers.own_work.of_device
-            report = train_step(self.state, microbatches, self._wants_to_stop(), by_layer, around_forward)
+            report = step.train_step(self.state, microbatches, self._wants_to_stop(), by_layer, around_forward)
         # The position first, since log lines and checkpoints record it. Validation and saves happen between steps, on
         # all ranks; both wait for parameters that are still being gathered (`whole_parameters`).
         position.iteration += 1
@@ -183,7 +167,7 @@ class _Run:
         is_due = iteration == self.data.train_iters or _due(iteration, self.state.config.logging.log_interval)
         return is_due or self._validates(iteration)
 
-    def _log_and_validate(self, report: StepReport, reason: str) -> str:
+    def _log_and_validate(self, report: step.StepReport, reason: str) -> str:
         """Returns why the run should end now: `reason`, or that validation was interrupted."""
         iteration = self.state.position.iteration
         # A run that stops early logs, but validates only if that is due.
@@ -205,7 +189,7 @@ class _Run:
         try:
             with self.watchers.around_validation():
                 loss = self._loss_on(self.data.valid, "validation")
-        except ValidationInterrupted:
+        except step.ValidationInterrupted:
             self.state.best = replace(self.state.best, was_interrupted=True)
             return {}
         # Rank 0 decides for all: a loss that differs in its last bit would end one rank only.
@@ -214,7 +198,7 @@ class _Run:
 
     def _loss_on(self, batches: GlobalBatches, what: str) -> float:
         tracked = self.progress.track(batches, what, batches.num_steps)
-        return validation_loss(self.state.model_chunks, tracked, self._wants_to_stop)
+        return step.validation_loss(self.state.model_chunks, tracked, self._wants_to_stop)
 
     def _write(self, record: Record) -> None:
         self.writer.write(record)
@@ -223,17 +207,17 @@ class _Run:
 
     def _orthogonality(self) -> Record:
         with whole_parameters(self.state.model_chunks):
-            error = largest_orthogonality_error(self.state)
+            error = step.largest_orthogonality_error(self.state)
         if error is None:
             return {}
-        if not error <= ORTHOGONALITY_LIMIT:
-            off = f"{error:.1e} away from orthogonal, above {ORTHOGONALITY_LIMIT:.0e}"
+        if not error <= step.ORTHOGONALITY_LIMIT:
+            off = f"{error:.1e} away from orthogonal, above {step.ORTHOGONALITY_LIMIT:.0e}"
             self.progress.message(f"WARNING: a rotation is {off}: lower --peft-lr-rotation.")
         return {"orthogonality_error": error}
 
-    def _check_gradients(self, report: StepReport) -> None:
+    def _check_gradients(self, report: step.StepReport) -> None:
         """Warn after the first step about adapters without a gradient, which would silently never train."""
-        lost = layers_without_gradient(self.state) if report.num_tokens else []
+        lost = step.layers_without_gradient(self.state) if report.num_tokens else []
         if lost:
             self.progress.message(
                 f"WARNING: {len(lost)} adapted layers have no gradient after the first step ({', '.join(lost[:4])}"
@@ -254,7 +238,7 @@ class _Run:
         measured = f"{self.measured_peak / 2**30:.2f} GiB measured"
         self.progress.message(f"peak memory of rank 0: {measured}, {comparison}; --no-plan leaves this out)")
 
-    def _record(self, report: StepReport) -> Record:
+    def _record(self, report: step.StepReport) -> Record:
         """All fields of a log line but those of a validation. A collective."""
         record = self._numbers(report)
         record |= self.watchers.speed(record)
@@ -280,7 +264,7 @@ class _Run:
             "consumed_tokens": position.consumed_tokens,
         }
 
-    def _numbers(self, report: StepReport) -> Record:
+    def _numbers(self, report: step.StepReport) -> Record:
         memory, peak = memory_bytes()
         return self._place() | {
             "learning_rate": report.learning_rate,

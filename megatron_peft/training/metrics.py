@@ -42,16 +42,11 @@ PROCESS_STATUS = Path("/proc/self/status")
 class MetricsWriter(ExitStack):
     """Writes one record per log interval to `metrics.jsonl`, TensorBoard and Weights & Biases; a context manager.
 
-    Args:
-        save_dir: the folder of `metrics.jsonl`; None writes no file.
-        is_writer: whether this rank writes (one rank does); if not, all methods do nothing.
-        resumed_iteration: records after this iteration are removed, since it will be trained again. 0 starts a new
-            file, and an existing one is kept as `metrics.1.jsonl` and so on.
-        run_settings: the run's configuration, for Weights & Biases.
-        hold_folder: `Saver.hold_folder`, called before a file is made.
-
-    Raises:
-        ConfigurationError: --save cannot be written.
+    is_writer: whether this rank writes (one rank does); if not, all methods do nothing.
+    resumed_iteration: records after this iteration are removed, since it will be trained again. 0 starts a new file,
+    and an existing one is kept as `metrics.1.jsonl` and so on.
+    hold_folder: `Saver.hold_folder`, called before a file is made.
+    Raises ConfigurationError: --save cannot be written.
     """
 
     def __init__(
@@ -128,11 +123,11 @@ class MetricsWriter(ExitStack):
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a `metrics.jsonl`, in order, without a last line torn by a kill.
+    """The records of a `metrics.jsonl`, in order, without a last line torn by a kill; none without the file.
 
     Raises ConfigurationError, with file and line number, for any other line that is not a record.
     """
-    return [record for _, record in _lines_and_records(Path(path))]
+    return [record for _, record in _lines_and_records(Path(path))] if Path(path).exists() else []
 
 
 def _lines_and_records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:

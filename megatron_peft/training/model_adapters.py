@@ -30,10 +30,9 @@ from megatron_peft.config import METHODS, ConfigurationError, PeftConfig, requir
 from megatron_peft.lora_ga.initialize import init_from_gradients
 from megatron_peft.parallel.collectives import gradient_of, sum_partial_gradients_over_tensor_parallel
 from megatron_peft.runtime.launch import checked_together
-from megatron_peft.training.state import group_overrides
 from megatron_peft.training.step import finish_gradients
 from megatron_peft.training.terminal import print_rank_0, unused_flags_notes
-from megatron_peft.training.update import CLIP_EPSILON, mixtures, update
+from megatron_peft.training.update import CLIP_EPSILON, group_overrides, mixtures, update
 
 
 def add_adapters(
@@ -48,15 +47,12 @@ def add_adapters(
     Call it once the weights are loaded or before, on the device that trains, and before the model is wrapped in
     DistributedDataParallel. The model keeps the names of its parameters; those of adapters are `....adapter.*`.
 
-    Args:
-        model: of `get_gpt_layer_local_spec` (megatron-core's own layers); under the interleaved schedule the list of
-            this rank's chunks.
-        seed: with the names of the layers it fixes the initial values, at any layout.
-        huggingface_modules: names that `config.target_modules` may use, such as {"q_proj": "linear_qkv"}.
-
-    Raises:
-        ConfigurationError: on every rank, with the model unchanged: the targets match nothing, a targeted layer is of a
-            class that takes no adapter, the method does not fit a layer, or the model has adapters already.
+    model: of `get_gpt_layer_local_spec` (megatron-core's own layers); under the interleaved schedule the list of this
+    rank's chunks.
+    seed: with the names of the layers it fixes the initial values, at any layout.
+    huggingface_modules: names that `config.target_modules` may use, such as {"q_proj": "linear_qkv"}.
+    Raises ConfigurationError: on every rank, with the model unchanged: the targets match nothing, a targeted layer is
+    of a class that takes no adapter, the method does not fit a layer, or the model has adapters already.
     """
     chunks = list(model) if isinstance(model, Sequence) else [model]
     checked_together(lambda: _check_model(chunks, config))
@@ -96,11 +92,9 @@ def _check_model(chunks: Sequence[nn.Module], config: PeftConfig) -> None:
 class ModelAdapters:
     """The adapters of a model, in a loop of the user's own.
 
-    Attributes:
-        model_chunks: this rank's.
-        names: global names of this rank's adapted layers.
-        iteration: steps taken; set it when a loop resumes (`--hybrid-merge-interval` counts by it).
-        lr: the peak learning rate that `param_groups` or `config_overrides` was given.
+    names: global names of this rank's adapted layers.
+    iteration: steps taken; set it when a loop resumes (`--hybrid-merge-interval` counts by it).
+    lr: the peak learning rate that `param_groups` or `config_overrides` was given.
     """
 
     def __init__(self, model_chunks: Sequence[nn.Module], peft: PeftConfig, seed: int, names: Sequence[str]) -> None:
@@ -143,21 +137,16 @@ class ModelAdapters:
     def start_from_gradients(self, replay: Callable[[], None], num_tokens: int = 1) -> dict[str, float]:
         """LoRA-GA's start: set A and B from the gradient of the base weights over some batches. A collective.
 
-        Args:
-            replay: runs forward and backward over the same batches at each of its two calls, and no optimizer.
-            num_tokens: if the loss is a sum: of how many tokens, in all batches on all replicas; 1 if it is a mean.
-
-        Returns:
-            By layer of this rank, the share of the gradient's squared norm in the directions that were taken.
+        replay: runs forward and backward over the same batches at each of its two calls, and no optimizer.
+        num_tokens: if the loss is a sum: of how many tokens, in all batches on all replicas; 1 if it is a mean.
+        Returns, by layer of this rank, the share of the gradient's squared norm in the directions that were taken.
         """
         able = ", ".join(name for name, method in METHODS.items() if method.starts_from_gradients)
         require(
             self.peft.spec.starts_from_gradients,
             f"start_from_gradients: {self.peft.spec.describe(self.peft)} has no such start; use one of {able}.",
         )
-        groups: Any = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_data_parallel_group()
-        numbers = (self.peft.lora_rank, self.peft.lora_ga_init, self.seed)
-        return init_from_gradients(self.model_chunks, *numbers, replay, num_tokens, *groups).energy
+        return init_from_gradients(self.model_chunks, self.peft, self.seed, replay, num_tokens).energy
 
     # A step.
 
@@ -201,13 +190,10 @@ class ModelAdapters:
     def step(self, optimizer: Any, clip_grad: float = 0.0) -> float:
         """Take the optimizer's step, and what the method adds to it (`training.update`). A collective.
 
-        Args:
-            optimizer: of torch, made of `param_groups`; or megatron-core's, made with `config_overrides`.
-            clip_grad: norm over all ranks to which gradients are clipped for torch's optimizer; 0: they are not.
-                megatron-core's clips by its own `clip_grad`.
-
-        Returns:
-            The norm of the whole gradient, before clipping.
+        optimizer: of torch, made of `param_groups`; or megatron-core's, made with `config_overrides`.
+        clip_grad: norm over all ranks to which gradients are clipped for torch's optimizer; 0: they are not.
+        megatron-core's clips by its own `clip_grad`.
+        Returns the norm of the whole gradient, before clipping.
         """
         require(
             self.lr > 0,

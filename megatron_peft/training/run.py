@@ -19,22 +19,14 @@ from rich.progress import track
 from torch import nn
 
 from megatron_peft.adapters.attach import all_names, attach_adapters
-from megatron_peft.checkpoint.folders import newest_checkpoint, write_atomically
+from megatron_peft.checkpoint.folders import newest_checkpoint, write_atomically, written
 from megatron_peft.checkpoint.load import check_resume, load_checkpoint, require_something_to_load, resolve_resume
 from megatron_peft.checkpoint.save import Saver
-from megatron_peft.config import (
-    ConfigurationError,
-    PeftConfig,
-    RunConfig,
-    config_to_dict,
-    flag,
-    missing_for_training,
-    require,
-)
+from megatron_peft.config import ConfigurationError, RunConfig, config_to_dict, flag, missing_for_training, require
 from megatron_peft.conversion import pretrained
 from megatron_peft.data.batches import GlobalBatches, Step
 from megatron_peft.data.build import Data, build_data
-from megatron_peft.data.tokenizers import Tokenizer, build_tokenizer, doubt_about_vocabulary, require_vocabulary_fits
+from megatron_peft.data.tokenizers import Tokenizer, build_tokenizer, require_vocabulary_fits
 from megatron_peft.lora_ga.initialize import init_from_gradients
 from megatron_peft.models import kernels
 from megatron_peft.models.gpt import build_model_chunks, require_transformer_engine, uses_transformer_engine
@@ -44,10 +36,9 @@ from megatron_peft.runtime.failure import Stacks
 from megatron_peft.runtime.launch import checked_together, gather_over_world, seed_generators, start_model_parallel
 from megatron_peft.training.loop import train
 from megatron_peft.training.metrics import require_loggers
-from megatron_peft.training.state import TrainingState, schedule_values, start_state
-from megatron_peft.training.step import finish_with, run_schedule
+from megatron_peft.training.step import START_TOLERANCE, finish_with, run_schedule, start_losses
 from megatron_peft.training.terminal import print_rank_0, resume_summary, training_summary
-from megatron_peft.training.validation import START_TOLERANCE, start_losses
+from megatron_peft.training.update import TrainingState, schedule_values, start_state
 
 RUN_FILE = "run.yaml"
 MODEL_FILES = ("config.json", "adapter_model.safetensors", "adapter_model.bin")  # of transformers and PEFT
@@ -63,14 +54,10 @@ def data_of_rank(config: RunConfig, tokenizer: Tokenizer, shape: ModelShape, ran
 def build_state(
     config: RunConfig, shape: ModelShape, train_iters: int, start_steps: Sequence[Step] = ()
 ) -> TrainingState:
-    """Build the model, attach adapters, load pretrained weights, and make optimizer and schedule.
+    """The model, with adapters and weights, optimizer and schedule of a run of `train_iters` iterations.
 
-    Args:
-        train_iters: iterations of the whole run, for the schedule.
-        start_steps: global batches for LoRA-GA's start; empty if it does not run.
-
-    Raises:
-        ConfigurationError: the targets match nothing, the rank is too large, or the weights do not fit the shape.
+    start_steps: global batches for LoRA-GA's start; empty if it does not run.
+    Raises ConfigurationError: the targets match nothing, the rank is too large, or the weights do not fit the shape.
     """
     chunks = build_chunks(config, shape)
     if start_steps:
@@ -79,11 +66,7 @@ def build_state(
 
 
 def build_chunks(config: RunConfig, shape: ModelShape, loads: bool = True) -> list[GPTModel]:
-    """This rank's part of the model, with adapters and pretrained weights; raises like `build_state`.
-
-    Args:
-        loads: False leaves the base's weights as they were allocated.
-    """
+    """This rank's part of the model, with adapters, and with weights if it `loads`; raises like `build_state`."""
     chunks = build_model_chunks(shape, config.model, config.parallel, kernels.Training.of(config))
     adapted: list[str] = []
     if config.peft.trains_adapters:
@@ -97,7 +80,7 @@ def build_chunks(config: RunConfig, shape: ModelShape, loads: bool = True) -> li
             tensor_parallel_rank=parallel_state.get_tensor_model_parallel_rank(),
             tensor_parallel_size=config.parallel.tensor_model_parallel_size,
             progress=dist.get_rank() == 0,
-            groups=pretrained.ReadingGroups.of_layout(),
+            together=True,
         )
         print_rank_0(f"read {report.counts.bytes / 2**20:,.1f} MiB of weights on this rank in {report.seconds:.1f} s")
         print_rank_0(training_summary(config, all_names(adapted), chunks))
@@ -139,13 +122,8 @@ def finetune(
 ) -> Finetuned:
     """Train `config` to its end. The processes must be joined (`runtime.launch.world`).
 
-    Args:
-        run_file: written to run.yaml in the folder of --save, so that the run can be repeated from it.
-        planned_peak: of this rank's memory in bytes, once it is known; printed beside the measured one.
-
-    Raises:
-        ConfigurationError: on every rank, before anything large is loaded or anything is written, if something is
-            wrong with the model, the layout, the data, the targets or the folders.
+    run_file: written to run.yaml in the folder of --save, so that the run can be repeated from it.
+    Raises ConfigurationError, on every rank, before anything large is loaded or anything is written.
     """
     # Checks go from cheap to expensive, each on all ranks together: a rank that fails alone would hang the others.
     _require_same_configuration(config)
@@ -179,7 +157,6 @@ def finetune(
             _check_start(state, data)
             if config.checkpoint.resume == "auto":
                 print_rank_0(f"--resume auto: --save {config.checkpoint.save} holds no checkpoint, so a new run starts")
-        _note_unknown_lengths(config)
         if config.checkpoint.save and run_file:
             path = Path(config.checkpoint.save) / RUN_FILE
             from_first_rank(lambda: _write_run_file(path, run_file))
@@ -200,12 +177,8 @@ def _require_kernels(config: RunConfig, shape: ModelShape) -> str:
 
 
 def _write_run_file(path: Path, text: str) -> None:
-    try:
+    with written(f"{path} cannot be written", "free disk space, or use another --save folder."):
         write_atomically(path, text)
-    except OSError as error:
-        raise ConfigurationError(
-            f"{path} cannot be written ({error.strerror}): free disk space, or use another --save folder."
-        ) from error
 
 
 def _checked_data(config: RunConfig, tokenizer: Tokenizer, shape: ModelShape, rank: int | None = None) -> Data:
@@ -218,14 +191,6 @@ def _checked_data(config: RunConfig, tokenizer: Tokenizer, shape: ModelShape, ra
     )
     check_resume(config, shape, schedule_values(config, data.train_iters))
     return data
-
-
-def _note_unknown_lengths(config: RunConfig) -> None:
-    if config.parallel.pipeline_model_parallel_size > 1 and not config.data.pad_to_seq_length:
-        print_rank_0(
-            "without --pad-to-seq-length pipeline stages tell one another the size of every message, and wait for it: "
-            "give it where samples or packs are nearly as long as --seq-length"
-        )
 
 
 def _require_same_configuration(config: RunConfig) -> None:
@@ -258,8 +223,7 @@ def _checked_tokenizer(config: RunConfig, shape: ModelShape) -> Tokenizer:
     tokenizer = build_tokenizer(config.data, config.model.pretrained_checkpoint)
     if config.data.mock_data:  # its ids are the model's own, and no text is read
         return tokenizer
-    require_vocabulary_fits(tokenizer, shape.vocab_size)
-    if doubt := doubt_about_vocabulary(tokenizer, shape.vocab_size):
+    if doubt := require_vocabulary_fits(tokenizer, shape.vocab_size):
         print_rank_0(doubt)
     return tokenizer
 
@@ -296,13 +260,9 @@ def _check_save_folder(config: RunConfig) -> None:
         f"--save {folder} holds a model or an adapter that no run wrote there ({', '.join(foreign)}), whose files a "
         f"run would replace: give another --save.",
     )
-    try:
+    with written(f"--save {folder} cannot be written", "give a folder that you may write to."):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise ConfigurationError(
-            f"--save {folder} cannot be written ({error.strerror}): give a folder that you may write to."
-        ) from error
 
 
 # LoRA-GA's initialization within a run: its batches, progress bar and report.
@@ -318,8 +278,7 @@ def first_steps(config: RunConfig, train: GlobalBatches) -> Sequence[Step]:
     The gradient is a sum over their tokens, so the microbatches are others than in training: samples of like lengths
     share one. A product of few tokens takes up to three times as long a token.
 
-    Raises:
-        ConfigurationError: on every rank: the training data has fewer samples.
+    Raises ConfigurationError, on every rank: the training data has fewer samples.
     """
     if not config.peft.spec.starts_from_gradients:
         return ()
@@ -346,7 +305,6 @@ def first_steps(config: RunConfig, train: GlobalBatches) -> Sequence[Step]:
 
 def start_lora_ga(model_chunks: Sequence[nn.Module], config: RunConfig, steps: Sequence[Step]) -> None:
     """Initialize the low-rank factors of bare chunks from the gradient over `steps`, and report it. A collective."""
-    tensor_parallel: Any = parallel_state.get_tensor_model_parallel_group()
     data_parallel: Any = parallel_state.get_data_parallel_group()
     # completion tokens of the global batches, over all replicas
     own_tokens = sum(microbatch.num_loss_tokens for step in steps for microbatch in step)
@@ -365,19 +323,19 @@ def start_lora_ga(model_chunks: Sequence[nn.Module], config: RunConfig, steps: S
         if not has_bar:
             print_rank_0(f"LoRA-GA start: {which} over {config.peft.lora_ga_batches} batches done")
 
-    numbers = config.peft.lora_rank, config.peft.lora_ga_init, config.training.seed
-    report = init_from_gradients(model_chunks, *numbers, replay, int(total), tensor_parallel, data_parallel)
+    report = init_from_gradients(model_chunks, config.peft, config.training.seed, replay, int(total))
     seed_generators(config.training.seed)  # the run's dropout is that of a run without this start
     energy = {name: value for of_rank in gather_over_world(report.energy) for name, value in of_rank.items()}
     if dist.get_rank() == 0:
-        print_rank_0(start_report(config.peft, report.seconds, energy, config.checkpoint.save))
+        print_rank_0(start_report(config, report.seconds, energy))
 
 
-def start_report(peft: PeftConfig, seconds: float, energy: Mapping[str, float], save: str | None) -> str:
+def start_report(config: RunConfig, seconds: float, energy: Mapping[str, float]) -> str:
     """Write each layer's number beside metrics.jsonl, if there is a --save folder, and summarize each kind of layer.
 
     `energy`: share of the gradient's squared norm in its r leading directions, by global name of the layer.
     """
+    peft, save = config.peft, config.checkpoint.save
     lines = [
         f"LoRA-GA start ({peft.lora_ga_init}) took {seconds:.1f} s; the gradient's squared norm in rank "
         f"{peft.lora_rank}:",

@@ -5,8 +5,8 @@ are divided by the global number of tokens at the end, so it does not depend on 
 ranks.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from math import sqrt
@@ -21,13 +21,14 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 from torch import Tensor, nn
 
+from megatron_peft.adapters.attach import linear_layers
 from megatron_peft.adapters.step import AdaptersStep, adapters_step
-from megatron_peft.data.batches import Microbatch
+from megatron_peft.checkpoint.state import whole_parameters
+from megatron_peft.data.batches import Microbatch, Step
 from megatron_peft.models.layers import PackedSamples
 from megatron_peft.parallel.collectives import sum_partial_gradients_over_tensor_parallel
 from megatron_peft.runtime.launch import gather_over_world, read_on_host
-from megatron_peft.training.state import TrainingState
-from megatron_peft.training.update import layer_gradient_squares, update
+from megatron_peft.training.update import TrainingState, layer_gradient_squares, update
 
 
 class NonFiniteError(FloatingPointError):
@@ -57,10 +58,8 @@ def finish_gradients(
 ) -> None:
     """Sum gradients over the ranks. megatron-core calls this after the last backward of a step.
 
-    Args:
-        num_tokens: completion tokens of this rank's microbatches, on the last pipeline stage; gradients are divided by
-            their sum over the replicas. None: they are not divided.
-        step: of the adapters; None where it has ended.
+    num_tokens: completion tokens of this rank's microbatches, on the last pipeline stage; gradients are divided by
+    their sum over the replicas, if it is given.
     """
     # From sums over microbatches to gradients of parameters.
     if step is not None:
@@ -90,16 +89,12 @@ def train_step(
     by_layer: bool = False,
     around_forward: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> StepReport:
-    """Forward, backward and update on this rank's microbatches of one global batch.
+    """Forward, backward and update on this rank's microbatches of one global batch; all but the position of `state`.
 
-    Args:
-        state: updated in place, except for its position.
-        stop: this rank wants the run to end; the report has it on all ranks.
-        by_layer: the report has the gradient norm of each layer; the same on all ranks.
-        around_forward: entered for each forward pass, for instance to measure it.
-
-    Raises:
-        NonFiniteError: on every rank, before parameters and optimizer have changed.
+    stop: this rank wants the run to end; the report has it on all ranks.
+    by_layer: the report has the gradient norm of each layer; the same on all ranks.
+    around_forward: entered for each forward pass, for instance to measure it.
+    Raises NonFiniteError: on every rank, before parameters and optimizer have changed.
     """
     for chunk in state.model_chunks:
         chunk.zero_grad_buffer()
@@ -154,12 +149,9 @@ def run_schedule(
 ) -> Tensor:
     """Run megatron-core's schedule (plain, 1F1B or interleaved) over the microbatches.
 
-    Args:
-        forward: megatron-core's `forward_step_func`, whose own reports are returned; None computes token losses.
-
-    Returns:
-        float64 [microbatches, 3] on the last pipeline stage: sum of the token losses, number of completion tokens,
-        number of positions; [0, 3] on the other stages.
+    forward: megatron-core's `forward_step_func`, whose own reports are returned; None computes token losses.
+    Returns float64 [microbatches, 3] on the last pipeline stage: sum of the token losses, number of completion tokens,
+    number of positions; [0, 3] on the other stages.
     """
     device = torch.device(torch.cuda.current_device())
     moved = [microbatch.to(device) for microbatch in microbatches]
@@ -223,9 +215,8 @@ def _sum_over_world(
 
     The other is the norm of the gradients, which megatron-core's optimizer reads to clip them.
 
-    Returns:
-        Sum of losses, numbers of completion tokens and of positions; how many ranks have found a loss or gradient that
-        is not finite, and how many were asked to stop; numbers of attended pairs; `squares`, float64, of the layers.
+    Returns sum of losses, numbers of completion tokens and of positions; how many ranks have found a loss or gradient
+    that is not finite, and how many were asked to stop; numbers of attended pairs; `squares`, float64, of the layers.
     """
     # Tensor-parallel ranks compute the same losses: count them once.
     counts = parallel_state.get_tensor_model_parallel_rank() == 0
@@ -252,3 +243,98 @@ def _raise_non_finite(state: TrainingState, losses: Tensor) -> None:
         f"iteration {done + 1}: {what}. The parameters are those of iteration {done}. {cause}, check the data, or "
         f"continue anyway with --no-check-for-nan-in-loss-and-grad."
     )
+
+
+# Validation loss, and checks of training: layers without gradients, orthogonality, the loss at the start.
+
+
+class ValidationInterrupted(Exception):
+    """A rank was asked to stop; every rank raises it, before the same step."""
+
+
+def validation_loss(
+    model_chunks: Sequence[DistributedDataParallel], steps: Iterable[Step], stops: Callable[[], bool] = lambda: False
+) -> float:
+    """Mean token loss over all steps and ranks; the same number on every rank, at any layout. A collective.
+
+    stops: asked before each step, whether this rank wants to end it. Then all do, with ValidationInterrupted.
+    """
+    total = torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())
+    # `forward_only` skips backward, but megatron-core's schedules would still record the graph.
+    with inference_mode(model_chunks), torch.no_grad(), adapters_step(model_chunks, is_training=False):
+        for microbatches in steps:
+            stopping = total.new_full((1,), float(stops()))
+            dist.all_reduce(stopping)
+            if any(read_on_host(stopping)):
+                raise ValidationInterrupted
+            total += run_schedule(model_chunks, microbatches, forward_only=True)[:, :2].sum(0)
+    if parallel_state.get_tensor_model_parallel_rank() != 0:
+        total.zero_()  # tensor-parallel ranks compute the same losses: count them once
+    dist.all_reduce(total)
+    loss_sum, num_tokens = read_on_host(total)
+    return loss_sum / max(num_tokens, 1)
+
+
+@contextmanager
+def inference_mode(model_chunks: Sequence[DistributedDataParallel]) -> Iterator[None]:
+    """Turn dropout off, and gather parameters (`whole_parameters`)."""
+    for chunk in model_chunks:
+        chunk.eval()
+    try:
+        with whole_parameters(model_chunks):
+            yield
+    finally:
+        for chunk in model_chunks:
+            chunk.train()
+
+
+START_TOLERANCE = {False: 1e-4, True: 2e-2}  # without and with --bf16, relative to the base's loss
+ORTHOGONALITY_LIMIT = 1e-5  # largest entry of |R^T R - I| of the float32 blocks
+
+
+def layers_without_gradient(state: TrainingState) -> list[str]:
+    """Global names of adapted layers (or halves of a Hybrid) whose last gradients are all zero. A collective.
+
+    They would never train, while the loss still falls through the other layers.
+    """
+    own: dict[str, float] = {}
+    for layer in [layer for chunk in state.model_chunks for layer in linear_layers(chunk)]:
+        adapter: Any = layer.module.adapter
+        if adapter is None:
+            continue
+        # Halves of a Hybrid can lose their gradients alone.
+        for half, part in adapter.trained_parts() if hasattr(adapter, "trained_parts") else [("", adapter)]:
+            gradients = [parameter.main_grad for parameter in part.parameters() if parameter.requires_grad]
+            largest = (float(gradient.abs().max()) for gradient in gradients if gradient.numel())
+            own[f"{layer.name}{half}"] = max(largest, default=0.0)
+    by_rank = gather_over_world(own)
+    of_model = {name: max(values.get(name, 0.0) for values in by_rank) for values in by_rank for name in values}
+    return sorted(name for name, value in of_model.items() if value == 0)
+
+
+def start_losses(state: TrainingState, step: Step) -> tuple[float, float]:
+    """Mean loss of a step's first microbatches, with the adapters and without them. A collective."""
+    # As few microbatches as megatron-core's interleaved schedule takes.
+    step = step[: state.config.parallel.pipeline_model_parallel_size]
+    modules = [layer.module for chunk in state.model_chunks for layer in linear_layers(chunk)]
+    adapters = [module.adapter for module in modules]
+    # megatron-core takes its hooks off module by module, so no module may be missing when it does.
+    with whole_parameters(state.model_chunks):
+        adapted = validation_loss(state.model_chunks, [step])
+        for module in modules:
+            module.adapter = None
+        try:
+            return adapted, validation_loss(state.model_chunks, [step])
+        finally:
+            for module, adapter in zip(modules, adapters, strict=True):
+                module.adapter = adapter
+
+
+def largest_orthogonality_error(state: TrainingState) -> float | None:
+    """Largest |R^T R - I| of all rotations of the model; None without rotations. A collective."""
+    modules: Iterable[Any] = [module for chunk in state.model_chunks for module in chunk.modules()]
+    with torch.no_grad():
+        errors = [module.orthogonality_error() for module in modules if hasattr(module, "orthogonality_error")]
+    worst = torch.stack(errors).max() if errors else torch.tensor(-1.0, device=torch.cuda.current_device())
+    dist.all_reduce(worst, dist.ReduceOp.MAX)
+    return None if worst < 0 else float(worst)

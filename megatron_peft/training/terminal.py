@@ -54,12 +54,7 @@ SECONDS_WITHOUT_A_LINE = 3
 
 
 class Progress:
-    """Reports the iterations from `start_iteration` to `total_iterations`; a context manager.
-
-    Args:
-        enabled: whether this rank reports; if not, all methods do nothing.
-        console: default: standard output.
-    """
+    """Reports the iterations from `start_iteration` to `total_iterations`, if it is `enabled`; a context manager."""
 
     def __init__(
         self, total_iterations: int, start_iteration: int = 0, enabled: bool = True, console: Console | None = None
@@ -98,11 +93,7 @@ class Progress:
             self._bar.update(self._task, completed=iteration, eta=f"ETA {self._time_left(iteration)}")
 
     def update(self, record: Mapping[str, Any], only_in_bar: bool = False) -> None:
-        """Print a line with the metrics of a log interval.
-
-        Args:
-            only_in_bar: at a terminal show the loss in the bar, and print no line.
-        """
+        """Print a line with the metrics of a log interval, or at a terminal show the loss `only_in_bar`."""
         if self._bar is None:
             start = f"iteration {record['iteration']:8d}/{self._total:8d}"
             left = f"ETA: {self._time_left(record['iteration'])}"

@@ -1,8 +1,7 @@
 """Watchers round the steps of a run: speed, timers, energy, the slowest rank; a profile of some steps, the allocator's
 history, and garbage collection at agreed steps.
 
-Flags and meanings are Megatron's: step numbers count finished steps, so --profile-step-start 4 --profile-step-end 6
-profiles the fifth and the sixth step.
+As in Megatron, --profile-step-start 4 --profile-step-end 6 profiles the fifth and the sixth step.
 """
 
 import gc
@@ -25,8 +24,8 @@ from megatron.core.utils import get_model_config
 from megatron_peft.config import LoggingConfig, RunConfig
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.runtime.launch import gather_over_world
-from megatron_peft.training.state import TrainingState
 from megatron_peft.training.step import StepReport
+from megatron_peft.training.update import TrainingState
 
 logger = logging.getLogger(__name__)
 
@@ -128,8 +127,7 @@ class Watchers:
 def watched_steps(state: TrainingState) -> Iterator[Watchers]:
     """Watch the steps of a run until it ends, by an error too.
 
-    Python's collector runs when it likes, at other steps on each rank, and all ranks wait for the one that collects:
-    --manual-gc turns it off and collects at the same step everywhere.
+    All ranks wait for the one whose garbage Python collects: --manual-gc does it at the same step everywhere.
     """
     watchers = Watchers(state)
     with _memory_history(state.config.logging), ExitStack() as stack:
@@ -251,13 +249,10 @@ class Energy:
 class OwnWork:
     """--log-straggler: seconds of a rank's own work, which ends before it waits for other replicas or stages.
 
-    Megatron-LM measures the same: the time in which a batch is made, and forward passes. On a GPU these are read from
-    events when the log line is due, so that no step waits for them. A tensor-parallel group works in step: one slow
-    rank makes its whole group slow.
+    As in Megatron-LM it is the time in which a batch is made, and forward passes; on a GPU these are read from events
+    when the log line is due, so that no step waits. (megatron-core's StragglerDetector needs GPUs, waits for the device
+    at each report and opens a port.) A tensor-parallel group works in step: one slow rank makes its whole group slow.
     """
-
-    # Not megatron-core's StragglerDetector: it needs GPUs, synchronizes the device at each report, opens a port on rank
-    # 0, and prints its report instead of returning it.
 
     def __init__(self, settings: LoggingConfig) -> None:
         self._enabled, self._on_gpu = settings.log_straggler, torch.cuda.is_available()

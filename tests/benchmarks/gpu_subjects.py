@@ -28,8 +28,8 @@ from megatron_peft.parallel.layout import generator_for
 from megatron_peft.runtime.launch import seed_generators
 from megatron_peft.runtime.precision import full_precision
 from megatron_peft.training.run import build_state
-from megatron_peft.training.state import TrainingState, start_state
 from megatron_peft.training.step import train_step
+from megatron_peft.training.update import TrainingState, start_state
 from tests.one_rank import one_rank
 
 SEED = 1234

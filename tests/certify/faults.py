@@ -146,7 +146,7 @@ FAULTS = [
          "lora-ga", "TP2 bf16", START, "all together"),
     ),
     *_of(
-        "collective", "megatron_peft.training.validation",
+        "collective", "megatron_peft.training.step",
         ("validation is of one replica", "    dist.all_reduce(total)\n", "    pass\n",
          "lora", "DP2", "validation loss", "step 1"),
     ),
@@ -312,7 +312,7 @@ NOT_SEEN = [
         ("all layers start alike", 'f"{name}.adapter", seed, dtype)', '"adapter", seed, dtype)', "lora", "PP2"),
     ),
     *_of(
-        "warmup and decay", "megatron_peft.training.state",
+        "warmup and decay", "megatron_peft.training.update",
         ("rates are not warmed up", "lr_warmup_steps=warmup,", "lr_warmup_steps=0,", "lora", "TP2"),
     ),
 ]

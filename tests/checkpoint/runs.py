@@ -20,8 +20,8 @@ from megatron_peft.models.families import read_shape
 from megatron_peft.models.shape import ModelShape, RopeScaling
 from megatron_peft.runtime.launch import seed_generators, start_model_parallel, stop_model_parallel
 from megatron_peft.training.run import build_state
-from megatron_peft.training.state import TrainingState
 from megatron_peft.training.step import train_step
+from megatron_peft.training.update import TrainingState
 from tests.training.layout_runs import Job, data_of, merged
 
 NUM_STEPS = 3

@@ -10,8 +10,8 @@ from megatron_peft.cli.parser import read_config
 from megatron_peft.commands import convert
 from megatron_peft.config import ConfigurationError, DataConfig, kind_of_source, sources
 from megatron_peft.config.model import PreviewOptions
+from megatron_peft.data.build import checked_blend
 from megatron_peft.data.files import RecordFiles
-from megatron_peft.data.indexed import checked_blend
 from megatron_peft.data.tokenizers import build_tokenizer
 from tests.data.tiny_tokenizers import save_tokenizer
 

@@ -22,7 +22,7 @@ from megatron_peft.conversion.peft_import import import_adapter
 from megatron_peft.conversion.trained_adapters import known_fingerprint
 from megatron_peft.parallel.layout import generator_for
 from megatron_peft.runtime.launch import start_world
-from megatron_peft.training.state import TrainingState
+from megatron_peft.training.update import TrainingState
 from tests.checkpoint.runs import Files, Run, Settings, configure, differences, merged, start
 from tests.tiny_bloom import save_bloom
 from tests.tiny_llama import save_llama, save_pairs

@@ -21,7 +21,7 @@ from torch import nn
 from megatron_peft.config import ConfigurationError, ParallelConfig
 from megatron_peft.conversion import convert, pretrained
 from megatron_peft.conversion.hf_files import ReadCounts
-from megatron_peft.conversion.pretrained import ALONE, ReadingGroups, base_parameters, load_pretrained
+from megatron_peft.conversion.pretrained import base_parameters, load_pretrained
 from megatron_peft.models.families import rules_for
 from megatron_peft.runtime.launch import start_model_parallel, start_world, stop, stop_model_parallel
 from tests.conversion.megatron_folders import ODD, save_random, save_ranks, stage
@@ -80,12 +80,11 @@ def model_part(tensor_parallel: int, pipeline_parallel: int) -> nn.Module:
     return stage(SHAPE, tensor_parallel, layers, ends)
 
 
-def load_here(folder: Path, layout: tuple[int, int], groups: ReadingGroups) -> tuple[nn.Module, ReadCounts]:
+def load_here(folder: Path, layout: tuple[int, int], together: bool) -> tuple[nn.Module, ReadCounts]:
     part = model_part(*layout)
     rank = parallel_state.get_tensor_model_parallel_rank()
-    report = load_pretrained(
-        [part], folder, SHAPE, tensor_parallel_rank=rank, tensor_parallel_size=layout[0], progress=False, groups=groups
-    )
+    place = {"tensor_parallel_rank": rank, "tensor_parallel_size": layout[0]}
+    report = load_pretrained([part], folder, SHAPE, **place, progress=False, together=together)
     return part, report.counts
 
 
@@ -105,8 +104,8 @@ def read_both_ways(asked: tuple[dict[str, Path], list[str]]) -> dict[str, dict[s
     folders, layouts = asked
 
     def read(folder: Path, layout: tuple[int, int]) -> Read:
-        together, shared = load_here(folder, layout, ReadingGroups.of_layout())
-        alone, own = load_here(folder, layout, ALONE)
+        together, shared = load_here(folder, layout, together=True)
+        alone, own = load_here(folder, layout, together=False)
         pairs = zip(base_parameters(together), base_parameters(alone), strict=True)
         return Read(all(torch.equal(one, other) for (_, one), (_, other) in pairs), shared, own)
 
@@ -139,7 +138,7 @@ def load_a_file_that_is_damaged(path: Path) -> dict[str, list[str]]:
 
         pretrained.open_weights = damage_after_the_check  # only the first rank opens all files
         with pytest.raises(ConfigurationError) as raised:
-            load_here(path.parent, layout, ReadingGroups.of_layout())
+            load_here(path.parent, layout, together=True)
         if dist.get_rank() == 0:
             path.write_bytes(whole)
         return str(raised.value)
@@ -166,7 +165,7 @@ def test_no_more_broadcasts_are_in_flight_than_the_host_has_waited_for(monkeypat
     monkeypatch.setattr(pretrained, "wait_for_device", lambda: events.append("done"))
     parameters: Any = [(None, nn.Parameter(torch.zeros(2))) for _ in range(20)]
     nothing: Any = SimpleNamespace(read=lambda *_: None)
-    pretrained.fill_parameters(parameters, nothing, 0, 1, ALONE, lambda num_bytes: None)
+    pretrained.fill_parameters(parameters, nothing, 0, 1, (None, None), lambda num_bytes: None)
     in_flight = [events[:at].count("start") - events[:at].count("done") for at in range(len(events))]
     assert events.count("start") == 20 and max(in_flight) == pretrained.MAX_IN_FLIGHT + 1
 

@@ -12,8 +12,8 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron.core.datasets.utils import Split
 
 from megatron_peft.config import ConfigurationError, DataConfig
-from megatron_peft.data import indexed
-from megatron_peft.data.indexed import build_indexed, build_mock, checked_blend
+from megatron_peft.data import build as build_module
+from megatron_peft.data.build import build_indexed, build_mock, checked_blend
 from megatron_peft.data.tokenizers import NullTokenizer
 from megatron_peft.runtime.launch import start_world
 from tests.ranks import run_ranks
@@ -213,7 +213,7 @@ def test_token_ids_that_the_model_has_no_row_for_are_refused(documents, number, 
 
 @pytest.mark.parametrize("is_blend", [False, True])
 def test_an_id_beyond_what_was_scanned_is_refused_when_it_is_read(corpus, two, monkeypatch, is_blend):
-    monkeypatch.setattr(indexed, "READ_BEFORE", 1)
+    monkeypatch.setattr(build_module, "READ_BEFORE", 1)
     paths = ("1", two[0], "1", corpus) if is_blend else (corpus,)
     data = DataConfig(data_path=paths, seq_length=8, split="1")
     dataset = build_indexed(data, Split.train, paths, 200 if is_blend else None, TOKENIZER, num_ids=99)

@@ -8,16 +8,16 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from transformers import AutoTokenizer
 
 from megatron_peft.commands.preprocess import main
-from megatron_peft.config import ConfigurationError, DataConfig
-from megatron_peft.data.preprocess import DocumentEncoder, PreprocessConfig, encoded_documents, preprocess
+from megatron_peft.config import ConfigurationError
+from megatron_peft.data.preprocess import DocumentEncoder, PreprocessSettings, encoded_documents, preprocess
 from tests.data.tiny_tokenizers import save_tokenizer
 
 TEXTS = [{"text": "1 2 3", "title": "7"}, {"text": "", "title": "8"}, {"text": "4 5", "title": "9"}]
 
 
-def config(path: str, prefix: Path | str, **settings) -> PreprocessConfig:
-    data = DataConfig(train_data_path=(path,), tokenizer_type="NullTokenizer", vocab_size=99)
-    return PreprocessConfig(data, str(prefix), **settings)
+def config(path: str, prefix: Path | str, **settings) -> PreprocessSettings:
+    defaults = {"tokenizer_type": "NullTokenizer", "vocab_size": 99}
+    return PreprocessSettings((path,), str(prefix), **{**defaults, **settings})
 
 
 def documents(prefix: Path | str) -> list[list[int]]:
@@ -53,8 +53,8 @@ def test_documents_keep_the_order_and_bad_records_their_place(write_lines, worke
 
 def test_a_document_begins_as_in_transformers(write_lines, tmp_path):
     folder = str(save_tokenizer(tmp_path, adds_bos=True))
-    data = DataConfig(train_data_path=(write_lines([{"text": "the cat"}, {"text": ""}]),), tokenizer_model=folder)
-    encoder = DocumentEncoder(PreprocessConfig(data, "out", append_eod=True))
+    path = write_lines([{"text": "the cat"}, {"text": ""}])
+    encoder = DocumentEncoder(PreprocessSettings((path,), "out", tokenizer_model=folder, append_eod=True))
     assert encoder.encode(0) == [[*AutoTokenizer.from_pretrained(folder).encode("the cat"), 2]]
     assert encoder.encode(0)[0][0] == 3
     assert encoder.encode(1) == [[]]
@@ -65,8 +65,8 @@ def test_an_id_above_the_count_of_tokens_is_not_wrapped(write_lines, tmp_path):
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     tokenizer["model"]["vocab"]["the"] = 66_000
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    data = DataConfig(train_data_path=(write_lines([{"text": "the cat"}]),), tokenizer_model=str(folder))
-    preprocess(PreprocessConfig(data, str(tmp_path / "out")))
+    path = write_lines([{"text": "the cat"}])
+    preprocess(PreprocessSettings((path,), str(tmp_path / "out"), tokenizer_model=str(folder)))
     assert documents(tmp_path / "out_text_document")[0][0] == 66_000
 
 

@@ -19,7 +19,6 @@ from megatron_peft.data.tokenizers import (
     HuggingFaceTokenizer,
     NullTokenizer,
     build_tokenizer,
-    doubt_about_vocabulary,
     require_vocabulary_fits,
     split_chat,
     template_inputs,
@@ -227,9 +226,9 @@ def test_an_id_above_the_number_of_tokens_counts(tmp_path):
 
 
 def test_a_far_smaller_vocabulary_is_doubted_and_a_rounded_one_is_not():
-    assert "ids up to 999, but the embedding" in doubt_about_vocabulary(NullTokenizer(999), 49152)
-    assert not doubt_about_vocabulary(NullTokenizer(128_255), 128_256)
-    assert not doubt_about_vocabulary(NullTokenizer(250_680), 250_880)
+    assert "ids up to 999, but the embedding" in require_vocabulary_fits(NullTokenizer(999), 49152)
+    assert not require_vocabulary_fits(NullTokenizer(128_255), 128_256)
+    assert not require_vocabulary_fits(NullTokenizer(250_680), 250_880)
 
 
 def turns(*roles: str) -> list[dict]:

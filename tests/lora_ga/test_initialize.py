@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core import parallel_state
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from peft.tuners.lora.config import LoraConfig, LoraGAConfig
 from peft.tuners.lora.layer import Linear
@@ -85,8 +84,7 @@ def exact_and_started(job: Job, inits: Collection[str]) -> Any:
 
 
 def _start(chunk: Any, peft: Any, replay: Any, num_tokens: int) -> Any:
-    groups: Any = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_data_parallel_group()
-    return init_from_gradients([chunk], peft.lora_rank, peft.lora_ga_init, 1, replay, num_tokens, *groups)
+    return init_from_gradients([chunk], peft, 1, replay, num_tokens)
 
 
 def _exact_gradients(layers: dict[str, Any], replay: Any) -> tuple[dict[str, torch.Tensor], float]:

@@ -15,7 +15,7 @@ from megatron_peft.rehearsal import rehearsed_rank
 from megatron_peft.rehearsal.program import RankRecord
 from megatron_peft.rehearsal.requests import RankToRehearse
 from megatron_peft.runtime.launch import gather_over_world
-from megatron_peft.training import run, step, validation
+from megatron_peft.training import run, step
 
 Group = Callable[[], Any]
 tensor: Group = parallel_state.get_tensor_model_parallel_group
@@ -143,16 +143,16 @@ IN_TENSOR_AND_DATA: dict[str, Callable[[], None]] = {
         (run, "init_from_gradients"), tensor_rank, total(tensor)
     ),
     "losses at the start: one tensor-parallel rank makes a call": lambda: added(
-        (validation, "start_losses"), tensor_rank, total(tensor)
+        (step, "start_losses"), tensor_rank, total(tensor)
     ),
     "a log line: one replica gathers": lambda: added(
         (rehearsed_rank, "mixtures"), replica, lambda: gather_over_world(0)
     ),
     "validation: one tensor-parallel rank makes a call": lambda: added(
-        (validation, "run_schedule"), tensor_rank, total(tensor)
+        (step, "validation_loss"), tensor_rank, total(tensor)
     ),
     "validation: the first rank alone tells all": lambda: added(
-        (validation, "read_on_host"), first, lambda: dist.broadcast_object_list([0], 0)
+        (step, "inference_mode"), first, lambda: dist.broadcast_object_list([0], 0)
     ),
     "saving: the first rank makes a call": lambda: added((save, "tensors_to_save"), first, total(world)),
     "saving: one replica gathers": lambda: added((tensors, "checked_together"), replica, lambda: gather_over_world(0)),

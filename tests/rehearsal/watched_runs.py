@@ -19,8 +19,8 @@ from megatron_peft.runtime import cpu_kernels
 from megatron_peft.runtime.fake_ranks import replaced
 from megatron_peft.runtime.launch import start_model_parallel, start_world, stop_model_parallel
 from megatron_peft.training.run import build_chunks
-from megatron_peft.training.state import start_state
 from megatron_peft.training.step import train_step
+from megatron_peft.training.update import start_state
 from tests.training.layout_runs import Job, merged
 
 BOFT: dict[str, Any] = {"boft_block_size": 2, "boft_factors": 2}

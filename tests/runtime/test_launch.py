@@ -112,7 +112,7 @@ def test_without_a_launcher_a_process_is_a_world_of_one(figure):
         assert (dist.get_rank(), dist.get_world_size()) == (0, 1)
         is_expected = dist.get_backend() == ("nccl" if has_gpu else "gloo")
         figure("another backend than expected", float(not is_expected), 0.0, note=dist.get_backend())
-        figure("CUDA calls redirected on a GPU, or not on a CPU", float(cpu.is_installed() == has_gpu), 0.0)
+        figure("CUDA calls redirected on a GPU, or not on a CPU", float(cpu._installed == has_gpu), 0.0)
         ones, group = torch.ones(3, device=torch.cuda.current_device()), dist.new_group([0])
         for one in (None, group):
             dist.all_reduce(ones, group=one)

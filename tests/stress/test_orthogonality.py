@@ -4,8 +4,7 @@ import itertools
 
 import pytest
 
-from megatron_peft.training.step import train_step
-from megatron_peft.training.validation import ORTHOGONALITY_LIMIT, largest_orthogonality_error
+from megatron_peft.training.step import ORTHOGONALITY_LIMIT, largest_orthogonality_error, train_step
 from tests.one_rank import one_rank
 from tests.tiny_llama import save_llama, save_pairs
 from tests.training.layout_runs import Job, build

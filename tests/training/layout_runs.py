@@ -18,7 +18,7 @@ from megatron_peft.data.tokenizers import build_tokenizer
 from megatron_peft.models.families import read_shape
 from megatron_peft.runtime.launch import model_parallel, start_world
 from megatron_peft.training.run import data_of_rank
-from megatron_peft.training.state import TrainingState
+from megatron_peft.training.update import TrainingState
 from tests.tiny_llama import VOCAB_SIZE
 
 NUM_STEPS = 20

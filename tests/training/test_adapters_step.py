@@ -25,8 +25,7 @@ from megatron_peft.evaluation.generation import GenerationSettings, generate
 from megatron_peft.parallel.collectives import gradient_of
 from megatron_peft.training import step as step_module
 from megatron_peft.training.run import first_steps, start_lora_ga
-from megatron_peft.training.step import train_step
-from megatron_peft.training.validation import validation_loss
+from megatron_peft.training.step import train_step, validation_loss
 from tests.tiny_llama import save_llama
 from tests.training.layout_runs import build
 from tests.training.test_layout import BOFT, URNN

@@ -81,7 +81,7 @@ def validated(start, tmp_path, monkeypatch):
 
     def run(losses, best=NOTHING, **groups):
         measured = iter(losses)
-        monkeypatch.setattr(loop, "validation_loss", lambda *_: next(measured))
+        monkeypatch.setattr(loop.step, "validation_loss", lambda *_: next(measured))
         groups["training"] = {"eval_interval": 1, **groups.get("training", {})}
         found = Run(start, tmp_path, **groups)
         found.state.best = best
@@ -227,7 +227,7 @@ def test_neither_timers_nor_energy_go_on_in_a_save_or_a_validation(start, tmp_pa
     run = Run(start, tmp_path, num_steps=4, save_interval=2, training={"eval_interval": 3})
     begin = run.saver.start
     run.saver.start = lambda state: (happened.append("save"), begin(state))
-    monkeypatch.setattr(loop, "validation_loss", lambda *_: happened.append("validation") or 1.0)
+    monkeypatch.setattr(loop.step, "validation_loss", lambda *_: happened.append("validation") or 1.0)
     energy = Energy(LoggingConfig())
     energy._monitor = SimpleNamespace(
         pause=lambda: happened.append("pause"), resume=lambda: happened.append("resume"), lap=lambda: 0.0
@@ -251,8 +251,8 @@ def test_the_peak_beside_the_planned_one_is_that_of_the_second_step(start, tmp_p
 
 
 def test_the_timeout_is_shortened_once_after_the_first_step(run, monkeypatch):
-    happened, step = [], loop.train_step
+    happened, step = [], loop.step.train_step
     monkeypatch.setattr(loop, "shorten_timeout", lambda seconds: happened.append(seconds))
-    monkeypatch.setattr(loop, "train_step", lambda *words: (happened.append("step"), step(*words))[1])
+    monkeypatch.setattr(loop.step, "train_step", lambda *words: (happened.append("step"), step(*words))[1])
     run(parallel={"distributed_timeout_seconds_after_init": 7}, logging={**EACH, "log_straggler": True})
     assert happened == ["step", 7, *["step"] * 5]

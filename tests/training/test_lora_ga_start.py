@@ -1,6 +1,8 @@
 """LoRA-GA's start: when it runs, on which batches, and what it prints and writes."""
 
 import json
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -115,11 +117,16 @@ ENERGY = {
     for module, energies in BY_MODULE.items()
     for layer, energy in zip((9, 10, 11), energies, strict=True)
 }
-START = PeftConfig("lora-ga", lora_rank=4, lora_ga_batches=2), 12.34, ENERGY
+START = PeftConfig("lora-ga", lora_rank=4, lora_ga_batches=2)
+
+
+def report_of(save: str | None) -> str:
+    config: Any = SimpleNamespace(peft=START, checkpoint=SimpleNamespace(save=save))
+    return start_report(config, 12.34, ENERGY)
 
 
 def test_a_line_for_each_kind_of_layer(tmp_path):
-    lines = start_report(*START, str(tmp_path)).splitlines()
+    lines = report_of(str(tmp_path)).splitlines()
     assert lines[0] == "LoRA-GA start (aligned) took 12.3 s; the gradient's squared norm in rank 4:"
     assert lines[1].split() == ["layers", "mean", "lowest", "(layer)", "highest", "(layer)"]
     assert lines[2].split() == ["linear_fc2", "3", "0.750", "0.500", "(9)", "1.000", "(11)"]
@@ -130,8 +137,8 @@ def test_a_line_for_each_kind_of_layer(tmp_path):
 
 def test_each_layers_number_is_written_in_the_order_of_layers_if_there_is_a_folder(tmp_path):
     for nowhere in (None, str(tmp_path / "missing")):
-        assert len(start_report(*START, nowhere).splitlines()) == 4
-    start_report(*START, str(tmp_path))
+        assert len(report_of(nowhere).splitlines()) == 4
+    report_of(str(tmp_path))
     record = json.loads((tmp_path / START_FILE).read_text())
     assert record["energy"] == ENERGY
     assert list(record["energy"])[:2] == [f"decoder.layers.9.{module}" for module in BY_MODULE]

@@ -96,7 +96,7 @@ def test_moved_metrics_give_a_warning_and_a_new_file(tmp_path, caplog):
 def test_a_folder_moved_during_a_run_is_made_again_unless_another_run_has_it(run, tmp_path, monkeypatch, is_taken):
     save, other = tmp_path / "run", tmp_path / "other"
     run(checkpoint={"save": str(other)}, num_steps=3)
-    step = loop.train_step
+    step = loop.step.train_step
 
     def moves_the_folder(state, *arguments, **settings):
         if state.position.iteration == 1:
@@ -105,7 +105,7 @@ def test_a_folder_moved_during_a_run_is_made_again_unless_another_run_has_it(run
                 shutil.copytree(other, save)
         return step(state, *arguments, **settings)
 
-    monkeypatch.setattr(loop, "train_step", moves_the_folder)
+    monkeypatch.setattr(loop.step, "train_step", moves_the_folder)
     settings = {"checkpoint": {"save": str(save), "save_interval": 1}, "num_steps": 3}
     if is_taken:
         with pytest.raises(ConfigurationError, match="another run has that folder now"):

@@ -242,7 +242,7 @@ def test_the_best_checkpoint_is_kept_and_can_be_loaded(run, tmp_path, monkeypatc
     train = module.train
 
     def with_known_losses(state, *rest):
-        monkeypatch.setattr(loop, "validation_loss", with_losses(state))
+        monkeypatch.setattr(loop.step, "validation_loss", with_losses(state))
         return train(state, *rest)
 
     monkeypatch.setattr(module, "train", with_known_losses)
@@ -275,7 +275,7 @@ def ends_on_each_rank(job):
     train, reasons = module.train, []
 
     def with_losses_of_the_rank(state, *rest):
-        loop.validation_loss = with_losses(state, by_rank=-1.5)
+        loop.step.validation_loss = with_losses(state, by_rank=-1.5)
         reasons.append(train(state, *rest))
         return reasons[0]
 

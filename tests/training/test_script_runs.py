@@ -131,8 +131,8 @@ def test_its_fp8_and_context_parallelism_are_refused(files, tmp_path):
 
 def test_flags_of_llama_3_load_a_run_without_its_optimizer(files, tmp_path, train, monkeypatch):
     opened = []
-    set_steps, restore = load.set_optimizer_steps, load.restore_random
-    monkeypatch.setattr(load, "set_optimizer_steps", lambda *given: opened.append("optimizer") or set_steps(*given))
+    set_steps, restore = load.set_steps, load.restore_random
+    monkeypatch.setattr(load, "set_steps", lambda *given: opened.append("optimizer") or set_steps(*given))
     monkeypatch.setattr(load, "restore_random", lambda *given: opened.append("random") or restore(*given))
     data = ["--train-iters", "4", "--mock-data", "--log-interval", "1", "--save", str(tmp_path), "--eval-iters", "0"]
     data += ["--rotary-base", "1e6", "--micro-batch-size", "2", "--num-workers", "0"]

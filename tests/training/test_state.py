@@ -11,10 +11,9 @@ from megatron.core.optimizer import optimizer as optimizer_module
 from megatron_peft.adapters.hybrid import Hybrid
 from megatron_peft.adapters.step import AdaptersStep
 from megatron_peft.config import ConfigurationError
-from megatron_peft.training import state as state_module
-from megatron_peft.training.state import build_optimizer, build_schedule, wrap_data_parallel
-from megatron_peft.training.step import train_step
-from megatron_peft.training.validation import layers_without_gradient
+from megatron_peft.training import update as state_module
+from megatron_peft.training.step import layers_without_gradient, train_step
+from megatron_peft.training.update import build_optimizer, build_schedule, wrap_data_parallel
 
 HYBRID = {"method": "hybrid", "lora_rank": 4, "lora_ga_batches": 1, "boft_block_size": 2, "boft_factors": 2}
 LINEAR = {"lr_decay_style": "linear"}

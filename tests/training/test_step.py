@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from megatron_peft.training import step
-from megatron_peft.training.state import GradientShards
 from megatron_peft.training.step import NonFiniteError, run_schedule, train_step
+from megatron_peft.training.update import GradientShards
 
 
 def _trained(state):

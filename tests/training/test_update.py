@@ -15,9 +15,8 @@ from megatron_peft.config import ConfigurationError, PeftConfig
 from megatron_peft.training import update as update_module
 from megatron_peft.training.loop import train
 from megatron_peft.training.metrics import METRICS_FILE, read_metrics
-from megatron_peft.training.step import train_step
+from megatron_peft.training.step import train_step, validation_loss
 from megatron_peft.training.update import _mix_from_gradients, merge_if_due, mixing_adapters, mixtures
-from megatron_peft.training.validation import validation_loss
 from tests.training.recorded_saves import RecordedSaves
 from tests.training.test_layout import GROUPS_OF_FOUR
 from tests.training.waits import Waits

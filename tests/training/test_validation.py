@@ -10,12 +10,12 @@ from megatron_peft.adapters.attach import linear_layers
 from megatron_peft.training import loop
 from megatron_peft.training.loop import train
 from megatron_peft.training.metrics import METRICS_FILE, read_metrics
-from megatron_peft.training.step import train_step
-from megatron_peft.training.validation import (
+from megatron_peft.training.step import (
     ORTHOGONALITY_LIMIT,
     inference_mode,
     largest_orthogonality_error,
     layers_without_gradient,
+    train_step,
     validation_loss,
 )
 from tests.kept import kept_for_backward
@@ -75,7 +75,7 @@ def test_a_rotation_that_drifts_gives_a_warning(start, tmp_path, capsys):
 
 def test_a_rotation_of_which_one_number_is_nan_gives_a_warning(start, tmp_path, capsys, monkeypatch):
     state, data = start(**peft("boft"), num_steps=1, checkpoint={"save": str(tmp_path)})
-    monkeypatch.setattr(loop, "largest_orthogonality_error", lambda state: math.nan)
+    monkeypatch.setattr(loop.step, "largest_orthogonality_error", lambda state: math.nan)
     train(state, data, RecordedSaves())
     assert "a rotation is nan away from orthogonal" in capsys.readouterr().out
 
