@@ -157,6 +157,7 @@ def finetune(
             _check_start(state, data)
             if config.checkpoint.resume == "auto":
                 print_rank_0(f"--resume auto: --save {config.checkpoint.save} holds no checkpoint, so a new run starts")
+        _note_unknown_lengths(config)
         if config.checkpoint.save and run_file:
             path = Path(config.checkpoint.save) / RUN_FILE
             from_first_rank(lambda: _write_run_file(path, run_file))
@@ -164,6 +165,14 @@ def finetune(
         data.train.consumed_samples = state.position.consumed_samples
         print_rank_0(train(state, data, saver, planned_peak))
     return Finetuned(state, data, tokenizer)
+
+
+def _note_unknown_lengths(config: RunConfig) -> None:
+    if config.parallel.pipeline_model_parallel_size > 1 and not config.data.pad_to_seq_length:
+        print_rank_0(
+            "without --pad-to-seq-length pipeline stages tell one another the size of every message, and wait for it: "
+            "give it where samples or packs are nearly as long as --seq-length"
+        )
 
 
 def _require_kernels(config: RunConfig, shape: ModelShape) -> str:

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from megatron_peft.data.batches import Microbatch
 from megatron_peft.runtime.launch import start_world
+from megatron_peft.training import run
 from megatron_peft.training.step import finish_gradients, finish_with, run_schedule, train_step
 from megatron_peft.training.update import TrainingState
 from tests.benchmarks.gpu_subjects import chosen_sizes, losses_of, state_of
@@ -149,3 +151,11 @@ def test_the_mode_sees_what_waits():
         with Waits() as waits:
             read()
         assert waits.found, read
+
+
+@pytest.mark.parametrize(("layout", "notes"), [("PP2", 0), ("PP2 packed", 0), ("TP2", 0), ("PP2 unpadded", 1)])
+def test_a_pipeline_of_unknown_lengths_says_so_once(files, capsys, monkeypatch, layout, notes):
+    groups = {**LAYOUTS, "PP2 unpadded": {"parallel": PP2}}[layout]
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    run._note_unknown_lengths(Job("note", *files, **SIZES, **groups).config(2))
+    assert capsys.readouterr().out.count("without --pad-to-seq-length pipeline stages tell one another") == notes
