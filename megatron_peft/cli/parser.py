@@ -40,20 +40,6 @@ ShapeReader = Callable[[str], ModelShape]
 Values = Mapping[str, Any]  # fields of the configuration by name
 
 
-def parse_arguments(
-    argv: Sequence[str] | None = None,
-    environ: Mapping[str, str] = os.environ,
-    read_shape: ShapeReader | None = None,
-    program: str = PROGRAM,
-    saved: Callable[[Values], Values] | None = None,
-) -> RunConfig:
-    """`read_config` of the words in `argv` (default: the process's own). SystemExit: 2 after telling what is wrong."""
-    try:
-        return read_config(sys.argv[1:] if argv is None else argv, environ, read_shape, saved)
-    except ConfigurationError as error:
-        raise SystemExit(tell_error(error, environ, program)) from error
-
-
 def read_config(
     argv: Sequence[str],
     environ: Mapping[str, str] = os.environ,
