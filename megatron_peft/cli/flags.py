@@ -53,7 +53,6 @@ class Flag:
 
     @property
     def takes_value(self) -> bool:
-        """Whether it is no switch."""
         return self.constant is TAKES_A_VALUE
 
 

@@ -109,7 +109,6 @@ class RunFlags:
 
     @property
     def launch(self) -> dict[str, Any]:
-        """The values of `LaunchConfig`."""
         return self.values["launch"]
 
     @property

@@ -22,7 +22,6 @@ class CompletionSettings:
 
 
 def run(settings: CompletionSettings) -> int:
-    """Print the script."""
     import shtab
 
     whole = whole_parser()
@@ -47,7 +46,6 @@ def whole_parser() -> ArgumentParser:
 
 
 def with_commands(parser: ArgumentParser) -> list[ArgumentParser]:
-    """The parser and those of all its commands."""
     choices = (action.choices for action in parser._actions if isinstance(action.choices, dict))
     return [parser, *(deeper for commands in choices for each in commands.values() for deeper in with_commands(each))]
 

@@ -57,7 +57,6 @@ class HfToMegatron(_Conversion):
     )
 
     def run(self) -> int:
-        """Write the checkpoint."""
         import torch
 
         from megatron_peft.conversion.convert import hf_to_megatron
@@ -94,7 +93,6 @@ class MegatronToHf(_ToHuggingFace):
     """convert a Megatron checkpoint, or a run of full fine-tuning, to a Hugging Face folder"""
 
     def run(self) -> int:
-        """Write the folder."""
         from megatron_peft.conversion.convert import megatron_to_hf
 
         return self._write(megatron_to_hf)
@@ -105,7 +103,6 @@ class Merge(_ToHuggingFace):
     """merge a run's adapters into their base and write a Hugging Face folder"""
 
     def run(self) -> int:
-        """Write the folder."""
         from megatron_peft.conversion.convert import merge
 
         return self._write(merge)
@@ -130,7 +127,6 @@ class ExportAdapter(_WithCard):
     )
 
     def run(self) -> int:
-        """Write the adapter."""
         names = ("tolerance", "max_rank", "num_tokens")
         limits: dict[str, Any] = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         require(self.as_lora or not limits, f"{', '.join(map(flag, limits))}: give --as-lora too, or leave it out.")
@@ -149,7 +145,6 @@ class ImportAdapter(_FromBase, _Conversion):
     """convert an adapter of HF PEFT to a run's adapters, for --load"""
 
     def run(self) -> int:
-        """Write the run."""
         from megatron_peft.conversion.peft_import import import_adapter
 
         return _wrote(import_adapter(self.input, self.output, pretrained_checkpoint=self.base))

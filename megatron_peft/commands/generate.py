@@ -15,7 +15,6 @@ from megatron_peft.config.evaluation import AnswerSettings
 
 
 def run(settings: AnswerSettings, run_flags: RunFlags) -> int:
-    """Answer the prompts."""
     ended = start_ranks("generate", run_flags)
     if ended is not None:
         return ended

@@ -122,7 +122,6 @@ def run(settings: Any) -> int:
 
 
 def benchmark_data(settings: Any) -> Iterator[tuple[Path, BenchmarkData]]:
-    """The folder of each task, and what goes into it."""
     for name in settings.tasks:
         task: TaskFile = settings.members[name]
         held_out = task.held_out and (getattr(settings, task.held_out) or fetch(load(task.held_out), settings))

@@ -106,7 +106,6 @@ def flag(name: str) -> str:
 
 
 def flag_of(field: Field[Any]) -> str:
-    """The flag of a dataclass's field."""
     return (field.metadata.get("flags") or (flag(field.name),))[0]
 
 
@@ -208,7 +207,6 @@ class Requirements:
             raise ConfigurationError
 
     def each(self, check: Check, *names: str) -> None:
-        """The value of each field passes the check."""
         holds, told = CHECKS[check]
         for name in names:
             value = getattr(self.config, name)

@@ -55,7 +55,6 @@ class AnswerSettings(Checked):
         self.sampling()
 
     def sampling(self) -> Sampling:
-        """How each token is chosen. ConfigurationError: a value out of range."""
         return Sampling(self.temperature, self.top_p, self.top_k)
 
 

@@ -123,7 +123,6 @@ def missing_to_profile(config: RunConfig) -> list[str]:
 
 
 def field_names(config_class: type) -> tuple[str, ...]:
-    """The field names of a dataclass, in order."""
     return tuple(f.name for f in fields(config_class))
 
 

@@ -123,7 +123,6 @@ class Pair(NamedTuple):
         return f"English: {self.english}\nFrench:"
 
     def as_record(self) -> dict[str, str]:
-        """The line of training data."""
         return {"prompt": self.prompt, "completion": f" {self.french}"}
 
 
@@ -344,7 +343,6 @@ def is_for_tuning(pair: Pair) -> bool:
 
 
 def main() -> None:
-    """Prepare the experiment's data in the folder of the first argument."""
     try:
         prepare_experiment(Path(sys.argv[1]))
     except ConfigurationError as error:

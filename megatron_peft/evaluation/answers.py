@@ -199,7 +199,6 @@ class Stream:
         self._show()
 
     def end(self) -> None:
-        """Print what is left, and end the line."""
         self._show(is_whole=True)
         self._write("\n")
 

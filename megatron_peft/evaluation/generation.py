@@ -275,7 +275,6 @@ class StopTexts:
         self._num_tokens = max((len(text.encode()) for text in self.texts), default=0) + 4
 
     def is_complete(self, ids: Sequence[int]) -> bool:
-        """Whether the newest token completes one of the texts."""
         tail = self._tokenizer.decode(ids[-self._num_tokens :]) if self.texts else ""
         return any(text in tail for text in self.texts)
 

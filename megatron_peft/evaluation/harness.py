@@ -112,7 +112,6 @@ class FinishedRequests(dict[str, Any]):
         return hashlib.sha256(json.dumps([self.model, kind, *what]).encode()).hexdigest()[:32]
 
     def add(self, answers: Mapping[str, Any]) -> None:
-        """Keep answers, in the file too."""
         self.update(answers)
         lines = [json.dumps({"key": key, "answer": answer}) + "\n" for key, answer in answers.items()]
         try:

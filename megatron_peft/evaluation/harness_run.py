@@ -144,7 +144,6 @@ def _in_time(judge: Callable[..., Any], num_answers: Callable[[], int] = lambda:
 
 
 def _write(results: dict[str, Any], settings: HarnessSettings) -> None:
-    """Write questions and answers, then the results, and print the scores."""
     as_json = partial(json.dumps, default=lm_eval.utils.handle_non_serializable)
     samples: Mapping[str, list[dict[str, Any]]] = results.pop("samples", {})
     if settings.log_samples:

@@ -38,7 +38,6 @@ def run_folder(folder: Path, cell: Cell) -> Path:
 
 
 def checkpoints_folder(folder: Path, cell: Cell) -> Path:
-    """--save of the cell's run."""
     return run_folder(folder, cell) / "checkpoints"
 
 
@@ -48,7 +47,6 @@ def score_file(folder: Path, cell: Cell) -> Path:
 
 
 def has_checkpoint(folder: Path, cell: Cell) -> bool:
-    """Whether the cell's run can be resumed."""
     return (checkpoints_folder(folder, cell) / TRACKER).exists()
 
 
@@ -98,7 +96,6 @@ class Running:
 
     @property
     def seconds(self) -> float:
-        """Since its start."""
         return time.monotonic() - self.started
 
     def last_words(self) -> str:

@@ -63,7 +63,6 @@ def _sections(
 
 
 def state(results: Results) -> str:
-    """How many final runs are finished."""
     seeds = results.experiment.seeds
     have, whole = sum(len(result.finals) for result in results.all), len(results.all) * len(seeds)
     done = f"{have} of {whole} final runs are in (seeds {', '.join(map(str, seeds))})."

@@ -147,7 +147,6 @@ class Experiment:
                 )
 
     def budget(self, model: Choice, task: Choice) -> FlagValues:
-        """The flags of BUDGET, which are the same for all methods."""
         flags = {**self.flags, **model.flags, **task.flags}
         return {flag: value for flag, value in flags.items() if flag in BUDGET}
 
@@ -298,7 +297,6 @@ class Group:
 
     @property
     def name(self) -> tuple[str, str, str]:
-        """Model, task and method."""
         return self.model.name, self.task.name, self.method.name
 
     @property
@@ -313,8 +311,6 @@ class Group:
 
 
 def groups(experiment: Experiment) -> list[Group]:
-    """All groups of the experiment, in the order of its file."""
-
     def group(model: Choice, task: Choice, method: Choice) -> Group:
         def cell(point: Mapping[str, Any], seed: int) -> Cell:
             flags = {**experiment.flags, **model.flags, **task.flags, **method.flags, **point, "seed": seed}

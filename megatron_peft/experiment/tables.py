@@ -56,7 +56,6 @@ class Table:
         return "\n".join([f"**{self.title}**", "", *lines, *(["", self.note] if self.note else [])]) + "\n"
 
     def csv(self) -> str:
-        """Comma-separated values, without marks of the best."""
         output = io.StringIO()
         writer = csv.writer(output, lineterminator="\n")
         writer.writerows([self.columns, *([cell.removeprefix(BEST) for cell in row] for row in self.rows)])
@@ -179,8 +178,6 @@ def by_score(results: Results, table_rows: Sequence[Row]) -> Table:
 
 
 def with_test(table_rows: Sequence[Row], reference: str, num_seeds: int) -> Table:
-    """A line per row, with the test."""
-
     def line(row: Row) -> tuple[str, ...]:
         test = row.against
         return (
