@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from megatron_peft.cli.config_files import CONFIG_FLAG, file_entries, run_file
-from megatron_peft.cli.flags import Flag, Target, served_flags
-from megatron_peft.cli.megatron import nearest, not_known, reason_of, way_out, why_not_served
+from megatron_peft.cli.flags import Flag, Target, nearest, not_known, reason_of, served_flags, way_out, why_not_served
 from megatron_peft.config import (
     ConfigurationError,
     ParallelConfig,

@@ -74,8 +74,7 @@ def _report(settings: ReportSettings, run_flags: RunFlags) -> list[Path]:
             f"folder of a run, or the --output folder of megatron-peft experiment.",
         )
         require(settings.samples is None, f"--samples needs the --save folder of a run; {folder} is not one.")
-        from megatron_peft.experiment.page import write
-        from megatron_peft.experiment.report import build_report
+        from megatron_peft.experiment.report import build_report, write
         from megatron_peft.experiment.results import copy_results, read_results
         from megatron_peft.experiment.tables import reference_method
 
@@ -86,7 +85,7 @@ def _report(settings: ReportSettings, run_flags: RunFlags) -> list[Path]:
         return write(report, output)
 
     require(settings.against is None, "--against is of an experiment, but this is the folder of a run.")
-    from megatron_peft.experiment.page import HTML, write_page
+    from megatron_peft.experiment.report import HTML, write_page
 
     run = read_run(folder)  # before anything is answered
     if settings.samples is not None:
