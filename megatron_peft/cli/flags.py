@@ -1,5 +1,5 @@
-"""The flags that are served: a flag for each field of our dataclasses, and those of Megatron-LM in served.toml; and what
-is told of Megatron's other flags.
+"""The flags that are served: a flag for each field of our dataclasses, and those of Megatron-LM in served.toml; what is
+told of Megatron's other flags.
 
 Nothing here parses. `served_flags()` is the whole list; `megatron_peft.cli.parser` turns it into a parser.
 """
@@ -150,8 +150,8 @@ def _megatrons_flags() -> Iterator[Flag]:
 # answered from their source at once. What is read (names, types, the docstring under a field, Megatron-LM's own flags
 # for it) is what the dataclasses themselves say: a test compares the two.
 #
-# A Megatron flag is refused by name, with the reason and the way out; a flag of Hugging Face's trainers gets what stands
-# for it here, and any other the nearest flag. refused.toml has the words.
+# A Megatron flag is refused by name, with the reason and the way out; a flag of Hugging Face's trainers gets what
+# stands for it here, and any other the nearest flag. refused.toml has the words.
 
 # Class -> (file below megatron/core, classes in it and in its bases' files whose fields it has).
 SOURCES = {

@@ -16,8 +16,6 @@ FILES = ("FILE", "FILE.yaml", "FOLDER", "PATH", "EXPERIMENT.yaml", "PREFIX")
 
 @dataclass(frozen=True)
 class CompletionSettings:
-    """Which shell reads the script."""
-
     shell: Literal["bash", "zsh", "tcsh"] = required_option("the shell that reads the script", flags=("shell",))
 
 

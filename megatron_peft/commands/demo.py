@@ -17,8 +17,6 @@ ANY_RUN = {"pretrained_checkpoint": "m", "tensor_model_parallel_size": 3}  # sev
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """What the demo trains, and where everything goes."""
-
     method: str = option(PeftConfig.method, "--peft-method of the run", metavar="|".join(METHODS))
     output: Path = option(Path("runs/demo"), "folder for everything", metavar="FOLDER")
 

@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_peft.cli.command import Command
-from megatron_peft.config import Checked, ConfigurationError, option, require, required_option
+from megatron_peft.config import Checked, ConfigurationError, option, require, required_option, writing
 
 
 @dataclass(frozen=True)
 class ExperimentSettings(Checked):
-    """Which experiment is run, and how much of it at once."""
-
     experiment: Path = required_option("the experiment", flags=("experiment",), metavar="EXPERIMENT.yaml")
     output: Path | None = option(None, "folder of the results (default: runs/experiments/NAME)", metavar="FOLDER")
     jobs: int = option(1, "cells run at the same time", check="positive")
@@ -52,11 +50,9 @@ def run(settings: ExperimentSettings) -> int:
     folder, file = settings.output or Path("runs/experiments", experiment.name), settings.emit_slurm
     if file is not None:
         text = script(experiment, chosen, settings.experiment, folder, str(file))
-        try:
+        with writing(f"--emit-slurm {file}"):
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise ConfigurationError(f"--emit-slurm {file} cannot be written: {error.strerror}.") from error
         print(f"wrote {file}: {len(chosen)} array tasks; bash {file} submits them")
         return 0
 

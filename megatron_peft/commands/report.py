@@ -14,13 +14,11 @@ from pathlib import Path
 
 from megatron_peft.cli.command import Command, start_ranks
 from megatron_peft.cli.parser import RunFlags, is_first_rank
-from megatron_peft.config import Checked, ConfigurationError, option, require, require_packages, required_option
+from megatron_peft.config import Checked, option, require, require_packages, required_option, writing
 
 
 @dataclass(frozen=True)
 class ReportSettings(Checked):
-    """What is reported, and where the report goes."""
-
     folder: Path = required_option("--save of a run, or --output of an experiment", flags=("folder",), metavar="FOLDER")
     output: Path | None = option(None, "folder for the report (default: FOLDER)", metavar="FOLDER")
     experiment: Path | None = option(
@@ -42,7 +40,7 @@ class ReportSettings(Checked):
 
 def run(settings: ReportSettings, run_flags: RunFlags) -> int:
     """Write the report and print the names of its files."""
-    try:
+    with writing():
         require(
             not run_flags.words or settings.samples is not None,
             f"unexpected {' '.join(run_flags.words)}: flags of the model are for --samples.",
@@ -53,9 +51,6 @@ def run(settings: ReportSettings, run_flags: RunFlags) -> int:
         if ended is not None:
             return ended
         written = _report(settings, run_flags)
-    except OSError as error:
-        told = f"{error.filename or 'the report'} cannot be written ({error.strerror})."
-        raise ConfigurationError(told) from error
     for path in written:
         print(path)
     return 0

@@ -12,6 +12,7 @@ from megatron_peft.config.errors import (
     require,
     require_packages,
     required_option,
+    writing,
 )
 from megatron_peft.config.methods import (
     LINEAR_MODULES,

@@ -5,8 +5,8 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, Field, field, fields
 from functools import cache
 from importlib import import_module
@@ -87,6 +87,16 @@ def require(condition: bool, message: str) -> None:
     """Raise `ConfigurationError(message)` unless `condition` holds."""
     if not condition:
         raise ConfigurationError(message)
+
+
+@contextmanager
+def writing(what: str = "", way_out: str = "") -> Iterator[None]:
+    """Make an OSError a ConfigurationError that says `what` cannot be written, by default the file of the error."""
+    try:
+        yield
+    except OSError as error:
+        told = f"{what or error.filename or 'a file'} cannot be written ({error.strerror})"
+        raise ConfigurationError(f"{told}: {way_out}." if way_out else f"{told}.") from error
 
 
 def require_packages(extra: str, *names: str) -> None:
