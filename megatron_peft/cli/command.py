@@ -102,6 +102,7 @@ def make_parser(description: str | None) -> ArgumentParser:
 
 
 def add_flags(parser: ArgumentParser, flags: Iterable[Flag]) -> None:
+    """List flags under their titles."""
     groups: dict[str, Any] = {"options": parser}
     for each in flags:
         if each.group not in groups:
@@ -115,6 +116,7 @@ def add_flags(parser: ArgumentParser, flags: Iterable[Flag]) -> None:
 
 
 def unknown_command(name: str, commands: Iterable[str]) -> str:
+    """The message about a command that is not there."""
     near = get_close_matches(name, commands, 1)
     hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(commands)}."
     return f"{name} is not a command; {hint}" if name else hint

@@ -14,6 +14,8 @@ from megatron_peft.config import Checked, option, require
 
 @dataclass(frozen=True)
 class BenchSettings(Checked):
+    """Which benchmarks are run, and on what."""
+
     names: tuple[str, ...] = option(
         (), "benchmarks of docs/benchmarks.md (default: all)", flags=("names",), metavar="NAME"
     )

@@ -26,6 +26,8 @@ EXIT_CODES = {"CERTIFIED": 0, "REFUSED": 1, "UNDECIDED": 3}
 
 @dataclass(frozen=True)
 class CertifySettings(Checked):
+    """The run's processes, and where the certificate goes."""
+
     world_size: int | None = option(
         None, "processes of the run (default: those of torchrun, else one replica)", check="positive"
     )

@@ -19,6 +19,8 @@ from megatron_peft.config import option, require
 
 @dataclass(frozen=True)
 class CheckGpuSettings:
+    """Which lines are run, and where the result goes."""
+
     names: tuple[str, ...] = option(
         (), "lines of docs/untested-on-cuda.md (default: all)", flags=("names",), metavar="LINE"
     )

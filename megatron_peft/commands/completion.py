@@ -16,10 +16,13 @@ FILES = ("FILE", "FILE.yaml", "FOLDER", "PATH", "EXPERIMENT.yaml", "PREFIX")
 
 @dataclass(frozen=True)
 class CompletionSettings:
+    """Which shell reads the script."""
+
     shell: Literal["bash", "zsh", "tcsh"] = required_option("the shell that reads the script", flags=("shell",))
 
 
 def run(settings: CompletionSettings) -> int:
+    """Print the script."""
     import shtab
 
     whole = whole_parser()
@@ -44,6 +47,7 @@ def whole_parser() -> ArgumentParser:
 
 
 def with_commands(parser: ArgumentParser) -> list[ArgumentParser]:
+    """The parser and those of all its commands."""
     choices = (action.choices for action in parser._actions if isinstance(action.choices, dict))
     return [parser, *(deeper for commands in choices for each in commands.values() for deeper in with_commands(each))]
 

@@ -17,6 +17,7 @@ from megatron_peft.config.model import HarnessSettings
 
 
 def run(settings: HarnessSettings, run_flags: RunFlags) -> int:
+    """Score the model."""
     if settings.unsafe_execution:
         os.environ["MEGATRON_PEFT_UNSAFE_EXECUTION"] = "1"  # for megatron_peft.evaluation.sandbox
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # these two are read at import

@@ -16,6 +16,8 @@ from megatron_peft.config import Checked, ConfigurationError, option, require, r
 
 @dataclass(frozen=True)
 class ExperimentSettings(Checked):
+    """Which experiment is run, and how much of it at once."""
+
     experiment: Path = required_option("the experiment", flags=("experiment",), metavar="EXPERIMENT.yaml")
     output: Path | None = option(None, "folder of the results (default: runs/experiments/NAME)", metavar="FOLDER")
     jobs: int = option(1, "cells run at the same time", check="positive")

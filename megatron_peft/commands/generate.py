@@ -15,6 +15,7 @@ from megatron_peft.config.model import AnswerSettings
 
 
 def run(settings: AnswerSettings, run_flags: RunFlags) -> int:
+    """Answer the prompts."""
     ended = start_ranks("generate", run_flags)
     if ended is not None:
         return ended

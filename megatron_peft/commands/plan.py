@@ -32,6 +32,8 @@ NODES_TRIED = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 @dataclass(frozen=True)
 class PlanSettings(Checked):
+    """The world, and what is written of the plan."""
+
     world_size: int | None = option(
         None, "GPUs of the run (default: one replica, tensor- times pipeline-parallel size)", check="positive"
     )

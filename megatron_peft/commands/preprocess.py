@@ -31,6 +31,7 @@ class PreprocessSettings(Checked):
 
 
 def run(settings: PreprocessSettings) -> int:
+    """Write the datasets."""
     # A pattern that matches nothing stays, and is reported as a missing file.
     files = tuple(path for pattern in settings.input for path in (sorted(glob.glob(pattern)) or [pattern]))
     data = DataConfig(

@@ -11,6 +11,7 @@ from megatron_peft.config.model import PreviewOptions
 
 
 def run(settings: PreviewOptions, run_flags: RunFlags) -> int:
+    """Print the preview."""
     # The flags of a run on several ranks are accepted by one process.
     environ = {"WORLD_SIZE": str(run_flags.replica_size)}
     given = run_flags.values["config"].get("pretrained_checkpoint")  # it is needed for its tokenizer only

@@ -33,6 +33,7 @@ DESCRIPTION = "Parameter-efficient fine-tuning on megatron-core, over tensor-, p
 
 
 def command(name: str) -> "Command":
+    """The command of this name, whose module is imported."""
     return import_module(f"megatron_peft.commands.{name.split()[-1].replace('-', '_')}").main
 
 

@@ -19,6 +19,8 @@ from megatron_peft.config import Checked, option, require, require_packages, req
 
 @dataclass(frozen=True)
 class ReportSettings(Checked):
+    """What is reported, and where the report goes."""
+
     folder: Path = required_option("--save of a run, or --output of an experiment", flags=("folder",), metavar="FOLDER")
     output: Path | None = option(None, "folder for the report (default: FOLDER)", metavar="FOLDER")
     experiment: Path | None = option(

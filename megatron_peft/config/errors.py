@@ -116,6 +116,7 @@ def flag(name: str) -> str:
 
 
 def flag_of(field: Field[Any]) -> str:
+    """The flag of a dataclass's field."""
     return (field.metadata.get("flags") or (flag(field.name),))[0]
 
 

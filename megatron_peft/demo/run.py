@@ -28,8 +28,16 @@ from megatron_peft.cli.launch import start_processes
 from megatron_peft.cli.parser import read_config, tell_error
 from megatron_peft.config import ConfigurationError, PeftConfig
 from megatron_peft.config.untrusted import read_json, read_json_object
-from megatron_peft.demo.data import Pair, PairFiles, prepare_model, prepare_pairs, read_pairs, write_lines
-from megatron_peft.demo.waiting import PROGRAM, waiting
+from megatron_peft.demo.data import (
+    PROGRAM,
+    Pair,
+    PairFiles,
+    prepare_model,
+    prepare_pairs,
+    read_pairs,
+    waiting,
+    write_lines,
+)
 from megatron_peft.experiment import plots
 from megatron_peft.experiment.process import ENVIRONMENT, LAMBDA_FILE
 from megatron_peft.experiment.run_report import SAMPLE_FIELDS, SAMPLES_FILE

@@ -103,6 +103,7 @@ def confine(user: int, limits: dict[str, tuple[int, int]]) -> None:
 
 
 def read_nothing() -> None:
+    """Make stdin empty."""
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.close(null)

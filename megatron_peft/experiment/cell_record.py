@@ -80,6 +80,7 @@ class CellRecord(Cell):
 
 
 def cell_file(folder: Path, cell: Cell) -> Path:
+    """The JSON file of the cell's record."""
     return folder / CELLS / f"{cell.key}.json"
 
 
@@ -227,10 +228,12 @@ def _cell_digest(cell: Cell, score: ScoreSpec | None = None) -> str:
 
 
 def json_digest(value: Any) -> str:
+    """SHA-256 of a value of JSON, in hexadecimal digits."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def file_digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -45,6 +45,7 @@ def style(axes: Axes, title: str, across: str = "") -> None:
 
 
 def color(position: int) -> str:
+    """The color of the curve or bar at this position."""
     return COLOURS[position % len(COLOURS)]
 
 
@@ -68,6 +69,7 @@ def save(figure: Figure, folder: Path, name: str) -> None:
 
 
 def save_png(figure: Figure, path: Path) -> None:
+    """A picture of pixels, whole or not at all."""
     output = io.BytesIO()
     figure.savefig(output, format="png", dpi=120)
     write_atomically(path, output.getvalue())

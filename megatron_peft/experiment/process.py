@@ -38,6 +38,7 @@ def run_folder(folder: Path, cell: Cell) -> Path:
 
 
 def checkpoints_folder(folder: Path, cell: Cell) -> Path:
+    """--save of the cell's run."""
     return run_folder(folder, cell) / "checkpoints"
 
 
@@ -47,6 +48,7 @@ def score_file(folder: Path, cell: Cell) -> Path:
 
 
 def has_checkpoint(folder: Path, cell: Cell) -> bool:
+    """Whether the cell's run can be resumed."""
     return (checkpoints_folder(folder, cell) / TRACKER).exists()
 
 

@@ -138,6 +138,7 @@ def _sections(
 
 
 def state(results: Results) -> str:
+    """How many final runs are finished."""
     seeds = results.experiment.seeds
     have, whole = sum(len(result.finals) for result in results.all), len(results.all) * len(seeds)
     done = f"{have} of {whole} final runs are in (seeds {', '.join(map(str, seeds))})."
@@ -263,10 +264,7 @@ def facts() -> Mapping[str, Any]:
 
 def papers_tables() -> list[Table]:
     """Table I, its averages that are not the mean of their runs, and what the text says on figures 1 and 2."""
-    return [
-        Table(**{**table, "columns": tuple(table["columns"]), "rows": tuple(map(tuple, table["rows"]))})
-        for table in facts()["tables"]
-    ]
+    return [Table(**table) for table in facts()["tables"]]
 
 
 def papers_models() -> Sequence[str]:

@@ -311,6 +311,8 @@ class Group:
 
 
 def groups(experiment: Experiment) -> list[Group]:
+    """All groups of the experiment, in the order of its file."""
+
     def group(model: Choice, task: Choice, method: Choice) -> Group:
         def cell(point: Mapping[str, Any], seed: int) -> Cell:
             flags = {**experiment.flags, **model.flags, **task.flags, **method.flags, **point, "seed": seed}

@@ -178,6 +178,8 @@ def by_score(results: Results, table_rows: Sequence[Row]) -> Table:
 
 
 def with_test(table_rows: Sequence[Row], reference: str, num_seeds: int) -> Table:
+    """A line per row, with the test."""
+
     def line(row: Row) -> tuple[str, ...]:
         test = row.against
         return (
