@@ -21,7 +21,7 @@ from torch import Tensor
 from megatron_peft.adapters.attach import attach_adapters, freeze
 from megatron_peft.benchmarks.measure import Figure, median_ratio, take_turns
 from megatron_peft.benchmarks.subjects import Setting, load_base, load_with_transformers, microbatch, on_ranks
-from megatron_peft.cli.parser import parse_arguments
+from megatron_peft.cli.parser import read_config
 from megatron_peft.config.untrusted import parse_json, read_text
 from megatron_peft.data.batches import Microbatch
 from megatron_peft.demo.data import fetch_wheel, prepare_reviews
@@ -265,7 +265,7 @@ def _answers(item: Mapping[str, Any]) -> list[Any]:
 
 def our_items(model: str, tasks: str, names: Sequence[str] = TASKS, limit: int = ITEMS_OF_A_TASK) -> Items:
     """The items of this model on the tasks of a folder, at most so many of each. Started on a rank of its own."""
-    from megatron_peft.config.evaluation import HarnessSettings
+    from megatron_peft.config.model import HarnessSettings
     from megatron_peft.evaluation.harness_run import evaluate
 
     torch.set_num_threads(1)
@@ -273,7 +273,7 @@ def our_items(model: str, tasks: str, names: Sequence[str] = TASKS, limit: int =
     output = Path(tasks, "ours.json")
     sizes: dict[str, Any] = {"limit": limit, "batch_size": HARNESS_BATCH_SIZE}
     settings = HarnessSettings(tuple(names), str(output), (tasks,), log_samples=True, **sizes)
-    evaluate(parse_arguments(["--pretrained-checkpoint", model], saved=saved_values), settings)
+    evaluate(read_config(["--pretrained-checkpoint", model], saved=saved_values), settings)
     stop()
     path = output.with_suffix(".samples.jsonl")
     samples = (parse_json(line, str(path)) for line in read_text(path).splitlines())

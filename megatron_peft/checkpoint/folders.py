@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from megatron_peft.config import ConfigurationError, require
+from megatron_peft.config import ConfigurationError, require, writing
 from megatron_peft.config.untrusted import parse_json, read_text, require_regular
 
 # The manifest of a checkpoint, which finds and names torn or changed files:
@@ -308,15 +308,6 @@ def publish_draft(draft: Path, place: Path) -> None:
     sync(place.parent)
 
 
-@contextmanager
-def written(what_fails: str, way_out: str) -> Iterator[None]:
-    """Turn an OSError inside into a ConfigurationError: what fails, the cause, and the way out."""
-    try:
-        yield
-    except OSError as error:
-        raise ConfigurationError(f"{what_fails} ({error.strerror or error}): {way_out}") from error
-
-
 def check_new(output: str | Path) -> None:
     """Raise ConfigurationError if `output` exists: nothing is ever overwritten."""
     require(not os.path.lexists(output), f"--output {output} exists already: remove it, or give another --output.")
@@ -329,8 +320,8 @@ def new_folder(output: str | Path) -> Iterator[Path]:
     Raises ConfigurationError: `output` exists, its parent cannot be written, or the disk is full.
     """
     check_new(output)
-    way_out = "the partial output was removed. Free disk space there, or give another --output."
-    with written(f"--output {output} could not be written", way_out), ExitStack() as stack:
+    way_out = "the partial output was removed. Free disk space there, or give another --output"
+    with writing(f"--output {output}", way_out, "could not be written"), ExitStack() as stack:
         draft = start_draft(Path(output))
         stack.callback(shutil.rmtree, draft, ignore_errors=True)  # does not exist any more if all went well
         yield draft

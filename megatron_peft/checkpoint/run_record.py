@@ -87,6 +87,8 @@ class RunRecord:
         are_right = {
             "position": {"iteration"} <= counters.keys() <= set(COUNTERS) and _are_counts(counters),
             "optimizer_steps": steps is None or _are_counts(steps),
+            "adapted_layers": isinstance(fields["adapted_layers"], list),
+            "best": _are_counts({"iteration": record.best.iteration, "num_since": record.best.num_since}),
             "schedule": record.schedule is None or _is_schedule(record.schedule),
             "base_fingerprint": all(isinstance(digest, str) for digest in (record.base_fingerprint or {}).values()),
             "linear_biases": isinstance(biases, list) and all(isinstance(name, str) for name in biases),

@@ -1,54 +1,31 @@
-"""The flags that are served: a flag for each field of our dataclasses, and those of Megatron-LM in served.toml.
+"""The flags that are served: a flag for each field of our dataclasses, and those of Megatron-LM in served.toml; what is
+told of Megatron's other flags.
 
 Nothing here parses. `served_flags()` is the whole list; `megatron_peft.cli.parser` turns it into a parser.
 """
 
+import ast
 import tomllib
 import typing
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import MISSING, dataclass, fields
+from difflib import get_close_matches
+from functools import cache
+from importlib.util import find_spec
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from megatron_peft.cli.launch import LaunchConfig
-from megatron_peft.cli.megatron import megatron_fields
-from megatron_peft.config import METHODS, SECTIONS, flag, option
+from megatron_peft.config import METHODS, SECTIONS, ConfigurationError, flag, option
 from megatron_peft.config.errors import value_type
 
-# Titles of --help, in order. A field may name its title; the others go to the one of their section.
-GROUPS = (
-    "configuration files",
-    "model",
-    "network size (optional; compared with the checkpoint)",
-    "PEFT",
-    "data",
-    "tokenizer",
-    "training",
-    "validation",
-    "learning rate",
-    "optimizer and regularization",
-    "activation recompute and fusions",
-    "mixed precision",
-    "checkpointing",
-    "distributed",
-    "logging",
-    "accepted for compatibility, no effect",
-)
-GROUP_OF = {  # a section, or a table of served.toml
-    "program": GROUPS[0],
-    "parallel": "distributed",
-    "launch": "distributed",
-    "peft": "PEFT",
-    "optimizer": "optimizer and regularization",
-    "checkpoint": "checkpointing",
-    "shape": GROUPS[2],
-    "config": "model",
-    "transformer": GROUPS[10],
-    "nothing": GROUPS[15],
-}
-
-# Megatron-LM's flags by where their values go.
+# Megatron-LM's flags by where their values go, and the titles of --help in order. A field may name its title; others go
+# to the one of their section, or of their table in the file.
 MEGATRONS = tomllib.loads(Path(__file__).with_name("served.toml").read_text(encoding="utf-8"))
+_TITLES = MEGATRONS.pop("titles")
+GROUPS = (*_TITLES,)
+GROUP_OF = {name: title for title, names in _TITLES.items() for name in names}
 
 
 # Where the value of a flag goes; `command`: the settings of the command itself.
@@ -81,7 +58,6 @@ class Flag:
 
     @property
     def takes_value(self) -> bool:
-        """Whether it is no switch."""
         return self.constant is TAKES_A_VALUE
 
 
@@ -104,7 +80,7 @@ class ProgramSettings:
 
 
 _FILES = "YAML files with flags as keys; later files override earlier ones, and typed flags override all"
-CONFIG = Flag(("--config",), "program", "config", _FILES, GROUPS[0], many=True, metavar="FILE")
+CONFIG = Flag(("--config",), "program", "config", _FILES, GROUP_OF["program"], many=True, metavar="FILE")
 
 
 def served_flags() -> tuple[Flag, ...]:
@@ -132,7 +108,7 @@ def flags_of(config_class: type, section: str = "") -> Iterator[Flag]:
         of_field: dict[str, Any] = {
             "target": target,
             "key": field.name,
-            "group": field.metadata["group"] or GROUP_OF.get(section, section or "options"),
+            "group": field.metadata["group"] or GROUP_OF.get(section, "options"),
             "section": "" if target == "program" else section,
         }
         default, words = None if field.default is MISSING else field.default, field.metadata["help"]
@@ -166,3 +142,172 @@ def _megatrons_flags() -> Iterator[Flag]:
             if "kind" in declared:
                 settings["kind"] = kinds[declared["kind"]]
             yield Flag((f"--{name}",), target, key, **settings)
+
+
+# What Megatron knows: the fields of megatron-core's configuration classes, and Megatron-LM's flags that are refused.
+#
+# Importing those classes takes seconds, since torch and half of megatron-core come along; a wrong flag and `--help` are
+# answered from their source at once. What is read (names, types, the docstring under a field, Megatron-LM's own flags
+# for it) is what the dataclasses themselves say: a test compares the two.
+#
+# A Megatron flag is refused by name, with the reason and the way out; a flag of Hugging Face's trainers gets what
+# stands for it here, and any other the nearest flag. refused.toml has the words.
+
+# Class -> (file below megatron/core, classes in it and in its bases' files whose fields it has).
+SOURCES = {
+    "TransformerConfig": ("model_parallel_config.py", "transformer/transformer_config.py"),
+    "OptimizerConfig": ("optimizer/optimizer_config.py",),
+    "DistributedDataParallelConfig": ("distributed/distributed_data_parallel_config.py",),
+}
+BASES = {"TransformerConfig": ("ModelParallelConfig",)}
+
+TYPO, NEAR = 0.85, 0.6  # likeness to a flag: a slip of the finger; worth asking about
+MIN_BEGINNING = 6  # letters of a flag's beginning that are not there by chance
+FIELD_REASON = "a field of megatron-core that fine-tuning has no use for"
+REFUSED_TOO = ", a Megatron flag that is not supported"
+TOLD = tomllib.loads(Path(__file__).with_name("refused.toml").read_text(encoding="utf-8"))
+REASONS = {name: reason for reason, names in TOLD["reasons"].items() for name in names.split()}
+EQUIVALENTS = {name: here for here, names in TOLD["equivalents"].items() for name in names.split()}
+
+
+@dataclass(frozen=True)
+class MegatronField:
+    """One field: its annotation as source text, its first sentence of documentation, Megatron-LM's own flags."""
+
+    name: str
+    annotation: str
+    help: str
+    flags: tuple[str, ...]
+
+
+@cache
+def megatron_fields(class_name: str) -> dict[str, MegatronField]:
+    """Name -> field of a class of `SOURCES`, the fields of its base classes included, without internal ones (`_x`)."""
+    classes = (*BASES.get(class_name, ()), class_name)
+    return {
+        field.name: field
+        for file in SOURCES[class_name]
+        for node in ast.parse(_megatron_core(file).read_text()).body
+        if isinstance(node, ast.ClassDef) and node.name in classes
+        for field in _fields(node)
+    }
+
+
+def flags_of_fields() -> Iterator[tuple[str, str]]:
+    """(flag, field): `--field`, Megatron's own names for it, and for a switch `--no-field` and `--disable-field`."""
+    for class_name in SOURCES:
+        for field in megatron_fields(class_name).values():
+            prefixes = ("", "no_", "disable_") if field.annotation == "bool" else ("",)
+            for name in (*(flag(prefix + field.name) for prefix in prefixes), *field.flags):
+                yield name, field.name
+
+
+def _megatron_core(file: str) -> Path:
+    """Where a source file of megatron-core lies. `megatron` is a namespace package: finding it imports nothing."""
+    spec = find_spec("megatron")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        path = Path(folder, "core", file)
+        if path.is_file():
+            return path
+    raise ConfigurationError(f"megatron-core is not installed (no megatron/core/{file}): pip install megatron-core.")
+
+
+def _fields(node: ast.ClassDef) -> Iterator[MegatronField]:
+    for statement, following in zip_longest(node.body, node.body[1:]):
+        if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
+            continue
+        if statement.target.id.startswith("_"):
+            continue
+        text = ""
+        if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
+            text = " ".join(str(following.value.value).split())
+        yield MegatronField(
+            name=statement.target.id,
+            annotation=ast.unparse(statement.annotation),
+            help=text.split(". ")[0].rstrip("."),
+            flags=_argument_names(statement.value),
+        )
+
+
+def _argument_names(value: ast.expr | None) -> tuple[str, ...]:
+    """`field(metadata={"argparse_meta": {"arg_names": [...]}})`: the flags under which Megatron-LM serves a field.
+
+    Nothing else is evaluated: what stands beside them may be computed.
+    """
+    dictionaries = (node for node in ast.walk(value) if isinstance(node, ast.Dict)) if value else ()
+    pairs = (pair for node in dictionaries for pair in zip(node.keys, node.values, strict=True))
+    names = (item for key, item in pairs if isinstance(key, ast.Constant) and key.value == "arg_names")
+    return tuple(name for item in names for name in ast.literal_eval(item))
+
+
+def known_flags(served: Iterable[str]) -> dict[str, str | None]:
+    """Every flag that is known, with its dashes -> None if it is served, else why it is not.
+
+    Besides Megatron-LM's own flags these are all fields of megatron-core's configuration classes, whatever its
+    version: a field is served by a flag, or it is refused; there is no third state.
+    """
+    of_fields = {
+        name: reason_of(name[2:]) or reason_of(field_name.replace("_", "-")) or FIELD_REASON
+        for name, field_name in flags_of_fields()
+    }
+    refused = {f"--{name}": reason for name, reason in REASONS.items() if not name.endswith("*")}
+    return of_fields | refused | dict.fromkeys(served)
+
+
+def why_not_served(name: str, served: Collection[str]) -> str:
+    """The error message for a Megatron flag that is not supported, another library's flag, or an unknown one.
+
+    Args:
+        served: all flags that are, with their dashes.
+    """
+    known = known_flags(served)
+    if reason := known.get(name):
+        return _refusal(name, reason)
+    if told := equivalent(name):
+        return told
+    bare = name.lstrip("-")
+    family = reason_of(bare) or reason_of(bare.removeprefix("no-"))
+    if family and not nearest(name, served, TYPO):
+        return _refusal(name, family)
+    like = nearest(name, known, TYPO) or nearest(name, [*served, *EQUIVALENTS], NEAR)
+    if like and (told := equivalent(like)):  # a slip in another library's flag
+        return f"{name} is not a known flag; {told}"
+    return not_known(name, like) if not like or known[like] is None else not_known(name, like, REFUSED_TOO)
+
+
+def not_known(name: str, like: str | None, more: str = "") -> str:
+    """The error message for a flag that nobody knows, with the one `like` it."""
+    return f"{name} is not a known flag; {f'did you mean {like}{more}?' if like else '--help lists them.'}"
+
+
+def nearest(name: str, others: Iterable[str], likeness: float = NEAR) -> str | None:
+    """The only flag that begins with `name`, or else the one most like it, if it is at least so alike (0 to 1).
+
+    Dashes in front do not count.
+    """
+    bare, flags = name.lstrip("-"), [other.lstrip("-") for other in others]
+    longer = [flag for flag in flags if len(bare) >= MIN_BEGINNING and flag.startswith(f"{bare}-")]
+    near = longer if len(longer) == 1 else get_close_matches(bare, flags, 1, likeness)
+    return f"--{near[0]}" if near else None
+
+
+def equivalent(flag: str) -> str | None:
+    """What to tell about a flag (with its dashes) of Hugging Face's trainers; None if it is not one."""
+    here = EQUIVALENTS.get(flag.lstrip("-").replace("_", "-"))
+    return f"{flag} is a flag of Hugging Face's libraries; here it is {here}." if here else None
+
+
+def reason_of(name: str) -> str | None:
+    """Why Megatron-LM's flag `name` (no leading dashes) is not served; None if it is not known here."""
+    beginnings = [start for start in REASONS if start.endswith("*") and name.startswith(start[:-1])]
+    return REASONS.get(name) or (REASONS[max(beginnings, key=len)] if beginnings else None)
+
+
+def way_out(flag: str, reason: str | None) -> str | None:
+    """What to do about a flag (with its dashes) that is not served, or not with its value; None: leave it out."""
+    return TOLD["ways-out"].get(flag.lstrip("-")) or TOLD["ways-out-by-reason"].get(reason)
+
+
+def _refusal(flag: str, reason: str) -> str:
+    told = way_out(flag, reason) or "remove it"
+    return f"{flag} is a Megatron flag that megatron_peft does not support ({reason}); {told}."

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from megatron_peft.cli.config_files import CONFIG_FLAG, file_entries, run_file
-from megatron_peft.cli.flags import Flag, Target, served_flags
-from megatron_peft.cli.megatron import nearest, not_known, reason_of, way_out, why_not_served
+from megatron_peft.cli.flags import Flag, Target, nearest, not_known, reason_of, served_flags, way_out, why_not_served
 from megatron_peft.config import (
     ConfigurationError,
     ParallelConfig,
@@ -38,20 +37,6 @@ PATIENCE_SECONDS = 2.0
 
 ShapeReader = Callable[[str], ModelShape]
 Values = Mapping[str, Any]  # fields of the configuration by name
-
-
-def parse_arguments(
-    argv: Sequence[str] | None = None,
-    environ: Mapping[str, str] = os.environ,
-    read_shape: ShapeReader | None = None,
-    program: str = PROGRAM,
-    saved: Callable[[Values], Values] | None = None,
-) -> RunConfig:
-    """`read_config` of the words in `argv` (default: the process's own). SystemExit: 2 after telling what is wrong."""
-    try:
-        return read_config(sys.argv[1:] if argv is None else argv, environ, read_shape, saved)
-    except ConfigurationError as error:
-        raise SystemExit(tell_error(error, environ, program)) from error
 
 
 def read_config(
@@ -123,7 +108,6 @@ class RunFlags:
 
     @property
     def launch(self) -> dict[str, Any]:
-        """The values of `LaunchConfig`."""
         return self.values["launch"]
 
     @property

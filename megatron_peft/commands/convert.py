@@ -9,10 +9,9 @@ megatron-peft convert verify         --input FOLDER --reference FOLDER
 An existing output is never overwritten. docs/moving-weights.md lists every conversion.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from megatron_peft.cli.command import Command
 from megatron_peft.cli.launch import tell_loading
@@ -57,7 +56,6 @@ class HfToMegatron(_Conversion):
     )
 
     def run(self) -> int:
-        """Write the checkpoint."""
         import torch
 
         from megatron_peft.conversion.convert import hf_to_megatron
@@ -79,36 +77,32 @@ class _ToHuggingFace(_WithCard):
     dtype: Dtype | None = option(None, "dtype of the weights (default: as stored)")
     max_shard_size: str = option("5GB", "largest safetensors file", metavar="SIZE")
 
-    def _write(self, convert: Callable[..., Path]) -> int:
+    conversion: ClassVar[str]
+
+    def run(self) -> int:
         import torch
 
+        from megatron_peft.conversion import convert
         from megatron_peft.conversion.writer import parse_bytes
 
+        write = getattr(convert, self.conversion)
         size, dtype = parse_bytes(self.max_shard_size), self.dtype and getattr(torch, self.dtype)
-        card: dict[str, Any] = {"pretrained_checkpoint": self.base, "license": self.license}
-        return _wrote(convert(self.input, self.output, dtype=dtype, max_shard_bytes=size, **card), self.input)
+        card = {"pretrained_checkpoint": self.base, "license": self.license}
+        return _wrote(write(self.input, self.output, dtype=dtype, max_shard_bytes=size, **card), self.input)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MegatronToHf(_ToHuggingFace):
     """convert a Megatron checkpoint, or a run of full fine-tuning, to a Hugging Face folder"""
 
-    def run(self) -> int:
-        """Write the folder."""
-        from megatron_peft.conversion.convert import megatron_to_hf
-
-        return self._write(megatron_to_hf)
+    conversion = "megatron_to_hf"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Merge(_ToHuggingFace):
     """merge a run's adapters into their base and write a Hugging Face folder"""
 
-    def run(self) -> int:
-        """Write the folder."""
-        from megatron_peft.conversion.convert import merge
-
-        return self._write(merge)
+    conversion = "merge"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +124,6 @@ class ExportAdapter(_WithCard):
     )
 
     def run(self) -> int:
-        """Write the adapter."""
         names = ("tolerance", "max_rank", "num_tokens")
         limits: dict[str, Any] = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         require(self.as_lora or not limits, f"{', '.join(map(flag, limits))}: give --as-lora too, or leave it out.")
@@ -149,7 +142,6 @@ class ImportAdapter(_FromBase, _Conversion):
     """convert an adapter of HF PEFT to a run's adapters, for --load"""
 
     def run(self) -> int:
-        """Write the run."""
         from megatron_peft.conversion.peft_import import import_adapter
 
         return _wrote(import_adapter(self.input, self.output, pretrained_checkpoint=self.base))

@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron_peft.cli.command import Command
 from megatron_peft.cli.parser import RunFlags
 from megatron_peft.config import METHODS, PeftConfig, option, require_packages
-from megatron_peft.demo.waiting import waiting
+from megatron_peft.demo.data import waiting
 
 ANY_RUN = {"pretrained_checkpoint": "m", "tensor_model_parallel_size": 3}  # several ranks, as in the demo
 

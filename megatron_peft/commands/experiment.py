@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_peft.cli.command import Command
-from megatron_peft.config import Checked, ConfigurationError, option, require, required_option
+from megatron_peft.config import Checked, ConfigurationError, option, require, required_option, writing
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,9 @@ def run(settings: ExperimentSettings) -> int:
     folder, file = settings.output or Path("runs/experiments", experiment.name), settings.emit_slurm
     if file is not None:
         text = script(experiment, chosen, settings.experiment, folder, str(file))
-        try:
+        with writing(f"--emit-slurm {file}"):
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise ConfigurationError(f"--emit-slurm {file} cannot be written: {error.strerror}.") from error
         print(f"wrote {file}: {len(chosen)} array tasks; bash {file} submits them")
         return 0
 

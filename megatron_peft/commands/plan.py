@@ -16,7 +16,7 @@ from megatron_peft.cli.config_files import run_file
 from megatron_peft.cli.launch import tell_loading
 from megatron_peft.cli.parser import RunFlags
 from megatron_peft.commands.train import shape_of
-from megatron_peft.config import Checked, ConfigurationError, Requirements, RunConfig, flag, option, require
+from megatron_peft.config import Checked, ConfigurationError, Requirements, RunConfig, flag, option, require, writing
 from megatron_peft.models.families import read_shape_of_file
 from megatron_peft.models.shape import ModelShape
 
@@ -206,10 +206,8 @@ def _tell(text: str) -> None:
 
 def write_file(path: Path, text: str) -> None:
     """Raises ConfigurationError if it cannot be written."""
-    try:
+    with writing(str(path), "give another file"):
         path.write_text(text)
-    except OSError as error:
-        raise ConfigurationError(f"{path} cannot be written ({error.strerror}): give another file.") from error
 
 
 main = Command("plan", __doc__, PlanSettings, run, takes_run_flags=True)

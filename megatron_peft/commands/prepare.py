@@ -39,6 +39,10 @@ class PrepareSettings:
     overlap: Literal["remove", "error"] = option(
         "remove", "what to do with training items that are also test items", metavar="remove|error"
     )
+    # Flags of those tasks that declare them.
+    test_input: tuple[Path, ...] = ()
+    skip_damaged: bool = False
+    tasks: tuple[str, ...] = ()
 
 
 def settings_of_tasks(words: Sequence[str]) -> dict[str, type]:
@@ -74,16 +78,11 @@ def _settings_of(name: str, members: Mapping[str, TaskFile]) -> type:
     if task.group:
         flags["tasks"] = (tuple[str, ...], option((*members,), f"of {name}", metavar="|".join(members)))
     summary = f"{task.help} -> a folder for each of {', '.join(members)}" if task.group else task.help
-    without = {"test_input": (), "skip_damaged": False, "tasks": (*members,)}
     return make_dataclass(
         name,
         [(flag, *declared) for flag, declared in flags.items()],
         bases=(PrepareSettings,),
-        namespace={
-            **{name: value for name, value in without.items() if name not in flags},
-            "members": members,
-            "__doc__": summary,
-        },
+        namespace={"members": members, "__doc__": summary},
         **{"frozen": True, "kw_only": True},
     )
 
@@ -123,7 +122,7 @@ def run(settings: Any) -> int:
 
 def benchmark_data(settings: Any) -> Iterator[tuple[Path, BenchmarkData]]:
     """The folder of each task, and what goes into it."""
-    for name in settings.tasks:
+    for name in settings.tasks or settings.members:
         task: TaskFile = settings.members[name]
         held_out = task.held_out and (getattr(settings, task.held_out) or fetch(load(task.held_out), settings))
         given = settings.input or fetch(task, settings)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from megatron_peft.cli.command import Command, start_ranks
 from megatron_peft.cli.parser import RunFlags, is_first_rank
-from megatron_peft.config import Checked, ConfigurationError, option, require, require_packages, required_option
+from megatron_peft.config import Checked, option, require, require_packages, required_option, writing
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class ReportSettings(Checked):
 
 def run(settings: ReportSettings, run_flags: RunFlags) -> int:
     """Write the report and print the names of its files."""
-    try:
+    with writing():
         require(
             not run_flags.words or settings.samples is not None,
             f"unexpected {' '.join(run_flags.words)}: flags of the model are for --samples.",
@@ -53,9 +53,6 @@ def run(settings: ReportSettings, run_flags: RunFlags) -> int:
         if ended is not None:
             return ended
         written = _report(settings, run_flags)
-    except OSError as error:
-        told = f"{error.filename or 'the report'} cannot be written ({error.strerror})."
-        raise ConfigurationError(told) from error
     for path in written:
         print(path)
     return 0
@@ -74,8 +71,7 @@ def _report(settings: ReportSettings, run_flags: RunFlags) -> list[Path]:
             f"folder of a run, or the --output folder of megatron-peft experiment.",
         )
         require(settings.samples is None, f"--samples needs the --save folder of a run; {folder} is not one.")
-        from megatron_peft.experiment.page import write
-        from megatron_peft.experiment.report import build_report
+        from megatron_peft.experiment.report import build_report, write
         from megatron_peft.experiment.results import copy_results, read_results
         from megatron_peft.experiment.tables import reference_method
 
@@ -86,7 +82,7 @@ def _report(settings: ReportSettings, run_flags: RunFlags) -> list[Path]:
         return write(report, output)
 
     require(settings.against is None, "--against is of an experiment, but this is the folder of a run.")
-    from megatron_peft.experiment.page import HTML, write_page
+    from megatron_peft.experiment.report import HTML, write_page
 
     run = read_run(folder)  # before anything is answered
     if settings.samples is not None:

@@ -12,6 +12,7 @@ from megatron_peft.config.errors import (
     require,
     require_packages,
     required_option,
+    writing,
 )
 from megatron_peft.config.methods import (
     LINEAR_MODULES,
@@ -27,7 +28,6 @@ from megatron_peft.config.methods import (
     require_matches,
 )
 from megatron_peft.config.model import SENTENCEPIECE, DataConfig, ModelConfig
-from megatron_peft.config.parallel import ParallelConfig
 from megatron_peft.config.run import (
     SECTIONS,
     RunConfig,
@@ -43,6 +43,7 @@ from megatron_peft.config.training import (
     CheckpointConfig,
     LoggingConfig,
     OptimizerSettings,
+    ParallelConfig,
     TrainingConfig,
     missing_for_training,
 )

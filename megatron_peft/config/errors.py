@@ -5,8 +5,8 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, Field, field, fields
 from functools import cache
 from importlib import import_module
@@ -87,6 +87,16 @@ def require(condition: bool, message: str) -> None:
     """Raise `ConfigurationError(message)` unless `condition` holds."""
     if not condition:
         raise ConfigurationError(message)
+
+
+@contextmanager
+def writing(what: str = "", way_out: str = "", fails: str = "cannot be written") -> Iterator[None]:
+    """Make an OSError a ConfigurationError that says what fails, by default the file of the error, and the way out."""
+    try:
+        yield
+    except OSError as error:
+        told = f"{what or error.filename or 'a file'} {fails} ({error.strerror or error})"
+        raise ConfigurationError(f"{told}: {way_out}." if way_out else f"{told}.") from error
 
 
 def require_packages(extra: str, *names: str) -> None:
@@ -208,7 +218,6 @@ class Requirements:
             raise ConfigurationError
 
     def each(self, check: Check, *names: str) -> None:
-        """The value of each field passes the check."""
         holds, told = CHECKS[check]
         for name in names:
             value = getattr(self.config, name)

@@ -11,8 +11,13 @@ from typing import Any, get_type_hints
 from megatron_peft.config.errors import Checked, ConfigurationError, Requirements, flag, spelled
 from megatron_peft.config.methods import METHODS, PeftConfig
 from megatron_peft.config.model import DataConfig, ModelConfig
-from megatron_peft.config.parallel import ParallelConfig
-from megatron_peft.config.training import CheckpointConfig, LoggingConfig, OptimizerSettings, TrainingConfig
+from megatron_peft.config.training import (
+    CheckpointConfig,
+    LoggingConfig,
+    OptimizerSettings,
+    ParallelConfig,
+    TrainingConfig,
+)
 
 
 @dataclass(frozen=True)

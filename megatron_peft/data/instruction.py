@@ -16,7 +16,7 @@ import torch.distributed as dist
 from rich.progress import track
 
 from megatron_peft.checkpoint import folders
-from megatron_peft.config import ConfigurationError, not_obeyed, require
+from megatron_peft.config import ConfigurationError, not_obeyed, require, writing
 from megatron_peft.config.untrusted import read_json_object
 from megatron_peft.data.files import RecordFiles
 from megatron_peft.data.records import Fit, TokenizedRecord
@@ -128,14 +128,25 @@ _BATCH, _BATCH_TOKENS = 500, 1 << 20  # records written at once, fewer if they h
 class TokenCache:
     """The tokens of all records, by number; left_out: number of records by unused field."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, num_records: int) -> None:
+        """Raises ConfigurationError unless the folder holds lists of ids and flags for so many records."""
         import pyarrow as pa
 
         self.folder = folder
         shards = [folder / name for name in sorted(folders.read_manifest(folder)) if name.endswith(".arrow")]
-        table = pa.concat_tables([pa.ipc.open_stream(pa.memory_map(str(shard))).read_all() for shard in shards])
-        self._ids, self._trained = table.column("ids"), table.column("trained")
-        self.left_out = Counter[str](read_json_object(folder / COUNTS)["left_out"])
+        try:
+            table = pa.concat_tables([pa.ipc.open_stream(pa.memory_map(str(shard))).read_all() for shard in shards])
+            table.validate(full=True)
+            self._ids, self._trained = table.column("ids"), table.column("trained")
+            self.left_out = Counter[str](read_json_object(folder / COUNTS)["left_out"])
+        except (pa.ArrowException, KeyError, TypeError) as error:
+            raise ConfigurationError(_damaged(folder, str(error))) from error
+        types = self._ids.type, self._trained.type
+        is_one = len(table) == num_records and types == (pa.list_(pa.int32()), pa.list_(pa.bool_()))
+        told = (
+            f"it has {len(table)} records of {types[0]} and {types[1]}, and should have {num_records} of ids and flags"
+        )
+        require(is_one, _damaged(folder, told))
 
     def tokenized(self, index: int) -> TokenizedRecord:
         """All ids of a record, and which of them the loss counts."""
@@ -203,7 +214,7 @@ def open_cache(root: Path, records: RecordFiles, fit: Fit) -> TokenCache:
                 lock.release()
 
     def opened() -> TokenCache:
-        cache = TokenCache(folder)
+        cache = TokenCache(folder, len(records))
         cache.require_ids_fit(share, fit.tokenizer.largest_id, records)
         return cache
 
@@ -217,8 +228,8 @@ def open_cache(root: Path, records: RecordFiles, fit: Fit) -> TokenCache:
 
 
 def _writing_in(root: Path) -> AbstractContextManager[None]:
-    way_out = "give --data-cache-path a folder that can be written."
-    return folders.written(f"the tokens of the data cannot be kept in {root}", way_out)
+    way_out = "give --data-cache-path a folder that can be written"
+    return writing("the tokens of the data", way_out, f"cannot be kept in {root}")
 
 
 def _start_draft(draft: Path) -> folders.FolderLock:

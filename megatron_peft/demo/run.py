@@ -1,11 +1,15 @@
 """The whole demo: download the model and messages, train, score with and without it, write a report and a picture.
 
 Everything is kept in one folder, and a second call reuses it. If the flags of a run change, its folder is emptied.
+
+python -m megatron_peft.demo.run FOLDER FLAGS is each of its ranks, which trains and writes FOLDER/after.json and
+FOLDER/before.json; FLAGS are those of pretrain_peft.py.
 """
 
 import json
 import os
 import shutil
+import signal
 import sys
 import textwrap
 import time
@@ -21,17 +25,24 @@ from rich.table import Table
 
 from megatron_peft.checkpoint.folders import write_atomically
 from megatron_peft.cli.launch import start_processes
-from megatron_peft.cli.parser import read_config
-from megatron_peft.config import PeftConfig
+from megatron_peft.cli.parser import read_config, tell_error
+from megatron_peft.config import ConfigurationError, PeftConfig
 from megatron_peft.config.untrusted import read_json, read_json_object
-from megatron_peft.demo.data import Pair, PairFiles, prepare_model, prepare_pairs, read_pairs, write_lines
-from megatron_peft.demo.waiting import PROGRAM, waiting
+from megatron_peft.demo.data import (
+    PROGRAM,
+    Pair,
+    PairFiles,
+    prepare_model,
+    prepare_pairs,
+    read_pairs,
+    waiting,
+    write_lines,
+)
 from megatron_peft.experiment import plots
 from megatron_peft.experiment.process import ENVIRONMENT, LAMBDA_FILE
 from megatron_peft.experiment.run_report import SAMPLE_FIELDS, SAMPLES_FILE
 from megatron_peft.training.metrics import METRICS_FILE, read_metrics
 
-RANKS = "megatron_peft.demo.ranks"  # what each rank runs
 BEFORE, AFTER = "before.json", "after.json"  # scores that the ranks write
 
 
@@ -157,18 +168,58 @@ def _trained(folder: Path, flags: list[str]) -> tuple[DemoScore, DemoScore]:
         folder.mkdir(parents=True, exist_ok=True)
         _write_json(record, flags)
         _print_progress(f"megatron-peft train {' '.join(flags)}")
-        # A run that was stopped goes on from its checkpoint.
-        _launch(str(folder), *flags, "--save", str(folder / CHECKPOINTS), "--resume", "auto")
+        # A run that was stopped goes on from its checkpoint. A rank that fails has said what is wrong.
+        os.environ.update(ENVIRONMENT)
+        words = [str(folder), *flags, "--save", str(folder / CHECKPOINTS), "--resume", "auto"]
+        launch = {"nproc_per_node": str(PIPELINE_PARALLEL_SIZE)}
+        if ended := start_processes("megatron_peft.demo.run", words, launch, PROGRAM):
+            raise SystemExit(ended)
     before, after = map(DemoScore.read, scores)
     return before, after
 
 
-def _launch(*argv: str) -> None:
-    """Run `demo.ranks` on this machine, with its output on our terminal. SystemExit: a rank has said what is wrong."""
-    os.environ.update(ENVIRONMENT)
-    launch = {"nproc_per_node": str(PIPELINE_PARALLEL_SIZE)}
-    if ended := start_processes(RANKS, argv, launch, PROGRAM):
-        raise SystemExit(ended)
+def main() -> None:
+    """Train and score a run on its ranks: the folder of the scores, then flags of pretrain_peft.py.
+
+    Training comes first, so that its first loss is soon there, and is continued if it was stopped.
+    """
+    tells = os.environ.get("RANK", "0") == "0"
+    try:
+        _train_and_score(*sys.argv[1:], tells=tells)
+    except ConfigurationError as error:
+        sys.exit(tell_error(error, program=PROGRAM))
+    except KeyboardInterrupt:  # while nothing has begun
+        if tells:
+            print(f"{PROGRAM}: interrupted", file=sys.stderr, flush=True)
+        os._exit(128 + signal.SIGINT)
+
+
+def _train_and_score(folder: str, *flags: str, tells: bool) -> None:
+    with waiting("loading torch and megatron-core", tells):
+        from megatron.core.utils import unwrap_model
+
+        from megatron_peft.demo.scoring import score_model
+        from megatron_peft.evaluation.model import restore_base
+        from megatron_peft.runtime.failure import run_together
+        from megatron_peft.runtime.launch import world
+        from megatron_peft.training.run import finetune
+
+    config = read_config(flags)
+
+    def train_and_score() -> None:
+        trained = finetune(config)
+        if trained.state.position.iteration < trained.data.train_iters:
+            raise KeyboardInterrupt  # it was asked to stop, and has saved
+        # Training ends with a validation: of all held-out messages, unless --eval-iters said otherwise.
+        last = read_metrics(Path(str(config.checkpoint.save), METRICS_FILE))[-1]
+        loss = last.get("validation_loss") if config.training.eval_iters is None else None
+        limit = MOST_NEW_TOKENS
+        score_model(trained, "scoring the trained model", Path(folder, AFTER), loss=loss, max_new_tokens=limit)
+        restore_base(unwrap_model(trained.state.model_chunks), config, trained.state.shape)
+        score_model(trained, "scoring the base model", Path(folder, BEFORE), max_new_tokens=limit)
+
+    with world(config.parallel.distributed_backend, config.parallel.distributed_timeout_minutes):
+        run_together(train_and_score, program=PROGRAM)
 
 
 def _write_json(path: Path, content: Any) -> None:
@@ -278,3 +329,7 @@ def print_report(report: Report, folder: Path, console: Console | None = None) -
         highlight=False,
         soft_wrap=True,
     )
+
+
+if __name__ == "__main__":
+    main()

@@ -13,12 +13,11 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.utils import unwrap_model
 
 from megatron_peft.checkpoint.load import load_checkpoint
-from megatron_peft.cli.parser import parse_arguments
-from megatron_peft.config import RunConfig, require_packages
+from megatron_peft.cli.parser import read_config, tell_error
+from megatron_peft.config import ConfigurationError, RunConfig, require_packages
 from megatron_peft.data.tokenizers import Tokenizer, build_tokenizer
-from megatron_peft.demo.data import Pair, read_pairs
+from megatron_peft.demo.data import Pair, read_pairs, waiting
 from megatron_peft.demo.run import DemoScore
-from megatron_peft.demo.waiting import waiting
 from megatron_peft.evaluation.generation import GenerationSettings, generate
 from megatron_peft.models.families import read_shape
 from megatron_peft.runtime.failure import run_together
@@ -92,7 +91,10 @@ def score(config: RunConfig, output: Path) -> None:
 def main() -> None:
     """Score a run: the JSON file to write, then flags of pretrain_peft.py."""
     output, *flags = sys.argv[1:]
-    config = parse_arguments(flags)
+    try:
+        config = read_config(flags)
+    except ConfigurationError as error:
+        sys.exit(tell_error(error))
     with world(config.parallel.distributed_backend, config.parallel.distributed_timeout_minutes):
         run_together(lambda: score(config, Path(output)), "megatron_peft.demo.scoring")
 

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from megatron_peft.checkpoint.folders import write_atomically
 from megatron_peft.checkpoint.run_record import read_run_record
-from megatron_peft.config import ConfigurationError, RunConfig, is_indexed, parse_blend, require
-from megatron_peft.config.evaluation import AnswerSettings
+from megatron_peft.config import ConfigurationError, RunConfig, is_indexed, parse_blend, require, writing
+from megatron_peft.config.model import AnswerSettings
 from megatron_peft.config.untrusted import parse_json, read_text, require_regular
 from megatron_peft.data.files import RecordFiles
 from megatron_peft.data.records import ColumnNames, Fit, plain_turn
@@ -84,10 +84,8 @@ def check_output(output: str) -> None:
     kind = "a link" if path.is_symlink() else "a pipe or a device"
     is_plain = path.is_file() or not path.exists()
     require(is_plain and not path.is_symlink(), f"--output {path} is {kind}, not a file: give another path.")
-    try:
+    with writing(f"--output {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigurationError(f"--output {path} cannot be written ({error.strerror}).") from error
     may_write = os.access(path.parent, os.W_OK)
     require(may_write, f"--output {path} cannot be written: no permission to write to {path.parent}.")
 
@@ -158,31 +156,26 @@ class AnswerFile:
 
     def __init__(self, path: Path) -> None:
         self._path, self._draft, self._num_written = path, path.with_name(f".{path.name}.partial"), 0
-        with self._explained_errors():
+        with self._writing():
             self._file = self._draft.open("w", encoding="utf-8")
 
     def add(self, line: str) -> None:
         """Append a line; the operating system has it when this returns."""
-        with self._explained_errors():
+        with self._writing():
             self._file.write(line)
             self._file.flush()
         self._num_written += 1
 
     def publish(self) -> None:
         """Put the finished file in its place. Until then only its draft exists."""
-        with self._explained_errors():
+        with self._writing():
             os.fsync(self._file.fileno())
             self._file.close()
             self._draft.replace(self._path)
 
-    @contextmanager
-    def _explained_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            kept = f" The first {self._num_written} answers are in {self._draft}." if self._num_written else ""
-            told = f"--output {self._path} cannot be written ({error.strerror}): free space, or give another file."
-            raise ConfigurationError(told + kept) from error
+    def _writing(self) -> AbstractContextManager[None]:
+        kept = f". The first {self._num_written} answers are in {self._draft}" if self._num_written else ""
+        return writing(f"--output {self._path}", f"free space, or give another file{kept}")
 
 
 class Stream:
@@ -199,7 +192,6 @@ class Stream:
         self._show()
 
     def end(self) -> None:
-        """Print what is left, and end the line."""
         self._show(is_whole=True)
         self._write("\n")
 
@@ -254,10 +246,8 @@ def write_samples(config: RunConfig, output: Path, run: str, num_samples: int, m
         lines += json.dumps(line, ensure_ascii=False) + "\n"
 
     def write() -> None:
-        try:
+        with writing(f"--samples: {output}"):
             write_atomically(output, lines)
-        except OSError as error:
-            raise ConfigurationError(f"--samples: {output} cannot be written ({error.strerror}).") from error
 
     checked_together(lambda: write() if dist.get_rank() == 0 else None)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from megatron_peft.adapters.step import adapters_step
 from megatron_peft.config import require
-from megatron_peft.config.evaluation import Sampling
+from megatron_peft.config.model import Sampling
 from megatron_peft.data.tokenizers import Tokenizer
 from megatron_peft.evaluation.model import InferenceModel
 from megatron_peft.parallel.layout import generator_for
@@ -275,7 +275,6 @@ class StopTexts:
         self._num_tokens = max((len(text.encode()) for text in self.texts), default=0) + 4
 
     def is_complete(self, ids: Sequence[int]) -> bool:
-        """Whether the newest token completes one of the texts."""
         tail = self._tokenizer.decode(ids[-self._num_tokens :]) if self.texts else ""
         return any(text in tail for text in self.texts)
 

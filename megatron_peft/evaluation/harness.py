@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,9 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from megatron_peft.checkpoint.folders import GRACE_SECONDS, locked, written
-from megatron_peft.config import ConfigurationError, require
-from megatron_peft.config.evaluation import Sampling
+from megatron_peft.checkpoint.folders import GRACE_SECONDS, locked
+from megatron_peft.config import ConfigurationError, require, writing
+from megatron_peft.config.model import Sampling
 from megatron_peft.config.untrusted import parse_json, require_regular
 from megatron_peft.evaluation.answers import request_bar
 from megatron_peft.evaluation.generation import Continuation, GenerationSettings, StopTexts, generate_answers, score_all
@@ -97,23 +97,11 @@ class FinishedRequests(dict[str, Any]):
         return hashlib.sha256(json.dumps([self.model, kind, *what]).encode()).hexdigest()[:32]
 
     def add(self, answers: Mapping[str, Any]) -> None:
-        """Keep answers, in the file too."""
         self.update(answers)
         lines = [json.dumps({"key": key, "answer": answer}) + "\n" for key, answer in answers.items()]
-        with written(f"{self._path} cannot be written", "free disk space, and the same command goes on."):
+        with writing(str(self._path), "free disk space, and the same command goes on"):
             self._file.write("".join(lines).encode())
             self._file.flush()
-
-    def require_answers(self, keys: Iterable[str], is_answer: Callable[[Any], bool]) -> None:
-        """Raises ConfigurationError if a known answer to these requests is not of their kind."""
-        for key in keys:
-            told = f"{self._path} has no such answer to the request {key} as the model gives"
-            require(key not in self or is_answer(self[key]), f"{told}: remove its line to repeat the request.")
-
-
-def _is_score(answer: Any) -> bool:
-    """A log-likelihood, and whether it is of the likeliest continuation."""
-    return isinstance(answer, list | tuple) and [*map(type, answer)] in ([float, bool], [int, bool])
 
 
 MAX_NEW_TOKENS = 256  # the harness's default
@@ -184,7 +172,7 @@ class HarnessModel(TemplateLM):
             self.truncated["score"] += excess > 0
             asked = Continuation(tuple(context[excess:]), tuple(ids))
             keyed.append((self._finished.key("score", *asked), asked))
-        found = self._answers("scoring", keyed, (score_all, self._batch_size), _is_score)
+        found = self._answers("scoring", keyed, score_all, self._batch_size)
         return [(total, greedy) for total, greedy in found]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
@@ -204,7 +192,7 @@ class HarnessModel(TemplateLM):
         for until, settings in dict.fromkeys(plans):
             chosen = [index for index, plan in enumerate(plans) if plan == (until, settings)]
             prompts = self._prompts([requests[index].args[0] for index in chosen], until, settings)
-            answers = self._answers("answering", [*prompts], (generate_answers, until, settings), self._are_ids)
+            answers = self._answers("answering", [*prompts], generate_answers, until, settings)
             stop = StopTexts(self._model.tokenizer, until)
             for index, ids in zip(chosen, answers, strict=True):
                 texts[index] = stop.cut(self._model.tokenizer.decode(ids))
@@ -244,24 +232,19 @@ class HarnessModel(TemplateLM):
             seen[ids] += settings.sampling.temperature > 0
             yield self._finished.key("generate", ids, name, *what), (ids, name)
 
-    def _are_ids(self, answer: Any) -> bool:
-        largest = self._model.tokenizer.largest_id
-        return isinstance(answer, list | tuple) and all(type(id_) is int and 0 <= id_ <= largest for id_ in answer)
-
     def _answers(
-        self, title: str, requests: Sequence[Request], action: tuple, is_answer: Callable[[Any], bool]
+        self, title: str, requests: Sequence[Request], action: Callable[..., Any], *settings: Any
     ) -> list[Any]:
-        """Answers in the order of the requests: known ones, and those of `action`, a function of the model and requests
-        with its further arguments, to the others in portions, longest first."""
-        finished, distinct, (function, *settings) = self._finished, dict(requests), action
-        finished.require_answers(distinct, is_answer)
+        """Answers in the order of the requests: known ones, and those of `action(model, requests, *settings)` to the
+        others in portions, longest first."""
+        finished, distinct = self._finished, dict(requests)
         pending = [key for key in distinct if key not in finished]
         pending.sort(key=lambda key: (-len(distinct[key][0]), distinct[key][0]))
         size = self._batch_size * self._model.config.parallel.data_parallel_size
         with request_bar(title, len(distinct), done=len(distinct) - len(pending)) as advance:
             for start in range(0, len(pending), size):
                 portion = pending[start : start + size]
-                answers = self._dispatcher.call(function, [distinct[key] for key in portion], *settings)
+                answers = self._dispatcher.call(action, [distinct[key] for key in portion], *settings)
                 finished.add(dict(zip(portion, answers, strict=True)))
                 advance(len(portion))
         return [finished[key] for key, _ in requests]

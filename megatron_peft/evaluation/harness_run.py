@@ -30,8 +30,8 @@ from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 
 from megatron_peft.checkpoint.folders import write_atomically
-from megatron_peft.config import ConfigurationError, RunConfig, require
-from megatron_peft.config.evaluation import HarnessSettings
+from megatron_peft.config import ConfigurationError, RunConfig, require, writing
+from megatron_peft.config.model import HarnessSettings
 from megatron_peft.config.templates import render
 from megatron_peft.config.untrusted import limited_to, parse_yaml, read_json_object, read_text, require_regular
 from megatron_peft.data.files import open_json, require_limits
@@ -105,12 +105,8 @@ def evaluate(config: RunConfig, settings: HarnessSettings) -> None:
     results["config"]["package_versions"] = {name: version(name) for name in PACKAGES}
     for kind, number in (+model.truncated).items():
         print(f"{number} {kind} requests were cut at the beginning to fit the model's {model.max_length} positions")
-    try:
+    with writing(way_out="free disk space, and the same command goes on"):
         _write(results, settings)
-    except OSError as error:
-        raise ConfigurationError(
-            f"{error.filename} cannot be written ({error.strerror}): free disk space, and the same command goes on."
-        ) from error
 
 
 def _checked_tasks(config: RunConfig, settings: HarnessSettings) -> tuple[Any, FinishedRequests]:
@@ -144,7 +140,6 @@ def _in_time(judge: Callable[..., Any], num_answers: Callable[[], int] = lambda:
 
 
 def _write(results: dict[str, Any], settings: HarnessSettings) -> None:
-    """Write questions and answers, then the results, and print the scores."""
     as_json = partial(json.dumps, default=lm_eval.utils.handle_non_serializable)
     samples: Mapping[str, list[dict[str, Any]]] = results.pop("samples", {})
     if settings.log_samples:

@@ -214,7 +214,6 @@ class Outcome:
 
     @property
     def passed(self) -> bool:
-        """Whether every test held."""
         return self.verdict == PASSED
 
 
@@ -227,7 +226,6 @@ class Sandbox:
     packages: tuple[str, ...] = ()
 
     def run(self, program: Program) -> Outcome:
-        """Run one program until it ends or reaches a limit."""
         limits, is_confined = self.limits.of_process(), self.bubblewrap is not None
         with ExitStack() as opened:
             user = judge = 0
@@ -280,7 +278,6 @@ class Sandbox:
 
 
 def _kill(process: subprocess.Popen[bytes], info: IO[bytes]) -> None:
-    """Kill what still runs of a sandbox."""
     inside = re.search(rb'"child-pid": (\d+)\b', os.pread(info.fileno(), 4096, 0))
     with suppress(ProcessLookupError):
         if not inside:  # no bubblewrap: the whole session

@@ -67,7 +67,6 @@ class CellRecord(Cell):
 
     @property
     def is_trained(self) -> bool:
-        """Whether the run came to its end."""
         return self.status == "trained"
 
     @property

@@ -98,7 +98,6 @@ class Running:
 
     @property
     def seconds(self) -> float:
-        """Since its start."""
         return time.monotonic() - self.started
 
     def last_words(self) -> str:

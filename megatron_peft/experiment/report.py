@@ -1,18 +1,93 @@
-"""The report of an experiment: the result in one chart and one table, then what stands behind it."""
+"""Reports as sections of text, tables and figures, written as one self-contained HTML page or as Markdown; that of an
+experiment: the result in one chart and one table, then what stands behind it.
+"""
 
+import base64
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, PackageLoader
+from matplotlib.figure import Figure
+
+from megatron_peft.checkpoint.folders import write_atomically
 from megatron_peft.config import ConfigurationError
 from megatron_peft.experiment import plots, tables
-from megatron_peft.experiment.page import Report, Section
 from megatron_peft.experiment.results import Results
 from megatron_peft.experiment.spec import command_line
-from megatron_peft.experiment.tables import Row, Table, format_number
+from megatron_peft.experiment.tables import BEST, Row, Table, format_number
+
+PAGE = "page.html.jinja"
+MARKDOWN, HTML = "report.md", "report.html"
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading and its content: figures by the names of their files, texts, then tables.
+
+    Attributes:
+        is_papers: whether it shows the paper's numbers, which were not measured here.
+        is_folded: whether the page shows the heading only, until it is clicked.
+    """
+
+    title: str
+    texts: Sequence[str] = ()
+    tables: Sequence[Table] = ()
+    figures: Mapping[str, Figure] = field(default_factory=dict)
+    is_papers: bool = False
+    is_folded: bool = False
+
+
+@dataclass(frozen=True)
+class Report:
+    """The whole report. `files`: text files beside the pages, by name."""
+
+    title: str
+    sections: tuple[Section, ...]
+    files: Mapping[str, str] = field(default_factory=dict)
+
+
+def markdown(report: Report) -> str:
+    """The report as Markdown; its figures are files beside it."""
+    parts = [f"# {report.title}"]
+    for section in report.sections:
+        parts += [f"## {section.title}", *(f"![{name}]({name}.svg)" for name in section.figures), *section.texts]
+        parts += [table.markdown().rstrip() for table in section.tables]
+    return "\n\n".join(parts) + "\n"
+
+
+def html(report: Report) -> str:
+    """One page that contains its plots, style and script."""
+    environment = Environment(loader=PackageLoader("megatron_peft.experiment", "."), autoescape=True, trim_blocks=True)
+    environment.filters["svg_base64"] = lambda figure: base64.b64encode(plots.svg(figure).encode()).decode()
+    environment.filters["plain"] = lambda text: text.replace("**", "").replace("`", "")
+    return environment.get_template(PAGE).render(report=report, best=BEST)
+
+
+def write(report: Report, folder: Path) -> list[Path]:
+    """Write the page, the Markdown, the report's own files, and the figures as PNG and SVG; returns the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = {MARKDOWN: markdown(report), HTML: html(report), **report.files}
+    for name, text in texts.items():
+        write_atomically(folder / name, text)
+    figures = {name: figure for section in report.sections for name, figure in section.figures.items()}
+    for name, figure in figures.items():
+        plots.save(figure, folder, name)
+    return [folder / name for name in (*texts, *(f"{name}.svg" for name in figures))]
+
+
+def write_page(report: Report, path: Path) -> Path:
+    """Write the page alone, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, html(report))
+    return path
+
+
+# The report of an experiment.
 
 
 def build_report(results: Results, reference: str) -> Report:
@@ -189,10 +264,7 @@ def facts() -> Mapping[str, Any]:
 
 def papers_tables() -> list[Table]:
     """Table I, its averages that are not the mean of their runs, and what the text says on figures 1 and 2."""
-    return [
-        Table(**{**table, "columns": tuple(table["columns"]), "rows": tuple(map(tuple, table["rows"]))})
-        for table in facts()["tables"]
-    ]
+    return [Table(**table) for table in facts()["tables"]]
 
 
 def papers_models() -> Sequence[str]:

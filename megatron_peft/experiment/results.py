@@ -35,12 +35,10 @@ class Result:
 
     @property
     def tuning(self) -> list[tuple[Cell, CellRecord | None]]:
-        """Each point of the grid, with its record."""
         return [(cell, self.records.get(cell.key)) for cell in self.group.tuning]
 
     @property
     def chosen(self) -> tuple[Cell, ...]:
-        """The chosen point with each seed."""
         return () if self.best is None else self.group.finals[self.best]
 
     @property
@@ -134,7 +132,6 @@ class Results:
         return list(dict.fromkeys((result.model, result.task) for result in self.all if result.finals))
 
     def records(self) -> dict[str, CellRecord]:
-        """The record of each cell that has one, by key."""
         return {key: record for result in self.all for key, record in result.records.items()}
 
 

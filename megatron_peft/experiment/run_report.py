@@ -19,9 +19,9 @@ from megatron_peft.config import ConfigurationError, field_names, require
 from megatron_peft.config.errors import flag_of, spelled
 from megatron_peft.config.untrusted import parse_json, read_text
 from megatron_peft.experiment import plots
-from megatron_peft.experiment.page import Report, Section
 from megatron_peft.experiment.plots import AFTER, BEFORE, new_figure, series, style
 from megatron_peft.experiment.process import LAMBDA_FILE
+from megatron_peft.experiment.report import Report, Section
 from megatron_peft.experiment.tables import Table, format_number
 from megatron_peft.training.metrics import METRICS_FILE, read_metrics
 

@@ -147,7 +147,6 @@ class Experiment:
                 )
 
     def budget(self, model: Choice, task: Choice) -> FlagValues:
-        """The flags of BUDGET, which are the same for all methods."""
         flags = {**self.flags, **model.flags, **task.flags}
         return {flag: value for flag, value in flags.items() if flag in BUDGET}
 
@@ -298,7 +297,6 @@ class Group:
 
     @property
     def name(self) -> tuple[str, str, str]:
-        """Model, task and method."""
         return self.model.name, self.task.name, self.method.name
 
     @property

@@ -56,7 +56,6 @@ class Table:
         return "\n".join([f"**{self.title}**", "", *lines, *(["", self.note] if self.note else [])]) + "\n"
 
     def csv(self) -> str:
-        """Comma-separated values, without marks of the best."""
         output = io.StringIO()
         writer = csv.writer(output, lineterminator="\n")
         writer.writerows([self.columns, *([cell.removeprefix(BEST) for cell in row] for row in self.rows)])

@@ -7,7 +7,7 @@ from operator import attrgetter
 from typing import Any, Literal
 
 from megatron_peft.config import DataConfig, LinearSizes, ParallelConfig, flag, mistyped, require
-from megatron_peft.config.parallel import stages_of_layout
+from megatron_peft.config.training import stages_of_layout
 
 MOST = 2**31 - 1  # of any size, so that products of two sizes fit 64 bits
 MOST_LAYERS = 99_999

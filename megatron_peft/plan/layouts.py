@@ -22,7 +22,7 @@ from rich.table import Column, Table
 
 from megatron_peft.config import ConfigurationError, ParallelConfig, RunConfig, flag, require
 from megatron_peft.config.errors import spelled
-from megatron_peft.config.parallel import ACCOUNTED_STAGES, LAYOUT, UNEVEN_STAGES
+from megatron_peft.config.training import ACCOUNTED_STAGES, LAYOUT, UNEVEN_STAGES
 from megatron_peft.models.families import check_adapters
 from megatron_peft.models.shape import ModelShape, check_layout
 from megatron_peft.plan.cluster import Cluster

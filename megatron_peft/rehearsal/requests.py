@@ -7,7 +7,7 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 from megatron_peft.config import ParallelConfig, RunConfig, is_targeted
-from megatron_peft.config.parallel import stages_of_layout
+from megatron_peft.config.training import stages_of_layout
 from megatron_peft.models.families import family_of
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.rehearsal.program import Segment

@@ -26,7 +26,7 @@ from megatron_peft.config import (
     is_targeted,
     make_run,
 )
-from megatron_peft.config.parallel import stages_of_layout
+from megatron_peft.config.training import stages_of_layout
 from megatron_peft.models.families import check_adapters, config_of_shape, family_of, rules_for
 from megatron_peft.models.rules import expected_tensors
 from megatron_peft.models.shape import ModelShape

@@ -19,10 +19,18 @@ from rich.progress import track
 from torch import nn
 
 from megatron_peft.adapters.attach import all_names, attach_adapters
-from megatron_peft.checkpoint.folders import newest_checkpoint, write_atomically, written
+from megatron_peft.checkpoint.folders import newest_checkpoint, write_atomically
 from megatron_peft.checkpoint.load import check_resume, load_checkpoint, require_something_to_load, resolve_resume
 from megatron_peft.checkpoint.save import Saver
-from megatron_peft.config import ConfigurationError, RunConfig, config_to_dict, flag, missing_for_training, require
+from megatron_peft.config import (
+    ConfigurationError,
+    RunConfig,
+    config_to_dict,
+    flag,
+    missing_for_training,
+    require,
+    writing,
+)
 from megatron_peft.conversion import pretrained
 from megatron_peft.data.batches import GlobalBatches, Step
 from megatron_peft.data.build import Data, build_data
@@ -186,7 +194,7 @@ def _require_kernels(config: RunConfig, shape: ModelShape) -> str:
 
 
 def _write_run_file(path: Path, text: str) -> None:
-    with written(f"{path} cannot be written", "free disk space, or use another --save folder."):
+    with writing(str(path), "free disk space, or use another --save folder"):
         write_atomically(path, text)
 
 
@@ -269,7 +277,7 @@ def _check_save_folder(config: RunConfig) -> None:
         f"--save {folder} holds a model or an adapter that no run wrote there ({', '.join(foreign)}), whose files a "
         f"run would replace: give another --save.",
     )
-    with written(f"--save {folder} cannot be written", "give a folder that you may write to."):
+    with writing(f"--save {folder}", "give a folder that you may write to"):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
 

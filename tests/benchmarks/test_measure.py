@@ -16,7 +16,7 @@ from megatron_peft.benchmarks import files, measure
 from megatron_peft.benchmarks.files import convert_figures, load_whole, read_plainly
 from megatron_peft.benchmarks.measure import Figure, print_table, write_json
 from megatron_peft.benchmarks.subjects import Setting, Step
-from megatron_peft.cli.parser import parse_arguments
+from megatron_peft.cli.parser import read_config
 from megatron_peft.training.metrics import memory_bytes
 from tests.conversion.megatron_folders import save_random
 from tests.ranks import run_ranks
@@ -154,7 +154,7 @@ def test_program_that_ends_before_is_an_error_with_its_words() -> None:
 
 def test_command_is_accepted(tmp_path: Path, tiny: Setting) -> None:
     command = files.short_run(tiny, tmp_path / "a.jsonl")
-    config = parse_arguments(command[command.index(files.PROGRAM[-1]) + 1 :])
+    config = read_config(command[command.index(files.PROGRAM[-1]) + 1 :])
     assert config.training.train_iters == 2 and config.logging.log_interval == 1
 
 

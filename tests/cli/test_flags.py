@@ -12,10 +12,11 @@ from dataclasses import fields
 
 import pytest
 
-from megatron_peft.cli import megatron as module
-from megatron_peft.cli.flags import GROUPS, MEGATRONS, served_flags
-from megatron_peft.cli.megatron import (
+from megatron_peft.cli import flags as module
+from megatron_peft.cli.flags import (
     EQUIVALENTS,
+    GROUPS,
+    MEGATRONS,
     REASONS,
     SOURCES,
     TOLD,
@@ -24,6 +25,7 @@ from megatron_peft.cli.megatron import (
     known_flags,
     megatron_fields,
     reason_of,
+    served_flags,
     why_not_served,
 )
 from megatron_peft.config import METHODS, SECTIONS, ConfigurationError, PeftConfig, flag
@@ -94,7 +96,7 @@ def test_every_field_of_megatron_core_is_served_or_refused(class_name: str) -> N
 
 def test_a_field_of_a_newer_megatron_core_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     field = MegatronField("quantum_speedup", "bool", "", ())
-    monkeypatch.setattr("megatron_peft.cli.megatron.megatron_fields", lambda name: {"quantum_speedup": field})
+    monkeypatch.setattr("megatron_peft.cli.flags.megatron_fields", lambda name: {"quantum_speedup": field})
     for name in ("--quantum-speedup", "--no-quantum-speedup"):
         assert f"{name} is a Megatron flag" in why_not_served(name, NAMES)
 

@@ -106,8 +106,8 @@ def test_exit_code_says_whether_all_was_reached(tmp_path, monkeypatch, names, co
 
 
 def test_report_elsewhere_takes_the_cells_along(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("megatron_peft.experiment.page.svg", lambda figure: "<svg/>")  # takes seconds
-    monkeypatch.setattr("megatron_peft.experiment.page.save", lambda *_: None)
+    monkeypatch.setattr("megatron_peft.experiment.plots.svg", lambda figure: "<svg/>")  # takes seconds
+    monkeypatch.setattr("megatron_peft.experiment.plots.save", lambda *_: None)
     write_cells(tmp_path)
     assert report.main([str(tmp_path), "--output", str(tmp_path / "there")]) == 0
     assert str(tmp_path / "there" / "report.html") in capsys.readouterr().out

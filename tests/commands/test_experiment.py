@@ -41,7 +41,7 @@ def test_group_runs_its_cells_alone(fake_training: None, tmp_path: Path) -> None
         (["--group", "tiny,talk"], {}, "--group tiny,talk: there are tiny,talk,lora; tiny,talk,boft"),
         ([], {"seeds": [1, 1]}, "experiment: error: "),
         ([], {"methods": {"lorra": {}}}, "lorra"),
-        (["--emit-slurm", "."], {}, "cannot be written: Is a directory"),
+        (["--emit-slurm", "."], {}, "cannot be written (Is a directory)"),
     ],
 )
 def test_what_is_wrong_exits_with_2_before_anything_is_written(tmp_path, capsys, extra, changes, told):

@@ -4,7 +4,6 @@ import io
 import json
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,10 +11,10 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from rich.console import Console
 
-from megatron_peft.cli.parser import parse_arguments, read_config
+from megatron_peft.cli.parser import read_config
 from megatron_peft.commands import demo
 from megatron_peft.config import METHODS
-from megatron_peft.demo import ranks, run, scoring
+from megatron_peft.demo import run, scoring
 from megatron_peft.demo import run as module
 from megatron_peft.demo.data import Pair, PairFiles, read_pairs
 from megatron_peft.demo.run import DemoScore, draw_picture, run_demo, training_flags
@@ -30,9 +29,10 @@ class Launcher:
 
     def __init__(self):
         self.commands: list[tuple[str, ...]] = []
-        self.stops_after_training = False
+        self.exit_code = 0
 
-    def __call__(self, *command):
+    def __call__(self, started, command, launch, program) -> int:
+        assert (started, launch) == ("megatron_peft.demo.run", {"nproc_per_node": "2"})
         self.commands.append(command)
         folder, save = Path(command[0]), Path(command[command.index("--save") + 1])
         save.mkdir(parents=True, exist_ok=True)
@@ -40,12 +40,13 @@ class Launcher:
         (save / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
         if "hybrid" in command:
             (save / "lambda.jsonl").write_text(json.dumps(LAMBDAS) + "\n")
-        if self.stops_after_training:
-            raise SystemExit(1)
+        if self.exit_code:  # it stops after training
+            return self.exit_code
         scored = range(0, len(HELD_OUT), module.SCORED_OF)
         for name, word, bleu, loss in (("before", "text", 3.0, 3.9), ("after", "texte", 20.5, 1.7)):
             words = tuple(f"{word} {i}" for i in scored)
             DemoScore(bleu, "nrefs:1", loss, 4096, words).write(folder / f"{name}.json")
+        return 0
 
 
 @pytest.fixture
@@ -60,7 +61,8 @@ def launcher(monkeypatch, tmp_path) -> Launcher:
     launcher = Launcher()
     monkeypatch.setattr(module, "prepare_model", lambda folder, downloads: folder)
     monkeypatch.setattr(module, "prepare_pairs", prepare_pairs)
-    monkeypatch.setattr(module, "_launch", launcher)
+    monkeypatch.setattr(module, "start_processes", launcher)
+    monkeypatch.setattr(module.os, "environ", {})
     return launcher
 
 
@@ -101,7 +103,7 @@ def test_one_launch_trains_and_scores_with_the_flags_that_were_typed(tmp_path, l
     run_demo(tmp_path, extra_flags=["--seed", "7"])
     assert [command[0] for command in launcher.commands] == [str(tmp_path / "lora")]
     checkpoints = str(tmp_path / "lora" / "checkpoints")
-    assert launcher.commands[0][-6:] == ("--seed", "7", "--save", checkpoints, "--resume", "auto")
+    assert launcher.commands[0][-6:] == ["--seed", "7", "--save", checkpoints, "--resume", "auto"]
 
 
 def test_a_second_call_reuses_everything_and_other_flags_begin_afresh(tmp_path, launcher):
@@ -117,12 +119,15 @@ def test_a_second_call_reuses_everything_and_other_flags_begin_afresh(tmp_path, 
     assert len(launcher.commands) == 2 and not (tmp_path / "lora" / "checkpoints" / "old").exists()
 
 
-def test_a_run_that_was_stopped_goes_on_in_its_folder(tmp_path, launcher):
-    launcher.stops_after_training = True
-    with pytest.raises(SystemExit):
+@pytest.mark.parametrize("code", [2, 130])
+def test_a_run_that_was_stopped_ends_with_the_code_of_its_ranks_and_goes_on_in_its_folder(tmp_path, launcher, code):
+    """What is wrong a rank has said."""
+    launcher.exit_code = code
+    with pytest.raises(SystemExit, match=str(code)):
         run_demo(tmp_path)
+    assert module.os.environ["OMP_NUM_THREADS"] == "1"
     (tmp_path / "lora" / "checkpoints" / "kept").touch()
-    launcher.stops_after_training = False
+    launcher.exit_code = 0
     assert run_demo(tmp_path)["bleu_after"] == 20.5
     assert (tmp_path / "lora" / "checkpoints" / "kept").exists()
     assert launcher.commands[0] == launcher.commands[1]
@@ -131,7 +136,7 @@ def test_a_run_that_was_stopped_goes_on_in_its_folder(tmp_path, launcher):
 @pytest.mark.parametrize("method", METHODS)
 def test_the_flags_are_those_of_pretrain_peft(method, tmp_path):
     flags = module.training_flags(tmp_path, PairFiles(tmp_path / "a.jsonl", tmp_path / "b.jsonl"), method)
-    config = parse_arguments(flags, {"WORLD_SIZE": "2"})
+    config = read_config(flags, {"WORLD_SIZE": "2"})
     assert config.peft.method == method and config.optimizer.lr == METHODS[method].demo_lr
     assert config.parallel.data_parallel_size == 1 and config.training.train_iters == module.ITERATIONS
     assert config.data.pack_sequences
@@ -140,22 +145,10 @@ def test_the_flags_are_those_of_pretrain_peft(method, tmp_path):
 def test_little_is_trained_and_all_is_scored_at_once(tmp_path):
     """What a demo takes: 15 milliseconds of a core for each trained token, and a step of generation for each batch."""
     flags = module.training_flags(tmp_path, PairFiles(tmp_path / "a.jsonl", tmp_path / "b.jsonl"), "lora")
-    config = parse_arguments(flags, {"WORLD_SIZE": "2"})
+    config = read_config(flags, {"WORLD_SIZE": "2"})
     tokens = config.training.train_iters * config.global_batch_size * config.data.seq_length
     assert 0.015 * tokens <= 0.75 * 240, "CPU seconds, three quarters of those that a newcomer is promised"
     assert scoring.BATCH_SIZE >= 66, "messages are scored"
-
-
-@pytest.mark.parametrize("code", [0, 2, 130])
-def test_the_exit_code_of_the_ranks_is_the_demos(monkeypatch, code):
-    """What is wrong a rank has said."""
-    started: list = []
-    monkeypatch.setattr(module, "start_processes", lambda *arguments: started.append(arguments) or code)
-    monkeypatch.setattr(module.os, "environ", {})
-    with nullcontext() if code == 0 else pytest.raises(SystemExit, match=str(code)):
-        module._launch("folder", "--flag")
-    assert started[0][:3] == (module.RANKS, ("folder", "--flag"), {"nproc_per_node": "2"})
-    assert module.os.environ["OMP_NUM_THREADS"] == "1"
 
 
 def test_the_tables_show_scores_translations_and_where_the_rest_lies(tmp_path, launcher):
@@ -196,10 +189,10 @@ def test_an_interrupted_rank_ends_with_130_and_the_first_one_says_so(monkeypatch
 
     ended: list[int] = []
     monkeypatch.setenv("RANK", str(rank))
-    monkeypatch.setattr(ranks, "_train_and_score", interrupted)
-    monkeypatch.setattr(ranks.os, "_exit", ended.append)
-    monkeypatch.setattr(sys, "argv", ["ranks", "folder"])
-    ranks.main()
+    monkeypatch.setattr(run, "_train_and_score", interrupted)
+    monkeypatch.setattr(run.os, "_exit", ended.append)
+    monkeypatch.setattr(sys, "argv", ["run", "folder"])
+    run.main()
     assert ended == [130] and capsys.readouterr().err == ("" if rank else "megatron-peft demo: interrupted\n")
 
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_peft.demo import ranks, run, scoring
+from megatron_peft.demo import run, scoring
 from megatron_peft.demo.data import Pair
 from megatron_peft.demo.run import DemoScore
 from megatron_peft.demo.scoring import translate
@@ -76,7 +76,7 @@ def test_the_base_is_scored_after_training_as_it_was_before_it(tmp_path, monkeyp
     monkeypatch.setattr(run, "MOST_NEW_TOKENS", scoring.MAX_NEW_TOKENS)
     for program, words in (
         (scoring, [str(tmp_path / "untrained.json"), *flags]),
-        (ranks, [str(tmp_path), *flags, "--save", save]),
+        (run, [str(tmp_path), *flags, "--save", save]),
         (scoring, [str(tmp_path / "loaded.json"), *flags, "--load", save]),
     ):
         monkeypatch.setattr(sys, "argv", ["program", *words])

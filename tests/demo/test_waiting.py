@@ -5,8 +5,8 @@ import time
 
 from rich.console import Console
 
-from megatron_peft.demo import waiting as module
-from megatron_peft.demo.waiting import waiting
+from megatron_peft.demo import data as module
+from megatron_peft.demo.data import waiting
 
 
 def test_in_a_file_a_line_tells_every_few_seconds_how_far_it_is(monkeypatch, capsys) -> None:

@@ -16,9 +16,9 @@ from typing import Any
 import torch.distributed as dist
 from torch.utils import collect_env
 
-from megatron_peft.cli.parser import parse_arguments
+from megatron_peft.cli.parser import read_config
 from megatron_peft.config import ConfigurationError
-from megatron_peft.config.evaluation import AnswerSettings, HarnessSettings
+from megatron_peft.config.model import AnswerSettings, HarnessSettings
 from megatron_peft.evaluation.answers import answer
 from megatron_peft.evaluation.harness_run import evaluate
 from megatron_peft.evaluation.model import saved_values
@@ -97,7 +97,7 @@ def _train(folder: Path) -> None:
     flags = ["--pretrained-checkpoint", str(folder / "base"), "--train-data-path", str(folder / "pairs.jsonl")]
     flags += "--peft-method lora --lora-rank 3 --lora-alpha 9 --lr 2e-2 --seq-length 32 --num-workers 0".split()
     flags += ["--global-batch-size", "8", "--train-iters", "6", "--save", str(folder / "run"), "--seed", "5"]
-    _printed(lambda: finetune(parse_arguments(flags)))
+    _printed(lambda: finetune(read_config(flags)))
     stop_model_parallel()
 
 
@@ -115,7 +115,7 @@ def _answer(folder: Path, flags: list[str] | None = None, **settings: Any) -> No
 
 
 def _ask(flags: list[str], question: Any) -> None:
-    question(parse_arguments(flags, {"WORLD_SIZE": str(dist.get_world_size())}, saved=saved_values))
+    question(read_config(flags, {"WORLD_SIZE": str(dist.get_world_size())}, saved=saved_values))
     dist.barrier()
     stop_model_parallel()
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_peft.cli.parser import parse_arguments
+from megatron_peft.cli.parser import read_config
 from megatron_peft.config import ConfigurationError
 from megatron_peft.evaluation import answers
 from megatron_peft.evaluation.answers import question_of, questions_of, write_samples
@@ -52,13 +52,13 @@ def train(folder: Path, name: str, flags: str) -> Path:
     data = ["--train-data-path", str(folder / "pairs.jsonl"), "--valid-data-path", str(folder / "pairs.jsonl")]
     common = "--micro-batch-size 4 --seq-length 32 --num-workers 0 --log-interval 10 --train-iters 30"
     where = ["--pretrained-checkpoint", str(folder / "base"), "--save", str(folder / name)]
-    finetune(parse_arguments([*where, *data, *common.split(), *flags.split()]))
+    finetune(read_config([*where, *data, *common.split(), *flags.split()]))
     stop_model_parallel()
     return folder / name
 
 
 def samples(run: Path, number: int) -> list[dict[str, str]]:
-    config = parse_arguments(["--load", str(run)], saved=saved_values)
+    config = read_config(["--load", str(run)], saved=saved_values)
     write_samples(config, run / "samples.jsonl", str(run), number, max_new_tokens=6)
     stop_model_parallel()
     return [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]

@@ -11,9 +11,9 @@ import torch.distributed as dist
 
 from megatron_peft import config as c
 from megatron_peft.checkpoint.folders import MANIFEST
-from megatron_peft.cli.parser import RunFlags, parse_arguments
+from megatron_peft.cli.parser import RunFlags, read_config
 from megatron_peft.config import ConfigurationError, ParallelConfig, PeftConfig, RunConfig
-from megatron_peft.config.evaluation import AnswerSettings, HarnessSettings, Sampling
+from megatron_peft.config.model import AnswerSettings, HarnessSettings, Sampling
 from megatron_peft.evaluation import answers, harness_run, model
 from megatron_peft.evaluation.answers import AnswerFile, Stream, encode_prompts, read_prompts, records_of, request_bar
 from megatron_peft.evaluation.generation import StopTexts
@@ -292,7 +292,7 @@ def run(monkeypatch, tmp_path) -> str:
 
 
 def _parse(*argv: str) -> RunConfig:
-    return parse_arguments(argv, {"WORLD_SIZE": "2"}, saved=saved_values)
+    return read_config(argv, {"WORLD_SIZE": "2"}, saved=saved_values)
 
 
 def test_all_of_a_run_that_decides_its_answers_is_taken_from_it():

@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_peft.adapters import attach
-from megatron_peft.cli.parser import parse_arguments
+from megatron_peft.cli.parser import read_config
 from megatron_peft.config import RunConfig
 from megatron_peft.models.families import read_shape, rules_for
 from megatron_peft.models.gpt import build_model_chunks
@@ -55,7 +55,7 @@ def parse(name: str) -> RunConfig:
         "--save=runs/x",
     ]
     environment = {"WORLD_SIZE": ranks[1], "RANK": "0"}
-    return parse_arguments(paths, environment, read_shape)
+    return read_config(paths, environment, read_shape)
 
 
 @contextmanager

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_peft.experiment.cell_record import CellRecord, of_cell, source_of, write_record
-from megatron_peft.experiment.page import markdown
-from megatron_peft.experiment.report import build_report
+from megatron_peft.experiment.report import build_report, markdown
 from megatron_peft.experiment.results import Results, read_results
 from megatron_peft.experiment.runner import EXPERIMENT_FILE
 from megatron_peft.experiment.spec import Cell

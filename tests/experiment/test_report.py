@@ -14,8 +14,7 @@ from megatron_peft.benchmarks.measure import Figure, write_json
 from megatron_peft.config import ConfigurationError
 from megatron_peft.experiment import report
 from megatron_peft.experiment.cell_record import cell_file
-from megatron_peft.experiment.page import markdown, write
-from megatron_peft.experiment.report import build_report
+from megatron_peft.experiment.report import build_report, markdown, write
 from megatron_peft.experiment.results import Results, read_results
 from megatron_peft.experiment.tables import rows
 from tests.experiment import small_results

@@ -13,8 +13,8 @@ from megatron_peft.checkpoint.folders import RECORD, TRACKER, iteration_folder
 from megatron_peft.checkpoint.run_record import RunRecord
 from megatron_peft.commands import report
 from megatron_peft.config import ConfigurationError, RunConfig
-from megatron_peft.experiment import page, run_report
-from megatron_peft.experiment.page import html, markdown, write_page
+from megatron_peft.experiment import plots, run_report
+from megatron_peft.experiment.report import html, markdown, write_page
 from megatron_peft.experiment.run_report import SAMPLES_FILE, build_run_report, is_run, read_run, running_mean
 from tests.checkpoint.runs import make_record
 from tests.experiment.small_results import LAYERS
@@ -131,7 +131,7 @@ def test_a_single_measurement_is_seen(folder: Path) -> None:
 
 
 def test_the_page_is_one_file_and_texts_are_escaped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page, "svg", lambda figure: "<svg/>")  # takes seconds
+    monkeypatch.setattr(plots, "svg", lambda figure: "<svg/>")  # takes seconds
     write_lines(folder / SAMPLES_FILE, [dict.fromkeys(("prompt", "reference", "before", "after"), "<script>alert(1)")])
     assert "<script>alert(1)" not in html(build_run_report(read_run(folder)))
     assert (
@@ -194,7 +194,7 @@ def test_a_report_that_cannot_be_written_is_told(folder: Path, capsys) -> None:
 
 
 def test_a_folder_of_a_run_is_told_from_that_of_an_experiment(folder: Path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(page, "svg", lambda figure: "<svg/>")
+    monkeypatch.setattr(plots, "svg", lambda figure: "<svg/>")
     assert is_run(folder) and not is_run(folder / "nowhere")
     assert report.main([str(folder)]) == 0
     assert capsys.readouterr().out == f"{folder}/report.html\n"

@@ -43,16 +43,13 @@ class LinearSizes:
 
     @property
     def local_out_features(self) -> int:
-        """Output features that a rank holds."""
         return self.out_features // self.tensor_parallel_size if self.split == "column" else self.out_features
 
     @property
     def local_in_features(self) -> int:
-        """Input features that a rank holds."""
         return self.in_features // self.tensor_parallel_size if self.split == "row" else self.in_features
 
     def num_features(self, side: Side) -> int:
-        """Number of features of the whole matrix."""
         return self.out_features if side == "output" else self.in_features
 
     def num_local_features(self, side: Side) -> int:
@@ -303,7 +300,6 @@ class PeftConfig(*_bases):
 
     @property
     def spec(self) -> Method:
-        """The method's declaration."""
         return METHODS[self.method]
 
     @property
