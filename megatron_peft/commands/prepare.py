@@ -16,6 +16,7 @@ docs/benchmark-tasks.md describes the formats, and how to add a task.
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, make_dataclass
+from keyword import iskeyword
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -62,8 +63,12 @@ def _settings_of(name: str, members: Mapping[str, TaskFile]) -> type:
     if task.reader == "table":
         words = "skip lines whose number of columns differs from the header's"
         flags["skip_damaged"] = (bool, option(False, words))
+    for given in (*task.given, *task.flags):
+        field = given.replace("-", "_")
+        is_free = field.isidentifier() and not iskeyword(field) and field not in PrepareSettings.__dataclass_fields__
+        require(is_free, f"{name}: --{given} cannot be a flag of its own: give it another name.")
     for given, words in task.given.items():
-        flags[given] = (str, required_option(words, metavar="NAME"))
+        flags[given.replace("-", "_")] = (str, required_option(words, metavar="NAME"))
     if "--test-input" in sources:
         words = "items to score, in the form of --input (without it: --test-percent of them)"
         flags["test_input"] = (tuple[Path, ...], option((), words, metavar="FILE"))

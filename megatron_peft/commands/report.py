@@ -14,7 +14,15 @@ from pathlib import Path
 
 from megatron_peft.cli.command import Command, start_ranks
 from megatron_peft.cli.parser import RunFlags, is_first_rank
-from megatron_peft.config import Checked, option, require, require_packages, required_option, writing
+from megatron_peft.config import (
+    Checked,
+    ConfigurationError,
+    option,
+    require,
+    require_packages,
+    required_option,
+    writing,
+)
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,8 @@ class ReportSettings(Checked):
 def run(settings: ReportSettings, run_flags: RunFlags) -> int:
     """Write the report and print the names of its files."""
     with writing():
+        if run_flags.problems:
+            raise ConfigurationError(*run_flags.problems)
         require(
             not run_flags.words or settings.samples is not None,
             f"unexpected {' '.join(run_flags.words)}: flags of the model are for --samples.",
@@ -89,9 +99,9 @@ def _report(settings: ReportSettings, run_flags: RunFlags) -> list[Path]:
         from megatron_peft.evaluation.answers import write_samples
         from megatron_peft.evaluation.model import run_on_a_model
 
-        output, longest = folder / SAMPLES_FILE, settings.max_new_tokens
+        samples, longest = folder / SAMPLES_FILE, settings.max_new_tokens
         run_on_a_model(
-            lambda config, num_samples: write_samples(config, output, str(folder), num_samples, longest),
+            lambda config, num_samples: write_samples(config, samples, str(folder), num_samples, longest),
             settings.samples,
             RunFlags(["--load", str(folder), *run_flags.words], program=run_flags.program),
         )

@@ -292,6 +292,10 @@ class HarnessSettings(Checked):
     unsafe_execution: bool = option(False, "run such code without a sandbox")
     overwrite: bool = option(False, "replace an existing --output of another evaluation")
 
+    def check(self, require: Requirements) -> None:
+        whole = self.limit is None or self.limit < 1 or self.limit == int(self.limit)
+        require(whole, f"--limit is {self.limit}; it is a number of questions, or below 1 a share of them.")
+
     def result_settings(self) -> dict[str, Any]:
         """The settings that change the results, for their file."""
         names = ("num_fewshot", "limit", "apply_chat_template", "sampling_seed")

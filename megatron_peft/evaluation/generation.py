@@ -239,11 +239,16 @@ def generate(
     with inference(model_chunks):
         for start in range(0, len(pending), settings.batch_size):
             running = pending[start : start + settings.batch_size]
-            batch = [prompts[index] for index in running]
-            tokens, padding = left_padded(batch)
-            rows = CachedRows(model_chunks, padding, tokens.shape[1] + max(map(settings.room, batch)))
-            while running:
-                logits = rows.forward(tokens)
+            batch = [tuple(prompts[index]) for index in running]
+            row_of = {prompt: row for row, prompt in enumerate(dict.fromkeys(batch))}
+            tokens, padding = left_padded([*row_of])  # equal prompts go through the model once
+            rows = CachedRows(model_chunks, padding, tokens.shape[1] + max(map(settings.room, row_of)))
+            logits = rows.forward(tokens)
+            if len(row_of) < len(batch):
+                copies = [row_of[prompt] for prompt in batch]
+                rows.keep(copies)
+                logits = None if logits is None else logits[copies]
+            while True:
                 if logits is None:  # another stage's
                     chosen = torch.empty(len(running), dtype=torch.long, device=tokens.device)
                 else:
@@ -253,9 +258,11 @@ def generate(
                 kept = [row for row, (index, token) in enumerate(newest) if goes_on(index, token)]
                 if len(kept) < len(running):  # answers that have ended leave the batch
                     report(len(running) - len(kept))
+                    if not kept:
+                        break
                     rows.keep(kept)
                     running = [running[row] for row in kept]
-                tokens = torch.tensor([answers[index][-1:] for index in running], device=tokens.device)
+                logits = rows.forward(torch.tensor([answers[index][-1:] for index in running], device=tokens.device))
     return answers
 
 

@@ -204,8 +204,10 @@ class HarnessModel(TemplateLM):
         place = f"generation_kwargs of task {request.task_name}:"
         try:
             given: dict[str, Any] = {**normalize_gen_kwargs(arguments[1], MAX_NEW_TOKENS)}
-            values = (float(given.get("temperature", 1)), float(given.get("top_p", 1)), int(given.get("top_k", 0)))
-            sampling = Sampling(*values) if given["do_sample"] else Sampling()
+            sampling = Sampling()
+            if given["do_sample"]:
+                top_p, top_k = float(given.get("top_p", 1)), int(given.get("top_k", 0))
+                sampling = Sampling(float(given.get("temperature", 1)), top_p, top_k)
         except (ConfigurationError, TypeError, ValueError, OverflowError) as error:
             raise ConfigurationError(f"{place} {error}") from error
         unknown, known = ", ".join(sorted(given.keys() - SUPPORTED_SETTINGS)), ", ".join(sorted(SUPPORTED_SETTINGS))

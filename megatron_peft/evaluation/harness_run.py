@@ -16,7 +16,7 @@ from glob import has_magic, iglob
 from importlib import import_module
 from importlib.metadata import version
 from inspect import isfunction
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -258,6 +258,7 @@ READERS = {"arrow", "csv", "json", "parquet", "text"}  # of datasets' own; other
 DATA = {"dataset_path", "dataset_name", "dataset_kwargs"}
 DATA_SETTINGS = {"data_dir", "data_files", "field", "revision", "trust_remote_code"}  # the last one is ignored
 DATA_SETTINGS |= {"column_names", "delimiter", "encoding", "header", "names", "quotechar", "sep"}  # of tables
+MOST_FILES = 10_000  # of a task's data
 PACKED = (b"\x1f\x8b", b"PK\x03\x04", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18")  # gzip, ...
 CALLING = {"class", "custom_dataset", "use_prompt"}  # keys of a task that call what they name
 
@@ -340,16 +341,22 @@ def _check_task(path: Path, task: dict[str, Any]) -> None:
     require(may_load, f"{path} is refused: dataset_path {reader} may run code: {ways}.")
     for given in (reader, *(value for value in _values_within(settings) if isinstance(value, str))):
         require("://" not in given and "::" not in given, f"{path} is refused: {given} is no file: download it first.")
-        named = iglob(given, recursive=True) if has_magic(given) else filter(None, [given])
-        for place in map(Path, named if given not in READERS else ()):
-            inside = place.rglob("*") if place.is_dir() else [place]
-            for file in (file for file in inside if file.exists() and not file.is_dir()):
-                # What `datasets` would take a machine's memory for, or unpack.
-                flag = f"{path}: dataset_kwargs:"
-                require_regular(file, flag)
-                with file.open("rb") as opened:
-                    is_packed = opened.read(max(map(len, PACKED))).startswith(PACKED)
-                require(not is_packed, f"{flag} {file} is compressed: unpack it first.")
-                if file.suffix in (".json", ".jsonl"):
-                    open_json(file)
-                require_limits(file, flag)
+        files = islice(_files_of(given) if given and given not in READERS else (), MOST_FILES + 1)
+        for number, file in enumerate(files):
+            require(number < MOST_FILES, f"{path} is refused: {given} names more than {MOST_FILES:,} files.")
+            # What `datasets` would take a machine's memory for, or unpack.
+            flag = f"{path}: dataset_kwargs:"
+            require_regular(file, flag)
+            with file.open("rb") as opened:
+                is_packed = opened.read(max(map(len, PACKED))).startswith(PACKED)
+            require(not is_packed, f"{flag} {file} is compressed: unpack it first.")
+            if file.suffix in (".json", ".jsonl"):
+                open_json(file)
+            require_limits(file, flag)
+
+
+def _files_of(given: str) -> Iterator[Path]:
+    """The files that a path, a folder or a pattern names."""
+    for place in map(Path, chain([given], iglob(given, recursive=True) if has_magic(given) else ())):
+        inside = place.rglob("*") if place.is_dir() else [place]
+        yield from (path for path in inside if path.exists() and not path.is_dir())

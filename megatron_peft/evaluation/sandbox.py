@@ -24,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from threading import Thread
 from typing import IO, NamedTuple
 
 from megatron_peft.config import ConfigurationError, require
@@ -235,8 +236,7 @@ class Sandbox:
                 limits["RLIMIT_NPROC"] = (self.limits.processes + 2, self.limits.processes + 2)
             max_files = self.limits.files if is_confined else None  # without bubblewrap /tmp is the host's
             job = {**asdict(program), "user": user, "judge": judge, "limits": limits, "max_files": max_files}
-            # A program's output is a file: nobody waits for its end, which other processes may hold.
-            printed, info, system_calls = (opened.enter_context(tempfile.TemporaryFile("a+b")) for _ in range(3))
+            info, system_calls = (opened.enter_context(tempfile.TemporaryFile("a+b")) for _ in range(2))
             if self.bubblewrap:
                 system_calls.write(seccomp_filter())
                 system_calls.seek(0)
@@ -245,31 +245,46 @@ class Sandbox:
             else:  # with all packages of this environment
                 folder, passed_on = opened.enter_context(tempfile.TemporaryDirectory()), ()
                 command = [sys.executable, *(flag for flag in INTERPRETER_FLAGS if flag != NO_PACKAGES), str(DRIVER)]
+            reads, writes = os.pipe()
             process = opened.enter_context(
                 subprocess.Popen(
                     command,
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,  # the verdict
-                    stderr=printed,
+                    stderr=writes,
                     pass_fds=passed_on,
                     env=ENVIRONMENT,
                     cwd=folder,
                     start_new_session=True,
                 )
             )
+            os.close(writes)
             opened.callback(_kill, process, info)  # then `Popen` waits for it
+            output = bytearray()
+            reader = Thread(target=self._read, args=(reads, output, process, info), daemon=True)
+            reader.start()
             try:
                 judged, _ = process.communicate(json.dumps(job).encode(), self.limits.wall_seconds)
                 verdict = judged.decode("utf-8", "replace")
             except subprocess.TimeoutExpired:
                 verdict = TIMEOUT
-            output = os.pread(printed.fileno(), self.limits.output_bytes + 1, 0)
+            _kill(process, info)
+            reader.join(1)  # a process that fled from an unconfined session may hold the pipe
         if len(output) > self.limits.output_bytes:
             verdict = TOO_MUCH_OUTPUT
         elif not verdict:
             is_late = process.returncode in (-signal.SIGXCPU, SIGNALLED + signal.SIGXCPU)
             verdict = TIMEOUT if is_late else f"failed: no verdict (code {process.returncode})"
         return Outcome(verdict, output.decode("utf-8", "replace"))
+
+    def _read(self, pipe: int, output: bytearray, process: subprocess.Popen[bytes], info: IO[bytes]) -> None:
+        """Add what a program prints to `output`, and end it where that is too much."""
+        most = self.limits.output_bytes + 1
+        with os.fdopen(pipe, "rb", buffering=0) as file:
+            while len(output) < most and (printed := file.read(most - len(output))):
+                output += printed
+            if len(output) == most:
+                _kill(process, info)
 
     def run_all(self, programs: Sequence[Program], workers: int | None = None) -> list[Outcome]:
         """Outcomes in the order of `programs`, which run in `workers` threads (default: the number of cores)."""

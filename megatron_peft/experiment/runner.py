@@ -9,7 +9,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean
@@ -93,7 +93,9 @@ class Runner:
         """The table of the groups, and what runs now."""
         lines = []
         for key, job in list(self.running.items()):
-            records = read_metrics(process.checkpoints_folder(self.folder, job.work.cell) / METRICS_FILE)
+            records = []
+            with suppress(OSError, ConfigurationError):  # its folder may be removed meanwhile
+                records = read_metrics(process.checkpoints_folder(self.folder, job.work.cell) / METRICS_FILE)
             iteration = f"iteration {records[-1]['iteration']}," if records else ""
             lines.append(Text(f"{job.work.kind} {key}: {iteration} {job.running.seconds:.0f} s"))
         return Stack(table(self.folder, self.groups), *lines)

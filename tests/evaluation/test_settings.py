@@ -64,6 +64,7 @@ def test_the_text_grows_but_for_half_a_character_and_what_may_be_a_stop(answer, 
         (lambda: AnswerSettings("a", max_new_tokens=0), "--max-new-tokens is 0; it must be above 0"),
         (lambda: HarnessSettings([], "", limit=0), "--limit is 0; it must be above 0"),
         (lambda: HarnessSettings([], "", batch_size=0), "--batch-size is 0"),
+        (lambda: HarnessSettings([], "", limit=2.5), "--limit is 2.5; it is a number of questions, or below 1 a share"),
         (lambda: HarnessSettings([], "", num_fewshot=-1), "--num-fewshot is -1; it cannot be negative"),
     ],
 )

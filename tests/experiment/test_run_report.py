@@ -13,6 +13,7 @@ from megatron_peft.checkpoint.folders import RECORD, TRACKER, iteration_folder
 from megatron_peft.checkpoint.run_record import RunRecord
 from megatron_peft.commands import report
 from megatron_peft.config import ConfigurationError, RunConfig
+from megatron_peft.evaluation import model
 from megatron_peft.experiment import plots, run_report
 from megatron_peft.experiment.report import html, markdown, write_page
 from megatron_peft.experiment.run_report import SAMPLES_FILE, build_run_report, is_run, read_run, running_mean
@@ -179,6 +180,7 @@ def test_running_mean_is_the_mean_of_each_points_neighbors_and_of_a_long_run_at_
         (["--experiment", "e.yaml"], "e.yaml"),
         (["--samples", "0"], "--samples is 0"),
         (["--samples", "2", "--bf16"], "the base model bases/base, which does not exist: give its current folder"),
+        (["--samples", "2", "--tensor-model-parallel-size", "two"], "--tensor-model-parallel-size"),
         (["--tensor-model-parallel-size", "2"], "unexpected --tensor-model-parallel-size 2: flags of the model"),
     ],
 )
@@ -186,6 +188,13 @@ def test_what_is_wrong_with_flags_is_told_with_exit_code_2(folder: Path, capsys,
     add_checkpoint(folder)
     assert report.main([str(folder), *flags]) == 2
     assert told in capsys.readouterr().err and not (folder / "report.html").exists()
+
+
+def test_a_page_follows_new_answers(folder: Path, monkeypatch) -> None:
+    add_checkpoint(folder)
+    monkeypatch.setattr(model, "run_on_a_model", lambda *_: None)
+    monkeypatch.setattr(plots, "svg", lambda figure: "<svg/>")
+    assert report.main([str(folder), "--samples", "2"]) == 0 and (folder / "report.html").is_file()
 
 
 def test_a_report_that_cannot_be_written_is_told(folder: Path, capsys) -> None:

@@ -60,6 +60,8 @@ def test_a_file_in_the_folder_of_tasks_is_a_sub_command(tmp_path: Path, monkeypa
     ("old", "new", "message"),
     [
         ("reader: json", "reader: xml", "reader is xml; it must be one of table, json, pairs, humaneval"),
+        ("reader: json", 'reader: json\ngiven: {from: "the language"}', "--from cannot be a flag of its own"),
+        ("reader: json", 'reader: json\ngiven: {seed: "a number"}', "--seed cannot be a flag of its own"),
         ("reader: json", "kind: json", "unknown kind, no reader; the keys are fields, "),
         ("test: dev.jsonl", "test: {../x: dev.jsonl}", r"test: \.\./x is not the name of a task"),
         ("label:", "same_item: [question]\nlabel:", "wrong type of same_item"),
