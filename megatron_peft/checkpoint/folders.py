@@ -142,7 +142,8 @@ def checkpoints(folder: Path) -> list[Path]:
         return [folder]
     named = _named_by_tracker(folder)
     # After a kill between the two renames of `publish` it is still aside.
-    tracked = [path for path in ((named, _aside(named)) if named else ()) if is_checkpoint(path)][:1]
+    places = (named, _aside(named)) if named and named.name != "release" else ()
+    tracked = [path for path in places if is_checkpoint(path)][:1]
     others = [path for path in _iterations(folder) if path not in tracked]
     if tracked:
         return tracked + others
@@ -267,10 +268,12 @@ def write_beside(path: Path, content: str | bytes | Iterable[bytes]) -> Path:
             file.writelines([content] if isinstance(content, bytes) else content)
             file.flush()
             os.fsync(file.fileno())
-    except OSError as error:
+    except BaseException as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk is told without a name
+        if isinstance(error, OSError):  # a full disk is told without a name
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     return temporary
 
 

@@ -43,6 +43,8 @@ _MAX_KEY_PARTS = 1000  # of a tuple that is a key of a dict
 _OPCODES = pickle._Unpickler.dispatch  # pyright: ignore[reportAttributeAccessIssue]
 _REFUSED_OPCODES = (pickle.ADDITEMS, pickle.FROZENSET, pickle.BYTEARRAY8, pickle.EXT1, pickle.EXT2, pickle.EXT4)
 
+_SLIPS = (LookupError, TypeError, AttributeError)  # of an unpickler that follows a damaged byte
+
 Kind = TypeVar("Kind")
 
 
@@ -73,7 +75,7 @@ def load_inertly(path: Path) -> Any:
             return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except ConfigurationError:
         raise
-    except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except (RuntimeError, OSError, EOFError, ValueError, *_SLIPS, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         reason = plain_reason(error)
         raise ConfigurationError(
             f"{path} cannot be read: it is truncated, or not a file of torch.save ({reason})."

@@ -101,7 +101,8 @@ class RunFlags:
                 self._read(name, values)
         if free and unflagged:
             self._read(free.names[0], unflagged)
-        missing = [each.names[0] for each in own if each.required and each.key not in self.values["command"]]
+        absent = [each for each in own if each.required and each.key not in self.values["command"]]
+        missing = [each.names[0] if each.names[0].startswith("-") else each.metavar or each.names[0] for each in absent]
         if missing:
             self.problems.append(f"the following arguments are required: {', '.join(missing)}.")
             self.refused = True
@@ -222,7 +223,8 @@ class RunFlags:
 
     def _why_unknown(self, name: str) -> str:
         known = [known for known in self._served if known.startswith("-")]
-        return why_not_served(name, known) if self._takes_run_flags else not_known(name, nearest(name, known))
+        is_megatrons = self._takes_run_flags or reason_of(name[2:])
+        return why_not_served(name, known) if is_megatrons else not_known(name, nearest(name, known))
 
 
 def split_at_flags(words: Sequence[str]) -> list[tuple[str, list[str]]]:
