@@ -233,36 +233,38 @@ def generate(
         is_complete = settings.is_complete is not None and settings.is_complete(answers[index])
         return len(answers[index]) < settings.room(prompts[index]) and not is_complete
 
+    def answer(running: Sequence[int]) -> None:
+        batch = [tuple(prompts[index]) for index in running]
+        row_of = {prompt: row for row, prompt in enumerate(dict.fromkeys(batch))}
+        tokens, padding = left_padded([*row_of])  # equal prompts go through the model once
+        rows = CachedRows(model_chunks, padding, tokens.shape[1] + max(map(settings.room, row_of)))
+        logits = rows.forward(tokens)
+        if len(row_of) < len(batch):
+            copies = [row_of[prompt] for prompt in batch]
+            rows.keep(copies)
+            logits = None if logits is None else logits[copies]
+        while True:
+            if logits is None:  # another stage's
+                chosen = torch.empty(len(running), dtype=torch.long, device=tokens.device)
+            else:
+                draws = [torch.rand(1, generator=streams[index], dtype=torch.float64) for index in running]
+                chosen = choose_tokens(logits[:, -1], settings.sampling, torch.cat(draws))
+            newest = zip(running, from_last_stage(chosen).tolist(), strict=True)
+            kept = [row for row, (index, token) in enumerate(newest) if goes_on(index, token)]
+            if len(kept) < len(running):  # answers that have ended leave the batch
+                report(len(running) - len(kept))
+                if not kept:
+                    return
+                rows.keep(kept)
+                running = [running[row] for row in kept]
+            logits = rows.forward(torch.tensor([answers[index][-1:] for index in running], device=tokens.device))
+
     pending = [index for index, prompt in enumerate(prompts) if settings.room(prompt) > 0]
     pending.sort(key=lambda index: (len(prompts[index]), tuple(prompts[index])))  # so that batches need little padding
     report(len(prompts) - len(pending))
     with inference(model_chunks):
         for start in range(0, len(pending), settings.batch_size):
-            running = pending[start : start + settings.batch_size]
-            batch = [tuple(prompts[index]) for index in running]
-            row_of = {prompt: row for row, prompt in enumerate(dict.fromkeys(batch))}
-            tokens, padding = left_padded([*row_of])  # equal prompts go through the model once
-            rows = CachedRows(model_chunks, padding, tokens.shape[1] + max(map(settings.room, row_of)))
-            logits = rows.forward(tokens)
-            if len(row_of) < len(batch):
-                copies = [row_of[prompt] for prompt in batch]
-                rows.keep(copies)
-                logits = None if logits is None else logits[copies]
-            while True:
-                if logits is None:  # another stage's
-                    chosen = torch.empty(len(running), dtype=torch.long, device=tokens.device)
-                else:
-                    draws = [torch.rand(1, generator=streams[index], dtype=torch.float64) for index in running]
-                    chosen = choose_tokens(logits[:, -1], settings.sampling, torch.cat(draws))
-                newest = zip(running, from_last_stage(chosen).tolist(), strict=True)
-                kept = [row for row, (index, token) in enumerate(newest) if goes_on(index, token)]
-                if len(kept) < len(running):  # answers that have ended leave the batch
-                    report(len(running) - len(kept))
-                    if not kept:
-                        break
-                    rows.keep(kept)
-                    running = [running[row] for row in kept]
-                logits = rows.forward(torch.tensor([answers[index][-1:] for index in running], device=tokens.device))
+            answer(pending[start : start + settings.batch_size])
     return answers
 
 
