@@ -265,7 +265,7 @@ def _answers(item: Mapping[str, Any]) -> list[Any]:
 
 def our_items(model: str, tasks: str, names: Sequence[str] = TASKS, limit: int = ITEMS_OF_A_TASK) -> Items:
     """The items of this model on the tasks of a folder, at most so many of each. Started on a rank of its own."""
-    from megatron_peft.config.model import HarnessSettings
+    from megatron_peft.config.evaluation import HarnessSettings
     from megatron_peft.evaluation.harness_run import evaluate
 
     torch.set_num_threads(1)

@@ -13,7 +13,7 @@ from megatron_peft.cli.command import Command, start_ranks
 from megatron_peft.cli.launch import tell_loading
 from megatron_peft.cli.parser import RunFlags
 from megatron_peft.config import require_packages
-from megatron_peft.config.model import HarnessSettings
+from megatron_peft.config.evaluation import HarnessSettings
 
 
 def run(settings: HarnessSettings, run_flags: RunFlags) -> int:

@@ -11,7 +11,7 @@ docs/evaluation.md.
 from megatron_peft.cli.command import Command, start_ranks
 from megatron_peft.cli.launch import tell_loading
 from megatron_peft.cli.parser import RunFlags
-from megatron_peft.config.model import AnswerSettings
+from megatron_peft.config.evaluation import AnswerSettings
 
 
 def run(settings: AnswerSettings, run_flags: RunFlags) -> int:

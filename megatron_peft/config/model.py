@@ -1,12 +1,11 @@
-"""What is trained: the sections of a run's model and of its data; how data is looked at, and what a model is asked."""
+"""What is trained: the sections of a run's model and of its data; and how data is looked at."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
-from megatron_peft.config.errors import Checked, Requirements, flag, option, require, required_option
+from megatron_peft.config.errors import Checked, Requirements, flag, option, require
 from megatron_peft.config.sources import RECORD_NAMES, is_indexed, kind_of_source, parse_blend, require_one_kind
 
 FULL_RECOMPUTE_FIELDS = ("recompute_method", "recompute_num_layers", "distribute_saved_activations")
@@ -220,88 +219,3 @@ class PreviewOptions(Checked):
             not (self.exact and blend.weights),
             "--exact reads each record once, but --train-data-path has weights: leave out one of them.",
         )
-
-
-# The flags of generation and of evaluation on tasks.
-
-_file = partial(option, None, check="not_empty", metavar="FILE")
-
-
-@dataclass(frozen=True)
-class Sampling(Checked):
-    """How the next token is chosen."""
-
-    temperature: float = option(0.0, "0 is greedy", check="not_negative")
-    top_p: float = option(1.0, "sample from the smallest set of tokens with probability X")
-    top_k: int = option(0, "sample from the N most likely tokens, before --top-p; 0: from all", check="not_negative")
-
-    def check(self, require: Requirements) -> None:
-        require(0 < self.top_p <= 1, f"--top-p is {self.top_p}; it is a probability, above 0 and at most 1.")
-
-
-@dataclass(frozen=True)
-class AnswerSettings(Checked):
-    """The prompts of `megatron-peft generate`, and how they are answered."""
-
-    prompt: str | None = option(None, "the prompt; the answer is printed while it is generated")
-    prompt_file: str | None = _file("one prompt per line, or .jsonl with prompt or messages")
-    output: str | None = _file("write prompts and answers as JSON lines (default: print them)")
-    overwrite: bool = option(False, "replace an existing --output")
-    max_new_tokens: int = option(
-        128, "tokens of an answer, at most", check="positive", flags=("--max-new-tokens", "--num-tokens-to-generate")
-    )
-    temperature: float = option(Sampling.temperature, "0 is greedy")
-    top_p: float = option(Sampling.top_p, "sample from the smallest set of tokens with probability X")
-    top_k: int = option(Sampling.top_k, "sample from the N most likely tokens; 0: from all")
-    num_samples: int = option(1, "answers per prompt", check="positive")
-    stop: tuple[str, ...] = option((), r"an answer ends before any of these; \n is a newline")
-    chat: bool = option(False, "treat the prompt as a user message and apply the tokenizer's chat template")
-    batch_size: int = option(
-        16, "answers generated together", check="positive", flags=("--batch-size", "--max-batch-size")
-    )
-    sampling_seed: int = option(1234, "seed of sampling")
-
-    def check(self, require: Requirements) -> None:
-        given = [value for value in (self.prompt, self.prompt_file) if value is not None]
-        require(len(given) == 1, "give exactly one of --prompt TEXT and --prompt-file FILE.")
-        require(
-            self.num_samples == 1 or self.temperature != 0,
-            f"--num-samples {self.num_samples} with --temperature 0 gives the same answer {self.num_samples} "
-            "times: use a --temperature above 0.",
-        )
-        self.sampling()
-
-    def sampling(self) -> Sampling:
-        return Sampling(self.temperature, self.top_p, self.top_k)
-
-
-@dataclass(frozen=True)
-class HarnessSettings(Checked):
-    """The tasks of `megatron-peft evaluate`, and how they are run."""
-
-    tasks: tuple[str, ...] = required_option("names of tasks, groups or tags", metavar="TASK")
-    output: str = required_option("results as JSON, written when all tasks are done", metavar="FILE")
-    include_path: tuple[str, ...] = option((), "folders with task files (YAML)", metavar="FOLDER")
-    num_fewshot: int | None = option(None, "solved examples per question (default: the task's)", check="not_negative")
-    limit: float | None = option(None, "first N questions of a task, or a share below 1", check="positive", metavar="N")
-    batch_size: int = option(16, "requests per forward pass of a replica", check="positive")
-    apply_chat_template: bool = option(False, "format questions with the tokenizer's chat template")
-    sampling_seed: int = option(1234, "seed of sampled answers")
-    log_samples: bool = option(False, "also write all questions and answers to OUTPUT.samples.jsonl")
-    confirm_run_unsafe_code: bool = option(False, "allow tasks that run code: a model's, or functions of lm_eval.tasks")
-    unsafe_execution: bool = option(False, "run such code without a sandbox")
-    overwrite: bool = option(False, "replace an existing --output of another evaluation")
-
-    def check(self, require: Requirements) -> None:
-        whole = self.limit is None or self.limit < 1 or self.limit == int(self.limit)
-        require(whole, f"--limit is {self.limit}; it is a number of questions, or below 1 a share of them.")
-
-    def result_settings(self) -> dict[str, Any]:
-        """The settings that change the results, for their file."""
-        names = ("num_fewshot", "limit", "apply_chat_template", "sampling_seed")
-        folders = list(self.include_path)
-        return {"tasks": list(self.tasks), "include_path": folders, **{name: getattr(self, name) for name in names}}
-
-    def side_file(self, kind: str) -> Path:
-        """`scores.json` -> `scores.<kind>.jsonl`, next to --output."""
-        return Path(self.output).with_suffix(f".{kind}.jsonl")

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from megatron_peft.checkpoint.folders import write_atomically
 from megatron_peft.checkpoint.run_record import read_run_record
 from megatron_peft.config import ConfigurationError, RunConfig, is_indexed, parse_blend, require, writing
-from megatron_peft.config.model import AnswerSettings
+from megatron_peft.config.evaluation import AnswerSettings
 from megatron_peft.config.untrusted import parse_json, read_text, require_regular
 from megatron_peft.data.files import RecordFiles
 from megatron_peft.data.records import ColumnNames, Fit, plain_turn

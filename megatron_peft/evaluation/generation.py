@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from megatron_peft.adapters.step import adapters_step
 from megatron_peft.config import require
-from megatron_peft.config.model import Sampling
+from megatron_peft.config.evaluation import Sampling
 from megatron_peft.data.tokenizers import Tokenizer
 from megatron_peft.evaluation.model import InferenceModel
 from megatron_peft.parallel.layout import generator_for

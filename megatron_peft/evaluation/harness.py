@@ -24,7 +24,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from megatron_peft.checkpoint.folders import GRACE_SECONDS, locked
 from megatron_peft.config import ConfigurationError, require, writing
-from megatron_peft.config.model import Sampling
+from megatron_peft.config.evaluation import Sampling
 from megatron_peft.config.untrusted import parse_json, require_regular
 from megatron_peft.evaluation.answers import request_bar
 from megatron_peft.evaluation.generation import Continuation, GenerationSettings, StopTexts, generate_answers, score_all

@@ -31,7 +31,7 @@ from lm_eval.tasks import TaskManager
 
 from megatron_peft.checkpoint.folders import write_atomically
 from megatron_peft.config import ConfigurationError, RunConfig, require, writing
-from megatron_peft.config.model import HarnessSettings
+from megatron_peft.config.evaluation import HarnessSettings
 from megatron_peft.config.templates import render
 from megatron_peft.config.untrusted import limited_to, parse_yaml, read_json_object, read_text, require_regular
 from megatron_peft.data.files import open_json, require_limits

@@ -1,4 +1,5 @@
-"""One training step: microbatches through megatron-core's schedule, gradients summed, checked, applied.
+"""One training step: microbatches through megatron-core's schedule, gradients summed, checked, applied. And what is
+looked at between steps with the same schedule: the validation loss, the loss before training, forgotten layers.
 
 The loss is the mean over the completion tokens of the global batch: each microbatch contributes a sum, and gradients
 are divided by the global number of tokens at the end, so it does not depend on how tokens fall on microbatches and

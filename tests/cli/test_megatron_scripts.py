@@ -9,7 +9,7 @@ import pytest
 from megatron_peft.cli.flags import flags_of, served_flags
 from megatron_peft.cli.parser import read_config
 from megatron_peft.config import ConfigurationError
-from megatron_peft.config.model import AnswerSettings
+from megatron_peft.config.evaluation import AnswerSettings
 from tools import reference
 
 Script = Mapping[str, Any]

@@ -18,7 +18,7 @@ from torch.utils import collect_env
 
 from megatron_peft.cli.parser import read_config
 from megatron_peft.config import ConfigurationError
-from megatron_peft.config.model import AnswerSettings, HarnessSettings
+from megatron_peft.config.evaluation import AnswerSettings, HarnessSettings
 from megatron_peft.evaluation.answers import answer
 from megatron_peft.evaluation.harness_run import evaluate
 from megatron_peft.evaluation.model import saved_values

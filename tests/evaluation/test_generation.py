@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, TemperatureLogitsWarper, TopKLogi
 
 from megatron_peft.benchmarks import SIZES_VARIABLE
 from megatron_peft.config import ConfigurationError
-from megatron_peft.config.model import Sampling
+from megatron_peft.config.evaluation import Sampling
 from megatron_peft.evaluation import generation
 from megatron_peft.evaluation.generation import Continuation, GenerationSettings, StopTexts, choose_tokens
 from megatron_peft.runtime.launch import stop

@@ -13,7 +13,7 @@ from megatron_peft import config as c
 from megatron_peft.checkpoint.folders import MANIFEST
 from megatron_peft.cli.parser import RunFlags, read_config
 from megatron_peft.config import ConfigurationError, ParallelConfig, PeftConfig, RunConfig
-from megatron_peft.config.model import AnswerSettings, HarnessSettings, Sampling
+from megatron_peft.config.evaluation import AnswerSettings, HarnessSettings, Sampling
 from megatron_peft.evaluation import answers, harness_run, model
 from megatron_peft.evaluation.answers import AnswerFile, Stream, encode_prompts, read_prompts, records_of, request_bar
 from megatron_peft.evaluation.generation import StopTexts
