@@ -119,15 +119,15 @@ class RecordedStep:
     def built_once(self, stage: int, phase: Literal["begin", "finish"]) -> list[Entry]:
         """What is built for a stage's layers before the first microbatch; what is done with it after the last.
 
-        As it was recorded for several layers, but of a share of them (`_share`), with as many kernels, since most are
-        of all layers together, and with one tensor a call.
+        As it was recorded for several layers, but of a share of them (`_share`), and with one tensor a call.
         """
-        share, group = self._share(stage), self.tensor_group(stage)
+        share, fixed, group = self._share(stage), self.layers.fixed_kernels[phase], self.tensor_group(stage)
         found: list[Entry] = []
         for entry in self.layers.passes[phase, ""].entries if share else ():
             if isinstance(entry, Computation):
                 scaled = {replace(one, batch=max(round(one.batch * share), 1)): n for one, n in entry.products.items()}
-                entry = Computation(scaled, round(entry.num_bytes * share), entry.num_kernels)
+                num_kernels = round(entry.num_kernels * (fixed + (1 - fixed) * share))
+                entry = Computation(scaled, round(entry.num_bytes * share), num_kernels)
             elif isinstance(entry, Call):
                 size = round(share * entry.num_bytes / program.ITEM_BYTES[entry.dtype])
                 entry = replace(entry, group=group, shapes=((size,),))

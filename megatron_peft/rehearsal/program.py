@@ -188,4 +188,5 @@ class RecordedLayers:
     # the first microbatch and after the last, for all layers. What does nothing may be missing.
     passes: Mapping[tuple[str, Segment], RecordedPass]
     parameters: Mapping[Segment, Parameters]
+    fixed_kernels: Mapping[str, float]  # "begin", "finish" -> part of its kernels that any number of layers would take
     cached: int  # bytes that layers share, from the start or from the first microbatch on, as ALiBi's biases

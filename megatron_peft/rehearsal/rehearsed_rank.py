@@ -23,7 +23,16 @@ from megatron_peft.models.kernels import fusions_on_a_gpu
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.parallel.collectives import from_first_rank
 from megatron_peft.parallel.layout import PARTIAL_OVER_TENSOR_PARALLEL
-from megatron_peft.rehearsal.program import ENDS, Memory, Parameters, RankRecord, RecordedLayers, RecordedPass, Segment
+from megatron_peft.rehearsal.program import (
+    ENDS,
+    Computation,
+    Memory,
+    Parameters,
+    RankRecord,
+    RecordedLayers,
+    RecordedPass,
+    Segment,
+)
 from megatron_peft.rehearsal.recorder import LiveMemory, Recorder, group_names
 from megatron_peft.rehearsal.requests import LayersToRecord, Lengths, RankToRehearse
 from megatron_peft.runtime import fake_ranks
@@ -334,9 +343,32 @@ def recorded_layers(of: LayersToRecord) -> RecordedLayers:
                 if of.run.model.transformer.get("recompute_granularity") != "full":
                     run_schedule(wrapped, [microbatches.pop(0)], forward_only=True)
                 run_schedule(wrapped, microbatches, forward_only=False)
+            # For the last layer alone: what is built for all together takes as many kernels.
+            last = [model.decoder.layers[-1]]
+            cuts.cut("begin", "one layer")
+            with adapters_step(last) as step_of_one:
+                cuts.cut("finish", "one layer")
+                step_of_one.finish(last)
+                cuts.cut(None)
         parameters = _parameters_of_segments(model, of)
     cached = cuts.bytes_of_microbatches[-1] - before + sum(one.nbytes for one in _shared(model))
-    return RecordedLayers(cuts.passes, parameters, cached)
+    return RecordedLayers(cuts.passes, parameters, _fixed_kernels(cuts.passes, parameters), cached)
+
+
+def _fixed_kernels(
+    passes: Mapping[tuple[str, Segment], RecordedPass], parameters: Mapping[Segment, Parameters]
+) -> dict[str, float]:
+    """`RecordedLayers.fixed_kernels`, from those of all layers and of the last: others grow with what is trained."""
+    trained = [one.num_trained for segment, one in parameters.items() if segment not in ENDS]
+    share = trained[-1] / max(sum(trained), 1)
+    found: dict[str, float] = {}
+    for phase in ("begin", "finish"):
+        of_all, of_one = (
+            sum(entry.num_kernels for entry in passes[phase, layers].entries if isinstance(entry, Computation))
+            for layers in ("", "one layer")
+        )
+        found[phase] = (of_one / of_all - share) / (1 - share) if of_all else 0.0
+    return found
 
 
 def _parameters_of_segments(model: Any, of: LayersToRecord) -> dict[Segment, Parameters]:
