@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -28,7 +29,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from megatron_peft.checkpoint.folders import new_folder, write_atomically
 from megatron_peft.config import ConfigurationError
-from megatron_peft.config.untrusted import parse_json, read_text
+from megatron_peft.config.untrusted import parse_json, read_json_object, read_text
 from megatron_peft.tasks import readers
 from megatron_peft.tasks.prepare import HashSplit, prepare
 
@@ -158,6 +159,29 @@ SOURCES = {  # package -> the catalogs in its wheel
 HELD_OUT_OF = 18  # one group of messages in so many is held out
 PLACEHOLDER = re.compile(r"%\(\w+\)[a-z]|%[a-z]\b|%\d+|\{[^}]*\}|<[^>]*>|https?://\S+")
 WORD = re.compile(r"[^\W\d_]+")
+
+
+@dataclass(frozen=True)
+class DemoScore:
+    """The score of one model on the held-out messages, and its file: BLEU from 0 to 100, the mean loss of the
+    completions' tokens, and the translations in the order of the messages.
+    """
+
+    bleu: float
+    bleu_signature: str
+    validation_loss: float
+    trainable_parameters: int
+    translations: tuple[str, ...]
+
+    def write(self, path: Path) -> None:
+        """The file appears whole or not at all."""
+        write_atomically(path, json.dumps(asdict(self), ensure_ascii=False, indent=1) + "\n")
+
+    @classmethod
+    def read(cls, path: Path) -> "DemoScore":
+        """The score of a JSON file that `demo.scoring` wrote."""
+        fields = read_json_object(path)
+        return cls(**{**fields, "translations": tuple(fields["translations"])})
 
 
 class Pair(NamedTuple):

@@ -14,7 +14,6 @@ import sys
 import textwrap
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +26,10 @@ from megatron_peft.checkpoint.folders import write_atomically
 from megatron_peft.cli.launch import start_processes
 from megatron_peft.cli.parser import read_config, tell_error
 from megatron_peft.config import ConfigurationError, PeftConfig
-from megatron_peft.config.untrusted import read_json, read_json_object
+from megatron_peft.config.untrusted import read_json
 from megatron_peft.demo.data import (
     PROGRAM,
+    DemoScore,
     Pair,
     PairFiles,
     prepare_model,
@@ -44,29 +44,6 @@ from megatron_peft.experiment.run_report import SAMPLE_FIELDS, SAMPLES_FILE
 from megatron_peft.training.metrics import METRICS_FILE, read_metrics
 
 BEFORE, AFTER = "before.json", "after.json"  # scores that the ranks write
-
-
-@dataclass(frozen=True)
-class DemoScore:
-    """The score of one model on the held-out messages, and its file: BLEU from 0 to 100, the mean loss of the
-    completions' tokens, and the translations in the order of the messages.
-    """
-
-    bleu: float
-    bleu_signature: str
-    validation_loss: float
-    trainable_parameters: int
-    translations: tuple[str, ...]
-
-    def write(self, path: Path) -> None:
-        """The file appears whole or not at all."""
-        write_atomically(path, json.dumps(asdict(self), ensure_ascii=False, indent=1) + "\n")
-
-    @classmethod
-    def read(cls, path: Path) -> "DemoScore":
-        """The score of a JSON file that `demo.scoring` wrote."""
-        fields = read_json_object(path)
-        return cls(**{**fields, "translations": tuple(fields["translations"])})
 
 
 # On two cores the three tensor-parallel ranks that its three key-value heads allow would cost twice as much.

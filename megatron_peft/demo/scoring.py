@@ -16,8 +16,7 @@ from megatron_peft.checkpoint.load import load_checkpoint
 from megatron_peft.cli.parser import read_config, tell_error
 from megatron_peft.config import ConfigurationError, RunConfig, require_packages
 from megatron_peft.data.tokenizers import Tokenizer, build_tokenizer
-from megatron_peft.demo.data import Pair, read_pairs, waiting
-from megatron_peft.demo.run import DemoScore
+from megatron_peft.demo.data import DemoScore, Pair, read_pairs, waiting
 from megatron_peft.evaluation.generation import GenerationSettings, generate
 from megatron_peft.models.families import read_shape
 from megatron_peft.runtime.failure import run_together

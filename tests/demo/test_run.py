@@ -16,8 +16,8 @@ from megatron_peft.commands import demo
 from megatron_peft.config import METHODS
 from megatron_peft.demo import run, scoring
 from megatron_peft.demo import run as module
-from megatron_peft.demo.data import Pair, PairFiles, read_pairs
-from megatron_peft.demo.run import DemoScore, draw_picture, run_demo, training_flags
+from megatron_peft.demo.data import DemoScore, Pair, PairFiles, read_pairs
+from megatron_peft.demo.run import draw_picture, run_demo, training_flags
 
 LAMBDAS = {"iteration": 60, "lambda": {"decoder.layers.0.mlp.linear_fc1": 0.4}}
 WHAT = ("source", "reference", "before", "after")

@@ -7,8 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_peft.demo import run, scoring
-from megatron_peft.demo.data import Pair
-from megatron_peft.demo.run import DemoScore
+from megatron_peft.demo.data import DemoScore, Pair
 from megatron_peft.demo.scoring import translate
 from megatron_peft.training.metrics import read_metrics
 from tests.evaluation.worded_llama import save_worded_llama
