@@ -118,7 +118,7 @@ def test_the_tool_takes_megatrons_flags_and_patterns(write_lines, tmp_path, caps
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--split-sentences"], "--split-sentences is not a known flag; --help lists them."),
+        (["--split-sentences"], "--split-sentences is a Megatron flag that megatron_peft does not support"),
         (["--workers", "0"], "--workers is 0; it must be above 0"),
     ],
 )
