@@ -40,11 +40,11 @@ def command(name: str) -> "Command":
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code of the command; 2 for an unknown one."""
     words = [*(sys.argv[1:] if argv is None else argv)] or ["--help"]
-    if words[0] in ("--version", "-V"):
-        print(version())
-        return 0
     group, *rest = words if words[0] == "data" else ("", *words)
     name = f"{group} {rest[0] if rest else '--help'}".strip()
+    if name.split()[-1] in ("--version", "-V"):
+        print(version())
+        return 0
     program = f"megatron-peft {name}"
     if name in COMMANDS:
         sys.argv[0] = program  # argparse names the program by it

@@ -143,6 +143,7 @@ class Preview:
 
 # What is printed. Everything that color says, a mark says too: «trained», ‹cut off›.
 
+_BARS, _BAR_WIDTH = 10, 32
 _BETWEEN = "·"  # tokens
 # Style of a token by its state, and the marks around a run of them.
 _STYLES = {"trained": "bold green", "context": "", "cut": "red"}
@@ -181,6 +182,11 @@ def _lengths(preview: Preview) -> Iterator[str]:
             f"positions of a sample (its tokens but one): mean {preview.ratio(used, np.ones_like(used)):,.1f}, median "
             f"{middle:,.0f}, 90% {most:,.0f}, 99% {nearly:,.0f}, longest {used.max():,}"
         )
+        width = max(1, math.ceil(used.max() / _BARS))
+        counts = np.bincount((used - 1) // width)
+        for i, count in enumerate(counts):
+            bar = "#" * round(count / counts.max() * _BAR_WIDTH)
+            yield f"  {i * width + 1:>6} - {(i + 1) * width:>6}  {bar:<{_BAR_WIDTH}} {count / len(used):6.1%}"
     yield f"trained: {preview.ratio(trained, kept):.1%} of the tokens"
     longer, skipped = whole > config.seq_length, kept == 0
     if (longer & ~skipped).any() or not preview.is_exact:

@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,17 @@ class FinishedRequests(dict[str, Any]):
             self._file.write("".join(lines).encode())
             self._file.flush()
 
+    def require_answers(self, keys: Iterable[str], is_answer: Callable[[Any], bool]) -> None:
+        """Raises ConfigurationError if a known answer to these requests is not of their kind."""
+        for key in keys:
+            told = f"{self._path} has no such answer to the request {key} as the model gives"
+            require(key not in self or is_answer(self[key]), f"{told}: remove its line to repeat the request.")
+
+
+def _is_score(answer: Any) -> bool:
+    """A log-likelihood, and whether it is of the likeliest continuation."""
+    return isinstance(answer, list | tuple) and [*map(type, answer)] in ([float, bool], [int, bool])
+
 
 MAX_NEW_TOKENS = 256  # the harness's default
 MOST_STOP_TEXTS = 1000  # each is looked for after each token
@@ -172,7 +183,7 @@ class HarnessModel(TemplateLM):
             self.truncated["score"] += excess > 0
             asked = Continuation(tuple(context[excess:]), tuple(ids))
             keyed.append((self._finished.key("score", *asked), asked))
-        found = self._answers("scoring", keyed, score_all, self._batch_size)
+        found = self._answers("scoring", keyed, _is_score, score_all, self._batch_size)
         return [(total, greedy) for total, greedy in found]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
@@ -192,7 +203,7 @@ class HarnessModel(TemplateLM):
         for until, settings in dict.fromkeys(plans):
             chosen = [index for index, plan in enumerate(plans) if plan == (until, settings)]
             prompts = self._prompts([requests[index].args[0] for index in chosen], until, settings)
-            answers = self._answers("answering", [*prompts], generate_answers, until, settings)
+            answers = self._answers("answering", [*prompts], self._are_ids, generate_answers, until, settings)
             stop = StopTexts(self._model.tokenizer, until)
             for index, ids in zip(chosen, answers, strict=True):
                 texts[index] = stop.cut(self._model.tokenizer.decode(ids))
@@ -234,12 +245,22 @@ class HarnessModel(TemplateLM):
             seen[ids] += settings.sampling.temperature > 0
             yield self._finished.key("generate", ids, name, *what), (ids, name)
 
+    def _are_ids(self, answer: Any) -> bool:
+        largest = self._model.tokenizer.largest_id
+        return isinstance(answer, list | tuple) and all(type(id_) is int and 0 <= id_ <= largest for id_ in answer)
+
     def _answers(
-        self, title: str, requests: Sequence[Request], action: Callable[..., Any], *settings: Any
+        self,
+        title: str,
+        requests: Sequence[Request],
+        is_answer: Callable[[Any], bool],
+        action: Callable[..., Any],
+        *settings: Any,
     ) -> list[Any]:
         """Answers in the order of the requests: known ones, and those of `action(model, requests, *settings)` to the
         others in portions, longest first."""
         finished, distinct = self._finished, dict(requests)
+        finished.require_answers(distinct, is_answer)
         pending = [key for key in distinct if key not in finished]
         pending.sort(key=lambda key: (-len(distinct[key][0]), distinct[key][0]))
         size = self._batch_size * self._model.config.parallel.data_parallel_size

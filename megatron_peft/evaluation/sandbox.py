@@ -259,17 +259,16 @@ class Sandbox:
                 )
             )
             os.close(writes)
-            opened.callback(_kill, process, info)  # then `Popen` waits for it
             output = bytearray()
             reader = Thread(target=self._read, args=(reads, output, process, info), daemon=True)
             reader.start()
+            opened.callback(reader.join, 1)  # a process that fled from an unconfined session may hold the pipe
+            opened.callback(_kill, process, info)  # first; last `Popen` waits for it
             try:
                 judged, _ = process.communicate(json.dumps(job).encode(), self.limits.wall_seconds)
                 verdict = judged.decode("utf-8", "replace")
             except subprocess.TimeoutExpired:
                 verdict = TIMEOUT
-            _kill(process, info)
-            reader.join(1)  # a process that fled from an unconfined session may hold the pipe
         if len(output) > self.limits.output_bytes:
             verdict = TOO_MUCH_OUTPUT
         elif not verdict:

@@ -9,7 +9,6 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from importlib import import_module
 from itertools import starmap
 from multiprocessing.connection import wait
 from threading import Thread
@@ -27,7 +26,7 @@ from megatron_peft.rehearsal.rehearsed_rank import recorded_layers, rehearse_ran
 from megatron_peft.rehearsal.requests import LayersToRecord, Lengths, RankToRehearse, alike_stages
 from megatron_peft.rehearsal.schedule import RankGrid, StageProgram
 from megatron_peft.rehearsal.small_run import kept_stages, make_small
-from megatron_peft.runtime.ranks import NO_GPU, Ranks, preload
+from megatron_peft.runtime.ranks import Ranks, preload
 
 Watch = Callable[[int, int], None]  # is told how much of the work is done now, and how much more there is to do
 MOST_REPLICAS, MOST_RANKS = 8, 64  # whose calls are compared in `order_problem`
@@ -209,7 +208,6 @@ def _in_processes(
 
 def _answer(of: tuple[Callable[..., Any], Sequence[tuple[Any, ...]]]) -> Any:
     """The life of such a process."""
-    import_module(NO_GPU)  # where the server could not
     function, asked = of
     try:
         return [*starmap(function, asked)]

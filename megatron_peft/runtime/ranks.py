@@ -15,6 +15,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from importlib import import_module
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,7 @@ def _rank(environment: dict[str, str], call: bytes, folder: str) -> None:
     os.dup2(output, 1)
     os.dup2(output, 2)
     try:
+        import_module(NO_GPU)  # where another server than ours forks
         function, argument = pickle.loads(call)
         Path(folder, f"result{rank}").write_bytes(pickle.dumps(function(argument)))
     except Exception:

@@ -196,19 +196,21 @@ def test_every_layout_answers_and_scores_as_one_process(split, alone, layout):
             _same(outcome, alone[name])
 
 
-def _generate_by_script(monkeypatch, settings, script, told=lambda row, token: None):
+def _generate_by_script(monkeypatch, settings, script, told=lambda row, token: None, copies=1):
     """`generate` over a model that says what `script` holds for the first token of a prompt."""
 
     class Rows:
         def __init__(self, model_chunks, padding, num_columns):
-            self.num_columns, self.seen = num_columns, 0
+            self.num_columns, self.seen, self.step = num_columns, 0, 0
 
         def forward(self, tokens):
             if self.seen == 0:
-                self.lines = [iter(script[row[-1]]) for row in tokens.tolist()]
+                self.lines = [script[row[-1]] for row in tokens.tolist()]
+                assert len(self.lines) == len(script), "equal prompts go through the model once"
             self.seen += tokens.shape[1]
             assert len(tokens) == len(self.lines) and self.seen <= self.num_columns
-            said = torch.tensor([[next(line)] for line in self.lines])
+            said = torch.tensor([[line[self.step]] for line in self.lines])
+            self.step += 1
             return torch.nn.functional.one_hot(said, 10).float()
 
         def keep(self, rows):
@@ -218,7 +220,8 @@ def _generate_by_script(monkeypatch, settings, script, told=lambda row, token: N
     monkeypatch.setattr(generation, "left_padded", lambda rows: (torch.tensor(rows), [0] * len(rows)))
     monkeypatch.setattr(generation, "from_last_stage", lambda values: values)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: torch.device("cpu"))
-    return generation.generate([torch.nn.Module()], [[first] for first in script], settings, on_token=told)
+    prompts = [[first] for first in script] * copies
+    return generation.generate([torch.nn.Module()], prompts, settings, on_token=told)
 
 
 def test_an_answer_that_is_complete_ends_with_its_last_token(monkeypatch):
@@ -228,6 +231,12 @@ def test_an_answer_that_is_complete_ends_with_its_last_token(monkeypatch):
     answers = _generate_by_script(monkeypatch, settings, script, lambda row, token: told.append((row, token)))
     assert answers == [[4, 3], [5, 6], [], [4, 4, 4, 4, 4]]
     assert told[:4] == [(0, 4), (1, 5), (3, 4), (0, 3)], "a token is told when it comes, an end is not told"
+
+
+def test_equal_prompts_are_answered_alike(monkeypatch):
+    settings = GenerationSettings(frozenset({9}), 3, batch_size=4)
+    script = {1: [4, 9], 2: [5, 6, 7]}
+    assert _generate_by_script(monkeypatch, settings, script, copies=2) == [[4], [5, 6, 7]] * 2
 
 
 def test_prompt_and_answer_stay_within_the_longest_text(monkeypatch):

@@ -12,7 +12,7 @@ import pytest
 
 from megatron_peft.config import ConfigurationError
 from megatron_peft.evaluation import harness
-from megatron_peft.evaluation.harness import FinishedRequests
+from megatron_peft.evaluation.harness import FinishedRequests, _is_score
 from tests.evaluation import model_runs
 from tests.evaluation.local_tasks import TASKS, write_tasks
 from tests.evaluation.model_runs import LAYOUTS, run_flags
@@ -172,6 +172,15 @@ def test_answers_come_back_to_their_model_and_kind(tmp_path):
     assert again[keys[0]] == [-1.5, True] and again[keys[1]] == [[5, 6], "é"]
     for unknown in (again.key("score", [9], [9]), again.key("generate", [1, 2], [3]), other.key("score", [1, 2], [3])):
         assert unknown not in again
+
+
+@pytest.mark.parametrize("answer", [5, [1], ["x", True], [None, None], "text", {}, [1.0, 1]])
+def test_an_answer_of_another_form_than_the_request_has_is_named(tmp_path, answer):
+    finished = FinishedRequests(tmp_path / "file", "model")
+    finished.add({"a": [-1.5, True], "b": (-2, False), "c": answer})
+    finished.require_answers(["a", "b", "d"], _is_score)
+    with pytest.raises(ConfigurationError, match="file has no such answer to the request c .*remove its line"):
+        finished.require_answers(["a", "b", "c"], _is_score)
 
 
 def test_a_full_disk_is_told(tmp_path):

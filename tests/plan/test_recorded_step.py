@@ -241,6 +241,16 @@ def test_buckets_of_gradients_are_as_large_as_megatron_core_makes_them(replicas,
     assert second[1] == 1 and second[0].num_trained > 2 * smallest
 
 
+@pytest.mark.parametrize("fixed", [0.0, 1.0])
+def test_kernels_of_what_is_built_once_grow_with_the_layers_that_build_their_own(fixed):
+    step = step_of(made_up_run("boft", 512, 1), replace(SHAPE, num_layers=8))
+    step.layers = replace(step.layers, fixed_kernels={"begin": fixed})
+    recorded = [one.num_kernels for one in step.layers.passes["begin", ""].entries if isinstance(one, Computation)]
+    built = [one.num_kernels for one in step.built_once(0, "begin") if isinstance(one, Computation)]
+    num_recorded = sum(segment not in ("embedding", "head") for segment in step.layers.parameters)
+    assert built == [number if fixed else number * 8 // num_recorded for number in recorded] and sum(recorded) > 10
+
+
 @pytest.mark.parametrize("num_microbatches", [2, 4])
 def test_stages_exchange_the_messages_of_megatrons_schedule_and_tell_sizes_first(num_microbatches):
     """Microbatches of many lengths, fewer and more than there are stages; a model whose kernels take no time."""
