@@ -1,6 +1,7 @@
 """Runs with adapters at two ranks, for the tests of moving adapters."""
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -48,12 +49,12 @@ URNN: Settings = {"peft": {"method": "urnn", "urnn_block_size": 4}}
 REPLACE: Settings = {"peft": {"urnn_mode": "replace", "target_modules": ("linear_proj",)}}
 HYBRID: Settings = {"peft": {"method": "hybrid", "boft_block_size": 2, "boft_factors": 2, "lora_ga_init": "original"}}
 FOLDING: Settings = {"peft": {"lora_ga_init": "aligned", "hybrid_rotation": "urnn", "hybrid_merge_interval": 1}}
-RUNS = {
-    "tp2": TP2,
+RUNS = {  # those of a layout stand together: its groups are made once
     "pp2": merged(PP2, SOME_LAYERS),
+    "butterfly": merged(PP2, BOFT, BUTTERFLY),
+    "tp2": TP2,
     "bloom": merged(TP2, BLOOM),
     "boft": merged(TP2, BOFT),
-    "butterfly": merged(PP2, BOFT, BUTTERFLY),
     "projection": merged(TP2, BOFT, PROJECTION),
     "paper": merged(TP2, PAPER),
     "urnn": merged(TP2, URNN),
@@ -62,6 +63,7 @@ RUNS = {
     "hybrid": merged(TP2, HYBRID),
     "folding": merged(TP2, URNN, HYBRID, FOLDING),
 }
+EVERY_LLAMA_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 MOVED = {"A", "B", "A0", "B0", "Q", "P", "theta", "U"}
 
 
@@ -79,6 +81,14 @@ class Moved:
 
     def run(self, name: str) -> Path:
         return self.runs / name
+
+    def base_of(self, run: str) -> Path:
+        return self.base(RUNS[run].get("model", {}).get("pretrained_checkpoint", "base"))
+
+
+def config_of(adapter: Path) -> dict[str, Any]:
+    """The settings of an adapter of HF PEFT."""
+    return json.loads((adapter / "adapter_config.json").read_text())
 
 
 def copy_run(run: Path, to: Path, change: Callable[[RunRecord], RunRecord]) -> Path:
