@@ -142,7 +142,7 @@ def test_what_cannot_go_to_megatron_is_named_and_leaves_nothing_behind(spoilt, t
 
 
 @pytest.mark.parametrize("shapes", [llama_shapes, bloom_shapes])
-@settings(max_examples=8, derandomize=True)
+@settings(max_examples=5, derandomize=True)
 @given(st.data(), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
 def test_a_model_comes_back_bit_for_bit(shapes, data, dtype):
     with tempfile.TemporaryDirectory() as work:
@@ -282,7 +282,7 @@ def test_base_in_the_form_of_megatron(form, moved, merged, tmp_path):
     ("base", "message"),
     [
         ("other", r"trained on the base model .*base, but .*other is another one \(model.safetensors\): give the base"),
-        ("small", r"small is another one \(hidden_size 96 there, 72 here"),
+        ("small", r"small is another one \(.*hidden_size 96 there, 72 here"),
         ("nowhere", r"the base model .*nowhere of the run in .* is not there: give its folder with --pretrained-check"),
     ],
 )

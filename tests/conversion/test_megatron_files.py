@@ -122,7 +122,7 @@ def test_random_damage_is_named_or_harmless(folder):
     place = pickle.loads((folder / ".metadata").read_bytes()).storage_data[PART]
     path, draw = folder / place.relative_path, random.Random(0)
     whole = path.read_bytes()
-    for number in range(600):
+    for number in range(300):
         torn = bytearray(path.read_bytes() if number % 20 else whole)  # damage adds up
         for _ in range(draw.choice((1, 8, 200))):
             torn[place.offset + draw.randrange(place.length)] = draw.randrange(256)

@@ -59,7 +59,7 @@ def test_export_and_import_give_the_run_back(moved):
 @pytest.mark.parametrize("run", ["boft", "butterfly"])
 def test_export_and_import_give_the_rotations_back(run, moved, tmp_path, capsys):
     export_adapter(moved.run(run), tmp_path / "adapter")
-    import_adapter(tmp_path / "adapter", tmp_path / "run", pretrained_checkpoint=moved.base("base"))
+    import_adapter(tmp_path / "adapter", tmp_path / "run", pretrained_checkpoint=moved.base_of(run))
     before, after = open_adapters(moved.run(run)), open_adapters(tmp_path / "run")
     layers, settings = before.record.adapted_layers, before.record.config.peft
     assert after.record.adapted_layers == layers
