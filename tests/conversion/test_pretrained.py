@@ -111,18 +111,41 @@ def test_bar_is_shown_at_a_terminal_only(terminal, progress, shape, saved_folder
     assert printed.out == ""
 
 
-SHAPES = {"odd": ODD, "tied": dataclasses.replace(ODD, tied_embeddings=True)}
+# Four ranks can split its heads; its rows (9) cannot be split evenly.
+SHAPE = dataclasses.replace(ODD, hidden_size=9, num_attention_heads=8, num_query_groups=4)
+SHAPES = {"odd": SHAPE, "tied": dataclasses.replace(SHAPE, tied_embeddings=True)}
+
+
+def in_shards(source: Path, folder: Path, dtype: torch.dtype) -> None:
+    """Tensors of `source`, converted, in three files whose order is not that of the model."""
+    folder.mkdir()
+    shutil.copy(source / "config.json", folder)
+    tensors = {name: tensor.to(dtype) for name, tensor in load_file(source / "model.safetensors").items()}
+    files = {name: f"model-{sum(name.encode()) % 3}.safetensors" for name in tensors}
+    for file in set(files.values()):
+        save_file({name: tensor for name, tensor in tensors.items() if files[name] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
-    work, found = tmp_path_factory.mktemp("forms"), {}
+    """Both models in each form; the odd one also as a pickle, in shards, and in Megatron's format in whole tensors."""
+    work = tmp_path_factory.mktemp("forms")
     for name, shape in SHAPES.items():
-        original = found[name] = save_random(work / name, shape)
-        found[f"{name} distributed"] = convert.hf_to_megatron(original, work / f"{name}-megatron", progress=False)
-        found[f"{name} ranks"] = save_ranks(original, work / f"{name}-ranks", tp=2, pp=2)
-        found[f"{name} run"] = save_run(original, work / f"{name}-run", global_tensors(original))
-    return found
+        original = save_random(work / name, shape)
+        convert.hf_to_megatron(original, work / f"{name} distributed", progress=False)
+        save_ranks(original, work / f"{name} ranks", tp=2, pp=2)
+        save_run(original, work / f"{name} run", global_tensors(original), shape=shape)
+    original, pickled = work / "odd", work / "pickle"
+    in_shards(original, work / "shards", torch.bfloat16)
+    in_shards(original, work / "torn", torch.float32)
+    pickled.mkdir()
+    shutil.copy(original / "config.json", pickled)
+    torch.save(load_file(original / "model.safetensors"), pickled / "pytorch_model.bin")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convert, "MIN_SHARD_BYTES", 2**30)
+        convert.hf_to_megatron(original, work / "whole", progress=False)
+    return {folder.name: folder for folder in work.iterdir()}
 
 
 @pytest.mark.parametrize("form", ["distributed", "ranks", "run"])
@@ -140,17 +163,18 @@ def test_every_form_fills_every_rank_alike(form, name, size, rank, folders):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_reads_its_own_shares_only(rank, folders):
-    chunk = stage(ODD, 2, range(4))
+    chunk = stage(SHAPE, 2, range(4))
     for name in ("embedding.word_embeddings", "output_layer"):
-        chunk.get_submodule(name).weight = nn.Parameter(torch.full((64, 10), torch.nan))  # 128 padded rows
-    report = load(chunk, folders["odd distributed"], ODD, rank, 2)
+        chunk.get_submodule(name).weight = nn.Parameter(torch.full((64, 9), torch.nan))  # 128 padded rows
+    report = load(chunk, folders["odd distributed"], SHAPE, rank, 2)
     assert report.counts.bytes == sum(p.numel() * p.element_size() for p in chunk.parameters())
-    assert report.num_tensors == len(rules_for(ODD)) and report.seconds > 0
+    assert report.num_tensors == len(rules_for(SHAPE)) and report.seconds > 0
 
 
 def test_shape_is_read_from_every_form(folders):
-    for form in ("odd", "odd distributed", "odd ranks", "odd run", "tied", "tied distributed", "tied ranks"):
-        assert read_model_shape(folders[form]) == SHAPES[form.partition(" ")[0]]
+    for name in SHAPES:
+        for form in ("", " distributed", " ranks", " run"):
+            assert read_model_shape(folders[name + form]) == SHAPES[name]
 
 
 def test_a_config_beside_old_ranks_is_believed(folders, tmp_path):
@@ -159,14 +183,14 @@ def test_a_config_beside_old_ranks_is_believed(folders, tmp_path):
     with pytest.raises(ConfigurationError, match="vocabulary padded to 128 rows .*config.json"):
         read_model_shape(tmp_path)
     shutil.copy(folders["odd"] / "config.json", tmp_path)
-    assert read_model_shape(tmp_path) == ODD
+    assert read_model_shape(tmp_path) == SHAPE
 
 
 def test_a_run_of_adapters_is_no_base(folders, tmp_path):
     key = "decoder.layers.0.mlp.linear_fc1.adapter.A"
     run = save_run(folders["odd"], tmp_path / "run", {key: torch.zeros(2)}, "lora")
     with pytest.raises(ConfigurationError, match=f"holds adapters \\({key}, ...\\) and no base model: .*merge"):
-        load(stage(ODD, 1, range(4)), run, ODD)
+        load(stage(SHAPE, 1, range(4)), run, SHAPE)
 
 
 def test_a_flipped_byte_of_a_run_that_is_a_base_is_named(folders, tmp_path):
@@ -174,20 +198,18 @@ def test_a_flipped_byte_of_a_run_that_is_a_base_is_named(folders, tmp_path):
     checkpoint = base / "iter_0000002"
     write_manifest(checkpoint, {})
     with one_rank():
-        load(stage(ODD, 1, [0, 1], ["first"]), base, ODD)
+        load(stage(SHAPE, 1, [0, 1], ["first"]), base, SHAPE)
         made.flip_a_byte(checkpoint / "__0_0.distcp")
         with pytest.raises(ConfigurationError, match="iter_0000002 is damaged: __0_0.distcp does not match"):
-            load(stage(ODD, 1, [0, 1], ["first"]), base, ODD)
+            load(stage(SHAPE, 1, [0, 1], ["first"]), base, SHAPE)
 
 
 # Ranks that read for one another.
 
-# Four ranks can split its heads; its rows (9) cannot be split evenly.
-SHAPE = dataclasses.replace(ODD, hidden_size=9, num_attention_heads=8, num_query_groups=4)
 LAYOUTS = {"DP4": (1, 1), "TP2 x DP2": (2, 1), "PP2 x DP2": (1, 2), "TP2 x PP2": (2, 2), "TP4": (4, 1)}
 # The others are these without replicas, which share nothing but the order of reading.
 QUICK_LAYOUTS = ("DP4", "TP2 x DP2", "PP2 x DP2")
-FORMS = ("shards", "pickle", "sliced", "whole", "ranks")
+FORMS = ("shards", "pickle", "odd distributed", "whole", "odd ranks")
 NUM_RANKS = 4
 DAMAGES: list[Callable[[bytes], bytes]] = [
     lambda whole: whole[:-60],
@@ -208,36 +230,6 @@ class Found(NamedTuple):
 
     reads: dict[str, Read]
     told: list[str]
-
-
-def in_shards(source: Path, folder: Path, dtype: torch.dtype) -> Path:
-    """Tensors of `source`, converted, in three files whose order is not that of the model."""
-    folder.mkdir()
-    (folder / "config.json").write_text((source / "config.json").read_text())
-    tensors = {name: tensor.to(dtype) for name, tensor in load_file(source / "model.safetensors").items()}
-    files = {name: f"model-{sum(name.encode()) % 3}.safetensors" for name in tensors}
-    for file in set(files.values()):
-        save_file({name: tensor for name, tensor in tensors.items() if files[name] == file}, folder / file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def shared_folders(tmp_path_factory) -> dict[str, Path]:
-    """The model as it is, and in each form; Megatron's distributed format in slices of ranks and whole."""
-    work = tmp_path_factory.mktemp("shared")
-    original, pickled = save_random(work / "original", SHAPE), work / "pickle"
-    in_shards(original, work / "shards", torch.bfloat16)
-    pickled.mkdir()
-    (pickled / "config.json").write_text((original / "config.json").read_text())
-    torch.save(load_file(original / "model.safetensors"), pickled / "pytorch_model.bin")
-    convert.hf_to_megatron(original, work / "sliced", progress=False)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(convert, "MIN_SHARD_BYTES", 2**30)
-        convert.hf_to_megatron(original, work / "whole", progress=False)
-    save_ranks(original, work / "ranks", tp=2, pp=2)
-    in_shards(original, work / "torn", torch.float32)
-    return {folder.name: folder for folder in work.iterdir()}
 
 
 def load_here(folder: Path, layout: tuple[int, int], together: bool) -> tuple[nn.Module, ReadCounts]:
@@ -289,11 +281,11 @@ def read_at_each(asked: tuple[dict[str, Path], list[str]]) -> dict[str, Found]:
 
 
 @pytest.fixture(scope="module")
-def by_rank(shared_folders, request) -> list[dict[str, Found]]:
+def by_rank(folders, request) -> list[dict[str, Found]]:
     """At the quick layouts, and at others that were chosen."""
     specs = [getattr(item, "callspec", None) for item in request.session.items if item.path == request.path]
     chosen = {*QUICK_LAYOUTS, *(spec.params["layout"] for spec in specs if spec and "layout" in spec.params)}
-    return run_ranks(NUM_RANKS, read_at_each, (shared_folders, [layout for layout in LAYOUTS if layout in chosen]))
+    return run_ranks(NUM_RANKS, read_at_each, (folders, [layout for layout in LAYOUTS if layout in chosen]))
 
 
 LAYOUT_CASES = [pytest.param(layout, marks=[] if layout in QUICK_LAYOUTS else [pytest.mark.slow]) for layout in LAYOUTS]
@@ -316,9 +308,9 @@ def test_headers_are_read_by_the_first_rank_and_each_rank_opens_a_file_once(layo
     assert all(1 <= read.together.opens <= 3 for read in reads)
 
 
-def test_a_file_that_is_cut_short_or_holds_nan_ends_all_ranks_with_one_message(shared_folders, by_rank):
+def test_a_file_that_is_cut_short_or_holds_nan_ends_all_ranks_with_one_message(folders, by_rank):
     """Other ranks are in a broadcast or an all-to-all by then."""
-    path = shared_folders["torn"] / "model-1.safetensors"
+    path = folders["torn"] / "model-1.safetensors"
     cut, not_finite = map(set, zip(*(found.told for rank in by_rank for found in rank.values()), strict=True))
     error = f"ConfigurationError: {path}"
     assert cut == {f"{error} cannot be read: it was cut short while it was read. Copy it again."}
@@ -337,7 +329,7 @@ def first_bytes(folder: Path) -> dict[str, tuple[str, int]]:
     return places
 
 
-def test_parameters_are_read_in_the_order_of_their_files_and_not_of_the_model(shared_folders, monkeypatch):
+def test_parameters_are_read_in_the_order_of_their_files_and_not_of_the_model(folders, monkeypatch):
     """Of a parameter that several tensors make, the first one counts: queries, keys and values lie in three files."""
     reads: list[tuple[str, int]] = []
     preadv = os.preadv
@@ -348,8 +340,8 @@ def test_parameters_are_read_in_the_order_of_their_files_and_not_of_the_model(sh
 
     monkeypatch.setattr(os, "preadv", recorded)
     whole = stage(SHAPE, 1, range(SHAPE.num_layers), ["first", "last"])
-    load(whole, shared_folders["shards"], SHAPE)
-    places = first_bytes(shared_folders["shards"])
+    load(whole, folders["shards"], SHAPE)
+    places = first_bytes(folders["shards"])
     by_model = [places[rule.hf_tensors[0].name] for rule in rules_for(SHAPE).values()]
     by_file = sorted(by_model)
     assert len({file for file, _ in by_file}) == 3 and by_model != by_file
@@ -391,15 +383,15 @@ def on_nodes_of_their_own(folders: tuple[Path, Path]) -> tuple[dict[int, list[st
 
 
 def test_one_rank_of_each_node_opens_the_files_and_a_copy_with_its_tensors_at_other_places_is_refused(
-    shared_folders, tmp_path
+    folders, tmp_path
 ):
     """The first rank's headers would give such a node other bytes."""
     for node in ("0", "1"):
-        shutil.copytree(shared_folders["original"], tmp_path / node / "base")
+        shutil.copytree(folders["odd"], tmp_path / node / "base")
     file = tmp_path / "1" / "base" / "model.safetensors"
     save_file(load_file(file), file, metadata={"format": "pt", "note": "of another length"})
-    ranks = run_ranks(2, on_nodes_of_their_own, (shared_folders["shards"], tmp_path))
-    every = sorted(path.name for path in shared_folders["shards"].glob("*.safetensors"))
+    ranks = run_ranks(2, on_nodes_of_their_own, (folders["shards"], tmp_path))
+    every = sorted(path.name for path in folders["shards"].glob("*.safetensors"))
     assert len(every) == 3 and [opened for opened, _ in ranks] == [
         {0: every, 2: every, 1: every},
         {0: every, 2: [], 1: every},
