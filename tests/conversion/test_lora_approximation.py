@@ -109,22 +109,22 @@ def test_peft_computes_what_the_run_does_where_nothing_is_discarded(run, moved, 
 
 
 def test_the_change_of_logits_is_what_peft_and_transformers_compute(moved, merged, tmp_path):
-    run, base = open_run(moved.run("urnn")), moved.base_of("urnn")
-    lora = found_in(moved.run("urnn"), tolerance=0.3, max_rank=20)
+    run, base = open_run(moved.run("tp2")), moved.base_of("tp2")
+    lora = found_in(moved.run("tp2"), tolerance=0.3, max_rank=2)
     whole, layers = logits_change(run, base, lora, num_tokens=24)
-    limits = {"tolerance": 0.3, "max_rank": 20, "num_tokens": 0}
-    adapter = export_as_lora(moved.run("urnn"), tmp_path / "adapter", **limits)
-    seen = verify(adapter, merged("urnn"), num_tokens=24)
+    limits = {"tolerance": 0.3, "max_rank": 2, "num_tokens": 0}
+    adapter = export_as_lora(moved.run("tp2"), tmp_path / "adapter", **limits)
+    seen = verify(adapter, merged("tp2"), num_tokens=24)
     assert whole.logits.relative == pytest.approx(seen.logits.relative, rel=1e-3) and seen.logits.relative > 0.01
     assert (whole.same_best, whole.num_positions) == (seen.same_best, 48)
     before = tensors_of(base)
-    for number in (0, 1):  # the merged model with base and factors in one layer
-        mixed, tensors = Path(shutil.copytree(merged("urnn"), tmp_path / f"{number}")), tensors_of(merged("urnn"))
+    for number in (0, 2):  # the merged model with base and factors in one layer
+        mixed, tensors = Path(shutil.copytree(merged("tp2"), tmp_path / f"{number}")), tensors_of(merged("tp2"))
         for name, factors in ((f"{one.module}.weight", one.factors) for one in lora.modules):
             if f"layers.{number}." in name:
                 tensors[name] = before[name] + factors.B @ factors.A
         save_file(tensors, mixed / "model.safetensors", metadata={"format": "pt"})
-        alone = verify(mixed, merged("urnn"), num_tokens=24).logits.relative
+        alone = verify(mixed, merged("tp2"), num_tokens=24).logits.relative
         assert layers[number].relative == pytest.approx(alone, rel=1e-3) and alone > 1e-3
 
 
