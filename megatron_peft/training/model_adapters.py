@@ -15,10 +15,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import OptimizerConfig
-from megatron.core.optimizer.optimizer import MegatronOptimizer
-from megatron.core.transformer.transformer_block import TransformerBlock
-from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig
+from megatron.core.transformer.transformer_block import TransformerBlock, TransformerLayer
 from torch import nn
 
 from megatron_peft.adapters.attach import attach_adapters, make_adaptable, merge_adapters

@@ -121,7 +121,7 @@ def test_the_command_line_trains_and_saves_or_refuses_with_one_message(files, tm
 )
 def test_contradictions_are_errors_before_weights_are_read(run, finished, monkeypatch, groups, message):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    monkeypatch.setattr(module, "build_model_chunks", lambda *_: pytest.fail("the model is built"))
+    monkeypatch.setattr(module.gpt, "build_model_chunks", lambda *_: pytest.fail("the model is built"))
     with pytest.raises(ConfigurationError, match=message):
         run(**{"checkpoint": {"load": finished}, **groups})
 
