@@ -4,6 +4,7 @@ Ranks agree on errors and signals too.
 """
 
 import signal
+from dataclasses import replace
 from functools import cache
 from itertools import product
 from typing import Any
@@ -14,6 +15,7 @@ import torch.distributed as dist
 
 from megatron_peft.certify.runs import END, START, RankReport
 from megatron_peft.runtime.launch import start_world
+from megatron_peft.training import loop
 from megatron_peft.training.loop import train
 from megatron_peft.training.step import NonFiniteError, train_step
 from tests.one_rank import one_rank
@@ -228,7 +230,8 @@ def disagree(asked: tuple[list[Job], Job]) -> dict[str, Any]:
     start_world()
     poisoned, signalled = asked
     errors = {job.name: _poisoned(job) for job in poisoned}
-    return {"errors": errors, "stopped": [_signalled(signalled, "train"), _signalled(signalled, "valid")]}
+    stopped = [_signalled(signalled, "train"), _signalled(signalled, "valid"), _stopped_early(signalled)]
+    return {"errors": errors, "stopped": stopped}
 
 
 def _poisoned(job: Job) -> str:
@@ -255,9 +258,19 @@ def _signalled(job: Job, split: str) -> tuple[str, list[int], bool]:
         return train(state, data, saver), saver.saved, state.best.was_interrupted
 
 
+def _stopped_early(job: Job) -> tuple[str, list[int], bool]:
+    losses, saver = iter([2.0, 3.0, 4.0]), RecordedSaves()
+    loop.step.validation_loss = lambda *_: next(losses) - 2 * dist.get_rank()
+    with built(replace(job, training={**job.training, "eval_interval": 1, "early_stopping_patience": 1})) as (
+        state,
+        data,
+    ):
+        return train(state, data, saver), saver.saved, state.best.was_interrupted
+
+
 def test_ranks_agree_on_what_one_of_them_finds(job, tmp_path):
     """A NaN on one rank stops all before the update; a signal to one stops all after the same step, or in the same
-    validation."""
+    validation. Whose losses count, where they differ, are the first rank's."""
     settings = {"checkpoint": {"save": str(tmp_path)}, "training": {"micro_batch_size": 4, "eval_interval": 3}}
     poisoned = [job(name=name, **groups) for name, groups in POISONED.items()]
     found = run_ranks(2, disagree, (poisoned, job(**settings)))
@@ -265,5 +278,7 @@ def test_ranks_agree_on_what_one_of_them_finds(job, tmp_path):
         message, other = (rank["errors"][layout] for rank in found)
         assert message == other and message.startswith("iteration 1: the loss is NaN or infinite (")
         assert f"rank {BAD_RANK}, microbatch 0" in message and f"rank {1 - BAD_RANK}," not in message
+    early = "stopped early at iteration 2: 1 validation losses without a lower one than 2.000000E+00 at iteration 1"
     expected = [("asked to stop at iteration 2", [2], False), ("asked to stop at iteration 3", [3], True)]
+    expected.append((f"{early} (--early-stopping-patience 1)", [2], False))
     assert [rank["stopped"] for rank in found] == [expected] * 2

@@ -11,19 +11,17 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from torch.distributed import get_rank
 
 from megatron_peft.checkpoint.folders import BEST, TRACKER
 from megatron_peft.checkpoint.run_record import read_run_record
 from megatron_peft.config import METHODS, CheckpointConfig, ConfigurationError, PeftConfig
 from megatron_peft.data.batches import GlobalBatches
 from megatron_peft.models.kernels import COMPILED
-from megatron_peft.runtime.launch import start_world, stop_model_parallel
+from megatron_peft.runtime.launch import stop_model_parallel
 from megatron_peft.training import loop
 from megatron_peft.training import run as module
 from megatron_peft.training.metrics import METRICS_FILE, read_metrics
 from megatron_peft.training.run import finetune
-from tests.ranks import run_ranks
 from tests.time_limits import seconds, wait_until
 from tests.tiny_llama import VOCAB_SIZE
 from tests.training.layout_runs import run_each
@@ -222,23 +220,11 @@ def test_flags_that_need_a_validation_loss_say_so(job, groups, flag, without):
         job(**merged).config(1)
 
 
-LOSSES = {2: 2.0, 4: 3.0, 6: 4.0}  # iteration -> validation loss
-
-
-def with_losses(state, by_rank=0.0):
-    """The validation loss of an iteration, a little above on each further rank."""
-
-    def measured(*_):
-        return LOSSES[state.position.iteration] + by_rank * get_rank()
-
-    return measured
-
-
 def test_the_best_checkpoint_is_kept_and_can_be_loaded(run, tmp_path, monkeypatch):
-    train = module.train
+    losses, train = {2: 2.0, 4: 3.0, 6: 4.0}, module.train
 
     def with_known_losses(state, *rest):
-        monkeypatch.setattr(loop.step, "validation_loss", with_losses(state))
+        monkeypatch.setattr(loop.step, "validation_loss", lambda *_: losses[state.position.iteration])
         return train(state, *rest)
 
     monkeypatch.setattr(module, "train", with_known_losses)
@@ -264,32 +250,6 @@ def test_the_base_is_recorded_by_its_absolute_path(run, files, tmp_path, monkeyp
     record = json.loads((tmp_path / "iter_0000001" / "run_record.json").read_text())
     told = json.loads((tmp_path / "adapter_config.json").read_text())
     assert record["config"]["model"]["pretrained_checkpoint"] == told["base_model_name_or_path"] == files[0]
-
-
-def ends_on_each_rank(job):
-    start_world()
-    train, reasons = module.train, []
-
-    def with_losses_of_the_rank(state, *rest):
-        loop.step.validation_loss = with_losses(state, by_rank=-1.5)
-        reasons.append(train(state, *rest))
-        return reasons[0]
-
-    module.train = with_losses_of_the_rank
-    finetune(job.config(2))
-    return reasons
-
-
-@pytest.mark.slow
-def test_ranks_stop_early_together_though_their_losses_differ(job, tmp_path):
-    """Rank 1 alone sees 0.5, 1.5, 2.5; rank 0 decides."""
-    settings = {"eval_interval": 2, "early_stopping_patience": 1}
-    own = job(
-        num_steps=6, parallel={"tensor_model_parallel_size": 2}, checkpoint={"save": str(tmp_path)}, training=settings
-    )
-    (first,), (second,) = run_ranks(2, ends_on_each_rank, own)
-    assert first == second and first.startswith("stopped early at iteration 4: 1 validation losses without a lower one")
-    assert "than 2.000000E+00 at iteration 2" in first and (tmp_path / "iter_0000004").is_dir()
 
 
 @pytest.mark.slow
