@@ -16,7 +16,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig
-from megatron.core.transformer.transformer_block import TransformerBlock, TransformerLayer
+from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import nn
 
 from megatron_peft.adapters.attach import attach_adapters, make_adaptable, merge_adapters

@@ -226,7 +226,7 @@ BAD_RANK = 1
 
 
 def disagree(asked: tuple[list[Job], Job]) -> dict[str, Any]:
-    """What is said where BAD_RANK's last loss is NaN; what its signal does."""
+    """What is said where BAD_RANK's last loss is NaN; what its signal does, and validation losses of its own."""
     start_world()
     poisoned, signalled = asked
     errors = {job.name: _poisoned(job) for job in poisoned}
@@ -261,10 +261,8 @@ def _signalled(job: Job, split: str) -> tuple[str, list[int], bool]:
 def _stopped_early(job: Job) -> tuple[str, list[int], bool]:
     losses, saver = iter([2.0, 3.0, 4.0]), RecordedSaves()
     loop.step.validation_loss = lambda *_: next(losses) - 2 * dist.get_rank()
-    with built(replace(job, training={**job.training, "eval_interval": 1, "early_stopping_patience": 1})) as (
-        state,
-        data,
-    ):
+    settings = {**job.training, "eval_interval": 1, "early_stopping_patience": 1}
+    with built(replace(job, training=settings)) as (state, data):
         return train(state, data, saver), saver.saved, state.best.was_interrupted
 
 

@@ -65,12 +65,6 @@ def test_virtual_stages_gather_ahead_where_the_weights_are_trained(job, monkeypa
     assert [one() for one in gathers or []] == (chunks if ahead else [])
 
 
-def test_norms_and_biases_of_the_base_do_not_decay(start):
-    state, _ = start(peft={"method": "full"}, optimizer={"weight_decay": 0.1})
-    for name, decay in _groups(state, "weight_decay").items():
-        assert decay == (0.0 if name.endswith("bias") or "norm" in name else 0.1), name
-
-
 @pytest.mark.parametrize("init, decay_of_factors", [("aligned", 0.1), ("original", 0.0)])
 def test_rotations_and_factors_with_a_subtracted_start_do_not_decay(start, init, decay_of_factors):
     state, _ = start(peft={**HYBRID, "lora_ga_init": init}, optimizer={"weight_decay": 0.1})
@@ -168,9 +162,11 @@ def test_where_gradients_are_summed_in_bfloat16_those_of_rotations_are_not(start
     assert all(len({tensor.dtype for tensor in tensors}) == 1 for _, lists in passed for tensors in lists)
 
 
-def test_the_embedding_and_the_output_layer_have_rates_of_their_own(start):
-    rates = {"lr": 1e-3, "min_lr": 1e-5, "decoupled_lr": 5e-4, "decoupled_min_lr": 2e-5, **LINEAR}
+def test_the_embedding_and_the_output_layer_have_rates_of_their_own_and_norms_and_biases_no_decay(start):
+    rates = {"lr": 1e-3, "min_lr": 1e-5, "decoupled_lr": 5e-4, "decoupled_min_lr": 2e-5, "weight_decay": 0.1, **LINEAR}
     state, _ = start(peft={"method": "full"}, optimizer=rates)
+    decays = _groups(state, "weight_decay")
+    assert decays == {name: 0.0 if name.endswith("bias") or "norm" in name else 0.1 for name in decays}
     of_vocabulary = {name: "word_embeddings" in name or "output_layer" in name for name in _groups(state, "max_lr")}
     assert sum(of_vocabulary.values()) == 2
     for key, own, common in (("max_lr", 5e-4, 1e-3), ("min_lr", 2e-5, 1e-5)):
