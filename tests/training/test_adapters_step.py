@@ -177,8 +177,8 @@ def test_losses_and_gradients_are_those_of_blocks_built_in_each_forward(job, alo
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
-def blocks_built(monkeypatch) -> tuple[list[int], list[ref]]:
-    """Of each computation of blocks: the number of groups, and the blocks if they still exist."""
+def test_blocks_are_built_once_a_step_and_forgotten(start, monkeypatch):
+    state, data = start(peft=BOFT, training={"micro_batch_size": 2})
     built, results, changes_of = [], [], Boft.changes_of
 
     def count(trained):
@@ -188,12 +188,6 @@ def blocks_built(monkeypatch) -> tuple[list[int], list[ref]]:
         return blocks
 
     monkeypatch.setattr(Boft, "changes_of", staticmethod(count))
-    return built, results
-
-
-def test_blocks_are_built_once_a_step_and_forgotten(start, monkeypatch):
-    state, data = start(peft=BOFT, training={"micro_batch_size": 2})
-    built, results = blocks_built(monkeypatch)
     step = next(iter(data.train))
     assert len(step) > 1, "one microbatch could not tell once a step from once a microbatch"
     train_step(state, step)

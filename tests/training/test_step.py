@@ -27,6 +27,7 @@ from megatron_peft.training.step import (
 from megatron_peft.training.update import GradientShards
 from tests.kept import kept_for_backward
 from tests.training.recorded_saves import RecordedSaves
+from tests.training.test_layout import METHODS
 
 
 def _trained(state):
@@ -72,6 +73,13 @@ def test_microbatches_change_nothing_but_rounding(start):
         for ours, theirs in zip(found, expected, strict=True):
             assert (ours.loss, ours.grad_norm) == pytest.approx((theirs.loss, theirs.grad_norm), rel=1e-5)
             assert ours.num_tokens == theirs.num_tokens
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_training_on_a_batch_lowers_its_loss(start, method):
+    state, data = start(num_steps=6, **METHODS[method])
+    losses = [train_step(state, data.train.step_at(0)).loss for _ in range(4)]
+    assert losses[3] < losses[0] - 0.02
 
 
 def test_the_loss_is_the_mean_over_all_completion_tokens(start):
