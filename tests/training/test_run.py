@@ -52,7 +52,7 @@ def test_a_resumed_run_equals_one_that_was_never_interrupted_and_says_what_is_le
         return {record["iteration"]: record for record in read_metrics(tmp_path / name / METRICS_FILE)}
 
     assert "resumed from" not in run(checkpoint=save("whole"), num_steps=6)
-    run(checkpoint=save("parts"), training={"exit_interval": 3}, num_steps=6)
+    run(checkpoint=save("parts"), training={"micro_batch_size": 8, "exit_interval": 3}, num_steps=6)
     assert sorted(records("parts")) == [1, 2, 3]
     told = run(checkpoint=save("parts"), num_steps=6)
     place = f"{tmp_path}/parts/iter_0000003: iteration 3 of 6, 24 samples (epoch 0.60); 3 iterations left"
