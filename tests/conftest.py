@@ -34,7 +34,7 @@ settings.load_profile("any machine")
 # Folders whose tests share fixtures that cost seconds stay on one of the workers; elsewhere those of a file do.
 TOGETHER = ("tests/checkpoint/", "tests/conversion/")
 # Of these those of a method do, which share its runs: their names are [method-LAYOUT-...].
-APART = "tests/training/test_layout.py::test_every_layout"
+APART = "tests/training/test_layout.py::test_every_layout_equals_one_process"
 
 
 def group_of(nodeid: str) -> str:
