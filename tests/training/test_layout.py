@@ -370,10 +370,9 @@ def test_the_float32_copy_is_scaled_with_the_parameter(files):
 def test_ranks_scale_a_subtracted_start_and_their_shards_and_save_what_one_rank_opens(files, tmp_path):
     """Its norm would change if A0 or B0 were put together otherwise than A and B, gate and up of fc1 included. An
     unscaled shard would come back with the next step's gather."""
-    whole = {"parallel": {"tensor_model_parallel_size": 2}, "checkpoint": {"save": str(tmp_path)}}
-    (saved, first), (_, second) = bounded(
-        files, 2, {"method": "original", **whole}, {"method": "lora", **BF16, **SHARDED}
-    )
+    whole = {"parallel": TP2, "checkpoint": {"save": str(tmp_path)}}
+    asked = {"method": "original", **whole}, {"method": "lora", **BF16, **SHARDED}
+    (saved, first), (_, second) = bounded(files, 2, *asked)
     assert max(first.ratios.values()) <= RATIO * (1 + 2**-7)
     assert first.ratios == second.ratios and first.losses == second.losses
     ((opened,),) = bounded(files, 1, {"method": "original", "checkpoint": {"load": str(tmp_path)}})
