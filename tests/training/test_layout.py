@@ -1,6 +1,6 @@
 """The layout never changes the model: all that `megatron-peft certify` compares equals one process's.
 
-Ranks agree on errors and signals too, and so do bounds on norms.
+Ranks agree on errors and signals too, and bounds on norms hold on all of them.
 """
 
 import signal
