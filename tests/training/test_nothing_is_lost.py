@@ -255,7 +255,7 @@ def differing_jobs(job, differing: str, folder: Path) -> list[Job]:
     data = Path(own.data).read_text()
     changed = data[: len(data) // 2] + data[len(data) // 2 :].replace("1", "2", 1)
     for rank in ("0", "1"):
-        shutil.copytree(own.base, folder / rank / base)
+        shutil.copytree(own.base, folder / rank / base, dirs_exist_ok=True)
         (folder / rank / "data.jsonl").write_text(changed if (rank, differing) == ("1", "data") else data)
         save_tokenizer(folder / rank / "words")
     if differing == "base":
