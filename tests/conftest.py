@@ -34,15 +34,15 @@ settings.register_profile("any machine", deadline=None, suppress_health_check=[H
 settings.load_profile("any machine")
 # Folders whose tests share fixtures that cost seconds stay on one of the workers; elsewhere those of a file do.
 TOGETHER = ("tests/checkpoint/", "tests/conversion/")
-# Here those of a method do, which share its run on one process: their names are [method] and [method-LAYOUT-...].
-APART = "tests/training/test_layout.py"
+# Of these those of a method do, which share its runs: their names are [method-LAYOUT-...].
+APART = "tests/training/test_layout.py::test_every_layout_equals_one_process"
 
 
 def group_of(nodeid: str) -> str:
     """Tests of one group follow one another on one of the workers that `make test` runs them on."""
     file = nodeid.split("::")[0]
     folder = next((start for start in TOGETHER if file.startswith(start)), file)
-    return re.findall(r"\[([a-z-]*[a-z])", nodeid)[0] if file == APART else folder
+    return re.findall(r"\[([a-z-]*[a-z])", nodeid)[0] if nodeid.startswith(APART) else folder
 
 
 @pytest.hookimpl(optionalhook=True)

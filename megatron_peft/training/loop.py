@@ -8,11 +8,9 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_peft.checkpoint.folders import BEST
-from megatron_peft.checkpoint.save import SaveOutcome, Saver
-from megatron_peft.checkpoint.state import whole_parameters
+from megatron_peft.checkpoint.save import SaveOutcome, Saver, whole_parameters
 from megatron_peft.config import config_to_dict
-from megatron_peft.data.batches import GlobalBatches
-from megatron_peft.data.build import Data
+from megatron_peft.data.build import Data, GlobalBatches
 from megatron_peft.parallel.collectives import from_first_rank
 from megatron_peft.runtime.exit_signals import ExitSignals
 from megatron_peft.runtime.failure import written_after

@@ -13,14 +13,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.models.gpt import GPTModel
-from rich.console import Console
-from rich.progress import track
-from torch import nn
+from rich import console, progress
 
 from megatron_peft.adapters.attach import all_names, attach_adapters
-from megatron_peft.checkpoint.folders import newest_checkpoint, write_atomically
-from megatron_peft.checkpoint.load import check_resume, load_checkpoint, require_something_to_load, resolve_resume
+from megatron_peft.checkpoint import folders, load
 from megatron_peft.checkpoint.save import Saver
 from megatron_peft.config import (
     ConfigurationError,
@@ -33,11 +29,10 @@ from megatron_peft.config import (
 )
 from megatron_peft.conversion import pretrained
 from megatron_peft.data.batches import GlobalBatches, Step
-from megatron_peft.data.build import Data, build_data
-from megatron_peft.data.tokenizers import Tokenizer, build_tokenizer, require_vocabulary_fits
+from megatron_peft.data.build import Data, Tokenizer, build_data
+from megatron_peft.data.tokenizers import build_tokenizer, require_vocabulary_fits
 from megatron_peft.lora_ga.initialize import init_from_gradients
-from megatron_peft.models import kernels
-from megatron_peft.models.gpt import build_model_chunks, require_transformer_engine, uses_transformer_engine
+from megatron_peft.models import gpt, kernels
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.parallel.collectives import from_first_rank, require_same
 from megatron_peft.runtime.failure import Stacks
@@ -73,9 +68,9 @@ def build_state(
     return start_state(chunks, config, shape, train_iters)
 
 
-def build_chunks(config: RunConfig, shape: ModelShape, loads: bool = True) -> list[GPTModel]:
+def build_chunks(config: RunConfig, shape: ModelShape, loads: bool = True) -> list[gpt.GPTModel]:
     """This rank's part of the model, with adapters, and with weights if it `loads`; raises like `build_state`."""
-    chunks = build_model_chunks(shape, config.model, config.parallel, kernels.Training.of(config))
+    chunks = gpt.build_model_chunks(shape, config.model, config.parallel, kernels.Training.of(config))
     adapted: list[str] = []
     if config.peft.trains_adapters:
         adapted = attach_adapters(chunks, config.peft, config.training.seed)
@@ -103,12 +98,12 @@ def check_run(config: RunConfig) -> ModelShape:
     if missing := missing_for_training({**vars(config.data), **vars(config.training)}):
         raise ConfigurationError(*missing)
     require_loggers(config.logging)
-    config = replace(config, checkpoint=resolve_resume(config.checkpoint))
+    config = replace(config, checkpoint=load.resolve_resume(config.checkpoint))
     assert config.model.pretrained_checkpoint is not None
     shape = pretrained.checked_shape(config)
     pretrained.open_weights(config.model.pretrained_checkpoint, shape)
     tokenizer = _checked_tokenizer(config, shape)
-    require_something_to_load(config.checkpoint)
+    load.require_something_to_load(config.checkpoint)
     data = _checked_data(config, tokenizer, shape, rank=0)
     print_rank_0(
         f"flags, model, tokenizer and data can be used: {data.train.order.epoch_length(0):,} training samples, "
@@ -136,10 +131,10 @@ def finetune(
     # Checks go from cheap to expensive, each on all ranks together: a rank that fails alone would hang the others.
     _require_same_configuration(config)
     from_first_rank(lambda: require_loggers(config.logging))
-    config = replace(config, checkpoint=from_first_rank(lambda: resolve_resume(config.checkpoint)))
+    config = replace(config, checkpoint=from_first_rank(lambda: load.resolve_resume(config.checkpoint)))
     if missing := missing_for_training({**vars(config.data), **vars(config.training)}):
         raise ConfigurationError(*missing)
-    checked_together(lambda: require_transformer_engine(config.model))
+    checked_together(lambda: gpt.require_transformer_engine(config.model))
     shape = checked_together(lambda: pretrained.checked_shape(config))
     attention = checked_together(lambda: _require_kernels(config, shape))
     problem = next(filter(None, gather_over_world(kernels.Installed.detected().compile_problem)), "")
@@ -150,14 +145,14 @@ def finetune(
     tokenizer = checked_together(lambda: _checked_tokenizer(config, shape))
     folder = config.data.tokenizer_model or base
     require_same(_tokenizer_facts(tokenizer), f"the tokenizer in --tokenizer-model {folder}", "another one")
-    from_first_rank(lambda: require_something_to_load(config.checkpoint))
+    from_first_rank(lambda: load.require_something_to_load(config.checkpoint))
     checked_together(lambda: _check_save_folder(config))
     with Stacks(config.checkpoint.save, dist.get_rank()), Saver(config.checkpoint) as saver:
         data = _checked_data(config, tokenizer, shape)
         print_rank_0("\n".join(filter(None, [attention, warning])))
         state = build_state(config, shape, data.train_iters, first_steps(config, data.train))
         state.data_digest = data.digest
-        checkpoint = load_checkpoint(state)
+        checkpoint = load.load_checkpoint(state)
         if checkpoint is not None:
             epoch = data.train.order.epochs_at(state.position.consumed_samples)
             print_rank_0(resume_summary(checkpoint, state, data.train_iters, epoch))
@@ -188,14 +183,14 @@ def _require_kernels(config: RunConfig, shape: ModelShape) -> str:
     installed = kernels.Installed.detected()
     kernels.require_cross_entropy(config.model, installed)
     kernels.require_norm_recompute(config.model, installed)
-    with_engine = uses_transformer_engine(config.model.transformer_impl, installed)
+    with_engine = gpt.uses_transformer_engine(config.model.transformer_impl, installed)
     kernels.require_packed_attention(config, shape, with_engine, installed)
     return kernels.attention_summary(config, shape, with_engine, installed)
 
 
 def _write_run_file(path: Path, text: str) -> None:
     with writing(str(path), "free disk space, or use another --save folder"):
-        write_atomically(path, text)
+        folders.write_atomically(path, text)
 
 
 def _checked_data(config: RunConfig, tokenizer: Tokenizer, shape: ModelShape, rank: int | None = None) -> Data:
@@ -206,7 +201,7 @@ def _checked_data(config: RunConfig, tokenizer: Tokenizer, shape: ModelShape, ra
         f"--early-stopping-patience and --keep-best need a validation loss, but --split {config.data.split} leaves no "
         f"validation data: give a split with some, or --valid-data-path.",
     )
-    check_resume(config, shape, schedule_values(config, data.train_iters))
+    load.check_resume(config, shape, schedule_values(config, data.train_iters))
     return data
 
 
@@ -273,7 +268,7 @@ def _check_save_folder(config: RunConfig) -> None:
     folder = Path(config.checkpoint.save)
     foreign = [name for name in MODEL_FILES if (folder / name).exists()]
     require(
-        not foreign or newest_checkpoint(folder) is not None,
+        not foreign or folders.newest_checkpoint(folder) is not None,
         f"--save {folder} holds a model or an adapter that no run wrote there ({', '.join(foreign)}), whose files a "
         f"run would replace: give another --save.",
     )
@@ -300,7 +295,7 @@ def first_steps(config: RunConfig, train: GlobalBatches) -> Sequence[Step]:
     if not config.peft.spec.starts_from_gradients:
         return ()
     folder = config.checkpoint.load
-    if checked_together(lambda: folder is not None and newest_checkpoint(Path(folder)) is not None):
+    if checked_together(lambda: folder is not None and folders.newest_checkpoint(Path(folder)) is not None):
         return ()  # a resumed run takes the factors from its checkpoint
     size, wanted = config.global_batch_size, config.peft.lora_ga_batches
     num_samples = train.order.epoch_length(0)
@@ -320,7 +315,7 @@ def first_steps(config: RunConfig, train: GlobalBatches) -> Sequence[Step]:
     return [microbatches[first : first + a_step] for first in range(0, len(microbatches), a_step)]
 
 
-def start_lora_ga(model_chunks: Sequence[nn.Module], config: RunConfig, steps: Sequence[Step]) -> None:
+def start_lora_ga(model_chunks: Sequence[torch.nn.Module], config: RunConfig, steps: Sequence[Step]) -> None:
     """Initialize the low-rank factors of bare chunks from the gradient over `steps`, and report it. A collective."""
     data_parallel: Any = parallel_state.get_data_parallel_group()
     # completion tokens of the global batches, over all replicas
@@ -328,14 +323,14 @@ def start_lora_ga(model_chunks: Sequence[nn.Module], config: RunConfig, steps: S
     total = torch.tensor(own_tokens, device=torch.cuda.current_device())
     dist.all_reduce(total, group=data_parallel)
     passes = iter(range(1, NUM_PASSES + 1))
-    has_bar = Console().is_terminal and dist.get_rank() == 0
+    has_bar = console.Console().is_terminal and dist.get_rank() == 0
 
     def replay() -> None:
         # The same dropout in both passes, so that they see one gradient.
         seed_generators(config.training.seed)
         finish_with(model_chunks, None)  # no sums of gradients: the sketches are summed instead
         which = f"pass {next(passes)} of {NUM_PASSES}"
-        for microbatches in track(steps, f"LoRA-GA start, {which}", transient=True, disable=not has_bar):
+        for microbatches in progress.track(steps, f"LoRA-GA start, {which}", transient=True, disable=not has_bar):
             run_schedule(model_chunks, microbatches, forward_only=False)
         if not has_bar:
             print_rank_0(f"LoRA-GA start: {which} over {config.peft.lora_ga_batches} batches done")
@@ -370,7 +365,7 @@ def start_report(config: RunConfig, seconds: float, energy: Mapping[str, float])
         record = {name: getattr(peft, name) for name in ("lora_ga_init", "lora_ga_batches", "lora_rank")}
         record |= {"seconds": seconds, "energy": dict(sorted(energy.items(), key=lambda one: (_layer(one[0]), one[0])))}
         with suppress(OSError):  # a full disk: the run's first checkpoint will report it
-            write_atomically(path, json.dumps(record, indent=2) + "\n")
+            folders.write_atomically(path, json.dumps(record, indent=2) + "\n")
             lines.append(f"  each layer: {path}")
     return "\n".join(lines)
 

@@ -10,11 +10,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from rich import progress as bars
 from rich.console import Console
-from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as Bar
 from rich.table import Column
-from torch import nn
 
 from megatron_peft.adapters.attach import huggingface_modules
 from megatron_peft.checkpoint.state import TrainingState
@@ -62,19 +60,19 @@ class Progress:
         self._total, self._start = total_iterations, start_iteration
         self._enabled = enabled
         self._console = console or Console()
-        self._bar: Bar | None = None
+        self._bar: bars.Progress | None = None
         self._told_at = time.monotonic()
 
     def __enter__(self) -> "Progress":
         self._started_at = time.monotonic()
         if self._enabled and self._console.is_terminal:
             whole = Column(no_wrap=True)
-            self._bar = Bar(  # takes what the words beside it leave of the terminal's width
-                BarColumn(bar_width=None, table_column=Column(ratio=1)),
-                TextColumn("{task.completed}/{task.total}", table_column=whole),
-                TimeElapsedColumn(table_column=whole),
-                TextColumn("{task.fields[eta]}", table_column=whole),
-                TextColumn("{task.fields[loss]}", table_column=whole),
+            self._bar = bars.Progress(  # takes what the words beside it leave of the terminal's width
+                bars.BarColumn(bar_width=None, table_column=Column(ratio=1)),
+                bars.TextColumn("{task.completed}/{task.total}", table_column=whole),
+                bars.TimeElapsedColumn(table_column=whole),
+                bars.TextColumn("{task.fields[eta]}", table_column=whole),
+                bars.TextColumn("{task.fields[loss]}", table_column=whole),
                 console=self._console,
                 expand=True,
             )
@@ -139,7 +137,7 @@ def _formatted(record: Mapping[str, Any], fields: Fields, separator: str) -> lis
     return [f"{label}{separator}{show(record[name])}" for name, label, show in fields if record.get(name) is not None]
 
 
-def numbers_of_parameters(model_chunks: Sequence[nn.Module]) -> dict[str, int]:
+def numbers_of_parameters(model_chunks: Sequence[torch.nn.Module]) -> dict[str, int]:
     """Numbers on this rank, and on its stage: split parameters count on every tensor-parallel rank, others once."""
     numbers: dict[str, int] = dict.fromkeys(("trained", "frozen", "trained of stage", "frozen of stage"), 0)
     size = parallel_state.get_tensor_model_parallel_world_size()
@@ -152,7 +150,7 @@ def numbers_of_parameters(model_chunks: Sequence[nn.Module]) -> dict[str, int]:
     return numbers
 
 
-def count_parameters(model_chunks: Sequence[nn.Module]) -> tuple[int, int]:
+def count_parameters(model_chunks: Sequence[torch.nn.Module]) -> tuple[int, int]:
     """(trainable, all) parameters of the whole model, each global parameter counted once. A collective."""
     numbers = numbers_of_parameters(model_chunks)
     of_stage = numbers["trained of stage"], numbers["frozen of stage"]
@@ -168,7 +166,7 @@ def unused_flags_notes(peft: PeftConfig) -> list[str]:
     return [f"note: {flag} has no effect with {peft.spec.describe(peft)}" for flag in peft.unused_flags]
 
 
-def training_summary(config: RunConfig, adapted: Sequence[str], model_chunks: Sequence[nn.Module]) -> str:
+def training_summary(config: RunConfig, adapted: Sequence[str], model_chunks: Sequence[torch.nn.Module]) -> str:
     """What is trained; a few lines for the terminal. A collective. `adapted`: global names of all adapted layers."""
     lines = [f"--peft-method {config.peft.method}: {_modules(config, adapted, huggingface_modules(model_chunks))}"]
     if config.peft.spec.replaces_base(config.peft):

@@ -24,8 +24,7 @@ from megatron.core.utils import get_model_config
 from megatron_peft.config import LoggingConfig, RunConfig
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.runtime.launch import gather_over_world
-from megatron_peft.training.step import StepReport
-from megatron_peft.training.update import TrainingState
+from megatron_peft.training.step import StepReport, TrainingState
 
 logger = logging.getLogger(__name__)
 

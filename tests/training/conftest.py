@@ -33,7 +33,8 @@ def job(files) -> Callable[..., Job]:
     """A job of 4 steps of LoRA, with changes of its groups."""
 
     def make(**groups: Any) -> Job:
-        return Job("job", *files, **{"peft": {"lora_rank": 4}, "num_steps": 4, **groups})
+        base, data = files
+        return Job(**{"name": "job", "base": base, "data": data, "peft": {"lora_rank": 4}, "num_steps": 4, **groups})
 
     return make
 

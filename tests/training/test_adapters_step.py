@@ -177,8 +177,8 @@ def test_losses_and_gradients_are_those_of_blocks_built_in_each_forward(job, alo
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
-def blocks_built(monkeypatch) -> tuple[list[int], list[ref]]:
-    """Of each computation of blocks: the number of groups, and the blocks if they still exist."""
+def test_blocks_are_built_once_a_step_and_forgotten(start, monkeypatch):
+    state, data = start(peft=BOFT, training={"micro_batch_size": 2})
     built, results, changes_of = [], [], Boft.changes_of
 
     def count(trained):
@@ -188,12 +188,6 @@ def blocks_built(monkeypatch) -> tuple[list[int], list[ref]]:
         return blocks
 
     monkeypatch.setattr(Boft, "changes_of", staticmethod(count))
-    return built, results
-
-
-def test_blocks_are_built_once_a_step_and_forgotten(start, monkeypatch):
-    state, data = start(peft=BOFT, training={"micro_batch_size": 2})
-    built, results = blocks_built(monkeypatch)
     step = next(iter(data.train))
     assert len(step) > 1, "one microbatch could not tell once a step from once a microbatch"
     train_step(state, step)
@@ -209,34 +203,12 @@ def test_blocks_are_built_once_a_step_and_forgotten(start, monkeypatch):
     assert all(one.held is None for one in rotations)
 
 
-def test_blocks_are_built_once_for_all_tokens_of_answers(start, monkeypatch):
-    state, _ = start(peft=BOFT)
-    built, _ = blocks_built(monkeypatch)
-    generate([chunk.module for chunk in state.model_chunks], [[1, 2, 3]], GenerationSettings(frozenset(), 4))  # pyright: ignore[reportArgumentType]
-    assert len(built) == 1
-
-
-def turned(state, kind):
-    """The rotations, each by angles of its own."""
-    rotations = [module for module in state.model_chunks[0].modules() if isinstance(module, kind)]
-    for number, rotation in enumerate(rotations):
-        torch.nn.init.normal_(rotation.Q, std=0.1, generator=torch.Generator().manual_seed(number))
-    return rotations
-
-
-def test_a_layer_takes_the_blocks_of_its_own_weights(start):
-    state, _ = start(peft=BOFT)
-    rotations = turned(state, Boft)
-    with adapters_step(state.model_chunks, is_training=False):
-        for rotation in rotations:
-            torch.testing.assert_close(rotation.held.D, rotation.changes(), atol=1e-6, rtol=0)
-
-
 def test_each_layer_has_the_formula_of_what_it_keeps(start):
     """Whatever stands between them: at TP2 a Hybrid's column layers keep something else than its row layers."""
     state, _ = start(peft=HYBRID)
-    turned(state, Boft)
     adapters = [module for module in state.model_chunks[0].modules() if isinstance(module, Hybrid)]
+    for number, one in enumerate(adapters):
+        torch.nn.init.normal_(one.rotation.Q, std=0.1, generator=torch.Generator().manual_seed(number))
     kinds = cycle(["input", "mixed output", "output"])
     for one, kept in zip(adapters, kinds, strict=False):
         one.applied_rotation = partial(replace, one.applied_rotation(), kept=kept)

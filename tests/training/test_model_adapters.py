@@ -1,5 +1,6 @@
 """A GPTModel and a loop of the user's own, as docs/your-own-model.md has them, and what is refused there."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core import dist_checkpointing
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -18,13 +20,12 @@ from megatron_peft.adapters.rotation import BlockRotation
 from tests.one_rank import one_rank
 from tests.ranks import run_ranks
 from tests.tiny_gpt import tiny_gpt
-from tests.training import model_adapters_runs
 
 LORA = {"method": "lora", "lora_rank": 4, "lora_alpha": 8.0}
 GROUPS = {"boft_block_size": 4, "boft_factors": 2}
 HYBRID = {"method": "hybrid", "lora_rank": 4, "lora_alpha": 8.0, **GROUPS}
-QUICK = {"lora": LORA, "hybrid": HYBRID}
 OTHERS = {
+    "lora": LORA,
     "lora-ga": {**LORA, "method": "lora-ga", "lora_ga_init": "paper", "lora_max_norm_ratio": 0.1},
     "lora+": {**LORA, "lora_plus_ratio": 2.0},
     "projected": {"method": "boft", **GROUPS, "boft_parametrization": "projection"},
@@ -34,19 +35,76 @@ OTHERS = {
     "merging": {**HYBRID, "hybrid_merge_interval": 5},
 }
 
+PAGE = Path(__file__).parents[2] / "docs" / "your-own-model.md"
+START, MODEL, LOOP, MEGATRON, CHECKPOINT = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.M | re.S)
+PEFT = re.compile(r"megatron_peft\.PeftConfig\(.*\)")
+
+
+def run_page(job: tuple[Path, Path | None, dict[str, dict[str, Any]]]) -> dict[str, Any]:
+    """What is measured, by method: the page as it is, and with the fields of other methods.
+
+    The second folder is that of another layout, whose files are loaded too.
+    """
+    folder, other, methods = job
+    names: dict[str, Any] = {"folder": str(folder), "other": other and str(other)}
+    exec(START, names)
+    found = {name: _trained(names, name, fields) for name, fields in methods.items()}
+    found["megatron-core"] = _trained(names, "megatron-core", {})
+    return found
+
+
+def _trained(start: dict[str, Any], name: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """Train; then save, load after the adapters were spoilt (also by megatron-core itself), and merge."""
+    names, by_schedule = {**start, "folder": str(Path(start["folder"], name))}, name == "megatron-core"
+    exec(_model(fields), names)
+    exec(LOOP.partition("losses = []")[0] + MEGATRON if by_schedule else LOOP, names)
+    found = {"losses": names["losses"], "grad_norm": names["grad_norm"], "lambda": names["adapters"].mixtures}
+    model, (save, load, merge) = names["model"], CHECKPOINT.splitlines()[-3:]
+    trained = _logits(names)
+    exec(save, names)
+    with torch.no_grad():
+        for parameter in names["adapters"].parameters():
+            parameter.add_(0.5)
+    spoilt = _logits(names)
+    if by_schedule:
+        own = names["adapters"].sharded_state_dict()
+        model.load_state_dict(dist_checkpointing.load(own, names["folder"]), strict=False)
+    else:
+        exec(load, names)
+    found["loaded"] = float((_logits(names) - trained).abs().max())
+    found["spoilt"] = float((spoilt - trained).abs().max())
+    found["loss"] = float(names["loss_of"](names["batches"][0]))
+    if names["other"]:
+        names["adapters"].load(Path(names["other"], name))
+        found["loss of the other's"] = float(names["loss_of"](names["batches"][0]))
+        exec(load, names)
+    exec(merge, names)
+    found["merged"] = float((_logits(names) - trained).abs().max())
+    found["left"] = [name for name, _ in model.named_parameters() if "adapter" in name]
+    return found
+
+
+def _model(fields: dict[str, Any]) -> str:
+    """The page's model with other fields of PeftConfig, if any; `biased`: one with biases and no gate."""
+    code, fields = MODEL, dict(fields)
+    if fields.pop("biased", False):
+        code = code.replace("gated_linear_unit=True", "").replace("add_bias_linear=False", "")
+        code = re.sub(r"^    ,\n|^    activation_func.*\n", "", code, flags=re.M)
+    return PEFT.sub(f"megatron_peft.PeftConfig(**{fields!r})", code) if fields else code
+
+
+def _logits(names: dict[str, Any]) -> torch.Tensor:
+    with torch.no_grad():
+        return names["model"](names["batches"][0][:, :-1], names["positions"], None)
+
 
 def pages(folder: Path, methods: Mapping[str, Any]) -> list[Any]:
     """What the page gives on one process and at TP2."""
     found = []
     for num_ranks, other in ((1, None), (2, folder / "1")):
         (folder / str(num_ranks)).mkdir()
-        found.append(run_ranks(num_ranks, model_adapters_runs.run_page, (folder / str(num_ranks), other, methods))[0])
+        found.append(run_ranks(num_ranks, run_page, (folder / str(num_ranks), other, methods))[0])
     return found
-
-
-@pytest.fixture(scope="module")
-def quick(tmp_path_factory) -> list[Any]:
-    return pages(tmp_path_factory.mktemp("page"), QUICK)
 
 
 def check(found: Any, name: str) -> None:
@@ -61,15 +119,14 @@ def check(found: Any, name: str) -> None:
         assert one["merged"] < 2e-5
 
 
-@pytest.mark.parametrize("name", [*QUICK, "megatron-core"])
-def test_the_page_trains_the_same_on_one_process_and_at_tp2(quick, name):
-    check(quick, name)
-    losses = quick[0][name]["losses"]
-    assert losses[-1] < losses[1] - 0.05
-
-
-def test_the_pages_hybrid_moves_lambda_and_megatrons_optimizer_trains_alike(quick):
-    for one in quick:
+def test_the_page_trains_the_same_on_one_process_and_at_tp2(tmp_path):
+    """Its Hybrid moves lambda, and megatron-core's optimizer trains alike."""
+    found = pages(tmp_path, {"hybrid": {}})
+    for name in ("hybrid", "megatron-core"):
+        check(found, name)
+        losses = found[0][name]["losses"]
+        assert losses[-1] < losses[1] - 0.05
+    for one in found:
         assert len(one["hybrid"]["lambda"]) == 8 and {*one["hybrid"]["lambda"].values()}.isdisjoint({0.5})
         assert one["megatron-core"]["losses"] == pytest.approx(one["hybrid"]["losses"], rel=1e-4)
 
@@ -150,15 +207,19 @@ def test_a_model_that_takes_no_adapters_is_refused_and_stays_as_it_was(world, ch
         assert len(add_adapters(model, PeftConfig(lora_rank=2)).names) == 4
 
 
-def test_layers_that_take_no_adapter_may_be_left_out(world):
-    adapters = add_adapters(fused(own_model()), PeftConfig(lora_rank=2, target_modules=("linear_qkv", "linear_proj")))
-    assert [name.rpartition(".")[2] for name in adapters.names] == ["linear_proj", "linear_qkv"]
+QKV = "decoder.layers.0.self_attention.linear_qkv"
 
 
-def test_hugging_faces_names_are_those_that_the_model_is_given(world):
-    peft = PeftConfig(lora_rank=2, target_modules=("query",))
-    adapters = add_adapters(own_model(), peft, huggingface_modules={"query": "linear_qkv"})
-    assert adapters.names == ("decoder.layers.0.self_attention.linear_qkv",)
+def test_targets_are_megatrons_names_or_those_that_the_model_is_given(world):
+    """Layers that take no adapter may be left out, and our own models take part too."""
+    for model, targets, names, count in (
+        (fused(own_model()), ("linear_qkv", "linear_proj"), None, 2),
+        (own_model(), ("query",), {"query": "linear_qkv"}, 1),
+        (tiny_gpt(), ("q_proj", "down_proj"), None, 4),
+    ):
+        peft = PeftConfig(lora_rank=2, target_modules=targets)
+        adapters = add_adapters(model, peft, huggingface_modules=names)
+        assert len(adapters.names) == count and QKV in adapters.names
 
 
 def test_a_field_that_the_method_does_not_read_is_named(world, capsys):
@@ -174,10 +235,6 @@ def test_untrained_adapters_change_nothing(world, settings):
     add_adapters(model, PeftConfig(method="hybrid", lora_rank=2, boft_block_size=4, boft_factors=2))
     torch.testing.assert_close(model(tokens, tokens, None), before, rtol=0, atol=1e-6)
     assert keys < set(model.state_dict())
-
-
-def test_our_own_models_take_part_too(world):
-    assert len(add_adapters(tiny_gpt(), PeftConfig(lora_rank=2, target_modules=("q_proj", "down_proj"))).names) == 4
 
 
 def stepped(adapters: ModelAdapters, optimizer: Any, **settings: Any) -> float:

@@ -38,7 +38,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "riemannian": {**URNN, "urnn_update": "riemannian", "peft_lr_rotation": 0.1},
     "hybrid urnn": {**URNN, **HYBRID, "hybrid_rotation": "urnn", "hybrid_lambda": "descent"},
 }
-QUICK = ("lora", "hybrid")
 WAITS_OF_A_STEP = 2  # for losses and what is finite, and for the norm of the gradients
 FIXED = {"pad_to_seq_length": True}
 PACKED = {"pack_sequences": True}
@@ -59,16 +58,6 @@ WITH_FLAGS: dict[str, dict[str, Any]] = {
     },
 }
 SIZES: dict[str, Any] = {"num_steps": 1, "training": {"micro_batch_size": 2, "global_batch_size": 4}}
-
-
-def jobs(files, methods, layouts=tuple(LAYOUTS)) -> dict[str, Job]:
-    cases = product(methods, layouts)
-    return {
-        f"{method} {layout}": Job(
-            f"{method} {layout}", *files, peft=METHODS[method], **{**SIZES, **(LAYOUTS | WITH_FLAGS)[layout]}
-        )
-        for method, layout in cases
-    }
 
 
 def waits_of(given: list[Job]) -> dict[str, tuple[list[str], list[str], list[str]]]:
@@ -93,9 +82,11 @@ def waits_of_steps(state: TrainingState, step: list[Microbatch]) -> tuple[list[s
     return in_sums.found, in_first.found, in_second.found
 
 
-def check_waits(given: dict[str, Job]) -> None:
-    for by_name in run_ranks(2, waits_of, list(given.values())):
-        assert by_name.keys() == given.keys()
+def check_waits(files, cases) -> None:
+    groups = {(method, layout): {**SIZES, **(LAYOUTS | WITH_FLAGS)[layout]} for method, layout in cases}
+    jobs = [Job(" ".join(case), *files, peft=METHODS[case[0]], **settings) for case, settings in groups.items()]
+    for by_name in run_ranks(2, waits_of, jobs):
+        assert [*by_name] == [job.name for job in jobs]
         for name, (in_sums, in_first, in_second) in by_name.items():
             assert not in_sums, f"{name}: {in_sums}"
             # In the first, megatron-core 0.19 asks once for what its optimizer then remembers, and the Hybrid puts on
@@ -107,7 +98,7 @@ def check_waits(given: dict[str, Job]) -> None:
 
 
 def test_a_step_waits_twice_for_the_device_after_the_sums(files):
-    check_waits(jobs(files, QUICK, ("TP2+SP packed", "PP2 packed")))
+    check_waits(files, [("hybrid", "TP2+SP packed"), ("lora", "PP2 packed")])
 
 
 @pytest.mark.gpu("waits")
@@ -126,7 +117,7 @@ def test_a_step_of_a_process_alone_waits_twice(llama, figure, method, kind):
 
 @pytest.mark.slow
 def test_a_step_of_any_method_waits_twice_for_the_device_after_the_sums(files):
-    check_waits(jobs(files, METHODS) | jobs(files, METHODS, tuple(WITH_FLAGS)))
+    check_waits(files, product(METHODS, LAYOUTS | WITH_FLAGS))
 
 
 def test_the_mode_sees_what_waits():

@@ -5,6 +5,7 @@ import gc
 import json
 import os
 import shutil
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from megatron_peft.adapters.blocks import HeldBlocks
 from megatron_peft.config import CheckpointConfig, ConfigurationError, LoggingConfig
-from megatron_peft.runtime.launch import start_world
+from megatron_peft.runtime.launch import start_world, stop_model_parallel
 from megatron_peft.training import loop
 from megatron_peft.training import run as finetune_module
-from megatron_peft.training.metrics import METRICS_FILE, MetricsWriter, read_metrics
+from megatron_peft.training.metrics import METRICS_FILE, read_metrics
 from megatron_peft.training.run import finetune
 from megatron_peft.training.step import NonFiniteError
 from tests.data.tiny_tokenizers import save_tokenizer
@@ -62,7 +63,11 @@ def test_a_new_run_is_refused_where_another_has_saved(run, saved, tmp_path, load
     with pytest.raises(ConfigurationError, match=told):
         run(checkpoint={"save": str(tmp_path / "run"), **settings}, peft={"method": "full"})
     assert contents(tmp_path / "run") == before
-    run(checkpoint={"save": str(tmp_path / "run"), "load": str(tmp_path / "run" / "iter_0000002")}, num_steps=2)
+
+
+def test_a_run_may_go_on_from_an_iteration_of_its_own(run, saved, tmp_path):
+    save = shutil.copytree(saved / "run", tmp_path / "run")
+    run(checkpoint={"save": str(save), "load": str(save / "iter_0000002")}, num_steps=2)
 
 
 def test_the_records_of_a_run_that_never_saved_are_kept(run, tmp_path):
@@ -82,18 +87,8 @@ def test_a_run_longer_than_the_checkpoints_schedule_is_refused(run, tmp_path):
     assert len(rates) == 4 and rates[2] > 0
 
 
-def test_moved_metrics_give_a_warning_and_a_new_file(tmp_path, caplog):
-    with MetricsWriter(tmp_path / "run", LoggingConfig(), is_writer=True) as writer:
-        writer.write({"iteration": 1, "loss": 2.0})
-        (tmp_path / "run").rename(tmp_path / "moved")
-        writer.write({"iteration": 2, "loss": 1.0})
-    assert [one["iteration"] for one in read_metrics(tmp_path / "run" / METRICS_FILE)] == [2]
-    assert [one["iteration"] for one in read_metrics(tmp_path / "moved" / METRICS_FILE)] == [1]
-    assert "metrics.jsonl was moved or removed during the run" in caplog.text
-
-
 @pytest.mark.parametrize("is_taken", [False, True])
-def test_a_folder_moved_during_a_run_is_made_again_unless_another_run_has_it(run, tmp_path, monkeypatch, is_taken):
+def test_a_folder_that_is_moved_is_made_again_unless_another_run_has_it(run, tmp_path, monkeypatch, caplog, is_taken):
     save, other = tmp_path / "run", tmp_path / "other"
     run(checkpoint={"save": str(other)}, num_steps=3)
     step = loop.step.train_step
@@ -114,6 +109,8 @@ def test_a_folder_moved_during_a_run_is_made_again_unless_another_run_has_it(run
     else:
         run(**settings)
         assert {path.name for path in save.glob("iter_*")} == {"iter_0000002", "iter_0000003"}
+        assert [record["iteration"] for record in read_metrics(save / METRICS_FILE)] == [2, 3]
+        assert "metrics.jsonl was moved or removed during the run" in caplog.text
     kept = read_metrics(tmp_path / "moved" / METRICS_FILE)
     assert [record["iteration"] for record in kept] == ([1, 2] if is_taken else [1])
 
@@ -181,16 +178,16 @@ def test_an_empty_folder_name_is_refused(name):
         section(**{name: ""})
 
 
-@pytest.mark.parametrize("name", ["config.json", "adapter_model.safetensors"])
-def test_saving_into_the_folder_of_a_model_is_refused(run, tmp_path, name):
-    (tmp_path / name).write_text("{}")
+def test_saving_into_the_folder_of_a_model_is_refused(run, tmp_path):
     (tmp_path / "adapter_config.json").write_text("of PEFT")
-    with pytest.raises(ConfigurationError, match=f"--save {tmp_path} holds a model .*{name}.* give another --save"):
-        run(checkpoint={"save": str(tmp_path)}, num_steps=1)
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, "adapter_config.json"])
-    (tmp_path / name).unlink()
+    for name in ("adapter_model.safetensors", "config.json"):
+        (tmp_path / name).write_text("{}")
+        with pytest.raises(ConfigurationError, match=f"--save {tmp_path} holds a model .*{name}.* give another --save"):
+            run(checkpoint={"save": str(tmp_path)}, num_steps=1)
+        assert {path.name for path in tmp_path.iterdir()} == {name, "adapter_config.json"}
+        (tmp_path / name).unlink()
     run(checkpoint={"save": str(tmp_path)}, num_steps=1)
-    (tmp_path / name).write_text("{}")  # beside a run's checkpoints, where it is no base
+    (tmp_path / "config.json").write_text("{}")  # beside a run's checkpoints, where it is no base
     run(checkpoint={"save": str(tmp_path), "load": str(tmp_path)}, num_steps=1)
 
 
@@ -210,68 +207,77 @@ def test_a_base_that_overflows_is_an_error(run, files, tmp_path, method, error, 
         run(num_steps=1, peft={"method": method}, base=str(base))
 
 
-def told_on_a_rank(asked: tuple[list[Job], Path | None]) -> str:
-    """What a run says on this rank: with its own job, in its own folder."""
-    jobs, folder = asked
+DIFFERENT = {
+    "flags": "rank 1 was started with --lr 0.25 (rank 0: 0.005): start all ranks with",
+    "one of two seeds": "rank 1 was started with --seed 7 (rank 0: 1234): start all ranks with",
+    "data": "the train data data.jsonl of rank 1 has other contents than that of rank 0",
+    "base": "--pretrained-checkpoint base is another model on rank 1 than on rank 0 (model.safetensors): copy",
+    "vocabulary": "--tokenizer-model words is another one on rank 1 than on rank 0 (its vocabulary): copy",
+    "merges": "--tokenizer-model words is another one on rank 1 than on rank 0 (the ids of a text): copy",
+}
+
+
+def told_on_a_rank(asked: list[tuple[list[Job], Path]]) -> list[str]:
+    """What each run says on this rank: with its own job, in its own folder."""
     start_world()
     rank = torch.distributed.get_rank()
-    if folder is not None:
-        os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "GROUP_RANK": str(rank)}
+    os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "GROUP_RANK": str(rank)}
+    told = []
+    for jobs, folder in asked:
         os.chdir(folder / str(rank))
-    try:
-        finetune(jobs[rank].config(2))
-    except ConfigurationError as error:
-        return str(error)
-    return "nothing: it trained"
+        try:
+            finetune(jobs[rank].config(2))
+            told.append("nothing: it trained")
+        except ConfigurationError as error:
+            told.append(str(error))
+        stop_model_parallel()
+    return told
 
 
-@pytest.mark.parametrize(
-    ("change", "expected"),
-    [
-        ({"optimizer": {"lr": 0.25}}, "rank 1 was started with --lr 0.25 (rank 0: 0.005): start all ranks with"),
-        ({"data_settings": {"seed": 7}}, "rank 1 was started with --seed 7 (rank 0: 1234): start all ranks with"),
-    ],
-    ids=["flags", "one of two seeds"],
-)
-def test_ranks_that_were_started_differently_do_not_train(job, tmp_path, change, expected):
-    own = job(parallel={"tensor_model_parallel_size": 2}, checkpoint={"save": str(tmp_path / "run")})
-    messages = run_ranks(2, told_on_a_rank, ([own, dataclasses.replace(own, **change)], None))
-    assert messages[0] == messages[1] and expected in messages[0]
-    assert not (tmp_path / "run").exists()
+@pytest.fixture(scope="module")
+def told(job, request, tmp_path_factory):
+    """`told(differing)`: its folder, and what each of two ranks says. Those that were chosen share a world."""
+    name = test_ranks_that_were_started_or_read_differently_do_not_train.__name__
+    chosen = [item.callspec.params["differing"] for item in request.session.items if item.originalname == name]
+    folders = {differing: tmp_path_factory.mktemp("ranks") for differing in chosen}
+
+    @cache
+    def all_told() -> list[list[str]]:
+        return run_ranks(2, told_on_a_rank, [(differing_jobs(job, *one), one[1]) for one in folders.items()])
+
+    return lambda differing: (folders[differing], [rank[chosen.index(differing)] for rank in all_told()])
 
 
-@pytest.mark.parametrize(
-    ("differing", "expected"),
-    [
-        ("data.jsonl", "the train data data.jsonl of rank 1 has other contents than that of rank 0"),
-        ("base", "--pretrained-checkpoint base is another model on rank 1 than on rank 0 (model.safetensors): copy"),
-        ("words", "--tokenizer-model words is another one on rank 1 than on rank 0 (its vocabulary): copy"),
-        ("merges", "--tokenizer-model words is another one on rank 1 than on rank 0 (the ids of a text): copy"),
-    ],
-    ids=["data", "base", "vocabulary", "merges"],
-)
-def test_ranks_that_read_other_files_do_not_train(job, tmp_path, differing, expected):
-    """Of one name and size, as node-local copies are: another folder is current on each rank."""
-    own = job(parallel={"tensor_model_parallel_size": 2}, checkpoint={"save": str(tmp_path / "run")})
+def differing_jobs(job, differing: str, folder: Path) -> list[Job]:
+    """Of each rank; where files differ they have one name and size, as node-local copies have."""
+    own = job(parallel={"tensor_model_parallel_size": 2}, checkpoint={"save": str(folder / "run")})
+    base = "base" if differing == "base" else "model"  # a process reads a folder's weights once
+    data = Path(own.data).read_text()
+    changed = data[: len(data) // 2] + data[len(data) // 2 :].replace("1", "2", 1)
     for rank in ("0", "1"):
-        shutil.copytree(own.base, tmp_path / rank / "base")
-        text = Path(own.data).read_text()
-        changed = text[: len(text) // 2] + text[len(text) // 2 :].replace("1", "2", 1)
-        (tmp_path / rank / "data.jsonl").write_text(changed if (rank, differing) == ("1", "data.jsonl") else text)
-        save_tokenizer(tmp_path / rank / "words")
+        shutil.copytree(own.base, folder / rank / base, dirs_exist_ok=True)
+        (folder / rank / "data.jsonl").write_text(changed if (rank, differing) == ("1", "data") else data)
+        save_tokenizer(folder / rank / "words")
     if differing == "base":
-        save_llama(tmp_path / "1" / "base", num_hidden_layers=2, seed=1)
-    words = tmp_path / "1" / "words" / "tokenizer.json"
+        save_llama(folder / "1" / "base", num_hidden_layers=2, seed=1)
+    words = folder / "1" / "words" / "tokenizer.json"
     described = json.loads(words.read_text())
-    if differing == "words":
-        vocabulary = described["model"]["vocab"]
+    vocabulary, merges = described["model"]["vocab"], described["model"]["merges"]
+    if differing == "vocabulary":
         vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     if differing == "merges":
-        described["model"]["merges"].reverse()
+        merges.reverse()
     words.write_text(json.dumps(described))
-    own = dataclasses.replace(own, base="base", data="data.jsonl")
-    if differing in ("words", "merges"):
+    own = dataclasses.replace(own, base=base, data="data.jsonl")
+    if differing in ("vocabulary", "merges"):
         own.data_settings.update(tokenizer_type="HuggingFaceTokenizer", tokenizer_model="words", vocab_size=None)
-    messages = run_ranks(2, told_on_a_rank, ([own, own], tmp_path))
-    assert messages[0] == messages[1] and expected in messages[0], messages[0]
-    assert not (tmp_path / "run").exists() or not list((tmp_path / "run").glob("iter_*"))
+    other = {"flags": {"optimizer": {"lr": 0.25}}, "one of two seeds": {"data_settings": {"seed": 7}}}
+    return [own, dataclasses.replace(own, **other.get(differing, {}))]
+
+
+@pytest.mark.parametrize("differing", DIFFERENT)
+def test_ranks_that_were_started_or_read_differently_do_not_train(told, differing):
+    folder, messages = told(differing)
+    assert messages[0] == messages[1] and DIFFERENT[differing] in messages[0], messages[0]
+    assert not list((folder / "run").glob("iter_*"))
+    assert not (folder / "run").exists() or differing not in ("flags", "one of two seeds")

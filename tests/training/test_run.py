@@ -7,26 +7,30 @@ import re
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
-from torch.distributed import get_rank
 
 from megatron_peft.checkpoint.folders import BEST, TRACKER
 from megatron_peft.checkpoint.run_record import read_run_record
-from megatron_peft.config import CheckpointConfig, ConfigurationError
+from megatron_peft.config import METHODS, CheckpointConfig, ConfigurationError, PeftConfig
 from megatron_peft.data.batches import GlobalBatches
 from megatron_peft.models.kernels import COMPILED
-from megatron_peft.runtime.launch import start_world, stop_model_parallel
+from megatron_peft.runtime.launch import stop_model_parallel
 from megatron_peft.training import loop
 from megatron_peft.training import run as module
 from megatron_peft.training.metrics import METRICS_FILE, read_metrics
 from megatron_peft.training.run import finetune
-from tests.ranks import run_ranks
 from tests.time_limits import seconds, wait_until
 from tests.tiny_llama import VOCAB_SIZE
+from tests.training.layout_runs import run_each
 
 ROOT = Path(__file__).resolve().parents[2]
+FLAGS = (
+    f"--tokenizer-type NullTokenizer --vocab-size {VOCAB_SIZE - 1} --seq-length 32 --global-batch-size 8 "
+    "--tensor-model-parallel-size 2 --lr 5e-3 --log-interval 1"
+)
 
 
 @pytest.fixture
@@ -40,19 +44,27 @@ def run(run, capsys):
     return fine_tuned
 
 
-def test_a_resumed_run_equals_one_that_was_never_interrupted(run, tmp_path):
-    def records(name, load=None, **training):
-        folder = tmp_path / name
-        run(checkpoint={"save": str(folder), "load": load and str(folder)}, training=training, num_steps=6)
-        return {record["iteration"]: record for record in read_metrics(folder / METRICS_FILE)}
+def test_a_resumed_run_equals_one_that_was_never_interrupted_and_says_what_is_left(run, tmp_path):
+    def save(name):
+        return {"save": str(tmp_path / name), "resume": "auto"}
 
-    whole = records("whole")
-    assert sorted(records("parts", exit_interval=3)) == [1, 2, 3]
-    both = records("parts", load=True)
-    assert sorted(both) == [1, 2, 3, 4, 5, 6]
+    def records(name):
+        return {record["iteration"]: record for record in read_metrics(tmp_path / name / METRICS_FILE)}
+
+    assert "resumed from" not in run(checkpoint=save("whole"), num_steps=6)
+    run(checkpoint=save("parts"), training={"micro_batch_size": 8, "exit_interval": 3}, num_steps=6)
+    assert sorted(records("parts")) == [1, 2, 3]
+    told = run(checkpoint=save("parts"), num_steps=6)
+    place = f"{tmp_path}/parts/iter_0000003: iteration 3 of 6, 24 samples (epoch 0.60); 3 iterations left"
+    assert f"resumed from {place}\n" in told and "trained 3 iterations (4 to 6): the run is complete\n" in told
+    whole, parts = records("whole"), records("parts")
+    assert sorted(parts) == sorted(whole) == [1, 2, 3, 4, 5, 6]
     for name in ("loss", "grad_norm", "learning_rate", "consumed_samples", "consumed_tokens", "epoch"):
-        assert [record[name] for record in both.values()] == [record[name] for record in whole.values()], name
-    assert both[6]["validation_loss"] == whole[6]["validation_loss"]
+        assert [record[name] for record in parts.values()] == [record[name] for record in whole.values()], name
+    assert parts[6]["validation_loss"] == whole[6]["validation_loss"]
+    assert "nothing to do: the run was complete at iteration 6\n" in run(checkpoint=save("parts"), num_steps=6)
+    told = run(checkpoint={"load": str(tmp_path / "parts"), "finetune": True})
+    assert f"the parameters of {tmp_path}/parts/iter_0000006 (--finetune): the run starts at iteration 0 of 4" in told
 
 
 def test_if_one_node_cannot_compile_no_rank_fuses_what_is_compiled(run, monkeypatch):
@@ -65,54 +77,31 @@ def test_if_one_node_cannot_compile_no_rank_fuses_what_is_compiled(run, monkeypa
     assert printed.count("WARNING: Triton cannot compile (node7: no C compiler)") == 1
 
 
-def torchrun(files, save, *flags):
-    """(exit code, what was printed) of two tensor-parallel ranks."""
+@pytest.mark.slow
+def test_the_command_line_trains_and_saves_or_refuses_with_one_message(files, tmp_path):
+    """On two ranks of torchrun; `tests/runtime/test_failure.py` sees the message without it."""
     base, data = files
     command = [
         *(sys.executable, *"-m torch.distributed.run --nproc-per-node 2 --standalone pretrain_peft.py".split()),
-        *("--pretrained-checkpoint", base, "--train-data-path", data, "--valid-data-path", data, "--save", str(save)),
-        *f"--tokenizer-type NullTokenizer --vocab-size {VOCAB_SIZE - 1} --seq-length 32 --log-interval 1".split(),
-        *"--peft-method lora --lora-rank 4 --lr 5e-3 --train-iters 3 --micro-batch-size 2".split(),
-        *"--global-batch-size 8 --tensor-model-parallel-size 2 --sequence-parallel".split(),
+        *("--pretrained-checkpoint", base, "--train-data-path", data, "--valid-data-path", data),
+        *("--save", str(tmp_path), *FLAGS.split(), *"--train-iters 3 --sequence-parallel".split()),
     ]
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    done = subprocess.run([*command, *flags], cwd=ROOT, env=environment, **pipes, timeout=seconds(400))
-    return done.returncode, done.stdout
-
-
-@pytest.mark.slow
-def test_the_command_line_trains_and_saves(files, tmp_path):
-    exit_code, output = torchrun(files, tmp_path)
-    assert exit_code == 0, output
+    run = partial(subprocess.run, cwd=ROOT, env=environment, **pipes, timeout=seconds(400))
+    refused = run([*command, "--peft-target-modules", "lm_head"])
+    said = "pretrain_peft.py: error: --peft-target-modules lm_head matches no linear layer."
+    assert refused.returncode != 0 and "megatron_peft/training" not in refused.stdout, "a traceback of ours"
+    told = [line for line in refused.stdout.splitlines() if line.startswith(said)]
+    assert len(told) == 1, refused.stdout  # torchrun's own report ends with it too
+    done = run(command)
+    assert done.returncode == 0, done.stdout
     records = read_metrics(tmp_path / METRICS_FILE)
     assert [record["iteration"] for record in records] == [1, 2, 3]
     assert records[-1]["validation_loss"] < records[0]["loss"]
-    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "3\n"
-    assert (tmp_path / "iter_0000003").is_dir() and output.count("trainable parameters:") == 1
-    assert "core attention: torch's scaled_dot_product_attention (--attention-backend auto)\n" in output
-
-
-@pytest.mark.slow
-def test_the_command_line_refuses_with_one_message(files, tmp_path):
-    """As `tests/runtime/test_failure.py` sees without torchrun."""
-    exit_code, output = torchrun(files, tmp_path, "--peft-target-modules", "lm_head")
-    assert exit_code != 0
-    said = "pretrain_peft.py: error: --peft-target-modules lm_head matches no linear layer."
-    lines = output.splitlines()  # torchrun's own report ends with it too
-    assert sum(line.startswith(said) for line in lines) == 1, output
-    assert "megatron_peft/training" not in output, "a traceback of ours"
-
-
-def test_a_resumed_run_says_from_what_from_where_and_what_is_left(run, tmp_path):
-    save = {"save": str(tmp_path), "load": str(tmp_path)}
-    assert "resumed from" not in run(checkpoint=save, training={"exit_interval": 2})
-    told = run(checkpoint=save)
-    place = f"{tmp_path}/iter_0000002: iteration 2 of 4, 16 samples (epoch 0.40); 2 iterations left"
-    assert f"resumed from {place}\n" in told and "trained 2 iterations (3 to 4): the run is complete\n" in told
-    assert "nothing to do: the run was complete at iteration 4\n" in run(checkpoint=save)
-    told = run(checkpoint={"load": str(tmp_path), "finetune": True})
-    assert f"loaded the parameters of {tmp_path}/iter_0000004 (--finetune): the run starts at iteration 0 of 4" in told
+    assert (tmp_path / TRACKER).read_text() == "3\n"
+    assert (tmp_path / "iter_0000003").is_dir() and done.stdout.count("trainable parameters:") == 1
+    assert "core attention: torch's scaled_dot_product_attention (--attention-backend auto)\n" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -130,7 +119,7 @@ def test_a_resumed_run_says_from_what_from_where_and_what_is_left(run, tmp_path)
 )
 def test_contradictions_are_errors_before_weights_are_read(run, finished, monkeypatch, groups, message):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    monkeypatch.setattr(module, "build_model_chunks", lambda *_: pytest.fail("the model is built"))
+    monkeypatch.setattr(module.gpt, "build_model_chunks", lambda *_: pytest.fail("the model is built"))
     with pytest.raises(ConfigurationError, match=message):
         run(**{"checkpoint": {"load": finished}, **groups})
 
@@ -181,6 +170,11 @@ def test_a_validation_that_a_signal_ends_is_made_up_for_when_the_run_resumes(run
     assert kept("interrupted") == kept("undisturbed")
 
 
+def test_a_run_file_that_cannot_be_written_is_a_clear_error(tmp_path):
+    with pytest.raises(ConfigurationError, match=r"run.yaml cannot be written \(.*\): .* another --save folder"):
+        module._write_run_file(tmp_path / "gone" / "run.yaml", "lr: 1\n")
+
+
 def test_a_damaged_record_is_left_to_the_load_which_goes_back(run, tmp_path):
     save = {"save": str(tmp_path), "save_interval": 2}
     run(checkpoint=save)
@@ -226,23 +220,11 @@ def test_flags_that_need_a_validation_loss_say_so(job, groups, flag, without):
         job(**merged).config(1)
 
 
-LOSSES = {2: 2.0, 4: 3.0, 6: 4.0}  # iteration -> validation loss
-
-
-def with_losses(state, by_rank=0.0):
-    """The validation loss of an iteration, a little above on each further rank."""
-
-    def measured(*_):
-        return LOSSES[state.position.iteration] + by_rank * get_rank()
-
-    return measured
-
-
 def test_the_best_checkpoint_is_kept_and_can_be_loaded(run, tmp_path, monkeypatch):
-    train = module.train
+    losses, train = {2: 2.0, 4: 3.0, 6: 4.0}, module.train
 
     def with_known_losses(state, *rest):
-        monkeypatch.setattr(loop.step, "validation_loss", with_losses(state))
+        monkeypatch.setattr(loop.step, "validation_loss", lambda *_: losses[state.position.iteration])
         return train(state, *rest)
 
     monkeypatch.setattr(module, "train", with_known_losses)
@@ -270,44 +252,12 @@ def test_the_base_is_recorded_by_its_absolute_path(run, files, tmp_path, monkeyp
     assert record["config"]["model"]["pretrained_checkpoint"] == told["base_model_name_or_path"] == files[0]
 
 
-def ends_on_each_rank(job):
-    start_world()
-    train, reasons = module.train, []
-
-    def with_losses_of_the_rank(state, *rest):
-        loop.step.validation_loss = with_losses(state, by_rank=-1.5)
-        reasons.append(train(state, *rest))
-        return reasons[0]
-
-    module.train = with_losses_of_the_rank
-    finetune(job.config(2))
-    return reasons
-
-
-@pytest.mark.slow
-def test_ranks_stop_early_together_though_their_losses_differ(job, tmp_path):
-    """Rank 1 alone sees 0.5, 1.5, 2.5; rank 0 decides."""
-    settings = {"eval_interval": 2, "early_stopping_patience": 1}
-    own = job(
-        num_steps=6, parallel={"tensor_model_parallel_size": 2}, checkpoint={"save": str(tmp_path)}, training=settings
-    )
-    (first,), (second,) = run_ranks(2, ends_on_each_rank, own)
-    assert first == second and first.startswith("stopped early at iteration 4: 1 validation losses without a lower one")
-    assert "than 2.000000E+00 at iteration 2" in first and (tmp_path / "iter_0000004").is_dir()
-
-
-FLAGS = (
-    f"--tokenizer-type NullTokenizer --vocab-size {VOCAB_SIZE - 1} --seq-length 24 --global-batch-size 2 "
-    "--tensor-model-parallel-size 2 --train-iters 100000 --lr 1e-3 --log-interval 1"
-)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_the_launcher_saves_and_ends_all_ranks(files, tmp_path, number):
     """One line, the exit code, no orphan."""
     paths = ["--pretrained-checkpoint", files[0], "--train-data-path", files[1], "--save", tmp_path / "run"]
-    program = [sys.executable, "-m", "megatron_peft", "train", "--nproc-per-node", "2"]
+    program = [sys.executable, *"-m megatron_peft train --nproc-per-node 2 --train-iters 100000".split()]
     output = tmp_path / "output"
     with output.open("w") as file:
         launcher = subprocess.Popen([*program, *FLAGS.split(), *paths], cwd=ROOT, stdout=file, stderr=file)
@@ -328,3 +278,51 @@ def _processes_that_name(path: str) -> list[str]:
     files = Path("/proc").glob("[0-9]*/cmdline")
     lines = [file.read_bytes().replace(b"\0", b" ").decode(errors="replace") for file in files if file.exists()]
     return [line for line in lines if path in line]
+
+
+# Flags of other methods have no effect: a run with all of them set is the same, bit for bit, as one without.
+
+# Values that a method would act on, of every field of PeftConfig but the method and its targets.
+OTHERS = {
+    "lora_rank": 3, "lora_alpha": 7.0, "lora_dropout": 0.5, "lora_rs": True, "lora_plus_ratio": 4.0,
+    "lora_max_norm_ratio": 1e-4, "lora_ga_batches": 2, "lora_ga_init": "paper", "rotation_side": "input",
+    "peft_lr_rotation": 0.5, "boft_block_size": 4, "boft_factors": 1, "boft_parametrization": "projection",
+    "urnn_block_size": 8, "urnn_update": "riemannian", "urnn_mode": "replace", "hybrid_rotation": "urnn",
+    "hybrid_lambda": "raw", "hybrid_lambda_init": 0.3, "hybrid_lambda_ema": 0.1, "hybrid_lambda_min": 0.1,
+    "hybrid_lambda_max": 0.7, "hybrid_merge_interval": 1,
+}  # fmt: skip
+OWN = {
+    "full": {},
+    "lora": {"lora_rank": 4},
+    "lora-ga": {"lora_rank": 4, "lora_ga_batches": 1},
+    "boft": {"boft_block_size": 2, "boft_factors": 2},
+    "urnn": {"urnn_block_size": 4},
+    "hybrid": {"lora_rank": 4, "lora_ga_batches": 1, "boft_block_size": 2, "boft_factors": 2},
+}
+
+
+def with_others(method: str) -> dict:
+    read = METHODS[method].fields(PeftConfig(method))
+    return {**OWN[method], **{name: value for name, value in OTHERS.items() if name not in read}}
+
+
+@pytest.fixture(scope="module")
+def curves(job, world):
+    """Of a run of each method, as it is, and with all flags of others set."""
+    peft = {method: {"method": method, **own} for method, own in OWN.items()}
+    peft |= {f"{method} and others": {"method": method, **with_others(method)} for method in OWN}
+    small = {"num_steps": 2, "training": {"global_batch_size": 4}}
+    found = run_each([job(name=name, peft=settings, **small) for name, settings in peft.items()])
+    return {name: report.curve for name, report in found.items()}
+
+
+def test_every_flag_is_among_them():
+    assert OTHERS.keys() == {one.name for one in dataclasses.fields(PeftConfig)} - {"method", "target_modules"}
+    defaults = PeftConfig()
+    assert all(getattr(defaults, name) != value for name, value in OTHERS.items())
+
+
+@pytest.mark.parametrize("method", OWN)
+def test_flags_of_other_methods_have_no_effect(curves, method):
+    assert curves[f"{method} and others"] == curves[method]
+    assert PeftConfig(method, **with_others(method)).unused_flags or method == "hybrid"

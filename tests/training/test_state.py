@@ -25,18 +25,12 @@ def _groups(state, key):
     return {names[p]: group[key] for group in state.optimizer.param_groups for p in group["params"]}
 
 
-@pytest.mark.parametrize("ratio", [1.0, 8.0])
-def test_lora_plus_gives_every_B_a_rate_of_its_own(start, ratio):
-    state, _ = start(peft={"lora_rank": 4, "lora_plus_ratio": ratio}, optimizer={"lr": 1e-3})
+def test_lora_plus_gives_every_B_a_rate_of_its_own_that_follows_the_schedule(start):
+    settings = {"lr": 1e-3, "min_lr": 1e-4, **LINEAR}
+    state, _ = start(peft={"lora_rank": 4, "lora_plus_ratio": 8.0}, optimizer=settings)
     rates = _groups(state, "max_lr")
     assert len(rates) == 16
-    for name, rate in rates.items():
-        assert rate == pytest.approx(1e-3 * (ratio if name.endswith(".B") else 1.0)), name
-
-
-def test_lora_plus_follows_the_schedule(start):
-    rates = {"lr": 1e-3, "min_lr": 1e-4, **LINEAR}
-    state, _ = start(peft={"lora_rank": 4, "lora_plus_ratio": 8.0}, optimizer=rates)
+    assert rates == pytest.approx({name: 8e-3 if name.endswith(".B") else 1e-3 for name in rates})
     state.schedule.step(2 * state.config.global_batch_size)
     assert sorted({group["lr"] for group in state.optimizer.param_groups}) == pytest.approx([5.5e-4, 4.4e-3])
 
@@ -69,12 +63,6 @@ def test_virtual_stages_gather_ahead_where_the_weights_are_trained(job, monkeypa
     assert [disabled for _, disabled in made] == [number > 0 for number in range(num_chunks)]
     gathers = chunks[0].config.param_sync_func
     assert [one() for one in gathers or []] == (chunks if ahead else [])
-
-
-def test_norms_and_biases_of_the_base_do_not_decay(start):
-    state, _ = start(peft={"method": "full"}, optimizer={"weight_decay": 0.1})
-    for name, decay in _groups(state, "weight_decay").items():
-        assert decay == (0.0 if name.endswith("bias") or "norm" in name else 0.1), name
 
 
 @pytest.mark.parametrize("init, decay_of_factors", [("aligned", 0.1), ("original", 0.0)])
@@ -142,15 +130,6 @@ def test_gradients_of_a_bfloat16_model_are_summed_in_float32(start):
     assert {(p.dtype, p.main_grad.dtype) for p in trained} == {(torch.bfloat16, torch.float32)}
 
 
-def test_gradients_are_summed_in_bfloat16_where_that_is_asked_for_but_those_of_rotations(start):
-    state, data = start(peft=HYBRID, model={"bf16": True}, training={"grad_reduce_in_bf16": True})
-    trained = dict(state.model_chunks[0].named_parameters())
-    kinds = {name.split(".")[-1]: p.main_grad.dtype for name, p in trained.items() if p.requires_grad}
-    assert kinds == {"A": torch.bfloat16, "B": torch.bfloat16, "Q": torch.float32}
-    report = train_step(state, next(iter(data.train)))
-    assert report.grad_norm > 0 and layers_without_gradient(state) == []
-
-
 def recorded(apply, passed):
     """megatron-core's caller of a fused kernel; what it is given goes to `passed`."""
 
@@ -162,7 +141,7 @@ def recorded(apply, passed):
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_a_list_of_tensors_for_a_fused_kernel_has_one_type(start, monkeypatch, sharded):
+def test_where_gradients_are_summed_in_bfloat16_those_of_rotations_are_not(start, monkeypatch, sharded):
     """Transformer Engine's kernels read a whole list as the type of its first tensor (Megatron-LM's issue 7338). Here
     the float32 gradients of rotations stand beside bfloat16 ones of factors; megatron-core copies both to float32."""
     state, data = start(
@@ -171,18 +150,23 @@ def test_a_list_of_tensors_for_a_fused_kernel_has_one_type(start, monkeypatch, s
         training={"grad_reduce_in_bf16": True},
         optimizer={"use_distributed_optimizer": sharded, "clip_grad": 1e-3},
     )
+    trained = dict(state.model_chunks[0].named_parameters())
+    kinds = {name.split(".")[-1]: p.main_grad.dtype for name, p in trained.items() if p.requires_grad}
+    assert kinds == {"A": torch.bfloat16, "B": torch.bfloat16, "Q": torch.float32}
     passed = []
     for module in (clip_grads, optimizer_module):
         monkeypatch.setattr(module, "multi_tensor_applier", recorded(module.multi_tensor_applier, passed))
-    train_step(state, next(iter(data.train)))
+    assert train_step(state, next(iter(data.train))).grad_norm > 0 and layers_without_gradient(state) == []
     assert {clip_grads.l2_norm_impl, clip_grads.multi_tensor_scale_impl} <= {kernel for kernel, _ in passed}
     assert {p.dtype for group in state.optimizer.param_groups for p in group["params"]} == {torch.float32}
     assert all(len({tensor.dtype for tensor in tensors}) == 1 for _, lists in passed for tensors in lists)
 
 
-def test_the_embedding_and_the_output_layer_have_rates_of_their_own(start):
-    rates = {"lr": 1e-3, "min_lr": 1e-5, "decoupled_lr": 5e-4, "decoupled_min_lr": 2e-5, **LINEAR}
+def test_the_embedding_and_the_output_layer_have_rates_of_their_own_and_norms_and_biases_no_decay(start):
+    rates = {"lr": 1e-3, "min_lr": 1e-5, "decoupled_lr": 5e-4, "decoupled_min_lr": 2e-5, "weight_decay": 0.1, **LINEAR}
     state, _ = start(peft={"method": "full"}, optimizer=rates)
+    decays = _groups(state, "weight_decay")
+    assert decays == {name: 0.0 if name.endswith("bias") or "norm" in name else 0.1 for name in decays}
     of_vocabulary = {name: "word_embeddings" in name or "output_layer" in name for name in _groups(state, "max_lr")}
     assert sum(of_vocabulary.values()) == 2
     for key, own, common in (("max_lr", 5e-4, 1e-3), ("min_lr", 2e-5, 1e-5)):

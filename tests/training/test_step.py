@@ -1,4 +1,7 @@
-"""A training step: the loss is a mean over tokens, gradients are whole however sharded, a NaN changes no parameter."""
+"""A training step: the loss is a mean over tokens, gradients are whole however sharded, a NaN changes no parameter.
+
+Validation loss is such a mean too; adapters without gradient and drifting rotations are detected.
+"""
 
 import itertools
 import math
@@ -7,9 +10,24 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_peft.training import step
-from megatron_peft.training.step import NonFiniteError, run_schedule, train_step
+from megatron_peft.adapters.attach import linear_layers
+from megatron_peft.training import loop, step
+from megatron_peft.training.loop import train
+from megatron_peft.training.metrics import METRICS_FILE, read_metrics
+from megatron_peft.training.step import (
+    ORTHOGONALITY_LIMIT,
+    NonFiniteError,
+    inference_mode,
+    largest_orthogonality_error,
+    layers_without_gradient,
+    run_schedule,
+    train_step,
+    validation_loss,
+)
 from megatron_peft.training.update import GradientShards
+from tests.kept import kept_for_backward
+from tests.training.recorded_saves import RecordedSaves
+from tests.training.test_layout import METHODS
 
 
 def _trained(state):
@@ -49,13 +67,19 @@ def test_the_pretrained_weights_are_in_place_and_frozen_and_it_says_so(start, ca
     assert loaded["module.embedding.word_embeddings.weight"].std() > 0.01
 
 
-@pytest.mark.parametrize("micro_batch_size", [1, 4, 8])
-def test_microbatches_change_nothing_but_rounding(start, micro_batch_size):
-    expected = _steps(start, training={"micro_batch_size": 2})
-    found = _steps(start, training={"micro_batch_size": micro_batch_size})
-    for ours, theirs in zip(found, expected, strict=True):
-        assert (ours.loss, ours.grad_norm) == pytest.approx((theirs.loss, theirs.grad_norm), rel=1e-5)
-        assert ours.num_tokens == theirs.num_tokens
+def test_microbatches_change_nothing_but_rounding(start):
+    expected, *others = (_steps(start, training={"micro_batch_size": size}) for size in (2, 1, 4, 8))
+    for found in others:
+        for ours, theirs in zip(found, expected, strict=True):
+            assert (ours.loss, ours.grad_norm) == pytest.approx((theirs.loss, theirs.grad_norm), rel=1e-5)
+            assert ours.num_tokens == theirs.num_tokens
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_training_on_a_batch_lowers_its_loss(start, method):
+    state, data = start(num_steps=6, **METHODS[method])
+    losses = [train_step(state, data.train.step_at(0)).loss for _ in range(4)]
+    assert losses[3] < losses[0] - 0.02
 
 
 def test_the_loss_is_the_mean_over_all_completion_tokens(start):
@@ -86,17 +110,11 @@ def test_a_packed_sample_does_not_see_the_one_before_it(start):
     assert losses[0] == losses[1] > 0
 
 
-def test_gradients_do_not_accumulate_over_steps(start):
-    state, data = start(optimizer={"lr": 0.0 + 1e-30})
-    microbatches = next(iter(data.train))
-    norms = [train_step(state, microbatches).grad_norm for _ in range(2)]
-    assert norms[1] == pytest.approx(norms[0], rel=1e-5)
-
-
-def test_the_norm_is_that_before_clipping_and_known_without_clipping(start):
-    norms = [_steps(start, 1, optimizer={"clip_grad": clip_grad})[0].grad_norm for clip_grad in (1e9, 1e-3, 0.0)]
-    assert norms == pytest.approx([norms[0]] * 3, rel=1e-6)
-    assert norms[0] > 1e-2
+def test_the_norm_is_of_a_steps_own_gradients_before_clipping_and_known_without(start):
+    state, data = start(optimizer={"lr": 1e-30, "clip_grad": 1e9})
+    norms = [train_step(state, data.train.step_at(0)).grad_norm for _ in range(2)]
+    norms += [_steps(start, 1, optimizer={"clip_grad": clip_grad})[0].grad_norm for clip_grad in (1e-3, 0.0)]
+    assert norms == pytest.approx([norms[0]] * 4, rel=1e-5) and norms[0] > 1e-2
 
 
 def test_the_reported_rate_is_that_of_the_step(start):
@@ -147,27 +165,144 @@ def test_own_shards_make_the_whole_gradient(start, sharded):
     for parameter, whole in zip(parameters, shards.whole(parameters), strict=True):
         assert torch.equal(whole, parameter.main_grad.float()) and whole.data_ptr() != parameter.main_grad.data_ptr()
         assert torch.equal(shards.own(parameter), parameter.main_grad.flatten())
-
-
-def test_a_parameter_on_another_rank_has_an_empty_shard(start):
-    state, _ = start(optimizer={"use_distributed_optimizer": True})
-    shards = GradientShards(state.optimizer)
-    elsewhere = torch.nn.Parameter(torch.zeros(3))
+    elsewhere = torch.nn.Parameter(torch.zeros(3))  # a rank that shards holds nothing of what others hold
     elsewhere.main_grad = torch.ones(3)
-    assert shards.own(elsewhere).numel() == 0
-    assert torch.equal(shards.whole([elsewhere])[0], torch.zeros(3))
+    assert shards.own(elsewhere).numel() == (0 if sharded else 3)
+    assert torch.equal(shards.whole([elsewhere])[0], torch.zeros(3) if sharded else torch.ones(3))
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_recomputed_modules_change_nothing(start, method):
+def test_recomputed_modules_change_nothing(start):
     """Of a model whose linear_fc2 has a bias, which is then an output of megatron-core's checkpointed function."""
     found = []
     for modules in ((), ("core_attn", "layernorm", "mlp")):
         recompute = {"recompute_granularity": "selective"} if modules else {}
         model = {"recompute_modules": modules}
-        state, data = start(peft={"method": method}, transformer=recompute, model=model)
+        state, data = start(peft={"method": "full"}, transformer=recompute, model=model)
         layer = state.model_chunks[0].module.decoder.layers[0]
         assert (layer.recompute_mlp, layer.recompute_input_layernorm) == (bool(modules),) * 2
         report = train_step(state, next(iter(data.train)), by_layer=True)
         found.append((report.loss, report.grad_norm, report.layer_grad_norms))
     assert found[0] == found[1]
+
+
+GROUPS_OF_FOUR = {"boft_block_size": 2, "boft_factors": 2, "urnn_block_size": 4}
+
+
+def peft(method, **settings):
+    return {"peft": {"method": method, "lora_rank": 4, "lora_ga_batches": 1, **GROUPS_OF_FOUR, **settings}}
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("lora", {}),
+        ("lora-ga", {"lora_ga_init": "paper"}),
+        ("boft", {"boft_parametrization": "projection"}),
+        ("urnn", {"urnn_update": "riemannian"}),
+        ("hybrid", {"hybrid_lambda": "fixed:0"}),
+    ],
+)
+def test_every_adapted_layer_has_a_gradient_after_the_first_backward(start, method, settings):
+    state, data = start(**peft(method, **settings))
+    train_step(state, next(iter(data.train)))
+    assert layers_without_gradient(state) == []
+
+
+def test_a_layer_that_is_cut_off_is_named_in_a_run(start, tmp_path, capsys):
+    state, data = start(**peft("lora"), checkpoint={"save": str(tmp_path)})
+    assert largest_orthogonality_error(state) is None
+    layer = next(layer for layer in linear_layers(state.model_chunks[0]) if layer.name.endswith("1.mlp.linear_fc2"))
+    layer.module.adapter.forward = lambda x, call: call.reduce(torch.nn.functional.linear(x, call.weight))
+    train(state, data, RecordedSaves())
+    said = capsys.readouterr().out
+    assert said.count("WARNING: 1 adapted layers have no gradient after the first step") == 1 and layer.name in said
+
+
+@pytest.mark.parametrize("method", ["boft", "urnn", "hybrid"])
+def test_orthogonality_is_recorded_with_validation(start, tmp_path, method, capsys):
+    groups = {"training": {"eval_interval": 2}, "checkpoint": {"save": str(tmp_path)}}
+    state, data = start(**peft(method, peft_lr_rotation=1e-2), **groups)
+    train(state, data, RecordedSaves())
+    records = read_metrics(tmp_path / METRICS_FILE)
+    errors = [record.get("orthogonality_error") for record in records if "validation_loss" in record]
+    assert len(errors) == 2 and all(0 < error < ORTHOGONALITY_LIMIT for error in errors)
+    assert "WARNING" not in capsys.readouterr().out
+
+
+def test_a_rotation_that_drifts_gives_a_warning(start, tmp_path, capsys):
+    state, data = start(**peft("boft", boft_parametrization="projection"), checkpoint={"save": str(tmp_path)})
+    assert largest_orthogonality_error(state) == 0
+    for layer in linear_layers(state.model_chunks[0]):
+        layer.module.adapter.project = lambda: None
+    train(state, data, RecordedSaves())
+    assert largest_orthogonality_error(state) > ORTHOGONALITY_LIMIT
+    assert "away from orthogonal, above 1e-05: lower --peft-lr-rotation" in capsys.readouterr().out
+
+
+def test_a_rotation_of_which_one_number_is_nan_gives_a_warning(start, capsys, monkeypatch):
+    state, data = start(**peft("boft"), num_steps=1)
+    monkeypatch.setattr(loop.step, "largest_orthogonality_error", lambda state: math.nan)
+    train(state, data, RecordedSaves())
+    assert "a rotation is nan away from orthogonal" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("boft", {"peft_lr_rotation": 1e-3}),
+        ("boft", {"peft_lr_rotation": 1e-3, "boft_parametrization": "projection"}),
+        ("urnn", {"peft_lr_rotation": 3e-3}),
+        ("urnn", {"peft_lr_rotation": 0.1, "urnn_update": "riemannian"}),
+    ],
+)
+def test_rotations_that_are_trained_in_bfloat16_for_long_stay_orthogonal(start, method, settings):
+    state, data = start(
+        **peft(method, **settings), model={"bf16": True}, training={"global_batch_size": 2}, num_steps=250
+    )
+    losses = [train_step(state, microbatches).loss for microbatches in itertools.islice(iter(data.train), 250)]
+    assert sum(losses[-20:]) < sum(losses[:20])
+    assert 0 < largest_orthogonality_error(state) < ORTHOGONALITY_LIMIT
+
+
+def _by_hand(state, data):
+    model, total, count = state.model_chunks[0], 0.0, 0.0
+    with torch.no_grad():
+        for sample in range(len(data.valid.dataset)):
+            (microbatch,) = data.valid.step_at(sample)[:1]
+            losses = model(microbatch.tokens[:1], microbatch.position_ids[:1], None, labels=microbatch.labels[:1])
+            total += (losses * microbatch.loss_mask[:1]).sum().item()
+            count += microbatch.loss_mask[:1].sum().item()
+    return total / count
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 3])
+def test_validation_loss_is_the_mean_over_the_tokens_of_all_samples(start, micro_batch_size):
+    """40 samples in steps of 9: the last step is filled up with padding."""
+    training = {"micro_batch_size": micro_batch_size, "global_batch_size": 9, "eval_iters": None}
+    state, data = start(training=training)
+    assert validation_loss(state.model_chunks, data.valid) == pytest.approx(_by_hand(state, data), rel=1e-6)
+
+
+def test_dropout_is_off_in_validation_and_its_samples_are_the_same_each_time(start):
+    plain, _ = start()
+    state, data = start(peft={"lora_rank": 4, "lora_dropout": 0.5}, transformer={"hidden_dropout": 0.5})
+    loss = validation_loss(state.model_chunks, data.valid)
+    assert loss == validation_loss(plain.model_chunks, data.valid) == validation_loss(state.model_chunks, data.valid)
+    assert all(chunk.training for chunk in state.model_chunks)
+
+
+def test_all_chunks_train_on_after_a_validation():
+    chunks: list = [torch.nn.Dropout(), torch.nn.Dropout()]
+    for chunk in chunks:
+        chunk.ddp_config = SimpleNamespace(overlap_param_gather=False)
+    with inference_mode(chunks):
+        assert not any(chunk.training for chunk in chunks)
+    assert all(chunk.training for chunk in chunks)
+
+
+def test_nothing_is_kept_for_a_backward_and_without_samples_it_is_zero(start):
+    state, data = start()
+    with kept_for_backward() as kept:
+        validation_loss(state.model_chunks, data.valid)
+    assert kept == [] and validation_loss(state.model_chunks, []) == 0.0

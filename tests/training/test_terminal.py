@@ -4,7 +4,6 @@ import io
 import re
 from dataclasses import replace
 
-import pytest
 from rich.console import Console
 
 from megatron_peft.training import terminal as progress_module
@@ -20,42 +19,29 @@ def _chunks(state):
 
 def _summary(state, names=(), **peft):
     config = replace(state.config, peft=replace(state.config.peft, **peft))
-    return training_summary(config, names, _chunks(state))
+    return training_summary(config, names, _chunks(state)).splitlines()
 
 
-@pytest.fixture
-def state(start):
-    return start()[0]
-
-
-def test_all_are_trainable_in_full_fine_tuning_and_it_says_so(start, state):
-    full, _ = start(peft={"method": "full"})
-    trainable, total = count_parameters(_chunks(full))
-    assert trainable == total == count_parameters(_chunks(state))[1] - LORA
-    assert _summary(full).startswith("--peft-method full: every parameter of the model\n")
-
-
-def test_the_lines_name_what_is_adapted(state):
+def test_the_lines_name_what_is_adapted_and_what_has_no_effect(start):
+    state, full = start()[0], start(peft={"method": "full"})[0]
     trainable, total = count_parameters(_chunks(state))
-    first, second = _summary(state, NAMES).splitlines()
+    first, second = _summary(state, NAMES)
     assert trainable == LORA
     assert first == "--peft-method lora: 4 layers: linear_fc1 (2), linear_fc2 (2)"
     assert second == f"trainable parameters: {LORA:,} of {total:,} ({100 * LORA / total:.3f}%)"
-
-
-def test_a_note_for_part_of_a_fused_layer_that_is_adapted_whole(start):
-    text = _summary(start(peft={"lora_rank": 4, "target_modules": ("q_proj", "down_proj")})[0], NAMES)
-    assert "note: q_proj is part of linear_qkv, which is adapted as a whole" in text and "down_proj is part" not in text
-
-
-def test_discarding_weights_gives_a_warning(state):
-    lines = _summary(state, NAMES, method="urnn", urnn_mode="replace").splitlines()
+    assert count_parameters(_chunks(full)) == (total - LORA, total - LORA)
+    assert _summary(full)[0] == "--peft-method full: every parameter of the model"
+    lines = _summary(state, NAMES, method="lora", boft_factors=2)
+    assert lines[1] == "note: --boft-factors 2 has no effect with --peft-method lora"
+    lines = _summary(state, NAMES, method="urnn", urnn_mode="replace")
     assert lines[1].startswith("WARNING: the pretrained weights of these layers are DISCARDED")
 
 
-def test_flags_without_effect_are_named_once(state):
-    lines = _summary(state, NAMES, method="lora", boft_factors=2).splitlines()
-    assert lines[1] == "note: --boft-factors 2 has no effect with --peft-method lora"
+def test_a_note_for_part_of_a_fused_layer_that_is_adapted_whole(start):
+    lines = _summary(start(peft={"lora_rank": 4, "target_modules": ("q_proj", "down_proj")})[0], NAMES)
+    assert [line for line in lines if "is part of" in line] == [
+        "note: q_proj is part of linear_qkv, which is adapted as a whole"
+    ]
 
 
 RECORD = {"iteration": 20, "consumed_samples": 160, "loss": 2.5, "learning_rate": 0.002, "grad_norm": 1.25}

@@ -119,10 +119,16 @@ def test_timers_are_those_of_the_slowest_rank(start, monkeypatch):
     assert watchers._timers.record(num_steps=2) == {"timer_seconds": expected}
 
 
-def test_what_happens_in_a_pause_is_not_timed(start):
+def test_what_happens_in_a_pause_is_not_timed(start, monkeypatch):
     state, data = start(logging={"timing_log_level": "2"})
     watchers = Watchers(state)
     watchers.interval = Interval(num_steps=1)
+    clock, began_at = iter([3.0, 10.0]), watchers.interval.started_at
+    with monkeypatch.context() as patch:
+        patch.setattr(module.time, "perf_counter", lambda: next(clock))
+        with watchers.paused():
+            pass
+    assert watchers.interval.started_at == began_at + 7.0
     with watchers.paused():
         run_schedule(state.model_chunks, data.train.step_at(0), forward_only=True)
     assert "timer_seconds" not in watchers.speed({"step_seconds": 1.0})
