@@ -4,6 +4,7 @@ import ast
 import importlib
 import importlib.util
 from collections.abc import Iterator, Mapping
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -15,6 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "megatron_peft"
 SHAPELESS_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}
 
 # Which rooms a room may import from, from the ground up; docs/architecture.md draws it.
+SHARED = {"config", "runtime", "parallel", "adapters", "models"}  # what most rooms stand on
 ALLOWED: Mapping[str, set[str]] = {
     "config": set(),
     "runtime": {"config"},
@@ -23,44 +25,24 @@ ALLOWED: Mapping[str, set[str]] = {
     "lora_ga": {"config", "runtime", "parallel", "adapters"},
     "models": {"config", "runtime", "parallel", "adapters"},
     "cli": {"config", "models"},
-    "checkpoint": {"config", "runtime", "parallel", "adapters", "models"},
-    "conversion": {"config", "runtime", "parallel", "adapters", "models", "checkpoint"},
+    "checkpoint": SHARED,
+    "conversion": SHARED | {"checkpoint"},
     "data": {"config", "runtime", "checkpoint"},
     "tasks": {"config", "checkpoint", "data"},
-    "training": {"config", "runtime", "parallel", "adapters", "lora_ga", "models", "checkpoint", "conversion", "data"},
-    "evaluation": {
-        "config",
-        "runtime",
-        "parallel",
-        "adapters",
-        "models",
-        "cli",
-        "checkpoint",
-        "conversion",
-        "tasks",
-        "data",
-    },
+    "training": SHARED | {"lora_ga", "checkpoint", "conversion", "data"},
+    "evaluation": SHARED | {"cli", "checkpoint", "conversion", "tasks", "data"},
     "experiment": {"config", "models", "cli", "checkpoint", "training"},  # what a run would need, and what it wrote
-    "demo": {
-        "config",
-        "runtime",
-        "models",
-        "cli",
-        "checkpoint",
-        "data",
-        "tasks",
-        "training",
-        "evaluation",
-        "experiment",
-    },
+    "demo": {"config", "runtime", "models", "cli"}
+    | {"checkpoint", "data", "tasks", "training", "evaluation", "experiment"},
+    "rehearsal": SHARED | {"checkpoint", "data", "training"},
+    "certify": SHARED - {"parallel"} | {"checkpoint", "conversion", "data", "training", "rehearsal"},
+    "plan": {"config", "models", "training", "rehearsal"},
+    "": {"config", "runtime", "training"},  # the package's public names, imported at their first use
+    "__main__": {"commands"},
 }
-REHEARSED = {*ALLOWED["training"]} - {"lora_ga"} | {"training"}
-ALLOWED = {**ALLOWED, "rehearsal": REHEARSED - {"conversion"}, "certify": REHEARSED - {"parallel"} | {"rehearsal"}}
-ALLOWED = {**ALLOWED, "plan": {"config", "models", "training", "rehearsal"}}
-ALLOWED = {**ALLOWED, "benchmarks": {*ALLOWED}}  # they measure all of it
-ALLOWED = {**ALLOWED, "commands": {*ALLOWED} - {"adapters", "checkpoint", "lora_ga", "parallel"}}
-ALLOWED = {**ALLOWED, "": {"config", "runtime", "training"}}  # the package's public names, imported at their first use
-ALLOWED = {**ALLOWED, "__main__": {"commands"}}
+ROOMS = {*ALLOWED} - {"", "__main__"}
+ALLOWED = {**ALLOWED, "benchmarks": ROOMS}  # they measure all of it
+ALLOWED = {**ALLOWED, "commands": {*ROOMS, "benchmarks"} - {"adapters", "checkpoint", "lora_ga", "parallel"}}
 
 
 # Calls that open or parse what others have written, and the modules that may make them. All else asks `untrusted`.
@@ -73,11 +55,8 @@ OPENERS = {
 MAY_OPEN: Mapping[str, set[str]] = {
     "config.untrusted": {"json.JSONDecoder", "yaml.load", "gzip.open"},
     "conversion.hf_files": {"safe_open", "torch.load"},  # weights, their pickles with weights_only
-    "checkpoint.safe_pickle": {
-        "torch.load",
-        "pickle._Unpickler",
-        "BoundedUnpickler",
-    },  # other people's checkpoints, inertly
+    # Other people's checkpoints, inertly.
+    "checkpoint.safe_pickle": {"torch.load", "pickle._Unpickler", "BoundedUnpickler"},
     "conversion.megatron_files": {"BoundedUnpickler"},  # descriptions of tensors; no name but those of a list
     "tasks.readers": {"gzip.open"},  # within a wheel, up to untrusted's limit
     "evaluation.sandbox_driver": {"json.load", "json.loads"},  # a script of its own: a job, and answers
@@ -196,10 +175,15 @@ def openers(tree: ast.Module) -> set[str]:
     return {ast.unparse(one) for one in (*used, *bases)} & OPENERS
 
 
-@pytest.fixture(scope="module")
-def modules() -> dict[str, ast.Module]:
+@cache
+def parsed() -> dict[str, ast.Module]:
     """Module name -> syntax tree, for every file of the package."""
     return {module_name(path): ast.parse(path.read_text(), str(path)) for path in PACKAGE.rglob("*.py")}
+
+
+@pytest.fixture
+def modules() -> dict[str, ast.Module]:
+    return parsed()
 
 
 def test_every_part_of_the_package_has_its_layer(modules: dict[str, ast.Module]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_peft.config import METHODS
-from tests.test_imports import PACKAGE, imported_names, module_name
+from tests.test_imports import PACKAGE, imported_names, parsed
 
 ADAPTERS = {spec.adapter for spec in METHODS.values() if spec.adapter}
 SHARED = {"megatron_peft.adapters.rotation", "megatron_peft.config.methods.rotation"}  # of BOFT, uRNN and the Hybrid
@@ -35,8 +35,7 @@ KNOWS = {
 
 def classes_of(module: str) -> set[str]:
     """Those that a module defines."""
-    nodes = ast.parse((PACKAGE.parent / f"{module.replace('.', '/')}.py").read_text()).body
-    return {node.name for node in nodes if isinstance(node, ast.ClassDef)}
+    return {node.name for node in parsed()[module].body if isinstance(node, ast.ClassDef)}
 
 
 CLASSES = set().union(*map(classes_of, OWN_MODULES)) - {"Hybrid"}  # a word of other things too
@@ -68,18 +67,16 @@ def of_its_own(module: str) -> set[str]:
 
 
 def test_no_code_but_a_methods_own_knows_it() -> None:
-    modules = {module_name(path): path for path in PACKAGE.rglob("*.py")}
-    others = {name: path for name, path in modules.items() if not name.startswith(KNOW_ALL)}
-    known = {name: known_methods(ast.parse(path.read_text())) - of_its_own(name) for name, path in others.items()}
+    others = {name: tree for name, tree in parsed().items() if not name.startswith(KNOW_ALL)}
+    known = {name: known_methods(tree) - of_its_own(name) for name, tree in others.items()}
     assert {name.removeprefix("megatron_peft."): found for name, found in known.items() if found} == KNOWS
 
 
 def test_no_script_knows_a_method() -> None:
     root = PACKAGE.parent
     scripts: list[Path] = [root / "pretrain_peft.py", *(root / "tools").glob("*.py")]
-    assert {
-        str(path.relative_to(root)): found for path in scripts if (found := known_methods(ast.parse(path.read_text())))
-    } == {
+    known = {str(path.relative_to(root)): known_methods(ast.parse(path.read_text())) for path in scripts}
+    assert {name: found for name, found in known.items() if found} == {
         "tools/headlines.py": NAMES,  # the paper's methods side by side
         "tools/published.py": {"lora"},  # what a published run trained
     }

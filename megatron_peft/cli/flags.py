@@ -167,6 +167,7 @@ FIELD_REASON = "a field of megatron-core that fine-tuning has no use for"
 REFUSED_TOO = ", a Megatron flag that is not supported"
 TOLD = tomllib.loads(Path(__file__).with_name("refused.toml").read_text(encoding="utf-8"))
 REASONS = {name: reason for reason, names in TOLD["reasons"].items() for name in names.split()}
+FAMILIES = {name[:-1]: reason for name, reason in REASONS.items() if name.endswith("*")}
 EQUIVALENTS = {name: here for here, names in TOLD["equivalents"].items() for name in names.split()}
 
 
@@ -299,8 +300,8 @@ def equivalent(flag: str) -> str | None:
 
 def reason_of(name: str) -> str | None:
     """Why Megatron-LM's flag `name` (no leading dashes) is not served; None if it is not known here."""
-    beginnings = [start for start in REASONS if start.endswith("*") and name.startswith(start[:-1])]
-    return REASONS.get(name) or (REASONS[max(beginnings, key=len)] if beginnings else None)
+    beginnings = [start for start in FAMILIES if name.startswith(start)]
+    return REASONS.get(name) or (FAMILIES[max(beginnings, key=len)] if beginnings else None)
 
 
 def way_out(flag: str, reason: str | None) -> str | None:

@@ -119,30 +119,6 @@ def test_values_are_read_as_megatron_reads_them() -> None:
     assert config.parallel.sequence_parallel and not config.data.mmap_bin_files
 
 
-@pytest.mark.parametrize(
-    ("flags", "told"),
-    [
-        ("--mock-data --data-path p", "and --mock-data are mutually exclusive"),
-        ("--mock-data --train-data-path a.jsonl", "and --mock-data are mutually exclusive"),
-        ("--use-flash-attn --attention-backend unfused", "contradict each other"),
-        ("--decoupled-min-lr 1e-5", "--decoupled-min-lr 1e-05 needs --decoupled-lr"),
-        ("--decoupled-lr 1e-5 --decoupled-min-lr 1e-4", "--decoupled-min-lr 0.0001 is above --decoupled-lr 1e-05"),
-        ("--exit-on-missing-checkpoint", "--exit-on-missing-checkpoint needs --load"),
-        ("--profile --profile-step-start 5 --profile-step-end 5", "no step would be profiled"),
-        ("--use-pytorch-profiler --tensorboard-dir t", "--use-pytorch-profiler needs --profile"),
-        ("--profile --use-pytorch-profiler", "--use-pytorch-profiler needs --tensorboard-dir"),
-        ("--profile --profile-step-start 20 --profile-step-end 21", "--profile needs --profile-step-start below"),
-        (
-            "--profile --profile-step-start 1 --profile-ranks 0 8",
-            "--profile-ranks: leave out [8], as the ranks of this run are 0 to 0",
-        ),
-        ("--tokenizer-type Llama2Tokenizer", "--tokenizer-type Llama2Tokenizer needs --tokenizer-model FILE.model"),
-    ],
-)
-def test_contradictions_are_told(flags: str, told: str) -> None:
-    assert told in complaint(*flags.split())
-
-
 def test_the_table_of_the_documentation_has_every_accepted_and_refused_flag() -> None:
     table = reference.script_tables()
     shown = entries("accepted") | {flag.split()[0] for flag in entries("refused")}

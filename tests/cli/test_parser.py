@@ -128,6 +128,8 @@ def test_a_later_value_replaces_an_earlier_one() -> None:
         ("--ckpt-format torch", "--ckpt-format: invalid choice: 'torch'"),
         ("--bf16 true", "--bf16 takes no value, but true follows it."),
         ("--recompute-activations --recompute-granularity full", "contradict each other"),
+        ("--use-flash-attn --attention-backend unfused", "contradict each other"),
+        ("--profile --profile-step-start 20 --profile-step-end 21", "--profile needs --profile-step-start below"),
         ("train.jsonl", "unexpected argument train.jsonl"),
         ("--tensor-model-parallel-size 2", "1 processes cannot hold"),
         ("--global-batch-size 3 --micro-batch-size 2", "--global-batch-size 3 is not a multiple"),
