@@ -24,12 +24,13 @@ def with_gpus() -> dict[str, str]:
     return environment
 
 
-def test_rehearsals_and_ranks_of_certificates_and_benchmarks_do_not_see_the_gpus():
-    words = [sys.executable, str(SIMULATED / "program.py")]
-    done = subprocess.run(words, env=with_gpus(), capture_output=True, text=True, timeout=seconds(120))
+@pytest.mark.parametrize("words", [[], pytest.param(["rehearse"], marks=pytest.mark.slow)], ids=" ".join)
+def test_rehearsals_and_ranks_of_certificates_and_benchmarks_do_not_see_the_gpus(words):
+    command = [sys.executable, str(SIMULATED / "program.py"), *words]
+    done = subprocess.run(command, env=with_gpus(), capture_output=True, text=True, timeout=seconds(120))
     assert done.returncode == 0, done.stderr
-    rehearsed, (is_simulated, is_available, has_engine, backend) = json.loads(done.stdout.splitlines()[-1])
-    assert rehearsed and is_simulated and not is_available and not has_engine and backend == "gloo"
+    [[is_simulated, is_available, has_engine, backend]] = json.loads(done.stdout.splitlines()[-1])
+    assert is_simulated and not is_available and not has_engine and backend == "gloo"
 
 
 @pytest.mark.parametrize("sizes", [{}, {SIZES_VARIABLE: "gpu"}], ids=["tests", "check-gpu"])
