@@ -20,7 +20,7 @@ KNOW_ALL = ("megatron_peft.benchmarks",)  # a figure for each method
 # File -> what it knows of methods, and why it has to.
 KNOWS = {
     "adapters.hybrid": {"adapters.low_rank", "adapters.boft", "adapters.urnn", "boft", "urnn"},  # it is made of them
-    "config.methods.hybrid": {"config.methods.boft", "config.methods.low_rank", "config.methods.urnn", "boft", "urnn"},
+    "config.methods.hybrid": {"config.methods.low_rank", "boft", "urnn"},
     "config.methods.rotation": {"hybrid"},  # help of --peft-lr-rotation, which it reads otherwise
     "config.methods": {"lora", "boft", "urnn", "hybrid"},  # the registry
     "adapters.change": {"adapters.rotation"},  # R W without R - I in memory

@@ -94,8 +94,7 @@ def served_flags() -> tuple[Flag, ...]:
 def flags_of(config_class: type, section: str = "") -> Iterator[Flag]:
     """A flag for each field of a dataclass that is an option. A name without dashes is a word.
 
-    Args:
-        section: of a configuration file; empty for a command's own settings.
+    `section` is that of a configuration file, empty for a command's own settings.
     """
     hints = get_type_hints(config_class)
     target: Target = section if section in ("launch", "program") else "config" if section else "command"
@@ -256,11 +255,7 @@ def known_flags(served: Iterable[str]) -> dict[str, str | None]:
 
 
 def why_not_served(name: str, served: Collection[str]) -> str:
-    """The error message for a Megatron flag that is not supported, another library's flag, or an unknown one.
-
-    Args:
-        served: all flags that are, with their dashes.
-    """
+    """The error message for a Megatron flag that is not `served`, another library's flag, or an unknown one."""
     known = known_flags(served)
     if reason := known.get(name):
         return _refusal(name, reason)

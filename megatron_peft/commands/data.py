@@ -15,7 +15,8 @@ from megatron_peft.data.preprocess import PreprocessSettings, preprocess
 from megatron_peft.tasks.prepare import BenchmarkData, HashSplit, Prepared, prepare
 from megatron_peft.tasks.readers import TaskFile, load, shipped
 
-PREPARE = """Prepare training data and evaluation tasks from the public files of a benchmark.
+PREPARE = """\
+Prepare training data and evaluation tasks from the public files of a benchmark.
 
 megatron-peft data prepare glue --input GLUE_FOLDER --output data/glue
 megatron-peft data prepare gsm8k --input FOLDER --output data/gsm8k
@@ -29,12 +30,14 @@ OUTPUT gets train.jsonl and valid.jsonl (for --train-data-path and --valid-data-
 of `megatron-peft evaluate`); for GLUE, each task has such a folder. Test items are left out of the training files.
 docs/benchmark-tasks.md describes the formats, and how to add a task.
 """
-PREPROCESS = """Convert JSON lines to Megatron's indexed datasets (.bin and .idx), with the flags of Megatron's own tool.
+PREPROCESS = """\
+Convert JSON lines to Megatron's indexed datasets (.bin and .idx), with the flags of Megatron's own tool.
 
 megatron-peft data preprocess --input corpus.jsonl --output-prefix corpus --tokenizer-model HF_FOLDER --append-eod
 writes corpus_text_document.bin and corpus_text_document.idx; train on them with --data-path corpus_text_document.
 """
-PREVIEW = """Show what training will see of its data: samples token by token, lengths, truncation, packing, steps per epoch.
+PREVIEW = """\
+Show what training will see of its data: samples token by token, lengths, truncation, packing, steps per epoch.
 
 megatron-peft data preview --train-data-path data.jsonl --tokenizer-model FOLDER --seq-length 2048
 

@@ -25,8 +25,8 @@ from megatron_peft.config import (
     config_to_dict,
     make_run,
     missing_for_training,
-    missing_to_profile,
 )
+from megatron_peft.config.run import missing_to_profile
 
 
 class Nothing:
