@@ -79,10 +79,10 @@ def test_every_way_out_belongs_to_a_refused_flag() -> None:
     assert TOLD["ways-out-by-reason"].keys() <= TOLD["reasons"].keys()
 
 
-@pytest.mark.parametrize("class_name", SOURCES)
-def test_every_field_of_megatron_core_is_served_or_refused(class_name: str) -> None:
+def test_every_field_of_megatron_core_is_served_or_refused() -> None:
     known = known_flags(NAMES)
-    names = [name for one in megatron_fields(class_name).values() for name in (flag(one.name), *one.flags)]
+    of_classes = [one for class_name in SOURCES for one in megatron_fields(class_name).values()]
+    names = [name for one in of_classes for name in (flag(one.name), *one.flags)]
     assert [name for name in names if name not in known or known[name] == ""] == []
 
 
@@ -100,22 +100,22 @@ def classes() -> dict[str, type]:
         from megatron.core.distributed import DistributedDataParallelConfig
         from megatron.core.optimizer import OptimizerConfig
         from megatron.core.transformer.transformer_config import TransformerConfig
-    return {one.__name__: one for one in (TransformerConfig, OptimizerConfig, DistributedDataParallelConfig)}
+    found = {one.__name__: one for one in (TransformerConfig, OptimizerConfig, DistributedDataParallelConfig)}
+    assert found.keys() == SOURCES.keys()
+    return found
 
 
-@pytest.mark.parametrize("name", SOURCES)
-def test_source_has_the_fields_of_the_class(name: str, classes: dict[str, type]) -> None:
-    assert megatron_fields(name).keys() == {one.name for one in fields(classes[name]) if not one.name.startswith("_")}
-
-
-@pytest.mark.parametrize("name", READ_FROM_SOURCE)
-def test_types_of_served_fields_are_the_annotations(name: str, classes: dict[str, type]) -> None:
-    (served,) = (one for one in SERVED if one.names[0] == flag(name))
-    kind, choices = served.kind if served.takes_value else bool, served.choices
-    annotation = typing.get_type_hints(classes["TransformerConfig"])[name]
-    members = [one for one in typing.get_args(annotation) if one is not type(None)] or [annotation]
-    assert choices == (typing.get_args(members[0]) or typing.get_args(annotation) if choices else None)
-    assert choices or members == [kind]
+def test_source_has_the_fields_of_the_classes_with_their_types(classes: dict[str, type]) -> None:
+    for name, of_class in classes.items():
+        public = {one.name for one in fields(of_class) if not one.name.startswith("_")}
+        assert megatron_fields(name).keys() == public
+    hints = typing.get_type_hints(classes["TransformerConfig"])
+    for name in READ_FROM_SOURCE:
+        (served,) = (one for one in SERVED if one.names[0] == flag(name))
+        kind, choices = served.kind if served.takes_value else bool, served.choices
+        members = [one for one in typing.get_args(hints[name]) if one is not type(None)] or [hints[name]]
+        assert choices == (typing.get_args(members[0]) or typing.get_args(hints[name]) if choices else None), name
+        assert choices or members == [kind], name
 
 
 def test_help_is_the_first_sentence_under_a_field_and_flags_are_megatrons_own() -> None:

@@ -27,7 +27,8 @@ BASE = "--pretrained-checkpoint nowhere"
 OUT = "--input nowhere --output out"
 
 
-GENERATE, EVALUATE, UNKNOWN = "megatron-peft generate: error: ", "megatron-peft evaluate: error: ", "is not a known flag"
+GENERATE, EVALUATE = "megatron-peft generate: error: ", "megatron-peft evaluate: error: "
+UNKNOWN = "is not a known flag"
 TASK = "--tasks arc_easy --output x.json"
 WRONG = [
     (bench.main, "c", "no benchmark is called c: there are "),
@@ -57,7 +58,7 @@ WRONG = [
     (demo.main, "--nope --output out", f"^megatron-peft demo: error: --nope {UNKNOWN}"),
     (generate.main, "--prompt a --load nowhere", "nowhere holds no checkpoint"),
     (data.prepare_data, "gsm8k --input . --output out", ": error: --input"),
-    (data.prepare_data, f"gsm8k --input {SAMPLES}/gsm8k --output out --test-percent 5", "for data without a test split"),
+    (data.prepare_data, f"gsm8k --input {SAMPLES}/gsm8k --output out --test-percent 5", "data without a test split"),
     (report.main, ".", r"^megatron-peft report: error: \. holds neither a run \(metrics.jsonl, checkpoints\) nor "),
     (report.main, "nowhere", "^megatron-peft report: error: there is no folder nowhere"),
 ]

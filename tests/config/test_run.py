@@ -233,48 +233,38 @@ def test_a_rank_waits_as_long_as_the_flag_that_was_given_says() -> None:
     assert ParallelConfig(distributed_timeout_seconds_after_init=7).seconds_to_wait == 7
 
 
-@pytest.mark.parametrize(
-    ("values", "sizes"),
-    [
+def test_sizes_of_a_batch() -> None:
+    for values, sizes in (
         ({"tensor_model_parallel_size": 2, "world_size": 8, "global_batch_size": 24}, (4, 3, 24)),
         ({"world_size": 4}, (4, 1, 8)),  # one microbatch a rank
-    ],
-)
-def test_sizes_of_a_batch(values: dict[str, int], sizes: tuple[int, ...]) -> None:
-    config = run_config(micro_batch_size=2, **values)
-    assert (config.parallel.data_parallel_size, config.num_microbatches, config.global_batch_size) == sizes
+    ):
+        config = run_config(micro_batch_size=2, **values)
+        assert (config.parallel.data_parallel_size, config.num_microbatches, config.global_batch_size) == sizes
 
 
-@pytest.mark.parametrize(
-    ("method", "settings", "whole_matrices"),
-    [
-        ("boft", {}, False),
-        ("boft", {"boft_parametrization": "projection"}, True),
-        ("urnn", {"urnn_update": "riemannian"}, True),
-        ("urnn", {}, False),
-        ("hybrid", {"boft_parametrization": "projection"}, True),
-        ("hybrid", {"hybrid_rotation": "urnn", "boft_parametrization": "projection"}, False),
-        ("hybrid", {"hybrid_rotation": "urnn", "urnn_update": "riemannian"}, True),
-        ("lora", {"boft_parametrization": "projection"}, False),
-    ],
-)
-def test_which_steps_end_on_whole_matrices(method: str, settings: dict[str, Any], whole_matrices: bool) -> None:
-    peft = PeftConfig(method, **settings)
-    assert peft.spec.updates_whole_parameters(peft) is whole_matrices
+WHOLE_MATRICES = [  # method, settings, whether steps end on whole matrices
+    ("boft", {}, False),
+    ("boft", {"boft_parametrization": "projection"}, True),
+    ("urnn", {"urnn_update": "riemannian"}, True),
+    ("urnn", {}, False),
+    ("hybrid", {"boft_parametrization": "projection"}, True),
+    ("hybrid", {"hybrid_rotation": "urnn", "boft_parametrization": "projection"}, False),
+    ("hybrid", {"hybrid_rotation": "urnn", "urnn_update": "riemannian"}, True),
+    ("lora", {"boft_parametrization": "projection"}, False),
+]
+
+
+def test_which_steps_end_on_whole_matrices() -> None:
+    found = [(method, given, PeftConfig(method, **given)) for method, given, _ in WHOLE_MATRICES]
+    assert [(*case, peft.spec.updates_whole_parameters(peft)) for *case, peft in found] == WHOLE_MATRICES
 
 
 def test_scales_and_rates() -> None:
     assert PeftConfig(lora_rank=16, lora_alpha=32).lora_scale == 2
     assert PeftConfig(lora_rank=16, lora_alpha=32, lora_rs=True).lora_scale == 8
-    assert rotation_rate(PeftConfig("boft")) == 8e-3
-    assert rotation_rate(PeftConfig("hybrid")) == 1e-3
-    assert rotation_rate(PeftConfig("hybrid", peft_lr_rotation=5e-4)) == 5e-4
-
-
-def rotation_rate(peft: PeftConfig) -> float | None:
-    """With --lr 8e-3."""
-    (rotations,) = (group for group in peft.spec.param_groups if group.attribute == "is_rotation")
-    return rotations.learning_rate(peft, 8e-3) if rotations.learning_rate else None
+    rated = (PeftConfig("boft"), PeftConfig("hybrid"), PeftConfig("hybrid", peft_lr_rotation=5e-4))
+    groups = [(peft, group) for peft in rated for group in peft.spec.param_groups if group.attribute == "is_rotation"]
+    assert [group.learning_rate and group.learning_rate(peft, 8e-3) for peft, group in groups] == [8e-3, 1e-3, 5e-4]
 
 
 @pytest.mark.parametrize(
@@ -321,14 +311,11 @@ def test_a_value_of_another_type_is_told_with_its_flag(method: str, settings: di
     assert unread.value.problems == (message,)
 
 
-def test_values_of_the_right_type() -> None:
+def test_values_of_the_right_type_and_those_of_another_method_whose_range_is_not_checked() -> None:
     peft = PeftConfig("lora", lora_rank=np.int64(8), lora_alpha=10**400, lora_dropout=np.float32(0.5), lora_rs=True)
     assert (peft.lora_rank, peft.lora_max_norm_ratio) == (8, None)
     with pytest.raises(ConfigurationError, match="--train-iters is '10'; it must be a whole number"):
         TrainingConfig(train_iters="10")  # pyright: ignore[reportArgumentType]
-
-
-def test_the_range_of_a_field_of_another_method_is_not_checked() -> None:
     peft = PeftConfig("lora", boft_block_size=-1, lora_ga_batches=0)
     assert peft.unused_flags == ["--lora-ga-batches 0", "--boft-block-size -1"]
 
