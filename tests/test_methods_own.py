@@ -20,7 +20,7 @@ KNOWS = {
     "adapters.hybrid": {"adapters.low_rank", "adapters.boft", "adapters.urnn", "boft", "urnn"},  # it is made of them
     "config.methods.hybrid": {"config.methods.low_rank", "boft", "urnn"},
     "config.methods.rotation": {"hybrid"},  # help of --peft-lr-rotation, which it reads otherwise
-    "config.methods": {"lora", "boft", "urnn", "hybrid"},  # the registry
+    "config.methods": {"lora", "hybrid"},  # the registry, and the default
     "adapters.change": {"adapters.rotation"},  # R W without R - I in memory
     "lora_ga.initialize": {"adapters.low_rank", "lora"},  # the start of A and B; the method that needs no such start
     "training.update": {"adapters.low_rank"},  # --lora-max-norm-ratio bounds every method's low rank
