@@ -6,8 +6,6 @@ import re
 from collections import Counter
 from pathlib import Path
 
-import pytest
-
 from tests.test_documentation import PAGES, ROOT, page_id
 
 CODE = [*(ROOT / "megatron_peft").rglob("*.py"), *(ROOT / "tools").glob("*.py"), ROOT / "pretrain_peft.py"]
@@ -44,10 +42,15 @@ def in_one_line(text: str) -> str:
     return re.sub(r"\s*\n\s*#?\s*", " ", text)
 
 
-@pytest.mark.parametrize("path", [*PAGES, *CODE], ids=page_id)
-def test_phrases_are_plain(path: Path) -> None:
-    text = in_one_line(path.read_text())
-    assert {found: said for found, said in PHRASES.items() if re.search(found, text, re.IGNORECASE)} == {}
+def test_phrases_are_plain() -> None:
+    texts = {page_id(path): in_one_line(path.read_text()) for path in (*PAGES, *CODE)}
+    found = [
+        (name, phrase, said)
+        for name, text in texts.items()
+        for phrase, said in PHRASES.items()
+        if re.search(phrase, text, re.IGNORECASE)
+    ]
+    assert found == []
 
 
 def odd(name: str) -> bool:
@@ -56,16 +59,17 @@ def odd(name: str) -> bool:
     return words in NAMES or bool(set(words.split("_")) & WORDS) or "asked_model" in words
 
 
-@pytest.mark.parametrize("path", CODE, ids=page_id)
-def test_names_are_the_fields_own(path: Path) -> None:
-    kinds = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-    names = [path.stem, *(node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, kinds))]
-    assert [name for name in names if odd(name)] == []
-
-
 CONVENTIONS = {"main", "add_arguments", "run"}  # of programs and commands
 ADAPTERS_OWN = {"build", "change", "merge", "rotation"}  # what the module of every adapter has
 Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def test_names_are_the_fields_own() -> None:
+    trees = {page_id(path): ast.parse(path.read_text()) for path in CODE}
+    defined = [
+        (file, node.name) for file, tree in trees.items() for node in ast.walk(tree) if isinstance(node, Definition)
+    ]
+    assert [(file, name) for file, name in (*defined, *((file, Path(file).stem) for file in trees)) if odd(name)] == []
 
 
 def public_things(package: Path) -> list[tuple[Path, Definition]]:
@@ -82,11 +86,8 @@ def namesakes(package: Path) -> list[str]:
     return [name for name, count in names.items() if count > 1]
 
 
-def test_one_name_is_one_thing() -> None:
+def test_one_name_is_one_thing_and_has_a_docstring() -> None:
     assert namesakes(ROOT / "megatron_peft") == []
-
-
-def test_public_things_have_a_docstring() -> None:
     things = public_things(ROOT / "megatron_peft")
     assert [f"{path.name}: {node.name}" for path, node in things if not ast.get_docstring(node)] == []
 
