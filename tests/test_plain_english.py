@@ -4,6 +4,7 @@ not there."""
 import ast
 import re
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 from tests.test_documentation import PAGES, ROOT, page_id
@@ -37,6 +38,11 @@ WORDS |= {"box", "boxes", "fold", "folds", "folded"}  # as a part of a name
 NAMES = {"here", "order", "say", "part", "parts", "starts", "make_again", "made_again"}  # as a name
 
 
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
 def in_one_line(text: str) -> str:
     """Without line ends and marks of comments, which may cut a phrase."""
     return re.sub(r"\s*\n\s*#?\s*", " ", text)
@@ -65,7 +71,7 @@ Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def test_names_are_the_fields_own() -> None:
-    trees = {page_id(path): ast.parse(path.read_text()) for path in CODE}
+    trees = {page_id(path): tree_of(path) for path in CODE}
     defined = [
         (file, node.name) for file, tree in trees.items() for node in ast.walk(tree) if isinstance(node, Definition)
     ]
@@ -74,7 +80,7 @@ def test_names_are_the_fields_own() -> None:
 
 def public_things(package: Path) -> list[tuple[Path, Definition]]:
     """Classes and functions at the top of the package's modules."""
-    trees = ((path, ast.parse(path.read_text()).body) for path in sorted(package.rglob("*.py")))
+    trees = ((path, tree_of(path).body) for path in sorted(package.rglob("*.py")))
     things = ((path, node) for path, tree in trees for node in tree if isinstance(node, Definition))
     return [(path, node) for path, node in things if not node.name.startswith("_")]
 

