@@ -1,5 +1,6 @@
 """What every test shares: one thread a process, no network, limits of time that a variable stretches."""
 
+import gc
 import os
 import platform
 import re
@@ -52,6 +53,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     scheduler = LoadScopeScheduling(config, log)
     scheduler._split_scope = group_of  # type: ignore[method-assign]
     return scheduler
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # imported modules stay: to go through them takes most of the time of a collection
 
 
 @pytest.hookimpl(trylast=True)

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
-from io import IOBase
 from math import prod
 from os import PathLike
 from pathlib import Path
@@ -18,19 +17,14 @@ from pathlib import Path
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch import Size, Tensor
-from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
-from torch.distributed.checkpoint.filesystem import FileSystem
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, StorageMeta, TensorProperties
-from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter, WriteItem, filesystem, metadata, planner
 from torch.utils.serialization import config as serialization_config
 
 from megatron_peft.checkpoint.folders import MANIFEST, RECORD, check_new, megatron_files, new_folder
 from megatron_peft.checkpoint.run_record import read_record
 from megatron_peft.config import ConfigurationError, require
-from megatron_peft.conversion.hf_files import CONFIG, Source, copy_small_files, set_stored_type, write_config
-from megatron_peft.conversion.model_card import Exported, check_export, write_card
+from megatron_peft.conversion import hf_files, model_card, trained_adapters
 from megatron_peft.conversion.pretrained import Weights, open_weights, owned_rules, read_model_shape
-from megatron_peft.conversion.trained_adapters import base_of, open_adapters, require_undamaged
 from megatron_peft.conversion.writer import (
     DEFAULT_SHARD_BYTES,
     DirectFile,
@@ -38,9 +32,8 @@ from megatron_peft.conversion.writer import (
     require_no_overflow,
     write_safetensors,
 )
-from megatron_peft.models.families import config_of_shape, read_shape
+from megatron_peft.models.families import ModelShape, config_of_shape, read_shape
 from megatron_peft.models.rules import HFSlice, Rule, VocabularyRows
-from megatron_peft.models.shape import ModelShape
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +59,7 @@ class ShardSlice:
         assert data is not None
         return torch.empty(data.chunk.sizes, dtype=data.properties.dtype, device=device)
 
-    def read(self, source: Source) -> Tensor:
+    def read(self, source: hf_files.Source) -> Tensor:
         """Read the values of the slice."""
         values = self.empty("cpu")
         if self.hf_slice is not None:
@@ -99,11 +92,12 @@ def hf_to_megatron(
     )
     is_megatrons = megatron_files(input) is not None
     require(not is_megatrons, f"--input {input} is already in Megatron's format: give a Hugging Face folder.")
-    described = (Path(input) / CONFIG).is_file()
-    require(described, f"--input {input} is not a folder with a {CONFIG}: give the Hugging Face folder of a model.")
+    config = Path(input, hf_files.CONFIG)
+    told = f"--input {input} is not a folder with a {config.name}: give the Hugging Face folder of a model."
+    require(config.is_file(), told)
     shape = read_shape(input)
     rules, source = open_weights(input, shape)
-    assert isinstance(source, Source)
+    assert isinstance(source, hf_files.Source)
     padded = shape.padded_vocab_size(make_vocab_size_divisible_by, 1)
     slices = [
         stored
@@ -113,16 +107,16 @@ def hf_to_megatron(
     specs = [stored.empty("meta") for stored in slices]
     total_bytes = sum(spec.nbytes for spec in specs)
     with new_folder(output) as draft, byte_bar("Converting", total_bytes, progress) as advance:
-        copy_small_files(Path(input), draft)
-        set_stored_type(draft, {spec.dtype for spec in specs})
-        planner, writer = _StreamingPlanner(slices, source, advance), _Writer(draft)
+        hf_files.copy_small_files(Path(input), draft)
+        hf_files.set_stored_type(draft, {spec.dtype for spec in specs})
+        reader, writer = _StreamingPlanner(slices, source, advance), _Writer(draft)
         # The steps of torch.distributed.checkpoint.save, which would wrap every error in a CheckpointException.
-        plans, metadata = planner.create_global_plan([planner.create_local_plan()])
+        plans, index = reader.create_global_plan([reader.create_local_plan()])
         (plan,) = writer.prepare_global_plan(plans)
         # torch.save would spend a sixth of the time on checksums, which torch.load ignores.
         with serialization_config.patch({"save.compute_crc32": False}):  # pyright: ignore[reportAttributeAccessIssue]
-            written = writer.write_data(plan, planner).wait()
-        writer.finish(metadata, [written])
+            written = writer.write_data(plan, reader).wait()
+        writer.finish(index, [written])
         save_config(CheckpointingConfig("torch_dist"), str(draft))
         torch.save({}, draft / "common.pt")  # Megatron keeps arguments here; config.json has them
     return Path(output)
@@ -154,24 +148,25 @@ def shard_slices(rule: Rule, padded_vocab_size: int, dtype: torch.dtype) -> Iter
         # Where a rank has several slices, each of them is a Hugging Face slice.
         hf_slices = rule.hf_slices(local, rank, size) if len(parts) > 1 else [None]
         for part, hf_slice in zip(parts, hf_slices, strict=True):
-            chunk = ChunkStorageMetadata(Size(part.offset), part.view.shape)
-            data = TensorWriteData(chunk, TensorProperties(dtype=dtype), Size(whole))
-            item = WriteItem(MetadataIndex(rule.name, chunk.offsets), WriteItemType.SHARD, tensor_data=data)
+            chunk = metadata.ChunkStorageMetadata(Size(part.offset), part.view.shape)
+            data = planner.TensorWriteData(chunk, metadata.TensorProperties(dtype=dtype), Size(whole))
+            place = metadata.MetadataIndex(rule.name, chunk.offsets)
+            item = WriteItem(place, planner.WriteItemType.SHARD, tensor_data=data)
             yield ShardSlice(item, rule, rank, size, hf_slice)
 
 
 class _StreamingPlanner(DefaultSavePlanner):
     """Reads each slice when torch's writer gets to it, and holds one at a time."""
 
-    def __init__(self, slices: Sequence[ShardSlice], source: Source, advance: Callable[[int], None]) -> None:
+    def __init__(self, slices: Sequence[ShardSlice], source: hf_files.Source, advance: Callable[[int], None]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self._slices = {stored.item.index: stored for stored in slices}
         self._source = source
         self._advance = advance
         self._current = torch.empty(0)
 
-    def create_local_plan(self) -> SavePlan:
-        return SavePlan([stored.item for stored in self._slices.values()])
+    def create_local_plan(self) -> planner.SavePlan:
+        return planner.SavePlan([stored.item for stored in self._slices.values()])
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
         self._current.untyped_storage().resize_(0)  # the writer keeps the last slice of every tensor until the end
@@ -181,9 +176,9 @@ class _StreamingPlanner(DefaultSavePlanner):
         return self._current
 
 
-class _DirectFileSystem(FileSystem):
+class _DirectFileSystem(filesystem.FileSystem):
     @contextmanager
-    def create_stream(self, path: str | PathLike, mode: str) -> Iterator[IOBase]:
+    def create_stream(self, path: str | PathLike, mode: str) -> Iterator[DirectFile]:
         with DirectFile(Path(path)) as file:
             yield file
 
@@ -196,8 +191,8 @@ class _Writer(FileSystemWriter):
         super().__init__(folder, sync_files=False, per_thread_copy_ahead=0)
         self.fs = _DirectFileSystem()
 
-    def storage_meta(self) -> StorageMeta:
-        return StorageMeta()  # torch's has the path of the draft and a random id
+    def storage_meta(self) -> metadata.StorageMeta:
+        return metadata.StorageMeta()  # torch's has the path of the draft and a random id
 
 
 # To a Hugging Face folder, one parameter at a time: it is read in Megatron's form (fused, whole), changed if an adapter
@@ -213,7 +208,7 @@ def _write(
     dtype: torch.dtype | None,
     max_shard_bytes: int,
     bar: str,
-    card: Exported | None,
+    card: model_card.Exported | None,
 ) -> Path:
     """Write config.json and the tokenizer's files, from the first of `origins` that has them, and the weights of `base`
     in sharded safetensors; `read` returns the Hugging Face tensors of one parameter, `bar` labels the progress bar.
@@ -235,16 +230,16 @@ def _write(
 
     total_bytes = sum(spec.nbytes for spec in specs.values())
     with new_folder(output) as draft, byte_bar(bar, total_bytes, bool(bar)) as advance:
-        origin = next((folder for folder in origins if (folder / CONFIG).is_file()), None)
+        origin = next((folder for folder in origins if (folder / hf_files.CONFIG).is_file()), None)
         if origin is None:
             logger.warning("no config.json was found: writing one from the model's shape, without a tokenizer")
-            write_config(draft, config_of_shape(shape))
+            hf_files.write_config(draft, config_of_shape(shape))
         else:
-            copy_small_files(origin, draft)
-        set_stored_type(draft, types.values())
+            hf_files.copy_small_files(origin, draft)
+        hf_files.set_stored_type(draft, types.values())
         write_safetensors(draft, specs, tensors(), max_shard_bytes, advance=advance)
         if card is not None:
-            write_card(draft, card)
+            model_card.write_card(draft, card)
     return output
 
 
@@ -276,21 +271,21 @@ def megatron_to_hf(
     Raises ConfigurationError: before anything is written, if `input` is truncated, refused, holds only adapters or does
     not fit its shape, or if `output` exists.
     """
-    check_export(output, license)
+    model_card.check_export(output, license)
     files = megatron_files(input)
     if files is None:
         raise ConfigurationError(
             f"--input {input} holds no Megatron checkpoint: expected .metadata, mp_rank_00 or iter_* in it."
         )
     if (files / MANIFEST).is_file():
-        require_undamaged(files)
+        trained_adapters.require_undamaged(files)
     shape = read_model_shape(pretrained_checkpoint or input)
     places = _origins(Path(input), files, pretrained_checkpoint)
     card = None
     if (files / RECORD).is_file():
         record = read_record(files)
         base = record.config.model.pretrained_checkpoint
-        card = Exported(files, record, Path(output), base, is_adapter=False, license=license)
+        card = model_card.Exported(files, record, Path(output), base, is_adapter=False, license=license)
     read, bar = partial(_tensors, dtype=dtype), "Converting" if progress else ""
     return _write(Path(output), input, shape, places, read, dtype, max_shard_bytes, bar, card)
 
@@ -324,15 +319,15 @@ def merge(
     Raises ConfigurationError: before anything is written: no checkpoint or no adapters, another base, an output that
     exists, damaged files.
     """
-    check_export(output, license)
-    adapters = open_adapters(input)
+    model_card.check_export(output, license)
+    adapters = trained_adapters.open_adapters(input)
     peft, shape = adapters.record.config.peft, adapters.record.shape
     module = import_module(peft.spec.adapter)
     require(hasattr(module, "merge"), f"--input {input}: adapters of --peft-method {peft.method} cannot be merged.")
-    base = base_of(adapters, pretrained_checkpoint)
+    base = trained_adapters.base_of(adapters, pretrained_checkpoint)
     files = megatron_files(base)
     if files is not None and (files / MANIFEST).is_file():
-        require_undamaged(files)
+        trained_adapters.require_undamaged(files)
     places = [base] if files is None else _origins(base, files)
 
     def read(rule: Rule, weights: Weights) -> Mapping[str, Tensor]:
@@ -344,6 +339,8 @@ def merge(
         weights.read(rule, whole, 0, 1)
         return rule.write([module.merge(whole, adapters.of(layer), peft)])
 
-    card = Exported(adapters.folder, adapters.record, Path(output), str(base), is_adapter=False, license=license)
+    card = model_card.Exported(
+        adapters.folder, adapters.record, Path(output), str(base), is_adapter=False, license=license
+    )
     bar = "Merging" if progress else ""
     return _write(Path(output), base, shape, places, read, dtype, max_shard_bytes, bar, card)

@@ -17,8 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_peft.checkpoint.safe_pickle import plain_reason, require_harmless
-from megatron_peft.config import ConfigurationError, require
-from megatron_peft.config.untrusted import read_json_object, require_finite, require_regular
+from megatron_peft.config import ConfigurationError, require, untrusted
 from megatron_peft.models.rules import Index, RowRange, Rule
 
 # A source maps its file again after this many bytes of tensors: pages that were read stay resident until the file is
@@ -148,7 +147,7 @@ class Source:
             self.counts.reads += 1
             self.counts.bytes += values.nbytes
             self._mapped_bytes += prod(header.shape) * values.element_size()
-        require_finite(values, name, header.file)
+        untrusted.require_finite(values, name, header.file)
         return values
 
     def _rows(self, header: Header, start: int, index: Index) -> Tensor:
@@ -158,7 +157,7 @@ class Source:
         memory: Any = values.flatten().view(torch.uint8).numpy()
         try:
             if header.file not in self._unmapped:
-                require_regular(header.file)
+                untrusted.require_regular(header.file)
                 self._unmapped[header.file] = header.file.open("rb", buffering=0)
                 self.counts.opens += 1
             file = self._unmapped[header.file]
@@ -237,7 +236,7 @@ _UNREADABLE = (SafetensorError, RuntimeError, OSError, EOFError, AttributeError,
 def _read_index(path: Path) -> dict[str, str]:
     """Tensor name -> file name, of a sharded checkpoint."""
     try:
-        weight_map = {str(name): str(file) for name, file in read_json_object(path)["weight_map"].items()}
+        weight_map = {str(name): str(file) for name, file in untrusted.read_json_object(path)["weight_map"].items()}
     except (KeyError, TypeError, AttributeError) as error:
         raise ConfigurationError(f"{path} is not an index of weights ({error!r}): copy the file again.") from error
     files = weight_map.values()
@@ -248,7 +247,7 @@ def _read_index(path: Path) -> dict[str, str]:
 
 def _open_file(path: Path) -> SafetensorsFile | TorchFile:
     require(path.exists(), f"{path} is missing, but the index of the weights lists it: copy the folder again.")
-    require_regular(path)
+    untrusted.require_regular(path)
     require(path.suffix in FORMATS, f"{path} is neither {' nor '.join(FORMATS)}.")
     try:
         return FORMATS[path.suffix](path)
@@ -331,7 +330,7 @@ def set_stored_type(folder: Path, dtypes: Iterable[torch.dtype]) -> None:
     """
     names = list({str(dtype).removeprefix("torch.") for dtype in dtypes})
     path = folder / CONFIG
-    config = read_json_object(path)
+    config = untrusted.read_json_object(path)
     keys = [key for key in TYPE_KEYS if config.get(key) is not None] or [TYPE_KEYS[0]]
     if len(names) == 1 and any(config.get(key) != names[0] for key in keys):
         write_config(folder, config | dict.fromkeys(keys, names[0]))

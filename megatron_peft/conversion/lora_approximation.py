@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from megatron_peft.adapters.change import DifferenceChange, WeightChange
-from megatron_peft.config import require
-from megatron_peft.config.untrusted import is_finite
+from megatron_peft.config import require, untrusted
 from megatron_peft.conversion.megatron_files import MegatronWeights, open_megatron
 from megatron_peft.conversion.pretrained import Weights, open_weights, owned_rules
 from megatron_peft.conversion.trained_adapters import LowRankFactors, TrainedAdapters, row_ranges
@@ -71,7 +70,7 @@ class ModuleChange:
         for rows in self.ranges:
             change = self.change.rows(_read_rows(self.base, self.rule, rows), rows.megatron)
             require(
-                is_finite(change),
+                untrusted.is_finite(change),
                 f"the change of {self.rule.name} holds NaN or infinities: training has diverged. Give an older iter_* "
                 f"folder as --input.",
             )

@@ -27,8 +27,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMe
 
 from megatron_peft.checkpoint.folders import INDEX, RANK_FILES, RANK_FOLDER
 from megatron_peft.checkpoint.safe_pickle import BoundedUnpickler, load_inertly, read_metadata
-from megatron_peft.config import ConfigurationError, require
-from megatron_peft.config.untrusted import require_finite
+from megatron_peft.config import ConfigurationError, require, untrusted
 from megatron_peft.conversion.hf_files import ReadCounts, listed, raise_problems
 from megatron_peft.models.rules import RowRange, Rule
 
@@ -197,7 +196,7 @@ def _load(path: Path, start: int, length: int, key: str, shape: tuple[int, ...],
         raise ConfigurationError(f"{path} is damaged where it holds {key}: {error}".partition("\n")[0]) from error
     if values is None:
         raise ConfigurationError(f"{path} is damaged: it does not hold {key} {list(shape)} where its index says so.")
-    require_finite(values, key, path)
+    untrusted.require_finite(values, key, path)
     return values
 
 
@@ -232,7 +231,7 @@ def joined(shards: list[Tensor], name: str, rule: Rule, folder: Path) -> StoredT
 
 
 def _load_shard(files: Path, name: str, view: Tensor, index: Any) -> Tensor:
-    require_finite(view[index], name, files)
+    untrusted.require_finite(view[index], name, files)
     return view[index]
 
 

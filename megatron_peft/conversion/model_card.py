@@ -20,10 +20,7 @@ from huggingface_hub import ModelCardData
 
 from megatron_peft.checkpoint.folders import check_new
 from megatron_peft.checkpoint.run_record import ADAPTER_CONFIG, RunRecord, find_checkpoint, read_record
-from megatron_peft.config import ConfigurationError, require
-from megatron_peft.config.errors import flag_of, spelled
-from megatron_peft.config.sources import hub_name, is_hub_name
-from megatron_peft.config.untrusted import MAX_BYTES, parse_json, parse_yaml, read_json_object, read_text
+from megatron_peft.config import ConfigurationError, errors, require, sources, untrusted
 from megatron_peft.models.families import family_of
 
 CARD = "README.md"
@@ -97,7 +94,7 @@ def write_card(folder: Path, exported: Exported) -> None:
 def serving_lines(output: Path, input: str | Path) -> str:
     """What the card of an export says about serving, with the folders of this machine."""
     run, config = find_checkpoint(input), output / ADAPTER_CONFIG
-    adapter = read_json_object(config) if config.is_file() else {}
+    adapter = untrusted.read_json_object(config) if config.is_file() else {}
     base = adapter.get("base_model_name_or_path")
     if base and Path(base).is_dir():
         base = str(Path(base).absolute())
@@ -111,8 +108,8 @@ def _license_of_base(base: str | None) -> dict[str, str]:
     if base is None or not card.is_file():
         return {}
     try:
-        front = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", read_text(card), re.DOTALL)
-        stated = parse_yaml(front[1], str(card), yaml.SafeLoader) if front else {}
+        front = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", untrusted.read_text(card), re.DOTALL)
+        stated = untrusted.parse_yaml(front[1], str(card), yaml.SafeLoader) if front else {}
     except ConfigurationError:
         return {}  # somebody else's card: the export does not depend on it
     known = stated if isinstance(stated, dict) and isinstance(stated.get("license"), str) else {}
@@ -125,9 +122,9 @@ def _license_of_base(base: str | None) -> dict[str, str]:
 
 def _named(base: str | None) -> str | None:
     """`org/name` of the Hub, also of a folder in its cache; of another folder its last name."""
-    if base is None or is_hub_name(base):
+    if base is None or sources.is_hub_name(base):
         return base
-    return hub_name(base) or Path(base).absolute().name
+    return sources.hub_name(base) or Path(base).absolute().name
 
 
 def _literal(text: str) -> str:
@@ -144,8 +141,8 @@ def _table(rows: Iterable[tuple[str, str]]) -> str:
 def _method(record: RunRecord) -> str:
     peft, optimizer = record.config.peft, record.config.optimizer
     used = (field for field in fields(peft) if field.name in peft.spec.fields(peft) and field.name != "method")
-    values = ((flag_of(field), getattr(peft, field.name)) for field in used)
-    typed = " ".join(spelled(name, value) for name, value in values if value not in (None, False))
+    values = ((errors.flag_of(field), getattr(peft, field.name)) for field in used)
+    typed = " ".join(errors.spelled(name, value) for name, value in values if value not in (None, False))
     return _table([
         ("method", f"`{peft.method}`: {peft.spec.summary}"),
         ("settings", _literal(typed) if typed else ""),
@@ -169,9 +166,9 @@ def _figures(exported: Exported) -> str:
     last: dict[str, float] = {}
     path = exported.run.parent / "metrics.jsonl"
     with path.open("rb") if path.is_file() else io.BytesIO() as file:
-        for line in iter(partial(file.readline, MAX_BYTES), b""):
+        for line in iter(partial(file.readline, untrusted.MAX_BYTES), b""):
             with suppress(ConfigurationError):  # a torn line
-                metrics = parse_json(line, str(path))
+                metrics = untrusted.parse_json(line, str(path))
                 iteration = metrics.get("iteration") if isinstance(metrics, dict) else None
                 if isinstance(iteration, int) and iteration <= position["iteration"]:
                     last |= {name: value for name, value in metrics.items() if isinstance(value, int | float)}

@@ -15,9 +15,7 @@ from torch import Tensor
 from megatron_peft.adapters import low_rank
 from megatron_peft.checkpoint.folders import megatron_files, new_folder
 from megatron_peft.checkpoint.run_record import ADAPTER_CONFIG
-from megatron_peft.config import ConfigurationError, PeftConfig, PeftFormat, require
-from megatron_peft.config.methods import OTHER_EXPORTS
-from megatron_peft.config.sources import hub_name
+from megatron_peft.config import ConfigurationError, PeftConfig, PeftFormat, methods, require, sources
 from megatron_peft.conversion.lora_approximation import RunAsLora, approximate
 from megatron_peft.conversion.model_card import Exported, check_export, write_card
 from megatron_peft.conversion.trained_adapters import (
@@ -54,7 +52,7 @@ def export_adapter(
     form: PeftFormat | None = getattr(import_module(peft.spec.adapter), "EXPORT", None)
     if form is None:
         raise ConfigurationError(
-            f"--input {input}: HF PEFT has no equivalent of --peft-method {peft.method}. {OTHER_EXPORTS}."
+            f"--input {input}: HF PEFT has no equivalent of --peft-method {peft.method}. {methods.OTHER_EXPORTS}."
         )
     rules = [
         rule for rule in rules_for(record.shape).values() if rule.is_linear and rule.layer in record.adapted_layers
@@ -111,7 +109,7 @@ def _write(
     base = card.base
     config = {
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": hub_name(base or "") or base,
+        "base_model_name_or_path": sources.hub_name(base or "") or base,
         "inference_mode": True,
         "target_modules": list(target_modules),
         "modules_to_save": None,

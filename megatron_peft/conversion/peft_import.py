@@ -18,14 +18,11 @@ from megatron_peft.adapters import boft, low_rank
 from megatron_peft.checkpoint.folders import check_new
 from megatron_peft.checkpoint.run_record import ADAPTER_CONFIG, RunRecord
 from megatron_peft.checkpoint.tensors import ADAPTER
-from megatron_peft.config import ConfigurationError, PeftConfig, config_from_dict, require
-from megatron_peft.config.errors import flag_of, spelled
-from megatron_peft.config.untrusted import limited_to, read_json_object
+from megatron_peft.config import ConfigurationError, PeftConfig, config_from_dict, errors, require, untrusted
 from megatron_peft.conversion.hf_files import Source, listed, open_source, require_tensors
 from megatron_peft.conversion.pretrained import known_fingerprint, open_weights, read_model_shape
 from megatron_peft.conversion.trained_adapters import PREFIX, LowRankFactors, fuse, save_adapters, shortest_targets
-from megatron_peft.models.families import rules_for
-from megatron_peft.models.rules import Rule
+from megatron_peft.models.families import Rule, rules_for
 from megatron_peft.models.shape import number, size, switch
 
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -76,8 +73,8 @@ def import_adapter(input: str | Path, output: str | Path, *, pretrained_checkpoi
     )
     tensors = {f"{layer}{ADAPTER}{name}": tensor for layer, own in layers.items() for name, tensor in own.items()}
     save_adapters(output, record, tensors)
-    flags = {field.name: flag_of(field) for field in fields(PeftConfig)}
-    typed = [spelled(flags[name], value) for name, value in settings.items() if value]
+    flags = {field.name: errors.flag_of(field) for field in fields(PeftConfig)}
+    typed = [errors.spelled(flags[name], value) for name, value in settings.items() if value]
     print(f"{notes}Load it with --finetune {' '.join(typed)}", flush=True)
     return Path(output)
 
@@ -111,11 +108,11 @@ KINDS: dict[str, tuple[dict[str, tuple[Any, ...]], set[str]]] = {
 }
 
 
-def open_import(folder: Path) -> "PeftImport":
+def open_import(folder: Path) -> "LoraImport | BoftImport":
     """Open the folder of an adapter. ConfigurationError: no HF PEFT folder, not a plain LoRA or BOFT, or damaged."""
     path = folder / ADAPTER_CONFIG
     require(path.is_file(), f"--input {folder} holds no {path.name}: give the folder of a HF PEFT adapter.")
-    config = read_json_object(path)
+    config = untrusted.read_json_object(path)
     name = str(config.get("peft_type") or "")
     no_type = "it has no peft_type. A run's --save folder needs no import: --load opens it."
     require(bool(name), f"{path} describes no HF PEFT adapter: {no_type}")
@@ -144,7 +141,11 @@ MATCH_SECONDS = 0.5  # of the processor, for one name; a microsecond would do
 
 
 class PeftImport:
-    """An adapter of HF PEFT. `config`, which is checked, decides which modules have it; `source` has its weights."""
+    """An adapter of HF PEFT. `config`, which is checked, decides which modules have it; `source` has its weights.
+
+    Each kind has `shapes`, the names (without the module) and shapes of a module's tensors, and `adopt`, which returns
+    the adapters of the layers with a targeted module. ConfigurationError: a run cannot hold them.
+    """
 
     def __init__(self, config: Mapping[str, Any], source: Source) -> None:
         self.config, self.source = config, source
@@ -161,14 +162,6 @@ class PeftImport:
             all(type(layer) is int for layer in self.layers),
             f"layers_to_transform is {str(layers)[:40]}; it must be numbers of layers.",
         )
-
-    def shapes(self, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
-        """Names, without the module, and shapes of a module's tensors."""
-        raise NotImplementedError
-
-    def adopt(self, rules: Sequence[Rule]) -> Adopted:
-        """The adapters of the layers with a targeted module. ConfigurationError: a run cannot hold them."""
-        raise NotImplementedError
 
     def tensor(self, module: str, name: str) -> Tensor:
         """A tensor of a module in float32, copied into memory."""
@@ -195,7 +188,7 @@ class PeftImport:
 def _matches(expression: str, module: str) -> bool:
     """Raises ConfigurationError: no regular expression, or one whose repetitions within repetitions take for ever."""
     try:
-        with limited_to(MATCH_SECONDS):
+        with untrusted.limited_to(MATCH_SECONDS):
             return bool(re.fullmatch(expression, module))
     except (re.error, RecursionError, OverflowError, TimeoutError) as error:
         raise ConfigurationError(

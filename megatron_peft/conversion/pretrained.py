@@ -14,9 +14,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import nn
 
-from megatron_peft.checkpoint.folders import INDEX, MANIFEST, RECORD, megatron_files
-from megatron_peft.checkpoint.load import require_whole
-from megatron_peft.checkpoint.run_record import fingerprint, read_record
+from megatron_peft.checkpoint import folders, load, run_record
 from megatron_peft.config import LINEAR_MODULES, ConfigurationError, RunConfig, require
 from megatron_peft.conversion.hf_files import CONFIG, ReadCounts, Source, check_inventory, open_source
 from megatron_peft.conversion.megatron_files import OUTPUT, MegatronWeights, open_megatron
@@ -43,14 +41,14 @@ def read_model_shape(folder: str | Path) -> ModelShape:
 
     Raises ConfigurationError: it is not the folder of a supported model.
     """
-    files = megatron_files(folder)
+    files = folders.megatron_files(folder)
     if files is None:
         return read_shape(folder)
     with_config = next((place for place in (files, Path(folder)) if (place / CONFIG).is_file()), None)
     if with_config is not None:
         return read_shape(with_config)
-    if (files / RECORD).is_file():
-        return read_record(files).shape
+    if (files / folders.RECORD).is_file():
+        return run_record.read_record(files).shape
     return shape_of_arguments(open_megatron(files).arguments, str(files))
 
 
@@ -114,7 +112,7 @@ def open_weights(folder: str | Path, shape: ModelShape) -> tuple[dict[str, Rule]
 
     Raises ConfigurationError: missing, extra or misshapen tensors, torn files, or a folder of adapters.
     """
-    files = megatron_files(folder)
+    files = folders.megatron_files(folder)
     if files is None:
         source = open_source(folder)
         require(
@@ -155,7 +153,7 @@ def checked_shape(config: RunConfig) -> ModelShape:
 def known_fingerprint(base: str | Path) -> Mapping[str, str] | None:
     """Fingerprint of a base model's folder; None if it has no files to take it from."""
     try:
-        return fingerprint(str(base))
+        return run_record.fingerprint(str(base))
     except OSError:
         return None
 
@@ -212,11 +210,12 @@ def load_pretrained(
     and for a parameter without a rule; after that, for a file that cannot be read or is damaged.
     """
     start = time.perf_counter()
-    files = megatron_files(folder)
-    if files is not None and (files / MANIFEST).is_file():
-        require_whole(files)
+    files = folders.megatron_files(folder)
+    if files is not None and (files / folders.MANIFEST).is_file():
+        load.require_whole(files)
     require_same_model(folder)
-    if files is not None and not (files / INDEX).is_file():  # old files of ranks hold mapped tensors: all open them
+    if files is not None and not (files / folders.INDEX).is_file():
+        # Old files of ranks hold mapped tensors: all open them.
         rules, weights = checked_together(lambda: open_weights(folder, shape))
     else:
         rules, weights = from_first_rank(lambda: open_weights(folder, shape))

@@ -16,13 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from megatron_peft.checkpoint.folders import RECORD, megatron_files
-from megatron_peft.checkpoint.run_record import ADAPTER_CONFIG, RunRecord, differing_base, read_record
-from megatron_peft.config import ConfigurationError, ModelConfig, ParallelConfig, require
-from megatron_peft.config.sources import local_model
-from megatron_peft.config.untrusted import is_finite, read_json_object
-from megatron_peft.conversion.hf_files import CONFIG
-from megatron_peft.conversion.lora_approximation import RunAsLora
+from megatron_peft.checkpoint import folders, load, run_record
+from megatron_peft.config import ConfigurationError, ModelConfig, ParallelConfig, require, sources, untrusted
+from megatron_peft.conversion import hf_files, lora_approximation, trained_adapters
 from megatron_peft.conversion.pretrained import (
     base_parameters,
     known_fingerprint,
@@ -30,7 +26,6 @@ from megatron_peft.conversion.pretrained import (
     open_weights,
     read_model_shape,
 )
-from megatron_peft.conversion.trained_adapters import TrainedAdapters
 from megatron_peft.models.rules import WEIGHT
 from megatron_peft.models.shape import ModelShape
 
@@ -92,7 +87,8 @@ def verify(
     tokens = random_tokens(shapes[0].vocab_size, num_tokens)
     traces = [trace(tokens) for _, trace in subjects]
     for flag, folder, trace in zip(given, given.values(), traces, strict=True):
-        require(is_finite(trace.logits), f"{flag} {folder}: its logits are NaN or infinite, so its weights may be too.")
+        told = f"{flag} {folder}: its logits are NaN or infinite, so its weights may be too."
+        require(untrusted.is_finite(trace.logits), told)
     return _compare(*traces)
 
 
@@ -116,18 +112,19 @@ def _compare(trace: Trace, reference: Trace) -> LogitComparison:
 def _subject(flag: str, folder: Path, base: str | Path | None) -> tuple[Path, Callable[[Tensor], Trace]]:
     """The base model, `base` or the one that is named, and the function that runs what the folder of `flag` holds."""
     require(folder.is_dir(), f"{flag} {folder} is not a folder: give a model, a run or an adapter of HF PEFT.")
-    files, config = megatron_files(folder), folder / ADAPTER_CONFIG
-    record = read_record(files) if files is not None and (files / RECORD).is_file() else None
+    files, config = folders.megatron_files(folder), folder / run_record.ADAPTER_CONFIG
+    record = run_record.read_record(files) if files is not None and (files / folders.RECORD).is_file() else None
     run = record if record is not None and record.config.peft.trains_adapters else None
-    settings = read_json_object(config) if files is None and config.is_file() else {}
+    settings = untrusted.read_json_object(config) if files is None and config.is_file() else {}
     if run is None and "peft_type" not in settings:
-        is_model = files is not None or (folder / CONFIG).is_file()
-        require(is_model, f"{flag} {folder} holds no model: neither a {CONFIG} nor a checkpoint.")
+        is_model = files is not None or (folder / hf_files.CONFIG).is_file()
+        require(is_model, f"{flag} {folder} holds no model: neither a {hf_files.CONFIG} nor a checkpoint.")
         return folder, partial(_trace_transformers if files is None else _trace_ours, folder)
     trained_on = run.config.model.pretrained_checkpoint if run else settings.get("base_model_name_or_path")
     named = base or trained_on
     if run is None and not base:
-        named = local_model(trained_on or "", f"the base model of {flag} {folder} (or give --pretrained-checkpoint):")
+        what = f"the base model of {flag} {folder} (or give --pretrained-checkpoint):"
+        named = sources.local_model(trained_on or "", what)
     base = Path(named or "")
     require(
         bool(named) and base.is_dir(),
@@ -136,7 +133,7 @@ def _subject(flag: str, folder: Path, base: str | Path | None) -> tuple[Path, Ca
     if run is None:
         return base, partial(_trace_transformers, base, adapter=folder)
     # Not an error, because the same weights in another format have other files.
-    differing = differing_base(run, read_model_shape(base), known_fingerprint(base))
+    differing = run_record.differing_base(run, read_model_shape(base), known_fingerprint(base))
     if differing:
         logger.warning("%s was trained on %s; %s differs from it in %s", folder, trained_on, base, ", ".join(differing))
     return base, partial(_trace_ours, base, adapters=(folder, run))
@@ -146,12 +143,11 @@ def _subject(flag: str, folder: Path, base: str | Path | None) -> tuple[Path, Ca
 
 
 def _trace_transformers(base: Path, tokens: Tensor, adapter: Path | None = None) -> Trace:
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
+    import transformers
 
-    logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     with _refusals_named("transformers", base):
-        model: Any = AutoModelForCausalLM.from_pretrained(
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
             base, dtype=torch.float32, local_files_only=True, trust_remote_code=False
         )
     if adapter is not None:
@@ -177,9 +173,8 @@ def _refusals_named(library: str, folder: Path, hint: str = "") -> Iterator[None
         raise ConfigurationError(f"{library} cannot open {folder} ({type(error).__name__}: {reason}).{hint}") from error
 
 
-def _trace_ours(base: Path, tokens: Tensor, adapters: tuple[Path, RunRecord] | None = None) -> Trace:
+def _trace_ours(base: Path, tokens: Tensor, adapters: tuple[Path, run_record.RunRecord] | None = None) -> Trace:
     from megatron_peft.adapters.attach import attach_adapters
-    from megatron_peft.checkpoint.load import load_trained_parameters
 
     shape = read_model_shape(base)
     with _our_model(shape, base) as chunk:
@@ -187,7 +182,7 @@ def _trace_ours(base: Path, tokens: Tensor, adapters: tuple[Path, RunRecord] | N
             attach_adapters([chunk], adapters[1].config.peft, adapters[1].config.training.seed)
         load_pretrained([chunk], base, shape, tensor_parallel_rank=0, tensor_parallel_size=1, progress=True)
         if adapters is not None:
-            load_trained_parameters([chunk], adapters[0])
+            load.load_trained_parameters([chunk], adapters[0])
         return _trace_chunk(chunk, tokens, shape.vocab_size)
 
 
@@ -234,7 +229,7 @@ def _traced(run: Callable[[], Tensor], layers: Iterable[nn.Module]) -> Trace:
 
 @torch.no_grad()
 def logits_change(
-    run: TrainedAdapters, base: Path, lora: RunAsLora, num_tokens: int
+    run: trained_adapters.TrainedAdapters, base: Path, lora: lora_approximation.RunAsLora, num_tokens: int
 ) -> tuple[LogitComparison, list[Difference]]:
     """Compare a run with what its LoRA computes, on two random sequences. Needs the memory of one model in float32.
 

@@ -18,8 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from torch import Tensor
 
-from megatron_peft.config import ConfigurationError, require
-from megatron_peft.config.untrusted import is_finite
+from megatron_peft.config import ConfigurationError, require, untrusted
 from megatron_peft.conversion.hf_files import SAFETENSORS_TYPES
 
 BLOCK_BYTES = 4 * 2**20
@@ -95,7 +94,7 @@ UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**2
 def require_no_overflow(values: Tensor, name: str) -> None:
     """ConfigurationError: what is to be written holds NaN or infinities, although what was read did not."""
     require(
-        is_finite(values),
+        untrusted.is_finite(values),
         f"{name} would hold NaN or infinities in {str(values.dtype).removeprefix('torch.')}: give a wider --dtype, or "
         f"an older iter_* folder of a run that has diverged.",
     )

@@ -4,6 +4,7 @@ Like torchrun, for benchmarks and tests. The processes have the environment of a
 They are forks of one server, which may have the slow imports (seconds a process) behind it: see `preload`.
 """
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -124,6 +125,7 @@ def _rank(environment: dict[str, str], call: bytes, folder: str) -> None:
     os.environ.clear()
     os.environ.update(environment)
     rank = environment["RANK"]
+    gc.freeze()  # what the server has imported stays: to collect it would copy its memory
     output = os.open(Path(folder, f"output{rank}"), os.O_WRONLY | os.O_CREAT)
     os.dup2(output, 1)
     os.dup2(output, 2)

@@ -1,6 +1,7 @@
 """Runs with adapters at two ranks, for the tests of moving adapters."""
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -38,7 +39,9 @@ SOME_LAYERS: Settings = {
         "lora_alpha": 6,
     },
 }
+SHORT: Settings = {"model": {"pretrained_checkpoint": "short"}}
 BLOOM: Settings = {"model": {"pretrained_checkpoint": "bloom"}}
+SHORT_TP2 = merged(TP2, SHORT)
 # As HF PEFT knows it, of one factor and of three.
 BOFT: Settings = {"peft": {"method": "boft", "rotation_side": "input", "boft_block_size": 4, "boft_factors": 1}}
 BUTTERFLY: Settings = {"peft": {"boft_block_size": 2, "boft_factors": 3, "target_modules": ("linear_qkv", "*.0.*fc2")}}
@@ -48,26 +51,28 @@ URNN: Settings = {"peft": {"method": "urnn", "urnn_block_size": 4}}
 REPLACE: Settings = {"peft": {"urnn_mode": "replace", "target_modules": ("linear_proj",)}}
 HYBRID: Settings = {"peft": {"method": "hybrid", "boft_block_size": 2, "boft_factors": 2, "lora_ga_init": "original"}}
 FOLDING: Settings = {"peft": {"lora_ga_init": "aligned", "hybrid_rotation": "urnn", "hybrid_merge_interval": 1}}
-RUNS = {
-    "tp2": TP2,
+RUNS = {  # those of a layout stand together: its groups are made once
     "pp2": merged(PP2, SOME_LAYERS),
-    "bloom": merged(TP2, BLOOM),
-    "boft": merged(TP2, BOFT),
     "butterfly": merged(PP2, BOFT, BUTTERFLY),
-    "projection": merged(TP2, BOFT, PROJECTION),
-    "paper": merged(TP2, PAPER),
-    "urnn": merged(TP2, URNN),
-    "riemannian": merged(TP2, URNN, {"peft": {"urnn_update": "riemannian", "rotation_side": "input"}}),
+    "tp2": TP2,
+    "bloom": merged(TP2, BLOOM),
+    "boft": merged(SHORT_TP2, BOFT),
+    "projection": merged(SHORT_TP2, BOFT, PROJECTION),
+    "paper": merged(SHORT_TP2, PAPER),
+    "urnn": merged(SHORT_TP2, URNN),
+    "riemannian": merged(SHORT_TP2, URNN, {"peft": {"urnn_update": "riemannian", "rotation_side": "input"}}),
     "replace": merged(TP2, BLOOM, URNN, REPLACE),
-    "hybrid": merged(TP2, HYBRID),
-    "folding": merged(TP2, URNN, HYBRID, FOLDING),
+    "hybrid": merged(SHORT_TP2, HYBRID),
+    "folding": merged(SHORT_TP2, URNN, HYBRID, FOLDING),
 }
+EVERY_LLAMA_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 MOVED = {"A", "B", "A0", "B0", "Q", "P", "theta", "U"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Moved:
-    """`base`, `other` (of the same shape), `small` and `bloom` are Hugging Face folders; `runs` are --save folders."""
+    """`base`, `other` (of the same shape), and `short`, `small` and `bloom` of two layers are Hugging Face folders;
+    `runs` are --save folders."""
 
     bases: Path
     runs: Path
@@ -79,6 +84,14 @@ class Moved:
 
     def run(self, name: str) -> Path:
         return self.runs / name
+
+    def base_of(self, run: str) -> Path:
+        return self.base(RUNS[run].get("model", {}).get("pretrained_checkpoint", "base"))
+
+
+def config_of(adapter: Path) -> dict[str, Any]:
+    """The settings of an adapter of HF PEFT."""
+    return json.loads((adapter / "adapter_config.json").read_text())
 
 
 def copy_run(run: Path, to: Path, change: Callable[[RunRecord], RunRecord]) -> Path:
@@ -104,8 +117,9 @@ def trained_on(run: Path, to: Path, base: Path) -> Path:
 def make_files(folder: Path) -> Files:
     save_llama(folder / "bases" / "base")
     save_llama(folder / "bases" / "other", seed=1)
-    save_llama(folder / "bases" / "small", hidden_size=72)
-    save_bloom(folder / "bases" / "bloom")
+    save_llama(folder / "bases" / "small", hidden_size=72, num_hidden_layers=2)
+    save_llama(folder / "bases" / "short", num_hidden_layers=2)
+    save_bloom(folder / "bases" / "bloom", n_layer=2)
     return Files(str(folder / "bases"), str(save_pairs(folder / "pairs.jsonl")), str(folder / "runs"))
 
 

@@ -3,19 +3,23 @@
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from peft.tuners.boft import layer as peft_boft_layer
 from transformers import LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from megatron_peft.conversion import convert
+from megatron_peft.conversion.verify import Difference, logits_of, random_tokens
 from tests.conversion import adapter_runs
 from tests.conversion.adapter_runs import Moved
 from tests.conversion.megatron_folders import save_random
 from tests.ranks import run_ranks
-from tests.tiny_llama import save_llama
+from tests.tiny_llama import VOCAB_SIZE, save_llama
 
 ODD = {
     "vocab_size": 101, "intermediate_size": 72, "num_hidden_layers": 3, "rms_norm_eps": 1e-5,  # 101 is a prime
@@ -78,3 +82,30 @@ def moved(tmp_path_factory) -> Moved:
     files = adapter_runs.make_files(tmp_path_factory.mktemp("adapters"))
     came_back = run_ranks(2, adapter_runs.save_runs, files)
     return Moved(Path(files.bases), Path(files.work), all(came_back))
+
+
+@pytest.fixture(scope="session")
+def merged(moved, tmp_path_factory) -> Callable[[str], Path]:
+    """The merged folder of a run, made once."""
+    work = tmp_path_factory.mktemp("merged")
+    return cache(lambda run: convert.merge(moved.run(run), work / run, progress=False))
+
+
+@pytest.fixture(scope="session")
+def apart() -> Callable[[Path, Path], Difference]:
+    """How far the logits of two folders are apart, on the tokens of `verify`; the model of each runs once."""
+    logits = cache(lambda folder: logits_of(folder, random_tokens(VOCAB_SIZE, 64)))
+    return lambda folder, reference: Difference.of(logits(folder), logits(reference))
+
+
+@pytest.fixture
+def pure_torch(monkeypatch):
+    """HF PEFT's BOFT with several factors, without its extension: [factors, blocks, b, b] -> [factors, n, n]."""
+    block_diagonal = SimpleNamespace(apply=lambda x: torch.stack([torch.block_diag(*factor) for factor in x]))
+    monkeypatch.setattr(peft_boft_layer, "get_fbd_cuda", lambda: True)
+    monkeypatch.setattr(peft_boft_layer, "FastBlockDiag", block_diagonal)
+
+
+@pytest.fixture
+def no_extension(monkeypatch):
+    monkeypatch.setattr(peft_boft_layer, "get_fbd_cuda", lambda: None)

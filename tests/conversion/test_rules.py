@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -81,6 +81,7 @@ def local_tensors(rule: Rule, source: TensorsInMemory, size: int, vocabulary_pad
     return locals_
 
 
+@settings(max_examples=40)
 @given(st.integers(1, 4), st.sampled_from([llama_shapes, bloom_shapes]), st.integers(0, 5), st.data())
 def test_round_trip_is_exact_and_reads_each_number_once(size, shapes, padding, data):
     rules = rules_for(data.draw(shapes(size)))

@@ -6,7 +6,7 @@ Losses, gradient norms, lambdas, learning rates, validation losses, all saved te
 must be the same bits, and the working tree goes on from what the base saved. Plans, certificates, exports, previews,
 help and errors must be the same texts and numbers. Bits differ between machines, so the base is run anew. A run, a
 prepared task and an experiment's record that b03219c wrote are loaded as well (test_written_by_b03219c.py). A change
-of flags, files or names stands in tests/golden/cases.py.
+of programs, flags or names stands in tests/golden/cases.py.
 """
 
 import argparse

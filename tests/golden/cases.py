@@ -15,14 +15,13 @@ from tests.tiny_bloom import save_bloom
 from tests.tiny_llama import VOCAB_SIZE, save_llama, save_pairs
 
 # ---- The table of changes. Everything below it is written in the newest names; a tree is given those that it knows.
-# Program or file -> its names, newest first: the first that a tree has is taken. Words after a program's file are
-# given to it first: "train": ("cli/main.py train", "pretrain_peft.py").
+# Program -> its names, newest first: the first that a tree has is taken. Words after a program's file are given to it
+# first: "train": ("cli/main.py train", "pretrain_peft.py").
 PROGRAMS = {
     "say": (str(Path(__file__).with_name("say.py")),),  # this one for every tree
     "train": ("pretrain_peft.py",),
     **{name: (f"tools/{name}.py",) for name in ("generate", "convert", "evaluate", "experiment", "report")},
 }
-FILES = {"metrics": ("metrics.jsonl",), "lambda": ("lambda.jsonl",)}
 # Newest flag (with its value, where that changed) -> what a tree gets whose --help does not know it:
 # "--hybrid-merge-interval": "--hybrid-fold-interval", "--urnn-update manifold": "--urnn-update riemannian"
 FLAGS: dict[str, str] = {"--packing next-fit": ""}
@@ -210,11 +209,6 @@ def spelled(words: Sequence[str], help_text: str, changes: dict[str, str] = FLAG
         if not set(newest.split()) <= known:
             line = line.replace(f" {newest} ", f" {older} ")
     return line.split()
-
-
-def file_in(folder: Path, file: str) -> Path | None:
-    """A file of the table, by the name that it has in `folder`; None if it is not there."""
-    return next((folder / name for name in FILES[file] if (folder / name).is_file()), None)
 
 
 def newest_name(name: str) -> str:

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from tests.golden.cases import NOT_COMPARED, file_in, newest_name
+from tests.golden.cases import NOT_COMPARED, newest_name
 
 Quantities = dict[str, Any]  # numbers, texts and tensors by name, in the order in which a run makes them
 FIRST = ("loss", "grad_norm")  # in a record of metrics; a difference there explains the others
@@ -69,14 +69,14 @@ def _text(value: Any) -> str:
 
 def _metrics(run: Path) -> Iterator[tuple[str, Any]]:
     """Every field of every record but those that time decides, step by step."""
-    records = [record for file in ("metrics", "lambda") for record in _records(file_in(run, file))]
+    records = [record for file in ("metrics", "lambda") for record in _records(run / f"{file}.jsonl")]
     for record in sorted(records, key=lambda record: record["iteration"]):  # a stable sort: metrics come first
         fields = sorted(_flat(record), key=lambda field: (field[0] not in FIRST, field[0] != FIRST[0]))
         yield from ((f"step {record['iteration']}: {name}", value) for name, value in fields)
 
 
-def _records(path: Path | None) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path and path.exists() else []
+def _records(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def _flat(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

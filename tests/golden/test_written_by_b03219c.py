@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tests.golden.cases import TP2, file_in, run
+from megatron_peft.commands import convert
+from tests.golden.cases import TP2, run
 from tests.golden.tree import Tree
 
 FOLDER = Path(__file__).parent / "written_by_b03219c"
@@ -31,21 +32,9 @@ Found = dict[str, Any]
 
 def resumed(tree: Tree, folder: Path) -> Found:
     run(tree, "train", f"{TRAINING} --load run --save run", folder, num_ranks=2)
-    path = file_in(folder / "run", "metrics")
-    assert path, "the resumed run left no metrics"
-    records = [json.loads(line) for line in path.read_text().splitlines()]
+    records = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     names = ("loss", "grad_norm", "learning_rate", "consumed_tokens", "validation_loss")
     return {f"step {r['iteration']} {name}": r[name] for r in records for name in names if name in r}
-
-
-def merged(tree: Tree, folder: Path) -> Found:
-    run(tree, "convert", "merge --input run --output merged", folder)
-    return _weights(folder / "merged")
-
-
-def exported(tree: Tree, folder: Path) -> Found:
-    run(tree, "convert", "export-adapter --input run --output exported", folder)
-    return _weights(folder / "exported")
 
 
 def evaluated(tree: Tree, folder: Path) -> Found:
@@ -68,12 +57,9 @@ def listed(tree: Tree, folder: Path) -> Found:
 
 CHECKS: dict[str, Callable[[Tree, Path], Found]] = {
     "the run goes on": resumed,
-    "the run is merged": merged,
-    "the run is exported": exported,
     "the prepared task is evaluated": evaluated,
     "the experiment is done": listed,
 }
-QUICK = ("the run is merged",)
 
 
 @pytest.fixture(scope="module")
@@ -82,11 +68,24 @@ def tree() -> Iterator[Tree]:
         yield tree
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in CHECKS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CHECKS)
 def test_what_b03219c_wrote_is_read(tree: Tree, tmp_path: Path, name: str) -> None:
-    found = CHECKS[name](tree, copied(tmp_path / "files"))
+    compare(name, CHECKS[name](tree, copied(tmp_path / "files")))
+
+
+@pytest.mark.parametrize(
+    ("command", "name"), [("merge", "the run is merged"), ("export-adapter", "the run is exported")]
+)
+def test_a_run_of_b03219c_is_converted(
+    command: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(copied(tmp_path / "files"))
+    assert convert.main([command, "--input", "run", "--output", "out"]) == 0
+    compare(name, _weights(Path("out")))
+
+
+def compare(name: str, found: Found) -> None:
     expected = json.loads((FOLDER / "expected.json").read_text())[name]
     assert found.keys() == expected.keys()
     for quantity, value in expected.items():

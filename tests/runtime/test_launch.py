@@ -1,5 +1,6 @@
 """Worlds of one and of two; checks whose outcome all ranks share."""
 
+import gc
 import os
 import socket
 import threading
@@ -113,15 +114,23 @@ def test_without_a_launcher_a_process_is_a_world_of_one(figure):
 
 
 @pytest.mark.usefixtures("no_launcher")
-def test_layouts_of_one_world_leave_nothing_behind():
+def test_layouts_of_one_world_leave_nothing_behind(request):
     """gloo's threads above all: a process that tried many layouts would end with a thousand of them."""
+    gc.disable()  # what is as large as a model is seldom collected
+    request.addfinalizer(gc.enable)
     with world():
-        for _ in range(2):
+        num_threads = []
+        for _ in range(3):
             start_model_parallel(ParallelConfig(), seed=1)
             group = parallel_state.get_tensor_model_parallel_group()
+            model: list[object] = [group]  # as a model does, which refers to itself
+            model.append(model)
+            del model
             stop_model_parallel()
             with pytest.raises(ValueError, match="not initialized"):
                 dist.get_backend(group)
+            num_threads.append(len(os.listdir("/proc/self/task")))
+        assert num_threads[-1] == num_threads[1]
         assert not parallel_state.model_parallel_is_initialized()
         dist.barrier()  # the world itself is still there
 
