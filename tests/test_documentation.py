@@ -1,6 +1,7 @@
 """What the documentation names exists, flags and files, and its results are those of the committed records."""
 
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ FOREIGN = set(
 )
 
 
+@cache
 def known_flags() -> set[str]:
     refused = {flag.split()[0] for script in reference.scripts() for flag in script["refused"]}
     return {name for one in with_commands(whole_parser()) for name in one._option_string_actions} | FOREIGN | refused
@@ -34,25 +36,17 @@ def page_id(path: Path) -> str:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
-def test_flags_exist(page: Path) -> None:
-    mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*[a-z0-9](?![\w-])", page.read_text()))
-    assert mentioned - known_flags() == set()
-
-
-@pytest.mark.parametrize("page", PAGES, ids=page_id)
-def test_tables_of_flags_and_methods_are_those_of_the_declarations(page: Path) -> None:
-    assert reference.filled(page.read_text()) == page.read_text()
+def test_flags_and_links_lead_somewhere_and_tables_are_those_of_the_declarations(page: Path) -> None:
+    text = page.read_text()
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*[a-z0-9](?![\w-])", text)) - known_flags() == set()
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)", text)
+    assert [target for target in targets if not (page.parent / target).exists()] == []
+    assert reference.filled(text) == text
 
 
 def test_every_flag_has_a_line_of_its_own_in_the_reference() -> None:
     lines = reference.flag_tables("all").splitlines()
     assert all(sum(line.startswith(f"| `{one.names[0]}") for line in lines) >= 1 for one in served_flags())
-
-
-@pytest.mark.parametrize("page", PAGES, ids=page_id)
-def test_links_lead_somewhere(page: Path) -> None:
-    targets = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text())
-    assert [target for target in targets if not (page.parent / target).exists()] == []
 
 
 # Numbers in the text of a page that are no results: limits, defaults, versions, levels. What was measured stands in a
@@ -81,25 +75,20 @@ FIGURE = re.compile(rf"(?<![\w.-])\d[\d,]*(?:\.\d+)? ?(?:{UNITS})(?![\w-])|(?<![
 
 
 @pytest.mark.parametrize("page", [*PAGES, RECORDS / "README.md"], ids=page_id)
-def test_no_result_is_typed(page: Path) -> None:
-    text = re.sub(r"`[^`]*`|^    .*$", "", PLACE.sub("", page.read_text()), flags=re.MULTILINE)
-    known = FIGURE.findall(NO_RESULTS.get(page_id(page), ""))
-    assert set(FIGURE.findall(text)) <= {*known}, "fill it from a record (docs/results), or say above what it is"
+def test_page_says_what_the_records_say_and_no_other_results(page: Path) -> None:
+    text, known = page.read_text(), FIGURE.findall(NO_RESULTS.get(page_id(page), ""))
+    assert filled(text, RECORDS) == text, "python -m tools.documents docs/*.md ..."
+    typed = PLACE.sub("", text)
+    assert "±" not in typed, "a result that no record stands behind"
+    figures = FIGURE.findall(re.sub(r"`[^`]*`|^    .*$", "", typed, flags=re.MULTILINE))
+    assert set(figures) <= {*known}, "fill it from a record (docs/results), or say above what it is"
 
 
 SOURCES = [*(ROOT / "megatron_peft").rglob("*.py"), *(ROOT / "tools").glob("*.py"), *(ROOT / "tests").glob("*.py")]
 NAME_OF_A_FILE = re.compile(r"(?<![\w/.~<-])((?:[\w-]+/)*\w+\.(?:py|md|toml|sbatch))(?!\w)(?:::(\w+))?")
 # An example's, other people's, a report's own, or what a rule is about.
-NO_FILES = {
-    "megatron_peft/adapters/gains.py",
-    "megatron_peft/config/methods/gains.py",
-    "megatron_peft/models/starcoder2.py",
-    "utils.py",
-    "train.py",
-    "tools/checkpoint/convert.py",
-    "docs/llama_mistral.md",
-    "report.md",
-}
+NO_FILES = {"megatron_peft/adapters/gains.py", "megatron_peft/config/methods/gains.py", "utils.py", "train.py"}
+NO_FILES |= {"megatron_peft/models/starcoder2.py", "tools/checkpoint/convert.py", "docs/llama_mistral.md", "report.md"}
 
 
 @pytest.mark.parametrize("page", [*PAGES, *SOURCES], ids=page_id)
@@ -126,24 +115,16 @@ def test_modules_that_are_named_exist(page: Path) -> None:
             assert re.search(rf"\b{name}\b", (ROOT / "megatron_peft" / room[:-1] / f"{module}.py").read_text()), name
 
 
-@pytest.mark.parametrize(("words", "code"), [(["--help"], 0), ([], 2), (["no_such_page"], 2)])
-def test_the_tool_for_tables_says_how_it_is_called(words: list[str], code: int, capsys) -> None:
-    assert reference.main(words) == code
-    printed = capsys.readouterr()
-    assert "tools/reference.py README.md" in (printed.err if code else printed.out)
+def test_the_tool_for_tables_says_how_it_is_called(capsys) -> None:
+    for words, code in ((["--help"], 0), ([], 2), (["no_such_page"], 2)):
+        assert reference.main(words) == code
+        assert "tools/reference.py README.md" in capsys.readouterr()[code and 1]
 
 
 def test_every_page_is_in_the_index() -> None:
     index = (ROOT / "docs" / "index.md").read_text()
     pages = {page.name for page in (ROOT / "docs").glob("*.md")} - {"index.md"}
     assert {page for page in pages if f"({page})" not in index} == set()
-
-
-@pytest.mark.parametrize("page", [*PAGES, RECORDS / "README.md"], ids=page_id)
-def test_page_says_what_the_records_say_and_no_other_results(page: Path) -> None:
-    text = page.read_text()
-    assert filled(text, RECORDS) == text, "python -m tools.documents docs/*.md ..."
-    assert "±" not in PLACE.sub("", text), "a result that no record stands behind"
 
 
 @pytest.mark.parametrize("folder", [path.parent for path in RECORDS.glob("*/cells")], ids=lambda path: path.name)

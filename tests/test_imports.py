@@ -4,6 +4,7 @@ import ast
 import importlib
 import importlib.util
 from collections.abc import Iterator, Mapping
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -15,6 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "megatron_peft"
 SHAPELESS_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}
 
 # Which rooms a room may import from, from the ground up; docs/architecture.md draws it.
+SHARED = {"config", "runtime", "parallel", "adapters", "models"}  # what most rooms stand on
 ALLOWED: Mapping[str, set[str]] = {
     "config": set(),
     "runtime": {"config"},
@@ -23,44 +25,24 @@ ALLOWED: Mapping[str, set[str]] = {
     "lora_ga": {"config", "runtime", "parallel", "adapters"},
     "models": {"config", "runtime", "parallel", "adapters"},
     "cli": {"config", "models"},
-    "checkpoint": {"config", "runtime", "parallel", "adapters", "models"},
-    "conversion": {"config", "runtime", "parallel", "adapters", "models", "checkpoint"},
+    "checkpoint": SHARED,
+    "conversion": SHARED | {"checkpoint"},
     "data": {"config", "runtime", "checkpoint"},
     "tasks": {"config", "checkpoint", "data"},
-    "training": {"config", "runtime", "parallel", "adapters", "lora_ga", "models", "checkpoint", "conversion", "data"},
-    "evaluation": {
-        "config",
-        "runtime",
-        "parallel",
-        "adapters",
-        "models",
-        "cli",
-        "checkpoint",
-        "conversion",
-        "tasks",
-        "data",
-    },
+    "training": SHARED | {"lora_ga", "checkpoint", "conversion", "data"},
+    "evaluation": SHARED | {"cli", "checkpoint", "conversion", "tasks", "data"},
     "experiment": {"config", "models", "cli", "checkpoint", "training"},  # what a run would need, and what it wrote
-    "demo": {
-        "config",
-        "runtime",
-        "models",
-        "cli",
-        "checkpoint",
-        "data",
-        "tasks",
-        "training",
-        "evaluation",
-        "experiment",
-    },
+    "demo": {"config", "runtime", "models", "cli"}
+    | {"checkpoint", "data", "tasks", "training", "evaluation", "experiment"},
+    "rehearsal": SHARED | {"checkpoint", "data", "training"},
+    "certify": SHARED - {"parallel"} | {"checkpoint", "conversion", "data", "training", "rehearsal"},
+    "plan": {"config", "models", "training", "rehearsal"},
+    "": {"config", "runtime", "training"},  # the package's public names, imported at their first use
+    "__main__": {"commands"},
 }
-REHEARSED = {*ALLOWED["training"]} - {"lora_ga"} | {"training"}
-ALLOWED = {**ALLOWED, "rehearsal": REHEARSED - {"conversion"}, "certify": REHEARSED - {"parallel"} | {"rehearsal"}}
-ALLOWED = {**ALLOWED, "plan": {"config", "models", "training", "rehearsal"}}
-ALLOWED = {**ALLOWED, "benchmarks": {*ALLOWED}}  # they measure all of it
-ALLOWED = {**ALLOWED, "commands": {*ALLOWED} - {"adapters", "checkpoint", "lora_ga", "parallel"}}
-ALLOWED = {**ALLOWED, "": {"config", "runtime", "training"}}  # the package's public names, imported at their first use
-ALLOWED = {**ALLOWED, "__main__": {"commands"}}
+ROOMS = {*ALLOWED} - {"", "__main__"}
+ALLOWED = {**ALLOWED, "benchmarks": ROOMS}  # they measure all of it
+ALLOWED = {**ALLOWED, "commands": {*ROOMS, "benchmarks"} - {"adapters", "checkpoint", "lora_ga", "parallel"}}
 
 
 # Calls that open or parse what others have written, and the modules that may make them. All else asks `untrusted`.
@@ -73,11 +55,8 @@ OPENERS = {
 MAY_OPEN: Mapping[str, set[str]] = {
     "config.untrusted": {"json.JSONDecoder", "yaml.load", "gzip.open"},
     "conversion.hf_files": {"safe_open", "torch.load"},  # weights, their pickles with weights_only
-    "checkpoint.safe_pickle": {
-        "torch.load",
-        "pickle._Unpickler",
-        "BoundedUnpickler",
-    },  # other people's checkpoints, inertly
+    # Other people's checkpoints, inertly.
+    "checkpoint.safe_pickle": {"torch.load", "pickle._Unpickler", "BoundedUnpickler"},
     "conversion.megatron_files": {"BoundedUnpickler"},  # descriptions of tensors; no name but those of a list
     "tasks.readers": {"gzip.open"},  # within a wheel, up to untrusted's limit
     "evaluation.sandbox_driver": {"json.load", "json.loads"},  # a script of its own: a job, and answers
@@ -196,58 +175,39 @@ def openers(tree: ast.Module) -> set[str]:
     return {ast.unparse(one) for one in (*used, *bases)} & OPENERS
 
 
-@pytest.fixture(scope="module")
-def modules() -> dict[str, ast.Module]:
+@cache
+def parsed() -> dict[str, ast.Module]:
     """Module name -> syntax tree, for every file of the package."""
     return {module_name(path): ast.parse(path.read_text(), str(path)) for path in PACKAGE.rglob("*.py")}
 
 
-def test_every_part_of_the_package_has_its_layer(modules: dict[str, ast.Module]) -> None:
+@pytest.fixture
+def modules() -> dict[str, ast.Module]:
+    return parsed()
+
+
+def test_rooms_import_what_the_table_draws_one_way_and_without_a_cycle(modules: dict[str, ast.Module]) -> None:
+    imported = {name: imported_modules(ast.walk(tree), modules) for name, tree in modules.items()}
+    drawn = {(part(name), part(to)) for name, targets in imported.items() for to in targets}
     assert {part(name) for name in modules} - {""} <= ALLOWED.keys()
-
-
-def test_every_arrow_of_the_table_is_there(modules: dict[str, ast.Module]) -> None:
-    drawn = {
-        (part(name), part(to)) for name, tree in modules.items() for to in imported_modules(ast.walk(tree), modules)
-    }
     assert {(room, to) for room, rooms in ALLOWED.items() for to in rooms if room != "benchmarks"} <= drawn
-
-
-def test_imports_point_one_way(modules: dict[str, ast.Module]) -> None:
-    assert upward_arrows(modules) == []
-
-
-def test_imports_have_no_cycle(modules: dict[str, ast.Module]) -> None:
-    assert import_cycle(modules) == []
-
-
-def test_imports_are_absolute(modules: dict[str, ast.Module]) -> None:
+    assert upward_arrows(modules) == [] and import_cycle(modules) == []
     relative = {name for name, tree in modules.items() for full in imported_names(ast.walk(tree)) if full[0] == "."}
     assert relative == set(), "the walk above follows absolute imports only"
 
 
-def test_only_the_two_parsers_use_argparse(modules: dict[str, ast.Module]) -> None:
+def test_a_few_things_are_done_in_one_place_only(modules: dict[str, ast.Module]) -> None:
+    assert [name for name in modules if name.rpartition(".")[2] in SHAPELESS_NAMES] == []
     users = {name for name, tree in modules.items() if "argparse" in imported_roots(tree)}
     assert users == {"megatron_peft.cli.parser", "megatron_peft.cli.command"}
-
-
-def test_modules_are_named_for_what_they_hold(modules: dict[str, ast.Module]) -> None:
-    assert [name for name in modules if name.rpartition(".")[2] in SHAPELESS_NAMES] == []
-
-
-def test_megatron_and_cuda_are_patched_in_two_files(modules: dict[str, ast.Module]) -> None:
     patches = {name: found for name, tree in modules.items() if (found := patched_attributes(tree))}
     assert patches.keys() <= {"megatron_peft.runtime.cpu", "megatron_peft.runtime.fake_ranks"}, patches
 
 
-def test_torch_load_never_runs_code_of_a_file(modules: dict[str, ast.Module]) -> None:
-    assert [call for tree in modules.values() for call in unsafe_loads(tree)] == []
-
-
 def test_files_of_others_are_opened_by_the_modules_that_know_how(modules: dict[str, ast.Module]) -> None:
-    assert {name: found for name, tree in modules.items() if (found := openers(tree))} == {
-        f"megatron_peft.{name}": calls for name, calls in MAY_OPEN.items()
-    }
+    assert [call for tree in modules.values() for call in unsafe_loads(tree)] == [], "it may run code of a file"
+    found = {name.removeprefix("megatron_peft."): openers(tree) for name, tree in modules.items()}
+    assert {name: calls for name, calls in found.items() if calls} == MAY_OPEN
 
 
 FABRICATED = {
@@ -264,29 +224,22 @@ def test_walk_finds_an_upward_arrow_in_a_function_and_a_cycle() -> None:
     assert set(import_cycle(found)) == {"megatron_peft.models.llama", "megatron_peft.models.attention"}
 
 
-@pytest.mark.parametrize(
-    ("source", "num_patches"),
-    [
-        ("import torch\ntorch.cuda.synchronize = print", 1),
-        ("import torch.cuda as cuda\ncuda.synchronize = print", 1),
-        ("from torch import cuda\ncuda.synchronize = print", 1),
-        ("import torch\ntorch.zeros = print", 1),
-        ("import torch\nsetattr(torch.Tensor, 'cuda', print)", 1),
-        ("from megatron.core import parallel_state as p\np.get_rank = print", 1),
-        ("from megatron.core.transformer.mlp import MLP\nMLP.forward = print", 1),
-        ("import torch\nself.weight = torch.zeros(1)\nparam.main_grad = None", 0),
-    ],
+PATCHES = (
+    "import torch\ntorch.cuda.synchronize = print",
+    "import torch.cuda as cuda\ncuda.synchronize = print",
+    "from torch import cuda\ncuda.synchronize = print",
+    "import torch\ntorch.zeros = print",
+    "import torch\nsetattr(torch.Tensor, 'cuda', print)",
+    "from megatron.core import parallel_state as p\np.get_rank = print",
+    "from megatron.core.transformer.mlp import MLP\nMLP.forward = print",
 )
-def test_walk_finds_a_patch(source: str, num_patches: int) -> None:
-    assert len(patched_attributes(ast.parse(source))) == num_patches
 
 
-def test_walk_finds_who_opens_a_file() -> None:
+def test_walk_finds_patches_unsafe_loads_and_who_opens_a_file() -> None:
+    assert [len(patched_attributes(ast.parse(source))) for source in PATCHES] == [1] * len(PATCHES)
+    assert not patched_attributes(ast.parse("import torch\nself.weight = torch.zeros(1)\nparam.main_grad = None"))
     text = "import json\nclass A(pickle.Unpickler): ...\ndef f(): return json.loads('1'), json.dumps(1)"
     assert openers(ast.parse(text)) == {"json.loads", "pickle.Unpickler"}
-
-
-def test_walk_finds_an_unsafe_load() -> None:
     unsafe = ["torch.load(f)", "torch.load(f, weights_only=False)", "torch.load(f, None, p)"]
     assert unsafe_loads(ast.parse("\n".join([*unsafe, "torch.load(f, mmap=True, weights_only=True)"]))) == unsafe
 

@@ -5,10 +5,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 from megatron_peft.config import METHODS
-from tests.test_imports import PACKAGE, imported_names, module_name
+from tests.test_imports import PACKAGE, imported_names, parsed
 
 ADAPTERS = {spec.adapter for spec in METHODS.values() if spec.adapter}
 SHARED = {"megatron_peft.adapters.rotation", "megatron_peft.config.methods.rotation"}  # of BOFT, uRNN and the Hybrid
@@ -20,9 +18,9 @@ KNOW_ALL = ("megatron_peft.benchmarks",)  # a figure for each method
 # File -> what it knows of methods, and why it has to.
 KNOWS = {
     "adapters.hybrid": {"adapters.low_rank", "adapters.boft", "adapters.urnn", "boft", "urnn"},  # it is made of them
-    "config.methods.hybrid": {"config.methods.boft", "config.methods.low_rank", "config.methods.urnn", "boft", "urnn"},
+    "config.methods.hybrid": {"config.methods.low_rank", "boft", "urnn"},
     "config.methods.rotation": {"hybrid"},  # help of --peft-lr-rotation, which it reads otherwise
-    "config.methods": {"lora", "boft", "urnn", "hybrid"},  # the registry
+    "config.methods": {"lora", "hybrid"},  # the registry, and the default
     "adapters.change": {"adapters.rotation"},  # R W without R - I in memory
     "lora_ga.initialize": {"adapters.low_rank", "lora"},  # the start of A and B; the method that needs no such start
     "training.update": {"adapters.low_rank"},  # --lora-max-norm-ratio bounds every method's low rank
@@ -35,8 +33,7 @@ KNOWS = {
 
 def classes_of(module: str) -> set[str]:
     """Those that a module defines."""
-    nodes = ast.parse((PACKAGE.parent / f"{module.replace('.', '/')}.py").read_text()).body
-    return {node.name for node in nodes if isinstance(node, ast.ClassDef)}
+    return {node.name for node in parsed()[module].body if isinstance(node, ast.ClassDef)}
 
 
 CLASSES = set().union(*map(classes_of, OWN_MODULES)) - {"Hybrid"}  # a word of other things too
@@ -68,38 +65,35 @@ def of_its_own(module: str) -> set[str]:
 
 
 def test_no_code_but_a_methods_own_knows_it() -> None:
-    modules = {module_name(path): path for path in PACKAGE.rglob("*.py")}
-    others = {name: path for name, path in modules.items() if not name.startswith(KNOW_ALL)}
-    known = {name: known_methods(ast.parse(path.read_text())) - of_its_own(name) for name, path in others.items()}
+    others = {name: tree for name, tree in parsed().items() if not name.startswith(KNOW_ALL)}
+    known = {name: known_methods(tree) - of_its_own(name) for name, tree in others.items()}
     assert {name.removeprefix("megatron_peft."): found for name, found in known.items() if found} == KNOWS
 
 
 def test_no_script_knows_a_method() -> None:
     root = PACKAGE.parent
     scripts: list[Path] = [root / "pretrain_peft.py", *(root / "tools").glob("*.py")]
-    assert {
-        str(path.relative_to(root)): found for path in scripts if (found := known_methods(ast.parse(path.read_text())))
-    } == {
+    known = {str(path.relative_to(root)): known_methods(ast.parse(path.read_text())) for path in scripts}
+    assert {name: found for name, found in known.items() if found} == {
         "tools/headlines.py": NAMES,  # the paper's methods side by side
         "tools/published.py": {"lora"},  # what a published run trained
     }
 
 
-@pytest.mark.parametrize(
-    ("source", "found"),
-    [
-        ("import megatron_peft.adapters.boft as b", {"adapters.boft"}),
-        ("def f():\n    from megatron_peft.adapters import urnn", {"adapters.urnn"}),
-        ("from megatron_peft.adapters.rotation import BlockRotation", {"adapters.rotation"}),
-        ("from megatron_peft.config.methods.hybrid import HYBRID", {"config.methods.hybrid"}),
-        ("import_module('megatron_peft.adapters.boft')", {"boft"}),
-        ("rates = [('lora-ga', 2e-3)]", {"lora-ga"}),
-        ("is_one = type(adapter).__name__ == 'BlockRotation'", {"BlockRotation"}),
-        ("message = f'{x} has none; hybrid has.'", {"hybrid"}),
-        ("match method:\n    case 'urnn': pass", {"urnn"}),
-        ("def f(method='lora'): ...", {"lora"}),
-        ("'''What lora does.'''\nflag = '--lora-rank of hybrid-attention, xlora'", set()),
-    ],
-)
-def test_what_code_knows_is_seen(source: str, found: set[str]) -> None:
-    assert known_methods(ast.parse(source)) == found
+SEEN = {
+    "import megatron_peft.adapters.boft as b": {"adapters.boft"},
+    "def f():\n    from megatron_peft.adapters import urnn": {"adapters.urnn"},
+    "from megatron_peft.adapters.rotation import BlockRotation": {"adapters.rotation"},
+    "from megatron_peft.config.methods.hybrid import HYBRID": {"config.methods.hybrid"},
+    "import_module('megatron_peft.adapters.boft')": {"boft"},
+    "rates = [('lora-ga', 2e-3)]": {"lora-ga"},
+    "is_one = type(adapter).__name__ == 'BlockRotation'": {"BlockRotation"},
+    "message = f'{x} has none; hybrid has.'": {"hybrid"},
+    "match method:\n    case 'urnn': pass": {"urnn"},
+    "def f(method='lora'): ...": {"lora"},
+    "'''What lora does.'''\nflag = '--lora-rank of hybrid-attention, xlora'": set(),
+}
+
+
+def test_what_code_knows_is_seen() -> None:
+    assert {source: known_methods(ast.parse(source)) for source in SEEN} == SEEN

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from packaging.utils import canonicalize_name
 from megatron_peft.commands import demo, evaluate, report
 from megatron_peft.config import ConfigurationError
 from megatron_peft.demo import scoring
-from tests.test_imports import imported_roots
+from tests.test_imports import imported_modules, imported_names, imported_roots, nodes_run_at_import, parsed, part
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -41,23 +42,22 @@ EXTRAS = {
     for name, requirements in PROJECT["optional-dependencies"].items()
 }
 PROGRAM_EXTRAS = EXTRAS["eval"] | EXTRAS["report"] | EXTRAS["demo"]
-PRODUCT_FILES = [*(ROOT / "megatron_peft").rglob("*.py"), *(ROOT / "tools").glob("*.py"), ROOT / "pretrain_peft.py"]
+SCRIPTS = [*(ROOT / "tools").glob("*.py"), ROOT / "pretrain_peft.py"]
 
 
+@cache
 def imported_distributions() -> set[str]:
-    roots = imported_roots(*(ast.parse(path.read_text()) for path in PRODUCT_FILES))
+    roots = imported_roots(*parsed().values(), *(ast.parse(path.read_text()) for path in SCRIPTS))
     roots -= {*sys.stdlib_module_names, "megatron_peft", "pretrain_peft", "tools", *OPTIONAL, *FOR_TESTS}
     return {DISTRIBUTIONS.get(root, root).lower().replace("_", "-") for root in roots}
 
 
-def test_every_import_is_a_declared_dependency() -> None:
+def test_every_import_is_a_declared_dependency_and_the_other_way_round() -> None:
     assert imported_distributions() - DEPENDENCIES - PROGRAM_EXTRAS == set()
-
-
-def test_every_declared_dependency_is_imported() -> None:
     # torch.utils.tensorboard imports tensorboard for us, and transformers the other two.
     assert (DEPENDENCIES | PROGRAM_EXTRAS) - imported_distributions() - {"accelerate", "gguf", "tensorboard"} == set()
-    assert any("torch.utils.tensorboard" in path.read_text() for path in PRODUCT_FILES)
+    imported = (name for tree in parsed().values() for name in imported_names(ast.walk(tree)))
+    assert any(name.startswith("torch.utils.tensorboard") for name in imported)
 
 
 def test_tests_need_the_extras_of_the_programs_and_core_none_of_their_packages() -> None:
@@ -67,39 +67,52 @@ def test_tests_need_the_extras_of_the_programs_and_core_none_of_their_packages()
     assert EXTRAS["report"] <= EXTRAS["demo"], "README shows the report of the demo's run"
 
 
-IMPORT_ALL_BUT_THREE_ROOMS = """
-import importlib, pkgutil, sys
-sys.modules.update(dict.fromkeys(sys.argv[1:]))  # None: an import of it fails
-import megatron_peft
-for module in pkgutil.walk_packages(megatron_peft.__path__, "megatron_peft."):
-    if module.name.split(".")[1] not in ("evaluation", "experiment", "demo"):
-        importlib.import_module(module.name)
-import megatron_peft.evaluation.answers  # megatron-peft generate
+THREE_ROOMS = ("evaluation", "experiment", "demo")
+BLOCKED = {name.replace("-", "_") for name in PROGRAM_EXTRAS}
+IMPORT_ALL = """
+import importlib, sys
+sys.modules.update(dict.fromkeys(sys.argv[1].split()))  # None: an import of it fails
+for name in sys.argv[2:]:
+    importlib.import_module(name)
 """
 
 
+def imported_without_extras() -> dict[str, ast.Module]:
+    """All modules but those of three rooms, and what they and `megatron-peft generate` import as they are imported."""
+    modules = parsed()
+    waiting = [name for name in modules if part(name) not in THREE_ROOMS] + ["megatron_peft.evaluation.answers"]
+    found: dict[str, ast.Module] = {}
+    while waiting:
+        if (name := waiting.pop()) not in found:
+            found[name] = modules[name]
+            waiting += imported_modules(nodes_run_at_import(modules[name]), modules)
+    return found
+
+
 def test_training_conversion_and_generation_import_nothing_of_an_extra() -> None:
-    blocked = [name.replace("-", "_") for name in PROGRAM_EXTRAS]
-    assert {"matplotlib", "sacrebleu", "scipy", "lm_eval"} <= {*blocked}
-    command = [sys.executable, "-W", "ignore", "-c", IMPORT_ALL_BUT_THREE_ROOMS, *blocked]
+    assert {"matplotlib", "sacrebleu", "scipy", "lm_eval"} <= BLOCKED
+    for name, tree in imported_without_extras().items():
+        assert {full.partition(".")[0] for full in imported_names(nodes_run_at_import(tree))} & BLOCKED == set(), name
+
+
+@pytest.mark.slow
+def test_no_library_that_they_import_needs_an_extra() -> None:
+    command = [sys.executable, "-W", "ignore", "-c", IMPORT_ALL, " ".join(BLOCKED), *imported_without_extras()]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
+EVALUATION = "--tasks a --output x.json --load nowhere"
+NEEDS = {  # program, its words -> extra and packages
+    (evaluate, EVALUATION): ("eval", "lm_eval rouge_score sacrebleu"),
+    (report, "."): ("report", "matplotlib scipy"),
+    (demo, "--output out"): ("demo", "accelerate gguf matplotlib sacrebleu scipy"),
+}
+
+
 @pytest.mark.parametrize(
     ("program", "line", "extra", "package"),
-    [
-        (evaluate, "--tasks a --output x.json --load nowhere", "eval", "lm_eval"),
-        (evaluate, "--tasks a --output x.json --load nowhere", "eval", "rouge_score"),
-        (evaluate, "--tasks a --output x.json --load nowhere", "eval", "sacrebleu"),
-        (report, ".", "report", "matplotlib"),
-        (report, ".", "report", "scipy"),
-        (demo, "--output out", "demo", "accelerate"),
-        (demo, "--output out", "demo", "gguf"),
-        (demo, "--output out", "demo", "matplotlib"),
-        (demo, "--output out", "demo", "sacrebleu"),
-        (demo, "--output out", "demo", "scipy"),
-    ],
+    [(*called, extra, package) for called, (extra, packages) in NEEDS.items() for package in packages.split()],
 )
 def test_a_program_names_the_extra_that_it_lacks(tmp_path, monkeypatch, capsys, program, line, extra, package) -> None:
     monkeypatch.chdir(tmp_path)
@@ -107,11 +120,8 @@ def test_a_program_names_the_extra_that_it_lacks(tmp_path, monkeypatch, capsys, 
     with pytest.raises(SystemExit, match="2"):
         sys.exit(program.main(line.split()))
     out, err = capsys.readouterr()
-    assert (
-        out in ("", "demo: starting\n")
-        and len(err.splitlines()) == 1
-        and f"error: the package {package} cannot be imported" in err
-    )
+    assert out in ("", "demo: starting\n") and len(err.splitlines()) == 1
+    assert f"error: the package {package} cannot be imported" in err
     assert err.endswith(f"pip install 'megatron-peft[{extra}]'.\n")
     assert list(tmp_path.iterdir()) == []
 
@@ -124,12 +134,12 @@ def test_a_score_of_the_demo_names_the_extra_that_it_lacks(tmp_path, monkeypatch
         scoring.score(config, tmp_path / "score.json")
 
 
-@pytest.mark.parametrize("program", [evaluate, report, demo])
-def test_help_needs_no_extra(program, monkeypatch, capsys) -> None:
-    for name in PROGRAM_EXTRAS:
-        monkeypatch.setitem(sys.modules, name.replace("-", "_"), None)
-    assert program.main(["--help"]) == 0
-    assert "usage:" in capsys.readouterr().out
+def test_help_needs_no_extra(monkeypatch, capsys) -> None:
+    for name in BLOCKED:
+        monkeypatch.setitem(sys.modules, name, None)
+    for program in (evaluate, report, demo):
+        assert program.main(["--help"]) == 0
+        assert "usage:" in capsys.readouterr().out
 
 
 def test_dependencies_are_ranges_and_apex_of_pypi_is_none_of_them() -> None:
@@ -167,24 +177,20 @@ def test_the_lock_files_hold_a_tested_version_of_every_dependency(python: str) -
         for need in map(Requirement, ["setuptools", *wanted]):
             if need.name == "megatron-peft":
                 continue
-            pins = [
-                one for one in found[canonicalize_name(need.name)] if not one.marker or one.marker.evaluate(environment)
-            ]
+            named = found[canonicalize_name(need.name)]
+            pins = [one for one in named if not one.marker or one.marker.evaluate(environment)]
             assert len(pins) == 1, f"{need} on Python {python}: {pins}"
             [pin] = pins[0].specifier
             assert pin.operator == "==" and need.specifier.contains(pin.version), f"{need}, but {pins[0]}: make lock"
         assert [name for name in found if OF_TORCHS_BUILD.fullmatch(name)] == ["torch"]
 
 
-def test_the_lock_files_agree_and_name_no_index() -> None:
+def test_the_lock_files_agree_and_name_no_index_and_the_changelog_knows_the_version() -> None:
     first: dict[str, set[str]] = {}
     for name, pins in ((name, {*map(str, pins)}) for text in LOCKS.values() for name, pins in locked(text).items()):
         assert first.setdefault(name, pins) == pins, "two versions in one environment"
     assert len(first) > 100
     assert not [text for text in LOCKS.values() if "//" in text or "index" in text.partition("\n")[0]]
-
-
-def test_changelog_knows_the_version() -> None:
     assert f"## {PROJECT['version']}" in (ROOT / "CHANGELOG.md").read_text()
 
 
@@ -194,13 +200,18 @@ def plan(*arguments: str, cwd: Path = ROOT) -> str:
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=True, env={"PATH": PATH}).stdout
 
 
-@pytest.mark.parametrize("target", ["demo", "test", "test-all", "golden", "mutations", "lint", "bench", "check-gpu"])
-def test_make_target_makes_the_environment_first(target: str, tmp_path: Path) -> None:
-    """In a clone without .venv each target starts by making one, then runs that interpreter."""
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """What make reads, without .venv."""
     for name in ("Makefile", "pyproject.toml", "setup.py"):
         (tmp_path / name).write_text((ROOT / name).read_text())
-    planned = plan(target, cwd=tmp_path)
-    assert planned.index("-m venv .venv") < planned.index(" install --") < planned.rindex(".venv/bin/python")
+    return tmp_path
+
+
+def test_make_targets_make_the_environment_first(clone: Path) -> None:
+    for target in ("demo", "test", "test-all", "golden", "mutations", "lint", "bench", "check-gpu"):
+        planned = plan(target, cwd=clone)
+        assert planned.index("-m venv .venv") < planned.index(" install --") < planned.rindex(".venv/bin/python")
 
 
 @pytest.mark.parametrize(
@@ -216,27 +227,20 @@ def test_make_target_makes_the_environment_first(target: str, tmp_path: Path) ->
     ],
     ids=" ".join,
 )
-def test_what_a_target_installs(arguments: list[str], files: list[str], tmp_path: Path) -> None:
+def test_what_a_target_installs(arguments: list[str], files: list[str], clone: Path) -> None:
     """Tested versions, in an environment; the newest in another. Nobody who runs a demo gets pyright and Node."""
-    for name in ("Makefile", "pyproject.toml", "setup.py"):
-        (tmp_path / name).write_text((ROOT / name).read_text())
-    planned = plan(*arguments, cwd=tmp_path)
+    planned = plan(*arguments, cwd=clone)
     assert re.findall(r"requirements/(\w+).txt", planned) == files
     hashed = [line for line in planned.splitlines() if "requirements/" in line and "torch.txt" not in line]
     assert all("--require-hashes --no-deps" in line for line in hashed)
     assert ("-m venv .venv-latest" in planned) is (not files) and ("--upgrade" in planned) is (not files)
 
 
-def test_an_interpreter_that_is_named_has_an_environment_of_its_own() -> None:
+def test_an_interpreter_that_is_named_has_an_environment_of_its_own_and_the_method_is_passed_on() -> None:
     folder = f".venv-{sys.version_info.major}.{sys.version_info.minor}"
-    planned = plan("test", f"HOST_PYTHON={sys.executable}")
-    assert planned.splitlines()[-1].startswith(f"{folder}/bin/python -m pytest")
+    assert plan("test", f"HOST_PYTHON={sys.executable}").splitlines()[-1].startswith(f"{folder}/bin/python -m pytest")
     assert all(".venv*" in (ROOT / name).read_text().splitlines() for name in IGNORES)
-
-
-def test_make_demo_passes_the_method_on() -> None:
-    planned = plan("demo", "METHOD=full", "ARGS=--more")
-    assert "tools/demo.py --method full --more" in planned
+    assert "tools/demo.py --method full --more" in plan("demo", "METHOD=full", "ARGS=--more")
 
 
 def test_make_targets_run_one_thread_a_process_and_offline(tmp_path: Path) -> None:

@@ -4,9 +4,8 @@ not there."""
 import ast
 import re
 from collections import Counter
+from functools import cache
 from pathlib import Path
-
-import pytest
 
 from tests.test_documentation import PAGES, ROOT, page_id
 
@@ -39,15 +38,25 @@ WORDS |= {"box", "boxes", "fold", "folds", "folded"}  # as a part of a name
 NAMES = {"here", "order", "say", "part", "parts", "starts", "make_again", "made_again"}  # as a name
 
 
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
 def in_one_line(text: str) -> str:
     """Without line ends and marks of comments, which may cut a phrase."""
     return re.sub(r"\s*\n\s*#?\s*", " ", text)
 
 
-@pytest.mark.parametrize("path", [*PAGES, *CODE], ids=page_id)
-def test_phrases_are_plain(path: Path) -> None:
-    text = in_one_line(path.read_text())
-    assert {found: said for found, said in PHRASES.items() if re.search(found, text, re.IGNORECASE)} == {}
+def test_phrases_are_plain() -> None:
+    texts = {page_id(path): in_one_line(path.read_text()) for path in (*PAGES, *CODE)}
+    found = [
+        (name, phrase, said)
+        for name, text in texts.items()
+        for phrase, said in PHRASES.items()
+        if re.search(phrase, text, re.IGNORECASE)
+    ]
+    assert found == []
 
 
 def odd(name: str) -> bool:
@@ -56,21 +65,22 @@ def odd(name: str) -> bool:
     return words in NAMES or bool(set(words.split("_")) & WORDS) or "asked_model" in words
 
 
-@pytest.mark.parametrize("path", CODE, ids=page_id)
-def test_names_are_the_fields_own(path: Path) -> None:
-    kinds = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-    names = [path.stem, *(node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, kinds))]
-    assert [name for name in names if odd(name)] == []
-
-
 CONVENTIONS = {"main", "add_arguments", "run"}  # of programs and commands
 ADAPTERS_OWN = {"build", "change", "merge", "rotation"}  # what the module of every adapter has
 Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
+def test_names_are_the_fields_own() -> None:
+    trees = {page_id(path): tree_of(path) for path in CODE}
+    defined = [
+        (file, node.name) for file, tree in trees.items() for node in ast.walk(tree) if isinstance(node, Definition)
+    ]
+    assert [(file, name) for file, name in (*defined, *((file, Path(file).stem) for file in trees)) if odd(name)] == []
+
+
 def public_things(package: Path) -> list[tuple[Path, Definition]]:
     """Classes and functions at the top of the package's modules."""
-    trees = ((path, ast.parse(path.read_text()).body) for path in sorted(package.rglob("*.py")))
+    trees = ((path, tree_of(path).body) for path in sorted(package.rglob("*.py")))
     things = ((path, node) for path, tree in trees for node in tree if isinstance(node, Definition))
     return [(path, node) for path, node in things if not node.name.startswith("_")]
 
@@ -82,11 +92,8 @@ def namesakes(package: Path) -> list[str]:
     return [name for name, count in names.items() if count > 1]
 
 
-def test_one_name_is_one_thing() -> None:
+def test_one_name_is_one_thing_and_has_a_docstring() -> None:
     assert namesakes(ROOT / "megatron_peft") == []
-
-
-def test_public_things_have_a_docstring() -> None:
     things = public_things(ROOT / "megatron_peft")
     assert [f"{path.name}: {node.name}" for path, node in things if not ast.get_docstring(node)] == []
 
@@ -94,27 +101,13 @@ def test_public_things_have_a_docstring() -> None:
 def test_namesakes_and_what_has_no_docstring_are_found(tmp_path: Path) -> None:
     for room in ("data", "adapters"):
         (tmp_path / room).mkdir()
-        (tmp_path / room / f"{room}.py").write_text(
-            "def read(): ...\ndef build(): ...\ndef main(): ...\nclass _Own: ...\n"
-        )
+        text = "def read(): ...\ndef build(): ...\ndef main(): ...\nclass _Own: ...\n"
+        (tmp_path / room / f"{room}.py").write_text(text)
     assert namesakes(tmp_path) == ["read"]
     assert [node.name for _, node in public_things(tmp_path)] == ["read", "build", "main"] * 2
 
 
-@pytest.mark.parametrize(
-    ("name", "is_odd"),
-    [("Crew", True), ("make_crew", True), ("StoredBox", True), ("fold_if_due", True), ("say", True), ("_parts", True)]
-    + [
-        ("Sandbox", False),
-        ("SampleOrder", False),
-        ("part_of", False),
-        ("read_folder", False),
-        ("RankDispatcher", False),
-    ],
-)
-def test_which_names_are_odd(name: str, is_odd: bool) -> None:
-    assert odd(name) is is_odd
-
-
-def test_a_phrase_across_lines_is_seen() -> None:
+def test_odd_names_and_phrases_across_lines_are_seen() -> None:
+    assert all(map(odd, ("Crew", "make_crew", "StoredBox", "fold_if_due", "say", "_parts")))
+    assert not any(map(odd, ("Sandbox", "SampleOrder", "part_of", "read_folder", "RankDispatcher")))
     assert re.search("exclude one another", in_one_line("# --a and --b exclude\n    # one another."))

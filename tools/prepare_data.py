@@ -2,7 +2,7 @@
 
 import sys
 
-from megatron_peft.commands.prepare import main
+from megatron_peft.commands.data import prepare_data
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(prepare_data())

@@ -2,7 +2,7 @@
 
 import sys
 
-from megatron_peft.commands.preprocess import main
+from megatron_peft.commands.data import preprocess_data
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(preprocess_data())

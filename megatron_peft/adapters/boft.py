@@ -28,7 +28,7 @@ from megatron_peft.adapters.change import RotationChange, StoredTensors
 from megatron_peft.adapters.rotation import BlockRotation, rotate_weight
 from megatron_peft.config import PeftConfig, PeftFormat, require
 from megatron_peft.config.methods import OTHER_EXPORTS
-from megatron_peft.config.methods.boft import BOFT
+from megatron_peft.config.methods.rotation import BOFT
 from megatron_peft.parallel.layout import LinearLayout
 from megatron_peft.runtime.precision import full_precision
 

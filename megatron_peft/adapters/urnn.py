@@ -33,7 +33,7 @@ from megatron_peft.adapters.unitary import (
     structured,
 )
 from megatron_peft.config import PeftConfig
-from megatron_peft.config.methods.urnn import URNN
+from megatron_peft.config.methods.rotation import URNN
 from megatron_peft.parallel.layout import LinearLayout, generator_for
 from megatron_peft.runtime.precision import full_precision
 

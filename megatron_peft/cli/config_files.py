@@ -44,12 +44,8 @@ class FileFlag:
 def file_entries(files: Sequence[str], known: Mapping[str, Flag], why_unknown: Callable[[str], str]) -> list[FileFlag]:
     """What all files together set, each flag once.
 
-    Args:
-        known: flags with their dashes, and words without a flag by their names.
-        why_unknown: the message for a flag that is not known.
-
-    Raises:
-        ConfigurationError: with everything that is wrong in any of them, each with file, line and column.
+    `known` are flags with their dashes, and words without a flag by their names; `why_unknown` tells of another one.
+    Raises ConfigurationError with everything that is wrong in any file, each with file, line and column.
     """
     merged: dict[str, FileFlag] = {}
     problems: list[str] = []
@@ -136,12 +132,8 @@ def _text(node: yaml.Node) -> str | None:
 def run_file(config: RunConfig, launch: Mapping[str, Any], title: str = TITLE, unset: Collection[str] = ()) -> str:
     """The text of a file from which the run can be repeated: every flag with its value, under its help.
 
-    Flags of other methods stand there only if they were given. A flag that is not set is a comment.
-
-    Args:
-        launch: typed values of `LaunchConfig`.
-        title: the first line, a comment.
-        unset: fields that are written as if they were not set.
+    Flags of other methods stand there only if they were given. A flag that is not set, or of a field in `unset`, is a
+    comment. `launch` has typed values of `LaunchConfig`.
     """
     sections: dict[str, list[tuple[Flag, Any]]] = {name: [] for name in ("launch", *SECTIONS)}
     for served in served_flags():
@@ -162,9 +154,7 @@ def run_file(config: RunConfig, launch: Mapping[str, Any], title: str = TITLE, u
 def text_of(title: str, sections: Mapping[str, Sequence[tuple[Flag, Any]]]) -> str:
     """The text of a configuration file that reads back to these flags and values (None: not set), each under its help.
 
-    Args:
-        title: the first line, a comment.
-        sections: flags with their values, by section.
+    The title is the first line, a comment.
     """
     lines = [f"# {title}"]
     for section, settings in sections.items():

@@ -94,8 +94,7 @@ def served_flags() -> tuple[Flag, ...]:
 def flags_of(config_class: type, section: str = "") -> Iterator[Flag]:
     """A flag for each field of a dataclass that is an option. A name without dashes is a word.
 
-    Args:
-        section: of a configuration file; empty for a command's own settings.
+    `section` is that of a configuration file, empty for a command's own settings.
     """
     hints = get_type_hints(config_class)
     target: Target = section if section in ("launch", "program") else "config" if section else "command"
@@ -167,6 +166,7 @@ FIELD_REASON = "a field of megatron-core that fine-tuning has no use for"
 REFUSED_TOO = ", a Megatron flag that is not supported"
 TOLD = tomllib.loads(Path(__file__).with_name("refused.toml").read_text(encoding="utf-8"))
 REASONS = {name: reason for reason, names in TOLD["reasons"].items() for name in names.split()}
+FAMILIES = {name[:-1]: reason for name, reason in REASONS.items() if name.endswith("*")}
 EQUIVALENTS = {name: here for here, names in TOLD["equivalents"].items() for name in names.split()}
 
 
@@ -255,11 +255,7 @@ def known_flags(served: Iterable[str]) -> dict[str, str | None]:
 
 
 def why_not_served(name: str, served: Collection[str]) -> str:
-    """The error message for a Megatron flag that is not supported, another library's flag, or an unknown one.
-
-    Args:
-        served: all flags that are, with their dashes.
-    """
+    """The error message for a Megatron flag that is not `served`, another library's flag, or an unknown one."""
     known = known_flags(served)
     if reason := known.get(name):
         return _refusal(name, reason)
@@ -299,8 +295,8 @@ def equivalent(flag: str) -> str | None:
 
 def reason_of(name: str) -> str | None:
     """Why Megatron-LM's flag `name` (no leading dashes) is not served; None if it is not known here."""
-    beginnings = [start for start in REASONS if start.endswith("*") and name.startswith(start[:-1])]
-    return REASONS.get(name) or (REASONS[max(beginnings, key=len)] if beginnings else None)
+    beginnings = [start for start in FAMILIES if name.startswith(start)]
+    return REASONS.get(name) or (FAMILIES[max(beginnings, key=len)] if beginnings else None)
 
 
 def way_out(flag: str, reason: str | None) -> str | None:

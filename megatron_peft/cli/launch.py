@@ -72,15 +72,10 @@ class LaunchConfig(Checked):
 
 
 def start_processes(module: str, argv: Sequence[str], launch: Mapping[str, Any], program: str) -> int | None:
-    """Run the module in the processes that are asked for; the exit code, or None if this process is to go on alone.
+    """Run `python -m MODULE ARGV` in the processes that are asked for; the exit code, or None: this one goes on alone.
 
-    Args:
-        module: run as `python -m MODULE ARGV` in each; the name of a script's own module stands for the script's file.
-        launch: typed values of `LaunchConfig`.
-        program: its name, for messages.
-
-    Raises:
-        ConfigurationError: the values of `launch` are wrong, or contradict the processes that run.
+    `launch` has typed values of `LaunchConfig`. Raises ConfigurationError if they are wrong, or contradict the
+    processes that run.
     """
     # CUDA reads it once. Compute and communication are issued in order, so that they overlap; in the ranks too, which
     # another launcher may have started.

@@ -17,18 +17,10 @@ from typing import Any, get_args
 
 from megatron_peft.cli.config_files import CONFIG_FLAG, file_entries, run_file
 from megatron_peft.cli.flags import Flag, Target, nearest, not_known, reason_of, served_flags, way_out, why_not_served
-from megatron_peft.config import (
-    ConfigurationError,
-    ParallelConfig,
-    RunConfig,
-    flag,
-    missing_for_training,
-    missing_to_profile,
-    print_failure,
-    require,
-    sections_of,
-)
+from megatron_peft.config import ConfigurationError, ParallelConfig, RunConfig, flag, print_failure, require
+from megatron_peft.config.run import missing_to_profile, sections_of
 from megatron_peft.config.sources import local_model, local_tokenizer
+from megatron_peft.config.training import missing_for_training
 from megatron_peft.models.shape import ModelShape, check_layout, check_lengths, compare_shape
 
 HUB_FLAGS = {"pretrained_checkpoint": local_model, "tokenizer_model": local_tokenizer}
@@ -66,13 +58,8 @@ class RunFlags:
     ) -> None:
         """Read configuration files first, so that typed flags override them.
 
-        Args:
-            own: flags of the command itself; one without dashes takes the words that follow no flag.
-            takes_run_flags: all other flags are those of a run.
-            program: the command's name, for messages.
-
-        Raises:
-            ConfigurationError: a configuration file cannot be read.
+        `own`: flags of the command itself; one without dashes takes the words that follow no flag. With
+        `takes_run_flags` all others are those of a run. Raises ConfigurationError: a file cannot be read.
         """
         self.command_line, self.words, self.program = list(words), list[str](), program
         self.values: dict[str, dict[str, Any]] = {target: {} for target in get_args(Target)}

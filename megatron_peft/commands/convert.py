@@ -23,8 +23,6 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 @dataclass(frozen=True, kw_only=True)
 class _Folders(Checked):
-    """Every command reads one folder; fields are checked by their declarations."""
-
     input: str = required_option("what is read", metavar="FOLDER")
 
 
@@ -128,13 +126,10 @@ class ExportAdapter(_WithCard):
         limits: dict[str, Any] = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         require(self.as_lora or not limits, f"{', '.join(map(flag, limits))}: give --as-lora too, or leave it out.")
         card: dict[str, Any] = {"pretrained_checkpoint": self.base, "license": self.license}
-        if self.as_lora:
-            from megatron_peft.conversion.peft_export import export_as_lora
+        from megatron_peft.conversion.peft_export import export_adapter, export_as_lora
 
-            return _wrote(export_as_lora(self.input, self.output, **card, **limits), self.input)
-        from megatron_peft.conversion.peft_export import export_adapter
-
-        return _wrote(export_adapter(self.input, self.output, **card), self.input)
+        export = export_as_lora if self.as_lora else export_adapter
+        return _wrote(export(self.input, self.output, **card, **limits), self.input)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from megatron_peft.cli import version
 if TYPE_CHECKING:
     from megatron_peft.cli.command import Command
 
-# Command -> one line for --help. The last word is the module in this room.
+# Command -> one line for --help. `train` is `main` of the module train, `data prepare` is `prepare_data` of data.
 COMMANDS = {
     "train": "fine-tune a model; takes Megatron's flags",
     "plan": "what a run will hold, send and cost, before it starts, at any size",
@@ -34,7 +34,9 @@ DESCRIPTION = "Parameter-efficient fine-tuning on megatron-core, over tensor-, p
 
 def command(name: str) -> "Command":
     """The command of this name, whose module is imported."""
-    return import_module(f"megatron_peft.commands.{name.split()[-1].replace('-', '_')}").main
+    group, _, last = name.rpartition(" ")
+    module = import_module(f"megatron_peft.commands.{(group or last).replace('-', '_')}")
+    return getattr(module, f"{last}_{group}" if group else "main")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,17 +12,9 @@ report.html, report.md, table1.csv, table1.tex and the figures as PNG and SVG. S
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_peft.cli.command import Command, start_ranks
-from megatron_peft.cli.parser import RunFlags, is_first_rank
-from megatron_peft.config import (
-    Checked,
-    ConfigurationError,
-    option,
-    require,
-    require_packages,
-    required_option,
-    writing,
-)
+from megatron_peft.cli.command import Command, RunFlags, is_first_rank, start_ranks
+from megatron_peft.config import Checked, ConfigurationError, option, require, required_option, writing
+from megatron_peft.config.errors import require_packages
 
 
 @dataclass(frozen=True)
@@ -70,6 +62,7 @@ def run(settings: ReportSettings, run_flags: RunFlags) -> int:
 
 def _report(settings: ReportSettings, run_flags: RunFlags) -> list[Path]:
     """Write what FOLDER asks for; the files that were written."""
+    from megatron_peft.experiment.report import HTML, build_report, write, write_page
     from megatron_peft.experiment.run_report import SAMPLES_FILE, build_run_report, is_run, read_run
 
     folder, output = settings.folder, settings.output or settings.folder
@@ -81,7 +74,6 @@ def _report(settings: ReportSettings, run_flags: RunFlags) -> list[Path]:
             f"folder of a run, or the --output folder of megatron-peft experiment.",
         )
         require(settings.samples is None, f"--samples needs the --save folder of a run; {folder} is not one.")
-        from megatron_peft.experiment.report import build_report, write
         from megatron_peft.experiment.results import copy_results, read_results
         from megatron_peft.experiment.tables import reference_method
 
@@ -92,8 +84,6 @@ def _report(settings: ReportSettings, run_flags: RunFlags) -> list[Path]:
         return write(report, output)
 
     require(settings.against is None, "--against is of an experiment, but this is the folder of a run.")
-    from megatron_peft.experiment.report import HTML, write_page
-
     run = read_run(folder)  # before anything is answered
     if settings.samples is not None:
         from megatron_peft.evaluation.answers import write_samples

@@ -28,16 +28,7 @@ from megatron_peft.config.methods import (
     require_matches,
 )
 from megatron_peft.config.model import SENTENCEPIECE, DataConfig, ModelConfig
-from megatron_peft.config.run import (
-    SECTIONS,
-    RunConfig,
-    config_from_dict,
-    config_to_dict,
-    field_names,
-    make_run,
-    missing_to_profile,
-    sections_of,
-)
+from megatron_peft.config.run import SECTIONS, RunConfig, config_from_dict, config_to_dict, field_names, make_run
 from megatron_peft.config.sources import Blend, is_indexed, kind_of_source, parse_blend
 from megatron_peft.config.training import (
     CheckpointConfig,

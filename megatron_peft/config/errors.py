@@ -41,25 +41,22 @@ def option(
     metavar: str | None = None,
     may_change: bool = False,
 ) -> T:
-    """A dataclass field with everything that there is to say about its flag.
+    """A dataclass field with everything that there is to say about its flag, whose default spelling is `--field-name`.
 
     Args:
-        default: of the field; None stands for "not set".
-        help: one line for `--help` and docs/arguments.md, with the unit.
+        default: None stands for "not set".
         check, most: what `Requirements.fields` requires of the value.
         needs: fields without which one that is not at its default has no effect; `a|b`: one of the two will do.
         group: title under which `--help` lists it; None: that of the section.
-        flags: spellings; by default `--field-name`.
-        metavar: placeholder of the value in `--help`; by default that of its type.
         may_change: of a method's flag: a resumed run may have another value.
     """
     described = {"help": help, "check": check, "most": most, "needs": needs.split(), "group": group, "flags": flags}
     return field(default=default, metadata={**described, "metavar": metavar, "may_change": may_change})  # pyright: ignore[reportReturnType]
 
 
-def required_option(help: str, *, flags: tuple[str, ...] = (), metavar: str | None = None) -> Any:
+def required_option(help: str, **settings: Any) -> Any:
     """Like `option`, for a field that has no default: its flag must be given."""
-    return option(MISSING, help, flags=flags, metavar=metavar)
+    return option(MISSING, help, **settings)
 
 
 # Control characters, and marks that turn text around.
@@ -105,9 +102,8 @@ def require_packages(extra: str, *names: str) -> None:
         try:
             import_module(name)
         except ImportError as error:
-            raise ConfigurationError(
-                f"the package {name} cannot be imported ({error}): pip install 'megatron-peft[{extra}]'."
-            ) from error
+            told = f"the package {name} cannot be imported ({error}): pip install 'megatron-peft[{extra}]'."
+            raise ConfigurationError(told) from error
 
 
 def flag(name: str) -> str:

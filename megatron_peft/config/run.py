@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, get_type_hints
 
-from megatron_peft.config.errors import Checked, ConfigurationError, Requirements, flag, spelled
+from megatron_peft.config.errors import Checked, ConfigurationError, Requirements, flag, require, spelled
 from megatron_peft.config.methods import METHODS, PeftConfig
 from megatron_peft.config.model import DataConfig, ModelConfig
 from megatron_peft.config.training import (
@@ -186,11 +186,11 @@ def config_from_dict(record: Mapping[str, Mapping[str, Any]]) -> RunConfig:
     known = {section: field_names(config_class) for section, config_class in SECTIONS.items()}
     named = [(section, name) for section, values in record.items() for name in values]
     unknown = [f"{section}.{name}" for section, name in named if name not in known.get(section, ())]
-    if unknown:
-        raise ConfigurationError(
-            f"the run's record holds {', '.join(unknown)}, which this installation does not know: it was written by a "
-            f"newer version of megatron_peft, or with another package of methods."
-        )
+    require(
+        not unknown,
+        f"the run's record holds {', '.join(unknown)}, which this installation does not know: it was written by a "
+        f"newer version of megatron_peft, or with another package of methods.",
+    )
     sections = {}
     for section, config_class in SECTIONS.items():
         values = record.get(section, {}).items()

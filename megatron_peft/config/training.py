@@ -93,8 +93,8 @@ class ParallelConfig(Checked):
     @property
     def is_interleaved(self) -> bool:
         """Whether a pipeline rank holds several chunks of the model."""
-        if self.pipeline_model_parallel_layout is not None:
-            return len(stages_of_layout(self.pipeline_model_parallel_layout)) > self.pipeline_model_parallel_size
+        if layout := self.pipeline_model_parallel_layout:
+            return len(stages_of_layout(layout)) > self.pipeline_model_parallel_size
         return self.num_layers_per_virtual_pipeline_stage is not None
 
     def num_divided(self, num_layers: int) -> int:
@@ -105,10 +105,10 @@ class ParallelConfig(Checked):
         """Model chunks of one pipeline rank under the interleaved schedule; None for the plain one."""
         if not self.is_interleaved:
             return None
-        pp, chunk = self.pipeline_model_parallel_size, self.num_layers_per_virtual_pipeline_stage
-        if self.pipeline_model_parallel_layout is not None:
-            return len(stages_of_layout(self.pipeline_model_parallel_layout)) // pp
-        return self.num_divided(num_layers) // pp // (chunk or 1)
+        pp, layout = self.pipeline_model_parallel_size, self.pipeline_model_parallel_layout
+        if layout:
+            return len(stages_of_layout(layout)) // pp
+        return self.num_divided(num_layers) // pp // (self.num_layers_per_virtual_pipeline_stage or 1)
 
     @property
     def data_parallel_size(self) -> int:

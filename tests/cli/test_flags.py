@@ -47,17 +47,11 @@ def repeated(names: typing.Iterable[str]) -> list[str]:
     return [name for name, count in Counter(names).items() if count > 1]
 
 
-def test_every_field_of_ours_has_one_flag_with_help_and_a_group() -> None:
+def test_every_field_has_one_flag_with_help_and_a_group_and_a_shape_can_be_compared() -> None:
     assert {one.key for one in SERVED if one.target == "config"} == OURS
     assert repeated(name for one in SERVED for name in one.names) == []
     assert [one.names for one in SERVED if len(one.help) <= 10 or one.group not in GROUPS] == []
-
-
-def test_every_flag_of_a_run_sets_a_field_that_exists() -> None:
     assert {one.key for one in SERVED if one.target == "transformer"} <= TRANSFORMER.keys()
-
-
-def test_every_shape_flag_can_be_compared_with_a_checkpoint() -> None:
     shape = [one for one in SERVED if one.target == "shape"]
     assert {one.key for one in shape if one.takes_value} | {"vocab_size"} == VALUES.keys()
     assert {one.key for one in shape if not one.takes_value} == CLAIMS.keys()
@@ -70,11 +64,9 @@ def test_every_peft_flag_belongs_to_a_method() -> None:
 
 
 def test_a_flag_is_refused_for_one_reason_and_never_served_too() -> None:
+    """The longest family wins."""
     assert repeated(name for names in TOLD["reasons"].values() for name in names.split()) == []
     assert {name[2:] for name in NAMES} & REASONS.keys() == set()
-
-
-def test_longest_family_wins() -> None:
     assert reason_of("torch-fsdp2-no-reshard-after-forward") == "fully sharded data parallelism"
     assert reason_of("hybrid-context-parallel") == "context parallelism" != reason_of("hybrid-layer-x")
 
@@ -87,10 +79,10 @@ def test_every_way_out_belongs_to_a_refused_flag() -> None:
     assert TOLD["ways-out-by-reason"].keys() <= TOLD["reasons"].keys()
 
 
-@pytest.mark.parametrize("class_name", SOURCES)
-def test_every_field_of_megatron_core_is_served_or_refused(class_name: str) -> None:
+def test_every_field_of_megatron_core_is_served_or_refused() -> None:
     known = known_flags(NAMES)
-    names = [name for one in megatron_fields(class_name).values() for name in (flag(one.name), *one.flags)]
+    of_classes = [one for class_name in SOURCES for one in megatron_fields(class_name).values()]
+    names = [name for one in of_classes for name in (flag(one.name), *one.flags)]
     assert [name for name in names if name not in known or known[name] == ""] == []
 
 
@@ -108,30 +100,28 @@ def classes() -> dict[str, type]:
         from megatron.core.distributed import DistributedDataParallelConfig
         from megatron.core.optimizer import OptimizerConfig
         from megatron.core.transformer.transformer_config import TransformerConfig
-    return {one.__name__: one for one in (TransformerConfig, OptimizerConfig, DistributedDataParallelConfig)}
+    found = {one.__name__: one for one in (TransformerConfig, OptimizerConfig, DistributedDataParallelConfig)}
+    assert found.keys() == SOURCES.keys()
+    return found
 
 
-@pytest.mark.parametrize("name", SOURCES)
-def test_source_has_the_fields_of_the_class(name: str, classes: dict[str, type]) -> None:
-    assert megatron_fields(name).keys() == {one.name for one in fields(classes[name]) if not one.name.startswith("_")}
-
-
-@pytest.mark.parametrize("name", READ_FROM_SOURCE)
-def test_types_of_served_fields_are_the_annotations(name: str, classes: dict[str, type]) -> None:
-    (served,) = (one for one in SERVED if one.names[0] == flag(name))
-    kind, choices = served.kind if served.takes_value else bool, served.choices
-    annotation = typing.get_type_hints(classes["TransformerConfig"])[name]
-    members = [one for one in typing.get_args(annotation) if one is not type(None)] or [annotation]
-    assert choices == (typing.get_args(members[0]) or typing.get_args(annotation) if choices else None)
-    assert choices or members == [kind]
+def test_source_has_the_fields_of_the_classes_with_their_types(classes: dict[str, type]) -> None:
+    for name, of_class in classes.items():
+        public = {one.name for one in fields(of_class) if not one.name.startswith("_")}
+        assert megatron_fields(name).keys() == public
+    hints = typing.get_type_hints(classes["TransformerConfig"])
+    for name in READ_FROM_SOURCE:
+        (served,) = (one for one in SERVED if one.names[0] == flag(name))
+        kind, choices = served.kind if served.takes_value else bool, served.choices
+        members = [one for one in typing.get_args(hints[name]) if one is not type(None)] or [hints[name]]
+        assert choices == (typing.get_args(members[0]) or typing.get_args(hints[name]) if choices else None), name
+        assert choices or members == [kind], name
 
 
 def test_help_is_the_first_sentence_under_a_field_and_flags_are_megatrons_own() -> None:
+    """What is computed beside their names is left alone."""
     assert megatron_fields("OptimizerConfig")["sgd_momentum"].help == "Momentum factor for SGD optimizer"
     assert TRANSFORMER["layernorm_epsilon"].flags == ("--norm-epsilon",)
-
-
-def test_what_is_computed_beside_the_names_is_left_alone() -> None:
     metadata = "{'argparse_meta': {'arg_names': ['--x-y'], 'choices': [one.name for one in Scope]}}"
     (found,) = module._fields(ast.parse(f"class C:\n  x: int = field(metadata={metadata})").body[0])  # type: ignore[arg-type]
     assert found.flags == ("--x-y",)
@@ -151,12 +141,10 @@ def test_flags_of_hugging_faces_trainers_stand_beside_ours_and_name_ours() -> No
 
 def test_common_arguments_of_hugging_faces_trainer_are_known() -> None:
     """Those that people set most; a name that both sides spell alike is served."""
-    common = (
-        "output_dir learning_rate num_train_epochs max_steps per_device_train_batch_size weight_decay warmup_ratio "
-    )
-    common += "gradient_accumulation_steps lr_scheduler_type logging_steps save_steps save_total_limit eval_steps "
-    common += "gradient_checkpointing max_grad_norm seed bf16 fp16 optim report_to run_name resume_from_checkpoint "
-    common += "dataloader_num_workers warmup_steps deepspeed fsdp ddp_timeout push_to_hub group_by_length adam_beta1"
+    common = "output_dir learning_rate num_train_epochs max_steps per_device_train_batch_size weight_decay warmup_ratio"
+    common += " gradient_accumulation_steps lr_scheduler_type logging_steps save_steps save_total_limit eval_steps"
+    common += " gradient_checkpointing max_grad_norm seed bf16 fp16 optim report_to run_name resume_from_checkpoint"
+    common += " dataloader_num_workers warmup_steps deepspeed fsdp ddp_timeout push_to_hub group_by_length adam_beta1"
     known = {name.lstrip("-").replace("-", "_") for name in known_flags(NAMES)}
     unanswered = [name for name in common.split() if name not in known and not equivalent(f"--{name}")]
     assert unanswered == ["group_by_length"]  # there is nothing like it here

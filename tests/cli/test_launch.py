@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.elastic.rendezvous.api import RendezvousError
 
 from megatron_peft.cli import launch
 from megatron_peft.cli.launch import LaunchConfig, running_processes, start_processes
@@ -16,11 +19,10 @@ from tests.time_limits import seconds
 
 ROOT = Path(__file__).parents[2]
 RANK = r"""
-import os, signal, sys
+import os, sys
 rank = int(os.environ["RANK"])
 os.write(1, f"rank {rank} of {os.environ['WORLD_SIZE']} {' '.join(sys.argv[1:])}\n".encode())
-end = sys.argv[1] if rank == 1 else "0"
-os.kill(os.getpid(), signal.SIGKILL) if end == "killed" else sys.exit(int(end))
+sys.exit(int(sys.argv[1]) * rank)
 """
 
 
@@ -85,15 +87,29 @@ def test_flags_are_checked_for_all_processes_before_any_is_started(monkeypatch, 
 
 
 @pytest.mark.parametrize(
-    ("end", "code", "told"),
+    ("failure", "code", "told"),
     [
-        pytest.param("0", 0, "", marks=pytest.mark.slow),
-        ("2", 2, ""),
-        pytest.param("77", 77, "p: rank 1 ended with exit code 77.\n", marks=pytest.mark.slow),
-        ("killed", 128 + signal.SIGKILL, "p: rank 1 was ended by SIGKILL.\n"),
+        (77, 77, "p: rank 1 ended with exit code 77.\n"),
+        (1, 1, ""),  # it has said why
+        (-signal.SIGKILL, 128 + signal.SIGKILL, "p: rank 1 was ended by SIGKILL.\n"),
+        (SignalException("", signal.SIGTERM), 128 + signal.SIGTERM, ""),
+        (RendezvousError("late\nmore"), 1, "p: the nodes have not found one another: late\n"),
     ],
 )
-def test_ranks_are_started_and_their_end_is_one_line(tmp_path: Path, end: str, code: int, told: str) -> None:
+def test_the_end_of_ranks_is_one_line(monkeypatch, capsys, failure, code, told) -> None:
+    def run(*_: object) -> None:
+        if isinstance(failure, Exception):
+            raise failure
+        raise ChildFailedError("p", {1: ProcessFailure(local_rank=1, pid=7, exitcode=failure, error_file="none")})
+
+    monkeypatch.setattr("torch.distributed.run.run", run)
+    monkeypatch.setattr(launch.os, "environ", {**os.environ})
+    assert start_processes("m", [], {"nproc_per_node": "2"}, "p") == code
+    assert capsys.readouterr().err == told
+
+
+@pytest.mark.parametrize(("end", "code"), [pytest.param("0", 0, marks=pytest.mark.slow), ("2", 2)])
+def test_ranks_are_started_and_their_end_is_the_launchers(tmp_path: Path, end: str, code: int) -> None:
     (tmp_path / "a_rank.py").write_text(RANK)
     program = (
         "import sys; from megatron_peft.cli.launch import start_processes; "
@@ -101,10 +117,9 @@ def test_ranks_are_started_and_their_end_is_one_line(tmp_path: Path, end: str, c
     )
     (tmp_path / "temporary").mkdir()
     environ = {**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}", "TMPDIR": str(tmp_path / "temporary")}
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=environ, capture_output=True, text=True, timeout=seconds(120)
-    )
-    assert (done.returncode, done.stderr) == (code, told)
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=seconds(120))
+    assert (done.returncode, done.stderr) == (code, "")
     assert f"rank 1 of 2 {end} --x" in done.stdout.splitlines()
     assert end != "0" or f"rank 0 of 2 {end} --x" in done.stdout.splitlines()  # else it may have been ended before
     assert not list((tmp_path / "temporary").iterdir())

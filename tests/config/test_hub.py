@@ -1,6 +1,5 @@
 """Names of the Hub stand for folders of its cache; nothing is downloaded where the user is offline."""
 
-import json
 from pathlib import Path
 
 import huggingface_hub
@@ -31,8 +30,8 @@ def cache(tmp_path, monkeypatch) -> Path:
     save_tokenizer(model)
     (model / "model.safetensors").write_bytes(b"")
     data = cached(folder, "datasets--org--data")
-    (data / "train.jsonl").write_text(json.dumps({"text": "the cat"}) + "\n")
-    (data / "test.jsonl").write_text(json.dumps({"text": "sat"}) + "\n")
+    (data / "train.jsonl").write_text('{"text": "the cat"}\n')
+    (data / "test.jsonl").write_text('{"text": "sat"}\n')
     (cached(folder, "models--org--part") / "config.json").write_text("{}")
     return folder
 
@@ -70,10 +69,11 @@ def test_a_local_folder_of_the_name_wins(tmp_path):
     assert kind_of_source("org/model") == "table" and kind_of_source("org/data:train") == "hub"
     (tmp_path / "org" / "corpus.idx").write_bytes(b"")
     assert kind_of_source("org/corpus") == "indexed"
+    for name in ("model", "/a/b", "./a/b", "a/b/c", "org/tokenizer.model", "../model"):
+        assert sources.local_model(name, FLAG) == name, "a path is no name of the Hub"
 
 
 def test_a_file_is_no_name_of_the_hub_and_is_told_what_can_be_read(tmp_path):
-    """A file of another ending, or one that is mistyped, is not looked for on the Hub."""
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "notes").write_text("")
     assert [kind_of_source(path) for path in ("data/a.txt", "data/a.jsonl.gz", "data/notes")] == ["indexed"] * 3
@@ -84,11 +84,6 @@ def test_a_file_is_no_name_of_the_hub_and_is_told_what_can_be_read(tmp_path):
         RecordFiles(["data/nope"], "--train-data-path")
     with pytest.raises(ConfigurationError, match=f"data/a.txt: no file of records; {endings}"):
         PreviewOptions().check_data(DataConfig(train_data_path=("data/a.txt",)))
-
-
-@pytest.mark.parametrize("name", ["model", "/a/b", "./a/b", "a/b/c", "org/tokenizer.model", "../model"])
-def test_paths_are_not_names_of_the_hub(name):
-    assert sources.local_model(name, FLAG) == name
 
 
 def test_the_command_line_takes_names_and_tells_what_is_missing(cache):
@@ -112,7 +107,7 @@ def test_a_data_set_of_the_hub_is_read_by_split(monkeypatch, tmp_path):
         RecordFiles(["org/none"], "--train-data-path")
 
 
-def test_what_is_not_cached_is_downloaded_but_no_code(monkeypatch, tmp_path):
+def test_what_is_not_cached_is_downloaded_but_no_code_and_a_refusal_is_told(monkeypatch, tmp_path):
     asked = []
 
     def download(name, **settings):
@@ -128,12 +123,9 @@ def test_what_is_not_cached_is_downloaded_but_no_code(monkeypatch, tmp_path):
     assert "*.safetensors" in patterns and "pytorch_model*.bin" in patterns
     assert not [pattern for pattern in (*patterns, *sources.DATA_FILES) if pattern.endswith((".py", "*"))]
 
-
-def test_what_the_hub_answers_is_told(monkeypatch):
     def refuse(*_, **__):
         raise PermissionError("401: this one is gated\nmore")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     with pytest.raises(ConfigurationError, match=r"\(PermissionError: 401: this one is gated\)\. .*hf auth login"):
         sources.local_tokenizer("org/gated", "--tokenizer-model")

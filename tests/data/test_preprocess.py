@@ -7,7 +7,7 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from transformers import AutoTokenizer
 
-from megatron_peft.commands.preprocess import main
+from megatron_peft.commands.data import preprocess_data
 from megatron_peft.config import ConfigurationError
 from megatron_peft.data.preprocess import DocumentEncoder, PreprocessSettings, encoded_documents, preprocess
 from tests.data.tiny_tokenizers import save_tokenizer
@@ -103,7 +103,7 @@ NULL = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "99"]
 
 
 def run_tool(path: str, prefix: Path, *more: str) -> int:
-    return main(["--input", path, "--output-prefix", str(prefix), *NULL, *more])
+    return preprocess_data(["--input", path, "--output-prefix", str(prefix), *NULL, *more])
 
 
 def test_the_tool_takes_megatrons_flags_and_patterns(write_lines, tmp_path, capsys):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from megatron_peft.commands import preview as command
+from megatron_peft.commands.data import preview_data
 from megatron_peft.config import DataConfig
 from megatron_peft.config.model import PreviewOptions
 from megatron_peft.data.instruction import InstructionDataset
@@ -158,14 +158,14 @@ def test_a_weighted_blend_is_drawn_by_its_weights_and_has_no_epoch(write_lines):
 def test_what_cannot_be_previewed_is_an_error_with_exit_code_2(tmp_path, monkeypatch, capsys, flags, told):
     monkeypatch.chdir(tmp_path)
     Path("a.jsonl").write_text('{"text": "1"}\n')
-    assert command.main(flags.split()) == 2
+    assert preview_data(flags.split()) == 2
     assert told in capsys.readouterr().err
 
 
 def test_the_flags_of_a_run_are_taken_whatever_its_layout(write_lines, capsys):
     flags = "--tensor-model-parallel-size 2 --peft-method lora --train-iters 5 --lr 1e-3 --global-batch-size 4"
     numbers = "--tokenizer-type NullTokenizer --vocab-size 999 --pretrained-checkpoint nowhere --show-samples 1"
-    assert command.main([*f"{flags} {numbers}".split(), "--train-data-path", write_lines(RECORDS)]) == 0
+    assert preview_data([*f"{flags} {numbers}".split(), "--train-data-path", write_lines(RECORDS)]) == 0
     assert "steps of --global-batch-size 4" in capsys.readouterr().out
 
 

@@ -1,16 +1,54 @@
-"""The commands that the README and the pages show work, in this order, in a fresh folder with an empty HOME."""
+"""The commands that the README and the pages show work, in this order, in a fresh folder with an empty HOME.
+
+A fenced block of `sh` is run, and so are the lines of a `console` block that begin with `$ `. A block of another
+language whose first line is a comment with a file's name, `# run.yaml`, is that file. A block below the comment
+`<!-- not run: REASON -->` is neither.
+"""
 
 import os
+import re
 import resource
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
-from tests.docs.page_commands import blocks_of
 from tests.time_limits import seconds
+
+FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
+NOT_RUN = re.compile(r"<!-- not run: ([^>]+) -->\s*\Z")
+FILE = re.compile(r"\A# ([\w-]+\.\w+)\n")
+
+
+class Block(NamedTuple):
+    """A block of a page that is run or written."""
+
+    place: str  # `README.md, line 7`
+    text: str  # commands for a shell, or the contents of the file
+    file: str = ""  # its name; empty for commands
+    not_run: str = ""  # why it is left alone; empty otherwise
+
+
+def blocks_of(page: Path, name: str) -> Iterator[Block]:
+    """The blocks of a page that are commands or files, also those that are not to be run."""
+    text = page.read_text(encoding="utf-8")
+    for found in FENCE.finditer(text):
+        language, content = found.groups()
+        place = f"{name}, line {text.count(chr(10), 0, found.start()) + 1}"
+        reason, file = NOT_RUN.search(text, 0, found.start()), FILE.match(content)
+        not_run = reason.group(1) if reason else ""
+        if language == "sh":
+            yield Block(place, content, not_run=not_run)
+        elif language == "console":
+            typed = [line.removeprefix("$ ") for line in content.splitlines() if line.startswith("$ ")]
+            yield Block(place, "\n".join(typed) + "\n", not_run=not_run)
+        elif file:
+            yield Block(place, content, file.group(1), not_run)
+
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -24,12 +62,8 @@ KEPT_VARIABLES = ("PATH", "LANG", "TMPDIR", "SSL_", "REQUESTS_", "PIP_", "UV_", 
 def clone(tmp_path_factory) -> Path:
     """The files of this tree as a fresh clone has them, with the environment that `make install` would make."""
     folder = tmp_path_factory.mktemp("clone") / "megatron-peft"
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    words = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    listed = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:
         pytest.skip("this tree is no clone, so its files are not known")
     for name in filter(None, listed.stdout.split("\0")):
@@ -104,16 +138,12 @@ $ echo b
 
 def test_commands_and_files_of_a_page_are_found(tmp_path: Path) -> None:
     (tmp_path / "page.md").write_text(PAGE)
-    found = list(blocks_of(tmp_path / "page.md", "page.md"))
-    assert [block.text for block in found] == [
-        "make install\n",
-        "# run.yaml\nlr: 1\n",
-        "sbatch x\n",
-        "echo a\necho b\n",
+    assert [*blocks_of(tmp_path / "page.md", "page.md")] == [
+        Block("page.md, line 2", "make install\n"),
+        Block("page.md, line 6", "# run.yaml\nlr: 1\n", file="run.yaml"),
+        Block("page.md, line 16", "sbatch x\n", not_run="it needs a cluster"),
+        Block("page.md, line 20", "echo a\necho b\n"),
     ]
-    assert [block.file for block in found] == ["", "run.yaml", "", ""]
-    assert [block.not_run for block in found] == ["", "", "it needs a cluster", ""]
-    assert [block.place for block in found][:2] == ["page.md, line 2", "page.md, line 6"]
 
 
 def test_the_first_screen_has_commands() -> None:

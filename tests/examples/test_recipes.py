@@ -48,14 +48,9 @@ def parse(name: str) -> RunConfig:
     file = FOLDER / f"{name}.yaml"
     ranks = re.search(r"^(?:# ranks|nproc-per-node): (\d+)$", file.read_text(), re.MULTILINE)
     assert ranks, "a recipe says how many ranks it is for"
-    paths = [
-        f"--config={file}",
-        f"--pretrained-checkpoint={CONFIGURATIONS / name}",
-        "--train-data-path=train.jsonl",
-        "--save=runs/x",
-    ]
-    environment = {"WORLD_SIZE": ranks[1], "RANK": "0"}
-    return read_config(paths, environment, read_shape)
+    model, data = f"--pretrained-checkpoint={CONFIGURATIONS / name}", "--train-data-path=train.jsonl"
+    words = [f"--config={file}", model, data, "--save=runs/x"]
+    return read_config(words, {"WORLD_SIZE": ranks[1], "RANK": "0"}, read_shape)
 
 
 @contextmanager
@@ -82,19 +77,19 @@ def test_every_recipe_is_checked() -> None:
 
 
 @pytest.mark.parametrize(("name", "num_parameters"), MODELS.items())
-def test_configuration_is_that_of_the_model_by_its_number_of_parameters(name, num_parameters):
+def test_recipe_fits_its_model_and_its_row_of_the_readme(name, num_parameters):
+    """The model's configuration is known by its number of parameters; the plan in the recipe's head is of its flags."""
     tensors = expected_tensors(rules_for(read_shape(CONFIGURATIONS / name)))
     assert sum(map(math.prod, tensors.values())) == num_parameters
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_recipe_fits_its_model_and_its_row_of_the_readme(name):
     config = parse(name)
     tp, pp = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
     dp = config.parallel.data_parallel_size
     row = next(line for line in (FOLDER.parent / "README.md").read_text().splitlines() if f"`{name}.yaml`" in line)
     assert row.split("|")[3].strip() == f"{tp} x {pp} x {dp}"
     assert config.training.global_batch_size % (config.training.micro_batch_size * dp) == 0
+    assert pp == 1 or config.data.pad_to_seq_length, "stages exchange messages of a known size"
+    found = recipe_plans.stated(name)
+    assert found is not None and found[1] == recipe_plans.digest(name), "make recipe-plans writes it anew"
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -110,12 +105,6 @@ def test_recipe_adapts_the_last_stage_of_its_model(name, monkeypatch):
     assert len(targets) == 4 * len(names) and all(target.module.adapter is not None for target in targets)
     tp = config.parallel.tensor_model_parallel_size
     assert targets[-1].module.weight.shape == (shape.hidden_size, shape.ffn_hidden_size // tp)
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_the_plan_in_a_recipes_head_is_of_its_flags_and_of_its_model(name):
-    found = recipe_plans.stated(name)
-    assert found is not None and found[1] == recipe_plans.digest(name), "make recipe-plans writes it anew"
 
 
 @pytest.mark.slow
@@ -145,9 +134,3 @@ def test_the_stages_of_the_largest_model_are_even_and_nothing_is_recomputed(monk
         held = [len(stage) for stage in layers_by_stage(chunks[0].config)]
     assert held == [7, *[8] * 14, 7] and len(chunks) == 8
     assert not config.model.transformer.get("recompute_granularity")
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_stages_exchange_messages_of_a_known_size(name):
-    config = parse(name)
-    assert config.parallel.pipeline_model_parallel_size == 1 or config.data.pad_to_seq_length

@@ -1,10 +1,15 @@
-"""examples/finetune.sbatch, run by bash with stand-ins for SLURM's commands and python; tests/slurm has a real one."""
+"""examples/finetune.sbatch, run by bash with stand-ins for SLURM's commands and python; tests/slurm has a real one.
+
+What is not Python is linted by shellcheck and hadolint, wheels of the lint extra; without them these tests skip.
+"""
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +22,22 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "finetune.sbatch"
 
 STAND_INS = Path(__file__).parent / "stand_ins"  # they write down in $RECORD what happened
+
+
+SHELL_FILES = [*(ROOT / "examples").glob("*.sh"), *(ROOT / "examples").glob("*.sbatch"), ROOT / ".ci" / "run"]
+SHELL_FILES += [ROOT / "tools" / name for name in ("image.sh", "lock.sh")]
+SHELL_FILES += [STAND_INS / name for name in ("scancel", "scontrol", "srun")]
+COMMANDS = [*(["shellcheck", "--external-sources", str(path)] for path in SHELL_FILES)]
+COMMANDS.append(["hadolint", str(ROOT / "Dockerfile")])
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: Path(command[-1]).name)
+def test_linters_of_what_is_not_python_find_nothing(command: list[str]) -> None:
+    program = shutil.which(command[0], path=sysconfig.get_path("scripts")) or shutil.which(command[0])
+    if program is None:
+        pytest.skip(f"{command[0]} is not installed (make lint)")
+    done = subprocess.run([program, *command[1:]], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout
 
 
 @pytest.fixture
@@ -54,15 +75,15 @@ def running(record: Path) -> Iterator[subprocess.Popen[str]]:
         os.kill(int((record / "pid").read_text()), signal.SIGKILL)
 
 
-def finished(record: Path, *flags: str, step_code: int = 0) -> list[str]:
+def finished(record: Path, *flags: str, step_code: int = 0, **others: str) -> list[str]:
     """What a job whose step ends with `step_code` was called with. It must not be queued again."""
-    assert start(record, *flags, step_code=step_code).wait(timeout=seconds(60)) == step_code
+    assert start(record, *flags, step_code=step_code, **others).wait(timeout=seconds(60)) == step_code
     assert not (record / "scontrol").exists()
     return (record / "arguments").read_text().split("\n")
 
 
-def test_recipe_and_flags_reach_the_run(record: Path) -> None:
-    arguments = finished(record, "--lr", "1e-3")
+def test_recipe_and_flags_reach_the_run_and_wrong_flags_fail_the_job_at_once(record: Path) -> None:
+    arguments = finished(record, "--lr", "1e-3", step_code=2)
     program = arguments[arguments.index("pretrain_peft.py") :]
     assert program[program.index("--config") + 1] == "recipe.yaml" and program[-2:] == ["--lr", "1e-3"]
     assert arguments[arguments.index("--rdzv-endpoint") + 1].startswith("n1:")
@@ -71,14 +92,9 @@ def test_recipe_and_flags_reach_the_run(record: Path) -> None:
 
 @pytest.mark.parametrize("given", [None, "backend:native"])
 def test_ranks_allocate_in_segments_that_grow_unless_told_otherwise(record: Path, given: str | None) -> None:
-    others = {} if given is None else {"PYTORCH_CUDA_ALLOC_CONF": given}
-    assert start(record, step_code=0, **others).wait(timeout=seconds(60)) == 0
+    finished(record, **({} if given is None else {"PYTORCH_CUDA_ALLOC_CONF": given}))
     environment = (record / "environment").read_text().splitlines()
     assert f"PYTORCH_CUDA_ALLOC_CONF={given or 'expandable_segments:True'}" in environment
-
-
-def test_wrong_flags_fail_the_job_at_once(record: Path) -> None:
-    finished(record, step_code=2)
 
 
 def requeues(record: Path, restarts: int, **others: str) -> int:

@@ -1,6 +1,6 @@
 """Products by oneDNN and by torch are equal; freed memory stays or returns, as the first call decides."""
 
-import subprocess
+import resource
 import sys
 
 import pytest
@@ -13,6 +13,7 @@ from megatron_peft.rehearsal.program import Computation, Product
 from megatron_peft.rehearsal.recorder import Recorder
 from megatron_peft.runtime import cpu_kernels
 from megatron_peft.runtime.cpu_kernels import add_linear, linear, linear_plus, outer_sum
+from tests.ranks import run_ranks
 
 S, BATCH, IN, OUT, RANK = 5, 3, 24, 40, 2
 KINDS = ["onednn", "torch", torch.float64, torch.bfloat16]
@@ -70,16 +71,13 @@ def test_tokens_in_the_order_of_samples_are_one_product():
     assert work == Computation({Product("mm", 1, S, OUT, IN, "bfloat16"): 1}, num_kernels=1)
 
 
-def test_two_products_are_added_up(dtype):
+def test_two_products_are_added_up_and_one_in_place(dtype):
     shapes = ((S, BATCH, IN), (OUT, IN), (S, BATCH, RANK), (OUT, RANK), (OUT,))
     x, weight, u, narrow, bias = (draw(*shape).to(dtype) for shape in shapes)
     expected = x.double() @ weight.double().t() + u.double() @ narrow.double().t()
     close(linear_plus(x, weight, u, narrow), expected)
     close(linear_plus(x, weight, u, narrow, bias), expected + bias.double())
-
-
-def test_a_product_is_added_in_place(dtype):
-    y, x, weight = draw(S, BATCH, OUT).to(dtype), draw(S, BATCH, IN).to(dtype), draw(OUT, IN).to(dtype)
+    y = draw(S, BATCH, OUT).to(dtype)
     expected = y.double() + x.double() @ weight.double().t()
     assert add_linear(y, x, weight) is y
     close(y, expected)
@@ -104,26 +102,22 @@ CALLS = {  # -> whether a second step pays for its pages again
     "give_back_freed_memory()": True,
     "give_back_freed_memory(); keep_freed_memory()": True,
 }
-# Each in a process of its own, which has imported torch already. A step is 64 blocks of 4 MiB.
-SCRIPT = f"""
-import os, resource, torch
-from megatron_peft.runtime.cpu_kernels import give_back_freed_memory, keep_freed_memory
-for calls in {[*CALLS]}:
-    if os.fork():
-        os.wait()
-        continue
-    exec(calls)
+
+
+def new_pages(calls: str) -> list[int]:
+    """Of two steps of a new process, each 64 blocks of 4 MiB."""
+    exec(calls, vars(cpu_kernels))
+    found = []
     for _ in range(2):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        a = [torch.ones(2**20) for _ in range(64)]; del a
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before, flush=True)
-    os._exit(0)
-"""
+        blocks = [torch.ones(2**20) for _ in range(64)]
+        del blocks
+        found.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    return found
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's")
-def test_a_second_step_faults_pages_in_only_if_they_were_returned() -> None:
-    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
-    new_pages = list(map(int, done.stdout.split()))
-    assert min(new_pages[::2]) >= PAGES
-    assert [second > PAGES // 2 for second in new_pages[1::2]] == list(CALLS.values()), new_pages
+@pytest.mark.parametrize(("calls", "pays_again"), CALLS.items())
+def test_a_second_step_faults_pages_in_only_if_they_were_returned(calls: str, pays_again: bool) -> None:
+    [(first, second)] = run_ranks(1, new_pages, calls)
+    assert first >= PAGES and (second > PAGES // 2) is pays_again, (first, second)

@@ -7,6 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from multiprocessing.connection import wait
 from typing import NamedTuple
 
 import pytest
@@ -25,32 +28,61 @@ from tests.ranks import Ranks, RanksFailed, run_ranks
 from tests.time_limits import seconds
 
 WRONG, LOST = ConfigurationError("--lr is wrong."), RuntimeError("lost")
-# What is raised on which ranks of how many.
+
+
+def _interrupt() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's job in the background ignores
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def _fail_and_be_signalled() -> None:
+    def told(message: str) -> None:
+        print(message, flush=True)
+        os.kill(os.getpid(), signal.SIGTERM)  # as torchrun does to the ranks that are left
+
+    failure.print_failure = told
+    _ = 1 // 0
+
+
+class Case(NamedTuple):
+    """What is raised or done on which ranks of how many, and what becomes of it."""
+
+    does: Exception | Callable[[], None] | None
+    failing: list[int]
+    size: int
+    exit_code: int
+    told: str
+
+
 CASES = {
-    "configuration on one": (WRONG, [2], 3),
-    "configuration on all": (WRONG, [0, 1], 2),
-    "error on one": (LOST, [1], 2),
-    "error on the first": (LOST, [0], 2),
-    "not finite": (NonFiniteError("iteration 3: the loss is NaN."), [0, 1], 2),
-    "no error": (None, [], 2),
+    "configuration on one": Case(WRONG, [2], 3, 2, "program: error: --lr is wrong."),
+    "error on one": Case(LOST, [1], 2, 1, "program: rank 1 failed:"),
+    "error on the first": Case(LOST, [0], 2, 1, "program: rank 0 failed:"),
+    "on all": Case(NonFiniteError("iteration 3: NaN."), [0, 1], 2, 1, "program: error: iteration 3: NaN."),
+    "an interrupt": Case(_interrupt, [0], 1, 130, "program: interrupted"),
+    "a launcher's signal": Case(_fail_and_be_signalled, [0], 1, 1, "program: rank 0 failed:"),
+    "no error": Case(None, [], 2, 0, "ended well"),
 }
 
 
-def _program(error: Exception | None, failing: list[int]) -> None:
+def _program(case: Case) -> None:
     """The ranks that do not fail wait in a collective, as in a step."""
     rank = dist.get_rank()
-    if error is None:
+    if case.does is None:
         time.sleep(0.7 * rank)  # longer than the others poll the store
-    elif rank in failing:
-        print(f"raised at {time.time()}", flush=True)
-        raise error
-    else:
+    elif rank not in case.failing:
         dist.all_reduce(torch.zeros(1))
+    elif isinstance(case.does, Exception):
+        print(f"raised at {time.time()}", flush=True)
+        raise case.does
+    else:
+        case.does()
 
 
 def _rank(case: str) -> None:
     dist.init_process_group("gloo")
-    run_together(lambda: _program(*CASES[case][:2]), "program")
+    with ends_before_training(True):
+        run_together(lambda: _program(CASES[case]), "program")
     dist.destroy_process_group()
     print("ended well", flush=True)
 
@@ -63,47 +95,48 @@ class Outcome(NamedTuple):
 
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, Outcome]:
-    found = {}
-    for case, (_, _, size) in CASES.items():
-        with Ranks(size, _rank, case) as ranks:
-            for process in ranks.processes:  # none is ended from outside
-                process.join(seconds(120))
-            assert None not in ranks.exit_codes, f"{case}: a rank never ended"
-            found[case] = Outcome(ranks.exit_codes, "".join(map(ranks.output, range(size))), time.time())
-    return found
+    """Of all cases, which run side by side; no rank is ended from outside."""
+    with ExitStack() as stack:
+        worlds = {case: stack.enter_context(Ranks(CASES[case].size, _rank, case)) for case in CASES}
+        running = {process.sentinel: case for case, ranks in worlds.items() for process in ranks.processes}
+        ended_at, give_up = {}, time.monotonic() + seconds(120)
+        while running:
+            ended = wait([*running], timeout=max(give_up - time.monotonic(), 0))
+            assert ended, f"ranks never ended: {[*running.values()]}"
+            ended_at |= {running.pop(sentinel): time.time() for sentinel in ended}
+        outputs = {case: "".join(map(ranks.output, range(len(ranks.processes)))) for case, ranks in worlds.items()}
+        return {case: Outcome(worlds[case].exit_codes, outputs[case], ended_at[case]) for case in CASES}
 
 
-@pytest.mark.parametrize(
-    ("case", "exit_code", "told"),
-    [
-        ("configuration on one", 2, "program: error: --lr is wrong."),
-        ("configuration on all", 2, "program: error: --lr is wrong."),
-        ("not finite", 1, "program: error: iteration 3: the loss is NaN."),
-        ("error on one", 1, "program: rank 1 failed:"),
-        ("error on the first", 1, "program: rank 0 failed:"),
-    ],
-)
-def test_all_ranks_end_with_one_exit_code_and_one_message(outcomes, case, exit_code, told):
-    found = outcomes[case]
-    assert found.exit_codes == [exit_code] * CASES[case][2], found.output
-    assert found.output.count(told) == 1, found.output
-    is_told_with_its_place = case.startswith("error")  # other messages are enough
-    assert found.output.count("Traceback") == found.output.count("RuntimeError: lost") == is_told_with_its_place
+@pytest.mark.parametrize("case", CASES)
+def test_all_ranks_end_with_one_exit_code_and_one_message(outcomes, case):
+    found, (_, _, size, exit_code, told) = outcomes[case], CASES[case]
+    assert found.exit_codes == [exit_code] * size, found.output
+    assert found.output.count(told) == (1 if exit_code else size), found.output
+    is_told_with_its_place = told.endswith("failed:")  # other messages are enough
+    assert found.output.count("Traceback") == is_told_with_its_place
+    assert found.output.count("RuntimeError: lost") == case.startswith("error"), found.output
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case != "no error"])
-def test_no_rank_waits_for_a_timeout(outcomes, case):
-    raised_at = [float(text) for text in re.findall(r"raised at ([\d.]+)", outcomes[case].output)]
-    assert outcomes[case].ended_at - max(raised_at) < seconds(LEAVE_TIMEOUT_SECONDS)
+def test_no_rank_waits_for_a_timeout(outcomes):
+    for case, found in outcomes.items():
+        raised_at = [float(text) for text in re.findall(r"raised at ([\d.]+)", found.output)]
+        assert not raised_at or found.ended_at - max(raised_at) < seconds(LEAVE_TIMEOUT_SECONDS), case
 
 
-def test_without_a_failure_nothing_is_printed(outcomes):
-    assert (outcomes["no error"].exit_codes, outcomes["no error"].output) == ([0, 0], "ended well\n" * 2)
+def test_an_interrupt_and_the_end_of_a_run_are_a_line(outcomes):
+    assert outcomes["an interrupt"].output == "program: interrupted\n"
+    assert outcomes["no error"].output == "ended well\n" * 2
+
+
+def test_the_cause_is_the_last_line_of_a_rank_that_its_launcher_ends(outcomes):
+    told = outcomes["a launcher's signal"].output
+    assert told.strip().endswith("ZeroDivisionError: integer division or modulo by zero") and "SIGTERM" not in told
 
 
 # `megatron-peft train`, up to its first collective. torch reads the variable as it is imported: not before main.
 LEFT_BEHIND = """
-import types
+import sys, types
 from megatron_peft.commands import train
 
 def step(*_):
@@ -111,77 +144,36 @@ def step(*_):
     dist.barrier()  # both have opened the store
     dist.all_reduce(torch.zeros(1))
 
-def config(*_):
-    from megatron_peft.training import run
-    run.finetune = step
-    world = {"distributed_backend": "gloo", "distributed_timeout_minutes": 1}
-    of = types.SimpleNamespace
-    return of(parallel=of(**world), training=of(exit_signal_handler=True), checkpoint=of(save=None))
-
-flags = types.SimpleNamespace(values={"program": {}}, launch={}, config=config, program="p", command_line=[])
+of = types.SimpleNamespace
+sys.modules["megatron_peft.training.run"] = of(finetune=step)
+world = of(distributed_backend="gloo", distributed_timeout_minutes=1)
+config = of(parallel=world, training=of(exit_signal_handler=True), checkpoint=of(save=None))
 train.run_file = lambda *_: ""
-train.run(flags)
+train.run(of(values={"program": {}}, launch={}, config=lambda *_: config, program="p", command_line=[]))
 """
-# The one that is killed needs no more of it than its place in the world.
-KILLED = """
-import os, signal
-import torch, torch.distributed as dist
-dist.init_process_group("gloo")
-dist.barrier()
-os.kill(os.getpid(), signal.SIGKILL)
-"""
+
+
+def _killed(meeting: dict[str, str]) -> None:
+    """Its place in the world is all that is needed of the one that is killed."""
+    os.environ.update(meeting)
+    dist.init_process_group("gloo")
+    dist.barrier()
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_rank_that_is_killed_is_one_line_on_the_others() -> None:
     """The first hosts the store: what the others want to tell one another has nowhere to go."""
-    meeting = {
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "localhost",
-        "MASTER_PORT": str(free_port()),
-        "PYTHONWARNINGS": "ignore",
-    }
+    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
     plain = {name: value for name, value in os.environ.items() if name != "TORCH_CPP_LOG_LEVEL"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", program], env={**plain, **meeting, "RANK": rank, "LOCAL_RANK": rank}, **pipes
-        )
-        for rank, program in (("0", KILLED), ("1", LEFT_BEHIND))
-    ]
-    lines = [rank.communicate(timeout=seconds(120))[0] for rank in ranks][1].splitlines()
+    environment = {**plain, **meeting, "PYTHONWARNINGS": "ignore", "RANK": "1", "LOCAL_RANK": "1"}
+    command = [sys.executable, "-c", LEFT_BEHIND]
+    with Ranks(1, _killed, meeting) as first:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds(120))
+        assert first.exit_codes == [-signal.SIGKILL] and done.returncode == 1
+    lines = f"{done.stdout}{done.stderr}".splitlines()
     told = [line for line in lines if "No CUDA runtime is found" not in line]  # of torch's CUDA build without a GPU
-    assert [rank.returncode for rank in ranks] == [-signal.SIGKILL, 1] and len(told) == 1, told
+    assert len(told) == 1, told
     assert re.search("rank 1 lost its connection to another rank|rank 0 is gone", told[0])
-
-
-def _interrupted(_: None) -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's job in the background ignores
-    dist.init_process_group("gloo")
-    run_together(lambda: os.kill(os.getpid(), signal.SIGINT), "program")
-
-
-def test_an_interrupt_is_one_line() -> None:
-    with Ranks(1, _interrupted) as ranks:
-        ranks.processes[0].join(seconds(60))
-        assert (ranks.exit_codes, ranks.output(0)) == ([130], "program: interrupted\n")
-
-
-def _signalled_as_it_fails(_: None) -> None:
-    def told(message: str) -> None:
-        print(message, flush=True)
-        os.kill(os.getpid(), signal.SIGTERM)  # as torchrun does to the ranks that are left
-
-    failure.print_failure = told
-    dist.init_process_group("gloo")
-    with ends_before_training(True):
-        run_together(lambda: 1 // 0, "program")
-
-
-def test_the_cause_is_the_last_line_of_a_rank_that_its_launcher_ends() -> None:
-    with Ranks(1, _signalled_as_it_fails) as ranks:
-        ranks.processes[0].join(seconds(60))
-        assert ranks.exit_codes == [1] and "SIGTERM" not in ranks.output(0)
-        assert ranks.output(0).strip().endswith("ZeroDivisionError: integer division or modulo by zero")
 
 
 def test_results_come_by_rank() -> None:

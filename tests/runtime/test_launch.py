@@ -57,21 +57,15 @@ def test_groups_of_a_world_that_is_bound_to_a_device_connect_when_they_are_used(
         everyone: Any = dist.group.WORLD
         everyone.bound_device_id = device = torch.device("cuda", 3)
         start_model_parallel(ParallelConfig(), seed=1)
-        groups: Any = [
-            parallel_state.get_tensor_model_parallel_group(),
-            parallel_state.get_pipeline_model_parallel_group(),
-        ]
-        assert [group.bound_device_id for group in groups] == [None, None] and everyone.bound_device_id == device
+        group: Any = parallel_state.get_tensor_model_parallel_group()
+        assert group.bound_device_id is None and everyone.bound_device_id == device
 
 
 def checks_of_a_rank(_: None) -> dict[str, Any]:
     start_world()
-    found = {
-        "result": checked_together(dist.get_rank),
-        "one": _told("rank 1 lacks a file." if dist.get_rank() == 1 else ""),
-        "same": _told("no such folder."),
-        "different": _told(f"rank {dist.get_rank()} lacks a file."),
-    }
+    complaints = {"one": "rank 1 lacks a file." * dist.get_rank(), "same": "no such folder."}
+    complaints["different"] = f"rank {dist.get_rank()} lacks a file."
+    found = {"result": checked_together(dist.get_rank), **{case: _told(it) for case, it in complaints.items()}}
     start_model_parallel(ParallelConfig(tensor_model_parallel_size=2, world_size=2), seed=1)
     found["common"] = torch.rand(2).tolist()
     with tensor_parallel.get_cuda_rng_tracker().fork():
@@ -89,11 +83,6 @@ def _told(complaint: str) -> str:
     with pytest.raises(ConfigurationError) as error:
         checked_together(check)
     return str(error.value)
-
-
-@pytest.fixture(scope="module")
-def on_two_ranks():
-    return run_ranks(2, checks_of_a_rank)
 
 
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -166,26 +155,17 @@ def test_the_generators_follow_the_runs_seed():
     assert draws[0] == draws[1] != draws[2]
 
 
-def test_tensor_parallel_ranks_share_one_generator_and_have_one_each(on_two_ranks):
-    first, second = on_two_ranks
+def test_two_ranks_have_a_common_generator_and_their_own_and_share_failed_checks():
+    first, second = run_ranks(2, checks_of_a_rank)
     assert first["common"] == second["common"]
     assert len({tuple(draw) for draw in (first["own"], second["own"], first["common"])}) == 3
-
-
-def test_a_check_that_passes_returns_each_ranks_own_result(on_two_ranks):
-    assert [found["result"] for found in on_two_ranks] == [0, 1]
-
-
-@pytest.mark.parametrize(
-    "case, message",
-    [
+    assert (first["result"], second["result"]) == (0, 1), "a check that passes returns each rank's own result"
+    for case, message in (
         ("one", "rank 1 lacks a file."),
         ("same", "no such folder."),
         ("different", "rank 0 lacks a file.\nrank 1 lacks a file."),
-    ],
-)
-def test_a_check_that_fails_anywhere_fails_everywhere_with_one_message(on_two_ranks, case, message):
-    assert [found[case] for found in on_two_ranks] == [message, message]
+    ):
+        assert (first[case], second[case]) == (message, message), "one message everywhere"
 
 
 def test_other_errors_of_a_check_are_not_swallowed():

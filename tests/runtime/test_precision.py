@@ -62,18 +62,21 @@ def test_settings_hold_inside_and_are_given_back(program: str) -> None:
     assert settings() == before
 
 
-def test_settings_are_given_back_after_an_error() -> None:
+def test_settings_hold_in_backward_and_are_given_back_after_an_error() -> None:
+    seen, x = [], torch.ones(2, requires_grad=True)
+    x.register_hook(lambda grad: seen.append(settings()))
     torch.set_float32_matmul_precision("high")
     before = settings()
 
     @full_precision
     def fails() -> None:
         assert_full_precision()
+        x.sum().backward()
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         fails()
-    assert settings() == before
+    assert settings() == before and [for_all for for_all, *_ in seen] == ["highest"]
 
 
 def test_the_last_of_two_threads_gives_them_back() -> None:
@@ -95,23 +98,10 @@ def test_the_last_of_two_threads_gives_them_back() -> None:
     assert settings() == before
 
 
-def test_backward_within_it_runs_in_full_precision() -> None:
-    seen = []
-    x = torch.ones(2, requires_grad=True)
-    x.register_hook(lambda grad: seen.append(settings()))
-    torch.set_float32_matmul_precision("high")
-    with full_precision:
-        x.sum().backward()
-    assert [for_all for for_all, *_ in seen] == ["highest"]
-
-
 def test_what_container_images_set_is_overruled() -> None:
-    program = (
-        "import torch; from megatron_peft.runtime.precision import full_precision as full\n"
-        "matmul = torch.backends.cuda.matmul; print(matmul.allow_tf32)\n"
-        "with full: print(matmul.allow_tf32)\n"
-        "print(matmul.allow_tf32)"
-    )
+    program = "import torch; from megatron_peft.runtime.precision import full_precision as full\n"
+    program += "matmul = torch.backends.cuda.matmul; print(matmul.allow_tf32)\n"
+    program += "with full: print(matmul.allow_tf32)\nprint(matmul.allow_tf32)"
     environment = {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["True", "False", "True"]

@@ -16,8 +16,10 @@ import socket
 import subprocess
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
+from megatron_peft.runtime.ranks import free_port
 from tests.time_limits import seconds, wait_until
 
 SET_PARENT_DEATH_SIGNAL = 1  # of prctl
@@ -64,19 +66,7 @@ PartitionName=high Nodes=n1,n2 Default=NO MaxTime=INFINITE State=UP PriorityTier
 
 
 def missing_programs() -> list[str]:
-    """Of SLURM's, those that are not installed."""
     return [name for name in PROGRAMS if shutil.which(name) is None]
-
-
-def free_ports(number: int) -> list[int]:
-    """TCP ports that are free now."""
-    sockets = [socket.socket() for _ in range(number)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
 
 
 def _end_with_parent() -> None:
@@ -92,11 +82,10 @@ class Cluster:
         self._pending_since: dict[str, float] = {}
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
         host, cpus = socket.gethostname().split(".")[0], os.cpu_count() or 1
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "state").mkdir()
-        (folder / "run").mkdir()
-        configuration = folder / "slurm.conf"
-        configuration.write_text(CONFIGURATION.format(folder=folder, host=host, cpus=cpus, ports=free_ports(3)))
+        for name in ("state", "run"):
+            (folder / name).mkdir(parents=True)
+        configuration, ports = folder / "slurm.conf", [free_port() for _ in range(3)]
+        configuration.write_text(CONFIGURATION.format(folder=folder, host=host, cpus=cpus, ports=ports))
         (folder / "slurm.key").write_bytes(secrets.token_bytes(1024))
         (folder / "slurm.key").chmod(0o600)
         (folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
@@ -131,21 +120,14 @@ class Cluster:
         if name != "slurmctld":
             of_its_own = self._inside()
         with (self.folder / f"{name}.out").open("ab") as output:
-            self.daemons[name] = subprocess.Popen(
-                [*of_its_own, *command],
-                env=self.environment,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
-                preexec_fn=_end_with_parent,
-            )
+            to_file = {"env": self.environment, "stdout": output, "stderr": output, "start_new_session": True}
+            self.daemons[name] = subprocess.Popen([*of_its_own, *command], preexec_fn=_end_with_parent, **to_file)
 
     def _inside(self) -> list[str]:
         """What starts a command where /run is the cluster's own."""
         return ["nsenter", f"--mount=/proc/{self.daemons['slurmctld'].pid}/ns/mnt"]
 
     def start_node(self, node: str) -> None:
-        """As when it has booted."""
         self._start(node, "slurmd", "-D", "-N", node)
 
     def kill_node(self, node: str) -> None:
@@ -155,36 +137,27 @@ class Cluster:
             daemon.kill()
             daemon.wait()
         for number in self._processes(node):
-            try:
+            with suppress(ProcessLookupError):
                 os.kill(number, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
 
     def _processes(self, node: str) -> list[int]:
         """What steps have started there, which its environment tells, and the shepherds of these steps."""
         ours = {f"SLURM_CONF={self.environment['SLURM_CONF']}".encode(), f"SLURMD_NODENAME={node}".encode()}
         found: set[int] = set()
         for folder in Path("/proc").glob("[0-9]*"):
-            try:
+            with suppress(OSError):  # it has ended meanwhile
                 environment = {*(folder / "environ").read_bytes().split(b"\0")}
                 parent = Path("/proc", (folder / "stat").read_text().rpartition(")")[2].split()[1])
                 if ours <= environment:
                     found.add(int(folder.name))
                     if (parent / "cmdline").read_bytes().startswith(b"slurmstepd"):
                         found.add(int(parent.name))
-            except OSError:  # it has ended meanwhile
-                continue
         return sorted(found)
 
     def run(self, *command: str, check: bool = True, **environment: str) -> str:
         """What one of SLURM's programs printed."""
-        done = subprocess.run(
-            [*self._inside(), *command],
-            env={**self.environment, **environment},
-            capture_output=True,
-            text=True,
-            timeout=seconds(60),
-        )
+        words, variables = [*self._inside(), *command], {**self.environment, **environment}
+        done = subprocess.run(words, env=variables, capture_output=True, text=True, timeout=seconds(60))
         assert not check or done.returncode == 0, f"{' '.join(command)}: {done.stdout}{done.stderr}"
         return done.stdout.strip()
 
@@ -202,7 +175,6 @@ class Cluster:
         return dict(word.split("=", 1) for word in text.split() if "=" in word)
 
     def state(self, job: int | str) -> str:
-        """PENDING, RUNNING, COMPLETED, ..."""
         return self.job(job).get("JobState", "UNKNOWN")
 
     def restarts(self, job: int | str) -> int:

@@ -8,7 +8,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -33,20 +34,10 @@ SAME = ("iteration", "loss", "grad_norm", "learning_rate", "consumed_samples", "
 # Instead of the script's own: these nodes have no GPUs.
 OPTIONS = ["--nodes=2", "--gpus-per-node=0", "--cpus-per-task=1", "--time=30"]
 RECIPE = {
-    "seq-length": 24,
-    "micro-batch-size": 1,
-    "global-batch-size": 2,
-    "tensor-model-parallel-size": 2,
-    "peft-method": "lora",
-    "lora-rank": 4,
-    "lora-dropout": 0.1,
-    "lr": 1e-3,
-    "lr-decay-style": "constant",
-    "log-interval": 1,
-    "save-interval": 5,
-    "keep-last-checkpoints": 2,
-    "distributed-timeout-minutes": 2,
-    "distributed-timeout-seconds-after-init": 60,
+    **{"seq-length": 24, "micro-batch-size": 1, "global-batch-size": 2, "tensor-model-parallel-size": 2},
+    **{"peft-method": "lora", "lora-rank": 4, "lora-dropout": 0.1, "lr": 1e-3, "lr-decay-style": "constant"},
+    **{"log-interval": 1, "save-interval": 5, "keep-last-checkpoints": 2},
+    **{"distributed-timeout-minutes": 2, "distributed-timeout-seconds-after-init": 60},
 }
 
 
@@ -111,13 +102,10 @@ def _site(folder: Path) -> Iterator[Site]:
 def records_of(save: Path) -> list[dict[str, Any]]:
     """What is compared, of metrics.jsonl; the last line may be half written."""
     path = save / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
     found = []
-    for line in lines:
-        try:
+    with suppress(ValueError):
+        for line in path.read_text().splitlines() if path.exists() else []:
             found.append(json.loads(line))
-        except ValueError:
-            break
     return [{name: record[name] for name in SAME if name in record} for record in found]
 
 
@@ -126,30 +114,27 @@ def iteration_of(save: Path) -> int:
     return records[-1]["iteration"] if records else 0
 
 
-def wait_for_iteration(site: Site, job: int, save: Path, iteration: int, limit: float = 180) -> None:
-    """Until the job has got there; a job that waits to be queued again is helped on."""
+def wait_for(site: Site, job: int, condition: Callable[[], bool], limit: float) -> None:
+    """A job that waits to be queued again is helped on, and one that ends first is an error."""
     end = time.monotonic() + seconds(limit)
-    while iteration_of(save) < iteration:
-        state = site.cluster.state(job)
+    while not condition():
+        is_late, state = time.monotonic() > end, site.cluster.state(job)
+        assert not is_late and state not in ENDS, f"{site.cluster.job(job)}\n{site.cluster.output(job)[-3000:]}"
         site.cluster.start_now(job)
-        told = f"job {job} is {state}: {site.cluster.output(job)[-3000:]}"
-        assert state in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED"), told
-        assert time.monotonic() < end, told
         time.sleep(0.1)
+
+
+def wait_for_iteration(site: Site, job: int, save: Path, iteration: int) -> None:
+    wait_for(site, job, lambda: iteration_of(save) >= iteration, 180)
 
 
 def wait_for_restart(site: Site, job: int, number: int, limit: float = 120) -> None:
     """Until it was queued again for the `number`-th time and runs."""
-    end = time.monotonic() + seconds(limit)
-    while site.cluster.restarts(job) < number or site.cluster.state(job) != "RUNNING":
-        assert site.cluster.state(job) not in ENDS, f"{site.cluster.job(job)}\n{site.cluster.output(job)[-3000:]}"
-        site.cluster.start_now(job)
-        assert time.monotonic() < end, f"{site.cluster.job(job)}\n{site.cluster.output(job)[-3000:]}"
-        time.sleep(0.3)
+    cluster = site.cluster
+    wait_for(site, job, lambda: cluster.restarts(job) >= number and cluster.state(job) == "RUNNING", limit)
 
 
 def wait_for_requeue(site: Site, job: int | str, number: int, limit: float = 180) -> None:
-    """Until it is queued again for the `number`-th time."""
     wait_until(lambda: site.cluster.restarts(job) >= number, f"requeue {number} of job {job}", limit)
 
 
@@ -232,11 +217,8 @@ def test_a_time_limit_saves_and_requeues_and_a_cancelled_job_stays_so(site: Site
 
 
 def test_a_run_that_hangs_at_its_time_limit_is_queued_again(site: Site, tmp_path: Path) -> None:
-    job = site.finetune(
-        site.folder / "hung",
-        options=["--time=1", "--signal=B:USR1@10"],
-        PYTHON=program(tmp_path, "trap '' USR1 TERM; while true; do sleep 1; done"),
-    )
+    python = program(tmp_path, "trap '' USR1 TERM; while true; do sleep 1; done")
+    job = site.finetune(site.folder / "hung", options=["--time=1", "--signal=B:USR1@10"], PYTHON=python)
     wait_for_requeue(site, job, 1, 180)
     site.cluster.run("scancel", str(job))
     assert "DUE TO TIME LIMIT" in site.cluster.output(job), site.cluster.output(job)
@@ -262,7 +244,6 @@ def test_requeues_without_progress_are_counted_and_a_wrong_flag_causes_none(site
 
 
 def has_run(runs: Path, method: str) -> bool:
-    """Whether a cell of the method is in the midst of its training."""
     return any(iteration_of(save) > 10 for save in runs.glob(f"*{method}*/checkpoints"))
 
 
@@ -276,21 +257,14 @@ def test_an_array_of_an_experiment_goes_on_after_a_signal_and_a_lost_node(site: 
     cluster, folder = site.cluster, site.folder / "experiment"
     flags = {name: value for name, value in RECIPE.items() if name not in ("lr", "peft-method", "lora-rank")}
     pairs, rates = str(site.folder / "pairs.jsonl"), {"lr": [1e-3, 2e-3]}
+    blocks = {"boft-block-size": 2, "boft-factors": 2}
+    nodes = {"slurm": {"nodes": 2, "time": "20", "cpus-per-task": 1}}
     content = {
         "title": "Two methods",
         "flags": {**flags, "train-iters": 150},
-        "models": {
-            "tiny": {
-                "flags": {"pretrained-checkpoint": str(site.folder / "model")},
-                "processes": 2,
-                "slurm": {"nodes": 2, "time": "20", "cpus-per-task": 1},
-            }
-        },
+        "models": {"tiny": {"flags": {"pretrained-checkpoint": str(site.folder / "model")}, "processes": 2, **nodes}},
         "tasks": {"pairs": {"flags": {"train-data-path": pairs, "valid-data-path": pairs}}},
-        "methods": {
-            "lora": {"grid": rates},
-            "boft": {"flags": {"boft-block-size": 2, "boft-factors": 2}, "grid": rates},
-        },
+        "methods": {"lora": {"grid": rates}, "boft": {"flags": blocks, "grid": rates}},
         "seeds": [1],
         "tuning_seed": 1,
     }
@@ -307,9 +281,7 @@ def test_an_array_of_an_experiment_goes_on_after_a_signal_and_a_lost_node(site: 
     wait_until(lambda: has_run(running, "lora"), "a run", 120)
     cluster.run("scancel", "--batch", "--signal=USR1", first)
     wait_for_requeue(site, first, 1)
-    wait_until(
-        lambda: any(iteration_of(save) > 10 for save in running.glob("*boft*/checkpoints")), "the other task", 180
-    )
+    wait_until(lambda: has_run(running, "boft"), "the other task", 180)
     cluster.kill_node("n2")
     wait_for_requeue(site, second, 1)
     cluster.start_node("n2")

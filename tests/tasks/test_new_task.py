@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_peft.commands.prepare import main
+from megatron_peft.commands.data import prepare_data as main
 from megatron_peft.config import ConfigurationError
 from megatron_peft.evaluation.harness_run import find_tasks
 from megatron_peft.tasks import readers

@@ -244,8 +244,8 @@ BUILT_IN = (
     "megatron_peft.config.methods:FULL",
     "megatron_peft.config.methods.low_rank:LORA",
     "megatron_peft.config.methods.low_rank:LORA_GA",
-    "megatron_peft.config.methods.boft:BOFT",
-    "megatron_peft.config.methods.urnn:URNN",
+    "megatron_peft.config.methods.rotation:BOFT",
+    "megatron_peft.config.methods.rotation:URNN",
     "megatron_peft.config.methods.hybrid:HYBRID",
 )
 

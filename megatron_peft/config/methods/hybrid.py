@@ -6,10 +6,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_peft.config.errors import Requirements, option
 from megatron_peft.config.methods import LinearSizes, Method, ParamGroup
-from megatron_peft.config.methods.boft import BOFT, BoftOptions
 from megatron_peft.config.methods.low_rank import LORA_GA, LoraGaOptions
-from megatron_peft.config.methods.rotation import IS_ROTATION, RotationMethod
-from megatron_peft.config.methods.urnn import URNN, UrnnOptions
+from megatron_peft.config.methods.rotation import BOFT, IS_ROTATION, URNN, BoftOptions, RotationMethod, UrnnOptions
 
 if TYPE_CHECKING:
     from megatron_peft.config.run import RunConfig

