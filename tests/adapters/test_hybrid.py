@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from megatron_peft.adapters.frozen_linear import FrozenLinearCall
-from megatron_peft.adapters.hybrid import Hybrid, update_mixtures
-from megatron_peft.adapters.mixed_linear import frozen_linear_mixed
+from megatron_peft.adapters.hybrid import Hybrid, frozen_linear_mixed, update_mixtures
 from megatron_peft.config import PeftConfig
 from megatron_peft.models.layers import _SwiGLU
 from megatron_peft.parallel.layout import LinearLayout
