@@ -23,31 +23,53 @@ def install(packages: Path) -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join([str(packages), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
 
 
-def layers_of_many_ranks(asked: tuple[Path, dict[str, Any]]) -> dict[str, float]:
-    """Differences of adapted layers at TP2+SP from one rank."""
-    packages, peft = asked
+def see(asked: tuple[Path, dict[str, dict[str, Any]], Path]) -> dict[str, Any]:
+    """How often DoRA computes its norms in a step; bytes that --fit records of what layers share, of a run of VeRA and
+    of LoRA; differences of adapted layers at TP2+SP from one rank."""
+    packages, plug_ins, folder = asked
     install(packages)
+    norms, adapters = norms_of_a_step(plug_ins["dora"], folder)
+    shared = {f"{name}'s bytes": shared_bytes(peft) for name, peft in (("lora", {}), ("vera", plug_ins["vera"]))}
+    return {"norms": norms, "adapters": adapters, **shared, "layers": layers_of_many_ranks(plug_ins)}
+
+
+def layers_of_many_ranks(plug_ins: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
     from megatron_peft.config import LinearSizes, PeftConfig
     from tests.adapters.many_ranks import compare_many_ranks
 
     sizes = {"linear_fc1": LinearSizes("column", 64, 16, 2, 2), "linear_fc2": LinearSizes("row", 16, 32, 2)}
-    return compare_many_ranks((sizes, PeftConfig(**peft), True))
+    return {name: compare_many_ranks((sizes, PeftConfig(**peft), True)) for name, peft in plug_ins.items()}
 
 
-def bytes_that_layers_share(asked: tuple[Path, dict[str, Any]]) -> tuple[int, int]:
-    """What --fit records of them, of a run of the method and of LoRA."""
-    packages, peft = asked
-    install(packages)
+def shared_bytes(peft: dict[str, Any]) -> int:
     from megatron_peft.config import make_run
     from megatron_peft.models.shape import ModelShape
     from megatron_peft.rehearsal.rehearsed_rank import recorded_layers
     from megatron_peft.rehearsal.requests import LayersToRecord
 
     shape = ModelShape("llama", 2, 64, 128, 4, 2, 16, 128, 64)
-    base = {"pretrained_checkpoint": "(none)", "mock_data": True, "seq_length": 16, "train_iters": 1}
-    asked_for = (LayersToRecord.of(make_run(**base, **one), shape) for one in (peft, {"method": "lora"}))
-    own, of_lora = (recorded_layers(one).cached for one in asked_for)
-    return own, of_lora
+    base = {"pretrained_checkpoint": "(none)", "mock_data": True, "seq_length": 16, "train_iters": 1, "method": "lora"}
+    return recorded_layers(LayersToRecord.of(make_run(**base | peft), shape)).cached
+
+
+def norms_of_a_step(peft: dict[str, Any], folder: Path) -> tuple[int, int]:
+    """Of two microbatches, and the number of adapters."""
+    from megatron_peft.training.step import train_step
+    from tests.adapters.dora.adapter import DoraAdapter
+    from tests.one_rank import one_rank
+    from tests.tiny_llama import save_llama, save_pairs
+    from tests.training.layout_runs import Job, build
+
+    base, data = save_llama(folder / "base", num_hidden_layers=1), save_pairs(folder / "pairs.jsonl")
+    computed, plain = [], DoraAdapter.squared_lengths
+    DoraAdapter.squared_lengths = lambda self, weight: computed.append(self) or plain(self, weight)  # type: ignore[method-assign]
+    with one_rank():
+        state, batches = build(Job("job", str(base), str(data), peft=peft, training={"micro_batch_size": 4}).config(1))
+        step = next(iter(batches.train))
+        assert len(step) == 2
+        train_step(state, step)
+    DoraAdapter.squared_lengths = plain  # type: ignore[method-assign]
+    return len(computed), len(set(computed))
 
 
 def certificates(asked: tuple[Path, dict[str, Any]]) -> list[Any]:
@@ -127,24 +149,3 @@ def exported_alone(asked: tuple[Path, dict[str, Any], Path]) -> float:
     flags += ["--pretrained-checkpoint", str(base), "--train-data-path", str(data), "--save", str(folder / "run")]
     assert train.main([*flags, "--peft-target-modules", "linear_proj", "linear_fc2"]) == 0
     return verify(export_adapter(folder / "run", folder / "exported"), folder / "run").logits.absolute
-
-
-def norms_of_a_step(asked: tuple[Path, dict[str, Any], Path]) -> tuple[int, int]:
-    """How often DoRA's adapters compute their norms in a step of two microbatches, and how many adapters there are."""
-    packages, peft, folder = asked
-    install(packages)
-    from megatron_peft.training.step import train_step
-    from tests.adapters.dora.adapter import DoraAdapter
-    from tests.one_rank import one_rank
-    from tests.tiny_llama import save_llama, save_pairs
-    from tests.training.layout_runs import Job, build
-
-    base, data = save_llama(folder / "base", num_hidden_layers=1), save_pairs(folder / "pairs.jsonl")
-    computed, plain = [], DoraAdapter.squared_lengths
-    DoraAdapter.squared_lengths = lambda self, weight: computed.append(self) or plain(self, weight)  # type: ignore[method-assign]
-    with one_rank():
-        state, batches = build(Job("job", str(base), str(data), peft=peft, training={"micro_batch_size": 4}).config(1))
-        step = next(iter(batches.train))
-        assert len(step) == 2
-        train_step(state, step)
-    return len(computed), len(set(computed))

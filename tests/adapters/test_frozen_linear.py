@@ -1,4 +1,4 @@
-"""The fused function on one rank: values and gradients. test_linear.py splits it over two."""
+"""A frozen weight with a low rank beside it, on one rank: values and gradients. test_many_ranks.py splits it."""
 
 import pytest
 import torch
@@ -8,6 +8,7 @@ from megatron_peft.adapters import frozen_linear, low_rank_linear
 from megatron_peft.adapters.frozen_linear import FrozenLinearCall, producer_of, recompute, run_function
 from megatron_peft.adapters.low_rank_linear import frozen_linear_plus_low_rank
 from megatron_peft.adapters.rotated_linear import frozen_linear_rotated, rotates_weight
+from megatron_peft.models.layers import _SwiGLU
 from tests.one_rank import Place
 
 S, BATCH, IN, OUT, RANK, SCALE = 5, 2, 6, 4, 3, 1.7
@@ -27,25 +28,13 @@ def _leaves() -> tuple[Tensor, Tensor, Tensor]:
     return x.requires_grad_(), A.requires_grad_(), B.requires_grad_()
 
 
-def _mask() -> Tensor:
-    return (_tensor(S, BATCH, IN, seed=1) > 0).double() / 0.5
-
-
-@pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("mask", [None, _mask()], ids=["plain", "dropout"])
-def test_forward_is_the_formula(with_bias, mask):
-    x, A, B = _leaves()
-    call = _call(with_bias)
-    bias = call.bias if with_bias else 0.0
-    branch = (x if mask is None else x * mask) @ A.T @ B.T
-    expected = x @ call.weight.T + SCALE * branch + bias
-    torch.testing.assert_close(frozen_linear_plus_low_rank(x, A, B, SCALE, call, mask), expected)
-
-
-@pytest.mark.parametrize("mask", [None, _mask()], ids=["plain", "dropout"])
-def test_gradients_are_those_of_finite_differences(mask):
-    call = _call(with_bias=True)
-    assert torch.autograd.gradcheck(lambda *leaves: frozen_linear_plus_low_rank(*leaves, SCALE, call, mask), _leaves())
+@pytest.mark.parametrize("mask", [None, (_tensor(S, BATCH, IN, seed=1) > 0) / 0.5], ids=["plain", "dropout"])
+def test_it_is_the_formula_and_gradients_are_those_of_finite_differences(mask):
+    (x, A, B), call = _leaves(), _call(with_bias=True)
+    expected = x @ call.weight.T + SCALE * (x if mask is None else x * mask) @ A.T @ B.T
+    found = [frozen_linear_plus_low_rank(x, A, B, SCALE, one, mask) for one in (call, _call(with_bias=False))]
+    torch.testing.assert_close(found, [expected + call.bias, expected])
+    assert torch.autograd.gradcheck(lambda *leaves: frozen_linear_plus_low_rank(*leaves, SCALE, call, mask), (x, A, B))
 
 
 @pytest.mark.parametrize("loss", [lambda y: y.sum(), lambda y: y.transpose(0, 2).square().sum()], ids=["expanded", "t"])
@@ -93,29 +82,12 @@ def test_a_rotation_never_goes_into_a_bfloat16_weight():
     assert not rotates_weight(x, call.weight, D.bfloat16()) and rotates_weight(x.float(), call.weight.float(), D)
 
 
-class _Cube(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, factor):  # type: ignore[override]
-        ctx.save_for_backward(x)
-        ctx.factor = factor
-        ctx.recompute_output = lambda ctx: ctx.factor * ctx.saved_tensors[0] ** 3
-        return factor * x**3
-
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore[override]
-        (x,) = ctx.saved_tensors
-        return 3 * ctx.factor * x**2 * grad, None
-
-
-def test_forward_alone_where_nothing_is_recorded(monkeypatch: pytest.MonkeyPatch):
-    x = torch.tensor(2.0, requires_grad=True)
-    monkeypatch.setattr(_Cube, "apply", None)
-    with torch.no_grad():
-        assert run_function(_Cube, x, 5.0) == 40.0
-
-
-def test_an_output_is_recomputed_from_what_its_function_saved():
-    x = torch.randn(5, requires_grad=True)
-    y = run_function(_Cube, x, 5.0)
+def test_an_output_is_recomputed_from_what_its_function_saved(monkeypatch: pytest.MonkeyPatch):
+    """Where nothing is recorded, nothing of autograd's runs."""
+    x = _tensor(S, IN).requires_grad_()
+    y = run_function(_SwiGLU, x)
     assert torch.equal(recompute(producer_of(y)), y)
     assert producer_of(x) is None and producer_of(y + 1) is None and producer_of(y.detach()) is None
+    monkeypatch.setattr(_SwiGLU, "apply", None)
+    with torch.no_grad():
+        assert torch.equal(run_function(_SwiGLU, x), y)

@@ -12,7 +12,7 @@ from megatron_peft.adapters.frozen_linear import FrozenLinearCall
 from megatron_peft.adapters.low_rank import IS_NOT_DECAYED, LowRank, gram_matrices, shrink, shrinkage
 from megatron_peft.config import ConfigurationError, PeftConfig
 from megatron_peft.parallel.layout import LinearLayout
-from tests.adapters.layer_runs import draw
+from tests.adapters.many_ranks import drawn as draw
 from tests.one_rank import Place, one_rank
 
 OUT, IN, RANK = 24, 12, 4
