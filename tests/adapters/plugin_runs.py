@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 from contextlib import suppress
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,19 @@ def see(asked: tuple[Path, dict[str, dict[str, Any]], Path]) -> dict[str, Any]:
 
 
 def layers_of_many_ranks(plug_ins: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Relative to a tensor's largest number, by method, layer and tensor."""
     from megatron_peft.config import LinearSizes, PeftConfig
-    from tests.adapters.many_ranks import compare_many_ranks
+    from tests.adapters.many_ranks import fake_groups, run_layer
 
+    found: dict[str, dict[str, float]] = {name: {} for name in plug_ins}
     sizes = {"linear_fc1": LinearSizes("column", 64, 16, 2, 2), "linear_fc2": LinearSizes("row", 16, 32, 2)}
-    return {name: compare_many_ranks((sizes, PeftConfig(**peft), True)) for name, peft in plug_ins.items()}
+    for (name, peft), (layer, size) in product(plug_ins.items(), sizes.items()):
+        with fake_groups(2) as groups:
+            one, many = (run_layer(layer, size, PeftConfig(**peft), groups[n], (4, 3), n == 2) for n in (1, 2))
+        for tensor, whole in one.items():
+            error = (many[tensor] - whole).abs().max() / whole.abs().max()
+            found[name][f"{layer} {tensor}"] = float(error)
+    return found
 
 
 def shared_bytes(peft: dict[str, Any]) -> int:

@@ -154,7 +154,7 @@ def test_layers_share_one_bias_whatever_the_lengths():
 
 def test_neighbors_far_from_the_start_differ_in_bfloat16():
     """slope x position would give the last two keys of 2,000 the same bias."""
-    row = AlibiBias(8, 0, 1).get(2000, 2000, torch.empty(0, dtype=torch.bfloat16))[0, -1]
+    row = AlibiBias(8, 0, 8).get(2000, 2000, torch.empty(0, dtype=torch.bfloat16))[0, -1]  # of the first of 8 heads
     assert row[-2:].tolist() == [-0.5, 0.0]
     assert torch.tensor([0.5 * 1998, 0.5 * 1999]).bfloat16().unique().numel() == 1
 
