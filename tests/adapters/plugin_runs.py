@@ -96,6 +96,14 @@ def certificates(asked: tuple[Path, dict[str, Any]]) -> list[Any]:
     return certified([Case(run_of(peft, parallel, 2, **others), LLAMA) for parallel, others in layouts])
 
 
+def base_and_flags(folder: Path) -> tuple[Path, list[str]]:
+    from tests.tiny_llama import VOCAB_SIZE, save_llama, save_pairs
+
+    base, data = save_llama(folder / "base", num_hidden_layers=2), save_pairs(folder / "pairs.jsonl")
+    flags = [*RUN.split(), "--vocab-size", str(VOCAB_SIZE - 1), "--pretrained-checkpoint", str(base)]
+    return base, [*flags, "--train-data-path", str(data)]
+
+
 def life(asked: tuple[Path, dict[str, Any], Path]) -> dict[str, Any]:
     """Losses of a run at TP2, of its second half resumed there and on one rank; how far what is made of it is from it;
     exit codes and reports of the commands that plan it.
@@ -109,12 +117,9 @@ def life(asked: tuple[Path, dict[str, Any], Path]) -> dict[str, Any]:
     from megatron_peft.conversion.verify import verify
     from megatron_peft.runtime import ranks
     from tests.ranks import run_ranks
-    from tests.tiny_llama import VOCAB_SIZE, save_llama, save_pairs
 
     server, ranks._server = ranks._server, multiprocessing.get_context("fork")  # type: ignore[assignment]
-    base, data = save_llama(folder / "base", num_hidden_layers=2), save_pairs(folder / "pairs.jsonl")
-    flags = [*RUN.split(), "--vocab-size", str(VOCAB_SIZE - 1)]
-    flags += ["--pretrained-checkpoint", str(base), "--train-data-path", str(data)]
+    base, flags = base_and_flags(folder)
     for name, value in peft.items():
         flags += ["--peft-method" if name == "method" else f"--{name.replace('_', '-')}", str(value)]
 
@@ -151,10 +156,8 @@ def exported_alone(asked: tuple[Path, dict[str, Any], Path]) -> float:
     from megatron_peft.commands import train
     from megatron_peft.conversion.peft_export import export_adapter
     from megatron_peft.conversion.verify import verify
-    from tests.tiny_llama import VOCAB_SIZE, save_llama, save_pairs
 
-    base, data = save_llama(folder / "base", num_hidden_layers=2), save_pairs(folder / "pairs.jsonl")
-    flags = [*RUN.split(), "--vocab-size", str(VOCAB_SIZE - 1), "--peft-method", "vera", "--vera-rank", "4"]
-    flags += ["--pretrained-checkpoint", str(base), "--train-data-path", str(data), "--save", str(folder / "run")]
+    _, flags = base_and_flags(folder)
+    flags += ["--peft-method", "vera", "--vera-rank", "4", "--save", str(folder / "run")]
     assert train.main([*flags, "--peft-target-modules", "linear_proj", "linear_fc2"]) == 0
     return verify(export_adapter(folder / "run", folder / "exported"), folder / "run").logits.absolute
