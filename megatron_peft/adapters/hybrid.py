@@ -152,11 +152,7 @@ def frozen_linear_mixed(
 ) -> Tensor:
     """y = z + diag(D) z + scale B (A (mask x)), z = W x, reduced where the layer sums its output.
 
-    Then R acts on the reduced z, so the r-wide A x is reduced apart from it; what is kept is z, in the place of y.
-
-    Args:
-        scale: a float32 scalar tensor, a constant.
-        held: of D, where it was built for the whole step.
+    `scale` is a constant, a float32 scalar tensor; `held` of D, where it was built for the whole step.
     """
     producer = producer_of(x) if call.output_sum != "none" and mask is None else None
     if call.needs_no_sum:

@@ -41,9 +41,8 @@ from megatron_peft.runtime.precision import full_precision
 #     backward    of each microbatch: total += g^T y, where dD = total (I + D); a mixture and a kept input differ below
 #     end         dD of all layers, one backward from there to the parameters, and the parameters' own buffers
 
-
-# What backward has beside the output's gradient, the output of an orthogonal R, the output of a mixture that has a low
-# rank too, or R's own input -> the gradient of D from the sums. A step's gradients come in this order, so that each
+# What backward has beside the output's gradient (the output of an orthogonal R, the output of a mixture that has a low
+# rank too, or R's own input) -> the gradient of D from the sums. A step's gradients come in this order, so that each
 # formula takes one contiguous part of them.
 FORMULAS = {
     "output": gradient_from_output,
@@ -64,13 +63,9 @@ class AppliedRotation:
 
 
 class RotatesOnceAStep:
-    """An adapter with a rotation, whose blocks are built for a step.
+    """An adapter with a rotation, whose blocks are built for a step."""
 
-    Attributes:
-        held: its blocks in a step; None outside of one, or if R is not applied as dense blocks.
-    """
-
-    held: HeldBlocks | None = None
+    held: HeldBlocks | None = None  # in a step, if R is applied as dense blocks
 
     def applied_rotation(self) -> AppliedRotation:
         """What has to be known of it."""
