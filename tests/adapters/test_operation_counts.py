@@ -85,6 +85,7 @@ def two_ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Rank 1 of two tensor-parallel ranks that do not communicate."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    cpu.install()
     dist.init_process_group("fake", rank=1, world_size=2, store=FakeStore())
     start_model_parallel(ParallelConfig(tensor_model_parallel_size=2, world_size=2), 1)
     monkeypatch.setattr(cpu, "_CPU", torch.device("meta"))  # megatron-core allocates what it gathers there
