@@ -27,15 +27,9 @@ class TargetLayer:
 
 
 def attach_adapters(model_chunks: Sequence[nn.Module], peft: PeftConfig, seed: int) -> list[str]:
-    """Freeze the base model and give every targeted layer its adapter.
+    """Freeze the base model and give every targeted layer its adapter; global names of this rank's adapted layers.
 
-    Args:
-        model_chunks: this rank's chunks.
-        peft: method, targets and numbers.
-        seed: of the run; with the global names it fixes the initial values.
-
-    Returns:
-        Global names of this rank's adapted layers.
+    These names and the run's seed fix the initial values.
 
     Raises:
         ConfigurationError: on every rank, with nothing changed: a pattern matches nothing in the whole model (the

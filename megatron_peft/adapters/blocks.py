@@ -83,7 +83,7 @@ def by_block(dB: Tensor, B: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:  #
 
 @dataclass(frozen=True)
 class HeldBlocks:
-    """The blocks of one layer, built once a step (`step_rotations.py`).
+    """The blocks of one layer, built once a step (`rotation.py`).
 
     Args:
         stack: of all layers' blocks, of which these are a part.

@@ -4,7 +4,7 @@
 
 R is block-diagonal in groups of g = b 2^(m-1) features. Factor i (from 0) views a group as [., 2, 2^i, b/2] and mixes
 the pairs, eq. (4): its blocks act on the b features {pair} x {b/2}, at a stride of 2^i b/2. So m factors of b x b
-blocks reach every feature of the group. They are composed into dense g x g blocks once a step (`step_rotations.py`:
+blocks reach every feature of the group. They are composed into dense g x g blocks once a step (`rotation.py`:
 weights only), then one batched product rotates the activations.
 
 `cayley`: a block is (I + Q)(I - Q)^-1 with Q skew-symmetric, given by the b (b - 1) / 2 numbers above its diagonal. The
@@ -36,14 +36,7 @@ NUM_NEWTON_STEPS = 5
 
 
 class Butterfly(BlockRotation):
-    """What both parametrizations share: shapes, and how blocks become a rotation.
-
-    Args:
-        layout: of the base weight.
-        peft: block size b, number of factors m, side.
-        name: global name of the adapter.
-        seed, dtype: not used: rotations start at the identity, in float32.
-    """
+    """What both parametrizations share: shapes. Rotations start at the identity, in float32."""
 
     def __init__(self, layout: LinearLayout, peft: PeftConfig, name: str, seed: int, dtype: torch.dtype) -> None:
         size, num_factors = peft.boft_block_size, peft.boft_factors

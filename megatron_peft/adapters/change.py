@@ -31,13 +31,9 @@ class StoredTensors(Mapping[str, Tensor], ABC):
 
 
 class WeightChange:
-    """The change of one weight.
+    """The change of one weight."""
 
-    Attributes:
-        granule: rows come in blocks that begin and end at multiples of it.
-    """
-
-    granule: int = 1
+    granule: int = 1  # rows come in blocks that begin and end at multiples of it
 
     def rows(self, weight: Tensor, rows: slice) -> Tensor:  # [n, in] -> [n, in]
         """dW[rows], given the base's W[rows] in float64."""
@@ -63,14 +59,9 @@ class LowRankChange(WeightChange):
 
 
 class RotationChange(WeightChange):
-    """(R - I) W of the output side, W (R - I)^T of the input side.
+    """(R - I) W of the output side, W (R - I)^T of the input side."""
 
-    Args:
-        R: [k, g, g], the blocks of the rotation.
-        side: which side of W turns.
-    """
-
-    def __init__(self, R: Tensor, side: Side) -> None:
+    def __init__(self, R: Tensor, side: Side) -> None:  # R: [k, g, g]
         self.D = R.double() - identity_like(R.double())
         self.side: Side = side
         self.granule = R.shape[-1] if side == "output" else 1
@@ -86,19 +77,12 @@ class RotationChange(WeightChange):
 
 @dataclass(frozen=True)
 class MixedChange(WeightChange):
-    """mix B A + (1 - mix) (R - I) W. The base may have other values by now (--hybrid-merge-interval).
+    """mix B A + (1 - mix) (R - I) W. The base may have other values by now (--hybrid-merge-interval)."""
 
-    Args:
-        mix: lambda.
-        low_rank: B A.
-        rotation: R, of the output side.
-        merged_base: rows -> W[rows] with what has been merged into it; None if nothing has.
-    """
-
-    mix: float
+    mix: float  # lambda
     low_rank: LowRankChange
-    rotation: RotationChange
-    merged_base: Callable[[slice], Tensor] | None = None
+    rotation: RotationChange  # of the output side
+    merged_base: Callable[[slice], Tensor] | None = None  # rows -> W[rows] with what has been merged into it
 
     @property
     def granule(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -117,13 +101,9 @@ class MixedChange(WeightChange):
 
 
 class ReplacementChange(WeightChange):
-    """Q - W for a square W.
+    """Q - W for a square W."""
 
-    Args:
-        Q: [k, g, g], the blocks of the matrix in its place.
-    """
-
-    def __init__(self, Q: Tensor) -> None:
+    def __init__(self, Q: Tensor) -> None:  # [k, g, g], the blocks of the matrix in its place
         self.Q = Q.double()
         self.granule = Q.shape[-1]
 
@@ -135,13 +115,9 @@ class ReplacementChange(WeightChange):
 
 
 class DifferenceChange(WeightChange):
-    """W' - W, where only W' is known.
+    """W' - W, where only W' is known."""
 
-    Args:
-        trained: rows -> W'[rows].
-    """
-
-    def __init__(self, trained: Callable[[slice], Tensor]) -> None:
+    def __init__(self, trained: Callable[[slice], Tensor]) -> None:  # rows -> W'[rows]
         self.trained = trained
 
     def rows(self, weight: Tensor, rows: slice) -> Tensor:

@@ -8,7 +8,7 @@ base does anyway, and little is kept for backward.
 
     y = W x + s B (A x)                     `low_rank_linear.py`
     y = R W x                               `rotated_linear.py`
-    y = W x + D W x + s B (A x)             `mixed_linear.py`
+    y = W x + D W x + s B (A x)             `hybrid.py`
 
 Letters: s sequence, b batch, t tensor-parallel size; in and out are a rank's own.
 """

@@ -84,10 +84,14 @@ class AdaptedColumnParallelLinear(AdaptedLinear, FrozenColumnParallelLinear):
 
     def __init__(self, input_size: int, output_size: int, *, stride: int = 1, **kwargs: Any) -> None:
         super().__init__(input_size, output_size, stride=stride, **_with_own_bias(kwargs))
+        self.make_place(stride, has_heads=kwargs.get("tp_comm_buffer_name") == "qkv")
+
+    def make_place(self, stride: int, has_heads: bool) -> None:
+        """Mark the weight and describe its split for an adapter."""
         mark_split(self.weight, 0, stride)
-        self.adapter = None
-        heads = self.config.kv_channels if kwargs.get("tp_comm_buffer_name") == "qkv" else None
-        self.layout = LinearLayout("column", output_size, input_size, self.tp_group, stride, heads)
+        heads = self.config.kv_channels if has_heads else None
+        sizes = self.output_size, self.input_size
+        self.adapter, self.layout = None, LinearLayout("column", *sizes, self.tp_group, stride, heads)
 
     def forward(
         self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
@@ -111,11 +115,14 @@ class AdaptedRowParallelLinear(AdaptedLinear, RowParallelLinear):
 
     def __init__(self, input_size: int, output_size: int, **kwargs: Any) -> None:
         super().__init__(input_size, output_size, **_with_own_bias(kwargs))
+        self.make_place()
+
+    def make_place(self) -> None:
+        """Mark weight and bias, and describe their split for an adapter."""
         mark_split(self.weight, 1)
         if self.bias is not None:
             mark_split(self.bias, None)
-        self.adapter = None
-        self.layout = LinearLayout("row", output_size, input_size, self.tp_group)
+        self.adapter, self.layout = None, LinearLayout("row", self.output_size, self.input_size, self.tp_group)
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """[s, b, in / t] -> [s, b, out], or [s / t, b, out] under sequence parallelism.
@@ -165,24 +172,18 @@ def adopt(layer: nn.Module, name: str, config: Any) -> str:
     """
     if isinstance(layer, AdaptedLinear):
         return ""
-    adapted: Any = layer  # megatron-core's annotations allow its groups and biases to be None
+    adapted: Any = layer
     if getattr(layer, "is_expert", False):
         return f"an expert's {type(layer).__name__}"
     if type(layer) is ColumnParallelLinear and not layer.gather_output:
-        stride = 2 if name == "linear_fc1" and config.gated_linear_unit else 1
-        heads = config.kv_channels if name == "linear_qkv" else None
-        mark_split(adapted.weight, 0, stride)
-        layout = LinearLayout("column", adapted.output_size, adapted.input_size, adapted.tp_group, stride, heads)
         layer.__class__ = AdaptedColumnParallelLinear
+        stride = 2 if name == "linear_fc1" and config.gated_linear_unit else 1
+        adapted.make_place(stride, has_heads=name == "linear_qkv")
     elif type(layer) is RowParallelLinear and layer.input_is_parallel:
-        mark_split(adapted.weight, 1)
-        if adapted.bias is not None:
-            mark_split(adapted.bias, None)
-        layout = LinearLayout("row", adapted.output_size, adapted.input_size, adapted.tp_group)
         layer.__class__ = AdaptedRowParallelLinear
+        adapted.make_place()
     else:
         return f"a {type(layer).__name__}"
-    adapted.adapter, adapted.layout = None, layout
     return ""
 
 

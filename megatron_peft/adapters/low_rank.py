@@ -31,22 +31,13 @@ from megatron_peft.parallel.layout import LinearLayout, generator_for
 class LowRank(nn.Module):
     """The factors A and B of one adapted linear layer, and the layer's forward with them.
 
-    Args:
-        layout: of the base weight; the factors' shapes and slices follow from it.
-        peft: rank, alpha, dropout.
-        name: global name of the adapter, `decoder.layers.N.….adapter`; with `seed` it fixes the initial values.
-        seed: of the run.
-        dtype: of the parameters.
-
-    Attributes:
-        A, B: trained.
-        A0, B0: the start that is subtracted, sharded like A and B; buffers in the checkpoint, or None.
-        base_norm: ||W0||_F of the whole weight, set on first use.
+    Shapes and slices follow from the layout of the base weight, initial values from the adapter's global name,
+    `decoder.layers.N.….adapter`, and the run's seed.
     """
 
-    A0: Tensor | None
+    A0: Tensor | None  # the start that is subtracted, sharded like A and B: buffers in the checkpoint
     B0: Tensor | None
-    base_norm: Tensor | None = None
+    base_norm: Tensor | None = None  # ||W0||_F of the whole weight, set on first use
 
     def __init__(self, layout: LinearLayout, peft: PeftConfig, name: str, seed: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -227,13 +218,7 @@ def gram_matrices(low_rank: LowRank) -> tuple[Tensor, Tensor]:
 
 
 def shrinkage(left: Tensor, right: Tensor, limits: Tensor, subtracts_start: bool) -> Tensor:
-    """t for each layer: 1 where the change is within its limit.
-
-    Args:
-        left, right: [layers, w, w], complete Gram matrices.
-        limits: [layers], of |dW| / s.
-        subtracts_start: w is 2r.
-    """
+    """t for each layer, 1 where |dW| / s is within its limit, from complete Gram matrices [layers, w, w]."""
     P = _norm(left, right)
     if not subtracts_start:
         return _within(P, limits, P, torch.zeros_like(P))

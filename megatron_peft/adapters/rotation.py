@@ -1,4 +1,4 @@
-"""A frozen linear layer whose weight is rotated by a block-diagonal rotation: what BOFT and uRNN share.
+"""A frozen linear layer whose weight is rotated by a block-diagonal rotation: what BOFT, uRNN and the Hybrid share.
 
     output side (default):   W' = R W      y = R (W x)         input side:   W' = W R^T      y = W (R^T x)
 
@@ -7,34 +7,98 @@ layout. Where the rotated side is split over the ranks (the output of a column-p
 row-parallel one) a rank holds its own blocks; otherwise it holds all of them, and a part of their gradient: that of
 its own tokens. The bias is added after R: R rotates the weight. Blocks are built in float32.
 
-Letters: s sequence, b batch, t tensor-parallel size, k blocks a rank, g features of a block.
+Letters: s sequence, b batch, k blocks of g features a rank, K those of all layers of a pipeline stage.
 """
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from torch import Tensor, nn
 
-from megatron_peft.adapters.blocks import HeldBlocks, add_blocks
+from megatron_peft.adapters.blocks import (
+    HeldBlocks,
+    add_blocks,
+    gradient_from_mixed_output,
+    gradient_from_output,
+    multiplier,
+)
 from megatron_peft.adapters.frozen_linear import FrozenLinearCall, frozen_linear, run_function
 from megatron_peft.adapters.rotated_linear import frozen_linear_rotated, rotation_gradients
-from megatron_peft.adapters.step_rotations import AppliedRotation, RotatesOnceAStep, Rotation
 from megatron_peft.adapters.unitary import orthogonality_error
 from megatron_peft.config import Side
 from megatron_peft.config.methods.rotation import IS_ROTATION
+from megatron_peft.parallel.collectives import gradient_of
 from megatron_peft.parallel.layout import LinearLayout
 from megatron_peft.runtime.precision import full_precision
 
+# Blocks are built once a step (`step.py`) for all layers of a pipeline stage: D = R - I of all layers is one batched
+# computation from the layers' parameters, concatenated. Each layer gets its share as a leaf of autograd's graph:
+#
+#     begin       D = changes_of(parameters of all layers); in a mixture (1 - lambda) D
+#     backward    of each microbatch: total += g^T y, where dD = total (I + D); a mixture and a kept input differ below
+#     end         dD of all layers, one backward from there to the parameters, and the parameters' own buffers
 
-class BlockRotation(RotatesOnceAStep, Rotation):
-    """One adapted linear layer's rotation.
+# What backward has beside the output's gradient (the output of an orthogonal R, the output of a mixture that has a low
+# rank too, or R's own input) -> the gradient of D from the sums. A step's gradients come in this order, so that each
+# formula takes one contiguous part of them.
+FORMULAS = {
+    "output": gradient_from_output,
+    "mixed output": gradient_from_mixed_output,
+    "input": lambda products, D: products,
+}
 
-    Args:
-        layout: of the base weight.
-        side: which side of W is rotated.
-        group_size: g.
-    """
+
+@dataclass(frozen=True)
+class AppliedRotation:
+    """How one layer applies its rotation."""
+
+    rotation: "BlockRotation"  # owns the parameter
+    kept: Literal["output", "mixed output", "input"]  # for FORMULAS
+    transposed: bool = False  # D^T is applied
+    mix: Tensor | None = None  # lambda, a float32 scalar tensor: (1 - lambda) D is applied; None without a mixture
+    scale: float = 1.0  # s of the low rank beside it
+
+
+class RotatesOnceAStep:
+    """An adapter with a rotation, whose blocks are built for a step."""
+
+    held: HeldBlocks | None = None  # in a step, if R is applied as dense blocks
+
+    def applied_rotation(self) -> AppliedRotation:
+        """What has to be known of it."""
+        raise NotImplementedError
+
+    @staticmethod
+    def begin_step(layers: Sequence[Any], is_training: bool) -> Sequence[HeldBlocks | None]:
+        """The blocks of all layers: those of a kind and a type of activations together."""
+        kinds: dict[Any, list[int]] = {}
+        applied: list[AppliedRotation] = [layer.adapter.applied_rotation() for layer in layers]
+        for index, (one, layer) in enumerate(zip(applied, layers, strict=True)):
+            if one.rotation.has_blocks:
+                kinds.setdefault((type(one.rotation), one.transposed, layer.weight.dtype), []).append(index)
+        found: list[HeldBlocks | None] = [None] * len(layers)
+        for (_, _, dtype), indices in kinds.items():
+            # A step's gradients come in the order of formulas.
+            ordered = sorted(indices, key=lambda index: list(FORMULAS).index(applied[index].kept))
+            stack = Stack([applied[index] for index in ordered], dtype, is_training)
+            for index, held in zip(ordered, stack.build(), strict=True):
+                found[index] = held
+        return found
+
+    @staticmethod
+    def end_step(layers: Sequence[Any]) -> Sequence[nn.Parameter]:
+        """Add the gradients of the rotations' parameters."""
+        stacks = dict.fromkeys(held.stack for layer in layers if (held := layer.adapter.held) is not None)
+        for stack in stacks:
+            stack.add_gradients()
+        return [one.rotation.trained for stack in stacks for one in stack.layers]
+
+
+class BlockRotation(RotatesOnceAStep, nn.Module):
+    """One adapted linear layer's rotation. Subclasses own the parameter and say what the blocks are."""
 
     def __init__(self, layout: LinearLayout, side: Side, group_size: int) -> None:
         super().__init__()
@@ -46,6 +110,25 @@ class BlockRotation(RotatesOnceAStep, Rotation):
         need not be at zero, and has a learning rate of its own."""
         self.layout.mark_groups(self.side, parameter)
         setattr(parameter, IS_ROTATION, True)
+
+    @property
+    def trained(self) -> nn.Parameter:
+        """The one parameter, [k, ...]."""
+        raise NotImplementedError
+
+    def constants(self) -> tuple[Tensor, ...]:
+        """What else the blocks depend on, each [k, ...]."""
+        return ()
+
+    @staticmethod
+    def changes_of(trained: Tensor, *constants: Tensor) -> Tensor:
+        """D = R - I, [k, g, g], of the groups of one layer or of several, whose tensors are concatenated."""
+        raise NotImplementedError
+
+    @property
+    def has_blocks(self) -> bool:
+        """Whether R is applied as dense blocks."""
+        return True
 
     @property
     def num_local_groups(self) -> int:
@@ -158,3 +241,61 @@ class _Rotate(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[override]
         y, D = ctx.saved_tensors
         return *rotation_gradients(grad, D, y, kept_is_output=True, tokens=ctx.tokens, held=ctx.held), None, None
+
+
+class Stack:
+    """Rotations of one kind, whose tensors concatenate, those of one formula after another; `dtype` of activations."""
+
+    total: Tensor | None = None
+
+    def __init__(self, layers: Sequence[AppliedRotation], dtype: torch.dtype, is_training: bool) -> None:
+        self.layers = layers
+        self.counts = [one.rotation.num_local_groups for one in self.layers]
+        self.dtype, self.is_training = dtype, is_training
+
+    def build(self) -> list[HeldBlocks]:
+        """D of all layers: each layer's share of it."""
+        self.trained = torch.cat([one.rotation.trained.detach() for one in self.layers])
+        self.trained.requires_grad_(self.is_training)
+        constants = zip(*(one.rotation.constants() for one in self.layers), strict=True)
+        self.built = self.layers[0].rotation.changes_of(self.trained, *(torch.cat(one) for one in constants))
+        scales = self._mix()
+        if self.layers[0].transposed:
+            self.built = self.built.transpose(1, 2)
+        self.D = self.built.detach().contiguous()
+        if self.is_training:
+            self.total = torch.zeros_like(self.D)
+        totals = self._shares(self.total) if self.total is not None else [None] * len(self.layers)
+        shares = zip(self._shares(self.D), self._shares(multiplier(self.D, self.dtype)), totals, scales, strict=True)
+        return [
+            HeldBlocks(self, D.requires_grad_(self.is_training), own_multiplier, total, scale)
+            for D, own_multiplier, total, scale in shares
+        ]
+
+    def _mix(self) -> Sequence[Tensor | None]:
+        """Take (1 - lambda) D in a mixture. Returns lambda s of each layer's low rank."""
+        mixes = [one.mix for one in self.layers if one.mix is not None]
+        if not mixes:
+            return [None] * len(self.layers)
+        mix = torch.stack(mixes)
+        of_groups = torch.cat([one.expand(count) for one, count in zip((1 - mix).unbind(), self.counts, strict=True)])
+        self.built = self.built * of_groups[:, None, None]
+        return (mix * self.layers[0].scale).unbind()
+
+    def _shares(self, stacked: Tensor) -> Sequence[Tensor]:  # [K, ...] -> [k, ...] of each layer, views
+        return stacked.split(self.counts)
+
+    def add_gradients(self) -> None:
+        """Takes the sums of all microbatches to the gradients of the parameters."""
+        assert self.total is not None
+        parts, first = [], 0
+        for kept, formula in FORMULAS.items():
+            count = sum(k for one, k in zip(self.layers, self.counts, strict=True) if one.kept == kept)
+            if count:
+                groups = slice(first, first + count)
+                parts.append(formula(self.total[groups], self.D[groups]))
+                first += count
+        dD = parts[0] if len(parts) == 1 else torch.cat(parts)
+        (gradient,) = torch.autograd.grad(self.built, self.trained, dD)
+        buffers = [gradient_of(one.rotation.trained) for one in self.layers]
+        torch._foreach_add_(buffers, list(self._shares(gradient)))

@@ -9,7 +9,7 @@ The class of an adapter may have two functions of all layers of a pipeline stage
 
 Both get whole parameters, and layers rather than adapters, which also have the frozen weight. Of all layers together,
 because one batched computation or one collective costs less than many. Rotations build their blocks here
-(`step_rotations.py`). Where no step has begun, `held` is None, and a forward builds for itself what it needs.
+(`rotation.py`). Where no step has begun, `held` is None, and a forward builds for itself what it needs.
 
 A step is a training step, an own loop's, a pass of LoRA-GA's start, a validation or an answer: `AdaptersStep`.
 """
@@ -26,19 +26,14 @@ from megatron_peft.runtime.precision import full_precision
 
 
 class AdaptersStep:
-    """A step of the adapters of a stage that build something for it.
+    """A step of the adapters of a stage that build something for it; `is_training`: gradients are wanted.
 
-    Args:
-        model_chunks: of this rank, wrapped for data parallelism or bare.
-        is_training: gradients are wanted.
-
-    Attributes:
-        layers: by class of their adapters.
+    The rank's model chunks may be wrapped for data parallelism or bare.
     """
 
     def __init__(self, model_chunks: Sequence[nn.Module], is_training: bool = True) -> None:
         self.model_chunks, self.is_training = model_chunks, is_training
-        self.layers: dict[Any, list[Any]] = {}
+        self.layers: dict[Any, list[Any]] = {}  # by class of their adapters
         for layer in (module for chunk in model_chunks for module in chunk.modules()):
             kind = type(getattr(layer, "adapter", None))
             if hasattr(kind, "begin_step"):
@@ -91,7 +86,7 @@ class AdaptersStep:
 def adapters_step(model_chunks: Sequence[nn.Module], is_training: bool = True) -> Iterator[AdaptersStep]:
     """A step. Call `finish` of what it yields after the last backward.
 
-    Args: as for `AdaptersStep`. Without training, a step may take as long as weights stay what they are.
+    Without training, a step may take as long as weights stay what they are.
     """
     step = AdaptersStep(model_chunks, is_training)
     try:

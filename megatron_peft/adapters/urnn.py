@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from megatron_peft.adapters.blocks import identity_like
 from megatron_peft.adapters.change import ReplacementChange, RotationChange, StoredTensors, WeightChange
 from megatron_peft.adapters.frozen_linear import FrozenLinearCall, frozen_linear
-from megatron_peft.adapters.rotation import BlockRotation, rotate, rotate_weight
-from megatron_peft.adapters.step_rotations import AppliedRotation, RotatesOnceAStep
+from megatron_peft.adapters.rotation import AppliedRotation, BlockRotation, RotatesOnceAStep, rotate, rotate_weight
 from megatron_peft.adapters.unitary import (
     apply_structured,
     apply_structured_inverse,
@@ -94,22 +93,13 @@ DENSE_UP_TO = 512  # features of a group; larger ones are rotated by FFT: megatr
 
 
 class StructuredUrnn(BlockRotation):
-    """The phases and reflections of one adapted linear layer.
+    """The phases and reflections theta [k, 7, n] of one adapted linear layer, in float32; they start at theta_0.
 
-    Args:
-        layout: of the base weight.
-        peft: block size, side.
-        name: global name of the adapter; with `seed` it fixes theta_0 and Pi.
-        seed: of the run.
-        dtype: not used: rotations are in float32.
-
-    Attributes:
-        theta: [k, 7, n], trained; starts at theta_0.
-        start, permutation: theta_0 [k, 7, n] and Pi [n], buffers in the checkpoint.
+    The adapter's global name and the run's seed fix theta_0 and Pi, which are buffers in the checkpoint.
     """
 
-    start: Tensor
-    permutation: Tensor
+    start: Tensor  # theta_0 [k, 7, n]
+    permutation: Tensor  # Pi [n]
 
     def __init__(self, layout: LinearLayout, peft: PeftConfig, name: str, seed: int, dtype: torch.dtype) -> None:
         super().__init__(layout, peft.rotation_side, peft.urnn_block_size)
@@ -173,12 +163,9 @@ class StructuredUrnn(BlockRotation):
 
 
 class RiemannianUrnn(BlockRotation):
-    """The unitary blocks of one adapted linear layer, moved by `move` and not by the optimizer's rule.
+    """The unitary blocks U of one adapted linear layer, moved by `move` and not by the optimizer's rule.
 
-    Args: as for `StructuredUrnn`.
-
-    Attributes:
-        U: [k, n, n, 2], real and imaginary parts; the identity at the start.
+    [k, n, n, 2], real and imaginary parts; the identity at the start.
     """
 
     def __init__(self, layout: LinearLayout, peft: PeftConfig, name: str, seed: int, dtype: torch.dtype) -> None:
@@ -222,8 +209,6 @@ class UnitaryReplacement(RotatesOnceAStep, nn.Module):
 
     A rank turns its own input features into the output features of the same numbers, and the layer's usual sum puts
     the ranks' parts together.
-
-    Args: as for `StructuredUrnn`.
     """
 
     def __init__(self, layout: LinearLayout, peft: PeftConfig, name: str, seed: int, dtype: torch.dtype) -> None:

@@ -153,10 +153,18 @@ def _build_chunk(
         vp_stage=vp_stage,
     )
     if shape.rope_scaling is not None:
-        _scale_rope(chunk, shape, shape.rope_scaling)
+        _scale_rope(chunk, shape.rope_scaling)
     if shape.embedding_layernorm and chunk.pre_process:
-        _add_embedding_norm(chunk, norm)
-    _mark_vocabulary_weights(chunk)
+        # A norm of the embedded tokens: before dropout and, under sequence parallelism, on the rank's own tokens. It is
+        # not a child of word_embeddings, whose sharded state omits children.
+        layernorm = norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
+        chunk.embedding.word_embeddings_layernorm = layernorm
+        chunk.embedding.word_embeddings.register_forward_hook(lambda module, inputs, output: layernorm(output))
+    # megatron-core leaves these unmarked with `perform_initialization=False`: norms would count rank 0's slice.
+    for module in (getattr(chunk, "output_layer", None), getattr(chunk, "embedding", None)):
+        weight = getattr(getattr(module, "word_embeddings", module), "weight", None)
+        if weight is not None:
+            mark_split(weight, 0)
     if chunk.post_process:
         chunk.output_layer.__class__ = FrozenColumnParallelLinear  # a layer spec cannot choose it
         chunk.output_layer.register_forward_hook(partial(_mask_padded_logits, shape.vocab_size))
@@ -219,7 +227,7 @@ def require_transformer_engine(model: ModelConfig) -> None:
         )
 
 
-def _scale_rope(chunk: GPTModel, shape: ModelShape, scaling: RopeScaling) -> None:
+def _scale_rope(chunk: GPTModel, scaling: RopeScaling) -> None:
     """Llama 3's frequencies: those of long wavelengths are divided by `factor`, those of short ones are kept, and a
     linear blend lies between. megatron-core's own `rope_scaling` sets the factor only.
     """
@@ -229,22 +237,6 @@ def _scale_rope(chunk: GPTModel, shape: ModelShape, scaling: RopeScaling) -> Non
     kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     kept = kept.clamp(0, 1)
     rope.inv_freq = rope.inv_freq * (kept + (1 - kept) / scaling.factor)
-
-
-def _add_embedding_norm(chunk: GPTModel, norm: Any) -> None:
-    """A norm of the embedded tokens: before dropout and, under sequence parallelism, on the rank's own tokens."""
-    config, embedding = chunk.config, chunk.embedding
-    layernorm = norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
-    embedding.word_embeddings_layernorm = layernorm  # not of word_embeddings, whose sharded state omits children
-    embedding.word_embeddings.register_forward_hook(lambda module, inputs, output: layernorm(output))
-
-
-def _mark_vocabulary_weights(chunk: GPTModel) -> None:
-    """megatron-core leaves them unmarked with `perform_initialization=False`: norms would count rank 0's slice."""
-    for module in (getattr(chunk, "output_layer", None), getattr(chunk, "embedding", None)):
-        weight = getattr(getattr(module, "word_embeddings", module), "weight", None)
-        if weight is not None:
-            mark_split(weight, 0)
 
 
 def _mask_padded_logits(vocab_size: int, module: Any, inputs: Any, outputs: tuple[Tensor, Tensor | None]) -> None:

@@ -105,10 +105,8 @@ def read_rope(config: Config) -> tuple[float, RopeScaling | None]:
     )
     unknown = sorted(rope.keys() - ROPE_KEYS[kind])
     require(not unknown, f"{', '.join(unknown)} of rope_type {kind!r} is not supported.")
-    return theta, _llama3_scaling(rope, config) if kind == "llama3" else None
-
-
-def _llama3_scaling(rope: Config, config: Config) -> RopeScaling:
+    if kind != "llama3":
+        return theta, None
     length = "original_max_position_embeddings"
     trained_length = config.get(length) or rope.get(length) or config.get("max_position_embeddings")
     scaling = RopeScaling(
@@ -121,7 +119,7 @@ def _llama3_scaling(rope: Config, config: Config) -> RopeScaling:
         scaling.high_freq_factor > scaling.low_freq_factor,
         f"high_freq_factor {scaling.high_freq_factor} must be above low_freq_factor {scaling.low_freq_factor}.",
     )
-    return scaling
+    return theta, scaling
 
 
 def llama_config(shape: ModelShape) -> dict[str, Any]:

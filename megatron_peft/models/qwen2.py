@@ -27,15 +27,15 @@ def qwen2_shape(config: Config) -> ModelShape:
 def read_window(config: Config) -> dict[str, Any]:
     """`sliding_window` and `num_full_attention_layers`, of a config with transformers' defaults."""
     num_layers = size(config, "num_hidden_layers", most=MOST_LAYERS)
-    has_window = switch(config, "use_sliding_window") and config["sliding_window"] is not None
-    num_full = _num_full_attention_layers(config, num_layers, has_window)
+    num_full = _num_full_attention_layers(config, num_layers)
     if num_full == num_layers:
         return {}
     return {"sliding_window": size(config, "sliding_window"), "num_full_attention_layers": num_full}
 
 
-def _num_full_attention_layers(config: Config, num_layers: int, has_window: bool) -> int:
+def _num_full_attention_layers(config: Config, num_layers: int) -> int:
     """What `max_window_layers` says, or `layer_types`, which newer files have for each layer."""
+    has_window = switch(config, "use_sliding_window") and config["sliding_window"] is not None
     kinds = config.get("layer_types")
     if kinds is None:
         first = config["max_window_layers"]

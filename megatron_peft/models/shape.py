@@ -172,8 +172,18 @@ def compare_shape(shape_flags: Mapping[str, Any], shape: ModelShape) -> list[str
 
 def check_layout(parallel: ParallelConfig, shape: ModelShape) -> list[str]:
     """A message for each dimension that does not divide the model, listing the values that do."""
-    tp = parallel.tensor_model_parallel_size
-    return [*_tensor_parallel_problems(tp, shape), *_pipeline_problems(parallel, shape)]
+    sizes = {
+        "attention heads": shape.num_attention_heads,
+        "key-value heads": shape.num_query_groups,
+        "hidden features": shape.hidden_size,
+        "MLP features": shape.ffn_hidden_size,
+    }
+    tp, problems = parallel.tensor_model_parallel_size, _pipeline_problems(parallel, shape)
+    undivided = [f"{size} {name}" for name, size in sizes.items() if size % tp]
+    if undivided:
+        told = f"--tensor-model-parallel-size {tp} does not divide the model's {', '.join(undivided)}: "
+        problems = [f"{told}use {_listed(_divisors(math.gcd(*sizes.values())))}.", *problems]
+    return problems
 
 
 def check_lengths(data: DataConfig, shape: ModelShape) -> list[str]:
@@ -201,26 +211,9 @@ def _mlp(shape: ModelShape) -> str:
     return f"{'a gated' if shape.gated_linear_unit else 'an ungated'} MLP with {shape.activation}"
 
 
-def _tensor_parallel_problems(tp: int, shape: ModelShape) -> list[str]:
-    sizes = {
-        "attention heads": shape.num_attention_heads,
-        "key-value heads": shape.num_query_groups,
-        "hidden features": shape.hidden_size,
-        "MLP features": shape.ffn_hidden_size,
-    }
-    undivided = [f"{size} {name}" for name, size in sizes.items() if size % tp]
-    if not undivided:
-        return []
-    return [
-        f"--tensor-model-parallel-size {tp} does not divide the model's {', '.join(undivided)}: "
-        f"use {_listed(_divisors(math.gcd(*sizes.values())))}."
-    ]
-
-
 def _pipeline_problems(parallel: ParallelConfig, shape: ModelShape) -> list[str]:
     pp, layers = parallel.pipeline_model_parallel_size, shape.num_layers
-    given = (parallel.decoder_first_pipeline_num_layers, parallel.decoder_last_pipeline_num_layers)
-    if any(given):
+    if parallel.decoder_first_pipeline_num_layers or parallel.decoder_last_pipeline_num_layers:
         return _uneven_problems(parallel, shape)
     layout = parallel.pipeline_model_parallel_layout
     if layout is not None:

@@ -5,11 +5,12 @@ on all slices, and a collective is the sum or the concatenation that it stands f
 numbers float64. torch's mode is private; without it nothing can be compared here.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -25,35 +26,7 @@ from megatron_peft.parallel.collectives import sum_partial_gradients_over_tensor
 from megatron_peft.parallel.layout import LinearLayout, generator_for
 from megatron_peft.runtime import cpu
 
-TOLERANCE = 1e-11  # of the largest number of a tensor, in float64
-BATCH = 3
 Split = tuple[int, int] | None  # (dim that the ranks split, parts along it that each is split); None: each has all
-
-
-def compare_many_ranks(layers: tuple[Mapping[str, LinearSizes], PeftConfig, bool]) -> dict[str, float]:
-    """Largest difference from one rank, relative to a tensor's largest number, by layer and tensor.
-
-    Called in a process without a world, in which nothing else is done afterwards.
-
-    Args:
-        layers: sizes of each linear layer with an adapter, by the last part of its name; the method and its numbers;
-            whether tokens are split between the layers.
-
-    Raises:
-        ImportError: this torch has no LocalTensorMode.
-        AssertionError: an adapter's start, or what all ranks should hold alike, is not the same on the ranks.
-    """
-    all_sizes, peft, sequence_parallel = layers
-    found: dict[str, float] = {}
-    for name, sizes in all_sizes.items():
-        size = sizes.tensor_parallel_size
-        with fake_groups(size) as groups:
-            one = run_layer(name, sizes, peft, groups[1], (2 * size, BATCH), False)
-            many = run_layer(name, sizes, peft, groups[size], (2 * size, BATCH), sequence_parallel)
-        for tensor, whole_one in one.items():
-            largest = float(whole_one.abs().max()) or 1.0
-            found[f"{name} {tensor}"] = float((many[tensor] - whole_one).abs().max()) / largest
-    return found
 
 
 def run_layer(
@@ -64,14 +37,10 @@ def run_layer(
     shape: tuple[int, int],
     sequence_parallel: bool,
 ) -> dict[str, Tensor]:
-    """One forward, backward and sum of partial gradients of a frozen layer, with an adapter or without one.
+    """One forward and backward of a frozen layer, with an adapter or without one; the name is for what is drawn.
 
-    Args:
-        name: of the layer, for what is drawn.
-        shape: tokens and batch of the input.
-
-    Returns:
-        Output, the input's gradient and, after the sum over the ranks, the gradient of every parameter, whole.
+    Output, the input's gradient and, after the sum over the ranks, the gradient of every parameter, whole. `shape` is
+    tokens and batch of the input.
     """
     size = group.size()
     layer = build_layer(name, sizes, group, sequence_parallel)
@@ -143,11 +112,7 @@ def build_layer(name: str, sizes: LinearSizes, group: dist.ProcessGroup, sequenc
 
 
 def attach(layer: Any, peft: PeftConfig, size: int) -> None:
-    """Give the layer its adapter, in float64 and moved away from the start; the ranks' starts are slices of one.
-
-    Raises:
-        AssertionError: they are not.
-    """
+    """Give the layer its adapter, in float64 and moved away from the start; the ranks' starts are slices of one."""
 
     def made(group: Any) -> Any:
         one = layer.layout
@@ -192,7 +157,7 @@ def all_ranks_at_once(size: int) -> Iterator[None]:
     if size == 1:
         yield
         return
-    local = _local()
+    local: Any = import_module("torch.distributed._local_tensor")
 
     class Mode(local.LocalTensorMode):
         """torch's takes the conjugate of a number, which backward asks for, for a new tensor on each rank."""
@@ -210,16 +175,8 @@ def all_ranks_at_once(size: int) -> Iterator[None]:
 @contextmanager
 def rank_of_groups(rank: Any) -> Iterator[None]:
     """Every process group answers this rank: an integer of one value for each rank."""
-    own = dist.ProcessGroup.__dict__["rank"]  # as an attribute it would lose its binding
-    dist.ProcessGroup.rank = lambda group: rank  # type: ignore[method-assign]
-    try:
+    with mock.patch.object(dist.ProcessGroup, "rank", lambda group: rank):
         yield
-    finally:
-        dist.ProcessGroup.rank = own  # type: ignore[method-assign]
-
-
-def _local() -> Any:
-    return import_module("torch.distributed._local_tensor")
 
 
 # Tensors as all ranks hold them.
@@ -233,11 +190,9 @@ class TensorParallelPlace:
     of: int
 
     def rank(self) -> int:
-        """Of this place."""
         return self.at
 
     def size(self) -> int:
-        """Number of ranks."""
         return self.of
 
 
@@ -267,16 +222,20 @@ def spread(whole: Tensor, split: Split, size: int) -> Any:
     if size == 1:
         return whole
     if split is None:
-        return _local().LocalTensor({rank: whole.clone() for rank in range(size)})
+        return local_tensor([whole.clone() for _ in range(size)])
     dim, parts = split
     pieces = whole.chunk(parts * size, dim)
-    return _local().LocalTensor({rank: torch.cat(pieces[rank::size], dim) for rank in range(size)})
+    return local_tensor([torch.cat(pieces[rank::size], dim) for rank in range(size)])
 
 
 def as_held(own: Sequence[Tensor]) -> Any:
     """Each rank's own tensor, in float64, as all ranks hold it."""
     tensors = [one.double() if one.is_floating_point() else one for one in own]
-    return tensors[0] if len(tensors) == 1 else _local().LocalTensor(dict(enumerate(tensors)))
+    return tensors[0] if len(tensors) == 1 else local_tensor(tensors)
+
+
+def local_tensor(slices: Sequence[Tensor]) -> Any:
+    return import_module("torch.distributed._local_tensor").LocalTensor(dict(enumerate(slices)))
 
 
 def whole(tensor: Any, split: Split) -> Tensor:
@@ -285,11 +244,7 @@ def whole(tensor: Any, split: Split) -> Tensor:
 
 
 def joined(slices: Sequence[Tensor], split: Split) -> Tensor:
-    """The whole of the ranks' slices; copies must be equal.
-
-    Raises:
-        AssertionError: they are not.
-    """
+    """The whole of the ranks' slices; copies must be equal."""
     if split is None:
         assert all(torch.equal(one, slices[0]) for one in slices), "copies differ between ranks"
         return slices[0]

@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 from contextlib import suppress
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,31 +24,61 @@ def install(packages: Path) -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join([str(packages), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
 
 
-def layers_of_many_ranks(asked: tuple[Path, dict[str, Any]]) -> dict[str, float]:
-    """Differences of adapted layers at TP2+SP from one rank."""
-    packages, peft = asked
+def see(asked: tuple[Path, dict[str, dict[str, Any]], Path]) -> dict[str, Any]:
+    """How often DoRA computes its norms in a step; bytes that --fit records of what layers share, of a run of VeRA and
+    of LoRA; differences of adapted layers at TP2+SP from one rank."""
+    packages, plug_ins, folder = asked
     install(packages)
+    norms, adapters = norms_of_a_step(plug_ins["dora"], folder)
+    shared = {f"{name}'s bytes": shared_bytes(peft) for name, peft in (("lora", {}), ("vera", plug_ins["vera"]))}
+    return {"norms": norms, "adapters": adapters, **shared, "layers": layers_of_many_ranks(plug_ins)}
+
+
+def layers_of_many_ranks(plug_ins: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Relative to a tensor's largest number, by method, layer and tensor."""
     from megatron_peft.config import LinearSizes, PeftConfig
-    from tests.adapters.many_ranks import compare_many_ranks
+    from tests.adapters.many_ranks import fake_groups, run_layer
 
+    found: dict[str, dict[str, float]] = {name: {} for name in plug_ins}
     sizes = {"linear_fc1": LinearSizes("column", 64, 16, 2, 2), "linear_fc2": LinearSizes("row", 16, 32, 2)}
-    return compare_many_ranks((sizes, PeftConfig(**peft), True))
+    for (name, peft), (layer, size) in product(plug_ins.items(), sizes.items()):
+        with fake_groups(2) as groups:
+            one, many = (run_layer(layer, size, PeftConfig(**peft), groups[n], (4, 3), n == 2) for n in (1, 2))
+        for tensor, whole in one.items():
+            error = (many[tensor] - whole).abs().max() / whole.abs().max()
+            found[name][f"{layer} {tensor}"] = float(error)
+    return found
 
 
-def bytes_that_layers_share(asked: tuple[Path, dict[str, Any]]) -> tuple[int, int]:
-    """What --fit records of them, of a run of the method and of LoRA."""
-    packages, peft = asked
-    install(packages)
+def shared_bytes(peft: dict[str, Any]) -> int:
     from megatron_peft.config import make_run
     from megatron_peft.models.shape import ModelShape
     from megatron_peft.rehearsal.rehearsed_rank import recorded_layers
     from megatron_peft.rehearsal.requests import LayersToRecord
 
     shape = ModelShape("llama", 2, 64, 128, 4, 2, 16, 128, 64)
-    base = {"pretrained_checkpoint": "(none)", "mock_data": True, "seq_length": 16, "train_iters": 1}
-    asked_for = (LayersToRecord.of(make_run(**base, **one), shape) for one in (peft, {"method": "lora"}))
-    own, of_lora = (recorded_layers(one).cached for one in asked_for)
-    return own, of_lora
+    base = {"pretrained_checkpoint": "(none)", "mock_data": True, "seq_length": 16, "train_iters": 1, "method": "lora"}
+    return recorded_layers(LayersToRecord.of(make_run(**base | peft), shape)).cached
+
+
+def norms_of_a_step(peft: dict[str, Any], folder: Path) -> tuple[int, int]:
+    """Of two microbatches, and the number of adapters."""
+    from megatron_peft.training.step import train_step
+    from tests.adapters.dora.adapter import DoraAdapter
+    from tests.one_rank import one_rank
+    from tests.tiny_llama import save_llama, save_pairs
+    from tests.training.layout_runs import Job, build
+
+    base, data = save_llama(folder / "base", num_hidden_layers=1), save_pairs(folder / "pairs.jsonl")
+    computed, plain = [], DoraAdapter.squared_lengths
+    DoraAdapter.squared_lengths = lambda self, weight: computed.append(self) or plain(self, weight)  # type: ignore[method-assign]
+    with one_rank():
+        state, batches = build(Job("job", str(base), str(data), peft=peft, training={"micro_batch_size": 4}).config(1))
+        step = next(iter(batches.train))
+        assert len(step) == 2
+        train_step(state, step)
+    DoraAdapter.squared_lengths = plain  # type: ignore[method-assign]
+    return len(computed), len(set(computed))
 
 
 def certificates(asked: tuple[Path, dict[str, Any]]) -> list[Any]:
@@ -65,6 +96,14 @@ def certificates(asked: tuple[Path, dict[str, Any]]) -> list[Any]:
     return certified([Case(run_of(peft, parallel, 2, **others), LLAMA) for parallel, others in layouts])
 
 
+def base_and_flags(folder: Path) -> tuple[Path, list[str]]:
+    from tests.tiny_llama import VOCAB_SIZE, save_llama, save_pairs
+
+    base, data = save_llama(folder / "base", num_hidden_layers=2), save_pairs(folder / "pairs.jsonl")
+    flags = [*RUN.split(), "--vocab-size", str(VOCAB_SIZE - 1), "--pretrained-checkpoint", str(base)]
+    return base, [*flags, "--train-data-path", str(data)]
+
+
 def life(asked: tuple[Path, dict[str, Any], Path]) -> dict[str, Any]:
     """Losses of a run at TP2, of its second half resumed there and on one rank; how far what is made of it is from it;
     exit codes and reports of the commands that plan it.
@@ -78,12 +117,9 @@ def life(asked: tuple[Path, dict[str, Any], Path]) -> dict[str, Any]:
     from megatron_peft.conversion.verify import verify
     from megatron_peft.runtime import ranks
     from tests.ranks import run_ranks
-    from tests.tiny_llama import VOCAB_SIZE, save_llama, save_pairs
 
     server, ranks._server = ranks._server, multiprocessing.get_context("fork")  # type: ignore[assignment]
-    base, data = save_llama(folder / "base", num_hidden_layers=2), save_pairs(folder / "pairs.jsonl")
-    flags = [*RUN.split(), "--vocab-size", str(VOCAB_SIZE - 1)]
-    flags += ["--pretrained-checkpoint", str(base), "--train-data-path", str(data)]
+    base, flags = base_and_flags(folder)
     for name, value in peft.items():
         flags += ["--peft-method" if name == "method" else f"--{name.replace('_', '-')}", str(value)]
 
@@ -120,31 +156,8 @@ def exported_alone(asked: tuple[Path, dict[str, Any], Path]) -> float:
     from megatron_peft.commands import train
     from megatron_peft.conversion.peft_export import export_adapter
     from megatron_peft.conversion.verify import verify
-    from tests.tiny_llama import VOCAB_SIZE, save_llama, save_pairs
 
-    base, data = save_llama(folder / "base", num_hidden_layers=2), save_pairs(folder / "pairs.jsonl")
-    flags = [*RUN.split(), "--vocab-size", str(VOCAB_SIZE - 1), "--peft-method", "vera", "--vera-rank", "4"]
-    flags += ["--pretrained-checkpoint", str(base), "--train-data-path", str(data), "--save", str(folder / "run")]
+    _, flags = base_and_flags(folder)
+    flags += ["--peft-method", "vera", "--vera-rank", "4", "--save", str(folder / "run")]
     assert train.main([*flags, "--peft-target-modules", "linear_proj", "linear_fc2"]) == 0
     return verify(export_adapter(folder / "run", folder / "exported"), folder / "run").logits.absolute
-
-
-def norms_of_a_step(asked: tuple[Path, dict[str, Any], Path]) -> tuple[int, int]:
-    """How often DoRA's adapters compute their norms in a step of two microbatches, and how many adapters there are."""
-    packages, peft, folder = asked
-    install(packages)
-    from megatron_peft.training.step import train_step
-    from tests.adapters.dora.adapter import DoraAdapter
-    from tests.one_rank import one_rank
-    from tests.tiny_llama import save_llama, save_pairs
-    from tests.training.layout_runs import Job, build
-
-    base, data = save_llama(folder / "base", num_hidden_layers=1), save_pairs(folder / "pairs.jsonl")
-    computed, plain = [], DoraAdapter.squared_lengths
-    DoraAdapter.squared_lengths = lambda self, weight: computed.append(self) or plain(self, weight)  # type: ignore[method-assign]
-    with one_rank():
-        state, batches = build(Job("job", str(base), str(data), peft=peft, training={"micro_batch_size": 4}).config(1))
-        step = next(iter(batches.train))
-        assert len(step) == 2
-        train_step(state, step)
-    return len(computed), len(set(computed))

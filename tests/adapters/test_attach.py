@@ -33,22 +33,19 @@ def _targeted(*patterns, modules=LLAMA):
     return [name for name in NAMES if is_targeted(name, patterns, modules)]
 
 
-@pytest.mark.parametrize(
-    ("expected", "llama", "bloom"),
-    [
-        ("self_attention.linear_qkv", "linear_qkv q_proj v_proj", "linear_qkv query_key_value"),
-        ("self_attention.linear_proj", "o_proj", "dense"),
-        ("mlp.linear_fc1", "up_proj", "dense_h_to_4h"),
-        ("mlp.linear_fc2", "down_proj", "dense_4h_to_h"),
-    ],
-)
-def test_a_module_name_of_megatron_or_the_family_means_that_module_in_every_layer(expected, llama, bloom):
-    for modules, patterns in ((LLAMA, llama), (BLOOM, bloom)):
-        for pattern in patterns.split():
-            assert _targeted(pattern, modules=modules) == [f"decoder.layers.{layer}.{expected}" for layer in (0, 1)]
+MODULES = {  # in Llama's names and in Bloom's
+    "self_attention.linear_qkv": ("linear_qkv q_proj v_proj", "linear_qkv query_key_value"),
+    "self_attention.linear_proj": ("o_proj", "dense"),
+    "mlp.linear_fc1": ("up_proj", "dense_h_to_4h"),
+    "mlp.linear_fc2": ("down_proj", "dense_4h_to_h"),
+}
 
 
-def test_full_names_wildcards_and_unions():
+def test_module_names_full_names_wildcards_and_unions():
+    for expected, names in MODULES.items():
+        for modules, patterns in zip((LLAMA, BLOOM), names, strict=True):
+            for pattern in patterns.split():
+                assert _targeted(pattern, modules=modules) == [f"decoder.layers.{layer}.{expected}" for layer in (0, 1)]
     assert _targeted("decoder.layers.1.mlp.linear_fc2") == ["decoder.layers.1.mlp.linear_fc2"]
     assert _targeted("decoder.layers.0.*") == NAMES[:4]
     assert _targeted("linear_fc?") == _targeted("*.linear_fc[12]") == NAMES[2:4] + NAMES[6:]
@@ -90,15 +87,11 @@ def _run(model):
     return model(tokens, torch.arange(12).expand(2, 12), None, labels=tokens + 1)
 
 
-def test_a_model_with_a_wrong_target_is_refused_before_it_is_changed():
-    model = tiny_gpt()
+def test_only_adapters_of_targeted_layers_are_trained_and_a_wrong_target_changes_nothing():
+    model, expected = tiny_gpt(), {NAMES[1], NAMES[5], NAMES[7]}
     with pytest.raises(ConfigurationError, match="--peft-target-modules nothing"):
         _attached(model, "nothing")
     assert all(parameter.requires_grad for parameter in model.parameters())
-
-
-def test_only_adapters_of_targeted_layers_are_trained():
-    model, expected = tiny_gpt(), {NAMES[1], NAMES[5], NAMES[7]}
     assert set(_attached(model, "q_proj", "*.1.mlp.linear_fc2")) == expected
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained == {f"{name}.adapter.{factor}" for name in expected for factor in "AB"}

@@ -10,12 +10,12 @@ from torch import nn
 
 from megatron_peft.adapters.frozen_linear import FrozenLinearCall
 from megatron_peft.adapters.hybrid import Hybrid, update_mixtures
-from megatron_peft.adapters.mixed_linear import frozen_linear_mixed
+from megatron_peft.adapters.low_rank import LowRank
 from megatron_peft.config import PeftConfig
 from megatron_peft.models.layers import _SwiGLU
 from megatron_peft.parallel.layout import LinearLayout
 from megatron_peft.runtime import cpu
-from tests.adapters.layer_runs import draw
+from tests.adapters.many_ranks import drawn as draw
 from tests.kept import kept_for_backward
 from tests.one_rank import Place
 
@@ -48,22 +48,25 @@ class _WithoutPeers(FrozenLinearCall):
         return y
 
 
+@pytest.mark.parametrize("dropout", [False, True], ids=["plain", "dropout"])
 @pytest.mark.parametrize("num_tokens", [IN - 2, IN], ids=["activations turn", "the weight turns"])
 @pytest.mark.parametrize(("split", "size"), [("column", 1), ("row", 1), ("row", 2)])
-def test_it_is_the_formula(split, size, num_tokens):
-    adapter, weight = moved(split), draw("W", OUT, IN)
-    x, direction = (draw(name, num_tokens // 2, 2, features) for name, features in (("x", IN), ("dy", OUT)))
-    x.requires_grad_()
-    call = call_of(weight, split, size)
+def test_it_is_the_formula(monkeypatch, split, size, num_tokens, dropout):
+    """Of SwiGLU's output, which a row-parallel layer recomputes."""
+    adapter, weight, tokens = moved(split), draw("W", OUT, IN), (num_tokens // 2, 2)
+    low_rank, D = adapter.low_rank, torch.block_diag(*adapter.rotation.changes())
+    mask = (draw("mask", *tokens, IN) > 0) / 0.5 if dropout else None
+    monkeypatch.setattr(LowRank, "dropout_mask", lambda *_: mask)
+    h, direction = draw("h", *tokens, 2 * IN).requires_grad_(), draw("dy", *tokens, OUT)
+    x, call = _SwiGLU.apply(h), call_of(weight, split, size)
     assert call.needs_no_sum == (size == 1)
-    D = torch.block_diag(*adapter.rotation.changes())
-    mixed = weight + 0.3 * adapter.low_rank.delta_weight() + 0.7 * D @ weight
-    trained = [x, *adapter.parameters()]
-    torch.testing.assert_close(adapter(x, call), x @ mixed.T, atol=1e-6, rtol=1e-6)
-    ours = torch.autograd.grad((adapter(x, call) * direction).sum(), trained)
-    plain = torch.autograd.grad(((x @ mixed.T) * direction).sum(), trained)
-    for mine, expected in zip(ours, plain, strict=True):
-        torch.testing.assert_close(mine, expected, atol=1e-5, rtol=1e-5)
+    z, branch = x @ weight.T, (x if mask is None else x * mask) @ low_rank.A.T @ low_rank.B.T
+    plain = z + 0.7 * z @ D.T + 0.3 * low_rank.scale * branch
+    ours = adapter(x, call)
+    torch.testing.assert_close(ours, plain, atol=1e-6, rtol=1e-6)
+    trained = [h, *adapter.parameters()]
+    gradients = [torch.autograd.grad((y * direction).sum(), trained, retain_graph=True) for y in (ours, plain)]
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-5)
 
 
 def test_it_starts_as_the_base():
@@ -74,32 +77,10 @@ def test_it_starts_as_the_base():
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_row_parallel_layer_keeps_nothing_of_what_swiglu_gives(size):
-    adapter, call = moved("row"), call_of(draw("W", OUT, IN), size=size)
-    h, direction = draw("h", 5, 2, 2 * IN).requires_grad_(), draw("dy", 5, 2, OUT)
-    x = _SwiGLU.apply(h)
+    x = _SwiGLU.apply(draw("h", 5, 2, 2 * IN).requires_grad_())
     with kept_for_backward() as kept:
-        y = adapter(x, call)
-    assert x.data_ptr() not in {tensor.data_ptr() for tensor in kept}
-    alone = x.detach().requires_grad_()
-    found = torch.autograd.grad((y * direction).sum(), [h, *adapter.parameters()])
-    dx, *expected = torch.autograd.grad((adapter(alone, call) * direction).sum(), [alone, *adapter.parameters()])
-    assert all(torch.equal(*pair) for pair in zip(found[1:], expected, strict=True))
-    assert torch.equal(found[0], torch.autograd.grad(_SwiGLU.apply(h), h, dx)[0])
-
-
-@pytest.mark.parametrize("num_tokens", [IN - 2, IN], ids=["few tokens", "as many as features"])
-@pytest.mark.parametrize("size", [1, 2])
-def test_dropout_masks_what_swiglu_gives(size, num_tokens):
-    adapter, weight, tokens = moved("row"), draw("W", OUT, IN), (num_tokens // 2, 2)
-    h, mask = draw("h", *tokens, 2 * IN).requires_grad_(), (draw("mask", *tokens, IN) > 0) / 0.5
-    x, (A, B), (scale, D) = _SwiGLU.apply(h), (adapter.low_rank.A, adapter.low_rank.B), adapter._mixture()
-    z = x @ weight.T
-    plain = z + z @ torch.block_diag(*D).T + scale * ((x * mask) @ A.T @ B.T)
-    ours = frozen_linear_mixed(x, A, B, D, scale, call_of(weight, size=size), mask)
-    torch.testing.assert_close(ours, plain, atol=1e-6, rtol=1e-6)
-    trained = [h, *adapter.parameters()]
-    gradients = [torch.autograd.grad(y.square().sum(), trained, retain_graph=True) for y in (ours, plain)]
-    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-5)
+        moved("row")(x, call_of(draw("W", OUT, IN), size=size))
+    assert kept and x.data_ptr() not in {tensor.data_ptr() for tensor in kept}
 
 
 LOW_SIZE, ROTATION_SIZE = 4, 9

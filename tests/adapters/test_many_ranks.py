@@ -1,4 +1,4 @@
-"""Adapted layers on 8 and 16 tensor-parallel ranks equal the same layers on one, in float64 and in one process."""
+"""Adapted layers on 4 and 16 tensor-parallel ranks equal the same layers on one, in float64 and in one process."""
 
 from collections.abc import Iterator
 from functools import cache
@@ -17,7 +17,7 @@ from tests.adapters.many_ranks import drawn, fake_groups, run_layer, spread
 
 pytest.importorskip("torch.distributed._local_tensor", reason="this torch has no LocalTensorMode")
 
-H, MOST_RANKS = 64, 16  # a rank has at least 4 features, one group of the rotations below
+H, FEW_RANKS, MOST_RANKS = 64, 4, 16  # a rank has at least 4 features, one group of the rotations below
 
 HEAD = H // MOST_RANKS
 KINDS: dict[str, tuple[LinearSizes, int]] = {  # with the batch
@@ -57,16 +57,16 @@ def cases() -> Iterator[Any]:
     for method, settings in METHODS.items():
         only_square = settings.get("urnn_mode") == "replace"
         for kind in ("proj",) if only_square else KINDS:
-            for size in (8, MOST_RANKS):
-                is_quick = size == 8 and (kind in ("fc1", "fc2") or only_square)
+            for size in (FEW_RANKS, MOST_RANKS):
+                is_quick = size == FEW_RANKS and (kind in ("fc1", "fc2") or only_square)
                 marks = [] if is_quick else [pytest.mark.slow]
                 yield pytest.param(method, kind, size, marks=marks, id=f"{method}-{kind}-TP{size}")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def groups() -> Iterator[dict[int, dist.ProcessGroup]]:
-    """Of 1, 8 and 16 ranks, by size; this process is the first of each."""
-    with fake_groups(8, MOST_RANKS) as found:
+    """Of 1, 4 and 16 ranks, by size; this process is the first of each."""
+    with fake_groups(FEW_RANKS, MOST_RANKS) as found:
         yield found
     on_one_rank.cache_clear()
 
@@ -103,7 +103,7 @@ def test_what_is_not_contiguous_is_summed(groups, monkeypatch, case):
     turn, plus = BlockRotation.rotated_by_transpose, low_rank.frozen_linear_plus_low_rank
     monkeypatch.setattr(BlockRotation, "rotated_by_transpose", lambda self, x: turn(self, _Skewed.apply(x)))
     monkeypatch.setattr(low_rank, "frozen_linear_plus_low_rank", lambda *args: _Skewed.apply(plus(*args)))
-    test_many_ranks_equal_one(groups, monkeypatch, *case, 8, sequence_parallel=False)
+    test_many_ranks_equal_one(groups, monkeypatch, *case, FEW_RANKS, sequence_parallel=False)
 
 
 @cache

@@ -20,10 +20,11 @@ from megatron_peft.adapters.step import AdaptersStep, adapters_step
 from megatron_peft.config import ParallelConfig, PeftConfig
 from megatron_peft.runtime import cpu
 from megatron_peft.runtime.launch import start_model_parallel, stop
-from tests.adapters.layer_runs import layer_config
+from tests.adapters.many_ranks import layer_config
+from tests.kept import kept_for_backward
 from tests.one_rank import one_rank
 
-HIDDEN, TOKENS, LAYERS = 64, 32, 5
+HIDDEN, TOKENS, LAYERS, RANK = 64, 32, 5, 4
 ADAPTERS: dict[str, Any] = {"lora": low_rank, "boft": boft, "urnn": urnn, "hybrid": hybrid}
 
 # Beyond the frozen layer, a microbatch: forward, backward, autograd's additions to the parameters' gradients.
@@ -36,6 +37,8 @@ TWO_RANKS: dict[tuple[str, bool], dict[str, tuple[int, int, int]]] = {  # by spl
     ("row", False): {"lora": (3, 7, 0), **BLOCKS, "hybrid": (6, 12, 0)},
     ("row", True): {"lora": (3, 7, 0), **BLOCKS, "hybrid": (6, 13, 0)},
 }
+# All layers of a stage together, however many there are.
+A_STEP = {"boft": 40, "urnn": 108, "hybrid": 47}
 INPUT = {"rotation_side": "input"}
 PROJECTION, RIEMANNIAN = {"boft_parametrization": "projection"}, {"urnn_update": "riemannian", "peft_lr_rotation": 0.1}
 # By name: method and numbers, a microbatch, a step.
@@ -45,9 +48,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], tuple[int, int, int], int]] = {
     "projection": ("boft", PROJECTION, (2, 4, 0), 30),
     "riemannian": ("urnn", RIEMANNIAN, (2, 4, 0), 15),
     "hybrid urnn": ("hybrid", {"hybrid_rotation": "urnn"}, (5, 13, 0), 115),
+    **{method: (method, {}, microbatch, A_STEP.get(method, 0)) for method, microbatch in A_MICROBATCH.items()},
 }
-# All layers of a stage together, however many there are.
-A_STEP = {"boft": 40, "urnn": 108, "hybrid": 47}
 
 FREE = {"aten::empty", "aten::empty_like", "aten::new_empty", "aten::_unsafe_view", "aten::empty_strided"}
 
@@ -58,17 +60,18 @@ class Kernels(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.names: Counter[str] = Counter()
+        self.sent: Counter[tuple[str, int]] = Counter()  # collectives, and the numbers of their larger side
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         returned = [one.alias_info for one in func._schema.returns]
         is_view = any(one is not None and not one.is_write for one in returned)
         if not is_view and func._schema.name not in FREE:
             self.names[func._schema.name] += 1
+        if func.namespace == "c10d":
+            given = (one for arg in args for one in (arg if isinstance(arg, list) else [arg]))
+            size = max(one.numel() for one in given if isinstance(one, torch.Tensor))
+            self.sent[func._schema.name.removeprefix("c10d::"), size] += 1
         return func(*args, **(kwargs or {}))
-
-    @property
-    def count(self) -> int:
-        return self.names.total()
 
 
 @pytest.fixture
@@ -82,6 +85,7 @@ def two_ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Rank 1 of two tensor-parallel ranks that do not communicate."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    cpu.install()
     dist.init_process_group("fake", rank=1, world_size=2, store=FakeStore())
     start_model_parallel(ParallelConfig(tensor_model_parallel_size=2, world_size=2), 1)
     monkeypatch.setattr(cpu, "_CPU", torch.device("meta"))  # megatron-core allocates what it gathers there
@@ -111,7 +115,7 @@ def layers(
             layer = AdaptedRowParallelLinear(HIDDEN, HIDDEN, **kept, **common)
         layer.requires_grad_(False).is_frozen = True
         if method is not None:
-            sizes = {"lora_rank": 4, "boft_block_size": 4, "boft_factors": 3, "urnn_block_size": 16}
+            sizes = {"lora_rank": RANK, "boft_block_size": 4, "boft_factors": 3, "urnn_block_size": 16}
             peft = PeftConfig(method=method, **{**sizes, **numbers})
             layer.adapter = ADAPTERS[method].build(layer.layout, peft, f"layer {number}", 0, torch.bfloat16)
         made.append(layer)
@@ -122,12 +126,15 @@ def layers(
     return made
 
 
+def input_of(layer: Any) -> torch.Tensor:
+    tokens = TOKENS // 2 if layer.layout.split == "column" and layer.sequence_parallel else TOKENS
+    return torch.zeros(tokens, 1, layer.weight.shape[1], dtype=torch.bfloat16, device="meta", requires_grad=True)
+
+
 def a_microbatch(method: str | None, **settings: Any) -> tuple[Counter[str], Counter[str], int]:
     """Kernels of (forward, backward, additions to gradients); `settings` of `layers`."""
     stage = layers(method, **settings)
-    layer: Any = stage[0]
-    tokens = TOKENS // 2 if layer.layout.split == "column" and layer.sequence_parallel else TOKENS
-    x = torch.zeros(tokens, 1, layer.weight.shape[1], dtype=torch.bfloat16, device="meta", requires_grad=True)
+    x = input_of(stage[0])
     with adapters_step([stage]):
         with Kernels() as forward:
             y, _ = stage[0](x)
@@ -155,13 +162,6 @@ def a_step(method: str, count: int, **settings: Any) -> Counter[str]:
     return kernels.names
 
 
-@pytest.mark.usefixtures("world")
-@pytest.mark.parametrize("method", A_MICROBATCH)
-def test_an_adapter_adds_few_kernels_to_a_microbatch(method):
-    assert beyond_frozen(method) == A_MICROBATCH[method]
-    assert beyond_frozen(method, split="row") == A_MICROBATCH[method]
-
-
 @pytest.mark.usefixtures("two_ranks")
 @pytest.mark.parametrize("method", A_MICROBATCH)
 @pytest.mark.parametrize(("split", "splits_sequence"), TWO_RANKS)
@@ -174,18 +174,32 @@ def test_an_adapter_of_two_ranks_adds_few_kernels(method, split, splits_sequence
         assert a_step(method, 2, **settings).total() == A_STEP[method] - fewer
 
 
+@pytest.mark.usefixtures("two_ranks")
+@pytest.mark.parametrize(("split", "splits_sequence"), TWO_RANKS)
+def test_what_an_adapter_of_two_ranks_sends_and_keeps_is_narrow(split, splits_sequence):
+    """Beside its own input, once. A row layer's input is features of all tokens already: nothing is gathered."""
+    sent, kept, narrow = [], [], TOKENS * RANK
+    for method in (None, "lora"):
+        (layer,) = layers(method, split=split, splits_sequence=splits_sequence)
+        x = input_of(layer)
+        with Kernels() as kernels:
+            with kept_for_backward() as kept:
+                y, _ = layer(x)
+            y.backward(torch.zeros_like(y))
+        sent.append(kernels.sent)
+    gathers = splits_sequence and split == "column"
+    calls = {("_allgather_base_", narrow): 1, ("_reduce_scatter_base_", narrow): 1} if gathers else {}
+    assert sent[1] - sent[0] == calls and sent[0]
+    assert sorted(one.numel() for one in kept if one.ndim == 3) == [narrow, x.numel()]
+
+
 @pytest.mark.usefixtures("world")
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_variant_of_a_method_adds_as_few_kernels(variant):
+def test_an_adapter_adds_few_kernels_and_rotations_of_all_layers_are_one_computation(variant):
     method, numbers, microbatch, step = VARIANTS[variant]
     assert beyond_frozen(method, numbers) == microbatch
-    few, many = a_step(method, 2, **numbers), a_step(method, LAYERS, **numbers)
-    assert few == many and many.total() == step, many
-
-
-@pytest.mark.usefixtures("world")
-@pytest.mark.parametrize("method", A_STEP)
-def test_rotations_of_all_layers_are_one_computation(method):
-    few, many = a_step(method, 2), a_step(method, LAYERS)
-    assert many == few
-    assert many.total() == A_STEP[method], many
+    if not numbers:
+        assert beyond_frozen(method, split="row") == microbatch
+    if step:
+        few, many = a_step(method, 2, **numbers), a_step(method, LAYERS, **numbers)
+        assert few == many and many.total() == step, many

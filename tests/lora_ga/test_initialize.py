@@ -140,11 +140,6 @@ def short(tmp_path_factory):
     return exact_and_started(Job("short", base, data, peft=peft, **groups), INIT_RULES)
 
 
-def _leading(G, rank=RANK):
-    U, S, Vh = torch.linalg.svd(G, full_matrices=False)
-    return U[:, :rank], S, Vh[:rank]
-
-
 def _sine(found_rows, exact_rows):
     """Of the largest principal angle between two row spaces."""
     found_basis, exact_basis = (torch.linalg.qr(rows.double().T)[0] for rows in (found_rows, exact_rows))
@@ -152,38 +147,37 @@ def _sine(found_rows, exact_rows):
 
 
 def test_captured_energy_is_that_of_the_exact_subspace_and_is_reported(found):
+    """By orthonormal rows with the norm of LoRA's own start."""
     for name, G in found.gradients.items():
-        basis = found.starts["aligned"].A[name].double() * 3**0.5
+        A = found.starts["aligned"].A[name]
+        torch.testing.assert_close(3 * A @ A.T, torch.eye(RANK), atol=1e-5, rtol=0)
         exact = torch.linalg.svdvals(G)[:RANK].square().sum()
-        assert (G @ basis.T).square().sum() > 0.99 * exact, name
+        assert 3 * (G @ A.T.double()).square().sum() > 0.99 * exact, name
         true = float(exact / G.square().sum())
         assert found.starts["aligned"].energy[name] == pytest.approx(true, rel=0.05), name
 
 
-def test_aligned_rows_are_orthonormal_with_the_norm_of_loras_own_start(found):
-    for A in found.starts["aligned"].A.values():
-        torch.testing.assert_close(3 * A @ A.T, torch.eye(RANK), atol=1e-5, rtol=0)
-
-
 @pytest.mark.parametrize("init", INIT_RULES)
-def test_the_start_preserves_the_function(short, init):
+def test_the_start_preserves_the_function_and_makes_no_tensor_of_a_weights_size(short, init):
     with_adapters, without = short.starts[init].losses
     assert with_adapters == pytest.approx(without, rel=1e-6)
     assert max(short.starts[init].change) < 1e-5
+    smallest = min(G.numel() for G in short.gradients.values())
+    assert max(math.prod(shape) for shape in short.starts[init].shapes) < smallest
 
 
 def test_paper_is_the_best_approximation_of_the_mean_losss_gradient(short):
     for name, G in short.gradients.items():
-        U, S, Vh = _leading(G)
+        U, S, Vh = torch.linalg.svd(G, full_matrices=False)
         started = short.starts["paper"]
         product = started.B[name].double() @ started.A[name].double()
-        torch.testing.assert_close(product, (U * S[:RANK]) @ Vh, atol=1e-3 * float(S[0]), rtol=0)
+        torch.testing.assert_close(product, (U * S)[:, :RANK] @ Vh[:RANK], atol=1e-3 * float(S[0]), rtol=0)
 
 
 def test_original_equals_an_exact_svd_under_our_formula(short):
     """Up to the signs of the vectors, each turned alike on both sides."""
     for name, G in short.gradients.items():
-        U, S, Vh = _leading(G, 2 * RANK)
+        U, S, Vh = torch.linalg.svd(G, full_matrices=False)
         c = math.sqrt(math.sqrt(G.shape[0]) / 16)
         A, B = short.starts["original"].A[name].double(), short.starts["original"].B[name].double()
         separate = S[:-1] - S[1:] > 0.02 * S[0]
@@ -208,18 +202,9 @@ def test_original_spans_what_hugging_face_pefts_start_spans(short):
         assert _sine(ours.B[name].T, theirs.lora_B["default"].weight.detach().T) < 1e-2, name
 
 
-@pytest.mark.parametrize("init", INIT_RULES)
-def test_no_tensor_of_a_weights_size_is_made(short, init):
-    smallest = min(G.numel() for G in short.gradients.values())
-    assert max(math.prod(shape) for shape in short.starts[init].shapes) < smallest
-
-
-def test_the_passes_keep_for_backward_what_the_frozen_base_keeps(short):
+def test_the_passes_keep_for_backward_what_the_frozen_base_keeps_and_a_gradient_that_is_not_finite_is_an_error(short):
     frozen, *passes = short.kept_bytes
     assert frozen and passes == [frozen, frozen]
-
-
-def test_a_gradient_that_is_not_finite_is_an_error(short):
     assert short.nan_message.startswith("LoRA-GA's start: the gradient of decoder.layers.0.")
     assert all(text in short.nan_message for text in ("is NaN or infinite", "--peft-method lora"))
 

@@ -51,20 +51,16 @@ BLOOM_SHAPE = ModelShape(
 
 def llama(folder: Path, base: dict[str, Any] = LLAMA_3_2_1B, /, **changes: Any) -> ModelShape:
     """Shape of the small Llama with some keys changed; None removes a key."""
-    config = {key: value for key, value in (base | changes).items() if value is not None}
+    return read_shape(written(folder, {key: value for key, value in (base | changes).items() if value is not None}))
+
+
+def written(folder: Path, config: dict[str, Any]) -> Path:
     (folder / "config.json").write_text(json.dumps(config))
-    return read_shape(folder)
+    return folder
 
 
 def bloom(folder: Path, **changes: Any) -> ModelShape:
     return llama(folder, BLOOM_7B1, **changes)
-
-
-def test_absent_keys_have_the_defaults_of_llama(tmp_path: Path) -> None:
-    shape = llama(tmp_path, LLAMA_7B)
-    assert (shape.num_query_groups, shape.kv_channels, shape.max_position_embeddings) == (32, 128, 2048)
-    assert (shape.norm_epsilon, shape.rotary_base, shape.rope_scaling) == (1e-6, 10000.0, None)
-    assert not shape.tied_embeddings and not shape.linear_biases
 
 
 @pytest.mark.parametrize(
@@ -185,6 +181,7 @@ QWEN3_06B = {
 }  # fmt: skip
 PUBLISHED = [
     (LLAMA_3_2_1B, LLAMA_SHAPE),
+    (LLAMA_7B, ModelShape("llama", 32, 4096, 11008, 32, 32, 128, 32000, 2048, norm_epsilon=1e-6)),
     (BLOOM_7B1, BLOOM_SHAPE),
     (MISTRAL_7B_V01, ModelShape("mistral", 32, 4096, 14336, 32, 8, 128, 32000, 32768, sliding_window=4096)),
     (MISTRAL_7B_V03, ModelShape("mistral", 32, 4096, 14336, 32, 8, 128, 32768, 32768, rotary_base=1e6)),
@@ -207,11 +204,6 @@ PUBLISHED = [
 
 
 FULL = ["full_attention"]
-
-
-def written(folder: Path, config: dict[str, Any]) -> Path:
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
 
 
 @pytest.mark.parametrize(("config", "expected"), PUBLISHED)

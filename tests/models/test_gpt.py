@@ -120,25 +120,20 @@ def test_scaled_rope_has_the_frequencies_of_transformers(numbers):
     assert not torch.allclose(expected, plain)
 
 
-@pytest.mark.parametrize("kinds", ["", "linear_qkv", "linear_qkv linear_proj", "linear_fc1 linear_fc2"])
+@pytest.mark.parametrize("kinds", [{}, {"linear_qkv"}, {"linear_qkv", "linear_proj"}, {"linear_fc1", "linear_fc2"}])
 def test_exactly_the_named_linear_layers_have_biases(kinds):
-    model = tiny_gpt({"linear_biases": frozenset(kinds.split())})
-    biased = [name for name, module in model.named_modules() if getattr(module, "bias", None) is not None]
-    assert {name.rpartition(".")[2] for name in biased} == set(kinds.split())
+    modules = tiny_gpt({"linear_biases": frozenset(kinds)}).named_modules()
+    biased = {name.rpartition(".")[2] for name, module in modules if getattr(module, "bias", None) is not None}
+    assert biased == set(kinds)
 
 
 BLOOM = {"architecture": "bloom", "num_query_groups": 4, "position_embedding": "alibi", "normalization": "LayerNorm"}
 
 
-def test_the_norm_of_the_embedding_is_saved_whole():
+def test_the_norm_of_the_embedding_is_saved_whole_and_layers_share_one_alibi_bias():
     model = tiny_gpt({**BLOOM, "embedding_layernorm": True})
     names = {f"embedding.word_embeddings_layernorm.{kind}" for kind in ("weight", "bias")}
     saved = [entry for entry in sharded_parameters([model], only_adapters=False) if entry.key in names]
-    assert {entry.key for entry in saved} == names
-    assert all(entry.global_shape == (SIZES["hidden_size"],) for entry in saved)
-
-
-def test_layers_share_one_alibi_bias():
-    model = tiny_gpt(BLOOM)
+    assert {entry.key: entry.global_shape for entry in saved} == dict.fromkeys(names, (SIZES["hidden_size"],))
     first, second = (layer.self_attention.core_attention._bias for layer in model.decoder.layers)
     assert first is second

@@ -2,10 +2,12 @@
 
 import sys
 from collections import ChainMap
+from contextlib import nullcontext
 from dataclasses import replace
 from inspect import signature
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -71,10 +73,10 @@ def test_a_missing_compiler_is_no_news_where_nothing_is_compiled():
         assert kernels.without_compiled(run, LLAMA, problem) == (run, "")
 
 
-@pytest.mark.parametrize("name", [SWIGLU, DROPOUT, ROPE, LOSS, GEMM])
-def test_a_switch_turns_off_its_fusion_alone(name):
+def test_a_switch_turns_off_its_fusion_alone():
     everything = {SWIGLU, DROPOUT, ROPE, LOSS, GEMM}
-    assert fused(LLAMA, {**WITH_DROPOUT, name: False}, FULL, EVERYTHING) == everything - {name}
+    for name in everything:
+        assert fused(LLAMA, {**WITH_DROPOUT, name: False}, FULL, EVERYTHING) == everything - {name}
 
 
 @pytest.mark.parametrize(("training", "ours"), [(FULL, False), (Training(), True)])
@@ -105,21 +107,20 @@ def test_which_backward_reads_the_activation_depends_on_the_method(peft, expecte
     assert Training.of(run_of(peft, {"pad_to_seq_length": True})).fixed_lengths
 
 
-def sent(settings: dict[str, Any], stages: ParallelConfig, training: Training) -> set[str]:
-    return {name for name, is_on in kernels.messages(settings, stages, training).items() if is_on}
+def sent(settings: dict[str, Any], stages: ParallelConfig, **training: bool) -> set[str]:
+    return {name for name, is_on in kernels.messages(settings, stages, Training(**training)).items() if is_on}
 
 
 def test_messages_of_a_known_size_are_not_announced_or_waited_for():
-    stages = ParallelConfig(pipeline_model_parallel_size=2, world_size=2)
-    assert sent({}, stages, Training(fixed_lengths=True)) == {"batch_p2p_comm", "deallocate_pipeline_outputs"}
-    assert sent({}, stages, Training()) == {"batch_p2p_comm", "variable_seq_lengths", "batch_p2p_sync"}
-
-
-def test_an_output_is_not_freed_while_it_is_being_sent():
-    stages = ParallelConfig(pipeline_model_parallel_size=3, num_layers_per_virtual_pipeline_stage=1, world_size=3)
-    fixed, batched = Training(fixed_lengths=True), {"batch_p2p_comm", "deallocate_pipeline_outputs"}
-    assert sent({"overlap_p2p_comm": True}, stages, fixed) == sent({}, stages, fixed) == {"overlap_p2p_comm"}
-    assert sent({"overlap_p2p_comm": False}, stages, fixed) == batched
+    """And an output is not freed while it is being sent."""
+    two = ParallelConfig(pipeline_model_parallel_size=2, world_size=2)
+    batched = {"batch_p2p_comm", "deallocate_pipeline_outputs"}
+    assert sent({}, two, fixed_lengths=True) == batched
+    assert sent({}, two) == {"batch_p2p_comm", "variable_seq_lengths", "batch_p2p_sync"}
+    three = ParallelConfig(pipeline_model_parallel_size=3, num_layers_per_virtual_pipeline_stage=1, world_size=3)
+    for settings in ({}, {"overlap_p2p_comm": True}):
+        assert sent(settings, three, fixed_lengths=True) == {"overlap_p2p_comm"}
+    assert sent({"overlap_p2p_comm": False}, three, fixed_lengths=True) == batched
 
 
 PACKED: dict[str, Any] = {"pack_sequences": True}
@@ -164,15 +165,11 @@ H100 = replace(A100, compute_capability=(9, 0))
     ],
 )
 def test_packed_samples_are_refused_where_transformer_engine_takes_all_pairs(installed, backend, padded, packed):
-    model = {"attention_backend": backend}
-    assert kernels.engine_kernel(run_of(model), installed) == padded
-    run = run_of(PACKED, model)
-    assert kernels.engine_kernel(run, installed) == packed
-    kernels.require_packed_attention(run_of(model), LLAMA, True, installed)
-    if packed == UNFUSED:
-        with pytest.raises(ConfigurationError, match="compute the scores of all pairs of tokens"):
-            kernels.require_packed_attention(run, LLAMA, True, installed)
-    else:
+    alone, run = run_of({"attention_backend": backend}), run_of(PACKED, {"attention_backend": backend})
+    assert [kernels.engine_kernel(one, installed) for one in (alone, run)] == [padded, packed]
+    kernels.require_packed_attention(alone, LLAMA, True, installed)
+    told = pytest.raises(ConfigurationError, match="compute the scores of all pairs of tokens")
+    with told if packed == UNFUSED else nullcontext():
         kernels.require_packed_attention(run, LLAMA, True, installed)
 
 
@@ -181,9 +178,8 @@ def test_the_refusal_of_packed_samples_names_what_is_there_and_the_ways_out():
         kernels.require_packed_attention(run_of(PACKED), LLAMA, True, A100)
     assert "this GPU has 8.0 and cuDNN is 9.20.0" in str(refused.value)
     assert "pip install flash-attn" in str(refused.value) and "--transformer-impl local" in str(refused.value)
-    float32 = run_of(PACKED, {"bf16": False})
     with pytest.raises(ConfigurationError, match="for --bf16 only"):
-        kernels.require_packed_attention(float32, LLAMA, True, H100)
+        kernels.require_packed_attention(run_of(PACKED, {"bf16": False}), LLAMA, True, H100)
 
 
 @pytest.mark.parametrize(
@@ -232,33 +228,18 @@ def test_a_fused_loss_that_was_asked_for_is_there_and_keeps_the_precision(settin
 @pytest.mark.parametrize("error", [None, ModuleNotFoundError("No module named 'triton'"), RuntimeError("no compiler")])
 def test_triton_itself_says_whether_it_compiles(monkeypatch: pytest.MonkeyPatch, error: Exception | None):
     """Its driver is made, in C, at the first question: so in release 3.9, without compiler and without Python.h."""
-
-    def current_device() -> int:
-        if error is not None:
-            raise error
-        return 0
-
-    driver = SimpleNamespace(active=SimpleNamespace(get_current_device=current_device))
-    monkeypatch.setitem(sys.modules, "triton.runtime", SimpleNamespace(driver=driver))
+    active = SimpleNamespace(get_current_device=mock.Mock(side_effect=error))
+    monkeypatch.setitem(sys.modules, "triton.runtime", SimpleNamespace(driver=SimpleNamespace(active=active)))
     monkeypatch.setitem(sys.modules, "triton", ModuleType("triton"))
     kernels._compile_problem.cache_clear()
     found = kernels._compile_problem()
     kernels._compile_problem.cache_clear()
-    assert found.endswith(f"{type(error).__name__}: {error}" if error else "")
-    assert bool(found) == (error is not None)
+    assert found.endswith(f"{type(error).__name__}: {error}") if error else found == ""
 
 
-@pytest.mark.parametrize(
-    ("wanted", "installed", "expected"),
-    [
-        ("auto", EVERYTHING, True),
-        ("auto", GPU, False),
-        ("auto", Installed(False, True), False),
-        ("local", EVERYTHING, False),
-    ],
-)
-def test_auto_takes_transformer_engine_on_a_gpu(wanted, installed, expected):
-    assert uses_transformer_engine(wanted, installed) == expected
+def test_auto_takes_transformer_engine_on_a_gpu():
+    asked = (("auto", EVERYTHING), ("auto", GPU), ("auto", Installed(False, True)), ("local", EVERYTHING))
+    assert [uses_transformer_engine(*one) for one in asked] == [True, False, False, False]
 
 
 def test_norms_are_recomputed_on_a_gpu_with_transformer_engine_only():

@@ -64,9 +64,8 @@ def test_bfloat16_is_normalized_in_float32():
 @pytest.mark.parametrize("kind", [RMSNorm, LayerNorm])
 def test_parameters_say_whether_a_rank_sees_only_its_own_tokens(kind):
     for split in (False, True):
-        assert all(
-            parameter.sequence_parallel is split for parameter in _norm(kind, sequence_parallel=split).parameters()
-        )
+        norm = _norm(kind, sequence_parallel=split)
+        assert all(parameter.sequence_parallel is split for parameter in norm.parameters())
 
 
 @pytest.mark.parametrize("is_frozen", [True, False])

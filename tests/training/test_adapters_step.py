@@ -19,8 +19,8 @@ from torch import nn
 from megatron_peft.adapters.attach import linear_layers
 from megatron_peft.adapters.boft import Boft
 from megatron_peft.adapters.hybrid import Hybrid
+from megatron_peft.adapters.rotation import RotatesOnceAStep
 from megatron_peft.adapters.step import AdaptersStep, adapters_step
-from megatron_peft.adapters.step_rotations import RotatesOnceAStep
 from megatron_peft.evaluation.generation import GenerationSettings, generate
 from megatron_peft.parallel.collectives import gradient_of
 from megatron_peft.training import step as step_module
