@@ -108,21 +108,16 @@ def test_drafts_of_a_killed_run_are_removed_under_the_lock_only(alone, tmp_path,
     assert draft.exists() != is_locked
 
 
-def test_a_ranks_files_are_synced_when_write_returns(alone, tmp_path, monkeypatch):
+def test_a_ranks_files_are_synced_when_write_returns_and_a_torn_one_is_told_in_words(alone, tmp_path, monkeypatch):
     """The first rank, which publishes them, may be another machine: it cannot sync what this one has not sent."""
     files = PlannedFiles([ShardedTensor.from_rank_offsets("w", torch.ones(4))], tmp_path)
     calls = recorded_calls(monkeypatch)
     written = files.write()
-    assert set(written.sums) == {"__0_0.distcp"}
-    assert ("fsync", tmp_path / "__0_0.distcp") in calls
-
-
-def test_what_torch_says_of_a_full_disk_is_said_in_words(alone, tmp_path, monkeypatch):
-    files = PlannedFiles([ShardedTensor.from_rank_offsets("w", torch.ones(4))], tmp_path)
+    assert set(written.sums) == {"__0_0.distcp"} and ("fsync", tmp_path / "__0_0.distcp") in calls
     torn = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
     monkeypatch.setattr(torch, "save", mock.Mock(side_effect=torn))
     with pytest.raises(ConfigurationError, match="could not be written: a file was cut short; is the disk full.$"):
-        files.complete([files.write()])
+        files.complete([written])
 
 
 def test_a_folder_of_tensors_is_on_the_disk_before_it_has_its_name_and_that_after(tmp_path, monkeypatch):

@@ -14,15 +14,15 @@ from megatron_peft.checkpoint.state import random_targets, random_tensors, resto
 from tests.checkpoint.rank_checks import RESHARDED, SLOWLY_RESHARDED
 
 
-@pytest.mark.parametrize("name", RESHARDED)
-def test_another_layout_makes_the_same_checkpoint(two_ranks, name):
-    assert [facts["resharded"][name] for facts in two_ranks] == [[], []]
+@pytest.mark.parametrize("pair", RESHARDED, ids=" to ".join)
+def test_another_layout_makes_the_same_checkpoint(two_ranks, pair):
+    assert [facts["resharded"][pair] for facts in two_ranks] == [[], []]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SLOWLY_RESHARDED)
-def test_more_layouts_make_the_same_checkpoint(two_slow_ranks, name):
-    assert [facts["resharded"][name] for facts in two_slow_ranks] == [[], []]
+@pytest.mark.parametrize("pair", SLOWLY_RESHARDED, ids=" to ".join)
+def test_more_layouts_make_the_same_checkpoint(two_slow_ranks, pair):
+    assert [facts["resharded"][pair] for facts in two_slow_ranks] == [[], []]
 
 
 def test_a_float32_run_takes_the_float32_copies_of_a_bf16_run(two_ranks):

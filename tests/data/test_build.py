@@ -17,7 +17,7 @@ RECORDS = [{"prompt": str(i), "completion": f"{i} {i}"} for i in range(10)]  # 3
 
 
 def build(data: dict[str, Any], consumed: int = 0, **training) -> Data:
-    """`data` and `training` are fields of the configuration; without a length the run has 5 iterations."""
+    """`data`, `training`: fields of the configuration; without a length the run has 5 iterations."""
     length = {} if {"train_iters", "train_samples", "train_epochs"} & training.keys() else {"train_iters": 5}
     settings = DataConfig(**{"num_workers": 0, "seq_length": 8, **data})
     steps = TrainingConfig(**{"global_batch_size": 4, **length, **training})
@@ -35,6 +35,13 @@ def both(train, write_lines) -> dict[str, Any]:
     return {**train, "valid_data_path": (write_lines(RECORDS[:6], "valid.jsonl"),)}
 
 
+@pytest.fixture
+def few_and_many(write_lines) -> tuple[str, str]:
+    """A file of one record, 500, and one of ten."""
+    few = write_lines([{"prompt": "500", "completion": " 1"}], "few.jsonl")
+    return few, write_lines(RECORDS, "many.jsonl")
+
+
 def first_tokens(batches, steps: int | None = None) -> list[int]:
     return [int(row[0]) for step in islice(batches, steps) for batch in step for row in batch.tokens]
 
@@ -43,6 +50,8 @@ def test_training_is_shuffled_and_continues_where_it_was(train):
     straight = first_tokens(build(train).train, 5)
     assert sorted(straight[:10]) == list(range(10)) != straight[:10]
     assert first_tokens(build(train, consumed=8).train, 3) == straight[8:]
+    with pytest.raises(ConfigurationError, match="--train-samples 3 is less than one --global-batch-size 4"):
+        build(train, train_samples=3)
 
 
 def test_validation_is_one_pass_in_file_order_that_eval_iters_end_and_none_mean_no_evaluation(both):
@@ -69,25 +78,21 @@ def test_the_length_of_the_run_becomes_iterations(train, length, iterations):
     assert build(train, **length).train_iters == iterations
 
 
-def test_packing_packs_whatever_is_json(both):
+def test_packing_packs_whatever_is_json_and_first_fit_decreasing_is_the_default(both, write_lines):
     data = build({**both, "pack_sequences": True, "packing": "next-fit"})
     batch = next(iter(data.train))[0]
     assert batch.cu_seqlens is not None and batch.cu_seqlens.tolist() == [0, 3, 6]  # 2 of 3 positions fit in 8
     assert data.train.order.epoch_length(0) == 5
     assert data.valid is not None and sum(b.num_samples for step in data.valid for b in step) == 6
-
-
-def test_first_fit_decreasing_is_the_default_and_needs_fewer_steps(write_lines):
     records = [{"text": " 1" * length} for length in (6, 2) * 8]
-    data = {"train_data_path": (write_lines(records),), "pack_sequences": True}
-    full, before = (build(data | choice).train for choice in ({}, {"packing": "next-fit"}))
+    packed = {"train_data_path": (write_lines(records),), "pack_sequences": True}
+    full, before = (build(packed | choice).train for choice in ({}, {"packing": "next-fit"}))
     assert full.order.epoch_length(0) == 8 < before.order.epoch_length(0)
     assert {batch.tokens.shape[1] for step in islice(full, 2) for batch in step} == {8}
 
 
-def test_weights_before_json_files_are_shares_of_the_samples(write_lines):
-    few = write_lines([{"prompt": "500", "completion": " 1"}], "few.jsonl")
-    many = write_lines(RECORDS, "many.jsonl")
+def test_weights_before_json_files_are_shares_of_the_samples(few_and_many):
+    few, many = few_and_many
     data = build({"train_data_path": ("0.25", few, "0.75", many)}, train_iters=10)
     tokens = first_tokens(data.train, 10)
     assert tokens.count(500) == 10 and sorted(set(tokens)) == [*range(10), 500]
@@ -97,14 +102,15 @@ def test_weights_before_json_files_are_shares_of_the_samples(write_lines):
         build({"train_data_path": ("0.25", few, "0.75", many)}, train_epochs=1)
 
 
-def test_weights_of_validation_hold_as_far_as_eval_iters_reach_and_one_pass_has_none(train, write_lines):
-    few = write_lines([{"prompt": "500", "completion": " 1"}], "few.jsonl")
-    blended = {**train, "valid_data_path": ("1", few, "1", write_lines(RECORDS, "many.jsonl"))}
+def test_weights_of_validation_hold_as_far_as_eval_iters_reach_and_one_pass_has_none(train, few_and_many):
+    blended = {**train, "valid_data_path": ("1", few_and_many[0], "1", few_and_many[1])}
     cut, whole = build(blended, eval_iters=2).valid, build(blended).valid
     assert cut and whole and first_tokens(cut).count(500) == 4 and first_tokens(whole).count(500) == 1
 
 
-def test_a_source_with_a_weight_and_no_sample_left_is_an_error(write_lines):
+def test_bad_data_are_told_with_the_flag_or_the_file_that_brought_them(train, write_lines):
+    with pytest.raises(ConfigurationError, match="--valid-data-path .*empty.jsonl is empty"):
+        build({**train, "valid_data_path": (write_lines([], "empty.jsonl"),)})
     long, good = write_lines([{"prompt": "1 " * 20, "completion": "2"}], "long.jsonl"), write_lines(RECORDS)
     with pytest.raises(ConfigurationError, match="all samples of .*long.jsonl were skipped, so the blend's weights"):
         build({"train_data_path": ("1", good, "1", long)})
@@ -116,13 +122,6 @@ def test_what_was_cut_is_said_once(write_lines, caplog):
         build({"train_data_path": (path,)})
     told = "--train-data-path: 1 of 11 samples are longer than --seq-length 8 and were cut at their end"
     assert [record.getMessage() for record in caplog.records] == [f"{told} (first: {path}, line 1)."]
-
-
-def test_bad_data_name_the_flag_that_brought_them_and_less_than_a_batch_is_no_run(train, write_lines):
-    with pytest.raises(ConfigurationError, match="--valid-data-path .*empty.jsonl is empty"):
-        build({**train, "valid_data_path": (write_lines([], "empty.jsonl"),)})
-    with pytest.raises(ConfigurationError, match="--train-samples 3 is less than one --global-batch-size 4"):
-        build(train, train_samples=3)
 
 
 def test_indexed_data_keep_megatrons_order_while_they_last(tmp_path):

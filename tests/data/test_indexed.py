@@ -5,6 +5,7 @@ import os
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from megatron_peft.data.tokenizers import NullTokenizer
 from megatron_peft.runtime.launch import start_world
 from tests.ranks import run_ranks
 
-TOKENIZER = NullTokenizer(999)
+TOKENIZER, NUM_IDS = NullTokenizer(999), 1000
 
 
 def write_indexed(prefix: Path, documents: Sequence[Sequence[int]], dtype: type = np.uint16) -> str:
@@ -37,7 +38,7 @@ def numbered_documents(num_documents: int, length: int = 5, first: int = 0) -> l
 
 def build(which: Split, num_samples: int | None, /, *paths: str, **settings):
     data = DataConfig(data_path=paths, seq_length=8, **settings)
-    return build_indexed(data, which, paths, num_samples, TOKENIZER)
+    return build_indexed(data, which, paths, num_samples, TOKENIZER, NUM_IDS)
 
 
 def tokens_seen(dataset) -> set[int]:
@@ -56,13 +57,14 @@ def two(tmp_path) -> tuple[str, str]:
     return write_indexed(tmp_path / "a", a), write_indexed(tmp_path / "b", b)
 
 
-def test_samples_are_seq_length_tokens_that_all_count(tmp_path):
+def test_samples_are_seq_length_tokens_that_all_count_mapped_or_not(tmp_path):
     prefix = write_indexed(tmp_path / "count", [list(range(1, 26))])
-    dataset = build(Split.train, None, prefix, split="1")
-    assert len(dataset) == 3
-    samples = sorted((dataset[i].tokens.tolist(), dataset[i].labels.tolist()) for i in range(3))
-    assert samples == [(list(range(n, n + 8)), list(range(n + 1, n + 9))) for n in (1, 9, 17)]
-    assert all(dataset[i].loss_mask.tolist() == [1.0] * 8 for i in range(3))
+    for mapped in (True, False):
+        dataset = build(Split.train, None, prefix, split="1", mmap_bin_files=mapped)
+        assert len(dataset) == 3
+        samples = sorted((dataset[i].tokens.tolist(), dataset[i].labels.tolist()) for i in range(3))
+        assert samples == [(list(range(n, n + 8)), list(range(n + 1, n + 9))) for n in (1, 9, 17)]
+        assert all(dataset[i].loss_mask.tolist() == [1.0] * 8 for i in range(3))
 
 
 def test_split_cuts_documents(corpus):
@@ -70,36 +72,23 @@ def test_split_cuts_documents(corpus):
     for which, documents in ((Split.train, range(80)), (Split.valid, range(80, 95)), (Split.test, range(95, 100))):
         assert tokens_seen(build(which, None, corpus, split="80,15,5")) - {0} <= set(documents)
     assert tokens_seen(build(Split.valid, None, corpus)) - {0} <= {97, 98, 99}, "Megatron's default"
+    whole = build(Split.valid, None, corpus, split="80,20")  # 100 tokens: 99 to predict, the last few masked
+    assert len(whole) == 13
+    assert sum(whole[i].loss_mask.sum() for i in range(13)) == 99
 
 
-def test_a_whole_validation_keeps_its_last_partial_sequence_masked(corpus):
-    dataset = build(Split.valid, None, corpus, split="80,20")  # 100 tokens: 99 to predict
-    assert len(dataset) == 13
-    assert sum(dataset[i].loss_mask.sum() for i in range(13)) == 99
-
-
-def test_weights_blend(two):
+def test_weights_blend_and_without_them_or_in_an_evaluation_each_is_taken_once(two):
     dataset = build(Split.train, 400, "0.25", two[0], "0.75", two[1], split="1")
-    from_b = sum(int(dataset[i].tokens[0]) >= 500 for i in range(400))
-    assert 295 <= from_b <= 305
-
-
-def test_without_weights_and_in_an_evaluation_each_is_taken_once(two):
+    assert 295 <= sum(int(dataset[i].tokens[0]) >= 500 for i in range(400)) <= 305
     assert len(build(Split.train, None, *two, split="1")) == (100 - 1) // 8 + (200 - 1) // 8
     assert len(build(Split.valid, None, "1", two[0], "9", two[1], split="0,1")) == 13 + 25
 
 
 def test_each_split_may_have_files_of_its_own(two):
     data = DataConfig(train_data_path=two[:1], valid_data_path=two[1:], seq_length=8)
-    assert tokens_seen(build_indexed(data, Split.train, two[:1], 10, TOKENIZER)) <= set(range(20))
-    assert tokens_seen(build_indexed(data, Split.valid, two[1:], None, TOKENIZER)) - {0} <= set(range(500, 540))
-
-
-def test_indices_are_cached_in_the_folder_of_the_flag(corpus, tmp_path):
-    cache = tmp_path / "cache"
-    build(Split.train, 10, corpus, data_cache_path=str(cache))
-    assert len(list(cache.glob("*-GPTDataset-train-*.npy"))) == 3
-    assert not Path(corpus).exists()  # megatron-core's default: a folder named after the prefix
+    assert tokens_seen(build_indexed(data, Split.train, two[:1], 10, TOKENIZER, NUM_IDS)) <= set(range(20))
+    valid = build_indexed(data, Split.valid, two[1:], None, TOKENIZER, NUM_IDS)
+    assert tokens_seen(valid) - {0} <= set(range(500, 540))
 
 
 class Harmful:
@@ -112,6 +101,8 @@ def test_a_pickle_among_the_cached_indices_is_never_read(corpus, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     choice = {"data_cache_path": str(tmp_path / "cache")} if has_flag else {}
     build(Split.train, 10, corpus, **choice)
+    # megatron-core's default is a folder named after the prefix.
+    assert len(list((tmp_path / "cache").glob("*.npy"))) == 3 * has_flag and Path(corpus).exists() is not has_flag
     for path in tmp_path.rglob("*shuffle_index.npy"):
         path.write_bytes(pickle.dumps(Harmful()))
     with pytest.raises(ConfigurationError, match="shuffle_index.npy is not an array of numpy's: remove it"):
@@ -153,46 +144,34 @@ def test_all_ranks_see_the_same_blend(two, tmp_path):
     assert seen[0] == seen[1] == [alone[i].tokens.tolist() for i in range(60)]
 
 
-ALTERNATE = "--data-path .*: give paths only, or a weight before each path"
-
-
-@pytest.mark.parametrize(
-    ("mixture", "message"),
-    [(mixture, ALTERNATE) for mixture in ("0.3 A B", "A 0.3", "0.3 0.7", "0.3", "A 1 B 2")]
-    + [("0 A 1 B", "a weight before each path .*above 0")],
-)
-def test_weights_above_0_and_prefixes_must_alternate(two, mixture, message):
+@pytest.mark.parametrize("mixture", ["0.3 A B", "A 0.3", "0.3 0.7", "0.3", "A 1 B 2", "0 A 1 B"])
+def test_weights_above_0_and_prefixes_must_alternate(two, mixture):
     paths = [{"A": two[0], "B": two[1]}.get(part, part) for part in mixture.split()]
-    with pytest.raises(ConfigurationError, match=message):
+    told = "a weight before each path .*above 0" if mixture[0] == "0" and mixture[1] == " " else "give paths only, or"
+    with pytest.raises(ConfigurationError, match=f"--data-path .*{told}"):
         checked_blend(paths, "--data-path")
 
 
-@pytest.mark.parametrize(("make", "kind"), [(os.mkfifo, "a pipe or a device"), (os.mkdir, "a folder")])
-def test_tokens_in_what_is_no_file_are_named_by_its_kind(two, make, kind):
-    path = Path(two[0] + ".bin")
-    path.unlink()
-    make(path)
-    with pytest.raises(ConfigurationError, match=f"--data-path .*a.bin is {kind}, not a file"):
-        build(Split.train, 1, two[0])
+def replaced(make) -> Any:
+    """Damage that leaves something else in place of the file."""
+    return lambda path: (path.unlink(), make(path))
 
 
 @pytest.mark.parametrize(
-    ("suffix", "damage", "message"),
+    ("name", "damage", "message"),
     [
-        (".bin", None, "--data-path .*a: .*a.bin not found. A prefix is a path with"),
-        (".bin", lambda whole: whole[:-2], "a.bin has 198 bytes where its index expects 200; it is truncated"),
-        (".idx", lambda whole: b"", "a.idx is not an index of Megatron's, or it is truncated"),
-        (".idx", lambda whole: whole[:60], "a.idx is not an index of Megatron's, or it is truncated"),
+        ("a.bin", Path.unlink, "--data-path .*a: .*a.bin not found. A prefix is a path with"),
+        ("a.bin", replaced(os.mkfifo), "--data-path .*a.bin is a pipe or a device, not a file"),
+        ("a.bin", replaced(os.mkdir), "--data-path .*a.bin is a folder, not a file"),
+        ("a.bin", lambda path: os.truncate(path, 198), "a.bin has 198 bytes where its index expects 200; it is trunc"),
+        ("a.idx", lambda path: os.truncate(path, 0), "a.idx is not an index of Megatron's, or it is truncated"),
+        ("a.idx", lambda path: os.truncate(path, 60), "a.idx is not an index of Megatron's, or it is truncated"),
     ],
 )
-def test_files_that_are_missing_or_torn_are_named(two, suffix, damage, message):
-    path = Path(two[0] + suffix)
-    whole = path.read_bytes()
-    path.unlink()
-    if damage:
-        path.write_bytes(damage(whole))
+def test_files_that_are_missing_or_torn_or_no_files_are_named(two, tmp_path, name, damage, message):
+    damage(tmp_path / name)
     with pytest.raises(ConfigurationError, match=message):
-        checked_blend(two, "--data-path")
+        build(Split.train, 1, two[0])
 
 
 @pytest.mark.parametrize(
@@ -205,9 +184,8 @@ def test_files_that_are_missing_or_torn_are_named(two, suffix, damage, message):
 )
 def test_token_ids_that_the_model_has_no_row_for_are_refused(documents, number, wrong, tmp_path):
     prefix = write_indexed(tmp_path / "other", documents, dtype=np.int32)
-    with pytest.raises(
-        ConfigurationError, match=f"other.bin, document {number} has the token id {wrong}, but .* has 1000 rows"
-    ):
+    told = f"other.bin, document {number} has the token id {wrong}, but .* has 1000 rows"
+    with pytest.raises(ConfigurationError, match=told):
         build(Split.train, None, prefix, split="1")
 
 
@@ -220,12 +198,6 @@ def test_an_id_beyond_what_was_scanned_is_refused_when_it_is_read(corpus, two, m
     told = "--data-path .*corpus.bin, document 100 has the token id 99, .* has 99 rows"
     with pytest.raises(ConfigurationError, match=told):
         list(dataset)
-
-
-def test_files_that_are_not_mapped_give_the_same_samples(corpus):
-    mapped, read = (build(Split.train, 12, corpus, split="1", mmap_bin_files=maps) for maps in (True, False))
-    assert mapped is not None and read is not None and len(mapped) == len(read)
-    assert all((mapped[i].tokens == read[i].tokens).all() for i in range(12))
 
 
 def test_generated_samples_count_through_the_models_ids():

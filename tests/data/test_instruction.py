@@ -44,9 +44,7 @@ def test_a_text_above_the_limit_is_named_by_its_record(write_lines, hf, sentence
         monkeypatch.setattr(tokenizers, "MAX_TEXT", 28)
         assert len(InstructionDataset(records, Fit(tokenizer, 64))) == 1
         monkeypatch.setattr(tokenizers, "MAX_TEXT", 27)
-        with pytest.raises(
-            ConfigurationError, match="data.jsonl, line 1: the text has 28 characters, .* is 27: split it"
-        ):
+        with pytest.raises(ConfigurationError, match="data.jsonl, line 1: the text has 28 characters, .* 27: split it"):
             InstructionDataset(records, Fit(tokenizer, 64))
 
 
@@ -59,10 +57,13 @@ def test_loss_is_on_every_answer_of_a_conversation_up_to_its_end_token(hf):
     assert ids == hf.encode(hf.render_chat(record["messages"]))
 
 
+def tokenizer_of(template: str, folder) -> HuggingFaceTokenizer:
+    return HuggingFaceTokenizer(str(save_tokenizer(folder, chat_template=template)))
+
+
 def test_an_answer_that_the_template_does_not_end_is_ended(tmp_path):
     template = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
-    tokenizer = HuggingFaceTokenizer(str(save_tokenizer(tmp_path, chat_template=template)))
-    assert trained_text(ANSWERED, tokenizer) == "[assistant]yo<|im_end|>"
+    assert trained_text(ANSWERED, tokenizer_of(template, tmp_path)) == "[assistant]yo<|im_end|>"
 
 
 TOOL_CHATML = (
@@ -83,30 +84,18 @@ CALLING = {
 
 
 def test_tools_and_calls_go_through_the_template_and_calls_are_learned(tmp_path):
-    tokenizer = HuggingFaceTokenizer(str(save_tokenizer(tmp_path, chat_template=TOOL_CHATML)))
+    tokenizer = tokenizer_of(TOOL_CHATML, tmp_path)
     ids, _ = tokenize_record(CALLING, tokenizer)
     text = tokenizer._tokenizer.decode(ids)
     assert text.startswith("<|im_start|>tools\n[") and text.count("weather") == 2 and "None" not in text
     assert trained_text(CALLING, tokenizer) == '[{"name": "weather"}]<|im_end|>rain<|im_end|>'
-
-
-@pytest.mark.parametrize(
-    ("change", "told"),
-    [
+    for change, told in (
         ({"tools": "weather"}, '"tools" is not a list of objects'),
         ({"persona": "kind"}, "the chat template reads persona, which the record has"),
         ({"messages": [{"role": "assistant", "content": None}]}, '"content" of message 1 is not text but NoneType'),
-    ],
-)
-def test_what_a_template_cannot_render_is_an_error(tmp_path, change, told):
-    tokenizer = HuggingFaceTokenizer(str(save_tokenizer(tmp_path, chat_template=TOOL_CHATML)))
-    with pytest.raises(ConfigurationError, match=told):
-        tokenize_record(CALLING | change, tokenizer)
-
-
-def test_calls_that_the_template_does_not_write_are_refused(hf):
-    with pytest.raises(ConfigurationError, match="message 2 has tool_calls, which the .* template does not write"):
-        tokenize_record(CALLING, hf)
+    ):
+        with pytest.raises(ConfigurationError, match=told):
+            tokenize_record(CALLING | change, tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -114,31 +103,27 @@ def test_calls_that_the_template_does_not_write_are_refused(hf):
     [
         ({"content": "a", "weight": 0}, "message 2 has the weight 0, but the loss covers every assistant turn"),
         ({"content": "a", "function_call": {"name": "f"}}, "message 2 has a function_call, .*one of tool_calls"),
-        ({"content": None, "tool_calls": [{"name": "f"}]}, "message 2 has tool_calls, which"),
+        ({"content": None, "tool_calls": [{"name": "f"}]}, "message 2 has tool_calls, which the .*template does not"),
     ],
 )
-def test_a_turn_that_sets_what_is_learned_is_an_error(tmp_path, turn, told):
-    """Not where a comment of the template names it either."""
-    template = "{# tool_calls, function_call #}" + CHATML
-    tokenizer = HuggingFaceTokenizer(str(save_tokenizer(tmp_path, chat_template=template)))
+@pytest.mark.parametrize("comment", ["", "{# tool_calls, function_call #}"])
+def test_a_turn_that_sets_what_is_learned_or_that_the_template_does_not_write_is_an_error(
+    tmp_path, comment, turn, told
+):
+    tokenizer = tokenizer_of(comment + CHATML, tmp_path)
     record = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", **turn}]}
     with pytest.raises(ConfigurationError, match=told):
         tokenize_record(record, tokenizer)
 
 
-def test_fields_of_messages_that_nothing_reads_are_counted_too(write_lines, hf):
+def test_fields_that_nothing_reads_are_counted_once_those_of_messages_too(write_lines, hf):
     turn = {"role": "assistant", "content": "a", "weight": 1, "name": "me", "function_call": None}
-    records = [{"messages": [{"role": "user", "content": "q", "name": "you"}, turn]}] * 2
-    told = 'left out: "messages[].name" (2 records), "messages[].weight" (2 records).'
-    assert told in InstructionDataset(RecordFiles((write_lines(records),), "--d"), Fit(hf, 64)).warnings[0]
-
-
-def test_fields_that_nothing_reads_are_counted_once(write_lines, hf):
-    chats = write_lines([ANSWERED | {"tools": [], "id": 1}, ANSWERED | {"id": 2}])
+    named = [{"messages": [{"role": "user", "content": "q", "name": "you"}, turn]}] * 2
+    chats = write_lines([ANSWERED | {"tools": [], "id": 1}, ANSWERED | {"id": 2}, *named])
     texts = write_lines([{"text": "the cat", "\x1b[2Jsource": "web"}], "texts.jsonl")
     warnings = InstructionDataset(RecordFiles([chats, texts], FLAG), Fit(hf, 64)).warnings
-    left_out = '"id" (2 records), "tools" (1 records), "\\x1b[2Jsource" (1 records)'
-    assert warnings == [f"fields that nothing reads were left out: {left_out}."]
+    left_out = '"id" (2 records), "messages[].name" (2 records), "messages[].weight" (2 records), "tools" (1 records)'
+    assert warnings == [f'fields that nothing reads were left out: {left_out}, "\\x1b[2Jsource" (1 records).']
 
 
 def test_bos_is_put_before_prompts_and_texts_but_the_template_writes_its_own(tmp_path):
@@ -207,8 +192,7 @@ def surveyed(write_lines, overlong: str, records=RECORDS):
 
 def test_truncation_cuts_the_end_and_skips_prompts_that_fill_the_sequence(write_lines):
     dataset = surveyed(write_lines, "truncate")
-    assert dataset.lengths.tolist() == [3, 4, 4]
-    assert [len(dataset[i]) for i in range(3)] == [3, 4, 4]
+    assert dataset.lengths.tolist() == [len(dataset[i]) for i in range(3)] == [3, 4, 4]
     assert dataset[1].labels.tolist() == [2, 3, 4, 5]
     assert dataset[1].loss_mask.tolist() == [0, 1, 1, 1]
     assert [int(dataset[i].tokens[-1]) for i in range(3)] == [3, 4, 4]
@@ -219,25 +203,18 @@ def test_truncation_cuts_the_end_and_skips_prompts_that_fill_the_sequence(write_
     assert "1 of 5" in empty and "have no token to learn from" in empty and "line 4" in empty
 
 
-def test_skip_leaves_all_overlong_samples_out_and_those_that_fit_give_no_warning(write_lines):
+def test_skip_leaves_all_overlong_samples_out_and_a_bad_record_ends_the_run_before_it_begins(write_lines):
     dataset = surveyed(write_lines, "skip")
-    assert dataset.lengths.tolist() == [3, 4]
+    assert dataset.lengths.tolist() == [3, 4] and len(dataset.warnings) == 2
     assert "2 of 5 samples are longer than --seq-length 4 and were skipped" in dataset.warnings[0]
-    assert len(dataset.warnings) == 2
     assert surveyed(write_lines, "error", [RECORDS[0], RECORDS[4]]).warnings == []
-
-
-@pytest.mark.parametrize(
-    ("records", "overlong", "message"),
-    [
+    for records, overlong, told in (
         (RECORDS, "error", "line 2: the sample takes 6 tokens, above --seq-length 4: raise it"),
         ([RECORDS[0], RECORDS[3]], "error", "line 2: the sample has no token to learn from"),
         ([RECORDS[2]], "truncate", "all 1 samples were skipped .*line 1.*their prompt alone fills it"),
-    ],
-)
-def test_a_bad_record_ends_the_run_before_it_begins(write_lines, records, overlong, message):
-    with pytest.raises(ConfigurationError, match=message):
-        surveyed(write_lines, overlong, records)
+    ):
+        with pytest.raises(ConfigurationError, match=told):
+            surveyed(write_lines, overlong, records)
 
 
 def survey_on_a_rank(files: tuple[str, str]) -> None:
@@ -266,34 +243,22 @@ AGAIN = [{"role": "user", "content": "world"}, {"role": "assistant", "content": 
 REASONED = [ASKED[0], {**ASKED[1], "reasoning_content": "French"}]
 END = "<|im_end|>"
 QUESTION = f"<|im_start|>user\nhello{END}\n<|im_start|>assistant\n"
+HELPING = f"<|im_start|>system\nYou help.{END}\n{QUESTION}"
+OF_THE_CAT = f"<|im_start|>system\nthe cat{END}\n{QUESTION}"
 # Texts that the loss does not count and texts that it does, in turns.
 CASES = [
     (MISTRAL, ASKED, ["<s>[INST] hello[/INST]", f" bonjour{END}"]),
     (MISTRAL, [SYSTEM, *ASKED], ["<s>[INST] the cat\n\nhello[/INST]", f" bonjour{END}"]),
     (MISTRAL, ASKED + AGAIN, ["<s>[INST] hello[/INST]", f" bonjour{END}", "[INST] world[/INST]", f" le monde{END}"]),
-    (QWEN2, [SYSTEM, *ASKED], [f"<|im_start|>system\nthe cat{END}\n{QUESTION}", f"bonjour{END}", "\n"]),
+    (QWEN2, [SYSTEM, *ASKED], [OF_THE_CAT, f"bonjour{END}", "\n"]),
     (
         QWEN2,
         ASKED + AGAIN,
-        [
-            f"<|im_start|>system\nYou help.{END}\n{QUESTION}",
-            f"bonjour{END}",
-            f"\n<|im_start|>user\nworld{END}\n<|im_start|>assistant\n",
-            f"le monde{END}",
-            "\n",
-        ],
+        [HELPING, f"bonjour{END}", "\n" + QUESTION.replace("hello", "world"), f"le monde{END}", "\n"],
     ),
     (QWEN3, ASKED, [QUESTION, f"<think>\n\n</think>\n\nbonjour{END}", "\n"]),
-    (
-        QWEN3,
-        [SYSTEM, *REASONED],
-        [f"<|im_start|>system\nthe cat{END}\n{QUESTION}", f"<think>\nFrench\n</think>\n\nbonjour{END}", "\n"],
-    ),
+    (QWEN3, [SYSTEM, *REASONED], [OF_THE_CAT, f"<think>\nFrench\n</think>\n\nbonjour{END}", "\n"]),
 ]
-
-
-def tokenizer_of(template: str, folder) -> HuggingFaceTokenizer:
-    return HuggingFaceTokenizer(str(save_tokenizer(folder, chat_template=template)))
 
 
 @pytest.mark.parametrize(("template", "messages", "expected"), CASES)
@@ -305,13 +270,17 @@ def test_the_loss_counts_the_answers_with_their_end(template, messages, expected
     assert trained == counted
 
 
-def test_a_conversation_whose_earlier_turns_would_be_rewritten_is_refused(tmp_path):
-    for number, (template, messages) in enumerate([(QWEN3, ASKED + AGAIN), (MISTRAL, [SYSTEM, *ASKED, *AGAIN])]):
-        tokenizer = tokenizer_of(template, tmp_path / str(number))
-        with pytest.raises(ConfigurationError, match="split the conversation into records of one answer each"):
-            tokenize_record({"messages": messages}, tokenizer)
+REWRITTEN = "split the conversation into records of one answer each"
 
 
-def test_what_a_template_refuses_is_said(tmp_path):
-    with pytest.raises(ConfigurationError, match="refuses the messages: user and assistant must take turns"):
-        tokenize_record({"messages": [ASKED[0], *ASKED]}, tokenizer_of(MISTRAL, tmp_path))
+@pytest.mark.parametrize(
+    ("template", "messages", "told"),
+    [
+        (QWEN3, ASKED + AGAIN, REWRITTEN),
+        (MISTRAL, [SYSTEM, *ASKED, *AGAIN], REWRITTEN),
+        (MISTRAL, [ASKED[0], *ASKED], "refuses the messages: user and assistant must take turns"),
+    ],
+)
+def test_a_conversation_that_the_template_would_rewrite_or_refuses_is_told(template, messages, told, tmp_path):
+    with pytest.raises(ConfigurationError, match=told):
+        tokenize_record({"messages": messages}, tokenizer_of(template, tmp_path))

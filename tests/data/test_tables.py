@@ -2,8 +2,6 @@
 
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,6 +20,7 @@ from megatron_peft.data.instruction import InstructionDataset
 from megatron_peft.data.records import ColumnNames, Fit
 from megatron_peft.data.tokenizers import HuggingFaceTokenizer, NullTokenizer
 from megatron_peft.runtime.launch import place_on_node, start_world
+from tests.checkpoint.test_folders import holder
 from tests.data.test_build import build
 from tests.data.test_instruction import RECORDS
 from tests.data.tiny_tokenizers import save_tokenizer
@@ -53,16 +52,13 @@ def tables(tmp_path) -> dict[str, str]:
     return paths | {"arrow": str(next((tmp_path / "saved").glob("*.arrow")))}
 
 
-def test_tables_have_the_records_of_json(tables, write_lines):
+def test_tables_have_the_records_of_json_and_a_blend_may_mix_them(tables, tmp_path, write_lines):
     expected = RecordFiles([write_lines(CHATS)], FLAG)
     for path in tables.values():
         records = RecordFiles([path], FLAG)
         assert [records[i] for i in range(5)] == [expected[i] for i in range(5)]
         assert records.place(2) == f"{path}, row 3"
     assert RecordFiles([f"{tables['splits']}:test"], FLAG)[0] == CHATS[3]
-
-
-def test_csv_is_read_and_a_blend_may_mix_tables_and_json(tmp_path, write_lines):
     path = tmp_path / "a.csv"
     path.write_text('prompt,completion\n"1, 2",3\n')
     records = RecordFiles([str(path), write_lines([{"text": "a"}])], FLAG)
@@ -101,27 +97,28 @@ def test_a_table_of_too_many_columns_is_refused_before_it_is_read(tmp_path, monk
         RecordFiles([str(path)], FLAG)
 
 
+def dictionary(path: Path, cell: str, num_rows: int) -> str:
+    """A Parquet file of one cell that so many rows repeat."""
+    cells = pa.DictionaryArray.from_arrays(pa.array([0] * num_rows, pa.int32()), pa.array([cell]))
+    settings = {"compression": "zstd", "store_schema": False, "dictionary_pagesize_limit": 2**27}
+    pq.write_table(pa.table({"text": cells}), path, **settings)
+    return str(path)
+
+
 def test_a_small_file_that_unpacks_to_thousands_of_its_size_is_refused(tmp_path):
-    path, rows = tmp_path / "a.parquet", 3000
-    cells = pa.DictionaryArray.from_arrays(pa.array([0] * rows, pa.int32()), pa.array(["w1 " * 10_000]))
-    pq.write_table(pa.table({"text": cells}), path, store_schema=False)
-    with pytest.raises(
-        ConfigurationError, match=f"{FLAG} .*a.parquet has .* bytes and unpacks to more than 67,108,864"
-    ):
-        RecordFiles([str(path)], FLAG)
-    pq.write_table(pa.table({"text": cells[:1000]}), path, store_schema=False)
-    assert len(RecordFiles([str(path)], FLAG)) == 1000
+    with pytest.raises(ConfigurationError, match=f"{FLAG} .*a.parquet has .* unpacks to more than 67,108,864"):
+        RecordFiles([dictionary(tmp_path / "a.parquet", "w1 " * 10_000, 3000)], FLAG)
+    assert len(RecordFiles([dictionary(tmp_path / "a.parquet", "w1 " * 10_000, 1000)], FLAG)) == 1000
 
 
 def test_a_file_of_large_cells_is_refused_before_many_of_them_are_unpacked(tmp_path, monkeypatch):
-    path, asked, iterate = tmp_path / "a.parquet", [], pq.ParquetFile.iter_batches
+    monkeypatch.setattr(files, "ALWAYS_BYTES", 2**22)
+    asked, iterate = [], pq.ParquetFile.iter_batches
     monkeypatch.setattr(pq.ParquetFile, "iter_batches", lambda file, rows: asked.append(rows) or iterate(file, rows))
-    for cell_bytes, num_rows, unpacked in ((2**26 + 1, 1, []), (2**25, 300, [1])):
-        cells = pa.DictionaryArray.from_arrays(pa.array([0] * num_rows, pa.int32()), pa.array(["x" * cell_bytes]))
-        table = pa.table({"text": cells})
-        pq.write_table(table, path, compression="zstd", store_schema=False, dictionary_pagesize_limit=2**27)
-        with pytest.raises(ConfigurationError, match=f"{FLAG} .*a.parquet has .* unpacks to more than 67,108,864"):
-            RecordFiles([str(path)], FLAG)
+    for cell_bytes, num_rows, unpacked in ((2**22 + 1, 1, []), (2**21, 300, [1])):
+        path = dictionary(tmp_path / "a.parquet", "x" * cell_bytes, num_rows)
+        with pytest.raises(ConfigurationError, match=f"{FLAG} .*a.parquet has .* unpacks to more than 4,194,304"):
+            RecordFiles([path], FLAG)
         assert asked == unpacked
 
 
@@ -164,8 +161,10 @@ def numbers(write_lines) -> tuple[RecordFiles, Fit]:
     return RecordFiles([write_lines(RECORDS)], FLAG), Fit(NullTokenizer(99), 4)
 
 
-def test_a_second_start_makes_no_tokens(numbers, tmp_path, monkeypatch):
-    InstructionDataset(*numbers, tmp_path / "c")
+def test_a_second_start_makes_no_tokens_and_overlong_error_holds_for_cached_ones_too(numbers, tmp_path, monkeypatch):
+    for _ in range(2):
+        with pytest.raises(ConfigurationError, match="line 2: the sample takes 6 tokens, above --seq-length 4"):
+            InstructionDataset(numbers[0], Fit(NullTokenizer(99), 4, "error"), tmp_path / "c")
     monkeypatch.setattr(NullTokenizer, "encode", lambda *_: pytest.fail("tokenized again"))
     assert len(InstructionDataset(numbers[0], Fit(NullTokenizer(99), 3), tmp_path / "c")) == 3  # another length too
 
@@ -180,25 +179,14 @@ def test_other_files_tokenizers_templates_and_columns_have_caches_of_their_own(w
     assert len({instruction.cache_folder(tmp_path, *one) for one in asked}) == len(asked)
 
 
-def test_overlong_error_holds_for_cached_tokens_too(numbers, tmp_path):
-    for _ in range(2):
-        with pytest.raises(ConfigurationError, match="line 2: the sample takes 6 tokens, above --seq-length 4"):
-            InstructionDataset(numbers[0], Fit(NullTokenizer(99), 4, "error"), tmp_path / "c")
-
-
-def test_tables_are_cached_by_default_and_json_where_a_flag_says_so(tables, write_lines, tmp_path, cache_of_datasets):
-    numbers = [{"prompt": "1", "completion": " 2"}] * 4
-    datasets.Dataset.from_list(numbers).to_parquet(tmp_path / "n.parquet")
-    build({"train_data_path": (str(tmp_path / "n.parquet"),)})
-    assert len(list((cache_of_datasets / "megatron_peft").iterdir())) == 1
-    lines = write_lines(numbers)
-    build({"train_data_path": (lines,)})
-    build({"train_data_path": (lines,), "data_cache_path": str(tmp_path / "own")})
-    assert len(list((tmp_path / "own").iterdir())) == 1
-    assert len(list((cache_of_datasets / "megatron_peft").iterdir())) == 1
-
-
-def test_a_folder_that_cannot_be_written_is_said(numbers, tmp_path):
+def test_tables_are_cached_by_default_and_json_where_a_flag_says_so(write_lines, numbers, tmp_path, cache_of_datasets):
+    rows = [{"prompt": "1", "completion": " 2"}] * 4
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "n.parquet")
+    lines, own, default = write_lines(rows, "n.jsonl"), tmp_path / "own", cache_of_datasets / "megatron_peft"
+    for path, more in ((tmp_path / "n.parquet", {}), (lines, {}), (lines, {"data_cache_path": str(own)})):
+        build({"train_data_path": (str(path),), **more})
+        assert own.exists() is bool(more) and len(list(default.iterdir())) == 1
+    assert len(list(own.iterdir())) == 1
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigurationError, match="cannot be kept in .*give --data-cache-path a folder"):
         InstructionDataset(*numbers, tmp_path / "file")
@@ -223,7 +211,6 @@ def replaced(make: Callable[[Path], object]) -> Callable[[Path], None]:
     return plant
 
 
-TORN_MANIFESTS = ("{}", "[]", "5", "[null]", '["../.."]', '{"files": ["../.."]}')
 DAMAGE: list[tuple[str, Callable[[Path], object], bool, str]] = [  # file, what, with a manifest made anew, told
     (SHARD, partial(other_id, wrong=7), False, f"{SHARD} does not match its checksum"),
     *[
@@ -239,7 +226,7 @@ DAMAGE: list[tuple[str, Callable[[Path], object], bool, str]] = [  # file, what,
     ("counts.json", partial(Path.write_text, data="{}"), False, "counts.json has 2 bytes instead of"),
     *[
         ("manifest.json", partial(Path.write_text, data=text), False, "manifest.json cannot be read")
-        for text in (*TORN_MANIFESTS, '{"files": {"../..": {"size": 1, "crc32": "0"}}}')
+        for text in ("5", "[null]", '{"files": ["../.."]}', '{"files": {"../..": {"size": 1, "crc32": "0"}}}')
     ],
     ("manifest.json", Path.unlink, False, "manifest.json cannot be read"),
     ("manifest.json", replaced(os.mkfifo), False, "manifest.json is a pipe"),
@@ -267,29 +254,22 @@ def test_a_cache_is_on_the_disk_before_it_has_its_name(numbers, tmp_path, monkey
     assert re.search(r"fsync \.tokens-\S+$", before) and re.fullmatch(r"tokens-\w+ fsync c", after)
 
 
-def test_drafts_of_killed_runs_are_removed_and_that_of_a_run_at_work_stays(numbers, tmp_path):
-    killed, at_work = tmp_path / "c" / ".tokens-killed", tmp_path / "c" / ".tokens-at-work"
+def test_drafts_of_killed_runs_are_removed_and_those_of_runs_at_work_and_of_other_nodes_stay(numbers, tmp_path):
+    root = tmp_path / "c"
+    killed, at_work = root / ".tokens-killed", root / ".tokens-at-work"
     for draft in (killed, at_work):
         draft.mkdir(parents=True)
         (draft / SHARD).write_bytes(b"a part")
-    note = tmp_path / "c" / ".tokens-note"
-    note.write_text("a file of somebody's")
-    hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
-    words = [sys.executable, "-c", hold, str(at_work / ".lock")]
-    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
-        assert other.stdout and other.stdout.readline()
-        InstructionDataset(*numbers, tmp_path / "c")
-        other.communicate(b"\n")
+    (root / ".tokens-note").write_text("a file of somebody's")
+    with holder(at_work):
+        InstructionDataset(*numbers, root)
     assert (at_work / SHARD).read_bytes() == b"a part" and not killed.exists()
-    assert len(list((tmp_path / "c").iterdir())) == 3 and note.is_file()
-
-
-def test_nodes_that_start_together_leave_one_another_their_drafts(tmp_path):
-    of_another_node, killed = tmp_path / ".tokens-a.start.1", tmp_path / ".tokens-a.before.1"
-    for draft in (of_another_node, killed):
+    assert len(list(root.iterdir())) == 3 and (root / ".tokens-note").is_file()
+    of_another_node = tmp_path / ".tokens-a.start.1"
+    for draft in (of_another_node, tmp_path / ".tokens-a.before.1"):
         draft.mkdir()
     instruction._start_draft(tmp_path / ".tokens-a.start.0").release()
-    assert of_another_node.is_dir() and not killed.exists()
+    assert of_another_node.is_dir() and not draft.exists()
 
 
 def cached_on_a_rank(work: tuple[str, str, str]) -> None:
@@ -314,11 +294,8 @@ def test_ranks_share_the_making_of_a_cache_and_fail_together(write_lines, tmp_pa
     assert len(list(folder.glob("*.arrow"))) == 2
 
 
-@pytest.mark.parametrize(
-    ("environ", "expected"),
-    [({}, (0, 1, "0")), ({"LOCAL_WORLD_SIZE": "8", "LOCAL_RANK": "3", "GROUP_RANK": "2"}, (0, 1, "0"))],
-)
-def test_a_process_alone_makes_a_cache_alone(monkeypatch, environ, expected):
-    for name, value in environ.items():
-        monkeypatch.setenv(name, value)
-    assert place_on_node() == expected
+def test_a_process_alone_makes_a_cache_alone(monkeypatch):
+    for variables in ({}, {"LOCAL_WORLD_SIZE": "8", "LOCAL_RANK": "3", "GROUP_RANK": "2"}):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        assert place_on_node() == (0, 1, "0")
