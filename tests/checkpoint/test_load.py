@@ -3,12 +3,12 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
-from megatron_peft.checkpoint import load
-from megatron_peft.checkpoint.folders import TRACKER, damage
+from megatron_peft.checkpoint import folders, load
 from megatron_peft.checkpoint.load import load_checkpoint, load_trained_parameters
 from megatron_peft.checkpoint.save import draft_checkpoint
 from megatron_peft.config import CheckpointConfig, ConfigurationError
@@ -76,11 +76,11 @@ def test_the_damage_is_named_where_load_cannot_go_back(two_ranks, asked, words):
 
 def test_a_flipped_byte_in_any_file_of_a_real_checkpoint_is_found(files, two_ranks, tmp_path):
     checkpoint = Path(shutil.copytree(Path(files.work, "lora-TP2", "iter_0000002"), tmp_path / "copy"))
-    assert damage(checkpoint) == [] and len(list(checkpoint.iterdir())) == 8
+    assert folders.damage(checkpoint) == [] and len(list(checkpoint.iterdir())) == 8
     for path in checkpoint.iterdir():
         before = path.read_bytes()
         flip_a_byte(path)
-        (problem,) = damage(checkpoint)
+        (problem,) = folders.damage(checkpoint)
         assert problem.startswith(path.name)
         path.write_bytes(before)
 
@@ -88,7 +88,7 @@ def test_a_flipped_byte_in_any_file_of_a_real_checkpoint_is_found(files, two_ran
 def test_a_tracker_whose_checkpoint_is_missing_is_an_error(tmp_path):
     """The run would start over, and with --save in the same folder go on there."""
     assert load._candidates(tmp_path) == []
-    (tmp_path / TRACKER).write_text("12\n")
+    (tmp_path / folders.TRACKER).write_text("12\n")
     with pytest.raises(ConfigurationError, match="holds no checkpoint .*, but its latest_.*names 12: .*--pretrained"):
         load._candidates(tmp_path)
 
@@ -215,9 +215,13 @@ def test_trained_parameters_for_inference(run, whole, folder):
         load_trained_parameters(fewer.chunks, folder)
 
 
-def test_adapters_only_without_the_optimizer_whose_parameters_can_be_taken(run, tmp_path):
+def test_adapters_only_without_the_optimizer_whose_parameters_can_be_taken(run, tmp_path, monkeypatch, caplog):
+    """Each checkpoint has its own description of the adapters; the one beside them may fail."""
+    monkeypatch.setattr(folders, "write_atomically", mock.Mock(side_effect=OSError("no space")))
     saved = run(checkpoint={"save": str(tmp_path), "no_save_optim": True, "no_save_rng": True})
     draft_checkpoint(saved.state).complete()
+    assert f"{tmp_path}/adapter_config.json cannot be written: no space" in caplog.text
+    assert [path.parent.name for path in tmp_path.rglob("adapter_config.json")] == ["iter_0000000"]
     keys = list(open_distributed(next(tmp_path.glob("iter_*"))))
     assert len(keys) == 4 * 4 * 2  # layers, linear layers, A and B
     assert all(key.endswith((".adapter.A", ".adapter.B")) for key in keys)

@@ -1,6 +1,5 @@
 """A failed save is one message on all ranks and loses nothing, also in the background."""
 
-import errno
 import re
 import threading
 from types import SimpleNamespace
@@ -26,16 +25,6 @@ def test_a_full_disk_loses_nothing(two_ranks, phase):
     assert other == (message, True) and as_before, "the folder's files changed, or the draft is still there"
     assert message.startswith("CheckpointNotSaved: --save") and "iteration 2 was not saved" in message
     assert ("File too large" if "for real" in phase else "No space left on device") in message
-
-
-def test_a_failed_copy_of_adapter_config_does_not_fail_the_save(tmp_path, monkeypatch, caplog):
-    """The file of the adapters beside the checkpoints; each of them has its own."""
-    (tmp_path / "adapter_config.json").write_text("of the one before")
-    full = OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(folders, "write_atomically", mock.Mock(side_effect=full))
-    save._write_beside_checkpoints(tmp_path / "adapter_config.json", "{}")
-    assert "adapter_config.json cannot be written" in caplog.text
-    assert (tmp_path / "adapter_config.json").read_text() == "of the one before"
 
 
 def test_a_save_does_not_disturb_the_run(two_ranks):

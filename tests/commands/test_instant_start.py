@@ -40,7 +40,7 @@ print("\\nheavy:", *sorted({heavy} & sys.modules.keys()))
         ("import megatron_peft.commands.program as tool; tool.main(['--help'])", "data preview", NONE),
         ("from megatron_peft.models.families import FAMILIES, family_of; [*map(family_of, FAMILIES)]", "", NONE),
         ("import megatron_peft; print(megatron_peft.PeftConfig.__name__, dir(megatron_peft))", "add_adapters", NONE),
-        ("import megatron_peft.data.preprocess", "", NONE),
+        ("import megatron_peft.commands.preprocess", "", NONE),
     ],
 )
 def test_nothing_heavy_is_imported(code: str, shown: str, heavy: str) -> None:
@@ -81,7 +81,7 @@ def test_torch_is_silent_on_a_node_without_gpus() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "module", ["evaluation.answers", "conversion.verify", "data.preprocess", "benchmarks.steps", "training.run"]
+    "module", ["evaluation.answers", "conversion.verify", "commands.preprocess", "benchmarks.steps", "training.run"]
 )
 def test_a_command_starts_without_a_word_of_its_libraries(module: str) -> None:
     """Each is the first that its command imports."""

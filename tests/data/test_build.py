@@ -22,7 +22,9 @@ def build(data: dict[str, Any], consumed: int = 0, **training) -> Data:
     settings = DataConfig(**{"num_workers": 0, "seq_length": 8, **data})
     steps = TrainingConfig(**{"global_batch_size": 4, **length, **training})
     config = replace(make_config(), parallel=ParallelConfig(), data=settings, training=steps)
-    return build_data(config, NullTokenizer(999), consumed_samples=consumed, data_parallel_rank=0, data_parallel_size=1)
+    built = build_data(config, NullTokenizer(999), data_parallel_rank=0, data_parallel_size=1, num_ids=1000)
+    built.train.consumed_samples = consumed
+    return built
 
 
 @pytest.fixture

@@ -7,9 +7,8 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from transformers import AutoTokenizer
 
-from megatron_peft.commands.preprocess import main
+from megatron_peft.commands.preprocess import DocumentEncoder, PreprocessSettings, encoded_documents, main, preprocess
 from megatron_peft.config import ConfigurationError
-from megatron_peft.data.preprocess import DocumentEncoder, PreprocessSettings, encoded_documents, preprocess
 from tests.data.tiny_tokenizers import save_tokenizer
 
 TEXTS = [{"text": "1 2 3", "title": "7"}, {"text": "", "title": "8"}, {"text": "4 5", "title": "9"}]

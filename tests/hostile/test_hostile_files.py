@@ -280,14 +280,6 @@ def cases_of_adapters_and_runs() -> Iterator[Case]:
         yield Case(f"a size of {size}", RESUME, f"{CHECKPOINT}/manifest.json", partial(listed_with_size, size=size))
 
 
-def cases_of_metrics() -> Iterator[Case]:
-    for written in ('"iteration": "x"', '"loss": "x"', '"learning_rate": []', '"grad_norm_by_layer": {"a": "x"}'):
-        line = f'{{"iteration": 1, "loss": 2.0, {written}}}\n'.encode()
-        yield Case(
-            written, "tools.report run", "run/metrics.jsonl", partial(holds, content=line), "metrics.jsonl, line 1: "
-        )
-
-
 def cases_of_data() -> Iterator[Case]:
     for name, plant in {
         "more sequences than bytes": index_of_tokens("count", "Q", 2**62),
@@ -304,9 +296,8 @@ def cases_of_data() -> Iterator[Case]:
         yield Case(name, CHAT, "base/chat_template.jinja", plant, told)
     nested_loops = dict(fixtures("chat_template"))["nested_loops"]
     chat = GENERATE.replace("--prompt-file prompts.jsonl", "--prompt w1 --chat")
-    yield Case(
-        "nested_loops of --chat", chat, "base/chat_template.jinja", nested_loops, "prompt 1: the chat template in base"
-    )
+    told = "prompt 1: the chat template in base"
+    yield Case("nested_loops of --chat", chat, "base/chat_template.jinja", nested_loops, told)
     for key, written in (
         ("model.vocab", '{"w1": -5}'),
         ("model.vocab", '{"w1": 1000000000000000}'),
@@ -329,6 +320,9 @@ def cases_of_data() -> Iterator[Case]:
             yield Case(name, REPORT, "experiment.yaml", plant)
         if name in ("5,000 deep", "python_tag", "tab"):
             yield Case(name, EVALUATE, "tasks/tiny_choices.yaml", plant)
+    for written in ('"iteration": "x"', '"loss": "x"', '"learning_rate": []', '"grad_norm_by_layer": {"a": "x"}'):
+        plant = partial(holds, content=f'{{"iteration": 1, "loss": 2.0, {written}}}\n'.encode())
+        yield Case(written, "tools.report run", "run/metrics.jsonl", plant, "metrics.jsonl, line 1: ")
 
 
 def cases_of_tasks() -> Iterator[Case]:
@@ -352,10 +346,8 @@ def cases_of_tasks() -> Iterator[Case]:
         kwargs = f"generation_kwargs.{key}"
         told = "error: --tasks tiny_answers(: generation_kwargs of task tiny_answers: | cannot be loaded: .*hot)"
         yield Case(f"{key} {written[:20]}", ANSWER, "tasks/tiny_answers.yaml", value(kwargs, written), told)
-    answered = b'{"key": "\xff", "answer": 1}\n'
-    yield Case(
-        "no_utf8", EVALUATE, "out.requests.jsonl", partial(holds, content=answered), "out.requests.jsonl:1 is not"
-    )
+    plant = partial(holds, content=b'{"key": "\xff", "answer": 1}\n')
+    yield Case("no_utf8", EVALUATE, "out.requests.jsonl", plant, "out.requests.jsonl:1 is not")
 
 
 def not_finite(path: Path, name: str) -> None:
@@ -416,7 +408,7 @@ CASES = [
     case
     for cases in (
         *(cases_of_json, cases_of_no_files, cases_of_models, cases_of_adapters_and_runs, cases_of_data),
-        *(cases_of_metrics, cases_of_tasks, cases_of_flags, cases_of_weights),
+        *(cases_of_tasks, cases_of_flags, cases_of_weights),
     )
     for case in cases()
 ]
