@@ -45,15 +45,11 @@ def test_without_a_usable_tracker_the_newest_folder_is_taken(tmp_path, text, cap
     assert "iter_0000060" in caplog.text
 
 
-def test_a_draft_is_not_a_checkpoint_and_has_its_own_folder(tmp_path):
-    """A rank that outlives its killed run must not write into the next run's files."""
+def test_leftovers_of_a_killed_run_are_removed_but_no_whole_checkpoint(tmp_path):
+    # A rank that outlives its killed run must not write into the next run's files.
     assert folders.start_draft(tmp_path / "iter_0000050") != folders.start_draft(tmp_path / "iter_0000050")
     assert folders.newest_checkpoint(tmp_path) is folders.newest_checkpoint(tmp_path / "missing") is None
-
-
-def test_leftovers_of_a_killed_run_are_removed_but_no_whole_checkpoint(tmp_path):
     save(tmp_path, 40, "a")
-    folders.start_draft(tmp_path / "iter_0000050")
     (tmp_path / ".iter_0000030.removed").mkdir()
     os.rename(save(tmp_path, 50, "b"), tmp_path / ".iter_0000050.replaced")  # killed between the two renames
     folders.remove_leftovers(tmp_path)

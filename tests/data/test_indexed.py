@@ -201,11 +201,11 @@ def test_an_id_beyond_what_was_scanned_is_refused_when_it_is_read(corpus, two, m
 
 
 def test_generated_samples_count_through_the_models_ids():
-    data = DataConfig(mock_data=True, seq_length=8, split="9,1,0")
+    data = DataConfig(mock_data=True, seq_length=512, split="9,1,0")
     train = build_mock(data, Split.train, 4, num_ids=50)
     assert len(train) >= 4 and train.digest == "mock"
     for sample in (train[i] for i in range(4)):
-        assert len(sample.tokens) == 8 and sample.tokens.max() < 50 and sample.loss_mask.all()
+        assert len(sample.tokens) == 512 and sample.tokens.max() < 50 and sample.loss_mask.all()
         assert (sample.labels[:-1] == sample.tokens[1:]).all()
         steps = np.diff(sample.tokens)
         assert ((steps == 1) | (sample.tokens[:-1] == 49) | (sample.tokens[1:] == 49)).all()

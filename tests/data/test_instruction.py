@@ -14,9 +14,7 @@ from megatron_peft.data.files import RecordFiles
 from megatron_peft.data.instruction import InstructionDataset
 from megatron_peft.data.records import Fit, encode_segments, tokenize_record
 from megatron_peft.data.tokenizers import HuggingFaceTokenizer, NullTokenizer, SentencePieceTokenizer
-from megatron_peft.runtime.launch import start_world
 from tests.data.tiny_tokenizers import CHATML, save_tokenizer
-from tests.ranks import run_ranks
 from tests.time_limits import seconds
 
 FLAG = "--train-data-path"
@@ -154,10 +152,8 @@ def test_the_ids_before_a_boundary_are_those_of_the_text_before_it(hf, parts):
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"question": "?", "answer": "!"}, 'the fields question, answer, but neither "prompt" and "completion", nor'),
         ({"prompt": "a"}, 'lacks the field "completion"'),
         ({"prompt": "a", "completion": 3}, '"completion" is not text but int'),
-        ({"messages": "hi"}, '"messages" is not a list'),
         ({"messages": [{"role": "user"}]}, 'message 1 lacks the field "content"'),
         ({"messages": [{"role": "user", "content": "a"}]}, 'no message has the role "assistant"'),
         ({"messages": [{"role": "assistant", "content": 40 * "a"}] * 1000}, "1,000 messages with 49,000 characters"),
@@ -215,22 +211,6 @@ def test_skip_leaves_all_overlong_samples_out_and_a_bad_record_ends_the_run_befo
     ):
         with pytest.raises(ConfigurationError, match=told):
             surveyed(write_lines, overlong, records)
-
-
-def survey_on_a_rank(files: tuple[str, str]) -> None:
-    good, bad = files
-    start_world()
-    fit = Fit(NullTokenizer(99), 4)
-    found = InstructionDataset(RecordFiles([good], FLAG), fit)
-    assert found.lengths.tolist() == [3, 4, 4] and found[2].labels.tolist() == [2, 3, 4, 99]
-    assert [warning.partition(" samples")[0] for warning in found.warnings] == ["1 of 5"] * 3
-    with pytest.raises(ConfigurationError, match="bad.jsonl, line 3: not JSON"):  # of which rank 1 alone can know
-        InstructionDataset(RecordFiles([bad], FLAG), fit)
-
-
-def test_ranks_share_the_work_and_know_the_same(write_lines):
-    good, bad = write_lines(RECORDS), write_lines([*RECORDS[:2], "{"], "bad.jsonl")
-    run_ranks(2, survey_on_a_rank, (good, bad))
 
 
 # Chat templates in the manner of Mistral's, Qwen2's and Qwen3's: what is rendered, and what the loss counts.

@@ -272,24 +272,24 @@ def test_drafts_of_killed_runs_are_removed_and_those_of_runs_at_work_and_of_othe
     assert of_another_node.is_dir() and not draft.exists()
 
 
-def cached_on_a_rank(work: tuple[str, str, str]) -> None:
+def survey_on_a_rank(work: tuple[str, str, Path]) -> None:
     good, bad, root = work
     start_world()
     fit = Fit(NullTokenizer(99), 4)
-    for _ in range(2):
-        dataset = InstructionDataset(RecordFiles([good], FLAG), fit, Path(root))
-        assert dataset.lengths.tolist() == [3, 4, 4] and "1 of 5 samples are longer" in dataset.warnings[1]
-        assert dataset.warnings[0] == 'fields that nothing reads were left out: "id" (2 records).'
-        assert dataset[2].labels.tolist() == [2, 3, 4, 99]
-    with pytest.raises(ConfigurationError, match="bad.jsonl, line 5: not JSON"):  # of which rank 1 alone can know
-        InstructionDataset(RecordFiles([bad], FLAG), fit, Path(root))
+    for cache_root in (None, root, root):
+        dataset = InstructionDataset(RecordFiles([good], FLAG), fit, cache_root)
+        assert dataset.lengths.tolist() == [3, 4, 4] and dataset[2].labels.tolist() == [2, 3, 4, 99]
+        left_out, *others = dataset.warnings
+        assert left_out == 'fields that nothing reads were left out: "id" (2 records).'
+        assert [warning.partition(" samples")[0] for warning in others] == ["1 of 5"] * 3
+        with pytest.raises(ConfigurationError, match="bad.jsonl, line 5: not JSON"):  # of which rank 1 alone can know
+            InstructionDataset(RecordFiles([bad], FLAG), fit, cache_root)
 
 
-@pytest.mark.slow
-def test_ranks_share_the_making_of_a_cache_and_fail_together(write_lines, tmp_path):
+def test_ranks_share_the_work_with_and_without_a_cache_and_fail_together(write_lines, tmp_path):
     marked = [RECORDS[0] | {"id": 1}, *RECORDS[1:4], RECORDS[4] | {"id": 2}]
     good, bad = write_lines(marked), write_lines([*RECORDS[:4], "{"], "bad.jsonl")
-    run_ranks(2, cached_on_a_rank, (good, bad, str(tmp_path / "c")))
+    run_ranks(2, survey_on_a_rank, (good, bad, tmp_path / "c"))
     (folder,) = (tmp_path / "c").iterdir()  # nothing is left of what failed
     assert len(list(folder.glob("*.arrow"))) == 2
 

@@ -218,10 +218,6 @@ def test_a_tokenizer_of_another_model_is_refused_or_doubted_and_a_rounded_vocabu
         assert not require_vocabulary_fits(NullTokenizer(largest), rows)
 
 
-def turns(*roles: str) -> list[dict]:
-    return [{"role": role, "content": f"{role}{i}"} for i, role in enumerate(roles)]
-
-
 def chatml(messages, add_generation_prompt=False) -> str:
     text = "".join(f"<{m['role']}>{m['content']}</>" for m in messages)
     return text + ("<assistant>" if add_generation_prompt else "")
@@ -232,19 +228,17 @@ def thinking(messages, add_generation_prompt=False) -> str:
     return chatml(messages, add_generation_prompt) + ("<think>" if add_generation_prompt else "")
 
 
+SAID, ANSWER = "<user>hello</><assistant>", "bonjour</>"
+
+
 @pytest.mark.parametrize(
-    ("template", "roles", "untrained_and_trained"),
+    ("template", "messages", "untrained_and_trained"),
     [
-        (
-            chatml,
-            "system user assistant user assistant user",
-            ["<system>system0</><user>user1</><assistant>", "assistant2</>", "<user>user3</><assistant>"]
-            + ["assistant4</>", "<user>user5</>"],
-        ),
-        (thinking, "user assistant", ["<user>user0</><assistant>", "assistant1</>"]),
-        (chatml, "assistant", ["", "<assistant>assistant0</>"]),
+        (chatml, MESSAGES * 2 + MESSAGES[:1], [SAID, ANSWER, SAID, ANSWER, "<user>hello</>"]),
+        (thinking, MESSAGES, [SAID, ANSWER, ""]),
+        (chatml, MESSAGES[1:], ["", f"<assistant>{ANSWER}", ""]),
     ],
 )
-def test_the_assistants_turns_are_trained_and_their_headers_are_not(template, roles, untrained_and_trained):
+def test_the_assistants_turns_are_trained_and_their_headers_are_not(template, messages, untrained_and_trained):
     expected = [ChatSegment(text, number % 2 == 1) for number, text in enumerate(untrained_and_trained)]
-    assert split_chat(template, turns(*roles.split()))[: len(expected)] == expected
+    assert split_chat(template, messages) == expected
