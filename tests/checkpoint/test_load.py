@@ -1,20 +1,27 @@
 """A resumed run equals the uninterrupted one, bit for bit; a damaged checkpoint is named, and an older one loaded."""
 
+import math
+import random
 import shutil
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from megatron.core import parallel_state, tensor_parallel
 
 from megatron_peft.checkpoint import folders, load
 from megatron_peft.checkpoint.load import load_checkpoint, load_trained_parameters
 from megatron_peft.checkpoint.save import draft_checkpoint
+from megatron_peft.checkpoint.state import random_targets, random_tensors, restore_random, slices_of_range
 from megatron_peft.config import CheckpointConfig, ConfigurationError
 from megatron_peft.conversion.megatron_files import open_distributed
 from tests.checkpoint import rank_checks
-from tests.checkpoint.rank_checks import ON_FOUR, RESUMED_ON_TWO, SLOWLY_RESUMED, resumed
+from tests.checkpoint.rank_checks import ON_FOUR, RESHARDED, RESUMED_ON_TWO, SLOWLY_RESHARDED, SLOWLY_RESUMED, resumed
 from tests.checkpoint.runs import configure, differences, merged, start
 from tests.conversion.megatron_folders import flip_a_byte, hold_nan
 from tests.one_rank import one_rank
@@ -45,6 +52,21 @@ def test_resumed_equals_uninterrupted_alone(files, figure, way):
 @pytest.mark.parametrize("name", SLOWLY_RESUMED)
 def test_resumed_equals_uninterrupted_elsewhere(two_slow_ranks, name):
     assert [facts["resumed"][name] for facts in two_slow_ranks] == [[], []]
+
+
+@pytest.mark.parametrize("pair", RESHARDED, ids=" to ".join)
+def test_another_layout_makes_the_same_checkpoint(two_ranks, pair):
+    assert [facts["resharded"][pair] for facts in two_ranks] == [[], []]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pair", SLOWLY_RESHARDED, ids=" to ".join)
+def test_more_layouts_make_the_same_checkpoint(two_slow_ranks, pair):
+    assert [facts["resharded"][pair] for facts in two_slow_ranks] == [[], []]
+
+
+def test_a_float32_run_takes_the_float32_copies_of_a_bf16_run(two_ranks):
+    assert [facts["bf16 to float32"] for facts in two_ranks] == [[], []]
 
 
 @pytest.mark.slow
@@ -91,6 +113,40 @@ def test_a_tracker_whose_checkpoint_is_missing_is_an_error(tmp_path):
     (tmp_path / folders.TRACKER).write_text("12\n")
     with pytest.raises(ConfigurationError, match="holds no checkpoint .*, but its latest_.*names 12: .*--pretrained"):
         load._candidates(tmp_path)
+
+
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.data())
+def test_a_range_of_a_flattened_tensor_is_few_slices_in_order(shape, data):
+    start = data.draw(st.integers(0, math.prod(shape)))
+    end = data.draw(st.integers(start, math.prod(shape)))
+    whole = torch.arange(math.prod(shape)).view(shape)
+    position, found = start, list(slices_of_range(start, end, shape))
+    for part in found:
+        values = whole[tuple(slice(first, first + side) for first, side in zip(part.offset, part.shape, strict=True))]
+        assert part.start == position
+        position += math.prod(part.shape)
+        assert values.flatten().tolist() == list(range(part.start, position))
+    assert position == end
+    assert len(found) <= 2 * len(shape) - 1
+
+
+def draws():
+    with tensor_parallel.get_cuda_rng_tracker().fork():
+        tracked = torch.rand(1).item()
+    return [random.gauss(0, 1), float(np.random.normal()), torch.rand(1).item(), tracked]
+
+
+def test_restored_generators_repeat_their_numbers_and_belong_to_a_layout(alone, monkeypatch):
+    draws()  # an odd number of normal draws: a second one waits in Python's and in numpy's generator
+    stored = {tensor.key: tensor.data.clone() for tensor in random_tensors()}
+    first = draws()
+    targets = random_targets({key: tuple(data.shape) for key, data in stored.items()})
+    for target in targets:
+        target.data.copy_(stored[target.key])
+    restore_random(targets)
+    assert draws() == first
+    monkeypatch.setattr(parallel_state, "get_tensor_model_parallel_world_size", lambda: 2)
+    assert random_targets({key: tuple(data.shape) for key, data in stored.items()}) == []
 
 
 # What --load takes and refuses, and flags of --save, in a world of one; `test_load.py` loads at many layouts.
@@ -200,9 +256,9 @@ def test_only_the_save_folder_may_be_without_a_checkpoint(run, tmp_path):
     begun = run(checkpoint={"load": new, "save": new})
     assert load_checkpoint(begun.state) is None
     nothing = {"load": str(tmp_path / "nothing")}
-    for given in (nothing, nothing | {"save": new}, {"load": named, "save": new}, {"load": named, "save": named}):
-        begun.state.config = replace(begun.state.config, checkpoint=CheckpointConfig(**given))
-        with pytest.raises(ConfigurationError, match=f"^--load {given['load']} holds no checkpoint: give"):
+    for asked in (nothing, nothing | {"save": new}, {"load": named, "save": new}, {"load": named, "save": named}):
+        begun.state.config = replace(begun.state.config, checkpoint=CheckpointConfig(**asked))
+        with pytest.raises(ConfigurationError, match=f"^--load {asked['load']} holds no checkpoint: give"):
             load_checkpoint(begun.state)
 
 

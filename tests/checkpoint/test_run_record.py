@@ -15,14 +15,6 @@ from megatron_peft.config import ConfigurationError, flag
 from tests.checkpoint.runs import SCHEDULE, SHAPE, make_config, make_record
 from tests.conversion.megatron_folders import save_distributed
 
-
-def test_a_record_reads_back(tmp_path):
-    record = make_record()
-    (tmp_path / RECORD).write_text(record.to_json())
-    assert run_record.read_record(tmp_path) == record
-    assert run_record.read_run_record(tmp_path) == record
-
-
 NEWER = json.dumps({**json.loads(make_record().to_json()), "format_version": 2})
 
 
@@ -30,9 +22,11 @@ NEWER = json.dumps({**json.loads(make_record().to_json()), "format_version": 2})
     "text, told",
     [(NEWER, "format 2 .* update"), *((text, "cannot be read") for text in ("", "{", "[]", '{"format_version": 1}'))],
 )
-def test_what_cannot_be_read_is_named(tmp_path, text, told):
+def test_a_record_reads_back_and_what_cannot_be_read_is_named(tmp_path, text, told):
     with pytest.raises(ConfigurationError, match="holds no checkpoint"):
         run_record.read_run_record(tmp_path)
+    (tmp_path / RECORD).write_text(make_record().to_json())
+    assert run_record.read_record(tmp_path) == run_record.read_run_record(tmp_path) == make_record()
     (tmp_path / RECORD).write_text(text)
     with pytest.raises(ConfigurationError, match=f"{RECORD}.* {told}"):
         run_record.read_record(tmp_path)

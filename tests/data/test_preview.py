@@ -57,8 +57,7 @@ def test_padding_is_what_the_rows_of_a_microbatch_lack_to_its_longest(write_line
     records = [{"text": "1"}, {"text": "1 2 3"}, {"text": "1 2"}] * 2  # 1, 3 and 2 positions
     found = preview(write_lines(records), sizes=(2, 3))
     used = np.random.default_rng(found.config.seed).permutation([1, 3, 2] * 2)
-    widest = used[:3].max() + used[3:].max()
-    assert found.padding == pytest.approx(1 - 12 / (3 * widest))
+    assert found.padding == pytest.approx(1 - 12 / (3 * (used[:3].max() + used[3:].max())))
 
 
 def test_empty_completions_are_told_with_the_first(write_lines):
@@ -98,8 +97,7 @@ def test_color_says_nothing_that_marks_do_not_and_data_cannot_write_to_the_termi
 
 def test_texts_of_tokens_join_to_the_text_whatever_bytes_they_hold(hf):
     text = "the cat \u00e9\u65e5\U0001f600 sat\n  on"
-    ids = hf.encode(text)
-    texts = hf.texts(ids)
+    texts = hf.texts(ids := hf.encode(text))
     assert "".join(texts) == text and len(texts) == len(ids) and texts[1] == " cat"
 
 

@@ -9,7 +9,7 @@ import os
 import pickle
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -141,19 +141,9 @@ def patched(path: Path, offset: int, content: bytes) -> None:
     path.write_bytes(old[:offset] + content + old[offset + len(content) :])
 
 
-def pipe(path: Path) -> None:
+def replaced(path: Path, make: Callable[[Path], object]) -> None:
     path.unlink(missing_ok=True)
-    os.mkfifo(path)
-
-
-def device(path: Path) -> None:
-    path.unlink(missing_ok=True)
-    path.symlink_to("/dev/zero")
-
-
-def folder(path: Path) -> None:
-    path.unlink(missing_ok=True)
-    path.mkdir()
+    make(path)
 
 
 def as_it_was(path: Path) -> None:
@@ -201,6 +191,8 @@ def cases_of_json() -> Iterator[Case]:
 
 
 def cases_of_no_files() -> Iterator[Case]:
+    kinds = (os.mkfifo, partial(os.symlink, "/dev/zero"), os.mkdir)
+    pipe, device, folder = (partial(replaced, make=make) for make in kinds)
     yield from (Case("a pipe", line, file, pipe) for file, line in NO_FILES.items())
     for file in ("data.jsonl", "base/config.json", "prompts.jsonl", "pairs.tsv"):
         yield Case("a device", NO_FILES[file], file, device)
