@@ -20,6 +20,7 @@ from megatron_peft.checkpoint.save import draft_checkpoint
 from megatron_peft.checkpoint.state import random_targets, random_tensors, restore_random, slices_of_range
 from megatron_peft.config import CheckpointConfig, ConfigurationError
 from megatron_peft.conversion.megatron_files import open_distributed
+from megatron_peft.parallel.collectives import from_first_rank
 from tests.checkpoint import rank_checks
 from tests.checkpoint.rank_checks import ON_FOUR, RESHARDED, RESUMED_ON_TWO, SLOWLY_RESHARDED, SLOWLY_RESUMED, resumed
 from tests.checkpoint.runs import configure, differences, merged, start
@@ -107,8 +108,10 @@ def test_a_flipped_byte_in_any_file_of_a_real_checkpoint_is_found(files, two_ran
         path.write_bytes(before)
 
 
-def test_a_tracker_whose_checkpoint_is_missing_is_an_error(tmp_path):
+def test_a_tracker_whose_checkpoint_is_missing_and_a_folder_that_cannot_be_read_are_errors(alone, tmp_path):
     """The run would start over, and with --save in the same folder go on there."""
+    with pytest.raises(ConfigurationError, match="No such file or directory: .*gone"):
+        from_first_rank(lambda: (tmp_path / "gone").read_text())
     assert load._candidates(tmp_path) == []
     (tmp_path / folders.TRACKER).write_text("12\n")
     with pytest.raises(ConfigurationError, match="holds no checkpoint .*, but its latest_.*names 12: .*--pretrained"):

@@ -158,7 +158,7 @@ DAMAGE: list[tuple[str, Callable[[Path], object], bool, str]] = [  # file, what,
     ("counts.json", partial(Path.write_text, data="{}"), False, "counts.json has 2 bytes instead of"),
     *[
         ("manifest.json", partial(Path.write_text, data=text), False, "manifest.json cannot be read")
-        for text in ("5", "[null]", '{"files": ["../.."]}', '{"files": {"../..": {"size": 1, "crc32": "0"}}}')
+        for text in ("{}", "5", "[null]", '{"files": ["../.."]}', '{"files": {"../..": {"size": 1, "crc32": "0"}}}')
     ],
     ("manifest.json", Path.unlink, False, "manifest.json cannot be read"),
     ("manifest.json", replaced(os.mkfifo), False, "manifest.json is a pipe"),

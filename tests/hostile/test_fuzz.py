@@ -24,8 +24,8 @@ TRIES = 1 + int(os.environ.get("MEGATRON_PEFT_FUZZ_TRIES", "4"))  # and the good
 MOST_SECONDS, MOST_BYTES = 30.0, 2 << 30
 CACHED = f"{at.TRAIN} --data-cache-path kept"
 TABLE = at.TRAIN.replace("data.jsonl", "table.{}")
-# Beside the good runs of every hostile test.
 OTHER_OUTPUT = at.EVALUATE.replace("out.json", "other.json")
+# Beside the good runs of every hostile test.
 MORE_GOOD_RUNS = (CACHED, at.EVALUATE, f"{at.TRAIN} --save watched --log-interval 1")
 Damage = Callable[[bytes, random.Random], bytes]
 
