@@ -79,7 +79,8 @@ SLOWLY_RESHARDED = (
     ("full DP2 distributed bf16", "full TP2 bf16"),
     ("lora PP2 interleaved", "lora TP2"),
     ("lora PP2 interleaved accounted distributed", "lora TP2"),
-    ("lora TP2 sgd", "lora DP2 distributed sgd"),
+    ("lora TP2 sgd", "lora PP2 sgd"),
+    ("lora PP2 interleaved", "lora DP2 distributed"),
     ("full TP2 bf16", "full DP2 distributed bf16"),
     ("full TP2 SP odd-rows", "full PP2 odd-rows"),
 )
