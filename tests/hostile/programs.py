@@ -130,6 +130,14 @@ def _be_the_program(words: Sequence[str], folder: Path, output: Path) -> NoRetur
     os._exit(code if isinstance(code, int) else 0 if code is None else 1)
 
 
+def sign(folder: Path) -> None:
+    """Make a checkpoint's manifest anew for files that were changed, as somebody who means harm would."""
+    from megatron_peft.checkpoint.folders import MANIFEST, write_manifest
+
+    (folder / MANIFEST).unlink()  # a link to the good one
+    write_manifest(folder, {})
+
+
 def _good_files(folder: Path, runs: Sequence[str]) -> Path:
     import torch
     from safetensors.torch import load_file

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from tests.hostile import test_hostile_files as at
-from tests.hostile.programs import CHECKPOINT, Answer, Call, answers
+from tests.hostile.programs import CHECKPOINT, Answer, Call, answers, sign
 from tests.ranks import run_ranks
 from tests.time_limits import seconds
 
@@ -33,8 +33,7 @@ Damage = Callable[[bytes, random.Random], bytes]
 class Family(NamedTuple):
     """`file` is read by the program of `line`, in one of the forms of `damages`.
 
-    told: a regular expression that an error must hold; without one, the file's name. signed: its folder has checksums,
-    which are made anew, as somebody who means harm would.
+    told: a regular expression that an error must hold; without one, the file's name. signed: its folder has checksums.
     """
 
     file: str
@@ -174,15 +173,12 @@ FAMILIES = (
 
 def damaged(path: Path, number: int, attempt: int) -> None:
     """Damage a file as the family's attempt of that number does, always in the same way; the first leaves it alone."""
-    from megatron_peft.checkpoint.folders import MANIFEST, write_manifest
-
     family, draw = FAMILIES[number], random.Random(f"{FAMILIES[number]} {attempt}")
     if attempt == 0:
         return
     path.write_bytes(family.damages[attempt % len(family.damages)](path.read_bytes(), draw))
     if family.signed:
-        (path.parent / MANIFEST).unlink()
-        write_manifest(path.parent, {})
+        sign(path.parent)
 
 
 @pytest.fixture(scope="module")

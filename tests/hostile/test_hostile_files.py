@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from tests.hostile.programs import CHECKPOINT, Answer, Call, Plant, answers
+from tests.hostile.programs import CHECKPOINT, Answer, Call, Plant, answers, sign
 from tests.ranks import run_ranks
 
 FIXTURES = Path(__file__).with_name("fixtures")
@@ -120,12 +120,8 @@ def value(key: str, written: str) -> Plant:
 
 
 def recorded(path: Path, key: str, written: str) -> None:
-    """In a record of a run; its manifest is made anew, as somebody who means harm would."""
-    from megatron_peft.checkpoint.folders import MANIFEST, write_manifest
-
     with_values(path, {key: written})
-    (path.parent / MANIFEST).unlink()
-    write_manifest(path.parent, {})
+    sign(path.parent)
 
 
 def listed_with_size(path: Path, size: Any) -> None:
@@ -360,14 +356,11 @@ def not_finite(path: Path, name: str) -> None:
 
 def without_slices(path: Path) -> None:
     """An index that lists the tensors and no slice of them."""
-    from megatron_peft.checkpoint.folders import MANIFEST, write_manifest
-
     index = pickle.loads(path.read_bytes())
     for tensor in index.state_dict_metadata.values():
         getattr(tensor, "chunks", []).clear()
     path.write_bytes(pickle.dumps(index))
-    (path.parent / MANIFEST).unlink()
-    write_manifest(path.parent, {})
+    sign(path.parent)
 
 
 def cases_of_weights() -> Iterator[Case]:
