@@ -1,19 +1,24 @@
-"""A failed save is one message on all ranks and loses nothing, also in the background."""
+"""A failed save is one message on all ranks and loses nothing, also in the background; generators repeat."""
 
+import random
 import re
 import threading
 from types import SimpleNamespace
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing import ShardedTensor
 
 from megatron_peft.checkpoint import folders, save
 from megatron_peft.checkpoint.folders import MANIFEST, publish, start_draft
 from megatron_peft.checkpoint.save import Saver
+from megatron_peft.checkpoint.state import random_targets, random_tensors, restore_random
 from megatron_peft.checkpoint.tensors import PlannedFiles
 from megatron_peft.config import CheckpointConfig, ConfigurationError
+from megatron_peft.parallel.collectives import from_first_rank
 from tests.checkpoint.test_folders import holder
 from tests.recorded_calls import recorded_calls
 
@@ -87,6 +92,11 @@ def test_a_moved_folder_is_locked_again_unless_another_run_has_it(alone, tmp_pat
             saver.hold_folder()
 
 
+def test_a_folder_that_cannot_be_read_is_a_configuration_error(alone, tmp_path):
+    with pytest.raises(ConfigurationError, match="No such file or directory: .*gone"):
+        from_first_rank(lambda: (tmp_path / "gone").read_text())
+
+
 @pytest.mark.parametrize("is_locked", [True, False])
 def test_drafts_of_a_killed_run_are_removed_under_the_lock_only(alone, tmp_path, monkeypatch, is_locked):
     draft = start_draft(tmp_path / "iter_0000050")
@@ -116,3 +126,22 @@ def test_a_folder_of_tensors_is_on_the_disk_before_it_has_its_name_and_that_afte
     save.write_new_folder([], tmp_path / "new")
     told = " ".join(f"{name} {path.name}" for name, path in calls)
     assert re.search(rf"fsync {MANIFEST} fsync \.new\.\w+\.draft rename new fsync {tmp_path.name}$", told)
+
+
+def draws():
+    with tensor_parallel.get_cuda_rng_tracker().fork():
+        tracked = torch.rand(1).item()
+    return [random.gauss(0, 1), float(np.random.normal()), torch.rand(1).item(), tracked]
+
+
+def test_restored_generators_repeat_their_numbers_and_belong_to_a_layout(alone, monkeypatch):
+    draws()  # an odd number of normal draws: a second one waits in Python's and in numpy's generator
+    stored = {tensor.key: tensor.data.clone() for tensor in random_tensors()}
+    first = draws()
+    targets = random_targets({key: tuple(data.shape) for key, data in stored.items()})
+    for target in targets:
+        target.data.copy_(stored[target.key])
+    restore_random(targets)
+    assert draws() == first
+    monkeypatch.setattr(parallel_state, "get_tensor_model_parallel_world_size", lambda: 2)
+    assert random_targets({key: tuple(data.shape) for key, data in stored.items()}) == []
