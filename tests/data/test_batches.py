@@ -54,7 +54,7 @@ def global_order(num_samples: int, layout: tuple[int, int, int], packed: str, co
     return [[number for m in range(per_rank) for rank in taken for number in rank[step][m]] for step in range(4)]
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(num_samples=st.integers(1, 40), layout=LAYOUT, packed=PACKED, consumed=st.integers(0, 50))
 def test_a_global_batch_holds_the_same_samples_in_the_same_order_at_any_layout(num_samples, layout, packed, consumed):
     """From wherever it goes on: a run may be resumed with other batches."""
