@@ -14,17 +14,10 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-from megatron_peft.checkpoint import folders
+from megatron_peft.checkpoint import folders, tensors
 from megatron_peft.checkpoint.run_record import ADAPTER_CONFIG, RunRecord, fingerprint
 from megatron_peft.checkpoint.state import TrainingState, optimizer_tensors, random_tensors, steps_of, whole_parameters
-from megatron_peft.checkpoint.tensors import (
-    PlannedFiles,
-    Sharded,
-    Written,
-    adapted_layers,
-    global_slices,
-    sharded_parameters,
-)
+from megatron_peft.checkpoint.tensors import PlannedFiles, Sharded, Written, global_slices
 from megatron_peft.config import CheckpointConfig, ConfigurationError, require
 from megatron_peft.parallel.collectives import from_first_rank
 from megatron_peft.runtime.launch import device_setter
@@ -69,20 +62,17 @@ class DraftedCheckpoint:
         folders.publish(self.draft, self.folder, self.iteration, sums)
         # The checkpoint is saved. What follows only warns if it fails.
         if adapter_config:
-            _write_beside_checkpoints(self.folder / ADAPTER_CONFIG, adapter_config)
+            beside = self.folder / ADAPTER_CONFIG
+            try:
+                folders.write_atomically(beside, adapter_config)
+            except OSError as error:
+                logger.warning("%s cannot be written: %s", beside, error)
         settings, best = self.record.config.checkpoint, self.record.best
         best_iteration = best.iteration if settings.keep_best and best.loss is not None else None
         if best_iteration is not None:
             folders.link_best(self.folder, best_iteration)
         if settings.keep_last_checkpoints is not None:
             folders.keep_last(self.folder, self.iteration, settings.keep_last_checkpoints, best_iteration)
-
-
-def _write_beside_checkpoints(path: Path, text: str) -> None:
-    try:
-        folders.write_atomically(path, text)
-    except OSError as error:
-        logger.warning("%s cannot be written: %s", path, error)
 
 
 def draft_checkpoint(
@@ -97,8 +87,8 @@ def draft_checkpoint(
     assert state.config.checkpoint.save is not None
     folder, iteration = Path(state.config.checkpoint.save), state.position.iteration
     chunks = [chunk.module for chunk in state.model_chunks]
-    entries = sharded_parameters(chunks, only_adapters=state.config.peft.trains_adapters)
-    record = _run_record(state, adapted_layers(chunks), entries)
+    entries = tensors.sharded_parameters(chunks, only_adapters=state.config.peft.trains_adapters)
+    record = _run_record(state, tensors.adapted_layers(chunks), entries)
     with _as_not_saved(folder, iteration):
         draft = from_first_rank(lambda: folders.start_draft(folders.iteration_folder(folder, iteration)))
     with _as_not_saved(folder, iteration, draft), whole_parameters(state.model_chunks):
@@ -123,12 +113,12 @@ def _as_not_saved(folder: Path, iteration: int, draft: Path | None = None) -> It
 def tensors_to_save(state: TrainingState, entries: Sequence[Sharded]) -> list[ShardedTensor]:
     """This rank's tensors of a checkpoint: parameters, optimizer and generators, as far as they are saved."""
     settings = state.config.checkpoint
-    tensors = [tensor for entry in entries for tensor in global_slices(entry)]
+    saved = [tensor for entry in entries for tensor in global_slices(entry)]
     if not settings.no_save_optim:
-        tensors += optimizer_tensors(state.optimizer, entries)
+        saved += optimizer_tensors(state.optimizer, entries)
     if not settings.no_save_rng:
-        tensors += random_tensors()
-    return tensors
+        saved += random_tensors()
+    return saved
 
 
 def _run_record(state: TrainingState, layers: tuple[str, ...], entries: Sequence[Sharded]) -> RunRecord:
@@ -167,7 +157,7 @@ def base_fingerprint(folder: str | None) -> Mapping[str, str] | None:
 # A folder of tensors alone, for loops that are not ours.
 
 
-def write_new_folder(tensors: Sequence[ShardedTensor], folder: Path) -> None:
+def write_new_folder(written: Sequence[ShardedTensor], folder: Path) -> None:
     """Write a folder that does not exist yet, whole or not at all, with a manifest. A collective.
 
     Raises ConfigurationError, on every rank: the folder exists, or cannot be written.
@@ -179,7 +169,7 @@ def write_new_folder(tensors: Sequence[ShardedTensor], folder: Path) -> None:
 
     draft = from_first_rank(start)
     try:
-        files = PlannedFiles(tensors, draft)
+        files = PlannedFiles(written, draft)
 
         def finish(by_rank: Sequence[Written]) -> None:
             folders.write_manifest(draft, files.complete(by_rank))

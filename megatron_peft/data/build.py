@@ -49,20 +49,13 @@ class Data:
 
 
 def build_data(
-    config: RunConfig,
-    tokenizer: Tokenizer,
-    *,
-    data_parallel_rank: int,
-    data_parallel_size: int,
-    consumed_samples: int = 0,
-    num_ids: int | None = None,
+    config: RunConfig, tokenizer: Tokenizer, *, data_parallel_rank: int, data_parallel_size: int, num_ids: int
 ) -> Data:
     """Open, check and index all data. A collective over all ranks.
 
-    num_ids: rows of the model's embedding, above all token ids (default: as many as the tokenizer needs).
+    num_ids: rows of the model's embedding, above all token ids.
     Raises ConfigurationError, on every rank, for whatever is wrong with it.
     """
-    num_ids = num_ids or tokenizer.largest_id + 1
     layout = BatchLayout(
         global_batch_size=config.global_batch_size,
         micro_batch_size=config.training.micro_batch_size,
@@ -81,7 +74,7 @@ def build_data(
             f"--train-samples {training.train_samples} is less than one --global-batch-size "
             f"{config.global_batch_size}.",
         )
-    train = splits.train(None if iterations is None else iterations * config.global_batch_size, consumed_samples)
+    train = splits.train(None if iterations is None else iterations * config.global_batch_size)
     if training.train_epochs is not None:
         iterations = math.ceil(train.order.positions_in(training.train_epochs) / config.global_batch_size)
     valid = splits.evaluated(Split.valid) if training.eval_interval is not None else None
@@ -97,7 +90,7 @@ class _Splits:
     num_ids: int
     layout: BatchLayout
 
-    def train(self, num_samples: int | None, consumed_samples: int) -> GlobalBatches:
+    def train(self, num_samples: int | None) -> GlobalBatches:
         """num_samples: which the run takes; None with --train-epochs."""
         paths, flag = self._paths(Split.train)
         blend = parse_blend(paths, flag)
@@ -111,7 +104,7 @@ class _Splits:
         # megatron-core has already shuffled an indexed dataset of that many samples.
         shuffle = isinstance(dataset, InstructionDataset) or len(dataset) < (num_samples or len(dataset) + 1)
         order = self._sample_order(dataset, blend, shuffle)
-        return GlobalBatches(dataset, order, self.layout, consumed_samples, prefetch=self.config.data.num_workers)
+        return GlobalBatches(dataset, order, self.layout, prefetch=self.config.data.num_workers)
 
     def evaluated(self, split: Split) -> GlobalBatches | None:
         """One pass in the order of the file, ended by --eval-iters: the same samples at each evaluation."""
@@ -295,19 +288,12 @@ class IndexedSamples:
 
 
 def build_indexed(
-    config: DataConfig,
-    split: Split,
-    paths: Sequence[str],
-    num_samples: int | None,
-    tokenizer: Tokenizer,
-    num_ids: int | None = None,
+    config: DataConfig, split: Split, paths: Sequence[str], num_samples: int | None, tokenizer: Tokenizer, num_ids: int
 ) -> IndexedSamples | None:
     """The samples of one split; None if --split leaves it nothing (an error for training). A collective over all ranks.
 
     num_samples: at least so many, documents repeated as needed; None: each document once, without weights.
-    num_ids: above all token ids (default: the tokenizer's).
     """
-    num_ids = num_ids or tokenizer.largest_id + 1
     flag = "--data-path" if config.data_path else f"--{split.name}-data-path"
     blend = checked_blend(paths, flag)
     blend = blend if num_samples is not None else Blend(blend.prefixes, None)

@@ -115,10 +115,7 @@ def _parse(raw: bytes, place: Callable[[], str]) -> Any:
 
 
 class RecordFiles:
-    """The records of several sources, one after the other.
-
-    lengths: number of records of each; ends: their running sum; digest: a CRC-32 of each.
-    """
+    """All records in a row. lengths: number of records of each source; ends: their sums; digest: a CRC-32 of each."""
 
     def __init__(self, paths: Sequence[str], flag: str) -> None:
         """`flag` is the one that named the paths. Raises ConfigurationError for a missing or an empty source."""

@@ -306,10 +306,8 @@ def _tokenize_messages(record: Record, tokenizer: Tokenizer) -> TokenizedRecord:
     return TokenizedRecord([i for ids in tokens for i in ids], trained)
 
 
-def _check_messages(messages: Any, fields: frozenset[str]) -> None:
+def _check_messages(messages: Sequence[Any], fields: frozenset[str]) -> None:
     """fields: those that the chat template reads. Raises ConfigurationError for what it would not write as it is."""
-    if not isinstance(messages, list) or not messages:
-        raise ConfigurationError('"messages" is not a list of objects with "role" and "content", or it is empty.')
     for number, message in enumerate(messages, 1):
         if not isinstance(message, dict):
             raise ConfigurationError(f"message {number} is not an object but {type(message).__name__}.")

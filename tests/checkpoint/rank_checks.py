@@ -4,7 +4,7 @@ import dataclasses
 import errno
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -25,111 +25,97 @@ from tests.conversion.megatron_folders import flip_a_byte
 from tests.training.recorded_saves import small_files_only
 
 DROPOUT: Settings = {"transformer": {"hidden_dropout": 0.1, "attention_dropout": 0.1}, "peft": {"lora_dropout": 0.1}}
-BF16: Settings = {"model": {"bf16": True}}
-TP2: Settings = {"parallel": {"tensor_model_parallel_size": 2}}
-TP2_SP = merged(TP2, {"parallel": {"sequence_parallel": True}})
-PP2: Settings = {"parallel": {"pipeline_model_parallel_size": 2}}
-PP2_INTERLEAVED = merged(PP2, {"parallel": {"num_layers_per_virtual_pipeline_stage": 1}})
-ACCOUNTED = {"account_for_embedding_in_pipeline_split": True, "account_for_loss_in_pipeline_split": True}
-PP2_ACCOUNTED = merged(PP2_INTERLEAVED, {"parallel": ACCOUNTED})  # on both ranks a chunk without a layer
-PP4: Settings = {
-    "parallel": {"pipeline_model_parallel_size": 4, "pipeline_model_parallel_layout": "E|t|t||t|t||L"},
-    "training": {"micro_batch_size": 1},
+# A run's name says what it is: each word is some settings, and later words win.
+WORDS: dict[str, Settings] = {
+    **dict.fromkeys(("lora", "DP2"), {}),
+    "TP2": {"parallel": {"tensor_model_parallel_size": 2}},
+    "SP": {"parallel": {"sequence_parallel": True}},
+    "PP2": {"parallel": {"pipeline_model_parallel_size": 2}},
+    "interleaved": {"parallel": {"num_layers_per_virtual_pipeline_stage": 1}},
+    # With interleaved stages there is a chunk without a layer on both ranks.
+    "accounted": {
+        "parallel": {"account_for_embedding_in_pipeline_split": True, "account_for_loss_in_pipeline_split": True}
+    },
+    "PP4": {
+        "parallel": {"pipeline_model_parallel_size": 4, "pipeline_model_parallel_layout": "E|t|t||t|t||L"},
+        "training": {"micro_batch_size": 1},
+    },
+    "distributed": {"optimizer": {"use_distributed_optimizer": True}},
+    "sgd": {"optimizer": {"optimizer": "sgd"}},
+    "bf16": {"model": {"bf16": True}},
+    "tied": {"model": {"pretrained_checkpoint": "tied"}},
+    "odd-rows": {"model": {"make_vocab_size_divisible_by": 7}},  # 1,008 rows of the vocabulary at TP2, else 1,001
+    "last-layer": {"peft": {"target_modules": ("decoder.layers.3.*",)}},  # none on the first of 2 stages
+    "full": {"peft": {"method": "full"}, "optimizer": {"lr": 1e-3}},
+    "lora+": {"peft": {"lora_plus_ratio": 4.0}},
+    "boft": {"peft": {"method": "boft", "boft_block_size": 2, "boft_factors": 2}},
+    "projected": {"peft": {"boft_parametrization": "projection"}},
+    "hybrid": {"peft": {"method": "hybrid", "boft_block_size": 2, "boft_factors": 2}},
+    "urnn": {"peft": {"method": "urnn", "urnn_block_size": 4}},
+    "riemannian": {"peft": {"urnn_update": "riemannian", "peft_lr_rotation": 0.02}},
+    # Merged just before the save.
+    "merging": {"peft": {"method": "hybrid", "hybrid_rotation": "urnn", "hybrid_merge_interval": 2}},
 }
-DISTRIBUTED: Settings = {"optimizer": {"use_distributed_optimizer": True}}
-
-FULL: Settings = {"peft": {"method": "full"}, "optimizer": {"lr": 1e-3}}
-TIED: Settings = {"model": {"pretrained_checkpoint": "tied"}}
-ODD_ROWS: Settings = {"model": {"make_vocab_size_divisible_by": 7}}  # 1,008 rows of the vocabulary at TP2, else 1,001
-LAST_LAYER: Settings = {"peft": {"target_modules": ("decoder.layers.3.*",)}}  # none on the first of 2 stages
-LORA_PLUS: Settings = {"peft": {"lora_plus_ratio": 4.0}}
-BOFT: Settings = {"peft": {"method": "boft", "boft_block_size": 2, "boft_factors": 2}}
-PROJECTED = merged(BOFT, {"peft": {"boft_parametrization": "projection"}})
-HYBRID = merged(BOFT, {"peft": {"method": "hybrid"}})
-URNN: Settings = {"peft": {"method": "urnn", "urnn_block_size": 4}}
-RIEMANNIAN = merged(URNN, {"peft": {"urnn_update": "riemannian", "peft_lr_rotation": 0.02}})
-FOLDS: Settings = {"peft": {"method": "hybrid", "hybrid_rotation": "urnn", "hybrid_merge_interval": 2}}
-FOLDED = merged(URNN, FOLDS)  # just before the save
-
-RESUMED_ON_TWO = {
-    "lora TP2": TP2,
-    "lora+ DP2 distributed bf16": merged(DISTRIBUTED, BF16, LORA_PLUS),
-    "hybrid TP2+SP bf16": merged(HYBRID, TP2_SP, BF16),
-    "full TP2 bf16": merged(FULL, TP2, BF16),
-    "full TP2+SP": merged(FULL, TP2_SP, ODD_ROWS),
-    "full PP2 tied": merged(FULL, PP2, TIED),
-}
+TWO = "lora TP2, lora+ DP2 distributed bf16, hybrid TP2 SP bf16, full TP2 SP odd-rows bf16, full PP2 tied"
+RESUMED_ON_TWO = TWO.split(", ")
 # `make test-all` adds these, in a world of their own.
-SLOWLY_RESUMED = {
-    "lora PP2 bf16, last layer": merged(PP2, BF16, LAST_LAYER),
-    "hybrid folded TP2": merged(FOLDED, TP2),
-    "riemannian DP2 distributed bf16": merged(RIEMANNIAN, DISTRIBUTED, BF16),
-    "lora TP2+SP bf16": merged(TP2_SP, BF16),
-    "lora PP2 interleaved": PP2_INTERLEAVED,
-    "lora PP2 accounted": merged(PP2_ACCOUNTED, DISTRIBUTED),
-    "full PP2 accounted bf16": merged(FULL, PP2_ACCOUNTED, BF16),
-    "lora TP2 sgd": merged(TP2, {"optimizer": {"optimizer": "sgd"}}),
-    "projected PP2": merged(PROJECTED, PP2),
-    "full DP2 distributed bf16": merged(FULL, DISTRIBUTED, BF16),
-}
-RESUMED_ON_FOUR = {
-    "lora TP2xPP2": merged(TP2, PP2),
-    "full TP2xDP2 distributed": merged(FULL, TP2, DISTRIBUTED),
-    "lora PP4 layout": PP4,
-}
-# Of each of the above, a layout on four ranks that its checkpoint is opened at.
-RESHARDED_ON_FOUR = {
-    "lora TP2xPP2": PP4,
-    "full TP2xDP2 distributed": merged(FULL, TP2, PP2),
-    "lora PP4 layout": merged(TP2_SP, PP2, DISTRIBUTED),
-}
-RESHARDED = {  # from, to
-    "full TP2 to PP2, fewer padded rows": ("full TP2+SP", merged(FULL, PP2, ODD_ROWS)),
-    "full TP2 to DP2 distributed, bf16": ("full TP2 bf16", merged(FULL, DISTRIBUTED, BF16)),
-    "full PP2 to TP2, tied": ("full PP2 tied", merged(FULL, TP2, TIED)),
-    "lora+ DP2 distributed to PP2, bf16": ("lora+ DP2 distributed bf16", merged(PP2, BF16, LORA_PLUS)),
-    "hybrid TP2+SP to DP2 distributed, bf16": ("hybrid TP2+SP bf16", merged(HYBRID, DISTRIBUTED, BF16)),
-    "lora TP2 to PP2 accounted": ("lora TP2", PP2_ACCOUNTED),
-    "lora TP2 to DP2 distributed": ("lora TP2", DISTRIBUTED),
-}
-SLOWLY_RESHARDED = {
-    "hybrid folded TP2 to PP2": ("hybrid folded TP2", merged(FOLDED, PP2)),
-    "riemannian DP2 distributed to TP2, bf16": ("riemannian DP2 distributed bf16", merged(RIEMANNIAN, TP2, BF16)),
-    "lora PP2 to TP2, last layer, bf16": ("lora PP2 bf16, last layer", merged(TP2, BF16, LAST_LAYER)),
-    "full DP2 distributed to TP2, bf16": ("full DP2 distributed bf16", merged(FULL, TP2, BF16)),
-    "lora PP2 interleaved to TP2": ("lora PP2 interleaved", TP2),
-    "lora PP2 accounted to TP2": ("lora PP2 accounted", TP2),
-}
+SLOWLY_RESUMED = (
+    *("lora PP2 bf16 last-layer", "urnn merging TP2", "urnn riemannian DP2 distributed bf16", "lora TP2 SP bf16"),
+    *("lora PP2 interleaved", "lora PP2 interleaved accounted distributed", "full PP2 interleaved accounted bf16"),
+    *("lora TP2 sgd", "boft projected PP2", "full DP2 distributed bf16", "full TP2 bf16", "full TP2 SP odd-rows"),
+)
+RESHARDED = (  # from, to
+    ("full TP2 SP odd-rows bf16", "full PP2 odd-rows bf16"),  # fewer padded rows
+    ("full TP2 SP odd-rows bf16", "full DP2 distributed bf16"),
+    ("full PP2 tied", "full TP2 tied"),
+    ("lora+ DP2 distributed bf16", "lora+ PP2 bf16"),
+    ("hybrid TP2 SP bf16", "hybrid DP2 distributed bf16"),
+    ("lora TP2", "lora PP2 interleaved accounted"),
+)
+SLOWLY_RESHARDED = (
+    ("urnn merging TP2", "urnn merging PP2"),
+    ("urnn riemannian DP2 distributed bf16", "urnn riemannian TP2 bf16"),
+    ("lora PP2 bf16 last-layer", "lora TP2 bf16 last-layer"),
+    ("full DP2 distributed bf16", "full TP2 bf16"),
+    ("lora PP2 interleaved", "lora TP2"),
+    ("lora PP2 interleaved accounted distributed", "lora TP2"),
+    ("lora TP2 sgd", "lora PP2 sgd"),
+    ("lora PP2 interleaved", "lora DP2 distributed"),
+    ("full TP2 bf16", "full DP2 distributed bf16"),
+    ("full TP2 SP odd-rows", "full PP2 odd-rows"),
+)
+ON_FOUR = (
+    ("lora TP2 PP2", "lora PP4"),
+    ("full TP2 distributed", "full TP2 PP2"),
+    ("lora PP4", "lora TP2 SP PP2 distributed"),
+)
+
+
+def named(name: str) -> Settings:
+    return merged(*(WORDS[word] for word in name.split()))
 
 
 def on_two_ranks(files: Files) -> dict[str, Any]:
     """Every fact by name. The folders of the resumed runs serve the others."""
     start_world()
     return {
-        "resumed": _each(files, RESUMED_ON_TWO, resumed),
-        "saves disturb": _saves_disturb(files),
-        "resharded": _each(files, RESHARDED, _resharded),
+        "resumed": {name: resumed(files, name) for name in RESUMED_ON_TWO},
+        "resharded": {pair: _resharded(files, *pair) for pair in RESHARDED},
         "bf16 to float32": _bf16_to_float32(files),
-        "failed saves": _failed_saves(files),
         **_saver_facts(files),
     }
 
 
 def slowly_on_two_ranks(files: Files) -> dict[str, Any]:
     start_world()
-    facts = _each(files, SLOWLY_RESUMED, resumed)
-    return {"resumed": facts, "resharded": _each(files, SLOWLY_RESHARDED, _resharded)}
+    facts = {name: resumed(files, name) for name in SLOWLY_RESUMED}
+    return {"resumed": facts, "resharded": {pair: _resharded(files, *pair) for pair in SLOWLY_RESHARDED}}
 
 
-def on_four_ranks(argument: tuple[Files, str]) -> list[str]:
-    files, name = argument
+def on_four_ranks(argument: tuple[Files, tuple[str, str]]) -> list[str]:
+    files, pair = argument
     start_world()
-    differing = resumed(files, name, RESUMED_ON_FOUR[name])
-    return differing + _resharded(files, f"{name} elsewhere", (name, RESHARDED_ON_FOUR[name]))
-
-
-def _each(files: Files, table: dict[str, Any], check: Callable[[Files, str, Any], Any]) -> dict[str, Any]:
-    return {name: check(files, name, value) for name, value in table.items()}
+    return resumed(files, pair[0]) + _resharded(files, *pair)
 
 
 def _folder(files: Files, name: str) -> str:
@@ -140,9 +126,9 @@ def _run(files: Files, settings: Settings, disturbed: bool = False, **checkpoint
     return start(configure(files, merged(settings, {"checkpoint": checkpoint})), disturbed)
 
 
-def resumed(files: Files, name: str, settings: Settings, async_save: bool = False) -> list[str]:
+def resumed(files: Files, name: str, more: Settings | None = None, async_save: bool = False) -> list[str]:
     """What differs at the end between a run that saves after two steps and goes on, and one that resumes there."""
-    folder, settings = _folder(files, name), merged(DROPOUT, settings)
+    folder, settings = _folder(files, name + " async" * async_save), merged(DROPOUT, named(name), more or {})
     whole = _run(files, settings, save=folder, async_save=async_save)
     whole.train(2)
     with Saver(whole.state.config.checkpoint) as saver:
@@ -156,47 +142,27 @@ def resumed(files: Files, name: str, settings: Settings, async_save: bool = Fals
     return unequal + differences(ended, second.snapshot())
 
 
-def _saves_disturb(files: Files) -> list[str]:
-    """What a save in between, at once or in the background, changes in a run."""
-
-    def save_behind(state: Any) -> None:
-        draft_checkpoint(state, snapshot=True).complete()
-
-    ends = []
-    for name, save in {
-        "saves at once": lambda state: draft_checkpoint(state).complete(),
-        "saves behind": save_behind,
-        "never": lambda state: None,
-    }.items():
-        run = _run(files, merged(DROPOUT, TP2), save=_folder(files, name))
-        run.train(1)
-        save(run.state)
-        ends.append((run.train(1), run.snapshot()))
-    *saved, (losses, never) = ends
-    return [name for other, end in saved for name in [*differences(end, never), *["losses"] * (other != losses)]]
-
-
-def _loaded(files: Files, name: str, settings: Settings, **flags: Any) -> Run:
-    run = _run(files, merged(DROPOUT, settings), disturbed=True, load=_folder(files, name), **flags)
+def _loaded(files: Files, source: str, name: str, **flags: Any) -> Run:
+    run = _run(files, merged(DROPOUT, named(name)), disturbed=True, load=_folder(files, source), **flags)
     assert load_checkpoint(run.state)
     return run
 
 
-def _resharded(files: Files, name: str, value: tuple[str, Settings]) -> list[str]:
+def _resharded(files: Files, source: str, name: str) -> list[str]:
     """What differs between a checkpoint and one that another layout makes of it, padded rows aside."""
-    source, copy = (_folder(files, one) for one in (value[0], name))
-    draft_checkpoint(_loaded(files, *value, save=copy).state).complete()
-    before, after = read_run_record(source), read_run_record(copy)
+    folder, copy = _folder(files, source), _folder(files, f"{source} to {name}")
+    draft_checkpoint(_loaded(files, source, name, save=copy).state).complete()
+    before, after = read_run_record(folder), read_run_record(copy)
     same = before.optimizer_steps == after.optimizer_steps and before.schedule == after.schedule
-    tensors, copies = stored_tensors(source, shared=True), stored_tensors(copy, shared=True)
+    tensors, copies = stored_tensors(folder, shared=True), stored_tensors(copy, shared=True)
     rows = {key: min(len(tensors[key]), len(copies[key])) for key in tensors.keys() & copies.keys()}  # but the padding
     cut = ({key: values[key][: rows.get(key)] for key in values} for values in (tensors, copies))
     return differences(*cut) + ["record"] * (not same)
 
 
 def _bf16_to_float32(files: Files) -> list[str]:
-    run = _loaded(files, "full TP2 bf16", merged(FULL, TP2))
-    stored = stored_tensors(_folder(files, "full TP2 bf16"))
+    source = "full TP2 SP odd-rows bf16"
+    run, stored = _loaded(files, source, source.removesuffix(" bf16")), stored_tensors(_folder(files, source))
     norms = {e.key: e.data for e in sharded_parameters(run.chunks, only_adapters=False) if "layernorm" in e.key}
     assert norms
     return differences(norms, {key: stored[f"optimizer.master.{key}"] for key in norms})
@@ -217,22 +183,16 @@ def _disk_full(rank: int, owner: Any, name: str) -> Iterator[None]:
         yield
 
 
-def _failed_saves(files: Files) -> dict[str, Any]:
+def _failed_saves(run: Run, folder: Path) -> dict[str, Any]:
     """Saves that fail in each phase: messages and whether the folder is as before; and a good save afterwards."""
-    folder = Path(files.work, "full-disk")
-    run = _run(files, TP2, save=str(folder))
-    run.train(1)
-    draft_checkpoint(run.state).complete()
-    before = _contents(folder)
-    run.train(1)
-    found: dict[str, Any] = {}
+    before, found = _contents(folder), {}
     phases = {
         "data on rank 1": (1, FileSystemWriter, "write_data"),
         "metadata": (0, FileSystemWriter, "finish"),
         "common file": (0, sharded_files, "save_config"),
         "record": (0, Path, "write_text"),
     }
-    failures = {phase: _disk_full(*where) for phase, where in phases.items()}
+    failures: dict[str, Any] = {phase: _disk_full(*where) for phase, where in phases.items()}
     failures["data on rank 1, for real"] = small_files_only(4096) if dist.get_rank() == 1 else nullcontext()
     for phase, failure in failures.items():
         with failure:
@@ -244,21 +204,30 @@ def _failed_saves(files: Files) -> dict[str, Any]:
 
 
 def _saver_facts(files: Files) -> dict[str, Any]:
+    """Of a run that saves after a step, one that does so in the background, and one that never does."""
     at_once, behind = (Path(_folder(files, name)) for name in ("at once", "behind"))
-    run = _run(files, TP2, save=str(at_once))
-    run.train(1)
+    settings = merged(DROPOUT, named("TP2"))
+    never = _run(files, settings)
+    losses, end = never.train(2), never.snapshot()
+    run = _run(files, settings, save=str(at_once))
+    losses_at_once = run.train(1)
     draft_checkpoint(run.state).complete()
-    late = _run(files, TP2, save=str(behind), async_save=True, keep_last_checkpoints=2)
-    late.train(1)
-    return {
-        "behind": _behind(late, at_once, behind),
+    losses_at_once += run.train(1)
+    disturbed = differences(run.snapshot(), end)
+    late = _run(files, settings, save=str(behind), async_save=True, keep_last_checkpoints=2)
+    losses_behind = late.train(1)
+    facts = {"behind": _behind(late, losses_behind, at_once, behind)}
+    disturbed += differences(late.snapshot(), end) + ["losses"] * (not losses == losses_at_once == losses_behind)
+    return facts | {
+        "saves disturb": disturbed,
+        "failed saves": _failed_saves(run, at_once),
         "behind, failing": _behind_failing(late, behind),
         "left behind": _left_behind(late, behind),
         "gone back": _gone_back(files, late, behind),
     }
 
 
-def _behind(run: Run, at_once: Path, folder: Path) -> dict[str, Any]:
+def _behind(run: Run, losses: list[float], at_once: Path, folder: Path) -> dict[str, Any]:
     """Iteration 1 is saved while iteration 2 runs; the files are held up until that has changed everything."""
     may_write, write_data = threading.Event(), FileSystemWriter.write_data
 
@@ -269,7 +238,7 @@ def _behind(run: Run, at_once: Path, folder: Path) -> dict[str, Any]:
     patched = mock.patch.object(FileSystemWriter, "write_data", write_when_told)
     with Saver(run.state.config.checkpoint) as saver, patched:
         saver.start(run.state)
-        run.train(1)
+        losses += run.train(1)
         before = saver.finish(wait=False), newest_checkpoint(folder)
         may_write.set()
         ended = saver.finish()
@@ -319,7 +288,7 @@ def _gone_back(files: Files, run: Run, folder: Path) -> dict[str, Any]:
     newest = newest_checkpoint(folder)
     found: dict[str, Any] = {}
     _flip_a_byte(newest / "__1_0.distcp")
-    resumed = _run(files, TP2, load=str(folder))
+    resumed = _run(files, merged(DROPOUT, named("TP2")), load=str(folder))
     with mock.patch.object(logging.getLogger("megatron_peft.checkpoint.load"), "warning") as warning:
         load_checkpoint(resumed.state)
     found["iteration"] = resumed.state.position.iteration

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as torch_checkpoint
 from megatron.core import parallel_state
 
 from megatron_peft.checkpoint.run_record import RunRecord
 from megatron_peft.checkpoint.state import MOMENTS, optimizer_params
 from megatron_peft.checkpoint.tensors import sharded_parameters
 from megatron_peft.config import ConfigurationError, ParallelConfig, RunConfig
-from megatron_peft.conversion.megatron_files import open_distributed
 from megatron_peft.models.families import read_shape
 from megatron_peft.models.shape import ModelShape, RopeScaling
 from megatron_peft.runtime.launch import seed_generators, start_model_parallel, stop_model_parallel
@@ -114,13 +114,13 @@ def differences(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -
 
 
 def stored_tensors(folder: str | Path, shared: bool = False) -> dict[str, torch.Tensor]:
-    """All whole tensors of a --save folder's only checkpoint, generators aside; `shared`: this rank's share of them."""
+    """The tensors of a --save folder's only checkpoint, as torch reads them, without generators; `shared`: a share."""
     rank, size = (dist.get_rank(), dist.get_world_size()) if shared else (0, 1)
-    stored = open_distributed(next(Path(folder).glob("iter_*")))
+    checkpoint = next(Path(folder).glob("iter_*"))
+    stored = torch_checkpoint.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
     own = {key: one for key, one in stored.items() if key[:4] != "rng." and sum(key.encode()) % size == rank}
-    tensors = {key: torch.empty(one.shape, dtype=one.dtype) for key, one in own.items()}
-    for key, tensor in tensors.items():
-        stored[key].fill(tensor, (0,) * tensor.dim())
+    tensors = {key: torch.empty(one.size, dtype=one.properties.dtype) for key, one in own.items()}
+    torch_checkpoint.load(tensors, checkpoint_id=checkpoint, no_dist=True)
     return {key: torch.atleast_1d(tensor) for key, tensor in tensors.items()}
 
 

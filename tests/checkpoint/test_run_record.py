@@ -8,29 +8,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from megatron_peft.checkpoint import run_record
 from megatron_peft.checkpoint.folders import RECORD, TRACKER, write_manifest
-from megatron_peft.checkpoint.run_record import (
-    CurrentRun,
-    RunRecord,
-    changes,
-    contradictions,
-    fingerprint,
-    optimizer_contradictions,
-    read_record,
-    read_run_record,
-    weight_files,
-)
+from megatron_peft.checkpoint.run_record import CurrentRun, RunRecord, changes, contradictions, fingerprint
 from megatron_peft.config import ConfigurationError, flag
 from tests.checkpoint.runs import SCHEDULE, SHAPE, make_config, make_record
 from tests.conversion.megatron_folders import save_distributed
-
-
-def test_a_record_reads_back(tmp_path):
-    record = make_record()
-    (tmp_path / RECORD).write_text(record.to_json())
-    assert read_record(tmp_path) == record
-    assert read_run_record(tmp_path) == record
-
 
 NEWER = json.dumps({**json.loads(make_record().to_json()), "format_version": 2})
 
@@ -39,15 +22,17 @@ NEWER = json.dumps({**json.loads(make_record().to_json()), "format_version": 2})
     "text, told",
     [(NEWER, "format 2 .* update"), *((text, "cannot be read") for text in ("", "{", "[]", '{"format_version": 1}'))],
 )
-def test_what_cannot_be_read_is_named(tmp_path, text, told):
+def test_a_record_reads_back_and_what_cannot_be_read_is_named(tmp_path, text, told):
     with pytest.raises(ConfigurationError, match="holds no checkpoint"):
-        read_run_record(tmp_path)
+        run_record.read_run_record(tmp_path)
+    (tmp_path / RECORD).write_text(make_record().to_json())
+    assert run_record.read_record(tmp_path) == run_record.read_run_record(tmp_path) == make_record()
     (tmp_path / RECORD).write_text(text)
     with pytest.raises(ConfigurationError, match=f"{RECORD}.* {told}"):
-        read_record(tmp_path)
+        run_record.read_record(tmp_path)
     (tmp_path / RECORD).unlink()
     with pytest.raises(ConfigurationError, match=f"^{tmp_path / RECORD} cannot be read: No such file or directory.$"):
-        read_record(tmp_path)
+        run_record.read_record(tmp_path)
 
 
 GROUPS = {"model", "peft", "optimizer", "data_settings", "transformer"}
@@ -70,7 +55,6 @@ def here(schedule=None, **changes):
     ],
 )
 def test_a_contradiction_names_both_values(changes, words):
-    """More of them in test_load_alone.py."""
     (message,) = contradictions(make_record(), here(**changes))
     assert all(word in message for word in ["--load runs", *words]), message
 
@@ -87,7 +71,7 @@ def test_a_contradiction_names_both_values(changes, words):
 )
 def test_what_may_change(changes):
     assert contradictions(make_record(), here(**changes)) == []
-    assert optimizer_contradictions(make_record(), here(**changes)) == []
+    assert run_record.optimizer_contradictions(make_record(), here(**changes)) == []
 
 
 @pytest.mark.parametrize(
@@ -97,7 +81,6 @@ def test_what_may_change(changes):
         ({"data_digest": "12"}, {"data_digest": "12"}, ""),
         ({}, {"data_digest": "34"}, ""),  # an older record
         ({}, {"model": {"bf16": True}}, "--bf16 True (before: False)"),
-        ({}, {"transformer": {"hidden_dropout": 0.1}}, "--hidden-dropout 0.1 (before: 0.0)"),
         pytest.param(
             {},
             {"peft": {"lora_dropout": 0.5, "lora_plus_ratio": 4.0, "target_modules": ("linear_f*1",)}},
@@ -150,9 +133,10 @@ SLOPING = {**SCHEDULE, "lr_decay_style": "linear", "wd_incr_style": "linear"}
 @pytest.mark.parametrize("name", [name for name in SLOPING if name != "num_steps"])
 def test_every_part_of_a_schedule_is_compared_and_read_as_what_it_is(name):
     other = "cosine" if name.endswith("_style") else 12345
-    (message,) = optimizer_contradictions(make_record(schedule=SLOPING), here(schedule={**SLOPING, name: other}))
+    record = make_record(schedule=SLOPING)
+    (message,) = run_record.optimizer_contradictions(record, here(schedule={**SLOPING, name: other}))
     assert f"{SLOPING[name]} there, {other} here" in message
-    plain = json.loads(make_record(schedule=SLOPING).to_json())
+    plain = json.loads(record.to_json())
     with pytest.raises(ValueError, match="its schedule cannot be that of a run"):
         RunRecord.from_json(json.dumps({**plain, "schedule": {**plain["schedule"], name: True}}))
 
@@ -177,26 +161,19 @@ def test_several_contradictions_come_at_once_and_full_fine_tuning_does_not_look_
     assert contradictions(full, now) == []
 
 
-@pytest.mark.parametrize(
-    "record, schedule, words",
-    [
-        ({"schedule": None, "optimizer_steps": None}, {}, ["--no-save-optim", "--no-load-optim"]),
-        ({}, {"max_lr": 1e-3, "lr_decay_steps": 20}, ["--lr: 0.005 there, 0.001 here", "--lr-decay-iters"]),
-    ],
-    ids=["no optimizer", "another schedule"],
-)
-def test_no_optimizer_or_another_schedule_is_refused(record, schedule, words):
-    (message,) = optimizer_contradictions(make_record(**record), here(schedule=schedule))
-    assert all(word in message for word in words), message
-
-
-def test_another_schedule_may_be_chosen_and_a_longer_one_at_a_constant_rate_is_the_same():
+def test_no_optimizer_or_another_schedule_is_refused_unless_one_is_chosen_or_both_are_the_same():
+    (message,) = run_record.optimizer_contradictions(make_record(schedule=None, optimizer_steps=None), here())
+    assert "--no-save-optim" in message and "--no-load-optim" in message
+    other = {"max_lr": 1e-3, "lr_decay_steps": 20}
+    (message,) = run_record.optimizer_contradictions(make_record(), here(schedule=other))
+    assert "--lr: 0.005 there, 0.001 here" in message and "--lr-decay-iters" in message
     for choice in ("override_opt_param_scheduler", "use_checkpoint_opt_param_scheduler"):
         chosen = here(schedule={"max_lr": 1e-3}, optimizer={choice: True})
-        assert optimizer_contradictions(make_record(), chosen) == []
+        assert run_record.optimizer_contradictions(make_record(), chosen) == []
+    # A longer run at a constant rate.
     constant = {**SCHEDULE, "lr_decay_style": "constant"}
     longer = here(schedule={"lr_decay_style": "constant", "lr_decay_steps": 100, "wd_incr_steps": 100})
-    assert optimizer_contradictions(make_record(schedule=constant), longer) == []
+    assert run_record.optimizer_contradictions(make_record(schedule=constant), longer) == []
 
 
 def save_base(folder, weights, config="{}"):
@@ -211,26 +188,21 @@ def weights(scale=1.0, name="w"):
 
 
 def test_copies_are_the_same_and_other_bases_are_not(tmp_path):
+    with pytest.raises(OSError, match="neither config.json nor weights"):
+        fingerprint(str(tmp_path))
     base = fingerprint(save_base(tmp_path / "base", weights()))
     assert fingerprint(save_base(tmp_path / "copy", weights())) == base
     tuned = weights()
     tuned["w"][100_000:300_000] += 1  # everywhere but at the start and the end, as two fine-tunes differ
-    others = {
+    for name, content in {
         "config": (weights(), '{"rope_theta": 1}'),
         "values": (weights(scale=1.5),),
         "names": (weights(name="v"),),
         "tuned": (tuned,),
-    }
-    for name, content in others.items():
+    }.items():
         assert fingerprint(save_base(tmp_path / name, *content)) != base, name
-
-
-def test_safetensors_go_before_bin_and_an_empty_folder_is_named(tmp_path):
-    with pytest.raises(OSError, match="neither config.json nor weights"):
-        fingerprint(str(tmp_path))
-    save_base(tmp_path / "base", weights())
-    (tmp_path / "base" / "pytorch_model.bin").write_bytes(b"x")
-    assert [path.name for path in weight_files(tmp_path / "base")] == ["model.safetensors"]
+    (tmp_path / "base" / "pytorch_model.bin").write_bytes(b"x")  # safetensors go first
+    assert [path.name for path in run_record.weight_files(tmp_path / "base")] == ["model.safetensors"]
 
 
 def test_the_fingerprint_of_a_run_changes_with_the_run_and_its_iteration(tmp_path):

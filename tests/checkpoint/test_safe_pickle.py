@@ -16,17 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed.checkpoint as torch_checkpoint
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint import metadata as torch_metadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 
 from megatron_peft.checkpoint.safe_pickle import Inert, load_inertly, read_metadata
 from megatron_peft.checkpoint.tensors import read_index, read_tensors
@@ -35,7 +28,6 @@ from megatron_peft.conversion.convert import megatron_to_hf
 from megatron_peft.conversion.hf_files import open_source
 from megatron_peft.conversion.pretrained import read_model_shape
 from tests.conversion.megatron_folders import save_distributed, save_random, save_ranks
-from tests.one_rank import one_rank
 from tests.ranks import run_ranks
 
 
@@ -56,14 +48,20 @@ def attack(kind: str, mark: Path) -> Attack:
     return Attack(functions[kind], calls[kind])
 
 
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory) -> Path:
+    """A checkpoint of Megatron's ranks, of one."""
+    folder = tmp_path_factory.mktemp("ranks")
+    return save_ranks(save_random(folder / "hf"), folder / "ranks", tp=1, pp=1)
+
+
 @pytest.mark.parametrize("kind", ["system", "eval", "load", "getattr"])
-def test_a_malicious_checkpoint_of_ranks_is_refused_by_name_and_runs_nothing(kind, tmp_path):
+def test_a_malicious_checkpoint_of_ranks_is_refused_by_name_and_runs_nothing(kind, ranks, tmp_path):
     mark = tmp_path / "ran"
-    folder = save_ranks(save_random(tmp_path / "hf"), tmp_path / "ranks", tp=1, pp=1)
-    torch.save({"model": {}, "args": attack(kind, mark)}, folder / "mp_rank_00" / "model_optim_rng.pt")
+    torch.save({"model": {}, "args": attack(kind, mark)}, ranks / "mp_rank_00" / "model_optim_rng.pt")
     for read in (read_model_shape, lambda place: megatron_to_hf(place, tmp_path / "out", progress=False)):
         with pytest.raises(ConfigurationError, match=f"model_optim_rng.pt is refused: .*{kind}.*Nothing of it was run"):
-            read(folder)
+            read(ranks)
     assert not mark.exists() and not (tmp_path / "out").exists()
 
 
@@ -86,17 +84,17 @@ def read_one_tensor(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["system", "eval", "getattr"])
-@pytest.mark.parametrize("read", [read_metadata, read_index, read_one_tensor])
-def test_a_malicious_index_is_refused_by_name_and_runs_nothing(read, kind, folder, tmp_path):
+def test_a_malicious_index_is_refused_by_name_and_runs_nothing(kind, folder, tmp_path, alone):
     mark = tmp_path / "ran"
     with changed_index(folder) as index:
         index.planner_data = attack(kind, mark)
-    with one_rank(), pytest.raises(ConfigurationError, match=f"is refused: .*{kind}.*Nothing of it was run"):
-        read(folder)
+    for read in (read_metadata, read_index, read_one_tensor):
+        with pytest.raises(ConfigurationError, match=f"is refused: .*{kind}.*Nothing of it was run"):
+            read(folder)
     assert not mark.exists()
 
 
-def test_a_part_that_is_no_tensor_is_never_unpickled(folder, tmp_path):
+def test_a_part_that_is_no_tensor_is_never_unpickled(folder, tmp_path, alone):
     """torch unpickles such a part whatever it holds, and megatron-core looks at nothing but its size."""
     mark = tmp_path / "ran"
     torch.save(attack("system", mark), folder / "__0_0.distcp")
@@ -105,35 +103,38 @@ def test_a_part_that_is_no_tensor_is_never_unpickled(folder, tmp_path):
         index.state_dict_metadata["a"].size = torch.Size([2])
         place = _StorageInfo("__0_0.distcp", 0, (folder / "__0_0.distcp").stat().st_size)
         index.storage_data = {torch_metadata.MetadataIndex("a"): place}
-    with one_rank(), pytest.raises(ConfigurationError, match="is damaged: .*a from model not in state dict"):
+    with pytest.raises(ConfigurationError, match="is damaged: .*a from model not in state dict"):
         read_one_tensor(folder)
     assert not mark.exists()
 
 
-@pytest.mark.parametrize("reaches", ["a member of that enumeration", "another attribute"])
-def test_an_index_of_python_3_11_0_may_reach_a_member_of_that_enumeration_alone(folder, monkeypatch, reaches):
+def test_an_index_of_python_3_11_0_may_reach_a_member_of_that_enumeration_alone(folder, monkeypatch):
     """Debian 12 has 3.11.2, which pickles a member as getattr(enumeration, name)."""
+    reached = None
 
     def reduced(member: Any, protocol: int) -> Any:
-        is_member = reaches == "a member of that enumeration"
-        return getattr, (type(member), member.name) if is_member else (torch_metadata.Metadata, "__init__")
+        return getattr, reached or (type(member), member.name)
 
-    with changed_index(folder):
-        monkeypatch.setattr(torch_metadata._MEM_FORMAT_ENCODING, "__reduce_ex__", reduced)
+    monkeypatch.setattr(torch_metadata._MEM_FORMAT_ENCODING, "__reduce_ex__", reduced)
+    whole = pickle.loads((folder / ".metadata").read_bytes())
+    (folder / ".metadata").write_bytes(pickle.dumps(whole))
     assert b"getattr" in (folder / ".metadata").read_bytes()
-    if reaches == "a member of that enumeration":
-        assert [*read_metadata(folder).state_dict_metadata] == ["a"]
-        return
+    assert [*read_metadata(folder).state_dict_metadata] == ["a"]
+    reached = (torch_metadata.Metadata, "__init__")
+    (folder / ".metadata").write_bytes(pickle.dumps(whole))
     with pytest.raises(ConfigurationError, match="is refused: .*builtins.getattr"):
         read_metadata(folder)
+
+
+def written(*texts: str) -> list[bytes]:
+    """Each as a pickle holds it."""
+    return [bytes([0x8C, len(text)]) + text.encode() for text in texts]
 
 
 @pytest.mark.parametrize("name", ["Metadata", "BytesStorageMetadata", "MetadataIndex"])
 def test_an_index_cannot_change_the_classes_of_torch(name, tmp_path):
     """The BUILD of a pickle sets attributes on whatever is named, a class included."""
-    module, name_, attribute = (
-        bytes([0x8C, len(text)]) + text.encode() for text in (torch_metadata.__name__, name, "left_behind")
-    )
+    module, name_, attribute = written(torch_metadata.__name__, name, "left_behind")
     (tmp_path / ".metadata").write_bytes(b"\x80\x04" + module + name_ + b"\x93N}" + attribute + b"K\x01s\x86b.")
     with pytest.raises(ConfigurationError, match=r"\.metadata (cannot be read|is not an index)"):
         read_metadata(tmp_path)
@@ -152,8 +153,7 @@ def test_an_index_names_files_of_its_own_folder_only(file, folder):
 def test_a_dotted_name_does_not_reach_through_an_allowed_module(tmp_path):
     """Protocol 4 lets a name walk attributes: torch.distributed.checkpoint.metadata has `os` among its globals."""
     mark = tmp_path / "ran"
-    texts = (b"torch.distributed.checkpoint.metadata", b"os.system", f"touch {mark}".encode())
-    module, name, argument = (bytes([0x8C, len(text)]) + text for text in texts)
+    module, name, argument = written(torch_metadata.__name__, "os.system", f"touch {mark}")
     (tmp_path / ".metadata").write_bytes(b"\x80\x04" + module + name + b"\x93" + argument + b"\x85R.")
     with pytest.raises(ConfigurationError, match="refused: .*os.system"):
         read_metadata(tmp_path)
@@ -173,9 +173,7 @@ def test_objects_of_known_libraries_become_inert_and_stand_ins_go(tmp_path):
     assert found["args"].num_layers == 2
     assert torch.equal(found["tensor"], content["tensor"])
     assert set(torch.serialization.get_safe_globals()) == declared
-
-
-def test_what_other_libraries_call_safe_is_refused_too(tmp_path):
+    # What other libraries call safe is refused too.
     with torch.serialization.safe_globals([random.Random]):
         torch.save(random.Random(), tmp_path / "file.pt")
         with pytest.raises(ConfigurationError, match="refused: .*random.Random"):
@@ -191,7 +189,7 @@ def test_a_torn_file_is_named(content, tmp_path):
 
 def test_an_index_is_read_whole_and_a_torn_one_is_named(tmp_path):
     folder = save_distributed(tmp_path / "megatron", {"a": torch.zeros(2, 3), "b": torch.zeros(1).bfloat16()})
-    found, expected = read_metadata(folder), torch_checkpoint.FileSystemReader(folder).read_metadata()
+    found, expected = read_metadata(folder), FileSystemReader(folder).read_metadata()
     described = [
         {key: (tensor.properties.dtype, tensor.size, tensor.chunks) for key, tensor in one.state_dict_metadata.items()}
         for one in (found, expected)
@@ -223,39 +221,38 @@ SIZE = (4, 6)
 )
 def test_an_index_whose_slices_do_not_fill_a_tensor_is_refused(boxes, is_whole, tmp_path):
     """torch would leave the rest of the tensor as it was."""
-    chunks = [ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)) for offsets, sizes in boxes]
-    tensor = TensorStorageMetadata(TensorProperties(torch.float32), torch.Size(SIZE), chunks)
-    places = {MetadataIndex("a", chunk.offsets): _StorageInfo("__0_0.distcp", 0, 1) for chunk in chunks}
-    (tmp_path / ".metadata").write_bytes(pickle.dumps(Metadata({"a": tensor}, storage_data=places)))
+    of_torch = torch_metadata
+    chunks = [of_torch.ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)) for offsets, sizes in boxes]
+    properties = of_torch.TensorProperties(torch.float32)
+    tensor = of_torch.TensorStorageMetadata(properties, torch.Size(SIZE), chunks)
+    places = {of_torch.MetadataIndex("a", chunk.offsets): _StorageInfo("__0_0.distcp", 0, 1) for chunk in chunks}
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(of_torch.Metadata({"a": tensor}, storage_data=places)))
     with nullcontext() if is_whole else pytest.raises(ConfigurationError, match="slices are missing from a "):
         read_metadata(tmp_path)
 
 
-# A tuple within a tuple, half a million deep, as a key; a memo of 17 GB; a key that is hashed 2**60 times.
-DEEP = b"}" + b")" + b"\x85" * 500_000 + b"Ns."
+# A tuple within a tuple, a quarter of a million deep, as a key; a memo of 17 GB; a key that is hashed 2**60 times.
 CRASHES = {
-    "a deep key": DEEP,
+    "a deep key": b"}" + b")" + b"\x85" * 250_000 + b"Ns.",
     "a large memo": b"}r\xff\xff\xff\x7f.",
     "a wide key": b"})" + b"q\x00h\x00\x86" * 60 + b"Ns.",
-    "a deep pair": b"ccollections\nOrderedDict\n])" + b"\x85" * 500_000 + b"N\x86a\x85R.",
+    "a deep pair": b"ccollections\nOrderedDict\n])" + b"\x85" * 250_000 + b"N\x86a\x85R.",
 }
 
 
-def _read_crashing(argument: tuple[Path, str]) -> dict[str, str]:
-    """What each reader says. On a rank of its own, which may die of it, with less memory than the memo's."""
-    folder, kind = argument
+def _read_crashing(folder: Path) -> dict[tuple[str, str], str]:
+    """What each reader says of each. On a rank of its own, which may die of it, with less memory than the memo's."""
     resource.setrlimit(resource.RLIMIT_AS, (1 << 33, 1 << 33))
-    path = folder / "pytorch_model.bin"
-    (folder / ".metadata").write_bytes(CRASHES[kind])
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, content in {"data.pkl": b"\x80\x02" + CRASHES[kind], "version": b"3", "byteorder": b"little"}.items():
-            archive.writestr(f"archive/{name}", content)
-    readers = {
-        "index": lambda: read_metadata(folder),
-        "weights": lambda: open_source(folder).headers,
-        "ranks": lambda: load_inertly(path),
-    }
-    return {reader: _told(read) for reader, read in readers.items()}
+    path, told = folder / "pytorch_model.bin", {}
+    for kind, crashing in CRASHES.items():
+        (folder / ".metadata").write_bytes(crashing)
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, content in {"data.pkl": b"\x80\x02" + crashing, "version": b"3", "byteorder": b"little"}.items():
+                archive.writestr(f"archive/{name}", content)
+        told[kind, "index"] = _told(lambda: read_metadata(folder))
+        told[kind, "weights"] = _told(lambda: open_source(folder).headers)
+        told[kind, "ranks"] = _told(lambda: load_inertly(path))
+    return told
 
 
 def _told(read: Callable[[], object]) -> str:
@@ -265,19 +262,18 @@ def _told(read: Callable[[], object]) -> str:
         return str(error)
 
 
-@pytest.mark.parametrize("kind", CRASHES)
-def test_no_pickle_crashes_its_reader_or_takes_its_memory(kind, tmp_path):
-    (by_reader,) = run_ranks(1, _read_crashing, (tmp_path, kind), limit=60)
-    for reader, told in by_reader.items():
+def test_no_pickle_crashes_its_reader_or_takes_its_memory(tmp_path):
+    (found,) = run_ranks(1, _read_crashing, tmp_path, limit=100)
+    for (kind, reader), told in found.items():
         file = ".metadata" if reader == "index" else "pytorch_model.bin"
         if kind == "a large memo" and reader != "index":
             assert told in ("read: {}", ""), reader  # torch's memo is a dict
         else:
-            assert re.match(rf".*{re.escape(file)} (cannot be read|is not an index)", told), (reader, told)
-            assert "MemoryError" not in told, (reader, told)
+            assert re.match(rf".*{re.escape(file)} (cannot be read|is not an index)", told), (kind, reader, told)
+            assert "MemoryError" not in told, (kind, reader, told)
 
 
-def test_no_message_advises_to_unpickle_without_a_check(folder, tmp_path):
+def test_no_message_advises_to_unpickle_without_a_check(folder, tmp_path, alone):
     torch.save({"a": attack("system", tmp_path / "ran")}, tmp_path / "pytorch_model.bin")
     with pytest.raises(ConfigurationError, match=r"it names \w+\.system.*safetensors") as told:
         open_source(tmp_path)
@@ -286,6 +282,6 @@ def test_no_message_advises_to_unpickle_without_a_check(folder, tmp_path):
     (folder / "__0_0.distcp").write_bytes(payload)
     with changed_index(folder) as index:
         index.storage_data = {key: _StorageInfo("__0_0.distcp", 0, len(payload)) for key in index.storage_data}
-    with one_rank(), pytest.raises(ConfigurationError, match=r"is damaged: .*it names \w+\.system") as told:
+    with pytest.raises(ConfigurationError, match=r"is damaged: .*it names \w+\.system") as told:
         read_one_tensor(folder)
     assert "weights_only" not in str(told.value) and "\n" not in str(told.value)

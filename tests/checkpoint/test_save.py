@@ -1,20 +1,24 @@
-"""A failed save is one message on all ranks and loses nothing, also in the background."""
+"""A failed save is one message on all ranks and loses nothing, also in the background; generators repeat."""
 
-import errno
+import random
 import re
 import threading
 from types import SimpleNamespace
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing import ShardedTensor
 
 from megatron_peft.checkpoint import folders, save
 from megatron_peft.checkpoint.folders import MANIFEST, publish, start_draft
 from megatron_peft.checkpoint.save import Saver
+from megatron_peft.checkpoint.state import random_targets, random_tensors, restore_random
 from megatron_peft.checkpoint.tensors import PlannedFiles
 from megatron_peft.config import CheckpointConfig, ConfigurationError
+from megatron_peft.parallel.collectives import from_first_rank
 from tests.checkpoint.test_folders import holder
 from tests.recorded_calls import recorded_calls
 
@@ -26,16 +30,6 @@ def test_a_full_disk_loses_nothing(two_ranks, phase):
     assert other == (message, True) and as_before, "the folder's files changed, or the draft is still there"
     assert message.startswith("CheckpointNotSaved: --save") and "iteration 2 was not saved" in message
     assert ("File too large" if "for real" in phase else "No space left on device") in message
-
-
-def test_a_failed_copy_of_adapter_config_does_not_fail_the_save(tmp_path, monkeypatch, caplog):
-    """The file of the adapters beside the checkpoints; each of them has its own."""
-    (tmp_path / "adapter_config.json").write_text("of the one before")
-    full = OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(folders, "write_atomically", mock.Mock(side_effect=full))
-    save._write_beside_checkpoints(tmp_path / "adapter_config.json", "{}")
-    assert "adapter_config.json cannot be written" in caplog.text
-    assert (tmp_path / "adapter_config.json").read_text() == "of the one before"
 
 
 def test_a_save_does_not_disturb_the_run(two_ranks):
@@ -98,6 +92,11 @@ def test_a_moved_folder_is_locked_again_unless_another_run_has_it(alone, tmp_pat
             saver.hold_folder()
 
 
+def test_a_folder_that_cannot_be_read_is_a_configuration_error(alone, tmp_path):
+    with pytest.raises(ConfigurationError, match="No such file or directory: .*gone"):
+        from_first_rank(lambda: (tmp_path / "gone").read_text())
+
+
 @pytest.mark.parametrize("is_locked", [True, False])
 def test_drafts_of_a_killed_run_are_removed_under_the_lock_only(alone, tmp_path, monkeypatch, is_locked):
     draft = start_draft(tmp_path / "iter_0000050")
@@ -108,21 +107,16 @@ def test_drafts_of_a_killed_run_are_removed_under_the_lock_only(alone, tmp_path,
     assert draft.exists() != is_locked
 
 
-def test_a_ranks_files_are_synced_when_write_returns(alone, tmp_path, monkeypatch):
+def test_a_ranks_files_are_synced_when_write_returns_and_a_torn_one_is_told_in_words(alone, tmp_path, monkeypatch):
     """The first rank, which publishes them, may be another machine: it cannot sync what this one has not sent."""
     files = PlannedFiles([ShardedTensor.from_rank_offsets("w", torch.ones(4))], tmp_path)
     calls = recorded_calls(monkeypatch)
     written = files.write()
-    assert set(written.sums) == {"__0_0.distcp"}
-    assert ("fsync", tmp_path / "__0_0.distcp") in calls
-
-
-def test_what_torch_says_of_a_full_disk_is_said_in_words(alone, tmp_path, monkeypatch):
-    files = PlannedFiles([ShardedTensor.from_rank_offsets("w", torch.ones(4))], tmp_path)
+    assert set(written.sums) == {"__0_0.distcp"} and ("fsync", tmp_path / "__0_0.distcp") in calls
     torn = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
     monkeypatch.setattr(torch, "save", mock.Mock(side_effect=torn))
     with pytest.raises(ConfigurationError, match="could not be written: a file was cut short; is the disk full.$"):
-        files.complete([files.write()])
+        files.complete([written])
 
 
 def test_a_folder_of_tensors_is_on_the_disk_before_it_has_its_name_and_that_after(tmp_path, monkeypatch):
@@ -132,3 +126,22 @@ def test_a_folder_of_tensors_is_on_the_disk_before_it_has_its_name_and_that_afte
     save.write_new_folder([], tmp_path / "new")
     told = " ".join(f"{name} {path.name}" for name, path in calls)
     assert re.search(rf"fsync {MANIFEST} fsync \.new\.\w+\.draft rename new fsync {tmp_path.name}$", told)
+
+
+def draws():
+    with tensor_parallel.get_cuda_rng_tracker().fork():
+        tracked = torch.rand(1).item()
+    return [random.gauss(0, 1), float(np.random.normal()), torch.rand(1).item(), tracked]
+
+
+def test_restored_generators_repeat_their_numbers_and_belong_to_a_layout(alone, monkeypatch):
+    draws()  # an odd number of normal draws: a second one waits in Python's and in numpy's generator
+    stored = {tensor.key: tensor.data.clone() for tensor in random_tensors()}
+    first = draws()
+    targets = random_targets({key: tuple(data.shape) for key, data in stored.items()})
+    for target in targets:
+        target.data.copy_(stored[target.key])
+    restore_random(targets)
+    assert draws() == first
+    monkeypatch.setattr(parallel_state, "get_tensor_model_parallel_world_size", lambda: 2)
+    assert random_targets({key: tuple(data.shape) for key, data in stored.items()}) == []

@@ -1,6 +1,7 @@
 import json
 from pathlib import Path
 
+import datasets
 import pytest
 import sentencepiece
 
@@ -25,6 +26,14 @@ def sentencepiece_file(tmp_path_factory) -> Path:
         sentence_iterator=iter(CORPUS), model_prefix=str(prefix), vocab_size=60, hard_vocab_limit=False, minloglevel=2
     )
     return prefix.with_suffix(".model")
+
+
+@pytest.fixture(autouse=True)
+def cache_of_datasets(tmp_path, monkeypatch) -> Path:
+    """Where `datasets` writes: not to the user's folder."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+    return tmp_path / "cache"
 
 
 @pytest.fixture

@@ -1,186 +1,33 @@
-"""From records to samples: what of a record the loss counts, how long it is, which are left out and said so."""
+"""Which samples are left of records, and said to be left out; their tokens are made once, by any number of ranks."""
 
+import os
+import re
 import time
-from itertools import cycle
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import datasets
+import numpy as np
 import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 
+from megatron_peft.checkpoint.folders import write_manifest
 from megatron_peft.config import ConfigurationError
-from megatron_peft.data import tokenizers
+from megatron_peft.data import instruction
 from megatron_peft.data.files import RecordFiles
 from megatron_peft.data.instruction import InstructionDataset
-from megatron_peft.data.records import Fit, encode_segments, tokenize_record
-from megatron_peft.data.tokenizers import HuggingFaceTokenizer, NullTokenizer, SentencePieceTokenizer
-from megatron_peft.runtime.launch import start_world
-from tests.data.tiny_tokenizers import CHATML, save_tokenizer
+from megatron_peft.data.records import ColumnNames, Fit
+from megatron_peft.data.tokenizers import HuggingFaceTokenizer, NullTokenizer
+from megatron_peft.runtime.launch import place_on_node, start_world
+from tests.checkpoint.test_folders import holder
+from tests.data.test_build import build, replaced
+from tests.data.test_files import CHATS
+from tests.data.tiny_tokenizers import save_tokenizer
 from tests.ranks import run_ranks
+from tests.recorded_calls import recorded_calls
 from tests.time_limits import seconds
 
 FLAG = "--train-data-path"
-ANSWERED = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]}
-
-
-def trained_text(record: dict, tokenizer: HuggingFaceTokenizer) -> str:
-    """What the loss counts, special tokens shown."""
-    ids, trained = tokenize_record(record, tokenizer)
-    return tokenizer._tokenizer.decode([i for i, flag in zip(ids, trained, strict=True) if flag])
-
-
-def test_loss_is_on_the_completion_or_on_all_of_a_text_and_its_end(hf):
-    ids, trained = tokenize_record({"prompt": "the cat:", "completion": " le chat", "id": 7}, hf)
-    prompt, completion = hf.encode("the cat:"), hf.encode(" le chat")
-    assert ids == [*prompt, *completion, hf.eos_id]
-    assert trained == [False] * len(prompt) + [True] * (len(completion) + 1)
-    ids, trained = tokenize_record({"text": "the cat"}, hf)
-    assert (ids, trained) == ([*hf.encode("the cat"), hf.eos_id], [True] * len(ids))
-
-
-def test_a_text_above_the_limit_is_named_by_its_record(write_lines, hf, sentencepiece_file, monkeypatch):
-    records = RecordFiles([write_lines([{"prompt": "the cat", "completion": " " + "x" * 20}])], FLAG)
-    for tokenizer in (hf, SentencePieceTokenizer(str(sentencepiece_file))):
-        monkeypatch.setattr(tokenizers, "MAX_TEXT", 28)
-        assert len(InstructionDataset(records, Fit(tokenizer, 64))) == 1
-        monkeypatch.setattr(tokenizers, "MAX_TEXT", 27)
-        with pytest.raises(
-            ConfigurationError, match="data.jsonl, line 1: the text has 28 characters, .* is 27: split it"
-        ):
-            InstructionDataset(records, Fit(tokenizer, 64))
-
-
-def test_loss_is_on_every_answer_of_a_conversation_up_to_its_end_token(hf):
-    said = [("system", "You translate."), ("user", "hello"), ("assistant", "bonjour")]
-    said += [("user", "the cat"), ("assistant", "le chat")]
-    record = {"messages": [{"role": role, "content": content} for role, content in said]}
-    assert trained_text(record, hf) == "bonjour<|im_end|>le chat<|im_end|>"
-    ids, _ = tokenize_record(record, hf)
-    assert ids == hf.encode(hf.render_chat(record["messages"]))
-
-
-def test_an_answer_that_the_template_does_not_end_is_ended(tmp_path):
-    template = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
-    tokenizer = HuggingFaceTokenizer(str(save_tokenizer(tmp_path, chat_template=template)))
-    assert trained_text(ANSWERED, tokenizer) == "[assistant]yo<|im_end|>"
-
-
-TOOL_CHATML = (
-    "{% if tools %}<|im_start|>tools\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['tool_calls'] %}{{ m['tool_calls'] | tojson }}"
-    "{% else %}{{ m['content'] }}{% endif %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}{{ persona or '' }}"
-)
-CALLING = {
-    "tools": [{"type": "function", "function": {"name": "weather"}}],
-    "messages": [
-        {"role": "user", "content": "hi"},
-        {"role": "assistant", "content": None, "tool_calls": [{"name": "weather"}]},
-        {"role": "tool", "content": "rain"},
-        {"role": "assistant", "content": "rain"},
-    ],
-}
-
-
-def test_tools_and_calls_go_through_the_template_and_calls_are_learned(tmp_path):
-    tokenizer = HuggingFaceTokenizer(str(save_tokenizer(tmp_path, chat_template=TOOL_CHATML)))
-    ids, _ = tokenize_record(CALLING, tokenizer)
-    text = tokenizer._tokenizer.decode(ids)
-    assert text.startswith("<|im_start|>tools\n[") and text.count("weather") == 2 and "None" not in text
-    assert trained_text(CALLING, tokenizer) == '[{"name": "weather"}]<|im_end|>rain<|im_end|>'
-
-
-@pytest.mark.parametrize(
-    ("change", "told"),
-    [
-        ({"tools": "weather"}, '"tools" is not a list of objects'),
-        ({"persona": "kind"}, "the chat template reads persona, which the record has"),
-        ({"messages": [{"role": "assistant", "content": None}]}, '"content" of message 1 is not text but NoneType'),
-    ],
-)
-def test_what_a_template_cannot_render_is_an_error(tmp_path, change, told):
-    tokenizer = HuggingFaceTokenizer(str(save_tokenizer(tmp_path, chat_template=TOOL_CHATML)))
-    with pytest.raises(ConfigurationError, match=told):
-        tokenize_record(CALLING | change, tokenizer)
-
-
-def test_calls_that_the_template_does_not_write_are_refused(hf):
-    with pytest.raises(ConfigurationError, match="message 2 has tool_calls, which the .* template does not write"):
-        tokenize_record(CALLING, hf)
-
-
-@pytest.mark.parametrize(
-    ("turn", "told"),
-    [
-        ({"content": "a", "weight": 0}, "message 2 has the weight 0, but the loss covers every assistant turn"),
-        ({"content": "a", "function_call": {"name": "f"}}, "message 2 has a function_call, .*one of tool_calls"),
-        ({"content": None, "tool_calls": [{"name": "f"}]}, "message 2 has tool_calls, which"),
-    ],
-)
-def test_a_turn_that_sets_what_is_learned_is_an_error(tmp_path, turn, told):
-    """Not where a comment of the template names it either."""
-    template = "{# tool_calls, function_call #}" + CHATML
-    tokenizer = HuggingFaceTokenizer(str(save_tokenizer(tmp_path, chat_template=template)))
-    record = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", **turn}]}
-    with pytest.raises(ConfigurationError, match=told):
-        tokenize_record(record, tokenizer)
-
-
-def test_fields_of_messages_that_nothing_reads_are_counted_too(write_lines, hf):
-    turn = {"role": "assistant", "content": "a", "weight": 1, "name": "me", "function_call": None}
-    records = [{"messages": [{"role": "user", "content": "q", "name": "you"}, turn]}] * 2
-    told = 'left out: "messages[].name" (2 records), "messages[].weight" (2 records).'
-    assert told in InstructionDataset(RecordFiles((write_lines(records),), "--d"), Fit(hf, 64)).warnings[0]
-
-
-def test_fields_that_nothing_reads_are_counted_once(write_lines, hf):
-    chats = write_lines([ANSWERED | {"tools": [], "id": 1}, ANSWERED | {"id": 2}])
-    texts = write_lines([{"text": "the cat", "\x1b[2Jsource": "web"}], "texts.jsonl")
-    warnings = InstructionDataset(RecordFiles([chats, texts], FLAG), Fit(hf, 64)).warnings
-    left_out = '"id" (2 records), "tools" (1 records), "\\x1b[2Jsource" (1 records)'
-    assert warnings == [f"fields that nothing reads were left out: {left_out}."]
-
-
-def test_bos_is_put_before_prompts_and_texts_but_the_template_writes_its_own(tmp_path):
-    tokenizer = HuggingFaceTokenizer(str(save_tokenizer(tmp_path, adds_bos=True)))
-    records = ({"prompt": "the", "completion": "cat"}, {"text": "the"}, ANSWERED)
-    starts = [tokenize_record(record, tokenizer).ids[0] for record in records]
-    assert starts == [3, 3, 1]
-
-
-def test_a_sentencepiece_completion_does_not_begin_with_a_space_of_its_own(sentencepiece_file):
-    tokenizer = SentencePieceTokenizer(str(sentencepiece_file))
-    prompt, completion = encode_segments(tokenizer.encode, ["the cat", "s"])
-    assert prompt == tokenizer.encode("the cat")
-    assert tokenizer.decode(prompt + completion) == "the cats"
-    assert tokenizer.decode(prompt + tokenizer.encode("s")) == "the cat s"  # what the joined text avoids
-
-
-@settings(max_examples=100)
-@example(parts=["hello wo", "rld"])  # a token of the whole text would straddle the boundary
-@given(parts=st.lists(st.text(alphabet="ab \nhelothcatsm", max_size=8), min_size=1, max_size=5))
-def test_the_ids_before_a_boundary_are_those_of_the_text_before_it(hf, parts):
-    pieces = encode_segments(hf.encode, parts)
-    assert pieces[0] == hf.encode(parts[0])
-    assert hf.decode([i for piece in pieces for i in piece]) == "".join(parts)
-    assert [hf.decode(piece) for piece in pieces] == parts
-
-
-@pytest.mark.parametrize(
-    ("record", "message"),
-    [
-        ({"question": "?", "answer": "!"}, 'the fields question, answer, but neither "prompt" and "completion", nor'),
-        ({"prompt": "a"}, 'lacks the field "completion"'),
-        ({"prompt": "a", "completion": 3}, '"completion" is not text but int'),
-        ({"messages": "hi"}, '"messages" is not a list'),
-        ({"messages": [{"role": "user"}]}, 'message 1 lacks the field "content"'),
-        ({"messages": [{"role": "user", "content": "a"}]}, 'no message has the role "assistant"'),
-        ({"messages": [{"role": "assistant", "content": 40 * "a"}] * 1000}, "1,000 messages with 49,000 characters"),
-    ],
-)
-def test_what_is_wrong_with_a_record_is_an_error(hf, record, message):
-    with pytest.raises(ConfigurationError, match=message):
-        tokenize_record(record, hf)
 
 
 def test_a_few_thousand_short_records_take_a_moment(write_lines, hf):
@@ -207,8 +54,7 @@ def surveyed(write_lines, overlong: str, records=RECORDS):
 
 def test_truncation_cuts_the_end_and_skips_prompts_that_fill_the_sequence(write_lines):
     dataset = surveyed(write_lines, "truncate")
-    assert dataset.lengths.tolist() == [3, 4, 4]
-    assert [len(dataset[i]) for i in range(3)] == [3, 4, 4]
+    assert dataset.lengths.tolist() == [len(dataset[i]) for i in range(3)] == [3, 4, 4]
     assert dataset[1].labels.tolist() == [2, 3, 4, 5]
     assert dataset[1].loss_mask.tolist() == [0, 1, 1, 1]
     assert [int(dataset[i].tokens[-1]) for i in range(3)] == [3, 4, 4]
@@ -219,99 +65,169 @@ def test_truncation_cuts_the_end_and_skips_prompts_that_fill_the_sequence(write_
     assert "1 of 5" in empty and "have no token to learn from" in empty and "line 4" in empty
 
 
-def test_skip_leaves_all_overlong_samples_out_and_those_that_fit_give_no_warning(write_lines):
+def test_skip_leaves_all_overlong_samples_out_and_a_bad_record_ends_the_run_before_it_begins(write_lines):
     dataset = surveyed(write_lines, "skip")
-    assert dataset.lengths.tolist() == [3, 4]
+    assert dataset.lengths.tolist() == [3, 4] and len(dataset.warnings) == 2
     assert "2 of 5 samples are longer than --seq-length 4 and were skipped" in dataset.warnings[0]
-    assert len(dataset.warnings) == 2
     assert surveyed(write_lines, "error", [RECORDS[0], RECORDS[4]]).warnings == []
-
-
-@pytest.mark.parametrize(
-    ("records", "overlong", "message"),
-    [
+    for records, overlong, told in (
         (RECORDS, "error", "line 2: the sample takes 6 tokens, above --seq-length 4: raise it"),
         ([RECORDS[0], RECORDS[3]], "error", "line 2: the sample has no token to learn from"),
         ([RECORDS[2]], "truncate", "all 1 samples were skipped .*line 1.*their prompt alone fills it"),
+    ):
+        with pytest.raises(ConfigurationError, match=told):
+            surveyed(write_lines, overlong, records)
+
+
+def samples_of(dataset: InstructionDataset) -> list[tuple[list, list, list]]:
+    rows = (dataset[i] for i in range(len(dataset)))
+    return [(row.tokens.tolist(), row.labels.tolist(), row.loss_mask.tolist()) for row in rows]
+
+
+@pytest.mark.parametrize("overlong", ["truncate", "skip"])
+@pytest.mark.parametrize("seq_length", [1, 2, 4, 9])
+def test_what_is_read_from_the_cache_is_what_would_be_made(write_lines, tmp_path, seq_length, overlong, monkeypatch):
+    monkeypatch.setattr(instruction, "_BATCH", 2)  # several arrays in a file
+    records = RecordFiles([write_lines([*RECORDS, RECORDS[0] | {"id": 3}, {"prompt": "", "completion": "7"}])], FLAG)
+    fit = Fit(NullTokenizer(99), seq_length, overlong)
+    plain, first, second = (InstructionDataset(records, fit, root) for root in (None, tmp_path / "c", tmp_path / "c"))
+    for cached in (first, second):
+        assert samples_of(cached) == samples_of(plain)
+        assert cached.warnings == plain.warnings and cached.lengths.tolist() == plain.lengths.tolist()
+
+
+@pytest.fixture
+def numbers(write_lines) -> tuple[RecordFiles, Fit]:
+    return RecordFiles([write_lines(RECORDS)], FLAG), Fit(NullTokenizer(99), 4)
+
+
+def test_a_second_start_makes_no_tokens_and_overlong_error_holds_for_cached_ones_too(numbers, tmp_path, monkeypatch):
+    for _ in range(2):
+        with pytest.raises(ConfigurationError, match="line 2: the sample takes 6 tokens, above --seq-length 4"):
+            InstructionDataset(numbers[0], Fit(NullTokenizer(99), 4, "error"), tmp_path / "c")
+    monkeypatch.setattr(NullTokenizer, "encode", lambda *_: pytest.fail("tokenized again"))
+    assert len(InstructionDataset(numbers[0], Fit(NullTokenizer(99), 3), tmp_path / "c")) == 3  # another length too
+
+
+def test_other_files_tokenizers_templates_and_columns_have_caches_of_their_own(write_lines, tmp_path):
+    folder = str(save_tokenizer(tmp_path / "a"))
+    numbers, *tokenizers = NullTokenizer(9), NullTokenizer(8), HuggingFaceTokenizer(folder)
+    fits = [Fit(one, 4) for one in (*tokenizers, HuggingFaceTokenizer(folder, "{{ messages }}"))]
+    fits += [Fit(numbers, 4, columns=ColumnNames(prompt, response="b")) for prompt in (None, "a", "c")]
+    records, others = (RecordFiles([write_lines(CHATS[first:], f"{first}.jsonl")], FLAG) for first in (0, 1))
+    asked = [(records, Fit(numbers, 4)), (others, Fit(numbers, 4)), *((records, fit) for fit in fits)]
+    assert len({instruction.cache_folder(tmp_path, *one) for one in asked}) == len(asked)
+
+
+def test_tables_are_cached_by_default_and_json_where_a_flag_says_so(write_lines, numbers, tmp_path, cache_of_datasets):
+    rows = [{"prompt": "1", "completion": " 2"}] * 4
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "n.parquet")
+    lines, own, default = write_lines(rows, "n.jsonl"), tmp_path / "own", cache_of_datasets / "megatron_peft"
+    for path, more in ((tmp_path / "n.parquet", {}), (lines, {}), (lines, {"data_cache_path": str(own)})):
+        build({"train_data_path": (str(path),), **more})
+        assert own.exists() is bool(more) and len(list(default.iterdir())) == 1
+    assert len(list(own.iterdir())) == 1
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigurationError, match="cannot be kept in .*give --data-cache-path a folder"):
+        InstructionDataset(*numbers, tmp_path / "file")
+
+
+SHARD = "tokens-00000.arrow"
+
+
+def other_id(path: Path, wrong: int) -> None:
+    """Another id in place of the completion's 4 in the second record."""
+    before, after = (np.asarray([3, 99, 1, 2, 3, number], "<i4").tobytes() for number in (4, wrong))
+    content = path.read_bytes()
+    assert content.count(before) == 1
+    path.write_bytes(content.replace(before, after))
+
+
+DAMAGE: list[tuple[str, Callable[[Path], object], bool, str]] = [  # file, what, with a manifest made anew, told
+    (SHARD, partial(other_id, wrong=7), False, f"{SHARD} does not match its checksum"),
+    *[
+        (SHARD, partial(other_id, wrong=wrong), True, f"the id {wrong} for .*data.jsonl, line 2; those .* below 100")
+        for wrong in (10**6, -1)
     ],
-)
-def test_a_bad_record_ends_the_run_before_it_begins(write_lines, records, overlong, message):
-    with pytest.raises(ConfigurationError, match=message):
-        surveyed(write_lines, overlong, records)
-
-
-def survey_on_a_rank(files: tuple[str, str]) -> None:
-    good, bad = files
-    start_world()
-    fit = Fit(NullTokenizer(99), 4)
-    found = InstructionDataset(RecordFiles([good], FLAG), fit)
-    assert found.lengths.tolist() == [3, 4, 4] and found[2].labels.tolist() == [2, 3, 4, 99]
-    assert [warning.partition(" samples")[0] for warning in found.warnings] == ["1 of 5"] * 3
-    with pytest.raises(ConfigurationError, match="bad.jsonl, line 3: not JSON"):  # of which rank 1 alone can know
-        InstructionDataset(RecordFiles([bad], FLAG), fit)
-
-
-def test_ranks_share_the_work_and_know_the_same(write_lines):
-    good, bad = write_lines(RECORDS), write_lines([*RECORDS[:2], "{"], "bad.jsonl")
-    run_ranks(2, survey_on_a_rank, (good, bad))
-
-
-# Chat templates in the manner of Mistral's, Qwen2's and Qwen3's: what is rendered, and what the loss counts.
-
-TEMPLATES = Path(__file__).parent / "templates"
-MISTRAL, QWEN2, QWEN3 = ((TEMPLATES / f"{name}.jinja").read_text() for name in ("mistral", "qwen2", "qwen3"))
-SYSTEM = {"role": "system", "content": "the cat"}
-ASKED = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "bonjour"}]
-AGAIN = [{"role": "user", "content": "world"}, {"role": "assistant", "content": "le monde"}]
-REASONED = [ASKED[0], {**ASKED[1], "reasoning_content": "French"}]
-END = "<|im_end|>"
-QUESTION = f"<|im_start|>user\nhello{END}\n<|im_start|>assistant\n"
-# Texts that the loss does not count and texts that it does, in turns.
-CASES = [
-    (MISTRAL, ASKED, ["<s>[INST] hello[/INST]", f" bonjour{END}"]),
-    (MISTRAL, [SYSTEM, *ASKED], ["<s>[INST] the cat\n\nhello[/INST]", f" bonjour{END}"]),
-    (MISTRAL, ASKED + AGAIN, ["<s>[INST] hello[/INST]", f" bonjour{END}", "[INST] world[/INST]", f" le monde{END}"]),
-    (QWEN2, [SYSTEM, *ASKED], [f"<|im_start|>system\nthe cat{END}\n{QUESTION}", f"bonjour{END}", "\n"]),
-    (
-        QWEN2,
-        ASKED + AGAIN,
-        [
-            f"<|im_start|>system\nYou help.{END}\n{QUESTION}",
-            f"bonjour{END}",
-            f"\n<|im_start|>user\nworld{END}\n<|im_start|>assistant\n",
-            f"le monde{END}",
-            "\n",
-        ],
-    ),
-    (QWEN3, ASKED, [QUESTION, f"<think>\n\n</think>\n\nbonjour{END}", "\n"]),
-    (
-        QWEN3,
-        [SYSTEM, *REASONED],
-        [f"<|im_start|>system\nthe cat{END}\n{QUESTION}", f"<think>\nFrench\n</think>\n\nbonjour{END}", "\n"],
-    ),
+    (SHARD, lambda path: os.truncate(path, 40), False, f"{SHARD} has 40 bytes instead of"),
+    (SHARD, Path.unlink, False, f"{SHARD} is missing"),
+    (SHARD, replaced(os.mkfifo), False, f"{SHARD} is a pipe"),
+    (SHARD, replaced(os.mkdir), False, f"{SHARD} is a folder"),
+    (SHARD, replaced(lambda path: path.symlink_to("/dev/zero")), False, "a pipe or a device"),
+    (SHARD, replaced(lambda path: path.symlink_to("/etc/passwd")), False, "bytes instead of"),
+    ("counts.json", partial(Path.write_text, data="{}"), False, "counts.json has 2 bytes instead of"),
+    *[
+        ("manifest.json", partial(Path.write_text, data=text), False, "manifest.json cannot be read")
+        for text in ("{}", "5", "[null]", '{"files": ["../.."]}', '{"files": {"../..": {"size": 1, "crc32": "0"}}}')
+    ],
+    ("manifest.json", Path.unlink, False, "manifest.json cannot be read"),
+    ("manifest.json", replaced(os.mkfifo), False, "manifest.json is a pipe"),
 ]
 
 
-def tokenizer_of(template: str, folder) -> HuggingFaceTokenizer:
-    return HuggingFaceTokenizer(str(save_tokenizer(folder, chat_template=template)))
+@pytest.mark.parametrize(("name", "plant", "is_signed", "told"), DAMAGE)
+def test_a_damaged_cache_is_said_with_the_folder_to_remove(numbers, tmp_path, name, plant, is_signed, told):
+    InstructionDataset(*numbers, tmp_path / "c")
+    (folder,) = (tmp_path / "c").iterdir()
+    plant(folder / name)
+    if is_signed:
+        (folder / "manifest.json").unlink()
+        write_manifest(folder, {})
+    with pytest.raises(ConfigurationError, match=told) as caught:
+        InstructionDataset(*numbers, tmp_path / "c")
+    assert str(folder) in str(caught.value)
 
 
-@pytest.mark.parametrize(("template", "messages", "expected"), CASES)
-def test_the_loss_counts_the_answers_with_their_end(template, messages, expected, tmp_path):
-    tokenizer = tokenizer_of(template, tmp_path)
-    ids, trained = tokenize_record({"messages": messages}, tokenizer)
-    assert ids == tokenizer.encode("".join(expected)) == tokenizer.encode(tokenizer.render_chat(messages))
-    counted = [flag for text, flag in zip(expected, cycle([False, True])) for _ in tokenizer.encode(text)]
-    assert trained == counted
+def test_a_cache_is_on_the_disk_before_it_has_its_name(numbers, tmp_path, monkeypatch):
+    calls = recorded_calls(monkeypatch)
+    InstructionDataset(*numbers, tmp_path / "c")
+    before, _, after = " ".join(f"{name} {path.name}" for name, path in calls).partition(" rename ")
+    assert all(f"fsync {name} " in before for name in (SHARD, "counts.json", "manifest.json"))
+    assert re.search(r"fsync \.tokens-\S+$", before) and re.fullmatch(r"tokens-\w+ fsync c", after)
 
 
-def test_a_conversation_whose_earlier_turns_would_be_rewritten_is_refused(tmp_path):
-    for number, (template, messages) in enumerate([(QWEN3, ASKED + AGAIN), (MISTRAL, [SYSTEM, *ASKED, *AGAIN])]):
-        tokenizer = tokenizer_of(template, tmp_path / str(number))
-        with pytest.raises(ConfigurationError, match="split the conversation into records of one answer each"):
-            tokenize_record({"messages": messages}, tokenizer)
+def test_drafts_of_killed_runs_are_removed_and_those_of_runs_at_work_and_of_other_nodes_stay(numbers, tmp_path):
+    root = tmp_path / "c"
+    killed, at_work = root / ".tokens-killed", root / ".tokens-at-work"
+    for draft in (killed, at_work):
+        draft.mkdir(parents=True)
+        (draft / SHARD).write_bytes(b"a part")
+    (root / ".tokens-note").write_text("a file of somebody's")
+    with holder(at_work):
+        InstructionDataset(*numbers, root)
+    assert (at_work / SHARD).read_bytes() == b"a part" and not killed.exists()
+    assert len(list(root.iterdir())) == 3 and (root / ".tokens-note").is_file()
+    of_another_node = tmp_path / ".tokens-a.start.1"
+    for draft in (of_another_node, tmp_path / ".tokens-a.before.1"):
+        draft.mkdir()
+    instruction._start_draft(tmp_path / ".tokens-a.start.0").release()
+    assert of_another_node.is_dir() and not draft.exists()
 
 
-def test_what_a_template_refuses_is_said(tmp_path):
-    with pytest.raises(ConfigurationError, match="refuses the messages: user and assistant must take turns"):
-        tokenize_record({"messages": [ASKED[0], *ASKED]}, tokenizer_of(MISTRAL, tmp_path))
+def survey_on_a_rank(work: tuple[str, str, Path]) -> None:
+    good, bad, root = work
+    start_world()
+    fit = Fit(NullTokenizer(99), 4)
+    for cache_root in (None, root, root):
+        dataset = InstructionDataset(RecordFiles([good], FLAG), fit, cache_root)
+        assert dataset.lengths.tolist() == [3, 4, 4] and dataset[2].labels.tolist() == [2, 3, 4, 99]
+        left_out, *others = dataset.warnings
+        assert left_out == 'fields that nothing reads were left out: "id" (2 records).'
+        assert [warning.partition(" samples")[0] for warning in others] == ["1 of 5"] * 3
+        with pytest.raises(ConfigurationError, match="bad.jsonl, line 5: not JSON"):  # of which rank 1 alone can know
+            InstructionDataset(RecordFiles([bad], FLAG), fit, cache_root)
+
+
+def test_ranks_share_the_work_with_and_without_a_cache_and_fail_together(write_lines, tmp_path):
+    marked = [RECORDS[0] | {"id": 1}, *RECORDS[1:4], RECORDS[4] | {"id": 2}]
+    good, bad = write_lines(marked), write_lines([*RECORDS[:4], "{"], "bad.jsonl")
+    run_ranks(2, survey_on_a_rank, (good, bad, tmp_path / "c"))
+    (folder,) = (tmp_path / "c").iterdir()  # nothing is left of what failed
+    assert len(list(folder.glob("*.arrow"))) == 2
+
+
+def test_a_process_alone_makes_a_cache_alone(monkeypatch):
+    for variables in ({}, {"LOCAL_WORLD_SIZE": "8", "LOCAL_RANK": "3", "GROUP_RANK": "2"}):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        assert place_on_node() == (0, 1, "0")

@@ -21,8 +21,6 @@ from megatron_peft.data.samples import PackedOrder, SampleOrder
 from tests.data.test_instruction import RECORDS
 from tests.time_limits import seconds
 
-ROOT = Path(__file__).parents[2]
-
 
 def preview(*paths: str, sizes: tuple[int, int] = (2, 2), options: dict | None = None, **data) -> Preview:
     numbers = {"tokenizer_type": "NullTokenizer", "vocab_size": 999}
@@ -59,8 +57,7 @@ def test_padding_is_what_the_rows_of_a_microbatch_lack_to_its_longest(write_line
     records = [{"text": "1"}, {"text": "1 2 3"}, {"text": "1 2"}] * 2  # 1, 3 and 2 positions
     found = preview(write_lines(records), sizes=(2, 3))
     used = np.random.default_rng(found.config.seed).permutation([1, 3, 2] * 2)
-    widest = used[:3].max() + used[3:].max()
-    assert found.padding == pytest.approx(1 - 12 / (3 * widest))
+    assert found.padding == pytest.approx(1 - 12 / (3 * (used[:3].max() + used[3:].max())))
 
 
 def test_empty_completions_are_told_with_the_first(write_lines):
@@ -94,18 +91,13 @@ def test_color_says_nothing_that_marks_do_not_and_data_cannot_write_to_the_termi
     found = preview(write_lines([record]), **data)
     plain, colored = shown(found), shown(found, force_terminal=True, color_system="standard", width=200)
     assert "\x1b" not in plain and "\\x1b" in plain and "\\u202e" in plain and "\u65e5" in plain
+    assert all(c == "\n" or c.isprintable() for c in visible("a\nb\t\x00\u200bd\u00e9j\u00e0"))
     assert "\x1b[1;32m" in colored and re.sub(r"\x1b\[[\d;]*m", "", colored) == plain
-
-
-@pytest.mark.parametrize("text", ["a\nb", "\t", "\x00", "\u200b", "d\u00e9j\u00e0"])
-def test_visible_text_is_one_that_a_terminal_prints(text):
-    assert all(c == "\n" or c.isprintable() for c in visible(text))
 
 
 def test_texts_of_tokens_join_to_the_text_whatever_bytes_they_hold(hf):
     text = "the cat \u00e9\u65e5\U0001f600 sat\n  on"
-    ids = hf.encode(text)
-    texts = hf.texts(ids)
+    texts = hf.texts(ids := hf.encode(text))
     assert "".join(texts) == text and len(texts) == len(ids) and texts[1] == " cat"
 
 
@@ -136,12 +128,15 @@ def test_an_interval_is_as_wide_as_one_of_95_percent(write_lines):
     assert length(found).high - length(found).low == pytest.approx(width, rel=0.15)
 
 
-def test_a_weighted_blend_is_drawn_by_its_weights_and_has_no_epoch(write_lines):
+def test_a_weighted_blend_is_drawn_by_its_weights_and_has_no_epoch_and_samples_are_of_every_source(write_lines):
     short, long = write_lines([{"text": "1"}] * 50), write_lines([{"text": "1 1 1"}] * 50, "long.jsonl")
     found = preview("3", short, "1", long, options={"sampled_records": 400})
     assert length(found).value == 0.75 * 1 + 0.25 * 3
     text = shown(found)
     assert 'records, "text", weight 3' in text and "a weighted blend has no epoch" in text
+    paths = [write_lines([{"text": "1 2 3"}] * 30, f"{name}.jsonl") for name in "abc"]
+    told = shown(preview(*paths), width=200)
+    assert all(f"of 3: {path}, line" in told for path in paths)
 
 
 @pytest.mark.parametrize(
@@ -175,19 +170,9 @@ def test_a_file_of_a_million_lines_takes_seconds(tmp_path, tokenizer_folder):
     record = json.dumps({"prompt": "the cat sat on the mat " * 8, "completion": " le chat noir dort" * 5})
     path.write_text(f"{record}\n" * 1_000_000)
     flags = ["--train-data-path", str(path), "--tokenizer-model", str(tokenizer_folder), "--seq-length", "512"]
+    words = [sys.executable, "-m", "megatron_peft", "data", "preview", *flags]
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-    done = subprocess.run(
-        [sys.executable, "-m", "megatron_peft", "data", "preview", *flags],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = subprocess.run(words, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)
     assert "1,000,000 records" in done.stdout and "from 2,000 random records" in done.stdout
     took = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
     assert took < seconds(12)  # of the processor; about 5 on an idle machine, half of it imports
-
-
-def test_samples_are_of_every_source(write_lines):
-    paths = [write_lines([{"text": "1 2 3"}] * 30, f"{name}.jsonl") for name in "abc"]
-    assert all(f"of 3: {path}, line" in shown(preview(*paths), width=200) for path in paths)

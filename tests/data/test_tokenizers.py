@@ -27,8 +27,6 @@ from tests.data.tiny_tokenizers import save_tokenizer
 
 MESSAGES = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "bonjour"}]
 
-ROOT = Path(__file__).parents[2]
-
 
 def config(**settings) -> DataConfig:
     return DataConfig(train_data_path=("a.jsonl",), **settings)
@@ -50,12 +48,19 @@ def test_marks_of_what_is_generated_are_no_part_of_a_template(left, right):
     assert template_inputs(marked).fields == {"name"}
 
 
+def changed_json(path: Path, *keys: str, **values) -> None:
+    """Set values in a JSON object of a file, or in one within it."""
+    saved = inner = json.loads(path.read_text())
+    for key in keys:
+        inner = inner[key]
+    inner.update(values)
+    path.write_text(json.dumps(saved))
+
+
 def test_a_truncation_saved_with_the_tokenizer_does_not_cut(tmp_path):
-    folder = save_tokenizer(tmp_path)
-    saved = json.loads((folder / "tokenizer.json").read_text())
-    saved["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
-    (folder / "tokenizer.json").write_text(json.dumps(saved))
-    assert len(HuggingFaceTokenizer(str(folder)).encode("the cat sat on the mat")) > 2
+    truncation = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    changed_json(save_tokenizer(tmp_path) / "tokenizer.json", truncation=truncation)
+    assert len(HuggingFaceTokenizer(str(tmp_path)).encode("the cat sat on the mat")) > 2
 
 
 def test_a_sentencepiece_model_is_read_from_a_file_or_from_its_folder(sentencepiece_file):
@@ -63,8 +68,7 @@ def test_a_sentencepiece_model_is_read_from_a_file_or_from_its_folder(sentencepi
     for source in (sentencepiece_file, sentencepiece_file.parent):
         ours = build_tokenizer(config(tokenizer_type="SentencePieceTokenizer", tokenizer_model=str(source)), None)
         ids = ours.encode("the cat sat")
-        assert ids == theirs.encode("the cat sat")
-        assert ours.decode(ids) == "the cat sat"
+        assert ids == theirs.encode("the cat sat") and ours.decode(ids) == "the cat sat"
         assert (ours.vocab_size, ours.eos_id, ours.bos_id) == (theirs.get_piece_size(), theirs.eos_id(), None)
 
 
@@ -80,18 +84,15 @@ def test_llama_2s_tokenizer_puts_its_first_token_before_a_text(sentencepiece_fil
     assert plain.digest == gpt.digest != llama.digest, "their tokens are not kept in one cache"
 
 
-def test_null_tokenizer_means_what_it_meant_to_megatron():
+def test_null_tokenizer_means_what_it_meant_to_megatron_and_refuses_an_id_above_its_own():
     """From 0.18 on megatron-core counts the end of a document in."""
     theirs = MegatronNullTokenizer(99 + ("eod_id" in signature(MegatronNullTokenizer).parameters))
     ours = build_tokenizer(config(tokenizer_type="NullTokenizer", vocab_size=99), None)
     assert (ours.vocab_size, ours.eod) == (theirs.vocab_size, theirs.eod) == (100, 99)
     assert ours.encode("3 1 4") == theirs.text_to_ids("3 1 4")
     assert ours.decode([3, 1, 4]) == "3 1 4"
-
-
-def test_null_tokenizer_refuses_an_id_above_its_own():
     with pytest.raises(ConfigurationError, match=r"id \[100\] is not below --vocab-size 99"):
-        NullTokenizer(99).encode("3 100")
+        ours.encode("3 100")
 
 
 def test_sources_that_hold_no_tokenizer_are_named(tmp_path):
@@ -108,30 +109,22 @@ def test_sources_that_hold_no_tokenizer_are_named(tmp_path):
             build_tokenizer(config(tokenizer_type=kind, tokenizer_model=source and str(source)), None)
 
 
-def _without_unknown(folder):
-    saved = json.loads((folder / "tokenizer.json").read_text())
-    saved["model"] = {"type": "WordLevel", "vocab": {"a": 0, "</s>": 1}, "unk_token": "<unk>"}
-    saved["added_tokens"] = [{**saved["added_tokens"][0], "id": 1, "content": "</s>"}]
-    saved["pre_tokenizer"] = {"type": "WhitespaceSplit"}
-    (folder / "tokenizer.json").write_text(json.dumps(saved))
+def _without_unknown(folder: Path) -> None:
+    words = {"type": "WordLevel", "vocab": {"a": 0, "</s>": 1}, "unk_token": "<unk>"}
+    end = {"id": 1, "content": "</s>", **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)}
+    parts = {"model": words, "added_tokens": [end | {"special": True}], "pre_tokenizer": {"type": "WhitespaceSplit"}}
+    changed_json(folder / "tokenizer.json", **parts)
     (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}')
 
 
-def _template_without_its_token(folder):
-    saved = json.loads((folder / "tokenizer.json").read_text())
+def _template_without_its_token(folder: Path) -> None:
     first, text = {"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
-    saved["post_processor"] = {
-        "type": "TemplateProcessing",
-        "single": [first, text],
-        "pair": [text],
-        "special_tokens": {},
-    }
-    (folder / "tokenizer.json").write_text(json.dumps(saved))
+    template = {"type": "TemplateProcessing", "single": [first, text], "pair": [text], "special_tokens": {}}
+    changed_json(folder / "tokenizer.json", post_processor=template)
 
 
-def _with_setting(folder, **setting):
-    saved = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps({**saved, **setting}))
+def _with_setting(folder: Path, **setting) -> None:
+    changed_json(folder / "tokenizer_config.json", **setting)
 
 
 @pytest.mark.parametrize(
@@ -171,16 +164,9 @@ def test_a_chat_template_has_all_that_transformers_gives_it(tmp_path, template):
 
 def test_messages_need_a_chat_template(tmp_path):
     tokenizer = HuggingFaceTokenizer(str(save_tokenizer(tmp_path, chat_template=None)))
-    with pytest.raises(ConfigurationError, match=f"{tmp_path} has no chat template"):
-        tokenizer.render_chat(MESSAGES)
-    with pytest.raises(ConfigurationError, match="NullTokenizer has no chat template"):
-        NullTokenizer(99).render_chat(MESSAGES)
-
-
-def test_a_tokenizer_of_another_model_is_refused():
-    require_vocabulary_fits(NullTokenizer(99), 100)
-    with pytest.raises(ConfigurationError, match="has ids up to 99, but the embedding .* has 99 rows"):
-        require_vocabulary_fits(NullTokenizer(99), 99)
+    for bare, name in ((tokenizer, str(tmp_path)), (NullTokenizer(99), "NullTokenizer")):
+        with pytest.raises(ConfigurationError, match=f"{name} has no chat template"):
+            bare.render_chat(MESSAGES)
 
 
 def test_code_beside_a_tokenizer_is_never_run(tmp_path, monkeypatch):
@@ -197,22 +183,20 @@ def test_code_beside_a_tokenizer_is_never_run(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("model_type", ["llama", "bloom", "qwen2"])
-@pytest.mark.parametrize("named", ["TokenizersBackend", "PreTrainedTokenizerFast"])
-def test_a_tokenizer_is_of_the_class_that_auto_tokenizer_chooses(tmp_path, model_type, named):
+def test_a_tokenizer_is_of_the_class_that_auto_tokenizer_chooses(tmp_path, model_type):
     folder = save_tokenizer(tmp_path)
-    declared = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps(declared | {"tokenizer_class": named}))
     (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
-    ours, theirs = HuggingFaceTokenizer(str(folder)), AutoTokenizer.from_pretrained(folder)
-    assert type(ours._tokenizer) is type(theirs) and ours.encode("the cat") == theirs.encode("the cat")
+    for named in ("TokenizersBackend", "PreTrainedTokenizerFast"):
+        _with_setting(folder, tokenizer_class=named)
+        ours, theirs = HuggingFaceTokenizer(str(folder)), AutoTokenizer.from_pretrained(folder)
+        assert type(ours._tokenizer) is type(theirs) and ours.encode("the cat") == theirs.encode("the cat")
 
 
 def test_a_tokenizer_of_llama_is_read_without_torch(tmp_path):
-    folder = save_tokenizer(tmp_path)
-    (folder / "config.json").write_text('{"model_type": "llama"}')
-    read = f"from megatron_peft.data.tokenizers import HuggingFaceTokenizer as H; H({str(folder)!r})"
+    (save_tokenizer(tmp_path) / "config.json").write_text('{"model_type": "llama"}')
+    read = f"from megatron_peft.data.tokenizers import HuggingFaceTokenizer as H; H({str(tmp_path)!r})"
     program = f"{read}; import sys; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[2], check=True)
 
 
 def test_an_id_above_the_number_of_tokens_counts(tmp_path):
@@ -225,14 +209,12 @@ def test_an_id_above_the_number_of_tokens_counts(tmp_path):
         require_vocabulary_fits(tokenizer, 1000)
 
 
-def test_a_far_smaller_vocabulary_is_doubted_and_a_rounded_one_is_not():
+def test_a_tokenizer_of_another_model_is_refused_or_doubted_and_a_rounded_vocabulary_is_not():
+    with pytest.raises(ConfigurationError, match="has ids up to 99, but the embedding .* has 99 rows"):
+        require_vocabulary_fits(NullTokenizer(99), 99)
     assert "ids up to 999, but the embedding" in require_vocabulary_fits(NullTokenizer(999), 49152)
-    assert not require_vocabulary_fits(NullTokenizer(128_255), 128_256)
-    assert not require_vocabulary_fits(NullTokenizer(250_680), 250_880)
-
-
-def turns(*roles: str) -> list[dict]:
-    return [{"role": role, "content": f"{role}{i}"} for i, role in enumerate(roles)]
+    for largest, rows in ((99, 100), (128_255, 128_256), (250_680, 250_880)):
+        assert not require_vocabulary_fits(NullTokenizer(largest), rows)
 
 
 def chatml(messages, add_generation_prompt=False) -> str:
@@ -245,27 +227,17 @@ def thinking(messages, add_generation_prompt=False) -> str:
     return chatml(messages, add_generation_prompt) + ("<think>" if add_generation_prompt else "")
 
 
+SAID, ANSWER = "<user>hello</><assistant>", "bonjour</>"
+
+
 @pytest.mark.parametrize(
-    ("template", "roles", "untrained_and_trained"),
+    ("template", "messages", "untrained_and_trained"),
     [
-        (
-            chatml,
-            "system user assistant user assistant user",
-            ["<system>system0</><user>user1</><assistant>", "assistant2</>", "<user>user3</><assistant>"]
-            + ["assistant4</>", "<user>user5</>"],
-        ),
-        (thinking, "user assistant", ["<user>user0</><assistant>", "assistant1</>"]),
-        (chatml, "assistant", ["", "<assistant>assistant0</>"]),
+        (chatml, MESSAGES * 2 + MESSAGES[:1], [SAID, ANSWER, SAID, ANSWER, "<user>hello</>"]),
+        (thinking, MESSAGES, [SAID, ANSWER, ""]),
+        (chatml, MESSAGES[1:], ["", f"<assistant>{ANSWER}", ""]),
     ],
 )
-def test_the_assistants_turns_are_trained_and_their_headers_are_not(template, roles, untrained_and_trained):
+def test_the_assistants_turns_are_trained_and_their_headers_are_not(template, messages, untrained_and_trained):
     expected = [ChatSegment(text, number % 2 == 1) for number, text in enumerate(untrained_and_trained)]
-    assert split_chat(template, turns(*roles.split()))[: len(expected)] == expected
-
-
-def test_a_template_that_rewrites_the_past_is_refused():
-    def rewriting(messages, add_generation_prompt=False):
-        return f"{len(messages)} turns: " + chatml(messages, add_generation_prompt)
-
-    with pytest.raises(ConfigurationError, match="cannot be found: split the conversation"):
-        split_chat(rewriting, turns("user", "assistant"))
+    assert split_chat(template, messages) == expected

@@ -35,8 +35,8 @@ IMPORTED = (
     *("tools.prepare_data", "tools.preprocess_data", "megatron_peft.training.run", "lm_eval.tasks"),
     *("megatron_peft.evaluation.harness_run", "megatron_peft.evaluation.answers", "megatron_peft.evaluation.model"),
     *("megatron_peft.conversion.peft_export", "megatron_peft.conversion.peft_import", "megatron_peft.tasks.readers"),
-    "megatron_peft.conversion.convert",
-    *("megatron_peft.data.preprocess", "megatron_peft.experiment.report", "megatron_peft.experiment.runner"),
+    *("megatron_peft.conversion.convert", "scipy.io"),
+    *("megatron_peft.commands.data", "megatron_peft.experiment.report", "megatron_peft.experiment.runner"),
 )
 CHECKPOINT = "run/iter_0000001"
 GOOD_RUNS = (
@@ -68,8 +68,7 @@ class Answer(NamedTuple):
 def answers(argument: tuple[Path, Sequence[Call]], more: Sequence[str] = ()) -> list[Answer]:
     """Of each call. To be run on a rank: it changes the environment and imports what the programs do.
 
-    Args:
-        more: good runs, after `GOOD_RUNS`.
+    more: good runs, after `GOOD_RUNS`.
     """
     folder, calls = argument
     for name in OF_A_RANK:
@@ -131,6 +130,14 @@ def _be_the_program(words: Sequence[str], folder: Path, output: Path) -> NoRetur
     os._exit(code if isinstance(code, int) else 0 if code is None else 1)
 
 
+def sign(folder: Path) -> None:
+    """Make a checkpoint's manifest anew for files that were changed, as somebody who means harm would."""
+    from megatron_peft.checkpoint.folders import MANIFEST, write_manifest
+
+    (folder / MANIFEST).unlink()  # a link to the good one
+    write_manifest(folder, {})
+
+
 def _good_files(folder: Path, runs: Sequence[str]) -> Path:
     import torch
     from safetensors.torch import load_file
@@ -143,9 +150,8 @@ def _good_files(folder: Path, runs: Sequence[str]) -> Path:
     weights = load_file(folder / "base" / "model.safetensors")
     for other in ("bin", "sharded"):
         shutil.copytree(folder / "base", folder / other)
+        (folder / other / "model.safetensors").rename(folder / other / "all.safetensors")
     torch.save(weights, folder / "bin" / "pytorch_model.bin")
-    (folder / "bin" / "model.safetensors").unlink()
-    (folder / "sharded" / "model.safetensors").rename(folder / "sharded" / "all.safetensors")
     index = {"weight_map": dict.fromkeys(weights, "all.safetensors")}
     (folder / "sharded" / "model.safetensors.index.json").write_text(json.dumps(index))
     save_worded_pairs(folder / "data.jsonl")

@@ -15,44 +15,25 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 
-from tests.hostile.programs import CHECKPOINT, Answer, Call, answers
-from tests.hostile.test_hostile_files import (
-    CHAT,
-    CONVERT,
-    EVALUATE,
-    EXPERIMENT,
-    FROM_BIN,
-    FROM_RUN,
-    GENERATE,
-    GSM8K,
-    HUMANEVAL,
-    IMPORT,
-    INDEXED,
-    MERGE,
-    PAIRS,
-    PREPROCESS,
-    RESUME,
-    SHARDED,
-    TRAIN,
-)
+from tests.hostile import test_hostile_files as at
+from tests.hostile.programs import CHECKPOINT, Answer, Call, answers, sign
 from tests.ranks import run_ranks
 from tests.time_limits import seconds
 
 TRIES = 1 + int(os.environ.get("MEGATRON_PEFT_FUZZ_TRIES", "4"))  # and the good file itself
 MOST_SECONDS, MOST_BYTES = 30.0, 2 << 30
-CACHED = f"{TRAIN} --data-cache-path kept"
-TABLE = TRAIN.replace("data.jsonl", "table.{}")
+CACHED = f"{at.TRAIN} --data-cache-path kept"
+TABLE = at.TRAIN.replace("data.jsonl", "table.{}")
+OTHER_OUTPUT = at.EVALUATE.replace("out.json", "other.json")
 # Beside the good runs of every hostile test.
-MORE_GOOD_RUNS = (CACHED, EVALUATE, f"{TRAIN} --save watched --log-interval 1")
+MORE_GOOD_RUNS = (CACHED, at.EVALUATE, f"{at.TRAIN} --save watched --log-interval 1")
 Damage = Callable[[bytes, random.Random], bytes]
 
 
 class Family(NamedTuple):
     """`file` is read by the program of `line`, in one of the forms of `damages`.
 
-    Args:
-        told: a regular expression that an error must hold; without one, the file's name.
-        signed: its folder has checksums, which are made anew, as somebody who means harm would.
+    told: a regular expression that an error must hold; without one, the file's name. signed: its folder has checksums.
     """
 
     file: str
@@ -148,69 +129,61 @@ NUMBERS = (head, bits, cut, hole)
 OBJECT = (values, values, values, *BYTES)
 LINES = (line, line, line, *BYTES)
 FAMILIES = (
-    Family("base/config.json", TRAIN, OBJECT),
-    Family("base/generation_config.json", GENERATE, OBJECT),
-    Family("base/tokenizer.json", TRAIN, OBJECT),
-    Family("base/tokenizer_config.json", TRAIN, OBJECT),
-    Family("base/chat_template.jinja", CHAT, BYTES, "chat template|holds no tokenizer|no token to learn from"),
-    Family("base/model.safetensors", CONVERT, (header, header, *NUMBERS)),
-    Family("sharded/model.safetensors.index.json", SHARDED, OBJECT),
-    Family("bin/pytorch_model.bin", FROM_BIN, NUMBERS),
-    Family("data.jsonl", TRAIN, LINES),
-    Family("chat.jsonl", CHAT, LINES),
+    Family("base/config.json", at.TRAIN, OBJECT),
+    Family("base/generation_config.json", at.GENERATE, OBJECT),
+    Family("base/tokenizer.json", at.TRAIN, OBJECT),
+    Family("base/tokenizer_config.json", at.TRAIN, OBJECT),
+    Family("base/chat_template.jinja", at.CHAT, BYTES, "chat template|holds no tokenizer|no token to learn from"),
+    Family("base/model.safetensors", at.CONVERT, (header, header, *NUMBERS)),
+    Family("sharded/model.safetensors.index.json", at.SHARDED, OBJECT),
+    Family("bin/pytorch_model.bin", at.FROM_BIN, NUMBERS),
+    Family("data.jsonl", at.TRAIN, LINES),
+    Family("chat.jsonl", at.CHAT, LINES),
     Family("table.csv", TABLE.format("csv"), BYTES),
     Family("table.parquet", TABLE.format("parquet"), NUMBERS),
     Family("table.arrow", TABLE.format("arrow"), NUMBERS),
-    Family("prompts.jsonl", GENERATE, LINES),
-    Family("texts.jsonl", PREPROCESS, LINES),
-    Family("tokens_text_document.idx", INDEXED, NUMBERS),
-    Family("tokens_text_document.bin", INDEXED, NUMBERS, "tokens_text_document"),
+    Family("prompts.jsonl", at.GENERATE, LINES),
+    Family("texts.jsonl", at.PREPROCESS, LINES),
+    Family("tokens_text_document.idx", at.INDEXED, NUMBERS),
+    Family("tokens_text_document.bin", at.INDEXED, NUMBERS, "tokens_text_document"),
     Family("kept/tokens-*/manifest.json", CACHED, OBJECT, "kept/tokens-"),
     Family("kept/tokens-*/*.arrow", CACHED, NUMBERS, "kept/tokens-"),
-    Family("peft/adapter_config.json", IMPORT, OBJECT, "peft"),
-    Family("peft/adapter_model.safetensors", IMPORT, (header, header, *NUMBERS), "peft"),
-    Family(f"{CHECKPOINT}/run_record.json", RESUME, OBJECT, signed=True),
-    Family(f"{CHECKPOINT}/run_record.json", MERGE, OBJECT, signed=True),
-    Family(f"{CHECKPOINT}/manifest.json", RESUME, OBJECT),
-    Family(f"{CHECKPOINT}/.metadata", FROM_RUN, NUMBERS, CHECKPOINT, signed=True),
-    Family(f"{CHECKPOINT}/*.distcp", RESUME, NUMBERS, CHECKPOINT, signed=True),
-    Family("run/latest_checkpointed_iteration.txt", RESUME, BYTES),
-    Family("run/adapter_config.json", MERGE, OBJECT),
-    Family("tasks/tiny_choices.yaml", EVALUATE.replace("out.json", "other.json"), OBJECT, "tiny_choices"),
-    Family("tasks/questions.jsonl", EVALUATE.replace("out.json", "other.json"), LINES, "questions|tiny_choices"),
-    Family("out.requests.jsonl", EVALUATE, LINES),
-    Family("gsm8k/train.jsonl", GSM8K, LINES),
-    Family("pairs.tsv", PAIRS, BYTES),
-    Family("problems.jsonl.gz", HUMANEVAL, NUMBERS),
-    Family("grid.yaml", EXPERIMENT, OBJECT),
+    Family("peft/adapter_config.json", at.IMPORT, OBJECT, "peft"),
+    Family("peft/adapter_model.safetensors", at.IMPORT, (header, header, *NUMBERS), "peft"),
+    Family(f"{CHECKPOINT}/run_record.json", at.RESUME, OBJECT, signed=True),
+    Family(f"{CHECKPOINT}/run_record.json", at.MERGE, OBJECT, signed=True),
+    Family(f"{CHECKPOINT}/manifest.json", at.RESUME, OBJECT),
+    Family(f"{CHECKPOINT}/.metadata", at.FROM_RUN, NUMBERS, CHECKPOINT, signed=True),
+    Family(f"{CHECKPOINT}/*.distcp", at.RESUME, NUMBERS, CHECKPOINT, signed=True),
+    Family("run/latest_checkpointed_iteration.txt", at.RESUME, BYTES),
+    Family("run/adapter_config.json", at.MERGE, OBJECT),
+    Family("tasks/tiny_choices.yaml", OTHER_OUTPUT, OBJECT, "tiny_choices"),
+    Family("tasks/questions.jsonl", OTHER_OUTPUT, LINES, "questions|tiny_choices"),
+    Family("out.requests.jsonl", at.EVALUATE, LINES),
+    Family("gsm8k/train.jsonl", at.GSM8K, LINES),
+    Family("pairs.tsv", at.PAIRS, BYTES),
+    Family("problems.jsonl.gz", at.HUMANEVAL, NUMBERS),
+    Family("grid.yaml", at.EXPERIMENT, OBJECT),
     Family("cells/tiny,talk,lora,lr=0.4,seed=1.json", "tools.report .", OBJECT),
     Family("watched/metrics.jsonl", "tools.report watched", LINES),
     # A file that ends after a section is a smaller one, which lacks data.
-    Family(
-        "watched/run.yaml",
-        "pretrain_peft --config watched/run.yaml --save other",
-        OBJECT,
-        told=r"run\.yaml|no training data",
-    ),
+    Family("watched/run.yaml", "pretrain_peft --config watched/run.yaml --save other", OBJECT, r"run.yaml|no training"),
 )
 
 
 def damaged(path: Path, number: int, attempt: int) -> None:
     """Damage a file as the family's attempt of that number does, always in the same way; the first leaves it alone."""
-    from megatron_peft.checkpoint.folders import MANIFEST, write_manifest
-
     family, draw = FAMILIES[number], random.Random(f"{FAMILIES[number]} {attempt}")
     if attempt == 0:
         return
     path.write_bytes(family.damages[attempt % len(family.damages)](path.read_bytes(), draw))
     if family.signed:
-        (path.parent / MANIFEST).unlink()
-        write_manifest(path.parent, {})
+        sign(path.parent)
 
 
 @pytest.fixture(scope="module")
 def answered(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Answer]]:
-    """Of each family that was asked for; with -s, a table of them."""
+    """Of each family that was asked for."""
     asked = [item.callspec.params["number"] for item in request.session.items if item.path == request.path]
     calls = [
         Call(FAMILIES[number].line, FAMILIES[number].file, partial(damaged, number=number, attempt=attempt))
@@ -219,14 +192,7 @@ def answered(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     ]
     run = partial(answers, more=MORE_GOOD_RUNS)
     (told,) = run_ranks(1, run, (tmp_path_factory.mktemp("fuzz"), calls), limit=40 * len(calls) + 100)
-    found = {number: told[at * TRIES : (at + 1) * TRIES] for at, number in enumerate(asked)}
-    print(f"\n{'family':60} exit 2  exit 0  other  seconds  MiB")
-    for number, own in found.items():
-        codes = [answer.code for answer in own]
-        others = len(codes) - codes.count(2) - codes.count(0)
-        peak, longest = max(answer.peak_bytes for answer in own) >> 20, max(answer.seconds for answer in own)
-        print(f"{FAMILIES[number]!s:60} {codes.count(2):6} {codes.count(0):7} {others:6} {longest:8.1f} {peak:5}")
-    return found
+    return {number: told[place * TRIES : (place + 1) * TRIES] for place, number in enumerate(asked)}
 
 
 @pytest.mark.slow

@@ -9,14 +9,14 @@ import os
 import pickle
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
-from tests.hostile.programs import CHECKPOINT, Answer, Call, Plant, answers
+from tests.hostile.programs import CHECKPOINT, Answer, Call, Plant, answers, sign
 from tests.ranks import run_ranks
 
 FIXTURES = Path(__file__).with_name("fixtures")
@@ -120,12 +120,8 @@ def value(key: str, written: str) -> Plant:
 
 
 def recorded(path: Path, key: str, written: str) -> None:
-    """In a record of a run; its manifest is made anew, as somebody who means harm would."""
-    from megatron_peft.checkpoint.folders import MANIFEST, write_manifest
-
     with_values(path, {key: written})
-    (path.parent / MANIFEST).unlink()
-    write_manifest(path.parent, {})
+    sign(path.parent)
 
 
 def listed_with_size(path: Path, size: Any) -> None:
@@ -141,19 +137,9 @@ def patched(path: Path, offset: int, content: bytes) -> None:
     path.write_bytes(old[:offset] + content + old[offset + len(content) :])
 
 
-def pipe(path: Path) -> None:
+def replaced(path: Path, make: Callable[[Path], object]) -> None:
     path.unlink(missing_ok=True)
-    os.mkfifo(path)
-
-
-def device(path: Path) -> None:
-    path.unlink(missing_ok=True)
-    path.symlink_to("/dev/zero")
-
-
-def folder(path: Path) -> None:
-    path.unlink(missing_ok=True)
-    path.mkdir()
+    make(path)
 
 
 def as_it_was(path: Path) -> None:
@@ -201,6 +187,8 @@ def cases_of_json() -> Iterator[Case]:
 
 
 def cases_of_no_files() -> Iterator[Case]:
+    kinds = (os.mkfifo, partial(os.symlink, "/dev/zero"), os.mkdir)
+    pipe, device, folder = (partial(replaced, make=make) for make in kinds)
     yield from (Case("a pipe", line, file, pipe) for file, line in NO_FILES.items())
     for file in ("data.jsonl", "base/config.json", "prompts.jsonl", "pairs.tsv"):
         yield Case("a device", NO_FILES[file], file, device)
@@ -280,14 +268,6 @@ def cases_of_adapters_and_runs() -> Iterator[Case]:
         yield Case(f"a size of {size}", RESUME, f"{CHECKPOINT}/manifest.json", partial(listed_with_size, size=size))
 
 
-def cases_of_metrics() -> Iterator[Case]:
-    for written in ('"iteration": "x"', '"loss": "x"', '"learning_rate": []', '"grad_norm_by_layer": {"a": "x"}'):
-        line = f'{{"iteration": 1, "loss": 2.0, {written}}}\n'.encode()
-        yield Case(
-            written, "tools.report run", "run/metrics.jsonl", partial(holds, content=line), "metrics.jsonl, line 1: "
-        )
-
-
 def cases_of_data() -> Iterator[Case]:
     for name, plant in {
         "more sequences than bytes": index_of_tokens("count", "Q", 2**62),
@@ -304,9 +284,8 @@ def cases_of_data() -> Iterator[Case]:
         yield Case(name, CHAT, "base/chat_template.jinja", plant, told)
     nested_loops = dict(fixtures("chat_template"))["nested_loops"]
     chat = GENERATE.replace("--prompt-file prompts.jsonl", "--prompt w1 --chat")
-    yield Case(
-        "nested_loops of --chat", chat, "base/chat_template.jinja", nested_loops, "prompt 1: the chat template in base"
-    )
+    told = "prompt 1: the chat template in base"
+    yield Case("nested_loops of --chat", chat, "base/chat_template.jinja", nested_loops, told)
     for key, written in (
         ("model.vocab", '{"w1": -5}'),
         ("model.vocab", '{"w1": 1000000000000000}'),
@@ -329,6 +308,9 @@ def cases_of_data() -> Iterator[Case]:
             yield Case(name, REPORT, "experiment.yaml", plant)
         if name in ("5,000 deep", "python_tag", "tab"):
             yield Case(name, EVALUATE, "tasks/tiny_choices.yaml", plant)
+    for written in ('"iteration": "x"', '"loss": "x"', '"learning_rate": []', '"grad_norm_by_layer": {"a": "x"}'):
+        plant = partial(holds, content=f'{{"iteration": 1, "loss": 2.0, {written}}}\n'.encode())
+        yield Case(written, "tools.report run", "run/metrics.jsonl", plant, "metrics.jsonl, line 1: ")
 
 
 def cases_of_tasks() -> Iterator[Case]:
@@ -352,10 +334,8 @@ def cases_of_tasks() -> Iterator[Case]:
         kwargs = f"generation_kwargs.{key}"
         told = "error: --tasks tiny_answers(: generation_kwargs of task tiny_answers: | cannot be loaded: .*hot)"
         yield Case(f"{key} {written[:20]}", ANSWER, "tasks/tiny_answers.yaml", value(kwargs, written), told)
-    answered = b'{"key": "\xff", "answer": 1}\n'
-    yield Case(
-        "no_utf8", EVALUATE, "out.requests.jsonl", partial(holds, content=answered), "out.requests.jsonl:1 is not"
-    )
+    plant = partial(holds, content=b'{"key": "\xff", "answer": 1}\n')
+    yield Case("no_utf8", EVALUATE, "out.requests.jsonl", plant, "out.requests.jsonl:1 is not")
 
 
 def not_finite(path: Path, name: str) -> None:
@@ -376,14 +356,11 @@ def not_finite(path: Path, name: str) -> None:
 
 def without_slices(path: Path) -> None:
     """An index that lists the tensors and no slice of them."""
-    from megatron_peft.checkpoint.folders import MANIFEST, write_manifest
-
     index = pickle.loads(path.read_bytes())
     for tensor in index.state_dict_metadata.values():
         getattr(tensor, "chunks", []).clear()
     path.write_bytes(pickle.dumps(index))
-    (path.parent / MANIFEST).unlink()
-    write_manifest(path.parent, {})
+    sign(path.parent)
 
 
 def cases_of_weights() -> Iterator[Case]:
@@ -416,7 +393,7 @@ CASES = [
     case
     for cases in (
         *(cases_of_json, cases_of_no_files, cases_of_models, cases_of_adapters_and_runs, cases_of_data),
-        *(cases_of_metrics, cases_of_tasks, cases_of_flags, cases_of_weights),
+        *(cases_of_tasks, cases_of_flags, cases_of_weights),
     )
     for case in cases()
 ]
@@ -432,13 +409,14 @@ def answered(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return dict(zip(numbers, told, strict=True))
 
 
-# `make test` takes every third one: neighbours differ by the file or by the fault.
+def pick(number: int, case: Case) -> list[pytest.MarkDecorator]:
+    """`make test` takes every third one, as neighbours differ by file or fault; of `evaluate`, which is slow, half."""
+    left_out = number % 3 or (case.line.startswith("tools.evaluate") and number % 2 == 0)
+    return [pytest.mark.slow] if left_out else []
+
+
 @pytest.mark.parametrize(
-    "number",
-    [
-        pytest.param(number, id=str(case), marks=[] if number % 3 == 0 else [pytest.mark.slow])
-        for number, case in enumerate(CASES)
-    ],
+    "number", [pytest.param(number, id=str(case), marks=pick(number, case)) for number, case in enumerate(CASES)]
 )
 def test_a_hostile_file_ends_the_program_with_2_and_is_named(number: int, answered: dict[int, Answer]) -> None:
     case, (code, told, *_) = CASES[number], answered[number]
