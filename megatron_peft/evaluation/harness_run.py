@@ -41,7 +41,7 @@ from megatron_peft.evaluation.harness import FinishedRequests, HarnessModel, Ran
 from megatron_peft.evaluation.model import load_model, model_fingerprint
 from megatron_peft.evaluation.task_names import harness_files, harness_folders, own_files, require_known_tasks, texts_of
 from megatron_peft.runtime.launch import checked_together
-from megatron_peft.tasks.template import TaskLoader
+from megatron_peft.tasks.prepare import TaskLoader
 
 JUDGING_SECONDS = 10.0  # for the filters of a task, or to score one answer
 NUM_DRAWS = 100  # of a bootstrap, which tell an error to 7%; the harness's 100,000 take hours for F1 of 40,000 answers

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.config.untrusted import parse_yaml, read_text
-from megatron_peft.tasks.template import TaskLoader
+from megatron_peft.tasks.prepare import TaskLoader
 
 # A key at the beginning of a line, and its value: the rest of the line, or the items of a list on the next ones.
 _KEY = re.compile(r"""^["']?(task|group|tag|include|class)["']?[ ]*:(.*(?:\n(?:[ \t]*-.*|[ \t]*|[ \t]*#.*)$)*)""", re.M)

@@ -17,8 +17,7 @@ from zipfile import BadZipFile, ZipFile
 
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.config.untrusted import MAX_BYTES, parse_json, parse_yaml, read_text, require_regular
-from megatron_peft.tasks.prepare import BenchmarkData, Document, Tests
-from megatron_peft.tasks.template import TASKS, TaskTemplate, split_task_file
+from megatron_peft.tasks.prepare import TASKS, BenchmarkData, Document, TaskTemplate, Tests, split_task_file
 
 Row = tuple[Mapping[str, Any], str]  # an item as its file has it, and FILE, line N
 
@@ -86,14 +85,8 @@ class TaskFile:
         skip_damaged: bool = False,
         held_out: Sequence[Path] = (),
     ) -> BenchmarkData:
-        """What `prepare` writes.
-
-        Args:
-            inputs: --input, a folder or files.
-            test_inputs: --test-input; without it the split's test part is scored.
-            options: values of `given` and of `flags`, by name.
-            held_out: the file of the task that `held_out` names.
-        """
+        """What `prepare` writes of the files of --input and --test-input; without the latter the split's test part is
+        scored. `options` are values of `given` and of `flags`, by name."""
         options = options or {}
         given = {name: options[name] for name in self.given}
         read = partial(self.documents, skip_damaged=skip_damaged, given=given)

@@ -9,7 +9,7 @@ from megatron_peft.data.files import RecordFiles
 from megatron_peft.data.instruction import InstructionDataset
 from megatron_peft.data.records import ColumnNames, Fit, format_of
 from megatron_peft.data.tokenizers import HuggingFaceTokenizer
-from megatron_peft.tasks.template import TaskTemplate
+from megatron_peft.tasks.prepare import TaskTemplate
 from tests.data.tiny_tokenizers import CHATML, save_tokenizer
 
 QUESTION = {"role": "user", "content": "the cat?"}

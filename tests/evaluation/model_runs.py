@@ -1,4 +1,4 @@
-"""Evaluations and answers of a trained run, alone and split; started on ranks by test_harness.py.
+"""Evaluations and answers of a trained run, alone and split among ranks, for test_harness.py.
 
 They find a model in `base`, its training data in `pairs.jsonl`, tasks in `tasks`; what they write lies beside these.
 """
@@ -75,13 +75,15 @@ def run_again(folder: Path) -> dict[str, Any]:
     return _evaluate(folder, "stopped", run_flags(folder))
 
 
-def run_split(folder: Path) -> dict[str, Any]:
-    """The trained run at each layout: results, and a file of answers that are drawn."""
+def run_split(job: tuple[Path, list[str]]) -> dict[str, Any]:
+    """The trained run at these layouts: results, and a file of answers that are drawn."""
+    folder, layouts = job
     start_world()
     _without_pip()
     found: dict[str, Any] = {}
     drawn = {"temperature": 1.0, "num_samples": 2, "batch_size": 3, "max_new_tokens": 16}
-    for layout, flags in LAYOUTS.items():
+    for layout in dict.fromkeys(layouts):
+        flags = LAYOUTS[layout]
         found[layout] = _evaluate(folder, layout, [*run_flags(folder), *flags])
         _answer(folder, flags, prompt_file=str(folder / "prompts.jsonl"), output=str(folder / layout), **drawn)
     found["streamed"] = _printed(lambda: _answer(folder, LAYOUTS["DP2"], prompt="w1 w2", max_new_tokens=5))

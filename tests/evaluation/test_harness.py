@@ -1,4 +1,5 @@
-"""Scores of the harness: those of its own backend to the last item, at any layout; finished requests survive a kill."""
+"""Scores of the harness: those of its own backend to the last item, at any layout, with standard errors; finished
+requests survive a kill."""
 
 import json
 import os
@@ -6,23 +7,28 @@ import random
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from statistics import stdev
 from typing import Any
 
 import pytest
+from lm_eval.api.metrics import acc_all, bleu, bypass_agg, f1_score, mean, weighted_perplexity
 
 from megatron_peft.config import ConfigurationError
 from megatron_peft.evaluation import harness
 from megatron_peft.evaluation.harness import FinishedRequests, _is_score
+from megatron_peft.evaluation.harness_run import NUM_DRAWS, evaluator_utils
+from megatron_peft.runtime.launch import stop
 from tests.evaluation import model_runs
 from tests.evaluation.local_tasks import TASKS, write_tasks
 from tests.evaluation.model_runs import LAYOUTS, run_flags
 from tests.evaluation.worded_llama import WORDS, save_worded_llama, save_worded_pairs
 from tests.ranks import RanksFailed, run_ranks
 
+QUICK_LAYOUTS = ("PP2", "DP2")
 PROMPTS = [{"prompt": "w1 w2"}, {"messages": [{"role": "user", "content": "w9"}], "id": 7}, {"prompt": "w4"}]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("asked")
     save_worded_llama(folder / "base")
@@ -33,14 +39,20 @@ def place(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def alone(place) -> Mapping[str, Any]:
-    return run_ranks(1, model_runs.run_alone, place)[0]
+    try:
+        return model_runs.run_alone(place)
+    finally:
+        stop()
 
 
-@pytest.fixture(scope="session")
-def split(place, alone) -> Mapping[str, Any]:
-    return run_ranks(2, model_runs.run_split, place)[0]
+@pytest.fixture(scope="module")
+def split(place, alone, request) -> Mapping[str, Any]:
+    """What the first rank found, by layout, at the layouts that were chosen."""
+    specs = [getattr(item, "callspec", None) for item in request.session.items if item.path == request.path]
+    chosen = {spec.params["layout"] for spec in specs if spec and "layout" in spec.params}
+    return run_ranks(2, model_runs.run_split, (place, [*chosen & {*LAYOUTS}, *QUICK_LAYOUTS]))[0]
 
 
 def _same_numbers(found, expected):
@@ -74,13 +86,10 @@ def test_scores_are_those_of_the_harness_own_backend_to_the_last_item(alone):
     _same_items(asked_of_both, alone["hf"]["samples"])
     _same_numbers(alone["base"], alone["hf"])
     assert alone["base"]["config"]["truncated_requests"] == {"score": 4, "generate": 3}
+    assert alone["run"]["results"]["tiny_texts"] != alone["base"]["results"]["tiny_texts"], "training shows"
 
 
-def test_training_shows(alone):
-    assert alone["run"]["results"]["tiny_texts"] != alone["base"]["results"]["tiny_texts"]
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [*QUICK_LAYOUTS, pytest.param("TP2", marks=pytest.mark.slow)])
 def test_every_layout_gives_the_scores_of_one_process(alone, split, layout):
     _same_items(split[layout]["samples"], alone["run"]["samples"])
     _same_numbers(split[layout], alone["run"])
@@ -132,7 +141,7 @@ def test_answers_to_a_file_keep_its_fields_and_are_those_that_are_shown_as_they_
 
 
 def test_drawn_answers_are_the_same_at_every_layout(place, split):
-    texts = {(place / layout).read_text() for layout in LAYOUTS}
+    texts = {(place / layout).read_text() for layout in LAYOUTS if layout in split}
     assert len(texts) == 1
     answers = [json.loads(line)["answers"] for line in texts.pop().splitlines()]
     assert all(len(pair) == 2 for pair in answers) and any(first != second for first, second in answers)
@@ -210,3 +219,35 @@ def test_a_whole_line_that_is_no_answer_is_named(tmp_path, line):
     (tmp_path / "file").write_bytes(b'{"key": "a", "answer": 1}\n' + line + b"\n")
     with pytest.raises(ConfigurationError, match="file:2 is not an answered request .*remove the line"):
         FinishedRequests(tmp_path / "file", "model")
+
+
+DRAW = random.Random(0)
+LABELS = [(DRAW.randrange(2), DRAW.randrange(2)) for _ in range(300)]
+TEXTS = [" ".join(DRAW.choices("abcdefgh", k=9)) for _ in range(60)]
+ITEMS = {
+    f1_score: LABELS,
+    bleu: [(text, text if DRAW.random() < 0.5 else text[::-1]) for text in TEXTS],
+    weighted_perplexity: [(DRAW.gauss(-20, 2), 9) for _ in range(300)],
+}
+
+
+def leave_one_out(statistic: Any, items: list[Any]) -> float:
+    """The jackknife's error: of the statistic without each of the items in turn."""
+    values = [statistic([*items[:place], *items[place + 1 :]]) for place in range(len(items))]
+    middle = sum(values) / len(values)
+    return ((len(items) - 1) / len(items) * sum((value - middle) ** 2 for value in values)) ** 0.5
+
+
+@pytest.mark.parametrize("statistic", ITEMS)
+def test_a_score_without_a_formula_is_drawn_again_in_silence(statistic, capsys):
+    error = evaluator_utils.stderr_for_metric(statistic, NUM_DRAWS)
+    assert error is not None, "perplexities too, for which the harness has none"
+    assert error(ITEMS[statistic]) == pytest.approx(leave_one_out(statistic, ITEMS[statistic]), rel=0.3)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_formula_is_used_where_there_is_one():
+    items = [DRAW.gauss(0, 1) for _ in range(30)]
+    formula, other, none = (evaluator_utils.stderr_for_metric(metric, 1) for metric in (mean, acc_all, bypass_agg))
+    assert formula(items) == pytest.approx(stdev(items) / 30**0.5)
+    assert other.__module__ == "lm_eval.api.metrics" and none is None

@@ -24,14 +24,11 @@ def small() -> Figure:
     return figure
 
 
-def test_svg_is_the_same_for_the_same_figure() -> None:
-    assert svg(small()) == svg(small())
-    assert ElementTree.fromstring(svg(small())).tag.endswith("svg")
-
-
-def test_both_files_replace_the_old_ones_and_leave_nothing_else(tmp_path: Path) -> None:
+def test_the_same_figure_has_the_same_svg_and_both_files_replace_the_old_ones(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"old")
     save(small(), tmp_path, "a")
+    assert (tmp_path / "a.svg").read_text() == svg(small())
+    assert ElementTree.fromstring(svg(small())).tag.endswith("svg")
     assert {path.name for path in tmp_path.iterdir()} == {"a.png", "a.svg"}
     assert imread(tmp_path / "a.png").shape[:2] == (240, 360)
 
@@ -79,25 +76,19 @@ QKV = "decoder.layers.{}.self_attention.linear_qkv"
 FC1 = "decoder.layers.{}.mlp.linear_fc1"
 
 
-def test_map_of_lambda_is_layer_by_step_for_each_kind() -> None:
+def test_map_of_lambda_is_layer_by_step_for_each_kind_and_the_mean_is_over_runs() -> None:
     found = plots.maps({QKV.format(0): [0.1, 0.2], QKV.format(1): [0.3, 0.4], FC1.format(1): [0.5, None]})
     assert found["linear_qkv"].tolist() == [[0.1, 0.2], [0.3, 0.4]]
     assert np.isnan(found["linear_fc1"]).tolist() == [[True, True], [False, True]]
-
-
-def test_mean_of_lambda_is_over_runs() -> None:
     assert plots.mean_by_layer([{"a": [0.2, 0.4, 0.9]}, {"a": [0.4, 0.8]}]) == {"a": pytest.approx([0.3, 0.6])}
 
 
-def test_panels_share_one_scale_and_cover_the_run() -> None:
+def test_panels_share_one_scale_and_cover_the_run_be_it_a_step_or_nothing() -> None:
     figure = plots.draw_lambdas("Hybrid", [10, 20, 30], {QKV.format(3): [0.1, 0.2, 0.3], FC1.format(0): [0.5] * 3})
     *panels, _ = figure.axes
     assert [axes.get_title(loc="left") for axes in panels] == ["linear_qkv", "linear_fc1"]
     assert [axes.images[0].get_clim() for axes in panels] == [(0, 1), (0, 1)]
     assert panels[0].get_xlim() == (5, 35) and panels[0].images[0].get_extent()[2:] == [-0.5, 3.5]
-
-
-def test_a_single_step_is_drawn_and_nothing_is_an_empty_figure() -> None:
     assert plots.draw_lambdas("Hybrid", [7], {QKV.format(0): [0.5]}).axes[0].get_xlim() == (6.5, 7.5)
     for by_layer in ({}, {"embedding": [0.5]}):
         assert plots.draw_lambdas("Hybrid", [1], by_layer).axes == []

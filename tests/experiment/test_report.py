@@ -56,7 +56,7 @@ def test_report_of_known_cells_reads_as_the_file_beside(tmp_path: Path) -> None:
     assert markdown(build_report(as_the_paper(tmp_path), "hybrid")) == expected.read_text()
 
 
-def test_all_files_are_there(folder: Path) -> None:
+def test_all_files_are_there_and_the_page_needs_nothing_else(folder: Path) -> None:
     figures = {"result", "cost-talk", "curves-tiny-talk", "lambda-tiny-talk-hybrid"}
     names = {path.name for path in folder.iterdir() if path.is_file()} - {"small.yaml", "experiment.yaml"}
     assert names == {
@@ -65,9 +65,6 @@ def test_all_files_are_there(folder: Path) -> None:
     }
     links = re.findall(r"!\[.*?\]\((.*?)\)", (folder / "report.md").read_text())
     assert set(links) == {f"{name}.svg" for name in figures}
-
-
-def test_page_is_whole_and_needs_nothing_else(folder: Path) -> None:
     reader = Reader()
     reader.feed((folder / "report.html").read_text())
     assert reader.open == [] and len(reader.sources) == 4
@@ -123,22 +120,19 @@ def test_the_place_of_the_reference_method_is_told_unless_it_is_the_best(tmp_pat
 
 def test_an_experiment_of_ones_own_shows_nothing_of_the_papers(found: Results) -> None:
     """The result comes first, as a chart; whatever is long is folded."""
-    report = build_report(found, "hybrid")
-    assert "paper" not in markdown(report).lower() and not any(section.is_papers for section in report.sections)
-    first = report.sections[0]
+    assert list(report.beside_ours(rows(found, "hybrid"))) == []
+    built = build_report(found, "hybrid")
+    assert "paper" not in markdown(built).lower() and not any(section.is_papers for section in built.sections)
+    first = built.sections[0]
     assert [*first.figures] == ["result"] and first.tables[0].columns == ("method", "talk, accuracy")
-    long = [section for section in report.sections if sum(len(table.rows) for table in section.tables) > 5]
+    long = [section for section in built.sections if sum(len(table.rows) for table in section.tables) > 5]
     assert len(long) == 2 and all(section.is_folded for section in long)
-    assert not any("--" in text for section in report.sections for text in section.texts), "flags in prose"
+    assert not any("--" in text for section in built.sections for text in section.texts), "flags in prose"
 
 
 def test_a_method_alone_is_not_the_best(tmp_path: Path) -> None:
     alone = rows(results(tmp_path, methods={"hybrid": small_results.METHODS["hybrid"]}), "hybrid")
     assert report.verdicts(alone, "hybrid") == [] and len(alone) == 2 and not any(row.is_best for row in alone)
-
-
-def test_tasks_that_are_not_the_papers_have_no_such_table(found: Results) -> None:
-    assert list(report.beside_ours(rows(found, "hybrid"))) == []
 
 
 def test_marked_places_of_a_document_are_filled_from_records(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from megatron_peft.config import ConfigurationError
 from megatron_peft.evaluation.harness_run import find_tasks
 from megatron_peft.tasks import readers
 from megatron_peft.tasks.readers import read_task_file, shipped
-from megatron_peft.tasks.template import TASKS, TaskTemplate
+from megatron_peft.tasks.prepare import TASKS, TaskTemplate
 
 PAGE = Path(__file__).parents[2] / "docs" / "benchmark-tasks.md"
 (SOURCE,) = re.findall(r"```yaml\n(.*?)```", PAGE.read_text(), re.DOTALL)

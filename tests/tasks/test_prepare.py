@@ -21,7 +21,7 @@ from megatron_peft.tasks.prepare import (
     normalized,
     prepare,
 )
-from megatron_peft.tasks.template import TaskTemplate
+from megatron_peft.tasks.prepare import TaskTemplate
 
 
 @pytest.mark.parametrize(
