@@ -22,6 +22,7 @@ from megatron_peft.config.evaluation import Sampling
 from megatron_peft.data.tokenizers import Tokenizer
 from megatron_peft.evaluation.model import InferenceModel
 from megatron_peft.parallel.layout import generator_for
+from megatron_peft.runtime.launch import gather_over_world
 
 
 def from_last_stage(values: Tensor) -> Tensor:
@@ -363,13 +364,9 @@ def over_replicas(items: Sequence[Any], work: Callable[[Sequence[Any]], Sequence
     A collective of all ranks.
     """
     group: Any = parallel_state.get_data_parallel_group()
-    size, rank = group.size(), group.rank()
     # Rounded up, so that a single item goes to replica 0, which may stream its answer.
-    bounds = [-(-len(items) * share // size) for share in range(size + 1)]
-    shares: list[Any] = [None] * size
-    shares[rank] = list(work(items[bounds[rank] : bounds[rank + 1]]))
-    if size > 1:
-        dist.all_gather_object(shares, shares[rank], group=group)
+    start, end = (-(-len(items) * share // group.size()) for share in (group.rank(), group.rank() + 1))
+    shares = gather_over_world(list(work(items[start:end])), group)
     return [answer for share in shares for answer in share]
 
 

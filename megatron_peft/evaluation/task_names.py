@@ -66,7 +66,7 @@ def harness_folders(names: Sequence[str], include_paths: Sequence[str]) -> list[
         # Every word of a group's file may name a member. A word too many costs a folder more.
         groups = {file.path for file in declared if file.is_group}
         words = {word for path in groups for word in _words(Path(path).read_text(encoding="utf-8"))}
-        wanted = words & (harness_files().keys() | own.keys())
+        wanted = {word for word in words if word in own or word in harness_files()}  # not read without need
     return sorted(str(folder) for folder in folders if not folders & {*folder.parents})
 
 
