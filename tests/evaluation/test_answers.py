@@ -323,16 +323,13 @@ def test_all_of_a_run_that_decides_its_answers_is_taken_from_it():
     assert found == {**base, **tokenizer, "seed": 7, "method": "full"}
 
 
-def test_the_layout_is_the_users_and_not_the_runs_and_what_is_typed_holds(run):
+def test_the_layout_is_the_users_what_is_typed_holds_and_a_base_that_is_not_there_is_told(run, tmp_path):
     config = _parse("--load", "run", "--pipeline-model-parallel-size", "2")
     assert config.peft == LORA and config.model.pretrained_checkpoint == run and config.model.bf16
     assert config.parallel == ParallelConfig(pipeline_model_parallel_size=2, world_size=2)
     assert config.checkpoint.load == "run" and config.training.seed == config.data.seed == 7
     config = _parse("--load=run", "--pretrained-checkpoint", "elsewhere", "--lora-rank", "5")
     assert config.model.pretrained_checkpoint == "elsewhere" and config.peft.lora_rank == 5
-
-
-def test_a_base_that_is_not_there_is_told_with_the_way_out(run, tmp_path):
     (tmp_path / "base").rmdir()
     with pytest.raises(ConfigurationError, match=f"base model {run}, which does not exist.*--pretrained-checkpoint"):
         saved_values({"load": "run"})
@@ -381,7 +378,7 @@ def test_a_run_without_prompts_is_an_error(tmp_path, monkeypatch):
 
     def ask(*paths: str):
         config = c.make_run(pretrained_checkpoint=str(base), train_data_path=("a.jsonl",), valid_data_path=paths)
-        monkeypatch.setattr(answers, "read_run_record", lambda run: SimpleNamespace(config=config))
+        monkeypatch.setattr(answers.run_record, "read_run_record", lambda run: SimpleNamespace(config=config))
         return questions_of("run", 2)
 
     file.write_text('{"text": "w1 w2"}\n')

@@ -26,6 +26,7 @@ import pytest
 from megatron_peft.commands.evaluate import main
 from megatron_peft.config import ConfigurationError
 from megatron_peft.evaluation import sandbox as box
+from megatron_peft.evaluation import task_names
 from megatron_peft.evaluation.sandbox import Limits, Outcome, Program, Sandbox, bubblewrap_command, open_sandbox
 from megatron_peft.evaluation.task_metrics import program_of
 from tests.evaluation.confined import THREADS, needs_bubblewrap, read
@@ -219,10 +220,7 @@ def test_without_bubblewrap_unsafe_execution_is_asked_for_by_name(monkeypatch: p
     monkeypatch.setenv(box.UNSAFE_VARIABLE, "0")
     with pytest.raises(ConfigurationError, match="bwrap is missing.*apt install bubblewrap.*--unsafe-execution"):
         open_sandbox()
-
-
-def test_flag_of_the_evaluation_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(box.UNSAFE_VARIABLE, "0")
+    monkeypatch.setattr(task_names, "harness_files", dict)
     with pytest.raises(SystemExit):
         sys.exit(main(["--tasks", "no_such_task", "--output", "scores.json", "--unsafe-execution"]))
     assert os.environ[box.UNSAFE_VARIABLE] == "1"
@@ -303,6 +301,8 @@ def test_users_get_a_namespace_and_root_keeps_the_right_to_become_another(monkey
 
 
 def test_limits_reach_the_driver_by_name() -> None:
+    program = "import resource\nassert resource.getrlimit(resource.RLIMIT_NOFILE) == (20, 30)"
+    assert drive(program, RLIMIT_NOFILE=(20, 30)) == ("passed", "")
     limits = Limits(cpu_seconds=7, memory_bytes=1 << 30, processes=2).of_process()
     found = [limits[name] for name in ("RLIMIT_CPU", "RLIMIT_AS", "RLIMIT_NPROC")]
     assert found == [(7, 8), (1 << 30, 1 << 30), (2, 2)]
@@ -375,11 +375,6 @@ def test_what_a_program_sends_its_judge_is_no_verdict_and_makes_no_object(sent: 
 def test_root_becomes_another_for_good_before_the_program_runs() -> None:
     program = "import os\nprint(os.getresuid(), os.getresgid(), os.getgroups())"
     assert drive(program, user=12345) == ("passed", "(12345, 12345, 12345) (12345, 12345, 12345) []\n")
-
-
-def test_limits_hold_in_the_program() -> None:
-    program = "import resource\nassert resource.getrlimit(resource.RLIMIT_NOFILE) == (20, 30)"
-    assert drive(program, RLIMIT_NOFILE=(20, 30)) == ("passed", "")
 
 
 ALLOW, KILL = 0x7FFF0000, 0x80000000

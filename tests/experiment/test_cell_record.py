@@ -90,7 +90,7 @@ def end(folder: Path, *cells: Cell, loss: float | None = 1.0, **values: object) 
         write_record(folder, cell, of_cell(cell, "trained", validation_loss=loss, **values))
 
 
-def todo(folder: Path, group: Group):
+def todo(folder: Path, group: Group) -> list[tuple[str, Cell]]:
     return [(one.kind, one.cell) for one in work(folder, group)]
 
 
