@@ -63,11 +63,9 @@ class TaskTemplate:
 
     @property
     def task(self) -> str:
-        """Name of the task in the harness."""
         return self.settings["task"]
 
     def prompt(self, fields: Mapping[str, Any]) -> str:
-        """The text before the model."""
         return self._render("doc_to_text", fields)
 
     def completion(self, fields: Mapping[str, Any]) -> str:
