@@ -8,7 +8,7 @@ from megatron_peft.experiment.results import Results
 from tests.experiment.small_results import results
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def commit() -> Iterator[str]:
     """What every record names: git, which is asked for each cell otherwise, takes longer than the stand-ins."""
     with pytest.MonkeyPatch.context() as patch:

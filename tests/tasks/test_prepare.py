@@ -135,7 +135,7 @@ def test_test_items_are_left_out_and_counted(tmp_path: Path) -> None:
 TEXTS = st.lists(st.text("ab .A", min_size=1, max_size=6), max_size=30)
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(train=TEXTS, test=st.lists(st.text("ab .A", min_size=1, max_size=6), min_size=1, max_size=10))
 def test_no_test_item_is_ever_trained_on(train: list[str], test: list[str], tmp_path_factory) -> None:
     train = [*train, *(f"filler {n}" for n in range(40))]
