@@ -14,8 +14,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from megatron_peft.checkpoint.folders import write_atomically
-from megatron_peft.checkpoint.run_record import read_run_record
+from megatron_peft.checkpoint import folders, run_record
 from megatron_peft.config import ConfigurationError, RunConfig, is_indexed, parse_blend, require, writing
 from megatron_peft.config.evaluation import AnswerSettings
 from megatron_peft.config.untrusted import parse_json, read_text, require_regular
@@ -247,14 +246,14 @@ def write_samples(config: RunConfig, output: Path, run: str, num_samples: int, m
 
     def write() -> None:
         with writing(f"--samples: {output}"):
-            write_atomically(output, lines)
+            folders.write_atomically(output, lines)
 
     checked_together(lambda: write() if dist.get_rank() == 0 else None)
 
 
 def questions_of(run: str, num_samples: int) -> list[tuple[str, str, Record]]:
     """(prompt as a person reads it, its answer, what is asked), spread evenly over the validation data of a run."""
-    config = read_run_record(run).config
+    config = run_record.read_run_record(run).config
     data = config.data
     paths = data.data_path or data.valid_data_path
     reason = f"was validated on indexed data ({paths[0]})" if paths else "was trained without"

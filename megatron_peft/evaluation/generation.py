@@ -22,6 +22,7 @@ from megatron_peft.config.evaluation import Sampling
 from megatron_peft.data.tokenizers import Tokenizer
 from megatron_peft.evaluation.model import InferenceModel
 from megatron_peft.parallel.layout import generator_for
+from megatron_peft.runtime.launch import gather_over_world
 
 
 def from_last_stage(values: Tensor) -> Tensor:
@@ -170,24 +171,15 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How to generate.
+    """How to generate. `is_complete` gets the ids of an answer after each token; True ends it after that token."""
 
-    Args:
-        end_ids: tokens that end an answer and are not part of it.
-        max_new_tokens: length limit of an answer.
-        is_complete: called with the ids of an answer after each token; True ends the answer after that token.
-        batch_size: prompts per batch, on each replica.
-        seed: of sampling.
-        max_length: limit of prompt and answer together, in tokens.
-    """
-
-    end_ids: frozenset[int]
+    end_ids: frozenset[int]  # they end an answer and are not part of it
     max_new_tokens: int
     is_complete: Callable[[Sequence[int]], bool] | None = None
-    batch_size: int = 32
+    batch_size: int = 32  # prompts, on each replica
     sampling: Sampling = Sampling()
     seed: int = 0
-    max_length: int = sys.maxsize
+    max_length: int = sys.maxsize  # of prompt and answer together, in tokens
 
     def room(self, prompt: Sequence[int]) -> int:
         """Length limit of the answer to this prompt, in tokens."""
@@ -206,7 +198,7 @@ def generate(
     names: Sequence[str] | None = None,
     on_token: OnToken = lambda row, token: None,
 ) -> list[list[int]]:
-    """Generate an answer to each prompt. All ranks of a replica call it together.
+    """New ids for each prompt, in their order. All ranks of a replica call it together, and get the same.
 
     Args:
         model_chunks: of this rank, without a data-parallel wrapper; restored to their mode afterwards.
@@ -214,9 +206,6 @@ def generate(
         report: called with the number of prompts that have just been answered.
         names: of the prompts' random streams; by default the prompts' numbers.
         on_token: called with (number of the prompt, id) as each token is generated.
-
-    Returns:
-        New ids for each prompt, in the order of the prompts, the same on every rank of the replica.
     """
     require(all(prompts), "a prompt is empty: generation needs at least one token to start from.")
     answers: list[list[int]] = [[] for _ in prompts]
@@ -375,13 +364,9 @@ def over_replicas(items: Sequence[Any], work: Callable[[Sequence[Any]], Sequence
     A collective of all ranks.
     """
     group: Any = parallel_state.get_data_parallel_group()
-    size, rank = group.size(), group.rank()
     # Rounded up, so that a single item goes to replica 0, which may stream its answer.
-    bounds = [-(-len(items) * share // size) for share in range(size + 1)]
-    shares: list[Any] = [None] * size
-    shares[rank] = list(work(items[bounds[rank] : bounds[rank + 1]]))
-    if size > 1:
-        dist.all_gather_object(shares, shares[rank], group=group)
+    start, end = (-(-len(items) * share // group.size()) for share in (group.rank(), group.rank() + 1))
+    shares = gather_over_world(list(work(items[start:end])), group)
     return [answer for share in shares for answer in share]
 
 

@@ -30,6 +30,8 @@ from megatron_peft.evaluation.answers import request_bar
 from megatron_peft.evaluation.generation import Continuation, GenerationSettings, StopTexts, generate_answers, score_all
 from megatron_peft.evaluation.model import InferenceModel
 
+Action = Callable[..., Any]  # on a model, of all ranks
+
 
 class RankDispatcher:
     """Calls of rank 0 that run on all ranks of a started world. Creating it is a collective."""
@@ -39,7 +41,7 @@ class RankDispatcher:
         # Between two calls rank 0 may execute code for hours.
         self._group: Any = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=30))
 
-    def call(self, action: Callable[..., Any], *arguments: Any) -> Any:
+    def call(self, action: Action, *arguments: Any) -> Any:
         """Run `action(model, *arguments)` on every rank. Called on rank 0; returns the result there."""
         self._broadcast((action, arguments))
         return action(self.model, *arguments)
@@ -250,12 +252,7 @@ class HarnessModel(TemplateLM):
         return isinstance(answer, list | tuple) and all(type(id_) is int and 0 <= id_ <= largest for id_ in answer)
 
     def _answers(
-        self,
-        title: str,
-        requests: Sequence[Request],
-        is_answer: Callable[[Any], bool],
-        action: Callable[..., Any],
-        *settings: Any,
+        self, title: str, requests: Sequence[Request], is_answer: Callable[[Any], bool], action: Action, *settings: Any
     ) -> list[Any]:
         """Answers in the order of the requests: known ones, and those of `action(model, requests, *settings)` to the
         others in portions, longest first."""

@@ -4,6 +4,7 @@ Whatever the harness would evaluate, load or call because a file of --include-pa
 reads the file. Then each task is loaded, and asks its first question; only then the model is loaded.
 """
 
+import importlib.metadata
 import json
 import logging
 import os
@@ -13,20 +14,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from functools import partial
 from glob import has_magic, iglob
-from importlib import import_module
-from importlib.metadata import version
 from inspect import isfunction
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-import lm_eval.utils
 import torch.distributed as dist
 from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
-from lm_eval import evaluator_utils
+from lm_eval import evaluator, evaluator_utils, utils
 from lm_eval.api.metrics import acc_all, bootstrap_stderr, bypass_agg, mean, stderr_for_metric
 from lm_eval.api.registry import AGGREGATION_REGISTRY, METRIC_REGISTRY
-from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 
 from megatron_peft.checkpoint.folders import write_atomically
@@ -41,7 +38,7 @@ from megatron_peft.evaluation.harness import FinishedRequests, HarnessModel, Ran
 from megatron_peft.evaluation.model import load_model, model_fingerprint
 from megatron_peft.evaluation.task_names import harness_files, harness_folders, own_files, require_known_tasks, texts_of
 from megatron_peft.runtime.launch import checked_together
-from megatron_peft.tasks.template import TaskLoader
+from megatron_peft.tasks.prepare import TaskLoader
 
 JUDGING_SECONDS = 10.0  # for the filters of a task, or to score one answer
 NUM_DRAWS = 100  # of a bootstrap, which tell an error to 7%; the harness's 100,000 take hours for F1 of 40,000 answers
@@ -87,7 +84,7 @@ def evaluate(config: RunConfig, settings: HarnessSettings) -> None:
     model: Any = HarnessModel(dispatcher, finished, settings.batch_size, settings.sampling_seed)
     limit = settings.limit
     with _told(" ".join(settings.tasks), "scored"):
-        results: Any = simple_evaluate(
+        results: Any = evaluator.simple_evaluate(
             model=model,
             tasks=asked,
             task_manager=tasks,
@@ -102,7 +99,7 @@ def evaluate(config: RunConfig, settings: HarnessSettings) -> None:
     dispatcher.stop()
     results["config"]["checkpoint_fingerprint"] = finished.model
     results["config"]["evaluation"] = settings.result_settings()
-    results["config"]["package_versions"] = {name: version(name) for name in PACKAGES}
+    results["config"]["package_versions"] = {name: importlib.metadata.version(name) for name in PACKAGES}
     for kind, number in (+model.truncated).items():
         print(f"{number} {kind} requests were cut at the beginning to fit the model's {model.max_length} positions")
     with writing(way_out="free disk space, and the same command goes on"):
@@ -140,7 +137,7 @@ def _in_time(judge: Callable[..., Any], num_answers: Callable[[], int] = lambda:
 
 
 def _write(results: dict[str, Any], settings: HarnessSettings) -> None:
-    as_json = partial(json.dumps, default=lm_eval.utils.handle_non_serializable)
+    as_json = partial(json.dumps, default=utils.handle_non_serializable)
     samples: Mapping[str, list[dict[str, Any]]] = results.pop("samples", {})
     if settings.log_samples:
         lines = [as_json({"task": task, **sample}) + "\n" for task, of_task in samples.items() for sample in of_task]
@@ -160,7 +157,7 @@ def _apply_template(template: str, doc: Mapping[str, Any]) -> str:
         raise ConfigurationError(f"the template {shown!r} fails on an item with {', '.join(doc)}: {error}") from error
 
 
-lm_eval.utils.apply_template = _apply_template  # the one that it replaces runs any code
+utils.apply_template = _apply_template  # the one that it replaces runs any code
 
 MOST_REQUESTS = 1_000_000  # of a task: the harness keeps all of them in memory
 
@@ -252,7 +249,7 @@ def _check_examples(task: Any, num_fewshot: int | None) -> None:
     task.set_config("num_fewshot", wanted)
 
 
-HARNESS = Path(lm_eval.__file__).parent.resolve()
+HARNESS = Path(utils.__file__).parent.resolve()
 FUNCTIONS_OF = ("megatron_peft.evaluation.task_metrics", "megatron_peft.evaluation.humaneval", "lm_eval.api.metrics")
 READERS = {"arrow", "csv", "json", "parquet", "text"}  # of datasets' own; others read pickles, or ask databases
 DATA = {"dataset_path", "dataset_name", "dataset_kwargs"}
@@ -310,7 +307,7 @@ def _values_within(value: Any) -> Iterator[Any]:
 
 def _check_function(path: Path, function: str, may_run_code: bool) -> None:
     module, _, name = function.rpartition(".")
-    named = getattr(import_module(module), name, None) if module in FUNCTIONS_OF else None
+    named = getattr(importlib.import_module(module), name, None) if module in FUNCTIONS_OF else None
     allowed = isfunction(named) and named.__module__ == module  # not what it imports
     allowed |= may_run_code and f"{module}.".startswith("lm_eval.") and "._" not in function
     script = path.resolve().parent / f"{module.replace('.', '/')}.py"

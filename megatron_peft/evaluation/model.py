@@ -13,16 +13,9 @@ from megatron.core.models.gpt import GPTModel
 from torch import nn
 
 from megatron_peft.adapters.attach import attach_adapters, linear_layers
+from megatron_peft.checkpoint import run_record
 from megatron_peft.checkpoint.folders import MANIFEST
 from megatron_peft.checkpoint.load import load_trained_parameters
-from megatron_peft.checkpoint.run_record import (
-    CurrentRun,
-    RunRecord,
-    contradictions,
-    find_checkpoint,
-    read_record,
-    read_run_record,
-)
 from megatron_peft.checkpoint.save import base_fingerprint
 from megatron_peft.checkpoint.tensors import adapted_layers
 from megatron_peft.cli.parser import RunFlags
@@ -38,20 +31,14 @@ from megatron_peft.runtime.launch import checked_together, start_model_parallel,
 
 @dataclass(frozen=True)
 class InferenceModel:
-    """A loaded model on this rank; `config` has the layout of the evaluation, not that of the training run.
-
-    Args:
-        chunks: the model chunks of this rank, without a data-parallel wrapper.
-        end_ids: tokens that end an answer.
-        record: of the run that trained it; None for a base model.
-    """
+    """A loaded model on this rank; `config` has the layout of the evaluation, not that of the training run."""
 
     config: RunConfig
     shape: ModelShape
-    chunks: list[GPTModel]
+    chunks: list[GPTModel]  # of this rank, without a data-parallel wrapper
     tokenizer: Tokenizer
-    end_ids: frozenset[int]
-    record: RunRecord | None
+    end_ids: frozenset[int]  # tokens that end an answer
+    record: run_record.RunRecord | None  # of the run that trained it; None for a base model
 
     @property
     def max_length(self) -> int:
@@ -82,11 +69,12 @@ def load_model(config: RunConfig) -> InferenceModel:
     _load_base(chunks, config, shape, progress=dist.get_rank() == 0)
     record = None
     if load is not None:
-        run = CurrentRun(config, shape, adapted_layers(chunks), base_fingerprint(base), {})
+        run = run_record.CurrentRun(config, shape, adapted_layers(chunks), base_fingerprint(base), {})
 
         def refuse_another() -> None:
             # The first rank speaks for all: it alone has read the base model's files.
-            if dist.get_rank() == 0 and (problems := contradictions(read_record(find_checkpoint(load)), run)):
+            saved = run_record.read_record(run_record.find_checkpoint(load)) if dist.get_rank() == 0 else None
+            if saved is not None and (problems := run_record.contradictions(saved, run)):
                 raise ConfigurationError(*problems)
 
         checked_together(refuse_another)
@@ -116,7 +104,7 @@ def restore_base(chunks: Sequence[nn.Module], config: RunConfig, shape: ModelSha
 def model_fingerprint(config: RunConfig) -> str:
     """32 hexadecimal digits that identify base, checkpoint and dtype. Call it on the first rank."""
     base, load = base_fingerprint(config.model.pretrained_checkpoint), config.checkpoint.load
-    manifest = (find_checkpoint(load) / MANIFEST).read_text() if load else None
+    manifest = (run_record.find_checkpoint(load) / MANIFEST).read_text() if load else None
     parts = [dict(base or {}), manifest, config.model.bf16]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -147,7 +135,7 @@ def saved_values(typed: Mapping[str, Any]) -> dict[str, Any]:
     if load is None:
         return {}
     require(load != "", "--load is empty: give the folder of a run, or omit the flag.")
-    record = read_run_record(load)
+    record = run_record.read_run_record(load)
     base = record.config.model.pretrained_checkpoint
     is_there = "pretrained_checkpoint" in typed or (base is not None and Path(base).exists())
     told = f"--load {load} was trained on the base model {base}, which does not exist"
@@ -168,8 +156,7 @@ def values_of_model(config: RunConfig) -> dict[str, Any]:
 def run_on_a_model(main: Callable[[RunConfig, Any], None], settings: Any, run_flags: RunFlags) -> None:
     """Run `main` on all processes of a started world with the model's configuration and its own settings.
 
-    Raises:
-        ConfigurationError: something is wrong with the flags.
+    Raises ConfigurationError: something is wrong with the flags.
     """
     config = run_flags.config(read_shape=read_model_shape, saved=saved_values)
     with world(config.parallel.distributed_backend, config.parallel.distributed_timeout_minutes):

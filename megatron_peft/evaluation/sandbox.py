@@ -8,7 +8,6 @@ import errno
 import importlib.util
 import json
 import os
-import platform
 import random
 import re
 import shutil
@@ -154,7 +153,7 @@ _X32 = 0x40000000  # the x32 ABI numbers its calls from here
 
 def seccomp_filter(machine_name: str | None = None) -> bytes:
     """The filter for bwrap's --seccomp, an array of `struct sock_filter`. ConfigurationError: unknown architecture."""
-    name = machine_name or platform.machine()
+    name = machine_name or os.uname().machine
     require(name in MACHINES, f"the sandbox supports {' and '.join(MACHINES)}, not {name}.")
     machine = MACHINES[name]
     refuse = (_RETURN, _FAIL | errno.EPERM, 0, 0)

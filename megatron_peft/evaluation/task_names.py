@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.config.untrusted import parse_yaml, read_text
-from megatron_peft.tasks.template import TaskLoader
+from megatron_peft.tasks.prepare import TaskLoader
 
 # A key at the beginning of a line, and its value: the rest of the line, or the items of a list on the next ones.
 _KEY = re.compile(r"""^["']?(task|group|tag|include|class)["']?[ ]*:(.*(?:\n(?:[ \t]*-.*|[ \t]*|[ \t]*#.*)$)*)""", re.M)
@@ -66,7 +66,7 @@ def harness_folders(names: Sequence[str], include_paths: Sequence[str]) -> list[
         # Every word of a group's file may name a member. A word too many costs a folder more.
         groups = {file.path for file in declared if file.is_group}
         words = {word for path in groups for word in _words(Path(path).read_text(encoding="utf-8"))}
-        wanted = words & (harness_files().keys() | own.keys())
+        wanted = {word for word in words if word in own or word in harness_files()}  # not read without need
     return sorted(str(folder) for folder in folders if not folders & {*folder.parents})
 
 

@@ -1,4 +1,5 @@
-"""Writes the folder of a task: training and validation files, test items, task files. docs/benchmark-tasks.md has them.
+"""A task of lm-evaluation-harness as training reads it, and its folder: training and validation files, test items, task
+files. docs/benchmark-tasks.md has them.
 
 No test item is in the training files. The folder appears when all of it is written.
 """
@@ -11,13 +12,85 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import IO, Any
 
+import yaml
+
 from megatron_peft.checkpoint.folders import check_new, new_folder
-from megatron_peft.config import Requirements, require
-from megatron_peft.tasks.template import TaskTemplate
+from megatron_peft.config import ConfigurationError, Requirements, require
+from megatron_peft.config.templates import render
+from megatron_peft.config.untrusted import parse_yaml, read_text
+
+TASKS = Path(__file__).parent / "templates"
+DEFAULT_DELIMITER = " "  # the harness's, between prompt and target
+
+
+class TaskLoader(yaml.SafeLoader):
+    """YAML in which `!function NAME` is the name. Some of the harness's own files have a key twice."""
+
+
+TaskLoader.add_constructor("!function", lambda loader, node: loader.construct_scalar(node))  # type: ignore[arg-type]
+
+
+def split_task_file(text: str) -> tuple[str, str]:
+    """(where the items come from, the task of the harness): what stands above the first line --- and what below."""
+    declared, line, task = text.partition("\n---\n")
+    return (declared, task) if line else ("", text)
+
+
+class TaskTemplate:
+    """The task `name` of the harness, read for training as well: training prompts and completions are rendered exactly
+    as the harness renders them. `changes` (old text -> new) are made in the text of the file, folder/NAME.yaml.
+    """
+
+    def __init__(self, name: str, changes: Mapping[str, str] | None = None, folder: Path = TASKS) -> None:
+        self.name = name
+        _, self.text = split_task_file(read_text(folder / f"{name}.yaml"))
+        for old, new in (changes or {}).items():
+            require(self.text.count(old) == 1, f"the template {name} does not hold {old!r} once.")
+            self.text = self.text.replace(old, new)
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """The task as the harness reads it. Raises ConfigurationError: it makes no prompt or no completion."""
+        settings = parse_yaml(self.text, f"the template {self.name}", TaskLoader)
+        for key in ("task", "doc_to_text", "doc_to_target"):
+            has_text = isinstance(settings, dict) and isinstance(settings.get(key), str)
+            require(has_text, f"the template {self.name} has no text for {key}.")
+        return settings
+
+    @property
+    def task(self) -> str:
+        return self.settings["task"]
+
+    def prompt(self, fields: Mapping[str, Any]) -> str:
+        return self._render("doc_to_text", fields)
+
+    def completion(self, fields: Mapping[str, Any]) -> str:
+        """The right answer after it: the right choice, or the target text, after the delimiter."""
+        target = self.settings["doc_to_target"]
+        answer = fields[target] if target in fields else self._render("doc_to_target", fields)
+        if choices := self.settings.get("doc_to_choice"):
+            require(
+                str(answer) in map(str, range(len(choices))),
+                f"the template {self.name}: doc_to_target is {answer}, and doc_to_choice has {len(choices)} choices.",
+            )
+            answer = choices[int(answer)]
+        return self.settings.get("target_delimiter", DEFAULT_DELIMITER) + str(answer)
+
+    def filled(self, data_files: Mapping[str, Path]) -> str:
+        """The task file whose data are `data_files` (split -> JSON lines), by absolute path."""
+        lines = [f"    {split}: {json.dumps(str(path.absolute()))}" for split, path in data_files.items()]
+        return "\n".join([self.text.rstrip(), "dataset_path: json", "dataset_kwargs:", "  data_files:", *lines, ""])
+
+    def _render(self, key: str, fields: Mapping[str, Any]) -> str:
+        try:
+            return render("task", self.settings[key], fields)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"the template {self.name}: {key} fails: {error}") from error
+
 
 WORD = re.compile(r"\w+")
 
@@ -26,16 +99,13 @@ WORD = re.compile(r"\w+")
 class Document:
     """An item: what fills the templates, and what identifies it.
 
-    Args:
-        fields: as the task's template names them.
-        texts: an item with the words of one of these texts is the same item. The first one decides the split.
-        place: FILE, line N.
-        fragments: texts that may not appear inside another item's either (a solution).
+    An item with the words of one of its `texts` is the same item; the first one decides the split. `fragments` may not
+    appear inside another item's texts either (a solution).
     """
 
-    fields: Mapping[str, Any]
+    fields: Mapping[str, Any]  # as the task's template names them
     texts: tuple[str, ...]
-    place: str
+    place: str  # FILE, line N
     fragments: tuple[str, ...] = ()
 
 
@@ -126,19 +196,12 @@ class Tests:
 
 @dataclass(frozen=True)
 class BenchmarkData:
-    """What `prepare` makes a folder from.
+    """What `prepare` makes a folder from."""
 
-    Args:
-        training: the template of training records; None without training data.
-        documents: to be split into train and valid.
-        tests: at most one of them without documents, which then gets the split's test part.
-        held_out: more documents that may not be in the training data.
-    """
-
-    training: TaskTemplate | None
-    documents: Iterable[Document] = ()
-    tests: Sequence[Tests] = ()
-    held_out: Iterable[Document] = ()
+    training: TaskTemplate | None  # of training records
+    documents: Iterable[Document] = ()  # to be split into train and valid
+    tests: Sequence[Tests] = ()  # at most one of them without documents, which then gets the split's test part
+    held_out: Iterable[Document] = ()  # these may not be in the training data either
 
 
 @dataclass

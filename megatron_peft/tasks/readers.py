@@ -17,49 +17,35 @@ from zipfile import BadZipFile, ZipFile
 
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.config.untrusted import MAX_BYTES, parse_json, parse_yaml, read_text, require_regular
-from megatron_peft.tasks.prepare import BenchmarkData, Document, Tests
-from megatron_peft.tasks.template import TASKS, TaskTemplate, split_task_file
+from megatron_peft.tasks.prepare import TASKS, BenchmarkData, Document, TaskTemplate, Tests, split_task_file
 
 Row = tuple[Mapping[str, Any], str]  # an item as its file has it, and FILE, line N
 
 
 @dataclass(frozen=True)
 class TaskFile:
-    """Where the items of a task come from: docs/benchmark-tasks.md has the keys that are not described here.
+    """Where the items of a task come from: docs/benchmark-tasks.md has the keys that are not described here."""
 
-    Args:
-        path: the file, named like its task of the harness.
-        name: the sub-command of megatron-peft data prepare; by default the file's name.
-        group: a sub-command that prepares several tasks from one input, each in its own folder.
-        help: what --input is.
-        reader: one of READERS.
-        train: empty for a task that is only scored.
-        test: for several tasks of the harness, task -> file.
-        same_item: its first list of columns decides the split.
-        fragments: columns whose texts may not appear inside another item's either (a solution).
-        flags: flags that change the task's text: help, default, changes (old text -> new, in which {} is the value),
-            and values or least (with because) to check it.
-        wheel: the Python package with the data, for a call without --input.
-    """
-
-    path: Path
+    path: Path  # the file, named like its task of the harness
     _: KW_ONLY
-    reader: str
+    reader: str  # one of READERS
     fields: Mapping[str, str]
-    name: str = ""
-    group: str = ""
-    help: str = ""
-    train: str = ""
-    test: Mapping[str, str] = field(default_factory=dict)
+    name: str = ""  # the sub-command of megatron-peft data prepare; by default the file's name
+    group: str = ""  # a sub-command that prepares several tasks from one input, each in its own folder
+    help: str = ""  # what --input is
+    train: str = ""  # empty for a task that is only scored
+    test: Mapping[str, str] = field(default_factory=dict)  # for several tasks of the harness, task -> file
     optional: Sequence[str] = ()
     label: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     must_match: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    same_item: Sequence[Sequence[str]] = ()
-    fragments: Sequence[str] = ()
+    same_item: Sequence[Sequence[str]] = ()  # its first list of columns decides the split
+    fragments: Sequence[str] = ()  # columns whose texts may not appear inside another item's either (a solution)
     given: Mapping[str, str] = field(default_factory=dict)
+    # They change the task's text: help, default, changes (old text -> new, in which {} is the value), and values or
+    # least (with because) to check it.
     flags: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     held_out: str = ""
-    wheel: str = ""
+    wheel: str = ""  # the Python package with the data, for a call without --input
 
     def documents(
         self, paths: Sequence[Path], skip_damaged: bool = False, given: Mapping[str, str] | None = None
@@ -86,14 +72,8 @@ class TaskFile:
         skip_damaged: bool = False,
         held_out: Sequence[Path] = (),
     ) -> BenchmarkData:
-        """What `prepare` writes.
-
-        Args:
-            inputs: --input, a folder or files.
-            test_inputs: --test-input; without it the split's test part is scored.
-            options: values of `given` and of `flags`, by name.
-            held_out: the file of the task that `held_out` names.
-        """
+        """What `prepare` writes of the files of --input and --test-input; without the latter the split's test part is
+        scored. `options` are values of `given` and of `flags`, by name."""
         options = options or {}
         given = {name: options[name] for name in self.given}
         read = partial(self.documents, skip_damaged=skip_damaged, given=given)

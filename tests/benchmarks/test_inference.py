@@ -11,7 +11,7 @@ import pytest
 from megatron_peft.benchmarks import inference
 from megatron_peft.benchmarks.inference import TASKS, compare_items, our_items, their_items
 from megatron_peft.benchmarks.subjects import Setting, on_ranks
-from megatron_peft.tasks.template import TASKS as ALL_TASKS
+from megatron_peft.tasks.prepare import TASKS as ALL_TASKS
 from tests.evaluation.local_tasks import write_tasks
 from tests.evaluation.worded_llama import WORDS, save_worded_llama
 from tests.ranks import run_ranks

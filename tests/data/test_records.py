@@ -13,7 +13,7 @@ from megatron_peft.data.files import RecordFiles
 from megatron_peft.data.instruction import InstructionDataset
 from megatron_peft.data.records import ColumnNames, Fit, encode_segments, format_of, tokenize_record
 from megatron_peft.data.tokenizers import HuggingFaceTokenizer, SentencePieceTokenizer
-from megatron_peft.tasks.template import TaskTemplate
+from megatron_peft.tasks.prepare import TaskTemplate
 from tests.data.tiny_tokenizers import CHATML, save_tokenizer
 
 QUESTION = {"role": "user", "content": "the cat?"}

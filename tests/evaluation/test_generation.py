@@ -2,26 +2,32 @@
 
 import os
 import random
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import settings as limits
 from hypothesis import strategies as st
+from megatron.core import parallel_state
 from transformers import AutoModelForCausalLM, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from megatron_peft.adapters.attach import attach_adapters
 from megatron_peft.benchmarks import SIZES_VARIABLE
-from megatron_peft.config import ConfigurationError
+from megatron_peft.checkpoint.tensors import global_slices, sharded_parameters
+from megatron_peft.config import ConfigurationError, ModelConfig, ParallelConfig, PeftConfig
 from megatron_peft.config.evaluation import Sampling
+from megatron_peft.conversion.pretrained import load_pretrained
 from megatron_peft.evaluation import generation
 from megatron_peft.evaluation.generation import Continuation, GenerationSettings, StopTexts, choose_tokens
-from megatron_peft.runtime.launch import stop
+from megatron_peft.models.families import read_shape
+from megatron_peft.models.gpt import build_model_chunks
+from megatron_peft.parallel.layout import generator_for
+from megatron_peft.runtime.launch import start_model_parallel, start_world, stop, stop_model_parallel
 from megatron_peft.runtime.precision import full_precision
-from tests.evaluation import generation_runs
-from tests.evaluation.generation_runs import LAYOUTS, METHODS, Job
 from tests.one_rank import one_rank
 from tests.ranks import run_ranks
 from tests.tiny_bloom import save_bloom
@@ -34,12 +40,97 @@ DRAWN = Sampling(temperature=0.9, top_p=0.9, top_k=50)
 # What is compared with one process. A collective of gloo takes a millisecond whatever it carries: no more than tells.
 COMPARED = {
     "TP2": ("base", "lora", "boft-input", "hybrid", "bloom", "drawn, bloom with LoRA"),
-    "TP2+SP": ("lora", "boft", "boft-input", "urnn", "hybrid"),
+    "TP2+SP": ("boft-input", "urnn", "hybrid"),  # and so LoRA, and BOFT of the output
     "PP2": ("lora", "drawn"),
     "PP2 interleaved": ("hybrid", "drawn, bloom with LoRA"),
     "TP2xPP2+SP": ("drawn, bloom with LoRA",),
 }
 QUICK_LAYOUTS = ("TP2+SP", "PP2 interleaved")
+TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
+SP = {**TP2, "sequence_parallel": True}
+LAYOUTS = {
+    "TP2": TP2,
+    "TP2+SP": SP,
+    "PP2": PP2,
+    "PP2 interleaved": {**PP2, "num_layers_per_virtual_pipeline_stage": 1},
+    "TP2xPP2+SP": {**SP, **PP2},
+}
+GROUPS_OF_FOUR = {"boft_block_size": 2, "boft_factors": 2}
+METHODS: dict[str, dict[str, Any] | None] = {
+    "base": None,
+    "lora": {"method": "lora", "lora_rank": 4},
+    "boft": {"method": "boft", **GROUPS_OF_FOUR},
+    "boft-input": {"method": "boft", "rotation_side": "input", **GROUPS_OF_FOUR},
+    "urnn": {"method": "urnn", "urnn_block_size": 4},
+    "hybrid": {"method": "hybrid", "lora_rank": 4, **GROUPS_OF_FOUR},
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to ask of a model, and at which layout (fields of ParallelConfig)."""
+
+    base: str
+    prompts: list[list[int]]
+    settings: GenerationSettings
+    continuations: list[Continuation] = field(default_factory=list)
+    parallel: dict[str, Any] = field(default_factory=dict)
+    peft: dict[str, Any] | None = None
+    names: list[str] | None = None
+    score_batch_size: int = 8
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Answers and scores; whether the model was left as it was found; numbers that `report` was told."""
+
+    answers: list[list[int]]
+    scores: list[generation.ContinuationScore]
+    left_as_found: bool
+    reported: list[int]
+
+
+def run_jobs(jobs: list[Job]) -> list[Outcome]:
+    """On each rank of a world."""
+    start_world()
+    return [_run(job) for job in jobs]
+
+
+def _run(job: Job) -> Outcome:
+    shape = read_shape(job.base)
+    parallel = ParallelConfig(**job.parallel, world_size=dist.get_world_size())
+    start_model_parallel(parallel, 1, parallel.num_virtual_stages(shape.num_layers))
+    chunks = build_model_chunks(shape, ModelConfig(job.base), parallel)
+    if job.peft:
+        attach_adapters(chunks, PeftConfig(**job.peft), seed=1)
+        _stir_adapters(chunks)
+    rank, size = parallel_state.get_tensor_model_parallel_rank(), parallel.tensor_model_parallel_size
+    load_pretrained(chunks, job.base, shape, tensor_parallel_rank=rank, tensor_parallel_size=size, progress=False)
+    before = _switches(chunks)
+    reported: list[int] = []
+    answers = generation.generate(chunks, job.prompts, job.settings, reported.append, names=job.names)
+    scores = generation.score_continuations(chunks, job.continuations, job.score_batch_size)
+    outcome = Outcome(answers, scores, _switches(chunks) == before, reported)
+    stop_model_parallel()
+    return outcome
+
+
+@torch.no_grad()
+def _stir_adapters(chunks) -> None:
+    """Adapters start at no change: add the same random numbers to every global tensor at any layout."""
+    trained = {parameter.data_ptr() for chunk in chunks for parameter in chunk.parameters()}
+    for entry in sharded_parameters(chunks, only_adapters=True):
+        for part in global_slices(entry) if entry.data.data_ptr() in trained else ():
+            whole = torch.randn(part.global_shape, generator=generator_for(1, part.key))
+            box = zip(part.global_offset, part.local_shape, strict=True)
+            part.data.add_(0.2 * whole[tuple(slice(start, start + length) for start, length in box)])
+
+
+def _switches(chunks) -> list[Any]:
+    modules = [module for chunk in chunks for module in chunk.modules()]
+    owners = [owner for module in modules for owner in (module, getattr(module, "config", None))]
+    names = (*generation.SEQUENCE_PARALLEL_SWITCHES, "training")
+    return [getattr(owner, name, None) for owner in owners for name in names]
 
 
 def greedy_by_transformers(base, prompts, end_id=-1):
@@ -112,13 +203,12 @@ def alone(jobs):
         "drawn, other seed": replace(drawn, settings=replace(drawn.settings, seed=6)),
         "drawn, reversed": replace(drawn, prompts=drawn.prompts[::-1], names=[str(i) for i in range(7)][::-1]),
     }
-    if SIZES_VARIABLE in os.environ:  # check-gpu, which has the GPU in this process
-        try:
-            with full_precision:
-                return dict(zip(FAMILIES, generation_runs.run_jobs([jobs[one] for one in FAMILIES]), strict=True))
-        finally:
-            stop()
-    return dict(zip(everything, run_ranks(1, generation_runs.run_jobs, list(everything.values()))[0], strict=True))
+    names = FAMILIES if SIZES_VARIABLE in os.environ else [*everything]  # check-gpu asks for these alone
+    try:
+        with full_precision:
+            return dict(zip(names, run_jobs([everything[name] for name in names]), strict=True))
+    finally:
+        stop()
 
 
 def _same(outcome, expected):
@@ -151,10 +241,9 @@ def test_scores_are_those_of_one_text_at_a_time(jobs, alone, figure, family):
     figure(f"{family}: largest difference of a score", largest, 1e-4, note=f"{len(found)} texts")
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "base"])
-def test_adapters_take_part(alone, method):
-    assert alone[method].answers != alone["base"].answers
-    assert alone[method].scores != alone["base"].scores
+def test_adapters_take_part(alone):
+    for method in METHODS.keys() - {"base"}:
+        assert alone[method].answers != alone["base"].answers and alone[method].scores != alone["base"].scores, method
 
 
 def test_what_is_beside_a_row_changes_nothing(alone):
@@ -181,7 +270,7 @@ def split(jobs, request):
         if not keys:
             continue
         split = [replace(jobs[name], parallel=LAYOUTS[at]) for at, name in keys]
-        by_rank = run_ranks(num_ranks, generation_runs.run_jobs, split)
+        by_rank = run_ranks(num_ranks, run_jobs, split)
         outcomes |= {key: [of_rank[i] for of_rank in by_rank] for i, key in enumerate(keys)}
     return outcomes
 
@@ -224,31 +313,20 @@ def _generate_by_script(monkeypatch, settings, script, told=lambda row, token: N
     return generation.generate([torch.nn.Module()], prompts, settings, on_token=told)
 
 
-def test_an_answer_that_is_complete_ends_with_its_last_token(monkeypatch):
+def test_an_answer_ends_at_an_end_with_its_last_token_or_at_the_longest_text(monkeypatch):
     settings = GenerationSettings(frozenset({9, 0}), 5, is_complete=lambda ids: ids[-1] == 3)
     script = {1: [4, 3, 7], 2: [5, 6, 9], 7: [0], 8: [4, 4, 4, 4, 4, 4]}
     told: list[tuple[int, int]] = []
     answers = _generate_by_script(monkeypatch, settings, script, lambda row, token: told.append((row, token)))
     assert answers == [[4, 3], [5, 6], [], [4, 4, 4, 4, 4]]
     assert told[:4] == [(0, 4), (1, 5), (3, 4), (0, 3)], "a token is told when it comes, an end is not told"
-
-
-def test_equal_prompts_are_answered_alike(monkeypatch):
     settings = GenerationSettings(frozenset({9}), 3, batch_size=4)
     script = {1: [4, 9], 2: [5, 6, 7]}
-    assert _generate_by_script(monkeypatch, settings, script, copies=2) == [[4], [5, 6, 7]] * 2
-
-
-def test_prompt_and_answer_stay_within_the_longest_text(monkeypatch):
+    assert _generate_by_script(monkeypatch, settings, script, copies=2) == [[4], [5, 6, 7]] * 2, "equal prompts"
     settings = GenerationSettings(frozenset(), 5, max_length=3)
     assert _generate_by_script(monkeypatch, settings, {1: [4, 4, 4]}) == [[4, 4]]
     assert settings.room([1, 2, 3]) == 0 and settings.room([1]) == 2
     assert GenerationSettings(frozenset(), 5).room([1] * 100) == 5
-
-
-def test_empty_prompts_are_refused():
-    with pytest.raises(ConfigurationError, match="a prompt is empty"):
-        generation.generate([torch.nn.Module()], [[1], []], GenerationSettings(frozenset(), 1))
 
 
 def _logits(seed, rows=3, vocabulary=40):
@@ -292,21 +370,15 @@ def test_rounding_of_the_logits_does_not_move_a_draw():
 LETTERS: Any = SimpleNamespace(special_tokens={}, decode=lambda ids: "".join(map(chr, ids)))
 
 
-def test_an_answer_ends_with_any_of_the_texts():
+def test_an_answer_ends_with_any_of_the_texts_and_is_cut_at_the_first():
     stop = StopTexts(LETTERS, ("###", "\n\n"))
     assert all(stop.is_complete([*map(ord, text)]) for text in ("a\n\nb", "\n\n", "x" * 500 + "###"))
     assert not any(stop.is_complete([*map(ord, text)]) for text in ("", "a b", "a\n", "###" + "x" * 500))
     for none in (StopTexts(LETTERS, ()), StopTexts(LETTERS, ("",))):
         assert not none.is_complete([97]) and none.cut("a") == "a"
-
-
-def test_a_text_that_is_a_special_token_ends_an_answer_by_its_id():
-    stop = StopTexts(SimpleNamespace(special_tokens={"<end>": 7}), ("<end>", "ab"))
-    assert stop.end_ids == {7} and stop.texts == ["ab"]
-
-
-def test_an_answer_is_cut_at_the_first():
     assert StopTexts(LETTERS, ("###", "Q:")).cut("an answer Q: and ### more Q:") == "an answer "
+    special = StopTexts(SimpleNamespace(special_tokens={"<end>": 7}), ("<end>", "ab"))
+    assert special.end_ids == {7} and special.texts == ["ab"]
 
 
 # A forward with a cache, and what is off meanwhile; how continuations are batched. test_harness.py has replicas.
@@ -401,6 +473,8 @@ def test_a_batch_is_cut_where_its_logits_would_not_fit(passes, monkeypatch):
     assert [len(rows) for rows in passes] == [1, 2, 1], "9 x 10 alone, then two rows of at most 3 x 10"
 
 
-def test_nothing_to_score_is_refused():
+def test_empty_prompts_and_nothing_to_score_are_refused():
+    with pytest.raises(ConfigurationError, match="a prompt is empty"):
+        generation.generate(MODEL, [[1], []], GenerationSettings(frozenset(), 1))
     with pytest.raises(ConfigurationError, match="has no token"):
         generation.score_continuations(MODEL, [Continuation((), (1,))], 1)

@@ -1,28 +1,171 @@
-"""Scores of the harness: those of its own backend to the last item, at any layout; finished requests survive a kill."""
+"""Scores of the harness: those of its own backend to the last item, at any layout, with standard errors; finished
+requests survive a kill."""
 
+import io
 import json
 import os
 import random
+import signal
+import threading
+import time
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
+from statistics import stdev
 from typing import Any
 
 import pytest
+import torch.distributed as dist
+from lm_eval.api.metrics import acc_all, bleu, bypass_agg, f1_score, mean, weighted_perplexity
+from lm_eval.evaluator import simple_evaluate
+from lm_eval.tasks import TaskManager
+from torch.utils import collect_env
 
+from megatron_peft.cli.parser import read_config
 from megatron_peft.config import ConfigurationError
+from megatron_peft.config.evaluation import AnswerSettings, HarnessSettings
 from megatron_peft.evaluation import harness
+from megatron_peft.evaluation.answers import answer
 from megatron_peft.evaluation.harness import FinishedRequests, _is_score
-from tests.evaluation import model_runs
+from megatron_peft.evaluation.harness_run import NUM_DRAWS, evaluate, evaluator_utils
+from megatron_peft.evaluation.model import saved_values
+from megatron_peft.runtime.launch import start_world, stop, stop_model_parallel
+from megatron_peft.training.run import finetune
 from tests.evaluation.local_tasks import TASKS, write_tasks
-from tests.evaluation.model_runs import LAYOUTS, run_flags
 from tests.evaluation.worded_llama import WORDS, save_worded_llama, save_worded_pairs
 from tests.ranks import RanksFailed, run_ranks
 
+LAYOUTS = {"TP2": ["--tensor-model-parallel-size", "2"], "PP2": ["--pipeline-model-parallel-size", "2"], "DP2": []}
+QUICK_LAYOUTS = ("PP2", "DP2")
 PROMPTS = [{"prompt": "w1 w2"}, {"messages": [{"role": "user", "content": "w9"}], "id": 7}, {"prompt": "w4"}]
 
 
-@pytest.fixture(scope="session")
+# Evaluations and answers of a trained run, alone and split among ranks. They find a model in `base`, training data in
+# `pairs.jsonl`, tasks in `tasks`; what they write lies beside these.
+
+
+def run_flags(folder: Path) -> list[str]:
+    return ["--load", str(folder / "run")]
+
+
+def run_alone(folder: Path) -> dict[str, Any]:
+    """Train, then ask the base, the run, and the base as the harness's own backend sees it."""
+    start_world()
+    _without_pip()
+    _train(folder)
+    base = ["--pretrained-checkpoint", str(folder / "base")]
+    found = {"base": _evaluate(folder, "base", base), "run": _evaluate(folder, "run", run_flags(folder))}
+    found["finished"] = len((folder / "run.requests.jsonl").read_text().splitlines())
+    found["hf"] = _by_the_harness(folder)
+    found["streamed"] = _printed(lambda: _answer(folder, prompt="w1 w2", max_new_tokens=5))
+    _answer(folder, prompt_file=str(folder / "prompts.jsonl"), output=str(folder / "alone.jsonl"), max_new_tokens=16)
+    found["complaints"] = [
+        _complaint([*run_flags(folder), "--lora-rank", "4"], "w1"),
+        _complaint([*run_flags(folder), "--pretrained-checkpoint", str(folder / "other")], "w1"),
+        _complaint(run_flags(folder), "w1 " * 300),
+    ]
+    return found
+
+
+def run_until_killed(job: tuple[Path, int, float]) -> None:
+    """The evaluation of the run, killed so many seconds after so many of its requests are answered on disk."""
+    folder, num_requests, seconds = job
+    file = folder / "stopped.requests.jsonl"
+
+    def kill() -> None:
+        while not file.exists() or file.read_bytes().count(b"\n") < num_requests:
+            time.sleep(0.001)
+        time.sleep(seconds)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    start_world()
+    threading.Thread(target=kill, daemon=True).start()
+    _evaluate(folder, "stopped", run_flags(folder))
+
+
+def run_again(folder: Path) -> dict[str, Any]:
+    """To its end, and once more over the results that it has written."""
+    start_world()
+    _evaluate(folder, "stopped", run_flags(folder))
+    return _evaluate(folder, "stopped", run_flags(folder))
+
+
+def run_split(job: tuple[Path, list[str]]) -> dict[str, Any]:
+    """The trained run at these layouts: results, and a file of answers that are drawn."""
+    folder, layouts = job
+    start_world()
+    _without_pip()
+    found: dict[str, Any] = {}
+    drawn = {"temperature": 1.0, "num_samples": 2, "batch_size": 3, "max_new_tokens": 16}
+    for layout in dict.fromkeys(layouts):
+        flags = LAYOUTS[layout]
+        found[layout] = _evaluate(folder, layout, [*run_flags(folder), *flags])
+        _answer(folder, flags, prompt_file=str(folder / "prompts.jsonl"), output=str(folder / layout), **drawn)
+    found["streamed"] = _printed(lambda: _answer(folder, LAYOUTS["DP2"], prompt="w1 w2", max_new_tokens=5))
+    return found
+
+
+def _without_pip() -> None:
+    """The harness asks pip for every package and writes its list beside each result: two seconds each time."""
+    collect_env.get_pip_packages = lambda *_: ("pip3", "")
+
+
+def _train(folder: Path) -> None:
+    flags = ["--pretrained-checkpoint", str(folder / "base"), "--train-data-path", str(folder / "pairs.jsonl")]
+    flags += "--peft-method lora --lora-rank 3 --lora-alpha 9 --lr 2e-2 --seq-length 32 --num-workers 0".split()
+    flags += ["--global-batch-size", "8", "--train-iters", "6", "--save", str(folder / "run"), "--seed", "5"]
+    _printed(lambda: finetune(read_config(flags)))
+    stop_model_parallel()
+
+
+def _evaluate(folder: Path, name: str, flags: list[str]) -> dict[str, Any]:
+    """The file of results, and the file of questions and answers by (task, number)."""
+    output = folder / f"{name}.json"
+    settings = HarnessSettings(list(TASKS), str(output), [str(folder / "tasks")], batch_size=4, log_samples=True)
+    _ask(flags, lambda config: evaluate(config, settings))
+    samples = map(json.loads, output.with_suffix(".samples.jsonl").read_text().splitlines())
+    return {**json.loads(output.read_text()), "samples": {(one["task"], one["doc_id"]): one for one in samples}}
+
+
+def _answer(folder: Path, flags: list[str] | None = None, **settings: Any) -> None:
+    _ask([*run_flags(folder), *(flags or [])], lambda config: answer(config, AnswerSettings(**settings)))
+
+
+def _ask(flags: list[str], question: Any) -> None:
+    question(read_config(flags, {"WORLD_SIZE": str(dist.get_world_size())}, saved=saved_values))
+    dist.barrier()
+    stop_model_parallel()
+
+
+def _by_the_harness(folder: Path) -> dict[str, Any]:
+    from lm_eval.models.huggingface import HFLM
+
+    names = [name for name in TASKS if name != "tiny_drawn"]
+    manager = TaskManager(include_path=str(folder / "tasks"), include_defaults=False)
+    model = HFLM(pretrained=str(folder / "base"), device="cpu", dtype="float32", batch_size=4)
+    results: Any = simple_evaluate(model=model, tasks=names, task_manager=manager)  # pyright: ignore
+    plain = json.loads(json.dumps(results["samples"], default=str))
+    samples = {(task, one["doc_id"]): one for task, of_task in plain.items() for one in of_task}
+    return {"results": results["results"], "samples": samples}
+
+
+def _printed(work: Any) -> str:
+    written = io.StringIO()
+    with redirect_stdout(written):
+        work()
+    return written.getvalue()
+
+
+def _complaint(flags: list[str], prompt: str) -> str:
+    try:
+        _ask(flags, lambda config: answer(config, AnswerSettings(prompt=prompt)))
+    except ConfigurationError as error:
+        stop_model_parallel()
+        return str(error)
+    return "nothing"
+
+
+@pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("asked")
     save_worded_llama(folder / "base")
@@ -33,14 +176,20 @@ def place(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def alone(place) -> Mapping[str, Any]:
-    return run_ranks(1, model_runs.run_alone, place)[0]
+    try:
+        return run_alone(place)
+    finally:
+        stop()
 
 
-@pytest.fixture(scope="session")
-def split(place, alone) -> Mapping[str, Any]:
-    return run_ranks(2, model_runs.run_split, place)[0]
+@pytest.fixture(scope="module")
+def split(place, alone, request) -> Mapping[str, Any]:
+    """What the first rank found, by layout, at the layouts that were chosen."""
+    specs = [getattr(item, "callspec", None) for item in request.session.items if item.path == request.path]
+    chosen = {spec.params["layout"] for spec in specs if spec and "layout" in spec.params}
+    return run_ranks(2, run_split, (place, [*chosen & {*LAYOUTS}, *QUICK_LAYOUTS]))[0]
 
 
 def _same_numbers(found, expected):
@@ -74,13 +223,10 @@ def test_scores_are_those_of_the_harness_own_backend_to_the_last_item(alone):
     _same_items(asked_of_both, alone["hf"]["samples"])
     _same_numbers(alone["base"], alone["hf"])
     assert alone["base"]["config"]["truncated_requests"] == {"score": 4, "generate": 3}
+    assert alone["run"]["results"]["tiny_texts"] != alone["base"]["results"]["tiny_texts"], "training shows"
 
 
-def test_training_shows(alone):
-    assert alone["run"]["results"]["tiny_texts"] != alone["base"]["results"]["tiny_texts"]
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [*QUICK_LAYOUTS, pytest.param("TP2", marks=pytest.mark.slow)])
 def test_every_layout_gives_the_scores_of_one_process(alone, split, layout):
     _same_items(split[layout]["samples"], alone["run"]["samples"])
     _same_numbers(split[layout], alone["run"])
@@ -111,12 +257,12 @@ def test_an_evaluation_that_was_killed_goes_on_and_ends_with_the_same_numbers(pl
     draw, file = random.Random(seed), place / "stopped.requests.jsonl"
     moment = draw.randint(1, alone["finished"] // 2), draw.uniform(0, 0.02)
     with pytest.raises(RanksFailed):
-        run_ranks(1, model_runs.run_until_killed, (place, *moment))
+        run_ranks(1, run_until_killed, (place, *moment))
     left = file.read_text().splitlines(keepends=True)
     whole = sum(line.endswith("\n") for line in left)
     print(f"seed {seed}: killed after {whole} of {alone['finished']} requests")
     assert moment[0] <= whole < alone["finished"] and not (place / "stopped.json").exists()
-    (again,) = run_ranks(1, model_runs.run_again, place)
+    (again,) = run_ranks(1, run_again, place)
     _same_items(again["samples"], alone["run"]["samples"])
     lines = file.read_text().splitlines(keepends=True)
     assert lines[:whole] == left[:whole]
@@ -132,7 +278,7 @@ def test_answers_to_a_file_keep_its_fields_and_are_those_that_are_shown_as_they_
 
 
 def test_drawn_answers_are_the_same_at_every_layout(place, split):
-    texts = {(place / layout).read_text() for layout in LAYOUTS}
+    texts = {(place / layout).read_text() for layout in LAYOUTS if layout in split}
     assert len(texts) == 1
     answers = [json.loads(line)["answers"] for line in texts.pop().splitlines()]
     assert all(len(pair) == 2 for pair in answers) and any(first != second for first, second in answers)
@@ -210,3 +356,35 @@ def test_a_whole_line_that_is_no_answer_is_named(tmp_path, line):
     (tmp_path / "file").write_bytes(b'{"key": "a", "answer": 1}\n' + line + b"\n")
     with pytest.raises(ConfigurationError, match="file:2 is not an answered request .*remove the line"):
         FinishedRequests(tmp_path / "file", "model")
+
+
+DRAW = random.Random(0)
+LABELS = [(DRAW.randrange(2), DRAW.randrange(2)) for _ in range(150)]
+TEXTS = [" ".join(DRAW.choices("abcdefgh", k=9)) for _ in range(40)]
+ITEMS = {
+    f1_score: LABELS,
+    bleu: [(text, text if DRAW.random() < 0.5 else text[::-1]) for text in TEXTS],
+    weighted_perplexity: [(DRAW.gauss(-20, 2), 9) for _ in range(300)],
+}
+
+
+def leave_one_out(statistic: Any, items: list[Any]) -> float:
+    """The jackknife's error: of the statistic without each of the items in turn."""
+    values = [statistic([*items[:place], *items[place + 1 :]]) for place in range(len(items))]
+    middle = sum(values) / len(values)
+    return ((len(items) - 1) / len(items) * sum((value - middle) ** 2 for value in values)) ** 0.5
+
+
+@pytest.mark.parametrize("statistic", ITEMS)
+def test_a_score_without_a_formula_is_drawn_again_in_silence(statistic, capsys):
+    error = evaluator_utils.stderr_for_metric(statistic, NUM_DRAWS)
+    assert error is not None, "perplexities too, for which the harness has none"
+    assert error(ITEMS[statistic]) == pytest.approx(leave_one_out(statistic, ITEMS[statistic]), rel=0.3)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_formula_is_used_where_there_is_one():
+    items = [DRAW.gauss(0, 1) for _ in range(30)]
+    formula, other, none = (evaluator_utils.stderr_for_metric(metric, 1) for metric in (mean, acc_all, bypass_agg))
+    assert formula(items) == pytest.approx(stdev(items) / 30**0.5)
+    assert other.__module__ == "lm_eval.api.metrics" and none is None

@@ -78,14 +78,11 @@ def test_lambdas_are_thinned_to_the_same_iterations_for_all_layers() -> None:
     assert {len(values) for values in found["by_layer"].values()} == {len(found["iterations"])}
 
 
-def test_epoch_is_as_long_as_its_steps() -> None:
+def test_epoch_is_as_long_as_its_steps_and_a_killed_run_tells_no_parameters() -> None:
+    assert trainable_parameters("killed") is None
     lines = [{"iteration": at, "epoch": at / 400, "loss": 1.0, "step_seconds": 0.5} for at in range(1, 401)]
     found = from_metrics(lines)
     assert found["epoch_seconds"] == pytest.approx(200) and len(found["curves"]["loss"]) <= MOST_POINTS + 1
-
-
-def test_a_run_that_was_killed_tells_no_trainable_parameters() -> None:
-    assert trainable_parameters("killed") is None
 
 
 def end(folder: Path, *cells: Cell, loss: float | None = 1.0, **values: object) -> None:
@@ -93,7 +90,7 @@ def end(folder: Path, *cells: Cell, loss: float | None = 1.0, **values: object) 
         write_record(folder, cell, of_cell(cell, "trained", validation_loss=loss, **values))
 
 
-def todo(folder: Path, group: Group):
+def todo(folder: Path, group: Group) -> list[tuple[str, Cell]]:
     return [(one.kind, one.cell) for one in work(folder, group)]
 
 

@@ -125,7 +125,7 @@ def test_launcher_uses_the_machine_or_spreads_a_cell_over_the_nodes_of_its_job()
     assert given["--rdzv-endpoint"] == "n1:25678", "a port of the job's own"
 
 
-def test_a_stopped_cell_continues_if_it_has_an_optimizers_state(tmp_path: Path) -> None:
+def test_a_stopped_cell_continues_with_an_optimizers_state_and_a_score_gets_its_places_and_flags(tmp_path: Path):
     saved = process.checkpoints_folder(tmp_path, CELL)
     expected = [sys.executable, "train.py", "--lr", "0.1", "--save", str(saved)]
     assert process.training_command(tmp_path, CELL, ["train.py"]) == expected
@@ -133,9 +133,6 @@ def test_a_stopped_cell_continues_if_it_has_an_optimizers_state(tmp_path: Path) 
     (saved / process.TRACKER).write_text("5")
     assert process.training_command(tmp_path, CELL, ["train.py"]) == [*expected, "--load", str(saved)]
     assert "--load" not in process.training_command(tmp_path, replace(CELL, flags=("--no-save-optim",)), ["train.py"])
-
-
-def test_score_gets_the_cells_places_and_flags(tmp_path: Path) -> None:
     score = ScoreSpec(("python", "score.py", "--out={output}", "{checkpoints}", "{flags}", "{flags}x"), {})
     places = f"--out={process.score_file(tmp_path, CELL)}", str(process.checkpoints_folder(tmp_path, CELL))
     expected = [sys.executable, "score.py", *places, "--lr", "0.1", "{flags}x"]
@@ -143,11 +140,7 @@ def test_score_gets_the_cells_places_and_flags(tmp_path: Path) -> None:
 
 
 def test_last_words_are_those_of_the_last_command(tmp_path: Path) -> None:
-    for command, words in (
-        (["echo", "first"], "first"),
-        (["echo", "second"], "second"),
-        (["true"], "it wrote nothing"),
-    ):
+    for command, words in ((["echo", "1"], "1"), (["echo", "2"], "2"), (["true"], "it wrote nothing")):
         running = process.start(command, tmp_path / "runs" / "log.txt")
         assert running.process.wait() == 0
         assert running.last_words() == words

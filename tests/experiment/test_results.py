@@ -103,18 +103,12 @@ def run(*losses: float) -> CellRecord:
     return CellRecord("m", "t", "x", {}, 1, (), 1, "trained", curves={"validation_loss": curve})
 
 
-def test_half_the_steps_are_two_times_fewer() -> None:
+def test_half_the_steps_are_two_times_fewer_seed_by_seed(found: Results) -> None:
     at_10, at_20, _, at_40 = steps_to({1: run(3, 1, 0.5, 0.2)}, {1: run(4, 3, 2, 1)})
     assert at_10 == StepsTo(10, 1.0, True, 1, 1)
     assert (at_20, at_40) == (StepsTo(20, 2.0, False, 1, 1), StepsTo(40, 2.0, False, 1, 1))
-
-
-def test_runs_are_paired_by_seed_and_those_that_never_arrive_are_counted() -> None:
-    found = steps_to({1: run(3, 1), 2: run(9, 9), 7: run(0, 0)}, {1: run(4, 2), 2: run(4, 2)})
-    assert found[-1] == StepsTo(20, 20 / 15, False, 1, 2)
-
-
-def test_no_common_seed_gives_nothing_and_a_method_against_itself_the_same_steps(found: Results) -> None:
+    paired = steps_to({1: run(3, 1), 2: run(9, 9), 7: run(0, 0)}, {1: run(4, 2), 2: run(4, 2)})
+    assert paired[-1] == StepsTo(20, 20 / 15, False, 1, 2), "one of two never arrives"
     assert steps_to({1: run(1)}, {2: run(1)}) == []
     lora = found.all[0].finals
     assert [(one.steps, one.times_fewer) for one in steps_to(lora, lora)] == [(10, 1), (20, 1), (40, 1)]
@@ -138,41 +132,29 @@ def test_pairs_are_of_the_same_seed_and_seeds_of_one_alone_are_left_out() -> Non
     assert found is not None and found.p < 0.01
     found = compare_seeds({1: 1.0, 2: 3.0, 5: 100.0}, {1: 0.0, 2: 1.0, 3: 7.0})
     assert found is not None and found.difference == 1.5, "the mean of two"
-
-
-@pytest.mark.parametrize(
-    ("ours", "theirs"),
-    [({1: 1.0}, {1: 2.0}), ({1: 1.0, 2: 2.0}, {3: 1.0, 4: 2.0}), ({1: 1.0, 2: 2.0}, {1: 0.5, 2: 1.5})],
-    ids=["one pair", "no pair", "no spread"],
-)
-def test_nothing_is_claimed_where_nothing_can_be_said(ours: dict[int, float], theirs: dict[int, float]) -> None:
-    assert compare_seeds(ours, theirs) is None
+    assert compare_seeds({1: 1.0}, {1: 2.0}) is None, "one pair"
+    assert compare_seeds({1: 1.0, 2: 2.0}, {3: 1.0, 4: 2.0}) is None, "no pair"
+    assert compare_seeds({1: 1.0, 2: 2.0}, {1: 0.5, 2: 1.5}) is None, "no spread"
 
 
 CELLS = (("x|y", "*1.5", "2_0"), ("", "±", "–"), ("a\\b {x}", "", "1 ≥ 0"))
 TABLE = Table("A & B", ("what", "one", "two"), CELLS, note="100% sure")
 
 
-def test_markdown_has_a_rule_and_escapes_bars() -> None:
+def test_markdown_escapes_bars_and_csv_has_no_marks() -> None:
     lines = TABLE.markdown().splitlines()
     assert lines[0] == "**A & B**" and lines[-1] == "100% sure"
     assert lines[2:5] == ["| what | one | two |", "| --- | ---: | ---: |", "| x\\|y | **1.5** | 2_0 |"]
-
-
-def test_csv_has_no_marks() -> None:
     assert TABLE.csv().splitlines() == ["what,one,two", "x|y,1.5,2_0", ",±,–", "a\\b {x},,1 ≥ 0"]
 
 
-def test_latex_is_escaped_and_every_row_has_all_columns() -> None:
+def test_latex_is_escaped_and_has_all_columns_and_rules_between_groups() -> None:
     text = TABLE.latex()
     rows = [line for line in text.splitlines() if line.endswith(r"\\")]
     assert [row.replace(r"\&", "").count("&") for row in rows] == [2] * 4
     assert rows[1] == r"x|y & \textbf{1.5} & 2\_0 \\" and rows[2] == r" & $\pm$ & -- \\"
     assert rows[3] == r"a\textbackslash{}b \{x\} &  & 1 $\ge$ 0 \\", "escaped once"
     assert r"\caption{A \& B. 100\% sure}" in text and r"\begin{tabular}{lrr}" in text
-
-
-def test_groups_are_parted_by_rules() -> None:
     lines = Table("t", ("a", "b"), (("x", "1"), ("", "2"), ("y", "3"))).latex().splitlines()[4:-2]
     assert " ".join(lines) == r"\hline a & b \\ \hline x & 1 \\  & 2 \\ \hline y & 3 \\ \hline"
 
@@ -191,9 +173,6 @@ def test_mean_spread_and_test_are_of_the_three_runs(found: Results) -> None:
     assert lora.against is not None and lora.against.difference == pytest.approx(0.43)
     assert lora_ga.against is None, "its runs differ from the Hybrid's by the same each: no spread, no test"
     assert hybrid.against is None
-
-
-def test_reference_is_the_hybrid_or_the_given_method(found: Results) -> None:
     assert reference_method(found, None) == "hybrid" and reference_method(found, "lora") == "lora"
 
 
@@ -204,14 +183,11 @@ def test_paper_names_are_held_against_the_paper(tmp_path: Path) -> None:
         report.check_names(as_the_paper(tmp_path, models=models))
 
 
-def test_averages_of_the_paper_are_those_of_its_table() -> None:
+def test_averages_of_the_paper_are_those_of_its_table_and_daggers_mark_the_wrong_ones() -> None:
     averages = report.printed_averages()
     assert averages["GLUE", "Hybrid", "Llama3.1-405B"] == "92.3"
     assert averages["HumanEval", "Hybrid", "Llama3.1-405B"] == "62.5 / 77.8"
     assert averages["HumanEval", "Hybrid", "Llama3.3-70B"] == "–" and len(averages) == 4 * 6 * 4
-
-
-def test_daggers_mark_the_averages_that_are_not_of_their_runs_rounded_either_way() -> None:
     table1, wrong, *_ = report.papers_tables()
     marked, count = [], 0
     for runs, averages in zip(table1.rows[::2], table1.rows[1::2], strict=True):
@@ -228,12 +204,8 @@ def test_daggers_mark_the_averages_that_are_not_of_their_runs_rounded_either_way
     assert wrong.title.startswith(f"{len(marked)} of the paper's {count} averages")
 
 
-def test_without_lora_there_is_no_table_of_speed(tmp_path: Path) -> None:
-    methods = {name: METHODS[name] for name in ("lora-ga", "hybrid")}
-    assert tables.speed_table(results(tmp_path, methods=methods), "tiny", "talk") is None
-
-
-def test_loss_that_is_never_reached_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loss_that_is_never_reached_is_told_and_without_lora_there_is_no_table(tmp_path: Path, monkeypatch) -> None:
+    assert tables.speed_table(results(tmp_path, methods={"hybrid": METHODS["hybrid"]}), "tiny", "talk") is None
     methods = {"lora": METHODS["lora"], "slow": {"flags": {"peft-method": "boft"}, "grid": {"lr": [0.1, 0.4]}}}
     monkeypatch.setitem(small_results.LOSSES, "slow", 9.0)
     monkeypatch.setitem(small_results.BETTER, "slow", "0.4")

@@ -12,7 +12,7 @@ import pytest
 from megatron_peft.checkpoint.folders import RECORD, TRACKER, iteration_folder
 from megatron_peft.checkpoint.run_record import RunRecord
 from megatron_peft.commands import report
-from megatron_peft.config import ConfigurationError, RunConfig
+from megatron_peft.config import ConfigurationError
 from megatron_peft.evaluation import model
 from megatron_peft.experiment import plots, run_report
 from megatron_peft.experiment.report import html, markdown, write_page
@@ -26,9 +26,8 @@ LENGTH = 80
 def line(at: int, **changes: Any) -> dict[str, Any]:
     speed = {"step_seconds": 0.5, "tokens_per_second": 1234.0, "memory_bytes": 2e9, "peak_memory_bytes": 3e9}
     numbers = {"loss": 2 + 1 / at, "learning_rate": 1e-3, "grad_norm": 1.0, **speed}
-    return (
-        {"iteration": at, "epoch": at / 40, "consumed_samples": 8 * at, "consumed_tokens": 900 * at} | numbers | changes
-    )
+    counted = {"iteration": at, "epoch": at / 40, "consumed_samples": 8 * at, "consumed_tokens": 900 * at}
+    return counted | numbers | changes
 
 
 @pytest.fixture
@@ -55,11 +54,8 @@ def test_a_run_in_progress_has_its_curves_and_figures(folder: Path) -> None:
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"iteration": 82, "lo')  # being written
     found = build_run_report(read_run(folder))
-    assert [section.title for section in found.sections] == [
-        "Loss",
-        "Learning rate and gradient norm",
-        "Speed and memory",
-    ]
+    titles = ["Loss", "Learning rate and gradient norm", "Speed and memory"]
+    assert [section.title for section in found.sections] == titles
     assert found.title == "/".join(folder.parts[-3:])
     text = markdown(found)
     assert "80 iterations, 2.00 epochs, 640 samples, 72,000 tokens." in text
@@ -93,9 +89,8 @@ def test_gradient_norms_by_layer_are_drawn_where_they_are_recorded(folder: Path)
 def test_a_finished_run_has_its_settings_lambdas_and_answers(folder: Path) -> None:
     add_checkpoint(folder)
     values = [{LAYERS[0]: 0.5, LAYERS[1]: 0.5}, {LAYERS[0]: 0.25, LAYERS[1]: 0.75}]
-    write_lines(
-        folder / "lambda.jsonl", [{"iteration": at, "lambda": one} for at, one in zip((1, 80), values, strict=True)]
-    )
+    lambdas = [{"iteration": at, "lambda": one} for at, one in zip((1, 80), values, strict=True)]
+    write_lines(folder / "lambda.jsonl", lambdas)
     answers = {"reference": "Bonjour", "before": "<script>alert(1)</script>", "after": "x" * 900}
     write_lines(folder / SAMPLES_FILE, [{"prompt": "Hello", **answers}])
     found = build_run_report(read_run(folder))
@@ -123,21 +118,21 @@ def test_an_answer_that_repeats_itself_is_cut_and_packs_are_no_samples(folder: P
     assert '<td class="text" data-column="in the data">b</td>' in html(replace(found, sections=found.sections[1:2]))
 
 
-def test_a_single_measurement_is_seen(folder: Path) -> None:
+def test_a_single_measurement_is_seen_and_losses_that_are_not_finite_leave_gaps(folder: Path) -> None:
     write_lines(folder / "metrics.jsonl", [line(1)])
     (axes,) = build_run_report(read_run(folder)).sections[0].figures["loss"].axes
     assert axes.lines[0].get_marker() == "o"
     text = markdown(build_run_report(read_run(folder)))
     assert "Training loss: " in text and "Validation loss" not in text and text.count("at iteration 1") == 1
+    write_lines(folder / "metrics.jsonl", [line(1, loss=None, grad_norm=None), line(2, validation_loss=None)])
+    assert "Validation loss" not in markdown(build_run_report(read_run(folder)))
 
 
 def test_the_page_is_one_file_and_texts_are_escaped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plots, "svg", lambda figure: "<svg/>")  # takes seconds
     write_lines(folder / SAMPLES_FILE, [dict.fromkeys(("prompt", "reference", "before", "after"), "<script>alert(1)")])
-    assert "<script>alert(1)" not in html(build_run_report(read_run(folder)))
-    assert (
-        write_page(build_run_report(read_run(folder)), folder / "there" / "report.html").read_text().endswith("</html>")
-    )
+    page = write_page(build_run_report(read_run(folder)), folder / "there" / "report.html").read_text()
+    assert page.endswith("</html>") and "<script>alert(1)" not in page
     assert [path.name for path in (folder / "there").iterdir()] == ["report.html"]
 
 
@@ -154,11 +149,6 @@ def test_a_damaged_file_is_named(folder: Path, name: str, content: str, told: st
     (folder / name).write_text(content)
     with pytest.raises(ConfigurationError, match=told):
         read_run(folder)
-
-
-def test_losses_that_are_not_finite_leave_gaps(folder: Path) -> None:
-    write_lines(folder / "metrics.jsonl", [line(1, loss=None, grad_norm=None), line(2, validation_loss=None)])
-    assert "Validation loss" not in markdown(build_run_report(read_run(folder)))
 
 
 def test_running_mean_is_the_mean_of_each_points_neighbors_and_of_a_long_run_at_once() -> None:
@@ -190,14 +180,11 @@ def test_what_is_wrong_with_flags_is_told_with_exit_code_2(folder: Path, capsys,
     assert told in capsys.readouterr().err and not (folder / "report.html").exists()
 
 
-def test_a_page_follows_new_answers(folder: Path, monkeypatch) -> None:
+def test_a_page_follows_new_answers_and_one_that_cannot_be_written_is_told(folder: Path, capsys, monkeypatch) -> None:
     add_checkpoint(folder)
     monkeypatch.setattr(model, "run_on_a_model", lambda *_: None)
     monkeypatch.setattr(plots, "svg", lambda figure: "<svg/>")
     assert report.main([str(folder), "--samples", "2"]) == 0 and (folder / "report.html").is_file()
-
-
-def test_a_report_that_cannot_be_written_is_told(folder: Path, capsys) -> None:
     assert report.main([str(folder), "--output", str(folder / "metrics.jsonl" / "x")]) == 2
     assert "metrics.jsonl/x cannot be written (Not a directory)" in capsys.readouterr().err
 
@@ -213,11 +200,7 @@ def test_a_folder_of_a_run_is_told_from_that_of_an_experiment(folder: Path, caps
 
 
 def test_the_length_of_a_run_by_epochs_is_that_of_its_schedule() -> None:
-    record = make_record()
-    assert run_report.planned_iterations(record) == 3
-    by_epochs = make_record(config=_by_epochs(record.config))
-    assert run_report.planned_iterations(by_epochs) == 3  # 12 samples, in batches of 4
-
-
-def _by_epochs(config: RunConfig) -> RunConfig:
-    return replace(config, training=replace(config.training, train_iters=None, train_epochs=1.0))
+    config = make_record().config
+    by_epochs = replace(config, training=replace(config.training, train_iters=None, train_epochs=1.0))
+    for given in (config, by_epochs):  # 12 samples, in batches of 4
+        assert run_report.planned_iterations(make_record(config=given)) == 3

@@ -5,12 +5,11 @@ import io
 import json
 import os
 import random
+import select
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +20,7 @@ from rich.console import Console
 from megatron_peft.checkpoint.folders import FolderLock
 from megatron_peft.config import ConfigurationError
 from megatron_peft.experiment import process, runner
-from megatron_peft.experiment.cell_record import file_digest, of_cell, source_version, write_record
+from megatron_peft.experiment.cell_record import file_digest, of_cell, write_record
 from megatron_peft.experiment.results import Work, progress
 from megatron_peft.experiment.runner import CellJob, Runner, read_scores, run_experiment, table
 from megatron_peft.experiment.spec import Metric, ScoreSpec
@@ -38,12 +37,14 @@ def looking_often() -> Iterator[None]:
 
 
 VARYING = ("started_at", "seconds", "score_seconds", "versions", "sha256")
+METHODS = {"lora": {"grid": {"lr": [0.1, 0.4]}}, "hybrid": {"grid": {"lr": [0.2, 0.5]}}}
+SHORT: dict[str, Any] = {"methods": {"lora": {"grid": {"lr": [0.4]}}}, "seeds": [1]}  # a training, and its score
 
 
 def run(folder: Path, jobs: int = 2, **changes: Any) -> tuple[bool, list[str]]:
     """Whether all cells are through, and what was told."""
     told: list[str] = []
-    found, groups = experiment(folder, **changes)
+    found, groups = experiment(folder, **{"methods": METHODS, **changes})
     whole = run_experiment(found, folder / "out", groups, jobs=jobs, report=told.append, program=FAKE_TRAINING)
     return whole, told
 
@@ -62,23 +63,19 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_best_rate_of_each_method_runs_all_seeds_and_they_alone_are_scored(finished: Path) -> None:
-    names = {f"tiny,talk,{m},lr={r},seed={s}.json" for m, r in (("lora", 0.4), ("boft", 0.2)) for s in (1, 2, 3)}
-    tried = {"tiny,talk,lora,lr=0.1,seed=1.json", "tiny,talk,boft,lr=0.5,seed=1.json"}
+    names = {f"tiny,talk,{m},lr={r},seed={s}.json" for m, r in (("lora", 0.4), ("hybrid", 0.2)) for s in (1, 2, 3)}
+    tried = {"tiny,talk,lora,lr=0.1,seed=1.json", "tiny,talk,hybrid,lr=0.5,seed=1.json"}
     assert cells(finished).keys() == names | tried
     assert {name for name, one in cells(finished).items() if one["scores"]} == names
-
-
-def test_cells_that_are_through_leave_their_metrics_and_the_experiment(finished: Path) -> None:
     out = finished / "out"
     assert list(out.rglob("iter_*")) == [] and len(list(out.rglob("metrics.jsonl"))) == 8
     assert (out / "experiment.yaml").read_text() == (finished / "small.yaml").read_text()
-
-
-def test_second_call_runs_nothing(finished: Path) -> None:
-    assert run(finished) == (True, [])
+    assert run(finished) == (True, []), "a second call runs nothing"
 
 
 def test_record_has_the_results(finished: Path) -> None:
+    hybrid = cells(finished)["tiny,talk,hybrid,lr=0.2,seed=1.json"]
+    assert hybrid["lambdas"] == {"iterations": [1, 2], "by_layer": {"decoder.layers.0.mlp.linear_fc1": [0.1, 0.2]}}
     one = cells(finished)["tiny,talk,lora,lr=0.4,seed=2.json"]
     assert one["validation_loss"] == pytest.approx(0.1 + 0.02 + 0.4)
     assert one["scores"]["accuracy"] == pytest.approx(100 - 5.2)
@@ -87,7 +84,7 @@ def test_record_has_the_results(finished: Path) -> None:
 
 
 def test_record_has_the_file_and_the_data_of_its_run_and_its_score(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commit: str
 ) -> None:
     """As they were when it began: the data change while it runs."""
     data, indexed, tests = tmp_path / "train.jsonl", tmp_path / "indexed.bin", tmp_path / "tests"
@@ -98,80 +95,83 @@ def test_record_has_the_file_and_the_data_of_its_run_and_its_score(
     tasks = content()["tasks"]
     tasks["talk"]["flags"] |= {"train-data-path": str(data), "valid-data-path": str(indexed.with_suffix(""))}
     tasks["talk"]["score"]["command"] += f" --include-path {tests}"
-    run(tmp_path, methods={"lora": {"grid": {"lr": [0.4]}}}, tasks=tasks, seeds=[1])
+    run(tmp_path, **SHORT, tasks=tasks)
     (found,) = cells(tmp_path).values()
     sources = found["provenance"]
     plain = hashlib.sha256(b"{}\n").hexdigest()
     assert sources["training"]["data_sha256"] == {str(data): plain, str(indexed): plain}
     assert sources["score"]["data_sha256"] == {str(tests / "a.yaml"): plain}
     assert {source["experiment_sha256"] for source in sources.values()} == {file_digest(tmp_path / "small.yaml")}
-    assert sources["score"].get("commit") == source_version().get("commit")  # none outside a checkout
-
-
-def test_cell_of_a_hybrid_keeps_its_lambdas(tmp_path: Path) -> None:
-    run(tmp_path, methods={"hybrid": {"grid": {"lr": [0.4]}}}, seeds=[1])
-    (one,) = cells(tmp_path).values()
-    assert one["lambdas"] == {"iterations": [1, 2], "by_layer": {"decoder.layers.0.mlp.linear_fc1": [0.1, 0.2]}}
+    assert sources["score"]["commit"] == commit
 
 
 def test_changed_flag_runs_its_cells_again(tmp_path: Path) -> None:
-    run(tmp_path, methods={"lora": {"grid": {"lr": [0.1, 0.4]}}})
-    _, told = run(tmp_path, methods={"lora": {"flags": {"lora-rank": 4}, "grid": {"lr": [0.1, 0.4]}}})
-    assert sum(line.startswith("trained") for line in told) == 4
+    run(tmp_path, **SHORT)
+    _, told = run(tmp_path, methods={"lora": {"flags": {"lora-rank": 4}, "grid": {"lr": [0.4]}}}, seeds=[1])
+    assert sum(line.startswith("trained") for line in told) == 1
 
 
 def test_failed_cell_is_reported_and_the_others_continue(tmp_path: Path) -> None:
-    whole, told = run(tmp_path, methods={"lora": {"grid": {"lr": [9, 0.4]}}})
+    whole, told = run(tmp_path, methods={"lora": {"grid": {"lr": [9, 0.4]}}}, seeds=[1])
     (failure,) = [line for line in told if line.startswith("FAILED")]
     assert not whole
     assert "lr=9" in failure and "exit code 1: " in failure and "the loss is not a number" in failure
     assert cells(tmp_path)["tiny,talk,lora,lr=9,seed=1.json"]["status"] == "failed"
-    assert sum(bool(one["scores"]) for one in cells(tmp_path).values()) == 3
+    assert sum(bool(one["scores"]) for one in cells(tmp_path).values()) == 1
 
 
 def test_killed_worker_is_retried_by_the_next_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trap = tmp_path / "trap"
     trap.touch()
     monkeypatch.setenv("FAKE_KILL", str(trap))
-    whole, told = run(tmp_path, jobs=1)
+    whole, told = run(tmp_path, jobs=1, **SHORT)
     assert not whole and "ended by SIGKILL" in next(line for line in told if line.startswith("FAILED"))
-    whole, told = run(tmp_path, jobs=1)
+    whole, told = run(tmp_path, jobs=1, **SHORT)
     assert whole and all(one["status"] == "trained" for one in cells(tmp_path).values())
 
 
 @contextmanager
-def started(script: str, folder: Path, **environment: str) -> Iterator[Any]:
-    """A program that knows the names of this file, killed at the end."""
-    command = [sys.executable, "-c", f"from tests.experiment.test_runner import *\n{script}", str(folder)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment}) as program:
-        try:
-            yield program
-        finally:
-            program.kill()
+def forked(work: Callable[[], object]) -> Iterator[int]:
+    """A process that does `work`, writes the result to the pipe that is yielded, and waits to be killed at the end."""
+    reads, writes = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with suppress(BaseException):
+            result = work()  # held, if it is a lock
+            os.write(writes, f"{result}".encode())
+            time.sleep(600)
+        os._exit(1)
+    os.close(writes)
+    try:
+        yield reads
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(reads)
 
 
 def test_second_runner_is_refused(tmp_path: Path) -> None:
-    script = "FolderLock(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
-    with started(script, tmp_path / "out") as first:
-        assert first.stdout.readline() == "held\n"
+    with forked(lambda: FolderLock(tmp_path / "out")) as told:
+        assert os.read(told, 1)
         with pytest.raises(ConfigurationError, match="another runner works in .*out: wait until it ends, or give"):
             run(tmp_path)
     FolderLock(tmp_path / "out").release()
 
 
 @pytest.mark.slow
-def test_runner_killed_ten_times_at_work_ends_with_the_cells_of_an_unkilled_run(finished: Path, tmp_path: Path) -> None:
+def test_runner_killed_ten_times_at_work_ends_with_the_cells_of_an_unkilled_run(finished, tmp_path, monkeypatch):
     """Each kill comes up to 0.4 s after something new was seen: the start of a cell, or the file of one, in turns."""
     seed = random.randrange(1 << 32)
     print(f"seed {seed}")
     draw = random.Random(seed)
     there: list[int] = []
+    monkeypatch.setenv("FAKE_SECONDS", "0.3")
     for pattern in ("runs/*/log.txt", "cells/*.json") * 5:
         before = newest(tmp_path, pattern)
-        with started("run(Path(sys.argv[1]), jobs=1)", tmp_path, FAKE_SECONDS="0.3") as runner:
-            wait_until(lambda: newest(tmp_path, pattern) > before or runner.poll() is not None, pattern)  # noqa: B023
+        with forked(lambda: run(tmp_path, jobs=1)) as told:
+            wait_until(lambda: newest(tmp_path, pattern) > before, pattern)  # noqa: B023
             time.sleep(draw.uniform(0, 0.4))
-        assert runner.returncode == -signal.SIGKILL, "it ended by itself"
+            assert not select.select([told], [], [], 0)[0], "it ended by itself"
         there.append(len(list((tmp_path / "out" / "cells").glob("*.json"))))
     print(f"cells of 8 that were there after each kill: {there}")
     assert run(tmp_path)[0]
@@ -183,9 +183,9 @@ def newest(folder: Path, pattern: str) -> int:
 
 
 def test_cells_end_with_a_killed_runner(tmp_path: Path) -> None:
-    script = "cell = process.start(['sleep', '60'], Path(sys.argv[1], 'log')); print(cell.process.pid, flush=True); "
-    with started(script + "time.sleep(60)", tmp_path) as runner:
-        child = int(runner.stdout.readline())
+    with forked(lambda: process.start(["sleep", "60"], tmp_path / "log").process.pid) as told:
+        child = int(os.read(told, 20))
+        assert _is_running(child)
     wait_until(lambda: not _is_running(child), "the end of the cell")
 
 
@@ -197,9 +197,11 @@ def _is_running(pid: int) -> bool:
 
 
 def test_a_group_alone_is_not_prepared(tmp_path: Path) -> None:
-    found, (lora, _) = experiment(tmp_path, prepare=["python -c 1/0"])
+    plain = {"flags": {"lr": 1}}
+    methods = {"lora": plain, "boft": plain}
+    found, (lora, _) = experiment(tmp_path, prepare=["python -c 1/0"], methods=methods, seeds=[1])
     assert run_experiment(found, tmp_path / "out", [lora], is_whole=False, report=str, program=FAKE_TRAINING)
-    assert len(cells(tmp_path)) == 4
+    assert [*cells(tmp_path)] == ["tiny,talk,lora,seed=1.json"]
 
 
 def test_failed_preparation_stops_all(tmp_path: Path) -> None:
@@ -217,25 +219,23 @@ def test_score_is_the_scaled_mean_of_its_paths_or_an_error_that_names_what_is_th
 
 
 def test_scores_whose_checkpoints_are_gone_are_trained_for_again(tmp_path: Path) -> None:
-    methods = {"lora": {"grid": {"lr": [0.4]}}}
-    run(tmp_path, methods=methods)
+    run(tmp_path, **SHORT)
     for path in (tmp_path / "out" / "cells").glob("*.json"):
         path.write_text(json.dumps({**json.loads(path.read_text()), "scores": {}, "sha256": None}))
-    whole, told = run(tmp_path, methods=methods)
-    assert whole and sum(line.startswith("scored") for line in told) == 3
-    _, groups = experiment(tmp_path, methods=methods)
+    whole, told = run(tmp_path, **SHORT)
+    assert whole and sum(line.startswith("scored") for line in told) == 1
+    _, groups = experiment(tmp_path, **SHORT)
     assert progress(tmp_path / "out", groups[0]).is_done
     assert not process.has_checkpoint(tmp_path / "out", groups[0].tuning[0])
 
 
 def test_grid_without_a_finite_loss_is_reported(tmp_path: Path) -> None:
-    _, (group, _) = experiment(tmp_path)
+    methods = {"lora": METHODS["lora"]}
+    _, (group,) = experiment(tmp_path, methods=methods)
     for cell in group.tuning:
         write_record(tmp_path / "out", cell, of_cell(cell, "trained", validation_loss=float("nan")))
-    whole, told = run(tmp_path)
-    assert not whole
-    assert "FAILED: tiny,talk,lora: no point of its grid ended with a finite validation loss" in told
-    assert not any("lora" in line and line.startswith("train ") for line in told)
+    told = ["FAILED: tiny,talk,lora: no point of its grid ended with a finite validation loss"]
+    assert run(tmp_path, methods=methods) == (False, told)
 
 
 def half_done(folder: Path):

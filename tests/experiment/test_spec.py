@@ -18,14 +18,11 @@ def scored_by(metric: dict[str, Any]) -> dict[str, Any]:
     return {"tasks": {"talk": {"score": {"command": "x {output}", "metrics": {"a": metric}}}}}
 
 
-def test_file_is_read_as_written(tmp_path: Path) -> None:
+def test_file_is_read_as_written_and_a_method_of_all_cells_is_not_overruled_by_a_name(tmp_path: Path) -> None:
     found, _ = experiment(tmp_path)
     assert (found.name, found.title, found.seeds, found.tuning_seed) == ("small", "Small", (1, 2, 3), 1)
     assert found.methods[0].flags == {"peft-method": "lora"}
     assert found.tasks[0].score is not None and list(found.tasks[0].score.metrics) == ["accuracy"]
-
-
-def test_peft_method_of_all_cells_is_not_overruled_by_a_name(tmp_path: Path) -> None:
     raw, fixed = {"raw": {"flags": {"hybrid-lambda": "raw"}}}, {"fixed": {"flags": {"peft-method": "hybrid"}}}
     found, _ = experiment(tmp_path, flags={"peft-method": "hybrid"}, methods=raw)
     assert found.methods[0].flags == {"hybrid-lambda": "raw"}
@@ -45,15 +42,9 @@ def test_examples_are_read(path: Path) -> None:
         ({"seeds": []}, "the grid is empty: seeds names nothing"),
         ({"methods": {"lora": {"grid": {"lr": []}}}}, r"methods.lora.grid.lr is empty: list the values"),
         ({"methods": {"lora": {"grid": {"lr": [0.1, 0.1]}}}}, "methods.lora.grid.lr holds 0.1 twice"),
-        (
-            {"methods": {"lora": {"flags": {"lr": 1}, **GRID}}},
-            "--lr is in methods.lora.flags and in methods.lora.grid: l",
-        ),
+        ({"methods": {"lora": {"flags": {"lr": 1}, **GRID}}}, "--lr is in methods.lora.flags and in methods.lora.grid"),
         ({"flags": {"lr": 1, "train-iters": 2}}, "--lr is in flags and in methods.lora.grid"),
-        (
-            {"flags": {"train-data-path": "a"}},
-            "--train-data-path is in flags and in tasks.talk.flags: leave it in one of",
-        ),
+        ({"flags": {"train-data-path": "a"}}, "--train-data-path is in flags and in tasks.talk.flags: leave it in"),
         ({"flags": {"train-iters": 2, "seed": 4}}, "flags: --seed is the runner's own: list the seeds under seeds:"),
         ({"flags": {"train-iters": 2, "save": "x"}}, "--save is the runner's own: each cell has a folder"),
         ({"seeds": [1, 1]}, "seeds: 1, 1 names one twice"),
@@ -92,7 +83,9 @@ def test_broken_or_missing_file_is_an_error(tmp_path: Path, text: str, message: 
         read_experiment(tmp_path / "none.yaml")
 
 
-def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
+def test_all_problems_are_reported_at_once_and_a_single_point_needs_no_validation(tmp_path: Path) -> None:
+    experiment(tmp_path, tasks=UNVALIDATED, methods={"lora": GRID})
+    experiment(tmp_path, tasks=UNVALIDATED, models={"tiny": {"flags": {"data-path": "prefix"}}})
     with pytest.raises(ConfigurationError) as caught:
         experiment(tmp_path, seeds=[1, 1], flags={"seed": 3, "train-iters": 2})
     assert len(caught.value.problems) == 3  # the flag once for each method that it would go to
@@ -121,14 +114,15 @@ def test_schedule_and_budget_are_the_same_for_all_methods(tmp_path: Path, flag: 
         experiment(tmp_path, flags={}, methods={"lora": {"flags": {flag: 5}}})
 
 
-def test_a_single_point_needs_no_validation_and_split_data_give_it(tmp_path: Path) -> None:
-    experiment(tmp_path, tasks=UNVALIDATED, methods={"lora": GRID})
-    experiment(tmp_path, tasks=UNVALIDATED, models={"tiny": {"flags": {"data-path": "prefix"}}})
-
-
-def test_flags_of_yaml_become_words() -> None:
+def test_flags_of_yaml_become_words_and_a_cell_has_those_of_all_places(tmp_path: Path) -> None:
     flags = {"lr": "3e-4", "bf16": True, "pack-sequences": False, "split": None, "peft-target-modules": ["a", "b"]}
     assert command_line(flags) == ("--lr", "3e-4", "--bf16", "--peft-target-modules", "a", "b")
+    _, (group, _) = experiment(tmp_path)
+    assert group.tuning[0].flags == (
+        *("--train-iters", "2", "--pretrained-checkpoint", "nowhere", "--train-data-path", "train.jsonl"),
+        *("--valid-data-path", "valid.jsonl"),
+        *("--peft-method", "lora", "--lr", "0.1", "--seed", "1"),
+    )
 
 
 def test_grid_is_every_combination_or_one_cell(tmp_path: Path) -> None:
@@ -140,15 +134,6 @@ def test_grid_is_every_combination_or_one_cell(tmp_path: Path) -> None:
     assert [finals[0] for finals in plain.finals] == list(plain.tuning), "the tuning cell is a final one of its seed"
     _, (single,) = experiment(tmp_path, methods={"lora": {}})
     assert [cell.key for cell in single.tuning] == ["tiny,talk,lora,seed=1"]
-
-
-def test_cell_has_the_flags_of_all_places(tmp_path: Path) -> None:
-    _, (group, _) = experiment(tmp_path)
-    assert group.tuning[0].flags == (
-        *("--train-iters", "2", "--pretrained-checkpoint", "nowhere", "--train-data-path", "train.jsonl"),
-        *("--valid-data-path", "valid.jsonl"),
-        *("--peft-method", "lora", "--lr", "0.1", "--seed", "1"),
-    )
 
 
 def test_flags_that_pretrain_peft_takes_pass_in_the_folder_that_the_runner_gives(tmp_path: Path) -> None:

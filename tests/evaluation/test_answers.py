@@ -1,8 +1,12 @@
-"""Settled before `generate` and `evaluate` ask a model: settings, prompts, files, flags of a run; the stream too."""
+"""Settled before `generate` and `evaluate` ask a model: settings, prompts, files, flags of a run; the stream too.
+
+And answers before and after training: the base's and the run's own, to prompts of the validation data.
+"""
 
 import json
 import os
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,9 +19,22 @@ from megatron_peft.cli.parser import RunFlags, read_config
 from megatron_peft.config import ConfigurationError, ParallelConfig, PeftConfig, RunConfig
 from megatron_peft.config.evaluation import AnswerSettings, HarnessSettings, Sampling
 from megatron_peft.evaluation import answers, harness_run, model
-from megatron_peft.evaluation.answers import AnswerFile, Stream, encode_prompts, read_prompts, records_of, request_bar
+from megatron_peft.evaluation.answers import (
+    AnswerFile,
+    Stream,
+    encode_prompts,
+    question_of,
+    questions_of,
+    read_prompts,
+    records_of,
+    request_bar,
+    write_samples,
+)
 from megatron_peft.evaluation.generation import StopTexts
 from megatron_peft.evaluation.model import end_ids, load_model, model_fingerprint, run_on_a_model, saved_values
+from megatron_peft.runtime.launch import stop_model_parallel
+from megatron_peft.training.run import finetune
+from tests.evaluation.worded_llama import save_worded_llama, save_worded_pairs
 from tests.one_rank import one_rank
 from tests.recorded_calls import recorded_calls
 from tests.tiny_llama import save_llama
@@ -195,7 +212,7 @@ def test_every_answer_has_a_random_stream_of_its_own_and_its_place(monkeypatch, 
 
 def test_answers_of_another_base_checkpoint_or_precision_are_not_taken_for_those_of_this_model(tmp_path, monkeypatch):
     monkeypatch.setattr(model, "base_fingerprint", lambda folder: {"weights": folder})
-    monkeypatch.setattr(model, "find_checkpoint", lambda load: tmp_path / load)
+    monkeypatch.setattr(model.run_record, "find_checkpoint", lambda load: tmp_path / load)
     for load in ("one", "other"):
         (tmp_path / load).mkdir()
         (tmp_path / load / MANIFEST).write_text(load)
@@ -287,7 +304,7 @@ def _config(base: str = "base", peft: PeftConfig = LORA) -> RunConfig:
 def run(monkeypatch, tmp_path) -> str:
     """The base model's folder, which a run named `run` was trained on."""
     record = SimpleNamespace(config=_config(str(tmp_path / "base")))
-    monkeypatch.setattr(model, "read_run_record", lambda folder: record)
+    monkeypatch.setattr(model.run_record, "read_run_record", lambda folder: record)
     (tmp_path / "base").mkdir()
     return str(tmp_path / "base")
 
@@ -306,16 +323,13 @@ def test_all_of_a_run_that_decides_its_answers_is_taken_from_it():
     assert found == {**base, **tokenizer, "seed": 7, "method": "full"}
 
 
-def test_the_layout_is_the_users_and_not_the_runs_and_what_is_typed_holds(run):
+def test_the_layout_is_the_users_what_is_typed_holds_and_a_base_that_is_not_there_is_told(run, tmp_path):
     config = _parse("--load", "run", "--pipeline-model-parallel-size", "2")
     assert config.peft == LORA and config.model.pretrained_checkpoint == run and config.model.bf16
     assert config.parallel == ParallelConfig(pipeline_model_parallel_size=2, world_size=2)
     assert config.checkpoint.load == "run" and config.training.seed == config.data.seed == 7
     config = _parse("--load=run", "--pretrained-checkpoint", "elsewhere", "--lora-rank", "5")
     assert config.model.pretrained_checkpoint == "elsewhere" and config.peft.lora_rank == 5
-
-
-def test_a_base_that_is_not_there_is_told_with_the_way_out(run, tmp_path):
     (tmp_path / "base").rmdir()
     with pytest.raises(ConfigurationError, match=f"base model {run}, which does not exist.*--pretrained-checkpoint"):
         saved_values({"load": "run"})
@@ -335,3 +349,71 @@ def test_what_is_wrong_is_told_before_a_world_is_made(flags, told):
     with pytest.raises(ConfigurationError, match=told):
         run_on_a_model(lambda *both: ran.append(both), 1, RunFlags(flags))
     assert not ran and not dist.is_initialized()
+
+
+TURNS = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b"), ("user", "c"))]
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        ({"prompt": "a ", "completion": "b"}, ("a ", "b", {"prompt": "a "})),
+        ({"messages": TURNS}, ("a", "b", {"messages": TURNS[:1]})),
+        (
+            {"messages": [*TURNS, {"role": "assistant", "content": "d"}], "tools": [{}]},
+            ("c", "d", {"messages": TURNS, "tools": [{}]}),
+        ),
+        ({"messages": TURNS[1:]}, None),
+        ({"messages": TURNS[:1]}, None),
+        ({"messages": "a"}, None),
+        ({"text": "a"}, None),
+    ],
+)
+def test_what_a_record_asks(record, expected):
+    assert question_of(record) == expected
+
+
+def test_a_run_without_prompts_is_an_error(tmp_path, monkeypatch):
+    base, file = save_worded_llama(tmp_path / "base"), tmp_path / "texts.jsonl"
+
+    def ask(*paths: str):
+        config = c.make_run(pretrained_checkpoint=str(base), train_data_path=("a.jsonl",), valid_data_path=paths)
+        monkeypatch.setattr(answers.run_record, "read_run_record", lambda run: SimpleNamespace(config=config))
+        return questions_of("run", 2)
+
+    file.write_text('{"text": "w1 w2"}\n')
+    for paths, told in (((), "was trained without"), ((str(file),), "are plain text")):
+        with pytest.raises(ConfigurationError, match=told):
+            ask(*paths)
+    file.write_text(json.dumps({"instruction": "w1 w2", "input": "", "output": "w3"}))  # Alpaca's
+    (question,) = ask(str(file))
+    assert "w1 w2" in question[0] and question[1] == "w3"
+
+
+def _samples(folder: Path, name: str, flags: str) -> list[dict[str, str]]:
+    """Of a run that is trained before."""
+    run, pairs = folder / name, str(folder / "pairs.jsonl")
+    where = ["--pretrained-checkpoint", str(folder / "base"), "--save", str(run)]
+    common = "--micro-batch-size 4 --seq-length 32 --num-workers 0 --log-interval 10 --train-iters 30"
+    data = ["--train-data-path", pairs, "--valid-data-path", pairs]
+    finetune(read_config([*where, *data, *common.split(), *flags.split()]))
+    stop_model_parallel()
+    config = read_config(["--load", str(run)], saved=saved_values)
+    write_samples(config, run / "samples.jsonl", str(run), 4, max_new_tokens=6)
+    stop_model_parallel()
+    return [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_before_is_the_base_and_after_the_run_for_every_kind_of_method(tmp_path):
+    """Full fine-tuning changes the base's own weights, and merging the Hybrid does."""
+    save_worded_llama(tmp_path / "base")
+    save_worded_pairs(tmp_path / "pairs.jsonl")
+    hybrid = "--peft-method hybrid --lora-rank 8 --lora-ga-batches 1 --boft-block-size 4 --boft-factors 1"
+    with one_rank(with_groups=False):
+        full = _samples(tmp_path, "full", "--peft-method full --lr 3e-3")
+        mixed = _samples(tmp_path, "hybrid", f"{hybrid} --lr 8e-3 --hybrid-merge-interval 8 --train-iters 12")
+    assert [one["prompt"] for one in full] == ["w0 ", "w2 ", "w4 ", "w6 "]
+    assert full[1]["reference"] == full[1]["after"] == "w3 w4 w5"
+    assert [one["before"] for one in full] == [one["before"] for one in mixed]
+    assert all(one["before"] != one["after"] for one in (*full, *mixed))
