@@ -18,7 +18,7 @@ from megatron_peft.commands.certify import main
 from megatron_peft.config import ConfigurationError, ParallelConfig, RunConfig, make_run
 from megatron_peft.models.families import config_of_shape, read_shape
 from megatron_peft.models.shape import ModelShape
-from megatron_peft.rehearsal import small_run as small
+from megatron_peft.rehearsal.requests import small_layout
 from megatron_peft.runtime.ranks import RanksFailed
 from tests.certify.faults import FAULTS, NOT_SEEN, Fault
 from tests.certify.warm import Case, certified
@@ -71,7 +71,7 @@ def test_a_small_run_keeps_the_settings_of_a_step_and_multiplies_all_rates_alike
     data = replace(config.data, packing="next-fit")
     checkpoint = replace(config.checkpoint, save="x", async_save=True)
     config = replace(config, training=training, data=data, checkpoint=checkpoint)
-    split = small.small_run(config, LLAMA, tmp_path).split
+    split = module.small_run(config, LLAMA, tmp_path).split
     kept = {"optimizer": (*sgd, "adam_beta1", "adam_beta2", "adam_eps"), "data": ("packing", "pack_sequences")}
     kept |= {"training": ("seed", "grad_reduce_in_bf16", "overlap_grad_reduce"), "checkpoint": ("async_save",)}
     for part, names in kept.items():
@@ -86,7 +86,7 @@ def test_a_small_run_keeps_the_settings_of_a_step_and_multiplies_all_rates_alike
 @pytest.mark.parametrize("method", METHODS)
 def test_a_small_model_keeps_the_shape(tmp_path, method, shape):
     config = run_of(METHODS[method], {"tensor_model_parallel_size": 8, "pipeline_model_parallel_size": 5}, 80)
-    found = small.small_run(config, shape, tmp_path)
+    found = module.small_run(config, shape, tmp_path)
     assert read_shape(tmp_path / "model") == found.shape
     same = ("architecture", "gated_linear_unit", "tied_embeddings", "linear_biases", "embedding_layernorm")
     assert all(getattr(found.shape, name) == getattr(shape, name) for name in same)
@@ -117,13 +117,13 @@ def test_a_small_model_keeps_the_shape(tmp_path, method, shape):
 def test_small_stages_hold_fewer_more_or_none_as_the_runs_do(given, num_layers, expected):
     run = ParallelConfig(pipeline_model_parallel_size=8, world_size=8, **given)
     changed, layers = expected
-    parallel, found = small.small_layout(run, num_layers, small.MOST_TENSOR_PARALLEL, small.MOST_REPLICAS)
+    parallel, found = small_layout(run, num_layers, module.MOST_TENSOR_PARALLEL, module.MOST_REPLICAS)
     assert found == layers and all(getattr(parallel, name) == value for name, value in changed.items())
 
 
 def test_patterns_for_layers_that_are_cut_mean_their_kinds(tmp_path):
     config = run_of({**LORA, "target_modules": ("decoder.layers.9.*qkv", "down_proj")}, {}, 1)
-    assert small.small_run(config, LLAMA, tmp_path).split.peft.target_modules == ("linear_qkv", "down_proj")
+    assert module.small_run(config, LLAMA, tmp_path).split.peft.target_modules == ("linear_qkv", "down_proj")
 
 
 @pytest.mark.parametrize(("tp", "seq_length"), [(8, 48), (16, 48), (10, 240)])
@@ -131,17 +131,17 @@ def test_a_run_of_more_tensor_parallel_ranks_starts_as_many(tmp_path, tp, seq_le
     shape = replace(LLAMA, num_attention_heads=160, num_query_groups=160)
     layout = {"tensor_model_parallel_size": tp, "sequence_parallel": True, **PP2}
     config = run_of(LORA, layout, 4 * tp, {"seq_length": 720}, bf16=True)
-    found = small.wide_run(config, shape, tmp_path)
+    found = module.wide_run(config, shape, tmp_path)
     assert found is not None and read_shape(tmp_path / "model") == found.shape
     assert module.layout_of(found.split) == f"TP{tp}+SP x PP1 x DP1, bf16"
     assert found.split.data.seq_length == found.alone.data.seq_length == seq_length
-    assert small.wide_run(run_of(LORA, {"tensor_model_parallel_size": 4}, 4), shape, tmp_path) is None
+    assert module.wide_run(run_of(LORA, {"tensor_model_parallel_size": 4}, 4), shape, tmp_path) is None
 
 
 def test_what_differs_at_the_runs_own_tensor_parallel_ranks_is_told(tmp_path, monkeypatch):
     config, same = run_at("lora", "TP8+SP"), replace(DIFFERS, problems=())
     wrong = replace(DIFFERS, problems=tuple("abcdefgh"))
-    run, wide = small.small_run(config, LLAMA, tmp_path), small.wide_run(config, LLAMA, tmp_path / "wide")
+    run, wide = module.small_run(config, LLAMA, tmp_path), module.wide_run(config, LLAMA, tmp_path / "wide")
     monkeypatch.setattr(module, "compare_small", lambda one: [wrong if one is wide else same])
     found, differs = module.compare_all(run, wide)
     assert found.name == "losses" and found.passed
@@ -151,7 +151,7 @@ def test_what_differs_at_the_runs_own_tensor_parallel_ranks_is_told(tmp_path, mo
 def test_a_method_that_fits_no_small_model_is_an_error(tmp_path):
     config = run_of({**LORA, "lora_rank": 100_000}, {}, 1)
     with pytest.raises(ConfigurationError, match="--lora-rank 100000"):
-        small.small_run(config, LLAMA, tmp_path)
+        module.small_run(config, LLAMA, tmp_path)
 
 
 # Started for real.
@@ -340,7 +340,7 @@ def test_transformers_takes_the_small_model_of_any_number_of_heads(family, heads
 
     shape = replace(LLAMA, architecture=family, num_attention_heads=heads, num_query_groups=1, hidden_size=16 * heads)
     for tp in (1, 2):
-        found = small.small_shape(shape, run_of(LORA, {"tensor_model_parallel_size": tp}, tp), tp, 2)
+        found = module.small_shape(shape, run_of(LORA, {"tensor_model_parallel_size": tp}, tp), tp, 2)
         AutoConfig.for_model(**config_of_shape(found)).validate()
         assert found.hidden_size % found.num_attention_heads == 0
 

@@ -51,7 +51,6 @@ def _in_a_fork(case: Case) -> Any:
 
 def _certify(case: Case, path: Path) -> None:
     from megatron_peft.certify import certify
-    from megatron_peft.rehearsal.small_run import small_run, wide_run
 
     if case.broken is not None:
         case.broken.plant()
@@ -60,7 +59,9 @@ def _certify(case: Case, path: Path) -> None:
     else:
         found = []
         run = case.config, case.shape
-        for line in certify.compare_all(small_run(*run, path.parent), wide_run(*run, path.parent / "wide")):
+        for line in certify.compare_all(
+            certify.small_run(*run, path.parent), certify.wide_run(*run, path.parent / "wide")
+        ):
             found.append(line)
             if line.name == case.until:
                 break

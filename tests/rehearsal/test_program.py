@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from megatron_peft.rehearsal.deadlock import check_order
-from megatron_peft.rehearsal.program import Call, Computation, EarlyUse, Entry, Mark, Wait
-from megatron_peft.rehearsal.schedule import RankGrid, StageProgram, programs_of_ranks
+from megatron_peft.rehearsal.program import Call, Computation, EarlyUse, Entry, Mark, Wait, check_order
+from megatron_peft.rehearsal.rehearsal import RankGrid, StageProgram, programs_of_ranks
 
 
 def sums(*axes_and_ranks: tuple[str, tuple[int, ...]]) -> list[Entry]:
