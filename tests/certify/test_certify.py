@@ -20,8 +20,7 @@ from megatron_peft.models.families import config_of_shape, read_shape
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.rehearsal.requests import small_layout
 from megatron_peft.runtime.ranks import RanksFailed
-from tests.certify.faults import FAULTS, NOT_SEEN, Fault
-from tests.certify.warm import Case, certified
+from tests.certify.faults import FAULTS, NOT_SEEN, Case, Fault, certified
 from tests.plan.test_recipe_plans import WORLDS, recipe
 from tests.ranks import run_ranks
 from tests.time_limits import seconds
@@ -184,8 +183,8 @@ def problems_of(certificate: Any) -> dict[str, tuple[str, ...]]:
     return {one.name: one.problems or (one.error,) for one in certificate.comparisons if not one.passed}
 
 
-# One of each kind in `make test`; all of them in `make test-all`.
-QUICK = [("lora", "TP2+SP", True), ("full", "PP2 interleaved", False), ("boft", "DP2", True)]
+# Two in `make test`, where `training/test_layout.py` has others; all of them in `make test-all`.
+QUICK = [("lora", "TP2+SP", True), ("boft", "DP2", True)]
 QUICK_FAULTS = ("a sum over tensor ranks is missing", "each rank draws factors of its own")
 SPLITS = ("TP2+SP", "PP2 interleaved", "DP2")
 ALL = [case for case in product(METHODS, SPLITS, (False, True)) if case not in QUICK]
@@ -331,6 +330,16 @@ def test_a_method_that_cannot_be_merged_is_certified_without_that(monkeypatch, t
     lines = module.compare_converted((config, torch.zeros(2, 4), (torch.zeros(1), torch.ones(1))))
     told = "not compared (adapters of --peft-method gains cannot be merged)"
     assert [(one.note, one.passed, one.num_compared) for one in lines] == [(told, True, 0)] * 2
+
+
+def test_full_fine_tuning_is_converted_and_exports_no_adapter(monkeypatch, tmp_path):
+    tokens, logits = torch.zeros(2, 4), (torch.zeros(1), torch.ones(1))
+    monkeypatch.setattr(module, "megatron_to_hf", lambda run, output, **_: output)
+    monkeypatch.setattr(module.verify, "logits_of", lambda folder, _: logits[1] if folder.name == "merged" else None)
+    config = run_of(METHODS["full"], {}, 1)
+    config = replace(config, checkpoint=replace(config.checkpoint, save=str(tmp_path / "split")))
+    [line] = module.compare_converted((config, tokens, logits))
+    assert line.name == "merged model in transformers" and line.passed and line.num_compared == 1
 
 
 @pytest.mark.parametrize("heads", [1, 3, 6, 9, 14, 28, 40])

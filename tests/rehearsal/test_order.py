@@ -18,11 +18,10 @@ from megatron_peft.models.kernels import Training
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.rehearsal import rehearsal
 from megatron_peft.rehearsal.program import MESSAGES, Call, Entry, Wait, check_order
-from megatron_peft.rehearsal.rehearsal import RankGrid, RehearsedRun, StageProgram, order_problem, rehearse_run
+from megatron_peft.rehearsal.rehearsal import RankGrid, RehearsedRun, StageProgram, order_problem, schedules_of_stages
 from megatron_peft.rehearsal.requests import chunks_of_stages
 from megatron_peft.runtime.fake_ranks import fake_world
 from megatron_peft.runtime.launch import model_parallel
-from tests.ranks import run_ranks
 from tests.rehearsal.planted_calls import BETWEEN_STAGES, IN_TENSOR_AND_DATA, SOUND, with_planted
 from tests.rehearsal.watched_runs import METHODS, SHAPE
 from tools.published import made_up_run
@@ -76,13 +75,7 @@ def asked(method: str, layout: str, num_microbatches: int = 0) -> tuple[RunConfi
 
 @cache
 def rehearsed(method: str, layout: str) -> RehearsedRun:
-    return rehearse_run(*asked(method, layout), peaks=False)
-
-
-def scheduled(*asked: tuple[RunConfig, ModelShape]) -> list[list[tuple[Entry, ...]]]:
-    """The real schedule of every stage of these runs."""
-    calls = [partial(rehearsal.schedules_of_stages, *one) for one in asked]
-    return rehearsal._in_processes(calls, rehearsal.unwatched)
+    return rehearsal.rehearse_run(*asked(method, layout), peaks=False)
 
 
 def programs_with(
@@ -109,33 +102,29 @@ DIVISIONS: list[tuple[int, dict[str, Any]]] = [
 ]
 
 
-def of_megatron_core(runs: list[tuple[RunConfig, ModelShape]]) -> list[list[list[tuple[int, ...]]]]:
-    """Of each run, the layers of each chunk of each stage."""
-    found: list[Any] = [[] for _ in runs]
-    for (run, shape), stages in zip(runs, found, strict=True):
-        core = transformer_config(shape, run.model.bf16, run.model.transformer, run.parallel, Training.of(run))
-        num_chunks = run.parallel.num_virtual_stages(shape.num_layers)
-        for stage in range(4):
-            of_stages = ParallelConfig(1, 4, world_size=4)
-            with fake_world(stage, 4), model_parallel(of_stages, 1, num_chunks):
-                places = [(core, chunk, stage) for chunk in (range(num_chunks) if num_chunks else [None])]
-                begins = [get_transformer_layer_offset(*place) for place in places]
-                sizes = [get_num_layers_to_build(*place) for place in places]
-            stages.append([tuple(range(at, at + size)) for at, size in zip(begins, sizes, strict=True)])
+def of_megatron_core(run: RunConfig, shape: ModelShape) -> list[list[tuple[int, ...]]]:
+    """The layers of each chunk of each stage."""
+    core = transformer_config(shape, run.model.bf16, run.model.transformer, run.parallel, Training.of(run))
+    num_chunks, found = run.parallel.num_virtual_stages(shape.num_layers), []
+    for stage in range(4):
+        with fake_world(stage, 4), model_parallel(ParallelConfig(1, 4, world_size=4), 1, num_chunks):
+            places = [(core, chunk, stage) for chunk in (range(num_chunks) if num_chunks else [None])]
+            begins = [get_transformer_layer_offset(*place) for place in places]
+            sizes = [get_num_layers_to_build(*place) for place in places]
+        found.append([tuple(range(at, at + size)) for at, size in zip(begins, sizes, strict=True)])
     return found
 
 
-def test_stages_hold_the_layers_that_megatron_core_gives_them():
-    fields = {"world_size": 4, "pipeline_model_parallel_size": 4}
-    runs = [(made_up_run("lora", 64, 4, **fields, **more), replace(SHAPE, num_layers=n)) for n, more in DIVISIONS]
-    [found] = run_ranks(1, of_megatron_core, runs)
-    for (run, shape), stages in zip(runs, found, strict=True):
-        ours = chunks_of_stages(run.parallel, shape.num_layers)
-        assert [[chunk.layers for chunk in chunks] for chunks in ours] == stages
-        in_order = [chunk for chunks in zip(*ours, strict=True) for chunk in chunks]
-        assert [layer for chunk in in_order for layer in chunk.layers] == [*range(shape.num_layers)]
-        assert [chunk.embedding for chunk in in_order] == [True, *[False] * (len(in_order) - 1)]
-        assert [chunk.head for chunk in in_order] == [*[False] * (len(in_order) - 1), True]
+@pytest.mark.parametrize(("num_layers", "fields"), DIVISIONS)
+def test_stages_hold_the_layers_that_megatron_core_gives_them(num_layers, fields):
+    run = made_up_run("lora", 64, 4, world_size=4, pipeline_model_parallel_size=4, **fields)
+    ours = chunks_of_stages(run.parallel, num_layers)
+    expected = of_megatron_core(run, replace(SHAPE, num_layers=num_layers))
+    assert [[chunk.layers for chunk in chunks] for chunks in ours] == expected
+    in_order = [chunk for chunks in zip(*ours, strict=True) for chunk in chunks]
+    assert [layer for chunk in in_order for layer in chunk.layers] == [*range(num_layers)]
+    assert [chunk.embedding for chunk in in_order] == [True, *[False] * (len(in_order) - 1)]
+    assert [chunk.head for chunk in in_order] == [*[False] * (len(in_order) - 1), True]
 
 
 # No false alarm.
@@ -150,7 +139,8 @@ def test_no_rank_of_any_method_waits_for_ever(method, layout):
     assert check_order(run.programs()) is None
     pp, is_interleaved = run.grid.pipeline, run.config.parallel.is_interleaved
     numbers = (pp, 2 * pp, 5 * pp) if is_interleaved else (2, pp + 1, 3 * pp)
-    for number, stages in zip(numbers, scheduled(*(asked("lora", layout, one) for one in numbers)), strict=True):
+    for number in numbers:
+        stages = schedules_of_stages(*asked("lora", layout, number))
         assert check_order(programs_with(run, stages, number)) is None, number
 
 
@@ -361,10 +351,10 @@ def waits_in_a_cycle(programs: Programs) -> bool:
 
 def test_stages_that_warm_up_for_two_real_schedules_wait_for_one_another():
     """The first of four stages follows the schedule of the first of two, with two microbatches fewer under way."""
-    found = scheduled(asked("lora", "ends count as layers"), asked("lora", "two stages"))
+    real = (schedules_of_stages(*asked("lora", layout)) for layout in ("ends count as layers", "two stages"))
     programs, of_two = (
         {stage: [one for one in entries if isinstance(one, Call | Wait)] for stage, entries in enumerate(stages)}
-        for stages in found
+        for stages in real
     )
     assert check_order(programs) is None and check_order(of_two) is None
     first = [replace(entry, group=tuple(programs)) if isinstance(entry, Call) else entry for entry in of_two[0]]

@@ -38,16 +38,16 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 def runs(files) -> dict[str, RankToRehearse]:
     """Those of the quick tests; of the pipeline one with as many microbatches as are enough, and one with more."""
     alone = {method: watched(files, 1, [method], ["alone"])[0].of_rank(0) for method in ("hybrid", "full", "lora")}
-    many = replace(watched(files, 2, ["lora"], ["PP2 interleaved"])[0].of_rank(0), num_microbatches=8)
+    many = replace(watched(files, 2, ["lora"], ["PP2 interleaved"])[0].of_rank(0), num_microbatches=6)
     enough = enough_microbatches(many.config, many.stage, 100)
-    assert enough < 8
+    assert enough < 6
     interleaved = {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1}
-    full = made_up_run("full", 64, 8, world_size=4, **interleaved)
+    full = made_up_run("full", 64, 4, world_size=4, **interleaved)
     of_full = RankToRehearse.of(full, SHAPE, 2, peaks=False)
     return {
         **alone,
         "many": many,
-        "few": replace(many, num_microbatches=enough, num_waiting=8 - enough),
+        "few": replace(many, num_microbatches=enough, num_waiting=6 - enough),
         "of full": of_full,
     }
 

@@ -31,10 +31,10 @@ URNN: dict[str, Any] = {"urnn_block_size": 4}
 METHODS: dict[str, dict[str, Any]] = {
     "full": {"method": "full"},
     "lora": {"method": "lora", "lora_rank": 4},
-    "lora-ga": {"method": "lora-ga", "lora_rank": 4},
+    "lora-ga": {"method": "lora-ga", "lora_rank": 4, "lora_ga_batches": 2},
     "boft": {"method": "boft", **BOFT},
     "urnn": {"method": "urnn", **URNN},
-    "hybrid": {"method": "hybrid", "lora_rank": 4, "hybrid_lambda": "rms", **BOFT},
+    "hybrid": {"method": "hybrid", "lora_rank": 4, "lora_ga_batches": 2, "hybrid_lambda": "rms", **BOFT},
     "lora bounded": {"method": "lora", "lora_rank": 4, "lora_max_norm_ratio": 1e-3},
     "projection": {"method": "boft", "boft_parametrization": "projection", **BOFT},
     "riemannian": {"method": "urnn", "urnn_update": "riemannian", "peft_lr_rotation": 0.1, **URNN},
@@ -67,7 +67,6 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
     },
     8: {"TP2+SPxPP2xDP2 bf16": merged(TP_SP, PP, SHARDED, {"model": {"bf16": True}})},
 }
-NUM_MICROBATCHES = 4
 
 
 @dataclass(frozen=True)
@@ -84,14 +83,13 @@ class Watched:
 
 
 def watched(files: tuple[str, str], world_size: int, methods: Any, layouts: Any = None) -> list[Watched]:
-    found = []
+    found, num_microbatches = [], 2 if world_size == 1 else 4
     for method, layout in product(methods, layouts or LAYOUTS[world_size]):
         settings = LAYOUTS[world_size][layout]
-        tp_pp = settings.get("parallel", {})
-        replicas = world_size // (
-            tp_pp.get("tensor_model_parallel_size", 1) * tp_pp.get("pipeline_model_parallel_size", 1)
-        )
-        batch = {"training": {"micro_batch_size": 2, "global_batch_size": 2 * replicas * NUM_MICROBATCHES}}
+        sizes = settings.get("parallel", {})
+        tp, pp = (sizes.get(f"{axis}_model_parallel_size", 1) for axis in ("tensor", "pipeline"))
+        batch_size = 2 * num_microbatches * world_size // (tp * pp)
+        batch = {"training": {"micro_batch_size": 2, "global_batch_size": batch_size}}
         groups: Any = merged(batch, settings)
         job = Job(f"{method} {layout}", *files, peft=METHODS[method], **groups)
         found.append(Watched(job, world_size))
