@@ -28,7 +28,7 @@ from megatron_peft.models.kernels import Training
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.rehearsal import requests
 from megatron_peft.rehearsal.program import MESSAGES, Call, Entry, Mark, RankRecord, RecordedLayers, Wait, check_order
-from megatron_peft.rehearsal.recorder import Recorder, group_names
+from megatron_peft.rehearsal.recorder import Recorder
 from megatron_peft.rehearsal.rehearsed_rank import recorded_layers, rehearse_rank
 from megatron_peft.rehearsal.requests import LayersToRecord, Lengths, RankToRehearse
 from megatron_peft.runtime import fake_ranks
@@ -272,7 +272,7 @@ def schedules_of_stages(config: RunConfig, shape: ModelShape) -> list[tuple[Entr
     found: list[tuple[Entry, ...]] = []
     for stage in range(num_stages):
         with fake_ranks.fake_world(stage, num_stages), model_parallel(of_stages, config.training.seed, num_chunks):
-            recorder = Recorder(group_names(), keeps_work=False)
+            recorder = Recorder(keeps_work=False)
             core.finalize_model_grads_func = lambda *_, mark=recorder.mark, **__: mark("finish")
             chunks: list[Any] = [nn.Module() for _ in range(num_chunks or 1)]
             for number, chunk in enumerate(chunks):  # a schedule asks for the configuration alone

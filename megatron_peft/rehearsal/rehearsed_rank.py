@@ -32,7 +32,7 @@ from megatron_peft.rehearsal.program import (
     RecordedPass,
     Segment,
 )
-from megatron_peft.rehearsal.recorder import Recorder, group_names
+from megatron_peft.rehearsal.recorder import Recorder
 from megatron_peft.rehearsal.requests import LayersToRecord, Lengths, RankToRehearse
 from megatron_peft.runtime import fake_ranks
 from megatron_peft.runtime.fake_ranks import fake_rank, replaced
@@ -49,7 +49,7 @@ class Watch(Recorder):
     """
 
     def __init__(self, fuses: Mapping[str, bool], keeps_work: bool = True) -> None:
-        super().__init__(group_names(), keeps_work, fuses.get("gradient_accumulation_fusion", False))
+        super().__init__(keeps_work, fuses.get("gradient_accumulation_fusion", False))
         self.fuses, self.peaks = fuses, dict[str, Memory]()
 
     @contextmanager

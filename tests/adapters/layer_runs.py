@@ -18,7 +18,7 @@ from megatron_peft.benchmarks.steps import num_elements
 from megatron_peft.config import ParallelConfig, PeftConfig
 from megatron_peft.parallel.collectives import sum_partial_gradients_over_tensor_parallel
 from megatron_peft.rehearsal.program import Call
-from megatron_peft.rehearsal.recorder import Recorder, group_names
+from megatron_peft.rehearsal.recorder import Recorder
 from megatron_peft.runtime.launch import start_model_parallel, start_world
 from tests.adapters.many_ranks import drawn as draw
 from tests.adapters.many_ranks import joined as join
@@ -79,7 +79,7 @@ def run_here(sequence_parallel: bool, with_adapters: bool) -> dict[str, Any]:
         return torch.cat(_from_all(own, group)) if sequence_parallel else own
 
     x = own_tokens(draw("x", S, BATCH, H)).clone().requires_grad_()
-    with Recorder(group_names(), keeps_work=False) as log:
+    with Recorder(keeps_work=False) as log:
         y = pair(x)
         y.backward(own_tokens(draw("dy", S, BATCH, H)))
         for parameter in pair.parameters():

@@ -1,8 +1,6 @@
 """A rehearsed rank makes the calls, computes the products and holds the memory of a real one."""
 
-import json
-import subprocess
-import sys
+import resource
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,6 +13,7 @@ from megatron_peft.certify.certify import save_model
 from megatron_peft.rehearsal import rehearsal
 from megatron_peft.rehearsal.program import PHASES, Call, Mark, RankRecord
 from megatron_peft.rehearsal.rehearsal import rehearse
+from megatron_peft.rehearsal.rehearsed_rank import rehearse_rank
 from megatron_peft.rehearsal.requests import RankToRehearse, enough_microbatches
 from tests.plan.recorded import products
 from tests.ranks import run_ranks
@@ -210,22 +209,15 @@ def of_largest(rank: int) -> RankToRehearse:
     return RankToRehearse.of(made_up_run("lora", 4096, 128, world_size=128, **layout), LLAMA_405B, rank)
 
 
-MEASURED = """
-import json, resource
-from megatron_peft.rehearsal.rehearsed_rank import rehearse_rank
-from tests.rehearsal.test_rehearsal import of_largest
-rehearse_rank(of_largest({rank}))
-used = resource.getrusage(resource.RUSAGE_SELF)
-print(json.dumps([used.ru_utime + used.ru_stime, used.ru_maxrss / 2**20]))
-"""
+def used(rank: int) -> tuple[float, float]:
+    """CPU seconds and gibibytes of a process that rehearses a rank of the largest run."""
+    rehearse_rank(of_largest(rank))
+    found = resource.getrusage(resource.RUSAGE_SELF)
+    return found.ru_utime + found.ru_stime, found.ru_maxrss / 2**20
 
 
 @pytest.mark.slow
 def test_three_kinds_of_ranks_of_llama_405b_take_90_cpu_seconds_and_a_gibibyte():
-    found = []
-    for rank in (0, 64, 120):  # the first, a middle and the last stage
-        words = [sys.executable, "-W", "ignore", "-c", MEASURED.format(rank=rank)]
-        done = subprocess.run(words, capture_output=True, text=True, check=True)
-        found.append(json.loads(done.stdout.splitlines()[-1]))
+    found = [run_ranks(1, used, rank)[0] for rank in (0, 64, 120)]  # the first, a middle and the last stage
     assert sum(cpu for cpu, _ in found) <= seconds(90)
     assert max(gibibytes for _, gibibytes in found) <= 1
