@@ -210,8 +210,7 @@ def check_order(programs: Mapping[int, Iterable[Entry]], whole_runs: bool = Fals
     """The first problem of these programs, which must be those of all ranks of every group in them; None: all end.
 
     It names both ranks that do not fit together, and their calls; or one that reads too early. `programs` are by global
-    rank. `whole_runs`: they end with the run, and by then all calls were waited for; a schedule leaves sends to
-    themselves.
+    rank. `whole_runs` end with the run, and by then all calls were waited for; a schedule leaves sends to themselves.
     """
     try:
         _Replay(programs, whole_runs).run()
