@@ -35,7 +35,7 @@ ALLOWED: Mapping[str, set[str]] = {
     "demo": {"config", "runtime", "models", "cli"}
     | {"checkpoint", "data", "tasks", "training", "evaluation", "experiment"},
     "rehearsal": SHARED | {"checkpoint", "data", "training"},
-    "certify": SHARED - {"parallel"} | {"checkpoint", "conversion", "data", "training", "rehearsal"},
+    "certify": SHARED | {"checkpoint", "conversion", "data", "training", "rehearsal"},
     "plan": {"config", "models", "training", "rehearsal"},
     "": {"config", "runtime", "training"},  # the package's public names, imported at their first use
     "__main__": {"commands"},

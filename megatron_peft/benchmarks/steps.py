@@ -24,7 +24,7 @@ from megatron_peft.benchmarks.subjects import (
 )
 from megatron_peft.models.families import read_shape
 from megatron_peft.rehearsal.program import ITEM_BYTES, Call
-from megatron_peft.rehearsal.recorder import Recorder, group_names
+from megatron_peft.rehearsal.recorder import Recorder
 
 METHODS = ("lora", "boft", "urnn", "hybrid")
 
@@ -168,7 +168,7 @@ def log_steps(setting: Setting) -> dict[str, list[Call]]:
     for name, step_name in {"frozen": "frozen-mkl", "lora": "lora", "hybrid": "hybrid"}.items():
         step = STEPS[step_name](setting)
         step()  # the first step of an optimizer is not like the others
-        with Recorder(group_names(), keeps_work=False) as log:
+        with Recorder(keeps_work=False) as log:
             step()
         # Where a call is waited for is not compared.
         made = [entry for entry in log.entries() if isinstance(entry, Call)]

@@ -1,35 +1,51 @@
 """The certificate of a run: a small run of its own shape, started here in its layout and in one process, compared.
 
-The small run is `small_run.py`'s, what its ranks do `runs.py`'s, and the comparisons are `comparison.py`'s.
+What the ranks of a small run do is in `runs.py`, and the comparisons are in `comparison.py`. docs/certify.md lists what
+the small run keeps and what is cut.
 """
 
 import hashlib
 import json
+import random
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib import metadata
+from itertools import product
+from math import lcm, sqrt
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Column, Table
+from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_peft.certify import comparison
 from megatron_peft.certify.comparison import CertificateLine, compare_logits, reported_logits
 from megatron_peft.certify.runs import START, Job, run_jobs
 from megatron_peft.checkpoint.folders import write_atomically
-from megatron_peft.config import ConfigurationError, RunConfig, config_to_dict
+from megatron_peft.config import (
+    CheckpointConfig,
+    ConfigurationError,
+    ParallelConfig,
+    RunConfig,
+    config_to_dict,
+    make_run,
+)
 from megatron_peft.config.untrusted import parse_json
 from megatron_peft.conversion import verify
 from megatron_peft.conversion.convert import megatron_to_hf, merge
 from megatron_peft.conversion.peft_export import export_adapter
+from megatron_peft.models.families import check_adapters, config_of_shape, rules_for
+from megatron_peft.models.rules import expected_tensors
 from megatron_peft.models.shape import ModelShape
+from megatron_peft.parallel.layout import generator_for
 from megatron_peft.rehearsal.rehearsal import work_bar
-from megatron_peft.rehearsal.small_run import SmallRun, small_run, wide_run
+from megatron_peft.rehearsal.requests import kept_stages, make_small, of_num_layers
 from megatron_peft.runtime.ranks import RanksFailed, preload, run_ranks
 
 TIMEOUT_SECONDS = 600.0  # of each start of ranks
@@ -40,6 +56,172 @@ NOT_CLAIMED = (
     "masks that ranks draw alike or apart by mistake are not seen; what is wrong in one process too, unless Hugging "
     "Face's programs compute otherwise; NCCL, CUDA kernels, Transformer Engine, since it ran on gloo and a processor"
 )
+
+
+# What is started: a small run of the run's own shape.
+
+MOST_TENSOR_PARALLEL, MOST_REPLICAS, MOST_KEY_HEADS = 4, 2, 4
+NUM_STEPS = 4
+SEQ_LENGTH = 48  # what 2, 3, 4, 8 and 16 ranks divide; others have a multiple
+LEARNING_RATE, FULL_LEARNING_RATE = 5e-3, 1e-3
+EPOCH = 3  # steps; of packs about so many
+SAMPLES_OF_A_PACK = 7 / 3
+WIDTHS = (4, 8, 16, 32, 64, 128, 256, 512)
+KEPT = {  # of training, optimizer and data
+    *("seed", "overlap_grad_reduce", "grad_reduce_in_bf16", "packing", "pad_to_seq_length"),
+    *("optimizer", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "sgd_momentum", "clip_grad"),
+    *("use_distributed_optimizer", "overlap_param_gather"),
+}
+RECOMPUTE = ("recompute_granularity", "recompute_method", "recompute_num_layers", "distribute_saved_activations")
+
+
+@dataclass(frozen=True)
+class SmallRun:
+    """A small run in the layout that is certified, and the same run in one process, which saves nothing."""
+
+    split: RunConfig
+    alone: RunConfig
+    shape: ModelShape
+
+
+def small_run(
+    config: RunConfig, shape: ModelShape, folder: Path, most_tensor_parallel: int = MOST_TENSOR_PARALLEL
+) -> SmallRun:
+    """The small run of a run, with its model and data, which are written to the empty `folder`.
+
+    ConfigurationError: no small model fits the method's numbers.
+    """
+    given, method = config.optimizer, config.peft
+    few = max(4, 2 * len(kept_stages(config.parallel.pipeline_model_parallel_size)))
+    shrunk, of_few_layers = make_small(config, shape, most_tensor_parallel, MOST_REPLICAS, few)
+    parallel, tp = shrunk.parallel, shrunk.parallel.tensor_model_parallel_size
+    lr = LEARNING_RATE if method.trains_adapters else FULL_LEARNING_RATE
+    rate_scale = lr / given.lr
+    changes: dict[str, Any] = {
+        "lora_dropout": 0.0,  # layouts draw dropouts differently
+        "lora_ga_batches": min(method.lora_ga_batches, 2),
+        "hybrid_merge_interval": method.hybrid_merge_interval and min(method.hybrid_merge_interval, 2),
+    }
+    if method.peft_lr_rotation and method.urnn_update != "riemannian":  # whose is not a multiple of --lr
+        changes["peft_lr_rotation"] = method.peft_lr_rotation * rate_scale
+    peft = replace(shrunk.peft, **changes)
+    small = small_shape(shape, replace(config, peft=peft), tp, of_few_layers.num_layers)
+    save_model(small, folder / "model")
+    micro_batch_size = min(config.training.micro_batch_size, 2)
+    size = micro_batch_size * shrunk.num_microbatches * parallel.data_parallel_size
+    transformer = {name: value for name, value in shrunk.model.transformer.items() if "dropout" not in name}
+    sections = (config.data, given, config.training)
+    values = {
+        **{name: value for section in sections for name, value in vars(section).items() if name in KEPT},
+        **vars(parallel),
+        **vars(config.model),
+        **vars(peft),
+        **_data(config, small, folder, size),
+        "pretrained_checkpoint": str(folder / "model"),
+        "shape_flags": {},
+        "transformer": transformer | {"attention_dropout": 0.0, "hidden_dropout": 0.0},
+        "transformer_impl": "local",
+        "attention_backend": "auto",
+        "seq_length": lcm(SEQ_LENGTH, tp),
+        "micro_batch_size": micro_batch_size,
+        "global_batch_size": size,
+        "train_iters": NUM_STEPS,
+        "eval_iters": NUM_STEPS,
+        "lr": lr,
+        "lr_decay_style": "constant",
+        "decoupled_lr": given.decoupled_lr and given.decoupled_lr * rate_scale,
+        "save": str(folder / "split"),
+        "async_save": config.checkpoint.async_save,
+    }
+    # In one process, with nothing that is sharded, recomputed or overlapped.
+    of_one = {
+        **vars(ParallelConfig()),
+        "transformer": {name: one for name, one in values["transformer"].items() if name not in RECOMPUTE},
+        "recompute_modules": (),
+        **dict.fromkeys(("overlap_grad_reduce", "use_distributed_optimizer", "overlap_param_gather"), False),
+        **vars(CheckpointConfig()),
+    }
+    return SmallRun(make_run(**values), make_run(**values | of_one), small)
+
+
+def wide_run(config: RunConfig, shape: ModelShape, folder: Path) -> SmallRun | None:
+    """The small run once more, on all tensor-parallel ranks of the run: one stage, one replica, nothing saved.
+
+    None: the small run has as many.
+    """
+    parallel, ranks = config.parallel, config.parallel.tensor_model_parallel_size
+    if ranks <= MOST_TENSOR_PARALLEL:
+        return None
+    wide = ParallelConfig(ranks, sequence_parallel=parallel.sequence_parallel, world_size=ranks)
+    found = small_run(replace(config, parallel=wide), shape, folder, ranks)
+    return replace(found, split=replace(found.split, checkpoint=CheckpointConfig()))
+
+
+def small_shape(shape: ModelShape, config: RunConfig, tensor_parallel: int, num_layers: int) -> ModelShape:
+    """The narrowest model of the shape that the method's numbers fit at `tensor_parallel` ranks.
+
+    ConfigurationError: none up to WIDTHS fits.
+    """
+    run_tp = config.parallel.tensor_model_parallel_size
+    multiple = config.model.make_vocab_size_divisible_by
+    unit = max(multiple * tensor_parallel, 256)
+    is_padded = shape.padded_vocab_size(multiple, run_tp) > shape.vocab_size
+    groups = min(shape.num_query_groups // run_tp or 1, MOST_KEY_HEADS) * tensor_parallel
+    heads = groups * (shape.num_attention_heads // shape.num_query_groups)
+    sizes = {"num_attention_heads": heads, "num_query_groups": groups, "vocab_size": unit - 3 * is_padded}
+    small = replace(of_num_layers(shape, num_layers), **sizes)
+    parallel = ParallelConfig(tensor_parallel, world_size=tensor_parallel)
+    problems: list[str] = []
+    # From narrow to wide. transformers takes hidden sizes that the heads divide; Bloom's heads have to fill it, and its
+    # MLP is four times as wide.
+    bound = shape.architecture == "bloom"
+    for head, width in product(WIDTHS, (0,) if bound else (1, 2, *WIDTHS)):
+        hidden = (width or head) * heads
+        ffn = 4 * hidden if bound or not shape.gated_linear_unit else 2 * hidden
+        candidate = replace(small, kv_channels=head, hidden_size=hidden, ffn_hidden_size=ffn)
+        problems = check_adapters(config.peft, parallel, candidate)
+        if hidden >= 32 and not problems:
+            return candidate
+    raise ConfigurationError(f"no small model fits the run's method, so it cannot be certified: {problems[0]}")
+
+
+def save_model(shape: ModelShape, folder: Path) -> None:
+    """Random weights of a shape, biases and norms too, as a Hugging Face folder."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config_of_shape(shape), indent=2) + "\n")
+    tensors: dict[str, Tensor] = {}
+    for name, size in expected_tensors(rules_for(shape)).items():
+        generator = generator_for(0, name)
+        if len(size) > 1:
+            tensors[name] = torch.randn(*size, generator=generator) * (0.8 / sqrt(size[1]))
+        elif name.endswith("bias"):
+            tensors[name] = 0.1 * torch.randn(*size, generator=generator)
+        else:
+            tensors[name] = 0.5 + torch.rand(*size, generator=generator)
+    save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
+
+
+def _data(config: RunConfig, shape: ModelShape, folder: Path, batch_size: int) -> dict[str, Any]:
+    """Fields of the data: generated sequences for indexed data, else prompts and completions of random ids, of many
+    lengths."""
+    data = config.data
+    tokenizer = {"tokenizer_type": "NullTokenizer", "vocab_size": shape.vocab_size - 1, "num_workers": 0}
+    if not data.reads_records and (data.mock_data or data.data_path or data.train_data_path):
+        return {"mock_data": True, **tokenizer}
+    draw = random.Random(0)
+
+    def words(shortest: int, longest: int) -> str:
+        return " ".join(str(draw.randrange(shape.vocab_size - 1)) for _ in range(draw.randint(shortest, longest)))
+
+    number = round(batch_size * EPOCH * (SAMPLES_OF_A_PACK if data.pack_sequences else 1))
+    pairs = [{"prompt": words(2, 12), "completion": " " + words(3, 24)} for _ in range(number)]
+    path = folder / "data.jsonl"
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    paths = {"train_data_path": (str(path),), "valid_data_path": (str(path),)}
+    return {**paths, "pack_sequences": data.pack_sequences, **tokenizer}
+
+
+# What is compared.
 
 
 @dataclass(frozen=True)

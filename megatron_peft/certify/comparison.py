@@ -226,13 +226,10 @@ def compare_tensors(
     weights: Tensors | None = None,
     as_one: bool = False,
 ) -> CertificateLine:
-    """The norm of the difference over the norm of the reference, tensor by tensor.
+    """The norm of the difference over the norm of the reference, tensor by tensor, or of all `as_one`.
 
-    Args:
-        ranks: say which slices they hold.
-        since: what both were before: their changes since are compared instead.
-        weights: of each tensor's elements.
-        as_one: of all tensors together.
+    `ranks` say which slices they hold. `since` is what both were before: their changes since are compared instead.
+    `weights` are of each tensor's elements.
     """
     differences, wholes = {}, {}
     for key, whole in reference.items():

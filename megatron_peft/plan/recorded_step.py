@@ -18,8 +18,8 @@ from megatron_peft.plan.cluster import Cluster
 from megatron_peft.plan.timing import StepTime, WorkTime, part_of, step_time, time_alone
 from megatron_peft.rehearsal import program
 from megatron_peft.rehearsal.program import Call, Computation, Entry, Mark, Parameters, RecordedLayers, Wait
+from megatron_peft.rehearsal.rehearsal import RankGrid
 from megatron_peft.rehearsal.requests import Chunk, chunks_of_stages, enough_microbatches, targets_of_layers
-from megatron_peft.rehearsal.schedule import RankGrid
 
 Pass = Literal["forward", "backward"]
 
@@ -202,7 +202,7 @@ def total(memory: program.Memory) -> int:
 
 
 # The program of each stage, for a replay of the pipeline: microbatches in the schedule's order, their messages, sums of
-# gradients, the update. `rehearsal/schedule.py` asks megatron-core's own schedules for the same order, which takes
+# gradients, the update. `rehearsal/rehearsal.py` asks megatron-core's own schedules for the same order, which takes
 # longer.
 
 

@@ -112,7 +112,7 @@ def time_alone(entries: Sequence[Entry], rank: int, cluster: Cluster) -> WorkTim
 def step_time(
     scheduled: Mapping[int, Sequence[Entry | WorkTime]], cluster: Cluster, keep_spans: bool = False
 ) -> StepTime:
-    """The time of a step. ValueError: ranks wait for one another for ever; `deadlock.py` says who waits for whom.
+    """The time of a step. ValueError: ranks wait for one another for ever; `check_order` says who waits for whom.
 
     Args:
         scheduled: global rank -> all that it does in a step, in program order; work may have been timed already. Ranks

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor, nn
 from torch._prims_common import compute_required_storage_length
 from torch._subclasses.fake_tensor import FakeTensor
@@ -25,29 +24,21 @@ from megatron_peft.rehearsal import program
 from megatron_peft.rehearsal.program import MESSAGES, Call, Computation, EarlyUse, Entry, Mark, Product, Wait
 from megatron_peft.runtime.fake_ranks import Mode, replaced
 
-# Groups of megatron-core that a dense model uses -> their names in a `Call`. Others are never called.
-_GROUPS = {
-    "tensor": "_TENSOR_MODEL_PARALLEL_GROUP",
-    "pipeline": "_PIPELINE_MODEL_PARALLEL_GROUP",
-    "data": "_DATA_PARALLEL_GROUP",
-    "data with context": "_DATA_PARALLEL_GROUP_WITH_CP",
-    "data of an optimizer instance": "_INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP",
-    "optimizer instance": "_INTRA_DISTRIBUTED_OPTIMIZER_INSTANCE_GROUP",
-    "model": "_MODEL_PARALLEL_GROUP",
-    "tensor and data": "_TENSOR_AND_DATA_PARALLEL_GROUP",
-    "tensor and data with context": "_TENSOR_AND_DATA_PARALLEL_GROUP_WITH_CP",
-    "embedding": "_EMBEDDING_GROUP",
-    "position embedding": "_POSITION_EMBEDDING_GROUP",
+# megatron-core's groups that a dense model uses, and torch's of all ranks -> their names in a `Call`.
+_AXES = {
+    "TENSOR_MODEL_PARALLEL_GROUP": "tensor",
+    "PIPELINE_MODEL_PARALLEL_GROUP": "pipeline",
+    "DATA_PARALLEL_GROUP": "data",
+    "DATA_PARALLEL_GROUP_WITH_CP": "data with context",
+    "INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP": "data of an optimizer instance",
+    "INTRA_DISTRIBUTED_OPTIMIZER_INSTANCE_GROUP": "optimizer instance",
+    "MODEL_PARALLEL_GROUP": "model",
+    "TENSOR_AND_DATA_PARALLEL_GROUP": "tensor and data",
+    "TENSOR_AND_DATA_PARALLEL_GROUP_WITH_CP": "tensor and data with context",
+    "EMBEDDING_GROUP": "embedding",
+    "POSITION_EMBEDDING_GROUP": "position embedding",
+    "default_pg": "world",
 }
-
-
-def group_names() -> Mapping[str, str]:
-    """torch's name of each process group that this rank is in -> ours."""
-    groups = {name: getattr(parallel_state, variable) for name, variable in _GROUPS.items()}
-    found = {group.group_name: name for name, group in reversed(groups.items()) if isinstance(group, dist.ProcessGroup)}
-    return {**found, dist.group.WORLD.group_name: "world"}  # pyright: ignore[reportOptionalMemberAccess]
-
-
 # Operations of torch.distributed -> ours.
 _OPERATIONS = {
     **dict.fromkeys(("allreduce_", "allreduce_coalesced_"), "all_reduce"),
@@ -62,16 +53,13 @@ _DEVICE = torch.ops.prim.device.default
 class Recorder(Mode):
     """The entries of a rank, and the memory that it holds, while it is entered.
 
-    Args:
-        groups: as `group_names` gives them.
-        keeps_work: record computation and memory too; otherwise calls alone, and where what one has not finished is
-            used.
-        fuses_sums: on a GPU, products that give a weight's gradient add it to the sum over microbatches themselves.
+    Unless it `keeps_work` they are calls alone, and where what one has not finished is used. It `fuses_sums` where on a
+    GPU products that give a weight's gradient add it to the sum over microbatches themselves.
     """
 
-    def __init__(self, groups: Mapping[str, str], keeps_work: bool = True, fuses_sums: bool = False) -> None:
+    def __init__(self, keeps_work: bool = True, fuses_sums: bool = False) -> None:
         super().__init__()
-        self.groups, self.keeps_work, self.fuses_sums = groups, keeps_work, fuses_sums
+        self.keeps_work, self.fuses_sums = keeps_work, fuses_sums
         self.memory = LiveMemory()
         self._batch: int | None = None
         self._num_batches = 0
@@ -175,7 +163,7 @@ class Recorder(Mode):
         number, self._num_calls = self._num_calls, self._num_calls + 1
         call = Call(
             operation,
-            self.groups.get(group.group_name, group.group_name),
+            _AXES.get(group.group_desc, group.group_name),
             ranks,
             tuple((tensor.nbytes,) if is_mixed else tuple(tensor.shape) for tensor in tensors),
             _dtype_name(tensors[0].dtype) if tensors and not is_mixed else "uint8",

@@ -1,31 +1,38 @@
-"""A rank's loading, start, training step and validation, run by the training code itself on tensors without numbers.
+"""A run's ranks: each one's loading, start, step and validation, run by the training code on tensors without numbers.
 
-Each rank runs in a process of its own, on torch's fake process group (`runtime/fake_ranks.py`). What it computes,
-sends and holds is in its `RankRecord`. It reads the model's shape, no weights and no data: every microbatch is as long
-as --seq-length allows.
+What a rank computes, sends and holds is in its `RankRecord`. It reads the model's shape, no weights and no data: every
+microbatch is as long as --seq-length allows. From the records of a few ranks and megatron-core's own schedule follow
+the entries of every rank. Processes of this machine do it, on torch's fake process group (`runtime/fake_ranks.py`).
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import starmap
+from functools import lru_cache, partial
+from itertools import product
 from multiprocessing.connection import wait
 from threading import Thread
 from typing import Any
 
+from megatron.core.enums import ModelType
+from megatron.core.pipeline_parallel import get_forward_backward_func
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import nn
 
-from megatron_peft.config import ConfigurationError, RunConfig
+from megatron_peft.config import ConfigurationError, ParallelConfig, RunConfig
+from megatron_peft.models.gpt import transformer_config
+from megatron_peft.models.kernels import Training
 from megatron_peft.models.shape import ModelShape
-from megatron_peft.rehearsal import schedule
-from megatron_peft.rehearsal.deadlock import check_order
-from megatron_peft.rehearsal.program import Entry, RankRecord, RecordedLayers
+from megatron_peft.rehearsal import requests
+from megatron_peft.rehearsal.program import MESSAGES, Call, Entry, Mark, RankRecord, RecordedLayers, Wait, check_order
+from megatron_peft.rehearsal.recorder import Recorder
 from megatron_peft.rehearsal.rehearsed_rank import recorded_layers, rehearse_rank
-from megatron_peft.rehearsal.requests import LayersToRecord, Lengths, RankToRehearse, alike_stages
-from megatron_peft.rehearsal.schedule import RankGrid, StageProgram
-from megatron_peft.rehearsal.small_run import kept_stages, make_small
+from megatron_peft.rehearsal.requests import LayersToRecord, Lengths, RankToRehearse
+from megatron_peft.runtime import fake_ranks
+from megatron_peft.runtime.launch import model_parallel
 from megatron_peft.runtime.ranks import Ranks, preload
 
 Watch = Callable[[int, int], None]  # is told how much of the work is done now, and how much more there is to do
@@ -48,15 +55,17 @@ def work_bar(title: str) -> Iterator[Watch]:
         yield watch
 
 
-def rehearse(ranks: Sequence[RankToRehearse], watch: Watch = lambda done, more: None) -> list[RankRecord]:
+def unwatched(done: int, more: int) -> None:
+    """The `Watch` of work that nobody waits for at a terminal."""
+
+
+def rehearse(ranks: Sequence[RankToRehearse], watch: Watch = unwatched) -> list[RankRecord]:
     """The record of each rank. `watch` counts ranks."""
-    return _in_processes(rehearse_rank, [(rank,) for rank in ranks], watch)
+    return _in_processes([partial(rehearse_rank, rank) for rank in ranks], watch)
 
 
 def record_layers(
-    asked: Sequence[LayersToRecord],
-    watch: Watch = lambda done, more: None,
-    known: dict[str, RecordedLayers] | None = None,
+    asked: Sequence[LayersToRecord], watch: Watch = unwatched, known: dict[str, RecordedLayers] | None = None
 ) -> list[RecordedLayers]:
     """The segments of each model, from as few layers as have all kinds of them. `watch` counts recordings.
 
@@ -64,9 +73,229 @@ def record_layers(
     """
     known = {} if known is None else known
     names = [repr(one) for one in asked]
-    new = {name: (one,) for name, one in zip(names, asked, strict=True) if name not in known}
-    known.update(zip(new, _in_processes(recorded_layers, [*new.values()], watch, take_several=True), strict=True))
+    new = {name: partial(recorded_layers, one) for name, one in zip(names, asked, strict=True) if name not in known}
+    known.update(zip(new, _in_processes([*new.values()], watch), strict=True))
     return [known[name] for name in names]
+
+
+def start_planned_peak(config: RunConfig, shape: ModelShape) -> Callable[[], int | str | None]:
+    """Rehearse rank 0 beside a run. What is returned gives its peak of all phases in bytes; None until it is known.
+
+    A rehearsal that fails gives its error's last line: the run does not depend on it.
+    """
+    found: list[int | str] = []
+
+    def rehearse_it() -> None:
+        try:
+            [record] = rehearse([RankToRehearse.of(config, shape, 0)])
+            found.append(record.highest_peak)
+        except Exception as error:
+            found.append((str(error).strip() or repr(error)).splitlines()[-1])
+
+    Thread(target=rehearse_it, daemon=True).start()
+    return lambda: found[0] if found else None
+
+
+def _in_processes(calls: Sequence[Callable[[], Any]], watch: Watch) -> list[Any]:
+    """What these calls give, in processes forked from one that has torch.
+
+    There are as many as this machine has cores, at most four: what a process's first call costs most is found in
+    torch's caches by those that follow.
+    """
+    preload([rehearse_rank.__module__])
+    watch(0, len(calls))
+    answers: list[Any] = [None] * len(calls)
+    ranks = Ranks(min(len(os.sched_getaffinity(0)), 4, len(calls)), _answers, calls)
+    for process in ranks.processes:
+        process.daemon = True  # a run ends without its planned peak
+    with ranks:  # none is left after an error and Ctrl-C
+        running = {process.sentinel: rank for rank, process in enumerate(ranks.processes)}
+        while running:
+            for ended in wait([*running]):
+                rank = running.pop(ended)
+                if code := ranks.exit_codes[rank]:
+                    raise RuntimeError(f"a rehearsed rank failed ({code}):\n{ranks.output(rank)}")
+                found = ranks.result(rank)
+                if isinstance(found, Exception):
+                    raise found
+                answers[rank :: len(ranks.processes)] = found
+                watch(len(found), 0)
+    return answers
+
+
+def _answers(calls: Sequence[Callable[[], Any]]) -> list[Any] | ConfigurationError:
+    """The life of such a process."""
+    try:
+        return [call() for call in calls[int(os.environ["RANK"]) :: int(os.environ["WORLD_SIZE"])]]
+    except ConfigurationError as error:
+        return error
+
+
+# The entries of every rank of a run.
+#
+# A rehearsed step has a few microbatches. The first, the last and one between them stand for all: the real schedule of
+# a stage is run with the run's true number of microbatches, and where it calls a forward or a backward the recorded one
+# is put. Ranks of a stage differ in nothing but their numbers.
+
+
+@dataclass(frozen=True)
+class RankGrid:
+    """How megatron-core numbers ranks: tensor-parallel ones are neighbors, stages lie farthest apart."""
+
+    tensor: int
+    data: int
+    pipeline: int
+
+    @classmethod
+    def of(cls, parallel: ParallelConfig) -> "RankGrid":
+        tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+        return cls(tp, parallel.data_parallel_size, pp)
+
+    @property
+    def size(self) -> int:
+        return self.tensor * self.data * self.pipeline
+
+    def rank(self, tensor: int, data: int, stage: int) -> int:
+        return tensor + self.tensor * (data + self.data * stage)
+
+    def place(self, rank: int) -> tuple[int, int, int]:
+        """(tensor, data, stage)"""
+        return rank % self.tensor, rank // self.tensor % self.data, rank // (self.tensor * self.data)
+
+    def ranks(self, tensor: Iterable[int], data: Iterable[int], stages: Iterable[int]) -> tuple[int, ...]:
+        """The global ranks of these tensor- and data-parallel ones of these stages, in the order of their numbers."""
+        return tuple(self.rank(*place[::-1]) for place in product(stages, data, tensor))
+
+
+@dataclass(frozen=True)
+class StageProgram:
+    """What every rank of a stage does in a step."""
+
+    grid: RankGrid  # of the run
+    rank: int  # that `entries` belong to; the others of the stage do the same with other partners
+    entries: tuple[Entry, ...]
+
+    def of_rank(self, rank: int, grid: RankGrid | None = None) -> Iterator[Entry]:
+        """The entries of another rank of the stage, of `grid` if it is given: one with another number of replicas."""
+        moved: dict[int, Call] = {}  # by id: the schedule repeats the same calls
+        for entry in self.entries:
+            if isinstance(entry, Call):
+                if id(entry) not in moved:
+                    moved[id(entry)] = self._moved(entry, rank, grid or self.grid)
+                entry = moved[id(entry)]
+            yield entry
+
+    def _moved(self, call: Call, rank: int, grid: RankGrid) -> Call:
+        # Along an axis a group holds the places that it held, and all replicas; elsewhere it is where the rank is.
+        tensor, data, _ = own = grid.place(rank)
+        recorded = _places(self.grid, call.group)
+        along = [places if len(places) > 1 else [here] for places, here in zip(recorded, own, strict=True)]
+        group = grid.ranks(along[0], range(grid.data) if len(along[1]) > 1 else along[1], along[2])
+        if call.peer is None:
+            return replace(call, group=group)
+        if call.operation not in MESSAGES:
+            return replace(call, group=group, peer=group[call.group.index(call.peer)])
+        return replace(call, group=group, peer=grid.rank(tensor, data, self.grid.place(call.peer)[2]))
+
+
+@lru_cache(maxsize=1000)
+def _places(grid: RankGrid, group: Sequence[int]) -> list[list[int]]:
+    """The places of a group's ranks on each of the three axes, ascending."""
+    return [sorted({*places}) for places in zip(*map(grid.place, group), strict=True)]
+
+
+def programs_of_ranks(stages: Sequence[StageProgram], grid: RankGrid) -> dict[int, Iterator[Entry]]:
+    """The entries of every rank of `grid`, which may have another number of replicas than the programs' own.
+
+    They are made while they are gone through: those of all ranks at once fill gigabytes.
+    """
+    return {rank: stages[grid.place(rank)[2]].of_rank(rank, grid) for rank in range(grid.size)}
+
+
+def program_of_stage(
+    record: RankRecord, stage: int, schedule: Sequence[Entry], grid: RankGrid, num_microbatches: int
+) -> StageProgram:
+    """The program of a stage, from the record of a rank of it, or of a stage that holds the same kinds of layers.
+
+    `schedule` has the marks and messages of the stage (`schedules_of_stages`).
+    """
+    messages = {call.operation: call for call in record.calls if call.operation in MESSAGES and call.dtype != "int64"}
+    parts, (tensor, data, _), whole = _cut_at_marks(record), grid.place(record.rank), tuple(range(grid.size))
+    entries = [*parts["begin", None, 0]]
+    for entry in schedule:
+        if isinstance(entry, Call | Wait) and entry.handle is not None:
+            entry = replace(entry, handle=f"schedule {entry.handle}")  # the recorded parts have other handles
+        if isinstance(entry, Call):
+            assert entry.peer is not None
+            like = entry if entry.dtype == "int64" else messages[entry.operation]  # such a message tells a shape
+            group = whole if entry.axis == "world" else grid.ranks([tensor], [data], range(grid.pipeline))
+            peer = grid.rank(tensor, data, entry.peer)
+            entry = replace(entry, group=group, peer=peer, shapes=like.shapes, dtype=like.dtype)
+        entries.append(entry)
+        if isinstance(entry, Mark) and entry.phase in ("forward", "backward"):
+            number, most = entry.microbatch or 0, record.num_microbatches
+            if most < num_microbatches and number > 0:  # it is like the last one that was recorded, or one between
+                number = most - 1 if number == num_microbatches - 1 else most // 2
+            entries += parts[entry.phase, number, entry.chunk]
+        elif isinstance(entry, Mark) and entry.phase == "finish":
+            entries += parts["finish", None, 0]
+    entries += [Mark("update"), *parts["update", None, 0]]
+    own_rank = grid.rank(tensor, data, stage)
+    return StageProgram(grid, own_rank, tuple(StageProgram(grid, record.rank, tuple(entries)).of_rank(own_rank)))
+
+
+def _cut_at_marks(record: RankRecord) -> dict[tuple[str, int | None, int], list[Entry]]:
+    """A record, cut at its marks: phase, microbatch, chunk -> its entries. The schedule's own are made anew."""
+    part: list[Entry] = []
+    found: dict[tuple[str, int | None, int], list[Entry]] = {("begin", None, 0): part}
+    for entry in record.entries:
+        if isinstance(entry, Mark):
+            part = found.setdefault((entry.phase, entry.microbatch, entry.chunk), [])
+            continue
+        if part is found["begin", None, 0] and isinstance(entry, Call) and entry.operation in MESSAGES:
+            part = []  # the schedule has begun
+        part.append(entry)
+    return found
+
+
+def schedules_of_stages(config: RunConfig, shape: ModelShape) -> list[tuple[Entry, ...]]:
+    """Marks and messages of each pipeline stage in program order, from megatron-core's schedule of empty chunks.
+
+    The fake world has one rank for each stage: peers are stages. Messages are of one number; `program_of_stage` puts
+    their true shapes in. In a process that has run no other fake rank.
+    """
+    parallel, transformer = config.parallel, config.model.transformer
+    num_stages, num_chunks = parallel.pipeline_model_parallel_size, parallel.num_virtual_stages(shape.num_layers)
+    core: Any = transformer_config(shape, config.model.bf16, transformer, parallel, Training.of(config))
+    core.hidden_size, core.sequence_parallel = 1, False
+    of_stages = ParallelConfig(1, num_stages, world_size=num_stages)
+    found: list[tuple[Entry, ...]] = []
+    for stage in range(num_stages):
+        with fake_ranks.fake_world(stage, num_stages), model_parallel(of_stages, config.training.seed, num_chunks):
+            recorder = Recorder(keeps_work=False)
+            core.finalize_model_grads_func = lambda *_, mark=recorder.mark, **__: mark("finish")
+            chunks: list[Any] = [nn.Module() for _ in range(num_chunks or 1)]
+            for number, chunk in enumerate(chunks):  # a schedule asks for the configuration alone
+                chunk.config, chunk.vp_stage = core, number if num_chunks else None
+                chunk.model_type = ModelType.encoder_or_decoder
+            iterators: list[Any] = [iter(()) for _ in chunks]
+            with (
+                fake_ranks.shapes_as_asked(),
+                fake_ranks.idle_steps(),
+                fake_ranks.watched_schedule(recorder.mark),
+                fake_ranks.watched_batches(recorder.batch),
+                recorder,
+            ):
+                get_forward_backward_func()(
+                    forward_step_func=None,
+                    data_iterator=iterators if parallel.is_interleaved else iterators[0],
+                    model=chunks,
+                    num_microbatches=config.num_microbatches,
+                    seq_length=1,
+                    micro_batch_size=1,
+                )
+        found.append(recorder.entries())
+    return found
 
 
 @dataclass(frozen=True)
@@ -94,122 +323,62 @@ class RehearsedRun:
 
     def programs(self) -> dict[int, Iterator[Entry]]:
         """The entries of every rank; of more than two replicas, of two, which stand for all."""
-        return schedule.programs_of_ranks(self.stages, replace(self.grid, data=min(self.grid.data, 2)))
+        return programs_of_ranks(self.stages, replace(self.grid, data=min(self.grid.data, 2)))
 
 
-def rehearse_run(
-    config: RunConfig, shape: ModelShape, peaks: bool = True, watch: Watch = lambda done, more: None
-) -> RehearsedRun:
+def rehearse_run(config: RunConfig, shape: ModelShape, peaks: bool = True, watch: Watch = unwatched) -> RehearsedRun:
     """Rehearse the distinct ranks of a run's world, which need not exist. `watch` counts them.
 
     Without `peaks` of memory the records tell what ranks compute and call, in less time.
     """
-    grid, alike = RankGrid.of(config.parallel), alike_stages(config, shape)
+    grid, alike = RankGrid.of(config.parallel), requests.alike_stages(config, shape)
     stages = {*alike, 0, min(1, grid.pipeline - 1), grid.pipeline // 2, grid.pipeline - 1} if peaks else {*alike}
     places = [grid.rank(0, 0, stage) for stage in sorted(stages)]
     if peaks and grid.tensor > 1:
         places.append(grid.rank(1, 0, grid.pipeline - 1))
-    [schedules] = _in_processes(schedule.schedules_of_stages, [(config, shape)], watch)
-    records = rehearse([RankToRehearse.of(config, shape, rank, peaks) for rank in places], watch)
+    asked = (RankToRehearse.of(config, shape, rank, peaks) for rank in places)
+    calls = [partial(schedules_of_stages, config, shape), *(partial(rehearse_rank, one) for one in asked)]
+    schedules, *records = _in_processes(calls, watch)
     of_rank = dict(zip(places, records, strict=True))
     like = [of_rank[grid.rank(0, 0, stage)] for stage in alike]
     programs = [
-        schedule.program_of_stage(record, stage, entries, grid, config.num_microbatches)
+        program_of_stage(record, stage, entries, grid, config.num_microbatches)
         for stage, (record, entries) in enumerate(zip(like, schedules, strict=True))
     ]
     return RehearsedRun(config, shape, tuple(records), tuple(programs), alike)
 
 
-def start_planned_peak(config: RunConfig, shape: ModelShape) -> Callable[[], int | str | None]:
-    """Rehearse rank 0 beside a run. What is returned gives its peak of all phases in bytes; None until it is known.
-
-    A rehearsal that fails gives its error's last line: the run does not depend on it.
-    """
-    found: list[int | str] = []
-
-    def rehearse_it() -> None:
-        try:
-            [record] = rehearse([RankToRehearse.of(config, shape, 0)])
-            found.append(record.highest_peak)
-        except Exception as error:
-            found.append((str(error).strip() or repr(error)).splitlines()[-1])
-
-    Thread(target=rehearse_it, daemon=True).start()
-    return lambda: found[0] if found else None
-
-
-def order_problem(run: RehearsedRun, watch: Watch = lambda done, more: None) -> str | None:
+def order_problem(run: RehearsedRun, watch: Watch = unwatched) -> str | None:
     """The first problem of the calls of any rank; None: all end.
 
-    Every rank of a small run (`make_small`) is rehearsed from the model to a checkpoint, and their programs are
-    replayed: one rank may do something else than another if those that it does it with do so too. Then a step of the
-    run itself is replayed, with all of its layers, stages and microbatches.
+    Every rank of a small run (`requests.make_small`) is rehearsed from the model to a checkpoint, and their programs
+    are replayed: one rank may do something else than another if those that it does it with do so too. Then a step of
+    the run itself is replayed, with all of its layers, stages and microbatches.
     """
     if run.grid.size == 1:
         return None
-    stages = kept_stages(run.grid.pipeline)
+    stages = requests.kept_stages(run.grid.pipeline)
     few = len(stages) if run.config.parallel.is_interleaved else 2
-    config, shape = make_small(run.config, run.shape, run.grid.tensor, MOST_REPLICAS, few)
+    config, shape = requests.make_small(run.config, run.shape, run.grid.tensor, MOST_REPLICAS, few)
     config = replace(config, checkpoint=replace(config.checkpoint, save="never written"))
     grid, lengths = RankGrid.of(config.parallel), Lengths.longest(config)
-    places = [grid.place(rank) for rank in range(grid.size)]
-    numbers = {grid.rank(*place): run.grid.rank(*place[:2], stages[place[2]]) for place in places}
+    every = asked = [grid.place(rank) for rank in range(grid.size)]
     if grid.size > MOST_RANKS:  # every tensor-parallel rank of a replica, and one of each replica
-        places = [place for place in places if 0 in place[:2]]
-    asked = [
-        (RankToRehearse(config, shape, grid.rank(*place), config.num_microbatches, lengths, calls_alone=True),)
-        for place in places
+        asked = [place for place in every if 0 in place[:2]]
+    ranks = [
+        RankToRehearse(config, shape, grid.rank(*place), config.num_microbatches, lengths, calls_alone=True)
+        for place in asked
     ]
-    records = dict(zip(places, _in_processes(rehearse_rank, asked, watch, take_several=True), strict=True))
-    programs: dict[int, tuple[Entry, ...]] = {}
-    for rank, number in numbers.items():
-        tensor, data, stage = grid.place(rank)
-        record = records.get((tensor, data, stage)) or records[tensor, 0, stage]
+    records = dict(zip(asked, rehearse(ranks, watch), strict=True))
+    programs: dict[int, Iterable[Entry]] = {}
+    for tensor, data, stage in every:
+        record, rank = records.get((tensor, data, stage)) or records[tensor, 0, stage], grid.rank(tensor, data, stage)
         recorded = StageProgram(grid, record.rank, record.entries)
-        entries = record.entries if record.rank == rank else recorded.of_rank(rank)
-        programs[number] = tuple(schedule.renumbered(entries, numbers))
-    return check_order(programs, whole_runs=True) or check_order(run.programs())
+        programs[rank] = record.entries if record.rank == rank else recorded.of_rank(rank)
 
+    def of_the_run(rank: re.Match[str]) -> str:
+        tensor, data, stage = grid.place(int(rank[1]))
+        return f"rank {run.grid.rank(tensor, data, stages[stage])}"
 
-def _in_processes(
-    function: Callable[..., Any], asked: Sequence[tuple[Any, ...]], watch: Watch, take_several: bool = False
-) -> list[Any]:
-    """What a function gives for each of these arguments, in processes forked from one that has torch.
-
-    At a time there are as many as this machine has cores, at most four. Each has one of its own, unless they
-    `take_several`: what the first one costs most is found in torch's caches by those that follow.
-    """
-    num_processes = min(len(os.sched_getaffinity(0)), 4)
-    num_parts = min(num_processes, len(asked)) if take_several else len(asked)
-    preload([rehearse_rank.__module__])
-    watch(0, len(asked))
-    answers: list[Any] = [None] * len(asked)
-    waiting = [slice(part, None, num_parts) for part in range(num_parts)]
-    running: dict[Any, tuple[slice, Ranks]] = {}  # by what tells that a process has ended
-    with ExitStack() as stack:  # none is left after an error and Ctrl-C
-        while waiting or running:
-            while waiting and len(running) < num_processes:
-                part = waiting.pop(0)
-                ranks = Ranks(1, _answer, (function, asked[part]))
-                ranks.processes[0].daemon = True  # a run ends without its planned peak
-                stack.enter_context(ranks)
-                running[ranks.processes[0].sentinel] = part, ranks
-            for ended in wait([*running]):
-                part, ranks = running.pop(ended)
-                if any(ranks.exit_codes):
-                    raise RuntimeError(f"a rehearsed rank failed ({ranks.exit_codes[0]}):\n{ranks.output(0)}")
-                answer = ranks.result(0)
-                if isinstance(answer, Exception):
-                    raise answer
-                answers[part] = answer
-                watch(len(answer), 0)
-    return answers
-
-
-def _answer(of: tuple[Callable[..., Any], Sequence[tuple[Any, ...]]]) -> Any:
-    """The life of such a process."""
-    function, asked = of
-    try:
-        return [*starmap(function, asked)]
-    except ConfigurationError as error:
-        return error
+    problem = check_order(programs, whole_runs=True)
+    return check_order(run.programs()) if problem is None else re.sub(r"\brank (\d+)", of_the_run, problem)

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from megatron_peft.adapters.attach import linear_layers
 from megatron_peft.adapters.step import adapters_step
 from megatron_peft.checkpoint import folders, save, tensors
-from megatron_peft.checkpoint.tensors import PlannedFiles, Written, sharded_parameters
 from megatron_peft.data.batches import Microbatch
 from megatron_peft.models import layers
 from megatron_peft.models.kernels import fusions_on_a_gpu
@@ -33,61 +32,50 @@ from megatron_peft.rehearsal.program import (
     RecordedPass,
     Segment,
 )
-from megatron_peft.rehearsal.recorder import LiveMemory, Recorder, group_names
+from megatron_peft.rehearsal.recorder import Recorder
 from megatron_peft.rehearsal.requests import LayersToRecord, Lengths, RankToRehearse
 from megatron_peft.runtime import fake_ranks
 from megatron_peft.runtime.fake_ranks import fake_rank, replaced
 from megatron_peft.runtime.launch import model_parallel
-from megatron_peft.training import step
+from megatron_peft.training import step, update
 from megatron_peft.training.run import build_chunks, start_lora_ga
-from megatron_peft.training.step import finish_with, run_schedule, train_step
 from megatron_peft.training.terminal import numbers_of_parameters
-from megatron_peft.training.update import TrainingState, mixtures, start_state, wrap_data_parallel
 
 
-@dataclass
-class Watch:
-    """What is seen of a rank: `recorder`'s entries and memory, with its peaks in the phases that have ended.
+class Watch(Recorder):
+    """A recorder that is told what no operation tells, with the peaks of memory in the phases that have ended.
 
     What `fuses` (`kernels.fusions`) says is one kernel on a GPU counts as one.
     """
 
-    recorder: Recorder
-    fuses: Mapping[str, bool] = field(default_factory=dict)
-    peaks: dict[str, Memory] = field(default_factory=dict)
+    def __init__(self, fuses: Mapping[str, bool], keeps_work: bool = True) -> None:
+        super().__init__(keeps_work, fuses.get("gradient_accumulation_fusion", False))
+        self.fuses, self.peaks = fuses, dict[str, Memory]()
 
     @contextmanager
-    def __call__(self) -> Iterator["Watch"]:
+    def watching(self) -> Iterator[None]:
         """Watch what this process does meanwhile."""
-        recorder, memory = self.recorder, self.memory
         with ExitStack() as stack:
-            stack.enter_context(fake_ranks.watched_schedule(self.mark, ended=recorder.forget_sends))
-            stack.enter_context(fake_ranks.watched_batches(recorder.batch))
-            if recorder.keeps_work:
-                stack.enter_context(register_module_forward_pre_hook(memory.begin_call))
-                stack.enter_context(register_module_forward_hook(memory.end_call, always_call=True))
-                stack.enter_context(fake_ranks.watched_storages(memory.resized))
-                stack.enter_context(fake_ranks.watched_kernels(recorder.one_kernel))
-                stack.enter_context(fused_kernels(recorder.one_kernel, self.fuses))
-            stack.enter_context(recorder)
-            yield self
-
-    @property
-    def memory(self) -> LiveMemory:
-        return self.recorder.memory
-
-    def mark(self, phase: Any, microbatch: int | None = None, chunk: int = 0) -> None:
-        self.recorder.mark(phase, microbatch, chunk)
+            stack.enter_context(fake_ranks.watched_schedule(self.mark, ended=self.forget_sends))
+            stack.enter_context(fake_ranks.watched_batches(self.batch))
+            if self.keeps_work:
+                stack.enter_context(register_module_forward_pre_hook(self.memory.begin_call))
+                stack.enter_context(register_module_forward_hook(self.memory.end_call, always_call=True))
+                stack.enter_context(fake_ranks.watched_storages(self.memory.resized))
+                stack.enter_context(fake_ranks.watched_kernels(self.one_kernel))
+                stack.enter_context(fused_kernels(self.one_kernel, self.fuses))
+            stack.enter_context(self)
+            yield
 
     @contextmanager
     def phase(self, name: Any) -> Iterator[None]:
         """Look for the peak of this phase."""
         self.memory.start_peak()
-        if not self.recorder.keeps_work:
-            self.recorder.mark(name)
+        if not self.keeps_work:
+            self.mark(name)
         yield
         self.peaks[name] = self.memory.peak()
-        self.recorder.forget_sends()
+        self.forget_sends()
 
 
 @contextmanager
@@ -108,15 +96,20 @@ def fused_kernels(one_kernel: Callable[..., Any], fuses: Mapping[str, bool]) -> 
         def backward(ctx, grad):  # type: ignore[override]
             return one_kernel(rotate_back, (grad, *ctx.saved_tensors)), None, None
 
-    of_swiglu: dict[str, Callable[..., Any]] = {
-        "forward": lambda ctx, x: one_kernel(partial(swiglu, ctx), (x,)),
-        "backward": lambda ctx, grad: one_kernel(lambda g, _: swiglu_backward(ctx, g), (grad, *ctx.saved_tensors)),
-    }
+    class SwiGLU(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):  # type: ignore[override]
+            return one_kernel(partial(swiglu, ctx), (x,))
+
+        @staticmethod
+        def backward(ctx, grad):  # type: ignore[override]
+            return one_kernel(lambda grad, _: swiglu_backward(ctx, grad), (grad, *ctx.saved_tensors))
+
     with ExitStack() as stack:
         if fuses.get("apply_rope_fusion"):
             stack.enter_context(replaced(layers, "_rotate", Rotation.apply))
-        for name, function in of_swiglu.items() if fuses.get("bias_activation_fusion") else ():
-            stack.enter_context(replaced(layers._SwiGLU, name, staticmethod(function)))
+        if fuses.get("bias_activation_fusion"):
+            stack.enter_context(replaced(layers, "_SwiGLU", SwiGLU))
         yield
 
 
@@ -130,10 +123,8 @@ def rehearse_rank(of: RankToRehearse) -> RankRecord:
         fake_rank(of.rank, parallel.world_size, lambda value: of_all_stages(value, of.shape)),
         model_parallel(parallel, config.training.seed, num_stages),
     ):
-        fuses = fusions_on_a_gpu(config, of.shape)
-        recorder = Recorder(group_names(), not of.calls_alone, fuses["gradient_accumulation_fusion"])
-        watch = Watch(recorder, fuses)
-        with watch():
+        watch = Watch(fusions_on_a_gpu(config, of.shape), not of.calls_alone)
+        with watch.watching():
             waiting = [microbatch_of(of.lengths) for _ in range(of.num_waiting)]
             record = watch_run(watch, of, [microbatch_of(of.lengths) for _ in range(of.num_microbatches)])
             del waiting  # which the device held until here
@@ -172,7 +163,7 @@ def watch_run(watch: Watch, of: RankToRehearse, microbatches: Sequence[Microbatc
     if config.peft.spec.starts_from_gradients and of.all_phases:
         with watch.phase("start"):
             start_lora_ga(chunks, config, [list(microbatches)])
-    state = start_state(chunks, config, of.shape, train_iters=1000)
+    state = update.start_state(chunks, config, of.shape, train_iters=1000)
     memory.assign("weights", parameters)  # the distributed optimizer has moved them to its buffers
     memory.assign("gradients", gradients(state.model_chunks))
     memory.assign("optimizer", moments_of(state))
@@ -180,9 +171,9 @@ def watch_run(watch: Watch, of: RankToRehearse, microbatches: Sequence[Microbatc
         with watch.phase("start"):
             step.start_losses(state, list(microbatches))
     with watch.phase("step"):
-        train_step(state, shortest)
+        step.train_step(state, shortest)
     memory.assign("optimizer", moments_of(state))
-    since = watch.recorder.place
+    since = watch.place
     watch.mark("begin")
     usual = step.finish_gradients
 
@@ -194,10 +185,10 @@ def watch_run(watch: Watch, of: RankToRehearse, microbatches: Sequence[Microbatc
     with watch.phase("step"), replaced(step, "finish_gradients", finish):
         if of.calls_alone:
             step.layers_without_gradient(state)
-        train_step(state, list(microbatches), by_layer=of.calls_alone)
+        step.train_step(state, list(microbatches), by_layer=of.calls_alone)
         if of.calls_alone:
-            mixtures(state)  # of a log line
-    entries = watch.recorder.entries(since)
+            update.mixtures(state)  # of a log line
+    entries = watch.entries(since)
     memory.phase = None
     if of.all_phases:
         with watch.phase("validation"):
@@ -211,20 +202,20 @@ def watch_run(watch: Watch, of: RankToRehearse, microbatches: Sequence[Microbatc
                 _save(state)
             else:
                 modules = [chunk.module for chunk in state.model_chunks]
-                save.tensors_to_save(state, sharded_parameters(modules, config.peft.trains_adapters))
+                save.tensors_to_save(state, tensors.sharded_parameters(modules, config.peft.trains_adapters))
     if of.calls_alone:
-        entries = watch.recorder.entries()
+        entries = watch.entries()
     return RankRecord(of.rank, of.stage, len(microbatches), entries, numbers_of_parameters(chunks), watch.peaks)
 
 
-def _save(state: TrainingState) -> None:
+def _save(state: update.TrainingState) -> None:
     """The collectives of a checkpoint of a run, which is not written."""
     with (
         step.whole_parameters(state.model_chunks),
         replaced(folders, "start_draft", lambda *_: Path()),
         replaced(save, "base_fingerprint", lambda _: None),
         replaced(tensors.core, "mcore_to_pyt_state_dict", lambda own: own),
-        replaced(PlannedFiles, "write", lambda _: Written([], {})),
+        replaced(tensors.PlannedFiles, "write", lambda _: tensors.Written([], {})),
         replaced(save.DraftedCheckpoint, "_publish", lambda *_: None),
     ):
         save.draft_checkpoint(state).complete()
@@ -250,7 +241,7 @@ def gradients(chunks: Iterable[Any]) -> Iterator[Tensor]:
     return (buffer.grad_data for chunk in chunks for buffer in chunk.buffers)
 
 
-def moments_of(state: TrainingState) -> Iterator[Tensor]:
+def moments_of(state: update.TrainingState) -> Iterator[Tensor]:
     """Moments, and the float32 copies of parameters."""
     for part in getattr(state.optimizer, "chained_optimizers", [state.optimizer]):
         if getattr(part, "is_stub_optimizer", False):
@@ -269,24 +260,24 @@ def moments_of(state: TrainingState) -> Iterator[Tensor]:
 Place = tuple[str, Segment]  # "forward", "backward", "begin" or "finish"; and of what
 
 
-@dataclass
 class _Cuts(Watch):
     """A watch that cuts what it sees into passes: of those of one place the last one counts."""
 
-    passes: dict[Place, RecordedPass] = field(default_factory=dict)
-    place: Place | None = None
-    since: int = 0  # what the recorder had when the place began, and the memory held
-    bytes_before: int = 0
-    bytes_of_microbatches: list[int] = field(default_factory=list)  # at their begin
+    def __init__(self, fuses: Mapping[str, bool]) -> None:
+        super().__init__(fuses)
+        self.passes: dict[Place, RecordedPass] = {}
+        self.now: Place | None = None
+        self.since = self.bytes_before = 0  # what was recorded when it began, and what the memory held
+        self.bytes_of_microbatches: list[int] = []  # at their begin
 
     def cut(self, phase: str | None, segment: Segment = "") -> None:
         """What follows belongs to this place, or to none."""
-        if self.place is not None:
+        if self.now is not None:
             left, peak = self.memory.total - self.bytes_before, self.memory.highest - self.bytes_before
-            self.passes[self.place] = RecordedPass(self.recorder.entries(self.since), left, peak)
-        self.place = (phase, segment) if phase else None
+            self.passes[self.now] = RecordedPass(self.entries(self.since), left, peak)
+        self.now = (phase, segment) if phase else None
         self.memory.start_peak()
-        self.since, self.bytes_before = self.recorder.place, self.memory.total
+        self.since, self.bytes_before = self.place, self.memory.total
 
     def mark(self, phase: Any, microbatch: int | None = None, chunk: int = 0) -> None:
         """Cut where megatron-core's schedule begins a microbatch, which is at an end of the model."""
@@ -300,7 +291,7 @@ class _Cuts(Watch):
 
         def hook(segment: Segment, before: Segment) -> Callable[..., None]:
             def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
-                if self.place is None or self.place[0] != "forward":  # recomputed
+                if self.now is None or self.now[0] != "forward":  # recomputed
                     return
                 self.cut("forward", segment)
                 x: Tensor = kwargs.get("hidden_states", args[0] if args else None)
@@ -318,15 +309,14 @@ def recorded_layers(of: LayersToRecord) -> RecordedLayers:
     """Record them. Its process can be used for others afterwards, and for nothing else."""
     tp = of.run.parallel.tensor_model_parallel_size
     with fake_rank(0, tp), model_parallel(of.run.parallel, of.run.training.seed):
-        fuses = {**fusions_on_a_gpu(of.run, of.shape), **of.fuses}
-        cuts = _Cuts(Recorder(group_names(), fuses_sums=fuses["gradient_accumulation_fusion"]), fuses)
+        cuts = _Cuts({**fusions_on_a_gpu(of.run, of.shape), **of.fuses})
         [model] = build_chunks(of.run, of.shape, loads=False)
-        wrapped = wrap_data_parallel([model], of.run)
+        wrapped = update.wrap_data_parallel([model], of.run)
         microbatches = [microbatch_of(of.lengths) for _ in range(2)]
         cuts.watch_layers(model, of.layers)
         given = [value for one in microbatches for value in vars(one).values() if isinstance(value, Tensor)]
         cuts.memory.assign("given", (*model.parameters(), *model.buffers(), *gradients(wrapped), *given))
-        with cuts():
+        with cuts.watching():
             cuts.cut("begin")
             with adapters_step(wrapped) as own_step:
 
@@ -336,13 +326,13 @@ def recorded_layers(of: LayersToRecord) -> RecordedLayers:
                     cuts.cut(None)
 
                 cuts.cut(None)
-                finish_with(wrapped, finish)
+                step.finish_with(wrapped, finish)
                 before = cuts.memory.total
                 # The first one makes what all microbatches share. Layers that are recomputed leave nothing of the
                 # rotary embedding to the next one, which only a backward shows.
                 if of.run.model.transformer.get("recompute_granularity") != "full":
-                    run_schedule(wrapped, [microbatches.pop(0)], forward_only=True)
-                run_schedule(wrapped, microbatches, forward_only=False)
+                    step.run_schedule(wrapped, [microbatches.pop(0)], forward_only=True)
+                step.run_schedule(wrapped, microbatches, forward_only=False)
             # For the last layer alone: what is built for all together takes as many kernels.
             last = [model.decoder.layers[-1]]
             cuts.cut("begin", "one layer")

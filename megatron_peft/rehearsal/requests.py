@@ -1,5 +1,9 @@
-"""What a rehearsed rank is asked for: a run, a place in it, and the microbatches of its step; or a model's layers."""
+"""What a rehearsed rank is asked for: a run, a place in it, and the microbatches of its step; or a model's layers.
 
+And what is asked for in place of a large run: a smaller one of the same kind.
+"""
+
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -13,6 +17,7 @@ from megatron_peft.models.shape import ModelShape
 from megatron_peft.rehearsal.program import Segment
 
 SAMPLES_IN_A_PACK = 4  # assumed: what is in the data is not known
+MOST_STAGES = 4  # of a small run
 
 
 @dataclass(frozen=True)
@@ -149,27 +154,23 @@ class Chunk:
 def chunks_of_stages(parallel: ParallelConfig, num_layers: int) -> list[list[Chunk]]:
     """The chunks of every pipeline rank, as megatron-core divides the layers. They must divide (`check_layout`)."""
     pp = parallel.pipeline_model_parallel_size
-    counts = _layers_of_virtual_stages(parallel, num_layers, pp * (parallel.num_virtual_stages(num_layers) or 1))
-    chunks = [
-        Chunk(tuple(range(first, end)), embedding=at == 0, head=at == len(counts) - 1)
-        for at, (first, end) in enumerate(pairwise(accumulate(counts, initial=0)))
-    ]
-    return [chunks[stage::pp] for stage in range(pp)]
-
-
-def _layers_of_virtual_stages(parallel: ParallelConfig, num_layers: int, num_stages: int) -> list[int]:
-    """Numbers of layers, in the order in which a token passes the stages."""
-    if parallel.pipeline_model_parallel_layout is not None:
-        return [stage.count("t") for stage in stages_of_layout(parallel.pipeline_model_parallel_layout)]
+    num_stages = pp * (parallel.num_virtual_stages(num_layers) or 1)
     first, last = parallel.decoder_first_pipeline_num_layers, parallel.decoder_last_pipeline_num_layers
-    if first or last:
+    if parallel.pipeline_model_parallel_layout is not None:
+        counts = [stage.count("t") for stage in stages_of_layout(parallel.pipeline_model_parallel_layout)]
+    elif first or last:
         between = num_stages - bool(first) - bool(last)
         rest = (num_layers - (first or 0) - (last or 0)) // max(between, 1)
-        return [*([first] if first else []), *[rest] * between, *([last] if last else [])]
-    counts = [parallel.num_divided(num_layers) // num_stages] * num_stages
-    counts[0] -= parallel.account_for_embedding_in_pipeline_split
-    counts[-1] -= parallel.account_for_loss_in_pipeline_split
-    return counts
+        counts = [*([first] if first else []), *[rest] * between, *([last] if last else [])]
+    else:
+        counts = [parallel.num_divided(num_layers) // num_stages] * num_stages
+        counts[0] -= parallel.account_for_embedding_in_pipeline_split
+        counts[-1] -= parallel.account_for_loss_in_pipeline_split
+    chunks = [
+        Chunk(tuple(range(begin, end)), embedding=at == 0, head=at == len(counts) - 1)
+        for at, (begin, end) in enumerate(pairwise(accumulate(counts, initial=0)))
+    ]
+    return [chunks[stage::pp] for stage in range(pp)]
 
 
 def alike_stages(run: RunConfig, shape: ModelShape) -> list[int]:
@@ -180,3 +181,80 @@ def alike_stages(run: RunConfig, shape: ModelShape) -> list[int]:
         for chunks in chunks_of_stages(run.parallel, shape.num_layers)
     ]
     return [contents.index(one) for one in contents]
+
+
+# Ranks, stages, layers and microbatches.
+
+
+def kept_stages(num_stages: int) -> Sequence[int]:
+    """The stages that the small run has: the first and the last of so many."""
+    kept = min(num_stages, MOST_STAGES)
+    return *range(kept - kept // 2), *range(num_stages - kept // 2, num_stages)
+
+
+def make_small(
+    config: RunConfig, shape: ModelShape, most_tensor_parallel: int, most_replicas: int, most_microbatches: int
+) -> tuple[RunConfig, ModelShape]:
+    """A run with at most so many ranks on an axis and microbatches a step, and few layers, as wide as before."""
+    parallel, num_layers = small_layout(config.parallel, shape.num_layers, most_tensor_parallel, most_replicas)
+    num_microbatches = min(config.num_microbatches, most_microbatches)
+    if parallel.is_interleaved:
+        num_microbatches -= num_microbatches % parallel.pipeline_model_parallel_size
+    size = config.training.micro_batch_size * num_microbatches * parallel.data_parallel_size
+    # Of a pattern for layers that the small model has not, the kinds of layers that it means.
+    modules, targets = family_of(shape.architecture).modules, list[str]()
+    names = [(layer, kind) for layer in range(shape.num_layers) for kind in shape.linear_layers(1)]
+    for pattern in config.peft.target_modules:
+        meant = [one for one in names if is_targeted("decoder.layers.{}.{}".format(*one), (pattern,), modules)]
+        is_kept = any(layer < num_layers for layer, _ in meant)
+        targets += [pattern] if is_kept else [kind.split(".")[-1] for _, kind in meant]
+    small = replace(
+        config,
+        parallel=parallel,
+        model=replace(config.model, transformer=one_layer_recomputed(config)),
+        peft=replace(config.peft, target_modules=tuple(dict.fromkeys(targets))),
+        training=replace(config.training, global_batch_size=size),
+    )
+    return small, of_num_layers(shape, num_layers)
+
+
+def small_layout(
+    parallel: ParallelConfig, num_layers: int, most_tensor_parallel: int, most_replicas: int
+) -> tuple[ParallelConfig, int]:
+    """The layout of the small run, and the number of layers of the model for it; the run's model has `num_layers`."""
+    stages = kept_stages(parallel.pipeline_model_parallel_size)
+    tp, pp = min(parallel.tensor_model_parallel_size, most_tensor_parallel), len(stages)
+    changed, layers = _small_stages(parallel, num_layers, stages)
+    small = replace(
+        parallel,
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        world_size=tp * pp * min(parallel.data_parallel_size, most_replicas),
+        distributed_backend="gloo",
+        distributed_timeout_minutes=5,
+        **changed,
+    )
+    return small, layers
+
+
+def _small_stages(parallel: ParallelConfig, num_layers: int, stages: Sequence[int]) -> tuple[dict[str, Any], int]:
+    """Changed fields of the layout, and the number of layers."""
+    num_stages, layout = parallel.pipeline_model_parallel_size, parallel.pipeline_model_parallel_layout
+    if layout is not None:  # the first and the last chunk of each rank
+        chunks = stages_of_layout(layout)
+        ends = sorted({0, len(chunks) - num_stages})
+        layout = re.sub("t+", "t", "|".join(chunks[first + stage] for first in ends for stage in stages))
+        return {"pipeline_model_parallel_layout": layout}, layout.count("t")
+    names = (f"decoder_{end}_pipeline_num_layers" for end in ("first", "last"))
+    sizes = {name: size for name in names if (size := getattr(parallel, name))}
+    if sizes:  # stages in the middle have 2 layers; an end has 1, 2 or 3, as it has fewer, as many or more
+        others = num_stages - len(sizes)
+        middle = (num_layers - sum(sizes.values())) // others if others else min(sizes.values())
+        sizes = {name: 2 + (size > middle) - (size < middle) for name, size in sizes.items()}
+        return sizes, sum(sizes.values()) + 2 * (len(stages) - len(sizes))
+    virtual = parallel.num_virtual_stages(num_layers)
+    accounted = parallel.num_divided(num_layers) - num_layers
+    divided = len(stages) * min(virtual or 1, 2)
+    while divided - accounted < max(2, len(stages)):
+        divided += len(stages)
+    return ({"num_layers_per_virtual_pipeline_stage": 1} if virtual else {}), divided - accounted

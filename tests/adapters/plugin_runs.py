@@ -85,8 +85,8 @@ def certificates(asked: tuple[Path, dict[str, Any]]) -> list[Any]:
     """In one layout of each kind."""
     packages, peft = asked
     install(packages)
+    from tests.certify.faults import Case, certified
     from tests.certify.test_certify import LLAMA, OVERLAPPED, PP2, TP2, run_of
-    from tests.certify.warm import Case, certified
 
     layouts: list[tuple[dict[str, Any], dict[str, Any]]] = [
         ({**TP2, "sequence_parallel": True}, {}),

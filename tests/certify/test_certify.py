@@ -2,7 +2,9 @@
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import cache
 from importlib import import_module
 from itertools import product
 from pathlib import Path
@@ -18,27 +20,17 @@ from megatron_peft.commands.certify import main
 from megatron_peft.config import ConfigurationError, ParallelConfig, RunConfig, make_run
 from megatron_peft.models.families import config_of_shape, read_shape
 from megatron_peft.models.shape import ModelShape
-from megatron_peft.rehearsal import small_run as small
+from megatron_peft.rehearsal.requests import small_layout
 from megatron_peft.runtime.ranks import RanksFailed
-from tests.certify.faults import FAULTS, NOT_SEEN, Fault
-from tests.certify.warm import Case, certified
-from tests.plan.test_recipe_plans import WORLDS, recipe
+from tests.certify.faults import FAULTS, NOT_SEEN, Case, Fault, certified
+from tests.plan.test_recipe_plans import MODELS, WORLDS, recipe
 from tests.ranks import run_ranks
 from tests.time_limits import seconds
 
 pytestmark = pytest.mark.timeout(seconds(1500))  # the first test of each launch waits for all of its certificates
 
 LLAMA = ModelShape("llama", 16, 2048, 8192, 32, 8, 64, 128256, 131072, tied_embeddings=True)
-BLOOM = ModelShape(
-    *("bloom", 30, 4096, 16384, 32, 32, 128, 250880, 2048),
-    normalization="LayerNorm",
-    gated_linear_unit=False,
-    activation="gelu_tanh",
-    linear_biases=frozenset({"linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"}),
-    tied_embeddings=True,
-    position_embedding="alibi",
-    embedding_layernorm=True,
-)
+BLOOM = read_shape(MODELS / "bloomz-7b1")
 TP2 = {"tensor_model_parallel_size": 2}
 PP2 = {"pipeline_model_parallel_size": 2}
 LORA = {"method": "lora", "lora_rank": 4}
@@ -71,7 +63,7 @@ def test_a_small_run_keeps_the_settings_of_a_step_and_multiplies_all_rates_alike
     data = replace(config.data, packing="next-fit")
     checkpoint = replace(config.checkpoint, save="x", async_save=True)
     config = replace(config, training=training, data=data, checkpoint=checkpoint)
-    split = small.small_run(config, LLAMA, tmp_path).split
+    split = module.small_run(config, LLAMA, tmp_path).split
     kept = {"optimizer": (*sgd, "adam_beta1", "adam_beta2", "adam_eps"), "data": ("packing", "pack_sequences")}
     kept |= {"training": ("seed", "grad_reduce_in_bf16", "overlap_grad_reduce"), "checkpoint": ("async_save",)}
     for part, names in kept.items():
@@ -86,17 +78,17 @@ def test_a_small_run_keeps_the_settings_of_a_step_and_multiplies_all_rates_alike
 @pytest.mark.parametrize("method", METHODS)
 def test_a_small_model_keeps_the_shape(tmp_path, method, shape):
     config = run_of(METHODS[method], {"tensor_model_parallel_size": 8, "pipeline_model_parallel_size": 5}, 80)
-    found = small.small_run(config, shape, tmp_path)
-    assert read_shape(tmp_path / "model") == found.shape
+    small = module.small_run(config, shape, tmp_path)
+    assert read_shape(tmp_path / "model") == small.shape
     same = ("architecture", "gated_linear_unit", "tied_embeddings", "linear_biases", "embedding_layernorm")
-    assert all(getattr(found.shape, name) == getattr(shape, name) for name in same)
+    assert all(getattr(small.shape, name) == getattr(shape, name) for name in same)
     queries = shape.num_attention_heads // shape.num_query_groups
-    assert found.shape.num_attention_heads == queries * found.shape.num_query_groups
-    parallel = found.split.parallel
+    assert small.shape.num_attention_heads == queries * small.shape.num_query_groups
+    parallel = small.split.parallel
     assert (parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size) == (4, 4)
-    assert parallel.data_parallel_size == 2 and found.alone.parallel.world_size == 1
-    assert found.alone.global_batch_size == found.split.global_batch_size
-    assert found.shape.hidden_size < 300
+    assert parallel.data_parallel_size == 2 and small.alone.parallel.world_size == 1
+    assert small.alone.global_batch_size == small.split.global_batch_size
+    assert small.shape.hidden_size < 300
 
 
 @pytest.mark.parametrize(
@@ -117,13 +109,13 @@ def test_a_small_model_keeps_the_shape(tmp_path, method, shape):
 def test_small_stages_hold_fewer_more_or_none_as_the_runs_do(given, num_layers, expected):
     run = ParallelConfig(pipeline_model_parallel_size=8, world_size=8, **given)
     changed, layers = expected
-    parallel, found = small.small_layout(run, num_layers, small.MOST_TENSOR_PARALLEL, small.MOST_REPLICAS)
+    parallel, found = small_layout(run, num_layers, module.MOST_TENSOR_PARALLEL, module.MOST_REPLICAS)
     assert found == layers and all(getattr(parallel, name) == value for name, value in changed.items())
 
 
 def test_patterns_for_layers_that_are_cut_mean_their_kinds(tmp_path):
     config = run_of({**LORA, "target_modules": ("decoder.layers.9.*qkv", "down_proj")}, {}, 1)
-    assert small.small_run(config, LLAMA, tmp_path).split.peft.target_modules == ("linear_qkv", "down_proj")
+    assert module.small_run(config, LLAMA, tmp_path).split.peft.target_modules == ("linear_qkv", "down_proj")
 
 
 @pytest.mark.parametrize(("tp", "seq_length"), [(8, 48), (16, 48), (10, 240)])
@@ -131,17 +123,17 @@ def test_a_run_of_more_tensor_parallel_ranks_starts_as_many(tmp_path, tp, seq_le
     shape = replace(LLAMA, num_attention_heads=160, num_query_groups=160)
     layout = {"tensor_model_parallel_size": tp, "sequence_parallel": True, **PP2}
     config = run_of(LORA, layout, 4 * tp, {"seq_length": 720}, bf16=True)
-    found = small.wide_run(config, shape, tmp_path)
+    found = module.wide_run(config, shape, tmp_path)
     assert found is not None and read_shape(tmp_path / "model") == found.shape
     assert module.layout_of(found.split) == f"TP{tp}+SP x PP1 x DP1, bf16"
     assert found.split.data.seq_length == found.alone.data.seq_length == seq_length
-    assert small.wide_run(run_of(LORA, {"tensor_model_parallel_size": 4}, 4), shape, tmp_path) is None
+    assert module.wide_run(run_of(LORA, {"tensor_model_parallel_size": 4}, 4), shape, tmp_path) is None
 
 
 def test_what_differs_at_the_runs_own_tensor_parallel_ranks_is_told(tmp_path, monkeypatch):
     config, same = run_at("lora", "TP8+SP"), replace(DIFFERS, problems=())
     wrong = replace(DIFFERS, problems=tuple("abcdefgh"))
-    run, wide = small.small_run(config, LLAMA, tmp_path), small.wide_run(config, LLAMA, tmp_path / "wide")
+    run, wide = module.small_run(config, LLAMA, tmp_path), module.wide_run(config, LLAMA, tmp_path / "wide")
     monkeypatch.setattr(module, "compare_small", lambda one: [wrong if one is wide else same])
     found, differs = module.compare_all(run, wide)
     assert found.name == "losses" and found.passed
@@ -151,7 +143,7 @@ def test_what_differs_at_the_runs_own_tensor_parallel_ranks_is_told(tmp_path, mo
 def test_a_method_that_fits_no_small_model_is_an_error(tmp_path):
     config = run_of({**LORA, "lora_rank": 100_000}, {}, 1)
     with pytest.raises(ConfigurationError, match="--lora-rank 100000"):
-        small.small_run(config, LLAMA, tmp_path)
+        module.small_run(config, LLAMA, tmp_path)
 
 
 # Started for real.
@@ -180,55 +172,57 @@ def certificates(cases: list[Case]) -> list[Any]:
     return found
 
 
-def problems_of(certificate: Any) -> dict[str, tuple[str, ...]]:
-    return {one.name: one.problems or (one.error,) for one in certificate.comparisons if not one.passed}
-
-
-# One of each kind in `make test`; all of them in `make test-all`.
-QUICK = [("lora", "TP2+SP", True), ("full", "PP2 interleaved", False), ("boft", "DP2", True)]
-QUICK_FAULTS = ("a sum over tensor ranks is missing", "each rank draws factors of its own")
-SPLITS = ("TP2+SP", "PP2 interleaved", "DP2")
-ALL = [case for case in product(METHODS, SPLITS, (False, True)) if case not in QUICK]
-ALL += [("hybrid", "TP8+SP", False), ("lora-ga", "TP8+SP", True)]
-RECIPES = {**WORLDS, "laptop-cpu": 3}
-
-
 def case_of(fault: Fault) -> Case:
     layout, _, precision = fault.layout.partition(" bf16")
     return Case(run_at(fault.method, layout, layout != fault.layout), LLAMA, fault.broken, fault.line or None)
 
 
-def by_what(faults: list[Fault]) -> dict[str, list[CertificateLine]]:
-    return dict(zip((one.what for one in faults), certificates(list(map(case_of, faults))), strict=True))
+SOUND = [*product(METHODS, ("TP2+SP", "PP2 interleaved", "DP2"), (False, True))]
+SOUND += [("hybrid", "TP8+SP", False), ("lora-ga", "TP8+SP", True)]
+CASES = {one: Case(run_at(*one), LLAMA) for one in SOUND} | {one.what: case_of(one) for one in FAULTS}
+# In `make test`, where `training/test_layout.py` has other layouts; all of them in `make test-all`.
+QUICK: list[Any] = [
+    *(("lora", "TP2+SP", True), ("boft", "DP2", True)),
+    *("a sum over tensor ranks is missing", "each rank draws factors of its own"),
+]
+OTHER_FAULTS = [one for one in FAULTS if one.what not in QUICK]
+RECIPES = {**WORLDS, "laptop-cpu": 3}
 
 
-@pytest.fixture(scope="module")
-def quick() -> dict[Any, Any]:
-    """Certificates of sound runs, and lines of those with a fault, out of one launch."""
-    faults = [fault for fault in FAULTS if fault.what in QUICK_FAULTS]
-    cases = [Case(run_at(*one), LLAMA) for one in QUICK] + list(map(case_of, faults))
-    return dict(zip([*QUICK, *(fault.what for fault in faults)], certificates(cases), strict=True))
+def marked(cases: Sequence[Any], names: Sequence[Any]) -> list[Any]:
+    """Cases for a test, by their names."""
+    marks = (() if name in QUICK else pytest.mark.slow for name in names)
+    return [pytest.param(one, id=str(name), marks=mark) for one, name, mark in zip(cases, names, marks, strict=True)]
 
 
-@pytest.fixture(scope="module")
-def all_others() -> dict[Any, Any]:
-    return dict(zip(ALL, certificates([Case(run_at(*one), LLAMA) for one in ALL]), strict=True))
+def launched(name: Any) -> Any:
+    """A certificate, or the lines of one with a fault: quick ones out of one launch, other sound ones, other faults."""
+    others = [one for one in CASES if one not in QUICK and (one in SOUND) == (name in SOUND)]
+    return _launched(tuple(QUICK if name in QUICK else others))[name]
 
 
-@pytest.fixture(scope="module")
-def refused() -> dict[str, list[CertificateLine]]:
-    return by_what([fault for fault in FAULTS if fault.what not in QUICK_FAULTS])
+@cache
+def _launched(names: Sequence[Any]) -> dict[Any, Any]:
+    return dict(zip(names, certificates([CASES[name] for name in names]), strict=True))
 
 
-@pytest.mark.parametrize("case", QUICK, ids=str)
-def test_a_sound_run_is_certified(quick, case):
-    assert problems_of(quick[case]) == {} and quick[case].verdict == "CERTIFIED"
+def problems_of(certificate: Any) -> dict[str, tuple[str, ...]]:
+    return {one.name: one.problems or (one.error,) for one in certificate.comparisons if not one.passed}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", ALL, ids=str)
-def test_every_sound_run_is_certified(all_others, case):
-    assert problems_of(all_others[case]) == {} and all_others[case].verdict == "CERTIFIED"
+def refuses(lines: list[CertificateLine], fault: Fault) -> bool:
+    return any(fault.named in problem for one in lines if one.name == fault.line for problem in one.problems)
+
+
+@pytest.mark.parametrize("case", marked(SOUND, SOUND))
+def test_a_sound_run_is_certified(case):
+    certificate = launched(case)
+    assert problems_of(certificate) == {} and certificate.verdict == "CERTIFIED"
+
+
+@pytest.mark.parametrize("fault", marked(FAULTS, [one.what for one in FAULTS]))
+def test_a_fault_is_refused_by_name(fault):
+    assert refuses(launched(fault.what), fault), launched(fault.what)
 
 
 @pytest.mark.slow
@@ -237,23 +231,14 @@ def test_directions_that_rounding_exchanges_are_no_difference():
     shape = replace(LLAMA, num_layers=4, hidden_size=96, ffn_hidden_size=192, vocab_size=512)
     shape = replace(shape, num_attention_heads=6, num_query_groups=2, kv_channels=16)
     peft = {"method": "lora-ga", "lora_rank": 4, "lora_max_norm_ratio": 0.5}
-    (found,) = certificates([Case(run_of(peft, {**TP2, **PP2, "sequence_parallel": True}, 4, bf16=True), shape)])
-    assert problems_of(found) == {} and found.verdict == "CERTIFIED"
+    (one,) = certificates([Case(run_of(peft, {**TP2, **PP2, "sequence_parallel": True}, 4, bf16=True), shape)])
+    assert problems_of(one) == {} and one.verdict == "CERTIFIED"
 
 
 @pytest.mark.slow
 def test_every_recipe_is_certified():
-    found = certificates([Case(*recipe(name, [], RECIPES)) for name in RECIPES])
-    assert {name: problems_of(one) for name, one in zip(RECIPES, found, strict=True)} == {name: {} for name in RECIPES}
-
-
-def refuses(lines: list[CertificateLine], fault: Fault) -> bool:
-    return any(fault.named in problem for one in lines if one.name == fault.line for problem in one.problems)
-
-
-@pytest.mark.parametrize("fault", [one for one in FAULTS if one.what in QUICK_FAULTS], ids=lambda fault: fault.what)
-def test_a_fault_is_refused_by_name(quick, fault):
-    assert refuses(quick[fault.what], fault), quick[fault.what]
+    every = certificates([Case(*recipe(name, [], RECIPES)) for name in RECIPES])
+    assert [problems_of(one) for one in every] == [{} for _ in RECIPES]
 
 
 @pytest.mark.parametrize("fault", [*FAULTS, *NOT_SEEN], ids=lambda fault: fault.what)
@@ -263,19 +248,12 @@ def test_every_fault_can_be_planted(fault):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", [one for one in FAULTS if one.what not in QUICK_FAULTS], ids=lambda fault: fault.what)
-def test_every_fault_is_refused_by_name(refused, fault):
-    assert refuses(refused[fault.what], fault), refused[fault.what]
-
-
-@pytest.mark.slow
-def test_what_is_not_seen_is_what_the_certificate_says(refused, capsys):
-    for fault, found in zip(NOT_SEEN, certificates(list(map(case_of, NOT_SEEN))), strict=True):
-        assert problems_of(found) == {} and fault.kind in NOT_CLAIMED, fault
-    others = [one for one in FAULTS if one.what not in QUICK_FAULTS]
-    counts = Counter(one.kind for one in others if refuses(refused[one.what], one))
+def test_what_is_not_seen_is_what_the_certificate_says(capsys):
+    for fault, one in zip(NOT_SEEN, certificates(list(map(case_of, NOT_SEEN))), strict=True):
+        assert problems_of(one) == {} and fault.kind in NOT_CLAIMED, fault
+    counts = Counter(one.kind for one in OTHER_FAULTS if refuses(launched(one.what), one))
     with capsys.disabled():
-        print(f"\nplanted faults that were refused by name: {sum(counts.values())} of {len(others)}, {dict(counts)}")
+        print(f"\nplanted faults that were refused by name: {counts.total()} of {len(OTHER_FAULTS)}, {dict(counts)}")
 
 
 def certificate_of(tmp_path: Path, *flags: str, shape: ModelShape = LLAMA, expected: int = 0) -> dict:
@@ -286,19 +264,20 @@ def certificate_of(tmp_path: Path, *flags: str, shape: ModelShape = LLAMA, expec
     return json.loads(output.read_text())
 
 
-def test_a_certificate_is_printed_and_written(tmp_path, capsys, monkeypatch, quick):
-    monkeypatch.setattr(module, "certify", lambda config, shape: quick[QUICK[0]])
-    found = certificate_of(tmp_path)
-    names = {one["name"]: one for one in found["comparisons"]}
-    assert found["passed"] and all(one["passed"] and one["num_compared"] for one in names.values())
+def test_a_certificate_is_printed_and_written(tmp_path, capsys, monkeypatch):
+    certificate = launched(QUICK[0])
+    monkeypatch.setattr(module, "certify", lambda config, shape: certificate)
+    content = certificate_of(tmp_path)
+    names = {one["name"]: one for one in content["comparisons"]}
+    assert content["passed"] and all(one["passed"] and one["num_compared"] for one in names.values())
     assert {"losses", "trained tensors", "resumed run", "merged model in transformers"} <= names.keys()
     assert "exported adapter in Hugging Face PEFT" in names
-    assert found["small_flags"]["data"]["train_data_path"] == ["SMALL/data.jsonl"]
-    assert found["small_flags"]["checkpoint"]["save"] == "SMALL/split"
-    assert found["digest"] == digest_of(found)
-    assert found["digest"] != digest_of({**found, "passed": False})
+    assert content["small_flags"]["data"]["train_data_path"] == ["SMALL/data.jsonl"]
+    assert content["small_flags"]["checkpoint"]["save"] == "SMALL/split"
+    assert content["digest"] == digest_of(content)
+    assert content["digest"] != digest_of({**content, "passed": False})
     printed = capsys.readouterr().out
-    assert "CERTIFIED" in printed and found["digest"] in printed and "dropout" in printed
+    assert "CERTIFIED" in printed and content["digest"] in printed and "dropout" in printed
 
 
 DIFFERS = CertificateLine("losses", 4, 1.0, 1e-5, ("step 1: 2, in one process 1",))
@@ -312,8 +291,8 @@ FAILED = module.failed("merge and export", RanksFailed("--- rank 0\nTraceback\nV
 def test_an_error_is_told_apart_from_a_difference(tmp_path, capsys, monkeypatch, lines, verdict, code):
     certificate = module.Certificate("TP1", "TP1", lines, NOT_CLAIMED, {}, {}, {}, {}, asdict(LLAMA))
     monkeypatch.setattr(module, "certify", lambda config, shape: certificate)
-    found = certificate_of(tmp_path, expected=code)
-    assert found["verdict"] == verdict and not found["passed"]
+    content = certificate_of(tmp_path, expected=code)
+    assert content["verdict"] == verdict and not content["passed"]
     printed = capsys.readouterr().out
     assert verdict in printed and ("ValueError: no such heads" in printed) is (FAILED in lines)
 
@@ -333,6 +312,16 @@ def test_a_method_that_cannot_be_merged_is_certified_without_that(monkeypatch, t
     assert [(one.note, one.passed, one.num_compared) for one in lines] == [(told, True, 0)] * 2
 
 
+def test_full_fine_tuning_is_converted_and_exports_no_adapter(monkeypatch, tmp_path):
+    tokens, logits = torch.zeros(2, 4), (torch.zeros(1), torch.ones(1))
+    monkeypatch.setattr(module, "megatron_to_hf", lambda run, output, **_: output)
+    monkeypatch.setattr(module.verify, "logits_of", lambda folder, _: logits[1] if folder.name == "merged" else None)
+    config = run_of(METHODS["full"], {}, 1)
+    config = replace(config, checkpoint=replace(config.checkpoint, save=str(tmp_path / "split")))
+    [line] = module.compare_converted((config, tokens, logits))
+    assert line.name == "merged model in transformers" and line.passed and line.num_compared == 1
+
+
 @pytest.mark.parametrize("heads", [1, 3, 6, 9, 14, 28, 40])
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 def test_transformers_takes_the_small_model_of_any_number_of_heads(family, heads):
@@ -340,7 +329,7 @@ def test_transformers_takes_the_small_model_of_any_number_of_heads(family, heads
 
     shape = replace(LLAMA, architecture=family, num_attention_heads=heads, num_query_groups=1, hidden_size=16 * heads)
     for tp in (1, 2):
-        found = small.small_shape(shape, run_of(LORA, {"tensor_model_parallel_size": tp}, tp), tp, 2)
+        found = module.small_shape(shape, run_of(LORA, {"tensor_model_parallel_size": tp}, tp), tp, 2)
         AutoConfig.for_model(**config_of_shape(found)).validate()
         assert found.hidden_size % found.num_attention_heads == 0
 

@@ -204,5 +204,5 @@ def test_a_family_takes_one_line_and_no_other_file_names_one():
     assert found == {
         "conversion/pretrained.py",  # Megatron-LM's arguments without a config.json name no family
         "data/tokenizers.py",  # types for which AutoTokenizer has no class of its own
-        "rehearsal/small_run.py",  # Bloom's hidden size is that of its heads
+        "certify/certify.py",  # Bloom's hidden size is that of its heads
     }

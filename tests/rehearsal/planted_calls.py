@@ -11,45 +11,26 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
 from megatron_peft.adapters import attach
 from megatron_peft.checkpoint import save, tensors
-from megatron_peft.rehearsal import rehearsed_rank
-from megatron_peft.rehearsal.program import RankRecord
-from megatron_peft.rehearsal.requests import RankToRehearse
 from megatron_peft.runtime.launch import gather_over_world
-from megatron_peft.training import run, step
+from megatron_peft.training import run, step, update
 
 Group = Callable[[], Any]
 tensor: Group = parallel_state.get_tensor_model_parallel_group
 data: Group = parallel_state.get_data_parallel_group
-world: Group = lambda: None  # noqa: E731
-TRAIN, GRADIENTS = (rehearsed_rank, "train_step"), (step, "finish_gradients")
+# Which ranks: those with number 1 on an axis, the first and the last of the world, all.
+Ranks = Callable[[], bool]
+tensor_rank: Ranks = lambda: parallel_state.get_tensor_model_parallel_rank() == 1  # noqa: E731
+replica: Ranks = lambda: parallel_state.get_data_parallel_rank() == 1  # noqa: E731
+stage: Ranks = lambda: parallel_state.get_pipeline_model_parallel_rank() == 1  # noqa: E731
+first: Ranks = lambda: dist.get_rank() == 0  # noqa: E731
+last: Ranks = lambda: dist.get_rank() == dist.get_world_size() - 1  # noqa: E731
+everyone: Ranks = lambda: True  # noqa: E731
+TRAIN, GRADIENTS = (step, "train_step"), (step, "finish_gradients")
 
 
-def tensor_rank() -> bool:
-    return parallel_state.get_tensor_model_parallel_rank() == 1
-
-
-def replica() -> bool:
-    return parallel_state.get_data_parallel_rank() == 1
-
-
-def stage() -> bool:
-    return parallel_state.get_pipeline_model_parallel_rank() == 1
-
-
-def first() -> bool:
-    return dist.get_rank() == 0
-
-
-def last() -> bool:
-    return dist.get_rank() == dist.get_world_size() - 1
-
-
-def everyone() -> bool:
-    return True
-
-
-def total(group: Group, size: int = 1, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Callable[[], Any]:
-    return lambda: dist.all_reduce(torch.empty(size, dtype=dtype), group=group(), **kwargs)
+def total(group: Group | None, size: int = 1, dtype: Any = torch.float32, **kwargs: Any) -> Callable[[], Any]:
+    """Without a group: of the world."""
+    return lambda: dist.all_reduce(torch.empty(size, dtype=dtype), group=group and group(), **kwargs)
 
 
 def told(source: int) -> Callable[[], Any]:
@@ -71,7 +52,7 @@ def gathered() -> None:
     dist.all_gather(list(torch.empty(2)), torch.empty(()), group=tensor())
 
 
-def added(place: Any, where: Callable[[], bool], call: Callable[[], Any], otherwise: Any = lambda: None) -> None:
+def added(place: Any, where: Ranks, call: Callable[[], Any], otherwise: Any = lambda: None) -> None:
     """After each call of a function, some ranks make one more call, and the others another or none."""
     owner, name = place
     usual = getattr(owner, name)
@@ -84,13 +65,13 @@ def added(place: Any, where: Callable[[], bool], call: Callable[[], Any], otherw
     setattr(owner, name, changed)
 
 
-def left_out(place: Any, where: Callable[[], bool]) -> None:
+def left_out(place: Any, where: Ranks) -> None:
     owner, name = place
     usual = getattr(owner, name)
     setattr(owner, name, lambda *args, **kwargs: None if where() else usual(*args, **kwargs))
 
 
-def sent(where: Callable[[], bool], change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+def sent(where: Ranks, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """What some ranks send to other stages is changed; what they receive has the usual shape."""
     usual = P2PCommunicator._communicate
 
@@ -133,7 +114,7 @@ IN_TENSOR_AND_DATA: dict[str, Callable[[], None]] = {
     "gradients: another group": lambda: added(GRADIENTS, last, total(data), total(tensor)),
     "gradients: another source": lambda: added(GRADIENTS, replica, told(1), told(0)),
     "a wait is missing": lambda: added(GRADIENTS, everyone, total(tensor, async_op=True)),
-    "a wait is missing on one rank": lambda: added(GRADIENTS, last, total(world, async_op=True), total(world)),
+    "a wait is missing on one rank": lambda: added(GRADIENTS, last, total(None, async_op=True), total(None)),
     "a result is used before it is waited for": lambda: added(GRADIENTS, everyone, used_early),
     "the model: one tensor-parallel rank gathers names": lambda: added(
         (attach, "all_names"), tensor_rank, lambda: gather_over_world(0)
@@ -145,16 +126,14 @@ IN_TENSOR_AND_DATA: dict[str, Callable[[], None]] = {
     "losses at the start: one tensor-parallel rank makes a call": lambda: added(
         (step, "start_losses"), tensor_rank, total(tensor)
     ),
-    "a log line: one replica gathers": lambda: added(
-        (rehearsed_rank, "mixtures"), replica, lambda: gather_over_world(0)
-    ),
+    "a log line: one replica gathers": lambda: added((update, "mixtures"), replica, lambda: gather_over_world(0)),
     "validation: one tensor-parallel rank makes a call": lambda: added(
         (step, "validation_loss"), tensor_rank, total(tensor)
     ),
     "validation: the first rank alone tells all": lambda: added(
         (step, "inference_mode"), first, lambda: dist.broadcast_object_list([0], 0)
     ),
-    "saving: the first rank makes a call": lambda: added((save, "tensors_to_save"), first, total(world)),
+    "saving: the first rank makes a call": lambda: added((save, "tensors_to_save"), first, total(None)),
     "saving: one replica gathers": lambda: added((tensors, "checked_together"), replica, lambda: gather_over_world(0)),
 }
 BETWEEN_STAGES: dict[str, Callable[[], None]] = {
@@ -182,7 +161,7 @@ def plant(name: str) -> None:
     ALL[name]()
 
 
-def record_planted(name: str, function: Callable[[RankToRehearse], RankRecord], rank: RankToRehearse) -> RankRecord:
-    """In place of a function of the rehearsals, for `rehearsal._in_processes`."""
+def with_planted(name: str, call: Callable[[], Any]) -> Any:
+    """In place of a call of the rehearsals, for `rehearsal._in_processes`."""
     plant(name)
-    return function(rank)
+    return call()

@@ -1,118 +1,81 @@
 """No rank of a real schedule waits for ever, whatever the method and the layout; what is broken in one is found."""
 
-import json
 import random
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import replace
+from functools import cache, partial
 from graphlib import CycleError, TopologicalSorter
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from megatron_peft.cli.parser import read_config
-from megatron_peft.config import ParallelConfig, RunConfig
-from megatron_peft.models.families import read_shape
+from megatron_peft.config import ParallelConfig, RunConfig, make_run
+from megatron_peft.models.gpt import transformer_config
+from megatron_peft.models.kernels import Training
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.rehearsal import rehearsal
-from megatron_peft.rehearsal.deadlock import check_order
-from megatron_peft.rehearsal.program import MESSAGES, Call, Entry, Wait
-from megatron_peft.rehearsal.rehearsal import RehearsedRun, order_problem, rehearse_run
+from megatron_peft.rehearsal.program import MESSAGES, Call, Entry, Wait, check_order
+from megatron_peft.rehearsal.rehearsal import RankGrid, RehearsedRun, StageProgram, order_problem, schedules_of_stages
 from megatron_peft.rehearsal.requests import chunks_of_stages
-from megatron_peft.rehearsal.schedule import program_of_stage, programs_of_ranks, schedules_of_stages
-from tests.ranks import run_ranks
-from tests.rehearsal.planted_calls import BETWEEN_STAGES, IN_TENSOR_AND_DATA, SOUND, record_planted
-from tests.tiny_llama import ODD_SHAPE
+from megatron_peft.runtime.fake_ranks import fake_world
+from megatron_peft.runtime.launch import model_parallel
+from tests.rehearsal.planted_calls import BETWEEN_STAGES, IN_TENSOR_AND_DATA, SOUND, with_planted
+from tests.rehearsal.watched_runs import METHODS, SHAPE
 from tools.published import made_up_run
 
 Programs = dict[int, list[Entry]]
 
-METHODS = {
-    "full": "--peft-method full",
-    "lora": "--peft-method lora --lora-rank 4",
-    "lora-ga": "--peft-method lora-ga --lora-rank 4",
-    "boft": "--peft-method boft --boft-block-size 2 --boft-factors 2",
-    "urnn": "--peft-method urnn --urnn-block-size 4",
-    "hybrid": "--peft-method hybrid --lora-rank 4 --boft-block-size 2 --boft-factors 2",
-}
+
+def layout(world_size: int, num_layers: int, num_microbatches: int, tp: int, pp: int, **fields: Any) -> tuple[Any, ...]:
+    """A model's number of layers, a step's number of microbatches, and fields of the run."""
+    sizes = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp, "world_size": world_size}
+    return num_layers, num_microbatches, sizes | fields
 
 
-@dataclass(frozen=True)
-class Layout:
-    """A world, a model's number of layers, and a step's number of microbatches."""
-
-    world_size: int
-    num_layers: int
-    num_microbatches: int
-    flags: str
-
-
-def tp_pp(tp: int, pp: int) -> str:
-    return f"--tensor-model-parallel-size {tp} --pipeline-model-parallel-size {pp} "
-
-
-OVERLAP = " --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
-INTERLEAVED = " --num-layers-per-virtual-pipeline-stage 1"
-# For every method. Together: with and without sequence parallelism, interleaving, overlap, packs, microbatches of one
-# length and of many, stages that hold more than others or no layer at all.
+SP, PADDED = {"sequence_parallel": True}, {"pad_to_seq_length": True}
+INTERLEAVED = {"num_layers_per_virtual_pipeline_stage": 1, **PADDED, **SP}
+OVERLAP = dict.fromkeys(("use_distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather"), True)
+ENDS_COUNT = dict.fromkeys(("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"), True)
+FOUR_STAGES = {"pipeline_model_parallel_layout": "E|t|t|t|t|t|t|L"}
 LAYOUTS = {
-    "packed, first stage longer": Layout(
-        4, 3, 5, tp_pp(2, 2) + "--decoder-first-pipeline-num-layers 2 --pack-sequences"
-    ),
-    "interleaved, overlapped, padded": Layout(
-        8, 4, 6, tp_pp(2, 2) + "--sequence-parallel --pad-to-seq-length --bf16" + INTERLEAVED + OVERLAP
-    ),
-    "ends count as layers": Layout(
-        4, 2, 6, tp_pp(1, 4) + "--account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split"
-    ),
-    "layout": Layout(2, 2, 4, tp_pp(1, 2) + "--pipeline-model-parallel-layout E|t|t|L"),
+    # For every method. Together: with and without sequence parallelism, interleaving, overlap, packs, microbatches of
+    # one length and of many, stages that hold more than others or no layer at all.
+    "packed, first stage longer": layout(4, 3, 5, 2, 2, decoder_first_pipeline_num_layers=2, pack_sequences=True),
+    "interleaved, overlapped, padded": layout(8, 4, 6, 2, 2, bf16=True, **INTERLEAVED, **OVERLAP),
+    "ends count as layers": layout(4, 2, 6, 1, 4, **ENDS_COUNT),
+    "layout": layout(2, 2, 4, 1, 2, pipeline_model_parallel_layout="E|t|t|L"),
+    # For some. Of four stages the next is not the previous one: messages to both take one group, posted alone or in
+    # batches.
+    "one length": layout(8, 4, 4, 2, 2, **INTERLEAVED),
+    "four stages": layout(4, 6, 8, 1, 4, **FOUR_STAGES),
+    "batched": layout(4, 6, 8, 1, 4, transformer={"overlap_p2p_comm": False}, **FOUR_STAGES, **PADDED),
+    "last stage longer": layout(4, 3, 3, 2, 2, decoder_last_pipeline_num_layers=2, **SP),
+    "one microbatch": layout(4, 2, 1, 1, 4, **ENDS_COUNT),
+    "two stages": layout(2, 2, 6, 1, 2),
+    # For faults.
+    "tensor and data": layout(4, 2, 2, 2, 1, use_distributed_optimizer=True, **SP),
+    "stages and data": layout(4, 2, 2, 1, 2, **PADDED),
+    "tensor alone": layout(2, 1, 1, 2, 1),
 }
-ENDS = LAYOUTS["ends count as layers"]
-OF_ONE_LENGTH = Layout(8, 4, 4, tp_pp(2, 2) + "--sequence-parallel --pad-to-seq-length" + INTERLEAVED)
-# Of four stages the next is not the previous one: messages to both take one group, posted alone or in batches.
-FOUR_STAGES = Layout(4, 6, 8, tp_pp(1, 4) + "--pipeline-model-parallel-layout E|t|t|t|t|t|t|L")
-BATCHED = replace(FOUR_STAGES, flags=FOUR_STAGES.flags + " --no-overlap-p2p-communication --pad-to-seq-length")
-LAST_STAGE_LONGER = Layout(4, 3, 3, tp_pp(2, 2) + "--decoder-last-pipeline-num-layers 2 --sequence-parallel")
+METHODS_OF_ALL = [*METHODS][:6]
+LAYOUTS_OF_ALL = [*LAYOUTS][:4]
+
+
+def asked(method: str, layout: str, num_microbatches: int = 0) -> tuple[RunConfig, ModelShape]:
+    """With so many microbatches in a step, if it is given."""
+    num_layers, number, fields = LAYOUTS[layout]
+    grid = fields["tensor_model_parallel_size"] * fields["pipeline_model_parallel_size"]
+    base = {"pretrained_checkpoint": "not read", "train_data_path": ("not read",), "train_iters": 1, "seq_length": 32}
+    batch = (num_microbatches or number) * (fields["world_size"] // grid)
+    return make_run(**base, global_batch_size=batch, **METHODS[method], **fields), replace(SHAPE, num_layers=num_layers)
 
 
 @cache
-def asked(method: str, layout: Layout) -> tuple[RunConfig, ModelShape]:
-    batch = layout.num_microbatches * layout.world_size  # divided by the ranks of a replica below
-    with TemporaryDirectory() as folder:
-        shape = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **ODD_SHAPE}
-        Path(folder, "config.json").write_text(json.dumps({**shape, "num_hidden_layers": layout.num_layers}))
-        flags = f"--pretrained-checkpoint {folder} --seq-length 32 --global-batch-size {batch} {METHODS[method]} "
-        words = (flags + layout.flags).split()
-        config = read_config(words, {"WORLD_SIZE": str(layout.world_size)}, read_shape, saved=lambda values: {})
-        return of_microbatches(config, layout.num_microbatches), read_shape(folder)
-
-
-def of_microbatches(config: RunConfig, number: int) -> RunConfig:
-    """The run with so many in each step."""
-    size = number * config.training.micro_batch_size * config.parallel.data_parallel_size
-    training: Any = replace(config.training, global_batch_size=size)
-    return replace(config, training=training)
-
-
-@cache
-def rehearsed(method: str, layout: Layout) -> RehearsedRun:
-    return rehearse_run(*asked(method, layout), peaks=False)
-
-
-@cache
-def scheduled(layout: Layout, numbers: Sequence[int]) -> dict[int, list[tuple[Entry, ...]]]:
-    """Of each number of microbatches, the real schedule of every stage."""
-    config, shape = asked("lora", layout)
-    [found] = run_ranks(1, schedules, ([of_microbatches(config, number) for number in numbers], shape))
-    return dict(zip(numbers, found, strict=True))
-
-
-def schedules(configs_and_shape: tuple[list[RunConfig], ModelShape]) -> list[list[tuple[Entry, ...]]]:
-    configs, shape = configs_and_shape
-    return [schedules_of_stages(config, shape) for config in configs]
+def rehearsed(method: str, layout: str) -> RehearsedRun:
+    return rehearsal.rehearse_run(*asked(method, layout), peaks=False)
 
 
 def programs_with(
@@ -120,15 +83,15 @@ def programs_with(
 ) -> dict[int, Iterator[Entry]]:
     """Of every rank, with the recorded layers in other schedules of the stages."""
     records = {record.rank: record for record in run.records}
+    of_stage = partial(rehearsal.program_of_stage, grid=run.grid, num_microbatches=num_microbatches)
     stages = [
-        program_of_stage(records[run.grid.rank(0, 0, run.alike[stage])], stage, schedule, run.grid, num_microbatches)
+        of_stage(records[run.grid.rank(0, 0, run.alike[stage])], stage, schedule)
         for stage, schedule in enumerate(schedules)
     ]
-    return programs_of_ranks(stages, run.grid)
+    return rehearsal.programs_of_ranks(stages, run.grid)
 
 
 # Numbers of layers, and how they are divided among four stages.
-ENDS_COUNT = {"account_for_embedding_in_pipeline_split": True, "account_for_loss_in_pipeline_split": True}
 DIVISIONS: list[tuple[int, dict[str, Any]]] = [
     (16, {}),
     (16, {"num_layers_per_virtual_pipeline_stage": 2}),
@@ -139,114 +102,82 @@ DIVISIONS: list[tuple[int, dict[str, Any]]] = [
 ]
 
 
-def of_megatron_core(runs: list[tuple[RunConfig, ModelShape]]) -> list[list[list[tuple[int, ...]]]]:
-    """Of each run, the layers of each chunk of each stage."""
-    from megatron.core.transformer.transformer_block import get_num_layers_to_build
-    from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
-
-    from megatron_peft.models.gpt import transformer_config
-    from megatron_peft.models.kernels import Training
-    from megatron_peft.runtime.fake_ranks import fake_world
-    from megatron_peft.runtime.launch import start_model_parallel, stop_model_parallel
-
-    found: list[Any] = [[] for _ in runs]
-    for (run, shape), stages in zip(runs, found, strict=True):
-        core = transformer_config(shape, run.model.bf16, run.model.transformer, run.parallel, Training.of(run))
-        num_chunks = run.parallel.num_virtual_stages(shape.num_layers)
-        for stage in range(4):
-            with fake_world(stage, 4):
-                start_model_parallel(ParallelConfig(1, 4, world_size=4), 1, num_chunks)
-                chunks = range(num_chunks) if num_chunks else [None]
-                places = [
-                    (get_transformer_layer_offset(core, chunk, stage), get_num_layers_to_build(core, chunk, stage))
-                    for chunk in chunks
-                ]
-                stages.append([tuple(range(first, first + number)) for first, number in places])
-                stop_model_parallel()
+def of_megatron_core(run: RunConfig, shape: ModelShape) -> list[list[tuple[int, ...]]]:
+    """The layers of each chunk of each stage."""
+    core = transformer_config(shape, run.model.bf16, run.model.transformer, run.parallel, Training.of(run))
+    num_chunks, found = run.parallel.num_virtual_stages(shape.num_layers), []
+    for stage in range(4):
+        with fake_world(stage, 4), model_parallel(ParallelConfig(1, 4, world_size=4), 1, num_chunks):
+            places = [(core, chunk, stage) for chunk in (range(num_chunks) if num_chunks else [None])]
+            begins = [get_transformer_layer_offset(*place) for place in places]
+            sizes = [get_num_layers_to_build(*place) for place in places]
+        found.append([tuple(range(at, at + size)) for at, size in zip(begins, sizes, strict=True)])
     return found
 
 
-def test_stages_hold_the_layers_that_megatron_core_gives_them():
-    shape = ModelShape("llama", 16, 32, 64, 4, 4, 8, 128, 64)
-    runs = [
-        (
-            made_up_run("lora", 64, 4, world_size=4, pipeline_model_parallel_size=4, **fields),
-            replace(shape, num_layers=n),
-        )
-        for n, fields in DIVISIONS
-    ]
-    [found] = run_ranks(1, of_megatron_core, runs)
-    for (run, shape), stages in zip(runs, found, strict=True):
-        ours = chunks_of_stages(run.parallel, shape.num_layers)
-        assert [[chunk.layers for chunk in chunks] for chunks in ours] == stages
-        in_order = [chunk for chunks in zip(*ours, strict=True) for chunk in chunks]
-        assert [layer for chunk in in_order for layer in chunk.layers] == [*range(shape.num_layers)]
-        assert [chunk.embedding for chunk in in_order] == [True, *[False] * (len(in_order) - 1)]
-        assert [chunk.head for chunk in in_order] == [*[False] * (len(in_order) - 1), True]
+@pytest.mark.parametrize(("num_layers", "fields"), DIVISIONS)
+def test_stages_hold_the_layers_that_megatron_core_gives_them(num_layers, fields):
+    run = made_up_run("lora", 64, 4, world_size=4, pipeline_model_parallel_size=4, **fields)
+    ours = chunks_of_stages(run.parallel, num_layers)
+    expected = of_megatron_core(run, replace(SHAPE, num_layers=num_layers))
+    assert [[chunk.layers for chunk in chunks] for chunks in ours] == expected
+    in_order = [chunk for chunks in zip(*ours, strict=True) for chunk in chunks]
+    assert [layer for chunk in in_order for layer in chunk.layers] == [*range(num_layers)]
+    assert [chunk.embedding for chunk in in_order] == [True, *[False] * (len(in_order) - 1)]
+    assert [chunk.head for chunk in in_order] == [*[False] * (len(in_order) - 1), True]
 
 
 # No false alarm.
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("layout", LAYOUTS_OF_ALL)
+@pytest.mark.parametrize("method", METHODS_OF_ALL)
 def test_no_rank_of_any_method_waits_for_ever(method, layout):
     """With as many microbatches as were rehearsed; with fewer, as many and more than the stages warm up with."""
-    run = rehearsed(method, LAYOUTS[layout])
+    run = rehearsed(method, layout)
     assert check_order(run.programs()) is None
     pp, is_interleaved = run.grid.pipeline, run.config.parallel.is_interleaved
     numbers = (pp, 2 * pp, 5 * pp) if is_interleaved else (2, pp + 1, 3 * pp)
-    for number, stages in scheduled(LAYOUTS[layout], numbers).items():
+    for number in numbers:
+        stages = schedules_of_stages(*asked("lora", layout, number))
         assert check_order(programs_with(run, stages, number)) is None, number
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "layout"),
-    [
-        pytest.param("lora-ga", FOUR_STAGES, id="four stages"),
-        pytest.param("lora", BATCHED, id="batched"),
-        pytest.param("full", LAST_STAGE_LONGER, id="last stage longer"),
-        pytest.param("hybrid", replace(ENDS, num_microbatches=1), id="one microbatch"),
-    ],
+    [("lora-ga", "four stages"), ("lora", "batched"), ("full", "last stage longer"), ("hybrid", "one microbatch")],
 )
 def test_no_rank_waits_for_ever_in_other_layouts(method, layout):
     assert check_order(rehearsed(method, layout).programs()) is None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("layout", LAYOUTS_OF_ALL)
+@pytest.mark.parametrize("method", METHODS_OF_ALL)
 def test_no_call_of_any_rank_of_a_whole_run_is_alone(method, layout):
-    assert order_problem(rehearsed(method, LAYOUTS[layout])) is None
+    assert order_problem(rehearsed(method, layout)) is None
 
 
 # Faults that are planted in the ranks of a run, from the model to a checkpoint.
 
 
-TENSOR_AND_DATA = Layout(4, 2, 2, "--tensor-model-parallel-size 2 --sequence-parallel --use-distributed-optimizer")
-STAGES_AND_DATA = Layout(4, 2, 2, "--pipeline-model-parallel-size 2 --pad-to-seq-length")
-TENSOR_ALONE = Layout(2, 1, 1, "--tensor-model-parallel-size 2")
-
-
-def planted(name: str, monkeypatch: pytest.MonkeyPatch, layout: Layout | None = None, method: str = "lora-ga") -> Any:
-    layout = layout or (STAGES_AND_DATA if name in BETWEEN_STAGES else TENSOR_AND_DATA)
-    run = rehearsed(method, layout)
-    usual = rehearsal._in_processes
-
+def planted(name: str, monkeypatch: pytest.MonkeyPatch, layout: str = "", method: str = "lora-ga") -> Any:
+    """The first problem of a whole run; its step alone is sound."""
+    config, shape = asked(method, layout or ("stages and data" if name in BETWEEN_STAGES else "tensor and data"))
+    grid, usual = RankGrid.of(config.parallel), rehearsal._in_processes
+    run = RehearsedRun(config, shape, (), (StageProgram(grid, 0, ()),) * grid.pipeline, ())
     monkeypatch.setattr(
         rehearsal,
         "_in_processes",
-        lambda function, asked, *others, **named: usual(
-            record_planted, [(name, function, *one) for one in asked], *others, **named
-        ),
+        lambda calls, watch: usual([partial(with_planted, name, call) for call in calls], watch),
     )
     return order_problem(run)
 
 
 def test_a_call_that_only_one_tensor_parallel_rank_makes_in_validation_is_found(monkeypatch):
-    found = planted("validation: one tensor-parallel rank makes a call", monkeypatch, TENSOR_ALONE, "full")
+    found = planted("validation: one tensor-parallel rank makes a call", monkeypatch, "tensor alone", "full")
     assert found is not None and "rank 0" in found and "rank 1 (validation), all_reduce of" in found
 
 
@@ -271,26 +202,29 @@ def test_ranks_may_do_what_others_of_their_class_do_not_if_their_partners_do_so_
 # Programs that are broken on purpose.
 
 
-def written_out(run: RehearsedRun) -> Programs:
-    return {rank: list(program) for rank, program in run.programs().items()}
+def written_out(method: str, layout: str) -> Programs:
+    return {rank: list(program) for rank, program in rehearsed(method, layout).programs().items()}
 
 
-def broken_runs() -> list[Any]:
-    """One is broken in `make test`."""
-    cases = [
-        ("lora", OF_ONE_LENGTH),
-        ("hybrid", LAYOUTS["interleaved, overlapped, padded"]),
-        ("boft", LAYOUTS["packed, first stage longer"]),
-        ("full", ENDS),
-        ("lora-ga", FOUR_STAGES),
-        ("lora", BATCHED),
-    ]
-    return [pytest.param(*case, marks=[pytest.mark.slow] * (number > 0)) for number, case in enumerate(cases)]
+# One is broken in `make test`.
+BROKEN = [
+    ("lora", "one length"),
+    *(
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in (
+            ("hybrid", "interleaved, overlapped, padded"),
+            ("boft", "packed, first stage longer"),
+            ("full", "ends count as layers"),
+            ("lora-ga", "four stages"),
+            ("lora", "batched"),
+        )
+    ),
+]
 
 
-@pytest.mark.parametrize(("method", "layout"), broken_runs())
+@pytest.mark.parametrize(("method", "layout"), BROKEN)
 def test_every_skipped_call_is_found(method, layout):
-    programs, draw = written_out(rehearsed(method, layout)), random.Random(0)
+    programs, draw = written_out(method, layout), random.Random(0)
     for _ in range(60):
         rank = draw.choice(list(programs))
         number = draw.randrange(sum(isinstance(entry, Call) for entry in programs[rank]))
@@ -298,7 +232,7 @@ def test_every_skipped_call_is_found(method, layout):
         assert found is not None, (rank, number)
 
 
-@pytest.mark.parametrize(("method", "layout"), broken_runs())
+@pytest.mark.parametrize(("method", "layout"), BROKEN)
 def test_every_swap_of_two_differing_calls_of_a_group_is_found(method, layout):
     """Of collectives, of messages, of one of each, however far apart.
 
@@ -306,7 +240,7 @@ def test_every_swap_of_two_differing_calls_of_a_group_is_found(method, layout):
     waits in a cycle. So it is with two messages of one batch, with messages of two other ranks that lie side by side,
     and with one that has time before its partner waits for it. Those must raise no alarm.
     """
-    programs, draw, num_found = written_out(rehearsed(method, layout)), random.Random(0), 0
+    programs, draw, num_found = written_out(method, layout), random.Random(0), 0
     before = {rank: channels(program) for rank, program in programs.items()}
     while num_found < 60:
         rank = draw.choice(list(programs))
@@ -417,25 +351,21 @@ def waits_in_a_cycle(programs: Programs) -> bool:
 
 def test_stages_that_warm_up_for_two_real_schedules_wait_for_one_another():
     """The first of four stages follows the schedule of the first of two, with two microbatches fewer under way."""
-    programs, of_two = messages(ENDS), messages(Layout(2, 2, ENDS.num_microbatches, tp_pp(1, 2)))
+    real = (schedules_of_stages(*asked("lora", layout)) for layout in ("ends count as layers", "two stages"))
+    programs, of_two = (
+        {stage: [one for one in entries if isinstance(one, Call | Wait)] for stage, entries in enumerate(stages)}
+        for stages in real
+    )
     assert check_order(programs) is None and check_order(of_two) is None
     first = [replace(entry, group=tuple(programs)) if isinstance(entry, Call) else entry for entry in of_two[0]]
-    found = check_order({**programs, 0: first})
-    assert found is not None and found.startswith("ranks wait for one another: call ")
-    assert "of rank 0, " in found and "of rank 1, " in found and "of rank 2, " not in found
-
-
-def messages(layout: Layout) -> Programs:
-    """What the real schedule of each stage exchanges, where each is one rank."""
-    [stages] = scheduled(layout, (layout.num_microbatches,)).values()
-    return {
-        stage: [entry for entry in schedule if isinstance(entry, Call | Wait)] for stage, schedule in enumerate(stages)
-    }
+    problem = check_order({**programs, 0: first})
+    assert problem is not None and problem.startswith("ranks wait for one another: call ")
+    assert "of rank 0, " in problem and "of rank 1, " in problem and "of rank 2, " not in problem
 
 
 def test_the_program_put_together_is_the_one_that_was_recorded():
     """Here the rehearsed step has all microbatches of the run, so nothing was left to put together anew."""
-    run = rehearsed("lora", OF_ONE_LENGTH)
+    run = rehearsed("lora", "one length")
     programs = run.programs()
     for record in run.records:
         assert record.num_microbatches == run.config.num_microbatches

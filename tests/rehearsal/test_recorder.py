@@ -25,7 +25,7 @@ TOKENS, OUT, INTO, GROUPS, G = 300, 6, 8, 3, 4
 
 
 def counted(function: Callable[[], Any]) -> Computation:
-    recorder = Recorder({})
+    recorder = Recorder()
     with watched_kernels(recorder.one_kernel), recorder:
         function()
     [work] = recorder.entries()
@@ -54,7 +54,7 @@ def test_a_gradient_in_float32_is_one_product_in_the_type_of_its_factors(dtype):
 
 
 def test_a_call_that_rehearsals_do_not_know_is_an_error_not_left_out():
-    with Recorder({}), pytest.raises(ConfigurationError, match="_c10d_functional.all_reduce, .* do not know"):
+    with Recorder(), pytest.raises(ConfigurationError, match="_c10d_functional.all_reduce, .* do not know"):
         torch.ops._c10d_functional.all_reduce(torch.ones(2), "sum", "0")
 
 
@@ -90,7 +90,7 @@ def test_adam_is_one_kernel_of_all_parameters():
 
 def test_fused_rotary_embeddings_and_swiglu_read_and_write_once_each_way():
     fuses = {"apply_rope_fusion": True, "bias_activation_fusion": True}
-    recorder = Recorder({})
+    recorder = Recorder()
     x = torch.zeros(TOKENS, 1, 2, INTO, requires_grad=True)
     cos, sin = (torch.zeros(TOKENS, 1, 1, INTO) for _ in range(2))
     both = torch.randn(TOKENS, 1, 2 * INTO, requires_grad=True)
@@ -114,7 +114,7 @@ def test_a_gradient_is_added_to_its_buffer_within_the_product_where_that_is_fuse
     grad, x, buffer = torch.zeros(TOKENS, OUT), torch.zeros(TOKENS, INTO), torch.zeros(2, OUT, INTO)
     products = {Product("mm", 1, OUT, INTO, TOKENS, "float32"): 1}
     for fuses_sums, num_bytes, num_kernels in ((True, 0, 1), (False, 3 * 4 * OUT * INTO, 2)):
-        recorder = Recorder({}, fuses_sums=fuses_sums)
+        recorder = Recorder(fuses_sums=fuses_sums)
         with recorder:
             buffer[1].add_(torch.mm(grad.t(), x))
         assert recorder.entries() == (Computation(products, num_bytes, num_kernels),)
@@ -123,7 +123,7 @@ def test_a_gradient_is_added_to_its_buffer_within_the_product_where_that_is_fuse
 def test_what_is_added_where_a_product_was_before_is_an_operation_of_its_own():
     """A storage may have the address of one that has gone."""
     grad, x, buffer = torch.zeros(TOKENS, OUT), torch.zeros(TOKENS, INTO), torch.zeros(2, OUT, INTO)
-    recorder = Recorder({}, fuses_sums=True)
+    recorder = Recorder(fuses_sums=True)
     with recorder:
         for _ in range(20):
             torch.mm(grad.t(), x)
@@ -133,7 +133,7 @@ def test_what_is_added_where_a_product_was_before_is_an_operation_of_its_own():
 
 
 def test_what_overlaps_the_result_of_a_call_under_way_is_used_early_and_a_view_of_it_is_not():
-    recorder = Recorder({}, keeps_work=False)
+    recorder = Recorder(keeps_work=False)
     buffer = torch.zeros(8)
     with recorder:
         recorder._under_way[0] = SimpleNamespace(writes=[buffer[2:4]])  # type: ignore[assignment]
@@ -159,7 +159,7 @@ def calls_of(recorder: Recorder) -> list[Call]:
 
 def test_a_calls_elements_are_those_of_the_whole_tensor(pair):
     whole, part = torch.zeros(8, 4), torch.zeros(4, 4)
-    with Recorder({}, keeps_work=False) as recorder:
+    with Recorder(keeps_work=False) as recorder:
         dist.all_gather_into_tensor(whole, part, group=pair)
         dist.reduce_scatter_tensor(part, whole, group=pair)
         dist.all_reduce(part, group=pair)
@@ -170,7 +170,7 @@ def test_a_calls_elements_are_those_of_the_whole_tensor(pair):
 
 def test_asynchronous_calls_and_those_of_a_backward_pass_count_once_and_those_of_one_rank_not(pair):
     y = _CopyToModelParallelRegion.apply(torch.ones(4, 4, requires_grad=True), pair).sum()
-    with Recorder({}, keeps_work=False) as recorder:
+    with Recorder(keeps_work=False) as recorder:
         work: Any = dist.all_reduce(torch.zeros(16), group=pair, async_op=True)
         work.wait()
         assert len(calls_of(recorder)) == 1

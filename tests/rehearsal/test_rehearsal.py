@@ -1,8 +1,6 @@
 """A rehearsed rank makes the calls, computes the products and holds the memory of a real one."""
 
-import json
-import subprocess
-import sys
+import resource
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,16 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from megatron_peft.models.shape import ModelShape
+from megatron_peft.certify.certify import save_model
 from megatron_peft.rehearsal import rehearsal
 from megatron_peft.rehearsal.program import PHASES, Call, Mark, RankRecord
 from megatron_peft.rehearsal.rehearsal import rehearse
+from megatron_peft.rehearsal.rehearsed_rank import rehearse_rank
 from megatron_peft.rehearsal.requests import RankToRehearse, enough_microbatches
 from tests.plan.recorded import products
 from tests.ranks import run_ranks
-from tests.rehearsal.watched_runs import LAYOUTS, METHODS, Watched, profiled_peaks, real_records, watched
+from tests.rehearsal.watched_runs import LAYOUTS, METHODS, SHAPE, Watched, profiled_peaks, real_records, watched
 from tests.time_limits import seconds
-from tests.tiny_llama import save_llama, save_pairs
 from tools.published import LLAMA_405B, made_up_run
 
 MESSAGES_UNDER_WAY = 4
@@ -29,16 +27,42 @@ NOT_OVERLAPPED = ("lora bounded", "projection", "riemannian")  # a step's end ne
 
 @pytest.fixture(scope="session")
 def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """A model, and data that nobody reads."""
     folder = tmp_path_factory.mktemp("rehearsal")
-    return str(save_llama(folder / "llama")), str(save_pairs(folder / "pairs.jsonl"))
+    save_model(SHAPE, folder / "llama")
+    return str(folder / "llama"), "not-read.jsonl"
 
 
-def check_equal(runs: Sequence[Watched]) -> None:
+@pytest.fixture(scope="module")
+def runs(files) -> dict[str, RankToRehearse]:
+    """Those of the quick tests; of the pipeline one with as many microbatches as are enough, and one with more."""
+    alone = {method: watched(files, 1, [method], ["alone"])[0].of_rank(0) for method in ("hybrid", "full", "lora")}
+    many = replace(watched(files, 2, ["lora"], ["PP2 interleaved"])[0].of_rank(0), num_microbatches=6)
+    enough = enough_microbatches(many.config, many.stage, 100)
+    assert enough < 6
+    interleaved = {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1}
+    full = made_up_run("full", 64, 4, world_size=4, **interleaved)
+    of_full = RankToRehearse.of(full, SHAPE, 2, peaks=False)
+    return {
+        **alone,
+        "many": many,
+        "few": replace(many, num_microbatches=enough, num_waiting=6 - enough),
+        "of full": of_full,
+    }
+
+
+@pytest.fixture(scope="module")
+def records(runs) -> dict[str, RankRecord]:
+    """Rehearsed in the same processes."""
+    return dict(zip(runs, rehearse([*runs.values()]), strict=True))
+
+
+def check_equal(runs: Sequence[Watched], rehearsed: Sequence[RankRecord] = ()) -> None:
     """The record of every rank of every run, rehearsed and real."""
     size = runs[0].world_size
     real = run_ranks(size, real_records, list(runs))
     places = [(run, rank) for run in runs for rank in range(size)]
-    rehearsed = rehearse([run.of_rank(rank) for run, rank in places])
+    rehearsed = rehearsed or rehearse([run.of_rank(rank) for run, rank in places])
     problems = [
         f"{run.job.name}, rank {rank}: {problem}"
         for (run, rank), found in zip(places, rehearsed, strict=True)
@@ -91,15 +115,13 @@ def of_loading(run: Watched, rehearsed: RankRecord, real: RankRecord) -> str:
     )
 
 
-def test_a_rehearsed_process_is_a_real_one(files):
-    check_equal(watched(files, 1, ["hybrid"], ["alone"]))
+def test_a_rehearsed_process_is_a_real_one(files, records):
+    check_equal(watched(files, 1, ["hybrid"], ["alone"]), [records["hybrid"]])
 
 
-def test_products_are_those_of_the_closed_form(files):
+def test_products_are_those_of_the_closed_form(runs, records):
     """6 operations a token for each trained weight, 4 for each frozen one and 6 for each of an adapter."""
-    full, lora = watched(files, 1, ["full"], ["alone"]) + watched(files, 1, ["lora"], ["alone"])
-    found = rehearse([full.of_rank(0), lora.of_rank(0)])
-    of = full.of_rank(0)
+    of, found = runs["full"], [records["full"], records["lora"]]
     shape, rows, length = of.shape, of.lengths.rows, of.lengths.positions
     h, f, d = shape.hidden_size, shape.ffn_hidden_size, shape.kv_channels
     q, kv = shape.num_attention_heads * d, shape.num_query_groups * d
@@ -122,33 +144,32 @@ def flops(record: RankRecord, kind: str) -> int:
     return sum(product.flops * count for product, count in products(record.entries).items() if product.kind == kind)
 
 
-@pytest.mark.parametrize("layout", ["PP2 interleaved", pytest.param("PP2", marks=pytest.mark.slow)])
-def test_more_microbatches_hold_no_more_memory(files, layout):
-    """As many as `enough_microbatches` says are enough: the peak of twice as many is the same."""
-    [run] = watched(files, 2, ["lora"], [layout])
-    of = run.of_rank(0)
-    enough = enough_microbatches(of.config, of.stage, 100)
-    assert enough < 8
-    less = replace(of, num_microbatches=enough, num_waiting=8 - enough)
-    few, many = rehearse([less, replace(of, num_microbatches=8)])
-    assert few.peaks["step"] == many.peaks["step"]
+def test_more_microbatches_hold_no_more_memory(records):
+    """As many as `enough_microbatches` says are enough."""
+    assert records["few"].peaks["step"] == records["many"].peaks["step"]
+
+
+@pytest.mark.slow
+def test_more_microbatches_of_a_plain_pipeline_hold_no_more_memory(files):
+    of = watched(files, 2, ["lora"], ["PP2"])[0].of_rank(0)
+    few, many = rehearse([replace(of, num_microbatches=3, num_waiting=5), replace(of, num_microbatches=8)])
+    assert enough_microbatches(of.config, of.stage, 100) == 3 and few.peaks["step"] == many.peaks["step"]
 
 
 def test_what_is_left_of_a_step_waits_on_the_device(files):
-    [run] = watched(files, 2, ["lora"], ["PP2"])
-    config = replace(run.of_rank(0).config, training=replace(run.of_rank(0).config.training, global_batch_size=256))
-    asked = RankToRehearse.of(config, run.of_rank(0).shape, 0)
+    of = watched(files, 2, ["lora"], ["PP2"])[0].of_rank(0)
+    config = replace(of.config, training=replace(of.config.training, global_batch_size=256))
+    asked = RankToRehearse.of(config, of.shape, 0)
     assert 0 < asked.num_microbatches < config.num_microbatches
     assert asked.num_microbatches + asked.num_waiting == config.num_microbatches
 
 
-def test_the_planned_peak_of_a_run_is_that_of_its_fullest_phase(files, monkeypatch):
-    [run] = watched(files, 1, ["lora"], ["alone"])
+def test_the_planned_peak_of_a_run_is_that_of_its_fullest_phase(runs, monkeypatch):
     for fullest in PHASES:
         peaks = {phase: {"weights": 5, "temporary": 4 if phase == fullest else 1} for phase in PHASES}
         record = RankRecord(0, 0, 1, (), {}, peaks)
         monkeypatch.setattr(rehearsal, "rehearse", lambda asked, record=record: [record])
-        planned = rehearsal.start_planned_peak(run.of_rank(0).config, run.of_rank(0).shape)
+        planned = rehearsal.start_planned_peak(runs["lora"].config, SHAPE)
         while (found := planned()) is None:
             time.sleep(0.01)
         assert found == 9, fullest
@@ -164,24 +185,20 @@ def test_rehearsed_ranks_of_every_method_are_those_of_real_processes(files, worl
 
 @pytest.mark.slow
 def test_live_storages_are_what_the_profiler_sees_allocated(files):
-    folder = Path(files[1]).parent / "larger"  # oneDNN's own memory is a smaller part of it
-    larger = {"hidden_size": 384, "intermediate_size": 1024, "num_key_value_heads": 6, "head_dim": 64}
-    base = str(save_llama(folder, **larger))
-    runs = watched((base, files[1]), 1, ["full", "lora", "hybrid"]) + watched((base, files[1]), 1, ["boft"], ["alone"])
+    folder = Path(files[0]).with_name("larger")  # oneDNN's own memory is a smaller part of it
+    save_model(replace(SHAPE, hidden_size=384, ffn_hidden_size=1024, num_query_groups=6, kv_channels=64), folder)
+    larger = str(folder), files[1]
+    runs = watched(larger, 1, ["full", "lora", "hybrid"]) + watched(larger, 1, ["boft"], ["alone"])
     [peaks] = run_ranks(1, profiled_peaks, runs)
     assert len(peaks) == 10
     for name, (ours, profilers) in peaks.items():
         assert ours == pytest.approx(profilers, rel=1e-3), name
 
 
-def test_full_fine_tuning_gathers_the_first_chunks_before_its_first_input_comes():
+def test_full_fine_tuning_gathers_the_first_chunks_before_its_first_input_comes(records):
     """Else the first microbatch would wait for a gather in every chunk of every stage."""
-    run = made_up_run(
-        "full", 64, 8, world_size=4, pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=1
-    )
-    [record] = rehearse([RankToRehearse.of(run, ModelShape("llama", 4, 32, 64, 4, 4, 8, 128, 64), 2, peaks=False)])
-    first = next(number for number, entry in enumerate(record.entries) if entry == Mark("forward", 0))
-    before = [entry.operation for entry in record.entries[:first] if isinstance(entry, Call)]
+    entries = records["of full"].entries
+    before = [one.operation for one in entries[: entries.index(Mark("forward", 0))] if isinstance(one, Call)]
     assert before.count("all_gather") >= 2 and before.index("all_gather") < before.index("recv")
 
 
@@ -192,22 +209,15 @@ def of_largest(rank: int) -> RankToRehearse:
     return RankToRehearse.of(made_up_run("lora", 4096, 128, world_size=128, **layout), LLAMA_405B, rank)
 
 
-MEASURED = """
-import json, resource
-from megatron_peft.rehearsal.rehearsed_rank import rehearse_rank
-from tests.rehearsal.test_rehearsal import of_largest
-rehearse_rank(of_largest({rank}))
-used = resource.getrusage(resource.RUSAGE_SELF)
-print(json.dumps([used.ru_utime + used.ru_stime, used.ru_maxrss / 2**20]))
-"""
+def used(rank: int) -> tuple[float, float]:
+    """CPU seconds and gibibytes of a process that rehearses a rank of the largest run."""
+    rehearse_rank(of_largest(rank))
+    found = resource.getrusage(resource.RUSAGE_SELF)
+    return found.ru_utime + found.ru_stime, found.ru_maxrss / 2**20
 
 
 @pytest.mark.slow
 def test_three_kinds_of_ranks_of_llama_405b_take_90_cpu_seconds_and_a_gibibyte():
-    found = []
-    for rank in (0, 64, 120):  # the first, a middle and the last stage
-        words = [sys.executable, "-W", "ignore", "-c", MEASURED.format(rank=rank)]
-        done = subprocess.run(words, capture_output=True, text=True, check=True)
-        found.append(json.loads(done.stdout.splitlines()[-1]))
+    found = [run_ranks(1, used, rank)[0] for rank in (0, 64, 120)]  # the first, a middle and the last stage
     assert sum(cpu for cpu, _ in found) <= seconds(90)
     assert max(gibibytes for _, gibibytes in found) <= 1

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_peft.models.families import read_shape
+from megatron_peft.models.shape import ModelShape
 from megatron_peft.rehearsal.program import RankRecord
-from megatron_peft.rehearsal.recorder import Recorder, group_names
 from megatron_peft.rehearsal.rehearsed_rank import Watch, gradients, microbatch_of, moments_of, watch_run
 from megatron_peft.rehearsal.requests import Lengths, RankToRehearse
 from megatron_peft.runtime import cpu_kernels
@@ -21,17 +21,20 @@ from megatron_peft.runtime.launch import start_model_parallel, start_world, stop
 from megatron_peft.training.run import build_chunks
 from megatron_peft.training.step import train_step
 from megatron_peft.training.update import start_state
+from tests.tiny_llama import VOCAB_SIZE
 from tests.training.layout_runs import Job, merged
 
+BIASES = frozenset({"linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"})
+SHAPE = ModelShape("llama", 4, 96, 160, 6, 2, 20, VOCAB_SIZE, 256, linear_biases=BIASES)
 BOFT: dict[str, Any] = {"boft_block_size": 2, "boft_factors": 2}
 URNN: dict[str, Any] = {"urnn_block_size": 4}
 METHODS: dict[str, dict[str, Any]] = {
     "full": {"method": "full"},
     "lora": {"method": "lora", "lora_rank": 4},
-    "lora-ga": {"method": "lora-ga", "lora_rank": 4},
+    "lora-ga": {"method": "lora-ga", "lora_rank": 4, "lora_ga_batches": 2},
     "boft": {"method": "boft", **BOFT},
     "urnn": {"method": "urnn", **URNN},
-    "hybrid": {"method": "hybrid", "lora_rank": 4, "hybrid_lambda": "rms", **BOFT},
+    "hybrid": {"method": "hybrid", "lora_rank": 4, "lora_ga_batches": 2, "hybrid_lambda": "rms", **BOFT},
     "lora bounded": {"method": "lora", "lora_rank": 4, "lora_max_norm_ratio": 1e-3},
     "projection": {"method": "boft", "boft_parametrization": "projection", **BOFT},
     "riemannian": {"method": "urnn", "urnn_update": "riemannian", "peft_lr_rotation": 0.1, **URNN},
@@ -64,7 +67,6 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
     },
     8: {"TP2+SPxPP2xDP2 bf16": merged(TP_SP, PP, SHARDED, {"model": {"bf16": True}})},
 }
-NUM_MICROBATCHES = 4
 
 
 @dataclass(frozen=True)
@@ -81,14 +83,13 @@ class Watched:
 
 
 def watched(files: tuple[str, str], world_size: int, methods: Any, layouts: Any = None) -> list[Watched]:
-    found = []
+    found, num_microbatches = [], 2 if world_size == 1 else 4
     for method, layout in product(methods, layouts or LAYOUTS[world_size]):
         settings = LAYOUTS[world_size][layout]
-        tp_pp = settings.get("parallel", {})
-        replicas = world_size // (
-            tp_pp.get("tensor_model_parallel_size", 1) * tp_pp.get("pipeline_model_parallel_size", 1)
-        )
-        batch = {"training": {"micro_batch_size": 2, "global_batch_size": 2 * replicas * NUM_MICROBATCHES}}
+        sizes = settings.get("parallel", {})
+        tp, pp = (sizes.get(f"{axis}_model_parallel_size", 1) for axis in ("tensor", "pipeline"))
+        batch_size = 2 * num_microbatches * world_size // (tp * pp)
+        batch = {"training": {"micro_batch_size": 2, "global_batch_size": batch_size}}
         groups: Any = merged(batch, settings)
         job = Job(f"{method} {layout}", *files, peft=METHODS[method], **groups)
         found.append(Watched(job, world_size))
@@ -112,8 +113,8 @@ def real_records(runs: list[Watched]) -> dict[str, RankRecord]:
         of = run.of_rank(dist.get_rank())
         num_stages = of.config.parallel.num_virtual_stages(of.shape.num_layers)
         start_model_parallel(of.config.parallel, of.config.training.seed, num_stages)
-        watch = Watch(Recorder(group_names()))
-        with watch(), sums_of_a_gpu():
+        watch = Watch({})
+        with watch.watching(), sums_of_a_gpu():
             microbatches = [microbatch_of(of.lengths) for _ in range(of.num_microbatches)]
             records[run.job.name] = watch_run(watch, of, microbatches, loads=True)
         stop_model_parallel()
@@ -141,12 +142,12 @@ def profiled_peaks(runs: list[Watched]) -> dict[str, tuple[int, int]]:
         start_model_parallel(of.config.parallel, of.config.training.seed)
         state = start_state(build_chunks(of.config, of.shape), of.config, of.shape, 10)
         step = [microbatch_of(longer(of.lengths)) for _ in range(2)]
-        watch = Watch(Recorder(group_names()))
+        watch = Watch({})
         of_step = [one for microbatch in step for one in vars(microbatch).values() if isinstance(one, torch.Tensor)]
         parameters = [parameter for chunk in state.model_chunks for parameter in chunk.parameters()]
         watch.memory.assign("before", [*of_step, *parameters, *gradients(state.model_chunks), *moments_of(state)])
         # The profiler sees no end of what was there before it: it watches the first step too, which makes moments.
-        with watch(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        with watch.watching(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             train_step(state, step)
             before = watch.memory.total
             watch.memory.start_peak()

@@ -65,7 +65,7 @@ def test_linear(dtype, kind):
 def test_tokens_in_the_order_of_samples_are_one_product():
     """What an embedding gives: [s, 1, h] with the strides of [1, s, h]."""
     x, weight = draw(1, S, IN).bfloat16().transpose(0, 1), draw(OUT, IN).bfloat16()
-    with Recorder({}) as recorder:
+    with Recorder() as recorder:
         linear(x, weight)
     [work] = recorder.entries()
     assert work == Computation({Product("mm", 1, S, OUT, IN, "bfloat16"): 1}, num_kernels=1)

@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from megatron_peft.rehearsal.deadlock import check_order
-from megatron_peft.rehearsal.program import Call, Computation, EarlyUse, Entry, Mark, Wait
-from megatron_peft.rehearsal.schedule import RankGrid, StageProgram, programs_of_ranks
+from megatron_peft.rehearsal.program import Call, Computation, EarlyUse, Entry, Mark, Wait, check_order
+from megatron_peft.rehearsal.rehearsal import RankGrid, StageProgram, programs_of_ranks
 
 
 def sums(*axes_and_ranks: tuple[str, tuple[int, ...]]) -> list[Entry]:
@@ -36,6 +35,7 @@ def test_programs_that_fit_end():
 def test_a_batch_waits_for_its_messages_together_and_messages_one_by_one_would_not_end():
     both = [[message("send", 1 - rank, 0, 0), message("recv", 1 - rank, 0, 1), Wait(0), Wait(1)] for rank in (0, 1)]
     assert of_two(*both) is None
+    assert of_two(*([message("send", 1 - rank, 0), message("recv", 1 - rank, 0)] for rank in (0, 1))) is None
     found = of_two(*([message("recv", 1 - rank), message("send", 1 - rank)] for rank in (0, 1)))
     assert found is not None and "wait" in found
     assert "call 0 of rank 0" in found and "call 0 of rank 1" in found
