@@ -5,6 +5,7 @@ sends and holds is in its `RankRecord`. It reads the model's shape, no weights a
 as --seq-length allows.
 """
 
+import gc
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -209,6 +210,7 @@ def _in_processes(
 def _answer(of: tuple[Callable[..., Any], Sequence[tuple[Any, ...]]]) -> Any:
     """The life of such a process."""
     function, asked = of
+    gc.freeze()  # what the server has imported is no garbage, and to look for some would copy it
     try:
         return [*starmap(function, asked)]
     except ConfigurationError as error:
