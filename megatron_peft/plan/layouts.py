@@ -131,12 +131,12 @@ def fit(
                 for number, one in enumerate(laid_out)
                 if one.training.micro_batch_size == size and least[number] <= limit and one.parallel not in too_large
             }
-            alike: dict[Hashable, RunConfig] = {}
+            distinct: dict[Hashable, RunConfig] = {}
             for one in runs.values():
-                alike.setdefault(_of_layers(one, shape), one)
-            recorded = record_layers([LayersToRecord.of(one, shape) for one in alike.values()], watch, known)
-            layers = dict(zip(alike, recorded, strict=True))
-            times = {key: seconds_of_segments(layers[key], cluster.of_run(one)) for key, one in alike.items()}
+                distinct.setdefault(_of_layers(one, shape), one)
+            recorded = record_layers([LayersToRecord.of(one, shape) for one in distinct.values()], watch, known)
+            layers = dict(zip(distinct, recorded, strict=True))
+            times = {key: seconds_of_segments(layers[key], cluster.of_run(one)) for key, one in distinct.items()}
             for number, one in runs.items():
                 key = _of_layers(one, shape)
                 found = _candidate(RecordedStep(one, shape, layers[key]), recompute, times[key], cluster)
