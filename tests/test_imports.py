@@ -62,7 +62,7 @@ MAY_OPEN: Mapping[str, set[str]] = {
     "evaluation.sandbox_driver": {"json.load", "json.loads"},  # a script of its own: a job, and answers
     "runtime.ranks": {"pickle.loads"},  # what our own processes have written
     "experiment.report": {"json.loads"},  # a file of the package
-    "plan.speed": {"json.loads"},  # another
+    "plan.timing": {"json.loads"},  # another
     "benchmarks.inference": {"json.loads"},  # a value that was written a moment ago
     "benchmarks.files": {"safe_open"},  # the yardstick is the library alone
 }

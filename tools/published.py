@@ -1,7 +1,7 @@
 """Published runs (published.toml), and what the plan says of them: half of them calibrate its constants.
 
 `python -m tools.published docs/results/planning` plans them from recorded layers as --fit does, in a
-minute, and writes the tables of docs/published-runs.md; and beside `speed.py` the errors that `speed.Accuracy` reads.
+minute, and writes the tables of docs/published-runs.md; and beside `timing.py` the errors that `timing.Accuracy` reads.
 """
 
 import json
@@ -18,7 +18,7 @@ from megatron_peft.config import RunConfig, make_run
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.plan.cluster import Cluster, Link, read_cluster
 from megatron_peft.plan.recorded_step import RecordedStep, estimated_time, total
-from megatron_peft.plan.speed import ERRORS, Accuracy, PlannedSpeed
+from megatron_peft.plan.timing import ERRORS, Accuracy, PlannedSpeed
 from megatron_peft.rehearsal.rehearsal import record_layers
 from megatron_peft.rehearsal.requests import LayersToRecord, Lengths
 

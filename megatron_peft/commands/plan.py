@@ -127,7 +127,7 @@ def _fit(settings: PlanSettings, config: RunConfig, shape: ModelShape, cluster: 
 
     from megatron_peft.plan.layouts import fit_tables
     from megatron_peft.plan.plan import make_plan, summary
-    from megatron_peft.plan.speed import ONLY_RANKS, Accuracy
+    from megatron_peft.plan.timing import ONLY_RANKS, Accuracy
 
     if config.training.global_batch_size is None:
         print(f"--global-batch-size {ASSUMED_BATCH} is assumed: layouts are compared at the same one.")

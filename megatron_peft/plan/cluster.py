@@ -126,9 +126,7 @@ for _name, _hint in get_type_hints(Cluster, include_extras=True).items():
 def read_cluster(name: str) -> Cluster:
     """The cluster of --cluster: the name of a shipped one, or the path of a file.
 
-    Raises:
-        ConfigurationError: there is no such file, a field is doubled, or some are missing, unknown or absurd; all of
-            these are named.
+    ConfigurationError: there is no such file, a field is doubled, or some are missing, unknown or absurd; it names all.
     """
     path, place = SHIPPED.get(name.lower(), Path(name)), f"--cluster {name}"
     shipped = ", ".join(SHIPPED)

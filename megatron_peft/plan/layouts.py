@@ -27,8 +27,7 @@ from megatron_peft.models.families import check_adapters
 from megatron_peft.models.shape import ModelShape, check_layout
 from megatron_peft.plan.cluster import Cluster
 from megatron_peft.plan.recorded_step import RecordedStep, estimated_time, total
-from megatron_peft.plan.speed import PlannedSpeed
-from megatron_peft.plan.timing import time_alone
+from megatron_peft.plan.timing import PlannedSpeed, time_alone
 from megatron_peft.rehearsal.program import Memory, RecordedLayers, Segment
 from megatron_peft.rehearsal.rehearsal import Watch, record_layers
 from megatron_peft.rehearsal.requests import LayersToRecord, alike_stages
@@ -105,15 +104,9 @@ def fit(
 ) -> list[FittedLayout]:
     """The layouts that fit, the fastest first; of those that divide the layers in other ways alone, the fastest.
 
-    `watch` counts recordings, and layouts whose step is replayed; `known` is what searches for the same run in other
-    worlds have recorded, and this one adds its own.
-
-    Args:
-        run: flags of a run of any layout, with --global-batch-size.
-
-    Raises:
-        ConfigurationError: there is no global batch to compare layouts at, or no layout divides or fits; it names what
-            came nearest.
+    `run` may be of any layout. `watch` counts recordings, and layouts whose step is replayed; `known` is what searches
+    for the same run in other worlds have recorded, and this one adds its own. ConfigurationError: there is no global
+    batch to compare layouts at, or no layout divides or fits; it names what came nearest.
     """
     require(
         run.training.global_batch_size is not None,
@@ -138,11 +131,15 @@ def fit(
                 for number, one in enumerate(laid_out)
                 if one.training.micro_batch_size == size and least[number] <= limit and one.parallel not in too_large
             }
-            every = record_layers([LayersToRecord.of(one, shape) for one in runs.values()], watch, known)
-            distinct = dict(zip(every, runs.values(), strict=True))
-            times = {layers: seconds_of_segments(layers, cluster.of_run(one)) for layers, one in distinct.items()}
-            for (number, one), layers in zip(runs.items(), every, strict=True):
-                found = _candidate(RecordedStep(one, shape, layers), recompute, times[layers], cluster)
+            distinct: dict[Hashable, RunConfig] = {}
+            for one in runs.values():
+                distinct.setdefault(_of_layers(one, shape), one)
+            recorded = record_layers([LayersToRecord.of(one, shape) for one in distinct.values()], watch, known)
+            layers = dict(zip(distinct, recorded, strict=True))
+            times = {key: seconds_of_segments(layers[key], cluster.of_run(one)) for key, one in distinct.items()}
+            for number, one in runs.items():
+                key = _of_layers(one, shape)
+                found = _candidate(RecordedStep(one, shape, layers[key]), recompute, times[key], cluster)
                 candidates.append(found)
                 least[number] = found.seconds
                 if total(found.memory) > cluster.usable_bytes:
@@ -163,6 +160,13 @@ def fit(
         best.append(min((_replayed(one, cluster) for one in alike[:NUM_DIVISIONS_REPLAYED]), key=_slowness))
         watch(1, 0)
     return sorted(best, key=_slowness)[:num_layouts]
+
+
+def _of_layers(run: RunConfig, shape: ModelShape) -> Hashable:
+    """What `LayersToRecord.of` depends on, of all that `fit` varies but micro-batch and recompute: it takes longer."""
+    parallel = run.parallel
+    is_tied = shape.tied_embeddings and parallel.pipeline_model_parallel_size == 1
+    return parallel.tensor_model_parallel_size, parallel.sequence_parallel, is_tied
 
 
 def _replayed(one: "_Candidate", cluster: Cluster) -> FittedLayout:
@@ -197,7 +201,8 @@ def _fastest(candidates: Sequence[_Candidate], cluster: Cluster) -> list[list[_C
 
 def _but_for_division(one: _Candidate) -> Hashable:
     run = one.step.run
-    whole = replace(run.parallel, num_layers_per_virtual_pipeline_stage=None, **dict.fromkeys(ACCOUNTED_STAGES, False))
+    division = "num_layers_per_virtual_pipeline_stage", *ACCOUNTED_STAGES
+    whole = tuple(value for name, value in vars(run.parallel).items() if name not in division)
     return whole, run.training.micro_batch_size, one.recompute
 
 

@@ -15,8 +15,7 @@ from rich.table import Column, Table
 from megatron_peft.config import RunConfig
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.plan.cluster import Cluster
-from megatron_peft.plan.speed import PlannedSpeed, time_table
-from megatron_peft.plan.timing import step_time
+from megatron_peft.plan.timing import PlannedSpeed, step_time, time_table
 from megatron_peft.rehearsal.program import PHASES, Call, Entry, RankRecord
 from megatron_peft.rehearsal.rehearsal import RehearsedRun, order_problem, rehearse_run, work_bar
 

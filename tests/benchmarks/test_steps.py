@@ -180,8 +180,7 @@ def test_steps_run_forward_and_backward(small):
 
 
 def test_the_way_in_use_stands_first(monkeypatch):
-    monkeypatch.setattr(layers, "NUM_TOKENS", 8)
-    monkeypatch.setattr(layers, "NUM_FEATURES", 64)
+    monkeypatch.setattr(layers, "CROSSOVER_NUM_TOKENS", 8)
     monkeypatch.setattr(layers, "DENSE_UP_TO", 16)
     figures = crossover_figures(Setting("nowhere", turns=1))
     found = [figure.name.removeprefix("groups of ") for figure in figures]

@@ -1,9 +1,9 @@
 """Estimates from the model's shape, and --fit: what divides, what fits, what is fastest."""
 
+import time
 from collections import Counter, defaultdict
 from dataclasses import replace
 from functools import partial
-from itertools import product
 
 import pytest
 from rich.console import Console
@@ -15,8 +15,7 @@ from megatron_peft.plan import layouts
 from megatron_peft.plan.cluster import read_cluster
 from megatron_peft.plan.layouts import fit, fit_tables
 from megatron_peft.plan.recorded_step import RecordedStep, Turn, estimated_time, total, turns
-from megatron_peft.plan.speed import PlannedSpeed, time_table
-from megatron_peft.rehearsal.program import RecordedLayers, Segment
+from megatron_peft.plan.timing import PlannedSpeed, time_table
 from megatron_peft.rehearsal.requests import LayersToRecord, alike_stages
 from megatron_peft.training.watchers import ModelFlops
 from tests.plan.recorded import recorded, step_of
@@ -270,19 +269,6 @@ def test_the_layout_that_the_run_asks_for_changes_nothing():
     ]
 
 
-def test_times_of_a_layer_that_are_known_are_those_of_the_layout():
-    known: dict[RecordedLayers, dict[Segment, float]] = {}
-    runs = []
-    for rows, tp, sequence, recompute in product((1, 2), (1, 2), (False, True), layouts.RECOMPUTES):
-        fields, modules = layouts.RECOMPUTES[recompute]
-        sizes = {"world_size": tp, "tensor_model_parallel_size": tp, "sequence_parallel": sequence and tp > 1}
-        run = made_up_run("hybrid", 1024, 8, rows, fields, **sizes)
-        runs.append(replace(run, model=replace(run.model, recompute_modules=modules)))
-    for run, layers in zip(runs, recorded([LayersToRecord.of(run, SMALL) for run in runs]), strict=True):
-        seconds = layouts.seconds_of_segments(layers, A100.of_run(run))
-        assert known.setdefault(layers, seconds) == seconds
-
-
 def test_layouts_whose_outer_stages_alone_fit_are_none(monkeypatch, replay_all):
     """A stage that is neither of the first two nor the last holds most where its layers alone are adapted."""
     run = made_up_run("lora", 2048, 8)
@@ -313,64 +299,55 @@ def test_an_adapter_that_a_layout_would_cut_is_not_proposed():
     assert {one.run.parallel.tensor_model_parallel_size for one in found} <= {1, 2}
 
 
-def test_a_search_of_the_largest_model_takes_seconds_and_records_recompute_where_it_may_be_among_the_fastest(
-    monkeypatch,
-):
-    import time
-
-    counted: Counter[str | None] = Counter()
-    usual = layouts.record_layers
+@pytest.fixture
+def asked_for(monkeypatch) -> list[RunConfig]:
+    """The runs whose layers a search has recorded: each that differs once."""
+    found, usual = [], layouts.record_layers
 
     def record(asked, *others):
-        distinct = {repr(one): one.run.model.transformer for one in asked}.values()
-        counted.update(one.get("recompute_granularity") for one in distinct)
+        found.extend({repr(one): one.run for one in asked}.values())
         return usual(asked, *others)
 
     monkeypatch.setattr(layouts, "record_layers", record)
+    return found
+
+
+def recomputes(runs: list[RunConfig]) -> Counter[str | None]:
+    return Counter(run.model.transformer.get("recompute_granularity") for run in runs)
+
+
+def test_a_search_of_the_largest_model_takes_seconds_and_records_recompute_where_it_may_be_among_the_fastest(asked_for):
     begin = time.process_time()
     found = fit(made_up_run("lora", 4096, 128), LLAMA_405B, 128, A100)
     assert time.process_time() - begin < 60 and len(found) == 10
+    counted = recomputes(asked_for)
     assert counted[None] == 28 and 0 < counted["selective"] < 28 and 0 < counted["full"] < 28
 
 
-def test_larger_micro_batches_are_recorded_where_smaller_ones_fit(monkeypatch):
-    recorded_sizes: set[int] = set()
-    usual = layouts.record_layers
-
-    def record(asked, *others):
-        recorded_sizes.update(one.run.training.micro_batch_size for one in asked)
-        return usual(asked, *others)
-
-    monkeypatch.setattr(layouts, "record_layers", record)
+def test_larger_micro_batches_are_recorded_where_smaller_ones_fit(asked_for, monkeypatch):
     monkeypatch.setattr(RecordedStep, "memory", lambda step, stage: {"weights": 2**40})
     with pytest.raises(ConfigurationError, match="nothing fits"):
         fit_small(made_up_run("lora", 512, 8), world_size=8)
-    assert recorded_sizes == {1}
+    assert {run.training.micro_batch_size for run in asked_for} == {1}
 
 
-def test_recompute_is_looked_at_where_a_layout_may_be_as_fast_as_the_last_that_is_replayed(monkeypatch):
+def test_recompute_is_looked_at_where_a_layout_may_be_as_fast_as_the_last_that_is_replayed(asked_for, monkeypatch):
     """Here only the fastest are replayed."""
-    asked_for: list[str | None] = []
-    usual = layouts.record_layers
-
-    def record(asked, *others):
-        distinct = {repr(one): one.run.model.transformer for one in asked}.values()
-        asked_for.extend(one.get("recompute_granularity") for one in distinct)
-        return usual(asked, *others)
-
-    monkeypatch.setattr(layouts, "record_layers", record)
     monkeypatch.setattr(layouts, "NUM_REPLAYED", 1)
     fit_small(made_up_run("lora", 512, 8), world_size=4)
-    without, mlps, whole = (asked_for.count(one) for one in (None, "selective", "full"))
-    assert 0 < mlps == whole < without
+    counted = recomputes(asked_for)
+    assert 0 < counted["selective"] == counted["full"] < counted[None]
 
 
-def test_layouts_that_are_recorded_alike_have_the_same_request():
+@pytest.mark.parametrize("tied", [False, True])
+def test_layouts_that_are_recorded_once_have_the_same_request(tied):
     """Tied ends are apart where a pipeline has several stages."""
-    tied = replace(SMALL, tied_embeddings=True)
-    for shape, alike in ((SMALL, True), (tied, False)):
-        runs = [made_up_run("lora", 512, 8, world_size=2, pipeline_model_parallel_size=pp) for pp in (1, 2)]
-        assert (LayersToRecord.of(runs[0], shape) == LayersToRecord.of(runs[1], shape)) is alike
+    shape, asked = replace(SMALL, tied_embeddings=tied), defaultdict(set)
+    for run in layouts._layouts(made_up_run("lora", 512, 8), shape, 4, A100):
+        key = run.training.micro_batch_size, layouts._of_layers(run, shape)
+        asked[key].add(repr(LayersToRecord.of(run, shape)))
+    assert all(len(requests) == 1 for requests in asked.values())
+    assert len(asked) == len({*map(str, asked.values())}) == (28 if tied else 20)
 
 
 @pytest.mark.parametrize("overlaps", [False, True])

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_peft.plan.speed import ERRORS, Accuracy
+from megatron_peft.plan.timing import ERRORS, Accuracy
 from tools.published import (
     Step,
     automodel_steps,
