@@ -109,7 +109,7 @@ def _in_processes(calls: Sequence[Callable[[], Any]], watch: Watch) -> list[Any]
     for process in ranks.processes:
         process.daemon = True  # a run ends without its planned peak
     with ranks:  # none is left after an error and Ctrl-C
-        running = {process.sentinel: rank for rank, process in enumerate(ranks.processes)}
+        running: dict[Any, int] = {process.sentinel: rank for rank, process in enumerate(ranks.processes)}
         while running:
             for ended in wait([*running]):
                 rank = running.pop(ended)

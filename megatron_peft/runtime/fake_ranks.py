@@ -98,7 +98,7 @@ class Mode(TorchDispatchMode):
 
 
 class _WithoutNumbers(Mode, FakeTensorMode):
-    """Without what torch adds to each operation: statistics, and a hiding from torch.compile."""
+    """Fake tensors without what torch adds to each operation: statistics, and a hiding from torch.compile."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self.dispatch(func, types, args, kwargs or {})

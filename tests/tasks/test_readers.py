@@ -249,7 +249,8 @@ def test_what_is_wrong_with_a_file_is_named(tmp_path: Path, capsys, old: str, ne
     assert SOURCE.count(old) == 1 or old == "---\n"
     file.write_text(SOURCE.replace(old, new, 1))
     data = save_questions(tmp_path / "boolq")
-    assert prepare_data([str(file), "--input", str(data), "--output", str(tmp_path / "out"), "--valid-percent", "25"]) == 2
+    typed = [str(file), "--input", str(data), "--output", str(tmp_path / "out"), "--valid-percent", "25"]
+    assert prepare_data(typed) == 2
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
 
