@@ -31,9 +31,8 @@ def attach_adapters(model_chunks: Sequence[nn.Module], peft: PeftConfig, seed: i
 
     These names and the run's seed fix the initial values.
 
-    Raises:
-        ConfigurationError: on every rank, with nothing changed: a pattern matches nothing in the whole model (the
-            message lists what exists), or the method does not fit a layer.
+    Raises ConfigurationError: on every rank, with nothing changed: a pattern matches nothing in the whole model (the
+        message lists what exists), or the method does not fit a layer.
     """
     targets = [target for chunk in model_chunks for target in linear_layers(chunk)]
     modules = huggingface_modules(model_chunks)
@@ -98,8 +97,7 @@ def make_adaptable(model_chunks: Sequence[Any], peft: PeftConfig) -> None:
 
     Weights, their names and keys in checkpoints, and the function stay the same.
 
-    Raises:
-        ConfigurationError: a targeted layer is of another class, as Transformer Engine's are, or is an expert's.
+    Raises ConfigurationError: a targeted layer is of another class, as Transformer Engine's are, or is an expert's.
     """
     modules, problems = huggingface_modules(model_chunks), []
     for chunk in model_chunks:
@@ -130,8 +128,7 @@ def merge_adapters(model_chunks: Sequence[nn.Module], peft: PeftConfig) -> None:
 
     A layer at a time is put together, in float32 at least, and every rank keeps its slice.
 
-    Raises:
-        ConfigurationError: the method's adapters cannot be merged.
+    Raises ConfigurationError: the method's adapters cannot be merged.
     """
     method = import_module(peft.spec.adapter)
     require(hasattr(method, "merge"), f"adapters of {peft.spec.describe(peft)} cannot be merged.")
@@ -167,8 +164,7 @@ def start_gradients_at_the_embedding(chunk: Any) -> RemovableHandle | None:
     stage would silently keep gradient zero. A stage without adapters still needs a differentiable output, and LoRA-GA
     needs a backward through layers without trainable parameters.
 
-    Returns:
-        What removes it again; None where the chunk has no embedding.
+    Returns what removes it again; None where the chunk has no embedding.
     """
     embedding = getattr(chunk, "embedding", None)
     if embedding is None:

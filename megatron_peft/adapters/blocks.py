@@ -21,10 +21,9 @@ def add_blocks(x: Tensor, blocks: Tensor, ready: Tensor | None = None) -> Tensor
     In the blocks' own precision x is multiplied by I + blocks, which spares a pass over x and one over the answer. In a
     lower one the identity part must stay exact: x is copied and the product with the blocks is added to it.
 
-    Args:
-        x: [..., k g].
-        blocks: [k, g, g].
-        ready: `multiplier(blocks, x.dtype)`, if it is at hand.
+    x: [..., k g].
+    blocks: [k, g, g].
+    ready: `multiplier(blocks, x.dtype)`, if it is at hand.
     """
     if ready is None or ready.dtype != x.dtype:
         ready = multiplier(blocks, x.dtype)
@@ -85,12 +84,11 @@ def by_block(dB: Tensor, B: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:  #
 class HeldBlocks:
     """The blocks of one layer, built once a step (`rotation.py`).
 
-    Args:
-        stack: of all layers' blocks, of which these are a part.
-        D: [k, g, g] in float32 at least, what the layer applies beyond the identity: a leaf of autograd's graph.
-        multiplier: `multiplier(D, dtype)` in the dtype of the layer's activations.
-        total: [k, g, g], to which each microbatch's backward adds; None where no backward follows.
-        scale: of the low rank beside it; None without one.
+    stack: of all layers' blocks, of which these are a part.
+    D: [k, g, g] in float32 at least, what the layer applies beyond the identity: a leaf of autograd's graph.
+    multiplier: `multiplier(D, dtype)` in the dtype of the layer's activations.
+    total: [k, g, g], to which each microbatch's backward adds; None where no backward follows.
+    scale: of the low rank beside it; None without one.
     """
 
     stack: Any

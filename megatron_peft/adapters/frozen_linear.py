@@ -74,14 +74,13 @@ def recompute(producer: Any) -> Tensor:
 class FrozenLinearCall:
     """A frozen linear layer during its forward, as megatron-core would run it.
 
-    Args:
-        weight: [out, in].
-        bias: [out] or None; added here only where the layer does not leave it to its caller.
-        sums_input_gradient: the input is whole on every rank, so dx is a partial sum (column, no sequence parallelism).
-        splits_sequence: the input holds the rank's own tokens only, [s / t, b, in].
-        group: tensor-parallel ranks.
-        output_sum: what the layer does to its ranks' parts of the output: "none" (column: they are features of their
-            own), "whole" (row: an all-reduce) or "own tokens" (row, sequence parallelism: a reduce-scatter).
+    weight: [out, in].
+    bias: [out] or None; added here only where the layer does not leave it to its caller.
+    sums_input_gradient: the input is whole on every rank, so dx is a partial sum (column, no sequence parallelism).
+    splits_sequence: the input holds the rank's own tokens only, [s / t, b, in].
+    group: tensor-parallel ranks.
+    output_sum: what the layer does to its ranks' parts of the output: "none" (column: they are features of their
+        own), "whole" (row: an all-reduce) or "own tokens" (row, sequence parallelism: a reduce-scatter).
     """
 
     weight: Tensor
@@ -148,8 +147,7 @@ def whole_sequence(x: Tensor, call: FrozenLinearCall) -> Tensor:  # [s / t, b, i
 def start_input_gradient(dx: Tensor, call: FrozenLinearCall) -> Callable[[], Tensor]:
     """Begin dx's one wide collective, if the layer has one: a sum over the ranks, to its own tokens if they are split.
 
-    Returns:
-        A function that waits, and returns dx.
+    Returns a function that waits, and returns dx.
     """
     if call.splits_sequence:
         return start_sum_scatter_sequence_over_tensor_parallel(dx, call.group)

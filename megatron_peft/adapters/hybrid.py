@@ -312,13 +312,12 @@ def update_mixtures(
 ) -> None:
     """Move every lambda towards what this step's gradients say.
 
-    Args:
-        adapters: this rank's; all ranks of `group` hold parts of the same ones.
-        peft: rule, moving average and limits.
-        own_gradient: the part of a parameter's complete gradient that this rank counts, such that over `group` every
-            number of the global gradient is counted once.
-        group: the holders of parts: tensor-parallel ranks and, with a distributed optimizer, data-parallel shards.
-        rotation_rate: learning rate of rotations over that of the low rank.
+    adapters: this rank's; all ranks of `group` hold parts of the same ones.
+    peft: rule, moving average and limits.
+    own_gradient: the part of a parameter's complete gradient that this rank counts, such that over `group` every
+        number of the global gradient is counted once.
+    group: the holders of parts: tensor-parallel ranks and, with a distributed optimizer, data-parallel shards.
+    rotation_rate: learning rate of rotations over that of the low rank.
     """
     if not adapters or peft.fixed_mix is not None:
         return

@@ -163,12 +163,10 @@ def _alias(bias: Tensor | None) -> Tensor | None:
 def adopt(layer: nn.Module, name: str, config: Any) -> str:
     """Turn a linear layer of megatron-core's own into one of ours, in place; nothing but its class changes.
 
-    Args:
-        name: `linear_qkv`, `linear_proj`, `linear_fc1` or `linear_fc2`.
-        config: megatron-core's, of the model.
+    name: `linear_qkv`, `linear_proj`, `linear_fc1` or `linear_fc2`.
+    config: megatron-core's, of the model.
 
-    Returns:
-        Why the layer takes no adapter, as `a ...`; empty if it does, or did already.
+    Returns why the layer takes no adapter, as `a ...`; empty if it does, or did already.
     """
     if isinstance(layer, AdaptedLinear):
         return ""

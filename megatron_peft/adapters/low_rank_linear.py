@@ -31,13 +31,11 @@ def frozen_linear_plus_low_rank(
 ) -> Tensor:
     """y = W x + s B (A (mask x)), unreduced.
 
-    Args:
-        x: [s, b, in], or [s / t, b, in] where the sequence is split.
-        A, B: [r, in], [out, r].
-        mask: dropout of the branch's input, shaped like x.
+    x: [s, b, in], or [s / t, b, in] where the sequence is split.
+    A, B: [r, in], [out, r].
+    mask: dropout of the branch's input, shaped like x.
 
-    Returns:
-        [s, b, out].
+    Returns [s, b, out].
     """
     return run_function(_LowRankLinear, x, A, B, scale, call, mask)
 

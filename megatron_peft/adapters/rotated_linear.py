@@ -87,12 +87,11 @@ def rotation_gradients(
 ) -> tuple[Tensor, Tensor | None]:
     """(dz, dD) of y = z + diag(D) z; no dD where the step's total takes it.
 
-    Args:
-        grad: dy, [s, b, k g].
-        D: [k, g, g].
-        kept: y of an orthogonal R = I + D, for which dD = g^T z = (g^T y) R; or z.
-        tokens: rows of the flattened tokens that dD is summed over.
-        held: of D, where it was built for the whole step.
+    grad: dy, [s, b, k g].
+    D: [k, g, g].
+    kept: y of an orthogonal R = I + D, for which dD = g^T z = (g^T y) R; or z.
+    tokens: rows of the flattened tokens that dD is summed over.
+    held: of D, where it was built for the whole step.
     """
     grad_z = unrotated(grad, D, held)
     own_grad, own_kept = flat(grad)[tokens], flat(kept)[tokens]

@@ -218,11 +218,10 @@ def rotate(
 ) -> Tensor:  # -> [s, b, k g]
     """y = z + diag(D) z for an orthogonal R = I + D. Keeps y, which gives z back.
 
-    Args:
-        z: [s, b, k g].
-        D: [k, g, g].
-        tokens: rows of the flattened tokens over which this rank forms the gradient of D.
-        held: of D, where it was built for the whole step.
+    z: [s, b, k g].
+    D: [k, g, g].
+    tokens: rows of the flattened tokens over which this rank forms the gradient of D.
+    held: of D, where it was built for the whole step.
     """
     return run_function(_Rotate, z, D, tokens, held)
 

@@ -45,9 +45,8 @@ def rotate_by_fourier(
 ) -> Tensor:  # [s, b, 2 k n], twice
     """y = Q x, Q = U(theta) U(theta_0)^H; with `inverse` y = Q^H x.
 
-    Args:
-        theta, start, permutation: [k, 7, n], [k, 7, n], [n].
-        tokens: rows of the flattened tokens over which this rank forms the gradient of theta.
+    theta, start, permutation: [k, 7, n], [k, 7, n], [n].
+    tokens: rows of the flattened tokens over which this rank forms the gradient of theta.
     """
     return _RotateByFourier.apply(x, theta, start, permutation, tokens, inverse)
 

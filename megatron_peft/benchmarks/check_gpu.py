@@ -31,9 +31,8 @@ Verdict = Literal["pass", "FAIL", "error", "not run"]
 class LineOutcome:
     """What came of a line.
 
-    Args:
-        figures: all that its tests recorded; a test that raised is one that has failed, and its note says why.
-        error: what kept the line from being measured to its end.
+    figures: all that its tests recorded; a test that raised is one that has failed, and its note says why.
+    error: what kept the line from being measured to its end.
     """
 
     name: str

@@ -134,9 +134,8 @@ def peak_of_program(program: str) -> int:
 class Figure:
     """One measured number, in `unit` ("" for a ratio).
 
-    Args:
-        target: the largest value that is good; None where the number is only for comparison.
-        note: the numbers behind it.
+    target: the largest value that is good; None where the number is only for comparison.
+    note: the numbers behind it.
     """
 
     name: str

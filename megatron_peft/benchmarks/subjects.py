@@ -49,9 +49,8 @@ NUM_ITERS = 1000  # length of the learning-rate schedule; no run gets there
 class Setting:
     """A model, a layout, a microbatch, and how often a step is timed.
 
-    Args:
-        checkpoint: Hugging Face folder.
-        rank: of LoRA, on all four linear layers; alpha is twice that. block_size, num_factors: of BOFT.
+    checkpoint: Hugging Face folder.
+    rank: of LoRA, on all four linear layers; alpha is twice that. block_size, num_factors: of BOFT.
     """
 
     checkpoint: str

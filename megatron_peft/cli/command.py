@@ -21,14 +21,13 @@ from megatron_peft.config import ConfigurationError
 class Command:
     """A command: called with its words (default: the process's own), it returns the exit code.
 
-    Args:
-        name: the words behind `megatron-peft`, in front of messages.
-        description: what --help shows, as it is laid out.
-        settings: a dataclass with a field for each flag; or one for each sub-command, by name, or a function that gives
-            these for the words; None: no flags of its own.
-        run: does the work, given the settings, if any, and with `takes_run_flags` a `RunFlags` too. Returns the exit
-            code, or raises ConfigurationError, which is told with exit code 2.
-        takes_run_flags: all other flags are those of `megatron-peft train`.
+    name: the words behind `megatron-peft`, in front of messages.
+    description: what --help shows, as it is laid out.
+    settings: a dataclass with a field for each flag; or one for each sub-command, by name, or a function that gives
+        these for the words; None: no flags of its own.
+    run: does the work, given the settings, if any, and with `takes_run_flags` a `RunFlags` too. Returns the exit
+        code, or raises ConfigurationError, which is told with exit code 2.
+    takes_run_flags: all other flags are those of `megatron-peft train`.
     """
 
     name: str

@@ -44,13 +44,12 @@ def read_config(
 class RunFlags:
     """The flags of a command, read once from files and words: values by target and key, and what is wrong with them.
 
-    Attributes:
-        program: the command's name, for messages.
-        command_line: all words, for the processes that the command starts.
-        words: those that are flags of a run.
-        values: target (`flags.Target`) -> key -> value.
-        problems: one message for each flag that is wrong, and for each word that no flag explains.
-        refused: whether one of them is about such a word, or about a flag of the command itself.
+    program: the command's name, for messages.
+    command_line: all words, for the processes that the command starts.
+    words: those that are flags of a run.
+    values: target (`flags.Target`) -> key -> value.
+    problems: one message for each flag that is wrong, and for each word that no flag explains.
+    refused: whether one of them is about such a word, or about a flag of the command itself.
     """
 
     def __init__(
@@ -114,18 +113,16 @@ class RunFlags:
     ) -> RunConfig:
         """The configuration of what was typed.
 
-        Args:
-            environ: `WORLD_SIZE` is the world size, 1 if it is missing.
-            read_shape: the shape of the model in a checkpoint folder, or ConfigurationError; with it, flags and layout
-                are held against the model as well.
-            saved: for programs that ask a model and train nothing: takes the values that were typed, and gives those of
-                the run that `--load` names, which hold where nothing was typed. Then neither data nor a length is
-                needed.
-            any_layout: the model need not divide by the run's own layout: another will be chosen.
+        environ: `WORLD_SIZE` is the world size, 1 if it is missing.
+        read_shape: the shape of the model in a checkpoint folder, or ConfigurationError; with it, flags and layout
+            are held against the model as well.
+        saved: for programs that ask a model and train nothing: takes the values that were typed, and gives those of
+            the run that `--load` names, which hold where nothing was typed. Then neither data nor a length is
+            needed.
+        any_layout: the model need not divide by the run's own layout: another will be chosen.
 
-        Raises:
-            ConfigurationError: with everything that is wrong.
-            SystemExit: 0 after `--print-config`. Only `RANK` 0 prints.
+        Raises ConfigurationError: with everything that is wrong.
+        Raises SystemExit: 0 after `--print-config`. Only `RANK` 0 prints.
         """
         typed, problems = self.values["config"], list(self.problems)
         config = {**(saved(typed) if saved else {}), **typed}

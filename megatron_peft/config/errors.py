@@ -43,12 +43,11 @@ def option(
 ) -> T:
     """A dataclass field with everything that there is to say about its flag, whose default spelling is `--field-name`.
 
-    Args:
-        default: None stands for "not set".
-        check, most: what `Requirements.fields` requires of the value.
-        needs: fields without which one that is not at its default has no effect; `a|b`: one of the two will do.
-        group: title under which `--help` lists it; None: that of the section.
-        may_change: of a method's flag: a resumed run may have another value.
+    default: None stands for "not set".
+    check, most: what `Requirements.fields` requires of the value.
+    needs: fields without which one that is not at its default has no effect; `a|b`: one of the two will do.
+    group: title under which `--help` lists it; None: that of the section.
+    may_change: of a method's flag: a resumed run may have another value.
     """
     described = {"help": help, "check": check, "most": most, "needs": needs.split(), "group": group, "flags": flags}
     return field(default=default, metadata={**described, "metavar": metavar, "may_change": may_change})  # pyright: ignore[reportReturnType]
@@ -192,8 +191,7 @@ class Requirements:
     def fields(self, names: Collection[str] | None = None) -> None:
         """The type of every field, since all are recorded, and what `option` says of all, or of those that are named.
 
-        Raises:
-            ConfigurationError: a value is not of its field's type, so that it cannot be compared with anything.
+        Raises ConfigurationError: a value is not of its field's type, so that it cannot be compared with anything.
         """
         config, wrong = self.config, mistyped(self.config)
         for declared in fields(config):  # pyright: ignore[reportArgumentType]
@@ -223,8 +221,7 @@ class Requirements:
 class Checked:
     """A dataclass that checks its fields as they are declared, and whatever else `check` requires, as it is made.
 
-    Raises:
-        ConfigurationError: with everything that is wrong.
+    Raises ConfigurationError: with everything that is wrong.
     """
 
     def __post_init__(self) -> None:

@@ -78,9 +78,8 @@ def hf_to_megatron(
 ) -> Path:
     """Write `output`, which --pretrained-checkpoint opens with any layout, from a Hugging Face folder.
 
-    Args:
-        dtype: of the weights; None keeps the stored type (the wider one if tensors are fused).
-        make_vocab_size_divisible_by: zeros pad the rows of embedding and output layer to a multiple of it.
+    dtype: of the weights; None keeps the stored type (the wider one if tensors are fused).
+    make_vocab_size_divisible_by: zeros pad the rows of embedding and output layer to a multiple of it.
 
     Raises ConfigurationError: before anything is written, if `input` is not a model, is truncated or does not fit its
     config.json, or if `output` exists.
@@ -261,12 +260,11 @@ def megatron_to_hf(
 ) -> Path:
     """Write `output`: sharded safetensors with their index, config.json and the tokenizer's files.
 
-    Args:
-        input: output of hf-to-megatron, --save folder of full fine-tuning, or checkpoint of Megatron-LM.
-        pretrained_checkpoint: Hugging Face folder with config.json and tokenizer, if `input` does not lead to one.
-        dtype: of the weights; None keeps the stored type. float32 reads the float32 copies of bf16 training.
-        max_shard_bytes: of one file.
-        license: of the model card, which a run gets; None takes the base's.
+    input: output of hf-to-megatron, --save folder of full fine-tuning, or checkpoint of Megatron-LM.
+    pretrained_checkpoint: Hugging Face folder with config.json and tokenizer, if `input` does not lead to one.
+    dtype: of the weights; None keeps the stored type. float32 reads the float32 copies of bf16 training.
+    max_shard_bytes: of one file.
+    license: of the model card, which a run gets; None takes the base's.
 
     Raises ConfigurationError: before anything is written, if `input` is truncated, refused, holds only adapters or does
     not fit its shape, or if `output` exists.

@@ -144,12 +144,11 @@ def export_as_lora(
 ) -> Path:
     """Write `output`, and print rank, residual and change of logits of every layer. As `export_adapter`, and:
 
-    Args:
-        input: the --save folder of a run, of any method and layout, full fine-tuning included.
-        tolerance: relative Frobenius error of each module's change of weight.
-        max_rank: of a module.
-        num_tokens: of each of two random sequences on which logits are compared, which takes the memory of one model
-            in float32; 0 leaves the comparison out.
+    input: the --save folder of a run, of any method and layout, full fine-tuning included.
+    tolerance: relative Frobenius error of each module's change of weight.
+    max_rank: of a module.
+    num_tokens: of each of two random sequences on which logits are compared, which takes the memory of one model
+        in float32; 0 leaves the comparison out.
 
     Raises ConfigurationError: before anything is written: no checkpoint, another base, a limit that cannot be used, an
     output that exists, damaged files.

@@ -202,9 +202,8 @@ def load_pretrained(
     A collective of all ranks, where there are several. The first one alone reads and checks the headers, and sends
     them. One rank of each other node looks whether its files are the same.
 
-    Args:
-        folder: a Hugging Face folder or a base model in Megatron's format, of the shape that `read_model_shape` gives.
-        together: replicas and tensor-parallel ranks read for one another; by default each rank reads its own slices.
+    folder: a Hugging Face folder or a base model in Megatron's format, of the shape that `read_model_shape` gives.
+    together: replicas and tensor-parallel ranks read for one another; by default each rank reads its own slices.
 
     Raises ConfigurationError on every rank. Before a weight is read, for missing, extra, misshapen or truncated tensors
     and for a parameter without a rule; after that, for a file that cannot be read or is damaged.

@@ -111,11 +111,10 @@ def write_safetensors(
 ) -> None:
     """Write `<stem>.safetensors`, or several shards with an index, into `folder`.
 
-    Args:
-        specs: shape and type of every tensor, without data (on `meta`), by name: a file starts with its header.
-        tensors: names and tensors in the order of `specs`. Each is cast to the type of its spec, written, and freed
-            before the next is asked for.
-        advance: called with the bytes of each tensor that has been written.
+    specs: shape and type of every tensor, without data (on `meta`), by name: a file starts with its header.
+    tensors: names and tensors in the order of `specs`. Each is cast to the type of its spec, written, and freed
+        before the next is asked for.
+    advance: called with the bytes of each tensor that has been written.
 
     Raises ConfigurationError: the limit is 0, or a value does not fit the type.
     """

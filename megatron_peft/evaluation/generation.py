@@ -200,12 +200,11 @@ def generate(
 ) -> list[list[int]]:
     """New ids for each prompt, in their order. All ranks of a replica call it together, and get the same.
 
-    Args:
-        model_chunks: of this rank, without a data-parallel wrapper; restored to their mode afterwards.
-        prompts: token ids, at least one each.
-        report: called with the number of prompts that have just been answered.
-        names: of the prompts' random streams; by default the prompts' numbers.
-        on_token: called with (number of the prompt, id) as each token is generated.
+    model_chunks: of this rank, without a data-parallel wrapper; restored to their mode afterwards.
+    prompts: token ids, at least one each.
+    report: called with the number of prompts that have just been answered.
+    names: of the prompts' random streams; by default the prompts' numbers.
+    on_token: called with (number of the prompt, id) as each token is generated.
     """
     require(all(prompts), "a prompt is empty: generation needs at least one token to start from.")
     answers: list[list[int]] = [[] for _ in prompts]

@@ -37,14 +37,13 @@ DECLARED = ("model", "task", "method", "settings", "seed", "flags", "processes")
 class CellRecord(Cell):
     """The record of a cell that ended: the cell as it was, and what came of it.
 
-    Attributes:
-        status: "trained" or "failed"; reason: of the failure, the end of the log.
-        validation_loss: at the end of the run; None if it failed or measured none.
-        curves: name -> [[iteration, epoch, value], ...].
-        lambdas: the Hybrid's of each layer, {"iterations": [...], "by_layer": {layer: [...]}}; empty for other methods.
-        epoch_seconds: time of one pass over the training data, from the mean time of a step.
-        scores: name of the metric -> number; empty until it is scored.
-        provenance: "training" and "score" -> the source of each; empty in older records.
+    status: "trained" or "failed"; reason: of the failure, the end of the log.
+    validation_loss: at the end of the run; None if it failed or measured none.
+    curves: name -> [[iteration, epoch, value], ...].
+    lambdas: the Hybrid's of each layer, {"iterations": [...], "by_layer": {layer: [...]}}; empty for other methods.
+    epoch_seconds: time of one pass over the training data, from the mean time of a step.
+    scores: name of the metric -> number; empty until it is scored.
+    provenance: "training" and "score" -> the source of each; empty in older records.
     """
 
     status: str = "failed"

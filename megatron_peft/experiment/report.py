@@ -29,9 +29,8 @@ MARKDOWN, HTML = "report.md", "report.html"
 class Section:
     """A heading and its content: figures by the names of their files, texts, then tables.
 
-    Attributes:
-        is_papers: whether it shows the paper's numbers, which were not measured here.
-        is_folded: whether the page shows the heading only, until it is clicked.
+    is_papers: whether it shows the paper's numbers, which were not measured here.
+    is_folded: whether the page shows the heading only, until it is clicked.
     """
 
     title: str

@@ -48,11 +48,10 @@ class CellJob(NamedTuple):
 class Runner:
     """A call of the runner on a folder.
 
-    Attributes:
-        jobs: cells at a time; report: called with a sentence at each event; console: a terminal shows a live table.
-        program: the training program, as words after `python`; None is `megatron-peft train`.
-        experiment: the text of the experiment's file.
-        gave_up: keys of the cells that failed in this call; running: what runs now, by the cell's key.
+    jobs: cells at a time; report: called with a sentence at each event; console: a terminal shows a live table.
+    program: the training program, as words after `python`; None is `megatron-peft train`.
+    experiment: the text of the experiment's file.
+    gave_up: keys of the cells that failed in this call; running: what runs now, by the cell's key.
     """
 
     folder: Path

@@ -58,12 +58,11 @@ class ScoreSpec:
 class Choice:
     """A model, a task or a method: its name, and the flags that it adds.
 
-    Attributes:
-        grid: flag -> its values, for methods.
-        processes: of torchrun, for models; 1 starts plain python.
-        score: for tasks; without it there is only the validation loss.
-        slurm: options of sbatch, for models.
-        paper: the column, benchmark or method of the paper's Table I that reports show beside it.
+    grid: flag -> its values, for methods.
+    processes: of torchrun, for models; 1 starts plain python.
+    score: for tasks; without it there is only the validation loss.
+    slurm: options of sbatch, for models.
+    paper: the column, benchmark or method of the paper's Table I that reports show beside it.
     """
 
     name: str

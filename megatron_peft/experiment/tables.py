@@ -28,9 +28,8 @@ BEST = "*"  # the first character of a highlighted cell; CSV leaves it out
 class Table:
     """Columns and rows of text, `title` above and `note` below.
 
-    Attributes:
-        text_columns: the first so many are words, aligned left; the others are numbers.
-        is_sortable: whether the order of the rows is free; is_prose: whether cells are texts of several lines.
+    text_columns: the first so many are words, aligned left; the others are numbers.
+    is_sortable: whether the order of the rows is free; is_prose: whether cells are texts of several lines.
     """
 
     title: str
@@ -101,9 +100,8 @@ def _digits(value: float) -> int:
 class Row(NamedTuple):
     """A metric of a method on a task with a model.
 
-    Attributes:
-        runs: in the order of the experiment's seeds; None for a missing run. deviation: of the sample (n - 1).
-        against: the comparison with the reference method; None for itself and without a test.
+    runs: in the order of the experiment's seeds; None for a missing run. deviation: of the sample (n - 1).
+    against: the comparison with the reference method; None for itself and without a test.
     """
 
     result: Result

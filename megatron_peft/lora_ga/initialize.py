@@ -48,10 +48,9 @@ from megatron_peft.runtime.precision import full_precision
 class SketchProduct(nn.Module):
     """Takes an adapter's place: the frozen layer, whose backward adds a narrow product to `total`, in float32.
 
-    Args:
-        narrow: Omega^T [w, in] in the first pass, Q^T [w, out] in the second: a rank's own, in the activations' dtype.
-        num_features: of the other side, on this rank.
-        is_first: `total` is Y^T = sum of (Omega^T x) dy^T, [w, out]; else Z = sum of (Q^T dy) x^T, [w, in].
+    narrow: Omega^T [w, in] in the first pass, Q^T [w, out] in the second: a rank's own, in the activations' dtype.
+    num_features: of the other side, on this rank.
+    is_first: `total` is Y^T = sum of (Omega^T x) dy^T, [w, out]; else Z = sum of (Q^T dy) x^T, [w, in].
     """
 
     def __init__(self, narrow: Tensor, num_features: int, is_first: bool) -> None:

@@ -112,9 +112,8 @@ def with_all_rows(factors: Factors, S: Tensor, own: Tensor) -> Factors:
     """A with LoRA's own rows where G has no further direction (fewer tokens than r): where a row of A and the column of
     B are both zero, neither would ever get a gradient.
 
-    Args:
-        S: [r] singular values; those that are rounding errors have zero vectors (`leading_triplets`).
-        own: [r, in], LoRA's initial A.
+    S: [r] singular values; those that are rounding errors have zero vectors (`leading_triplets`).
+    own: [r, in], LoRA's initial A.
     """
     has_direction = S > NEGLIGIBLE**0.5 * S.max()
     return factors._replace(A=torch.where(has_direction[:, None], factors.A, own.to(factors.A)))

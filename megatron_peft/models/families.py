@@ -177,9 +177,8 @@ def config_of_shape(shape: ModelShape) -> dict[str, Any]:
 def rules_for(shape: ModelShape, stored: Collection[str] = ()) -> dict[str, Rule]:
     """The rule of every parameter of the whole model, by Megatron's name; layers are numbered globally from 0.
 
-    Args:
-        stored: tensors of the folder that is read. A model that was saved without its output layer (bigscience's own
-            files) has names without the prefix; the rules then have the names of the folder, as in transformers.
+    stored: tensors of the folder that is read. A model that was saved without its output layer (bigscience's own
+        files) has names without the prefix; the rules then have the names of the folder, as in transformers.
     """
     names = family_of(shape.architecture).weights
     rules = vocabulary_rules(shape, names.prefix + names.embedding, names.output)

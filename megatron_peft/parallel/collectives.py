@@ -136,8 +136,7 @@ def from_first_rank(find: Callable[[], Found], group: dist.ProcessGroup | None =
 
     Without torch.distributed it is the result in this process alone.
 
-    Raises:
-        ConfigurationError: on all ranks, if `find` raised that or OSError.
+    Raises ConfigurationError: on all ranks, if `find` raised that or OSError.
     """
 
     is_first = not dist.is_initialized() or dist.get_rank() == 0
@@ -159,9 +158,8 @@ def require_same(own: Mapping[str, object] | None, what: str, is_another: str) -
 
     A collective.
 
-    Args:
-        own: what this rank has read, by the name that an error gives it. None: another rank of its node has read it.
-        what, is_another: words of the error.
+    own: what this rank has read, by the name that an error gives it. None: another rank of its node has read it.
+    what, is_another: words of the error.
     """
     first = from_first_rank(lambda: dict(own or {}))
     mine = first if own is None else own

@@ -80,9 +80,8 @@ class LinearLayout(LinearSizes):
 def mark_split(parameter: Tensor, axis: int | None, stride: int = 1) -> None:
     """Set megatron-core's attributes of a tensor-parallel parameter.
 
-    Args:
-        axis: the split dimension; None: every rank holds the whole parameter, and norms count it once.
-        stride: matrices stacked along the axis, each of them split.
+    axis: the split dimension; None: every rank holds the whole parameter, and norms count it once.
+    stride: matrices stacked along the axis, each of them split.
     """
     parameter.tensor_model_parallel = axis is not None  # type: ignore[attr-defined]
     parameter.partition_dim = -1 if axis is None else axis  # type: ignore[attr-defined]
