@@ -2,7 +2,7 @@
 
 import sys
 
-from megatron_peft.commands.data import prepare_data
+from megatron_peft.commands.data import prepare_data as main
 
 if __name__ == "__main__":
-    sys.exit(prepare_data())
+    sys.exit(main())

@@ -2,7 +2,7 @@
 
 import sys
 
-from megatron_peft.commands.data import preprocess_data
+from megatron_peft.commands.data import preprocess_data as main
 
 if __name__ == "__main__":
-    sys.exit(preprocess_data())
+    sys.exit(main())
