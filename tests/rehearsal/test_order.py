@@ -68,7 +68,7 @@ def asked(method: str, layout: str, num_microbatches: int = 0) -> tuple[RunConfi
     """With so many microbatches in a step, if it is given."""
     num_layers, number, fields = LAYOUTS[layout]
     grid = fields["tensor_model_parallel_size"] * fields["pipeline_model_parallel_size"]
-    base = {"pretrained_checkpoint": "not read", "train_data_path": ("not read",), "train_iters": 1, "seq_length": 32}
+    base = {"pretrained_checkpoint": "not read", "train_data_path": ("not.jsonl",), "train_iters": 1, "seq_length": 32}
     batch = (num_microbatches or number) * (fields["world_size"] // grid)
     return make_run(**base, global_batch_size=batch, **METHODS[method], **fields), replace(SHAPE, num_layers=num_layers)
 
