@@ -240,8 +240,9 @@ class _Place:
     @property
     def channel(self) -> Any:
         """Those of one channel meet in their order: batches of messages have one for each direction."""
-        is_alone = self.call.operation in MESSAGES and self.call.batch is None
-        return self.call.axis, self.call.group, frozenset(self.members) if is_alone else self.members
+        call, is_message = self.call, self.call.operation in MESSAGES
+        is_alone = is_message and call.batch is None
+        return call.axis, call.group, is_message, frozenset(self.members) if is_alone else self.members
 
     def __str__(self) -> str:
         call = self.call

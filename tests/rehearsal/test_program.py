@@ -65,6 +65,11 @@ def test_messages_of_two_ranks_in_a_group_follow_one_another_in_both_directions(
     assert of_two(posted, [message("send", 0), message("recv", 0)]) is None
 
 
+def test_a_batch_does_not_meet_a_collective_of_the_same_two_ranks():
+    whole = Call("broadcast", "pipeline", (0, 1), ((4,),), "bfloat16", peer=0)
+    assert wait_for_ever([whole], [message("recv", 0, batch=0, handle=1), Wait(1)])
+
+
 def test_a_message_of_a_batch_does_not_meet_one_that_is_posted_alone():
     assert wait_for_ever([message("send", 1, batch=0)], [message("recv", 0)])
 
