@@ -15,14 +15,17 @@ import torch
 
 from megatron_peft.certify import certify as module
 from megatron_peft.certify.certify import NOT_CLAIMED, digest_of
-from megatron_peft.certify.comparison import CertificateLine
+from megatron_peft.certify.comparison import CertificateLine, compare_logits, reported_logits
+from megatron_peft.certify.runs import Job, run_job, run_jobs
 from megatron_peft.commands.certify import main
-from megatron_peft.config import ConfigurationError, ParallelConfig, RunConfig, make_run
+from megatron_peft.config import CheckpointConfig, ConfigurationError, ParallelConfig, RunConfig, make_run
+from megatron_peft.conversion.verify import random_tokens
 from megatron_peft.models.families import config_of_shape, read_shape
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.rehearsal.requests import small_layout
 from megatron_peft.runtime.ranks import RanksFailed
 from tests.certify.faults import FAULTS, NOT_SEEN, Case, Fault, certified
+from tests.one_rank import one_rank
 from tests.plan.test_recipe_plans import MODELS, WORLDS, recipe
 from tests.ranks import run_ranks
 from tests.time_limits import seconds
@@ -357,3 +360,15 @@ def test_wrong_flags_are_named(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba", "architectures": ["Mamba"]}))
     error = told(capsys, *run)
     assert "'mamba', which is not supported" in error and "docs/new-model.md adds a family" in error
+
+
+def test_logits_of_a_pipeline_are_those_of_one_process(tmp_path):
+    small = module.small_run(run_at("lora", "PP2 interleaved"), LLAMA, tmp_path)
+    tokens = random_tokens(small.shape.vocab_size, small.split.data.seq_length)
+    split = replace(small.split, checkpoint=CheckpointConfig())
+    ranks = [reports[0] for reports in run_ranks(2, run_jobs, [Job(split, small.shape, tokens)])]
+    assert [rank.logits is None for rank in ranks] == [True, False], "the last stage has them"
+    with one_rank(with_groups=False):
+        alone = run_job(Job(small.alone, small.shape, tokens))
+    for index in (0, 1):
+        assert compare_logits("", reported_logits(ranks)[index], alone.logits, index, False).passed

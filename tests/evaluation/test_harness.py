@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from statistics import stdev
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -388,3 +389,13 @@ def test_a_formula_is_used_where_there_is_one():
     formula, other, none = (evaluator_utils.stderr_for_metric(metric, 1) for metric in (mean, acc_all, bypass_agg))
     assert formula(items) == pytest.approx(stdev(items) / 30**0.5)
     assert other.__module__ == "lm_eval.api.metrics" and none is None
+
+
+@pytest.mark.parametrize("given", [{"temperature": "hot"}, {"top_k": float("inf")}])
+def test_a_sampling_setting_that_is_no_number_is_told_with_its_task(given):
+    model: Any = object.__new__(harness.HarnessModel)
+    model.max_length, model._batch_size, model._seed = 64, 1, 0
+    wanted = {"until": ["b"], "max_gen_toks": 4, "do_sample": True, **given}
+    request: Any = SimpleNamespace(args=("a", wanted), task_name="mine")
+    with pytest.raises(ConfigurationError, match="generation_kwargs of task mine: "):
+        model._plan(request)

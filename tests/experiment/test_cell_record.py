@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_peft.config import ConfigurationError
+from megatron_peft.experiment import cell_record
 from megatron_peft.experiment.cell_record import (
     MOST_LAMBDAS,
     MOST_POINTS,
@@ -15,6 +16,7 @@ from megatron_peft.experiment.cell_record import (
     from_metrics,
     of_cell,
     read_file,
+    source_version,
     trainable_parameters,
     write_record,
 )
@@ -137,3 +139,12 @@ def test_only_a_single_point_needs_no_finite_loss(tmp_path: Path, group: Group, 
     (single,) = experiment(tmp_path, methods={"lora": {}})[1]
     end(tmp_path, single.tuning[0], loss=loss)
     assert progress(tmp_path, single).best == 0
+
+
+@pytest.mark.parametrize(("changes", "told"), [("", "abc"), (" M a.py\n", "abc with changes")])
+def test_the_commit_says_whether_the_source_has_changes(monkeypatch, changes, told):
+    def git(words, **_):
+        return "abc\n" if "rev-parse" in words else changes
+
+    monkeypatch.setattr(cell_record.subprocess, "check_output", git)
+    assert source_version() == {"commit": told}

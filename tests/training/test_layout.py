@@ -143,7 +143,7 @@ ALL_CASES = [
     *product(BLOOM_METHODS, ("TP2+SP recompute", "PP2 interleaved"), ("bloom",)),
 ]
 Case = tuple[str, str, str]  # run, layout and base
-NUM_STEPS = 4
+NUM_STEPS = 6  # after four, noise that Adam has made a step of is a hundredth of what uRNN has trained
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +216,7 @@ def test_every_layout_equals_one_process(trained, run, layout, base):
 
 def test_a_stop_on_one_rank_stops_all(trained):
     for report in (*trained("lora", "alone"), *trained("lora", "TP2")):
-        assert [step.stop for step in report.curve.steps] == [False, True, False, False]
+        assert [step.stop for step in report.curve.steps] == [False, True, *[False] * (NUM_STEPS - 2)]
 
 
 POISONED = {"PP2": {"parallel": PP2, **HALF_AS_MANY}, "DP2": HALF_AS_MANY}
@@ -372,9 +372,11 @@ def test_ranks_scale_a_subtracted_start_and_their_shards_and_save_what_one_rank_
     """Its norm would change if A0 or B0 were put together otherwise than A and B, gate and up of fc1 included. An
     unscaled shard would come back with the next step's gather."""
     whole = {"parallel": TP2, "checkpoint": {"save": str(tmp_path)}}
-    asked = {"method": "original", **whole}, {"method": "lora", **BF16, **SHARDED}
-    (saved, first), (_, second) = bounded(files, 2, *asked)
-    assert max(first.ratios.values()) <= RATIO * (1 + 2**-7)
-    assert first.ratios == second.ratios and first.losses == second.losses
+    sharded = ({"method": method, **BF16, **SHARDED} for method in ("lora", "original"))
+    (saved, *first), (_, *second) = bounded(files, 2, {"method": "original", **whole}, *sharded)
+    # In bfloat16 the rounding of a subtracted start is a large part of so small a change.
+    for found, other, limit in zip(first, second, (1 + 2**-7, 1.1), strict=True):
+        assert max(found.ratios.values()) <= RATIO * limit
+        assert found.ratios == other.ratios and found.losses == other.losses
     ((opened,),) = bounded(files, 1, {"method": "original", "checkpoint": {"load": str(tmp_path)}})
     assert opened.losses == [] and opened.ratios == pytest.approx(saved.ratios, rel=1e-4)

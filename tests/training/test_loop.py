@@ -242,3 +242,10 @@ def test_the_timeout_is_shortened_once_after_the_first_step(run, monkeypatch):
     monkeypatch.setattr(loop.step, "train_step", lambda *words: (happened.append("step"), step(*words))[1])
     run(parallel={"distributed_timeout_seconds_after_init": 7}, logging={**EACH, "log_straggler": True})
     assert happened == ["step", 7, *["step"] * 5]
+
+
+def test_the_slowest_rank_is_found_by_forward_passes_that_the_device_times(start, tmp_path, monkeypatch):
+    timed, step = [], loop.step.train_step
+    run = Run(start, tmp_path, num_steps=2, logging={**EACH, "log_straggler": True})
+    monkeypatch.setattr(loop.step, "train_step", lambda *given: (timed.append(given[-1].__name__), step(*given))[1])
+    assert "slowest_rank" in run.to_the_end().records[1] and timed == ["of_device"] * 2
