@@ -196,6 +196,15 @@ def test_rooms_import_what_the_table_draws_one_way_and_without_a_cycle(modules: 
     assert relative == set(), "the walk above follows absolute imports only"
 
 
+def test_a_name_is_imported_from_where_it_is_defined_or_from_its_rooms_front(modules: dict[str, ast.Module]) -> None:
+    bound = {name: {local for node in tree.body for local, _ in names_bound(node)} for name, tree in modules.items()}
+    places = (full.rpartition(".") for tree in modules.values() for full in imported_names(ast.walk(tree)))
+    passed_on = {(place, name) for place, _, name in places if name in bound.get(place, ())}
+    fronts = {name.rpartition(".")[0] for name in modules}
+    found = {one for one in passed_on if one[0] not in fronts}
+    assert found == {("megatron_peft.cli.command", "ArgumentParser")}, "argparse is known to cli alone"
+
+
 def test_a_few_things_are_done_in_one_place_only(modules: dict[str, ast.Module]) -> None:
     assert [name for name in modules if name.rpartition(".")[2] in SHAPELESS_NAMES] == []
     users = {name for name, tree in modules.items() if "argparse" in imported_roots(tree)}

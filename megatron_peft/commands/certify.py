@@ -14,8 +14,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_peft.cli.command import Command, RunFlags, is_first_rank
+from megatron_peft.cli.command import Command
 from megatron_peft.cli.launch import tell_loading
+from megatron_peft.cli.parser import RunFlags, is_first_rank
 from megatron_peft.config import Checked, Requirements, option
 from megatron_peft.models.families import read_shape, read_shape_of_file
 from megatron_peft.models.shape import ModelShape

@@ -7,7 +7,8 @@ from keyword import iskeyword
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from megatron_peft.cli.command import Command, RunFlags
+from megatron_peft.cli.command import Command
+from megatron_peft.cli.parser import RunFlags
 from megatron_peft.config import ConfigurationError, option, require, required_option
 from megatron_peft.config.model import PreviewOptions
 from megatron_peft.data.preprocess import PreprocessSettings, preprocess

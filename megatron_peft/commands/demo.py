@@ -7,7 +7,8 @@ All other flags are passed to `megatron-peft train`, for instance --lr 1e-3.
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_peft.cli.command import Command, RunFlags
+from megatron_peft.cli.command import Command
+from megatron_peft.cli.parser import RunFlags
 from megatron_peft.config import METHODS, PeftConfig, option, require_packages
 from megatron_peft.demo.data import waiting
 

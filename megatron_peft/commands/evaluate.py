@@ -9,8 +9,9 @@ model is that of --pretrained-checkpoint. A stopped evaluation resumes where it 
 
 import os
 
-from megatron_peft.cli.command import Command, RunFlags, start_ranks
+from megatron_peft.cli.command import Command, start_ranks
 from megatron_peft.cli.launch import tell_loading
+from megatron_peft.cli.parser import RunFlags
 from megatron_peft.config import require_packages
 from megatron_peft.config.evaluation import HarnessSettings
 

@@ -8,8 +8,9 @@ megatron-peft generate --pretrained-checkpoint FOLDER --prompt-file prompts.json
 docs/evaluation.md.
 """
 
-from megatron_peft.cli.command import Command, RunFlags, start_ranks
+from megatron_peft.cli.command import Command, start_ranks
 from megatron_peft.cli.launch import tell_loading
+from megatron_peft.cli.parser import RunFlags
 from megatron_peft.config.evaluation import AnswerSettings
 
 

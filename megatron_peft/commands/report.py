@@ -12,7 +12,8 @@ report.html, report.md, table1.csv, table1.tex and the figures as PNG and SVG. S
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_peft.cli.command import Command, RunFlags, is_first_rank, start_ranks
+from megatron_peft.cli.command import Command, start_ranks
+from megatron_peft.cli.parser import RunFlags, is_first_rank
 from megatron_peft.config import Checked, ConfigurationError, option, require, required_option, writing
 from megatron_peft.config.errors import require_packages
 

@@ -11,9 +11,10 @@ import signal
 import sys
 from pathlib import Path
 
-from megatron_peft.cli.command import Command, RunFlags, is_first_rank, start_ranks
+from megatron_peft.cli.command import Command, start_ranks
 from megatron_peft.cli.config_files import run_file
 from megatron_peft.cli.launch import running_processes, tell_loading, with_world_size
+from megatron_peft.cli.parser import RunFlags, is_first_rank
 from megatron_peft.config import RunConfig
 from megatron_peft.models.families import read_shape
 from megatron_peft.models.shape import ModelShape

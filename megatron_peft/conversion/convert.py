@@ -32,8 +32,9 @@ from megatron_peft.conversion.writer import (
     require_no_overflow,
     write_safetensors,
 )
-from megatron_peft.models.families import ModelShape, config_of_shape, read_shape
+from megatron_peft.models.families import config_of_shape, read_shape
 from megatron_peft.models.rules import HFSlice, Rule, VocabularyRows
+from megatron_peft.models.shape import ModelShape
 
 logger = logging.getLogger(__name__)
 

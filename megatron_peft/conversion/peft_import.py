@@ -22,7 +22,8 @@ from megatron_peft.config import ConfigurationError, PeftConfig, config_from_dic
 from megatron_peft.conversion.hf_files import Source, listed, open_source, require_tensors
 from megatron_peft.conversion.pretrained import known_fingerprint, open_weights, read_model_shape
 from megatron_peft.conversion.trained_adapters import PREFIX, LowRankFactors, fuse, save_adapters, shortest_targets
-from megatron_peft.models.families import Rule, rules_for
+from megatron_peft.models.families import rules_for
+from megatron_peft.models.rules import Rule
 from megatron_peft.models.shape import number, size, switch
 
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")

@@ -16,6 +16,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from megatron_peft.adapters.attach import linear_layers
 from megatron_peft.adapters.step import adapters_step
 from megatron_peft.checkpoint import folders, save, tensors
+from megatron_peft.checkpoint.state import TrainingState
 from megatron_peft.data.batches import Microbatch
 from megatron_peft.models import layers
 from megatron_peft.models.kernels import fusions_on_a_gpu
@@ -208,7 +209,7 @@ def watch_run(watch: Watch, of: RankToRehearse, microbatches: Sequence[Microbatc
     return RankRecord(of.rank, of.stage, len(microbatches), entries, numbers_of_parameters(chunks), watch.peaks)
 
 
-def _save(state: update.TrainingState) -> None:
+def _save(state: TrainingState) -> None:
     """The collectives of a checkpoint of a run, which is not written."""
     with (
         step.whole_parameters(state.model_chunks),
@@ -241,7 +242,7 @@ def gradients(chunks: Iterable[Any]) -> Iterator[Tensor]:
     return (buffer.grad_data for chunk in chunks for buffer in chunk.buffers)
 
 
-def moments_of(state: update.TrainingState) -> Iterator[Tensor]:
+def moments_of(state: TrainingState) -> Iterator[Tensor]:
     """Moments, and the float32 copies of parameters."""
     for part in getattr(state.optimizer, "chained_optimizers", [state.optimizer]):
         if getattr(part, "is_stub_optimizer", False):

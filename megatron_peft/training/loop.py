@@ -8,9 +8,11 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_peft.checkpoint.folders import BEST
-from megatron_peft.checkpoint.save import SaveOutcome, Saver, whole_parameters
+from megatron_peft.checkpoint.save import SaveOutcome, Saver
+from megatron_peft.checkpoint.state import TrainingState, whole_parameters
 from megatron_peft.config import config_to_dict
-from megatron_peft.data.build import Data, GlobalBatches
+from megatron_peft.data.batches import GlobalBatches
+from megatron_peft.data.build import Data
 from megatron_peft.parallel.collectives import from_first_rank
 from megatron_peft.runtime.exit_signals import ExitSignals
 from megatron_peft.runtime.failure import written_after
@@ -18,7 +20,7 @@ from megatron_peft.runtime.launch import shorten_timeout
 from megatron_peft.training import step
 from megatron_peft.training.metrics import MetricsWriter, memory_bytes
 from megatron_peft.training.terminal import Progress
-from megatron_peft.training.update import TrainingState, mixtures
+from megatron_peft.training.update import mixtures
 from megatron_peft.training.watchers import Interval, Record, Watchers, watched_steps
 
 

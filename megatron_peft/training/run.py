@@ -13,11 +13,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
 from rich import console, progress
 
 from megatron_peft.adapters.attach import all_names, attach_adapters
 from megatron_peft.checkpoint import folders, load
 from megatron_peft.checkpoint.save import Saver
+from megatron_peft.checkpoint.state import TrainingState
 from megatron_peft.config import (
     ConfigurationError,
     RunConfig,
@@ -29,8 +31,8 @@ from megatron_peft.config import (
 )
 from megatron_peft.conversion import pretrained
 from megatron_peft.data.batches import GlobalBatches, Step
-from megatron_peft.data.build import Data, Tokenizer, build_data
-from megatron_peft.data.tokenizers import build_tokenizer, require_vocabulary_fits
+from megatron_peft.data.build import Data, build_data
+from megatron_peft.data.tokenizers import Tokenizer, build_tokenizer, require_vocabulary_fits
 from megatron_peft.lora_ga.initialize import init_from_gradients
 from megatron_peft.models import gpt, kernels
 from megatron_peft.models.shape import ModelShape
@@ -41,7 +43,7 @@ from megatron_peft.training.loop import train
 from megatron_peft.training.metrics import require_loggers
 from megatron_peft.training.step import START_TOLERANCE, finish_with, run_schedule, start_losses
 from megatron_peft.training.terminal import print_rank_0, resume_summary, training_summary
-from megatron_peft.training.update import TrainingState, schedule_values, start_state
+from megatron_peft.training.update import schedule_values, start_state
 
 RUN_FILE = "run.yaml"
 MODEL_FILES = ("config.json", "adapter_model.safetensors", "adapter_model.bin")  # of transformers and PEFT
@@ -68,7 +70,7 @@ def build_state(
     return start_state(chunks, config, shape, train_iters)
 
 
-def build_chunks(config: RunConfig, shape: ModelShape, loads: bool = True) -> list[gpt.GPTModel]:
+def build_chunks(config: RunConfig, shape: ModelShape, loads: bool = True) -> list[GPTModel]:
     """This rank's part of the model, with adapters, and with weights if it `loads`; raises like `build_state`."""
     chunks = gpt.build_model_chunks(shape, config.model, config.parallel, kernels.Training.of(config))
     adapted: list[str] = []

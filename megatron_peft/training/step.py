@@ -23,12 +23,12 @@ from torch import Tensor, nn
 
 from megatron_peft.adapters.attach import linear_layers
 from megatron_peft.adapters.step import AdaptersStep, adapters_step
-from megatron_peft.checkpoint.state import whole_parameters
+from megatron_peft.checkpoint.state import TrainingState, whole_parameters
 from megatron_peft.data.batches import Microbatch, Step
 from megatron_peft.models.layers import PackedSamples
 from megatron_peft.parallel.collectives import sum_partial_gradients_over_tensor_parallel
 from megatron_peft.runtime.launch import gather_over_world, read_on_host
-from megatron_peft.training.update import TrainingState, layer_gradient_squares, update
+from megatron_peft.training.update import layer_gradient_squares, update
 
 
 class NonFiniteError(FloatingPointError):

@@ -22,10 +22,12 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.utils import get_model_config
 from torch import Tensor, nn
 
-from megatron_peft.adapters.attach import AdaptedLinear, linear_layers
+from megatron_peft.adapters.attach import linear_layers
+from megatron_peft.adapters.linear import AdaptedLinear
 from megatron_peft.adapters.low_rank import LowRank, gram_matrices, low_rank_part, shrink, shrinkage
-from megatron_peft.checkpoint.state import ModelShape, TrainingState
+from megatron_peft.checkpoint.state import TrainingState
 from megatron_peft.config import PeftConfig, RunConfig, require
+from megatron_peft.models.shape import ModelShape
 from megatron_peft.parallel.collectives import gradient_of, sum_coalesced
 from megatron_peft.runtime.cpu import redirect_norm
 from megatron_peft.runtime.launch import gather_over_world

@@ -21,10 +21,11 @@ from megatron.core import Timers
 from megatron.core.energy_monitor import EnergyMonitor
 from megatron.core.utils import get_model_config
 
+from megatron_peft.checkpoint.state import TrainingState
 from megatron_peft.config import LoggingConfig, RunConfig
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.runtime.launch import gather_over_world
-from megatron_peft.training.step import StepReport, TrainingState
+from megatron_peft.training.step import StepReport
 
 logger = logging.getLogger(__name__)
 

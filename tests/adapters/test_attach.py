@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from megatron_peft.adapters import low_rank
-from megatron_peft.adapters.attach import attach_adapters, huggingface_modules, is_targeted, require_matches
-from megatron_peft.config import LINEAR_MODULES, ConfigurationError, PeftConfig
+from megatron_peft.adapters.attach import attach_adapters, huggingface_modules
+from megatron_peft.config import LINEAR_MODULES, ConfigurationError, PeftConfig, is_targeted, require_matches
 from megatron_peft.models.families import FAMILIES, family_of
 from megatron_peft.parallel.layout import LinearLayout
 from megatron_peft.runtime import cpu

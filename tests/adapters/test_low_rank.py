@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from megatron_peft.adapters.frozen_linear import FrozenLinearCall
-from megatron_peft.adapters.low_rank import IS_NOT_DECAYED, LowRank, gram_matrices, shrink, shrinkage
+from megatron_peft.adapters.low_rank import LowRank, gram_matrices, shrink, shrinkage
 from megatron_peft.config import ConfigurationError, PeftConfig
+from megatron_peft.config.methods.low_rank import IS_NOT_DECAYED
 from megatron_peft.parallel.layout import LinearLayout
 from tests.adapters.many_ranks import drawn as draw
 from tests.one_rank import Place, one_rank

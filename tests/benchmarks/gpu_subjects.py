@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from megatron_peft.adapters.attach import attach_adapters, start_gradients_at_the_embedding
 from megatron_peft.benchmarks import SIZES_VARIABLE
+from megatron_peft.checkpoint.state import TrainingState
 from megatron_peft.config import METHODS, RunConfig, make_run
 from megatron_peft.data.batches import Microbatch, pack, pad
 from megatron_peft.data.samples import Sample
@@ -29,7 +30,7 @@ from megatron_peft.runtime.launch import seed_generators
 from megatron_peft.runtime.precision import full_precision
 from megatron_peft.training.run import build_state
 from megatron_peft.training.step import train_step
-from megatron_peft.training.update import TrainingState, start_state
+from megatron_peft.training.update import start_state
 from tests.one_rank import one_rank
 
 SEED = 1234

@@ -20,12 +20,12 @@ from megatron_peft.adapters.step import AdaptersStep
 from megatron_peft.adapters.urnn import DENSE_UP_TO
 from megatron_peft.benchmarks.layers import NUM_FEATURES, crossover_steps
 from megatron_peft.benchmarks.measure import MIB, Figure
+from megatron_peft.checkpoint.state import TrainingState
 from megatron_peft.models.kernels import Installed
 from megatron_peft.rehearsal.rehearsal import rehearse
 from megatron_peft.rehearsal.requests import Lengths, RankToRehearse
 from megatron_peft.training.metrics import memory_bytes
 from megatron_peft.training.step import finish_with, run_schedule, train_step
-from megatron_peft.training.update import TrainingState
 from megatron_peft.training.watchers import ModelFlops
 from tests.adapters.test_operation_counts import A_MICROBATCH
 from tests.benchmarks.gpu_subjects import FULL_RECOMPUTE, chosen_sizes, device, random_microbatch, random_state

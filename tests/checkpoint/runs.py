@@ -13,7 +13,7 @@ import torch.distributed.checkpoint as torch_checkpoint
 from megatron.core import parallel_state
 
 from megatron_peft.checkpoint.run_record import RunRecord
-from megatron_peft.checkpoint.state import MOMENTS, optimizer_params
+from megatron_peft.checkpoint.state import MOMENTS, TrainingState, optimizer_params
 from megatron_peft.checkpoint.tensors import sharded_parameters
 from megatron_peft.config import ConfigurationError, ParallelConfig, RunConfig
 from megatron_peft.models.families import read_shape
@@ -21,7 +21,6 @@ from megatron_peft.models.shape import ModelShape, RopeScaling
 from megatron_peft.runtime.launch import seed_generators, start_model_parallel, stop_model_parallel
 from megatron_peft.training.run import build_state
 from megatron_peft.training.step import train_step
-from megatron_peft.training.update import TrainingState
 from tests.training.layout_runs import Job, data_of, merged
 
 NUM_STEPS = 3

@@ -17,13 +17,13 @@ from megatron_peft.checkpoint.folders import RECORD, write_manifest
 from megatron_peft.checkpoint.load import load_checkpoint
 from megatron_peft.checkpoint.run_record import RunRecord, find_checkpoint, read_record
 from megatron_peft.checkpoint.save import draft_checkpoint
+from megatron_peft.checkpoint.state import TrainingState
 from megatron_peft.config import ModelConfig
 from megatron_peft.conversion.peft_export import export_adapter
 from megatron_peft.conversion.peft_import import import_adapter
-from megatron_peft.conversion.trained_adapters import known_fingerprint
+from megatron_peft.conversion.pretrained import known_fingerprint
 from megatron_peft.parallel.layout import generator_for
 from megatron_peft.runtime.launch import start_world
-from megatron_peft.training.update import TrainingState
 from tests.checkpoint.runs import Files, Run, Settings, configure, differences, merged, start
 from tests.tiny_bloom import save_bloom
 from tests.tiny_llama import save_llama, save_pairs

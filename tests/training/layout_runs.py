@@ -12,13 +12,13 @@ import torch.distributed as dist
 from megatron_peft.certify import runs
 from megatron_peft.certify.comparison import compare_curves, compare_runs
 from megatron_peft.certify.runs import RankReport
+from megatron_peft.checkpoint.state import TrainingState
 from megatron_peft.config import RunConfig, make_run
 from megatron_peft.data.build import Data
 from megatron_peft.data.tokenizers import build_tokenizer
 from megatron_peft.models.families import read_shape
 from megatron_peft.runtime.launch import model_parallel, start_world
 from megatron_peft.training.run import data_of_rank
-from megatron_peft.training.update import TrainingState
 from tests.tiny_llama import VOCAB_SIZE
 
 NUM_STEPS = 20

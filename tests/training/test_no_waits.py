@@ -10,11 +10,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_peft.checkpoint.state import TrainingState
 from megatron_peft.data.batches import Microbatch
 from megatron_peft.runtime.launch import start_world
 from megatron_peft.training import run
 from megatron_peft.training.step import finish_gradients, finish_with, run_schedule, train_step
-from megatron_peft.training.update import TrainingState
 from tests.benchmarks.gpu_subjects import chosen_sizes, losses_of, state_of
 from tests.benchmarks.gpu_subjects import microbatches as microbatches_of_llama
 from tests.one_rank import one_rank
