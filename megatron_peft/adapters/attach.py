@@ -27,9 +27,9 @@ class TargetLayer:
 
 
 def attach_adapters(model_chunks: Sequence[nn.Module], peft: PeftConfig, seed: int) -> list[str]:
-    """Freeze the base model and give every targeted layer its adapter; global names of this rank's adapted layers.
+    """Freeze the base model and give every targeted layer its adapter.
 
-    These names and the run's seed fix the initial values.
+    Returns the global names of this rank's adapted layers. They and the run's seed fix the initial values.
 
     Raises ConfigurationError: on every rank, with nothing changed: a pattern matches nothing in the whole model (the
         message lists what exists), or the method does not fit a layer.

@@ -218,7 +218,8 @@ def gram_matrices(low_rank: LowRank) -> tuple[Tensor, Tensor]:
 
 
 def shrinkage(left: Tensor, right: Tensor, limits: Tensor, subtracts_start: bool) -> Tensor:
-    """t for each layer, 1 where |dW| / s is within its limit, from complete Gram matrices [layers, w, w]."""
+    """t of each layer, 1 where |dW| / s is within its limit. limits: [layers]; left, right: complete Gram matrices
+    [layers, w, w], where w is r, or 2r if the start is subtracted."""
     P = _norm(left, right)
     if not subtracts_start:
         return _within(P, limits, P, torch.zeros_like(P))

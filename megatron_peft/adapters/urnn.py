@@ -164,7 +164,7 @@ class StructuredUrnn(BlockRotation):
 class RiemannianUrnn(BlockRotation):
     """The unitary blocks U of one adapted linear layer, moved by `move` and not by the optimizer's rule.
 
-    [k, n, n, 2], real and imaginary parts; the identity at the start.
+    U: [k, n, n, 2], real and imaginary parts; the identity at the start.
     """
 
     def __init__(self, layout: LinearLayout, peft: PeftConfig, name: str, seed: int, dtype: torch.dtype) -> None:
