@@ -327,18 +327,22 @@ _END_BYTES = 64 * 1024
 _NUM_SAMPLES, _SAMPLE_BYTES = 16, 4096
 
 
-@lru_cache
 def fingerprint(folder: str) -> dict[str, str]:
     """{path relative to the folder: digest} of config.json and the weight files. Cached, since every save needs it.
 
     Raises OSError if the folder or a file cannot be read.
     """
-    root = Path(folder)
+    return fingerprint_of(Path(folder).absolute())  # a relative path means another folder after os.chdir
+
+
+@lru_cache
+def fingerprint_of(root: Path) -> dict[str, str]:
+    """`fingerprint` of an absolute path."""
     place = folders.megatron_files(root) or root
     described = [path for path in (root / "config.json", place / "config.json", place / MANIFEST) if path.is_file()]
     files = dict.fromkeys([*described, *weight_files(place)])
     if not files:
-        raise FileNotFoundError(f"{folder} holds neither config.json nor weights")
+        raise FileNotFoundError(f"{root} holds neither config.json nor weights")
     return {str(path.relative_to(root)): sampled_digest(path) for path in files}
 
 

@@ -205,6 +205,16 @@ def test_copies_are_the_same_and_other_bases_are_not(tmp_path):
     assert [path.name for path in run_record.weight_files(tmp_path / "base")] == ["model.safetensors"]
 
 
+def test_a_relative_path_means_the_folder_that_is_there_now(tmp_path, monkeypatch):
+    found = []
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        save_base(tmp_path / name / "base", weights(scale=len(name)))
+        found.append(fingerprint("base"))
+    assert found[0] != found[1]
+
+
 def test_the_fingerprint_of_a_run_changes_with_the_run_and_its_iteration(tmp_path):
     """Of full fine-tuning: the weights lie below the iteration that the tracker names."""
 
@@ -214,7 +224,7 @@ def test_the_fingerprint_of_a_run_changes_with_the_run_and_its_iteration(tmp_pat
         (folder / RECORD).write_text("{}")
         write_manifest(folder, {})
         (tmp_path / name / TRACKER).write_text(f"{iteration}\n")
-        fingerprint.cache_clear()
+        run_record.fingerprint_of.cache_clear()
         return fingerprint(str(tmp_path / name))
 
     first = run("first", torch.zeros(300_000))

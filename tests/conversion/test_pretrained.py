@@ -375,7 +375,7 @@ def on_nodes_of_their_own(folders: tuple[Path, Path]) -> tuple[dict[int, list[st
         if size:
             places = {"LOCAL_RANK": rank % size, "LOCAL_WORLD_SIZE": size, "GROUP_RANK": rank // size}
             os.environ |= {name: str(place) for name, place in places.items()}
-        opened.clear(), run_record.fingerprint.cache_clear()
+        opened.clear(), run_record.fingerprint_of.cache_clear()
         pretrained.require_same_model(folder)
         files[size] = sorted(Path(path).name for path in opened if path.endswith(".safetensors"))
     os.chdir(copies / str(rank))
