@@ -131,15 +131,11 @@ def fit(
                 for number, one in enumerate(laid_out)
                 if one.training.micro_batch_size == size and least[number] <= limit and one.parallel not in too_large
             }
-            distinct: dict[Hashable, RunConfig] = {}
-            for one in runs.values():
-                distinct.setdefault(_of_layers(one, shape), one)
-            recorded = record_layers([LayersToRecord.of(one, shape) for one in distinct.values()], watch, known)
-            layers = dict(zip(distinct, recorded, strict=True))
-            times = {key: seconds_of_segments(layers[key], cluster.of_run(one)) for key, one in distinct.items()}
-            for number, one in runs.items():
-                key = _of_layers(one, shape)
-                found = _candidate(RecordedStep(one, shape, layers[key]), recompute, times[key], cluster)
+            every = record_layers([LayersToRecord.of(one, shape) for one in runs.values()], watch, known)
+            distinct = dict(zip(every, runs.values(), strict=True))
+            times = {layers: seconds_of_segments(layers, cluster.of_run(one)) for layers, one in distinct.items()}
+            for (number, one), layers in zip(runs.items(), every, strict=True):
+                found = _candidate(RecordedStep(one, shape, layers), recompute, times[layers], cluster)
                 candidates.append(found)
                 least[number] = found.seconds
                 if total(found.memory) > cluster.usable_bytes:
@@ -160,13 +156,6 @@ def fit(
         best.append(min((_replayed(one, cluster) for one in alike[:NUM_DIVISIONS_REPLAYED]), key=_slowness))
         watch(1, 0)
     return sorted(best, key=_slowness)[:num_layouts]
-
-
-def _of_layers(run: RunConfig, shape: ModelShape) -> Hashable:
-    """What `LayersToRecord.of` depends on, of all that `fit` varies but micro-batch and recompute: it takes longer."""
-    parallel = run.parallel
-    is_tied = shape.tied_embeddings and parallel.pipeline_model_parallel_size == 1
-    return parallel.tensor_model_parallel_size, parallel.sequence_parallel, is_tied
 
 
 def _replayed(one: "_Candidate", cluster: Cluster) -> FittedLayout:

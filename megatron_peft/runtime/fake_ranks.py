@@ -19,7 +19,6 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.tensor_parallel.cross_entropy import VocabParallelCrossEntropy
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 from torch._C._distributed_c10d import FakeWork  # pyright: ignore[reportMissingImports]
-from torch._subclasses.fake_impls import op_implementations_dict
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import adam
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -53,11 +52,14 @@ def fake_rank(rank: int, world_size: int, of_all_ranks: Callable[[Any], Any] = l
         # Nothing is drawn: megatron-core's switch of generators would copy their real states.
         replaced(CudaRNGStatesTracker, "fork", lambda *_, **__: nullcontext()),
         shapes_as_asked(),
-        _views_by_torch(),
         _without_numbers(),
         _Answers(),
     ):
         yield
+
+
+# One for all ranks of this process: torch's and our caches keep tensors, and modes do not mix.
+_without_numbers = cache(lambda: FakeTensorMode(allow_non_fake_inputs=False))
 
 
 @contextmanager
@@ -95,28 +97,6 @@ class Mode(TorchDispatchMode):
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False
-
-
-class _WithoutNumbers(Mode, FakeTensorMode):
-    """Fake tensors without what torch adds to each operation: statistics, and a hiding from torch.compile."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return self.dispatch(func, types, args, kwargs or {})
-
-
-# One for all ranks of this process: torch's and our caches keep tensors, and modes do not mix.
-_without_numbers = cache(lambda: _WithoutNumbers(allow_non_fake_inputs=False))
-
-
-@contextmanager
-def _views_by_torch() -> Iterator[None]:
-    """Views are those of torch's kernel: the same in Python, which also knows sizes that are symbols, takes longer."""
-    of_views = [torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default]
-    usual = {func: op_implementations_dict.pop(func) for func in of_views if func in op_implementations_dict}
-    try:
-        yield
-    finally:
-        op_implementations_dict.update(usual)
 
 
 class _Answers(Mode):
