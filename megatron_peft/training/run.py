@@ -297,7 +297,8 @@ def first_steps(config: RunConfig, train: GlobalBatches) -> Sequence[Step]:
     if not config.peft.spec.starts_from_gradients:
         return ()
     folder = config.checkpoint.load
-    if checked_together(lambda: folder is not None and folders.newest_checkpoint(Path(folder)) is not None):
+    # The first rank decides, as for what is loaded: another node may not see a new checkpoint yet.
+    if from_first_rank(lambda: folder is not None and folders.newest_checkpoint(Path(folder)) is not None):
         return ()  # a resumed run takes the factors from its checkpoint
     size, wanted = config.global_batch_size, config.peft.lora_ga_batches
     num_samples = train.order.epoch_length(0)
