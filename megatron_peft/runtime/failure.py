@@ -1,8 +1,9 @@
 """When one rank fails, all ranks end at once, with one message; and if they have waited in vain, with their stacks.
 
 Otherwise the other ranks would wait in a collective until the distributed timeout. The first rank to fail prints its
-message and writes to the rendezvous store, which a thread on every other rank polls twice a second. If that timeout is
-what failed, each rank writes its Python stacks and says where it was, and the message names the ranks that are missing.
+message and writes to the rendezvous store, which a thread on the first rank of every node polls twice a second. If that
+timeout is what failed, each rank writes its Python stacks and says where it was, and the message names the ranks that
+are missing.
 """
 
 import datetime
@@ -11,11 +12,13 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from traceback import FrameSummary, StackSummary
 from typing import NoReturn, TextIO
@@ -26,13 +29,16 @@ from torch._C import _distributed_c10d
 from megatron_peft.config import ConfigurationError, print_failure
 from megatron_peft.config.untrusted import parse_json
 from megatron_peft.runtime.exit_signals import SAVE_AND_EXIT, EndedBySignal
+from megatron_peft.runtime.launch import place_on_node
 
 LOST_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 TIMED_OUT = ("Timed out waiting", "collective operation timeout")  # of gloo and of NCCL
-STORE_TIMEOUT = datetime.timedelta(seconds=60)  # its host may have ended; torch's default is five minutes
+STORE_TIMEOUT = datetime.timedelta(seconds=20)  # its host may have ended; torch's default is five minutes
 LEAVE_TIMEOUT_SECONDS = 10.0  # a killed rank never reports that it leaves
 PLACES_TIMEOUT_SECONDS = 5.0  # in which each rank says where it is
 _POLL_SECONDS = 0.5
+WATCHED = "watched"  # the file of a node that its first rank touches while it watches the store
+STALE_SECONDS = 5.0  # after which the others of its node look themselves
 
 
 def run_together(main: Callable[[], object], program: str) -> None:
@@ -68,7 +74,11 @@ def run_together(main: Callable[[], object], program: str) -> None:
 
 
 class _FailureBoard:
-    """The first failure of the world, in the rendezvous store (torchrun's, else rank 0's)."""
+    """The first failure of the world, in the rendezvous store (torchrun's, else rank 0's).
+
+    Its host has a connection to every rank already. A second one is kept by the first rank of each node only, which
+    touches a file there; the others connect when that is gone or grows old: a rank has failed, or the first one hangs.
+    """
 
     def __init__(self) -> None:
         self._closed = threading.Event()
@@ -76,17 +86,47 @@ class _FailureBoard:
         self._world_size = dist.get_world_size()
         if self._world_size == 1:
             return
+        self._watches, self._sign = place_on_node().rank == 0, folder_on_node() / WATCHED
+        if self._watches:
+            self._give_sign()
+        dist.barrier()
+        if not self._is_watched():
+            _ = self._store  # now, as its host may be what fails
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    @cached_property
+    def _store(self) -> dist.Store:
         store = dist.TCPStore(
             os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=STORE_TIMEOUT
         )
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self._store = dist.PrefixStore(f"megatron_peft/failure/{attempt}", store)
-        threading.Thread(target=self._watch, daemon=True).start()
+        return dist.PrefixStore(f"megatron_peft/failure/{attempt}", store)
+
+    def _give_sign(self) -> None:
+        with suppress(OSError):  # the others of the node then look themselves
+            make_own(self._sign.parent)
+            self._sign.touch()
+
+    def _remove_sign(self) -> None:
+        if self._watches:
+            with suppress(OSError):
+                self._sign.unlink()
+                self._sign.parent.rmdir()  # if it is empty
+
+    def _is_watched(self) -> bool:
+        """Whether the node's first rank looks for this one."""
+        try:
+            return not self._watches and abs(time.time() - self._sign.stat().st_mtime) < STALE_SECONDS
+        except OSError:
+            return False
 
     def close(self) -> None:
         """Wait for the other ranks, then stop polling: the store may end with the first rank that leaves."""
         dist.barrier()
         self._closed.set()
+        if self._world_size > 1:
+            dist.barrier()  # nobody looks at the file any longer
+            self._remove_sign()
 
     def fail(
         self, exit_code: int, message: str, stack: StackSummary | None = None, is_effect: bool = False
@@ -105,6 +145,7 @@ class _FailureBoard:
             self._leave(exit_code)  # with the other thread, which has seen that another rank failed
         if self._world_size == 1:
             _exit_with(message, exit_code)
+        self._remove_sign()
         try:
             give_up = time.monotonic() + 2 * _POLL_SECONDS
             while is_effect and time.monotonic() < give_up and not self._store.check(["exit_code"]):
@@ -157,6 +198,8 @@ class _FailureBoard:
 
     def _watch(self) -> None:
         while not self._closed.wait(_POLL_SECONDS):
+            if self._is_watched():
+                continue
             try:
                 failed = self._store.check(["exit_code"])
             except dist.DistError:  # the rank that hosted the store has ended
@@ -164,8 +207,11 @@ class _FailureBoard:
                     _exit_with(f"rank {dist.get_rank()}: rank 0 is gone: it was killed, or its node failed.", 1)
                 return
             if failed and not self._closed.is_set():
+                self._remove_sign()
                 self._write_if_asked()
                 self._leave(int(self._store.get("exit_code")))
+            if self._watches and not self._closed.is_set():
+                self._give_sign()
 
     def _leave(self, exit_code: int) -> NoReturn:
         """Exit when all ranks are ready: when one process ends, a launcher kills the others, which changes their exit
@@ -201,20 +247,35 @@ def _exit(exit_code: int) -> NoReturn:
 # a step that takes longer than a collective may (also while the interpreter is locked), Python's handler of fatal
 # signals (NCCL's watchdog ends a process by SIGABRT), and the thread that watches for failures of other ranks.
 
-FOLDER = "stacks"  # in the folder of --save
 PACKAGE = str(Path(__file__).parents[1])
 NUM_COLLECTIVES = 16  # of the last ones, in the file
 RECORDERS = ("_dump_nccl_trace_json", "_dump_fr_trace_json")  # NCCL's; gloo's, which a torch built for CUDA has too
 NUM_RECORDED = 2000  # by torch's flight recorder
 
 
+def folder_on_node() -> Path:
+    """What ranks write for a failure stays on their node, as nobody reads it in a run that goes well; see TMPDIR.
+
+    A thousand ranks would make as many files at each start, and after a timeout write tens of gigabytes.
+    """
+    run = f"{os.environ.get('TORCHELASTIC_RUN_ID', 'run')}_{os.environ.get('MASTER_PORT', os.getpid())}"
+    return Path(tempfile.gettempdir(), re.sub(r"[^\w.-]", "_", f"megatron_peft_{os.getuid()}_{run}"))
+
+
+def make_own(folder: Path) -> None:
+    """Make a folder that only this user can read. OSError: it cannot be made, or another user has."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if folder.lstat().st_uid != os.getuid():
+        raise PermissionError(f"{folder} is another user's")
+
+
 class Stacks:
-    """The file of this rank, SAVE/stacks/rank_3.txt; without a folder standard error. A context manager."""
+    """The file of this rank, FOLDER/rank_3.txt; if it cannot be made, standard error. A context manager."""
 
     current: "Stacks | None" = None  # of this process, as faulthandler itself
 
-    def __init__(self, folder: str | Path | None, rank: int) -> None:
-        self._path = Path(folder, FOLDER, f"rank_{rank}.txt") if folder else None
+    def __init__(self, folder: Path, rank: int) -> None:
+        self._path = folder / f"rank_{rank}.txt"
         self._file: TextIO | None = None
 
     @property
@@ -225,13 +286,12 @@ class Stacks:
     @property
     def place(self) -> str:
         """Where those of all ranks are, as words of a sentence."""
-        return "above" if self._file is None else f"in {Path(self._file.name).parent}"
+        return "above" if self._file is None else f"on their nodes, in {self._path.parent}"
 
     def __enter__(self) -> "Stacks":
         with suppress(OSError):  # a full disk is no reason not to train
-            if self._path:
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = self._path.open("a", encoding="utf-8")
+            make_own(self._path.parent)
+            self._file = self._path.open("a", encoding="utf-8")
         self._was_enabled = faulthandler.is_enabled()
         with suppress(ValueError, OSError):  # a standard error that is no file, as pytest's
             faulthandler.enable(self.file)
@@ -249,7 +309,7 @@ class Stacks:
         if self._was_enabled:
             with suppress(ValueError, OSError):
                 faulthandler.enable(sys.__stderr__ or sys.stderr)
-        if self._file is not None and self._path:
+        if self._file is not None:
             self._file.close()
             with suppress(OSError):
                 if not self._path.stat().st_size:
@@ -294,17 +354,17 @@ def _line(frame: FrameSummary) -> str:
     return f"{Path(frame.filename).name}:{frame.lineno}"
 
 
-def record_collectives(folder: str | Path | None) -> None:
-    """Have torch keep each rank's last collectives, and NCCL write them when one times out. Before the world is made.
+def record_collectives(folder: Path) -> None:
+    """Have torch keep each rank's last collectives, and NCCL write them to `folder` when one times out.
 
-    They go to `folder` (--save) beside the stacks; None: where torch writes them, in /tmp.
+    Before the world is made. What the user has set in torch's own variables stays.
     """
     is_renamed = hasattr(_distributed_c10d, "_dump_fr_trace_json")  # torch warns of its older names
     os.environ.setdefault(f"TORCH_{'FR' if is_renamed else 'NCCL_TRACE'}_BUFFER_SIZE", str(NUM_RECORDED))
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
-    if folder is not None:
-        file = "FR_DUMP" if is_renamed else "NCCL_DEBUG_INFO"
-        os.environ.setdefault(f"TORCH_{file}_TEMP_FILE", f"{folder}/{FOLDER}/collectives_rank_")
+    os.environ.setdefault(
+        f"TORCH_{'FR_DUMP' if is_renamed else 'NCCL_DEBUG_INFO'}_TEMP_FILE", f"{folder}/collectives_rank_"
+    )
 
 
 def _last_collectives() -> str:

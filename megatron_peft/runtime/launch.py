@@ -40,6 +40,12 @@ def gather_over_world(value: Any, group: dist.ProcessGroup | None = None) -> lis
     return values
 
 
+def largest_over_world(own: torch.Tensor) -> list[float]:
+    """The largest of all ranks for each of as many numbers on every rank: one small all-reduce. A host-device sync."""
+    dist.all_reduce(own, dist.ReduceOp.MAX)
+    return read_on_host(own)
+
+
 def checked_together(
     check: Callable[[], Checked], group: dist.ProcessGroup | None = None, first_alone: bool = False
 ) -> Checked:

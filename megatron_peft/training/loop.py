@@ -20,7 +20,7 @@ from megatron_peft.runtime.launch import shorten_timeout
 from megatron_peft.training import step
 from megatron_peft.training.metrics import MetricsWriter, memory_bytes
 from megatron_peft.training.terminal import Progress
-from megatron_peft.training.update import mixtures
+from megatron_peft.training.update import mixed_layers, mixtures
 from megatron_peft.training.watchers import Interval, Record, Watchers, watched_steps
 
 
@@ -53,6 +53,7 @@ class _Run:
         self.writer = MetricsWriter(folder, config.logging, is_writer, start, settings, saver.hold_folder)
         self.progress = Progress(data.train_iters, start, enabled=is_writer)
         self.signals = ExitSignals(config.training.exit_signal_handler, is_writer)
+        self.mixed_layers = mixed_layers(state)
         self.measured_peak: int | None = None
         self.started_at = time.monotonic()
 
@@ -244,7 +245,7 @@ class _Run:
         record |= self.watchers.speed(record)
         if report.layer_grad_norms:
             record["grad_norm_by_layer"] = {str(layer): norm for layer, norm in enumerate(report.layer_grad_norms)}
-        if mixture := mixtures(self.state):
+        if mixture := mixtures(self.state, self.mixed_layers):
             self.writer.write_layers(self.state.position.iteration, "lambda", mixture.by_layer)
             if mixture.num_kept:
                 self.progress.message(

@@ -37,8 +37,14 @@ from megatron_peft.lora_ga.initialize import init_from_gradients
 from megatron_peft.models import gpt, kernels
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.parallel.collectives import from_first_rank, require_same
-from megatron_peft.runtime.failure import Stacks
-from megatron_peft.runtime.launch import checked_together, gather_over_world, seed_generators, start_model_parallel
+from megatron_peft.runtime.failure import Stacks, folder_on_node
+from megatron_peft.runtime.launch import (
+    checked_together,
+    gather_over_world,
+    place_on_node,
+    seed_generators,
+    start_model_parallel,
+)
 from megatron_peft.training.loop import train
 from megatron_peft.training.metrics import require_loggers
 from megatron_peft.training.step import START_TOLERANCE, finish_with, run_schedule, start_losses
@@ -149,7 +155,7 @@ def finetune(
     require_same(_tokenizer_facts(tokenizer), f"the tokenizer in --tokenizer-model {folder}", "another one")
     from_first_rank(lambda: load.require_something_to_load(config.checkpoint))
     checked_together(lambda: _check_save_folder(config))
-    with Stacks(config.checkpoint.save, dist.get_rank()), Saver(config.checkpoint) as saver:
+    with Stacks(folder_on_node(), dist.get_rank()), Saver(config.checkpoint) as saver:
         data = _checked_data(config, tokenizer, shape)
         print_rank_0("\n".join(filter(None, [attention, warning])))
         state = build_state(config, shape, data.train_iters, first_steps(config, data.train))
@@ -265,7 +271,7 @@ def _check_start(state: TrainingState, data: Data) -> None:
 
 
 def _check_save_folder(config: RunConfig) -> None:
-    if config.checkpoint.save is None:
+    if config.checkpoint.save is None or place_on_node().rank > 0:  # a node's ranks see the same folder
         return
     folder = Path(config.checkpoint.save)
     foreign = [name for name in MODEL_FILES if (folder / name).exists()]
@@ -297,7 +303,8 @@ def first_steps(config: RunConfig, train: GlobalBatches) -> Sequence[Step]:
     if not config.peft.spec.starts_from_gradients:
         return ()
     folder = config.checkpoint.load
-    if checked_together(lambda: folder is not None and folders.newest_checkpoint(Path(folder)) is not None):
+    # The first rank decides, as for what is loaded: another node may not see a new checkpoint yet.
+    if from_first_rank(lambda: folder is not None and folders.newest_checkpoint(Path(folder)) is not None):
         return ()  # a resumed run takes the factors from its checkpoint
     size, wanted = config.global_batch_size, config.peft.lora_ga_batches
     num_samples = train.order.epoch_length(0)

@@ -30,7 +30,7 @@ from megatron_peft.config import PeftConfig, RunConfig, require
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.parallel.collectives import gradient_of, sum_coalesced
 from megatron_peft.runtime.cpu import redirect_norm
-from megatron_peft.runtime.launch import gather_over_world
+from megatron_peft.runtime.launch import gather_over_world, largest_over_world
 from megatron_peft.runtime.precision import full_precision
 
 OPTIMIZER_FIELDS = frozenset(one.name for one in fields(OptimizerConfig))
@@ -360,16 +360,25 @@ def _mix_from_gradients(state: Trained) -> None:
     adapters[0].update_mixtures(adapters, state.peft, _counted(shards), group, state.lr)
 
 
-def mixtures(state: Trained) -> Mixtures | None:
-    """lambda now; None for a method without. A collective."""
-    if not state.peft.spec.mixes:
+def mixed_layers(state: Trained) -> list[str]:
+    """Global names of the model's layers with a lambda, in order; none for a method without. A collective."""
+    by_rank = gather_over_world([*mixing_adapters(state)]) if state.peft.spec.mixes else []
+    return sorted({name: None for names in by_rank for name in names}, key=lambda name: int(name.split(".")[2]))
+
+
+def mixtures(state: Trained, layers: Sequence[str] | None = None) -> Mixtures | None:
+    """lambda now; None for a method without. A collective: one small all-reduce if `mixed_layers` are known."""
+    layers = mixed_layers(state) if layers is None else layers
+    if not layers:
         return None
     adapters = mixing_adapters(state)
-    rows = [torch.stack([adapter.mix.double(), adapter.num_kept.double()]) for adapter in adapters.values()]
-    own = dict(zip(adapters, torch.stack(rows).tolist() if rows else [], strict=True))  # one read for all layers
-    every = {name: values for part in gather_over_world(own) for name, values in part.items()}
-    ordered = sorted(every, key=lambda name: int(name.split(".")[2]))
-    return Mixtures({name: every[name][0] for name in ordered}, sum(kept for _, kept in every.values()))
+    of_others = torch.full((2,), -1.0, dtype=torch.float64, device=torch.cuda.current_device())
+    rows = [
+        torch.stack([adapter.mix.double(), adapter.num_kept.double()]) if adapter is not None else of_others
+        for adapter in map(adapters.get, layers)
+    ]
+    numbers = largest_over_world(torch.stack(rows, 1).view(-1))  # every holder of a layer has the same
+    return Mixtures(dict(zip(layers, numbers, strict=False)), int(sum(numbers[len(layers) :])))
 
 
 def _counted(shards: GradientShards) -> Callable[[nn.Parameter], Tensor]:

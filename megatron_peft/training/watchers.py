@@ -24,7 +24,7 @@ from megatron.core.utils import get_model_config
 from megatron_peft.checkpoint.state import TrainingState
 from megatron_peft.config import LoggingConfig, RunConfig
 from megatron_peft.models.shape import ModelShape
-from megatron_peft.runtime.launch import gather_over_world
+from megatron_peft.runtime.launch import gather_over_world, largest_over_world
 from megatron_peft.training.step import StepReport
 
 logger = logging.getLogger(__name__)
@@ -197,6 +197,7 @@ class StepTimers:
         optimizers = getattr(state.optimizer, "chained_optimizers", [state.optimizer])
         self._configs: list[Any] = [optimizer.config for optimizer in optimizers if hasattr(optimizer, "config")]
         self._configs += [get_model_config(chunk) for chunk in state.model_chunks]
+        self._names: list[str] = []  # of all ranks: those of different stages have different ones
         self._set(self._timers)
 
     def _set(self, timers: Any) -> None:
@@ -214,10 +215,15 @@ class StepTimers:
         """Seconds of each phase in a step, on its slowest rank."""
         if self._timers is None:
             return {}
-        names = list(self._timers._timers)  # ranks of different stages have different ones
-        by_rank = gather_over_world({name: self._timers(name).elapsed() for name in names})
-        every = sorted({name for times in by_rank for name in times})
-        seconds = {name: max(times.get(name, 0.0) for times in by_rank) / num_steps for name in every}
+        own = {name: self._timers(name).elapsed() for name in list(self._timers._timers)}
+        while True:
+            numbers = [float(not own.keys() <= {*self._names}), *(own.get(name, 0.0) for name in self._names)]
+            device = torch.cuda.current_device()
+            is_new, *largest = largest_over_world(torch.tensor(numbers, dtype=torch.float64, device=device))
+            if not is_new:
+                break
+            self._names = sorted({name for names in gather_over_world([*own]) for name in names})
+        seconds = {name: number / num_steps for name, number in zip(self._names, largest, strict=True)}
         return {"timer_seconds": seconds} if seconds else {}
 
 
@@ -256,6 +262,7 @@ class OwnWork:
 
     def __init__(self, settings: LoggingConfig) -> None:
         self._enabled, self._on_gpu = settings.log_straggler, torch.cuda.is_available()
+        self._hosts = gather_over_world(os.uname().nodename) if self._enabled else []  # by rank
         self._host_seconds = 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
@@ -288,10 +295,11 @@ class OwnWork:
         milliseconds = sum(start.elapsed_time(end) for start, end in self._events)
         own = (self._host_seconds + milliseconds / 1000) / num_steps
         self._host_seconds, self._events = 0.0, []
-        by_rank = gather_over_world((own, os.uname().nodename))
-        seconds, rank = max((seconds, rank) for rank, (seconds, _) in enumerate(by_rank))
-        typical = median(seconds for seconds, _ in by_rank)
-        slowest = {"rank": rank, "host": by_rank[rank][1], "seconds": seconds, "median_seconds": typical}
+        by_rank = torch.zeros(len(self._hosts), dtype=torch.float64, device=torch.cuda.current_device())
+        by_rank[dist.get_rank()] = own
+        numbers = largest_over_world(by_rank)
+        seconds, rank = max((seconds, rank) for rank, seconds in enumerate(numbers))
+        slowest = {"rank": rank, "host": self._hosts[rank], "seconds": seconds, "median_seconds": median(numbers)}
         return {"slowest_rank": slowest}
 
 

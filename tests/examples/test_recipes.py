@@ -107,6 +107,15 @@ def test_recipe_adapts_the_last_stage_of_its_model(name, monkeypatch):
     assert targets[-1].module.weight.shape == (shape.hidden_size, shape.ffn_hidden_size // tp)
 
 
+@pytest.mark.parametrize("name", sorted(MODELS.keys() - {"laptop-cpu"}))
+def test_weeks_of_a_recipe_fill_no_file_system_and_a_lost_node_costs_less_than_an_hour(name):
+    config, (figures, _) = parse(name), recipe_plans.stated(name) or ("", "")
+    checkpoint, logging = config.checkpoint, config.logging
+    assert checkpoint.keep_last_checkpoints == 3 and logging.log_interval >= 10
+    (step,) = re.findall(r"([\d.]+) s a step", figures)
+    assert 1200 <= float(step) * (checkpoint.save_interval or 0) <= 3600
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(seconds(1800))
 @pytest.mark.parametrize("name", MODELS)

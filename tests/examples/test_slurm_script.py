@@ -5,6 +5,7 @@ What is not Python is linted by shellcheck and hadolint, wheels of the lint extr
 
 import contextlib
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -88,6 +89,16 @@ def test_recipe_and_flags_reach_the_run_and_wrong_flags_fail_the_job_at_once(rec
     assert program[program.index("--config") + 1] == "recipe.yaml" and program[-2:] == ["--lr", "1e-3"]
     assert arguments[arguments.index("--rdzv-endpoint") + 1].startswith("n1:")
     assert program[program.index("--resume") + 1] == "auto"
+
+
+def test_a_rank_may_open_as_many_files_as_the_node_allows(record: Path) -> None:
+    usual, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (usual - 1, most))
+    try:
+        finished(record)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (usual, most))
+    assert (record / "open_files").read_text() == f"{most} {most}"
 
 
 @pytest.mark.parametrize("given", [None, "backend:native"])

@@ -154,10 +154,11 @@ train.run(of(values={"program": {}}, launch={}, config=lambda *_: config, progra
 
 
 def _killed(meeting: dict[str, str]) -> None:
-    """Its place in the world is all that is needed of the one that is killed."""
+    """Its place in the world, to the end of a start, is all that is needed of the one that is killed."""
     os.environ.update(meeting)
     dist.init_process_group("gloo")
-    dist.barrier()
+    for _ in range(2):
+        dist.barrier()
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -174,6 +175,22 @@ def test_a_rank_that_is_killed_is_one_line_on_the_others() -> None:
     told = [line for line in lines if "No CUDA runtime is found" not in line]  # of torch's CUDA build without a GPU
     assert len(told) == 1, told
     assert re.search("rank 1 lost its connection to another rank|rank 0 is gone", told[0])
+
+
+def _connections(stale_seconds: float) -> tuple[int, bool]:
+    """How often this rank connects to the store in a run that ends well, and whether its node's folder is left."""
+    dist.init_process_group("gloo")
+    connected, plain = [], dist.TCPStore
+    failure.dist.TCPStore = lambda *place, **settings: (connected.append(place), plain(*place, **settings))[1]
+    failure.STALE_SECONDS = stale_seconds
+    run_together(lambda: time.sleep(3 * failure._POLL_SECONDS), "program")
+    dist.barrier()
+    return len(connected), failure.folder_on_node().exists()
+
+
+@pytest.mark.parametrize(("stale_seconds", "expected"), [(60.0, [1, 0, 0]), (0.0, [1, 1, 1])])
+def test_a_nodes_first_rank_alone_watches_the_store_as_long_as_it_lives(stale_seconds, expected) -> None:
+    assert run_ranks(3, _connections, seconds(stale_seconds)) == [(number, False) for number in expected]
 
 
 def test_results_come_by_rank() -> None:

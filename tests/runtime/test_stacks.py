@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_peft.config import LoggingConfig
-from megatron_peft.runtime import failure
-from megatron_peft.runtime.failure import FOLDER, Stacks, run_together, written_after
+from megatron_peft.runtime import cpu, failure
+from megatron_peft.runtime.failure import Stacks, run_together, written_after
 from megatron_peft.runtime.launch import shorten_timeout
 from megatron_peft.training.watchers import OwnWork
 from tests.ranks import Ranks
@@ -47,13 +47,14 @@ def _program(hang: str, folder: str) -> None:
     print(f"began at {time.time()}", flush=True)
     if dist.get_rank() == WITHOUT_RECORDER:
         failure._last_collectives = lambda: {}["entries"]
-    with Stacks(folder, dist.get_rank()), written_after(TIMEOUT_SECONDS):
+    with Stacks(Path(folder), dist.get_rank()), written_after(TIMEOUT_SECONDS):
         if hang and dist.get_rank() == HANGING:
             HANGS[hang]()
         dist.all_reduce(torch.zeros(4))
 
 
 def _rank(case: tuple[str, str]) -> None:
+    cpu.install()
     dist.init_process_group("gloo", timeout=datetime.timedelta(minutes=10))
     run_together(lambda: _program(*case), "program")
 
@@ -70,7 +71,7 @@ def run(hang: str, folder: Path) -> Outcome:
         for process in ranks.processes:  # none is ended from outside
             process.join(seconds(120))
         codes, output = ranks.exit_codes, "".join(map(ranks.output, range(SIZE)))
-    files = [folder / FOLDER / f"rank_{rank}.txt" for rank in range(SIZE)]
+    files = [folder / f"rank_{rank}.txt" for rank in range(SIZE)]
     texts = [path.read_text() if path.exists() else "" for path in files]
     began_at = max(float(text) for text in re.findall(r"began at ([\d.]+)", output))
     return Outcome(codes, output, time.time() - began_at, texts)
@@ -89,7 +90,7 @@ def test_all_ranks_end_with_one_message_that_says_who_is_missing_and_where(hung:
     lines = hung.output.split("Where the ranks were:\n")[1].splitlines()
     assert lines[0].startswith(f"  rank {HANGING} (") and ": hangs_here (test_stacks.py:" in lines[0]
     assert lines[1].startswith("  rank 0 (") and ", 2 (" in lines[1] and "all_reduce" in lines[1]
-    assert lines[2].startswith("The stacks of all ranks are in ") and lines[2].endswith("/stacks.")
+    assert re.fullmatch(r"The stacks of all ranks are on their nodes, in /.*/hung0\.", lines[2]), lines[2]
 
 
 def test_every_rank_writes_its_stacks_and_last_collectives(hung: Outcome) -> None:
@@ -121,7 +122,7 @@ def test_the_last_collectives_are_nccls_where_it_has_recorded_any(tmp_path, monk
     monkeypatch.setattr(failure, "_distributed_c10d", recorder)
     with Stacks(tmp_path, 0) as written:
         written.write("asked")
-    assert found in (tmp_path / FOLDER / "rank_0.txt").read_text()
+    assert found in (tmp_path / "rank_0.txt").read_text()
 
 
 @pytest.mark.slow
@@ -136,9 +137,10 @@ def test_the_slowest_rank_is_named(hung: Outcome) -> None:
 
 
 def test_without_a_hang_nothing_is_left(tmp_path: Path) -> None:
-    with Stacks(tmp_path, 0), written_after(60):
-        assert (tmp_path / FOLDER / "rank_0.txt").exists()
-    assert not (tmp_path / FOLDER).exists() and Stacks.current is None
+    folder = tmp_path / "of this run"
+    with Stacks(folder, 0), written_after(60):
+        assert (folder / "rank_0.txt").exists() and folder.stat().st_mode & 0o777 == 0o700
+    assert not folder.exists() and Stacks.current is None
     with written_after(0.01):  # without a file nothing is written
         time.sleep(0.05)
 
@@ -149,6 +151,18 @@ def test_nccl_is_told_where_to_write_its_last_collectives(monkeypatch, has_new_n
     monkeypatch.setattr(failure, "_distributed_c10d", c10d)
     environment: dict[str, str] = {"TORCH_NCCL_DUMP_ON_TIMEOUT": "0"}
     monkeypatch.setattr(failure.os, "environ", environment)
-    failure.record_collectives("runs/a")
-    assert environment[f"TORCH_{name}"] == "runs/a/stacks/collectives_rank_"
+    failure.record_collectives(Path("/tmp/a"))
+    assert environment[f"TORCH_{name}"] == "/tmp/a/collectives_rank_"
     assert environment["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "0", "what the user has set stays"
+
+
+def test_what_a_failure_leaves_is_on_the_node_in_a_folder_of_this_user_and_run(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(failure.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "4711-0/../../etc")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    folder = failure.folder_on_node()
+    assert folder == tmp_path / f"megatron_peft_{failure.os.getuid()}_4711-0_.._.._etc_29500"
+    folder.mkdir()
+    monkeypatch.setattr(failure.os, "getuid", lambda: 4321)  # it is another user's
+    with Stacks(folder, 0) as stacks:
+        assert stacks.place == "above" and not [*folder.iterdir()]

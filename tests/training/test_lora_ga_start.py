@@ -6,15 +6,17 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from megatron_peft.checkpoint.folders import RECORD
 from megatron_peft.checkpoint.load import load_checkpoint
 from megatron_peft.checkpoint.save import draft_checkpoint
 from megatron_peft.config import ConfigurationError, PeftConfig
-from megatron_peft.runtime.launch import seed_generators
+from megatron_peft.runtime.launch import seed_generators, start_world, stop
 from megatron_peft.training import run as start_module
 from megatron_peft.training.run import START_FILE, first_steps, start_report
 from megatron_peft.training.step import train_step
+from tests.ranks import run_ranks
 
 PEFT = {"method": "lora-ga", "lora_rank": 4, "lora_ga_batches": 2}
 DROPOUT = {"hidden_dropout": 0.2, "attention_dropout": 0.1}
@@ -90,6 +92,26 @@ def test_a_resumed_run_does_not_start_again(start, tmp_path, capsys, init):
     assert len(frozen) == (16 if init == "original" else 0)
     assert all(before[name].any() for name in frozen)
     assert (tmp_path / "iter_0000001" / RECORD).exists()
+
+
+def _steps_where_another_rank_sees_an_older_folder(has_checkpoint):
+    start_world("gloo")
+    sees = has_checkpoint == (dist.get_rank() == 0)
+    start_module.folders.newest_checkpoint = lambda folder: folder if sees else None
+    of: Any = SimpleNamespace
+    config = of(peft=PeftConfig(**PEFT), checkpoint=of(load="runs/a"), global_batch_size=2)
+    train = of(order=of(epoch_length=lambda _: 0))  # a start fails: there are no samples
+    try:
+        return len(first_steps(config, train))
+    except ConfigurationError:
+        return "starts"
+    finally:
+        stop()
+
+
+@pytest.mark.parametrize(("has_checkpoint", "expected"), [(True, 0), (False, "starts")])
+def test_the_first_rank_decides_whether_to_start(has_checkpoint, expected):
+    assert run_ranks(2, _steps_where_another_rank_sees_an_older_folder, has_checkpoint) == [expected] * 2
 
 
 def test_dropout_is_that_of_a_run_without_a_start(start, passes):

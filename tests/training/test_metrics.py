@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megatron_peft.config import ConfigurationError, LoggingConfig, untrusted
+from megatron_peft.training import metrics
 from megatron_peft.training.metrics import METRICS_FILE, MetricsWriter, memory_bytes, read_metrics, require_loggers
 from tests.recorded_calls import recorded_calls
 from tests.training.recorded_saves import small_files_only
@@ -44,12 +45,33 @@ def test_resume_removes_records_that_will_be_repeated_and_a_torn_line(tmp_path, 
     assert {path.name for path in tmp_path.iterdir()} == {METRICS_FILE, *kept}
 
 
-def test_what_is_left_of_a_log_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
-    _write(tmp_path, [1, 2, 3])
-    calls = recorded_calls(monkeypatch)
-    _write(tmp_path, [], resumed_iteration=2)
+def test_a_log_is_cut_in_its_place_and_of_what_is_kept_only_the_last_record_is_read(tmp_path, monkeypatch):
+    """So a kill meanwhile loses nothing of it, and a resumed run does not wait for months of lines."""
+    _write(tmp_path, range(1, 101))
     name = tmp_path / METRICS_FILE
-    assert calls == [("fsync", tmp_path / f".{METRICS_FILE}.tmp"), ("replace", name), ("fsync", tmp_path)]
+    kept, before = name.read_bytes().splitlines(keepends=True)[:97], name.stat().st_ino
+    calls, read, plain = recorded_calls(monkeypatch), [], metrics._record_of
+    monkeypatch.setattr(metrics, "_record_of", lambda line, place: read.append(line) or plain(line, place))
+    _write(tmp_path, [], resumed_iteration=97)
+    assert name.read_bytes() == b"".join(kept) and name.stat().st_ino == before
+    assert calls == [("fsync", name)]
+    assert [json.loads(line)["iteration"] for line in read] == [100, 99, 98, 97]
+
+
+@pytest.mark.parametrize("left", ["", '{"iteration": 1, "loss": 2.5}', '{"iteration": 1, "loss": 2.5}\n', '{"itera'])
+def test_a_short_log_is_cut_to_whole_lines(tmp_path, left):
+    (tmp_path / METRICS_FILE).write_text(left)
+    _write(tmp_path, [2], resumed_iteration=1)
+    found = [record["iteration"] for record in read_metrics(tmp_path / METRICS_FILE)]
+    assert found == ([1, 2] if "loss" in left else [2])
+
+
+def test_a_line_that_is_no_record_is_not_cut_off(tmp_path):
+    text = '{"iteration": 1}\n{"iteration": 2}\nnotes of mine\n{"iteration": 3}\n'
+    (tmp_path / METRICS_FILE).write_text(text)
+    with pytest.raises(ConfigurationError, match=r"metrics\.jsonl, byte 34: not a record"):
+        _write(tmp_path, [], resumed_iteration=2)
+    assert (tmp_path / METRICS_FILE).read_text() == text
 
 
 def test_a_log_of_any_size_is_cut_in_little_memory(tmp_path, monkeypatch):

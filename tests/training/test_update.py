@@ -3,20 +3,24 @@
 import itertools
 import json
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from megatron_peft.adapters.attach import linear_layers
 from megatron_peft.adapters.boft import ProjectedBoft, nearest_orthogonal
 from megatron_peft.adapters.unitary import exponential_step
 from megatron_peft.adapters.urnn import RiemannianUrnn
 from megatron_peft.config import ConfigurationError, PeftConfig
+from megatron_peft.runtime.launch import start_world, stop
 from megatron_peft.training import update as update_module
 from megatron_peft.training.loop import train
 from megatron_peft.training.metrics import METRICS_FILE, read_metrics
 from megatron_peft.training.step import train_step, validation_loss
 from megatron_peft.training.update import _mix_from_gradients, merge_if_due, mixing_adapters, mixtures
+from tests.ranks import run_ranks
 from tests.training.recorded_saves import RecordedSaves
 from tests.training.test_layout import GROUPS_OF_FOUR
 from tests.training.waits import Waits
@@ -187,12 +191,41 @@ def test_lambdas_stand_in_the_order_of_the_layers(start, monkeypatch):
     assert mixtures(state).num_kept == 4, "of all layers"
 
 
+def _mixtures_with_its_own_layers(by_rank):
+    """Of a rank with these (lambda, times it was kept) by layer, and how many objects were gathered for it."""
+    start_world("gloo")
+    gathered, plain = [], dist.all_gather_object
+    dist.all_gather_object = lambda *own, **group: (gathered.append(own), plain(*own, **group))
+    adapters = {
+        name: SimpleNamespace(mix=torch.tensor(mix), num_kept=torch.tensor(kept))
+        for name, (mix, kept) in by_rank[dist.get_rank()].items()
+    }
+    update_module.mixing_adapters = lambda _: adapters
+    state: Any = SimpleNamespace(peft=PeftConfig("hybrid"))
+    layers = update_module.mixed_layers(state)
+    lines = [mixtures(state, layers) for _ in range(3)]
+    stop()
+    return lines[-1], len(gathered)
+
+
+def test_a_log_line_sums_the_lambdas_of_all_ranks_and_gathers_no_objects():
+    """The first two ranks are replicas, the last one a stage without such a layer."""
+    first, second, third = (f"decoder.layers.{layer}.mlp.linear_fc1" for layer in (2, 10, 11))
+    replica = {second: (0.1, 1), first: (0.0, 0)}
+    found = run_ranks(4, _mixtures_with_its_own_layers, [replica, replica, {third: (0.9, 2)}, {}])
+    expected = [(first, 0.0), (second, float(torch.tensor(0.1))), (third, float(torch.tensor(0.9)))]
+    for lambdas, num_gathers in found:
+        assert [*lambdas.by_layer.items()] == expected and lambdas.num_kept == 3
+        assert num_gathers == 1, "the names, at the start"
+
+
 def test_one_log_line_reads_the_lambdas_of_all_layers_at_once(start):
     state, data = start(peft=HYBRID)
     train_step(state, data.train.step_at(0))
+    layers = update_module.mixed_layers(state)
     with Waits() as waits:
-        found = mixtures(state)
-    assert len([one for one in waits.found if "update.py" in one]) == 1, waits.found
+        found = mixtures(state, layers)
+    assert len([one for one in waits.found if "/megatron_peft/" in one]) == 1, waits.found
     assert found.by_layer == {name: float(one.mix) for name, one in mixing_adapters(state).items()}
     assert len(found.by_layer) > 1 and found.num_kept == 0
 

@@ -107,16 +107,19 @@ def test_timers_are_those_of_the_slowest_rank(start, monkeypatch):
     """The other rank is a stage whose forward passes take longer, and which has a phase that this one lacks."""
     state, _ = start(logging={"timing_log_level": "2"})
     watchers = Watchers(state)
+    gathered = []
     monkeypatch.setattr(
-        module,
-        "gather_over_world",
-        lambda own: [own, {"forward-compute": own["forward-compute"] + 6.0, "forward-recv": 4.0}],
+        module, "gather_over_world", lambda own: [gathered.append(own) or own, ["forward-compute", "forward-recv"]]
     )
+    other = torch.tensor([0.0, 8.0, 4.0, 0.0], dtype=torch.float64)  # nothing new, then by name
+    monkeypatch.setattr(module, "largest_over_world", lambda own: torch.maximum(own, other[: len(own)]).tolist())
     timers = watchers._timers._timers
-    timers("forward-compute", log_level=2).set_elapsed(2.0)
-    timers("optimizer", log_level=1).set_elapsed(1.0)
-    expected = {"forward-compute": 4.0, "forward-recv": 2.0, "optimizer": 0.5}
-    assert watchers._timers.record(num_steps=2) == {"timer_seconds": expected}
+    for optimizer_seconds in (1.0, 3.0):
+        timers("forward-compute", log_level=2).set_elapsed(2.0)
+        timers("optimizer", log_level=1).set_elapsed(optimizer_seconds)
+        expected = {"forward-compute": 4.0, "forward-recv": 2.0, "optimizer": optimizer_seconds / 2}
+        assert watchers._timers.record(num_steps=2) == {"timer_seconds": expected}
+    assert gathered == [["forward-compute", "optimizer"]], "names alone, and only when there are new ones"
 
 
 def test_what_happens_in_a_pause_is_not_timed(start, monkeypatch):
@@ -158,7 +161,9 @@ def test_energy_is_that_of_all_gpus_since_the_last_line_without_pauses(monkeypat
 def test_the_slowest_rank_is_named_with_the_seconds_of_its_own_work_in_a_step(monkeypatch):
     clock = iter([0.0, 6.0, 10.0, 11.0])
     monkeypatch.setattr(module.time, "perf_counter", lambda: next(clock))
-    monkeypatch.setattr(module, "gather_over_world", lambda own: [(0.5, "a"), own, (9.0, "c")])
+    monkeypatch.setattr(module, "gather_over_world", lambda own: ["a", own, "c"])
+    monkeypatch.setattr(module, "largest_over_world", lambda own: [0.5, *own.tolist()[1:2], 9.0])
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
     work = OwnWork(LoggingConfig(log_straggler=True))
     with work.of_host():
         pass
