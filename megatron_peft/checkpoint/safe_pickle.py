@@ -39,6 +39,7 @@ METADATA_NAMES = re.compile(
     r"|megatron\.core\.dist_checkpointing\.strategies\.torch\.(MCoreMetadata|MCoreSavePlan)"  # of megatron-core 0.15
 )
 
+MAX_INDEX_BYTES = 1 << 30  # at 16,384 ranks of full fine-tuning it has some 150 MiB
 _MAX_KEY_PARTS = 1000  # of a tuple that is a key of a dict
 _OPCODES = pickle._Unpickler.dispatch  # pyright: ignore[reportAttributeAccessIssue]
 _REFUSED_OPCODES = (pickle.ADDITEMS, pickle.FROZENSET, pickle.BYTEARRAY8, pickle.EXT1, pickle.EXT2, pickle.EXT4)
@@ -126,6 +127,26 @@ def read_metadata(folder: Path) -> Metadata:
             gc.enable()
 
 
+def require_loadable(path: Path, index: Metadata) -> None:
+    """Raises ConfigurationError if an index that was just written to `path` is one that `read_metadata` refuses."""
+    size = path.stat().st_size
+    require(
+        size <= MAX_INDEX_BYTES,
+        f"its index has {size >> 20} MiB, and above {MAX_INDEX_BYTES >> 20} MiB it is not read. Fewer data-parallel "
+        f"ranks cut the optimizer's state into fewer slices, and --no-save-optim leaves it out.",
+    )
+    _require_whole(path, index.state_dict_metadata, index.storage_data)
+
+
+def _require_whole(path: Path, tensors: Mapping[str, Any], places: Mapping[MetadataIndex, _StorageInfo]) -> None:
+    torn = [key for key, tensor in tensors.items() if not _is_whole(key, tensor, places)]
+    require(
+        not torn,
+        f"{path} is damaged: slices are missing from {''.join(torn[:1])} ({len(torn)} of {len(tensors)} tensors). "
+        f"Copy the checkpoint again.",
+    )
+
+
 class BoundedUnpickler(pickle._Unpickler):  # pyright: ignore[reportAttributeAccessIssue]
     """Python's unpickler in Python, which no pickle can crash.
 
@@ -194,7 +215,7 @@ class _IndexUnpickler(BoundedUnpickler):
     """
 
     def __init__(self, path: Path) -> None:
-        super().__init__(io.BytesIO(read_bytes(path)))
+        super().__init__(io.BytesIO(read_bytes(path, MAX_INDEX_BYTES)))
         self._path = path
         self._classes: dict[str, type[Inert]] = {}
 
@@ -226,12 +247,7 @@ class _IndexUnpickler(BoundedUnpickler):
             if type(entry) is not self._classes.get("BytesStorageMetadata")
         }
         places = dict(map(self._place, self._typed(vars(root)["storage_data"], dict).items()))
-        torn = [key for key, tensor in tensors.items() if not _is_whole(key, tensor, places)]
-        require(
-            not torn,
-            f"{self._path} is damaged: slices are missing from {''.join(torn[:1])} ({len(torn)} of {len(tensors)} "
-            f"tensors). Copy the checkpoint again.",
-        )
+        _require_whole(self._path, tensors, places)
         return Metadata(tensors, storage_data={key: place for key, place in places.items() if key.fqn in tensors})  # type: ignore[arg-type]
 
     def _tensor(self, entry: Any) -> TensorStorageMetadata:
