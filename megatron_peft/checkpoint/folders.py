@@ -27,6 +27,7 @@ from megatron_peft.config.untrusted import parse_json, read_text, require_regula
 # CRC-32 finds every flipped byte. It protects against accidents, not against an attacker.
 
 MANIFEST = "manifest.json"
+RANK_OF_FILE = re.compile(r"__(\d{1,6})_")
 FORMAT_VERSION = 1
 _CHUNK_BYTES = 4 * 1024 * 1024
 
@@ -79,6 +80,7 @@ def read_manifest(folder: Path) -> dict[str, FileSum]:
 def damage(checkpoint: Path, share: int = 0, num_shares: int = 1, without: str = "") -> list[str]:
     """What is wrong with a checkpoint's files (of which a rank checks its share), by name; empty if all are whole.
 
+    A rank checks the files of a rank of its number, most of which it reads again to resume: from memory.
     without: part of the names of files that are not looked at.
     """
     try:
@@ -89,7 +91,10 @@ def damage(checkpoint: Path, share: int = 0, num_shares: int = 1, without: str =
         return [f"{MANIFEST} cannot be read: {error}"]
     read = [name for name in files if not (without and without in name)]
     by_size = sorted(read, key=lambda name: (-files[name].size, name))  # large files are dealt out evenly
-    problems = (_damage_of(checkpoint / name, files[name]) for name in by_size[share::num_shares])
+    number_of = {name: number for number, name in enumerate(by_size)}
+    number_of |= {name: int(rank[1]) for name in by_size if (rank := RANK_OF_FILE.match(name))}
+    mine = [name for name in by_size if number_of[name] % num_shares == share]
+    problems = (_damage_of(checkpoint / name, files[name]) for name in mine)
     return [problem for problem in problems if problem]
 
 

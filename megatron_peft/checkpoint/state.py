@@ -18,11 +18,12 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+from safetensors import SafetensorError
 from torch import Tensor
 
 from megatron_peft.checkpoint.run_record import BestValidation
 from megatron_peft.checkpoint.tensors import Sharded, Target, data_of, global_slices, is_whole, master_key
-from megatron_peft.config import PeftConfig, RunConfig
+from megatron_peft.config import ConfigurationError, PeftConfig, RunConfig
 from megatron_peft.config.untrusted import parse_json
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.runtime.launch import gather_over_world
@@ -286,7 +287,10 @@ def restore_random(filled: list[Target]) -> None:
     """Set this rank's generators from the filled `random_targets`."""
     states = {target.slices[0].key.removeprefix(_prefix()): target.tensor for target in filled}
     if ALL in states:
-        states = safetensors.torch.load(bytes(states[ALL].numpy()))
+        try:
+            states = safetensors.torch.load(bytes(states[ALL].numpy()))
+        except SafetensorError as error:
+            raise ConfigurationError(f"the checkpoint's random state is damaged: {error}.") from error
     version, words, gauss = _from_bytes(states["python"])
     random.setstate((version, tuple(words), gauss))
     np.random.set_state(tuple(_from_bytes(states["numpy"])))

@@ -191,30 +191,28 @@ def is_whole(entry: Sharded) -> bool:
 
 
 def read_tensors(targets: Sequence[Target], folder: Path, index: Metadata) -> None:
-    """Fill every rank's tensors in place. What several ranks hold one of them reads and broadcasts. A collective.
+    """Fill every rank's tensors in place. What several ranks hold the first of them reads and broadcasts. A collective.
 
     Ranks that hold the same have their targets in the same order. index: what `read_index` gave this rank.
     Raises ConfigurationError, on every rank, when a file is missing or damaged, or holds a value that is not finite.
     """
     tensor_parallel: Any = parallel_state.get_tensor_model_parallel_group()
     replicas: Any = parallel_state.get_data_parallel_group()
-    num_bytes, readers = [0] * replicas.size(), []
-    for target in targets:
-        # The replica that has read least so far; of tensor-parallel ranks the first.
-        readers.append(num_bytes.index(min(num_bytes)) if target.is_on_all_replicas else replicas.rank())
-        num_bytes[readers[-1]] += target.tensor.nbytes * target.is_on_all_replicas
+    # At the layout that wrote the checkpoint these ranks wrote the values, and have just verified those files: the node
+    # still has them in memory.
     own = [
         tensor
-        for target, reader in zip(targets, readers, strict=True)
+        for target in targets
+        if (replicas.rank() == 0 or not target.is_on_all_replicas)
+        and (tensor_parallel.rank() == 0 or not target.is_on_all_tensor_ranks)
         for tensor in target.slices
-        if reader == replicas.rank() and not (target.is_on_all_tensor_ranks and tensor_parallel.rank())
     ]
     checked_together(lambda: _read(own, folder, index))
-    for target, reader in zip(targets, readers, strict=True):
+    for target in targets:
         values = target.tensor.detach().view(-1)
-        if target.is_on_all_replicas and not (target.is_on_all_tensor_ranks and tensor_parallel.rank()):
-            start_broadcast(values, reader, replicas)()
-        if target.is_on_all_tensor_ranks:
+        if target.is_on_all_replicas:
+            start_broadcast(values, 0, replicas)()
+        if target.is_on_all_tensor_ranks:  # the first has its values by now
             start_broadcast(values, 0, tensor_parallel)()
 
 

@@ -95,7 +95,7 @@ def test_old_checkpoints_are_removed_while_the_run_goes_on_and_before_it_ends(al
     for iteration in (1, 2):
         publish(start_draft(tmp_path / f"iter_{iteration:07d}"), tmp_path, iteration)
     may_remove, rmtree = threading.Event(), shutil.rmtree
-    monkeypatch.setattr(shutil, "rmtree", lambda *args, **words: may_remove.wait() and rmtree(*args, **words))
+    monkeypatch.setattr(shutil, "rmtree", lambda *args, **words: may_remove.wait(10) and rmtree(*args, **words))
     settings = CheckpointConfig(save=str(tmp_path), load=str(tmp_path), keep_last_checkpoints=1)
     record = SimpleNamespace(config=SimpleNamespace(checkpoint=settings))
     draft = SimpleNamespace(complete=lambda: None, record=record, iteration=2, best_iteration=None)
