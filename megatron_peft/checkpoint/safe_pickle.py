@@ -11,7 +11,8 @@ import pickle
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar
@@ -112,16 +113,24 @@ def read_metadata(folder: Path) -> Metadata:
     """
     path = folder / ".metadata"
     unpickler = _IndexUnpickler(path)
-    was_enabled = gc.isenabled()
-    gc.disable()  # millions of objects that all stay: collecting them again and again takes longer than making them
     try:
-        return unpickler.index()
+        with without_collection():
+            return unpickler.index()
     except ConfigurationError:
         raise
     except Exception as error:  # noqa: BLE001 - a torn pickle raises anything
         raise ConfigurationError(
             f"{path} cannot be read: {type(error).__name__}: {error}. Copy the checkpoint again."
         ) from error
+
+
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """For millions of objects that all stay: collecting them again and again takes longer than making them."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
     finally:
         if was_enabled:
             gc.enable()

@@ -20,7 +20,7 @@ from megatron_peft.checkpoint.run_record import ADAPTER_CONFIG, RunRecord, finge
 from megatron_peft.checkpoint.state import TrainingState, optimizer_tensors, random_tensors, steps_of, whole_parameters
 from megatron_peft.checkpoint.tensors import RankFiles, Sharded, Written, global_slices
 from megatron_peft.config import CheckpointConfig, ConfigurationError, require
-from megatron_peft.parallel.collectives import from_first_rank
+from megatron_peft.parallel.collectives import from_first_rank, gathered_by_first_rank
 from megatron_peft.runtime.failure import lost_a_rank
 from megatron_peft.runtime.launch import SideChannel, device_setter, gather_over_world
 
@@ -52,7 +52,7 @@ class DraftedCheckpoint:
         Raises CheckpointNotSaved, on every rank: earlier checkpoints are untouched, and the draft is removed.
         """
         with _as_not_saved(self.folder, self.iteration, self.draft):
-            self.files.write_together(self._publish, self.channel)
+            gathered_by_first_rank(self.files.write, self._publish, self.channel)
         return folders.iteration_folder(self.folder, self.iteration)
 
     def _publish(self, by_rank: Sequence[Written]) -> None:
@@ -180,7 +180,7 @@ def write_new_folder(written: Sequence[ShardedTensor], folder: Path) -> None:
             folders.write_manifest(draft, sums)
             folders.publish_draft(draft, folder, sums)
 
-        files.write_together(finish)
+        gathered_by_first_rank(files.write, finish)
     except ConfigurationError:
         if dist.get_rank() == 0:
             shutil.rmtree(draft, ignore_errors=True)

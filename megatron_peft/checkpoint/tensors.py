@@ -1,7 +1,7 @@
 """Write and read tensors in megatron-core's `torch_dist` format; each rank handles its own slices."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,11 +23,11 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_peft.adapters.attach import all_names, linear_layers
 from megatron_peft.checkpoint.folders import INDEX, OPTIMIZER_FILE, FileSum, measure
-from megatron_peft.checkpoint.safe_pickle import plain_reason, read_metadata, require_loadable
+from megatron_peft.checkpoint.safe_pickle import plain_reason, read_metadata, require_loadable, without_collection
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.config.untrusted import require_finite
-from megatron_peft.parallel.collectives import from_first_rank_by_stage, gathered_by_first_rank, start_broadcast
-from megatron_peft.runtime.launch import SideChannel, checked_together
+from megatron_peft.parallel.collectives import from_first_rank_by_stage, start_broadcast
+from megatron_peft.runtime.launch import checked_together
 
 Sharded = ShardedTensor | ShardedTensorFactory
 
@@ -98,27 +98,18 @@ class RankFiles:
             planner = core.MCoreSavePlanner(flatten_state_dict=False)
             planner.set_up_planner(core.mcore_to_pyt_state_dict(_by_key(self._own)))
             plan = planner.create_local_plan()
-            # What few exports read has a file of its own.
-            for_all = [item for item in plan.items if not item.index.fqn.startswith(NOT_PARAMETERS)]
-            for_resume = [item for item in plan.items if item.index.fqn.startswith(NOT_PARAMETERS)]
+            data: dict[Any, Any] = {item.index: item.tensor_data for item in plan.items}
             slices = []
-            for kind, items in (("_", for_all), (OPTIMIZER_FILE, for_resume)):
+            for kind, is_parameter in (("_", True), (OPTIMIZER_FILE, False)):  # few exports read the second file
+                items = [one for one in plan.items if one.index.fqn.startswith(NOT_PARAMETERS) != is_parameter]
                 of_file = replace(plan, items=items, storage_data=_StoragePrefix(f"__{dist.get_rank()}{kind}"))
                 results = self._writer.write_data(of_file, planner).value() if items else []
-                written: dict[Any, Any] = {item.index: item.tensor_data for item in items}
-                slices += [_written_slice(result, written[result.index]) for result in results]
+                slices += [_written_slice(result, data[result.index]) for result in results]
             return Written(slices, {name: measure(self.folder / name) for name in {one.file for one in slices}})
-
-    def write_together(self, publish: Callable[[list[Written]], None], channel: SideChannel | None = None) -> None:
-        """`write` on all ranks, then `publish` on the first, with what each has written. A collective, for any thread.
-
-        All ranks wait until it is published. Raises ConfigurationError, on every rank, if either fails on any.
-        """
-        gathered_by_first_rank(self.write, publish, channel)
 
     def complete(self, by_rank: Sequence[Written]) -> dict[str, FileSum]:
         """Write the files common to all ranks, on the first rank. Returns the sums of all ranks' files, by name."""
-        with _write_errors(self.folder):
+        with _write_errors(self.folder), without_collection():
             index = Metadata({})
             self._writer.finish(index, [_joined(index.state_dict_metadata, written.slices) for written in by_rank])
             require_loadable(self.folder / INDEX, index)

@@ -59,7 +59,7 @@ class RankDispatcher:
 
     def _broadcast(self, message: Any) -> Any:
         messages = [message]
-        self._channel.tell(None)
+        self._channel.tell(None)  # here the others wait
         if dist.get_world_size() > 1:
             dist.broadcast_object_list(messages, src=0)
         return messages[0]
