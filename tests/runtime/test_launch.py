@@ -180,6 +180,7 @@ def messages_of_a_rank(_: None) -> dict[str, Any]:
     for number in range(3):
         time.sleep(0.2 * (rank == 0))  # the others would find what is left of the first
         found["second"].append(second.tell(f"told by {rank}: {number} again"))
+    dist.barrier()  # the store ends with the first rank
     return found
 
 
