@@ -228,5 +228,8 @@ def test_restored_generators_repeat_their_numbers_and_belong_to_a_layout(alone, 
         target.tensor.copy_(stored[target.slices[0].key])
     restore_random(targets)
     assert draws() == first
+    targets[0].tensor.zero_()
+    with pytest.raises(ConfigurationError, match="the checkpoint's random state"):
+        restore_random(targets)
     monkeypatch.setattr(parallel_state, "get_tensor_model_parallel_world_size", lambda: 2)
     assert random_targets({key: tuple(data.shape) for key, data in stored.items()}) == []
