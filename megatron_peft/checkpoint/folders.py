@@ -11,7 +11,7 @@ import socket
 import stat
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +27,7 @@ from megatron_peft.config.untrusted import parse_json, read_text, require_regula
 # CRC-32 finds every flipped byte. It protects against accidents, not against an attacker.
 
 MANIFEST = "manifest.json"
+RANK_OF_FILE = re.compile(r"__(\d{1,6})_")
 FORMAT_VERSION = 1
 _CHUNK_BYTES = 4 * 1024 * 1024
 
@@ -76,16 +77,24 @@ def read_manifest(folder: Path) -> dict[str, FileSum]:
     return files
 
 
-def damage(checkpoint: Path, share: int = 0, num_shares: int = 1) -> list[str]:
-    """What is wrong with a checkpoint's files (of which a rank checks its share), by name; empty if all are whole."""
+def damage(checkpoint: Path, share: int = 0, num_shares: int = 1, without: str = "") -> list[str]:
+    """What is wrong with a checkpoint's files (of which a rank checks its share), by name; empty if all are whole.
+
+    A rank checks the files of a rank of its number, most of which it reads again to resume: from memory.
+    without: part of the names of files that are not looked at.
+    """
     try:
         files = read_manifest(checkpoint)
     except ConfigurationError as error:
         return [str(error).removeprefix(f"{checkpoint}/").removesuffix(".")]
     except ValueError as error:
         return [f"{MANIFEST} cannot be read: {error}"]
-    by_size = sorted(files, key=lambda name: (-files[name].size, name))  # large files are dealt out evenly
-    problems = (_damage_of(checkpoint / name, files[name]) for name in by_size[share::num_shares])
+    read = [name for name in files if not (without and without in name)]
+    by_size = sorted(read, key=lambda name: (-files[name].size, name))  # large files are dealt out evenly
+    number_of = {name: number for number, name in enumerate(by_size)}
+    number_of |= {name: int(rank[1]) for name in by_size if (rank := RANK_OF_FILE.match(name))}
+    mine = [name for name in by_size if number_of[name] % num_shares == share]
+    problems = (_damage_of(checkpoint / name, files[name]) for name in mine)
     return [problem for problem in problems if problem]
 
 
@@ -122,6 +131,7 @@ logger = logging.getLogger(__name__)
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RECORD = "run_record.json"  # part of every checkpoint
+OPTIMIZER_FILE = "_optimizer_"  # in the names of tensor files that only a resumed run needs
 BEST = "best"
 MOST_DIGITS = 18  # of an iteration
 
@@ -192,7 +202,7 @@ def publish(draft: Path, folder: Path, iteration: int, known: Mapping[str, FileS
     # Everything that needs disk space comes first: on a full disk nothing has been renamed yet.
     write_manifest(draft, known or {})
     # A rename may reach the disk before the contents of the files, so those are synced first.
-    sync_folder(draft)
+    sync_folder(draft, known or {})
     tracker = write_beside(folder / TRACKER, f"{iteration}\n")
     # Killed up to here: an ignored draft is left, and the tracker names the previous checkpoint.
     checkpoint = iteration_folder(folder, iteration)
@@ -235,7 +245,7 @@ def _linked_name(link: Path) -> str:
 
 
 def keep_last(folder: Path, iteration: int, num_kept: int, best: int | None = None) -> None:
-    """Remove all but the last `num_kept` checkpoints up to `iteration`, which was just published.
+    """Remove all but the last `num_kept` checkpoints up to `iteration`, which was published. May run in any thread.
 
     The one of iteration `best` is kept, and what the link `best` names. Checkpoints of later iterations are kept: the
     run was resumed from an earlier one. Failures are logged.
@@ -290,9 +300,9 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def sync_folder(folder: Path) -> None:
-    """Flush the contents of all files in a folder to disk, and their names."""
-    for path in (*_written(folder), folder):
+def sync_folder(folder: Path, synced: Container[str] = ()) -> None:
+    """Flush the contents of all files in a folder to disk, but those that their writers have synced; and all names."""
+    for path in (*(path for path in _written(folder) if path.name not in synced), folder):
         sync(path)
 
 
@@ -304,9 +314,9 @@ def start_draft(place: Path) -> Path:
     return draft
 
 
-def publish_draft(draft: Path, place: Path) -> None:
+def publish_draft(draft: Path, place: Path, synced: Container[str] = ()) -> None:
     """Give a written draft its name, when all of it is on the disk. OSError: a folder with files has this name."""
-    sync_folder(draft)
+    sync_folder(draft, synced)
     draft.rename(place)
     sync(place.parent)
 

@@ -11,7 +11,8 @@ import pickle
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar
@@ -39,6 +40,7 @@ METADATA_NAMES = re.compile(
     r"|megatron\.core\.dist_checkpointing\.strategies\.torch\.(MCoreMetadata|MCoreSavePlan)"  # of megatron-core 0.15
 )
 
+MAX_INDEX_BYTES = 1 << 30  # at 16,384 ranks of full fine-tuning it has some 150 MiB
 _MAX_KEY_PARTS = 1000  # of a tuple that is a key of a dict
 _OPCODES = pickle._Unpickler.dispatch  # pyright: ignore[reportAttributeAccessIssue]
 _REFUSED_OPCODES = (pickle.ADDITEMS, pickle.FROZENSET, pickle.BYTEARRAY8, pickle.EXT1, pickle.EXT2, pickle.EXT4)
@@ -111,19 +113,47 @@ def read_metadata(folder: Path) -> Metadata:
     """
     path = folder / ".metadata"
     unpickler = _IndexUnpickler(path)
-    was_enabled = gc.isenabled()
-    gc.disable()  # millions of objects that all stay: collecting them again and again takes longer than making them
     try:
-        return unpickler.index()
+        with without_collection():
+            return unpickler.index()
     except ConfigurationError:
         raise
     except Exception as error:  # noqa: BLE001 - a torn pickle raises anything
         raise ConfigurationError(
             f"{path} cannot be read: {type(error).__name__}: {error}. Copy the checkpoint again."
         ) from error
+
+
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """For millions of objects that all stay: collecting them again and again takes longer than making them."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
     finally:
         if was_enabled:
             gc.enable()
+
+
+def require_loadable(path: Path, index: Metadata) -> None:
+    """Raises ConfigurationError if an index that was just written to `path` is one that `read_metadata` refuses."""
+    size = path.stat().st_size
+    require(
+        size <= MAX_INDEX_BYTES,
+        f"its index has {size >> 20} MiB, and above {MAX_INDEX_BYTES >> 20} MiB it is not read. Fewer data-parallel "
+        f"ranks cut the optimizer's state into fewer slices, and --no-save-optim leaves it out.",
+    )
+    _require_whole(path, index.state_dict_metadata, index.storage_data)
+
+
+def _require_whole(path: Path, tensors: Mapping[str, Any], places: Mapping[MetadataIndex, _StorageInfo]) -> None:
+    torn = [key for key, tensor in tensors.items() if not _is_whole(key, tensor, places)]
+    require(
+        not torn,
+        f"{path} is damaged: slices are missing from {''.join(torn[:1])} ({len(torn)} of {len(tensors)} tensors). "
+        f"Copy the checkpoint again.",
+    )
 
 
 class BoundedUnpickler(pickle._Unpickler):  # pyright: ignore[reportAttributeAccessIssue]
@@ -194,7 +224,7 @@ class _IndexUnpickler(BoundedUnpickler):
     """
 
     def __init__(self, path: Path) -> None:
-        super().__init__(io.BytesIO(read_bytes(path)))
+        super().__init__(io.BytesIO(read_bytes(path, MAX_INDEX_BYTES)))
         self._path = path
         self._classes: dict[str, type[Inert]] = {}
 
@@ -226,12 +256,7 @@ class _IndexUnpickler(BoundedUnpickler):
             if type(entry) is not self._classes.get("BytesStorageMetadata")
         }
         places = dict(map(self._place, self._typed(vars(root)["storage_data"], dict).items()))
-        torn = [key for key, tensor in tensors.items() if not _is_whole(key, tensor, places)]
-        require(
-            not torn,
-            f"{self._path} is damaged: slices are missing from {''.join(torn[:1])} ({len(torn)} of {len(tensors)} "
-            f"tensors). Copy the checkpoint again.",
-        )
+        _require_whole(self._path, tensors, places)
         return Metadata(tensors, storage_data={key: place for key, place in places.items() if key.fqn in tensors})  # type: ignore[arg-type]
 
     def _tensor(self, entry: Any) -> TensorStorageMetadata:

@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import logging
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -17,10 +18,11 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron_peft.checkpoint import folders, tensors
 from megatron_peft.checkpoint.run_record import ADAPTER_CONFIG, RunRecord, fingerprint
 from megatron_peft.checkpoint.state import TrainingState, optimizer_tensors, random_tensors, steps_of, whole_parameters
-from megatron_peft.checkpoint.tensors import PlannedFiles, Sharded, Written, global_slices
+from megatron_peft.checkpoint.tensors import RankFiles, Sharded, Written, global_slices
 from megatron_peft.config import CheckpointConfig, ConfigurationError, require
-from megatron_peft.parallel.collectives import from_first_rank
-from megatron_peft.runtime.launch import device_setter
+from megatron_peft.parallel.collectives import from_first_rank, gathered_by_first_rank
+from megatron_peft.runtime.failure import lost_a_rank
+from megatron_peft.runtime.launch import SideChannel, device_setter, gather_over_world
 
 logger = logging.getLogger(__name__)
 
@@ -31,13 +33,13 @@ class CheckpointNotSaved(ConfigurationError):
 
 @dataclasses.dataclass(frozen=True)
 class DraftedCheckpoint:
-    """A checkpoint that all ranks have planned, ready to be written."""
+    """A checkpoint that is ready to be written."""
 
     folder: Path
     draft: Path
-    files: PlannedFiles
+    files: RankFiles
     record: RunRecord
-    group: dist.ProcessGroup | None
+    channel: SideChannel | None
 
     @property
     def iteration(self) -> int:
@@ -45,12 +47,12 @@ class DraftedCheckpoint:
         return self.record.position["iteration"]
 
     def complete(self) -> Path:
-        """Write this rank's files; when all have, the first publishes. Returns the checkpoint. A collective of `group`.
+        """Write this rank's files; when all have, the first publishes. Returns the checkpoint. A collective.
 
         Raises CheckpointNotSaved, on every rank: earlier checkpoints are untouched, and the draft is removed.
         """
         with _as_not_saved(self.folder, self.iteration, self.draft):
-            self.files.write_together(self._publish, self.group)
+            gathered_by_first_rank(self.files.write, self._publish, self.channel)
         return folders.iteration_folder(self.folder, self.iteration)
 
     def _publish(self, by_rank: Sequence[Written]) -> None:
@@ -67,21 +69,23 @@ class DraftedCheckpoint:
                 folders.write_atomically(beside, adapter_config)
             except OSError as error:
                 logger.warning("%s cannot be written: %s", beside, error)
-        settings, best = self.record.config.checkpoint, self.record.best
-        best_iteration = best.iteration if settings.keep_best and best.loss is not None else None
-        if best_iteration is not None:
-            folders.link_best(self.folder, best_iteration)
-        if settings.keep_last_checkpoints is not None:
-            folders.keep_last(self.folder, self.iteration, settings.keep_last_checkpoints, best_iteration)
+        if self.best_iteration is not None:
+            folders.link_best(self.folder, self.best_iteration)
+
+    @property
+    def best_iteration(self) -> int | None:
+        """That of the lowest validation loss, with --keep-best."""
+        best = self.record.best
+        return best.iteration if self.record.config.checkpoint.keep_best and best.loss is not None else None
 
 
 def draft_checkpoint(
-    state: TrainingState, snapshot: bool = False, group: dist.ProcessGroup | None = None
+    state: TrainingState, snapshot: bool = False, channel: SideChannel | None = None
 ) -> DraftedCheckpoint:
-    """Plan a checkpoint of the current state; `complete` writes it. A collective.
+    """A checkpoint of the current state; `complete` writes it. A collective.
 
     snapshot: copy the state, so that the run may go on before the files are written.
-    group: all ranks; a gloo group for this purpose alone if `complete` runs in a thread.
+    channel: for `complete` in a thread beside the main one.
     Raises CheckpointNotSaved on every rank.
     """
     assert state.config.checkpoint.save is not None
@@ -92,8 +96,8 @@ def draft_checkpoint(
     with _as_not_saved(folder, iteration):
         draft = from_first_rank(lambda: folders.start_draft(folders.iteration_folder(folder, iteration)))
     with _as_not_saved(folder, iteration, draft), whole_parameters(state.model_chunks):
-        files = PlannedFiles(tensors_to_save(state, entries), draft, snapshot)
-    return DraftedCheckpoint(folder, draft, files, record, group)
+        files = RankFiles(tensors_to_save(state, entries), draft, snapshot)
+    return DraftedCheckpoint(folder, draft, files, record, channel)
 
 
 @contextmanager
@@ -169,13 +173,14 @@ def write_new_folder(written: Sequence[ShardedTensor], folder: Path) -> None:
 
     draft = from_first_rank(start)
     try:
-        files = PlannedFiles(written, draft)
+        files = RankFiles(written, draft)
 
         def finish(by_rank: Sequence[Written]) -> None:
-            folders.write_manifest(draft, files.complete(by_rank))
-            folders.publish_draft(draft, folder)
+            sums = files.complete(by_rank)
+            folders.write_manifest(draft, sums)
+            folders.publish_draft(draft, folder, sums)
 
-        files.write_together(finish)
+        gathered_by_first_rank(files.write, finish)
     except ConfigurationError:
         if dist.get_rank() == 0:
             shutil.rmtree(draft, ignore_errors=True)
@@ -183,10 +188,13 @@ def write_new_folder(written: Sequence[ShardedTensor], folder: Path) -> None:
 
 
 # With --async-save a save copies the tensors and the run continues; a thread on each rank writes the files. The threads
-# agree through a group of their own, since training uses the others, and rank 0 publishes.
+# agree through a channel of their own, since training uses the groups, and rank 0 publishes. In another thread rank 0
+# removes old checkpoints.
 
-# How much ranks may differ in the time they take to write. A rank that dies is noticed at once.
-_GROUP_TIMEOUT = datetime.timedelta(hours=6)
+# How much ranks may differ in the time they take to write. A rank that dies is noticed by the world, in training and as
+# `Saver.finish` waits.
+_WRITING_TIMEOUT = datetime.timedelta(hours=6)
+_POLL_SECONDS = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,14 +218,15 @@ class Saver:
         self._folder = Path(settings.save or "")
         self._lock: folders.FolderLock | None = None
         self._executor: ThreadPoolExecutor | None = None
-        self._group: dist.ProcessGroup | None = None
+        self._channel: SideChannel | None = None
+        self._remover = ThreadPoolExecutor(1, thread_name_prefix="removal")
         self._pending: tuple[int, Future[Any]] | None = None
         if settings.save is None:
             return
         from_first_rank(lambda: self._take(settings.load, settings.finetune))
         if settings.async_save:
             self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint", initializer=device_setter())
-            self._group = dist.new_group(backend="gloo", timeout=_GROUP_TIMEOUT)  # type: ignore[assignment]
+            self._channel = SideChannel(_WRITING_TIMEOUT)
 
     def start(self, state: TrainingState) -> None:
         """Save the current state: write it before returning or, with --async-save, copy it and write in a thread.
@@ -230,17 +239,34 @@ class Saver:
         try:
             if problem := from_first_rank(self._folder_problem):
                 raise CheckpointNotSaved(problem)
-            draft = draft_checkpoint(state, snapshot=self._executor is not None, group=self._group)
+            draft = draft_checkpoint(state, snapshot=self._executor is not None, channel=self._channel)
             if self._executor is None:
-                save.set_result(draft.complete())
+                save.set_result(self._complete(draft))
             else:
-                save = self._executor.submit(draft.complete)
+                save = self._executor.submit(self._complete, draft)
         except CheckpointNotSaved as error:
             save.set_exception(error)
         self._pending = state.position.iteration, save
 
+    def _complete(self, draft: DraftedCheckpoint) -> None:
+        draft.complete()
+        num_kept = draft.record.config.checkpoint.keep_last_checkpoints
+        if num_kept is not None and dist.get_rank() == 0:
+            self._remover.submit(folders.keep_last, self._folder, draft.iteration, num_kept, draft.best_iteration)
+
     def finish(self, wait: bool = True) -> SaveOutcome | None:
-        """The outcome of the last `start`; None if there was none, or without `wait` if it is still being written."""
+        """The outcome of the last `start`; None if there was none, or without `wait` if it is still being written.
+
+        With `wait` a collective. Meanwhile a rank that dies is noticed, as in a step.
+        """
+        while wait and self._channel is not None:
+            is_done = self._pending is None or self._pending[1].done()
+            if all(gather_over_world(is_done)):
+                break
+            time.sleep(_POLL_SECONDS)
+        return self._outcome(wait)
+
+    def _outcome(self, wait: bool) -> SaveOutcome | None:
         if self._pending is None or not (wait or self._pending[1].done()):
             return None
         (iteration, save), self._pending = self._pending, None
@@ -255,8 +281,9 @@ class Saver:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        is_lost = lost_a_rank(error)  # what that rank has not written yet never comes
         try:
-            outcome = self.finish()
+            outcome = self._outcome(wait=not is_lost)  # no collective: one rank alone may have failed
             if outcome is not None and outcome.error is not None:
                 logger.error("%s", outcome.error)
         except Exception as failure:
@@ -265,7 +292,8 @@ class Saver:
             logger.error("the pending checkpoint is lost: %s", failure)  # the run raises its own error
         finally:
             if self._executor is not None:
-                self._executor.shutdown()
+                self._executor.shutdown(wait=not is_lost)
+            self._remover.shutdown()
             if self._lock is not None:
                 self._lock.release()
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
+import safetensors.torch
 import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
@@ -17,11 +18,12 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+from safetensors import SafetensorError
 from torch import Tensor
 
 from megatron_peft.checkpoint.run_record import BestValidation
-from megatron_peft.checkpoint.tensors import Sharded, data_of, global_slices, master_key
-from megatron_peft.config import PeftConfig, RunConfig
+from megatron_peft.checkpoint.tensors import Sharded, Target, data_of, global_slices, is_whole, master_key
+from megatron_peft.config import ConfigurationError, PeftConfig, RunConfig
 from megatron_peft.config.untrusted import parse_json
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.runtime.launch import gather_over_world
@@ -184,7 +186,7 @@ def optimizer_tensors(optimizer: MegatronOptimizer, entries: Sequence[Sharded]) 
 
 def optimizer_targets(
     optimizer: MegatronOptimizer, entries: Sequence[Sharded], stored: Mapping[str, Any]
-) -> list[ShardedTensor]:
+) -> list[Target]:
     """What to read into this rank's optimizer; allocates zeros for every moment that is stored.
 
     A float32 copy that is not stored is read from the parameter's own tensor, which a float32 run wrote.
@@ -194,7 +196,8 @@ def optimizer_targets(
         moments = [name for name in MOMENTS if _moment_key(name, entry.key) in stored]
         param.state.update({name: torch.zeros_like(param.master, requires_grad=False) for name in moments})
         for key, tensor in _state_tensors(param, entry.key):
-            targets += _slices_of_state(param, entry, key if key in stored else entry.key, tensor)
+            slices = [*_slices_of_state(param, entry, key if key in stored else entry.key, tensor)]
+            targets.append(Target(tensor, slices, not param.is_sharded, is_whole(entry)))
     return targets
 
 
@@ -249,11 +252,14 @@ def set_steps(optimizer: MegatronOptimizer, entries: Sequence[Sharded], steps: M
 
 # Random generators of every rank: Python's, numpy's, torch's (CPU and GPU) and megatron-core's tracker.
 #
-#     rng.<rank>.<name>      bytes; <rank> names the tensor-, pipeline- and data-parallel rank
+#     rng.<rank>.all         all of them by name, as a safetensors file; <rank> names the tensor-, pipeline- and
+#                            data-parallel rank
+#     rng.<rank>.<name>      in old checkpoints: bytes of one of them
 #
 # They belong to a layout: at another one a run keeps the generators of its own seed.
 
 TRACKER = "tracker."
+ALL = "all"
 
 
 def random_tensors() -> list[ShardedTensor]:
@@ -267,18 +273,24 @@ def random_tensors() -> list[ShardedTensor]:
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
     states |= {f"{TRACKER}{name}": state.cpu() for name, state in _tracker().get_states().items()}
-    return [ShardedTensor.from_rank_offsets(f"{_prefix()}{name}", state) for name, state in states.items()]
+    packed = torch.frombuffer(bytearray(safetensors.torch.save(states)), dtype=torch.uint8)
+    return [ShardedTensor.from_rank_offsets(f"{_prefix()}{ALL}", packed)]
 
 
-def random_targets(stored: Mapping[str, tuple[int, ...]]) -> list[ShardedTensor]:
+def random_targets(stored: Mapping[str, tuple[int, ...]]) -> list[Target]:
     """Buffers for this rank's stored generators; none if they were stored at another layout."""
-    keys = sorted(key for key in stored if key.startswith(_prefix()))
-    return [ShardedTensor.from_rank_offsets(key, torch.zeros(stored[key], dtype=torch.uint8)) for key in keys]
+    buffers = {key: torch.zeros(stored[key], dtype=torch.uint8) for key in sorted(stored) if key.startswith(_prefix())}
+    return [Target(one, [ShardedTensor.from_rank_offsets(key, one)], False, False) for key, one in buffers.items()]
 
 
-def restore_random(filled: list[ShardedTensor]) -> None:
+def restore_random(filled: list[Target]) -> None:
     """Set this rank's generators from the filled `random_targets`."""
-    states = {tensor.key.removeprefix(_prefix()): data_of(tensor) for tensor in filled}
+    states = {target.slices[0].key.removeprefix(_prefix()): target.tensor for target in filled}
+    if ALL in states:
+        try:
+            states = safetensors.torch.load(bytes(states[ALL].numpy()))
+        except SafetensorError as error:
+            raise ConfigurationError(f"the checkpoint's random state is damaged: {error}.") from error
     version, words, gauss = _from_bytes(states["python"])
     random.setstate((version, tuple(words), gauss))
     np.random.set_state(tuple(_from_bytes(states["numpy"])))

@@ -1,8 +1,7 @@
 """Write and read tensors in megatron-core's `torch_dist` format; each rank handles its own slices."""
 
-import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -12,20 +11,22 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as torch_checkpoint
 from megatron.core import parallel_state
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, CheckpointingException, save_config
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensor, ShardedTensorFactory, is_main_replica
 from megatron.core.dist_checkpointing.strategies import torch as core
 from torch import Tensor, nn
-from torch.distributed.checkpoint import Metadata, ReadItem, SavePlan, SavePlanner, TensorStorageMetadata
+from torch.distributed.checkpoint import Metadata, ReadItem, TensorStorageMetadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo, _StoragePrefix
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData
 from torch.distributed.checkpoint.storage import WriteResult
-from torch.futures import Future
 
 from megatron_peft.adapters.attach import all_names, linear_layers
-from megatron_peft.checkpoint.folders import FileSum, measure
-from megatron_peft.checkpoint.safe_pickle import plain_reason, read_metadata
+from megatron_peft.checkpoint.folders import INDEX, OPTIMIZER_FILE, FileSum, measure
+from megatron_peft.checkpoint.safe_pickle import plain_reason, read_metadata, require_loadable, without_collection
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.config.untrusted import require_finite
-from megatron_peft.parallel.collectives import from_first_rank
+from megatron_peft.parallel.collectives import from_first_rank_by_stage, start_broadcast
 from megatron_peft.runtime.launch import checked_together
 
 Sharded = ShardedTensor | ShardedTensorFactory
@@ -52,71 +53,90 @@ def with_data(sharded: Sharded, data: Tensor) -> Sharded:
     return replace(sharded, data=data, **own_type)
 
 
-class Written(NamedTuple):
-    """What a rank has written: the place of each tensor, and size and checksum of each file, by name."""
+class WrittenSlice(NamedTuple):
+    """A slice of a global tensor, and the bytes of a file that hold it. torch's own classes take long to send."""
 
-    results: list[WriteResult]
+    key: str
+    dtype: torch.dtype
+    global_shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    file: str
+    start: int
+    length: int
+
+
+class Written(NamedTuple):
+    """What a rank has written: its slices, and size and checksum of each file, by name."""
+
+    slices: list[WrittenSlice]
     sums: dict[str, FileSum]
 
 
-class PlannedFiles(torch_checkpoint.FileSystemWriter):
-    """A write that all ranks have planned. Of replicated tensors only the first copy is written.
+class RankFiles:
+    """This rank's files of a checkpoint. Of replicated tensors only the first copy is written.
 
-    torch plans in the constructor, a collective; `write` and `complete` are none, and may run in a thread.
+    A rank plans alone: slices that are first copies never overlap, and `complete` refuses an index in which they do.
 
     torch's writer, not megatron-core's: it makes no copies, starts no processes, and reports a failed rank to all,
     where megatron-core's leaves the other ranks waiting if the disk fills up during the common file or the metadata.
 
     snapshot: copy the tensors to CPU memory now, so that training may change them before they are written.
-    Raises ConfigurationError, on every rank, if planning failed on any.
+    The constructor is a collective. Raises ConfigurationError, on every rank, if no copy could be made on any.
     """
 
     def __init__(self, tensors: Iterable[ShardedTensor], folder: Path, snapshot: bool = False) -> None:
-        # One thread: torch's writer drops exceptions of the others, and the tensors that they have not written.
-        super().__init__(folder, thread_count=1, sync_files=True)
         own = [tensor for tensor in tensors if is_main_replica(tensor.replica_id)]
-        own = checked_together(lambda: _copies(own) if snapshot else own)
+        self._own = checked_together(lambda: _copies(own) if snapshot else own)
         self.folder = folder
-        planner = core.MCoreSavePlanner(flatten_state_dict=False)
-        with _library_errors(f"{folder} could not be written"):
-            torch_checkpoint.save(core.mcore_to_pyt_state_dict(_by_key(own)), storage_writer=self, planner=planner)
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """torch calls it when all is planned. Nothing is written yet."""
-        self._plan, self._planner = plan, planner
-        nothing_written: Future[list[WriteResult]] = Future()
-        nothing_written.set_result([])
-        return nothing_written
-
-    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """torch calls it at the end of its plan."""
-        self._metadata = metadata
+        # One thread: torch's writer drops exceptions of the others, and the tensors that they have not written.
+        self._writer = torch_checkpoint.FileSystemWriter(folder, thread_count=1, sync_files=True)
 
     def write(self) -> Written:
         """Write this rank's files and sync them to disk. Raises ConfigurationError if that fails."""
         with _write_errors(self.folder):
-            results = super().write_data(self._plan, self._planner).value()
-            names = {result.storage_data.relative_path for result in results}
-            return Written(results, {name: measure(self.folder / name) for name in names})
-
-    def write_together(
-        self, publish: Callable[[Sequence[Written]], None], group: dist.ProcessGroup | None = None
-    ) -> None:
-        """`write` on all ranks, then `publish` on the first, with what each has written. A collective of `group`."""
-        # All ranks wait here until all files are on disk: what is published is complete.
-        own = checked_together(self.write, group)
-        by_rank: list[Written] | None = [own] * dist.get_world_size() if dist.get_rank() == 0 else None
-        dist.gather_object(own, by_rank, dst=0, group=group)
-        # The other ranks wait, so that "saved" means published on every rank.
-        from_first_rank(lambda: publish(by_rank or []), group)
+            planner = core.MCoreSavePlanner(flatten_state_dict=False)
+            planner.set_up_planner(core.mcore_to_pyt_state_dict(_by_key(self._own)))
+            plan = planner.create_local_plan()
+            data: dict[Any, Any] = {item.index: item.tensor_data for item in plan.items}
+            slices = []
+            for kind, is_parameter in (("_", True), (OPTIMIZER_FILE, False)):  # few exports read the second file
+                items = [one for one in plan.items if one.index.fqn.startswith(NOT_PARAMETERS) != is_parameter]
+                of_file = replace(plan, items=items, storage_data=_StoragePrefix(f"__{dist.get_rank()}{kind}"))
+                results = self._writer.write_data(of_file, planner).value() if items else []
+                slices += [_written_slice(result, data[result.index]) for result in results]
+            return Written(slices, {name: measure(self.folder / name) for name in {one.file for one in slices}})
 
     def complete(self, by_rank: Sequence[Written]) -> dict[str, FileSum]:
         """Write the files common to all ranks, on the first rank. Returns the sums of all ranks' files, by name."""
-        with _write_errors(self.folder):
-            super().finish(self._metadata, [written.results for written in by_rank])
+        with _write_errors(self.folder), without_collection():
+            index = Metadata({})
+            self._writer.finish(index, [_joined(index.state_dict_metadata, written.slices) for written in by_rank])
+            require_loadable(self.folder / INDEX, index)
             torch.save({}, self.folder / "common.pt")  # megatron-core expects it; we keep such values in the run record
             save_config(CheckpointingConfig("torch_dist", 1), str(self.folder))
         return {name: sums for written in by_rank for name, sums in written.sums.items()}
+
+
+def _written_slice(result: WriteResult, data: TensorWriteData) -> WrittenSlice:
+    place, sizes = result.storage_data, (tuple(data.size), tuple(data.chunk.offsets), tuple(data.chunk.sizes))
+    return WrittenSlice(
+        result.index.fqn, data.properties.dtype, *sizes, place.relative_path, place.offset, place.length
+    )
+
+
+def _joined(tensors: dict[str, Any], slices: Iterable[WrittenSlice]) -> list[WriteResult]:
+    """Add a rank's slices to the tensors of an index; what torch says of their places."""
+    places = []
+    for one in slices:
+        tensor = tensors.get(one.key)
+        if tensor is None:
+            properties, shape = TensorProperties(one.dtype), torch.Size(one.global_shape)
+            tensor = tensors[one.key] = TensorStorageMetadata(properties, shape, [])
+        index = MetadataIndex(one.key, one.offset, len(tensor.chunks))
+        tensor.chunks.append(ChunkStorageMetadata(torch.Size(one.offset), torch.Size(one.shape)))
+        places.append(WriteResult(index, one.length, _StorageInfo(one.file, one.start, one.length)))
+    return places
 
 
 def _copies(tensors: Iterable[ShardedTensor]) -> list[ShardedTensor]:
@@ -133,17 +153,6 @@ def _by_key(tensors: Iterable[ShardedTensor]) -> dict[str, list[ShardedBase]]:
     return by_key
 
 
-class _CheckedReader(torch_checkpoint.FileSystemReader):
-    """Reads by an index that was checked; torch's and megatron-core's readers would unpickle the file again."""
-
-    def __init__(self, folder: Path, index: Metadata) -> None:
-        super().__init__(folder)
-        self._index = index
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return self._index
-
-
 class _LoadPlanner(core.MCoreLoadPlanner):
     """Raises ConfigurationError if a slice that was read holds NaN or an infinity."""
 
@@ -158,35 +167,109 @@ class _LoadPlanner(core.MCoreLoadPlanner):
         super().commit_tensor(read_item, tensor)
 
 
-def read_index(folder: Path) -> Metadata:
-    """Which tensors a checkpoint holds and where they lie, on every rank: seconds for a large model. A collective.
+class Target(NamedTuple):
+    """A contiguous tensor to be filled from a checkpoint, and who else holds the same."""
 
-    Raises ConfigurationError, on every rank, when it is missing or damaged, or would run code.
-    """
-    return checked_together(lambda: read_metadata(folder))
+    tensor: Tensor
+    slices: Sequence[ShardedTensor]  # of global tensors, by views of `tensor`
+    is_on_all_replicas: bool  # on all data-parallel ranks
+    is_on_all_tensor_ranks: bool
 
 
-def read_tensors(tensors: Iterable[ShardedTensor], folder: Path, index: Metadata) -> None:
-    """Fill every rank's tensors in place. A collective.
+def is_whole(entry: Sharded) -> bool:
+    """Whether each tensor-parallel rank holds all of the global tensor."""
+    return isinstance(entry, ShardedTensor) and tuple(entry.local_shape) == tuple(entry.global_shape)
 
+
+def read_tensors(targets: Sequence[Target], folder: Path, index: Metadata) -> None:
+    """Fill every rank's tensors in place. What several ranks hold the first of them reads and broadcasts. A collective.
+
+    Ranks that hold the same have their targets in the same order. index: what `read_index` gave this rank.
     Raises ConfigurationError, on every rank, when a file is missing or damaged, or holds a value that is not finite.
     """
+    tensor_parallel: Any = parallel_state.get_tensor_model_parallel_group()
+    replicas: Any = parallel_state.get_data_parallel_group()
+    # At the layout that wrote the checkpoint these ranks wrote the values, and have just verified those files: the node
+    # still has them in memory.
+    own = [
+        tensor
+        for target in targets
+        if (replicas.rank() == 0 or not target.is_on_all_replicas)
+        and (tensor_parallel.rank() == 0 or not target.is_on_all_tensor_ranks)
+        for tensor in target.slices
+    ]
+    checked_together(lambda: _read(own, folder, index))
+    for target in targets:
+        values = target.tensor.detach().view(-1)
+        if target.is_on_all_replicas:
+            start_broadcast(values, 0, replicas)()
+        if target.is_on_all_tensor_ranks:  # the first has its values by now
+            start_broadcast(values, 0, tensor_parallel)()
+
+
+def _read(tensors: Sequence[ShardedTensor], folder: Path, index: Metadata) -> None:
     wanted = [replace(tensor) for tensor in tensors]  # copies, because megatron-core modifies the descriptions
     planner = _LoadPlanner(
         folder,
         shapes_validation_sharded_tensors=[tensor for tensor in wanted if not tensor.allow_shape_mismatch],
         allow_shape_mismatch_sharded_tensors={tensor.key: tensor for tensor in wanted if tensor.allow_shape_mismatch},
     )
-    with _library_errors(f"{folder} is damaged"), torch.no_grad():
-        torch_checkpoint.load(
-            core.mcore_to_pyt_state_dict(_by_key(wanted), is_loading=True),
-            storage_reader=_CheckedReader(folder, index),
-            planner=planner,
-        )
+    reader = torch_checkpoint.FileSystemReader(folder)
+    try:
+        with torch.no_grad():
+            # The steps of torch_checkpoint.load, which would have all ranks wait for one another, and unpickle the
+            # index again, without a check.
+            planner.set_up_planner(core.mcore_to_pyt_state_dict(_by_key(wanted), is_loading=True), index)
+            reader.set_up_storage_reader(index, is_coordinator=False)
+            reader.read_data(planner.create_local_plan(), planner).wait()
+    except ConfigurationError:
+        raise
+    except Exception as error:  # noqa: BLE001 - a torn file raises anything, and the other ranks wait for the outcome
+        told = f"{folder} is damaged: rank {dist.get_rank()}: {type(error).__name__}: {plain_reason(error)}"
+        raise ConfigurationError(told) from error
+
+
+def read_index(entries: Iterable[Sharded], folder: Path) -> Metadata:
+    """What a checkpoint's index says of this rank's pipeline stage: its parameters, their optimizer state, generators.
+
+    The first rank reads all of it. A collective.
+    Raises ConfigurationError, on every rank, when it is missing or damaged, would run code, or has other parameters.
+    """
+
+    def read(keys_of_stages: list[set[str]]) -> list[Metadata]:
+        index = read_metadata(folder)
+        trained = {key for key in index.state_dict_metadata if not key.startswith(NOT_PARAMETERS)}
+        keys = set().union(*keys_of_stages)
+        missing, extra = sorted(keys - trained), sorted(trained - keys)
+        require(not missing, f"{folder} lacks {len(missing)} parameters of this run: {_some(missing)}.")
+        require(not extra, f"{folder} holds {len(extra)} parameters that this run does not have: {_some(extra)}.")
+        return _of_stages(index, keys_of_stages)
+
+    return from_first_rank_by_stage({entry.key for entry in entries}, read)
+
+
+def _of_stages(index: Metadata, keys_of_stages: Sequence[set[str]]) -> list[Metadata]:
+    """An index for each stage, of what its ranks may want."""
+    stages = [(Metadata({}, storage_data={}), keys) for keys in keys_of_stages]
+    wanted_by = {}
+    for key in index.state_dict_metadata:
+        parameter = key.split(".", 2)[2] if key.startswith("optimizer.") else key
+        wanted_by[key] = [
+            part
+            for stage, (part, keys) in enumerate(stages)
+            if parameter in keys or (key.startswith("rng.") and f"-pp{stage}of{len(stages)}-" in key)
+        ]
+    for key, tensor in index.state_dict_metadata.items():
+        for part in wanted_by[key]:
+            part.state_dict_metadata[key] = tensor
+    for place, where in index.storage_data.items():
+        for part in wanted_by[place.fqn]:
+            part.storage_data[place] = where
+    return [part for part, _ in stages]
 
 
 def stored_shapes(index: Metadata) -> dict[str, tuple[int, ...]]:
-    """Global shape of every tensor in a checkpoint, by key."""
+    """Global shape of every tensor in an index, by key."""
     stored = index.state_dict_metadata
     return {key: tuple(tensor.size) for key, tensor in stored.items() if isinstance(tensor, TensorStorageMetadata)}
 
@@ -198,22 +281,6 @@ def _write_errors(folder: Path) -> Iterator[None]:
     except Exception as error:  # noqa: BLE001 - the other ranks wait for the outcome, whatever the cause
         cause = "a file was cut short; is the disk full?" if "inline_container" in str(error) else error
         raise ConfigurationError(f"{folder} could not be written: {cause}") from error
-
-
-@contextmanager
-def _library_errors(what: str) -> Iterator[None]:
-    """Turn errors that torch and megatron-core raise on all ranks into ConfigurationError with the first cause."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # megatron-core uses a name that torch has deprecated
-            yield
-    except torch_checkpoint.CheckpointException as error:
-        rank, (cause, _) = next(iter(error.failures.items()))
-        if isinstance(cause, ConfigurationError):
-            raise cause from error
-        raise ConfigurationError(f"{what}: rank {rank}: {type(cause).__name__}: {plain_reason(cause)}") from error
-    except CheckpointingException as error:
-        raise ConfigurationError(f"{what}: {error}") from error
 
 
 # Every key is the same at any layout, with global layer numbers: `decoder.layers.3.mlp.linear_fc1.adapter.A`. Under
@@ -252,31 +319,25 @@ def adapted_layers(model_chunks: Sequence[nn.Module]) -> tuple[str, ...]:
 
 
 def load_parameters(entries: Sequence[Sharded], checkpoint: Path) -> Metadata:
-    """Fill the parameters in place; returns the checkpoint's index, for what else is read of it. A collective.
+    """Fill the parameters in place; returns what `read_index` does, for what else is read. A collective.
 
     Raises ConfigurationError, on every rank, if the checkpoint holds other parameters or shapes (nothing is changed
     then), or is damaged.
     """
-    index = read_index(checkpoint)
+    index = read_index(entries, checkpoint)
     stored = stored_shapes(index)
-    keys = all_names([entry.key for entry in entries])
-    checked_together(lambda: _check_parameters(entries, keys, stored, checkpoint))
-    wanted: list[ShardedTensor] = []
+    checked_together(lambda: _check_shapes(entries, stored, checkpoint))
+    targets = []
     for entry in entries:
         # A float32 parameter is read from the stored float32 copy, if there is one.
         has_copy = data_of(entry).dtype == torch.float32 and master_key(entry.key) in stored
-        wanted += global_slices(replace(entry, key=master_key(entry.key)) if has_copy else entry)
-    read_tensors(wanted, checkpoint, index)
+        slices = global_slices(replace(entry, key=master_key(entry.key)) if has_copy else entry)
+        targets.append(Target(data_of(entry), slices, True, is_whole(entry)))
+    read_tensors(targets, checkpoint, index)
     return index
 
 
-def _check_parameters(
-    entries: Sequence[Sharded], keys: Sequence[str], stored: Mapping[str, tuple[int, ...]], checkpoint: Path
-) -> None:
-    trained = {key for key in stored if not key.startswith(NOT_PARAMETERS)}
-    missing, extra = sorted(set(keys) - trained), sorted(trained - set(keys))
-    require(not missing, f"{checkpoint} lacks {len(missing)} parameters of this run: {_some(missing)}.")
-    require(not extra, f"{checkpoint} holds {len(extra)} parameters that this run does not have: {_some(extra)}.")
+def _check_shapes(entries: Sequence[Sharded], stored: Mapping[str, tuple[int, ...]], checkpoint: Path) -> None:
     for tensor in (tensor for entry in entries for tensor in global_slices(entry)):
         require(
             tensor.allow_shape_mismatch or tuple(tensor.global_shape) == stored[tensor.key],

@@ -67,15 +67,15 @@ def require_finite(values: "Tensor", name: str, file: Path) -> None:
     )
 
 
-def read_bytes(path: Path) -> bytes:
+def read_bytes(path: Path, most: int = MAX_BYTES) -> bytes:
     """All of a file, unpacked if it is named .gz. Raises ConfigurationError: it cannot be read, or is too large."""
     require_regular(path)
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            content = file.read(MAX_BYTES + 1)
+            content = file.read(most + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise ConfigurationError(f"{path} cannot be read: {error}.") from error
-    require(len(content) <= MAX_BYTES, f"{path} has more than {MAX_BYTES >> 20} MiB, the limit for such files.")
+    require(len(content) <= most, f"{path} has more than {most >> 20} MiB, the limit for such files.")
     return content
 
 

@@ -20,7 +20,7 @@ from torch import Size, Tensor
 from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter, WriteItem, filesystem, metadata, planner
 from torch.utils.serialization import config as serialization_config
 
-from megatron_peft.checkpoint.folders import MANIFEST, RECORD, check_new, megatron_files, new_folder
+from megatron_peft.checkpoint.folders import MANIFEST, OPTIMIZER_FILE, RECORD, check_new, megatron_files, new_folder
 from megatron_peft.checkpoint.run_record import read_record
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.conversion import hf_files, model_card, trained_adapters
@@ -276,8 +276,8 @@ def megatron_to_hf(
         raise ConfigurationError(
             f"--input {input} holds no Megatron checkpoint: expected .metadata, mp_rank_00 or iter_* in it."
         )
-    if (files / MANIFEST).is_file():
-        trained_adapters.require_undamaged(files)
+    if (files / MANIFEST).is_file():  # of the optimizer's tensors only the float32 copies are ever read
+        trained_adapters.require_undamaged(files, without="" if dtype == torch.float32 else OPTIMIZER_FILE)
     shape = read_model_shape(pretrained_checkpoint or input)
     places = _origins(Path(input), files, pretrained_checkpoint)
     card = None

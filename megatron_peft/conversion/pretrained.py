@@ -28,7 +28,7 @@ from megatron_peft.parallel.collectives import (
     from_first_rank,
     require_same,
     share_of_rows,
-    start_broadcast_over_data_parallel,
+    start_broadcast,
 )
 from megatron_peft.runtime.launch import checked_together, place_on_node, wait_for_device
 
@@ -301,7 +301,7 @@ def fill_parameters(
                 columns_from_rows_over_tensor_parallel(share, local, group)
             else:
                 read(weights.read, rule, local, rank, size)
-        in_flight.append(start_broadcast_over_data_parallel(local, source, replicas))
+        in_flight.append(start_broadcast(local, source, replicas))
         if len(in_flight) > MAX_IN_FLIGHT:
             in_flight.popleft()()
             wait_for_device()

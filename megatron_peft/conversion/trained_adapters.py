@@ -172,9 +172,9 @@ def open_run(folder: str | Path) -> TrainedAdapters:
     return run
 
 
-def require_undamaged(files: Path) -> None:
-    """Compare a checkpoint with its manifest. ConfigurationError names the damage."""
-    problems = damage(files)
+def require_undamaged(files: Path, without: str = "") -> None:
+    """Compare a checkpoint with its manifest, `without` as in `damage`. ConfigurationError names the damage."""
+    problems = damage(files, without=without)
     require(not problems, f"{files} is damaged: {'; '.join(problems)}. Copy it again, or give an older iter_* folder.")
 
 

@@ -10,12 +10,13 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.parallel.layout import PARTIAL_OVER_TENSOR_PARALLEL
-from megatron_peft.runtime.launch import checked_together
+from megatron_peft.runtime.launch import SideChannel, checked_together
 
 Wait = Callable[[], Tensor]
 
@@ -74,8 +75,8 @@ def gather_slices(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return torch.cat([one for part in by_part for one in part], axis)
 
 
-def start_broadcast_over_data_parallel(x: Tensor, source: int, group: dist.ProcessGroup | None) -> Wait:
-    """Overwrite a contiguous `x` by that of the `source`-th data-parallel rank."""
+def start_broadcast(x: Tensor, source: int, group: dist.ProcessGroup | None) -> Wait:
+    """Overwrite a contiguous `x` by that of the `source`-th rank of a group."""
     if group is None or group.size() == 1:
         return lambda: x
     work = dist.broadcast(x.view(torch.uint8), dist.get_global_rank(group, source), group=group, async_op=True)
@@ -128,29 +129,84 @@ def sum_partial_gradients_over_tensor_parallel(model_chunks: Iterable[nn.Module]
     sum_coalesced([gradient_of(one) for one in trained if getattr(one, PARTIAL_OVER_TENSOR_PARALLEL, False)], group)
 
 
+Sent = TypeVar("Sent")
 Found = TypeVar("Found")
 
 
-def from_first_rank(find: Callable[[], Found], group: dist.ProcessGroup | None = None) -> Found:
+def from_first_rank(find: Callable[[], Found], channel: SideChannel | None = None) -> Found:
     """The result of `find` on rank 0, on all ranks: for folders that another process may be changing. A collective.
 
-    Without torch.distributed it is the result in this process alone.
+    Without torch.distributed it is the result in this process alone. channel: for a thread beside the main one.
 
     Raises ConfigurationError: on all ranks, if `find` raised that or OSError.
     """
-
-    is_first = not dist.is_initialized() or dist.get_rank() == 0
-
-    def on_first_rank() -> Found | None:
+    told: list[Any] = [None, None]  # what was found; or why nothing was
+    if not dist.is_initialized() or dist.get_rank() == 0:
         try:
-            return find() if is_first else None
-        except OSError as error:
-            raise ConfigurationError(str(error)) from error
+            told[0] = find()
+        except (ConfigurationError, OSError) as error:
+            told[1] = str(error)
+    if channel is not None:
+        told = channel.tell(told)
+    elif dist.is_initialized():
+        dist.broadcast_object_list(told, src=0)
+    if told[1] is not None:
+        raise ConfigurationError(told[1])
+    return told[0]
 
-    found: list[Any] = [checked_together(on_first_rank, group)]
-    if dist.is_initialized():
-        dist.broadcast_object_list(found, src=0, group=group)
-    return found[0]
+
+def gathered_by_first_rank(
+    own: Callable[[], Sent], find: Callable[[list[Sent]], Found], channel: SideChannel | None = None
+) -> Found:
+    """What `find` makes on rank 0 of the results of `own` on every rank, on all ranks. A collective, for any thread.
+
+    Raises ConfigurationError: on all ranks, if `own` raised that on any, or `find` that or OSError.
+    """
+    message: tuple[Any, str | None] = None, None
+    try:
+        message = own(), None
+    except ConfigurationError as error:
+        message = None, str(error)
+    by_rank: list[Any] | None = None
+    if channel is not None:
+        by_rank = channel.gather(message)
+    else:
+        by_rank = [message] * dist.get_world_size() if dist.get_rank() == 0 else None
+        dist.gather_object(message, by_rank, dst=0)
+
+    def find_unless_failed() -> Found:
+        assert by_rank is not None
+        problems = dict.fromkeys(problem for _, problem in by_rank if problem is not None)
+        require(not problems, "\n".join(problems))
+        return find([result for result, _ in by_rank])
+
+    return from_first_rank(find_unless_failed, channel)
+
+
+def from_first_rank_by_stage(own: Sent, find: Callable[[list[Sent]], list[Found]]) -> Found:
+    """What `find` on rank 0 has for this rank's pipeline stage. A collective.
+
+    find: from `own` of each stage's first rank, what each stage gets. All ranks of a stage get the same.
+
+    Raises ConfigurationError: on all ranks, if `find` raised that or OSError.
+    """
+    stages: Any = parallel_state.get_pipeline_model_parallel_group()
+    of_stage: Any = parallel_state.get_data_parallel_group(), parallel_state.get_tensor_model_parallel_group()
+    replica, tensor_rank = (group.rank() for group in of_stage)
+    is_first_of_stage = replica == tensor_rank == 0
+    asked: list[Any] = [own] * stages.size()
+    found: list[Found] = []
+    if is_first_of_stage:
+        first = dist.get_global_rank(stages, 0)
+        dist.gather_object(own, asked if stages.rank() == 0 else None, dst=first, group=stages)
+    from_first_rank(lambda: found.extend(find(asked)))
+    of_this_stage: list[Any] = [None]
+    if is_first_of_stage:
+        dist.scatter_object_list(of_this_stage, found or None, src=dist.get_global_rank(stages, 0), group=stages)
+    for group, has_it in zip(of_stage, (tensor_rank == 0, True), strict=True):
+        if has_it:
+            dist.broadcast_object_list(of_this_stage, src=dist.get_global_rank(group, 0), group=group)
+    return of_this_stage[0]
 
 
 def require_same(own: Mapping[str, object] | None, what: str, is_another: str) -> None:

@@ -215,8 +215,7 @@ def _save(state: TrainingState) -> None:
         step.whole_parameters(state.model_chunks),
         replaced(folders, "start_draft", lambda *_: Path()),
         replaced(save, "base_fingerprint", lambda _: None),
-        replaced(tensors.core, "mcore_to_pyt_state_dict", lambda own: own),
-        replaced(tensors.PlannedFiles, "write", lambda _: tensors.Written([], {})),
+        replaced(tensors.RankFiles, "write", lambda _: tensors.Written([], {})),
         replaced(save.DraftedCheckpoint, "_publish", lambda *_: None),
     ):
         save.draft_checkpoint(state).complete()

@@ -29,7 +29,7 @@ from torch._C import _distributed_c10d
 from megatron_peft.config import ConfigurationError, print_failure
 from megatron_peft.config.untrusted import parse_json
 from megatron_peft.runtime.exit_signals import SAVE_AND_EXIT, EndedBySignal
-from megatron_peft.runtime.launch import place_on_node
+from megatron_peft.runtime.launch import connect_to_store, place_on_node
 
 LOST_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 TIMED_OUT = ("Timed out waiting", "collective operation timeout")  # of gloo and of NCCL
@@ -67,10 +67,15 @@ def run_together(main: Callable[[], object], program: str) -> None:
             waited = f"{int(milliseconds[1]) / 1000:g} s" if milliseconds else "too long"
             flags = "--distributed-timeout-minutes; after the first step --distributed-timeout-seconds-after-init"
             board.fail(1, f"{who} waited {waited} for another rank, as long as it may ({flags}).", stack)
-        if isinstance(error, dist.DistNetworkError) or any(words in text for words in LOST_CONNECTION):
+        if lost_a_rank(error):
             lost = "lost its connection to another rank: that one was killed, or its node failed."
             board.fail(1, f"{who} {lost}", stack, is_effect=True)
         board.fail(1, f"{who} failed:\n{traceback.format_exc()}")
+
+
+def lost_a_rank(error: BaseException | None) -> bool:
+    """Whether a collective or the store failed because another rank is gone."""
+    return isinstance(error, dist.DistNetworkError) or any(words in str(error) for words in LOST_CONNECTION)
 
 
 class _FailureBoard:
@@ -96,11 +101,7 @@ class _FailureBoard:
 
     @cached_property
     def _store(self) -> dist.Store:
-        store = dist.TCPStore(
-            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=STORE_TIMEOUT
-        )
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return dist.PrefixStore(f"megatron_peft/failure/{attempt}", store)
+        return connect_to_store("failure", STORE_TIMEOUT)
 
     def _give_sign(self) -> None:
         with suppress(OSError):  # the others of the node then look themselves

@@ -3,10 +3,12 @@
 import datetime
 import gc
 import os
+import pickle
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import count
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -46,12 +48,9 @@ def largest_over_world(own: torch.Tensor) -> list[float]:
     return read_on_host(own)
 
 
-def checked_together(
-    check: Callable[[], Checked], group: dist.ProcessGroup | None = None, first_alone: bool = False
-) -> Checked:
+def checked_together(check: Callable[[], Checked], first_alone: bool = False) -> Checked:
     """Run `check` on every rank; if it raises ConfigurationError on any rank, raise it on all. A collective.
 
-    group: None is the world. A thread other than the main one needs a group of its own.
     first_alone: raise the message of the first such rank, where each looks at other data; by default all messages.
     """
     result, message = None, None
@@ -59,10 +58,65 @@ def checked_together(
         result = check()
     except ConfigurationError as error:
         message = str(error)
-    messages = list(dict.fromkeys(m for m in gather_over_world(message, group) if m is not None))
+    messages = list(dict.fromkeys(m for m in gather_over_world(message) if m is not None))
     if messages:
         raise ConfigurationError(messages[0] if first_alone else "\n".join(messages))
     return result  # type: ignore[return-value]
+
+
+def connect_to_store(name: str, timeout: datetime.timedelta) -> dist.Store:
+    """A connection of its own to the rendezvous store (torchrun's, else rank 0's), with keys of its own.
+
+    On one connection a call waits for the one before. timeout: of the connection, and of each call; below 24 days.
+    """
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"megatron_peft/{name}/{attempt}", store)
+
+
+class SideChannel:
+    """Messages between the first rank and all others through the rendezvous store, for what must not use the world.
+
+    That is a thread beside the main one, and a wait for longer than a collective may. A group of its own would connect
+    each rank with every other; this is one more connection a process, however many ranks there are.
+
+    All ranks make their channels in the same order, and call the methods of one in the same order. Both raise
+    dist.DistError: a rank is later than `timeout`, or the store's host has ended.
+    """
+
+    _numbers = count()  # a later channel has other keys in the store
+
+    def __init__(self, timeout: datetime.timedelta) -> None:
+        self._rank, self._size = dist.get_rank(), dist.get_world_size()
+        self._num_gathered = self._num_told = 0
+        number = next(SideChannel._numbers)
+        if self._size > 1:
+            self._store = connect_to_store(f"channel/{number}", timeout)
+
+    def gather(self, value: Any) -> list[Any] | None:
+        """`value` of every rank, in order, on the first; None on the others, which do not wait."""
+        self._num_gathered += 1
+        keys = [f"gathered/{self._num_gathered}/{rank}" for rank in range(self._size)]
+        if self._rank > 0:
+            self._store.set(keys[self._rank], pickle.dumps(value))  # pyright: ignore[reportArgumentType] - or bytes
+            return None
+        values = [value]
+        for key in keys[1:]:
+            values.append(pickle.loads(self._store.get(key)))
+            self._store.delete_key(key)
+        if keys[1:] and self._num_told:  # which all have heard
+            self._store.delete_key(f"told/{self._num_told}")
+        return values
+
+    def tell(self, value: Any) -> Any:
+        """The first rank's `value`, on all ranks."""
+        self._num_told += 1
+        key = f"told/{self._num_told}"
+        if self._rank > 0:
+            return pickle.loads(self._store.get(key))
+        if self._size > 1:
+            self._store.set(key, pickle.dumps(value))  # pyright: ignore[reportArgumentType]
+        return value
 
 
 class PlaceOnNode(NamedTuple):
@@ -165,10 +219,7 @@ def model_parallel(parallel: ParallelConfig, seed: int, num_virtual_stages: int 
 
 
 def shorten_timeout(seconds: float) -> None:
-    """Let collectives of the world and of megatron-core's groups wait at most so long. A collective.
-
-    The group of an asynchronous save keeps its own: nobody else waits for that.
-    """
+    """Let collectives of the world and of megatron-core's groups wait at most so long. A collective."""
     dist.barrier()  # what is under way has the old one
     for group in parallel_state._global_process_group_list or [None]:  # None is the world
         distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=seconds), group)

@@ -84,6 +84,12 @@ SLOWLY_RESHARDED = (
     ("full TP2 bf16", "full DP2 distributed bf16"),
     ("full TP2 SP odd-rows", "full PP2 odd-rows"),
 )
+READ_ONCE = (  # from, to: what tensor-parallel ranks, replicas, or both have in common
+    ("lora TP2", "lora TP2"),
+    ("hybrid TP2 SP bf16", "hybrid DP2 bf16"),
+    ("lora+ DP2 distributed bf16", "lora+ DP2 distributed bf16"),
+    ("full PP2 tied", "full TP2 tied"),
+)
 ON_FOUR = (
     ("lora TP2 PP2", "lora PP4"),
     ("full TP2 distributed", "full TP2 PP2"),
@@ -102,6 +108,7 @@ def on_two_ranks(files: Files) -> dict[str, Any]:
         "resumed": {name: resumed(files, name) for name in RESUMED_ON_TWO},
         "resharded": {pair: _resharded(files, *pair) for pair in RESHARDED},
         "bf16 to float32": _bf16_to_float32(files),
+        "read once": {pair: _read_once(files, *pair) for pair in READ_ONCE},
         **_saver_facts(files),
     }
 
@@ -166,6 +173,25 @@ def _bf16_to_float32(files: Files) -> list[str]:
     norms = {e.key: e.data for e in sharded_parameters(run.chunks, only_adapters=False) if "layernorm" in e.key}
     assert norms
     return differences(norms, {key: stored[f"optimizer.master.{key}"] for key in norms})
+
+
+def _read_once(files: Files, source: str, name: str) -> tuple[int, int, int]:
+    """Bytes of tensors that this rank reads to resume, and that the checkpoint holds; how often it reads the index."""
+    read: list[int] = []
+    commit = sharded_files._LoadPlanner.commit_tensor
+
+    def counted(planner: Any, item: Any, tensor: Any) -> None:
+        read.append(tensor.nbytes if not item.storage_index.fqn.startswith("rng.") else 0)
+        commit(planner, item, tensor)
+
+    index = mock.Mock(side_effect=sharded_files.read_metadata)
+    with (
+        mock.patch.object(sharded_files._LoadPlanner, "commit_tensor", counted),
+        mock.patch.object(sharded_files, "read_metadata", index),
+    ):
+        _loaded(files, source, name)
+    stored = stored_tensors(_folder(files, source))
+    return sum(read), sum(tensor.nbytes for tensor in stored.values()), index.call_count
 
 
 def _contents(folder: Path) -> dict[str, bytes]:

@@ -274,6 +274,19 @@ def test_each_rank_names_the_missing_files_of_its_share(described):
     assert damage(described) == [f"{MANIFEST} cannot be read: No such file or directory"]
 
 
+def test_a_rank_checks_the_files_that_a_rank_of_its_number_wrote(tmp_path):
+    """It reads them again, from memory."""
+    for rank in range(8):
+        for name in (f"__{rank}_0.distcp", f"__{rank}_optimizer_0.distcp"):
+            (tmp_path / name).write_bytes(bytes(10 + 7 * rank % 5))
+    folders.write_manifest(tmp_path, {})
+    for path in tmp_path.glob("__*"):
+        path.unlink()
+    for rank in range(4):
+        told = [f"__{one}_{kind}0.distcp is missing" for one in (rank, rank + 4) for kind in ("", "optimizer_")]
+        assert sorted(damage(tmp_path, rank, 4)) == sorted(told)
+
+
 def test_files_that_their_writers_measured_are_not_read_again(described):
     known = {"__0_0.distcp": folders.measure(described / "__0_0.distcp")}
     (described / "__0_0.distcp").write_bytes(b"changed on the way to the disk")

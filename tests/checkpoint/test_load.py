@@ -18,7 +18,15 @@ from megatron_peft.checkpoint.state import slices_of_range
 from megatron_peft.config import CheckpointConfig, ConfigurationError
 from megatron_peft.conversion.megatron_files import open_distributed
 from tests.checkpoint import rank_checks
-from tests.checkpoint.rank_checks import ON_FOUR, RESHARDED, RESUMED_ON_TWO, SLOWLY_RESHARDED, SLOWLY_RESUMED, resumed
+from tests.checkpoint.rank_checks import (
+    ON_FOUR,
+    READ_ONCE,
+    RESHARDED,
+    RESUMED_ON_TWO,
+    SLOWLY_RESHARDED,
+    SLOWLY_RESUMED,
+    resumed,
+)
 from tests.checkpoint.runs import configure, differences, merged, start
 from tests.conversion.megatron_folders import flip_a_byte, hold_nan
 from tests.one_rank import one_rank
@@ -66,6 +74,12 @@ def test_a_float32_run_takes_the_float32_copies_of_a_bf16_run(two_ranks):
     assert [facts["bf16 to float32"] for facts in two_ranks] == [[], []]
 
 
+@pytest.mark.parametrize("pair", READ_ONCE, ids=" to ".join)
+def test_a_byte_is_read_once_for_all_ranks_and_the_index_by_the_first(two_ranks, pair):
+    read, stored, of_the_index = zip(*(facts["read once"][pair] for facts in two_ranks), strict=True)
+    assert (sum(read), of_the_index) == (stored[0], (1, 0))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("pair", ON_FOUR, ids=" to ".join)
 def test_resumed_and_resharded_on_four_ranks(files, pair):
@@ -95,7 +109,7 @@ def test_the_damage_is_named_where_load_cannot_go_back(two_ranks, asked, words):
 
 def test_a_flipped_byte_in_any_file_of_a_real_checkpoint_is_found(files, two_ranks, tmp_path):
     checkpoint = Path(shutil.copytree(Path(files.work, "lora-TP2", "iter_0000002"), tmp_path / "copy"))
-    assert folders.damage(checkpoint) == [] and len(list(checkpoint.iterdir())) == 8
+    assert folders.damage(checkpoint) == [] and len(list(checkpoint.iterdir())) == 10
     for path in checkpoint.iterdir():
         before = path.read_bytes()
         flip_a_byte(path)

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint import metadata as torch_metadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from megatron_peft.checkpoint.safe_pickle import Inert, load_inertly, read_metadata
-from megatron_peft.checkpoint.tensors import read_index, read_tensors
+from megatron_peft.checkpoint.tensors import Target, read_index, read_tensors
 from megatron_peft.config import ConfigurationError
 from megatron_peft.conversion.convert import megatron_to_hf
 from megatron_peft.conversion.hf_files import open_source
@@ -80,7 +80,13 @@ def changed_index(folder: Path) -> Iterator[Any]:
 
 
 def read_one_tensor(folder: Path) -> None:
-    read_tensors([ShardedTensor.from_rank_offsets("a", torch.zeros(2))], folder, read_index(folder))
+    values = torch.zeros(2)
+    targets = [Target(values, [ShardedTensor.from_rank_offsets("a", values)], True, True)]
+    read_tensors(targets, folder, read_metadata(folder))
+
+
+def read_the_index(folder: Path) -> None:
+    read_index([ShardedTensor.from_rank_offsets("a", torch.zeros(2))], folder)
 
 
 @pytest.mark.parametrize("kind", ["system", "eval", "getattr"])
@@ -88,7 +94,7 @@ def test_a_malicious_index_is_refused_by_name_and_runs_nothing(kind, folder, tmp
     mark = tmp_path / "ran"
     with changed_index(folder) as index:
         index.planner_data = attack(kind, mark)
-    for read in (read_metadata, read_index, read_one_tensor):
+    for read in (read_metadata, read_the_index, read_one_tensor):
         with pytest.raises(ConfigurationError, match=f"is refused: .*{kind}.*Nothing of it was run"):
             read(folder)
     assert not mark.exists()

@@ -1,26 +1,36 @@
 """A failed save is one message on all ranks and loses nothing, also in the background; generators repeat."""
 
+import os
 import random
 import re
+import shutil
+import signal
 import threading
+from concurrent.futures import Future
 from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing import ShardedTensor
 
-from megatron_peft.checkpoint import folders, save
+from megatron_peft.checkpoint import folders, safe_pickle, save
 from megatron_peft.checkpoint.folders import MANIFEST, publish, start_draft
 from megatron_peft.checkpoint.save import Saver
 from megatron_peft.checkpoint.state import random_targets, random_tensors, restore_random
-from megatron_peft.checkpoint.tensors import PlannedFiles
+from megatron_peft.checkpoint.tensors import RankFiles
 from megatron_peft.config import CheckpointConfig, ConfigurationError
 from megatron_peft.parallel.collectives import from_first_rank
+from megatron_peft.runtime.failure import run_together
+from megatron_peft.runtime.launch import gather_over_world, start_world
 from tests.checkpoint.test_folders import holder
+from tests.ranks import Ranks
 from tests.recorded_calls import recorded_calls
+from tests.time_limits import seconds
 
 
 @pytest.mark.parametrize("phase", ["data on rank 1", "data on rank 1, for real", "metadata", "common file", "record"])
@@ -56,6 +66,49 @@ def test_a_full_disk_in_the_background_is_reported_on_all_ranks(two_ranks):
     for failing in (facts["behind, failing"] for facts in two_ranks):
         assert "iteration 2 was not saved" in failing["message"] and "No space left" in failing["message"]
         assert failing["unchanged"] and failing["again"] == (2, None)
+
+
+def _waits_for_a_killed_rank(folder: str) -> None:
+    """A save is under way on both ranks, of which one dies."""
+
+    def main() -> None:
+        with Saver(CheckpointConfig(save=folder, async_save=True)) as saver:
+            saver._pending = 1, Future()
+            if dist.get_rank() == 1:
+                gather_over_world(False)  # the other one waits for the save
+                os.kill(os.getpid(), signal.SIGKILL)
+            saver.finish()
+
+    start_world()
+    run_together(main, "program")
+
+
+def test_a_rank_that_is_killed_while_others_wait_for_a_save_ends_them(tmp_path):
+    with Ranks(2, _waits_for_a_killed_rank, str(tmp_path)) as ranks:
+        for process in ranks.processes:
+            process.join(seconds(100))
+        assert ranks.exit_codes == [1, -signal.SIGKILL]
+        assert "program: rank 0 lost its connection to another rank: that one was killed" in ranks.output(0)
+
+
+def test_old_checkpoints_are_removed_while_the_run_goes_on_and_before_it_ends(alone, tmp_path, monkeypatch):
+    for iteration in (1, 2):
+        publish(start_draft(tmp_path / f"iter_{iteration:07d}"), tmp_path, iteration)
+    may_remove, rmtree = threading.Event(), shutil.rmtree
+    monkeypatch.setattr(shutil, "rmtree", lambda *args, **words: may_remove.wait(10) and rmtree(*args, **words))
+    settings = CheckpointConfig(save=str(tmp_path), load=str(tmp_path), keep_last_checkpoints=1)
+    record = SimpleNamespace(config=SimpleNamespace(checkpoint=settings))
+    draft = SimpleNamespace(complete=lambda: None, record=record, iteration=2, best_iteration=None)
+    monkeypatch.setattr(save, "draft_checkpoint", lambda *_, **__: draft)
+    may_remove.set()
+    with Saver(settings) as saver:
+        may_remove.clear()
+        saver.start(SimpleNamespace(position=SimpleNamespace(iteration=2)))
+        assert saver.finish().error is None
+        while not (removed := tmp_path / ".iter_0000001.removed").exists():
+            assert not may_remove.wait(0.01)
+        may_remove.set()
+    assert not removed.exists() and (tmp_path / "iter_0000002").exists()
 
 
 def test_a_pending_save_is_completed_when_the_run_ends_and_the_last_two_are_kept(two_ranks):
@@ -109,7 +162,7 @@ def test_drafts_of_a_killed_run_are_removed_under_the_lock_only(alone, tmp_path,
 
 def test_a_ranks_files_are_synced_when_write_returns_and_a_torn_one_is_told_in_words(alone, tmp_path, monkeypatch):
     """The first rank, which publishes them, may be another machine: it cannot sync what this one has not sent."""
-    files = PlannedFiles([ShardedTensor.from_rank_offsets("w", torch.ones(4))], tmp_path)
+    files = RankFiles([ShardedTensor.from_rank_offsets("w", torch.ones(4))], tmp_path)
     calls = recorded_calls(monkeypatch)
     written = files.write()
     assert set(written.sums) == {"__0_0.distcp"} and ("fsync", tmp_path / "__0_0.distcp") in calls
@@ -119,9 +172,35 @@ def test_a_ranks_files_are_synced_when_write_returns_and_a_torn_one_is_told_in_w
         files.complete([written])
 
 
-def test_a_folder_of_tensors_is_on_the_disk_before_it_has_its_name_and_that_after(tmp_path, monkeypatch):
-    files = SimpleNamespace(write_together=lambda publish: publish([]), complete=lambda by_rank: {})
-    monkeypatch.setattr(save, "PlannedFiles", lambda tensors, draft: files)
+@pytest.mark.parametrize("problem", ["twice", "too large"])
+def test_an_index_that_could_not_be_loaded_is_not_saved(alone, tmp_path, monkeypatch, problem):
+    files = RankFiles([ShardedTensor.from_rank_offsets("w", torch.ones(4))], tmp_path)
+    by_rank, told = [files.write()] * (1 + (problem == "twice")), "slices are missing from w"
+    if problem == "too large":
+        monkeypatch.setattr(safe_pickle, "MAX_INDEX_BYTES", 100)
+        told = "its index has 0 MiB, and above 0 MiB it is not read. Fewer .*--no-save-optim"
+    with pytest.raises(ConfigurationError, match=f"could not be written: .*{told}"):
+        files.complete(by_rank)
+    with pytest.raises(ConfigurationError, match="slices are missing from w|has more than 0 MiB, the limit"):
+        safe_pickle.read_metadata(tmp_path)
+
+
+def test_what_only_a_resumed_run_needs_has_a_file_of_its_own_and_no_file_is_synced_twice(alone, tmp_path, monkeypatch):
+    named = {"w": torch.ones(4), "optimizer.exp_avg.w": torch.ones(4), "rng.tp0.all": torch.ones(2)}
+    draft = start_draft(tmp_path / "iter_0000001")
+    files = RankFiles([ShardedTensor.from_rank_offsets(key, data) for key, data in named.items()], draft)
+    calls = recorded_calls(monkeypatch)
+    written = files.write()
+    files_of = {one.key: one.file for one in written.slices}
+    assert files_of == {key: "__0_0.distcp" if key == "w" else "__0_optimizer_0.distcp" for key in named}
+    publish(draft, tmp_path, 1, files.complete([written]))
+    synced = [path.name for name, path in calls if name == "fsync"]
+    assert [synced.count(name) for name in ("__0_0.distcp", "__0_optimizer_0.distcp", "common.pt")] == [1, 1, 1]
+
+
+def test_a_folder_of_tensors_is_on_the_disk_before_it_has_its_name_and_that_after(alone, tmp_path, monkeypatch):
+    files = SimpleNamespace(write=lambda: None, complete=lambda by_rank: {})
+    monkeypatch.setattr(save, "RankFiles", lambda tensors, draft: files)
     calls = recorded_calls(monkeypatch)
     save.write_new_folder([], tmp_path / "new")
     told = " ".join(f"{name} {path.name}" for name, path in calls)
@@ -134,14 +213,23 @@ def draws():
     return [random.gauss(0, 1), float(np.random.normal()), torch.rand(1).item(), tracked]
 
 
-def test_restored_generators_repeat_their_numbers_and_belong_to_a_layout(alone, monkeypatch):
+@pytest.mark.parametrize("form", ["all in one", "a tensor each, as once"])
+def test_restored_generators_repeat_their_numbers_and_belong_to_a_layout(alone, monkeypatch, form):
     draws()  # an odd number of normal draws: a second one waits in Python's and in numpy's generator
-    stored = {tensor.key: tensor.data.clone() for tensor in random_tensors()}
+    (packed,) = random_tensors()
+    stored = {packed.key: packed.data.clone()}
+    if form != "all in one":
+        states = safetensors.torch.load(bytes(packed.data.numpy()))
+        stored = {packed.key.removesuffix("all") + name: state for name, state in states.items()}
+        assert len(stored) > 4
     first = draws()
     targets = random_targets({key: tuple(data.shape) for key, data in stored.items()})
     for target in targets:
-        target.data.copy_(stored[target.key])
+        target.tensor.copy_(stored[target.slices[0].key])
     restore_random(targets)
     assert draws() == first
+    targets[0].tensor.zero_()
+    with pytest.raises(ConfigurationError, match="the checkpoint's random state"):
+        restore_random(targets)
     monkeypatch.setattr(parallel_state, "get_tensor_model_parallel_world_size", lambda: 2)
     assert random_targets({key: tuple(data.shape) for key, data in stored.items()}) == []

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_peft.checkpoint.folders import write_manifest
-from megatron_peft.checkpoint.tensors import load_parameters, read_index, sharded_parameters, stored_shapes
+from megatron_peft.checkpoint.folders import OPTIMIZER_FILE, write_manifest
+from megatron_peft.checkpoint.safe_pickle import read_metadata
+from megatron_peft.checkpoint.tensors import load_parameters, sharded_parameters
 from megatron_peft.config import ConfigurationError
 from megatron_peft.conversion import convert
 from megatron_peft.conversion.convert import ShardSlice, hf_to_megatron, megatron_to_hf, merge
@@ -61,7 +62,7 @@ def test_megatron_core_reads_its_own_keys_and_shapes(changes, tmp_path):
     with one_rank():
         loaded, expected = tiny_gpt(changes), tiny_gpt(changes)
         entries = sharded_parameters([loaded], only_adapters=False)
-        assert {entry.key for entry in entries} == stored_shapes(read_index(folder)).keys()
+        assert {entry.key for entry in entries} == read_metadata(folder).state_dict_metadata.keys()
         load_parameters(entries, folder)
         load_pretrained([expected], original, shape, tensor_parallel_rank=0, tensor_parallel_size=1, progress=False)
         for (name, parameter), other in zip(loaded.named_parameters(), expected.parameters(), strict=True):
@@ -215,6 +216,17 @@ def test_a_flipped_byte_of_a_run_is_named(original, tmp_path):
     with pytest.raises(ConfigurationError, match="iter_0000002 is damaged: __0_0.distcp does not match"):
         megatron_to_hf(run, tmp_path / "hf", progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_file_of_the_optimizer_alone_is_read_for_float32_copies_only(original, tmp_path):
+    run = save_run(original, tmp_path / "run", global_tensors(original))
+    spoilt = run / "iter_0000002" / f"__0{OPTIMIZER_FILE}0.distcp"
+    spoilt.write_bytes(b"moments")
+    write_manifest(run / "iter_0000002", {})
+    flip_a_byte(spoilt)
+    assert megatron_to_hf(run, tmp_path / "hf", progress=False).is_dir()
+    with pytest.raises(ConfigurationError, match=f"damaged: {spoilt.name} does not match"):
+        megatron_to_hf(run, tmp_path / "float32", dtype=torch.float32, progress=False)
 
 
 def test_what_cannot_be_written_is_refused_with_the_way_out(original, tmp_path):

@@ -352,7 +352,7 @@ def test_no_more_broadcasts_are_in_flight_than_the_host_has_waited_for(monkeypat
     """A collective's `wait` does not stop the host where the device does the waiting."""
     events: list[str] = []
     started = lambda *_: events.append("start") or (lambda: None)  # noqa: E731
-    monkeypatch.setattr(pretrained, "start_broadcast_over_data_parallel", started)
+    monkeypatch.setattr(pretrained, "start_broadcast", started)
     monkeypatch.setattr(pretrained, "wait_for_device", lambda: events.append("done"))
     parameters: Any = [(None, nn.Parameter(torch.zeros(2))) for _ in range(20)]
     nothing: Any = SimpleNamespace(read=lambda *_: None)
