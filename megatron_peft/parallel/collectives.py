@@ -6,16 +6,16 @@ Letters: s sequence, t tensor-parallel size.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from megatron_peft.config import ConfigurationError, require
+from megatron_peft.config import require
 from megatron_peft.parallel.layout import PARTIAL_OVER_TENSOR_PARALLEL
-from megatron_peft.runtime.launch import checked_together
+from megatron_peft.runtime.launch import checked_together, from_rank
 
 Wait = Callable[[], Tensor]
 
@@ -132,25 +132,8 @@ Found = TypeVar("Found")
 
 
 def from_first_rank(find: Callable[[], Found], group: dist.ProcessGroup | None = None) -> Found:
-    """The result of `find` on rank 0, on all ranks: for folders that another process may be changing. A collective.
-
-    Without torch.distributed it is the result in this process alone.
-
-    Raises ConfigurationError: on all ranks, if `find` raised that or OSError.
-    """
-
-    is_first = not dist.is_initialized() or dist.get_rank() == 0
-
-    def on_first_rank() -> Found | None:
-        try:
-            return find() if is_first else None
-        except OSError as error:
-            raise ConfigurationError(str(error)) from error
-
-    found: list[Any] = [checked_together(on_first_rank, group)]
-    if dist.is_initialized():
-        dist.broadcast_object_list(found, src=0, group=group)
-    return found[0]
+    """`from_rank` of rank 0: for folders that another process may be changing. A collective."""
+    return from_rank(0, find, group)
 
 
 def require_same(own: Mapping[str, object] | None, what: str, is_another: str) -> None:

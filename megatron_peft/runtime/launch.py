@@ -59,6 +59,48 @@ def checked_together(
     return result  # type: ignore[return-value]
 
 
+def from_rank(source: int, find: Callable[[], Checked], group: dist.ProcessGroup | None = None) -> Checked:
+    """The result of `find` on the rank `source`, on all ranks; without torch.distributed in this process. A collective.
+
+    Raises ConfigurationError: on all ranks, if `find` raised that or OSError.
+    """
+
+    def on_source() -> Checked | None:
+        try:
+            return find() if place_in_world()[0] == source else None
+        except OSError as error:
+            raise ConfigurationError(str(error)) from error
+
+    found: list[Any] = [checked_together(on_source, group)]
+    if dist.is_initialized():
+        dist.broadcast_object_list(found, src=source, group=group)
+    return found[0]
+
+
+def place_in_world() -> tuple[int, int]:
+    """This process's rank, and the number of ranks."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def ranks_with(key: object) -> list[int]:
+    """The ranks that have this key: a node, a file system. A collective over all ranks."""
+    return [rank for rank, other in enumerate(gather_over_world(key)) if other == key]
+
+
+def from_first_of(key: object, find: Callable[[], Checked]) -> Checked:
+    """The result of `find` on the first of the ranks with this key, on all of those. A collective over all ranks.
+
+    Raises as `checked_together` does.
+    """
+    first = ranks_with(key)[0]
+    return gather_over_world(checked_together(lambda: find() if place_in_world()[0] == first else None))[first]
+
+
+def share_of(number: int, rank: int, num_ranks: int) -> range:
+    """What a rank has of so many things, in their order."""
+    return range(number * rank // num_ranks, number * (rank + 1) // num_ranks)
+
+
 class PlaceOnNode(NamedTuple):
     """This process's rank on its node, the number of processes there, and the node."""
 
