@@ -38,32 +38,32 @@ class LineIndex(NamedTuple):
     digest: int
 
 
-class Part(NamedTuple):
-    """The lines that begin in a part of a file: their number and bytes; too_long: the last is above the limit."""
+class Scan(NamedTuple):
+    """Figures of the lines that begin in a slice of a file; too_long: the last of them is above the limit."""
 
     records: int
     blanks: int
-    begin: int
+    begin: int  # in bytes
     end: int
     crc: int
     too_long: bool
 
 
-def scan(path: Path, part: range) -> tuple[Part, np.ndarray, np.ndarray]:
-    """The lines that begin in a part of the bytes; `starts` (without the end) and `blanks` of `LineIndex`, of the part.
+def scan(path: Path, within: range) -> tuple[Scan, np.ndarray, np.ndarray]:
+    """The lines that begin within a range of bytes; their `starts` (without the end) and `blanks` (see `LineIndex`).
 
     Raises OSError if the file cannot be read.
     """
     starts, blanks, crc, too_long = array("q"), array("q"), 0, False
     with path.open("rb", buffering=_BLOCK_BYTES) as file:
-        offset = file.seek(max(part.start - 1, 0))
-        # The line that holds the byte before begins in the part before.
-        while part.start and offset < part.stop and (skipped := file.readline(_BLOCK_BYTES)):
+        offset = file.seek(max(within.start - 1, 0))
+        # The line that holds the byte before begins before.
+        while within.start and offset < within.stop and (skipped := file.readline(_BLOCK_BYTES)):
             offset += len(skipped)
             if skipped.endswith(b"\n"):
                 break
         begin = offset
-        while offset < part.stop and not too_long and (line := file.readline(MAX_LINE_BYTES + 1)):
+        while offset < within.stop and not too_long and (line := file.readline(MAX_LINE_BYTES + 1)):
             if line.isspace():
                 blanks.append(len(starts))
             else:
@@ -71,23 +71,23 @@ def scan(path: Path, part: range) -> tuple[Part, np.ndarray, np.ndarray]:
             crc = zlib.crc32(line, crc)
             offset += len(line)
             too_long = len(line) > MAX_LINE_BYTES
-    found = Part(len(starts), len(blanks), begin, offset, crc, too_long)
+    found = Scan(len(starts), len(blanks), begin, offset, crc, too_long)
     return found, np.frombuffer(starts, np.int64), np.frombuffer(blanks, np.int64)
 
 
-def digest_of_parts(path: str | Path, parts: Sequence[Part], size: int) -> int:
-    """CRC-32 of a file that was scanned in parts. Raises ConfigurationError for a line above the limit, and for less
+def digest_of_scans(path: str | Path, scans: Sequence[Scan], size: int) -> int:
+    """CRC-32 of a file, all of which was scanned. Raises ConfigurationError for a line above the limit, and for less
     than `size` bytes."""
     number = crc = 0
-    for part in parts:
-        number += part.records + part.blanks
+    for one in scans:
+        number += one.records + one.blanks
         require(
-            not part.too_long,
+            not one.too_long,
             f"{path}, line {number} is too long, and the limit of a line is {MAX_LINE_BYTES / 2**20:.0f} MiB: split "
             "the record.",
         )
-        crc = crc32_combine(crc, part.crc, part.end - part.begin)
-    require(parts[-1].end >= size, f"{path} {_SHORTENED}")
+        crc = crc32_combine(crc, one.crc, one.end - one.begin)
+    require(scans[-1].end >= size, f"{path} {_SHORTENED}")
     return crc
 
 
@@ -124,8 +124,8 @@ class Lines:
         self._file = path.open("rb", buffering=0)
         if index is None:
             size = os.fstat(self._file.fileno()).st_size
-            part, starts, blanks = scan(path, range(size))
-            index = LineIndex(np.append(starts, part.end), blanks, digest_of_parts(path, [part], size))
+            found, starts, blanks = scan(path, range(size))
+            index = LineIndex(np.append(starts, found.end), blanks, digest_of_scans(path, [found], size))
         self._starts, self._blanks, self.digest = index
 
     def __len__(self) -> int:

@@ -24,7 +24,7 @@ import numpy as np
 
 from megatron_peft.checkpoint import folders
 from megatron_peft.config import ConfigurationError, kind_of_source, writing
-from megatron_peft.data.files import Known, LineIndex, RecordFiles, digest_of_parts, holds_lines, opening, scan
+from megatron_peft.data.files import Known, LineIndex, RecordFiles, digest_of_scans, holds_lines, opening, scan
 from megatron_peft.data.samples import Make
 from megatron_peft.runtime.launch import (
     checked_together,
@@ -83,8 +83,7 @@ class NodeFiles:
     def kept(self, name: str, kind: str, epoch: int, dtype: type, make: Make) -> np.ndarray:
         """The arrays that `make` gives, one after the other, mapped: made by the first process or thread that asks.
 
-        Those of the epoch before the last are removed; who still asks for them has them made again. Where they cannot
-        be written, this process has its own.
+        Those of the epoch before the last are removed. Where they cannot be written, this process has its own.
         """
         path = self.folder / f"{name}-{kind}-{epoch}"
         draft = path.with_suffix(".draft")
@@ -182,12 +181,12 @@ def _index_of(path: str, flag: str, node: NodeFiles, root: Path | None, sharers:
         return LineIndex(starts, blanks, int(digest))
     ranks = ranks_with(seen)
     place = ranks.index(place_in_world()[0])
-    part, starts, blanks = checked_together(scan_own)
-    by_rank = gather_over_world(part)
-    parts = [by_rank[rank] for rank in ranks]
-    digest = checked_together(lambda: digest_of_parts(path, parts, seen[0]))
-    starts = np.append(starts, part.end) if place == len(ranks) - 1 else starts
-    blanks = blanks + sum(before.records for before in parts[:place])
+    own, starts, blanks = checked_together(scan_own)
+    by_rank = gather_over_world(own)
+    scans = [by_rank[rank] for rank in ranks]
+    digest = checked_together(lambda: digest_of_scans(path, scans, seen[0]))
+    starts = np.append(starts, own.end) if place == len(ranks) - 1 else starts
+    blanks = blanks + sum(before.records for before in scans[:place])
     index = LineIndex(node.gathered(starts, ranks), node.gathered(blanks, ranks), digest)
     from_first_of((sharers, seen), keep)
     return index

@@ -126,9 +126,9 @@ def test_a_node_without_room_is_told_with_the_variable_that_names_another_folder
         NodeFiles()
 
 
-def recorded_scans(monkeypatch: pytest.MonkeyPatch) -> list[files.Part]:
+def recorded_scans(monkeypatch: pytest.MonkeyPatch) -> list[files.Scan]:
     """Filled from now on by each part that this process scans."""
-    scanned: list[files.Part] = []
+    scanned: list[files.Scan] = []
     plain = files.scan
 
     def scan(path: Path, part: range) -> Any:
