@@ -57,19 +57,22 @@ class InstructionDataset:
         share = share_of(len(records), rank, num_ranks)
         (whole, kept), left_out = checked_together(lambda: self._measure(share), first_alone=True)
         overlong = whole > fit.seq_length
-        refused = np.flatnonzero(overlong | (whole == 0)) if fit.overlong == "error" else np.zeros(0, np.int64)
-        checked_together(lambda: self._refuse(share, whole, refused), first_alone=True)
+        refused = np.flatnonzero(overlong | (whole == 0))[:1] if fit.overlong == "error" else ()
+        checked_together(lambda: [self._refuse(share[i], whole[i]) for i in refused], first_alone=True)
         kept = np.where(overlong & (fit.overlong == "skip"), 0, kept)
         used = np.flatnonzero(kept)
         numbers = (share.start + used).astype(index_type(len(records)))
         self._usable = node.gathered(numbers, range(num_ranks))  # the record of each sample
         self.lengths = node.gathered(kept[used], range(num_ranks))
-        told = gather_over_world((left_out, self._findings(kept == 0, overlong, share.start)))
+        skipped = kept == 0
+        which = (overlong & ~skipped, overlong & skipped, ~overlong & skipped)
+        findings = [np.flatnonzero(each) + share.start for each in which]
+        told = gather_over_world((left_out, [(len(found), found[:1]) for found in findings]))
         unread = sum((fields for fields, _ in told), Counter[str]()) if self._cache is None else self._cache.left_out
         self.warnings = self._warnings([findings for _, findings in told], unread)
         if not len(self._usable):
-            skipped = f"all {len(records)} samples were skipped (from {records.place(0)} on)."
-            raise ConfigurationError(" ".join([skipped, *self.warnings]))
+            none_left = f"all {len(records)} samples were skipped (from {records.place(0)} on)."
+            raise ConfigurationError(" ".join([none_left, *self.warnings]))
 
     def _measure(self, share: range) -> tuple[np.ndarray, Counter[str]]:
         """int32 [2, share], the input positions of the whole record and of what --seq-length leaves of it; number of
@@ -88,28 +91,19 @@ class InstructionDataset:
             left_out.update(fit.left_out(self._records, index))
         return positions, left_out
 
-    def _refuse(self, share: range, whole: np.ndarray, refused: np.ndarray) -> None:
-        """Raise the error of --overlong error for the first of the refused records of a share, if there are any."""
-        if not len(refused):
-            return
+    def _refuse(self, record: int, length: int) -> None:
+        """Raise the error of --overlong error for a record that takes so many positions."""
         what, way_out = "has no token to learn from", "give it a text, or give --overlong skip"
-        if length := whole[refused[0]]:
+        if length:
             what = f"takes {length} tokens, above --seq-length {self._fit.seq_length}"
             way_out = "raise it, or give --overlong truncate or --overlong skip"
-        raise ConfigurationError(f"{self._records.place(share[refused[0]])}: the sample {what}: {way_out}.")
+        raise ConfigurationError(f"{self._records.place(record)}: the sample {what}: {way_out}.")
 
-    def _findings(self, skipped: np.ndarray, overlong: np.ndarray, start: int) -> list[tuple[int, int]]:
-        """Of a share of records: how many were cut, skipped for their length and empty, and the first of each.
+    def _warnings(self, findings: Sequence[Sequence[tuple[int, np.ndarray]]], unread: Counter[str]) -> list[str]:
+        """findings: of each rank, how many were cut, skipped for their length and empty, and the first of each.
 
-        skipped, overlong: bool [share].
+        unread: number of records by unused field.
         """
-        return [
-            (int(which.sum()), start + int(which.argmax())) if which.any() else (0, len(self._records))
-            for which in (overlong & ~skipped, overlong & skipped, ~overlong & skipped)
-        ]
-
-    def _warnings(self, findings: Sequence[Sequence[tuple[int, int]]], unread: Counter[str]) -> list[str]:
-        """findings: of each rank; unread: number of records by unused field."""
         too_long = f"are longer than --seq-length {self._fit.seq_length} and were"
         prompt_only = ", since their prompt alone fills it and no token of a completion is left"
         told = (
@@ -121,7 +115,7 @@ class InstructionDataset:
         warnings = [f"fields that nothing reads were left out: {fields}."] * bool(fields)
         for what, by_rank in zip(told, zip(*findings, strict=True), strict=True):
             if total := sum(count for count, _ in by_rank):
-                first = self._records.place(min(at for _, at in by_rank))
+                first = self._records.place(int(np.concatenate([at for _, at in by_rank])[0]))
                 warnings.append(f"{total} of {len(self._records)} samples {what} (first: {first}).")
         return warnings
 
