@@ -110,13 +110,13 @@ class PlaceOnNode(NamedTuple):
 
 
 def place_on_node() -> PlaceOnNode:
-    """As torchrun tells it; without torchrun all ranks are on one node."""
+    """As torchrun tells it; without torchrun its rank and their number are those of the world, the node is the host."""
     environ = os.environ
     if not dist.is_initialized():
         return PlaceOnNode(0, 1, "0")
     if environ.get("LOCAL_WORLD_SIZE"):
         return PlaceOnNode(int(environ["LOCAL_RANK"]), int(environ["LOCAL_WORLD_SIZE"]), environ.get("GROUP_RANK", "0"))
-    return PlaceOnNode(dist.get_rank(), dist.get_world_size(), "0")
+    return PlaceOnNode(dist.get_rank(), dist.get_world_size(), os.uname().nodename.replace(".", "-"))
 
 
 TIMEOUT_MINUTES = ParallelConfig.distributed_timeout_minutes

@@ -22,7 +22,13 @@ from megatron_peft.data.files import RecordFiles
 from megatron_peft.data.node_files import NodeFiles, read_once
 from megatron_peft.data.samples import PackedOrder, SampleOrder
 from megatron_peft.data.tokenizers import NullTokenizer
-from megatron_peft.runtime.launch import checked_together, gather_over_world, start_model_parallel, start_world
+from megatron_peft.runtime.launch import (
+    checked_together,
+    gather_over_world,
+    place_on_node,
+    start_model_parallel,
+    start_world,
+)
 from tests.checkpoint.runs import make_config
 from tests.ranks import run_ranks
 
@@ -59,6 +65,20 @@ def test_arrays_of_all_ranks_are_one_file_of_a_node_and_the_ranks_map_it():
     assert folders[0] == folders[1] != folders[2] == folders[3]
     assert not any(map(os.path.exists, folders)), "they go with the run"
     assert not any(one[4] for one in found)
+
+
+def nodes_on_a_rank(_: None) -> str:
+    host = f"node.{os.environ['RANK']}"
+    os.uname = lambda: type("Host", (), {"nodename": host})  # type: ignore[assignment]
+    start_world()
+    mapped = NodeFiles().gathered(np.arange(3), range(2))
+    return f"{place_on_node().node} {len(mapped)} {mapped.filename}"
+
+
+def test_hosts_are_told_apart_where_the_launcher_does_not_tell_nodes(monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    first, second = (told.split() for told in run_ranks(2, nodes_on_a_rank))
+    assert (first[:2], second[:2]) == (["node-0", "6"], ["node-1", "6"]) and first[2] != second[2]
 
 
 def orders_on_a_rank(_: None) -> tuple[list[int], int, int]:
