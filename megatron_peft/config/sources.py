@@ -3,8 +3,10 @@
 What the Hub has is taken from its cache, or downloaded once. Never code.
 """
 
+import fcntl
 import os
 import re
+import zlib
 from collections.abc import Sequence
 from functools import lru_cache
 from math import inf
@@ -127,16 +129,45 @@ def local_tokenizer(name: str, flag: str) -> str:
 def local_folder(name: str, flag: str, patterns: Sequence[str], repository: Repository = "model") -> str:
     """The folder of the Hub's cache with those files of `name` that match; what is missing is downloaded.
 
+    Of the processes that a launcher starts on a node, the first to come asks the Hub; the others wait for what it got.
     Raises ConfigurationError if it is neither there nor can be had.
     """
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub import constants
 
-    if os.environ.get("LOCAL_RANK", "0") != "0":
-        disable_progress_bars()
-    offline = bool(constants.HF_HUB_OFFLINE)
+    asked = name, flag, patterns, repository
+    if constants.HF_HUB_OFFLINE or "LOCAL_RANK" not in os.environ:
+        return _snapshot(*asked)
+    launch = f"{os.getppid()} {os.environ.get('MASTER_PORT')} {os.environ.get('TORCHELASTIC_RESTART_COUNT')}"
+    place = Path(constants.HF_HUB_CACHE) / f".{os.uname().nodename}-{zlib.crc32(repr(asked).encode()):08x}.lock"
     try:
-        return snapshot_download(name, repo_type=repository, allow_patterns=list(patterns), local_files_only=offline)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        file = place.open("a+")
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError:  # of a file system without locks, or one that may only be read
+        return _snapshot(*asked)
+    with file:
+        file.seek(0)
+        launched, _, problem = file.read().partition("\n")
+        if launched == launch:
+            require(not problem, problem)
+            return _snapshot(*asked, is_there=True)
+        try:
+            problem, folder = "", _snapshot(*asked)
+            return folder
+        except ConfigurationError as error:
+            problem = str(error)
+            raise
+        finally:
+            file.truncate(0)
+            file.write(f"{launch}\n{problem}")
+
+
+def _snapshot(name: str, flag: str, patterns: Sequence[str], repository: Repository, is_there: bool = False) -> str:
+    from huggingface_hub import constants, snapshot_download
+
+    offline, only = bool(constants.HF_HUB_OFFLINE), list(patterns)
+    try:
+        return snapshot_download(name, repo_type=repository, allow_patterns=only, local_files_only=offline or is_there)
     except Exception as error:  # noqa: BLE001 - of the network, of the Hub, of its cache
         said = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         why = "HF_HUB_OFFLINE is set" if offline else f"the Hub did not give it ({type(error).__name__}: {said})"

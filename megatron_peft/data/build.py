@@ -5,6 +5,7 @@ import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,11 @@ from megatron_peft.config.untrusted import require_regular
 from megatron_peft.data.batches import BatchLayout, GlobalBatches
 from megatron_peft.data.files import RecordFiles
 from megatron_peft.data.instruction import InstructionDataset
+from megatron_peft.data.node_files import NodeFiles, read_once
 from megatron_peft.data.records import Fit
 from megatron_peft.data.samples import BlendedOrder, PackedOrder, Sample, SampleOrder, SampleSource
 from megatron_peft.data.tokenizers import NullTokenizer, Tokenizer
-from megatron_peft.runtime.launch import checked_together, gather_over_world, place_on_node
+from megatron_peft.runtime.launch import checked_together, gather_over_world
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +67,7 @@ def build_data(
         pad_to=config.data.seq_length if config.data.pad_to_seq_length else 0,
         pad_id=min(tokenizer.eos_id, num_ids - 1),  # with --mock-data the tokenizer may be another model's
     )
-    splits, training = _Splits(config, tokenizer, num_ids, layout), config.training
+    splits, training = _Splits(config, tokenizer, num_ids, layout, NodeFiles()), config.training
     iterations = training.train_iters
     if training.train_samples is not None:
         iterations = training.train_samples // config.global_batch_size  # as in Megatron, a last part is left out
@@ -89,6 +91,7 @@ class _Splits:
     tokenizer: Tokenizer
     num_ids: int
     layout: BatchLayout
+    node: NodeFiles
 
     def train(self, num_samples: int | None) -> GlobalBatches:
         """num_samples: which the run takes; None with --train-epochs."""
@@ -103,7 +106,7 @@ class _Splits:
         assert dataset is not None
         # megatron-core has already shuffled an indexed dataset of that many samples.
         shuffle = isinstance(dataset, InstructionDataset) or len(dataset) < (num_samples or len(dataset) + 1)
-        order = self._sample_order(dataset, blend, shuffle)
+        order = self._sample_order(Split.train, dataset, blend, shuffle)
         return GlobalBatches(dataset, order, self.layout, prefetch=self.config.data.num_workers)
 
     def evaluated(self, split: Split) -> GlobalBatches | None:
@@ -117,13 +120,14 @@ class _Splits:
             return None
         # A blend is taken with its weights as far as --eval-iters reaches; otherwise each sample is taken once.
         blend = parse_blend(*self._paths(split)) if requested is not None else Blend([], None)
-        order = self._sample_order(dataset, blend, shuffle=False)
+        order = self._sample_order(split, dataset, blend, shuffle=False)
         whole = order.epoch_length(0)
         end = whole if requested is None else min(requested, whole)
         return GlobalBatches(dataset, order, self.layout, end=end, prefetch=self.config.data.num_workers)
 
-    def _sample_order(self, dataset: SampleSource, blend: Blend, shuffle: bool) -> SampleOrder:
-        data, order = self.config.data, SampleOrder(len(dataset), self.config.data.seed, shuffle)
+    def _sample_order(self, split: Split, dataset: SampleSource, blend: Blend, shuffle: bool) -> SampleOrder:
+        data, keep = self.config.data, partial(self.node.kept, split.name)
+        order = SampleOrder(len(dataset), data.seed, shuffle, keep)
         if not isinstance(dataset, InstructionDataset):
             return order  # megatron-core has blended and packed it already
         if blend.weights:
@@ -134,7 +138,7 @@ class _Splits:
                 f"all samples of {' and '.join(empty)} were skipped, so the blend's weights cannot be reached: raise "
                 "--seq-length, or leave the path out.",
             )
-            order = BlendedOrder(lengths, blend.weights, data.seed, shuffle)
+            order = BlendedOrder(lengths, blend.weights, data.seed, shuffle, keep)
         return PackedOrder(order, dataset.lengths, data.seq_length, data.packing) if data.pack_sequences else order
 
     def _paths(self, split: Split) -> tuple[Sequence[str], str]:
@@ -160,12 +164,12 @@ class _Splits:
         if any(kind_of_source(path) != "json" for path in paths):
             from datasets import config
 
-            # `datasets` makes its cache, in one process of a node; beside it, tables have a cache of tokens.
+            # Beside the cache of `datasets`, tables have a cache of tokens.
             cache_root = cache_root or Path(config.HF_DATASETS_CACHE) / "megatron_peft"
-            checked_together(lambda: RecordFiles(paths, flag) if place_on_node().rank == 0 else None)
-        records = checked_together(lambda: RecordFiles(paths, flag))
+        known = read_once(paths, flag, self.node, cache_root)
+        records = checked_together(lambda: RecordFiles(paths, flag, known))
         _require_one_digest(split, paths, records.digest)
-        dataset = InstructionDataset(records, Fit.of(data, self.tokenizer), cache_root)
+        dataset = InstructionDataset(records, Fit.of(data, self.tokenizer), cache_root, self.node)
         if not dist.is_initialized() or dist.get_rank() == 0:
             for sentence in dataset.warnings:
                 logger.warning("%s: %s", flag, sentence)

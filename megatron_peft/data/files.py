@@ -11,11 +11,15 @@ import re
 import zlib
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from megatron_peft.config import ConfigurationError, kind_of_source, require
 from megatron_peft.config.sources import DATA_FILES, local_folder
@@ -26,45 +30,117 @@ MAX_LINE_BYTES = 1 << 25  # once parsed, a line takes up to 25 times as much mem
 _BLOCK_BYTES = 1 << 17
 
 
-class Lines:
-    """A file with one JSON value per line; blank lines do not count. `digest` is its CRC-32. Takes 8 bytes per line.
+class LineIndex(NamedTuple):
+    """Where the lines of a file are, and its CRC-32."""
 
-    Raises ConfigurationError for a line above MAX_LINE_BYTES.
+    starts: np.ndarray  # int64 [records + 1]: of each record in bytes, and the file's end
+    blanks: np.ndarray  # int64 [blank lines]: the records before each
+    digest: int
+
+
+class Scan(NamedTuple):
+    """Figures of the lines that begin in a slice of a file; too_long: the last of them is above the limit."""
+
+    records: int
+    blanks: int
+    begin: int  # in bytes
+    end: int
+    crc: int
+    too_long: bool
+
+
+def scan(path: Path, within: range) -> tuple[Scan, np.ndarray, np.ndarray]:
+    """The lines that begin within a range of bytes; their `starts` (without the end) and `blanks` (see `LineIndex`).
+
+    Raises OSError if the file cannot be read.
     """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._file = path.open("rb", buffering=_BLOCK_BYTES)
-        starts, blanks = array("q"), array("q")  # of each record, in bytes; the records before each blank line
-        offset = crc = 0
-        while line := self._file.readline(MAX_LINE_BYTES + 1):
+    starts, blanks, crc, too_long = array("q"), array("q"), 0, False
+    with path.open("rb", buffering=_BLOCK_BYTES) as file:
+        offset = file.seek(max(within.start - 1, 0))
+        # The line that holds the byte before begins before.
+        while within.start and offset < within.stop and (skipped := file.readline(_BLOCK_BYTES)):
+            offset += len(skipped)
+            if skipped.endswith(b"\n"):
+                break
+        begin = offset
+        while offset < within.stop and not too_long and (line := file.readline(MAX_LINE_BYTES + 1)):
             if line.isspace():
                 blanks.append(len(starts))
             else:
                 starts.append(offset)
             crc = zlib.crc32(line, crc)
             offset += len(line)
-            if len(line) > MAX_LINE_BYTES:
-                raise ConfigurationError(
-                    f"{path}, line {len(starts) + len(blanks)} is too long, and the limit of a line is "
-                    f"{MAX_LINE_BYTES / 2**20:.0f} MiB: split the record."
-                )
-        self.digest, self._starts, self._blanks, self._size = crc, starts, blanks, offset
+            too_long = len(line) > MAX_LINE_BYTES
+    found = Scan(len(starts), len(blanks), begin, offset, crc, too_long)
+    return found, np.frombuffer(starts, np.int64), np.frombuffer(blanks, np.int64)
+
+
+def digest_of_scans(path: str | Path, scans: Sequence[Scan], size: int) -> int:
+    """CRC-32 of a file, all of which was scanned. Raises ConfigurationError for a line above the limit, and for less
+    than `size` bytes."""
+    number = crc = 0
+    for one in scans:
+        number += one.records + one.blanks
+        require(
+            not one.too_long,
+            f"{path}, line {number} is too long, and the limit of a line is {MAX_LINE_BYTES / 2**20:.0f} MiB: split "
+            "the record.",
+        )
+        crc = crc32_combine(crc, one.crc, one.end - one.begin)
+    require(scans[-1].end >= size, f"{path} {_SHORTENED}")
+    return crc
+
+
+_SHORTENED = "was shortened while it was being read: put it back."
+
+
+def crc32_combine(first: int, second: int, num_bytes: int) -> int:
+    """CRC-32 of two pieces, one after the other; `second` has so many bytes. As in zlib, which Python lacks."""
+    factor, square = 1 << 31, 1 << 23  # x^0 and x^8, to be x^(8 num_bytes): the highest bit is the lowest power
+    while num_bytes:
+        factor = _product(factor, square) if num_bytes & 1 else factor
+        square, num_bytes = _product(square, square), num_bytes >> 1
+    return _product(factor, first) ^ second
+
+
+def _product(a: int, b: int) -> int:
+    """Of two polynomials over GF(2), modulo that of CRC-32."""
+    product = 0
+    for bit in range(31, -1, -1):
+        product ^= b if a >> bit & 1 else 0
+        b = b >> 1 ^ (0xEDB88320 if b & 1 else 0)
+    return product
+
+
+class Lines:
+    """A file with one JSON value per line; blank lines do not count. `digest` is its CRC-32.
+
+    index: of the file; None: it is made, and takes 8 bytes per line.
+    Raises ConfigurationError for a line above MAX_LINE_BYTES.
+    """
+
+    def __init__(self, path: Path, index: LineIndex | None = None) -> None:
+        self.path = path
+        self._file = path.open("rb", buffering=0)
+        if index is None:
+            size = os.fstat(self._file.fileno()).st_size
+            found, starts, blanks = scan(path, range(size))
+            index = LineIndex(np.append(starts, found.end), blanks, digest_of_scans(path, [found], size))
+        self._starts, self._blanks, self.digest = index
 
     def __len__(self) -> int:
-        return len(self._starts)
+        return len(self._starts) - 1
 
     def __getitem__(self, index: int) -> Any:
-        start = self._starts[index]
-        end = self._starts[index + 1] if index + 1 < len(self._starts) else self._size
+        start, end = self._starts[index : index + 2].tolist()
         # Read, not mapped: SIGBUS kills a process that reads a map of a file which another one has shortened.
         raw = os.pread(self._file.fileno(), end - start, start)
-        require(len(raw) == end - start, f"{self.path} was shortened while it was being read: put it back.")
+        require(len(raw) == end - start, f"{self.path} {_SHORTENED}")
         return _parse(raw, lambda: self.place(index))
 
     def place(self, index: int) -> str:
         """FILE, line N of a record, for errors; counted from one."""
-        return f"{self.path}, line {index + 1 + bisect_right(self._blanks, index)}"
+        return f"{self.path}, line {index + 1 + np.searchsorted(self._blanks, index, side='right')}"
 
 
 class Rows:
@@ -87,12 +163,26 @@ class Rows:
         return f"{self.path}, {self.unit} {index + 1}"
 
 
-def open_json(path: Path) -> Lines | Rows:
-    """The records of a JSON file. Raises OSError if it cannot be read."""
+@contextmanager
+def opening(path: str, flag: str) -> Iterator[None]:
+    """Raises ConfigurationError if the file that the flag named cannot be read, or is none."""
+    require_regular(Path(path), flag)
+    try:
+        yield
+    except OSError as error:
+        raise ConfigurationError(f"{flag} {path} cannot be read: {error.strerror}.") from error
+
+
+def holds_lines(path: Path) -> bool:
+    """Whether a JSON file has a value on each line, and not one array. Raises OSError if it cannot be read."""
     with path.open("rb") as file:
-        is_array = path.suffix == ".json" and file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
-    if not is_array:
-        return Lines(path)
+        return path.suffix != ".json" or not file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+
+
+def open_json(path: Path, index: LineIndex | None = None) -> Lines | Rows:
+    """The records of a JSON file. Raises OSError if it cannot be read."""
+    if holds_lines(path):
+        return Lines(path, index)
     raw = read_bytes(path)  # an array cannot be split without parsing it
     return Rows(str(path), _parse(raw, lambda: str(path)), zlib.crc32(raw), "record")
 
@@ -114,13 +204,17 @@ def _parse(raw: bytes, place: Callable[[], str]) -> Any:
         ) from error
 
 
+Known = Mapping[str, LineIndex | int]  # by path, of JSON lines the index and of a table the digest
+
+
 class RecordFiles:
     """All records in a row. lengths: number of records of each source; ends: their sums; digest: a CRC-32 of each."""
 
-    def __init__(self, paths: Sequence[str], flag: str) -> None:
+    def __init__(self, paths: Sequence[str], flag: str, known: Known = MappingProxyType({})) -> None:
         """`flag` is the one that named the paths. Raises ConfigurationError for a missing or an empty source."""
         self.paths = tuple(paths)
-        self._files = [_open(path, flag) for path in paths]
+        self._files = [_open(path, flag, known.get(path)) for path in paths]
+        self.digests = {path: file.digest for path, file in zip(paths, self._files, strict=True)}
         self.lengths = [len(file) for file in self._files]
         self.ends = list(accumulate(self.lengths))
         self.digest = " ".join(f"{file.digest:08x}" for file in self._files)
@@ -153,21 +247,18 @@ class RecordFiles:
         return self._files[which], index - (self.ends[which - 1] if which else 0)
 
 
-def _open(path: str, flag: str) -> Lines | Rows:
+def _open(path: str, flag: str, known: LineIndex | int | None) -> Lines | Rows:
     if kind_of_source(path) in ("table", "hub"):
-        file = _open_table(path, flag)
+        file = _open_table(path, flag, known if isinstance(known, int) else None)
     else:
-        require_regular(Path(path), flag)
-        try:
-            file = open_json(Path(path))
-        except OSError as error:
-            raise ConfigurationError(f"{flag} {path} cannot be read: {error.strerror}.") from error
+        with opening(path, flag):
+            file = open_json(Path(path), known if isinstance(known, LineIndex) else None)
     require(len(file) > 0, f"{flag} {path} is empty: it holds no record.")
     return file
 
 
-def _open_table(path: str, flag: str) -> Rows:
-    """The table that `path` names: a file, FOLDER[:SPLIT] or ORG/NAME[[:CONFIG]:SPLIT].
+def _open_table(path: str, flag: str, digest: int | None) -> Rows:
+    """The table that `path` names: a file, FOLDER[:SPLIT] or ORG/NAME[[:CONFIG]:SPLIT]. digest: None: it is read.
 
     Raises ConfigurationError if it cannot be read, or has several splits and none is chosen.
     """
@@ -180,14 +271,15 @@ def _open_table(path: str, flag: str) -> Rows:
     else:
         folder = Path(name)
         files = sorted(file for file in folder.rglob("*") if not file.is_dir()) if folder.is_dir() else [Path(path)]
-    for file in files:
+    for file in files if digest is None else ():
         require_regular(file, flag)
         require_limits(file, flag)
     datasets.disable_progress_bars()
     try:
         rows = _split_of(folder, choice, f"{flag} {name}") if folder.is_dir() else _rows_of(Path(path))
-        # The folder of a dataset of the Hub is named by its commit.
-        return Rows(path, rows, _digest(files) if files else zlib.crc32(f"{folder.name} {path}".encode()))
+        if digest is None:  # the folder of a dataset of the Hub is named by its commit
+            digest = _digest(files) if files else zlib.crc32(f"{folder.name} {path}".encode())
+        return Rows(path, rows, digest)
     except ConfigurationError:
         raise
     except Exception as error:  # noqa: BLE001 - of datasets, pyarrow, pandas

@@ -6,34 +6,45 @@ import os
 import secrets
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch.distributed as dist
 from rich.progress import track
 
 from megatron_peft.checkpoint import folders
 from megatron_peft.config import ConfigurationError, not_obeyed, require, writing
 from megatron_peft.config.untrusted import read_json_object
 from megatron_peft.data.files import RecordFiles
+from megatron_peft.data.node_files import NodeFiles, sharers_of
 from megatron_peft.data.records import Fit, TokenizedRecord
-from megatron_peft.data.samples import Sample, sample_from_ids
-from megatron_peft.runtime.launch import checked_together, gather_over_world, place_on_node
+from megatron_peft.data.samples import Sample, index_type, sample_from_ids
+from megatron_peft.runtime.launch import (
+    checked_together,
+    from_first_of,
+    from_rank,
+    gather_over_world,
+    place_in_world,
+    share_of,
+)
 
 PROGRESS_FROM = 20_000  # records; fewer take a moment only
 
 
 class InstructionDataset:
-    """The samples of records that are left after `--overlong`. What is kept in memory: 12 bytes a sample.
+    """The samples of records that are left after `--overlong`. What each takes is a file of the node's: 8 bytes.
 
     lengths: int32 [samples], input positions of each; warnings: what was truncated or skipped, with the first place
     where it happens; digest: of the files.
     """
 
-    def __init__(self, records: RecordFiles, fit: Fit, cache_root: Path | None = None) -> None:
+    def __init__(
+        self, records: RecordFiles, fit: Fit, cache_root: Path | None = None, node: NodeFiles | None = None
+    ) -> None:
         """A collective over all ranks: each of them checks and measures an equal share of the records.
 
         cache_root: where tokens are kept for the next start; None: they are made when they are needed.
@@ -41,22 +52,27 @@ class InstructionDataset:
         """
         self._records, self._fit, self.digest = records, fit, records.digest
         self._cache = None if cache_root is None else open_cache(cache_root, records, fit)
-        rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        share = range(len(records) * rank // world_size, len(records) * (rank + 1) // world_size)
-        measured = checked_together(lambda: self._measure(share), first_alone=True)
-        positions, left_out = zip(*gather_over_world(measured), strict=True)
-        whole, kept = np.concatenate(positions, axis=1)
+        node = node or NodeFiles()
+        rank, num_ranks = place_in_world()
+        share = share_of(len(records), rank, num_ranks)
+        (whole, kept), left_out = checked_together(lambda: self._measure(share), first_alone=True)
         overlong = whole > fit.seq_length
-        if fit.overlong == "error" and (refused := overlong | (whole == 0)).any():
-            self._refuse(int(refused.argmax()), int(whole[refused.argmax()]))
-        positions = np.where(overlong & (fit.overlong == "skip"), 0, kept)
-        self._usable = np.flatnonzero(positions)  # int64 [samples]: the record of each
-        self.lengths: np.ndarray = positions[self._usable]
-        unread = sum(left_out, Counter()) if self._cache is None else self._cache.left_out
-        self.warnings = self._warnings(positions == 0, overlong, unread)
+        refused = np.flatnonzero(overlong | (whole == 0))[:1] if fit.overlong == "error" else ()
+        checked_together(lambda: [self._refuse(share[i], whole[i]) for i in refused], first_alone=True)
+        kept = np.where(overlong & (fit.overlong == "skip"), 0, kept)
+        used = np.flatnonzero(kept)
+        numbers = (share.start + used).astype(index_type(len(records)))
+        self._usable = node.gathered(numbers, range(num_ranks))  # the record of each sample
+        self.lengths = node.gathered(kept[used], range(num_ranks))
+        skipped = kept == 0
+        which = (overlong & ~skipped, overlong & skipped, ~overlong & skipped)
+        findings = [np.flatnonzero(each) + share.start for each in which]
+        told = gather_over_world((left_out, [(len(found), found[:1]) for found in findings]))
+        unread = sum((fields for fields, _ in told), Counter[str]()) if self._cache is None else self._cache.left_out
+        self.warnings = self._warnings([findings for _, findings in told], unread)
         if not len(self._usable):
-            skipped = f"all {len(records)} samples were skipped (from {records.place(0)} on)."
-            raise ConfigurationError(" ".join([skipped, *self.warnings]))
+            none_left = f"all {len(records)} samples were skipped (from {records.place(0)} on)."
+            raise ConfigurationError(" ".join([none_left, *self.warnings]))
 
     def _measure(self, share: range) -> tuple[np.ndarray, Counter[str]]:
         """int32 [2, share], the input positions of the whole record and of what --seq-length leaves of it; number of
@@ -83,21 +99,25 @@ class InstructionDataset:
             way_out = "raise it, or give --overlong truncate or --overlong skip"
         raise ConfigurationError(f"{self._records.place(record)}: the sample {what}: {way_out}.")
 
-    def _warnings(self, skipped: np.ndarray, overlong: np.ndarray, unread: Counter[str]) -> list[str]:
-        """skipped, overlong: bool [records]; unread: number of records by unused field."""
+    def _warnings(self, findings: Sequence[Sequence[tuple[int, np.ndarray]]], unread: Counter[str]) -> list[str]:
+        """findings: of each rank, how many were cut, skipped for their length and empty, and the first of each.
+
+        unread: number of records by unused field.
+        """
         too_long = f"are longer than --seq-length {self._fit.seq_length} and were"
         prompt_only = ", since their prompt alone fills it and no token of a completion is left"
-        findings = (
-            (overlong & ~skipped, f"{too_long} cut at their end"),
-            (overlong & skipped, f"{too_long} skipped{prompt_only if self._fit.overlong == 'truncate' else ''}"),
-            (~overlong & skipped, "have no token to learn from and were skipped"),
+        told = (
+            f"{too_long} cut at their end",
+            f"{too_long} skipped{prompt_only if self._fit.overlong == 'truncate' else ''}",
+            "have no token to learn from and were skipped",
         )
         fields = ", ".join(f'"{not_obeyed(name)}" ({count} records)' for name, count in unread.most_common())
-        return [f"fields that nothing reads were left out: {fields}."] * bool(fields) + [
-            f"{int(which.sum())} of {len(which)} samples {what} (first: {self._records.place(int(which.argmax()))})."
-            for which, what in findings
-            if which.any()
-        ]
+        warnings = [f"fields that nothing reads were left out: {fields}."] * bool(fields)
+        for what, by_rank in zip(told, zip(*findings, strict=True), strict=True):
+            if total := sum(count for count, _ in by_rank):
+                first = self._records.place(int(np.concatenate([at for _, at in by_rank])[0]))
+                warnings.append(f"{total} of {len(self._records)} samples {what} (first: {first}).")
+        return warnings
 
     def __len__(self) -> int:
         return len(self._usable)
@@ -113,8 +133,9 @@ class InstructionDataset:
 
 
 # A cache of tokens: Arrow files that are mapped into memory, so that records are tokenized once, not at each start of a
-# run. A cache is a folder, named by all that decides its tokens. It appears when it is whole; the ranks of a node share
-# its making. Like a checkpoint it has a manifest with size and CRC-32 of each file, compared whenever it is opened.
+# run. A cache is a folder, named by all that decides its tokens. It appears when it is whole; all ranks share its
+# making, and what they have made is copied where nodes have disks of their own, as is a cache that some nodes lack.
+# Like a checkpoint it has a manifest with size and CRC-32 of each file, compared whenever it is opened.
 #
 # The files are those of `datasets`, but `Dataset.map` does not make them. It leaves the work to a process or its forks,
 # where here the ranks of a node share it. It reads what its fingerprint names, whatever became of the bytes: a flipped
@@ -123,6 +144,8 @@ class InstructionDataset:
 FORMAT = 2  # of the files, and of how a record becomes tokens
 COUNTS = "counts.json"  # beside the shards: {"records": how many, "left_out": {field: records}}
 _BATCH, _BATCH_TOKENS = 500, 1 << 20  # records written at once, fewer if they have more tokens
+MOST_SHARDS = 64  # files of a cache: each rank opens all of them
+_COPIED_BYTES = 1 << 25  # at once
 
 
 class TokenCache:
@@ -135,7 +158,7 @@ class TokenCache:
         self.folder = folder
         shards = [folder / name for name in sorted(folders.read_manifest(folder)) if name.endswith(".arrow")]
         try:
-            table = pa.concat_tables([pa.ipc.open_stream(pa.memory_map(str(shard))).read_all() for shard in shards])
+            table = pa.concat_tables([_mapped(shard) for shard in shards])
             table.validate(full=True)
             self._ids, self._trained = table.column("ids"), table.column("trained")
             self.left_out = Counter[str](read_json_object(folder / COUNTS)["left_out"])
@@ -178,6 +201,14 @@ class TokenCache:
             first += len(lists)
 
 
+def _mapped(shard: Path) -> Any:
+    """The table of a file, which stays mapped but not open: a process may have few files open."""
+    import pyarrow as pa
+
+    with pa.memory_map(str(shard)) as file:
+        return pa.ipc.open_stream(file).read_all()
+
+
 def _damaged(folder: Path, why: str) -> str:
     return f"the token cache {folder} is damaged ({why}): remove this folder, and the next start makes it again."
 
@@ -193,21 +224,32 @@ def open_cache(root: Path, records: RecordFiles, fit: Fit) -> TokenCache:
 
     Raises ConfigurationError, on every rank, for the first bad record, and if `root` cannot be written.
     """
-    folder, place = cache_folder(root, records, fit), place_on_node()
-    share = range(len(records) * place.rank // place.size, len(records) * (place.rank + 1) // place.size)
-    # All ranks look before any of them writes; a node is done if all of its ranks have seen the cache.
-    seen = gather_over_world((place.node, os.path.lexists(folder), secrets.token_hex(4)))
-    is_done = all(is_there for node, is_there, _ in seen if node == place.node)
-    if not all(is_there for _, is_there, _ in seen):
-        draft = folder.with_name(f".{folder.name}.{seen[0][2]}.{place.node}")
-        is_first = place.rank == 0 and not is_done
-        lock = checked_together(lambda: _start_draft(draft) if is_first else None)
+    folder, sharers, (rank, num_ranks) = cache_folder(root, records, fit), sharers_of(root), place_in_world()
+    share = share_of(len(records), rank, num_ranks)
+    is_there = from_first_of(sharers, lambda: os.path.lexists(folder))
+    seen = gather_over_world((sharers, is_there, secrets.token_hex(4)))
+    roots = [other for other, _, _ in seen]  # of each rank
+    members = [other for other in range(num_ranks) if roots[other] == sharers]
+    is_first = rank == members[0]
+
+    def require_whole(is_due: bool) -> None:  # this rank's share of the files
+        problems = folders.damage(folder, members.index(rank), len(members)) if is_due else []
+        require(not problems, _damaged(folder, "; ".join(problems)))
+
+    # Arrow sees none of it, and no other node gets any, before all of it is known to be what was written.
+    checked_together(lambda: require_whole(is_there))
+    if not all(there := [is_there for _, is_there, _ in seen]):
+        draft = folder.with_name(f".{folder.name}.{seen[0][2]}.{sharers}")
+        lock = checked_together(lambda: _start_draft(draft) if is_first and not is_there else None)
         try:
-            written = checked_together(
-                lambda: None if is_done else _write_share(draft, records, fit, place.rank, share)
-            )
-            of_node = [written for node, written in gather_over_world((place.node, written)) if node == place.node]
-            checked_together(lambda: _publish(draft, folder, of_node, len(records)) if is_first else None)
+            if any(there):
+                source = there.index(True)
+                sums = from_rank(source, lambda: folders.read_manifest(folder))
+                for name in sums:
+                    _copy(source, folder / name, draft / name if lock else None)
+            else:
+                sums = _write_shards(draft, records, fit, roots, members)
+            checked_together(lambda: _publish(draft, folder, sums) if lock else None)
         finally:
             if lock is not None:
                 shutil.rmtree(draft, ignore_errors=True)
@@ -218,12 +260,7 @@ def open_cache(root: Path, records: RecordFiles, fit: Fit) -> TokenCache:
         cache.require_ids_fit(share, fit.tokenizer.largest_id, records)
         return cache
 
-    def require_whole() -> None:
-        problems = folders.damage(folder, place.rank, place.size)  # of this rank's share of the files
-        require(not problems, _damaged(folder, "; ".join(problems)))
-
-    # Arrow sees none of it before all of it is known to be what was written.
-    checked_together(require_whole)
+    checked_together(lambda: require_whole(not is_there))
     return checked_together(opened)
 
 
@@ -245,39 +282,94 @@ def _start_draft(draft: Path) -> folders.FolderLock:
         return folders.FolderLock(draft)
 
 
-def _write_share(
-    draft: Path, records: RecordFiles, fit: Fit, rank: int, share: range
-) -> tuple[Counter[str], dict[str, folders.FileSum]]:
-    """Tokenize the share of a node's rank into a file. Returns the unused fields, and the file's sum by its name."""
+def _write_shards(
+    draft: Path, records: RecordFiles, fit: Fit, roots: Sequence[str], members: Sequence[int]
+) -> dict[str, folders.FileSum]:
+    """Tokenize all records, each rank its share, into a draft of each root. Returns the sums of this one's shards.
+
+    roots: that of each rank; members: the ranks of this one. A collective.
+    """
+    rank, num_ranks = place_in_world()
+    num_shards = min(num_ranks, MOST_SHARDS)
+    parts = [draft / f"part-{other:05d}.arrow" for other in range(num_ranks)]
+    share = share_of(len(records), rank, num_ranks)
+    left_out = gather_over_world(checked_together(lambda: _write_share(parts[rank], records, fit, share)))
+    for source, part in enumerate(parts) if len(members) < num_ranks else ():
+        _copy(source, part, part if rank == members[0] != source and roots[source] != roots[rank] else None)
+
+    def join() -> dict[str, folders.FileSum]:
+        with _writing_in(draft.parent):
+            if rank == members[0]:
+                counts = {"records": len(records), "left_out": sum(left_out, Counter[str]())}
+                (draft / COUNTS).write_text(json.dumps(counts))
+            own = share_of(num_shards, members.index(rank), len(members))
+            return dict(
+                _join(draft, number, [parts[i] for i in share_of(num_ranks, number, num_shards)]) for number in own
+            )
+
+    joined = gather_over_world(checked_together(join))
+    return {name: file_sum for other in members for name, file_sum in joined[other].items()}
+
+
+def _write_share(part: Path, records: RecordFiles, fit: Fit, share: range) -> Counter[str]:
+    """Tokenize a rank's share into a file. Returns the number of records by unused field."""
     from datasets import Features, List, Value
     from datasets.arrow_writer import ArrowWriter
 
     features, left_out = Features({"ids": List(Value("int32")), "trained": List(Value("bool"))}), Counter[str]()
-    shard = draft / f"tokens-{rank:05d}.arrow"
-    quiet = rank > 0 or len(share) < PROGRESS_FROM
-    with _writing_in(draft.parent):
-        draft.mkdir(parents=True, exist_ok=True)
-        with ArrowWriter(features=features, path=str(shard)) as writer:
-            batch, num_tokens = list[TokenizedRecord](), 0
-            for index in track(share, "tokenizing records", disable=quiet, transient=True):
-                batch.append(fit.tokenized(records, index))
-                left_out.update(fit.left_out(records, index))
-                num_tokens += len(batch[-1].ids)
-                if len(batch) == _BATCH or num_tokens > _BATCH_TOKENS or index == share[-1]:
-                    writer.write_batch({name: [getattr(record, name) for record in batch] for name in features})
-                    batch, num_tokens = [], 0
-            writer.finalize()
-        return left_out, {shard.name: folders.measure(shard)}
+    quiet = share.start > 0 or len(share) < PROGRESS_FROM
+    with _writing_in(part.parent.parent), ArrowWriter(features=features, path=str(part)) as writer:
+        batch, num_tokens = list[TokenizedRecord](), 0
+        for index in track(share, "tokenizing records", disable=quiet, transient=True):
+            batch.append(fit.tokenized(records, index))
+            left_out.update(fit.left_out(records, index))
+            num_tokens += len(batch[-1].ids)
+            if len(batch) == _BATCH or num_tokens > _BATCH_TOKENS or index == share[-1]:
+                writer.write_batch({name: [getattr(record, name) for record in batch] for name in features})
+                batch, num_tokens = [], 0
+        writer.finalize()
+    return left_out
 
 
-def _publish(
-    draft: Path, folder: Path, written: Sequence[tuple[Counter[str], dict[str, folders.FileSum]]], num_records: int
-) -> None:
-    """Give the draft its name, unless another node or run was faster. written: what `_write_share` returned."""
-    left_out = sum((fields for fields, _ in written), Counter[str]())
+def _join(draft: Path, number: int, parts: Sequence[Path]) -> tuple[str, folders.FileSum]:
+    """Make a shard of the parts. Returns its name and its sum."""
+    import pyarrow as pa
+
+    shard = draft / f"tokens-{number:05d}.arrow"
+    tables = [_mapped(part) for part in parts]
+    if len(parts) > 1:
+        with pa.OSFile(str(shard), "wb") as file, pa.ipc.new_stream(file, tables[0].schema) as writer:
+            writer.write_table(pa.concat_tables(tables))
+        for part in parts:
+            part.unlink()
+    else:
+        parts[0].rename(shard)
+    return shard.name, folders.measure(shard)
+
+
+def _copy(source: int, path: Path, to: Path | None) -> None:
+    """Copy `path` of the rank `source` to `to`, on ranks that give one, a block at a time. A collective."""
+
+    def read(begin: int) -> bytes:
+        with path.open("rb") as file:
+            file.seek(begin)
+            return file.read(_COPIED_BYTES)
+
+    def write(block: bytes) -> None:
+        if to:
+            with _writing_in(to.parent.parent), to.open("ab") as file:
+                file.write(block)
+
+    num_bytes = 0
+    while block := from_rank(source, partial(read, num_bytes)):
+        checked_together(partial(write, block))
+        num_bytes += len(block)
+
+
+def _publish(draft: Path, folder: Path, sums: Mapping[str, folders.FileSum]) -> None:
+    """Give the draft its name, unless another node or run was faster."""
     with _writing_in(folder.parent):
-        (draft / COUNTS).write_text(json.dumps({"records": num_records, "left_out": left_out}))
-        folders.write_manifest(draft, {name: file_sum for _, files in written for name, file_sum in files.items()})
+        folders.write_manifest(draft, sums)
         try:
             folders.publish_draft(draft, folder)
         except OSError:

@@ -2,9 +2,10 @@
 alone."""
 
 import math
-from collections.abc import Sequence
+from array import array
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property, lru_cache
+from functools import cache, lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -53,21 +54,36 @@ def sample_from_ids(ids: Sequence[int], trained: Sequence[bool], seq_length: int
 # The order of samples is a function of seed and epoch, never of the layout. A *position* is one unit of a global batch:
 # a sample, or with packing a pack of samples. Positions run on from epoch to epoch; an epoch has each sample once.
 
+Make = Callable[[], Sequence[np.ndarray]]
+Keep = Callable[[str, int, type, Make], np.ndarray]  # kind, epoch, type, what makes the arrays -> one after the other
+
+
+def in_memory(kind: str, epoch: int, dtype: type, make: Make) -> np.ndarray:
+    """The arrays of an epoch, one after the other, in this process: see `node_files.NodeFiles.kept`."""
+    return np.concatenate(make())
+
 
 class SampleOrder:
-    """One sample per position; a new permutation in each epoch, or file order without `shuffle`."""
+    """One sample per position; a new permutation in each epoch, or file order without `shuffle`.
+
+    keep: where the arrays of an epoch are, which take 4 bytes a sample (8 from 2**31 samples on).
+    """
 
     epochs_hold_the_same_samples = True
 
-    def __init__(self, num_samples: int, seed: int, shuffle: bool) -> None:
-        self.num_samples, self.seed, self.shuffle = num_samples, seed, shuffle
-        self.permutation = lru_cache(maxsize=2)(self._permutation)  # two: a step can reach into the next epoch
+    def __init__(self, num_samples: int, seed: int, shuffle: bool, keep: Keep = in_memory) -> None:
+        self.num_samples, self.seed, self.shuffle, self.keep = num_samples, seed, shuffle, keep
+        self.permutation = lru_cache(maxsize=2)(self._kept_permutation)  # two: a step can reach into the next epoch
+
+    def _kept_permutation(self, epoch: int) -> np.ndarray:
+        return self.keep("order", epoch, index_type(self.num_samples), lambda: [self._permutation(epoch)])
 
     def _permutation(self, epoch: int) -> np.ndarray:
-        """int64 [num_samples]. RandomState, since numpy promises its stream for all later versions."""
-        if not self.shuffle:
-            return np.arange(self.num_samples)
-        return np.random.RandomState([self.seed % 2**32, epoch]).permutation(self.num_samples)
+        """int [num_samples]. RandomState, since numpy promises its stream for all later versions."""
+        samples = np.arange(self.num_samples, dtype=index_type(self.num_samples))
+        if self.shuffle:
+            np.random.RandomState([self.seed % 2**32, epoch]).shuffle(samples)
+        return samples
 
     def epoch_length(self, epoch: int) -> int:
         """Positions of an epoch."""
@@ -78,7 +94,7 @@ class SampleOrder:
         return divmod(position, self.num_samples)
 
     def samples_at(self, position: int) -> np.ndarray:
-        """int64 [k]: the samples of a position."""
+        """int [k]: the samples of a position."""
         epoch, offset = self.locate(position)
         return self.permutation(epoch)[offset : offset + 1]
 
@@ -114,31 +130,70 @@ class BlendedOrder(SampleOrder):
 
     epochs_hold_the_same_samples = False
 
-    def __init__(self, lengths: Sequence[int], weights: Sequence[float], seed: int, shuffle: bool) -> None:
+    def __init__(
+        self, lengths: Sequence[int], weights: Sequence[float], seed: int, shuffle: bool, keep: Keep = in_memory
+    ) -> None:
         self._shares = np.asarray(weights, dtype=np.float64) / math.fsum(weights)
         # A source gets at least a thousand samples of a round, so rounding changes its share by a thousandth at most.
         needed = min(math.ceil(1000 / self._shares.min()), _LONGEST_ROUND)
-        super().__init__(max(sum(lengths), needed), seed, shuffle)
-        self._starts = np.cumsum([0, *lengths])[:-1]
-        self._orders = [SampleOrder(length, seed + i, shuffle) for i, length in enumerate(lengths)]
-
-    @cached_property
-    def _pattern(self) -> tuple[np.ndarray, np.ndarray]:
-        """Megatron's blend of a round: the source of each sample, and which of that source's samples it is."""
-        from megatron.core.datasets import helpers_cpp  # pyright: ignore[reportAttributeAccessIssue] - it is compiled
-
-        size = self.num_samples
-        sources, numbers = np.empty(size, dtype=np.int16), np.empty(size, dtype=np.int64)
-        helpers_cpp.build_blending_indices(sources, numbers, self._shares, len(self._shares), size, False)
-        return sources, numbers
+        super().__init__(max(sum(lengths), needed), seed, shuffle, keep)
+        self._lengths = lengths
 
     def _permutation(self, epoch: int) -> np.ndarray:
-        sources, numbers = self._pattern
-        samples = np.empty(len(sources), dtype=np.int64)
-        for i, (start, order) in enumerate(zip(self._starts, self._orders, strict=True)):
-            chosen = sources == i
+        from megatron.core.datasets import helpers_cpp  # pyright: ignore[reportAttributeAccessIssue] - it is compiled
+
+        # Megatron's blend of a round: the source of each sample, and which of that source's samples it is.
+        size, start = self.num_samples, 0
+        sources, numbers = np.empty(size, dtype=np.int16), np.empty(size, dtype=np.int64)
+        helpers_cpp.build_blending_indices(sources, numbers, self._shares, len(self._shares), size, False)
+        samples = np.empty(size, dtype=index_type(size))
+        for i, length in enumerate(self._lengths):
+            chosen, order = sources == i, SampleOrder(length, self.seed + i, self.shuffle)
             samples[chosen] = start + order.take(epoch * int(chosen.sum()) + numbers[chosen])
+            start += length
+            order.permutation.cache_clear()  # an order refers to itself, and would be collected late
         return samples
+
+
+_BLOCK = 1 << 20  # samples: numpy makes 8 bytes of each index that it is given
+
+
+def index_type(num_samples: int) -> type[np.signedinteger]:
+    """The type of numbers up to `num_samples`."""
+    return np.int32 if num_samples < 2**31 else np.int64
+
+
+def _blocks(num_samples: int) -> list[slice]:
+    return [slice(start, start + _BLOCK) for start in range(0, num_samples, _BLOCK)]
+
+
+def _picked(values: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    """`values[indices]`. [n] each."""
+    picked = np.empty(len(indices), dtype=values.dtype)
+    for block in _blocks(len(indices)):
+        picked[block] = values[indices[block]]
+    return picked
+
+
+def stable_order(keys: np.ndarray, num_keys: int) -> tuple[np.ndarray, np.ndarray]:
+    """`np.argsort(keys, kind="stable")`, int [n], and int [num_keys + 1], where the places of each key begin in it.
+
+    keys: int [n], each below `num_keys`. Takes a quarter of numpy's memory, which is 8 bytes a key and as many to sort.
+    """
+    order = np.empty(len(keys), dtype=index_type(len(keys)))
+    bounds = np.zeros(num_keys + 1, dtype=order.dtype)
+    for block in _blocks(len(keys)):
+        np.add.at(bounds, keys[block] + 1, 1)
+    np.cumsum(bounds, dtype=bounds.dtype, out=bounds)
+    free = bounds[:-1].copy()  # the next place of each key
+    for block in _blocks(len(keys)):
+        in_block = np.argsort(keys[block], kind="stable")
+        ordered = keys[block][in_block]
+        runs = np.flatnonzero(np.diff(ordered, prepend=-1))  # where each key begins
+        sizes = np.diff(runs, append=len(ordered))
+        order[np.repeat(free[ordered[runs]] - runs, sizes) + np.arange(len(ordered))] = block.start + in_block
+        free[ordered[runs]] += sizes
+    return order, bounds
 
 
 def pack_bounds(lengths: np.ndarray, seq_length: int) -> np.ndarray:
@@ -147,7 +202,7 @@ def pack_bounds(lengths: np.ndarray, seq_length: int) -> np.ndarray:
     lengths: int [n], each at most `seq_length`. Returns int64 [packs + 1]: pack i is samples [b[i], b[i + 1]).
     """
     ends = np.cumsum(lengths, dtype=np.int64)
-    bounds = [0]
+    bounds = array("q", [0])
     while bounds[-1] < len(lengths):
         used = ends[bounds[-1] - 1] if bounds[-1] else 0
         bounds.append(int(np.searchsorted(ends, used + seq_length, side="right")))
@@ -157,25 +212,28 @@ def pack_bounds(lengths: np.ndarray, seq_length: int) -> np.ndarray:
 def first_fit_decreasing(lengths: np.ndarray, seq_length: int) -> np.ndarray:
     """--pack-sequences by first-fit decreasing: the longest samples first, each into the first pack with room for it.
 
-    lengths: int [n], each at least 1 and at most `seq_length`. Returns int64 [n]: the pack of each sample.
+    lengths: int [n], each at least 1 and at most `seq_length`. Returns int [n]: the pack of each sample.
     """
-    longest_first = np.argsort(-lengths, kind="stable")
-    sizes, counts = (array[::-1] for array in np.unique(lengths, return_counts=True))
-    room = np.full(len(lengths), seq_length, dtype=np.int32)
-    packs = np.empty(len(lengths), dtype=np.int64)
-    placed = num_packs = 0
-    for size, count in zip(sizes, counts, strict=True):
+    by_length, bounds = stable_order(lengths, seq_length + 1)
+    del lengths  # of many samples there are two arrays at a time
+    room = np.empty(len(by_length), dtype=np.int32)  # of each pack: memory is taken for those that are opened
+    packs = np.empty_like(by_length)
+    num_packs = 0
+    for size in np.flatnonzero(np.diff(bounds))[::-1].tolist():
+        samples = by_length[bounds[size] : bounds[size + 1]]
         # Samples of one length come one after the other, so each pack in turn takes as many of them as it has room for.
-        has_room = np.flatnonzero(room[:num_packs] >= size)[:count]
-        chosen = np.append(has_room, np.arange(num_packs, num_packs + -(-count // (seq_length // size))))
+        has_room = np.flatnonzero(room[:num_packs] >= size)[: len(samples)]
+        most_packs = num_packs - (-len(samples) // (seq_length // size))
+        room[num_packs:most_packs] = seq_length
+        chosen = np.append(has_room, np.arange(num_packs, most_packs))
         taken = room[chosen] // size
         ends = np.cumsum(taken)
-        last = int(np.searchsorted(ends, count))
+        last = int(np.searchsorted(ends, len(samples)))
         chosen, taken = chosen[: last + 1], taken[: last + 1]
-        taken[-1] -= ends[last] - count
-        packs[longest_first[placed : placed + count]] = np.repeat(chosen, taken)
+        taken[-1] -= ends[last] - len(samples)
+        packs[samples] = np.repeat(chosen, taken)
         room[chosen] -= taken * size
-        placed, num_packs = placed + count, max(num_packs, int(chosen[-1]) + 1)
+        num_packs = max(num_packs, int(chosen[-1]) + 1)
     return packs
 
 
@@ -188,28 +246,34 @@ class PackedOrder(SampleOrder):
     def __init__(
         self, order: SampleOrder, lengths: np.ndarray, seq_length: int, packing: str = "first-fit-decreasing"
     ) -> None:
-        super().__init__(order.num_samples, order.seed, order.shuffle)
+        super().__init__(order.num_samples, order.seed, order.shuffle, order.keep)
         self.order, self.lengths, self.seq_length, self.packing = order, lengths, seq_length, packing
         self._num_packs_is_constant = packing != "next-fit" and order.epochs_hold_the_same_samples
-        self._packs = lru_cache(maxsize=2)(self._pack)
+        self._packs = lru_cache(maxsize=2)(self._packs_of)
         self._num_packs = cache(lambda epoch: len(self._packs(epoch)[1]) - 1)
 
-    def _pack(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Samples in the order of their packs, and int64 [packs + 1], where each pack begins."""
+    def _packs_of(self, epoch: int) -> list[np.ndarray]:
+        """Samples in the order of their packs, and int [packs + 1], where each pack begins."""
+        kept = self.keep("packs", epoch, index_type(self.num_samples), lambda: self._pack(epoch))
+        return np.split(kept, [self.num_samples])
+
+    def _pack(self, epoch: int) -> list[np.ndarray]:
         samples = self.order.permutation(epoch)
-        lengths = self.lengths[samples]
         if self.packing == "next-fit":
-            return samples, pack_bounds(lengths, self.seq_length)
-        packs = first_fit_decreasing(lengths, self.seq_length)
+            return [samples, pack_bounds(_picked(self.lengths, samples), self.seq_length).astype(samples.dtype)]
+        packs = first_fit_decreasing(_picked(self.lengths, samples), self.seq_length)
         # The longest samples are in the first packs, so packs are shuffled. In an evaluation, each stands where its
         # first sample stood.
         num_packs = int(packs.max()) + 1
         if self.shuffle:
-            places = np.random.RandomState([self.seed % 2**32, epoch, num_packs]).permutation(num_packs)
+            places = np.arange(num_packs, dtype=packs.dtype)
+            np.random.RandomState([self.seed % 2**32, epoch, num_packs]).shuffle(places)
         else:
-            places = np.argsort(np.argsort(np.unique(packs, return_index=True)[1]))
-        packs = places[packs]
-        return samples[np.argsort(packs, kind="stable")], np.append(0, np.cumsum(np.bincount(packs)))
+            places = np.argsort(np.argsort(np.unique(packs, return_index=True)[1])).astype(packs.dtype)
+        packs = _picked(places, packs)
+        order, bounds = stable_order(packs, num_packs)
+        del places, packs
+        return [_picked(samples, order), bounds]
 
     def epoch_length(self, epoch: int) -> int:
         return self._num_packs(0 if self._num_packs_is_constant else epoch)

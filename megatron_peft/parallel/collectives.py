@@ -16,7 +16,7 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.parallel.layout import PARTIAL_OVER_TENSOR_PARALLEL
-from megatron_peft.runtime.launch import SideChannel, checked_together
+from megatron_peft.runtime.launch import SideChannel, checked_together, from_rank
 
 Wait = Callable[[], Tensor]
 
@@ -134,25 +134,8 @@ Found = TypeVar("Found")
 
 
 def from_first_rank(find: Callable[[], Found], channel: SideChannel | None = None) -> Found:
-    """The result of `find` on rank 0, on all ranks: for folders that another process may be changing. A collective.
-
-    Without torch.distributed it is the result in this process alone. channel: for a thread beside the main one.
-
-    Raises ConfigurationError: on all ranks, if `find` raised that or OSError.
-    """
-    told: list[Any] = [None, None]  # what was found; or why nothing was
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        try:
-            told[0] = find()
-        except (ConfigurationError, OSError) as error:
-            told[1] = str(error)
-    if channel is not None:
-        told = channel.tell(told)
-    elif dist.is_initialized():
-        dist.broadcast_object_list(told, src=0)
-    if told[1] is not None:
-        raise ConfigurationError(told[1])
-    return told[0]
+    """`from_rank` of rank 0: for folders that another process may be changing. A collective."""
+    return from_rank(0, find, channel)
 
 
 def gathered_by_first_rank(

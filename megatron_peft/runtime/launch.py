@@ -48,17 +48,19 @@ def largest_over_world(own: torch.Tensor) -> list[float]:
     return read_on_host(own)
 
 
-def checked_together(check: Callable[[], Checked], first_alone: bool = False) -> Checked:
-    """Run `check` on every rank; if it raises ConfigurationError on any rank, raise it on all. A collective.
+def checked_together(
+    check: Callable[[], Checked], group: dist.ProcessGroup | None = None, first_alone: bool = False
+) -> Checked:
+    """Run `check` on every rank of `group` (None: the world); if it raises ConfigurationError on any, raise it on all.
 
-    first_alone: raise the message of the first such rank, where each looks at other data; by default all messages.
+    A collective. first_alone: raise the message of the first such rank, where each looks at other data; by default all.
     """
     result, message = None, None
     try:
         result = check()
     except ConfigurationError as error:
         message = str(error)
-    messages = list(dict.fromkeys(m for m in gather_over_world(message) if m is not None))
+    messages = list(dict.fromkeys(m for m in gather_over_world(message, group) if m is not None))
     if messages:
         raise ConfigurationError(messages[0] if first_alone else "\n".join(messages))
     return result  # type: ignore[return-value]
@@ -119,6 +121,51 @@ class SideChannel:
         return value
 
 
+def from_rank(source: int, find: Callable[[], Checked], channel: SideChannel | None = None) -> Checked:
+    """The result of `find` on the rank `source`, on all ranks; without torch.distributed in this process. A collective.
+
+    channel: for a thread beside the main one, where the source is the first rank.
+    Raises ConfigurationError: on all ranks, if `find` raised that or OSError.
+    """
+    told: list[Any] = [None, None]  # what was found; or why nothing was
+    if place_in_world()[0] == source:
+        try:
+            told[0] = find()
+        except (ConfigurationError, OSError) as error:
+            told[1] = str(error)
+    if channel is not None:
+        told = channel.tell(told)
+    elif dist.is_initialized():
+        dist.broadcast_object_list(told, src=source)
+    if told[1] is not None:
+        raise ConfigurationError(told[1])
+    return told[0]
+
+
+def place_in_world() -> tuple[int, int]:
+    """This process's rank, and the number of ranks."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def ranks_with(key: object) -> list[int]:
+    """The ranks that have this key: a node, a file system. A collective over all ranks."""
+    return [rank for rank, other in enumerate(gather_over_world(key)) if other == key]
+
+
+def from_first_of(key: object, find: Callable[[], Checked]) -> Checked:
+    """The result of `find` on the first of the ranks with this key, on all of those. A collective over all ranks.
+
+    Raises as `checked_together` does.
+    """
+    first = ranks_with(key)[0]
+    return gather_over_world(checked_together(lambda: find() if place_in_world()[0] == first else None))[first]
+
+
+def share_of(number: int, rank: int, num_ranks: int) -> range:
+    """What a rank has of so many things, in their order."""
+    return range(number * rank // num_ranks, number * (rank + 1) // num_ranks)
+
+
 class PlaceOnNode(NamedTuple):
     """This process's rank on its node, the number of processes there, and the node."""
 
@@ -128,13 +175,13 @@ class PlaceOnNode(NamedTuple):
 
 
 def place_on_node() -> PlaceOnNode:
-    """As torchrun tells it; without torchrun all ranks are on one node."""
+    """As torchrun tells it; without torchrun its rank and their number are those of the world, the node is the host."""
     environ = os.environ
     if not dist.is_initialized():
         return PlaceOnNode(0, 1, "0")
     if environ.get("LOCAL_WORLD_SIZE"):
         return PlaceOnNode(int(environ["LOCAL_RANK"]), int(environ["LOCAL_WORLD_SIZE"]), environ.get("GROUP_RANK", "0"))
-    return PlaceOnNode(dist.get_rank(), dist.get_world_size(), "0")
+    return PlaceOnNode(dist.get_rank(), dist.get_world_size(), os.uname().nodename.replace(".", "-"))
 
 
 TIMEOUT_MINUTES = ParallelConfig.distributed_timeout_minutes

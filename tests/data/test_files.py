@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -62,6 +63,29 @@ def test_lines_that_are_not_blank_are_found_wherever_a_block_ends(tmp_path_facto
         assert [(found.place(i), found[i]) for i in range(len(found))] == [
             (f"{path}, line {number}", value) for number, value in expected
         ]
+
+
+@given(
+    lines=st.lists(st.sampled_from([b"{}", b"", b" ", b'{"n": 1}', b"      "]), max_size=12),
+    ends=st.booleans(),
+    num_parts=st.integers(1, 9),
+)
+def test_a_file_that_is_scanned_in_parts_has_the_index_of_one_that_is_scanned_whole(
+    tmp_path_factory, lines, ends, num_parts
+):
+    path = tmp_path_factory.mktemp("parts") / "a.jsonl"
+    path.write_bytes(content := b"\n".join(lines) + b"\n" * ends)
+    size = len(content)
+    whole, *arrays = files.scan(path, range(size))
+    found = [files.scan(path, range(size * i // num_parts, size * (i + 1) // num_parts)) for i in range(num_parts)]
+    parts = [part for part, _, _ in found]
+    assert files.digest_of_scans(path, parts, size) == zlib.crc32(content) == whole.crc
+    assert sum(part.end - part.begin for part in parts) == size, "no byte is summed twice"
+    before = [sum(part.records for part in parts[:i]) for i in range(num_parts)]
+    assert np.concatenate([starts for _, starts, _ in found]).tolist() == arrays[0].tolist()
+    assert np.concatenate([blanks + n for n, (_, _, blanks) in zip(before, found, strict=True)]).tolist() == (
+        arrays[1].tolist()
+    )
 
 
 def test_a_line_above_the_limit_is_named_before_it_is_read(write_lines, monkeypatch):

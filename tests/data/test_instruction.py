@@ -2,14 +2,17 @@
 
 import os
 import re
+import shutil
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
 import pytest
+import torch.distributed as dist
 
 from megatron_peft.checkpoint.folders import write_manifest
 from megatron_peft.config import ConfigurationError
@@ -18,10 +21,11 @@ from megatron_peft.data.files import RecordFiles
 from megatron_peft.data.instruction import InstructionDataset
 from megatron_peft.data.records import ColumnNames, Fit
 from megatron_peft.data.tokenizers import HuggingFaceTokenizer, NullTokenizer
-from megatron_peft.runtime.launch import place_on_node, start_world
+from megatron_peft.runtime.launch import gather_over_world, place_on_node, start_world
 from tests.checkpoint.test_folders import holder
 from tests.data.test_build import build, replaced
 from tests.data.test_files import CHATS
+from tests.data.test_node_files import start_two_nodes
 from tests.data.tiny_tokenizers import save_tokenizer
 from tests.ranks import run_ranks
 from tests.recorded_calls import recorded_calls
@@ -181,7 +185,7 @@ def test_a_damaged_cache_is_said_with_the_folder_to_remove(numbers, tmp_path, na
 def test_a_cache_is_on_the_disk_before_it_has_its_name(numbers, tmp_path, monkeypatch):
     calls = recorded_calls(monkeypatch)
     InstructionDataset(*numbers, tmp_path / "c")
-    before, _, after = " ".join(f"{name} {path.name}" for name, path in calls).partition(" rename ")
+    before, _, after = " ".join(f"{name} {path.name}" for name, path in calls).rpartition(" rename ")
     assert all(f"fsync {name} " in before for name in (SHARD, "counts.json", "manifest.json"))
     assert re.search(r"fsync \.tokens-\S+$", before) and re.fullmatch(r"tokens-\w+ fsync c", after)
 
@@ -224,6 +228,41 @@ def test_ranks_share_the_work_with_and_without_a_cache_and_fail_together(write_l
     run_ranks(2, survey_on_a_rank, (good, bad, tmp_path / "c"))
     (folder,) = (tmp_path / "c").iterdir()  # nothing is left of what failed
     assert len(list(folder.glob("*.arrow"))) == 2
+
+
+def caches_on_a_rank(work: tuple[str, Path, bool]) -> list[Any]:
+    """Starts of four ranks on two nodes, whose caches are one folder or a folder each. What each start tokenized."""
+    path, root, is_shared = work
+    node = start_two_nodes()
+    root = root / ("shared" if is_shared else str(node))
+    instruction.MOST_SHARDS, instruction._BATCH = 3, 1
+    records, fit, made = RecordFiles([path], FLAG), Fit(NullTokenizer(99), 4), list[int]()
+    tokenized = Fit.tokenized
+    Fit.tokenized = lambda fit, records, index: made.append(index) or tokenized(fit, records, index)
+    plain = samples_of(InstructionDataset(records, fit))
+    found = []
+    for is_replaced in (False, False, True):
+        if is_replaced and dist.get_rank() == 3:
+            shutil.rmtree(root)
+        dist.barrier()
+        made.clear()
+        dataset = InstructionDataset(records, fit, root)
+        assert samples_of(dataset) == plain
+        assert not [path for path in Path("/proc/self/fd").iterdir() if path.resolve().suffix == ".arrow"]
+        (folder,) = root.iterdir()
+        left_over = [name for name in os.listdir(folder) if name.startswith("part")]
+        found.append((sum(gather_over_world(made), []), len(list(folder.glob("*.arrow"))), left_over))
+        dist.barrier()
+    return found
+
+
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_records_are_tokenized_once_by_all_nodes_and_a_node_without_the_cache_gets_that_of_another(
+    is_shared, write_lines, tmp_path
+):
+    found = run_ranks(4, caches_on_a_rank, (write_lines([*RECORDS[:3], RECORDS[4]] * 5), tmp_path, is_shared))
+    each = list(range(20))
+    assert found == [[(each, 3, []), ([], 3, []), (each if is_shared else [], 3, [])]] * 4
 
 
 def test_a_process_alone_makes_a_cache_alone(monkeypatch):
