@@ -134,96 +134,78 @@ def peak_of_program(program: str) -> int:
 
 # What a process asks of its host and of the file system, in phases.
 
+COLLECTIVES = ("all_gather_object", "gather_object", "broadcast_object_list", "scatter_object_list")
+
 
 @dataclass
 class Costs:
     """Of a phase on one rank. Bytes read are those of read calls: of a mapped file none."""
 
-    gathers: int = 0  # collectives of objects
-    object_bytes: int = 0  # their pickles on this rank, those that it sends or receives
-    opened: int = 0  # files, as often as they are
-    read_bytes: int = 0
     cpu_seconds: float = 0.0
+    gathers: int = 0  # collectives of objects
+    object_bytes: int = 0  # their pickles, which it sends or receives
+    opened: int = 0  # files, each as often as it is
+    read_bytes: int = 0
     descriptors: int = 0  # open at the end
     resident_bytes: int = 0  # the most
 
 
-class Meter:
-    """Counts while it is entered; `phase` tells what. One at a time, and its process keeps a hook for good."""
+class Meter(ExitStack):
+    """Counts while it is entered; `phase` tells what. Its process keeps a hook for good."""
 
-    COLLECTIVES = ("all_gather_object", "gather_object", "broadcast_object_list", "scatter_object_list")
-    _now: "Meter | None" = None
-
-    def __init__(self) -> None:
+    def __enter__(self) -> "Meter":
         self.phases: dict[str, Costs] = {}
         self.created: list[str] = []  # files, since whoever reads it has emptied it
         self.meshes = 0  # descriptors of groups that a fake world does not open
-        self._costs, self._aside = Costs(), 0.0
-
-    def __enter__(self) -> "Meter":
-        sys.addaudithook(_count_open)
-        Meter._now, self._patches = self, ExitStack()
-        for name in self.COLLECTIVES:
-            self._patches.enter_context(replaced(dist, name, self._counted(name, getattr(dist, name))))
+        self._costs, self._aside, self._is_aside = Costs(), 0.0, False
+        sys.addaudithook(self._count_open)
+        for name in COLLECTIVES:
+            self.enter_context(replaced(dist, name, partial(self._counted, name, getattr(dist, name))))
         return self
-
-    def __exit__(self, *_: object) -> None:
-        Meter._now = None
-        self._patches.close()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """A second phase of this name takes the place of the first."""
-        PEAK_RESET.write_text("5")
-        costs = self._costs = Costs()
-        self._aside, began_at, read = 0.0, time.process_time(), _bytes_read()
+        Path("/proc/self/clear_refs").write_text("5")  # the peak of resident memory is what is resident
+        costs = self._costs = self.phases[name] = Costs(-time.process_time(), read_bytes=-_bytes_read())
+        self._aside = 0.0
         yield
-        costs.cpu_seconds = time.process_time() - began_at - self._aside
-        costs.read_bytes, costs.resident_bytes = _bytes_read() - read, memory_bytes()[1]
+        costs.cpu_seconds += time.process_time() - self._aside
+        costs.read_bytes, costs.resident_bytes = costs.read_bytes + _bytes_read(), memory_bytes()[1]
         costs.descriptors = len([*Path("/proc/self/fd").iterdir()]) + self.meshes
-        self.phases[name], self._costs = costs, Costs()
+        self._costs = Costs()
 
     @contextmanager
     def aside(self) -> Iterator[None]:
         """What happens inside is the measurement's own work."""
-        if Meter._now is None:  # inside another one
-            yield
-            return
-        began_at, Meter._now = time.process_time(), None
+        was_aside, self._is_aside, began_at = self._is_aside, True, time.process_time()
         yield
-        self._aside += time.process_time() - began_at
-        Meter._now = self
+        self._aside += 0.0 if was_aside else time.process_time() - began_at
+        self._is_aside = was_aside
 
-    def _counted(self, name: str, usual: Callable[..., Any]) -> Callable[..., Any]:
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            with self.aside():
-                given = inspect.signature(usual).bind(*args, **kwargs).arguments
-                value = given.get("obj", given.get("object_list", given.get("scatter_object_input_list")))
-                receives = name == "all_gather_object" or given.get("object_gather_list") is not None
-                self._costs.gathers += 1
-                self._costs.object_bytes += len(pickle.dumps(value)) * (
-                    dist.get_world_size(given.get("group")) if receives else 1
-                )
-            return usual(*args, **kwargs)
+    def _counted(self, name: str, usual: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        given = inspect.signature(usual).bind(*args, **kwargs).arguments
+        value = given.get("obj", given.get("object_list", given.get("scatter_object_input_list")))
+        receives_all = name == "all_gather_object" or given.get("object_gather_list") is not None
+        with self.aside():
+            self._costs.gathers += 1
+            copies = dist.get_world_size(given.get("group")) if receives_all else 1
+            self._costs.object_bytes += copies * len(pickle.dumps(value))
+        self.answer(usual, given)
 
-        return counted
+    def answer(self, usual: Callable[..., Any], given: dict[str, Any]) -> None:
+        """Run a collective of objects with these arguments, which are given by name."""
+        usual(**given)
 
-
-PEAK_RESET = Path("/proc/self/clear_refs")
+    def _count_open(self, event: str, args: tuple[Any, ...]) -> None:
+        """The interpreter calls it before Python opens a file."""
+        if event == "open" and not (self._is_aside or isinstance(args[0], int) or str(args[0]).startswith("/proc/")):
+            self._costs.opened += 1
+            self.created += [os.fsdecode(args[0])] if args[2] & os.O_CREAT else []
 
 
 def _bytes_read() -> int:
     return int(Path("/proc/self/io").read_text().split()[1])
-
-
-def _count_open(event: str, args: tuple[Any, ...]) -> None:
-    """A hook of the interpreter, which calls it before each opening of a file by Python."""
-    meter = Meter._now
-    if meter is None or event != "open" or isinstance(args[0], int) or str(args[0]).startswith("/proc/"):
-        return
-    meter._costs.opened += 1
-    if args[2] & os.O_CREAT:
-        meter.created.append(os.fsdecode(args[0]))
 
 
 # A figure: what was measured, the target, and whether it is reached; as a table and as JSON.

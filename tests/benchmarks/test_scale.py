@@ -10,15 +10,14 @@ import pytest
 import torch
 
 from megatron_peft.benchmarks import scale
-from megatron_peft.benchmarks.absent_ranks import Grid, MovedPickle
+from megatron_peft.benchmarks.absent_ranks import Grid, Moved
 from megatron_peft.benchmarks.measure import Costs, Meter
+from megatron_peft.benchmarks.scale import Phases
 from megatron_peft.config import RunConfig
 from megatron_peft.runtime.launch import start_world, stop_model_parallel
 from tests.ranks import run_ranks
 from tests.tiny_llama import save_llama, save_pairs
 from tests.training.layout_runs import Job
-
-Phases = dict[str, Costs]
 
 
 @pytest.fixture(scope="module")
@@ -33,25 +32,21 @@ def config_of(files: Path, grid: Grid, name: str) -> RunConfig:
     job = Job(
         *("", str(files / "base"), str(files / "pairs.jsonl")),
         parallel={"tensor_model_parallel_size": grid.tensor},
-        checkpoint={"save": str(files / name)},
+        checkpoint={"save": str(files / name / "save")},
         logging={"log_straggler": True},
         num_steps=4,
     )
+    (files / name).mkdir()
     return job.config(grid.world_size)
-
-
-def resuming(config: RunConfig) -> RunConfig:
-    return replace(config, checkpoint=replace(config.checkpoint, load=config.checkpoint.save))
 
 
 def on_real_ranks(config: RunConfig) -> Phases:
     """Started on ranks."""
     start_world()
-    meter = Meter()
-    with meter:
+    with Meter() as meter:
         scale.run_phases(config, meter)
         stop_model_parallel()
-        scale.run_phases(resuming(config), meter, resumes=True)
+        scale.run_phases(replace(config, checkpoint=replace(config.checkpoint, load=config.checkpoint.save)), meter)
     return meter.phases
 
 
@@ -77,27 +72,18 @@ def test_twice_the_replicas_ask_for_twice_as_much_and_not_for_four_times(real: d
             assert of_four[rank].object_bytes <= 2 * one.object_bytes, phase
 
 
-@pytest.fixture(scope="module")
-def simulated(files: Path) -> list[Phases]:
-    """Of the first rank and another one of TP2 x DP4, six ranks of which run."""
+def test_absent_ranks_cost_what_real_ones_cost(files: Path, real: dict[int, list[Phases]]) -> None:
     grid = Grid(2, 4, 1)
-    config = config_of(files, grid, "simulated")
-    case = scale.Case(grid, tuple(grid.running()), (0, 3), config)
-    assert len(case.running) == 6
-    resumed = replace(case, running=(0, 3), config=resuming(config), resumes=True)
-    return [one | two for one, two in zip(scale.measured(case), scale.measured(resumed), strict=True)]
-
-
-def test_absent_ranks_cost_what_real_ones_cost(real: dict[int, list[Phases]], simulated: list[Phases]) -> None:
-    for found, rank in zip(simulated, (0, 3), strict=True):
+    assert grid.running() == (0, 1, 2, 3, 4, 5)
+    simulated = scale.phases_of(grid, config_of(files, grid, "simulated"))
+    for found, true in zip(simulated, (real[4][0], real[4][3]), strict=True):
         for phase, costs in found.items():
-            true = real[4][rank][phase]
-            assert costs.gathers == true.gathers, (rank, phase)
-            assert costs.object_bytes == pytest.approx(true.object_bytes, rel=0.01), (rank, phase)
-            assert costs.opened == pytest.approx(true.opened, abs=4), (rank, phase)  # a resume starts a process
-        assert found["save"].opened == real[4][rank]["save"].opened
-        assert found["save"].read_bytes == pytest.approx(real[4][rank]["save"].read_bytes, rel=0.1)
-        added = [of["background save"].descriptors - of["save"].descriptors for of in (found, real[4][rank])]
+            assert costs.gathers == true[phase].gathers, phase
+            assert costs.object_bytes == pytest.approx(true[phase].object_bytes, rel=0.01), phase
+            assert costs.opened == pytest.approx(true[phase].opened, abs=4), phase  # a resume is that of new processes
+        assert found["save"].opened == true["save"].opened
+        assert found["save"].read_bytes == pytest.approx(true["save"].read_bytes, rel=0.1)
+        added = [of["background save"].descriptors - of["save"].descriptors for of in (found, true)]
         assert added[0] == added[1]  # a mesh that a fake world counts
 
 
@@ -107,35 +93,31 @@ def test_a_pickle_moves_as_far_as_its_neighbour_is_away() -> None:
         names = {f"rng.tp{tensor}of8-pp{stage}of16": size, "crc": f"0000000{tensor}", "random": "tmpx" + "abcd"[stage]}
         return names, f"__{tensor + 8 * stage}_0.distcp", f"tokens-{stage:05}.arrow", np.arange(3) + 1000 * stage
 
-    moved = MovedPickle(pickle.dumps(given(1, 0)), {0: pickle.dumps(given(2, 0)), 2: pickle.dumps(given(1, 1))})
-    names, *others, array = pickle.loads(moved.at({0: 4, 2: 3}))
+    moved = Moved(pickle.dumps(given(1, 0), 0), {0: pickle.dumps(given(2, 0), 0), 2: pickle.dumps(given(1, 1), 0)})
+    names, *others, array = moved.at({0: 4, 2: 3})
     true_names, *true_others, true_array = given(5, 3)
     assert names == true_names | {"crc": "00000001", "random": "tmpxa"}  # a checksum and a random name say no rank
     assert others == true_others and array.tolist() == true_array.tolist()
-    assert pickle.loads(MovedPickle(pickle.dumps([1]), {0: pickle.dumps([2, 3])}).at({0: 4})) == [1]
+    assert Moved(pickle.dumps([1], 0), {0: pickle.dumps([2, 3], 0)}).at({0: 4}) == [1]
 
 
 @pytest.mark.parametrize("grid, num_running", [(Grid(8, 1, 16), 5), (Grid(8, 8, 16), 12), (Grid(8, 128, 16), 12)])
 def test_every_absent_rank_is_like_a_running_one(grid: Grid, num_running: int) -> None:
     running = grid.running()
     assert len(running) == num_running and running[0] == 0
-    assert {grid.rank(grid.place(rank)) for rank in running} == {*running}
     for rank in range(0, grid.world_size, 37):
         anchor = grid.anchor(rank)
         assert anchor in running
         for axis, (at, from_) in enumerate(zip(grid.place(rank), grid.place(anchor), strict=True)):
-            assert at == from_ or grid.next_on(axis, anchor) in running
+            assert at == from_ or grid.neighbours(anchor)[axis] in running
 
 
 def test_figures_name_the_first_rank_another_and_all() -> None:
-    first, other = (
-        Costs(15, 18_800_000, 155, 7_420_000, 2.9, 29, 478_000_000),
-        Costs(15, 659, 5, 324_000, 0.2, 300, 399),
-    )
+    first, other = Costs(2.9, 15, 18_800, 155), Costs(0.2, 15, 659, 5, descriptors=300)
     save, most = scale.figures_of(Grid(8, 1, 16), {"save": first}, {"save": other})
     assert (save.name, save.measured, save.target, save.reached) == ("128 ranks, save", 2.9, 2.0, False)
-    assert "15 gathers, 18.8 MB and 659 bytes; opened 155 and 5, by all 790" in save.note
-    assert "read 7.42 MB and 324 kB, by all 48.6 MB; descriptors 29 and 300" in save.note
+    assert save.note.startswith("cpu seconds 2.9 | 0.2 | 28.3; gathers 15 | 15 | 1,920; object bytes 1.88e+04 | 659 |")
+    assert "opened 155 | 5 | 790" in save.note
     assert (most.measured, most.target, most.reached) == (300, 256, False)
     (save, _) = scale.figures_of(Grid(8, 128, 16), {"save": first}, {"save": other})
     assert save.target is None
