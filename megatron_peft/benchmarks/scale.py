@@ -50,7 +50,7 @@ def scale_figures(setting: Setting) -> list[Figure]:
     preload(["megatron_peft.training.run"])
     grid = Grid(setting.tensor_parallel, setting.data_parallel, setting.pipeline_parallel)
     with tempfile.TemporaryDirectory() as folder:
-        return figures_of(grid, *phases_of(grid, config_of(setting, grid, Path(folder))))
+        return figures_of(grid, *phases_of(grid, recipe_run(setting, grid, Path(folder))))
 
 
 def phases_of(grid: Grid, config: RunConfig) -> list[Phases]:
@@ -68,7 +68,7 @@ def phases_of(grid: Grid, config: RunConfig) -> list[Phases]:
     return [*found.values()]
 
 
-def config_of(setting: Setting, grid: Grid, folder: Path) -> RunConfig:
+def recipe_run(setting: Setting, grid: Grid, folder: Path) -> RunConfig:
     """The recipe's run on made-up data, whose records all have one length."""
     shape, num_ranks = read_shape(setting.checkpoint), grid.world_size
     record = json.dumps({"prompt": "1 2 3 4 5 6 7", "completion": " 8 9 10"})
