@@ -105,7 +105,7 @@ class RankFiles:
                 of_file = replace(plan, items=items, storage_data=_StoragePrefix(f"__{dist.get_rank()}{kind}"))
                 results = self._writer.write_data(of_file, planner).value() if items else []
                 slices += [_written_slice(result, data[result.index]) for result in results]
-            return Written(slices, {name: measure(self.folder / name) for name in {one.file for one in slices}})
+            return Written(slices, {name: measure(self.folder / name) for name in sorted({one.file for one in slices})})
 
     def complete(self, by_rank: Sequence[Written]) -> dict[str, FileSum]:
         """Write the files common to all ranks, on the first rank. Returns the sums of all ranks' files, by name."""
