@@ -148,7 +148,7 @@ class AbsentRanks(Meter):
                 (values or [])[:] = [found[data] for data in self._answers]
 
     def _fill(self, *args: Any, gather_list: Any = None, **_: Any) -> None:
-        """In place of torch's gathers of tensors, as it calls them for objects: of the sizes, then of the pickles."""
+        """Stands for torch's gathers of tensors, as it calls them for objects: of the sizes, then of the pickles."""
         with self.aside():
             for output, data in zip(gather_list or args[0], self._answers, strict=True):
                 if output.dtype == torch.int64:

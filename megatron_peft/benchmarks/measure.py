@@ -139,7 +139,7 @@ COLLECTIVES = ("all_gather_object", "gather_object", "broadcast_object_list", "s
 
 @dataclass
 class Costs:
-    """Of a phase on one rank. Bytes read are those of read calls: of a mapped file none."""
+    """What a phase costs one rank. Bytes read are those of read calls: of a mapped file none."""
 
     cpu_seconds: float = 0.0
     gathers: int = 0  # collectives of objects

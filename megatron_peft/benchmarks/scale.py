@@ -46,7 +46,7 @@ Phases = dict[str, Costs]
 
 
 def scale_figures(setting: Setting) -> list[Figure]:
-    """Of a world of the setting's layout."""
+    """The figures of a world of the setting's layout."""
     preload(["megatron_peft.training.run"])
     grid = Grid(setting.tensor_parallel, setting.data_parallel, setting.pipeline_parallel)
     with tempfile.TemporaryDirectory() as folder:

@@ -126,7 +126,7 @@ def read_metadata(folder: Path) -> Metadata:
 
 @contextmanager
 def without_collection() -> Iterator[None]:
-    """For millions of objects that all stay: collecting them again and again takes longer than making them."""
+    """Make millions of objects that all stay: collecting them again and again takes longer than making them."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

@@ -104,7 +104,7 @@ def crc32_combine(first: int, second: int, num_bytes: int) -> int:
 
 
 def _product(a: int, b: int) -> int:
-    """Of two polynomials over GF(2), modulo that of CRC-32."""
+    """The product of two polynomials over GF(2), modulo that of CRC-32."""
     product = 0
     for bit in range(31, -1, -1):
         product ^= b if a >> bit & 1 else 0
