@@ -57,14 +57,13 @@ def phases_of(grid: Grid, config: RunConfig) -> list[Phases]:
     """Those of the first rank, and of another slice, replica and node. A resume is that of new processes."""
     running, other = grid.running(), grid.anchor(grid.world_size - 1)
     resumed = replace(config, checkpoint=replace(config.checkpoint, load=config.checkpoint.save))
-    few = {0, other, other - grid.place(other)[0], grid.neighbours(0).get(2, 0)}
     found: dict[int, Phases] = {0: {}, other: {}}
-    for each, ranks in ((config, running), (resumed, tuple(sorted(few)))):
+    for each in (config, resumed):
         store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # a rank would serve the others
-        run_one = partial(run_present_rank, grid, ranks, (*found,), store.port)
-        by_rank = run_ranks(len(ranks), run_one, each, timeout=TIMEOUT.total_seconds())
+        run_one = partial(run_present_rank, grid, running, (*found,), store.port)
+        by_rank = run_ranks(len(running), run_one, each, timeout=TIMEOUT.total_seconds())
         for rank, phases in found.items():
-            phases |= by_rank[ranks.index(rank)]
+            phases |= by_rank[running.index(rank)]
     return [*found.values()]
 
 

@@ -19,8 +19,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from megatron_peft.config import ConfigurationError, kind_of_source, require
 from megatron_peft.config.sources import DATA_FILES, local_folder
 from megatron_peft.config.untrusted import parse_json, read_bytes, require_regular
@@ -33,8 +31,8 @@ _BLOCK_BYTES = 1 << 17
 class LineIndex(NamedTuple):
     """Where the lines of a file are, and its CRC-32."""
 
-    starts: np.ndarray  # int64 [records + 1]: of each record in bytes, and the file's end
-    blanks: np.ndarray  # int64 [blank lines]: the records before each
+    starts: Any  # int64 [records + 1]: of each record in bytes, and the file's end
+    blanks: Any  # int64 [blank lines]: the records before each
     digest: int
 
 
@@ -49,7 +47,7 @@ class Scan(NamedTuple):
     too_long: bool
 
 
-def scan(path: Path, within: range) -> tuple[Scan, np.ndarray, np.ndarray]:
+def scan(path: Path, within: range) -> "tuple[Scan, array[int], array[int]]":
     """The lines that begin within a range of bytes; their `starts` (without the end) and `blanks` (see `LineIndex`).
 
     Raises OSError if the file cannot be read.
@@ -71,8 +69,7 @@ def scan(path: Path, within: range) -> tuple[Scan, np.ndarray, np.ndarray]:
             crc = zlib.crc32(line, crc)
             offset += len(line)
             too_long = len(line) > MAX_LINE_BYTES
-    found = Scan(len(starts), len(blanks), begin, offset, crc, too_long)
-    return found, np.frombuffer(starts, np.int64), np.frombuffer(blanks, np.int64)
+    return Scan(len(starts), len(blanks), begin, offset, crc, too_long), starts, blanks
 
 
 def digest_of_scans(path: str | Path, scans: Sequence[Scan], size: int) -> int:
@@ -125,14 +122,15 @@ class Lines:
         if index is None:
             size = os.fstat(self._file.fileno()).st_size
             found, starts, blanks = scan(path, range(size))
-            index = LineIndex(np.append(starts, found.end), blanks, digest_of_scans(path, [found], size))
+            starts.append(found.end)
+            index = LineIndex(starts, blanks, digest_of_scans(path, [found], size))
         self._starts, self._blanks, self.digest = index
 
     def __len__(self) -> int:
         return len(self._starts) - 1
 
     def __getitem__(self, index: int) -> Any:
-        start, end = self._starts[index : index + 2].tolist()
+        start, end = int(self._starts[index]), int(self._starts[index + 1])
         # Read, not mapped: SIGBUS kills a process that reads a map of a file which another one has shortened.
         raw = os.pread(self._file.fileno(), end - start, start)
         require(len(raw) == end - start, f"{self.path} {_SHORTENED}")
@@ -140,7 +138,7 @@ class Lines:
 
     def place(self, index: int) -> str:
         """FILE, line N of a record, for errors; counted from one."""
-        return f"{self.path}, line {index + 1 + np.searchsorted(self._blanks, index, side='right')}"
+        return f"{self.path}, line {index + 1 + bisect_right(self._blanks, index)}"
 
 
 class Rows:

@@ -181,7 +181,8 @@ def _index_of(path: str, flag: str, node: NodeFiles, root: Path | None, sharers:
         return LineIndex(starts, blanks, int(digest))
     ranks = ranks_with(seen)
     place = ranks.index(place_in_world()[0])
-    own, starts, blanks = checked_together(scan_own)
+    own, *found = checked_together(scan_own)
+    starts, blanks = (np.frombuffer(each, np.int64) for each in found)
     by_rank = gather_over_world(own)
     scans = [by_rank[rank] for rank in ranks]
     digest = checked_together(lambda: digest_of_scans(path, scans, seen[0]))

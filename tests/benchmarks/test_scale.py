@@ -16,7 +16,7 @@ from megatron_peft.benchmarks.scale import Phases
 from megatron_peft.config import RunConfig
 from megatron_peft.runtime.launch import start_world, stop_model_parallel
 from tests.ranks import run_ranks
-from tests.tiny_llama import save_llama, save_pairs
+from tests.tiny_llama import save_llama
 from tests.training.layout_runs import Job
 
 
@@ -24,7 +24,8 @@ from tests.training.layout_runs import Job
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("scale")
     save_llama(folder / "base")
-    save_pairs(folder / "pairs.jsonl")
+    # Records of one length: the shares of absent ranks begin as far apart as those of the others.
+    (folder / "pairs.jsonl").write_text('{"prompt": "1 2 3", "completion": " 4 5"}\n' * 32)
     return folder
 
 
@@ -64,7 +65,7 @@ def test_twice_the_replicas_ask_for_twice_as_much_and_not_for_four_times(real: d
     assert [*real[2][0]] == ["start", "save", "background save", "log line", "resume"]
     for phase in real[2][0]:
         of_two, of_four = ([one[phase] for one in real[replicas]] for replicas in (2, 4))
-        assert {one.gathers for one in of_two + of_four} == {of_two[0].gathers}, phase
+        assert max(one.gathers for one in of_two) == max(one.gathers for one in of_four), phase
         assert sum(one.opened for one in of_four) <= 2 * sum(one.opened for one in of_two), phase
         if phase not in ("background save", "log line"):  # no bytes but the meter's own
             assert sum(one.read_bytes for one in of_four) <= 2.1 * sum(one.read_bytes for one in of_two), phase

@@ -83,7 +83,7 @@ def test_a_file_that_is_scanned_in_parts_has_the_index_of_one_that_is_scanned_wh
     assert sum(part.end - part.begin for part in parts) == size, "no byte is summed twice"
     before = [sum(part.records for part in parts[:i]) for i in range(num_parts)]
     assert np.concatenate([starts for _, starts, _ in found]).tolist() == arrays[0].tolist()
-    assert np.concatenate([blanks + n for n, (_, _, blanks) in zip(before, found, strict=True)]).tolist() == (
+    assert np.concatenate([np.array(blanks) + n for n, (_, _, blanks) in zip(before, found, strict=True)]).tolist() == (
         arrays[1].tolist()
     )
 

@@ -98,6 +98,7 @@ def orders_on_a_rank(_: None) -> tuple[list[int], int, int]:
         thread.start()
     for thread in threads:
         thread.join()
+    dist.barrier()  # what a slower rank asks for anew is made anew
     size = order.epoch_length(0)
     drawn = [int(i) for position in range(3 * size) for i in order.samples_at(position)]
     dist.barrier()

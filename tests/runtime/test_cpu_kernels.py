@@ -120,4 +120,4 @@ def new_pages(calls: str) -> list[int]:
 @pytest.mark.parametrize(("calls", "pays_again"), CALLS.items())
 def test_a_second_step_faults_pages_in_only_if_they_were_returned(calls: str, pays_again: bool) -> None:
     [(first, second)] = run_ranks(1, new_pages, calls)
-    assert first >= PAGES and (second > PAGES // 2) is pays_again, (first, second)
+    assert first > 0.99 * PAGES and (second > PAGES // 2) is pays_again, (first, second)
