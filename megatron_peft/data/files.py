@@ -31,8 +31,9 @@ _BLOCK_BYTES = 1 << 17
 class LineIndex(NamedTuple):
     """Where the lines of a file are, and its CRC-32."""
 
-    starts: Any  # int64 [records + 1]: of each record in bytes, and the file's end
+    starts: Any  # int64 [records]: of each record, in bytes
     blanks: Any  # int64 [blank lines]: the records before each
+    end: int  # of the file, in bytes
     digest: int
 
 
@@ -48,7 +49,7 @@ class Scan(NamedTuple):
 
 
 def scan(path: Path, within: range) -> "tuple[Scan, array[int], array[int]]":
-    """The lines that begin within a range of bytes; their `starts` (without the end) and `blanks` (see `LineIndex`).
+    """The lines that begin within a range of bytes; their `starts` and `blanks` (see `LineIndex`).
 
     Raises OSError if the file cannot be read.
     """
@@ -122,15 +123,15 @@ class Lines:
         if index is None:
             size = os.fstat(self._file.fileno()).st_size
             found, starts, blanks = scan(path, range(size))
-            starts.append(found.end)
-            index = LineIndex(starts, blanks, digest_of_scans(path, [found], size))
-        self._starts, self._blanks, self.digest = index
+            index = LineIndex(starts, blanks, found.end, digest_of_scans(path, [found], size))
+        self._starts, self._blanks, self._end, self.digest = index
 
     def __len__(self) -> int:
-        return len(self._starts) - 1
+        return len(self._starts)
 
     def __getitem__(self, index: int) -> Any:
-        start, end = int(self._starts[index]), int(self._starts[index + 1])
+        start, following = int(self._starts[index]), index + 1
+        end = int(self._starts[following]) if following < len(self) else self._end
         # Read, not mapped: SIGBUS kills a process that reads a map of a file which another one has shortened.
         raw = os.pread(self._file.fileno(), end - start, start)
         require(len(raw) == end - start, f"{self.path} {_SHORTENED}")

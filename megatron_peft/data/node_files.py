@@ -141,7 +141,7 @@ def read_once(paths: Sequence[str], flag: str, node: NodeFiles, cache_root: Path
     return known
 
 
-INDEX_FORMAT, INDEX = 1, "lines.int64"  # in a cache: the starts, the blanks, their number and the digest of `LineIndex`
+INDEX_FORMAT, INDEX = 1, "lines.int64"  # in a cache: `LineIndex`, with the number of blanks behind them
 SETTLED_SECONDS = 10  # within a tick of its file system's clock a file may change again, and nothing tells
 
 
@@ -164,7 +164,8 @@ def _index_of(path: str, flag: str, node: NodeFiles, root: Path | None, sharers:
             shutil.rmtree(folder, ignore_errors=True)  # a damaged one
             with suppress(ConfigurationError), folders.new_folder(folder) as draft:  # unless another run was faster
                 with (draft / INDEX).open("wb") as file:
-                    for array in (index.starts, index.blanks, np.asarray([len(index.blanks), index.digest])):
+                    last = np.asarray([len(index.blanks), index.end, index.digest])
+                    for array in (index.starts, index.blanks, last):
                         array.tofile(file)
                 folders.write_manifest(draft, {})
 
@@ -177,8 +178,8 @@ def _index_of(path: str, flag: str, node: NodeFiles, root: Path | None, sharers:
     is_kept = from_first_of((sharers, seen), lambda: folder is not None and not folders.damage(folder))
     if folder and all(gather_over_world(is_kept)):
         kept = np.memmap(folder / INDEX, np.int64, "r")
-        starts, blanks, (_, digest) = np.split(kept, [-2 - kept[-2], -2])
-        return LineIndex(starts, blanks, int(digest))
+        starts, blanks, (_, end, digest) = np.split(kept, [-3 - kept[-3], -3])
+        return LineIndex(starts, blanks, int(end), int(digest))
     ranks = ranks_with(seen)
     place = ranks.index(place_in_world()[0])
     own, *found = checked_together(scan_own)
@@ -186,8 +187,7 @@ def _index_of(path: str, flag: str, node: NodeFiles, root: Path | None, sharers:
     by_rank = gather_over_world(own)
     scans = [by_rank[rank] for rank in ranks]
     digest = checked_together(lambda: digest_of_scans(path, scans, seen[0]))
-    starts = np.append(starts, own.end) if place == len(ranks) - 1 else starts
     blanks = blanks + sum(before.records for before in scans[:place])
-    index = LineIndex(node.gathered(starts, ranks), node.gathered(blanks, ranks), digest)
+    index = LineIndex(node.gathered(starts, ranks), node.gathered(blanks, ranks), scans[-1].end, digest)
     from_first_of((sharers, seen), keep)
     return index
