@@ -21,7 +21,7 @@ from megatron_peft.checkpoint.state import TrainingState, optimizer_tensors, ran
 from megatron_peft.checkpoint.tensors import RankFiles, Sharded, Written, global_slices
 from megatron_peft.config import CheckpointConfig, ConfigurationError, require
 from megatron_peft.parallel.collectives import from_first_rank, gathered_by_first_rank
-from megatron_peft.runtime.failure import lost_a_rank
+from megatron_peft.runtime.failure import waits_in_vain
 from megatron_peft.runtime.launch import SideChannel, device_setter, gather_over_world
 
 logger = logging.getLogger(__name__)
@@ -281,7 +281,7 @@ class Saver:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        is_lost = lost_a_rank(error)  # what that rank has not written yet never comes
+        is_lost = waits_in_vain(error)  # what that rank has not written yet never comes
         try:
             outcome = self._outcome(wait=not is_lost)  # no collective: one rank alone may have failed
             if outcome is not None and outcome.error is not None:

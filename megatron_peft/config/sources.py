@@ -8,6 +8,7 @@ import os
 import re
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import lru_cache
 from math import inf
 from pathlib import Path
@@ -137,7 +138,7 @@ def local_folder(name: str, flag: str, patterns: Sequence[str], repository: Repo
     asked = name, flag, patterns, repository
     if constants.HF_HUB_OFFLINE or "LOCAL_RANK" not in os.environ:
         return _snapshot(*asked)
-    launch = f"{os.getppid()} {os.environ.get('MASTER_PORT')} {os.environ.get('TORCHELASTIC_RESTART_COUNT')}"
+    launch = f"{_launcher()} {os.environ.get('MASTER_PORT')} {os.environ.get('TORCHELASTIC_RESTART_COUNT')}"
     place = Path(constants.HF_HUB_CACHE) / f".{os.uname().nodename}-{zlib.crc32(repr(asked).encode()):08x}.lock"
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -160,6 +161,14 @@ def local_folder(name: str, flag: str, patterns: Sequence[str], repository: Repo
         finally:
             file.truncate(0)
             file.write(f"{launch}\n{problem}")
+
+
+def _launcher() -> str:
+    """The process that has started this one, and when it began: in a container its number is that of the last one."""
+    began = ""
+    with suppress(OSError):  # no Linux
+        began = Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[19]
+    return f"{os.getppid()} {began}"
 
 
 def _snapshot(name: str, flag: str, patterns: Sequence[str], repository: Repository, is_there: bool = False) -> str:

@@ -76,8 +76,10 @@ def scan(path: Path, within: range) -> "tuple[Scan, array[int], array[int]]":
 def digest_of_scans(path: str | Path, scans: Sequence[Scan], size: int) -> int:
     """CRC-32 of a file, all of which was scanned. Raises ConfigurationError for a line above the limit, and for less
     than `size` bytes."""
-    number = crc = 0
+    number = crc = end = 0
     for one in scans:
+        require(one.begin == end, f"{path} was changed while it was being read: start again.")
+        end = one.end
         number += one.records + one.blanks
         require(
             not one.too_long,
@@ -85,7 +87,7 @@ def digest_of_scans(path: str | Path, scans: Sequence[Scan], size: int) -> int:
             "the record.",
         )
         crc = crc32_combine(crc, one.crc, one.end - one.begin)
-    require(scans[-1].end >= size, f"{path} {_SHORTENED}")
+    require(end >= size, f"{path} {_SHORTENED}")
     return crc
 
 

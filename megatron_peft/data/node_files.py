@@ -83,7 +83,8 @@ class NodeFiles:
     def kept(self, name: str, kind: str, epoch: int, dtype: type, make: Make) -> np.ndarray:
         """The arrays that `make` gives, one after the other, mapped: made by the first process or thread that asks.
 
-        Those of the epoch before the last are removed. Where they cannot be written, this process has its own.
+        Those of the epoch before the last are removed: a rank that is further behind makes them anew. Where they cannot
+        be written, this process has its own.
         """
         path = self.folder / f"{name}-{kind}-{epoch}"
         draft = path.with_suffix(".draft")
@@ -160,7 +161,7 @@ def _index_of(path: str, flag: str, node: NodeFiles, root: Path | None, sharers:
 
     def keep() -> None:
         is_settled = time.time() - max(seen[2:]) / 1e9 >= SETTLED_SECONDS and look()[1] == seen
-        if folder and not is_kept and is_settled:
+        if folder and is_settled and folders.damage(folder):  # else another start was faster
             shutil.rmtree(folder, ignore_errors=True)  # a damaged one
             with suppress(ConfigurationError), folders.new_folder(folder) as draft:  # unless another run was faster
                 with (draft / INDEX).open("wb") as file:
@@ -173,7 +174,7 @@ def _index_of(path: str, flag: str, node: NodeFiles, root: Path | None, sharers:
     if not all(gather_over_world(is_lines)):
         return None
     # A file that has changed has another index, and a damaged one is made anew.
-    name = hashlib.sha256(repr((INDEX_FORMAT, os.path.realpath(path), seen)).encode()).hexdigest()
+    name = hashlib.sha256(repr((INDEX_FORMAT, seen)).encode()).hexdigest()
     folder = root and root / f"lines-{name[:32]}"
     is_kept = from_first_of((sharers, seen), lambda: folder is not None and not folders.damage(folder))
     if folder and all(gather_over_world(is_kept)):

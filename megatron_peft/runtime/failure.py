@@ -29,7 +29,7 @@ from torch._C import _distributed_c10d
 from megatron_peft.config import ConfigurationError, print_failure
 from megatron_peft.config.untrusted import parse_json
 from megatron_peft.runtime.exit_signals import SAVE_AND_EXIT, EndedBySignal
-from megatron_peft.runtime.launch import connect_to_store, place_on_node
+from megatron_peft.runtime.launch import connect_to_store, name_in_store, place_on_node
 
 LOST_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 TIMED_OUT = ("Timed out waiting", "collective operation timeout")  # of gloo and of NCCL
@@ -78,6 +78,11 @@ def lost_a_rank(error: BaseException | None) -> bool:
     return isinstance(error, dist.DistNetworkError) or any(words in str(error) for words in LOST_CONNECTION)
 
 
+def waits_in_vain(error: BaseException | None) -> bool:
+    """Whether what another rank owes may never come: it is gone, or it hangs."""
+    return lost_a_rank(error) or any(words in str(error) for words in TIMED_OUT)
+
+
 class _FailureBoard:
     """The first failure of the world, in the rendezvous store (torchrun's, else rank 0's).
 
@@ -91,6 +96,7 @@ class _FailureBoard:
         self._world_size = dist.get_world_size()
         if self._world_size == 1:
             return
+        self._name = name_in_store()
         self._watches, self._sign = place_on_node().rank == 0, folder_on_node() / WATCHED
         if self._watches:
             self._give_sign()
@@ -101,7 +107,7 @@ class _FailureBoard:
 
     @cached_property
     def _store(self) -> dist.Store:
-        return connect_to_store("failure", STORE_TIMEOUT)
+        return connect_to_store(self._name, STORE_TIMEOUT)
 
     def _give_sign(self) -> None:
         with suppress(OSError):  # the others of the node then look themselves

@@ -5,10 +5,10 @@ import gc
 import os
 import pickle
 import random
+import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from itertools import count
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -69,11 +69,19 @@ def checked_together(
 def connect_to_store(name: str, timeout: datetime.timedelta) -> dist.Store:
     """A connection of its own to the rendezvous store (torchrun's, else rank 0's), with keys of its own.
 
-    On one connection a call waits for the one before. timeout: of the connection, and of each call; below 24 days.
+    On one connection a call waits for the one before. name: `name_in_store`. timeout: of the connection, and of each
+    call; below 24 days.
     """
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout)
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return dist.PrefixStore(f"megatron_peft/{name}/{attempt}", store)
+    return dist.PrefixStore(f"megatron_peft/{name}", store)
+
+
+def name_in_store() -> str:
+    """A name that nobody else has, the same on all ranks. A collective.
+
+    torchrun's store may outlive an attempt, and its count of restarts is another on each node.
+    """
+    return from_rank(0, lambda: secrets.token_hex(8))
 
 
 class SideChannel:
@@ -82,18 +90,15 @@ class SideChannel:
     That is a thread beside the main one, and a wait for longer than a collective may. A group of its own would connect
     each rank with every other; this is one more connection a process, however many ranks there are.
 
-    All ranks make their channels in the same order, and call the methods of one in the same order. Both raise
-    dist.DistError: a rank is later than `timeout`, or the store's host has ended.
+    To make one is a collective; all ranks call the methods of one in the same order. Both raise dist.DistError: a rank
+    is later than `timeout`, the store's host has ended, or a message has more than the 8 MiB that torch's store takes.
     """
-
-    _numbers = count()  # a later channel has other keys in the store
 
     def __init__(self, timeout: datetime.timedelta) -> None:
         self._rank, self._size = dist.get_rank(), dist.get_world_size()
         self._num_gathered = self._num_told = 0
-        number = next(SideChannel._numbers)
         if self._size > 1:
-            self._store = connect_to_store(f"channel/{number}", timeout)
+            self._store = connect_to_store(name_in_store(), timeout)
 
     def gather(self, value: Any) -> list[Any] | None:
         """`value` of every rank, in order, on the first; None on the others, which do not wait."""

@@ -88,6 +88,16 @@ def test_a_file_that_is_scanned_in_parts_has_the_index_of_one_that_is_scanned_wh
     )
 
 
+def test_scans_that_leave_something_out_are_no_index():
+    def scanned(begin: int, end: int) -> files.Scan:
+        return files.Scan(1, 0, begin, end, 0, too_long=False)
+
+    assert files.digest_of_scans("a.jsonl", [scanned(0, 3), scanned(3, 5)], 5) == 0
+    for scans, problem in (([scanned(0, 3)], "shortened"), ([scanned(0, 2), scanned(3, 5)], "changed")):
+        with pytest.raises(ConfigurationError, match=f"a.jsonl was {problem} while it was being read"):
+            files.digest_of_scans("a.jsonl", scans, 5)
+
+
 def test_a_line_above_the_limit_is_named_before_it_is_read(write_lines, monkeypatch):
     path = write_lines([{"n": 0}, {"text": "x" * 40}, {"n": 2}])
     monkeypatch.setattr(files, "MAX_LINE_BYTES", 53)

@@ -100,8 +100,10 @@ def orders_on_a_rank(_: None) -> tuple[list[int], int, int]:
         thread.join()
     dist.barrier()  # what a slower rank asks for anew is made anew
     size = order.epoch_length(0)
-    drawn = [int(i) for position in range(3 * size) for i in order.samples_at(position)]
-    dist.barrier()
+    drawn = []
+    for epoch in range(3):
+        drawn += [int(i) for position in range(epoch * size, (epoch + 1) * size) for i in order.samples_at(position)]
+        dist.barrier()  # a rank that is two epochs behind would make its own anew
     kept = {path.name for path in node.folder.iterdir()}
     assert {"train-order-2", "train-packs-2", "train-packs-1"} <= kept and "train-packs-0" not in kept
     of_all = sum((Counter(one) for one in gather_over_world(dict(made))), Counter[int]())
@@ -114,6 +116,18 @@ def test_an_epoch_is_ordered_once_a_node_whatever_ranks_and_threads_ask_for_it()
     alone = PackedOrder(SampleOrder(200, 7, True), lengths, 16)
     drawn = [int(i) for position in range(3 * alone.epoch_length(0)) for i in alone.samples_at(position)]
     assert all(one == (drawn, 2, 2) for one in found)
+
+
+def test_an_order_has_its_name_when_all_of_it_is_written():
+    node, there = NodeFiles(), []
+
+    class Order:
+        def tofile(self, file: Any) -> None:
+            np.arange(3, dtype=np.int32).tofile(file)
+            there.append((node.folder / "train-order-0").exists())
+
+    made: list[Any] = [Order()]
+    assert node.kept("train", "order", 0, np.int32, lambda: made).tolist() == [0, 1, 2] and there == [False]
 
 
 def test_an_order_that_cannot_be_written_is_in_memory_and_nothing_of_it_is_left(monkeypatch, caplog):
