@@ -22,6 +22,7 @@ from megatron_peft.config import ConfigurationError
 from megatron_peft.runtime import failure
 from megatron_peft.runtime.exit_signals import ends_before_training
 from megatron_peft.runtime.failure import LEAVE_TIMEOUT_SECONDS, run_together
+from megatron_peft.runtime.launch import name_in_store
 from megatron_peft.runtime.ranks import free_port
 from megatron_peft.training.step import NonFiniteError
 from tests.ranks import Ranks, RanksFailed, run_ranks
@@ -157,6 +158,7 @@ def _killed(meeting: dict[str, str]) -> None:
     """Its place in the world, to the end of a start, is all that is needed of the one that is killed."""
     os.environ.update(meeting)
     dist.init_process_group("gloo")
+    name_in_store()
     for _ in range(2):
         dist.barrier()
     os.kill(os.getpid(), signal.SIGKILL)

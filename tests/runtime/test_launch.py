@@ -163,6 +163,7 @@ def messages_of_a_rank(_: None) -> dict[str, Any]:
     """Of a thread, while the main one uses the world; and of a second channel."""
     start_world()
     before, rank = len(os.listdir("/proc/self/fd")), dist.get_rank()
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(rank)  # after a failure each agent of torchrun has its own
     channel = SideChannel(timedelta(seconds=seconds(100)))
     found: dict[str, Any] = {"descriptors": len(os.listdir("/proc/self/fd")) - before, "rounds": []}
 
