@@ -257,11 +257,15 @@ class Saver:
     def finish(self, wait: bool = True) -> SaveOutcome | None:
         """The outcome of the last `start`; None if there was none, or without `wait` if it is still being written.
 
-        With `wait` a collective. Meanwhile a rank that dies is noticed, as in a step.
+        With `wait` a collective. Meanwhile a rank that dies is noticed, as in a step, and one whose thread has failed
+        raises its error at once: what the others wait for never comes.
         """
         while wait and self._channel is not None:
-            is_done = self._pending is None or self._pending[1].done()
-            if all(gather_over_world(is_done)):
+            save = self._pending[1] if self._pending else None
+            is_done = save is None or save.done()
+            is_broken = save is not None and is_done and not isinstance(save.exception(), CheckpointNotSaved | None)
+            ended = gather_over_world((is_done, is_broken))
+            if all(done for done, _ in ended) or any(broken for _, broken in ended):
                 break
             time.sleep(_POLL_SECONDS)
         return self._outcome(wait)
@@ -293,7 +297,7 @@ class Saver:
         finally:
             if self._executor is not None:
                 self._executor.shutdown(wait=not is_lost)
-            self._remover.shutdown()
+            self._remover.shutdown(wait=error is None)  # else the other ranks wait for this one's message
             if self._lock is not None:
                 self._lock.release()
 

@@ -138,7 +138,7 @@ class InstructionDataset:
 # Like a checkpoint it has a manifest with size and CRC-32 of each file, compared whenever it is opened.
 #
 # The files are those of `datasets`, but `Dataset.map` does not make them. It leaves the work to a process or its forks,
-# where here the ranks of a node share it. It reads what its fingerprint names, whatever became of the bytes: a flipped
+# where here all ranks share it. It reads what its fingerprint names, whatever became of the bytes: a flipped
 # bit would be trained on. Its JSON is a table with one set of columns: a record that lacks a field has an empty one.
 
 FORMAT = 2  # of the files, and of how a record becomes tokens

@@ -53,7 +53,8 @@ class NodeFiles:
         with _writing_on_node(Path(tempfile.gettempdir())):
             folder = Path(tempfile.mkdtemp(prefix=f"{name}-{os.getpid()}-"))
         for left in folder.parent.glob(f"{name}-*"):
-            if not Path("/proc", left.name.split("-")[-2]).exists():  # its process was killed
+            host, pid, _ = left.name.rsplit("-", 2)
+            if host == name and not Path("/proc", pid).exists():  # its process was killed
                 shutil.rmtree(left, ignore_errors=True)
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         return folder
@@ -91,12 +92,13 @@ class NodeFiles:
         try:
             with open(self.folder / f"{name}-{kind}.lock", "wb") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                if not path.exists():
-                    with draft.open("wb") as file:
-                        for array in make():
-                            array.tofile(file)
-                    draft.rename(path)
-                    path.with_name(f"{name}-{kind}-{epoch - 2}").unlink(missing_ok=True)
+                if path.exists():
+                    return np.memmap(path, dtype, "r")
+                with draft.open("wb") as file:
+                    for array in make():
+                        array.tofile(file)
+                draft.rename(path)
+                path.with_name(f"{name}-{kind}-{epoch - 2}").unlink(missing_ok=True)
                 return np.memmap(path, dtype, "r")
         except OSError as error:
             draft.unlink(missing_ok=True)

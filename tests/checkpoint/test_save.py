@@ -75,7 +75,7 @@ def _waits_for_a_killed_rank(folder: str) -> None:
         with Saver(CheckpointConfig(save=folder, async_save=True)) as saver:
             saver._pending = 1, Future()
             if dist.get_rank() == 1:
-                gather_over_world(False)  # the other one waits for the save
+                gather_over_world((False, False))  # the other one waits for the save
                 os.kill(os.getpid(), signal.SIGKILL)
             saver.finish()
 
@@ -89,6 +89,29 @@ def test_a_rank_that_is_killed_while_others_wait_for_a_save_ends_them(tmp_path):
             process.join(seconds(100))
         assert ranks.exit_codes == [1, -signal.SIGKILL]
         assert "program: rank 0 lost its connection to another rank: that one was killed" in ranks.output(0)
+
+
+def _waits_for_a_broken_thread(folder: str) -> None:
+    """A save is under way on both ranks, of which one's thread has failed by an error that is no ConfigurationError."""
+
+    def main() -> None:
+        with Saver(CheckpointConfig(save=folder, async_save=True)) as saver:
+            save: Future[None] = Future()
+            if dist.get_rank() == 1:
+                save.set_exception(dist.DistNetworkError("the store took no message"))
+            saver._pending = 1, save
+            saver.finish()
+
+    start_world()
+    run_together(main, "program")
+
+
+def test_a_thread_that_fails_while_others_wait_for_its_part_of_a_save_ends_all_ranks(tmp_path):
+    with Ranks(2, _waits_for_a_broken_thread, str(tmp_path)) as ranks:
+        for process in ranks.processes:
+            process.join(seconds(100))
+        assert ranks.exit_codes == [1, 1]
+        assert "program: rank 1 lost its connection" in ranks.output(1)
 
 
 def test_old_checkpoints_are_removed_while_the_run_goes_on_and_before_it_ends(alone, tmp_path, monkeypatch):
