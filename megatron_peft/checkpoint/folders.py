@@ -90,7 +90,7 @@ def damage(checkpoint: Path, share: int = 0, num_shares: int = 1, without: str =
     except ValueError as error:
         return [f"{MANIFEST} cannot be read: {error}"]
     read = [name for name in files if not (without and without in name)]
-    by_size = sorted(read, key=lambda name: (-files[name].size, name))  # large files are dealt out evenly
+    by_size = sorted(read, key=lambda name: (-files[name].size, name))  # those of no rank are dealt out
     number_of = {name: number for number, name in enumerate(by_size)}
     number_of |= {name: int(rank[1]) for name in by_size if (rank := RANK_OF_FILE.match(name))}
     mine = [name for name in by_size if number_of[name] % num_shares == share]
