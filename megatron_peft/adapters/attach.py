@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -145,8 +146,9 @@ def merge_adapters(model_chunks: Sequence[nn.Module], peft: PeftConfig) -> None:
 
 
 def all_names(names: Sequence[str]) -> list[str]:
-    """The union of every rank's names: a pattern may match on another pipeline stage only. A collective."""
-    return sorted({name for found in gather_over_world({*names}) for name in found})
+    """The union of every stage's names: a pattern may match on another pipeline stage only. A collective."""
+    stages: Any = parallel_state.get_pipeline_model_parallel_group()
+    return sorted({name for found in gather_over_world({*names}, stages) for name in found})
 
 
 def huggingface_modules(model_chunks: Sequence[Any]) -> Mapping[str, str]:

@@ -10,7 +10,7 @@ import io
 import pickle
 import re
 import zipfile
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import product
@@ -308,15 +308,18 @@ def _is_whole(key: str, tensor: TensorStorageMetadata, places: Mapping[MetadataI
     """Whether each element of a tensor lies in exactly one of its slices, and each slice has its place in a file."""
     # Count +1 and -1 at the corners of a box in turn: those of the slices add up to those of the tensor only if the
     # slices fill it, since each box is the sum of its corners' counts up to each index.
-    corners: Counter[tuple[int, ...]] = Counter()
-    whole = ChunkStorageMetadata(torch.Size([0] * len(tensor.size)), tensor.size)
-    for box, sign in [(whole, 1), *((chunk, -1) for chunk in tensor.chunks)]:
-        if not len(box.offsets) == len(box.sizes) == len(tensor.size) <= _MAX_DIMS:
+    num_dims, counts = len(tensor.size), defaultdict[tuple[int, ...], int](int)
+    if num_dims > _MAX_DIMS:
+        return False
+    signs = [(-1) ** sum(ends) for ends in product((0, 1), repeat=num_dims)]
+    whole = ChunkStorageMetadata(torch.Size([0] * num_dims), tensor.size)
+    for box, factor in [(whole, 1), *((chunk, -1) for chunk in tensor.chunks)]:
+        if not len(box.offsets) == len(box.sizes) == num_dims:
             return False
-        for ends in product((0, 1), repeat=len(tensor.size)):
-            corner = tuple(start + size * end for start, size, end in zip(box.offsets, box.sizes, ends, strict=True))
-            corners[corner] += sign * (-1) ** sum(ends)
-    return not any(corners.values()) and all(MetadataIndex(key, chunk.offsets) in places for chunk in tensor.chunks)
+        ends = [(start, start + size) for start, size in zip(box.offsets, box.sizes, strict=True)]
+        for corner, sign in zip(product(*ends), signs, strict=True):
+            counts[corner] += factor * sign
+    return not any(counts.values()) and all(MetadataIndex(key, chunk.offsets) in places for chunk in tensor.chunks)
 
 
 def _refuse(path: Path, names: list[str]) -> None:

@@ -126,15 +126,20 @@ def _written_slice(result: WriteResult, data: TensorWriteData) -> WrittenSlice:
 
 
 def _joined(tensors: dict[str, Any], slices: Iterable[WrittenSlice]) -> list[WriteResult]:
-    """Add a rank's slices to the tensors of an index; what torch says of their places."""
-    places = []
+    """Add a rank's slices to the tensors of an index; what torch says of their places.
+
+    What is equal is one object: it is pickled once.
+    """
+    places, sizes = [], {}
     for one in slices:
         tensor = tensors.get(one.key)
         if tensor is None:
             properties, shape = TensorProperties(one.dtype), torch.Size(one.global_shape)
             tensor = tensors[one.key] = TensorStorageMetadata(properties, shape, [])
         index = MetadataIndex(one.key, one.offset, len(tensor.chunks))
-        tensor.chunks.append(ChunkStorageMetadata(torch.Size(one.offset), torch.Size(one.shape)))
+        assert index.offset is not None
+        size = sizes.setdefault(one.shape, torch.Size(one.shape))
+        tensor.chunks.append(ChunkStorageMetadata(index.offset, size))
         places.append(WriteResult(index, one.length, _StorageInfo(one.file, one.start, one.length)))
     return places
 
@@ -168,7 +173,7 @@ class _LoadPlanner(core.MCoreLoadPlanner):
 
 
 class Target(NamedTuple):
-    """A contiguous tensor to be filled from a checkpoint, and who else holds the same."""
+    """A tensor to be filled from a checkpoint, and who else holds the same."""
 
     tensor: Tensor
     slices: Sequence[ShardedTensor]  # of global tensors, by views of `tensor`
@@ -200,11 +205,14 @@ def read_tensors(targets: Sequence[Target], folder: Path, index: Metadata) -> No
     ]
     checked_together(lambda: _read(own, folder, index))
     for target in targets:
-        values = target.tensor.detach().view(-1)
+        tensor = target.tensor.detach()
+        values = tensor.flatten()  # a copy if it is not contiguous
         if target.is_on_all_replicas:
             start_broadcast(values, 0, replicas)()
         if target.is_on_all_tensor_ranks:  # the first has its values by now
             start_broadcast(values, 0, tensor_parallel)()
+        if not tensor.is_contiguous():
+            tensor.copy_(values.view_as(tensor))
 
 
 def _read(tensors: Sequence[ShardedTensor], folder: Path, index: Metadata) -> None:

@@ -22,7 +22,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.utils import get_model_config
 from torch import Tensor, nn
 
-from megatron_peft.adapters.attach import linear_layers
+from megatron_peft.adapters.attach import all_names, linear_layers
 from megatron_peft.adapters.linear import AdaptedLinear
 from megatron_peft.adapters.low_rank import LowRank, gram_matrices, low_rank_part, shrink, shrinkage
 from megatron_peft.checkpoint.state import TrainingState
@@ -30,7 +30,7 @@ from megatron_peft.config import PeftConfig, RunConfig, require
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.parallel.collectives import gradient_of, sum_coalesced
 from megatron_peft.runtime.cpu import redirect_norm
-from megatron_peft.runtime.launch import gather_over_world, largest_over_world
+from megatron_peft.runtime.launch import largest_over_world
 from megatron_peft.runtime.precision import full_precision
 
 OPTIMIZER_FIELDS = frozenset(one.name for one in fields(OptimizerConfig))
@@ -362,8 +362,8 @@ def _mix_from_gradients(state: Trained) -> None:
 
 def mixed_layers(state: Trained) -> list[str]:
     """Global names of the model's layers with a lambda, in order; none for a method without. A collective."""
-    by_rank = gather_over_world([*mixing_adapters(state)]) if state.peft.spec.mixes else []
-    return sorted({name: None for names in by_rank for name in names}, key=lambda name: int(name.split(".")[2]))
+    names = all_names([*mixing_adapters(state)]) if state.peft.spec.mixes else []
+    return sorted(names, key=lambda name: int(name.split(".")[2]))
 
 
 def mixtures(state: Trained, layers: Sequence[str] | None = None) -> Mixtures | None:
