@@ -155,7 +155,7 @@ class BlendedOrder(SampleOrder):
         return samples
 
 
-_BLOCK = 1 << 20  # samples: numpy makes 8 bytes of each index that it is given
+_BLOCK = 1 << 17  # samples: numpy makes 8 bytes of each index that it is given, several times
 
 
 def index_type(num_samples: int) -> type[np.signedinteger]:
