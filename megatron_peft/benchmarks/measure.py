@@ -139,13 +139,17 @@ COLLECTIVES = ("all_gather_object", "gather_object", "broadcast_object_list", "s
 
 @dataclass
 class Costs:
-    """What a phase costs one rank. Bytes read are those of read calls: of a mapped file none."""
+    """What a phase costs one rank. Bytes read are those of read calls: of a mapped file none.
+
+    disk_bytes: what came from a disk, and not from the host's memory.
+    """
 
     cpu_seconds: float = 0.0
     gathers: int = 0  # collectives of objects
     object_bytes: int = 0  # their pickles, which it sends or receives
     opened: int = 0  # files, each as often as it is
     read_bytes: int = 0
+    disk_bytes: int = 0
     descriptors: int = 0  # open at the end
     resident_bytes: int = 0  # the most
 
@@ -167,11 +171,14 @@ class Meter(ExitStack):
     def phase(self, name: str) -> Iterator[None]:
         """A second phase of this name takes the place of the first."""
         Path("/proc/self/clear_refs").write_text("5")  # the peak of resident memory is what is resident
-        costs = self._costs = self.phases[name] = Costs(-time.process_time(), read_bytes=-_bytes_read())
+        read, from_disk = _bytes_read()
+        costs = self._costs = self.phases[name] = Costs(-time.process_time())
         self._aside = 0.0
         yield
         costs.cpu_seconds += time.process_time() - self._aside
-        costs.read_bytes, costs.resident_bytes = costs.read_bytes + _bytes_read(), memory_bytes()[1]
+        all_read, all_from_disk = _bytes_read()
+        costs.read_bytes, costs.disk_bytes = all_read - read, all_from_disk - from_disk
+        costs.resident_bytes = memory_bytes()[1]
         costs.descriptors = len([*Path("/proc/self/fd").iterdir()]) + self.meshes
         self._costs = Costs()
 
@@ -204,8 +211,17 @@ class Meter(ExitStack):
             self.created += [os.fsdecode(args[0])] if args[2] & os.O_CREAT else []
 
 
-def _bytes_read() -> int:
-    return int(Path("/proc/self/io").read_text().split()[1])
+def _bytes_read() -> tuple[int, int]:
+    """By read calls, and from a disk."""
+    told = Path("/proc/self/io").read_text().split()
+    return int(told[1]), int(told[told.index("read_bytes:") + 1])
+
+
+def forget_files(folder: Path) -> None:
+    """Leave the files on the disk alone: whoever reads them next reads from there."""
+    for path in (path for path in folder.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 # A figure: what was measured, the target, and whether it is reached; as a table and as JSON.

@@ -9,6 +9,7 @@ import json
 import os
 import random
 import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -20,16 +21,19 @@ import torch
 import torch.distributed as dist
 
 from megatron_peft.benchmarks.absent_ranks import AbsentRanks, Grid
-from megatron_peft.benchmarks.measure import Costs, Figure, Meter
+from megatron_peft.benchmarks.measure import Costs, Figure, Meter, forget_files
 from megatron_peft.benchmarks.subjects import Setting
-from megatron_peft.checkpoint import load
+from megatron_peft.checkpoint import load, save
+from megatron_peft.checkpoint.safe_pickle import read_metadata
 from megatron_peft.checkpoint.save import Saver
+from megatron_peft.checkpoint.tensors import Written, WrittenSlice, complete_files
 from megatron_peft.cli.parser import read_config
 from megatron_peft.config import RunConfig
 from megatron_peft.models.families import read_shape
 from megatron_peft.runtime.fake_ranks import replaced
 from megatron_peft.runtime.ranks import preload, run_ranks
 from megatron_peft.training import run
+from megatron_peft.training.metrics import METRICS_FILE, MetricsWriter
 from megatron_peft.training.step import StepReport
 from megatron_peft.training.update import mixtures
 from megatron_peft.training.watchers import watched_steps
@@ -41,7 +45,8 @@ RANKS_OF_NODE = 8
 NUM_LOG_LINES = 3
 TIMEOUT = datetime.timedelta(minutes=20)
 SECONDS_ALLOWED, MOST_RANKS = {"save": 2.0, "log line": 0.02}, 1024  # on the first rank, up to so many
-MOST_DESCRIPTORS = 256  # whatever the number of ranks
+MOST_DESCRIPTORS, BYTES_ALLOWED = 256, 1.1  # whatever the number of ranks
+LOG_LINES = 50_000  # of 7 kB
 Phases = dict[str, Costs]
 
 
@@ -50,21 +55,24 @@ def scale_figures(setting: Setting) -> list[Figure]:
     preload(["megatron_peft.training.run"])
     grid = Grid(setting.tensor_parallel, setting.data_parallel, setting.pipeline_parallel)
     with tempfile.TemporaryDirectory() as folder:
-        return figures_of(grid, *phases_of(grid, recipe_run(setting, grid, Path(folder))))
+        config = recipe_run(setting, grid, Path(folder))
+        by_rank = phases_of(grid, config)
+        num_bytes = sum(path.stat().st_size for path in Path(config.checkpoint.save or "").glob("iter_*/*"))
+    return figures_of(grid, config.peft.method, by_rank, num_bytes)
 
 
-def phases_of(grid: Grid, config: RunConfig) -> list[Phases]:
-    """Those of the first rank, and of another slice, replica and node. A resume is that of new processes."""
-    running, other = grid.running(), grid.anchor(grid.world_size - 1)
+def phases_of(grid: Grid, config: RunConfig) -> dict[int, Phases]:
+    """Those of the running ranks. A resume is that of new processes, after a long time without a save."""
+    running = grid.running()
     resumed = replace(config, checkpoint=replace(config.checkpoint, load=config.checkpoint.save))
-    found: dict[int, Phases] = {0: {}, other: {}}
+    found: dict[int, Phases] = {rank: {} for rank in running}
     for each in (config, resumed):
         store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # a rank would serve the others
-        run_one = partial(run_present_rank, grid, running, (*found,), store.port)
+        run_one = partial(run_present_rank, grid, running, store.port)
         by_rank = run_ranks(len(running), run_one, each, timeout=TIMEOUT.total_seconds())
-        for rank, phases in found.items():
-            phases |= by_rank[running.index(rank)]
-    return [*found.values()]
+        for rank, phases in zip(running, by_rank, strict=True):
+            found[rank] |= phases
+    return found
 
 
 def recipe_run(setting: Setting, grid: Grid, folder: Path) -> RunConfig:
@@ -72,8 +80,9 @@ def recipe_run(setting: Setting, grid: Grid, folder: Path) -> RunConfig:
     shape, num_ranks = read_shape(setting.checkpoint), grid.world_size
     record = json.dumps({"prompt": "1 2 3 4 5 6 7", "completion": " 8 9 10"})
     (folder / "train.jsonl").write_text(f"{record}\n" * 4 * num_ranks)
-    lines = RECIPE.read_text(encoding="utf-8").splitlines(keepends=True)
-    (folder / "run.yaml").write_text("".join(line for line in lines if not line.startswith(WITHOUT)))
+    lines, without = RECIPE.read_text(encoding="utf-8").splitlines(keepends=True), WITHOUT
+    without += ("peft-", "lora-") * (setting.method != "lora")
+    (folder / "run.yaml").write_text("".join(line for line in lines if not line.startswith(without)))
     flags = {
         "--config": folder / "run.yaml",
         "--pretrained-checkpoint": setting.checkpoint,
@@ -81,16 +90,15 @@ def recipe_run(setting: Setting, grid: Grid, folder: Path) -> RunConfig:
         "--save": folder / "save",
         "--tokenizer-type": "NullTokenizer",
         "--vocab-size": shape.vocab_size - 1,
-        "--lora-rank": setting.rank,
+        "--peft-method": setting.method,
+        **({"--lora-rank": setting.rank} if setting.method == "lora" else {}),
         "--seq-length": setting.positions,
         "--global-batch-size": 128 * grid.data,
     }
     return read_config([str(word) for pair in flags.items() for word in pair], {"WORLD_SIZE": str(num_ranks)})
 
 
-def run_present_rank(
-    grid: Grid, running: tuple[int, ...], measured: tuple[int, ...], port: int, config: RunConfig
-) -> Phases:
+def run_present_rank(grid: Grid, running: tuple[int, ...], port: int, config: RunConfig) -> Phases:
     """Started for each of the running ranks. port: of the store in which they meet."""
     torch.set_num_threads(1)
     rank = running[int(os.environ["RANK"])]
@@ -98,32 +106,48 @@ def run_present_rank(
     os.environ |= {"LOCAL_WORLD_SIZE": str(RANKS_OF_NODE), "LOCAL_RANK": str(on_node), "GROUP_RANK": str(node)}
     os.environ["MASTER_PORT"], tempfile.tempdir = str(port), str(Path(config.checkpoint.save or "").parent)
     store = dist.TCPStore("localhost", port, is_master=False, timeout=TIMEOUT)
-    with AbsentRanks(grid, running, rank, store, rank in measured) as meter:
+    with AbsentRanks(grid, running, rank, store, rank in measured(grid)) as meter:
         run_phases(config, meter)
     return meter.phases
 
 
+def measured(grid: Grid) -> tuple[int, int]:
+    """The first rank, and one of another slice, replica and node."""
+    return 0, grid.anchor(grid.world_size - 1)
+
+
 def run_phases(config: RunConfig, meter: Meter) -> None:
-    """Start the run, save it and write log lines; or, with --load, start it and resume."""
-    usual, start = load.load_checkpoint, ExitStack()
+    """Start the run, save it and write log lines; or, with --load, start it, resume and open a long log."""
+    usual, usual_completion, start = load.load_checkpoint, save.complete_files, ExitStack()
+    written: list[Written] = []  # of all ranks, on the first
 
     def resume(state: Any) -> Any:
         with meter.phase("resume"):
             return usual(state)
 
+    def complete(draft: Path, by_rank: Sequence[Written]) -> Any:
+        written.extend(by_rank)
+        return usual_completion(draft, by_rank)
+
     def save_and_log(state: Any, data: Any, saver: Saver, *_: Any) -> str:
         start.close()
         if config.checkpoint.load:
+            iteration, is_first = state.position.iteration, dist.get_rank() == 0
+            with meter.phase("long log"), MetricsWriter(config.checkpoint.save, config.logging, is_first, iteration):
+                pass
             return ""
         _make_moments(state)
         random.seed(0)
         np.random.seed(0)  # the texts of all ranks' generators have one length, and so have their files
         state.position.iteration = 1
-        with meter.phase("save"):
+        with meter.phase("save"), replaced(save, "complete_files", complete):
             saver.start(state)
             outcome = saver.finish()
         if outcome is not None and outcome.error is not None:
             raise outcome.error
+        if written and config.peft.method == "full" and config.parallel.world_size <= MOST_RANKS:
+            _write_index(written, config.parallel.data_parallel_size, meter)
+        written.clear()
         folder = Path(config.checkpoint.save or "").with_name("background")
         with Saver(replace(config.checkpoint, save=str(folder), async_save=True)), meter.phase("background save"):
             pass  # what its threads meet in is open by now
@@ -137,6 +161,10 @@ def run_phases(config: RunConfig, meter: Meter) -> None:
 
     if not config.checkpoint.load:
         start.enter_context(meter.phase("start"))
+    elif dist.get_rank() == 0:
+        folder = Path(config.checkpoint.load)
+        _write_log(folder / METRICS_FILE)
+        forget_files(folder)
     with (
         replaced(run, "train", save_and_log),
         replaced(run, "start_losses", lambda *_: (1.0, 1.0)),  # no numbers come from other stages
@@ -154,13 +182,51 @@ def _make_moments(state: Any) -> None:
             one.optimizer.step()
 
 
-def figures_of(grid: Grid, first: Phases, other: Phases) -> list[Figure]:
-    """CPU seconds of the first rank in each phase, with what was counted behind them; and the most descriptors."""
+def _write_log(path: Path) -> None:
+    """That of a run which wrote lines for months, the last of them after its last checkpoint."""
+    layers = {f"decoder.layers.{i}.self_attention.linear_qkv": 0.5 for i in range(128)}
+    path.write_text(
+        "".join(f"{json.dumps({'iteration': i, 'lambda': layers})}\n" * n for i, n in ((1, LOG_LINES), (2, 9)))
+    )
+
+
+def _write_index(by_rank: Sequence[Written], num_replicas: int, meter: Meter) -> None:
+    """That of a model which has so many times the rows, each of its states in a bucket that replicas share."""
+    shared = [
+        one._replace(slices=[part for each in one.slices for part in _over_replicas(each, num_replicas)])
+        for one in by_rank
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        with meter.phase("index of a sharded optimizer, saved"):
+            complete_files(Path(folder), shared)
+        with meter.phase("index of a sharded optimizer, read"):
+            read_metadata(Path(folder))
+
+
+def _over_replicas(one: WrittenSlice, number: int) -> Iterator[WrittenSlice]:
+    num_parts = number if one.key.startswith("optimizer.") else 1
+    (all_rows, *rest), (begin, *others), rows = one.global_shape, one.offset, one.shape[0]
+    for part in range(num_parts):
+        offset = begin * num_parts + part * rows, *others
+        yield one._replace(global_shape=(all_rows * num_parts, *rest), offset=offset)
+
+
+def figures_of(grid: Grid, method: str, by_rank: Mapping[int, Phases], checkpoint_bytes: int) -> list[Figure]:
+    """CPU seconds of the first rank in each phase, with what was counted behind them; the bytes of a resume that come
+    from a disk, over those of the checkpoint; and the most descriptors."""
     ranks, figures = grid.world_size, []
+    first, other = (by_rank[rank] for rank in measured(grid))
+    world = f"{ranks:,} ranks, {method}"
     for phase, costs in first.items():
-        sizes = [(name, getattr(costs, name), getattr(other[phase], name)) for name in vars(costs)]
+        of_other = other.get(phase, Costs())
+        sizes = [(name, getattr(costs, name), getattr(of_other, name)) for name in vars(costs)]
         note = "; ".join(f"{n.replace('_', ' ')} {a:,.4g} | {b:,.4g} | {a + (ranks - 1) * b:,.4g}" for n, a, b in sizes)
         allowed = SECONDS_ALLOWED.get(phase) if ranks <= MOST_RANKS else None
-        figures.append(Figure(f"{ranks:,} ranks, {phase}", costs.cpu_seconds, allowed, "s", note))
+        figures.append(Figure(f"{world}, {phase}", costs.cpu_seconds, allowed, "s", note))
+    if "resume" in first:
+        from_disk = sum(by_rank[grid.anchor(rank)]["resume"].disk_bytes for rank in range(ranks))
+        note = f"{from_disk:,} of {checkpoint_bytes:,} bytes"
+        name = f"{world}, bytes from disk at a resume over the checkpoint's"
+        figures.append(Figure(name, from_disk / checkpoint_bytes, BYTES_ALLOWED, "", note))
     most = max(costs.descriptors for phases in (first, other) for costs in phases.values())
-    return [*figures, Figure(f"{ranks:,} ranks, the most descriptors of a process", most, MOST_DESCRIPTORS)]
+    return [*figures, Figure(f"{world}, the most descriptors of a process", most, MOST_DESCRIPTORS)]

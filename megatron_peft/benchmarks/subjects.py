@@ -50,7 +50,8 @@ class Setting:
     """A model, a layout, a microbatch, and how often a step is timed.
 
     checkpoint: Hugging Face folder.
-    rank: of LoRA, on all four linear layers; alpha is twice that. block_size, num_factors: of BOFT.
+    rank: of LoRA, on all four linear layers; alpha is twice that. block_size, num_factors: of BOFT. method: where one is
+    measured.
     """
 
     checkpoint: str
@@ -65,6 +66,7 @@ class Setting:
     num_factors: int = 3
     data_parallel: int = 1
     turns: int = 9
+    method: str = "lora"
 
     @property
     def layout(self) -> str:

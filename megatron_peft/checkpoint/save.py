@@ -18,7 +18,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron_peft.checkpoint import folders, tensors
 from megatron_peft.checkpoint.run_record import ADAPTER_CONFIG, RunRecord, fingerprint
 from megatron_peft.checkpoint.state import TrainingState, optimizer_tensors, random_tensors, steps_of, whole_parameters
-from megatron_peft.checkpoint.tensors import RankFiles, Sharded, Written, global_slices
+from megatron_peft.checkpoint.tensors import RankFiles, Sharded, Written, complete_files, global_slices
 from megatron_peft.config import CheckpointConfig, ConfigurationError, require
 from megatron_peft.parallel.collectives import from_first_rank, gathered_by_first_rank
 from megatron_peft.runtime.failure import waits_in_vain
@@ -56,7 +56,7 @@ class DraftedCheckpoint:
         return folders.iteration_folder(self.folder, self.iteration)
 
     def _publish(self, by_rank: Sequence[Written]) -> None:
-        sums = self.files.complete(by_rank)
+        sums = complete_files(self.draft, by_rank)
         adapter_config = self.record.adapter_config() if self.record.config.peft.trains_adapters else None
         (self.draft / folders.RECORD).write_text(self.record.to_json())
         if adapter_config:
@@ -176,7 +176,7 @@ def write_new_folder(written: Sequence[ShardedTensor], folder: Path) -> None:
         files = RankFiles(written, draft)
 
         def finish(by_rank: Sequence[Written]) -> None:
-            sums = files.complete(by_rank)
+            sums = complete_files(draft, by_rank)
             folders.write_manifest(draft, sums)
             folders.publish_draft(draft, folder, sums)
 

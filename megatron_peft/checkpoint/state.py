@@ -240,7 +240,8 @@ def _slices_of_state(param: OptimizerParam, entry: Sharded, key: str, tensor: Te
 def steps_of(optimizer: MegatronOptimizer, entries: Sequence[Sharded]) -> dict[str, int]:
     """Updates that each parameter has had, by key, over all ranks. A collective."""
     steps = {entry.key: param.steps for param, entry in optimizer_params(optimizer, entries)}
-    for group in (parallel_state.get_data_parallel_group(), parallel_state.get_pipeline_model_parallel_group()):
+    groups: Any = parallel_state.get_data_parallel_group(), parallel_state.get_pipeline_model_parallel_group()
+    for group in groups:
         steps = {key: number for of_rank in gather_over_world(steps, group) for key, number in of_rank.items()}
     return steps
 

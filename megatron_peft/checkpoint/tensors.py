@@ -76,7 +76,8 @@ class Written(NamedTuple):
 class RankFiles:
     """This rank's files of a checkpoint. Of replicated tensors only the first copy is written.
 
-    A rank plans alone: slices that are first copies never overlap, and `complete` refuses an index in which they do.
+    A rank plans alone: slices that are first copies never overlap, and `complete_files` refuses an index in which they
+    do.
 
     torch's writer, not megatron-core's: it makes no copies, starts no processes, and reports a failed rank to all,
     where megatron-core's leaves the other ranks waiting if the disk fills up during the common file or the metadata.
@@ -88,13 +89,13 @@ class RankFiles:
     def __init__(self, tensors: Iterable[ShardedTensor], folder: Path, snapshot: bool = False) -> None:
         own = [tensor for tensor in tensors if is_main_replica(tensor.replica_id)]
         self._own = checked_together(lambda: _copies(own) if snapshot else own)
-        self.folder = folder
+        self._folder = folder
         # One thread: torch's writer drops exceptions of the others, and the tensors that they have not written.
         self._writer = torch_checkpoint.FileSystemWriter(folder, thread_count=1, sync_files=True)
 
     def write(self) -> Written:
         """Write this rank's files and sync them to disk. Raises ConfigurationError if that fails."""
-        with _write_errors(self.folder):
+        with _write_errors(self._folder):
             planner = core.MCoreSavePlanner(flatten_state_dict=False)
             planner.set_up_planner(core.mcore_to_pyt_state_dict(_by_key(self._own)))
             plan = planner.create_local_plan()
@@ -105,17 +106,21 @@ class RankFiles:
                 of_file = replace(plan, items=items, storage_data=_StoragePrefix(f"__{dist.get_rank()}{kind}"))
                 results = self._writer.write_data(of_file, planner).value() if items else []
                 slices += [_written_slice(result, data[result.index]) for result in results]
-            return Written(slices, {name: measure(self.folder / name) for name in sorted({one.file for one in slices})})
+            return Written(
+                slices, {name: measure(self._folder / name) for name in sorted({one.file for one in slices})}
+            )
 
-    def complete(self, by_rank: Sequence[Written]) -> dict[str, FileSum]:
-        """Write the files common to all ranks, on the first rank. Returns the sums of all ranks' files, by name."""
-        with _write_errors(self.folder), without_collection():
-            index = Metadata({})
-            self._writer.finish(index, [_joined(index.state_dict_metadata, written.slices) for written in by_rank])
-            require_loadable(self.folder / INDEX, index)
-            torch.save({}, self.folder / "common.pt")  # megatron-core expects it; we keep such values in the run record
-            save_config(CheckpointingConfig("torch_dist", 1), str(self.folder))
-        return {name: sums for written in by_rank for name, sums in written.sums.items()}
+
+def complete_files(folder: Path, by_rank: Sequence[Written]) -> dict[str, FileSum]:
+    """Write the files common to all ranks, on the first rank. Returns the sums of all ranks' files, by name."""
+    with _write_errors(folder), without_collection():
+        index, sizes = Metadata({}), dict[tuple[int, ...], torch.Size]()
+        places = [_joined(index.state_dict_metadata, sizes, written.slices) for written in by_rank]
+        torch_checkpoint.FileSystemWriter(folder, sync_files=True).finish(index, places)
+        require_loadable(folder / INDEX, index)
+        torch.save({}, folder / "common.pt")  # megatron-core expects it; we keep such values in the run record
+        save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+    return {name: sums for written in by_rank for name, sums in written.sums.items()}
 
 
 def _written_slice(result: WriteResult, data: TensorWriteData) -> WrittenSlice:
@@ -125,12 +130,14 @@ def _written_slice(result: WriteResult, data: TensorWriteData) -> WrittenSlice:
     )
 
 
-def _joined(tensors: dict[str, Any], slices: Iterable[WrittenSlice]) -> list[WriteResult]:
+def _joined(
+    tensors: dict[str, Any], sizes: dict[tuple[int, ...], torch.Size], slices: Iterable[WrittenSlice]
+) -> list[WriteResult]:
     """Add a rank's slices to the tensors of an index; what torch says of their places.
 
-    What is equal is one object: it is pickled once.
+    What is equal is one object, since it is pickled once. sizes: those that there are already.
     """
-    places, sizes = [], {}
+    places = []
     for one in slices:
         tensor = tensors.get(one.key)
         if tensor is None:

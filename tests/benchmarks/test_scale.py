@@ -62,7 +62,7 @@ def real(files: Path) -> dict[int, list[Phases]]:
 
 
 def test_twice_the_replicas_ask_for_twice_as_much_and_not_for_four_times(real: dict[int, list[Phases]]) -> None:
-    assert [*real[2][0]] == ["start", "save", "background save", "log line", "resume"]
+    assert [*real[2][0]] == ["start", "save", "background save", "log line", "resume", "long log"]
     for phase in real[2][0]:
         of_two, of_four = ([one[phase] for one in real[replicas]] for replicas in (2, 4))
         assert max(one.gathers for one in of_two) == max(one.gathers for one in of_four), phase
@@ -86,14 +86,14 @@ def test_absent_ranks_cost_what_real_ones_cost(files: Path, real: dict[int, list
     grid = Grid(2, 4, 1)
     assert grid.running() == (0, 1, 2, 3, 4, 5)
     simulated = scale.phases_of(grid, config_of(files, grid, "simulated"))
-    for found, true in zip(simulated, (real[4][0], real[4][3]), strict=True):
+    for found, true in ((simulated[rank], real[4][rank]) for rank in (0, 3)):
         for phase, costs in found.items():
             assert costs.gathers == true[phase].gathers, phase
             assert costs.object_bytes == pytest.approx(true[phase].object_bytes, rel=0.01), phase
             assert costs.opened == pytest.approx(true[phase].opened, abs=4), phase  # a resume is that of new processes
         assert found["save"].opened == true["save"].opened
         assert found["save"].read_bytes == pytest.approx(true["save"].read_bytes, rel=0.1)
-    assert added_in_the_background(simulated[1]) == added_in_the_background(real[4][3])
+    assert added_in_the_background(simulated[3]) == added_in_the_background(real[4][3])
 
 
 def test_a_pickle_moves_as_far_as_its_neighbour_is_away() -> None:
@@ -123,10 +123,17 @@ def test_every_absent_rank_is_like_a_running_one(grid: Grid, num_running: int) -
 
 def test_figures_name_the_first_rank_another_and_all() -> None:
     first, other = Costs(2.9, 15, 18_800, 155), Costs(0.2, 15, 659, 5, descriptors=300)
-    save, most = scale.figures_of(Grid(8, 1, 16), {"save": first}, {"save": other})
-    assert (save.name, save.measured, save.target, save.reached) == ("128 ranks, save", 2.9, 2.0, False)
+    save, most = scale.figures_of(Grid(8, 1, 16), "lora", {0: {"save": first}, 1: {"save": other}}, 0)
+    assert (save.name, save.measured, save.target, save.reached) == ("128 ranks, lora, save", 2.9, 2.0, False)
     assert save.note.startswith("cpu seconds 2.9 | 0.2 | 28.3; gathers 15 | 15 | 1,920; object bytes 1.88e+04 | 659 |")
     assert "opened 155 | 5 | 790" in save.note
     assert (most.measured, most.target, most.reached) == (300, 256, False)
-    (save, _) = scale.figures_of(Grid(8, 128, 16), {"save": first}, {"save": other})
+    (save, _) = scale.figures_of(Grid(8, 128, 16), "lora", {0: {"save": first}, 9: {"save": other}}, 0)
     assert save.target is None
+
+
+def test_bytes_from_disk_are_those_of_all_ranks_each_like_a_running_one() -> None:
+    """Of 4 slices, 2 replicas and 3 stages: 3 ranks are like the first, 9 like the next slice, and so on."""
+    by_rank = {rank: {"resume": Costs(disk_bytes=number)} for rank, number in ((0, 1000), (1, 100), (4, 10), (5, 1))}
+    _, read, _ = scale.figures_of(Grid(4, 2, 3), "full", by_rank, 1000)
+    assert (read.measured, read.target, read.reached) == ((3000 + 900 + 30 + 9) / 1000, 1.1, False)

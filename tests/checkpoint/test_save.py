@@ -22,7 +22,7 @@ from megatron_peft.checkpoint import folders, safe_pickle, save
 from megatron_peft.checkpoint.folders import MANIFEST, publish, start_draft
 from megatron_peft.checkpoint.save import Saver
 from megatron_peft.checkpoint.state import random_targets, random_tensors, restore_random
-from megatron_peft.checkpoint.tensors import RankFiles
+from megatron_peft.checkpoint.tensors import RankFiles, complete_files
 from megatron_peft.config import CheckpointConfig, ConfigurationError
 from megatron_peft.parallel.collectives import from_first_rank
 from megatron_peft.runtime.failure import run_together
@@ -192,7 +192,7 @@ def test_a_ranks_files_are_synced_when_write_returns_and_a_torn_one_is_told_in_w
     torn = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
     monkeypatch.setattr(torch, "save", mock.Mock(side_effect=torn))
     with pytest.raises(ConfigurationError, match="could not be written: a file was cut short; is the disk full.$"):
-        files.complete([written])
+        complete_files(tmp_path, [written])
 
 
 @pytest.mark.parametrize("problem", ["twice", "too large"])
@@ -203,7 +203,7 @@ def test_an_index_that_could_not_be_loaded_is_not_saved(alone, tmp_path, monkeyp
         monkeypatch.setattr(safe_pickle, "MAX_INDEX_BYTES", 100)
         told = "its index has 0 MiB, and above 0 MiB it is not read. Fewer .*--no-save-optim"
     with pytest.raises(ConfigurationError, match=f"could not be written: .*{told}"):
-        files.complete(by_rank)
+        complete_files(tmp_path, by_rank)
     with pytest.raises(ConfigurationError, match="slices are missing from w|has more than 0 MiB, the limit"):
         safe_pickle.read_metadata(tmp_path)
 
@@ -216,14 +216,14 @@ def test_what_only_a_resumed_run_needs_has_a_file_of_its_own_and_no_file_is_sync
     written = files.write()
     files_of = {one.key: one.file for one in written.slices}
     assert files_of == {key: "__0_0.distcp" if key == "w" else "__0_optimizer_0.distcp" for key in named}
-    publish(draft, tmp_path, 1, files.complete([written]))
+    publish(draft, tmp_path, 1, complete_files(draft, [written]))
     synced = [path.name for name, path in calls if name == "fsync"]
     assert [synced.count(name) for name in ("__0_0.distcp", "__0_optimizer_0.distcp", "common.pt")] == [1, 1, 1]
 
 
 def test_a_folder_of_tensors_is_on_the_disk_before_it_has_its_name_and_that_after(alone, tmp_path, monkeypatch):
-    files = SimpleNamespace(write=lambda: None, complete=lambda by_rank: {})
-    monkeypatch.setattr(save, "RankFiles", lambda tensors, draft: files)
+    monkeypatch.setattr(save, "RankFiles", lambda tensors, draft: SimpleNamespace(write=lambda: None))
+    monkeypatch.setattr(save, "complete_files", lambda draft, by_rank: {})
     calls = recorded_calls(monkeypatch)
     save.write_new_folder([], tmp_path / "new")
     told = " ".join(f"{name} {path.name}" for name, path in calls)
