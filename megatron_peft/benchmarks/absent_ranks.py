@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from megatron_peft.benchmarks.measure import Meter
+from megatron_peft.runtime import launch
 from megatron_peft.runtime.fake_ranks import fake_world, replaced
 
 MOST_BYTES = 1 << 22  # of a value in a store
@@ -116,6 +117,7 @@ class AbsentRanks(Meter):
         self.enter_context(fake_world(self.rank, self.grid.world_size))
         super().__enter__()
         self.enter_context(replaced(dist, "new_group", partial(self._new_group, dist.new_group)))
+        self.enter_context(replaced(launch, "is_on_any", self._is_on_any))
         for name in ("all_gather", "gather"):
             self.enter_context(replaced(distributed_c10d, name, self._fill))
         return self
@@ -126,6 +128,10 @@ class AbsentRanks(Meter):
             return dist.GroupMember.NON_GROUP_MEMBER
         self.meshes += (len(members) + MESH_EXTRA) * (backend == "gloo")
         return usual(ranks, *args, **kwargs)
+
+    def _is_on_any(self, own: bool, group: Any = None) -> bool:
+        """As a sum would tell; and no rank goes on before the others are there."""
+        return any(map(pickle.loads, self._exchange(pickle.dumps(own), group).values()))
 
     def answer(self, usual: Callable[..., Any], given: dict[str, Any]) -> None:
         group, source = given.get("group"), given.get("src") or 0

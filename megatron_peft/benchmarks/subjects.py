@@ -50,8 +50,8 @@ class Setting:
     """A model, a layout, a microbatch, and how often a step is timed.
 
     checkpoint: Hugging Face folder.
-    rank: of LoRA, on all four linear layers; alpha is twice that. block_size, num_factors: of BOFT. method: where one is
-    measured.
+    rank: of LoRA, on all four linear layers; alpha is twice that. block_size, num_factors: of BOFT.
+    method: where one alone is measured.
     """
 
     checkpoint: str
