@@ -51,7 +51,6 @@ class Setting:
 
     checkpoint: Hugging Face folder.
     rank: of LoRA, on all four linear layers; alpha is twice that. block_size, num_factors: of BOFT.
-    method: where one alone is measured.
     """
 
     checkpoint: str
@@ -66,7 +65,6 @@ class Setting:
     num_factors: int = 3
     data_parallel: int = 1
     turns: int = 9
-    method: str = "lora"
 
     @property
     def layout(self) -> str:

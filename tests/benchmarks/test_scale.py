@@ -123,17 +123,17 @@ def test_every_absent_rank_is_like_a_running_one(grid: Grid, num_running: int) -
 
 def test_figures_name_the_first_rank_another_and_all() -> None:
     first, other = Costs(2.9, 15, 18_800, 155), Costs(0.2, 15, 659, 5, descriptors=300)
-    save, most = scale.figures_of(Grid(8, 1, 16), "lora", {0: {"save": first}, 1: {"save": other}}, 0)
-    assert (save.name, save.measured, save.target, save.reached) == ("128 ranks, lora, save", 2.9, 2.0, False)
+    save, most = scale.figures_of(Grid(8, 1, 16), {0: {"save": first}, 1: {"save": other}}, 0)
+    assert (save.name, save.measured, save.target, save.reached) == ("128 ranks, save", 2.9, 2.0, False)
     assert save.note.startswith("cpu seconds 2.9 | 0.2 | 28.3; gathers 15 | 15 | 1,920; object bytes 1.88e+04 | 659 |")
     assert "opened 155 | 5 | 790" in save.note
     assert (most.measured, most.target, most.reached) == (300, 256, False)
-    (save, _) = scale.figures_of(Grid(8, 128, 16), "lora", {0: {"save": first}, 9: {"save": other}}, 0)
+    (save, _) = scale.figures_of(Grid(8, 128, 16), {0: {"save": first}, 9: {"save": other}}, 0)
     assert save.target is None
 
 
 def test_bytes_from_disk_are_those_of_all_ranks_each_like_a_running_one() -> None:
     """Of 4 slices, 2 replicas and 3 stages: 3 ranks are like the first, 9 like the next slice, and so on."""
     by_rank = {rank: {"resume": Costs(disk_bytes=number)} for rank, number in ((0, 1000), (1, 100), (4, 10), (5, 1))}
-    _, read, _ = scale.figures_of(Grid(4, 2, 3), "full", by_rank, 1000)
+    _, read, _ = scale.figures_of(Grid(4, 2, 3), by_rank, 1000)
     assert (read.measured, read.target, read.reached) == ((3000 + 900 + 30 + 9) / 1000, 1.1, False)
