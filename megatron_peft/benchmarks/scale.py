@@ -44,11 +44,9 @@ WITHOUT = ("account-for-", "use-distributed-optimizer")
 RANKS_OF_NODE = 8
 NUM_LOG_LINES = 3
 TIMEOUT = datetime.timedelta(minutes=20)
-SECONDS_ALLOWED, MOST_RANKS = (
-    {"save": 2.0, "save of a full index": 2.0, "log line": 0.02},
-    1024,
-)  # on the first rank, up to so many
-MOST_DESCRIPTORS, BYTES_ALLOWED = 256, 1.1  # whatever the number of ranks
+MOST_RANKS = 1024  # up to which the first rank has these seconds
+SECONDS_ALLOWED = {"save": 2.0, "save of a full index": 2.0, "log line": 0.02}
+MOST_DESCRIPTORS = 256  # whatever the number of ranks
 LOG_LINES = 50_000  # of 7 kB
 Phases = dict[str, Costs]
 
@@ -58,10 +56,7 @@ def scale_figures(setting: Setting) -> list[Figure]:
     preload(["megatron_peft.training.run"])
     grid = Grid(setting.tensor_parallel, setting.data_parallel, setting.pipeline_parallel)
     with tempfile.TemporaryDirectory() as folder:
-        config = recipe_run(setting, grid, Path(folder))
-        by_rank = phases_of(grid, config)
-        num_bytes = sum(path.stat().st_size for path in Path(config.checkpoint.save or "").glob("iter_*/*"))
-    return figures_of(grid, by_rank, num_bytes)
+        return figures_of(grid, phases_of(grid, recipe_run(setting, grid, Path(folder))))
 
 
 def phases_of(grid: Grid, config: RunConfig) -> dict[int, Phases]:
@@ -192,8 +187,10 @@ def _write_log(path: Path) -> None:
 
 
 def _write_index(by_rank: Sequence[Written], num_replicas: int, meter: Meter) -> None:
-    """The index of full fine-tuning with the distributed optimizer, if each parameter has a bucket of its own: its seven
-    tensors of a layer are cut as LoRA's eight are here, of each of whose states a replica then has a slice."""
+    """As many slices as full fine-tuning has with the distributed optimizer and a bucket for each parameter.
+
+    Its seven tensors of a layer are cut as LoRA's eight; here each replica has a slice of each of their states.
+    """
     shared = [
         one._replace(slices=[part for each in one.slices for part in _over_replicas(each, num_replicas)])
         for one in by_rank
@@ -213,9 +210,8 @@ def _over_replicas(one: WrittenSlice, number: int) -> Iterator[WrittenSlice]:
         yield one._replace(global_shape=(all_rows * num_parts, *rest), offset=offset)
 
 
-def figures_of(grid: Grid, by_rank: Mapping[int, Phases], checkpoint_bytes: int) -> list[Figure]:
-    """CPU seconds of the first rank in each phase, with what was counted behind them; the bytes of a resume that come
-    from a disk, over those of the checkpoint; and the most descriptors."""
+def figures_of(grid: Grid, by_rank: Mapping[int, Phases] -> list[Figure]:
+    """CPU seconds of the first rank in each phase, with what was counted behind them; and the most descriptors."""
     ranks, figures = grid.world_size, []
     first, other = (by_rank[rank] for rank in measured(grid))
     for phase, costs in first.items():
@@ -224,10 +220,5 @@ def figures_of(grid: Grid, by_rank: Mapping[int, Phases], checkpoint_bytes: int)
         note = "; ".join(f"{n.replace('_', ' ')} {a:,.4g} | {b:,.4g} | {a + (ranks - 1) * b:,.4g}" for n, a, b in sizes)
         allowed = SECONDS_ALLOWED.get(phase) if ranks <= MOST_RANKS else None
         figures.append(Figure(f"{ranks:,} ranks, {phase}", costs.cpu_seconds, allowed, "s", note))
-    if "resume" in first:
-        from_disk = sum(by_rank[grid.anchor(rank)]["resume"].disk_bytes for rank in range(ranks))
-        note = f"{from_disk:,} of {checkpoint_bytes:,} bytes"
-        name = f"{ranks:,} ranks, bytes from disk at a resume over the checkpoint's"
-        figures.append(Figure(name, from_disk / checkpoint_bytes, BYTES_ALLOWED, "", note))
     most = max(costs.descriptors for phases in (first, other) for costs in phases.values())
     return [*figures, Figure(f"{ranks:,} ranks, the most descriptors of a process", most, MOST_DESCRIPTORS)]

@@ -11,7 +11,7 @@ import pickle
 import re
 import zipfile
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
@@ -144,24 +144,38 @@ def require_loadable(path: Path, index: Metadata) -> None:
         f"its index has {size >> 20} MiB, and above {MAX_INDEX_BYTES >> 20} MiB it is not read. Fewer data-parallel "
         f"ranks cut the optimizer's state into fewer slices, and --no-save-optim leaves it out.",
     )
-    _require_whole(path, index.state_dict_metadata, index.storage_data)
+    _refuse_torn(path, [key for key, tensor in index.state_dict_metadata.items() if not _is_whole(tensor)])
 
 
-def _require_whole(path: Path, tensors: Mapping[str, Any], places: Mapping[MetadataIndex, _StorageInfo]) -> None:
-    torn = [key for key, tensor in tensors.items() if not _is_whole(key, tensor, places)]
+def _refuse_torn(path: Path, torn: Sequence[str]) -> None:
     require(
         not torn,
-        f"{path} is damaged: slices are missing from {''.join(torn[:1])} ({len(torn)} of {len(tensors)} tensors). "
-        f"Copy the checkpoint again.",
+        f"{path} is damaged: slices are missing from {''.join(torn[:1])} ({len(torn)} in all). Copy the checkpoint.",
     )
 
 
 class BoundedUnpickler(pickle._Unpickler):  # pyright: ignore[reportAttributeAccessIssue]
-    """Python's unpickler in Python, which no pickle can crash.
+    """Python's unpickler in Python, which no pickle can crash. file: in memory.
 
     The one in C overflows the stack if a tuple that is nested a million deep becomes a key, and allocates a table as
     large as the largest memo index.
     """
+
+    def load(self) -> Any:
+        """As Python's own, but that all bytes are in memory: its loop asks two functions of Python for each of them."""
+        self.read, self.readline = self._file_read, self._file_readline
+        self.metastack, self.stack, self.proto = [], [], 0
+        self.append = self.stack.append
+        read, dispatch = self.read, self.dispatch
+        try:
+            while key := read(1):
+                dispatch[key[0]](self)
+        except pickle._Stop as stop:  # pyright: ignore[reportAttributeAccessIssue]
+            return stop.value
+        raise EOFError("its end is missing")
+
+    def load_frame(self) -> None:
+        self.read(8)  # the number of bytes that follow as they would without a frame
 
     def load_dict(self) -> None:
         items = self.pop_mark()
@@ -178,7 +192,12 @@ class BoundedUnpickler(pickle._Unpickler):  # pyright: ignore[reportAttributeAcc
 
     dispatch = {  # pyright: ignore[reportAssignmentType]
         **{code: load for code, load in _OPCODES.items() if bytes([code]) not in _REFUSED_OPCODES},
-        **{pickle.DICT[0]: load_dict, pickle.SETITEM[0]: load_setitem, pickle.SETITEMS[0]: load_setitems},
+        **{
+            pickle.FRAME[0]: load_frame,
+            pickle.DICT[0]: load_dict,
+            pickle.SETITEM[0]: load_setitem,
+            pickle.SETITEMS[0]: load_setitems,
+        },
     }
 
 
@@ -256,7 +275,12 @@ class _IndexUnpickler(BoundedUnpickler):
             if type(entry) is not self._classes.get("BytesStorageMetadata")
         }
         places = dict(map(self._place, self._typed(vars(root)["storage_data"], dict).items()))
-        _require_whole(self._path, tensors, places)
+        torn = [
+            key
+            for key, tensor in tensors.items()
+            if not (_is_whole(tensor) and all(MetadataIndex(key, chunk.offsets) in places for chunk in tensor.chunks))
+        ]
+        _refuse_torn(self._path, torn)
         return Metadata(tensors, storage_data={key: place for key, place in places.items() if key.fqn in tensors})  # type: ignore[arg-type]
 
     def _tensor(self, entry: Any) -> TensorStorageMetadata:
@@ -304,8 +328,8 @@ class _IndexUnpickler(BoundedUnpickler):
 _MAX_DIMS = 8  # a slice has two corners in each
 
 
-def _is_whole(key: str, tensor: TensorStorageMetadata, places: Mapping[MetadataIndex, _StorageInfo]) -> bool:
-    """Whether each element of a tensor lies in exactly one of its slices, and each slice has its place in a file."""
+def _is_whole(tensor: Any) -> bool:
+    """Whether each element of a tensor of an index lies in exactly one of its slices."""
     # Count +1 and -1 at the corners of a box in turn: those of the slices add up to those of the tensor only if the
     # slices fill it, since each box is the sum of its corners' counts up to each index.
     num_dims, counts = len(tensor.size), defaultdict[tuple[int, ...], int](int)
@@ -319,7 +343,7 @@ def _is_whole(key: str, tensor: TensorStorageMetadata, places: Mapping[MetadataI
         ends = [(start, start + size) for start, size in zip(box.offsets, box.sizes, strict=True)]
         for corner, sign in zip(product(*ends), signs, strict=True):
             counts[corner] += factor * sign
-    return not any(counts.values()) and all(MetadataIndex(key, chunk.offsets) in places for chunk in tensor.chunks)
+    return not any(counts.values())
 
 
 def _refuse(path: Path, names: list[str]) -> None:

@@ -29,10 +29,11 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def config_of(files: Path, grid: Grid, name: str) -> RunConfig:
+def config_of(files: Path, grid: Grid, name: str, **peft: Any) -> RunConfig:
     job = Job(
         *("", str(files / "base"), str(files / "pairs.jsonl")),
         parallel={"tensor_model_parallel_size": grid.tensor},
+        peft=peft,
         checkpoint={"save": str(files / name / "save")},
         logging={"log_straggler": True},
         num_steps=4,
@@ -71,6 +72,20 @@ def test_twice_the_replicas_ask_for_twice_as_much_and_not_for_four_times(real: d
             assert sum(one.read_bytes for one in of_four) <= 2.1 * sum(one.read_bytes for one in of_two), phase
         for rank, one in enumerate(of_two):
             assert of_four[rank].object_bytes <= 2 * one.object_bytes, phase
+
+
+@pytest.mark.slow
+def test_a_resume_reads_each_byte_of_a_checkpoint_once_from_the_disk(files: Path, tmp_path: Path) -> None:
+    """A rank reads its files to verify them, and again to load them: then the host has them in memory."""
+    save_llama(tmp_path / "base", hidden_size=192, intermediate_size=512)
+    (tmp_path / "pairs.jsonl").symlink_to(files / "pairs.jsonl")
+    config = config_of(tmp_path, Grid(2, 2, 1), "full", method="full")
+    by_rank = run_ranks(4, on_real_ranks, config)
+    num_bytes = sum(path.stat().st_size for path in (tmp_path / "full" / "save" / "iter_0000001").iterdir())
+    from_disk = sum(phases["resume"].disk_bytes for phases in by_rank)
+    if not from_disk:
+        pytest.skip("no disk: the files are in memory alone")
+    assert 0.9 * num_bytes < from_disk < 1.1 * num_bytes
 
 
 def added_in_the_background(phases: Phases) -> int:
@@ -123,17 +138,10 @@ def test_every_absent_rank_is_like_a_running_one(grid: Grid, num_running: int) -
 
 def test_figures_name_the_first_rank_another_and_all() -> None:
     first, other = Costs(2.9, 15, 18_800, 155), Costs(0.2, 15, 659, 5, descriptors=300)
-    save, most = scale.figures_of(Grid(8, 1, 16), {0: {"save": first}, 1: {"save": other}}, 0)
+    save, most = scale.figures_of(Grid(8, 1, 16), {0: {"save": first}, 1: {"save": other}})
     assert (save.name, save.measured, save.target, save.reached) == ("128 ranks, save", 2.9, 2.0, False)
     assert save.note.startswith("cpu seconds 2.9 | 0.2 | 28.3; gathers 15 | 15 | 1,920; object bytes 1.88e+04 | 659 |")
     assert "opened 155 | 5 | 790" in save.note
     assert (most.measured, most.target, most.reached) == (300, 256, False)
-    (save, _) = scale.figures_of(Grid(8, 128, 16), {0: {"save": first}, 9: {"save": other}}, 0)
+    (save, _) = scale.figures_of(Grid(8, 128, 16), {0: {"save": first}, 9: {"save": other}})
     assert save.target is None
-
-
-def test_bytes_from_disk_are_those_of_all_ranks_each_like_a_running_one() -> None:
-    """Of 4 slices, 2 replicas and 3 stages: 3 ranks are like the first, 9 like the next slice, and so on."""
-    by_rank = {rank: {"resume": Costs(disk_bytes=number)} for rank, number in ((0, 1000), (1, 100), (4, 10), (5, 1))}
-    _, read, _ = scale.figures_of(Grid(4, 2, 3), by_rank, 1000)
-    assert (read.measured, read.target, read.reached) == ((3000 + 900 + 30 + 9) / 1000, 1.1, False)

@@ -13,8 +13,8 @@ from megatron_peft.adapters.attach import linear_layers
 from megatron_peft.adapters.boft import ProjectedBoft, nearest_orthogonal
 from megatron_peft.adapters.unitary import exponential_step
 from megatron_peft.adapters.urnn import RiemannianUrnn
-from megatron_peft.config import ConfigurationError, PeftConfig
-from megatron_peft.runtime.launch import start_world, stop
+from megatron_peft.config import ConfigurationError, ParallelConfig, PeftConfig
+from megatron_peft.runtime.launch import start_model_parallel, start_world, stop, stop_model_parallel
 from megatron_peft.training import update as update_module
 from megatron_peft.training.loop import train
 from megatron_peft.training.metrics import METRICS_FILE, read_metrics
@@ -194,6 +194,7 @@ def test_lambdas_stand_in_the_order_of_the_layers(start, monkeypatch):
 def _mixtures_with_its_own_layers(by_rank):
     """Of a rank with these (lambda, times it was kept) by layer, and how many objects were gathered for it."""
     start_world("gloo")
+    start_model_parallel(ParallelConfig(pipeline_model_parallel_size=2, world_size=4), seed=0)
     gathered, plain = [], dist.all_gather_object
     dist.all_gather_object = lambda *own, **group: (gathered.append(own), plain(*own, **group))
     adapters = {
@@ -204,15 +205,16 @@ def _mixtures_with_its_own_layers(by_rank):
     state: Any = SimpleNamespace(peft=PeftConfig("hybrid"))
     layers = update_module.mixed_layers(state)
     lines = [mixtures(state, layers) for _ in range(3)]
+    stop_model_parallel()
     stop()
     return lines[-1], len(gathered)
 
 
 def test_a_log_line_sums_the_lambdas_of_all_ranks_and_gathers_no_objects():
-    """The first two ranks are replicas, the last one a stage without such a layer."""
+    """Two replicas of each of two stages."""
     first, second, third = (f"decoder.layers.{layer}.mlp.linear_fc1" for layer in (2, 10, 11))
     replica = {second: (0.1, 1), first: (0.0, 0)}
-    found = run_ranks(4, _mixtures_with_its_own_layers, [replica, replica, {third: (0.9, 2)}, {}])
+    found = run_ranks(4, _mixtures_with_its_own_layers, [replica, replica, {third: (0.9, 2)}, {third: (0.9, 2)}])
     expected = [(first, 0.0), (second, float(torch.tensor(0.1))), (third, float(torch.tensor(0.9)))]
     for lambdas, num_gathers in found:
         assert [*lambdas.by_layer.items()] == expected and lambdas.num_kept == 3
