@@ -210,7 +210,7 @@ def _over_replicas(one: WrittenSlice, number: int) -> Iterator[WrittenSlice]:
         yield one._replace(global_shape=(all_rows * num_parts, *rest), offset=offset)
 
 
-def figures_of(grid: Grid, by_rank: Mapping[int, Phases] -> list[Figure]:
+def figures_of(grid: Grid, by_rank: Mapping[int, Phases]) -> list[Figure]:
     """CPU seconds of the first rank in each phase, with what was counted behind them; and the most descriptors."""
     ranks, figures = grid.world_size, []
     first, other = (by_rank[rank] for rank in measured(grid))
