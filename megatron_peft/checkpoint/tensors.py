@@ -213,7 +213,7 @@ def read_tensors(targets: Sequence[Target], folder: Path, index: Metadata) -> No
     checked_together(lambda: _read(own, folder, index))
     for target in targets:
         tensor = target.tensor.detach()
-        values = tensor.flatten()  # a copy if it is not contiguous
+        values = tensor.contiguous().view(-1)  # a copy of a tensor that is not
         if target.is_on_all_replicas:
             start_broadcast(values, 0, replicas)()
         if target.is_on_all_tensor_ranks:  # the first has its values by now

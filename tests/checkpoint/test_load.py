@@ -8,15 +8,19 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from megatron.core.dist_checkpointing import ShardedTensor
 
 from megatron_peft.checkpoint import folders, load
 from megatron_peft.checkpoint.load import load_checkpoint, load_trained_parameters
-from megatron_peft.checkpoint.save import draft_checkpoint
+from megatron_peft.checkpoint.save import draft_checkpoint, write_new_folder
 from megatron_peft.checkpoint.state import slices_of_range
-from megatron_peft.config import CheckpointConfig, ConfigurationError
+from megatron_peft.checkpoint.tensors import load_parameters
+from megatron_peft.config import CheckpointConfig, ConfigurationError, ParallelConfig
 from megatron_peft.conversion.megatron_files import open_distributed
+from megatron_peft.runtime.launch import model_parallel, start_world, stop
 from tests.checkpoint import rank_checks
 from tests.checkpoint.rank_checks import (
     ON_FOUR,
@@ -84,6 +88,24 @@ def test_a_byte_is_read_once_for_all_ranks_and_the_index_by_the_first(two_ranks,
 @pytest.mark.parametrize("pair", ON_FOUR, ids=" to ".join)
 def test_resumed_and_resharded_on_four_ranks(files, pair):
     assert run_ranks(4, rank_checks.on_four_ranks, (files, pair), limit=900) == [[]] * 4
+
+
+def columns_that_were_read(folder: Path) -> list[float]:
+    """Called on two replicas, of a parameter that is every other column of a matrix."""
+    start_world()
+    with model_parallel(ParallelConfig(world_size=2), seed=0):
+        held = torch.arange(12.0).view(3, 4)[:, ::2]
+        own = ShardedTensor.from_rank_offsets("w", held, replica_id=(0, 0, dist.get_rank()))
+        write_new_folder([own], folder)
+        held.zero_()
+        load_parameters([own], folder)
+    stop()
+    return held.flatten().tolist()
+
+
+def test_a_parameter_that_is_a_view_is_read_on_every_replica(tmp_path):
+    found = run_ranks(2, columns_that_were_read, tmp_path / "new")
+    assert found == [[0.0, 2.0, 4.0, 6.0, 8.0, 10.0]] * 2
 
 
 def test_load_goes_back_with_a_warning_after_a_flipped_byte(two_ranks):
