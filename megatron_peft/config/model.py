@@ -41,6 +41,13 @@ class ModelConfig(Checked):
         "what --recompute-granularity selective recomputes; layernorm: both norms of a layer (default: core_attn)",
         group="activation recompute and fusions",
     )
+    cross_entropy_chunk_tokens: int | None = option(
+        None,
+        "form the loss of a frozen output layer, and its gradient, for N tokens at a time; 0: for all at once, as "
+        "always if the output layer is trained (default: as many as have 64 MB of float32 logits on a rank)",
+        check="not_negative",
+        group="activation recompute and fusions",
+    )
 
     def check(self, require: Requirements) -> None:
         run, granularity = self.transformer, self.transformer.get("recompute_granularity")

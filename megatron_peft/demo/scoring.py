@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch.distributed as dist
-from megatron.core.models.gpt import GPTModel
 from megatron.core.utils import unwrap_model
 
 from megatron_peft.checkpoint.load import load_checkpoint
@@ -19,6 +18,7 @@ from megatron_peft.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_peft.demo.data import DemoScore, Pair, read_pairs, waiting
 from megatron_peft.evaluation.generation import GenerationSettings, generate
 from megatron_peft.models.families import read_shape
+from megatron_peft.models.loss import ChunkedLossModel
 from megatron_peft.runtime.failure import run_together
 from megatron_peft.runtime.launch import start_model_parallel, world
 from megatron_peft.training.run import Finetuned, build_state, data_of_rank
@@ -30,7 +30,7 @@ BATCH_SIZE = 128  # a step of many ends as soon as one of few
 
 
 def translate(
-    model_chunks: Sequence[GPTModel],
+    model_chunks: Sequence[ChunkedLossModel],
     tokenizer: Tokenizer,
     pairs: Sequence[Pair],
     report: Callable[[int], None] = lambda n: None,

@@ -1,6 +1,6 @@
 """Inference at any layout: forward passes with a key-value cache, batched generation, log-likelihoods of continuations.
 
-Letters: b rows, s tokens of the longest continuation, v vocabulary.
+Letters: b rows, s tokens of the longest continuation, h hidden size, v vocabulary.
 """
 
 import sys
@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.inference.contexts import StaticInferenceContext
-from megatron.core.models.gpt import GPTModel
 from torch import Tensor, nn
 
 from megatron_peft.adapters.step import adapters_step
@@ -21,6 +20,7 @@ from megatron_peft.config import require
 from megatron_peft.config.evaluation import Sampling
 from megatron_peft.data.tokenizers import Tokenizer
 from megatron_peft.evaluation.model import InferenceModel
+from megatron_peft.models.loss import ChunkedLossModel, chunk_tokens
 from megatron_peft.parallel.layout import generator_for
 from megatron_peft.runtime.launch import gather_over_world
 
@@ -57,20 +57,21 @@ class CachedRows:
     has the number of padded columns of each row; `num_columns`, the capacity of the cache, includes them.
     """
 
-    def __init__(self, model_chunks: Sequence[GPTModel], padding: Sequence[int], num_columns: int) -> None:
+    def __init__(self, model_chunks: Sequence[ChunkedLossModel], padding: Sequence[int], num_columns: int) -> None:
         self._chunks = model_chunks
         self._cache = StaticInferenceContext(len(padding), num_columns)
         self._padding = torch.tensor(padding, device=torch.cuda.current_device())  # [b]
         self._is_padded = any(padding)
 
-    def forward(self, tokens: Tensor, every_position: bool = False) -> Tensor | None:
-        """Logits after `tokens` [b, s], which follow the cached ones: None except on the last pipeline stage.
+    def forward(self, tokens: Tensor, only_hidden: bool = False) -> Tensor | None:
+        """Logits after the last column of `tokens` [b, s], which follow the cached ones, [b, 1, vocabulary] in float32.
 
-        They are [b, 1, vocabulary] after the last column, or [b, s, vocabulary] for `every_position`, in float32.
+        only_hidden: hidden states after every column instead, [b, s, h], of which `logits_of` makes logits.
+        None except on the last pipeline stage.
         """
         done, (num_rows, num_new) = self._cache.sequence_len_offset, tokens.shape
         settings: Any = getattr(self._cache, "config", self._cache)  # up to 0.16 these are the cache's own attributes
-        settings.materialize_only_last_token_logits = not every_position
+        settings.materialize_only_last_token_logits = not only_hidden
         columns = torch.arange(done + num_new, device=tokens.device)
         positions = columns[done:].expand_as(tokens)
         padding_mask = (columns < self._padding[:, None])[:, None, None] if self._is_padded else None  # [b, 1, 1, k]
@@ -90,9 +91,10 @@ class CachedRows:
                     attention_mask=padding_mask,
                     inference_context=self._cache,
                     runtime_gather_output=True,
+                    only_hidden=only_hidden,
                 )
             if chunk.post_process:
-                logits = output.float()
+                logits = output if only_hidden else output.float()
             else:
                 dist.send(output.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank(), group=pipeline)
         self._cache.increment_sequence_len_offset(num_new)
@@ -190,7 +192,7 @@ OnToken = Callable[[int, int], None]
 
 
 def generate(
-    model_chunks: Sequence[GPTModel],
+    model_chunks: Sequence[ChunkedLossModel],
     prompts: Sequence[Sequence[int]],
     settings: GenerationSettings,
     report: Callable[[int], None] = lambda n: None,
@@ -282,9 +284,6 @@ class StopTexts:
         return text
 
 
-MAX_LOGITS = 2**28  # per forward on the last stage: 1 GiB in float32
-
-
 class Continuation(NamedTuple):
     """Token ids to score and the context before them, at least one of each."""
 
@@ -300,7 +299,7 @@ class ContinuationScore(NamedTuple):
 
 
 def score_continuations(
-    model_chunks: Sequence[GPTModel], continuations: Sequence[Continuation], batch_size: int
+    model_chunks: Sequence[ChunkedLossModel], continuations: Sequence[Continuation], batch_size: int
 ) -> list[ContinuationScore]:
     """Score each continuation, `batch_size` per forward. All ranks of a replica call it and get the same result.
 
@@ -316,35 +315,43 @@ def score_continuations(
     scores: dict[int, ContinuationScore] = {}
     with inference(model_chunks):
         while len(scores) < len(order):
-            batch, longest = list[Continuation](), 0
-            for index in order[len(scores) :][:batch_size]:
-                longest = max(longest, len(continuations[index].ids))
-                if batch and (len(batch) + 1) * longest * model_chunks[0].vocab_size > MAX_LOGITS:
-                    break
-                batch.append(continuations[index])
-            scored = _score_batch(model_chunks, batch)
-            scores |= zip(order[len(scores) :][: len(batch)], scored, strict=True)
+            batch = order[len(scores) :][:batch_size]
+            scored = _score_batch(model_chunks, [continuations[index] for index in batch])
+            scores |= zip(batch, scored, strict=True)
     return [scores[index] for index in range(len(order))]
 
 
-def _score_batch(model_chunks: Sequence[GPTModel], batch: Sequence[Continuation]) -> list[ContinuationScore]:
+def _score_batch(model_chunks: Sequence[ChunkedLossModel], batch: Sequence[Continuation]) -> list[ContinuationScore]:
     asked = [(context, ids[:-1]) for context, ids in batch]  # all tokens but the last go into the model
-    rows = sorted(set(asked))
-    logits = _logits(model_chunks, rows)
+    rows, lengths = sorted(set(asked)), [len(ids) for _, ids in batch]
+    hidden = _hidden_states(model_chunks, rows)
     scores = torch.zeros(len(batch), 2, dtype=torch.float64, device=torch.cuda.current_device())
-    if logits is not None:
-        log_probabilities = logits.log_softmax(-1)
-        for number, (row, (_, ids)) in enumerate(zip(asked, batch, strict=True)):
-            wanted = torch.tensor(ids, device=logits.device)
-            candidates = log_probabilities[rows.index(row), : len(wanted)]  # [tokens, v]
-            scores[number, 0] = candidates.gather(-1, wanted[:, None]).sum()
-            scores[number, 1] = (candidates.argmax(-1) == wanted).all()
+    if hidden is not None:
+        # Logits are made of a few positions at a time, once for all continuations that ask for one of them.
+        first_place = [rows.index(row) * hidden.shape[1] for row in asked]
+        places = [
+            start + column for start, length in zip(first_place, lengths, strict=True) for column in range(length)
+        ]
+        place, wanted = torch.tensor([places, [one for _, ids in batch for one in ids]], device=hidden.device)
+        likelihoods, is_likeliest = wanted.float(), wanted.bool()
+        model, first = model_chunks[-1], 0
+        for some in hidden.flatten(0, 1).split(chunk_tokens(None, model.vocab_size)):
+            log_probabilities = model.logits_of(some).log_softmax(-1)  # [n, v]
+            asked_here = (first <= place) & (place < first + len(some))
+            here, ids = place[asked_here] - first, wanted[asked_here]
+            likelihoods[asked_here] = log_probabilities[here, ids]
+            is_likeliest[asked_here] = log_probabilities.argmax(-1)[here] == ids
+            first += len(some)
+        for number, found in enumerate(zip(likelihoods.split(lengths), is_likeliest.split(lengths), strict=True)):
+            scores[number, 0], scores[number, 1] = found[0].sum(), found[1].all()
     return [ContinuationScore(total, bool(greedy)) for total, greedy in from_last_stage(scores).tolist()]
 
 
-def _logits(model_chunks: Sequence[GPTModel], rows: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> Tensor | None:
-    """[b, s, v] on the last stage: logits after each context, and after each token of its continuation."""
-    # Each distinct context fills the cache once, without its last token, so logits are computed for continuations only.
+def _hidden_states(
+    model_chunks: Sequence[ChunkedLossModel], rows: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]
+) -> Tensor | None:
+    """[b, s, h] on the last stage: after each context, and after each token of its continuation."""
+    # Each distinct context fills the cache once, without its last token.
     contexts = list(dict.fromkeys(context for context, _ in rows))
     tokens, padding = left_padded([context[:-1] for context in contexts])
     longest = 1 + max(len(before_last) for _, before_last in rows)
@@ -354,7 +361,7 @@ def _logits(model_chunks: Sequence[GPTModel], rows: Sequence[tuple[tuple[int, ..
     cached.keep([contexts.index(context) for context, _ in rows])
     following = [[context[-1], *before_last] for context, before_last in rows]
     padded = [row + [0] * (longest - len(row)) for row in following]  # on the right, where causal attention ignores it
-    return cached.forward(torch.tensor(padded, device=torch.cuda.current_device()), every_position=True)
+    return cached.forward(torch.tensor(padded, device=torch.cuda.current_device()), only_hidden=True)
 
 
 def over_replicas(items: Sequence[Any], work: Callable[[Sequence[Any]], Sequence[Any]]) -> list[Any]:

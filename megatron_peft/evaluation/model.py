@@ -9,7 +9,6 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.models.gpt import GPTModel
 from torch import nn
 
 from megatron_peft.adapters.attach import attach_adapters, linear_layers
@@ -24,6 +23,7 @@ from megatron_peft.config.untrusted import read_json_object
 from megatron_peft.conversion.pretrained import checked_shape, load_pretrained, read_model_shape
 from megatron_peft.data.tokenizers import Tokenizer, build_tokenizer, require_vocabulary_fits
 from megatron_peft.models.gpt import build_model_chunks
+from megatron_peft.models.loss import ChunkedLossModel
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.runtime.failure import run_together
 from megatron_peft.runtime.launch import checked_together, start_model_parallel, world
@@ -35,7 +35,7 @@ class InferenceModel:
 
     config: RunConfig
     shape: ModelShape
-    chunks: list[GPTModel]  # of this rank, without a data-parallel wrapper
+    chunks: list[ChunkedLossModel]  # of this rank, without a data-parallel wrapper
     tokenizer: Tokenizer
     end_ids: frozenset[int]  # tokens that end an answer
     record: run_record.RunRecord | None  # of the run that trained it; None for a base model

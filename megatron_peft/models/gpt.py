@@ -1,19 +1,17 @@
 """A base model on megatron-core's GPTModel, from its shape.
 
 megatron-core's layer spec lets us choose the linear layers (which take an adapter), the norms, SwiGLU and the core
-attention. Two hooks add a norm of the word embeddings and a mask over the padded part of the vocabulary.
+attention. A hook adds a norm of the word embeddings.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnBackend, AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -21,13 +19,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
-from torch import Tensor
 
-from megatron_peft.adapters.linear import (
-    AdaptedColumnParallelLinear,
-    AdaptedRowParallelLinear,
-    FrozenColumnParallelLinear,
-)
+from megatron_peft.adapters.linear import AdaptedColumnParallelLinear, AdaptedRowParallelLinear
 from megatron_peft.config import ModelConfig, ParallelConfig, require
 from megatron_peft.models.families import family_of
 from megatron_peft.models.kernels import ONLY_ANSWERS, Installed, Training, can_import, fusions, messages
@@ -40,6 +33,7 @@ from megatron_peft.models.layers import (
     ScaledDotProductAttention,
     SwiGLU,
 )
+from megatron_peft.models.loss import ChunkedLossModel, OutputLayer, chunk_tokens
 from megatron_peft.models.shape import ModelShape, RopeScaling
 from megatron_peft.parallel.layout import mark_split
 
@@ -49,13 +43,14 @@ _NORMS = {"RMSNorm": RMSNorm, "LayerNorm": LayerNorm}
 
 @dataclass
 class GPTConfig(TransformerConfig):
-    """TransformerConfig, with the linear layers that own a bias, Hugging Face's names (`Family.modules`), and
-    --attention-backend for our core attention.
+    """TransformerConfig, with the linear layers that own a bias, Hugging Face's names (`Family.modules`),
+    --attention-backend for our core attention, and --cross-entropy-chunk-tokens for the loss.
     """
 
     linear_biases: frozenset[str] = frozenset()
     huggingface_modules: Mapping[str, str] = field(default_factory=dict)
     attention_kernel: str = "auto"
+    loss_chunk_tokens: int = 0
 
 
 def transformer_config(
@@ -110,7 +105,7 @@ def transformer_config(
 
 def build_model_chunks(
     shape: ModelShape, model: ModelConfig, parallel: ParallelConfig, training: Training = ONLY_ANSWERS
-) -> list[GPTModel]:
+) -> list[ChunkedLossModel]:
     """This rank's part of the base model, one chunk for each virtual pipeline stage, weights not yet loaded."""
     settings = {**model.transformer, "recompute_modules": list(model.recompute_modules) or None}
     config = transformer_config(shape, model.bf16, settings, parallel, training)
@@ -129,6 +124,8 @@ def build_model_chunks(
         bias = AlibiBias(shape.num_attention_heads, parallel_state.get_tensor_model_parallel_rank(), size)
         core_attention = ModuleSpec(module=AlibiAttention, params={"bias": bias})
     vocab_size = shape.padded_vocab_size(model.make_vocab_size_divisible_by, config.tensor_model_parallel_size)
+    own_vocab_size = vocab_size // config.tensor_model_parallel_size
+    config.loss_chunk_tokens = chunk_tokens(model.cross_entropy_chunk_tokens, own_vocab_size)
     num_chunks = config.virtual_pipeline_model_parallel_size
     return [
         _build_chunk(shape, vocab_size, config, norm, core_attention, stage if num_chunks else None)
@@ -138,8 +135,8 @@ def build_model_chunks(
 
 def _build_chunk(
     shape: ModelShape, vocab_size: int, config: GPTConfig, norm: Any, core_attention: Any, vp_stage: int | None
-) -> GPTModel:
-    chunk = GPTModel(
+) -> ChunkedLossModel:
+    chunk = ChunkedLossModel(
         config=config,
         transformer_layer_spec=_block_spec(config, norm, core_attention, vp_stage),
         vocab_size=vocab_size,
@@ -166,8 +163,8 @@ def _build_chunk(
         if weight is not None:
             mark_split(weight, 0)
     if chunk.post_process:
-        chunk.output_layer.__class__ = FrozenColumnParallelLinear  # a layer spec cannot choose it
-        chunk.output_layer.register_forward_hook(partial(_mask_padded_logits, shape.vocab_size))
+        chunk.output_layer.__class__ = OutputLayer  # a layer spec cannot choose it
+        chunk.output_layer.vocab_size = shape.vocab_size
     return chunk
 
 
@@ -227,7 +224,7 @@ def require_transformer_engine(model: ModelConfig) -> None:
         )
 
 
-def _scale_rope(chunk: GPTModel, scaling: RopeScaling) -> None:
+def _scale_rope(chunk: ChunkedLossModel, scaling: RopeScaling) -> None:
     """Llama 3's frequencies: those of long wavelengths are divided by `factor`, those of short ones are kept, and a
     linear blend lies between. megatron-core's own `rope_scaling` sets the factor only.
     """
@@ -237,13 +234,3 @@ def _scale_rope(chunk: GPTModel, scaling: RopeScaling) -> None:
     kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     kept = kept.clamp(0, 1)
     rope.inv_freq = rope.inv_freq * (kept + (1 - kept) / scaling.factor)
-
-
-def _mask_padded_logits(vocab_size: int, module: Any, inputs: Any, outputs: tuple[Tensor, Tensor | None]) -> None:
-    """Forward hook of the output layer: the logits of padded rows of the vocabulary are -inf."""
-    logits, first = outputs[0], 0
-    if logits.shape[-1] == module.output_size_per_partition:
-        first = module.tp_group.rank() * module.output_size_per_partition
-    num_real = max(vocab_size - first, 0)
-    if num_real < logits.shape[-1]:
-        logits.detach()[..., num_real:] = -torch.inf  # probability and gradient are 0

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.models.gpt import GPTModel
 from rich import console, progress
 
 from megatron_peft.adapters.attach import all_names, attach_adapters
@@ -35,6 +34,7 @@ from megatron_peft.data.build import Data, build_data
 from megatron_peft.data.tokenizers import Tokenizer, build_tokenizer, require_vocabulary_fits
 from megatron_peft.lora_ga.initialize import init_from_gradients
 from megatron_peft.models import gpt, kernels
+from megatron_peft.models.loss import ChunkedLossModel, loss_summary
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.parallel.collectives import from_first_rank, require_same
 from megatron_peft.runtime.failure import Stacks, folder_on_node
@@ -76,7 +76,7 @@ def build_state(
     return start_state(chunks, config, shape, train_iters)
 
 
-def build_chunks(config: RunConfig, shape: ModelShape, loads: bool = True) -> list[GPTModel]:
+def build_chunks(config: RunConfig, shape: ModelShape, loads: bool = True) -> list[ChunkedLossModel]:
     """This rank's part of the model, with adapters, and with weights if it `loads`; raises like `build_state`."""
     chunks = gpt.build_model_chunks(shape, config.model, config.parallel, kernels.Training.of(config))
     adapted: list[str] = []
@@ -157,7 +157,7 @@ def finetune(
     checked_together(lambda: _check_save_folder(config))
     with Stacks(folder_on_node(), dist.get_rank()), Saver(config.checkpoint) as saver:
         data = _checked_data(config, tokenizer, shape)
-        print_rank_0("\n".join(filter(None, [attention, warning])))
+        print_rank_0("\n".join(filter(None, [attention, loss_summary(config, shape), warning])))
         state = build_state(config, shape, data.train_iters, first_steps(config, data.train))
         state.data_digest = data.digest
         checkpoint = load.load_checkpoint(state)

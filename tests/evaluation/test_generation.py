@@ -23,6 +23,7 @@ from megatron_peft.config.evaluation import Sampling
 from megatron_peft.conversion.pretrained import load_pretrained
 from megatron_peft.evaluation import generation
 from megatron_peft.evaluation.generation import Continuation, GenerationSettings, StopTexts, choose_tokens
+from megatron_peft.models import loss
 from megatron_peft.models.families import read_shape
 from megatron_peft.models.gpt import build_model_chunks
 from megatron_peft.parallel.layout import generator_for
@@ -384,8 +385,12 @@ def test_an_answer_ends_with_any_of_the_texts_and_is_cut_at_the_first():
 # A forward with a cache, and what is off meanwhile; how continuations are batched. test_harness.py has replicas.
 
 MODEL = [torch.nn.Module()]
-MODEL[0].vocab_size = 10
+MODEL[0].vocab_size, MODEL[0].logits_of = 10, lambda hidden: hidden
 TEXT, OTHER = [3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1]
+
+
+def _logits_of(model, hidden):
+    return model.logits_of(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
 
 
 def test_a_cache_gives_the_logits_of_the_whole_text():
@@ -398,10 +403,10 @@ def test_a_cache_gives_the_logits_of_the_whole_text():
             tokens, padding = generation.left_padded([OTHER, TEXT[:5]])
             assert padding == [2, 0]
             rows = generation.CachedRows(chunks, padding, 10)
-            first = rows.forward(tokens, every_position=True)
+            first = _logits_of(chunks[0], rows.forward(tokens, only_hidden=True))
             assert torch.allclose(first[1], whole[:5], atol=1e-5) and torch.allclose(first[0, 2:], other[:3], atol=1e-5)
             rows.keep([1, 1, 0])
-            rest = rows.forward(torch.tensor([TEXT[5:]] * 3), every_position=True)
+            rest = _logits_of(chunks[0], rows.forward(torch.tensor([TEXT[5:]] * 3), only_hidden=True))
             assert torch.allclose(rest, torch.stack([whole[5:], whole[5:], other[3:]]), atol=1e-5)
 
             empty = generation.CachedRows(chunks, [0], 10)
@@ -434,17 +439,17 @@ def test_everything_is_off_inside_and_after_an_error_as_it_was():
 
 @pytest.fixture
 def passes(monkeypatch):
-    """MODEL's, which always says the token after the last: the rows of each of them."""
+    """MODEL's, which always says the token after the last: the rows of each of them. Its hidden states are logits."""
     seen: list[list] = []
 
-    def logits(model_chunks, rows):
+    def hidden_states(model_chunks, rows):
         seen.append(rows)
         texts = [[context[-1], *before] for context, before in rows]
         longest = max(map(len, texts))
         said = torch.tensor([[(token + 1) % 10 for token in text] + [0] * (longest - len(text)) for text in texts])
         return 10.0 * torch.nn.functional.one_hot(said, 10)
 
-    monkeypatch.setattr(generation, "_logits", logits)
+    monkeypatch.setattr(generation, "_hidden_states", hidden_states)
     monkeypatch.setattr(generation, "from_last_stage", lambda values: values)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: torch.device("cpu"))
     return seen
@@ -466,11 +471,17 @@ def test_batches_hold_like_lengths_and_answers_come_back_in_order(passes):
     assert [one.is_greedy for one in scores] == [True, False, False, False, True]
 
 
-def test_a_batch_is_cut_where_its_logits_would_not_fit(passes, monkeypatch):
-    monkeypatch.setattr(generation, "MAX_LOGITS", 60)
-    items = [Continuation((length,), (1,) * length) for length in (9, 3, 2, 2)]
-    generation.score_continuations(MODEL, items, batch_size=8)
-    assert [len(rows) for rows in passes] == [1, 2, 1], "9 x 10 alone, then two rows of at most 3 x 10"
+def test_scores_are_of_few_logits_at_a_time(passes, monkeypatch):
+    """Of three positions: continuations that begin or end inside of a chunk have the scores of all at once."""
+    items = [Continuation((length,), tuple(range(length + 1, 2 * length))) for length in (5, 2, 3, 4)]
+    items += [Continuation((5,), (6, 7, 1))]
+    whole = generation.score_continuations(MODEL, items, batch_size=8)
+    assert [one.is_greedy for one in whole] == [True] * 4 + [False]
+    sizes = []
+    monkeypatch.setattr(MODEL[0], "logits_of", lambda hidden: sizes.append(len(hidden)) or hidden)
+    monkeypatch.setattr(loss, "LOGITS_BYTES", 3 * 4 * 10)
+    assert generation.score_continuations(MODEL, items, batch_size=8) == whole
+    assert max(sizes) == 3 and len(sizes) > 3
 
 
 def test_empty_prompts_and_nothing_to_score_are_refused():

@@ -1,0 +1,157 @@
+"""The loss of a frozen output layer in chunks of tokens, so that neither logits nor their gradient ever exist whole.
+
+A chunk's logits, its losses and their gradient with respect to its hidden states are formed together in forward, by the
+functions that would do it for all tokens at once, and nothing but that gradient is kept. Backward multiplies it by the
+gradient of each token's loss, and completes it over the tensor-parallel ranks as the output layer does.
+
+Letters: s sequence, b batch, t tensor-parallel size, h hidden size, n tokens of a chunk, v a rank's own vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+from torch.autograd import Function
+
+from megatron_peft.adapters.frozen_linear import FrozenLinearCall, start_input_gradient, whole_sequence
+from megatron_peft.adapters.linear import FrozenColumnParallelLinear
+from megatron_peft.config import RunConfig
+from megatron_peft.models.shape import ModelShape
+from megatron_peft.runtime.cpu_kernels import flat
+
+LOGITS_BYTES = 64_000_000
+
+
+def chunk_tokens(asked: int | None, vocab_size: int) -> int:
+    """Tokens of a chunk by --cross-entropy-chunk-tokens; by default as many as have LOGITS_BYTES of float32 logits.
+
+    vocab_size: of this rank, padded.
+    """
+    return max(1, LOGITS_BYTES // (4 * vocab_size)) if asked is None else asked
+
+
+def loss_summary(config: RunConfig, shape: ModelShape) -> str:
+    """The size of the chunks that a run's loss is formed in, in a line for its start; empty if there are none."""
+    size = config.parallel.tensor_model_parallel_size
+    vocab_size = shape.padded_vocab_size(config.model.make_vocab_size_divisible_by, size) // size
+    num_tokens = chunk_tokens(config.model.cross_entropy_chunk_tokens, vocab_size)
+    if not (config.peft.trains_adapters and num_tokens):
+        return ""
+    return (
+        f"loss: in chunks of {num_tokens} tokens, whose float32 logits take {num_tokens * vocab_size * 4 / 1e6:.1f} MB "
+        f"on a rank (--cross-entropy-chunk-tokens)"
+    )
+
+
+class OutputLayer(FrozenColumnParallelLinear):
+    """megatron-core's output layer, whose logits of padded rows of the vocabulary are -inf.
+
+    vocab_size: of the whole model, without padding.
+    hands_on_input: its output is its input.
+    """
+
+    vocab_size: int
+    hands_on_input = False
+
+    def forward(
+        self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """[s / t under sequence parallelism, b, h] -> ([s, b, v], or gathered [s, b, vocabulary]; no bias)."""
+        if self.hands_on_input:
+            return input_, None
+        logits, bias = super().forward(input_, weight, runtime_gather_output)
+        return self._masked(logits), bias
+
+    def logits(self, x: Tensor, weight: Tensor) -> Tensor:  # [n, 1, h] -> [n, 1, v]
+        """As `forward`, of whole tokens, without communication: an input gradient is this rank's part of the sum."""
+        return self._masked(self._forward_impl(x, weight, bias=None, allreduce_dgrad=False, sequence_parallel=False))
+
+    def call(self, weight: Tensor) -> FrozenLinearCall:
+        """What the layer does to its input and to the input's gradient."""
+        settings = {"bias": None, "allreduce_dgrad": self.allreduce_dgrad, "sequence_parallel": self.sequence_parallel}
+        return self._call(weight, settings)
+
+    def _masked(self, logits: Tensor) -> Tensor:
+        first = 0
+        if logits.shape[-1] == self.output_size_per_partition:
+            first = self.tp_group.rank() * self.output_size_per_partition
+        num_real = max(self.vocab_size - first, 0)
+        if num_real < logits.shape[-1]:
+            logits.detach()[..., num_real:] = -torch.inf  # probability and gradient are 0
+        return logits
+
+
+class ChunkedLossModel(GPTModel):
+    """megatron-core's model, whose loss is formed in chunks of `config.loss_chunk_tokens`, if there are any, once its
+    output layer is frozen.
+    """
+
+    config: Any
+    output_layer: OutputLayer
+
+    def forward(self, *args: Any, labels: Any = None, only_hidden: bool = False, **kwargs: Any) -> Tensor:
+        """As megatron-core's: losses [b, s] if there are labels, or logits [b, s, v]; on the last pipeline stage.
+
+        only_hidden: not logits, but what they would be made of, [b, s, h]; without labels.
+        """
+        if not self.post_process:
+            return super().forward(*args, labels=labels, **kwargs)
+        head = self.output_layer
+        in_chunks = labels is not None and self.config.loss_chunk_tokens > 0 and head.is_frozen
+        head.hands_on_input = only_hidden or in_chunks
+        try:
+            return super().forward(*args, labels=labels, **kwargs)
+        finally:
+            head.hands_on_input = False
+
+    @property
+    def output_weight(self) -> Any:
+        """The output layer's [v, h], which is the embedding's where the two are tied."""
+        is_tied = self.share_embeddings_and_output_weights
+        return self.shared_embedding_or_output_weight() if is_tied else self.output_layer.weight
+
+    def logits_of(self, hidden: Tensor) -> Tensor:  # [n, h] -> [n, vocabulary]
+        """Logits in float32 of hidden states that every tensor-parallel rank has, gathered."""
+        return self.output_layer(hidden[:, None], self.output_weight, runtime_gather_output=True)[0][:, 0].float()
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """[b, s], [s, b, v] -> [b, s]. Of an output layer that hands its input on, `logits` are that."""
+        whole_loss = super().compute_language_model_loss
+        if not self.output_layer.hands_on_input:
+            return whole_loss(labels, logits)
+        hidden, weight = logits, self.output_weight
+        call = self.output_layer.call(weight)
+        has_gradient = torch.is_grad_enabled() and hidden.requires_grad
+        x = whole_sequence(hidden.detach(), call)
+        # The gradient takes the place of gathered tokens, which nobody else has.
+        dx = x if call.splits_sequence else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        losses = []
+        num_chunks = -(-labels.numel() // self.config.loss_chunk_tokens)
+        chunks = (one.tensor_split(num_chunks) for one in (flat(x), flat(dx), labels.t().flatten()))
+        for some_x, some_dx, some_labels in zip(*chunks, strict=True):
+            with torch.set_grad_enabled(has_gradient):
+                some_x = some_x[:, None].requires_grad_(has_gradient)
+                loss = whole_loss(some_labels[None], self.output_layer.logits(some_x, weight))
+            if has_gradient:
+                (gradient,) = torch.autograd.grad(loss, some_x, torch.ones_like(loss))
+                some_dx.copy_(gradient[:, 0])
+            losses.append(loss.detach())
+        all_losses = torch.cat(losses, 1).view(labels.t().shape).t().contiguous()
+        return _WithInputGradient.apply(hidden, all_losses, dx, call) if has_gradient else all_losses
+
+
+class _WithInputGradient(Function):
+    """The losses of tokens, with dx at hand: the gradient of each token's own loss, [s, b, h]."""
+
+    @staticmethod
+    def forward(ctx, hidden, losses, dx, call):  # type: ignore[override]
+        ctx.save_for_backward(dx)
+        ctx.call = call
+        return losses
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[override]
+        (dx,) = ctx.saved_tensors
+        dx.mul_(grad.t()[..., None])
+        return start_input_gradient(dx, ctx.call)(), None, None, None
