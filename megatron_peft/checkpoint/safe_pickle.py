@@ -166,7 +166,7 @@ class BoundedUnpickler(pickle._Unpickler):  # pyright: ignore[reportAttributeAcc
         self.read, self.readline = self._file_read, self._file_readline
         self.metastack, self.stack, self.proto = [], [], 0
         self.append = self.stack.append
-        read, dispatch = self.read, self.dispatch
+        read, dispatch = self.read, dict[int, Any](self.dispatch)
         try:
             while key := read(1):
                 dispatch[key[0]](self)
