@@ -129,9 +129,9 @@ class AbsentRanks(Meter):
         self.meshes += (len(members) + MESH_EXTRA) * (backend == "gloo")
         return usual(ranks, *args, **kwargs)
 
-    def _is_on_any(self, own: bool, group: Any = None) -> bool:
-        """As a sum would tell; and no rank goes on before the others are there."""
-        return any(map(pickle.loads, self._exchange(pickle.dumps(own), group).values()))
+    def _is_on_any(self, own: bool) -> bool:
+        """As a maximum would tell; and no rank goes on before the others are there."""
+        return any(map(pickle.loads, self._exchange(pickle.dumps(own), None).values()))
 
     def answer(self, usual: Callable[..., Any], given: dict[str, Any]) -> None:
         group, source = given.get("group"), given.get("src") or 0

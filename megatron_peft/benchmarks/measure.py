@@ -221,6 +221,7 @@ def forget_files(folder: Path) -> None:
     """Leave the files on the disk alone: whoever reads them next reads from there."""
     for path in (path for path in folder.rglob("*") if path.is_file()):
         with path.open("rb") as file:
+            os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 

@@ -7,6 +7,7 @@ model, in the world of `absent_ranks`. Instead of training it saves and writes l
 import datetime
 import json
 import os
+import pickle
 import random
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -45,7 +46,7 @@ RANKS_OF_NODE = 8
 NUM_LOG_LINES = 3
 TIMEOUT = datetime.timedelta(minutes=20)
 MOST_RANKS = 1024  # up to which the first rank has these seconds
-SECONDS_ALLOWED = {"save": 2.0, "save of a full index": 2.0, "log line": 0.02}
+SECONDS_ALLOWED = {"save": 2.0, "log line": 0.02}
 MOST_DESCRIPTORS = 256  # whatever the number of ranks
 LOG_LINES = 50_000  # of 7 kB
 Phases = dict[str, Costs]
@@ -191,13 +192,13 @@ def _write_index(by_rank: Sequence[Written], num_replicas: int, meter: Meter) ->
 
     Its seven tensors of a layer are cut as LoRA's eight; here each replica has a slice of each of their states.
     """
-    shared = [
-        one._replace(slices=[part for each in one.slices for part in _over_replicas(each, num_replicas)])
+    sent = [
+        pickle.dumps(one._replace(slices=[part for each in one.slices for part in _over_replicas(each, num_replicas)]))
         for one in by_rank
     ]
     with tempfile.TemporaryDirectory() as folder:
         with meter.phase("save of a full index"):
-            complete_files(Path(folder), shared)
+            complete_files(Path(folder), [pickle.loads(one) for one in sent])  # as a gather gives them
         with meter.phase("read of a full index"):
             read_metadata(Path(folder))
 

@@ -22,7 +22,7 @@ from megatron_peft.adapters.step import adapters_step
 from megatron_peft.checkpoint.folders import iteration_folder
 from megatron_peft.checkpoint.load import load_checkpoint
 from megatron_peft.checkpoint.save import Saver
-from megatron_peft.checkpoint.state import optimizer_tensors, random_tensors, whole_parameters
+from megatron_peft.checkpoint.state import optimizer_tensors, random_states, whole_parameters
 from megatron_peft.checkpoint.tensors import Sharded, data_of, global_slices, sharded_parameters, with_data
 from megatron_peft.config import CheckpointConfig, RunConfig
 from megatron_peft.data.batches import Microbatch
@@ -179,8 +179,7 @@ class Run:
     def others(self) -> dict[str, Any]:
         """What else training changes on this rank."""
         state = self.state
-        states = {one.key.split(".", 2)[2]: data_of(one).numpy().tobytes() for one in random_tensors()}
-        generators = {f"generator {name}": held for name, held in states.items()}
+        generators = {f"generator {name}": held.numpy().tobytes() for name, held in random_states().items()}
         best = {f"lowest validation loss: {name}": number for name, number in vars(state.best).items()}
         return {**generators, **vars(state.position), **best, "schedule": state.schedule.num_steps}
 

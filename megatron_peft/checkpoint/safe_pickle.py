@@ -166,7 +166,7 @@ class BoundedUnpickler(pickle._Unpickler):  # pyright: ignore[reportAttributeAcc
         self.read, self.readline = self._file_read, self._file_readline
         self.metastack, self.stack, self.proto = [], [], 0
         self.append = self.stack.append
-        read, dispatch = self.read, self.dispatch
+        read, dispatch = self.read, dict[int, Any](self.dispatch)
         try:
             while key := read(1):
                 dispatch[key[0]](self)
@@ -214,7 +214,7 @@ def _require_small(keys: list[Any]) -> None:
             raise pickle.UnpicklingError(f"a key is a tuple of more than {_MAX_KEY_PARTS} parts")
 
 
-class _Collection(dict):
+class Collection(dict):
     """Replaces an OrderedDict (perhaps of pairs) or a set; its state is the `_metadata` of a state dict."""
 
     def __init__(self, *arguments: Any) -> None:
@@ -229,7 +229,7 @@ class _Rehearsal(BoundedUnpickler):
     """Reads a pickle and drops the result."""
 
     def find_class(self, module: str, name: str) -> Any:
-        return type(name, (Inert if module not in ("collections", "builtins", "__builtin__") else _Collection,), {})
+        return type(name, (Inert if module not in ("collections", "builtins", "__builtin__") else Collection,), {})
 
     def persistent_load(self, pid: Any) -> Any:
         return Inert()

@@ -265,8 +265,8 @@ TRACKER = "tracker."
 ALL = "all"
 
 
-def random_tensors() -> list[ShardedTensor]:
-    """This rank's generators, to be written."""
+def random_states() -> dict[str, Tensor]:
+    """This rank's generators by name, as bytes."""
     kind, words, *rest = cast(tuple[Any, ...], np.random.get_state(legacy=True))
     states = {
         "python": _to_bytes(random.getstate()),
@@ -275,8 +275,12 @@ def random_tensors() -> list[ShardedTensor]:
     }
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
-    states |= {f"{TRACKER}{name}": state.cpu() for name, state in _tracker().get_states().items()}
-    packed = torch.frombuffer(bytearray(safetensors.torch.save(states)), dtype=torch.uint8)
+    return states | {f"{TRACKER}{name}": state.cpu() for name, state in _tracker().get_states().items()}
+
+
+def random_tensors() -> list[ShardedTensor]:
+    """This rank's generators, to be written."""
+    packed = torch.frombuffer(bytearray(safetensors.torch.save(random_states())), dtype=torch.uint8)
     return [ShardedTensor.from_rank_offsets(f"{_prefix()}{ALL}", packed)]
 
 

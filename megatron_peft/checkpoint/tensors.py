@@ -114,8 +114,8 @@ class RankFiles:
 def complete_files(folder: Path, by_rank: Sequence[Written]) -> dict[str, FileSum]:
     """Write the files common to all ranks, on the first rank. Returns the sums of all ranks' files, by name."""
     with _write_errors(folder), without_collection():
-        index, sizes = Metadata({}), dict[tuple[int, ...], torch.Size]()
-        places = [_joined(index.state_dict_metadata, sizes, written.slices) for written in by_rank]
+        index, equal = Metadata({}), dict[Any, Any]()
+        places = [_joined(index.state_dict_metadata, equal, written.slices) for written in by_rank]
         torch_checkpoint.FileSystemWriter(folder, sync_files=True).finish(index, places)
         require_loadable(folder / INDEX, index)
         torch.save({}, folder / "common.pt")  # megatron-core expects it; we keep such values in the run record
@@ -130,22 +130,20 @@ def _written_slice(result: WriteResult, data: TensorWriteData) -> WrittenSlice:
     )
 
 
-def _joined(
-    tensors: dict[str, Any], sizes: dict[tuple[int, ...], torch.Size], slices: Iterable[WrittenSlice]
-) -> list[WriteResult]:
+def _joined(tensors: dict[str, Any], equal: dict[Any, Any], slices: Iterable[WrittenSlice]) -> list[WriteResult]:
     """Add a rank's slices to the tensors of an index; what torch says of their places.
 
-    What is equal is one object, since it is pickled once. sizes: those that there are already.
+    equal: names and sizes that there are already. What is equal is one object, since it is pickled once.
     """
     places = []
     for one in slices:
-        tensor = tensors.get(one.key)
+        tensor, key = tensors.get(one.key), equal.setdefault(one.key, one.key)
         if tensor is None:
             properties, shape = TensorProperties(one.dtype), torch.Size(one.global_shape)
-            tensor = tensors[one.key] = TensorStorageMetadata(properties, shape, [])
-        index = MetadataIndex(one.key, one.offset, len(tensor.chunks))
+            tensor = tensors[key] = TensorStorageMetadata(properties, shape, [])
+        index = MetadataIndex(key, one.offset, len(tensor.chunks))
         assert index.offset is not None
-        size = sizes.setdefault(one.shape, torch.Size(one.shape))
+        size = equal.setdefault(one.shape, torch.Size(one.shape))
         tensor.chunks.append(ChunkStorageMetadata(index.offset, size))
         places.append(WriteResult(index, one.length, _StorageInfo(one.file, one.start, one.length)))
     return places

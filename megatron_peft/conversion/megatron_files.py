@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from megatron_peft.checkpoint.folders import INDEX, RANK_FILES, RANK_FOLDER
-from megatron_peft.checkpoint.safe_pickle import BoundedUnpickler, load_inertly, read_metadata
+from megatron_peft.checkpoint.safe_pickle import BoundedUnpickler, Collection, load_inertly, read_metadata
 from megatron_peft.config import ConfigurationError, require, untrusted
 from megatron_peft.conversion.hf_files import ReadCounts, listed, raise_problems
 from megatron_peft.models.rules import RowRange, Rule
@@ -147,7 +147,7 @@ class _Description(BoundedUnpickler):
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
             return lambda *described: described
         if (module, name) == ("collections", "OrderedDict"):
-            return dict
+            return Collection
         # The public `dtype` of these classes warns that they are deprecated.
         dtype = getattr(getattr(torch, name, None), "_dtype", None) if module == "torch" else None
         if not name.endswith("Storage") or not isinstance(dtype, torch.dtype):

@@ -42,23 +42,21 @@ def gather_over_world(value: Any, group: dist.ProcessGroup | None = None) -> lis
     return values
 
 
-def largest_over_world(own: torch.Tensor, group: dist.ProcessGroup | None = None) -> list[float]:
+def largest_over_world(own: torch.Tensor) -> list[float]:
     """The largest of all ranks for each of as many numbers on every rank: one small all-reduce. A host-device sync."""
-    dist.all_reduce(own, dist.ReduceOp.MAX, group)
+    dist.all_reduce(own, dist.ReduceOp.MAX)
     return read_on_host(own)
 
 
-def is_on_any(own: bool, group: dist.ProcessGroup | None = None) -> bool:
-    """Whether it is so on any rank of `group` (None: the world). A collective that costs little with many ranks."""
+def is_on_any(own: bool) -> bool:
+    """Whether it is so on any rank. A collective that costs little with many ranks."""
     if not dist.is_initialized():
         return own
-    return any(largest_over_world(torch.tensor([float(own)], device=torch.cuda.current_device()), group))
+    return any(largest_over_world(torch.tensor([float(own)], device=torch.cuda.current_device())))
 
 
-def checked_together(
-    check: Callable[[], Checked], group: dist.ProcessGroup | None = None, first_alone: bool = False
-) -> Checked:
-    """Run `check` on every rank of `group` (None: the world); if it raises ConfigurationError on any, raise it on all.
+def checked_together(check: Callable[[], Checked], first_alone: bool = False) -> Checked:
+    """Run `check` on every rank; if it raises ConfigurationError on any, raise it on all.
 
     A collective. first_alone: raise the message of the first such rank, where each looks at other data; by default all.
     """
@@ -67,8 +65,8 @@ def checked_together(
         result = check()
     except ConfigurationError as error:
         message = str(error)
-    if is_on_any(message is not None, group):
-        messages = list(dict.fromkeys(m for m in gather_over_world(message, group) if m is not None))
+    if is_on_any(message is not None):
+        messages = list(dict.fromkeys(m for m in gather_over_world(message) if m is not None))
         raise ConfigurationError(messages[0] if first_alone else "\n".join(messages))
     return result  # type: ignore[return-value]
 

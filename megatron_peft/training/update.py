@@ -362,9 +362,13 @@ def _mix_from_gradients(state: Trained) -> None:
 
 
 def mixed_layers(state: Trained) -> list[str]:
-    """Global names of the model's layers with a lambda, in order; none for a method without. A collective."""
-    names = all_names([*mixing_adapters(state)]) if state.peft.spec.mixes else []
-    return sorted(names, key=lambda name: int(name.split(".")[2]))
+    """Global names of the model's layers with a lambda, in its order; none for a method without. A collective."""
+
+    def place(name: str) -> tuple[int, bool, str]:
+        _, _, number, part, *_ = name.split(".")
+        return int(number), part == "mlp", name
+
+    return sorted(all_names([*mixing_adapters(state)]) if state.peft.spec.mixes else [], key=place)
 
 
 def mixtures(state: Trained, layers: Sequence[str] | None = None) -> Mixtures | None:

@@ -13,6 +13,7 @@ from megatron_peft.benchmarks import scale
 from megatron_peft.benchmarks.absent_ranks import Grid, Moved
 from megatron_peft.benchmarks.measure import Costs, Meter
 from megatron_peft.benchmarks.scale import Phases
+from megatron_peft.checkpoint.tensors import Written, WrittenSlice
 from megatron_peft.config import RunConfig
 from megatron_peft.runtime.launch import start_world, stop_model_parallel
 from tests.ranks import run_ranks
@@ -146,3 +147,19 @@ def test_figures_name_the_first_rank_another_and_all() -> None:
     assert (most.measured, most.target, most.reached) == (300, 256, False)
     (save, _) = scale.figures_of(Grid(8, 128, 16), {0: {"save": first}, 9: {"save": other}})
     assert save.target is None
+
+
+def test_an_optimizers_states_are_cut_over_the_replicas_and_parameters_are_not(monkeypatch) -> None:
+    names = ("w", "optimizer.exp_avg.w")
+    slices = [WrittenSlice(name, torch.float32, (6, 2), (2, 0), (2, 2), "__0_0.distcp", 0, 16) for name in names]
+    rest = [part._replace(offset=(at, 0)) for part in slices for at in (0, 4)]
+    found: list[Written] = []
+    monkeypatch.setattr(scale, "complete_files", lambda folder, by_rank: found.extend(by_rank))
+    monkeypatch.setattr(scale, "read_metadata", lambda folder: None)
+    with Meter() as meter:
+        scale._write_index([Written(slices, {}), Written(rest, {})], 3, meter)
+    offsets = {
+        name: sorted(one.offset[0] for each in found for one in each.slices if one.key == name) for name in names
+    }
+    assert offsets == {"w": [0, 2, 4], "optimizer.exp_avg.w": [0, 2, 4, 6, 8, 10, 12, 14, 16]}
+    assert {one.global_shape for each in found for one in each.slices} == {(6, 2), (18, 2)}

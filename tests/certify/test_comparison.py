@@ -122,7 +122,7 @@ def test_a_resumed_run_has_the_moments_and_generators_of_one_that_was_not_interr
 
 
 def test_a_resumed_run_has_to_find_its_place_and_its_schedule(monkeypatch):
-    monkeypatch.setattr(runs, "random_tensors", lambda: [])
+    monkeypatch.setattr(runs, "random_states", lambda: {})
     state = SimpleNamespace(
         position=Position(3, 24), best=BestValidation(1.5, 2), schedule=SimpleNamespace(num_steps=24)
     )

@@ -184,11 +184,12 @@ def test_records_hold_a_summary_and_a_file_of_its_own_every_layer(start, tmp_pat
 def test_lambdas_stand_in_the_order_of_the_layers(start, monkeypatch):
     state, _ = start(peft=HYBRID)
     adapter = next(iter(mixing_adapters(state).values()))
-    names = [f"decoder.layers.{layer}.mlp.linear_fc1" for layer in (10, 2)]
-    monkeypatch.setattr(update_module, "mixing_adapters", lambda _: dict.fromkeys(names, adapter))
+    of_a_layer = ("self_attention.linear_proj", "self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2")
+    names = [f"decoder.layers.{layer}.{name}" for layer in (2, 10) for name in of_a_layer]
+    monkeypatch.setattr(update_module, "mixing_adapters", lambda _: dict.fromkeys(names[::-1], adapter))
     adapter.num_kept.fill_(2)
-    assert [*mixtures(state).by_layer] == names[::-1]
-    assert mixtures(state).num_kept == 4, "of all layers"
+    assert [*mixtures(state).by_layer] == names
+    assert mixtures(state).num_kept == 16, "of all layers"
 
 
 def _mixtures_with_its_own_layers(by_rank):
