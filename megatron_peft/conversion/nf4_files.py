@@ -46,7 +46,7 @@ class NF4Source(Source):
 
         num_rows, width = self.headers[name].shape
         first, stop, _ = index[0].indices(num_rows)
-        codes = self._part(name, first * width // 2, stop * width // 2)
+        codes = self._elements(name, first * width // 2, stop * width // 2)
         scales = self._scales_of(name)[first * width // BLOCK : stop * width // BLOCK]
         largest = sum((codes >> shift & 15 == end) for shift in (0, 4) for end in ENDS).view(-1, BLOCK // 2).any(1)
         require(
@@ -59,7 +59,7 @@ class NF4Source(Source):
         )
         return functional.dequantize_4bit(codes, state)[(slice(None), *index[1:])]
 
-    def _part(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+    def _elements(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Elements of a stored tensor, which may be a weight's codes."""
         return self.values(name, self._stored[name], (slice(start, stop),)).clone()
 
@@ -68,9 +68,9 @@ class NF4Source(Source):
         if self._scales[0] != name:
             from bitsandbytes import functional
 
-            scales, state = self._part(f"{name}.absmax"), self._states[name]
+            scales, state = self._elements(f"{name}.absmax"), self._states[name]
             if "nested_offset" in state:
-                nested = [self._part(f"{name}.nested_{part}") for part in ("absmax", "quant_map")]
+                nested = [self._elements(f"{name}.nested_{part}") for part in ("absmax", "quant_map")]
                 second = functional.QuantState(*nested[:1], code=nested[1], blocksize=NESTED_BLOCK, dtype=torch.float32)
                 scales = functional.dequantize_blockwise(scales, second) + state["nested_offset"]
             self._scales = name, scales.float()
@@ -79,7 +79,7 @@ class NF4Source(Source):
     def _state(self, name: str) -> dict[str, Any]:
         """What bitsandbytes says of a weight, compared with the tensors beside it."""
         place = f"{name}{STATE} in {self._stored[name + STATE].file}"
-        state = parse_json(bytes(self._part(name + STATE).tolist()), place)
+        state = parse_json(bytes(self._elements(name + STATE).tolist()), place)
         shape: Any = state.get("shape") if isinstance(state, dict) else None
         is_matrix = isinstance(shape, list) and len(shape) == 2 and all(is_size(side) for side in shape)
         told = f"{place} is not of a matrix in blocks of {BLOCK} of a row."
