@@ -4,6 +4,7 @@ Quantizing such a matrix again gives the codes and scales of the folder, bit for
 has the code of 1 or of -1, so that its size is the scale. Blocks in which it has another are refused.
 """
 
+from importlib import import_module
 from math import prod
 from typing import Any
 
@@ -42,8 +43,6 @@ class NF4Source(Source):
         """`tensor[index]` as `Source` gives it; of a quantized one in float32."""
         if name not in self._states:
             return super().slice(name, index)
-        from bitsandbytes import functional
-
         num_rows, width = self.headers[name].shape
         first, stop, _ = index[0].indices(num_rows)
         codes = self._elements(name, first * width // 2, stop * width // 2)
@@ -54,10 +53,10 @@ class NF4Source(Source):
             f"{self._stored[name].file} holds blocks of {name} that bitsandbytes does not make: a run would round them "
             f"to others. Quantize the model again.",
         )
-        state = functional.QuantState(
+        state = _library().QuantState(
             scales, (stop - first, width), dtype=torch.float32, blocksize=BLOCK, quant_type="nf4"
         )
-        return functional.dequantize_4bit(codes, state)[(slice(None), *index[1:])]
+        return _library().dequantize_4bit(codes, state)[(slice(None), *index[1:])]
 
     def _elements(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Elements of a stored tensor, which may be a weight's codes."""
@@ -66,13 +65,11 @@ class NF4Source(Source):
     def _scales_of(self, name: str) -> Tensor:
         """The scales of a whole matrix in float32, made once where they are quantized too."""
         if self._scales[0] != name:
-            from bitsandbytes import functional
-
             scales, state = self._elements(f"{name}.absmax"), self._states[name]
             if "nested_offset" in state:
                 nested = [self._elements(f"{name}.nested_{part}") for part in ("absmax", "quant_map")]
-                second = functional.QuantState(*nested[:1], code=nested[1], blocksize=NESTED_BLOCK, dtype=torch.float32)
-                scales = functional.dequantize_blockwise(scales, second) + state["nested_offset"]
+                second = _library().QuantState(*nested[:1], code=nested[1], blocksize=NESTED_BLOCK, dtype=torch.float32)
+                scales = _library().dequantize_blockwise(scales, second) + state["nested_offset"]
             self._scales = name, scales.float()
         return self._scales[1]
 
@@ -97,6 +94,11 @@ class NF4Source(Source):
         wrong = [part for part, size in sizes.items() if part not in self._stored or self._stored[part].shape != size]
         raise_problems(f"{self.folder} is damaged: copy it again.", {"tensors missing or of the wrong size": wrong})
         return state
+
+
+def _library() -> Any:
+    """bitsandbytes, which is imported where a folder needs it."""
+    return import_module("bitsandbytes.functional")
 
 
 def unpacked(source: Source) -> Source:
