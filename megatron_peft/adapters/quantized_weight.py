@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from megatron_peft.config import require_packages
 from megatron_peft.config.model import BLOCK
 
+ROWS_AT_ONCE = 256
 LARGEST_FP8 = torch.finfo(torch.float8_e4m3fn).max
 
 
@@ -22,20 +24,25 @@ class QuantizedWeight(nn.Module):
     nf4: the codes of bitsandbytes, two a byte, without its second quantization, whose offset is a mean over a whole
         tensor and would depend on the slice.
     fp8: float8_e4m3fn, the largest of a block at its largest number.
+
+    Raises ConfigurationError: bitsandbytes is not installed.
     """
 
     codes: Tensor
     scales: Tensor
 
-    def __init__(self, precision: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    def __init__(self, precision: str, shape: tuple[int, ...], dtype: torch.dtype, device: Any = None) -> None:
         super().__init__()
         self.precision, self.shape, self.dtype = precision, torch.Size(shape), dtype
-        (num_rows, width), device = shape, torch.cuda.current_device()
+        (num_rows, width), device = shape, torch.cuda.current_device() if device is None else device
         is_nf4 = precision == "nf4"
         per_byte, kind = (2, torch.uint8) if is_nf4 else (1, torch.float8_e4m3fn)
         for name, part, its_type in (("codes", width // per_byte, kind), ("scales", width // BLOCK, torch.float32)):
             self.register_buffer(name, torch.empty((num_rows, part), dtype=its_type, device=device), persistent=False)
-        self.library: Any = import_module("bitsandbytes.functional") if is_nf4 else None
+        self.library: Any = None
+        if is_nf4:
+            require_packages("nf4", "bitsandbytes")
+            self.library = import_module("bitsandbytes.functional")
 
     @property
     def nbytes(self) -> int:
@@ -72,6 +79,23 @@ def dense(weight: Tensor) -> Tensor:
     """The matrix of a linear layer's `weight`: itself, or made of its quantized form."""
     quantized = getattr(weight, "quantized", None)
     return weight if quantized is None else quantized.dense()
+
+
+def stored_tensors(parameter: Any) -> list[Tensor]:
+    """The tensors with a parameter's values: its own, or those of its quantized form."""
+    quantized: QuantizedWeight | None = getattr(parameter, "quantized", None)
+    return [parameter] if quantized is None else [quantized.codes, quantized.scales]
+
+
+def trained_values(values: Tensor, precision: str, dtype: torch.dtype) -> Tensor:  # [out, in] -> [out, in]
+    """What a run in `dtype` on a base of this precision computes with, in the type and on the device of `values`."""
+    if precision == "run":
+        return values
+    quantized = QuantizedWeight(precision, values.shape, dtype, values.device)
+    for start in range(0, len(values), ROWS_AT_ONCE):
+        rows = slice(start, start + ROWS_AT_ONCE)
+        quantized.fill_rows(rows, values[rows].float())
+    return quantized.dense().to(values.dtype)
 
 
 class MatricesWithoutMemory(TorchFunctionMode):

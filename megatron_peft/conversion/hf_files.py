@@ -137,7 +137,10 @@ class Source:
         Raises ConfigurationError: the file cannot be read, was cut short after its header was checked, or holds a value
         that is not finite.
         """
-        header = self.headers[name]
+        return self.values(name, self.headers[name], index)
+
+    def values(self, name: str, header: Header, index: Index) -> Tensor:
+        """`slice` of the tensor that a header describes."""
         if header.start is not None and is_whole_rows(index, header.shape):
             values = self._rows(header, header.start, index)
         else:
@@ -351,14 +354,17 @@ def copy_small_files(source: Path, target: Path) -> None:
 def set_stored_type(folder: Path, dtypes: Iterable[torch.dtype]) -> None:
     """Set the dtype of config.json to that of the weights, in which transformers then loads them.
 
-    Nothing changes if the weights have several types.
+    It stays if the weights have several types. What was said of a quantization goes: written weights have none.
     """
     names = list({str(dtype).removeprefix("torch.") for dtype in dtypes})
     path = folder / CONFIG
-    config = untrusted.read_json_object(path)
+    there = untrusted.read_json_object(path)
+    config = {key: value for key, value in there.items() if key != "quantization_config"}
     keys = [key for key in TYPE_KEYS if config.get(key) is not None] or [TYPE_KEYS[0]]
-    if len(names) == 1 and any(config.get(key) != names[0] for key in keys):
-        write_config(folder, config | dict.fromkeys(keys, names[0]))
+    if len(names) == 1:
+        config |= dict.fromkeys(keys, names[0])
+    if config != there:
+        write_config(folder, config)
 
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:

@@ -14,11 +14,12 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
-from megatron_peft.adapters.quantized_weight import QuantizedWeight
+from megatron_peft.adapters.quantized_weight import stored_tensors
 from megatron_peft.checkpoint import folders, load, run_record
 from megatron_peft.config import LINEAR_MODULES, ConfigurationError, RunConfig, require, require_packages
 from megatron_peft.conversion.hf_files import CONFIG, ReadCounts, Source, check_inventory, open_source, row_ranges
 from megatron_peft.conversion.megatron_files import OUTPUT, MegatronWeights, open_megatron
+from megatron_peft.conversion.nf4_files import unpacked
 from megatron_peft.conversion.writer import byte_bar
 from megatron_peft.models.families import read_shape, rules_for
 from megatron_peft.models.rules import Columns, RowRange, Rule, expected_tensors
@@ -115,7 +116,7 @@ def open_weights(folder: str | Path, shape: ModelShape) -> tuple[dict[str, Rule]
     """
     files = folders.megatron_files(folder)
     if files is None:
-        source = open_source(folder)
+        source = unpacked(open_source(folder))
         require(
             len(source.headers) >= shape.num_layers,  # a wrong number of layers could take minutes
             f"the tensors in {folder} do not fit its config.json: {len(source.headers)} tensors, {shape.num_layers:,} "
@@ -227,7 +228,7 @@ def load_pretrained(
             weights.counts = ReadCounts()  # it received the first rank's
     to_fill = checked_together(lambda: _with_rules(model_chunks, rules, tensor_parallel_size))
     to_fill.sort(key=lambda pair: weights.place(pair[0]))
-    num_bytes = sum(tensor.nbytes for _, parameter in to_fill for tensor in _held(parameter))
+    num_bytes = sum(tensor.nbytes for _, parameter in to_fill for tensor in stored_tensors(parameter))
     with byte_bar("Loading weights", num_bytes, progress) as advance:
         groups: Any = (None, None)
         if together:
@@ -264,12 +265,6 @@ def _with_rules(
         )
         pairs.append((rule, parameter))
     return pairs
-
-
-def _held(parameter: Any) -> list[Tensor]:
-    """The tensors with a parameter's values."""
-    quantized: QuantizedWeight | None = getattr(parameter, "quantized", None)
-    return [parameter.detach()] if quantized is None else [quantized.codes, quantized.scales]
 
 
 def _some_rows(rule: Rule, rank: int, size: int) -> Iterator[tuple[RowRange, slice]]:
@@ -320,7 +315,8 @@ def fill_parameters(
         starts = rows.hf.start + share.start, rows.megatron.start + share.start
         num_rows, width = share.stop - share.start, rule.hf_tensors[0].shape[1]
         whole = torch.empty((num_rows, width), dtype=values.dtype)  # on the host
-        read(weights.read_rows, rule, RowRange(rows.name, *(slice(at, at + num_rows) for at in starts)), whole)
+        if num_rows:
+            read(weights.read_rows, rule, RowRange(rows.name, *(slice(at, at + num_rows) for at in starts)), whole)
         if group is not None:
             columns_from_rows_over_tensor_parallel(whole, values, group)
         else:
@@ -329,7 +325,7 @@ def fill_parameters(
 
     in_flight: deque[Wait] = deque()
     for rule, parameter in to_fill:
-        held, quantized = _held(parameter), getattr(parameter, "quantized", None)
+        held, quantized = stored_tensors(parameter), getattr(parameter, "quantized", None)
         num_bytes = sum(tensor.nbytes for tensor in held)
         source = read_bytes.index(min(read_bytes))  # the replica that has read least so far
         read_bytes[source] += num_bytes
