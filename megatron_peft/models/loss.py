@@ -101,7 +101,7 @@ class ChunkedLossModel(GPTModel):
         in_chunks = labels is not None and self.config.loss_chunk_tokens > 0 and head.is_frozen
         head.hands_on_input = only_hidden or in_chunks
         try:
-            return super().forward(*args, labels=labels, **kwargs)
+            return super().forward(*args, labels=labels, **kwargs)  # pyright: ignore[reportArgumentType]
         finally:
             head.hands_on_input = False
 
