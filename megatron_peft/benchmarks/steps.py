@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_peft.adapters.attach import attach_adapters, start_gradients_at_the_embedding
+from megatron_peft.adapters.attach import attach_adapters, freeze, start_gradients_at_the_embedding
 from megatron_peft.benchmarks.measure import MIB, Figure, cpu_seconds, median_ratio, peak_of_steps, seconds_of_steps
 from megatron_peft.benchmarks.subjects import (
     STEPS,
@@ -124,7 +124,7 @@ def count_methods(setting: Setting) -> dict[str, int]:
     kept = {}
     for name in ("frozen", *METHODS):
         (model,), _ = load_base(setting)
-        model.requires_grad_(False)
+        freeze(model)
         if name == "frozen":
             start_gradients_at_the_embedding(model)
         else:
