@@ -172,7 +172,11 @@ def log_steps(setting: Setting) -> dict[str, list[Call]]:
             step()
         # Where a call is waited for is not compared.
         made = [entry for entry in log.entries() if isinstance(entry, Call)]
-        calls[name] = [dataclasses.replace(call, handle=None) for call in made]
+        # Nor is whether the loss's numbers, one a token, lie as the tokens do or in one column.
+        sums = [call.operation == "all_reduce" and len(call.shapes[0]) == 2 for call in made]
+        shapes = [((num_elements(call),),) if flat else call.shapes for call, flat in zip(made, sums, strict=True)]
+        both = zip(made, shapes, strict=True)
+        calls[name] = [dataclasses.replace(call, handle=None, shapes=shape) for call, shape in both]
     return calls
 
 
