@@ -1,7 +1,9 @@
-"""Single layers: BOFT beside the frozen layer and HF PEFT's; the group size from which uRNN's FFT is faster."""
+"""Single layers: BOFT beside the frozen layer and HF PEFT's; uRNN's FFT beside dense blocks; the loss in chunks."""
 
+import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
 from typing import Any
@@ -10,15 +12,21 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from megatron_peft.adapters.attach import freeze
 from megatron_peft.adapters.boft import build
 from megatron_peft.adapters.linear import AdaptedColumnParallelLinear
 from megatron_peft.adapters.rotation import rotate
 from megatron_peft.adapters.urnn import DENSE_UP_TO, StructuredUrnn, rotate_by_fourier
-from megatron_peft.benchmarks.measure import Figure, median_ratio, take_turns
+from megatron_peft.benchmarks.measure import MAX_SECONDS, Figure, median_ratio, take_turns
 from megatron_peft.benchmarks.subjects import Setting, Step, on_ranks
-from megatron_peft.config import PeftConfig
+from megatron_peft.config import ModelConfig, ParallelConfig, PeftConfig
+from megatron_peft.models.gpt import build_model_chunks
+from megatron_peft.models.loss import ChunkedLossModel, chunk_tokens
+from megatron_peft.models.shape import ModelShape
 from megatron_peft.parallel.layout import LinearLayout
 from megatron_peft.runtime import cpu
+from megatron_peft.runtime.cpu_kernels import give_back_freed_memory
+from megatron_peft.training.metrics import memory_bytes
 
 # A linear layer of BOFT beside the frozen layer and HF PEFT's: forward and backward of 1024 tokens at width 2048.
 #
@@ -119,3 +127,74 @@ def crossover_steps(size: int, num_features: int = NUM_FEATURES) -> dict[str, St
         "dense": lambda: rotate(x, adapter.changes()).backward(upstream),
         "fourier": lambda: rotate_by_fourier(x, adapter.theta, *fixed, slice(None), False).backward(upstream),
     }
+
+
+# The loss of a frozen output layer in chunks of tokens, beside that of whole logits.
+
+LOSS_SHAPE: dict[str, Any] = {
+    "architecture": "llama",
+    "num_layers": 1,
+    "hidden_size": 1024,
+    "ffn_hidden_size": 64,
+    "num_attention_heads": 1,
+    "num_query_groups": 1,
+    "kv_channels": 64,
+    "vocab_size": 128256,
+    "max_position_embeddings": 64,
+    "tied_embeddings": True,
+}
+TIMED_TOKENS, HELD_TOKENS = 1024, 4096
+MOST_LOSS_TIME, MOST_LOSS_MB = 1.03, 80.0
+
+
+def loss_figures(setting: Setting) -> list[Figure]:
+    """Time beside the whole loss, and memory beyond the hidden states, their gradient and the weight."""
+    chunks, whole = on_ranks(time_losses, setting)[0]
+    held = [on_ranks(bytes_of_a_loss, setting, asked=asked)[0] / 1e6 for asked in (None, 0)]
+    note = f"{median(chunks):.2f} and {median(whole):.2f} CPU s, {TIMED_TOKENS:,} tokens; {len(whole)} turns"
+    ratio = median_ratio(chunks, whole)
+    whole_note = f"whole {held[1]:,.0f} MB; {HELD_TOKENS:,} tokens"
+    return [
+        Figure("loss in chunks / whole loss, forward and backward", ratio, MOST_LOSS_TIME, "", note),
+        Figure("loss in chunks: memory beyond hidden states and gradient", held[0], MOST_LOSS_MB, "MB", whole_note),
+    ]
+
+
+def time_losses(setting: Setting) -> list[list[float]]:
+    """CPU seconds of every turn, in chunks and whole. Started on a rank."""
+    model, end = _model_of_a_loss(), time.monotonic() + MAX_SECONDS
+    batch = _loss_batch(TIMED_TOKENS)
+    steps = {str(asked): partial(_loss_and_gradient, model, asked, *batch) for asked in (None, 0)}
+    return [*take_turns(steps, setting.turns, lambda: time.monotonic() > end).values()]
+
+
+def bytes_of_a_loss(setting: Setting, asked: int | None) -> int:
+    """The most resident memory of a loss and its gradient, above what was there before. Started on a rank."""
+    give_back_freed_memory()
+    model, (hidden, labels) = _model_of_a_loss(), _loss_batch(HELD_TOKENS)
+    _loss_and_gradient(model, asked, *_loss_batch(8))  # the first product makes more than its result
+    before, _ = memory_bytes()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is what is resident
+    _loss_and_gradient(model, asked, hidden, labels)
+    return memory_bytes()[1] - before - hidden.nbytes
+
+
+def _model_of_a_loss() -> ChunkedLossModel:
+    (model,) = build_model_chunks(ModelShape(**LOSS_SHAPE), ModelConfig("none"), ParallelConfig())
+    freeze(model)
+    nn.init.normal_(model.output_weight, std=LOSS_SHAPE["hidden_size"] ** -0.5)
+    return model
+
+
+def _loss_batch(num_tokens: int) -> tuple[Tensor, Tensor]:
+    """Hidden states [s, 1, h] and labels [1, s]."""
+    hidden = torch.randn(num_tokens, 1, LOSS_SHAPE["hidden_size"]).requires_grad_()
+    return hidden, torch.randint(LOSS_SHAPE["vocab_size"], (1, num_tokens))
+
+
+def _loss_and_gradient(model: ChunkedLossModel, asked: int | None, hidden: Tensor, labels: Tensor) -> None:
+    """As megatron-core's model has them made, behind its last layer."""
+    head, model.config.loss_chunk_tokens = model.output_layer, chunk_tokens(asked, LOSS_SHAPE["vocab_size"])
+    head.hands_on_input = model.config.loss_chunk_tokens > 0
+    loss = model.compute_language_model_loss(labels, head(hidden, model.output_weight)[0]).sum()
+    torch.autograd.grad(loss, hidden)

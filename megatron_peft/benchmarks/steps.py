@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_peft.adapters.attach import attach_adapters, start_gradients_at_the_embedding
+from megatron_peft.adapters.attach import attach_adapters, freeze, start_gradients_at_the_embedding
 from megatron_peft.benchmarks.measure import MIB, Figure, cpu_seconds, median_ratio, peak_of_steps, seconds_of_steps
 from megatron_peft.benchmarks.subjects import (
     STEPS,
@@ -124,7 +124,7 @@ def count_methods(setting: Setting) -> dict[str, int]:
     kept = {}
     for name in ("frozen", *METHODS):
         (model,), _ = load_base(setting)
-        model.requires_grad_(False)
+        freeze(model)
         if name == "frozen":
             start_gradients_at_the_embedding(model)
         else:
@@ -172,7 +172,11 @@ def log_steps(setting: Setting) -> dict[str, list[Call]]:
             step()
         # Where a call is waited for is not compared.
         made = [entry for entry in log.entries() if isinstance(entry, Call)]
-        calls[name] = [dataclasses.replace(call, handle=None) for call in made]
+        # Nor is whether the loss's numbers, one a token, lie as the tokens do or in one column.
+        sums = [call.operation == "all_reduce" and len(call.shapes[0]) == 2 for call in made]
+        shapes = [((num_elements(call),),) if flat else call.shapes for call, flat in zip(made, sums, strict=True)]
+        both = zip(made, shapes, strict=True)
+        calls[name] = [dataclasses.replace(call, handle=None, shapes=shape) for call, shape in both]
     return calls
 
 

@@ -63,6 +63,7 @@ NOT_CLAIMED = (
 MOST_TENSOR_PARALLEL, MOST_REPLICAS, MOST_KEY_HEADS = 4, 2, 4
 NUM_STEPS = 4
 SEQ_LENGTH = 48  # what 2, 3, 4, 8 and 16 ranks divide; others have a multiple
+CHUNK_TOKENS = 20  # several chunks of the loss in a microbatch; in one process there are none
 LEARNING_RATE, FULL_LEARNING_RATE = 5e-3, 1e-3
 EPOCH = 3  # steps; of packs about so many
 SAMPLES_OF_A_PACK = 7 / 3
@@ -122,6 +123,7 @@ def small_run(
         "transformer": transformer | {"attention_dropout": 0.0, "hidden_dropout": 0.0},
         "transformer_impl": "local",
         "attention_backend": "auto",
+        "cross_entropy_chunk_tokens": 0 if config.model.cross_entropy_chunk_tokens == 0 else CHUNK_TOKENS,
         "seq_length": lcm(SEQ_LENGTH, tp),
         "micro_batch_size": micro_batch_size,
         "global_batch_size": size,
@@ -138,6 +140,7 @@ def small_run(
         **vars(ParallelConfig()),
         "transformer": {name: one for name, one in values["transformer"].items() if name not in RECOMPUTE},
         "recompute_modules": (),
+        "cross_entropy_chunk_tokens": 0,
         **dict.fromkeys(("overlap_grad_reduce", "use_distributed_optimizer", "overlap_param_gather"), False),
         **vars(CheckpointConfig()),
     }

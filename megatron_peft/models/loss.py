@@ -18,7 +18,8 @@ from megatron_peft.adapters.frozen_linear import FrozenLinearCall, start_input_g
 from megatron_peft.adapters.linear import FrozenColumnParallelLinear
 from megatron_peft.config import RunConfig
 from megatron_peft.models.shape import ModelShape
-from megatron_peft.runtime.cpu_kernels import flat
+from megatron_peft.runtime.cpu_kernels import flat, linear
+from megatron_peft.runtime.precision import full_precision
 
 LOGITS_BYTES = 64_000_000
 
@@ -61,18 +62,15 @@ class OutputLayer(FrozenColumnParallelLinear):
         if self.hands_on_input:
             return input_, None
         logits, bias = super().forward(input_, weight, runtime_gather_output)
-        return self._masked(logits), bias
-
-    def logits(self, x: Tensor, weight: Tensor) -> Tensor:  # [n, 1, h] -> [n, 1, v]
-        """As `forward`, of whole tokens, without communication: an input gradient is this rank's part of the sum."""
-        return self._masked(self._forward_impl(x, weight, bias=None, allreduce_dgrad=False, sequence_parallel=False))
+        return self.masked(logits), bias
 
     def call(self, weight: Tensor) -> FrozenLinearCall:
         """What the layer does to its input and to the input's gradient."""
         settings = {"bias": None, "allreduce_dgrad": self.allreduce_dgrad, "sequence_parallel": self.sequence_parallel}
         return self._call(weight, settings)
 
-    def _masked(self, logits: Tensor) -> Tensor:
+    def masked(self, logits: Tensor) -> Tensor:  # [..., v or vocabulary]
+        """Logits with -inf in place of those of padded rows."""
         first = 0
         if logits.shape[-1] == self.output_size_per_partition:
             first = self.tp_group.rank() * self.output_size_per_partition
@@ -90,18 +88,18 @@ class ChunkedLossModel(GPTModel):
     config: Any
     output_layer: OutputLayer
 
-    def forward(self, *args: Any, labels: Any = None, only_hidden: bool = False, **kwargs: Any) -> Tensor:
-        """As megatron-core's: losses [b, s] if there are labels, or logits [b, s, v]; on the last pipeline stage.
+    def forward(self, *args: Any, only_hidden: bool = False, **kwargs: Any) -> Tensor:
+        """As megatron-core's: losses [b, s] if `labels` are given, or logits [b, s, v]; on the last pipeline stage.
 
         only_hidden: not logits, but what they would be made of, [b, s, h]; without labels.
         """
         if not self.post_process:
-            return super().forward(*args, labels=labels, **kwargs)
-        head = self.output_layer
-        in_chunks = labels is not None and self.config.loss_chunk_tokens > 0 and head.is_frozen
+            return super().forward(*args, **kwargs)
+        head, has_labels = self.output_layer, kwargs.get("labels") is not None
+        in_chunks = has_labels and self.config.loss_chunk_tokens > 0 and head.is_frozen
         head.hands_on_input = only_hidden or in_chunks
         try:
-            return super().forward(*args, labels=labels, **kwargs)  # pyright: ignore[reportArgumentType]
+            return super().forward(*args, **kwargs)
         finally:
             head.hands_on_input = False
 
@@ -115,28 +113,30 @@ class ChunkedLossModel(GPTModel):
         """Logits in float32 of hidden states that every tensor-parallel rank has, gathered."""
         return self.output_layer(hidden[:, None], self.output_weight, runtime_gather_output=True)[0][:, 0].float()
 
+    @full_precision
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """[b, s], [s, b, v] -> [b, s]. Of an output layer that hands its input on, `logits` are that."""
-        whole_loss = super().compute_language_model_loss
-        if not self.output_layer.hands_on_input:
+        head, whole_loss = self.output_layer, super().compute_language_model_loss
+        if not head.hands_on_input:
             return whole_loss(labels, logits)
-        hidden, weight = logits, self.output_weight
-        call = self.output_layer.call(weight)
+        hidden, call = logits, head.call(self.output_weight)
         has_gradient = torch.is_grad_enabled() and hidden.requires_grad
-        x = whole_sequence(hidden.detach(), call)
+        x, weight = whole_sequence(hidden.detach(), call), call.weight
         # The gradient takes the place of gathered tokens, which nobody else has.
         dx = x if call.splits_sequence else torch.empty(x.shape, dtype=x.dtype, device=x.device)
         losses = []
         num_chunks = -(-labels.numel() // self.config.loss_chunk_tokens)
         chunks = (one.tensor_split(num_chunks) for one in (flat(x), flat(dx), labels.t().flatten()))
         for some_x, some_dx, some_labels in zip(*chunks, strict=True):
-            with torch.set_grad_enabled(has_gradient):
-                some_x = some_x[:, None].requires_grad_(has_gradient)
-                loss = whole_loss(some_labels[None], self.output_layer.logits(some_x, weight))
+            logits = head.masked(linear(some_x[:, None], weight)).requires_grad_(has_gradient)  # [n, 1, v]
+            loss = whole_loss(some_labels[None], logits)
             if has_gradient:
-                (gradient,) = torch.autograd.grad(loss, some_x, torch.ones_like(loss))
-                some_dx.copy_(gradient[:, 0])
+                (gradient,) = torch.autograd.grad(loss, logits, torch.ones_like(loss))
+                # It may be in the memory of the logits. On a CPU torch's product is the faster one of so long rows.
+                torch.mm(gradient.detach()[:, 0], weight, out=some_dx)
+                del gradient
             losses.append(loss.detach())
+            del logits, loss  # before the next ones are made
         all_losses = torch.cat(losses, 1).view(labels.t().shape).t().contiguous()
         return _WithInputGradient.apply(hidden, all_losses, dx, call) if has_gradient else all_losses
 

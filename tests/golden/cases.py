@@ -24,7 +24,7 @@ PROGRAMS = {
 }
 # Newest flag (with its value, where that changed) -> what a tree gets whose --help does not know it:
 # "--hybrid-merge-interval": "--hybrid-fold-interval", "--urnn-update manifold": "--urnn-update riemannian"
-FLAGS: dict[str, str] = {"--packing next-fit": ""}
+FLAGS: dict[str, str] = {"--packing next-fit": "", "--cross-entropy-chunk-tokens 0": ""}
 # Pattern -> newest spelling, in the names of what is compared (fields of metrics, layers, tensors of a checkpoint):
 # r"\.adapter\.lora_a$": ".adapter.A"
 NAMES: dict[str, str] = {}
@@ -70,7 +70,7 @@ LAYOUTS = {  # name -> ranks, flags
 TRAINING = (
     f"--tokenizer-type NullTokenizer --vocab-size {VOCAB_SIZE - 1} --num-workers 0 --seq-length 32 "
     f"--micro-batch-size 4 --global-batch-size 8 --train-iters {LAST_STEP} --log-interval 1 --eval-interval 2 "
-    "--eval-iters 1 --lr 5e-3 --lr-decay-style cosine --clip-grad 0.5"
+    "--eval-iters 1 --lr 5e-3 --lr-decay-style cosine --clip-grad 0.5 --cross-entropy-chunk-tokens 0"
 )
 PROMPTS = ("3 14 15", "92 65 35 89 79", "500")
 NUM_TOKENS = 8  # of an answer

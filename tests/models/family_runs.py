@@ -136,7 +136,9 @@ def run_methods(asked: tuple[Files, list[Case]]) -> dict[str, RankReport]:
 
 def curve_job(files: Files, case: Case) -> Job:
     family, method, layout = case
-    settings = {"parallel": LAYOUTS[layout], "training": {"micro_batch_size": 4}} if layout else {}
+    # Split over ranks, the loss is also formed in several chunks a microbatch.
+    split = {"training": {"micro_batch_size": 4}, "model": {"cross_entropy_chunk_tokens": 50}}
+    settings = {"parallel": LAYOUTS[layout], **split} if layout else {}
     settings = merged(METHODS[method], settings)
     if family in TARGETS:
         settings = merged(settings, {"peft": {"target_modules": TARGETS[family]}})

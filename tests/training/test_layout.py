@@ -143,6 +143,7 @@ ALL_CASES = [
     *product(BLOOM_METHODS, ("TP2+SP recompute", "PP2 interleaved"), ("bloom",)),
 ]
 Case = tuple[str, str, str]  # run, layout and base
+LOSS_IN_CHUNKS = {"model": {"cross_entropy_chunk_tokens": 50}}  # several a microbatch, where one process has one
 NUM_STEPS = 6  # after four, noise that Adam has made a step of is a hundredth of what uRNN has trained
 
 
@@ -167,7 +168,7 @@ def trained(tmp_path_factory, files, request):
 
     def job(run: str, layout: str, base: str) -> Job:
         path = bases["tied" if run.startswith("tied") else base]
-        settings = merged(RUNS[run], (LAYOUTS | OTHER_LAYOUTS)[layout])
+        settings = merged(RUNS[run], (LAYOUTS | OTHER_LAYOUTS)[layout], LOSS_IN_CHUNKS if layout != "alone" else {})
         return Job(f"{run} {layout}", str(path), files[1], num_steps=NUM_STEPS, **settings)
 
     @cache

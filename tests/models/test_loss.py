@@ -1,0 +1,188 @@
+"""The loss in chunks of tokens beside that of whole logits: numbers, memory, what is communicated; when it is so.
+
+Layouts, packing, recompute, LoRA-GA's start and validation: tests/training/test_layout.py, where every split run has
+chunks and the run of one process has none. Families: tests/models/test_every_family.py.
+"""
+
+from collections import Counter
+from dataclasses import replace
+from math import prod
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_peft.adapters.attach import freeze
+from megatron_peft.config import ModelConfig, ParallelConfig, make_run
+from megatron_peft.models import loss
+from megatron_peft.models.gpt import build_model_chunks
+from megatron_peft.models.kernels import Installed
+from megatron_peft.models.shape import ModelShape
+from megatron_peft.rehearsal.program import Call
+from megatron_peft.rehearsal.recorder import LiveMemory, Recorder
+from megatron_peft.runtime.launch import model_parallel, start_world
+from tests.one_rank import one_rank
+from tests.ranks import run_ranks
+from tests.tiny_gpt import SIZES, tiny_gpt
+
+VOCAB, ROWS, LENGTH = SIZES["vocab_size"], 2, 12
+TOKENS = torch.arange(ROWS * LENGTH).reshape(ROWS, LENGTH) % VOCAB
+LABELS = (TOKENS * 7 + 3) % VOCAB
+WEIGHTS = torch.linspace(-1.0, 2.0, ROWS * LENGTH).reshape(ROWS, LENGTH).relu()  # of the tokens' losses; some are 0
+SHAPE = ModelShape(**SIZES)
+
+
+@pytest.fixture
+def world():
+    with one_rank():
+        yield
+
+
+def _frozen(shape: dict[str, Any] | None = None, **model: Any) -> Any:
+    """A model whose output layer's input begins the graph, and is the last of `model.hidden`."""
+    chunk: Any = tiny_gpt(shape, make_vocab_size_divisible_by=128, **model)
+    freeze(chunk)
+    chunk.hidden = []
+
+    def begin_graph(module: Any, inputs: Any, output: Tensor) -> Tensor:
+        chunk.hidden.append(output.detach().requires_grad_(torch.is_grad_enabled()))
+        return chunk.hidden[-1]
+
+    chunk.decoder.register_forward_hook(begin_graph)
+    return chunk
+
+
+def _losses(model: Any) -> Tensor:
+    return model(TOKENS, torch.arange(LENGTH).expand(ROWS, -1), None, labels=LABELS)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("num_tokens", [1, 5, 24, 100])
+def test_losses_and_gradients_are_those_of_whole_logits(world, monkeypatch, num_tokens, tied, fused, bf16):
+    if fused:  # megatron-core's functions, run eagerly
+        monkeypatch.setattr(Installed, "detected", lambda: Installed(cuda=True))
+    model = _frozen({"tied_embeddings": tied}, bf16=bf16, transformer_impl="local")
+    assert model.config.cross_entropy_loss_fusion == (fused and bf16)
+    found, sizes = [], []
+    linear = loss.linear
+    monkeypatch.setattr(loss, "linear", lambda x, weight: sizes.append(len(x)) or linear(x, weight))
+    with torch.compiler.set_stance("force_eager"):
+        for asked in (0, num_tokens):
+            model.config.loss_chunk_tokens = asked
+            losses = _losses(model)
+            (losses * WEIGHTS).sum().backward()
+            found.append((losses.detach(), model.hidden[-1].grad))
+            with torch.no_grad():
+                torch.testing.assert_close(_losses(model), losses)
+    assert sum(sizes) == 2 * ROWS * LENGTH and max(sizes) <= num_tokens, (
+        "twice all tokens, none of them for chunks of 0"
+    )
+    tolerances = {"rtol": 2e-2, "atol": 2e-2 * float(found[0][1].abs().max())} if bf16 else {"rtol": 1e-5, "atol": 1e-6}
+    torch.testing.assert_close(found[1], found[0], **tolerances)
+    assert found[0][1].abs().sum() > 0
+
+
+def test_a_trained_output_layer_has_whole_logits_and_its_gradient(world, monkeypatch):
+    monkeypatch.setattr(loss, "linear", None)
+    model = tiny_gpt(cross_entropy_chunk_tokens=5)
+    _losses(model).sum().backward()
+    assert model.output_layer.weight.grad.any()
+
+
+@torch.no_grad()
+def test_logits_are_still_answered_after_a_loss(world):
+    model = _frozen(cross_entropy_chunk_tokens=5)
+    _losses(model)
+    logits = model(TOKENS, torch.arange(LENGTH).expand(ROWS, -1), None)
+    hidden = model(TOKENS, torch.arange(LENGTH).expand(ROWS, -1), None, only_hidden=True)
+    assert logits.shape == (ROWS, LENGTH, 128) and hidden.shape == (ROWS, LENGTH, SIZES["hidden_size"])
+    torch.testing.assert_close(model.logits_of(hidden.flatten(0, 1)).unflatten(0, (ROWS, LENGTH)), logits)
+
+
+class _Live(TorchDispatchMode):
+    """Counts the bytes of all tensors that are alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory = LiveMemory()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.memory.see(args, result)
+        return result
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_no_more_than_the_logits_of_a_chunk_are_alive(world, trains):
+    vocab_size, num_tokens = 2048, 3
+    model = _frozen({"vocab_size": vocab_size}, cross_entropy_chunk_tokens=num_tokens)
+    hidden = torch.randn(LENGTH, ROWS, SIZES["hidden_size"], requires_grad=trains)
+    model.output_layer.hands_on_input = True
+    with _Live() as live:
+        live.memory.see((hidden, model.output_weight), ())
+        live.memory.start_peak()
+        before = live.memory.total
+        losses = model.compute_language_model_loss(LABELS, hidden)
+        if trains:
+            losses.sum().backward()
+    above = live.memory.highest - before
+    logits, gradient = 4 * num_tokens * vocab_size, 4 * hidden.numel()
+    assert logits < above < logits + 2 * gradient + 4096, "2048 of 4 bytes are the logits of a token"
+
+
+SPLIT = {"TP2": {}, "TP2+SP": {"sequence_parallel": True}}
+
+
+def calls_of_a_loss(_: Any) -> dict[tuple[str, int], tuple[list[Call], Tensor]]:
+    """Calls of forward and backward and the losses, by layout and tokens of a chunk. Started on two ranks."""
+    start_world()
+    found = {}
+    for name, settings in SPLIT.items():
+        parallel = ParallelConfig(2, **settings, world_size=2)
+        with model_parallel(parallel, 1):
+            for asked in (0, 5):
+                # 37 tokens: all rows of the second rank are padding.
+                config = ModelConfig("none", cross_entropy_chunk_tokens=asked)
+                (model,) = build_model_chunks(replace(SHAPE, tied_embeddings=True), config, parallel)
+                freeze(model)
+                for parameter in model.parameters():
+                    torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(0))
+                model.decoder.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
+                with Recorder(keeps_work=False) as log:
+                    losses = _losses(model)
+                    (losses * WEIGHTS).sum().backward()
+                found[name, asked] = [one for one in log.entries() if isinstance(one, Call)], losses.detach()
+    return found
+
+
+def test_chunks_communicate_three_numbers_a_token_and_wide_calls_once(world):
+    of_rank = run_ranks(2, calls_of_a_loss, None)[0]
+    for layout in SPLIT:
+        (whole, losses), (chunks, in_chunks) = of_rank[layout, 0], of_rank[layout, 5]
+        torch.testing.assert_close(in_chunks, losses)
+        wide = [
+            Counter((call.operation, call.shapes) for call in calls if call.shapes[0][-1] == SIZES["hidden_size"])
+            for calls in (whole, chunks)
+        ]
+        assert wide[0] == wide[1] and wide[0]
+        narrow = [call for call in chunks if call.shapes[0][-1] != SIZES["hidden_size"]]
+        assert {call.operation for call in narrow} == {"all_reduce"}
+        assert sum(prod(call.shapes[0]) for call in narrow) == 3 * ROWS * LENGTH
+
+
+def test_a_chunk_has_64_megabytes_of_logits_on_a_rank_or_what_is_asked():
+    assert loss.chunk_tokens(None, 128256) == 124 and loss.chunk_tokens(None, 128256 // 8) == 998
+    assert loss.chunk_tokens(None, 10**9) == 1
+    assert (loss.chunk_tokens(0, 128256), loss.chunk_tokens(7, 128256)) == (0, 7)
+    shape = replace(SHAPE, vocab_size=128256)
+    settings = {"pretrained_checkpoint": "m", "mock_data": True, "train_iters": 1, "lr": 1.0, "world_size": 8}
+    settings |= {"tensor_model_parallel_size": 8, "global_batch_size": 1, "micro_batch_size": 1}
+    told = loss.loss_summary(make_run(**settings, method="lora"), shape)
+    assert told.startswith("loss: in chunks of 992 tokens, whose float32 logits take 64.0 MB on a rank")
+    for settings in ({"method": "full"}, {"method": "lora", "cross_entropy_chunk_tokens": 0}):
+        base = {"pretrained_checkpoint": "m", "mock_data": True, "train_iters": 1, "lr": 1.0}
+        assert loss.loss_summary(make_run(**base, **settings), shape) == ""
