@@ -43,8 +43,8 @@ class Exported:
     is_adapter: bool  # of HF PEFT; else a whole model
     lora_rank: int | None = None
     license: str | None = None
-    into: str = "original"  # the values of a quantized base that adapters were merged into
     approximation: str = ""  # a section on what the export has left out
+    into: str = "original"  # the values of a quantized base that adapters were merged into
 
     @property
     def name(self) -> str:
