@@ -20,6 +20,7 @@ from megatron_peft.adapters.urnn import DENSE_UP_TO, StructuredUrnn, rotate_by_f
 from megatron_peft.benchmarks.measure import MAX_SECONDS, Figure, median_ratio, take_turns
 from megatron_peft.benchmarks.subjects import Setting, Step, on_ranks
 from megatron_peft.config import ModelConfig, ParallelConfig, PeftConfig
+from megatron_peft.models.families import FAMILIES
 from megatron_peft.models.gpt import build_model_chunks
 from megatron_peft.models.loss import ChunkedLossModel, chunk_tokens
 from megatron_peft.models.shape import ModelShape
@@ -132,7 +133,7 @@ def crossover_steps(size: int, num_features: int = NUM_FEATURES) -> dict[str, St
 # The loss of a frozen output layer in chunks of tokens, beside that of whole logits.
 
 LOSS_SHAPE: dict[str, Any] = {
-    "architecture": "llama",
+    "architecture": next(iter(FAMILIES)),  # any one
     "num_layers": 1,
     "hidden_size": 1024,
     "ffn_hidden_size": 64,
