@@ -65,6 +65,7 @@ MAY_OPEN: Mapping[str, set[str]] = {
     "experiment.report": {"json.loads"},  # a file of the package
     "plan.timing": {"json.loads"},  # another
     "benchmarks.absent_ranks": {"pickle.loads"},  # what our own processes have given
+    "benchmarks.scale": {"pickle.loads"},  # what was pickled a moment ago
     "benchmarks.inference": {"json.loads"},  # a value that was written a moment ago
     "benchmarks.files": {"safe_open"},  # the yardstick is the library alone
 }

@@ -103,12 +103,12 @@ def run_present_rank(grid: Grid, running: tuple[int, ...], port: int, config: Ru
     os.environ |= {"LOCAL_WORLD_SIZE": str(RANKS_OF_NODE), "LOCAL_RANK": str(on_node), "GROUP_RANK": str(node)}
     os.environ["MASTER_PORT"], tempfile.tempdir = str(port), str(Path(config.checkpoint.save or "").parent)
     store = dist.TCPStore("localhost", port, is_master=False, timeout=TIMEOUT)
-    with AbsentRanks(grid, running, rank, store, rank in measured(grid)) as meter:
+    with AbsentRanks(grid, running, rank, store, rank in measured_ranks(grid)) as meter:
         run_phases(config, meter)
     return meter.phases
 
 
-def measured(grid: Grid) -> tuple[int, int]:
+def measured_ranks(grid: Grid) -> tuple[int, int]:
     """The first rank, and one of another slice, replica and node."""
     return 0, grid.anchor(grid.world_size - 1)
 
@@ -214,7 +214,7 @@ def _over_replicas(one: WrittenSlice, number: int) -> Iterator[WrittenSlice]:
 def figures_of(grid: Grid, by_rank: Mapping[int, Phases]) -> list[Figure]:
     """CPU seconds of the first rank in each phase, with what was counted behind them; and the most descriptors."""
     ranks, figures = grid.world_size, []
-    first, other = (by_rank[rank] for rank in measured(grid))
+    first, other = (by_rank[rank] for rank in measured_ranks(grid))
     for phase, costs in first.items():
         of_other = other.get(phase, Costs())
         sizes = [(name, getattr(costs, name), getattr(of_other, name)) for name in vars(costs)]
