@@ -61,7 +61,7 @@ def test_every_import_is_a_declared_dependency_and_the_other_way_round() -> None
 
 
 def test_tests_need_the_extras_of_the_programs_and_core_none_of_their_packages() -> None:
-    assert "megatron-peft[demo,eval,report]" in PROJECT["optional-dependencies"]["test"]
+    assert "megatron-peft[demo,eval,nf4,report]" in PROJECT["optional-dependencies"]["test"]
     assert PROJECT["optional-dependencies"]["dev"] == ["megatron-peft[lint,test]"]
     assert DEPENDENCIES & PROGRAM_EXTRAS == set()
     assert EXTRAS["report"] <= EXTRAS["demo"], "README shows the report of the demo's run"

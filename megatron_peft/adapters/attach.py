@@ -133,6 +133,8 @@ def merge_adapters(model_chunks: Sequence[nn.Module], peft: PeftConfig) -> None:
     """
     method = import_module(peft.spec.adapter)
     require(hasattr(method, "merge"), f"adapters of {peft.spec.describe(peft)} cannot be merged.")
+    is_quantized = any(parameter.is_meta for chunk in model_chunks for parameter in chunk.parameters())
+    require(not is_quantized, "adapters cannot be merged into a quantized base: megatron-peft convert merge does it.")
     for layer in (target.module for chunk in model_chunks for target in linear_layers(chunk)):
         if layer.adapter is None:
             continue

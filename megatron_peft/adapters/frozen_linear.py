@@ -26,6 +26,7 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor
 from torch.autograd import Function
 
+from megatron_peft.adapters.quantized_weight import dense
 from megatron_peft.parallel.collectives import (
     start_gather_sequence_over_tensor_parallel,
     start_sum_over_tensor_parallel,
@@ -74,7 +75,7 @@ def recompute(producer: Any) -> Tensor:
 class FrozenLinearCall:
     """A frozen linear layer during its forward, as megatron-core would run it.
 
-    weight: [out, in].
+    stored: the weight [out, in], of which `weight` is the matrix.
     bias: [out] or None; added here only where the layer does not leave it to its caller.
     sums_input_gradient: the input is whole on every rank, so dx is a partial sum (column, no sequence parallelism).
     splits_sequence: the input holds the rank's own tokens only, [s / t, b, in].
@@ -83,12 +84,19 @@ class FrozenLinearCall:
         own), "whole" (row: an all-reduce) or "own tokens" (row, sequence parallelism: a reduce-scatter).
     """
 
-    weight: Tensor
+    stored: Tensor
     bias: Tensor | None
     sums_input_gradient: bool
     splits_sequence: bool
     group: dist.ProcessGroup
     output_sum: Literal["none", "whole", "own tokens"] = "none"
+
+    @property
+    def weight(self) -> Tensor:  # [out, in]
+        """W for the moment of a product: a quantized one is made dense anew each time. Don't save it for backward, but
+        ask again there.
+        """
+        return dense(self.stored)
 
     def reduce(self, y: Tensor) -> Tensor:  # [s, b, out] -> the same, or [s / t, b, out]
         """The layer's own sum of its ranks' parts. It carries gradients."""
@@ -126,7 +134,6 @@ class _FrozenLinear(Function):
     @staticmethod
     @full_precision
     def forward(ctx, x, call):  # type: ignore[override]
-        ctx.save_for_backward(call.weight)
         ctx.call = call
         return linear(whole_sequence(x, call), call.weight, call.bias)
 
@@ -135,8 +142,7 @@ class _FrozenLinear(Function):
     def backward(ctx, grad):  # type: ignore[override]
         if not ctx.needs_input_grad[0]:  # in the first layer, whose input is the frozen embedding's output
             return None, None
-        (weight,) = ctx.saved_tensors
-        return start_input_gradient(linear(grad, weight.t()), ctx.call)(), None
+        return start_input_gradient(linear(grad, ctx.call.weight.t()), ctx.call)(), None
 
 
 def whole_sequence(x: Tensor, call: FrozenLinearCall) -> Tensor:  # [s / t, b, in] -> [s, b, in]

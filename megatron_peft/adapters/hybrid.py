@@ -170,13 +170,14 @@ class _MixedLinear(Function):
         wait_u = start_narrow(branch_input, A, scale, call)
         x = whole_sequence(x, call)
         u = wait_u()
-        ctx.changes_weight = mask is None and rotates_weight(x, call.weight, D)
+        weight = call.weight
+        ctx.changes_weight = mask is None and rotates_weight(x, weight, D)
         if ctx.changes_weight:
-            y = linear(x, changed_weight(call.weight, A, B, D, scale, held))
+            y = linear(x, changed_weight(weight, A, B, D, scale, held))
         else:
-            y = add_blocks(linear(x, call.weight), D, held and held.multiplier)
+            y = add_blocks(linear(x, weight), D, held and held.multiplier)
             flat(y).addmm_(flat(u), B.t())
-        ctx.save_for_backward(branch_input if producer is None else None, u, A, B, D, call.weight, mask, y)
+        ctx.save_for_backward(branch_input if producer is None else None, u, A, B, D, mask, y)
         ctx.scale, ctx.call, ctx.producer, ctx.held = scale, call, producer, held
         ctx.trained = trained_factor(A), trained_factor(B)
         return y if call.bias is None else y + call.bias
@@ -184,16 +185,16 @@ class _MixedLinear(Function):
     @staticmethod
     @full_precision
     def backward(ctx, grad):  # type: ignore[override]
-        branch_input, u, A, B, D, weight, mask, y = ctx.saved_tensors
+        branch_input, u, A, B, D, mask, y = ctx.saved_tensors
         call, wait_dx = ctx.call, None
         du, wait_du = start_narrow_gradient(grad, B, ctx.scale, call)
         needs_x, needs_A, needs_B, *_ = ctx.needs_input_grad
         if needs_x and ctx.changes_weight:  # the low rank is in the weight
-            changed = changed_weight(weight, A, B, D, ctx.scale, ctx.held)
+            changed = changed_weight(call.weight, A, B, D, ctx.scale, ctx.held)
             wait_whole_dx = start_input_gradient(linear(grad, changed.t()), call)
             wait_dx = lambda own_du: wait_whole_dx()  # noqa: E731
         elif needs_x:
-            wait_dx = start_summed_gradient(unrotated(grad, D, ctx.held), weight, call, du, A, mask)
+            wait_dx = start_summed_gradient(unrotated(grad, D, ctx.held), call, du, A, mask)
         trained_A, trained_B = ctx.trained
         dB = outer_sum(u, grad, gradient_dtype(trained_B)).t() if needs_B else None
         own_du = wait_du()

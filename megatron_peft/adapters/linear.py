@@ -4,6 +4,7 @@ Subclasses, put in place through the layer spec: names, shapes and checkpoint ke
 Without an adapter they behave as their parents do.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
 from megatron_peft.adapters.frozen_linear import FrozenLinearCall, frozen_linear
+from megatron_peft.adapters.quantized_weight import MatricesWithoutMemory, QuantizedWeight, dense
 from megatron_peft.parallel.layout import LinearLayout, mark_split
 from megatron_peft.runtime.cpu_kernels import linear
 
@@ -31,6 +33,13 @@ class AdaptedLinear(nn.Module):
     bias: nn.Parameter | None
     tp_group: dist.ProcessGroup
     config: Any
+
+    def quantize(self) -> None:
+        """With --base-precision give the weight, which has no memory of its own, its quantized form."""
+        if _is_quantized(self.config):
+            weight: Any = self.weight.requires_grad_(False)
+            self.quantized = QuantizedWeight(self.config.base_precision, weight.shape, weight.dtype)
+            weight.quantized, self.is_frozen = self.quantized, True
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
@@ -71,7 +80,7 @@ class FrozenColumnParallelLinear(ColumnParallelLinear):
 
     def _call(self, weight: Tensor, kwargs: dict[str, Any]) -> FrozenLinearCall:
         return FrozenLinearCall(
-            weight=weight,
+            stored=weight,
             bias=kwargs["bias"],
             sums_input_gradient=kwargs["allreduce_dgrad"],
             splits_sequence=kwargs["sequence_parallel"],
@@ -83,7 +92,9 @@ class AdaptedColumnParallelLinear(AdaptedLinear, FrozenColumnParallelLinear):
     """y = x W^T with the rows of W, the output features, split over the tensor-parallel ranks."""
 
     def __init__(self, input_size: int, output_size: int, *, stride: int = 1, **kwargs: Any) -> None:
-        super().__init__(input_size, output_size, stride=stride, **_with_own_bias(kwargs))
+        with _weights_as(kwargs["config"]):
+            super().__init__(input_size, output_size, stride=stride, **_with_own_bias(kwargs))
+        self.quantize()
         self.make_place(stride, has_heads=kwargs.get("tp_comm_buffer_name") == "qkv")
 
     def make_place(self, stride: int, has_heads: bool) -> None:
@@ -114,7 +125,9 @@ class AdaptedRowParallelLinear(AdaptedLinear, RowParallelLinear):
     """y = x W^T with the columns of W, the input features, split over the tensor-parallel ranks."""
 
     def __init__(self, input_size: int, output_size: int, **kwargs: Any) -> None:
-        super().__init__(input_size, output_size, **_with_own_bias(kwargs))
+        with _weights_as(kwargs["config"]):
+            super().__init__(input_size, output_size, **_with_own_bias(kwargs))
+        self.quantize()
         self.make_place()
 
     def make_place(self) -> None:
@@ -135,7 +148,7 @@ class AdaptedRowParallelLinear(AdaptedLinear, RowParallelLinear):
             return y, _alias(left)
         assert self.input_is_parallel, "as SelfAttention and MLP build it"
         call = FrozenLinearCall(
-            weight=self.weight,
+            stored=self.weight,
             bias=None,
             sums_input_gradient=False,
             splits_sequence=False,
@@ -186,12 +199,23 @@ def adopt(layer: nn.Module, name: str, config: Any) -> str:
 
 
 def _alone(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # [s, b, in] -> [s, b, out]
-    """The forward of a layer without an adapter, without gradients.
+    """The forward of a layer without an adapter, without gradients; `weight` may be quantized.
 
     A step of generation takes the faster one; longer texts take torch's, as transformers does: scores of the base model
     are the same to the last bit then.
     """
-    return linear(x, weight, bias) if len(x) == 1 else F.linear(x, weight, bias)
+    multiply = linear if len(x) == 1 else F.linear
+    return multiply(x, dense(weight), bias)
+
+
+def _is_quantized(config: Any) -> bool:
+    """Whether --base-precision asks for it. The configuration of another program does not know it."""
+    return getattr(config, "base_precision", "run") != "run"
+
+
+def _weights_as(config: Any) -> AbstractContextManager[Any]:
+    """In what a layer's weight is made: without memory where it will be quantized."""
+    return MatricesWithoutMemory() if _is_quantized(config) else nullcontext()
 
 
 def _with_own_bias(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -48,18 +48,18 @@ class _LowRankLinear(Function):
         wait_u = start_narrow(branch_input, A, scale, call)
         x = whole_sequence(x, call)
         u = wait_u()
-        ctx.save_for_backward(branch_input, u, A, B, call.weight, mask)
+        ctx.save_for_backward(branch_input, u, A, B, mask)
         ctx.scale, ctx.call, ctx.trained = scale, call, (trained_factor(A), trained_factor(B))
         return linear_plus(x, call.weight, u, B, call.bias)
 
     @staticmethod
     @full_precision
     def backward(ctx, grad):  # type: ignore[override]
-        branch_input, u, A, B, weight, mask = ctx.saved_tensors
+        branch_input, u, A, B, mask = ctx.saved_tensors
         du, wait_du = start_narrow_gradient(grad, B, ctx.scale, ctx.call)
         needs_x, needs_A, needs_B, *_ = ctx.needs_input_grad
         # dx starts its one wide collective here; the gradients of the factors are computed while it runs.
-        wait_dx = start_summed_gradient(grad, weight, ctx.call, du, A, mask) if needs_x else None
+        wait_dx = start_summed_gradient(grad, ctx.call, du, A, mask) if needs_x else None
         trained_A, trained_B = ctx.trained
         # u carries the scale s already and, with the sequence split, the tokens of all ranks.
         dB = outer_sum(u, grad, gradient_dtype(trained_B)).t() if needs_B else None
@@ -90,9 +90,10 @@ def start_narrow_gradient(grad: Tensor, B: Tensor, scale: Any, call: FrozenLinea
 
 
 def start_summed_gradient(
-    grad: Tensor, weight: Tensor, call: FrozenLinearCall, du: Tensor, A: Tensor, mask: Tensor | None
+    grad: Tensor, call: FrozenLinearCall, du: Tensor, A: Tensor, mask: Tensor | None
 ) -> Callable[[Tensor], Tensor]:
     """Begin dx = g W + mask (du A). Returns a function of the du of this rank's tokens: waits, and returns dx."""
+    weight = call.weight
     if call.splits_sequence:
         wait = start_input_gradient(linear(grad, weight.t()), call)
         return lambda own_du: _add_branch(wait(), own_du, A, mask)

@@ -38,24 +38,25 @@ class _RotatedLinear(Function):
     @full_precision
     def forward(ctx, x, D, call, held):  # type: ignore[override]
         x = whole_sequence(x, call)
-        ctx.rotates_weight = rotates_weight(x, call.weight, D)
+        weight = call.weight
+        ctx.rotates_weight = rotates_weight(x, weight, D)
         if ctx.rotates_weight:
-            y = linear(x, rotated_weight(call.weight, D, held))
+            y = linear(x, rotated_weight(weight, D, held))
         else:
-            y = add_blocks(linear(x, call.weight), D, held and held.multiplier)
-        ctx.save_for_backward(D, call.weight, y)
+            y = add_blocks(linear(x, weight), D, held and held.multiplier)
+        ctx.save_for_backward(D, y)
         ctx.call, ctx.held = call, held
         return y if call.bias is None else y + call.bias
 
     @staticmethod
     @full_precision
     def backward(ctx, grad):  # type: ignore[override]
-        (D, weight, y), call, wait_dx = ctx.saved_tensors, ctx.call, None
+        (D, y), call, wait_dx = ctx.saved_tensors, ctx.call, None
         if ctx.needs_input_grad[0]:  # its one wide collective runs while dD is computed
             if ctx.rotates_weight:
-                dx = linear(grad, rotated_weight(weight, D, ctx.held).t())
+                dx = linear(grad, rotated_weight(call.weight, D, ctx.held).t())
             else:
-                dx = linear(unrotated(grad, D, ctx.held), weight.t())
+                dx = linear(unrotated(grad, D, ctx.held), call.weight.t())
             wait_dx = start_input_gradient(dx, call)
         dD = changes_gradient(grad, y, D, None, None, ctx.held)
         return None if wait_dx is None else wait_dx(), dD, None, None

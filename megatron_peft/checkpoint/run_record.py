@@ -200,6 +200,12 @@ def contradictions(record: RunRecord, current: CurrentRun) -> list[str]:
             f"--pretrained-checkpoint {current.config.model.pretrained_checkpoint} is another one "
             f"({', '.join(differing)}): give the base that it was trained on."
         )
+    precisions = [run.config.model.base_precision for run in (record, current)]
+    if precisions[0] != precisions[1] and not current.config.checkpoint.allow_other_base_precision:
+        problems.append(
+            f"{load} was trained with --base-precision {precisions[0]}, but this run has --base-precision "
+            f"{precisions[1]}, another base for its adapters: give the same, or --allow-other-base-precision."
+        )
     for name in sorted(peft.spec.fields(peft) - _may_change()) if peft.trains_adapters else ():
         before, now = getattr(there, name), getattr(peft, name)
         if before != now:

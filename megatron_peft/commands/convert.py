@@ -77,6 +77,10 @@ class _ToHuggingFace(_WithCard):
 
     conversion: ClassVar[str]
 
+    def settings(self) -> dict[str, Any]:
+        """Of this conversion alone."""
+        return {}
+
     def run(self) -> int:
         import torch
 
@@ -85,7 +89,7 @@ class _ToHuggingFace(_WithCard):
 
         write = getattr(convert, self.conversion)
         size, dtype = parse_bytes(self.max_shard_size), self.dtype and getattr(torch, self.dtype)
-        card = {"pretrained_checkpoint": self.base, "license": self.license}
+        card = {"pretrained_checkpoint": self.base, "license": self.license, **self.settings()}
         return _wrote(write(self.input, self.output, dtype=dtype, max_shard_bytes=size, **card), self.input)
 
 
@@ -100,7 +104,16 @@ class MegatronToHf(_ToHuggingFace):
 class Merge(_ToHuggingFace):
     """merge a run's adapters into their base and write a Hugging Face folder"""
 
+    into: Literal["original", "trained-values"] = option(
+        "original",
+        "after a run with --base-precision: merge into the base's weights as they are, or into what they were rounded "
+        "to while it trained",
+    )
+
     conversion = "merge"
+
+    def settings(self) -> dict[str, Any]:
+        return {"into": self.into}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,6 +182,11 @@ class Verify(_FromBase):
             f"largest logit {difference.logits.scale:.4g}; "
             f"same best token at {difference.same_best} of {difference.num_positions} positions"
         )
+        if (original := difference.on_original) is not None:
+            print(
+                f"logits with the original weights of the base, not those that were trained on: largest difference "
+                f"{original.absolute:.3g}, relative {original.relative:.3g}"
+            )
         return 0 if close else 1
 
 

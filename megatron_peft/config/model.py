@@ -8,6 +8,7 @@ from typing import Any, Literal
 from megatron_peft.config.errors import Checked, Requirements, flag, option, require
 from megatron_peft.config.sources import RECORD_NAMES, is_indexed, kind_of_source, parse_blend, require_one_kind
 
+BLOCK = 64  # input features of a row that share a scale with --base-precision
 FULL_RECOMPUTE_FIELDS = ("recompute_method", "recompute_num_layers", "distribute_saved_activations")
 
 
@@ -26,6 +27,12 @@ class ModelConfig(Checked):
     shape_flags: Mapping[str, Any] = field(default_factory=dict)
     transformer: Mapping[str, Any] = field(default_factory=dict)
     bf16: bool = option(False, "train in bfloat16, with float32 master parameters", group="mixed precision")
+    base_precision: Literal["run", "nf4", "fp8"] = option(
+        "run",
+        "what the base's linear layers are quantized to while they are read: nf4 (four bits, by bitsandbytes) or fp8; "
+        "run: they have the precision of the run",
+        group="mixed precision",
+    )
     make_vocab_size_divisible_by: int = option(
         128, "the vocabulary is padded to a multiple of this, per tensor-parallel rank", check="positive"
     )

@@ -79,6 +79,21 @@ class RunConfig(Checked):
                 f"--data-path with a --split), and no --eval-iters 0.",
             )
         self.peft.spec.check_run(self.peft, self, require)
+        self._check_quantized_base(require)
+
+    def _check_quantized_base(self, require: Requirements) -> None:
+        """Nothing may change weights that exist in a few bits only."""
+        peft, precision = self.peft, self.model.base_precision
+        changing = {
+            "--peft-method full trains": not peft.trains_adapters,
+            "--urnn-mode replace replaces": peft.spec.replaces_base(peft),
+            "--hybrid-merge-interval merges into": peft.spec.merge_interval(peft) is not None,
+        }
+        for what, is_so in changing.items():
+            require(
+                precision == "run" or not is_so,
+                f"--base-precision {precision} keeps the base's weights as they are, but {what} them: leave out one.",
+            )
 
     def _check_schedule(self, require: Requirements) -> None:
         """Lengths of the schedule count what the length of the run counts, and the warmup ends before the decay."""

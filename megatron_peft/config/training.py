@@ -300,6 +300,7 @@ class CheckpointConfig(Checked):
     finetune: bool = option(False, "load parameters only and start at iteration 0")
     no_load_optim: bool = option(False, "do not load the optimizer state")
     no_load_rng: bool = option(False, "do not load the state of the random generators")
+    allow_other_base_precision: bool = option(False, "load adapters that were trained with another --base-precision")
     no_save_optim: bool = option(False, "do not save the optimizer state")
     no_save_rng: bool = option(False, "do not save the state of the random generators")
 

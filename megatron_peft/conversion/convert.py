@@ -13,6 +13,7 @@ from importlib import import_module
 from math import prod
 from os import PathLike
 from pathlib import Path
+from typing import Literal
 
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
@@ -20,6 +21,7 @@ from torch import Size, Tensor
 from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter, WriteItem, filesystem, metadata, planner
 from torch.utils.serialization import config as serialization_config
 
+from megatron_peft.adapters.quantized_weight import trained_values
 from megatron_peft.checkpoint.folders import MANIFEST, OPTIMIZER_FILE, RECORD, check_new, megatron_files, new_folder
 from megatron_peft.checkpoint.run_record import read_record
 from megatron_peft.config import ConfigurationError, require
@@ -308,6 +310,7 @@ def merge(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     license: str | None = None,
+    into: Literal["original", "trained-values"] = "original",
     progress: bool = True,
 ) -> Path:
     """Write `output`: a model card, config.json, the tokenizer's files and sharded safetensors of the changed model.
@@ -315,12 +318,17 @@ def merge(
     Arguments as for `megatron_to_hf`, of a run with adapters at any layout; `pretrained_checkpoint` is their base, if
     it is not where the run says.
 
+    into: the weights of the base, or, after a run with --base-precision, what these were rounded to while it trained.
+
     Raises ConfigurationError: before anything is written: no checkpoint or no adapters, another base, an output that
     exists, damaged files.
     """
     model_card.check_export(output, license)
     adapters = trained_adapters.open_adapters(input)
-    peft, shape = adapters.record.config.peft, adapters.record.shape
+    peft, shape, model = adapters.record.config.peft, adapters.record.shape, adapters.record.config.model
+    precision = model.base_precision if into == "trained-values" else "run"
+    told = f"--into trained-values: --input {input} was trained on its base's own weights: leave it out."
+    require(into == "original" or precision != "run", told)
     module = import_module(peft.spec.adapter)
     require(hasattr(module, "merge"), f"--input {input}: adapters of --peft-method {peft.method} cannot be merged.")
     base = trained_adapters.base_of(adapters, pretrained_checkpoint)
@@ -332,14 +340,17 @@ def merge(
     def read(rule: Rule, weights: Weights) -> Mapping[str, Tensor]:
         """Changed in float32 (or float64), and cast when written."""
         layer, stored = rule.layer, weights.stored_type(rule)
-        if layer not in adapters.record.adapted_layers:
+        is_adapted, is_rounded = layer in adapters.record.adapted_layers, rule.is_linear and precision != "run"
+        if not (is_adapted or is_rounded):
             return _tensors(rule, weights)
         whole = torch.empty(rule.local_shape(1), dtype=torch.promote_types(stored, torch.float32))
         weights.read(rule, whole, 0, 1)
-        return rule.write([module.merge(whole, adapters.of(layer), peft)])
+        if is_rounded:
+            whole = trained_values(whole, precision, torch.bfloat16 if model.bf16 else torch.float32)
+        return rule.write([module.merge(whole, adapters.of(layer), peft) if is_adapted else whole])
 
     card = model_card.Exported(
-        adapters.folder, adapters.record, Path(output), str(base), is_adapter=False, license=license
+        adapters.folder, adapters.record, Path(output), str(base), is_adapter=False, license=license, into=into
     )
     bar = "Merging" if progress else ""
     return _write(Path(output), base, shape, places, read, dtype, max_shard_bytes, bar, card)

@@ -6,8 +6,9 @@ import pickle
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from megatron_peft.checkpoint.safe_pickle import plain_reason, require_harmless
 from megatron_peft.config import ConfigurationError, require, untrusted
-from megatron_peft.models.rules import Index, RowRange, Rule
+from megatron_peft.models.rules import HFTensor, Index, RowRange, Rule
 
 # A source maps its file again after this many bytes of tensors: pages that were read stay resident until the file is
 # unmapped.
@@ -136,7 +137,10 @@ class Source:
         Raises ConfigurationError: the file cannot be read, was cut short after its header was checked, or holds a value
         that is not finite.
         """
-        header = self.headers[name]
+        return self.values(name, self.headers[name], index)
+
+    def values(self, name: str, header: Header, index: Index) -> Tensor:
+        """`slice` of the tensor that a header describes."""
         if header.start is not None and is_whole_rows(index, header.shape):
             values = self._rows(header, header.start, index)
         else:
@@ -198,6 +202,30 @@ def is_whole_rows(index: Index, shape: Sequence[int]) -> bool:
     """Whether `tensor[index]` of a tensor of this shape is some of its rows, which are contiguous in a file."""
     others = zip(index[1:], shape[1:], strict=False)
     return len(index) > 0 and all(range(length)[cut] == range(length) for cut, length in others)
+
+
+def row_ranges(rule: Rule, granule: int = 1, max_elements: int | None = None) -> dict[str, list[RowRange]]:
+    """The rows of each Hugging Face tensor of a parameter, by its name, in ranges that lie together on both sides.
+
+    Ranges begin and end at multiples of `granule` in the parameter, as every run of consecutive rows does, and have at
+    most `max_elements`, unless a granule has more.
+    """
+    columns = tuple(HFTensor(part.name, (part.shape[0], 1)) for part in rule.hf_tensors)
+    rule_of_rows = replace(rule, hf_tensors=columns)
+    places = rule_of_rows.write([torch.arange(rule_of_rows.local_shape(1)[0])[:, None]])
+    ranges = {}
+    for tensor in rule.hf_tensors:
+        num_rows = max_elements // prod(tensor.shape[1:]) if max_elements else tensor.shape[0]
+        step = max(num_rows // granule, 1) * granule
+        rows = places[tensor.name].flatten().tolist()  # of the parameter
+        ends = [row for row in range(1, len(rows)) if rows[row] != rows[row - 1] + 1]
+        ranges[tensor.name] = [
+            RowRange(tensor.name, slice(start, end), slice(rows[start], rows[start] + end - start))
+            for first, stop in pairwise([0, *ends, len(rows)])
+            for start in range(first, stop, step)
+            for end in [min(start + step, stop)]
+        ]
+    return ranges
 
 
 def open_source(folder: str | Path, weight_files: Sequence[str] = WEIGHT_FILES) -> Source:
@@ -326,14 +354,17 @@ def copy_small_files(source: Path, target: Path) -> None:
 def set_stored_type(folder: Path, dtypes: Iterable[torch.dtype]) -> None:
     """Set the dtype of config.json to that of the weights, in which transformers then loads them.
 
-    Nothing changes if the weights have several types.
+    It stays if the weights have several types. What was said of a quantization goes: written weights have none.
     """
     names = list({str(dtype).removeprefix("torch.") for dtype in dtypes})
     path = folder / CONFIG
-    config = untrusted.read_json_object(path)
+    there = untrusted.read_json_object(path)
+    config = {key: value for key, value in there.items() if key != "quantization_config"}
     keys = [key for key in TYPE_KEYS if config.get(key) is not None] or [TYPE_KEYS[0]]
-    if len(names) == 1 and any(config.get(key) != names[0] for key in keys):
-        write_config(folder, config | dict.fromkeys(keys, names[0]))
+    if len(names) == 1:
+        config |= dict.fromkeys(keys, names[0])
+    if config != there:
+        write_config(folder, config)
 
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:

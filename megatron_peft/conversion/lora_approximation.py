@@ -20,9 +20,10 @@ from torch import Tensor
 
 from megatron_peft.adapters.change import DifferenceChange, WeightChange
 from megatron_peft.config import require, untrusted
+from megatron_peft.conversion.hf_files import row_ranges
 from megatron_peft.conversion.megatron_files import MegatronWeights, open_megatron
 from megatron_peft.conversion.pretrained import Weights, open_weights, owned_rules
-from megatron_peft.conversion.trained_adapters import LowRankFactors, TrainedAdapters, row_ranges
+from megatron_peft.conversion.trained_adapters import LowRankFactors, TrainedAdapters
 from megatron_peft.conversion.writer import byte_bar
 from megatron_peft.models.families import rules_for
 from megatron_peft.models.rules import RowRange, Rule

@@ -28,6 +28,7 @@ LICENSE = re.compile(r"[A-Za-z0-9][\w.+-]*")  # the hub's identifiers are single
 LINK = re.compile(r"https://[\w./~%?=&#:@+-]+")
 LICENSE_FIELDS = ("license", "license_name", "license_link")
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values that --max-lora-rank of `vllm serve` takes
+MERGED_INTO = {"original": "its original weights", "trained-values": "the values that it was trained on"}
 NO_BASE = "HUGGING_FACE_BASE"  # where the base has no folder that others open
 
 
@@ -43,6 +44,7 @@ class Exported:
     lora_rank: int | None = None
     license: str | None = None
     approximation: str = ""  # a section on what the export has left out
+    into: str = "original"  # the values of a quantized base that adapters were merged into
 
     @property
     def name(self) -> str:
@@ -81,7 +83,7 @@ def write_card(folder: Path, exported: Exported) -> None:
         f"---\n{front.to_yaml()}\n---",
         f"# {_literal(exported.name)}",
         f"{kind} fine-tuned from {_literal(trained_on)} with megatron_peft.",
-        f"## Method\n\n{_method(record)}",
+        f"## Method\n\n{_method(exported)}",
         f"## Data\n\n{_data(record)}",
         f"## Figures\n\n{_figures(exported)}",
         exported.approximation,
@@ -138,8 +140,10 @@ def _table(rows: Iterable[tuple[str, str]]) -> str:
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows if value)])
 
 
-def _method(record: RunRecord) -> str:
-    peft, optimizer = record.config.peft, record.config.optimizer
+def _method(exported: Exported) -> str:
+    record = exported.record
+    peft, optimizer, base = record.config.peft, record.config.optimizer, record.config.model.base_precision
+    merged = "" if exported.is_adapter else f"; merged into {MERGED_INTO[exported.into]}"
     used = (field for field in fields(peft) if field.name in peft.spec.fields(peft) and field.name != "method")
     values = ((errors.flag_of(field), getattr(peft, field.name)) for field in used)
     typed = " ".join(errors.spelled(name, value) for name, value in values if value not in (None, False))
@@ -149,6 +153,7 @@ def _method(record: RunRecord) -> str:
         ("optimizer", f"{optimizer.optimizer}, learning rate {optimizer.lr:g}" if optimizer.lr else ""),
         ("samples a step", str(record.config.training.global_batch_size or "")),
         ("precision", "bf16" if record.config.model.bf16 else "float32"),
+        ("base while it was trained", "" if base == "run" else f"{base}{merged}"),
     ])  # fmt: skip
 
 

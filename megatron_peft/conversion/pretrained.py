@@ -12,16 +12,18 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from torch import nn
+from torch import Tensor, nn
 
+from megatron_peft.adapters.quantized_weight import stored_tensors
 from megatron_peft.checkpoint import folders, load, run_record
-from megatron_peft.config import LINEAR_MODULES, ConfigurationError, RunConfig, require
-from megatron_peft.conversion.hf_files import CONFIG, ReadCounts, Source, check_inventory, open_source
+from megatron_peft.config import LINEAR_MODULES, ConfigurationError, RunConfig, require, require_packages
+from megatron_peft.conversion.hf_files import CONFIG, ReadCounts, Source, check_inventory, open_source, row_ranges
 from megatron_peft.conversion.megatron_files import OUTPUT, MegatronWeights, open_megatron
+from megatron_peft.conversion.nf4_files import unpacked
 from megatron_peft.conversion.writer import byte_bar
 from megatron_peft.models.families import read_shape, rules_for
 from megatron_peft.models.rules import Columns, RowRange, Rule, expected_tensors
-from megatron_peft.models.shape import ModelShape, check_layout, check_lengths, compare_shape, is_size
+from megatron_peft.models.shape import ModelShape, check_blocks, check_layout, check_lengths, compare_shape, is_size
 from megatron_peft.parallel.collectives import (
     Wait,
     columns_from_rows_over_tensor_parallel,
@@ -114,7 +116,7 @@ def open_weights(folder: str | Path, shape: ModelShape) -> tuple[dict[str, Rule]
     """
     files = folders.megatron_files(folder)
     if files is None:
-        source = open_source(folder)
+        source = unpacked(open_source(folder))
         require(
             len(source.headers) >= shape.num_layers,  # a wrong number of layers could take minutes
             f"the tensors in {folder} do not fit its config.json: {len(source.headers)} tensors, {shape.num_layers:,} "
@@ -138,13 +140,16 @@ def owned_rules(rules: Mapping[str, Rule], shape: ModelShape) -> dict[str, Rule]
 
 def checked_shape(config: RunConfig) -> ModelShape:
     """Shape of the base model. ConfigurationError if it is missing, or contradicts the flags or the layout."""
-    base = config.model.pretrained_checkpoint
+    base, precision = config.model.pretrained_checkpoint, config.model.base_precision
     assert base is not None
+    if precision == "nf4":
+        require_packages("nf4", "bitsandbytes")
     shape = read_model_shape(base)
     if dist.get_rank() == 0:  # each rank opens them again when it loads
         open_weights(base, shape)
     problems = [*compare_shape(config.model.shape_flags, shape), *check_layout(config.parallel, shape)]
     problems += check_lengths(config.data, shape)
+    problems += check_blocks(precision, config.parallel.tensor_model_parallel_size, shape)
     if problems:
         raise ConfigurationError(*problems)
     return shape
@@ -176,6 +181,7 @@ def require_same_model(folder: str | Path) -> None:
 # All ranks issue these collectives in the order of the parameters, so no two wait for each other. A rank that fails
 # stops reading but goes on taking part, or the others would hang; at the end its error is raised on all ranks.
 
+QUANTIZED_AT_ONCE = 2**21  # numbers
 MAX_IN_FLIGHT = 4  # broadcasts that have started and not ended
 
 
@@ -222,7 +228,8 @@ def load_pretrained(
             weights.counts = ReadCounts()  # it received the first rank's
     to_fill = checked_together(lambda: _with_rules(model_chunks, rules, tensor_parallel_size))
     to_fill.sort(key=lambda pair: weights.place(pair[0]))
-    with byte_bar("Loading weights", sum(parameter.nbytes for _, parameter in to_fill), progress) as advance:
+    num_bytes = sum(tensor.nbytes for _, parameter in to_fill for tensor in stored_tensors(parameter))
+    with byte_bar("Loading weights", num_bytes, progress) as advance:
         groups: Any = (None, None)
         if together:
             groups = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_data_parallel_group()
@@ -260,6 +267,19 @@ def _with_rules(
     return pairs
 
 
+def _some_rows(rule: Rule, rank: int, size: int) -> Iterator[tuple[RowRange, slice]]:
+    """Few rows of a matrix at a time, which lie together in the files, and where they are in a rank's part of it."""
+    ranges = [rows for each in row_ranges(rule, max_elements=QUANTIZED_AT_ONCE).values() for rows in each]
+    for part in rule.global_slices(torch.empty(rule.local_shape(size), device="meta"), rank, size):
+        first, own = part.offset[0], part.view.storage_offset() // part.view.shape[1]
+        for rows in ranges:
+            start, stop = max(rows.megatron.start, first), min(rows.megatron.stop, first + len(part.view))
+            if start < stop:
+                hf = rows.hf.start - rows.megatron.start
+                there = RowRange(rows.name, slice(hf + start, hf + stop), slice(start, stop))
+                yield there, slice(own + start - first, own + stop - first)
+
+
 @torch.no_grad()
 def fill_parameters(
     to_fill: Sequence[tuple[Rule, nn.Parameter]],
@@ -270,6 +290,8 @@ def fill_parameters(
     advance: Callable[[int], None],
 ) -> None:
     """Fill contiguous parameters in place and in this order, which must be the same on all ranks of the groups.
+
+    A quantized weight is read some rows at a time, so that no more of it is ever there in full precision.
 
     `advance` is called with the bytes of every parameter that has been read or is being sent.
 
@@ -287,25 +309,43 @@ def fill_parameters(
             except ConfigurationError as error:
                 failures.append(error)
 
+    def read_some_rows(rule: Rule, rows: RowRange, values: Tensor, group: dist.ProcessGroup | None) -> None:
+        """Fill `values` with some rows, or a rank's columns of them; the ranks of a group read them for one another."""
+        share = slice(0, len(values)) if group is None else share_of_rows(len(values), rank, size)
+        starts = rows.hf.start + share.start, rows.megatron.start + share.start
+        num_rows, width = share.stop - share.start, rule.hf_tensors[0].shape[1]
+        whole = torch.empty((num_rows, width), dtype=values.dtype)  # on the host
+        if num_rows:
+            read(weights.read_rows, rule, RowRange(rows.name, *(slice(at, at + num_rows) for at in starts)), whole)
+        if group is not None:
+            columns_from_rows_over_tensor_parallel(whole, values, group)
+        else:
+            first = rank * values.shape[1] if isinstance(rule, Columns) else 0
+            values.copy_(whole[:, first : first + values.shape[1]])
+
     in_flight: deque[Wait] = deque()
     for rule, parameter in to_fill:
-        local = parameter.detach()
+        held, quantized = stored_tensors(parameter), getattr(parameter, "quantized", None)
+        num_bytes = sum(tensor.nbytes for tensor in held)
         source = read_bytes.index(min(read_bytes))  # the replica that has read least so far
-        read_bytes[source] += parameter.nbytes
+        read_bytes[source] += num_bytes
         if source == replica:
             group = tensor_parallel if isinstance(rule, Columns) and size > 1 else None
-            if group is not None and weights.holds_whole_rows(rule, local.dtype):
-                rows = share_of_rows(len(local), rank, size)
-                share = torch.empty((rows.stop - rows.start, local.shape[1] * size), dtype=local.dtype)  # on the host
-                read(weights.read_rows, rule, RowRange(rule.hf_tensors[0].name, rows, rows), share)
-                columns_from_rows_over_tensor_parallel(share, local, group)
+            if quantized is not None:
+                for rows, own in _some_rows(rule, rank, size):
+                    values = torch.empty((own.stop - own.start, quantized.shape[1]), device=quantized.codes.device)
+                    read_some_rows(rule, rows, values, group)
+                    quantized.fill_rows(own, values)
+            elif group is not None and weights.holds_whole_rows(rule, parameter.dtype):
+                rows = slice(0, len(parameter))
+                read_some_rows(rule, RowRange(rule.hf_tensors[0].name, rows, rows), parameter.detach(), group)
             else:
-                read(weights.read, rule, local, rank, size)
-        in_flight.append(start_broadcast(local, source, replicas))
-        if len(in_flight) > MAX_IN_FLIGHT:
+                read(weights.read, rule, parameter.detach(), rank, size)
+        in_flight += [start_broadcast(tensor, source, replicas) for tensor in held]
+        while len(in_flight) > MAX_IN_FLIGHT:
             in_flight.popleft()()
             wait_for_device()
-        advance(parameter.nbytes)
+        advance(num_bytes)
     for wait in in_flight:
         wait()
 

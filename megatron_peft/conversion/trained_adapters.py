@@ -3,9 +3,7 @@
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from itertools import pairwise
-from math import prod
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,10 +16,10 @@ from megatron_peft.checkpoint.folders import RECORD, damage, iteration_folder, n
 from megatron_peft.checkpoint.run_record import ADAPTER_CONFIG, RunRecord, differing_base, find_checkpoint, read_record
 from megatron_peft.checkpoint.tensors import ADAPTER, NOT_PARAMETERS, master_key
 from megatron_peft.config import ConfigurationError, require
-from megatron_peft.conversion.hf_files import listed
+from megatron_peft.conversion.hf_files import listed, row_ranges
 from megatron_peft.conversion.megatron_files import StoredTensor, open_distributed
 from megatron_peft.conversion.pretrained import known_fingerprint, read_model_shape
-from megatron_peft.models.rules import WEIGHT, HFTensor, RowRange, Rule
+from megatron_peft.models.rules import WEIGHT, Rule
 
 # The two factors of a low-rank adapter, between Megatron's fused layers and Hugging Face's separate ones.
 #
@@ -45,30 +43,6 @@ class LowRankFactors:
         more = rank - self.rank
         A = torch.cat([self.A, self.A.new_zeros(more, self.A.shape[1])])
         return LowRankFactors(A, torch.cat([self.B, self.B.new_zeros(self.B.shape[0], more)], dim=1))
-
-
-def row_ranges(rule: Rule, granule: int = 1, max_elements: int | None = None) -> dict[str, list[RowRange]]:
-    """The rows of each Hugging Face tensor of a parameter, by its name, in ranges that lie together on both sides.
-
-    Ranges begin and end at multiples of `granule` in the parameter, as every run of consecutive rows does, and have at
-    most `max_elements`, unless a granule has more.
-    """
-    columns = tuple(HFTensor(part.name, (part.shape[0], 1)) for part in rule.hf_tensors)
-    rule_of_rows = replace(rule, hf_tensors=columns)
-    places = rule_of_rows.write([torch.arange(rule_of_rows.local_shape(1)[0])[:, None]])
-    ranges = {}
-    for tensor in rule.hf_tensors:
-        num_rows = max_elements // prod(tensor.shape[1:]) if max_elements else tensor.shape[0]
-        step = max(num_rows // granule, 1) * granule
-        rows = places[tensor.name].flatten().tolist()  # of the parameter
-        ends = [row for row in range(1, len(rows)) if rows[row] != rows[row - 1] + 1]
-        ranges[tensor.name] = [
-            RowRange(tensor.name, slice(start, end), slice(rows[start], rows[start] + end - start))
-            for first, stop in pairwise([0, *ends, len(rows)])
-            for start in range(first, stop, step)
-            for end in [min(start + step, stop)]
-        ]
-    return ranges
 
 
 def rows_of_modules(rule: Rule, tensor: Tensor) -> dict[str, Tensor]:

@@ -7,11 +7,11 @@ model, a run's adapters on their base, or a fully fine-tuned model. All in float
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +65,15 @@ class LogitComparison:
     layers: list[Difference]
     same_best: int
     num_positions: int
+    on_original: Difference | None = None  # of logits, with the original weights of a base that was quantized
+
+
+class Subject(NamedTuple):
+    """A base model, what runs it (with adapters), and, for a run on a quantized base, what runs it on the original."""
+
+    base: Path
+    trace: Callable[[Tensor], Trace]
+    on_original: Callable[[Tensor], Trace] | None = None
 
 
 def verify(
@@ -78,24 +87,28 @@ def verify(
     """
     given = {"--input": input, "--reference": reference}
     subjects = [_subject(flag, Path(folder), pretrained_checkpoint) for flag, folder in given.items()]
-    shapes = [read_model_shape(base) for base, _ in subjects]
+    shapes = [read_model_shape(subject.base) for subject in subjects]
     for size in ("vocab_size", "num_layers", "hidden_size"):
         sizes = [getattr(shape, size) for shape in shapes]
         require(sizes[0] == sizes[1], f"{input} and {reference} are not comparable: {size} {sizes[0]} and {sizes[1]}.")
     longest = min(shape.longest_sequence for shape in shapes)
     require(0 < num_tokens <= longest, f"--num-tokens {num_tokens} must be at least 1 and at most {longest}.")
     tokens = random_tokens(shapes[0].vocab_size, num_tokens)
-    traces = [trace(tokens) for _, trace in subjects]
+    traces = [subject.trace(tokens) for subject in subjects]
     for flag, folder, trace in zip(given, given.values(), traces, strict=True):
         told = f"{flag} {folder}: its logits are NaN or infinite, so its weights may be too."
         require(untrusted.is_finite(trace.logits), told)
-    return _compare(*traces)
+    found = _compare(*traces)
+    if not any(subject.on_original for subject in subjects):
+        return found
+    pairs = zip(subjects, traces, strict=True)
+    original = [trace if one.on_original is None else one.on_original(tokens) for one, trace in pairs]
+    return replace(found, on_original=Difference.of(original[0].logits, original[1].logits))
 
 
 def logits_of(folder: str | Path, tokens: Tensor) -> Tensor:  # [b, s] -> [b, s, vocabulary]
     """Run the model in a folder as `verify` does; adapters are put on the base that they name."""
-    _, trace = _subject("--input", Path(folder), None)
-    return trace(tokens).logits
+    return _subject("--input", Path(folder), None).trace(tokens).logits
 
 
 def random_tokens(vocab_size: int, num_tokens: int) -> Tensor:  # -> [BATCH_SIZE, num_tokens]
@@ -109,7 +122,7 @@ def _compare(trace: Trace, reference: Trace) -> LogitComparison:
     return LogitComparison(Difference.of(trace.logits, reference.logits), layers, int(same.sum()), same.numel())
 
 
-def _subject(flag: str, folder: Path, base: str | Path | None) -> tuple[Path, Callable[[Tensor], Trace]]:
+def _subject(flag: str, folder: Path, base: str | Path | None) -> Subject:
     """The base model, `base` or the one that is named, and the function that runs what the folder of `flag` holds."""
     require(folder.is_dir(), f"{flag} {folder} is not a folder: give a model, a run or an adapter of HF PEFT.")
     files, config = folders.megatron_files(folder), folder / run_record.ADAPTER_CONFIG
@@ -119,7 +132,7 @@ def _subject(flag: str, folder: Path, base: str | Path | None) -> tuple[Path, Ca
     if run is None and "peft_type" not in settings:
         is_model = files is not None or (folder / hf_files.CONFIG).is_file()
         require(is_model, f"{flag} {folder} holds no model: neither a {hf_files.CONFIG} nor a checkpoint.")
-        return folder, partial(_trace_transformers if files is None else _trace_ours, folder)
+        return Subject(folder, partial(_trace_transformers if files is None else _trace_ours, folder))
     trained_on = run.config.model.pretrained_checkpoint if run else settings.get("base_model_name_or_path")
     named = base or trained_on
     if run is None and not base:
@@ -131,12 +144,15 @@ def _subject(flag: str, folder: Path, base: str | Path | None) -> tuple[Path, Ca
         f"the base model {base} of {flag} {folder} is not there: give its folder with --pretrained-checkpoint.",
     )
     if run is None:
-        return base, partial(_trace_transformers, base, adapter=folder)
+        return Subject(base, partial(_trace_transformers, base, adapter=folder))
     # Not an error, because the same weights in another format have other files.
     differing = run_record.differing_base(run, read_model_shape(base), known_fingerprint(base))
     if differing:
         logger.warning("%s was trained on %s; %s differs from it in %s", folder, trained_on, base, ", ".join(differing))
-    return base, partial(_trace_ours, base, adapters=(folder, run))
+    trace, precision = partial(_trace_ours, base, adapters=(folder, run)), run.config.model.base_precision
+    if precision == "run":
+        return Subject(base, trace)
+    return Subject(base, partial(trace, base_precision=precision), trace)
 
 
 # How each library runs a model.
@@ -173,11 +189,16 @@ def _refusals_named(library: str, folder: Path, hint: str = "") -> Iterator[None
         raise ConfigurationError(f"{library} cannot open {folder} ({type(error).__name__}: {reason}).{hint}") from error
 
 
-def _trace_ours(base: Path, tokens: Tensor, adapters: tuple[Path, run_record.RunRecord] | None = None) -> Trace:
+def _trace_ours(
+    base: Path,
+    tokens: Tensor,
+    adapters: tuple[Path, run_record.RunRecord] | None = None,
+    base_precision: Literal["run", "nf4", "fp8"] = "run",
+) -> Trace:
     from megatron_peft.adapters.attach import attach_adapters
 
     shape = read_model_shape(base)
-    with _our_model(shape, base) as chunk:
+    with _our_model(shape, base, base_precision) as chunk:
         if adapters is not None:
             attach_adapters([chunk], adapters[1].config.peft, adapters[1].config.training.seed)
         load_pretrained([chunk], base, shape, tensor_parallel_rank=0, tensor_parallel_size=1, progress=True)
@@ -187,7 +208,7 @@ def _trace_ours(base: Path, tokens: Tensor, adapters: tuple[Path, run_record.Run
 
 
 @contextmanager
-def _our_model(shape: ModelShape, base: Path) -> Iterator[Any]:
+def _our_model(shape: ModelShape, base: Path, base_precision: Literal["run", "nf4", "fp8"] = "run") -> Iterator[Any]:
     """A GPTModel in float32 without its weights, in a world of one rank."""
     from megatron_peft.models.gpt import build_model_chunks
     from megatron_peft.runtime.launch import start_model_parallel, start_world, stop
@@ -196,7 +217,8 @@ def _our_model(shape: ModelShape, base: Path) -> Iterator[Any]:
     start_world()
     try:
         start_model_parallel(parallel, seed=0)
-        (chunk,) = build_model_chunks(shape, ModelConfig(str(base), transformer_impl="local"), parallel)
+        model = ModelConfig(str(base), transformer_impl="local", base_precision=base_precision)
+        (chunk,) = build_model_chunks(shape, model, parallel)
         yield chunk
     finally:
         stop()

@@ -102,10 +102,12 @@ def restore_base(chunks: Sequence[nn.Module], config: RunConfig, shape: ModelSha
 
 
 def model_fingerprint(config: RunConfig) -> str:
-    """32 hexadecimal digits that identify base, checkpoint and dtype. Call it on the first rank."""
+    """32 hexadecimal digits that identify base, checkpoint and precision. Call it on the first rank."""
     base, load = base_fingerprint(config.model.pretrained_checkpoint), config.checkpoint.load
     manifest = (run_record.find_checkpoint(load) / MANIFEST).read_text() if load else None
     parts = [dict(base or {}), manifest, config.model.bf16]
+    if config.model.base_precision != "run":  # else as fingerprints have always been
+        parts.append(config.model.base_precision)
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -123,7 +125,7 @@ def end_ids(base: str) -> frozenset[int]:
 # Section of RunConfig -> fields that an evaluation takes from the run's record. The layout, and the path of a base that
 # has moved, are the user's flags.
 SAVED: dict[str, tuple[str, ...]] = {
-    "model": ("pretrained_checkpoint", "bf16", "make_vocab_size_divisible_by"),
+    "model": ("pretrained_checkpoint", "bf16", "base_precision", "make_vocab_size_divisible_by"),
     "data": ("tokenizer_type", "tokenizer_model", "vocab_size", "chat_template"),
     "training": ("seed",),  # a method may draw parameters that it never trains
 }

@@ -147,15 +147,17 @@ class _Sketch:
     """One layer while it is sketched, with a `SketchProduct` in its adapter's place."""
 
     def __init__(self, target: TargetLayer, rank: int, init: str, seed: int) -> None:
-        layout, weight = target.module.layout, target.module.weight
+        layout, like = target.module.layout, target.module.weight.dtype
+        device = torch.cuda.current_device()  # of a quantized weight only the form has one
         self.rank, self.init = rank, INIT_RULES[init]
         width = min(self.init.triplets_per_rank * rank + OVERSAMPLING, layout.out_features, layout.in_features)
         self.target, self.layout = target, layout
         self.adapter = target.module.adapter
         omega = torch.randn(width, layout.in_features, generator=generator_for(seed, f"{target.name}.sketch"))
         direction = torch.randn(layout.in_features, generator=generator_for(seed, f"{target.name}.sketch.direction"))
-        self.direction = layout.slice_input(direction).to(weight.device)
-        own_omega = layout.slice_input(omega).to(weight).contiguous()  # of some columns oneDNN has no fast product
+        self.direction = layout.slice_input(direction).to(device)
+        # Of some columns oneDNN has no fast product.
+        own_omega = layout.slice_input(omega).to(device, like).contiguous()
         target.module.adapter = self.branch = SketchProduct(own_omega, layout.local_out_features, is_first=True)
 
     @property
@@ -179,7 +181,7 @@ class _Sketch:
     def prepare_second_pass(self) -> None:
         Y = self.branch.total.t()
         self.squared_residual = squared_residual_estimate(Y, self.sum_over_rows)
-        Q = orthonormal_basis(Y, self.sum_over_rows).to(self.target.module.weight)
+        Q = orthonormal_basis(Y, self.sum_over_rows).to(self.target.module.weight.dtype)
         self.target.module.adapter = self.branch = SketchProduct(Q.t(), self.layout.local_in_features, is_first=False)
 
     @torch.no_grad()

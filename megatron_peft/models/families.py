@@ -29,7 +29,6 @@ FAMILIES = {  # model_type -> the module that defines its `FAMILY`, imported at 
 
 # Keys of any family that change the computation -> the values that do not.
 REFUSED: dict[str, tuple[Any, ...]] = {
-    "quantization_config": (None,),
     "compression_config": (None,),
     "is_encoder_decoder": (None, False),
     "add_cross_attention": (None, False),
@@ -135,6 +134,7 @@ def read_shape_of_file(path: Path) -> ModelShape:
     known = {**REFUSED, **family.refused}
     refused = [key for key, accepted in known.items() if config.get(key) not in accepted]
     shown = ", ".join(f"{key}={json.dumps(config[key])[:80]}" for key in refused)
+    _require_readable(path, config.get("quantization_config"))
     require(not refused, f"{path} uses unsupported settings: {shown}. Use a checkpoint without it.")
     for key in ("dtype", "torch_dtype"):
         named = config.get(key)
@@ -142,7 +142,7 @@ def read_shape_of_file(path: Path) -> ModelShape:
             named is None or str(named).removeprefix("torch.") in NUMBER_TYPES,
             f"{path}: {key} is {json.dumps(named)[:80]}; it must be {', '.join(sorted(NUMBER_TYPES))} or null.",
         )
-    unknown = sorted(config.keys() - family.read - HARMLESS - known.keys())
+    unknown = sorted(config.keys() - family.read - HARMLESS - known.keys() - {"quantization_config"})
     if unknown:
         # transformers' own class does not define them either.
         logger.warning("%s: unknown keys are ignored: %s", path, ", ".join(unknown))
@@ -150,6 +150,19 @@ def read_shape_of_file(path: Path) -> ModelShape:
         return family.shape(config)
     except ConfigurationError as error:
         raise ConfigurationError(f"{path}: {error}") from None
+
+
+def _require_readable(path: Path, quantization: Any) -> None:
+    """Raises ConfigurationError for weights that are quantized in another way than bitsandbytes' NF4."""
+    told = quantization if isinstance(quantization, dict) else {"quant_method": quantization}
+    is_nf4 = bool(told.get("load_in_4bit")) and told.get("bnb_4bit_quant_type") == "nf4"
+    is_nf4 = is_nf4 and told.get("quant_method", "bitsandbytes") == "bitsandbytes"
+    method = str(told.get("quant_method", "an unknown method"))[:40]
+    require(
+        quantization is None or is_nf4,
+        f"{path}: the weights are quantized (quantization_config: {method}), and only the NF4 of bitsandbytes is read. "
+        f"Take the model that they were made from, with --base-precision nf4 or fp8.",
+    )
 
 
 def check_adapters(peft: PeftConfig, parallel: ParallelConfig, shape: ModelShape) -> list[str]:

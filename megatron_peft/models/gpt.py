@@ -49,13 +49,14 @@ _NORMS = {"RMSNorm": RMSNorm, "LayerNorm": LayerNorm}
 
 @dataclass
 class GPTConfig(TransformerConfig):
-    """TransformerConfig, with the linear layers that own a bias, Hugging Face's names (`Family.modules`), and
-    --attention-backend for our core attention.
+    """TransformerConfig, with the linear layers that own a bias, Hugging Face's names (`Family.modules`),
+    --attention-backend for our core attention, and --base-precision for the linear layers.
     """
 
     linear_biases: frozenset[str] = frozenset()
     huggingface_modules: Mapping[str, str] = field(default_factory=dict)
     attention_kernel: str = "auto"
+    base_precision: str = "run"
 
 
 def transformer_config(
@@ -118,7 +119,7 @@ def build_model_chunks(
     # machine with a GPU. Its linear layers are never used: they take no adapter and would change the checkpoint's keys.
     norm: Any = _NORMS[shape.normalization]
     core_attention: Any = ScaledDotProductAttention
-    config.attention_kernel = model.attention_backend
+    config.attention_kernel, config.base_precision = model.attention_backend, model.base_precision
     if uses_transformer_engine(model.transformer_impl, Installed.detected()):
         from megatron.core.extensions.transformer_engine import TEDotProductAttention, TENorm
 

@@ -7,6 +7,7 @@ from operator import attrgetter
 from typing import Any, Literal
 
 from megatron_peft.config import DataConfig, LinearSizes, ParallelConfig, flag, mistyped, require
+from megatron_peft.config.model import BLOCK
 from megatron_peft.config.training import stages_of_layout
 
 MOST = 2**31 - 1  # of any size, so that products of two sizes fit 64 bits
@@ -184,6 +185,21 @@ def check_layout(parallel: ParallelConfig, shape: ModelShape) -> list[str]:
         told = f"--tensor-model-parallel-size {tp} does not divide the model's {', '.join(undivided)}: "
         problems = [f"{told}use {_listed(_divisors(math.gcd(*sizes.values())))}.", *problems]
     return problems
+
+
+def check_blocks(base_precision: str, tensor_parallel_size: int, shape: ModelShape) -> list[str]:
+    """A message, with the sizes that fit, if a rank's part of a quantized weight would cut a block."""
+    whole = math.gcd(shape.num_attention_heads * shape.kv_channels, shape.ffn_hidden_size)  # what rows are split along
+    if base_precision == "run" or (shape.hidden_size % BLOCK == 0 and whole % (tensor_parallel_size * BLOCK) == 0):
+        return []
+    told = f"--base-precision {base_precision} has blocks of {BLOCK} input features, and linear layers of this model"
+    if shape.hidden_size % BLOCK or whole % BLOCK:
+        return [f"{told} have {shape.hidden_size} and {whole}, which are no multiples of it: leave it out."]
+    fitting = [size for size in _divisors(math.gcd(whole // BLOCK, shape.num_query_groups))]
+    return [
+        f"{told} with {whole} of them cannot be cut into --tensor-model-parallel-size {tensor_parallel_size} parts of "
+        f"whole blocks: use {_listed(fitting)}."
+    ]
 
 
 def check_lengths(data: DataConfig, shape: ModelShape) -> list[str]:

@@ -395,7 +395,8 @@ class LiveMemory:
 
     def _seen(self, tensor: Tensor) -> _Storage:
         storage = tensor.untyped_storage()
-        key, num_bytes = storage._cdata, storage.nbytes()
+        # A quantized weight's parameter has no memory of its own.
+        key, num_bytes = storage._cdata, 0 if tensor.device.type == "meta" else storage.nbytes()
         known = self._live.get(key)
         if known is None:
             known = self._live[key] = _Storage()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from megatron_peft.adapters.attach import linear_layers
+from megatron_peft.adapters.quantized_weight import stored_tensors
 from megatron_peft.adapters.step import adapters_step
 from megatron_peft.checkpoint import folders, save, tensors
 from megatron_peft.checkpoint.state import TrainingState
@@ -157,9 +158,9 @@ def watch_run(watch: Watch, of: RankToRehearse, microbatches: Sequence[Microbatc
     memory.start_peak()
     chunks = build_chunks(config, of.shape, loads)
     memory.name_modules(chunks)
-    parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
-    memory.assign("weights", parameters)
+    parameters = [tensor for chunk in chunks for one in chunk.parameters() for tensor in stored_tensors(one)]
     memory.assign("buffers", (buffer for chunk in chunks for buffer in chunk.buffers()))
+    memory.assign("weights", parameters)  # a quantized one is stored in buffers
     watch.peaks["loading"] = memory.peak(assigned_since=True)
     if config.peft.spec.starts_from_gradients and of.all_phases:
         with watch.phase("start"):
@@ -375,10 +376,11 @@ def _parameters_of_segments(model: Any, of: LayersToRecord) -> dict[Segment, Par
         in_float32 = sum(one.numel() for one in trained if of.run.model.bf16 and one.dtype == torch.float32)
         summed = (one.numel() for one in trained if is_split and getattr(one, PARTIAL_OVER_TENSOR_PARALLEL, False))
         adapted = () if segment in ENDS else linear_layers(module)
-        weight_bytes = sum(one.nbytes for one in weights)
+        stored = {id(tensor): tensor.nbytes for one in weights for tensor in stored_tensors(one)}
+        buffers = (one for one in held if not isinstance(one, nn.Parameter) and id(one) not in stored)
         found[segment] = Parameters(
-            weight_bytes,
-            buffer_bytes=sum(one.nbytes for one in held) - weight_bytes,
+            sum(stored.values()),
+            buffer_bytes=sum(one.nbytes for one in buffers),
             trained=sum(one.numel() for one in trained) - in_float32,
             trained_float32=in_float32,
             partial=sum(summed),

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from megatron_peft.adapters.attach import all_names, linear_layers
 from megatron_peft.adapters.linear import AdaptedLinear
 from megatron_peft.adapters.low_rank import LowRank, gram_matrices, low_rank_part, shrink, shrinkage
+from megatron_peft.adapters.quantized_weight import dense
 from megatron_peft.checkpoint.state import TrainingState
 from megatron_peft.config import PeftConfig, RunConfig, require
 from megatron_peft.models.shape import ModelShape
@@ -263,7 +264,7 @@ def _whole_gram_matrices(low_ranks: Sequence[LowRank]) -> tuple[Tensor, Tensor]:
 def _base_norms(parts: Sequence[tuple[AdaptedLinear, LowRank]]) -> Tensor:
     """||W0||_F of the whole weights, [layers]; computed at the first step of a process and kept."""
     if parts[0][1].base_norm is None:
-        norms = [torch.linalg.vector_norm(layer.weight, dtype=torch.float64) for layer, _ in parts]
+        norms = [torch.linalg.vector_norm(dense(layer.weight), dtype=torch.float64) for layer, _ in parts]
         squares = torch.stack(norms).square()
         group: Any = parallel_state.get_tensor_model_parallel_group()
         sum_coalesced([squares], group)

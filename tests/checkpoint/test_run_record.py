@@ -35,7 +35,7 @@ def test_a_record_reads_back_and_what_cannot_be_read_is_named(tmp_path, text, to
         run_record.read_record(tmp_path)
 
 
-GROUPS = {"model", "peft", "optimizer", "data_settings", "transformer"}
+GROUPS = {"checkpoint", "model", "peft", "optimizer", "data_settings", "transformer"}
 
 
 def here(schedule=None, **changes):
@@ -51,6 +51,7 @@ def here(schedule=None, **changes):
     [
         ({"peft": {"method": "full"}}, ["--peft-method lora", "--peft-method full"]),
         ({"peft": {"lora_rs": True}}, ["--lora-rs False", "--lora-rs True"]),
+        ({"model": {"base_precision": "nf4"}}, ["--base-precision run", "--base-precision nf4", "--allow-other-base-"]),
         ({"shape": dataclasses.replace(SHAPE, hidden_size=64)}, ["hidden_size 96 there, 64 here", "bases/base"]),
     ],
 )
@@ -65,6 +66,7 @@ def test_a_contradiction_names_both_values(changes, words):
         {},
         {"peft": {"lora_dropout": 0.5, "lora_plus_ratio": 4.0}},
         {"peft": {"target_modules": ("linear_f*1",)}},  # another pattern for the same layers
+        {"model": {"base_precision": "nf4"}, "checkpoint": {"allow_other_base_precision": True}},
         {"base_fingerprint": None},  # the base cannot be read any more
         {"model": {"pretrained_checkpoint": "moved/elsewhere"}},
     ],

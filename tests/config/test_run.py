@@ -45,6 +45,7 @@ ACCOUNTED = {**PP2, "account_for_embedding_in_pipeline_split": True}
 UNEVEN = {"decoder_first_pipeline_num_layers": 2, "decoder_last_pipeline_num_layers": 2}
 SEQUENCE_PARALLEL = {"tensor_model_parallel_size": 2, "sequence_parallel": True, "world_size": 2}
 
+NF4 = {"base_precision": "nf4"}
 BLOCK = {"recompute_method": "block", "recompute_num_layers": 1}
 DISTRIBUTED_RECOMPUTE = {
     "transformer": {**BLOCK, "recompute_granularity": "full", "distribute_saved_activations": True}
@@ -161,6 +162,9 @@ CONTRADICTIONS: dict[Callable[..., object], list[tuple[dict[str, Any], str]]] = 
         ({"lr_warmup_iters": 10}, "--lr-warmup-iters 10 .* below the 10 iters"),
         ({"overlap_param_gather": True, "use_distributed_optimizer": True}, "gather needs --overlap-grad-reduce"),
         (DISTRIBUTED_RECOMPUTE, "--distribute-saved-activations"),
+        ({**NF4, "method": "full"}, "--base-precision nf4 keeps .* but --peft-method full trains them: leave out one"),
+        ({**NF4, "method": "urnn", "urnn_mode": "replace"}, "but --urnn-mode replace replaces them"),
+        ({**NF4, "method": "hybrid", "hybrid_merge_interval": 2}, "but --hybrid-merge-interval merges into them"),
         ({**DISTRIBUTED_RECOMPUTE, **SEQUENCE_PARALLEL}, "--distribute-saved-activations"),
     ],
 }

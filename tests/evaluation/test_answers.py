@@ -314,13 +314,14 @@ def _parse(*argv: str) -> RunConfig:
 
 
 def test_all_of_a_run_that_decides_its_answers_is_taken_from_it():
-    config = _config(peft=PeftConfig(method="full"))
+    config = _config(peft=PeftConfig(method="boft"))
+    config = replace(config, model=replace(config.model, base_precision="nf4"))
     data = replace(config.data, tokenizer_model="tokens", chat_template="{{ messages }}")
     tokenizer = {"tokenizer_type": "NullTokenizer", "vocab_size": 99}
     tokenizer |= {"tokenizer_model": "tokens", "chat_template": "{{ messages }}"}
-    base = {"pretrained_checkpoint": "base", "bf16": True, "make_vocab_size_divisible_by": 64}
+    base = {"pretrained_checkpoint": "base", "bf16": True, "base_precision": "nf4", "make_vocab_size_divisible_by": 64}
     found = model.values_of_model(replace(config, data=data))
-    assert found == {**base, **tokenizer, "seed": 7, "method": "full"}
+    assert found == {**base, **tokenizer, "seed": 7, "method": "boft"}
 
 
 def test_the_layout_is_the_users_what_is_typed_holds_and_a_base_that_is_not_there_is_told(run, tmp_path):

@@ -50,6 +50,8 @@ def exact_and_started(job: Job, inits: Collection[str]) -> Any:
         with kept_for_backward() as tensors:
             reports = [run_schedule([chunk], steps[0], forward_only=False).sum(0)]
         memories = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+        for parameter in chunk.parameters():  # are there anyway
+            memories.pop(parameter.untyped_storage().data_ptr(), None)
         kept.append(sum(memories.values()))
         reports += [run_schedule([chunk], step, forward_only=False).sum(0) for step in steps[1:]]
         return float(sum(report[0] for report in reports)) / num_tokens

@@ -7,7 +7,15 @@ from typing import Any
 import pytest
 
 from megatron_peft.config import LINEAR_MODULES, ConfigurationError, DataConfig, ParallelConfig
-from megatron_peft.models.shape import MOST, ModelShape, RopeScaling, check_layout, check_lengths, compare_shape
+from megatron_peft.models.shape import (
+    MOST,
+    ModelShape,
+    RopeScaling,
+    check_blocks,
+    check_layout,
+    check_lengths,
+    compare_shape,
+)
 
 LLAMA = ModelShape("llama", 12, 96, 288, 12, 6, 8, 1000, 2048, rope_scaling=RopeScaling(factor=8.0))
 ACCOUNTED = dict.fromkeys(("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"), True)
@@ -90,6 +98,19 @@ def test_layouts_that_do_not_fit_list_what_does(parallel: ParallelConfig, expect
     (problem,) = check_layout(parallel, LLAMA)
     assert re.search(expected, problem), problem
     assert len(check_layout(layout(tp=4, pp=5), LLAMA)) == 2  # both are told together
+
+
+def test_a_block_that_is_cut_names_the_sizes_that_cut_none() -> None:
+    shape = replace(LLAMA, hidden_size=192, num_attention_heads=12, num_query_groups=12, kv_channels=64)
+    shape = replace(shape, ffn_hidden_size=768)
+    assert [size for size in range(1, 13) if not check_blocks("nf4", size, shape)] == [1, 2, 3, 4, 6, 12]
+    (problem,) = check_blocks("nf4", 12, replace(shape, ffn_hidden_size=384))
+    assert "--base-precision nf4 has blocks of 64" in problem and problem.endswith(
+        "12 parts of whole blocks: use 1, 2, 3 or 6."
+    )
+    (problem,) = check_blocks("fp8", 1, replace(shape, hidden_size=96))
+    assert "have 96 and 768, which are no multiples" in problem
+    assert check_blocks("run", 5, shape) == []
 
 
 def test_divisors_of_a_huge_prime_are_found_at_once() -> None:

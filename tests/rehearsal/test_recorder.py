@@ -12,11 +12,12 @@ from megatron.core.tensor_parallel.mappings import _CopyToModelParallelRegion
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_peft.adapters.frozen_linear import run_function
+from megatron_peft.adapters.quantized_weight import QuantizedWeight, stored_tensors
 from megatron_peft.benchmarks.steps import num_elements
 from megatron_peft.config import ConfigurationError
 from megatron_peft.models import layers
 from megatron_peft.rehearsal.program import Call, Computation, EarlyUse, Product
-from megatron_peft.rehearsal.recorder import Recorder
+from megatron_peft.rehearsal.recorder import LiveMemory, Recorder
 from megatron_peft.rehearsal.rehearsed_rank import fused_kernels
 from megatron_peft.runtime.cpu_kernels import RootMeanSquareNorm, add_outer_sums, outer_sum
 from megatron_peft.runtime.fake_ranks import watched_kernels
@@ -177,3 +178,12 @@ def test_asynchronous_calls_and_those_of_a_backward_pass_count_once_and_those_of
         y.backward()
         dist.all_reduce(torch.zeros(16), group=dist.new_group([0]))
     assert len(calls_of(recorder)) == 2
+
+
+def test_the_parameter_of_a_quantized_weight_takes_no_memory_and_its_form_does():
+    weight: Any = torch.nn.Parameter(torch.empty(8, 128, device="meta"), requires_grad=False)
+    weight.quantized, memory = QuantizedWeight("fp8", (8, 128), torch.float32, "cpu"), LiveMemory()
+    memory.assign("weights", [weight])
+    assert memory.total == 0
+    memory.assign("weights", stored_tensors(weight))
+    assert memory.total == 8 * 128 + 8 * 2 * 4

@@ -1,0 +1,108 @@
+"""The weight of a frozen linear layer in four or eight bits, made dense for the moment of a product.
+
+A block is 64 input features of one row, with one scale in float32. A slice of the matrix that cuts no block has the
+codes of the whole one, so the layout changes no number.
+"""
+
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from megatron_peft.config import require_packages
+from megatron_peft.config.model import BLOCK
+
+ROWS_AT_ONCE = 256
+LARGEST_FP8 = torch.finfo(torch.float8_e4m3fn).max
+
+
+class QuantizedWeight(nn.Module):
+    """This rank's slice of a matrix [out, in].
+
+    nf4: the codes of bitsandbytes, two a byte, without its second quantization, whose offset is a mean over a whole
+        tensor and would depend on the slice.
+    fp8: float8_e4m3fn, the largest of a block at its largest number.
+
+    Raises ConfigurationError: bitsandbytes is not installed.
+    """
+
+    codes: Tensor
+    scales: Tensor
+
+    def __init__(self, precision: str, shape: tuple[int, ...], dtype: torch.dtype, device: Any = None) -> None:
+        super().__init__()
+        self.precision, self.shape, self.dtype = precision, torch.Size(shape), dtype
+        (num_rows, width), device = shape, torch.cuda.current_device() if device is None else device
+        is_nf4 = precision == "nf4"
+        per_byte, kind = (2, torch.uint8) if is_nf4 else (1, torch.float8_e4m3fn)
+        for name, part, its_type in (("codes", width // per_byte, kind), ("scales", width // BLOCK, torch.float32)):
+            self.register_buffer(name, torch.empty((num_rows, part), dtype=its_type, device=device), persistent=False)
+        self.library: Any = None
+        if is_nf4:
+            require_packages("nf4", "bitsandbytes")
+            self.library = import_module("bitsandbytes.functional")
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes + self.scales.nbytes
+
+    @torch.no_grad()
+    def fill_rows(self, rows: slice, values: Tensor) -> None:  # [rows, in], float32
+        """Quantize some rows."""
+        values = values.to(self.codes.device).contiguous()
+        if self.library is None:
+            blocks = values.view(len(values), -1, BLOCK)
+            scales = blocks.abs().amax(-1) / LARGEST_FP8
+            codes = blocks / scales.clamp(min=torch.finfo(scales.dtype).tiny).unsqueeze(-1)
+        else:
+            codes, state = self.library.quantize_4bit(values, blocksize=BLOCK, quant_type="nf4")
+            scales = state.absmax
+        self.codes[rows] = codes.reshape(len(values), -1).to(self.codes.dtype)
+        self.scales[rows] = scales.view(len(values), -1)
+
+    @torch.no_grad()
+    def dense(self) -> Tensor:  # [out, in]
+        """A new matrix in the run's type. Don't keep it: ask again in backward."""
+        if self.library is None:
+            blocks = self.codes.to(self.dtype).view(len(self.codes), -1, BLOCK)
+            return blocks.mul_(self.scales.unsqueeze(-1)).view(self.shape)
+        # Not with a buffer of all layers of a shape: bitsandbytes fills one on GPUs only, and each shape would hold its
+        # own for the whole run, where the allocator lends all of them the same memory.
+        codes, scales = self.codes.view(-1, 1), self.scales.flatten()
+        state = self.library.QuantState(scales, self.shape, dtype=self.dtype, blocksize=BLOCK, quant_type="nf4")
+        return self.library.dequantize_4bit(codes, state)
+
+
+def dense(weight: Tensor) -> Tensor:
+    """The matrix of a linear layer's `weight`: itself, or made of its quantized form."""
+    quantized = getattr(weight, "quantized", None)
+    return weight if quantized is None else quantized.dense()
+
+
+def stored_tensors(parameter: Any) -> list[Tensor]:
+    """The tensors with a parameter's values: its own, or those of its quantized form."""
+    quantized: QuantizedWeight | None = getattr(parameter, "quantized", None)
+    return [parameter] if quantized is None else [quantized.codes, quantized.scales]
+
+
+def trained_values(values: Tensor, precision: str, dtype: torch.dtype) -> Tensor:  # [out, in] -> [out, in]
+    """What a run in `dtype` on a base of this precision computes with, in the type and on the device of `values`."""
+    if precision == "run":
+        return values
+    quantized = QuantizedWeight(precision, values.shape, dtype, values.device)
+    for start in range(0, len(values), ROWS_AT_ONCE):
+        rows = slice(start, start + ROWS_AT_ONCE)
+        quantized.fill_rows(rows, values[rows].float())
+    return quantized.dense().to(values.dtype)
+
+
+class MatricesWithoutMemory(TorchFunctionMode):
+    """Within it torch.empty makes matrices on the meta device, whatever device they are for; vectors as ever."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") == "empty" and len(args) == 2:
+            kwargs = {**kwargs, "device": "meta"}
+        return func(*args, **kwargs)

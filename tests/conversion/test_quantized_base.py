@@ -1,0 +1,214 @@
+"""A quantized base is read by rows, and its codes are those of the whole matrices, whatever the layout."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_peft.adapters.quantized_weight import QuantizedWeight
+from megatron_peft.config import ConfigurationError, ModelConfig, ParallelConfig
+from megatron_peft.conversion import pretrained
+from megatron_peft.conversion.convert import hf_to_megatron
+from megatron_peft.conversion.nf4_files import STATE
+from megatron_peft.conversion.pretrained import base_parameters, load_pretrained
+from megatron_peft.models.families import read_shape, rules_for
+from megatron_peft.models.gpt import build_model_chunks
+from megatron_peft.models.rules import Columns
+from megatron_peft.models.shape import ModelShape
+from tests.conversion.megatron_folders import global_tensors, save_distributed, save_random, stage
+from tests.one_rank import one_rank
+from tests.tiny_llama import save_llama
+
+# Heads and MLP of whole blocks on two, three and four ranks; head_dim is not hidden / heads.
+SHAPE = ModelShape("llama", 1, 192, 768, 12, 12, 64, 23, 64)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    place = tmp_path_factory.mktemp("bases")
+    original = save_random(place / "hugging face", SHAPE)
+    distributed = save_distributed(place / "megatron", global_tensors(original))
+    (distributed / "config.json").write_bytes((original / "config.json").read_bytes())
+    return {"hugging face": original, "megatron": distributed}
+
+
+@pytest.fixture(autouse=True)
+def world(monkeypatch):
+    monkeypatch.setattr(pretrained, "QUANTIZED_AT_ONCE", 50 * SHAPE.hidden_size)  # no divisor of any number of rows
+    with one_rank():
+        yield
+
+
+def quantized_stage(size: int, precision: str, shape: ModelShape) -> nn.Module:
+    chunk = stage(shape, size, range(shape.num_layers))
+    for name, parameter in list(chunk.named_parameters()):
+        if ".linear_" in name:
+            weight: Any = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+            weight.quantized = QuantizedWeight(precision, parameter.shape, torch.float32)
+            chunk.get_submodule(name.removesuffix(".weight")).weight = weight
+    return chunk
+
+
+def codes_of_whole(folder: Path, size: int, precision: str, shape: ModelShape = SHAPE) -> dict[str, list[Tensor]]:
+    """Codes and scales of each linear layer, put together from the ranks' shares."""
+    shares: dict[str, list[Any]] = {}
+    for rank in range(size):
+        chunk = quantized_stage(size, precision, shape)
+        load_pretrained([chunk], folder, shape, tensor_parallel_rank=rank, tensor_parallel_size=size, progress=False)
+        for name, parameter in base_parameters(chunk):
+            shares.setdefault(name, []).append(parameter)
+    rules = rules_for(shape)
+    return {
+        name: [
+            put_together(rules[name], [getattr(one.quantized, part) for one in of_ranks])
+            for part in ("codes", "scales")
+        ]
+        for name, of_ranks in shares.items()
+        if ".linear_" in name
+    }
+
+
+def put_together(rule: Any, shares: list[Tensor]) -> Tensor:
+    if isinstance(rule, Columns):
+        return torch.cat([share.view(torch.uint8) for share in shares], 1)
+    parts = 2 if rule.name.endswith("fc1.weight") else 1  # gate and up
+    return torch.cat([share.view(torch.uint8).chunk(parts)[part] for part in range(parts) for share in shares])
+
+
+@pytest.mark.parametrize("source", ["hugging face", "megatron"])
+def test_codes_are_those_of_bitsandbytes_at_any_tensor_parallel_size(folders, source):
+    whole = {name: x for name, x in global_tensors(folders["hugging face"]).items() if ".linear_" in name}
+    for size in (1, 2, 3, 4):
+        found = codes_of_whole(folders[source], size, "nf4")
+        assert found.keys() == whole.keys()
+        for name, (codes, scales) in found.items():
+            expected, state = bnb.quantize_4bit(whole[name], blocksize=64, quant_type="nf4")
+            assert torch.equal(codes.flatten(), expected.flatten()), (name, size)
+            assert torch.equal(scales.view(torch.float32).flatten(), state.absmax), (name, size)
+
+
+def test_fp8_codes_at_any_tensor_parallel_size(folders):
+    alone = codes_of_whole(folders["hugging face"], 1, "fp8")
+    for size in (2, 3, 4):
+        found = codes_of_whole(folders["hugging face"], size, "fp8")
+        assert all(map(torch.equal, found[name], alone[name]) for name in alone)
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the largest float32 tensor that had memory."""
+
+    size = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = function(*args, **(kwargs or {}))
+        for tensor in found if isinstance(found, tuple | list) else (found,):
+            if isinstance(tensor, Tensor) and tensor.dtype == torch.float32 and not tensor.is_meta:
+                self.size = max(self.size, tensor.untyped_storage().nbytes() // tensor.itemsize)
+        return found
+
+
+@pytest.mark.parametrize("precision", ["nf4", "fp8"])
+def test_no_weight_is_ever_there_in_full_precision(folders, precision):
+    base = folders["hugging face"]
+    with Largest() as largest:
+        chunks = build_model_chunks(SHAPE, ModelConfig(str(base), base_precision=precision), ParallelConfig())
+        load_pretrained(chunks, base, SHAPE, tensor_parallel_rank=0, tensor_parallel_size=1, progress=False)
+    assert largest.size <= max(128 * SHAPE.hidden_size, pretrained.QUANTIZED_AT_ONCE)  # the padded vocabulary
+    logits = chunks[0](torch.tensor([[1, 2]]), torch.tensor([[0, 1]]), None)
+    assert logits[..., : SHAPE.vocab_size].isfinite().all()
+
+
+# A folder of bitsandbytes' own.
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["plain scales", "quantized scales"])
+def nf4_folder(request, tmp_path_factory) -> Path:
+    """A small Llama that transformers has quantized and saved."""
+    place = tmp_path_factory.mktemp("nf4")
+    sizes = {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 1, "num_attention_heads": 12}
+    base = save_llama(
+        place / "base", **sizes, num_key_value_heads=12, head_dim=64, attention_bias=False, mlp_bias=False
+    )
+    how = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=request.param
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, quantization_config=how)
+    model.save_pretrained(place / "nf4")
+    return place / "nf4"
+
+
+def test_a_folder_of_bitsandbytes_is_read_bit_for_bit_at_any_tensor_parallel_size(nf4_folder):
+    shape = read_shape(nf4_folder)
+    stored = load_file(nf4_folder / "model.safetensors")
+    for size in (1, 2, 3, 4):
+        found = codes_of_whole(nf4_folder, size, "nf4", shape)
+        for name, module, rows in (
+            ("self_attention.linear_proj", "self_attn.o_proj", slice(None)),
+            ("mlp.linear_fc2", "mlp.down_proj", slice(None)),
+            ("mlp.linear_fc1", "mlp.gate_proj", slice(0, 768)),
+            ("mlp.linear_fc1", "mlp.up_proj", slice(768, None)),
+        ):
+            codes, scales = (part[rows] for part in found[f"decoder.layers.0.{name}.weight"])
+            prefix = f"model.layers.0.{module}.weight"
+            beside = {key.removeprefix(f"{prefix}."): x for key, x in stored.items() if key.startswith(f"{prefix}.")}
+            state = bnb.QuantState.from_dict({**beside}, device=torch.device("cpu"))
+            absmax = state.absmax
+            if state.nested:
+                absmax = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset
+            assert torch.equal(codes.flatten(), stored[prefix].flatten()), (name, size)
+            assert torch.equal(scales.view(torch.float32).flatten(), absmax), (name, size)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda tensors, name: tensors[f"{name}.absmax"].fill_(-1.0), "blocks .* that bitsandbytes does not make"),
+        (lambda tensors, name: tensors[name].fill_(0x77), "blocks .* that bitsandbytes does not make"),
+        (lambda tensors, name: tensors.pop(f"{name}.absmax"), "missing or of the wrong size: .*absmax"),
+        (
+            lambda tensors, name: _say(tensors, name, blocksize=128),
+            "has blocksize 128, which is not read: blocks of 64",
+        ),
+        (lambda tensors, name: _say(tensors, name, quant_type="fp4"), "has quant_type fp4"),
+        (lambda tensors, name: _say(tensors, name, shape=[1, -64]), "is not of a matrix in blocks of 64"),
+    ],
+)
+def test_a_damaged_folder_of_bitsandbytes_is_refused(nf4_folder, tmp_path, change, told):
+    tensors, name = load_file(nf4_folder / "model.safetensors"), "model.layers.0.mlp.down_proj.weight"
+    if tensors[f"{name}.absmax"].dtype == torch.uint8:
+        pytest.skip("of plain scales")
+    change(tensors, name)
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((nf4_folder / "config.json").read_bytes())
+    with pytest.raises(ConfigurationError, match=told):
+        codes_of_whole(tmp_path, 1, "nf4", read_shape(tmp_path))
+
+
+def _say(tensors: dict[str, Tensor], name: str, **changes: Any) -> None:
+    state = json.loads(bytes(tensors[name + STATE].tolist())) | changes
+    tensors[name + STATE] = torch.tensor([*json.dumps(state).encode()], dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "bitsandbytes"])
+def test_other_quantizations_are_refused_by_name_with_the_way_out(nf4_folder, tmp_path, method):
+    config = json.loads((nf4_folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": method, "bits": 4, "load_in_8bit": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigurationError, match=f"{method}.*Take the model that they were made from, with --base-pr"):
+        read_shape(tmp_path)
+
+
+def test_what_is_made_of_it_says_nothing_of_a_quantization(nf4_folder, tmp_path):
+    """Megatron's format holds the matrices; read again they have the same codes."""
+    shape = read_shape(nf4_folder)
+    hf_to_megatron(nf4_folder, tmp_path / "megatron", progress=False)
+    assert "quantization_config" not in json.loads((tmp_path / "megatron" / "config.json").read_text())
+    there, again = (codes_of_whole(folder, 1, "nf4", shape) for folder in (nf4_folder, tmp_path / "megatron"))
+    assert all(map(torch.equal, there[name], again[name]) for name in there)

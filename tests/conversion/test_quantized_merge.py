@@ -1,0 +1,75 @@
+"""Adapters that were trained on a quantized base are merged into its weights, or into what those were rounded to."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_peft.adapters.quantized_weight import trained_values
+from megatron_peft.checkpoint.run_record import find_checkpoint, read_record
+from megatron_peft.checkpoint.save import draft_checkpoint
+from megatron_peft.commands.convert import main
+from megatron_peft.config import ConfigurationError
+from megatron_peft.conversion.convert import merge
+from megatron_peft.conversion.model_card import CARD
+from megatron_peft.conversion.verify import verify
+from tests.checkpoint.runs import Files, configure, start
+from tests.conversion.adapter_runs import copy_run, with_config
+from tests.one_rank import one_rank
+from tests.tiny_llama import save_llama, save_pairs
+
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "head_dim": 32, "num_hidden_layers": 2}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """Two steps on NF4 of some layers, with changes that show."""
+    place = tmp_path_factory.mktemp("quantized")
+    save_llama(place / "bases" / "base", **SIZES)
+    files = Files(str(place / "bases"), str(save_pairs(place / "pairs.jsonl")), str(place))
+    peft: dict[str, Any] = {"target_modules": ("linear_qkv", "linear_fc2")}
+    settings = {"model": {"base_precision": "nf4"}, "peft": peft, "checkpoint": {"save": str(place / "run")}}
+    with one_rank():
+        trained = start(configure(files, settings | {"optimizer": {"lr": 0.02}}))
+        trained.train(2)
+        draft_checkpoint(trained.state).complete()
+    return place / "run"
+
+
+def test_merged_into_the_trained_values_it_computes_what_the_run_did(run, tmp_path, capsys):
+    merge(run, tmp_path / "values", into="trained-values", progress=False)
+    merge(run, tmp_path / "original", progress=False)
+    found = verify(run, tmp_path / "values")
+    assert found.logits.relative < 1e-5
+    assert found.on_original is not None and found.on_original.relative > 1e-3
+    found = verify(run, tmp_path / "original")
+    assert found.on_original is not None and found.on_original.relative < 1e-5 and found.logits.relative > 1e-3
+    assert "nf4; merged into the values that it was trained on" in (tmp_path / "values" / CARD).read_text()
+    assert "nf4; merged into its original weights" in (tmp_path / "original" / CARD).read_text()
+    assert main(["verify", "--input", str(run), "--reference", str(tmp_path / "values")]) == 0
+    assert (
+        "logits with the original weights of the base, not those that were trained on: lar" in capsys.readouterr().out
+    )
+
+
+def test_layers_without_an_adapter_are_rounded_too_and_nothing_else_is(run, tmp_path):
+    merge(run, tmp_path / "values", into="trained-values", progress=False)
+    base, found = (
+        load_file(folder / "model.safetensors") for folder in (run.parent / "bases" / "base", tmp_path / "values")
+    )
+    name = "model.layers.0.self_attn.o_proj.weight"
+    assert torch.equal(found[name], trained_values(base[name], "nf4", torch.float32))
+    assert torch.equal(found["lm_head.weight"], base["lm_head.weight"])
+
+
+def test_a_run_on_a_base_as_it_is_has_no_other_values(run, tmp_path):
+    model = read_record(find_checkpoint(run)).config.model
+    plain = copy_run(run, tmp_path / "plain", with_config(model=replace(model, base_precision="run")))
+    with pytest.raises(ConfigurationError, match="--into trained-values: .* was trained on its base's own weights"):
+        merge(plain, tmp_path / "values", into="trained-values", progress=False)
+    merge(plain, tmp_path / "original", progress=False)
+    assert verify(plain, tmp_path / "original").on_original is None
+    assert "base while it was trained" not in (tmp_path / "original" / CARD).read_text()
