@@ -35,7 +35,7 @@ class AdaptedLinear(nn.Module):
     config: Any
 
     def quantize(self) -> None:
-        """With --base-precision give the weight, which has no memory of its own, its quantized form."""
+        """Give the weight, which has no memory of its own with --base-precision, its quantized form."""
         if _is_quantized(self.config):
             weight: Any = self.weight.requires_grad_(False)
             self.quantized = QuantizedWeight(self.config.base_precision, weight.shape, weight.dtype)
@@ -214,7 +214,7 @@ def _is_quantized(config: Any) -> bool:
 
 
 def _weights_as(config: Any) -> AbstractContextManager[Any]:
-    """In what a layer's weight is made: without memory where it will be quantized."""
+    """The context that a layer's weight is made in: without memory where it will be quantized."""
     return MatricesWithoutMemory() if _is_quantized(config) else nullcontext()
 
 

@@ -99,7 +99,7 @@ def trained_values(values: Tensor, precision: str, dtype: torch.dtype) -> Tensor
 
 
 class MatricesWithoutMemory(TorchFunctionMode):
-    """Within it torch.empty makes matrices on the meta device, whatever device they are for; vectors as ever."""
+    """A context in which torch.empty makes matrices on the meta device, whatever it is told; vectors as ever."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -212,7 +212,7 @@ class Meter(ExitStack):
 
 
 def _bytes_read() -> tuple[int, int]:
-    """By read calls, and from a disk."""
+    """Those of all read calls, and those that came from a disk."""
     told = Path("/proc/self/io").read_text().split()
     return int(told[1]), int(told[told.index("read_bytes:") + 1])
 

@@ -78,7 +78,7 @@ class _ToHuggingFace(_WithCard):
     conversion: ClassVar[str]
 
     def settings(self) -> dict[str, Any]:
-        """Of this conversion alone."""
+        """Arguments of this conversion alone."""
         return {}
 
     def run(self) -> int:

@@ -52,7 +52,8 @@ def is_on_any(own: bool) -> bool:
     """Whether it is so on any rank. A collective that costs little with many ranks."""
     if not dist.is_initialized():
         return own
-    return any(largest_over_world(torch.tensor([float(own)], device=torch.cuda.current_device())))
+    device = torch.cuda.current_device() if dist.get_backend() == "nccl" else "cpu"
+    return any(largest_over_world(torch.tensor([float(own)], device=device)))
 
 
 def checked_together(check: Callable[[], Checked], first_alone: bool = False) -> Checked:

@@ -209,6 +209,13 @@ def test_two_ranks_have_a_common_generator_and_their_own_and_share_failed_checks
         assert (first[case], second[case]) == (message, message), "one message everywhere"
 
 
+def test_a_check_needs_no_device_of_cuda_in_a_world_of_gloo(monkeypatch):
+    """Another program's loop has not replaced torch's functions for GPUs as `start_world` does."""
+    with one_rank():
+        monkeypatch.setattr(torch.cuda, "current_device", mock.Mock(side_effect=RuntimeError("no CUDA")))
+        assert checked_together(lambda: 7) == 7
+
+
 def test_other_errors_of_a_check_are_not_swallowed():
     with one_rank(), pytest.raises(ZeroDivisionError):
         checked_together(lambda: 1 / 0)
