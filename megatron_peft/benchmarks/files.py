@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -17,11 +17,14 @@ from megatron.core import parallel_state
 from safetensors import safe_open
 from torch import Tensor
 
+from megatron_peft.adapters.quantized_weight import stored_tensors, trained_values
 from megatron_peft.benchmarks.measure import Figure, median_ratio, peak_of_program, take_turns
 from megatron_peft.benchmarks.subjects import Setting, load_base, on_ranks
+from megatron_peft.config.model import BLOCK
 from megatron_peft.conversion.convert import hf_to_megatron, megatron_to_hf
 from megatron_peft.conversion.hf_files import ReadCounts, Source, is_whole_rows
 from megatron_peft.conversion.pretrained import base_parameters, open_weights, owned_rules, read_model_shape
+from megatron_peft.runtime.cpu_kernels import give_back_freed_memory
 from megatron_peft.training.metrics import memory_bytes
 
 # Time and memory of loading and converting a model, beside reading the same files with plain safetensors.
@@ -141,6 +144,39 @@ def loading_figures(setting: Setting) -> list[Figure]:
         Figure(name, read / most_read.shard, READ_OVER_SLICES, "", read_note),
         Figure(f"{setting.layout}: peak memory above {memory}", above, MIB_ABOVE_THE_SHARD, "MiB", peak_note),
     ]
+
+
+# A base that is quantized while it is loaded, beside bf16.
+
+OVER_BF16 = {"nf4": 0.285, "fp8": 0.535}
+MB_BEYOND_THE_SHARD = 400
+
+
+def quantized_loading_figures(setting: Setting) -> list[Figure]:
+    """Bytes of the linear layers' weights, and what loading takes beyond the model that it makes."""
+    figures = []
+    for precision, limit in OVER_BF16.items():
+        asked = replace(setting, bf16=True, base_precision=precision)
+        [(held, in_bf16, beyond)] = on_ranks(load_quantized, asked)
+        note = f"{held / MIB:,.1f} and {in_bf16 / MIB:,.1f} MiB"
+        name = f"{precision}: peak of loading beyond the model"
+        figures.append(Figure(f"{precision}: bytes of linear layers / bf16's", held / in_bf16, limit, "", note))
+        figures.append(Figure(name, beyond / 1e6, MB_BEYOND_THE_SHARD, "MB"))
+    return figures
+
+
+def load_quantized(setting: Setting) -> tuple[int, int, int]:
+    """Bytes of the linear layers' weights as held and in bf16, and the most memory beyond the model. Started on a rank."""
+    give_back_freed_memory()
+    trained_values(torch.ones(1, BLOCK), setting.base_precision, torch.bfloat16)  # what the first use of it imports
+    before, _ = memory_bytes()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is what is resident
+    chunks, _ = load_base(setting)
+    peak = memory_bytes()[1]
+    weights = [parameter for chunk in chunks for parameter in chunk.parameters()]
+    quantized = [weight for weight in weights if hasattr(weight, "quantized")]
+    held, model = (sum(one.nbytes for each in some for one in stored_tensors(each)) for some in (quantized, weights))
+    return held, sum(2 * weight.numel() for weight in quantized), peak - before - model
 
 
 def reading_figures(setting: Setting) -> list[Figure]:

@@ -30,6 +30,7 @@ METHODS = ("lora", "boft", "urnn", "hybrid")
 
 # What a step may take beyond its floor, in hundredths of the frozen base's step. The floor is measured in the same run.
 BOOKKEEPING = {"lora": 5.0, "boft": 8.0, "urnn": 10.0, "hybrid": 16.0}
+OVER_UNQUANTIZED = 1.30
 OVER_FULL = {"frozen": None, "lora": 0.72, "hf-peft-lora": None}
 
 
@@ -71,6 +72,16 @@ def rotation_figures(setting: Setting) -> list[Figure]:
     """BOFT over LoRA, uRNN over the frozen base."""
     seconds = seconds_of_steps(setting, ("frozen", "lora", "boft", "urnn"))
     return [_ratio(seconds, "boft", "lora", 1.10), _ratio(seconds, "urnn", "frozen", 1.30)]
+
+
+def quantized_figures(setting: Setting) -> list[Figure]:
+    """LoRA's step on a quantized base over the same step on the run's own, in float32 and in bf16."""
+    figures = []
+    for plain, quantized in (("lora", "lora on {}"), ("lora in bf16 on run", "lora in bf16 on {}")):
+        names = [quantized.format(precision) for precision in ("nf4", "fp8")]
+        seconds = seconds_of_steps(setting, (plain, *names))
+        figures += [_ratio(seconds, name, plain, OVER_UNQUANTIZED) for name in names]
+    return figures
 
 
 def _ratio(seconds: dict[str, list[float]], name: str, below: str, limit: float | None) -> Figure:

@@ -7,7 +7,7 @@ layer) and the gradient sums. It multiplies as the methods do, on a CPU by oneDN
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,8 @@ class Setting:
     block_size: int = 8
     num_factors: int = 3
     data_parallel: int = 1
+    bf16: bool = False
+    base_precision: str = "run"
     turns: int = 9
 
     @property
@@ -90,6 +92,8 @@ class Setting:
             pipeline_model_parallel_size=self.pipeline_parallel,
             sequence_parallel=self.sequence_parallel,
             world_size=self.world_size,
+            bf16=self.bf16,
+            base_precision=self.base_precision,
             pretrained_checkpoint=self.checkpoint,
             train_data_path=("random.jsonl",),  # never opened
             seq_length=self.positions,
@@ -148,6 +152,10 @@ def training_step(setting: Setting, method: str) -> Step:
     state = build_state(setting.run(method), shape, NUM_ITERS)
     batch = [microbatch(setting, shape.vocab_size)] * setting.microbatches
     return lambda: train_step(state, batch)
+
+
+def _lora_on(setting: Setting, **changes: Any) -> Step:
+    return training_step(replace(setting, **changes), "lora")
 
 
 def load_base(setting: Setting) -> tuple[list[nn.Module], LoadReport]:
@@ -229,6 +237,11 @@ STEPS: dict[str, Callable[[Setting], Step]] = {
     "frozen": frozen_step,
     "frozen-mkl": partial(frozen_step, by_mkl=True),
     **{method: partial(training_step, method=method) for method in ("lora", "boft", "urnn", "hybrid", "full")},
+    **{f"lora on {precision}": partial(_lora_on, base_precision=precision) for precision in ("nf4", "fp8")},
+    **{
+        f"lora in bf16 on {precision}": partial(_lora_on, bf16=True, base_precision=precision)
+        for precision in ("run", "nf4", "fp8")
+    },
     "lora-ga-start": lambda setting: lora_ga_start(setting, num_batches=1),
     "hf-peft-lora": hf_peft_step,
 }

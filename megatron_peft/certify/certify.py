@@ -24,6 +24,7 @@ from rich.table import Column, Table
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_peft.adapters.quantized_weight import trained_values
 from megatron_peft.certify import comparison
 from megatron_peft.certify.comparison import CertificateLine, compare_logits, reported_logits
 from megatron_peft.certify.runs import START, Job, run_jobs
@@ -42,7 +43,7 @@ from megatron_peft.conversion.convert import megatron_to_hf, merge
 from megatron_peft.conversion.peft_export import export_adapter
 from megatron_peft.models.families import check_adapters, config_of_shape, rules_for
 from megatron_peft.models.rules import expected_tensors
-from megatron_peft.models.shape import ModelShape
+from megatron_peft.models.shape import ModelShape, check_blocks
 from megatron_peft.parallel.layout import generator_for
 from megatron_peft.rehearsal.rehearsal import work_bar
 from megatron_peft.rehearsal.requests import kept_stages, make_small, of_num_layers
@@ -107,7 +108,7 @@ def small_run(
         changes["peft_lr_rotation"] = method.peft_lr_rotation * rate_scale
     peft = replace(shrunk.peft, **changes)
     small = small_shape(shape, replace(config, peft=peft), tp, of_few_layers.num_layers)
-    save_model(small, folder / "model")
+    save_model(small, folder / "model", config.model.base_precision)
     micro_batch_size = min(config.training.micro_batch_size, 2)
     size = micro_batch_size * shrunk.num_microbatches * parallel.data_parallel_size
     transformer = {name: value for name, value in shrunk.model.transformer.items() if "dropout" not in name}
@@ -183,13 +184,17 @@ def small_shape(shape: ModelShape, config: RunConfig, tensor_parallel: int, num_
         ffn = 4 * hidden if bound or not shape.gated_linear_unit else 2 * hidden
         candidate = replace(small, kv_channels=head, hidden_size=hidden, ffn_hidden_size=ffn)
         problems = check_adapters(config.peft, parallel, candidate)
+        problems += check_blocks(config.model.base_precision, tensor_parallel, candidate)
         if hidden >= 32 and not problems:
             return candidate
     raise ConfigurationError(f"no small model fits the run's method, so it cannot be certified: {problems[0]}")
 
 
-def save_model(shape: ModelShape, folder: Path) -> None:
-    """Random weights of a shape, biases and norms too, as a Hugging Face folder."""
+def save_model(shape: ModelShape, folder: Path, base_precision: str = "run") -> None:
+    """Random weights of a shape, biases and norms too, as a Hugging Face folder.
+
+    base_precision: of linear layers. A run in it computes with these very numbers, as Hugging Face's programs do.
+    """
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config_of_shape(shape), indent=2) + "\n")
     tensors: dict[str, Tensor] = {}
@@ -201,6 +206,9 @@ def save_model(shape: ModelShape, folder: Path) -> None:
             tensors[name] = 0.1 * torch.randn(*size, generator=generator)
         else:
             tensors[name] = 0.5 + torch.rand(*size, generator=generator)
+    for rule in rules_for(shape).values():
+        for name in (tensor.name for tensor in rule.hf_tensors if rule.is_linear):
+            tensors[name] = trained_values(tensors[name], base_precision, torch.float32)
     save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
 
 

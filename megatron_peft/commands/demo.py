@@ -12,7 +12,7 @@ from megatron_peft.cli.parser import RunFlags
 from megatron_peft.config import METHODS, PeftConfig, option, require_packages
 from megatron_peft.demo.data import waiting
 
-ANY_RUN = {"pretrained_checkpoint": "m", "tensor_model_parallel_size": 3}  # several ranks, as in the demo
+ANY_RUN = {"pretrained_checkpoint": "m", "pipeline_model_parallel_size": 2}
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,9 @@ def run(settings: DemoSettings, run_flags: RunFlags) -> int:
     """Exit code 130 when it was interrupted."""
     try:
         # Wrong flags are told before torch is imported.
-        run_flags.config({"WORLD_SIZE": "3"}, saved=lambda typed: {**ANY_RUN, "method": settings.method})
+        typed = run_flags.values["config"]
+        run_flags.values["config"] = {**ANY_RUN, "method": settings.method, **typed}
+        run_flags.config({"WORLD_SIZE": str(run_flags.replica_size)}, saved=dict)
         with waiting("starting"):
             require_packages("demo", "accelerate", "gguf", "matplotlib", "sacrebleu", "scipy")
             from megatron_peft.demo.run import print_report, run_demo

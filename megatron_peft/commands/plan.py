@@ -9,7 +9,7 @@ import json
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_peft.cli.command import Command
 from megatron_peft.cli.config_files import run_file
@@ -50,6 +50,9 @@ class PlanSettings(Checked):
         f"with --fit: number of best layouts that are rehearsed (default: {REHEARSED})",
         check="not_negative",
         needs="fit",
+    )
+    longest_sequence: bool = option(
+        False, "also find the longest --seq-length that fits, at this layout or at the one that --fit chooses"
     )
     tokens: float = option(1e8, "tokens of the run, for hours", check="positive", metavar="N")
     json: Path | None = option(None, "also write the plan as JSON", check="in_a_folder", metavar="FILE")
@@ -96,8 +99,9 @@ def run(settings: PlanSettings, run_flags: RunFlags) -> int:
     _tell("rehearsing the run's distinct ranks: from seconds to a few minutes, by the number of layers of a stage")
     plan = make_plan(config, shape, cluster)
     print_plan(plan, settings.tokens)
+    written = plan.as_dict(settings.tokens) | _longest_sequence(settings, config, shape, cluster)
     if settings.json:
-        write_file(settings.json, json.dumps(plan.as_dict(settings.tokens), indent=1) + "\n")
+        write_file(settings.json, json.dumps(written, indent=1) + "\n")
     if settings.plot:
         draw(plan, settings.plot)
     return 0 if plan.fits and plan.problem is None else 1
@@ -147,18 +151,20 @@ def _fit(settings: PlanSettings, config: RunConfig, shape: ModelShape, cluster: 
         if plan.speed is not None:
             hours = f"{plan.speed.hours(settings.tokens):,.1f} hours for {settings.tokens / 1e6:,.0f} million tokens"
             print(f"  {plan.speed.summary()}\n  {plan.speed.tokens_per_second:,.0f} tokens/s, {hours}")
-    if settings.json:
-        written = {
-            "layouts": [layout.as_dict(settings.tokens) for layout in layouts],
-            "rehearsed": [plan.as_dict(settings.tokens) for plan in plans],
-        }
-        write_file(settings.json, json.dumps(written, indent=1) + "\n")
+    written: dict[str, Any] = {
+        "layouts": [layout.as_dict(settings.tokens) for layout in layouts],
+        "rehearsed": [plan.as_dict(settings.tokens) for plan in plans],
+    }
     speeds = {number: plan.speed for number, plan in enumerate(plans) if plan.fits and plan.speed is not None}
+    # The rehearsed time decides: it is of the whole step.
+    best = min(speeds, key=lambda number: speeds[number].time.seconds) if speeds else 0
+    if speeds or not plans:
+        written |= _longest_sequence(settings, layouts[best].run, shape, cluster)
+    if settings.json:
+        write_file(settings.json, json.dumps(written, indent=1) + "\n")
     if plans and not speeds:
         print("none of the rehearsed layouts can be run: more may be rehearsed (--rehearsed N).")
         return 1
-    # The rehearsed time decides: it is of the whole step.
-    best = min(speeds, key=lambda number: speeds[number].time.seconds) if speeds else 0
     print(f"flags of layout {best + 1}: {' '.join(layouts[best].flags)}")
     if left_out := layouts[best].flags_to_leave_out(config):
         print(f"leave out of the run's own: {' '.join(left_out)}")
@@ -167,6 +173,21 @@ def _fit(settings: PlanSettings, config: RunConfig, shape: ModelShape, cluster: 
         run = layouts[best].run
         write_file(settings.save_config, run_file(run, {}, title, unset=("save",)))
     return 0
+
+
+def _longest_sequence(settings: PlanSettings, run: RunConfig, shape: ModelShape, cluster: "Cluster") -> dict[str, int]:
+    """What --longest-sequence asks for, printed, and for --json."""
+    if not settings.longest_sequence:
+        return {}
+    from megatron_peft.plan.layouts import longest_sequence
+    from megatron_peft.rehearsal.rehearsal import work_bar
+
+    with work_bar("Trying lengths") as watch:
+        length, peak = longest_sequence(run, shape, cluster, watch)
+    found = f"--seq-length {length} fits" if length else "none fits; the shortest takes"
+    limit = ", all positions of the model" * (length == shape.longest_sequence)
+    print(f"longest sequence: {found}{limit} ({peak / 2**30:.1f} of {cluster.usable_bytes / 2**30:.1f} GiB)")
+    return {"longest_sequence": length}
 
 
 def _fitting(

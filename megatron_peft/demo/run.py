@@ -24,7 +24,7 @@ from rich.table import Table
 
 from megatron_peft.checkpoint.folders import write_atomically
 from megatron_peft.cli.launch import start_processes
-from megatron_peft.cli.parser import read_config, tell_error
+from megatron_peft.cli.parser import RunFlags, read_config, tell_error
 from megatron_peft.config import ConfigurationError, PeftConfig
 from megatron_peft.config.untrusted import read_json
 from megatron_peft.demo.data import (
@@ -46,7 +46,8 @@ from megatron_peft.training.metrics import METRICS_FILE, read_metrics
 BEFORE, AFTER = "before.json", "after.json"  # scores that the ranks write
 
 
-# On two cores the three tensor-parallel ranks that its three key-value heads allow would cost twice as much.
+# Unless flags say otherwise. On two cores the three tensor-parallel ranks that its three key-value heads allow would
+# cost twice as much.
 PIPELINE_PARALLEL_SIZE = 2
 MOST_WORDS = 8  # of a message: three quarters of all are as short, and a newcomer need not wait for the others
 ITERATIONS = 44  # of two packs, about twelve messages: a fifth of an epoch
@@ -64,12 +65,14 @@ def run_demo(folder: Path, method: str = PeftConfig.method, extra_flags: Sequenc
     """
     started_at = time.monotonic()
     unread = training_flags(Path("model"), PairFiles(Path("train.jsonl"), Path("valid.jsonl")), method)
-    read_config([*unread, *extra_flags], {"WORLD_SIZE": str(PIPELINE_PARALLEL_SIZE)})
+    asked = RunFlags([*unread, *extra_flags])
+    parallel = asked.config({"WORLD_SIZE": str(asked.replica_size)}).parallel
     _print_progress(f"model and messages in {folder}")
     model = prepare_model(folder / "model", folder / "downloads")
     files = _short_files(prepare_pairs(folder / "data", folder / "downloads"))
     save = folder / method / CHECKPOINTS
-    before, after = _trained(folder / method, [*training_flags(model, files, method), *extra_flags])
+    flags = [*training_flags(model, files, method), *extra_flags]
+    before, after = _trained(folder / method, flags, parallel.world_size)
     records, lambdas = read_metrics(save / METRICS_FILE), read_metrics(save / LAMBDA_FILE)
     held_out = read_pairs(files.valid)
     # Examples spread evenly over the held-out messages, not the best ones.
@@ -80,7 +83,8 @@ def run_demo(folder: Path, method: str = PeftConfig.method, extra_flags: Sequenc
         "bleu_after": after.bleu,
         "validation_loss_before": before.validation_loss,  # means over the held-out completions' tokens
         "validation_loss_after": after.validation_loss,
-        "pipeline_parallel_size": PIPELINE_PARALLEL_SIZE,
+        "tensor_parallel_size": parallel.tensor_model_parallel_size,
+        "pipeline_parallel_size": parallel.pipeline_model_parallel_size,
         "trainable_parameters": after.trainable_parameters,
         "seconds": time.monotonic() - started_at,  # of this call; less in a second one
         "training_seconds": sum(record["step_seconds"] for record in records),
@@ -135,7 +139,7 @@ def training_flags(model: Path, files: PairFiles, method: str) -> list[str]:
     return [*words, "--pack-sequences"]
 
 
-def _trained(folder: Path, flags: list[str]) -> tuple[DemoScore, DemoScore]:
+def _trained(folder: Path, flags: list[str], num_ranks: int) -> tuple[DemoScore, DemoScore]:
     """Scores of the base and the trained model, of an earlier call with these flags; else trains and scores them."""
     record, scores = folder / "flags.json", (folder / BEFORE, folder / AFTER)
     if folder.exists() and not (record.exists() and read_json(record) == flags):
@@ -148,7 +152,7 @@ def _trained(folder: Path, flags: list[str]) -> tuple[DemoScore, DemoScore]:
         # A run that was stopped goes on from its checkpoint. A rank that fails has said what is wrong.
         os.environ.update(ENVIRONMENT)
         words = [str(folder), *flags, "--save", str(folder / CHECKPOINTS), "--resume", "auto"]
-        launch = {"nproc_per_node": str(PIPELINE_PARALLEL_SIZE)}
+        launch = {"nproc_per_node": str(num_ranks)}
         if ended := start_processes("megatron_peft.demo.run", words, launch, PROGRAM):
             raise SystemExit(ended)
     before, after = map(DemoScore.read, scores)
@@ -207,6 +211,13 @@ def _print_progress(text: str) -> None:
     print(f"demo: {text}", flush=True)
 
 
+def _ranks(report: Report) -> str:
+    """What the run was split over."""
+    tp, pp = report["tensor_parallel_size"], report["pipeline_parallel_size"]
+    parts = [f"{tp} tensor-parallel ranks"] * (tp > 1) + [f"{pp} pipeline stages"] * (pp > 1)
+    return " x ".join(parts) or "one rank"
+
+
 LAMBDA_INCHES = 3.4
 COLUMNS = ("English", "Reference", "Before", "After")
 COLUMN_CHARACTERS = 42
@@ -222,8 +233,7 @@ def draw_picture(
     """
     heights = [4.2, *([LAMBDA_INCHES] if lambdas else []), 0.6 + 0.62 * len(report["translations"])]
     figure = plots.new_figure(13, sum(heights) + 0.5)
-    stages = report["pipeline_parallel_size"]
-    title = f"SmolLM2-135M, English to French: {report['method']} over {stages} pipeline stages"
+    title = f"SmolLM2-135M, English to French: {report['method']} over {_ranks(report)}"
     figure.suptitle(title, fontsize=14, fontweight="bold")
     rows = figure.add_gridspec(len(heights), 1, height_ratios=heights)
     curves, *middle, texts = [figure.add_subfigure(rows[at]) for at in range(len(heights))]
@@ -296,10 +306,10 @@ def print_report(report: Report, folder: Path, console: Console | None = None) -
     if program.is_relative_to(Path.cwd()):
         program = program.relative_to(Path.cwd())
     asked = Pair("Open the file", "").prompt.replace("\n", "\\n")
-    stages, spent = report["pipeline_parallel_size"], f"{report['training_seconds']:.0f} s"
+    spent = f"{report['training_seconds']:.0f} s"
     console.print(
         f"{report['method']}: {report['trainable_parameters']:,} trainable parameters, {report['iterations']} "
-        f"iterations in {spent} on {stages} pipeline stages; {report['seconds']:.0f} s in all.\n"
+        f"iterations in {spent} on {_ranks(report)}; {report['seconds']:.0f} s in all.\n"
         f"{folder / 'report.json'}, {folder / 'report.png'}\n\nTry next:\n"
         f"  {program} generate --load {run} --prompt $'{asked}'\n  {program} report {run}",
         markup=False,

@@ -9,10 +9,12 @@ What is varied: TP, PP, virtual stages, DP (the rest of the world), sequence par
 recompute and, with several replicas, the distributed optimizer. All else is the run's own.
 """
 
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from itertools import product
 from math import inf
 from typing import Any
@@ -271,6 +273,31 @@ def _candidate(step: RecordedStep, recompute: str, times: Mapping[Segment, float
     held = {stage: step.memory(stage) for stage in sorted({*alike_stages(step.run, step.shape)})}
     fullest = max(held, key=lambda stage: total(held[stage]))
     return _Candidate(step, recompute, seconds, held[fullest], fullest)
+
+
+SEQUENCE_STEP = 64  # tokens; every tensor-parallel size divides it
+
+
+def longest_sequence(
+    run: RunConfig, shape: ModelShape, cluster: Cluster, watch: Watch = lambda done, more: None
+) -> tuple[int, int]:
+    """The longest --seq-length that fits at a run's layout, and what its fullest rank holds, in bytes.
+
+    A multiple of `SEQUENCE_STEP`, or all of the model's positions; 0 if the shortest does not fit, with its bytes. Each
+    length that is tried is recorded, as by `fit`. `watch` counts recordings.
+    """
+
+    @cache
+    def peak(length: int) -> int:
+        tried = replace(run, data=replace(run.data, seq_length=length))
+        [layers] = record_layers([LayersToRecord.of(tried, shape)], watch)
+        step = RecordedStep(tried, shape, layers)
+        return max(total(step.memory(stage)) for stage in {*alike_stages(run, shape)})
+
+    lengths = [*range(SEQUENCE_STEP, shape.longest_sequence, SEQUENCE_STEP), shape.longest_sequence]
+    num_fitting = bisect_right(lengths, cluster.usable_bytes, key=peak)
+    longest = lengths[num_fitting - 1] if num_fitting else 0
+    return longest, peak(longest or lengths[0])
 
 
 def fit_tables(layouts: Sequence[FittedLayout], title: str, num_tokens: float) -> list[Table]:

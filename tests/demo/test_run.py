@@ -29,10 +29,12 @@ class Launcher:
 
     def __init__(self):
         self.commands: list[tuple[str, ...]] = []
+        self.launches: list[dict[str, str]] = []
         self.exit_code = 0
 
     def __call__(self, started, command, launch, program) -> int:
-        assert (started, launch) == ("megatron_peft.demo.run", {"nproc_per_node": "2"})
+        assert started == "megatron_peft.demo.run"
+        self.launches.append(launch)
         self.commands.append(command)
         folder, save = Path(command[0]), Path(command[command.index("--save") + 1])
         save.mkdir(parents=True, exist_ok=True)
@@ -104,6 +106,16 @@ def test_one_launch_trains_and_scores_with_the_flags_that_were_typed(tmp_path, l
     assert [command[0] for command in launcher.commands] == [str(tmp_path / "lora")]
     checkpoints = str(tmp_path / "lora" / "checkpoints")
     assert launcher.commands[0][-6:] == ["--seed", "7", "--save", checkpoints, "--resume", "auto"]
+
+
+def test_it_runs_on_as_many_ranks_as_the_typed_layout_has(tmp_path, launcher, capsys):
+    report = run_demo(tmp_path)
+    assert launcher.launches == [{"nproc_per_node": "2"}] and module._ranks(report) == "2 pipeline stages"
+    layout = ["--tensor-model-parallel-size", "3", "--pipeline-model-parallel-size"]
+    assert module._ranks(run_demo(tmp_path, extra_flags=[*layout, "1"])) == "3 tensor-parallel ranks"
+    run_demo(tmp_path, extra_flags=[*layout, "2"])
+    assert [launch["nproc_per_node"] for launch in launcher.launches] == ["2", "3", "6"]
+    assert module._ranks({"tensor_parallel_size": 1, "pipeline_parallel_size": 1}) == "one rank"
 
 
 def test_a_second_call_reuses_everything_and_other_flags_begin_afresh(tmp_path, launcher):
@@ -210,7 +222,13 @@ RECORDS = [
     {"iteration": 30, "loss": None, "grad_norm": 1.0},  # a loss that was not a number
 ]
 TRANSLATIONS = [dict(zip(WHAT, ("Pay $5_^ or $6", "Payez 5 $", "", "Payez " + "beaucoup " * 40), strict=True))]
-REPORT = {"method": "lora", "pipeline_parallel_size": 2, "bleu_before": 3.0, "bleu_after": 20.0}
+REPORT = {
+    "method": "lora",
+    "tensor_parallel_size": 1,
+    "pipeline_parallel_size": 2,
+    "bleu_before": 3.0,
+    "bleu_after": 20.0,
+}
 REPORT |= {"validation_loss_before": 4.0, "validation_loss_after": 1.75}
 
 

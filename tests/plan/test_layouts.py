@@ -13,7 +13,7 @@ from megatron_peft.config import ConfigurationError, OptimizerSettings, RunConfi
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.plan import layouts
 from megatron_peft.plan.cluster import read_cluster
-from megatron_peft.plan.layouts import fit, fit_tables
+from megatron_peft.plan.layouts import fit, fit_tables, longest_sequence
 from megatron_peft.plan.recorded_step import RecordedStep, Turn, estimated_time, total, turns
 from megatron_peft.plan.timing import PlannedSpeed, time_table
 from megatron_peft.rehearsal.requests import LayersToRecord, alike_stages
@@ -390,3 +390,22 @@ def test_hours_follow_from_tokens():
     assert speed.mfu == pytest.approx(flops / speed.time.seconds / 8 / 1e12 / A100.bf16_tflops)
     precise = PlannedSpeed.of(replace(run, model=replace(run.model, bf16=False)), SMALL, A100, speed.time)
     assert precise.mfu == pytest.approx(speed.mfu * A100.bf16_tflops / A100.fp32_tflops)
+
+
+def test_the_longest_sequence_is_the_last_that_fits_of_the_model_s_positions(every_recording):
+    """Boundaries included: a GPU that a length fills exactly holds it; the model's last positions count as one step."""
+    run, shape = made_up_run("lora", 4096, 8), replace(SMALL, max_position_embeddings=200)
+    lengths = (64, 128, 192, 200)
+    of_length = {length: replace(run, data=replace(run.data, seq_length=length)) for length in lengths}
+    peaks = {length: total(step_of(one, shape).memory(0)) for length, one in of_length.items()}
+    assert [*peaks.values()] == sorted({*peaks.values()})
+
+    def found(usable: int) -> tuple[int, int]:
+        cluster = replace(A100, memory_gib=usable / 2**30, reserved_gib=0.0)
+        assert cluster.usable_bytes == usable
+        return longest_sequence(run, shape, cluster)
+
+    assert [found(peaks[length]) for length in lengths] == [*peaks.items()]
+    assert found(peaks[200] + 1) == (200, peaks[200])
+    assert found(peaks[192] - 1) == (128, peaks[128])
+    assert found(peaks[64] - 1) == (0, peaks[64])

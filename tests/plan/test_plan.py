@@ -102,11 +102,14 @@ def test_a_range_is_as_far_off_as_the_outermost_published_runs():
 SMALL = ["--lora-rank", "4", "--seq-length", "32"]
 
 
-def test_complex_products_take_time_too(base, tmp_path):
+def test_complex_products_take_time_too_and_a_short_model_s_positions_all_fit(base, tmp_path, capsys):
     found = tmp_path / "plan.json"
     words = ["--pretrained-checkpoint", str(base), *SMALL, "--peft-method", "hybrid", "--hybrid-rotation", "urnn"]
-    assert main([*words, "--urnn-block-size", "4", "--tokens", "2e9", "--json", str(found)]) == 0
-    plan = json.loads(found.read_text())
+    words += ["--urnn-block-size", "4", "--tokens", "2e9", "--longest-sequence"]
+    assert main([*words, "--json", str(found)]) == 0
+    plan, positions = json.loads(found.read_text()), read_shape(str(base)).max_position_embeddings
+    told = f"longest sequence: --seq-length {positions} fits, all positions of the model ("
+    assert plan["longest_sequence"] == positions and told in capsys.readouterr().out
     assert plan["hours"] == pytest.approx(2e9 / plan["tokens_per_second"] / 3600)
 
 
@@ -169,8 +172,11 @@ def test_rehearsed_times_choose_among_the_layouts_that_fit(base, tmp_path, capsy
 
     monkeypatch.setattr(plan_module, "make_plan", make_plan)
     words = ["--pretrained-checkpoint", str(base), *SMALL, "--fit", "--world-size", "1", "--rehearsed", "2"]
-    assert main([*words, "--global-batch-size", "8", "--tokens", "1e6", "--json", str(found)]) == 0
-    plans, told = json.loads(found.read_text())["rehearsed"], capsys.readouterr().out
+    words += ["--longest-sequence", "--global-batch-size", "8", "--tokens", "1e6"]
+    assert main([*words, "--json", str(found)]) == 0
+    written, told = json.loads(found.read_text()), capsys.readouterr().out
+    plans = written["rehearsed"]
+    assert f"longest sequence: --seq-length {written['longest_sequence']} fits" in told
     assert len(plans) == 2 and plans[1]["time"]["seconds"] < plans[0]["time"]["seconds"]
     assert "flags of layout 2: " in told and f"{plans[0]['hours']:,.1f} hours for 1 million tokens" in told
 
