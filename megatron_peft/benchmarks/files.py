@@ -166,7 +166,7 @@ def quantized_loading_figures(setting: Setting) -> list[Figure]:
 
 
 def load_quantized(setting: Setting) -> tuple[int, int, int]:
-    """Bytes of the linear layers' weights as held and in bf16, and the most memory beyond the model. Started on a rank."""
+    """Bytes of linear layers as held and in bf16, and the most memory beyond the model's. Started on a rank."""
     give_back_freed_memory()
     trained_values(torch.ones(1, BLOCK), setting.base_precision, torch.bfloat16)  # what the first use of it imports
     before, _ = memory_bytes()

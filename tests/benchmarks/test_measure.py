@@ -165,3 +165,10 @@ def test_two_ranks_read_their_halves_and_no_more(tiny: Setting) -> None:
         assert rank.shard * 0.8 < rank.counts.bytes <= rank.shard  # less by the padding of the vocabulary
         assert 0.5 <= rank.shard / alone.shard < 0.51  # norms are whole on each
         assert rank.peak > 50 * files.MIB
+
+
+def test_a_quantized_base_is_weighed_by_what_its_linear_layers_hold(even: Setting) -> None:
+    nf4, nf4_peak, fp8, fp8_peak = files.quantized_loading_figures(even)
+    assert (nf4.measured, fp8.measured) == (9 / 32, 17 / 32), "four or eight bits, and a float32 for 64 numbers"
+    assert [figure.unit for figure in (nf4_peak, fp8_peak)] == ["MB", "MB"]
+    assert all(0 <= figure.measured < 200 for figure in (nf4_peak, fp8_peak))

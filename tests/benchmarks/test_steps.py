@@ -21,7 +21,7 @@ from megatron_peft.training import run as start_module
 from tests.one_rank import one_rank
 
 
-@pytest.mark.parametrize("figures", [steps.rotation_figures, steps.hybrid_full_figures])
+@pytest.mark.parametrize("figures", [steps.rotation_figures, steps.hybrid_full_figures, steps.quantized_figures])
 def test_a_figure_is_the_quotient_of_the_two_that_it_names(figures, even: Setting) -> None:
     for figure in figures(even):
         amounts = [float(text) for text in re.findall(r"([\d.]+) (?:CPU s|MiB)", figure.note)[:2]]
