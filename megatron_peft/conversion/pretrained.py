@@ -5,7 +5,7 @@ import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -280,6 +280,61 @@ def _some_rows(rule: Rule, rank: int, size: int) -> Iterator[tuple[RowRange, sli
                 yield there, slice(own + start - first, own + stop - first)
 
 
+@dataclass
+class _Reader:
+    """Reads this rank's parameters. After a failure it reads nothing more but goes on taking part."""
+
+    weights: Weights
+    rank: int
+    size: int
+    group: dist.ProcessGroup | None  # of tensor-parallel ranks that read rows for one another
+    failure: ConfigurationError | None = None
+
+    def fill(self, rule: Rule, parameter: nn.Parameter) -> None:
+        """Read a parameter, a quantized one some rows at a time: no more of it is ever there in full precision."""
+        quantized: Any = getattr(parameter, "quantized", None)
+        if quantized is not None:
+            for rows, own in _some_rows(rule, self.rank, self.size):
+                values = torch.empty((own.stop - own.start, quantized.shape[1]), device=quantized.codes.device)
+                self._fill_rows(rule, rows, values)
+                quantized.fill_rows(own, values)
+        elif self._group_of(rule) is not None and self.weights.holds_whole_rows(rule, parameter.dtype):
+            rows = slice(0, len(parameter))
+            self._fill_rows(rule, RowRange(rule.hf_tensors[0].name, rows, rows), parameter.detach())
+        else:
+            self._read(self.weights.read, rule, parameter.detach(), self.rank, self.size)
+
+    def _group_of(self, rule: Rule) -> dist.ProcessGroup | None:
+        return self.group if isinstance(rule, Columns) and self.size > 1 else None
+
+    def _fill_rows(self, rule: Rule, rows: RowRange, values: Tensor) -> None:
+        """Fill `values` with some rows, or this rank's columns of them."""
+        group = self._group_of(rule)
+        share = slice(0, len(values)) if group is None else share_of_rows(len(values), self.rank, self.size)
+        starts = rows.hf.start + share.start, rows.megatron.start + share.start
+        num_rows, width = share.stop - share.start, rule.hf_tensors[0].shape[1]
+        whole = torch.empty((num_rows, width), dtype=values.dtype)  # on the host
+        if num_rows:
+            some = RowRange(rows.name, *(slice(at, at + num_rows) for at in starts))
+            self._read(self.weights.read_rows, rule, some, whole)
+        if group is not None:
+            columns_from_rows_over_tensor_parallel(whole, values, group)
+        else:
+            first = self.rank * values.shape[1] if isinstance(rule, Columns) else 0
+            values.copy_(whole[:, first : first + values.shape[1]])
+
+    def _read(self, how: Callable[..., None], *arguments: Any) -> None:
+        if self.failure is None:
+            try:
+                how(*arguments)
+            except ConfigurationError as error:
+                self.failure = error
+
+    def raise_failure(self) -> None:
+        if self.failure is not None:
+            raise self.failure
+
+
 @torch.no_grad()
 def fill_parameters(
     to_fill: Sequence[tuple[Rule, nn.Parameter]],
@@ -291,7 +346,7 @@ def fill_parameters(
 ) -> None:
     """Fill contiguous parameters in place and in this order, which must be the same on all ranks of the groups.
 
-    A quantized weight is read some rows at a time, so that no more of it is ever there in full precision.
+    groups: tensor-parallel ranks, and replicas, that read for one another; None: each reads for itself.
 
     `advance` is called with the bytes of every parameter that has been read or is being sent.
 
@@ -299,48 +354,16 @@ def fill_parameters(
     """
     tensor_parallel, replicas = groups
     replica, num_replicas = (0, 1) if replicas is None else (replicas.rank(), replicas.size())
+    reader = _Reader(weights, rank, size, tensor_parallel)
     read_bytes = [0] * num_replicas
-    failures: list[ConfigurationError] = []
-
-    def read(how: Callable[..., None], *arguments: Any) -> None:
-        if not failures:
-            try:
-                how(*arguments)
-            except ConfigurationError as error:
-                failures.append(error)
-
-    def read_some_rows(rule: Rule, rows: RowRange, values: Tensor, group: dist.ProcessGroup | None) -> None:
-        """Fill `values` with some rows, or a rank's columns of them; the ranks of a group read them for one another."""
-        share = slice(0, len(values)) if group is None else share_of_rows(len(values), rank, size)
-        starts = rows.hf.start + share.start, rows.megatron.start + share.start
-        num_rows, width = share.stop - share.start, rule.hf_tensors[0].shape[1]
-        whole = torch.empty((num_rows, width), dtype=values.dtype)  # on the host
-        if num_rows:
-            read(weights.read_rows, rule, RowRange(rows.name, *(slice(at, at + num_rows) for at in starts)), whole)
-        if group is not None:
-            columns_from_rows_over_tensor_parallel(whole, values, group)
-        else:
-            first = rank * values.shape[1] if isinstance(rule, Columns) else 0
-            values.copy_(whole[:, first : first + values.shape[1]])
-
     in_flight: deque[Wait] = deque()
     for rule, parameter in to_fill:
-        held, quantized = stored_tensors(parameter), getattr(parameter, "quantized", None)
+        held = stored_tensors(parameter)
         num_bytes = sum(tensor.nbytes for tensor in held)
         source = read_bytes.index(min(read_bytes))  # the replica that has read least so far
         read_bytes[source] += num_bytes
         if source == replica:
-            group = tensor_parallel if isinstance(rule, Columns) and size > 1 else None
-            if quantized is not None:
-                for rows, own in _some_rows(rule, rank, size):
-                    values = torch.empty((own.stop - own.start, quantized.shape[1]), device=quantized.codes.device)
-                    read_some_rows(rule, rows, values, group)
-                    quantized.fill_rows(own, values)
-            elif group is not None and weights.holds_whole_rows(rule, parameter.dtype):
-                rows = slice(0, len(parameter))
-                read_some_rows(rule, RowRange(rule.hf_tensors[0].name, rows, rows), parameter.detach(), group)
-            else:
-                read(weights.read, rule, parameter.detach(), rank, size)
+            reader.fill(rule, parameter)
         in_flight += [start_broadcast(tensor, source, replicas) for tensor in held]
         while len(in_flight) > MAX_IN_FLIGHT:
             in_flight.popleft()()
@@ -348,9 +371,4 @@ def fill_parameters(
         advance(num_bytes)
     for wait in in_flight:
         wait()
-
-    def raise_failure() -> None:
-        for error in failures:
-            raise error
-
-    checked_together(raise_failure)
+    checked_together(reader.raise_failure)
