@@ -26,6 +26,7 @@ from megatron_peft.checkpoint.folders import MANIFEST, OPTIMIZER_FILE, RECORD, c
 from megatron_peft.checkpoint.run_record import read_record
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.conversion import hf_files, model_card, trained_adapters
+from megatron_peft.conversion.megatron_files import OUTPUT
 from megatron_peft.conversion.pretrained import Weights, open_weights, owned_rules, read_model_shape
 from megatron_peft.conversion.writer import (
     DEFAULT_SHARD_BYTES,
@@ -340,7 +341,8 @@ def merge(
     def read(rule: Rule, weights: Weights) -> Mapping[str, Tensor]:
         """Changed in float32 (or float64), and cast when written."""
         layer, stored = rule.layer, weights.stored_type(rule)
-        is_adapted, is_rounded = layer in adapters.record.adapted_layers, rule.is_linear and precision != "run"
+        is_adapted, is_output = layer in adapters.record.adapted_layers, rule.name == OUTPUT
+        is_rounded = precision != "run" and (rule.is_linear or (is_output and model.quantize_output_layer))
         if not (is_adapted or is_rounded):
             return _tensors(rule, weights)
         whole = torch.empty(rule.local_shape(1), dtype=torch.promote_types(stored, torch.float32))

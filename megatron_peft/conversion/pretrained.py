@@ -23,7 +23,7 @@ from megatron_peft.conversion.nf4_files import unpacked
 from megatron_peft.conversion.writer import byte_bar
 from megatron_peft.models.families import read_shape, rules_for
 from megatron_peft.models.rules import Columns, RowRange, Rule, expected_tensors
-from megatron_peft.models.shape import ModelShape, check_blocks, check_layout, check_lengths, compare_shape, is_size
+from megatron_peft.models.shape import ModelShape, check_layout, check_lengths, check_quantized, compare_shape, is_size
 from megatron_peft.parallel.collectives import (
     Wait,
     columns_from_rows_over_tensor_parallel,
@@ -140,16 +140,16 @@ def owned_rules(rules: Mapping[str, Rule], shape: ModelShape) -> dict[str, Rule]
 
 def checked_shape(config: RunConfig) -> ModelShape:
     """Shape of the base model. ConfigurationError if it is missing, or contradicts the flags or the layout."""
-    base, precision = config.model.pretrained_checkpoint, config.model.base_precision
+    base = config.model.pretrained_checkpoint
     assert base is not None
-    if precision == "nf4":
+    if config.model.base_precision == "nf4":
         require_packages("nf4", "bitsandbytes")
     shape = read_model_shape(base)
     if dist.get_rank() == 0:  # each rank opens them again when it loads
         open_weights(base, shape)
     problems = [*compare_shape(config.model.shape_flags, shape), *check_layout(config.parallel, shape)]
     problems += check_lengths(config.data, shape)
-    problems += check_blocks(precision, config.parallel.tensor_model_parallel_size, shape)
+    problems += check_quantized(config.model, config.parallel.tensor_model_parallel_size, shape)
     if problems:
         raise ConfigurationError(*problems)
     return shape
@@ -267,10 +267,10 @@ def _with_rules(
     return pairs
 
 
-def _some_rows(rule: Rule, rank: int, size: int) -> Iterator[tuple[RowRange, slice]]:
+def _some_rows(rule: Rule, local: Tensor, rank: int, size: int) -> Iterator[tuple[RowRange, slice]]:
     """Few rows of a matrix at a time, which lie together in the files, and where they are in a rank's part of it."""
     ranges = [rows for each in row_ranges(rule, max_elements=QUANTIZED_AT_ONCE).values() for rows in each]
-    for part in rule.global_slices(torch.empty(rule.local_shape(size), device="meta"), rank, size):
+    for part in rule.global_slices(local, rank, size):
         first, own = part.offset[0], part.view.storage_offset() // part.view.shape[1]
         for rows in ranges:
             start, stop = max(rows.megatron.start, first), min(rows.megatron.stop, first + len(part.view))
@@ -294,10 +294,12 @@ class _Reader:
         """Read a parameter, a quantized one some rows at a time: no more of it is ever there in full precision."""
         quantized: Any = getattr(parameter, "quantized", None)
         if quantized is not None:
-            for rows, own in _some_rows(rule, self.rank, self.size):
+            for rows, own in _some_rows(rule, parameter, self.rank, self.size):
                 values = torch.empty((own.stop - own.start, quantized.shape[1]), device=quantized.codes.device)
                 self._fill_rows(rule, rows, values)
                 quantized.fill_rows(own, values)
+            for tensor in stored_tensors(parameter):
+                rule.clear_padding(tensor, self.rank)
         elif self._group_of(rule) is not None and self.weights.holds_whole_rows(rule, parameter.dtype):
             rows = slice(0, len(parameter))
             self._fill_rows(rule, RowRange(rule.hf_tensors[0].name, rows, rows), parameter.detach())

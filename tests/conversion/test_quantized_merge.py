@@ -26,12 +26,13 @@ SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """Two steps on NF4 of some layers, with changes that show."""
+    """Two steps on NF4, the output layer too, of some layers, with changes that show."""
     place = tmp_path_factory.mktemp("quantized")
     save_llama(place / "bases" / "base", **SIZES)
     files = Files(str(place / "bases"), str(save_pairs(place / "pairs.jsonl")), str(place))
     peft: dict[str, Any] = {"target_modules": ("linear_qkv", "linear_fc2")}
-    settings = {"model": {"base_precision": "nf4"}, "peft": peft, "checkpoint": {"save": str(place / "run")}}
+    quantized = {"base_precision": "nf4", "quantize_output_layer": True}
+    settings = {"model": quantized, "peft": peft, "checkpoint": {"save": str(place / "run")}}
     with one_rank():
         trained = start(configure(files, settings | {"optimizer": {"lr": 0.02}}))
         trained.train(2)
@@ -56,18 +57,22 @@ def test_merged_into_the_trained_values_it_computes_what_the_run_did(run, tmp_pa
 
 
 def test_layers_without_an_adapter_are_rounded_too_and_nothing_else_is(run, tmp_path):
+    model = read_record(find_checkpoint(run)).config.model
+    of_layers = copy_run(run, tmp_path / "layers", with_config(model=replace(model, quantize_output_layer=False)))
     merge(run, tmp_path / "values", into="trained-values", progress=False)
-    base, found = (
-        load_file(folder / "model.safetensors") for folder in (run.parent / "bases" / "base", tmp_path / "values")
-    )
-    name = "model.layers.0.self_attn.o_proj.weight"
-    assert torch.equal(found[name], trained_values(base[name], "nf4", torch.float32))
-    assert torch.equal(found["lm_head.weight"], base["lm_head.weight"])
+    merge(of_layers, tmp_path / "of layers", into="trained-values", progress=False)
+    folders = run.parent / "bases" / "base", tmp_path / "values", tmp_path / "of layers"
+    base, found, without_output = (load_file(folder / "model.safetensors") for folder in folders)
+    for name in ("model.layers.0.self_attn.o_proj.weight", "lm_head.weight"):
+        assert torch.equal(found[name], trained_values(base[name], "nf4", torch.float32))
+    assert torch.equal(found["model.embed_tokens.weight"], base["model.embed_tokens.weight"])
+    assert torch.equal(without_output["lm_head.weight"], base["lm_head.weight"])
 
 
 def test_a_run_on_a_base_as_it_is_has_no_other_values(run, tmp_path):
     model = read_record(find_checkpoint(run)).config.model
-    plain = copy_run(run, tmp_path / "plain", with_config(model=replace(model, base_precision="run")))
+    as_it_is = replace(model, base_precision="run", quantize_output_layer=False)
+    plain = copy_run(run, tmp_path / "plain", with_config(model=as_it_is))
     with pytest.raises(ConfigurationError, match="--into trained-values: .* was trained on its base's own weights"):
         merge(plain, tmp_path / "values", into="trained-values", progress=False)
     merge(plain, tmp_path / "original", progress=False)
