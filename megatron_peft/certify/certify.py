@@ -42,7 +42,7 @@ from megatron_peft.conversion.convert import megatron_to_hf, merge
 from megatron_peft.conversion.peft_export import export_adapter
 from megatron_peft.models.families import check_adapters, config_of_shape, rules_for
 from megatron_peft.models.rules import expected_tensors
-from megatron_peft.models.shape import ModelShape
+from megatron_peft.models.shape import ModelShape, check_quantized
 from megatron_peft.parallel.layout import generator_for
 from megatron_peft.rehearsal.rehearsal import work_bar
 from megatron_peft.rehearsal.requests import kept_stages, make_small, of_num_layers
@@ -183,6 +183,7 @@ def small_shape(shape: ModelShape, config: RunConfig, tensor_parallel: int, num_
         ffn = 4 * hidden if bound or not shape.gated_linear_unit else 2 * hidden
         candidate = replace(small, kv_channels=head, hidden_size=hidden, ffn_hidden_size=ffn)
         problems = check_adapters(config.peft, parallel, candidate)
+        problems += check_quantized(config.model, tensor_parallel, candidate)
         if hidden >= 32 and not problems:
             return candidate
     raise ConfigurationError(f"no small model fits the run's method, so it cannot be certified: {problems[0]}")
@@ -366,9 +367,11 @@ def compare_converted(trained: tuple[RunConfig, Tensor, tuple[Tensor, Tensor]]) 
             return CertificateLine(name, 0, None, 0.0, note=f"not compared ({reason}){instead}")
         return compare_logits(name, verify.logits_of(folder, tokens), logits, 1, config.model.bf16)
 
-    to_hf = merge if has_adapters else megatron_to_hf
+    is_quantized = config.model.base_precision != "run"
+    into = "trained-values" if is_quantized else "original"
+    to_hf = partial(merge, into=into) if has_adapters else megatron_to_hf
     merged = compared("merged model in transformers", lambda: to_hf(run, run.with_name("merged"), progress=False))
-    if not has_adapters:
+    if is_quantized or not has_adapters:  # HF PEFT would put the adapter on the base's own weights
         return [merged]
     name, instead = "exported adapter in Hugging Face PEFT", ": the merged model stands for it"
     exported = compared(

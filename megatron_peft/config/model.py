@@ -73,10 +73,8 @@ class ModelConfig(Checked):
             bool(self.pretrained_checkpoint),
             "no base model: --pretrained-checkpoint takes a Hugging Face folder (config.json and *.safetensors).",
         )
-        require(
-            self.base_precision != "run" or not self.quantize_output_layer,
-            "--quantize-output-layer needs --base-precision nf4 or fp8, which says to what.",
-        )
+        told = "--quantize-output-layer needs --base-precision nf4 or fp8."
+        require(self.base_precision != "run" or not self.quantize_output_layer, told)
         for name in ("attention_dropout", "hidden_dropout"):
             require(0 <= run.get(name, 0) < 1, f"{flag(name)} is {run.get(name)}; it is at least 0 and below 1.")
         is_full = bool(run.get("recompute_method")) and run.get("recompute_num_layers", 0) > 0

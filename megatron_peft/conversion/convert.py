@@ -312,6 +312,7 @@ def merge(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     license: str | None = None,
     into: Literal["original", "trained-values"] = "original",
+    num_tokens: int | None = None,
     progress: bool = True,
 ) -> Path:
     """Write `output`: a model card, config.json, the tokenizer's files and sharded safetensors of the changed model.
@@ -320,6 +321,7 @@ def merge(
     it is not where the run says.
 
     into: the weights of the base, or, after a run with --base-precision, what these were rounded to while it trained.
+    num_tokens: as for `model_card.add_logits`.
 
     Raises ConfigurationError: before anything is written: no checkpoint or no adapters, another base, an output that
     exists, damaged files.
@@ -355,4 +357,6 @@ def merge(
         adapters.folder, adapters.record, Path(output), str(base), is_adapter=False, license=license, into=into
     )
     bar = "Merging" if progress else ""
-    return _write(Path(output), base, shape, places, read, dtype, max_shard_bytes, bar, card)
+    _write(Path(output), base, shape, places, read, dtype, max_shard_bytes, bar, card)
+    model_card.add_logits(card, num_tokens)
+    return Path(output)

@@ -287,31 +287,28 @@ class _Reader:
     weights: Weights
     rank: int
     size: int
-    group: dist.ProcessGroup | None  # of tensor-parallel ranks that read rows for one another
+    group: dist.ProcessGroup | None  # tensor-parallel ranks that read for one another
     failure: ConfigurationError | None = None
 
     def fill(self, rule: Rule, parameter: nn.Parameter) -> None:
         """Read a parameter, a quantized one some rows at a time: no more of it is ever there in full precision."""
         quantized: Any = getattr(parameter, "quantized", None)
+        group = self.group if isinstance(rule, Columns) and self.size > 1 else None
         if quantized is not None:
             for rows, own in _some_rows(rule, parameter, self.rank, self.size):
                 values = torch.empty((own.stop - own.start, quantized.shape[1]), device=quantized.codes.device)
-                self._fill_rows(rule, rows, values)
+                self._read_rows(rule, rows, values, group)
                 quantized.fill_rows(own, values)
             for tensor in stored_tensors(parameter):
                 rule.clear_padding(tensor, self.rank)
-        elif self._group_of(rule) is not None and self.weights.holds_whole_rows(rule, parameter.dtype):
+        elif group is not None and self.weights.holds_whole_rows(rule, parameter.dtype):
             rows = slice(0, len(parameter))
-            self._fill_rows(rule, RowRange(rule.hf_tensors[0].name, rows, rows), parameter.detach())
+            self._read_rows(rule, RowRange(rule.hf_tensors[0].name, rows, rows), parameter.detach(), group)
         else:
             self._read(self.weights.read, rule, parameter.detach(), self.rank, self.size)
 
-    def _group_of(self, rule: Rule) -> dist.ProcessGroup | None:
-        return self.group if isinstance(rule, Columns) and self.size > 1 else None
-
-    def _fill_rows(self, rule: Rule, rows: RowRange, values: Tensor) -> None:
-        """Fill `values` with some rows, or this rank's columns of them."""
-        group = self._group_of(rule)
+    def _read_rows(self, rule: Rule, rows: RowRange, values: Tensor, group: dist.ProcessGroup | None) -> None:
+        """Fill `values` with some rows, or a rank's columns of them; the ranks of a group read them for one another."""
         share = slice(0, len(values)) if group is None else share_of_rows(len(values), self.rank, self.size)
         starts = rows.hf.start + share.start, rows.megatron.start + share.start
         num_rows, width = share.stop - share.start, rule.hf_tensors[0].shape[1]
@@ -347,8 +344,6 @@ def fill_parameters(
     advance: Callable[[int], None],
 ) -> None:
     """Fill contiguous parameters in place and in this order, which must be the same on all ranks of the groups.
-
-    groups: tensor-parallel ranks, and replicas, that read for one another; None: each reads for itself.
 
     `advance` is called with the bytes of every parameter that has been read or is being sent.
 

@@ -52,6 +52,9 @@ class Difference:
     def relative(self) -> float:
         return self.absolute / self.scale
 
+    def __str__(self) -> str:
+        return f"largest difference {self.absolute:.3g}, relative {self.relative:.3g}"
+
     @classmethod
     def of(cls, tensor: Tensor, reference: Tensor) -> "Difference":
         return cls((tensor - reference).abs().max().item(), reference.abs().max().item())

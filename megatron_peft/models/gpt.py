@@ -19,7 +19,6 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
-from torch import nn
 
 from megatron_peft.adapters.linear import AdaptedColumnParallelLinear, AdaptedRowParallelLinear
 from megatron_peft.adapters.quantized_weight import quantize, weights_as
@@ -158,7 +157,8 @@ def _build_chunk(
         )
     if chunk.pre_process and config.output_precision != "run":  # the one matrix of its own
         embedding = chunk.embedding.word_embeddings
-        embedding.weight = nn.Parameter(torch.empty_like(embedding.weight, device=torch.cuda.current_device()))
+        weight = torch.empty_like(embedding.weight, device=torch.cuda.current_device())
+        embedding.weight = torch.nn.Parameter(weight)
     if shape.rope_scaling is not None:
         _scale_rope(chunk, shape.rope_scaling)
     if shape.embedding_layernorm and chunk.pre_process:

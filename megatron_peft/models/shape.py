@@ -191,12 +191,10 @@ def check_quantized(model: ModelConfig, tensor_parallel_size: int, shape: ModelS
     """A message if an output layer that is to be quantized is the embedding; one, with the sizes that fit, if a rank's
     part of a quantized weight would cut a block.
     """
-    if model.quantize_output_layer and shape.tied_embeddings:
-        return [
-            "--quantize-output-layer: the output layer of this model is its embedding (tie_word_embeddings in "
-            "config.json, true by default in some families), which is not quantized: leave it out."
-        ]
     base_precision = model.base_precision
+    if model.quantize_output_layer and shape.tied_embeddings:
+        told = "the output layer of this model is its embedding (tie_word_embeddings), which stays as it is"
+        return [f"--quantize-output-layer: {told}: leave it out."]
     whole = math.gcd(shape.num_attention_heads * shape.kv_channels, shape.ffn_hidden_size)  # what rows are split along
     if base_precision == "run" or (shape.hidden_size % BLOCK == 0 and whole % (tensor_parallel_size * BLOCK) == 0):
         return []

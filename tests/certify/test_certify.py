@@ -21,7 +21,7 @@ from megatron_peft.commands.certify import main
 from megatron_peft.config import CheckpointConfig, ConfigurationError, ParallelConfig, RunConfig, make_run
 from megatron_peft.conversion.verify import random_tokens
 from megatron_peft.models.families import config_of_shape, read_shape
-from megatron_peft.models.shape import ModelShape
+from megatron_peft.models.shape import ModelShape, check_quantized
 from megatron_peft.rehearsal.requests import small_layout
 from megatron_peft.runtime.ranks import RanksFailed
 from tests.certify.faults import FAULTS, NOT_SEEN, Case, Fault, certified
@@ -323,6 +323,38 @@ def test_full_fine_tuning_is_converted_and_exports_no_adapter(monkeypatch, tmp_p
     config = replace(config, checkpoint=replace(config.checkpoint, save=str(tmp_path / "split")))
     [line] = module.compare_converted((config, tokens, logits))
     assert line.name == "merged model in transformers" and line.passed and line.num_compared == 1
+
+
+QUANTIZED = {"base_precision": "fp8", "quantize_output_layer": True}
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_a_small_model_of_a_quantized_base_has_whole_blocks(tp):
+    config = run_of(LORA, {"tensor_model_parallel_size": tp}, tp, **QUANTIZED)
+    found = module.small_shape(replace(LLAMA, tied_embeddings=False), config, tp, 2)
+    assert check_quantized(config.model, tp, found) == []
+
+
+def test_a_run_on_a_quantized_base_is_merged_into_what_it_was_trained_on_alone(monkeypatch, tmp_path):
+    """HF PEFT puts an adapter on other weights."""
+    tokens, logits = torch.zeros(2, 4), (torch.zeros(1), torch.ones(1))
+    monkeypatch.setattr(module, "merge", lambda run, output, into, **_: output / into)
+    found = {"trained-values": logits[1]}
+    monkeypatch.setattr(module.verify, "logits_of", lambda folder, _: found.get(folder.name))
+    config = run_of(LORA, {}, 1, **QUANTIZED)
+    config = replace(config, checkpoint=replace(config.checkpoint, save=str(tmp_path / "split")))
+    [line] = module.compare_converted((config, tokens, logits))
+    assert line.name == "merged model in transformers" and line.passed and line.num_compared == 1
+
+
+@pytest.mark.slow
+def test_a_run_on_a_quantized_base_is_certified():
+    config = run_of(LORA, {**TP2, "sequence_parallel": True}, 2, **QUANTIZED)
+    [certificate] = certificates([Case(config, replace(LLAMA, tied_embeddings=False))])
+    assert problems_of(certificate) == {} and certificate.verdict == "CERTIFIED"
+    assert (
+        certificate.comparisons[-1].name == "merged model in transformers" and certificate.comparisons[-1].num_compared
+    )
 
 
 @pytest.mark.parametrize("heads", [1, 3, 6, 9, 14, 28, 40])

@@ -1,5 +1,7 @@
 """Adapters that were trained on a quantized base are merged into its weights, or into what those were rounded to."""
 
+import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from megatron_peft.commands.convert import main
 from megatron_peft.config import ConfigurationError
 from megatron_peft.conversion.convert import merge
 from megatron_peft.conversion.model_card import CARD
+from megatron_peft.conversion.peft_export import export_adapter, export_as_lora
 from megatron_peft.conversion.verify import verify
 from tests.checkpoint.runs import Files, configure, start
 from tests.conversion.adapter_runs import copy_run, with_config
@@ -69,6 +72,37 @@ def test_layers_without_an_adapter_are_rounded_too_and_nothing_else_is(run, tmp_
     assert torch.equal(without_output["lm_head.weight"], base["lm_head.weight"])
 
 
+def differences(folder: Path) -> list[float]:
+    """The relative differences on a card: with the weights that were trained on, and with the original ones."""
+    rows = re.findall(
+        r"^\| adapters on .* \| largest difference .*, relative (.*) \|$", (folder / CARD).read_text(), re.M
+    )
+    return [*map(float, rows)]
+
+
+@pytest.mark.parametrize("into", ["original", "trained-values"])
+def test_the_card_of_a_merged_model_has_what_verify_finds(run, tmp_path, into, capsys):
+    argv = ["merge", "--input", str(run), "--output", str(tmp_path / "merged"), "--into", into, "--num-tokens", "9"]
+    assert main(argv) == 0
+    found = verify(run, tmp_path / "merged", num_tokens=9)
+    assert found.on_original is not None
+    expected = [found.logits.relative, found.on_original.relative]
+    assert differences(tmp_path / "merged") == pytest.approx(expected, rel=5e-3)
+    merge(run, tmp_path / "none", into=into, num_tokens=0, progress=False)
+    assert differences(tmp_path / "none") == [] and "Logits" not in (tmp_path / "none" / CARD).read_text()
+
+
+def test_the_card_of_an_adapter_has_what_verify_finds_or_it_is_said_why_not(run, tmp_path, capsys, monkeypatch):
+    """HF PEFT puts it on the original weights."""
+    of_values, of_original = differences(export_adapter(run, tmp_path / "adapter"))
+    assert of_original < 1e-5 and of_values > 1e-3
+    of_values, of_original = differences(export_as_lora(run, tmp_path / "lora", progress=False))
+    assert of_original < 1e-5 and of_values > 1e-3
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert differences(export_adapter(run, tmp_path / "without")) == []
+    assert "The model card says nothing of logits: " in capsys.readouterr().out
+
+
 def test_a_run_on_a_base_as_it_is_has_no_other_values(run, tmp_path):
     model = read_record(find_checkpoint(run)).config.model
     as_it_is = replace(model, base_precision="run", quantize_output_layer=False)
@@ -76,5 +110,8 @@ def test_a_run_on_a_base_as_it_is_has_no_other_values(run, tmp_path):
     with pytest.raises(ConfigurationError, match="--into trained-values: .* was trained on its base's own weights"):
         merge(plain, tmp_path / "values", into="trained-values", progress=False)
     merge(plain, tmp_path / "original", progress=False)
+    assert differences(tmp_path / "original") == []
+    merge(plain, tmp_path / "compared", num_tokens=8, progress=False)
+    assert len(differences(tmp_path / "compared")) == 1
     assert verify(plain, tmp_path / "original").on_original is None
     assert "base while it was trained" not in (tmp_path / "original" / CARD).read_text()

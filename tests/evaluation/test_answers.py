@@ -332,7 +332,7 @@ def test_the_layout_is_the_users_what_is_typed_holds_and_a_base_that_is_not_ther
     assert config.checkpoint.load == "run" and config.training.seed == config.data.seed == 7
     config = _parse("--load=run", "--pretrained-checkpoint", "elsewhere", "--lora-rank", "5")
     assert config.model.pretrained_checkpoint == "elsewhere" and config.peft.lora_rank == 5
-    record = model.run_record.read_run_record("run")
+    record: Any = model.run_record.read_run_record("run")
     quantized = replace(record.config.model, base_precision="nf4", quantize_output_layer=True)
     record.config = replace(record.config, model=quantized)
     assert _parse("--load=run").model.quantization == quantized.quantization
