@@ -4,7 +4,6 @@ Subclasses, put in place through the layer spec: names, shapes and checkpoint ke
 Without an adapter they behave as their parents do.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
 from megatron_peft.adapters.frozen_linear import FrozenLinearCall, frozen_linear
-from megatron_peft.adapters.quantized_weight import MatricesWithoutMemory, QuantizedWeight, dense
+from megatron_peft.adapters.quantized_weight import dense, quantize, weights_as
 from megatron_peft.parallel.layout import LinearLayout, mark_split
 from megatron_peft.runtime.cpu_kernels import linear
 
@@ -33,13 +32,6 @@ class AdaptedLinear(nn.Module):
     bias: nn.Parameter | None
     tp_group: dist.ProcessGroup
     config: Any
-
-    def quantize(self) -> None:
-        """Give the weight, which has no memory of its own with --base-precision, its quantized form."""
-        if _is_quantized(self.config):
-            weight: Any = self.weight.requires_grad_(False)
-            self.quantized = QuantizedWeight(self.config.base_precision, weight.shape, weight.dtype)
-            weight.quantized, self.is_frozen = self.quantized, True
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
@@ -92,9 +84,9 @@ class AdaptedColumnParallelLinear(AdaptedLinear, FrozenColumnParallelLinear):
     """y = x W^T with the rows of W, the output features, split over the tensor-parallel ranks."""
 
     def __init__(self, input_size: int, output_size: int, *, stride: int = 1, **kwargs: Any) -> None:
-        with _weights_as(kwargs["config"]):
+        with weights_as(_precision(kwargs["config"])):
             super().__init__(input_size, output_size, stride=stride, **_with_own_bias(kwargs))
-        self.quantize()
+        quantize(self, _precision(self.config))
         self.make_place(stride, has_heads=kwargs.get("tp_comm_buffer_name") == "qkv")
 
     def make_place(self, stride: int, has_heads: bool) -> None:
@@ -125,9 +117,9 @@ class AdaptedRowParallelLinear(AdaptedLinear, RowParallelLinear):
     """y = x W^T with the columns of W, the input features, split over the tensor-parallel ranks."""
 
     def __init__(self, input_size: int, output_size: int, **kwargs: Any) -> None:
-        with _weights_as(kwargs["config"]):
+        with weights_as(_precision(kwargs["config"])):
             super().__init__(input_size, output_size, **_with_own_bias(kwargs))
-        self.quantize()
+        quantize(self, _precision(self.config))
         self.make_place()
 
     def make_place(self) -> None:
@@ -208,14 +200,9 @@ def _alone(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # 
     return multiply(x, dense(weight), bias)
 
 
-def _is_quantized(config: Any) -> bool:
-    """Whether --base-precision asks for it. The configuration of another program does not know it."""
-    return getattr(config, "base_precision", "run") != "run"
-
-
-def _weights_as(config: Any) -> AbstractContextManager[Any]:
-    """The context that a layer's weight is made in: without memory where it will be quantized."""
-    return MatricesWithoutMemory() if _is_quantized(config) else nullcontext()
+def _precision(config: Any) -> str:
+    """By --base-precision. The configuration of another program does not know it."""
+    return getattr(config, "base_precision", "run")
 
 
 def _with_own_bias(kwargs: dict[str, Any]) -> dict[str, Any]:

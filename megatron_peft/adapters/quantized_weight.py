@@ -4,6 +4,8 @@ A block is 64 input features of one row, with one scale in float32. A slice of t
 codes of the whole one, so the layout changes no number.
 """
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from typing import Any
 
@@ -63,22 +65,33 @@ class QuantizedWeight(nn.Module):
         self.scales[rows] = scales.view(len(values), -1)
 
     @torch.no_grad()
-    def dense(self) -> Tensor:  # [out, in]
-        """A new matrix in the run's type. Don't keep it: ask again in backward."""
+    def dense(self, rows: slice = slice(None)) -> Tensor:  # [out, in]
+        """A new matrix in the run's type, or some of its rows. Don't keep it: ask again in backward."""
+        codes, scales = self.codes[rows], self.scales[rows]
+        shape = torch.Size((len(codes), self.shape[1]))
         if self.library is None:
-            blocks = self.codes.to(self.dtype).view(len(self.codes), -1, BLOCK)
-            return blocks.mul_(self.scales.unsqueeze(-1)).view(self.shape)
+            return codes.to(self.dtype).view(len(codes), -1, BLOCK).mul_(scales.unsqueeze(-1)).view(shape)
         # Not with a buffer of all layers of a shape: bitsandbytes fills one on GPUs only, and each shape would hold its
         # own for the whole run, where the allocator lends all of them the same memory.
-        codes, scales = self.codes.view(-1, 1), self.scales.flatten()
-        state = self.library.QuantState(scales, self.shape, dtype=self.dtype, blocksize=BLOCK, quant_type="nf4")
-        return self.library.dequantize_4bit(codes, state)
+        state = self.library.QuantState(scales.flatten(), shape, dtype=self.dtype, blocksize=BLOCK, quant_type="nf4")
+        return self.library.dequantize_4bit(codes.view(-1, 1), state)
 
 
 def dense(weight: Tensor) -> Tensor:
     """The matrix of a linear layer's `weight`: itself, or made of its quantized form."""
     quantized = getattr(weight, "quantized", None)
     return weight if quantized is None else quantized.dense()
+
+
+def dense_rows(weight: Tensor, most_bytes: int) -> Iterator[tuple[slice, Tensor]]:
+    """All rows of a linear layer's `weight` at once, or those of a quantized one, as many at a time as have the bytes;
+    with their place.
+    """
+    quantized = getattr(weight, "quantized", None)
+    num_rows = len(weight) if quantized is None else max(1, most_bytes // (weight.itemsize * weight.shape[1]))
+    for start in range(0, len(weight), num_rows):
+        rows = slice(start, start + num_rows)
+        yield rows, weight if quantized is None else quantized.dense(rows)
 
 
 def stored_tensors(parameter: Any) -> list[Tensor]:
@@ -98,7 +111,20 @@ def trained_values(values: Tensor, precision: str, dtype: torch.dtype) -> Tensor
     return quantized.dense().to(values.dtype)
 
 
-class MatricesWithoutMemory(TorchFunctionMode):
+def weights_as(precision: str) -> AbstractContextManager[Any]:
+    """The context that a weight is made in: without memory where it will be quantized."""
+    return nullcontext() if precision == "run" else _MatricesWithoutMemory()
+
+
+def quantize(layer: Any, precision: str) -> None:
+    """Give the weight of a layer that was made in `weights_as(precision)` its quantized form."""
+    if precision != "run":
+        weight = layer.weight.requires_grad_(False)
+        layer.quantized = QuantizedWeight(precision, weight.shape, weight.dtype)
+        weight.quantized, layer.is_frozen = layer.quantized, True
+
+
+class _MatricesWithoutMemory(TorchFunctionMode):
     """A context in which torch.empty makes matrices on the meta device, whatever it is told; vectors as ever."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

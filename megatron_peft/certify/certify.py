@@ -32,6 +32,7 @@ from megatron_peft.checkpoint.folders import write_atomically
 from megatron_peft.config import (
     CheckpointConfig,
     ConfigurationError,
+    ModelConfig,
     ParallelConfig,
     RunConfig,
     config_to_dict,
@@ -39,11 +40,11 @@ from megatron_peft.config import (
 )
 from megatron_peft.config.untrusted import parse_json
 from megatron_peft.conversion import verify
-from megatron_peft.conversion.convert import megatron_to_hf, merge
+from megatron_peft.conversion.convert import is_quantized, megatron_to_hf, merge
 from megatron_peft.conversion.peft_export import export_adapter
 from megatron_peft.models.families import check_adapters, config_of_shape, rules_for
 from megatron_peft.models.rules import expected_tensors
-from megatron_peft.models.shape import ModelShape, check_blocks
+from megatron_peft.models.shape import ModelShape, check_quantized
 from megatron_peft.parallel.layout import generator_for
 from megatron_peft.rehearsal.rehearsal import work_bar
 from megatron_peft.rehearsal.requests import kept_stages, make_small, of_num_layers
@@ -68,6 +69,7 @@ CHUNK_TOKENS = 20  # several chunks of the loss in a microbatch; in one process 
 LEARNING_RATE, FULL_LEARNING_RATE = 5e-3, 1e-3
 EPOCH = 3  # steps; of packs about so many
 SAMPLES_OF_A_PACK = 7 / 3
+IN_FULL = ModelConfig("none")
 WIDTHS = (4, 8, 16, 32, 64, 128, 256, 512)
 KEPT = {  # of training, optimizer and data
     *("seed", "overlap_grad_reduce", "grad_reduce_in_bf16", "packing", "pad_to_seq_length"),
@@ -108,7 +110,7 @@ def small_run(
         changes["peft_lr_rotation"] = method.peft_lr_rotation * rate_scale
     peft = replace(shrunk.peft, **changes)
     small = small_shape(shape, replace(config, peft=peft), tp, of_few_layers.num_layers)
-    save_model(small, folder / "model", config.model.base_precision)
+    save_model(small, folder / "model", config.model)
     micro_batch_size = min(config.training.micro_batch_size, 2)
     size = micro_batch_size * shrunk.num_microbatches * parallel.data_parallel_size
     transformer = {name: value for name, value in shrunk.model.transformer.items() if "dropout" not in name}
@@ -184,16 +186,16 @@ def small_shape(shape: ModelShape, config: RunConfig, tensor_parallel: int, num_
         ffn = 4 * hidden if bound or not shape.gated_linear_unit else 2 * hidden
         candidate = replace(small, kv_channels=head, hidden_size=hidden, ffn_hidden_size=ffn)
         problems = check_adapters(config.peft, parallel, candidate)
-        problems += check_blocks(config.model.base_precision, tensor_parallel, candidate)
+        problems += check_quantized(config.model, tensor_parallel, candidate)
         if hidden >= 32 and not problems:
             return candidate
     raise ConfigurationError(f"no small model fits the run's method, so it cannot be certified: {problems[0]}")
 
 
-def save_model(shape: ModelShape, folder: Path, base_precision: str = "run") -> None:
+def save_model(shape: ModelShape, folder: Path, model: ModelConfig = IN_FULL) -> None:
     """Random weights of a shape, biases and norms too, as a Hugging Face folder.
 
-    base_precision: of linear layers. A run in it computes with these very numbers, as Hugging Face's programs do.
+    model: of a run. It computes with these very numbers, also on a quantized base, as Hugging Face's programs do.
     """
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config_of_shape(shape), indent=2) + "\n")
@@ -207,8 +209,8 @@ def save_model(shape: ModelShape, folder: Path, base_precision: str = "run") -> 
         else:
             tensors[name] = 0.5 + torch.rand(*size, generator=generator)
     for rule in rules_for(shape).values():
-        for name in (tensor.name for tensor in rule.hf_tensors if rule.is_linear):
-            tensors[name] = trained_values(tensors[name], base_precision, torch.float32)
+        for name in (tensor.name for tensor in rule.hf_tensors if is_quantized(rule, model)):
+            tensors[name] = trained_values(tensors[name], model.base_precision, torch.float32)
     save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from megatron_peft.checkpoint import folders
 from megatron_peft.checkpoint.folders import MANIFEST, RECORD
 from megatron_peft.config import ConfigurationError, PeftConfig, RunConfig, config_from_dict, config_to_dict, require
-from megatron_peft.config.errors import flag, mistyped
+from megatron_peft.config.errors import flag, mistyped, spelled
 from megatron_peft.config.untrusted import parse_json, read_text
 from megatron_peft.models.shape import ModelShape, RopeScaling
 
@@ -200,11 +200,12 @@ def contradictions(record: RunRecord, current: CurrentRun) -> list[str]:
             f"--pretrained-checkpoint {current.config.model.pretrained_checkpoint} is another one "
             f"({', '.join(differing)}): give the base that it was trained on."
         )
-    precisions = [run.config.model.base_precision for run in (record, current)]
+    precisions = [run.config.model.quantization for run in (record, current)]
     if precisions[0] != precisions[1] and not current.config.checkpoint.allow_other_base_precision:
+        typed = [" ".join(spelled(flag(name), value) for name, value in one.items() if value) for one in precisions]
         problems.append(
-            f"{load} was trained with --base-precision {precisions[0]}, but this run has --base-precision "
-            f"{precisions[1]}, another base for its adapters: give the same, or --allow-other-base-precision."
+            f"{load} was trained with {typed[0]}, but this run has {typed[1]}, another base for its adapters: give the "
+            f"same, or --allow-other-base-precision."
         )
     for name in sorted(peft.spec.fields(peft) - _may_change()) if peft.trains_adapters else ():
         before, now = getattr(there, name), getattr(peft, name)

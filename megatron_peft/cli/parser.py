@@ -21,7 +21,7 @@ from megatron_peft.config import ConfigurationError, ParallelConfig, RunConfig, 
 from megatron_peft.config.run import missing_to_profile, sections_of
 from megatron_peft.config.sources import local_model, local_tokenizer
 from megatron_peft.config.training import missing_for_training
-from megatron_peft.models.shape import ModelShape, check_blocks, check_layout, check_lengths, compare_shape
+from megatron_peft.models.shape import ModelShape, check_layout, check_lengths, check_quantized, compare_shape
 
 HUB_FLAGS = {"pretrained_checkpoint": local_model, "tokenizer_model": local_tokenizer}
 PROGRAM = "pretrain_peft.py"
@@ -261,7 +261,7 @@ def _shape_problems(
         *(check_layout(parts["parallel"], shape) if parts["parallel"] else []),
         *(check_adapters(parts["peft"], parts["parallel"], shape) if parts["peft"] and parts["parallel"] else []),
         *(check_lengths(parts["data"], shape) if parts["data"] else []),
-        *(check_blocks(parts["model"].base_precision, tp, shape) if parts["model"] and tp else []),
+        *(check_quantized(parts["model"], tp, shape) if parts["model"] and tp else []),
     ]
 
 

@@ -10,6 +10,7 @@ An existing output is never overwritten. docs/moving-weights.md lists every conv
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -19,6 +20,13 @@ from megatron_peft.config import Checked, flag, option, require, required_option
 from megatron_peft.config.sources import local_model
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+_num_tokens = partial(
+    option,
+    None,
+    "compare the output's logits with the run's on two sequences of N random tokens, with the model in memory in "
+    "float32; 0: do not (default: 64 with --as-lora and after a run with --base-precision, else 0)",
+    check="not_negative",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,10 +118,12 @@ class Merge(_ToHuggingFace):
         "to while it trained",
     )
 
+    num_tokens: int | None = _num_tokens()
+
     conversion = "merge"
 
     def settings(self) -> dict[str, Any]:
-        return {"into": self.into}
+        return {"into": self.into, "num_tokens": self.num_tokens}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,17 +137,13 @@ class ExportAdapter(_WithCard):
         check="positive",
     )
     max_rank: int | None = option(None, "with --as-lora: largest rank (default: 256)", check="positive")
-    num_tokens: int | None = option(
-        None,
-        "with --as-lora: compare logits on two sequences of N random tokens, with the model in memory; 0: do not "
-        "(default: 64)",
-        check="not_negative",
-    )
+    num_tokens: int | None = _num_tokens()
 
     def run(self) -> int:
         names = ("tolerance", "max_rank", "num_tokens")
         limits: dict[str, Any] = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        require(self.as_lora or not limits, f"{', '.join(map(flag, limits))}: give --as-lora too, or leave it out.")
+        of_lora = [flag(name) for name in limits if name != "num_tokens"]
+        require(self.as_lora or not of_lora, f"{', '.join(of_lora)}: give --as-lora too, or leave it out.")
         card: dict[str, Any] = {"pretrained_checkpoint": self.base, "license": self.license}
         from megatron_peft.conversion.peft_export import export_adapter, export_as_lora
 
@@ -174,19 +180,15 @@ class Verify(_FromBase):
         difference = verify(*folders, pretrained_checkpoint=self.base, num_tokens=self.num_tokens)
         if self.per_layer:
             for number, layer in enumerate(difference.layers):
-                print(f"layer {number:3}: largest difference {layer.absolute:.3g}, relative {layer.relative:.3g}")
+                print(f"layer {number:3}: {layer}")
         close = difference.logits.relative <= self.tolerance
         print(
-            f"logits: largest difference {difference.logits.absolute:.3g}, relative {difference.logits.relative:.3g} "
-            f"({'at most' if close else 'above'} --tolerance {self.tolerance:g}); "
+            f"logits: {difference.logits} ({'at most' if close else 'above'} --tolerance {self.tolerance:g}); "
             f"largest logit {difference.logits.scale:.4g}; "
             f"same best token at {difference.same_best} of {difference.num_positions} positions"
         )
         if (original := difference.on_original) is not None:
-            print(
-                f"logits with the original weights of the base, not those that were trained on: largest difference "
-                f"{original.absolute:.3g}, relative {original.relative:.3g}"
-            )
+            print(f"logits with the original weights of the base, not those that were trained on: {original}")
         return 0 if close else 1
 
 

@@ -9,6 +9,7 @@ from megatron_peft.config.errors import Checked, Requirements, flag, option, req
 from megatron_peft.config.sources import RECORD_NAMES, is_indexed, kind_of_source, parse_blend, require_one_kind
 
 BLOCK = 64  # input features of a row that share a scale with --base-precision
+QUANTIZATION = ("base_precision", "quantize_output_layer")
 FULL_RECOMPUTE_FIELDS = ("recompute_method", "recompute_num_layers", "distribute_saved_activations")
 
 
@@ -31,6 +32,11 @@ class ModelConfig(Checked):
         "run",
         "what the base's linear layers are quantized to while they are read: nf4 (four bits, by bitsandbytes) or fp8; "
         "run: they have the precision of the run",
+        group="mixed precision",
+    )
+    quantize_output_layer: bool = option(
+        False,
+        "quantize the output layer too, by --base-precision; not where it is the embedding's own weight",
         group="mixed precision",
     )
     make_vocab_size_divisible_by: int = option(
@@ -56,12 +62,19 @@ class ModelConfig(Checked):
         group="activation recompute and fusions",
     )
 
+    @property
+    def quantization(self) -> dict[str, Any]:
+        """The fields that say what the base is rounded to."""
+        return {name: getattr(self, name) for name in QUANTIZATION}
+
     def check(self, require: Requirements) -> None:
         run, granularity = self.transformer, self.transformer.get("recompute_granularity")
         require(
             bool(self.pretrained_checkpoint),
             "no base model: --pretrained-checkpoint takes a Hugging Face folder (config.json and *.safetensors).",
         )
+        told = "--quantize-output-layer needs --base-precision nf4 or fp8."
+        require(self.base_precision != "run" or not self.quantize_output_layer, told)
         for name in ("attention_dropout", "hidden_dropout"):
             require(0 <= run.get(name, 0) < 1, f"{flag(name)} is {run.get(name)}; it is at least 0 and below 1.")
         is_full = bool(run.get("recompute_method")) and run.get("recompute_num_layers", 0) > 0

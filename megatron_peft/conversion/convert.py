@@ -24,8 +24,9 @@ from torch.utils.serialization import config as serialization_config
 from megatron_peft.adapters.quantized_weight import trained_values
 from megatron_peft.checkpoint.folders import MANIFEST, OPTIMIZER_FILE, RECORD, check_new, megatron_files, new_folder
 from megatron_peft.checkpoint.run_record import read_record
-from megatron_peft.config import ConfigurationError, require
+from megatron_peft.config import ConfigurationError, ModelConfig, require
 from megatron_peft.conversion import hf_files, model_card, trained_adapters
+from megatron_peft.conversion.megatron_files import OUTPUT
 from megatron_peft.conversion.pretrained import Weights, open_weights, owned_rules, read_model_shape
 from megatron_peft.conversion.writer import (
     DEFAULT_SHARD_BYTES,
@@ -302,6 +303,11 @@ def _origins(folder: Path, files: Path, pretrained_checkpoint: str | Path | None
         yield from [Path(base)] if base_files is None else _origins(Path(base), base_files)
 
 
+def is_quantized(rule: Rule, model: ModelConfig) -> bool:
+    """Whether a run with --base-precision holds this weight in that."""
+    return rule.is_linear or (rule.name == OUTPUT and model.quantize_output_layer)
+
+
 def merge(
     input: str | Path,
     output: str | Path,
@@ -311,6 +317,7 @@ def merge(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     license: str | None = None,
     into: Literal["original", "trained-values"] = "original",
+    num_tokens: int | None = None,
     progress: bool = True,
 ) -> Path:
     """Write `output`: a model card, config.json, the tokenizer's files and sharded safetensors of the changed model.
@@ -319,6 +326,7 @@ def merge(
     it is not where the run says.
 
     into: the weights of the base, or, after a run with --base-precision, what these were rounded to while it trained.
+    num_tokens: as for `model_card.add_logits`.
 
     Raises ConfigurationError: before anything is written: no checkpoint or no adapters, another base, an output that
     exists, damaged files.
@@ -340,7 +348,8 @@ def merge(
     def read(rule: Rule, weights: Weights) -> Mapping[str, Tensor]:
         """Changed in float32 (or float64), and cast when written."""
         layer, stored = rule.layer, weights.stored_type(rule)
-        is_adapted, is_rounded = layer in adapters.record.adapted_layers, rule.is_linear and precision != "run"
+        is_adapted = layer in adapters.record.adapted_layers
+        is_rounded = precision != "run" and is_quantized(rule, model)
         if not (is_adapted or is_rounded):
             return _tensors(rule, weights)
         whole = torch.empty(rule.local_shape(1), dtype=torch.promote_types(stored, torch.float32))
@@ -353,4 +362,6 @@ def merge(
         adapters.folder, adapters.record, Path(output), str(base), is_adapter=False, license=license, into=into
     )
     bar = "Merging" if progress else ""
-    return _write(Path(output), base, shape, places, read, dtype, max_shard_bytes, bar, card)
+    _write(Path(output), base, shape, places, read, dtype, max_shard_bytes, bar, card)
+    model_card.add_logits(card, num_tokens)
+    return Path(output)

@@ -21,6 +21,7 @@ from huggingface_hub import ModelCardData
 from megatron_peft.checkpoint.folders import check_new
 from megatron_peft.checkpoint.run_record import ADAPTER_CONFIG, RunRecord, find_checkpoint, read_record
 from megatron_peft.config import ConfigurationError, errors, require, sources, untrusted
+from megatron_peft.conversion.verify import verify
 from megatron_peft.models.families import family_of
 
 CARD = "README.md"
@@ -29,6 +30,7 @@ LINK = re.compile(r"https://[\w./~%?=&#:@+-]+")
 LICENSE_FIELDS = ("license", "license_name", "license_link")
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values that --max-lora-rank of `vllm serve` takes
 MERGED_INTO = {"original": "its original weights", "trained-values": "the values that it was trained on"}
+NUM_TOKENS = 64
 NO_BASE = "HUGGING_FACE_BASE"  # where the base has no folder that others open
 
 
@@ -91,6 +93,27 @@ def write_card(folder: Path, exported: Exported) -> None:
     ]
     text = "\n\n".join(section.strip() for section in sections if section) + "\n"
     (folder / CARD).write_text(text, encoding="utf-8")
+
+
+def add_logits(exported: Exported, num_tokens: int | None) -> None:
+    """Add to the card what `verify` finds of the run and the finished export, or print why it finds nothing.
+
+    num_tokens: of each of two sequences; 0: add nothing; None: NUM_TOKENS of a run on a quantized base, else 0.
+    """
+    if num_tokens is None and exported.record.config.model.base_precision != "run":
+        num_tokens = NUM_TOKENS
+    if not num_tokens:
+        return
+    num_tokens = min(num_tokens, exported.record.shape.longest_sequence)
+    try:
+        found = verify(exported.run, exported.output, pretrained_checkpoint=exported.base, num_tokens=num_tokens)
+    except ConfigurationError as error:
+        print(f"The model card says nothing of logits: {error}")
+        return
+    of_trained, of_original = str(found.logits), str(found.on_original or "")
+    rows = ("adapters on what they were trained on", of_trained), ("adapters on the original weights", of_original)
+    with (exported.output / CARD).open("a", encoding="utf-8") as card:
+        card.write(f"\n## Logits\n\nOn random tokens, compared with the run's own:\n\n{_table(rows)}\n")
 
 
 def serving_lines(output: Path, input: str | Path) -> str:

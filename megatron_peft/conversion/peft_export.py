@@ -17,7 +17,7 @@ from megatron_peft.checkpoint.folders import megatron_files, new_folder
 from megatron_peft.checkpoint.run_record import ADAPTER_CONFIG
 from megatron_peft.config import ConfigurationError, PeftConfig, PeftFormat, methods, require, sources
 from megatron_peft.conversion.lora_approximation import RunAsLora, approximate
-from megatron_peft.conversion.model_card import Exported, check_export, write_card
+from megatron_peft.conversion.model_card import NUM_TOKENS, Exported, add_logits, check_export, write_card
 from megatron_peft.conversion.trained_adapters import (
     PREFIX,
     base_of,
@@ -37,11 +37,13 @@ def export_adapter(
     *,
     pretrained_checkpoint: str | Path | None = None,
     license: str | None = None,
+    num_tokens: int | None = None,
 ) -> Path:
     """Write `output`, which `peft.PeftModel.from_pretrained(base, output)` opens; print what has to be known of it.
 
     `input` is the --save folder of a run, of any layout; `pretrained_checkpoint` its base, if it is not where the run
-    says. The base's weights are not read. `license` is that of the model card; None takes the base's.
+    says. The base's weights are not read. `license` is that of the model card; None takes the base's. Logits are then
+    compared on `num_tokens`, as by `add_logits`.
 
     Raises ConfigurationError: before anything is written: no checkpoint or no adapters, a method that HF PEFT cannot
     express, another base, an output that exists, damaged files.
@@ -79,7 +81,7 @@ def export_adapter(
 
     named = _opened_by_others(base)
     card = Exported(adapters.folder, record, Path(output), named, True, config.get("r"), license)
-    _write(card, targets, config, shapes, tensors())
+    _write(card, targets, config, shapes, tensors(), num_tokens)
     print(form.note(peft), end="", flush=True)
     return Path(output)
 
@@ -101,6 +103,7 @@ def _write(
     own_config: Mapping[str, Any],
     shapes: Mapping[str, tuple[int, ...]],
     tensors: Iterable[tuple[str, Tensor]],
+    num_tokens: int | None,
 ) -> None:
     """Write the folder of an adapter: its config, its weights in float32 (in one file: HF PEFT has no shards), a card.
 
@@ -120,13 +123,14 @@ def _write(
         (draft / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         write_safetensors(draft, specs, tensors, max_shard_bytes=sys.maxsize, stem="adapter_model")
         write_card(draft, card)
+    add_logits(card, num_tokens)
 
 
 # As a LoRA. The modules' ranks differ. PEFT could say so (rank_pattern), but most versions of vLLM read one rank and
 # one alpha: all are padded with zeros to the largest rank, which changes no result, and alpha is that rank, so that the
 # scale is 1. vLLM reserves the largest rank for every module anyway.
 
-TOLERANCE, MAX_RANK, NUM_TOKENS = 0.05, 256, 64
+TOLERANCE, MAX_RANK = 0.05, 256
 MOST_NAMED = 6  # parameters that are left out, the largest changes first
 LogitsChange = tuple[LogitComparison, list[Difference]]
 
@@ -184,7 +188,8 @@ def export_as_lora(
         for name, tensor in vars(module.factors.padded(lora.rank)).items()
     )
     settings = PeftConfig(lora_rank=lora.rank, lora_alpha=lora.rank)
-    _write(card, targets, low_rank.EXPORT.config(settings, targets), shapes, tensors)
+    more = 0 if run.record.config.model.base_precision == "run" else num_tokens  # else it has been compared
+    _write(card, targets, low_rank.EXPORT.config(settings, targets), shapes, tensors, more)
     return Path(output)
 
 
@@ -228,8 +233,8 @@ def _summary(lora: RunAsLora, change: LogitsChange | None, tolerance: float) -> 
     if change is not None:
         whole = change[0]
         lines.append(
-            f"Logits on random tokens, against the run's own model: largest difference {whole.logits.absolute:.3g}, "
-            f"relative {whole.logits.relative:.3g}; same best token at {whole.same_best} of {whole.num_positions} "
-            f"positions. A layer's change of logits is that of its factors alone."
+            f"Logits on random tokens, against the run's own model: {whole.logits}; same best token at "
+            f"{whole.same_best} of {whole.num_positions} positions. A layer's change of logits is that of its factors "
+            f"alone."
         )
     return lines

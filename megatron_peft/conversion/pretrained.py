@@ -5,7 +5,7 @@ import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from megatron_peft.conversion.nf4_files import unpacked
 from megatron_peft.conversion.writer import byte_bar
 from megatron_peft.models.families import read_shape, rules_for
 from megatron_peft.models.rules import Columns, RowRange, Rule, expected_tensors
-from megatron_peft.models.shape import ModelShape, check_blocks, check_layout, check_lengths, compare_shape, is_size
+from megatron_peft.models.shape import ModelShape, check_layout, check_lengths, check_quantized, compare_shape, is_size
 from megatron_peft.parallel.collectives import (
     Wait,
     columns_from_rows_over_tensor_parallel,
@@ -140,16 +140,16 @@ def owned_rules(rules: Mapping[str, Rule], shape: ModelShape) -> dict[str, Rule]
 
 def checked_shape(config: RunConfig) -> ModelShape:
     """Shape of the base model. ConfigurationError if it is missing, or contradicts the flags or the layout."""
-    base, precision = config.model.pretrained_checkpoint, config.model.base_precision
+    base = config.model.pretrained_checkpoint
     assert base is not None
-    if precision == "nf4":
+    if config.model.base_precision == "nf4":
         require_packages("nf4", "bitsandbytes")
     shape = read_model_shape(base)
     if dist.get_rank() == 0:  # each rank opens them again when it loads
         open_weights(base, shape)
     problems = [*compare_shape(config.model.shape_flags, shape), *check_layout(config.parallel, shape)]
     problems += check_lengths(config.data, shape)
-    problems += check_blocks(precision, config.parallel.tensor_model_parallel_size, shape)
+    problems += check_quantized(config.model, config.parallel.tensor_model_parallel_size, shape)
     if problems:
         raise ConfigurationError(*problems)
     return shape
@@ -267,10 +267,10 @@ def _with_rules(
     return pairs
 
 
-def _some_rows(rule: Rule, rank: int, size: int) -> Iterator[tuple[RowRange, slice]]:
+def _some_rows(rule: Rule, local: Tensor, rank: int, size: int) -> Iterator[tuple[RowRange, slice]]:
     """Few rows of a matrix at a time, which lie together in the files, and where they are in a rank's part of it."""
     ranges = [rows for each in row_ranges(rule, max_elements=QUANTIZED_AT_ONCE).values() for rows in each]
-    for part in rule.global_slices(torch.empty(rule.local_shape(size), device="meta"), rank, size):
+    for part in rule.global_slices(local, rank, size):
         first, own = part.offset[0], part.view.storage_offset() // part.view.shape[1]
         for rows in ranges:
             start, stop = max(rows.megatron.start, first), min(rows.megatron.stop, first + len(part.view))
@@ -278,6 +278,60 @@ def _some_rows(rule: Rule, rank: int, size: int) -> Iterator[tuple[RowRange, sli
                 hf = rows.hf.start - rows.megatron.start
                 there = RowRange(rows.name, slice(hf + start, hf + stop), slice(start, stop))
                 yield there, slice(own + start - first, own + stop - first)
+
+
+@dataclass
+class _Reader:
+    """Reads this rank's parameters. After a failure it reads nothing more but goes on taking part."""
+
+    weights: Weights
+    rank: int
+    size: int
+    group: dist.ProcessGroup | None  # tensor-parallel ranks that read for one another
+    failure: ConfigurationError | None = None
+
+    def fill(self, rule: Rule, parameter: nn.Parameter) -> None:
+        """Read a parameter, a quantized one some rows at a time: no more of it is ever there in full precision."""
+        quantized: Any = getattr(parameter, "quantized", None)
+        group = self.group if isinstance(rule, Columns) and self.size > 1 else None
+        if quantized is not None:
+            for rows, own in _some_rows(rule, parameter, self.rank, self.size):
+                values = torch.empty((own.stop - own.start, quantized.shape[1]), device=quantized.codes.device)
+                self._read_rows(rule, rows, values, group)
+                quantized.fill_rows(own, values)
+            for tensor in stored_tensors(parameter):
+                rule.clear_padding(tensor, self.rank)
+        elif group is not None and self.weights.holds_whole_rows(rule, parameter.dtype):
+            rows = slice(0, len(parameter))
+            self._read_rows(rule, RowRange(rule.hf_tensors[0].name, rows, rows), parameter.detach(), group)
+        else:
+            self._read(self.weights.read, rule, parameter.detach(), self.rank, self.size)
+
+    def _read_rows(self, rule: Rule, rows: RowRange, values: Tensor, group: dist.ProcessGroup | None) -> None:
+        """Fill `values` with some rows, or a rank's columns of them; the ranks of a group read them for one another."""
+        share = slice(0, len(values)) if group is None else share_of_rows(len(values), self.rank, self.size)
+        starts = rows.hf.start + share.start, rows.megatron.start + share.start
+        num_rows, width = share.stop - share.start, rule.hf_tensors[0].shape[1]
+        whole = torch.empty((num_rows, width), dtype=values.dtype)  # on the host
+        if num_rows:
+            some = RowRange(rows.name, *(slice(at, at + num_rows) for at in starts))
+            self._read(self.weights.read_rows, rule, some, whole)
+        if group is not None:
+            columns_from_rows_over_tensor_parallel(whole, values, group)
+        else:
+            first = self.rank * values.shape[1] if isinstance(rule, Columns) else 0
+            values.copy_(whole[:, first : first + values.shape[1]])
+
+    def _read(self, how: Callable[..., None], *arguments: Any) -> None:
+        if self.failure is None:
+            try:
+                how(*arguments)
+            except ConfigurationError as error:
+                self.failure = error
+
+    def raise_failure(self) -> None:
+        if self.failure is not None:
+            raise self.failure
 
 
 @torch.no_grad()
@@ -291,56 +345,22 @@ def fill_parameters(
 ) -> None:
     """Fill contiguous parameters in place and in this order, which must be the same on all ranks of the groups.
 
-    A quantized weight is read some rows at a time, so that no more of it is ever there in full precision.
-
     `advance` is called with the bytes of every parameter that has been read or is being sent.
 
     Raises ConfigurationError on all ranks, if a rank cannot read its part.
     """
     tensor_parallel, replicas = groups
     replica, num_replicas = (0, 1) if replicas is None else (replicas.rank(), replicas.size())
+    reader = _Reader(weights, rank, size, tensor_parallel)
     read_bytes = [0] * num_replicas
-    failures: list[ConfigurationError] = []
-
-    def read(how: Callable[..., None], *arguments: Any) -> None:
-        if not failures:
-            try:
-                how(*arguments)
-            except ConfigurationError as error:
-                failures.append(error)
-
-    def read_some_rows(rule: Rule, rows: RowRange, values: Tensor, group: dist.ProcessGroup | None) -> None:
-        """Fill `values` with some rows, or a rank's columns of them; the ranks of a group read them for one another."""
-        share = slice(0, len(values)) if group is None else share_of_rows(len(values), rank, size)
-        starts = rows.hf.start + share.start, rows.megatron.start + share.start
-        num_rows, width = share.stop - share.start, rule.hf_tensors[0].shape[1]
-        whole = torch.empty((num_rows, width), dtype=values.dtype)  # on the host
-        if num_rows:
-            read(weights.read_rows, rule, RowRange(rows.name, *(slice(at, at + num_rows) for at in starts)), whole)
-        if group is not None:
-            columns_from_rows_over_tensor_parallel(whole, values, group)
-        else:
-            first = rank * values.shape[1] if isinstance(rule, Columns) else 0
-            values.copy_(whole[:, first : first + values.shape[1]])
-
     in_flight: deque[Wait] = deque()
     for rule, parameter in to_fill:
-        held, quantized = stored_tensors(parameter), getattr(parameter, "quantized", None)
+        held = stored_tensors(parameter)
         num_bytes = sum(tensor.nbytes for tensor in held)
         source = read_bytes.index(min(read_bytes))  # the replica that has read least so far
         read_bytes[source] += num_bytes
         if source == replica:
-            group = tensor_parallel if isinstance(rule, Columns) and size > 1 else None
-            if quantized is not None:
-                for rows, own in _some_rows(rule, rank, size):
-                    values = torch.empty((own.stop - own.start, quantized.shape[1]), device=quantized.codes.device)
-                    read_some_rows(rule, rows, values, group)
-                    quantized.fill_rows(own, values)
-            elif group is not None and weights.holds_whole_rows(rule, parameter.dtype):
-                rows = slice(0, len(parameter))
-                read_some_rows(rule, RowRange(rule.hf_tensors[0].name, rows, rows), parameter.detach(), group)
-            else:
-                read(weights.read, rule, parameter.detach(), rank, size)
+            reader.fill(rule, parameter)
         in_flight += [start_broadcast(tensor, source, replicas) for tensor in held]
         while len(in_flight) > MAX_IN_FLIGHT:
             in_flight.popleft()()
@@ -348,9 +368,4 @@ def fill_parameters(
         advance(num_bytes)
     for wait in in_flight:
         wait()
-
-    def raise_failure() -> None:
-        for error in failures:
-            raise error
-
-    checked_together(raise_failure)
+    checked_together(reader.raise_failure)

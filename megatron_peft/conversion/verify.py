@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,9 @@ class Difference:
     @property
     def relative(self) -> float:
         return self.absolute / self.scale
+
+    def __str__(self) -> str:
+        return f"largest difference {self.absolute:.3g}, relative {self.relative:.3g}"
 
     @classmethod
     def of(cls, tensor: Tensor, reference: Tensor) -> "Difference":
@@ -149,10 +152,10 @@ def _subject(flag: str, folder: Path, base: str | Path | None) -> Subject:
     differing = run_record.differing_base(run, read_model_shape(base), known_fingerprint(base))
     if differing:
         logger.warning("%s was trained on %s; %s differs from it in %s", folder, trained_on, base, ", ".join(differing))
-    trace, precision = partial(_trace_ours, base, adapters=(folder, run)), run.config.model.base_precision
-    if precision == "run":
+    trace, model = partial(_trace_ours, base, adapters=(folder, run)), run.config.model
+    if model.base_precision == "run":
         return Subject(base, trace)
-    return Subject(base, partial(trace, base_precision=precision), trace)
+    return Subject(base, partial(trace, **model.quantization), trace)
 
 
 # How each library runs a model.
@@ -190,15 +193,12 @@ def _refusals_named(library: str, folder: Path, hint: str = "") -> Iterator[None
 
 
 def _trace_ours(
-    base: Path,
-    tokens: Tensor,
-    adapters: tuple[Path, run_record.RunRecord] | None = None,
-    base_precision: Literal["run", "nf4", "fp8"] = "run",
+    base: Path, tokens: Tensor, adapters: tuple[Path, run_record.RunRecord] | None = None, **quantization: Any
 ) -> Trace:
     from megatron_peft.adapters.attach import attach_adapters
 
     shape = read_model_shape(base)
-    with _our_model(shape, base, base_precision) as chunk:
+    with _our_model(shape, base, **quantization) as chunk:
         if adapters is not None:
             attach_adapters([chunk], adapters[1].config.peft, adapters[1].config.training.seed)
         load_pretrained([chunk], base, shape, tensor_parallel_rank=0, tensor_parallel_size=1, progress=True)
@@ -208,7 +208,7 @@ def _trace_ours(
 
 
 @contextmanager
-def _our_model(shape: ModelShape, base: Path, base_precision: Literal["run", "nf4", "fp8"] = "run") -> Iterator[Any]:
+def _our_model(shape: ModelShape, base: Path, **quantization: Any) -> Iterator[Any]:
     """A GPTModel in float32 without its weights, in a world of one rank."""
     from megatron_peft.models.gpt import build_model_chunks
     from megatron_peft.runtime.launch import start_model_parallel, start_world, stop
@@ -217,7 +217,7 @@ def _our_model(shape: ModelShape, base: Path, base_precision: Literal["run", "nf
     start_world()
     try:
         start_model_parallel(parallel, seed=0)
-        model = ModelConfig(str(base), transformer_impl="local", base_precision=base_precision)
+        model = ModelConfig(str(base), transformer_impl="local", **quantization)
         (chunk,) = build_model_chunks(shape, model, parallel)
         yield chunk
     finally:

@@ -19,6 +19,7 @@ from megatron_peft.checkpoint.save import base_fingerprint
 from megatron_peft.checkpoint.tensors import adapted_layers
 from megatron_peft.cli.parser import RunFlags
 from megatron_peft.config import ConfigurationError, RunConfig, field_names, require
+from megatron_peft.config.model import QUANTIZATION
 from megatron_peft.config.untrusted import read_json_object
 from megatron_peft.conversion.pretrained import checked_shape, load_pretrained, read_model_shape
 from megatron_peft.data.tokenizers import Tokenizer, build_tokenizer, require_vocabulary_fits
@@ -106,8 +107,8 @@ def model_fingerprint(config: RunConfig) -> str:
     base, load = base_fingerprint(config.model.pretrained_checkpoint), config.checkpoint.load
     manifest = (run_record.find_checkpoint(load) / MANIFEST).read_text() if load else None
     parts = [dict(base or {}), manifest, config.model.bf16]
-    if config.model.base_precision != "run":  # else as fingerprints have always been
-        parts.append(config.model.base_precision)
+    # What is not quantized adds nothing: such fingerprints are what they have always been.
+    parts += [value for value in config.model.quantization.values() if value not in ("run", False)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -125,7 +126,7 @@ def end_ids(base: str) -> frozenset[int]:
 # Section of RunConfig -> fields that an evaluation takes from the run's record. The layout, and the path of a base that
 # has moved, are the user's flags.
 SAVED: dict[str, tuple[str, ...]] = {
-    "model": ("pretrained_checkpoint", "bf16", "base_precision", "make_vocab_size_divisible_by"),
+    "model": ("pretrained_checkpoint", "bf16", *QUANTIZATION, "make_vocab_size_divisible_by"),
     "data": ("tokenizer_type", "tokenizer_model", "vocab_size", "chat_template"),
     "training": ("seed",),  # a method may draw parameters that it never trains
 }
@@ -142,7 +143,10 @@ def saved_values(typed: Mapping[str, Any]) -> dict[str, Any]:
     is_there = "pretrained_checkpoint" in typed or (base is not None and Path(base).exists())
     told = f"--load {load} was trained on the base model {base}, which does not exist"
     require(is_there, f"{told}: give its current folder with --pretrained-checkpoint.")
-    return values_of_model(record.config)
+    values = values_of_model(record.config)
+    if typed.get("base_precision") == "run":  # which no flag could take back
+        values.pop("quantize_output_layer", None)
+    return values
 
 
 def values_of_model(config: RunConfig) -> dict[str, Any]:

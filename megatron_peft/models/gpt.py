@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from megatron_peft.adapters.linear import AdaptedColumnParallelLinear, AdaptedRowParallelLinear
+from megatron_peft.adapters.quantized_weight import quantize, weights_as
 from megatron_peft.config import ModelConfig, ParallelConfig, require
 from megatron_peft.models.families import family_of
 from megatron_peft.models.kernels import ONLY_ANSWERS, Installed, Training, can_import, fusions, messages
@@ -44,14 +45,15 @@ _NORMS = {"RMSNorm": RMSNorm, "LayerNorm": LayerNorm}
 @dataclass
 class GPTConfig(TransformerConfig):
     """TransformerConfig, with the linear layers that own a bias, Hugging Face's names (`Family.modules`),
-    --attention-backend for our core attention, --base-precision for the linear layers, and --cross-entropy-chunk-tokens
-    for the loss.
+    --attention-backend for our core attention, precisions of the linear layers and of the output layer, and
+    --cross-entropy-chunk-tokens for the loss.
     """
 
     linear_biases: frozenset[str] = frozenset()
     huggingface_modules: Mapping[str, str] = field(default_factory=dict)
     attention_kernel: str = "auto"
     base_precision: str = "run"
+    output_precision: str = "run"
     loss_chunk_tokens: int = 0
 
 
@@ -116,6 +118,7 @@ def build_model_chunks(
     norm: Any = _NORMS[shape.normalization]
     core_attention: Any = ScaledDotProductAttention
     config.attention_kernel, config.base_precision = model.attention_backend, model.base_precision
+    config.output_precision = model.base_precision if model.quantize_output_layer else "run"
     if uses_transformer_engine(model.transformer_impl, Installed.detected()):
         from megatron.core.extensions.transformer_engine import TEDotProductAttention, TENorm
 
@@ -138,19 +141,24 @@ def build_model_chunks(
 def _build_chunk(
     shape: ModelShape, vocab_size: int, config: GPTConfig, norm: Any, core_attention: Any, vp_stage: int | None
 ) -> ChunkedLossModel:
-    chunk = ChunkedLossModel(
-        config=config,
-        transformer_layer_spec=_block_spec(config, norm, core_attention, vp_stage),
-        vocab_size=vocab_size,
-        max_sequence_length=shape.max_position_embeddings,
-        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
-        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
-        parallel_output=True,
-        share_embeddings_and_output_weights=shape.tied_embeddings,
-        position_embedding_type="rope" if shape.position_embedding == "rope" else "none",
-        rotary_base=shape.rotary_base,  # pyright: ignore[reportArgumentType]
-        vp_stage=vp_stage,
-    )
+    with weights_as(config.output_precision):
+        chunk = ChunkedLossModel(
+            config=config,
+            transformer_layer_spec=_block_spec(config, norm, core_attention, vp_stage),
+            vocab_size=vocab_size,
+            max_sequence_length=shape.max_position_embeddings,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+            parallel_output=True,
+            share_embeddings_and_output_weights=shape.tied_embeddings,
+            position_embedding_type="rope" if shape.position_embedding == "rope" else "none",
+            rotary_base=shape.rotary_base,  # pyright: ignore[reportArgumentType]
+            vp_stage=vp_stage,
+        )
+    if chunk.pre_process and config.output_precision != "run":  # the one matrix of its own
+        embedding = chunk.embedding.word_embeddings
+        weight = torch.empty_like(embedding.weight, device=torch.cuda.current_device())
+        embedding.weight = torch.nn.Parameter(weight)
     if shape.rope_scaling is not None:
         _scale_rope(chunk, shape.rope_scaling)
     if shape.embedding_layernorm and chunk.pre_process:
@@ -167,6 +175,7 @@ def _build_chunk(
     if chunk.post_process:
         chunk.output_layer.__class__ = OutputLayer  # a layer spec cannot choose it
         chunk.output_layer.vocab_size = shape.vocab_size
+        quantize(chunk.output_layer, config.output_precision)
     return chunk
 
 

@@ -16,12 +16,13 @@ from torch.autograd import Function
 
 from megatron_peft.adapters.frozen_linear import FrozenLinearCall, start_input_gradient, whole_sequence
 from megatron_peft.adapters.linear import FrozenColumnParallelLinear
+from megatron_peft.adapters.quantized_weight import dense_rows
 from megatron_peft.config import RunConfig
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.runtime.cpu_kernels import flat, linear
 from megatron_peft.runtime.precision import full_precision
 
-LOGITS_BYTES = 64_000_000
+LOGITS_BYTES = 64_000_000  # also of the rows of a quantized output layer that are dense at a time
 
 
 def chunk_tokens(asked: int | None, vocab_size: int) -> int:
@@ -121,19 +122,22 @@ class ChunkedLossModel(GPTModel):
             return whole_loss(labels, logits)
         hidden, call = logits, head.call(self.output_weight)
         has_gradient = torch.is_grad_enabled() and hidden.requires_grad
-        x, weight = whole_sequence(hidden.detach(), call), call.weight
+        x, weight = whole_sequence(hidden.detach(), call), call.stored
         # The gradient takes the place of gathered tokens, which nobody else has.
         dx = x if call.splits_sequence else torch.empty(x.shape, dtype=x.dtype, device=x.device)
         losses = []
         num_chunks = -(-labels.numel() // self.config.loss_chunk_tokens)
         chunks = (one.tensor_split(num_chunks) for one in (flat(x), flat(dx), labels.t().flatten()))
         for some_x, some_dx, some_labels in zip(*chunks, strict=True):
-            logits = head.masked(linear(some_x[:, None], weight)).requires_grad_(has_gradient)  # [n, 1, v]
-            loss = whole_loss(some_labels[None], logits)
+            parts = [linear(some_x[:, None], part) for _, part in dense_rows(weight, LOGITS_BYTES)]
+            logits = head.masked(parts[0] if len(parts) == 1 else torch.cat(parts, -1))  # [n, 1, v]
+            del parts
+            loss = whole_loss(some_labels[None], logits.requires_grad_(has_gradient))
             if has_gradient:
                 (gradient,) = torch.autograd.grad(loss, logits, torch.ones_like(loss))
                 # It may be in the memory of the logits. On a CPU torch's product is the faster one of so long rows.
-                torch.mm(gradient.detach()[:, 0], weight, out=some_dx)
+                for rows, part in dense_rows(weight, LOGITS_BYTES):
+                    torch.addmm(some_dx, gradient.detach()[:, 0, rows], part, beta=min(rows.start, 1), out=some_dx)
                 del gradient
             losses.append(loss.detach())
             del logits, loss  # before the next ones are made

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, Literal
 
-from megatron_peft.config import DataConfig, LinearSizes, ParallelConfig, flag, mistyped, require
+from megatron_peft.config import DataConfig, LinearSizes, ModelConfig, ParallelConfig, flag, mistyped, require
 from megatron_peft.config.model import BLOCK
 from megatron_peft.config.training import stages_of_layout
 
@@ -187,8 +187,14 @@ def check_layout(parallel: ParallelConfig, shape: ModelShape) -> list[str]:
     return problems
 
 
-def check_blocks(base_precision: str, tensor_parallel_size: int, shape: ModelShape) -> list[str]:
-    """A message, with the sizes that fit, if a rank's part of a quantized weight would cut a block."""
+def check_quantized(model: ModelConfig, tensor_parallel_size: int, shape: ModelShape) -> list[str]:
+    """A message if an output layer that is to be quantized is the embedding; one, with the sizes that fit, if a rank's
+    part of a quantized weight would cut a block.
+    """
+    base_precision = model.base_precision
+    if model.quantize_output_layer and shape.tied_embeddings:
+        told = "the output layer of this model is its embedding (tie_word_embeddings), which stays as it is"
+        return [f"--quantize-output-layer: {told}: leave it out."]
     whole = math.gcd(shape.num_attention_heads * shape.kv_channels, shape.ffn_hidden_size)  # what rows are split along
     if base_precision == "run" or (shape.hidden_size % BLOCK == 0 and whole % (tensor_parallel_size * BLOCK) == 0):
         return []

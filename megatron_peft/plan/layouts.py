@@ -26,7 +26,7 @@ from megatron_peft.config import ConfigurationError, ParallelConfig, RunConfig, 
 from megatron_peft.config.errors import spelled
 from megatron_peft.config.training import ACCOUNTED_STAGES, LAYOUT, UNEVEN_STAGES
 from megatron_peft.models.families import check_adapters
-from megatron_peft.models.shape import ModelShape, check_blocks, check_layout
+from megatron_peft.models.shape import ModelShape, check_layout, check_quantized
 from megatron_peft.plan.cluster import Cluster
 from megatron_peft.plan.recorded_step import RecordedStep, estimated_time, total
 from megatron_peft.plan.timing import PlannedSpeed, time_alone
@@ -221,7 +221,7 @@ def _parallel_layouts(run: RunConfig, shape: ModelShape, world_size: int, cluste
     defaults = {one.name: one.default for one in fields(ParallelConfig) if one.name in PARALLEL_FIELDS}
     for tp in _divisors(world_size, cluster.gpus_per_node):
         of_tp = ParallelConfig(tensor_model_parallel_size=tp, world_size=tp)
-        if check_adapters(run.peft, of_tp, shape) or check_blocks(run.model.base_precision, tp, shape):
+        if check_adapters(run.peft, of_tp, shape) or check_quantized(run.model, tp, shape):
             continue  # the method's adapters, or a quantized base's blocks, do not fit the linear layers
         for pp in _divisors(world_size // tp, shape.num_layers + 2):
             for pipeline, sequence in product(_pipelines(shape.num_layers, pp), (False, True) if tp > 1 else (False,)):

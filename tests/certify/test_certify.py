@@ -23,7 +23,7 @@ from megatron_peft.commands.certify import main
 from megatron_peft.config import CheckpointConfig, ConfigurationError, ParallelConfig, RunConfig, make_run
 from megatron_peft.conversion.verify import random_tokens
 from megatron_peft.models.families import config_of_shape, read_shape
-from megatron_peft.models.shape import ModelShape, check_blocks
+from megatron_peft.models.shape import ModelShape, check_quantized
 from megatron_peft.rehearsal.requests import small_layout
 from megatron_peft.runtime.ranks import RanksFailed
 from tests.certify.faults import FAULTS, NOT_SEEN, Case, Fault, certified
@@ -153,16 +153,17 @@ def test_a_method_that_fits_no_small_model_is_an_error(tmp_path):
 
 @pytest.mark.parametrize("precision", ["nf4", "fp8"])
 def test_the_small_model_of_a_quantized_base_has_the_numbers_that_the_run_computes_with(tmp_path, precision):
-    config = run_at("lora", "TP8+SP")
-    small = module.small_run(replace(config, model=replace(config.model, base_precision=precision)), LLAMA, tmp_path)
-    assert small.split.model.base_precision == precision and check_blocks(precision, 4, small.shape) == []
+    config, untied = run_at("lora", "TP8+SP"), replace(LLAMA, tied_embeddings=False)
+    model = replace(config.model, base_precision=precision, quantize_output_layer=True)
+    small = module.small_run(replace(config, model=model), untied, tmp_path)
+    assert small.split.model.base_precision == precision and check_quantized(model, 4, small.shape) == []
     tensors = load_file(tmp_path / "model" / "model.safetensors")
-    (changed,) = {
-        "lm_head" in name or "embed" in name
+    changed = {
+        name
         for name, values in tensors.items()
         if values.dim() == 2 and not torch.allclose(trained_values(values, precision, torch.float32), values, 1e-6, 0)
     }
-    assert changed, "linear layers alone are quantized"
+    assert changed == {"model.embed_tokens.weight"}
 
 
 # Started for real.
@@ -243,7 +244,8 @@ def test_a_sound_run_is_certified(case):
 @pytest.mark.parametrize(("method", "precision"), [("lora", "nf4"), ("hybrid", "fp8")])
 def test_a_sound_run_on_a_quantized_base_is_certified(method, precision):
     config = run_at(method, "TP2+SP")
-    (one,) = certificates([Case(replace(config, model=replace(config.model, base_precision=precision)), LLAMA)])
+    model = replace(config.model, base_precision=precision, quantize_output_layer=precision == "nf4")
+    (one,) = certificates([Case(replace(config, model=model), replace(LLAMA, tied_embeddings=False))])
     assert problems_of(one) == {} and one.verdict == "CERTIFIED"
 
 

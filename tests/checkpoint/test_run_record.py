@@ -52,6 +52,10 @@ def here(schedule=None, **changes):
         ({"peft": {"method": "full"}}, ["--peft-method lora", "--peft-method full"]),
         ({"peft": {"lora_rs": True}}, ["--lora-rs False", "--lora-rs True"]),
         ({"model": {"base_precision": "nf4"}}, ["--base-precision run", "--base-precision nf4", "--allow-other-base-"]),
+        (
+            {"model": {"base_precision": "nf4", "quantize_output_layer": True}},
+            ["--base-precision run,", "--base-precision nf4 --quantize-output-layer, another base"],
+        ),
         ({"shape": dataclasses.replace(SHAPE, hidden_size=64)}, ["hidden_size 96 there, 64 here", "bases/base"]),
     ],
 )

@@ -36,7 +36,7 @@ WRONG = [
     (convert.main, f"megatron-to-hf {OUT}", ": error: --input nowhere holds no Megatron checkpoint"),
     (convert.main, "megatron-to-hf --input . --output out --max-shard-size 2apples", ": error: .*is not a size"),
     (convert.main, f"merge {OUT}", ": error: .*nowhere"),
-    (convert.main, f"merge {OUT} --num-tokens 3", "--num-tokens"),
+    (convert.main, f"merge {OUT} --max-rank 3", "--max-rank"),
     (convert.main, f"export-adapter {OUT}", ": error: .*nowhere"),
     (convert.main, f"export-adapter {OUT} --as-lora", ": error: .*nowhere"),
     (convert.main, f"export-adapter {OUT} --max-rank 8", ": error: --max-rank: give --as-lora too, or leave it out"),

@@ -74,6 +74,7 @@ CONTRADICTIONS: dict[Callable[..., object], list[tuple[dict[str, Any], str]]] = 
         ({**PP2, "pipeline_model_parallel_layout": "E(t*999)*99999|L"}, "repeat less than 1,000 times"),
     ],
     ModelConfig: [
+        ({**MODEL, "quantize_output_layer": True}, "--quantize-output-layer needs --base-precision nf4 or fp8"),
         ({}, "no base model: --pretrained-checkpoint"),
         ({**MODEL, "transformer": {"hidden_dropout": 1.5}}, "--hidden-dropout is 1.5"),
         ({**MODEL, "transformer": {"recompute_granularity": "full"}}, "full needs --recompute-method"),

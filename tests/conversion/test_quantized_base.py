@@ -16,6 +16,7 @@ from megatron_peft.adapters.quantized_weight import QuantizedWeight
 from megatron_peft.config import ConfigurationError, ModelConfig, ParallelConfig
 from megatron_peft.conversion import pretrained
 from megatron_peft.conversion.convert import hf_to_megatron
+from megatron_peft.conversion.megatron_files import OUTPUT
 from megatron_peft.conversion.nf4_files import STATE
 from megatron_peft.conversion.pretrained import base_parameters, load_pretrained
 from megatron_peft.models.families import read_shape, rules_for
@@ -27,6 +28,7 @@ from tests.one_rank import one_rank
 from tests.tiny_llama import save_llama
 
 # Heads and MLP of whole blocks on two, three and four ranks; head_dim is not hidden / heads.
+MORE_ROWS = 4  # of each rank's output layer than its vocabulary needs: of four ranks the last has padding alone
 SHAPE = ModelShape("llama", 1, 192, 768, 12, 12, 64, 23, 64)
 
 
@@ -46,12 +48,19 @@ def world(monkeypatch):
         yield
 
 
+def is_quantized(name: str) -> bool:
+    return ".linear_" in name or name == OUTPUT
+
+
 def quantized_stage(size: int, precision: str, shape: ModelShape) -> nn.Module:
     chunk = stage(shape, size, range(shape.num_layers))
     for name, parameter in list(chunk.named_parameters()):
-        if ".linear_" in name:
-            weight: Any = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
-            weight.quantized = QuantizedWeight(precision, parameter.shape, torch.float32)
+        if is_quantized(name):
+            rows = len(parameter) + MORE_ROWS * (name == OUTPUT)
+            weight: Any = nn.Parameter(torch.empty(rows, parameter.shape[1], device="meta"), requires_grad=False)
+            weight.quantized = QuantizedWeight(precision, weight.shape, torch.float32)
+            weight.quantized.codes.view(torch.uint8).fill_(1)
+            weight.quantized.scales.fill_(1.0)
             chunk.get_submodule(name.removesuffix(".weight")).weight = weight
     return chunk
 
@@ -71,20 +80,25 @@ def codes_of_whole(folder: Path, size: int, precision: str, shape: ModelShape = 
             for part in ("codes", "scales")
         ]
         for name, of_ranks in shares.items()
-        if ".linear_" in name
+        if is_quantized(name)
     }
 
 
 def put_together(rule: Any, shares: list[Tensor]) -> Tensor:
     if isinstance(rule, Columns):
         return torch.cat([share.view(torch.uint8) for share in shares], 1)
+    if rule.name == OUTPUT:  # its padding is zeros
+        whole, num_rows = torch.cat([share.view(torch.uint8) for share in shares]), rule.hf_tensors[0].shape[0]
+        assert len(whole) >= num_rows + MORE_ROWS and not whole[num_rows:].any()
+        return whole[:num_rows]
     parts = 2 if rule.name.endswith("fc1.weight") else 1  # gate and up
     return torch.cat([share.view(torch.uint8).chunk(parts)[part] for part in range(parts) for share in shares])
 
 
 @pytest.mark.parametrize("source", ["hugging face", "megatron"])
 def test_codes_are_those_of_bitsandbytes_at_any_tensor_parallel_size(folders, source):
-    whole = {name: x for name, x in global_tensors(folders["hugging face"]).items() if ".linear_" in name}
+    whole = {name: x for name, x in global_tensors(folders["hugging face"]).items() if is_quantized(name)}
+    whole[OUTPUT] = whole[OUTPUT][: SHAPE.vocab_size]
     for size in (1, 2, 3, 4):
         found = codes_of_whole(folders[source], size, "nf4")
         assert found.keys() == whole.keys()
@@ -102,25 +116,31 @@ def test_fp8_codes_at_any_tensor_parallel_size(folders):
 
 
 class Largest(TorchDispatchMode):
-    """Remembers the largest float32 tensor that had memory."""
+    """Remembers the largest float32 tensor that had memory, and how often one of PADDED numbers was made."""
 
-    size = 0
+    size, num_large = 0, 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = function(*args, **(kwargs or {}))
         for tensor in found if isinstance(found, tuple | list) else (found,):
             if isinstance(tensor, Tensor) and tensor.dtype == torch.float32 and not tensor.is_meta:
-                self.size = max(self.size, tensor.untyped_storage().nbytes() // tensor.itemsize)
+                size = tensor.untyped_storage().nbytes() // tensor.itemsize
+                self.size = max(self.size, size)
+                self.num_large += size == PADDED and "empty" in str(function)
         return found
+
+
+PADDED = 128 * SHAPE.hidden_size  # of the embedding and of the output layer
 
 
 @pytest.mark.parametrize("precision", ["nf4", "fp8"])
 def test_no_weight_is_ever_there_in_full_precision(folders, precision):
     base = folders["hugging face"]
     with Largest() as largest:
-        chunks = build_model_chunks(SHAPE, ModelConfig(str(base), base_precision=precision), ParallelConfig())
+        config = ModelConfig(str(base), base_precision=precision, quantize_output_layer=True)
+        chunks = build_model_chunks(SHAPE, config, ParallelConfig())
         load_pretrained(chunks, base, SHAPE, tensor_parallel_rank=0, tensor_parallel_size=1, progress=False)
-    assert largest.size <= max(128 * SHAPE.hidden_size, pretrained.QUANTIZED_AT_ONCE)  # the padded vocabulary
+    assert largest.size <= max(PADDED, pretrained.QUANTIZED_AT_ONCE) and largest.num_large == 1, "the embedding"
     logits = chunks[0](torch.tensor([[1, 2]]), torch.tensor([[0, 1]]), None)
     assert logits[..., : SHAPE.vocab_size].isfinite().all()
 
@@ -130,14 +150,17 @@ def test_no_weight_is_ever_there_in_full_precision(folders, precision):
 
 @pytest.fixture(scope="module", params=[False, True], ids=["plain scales", "quantized scales"])
 def nf4_folder(request, tmp_path_factory) -> Path:
-    """A small Llama that transformers has quantized and saved."""
+    """A small Llama that transformers has quantized and saved; the second with its output layer."""
     place = tmp_path_factory.mktemp("nf4")
     sizes = {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 1, "num_attention_heads": 12}
     base = save_llama(
         place / "base", **sizes, num_key_value_heads=12, head_dim=64, attention_bias=False, mlp_bias=False
     )
     how = transformers.BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=request.param
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=request.param,
+        llm_int8_skip_modules=["none"] if request.param else None,
     )
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, quantization_config=how)
     model.save_pretrained(place / "nf4")
@@ -147,6 +170,7 @@ def nf4_folder(request, tmp_path_factory) -> Path:
 def test_a_folder_of_bitsandbytes_is_read_bit_for_bit_at_any_tensor_parallel_size(nf4_folder):
     shape = read_shape(nf4_folder)
     stored = load_file(nf4_folder / "model.safetensors")
+    has_output = stored["lm_head.weight"].dtype == torch.uint8
     for size in (1, 2, 3, 4):
         found = codes_of_whole(nf4_folder, size, "nf4", shape)
         for name, module, rows in (
@@ -154,9 +178,11 @@ def test_a_folder_of_bitsandbytes_is_read_bit_for_bit_at_any_tensor_parallel_siz
             ("mlp.linear_fc2", "mlp.down_proj", slice(None)),
             ("mlp.linear_fc1", "mlp.gate_proj", slice(0, 768)),
             ("mlp.linear_fc1", "mlp.up_proj", slice(768, None)),
+            *([("output", "lm_head", slice(None))] if has_output else []),
         ):
-            codes, scales = (part[rows] for part in found[f"decoder.layers.0.{name}.weight"])
-            prefix = f"model.layers.0.{module}.weight"
+            of_layer = name != "output"
+            codes, scales = (part[rows] for part in found[f"decoder.layers.0.{name}.weight" if of_layer else OUTPUT])
+            prefix = f"model.layers.0.{module}.weight" if of_layer else "lm_head.weight"
             beside = {key.removeprefix(f"{prefix}."): x for key, x in stored.items() if key.startswith(f"{prefix}.")}
             state = bnb.QuantState.from_dict({**beside}, device=torch.device("cpu"))
             absmax = state.absmax
@@ -203,6 +229,19 @@ def test_other_quantizations_are_refused_by_name_with_the_way_out(nf4_folder, tm
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigurationError, match=f"{method}.*Take the model that they were made from, with --base-pr"):
         read_shape(tmp_path)
+
+
+def test_an_output_layer_that_it_holds_in_codes_is_read_as_their_numbers(nf4_folder):
+    """Without --quantize-output-layer too."""
+    shape, stored = read_shape(nf4_folder), load_file(nf4_folder / "model.safetensors")
+    chunk = stage(shape, 1, range(1))
+    load_pretrained([chunk], nf4_folder, shape, tensor_parallel_rank=0, tensor_parallel_size=1, progress=False)
+    weight = dict(base_parameters(chunk))[OUTPUT]
+    beside = {key.removeprefix("lm_head.weight."): x for key, x in stored.items() if key.startswith("lm_head.weight.")}
+    expected = stored["lm_head.weight"]
+    if beside:
+        expected = bnb.dequantize_4bit(expected, bnb.QuantState.from_dict(beside, device=torch.device("cpu")))
+    assert torch.equal(weight, expected.view(weight.shape)) and weight.any()
 
 
 def test_what_is_made_of_it_says_nothing_of_a_quantization(nf4_folder, tmp_path):

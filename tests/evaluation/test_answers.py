@@ -315,11 +315,12 @@ def _parse(*argv: str) -> RunConfig:
 
 def test_all_of_a_run_that_decides_its_answers_is_taken_from_it():
     config = _config(peft=PeftConfig(method="boft"))
-    config = replace(config, model=replace(config.model, base_precision="nf4"))
+    config = replace(config, model=replace(config.model, base_precision="nf4", quantize_output_layer=True))
     data = replace(config.data, tokenizer_model="tokens", chat_template="{{ messages }}")
     tokenizer = {"tokenizer_type": "NullTokenizer", "vocab_size": 99}
     tokenizer |= {"tokenizer_model": "tokens", "chat_template": "{{ messages }}"}
-    base = {"pretrained_checkpoint": "base", "bf16": True, "base_precision": "nf4", "make_vocab_size_divisible_by": 64}
+    base = {"pretrained_checkpoint": "base", "bf16": True, "make_vocab_size_divisible_by": 64}
+    base |= {"base_precision": "nf4", "quantize_output_layer": True}
     found = model.values_of_model(replace(config, data=data))
     assert found == {**base, **tokenizer, "seed": 7, "method": "boft"}
 
@@ -331,6 +332,12 @@ def test_the_layout_is_the_users_what_is_typed_holds_and_a_base_that_is_not_ther
     assert config.checkpoint.load == "run" and config.training.seed == config.data.seed == 7
     config = _parse("--load=run", "--pretrained-checkpoint", "elsewhere", "--lora-rank", "5")
     assert config.model.pretrained_checkpoint == "elsewhere" and config.peft.lora_rank == 5
+    record: Any = model.run_record.read_run_record("run")
+    quantized = replace(record.config.model, base_precision="nf4", quantize_output_layer=True)
+    record.config = replace(record.config, model=quantized)
+    assert _parse("--load=run").model.quantization == quantized.quantization
+    on_its_own = _parse("--load=run", "--base-precision=run", "--allow-other-base-precision").model
+    assert on_its_own.base_precision == "run" and not on_its_own.quantize_output_layer
     (tmp_path / "base").rmdir()
     with pytest.raises(ConfigurationError, match=f"base model {run}, which does not exist.*--pretrained-checkpoint"):
         saved_values({"load": "run"})

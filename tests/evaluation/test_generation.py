@@ -13,9 +13,11 @@ from hypothesis import given
 from hypothesis import settings as limits
 from hypothesis import strategies as st
 from megatron.core import parallel_state
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from megatron_peft.adapters.attach import attach_adapters
+from megatron_peft.adapters.quantized_weight import trained_values
 from megatron_peft.benchmarks import SIZES_VARIABLE
 from megatron_peft.checkpoint.tensors import global_slices, sharded_parameters
 from megatron_peft.config import ConfigurationError, ModelConfig, ParallelConfig, PeftConfig
@@ -79,6 +81,7 @@ class Job:
     peft: dict[str, Any] | None = None
     names: list[str] | None = None
     score_batch_size: int = 8
+    model: dict[str, Any] = field(default_factory=dict)  # fields of ModelConfig
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ def _run(job: Job) -> Outcome:
     shape = read_shape(job.base)
     parallel = ParallelConfig(**job.parallel, world_size=dist.get_world_size())
     start_model_parallel(parallel, 1, parallel.num_virtual_stages(shape.num_layers))
-    chunks = build_model_chunks(shape, ModelConfig(job.base), parallel)
+    chunks = build_model_chunks(shape, ModelConfig(job.base, **job.model), parallel)
     if job.peft:
         attach_adapters(chunks, PeftConfig(**job.peft), seed=1)
         _stir_adapters(chunks)
@@ -284,6 +287,26 @@ def test_every_layout_answers_and_scores_as_one_process(split, alone, layout):
     for name in COMPARED[layout]:
         for outcome in split[layout, name]:
             _same(outcome, alone[name])
+
+
+def test_a_quantized_base_answers_and_scores_as_transformers_on_its_values(job, tmp_path):
+    """The output layer too; split, and without an adapter that would have frozen it."""
+    base = save_llama(tmp_path / "base", hidden_size=64, intermediate_size=128, num_attention_heads=4, head_dim=32)
+    (tmp_path / "values").mkdir()
+    (tmp_path / "values" / "config.json").write_bytes((base / "config.json").read_bytes())
+    tensors = load_file(base / "model.safetensors")
+    for name, x in tensors.items():
+        if "proj.weight" in name or "lm_head" in name:
+            tensors[name] = trained_values(x, "fp8", torch.float32)
+    save_file(tensors, tmp_path / "values" / "model.safetensors", metadata={"format": "pt"})
+    quantized = {"base_precision": "fp8", "quantize_output_layer": True}
+    job = replace(job, base=str(base), parallel=SP, model=quantized)
+    answers = greedy_by_transformers(tmp_path / "values", job.prompts, *job.settings.end_ids)
+    expected = scores_by_transformers(tmp_path / "values", job.continuations)
+    for outcome in (rank[0] for rank in run_ranks(2, run_jobs, [job])):
+        assert outcome.answers == answers and outcome.left_as_found
+        found = [one.log_likelihood for one in outcome.scores]
+        assert found == pytest.approx([total for total, _ in expected], rel=1e-5, abs=1e-4)
 
 
 def _generate_by_script(monkeypatch, settings, script, told=lambda row, token: None, copies=1):

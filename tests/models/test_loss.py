@@ -103,6 +103,28 @@ def test_logits_are_still_answered_after_a_loss(world):
     torch.testing.assert_close(model.logits_of(hidden.flatten(0, 1)).unflatten(0, (ROWS, LENGTH)), logits)
 
 
+@pytest.mark.parametrize("trains", [True, False])
+@pytest.mark.parametrize("precision", ["nf4", "fp8"])
+def test_a_quantized_output_layer_is_dense_some_rows_at_a_time(world, monkeypatch, precision, trains):
+    sizes = {"tied_embeddings": False, "hidden_size": 64, "ffn_hidden_size": 128, "kv_channels": 16}
+    model = _frozen(sizes, base_precision=precision, quantize_output_layer=True)
+    for parameter in model.parameters():
+        if parameter.is_meta:
+            values = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+            parameter.quantized.fill_rows(slice(None), values * 0.2)
+    found, rows, linear = [], [], loss.linear
+    monkeypatch.setattr(loss, "LOGITS_BYTES", 10 * 64 * 4)
+    monkeypatch.setattr(loss, "linear", lambda x, weight: rows.append(len(weight)) or linear(x, weight))
+    with torch.set_grad_enabled(trains):
+        for model.config.loss_chunk_tokens in (0, 5):
+            losses = _losses(model)
+            if trains:
+                (losses * WEIGHTS).sum().backward()
+            found.append((losses.detach(), model.hidden[-1].grad if trains else losses))
+    torch.testing.assert_close(found[1], found[0])
+    assert rows == ([10] * 12 + [8]) * 5, "128 rows with padding, in each of five chunks"
+
+
 class _Live(TorchDispatchMode):
     """Counts the bytes of all tensors that are alive."""
 

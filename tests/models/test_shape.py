@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 
-from megatron_peft.config import LINEAR_MODULES, ConfigurationError, DataConfig, ParallelConfig
+from megatron_peft.config import LINEAR_MODULES, ConfigurationError, DataConfig, ModelConfig, ParallelConfig
 from megatron_peft.models.shape import (
     MOST,
     ModelShape,
     RopeScaling,
-    check_blocks,
     check_layout,
     check_lengths,
+    check_quantized,
     compare_shape,
 )
 
@@ -100,17 +100,27 @@ def test_layouts_that_do_not_fit_list_what_does(parallel: ParallelConfig, expect
     assert len(check_layout(layout(tp=4, pp=5), LLAMA)) == 2  # both are told together
 
 
+NF4 = ModelConfig("base", base_precision="nf4")
+
+
 def test_a_block_that_is_cut_names_the_sizes_that_cut_none() -> None:
     shape = replace(LLAMA, hidden_size=192, num_attention_heads=12, num_query_groups=12, kv_channels=64)
     shape = replace(shape, ffn_hidden_size=768)
-    assert [size for size in range(1, 13) if not check_blocks("nf4", size, shape)] == [1, 2, 3, 4, 6, 12]
-    (problem,) = check_blocks("nf4", 12, replace(shape, ffn_hidden_size=384))
+    assert [size for size in range(1, 13) if not check_quantized(NF4, size, shape)] == [1, 2, 3, 4, 6, 12]
+    (problem,) = check_quantized(NF4, 12, replace(shape, ffn_hidden_size=384))
     assert "--base-precision nf4 has blocks of 64" in problem and problem.endswith(
         "12 parts of whole blocks: use 1, 2, 3 or 6."
     )
-    (problem,) = check_blocks("fp8", 1, replace(shape, hidden_size=96))
+    (problem,) = check_quantized(replace(NF4, base_precision="fp8"), 1, replace(shape, hidden_size=96))
     assert "have 96 and 768, which are no multiples" in problem
-    assert check_blocks("run", 5, shape) == []
+    assert check_quantized(replace(NF4, base_precision="run"), 5, shape) == []
+
+
+def test_an_output_layer_that_is_the_embedding_is_not_quantized() -> None:
+    model, shape = replace(NF4, quantize_output_layer=True), replace(LLAMA, kv_channels=64, ffn_hidden_size=128)
+    (problem,) = check_quantized(model, 1, replace(shape, tied_embeddings=True))
+    assert "tie_word_embeddings" in problem and problem.endswith("which stays as it is: leave it out.")
+    assert not any("output" in told for told in check_quantized(model, 1, replace(shape, tied_embeddings=False)))
 
 
 def test_divisors_of_a_huge_prime_are_found_at_once() -> None:

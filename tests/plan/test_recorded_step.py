@@ -113,6 +113,19 @@ def test_parameters_of_segments_add_up_to_those_of_the_recorded_model():
     assert Parameters.sum(parts).num_trained == 16 and Parameters.sum([]) == Parameters()
 
 
+def test_a_quantized_output_layer_saves_its_bytes_in_the_plan():
+    """Of the peak too: the loss makes some rows of it dense at a time."""
+    model = {"base_precision": "fp8", "quantize_output_layer": True}
+    shape, run = replace(LLAMA_8B, num_layers=3), made_up_run("lora", 4096, 1)
+    layers, both = (
+        step_of(replace(run, model=replace(run.model, **changes)), shape)
+        for changes in (model | {"quantize_output_layer": False}, model)
+    )
+    saved = 128256 * shape.hidden_size * (2 - 1 - 4 / 64)
+    assert layers.memory(0)["weights"] - both.memory(0)["weights"] == saved
+    assert total(layers.memory(0)) - total(both.memory(0)) == pytest.approx(saved, rel=1e-3)
+
+
 def test_one_layer_of_each_kind_is_recorded():
     run = replace(made_up_run("lora", 512, 8), peft=PeftConfig(method="lora", target_modules=SOME_LAYERS))
     asked = LayersToRecord.of(run, replace(SHAPE, num_layers=100))

@@ -41,14 +41,16 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 NUM_RANKS = {"alone": 1, "TP2xPP2": 4}  # of the others 2
 FIVE = ("lora", "lora-ga", "boft", "urnn", "hybrid")
 FAMILIES = ("llama", "qwen3", "bloom")
+OUTPUT = (("llama", "lora-ga", "nf4 output"), ("qwen3", "lora", "fp8 output"))  # the output layer is quantized too
 # `make test` runs these, `make test-all` five methods of three families at every layout.
 QUICK = [
     ("llama", "lora", "nf4", "DP2"),
-    ("llama", "hybrid", "nf4", "TP2+SP recompute"),
+    ("llama", "hybrid", "nf4 output", "TP2+SP recompute"),
     ("bloom", "lora", "fp8", "TP2"),
 ]
 ALL = [(*case, layout) for case in product(FAMILIES, FIVE, ["nf4"]) for layout in LAYOUTS if layout != "alone"]
 ALL += [("llama", "boft-input", "fp8", layout) for layout in LAYOUTS if layout != "alone"]
+ALL += [(*case, layout) for case in OUTPUT for layout in LAYOUTS if layout != "alone"]
 Case = tuple[str, ...]  # family, method, precision, layout
 
 
@@ -71,7 +73,10 @@ def reports(tmp_path_factory, files, request):
     chosen: list[Case] = [tuple(item.callspec.params[name] for name in NAMES) for item in items]
 
     def job(num_steps: int, family: str, method: str, precision: str, layout: str) -> Job:
-        settings = merged(METHODS[method], LAYOUTS[layout], {"model": {"base_precision": precision}})
+        kind, _, output = precision.partition(" ")
+        # One process forms whole logits, split ones the loss of a few tokens at a time.
+        model = {"base_precision": kind, "cross_entropy_chunk_tokens": 0 if layout == "alone" else 7}
+        settings = merged(METHODS[method], LAYOUTS[layout], {"model": model | {"quantize_output_layer": bool(output)}})
         name = f"{family} {method} {precision} {layout}"
         return Job(name, str(bases[family]), files[1], num_steps=num_steps, **settings)
 
