@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -51,12 +52,15 @@ HEAD = "logits and loss"
 
 
 class Kept(Watch):
-    """Bytes by kind of layer that are alive where the last backward begins."""
+    """Bytes by kind of layer that are alive where the first backward begins.
 
-    kept: Mapping[str, int]
+    Without numbers, though not with them, norms that were recomputed in it outlive their step.
+    """
+
+    kept: Mapping[str, int] = MappingProxyType({})
 
     def mark(self, phase: Any, microbatch: int | None = None, chunk: int = 0) -> None:
-        if phase == "backward":
+        if phase == "backward" and not self.kept:
             parts = self.memory.peak(assigned_since=True)
             self.kept = {part.removeprefix(ACTIVATIONS): size for part, size in parts.items() if ACTIVATIONS in part}
         super().mark(phase, microbatch, chunk)
@@ -147,7 +151,7 @@ def tables() -> dict[str, dict[str, Any]]:
 
 def _by_kind(title: str, columns: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
     rows = {kind: [one[kind] for one in columns.values()] for kind in KINDS}
-    rows["**a layer**"] = [_layer(one) for one in columns.values()]
+    rows["a layer"] = [_layer(one) for one in columns.values()]
     rows[f"{HEAD}, once"] = [one[HEAD] for one in columns.values()]
     cells = [[name, *(f"{size:.2f}" for size in sizes)] for name, sizes in rows.items()]
     return {"title": title, "columns": ["made by", *columns], "text_columns": 1, "rows": cells}

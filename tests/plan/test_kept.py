@@ -10,6 +10,7 @@ import pytest
 from megatron_peft.config.untrusted import read_json_object
 from tools.kept import DROPOUT, NOTHING, PLAIN, layer_kib, tables
 
+pytestmark = pytest.mark.slow
 RECORDS = Path(__file__).parents[2] / "docs" / "results" / "kept"
 
 
@@ -30,7 +31,6 @@ def test_dropout_leaves_what_a_layer_keeps_as_it_is_and_autograd_keeps_its_mask_
     assert row[f"{PLAIN}, dropout {DROPOUT}"] == f"{plain:.2f}"
 
 
-@pytest.mark.slow
 def test_records_are_what_the_tool_finds():
     [found] = in_another_process(tables, ())
     assert found == {path.stem: read_json_object(path) for path in RECORDS.glob("*.json")}
