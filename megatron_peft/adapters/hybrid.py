@@ -32,8 +32,10 @@ from megatron_peft.adapters.frozen_linear import (
 )
 from megatron_peft.adapters.low_rank import LowRank, add_low_rank, scaled_product
 from megatron_peft.adapters.low_rank_linear import (
+    Dropout,
     delivered,
     gradient_dtype,
+    masked,
     start_narrow,
     start_narrow_gradient,
     start_summed_gradient,
@@ -120,10 +122,10 @@ class Hybrid(RotatesOnceAStep, nn.Module):
 
     def forward(self, x: Tensor, call: FrozenLinearCall) -> Tensor:  # [s, b, in] -> [s, b, out]
         """y = z + lambda s B (A x) + (1 - lambda) (R - I) z."""
-        (A, B), mask, held = self.low_rank.factors(), self.low_rank.dropout_mask(x, call), self.held
+        (A, B), dropout, held = self.low_rank.factors(), self.low_rank.input_dropout(call), self.held
         scale, D = self._mixture() if held is None else (held.scale, held.D)
         assert scale is not None
-        return frozen_linear_mixed(x, A, B, D, scale, call, mask, held)
+        return frozen_linear_mixed(x, A, B, D, scale, call, dropout, held)
 
 
 build = Hybrid
@@ -147,47 +149,47 @@ def frozen_linear_mixed(
     D: Tensor,
     scale: Tensor,
     call: FrozenLinearCall,
-    mask: Tensor | None = None,
+    dropout: Dropout | None = None,
     held: HeldBlocks | None = None,
 ) -> Tensor:
-    """y = z + diag(D) z + scale B (A (mask x)), z = W x, reduced where the layer sums its output.
+    """y = z + diag(D) z + scale B (A (m x)), z = W x, reduced where the layer sums its output.
 
     `scale` is a constant, a float32 scalar tensor; `held` of D, where it was built for the whole step.
     """
-    producer = producer_of(x) if call.output_sum != "none" and mask is None else None
+    producer = producer_of(x) if call.output_sum != "none" else None
     if call.needs_no_sum:
-        return run_function(_MixedLinear, x, A, B, D, scale, call, mask, producer, held)
+        return run_function(_MixedLinear, x, A, B, D, scale, call, dropout, producer, held)
     z = call.reduce(frozen_linear(x, call))
-    u = call.reduce(run_function(_NarrowProduct, x if mask is None else x * mask, A, producer))
+    u = call.reduce(run_function(_NarrowProduct, x, A, dropout, producer))
     return run_function(_MixReduced, z, u, B, D, scale, call.own_tokens(z.shape[0] * z.shape[1]), held)
 
 
 class _MixedLinear(Function):
     @staticmethod
     @full_precision
-    def forward(ctx, x, A, B, D, scale, call, mask, producer, held):  # type: ignore[override]
-        branch_input = x if mask is None else x * mask
-        wait_u = start_narrow(branch_input, A, scale, call)
-        x = whole_sequence(x, call)
+    def forward(ctx, x, A, B, D, scale, call, dropout, producer, held):  # type: ignore[override]
+        wait_u = start_narrow(masked(x, dropout and dropout.draw(x)), A, scale, call)
+        whole_x = whole_sequence(x, call)
         u = wait_u()
         weight = call.weight
-        ctx.changes_weight = mask is None and rotates_weight(x, weight, D)
+        ctx.changes_weight = dropout is None and rotates_weight(whole_x, weight, D)
         if ctx.changes_weight:
-            y = linear(x, changed_weight(weight, A, B, D, scale, held))
+            y = linear(whole_x, changed_weight(weight, A, B, D, scale, held))
         else:
-            y = add_blocks(linear(x, weight), D, held and held.multiplier)
+            y = add_blocks(linear(whole_x, weight), D, held and held.multiplier)
             flat(y).addmm_(flat(u), B.t())
-        ctx.save_for_backward(branch_input if producer is None else None, u, A, B, D, mask, y)
-        ctx.scale, ctx.call, ctx.producer, ctx.held = scale, call, producer, held
+        ctx.save_for_backward(x if producer is None else None, u, A, B, D, y)
+        ctx.scale, ctx.call, ctx.dropout, ctx.producer, ctx.held = scale, call, dropout, producer, held
         ctx.trained = trained_factor(A), trained_factor(B)
         return y if call.bias is None else y + call.bias
 
     @staticmethod
     @full_precision
     def backward(ctx, grad):  # type: ignore[override]
-        branch_input, u, A, B, D, mask, y = ctx.saved_tensors
+        x, u, A, B, D, y = ctx.saved_tensors
         call, wait_dx = ctx.call, None
         du, wait_du = start_narrow_gradient(grad, B, ctx.scale, call)
+        mask = ctx.dropout and ctx.dropout.draw_again()
         needs_x, needs_A, needs_B, *_ = ctx.needs_input_grad
         if needs_x and ctx.changes_weight:  # the low rank is in the weight
             changed = changed_weight(call.weight, A, B, D, ctx.scale, ctx.held)
@@ -199,8 +201,8 @@ class _MixedLinear(Function):
         dB = outer_sum(u, grad, gradient_dtype(trained_B)).t() if needs_B else None
         own_du = wait_du()
         if ctx.producer is not None:
-            branch_input = recompute(ctx.producer)
-        dA = outer_sum(own_du, branch_input, gradient_dtype(trained_A)) if needs_A else None
+            x = recompute(ctx.producer)
+        dA = outer_sum(own_du, masked(x, mask), gradient_dtype(trained_A)) if needs_A else None
         dD = changes_gradient(grad, y, D, dB, B, ctx.held)
         dx = None if wait_dx is None else wait_dx(own_du)
         return dx, delivered(trained_A, dA), delivered(trained_B, dB), dD, None, None, None, None, None
@@ -217,21 +219,23 @@ def changed_weight(
 
 
 class _NarrowProduct(Function):
-    """u = A x. SwiGLU's output is recomputed from what SwiGLU saved: a layer's widest input takes no memory twice."""
+    """u = A (m x). SwiGLU's output is recomputed from what it saved: a layer's widest input takes no memory twice."""
 
     @staticmethod
     @full_precision
-    def forward(ctx, x, A, producer):  # type: ignore[override]
+    def forward(ctx, x, A, dropout, producer):  # type: ignore[override]
         ctx.save_for_backward(x if producer is None else None, A)
-        ctx.producer, ctx.trained = producer, trained_factor(A)
-        return linear(x, A)
+        ctx.dropout, ctx.producer, ctx.trained = dropout, producer, trained_factor(A)
+        return linear(masked(x, dropout and dropout.draw(x)), A)
 
     @staticmethod
     @full_precision
     def backward(ctx, grad):  # type: ignore[override]
         x, A = ctx.saved_tensors
-        dA = outer_sum(grad, recompute(ctx.producer) if x is None else x, gradient_dtype(ctx.trained))
-        return linear(grad, A.t()), delivered(ctx.trained, dA), None
+        x = recompute(ctx.producer) if x is None else x
+        mask = ctx.dropout and ctx.dropout.draw_again()
+        dA = outer_sum(grad, masked(x, mask), gradient_dtype(ctx.trained))
+        return masked(linear(grad, A.t()), mask), delivered(ctx.trained, dA), None, None
 
 
 class _MixReduced(Function):

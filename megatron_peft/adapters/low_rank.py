@@ -13,16 +13,16 @@ Sharding follows the base's: what meets the split side of W is split with it, th
 """
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from torch import Tensor, nn
 
 from megatron_peft.adapters.change import LowRankChange, StoredTensors
 from megatron_peft.adapters.frozen_linear import FrozenLinearCall
-from megatron_peft.adapters.low_rank_linear import frozen_linear_plus_low_rank, join_start
+from megatron_peft.adapters.low_rank_linear import Dropout, frozen_linear_plus_low_rank, join_start
 from megatron_peft.config import PeftConfig, PeftFormat
 from megatron_peft.config.methods.low_rank import IS_LORA_B, IS_NOT_DECAYED
 from megatron_peft.parallel.layout import LinearLayout, generator_for
@@ -86,16 +86,15 @@ class LowRank(nn.Module):
     def forward(self, x: Tensor, call: FrozenLinearCall) -> Tensor:  # [s, b, in] -> [s, b, out]
         """y = W x + s B (A x), W frozen. Row-parallel: both terms are reduced in the base's own sum."""
         A, B = self.factors()
-        mask = self.dropout_mask(x, call)
-        return call.reduce(frozen_linear_plus_low_rank(x, A, B, self.scale, call, mask))
+        return call.reduce(frozen_linear_plus_low_rank(x, A, B, self.scale, call, self.input_dropout(call)))
 
     def delta_weight(self) -> Tensor:  # -> [out, in]
         """s B A (less s B0 A0), the rank's own slice of the change of W."""
         A, B = self.factors()
         return self.scale * (B @ A)
 
-    def dropout_mask(self, x: Tensor, call: FrozenLinearCall) -> Tensor | None:
-        """Zeros and 1 / (1 - p), shaped like x; None without dropout.
+    def input_dropout(self, call: FrozenLinearCall) -> Dropout | None:
+        """What is drawn for this call; None without dropout.
 
         Ranks with the same x must use the same mask: the default generator is common to the
         tensor-parallel ranks. Where x is split, by features or by tokens, each rank draws from its own.
@@ -103,9 +102,8 @@ class LowRank(nn.Module):
         if not (self.training and self.dropout):
             return None
         if self.layout.split == "column" and not call.splits_sequence:
-            return F.dropout(torch.ones_like(x), self.dropout)
-        with tensor_parallel.get_cuda_rng_tracker().fork():  # pyright: ignore[reportOptionalMemberAccess]
-            return F.dropout(torch.ones_like(x), self.dropout)
+            return Dropout(self.dropout, nullcontext)
+        return Dropout(self.dropout, tensor_parallel.get_cuda_rng_tracker().fork)  # pyright: ignore[reportOptionalMemberAccess]
 
 
 build = LowRank

@@ -3,16 +3,18 @@
     forward      u = s A (m x)     y = W x + B u
     backward     du = s g B        dx = g W + m (du A)     dA = du^T (m x)     dB = g^T u           with g = dy
 
-The narrow products are accumulated onto the wide ones. Kept for backward are the rank's own m x once, and the r-wide u.
-With the sequence split, u and du have collectives of their own, r wide, which run beside the wide ones.
+The narrow products are accumulated onto the wide ones. Kept for backward are the rank's own x once, and the r-wide u; m
+is drawn again. With the sequence split, u and du have collectives of their own, r wide, which run beside the wide ones.
 
 Letters: s sequence, b batch, r rank, t tensor-parallel size; in and out are a rank's own.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
@@ -26,37 +28,70 @@ from megatron_peft.runtime.cpu_kernels import add_linear, flat, linear, linear_p
 from megatron_peft.runtime.precision import PRECISE, full_precision
 
 
+class Dropout:
+    """The mask m of one product: drawn in forward, and again in backward from the state that its generator had then.
+
+    p: of a zero; all else is 1 / (1 - p).
+    fork: begins the context whose generator it is drawn from.
+    """
+
+    def __init__(self, p: float, fork: Callable[[], AbstractContextManager[Any]]) -> None:
+        self._p, self._fork = p, fork
+
+    def draw(self, x: Tensor) -> Tensor:
+        """m, shaped like x."""
+        self._generator = torch.cuda.default_generators[x.device.index] if x.is_cuda else torch.default_generator
+        with self._fork():
+            self._state = self._generator.get_state()  # a GPU's is in the host's memory too, a seed and an offset
+            mask = F.dropout(torch.ones_like(x), self._p)
+        self._like = {"size": mask.shape, "stride": mask.stride(), "dtype": mask.dtype, "device": mask.device}
+        return mask
+
+    def draw_again(self) -> Tensor:
+        """The same m. Its generator goes on as if this had not been."""
+        now = self._generator.get_state()
+        self._generator.set_state(self._state)
+        mask = F.dropout(torch.empty_strided(**self._like).fill_(1), self._p)
+        self._generator.set_state(now)
+        return mask
+
+
+def masked(x: Tensor, mask: Tensor | None) -> Tensor:
+    """m x."""
+    return x if mask is None else x * mask
+
+
 def frozen_linear_plus_low_rank(
-    x: Tensor, A: Tensor, B: Tensor, scale: float, call: FrozenLinearCall, mask: Tensor | None = None
+    x: Tensor, A: Tensor, B: Tensor, scale: float, call: FrozenLinearCall, dropout: Dropout | None = None
 ) -> Tensor:
-    """y = W x + s B (A (mask x)), unreduced.
+    """y = W x + s B (A (m x)), unreduced.
 
     x: [s, b, in], or [s / t, b, in] where the sequence is split.
     A, B: [r, in], [out, r].
-    mask: dropout of the branch's input, shaped like x.
+    dropout: of the branch's input.
 
     Returns [s, b, out].
     """
-    return run_function(_LowRankLinear, x, A, B, scale, call, mask)
+    return run_function(_LowRankLinear, x, A, B, scale, call, dropout)
 
 
 class _LowRankLinear(Function):
     @staticmethod
     @full_precision
-    def forward(ctx, x, A, B, scale, call, mask):  # type: ignore[override]
-        branch_input = x if mask is None else x * mask
-        wait_u = start_narrow(branch_input, A, scale, call)
-        x = whole_sequence(x, call)
+    def forward(ctx, x, A, B, scale, call, dropout):  # type: ignore[override]
+        wait_u = start_narrow(masked(x, dropout and dropout.draw(x)), A, scale, call)
+        whole_x = whole_sequence(x, call)
         u = wait_u()
-        ctx.save_for_backward(branch_input, u, A, B, mask)
-        ctx.scale, ctx.call, ctx.trained = scale, call, (trained_factor(A), trained_factor(B))
-        return linear_plus(x, call.weight, u, B, call.bias)
+        ctx.save_for_backward(x, u, A, B)
+        ctx.scale, ctx.call, ctx.dropout, ctx.trained = scale, call, dropout, (trained_factor(A), trained_factor(B))
+        return linear_plus(whole_x, call.weight, u, B, call.bias)
 
     @staticmethod
     @full_precision
     def backward(ctx, grad):  # type: ignore[override]
-        branch_input, u, A, B, mask = ctx.saved_tensors
+        x, u, A, B = ctx.saved_tensors
         du, wait_du = start_narrow_gradient(grad, B, ctx.scale, ctx.call)
+        mask = ctx.dropout and ctx.dropout.draw_again()
         needs_x, needs_A, needs_B, *_ = ctx.needs_input_grad
         # dx starts its one wide collective here; the gradients of the factors are computed while it runs.
         wait_dx = start_summed_gradient(grad, ctx.call, du, A, mask) if needs_x else None
@@ -65,7 +100,7 @@ class _LowRankLinear(Function):
         dB = outer_sum(u, grad, gradient_dtype(trained_B)).t() if needs_B else None
         own_du = wait_du()
         # Where A is replicated (column-parallel) this is the rank's part of dA, summed once per step with the others.
-        dA = outer_sum(own_du, branch_input, gradient_dtype(trained_A)) if needs_A else None
+        dA = outer_sum(own_du, masked(x, mask), gradient_dtype(trained_A)) if needs_A else None
         dx = None if wait_dx is None else wait_dx(own_du)
         return dx, delivered(trained_A, dA), delivered(trained_B, dB), None, None, None
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -194,6 +195,11 @@ class TensorParallelPlace:
 
     def size(self) -> int:
         return self.of
+
+
+def given_dropout(mask: Any) -> Any:
+    """A `Dropout` whose mask is this one; None of None."""
+    return None if mask is None else SimpleNamespace(draw=lambda x: mask, draw_again=lambda: mask)
 
 
 def drawn(name: str, *shape: int) -> Tensor:

@@ -14,6 +14,7 @@ from megatron_peft.adapters.rotated_linear import rotates_weight
 from megatron_peft.adapters.rotation import rotate
 from megatron_peft.models.layers import _SwiGLU
 from megatron_peft.runtime.cpu_kernels import CACHED_TOKENS
+from tests.adapters.many_ranks import given_dropout
 from tests.kept import kept_for_backward
 from tests.one_rank import Place
 
@@ -38,9 +39,10 @@ def _leaves() -> tuple[Tensor, Tensor, Tensor]:
 def test_it_is_the_formula_and_gradients_are_those_of_finite_differences(mask):
     (x, A, B), call = _leaves(), _call(with_bias=True)
     expected = x @ call.weight.T + SCALE * (x if mask is None else x * mask) @ A.T @ B.T
-    found = [frozen_linear_plus_low_rank(x, A, B, SCALE, one, mask) for one in (call, _call(with_bias=False))]
+    dropout = given_dropout(mask)
+    found = [frozen_linear_plus_low_rank(x, A, B, SCALE, one, dropout) for one in (call, _call(with_bias=False))]
     torch.testing.assert_close(found, [expected + call.bias, expected])
-    formula = lambda *leaves: frozen_linear_plus_low_rank(*leaves, SCALE, call, mask)  # noqa: E731
+    formula = lambda *leaves: frozen_linear_plus_low_rank(*leaves, SCALE, call, dropout)  # noqa: E731
     assert torch.autograd.gradcheck(formula, (x, A, B), fast_mode=True)
 
 

@@ -16,6 +16,7 @@ from megatron_peft.models.layers import _SwiGLU
 from megatron_peft.parallel.layout import LinearLayout
 from megatron_peft.runtime import cpu
 from tests.adapters.many_ranks import drawn as draw
+from tests.adapters.many_ranks import given_dropout
 from tests.kept import kept_for_backward
 from tests.one_rank import Place
 
@@ -56,7 +57,7 @@ def test_it_is_the_formula(monkeypatch, split, size, num_tokens, dropout):
     adapter, weight, tokens = moved(split), draw("W", OUT, IN), (num_tokens // 2, 2)
     low_rank, D = adapter.low_rank, torch.block_diag(*adapter.rotation.changes())
     mask = (draw("mask", *tokens, IN) > 0) / 0.5 if dropout else None
-    monkeypatch.setattr(LowRank, "dropout_mask", lambda *_: mask)
+    monkeypatch.setattr(LowRank, "input_dropout", lambda *_: given_dropout(mask))
     h, direction = draw("h", *tokens, 2 * IN).requires_grad_(), draw("dy", *tokens, OUT)
     x, call = _SwiGLU.apply(h), call_of(weight, split, size)
     assert call.needs_no_sum == (size == 1)

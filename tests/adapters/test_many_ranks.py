@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_peft.adapters import low_rank, urnn
 from megatron_peft.adapters.rotation import BlockRotation
 from megatron_peft.config import LinearSizes, PeftConfig
-from tests.adapters.many_ranks import drawn, fake_groups, run_layer, spread
+from tests.adapters.many_ranks import drawn, fake_groups, given_dropout, run_layer, spread
 
 pytest.importorskip("torch.distributed._local_tensor", reason="this torch has no LocalTensorMode")
 
@@ -118,5 +118,6 @@ def run(method: str, kind: str, group: dist.ProcessGroup, length: int, sequence_
     peft = PeftConfig(**METHODS[method]) if METHODS[method] else None
     split = (2, 1) if sizes.split == "row" else (0, 1) if sequence_parallel else None  # as the layer's input is
     mask = spread((drawn("mask", length, batch, sizes.in_features) > 0) / 0.5, split, group.size())
-    with mock.patch.object(low_rank.LowRank, "dropout_mask", lambda self, *_: mask if self.dropout else None):
+    dropout = given_dropout(mask)
+    with mock.patch.object(low_rank.LowRank, "input_dropout", lambda self, _: dropout if self.dropout else None):
         return run_layer(kind, sizes, peft, group, (length, batch), sequence_parallel)

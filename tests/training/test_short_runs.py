@@ -175,6 +175,17 @@ def test_recomputed_activations_have_the_same_dropout(llama, figure):
     figure("dropout changes nothing", float(largest_relative(kept, without) <= TOLERANCE[False]), 0.0)
 
 
+@pytest.mark.parametrize("method", ["lora", "hybrid"])
+@pytest.mark.parametrize("module", ["layernorm", "mlp"])
+def test_dropout_of_the_low_rank_is_the_same_while_a_module_is_recomputed(llama, method, module):
+    """Bit for bit: a norm's output, which the mask multiplies, is freed and filled again; an MLP draws twice in all."""
+    selective = {"transformer": {"recompute_granularity": "selective"}, "model": {"recompute_modules": (module,)}}
+    kept, recomputed = (
+        losses_of(state_of(llama, method, peft={"lora_dropout": 0.2}, **how), 3) for how in ({}, selective)
+    )
+    assert kept == recomputed
+
+
 def recomputable() -> list[str]:
     """megatron-core recomputes norms on a GPU with Transformer Engine only."""
     installed = Installed.detected()

@@ -1,0 +1,134 @@
+"""Dropout of the low rank's input: gradients are those of a mask that is kept, and none is."""
+
+from contextlib import nullcontext
+from typing import Any, cast
+
+import pytest
+import torch
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from torch import Tensor
+
+from megatron_peft.adapters.frozen_linear import FrozenLinearCall
+from megatron_peft.adapters.hybrid import Hybrid
+from megatron_peft.adapters.low_rank import LowRank, low_rank_part
+from megatron_peft.config import PeftConfig
+from megatron_peft.models.layers import _SwiGLU
+from megatron_peft.parallel.layout import LinearLayout
+from megatron_peft.rehearsal.recorder import Recorder
+from tests.adapters.many_ranks import drawn
+from tests.benchmarks.gpu_subjects import device
+from tests.one_rank import Place, one_rank
+
+OUT, IN, TOKENS, P = 16, 12, (5, 2), 0.25
+H, DY = ("h", *TOKENS, 2 * IN), ("dy", *TOKENS, OUT)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def world():
+    with one_rank():
+        yield
+
+
+def tracker() -> Any:
+    """megatron-core's, of the ranks' own generators."""
+    return tensor_parallel.get_cuda_rng_tracker()
+
+
+def random_state() -> list[Tensor]:
+    """Of the ranks' common generator and of their own ones."""
+    return [torch.cuda.get_rng_state(), *tracker().get_states().values()]
+
+
+def set_random_state(states: list[Tensor]) -> None:
+    torch.cuda.set_rng_state(states[0])
+    tracker().set_states(dict(zip(tracker().get_states(), states[1:], strict=True)))
+
+
+def moved(kind: Any, split: Any, p: float = P) -> Any:
+    """An adapter away from its start; lambda is 0.3."""
+    settings = {"lora_rank": 3, "lora_dropout": p, "hybrid_lambda": "fixed:0.3", "boft_block_size": 2}
+    peft = PeftConfig("hybrid" if kind is Hybrid else "lora", boft_factors=2, **settings)
+    made = kind(LinearLayout(split, OUT, IN, cast(Any, Place(0, 1))), peft, "layer.adapter", 0, torch.float32)
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            parameter.copy_(drawn(name, *parameter.shape))
+    return made
+
+
+class _WithoutPeers(FrozenLinearCall):
+    def reduce(self, y: Tensor) -> Tensor:
+        return y
+
+
+def call_of(split: str, splits_sequence: bool, size: int) -> FrozenLinearCall:
+    """With `size` 2 as on one of two ranks, the other of which holds nothing."""
+    weight, group = drawn("W", OUT, IN).float().to(device()), cast(Any, Place(0, size))
+    return _WithoutPeers(weight, None, False, splits_sequence, group, "none" if split == "column" else "own tokens")
+
+
+def of_swiglu(h: Tensor) -> Tensor:
+    """What a row-parallel layer of the Hybrid recomputes."""
+    return _SwiGLU.apply(h)
+
+
+@pytest.mark.gpu("recompute")
+@pytest.mark.parametrize(
+    ("kind", "split", "splits_sequence", "size"),
+    [
+        (LowRank, "column", False, 1),
+        (LowRank, "column", True, 1),
+        (LowRank, "row", False, 1),
+        (Hybrid, "column", False, 1),
+        (Hybrid, "column", True, 1),
+        (Hybrid, "row", False, 1),
+        (Hybrid, "row", False, 2),
+    ],
+)
+def test_gradients_are_those_of_torchs_dropout_and_generators_go_on_as_with_it(kind, split, splits_sequence, size):
+    """Others draw between forward and backward, as the next layers do."""
+    adapter, call = moved(kind, split), call_of(split, splits_sequence, size)
+    is_common = split == "column" and not splits_sequence
+    low_rank, (h, dy) = low_rank_part(adapter), (drawn(*one).float().to(device()) for one in (H, DY))
+    assert low_rank is not None
+    h.requires_grad_()
+    trained, before = [h, *adapter.parameters()], random_state()
+
+    ours = adapter(of_swiglu(h), call)
+    after = random_state()
+    torch.rand(7, device=device())
+    with tracker().fork():
+        torch.rand(7, device=device())
+    others = random_state()
+    found = torch.autograd.grad((ours * dy).sum(), trained)
+    assert all(map(torch.equal, random_state(), others)), "backward leaves generators where they were"
+
+    set_random_state(before)
+    x = of_swiglu(h)
+    with nullcontext() if is_common else tracker().fork():
+        branch = F.dropout(x, P) @ low_rank.A.T @ low_rank.B.T
+    assert all(map(torch.equal, random_state(), after)) and not all(map(torch.equal, before, after))
+    plain = x @ call.weight.T
+    if kind is Hybrid:
+        plain = plain + 0.7 * plain @ torch.block_diag(*adapter.rotation.changes()).T
+    plain = plain + (0.3 if kind is Hybrid else 1.0) * low_rank.scale * branch
+    expected = torch.autograd.grad((plain * dy).sum(), trained)
+    torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+PLACES = [("column", 1), ("row", 1), ("row", 2)]
+
+
+@pytest.mark.parametrize(("kind", "split", "size"), [(kind, *place) for kind in (LowRank, Hybrid) for place in PLACES])
+def test_nothing_is_held_for_backward_because_of_dropout(kind, split, size):
+    """Whoever holds it: autograd, or Python."""
+    held = []
+    for p in (0.0, P):
+        adapter, call, h = moved(kind, split, p), call_of(split, False, size), drawn(*H).float()
+        h.requires_grad_()
+        with Recorder() as recorder:
+            y = adapter(of_swiglu(h), call)
+        assert y.requires_grad  # and it is alive
+        held.append(recorder.memory.total)
+    assert held[0] == held[1]
