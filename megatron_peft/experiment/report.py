@@ -17,9 +17,8 @@ from matplotlib.figure import Figure
 from megatron_peft.checkpoint.folders import write_atomically
 from megatron_peft.config import ConfigurationError
 from megatron_peft.experiment import contrasts, plots, tables
-from megatron_peft.experiment.cell_record import CellRecord
 from megatron_peft.experiment.results import Result, Results
-from megatron_peft.experiment.spec import Cell, command_line, span
+from megatron_peft.experiment.spec import command_line, span
 from megatron_peft.experiment.tables import BEST, Row, Table, format_number
 
 PAGE = "page.html.jinja"
@@ -195,7 +194,7 @@ def verdicts(rows: Sequence[Row], reference: str) -> list[str]:
 
 def _budget_sentence(results: Results) -> str:
     experiment = results.experiment
-    tries = span(len(_tried(result)) for result in results.all)
+    tries = span(len(result.tuning) for result in results.all)
     seeds = span(len(result.group.seeds) for result in results.all)
     tuned = (
         "The settings were given, not tuned."
@@ -230,12 +229,6 @@ def provenance(results: Results) -> Iterator[str]:
         yield f"All {len(records)} cells record their experiment file, commit and data."
 
 
-def _tried(result: Result) -> list[tuple[Cell, CellRecord | None]]:
-    """The points that the file names, and the added ones that have run."""
-    first = result.group.method.num_points
-    return [(cell, record) for at, (cell, record) in enumerate(result.tuning) if at < first or record]
-
-
 def _tuning(results: Results) -> Table:
     def settings(point: str, flags: Sequence[str]) -> str:
         """The point of the grid; the learning rate, for a method without a grid."""
@@ -250,10 +243,10 @@ def _tuning(results: Results) -> Table:
                 settings(cell.point, cell.flags),
                 str(cell.seed),
                 format_number(record.validation_loss) if record and record.is_trained else "failed" if record else "–",
-                "yes" if result.finals and cell is result.group.tuning[result.best or 0] else "",
+                "yes" if result.finals and cell.settings == result.chosen[0].settings else "",
             )
             for result in results.all
-            for cell, record in _tried(result)
+            for cell, record in result.tuning
         ),
         text_columns=4,
     )

@@ -40,7 +40,10 @@ class Result:
 
     @property
     def tuning(self) -> list[tuple[Cell, CellRecord | None]]:
-        return [(cell, self.records.get(cell.key)) for cell in self.group.tuning]
+        """The points that the file names, and the added ones that were tried."""
+        found = [(cell, self.records.get(cell.key)) for cell in self.group.tuning]
+        first = self.group.method.num_points
+        return [*found[:first], *(each for each in found[first:] if each[1])]
 
     @property
     def chosen(self) -> tuple[Cell, ...]:

@@ -299,7 +299,7 @@ def test_table_shows_how_far_each_method_is(tmp_path: Path) -> None:
     Console(file=(drawn := io.StringIO()), width=150).print(table(tmp_path, half_done(tmp_path)))
     lines = [[word.strip() for word in line.strip("│").split("│")] for line in drawn.getvalue().splitlines()]
     assert [line[2:] for line in lines if "talk" in line] == [
-        ["lora", "2/3", "lr=0.4, not tuned", "2/3, 1 scored", "1.5", "accuracy 40"],
+        ["lora", "2/2", "lr=0.4, not tuned", "2/3, 1 scored", "1.5", "accuracy 40"],
         ["boft", "0/2 (1 failed)", "", "0/3, 0 scored", "", ""],
     ]
 
