@@ -167,7 +167,8 @@ class Results:
 def metrics(task: Choice) -> dict[str, bool]:
     """Name -> whether higher is better."""
     scores = task.score.metrics if task.score else {}
-    return {VALIDATION_LOSS: False, **{name: metric.higher_is_better for name, metric in scores.items()}}
+    tested = {spec.TEST_LOSS: False} if "test-data-path" in task.flags else {}
+    return {VALIDATION_LOSS: False, **{name: metric.higher_is_better for name, metric in scores.items()}, **tested}
 
 
 def shown_metrics(task: Choice) -> list[str]:

@@ -202,7 +202,7 @@ class Experiment:
                 yield f"{place}: {' and '.join(named)} must be two methods that share two seeds at least."
             for task in self.tasks:
                 known = [VALIDATION_LOSS, AREA, *(task.score.metrics if task.score else ())]
-                known += [TEST_LOSS] if "test-data-path" in {*self.flags, *task.flags} else []
+                known += [TEST_LOSS] if "test-data-path" in task.flags else []
                 if contrast.metric not in known:
                     yield f"{place}: {contrast.metric} is no metric of {task.name}, which has {', '.join(known)}."
             if contrast.metric == VALIDATION_LOSS and ITEMS not in self.flags:

@@ -74,9 +74,10 @@ def test_a_difference_is_that_of_the_items_and_p_that_of_the_seeds(tmp_path: Pat
     size, words, speed = answers(results)
     lora, hybrid = (result.values("validation loss") for result in results.all)
     expected = ttest_rel([hybrid[seed] for seed in SEEDS], [lora[seed] for seed in SEEDS])
+    assert size.difference is not None and size.quantiles is not None
     assert size.p == pytest.approx(expected.pvalue, rel=1e-3) and size.difference == pytest.approx(-0.2, abs=0.01)
     assert (size.num_pairs, size.num_items, words.num_items, speed.num_items) == (6, 5, 0, 0)
-    assert size.quantiles is not None and size.quantiles[0] < -0.2 + 0.01 < size.quantiles[-1] + 0.02
+    assert size.quantiles[0] < -0.2 + 0.01 < size.quantiles[-1] + 0.02
     assert speed.difference == pytest.approx(size.difference), "the mean of the curve is as much lower"
     assert size.verdict == f"hybrid is better by {-size.difference:.4f}"
     assert words.verdict.startswith("lora is better by "), "of its BLEU the higher is the better"

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from megatron_peft.config import ConfigurationError
-from megatron_peft.experiment.spec import Contrast, check_flags, command_line, read_experiment
+from megatron_peft.experiment.spec import Contrast, check_flags, command_line, groups, read_experiment
 from tests.experiment.small_experiment import experiment, write
 
 ROOT = Path(__file__).parents[2]
@@ -57,6 +57,14 @@ def test_file_is_read_as_written_and_a_method_of_all_cells_is_not_overruled_by_a
 @pytest.mark.parametrize("path", sorted((ROOT / "examples/experiments").glob("*.yaml")), ids=lambda path: path.stem)
 def test_examples_are_read(path: Path) -> None:
     assert len(read_experiment(path).seeds) >= 3
+
+
+def test_the_claims_file_can_be_run_and_asks_four_questions_of_six_seeds() -> None:
+    found = read_experiment(ROOT / "examples" / "experiments" / "claim.yaml")
+    check_flags(groups(found))
+    seeds = {method.name: len(found.seeds_of(method)) for method in found.methods}
+    assert len(found.methods) == 10 and len(found.contrasts) == 4
+    assert {seeds[name] for contrast in found.contrasts for name in (contrast.of, contrast.against)} == {6}
 
 
 @pytest.mark.parametrize(
