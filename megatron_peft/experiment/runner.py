@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
+from math import isfinite
 from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
@@ -262,7 +263,7 @@ def read_scores(path: Path, score: ScoreSpec) -> tuple[dict[str, float], dict[st
     for name, metric in score.metrics.items():
         of_paths = [[metric.scale * number for number in _numbers_at(content, keys, path)] for keys in metric.paths]
         scores[name] = mean(map(mean, of_paths))
-        if len(of_paths) == 1 and len(of_paths[0]) > 1:
+        if len(of_paths) == 1 and len(of_paths[0]) > 1 and isfinite(scores[name]):
             items[name] = [(round(number, 6), 1) for number in of_paths[0]]
     return scores, items
 
