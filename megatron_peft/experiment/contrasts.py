@@ -31,7 +31,7 @@ class Answer(NamedTuple):
     """What the runs say to a contrast, on a task with a model: that of `result`, of the method `contrast.of`.
 
     obstacle: why there is no verdict; num_pairs: of runs; num_items: 0 if only the runs' own numbers are known.
-    quantiles: of the difference over the draws, at `QUANTILES`; None for fewer than two pairs, as is `difference`.
+    quantiles: the `interval` of the difference; None for fewer than two pairs, as is `difference`.
     p: of a paired t-test over the seeds, None without spread; holm: the same, corrected for all contrasts.
     """
 
@@ -85,7 +85,7 @@ def answers(results: Results) -> list[Answer]:
             answer = answer._replace(
                 num_items=len(counts) if len(counts) > 1 else 0,
                 difference=float(np.mean([*by_seed.values()])),
-                quantiles=np.quantile(bootstrap(sums, counts), QUANTILES).tolist(),
+                quantiles=interval(sums, counts),
                 p=test.p if test else None,
             )
         found.append(answer)
@@ -112,6 +112,19 @@ def differences(runs: Sequence[tuple[CellRecord, CellRecord]], metric: str) -> t
             return numbers[:, 0, :, 0] - numbers[:, 1, :, 0], numbers[0, 0, :, 1]
     values = np.array([[record.value(metric) for record in pair] for pair in runs], dtype=float)
     return values[:, :1] - values[:, 1:], np.ones(1)
+
+
+def interval(sums: np.ndarray, counts: np.ndarray) -> list[float]:
+    """`QUANTILES` of the mean of sums [seeds, items] over counts [items].
+
+    Those of the bootstrap are as far off as a normal distribution's. The spread of few seeds is hardly known, so they
+    are moved on to where Student's are: of six seeds by a third.
+    """
+    from scipy.stats import norm, t  # of the extra `report`
+
+    mean = sums.sum() / (len(sums) * counts.sum())
+    drawn = np.quantile(bootstrap(sums, counts), QUANTILES)
+    return (mean + (drawn - mean) * t.ppf(QUANTILES, len(sums) - 1) / norm.ppf(QUANTILES)).tolist()
 
 
 def bootstrap(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -164,8 +177,8 @@ def contrast_table(found: Sequence[Answer]) -> Table:
         "Contrasts that were written down before the runs",
         (*words, "pairs", "items", "margin", "mean", "95% interval", "p", "p (Holm)"),
         tuple(map(line, found)),
-        f"Intervals: quantiles of {NUM_DRAWS:,} draws of seeds and items. p: a paired t-test over the seeds, then "
-        "corrected by Holm's method for the number of contrasts. Equivalent: the 90% interval is within the margin. "
-        f"Better: the 95% interval is off 0, and the corrected p below {SIGNIFICANT}.",
+        f"Intervals: of {NUM_DRAWS:,} draws of seeds and items, widened for the number of seeds. p: a paired t-test "
+        "over the seeds, then corrected by Holm's method for the number of contrasts. Equivalent: the 90% interval is "
+        f"within the margin. Better: the 95% interval is off 0, and the corrected p below {SIGNIFICANT}.",
         text_columns=len(words),
     )
