@@ -18,7 +18,7 @@ from typing import Any
 
 from megatron_peft.config import ConfigurationError
 from megatron_peft.config.untrusted import read_json, read_text
-from megatron_peft.experiment import report
+from megatron_peft.experiment import contrasts, report
 from megatron_peft.experiment.results import read_results
 from megatron_peft.experiment.tables import Table, by_score, reference_method, rows
 
@@ -50,7 +50,9 @@ def experiment(folder: Path) -> str:
     results = read_results(folder)
     reference = reference_method(results, None)
     found = rows(results, reference)
-    told = (report.state(results), next(report.provenance(results)), *report.verdicts(found, reference))
+    tuning, asked = report.not_tuned(results), contrasts.sentences(results, contrasts.answers(results))
+    told = (report.state(results), next(report.provenance(results)), *tuning, *asked)
+    told = (*told, *report.verdicts(found, reference))
     sentences = "\n".join(f"- {sentence}" for sentence in told)
     return f"{by_score(results, found).markdown()}\n{sentences}\n"
 

@@ -72,12 +72,17 @@ class RunConfig(Checked):
         self._check_schedule(require)
         has_data = bool(self.data.valid_data_path or self.data.data_path)
         validates = has_data and training.eval_interval is not None and training.eval_iters != 0
-        for section, name in ((training, "early_stopping_patience"), (self.checkpoint, "keep_best")):
+        by_item = (self.logging, "log_validation_items")
+        for section, name in ((training, "early_stopping_patience"), (self.checkpoint, "keep_best"), by_item):
             require(
                 validates or not getattr(section, name),
                 f"{spelled(flag(name), getattr(section, name))} needs a validation loss: give --valid-data-path (or "
                 f"--data-path with a --split), and no --eval-iters 0.",
             )
+        require(
+            self.checkpoint.save is not None or not self.logging.log_validation_items,
+            "--log-validation-items writes to the folder of --save: give one.",
+        )
         self.peft.spec.check_run(self.peft, self, require)
         self._check_quantized_base(require)
 

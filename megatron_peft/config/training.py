@@ -325,6 +325,9 @@ class LoggingConfig(Checked):
     log_grad_norm_by_layer: bool = option(
         False, "also record the gradient norm of each transformer layer, before clipping, at log intervals"
     )
+    log_validation_items: bool = option(
+        False, "also record the loss of each validation sample, in validation_items.jsonl beside metrics.jsonl"
+    )
     log_energy: bool = option(False, "also record joules per step over all GPUs; needs the package nvidia-ml-py")
     timing_log_level: Literal["0", "1", "2"] = option(
         "0",

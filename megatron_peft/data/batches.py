@@ -144,6 +144,13 @@ class GlobalBatches:
         """Steps of an evaluation; None for training, which has no end."""
         return None if self.end is None else math.ceil(self.end / self.layout.global_batch_size)
 
+    def own_samples(self) -> list[int]:
+        """The samples of an evaluation that this rank reads, in its order, by their number in the dataset."""
+        assert self.end is not None
+        firsts = range(0, self.end, self.layout.global_batch_size)
+        positions = (p for first in firsts for positions in self.layout.microbatches(first) for p in positions)
+        return [int(i) for p in positions if p < self.end for i in self.order.samples_at(p)]
+
     def step_at(self, first: int) -> Step:
         """This rank's microbatches of the global batch that begins at position `first`."""
         return [self._collated([self._samples(p) for p in positions]) for positions in self.layout.microbatches(first)]

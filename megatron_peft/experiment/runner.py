@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
+from math import isfinite
 from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
@@ -26,9 +27,10 @@ from megatron_peft.config import ConfigurationError
 from megatron_peft.config.untrusted import read_json
 from megatron_peft.experiment import cell_record, process
 from megatron_peft.experiment.cell_record import CellRecord
+from megatron_peft.experiment.contrasts import contrast_digests
 from megatron_peft.experiment.results import Work, progress, work
 from megatron_peft.experiment.spec import EXPERIMENT_FILE, Cell, Experiment, Group, ScoreSpec
-from megatron_peft.training.metrics import METRICS_FILE, read_metrics
+from megatron_peft.training.metrics import ITEMS_FILE, METRICS_FILE, read_metrics
 
 POLL_SECONDS = 0.2
 PATIENCE_SECONDS = 60  # a run that is stopped saves first
@@ -50,7 +52,7 @@ class Runner:
 
     jobs: cells at a time; report: called with a sentence at each event; console: a terminal shows a live table.
     program: the training program, as words after `python`; None is `megatron-peft train`.
-    experiment: the text of the experiment's file.
+    experiment: the text of the experiment's file; contrasts: the digests of what it asks.
     gave_up: keys of the cells that failed in this call; running: what runs now, by the cell's key.
     """
 
@@ -62,6 +64,7 @@ class Runner:
     program: Sequence[str] | None = None
     keep_checkpoints: bool = False
     experiment: str = ""
+    contrasts: Mapping[str, str] = field(default_factory=dict)
     gave_up: set[str] = field(default_factory=set)
     running: dict[str, CellJob] = field(default_factory=dict)
 
@@ -119,6 +122,7 @@ class Runner:
             command = process.training_command(self.folder, cell, self.program or process.PROGRAM)
             if "--load" not in command:
                 shutil.rmtree(folder, ignore_errors=True)
+            source |= {"contrasts": self.contrasts} if self.contrasts else {}
             record = cell_record.of_cell(cell, "failed", provenance={"training": source})
         else:
             process.score_file(self.folder, cell).unlink(missing_ok=True)
@@ -139,15 +143,23 @@ class Runner:
                 record = self._trained(job)
                 done, numbers = "trained", {"validation loss": record.validation_loss}
             else:
-                numbers = read_scores(process.score_file(self.folder, cell), score)
-                spent = {"score_command": score.command, "score_seconds": running.seconds}
-                done, record = "scored", replace(job.record, scores=numbers, **spent)
+                numbers, items = read_scores(process.score_file(self.folder, cell), score)
+                spent: dict[str, Any] = {"score_command": score.command, "score_seconds": running.seconds}
+                spent |= {"items": {**job.record.items, **items}}
+                done, record = ("scored", replace(job.record, scores=numbers, **spent))
         except ConfigurationError as error:
-            self.gave_up.add(cell.key)
-            self.report(f"FAILED: {job.work.kind} {cell.key}: {error}\n  all of it: {running.log}")
+            # A rate that was too high is a result of the tuning, not a failure.
+            group, status = self._group_of(cell), "failed"
+            is_tuning = group.method.num_points > 1 and cell in progress(self.folder, group).untried
+            if is_tuning and cell_record.NOT_FINITE in running.words():
+                status = "diverged"
+            else:
+                self.gave_up.add(cell.key)
+            told = status if status == "diverged" else status.upper()
+            self.report(f"{told}: {job.work.kind} {cell.key}: {error}\n  all of it: {running.log}")
             if job.work.kind == "train":
                 values = {"started_at": running.started_at, "seconds": running.seconds, "reason": str(error)}
-                cell_record.write_record(self.folder, cell, replace(job.record, **values))
+                cell_record.write_record(self.folder, cell, replace(job.record, status=status, **values))
             return
         cell_record.write_record(self.folder, cell, record)
         self._remove_checkpoints(cell)
@@ -156,25 +168,32 @@ class Runner:
 
     def _trained(self, job: CellJob) -> CellRecord:
         save = process.checkpoints_folder(self.folder, job.work.cell)
-        records, lambdas = (read_metrics(save / name) for name in (METRICS_FILE, process.LAMBDA_FILE))
+        files = METRICS_FILE, process.LAMBDA_FILE, ITEMS_FILE
+        records, lambdas, items = (read_metrics(save / name) for name in files)
         if not records:
             raise ConfigurationError(f"it ended well, but left no {save / METRICS_FILE}")
+        log = job.running.log.read_text(errors="replace")
         return replace(
             job.record,
             status="trained",
             started_at=job.running.started_at,
             seconds=job.running.seconds,
-            trainable_parameters=cell_record.trainable_parameters(job.running.log.read_text(errors="replace")),
+            trainable_parameters=cell_record.trainable_parameters(log),
+            test_loss=cell_record.test_loss(log),
+            items=cell_record.from_items(items[-1]) if items else {},
             lambdas=cell_record.from_lambdas(lambdas) if lambdas else {},
             **cell_record.from_metrics(records),
         )
 
+    def _group_of(self, cell: Cell) -> Group:
+        return next(group for group in self.groups if group.name == (cell.model, cell.task, cell.method))
+
     def _remove_checkpoints(self, cell: Cell) -> None:
         """Remove those of the finished cells of the group, once its grid is complete."""
-        group = next(group for group in self.groups if group.name == (cell.model, cell.task, cell.method))
-        missing = list(work(self.folder, group))
-        if self.keep_checkpoints or any(todo.kind == "train" and todo.cell in group.tuning for todo in missing):
+        now = progress(self.folder, self._group_of(cell))
+        if self.keep_checkpoints or now.untried:
             return
+        group, missing = now.group, list(work(self.folder, now.group))
         for key in group.cells.keys() - {todo.cell.key for todo in missing} - self.running.keys():
             checkpoints = process.checkpoints_folder(self.folder, group.cells[key])
             for path in checkpoints.glob("iter_*"):
@@ -193,12 +212,15 @@ class Runner:
         self.running.clear()
 
     def _is_done(self, group: Group) -> bool:
-        """Whether nothing failed; reports a grid without a finite validation loss."""
-        tuning = {cell.key for cell in group.tuning}
-        if progress(self.folder, group, self.gave_up).best is None and not tuning & self.gave_up:
+        """Whether nothing failed; reports a grid without a finite validation loss, and a rate that is not tuned."""
+        now = progress(self.folder, group, self.gave_up)
+        tuning = {cell.key for cell in now.group.tuning}
+        if now.best is None and not tuning & self.gave_up:
             self.report(f"FAILED: {group.key}: no point of its grid ended with a finite validation loss")
             return False
-        return not self.gave_up & group.cells.keys()
+        if now.edges:
+            self.report(f"NOT TUNED: {group.key}: {now.chosen[0].point} is the lowest or highest that was tried")
+        return not self.gave_up & now.group.cells.keys()
 
 
 def run_experiment(
@@ -219,7 +241,8 @@ def run_experiment(
         ) from error
     try:
         (folder / EXPERIMENT_FILE).write_text(experiment.text, encoding="utf-8")
-        runner = Runner(folder, groups, experiment=experiment.text, **settings)
+        asked = contrast_digests(experiment)
+        runner = Runner(folder, groups, experiment=experiment.text, contrasts=asked, **settings)
         for command in experiment.prepare if is_whole else ():
             words = [*process.launcher(1), *command[1:]] if command[0] == "python" else list(command)
             runner.report(f"prepare: {' '.join(command)}")
@@ -231,25 +254,32 @@ def run_experiment(
         lock.release()
 
 
-def read_scores(path: Path, score: ScoreSpec) -> dict[str, float]:
-    """The task's metrics, from the score's file. Raises ConfigurationError: no file, or it lacks a number."""
-    content = read_json(path)
-    return {
-        name: metric.scale * mean(_number_at(content, keys, path) for keys in metric.paths)
-        for name, metric in score.metrics.items()
-    }
+def read_scores(path: Path, score: ScoreSpec) -> tuple[dict[str, float], dict[str, list[tuple[float, int]]]]:
+    """The task's metrics from the score's file, and (number, 1) of each test item of those whose one path is a list.
+
+    Raises ConfigurationError: no file, or it lacks a number.
+    """
+    content, scores, items = read_json(path), {}, {}
+    for name, metric in score.metrics.items():
+        of_paths = [[metric.scale * number for number in _numbers_at(content, keys, path)] for keys in metric.paths]
+        scores[name] = mean(map(mean, of_paths))
+        if len(of_paths) == 1 and len(of_paths[0]) > 1 and isfinite(scores[name]):
+            items[name] = [(round(number, 6), 1) for number in of_paths[0]]
+    return scores, items
 
 
-def _number_at(content: Any, keys: str, path: Path) -> float:
+def _numbers_at(content: Any, keys: str, path: Path) -> list[float]:
+    """The number at these keys, or the list of such."""
     value = content
     for key in keys.split("/"):
         if not isinstance(value, Mapping) or key not in value:
             there = ", ".join(value) if isinstance(value, Mapping) else repr(value)
             raise ConfigurationError(f"{path} has no {keys}: instead of {key} there is {there}.")
         value = value[key]
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    numbers = value if isinstance(value, list) else [value]
+    if not numbers or not all(type(number) in (int, float) for number in numbers):
         raise ConfigurationError(f"{path}: {keys} is {value!r}, not a number.")
-    return float(value)
+    return [float(number) for number in numbers]
 
 
 def table(folder: Path, groups: Sequence[Group]) -> Table:
@@ -262,7 +292,7 @@ def table(folder: Path, groups: Sequence[Group]) -> Table:
     shown = Table("model", "task", "method", "tuned", "chosen", "seeds", "validation loss", "scores")
     for group in groups:
         now, score = progress(folder, group), group.task.score
-        cells = [cell.key for cell in (*group.tuning, *now.chosen)]
+        cells = [cell.key for cell in (*now.group.tuning, *now.chosen)]
         failed = sum(not now.records[key].is_trained for key in cells if key in now.records)
         tuned = sum(record is not None and record.is_trained for _, record in now.tuning)
         trained = now.finals.values()
@@ -270,8 +300,8 @@ def table(folder: Path, groups: Sequence[Group]) -> Table:
         shown.add_row(
             *group.name,
             f"{tuned}/{len(now.tuning)}" + (f" ({failed} failed)" if failed else ""),
-            "" if now.best is None else group.tuning[now.best].point or "(no grid)",
-            f"{len(trained)}/{len(group.finals[0])}" + (f", {now.num_scored} scored" if score else ""),
+            now.chosen_point,
+            f"{len(trained)}/{len(group.seeds)}" + (f", {now.num_scored} scored" if score else ""),
             average([record.validation_loss for record in trained]),
             ", ".join(f"{name} {value}" for name, value in scores.items() if value),
             style="green" if now.is_done else "",

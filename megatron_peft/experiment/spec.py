@@ -5,10 +5,12 @@ and `null` leave a flag out, a list is a flag with several values; anything else
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
-from itertools import product
-from math import prod
+from functools import cached_property
+from itertools import pairwise, product
+from math import nan, prod
 from pathlib import Path
 from re import fullmatch
 from typing import Any
@@ -34,12 +36,19 @@ BUDGET = (  # the same for all methods, for a fair comparison
     "lr-decay-style lr-decay-iters lr-decay-samples lr-warmup-iters lr-warmup-samples lr-warmup-fraction "
     "lr-warmup-init min-lr eval-iters eval-interval early-stopping-patience"
 ).split()
-VALIDATED = {"valid-data-path", "data-path"}  # either gives a validation loss
+VALID_DATA = "valid-data-path"
+VALIDATED = {VALID_DATA, "data-path"}  # either gives a validation loss
+ITEMS = "log-validation-items"  # the flag that keeps the loss of each validation sample
+VALIDATION_LOSS, TEST_LOSS, AREA = "validation loss", "test loss", "area"  # metrics of every task: lower is better
+MOST_ADDED = 6  # values that a rate's grid may gain on a side
 
 
 @dataclass(frozen=True)
 class Metric:
-    """The mean of the numbers at `paths` of a score's JSON file (keys, joined by slashes), times `scale`: 100 for %."""
+    """The mean of the numbers at `paths` of a score's JSON file (keys, joined by slashes), times `scale`: 100 for %.
+
+    At a path there may be a list, the number of each test item, in place of their mean.
+    """
 
     paths: tuple[str, ...]
     higher_is_better: bool = True
@@ -58,7 +67,9 @@ class ScoreSpec:
 class Choice:
     """A model, a task or a method: its name, and the flags that it adds.
 
-    grid: flag -> its values, for methods.
+    grid: flag -> its values, for methods; of a rate those that are tried first.
+    seeds: of final runs, for methods that have others than the experiment.
+    tuning_flags: of tuning runs, in place of `flags`; for tasks that have other data for them.
     processes: of torchrun, for models; 1 starts plain python.
     score: for tasks; without it there is only the validation loss.
     slurm: options of sbatch, for models.
@@ -72,16 +83,32 @@ class Choice:
     score: ScoreSpec | None = None
     slurm: FlagValues = field(default_factory=dict)
     paper: str | None = None
+    seeds: tuple[int, ...] = ()
+    tuning_flags: FlagValues = field(default_factory=dict)
 
     @property
     def num_points(self) -> int:
-        """Points of the grid; 1 without a grid."""
+        """Points of the grid as it is written; 1 without a grid."""
         return prod(map(len, self.grid.values()))
 
     @property
     def peft_method(self) -> str:
         """A method's --peft-method."""
         return str(self.flags.get("peft-method", self.name))
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """A question that the file asks before there is an answer: `of` - `against`, the mean over the seeds of both.
+
+    margin: differences below it are as good as none.
+    """
+
+    name: str
+    of: str
+    against: str
+    metric: str
+    margin: float
 
 
 @dataclass(frozen=True)
@@ -101,6 +128,7 @@ class Experiment:
     tuning_seed: int
     prepare: tuple[tuple[str, ...], ...] = ()
     text: str = ""
+    contrasts: tuple[Contrast, ...] = ()
 
     def __post_init__(self) -> None:
         if problems := list(self._problems()):
@@ -110,8 +138,9 @@ class Experiment:
         for name in (self.name, *(choice.name for choice in (*self.models, *self.tasks, *self.methods))):
             if not fullmatch(NAME, name):
                 yield f"the name {name!r} becomes a folder's: use letters, digits, and . _ + - after the first."
-        if len(set(self.seeds)) < len(self.seeds):
-            yield f"seeds: {', '.join(map(str, self.seeds))} names one twice."
+        for seeds in dict.fromkeys((self.seeds, *(method.seeds for method in self.methods))):
+            if len(set(seeds)) < len(seeds):
+                yield f"seeds: {', '.join(map(str, seeds))} names one twice."
 
         # A flag in two places of a cell: the first would be silently ignored.
         for model, task, method in product(self.models, self.tasks, self.methods):
@@ -139,24 +168,77 @@ class Experiment:
             yield f"all methods get the same number of tuning runs, but their grids hold: {listed}."
         for model, task in product(self.models, self.tasks):
             is_validated = VALIDATED & {*self.flags, *model.flags, *task.flags}
-            if not is_validated and any(method.num_points > 1 for method in self.methods):
+            if not is_validated and self._is_tuned:
                 yield (
                     f"tasks.{task.name}: a grid of several points is tuned by the validation loss, but with "
                     f"models.{model.name} nothing is validated: give --valid-data-path."
                 )
+        yield from self._problems_of_evidence()
+
+    def _problems_of_evidence(self) -> Iterator[str]:
+        """What would make the answer to a contrast weaker than it looks."""
+        seeds = {method.name: self.seeds_of(method) for method in self.methods}
+        has_own_data = [task.name for task in self.tasks if task.tuning_flags]
+        if (self.contrasts or has_own_data) and any(self.tuning_seed in own for own in seeds.values()):
+            why = "contrasts" if self.contrasts else f"tasks.{has_own_data[0]}.tuning_valid_data_path"
+            yield (
+                f"tuning_seed {self.tuning_seed} is among the seeds, but with {why} final runs are others than those "
+                "that chose the settings: a setting is chosen because its run was lucky, too. Give another tuning_seed."
+            )
+        for model, task in product(self.models, self.tasks) if self.contrasts and self._is_tuned else ():
+            flags = {**self.flags, **model.flags, **task.flags}
+            finals, tuning = ({*_listed(each.get(VALID_DATA, []))} for each in (flags, task.tuning_flags))
+            if not tuning or tuning & {*finals, *(task.score.command if task.score else ())}:
+                yield (
+                    f"tasks.{task.name}: contrasts need data that no setting was chosen by: give the task "
+                    f"tuning_valid_data_path, with no file of --{VALID_DATA} or of its score."
+                )
+        for contrast in self.contrasts:
+            place, named = f"contrasts.{contrast.name}", (contrast.of, contrast.against)
+            of, against = (set(seeds.get(name, ())) for name in named)
+            if unknown := [name for name in named if name not in seeds]:
+                yield f"{place}: {unknown[0]} is not a method; there are {', '.join(seeds)}."
+            elif contrast.of == contrast.against or len(of & against) < 2:
+                yield f"{place}: {' and '.join(named)} must be two methods that share two seeds at least."
+            for task in self.tasks:
+                known = [VALIDATION_LOSS, AREA, *(task.score.metrics if task.score else ())]
+                known += [TEST_LOSS] if "test-data-path" in task.flags else []
+                if contrast.metric not in known:
+                    yield f"{place}: {contrast.metric} is no metric of {task.name}, which has {', '.join(known)}."
+            if contrast.metric == VALIDATION_LOSS and ITEMS not in self.flags:
+                yield f"{place} compares the validation loss sample by sample: put {ITEMS}: true under flags."
+
+    @property
+    def _is_tuned(self) -> bool:
+        return any(method.num_points > 1 for method in self.methods)
+
+    def seeds_of(self, method: Choice) -> tuple[int, ...]:
+        """The seeds of the method's final runs."""
+        return method.seeds or self.seeds
+
+    @property
+    def all_seeds(self) -> tuple[int, ...]:
+        """Of any method."""
+        return tuple(dict.fromkeys(seed for method in self.methods for seed in self.seeds_of(method)))
 
     def budget(self, model: Choice, task: Choice) -> FlagValues:
         flags = {**self.flags, **model.flags, **task.flags}
         return {flag: value for flag, value in flags.items() if flag in BUDGET}
 
 
+def span(counts: Iterable[int]) -> str:
+    """The least and the greatest: `3 to 6`, or `3` if they are one."""
+    of_all = sorted(set(counts))
+    return " to ".join(map(str, dict.fromkeys((of_all[0], of_all[-1]))))
+
+
 # The file is read strictly: an unknown key, a wrong type or an empty list is an error that names its place.
 
-KEYS = ("name", "title", "flags", "models", "tasks", "methods", "seeds", "tuning_seed", "prepare")
+KEYS = ("name", "title", "flags", "models", "tasks", "methods", "seeds", "tuning_seed", "prepare", "contrasts")
 CHOICE_KEYS = {
     "models": ("flags", "processes", "slurm", "paper"),
-    "tasks": ("flags", "score", "paper"),
-    "methods": ("flags", "grid", "paper"),
+    "tasks": ("flags", "tuning_valid_data_path", "score", "paper"),
+    "methods": ("flags", "grid", "seeds", "paper"),
 }
 
 
@@ -181,7 +263,8 @@ def read_experiment(path: Path) -> Experiment:
         prepare = tuple(_words(command, "prepare") for command in _listed(top.get("prepare") or []))
         name = str(top.get("name", path.stem))
         title = str(top.get("title", name))
-        return Experiment(name, title, flags, models, tasks, methods, seeds, tuning_seed, prepare, text)
+        contrasts = tuple(_contrast(*each) for each in _mapping(top.get("contrasts"), "contrasts").items())
+        return Experiment(name, title, flags, models, tasks, methods, seeds, tuning_seed, prepare, text, contrasts)
     except ConfigurationError as error:
         raise ConfigurationError(*(f"{path}: {problem}" for problem in error.problems)) from error
 
@@ -203,7 +286,20 @@ def _choice(name: str, content: Any, kind: str, common: Mapping[str, Any]) -> Ch
     require(processes >= 1, f"{place}.processes is {processes}; a cell needs one at least.")
     score = _score(values["score"], f"{place}.score") if values.get("score") else None
     paper = None if values.get("paper") is None else str(values["paper"])
-    return Choice(name, flags, grid, processes, score, slurm, paper)
+    seeds = _whole_numbers(values.get("seeds") or [], f"{place}.seeds")
+    tuning = {VALID_DATA: path} if (path := values.get("tuning_valid_data_path")) else {}
+    return Choice(name, flags, grid, processes, score, slurm, paper, seeds, tuning)
+
+
+def _contrast(name: str, content: Any) -> Contrast:
+    place = f"contrasts.{name}"
+    values = _mapping(content, place, ("of", "against", "metric", "margin"))
+    for key in ("of", "against", "margin"):
+        require(values.get(key) is not None, f"{place} needs {key}.")
+    margin, metric = values["margin"], values.get("metric", VALIDATION_LOSS)
+    is_number = type(margin) in (int, float) and margin > 0
+    require(is_number, f"{place}.margin is {margin!r}; it is a number above 0, of which a difference is negligible.")
+    return Contrast(str(name), str(values["of"]), str(values["against"]), str(metric), float(margin))
 
 
 def _score(content: Any, place: str) -> ScoreSpec:
@@ -286,13 +382,18 @@ class Cell:
 
 @dataclass(frozen=True)
 class Group:
-    """The cells of one method, model and task: the grid with the tuning seed, then the best point with all seeds."""
+    """The cells of one method, model and task: the grid with the tuning seed, then the best point with all seeds.
+
+    flags: of all of its cells; points: of the grid, with those that were added to it; seeds: of the final runs.
+    """
 
     model: Choice
     task: Choice
     method: Choice
-    tuning: tuple[Cell, ...]
-    finals: tuple[tuple[Cell, ...], ...]  # of each point of the grid, a cell for each seed
+    flags: FlagValues
+    points: tuple[FlagValues, ...]
+    seeds: tuple[int, ...]
+    tuning_seed: int
 
     @property
     def name(self) -> tuple[str, str, str]:
@@ -303,25 +404,61 @@ class Group:
         """The same as --group takes it."""
         return ",".join(self.name)
 
+    @cached_property
+    def tuning(self) -> tuple[Cell, ...]:
+        return tuple(self._cell(point, self.tuning_seed, is_tuning=True) for point in self.points)
+
+    @cached_property
+    def finals(self) -> tuple[tuple[Cell, ...], ...]:
+        """Of each point of the grid, a cell for each seed."""
+        return tuple(tuple(self._cell(point, seed) for seed in self.seeds) for point in self.points)
+
     @property
     def cells(self) -> dict[str, Cell]:
         """All cells by key: a tuning cell may be a final one too."""
         return {cell.key: cell for cells in (self.tuning, *self.finals) for cell in cells}
 
+    def _cell(self, point: FlagValues, seed: int, is_tuning: bool = False) -> Cell:
+        flags = {**self.flags, **(self.task.tuning_flags if is_tuning else {}), **point, "seed": seed}
+        settings = {name: str(value) for name, value in point.items()}
+        return Cell(*self.name, settings, seed, command_line(flags), self.model.processes)
+
+    def beyond(self, at: int) -> tuple[list[FlagValues], list[str]]:
+        """(Points to add, flags): where a rate of point `at` is the lowest or highest that was tried with its others.
+
+        Without points for a flag, its rate has been followed as far as `MOST_ADDED` allows.
+        """
+        best, added, flags = self.points[at], [], []
+        for flag, written in self.method.grid.items():
+            rates = sorted(map(_number, written))
+            if len(rates) < 2 or "lr" not in flag.split("-") or not all(rate > 0 for rate in rates):
+                continue
+            ratios = [high / low for low, high in pairwise(rates)]
+            ratio = ratios[0] if max(ratios) < 1.001 * min(ratios) else 2.0
+            most = ratio ** (MOST_ADDED + 0.5)
+            near = [_number(p[flag]) for p in self.points if {**p, flag: None} == {**best, flag: None}]
+            rate = _number(best[flag])
+            for new, is_edge in ((rate / ratio, rate == min(near)), (rate * ratio, rate == max(near))):
+                flags += [flag] if is_edge else []
+                if is_edge and rates[0] / most < new < rates[-1] * most:
+                    added.append({**best, flag: f"{new:.6g}"})
+        return added, flags
+
+
+def _number(value: Any) -> float:
+    """NaN of a word."""
+    with suppress(ValueError):
+        return float(str(value))
+    return nan
+
 
 def groups(experiment: Experiment) -> list[Group]:
-    """All groups of the experiment, in the order of its file."""
+    """All groups of the experiment, in the order of its file, with the grids as they are written."""
 
     def group(model: Choice, task: Choice, method: Choice) -> Group:
-        def cell(point: Mapping[str, Any], seed: int) -> Cell:
-            flags = {**experiment.flags, **model.flags, **task.flags, **method.flags, **point, "seed": seed}
-            settings = {name: str(value) for name, value in point.items()}
-            return Cell(model.name, task.name, method.name, settings, seed, command_line(flags), model.processes)
-
-        points = [dict(zip(method.grid, values, strict=True)) for values in product(*method.grid.values())]
-        tuning = tuple(cell(point, experiment.tuning_seed) for point in points)
-        finals = tuple(tuple(cell(point, seed) for seed in experiment.seeds) for point in points)
-        return Group(model, task, method, tuning, finals)
+        flags = {**experiment.flags, **model.flags, **task.flags, **method.flags}
+        points = tuple(dict(zip(method.grid, values, strict=True)) for values in product(*method.grid.values()))
+        return Group(model, task, method, flags, points, experiment.seeds_of(method), experiment.tuning_seed)
 
     return [group(*choices) for choices in product(experiment.models, experiment.tasks, experiment.methods)]
 
@@ -338,12 +475,13 @@ def command_line(flags: FlagValues) -> tuple[str, ...]:
     return tuple(words)
 
 
-def check_flags(groups: Iterable[Group]) -> None:
+def check_flags(groups: Sequence[Group]) -> None:
     """Check the flags of every cell by the rules of pretrain_peft.py. ConfigurationError has each problem once, with
     the first cell that has it.
     """
     first_with: dict[str, str] = {}
-    for cell in (cell for group in groups for cell in group.tuning):
+    final = (group.finals[0][0] for group in groups if group.task.tuning_flags)
+    for cell in (*(cell for group in groups for cell in group.tuning), *final):
         for problem in _flag_problems(cell):
             first_with.setdefault(problem, cell.key)
     if first_with:

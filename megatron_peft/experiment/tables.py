@@ -17,6 +17,7 @@ from megatron_peft.experiment.results import (
     shown_metrics,
     steps_to,
 )
+from megatron_peft.experiment.spec import span
 
 LATEX = {character: f"\\{character}" for character in "&%$#_{}"}
 LATEX |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
@@ -100,7 +101,8 @@ def _digits(value: float) -> int:
 class Row(NamedTuple):
     """A metric of a method on a task with a model.
 
-    runs: in the order of the experiment's seeds; None for a missing run. deviation: of the sample (n - 1).
+    runs: in the order of the experiment's seeds; None for a missing run, and for a seed that the method does not have.
+    deviation: of the sample (n - 1).
     against: the comparison with the reference method; None for itself and without a test.
     """
 
@@ -145,7 +147,7 @@ def rows(results: Results, reference: str) -> list[Row]:
                 row = Row(
                     result,
                     metric,
-                    runs=tuple(by_seed.get(seed) for seed in results.experiment.seeds),
+                    runs=tuple(by_seed.get(seed) for seed in results.experiment.all_seeds),
                     mean=means.get(method),
                     deviation=stdev(by_seed.values()) if len(by_seed) > 1 else None,
                     against=None if method == reference else compare_seeds(by_seed, values[reference]),
@@ -166,7 +168,7 @@ def by_score(results: Results, table_rows: Sequence[Row]) -> Table:
         for metric in shown_metrics(task)
     ]
     return Table(
-        f"Mean ± standard deviation of {len(experiment.seeds)} seeds",
+        f"Mean ± standard deviation of {span(len(experiment.seeds_of(method)) for method in experiment.methods)} seeds",
         ("method", *(", ".join(place[0 if len(experiment.models) > 1 else 1 :]) for place in places)),
         tuple(
             (method.name, *(averages.get((*place, method.name), "–") for place in places))

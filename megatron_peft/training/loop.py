@@ -5,7 +5,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_peft.checkpoint.folders import BEST
 from megatron_peft.checkpoint.save import SaveOutcome, Saver
@@ -16,7 +18,7 @@ from megatron_peft.data.build import Data
 from megatron_peft.parallel.collectives import from_first_rank
 from megatron_peft.runtime.exit_signals import ExitSignals
 from megatron_peft.runtime.failure import written_after
-from megatron_peft.runtime.launch import shorten_timeout
+from megatron_peft.runtime.launch import gather_over_world, shorten_timeout
 from megatron_peft.training import step
 from megatron_peft.training.metrics import MetricsWriter, memory_bytes
 from megatron_peft.training.terminal import Progress
@@ -189,7 +191,7 @@ class _Run:
         assert self.data.valid is not None
         try:
             with self.watchers.around_validation():
-                loss = self._loss_on(self.data.valid, "validation")
+                loss = self._loss_on(self.data.valid, "validation", self.state.config.logging.log_validation_items)
         except step.ValidationInterrupted:
             self.state.best = replace(self.state.best, was_interrupted=True)
             return {}
@@ -197,9 +199,18 @@ class _Run:
         self.state.best = from_first_rank(lambda: self.state.best.after(loss, self.state.position.iteration))
         return {"validation_loss": loss}
 
-    def _loss_on(self, batches: GlobalBatches, what: str) -> float:
+    def _loss_on(self, batches: GlobalBatches, what: str, writes_items: bool = False) -> float:
         tracked = self.progress.track(batches, what, batches.num_steps)
-        return step.validation_loss(self.state.model_chunks, tracked, self._wants_to_stop)
+        by_sample: list[Tensor] | None = [] if writes_items else None
+        loss = step.validation_loss(self.state.model_chunks, tracked, self._wants_to_stop, by_sample)
+        if by_sample is not None:
+            # A sample's losses are on one replica's last stage; its tensor-parallel ranks have the same.
+            own = dict(zip(batches.own_samples(), torch.stack(by_sample).tolist(), strict=True)) if by_sample else {}
+            of_all = {sample: pair for of_rank in gather_over_world(own) for sample, pair in of_rank.items()}
+            sums = {sample: of_all[sample][0] for sample in sorted(of_all)}
+            counts = {sample: int(of_all[sample][1]) for sample in sums}
+            self.writer.write_items(self.state.position.iteration, sums, counts)
+        return loss
 
     def _write(self, record: Record) -> None:
         self.writer.write(record)

@@ -24,6 +24,7 @@ from megatron_peft.config.untrusted import MAX_BYTES, parse_json, require_regula
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
+ITEMS_FILE = "validation_items.jsonl"  # a line a validation, with --log-validation-items
 # Fields of a record -> curves of TensorBoard and Weights & Biases, which group them by what stands before the slash. A
 # field that is not here has its own name; of a mapping it is NAME/KEY, as in lambda/mean.
 TAGS = {
@@ -96,6 +97,12 @@ class MetricsWriter(ExitStack):
             self._tensorboard.flush()
         if self._wandb is not None:
             self._wandb.log(scalars, step=iteration)
+
+    def write_items(self, iteration: int, loss_sums: Mapping[int, float], num_tokens: Mapping[int, int]) -> None:
+        """Write what each sample of a validation adds to its loss to `validation_items.jsonl`."""
+        if self._folder is not None:
+            record = {"iteration": iteration, "loss_sums": loss_sums, "num_tokens": num_tokens}
+            self._open(ITEMS_FILE).append(json.dumps(finite(record)))
 
     def write_layers(self, iteration: int, name: str, by_layer: Mapping[str, float]) -> None:
         """Write a number per layer to `{name}.jsonl` and, as one curve per layer, to TensorBoard."""

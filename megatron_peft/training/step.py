@@ -175,6 +175,7 @@ def _forward(
     microbatches: Iterable[Microbatch],
     model: nn.Module,
     around: Callable[[], AbstractContextManager[None]] = nullcontext,
+    by_sample: list[Tensor] | None = None,
 ) -> tuple[Tensor, Any]:
     microbatch = next(iter(microbatches))
     with around():
@@ -187,14 +188,21 @@ def _forward(
         )
     # Only the last stage returns token losses, and only there does the schedule call the loss function. The others
     # return activations, which the schedule sends to the next stage.
-    return token_losses, partial(_sum_of_losses, microbatch.loss_mask)
+    return token_losses, partial(_sum_of_losses, microbatch, by_sample)
 
 
-def _sum_of_losses(loss_mask: Tensor, token_losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _sum_of_losses(
+    microbatch: Microbatch, by_sample: list[Tensor] | None, token_losses: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """(loss to run backward from, number of completion tokens, a row of `run_schedule`'s result)
 
     The loss is a sum. megatron-core adds up the numbers of tokens, and `finish_gradients` divides by their total.
     """
+    loss_mask = microbatch.loss_mask
+    if by_sample is not None:
+        both = torch.stack([token_losses.float() * loss_mask, loss_mask]).double()  # [2, b, s]
+        samples = both.unbind(1) if microbatch.lengths is None else both[:, 0].split(list(microbatch.lengths), 1)
+        by_sample += [sample.sum(1) for sample in samples[: microbatch.num_samples]]  # those after them are padding
     loss = torch.sum(token_losses.float() * loss_mask)
     num_tokens = loss_mask.sum()
     num_positions = torch.full_like(num_tokens, loss_mask.numel())
@@ -253,13 +261,19 @@ class ValidationInterrupted(Exception):
 
 
 def validation_loss(
-    model_chunks: Sequence[DistributedDataParallel], steps: Iterable[Step], stops: Callable[[], bool] = lambda: False
+    model_chunks: Sequence[DistributedDataParallel],
+    steps: Iterable[Step],
+    stops: Callable[[], bool] = lambda: False,
+    by_sample: list[Tensor] | None = None,
 ) -> float:
     """Mean token loss over all steps and ranks; the same number on every rank, at any layout. A collective.
 
     stops: asked before each step, whether this rank wants to end it. Then all do, with ValidationInterrupted.
+    by_sample: gets the sum of token losses and the number of tokens, float64 [2], of each sample that this rank reads,
+    in its order; on the last pipeline stage only.
     """
     total = torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())
+    forward = partial(_forward, by_sample=by_sample)
     # `forward_only` skips backward, but megatron-core's schedules would still record the graph.
     with inference_mode(model_chunks), torch.no_grad(), adapters_step(model_chunks, is_training=False):
         for microbatches in steps:
@@ -267,7 +281,7 @@ def validation_loss(
             dist.all_reduce(stopping)
             if any(read_on_host(stopping)):
                 raise ValidationInterrupted
-            total += run_schedule(model_chunks, microbatches, forward_only=True)[:, :2].sum(0)
+            total += run_schedule(model_chunks, microbatches, forward_only=True, forward=forward)[:, :2].sum(0)
     if parallel_state.get_tensor_model_parallel_rank() != 0:
         total.zero_()  # tensor-parallel ranks compute the same losses: count them once
     dist.all_reduce(total)

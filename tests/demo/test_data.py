@@ -1,6 +1,7 @@
 """The demo's downloads and what becomes of them: message pairs, film reviews, an experiment's split, a model."""
 
 import io
+import itertools
 import json
 import os
 import struct
@@ -41,6 +42,7 @@ from megatron_peft.demo.data import (
     prepare_reviews,
     read_messages,
     read_pairs,
+    split_claim,
 )
 
 SOURCE = "source distribution"
@@ -259,12 +261,29 @@ def test_tuning_and_training_messages_have_other_words(tmp_path: Path, monkeypat
     data.write_lines(files.train, PAIRS)
     for name, made in {"prepare_model": None, "prepare_reviews": None, "prepare_pairs": files}.items():
         monkeypatch.setattr(data, name, lambda *_, made=made: made)
+    source = write_source(tmp_path, [f"{rating}\t{rating}\tsentence {rating}." for rating in range(1, 400)])
+    monkeypatch.setattr(data, "fetch_wheel", lambda *_: source)
     data.prepare_experiment(tmp_path)
     parts = [read_pairs(tmp_path / "data" / "experiment" / name) for name in ("train.jsonl", "tuning.jsonl")]
     assert sorted(parts[0] + parts[1], key=str) == sorted(PAIRS, key=str)
     assert 0 < len(parts[1]) < 50
     shouted = [Pair(pair.english.upper() + "!", "la") for pair in PAIRS]
     assert list(map(data.is_for_tuning, shouted)) == list(map(data.is_for_tuning, PAIRS))
+    texts = (tmp_path / "data" / "claim" / "reviews.jsonl").read_text().splitlines()
+    assert 0 < len(texts) < 40 and all(json.loads(text).keys() == {"text"} for text in texts)
+
+
+WORDS = ["".join(letters) for letters in itertools.product("abcdefgh", repeat=3)]
+
+
+def test_the_claims_messages_for_tests_tuning_and_training_have_other_words() -> None:
+    groups = [Pair(f"{word} of{punctuation}", "le") for word in WORDS for punctuation in ("", "!", ".")]
+    parts = split_claim(groups)
+    assert (len(parts["test"]), len(parts["tuning"])) == (642, 102) and sum(map(len, parts.values())) == len(groups)
+    words = [{pair.english.split()[0] for pair in part} for part in parts.values()]
+    assert not (words[0] & words[1] or words[0] & words[2] or words[1] & words[2])
+    assert split_claim(groups[::-1]).keys() == parts.keys()
+    assert {pair.english for pair in split_claim(groups[::-1])["test"]} == {pair.english for pair in parts["test"]}
 
 
 HIDDEN, LAYERS, HEADS, KV_HEADS, FFN = 64, 1, 4, 2, 96

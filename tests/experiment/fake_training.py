@@ -20,7 +20,8 @@ def value(name: str, default: str = "") -> str:
 def score(output: Path, checkpoints: Path) -> None:
     assert (checkpoints / "latest_checkpointed_iteration.txt").exists(), "nothing to score"
     last = json.loads((checkpoints / "metrics.jsonl").read_text().splitlines()[-1])
-    output.write_text(json.dumps({"results": {"task": {"acc,none": 100 - 10 * last["validation_loss"]}}}))
+    accuracy = 100 - 10 * last["validation_loss"]
+    output.write_text(json.dumps({"results": {"task": {"acc,none": accuracy}}, "items": [accuracy, accuracy - 1]}))
 
 
 def train() -> None:
@@ -33,6 +34,8 @@ def train() -> None:
             file.write("more\n")
     if value("--lr") == "9":
         sys.exit("the loss is not a number")
+    if float(value("--lr")) > 9:
+        sys.exit("iteration 2: the loss is NaN or infinite." + 100 * " torchrun says more.")
     save = Path(value("--save"))
     save.mkdir(parents=True, exist_ok=True)
     time.sleep(float(os.environ.get("FAKE_SECONDS", "0")))
@@ -41,6 +44,10 @@ def train() -> None:
     every = {"grad_norm": 1.0, "step_seconds": 0.5}
     records = [{"iteration": at, "epoch": at / 2, "loss": loss + 1 / at, **every} for at in (1, 2)]
     records[-1] |= {"validation_loss": loss, "peak_memory_bytes": 100}
+    print("test loss at iteration 2: 5.000000E-01")
+    if "--log-validation-items" in sys.argv:
+        items = {"iteration": 2, "loss_sums": {"0": loss, "1": 3 * loss}, "num_tokens": {"0": 1, "1": 3}}
+        (save / "validation_items.jsonl").write_text(json.dumps(items) + "\n")
     (save / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     if value("--peft-method") == "hybrid":
         lambdas = [{"iteration": at, "lambda": {"decoder.layers.0.mlp.linear_fc1": at / 10}} for at in (1, 2)]

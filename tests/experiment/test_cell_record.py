@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from megatron_peft.experiment.cell_record import (
     MOST_LAMBDAS,
     MOST_POINTS,
     cell_file,
+    from_items,
     from_lambdas,
     from_metrics,
     of_cell,
@@ -20,8 +22,9 @@ from megatron_peft.experiment.cell_record import (
     trainable_parameters,
     write_record,
 )
+from megatron_peft.experiment.cell_record import test_loss as loss_of_test
 from megatron_peft.experiment.process import TRACKER, checkpoints_folder
-from megatron_peft.experiment.results import progress, work
+from megatron_peft.experiment.results import Result, progress, work
 from megatron_peft.experiment.spec import Cell, Group
 from tests.experiment.small_experiment import experiment
 from tests.recorded_calls import recorded_calls
@@ -29,8 +32,8 @@ from tests.recorded_calls import recorded_calls
 
 @pytest.fixture
 def group(tmp_path: Path) -> Group:
-    """Rates 0.1 and 0.4, seeds 1, 2, 3; tuned with seed 1, scored."""
-    return experiment(tmp_path)[1][0]
+    """Ranks 4 and 8, seeds 1, 2, 3; tuned with seed 1, scored. Only grids of rates grow."""
+    return experiment(tmp_path, methods={"lora": {"grid": {"lora-rank": [4, 8]}}})[1][0]
 
 
 def test_record_appears_whole_by_one_rename(tmp_path: Path, group: Group, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,6 +81,21 @@ def test_lambdas_are_thinned_to_the_same_iterations_for_all_layers() -> None:
     assert found["iterations"][0] == 1 and found["iterations"][-1] == 100
     assert found["by_layer"]["a"][-1] == 0.1 and found["by_layer"]["b"][0] == 0.123
     assert {len(values) for values in found["by_layer"].values()} == {len(found["iterations"])}
+
+
+def test_values_are_of_the_end_the_whole_run_and_the_score_and_items_are_kept(tmp_path: Path, group: Group) -> None:
+    assert loss_of_test("test loss at iteration 2: 3.5E+00\n...\ntest loss at iteration 4: 2.500000E-01\n") == 0.25
+    assert loss_of_test("test loss at iteration 4: not measured") is None
+    items = from_items({"iteration": 4, "loss_sums": {"0": 1.23456789, "1": 2.0}, "num_tokens": {"0": 3, "1": 4}})
+    assert items == {"validation loss": [[1.234568, 3], [2.0, 4]]}
+    assert from_items({"iteration": 4, "loss_sums": {"0": None}, "num_tokens": {"0": 3}}) == {}
+    curves = {"validation_loss": [[2, 0.5, 4.0], [4, 1.0, 1.0]]}
+    values = {"validation_loss": 1.0, "test_loss": 0.25, "scores": {"BLEU": 9.0}, "curves": curves, "items": items}
+    write_record(tmp_path, group.tuning[0], of_cell(group.tuning[0], "trained", **values))
+    record = read_file(cell_file(tmp_path, group.tuning[0]))
+    found = {metric: record.value(metric) for metric in ("validation loss", "test loss", "area", "BLEU", "other")}
+    assert found == {"validation loss": 1.0, "test loss": 0.25, "area": 2.5, "BLEU": 9.0, "other": None}
+    assert record.items == items
 
 
 def test_epoch_is_as_long_as_its_steps_and_a_killed_run_tells_no_parameters() -> None:
@@ -130,6 +148,66 @@ def test_scores_need_the_checkpoint_and_end_the_group(tmp_path: Path, group: Gro
         assert not progress(tmp_path, group).is_done
         end(tmp_path, cell, scores={"accuracy": 50.0})
     assert progress(tmp_path, group).is_done and todo(tmp_path, group) == []
+
+
+def tuned(folder: Path, group: Group, loss_at: Callable[[dict[str, float]], float | None]) -> tuple[list[str], Result]:
+    """The points in the order in which they are tried, each by itself, and the end of it; nothing is kept between."""
+    tried = []
+    while cells := [cell for kind, cell in todo(folder, group) if cell.seed == group.tuning_seed]:
+        end(folder, cells[0], loss=loss_at({flag: float(value) for flag, value in cells[0].settings.items()}))
+        tried.append(cells[0].point)
+    return tried, progress(folder, group)
+
+
+def grid_of(folder: Path, **grid: list[float]) -> Group:
+    return experiment(folder, methods={"lora": {"grid": grid}}, tuning_seed=9)[1][0]
+
+
+@pytest.mark.parametrize(
+    ("rates", "best", "added"),
+    [
+        ([0.1, 0.2], 0.9, ["0.4", "0.8", "1.6"]),  # by 2, until the best has a worse one on both sides
+        ([0.01, 0.1], 0.0009, ["0.001", "0.0001"]),  # by the grid's own ratio
+        ([0.1, 0.2, 0.6], 0.7, ["1.2"]),  # which is not constant: by 2
+        ([0.1, 0.2, 0.4], 0.2, []),
+    ],
+)
+def test_a_grid_of_rates_grows_until_its_best_is_inside(tmp_path: Path, rates, best, added) -> None:
+    group = grid_of(tmp_path, lr=rates)
+    tried, now = tuned(tmp_path, group, lambda at: abs(math.log(at["lr"] / best)))
+    assert tried == [f"lr={rate}" for rate in (*rates, *added)]
+    assert now.edges == () and now.untried == () and "not tuned" not in now.chosen_point
+    assert [cell for _, cell in todo(tmp_path, group)] == list(now.chosen) and len(now.chosen) == 3
+
+
+def test_a_rate_is_not_followed_for_ever_and_is_not_tuned_then(tmp_path: Path) -> None:
+    group = grid_of(tmp_path, lr=[0.1, 0.2])
+    tried, now = tuned(tmp_path, group, lambda at: -at["lr"])
+    assert tried[2:] == ["lr=0.4", "lr=0.8", "lr=1.6", "lr=3.2", "lr=6.4", "lr=12.8"]
+    assert now.edges == ("lr",) and now.chosen_point == "lr=12.8, not tuned"
+    assert [cell for _, cell in todo(tmp_path, group)] == list(now.chosen), "it is run all the same"
+
+
+def test_rates_grow_beside_one_another_and_other_numbers_do_not(tmp_path: Path) -> None:
+    group = grid_of(tmp_path, **{"lr": [1, 2], "peft-lr-rotation": [1, 2], "lora-rank": [4, 8]})
+    tried, now = tuned(
+        tmp_path, group, lambda at: abs(at["lr"] - 8) + abs(at["peft-lr-rotation"] - 0.25) - at["lora-rank"]
+    )
+    assert now.chosen[0].point == "lr=8 peft-lr-rotation=0.25 lora-rank=8" and now.edges == ()
+    assert not [point for point in tried if point.endswith(("=16", "=2 lora-rank=4 "))]
+    assert len(tried) < 30
+
+
+def test_a_rate_whose_loss_is_not_finite_has_been_tried_and_one_that_failed_has_not(tmp_path: Path) -> None:
+    group = grid_of(tmp_path, lr=[0.1, 0.2])
+    end(tmp_path, group.tuning[0], loss=2.0)
+    end(tmp_path, group.tuning[1], loss=1.0)
+    beyond = progress(tmp_path, group).untried
+    assert [cell.point for cell in beyond] == ["lr=0.4"]
+    write_record(tmp_path, beyond[0], of_cell(beyond[0], "failed"))
+    assert progress(tmp_path, group).untried == beyond and progress(tmp_path, group).edges == ("lr",)
+    write_record(tmp_path, beyond[0], of_cell(beyond[0], "diverged"))
+    assert progress(tmp_path, group).untried == progress(tmp_path, group).edges == ()
 
 
 @pytest.mark.parametrize("loss", [None, math.nan, math.inf])

@@ -19,8 +19,9 @@ from rich.console import Console
 
 from megatron_peft.checkpoint.folders import FolderLock
 from megatron_peft.config import ConfigurationError
-from megatron_peft.experiment import process, runner
+from megatron_peft.experiment import process, runner, spec
 from megatron_peft.experiment.cell_record import file_digest, of_cell, write_record
+from megatron_peft.experiment.contrasts import contrast_digests
 from megatron_peft.experiment.results import Work, progress
 from megatron_peft.experiment.runner import CellJob, Runner, read_scores, run_experiment, table
 from megatron_peft.experiment.spec import Metric, ScoreSpec
@@ -64,11 +65,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_best_rate_of_each_method_runs_all_seeds_and_they_alone_are_scored(finished: Path) -> None:
     names = {f"tiny,talk,{m},lr={r},seed={s}.json" for m, r in (("lora", 0.4), ("hybrid", 0.2)) for s in (1, 2, 3)}
-    tried = {"tiny,talk,lora,lr=0.1,seed=1.json", "tiny,talk,hybrid,lr=0.5,seed=1.json"}
-    assert cells(finished).keys() == names | tried
+    tried = {f"tiny,talk,{m},lr={r},seed=1.json" for m, r in (("lora", 0.1), ("lora", 1.6), ("hybrid", 0.5))}
+    assert cells(finished).keys() == names | tried | {"tiny,talk,hybrid,lr=0.08,seed=1.json"}
     assert {name for name, one in cells(finished).items() if one["scores"]} == names
     out = finished / "out"
-    assert list(out.rglob("iter_*")) == [] and len(list(out.rglob("metrics.jsonl"))) == 8
+    assert list(out.rglob("iter_*")) == [] and len(list(out.rglob("metrics.jsonl"))) == 10
     assert (out / "experiment.yaml").read_text() == (finished / "small.yaml").read_text()
     assert run(finished) == (True, []), "a second call runs nothing"
 
@@ -103,6 +104,45 @@ def test_record_has_the_file_and_the_data_of_its_run_and_its_score(
     assert sources["score"]["data_sha256"] == {str(tests / "a.yaml"): plain}
     assert {source["experiment_sha256"] for source in sources.values()} == {file_digest(tmp_path / "small.yaml")}
     assert sources["score"]["commit"] == commit
+
+
+def test_records_of_a_contrast_have_its_digest_and_the_items(tmp_path: Path) -> None:
+    tasks = content()["tasks"]
+    tasks["talk"] |= {"tuning_valid_data_path": "tuning.jsonl"}
+    tasks["talk"]["score"]["metrics"] = {"by item": {"path": "items", "scale": 2}}
+    asked = {"rotation": {"of": "hybrid", "against": "lora", "margin": 0.01}}
+    flags = {"train-iters": 2, "log-validation-items": True}
+    settings: dict[str, Any] = {"tasks": tasks, "flags": flags, "seeds": [1, 2], "tuning_seed": 9, "contrasts": asked}
+    assert run(tmp_path, **settings)[0]
+    found, groups = experiment(tmp_path, methods=METHODS, **settings)
+    finals = [record for group in groups for record in progress(tmp_path / "out", group).finals.values()]
+    assert len(finals) == 4
+    for record in finals:
+        assert record.provenance["training"]["contrasts"] == contrast_digests(found)
+        loss = record.validation_loss or 0.0
+        assert record.items["validation loss"] == [pytest.approx([loss, 1]), pytest.approx([3 * loss, 3])]
+        by_item = [pytest.approx([2 * (100 - 10 * loss), 1]), pytest.approx([2 * (99 - 10 * loss), 1])]
+        assert record.items["by item"] == by_item
+        assert record.scores["by item"] == pytest.approx(199 - 20 * loss) and record.test_loss == 0.5
+
+
+def test_a_rate_that_diverges_ends_the_growth_and_is_not_run_again(tmp_path: Path) -> None:
+    """Losses fall to 6; beyond is a loss that is not finite, which the last words of torchrun hide."""
+    methods = {"lora": {"grid": {"lr": [1.5, 6]}}, "hybrid": {"grid": {"lr": [0.2, 0.5]}}}
+    _, groups = experiment(tmp_path, methods=methods)
+    write_record(tmp_path / "out", groups[0].tuning[0], of_cell(groups[0].tuning[0], "trained", validation_loss=99.0))
+    whole, told = run(tmp_path, methods=methods)
+    assert whole and [line for line in told if line.startswith("diverged: train tiny,talk,lora,lr=24,seed=1: exit")]
+    record = cells(tmp_path)["tiny,talk,lora,lr=24,seed=1.json"]
+    assert record["status"] == "diverged" and record["validation_loss"] is None
+    assert progress(tmp_path / "out", groups[0]).chosen_point == "lr=6"
+    assert run(tmp_path, methods=methods) == (True, [])
+
+
+def test_a_rate_that_is_not_tuned_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spec, "MOST_ADDED", 1)
+    whole, told = run(tmp_path, methods={"lora": {"grid": {"lr": [0.03, 0.06]}}}, seeds=[1])
+    assert whole and told[-1] == "NOT TUNED: tiny,talk,lora: lr=0.12 is the lowest or highest that was tried"
 
 
 def test_changed_flag_runs_its_cells_again(tmp_path: Path) -> None:
@@ -173,7 +213,7 @@ def test_runner_killed_ten_times_at_work_ends_with_the_cells_of_an_unkilled_run(
             time.sleep(draw.uniform(0, 0.4))
             assert not select.select([told], [], [], 0)[0], "it ended by itself"
         there.append(len(list((tmp_path / "out" / "cells").glob("*.json"))))
-    print(f"cells of 8 that were there after each kill: {there}")
+    print(f"cells of 10 that were there after each kill: {there}")
     assert run(tmp_path)[0]
     assert cells(tmp_path) == cells(finished)
 
@@ -213,9 +253,15 @@ def test_failed_preparation_stops_all(tmp_path: Path) -> None:
 def test_score_is_the_scaled_mean_of_its_paths_or_an_error_that_names_what_is_there(tmp_path: Path) -> None:
     (tmp_path / "score.json").write_text('{"a": {"acc,none": 0.5}, "b": {"acc,none": 0.25}}')
     metric = Metric(("a/acc,none", "b/acc,none"), scale=100)
-    assert read_scores(tmp_path / "score.json", ScoreSpec(("x",), {"accuracy": metric})) == {"accuracy": 37.5}
+    assert read_scores(tmp_path / "score.json", ScoreSpec(("x",), {"accuracy": metric})) == ({"accuracy": 37.5}, {})
     with pytest.raises(ConfigurationError, match="no c/acc: instead of c there is a, b"):
         read_scores(tmp_path / "score.json", ScoreSpec(("x",), {"accuracy": Metric(("c/acc",))}))
+    (tmp_path / "score.json").write_text('{"a": {"acc,none": [1, 0, 0, 1]}, "b": {"acc,none": "0.25"}}')
+    items = [(100, 1), (0, 1), (0, 1), (100, 1)]
+    found = read_scores(tmp_path / "score.json", ScoreSpec(("x",), {"accuracy": Metric(("a/acc,none",), scale=100)}))
+    assert found == ({"accuracy": 50}, {"accuracy": items})
+    with pytest.raises(ConfigurationError, match="b/acc,none is '0.25', not a number"):
+        read_scores(tmp_path / "score.json", ScoreSpec(("x",), {"accuracy": metric}))
 
 
 def test_scores_whose_checkpoints_are_gone_are_trained_for_again(tmp_path: Path) -> None:
@@ -253,7 +299,7 @@ def test_table_shows_how_far_each_method_is(tmp_path: Path) -> None:
     Console(file=(drawn := io.StringIO()), width=150).print(table(tmp_path, half_done(tmp_path)))
     lines = [[word.strip() for word in line.strip("│").split("│")] for line in drawn.getvalue().splitlines()]
     assert [line[2:] for line in lines if "talk" in line] == [
-        ["lora", "2/2", "lr=0.4", "2/3, 1 scored", "1.5", "accuracy 40"],
+        ["lora", "2/2", "lr=0.4, not tuned", "2/3, 1 scored", "1.5", "accuracy 40"],
         ["boft", "0/2 (1 failed)", "", "0/3, 0 scored", "", ""],
     ]
 

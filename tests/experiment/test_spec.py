@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from megatron_peft.config import ConfigurationError
-from megatron_peft.experiment.spec import check_flags, command_line, read_experiment
+from megatron_peft.experiment.spec import Contrast, check_flags, command_line, groups, read_experiment
 from tests.experiment.small_experiment import experiment, write
 
 ROOT = Path(__file__).parents[2]
@@ -16,6 +16,30 @@ UNVALIDATED = {"talk": {"flags": {"train-data-path": "train.jsonl"}}}
 
 def scored_by(metric: dict[str, Any]) -> dict[str, Any]:
     return {"tasks": {"talk": {"score": {"command": "x {output}", "metrics": {"a": metric}}}}}
+
+
+def asked(tuning: str | None = None, tuning_seed: int = 9, **changes: Any) -> dict[str, Any]:
+    """The small experiment with a contrast."""
+    flags = changes.pop("flags", {"train-iters": 2, "log-validation-items": True})
+    score = {"command": "x {output} test.jsonl", "metrics": {"a": {"path": "a"}}}
+    task = {"flags": {"train-data-path": "train.jsonl", "valid-data-path": "valid.jsonl"}, "score": score}
+    task |= {"tuning_valid_data_path": tuning} if tuning else {}
+    contrast = {"of": "boft", "against": "lora", "margin": 0.01, **changes}
+    return {"flags": flags, "tasks": {"talk": task}, "contrasts": {"better": contrast}, "tuning_seed": tuning_seed}
+
+
+def test_a_contrast_keeps_tuning_apart_from_what_it_measures(tmp_path: Path) -> None:
+    found, (group, other) = experiment(tmp_path, **asked(tuning="tuning.jsonl"))
+    assert found.contrasts == (Contrast("better", "boft", "lora", "validation loss", 0.01),)
+    paths = {cell.seed: cell.flags[cell.flags.index("--valid-data-path") + 1] for cell in group.cells.values()}
+    assert paths == {9: "tuning.jsonl", 1: "valid.jsonl", 2: "valid.jsonl", 3: "valid.jsonl"}
+    assert not {cell.key for cell in group.tuning} & {cell.key for cells in group.finals for cell in cells}
+    experiment(tmp_path, **asked(), methods={"lora": GRID, "boft": GRID})  # nothing is tuned
+    own_seeds = {"lora": GRID, "boft": {**GRID, "seeds": [1, 2, 3, 4]}}
+    _, (group, other) = experiment(tmp_path, **asked(), methods=own_seeds)
+    assert [[cell.seed for cell in one.finals[0]] for one in (group, other)] == [[1, 2, 3], [1, 2, 3, 4]]
+    with pytest.raises(ConfigurationError, match="tuning_seed 1 is among the seeds, but with tasks.talk.tuning_valid"):
+        experiment(tmp_path, **{**asked("tuning.jsonl", 1), "contrasts": {}})
 
 
 def test_file_is_read_as_written_and_a_method_of_all_cells_is_not_overruled_by_a_name(tmp_path: Path) -> None:
@@ -32,7 +56,15 @@ def test_file_is_read_as_written_and_a_method_of_all_cells_is_not_overruled_by_a
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples/experiments").glob("*.yaml")), ids=lambda path: path.stem)
 def test_examples_are_read(path: Path) -> None:
-    assert read_experiment(path).seeds == (1, 2, 3)
+    assert len(read_experiment(path).seeds) >= 3
+
+
+def test_the_claims_file_can_be_run_and_asks_four_questions_of_six_seeds() -> None:
+    found = read_experiment(ROOT / "examples" / "experiments" / "claim.yaml")
+    check_flags(groups(found))
+    seeds = {method.name: len(found.seeds_of(method)) for method in found.methods}
+    assert len(found.methods) == 10 and len(found.contrasts) == 4
+    assert {seeds[name] for contrast in found.contrasts for name in (contrast.of, contrast.against)} == {6}
 
 
 @pytest.mark.parametrize(
@@ -59,6 +91,18 @@ def test_examples_are_read(path: Path) -> None:
         ({"tasks": {"talk": {"score": {"command": "python x"}}}}, "score.command does not name its JSON file"),
         ({"tasks": {"talk": {"score": {"command": "x {output}"}}}}, "score.metrics is empty"),
         (scored_by({}), "metrics.a needs path"),
+        ({"methods": {"lora": {"seeds": [4, 4]}}}, "seeds: 4, 4 names one twice"),
+        (asked(), r"contrasts need data that no setting was chosen by: give the task tuning_valid_data_path"),
+        (asked(tuning="valid.jsonl"), r"tasks.talk: .* with no file of --valid-data-path or of its score"),
+        (asked(tuning="test.jsonl"), r"tasks.talk: .* with no file of --valid-data-path or of its score"),
+        (asked(tuning="tuning.jsonl", tuning_seed=2), "tuning_seed 2 is among the seeds, but with contrasts final"),
+        (asked(against="full"), "contrasts.better: full is not a method; there are lora, boft"),
+        (asked(of="lora"), "contrasts.better: lora and lora must be two methods that share two seeds"),
+        (asked(margin=0), "contrasts.better.margin is 0; it is a number above 0"),
+        (asked(margin=None), "contrasts.better needs margin"),
+        (asked(metric="BLEU"), "contrasts.better: BLEU is no metric of talk, which has validation loss, area, a"),
+        (asked(metric="test loss"), "test loss is no metric of talk, which has validation loss, area, a"),
+        (asked(flags={"train-iters": 2}), "contrasts.better compares the validation loss sample by sample: put log-"),
         (scored_by({"path": "b", "scale": "%"}), "metrics.a.scale is '%', not a number"),
     ],
 )

@@ -7,6 +7,7 @@ import signal
 from dataclasses import replace
 from functools import cache
 from itertools import product
+from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from megatron_peft.checkpoint.save import draft_checkpoint
 from megatron_peft.runtime.launch import start_world
 from megatron_peft.training import loop
 from megatron_peft.training.loop import train
+from megatron_peft.training.metrics import ITEMS_FILE, METRICS_FILE, read_metrics
 from megatron_peft.training.step import NonFiniteError, train_step
 from tests.one_rank import one_rank
 from tests.ranks import run_ranks
@@ -381,3 +383,49 @@ def test_ranks_scale_a_subtracted_start_and_their_shards_and_save_what_one_rank_
         assert found.ratios == other.ratios and found.losses == other.losses
     ((opened,),) = bounded(files, 1, {"method": "original", "checkpoint": {"load": str(tmp_path)}})
     assert opened.losses == [] and opened.ratios == pytest.approx(saved.ratios, rel=1e-4)
+
+
+ITEMS_AT = {
+    "TP2": {"parallel": TP2},
+    "TP2+SP": {"parallel": SP},
+    "PP2 interleaved": {"parallel": INTERLEAVED},
+    "DP2": {},
+    "DP2 padded rows": {"training": {"micro_batch_size": 2, "global_batch_size": 12}},
+}
+
+
+def items_of(jobs: list[Job]) -> dict[str, Any]:
+    """(validation loss, line of validation_items.jsonl) of each job's only validation."""
+    start_world()
+    found = {}
+    for job in jobs:
+        with built(job) as (state, data):
+            train(state, data, RecordedSaves())
+        folder = Path(job.checkpoint["save"])
+        (line,), (record,) = read_metrics(folder / ITEMS_FILE), read_metrics(folder / METRICS_FILE)
+        found[job.name] = record["validation_loss"], line
+    return found
+
+
+def test_losses_of_validation_samples_are_those_of_one_process_at_any_layout(job, tmp_path):
+    base = str(save_llama(tmp_path / "base", intermediate_size=64))
+
+    def asked(name: str, packs: bool, **groups: Any) -> Job:
+        training = {"eval_iters": None, **groups.pop("training", {})}
+        data, own = {"pack_sequences": packs}, {"save": str(tmp_path / f"{name} {packs}")}
+        settings = {"data_settings": data, "logging": {"log_validation_items": True}, "checkpoint": own, **groups}
+        settings |= {"optimizer": {"lr": 1e-9}}  # packs are other batches, but the samples are the same
+        return job(name=f"{name} {packs}", base=base, num_steps=1, peft=LORA, training=training, **settings)
+
+    packings = (False, True)
+    jobs = [asked(name, packs, **layout) for name, layout in ITEMS_AT.items() for packs in packings]
+    (alone,) = run_ranks(1, items_of, [asked("alone", packs, **ONE) for packs in packings])
+    for loss, line in alone.values():
+        sums, counts = line["loss_sums"], line["num_tokens"]
+        assert [*sums] == [*counts] == [str(sample) for sample in range(40)] and len({*sums.values()}) > 30
+        assert sum(sums.values()) / sum(counts.values()) == pytest.approx(loss, rel=1e-6)
+    assert alone["alone True"][1]["loss_sums"] == pytest.approx(alone["alone False"][1]["loss_sums"], rel=1e-4)
+    for name, (_, line) in run_ranks(2, items_of, jobs)[0].items():
+        expected = alone[f"alone {name.split()[-1]}"][1]
+        assert line["num_tokens"] == expected["num_tokens"], name
+        assert line["loss_sums"] == pytest.approx(expected["loss_sums"], rel=1e-4), name

@@ -11,7 +11,14 @@ import torch
 
 from megatron_peft.config import ConfigurationError, LoggingConfig, untrusted
 from megatron_peft.training import metrics
-from megatron_peft.training.metrics import METRICS_FILE, MetricsWriter, memory_bytes, read_metrics, require_loggers
+from megatron_peft.training.metrics import (
+    ITEMS_FILE,
+    METRICS_FILE,
+    MetricsWriter,
+    memory_bytes,
+    read_metrics,
+    require_loggers,
+)
 from tests.recorded_calls import recorded_calls
 from tests.training.recorded_saves import small_files_only
 
@@ -113,6 +120,16 @@ def test_a_full_disk_loses_lines_but_not_the_run(tmp_path, caplog):
     assert caplog.text.count(f"{path} cannot be written (File too large): the run continues") == 1
     assert f"{path} can be written again; 2 lines are not in it" in caplog.text
     assert "lambda.jsonl cannot be written" in caplog.text and read_metrics(tmp_path / "lambda.jsonl") == []
+
+
+def test_a_resumed_run_repeats_the_losses_of_validation_samples_after_its_checkpoint(tmp_path):
+    for resumed_at, iterations in ((0, (2, 4, 6)), (3, (4,))):
+        with MetricsWriter(tmp_path, SILENT, is_writer=True, resumed_iteration=resumed_at) as writer:
+            for iteration in iterations:
+                writer.write_items(iteration, {0: 1.5, 1: float("nan")}, {0: resumed_at + 1, 1: 2})
+    lines = read_metrics(tmp_path / ITEMS_FILE)
+    assert [(line["iteration"], line["num_tokens"]["0"]) for line in lines] == [(2, 1), (4, 4)]
+    assert lines[0]["loss_sums"] == {"0": 1.5, "1": None}
 
 
 def test_a_resumed_run_replaces_the_points_of_tensorboard_after_its_checkpoint(tmp_path):

@@ -211,6 +211,7 @@ def test_resume_auto_never_starts_over_in_place_of_a_run_whose_checkpoint_is_los
     [
         ({"training": {"early_stopping_patience": 2}}, "--early-stopping-patience 2"),
         ({"checkpoint": {"keep_best": True, "save": "runs"}}, "--keep-best"),
+        ({"logging": {"log_validation_items": True}, "checkpoint": {"save": "runs"}}, "--log-validation-items"),
     ],
 )
 @pytest.mark.parametrize("without", [{"data_settings": {"valid_data_path": ()}}, {"training": {"eval_iters": 0}}])
@@ -218,6 +219,11 @@ def test_flags_that_need_a_validation_loss_say_so(job, groups, flag, without):
     merged = {key: {**groups.get(key, {}), **without.get(key, {})} for key in {*groups, *without}}
     with pytest.raises(ConfigurationError, match=f"^{flag} needs a validation loss: give --valid-data-path"):
         job(**merged).config(1)
+
+
+def test_losses_of_validation_samples_need_a_folder(job):
+    with pytest.raises(ConfigurationError, match="--log-validation-items writes to the folder of --save: give one"):
+        job(logging={"log_validation_items": True}).config(1)
 
 
 def test_the_best_checkpoint_is_kept_and_can_be_loaded(run, tmp_path, monkeypatch):
