@@ -119,7 +119,9 @@ def test_weeks_of_a_recipe_fill_no_file_system_and_a_lost_node_costs_less_than_a
 
 @pytest.mark.slow
 @pytest.mark.timeout(seconds(1800))
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.rehearsal] * name.endswith("one-node")) for name in MODELS]
+)
 def test_a_recipe_that_is_planned_again_has_the_figures_in_its_head(name):
     found = recipe_plans.stated(name)
     assert found is not None and found[0] == recipe_plans.figures(name, read_cluster(recipe_plans.CLUSTER))

@@ -31,6 +31,7 @@ def test_dropout_leaves_what_a_layer_keeps_as_it_is_and_autograd_keeps_its_mask_
     assert row[f"{PLAIN}, dropout {DROPOUT}"] == f"{plain:.2f}"
 
 
+@pytest.mark.rehearsal
 def test_records_are_what_the_tool_finds():
     [found] = in_another_process(tables, ())
     assert found == {path.stem: read_json_object(path) for path in RECORDS.glob("*.json")}
