@@ -18,6 +18,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from megatron_peft.adapters import attach
 from megatron_peft.cli.parser import read_config
 from megatron_peft.config import RunConfig
+from megatron_peft.config.untrusted import read_json_object
 from megatron_peft.models.families import read_shape, rules_for
 from megatron_peft.models.gpt import build_model_chunks
 from megatron_peft.models.rules import expected_tensors
@@ -25,7 +26,7 @@ from megatron_peft.plan.cluster import read_cluster
 from megatron_peft.runtime import cpu
 from megatron_peft.runtime.launch import start_model_parallel, stop
 from tests.time_limits import seconds
-from tools import recipe_plans
+from tools import one_node, recipe_plans
 
 FOLDER = Path(__file__).parents[2] / "examples" / "recipes"
 CONFIGURATIONS = Path(__file__).parent / "models"
@@ -125,6 +126,15 @@ def test_weeks_of_a_recipe_fill_no_file_system_and_a_lost_node_costs_less_than_a
 def test_a_recipe_that_is_planned_again_has_the_figures_in_its_head(name):
     found = recipe_plans.stated(name)
     assert found is not None and found[0] == recipe_plans.figures(name, read_cluster(recipe_plans.CLUSTER))
+
+
+@pytest.mark.slow
+@pytest.mark.rehearsal
+@pytest.mark.timeout(seconds(1800))
+def test_tables_of_a_quantized_base_on_few_gpus_are_what_the_plan_says():
+    cluster, records = read_cluster(recipe_plans.CLUSTER), FOLDER.parents[1] / "docs" / "results" / "planning"
+    assert one_node.smaller_models(cluster) == read_json_object(records / "one_node_smaller.json")
+    assert one_node.by_method(cluster) == read_json_object(records / "one_node.json")
 
 
 def layers_by_stage(config: TransformerConfig) -> list[list[int]]:
