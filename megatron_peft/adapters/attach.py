@@ -50,7 +50,13 @@ def attach_adapters(model_chunks: Sequence[nn.Module], peft: PeftConfig, seed: i
         adapter: Any = adapters[target.name]
         target.module.adapter = adapter
         if hasattr(adapter, "bind_weight"):  # it may change the layer's own weight
-            adapter.bind_weight(target.module.weight)
+            weight = target.module.weight
+            require(
+                not hasattr(weight, "quantized") or getattr(adapter, "takes_quantized_weight", False),
+                f"--peft-method {peft.method} starts from its layers' weights, which --base-precision leaves without "
+                f"memory of their own: leave that out.",
+            )
+            adapter.bind_weight(weight)
     for chunk in model_chunks:
         if chunk.config.recompute_granularity is not None or not any(t.module.adapter for t in linear_layers(chunk)):
             start_gradients_at_the_embedding(chunk)

@@ -80,6 +80,8 @@ class Hybrid(RotatesOnceAStep, nn.Module):
         self.register_buffer("num_kept", torch.tensor(0, device=device), persistent=False)
         self.register_buffer("folded_weight", None)
 
+    takes_quantized_weight = True  # which none is where it merges into it
+
     def bind_weight(self, weight: Tensor) -> None:
         """Put the layer's weight into the checkpoint where --hybrid-merge-interval merges changes into it."""
         if self.merges:  # the buffer is a view of the base's own tensor, so a loaded checkpoint loads it

@@ -185,7 +185,7 @@ def _longest_sequence(settings: PlanSettings, run: RunConfig, shape: ModelShape,
     with work_bar("Trying lengths") as watch:
         length, peak = longest_sequence(run, shape, cluster, watch)
     found = f"--seq-length {length} fits" if length else "none fits; the shortest takes"
-    limit = ", all positions of the model" * (length == shape.longest_sequence)
+    limit = ", all positions of the model" * (length > shape.longest_sequence - run.parallel.tensor_model_parallel_size)
     print(f"longest sequence: {found}{limit} ({peak / 2**30:.1f} of {cluster.usable_bytes / 2**30:.1f} GiB)")
     return {"longest_sequence": length}
 

@@ -37,11 +37,12 @@ def loss_summary(config: RunConfig, shape: ModelShape) -> str:
     """The size of the chunks that a run's loss is formed in, in a line for its start; empty if there are none."""
     size = config.parallel.tensor_model_parallel_size
     vocab_size = shape.padded_vocab_size(config.model.make_vocab_size_divisible_by, size) // size
-    num_tokens = chunk_tokens(config.model.cross_entropy_chunk_tokens, vocab_size)
+    tokens = config.training.micro_batch_size * config.data.seq_length
+    num_tokens = min(chunk_tokens(config.model.cross_entropy_chunk_tokens, vocab_size), tokens)
     if not (config.peft.trains_adapters and num_tokens):
         return ""
     return (
-        f"loss: in chunks of {num_tokens} tokens, whose float32 logits take {num_tokens * vocab_size * 4 / 1e6:.1f} MB "
+        f"loss: in chunks of {num_tokens} tokens, whose float32 logits take {num_tokens * vocab_size * 4 / 1e6:.3g} MB "
         f"on a rank (--cross-entropy-chunk-tokens)"
     )
 

@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from itertools import product
-from math import inf
+from math import inf, lcm
 from typing import Any
 
 from rich import box
@@ -275,7 +275,7 @@ def _candidate(step: RecordedStep, recompute: str, times: Mapping[Segment, float
     return _Candidate(step, recompute, seconds, held[fullest], fullest)
 
 
-SEQUENCE_STEP = 64  # tokens; every tensor-parallel size divides it
+SEQUENCE_STEP = 64  # tokens
 
 
 def longest_sequence(
@@ -283,8 +283,9 @@ def longest_sequence(
 ) -> tuple[int, int]:
     """The longest --seq-length that fits at a run's layout, and what its fullest rank holds, in bytes.
 
-    A multiple of `SEQUENCE_STEP`, or all of the model's positions; 0 if the shortest does not fit, with its bytes. Each
-    length that is tried is recorded, as by `fit`. `watch` counts recordings.
+    A multiple of `SEQUENCE_STEP` and of the tensor-parallel size, or all of the model's positions (as many as TP
+    divides); 0 if the shortest does not fit, with its bytes. Each length that is tried is recorded, as by `fit`. `watch`
+    counts recordings.
     """
 
     @cache
@@ -294,7 +295,9 @@ def longest_sequence(
         step = RecordedStep(tried, shape, layers)
         return max(total(step.memory(stage)) for stage in {*alike_stages(run, shape)})
 
-    lengths = [*range(SEQUENCE_STEP, shape.longest_sequence, SEQUENCE_STEP), shape.longest_sequence]
+    tp = run.parallel.tensor_model_parallel_size
+    step, last = lcm(SEQUENCE_STEP, tp), shape.longest_sequence // tp * tp
+    lengths = [*range(step, last, step), last]
     num_fitting = bisect_right(lengths, cluster.usable_bytes, key=peak)
     longest = lengths[num_fitting - 1] if num_fitting else 0
     return longest, peak(longest or lengths[0])

@@ -8,6 +8,7 @@ import torch
 
 from megatron_peft.adapters import low_rank
 from megatron_peft.adapters.attach import attach_adapters, huggingface_modules
+from megatron_peft.adapters.hybrid import Hybrid
 from megatron_peft.config import LINEAR_MODULES, ConfigurationError, PeftConfig, is_targeted, require_matches
 from megatron_peft.models.families import FAMILIES, family_of
 from megatron_peft.parallel.layout import LinearLayout
@@ -182,3 +183,13 @@ def test_the_declared_cost_is_what_is_trained(method, settings):
     adapter = import_module(peft.spec.adapter).build(layout, peft, "layer.adapter", 0, torch.float32)
     numbers = sum(parameter.numel() for parameter in adapter.parameters() if parameter.requires_grad)
     assert numbers == peft.spec.num_parameters(peft, 48, 32)
+
+
+def test_a_method_that_starts_from_weights_is_refused_on_a_quantized_base_unless_it_says_that_it_can(monkeypatch):
+    wide = {"hidden_size": 64, "ffn_hidden_size": 64, "kv_channels": 16}
+    peft = PeftConfig(method="hybrid", lora_rank=4, boft_block_size=4, boft_factors=2)
+    attach_adapters([tiny_gpt(wide, base_precision="fp8")], peft, 0)
+    monkeypatch.delattr(Hybrid, "takes_quantized_weight")
+    attach_adapters([tiny_gpt(wide)], peft, 0)
+    with pytest.raises(ConfigurationError, match="--peft-method hybrid starts from .* --base-precision .* leave that"):
+        attach_adapters([tiny_gpt(wide, base_precision="fp8")], peft, 0)

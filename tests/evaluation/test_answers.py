@@ -216,13 +216,15 @@ def test_answers_of_another_base_checkpoint_or_precision_are_not_taken_for_those
     for load in ("one", "other"):
         (tmp_path / load).mkdir()
         (tmp_path / load / MANIFEST).write_text(load)
+    changes: list[dict[str, Any]] = [{}, {"bf16": False}, {"base_precision": "nf4"}, {"base_precision": "fp8"}]
+    changes.append({"base_precision": "fp8", "quantize_output_layer": True})
     found = {
         model_fingerprint(replace(config, checkpoint=replace(config.checkpoint, load=load)))
         for base in ("a", "b")
-        for config in (_config(base), replace(_config(base), model=replace(_config(base).model, bf16=False)))
+        for config in (replace(_config(base), model=replace(_config(base).model, **one)) for one in changes)
         for load in (None, "one", "other")
     }
-    assert len(found) == 12
+    assert len(found) == 30
 
 
 PARTS = '{{"messages": [{{"role": "user", "content": [{{"type": "{}", "text": "Hi"}}]}}], "id": 4}}'

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_peft.adapters.attach import freeze
@@ -173,11 +174,18 @@ def calls_of_a_loss(_: Any) -> dict[tuple[str, int], tuple[list[Call], Tensor]]:
                 freeze(model)
                 for parameter in model.parameters():
                     torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(0))
-                model.decoder.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
+                hidden: list[Tensor] = []
+                model.decoder.register_forward_hook(lambda _, __, output, to=hidden: to.append(output.requires_grad_()))
                 with Recorder(keeps_work=False) as log:
                     losses = _losses(model)
                     (losses * WEIGHTS).sum().backward()
                 found[name, asked] = [one for one in log.entries() if isinstance(one, Call)], losses.detach()
+                if not settings:  # of all ranks' logits, those of real tokens
+                    logits = model.logits_of(hidden[-1].detach().transpose(0, 1).flatten(0, 1))[:, :VOCAB]
+                    expected = cross_entropy(logits, LABELS.flatten(), reduction="none").view(LABELS.shape)
+                    torch.testing.assert_close(losses.detach(), expected)
+            (model,) = build_model_chunks(SHAPE, ModelConfig("none"), parallel)
+            assert model.config.loss_chunk_tokens == loss.chunk_tokens(None, 128), "128 rows of the vocabulary a rank"
     return found
 
 
@@ -203,8 +211,10 @@ def test_a_chunk_has_64_megabytes_of_logits_on_a_rank_or_what_is_asked():
     shape = replace(SHAPE, vocab_size=128256)
     settings = {"pretrained_checkpoint": "m", "mock_data": True, "train_iters": 1, "lr": 1.0, "world_size": 8}
     settings |= {"tensor_model_parallel_size": 8, "global_batch_size": 1, "micro_batch_size": 1}
-    told = loss.loss_summary(make_run(**settings, method="lora"), shape)
-    assert told.startswith("loss: in chunks of 992 tokens, whose float32 logits take 64.0 MB on a rank")
+    told = loss.loss_summary(make_run(**settings, method="lora", seq_length=4096), shape)
+    assert told.startswith("loss: in chunks of 992 tokens, whose float32 logits take 64 MB on a rank")
+    told = loss.loss_summary(make_run(**settings, method="lora", seq_length=512), shape)
+    assert told.startswith("loss: in chunks of 512 tokens, whose float32 logits take 33 MB"), "no microbatch has more"
     for settings in ({"method": "full"}, {"method": "lora", "cross_entropy_chunk_tokens": 0}):
         base = {"pretrained_checkpoint": "m", "mock_data": True, "train_iters": 1, "lr": 1.0}
         assert loss.loss_summary(make_run(**base, **settings), shape) == ""

@@ -409,3 +409,11 @@ def test_the_longest_sequence_is_the_last_that_fits_of_the_model_s_positions(eve
     assert found(peaks[200] + 1) == (200, peaks[200])
     assert found(peaks[192] - 1) == (128, peaks[128])
     assert found(peaks[64] - 1) == (0, peaks[64])
+
+
+def test_the_longest_sequence_divides_over_the_tensor_parallel_ranks(monkeypatch):
+    monkeypatch.setattr(layouts, "record_layers", lambda asked, watch: recorded(alike))
+    alike = [LayersToRecord.of(made_up_run("lora", 512, 8), SMALL)]
+    three = {"tensor_model_parallel_size": 3, "sequence_parallel": True}
+    run, shape = made_up_run("lora", 510, 8, world_size=3, **three), replace(SMALL, max_position_embeddings=1000)
+    assert longest_sequence(run, shape, A100)[0] == 999
