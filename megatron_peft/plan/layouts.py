@@ -284,8 +284,7 @@ def longest_sequence(
     """The longest --seq-length that fits at a run's layout, and what its fullest rank holds, in bytes.
 
     A multiple of `SEQUENCE_STEP` and of the tensor-parallel size, or all of the model's positions (as many as TP
-    divides); 0 if the shortest does not fit, with its bytes. Each length that is tried is recorded, as by `fit`. `watch`
-    counts recordings.
+    divides); 0 if the shortest does not fit, with its bytes. Each length is recorded, as by `fit`; `watch` counts them.
     """
 
     @cache
