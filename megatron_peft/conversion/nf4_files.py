@@ -93,7 +93,14 @@ class NF4Source(Source):
             wanted |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32"}
         odd = [f"{key} {str(state.get(key))[:40]}" for key, value in wanted.items() if state.get(key) != value]
         odd += ["nested_offset"] * (type(state.get("nested_offset", 0.0)) not in (int, float))
-        require(not odd, f"{place} has {', '.join(odd)}, which is not read: blocks of {BLOCK} in NF4 are.")
+        packed = self._stored[name].dtype if name in self._stored else "U8"
+        odd += [f"codes packed as {packed}"] * (packed not in ("U8", "uint8"))
+        require(
+            not odd,
+            f"{place} has {', '.join(odd)}, which is not read: blocks of {BLOCK} in NF4 are, with "
+            f"bnb_4bit_quant_storage uint8. Quantize the model so, or take the one that it was made from, with "
+            f"--base-precision nf4.",
+        )
         num = prod(shape)
         sizes = {name: (num // 2, 1), f"{name}.absmax": (num // BLOCK,)}
         if "nested_offset" in state:

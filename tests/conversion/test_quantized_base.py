@@ -1,6 +1,7 @@
 """A quantized base is read by rows, and its codes are those of the whole matrices, whatever the layout."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -207,22 +208,39 @@ def test_a_folder_of_bitsandbytes_is_read_bit_for_bit_at_any_tensor_parallel_siz
     assert (num_below_0 > 0) == has_output, "scales that were quantized"
 
 
+def _say(tensors: dict[str, Tensor], name: str, **changes: Any) -> None:
+    state = json.loads(bytes(tensors[name + STATE].tolist())) | changes
+    tensors[name + STATE] = torch.tensor([*json.dumps(state).encode()], dtype=torch.uint8)
+
+
+def _pack_in_bf16(tensors: dict[str, Tensor], name: str) -> None:
+    tensors[name] = tensors[name].flatten().view(torch.bfloat16).view(-1, 1)
+
+
+OF_QUANTIZED_SCALES = {"nested_blocksize": 128, "nested_dtype": "bfloat16", "nested_offset": "0"}
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
+        *(
+            (partial(_say, **{key: value}), f"has {key}( {value})?, which is not read")
+            for key, value in OF_QUANTIZED_SCALES.items()
+        ),
         (lambda tensors, name: tensors.pop(f"{name}.absmax"), "missing or of the wrong size: .*absmax"),
         (
             lambda tensors, name: _say(tensors, name, blocksize=128),
-            "has blocksize 128, which is not read: blocks of 64",
+            "has blocksize 128, which is not read: blocks of 64 .* Quantize the model so, or take the one that it",
         ),
+        (_pack_in_bf16, "codes packed as BF16, which is not read: .* bnb_4bit_quant_storage uint8"),
         (lambda tensors, name: _say(tensors, name, quant_type="fp4"), "has quant_type fp4"),
         (lambda tensors, name: _say(tensors, name, shape=[1, -64]), "is not of a matrix in blocks of 64"),
     ],
 )
-def test_a_damaged_folder_of_bitsandbytes_is_refused(nf4_folder, tmp_path, change, told):
+def test_a_folder_of_bitsandbytes_that_is_damaged_or_of_another_form_is_refused(nf4_folder, tmp_path, change, told):
     tensors, name = load_file(nf4_folder / "model.safetensors"), "model.layers.0.mlp.down_proj.weight"
-    if tensors[f"{name}.absmax"].dtype == torch.uint8:
-        pytest.skip("of plain scales")
+    if (tensors[f"{name}.absmax"].dtype == torch.uint8) != ("nested" in told):
+        pytest.skip("of the other kind of scales")
     change(tensors, name)
     save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_bytes((nf4_folder / "config.json").read_bytes())
@@ -230,15 +248,16 @@ def test_a_damaged_folder_of_bitsandbytes_is_refused(nf4_folder, tmp_path, chang
         codes_of_whole(tmp_path, 1, "nf4", read_shape(tmp_path))
 
 
-def _say(tensors: dict[str, Tensor], name: str, **changes: Any) -> None:
-    state = json.loads(bytes(tensors[name + STATE].tolist())) | changes
-    tensors[name + STATE] = torch.tensor([*json.dumps(state).encode()], dtype=torch.uint8)
+OTHERS: list[tuple[str, dict[str, Any]]] = [
+    *((method, {"bits": 4, "load_in_8bit": True}) for method in ("gptq", "awq", "fp8", "bitsandbytes")),
+    ("bitsandbytes", {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}),
+]
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "bitsandbytes"])
-def test_other_quantizations_are_refused_by_name_with_the_way_out(nf4_folder, tmp_path, method):
+@pytest.mark.parametrize(("method", "how"), OTHERS)
+def test_other_quantizations_are_refused_by_name_with_the_way_out(nf4_folder, tmp_path, method, how):
     config = json.loads((nf4_folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": method, "bits": 4, "load_in_8bit": True}
+    config["quantization_config"] = {"quant_method": method, **how}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigurationError, match=f"{method}.*Take the model that they were made from, with --base-pr"):
         read_shape(tmp_path)
