@@ -36,6 +36,7 @@ class QuantizedWeight(nn.Module):
     def __init__(self, precision: str, shape: tuple[int, ...], dtype: torch.dtype, device: Any = None) -> None:
         super().__init__()
         self.precision, self.shape, self.dtype = precision, torch.Size(shape), dtype
+        self.rounded_to = dtype  # of what the codes stand for; a model in float32 can have the numbers of a run in bf16
         (num_rows, width), device = shape, torch.cuda.current_device() if device is None else device
         is_nf4 = precision == "nf4"
         per_byte, kind = (2, torch.uint8) if is_nf4 else (1, torch.float8_e4m3fn)
@@ -66,15 +67,18 @@ class QuantizedWeight(nn.Module):
 
     @torch.no_grad()
     def dense(self, rows: slice = slice(None)) -> Tensor:  # [out, in]
-        """A new matrix in the run's type, or some of its rows. Don't keep it: ask again in backward."""
+        """A new matrix in `dtype`, or some of its rows. Don't keep it: ask again in backward."""
         codes, scales = self.codes[rows], self.scales[rows]
         shape = torch.Size((len(codes), self.shape[1]))
         if self.library is None:
-            return codes.to(self.dtype).view(len(codes), -1, BLOCK).mul_(scales.unsqueeze(-1)).view(shape)
+            blocks = codes.to(self.rounded_to).view(len(codes), -1, BLOCK)
+            return blocks.mul_(scales.unsqueeze(-1)).view(shape).to(self.dtype)
         # Not with a buffer of all layers of a shape: bitsandbytes fills one on GPUs only, and each shape would hold its
         # own for the whole run, where the allocator lends all of them the same memory.
-        state = self.library.QuantState(scales.flatten(), shape, dtype=self.dtype, blocksize=BLOCK, quant_type="nf4")
-        return self.library.dequantize_4bit(codes.view(-1, 1), state)
+        state = self.library.QuantState(
+            scales.flatten(), shape, dtype=self.rounded_to, blocksize=BLOCK, quant_type="nf4"
+        )
+        return self.library.dequantize_4bit(codes.view(-1, 1), state).to(self.dtype)
 
 
 def dense(weight: Tensor) -> Tensor:

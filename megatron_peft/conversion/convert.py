@@ -21,13 +21,18 @@ from torch import Size, Tensor
 from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter, WriteItem, filesystem, metadata, planner
 from torch.utils.serialization import config as serialization_config
 
-from megatron_peft.adapters.quantized_weight import trained_values
 from megatron_peft.checkpoint.folders import MANIFEST, OPTIMIZER_FILE, RECORD, check_new, megatron_files, new_folder
 from megatron_peft.checkpoint.run_record import read_record
 from megatron_peft.config import ConfigurationError, ModelConfig, require
 from megatron_peft.conversion import hf_files, model_card, trained_adapters
 from megatron_peft.conversion.megatron_files import OUTPUT
-from megatron_peft.conversion.pretrained import Weights, open_weights, owned_rules, read_model_shape
+from megatron_peft.conversion.pretrained import (
+    Weights,
+    open_weights,
+    owned_rules,
+    read_model_shape,
+    read_trained_values,
+)
 from megatron_peft.conversion.writer import (
     DEFAULT_SHARD_BYTES,
     DirectFile,
@@ -353,9 +358,11 @@ def merge(
         if not (is_adapted or is_rounded):
             return _tensors(rule, weights)
         whole = torch.empty(rule.local_shape(1), dtype=torch.promote_types(stored, torch.float32))
-        weights.read(rule, whole, 0, 1)
         if is_rounded:
-            whole = trained_values(whole, precision, torch.bfloat16 if model.bf16 else torch.float32)
+            run_dtype = torch.bfloat16 if model.bf16 else torch.float32
+            whole.copy_(read_trained_values(rule, weights, precision, run_dtype))
+        else:
+            weights.read(rule, whole, 0, 1)
         return rule.write([module.merge(whole, adapters.of(layer), peft) if is_adapted else whole])
 
     card = model_card.Exported(

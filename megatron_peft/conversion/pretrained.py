@@ -14,12 +14,12 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
-from megatron_peft.adapters.quantized_weight import stored_tensors
+from megatron_peft.adapters.quantized_weight import QuantizedWeight, stored_tensors
 from megatron_peft.checkpoint import folders, load, run_record
 from megatron_peft.config import LINEAR_MODULES, ConfigurationError, RunConfig, require, require_packages
 from megatron_peft.conversion.hf_files import CONFIG, ReadCounts, Source, check_inventory, open_source, row_ranges
 from megatron_peft.conversion.megatron_files import OUTPUT, MegatronWeights, open_megatron
-from megatron_peft.conversion.nf4_files import unpacked
+from megatron_peft.conversion.nf4_files import NF4Source, unpacked
 from megatron_peft.conversion.writer import byte_bar
 from megatron_peft.models.families import read_shape, rules_for
 from megatron_peft.models.rules import Columns, RowRange, Rule, expected_tensors
@@ -296,26 +296,35 @@ class _Reader:
         group = self.group if isinstance(rule, Columns) and self.size > 1 else None
         if quantized is not None:
             for rows, own in _some_rows(rule, parameter, self.rank, self.size):
+                source = self.weights
+                if isinstance(source, NF4Source) and quantized.precision == "nf4" and rows.name in source.in_codes:
+                    self._read_rows(source.read_codes, rule, rows, quantized.codes[own], group)
+                    self._read_rows(source.read_scales, rule, rows, quantized.scales[own], group)
+                    continue
                 values = torch.empty((own.stop - own.start, quantized.shape[1]), device=quantized.codes.device)
-                self._read_rows(rule, rows, values, group)
+                self._read_rows(source.read_rows, rule, rows, values, group)
                 quantized.fill_rows(own, values)
             for tensor in stored_tensors(parameter):
                 rule.clear_padding(tensor, self.rank)
         elif group is not None and self.weights.holds_whole_rows(rule, parameter.dtype):
             rows = slice(0, len(parameter))
-            self._read_rows(rule, RowRange(rule.hf_tensors[0].name, rows, rows), parameter.detach(), group)
+            there = RowRange(rule.hf_tensors[0].name, rows, rows)
+            self._read_rows(self.weights.read_rows, rule, there, parameter.detach(), group)
         else:
             self._read(self.weights.read, rule, parameter.detach(), self.rank, self.size)
 
-    def _read_rows(self, rule: Rule, rows: RowRange, values: Tensor, group: dist.ProcessGroup | None) -> None:
+    def _read_rows(
+        self, how: Callable[..., None], rule: Rule, rows: RowRange, values: Tensor, group: dist.ProcessGroup | None
+    ) -> None:
         """Fill `values` with some rows, or a rank's columns of them; the ranks of a group read them for one another."""
         share = slice(0, len(values)) if group is None else share_of_rows(len(values), self.rank, self.size)
         starts = rows.hf.start + share.start, rows.megatron.start + share.start
-        num_rows, width = share.stop - share.start, rule.hf_tensors[0].shape[1]
+        num_rows = share.stop - share.start
+        width = values.shape[1] * (self.size if isinstance(rule, Columns) else 1)
         whole = torch.empty((num_rows, width), dtype=values.dtype)  # on the host
         if num_rows:
             some = RowRange(rows.name, *(slice(at, at + num_rows) for at in starts))
-            self._read(self.weights.read_rows, rule, some, whole)
+            self._read(how, rule, some, whole)
         if group is not None:
             columns_from_rows_over_tensor_parallel(whole, values, group)
         else:
@@ -332,6 +341,16 @@ class _Reader:
     def raise_failure(self) -> None:
         if self.failure is not None:
             raise self.failure
+
+
+def read_trained_values(rule: Rule, weights: Weights, precision: str, dtype: torch.dtype) -> Tensor:  # [out, in]
+    """What a run in `dtype` with this --base-precision computes with, in `dtype`."""
+    weight: Any = nn.Parameter(torch.empty(rule.local_shape(1), device="meta"), requires_grad=False)
+    weight.quantized = QuantizedWeight(precision, weight.shape, dtype, "cpu")
+    reader = _Reader(weights, 0, 1, None)
+    reader.fill(rule, weight)
+    reader.raise_failure()
+    return weight.quantized.dense()
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from megatron_peft.adapters.quantized_weight import QuantizedWeight
 from megatron_peft.checkpoint import folders, load, run_record
 from megatron_peft.config import ConfigurationError, ModelConfig, ParallelConfig, require, sources, untrusted
 from megatron_peft.conversion import hf_files, lora_approximation, trained_adapters
@@ -200,7 +201,10 @@ def _trace_ours(
     shape = read_model_shape(base)
     with _our_model(shape, base, **quantization) as chunk:
         if adapters is not None:
-            attach_adapters([chunk], adapters[1].config.peft, adapters[1].config.training.seed)
+            config = adapters[1].config
+            attach_adapters([chunk], config.peft, config.training.seed)
+            for weight in (module for module in chunk.modules() if isinstance(module, QuantizedWeight)):
+                weight.rounded_to = torch.bfloat16 if config.model.bf16 else torch.float32
         load_pretrained([chunk], base, shape, tensor_parallel_rank=0, tensor_parallel_size=1, progress=True)
         if adapters is not None:
             load.load_trained_parameters([chunk], adapters[0])

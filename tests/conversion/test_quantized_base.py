@@ -1,6 +1,7 @@
 """A quantized base is read by rows, and its codes are those of the whole matrices, whatever the layout."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 import transformers
+from megatron.core import parallel_state
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,13 +20,15 @@ from megatron_peft.conversion import pretrained
 from megatron_peft.conversion.convert import hf_to_megatron
 from megatron_peft.conversion.megatron_files import OUTPUT
 from megatron_peft.conversion.nf4_files import STATE
-from megatron_peft.conversion.pretrained import base_parameters, load_pretrained
+from megatron_peft.conversion.pretrained import base_parameters, load_pretrained, open_weights, read_trained_values
 from megatron_peft.models.families import read_shape, rules_for
 from megatron_peft.models.gpt import build_model_chunks
 from megatron_peft.models.rules import Columns
 from megatron_peft.models.shape import ModelShape
+from megatron_peft.runtime.launch import start_model_parallel, start_world, stop
 from tests.conversion.megatron_folders import global_tensors, save_distributed, save_random, stage
 from tests.one_rank import one_rank
+from tests.ranks import run_ranks
 from tests.tiny_llama import save_llama
 
 # Heads and MLP of whole blocks on two, three and four ranks; head_dim is not hidden / heads.
@@ -150,12 +154,21 @@ def test_no_weight_is_ever_there_in_full_precision(folders, precision):
 
 @pytest.fixture(scope="module", params=[False, True], ids=["plain scales", "quantized scales"])
 def nf4_folder(request, tmp_path_factory) -> Path:
-    """A small Llama that transformers has quantized and saved; the second with its output layer."""
+    """A small Llama that transformers has quantized and saved; the second with its output layer.
+
+    With a block of zeros, large blocks and small ones: quantized scales of the small ones are below 0.
+    """
     place = tmp_path_factory.mktemp("nf4")
     sizes = {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 1, "num_attention_heads": 12}
     base = save_llama(
         place / "base", **sizes, num_key_value_heads=12, head_dim=64, attention_bias=False, mlp_bias=False
     )
+    weights = load_file(base / "model.safetensors")
+    for name in (name for name in weights if name.endswith("_proj.weight")):
+        weights[name][3, :64] = 0
+        weights[name][5] *= 20
+        weights[name][:, 64:128] *= 0.02
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
     how = transformers.BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -171,6 +184,7 @@ def test_a_folder_of_bitsandbytes_is_read_bit_for_bit_at_any_tensor_parallel_siz
     shape = read_shape(nf4_folder)
     stored = load_file(nf4_folder / "model.safetensors")
     has_output = stored["lm_head.weight"].dtype == torch.uint8
+    num_below_0 = 0
     for size in (1, 2, 3, 4):
         found = codes_of_whole(nf4_folder, size, "nf4", shape)
         for name, module, rows in (
@@ -188,33 +202,10 @@ def test_a_folder_of_bitsandbytes_is_read_bit_for_bit_at_any_tensor_parallel_siz
             absmax = state.absmax
             if state.nested:
                 absmax = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset
+                num_below_0 += int((absmax < 0).sum())
             assert torch.equal(codes.flatten(), stored[prefix].flatten()), (name, size)
             assert torch.equal(scales.view(torch.float32).flatten(), absmax), (name, size)
-
-
-@pytest.mark.parametrize(
-    ("change", "told"),
-    [
-        (lambda tensors, name: tensors[f"{name}.absmax"].fill_(-1.0), "blocks .* that bitsandbytes does not make"),
-        (lambda tensors, name: tensors[name].fill_(0x77), "blocks .* that bitsandbytes does not make"),
-        (lambda tensors, name: tensors.pop(f"{name}.absmax"), "missing or of the wrong size: .*absmax"),
-        (
-            lambda tensors, name: _say(tensors, name, blocksize=128),
-            "has blocksize 128, which is not read: blocks of 64",
-        ),
-        (lambda tensors, name: _say(tensors, name, quant_type="fp4"), "has quant_type fp4"),
-        (lambda tensors, name: _say(tensors, name, shape=[1, -64]), "is not of a matrix in blocks of 64"),
-    ],
-)
-def test_a_damaged_folder_of_bitsandbytes_is_refused(nf4_folder, tmp_path, change, told):
-    tensors, name = load_file(nf4_folder / "model.safetensors"), "model.layers.0.mlp.down_proj.weight"
-    if tensors[f"{name}.absmax"].dtype == torch.uint8:
-        pytest.skip("of plain scales")
-    change(tensors, name)
-    save_file(tensors, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_bytes((nf4_folder / "config.json").read_bytes())
-    with pytest.raises(ConfigurationError, match=told):
-        codes_of_whole(tmp_path, 1, "nf4", read_shape(tmp_path))
+    assert (num_below_0 > 0) == has_output, "scales that were quantized"
 
 
 def _say(tensors: dict[str, Tensor], name: str, **changes: Any) -> None:
@@ -222,10 +213,51 @@ def _say(tensors: dict[str, Tensor], name: str, **changes: Any) -> None:
     tensors[name + STATE] = torch.tensor([*json.dumps(state).encode()], dtype=torch.uint8)
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "bitsandbytes"])
-def test_other_quantizations_are_refused_by_name_with_the_way_out(nf4_folder, tmp_path, method):
+def _pack_in_bf16(tensors: dict[str, Tensor], name: str) -> None:
+    tensors[name] = tensors[name].flatten().view(torch.bfloat16).view(-1, 1)
+
+
+OF_QUANTIZED_SCALES = {"nested_blocksize": 128, "nested_dtype": "bfloat16", "nested_offset": "0"}
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        *(
+            (partial(_say, **{key: value}), f"has {key}( {value})?, which is not read")
+            for key, value in OF_QUANTIZED_SCALES.items()
+        ),
+        (lambda tensors, name: tensors.pop(f"{name}.absmax"), "missing or of the wrong size: .*absmax"),
+        (
+            lambda tensors, name: _say(tensors, name, blocksize=128),
+            "has blocksize 128, which is not read: blocks of 64 .* Quantize the model so, or take the one that it",
+        ),
+        (_pack_in_bf16, "codes packed as BF16, which is not read: .* bnb_4bit_quant_storage uint8"),
+        (lambda tensors, name: _say(tensors, name, quant_type="fp4"), "has quant_type fp4"),
+        (lambda tensors, name: _say(tensors, name, shape=[1, -64]), "is not of a matrix in blocks of 64"),
+    ],
+)
+def test_a_folder_of_bitsandbytes_that_is_damaged_or_of_another_form_is_refused(nf4_folder, tmp_path, change, told):
+    tensors, name = load_file(nf4_folder / "model.safetensors"), "model.layers.0.mlp.down_proj.weight"
+    if (tensors[f"{name}.absmax"].dtype == torch.uint8) != ("nested" in told):
+        pytest.skip("of the other kind of scales")
+    change(tensors, name)
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((nf4_folder / "config.json").read_bytes())
+    with pytest.raises(ConfigurationError, match=told):
+        codes_of_whole(tmp_path, 1, "nf4", read_shape(tmp_path))
+
+
+OTHERS: list[tuple[str, dict[str, Any]]] = [
+    *((method, {"bits": 4, "load_in_8bit": True}) for method in ("gptq", "awq", "fp8", "bitsandbytes")),
+    ("bitsandbytes", {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}),
+]
+
+
+@pytest.mark.parametrize(("method", "how"), OTHERS)
+def test_other_quantizations_are_refused_by_name_with_the_way_out(nf4_folder, tmp_path, method, how):
     config = json.loads((nf4_folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": method, "bits": 4, "load_in_8bit": True}
+    config["quantization_config"] = {"quant_method": method, **how}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigurationError, match=f"{method}.*Take the model that they were made from, with --base-pr"):
         read_shape(tmp_path)
@@ -245,9 +277,60 @@ def test_an_output_layer_that_it_holds_in_codes_is_read_as_their_numbers(nf4_fol
 
 
 def test_what_is_made_of_it_says_nothing_of_a_quantization(nf4_folder, tmp_path):
-    """Megatron's format holds the matrices; read again they have the same codes."""
+    """Megatron's format holds the numbers that the codes stand for."""
     shape = read_shape(nf4_folder)
     hf_to_megatron(nf4_folder, tmp_path / "megatron", progress=False)
     assert "quantization_config" not in json.loads((tmp_path / "megatron" / "config.json").read_text())
-    there, again = (codes_of_whole(folder, 1, "nf4", shape) for folder in (nf4_folder, tmp_path / "megatron"))
-    assert all(map(torch.equal, there[name], again[name]) for name in there)
+    there, again = stage(shape, 1, range(1)), stage(shape, 1, range(1))
+    for chunk, folder in ((there, nf4_folder), (again, tmp_path / "megatron")):
+        load_pretrained([chunk], folder, shape, tensor_parallel_rank=0, tensor_parallel_size=1, progress=False)
+    pairs = zip(there.parameters(), again.parameters(), strict=True)
+    assert all(torch.equal(*pair) and pair[0].any() for pair in pairs)
+
+
+def same_when_read_together(folder: Path) -> list[str]:
+    """Started on two ranks that read for one another: names of weights whose codes and scales are those of reading
+    alone.
+    """
+    shape, found = read_shape(folder), {}
+    start_world()
+    start_model_parallel(ParallelConfig(2, world_size=2), seed=1)
+    for together in (True, False):
+        chunk = quantized_stage(2, "nf4", shape)
+        load_pretrained(
+            [chunk],
+            folder,
+            shape,
+            tensor_parallel_rank=parallel_state.get_tensor_model_parallel_rank(),
+            tensor_parallel_size=2,
+            progress=False,
+            together=together,
+        )
+        found[together] = {name: one.quantized for name, one in base_parameters(chunk) if is_quantized(name)}
+    stop()
+    return [
+        name
+        for name, one in found[True].items()
+        if all(torch.equal(getattr(one, part), getattr(found[False][name], part)) for part in ("codes", "scales"))
+    ]
+
+
+@pytest.fixture(scope="module")
+def same_on_each_rank(nf4_folder) -> list[list[str]]:
+    return run_ranks(2, same_when_read_together, nf4_folder)
+
+
+def test_its_codes_are_the_same_when_ranks_read_for_one_another(same_on_each_rank):
+    assert [len(same) for same in same_on_each_rank] == [5, 5]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_merge_starts_from_what_a_run_on_its_codes_computes_with(nf4_folder, dtype):
+    shape, stored = read_shape(nf4_folder), load_file(nf4_folder / "model.safetensors")
+    rules, weights = open_weights(nf4_folder, shape)
+    values = read_trained_values(rules["decoder.layers.0.mlp.linear_fc2.weight"], weights, "nf4", dtype)
+    prefix = "model.layers.0.mlp.down_proj.weight"
+    beside = {key.removeprefix(f"{prefix}."): x for key, x in stored.items() if key.startswith(f"{prefix}.")}
+    state = bnb.QuantState.from_dict(beside, device=torch.device("cpu"))
+    state.dtype = dtype
+    assert torch.equal(values, bnb.dequantize_4bit(stored[prefix], state))

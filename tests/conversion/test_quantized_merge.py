@@ -59,6 +59,14 @@ def test_merged_into_the_trained_values_it_computes_what_the_run_did(run, tmp_pa
     )
 
 
+@pytest.mark.parametrize("precision", ["nf4", "fp8"])
+def test_of_a_run_in_bf16_they_are_the_values_that_bf16_rounds_to(run, tmp_path, precision):
+    model = read_record(find_checkpoint(run)).config.model
+    in_bf16 = copy_run(run, tmp_path / "bf16", with_config(model=replace(model, bf16=True, base_precision=precision)))
+    merge(in_bf16, tmp_path / "values", into="trained-values", num_tokens=0, progress=False)
+    assert verify(in_bf16, tmp_path / "values").logits.relative < 1e-5
+
+
 def test_layers_without_an_adapter_are_rounded_too_and_nothing_else_is(run, tmp_path):
     model = read_record(find_checkpoint(run)).config.model
     of_layers = copy_run(run, tmp_path / "layers", with_config(model=replace(model, quantize_output_layer=False)))
