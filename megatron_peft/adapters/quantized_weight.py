@@ -47,10 +47,6 @@ class QuantizedWeight(nn.Module):
             require_packages("nf4", "bitsandbytes")
             self.library = import_module("bitsandbytes.functional")
 
-    @property
-    def nbytes(self) -> int:
-        return self.codes.nbytes + self.scales.nbytes
-
     @torch.no_grad()
     def fill_rows(self, rows: slice, values: Tensor) -> None:  # [rows, in], float32
         """Quantize some rows."""

@@ -24,7 +24,8 @@ _num_tokens = partial(
     option,
     None,
     "compare the output's logits with the run's on two sequences of N random tokens, with the model in memory in "
-    "float32; 0: do not (default: 64 with --as-lora and after a run with --base-precision, else 0)",
+    "float32; 0: do not (default: 64 with --as-lora, and after a run with --base-precision if the model takes at most "
+    "half of the memory that is left, else 0)",
     check="not_negative",
 )
 

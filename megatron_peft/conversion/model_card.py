@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from megatron_peft.checkpoint.folders import check_new
 from megatron_peft.checkpoint.run_record import ADAPTER_CONFIG, RunRecord, find_checkpoint, read_record
 from megatron_peft.config import ConfigurationError, errors, require, sources, untrusted
 from megatron_peft.conversion.verify import verify
-from megatron_peft.models.families import family_of
+from megatron_peft.models.families import family_of, rules_for
+from megatron_peft.models.rules import expected_tensors
 
 CARD = "README.md"
 LICENSE = re.compile(r"[A-Za-z0-9][\w.+-]*")  # the hub's identifiers are single words
@@ -31,6 +33,7 @@ LICENSE_FIELDS = ("license", "license_name", "license_link")
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values that --max-lora-rank of `vllm serve` takes
 MERGED_INTO = {"original": "its original weights", "trained-values": "the values that it was trained on"}
 NUM_TOKENS = 64
+MEMORY = Path("/proc/meminfo")
 NO_BASE = "HUGGING_FACE_BASE"  # where the base has no folder that others open
 
 
@@ -98,9 +101,19 @@ def write_card(folder: Path, exported: Exported) -> None:
 def add_logits(exported: Exported, num_tokens: int | None) -> None:
     """Add to the card what `verify` finds of the run and the finished export, or print why it finds nothing.
 
-    num_tokens: of each of two sequences; 0: add nothing; None: NUM_TOKENS of a run on a quantized base, else 0.
+    num_tokens: of each of two sequences; 0: add nothing; None: NUM_TOKENS of a run on a quantized base if the model in
+        float32 has room, else 0.
     """
     if num_tokens is None and exported.record.config.model.base_precision != "run":
+        needed = 4 * sum(map(prod, expected_tensors(rules_for(exported.record.shape)).values()))
+        available = _available_bytes()
+        if available is not None and needed > available / 2:
+            print(
+                f"The model card says nothing of logits: the model in float32 has {needed / 1e9:,.1f} GB, more than "
+                f"half of the {available / 1e9:,.1f} GB that this machine has left. --num-tokens {NUM_TOKENS} does it "
+                f"nevertheless; megatron-peft convert verify compares the finished folder with the run elsewhere."
+            )
+            return
         num_tokens = NUM_TOKENS
     if not num_tokens:
         return
@@ -114,6 +127,12 @@ def add_logits(exported: Exported, num_tokens: int | None) -> None:
     rows = ("adapters on what they were trained on", of_trained), ("adapters on the original weights", of_original)
     with (exported.output / CARD).open("a", encoding="utf-8") as card:
         card.write(f"\n## Logits\n\nOn random tokens, compared with the run's own:\n\n{_table(rows)}\n")
+
+
+def _available_bytes() -> int | None:
+    """Memory that the machine can give without swapping; None where it does not say."""
+    found = re.search(r"^MemAvailable: +(\d+) kB", MEMORY.read_text(), re.M) if MEMORY.exists() else None
+    return 1024 * int(found[1]) if found else None
 
 
 def serving_lines(output: Path, input: str | Path) -> str:

@@ -8,7 +8,7 @@ from torch import nn
 from megatron_peft.adapters.frozen_linear import FrozenLinearCall, frozen_linear
 from megatron_peft.adapters.hybrid import frozen_linear_mixed
 from megatron_peft.adapters.low_rank_linear import frozen_linear_plus_low_rank
-from megatron_peft.adapters.quantized_weight import QuantizedWeight, dense
+from megatron_peft.adapters.quantized_weight import QuantizedWeight, dense, stored_tensors
 from megatron_peft.adapters.rotated_linear import frozen_linear_rotated
 from megatron_peft.runtime import cpu
 from tests.adapters.many_ranks import TensorParallelPlace as Place
@@ -56,8 +56,19 @@ def test_fp8_rounds_each_number_to_its_four_bits_at_the_scale_of_its_block(dtype
 
 @pytest.mark.parametrize(("precision", "most"), [("nf4", 0.285), ("fp8", 0.535)])
 def test_bytes_over_those_in_bf16(precision, most):
-    weight = quantized(draw(OUT, IN), precision, torch.bfloat16)
-    assert weight.quantized.nbytes / (OUT * IN * 2) <= most
+    held = stored_tensors(quantized(draw(OUT, IN), precision, torch.bfloat16))
+    assert len(held) == 2 and sum(tensor.nbytes for tensor in held) / (OUT * IN * 2) <= most
+
+
+def test_fp8_codes_of_a_small_matrix():
+    """The largest of a block has the largest code, 448; 3.5 times it is 1568. Between 208 and 224 stands no number."""
+    block = torch.zeros(64)
+    block[:5] = torch.tensor([1568.0, -784.0, 3.5, 740.0, -760.0])
+    weight = quantized(torch.stack([block, -block / 7] * 3), "fp8")
+    codes = weight.quantized.codes.float()
+    assert codes[0, :5].tolist() == [448.0, -224.0, 1.0, 208.0, -224.0]
+    assert all(torch.equal(row, codes[0] * (-1) ** at) for at, row in enumerate(codes)) and not codes[:, 5:].any()
+    assert weight.quantized.scales.flatten().tolist() == [3.5, 0.5] * 3
 
 
 D = draw(OUT // GROUP, GROUP, GROUP) * 0.05

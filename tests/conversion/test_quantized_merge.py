@@ -1,6 +1,7 @@
 """Adapters that were trained on a quantized base are merged into its weights, or into what those were rounded to."""
 
 import re
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from megatron_peft.checkpoint.run_record import find_checkpoint, read_record
 from megatron_peft.checkpoint.save import draft_checkpoint
 from megatron_peft.commands.convert import main
 from megatron_peft.config import ConfigurationError
+from megatron_peft.conversion import model_card
 from megatron_peft.conversion.convert import merge
 from megatron_peft.conversion.model_card import CARD
 from megatron_peft.conversion.peft_export import export_adapter, export_as_lora
@@ -100,6 +102,28 @@ def test_the_card_of_a_merged_model_has_what_verify_finds(run, tmp_path, into, c
     assert differences(tmp_path / "none") == [] and "Logits" not in (tmp_path / "none" / CARD).read_text()
 
 
+def test_a_model_that_has_no_room_is_compared_only_if_that_is_asked_for(run, tmp_path, capsys, monkeypatch):
+    (tmp_path / "meminfo").write_text("MemTotal: 9999999 kB\nMemAvailable:     100 kB\n")
+    monkeypatch.setattr(model_card, "MEMORY", tmp_path / "meminfo")
+    merge(run, tmp_path / "no room", progress=False)
+    told = "the model in float32 has 0.0 GB, more than half of the 0.0 GB that this machine has left"
+    output = capsys.readouterr().out
+    assert told in output and "--num-tokens 64 does it nevertheless" in output
+    assert differences(tmp_path / "no room") == []
+    merge(run, tmp_path / "asked", num_tokens=8, progress=False)
+    assert len(differences(tmp_path / "asked")) == 2
+
+
+def test_the_card_is_made_with_a_base_that_has_moved(run, tmp_path):
+    shutil.copytree(run.parent / "bases" / "base", tmp_path / "moved")
+    elsewhere = with_config(
+        model=replace(read_record(find_checkpoint(run)).config.model, pretrained_checkpoint=str(tmp_path / "gone"))
+    )
+    moved = copy_run(run, tmp_path / "run", elsewhere)
+    merge(moved, tmp_path / "merged", pretrained_checkpoint=tmp_path / "moved", progress=False)
+    assert len(differences(tmp_path / "merged")) == 2
+
+
 def test_the_card_of_an_adapter_has_what_verify_finds_or_it_is_said_why_not(run, tmp_path, capsys, monkeypatch):
     """HF PEFT puts it on the original weights."""
     of_values, of_original = differences(export_adapter(run, tmp_path / "adapter"))
@@ -119,7 +143,7 @@ def test_a_run_on_a_base_as_it_is_has_no_other_values(run, tmp_path):
         merge(plain, tmp_path / "values", into="trained-values", progress=False)
     merge(plain, tmp_path / "original", progress=False)
     assert differences(tmp_path / "original") == []
-    merge(plain, tmp_path / "compared", num_tokens=8, progress=False)
+    merge(plain, tmp_path / "compared", num_tokens=1000, progress=False)  # its sequences have 256
     assert len(differences(tmp_path / "compared")) == 1
     assert verify(plain, tmp_path / "original").on_original is None
     assert "base while it was trained" not in (tmp_path / "original" / CARD).read_text()
