@@ -201,7 +201,7 @@ def _alone(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # 
 
 
 def _precision(config: Any) -> str:
-    """By --base-precision. The configuration of another program does not know it."""
+    """The --base-precision. The configuration of another program does not know it."""
     return getattr(config, "base_precision", "run")
 
 

@@ -35,9 +35,10 @@ def run(settings: ExperimentSettings) -> int:
     """Exit code 1 when a cell failed, 130 when it was interrupted."""
     from rich.console import Console
 
+    from megatron_peft.experiment.cells import check_flags, groups
     from megatron_peft.experiment.process import script
     from megatron_peft.experiment.runner import run_experiment, table
-    from megatron_peft.experiment.spec import check_flags, groups, read_experiment
+    from megatron_peft.experiment.spec import read_experiment
 
     experiment = read_experiment(settings.experiment)
     all_groups = groups(experiment)

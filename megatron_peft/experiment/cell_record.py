@@ -20,7 +20,8 @@ from typing import Any
 from megatron_peft.checkpoint.folders import write_atomically
 from megatron_peft.config import ConfigurationError
 from megatron_peft.config.untrusted import read_json_object
-from megatron_peft.experiment.spec import AREA, TEST_LOSS, VALIDATION_LOSS, Cell, ScoreSpec
+from megatron_peft.experiment.cells import Cell
+from megatron_peft.experiment.spec import AREA, TEST_LOSS, VALIDATION_LOSS, ScoreSpec
 from megatron_peft.training.metrics import finite
 
 CELLS = "cells"

@@ -20,7 +20,8 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader
 
 from megatron_peft.config import require
-from megatron_peft.experiment.spec import Cell, Experiment, Group, ScoreSpec
+from megatron_peft.experiment.cells import Cell, Group
+from megatron_peft.experiment.spec import Experiment, ScoreSpec
 
 PROGRAM = ("-m", "megatron_peft", "train")
 TRACKER = "latest_checkpointed_iteration.txt"

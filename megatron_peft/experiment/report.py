@@ -17,8 +17,9 @@ from matplotlib.figure import Figure
 from megatron_peft.checkpoint.folders import write_atomically
 from megatron_peft.config import ConfigurationError
 from megatron_peft.experiment import contrasts, plots, tables
+from megatron_peft.experiment.cells import command_line
 from megatron_peft.experiment.results import Result, Results
-from megatron_peft.experiment.spec import command_line, span
+from megatron_peft.experiment.spec import span
 from megatron_peft.experiment.tables import BEST, Row, Table, format_number
 
 PAGE = "page.html.jinja"

@@ -10,10 +10,11 @@ from statistics import mean
 from typing import Literal, NamedTuple
 
 from megatron_peft.config import ConfigurationError, require
-from megatron_peft.experiment import cell_record, spec
+from megatron_peft.experiment import cell_record, cells, spec
 from megatron_peft.experiment.cell_record import CellRecord
+from megatron_peft.experiment.cells import Cell, Group
 from megatron_peft.experiment.process import has_checkpoint
-from megatron_peft.experiment.spec import VALIDATION_LOSS, Cell, Choice, Experiment, FlagValues, Group, ScoreSpec
+from megatron_peft.experiment.spec import VALIDATION_LOSS, Choice, Experiment, FlagValues, ScoreSpec
 
 MOST_MISFITS = 3  # in an error
 
@@ -185,7 +186,7 @@ def read_results(folder: Path, experiment_file: Path | None = None) -> Results:
     file = experiment_file or folder / spec.EXPERIMENT_FILE
     require(file.exists(), f"{file} is not there: name the experiment's YAML file with --experiment.")
     experiment = spec.read_experiment(file)
-    of_groups = tuple(progress(folder, group) for group in spec.groups(experiment))
+    of_groups = tuple(progress(folder, group) for group in cells.groups(experiment))
     if problems := [
         f"{path} does not belong to {file}: {'; '.join(differences)}. Remove it and run megatron-peft "
         f"experiment, which runs it again, or name the file that it came from with --experiment."

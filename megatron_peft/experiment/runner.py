@@ -27,9 +27,10 @@ from megatron_peft.config import ConfigurationError
 from megatron_peft.config.untrusted import read_json
 from megatron_peft.experiment import cell_record, process
 from megatron_peft.experiment.cell_record import CellRecord
+from megatron_peft.experiment.cells import Cell, Group
 from megatron_peft.experiment.contrasts import contrast_digests
 from megatron_peft.experiment.results import Work, progress, work
-from megatron_peft.experiment.spec import EXPERIMENT_FILE, Cell, Experiment, Group, ScoreSpec
+from megatron_peft.experiment.spec import EXPERIMENT_FILE, Experiment, ScoreSpec
 from megatron_peft.training.metrics import ITEMS_FILE, METRICS_FILE, read_metrics
 
 POLL_SECONDS = 0.2

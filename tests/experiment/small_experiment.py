@@ -5,7 +5,8 @@ from typing import Any
 
 import yaml
 
-from megatron_peft.experiment.spec import Experiment, Group, groups, read_experiment
+from megatron_peft.experiment.cells import Group, groups
+from megatron_peft.experiment.spec import Experiment, read_experiment
 
 FAKE_TRAINING = (str(Path(__file__).with_name("fake_training.py")),)
 

@@ -9,9 +9,10 @@ import pytest
 
 from megatron_peft.experiment import cell_record
 from megatron_peft.experiment.cell_record import CellRecord, of_cell, source_of, write_record
+from megatron_peft.experiment.cells import Cell
 from megatron_peft.experiment.report import build_report, markdown
 from megatron_peft.experiment.results import Results, read_results
-from megatron_peft.experiment.spec import EXPERIMENT_FILE, Cell
+from megatron_peft.experiment.spec import EXPERIMENT_FILE
 from tests.experiment.small_experiment import content, experiment
 
 METHODS = {

@@ -23,9 +23,9 @@ from megatron_peft.experiment.cell_record import (
     write_record,
 )
 from megatron_peft.experiment.cell_record import test_loss as loss_of_test
+from megatron_peft.experiment.cells import Cell, Group
 from megatron_peft.experiment.process import TRACKER, checkpoints_folder
 from megatron_peft.experiment.results import Result, progress, work
-from megatron_peft.experiment.spec import Cell, Group
 from tests.experiment.small_experiment import experiment
 from tests.recorded_calls import recorded_calls
 

@@ -12,6 +12,7 @@ from scipy.stats import ttest_rel
 
 from megatron_peft.experiment import contrasts
 from megatron_peft.experiment.cell_record import CellRecord, of_cell, source_of, write_record
+from megatron_peft.experiment.cells import Cell
 from megatron_peft.experiment.contrasts import (
     answers,
     bootstrap,
@@ -23,7 +24,7 @@ from megatron_peft.experiment.contrasts import (
 )
 from megatron_peft.experiment.report import build_report, html, markdown
 from megatron_peft.experiment.results import Results, read_results
-from megatron_peft.experiment.spec import EXPERIMENT_FILE, Cell
+from megatron_peft.experiment.spec import EXPERIMENT_FILE
 from tests.experiment.small_experiment import experiment
 
 RATES = {"grid": {"lr": [0.1, 0.2, 0.4]}}

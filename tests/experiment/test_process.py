@@ -17,8 +17,9 @@ import pytest
 
 from megatron_peft.config import ConfigurationError
 from megatron_peft.experiment import process
+from megatron_peft.experiment.cells import Cell
 from megatron_peft.experiment.process import script
-from megatron_peft.experiment.spec import Cell, ScoreSpec
+from megatron_peft.experiment.spec import ScoreSpec
 from tests.experiment.small_experiment import content, experiment
 from tests.time_limits import seconds, wait_until
 

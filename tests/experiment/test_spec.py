@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from megatron_peft.config import ConfigurationError
-from megatron_peft.experiment.spec import Contrast, check_flags, command_line, groups, read_experiment
+from megatron_peft.experiment.cells import check_flags, command_line, groups
+from megatron_peft.experiment.spec import Contrast, read_experiment
 from tests.experiment.small_experiment import experiment, write
 
 ROOT = Path(__file__).parents[2]
