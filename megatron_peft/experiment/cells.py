@@ -12,8 +12,10 @@ from typing import Any
 from megatron_peft.cli.parser import read_config
 from megatron_peft.config import ConfigurationError, PeftConfig
 from megatron_peft.config import flag as dashed
-from megatron_peft.experiment.spec import MOST_ADDED, Choice, Experiment, FlagValues
+from megatron_peft.experiment.spec import Choice, Experiment, FlagValues
 from megatron_peft.models.families import read_shape
+
+MOST_ADDED = 6  # values that a rate's grid may gain on a side
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,6 @@ VALID_DATA = "valid-data-path"
 VALIDATED = {VALID_DATA, "data-path"}  # either gives a validation loss
 ITEMS = "log-validation-items"  # the flag that keeps the loss of each validation sample
 VALIDATION_LOSS, TEST_LOSS, AREA = "validation loss", "test loss", "area"  # metrics of every task: lower is better
-MOST_ADDED = 6  # values that a rate's grid may gain on a side
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from megatron_peft.checkpoint.folders import FolderLock
 from megatron_peft.config import ConfigurationError
-from megatron_peft.experiment import process, runner, spec
+from megatron_peft.experiment import process, runner
 from megatron_peft.experiment.cell_record import file_digest, of_cell, write_record
 from megatron_peft.experiment.contrasts import contrast_digests
 from megatron_peft.experiment.results import Work, progress
@@ -140,7 +140,7 @@ def test_a_rate_that_diverges_ends_the_growth_and_is_not_run_again(tmp_path: Pat
 
 
 def test_a_rate_that_is_not_tuned_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spec, "MOST_ADDED", 1)
+    monkeypatch.setattr("megatron_peft.experiment.cells.MOST_ADDED", 1)
     whole, told = run(tmp_path, methods={"lora": {"grid": {"lr": [0.03, 0.06]}}}, seeds=[1])
     assert whole and told[-1] == "NOT TUNED: tiny,talk,lora: lr=0.12 is the lowest or highest that was tried"
 
