@@ -182,13 +182,14 @@ class Verify(_FromBase):
         if self.per_layer:
             for number, layer in enumerate(difference.layers):
                 print(f"layer {number:3}: {layer}")
-        close = difference.logits.relative <= self.tolerance
+        close, original = difference.logits.relative <= self.tolerance, difference.on_original
         print(
             f"logits: {difference.logits} ({'at most' if close else 'above'} --tolerance {self.tolerance:g}); "
             f"largest logit {difference.logits.scale:.4g}; "
             f"same best token at {difference.same_best} of {difference.num_positions} positions"
         )
-        if (original := difference.on_original) is not None:
+        if original is not None:  # either may have been merged
+            close |= original.relative <= self.tolerance
             print(f"logits with the original weights of the base, not those that were trained on: {original}")
         return 0 if close else 1
 

@@ -55,7 +55,20 @@ def test_merged_into_the_trained_values_it_computes_what_the_run_did(run, tmp_pa
     assert found.on_original is not None and found.on_original.relative < 1e-5 and found.logits.relative > 1e-3
     assert "nf4; merged into the values that it was trained on" in (tmp_path / "values" / CARD).read_text()
     assert "nf4; merged into its original weights" in (tmp_path / "original" / CARD).read_text()
-    assert main(["verify", "--input", str(run), "--reference", str(tmp_path / "values")]) == 0
+    for merged in ("original", "values"):
+        assert main(["verify", "--input", str(run), "--reference", str(tmp_path / merged)]) == 0
+    assert (
+        main(
+            [
+                "verify",
+                "--input",
+                str(run),
+                "--reference",
+                read_record(find_checkpoint(run)).config.model.pretrained_checkpoint or "",
+            ]
+        )
+        == 1
+    )
     assert (
         "logits with the original weights of the base, not those that were trained on: lar" in capsys.readouterr().out
     )
