@@ -138,7 +138,8 @@ class ChunkedLossModel(GPTModel):
                 (gradient,) = torch.autograd.grad(loss, logits, torch.ones_like(loss))
                 # It may be in the memory of the logits. On a CPU torch's product is the faster one of so long rows.
                 for rows, part in dense_rows(weight, LOGITS_BYTES):
-                    torch.addmm(some_dx, gradient.detach()[:, 0, rows], part, beta=min(rows.start, 1), out=some_dx)
+                    of_rows = gradient.detach()[:, 0, rows]
+                    some_dx.addmm_(of_rows, part) if rows.start else torch.mm(of_rows, part, out=some_dx)
                 del gradient
             losses.append(loss.detach())
             del logits, loss  # before the next ones are made
