@@ -140,7 +140,7 @@ class ChunkedLossModel(GPTModel):
                 for rows, part in dense_rows(weight, LOGITS_BYTES):
                     of_rows = gradient.detach()[:, 0, rows]
                     some_dx.addmm_(of_rows, part) if rows.start else torch.mm(of_rows, part, out=some_dx)
-                del gradient
+                del gradient, of_rows
             losses.append(loss.detach())
             del logits, loss  # before the next ones are made
         all_losses = torch.cat(losses, 1).view(labels.t().shape).t().contiguous()
