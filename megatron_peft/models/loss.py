@@ -138,9 +138,11 @@ class ChunkedLossModel(GPTModel):
                 (gradient,) = torch.autograd.grad(loss, logits, torch.ones_like(loss))
                 # It may be in the memory of the logits. On a CPU torch's product is the faster one of so long rows.
                 for rows, part in dense_rows(weight, LOGITS_BYTES):
-                    of_rows = gradient.detach()[:, 0, rows]
-                    some_dx.addmm_(of_rows, part) if rows.start else torch.mm(of_rows, part, out=some_dx)
-                del gradient, of_rows
+                    if rows.start:
+                        some_dx.addmm_(gradient.detach()[:, 0, rows], part)
+                    else:
+                        torch.mm(gradient.detach()[:, 0, rows], part, out=some_dx)
+                del gradient
             losses.append(loss.detach())
             del logits, loss  # before the next ones are made
         all_losses = torch.cat(losses, 1).view(labels.t().shape).t().contiguous()
