@@ -74,6 +74,7 @@ def test_no_script_knows_a_method() -> None:
     root = PACKAGE.parent
     scripts: list[Path] = [root / "pretrain_peft.py", *(root / "tools").glob("*.py")]
     known = {str(path.relative_to(root)): known_methods(ast.parse(path.read_text())) for path in scripts}
+    del known["tools/kept.py"]  # beside ours it measures each method's formula in torch's operations
     assert {name: found for name, found in known.items() if found} == {
         "tools/headlines.py": NAMES,  # the paper's methods side by side
         "tools/published.py": {"lora"},  # what a published run trained
