@@ -154,8 +154,8 @@ def training_step(setting: Setting, method: str) -> Step:
     return lambda: train_step(state, batch)
 
 
-def _lora_on(setting: Setting, **changes: Any) -> Step:
-    return training_step(replace(setting, **changes), "lora")
+def _lora_on(setting: Setting, precision: str) -> Step:
+    return training_step(replace(setting, base_precision=precision), "lora")
 
 
 def load_base(setting: Setting) -> tuple[list[nn.Module], LoadReport]:
@@ -237,11 +237,7 @@ STEPS: dict[str, Callable[[Setting], Step]] = {
     "frozen": frozen_step,
     "frozen-mkl": partial(frozen_step, by_mkl=True),
     **{method: partial(training_step, method=method) for method in ("lora", "boft", "urnn", "hybrid", "full")},
-    **{f"lora on {precision}": partial(_lora_on, base_precision=precision) for precision in ("nf4", "fp8")},
-    **{
-        f"lora in bf16 on {precision}": partial(_lora_on, bf16=True, base_precision=precision)
-        for precision in ("run", "nf4", "fp8")
-    },
+    **{f"lora on {precision}": partial(_lora_on, precision=precision) for precision in ("nf4", "fp8")},
     "lora-ga-start": lambda setting: lora_ga_start(setting, num_batches=1),
     "hf-peft-lora": hf_peft_step,
 }
