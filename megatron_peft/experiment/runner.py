@@ -147,7 +147,7 @@ class Runner:
                 numbers, items = read_scores(process.score_file(self.folder, cell), score)
                 spent: dict[str, Any] = {"score_command": score.command, "score_seconds": running.seconds}
                 spent |= {"items": {**job.record.items, **items}}
-                done, record = ("scored", replace(job.record, scores=numbers, **spent))
+                done, record = "scored", replace(job.record, scores=numbers, **spent)
         except ConfigurationError as error:
             # A rate that was too high is a result of the tuning, not a failure.
             group, status = self._group_of(cell), "failed"
