@@ -26,6 +26,7 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 _SECONDS_FOR_LAST_WORDS = 1.0
 _server = multiprocessing.get_context("forkserver")
 NO_GPU = "megatron_peft.runtime.no_gpu"  # first of all that the server imports: ranks compute on the CPU by design
+_preloaded: list[str] = []
 _server.set_forkserver_preload([NO_GPU])  # by default the server imports the main program
 
 
@@ -34,12 +35,14 @@ class RanksFailed(RuntimeError):
 
 
 def preload(modules: Sequence[str]) -> None:
-    """Let the server import these before the first rank is forked; later calls have no effect.
+    """Let the server import these before the first rank is forked; only a process's first call has an effect.
 
     Only modules that start no threads and touch no device on import: ranks inherit them.
     """
     os.environ.update(ONE_THREAD)  # torch reads them once, on import
-    _server.set_forkserver_preload([NO_GPU, *modules])
+    if not _preloaded:
+        _preloaded.extend(modules)
+        _server.set_forkserver_preload([NO_GPU, *modules])
 
 
 def run_ranks(num_ranks: int, function: Callable[[Any], Any], argument: Any = None, timeout: float = 300) -> list[Any]:
