@@ -149,8 +149,8 @@ def cluster_for(layout: Mapping[str, Any]) -> Cluster:
 
 
 def run_of(layout: Mapping[str, Any], num_gpus: int, batch: int) -> RunConfig:
-    """Ours that comes nearest. All held their logits whole; runs on A100 overlap no sums of gradients; NeMo's on H100 are
-    in bf16.
+    """Ours that comes nearest. All held their logits whole; those on A100 overlap no sums of gradients; NeMo's on H100
+    are in bf16.
     """
     tp, pp, ends = layout.get("tp", 1), layout.get("pp", 1), layout.get("ends_count", False)
     chunks = layout["vp"] * pp if "vp" in layout else None

@@ -26,7 +26,7 @@ from megatron_peft.training.metrics import finite
 
 CELLS = "cells"
 MOST_POINTS = 200  # of a curve in the file; longer ones are thinned
-MOST_LAMBDAS = 20  # iterations of each layer
+MOST_OF_LAYERS = 20  # iterations of each layer
 OWN_DIGEST = "sha256"  # of the record's other fields; records of older versions have none
 CURVES = ("loss", "grad_norm", "validation_loss")
 TRAINABLE = re.compile(r"trainable parameters: ([\d,]+) of")  # of training.terminal
@@ -45,6 +45,8 @@ class CellRecord(Cell):
     validation_loss: at the end of the run; None if it failed or measured none. test_loss: the same of --test-data-path.
     curves: name -> [[iteration, epoch, value], ...].
     lambdas: the Hybrid's of each layer, {"iterations": [...], "by_layer": {layer: [...]}}; empty for other methods.
+    grad_norms: of each transformer layer, in the same form; empty without --log-grad-norm-by-layer.
+    seconds, cpu_seconds: of the training's processes, with their start and their validations.
     epoch_seconds: time of one pass over the training data, from the mean time of a step.
     scores: name of the metric -> number; empty until it is scored.
     items: name of the metric -> [[sum, count], ...] of each test item, where they are known: the sum of the losses of a
@@ -71,6 +73,8 @@ class CellRecord(Cell):
     provenance: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     test_loss: float | None = None
     items: Mapping[str, Sequence[Sequence[float]]] = field(default_factory=dict)
+    cpu_seconds: float | None = None
+    grad_norms: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def is_trained(self) -> bool:
@@ -102,7 +106,7 @@ def write_record(folder: Path, cell: Cell, record: CellRecord) -> None:
     path = cell_file(folder, cell)
     path.parent.mkdir(parents=True, exist_ok=True)
     values = finite(asdict(record))
-    for name in ("provenance", "test_loss", "items"):  # which older records lack
+    for name in ("provenance", "test_loss", "items", "cpu_seconds", "grad_norms"):  # which older records lack
         if not values[name]:
             del values[name]
     values |= {OWN_DIGEST: json_digest(values)}
@@ -168,13 +172,16 @@ def from_metrics(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def from_lambdas(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The field `lambdas` from the lines of lambda.jsonl, thinned: with 120 layers they would fill the file."""
-    kept = _thinned(records, MOST_LAMBDAS)
-    return {
-        "iterations": [record["iteration"] for record in kept],
-        "by_layer": {layer: [round(record["lambda"][layer], 3) for record in kept] for layer in kept[-1]["lambda"]},
-    }
+def by_layer(records: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]:
+    """The field of what lines have of every layer under `name`, thinned: 120 layers would fill the file."""
+    kept = _thinned([record for record in records if record.get(name)], MOST_OF_LAYERS)
+    layers = kept[-1][name] if kept else {}
+    values = {layer: [_rounded(record[name][layer]) for record in kept] for layer in layers}
+    return {"iterations": [record["iteration"] for record in kept], "by_layer": values} if kept else {}
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.3g}")
 
 
 def _thinned(points: Sequence[Any], most: int) -> list[Any]:

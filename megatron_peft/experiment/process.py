@@ -8,6 +8,7 @@ They end with the runner, however it ends; a cell that trained on would share it
 
 import ctypes
 import os
+import resource
 import shlex
 import signal
 import subprocess
@@ -96,10 +97,17 @@ class Running:
     heading: str  # of its part of the log
     started_at: str = field(default_factory=lambda: time.strftime("%Y-%m-%dT%H:%M:%S"))
     started: float = field(default_factory=time.monotonic)
+    cpu_seconds: float | None = None  # of the process and of those that it waited for, once it has ended
 
     @property
     def seconds(self) -> float:
         return time.monotonic() - self.started
+
+    def has_ended(self) -> bool:
+        before = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+        if self.process.poll() is not None and self.cpu_seconds is None:
+            self.cpu_seconds = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) - before
+        return self.cpu_seconds is not None
 
     def words(self) -> str:
         """This process's part of the log."""

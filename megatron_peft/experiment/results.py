@@ -67,14 +67,15 @@ class Result:
     @property
     def num_scored(self) -> int:
         """Final runs with every number of the task's score."""
-        score = self.group.task.score
-        return sum(score is not None and record.has_scores(score) for record in self.finals.values())
+        scores = {seed: self.group.task.score_of(seed) for seed in self.finals}
+        return sum(score is not None and self.finals[seed].has_scores(score) for seed, score in scores.items())
 
     @property
     def is_done(self) -> bool:
-        """Whether all final runs are trained, and scored if the task has a score."""
-        done = len(self.finals) if self.group.task.score is None else self.num_scored
-        return done > 0 and done == len(self.chosen) and not self.untried
+        """Whether all final runs are trained, and those scored that the task scores."""
+        to_score = sum(self.group.task.score_of(cell.seed) is not None for cell in self.chosen)
+        trained = len(self.finals)
+        return trained > 0 and trained == len(self.chosen) and self.num_scored == to_score and not self.untried
 
     def values(self, metric: str) -> dict[int, float]:
         """Seed -> the metric's value, of the runs that have it."""
@@ -133,7 +134,7 @@ def work(folder: Path, group: Group, gave_up: Set[str] = frozenset()) -> Iterato
     It follows from the records alone, so a new runner continues where a killed one stopped. A group's grid runs with
     the tuning seed, until it has grown around the best point; then the seeds of that are run, and all of them scored.
     """
-    now, score = progress(folder, group, gave_up), group.task.score
+    now = progress(folder, group, gave_up)
     finals = () if now.untried else now.chosen
     yield from (Work("train", cell) for cell in now.untried)
     for cell in finals:
@@ -141,7 +142,7 @@ def work(folder: Path, group: Group, gave_up: Set[str] = frozenset()) -> Iterato
         if cell.key not in gave_up and (record is None or not record.is_trained):
             yield Work("train", cell)
     for cell in finals:
-        record = now.finals.get(cell.seed)
+        record, score = now.finals.get(cell.seed), group.task.score_of(cell.seed)
         if score and record and cell.key not in gave_up and not record.has_scores(score):
             yield Work("score", cell, score) if has_checkpoint(folder, cell) else Work("train", cell)
 

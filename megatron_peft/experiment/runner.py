@@ -83,7 +83,7 @@ class Runner:
                 stack.enter_context(live)
             while not signals and (self._start_what_fits() or self.running):
                 time.sleep(POLL_SECONDS)
-                for job in [job for job in self.running.values() if job.running.process.poll() is not None]:
+                for job in [job for job in self.running.values() if job.running.has_ended()]:
                     del self.running[job.work.cell.key]
                     if not signals:
                         self._finish(job)
@@ -179,10 +179,12 @@ class Runner:
             status="trained",
             started_at=job.running.started_at,
             seconds=job.running.seconds,
+            cpu_seconds=job.running.cpu_seconds,
             trainable_parameters=cell_record.trainable_parameters(log),
             test_loss=cell_record.test_loss(log),
             items=cell_record.from_items(items[-1]) if items else {},
-            lambdas=cell_record.from_lambdas(lambdas) if lambdas else {},
+            lambdas=cell_record.by_layer(lambdas, "lambda"),
+            grad_norms=cell_record.by_layer(records, "grad_norm_by_layer"),
             **cell_record.from_metrics(records),
         )
 

@@ -65,7 +65,7 @@ class Choice:
     seeds: of final runs, for methods that have others than the experiment.
     tuning_flags: of tuning runs, in place of `flags`; for tasks that have other data for them.
     processes: of torchrun, for models; 1 starts plain python.
-    score: for tasks; without it there is only the validation loss.
+    score: for tasks; without it there is only the validation loss. scored_seeds: of the final runs that it scores.
     slurm: options of sbatch, for models.
     paper: the column, benchmark or method of the paper's Table I that reports show beside it.
     """
@@ -79,6 +79,11 @@ class Choice:
     paper: str | None = None
     seeds: tuple[int, ...] = ()
     tuning_flags: FlagValues = field(default_factory=dict)
+    scored_seeds: tuple[int, ...] = ()
+
+    def score_of(self, seed: int) -> ScoreSpec | None:
+        """What a task scores final runs of this seed with."""
+        return self.score if seed in self.scored_seeds or not self.scored_seeds else None
 
     @property
     def num_points(self) -> int:
@@ -231,7 +236,7 @@ def span(counts: Iterable[int]) -> str:
 KEYS = ("name", "title", "flags", "models", "tasks", "methods", "seeds", "tuning_seed", "prepare", "contrasts")
 CHOICE_KEYS = {
     "models": ("flags", "processes", "slurm", "paper"),
-    "tasks": ("flags", "tuning_valid_data_path", "score", "paper"),
+    "tasks": ("flags", "tuning_valid_data_path", "score", "scored_seeds", "paper"),
     "methods": ("flags", "grid", "seeds", "paper"),
 }
 
@@ -282,7 +287,8 @@ def _choice(name: str, content: Any, kind: str, common: Mapping[str, Any]) -> Ch
     paper = None if values.get("paper") is None else str(values["paper"])
     seeds = _whole_numbers(values.get("seeds") or [], f"{place}.seeds")
     tuning = {VALID_DATA: path} if (path := values.get("tuning_valid_data_path")) else {}
-    return Choice(name, flags, grid, processes, score, slurm, paper, seeds, tuning)
+    scored_seeds = _whole_numbers(values.get("scored_seeds") or [], f"{place}.scored_seeds")
+    return Choice(name, flags, grid, processes, score, slurm, paper, seeds, tuning, scored_seeds)
 
 
 def _contrast(name: str, content: Any) -> Contrast:

@@ -42,6 +42,8 @@ def train() -> None:
     loss = abs(float(value("--lr")) - 0.3) + int(value("--seed")) / 100 + len(value("--peft-method")) / 10
     print("trainable parameters: 1,024 of 2,048 (50%)")
     every = {"grad_norm": 1.0, "step_seconds": 0.5}
+    if "--log-grad-norm-by-layer" in sys.argv:
+        every |= {"grad_norm_by_layer": {"0": 0.12345, "1": None}}
     records = [{"iteration": at, "epoch": at / 2, "loss": loss + 1 / at, **every} for at in (1, 2)]
     records[-1] |= {"validation_loss": loss, "peak_memory_bytes": 100}
     print("test loss at iteration 2: 5.000000E-01")

@@ -10,11 +10,11 @@ import pytest
 from megatron_peft.config import ConfigurationError
 from megatron_peft.experiment import cell_record
 from megatron_peft.experiment.cell_record import (
-    MOST_LAMBDAS,
+    MOST_OF_LAYERS,
     MOST_POINTS,
+    by_layer,
     cell_file,
     from_items,
-    from_lambdas,
     from_metrics,
     of_cell,
     read_file,
@@ -76,8 +76,8 @@ def test_file_of_something_else_is_an_error(tmp_path: Path, group: Group, source
 
 
 def test_lambdas_are_thinned_to_the_same_iterations_for_all_layers() -> None:
-    found = from_lambdas([{"iteration": at, "lambda": {"a": at / 1000, "b": 0.12345}} for at in range(1, 101)])
-    assert len(found["iterations"]) <= MOST_LAMBDAS + 1
+    found = by_layer([{"iteration": at, "lambda": {"a": at / 1000, "b": 0.12345}} for at in range(1, 101)], "lambda")
+    assert len(found["iterations"]) <= MOST_OF_LAYERS + 1
     assert found["iterations"][0] == 1 and found["iterations"][-1] == 100
     assert found["by_layer"]["a"][-1] == 0.1 and found["by_layer"]["b"][0] == 0.123
     assert {len(values) for values in found["by_layer"].values()} == {len(found["iterations"])}

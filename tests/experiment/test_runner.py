@@ -37,7 +37,7 @@ def looking_often() -> Iterator[None]:
         yield
 
 
-VARYING = ("started_at", "seconds", "score_seconds", "versions", "sha256")
+VARYING = ("started_at", "seconds", "cpu_seconds", "score_seconds", "versions", "sha256")
 METHODS = {"lora": {"grid": {"lr": [0.1, 0.4]}}, "hybrid": {"grid": {"lr": [0.2, 0.5]}}}
 SHORT: dict[str, Any] = {"methods": {"lora": {"grid": {"lr": [0.4]}}}, "seeds": [1]}  # a training, and its score
 
@@ -108,10 +108,10 @@ def test_record_has_the_file_and_the_data_of_its_run_and_its_score(
 
 def test_records_of_a_contrast_have_its_digest_and_the_items(tmp_path: Path) -> None:
     tasks = content()["tasks"]
-    tasks["talk"] |= {"tuning_valid_data_path": "tuning.jsonl"}
+    tasks["talk"] |= {"tuning_valid_data_path": "tuning.jsonl", "scored_seeds": [2]}
     tasks["talk"]["score"]["metrics"] = {"by item": {"path": "items", "scale": 2}}
     asked = {"rotation": {"of": "hybrid", "against": "lora", "margin": 0.01}}
-    flags = {"train-iters": 2, "log-validation-items": True}
+    flags = {"train-iters": 2, "log-validation-items": True, "log-grad-norm-by-layer": True}
     settings: dict[str, Any] = {"tasks": tasks, "flags": flags, "seeds": [1, 2], "tuning_seed": 9, "contrasts": asked}
     assert run(tmp_path, **settings)[0]
     found, groups = experiment(tmp_path, methods=METHODS, **settings)
@@ -122,8 +122,13 @@ def test_records_of_a_contrast_have_its_digest_and_the_items(tmp_path: Path) -> 
         loss = record.validation_loss or 0.0
         assert record.items["validation loss"] == [pytest.approx([loss, 1]), pytest.approx([3 * loss, 3])]
         by_item = [pytest.approx([2 * (100 - 10 * loss), 1]), pytest.approx([2 * (99 - 10 * loss), 1])]
-        assert record.items["by item"] == by_item
-        assert record.scores["by item"] == pytest.approx(199 - 20 * loss) and record.test_loss == 0.5
+        assert record.test_loss == 0.5 and 0 < (record.cpu_seconds or 0) < 60
+        assert record.grad_norms == {"iterations": [1, 2], "by_layer": {"0": [0.123, 0.123], "1": [None, None]}}
+        if record.seed == 1:  # not scored
+            assert not record.scores and record.items.keys() == {"validation loss"}
+        else:
+            assert record.items["by item"] == by_item and record.scores["by item"] == pytest.approx(199 - 20 * loss)
+    assert all(progress(tmp_path / "out", group).is_done for group in groups)
 
 
 def test_a_rate_that_diverges_ends_the_growth_and_is_not_run_again(tmp_path: Path) -> None:
