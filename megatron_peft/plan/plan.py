@@ -164,7 +164,18 @@ def print_plan(plan: Plan, num_tokens: float | None = None) -> None:
     console = Console()
     for table in (*_tables(plan), *(time_table(speed, num_tokens) for speed in speeds)):
         console.print(table)
-    print(f"cluster: {plan.cluster.name}", *(speed.summary() for speed in speeds), *summary(plan), sep="\n")
+    told = [*(speed.summary() for speed in speeds), *summary(plan), *capacity(plan, num_tokens or 0)]
+    print(f"cluster: {plan.cluster.name}", *told, sep="\n")
+
+
+def capacity(plan: Plan, num_tokens: float) -> Iterator[str]:
+    """A sentence where an adapter is trained on more tokens than it has parameters."""
+    trained = plan.run.parameters()["trained"]
+    if plan.run.config.peft.trains_adapters and num_tokens > trained:
+        yield (
+            f"tokens: {num_tokens / 1e6:,.0f} million (--tokens), {num_tokens / trained:.1f} for each trained parameter: "
+            f"with more than about one that has a loss, adapters fall behind full fine-tuning; a higher rank holds more"
+        )
 
 
 def draw(plan: Plan, path: Path) -> None:

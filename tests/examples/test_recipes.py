@@ -92,6 +92,9 @@ def test_recipe_fits_its_model_and_its_row_of_the_readme(name, num_parameters):
     assert pp == 1 or config.data.pad_to_seq_length, "stages exchange messages of a known size"
     found = recipe_plans.stated(name)
     assert found is not None and found[1] == recipe_plans.digest(name), "make recipe-plans writes it anew"
+    if "0.78" in (FOLDER / f"{name}.yaml").read_text():
+        law = 5e-4 * (2000 / read_shape(CONFIGURATIONS / name).hidden_size) ** 0.78
+        assert config.optimizer.lr == pytest.approx(law, rel=0.03)
 
 
 @pytest.mark.parametrize("name", MODELS)

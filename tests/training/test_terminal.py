@@ -37,6 +37,17 @@ def test_the_lines_name_what_is_adapted_and_what_has_no_effect(start):
     assert lines[1].startswith("WARNING: the pretrained weights of these layers are DISCARDED")
 
 
+def test_a_batch_that_a_low_rank_bears_badly_is_told(start):
+    state, full = start()[0], start(peft={"method": "full"})[0]
+
+    def told(of, size):
+        config = replace(of.config, training=replace(of.config.training, global_batch_size=size))
+        return [line for line in training_summary(config, (), _chunks(of)).splitlines() if "batch" in line]
+
+    assert told(state, 256)[0].startswith("WARNING: --global-batch-size 256: ") and told(state, 254) == []
+    assert told(full, 256) == []
+
+
 def test_a_note_for_part_of_a_fused_layer_that_is_adapted_whole(start):
     lines = _summary(start(peft={"lora_rank": 4, "target_modules": ("q_proj", "down_proj")})[0], NAMES)
     assert [line for line in lines if "is part of" in line] == [
