@@ -173,8 +173,8 @@ def capacity(plan: Plan, num_tokens: float) -> Iterator[str]:
     trained = plan.run.parameters()["trained"]
     if plan.run.config.peft.trains_adapters and num_tokens > trained:
         yield (
-            f"tokens: {num_tokens / 1e6:,.0f} million (--tokens), {num_tokens / trained:.1f} for each trained parameter: "
-            f"with more than about one that has a loss, adapters fall behind full fine-tuning; a higher rank holds more"
+            f"tokens: {num_tokens / 1e6:,.0f} million (--tokens), {num_tokens / trained:.1f} a trained parameter. "
+            f"With more than about one that has a loss, adapters fall behind full fine-tuning; a higher rank holds more"
         )
 
 

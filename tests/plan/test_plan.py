@@ -82,7 +82,7 @@ def test_a_plan_from_a_config_alone(base, tmp_path, capsys, monkeypatch):
     assert plan["parameters"] == {"trained": 18944, "frozen": 507520}
     told, waited = capsys.readouterr()
     assert "every call of every rank finds its partners" in told and "18,944 of 526,464" in told
-    assert "tokens: 100 million (--tokens), 5278.7 for each trained parameter: " in told
+    assert "tokens: 100 million (--tokens), 5278.7 a trained parameter. " in told
     shown = re.findall(r"Rehearsing .*?(\d+)/(\d+)", re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", waited))
     assert shown and shown[-1][0] == shown[-1][1], "a bar that ends with all that was to do"
     low, high = plan["seconds_range"]
