@@ -110,7 +110,9 @@ def draw_results(rows: Sequence[Row]) -> Figure:
 
 # Time per epoch and peak memory of each method, by model.
 
-STEP, EPOCH, MEMORY = ("step_seconds", 1.0), ("epoch_seconds", 60.0), ("peak_memory_bytes", 1e9)  # field, unit
+# Field, unit.
+STEP, EPOCH, MEMORY = ("step_seconds", 1.0), ("epoch_seconds", 60.0), ("peak_memory_bytes", 1e9)
+CPU = "cpu_seconds", 60.0
 
 
 def measured(result: Result, field: str, unit: float) -> list[float]:
@@ -147,15 +149,19 @@ def cost_table(results: Results) -> Table:
     lines = []
     for result in (result for result in results.all if result.finals):
         trained = next(iter(result.finals.values())).trainable_parameters
-        columns = (measured(result, *what) for what in (STEP, EPOCH, MEMORY))
+        columns = (measured(result, *what) for what in (STEP, EPOCH, CPU, MEMORY))
         means = (format_number(mean(values) if values else None) for values in columns)
         parameters = "–" if trained is None else f"{trained:,}"
         lines.append((result.model, result.task, result.method, parameters, *means))
     return Table(
         "Cost",
-        ("model", "task", "method", "trainable parameters", "seconds a step", "minutes an epoch", "peak memory (GB)"),
+        (
+            *("model", "task", "method", "trainable parameters"),
+            *("seconds a step", "minutes an epoch", "CPU minutes a run", "peak memory (GB)"),
+        ),
         tuple(lines),
-        "Means over the final runs. Time is wall-clock time, with whatever else the machine did. Memory is that of the "
+        "Means over the final runs. Seconds and minutes are wall-clock time, with whatever else the machine did; CPU "
+        "minutes are those of a run's processes, from their start to their end. Memory is that of the "
         "process that writes the log: on a GPU what its allocator held, on a CPU the resident set with Python itself.",
         text_columns=3,
     )
@@ -188,6 +194,22 @@ def draw_dynamics(results: Results, model: str, task: str) -> Figure:
         style(axes, title, "epoch")
     right.set_ylim(bottom=0)
     left.legend(*right.get_legend_handles_labels(), frameon=False, fontsize=8)
+    return figure
+
+
+def draw_depths(results: Results, model: str, task: str) -> Figure | None:
+    """Gradient norm of each transformer layer, a line for each method: the mean over its runs and their iterations."""
+    figure = new_figure(10, 3.4, f"{model}, {task}")
+    axes = figure.subplots()
+    for at, result in enumerate(results.of(model, task)):
+        if runs := [record.grad_norms["by_layer"] for record in result.finals.values() if record.grad_norms]:
+            norms = np.array([[*run.values()] for run in runs], dtype=float).mean(axis=(0, 2))
+            axes.plot(norms, color=color(at), linewidth=1.6, label=result.method)
+    if not axes.lines:
+        return None
+    style(axes, "Gradient norm by layer, before clipping", "layer")
+    axes.set_yscale("log")
+    axes.legend(frameon=False, fontsize=8, ncols=2)
     return figure
 
 

@@ -117,6 +117,8 @@ def _sections(
     if answers:
         yield Section("Contrasts", tables=[contrasts.contrast_table(answers)])
     curves = {f"curves-{model}-{task}": plots.draw_dynamics(results, model, task) for model, task in places}
+    depths = {f"depth-{model}-{task}": plots.draw_depths(results, model, task) for model, task in places}
+    curves |= {name: figure for name, figure in depths.items() if figure}
     yield Section("Validation loss and gradient norm", figures=curves)
     costs = {f"cost-{task}": plots.draw_cost(results, task) for task in dict.fromkeys(task for _, task in places)}
     yield Section("Cost", tables=[plots.cost_table(results)], figures=costs)

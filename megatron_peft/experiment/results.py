@@ -169,13 +169,16 @@ class Results:
 def metrics(task: Choice) -> dict[str, bool]:
     """Name -> whether higher is better."""
     scores = task.score.metrics if task.score else {}
+    losses = [VALIDATION_LOSS, *([spec.AREA] if task.tuning_flags else [])]
     tested = {spec.TEST_LOSS: False} if "test-data-path" in task.flags else {}
-    return {VALIDATION_LOSS: False, **{name: metric.higher_is_better for name, metric in scores.items()}, **tested}
+    higher = {name: metric.higher_is_better for name, metric in scores.items()}
+    return dict.fromkeys(losses, False) | higher | tested
 
 
 def shown_metrics(task: Choice) -> list[str]:
-    """The scores of a task, or the validation loss of a task without scores."""
-    return [metric for metric in metrics(task) if metric != VALIDATION_LOSS or task.score is None]
+    """The scores of a task; with the validation loss where it chose no setting, or is all there is."""
+    is_result = task.score is None or task.tuning_flags
+    return [metric for metric in metrics(task) if metric != VALIDATION_LOSS or is_result]
 
 
 def read_results(folder: Path, experiment_file: Path | None = None) -> Results:

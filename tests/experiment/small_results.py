@@ -47,13 +47,14 @@ def record_of(cell: Cell, **changes: Any) -> CellRecord:
     lambdas = {"iterations": [20, 40], "by_layer": {LAYERS[0]: [0.5, 0.3], LAYERS[1]: [0.5, 0.8]}}
     values: dict[str, Any] = {
         **{"validation_loss": loss, "iterations": 40, "step_seconds": 0.5, "epoch_seconds": 60.0},
-        **{"trainable_parameters": 1000, "peak_memory_bytes": 2_000_000_000},
+        **{"trainable_parameters": 1000, "peak_memory_bytes": 2_000_000_000, "cpu_seconds": 90.0},
         "curves": {
             "grad_norm": [[at, at / 40, 1 + 1 / at] for at in range(1, 41)],
             "validation_loss": [[10, 0.25, loss + 1], [20, 0.5, loss + 0.5], [40, 1.0, loss]],
         },
         "scores": {"accuracy": 100 - 10 * loss} if is_better else {},
         "lambdas": lambdas if cell.method == "hybrid" else {},
+        "grad_norms": {"iterations": [20, 40], "by_layer": {"0": [loss, loss + 2], "1": [0.5, 0.5]}},
     }
     return replace(of_cell(cell, "trained", **{**values, **changes}), versions={"python": "3.11"})
 

@@ -64,7 +64,7 @@ def test_report_of_known_cells_reads_as_the_file_beside(tmp_path: Path) -> None:
 
 
 def test_all_files_are_there_and_the_page_needs_nothing_else(folder: Path) -> None:
-    figures = {"result", "cost-talk", "curves-tiny-talk", "lambda-tiny-talk-hybrid"}
+    figures = {"result", "cost-talk", "curves-tiny-talk", "depth-tiny-talk", "lambda-tiny-talk-hybrid"}
     names = {path.name for path in folder.iterdir() if path.is_file()} - {"small.yaml", "experiment.yaml"}
     assert names == {
         *("report.md", "report.html", "table1.csv", "table1.tex", "table1-tested.tex"),
@@ -74,7 +74,7 @@ def test_all_files_are_there_and_the_page_needs_nothing_else(folder: Path) -> No
     assert set(links) == {f"{name}.svg" for name in figures}
     reader = Reader()
     reader.feed((folder / "report.html").read_text())
-    assert reader.open == [] and len(reader.sources) == 4
+    assert reader.open == [] and len(reader.sources) == 5
     for source in reader.sources:
         kind, _, data = source.partition("base64,")
         assert kind == "data:image/svg+xml;"
@@ -208,6 +208,16 @@ def test_lines_are_means_over_the_seeds(found: Results) -> None:
     lora = left.lines[0].get_xydata()
     assert lora[-1].tolist() == pytest.approx([1.0, 2.06])
     assert len(right.lines[0].get_xydata()) == 20, "40 gradient norms, two to a point"
+
+
+def test_gradient_norms_by_layer_are_means_over_runs_and_iterations(found: Results, tmp_path: Path) -> None:
+    figure = plots.draw_depths(found, "tiny", "talk")
+    assert figure is not None
+    lora, lora_ga, _ = (np.asarray(line.get_ydata()).tolist() for line in figure.axes[0].lines)
+    assert lora == pytest.approx([2.06 + 1, 0.5]) and lora_ga == pytest.approx([1.53 + 1, 0.5])
+    for cell in (cell for result in found.all for cell in result.chosen):
+        write_record(tmp_path, cell, record_of(cell, grad_norms={}))
+    assert plots.draw_depths(read_results(tmp_path), "tiny", "talk") is None
 
 
 def test_the_headline_has_a_dot_for_each_run_and_colors_the_best(found: Results) -> None:
