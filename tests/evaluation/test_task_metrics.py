@@ -23,7 +23,7 @@ from megatron_peft.config import ConfigurationError
 from megatron_peft.evaluation import sandbox, task_metrics
 from megatron_peft.evaluation.task_metrics import corpus_bleu, estimate_pass_at_k, rouge_l, rouge_l_words, run_tests
 from megatron_peft.evaluation.task_names import own_files
-from megatron_peft.tasks.prepare import HashSplit, TaskTemplate, prepare
+from megatron_peft.tasks.prepare import TASKS, HashSplit, TaskTemplate, prepare
 from megatron_peft.tasks.readers import load
 from tests.evaluation.confined import needs_bubblewrap
 
@@ -60,7 +60,9 @@ class Answering(LM):
 
 
 def _right(request: Instance) -> str:
-    return TaskTemplate(str(request.task_name).removesuffix("_zh")).completion(request.doc)
+    name = str(request.task_name).removesuffix("_zh")
+    folder = {"metamath": SAMPLES}.get(name, TASKS)
+    return TaskTemplate(name, folder=folder).completion(request.doc)
 
 
 def languages(target: str) -> dict[str, str]:
@@ -127,6 +129,23 @@ def test_wrong_answers_score_nothing_and_gsm8k_without_hashes_by_flexible_extrac
     model = Answering(lambda right, _: right.replace("####", "The answer is").replace(",", ""))
     solved = scores(folder, ["gsm8k_8shot"], model)["gsm8k_8shot"]
     assert (solved["exact_match,strict-match"], solved["exact_match,flexible-extract"]) == (0.0, 1.0)
+
+
+def test_the_answer_of_metamath_is_what_follows_the_last_words_that_announce_it(tmp_path: Path) -> None:
+    """As HF PEFT's comparison reads it, whatever the reasoning before it announces."""
+    solved = [{"query": f"How many are {n} and 1000?", "response": f"The answer is: {n}"} for n in range(30)]
+    asked = [{"query": "How many are 1 and 1999?", "response": "1 + 1,999 = 2,000\n#### 2,000"}]
+    files = {name: tmp_path / f"{name}.jsonl" for name in ("train", "test")}
+    for name, items in (("train", solved), ("test", asked)):
+        files[name].write_text("".join(f"{json.dumps(item)}\n" for item in items))
+    task = load(str(SAMPLES / "metamath.yaml"))
+    prepare(task.benchmark([files["train"]], [files["test"]]), tmp_path / "data", HashSplit(valid_percent=25))
+    answers = {" 1 + 1,999: The answer is: 7. So The answer is: $2000.": 1.0, " The final answer is 2,000\nQ": 1.0}
+    answers |= {" #### 2000": 1.0, " The answer is: 2000. No, the answer is 2.\nThe answer is: 2": 0.0, " 2000": 0.0}
+    for answer, right in answers.items():
+        model = Answering(lambda *_, answer=answer: answer)
+        assert scores(tmp_path / "data", ["metamath"], model)["metamath"]["exact_match,last-answer"] == right, answer
+    assert model.contexts["metamath"] == {"Question: How many are 1 and 1999? Think step by step.\nAnswer:"}
 
 
 def test_all_of_glue_has_one_tag(folder: Path) -> None:
