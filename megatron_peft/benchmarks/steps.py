@@ -75,10 +75,7 @@ def rotation_figures(setting: Setting) -> list[Figure]:
 
 
 def quantized_figures(setting: Setting) -> list[Figure]:
-    """LoRA's step on a quantized base over the same step on the run's own, in float32.
-
-    Many CPUs emulate products in bf16, beside which all else is nothing.
-    """
+    """LoRA's step on a quantized base over the same step on the run's own."""
     names = ("lora on nf4", "lora on fp8")
     seconds = seconds_of_steps(setting, ("lora", *names))
     return [_ratio(seconds, name, "lora", OVER_UNQUANTIZED) for name in names]
