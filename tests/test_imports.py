@@ -27,6 +27,7 @@ ALLOWED: Mapping[str, set[str]] = {
     "cli": {"config", "models"},
     "checkpoint": SHARED,
     "conversion": SHARED | {"checkpoint"},
+    "serving": {"config", "models", "checkpoint", "conversion"},
     "data": {"config", "runtime", "checkpoint"},
     "tasks": {"config", "checkpoint", "data"},
     "training": SHARED | {"lora_ga", "checkpoint", "conversion", "data"},
@@ -64,6 +65,8 @@ MAY_OPEN: Mapping[str, set[str]] = {
     "runtime.launch": {"pickle.loads"},  # what our own ranks have sent
     "experiment.report": {"json.loads"},  # a file of the package
     "plan.timing": {"json.loads"},  # another
+    "serving.engine": {"json.loads"},  # what our script has written
+    "serving.vllm_script": {"json.loads"},  # and what it was asked
     "benchmarks.absent_ranks": {"pickle.loads"},  # what our own processes have given
     "benchmarks.scale": {"pickle.loads"},  # what was pickled a moment ago
     "benchmarks.inference": {"json.loads"},  # a value that was written a moment ago

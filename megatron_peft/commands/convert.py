@@ -5,7 +5,7 @@ megatron-peft convert megatron-to-hf --input MEGATRON_FOLDER_OR_RUN --output HF_
 megatron-peft convert merge          --input RUN --output HF_FOLDER
 megatron-peft convert export-adapter --input RUN --output HF_PEFT_FOLDER [--as-lora]
 megatron-peft convert import-adapter --input HF_PEFT_FOLDER --pretrained-checkpoint HF_FOLDER --output RUN
-megatron-peft convert verify         --input FOLDER --reference FOLDER
+megatron-peft convert verify         --input FOLDER --reference FOLDER [--engine vllm --engine-python PYTHON]
 An existing output is never overwritten. docs/moving-weights.md lists every conversion.
 """
 
@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 
 from megatron_peft.cli.command import Command
 from megatron_peft.cli.launch import tell_loading
-from megatron_peft.config import Checked, flag, option, require, required_option
+from megatron_peft.config import Checked, Requirements, flag, option, require, required_option
 from megatron_peft.config.sources import local_model
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -166,18 +166,39 @@ class ImportAdapter(_FromBase, _Conversion):
 class Verify(_FromBase):
     """run two models on the same tokens and compare their logits"""
 
-    reference: str = required_option("the model to compare with", flags=("--reference", "--output"), metavar="FOLDER")
+    reference: str | None = option(
+        None,
+        "the model to compare with (default, with --engine and an adapter: what HF PEFT computes, which reads the same "
+        "alpha: a run alone shows a wrong one)",
+        flags=("--reference", "--output"),
+        metavar="FOLDER",
+    )
+    engine: Literal["vllm"] | None = option(
+        None, "run --input in the engine that serves it, and list what the engine does not bind of an adapter"
+    )
+    engine_python: Path = option(
+        Path(".venv-vllm/bin/python"), "the Python of the engine's environment", needs="engine", metavar="FILE"
+    )
+    binding_only: bool = option(False, "with --engine: only what it binds, which needs no weights", needs="engine")
     num_tokens: int = option(64, "tokens in each of two sequences", check="positive")
     per_layer: bool = option(False, "also print the difference after each layer")
     tolerance: float = option(
-        1e-4, "exit with 1 if the difference divided by the largest logit is above X", check="not_negative"
+        1e-4,
+        "exit with 1 if the difference divided by the largest logit is above X, or with --engine if log-probabilities "
+        "differ by more",
+        check="not_negative",
     )
+
+    def check(self, require: Requirements) -> None:
+        require(self.engine is not None or self.reference is not None, "give --reference, the model to compare with.")
 
     def run(self) -> int:
         """Print the differences. Exit code 1 if the logits differ by more than the tolerance."""
+        if self.engine is not None:
+            return self._serve()
         from megatron_peft.conversion.verify import verify
 
-        folders = local_model(self.input, "--input"), local_model(self.reference, "--reference")
+        folders = local_model(self.input, "--input"), local_model(self.reference or "", "--reference")
         difference = verify(*folders, pretrained_checkpoint=self.base, num_tokens=self.num_tokens)
         if self.per_layer:
             for number, layer in enumerate(difference.layers):
@@ -192,6 +213,14 @@ class Verify(_FromBase):
             close |= original.relative <= self.tolerance
             print(f"logits with the original weights of the base, not those that were trained on: {original}")
         return 0 if close else 1
+
+    def _serve(self) -> int:
+        from megatron_peft.serving.engine import check_served
+
+        reference = None if self.reference is None else Path(local_model(self.reference, "--reference"))
+        tolerance = None if self.binding_only else self.tolerance
+        folder, base = Path(local_model(self.input, "--input")), self.base
+        return check_served(self.engine_python, folder, base, reference, self.num_tokens, tolerance)
 
 
 COMMANDS: dict[str, Any] = {

@@ -30,7 +30,7 @@ CARD = "README.md"
 LICENSE = re.compile(r"[A-Za-z0-9][\w.+-]*")  # the hub's identifiers are single words
 LINK = re.compile(r"https://[\w./~%?=&#:@+-]+")
 LICENSE_FIELDS = ("license", "license_name", "license_link")
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values that --max-lora-rank of `vllm serve` takes
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values that --max-lora-rank of `vllm serve` takes
 MERGED_INTO = {"original": "its original weights", "trained-values": "the values that it was trained on"}
 NUM_TOKENS = 64
 MEMORY = Path("/proc/meminfo")

