@@ -5,12 +5,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from megatron_peft.benchmarks import SIZES_VARIABLE
 from megatron_peft.models.families import config_of_shape
 from megatron_peft.models.shape import ModelShape
+from megatron_peft.runtime import ranks
 from tests.time_limits import seconds
 
 LLAMA = ModelShape("llama", 16, 2048, 8192, 32, 8, 64, 128256, 131072)
@@ -48,3 +50,14 @@ def test_a_run_is_certified_on_a_machine_with_gpus(tmp_path):
     words = [sys.executable, "-m", "megatron_peft", "certify", *flags.split(), "--train-data-path", "not-read.jsonl"]
     done = subprocess.run(words, env=with_gpus(), capture_output=True, text=True, timeout=seconds(600))
     assert done.returncode == 0 and "CERTIFIED" in done.stdout, done.stdout + done.stderr
+
+
+def test_the_first_to_name_what_the_server_imports_decides(monkeypatch):
+    """In tests: else a rehearsal would have the server import what a plug-in's process must import itself."""
+    named: list[list[str]] = []
+    monkeypatch.setattr(ranks, "_preloaded", [])
+    monkeypatch.setattr(ranks, "_server", SimpleNamespace(set_forkserver_preload=named.append))
+    monkeypatch.setattr(ranks.os, "environ", {})
+    for modules in (["first"], ["second"]):
+        ranks.preload(modules)
+    assert named == [[ranks.NO_GPU, "first"]]
