@@ -1,5 +1,7 @@
 """A quantized weight has the library's codes, takes the bytes that are promised, and is dense for a product only."""
 
+import weakref
+
 import bitsandbytes.functional as bnb
 import pytest
 import torch
@@ -61,9 +63,14 @@ def test_bytes_over_those_in_bf16(precision, most):
 
 
 def test_fp8_codes_of_a_small_matrix():
-    """The largest of a block has the largest code, 448; 3.5 times it is 1568. Between 208 and 224 stands no number."""
+    """The largest of a block has the largest code, 448; 3.5 times it is 1568. Between 208 and 224 stands no number.
+
+    The blocks of a row have a scale each.
+    """
     block = torch.zeros(64)
     block[:5] = torch.tensor([1568.0, -784.0, 3.5, 740.0, -760.0])
+    wide = quantized(torch.stack([torch.cat([block, block / 7, 2 * block])] * 6), "fp8").quantized
+    assert wide.scales.tolist() == [[3.5, 0.5, 7.0]] * 6 and torch.equal(*wide.codes.float().split(64, 1)[:2])
     weight = quantized(torch.stack([block, -block / 7] * 3), "fp8")
     codes = weight.quantized.codes.float()
     assert codes[0, :5].tolist() == [448.0, -224.0, 1.0, 208.0, -224.0]
@@ -92,3 +99,22 @@ def test_products_are_those_of_the_dense_matrix_which_nobody_keeps(product, num_
         found.append((y, *torch.autograd.grad(y.square().sum(), x)))
     assert all(map(torch.equal, *found))
     assert weight.shape not in saved
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_no_dense_matrix_lives_between_forward_and_backward_nor_after_it(product, monkeypatch):
+    """Whoever keeps it, a graph, its context or the weight."""
+    made: list[weakref.ref[torch.Tensor]] = []
+
+    def remembered(weight: QuantizedWeight, *rows: slice) -> torch.Tensor:
+        matrix = plain(weight, *rows)
+        made.append(weakref.ref(matrix))
+        return matrix
+
+    plain = QuantizedWeight.dense
+    monkeypatch.setattr(QuantizedWeight, "dense", remembered)
+    x, weight = draw(TOKENS, 1, IN).requires_grad_(), quantized(draw(OUT, IN), "nf4")
+    y = PRODUCTS[product](x, FrozenLinearCall(weight, None, True, False, Place(0, 1)))
+    assert made and all(matrix() is None for matrix in made)
+    y.square().sum().backward()
+    assert len(made) > 1 and all(matrix() is None for matrix in made)

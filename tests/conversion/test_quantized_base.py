@@ -45,6 +45,9 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     return {"hugging face": original, "megatron": distributed}
 
 
+AT_ONCE = pretrained.QUANTIZED_AT_ONCE
+
+
 @pytest.fixture(autouse=True)
 def world(monkeypatch):
     monkeypatch.setattr(pretrained, "QUANTIZED_AT_ONCE", 50 * SHAPE.hidden_size)  # no divisor of any number of rows
@@ -116,7 +119,8 @@ def test_fp8_codes_at_any_tensor_parallel_size(folders):
     alone = codes_of_whole(folders["hugging face"], 1, "fp8")
     for size in (2, 3, 4):
         found = codes_of_whole(folders["hugging face"], size, "fp8")
-        assert all(map(torch.equal, found[name], alone[name]) for name in alone)
+        assert found.keys() == alone.keys()
+        assert all(torch.equal(*pair) for name in alone for pair in zip(found[name], alone[name], strict=True)), size
 
 
 class Largest(TorchDispatchMode):
@@ -145,6 +149,7 @@ def test_no_weight_is_ever_there_in_full_precision(folders, precision):
         chunks = build_model_chunks(SHAPE, config, ParallelConfig())
         load_pretrained(chunks, base, SHAPE, tensor_parallel_rank=0, tensor_parallel_size=1, progress=False)
     assert largest.size <= max(PADDED, pretrained.QUANTIZED_AT_ONCE) and largest.num_large == 1, "the embedding"
+    assert 4 * AT_ONCE <= 16e6, "of the 400 MB that loading may take beyond the model"
     logits = chunks[0](torch.tensor([[1, 2]]), torch.tensor([[0, 1]]), None)
     assert logits[..., : SHAPE.vocab_size].isfinite().all()
 

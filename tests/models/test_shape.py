@@ -114,6 +114,8 @@ def test_a_block_that_is_cut_names_the_sizes_that_cut_none() -> None:
     (problem,) = check_quantized(replace(NF4, base_precision="fp8"), 1, replace(shape, hidden_size=96))
     assert "have 96 and 768, which are no multiples" in problem
     assert check_quantized(replace(NF4, base_precision="run"), 5, shape) == []
+    of_heads = replace(shape, num_attention_heads=2, num_query_groups=2, ffn_hidden_size=64 * 12)  # 2 x 64 of attention
+    assert [size for size in range(1, 13) if not check_quantized(NF4, size, of_heads)] == [1, 2]
 
 
 def test_an_output_layer_that_is_the_embedding_is_not_quantized() -> None:

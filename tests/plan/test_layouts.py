@@ -250,6 +250,15 @@ def test_why_nothing_fits_is_said(run, world_size, shape, told):
     assert told in str(caught.value)
 
 
+def test_no_layout_cuts_a_block_of_a_quantized_base():
+    """Four heads of 32 features are two blocks."""
+    run, shape = made_up_run("lora", 512, 8), replace(SMALL, num_attention_heads=4, num_query_groups=4, kv_channels=32)
+    for precision, most in (("run", 4), ("nf4", 2)):
+        asked = replace(run, model=replace(run.model, base_precision=precision))
+        found = fit(asked, shape, 4, A100, num_layouts=10**6)
+        assert max(one.run.parallel.tensor_model_parallel_size for one in found) == most
+
+
 def test_a_layout_that_fills_a_gpu_exactly_fits_and_of_two_as_fast_the_smaller_is_better(monkeypatch):
     run = made_up_run("lora", 2048, 8)
     monkeypatch.setattr(RecordedStep, "memory", lambda step, stage: {"weights": A100.usable_bytes})
