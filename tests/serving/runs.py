@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_peft.commands import train
-from tests.tiny_llama import VOCAB_SIZE, save_llama, save_pairs
+from tests.tiny_llama import VOCAB_SIZE, draw_parameters, save_llama, save_pairs
 
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
 SIZES |= {"num_key_value_heads": 2, "head_dim": 32}
@@ -25,9 +26,18 @@ OUT, Q, DOWN = (f"{FIRST}{name}.lora_" for name in ("self_attn.o_proj", "self_at
 Tensors = dict[str, Tensor]
 
 
-def trained(folder: Path, *flags: str, **sizes: Any) -> tuple[Path, Path]:
+def trained(folder: Path, *flags: str, family: str = "Llama") -> tuple[Path, Path]:
     """(base, run) of some steps, which move log-probabilities by far more than rounding does."""
-    base, data = save_llama(folder / "base", **{**SIZES, **sizes}), save_pairs(folder / "pairs.jsonl")
+    base, data = folder / "base", save_pairs(folder / "pairs.jsonl")
+    if family == "Llama":
+        save_llama(base, **SIZES)
+    else:
+        torch.manual_seed(0)
+        sizes = {**SIZES, "vocab_size": VOCAB_SIZE, "max_position_embeddings": 256}
+        config = getattr(transformers, f"{family}Config")(**sizes, tie_word_embeddings=False)
+        model = getattr(transformers, f"{family}ForCausalLM")(config)
+        draw_parameters(model, std=0.08)
+        model.save_pretrained(base)
     words = [*RUN.split(), "--vocab-size", str(VOCAB_SIZE - 1), "--pretrained-checkpoint", str(base), *flags]
     assert train.main([*words, "--train-data-path", str(data), "--save", str(folder / "run")]) == 0
     return base, folder / "run"

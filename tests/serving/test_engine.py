@@ -63,18 +63,26 @@ METHODS = {
     "hybrid": "--lora-rank 8 --boft-block-size 8 --boft-factors 2 --lora-ga-batches 2",
     "full": "--peft-method full --lr 2e-3",
 }
+FAMILIES = {family: "--peft-method lora --lora-rank 8" for family in ("Mistral", "Qwen2", "Qwen3")}
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [*METHODS, *FAMILIES])
 def test_log_probabilities_are_those_of_the_run(name, tmp_path, capsys):
+    if name in FAMILIES:
+        _, run = runs.trained(tmp_path, *FAMILIES[name].split(), family=name)
+        is_served(export_adapter(run, tmp_path / "adapter"), run, capsys)
+        return
     flags = METHODS[name] if "--peft-method" in METHODS[name] else f"--peft-method {name} {METHODS[name]}"
     _, run = runs.trained(tmp_path, *flags.split())
     is_lora = name.startswith(("lora", "rslora"))
     output = tmp_path / "adapter"
     adapter = export_adapter(run, output) if is_lora else export_as_lora(run, output, tolerance=1e-6, num_tokens=0)
-    words = ["verify", "--input", str(adapter), "--engine", "vllm"]
-    if name != "full":  # whose norms and embeddings no LoRA has: it is what HF PEFT makes of the export
-        words += ["--reference", str(run)]
+    # Norms and embeddings of full fine-tuning are in no LoRA: it is what HF PEFT makes of the export.
+    is_served(adapter, None if name == "full" else run, capsys)
+
+
+def is_served(adapter: Path, run: Path | None, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["verify", "--input", str(adapter), "--engine", "vllm", *(["--reference", str(run)] if run else [])]
     code = convert.main([*words, "--engine-python", str(PYTHON), "--tolerance", str(TOLERANCE)])
     told = capsys.readouterr().out
     assert code == 0 and told.rstrip().endswith("served as it was trained"), told
