@@ -1,0 +1,35 @@
+"""tools/hf_peft.py trains the model that a cell trained: its losses and those of its test items are the run's."""
+
+import pytest
+
+from megatron_peft.commands import train
+from megatron_peft.experiment.cell_record import CellRecord
+from megatron_peft.training.metrics import read_metrics
+from tests.one_rank import one_rank
+from tests.tiny_llama import VOCAB_SIZE, save_llama, save_pairs
+from tools import hf_peft
+
+FLAGS = (
+    "--tokenizer-type NullTokenizer --seq-length 64 --pack-sequences --train-iters 6 --global-batch-size 2 "
+    "--micro-batch-size 1 --lr 1e-2 --lr-decay-style cosine --clip-grad 0.5 --weight-decay 0.1 --num-workers 0 "
+    "--log-interval 1 --eval-interval 6 --log-validation-items --seed 5"
+)
+
+
+@pytest.mark.slow
+def test_losses_of_lora_are_the_runs_own_and_oft_learns_too(tmp_path):
+    base, data = save_llama(tmp_path / "base", num_hidden_layers=2), save_pairs(tmp_path / "pairs.jsonl")
+    files = [f"--pretrained-checkpoint={base}", f"--train-data-path={data}", f"--valid-data-path={data}"]
+    flags = (*FLAGS.split(), *files, f"--vocab-size={VOCAB_SIZE - 1}", "--peft-method=lora", "--lora-rank=4")
+    assert train.main([*flags, "--save", str(tmp_path / "run")]) == 0
+    ours = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    cell = CellRecord("tiny", "talk", "lora", {}, 5, flags)
+    found = {}
+    for method in ("lora", "oft"):
+        with one_rank(with_groups=False):
+            found[method] = hf_peft.trained_again(method, cell, None)
+    assert found["lora"]["losses"] == pytest.approx([record["loss"] for record in ours], rel=1e-5)
+    assert found["lora"]["validation_loss"] == pytest.approx(ours[-1]["validation_loss"], rel=1e-5)
+    assert len(found["lora"]["items"]) == len(data.read_text().splitlines())
+    oft = found["oft"]["losses"]
+    assert oft[0] == pytest.approx(ours[0]["loss"], rel=1e-5) and oft[-1] != pytest.approx(ours[-1]["loss"], rel=1e-3)
