@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 
+from megatron_peft.cli.parser import read_config
 from megatron_peft.config import ConfigurationError
+from megatron_peft.experiment import process
 from megatron_peft.experiment.cells import check_flags, command_line, groups
 from megatron_peft.experiment.spec import Contrast, read_experiment
 from tests.experiment.small_experiment import experiment, write
@@ -66,6 +68,11 @@ def test_the_claims_file_can_be_run_and_asks_four_questions_of_six_seeds() -> No
     seeds = {method.name: len(found.seeds_of(method)) for method in found.methods}
     assert len(found.methods) == 10 and len(found.contrasts) == 4
     assert {seeds[name] for contrast in found.contrasts for name in (contrast.of, contrast.against)} == {6}
+    score, cell = found.tasks[0].score_of(1), groups(found)[1].finals[0][0]
+    assert score is not None and found.tasks[0].score_of(4) is None
+    words = process.score_command(Path("out"), cell, score)
+    config = read_config(words[words.index("megatron_peft.demo.scoring") + 2 :], {"WORLD_SIZE": "1"})
+    assert config.data.valid_data_path == ("runs/demo/data/valid.jsonl",)
 
 
 @pytest.mark.parametrize(
