@@ -33,7 +33,7 @@ HINT = "give --engine-python the Python of an environment with vLLM (make engine
 class Binding:
     """What the engine did with the modules of an adapter.
 
-    problems: sentences, none if every module is where it belongs; scale: that the engine multiplies B A with.
+    problems: sentences, none if every module is where it belongs.
     """
 
     versions: Mapping[str, str]
