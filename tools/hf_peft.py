@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,7 @@ def trained_again(method: str, cell: CellRecord, messages: str | None) -> dict[s
         "validation_loss": sum(one for one, _ in items) / sum(tokens for _, tokens in items),
         "items": items,
         "trainable_parameters": sum(x.numel() for x in model.parameters() if x.requires_grad),
-        "versions": {**versions(), "peft": __import__("peft").__version__},
+        "versions": {**versions(), "peft": version("peft")},
     }
     if messages:
         found["bleu"] = bleu(model, base, messages)

@@ -132,6 +132,8 @@ def _run(request):
         return found
 
     requests = [LoRARequest(f"adapter {at}", at, folder) for at, folder in enumerate(adapters, 1)]
+    for lora in requests:  # an error in `generate` would leave the engine waiting for ever
+        engine.llm_engine.add_lora(lora)
     return {"log_probs": [log_probs(lora) for lora in (None, *requests)]}
 
 

@@ -49,7 +49,7 @@ SHORT_FIELDS: Fields = (  # at a terminal, as many as fit its width
     ("mfu", "MFU", lambda x: f"{x:.1%}"),
 )
 SECONDS_WITHOUT_A_LINE = 3
-LARGE_BATCH = 256  # samples; of the source that docs/methods.md names
+LARGE_BATCH = 256  # samples; a guess: the source that docs/methods.md names says "beyond some point"
 
 
 class Progress:
@@ -178,9 +178,9 @@ def training_summary(config: RunConfig, adapted: Sequence[str], model_chunks: Se
     lines += unused_flags_notes(config.peft)
     if config.global_batch_size >= LARGE_BATCH and "lora_rank" in config.peft.spec.fields(config.peft):
         lines.append(
-            f"WARNING: --global-batch-size {config.global_batch_size}: from about {LARGE_BATCH} samples a low rank "
-            f"learns worse than full fine-tuning, whatever the rank; a smaller batch with more steps does not "
-            f"(docs/methods.md, Rates, batches and ranks)."
+            f"WARNING: --global-batch-size {config.global_batch_size}: large batches may cost a low rank more than "
+            f"full fine-tuning, whatever the rank: compare with a smaller one and more steps (docs/methods.md, Rates, "
+            f"batches and ranks)."
         )
     trainable, total = count_parameters(model_chunks)
     lines.append(f"trainable parameters: {trainable:,} of {total:,} ({100 * trainable / max(total, 1):.3f}%)")
