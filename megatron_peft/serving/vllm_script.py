@@ -1,14 +1,17 @@
-"""What vLLM makes of a model and an adapter: which tensors it binds, and log-probabilities. Run by vLLM's own Python.
+"""vLLM, asked by lines of JSON: what it binds of adapters, log-probabilities, scores, answers. Run by its own Python.
 
-`PYTHON vllm_script.py REQUEST.json ANSWER.json`, without any import of the project's. A request has the folder of a
-`model`, those of `adapters`, `max_lora_rank`, and `prompts`, lists of token ids: with an empty list nothing is run, and
-the model has no weights. An answer has
+`PYTHON vllm_script.py` reads a request a line from stdin and writes an answer a line to stdout, without any import of
+the project's; it ends with its input. Each request names what is done; an answer with `error` says why it was not.
 
-    versions    of vllm, torch and transformers
-    slots       {layer that takes a LoRA: [[name in the adapter, outputs, inputs], ...]}, several of a fused layer
-    adapters    of each: `error`, what vLLM raised when it read it, or null; `unbound`, its names that are in no slot;
-                `bound`, {layer: [[shape of A, shape of B, whether both are finite] or null, ...]}, of each name
-    log_probs   of the whole vocabulary after each prompt: without an adapter, and with each
+    bind       model, adapters (folders), max_lora_rank. Nothing is run, and the model has no weights. Answer:
+               slots     {layer that takes a LoRA: [[name in the adapter, outputs, inputs], ...]}, several if fused
+               adapters  of each: `error`, what vLLM raised when it read it, or null; `unbound`, its names in no slot;
+                         `bound`, {layer: [[shape of A, shape of B, whether both are finite] or null, ...]}
+    open       the engine with a model, and adapters; `settings` are arguments of its `LLM`. Answer: versions, longest
+    log_probs  prompts (lists of token ids). Answer: log_probs of the whole vocabulary after each: without an adapter,
+               and with each
+    score      pairs of a context and its continuation. Answer: scores, of each [log p, whether all were the likeliest]
+    generate   prompts, each with its max_tokens and seed; sampling, stop, ends (token ids). Answer: answers (token ids)
 """
 
 import json
@@ -16,7 +19,6 @@ import os
 import sys
 import tempfile
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the model is in this process, where it can be asked
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -35,8 +37,8 @@ def _versions():
     return found
 
 
-def _bind(request):
-    """The engine's model without weights, and its own manager of adapters, which reads the folder."""
+def _bind(model, adapters, max_lora_rank):
+    """The engine's model without weights, and its own manager of adapters, which reads the folders."""
     import torch
     from vllm.config import set_current_vllm_config
     from vllm.distributed import init_distributed_environment, initialize_model_parallel
@@ -46,13 +48,13 @@ def _bind(request):
     from vllm.model_executor.model_loader.utils import initialize_model
 
     settings = EngineArgs(
-        model=request["model"],
+        model=model,
         dtype="float32",
         load_format="dummy",
         skip_tokenizer_init=True,
         enforce_eager=True,
         enable_lora=True,
-        max_lora_rank=request["max_lora_rank"],
+        max_lora_rank=max_lora_rank,
         max_loras=1,
     ).create_engine_config()
     with set_current_vllm_config(settings), tempfile.TemporaryDirectory() as folder:
@@ -63,13 +65,13 @@ def _bind(request):
         manager = WorkerLoRAManager(settings, torch.device("cpu"), getattr(model, "embedding_modules", {}))
         manager.create_lora_manager(model, settings)
         slots, found = _layers_with_lora(manager._adapter_manager), []
-        for at, folder in enumerate(request["adapters"], 1):
+        for at, adapter in enumerate(adapters, 1):
             try:
-                read = manager._load_adapter(LoRARequest(f"adapter {at}", at, folder))
+                read = manager._load_adapter(LoRARequest(f"adapter {at}", at, adapter))
                 found.append(_bound_by(read, slots))
             except Exception as error:
                 found.append({"error": f"{type(error).__name__}: {error}"})
-        return {"slots": slots, "adapters": found}
+        return {"versions": _versions(), "slots": slots, "adapters": found}
 
 
 def _layers_with_lora(manager):
@@ -103,46 +105,84 @@ def _described(one):
     return [list(A.shape), list(B.shape), bool(torch.isfinite(A).all() and torch.isfinite(B).all())]
 
 
-def _run(request):
-    """The engine itself, in float32, asked for the next token's log-probabilities after each prompt."""
-    from vllm import LLM, SamplingParams
-    from vllm.lora.request import LoRARequest
+class _Engine:
+    """The engine itself, with its adapters read."""
 
-    settings = dict(
-        model=request["model"],
-        dtype="float32",
-        skip_tokenizer_init=True,
-        enforce_eager=True,
-        max_model_len=request["max_model_len"],
-        max_logprobs=-1,
-        disable_log_stats=True,
-    )
-    adapters = request["adapters"]
-    if adapters:
-        settings |= dict(enable_lora=True, max_lora_rank=request["max_lora_rank"], max_loras=1)
-    engine = LLM(**settings)
-    asked = [{"prompt_token_ids": prompt} for prompt in request["prompts"]]
-    greedy = SamplingParams(temperature=0.0, max_tokens=1, logprobs=-1, detokenize=False)
+    def __init__(self, model, adapters, settings):
+        from vllm import LLM
+        from vllm.lora.request import LoRARequest
 
-    def log_probs(lora):
+        settings = {"skip_tokenizer_init": True, "enforce_eager": True, "max_logprobs": -1, **settings}
+        if adapters:
+            settings |= {"enable_lora": True, "max_loras": 1}
+        self.llm = LLM(model=model, disable_log_stats=True, generation_config="vllm", **settings)
+        self.adapters = [LoRARequest(f"adapter {at}", at, folder) for at, folder in enumerate(adapters, 1)]
+        for lora in self.adapters:  # an error in `generate` would leave the engine waiting for ever
+            self.llm.llm_engine.add_lora(lora)
+        self.reads_text = not settings["skip_tokenizer_init"]
+
+    def opened(self):
+        return {"versions": _versions(), "longest": self.llm.llm_engine.model_config.max_model_len}
+
+    def _outputs(self, prompts, sampling, lora):
+        asked = [{"prompt_token_ids": prompt} for prompt in prompts]
+        return self.llm.generate(asked, sampling, lora_request=lora, use_tqdm=False)
+
+    def log_probs(self, prompts):
+        from vllm import SamplingParams
+
+        greedy = SamplingParams(temperature=0.0, max_tokens=1, logprobs=-1, detokenize=False)
         found = []
-        for output in engine.generate(asked, greedy, lora_request=lora, use_tqdm=False):
-            (of_token,) = output.outputs[0].logprobs
-            found.append([of_token[token].logprob for token in range(len(of_token))])
-        return found
+        for lora in (None, *self.adapters):
+            after = [output.outputs[0].logprobs[0] for output in self._outputs(prompts, greedy, lora)]
+            found.append([[of_token[token].logprob for token in range(len(of_token))] for of_token in after])
+        return {"log_probs": found}
 
-    requests = [LoRARequest(f"adapter {at}", at, folder) for at, folder in enumerate(adapters, 1)]
-    for lora in requests:  # an error in `generate` would leave the engine waiting for ever
-        engine.llm_engine.add_lora(lora)
-    return {"log_probs": [log_probs(lora) for lora in (None, *requests)]}
+    def score(self, pairs):
+        from vllm import SamplingParams
+
+        greedy = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=1, detokenize=False)
+        scores = []
+        whole = [context + ids for context, ids in pairs]
+        for (context, ids), output in zip(pairs, self._outputs(whole, greedy, self._lora), strict=True):
+            after = output.prompt_logprobs[len(context) :]
+            chosen = [of_token[one] for of_token, one in zip(after, ids, strict=True)]
+            scores.append([sum(one.logprob for one in chosen), all(one.rank == 1 for one in chosen)])
+        return {"scores": scores}
+
+    def generate(self, prompts, max_tokens, seeds, sampling, stop, ends):
+        from vllm import SamplingParams
+
+        how = {**sampling, "stop_token_ids": ends, "ignore_eos": True, "detokenize": self.reads_text}
+        if self.reads_text:
+            how |= {"stop": stop, "include_stop_str_in_output": True}
+        each = [SamplingParams(max_tokens=most, seed=seed, **how) for most, seed in zip(max_tokens, seeds, strict=True)]
+        return {"answers": [list(output.outputs[0].token_ids) for output in self._outputs(prompts, each, self._lora)]}
+
+    @property
+    def _lora(self):
+        return self.adapters[0] if self.adapters else None
 
 
 def main():
-    """Read the request, write the answer."""
-    request = json.loads(Path(sys.argv[1]).read_text())
-    answer = {"versions": _versions()}
-    answer |= _run(request) if request["prompts"] else _bind(request)
-    Path(sys.argv[2]).write_text(json.dumps(answer))
+    """Answer the requests. What the engine prints goes to stderr."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    engine = None
+    for line in sys.stdin:
+        request = json.loads(line)
+        done = request.pop("do")
+        try:
+            if done == "bind":
+                answer = _bind(**request)
+            elif done == "open":
+                engine = _Engine(**request)
+                answer = engine.opened()
+            else:
+                answer = getattr(engine, done)(**request)
+        except Exception as error:
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ def main(python: str) -> None:
         adapter = export_adapter(run, folder / "adapter", license="mit")
         faults = {**runs.SILENT_IN_NAMES, **runs.SILENT_IN_CONFIG}
         folders = [adapter, *(runs.spoilt(adapter, folder / kept, faults[kept]) for kept in KEPT)]
-        answer = engine.ask(Path(python), base, folders, 2 * runs.RANK, ())
+        with engine.Engine(Path(python)) as vllm:
+            answer = vllm.ask("bind", model=str(base), adapters=[*map(str, folders)], max_lora_rank=2 * runs.RANK)
         settings = [json.loads((one / "adapter_config.json").read_text()) for one in folders]
     found = {"answer": answer, "names": ["good", *KEPT], "settings": settings}
     FILE.write_text(json.dumps(found).replace(name, "FOLDER") + "\n")

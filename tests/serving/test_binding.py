@@ -9,7 +9,8 @@ import pytest
 
 from megatron_peft.commands import convert
 from megatron_peft.config import ConfigurationError
-from megatron_peft.serving import engine
+from megatron_peft.conversion.verify import Difference
+from megatron_peft.serving import engine, served
 from tests.serving.recorded import FILE, KEPT
 
 RECORDED = json.loads(FILE.read_text())
@@ -24,10 +25,10 @@ SAID = {
 }
 
 
-def binding(name: str) -> engine.Binding:
+def binding(name: str) -> served.Binding:
     at = RECORDED["names"].index(name)
     answer = RECORDED["answer"]
-    return engine.binding_of(answer, answer["adapters"][at], RECORDED["settings"][at])
+    return served.binding_of(answer, answer["adapters"][at], RECORDED["settings"][at])
 
 
 def test_a_good_adapter_is_bound_whole():
@@ -47,16 +48,19 @@ def test_other_ways_to_name_targets_are_read_as_hf_peft_reads_them():
     good, answer = RECORDED["settings"][0], RECORDED["answer"]
     dropped = answer["adapters"][RECORDED["names"].index("dropped module")]
     for targets in ("all-linear", r".*\.(down|o)_proj", ["layers.0.mlp.down_proj"]):
-        (problem,) = engine.binding_of(answer, dropped, {**good, "target_modules": targets}).problems
+        (problem,) = served.binding_of(answer, dropped, {**good, "target_modules": targets}).problems
         assert problem.endswith("model.layers.0.mlp.down_proj"), targets
-    assert engine.binding_of(answer, dropped, {**good, "target_modules": ["q_proj"]}).problems == ()
+    assert served.binding_of(answer, dropped, {**good, "target_modules": ["q_proj"]}).problems == ()
 
 
 def test_a_difference_and_an_adapter_that_moves_nothing_are_problems():
-    close, moved = engine.Served({}, 1e-6, 3.0, 8), engine.Served({}, 1e-6, 0.01, 8)
-    assert close.problem(1e-4) is None and "moves log-probabilities by 0.01" in (moved.problem(1e-4) or "")
-    for difference in (2e-4, float("nan")):
-        assert "more than --tolerance 0.0001" in (engine.Served({}, difference, 3.0, 8).problem(1e-4) or "")
+    def problem(difference: float, moved: float) -> str:
+        found = served.Served("vLLM", Difference(difference, 20.0), moved, 8)
+        return found.problem(1e-4) or ""
+
+    assert problem(1e-3, 3.0) == "" and "moves log-probabilities by 0.01" in problem(1e-3, 0.01)
+    assert "differ by 0.0002, more than --tolerance 0.0001" in problem(4e-3, 3.0)
+    assert "more than --tolerance" in problem(float("nan"), 3.0)
 
 
 def test_the_smallest_limit_that_vllm_takes_and_none_above_512():

