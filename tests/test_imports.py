@@ -31,12 +31,12 @@ ALLOWED: Mapping[str, set[str]] = {
     "data": {"config", "runtime", "checkpoint"},
     "tasks": {"config", "checkpoint", "data"},
     "training": SHARED | {"lora_ga", "checkpoint", "conversion", "data"},
-    "evaluation": SHARED | {"cli", "checkpoint", "conversion", "tasks", "data"},
+    "evaluation": SHARED | {"cli", "checkpoint", "conversion", "serving", "tasks", "data"},
     "experiment": {"config", "models", "cli", "checkpoint", "training"},  # what a run would need, and what it wrote
     "demo": {"config", "runtime", "models", "cli"}
     | {"checkpoint", "data", "tasks", "training", "evaluation", "experiment"},
     "rehearsal": SHARED | {"checkpoint", "data", "training"},
-    "certify": SHARED | {"checkpoint", "conversion", "data", "training", "rehearsal"},
+    "certify": SHARED | {"checkpoint", "conversion", "serving", "data", "training", "rehearsal"},
     "plan": {"config", "models", "training", "rehearsal"},
     "": {"config", "runtime", "training"},  # the package's public names, imported at their first use
     "__main__": {"commands"},

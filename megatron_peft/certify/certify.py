@@ -9,7 +9,7 @@ import json
 import random
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib import metadata
@@ -26,7 +26,8 @@ from torch import Tensor
 
 from megatron_peft.adapters.quantized_weight import trained_values
 from megatron_peft.certify import comparison
-from megatron_peft.certify.comparison import CertificateLine, compare_logits, reported_logits
+from megatron_peft.certify.comparison import CertificateLine, reported_logits
+from megatron_peft.certify.converted import compare_converted, compare_in_engine
 from megatron_peft.certify.runs import START, Job, run_jobs
 from megatron_peft.checkpoint.folders import write_atomically
 from megatron_peft.config import (
@@ -40,8 +41,7 @@ from megatron_peft.config import (
 )
 from megatron_peft.config.untrusted import parse_json
 from megatron_peft.conversion import verify
-from megatron_peft.conversion.convert import is_quantized, megatron_to_hf, merge
-from megatron_peft.conversion.peft_export import export_adapter
+from megatron_peft.conversion.convert import is_quantized
 from megatron_peft.models.families import check_adapters, config_of_shape, rules_for
 from megatron_peft.models.rules import expected_tensors
 from megatron_peft.models.shape import ModelShape, check_quantized
@@ -49,10 +49,12 @@ from megatron_peft.parallel.layout import generator_for
 from megatron_peft.rehearsal.rehearsal import work_bar
 from megatron_peft.rehearsal.requests import kept_stages, make_small, of_num_layers
 from megatron_peft.runtime.ranks import RanksFailed, preload, run_ranks
+from megatron_peft.serving.engine import Engine
 
 TIMEOUT_SECONDS = 600.0  # of each start of ranks
 MOST_NAMED = 6  # problems of one comparison that are told
 PACKAGES = ("megatron-peft", "megatron-core", "torch", "transformers", "peft", "safetensors")
+IN_WORDS = {"merged": "merged model", "exported": "exported adapter", "served": "in vLLM"}  # by names of comparisons
 NOT_CLAIMED = (
     "anything of the run's own weights, data and memory, warmup and decay of its rates; dropout: all are 0 here, so "
     "masks that ranks draw alike or apart by mistake are not seen; what is wrong in one process too, unless Hugging "
@@ -71,6 +73,7 @@ EPOCH = 3  # steps; of packs about so many
 SAMPLES_OF_A_PACK = 7 / 3
 IN_FULL = ModelConfig("none")
 WIDTHS = (4, 8, 16, 32, 64, 128, 256, 512)
+SERVED_HEADS = WIDTHS[3:]  # vLLM's attention has none that is narrower
 KEPT = {  # of training, optimizer and data
     *("seed", "overlap_grad_reduce", "grad_reduce_in_bf16", "packing", "pad_to_seq_length"),
     *("optimizer", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "sgd_momentum", "clip_grad"),
@@ -86,10 +89,15 @@ class SmallRun:
     split: RunConfig
     alone: RunConfig
     shape: ModelShape
+    engine: Path | None  # the Python of an engine that serves what the run is converted to
 
 
 def small_run(
-    config: RunConfig, shape: ModelShape, folder: Path, most_tensor_parallel: int = MOST_TENSOR_PARALLEL
+    config: RunConfig,
+    shape: ModelShape,
+    folder: Path,
+    most_tensor_parallel: int = MOST_TENSOR_PARALLEL,
+    engine: Path | None = None,
 ) -> SmallRun:
     """The small run of a run, with its model and data, which are written to the empty `folder`.
 
@@ -109,7 +117,8 @@ def small_run(
     if method.peft_lr_rotation and method.urnn_update != "riemannian":  # whose is not a multiple of --lr
         changes["peft_lr_rotation"] = method.peft_lr_rotation * rate_scale
     peft = replace(shrunk.peft, **changes)
-    small = small_shape(shape, replace(config, peft=peft), tp, of_few_layers.num_layers)
+    heads = WIDTHS if engine is None else SERVED_HEADS
+    small = small_shape(shape, replace(config, peft=peft), tp, of_few_layers.num_layers, heads)
     save_model(small, folder / "model", config.model)
     micro_batch_size = min(config.training.micro_batch_size, 2)
     size = micro_batch_size * shrunk.num_microbatches * parallel.data_parallel_size
@@ -147,7 +156,7 @@ def small_run(
         **dict.fromkeys(("overlap_grad_reduce", "use_distributed_optimizer", "overlap_param_gather"), False),
         **vars(CheckpointConfig()),
     }
-    return SmallRun(make_run(**values), make_run(**values | of_one), small)
+    return SmallRun(make_run(**values), make_run(**values | of_one), small, engine)
 
 
 def wide_run(config: RunConfig, shape: ModelShape, folder: Path) -> SmallRun | None:
@@ -163,7 +172,9 @@ def wide_run(config: RunConfig, shape: ModelShape, folder: Path) -> SmallRun | N
     return replace(found, split=replace(found.split, checkpoint=CheckpointConfig()))
 
 
-def small_shape(shape: ModelShape, config: RunConfig, tensor_parallel: int, num_layers: int) -> ModelShape:
+def small_shape(
+    shape: ModelShape, config: RunConfig, tensor_parallel: int, num_layers: int, head_widths: Sequence[int] = WIDTHS
+) -> ModelShape:
     """The narrowest model of the shape that the method's numbers fit at `tensor_parallel` ranks.
 
     ConfigurationError: none up to WIDTHS fits.
@@ -181,7 +192,7 @@ def small_shape(shape: ModelShape, config: RunConfig, tensor_parallel: int, num_
     # From narrow to wide. transformers takes hidden sizes that the heads divide; Bloom's heads have to fill it, and its
     # MLP is four times as wide.
     bound = shape.architecture == "bloom"
-    for head, width in product(WIDTHS, (0,) if bound else (1, 2, *WIDTHS)):
+    for head, width in product(head_widths, (0,) if bound else (1, 2, *WIDTHS)):
         hidden = (width or head) * heads
         ffn = 4 * hidden if bound or not shape.gated_linear_unit else 2 * hidden
         candidate = replace(small, kv_channels=head, hidden_size=hidden, ffn_hidden_size=ffn)
@@ -271,11 +282,21 @@ def digest_of(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True, default=sorted).encode()).hexdigest()
 
 
-def certify(config: RunConfig, shape: ModelShape) -> Certificate:
-    """Start the small run of a run and compare. Takes minutes. ConfigurationError: no small model fits the method."""
+def certify(config: RunConfig, shape: ModelShape, engine: Path | None = None) -> Certificate:
+    """Start the small run of a run and compare. Takes minutes.
+
+    engine: the Python of an environment with vLLM, which then serves what the run is converted to.
+
+    ConfigurationError: no small model fits the method, or that Python has no vLLM.
+    """
+    if engine is not None:
+        Engine(engine).close()
     preload(["megatron_peft.certify.runs"])  # and all that a rank of the small run imports
     with tempfile.TemporaryDirectory(prefix="megatron-peft-certify-") as folder, work_bar("Comparing") as watch:
-        small, wide = small_run(config, shape, Path(folder)), wide_run(config, shape, Path(folder, "wide"))
+        small, wide = (
+            small_run(config, shape, Path(folder), engine=engine),
+            wide_run(config, shape, Path(folder, "wide")),
+        )
         comparisons = []
         for one in compare_all(small, wide):
             comparisons.append(one)
@@ -352,6 +373,8 @@ def compare_small(small: SmallRun) -> Iterator[CertificateLine]:
         name, trained = "merge and export", (small.split, tokens, reported_logits(ranks))
         (converted,) = run_ranks(1, compare_converted, trained, TIMEOUT_SECONDS)
         yield from converted
+        if small.engine is not None:
+            yield from compare_in_engine(small.engine, *trained)
     except RanksFailed as error:
         yield failed(name, error)
 
@@ -361,30 +384,6 @@ def failed(name: str, error: RanksFailed) -> CertificateLine:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     errors = [line for line in lines if line.partition(":")[0].endswith(("Error", "Exception"))]
     return CertificateLine(name, 0, None, 0.0, error=(errors or lines or ["the ranks did not end in time"])[0][:500])
-
-
-def compare_converted(trained: tuple[RunConfig, Tensor, tuple[Tensor, Tensor]]) -> list[CertificateLine]:
-    """The trained small run outside Megatron: merged in transformers, exported in Hugging Face PEFT. On one rank."""
-    config, tokens, logits = trained  # logits on these tokens, before and after training
-    run, has_adapters = Path(str(config.checkpoint.save)), config.peft.trains_adapters
-
-    def compared(name: str, write: Callable[[], Path], instead: str = "") -> CertificateLine:
-        try:
-            folder = write()
-        except ConfigurationError as error:
-            reason = str(error).rstrip(".").split(". ")[0].split(": ", 1)[-1]
-            return CertificateLine(name, 0, None, 0.0, note=f"not compared ({reason}){instead}")
-        return compare_logits(name, verify.logits_of(folder, tokens), logits, 1, config.model.bf16)
-
-    to_hf = merge if has_adapters else megatron_to_hf
-    merged = compared("merged model in transformers", lambda: to_hf(run, run.with_name("merged"), progress=False))
-    if not has_adapters:
-        return [merged]
-    name, instead = "exported adapter in Hugging Face PEFT", ": the merged model stands for it"
-    exported = compared(
-        name, lambda: export_adapter(run, run.with_name("exported")), instead if merged.num_compared else ""
-    )
-    return [merged, exported]
 
 
 # What is printed and written.
@@ -415,6 +414,9 @@ def print_certificate(certificate: Certificate) -> None:
     )
     tell(", ".join(f"{name} {version}" for name, version in certificate.versions.items()))
     tell(f"digest {digest_of(certificate.content)}")
+    if certificate.verdict == "CERTIFIED":
+        compared = " ".join(one.name for one in certificate.comparisons if one.num_compared)
+        tell(f"{', '.join(['trained', *(what for what, word in IN_WORDS.items() if word in compared)])}: equal")
 
 
 def write_certificate(certificate: Certificate, output: Path) -> None:

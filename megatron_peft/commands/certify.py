@@ -18,6 +18,7 @@ from megatron_peft.cli.command import Command
 from megatron_peft.cli.launch import tell_loading
 from megatron_peft.cli.parser import RunFlags, is_first_rank
 from megatron_peft.config import Checked, Requirements, option
+from megatron_peft.config.evaluation import Engine, engine_python
 from megatron_peft.models.families import read_shape, read_shape_of_file
 from megatron_peft.models.shape import ModelShape
 
@@ -34,6 +35,11 @@ class CertifySettings(Checked):
     output: Path | None = option(
         None, "file for the certificate, as JSON; it must not exist", check="in_a_folder", metavar="FILE"
     )
+
+    engine: Engine | None = option(
+        None, "serve what the small run is converted to with this engine too, merged and as a LoRA"
+    )
+    engine_python: Path = engine_python()
 
     def check(self, require: Requirements) -> None:
         path = self.output
@@ -54,7 +60,8 @@ def run(settings: CertifySettings, run_flags: RunFlags) -> int:
     import megatron_peft.runtime.no_gpu  # noqa: F401
     from megatron_peft.certify.certify import certify, print_certificate, write_certificate
 
-    certificate = certify(config, shape_of_model(str(config.model.pretrained_checkpoint)))
+    engine = settings.engine_python if settings.engine else None
+    certificate = certify(config, shape_of_model(str(config.model.pretrained_checkpoint)), engine)
     print_certificate(certificate)
     if settings.output is not None:
         write_certificate(certificate, settings.output)

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Literal
 from megatron_peft.cli.command import Command
 from megatron_peft.cli.launch import tell_loading
 from megatron_peft.config import Checked, Requirements, flag, option, require, required_option
+from megatron_peft.config.evaluation import Engine, engine_python
 from megatron_peft.config.sources import local_model
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -173,12 +174,10 @@ class Verify(_FromBase):
         flags=("--reference", "--output"),
         metavar="FOLDER",
     )
-    engine: Literal["vllm"] | None = option(
+    engine: Engine | None = option(
         None, "run --input in the engine that serves it, and list what the engine does not bind of an adapter"
     )
-    engine_python: Path = option(
-        Path(".venv-vllm/bin/python"), "the Python of the engine's environment", needs="engine", metavar="FILE"
-    )
+    engine_python: Path = engine_python()
     binding_only: bool = option(False, "with --engine: only what it binds, which needs no weights", needs="engine")
     num_tokens: int = option(64, "tokens in each of two sequences", check="positive")
     per_layer: bool = option(False, "also print the difference after each layer")

@@ -3,10 +3,18 @@
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatron_peft.config.errors import Checked, Requirements, option, required_option
 
+Engine = Literal["vllm"]
+engine_python = partial(
+    option,
+    Path(".venv-vllm/bin/python"),
+    "the Python of the engine's environment (make engines makes the default)",
+    needs="engine",
+    metavar="FILE",
+)
 _file = partial(option, None, check="not_empty", metavar="FILE")
 
 

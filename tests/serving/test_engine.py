@@ -3,15 +3,22 @@
 Run by `make test-engines`, which has vLLM in an environment of its own.
 """
 
+import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from megatron_peft.commands import convert
+from megatron_peft.certify import converted
+from megatron_peft.checkpoint.run_record import read_run_record
+from megatron_peft.commands import certify, convert
 from megatron_peft.conversion.peft_export import export_adapter, export_as_lora
+from megatron_peft.conversion.verify import logits_of, random_tokens
+from megatron_peft.models.families import config_of_shape, read_shape
 from megatron_peft.serving import served
+from tests.certify import test_certify as certify_tests
 from tests.serving import runs
 
 PYTHON = Path(os.environ.get("ENGINE_PYTHON", ".venv-vllm/bin/python"))
@@ -89,3 +96,40 @@ def is_served(adapter: Path, run: Path | None, capsys: pytest.CaptureFixture[str
     assert code == 0 and told.rstrip().endswith("served as it was trained"), told
     largest = re.search(r"largest difference ([\d.e-]+), relative", told)
     assert largest is not None and float(largest[1]) < TOLERANCE, told
+
+
+CERTIFIED = "--mock-data --train-iters 9 --micro-batch-size 2 --global-batch-size 4 --seq-length 64 --lr 1e-3"
+
+
+@pytest.mark.parametrize(
+    ("family", "flags"),
+    [
+        ("llama", "--peft-method lora --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --world-size 4"),
+        ("llama", "--peft-method hybrid --lora-rank 4 --boft-block-size 8 --boft-factors 2 --bf16"),
+        ("qwen3", "--peft-method full"),
+        ("bloom", "--peft-method lora --lora-rank 4"),
+    ],
+)
+def test_a_certificate_ends_in_the_engine(family, flags, tmp_path, capsys):
+    shape = certify_tests.BLOOM if family == "bloom" else replace(certify_tests.LLAMA, architecture=family)
+    (tmp_path / "config.json").write_text(json.dumps(config_of_shape(shape)))
+    words = [*CERTIFIED.split(), *flags.split(), "--pretrained-checkpoint", str(tmp_path / "config.json")]
+    assert certify.main([*words, "--engine", "vllm", "--engine-python", str(PYTHON)]) == 0
+    printed = capsys.readouterr().out
+    exported = "" if family == "qwen3" or "hybrid" in flags else " exported,"
+    assert printed.endswith(f"trained, merged,{exported} served: equal\n")
+    num_served = {"qwen3": 1, "bloom": 1}.get(family, 4)
+    assert printed.count("vLLM 0.") == num_served
+
+
+def test_a_certificate_with_a_wrong_alpha_is_refused_by_the_engine(lora, tmp_path, monkeypatch):
+    """What training changed is what the difference is measured by, so no adapter is too small."""
+    base, run, adapter = lora
+    tokens = random_tokens(read_shape(str(base)).vocab_size, 24)
+    logits = logits_of(base, tokens), logits_of(run, tokens)
+    config = read_run_record(run).config
+    folders = {"right": adapter, "wrong": runs.spoilt(adapter, tmp_path / "spoilt", {"lora_alpha": 64})}
+    for name, folder in folders.items():
+        monkeypatch.setattr(converted, "as_lora", lambda _, folder=folder: folder)
+        bound, *served = converted.compare_in_engine(PYTHON, config, tokens, logits)
+        assert bound.passed and [one.passed for one in served] == [name == "right"] * 2

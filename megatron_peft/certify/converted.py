@@ -1,0 +1,89 @@
+"""The trained small run of a certificate outside Megatron: in transformers, Hugging Face PEFT and a serving engine."""
+
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
+from pathlib import Path
+
+from torch import Tensor
+
+from megatron_peft.certify.comparison import CertificateLine, compare_logits
+from megatron_peft.checkpoint.run_record import ADAPTER_CONFIG, find_checkpoint, read_record
+from megatron_peft.config import ConfigurationError, RunConfig, require
+from megatron_peft.config.untrusted import read_json_object
+from megatron_peft.conversion import verify
+from megatron_peft.conversion.convert import megatron_to_hf, merge
+from megatron_peft.conversion.model_card import VLLM_RANKS
+from megatron_peft.conversion.peft_export import export_adapter, export_as_lora
+from megatron_peft.models.families import family_of
+from megatron_peft.serving.engine import rank_limit
+from megatron_peft.serving.served import after_prefixes, bindings_of, largest_rank, served_log_probs
+
+Trained = tuple[RunConfig, Tensor, tuple[Tensor, Tensor]]  # tokens, and logits on them before and after training
+LORA_ERROR = 1e-6  # of what a LoRA approximates, relative Frobenius norm
+
+
+def compare_converted(trained: Trained) -> list[CertificateLine]:
+    """The trained small run outside Megatron: merged in transformers, exported in Hugging Face PEFT. On one rank."""
+    config, tokens, logits = trained
+    run, has_adapters = Path(str(config.checkpoint.save)), config.peft.trains_adapters
+
+    def compared(name: str, write: Callable[[], Path], instead: str = "") -> CertificateLine:
+        try:
+            folder = write()
+        except ConfigurationError as error:
+            reason = str(error).rstrip(".").split(". ")[0].split(": ", 1)[-1]
+            return CertificateLine(name, 0, None, 0.0, note=f"not compared ({reason}){instead}")
+        return compare_logits(name, verify.logits_of(folder, tokens), logits, 1, config.model.bf16)
+
+    to_hf = merge if has_adapters else megatron_to_hf
+    merged = compared("merged model in transformers", lambda: to_hf(run, run.with_name("merged"), progress=False))
+    if not has_adapters:
+        return [merged]
+    name, instead = "exported adapter in Hugging Face PEFT", ": the merged model stands for it"
+    exported = compared(
+        name, lambda: export_adapter(run, run.with_name("exported")), instead if merged.num_compared else ""
+    )
+    return [merged, exported]
+
+
+def compare_in_engine(
+    python: Path, config: RunConfig, tokens: Tensor, logits: tuple[Tensor, Tensor]
+) -> Iterator[CertificateLine]:
+    """vLLM with the merged model that `compare_converted` has written, and with the adapters as a LoRA, which it has to
+    bind, at the lowest limit of ranks that holds them and at the next one."""
+    run, base = Path(str(config.checkpoint.save)), Path(str(config.model.pretrained_checkpoint))
+    after_training = (after_prefixes(logits[0]), after_prefixes(logits[1]))
+
+    def served(what: str, model: Path, adapter: Path | None = None, limit: int = 1) -> CertificateLine:
+        try:
+            name, *found = served_log_probs(python, model, adapter, tokens, limit)
+        except ConfigurationError as error:
+            return CertificateLine(f"{what} in vLLM", 0, None, 0.0, error=str(error))
+        return compare_logits(f"{what} in {name}", found[-1], after_training, 1, config.model.bf16)
+
+    merged = run.with_name("merged")
+    if merged.is_dir():
+        yield served("merged model", merged)
+    if not config.peft.trains_adapters:
+        return
+    try:
+        adapter = as_lora(run)
+        limit = rank_limit(largest_rank(read_json_object(adapter / ADAPTER_CONFIG)))
+        (binding,) = bindings_of(python, base, [adapter])
+    except ConfigurationError as error:
+        yield CertificateLine("adapter bound by vLLM", 0, None, 0.0, note=f"not compared ({error})")
+        return
+    yield CertificateLine(f"modules bound by {binding.engine}", binding.num_bound, None, 0.0, binding.problems)
+    for at_most in (limit, rank_limit(limit + 1)):
+        yield served(f"adapter of ranks up to {at_most}", base, adapter, at_most)
+
+
+def as_lora(run: Path) -> Path:
+    """The adapter that HF PEFT has compared if it is a LoRA, else the LoRA that `--as-lora` makes of it."""
+    family = family_of(read_record(find_checkpoint(run)).shape.architecture)
+    require(family.vllm_serves_lora, f"vLLM takes no LoRA for {family.architectures[0]}")
+    exported, adapter = run.with_name("exported"), run.with_name("served")
+    if exported.is_dir() and read_json_object(exported / ADAPTER_CONFIG).get("peft_type") == "LORA":
+        return exported
+    with redirect_stdout(None):
+        return export_as_lora(run, adapter, tolerance=LORA_ERROR, max_rank=VLLM_RANKS[-1], num_tokens=0, progress=False)
