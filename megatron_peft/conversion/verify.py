@@ -110,9 +110,10 @@ def verify(
     return replace(found, on_original=Difference.of(original[0].logits, original[1].logits))
 
 
-def logits_of(folder: str | Path, tokens: Tensor) -> Tensor:  # [b, s] -> [b, s, vocabulary]
-    """Run the model in a folder as `verify` does; adapters are put on the base that they name."""
-    return _subject("--input", Path(folder), None).trace(tokens).logits
+def logits_of(folder: str | Path, tokens: Tensor, base: str | Path | None = None) -> Tensor:
+    """Run the model in a folder as `verify` does, [b, s] -> [b, s, vocabulary]; base: of adapters, None is the one that
+    they name."""
+    return _subject("--input", Path(folder), base).trace(tokens).logits
 
 
 def random_tokens(vocab_size: int, num_tokens: int) -> Tensor:  # -> [BATCH_SIZE, num_tokens]

@@ -84,7 +84,7 @@ def check_served(
         problems += binding.problems
         print(binding, flush=True)
     if tolerance is not None and not problems:
-        served = compare_served(python, model, folder if is_adapter else None, reference or folder, num_tokens)
+        served = compare_served(python, model, folder if is_adapter else None, reference or folder, num_tokens, base)
         problem = served.problem(tolerance)
         print(served, *([f"REFUSED: {problem}"] if problem else []), sep="\n")
         problems += [problem] if problem else []
@@ -109,13 +109,18 @@ def binding_of(engine: str, slots: Mapping[str, Any], found: Mapping[str, Any], 
     return Binding(engine, bound, largest_rank(settings), tuple(_problems(slots, found, settings)))
 
 
-def compare_served(python: Path, model: Path, adapter: Path | None, reference: Path, num_tokens: int) -> Served:
-    """Run the engine on prefixes of random tokens, and the reference as `verify` runs it, both in float32."""
+def compare_served(
+    python: Path, model: Path, adapter: Path | None, reference: Path, num_tokens: int, base: str | None = None
+) -> Served:
+    """Run the engine on prefixes of random tokens, and the reference as `verify` runs it, both in float32.
+
+    base: of a reference that is adapters; None is the one that they name.
+    """
     shape = read_shape(str(model))
     tokens = random_tokens(shape.vocab_size, min(num_tokens, shape.longest_sequence - 1))
-    name, base, *with_adapter = served_log_probs(python, model, adapter, tokens)
-    found, expected = (with_adapter or [base])[0], after_prefixes(logits_of(reference, tokens))
-    moved = (found - base).abs().max().item() if with_adapter else None
+    name, *answers = served_log_probs(python, model, adapter, tokens)
+    found, expected = answers[-1], after_prefixes(logits_of(reference, tokens, base))
+    moved = (found - answers[0]).abs().max().item() if adapter else None
     return Served(name, Difference.of(found, expected), moved, len(found))
 
 
@@ -158,15 +163,14 @@ def _problems(slots: Mapping[str, Any], found: Mapping[str, Any], settings: Mapp
         return
     if unbound := found["unbound"]:
         yield f"bound to nothing, so the base is served in their place: {_some(unbound)}"
-    targets = settings.get("target_modules") or []
     missing, misshapen, infinite = [], [], []
     for layer, parts in slots.items():
         for (name, outputs, inputs), one in zip(parts, found["bound"][layer], strict=True):
             if one is None:
-                missing += [name] if _is_target(name, targets) else []
+                missing += [name] if _is_target(name, settings) else []
                 continue
             A, B, is_finite = one
-            own = (settings.get("rank_pattern") or {}).get(name, settings.get("r"))
+            own = _rank(name, settings)
             if inputs is not None and (A != [own, inputs] or B != [outputs, own]):
                 misshapen.append(f"{name} (A {A}, B {B}; rank {own} of {outputs} x {inputs} features)")
             infinite += [] if is_finite else [name]
@@ -176,15 +180,40 @@ def _problems(slots: Mapping[str, Any], found: Mapping[str, Any], settings: Mapp
         yield f"factors of other shapes than their layer's: {_some(misshapen)}"
     if infinite:
         yield f"NaN or infinite: {_some(infinite)}"
+    if not unbound and not missing and not any(map(any, found["bound"].values())):
+        yield "no module of it is bound, so the base is served"
 
 
-def _is_target(name: str, targets: str | Sequence[str]) -> bool:
-    """As HF PEFT reads target_modules: a regular expression, `all-linear`, or the ends of names."""
-    if targets == "all-linear":
+def _is_target(name: str, settings: Mapping[str, Any]) -> bool:
+    """Whether HF PEFT puts an adapter on this module (its `check_target_module_exists`)."""
+    targets, layers = settings.get("target_modules") or [], settings.get("layers_to_transform")
+    saved_whole = (rf"(.*\.)?{module}(\..*)?" for module in settings.get("modules_to_save") or [])
+    if _names(settings.get("exclude_modules") or [], name) or any(re.fullmatch(one, name) for one in saved_whole):
+        return False
+    if isinstance(targets, str) and targets.lower() == "all-linear":
         return not name.endswith(("lm_head", "embed_tokens"))
+    if isinstance(targets, str) or name in targets or layers is None or layers == []:
+        return _names(targets, name)
+    stacks = settings.get("layers_pattern") or r"[^.]*"
+    for stack in [stacks] if isinstance(stacks, str) else stacks:
+        if found := re.match(rf"(?:.*?\.)?{stack}\.(?P<layer>\d+)\.", name):
+            chosen = [layers] if isinstance(layers, int) else layers
+            return _names(targets, name) and int(found["layer"]) in chosen
+    return False
+
+
+def _names(targets: str | Sequence[str], name: str) -> bool:
+    """targets: a regular expression, or the ends of names."""
     if isinstance(targets, str):
         return re.fullmatch(targets, name) is not None
     return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def _rank(name: str, settings: Mapping[str, Any]) -> int | None:
+    """Keys of rank_pattern are regular expressions for the end of a name; the first that matches counts."""
+    patterns = settings.get("rank_pattern") or {}
+    matching = (rank for end, rank in patterns.items() if re.fullmatch(rf"(.*\.)?({end})", name))
+    return next(matching, settings.get("r"))
 
 
 def _some(names: Sequence[str]) -> str:

@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
 
 from megatron_peft.commands import convert
 from megatron_peft.config import ConfigurationError
@@ -49,6 +52,48 @@ def test_other_ways_to_name_targets_are_read_as_hf_peft_reads_them():
         (problem,) = served.binding_of("vLLM", RECORDED["slots"], dropped, {**good, "target_modules": targets}).problems
         assert problem.endswith("model.layers.0.mlp.down_proj"), targets
     assert served.binding_of("vLLM", RECORDED["slots"], dropped, {**good, "target_modules": ["q_proj"]}).problems == ()
+
+
+LAYERS = [f"model.layers.{layer}" for layer in (0, 1, 10)]
+NAMES = [f"{layer}.{name}" for layer in LAYERS for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")]
+ENDS = ["q_proj", "down_proj"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ENDS, "layers_to_transform": [1]},
+        {"target_modules": ENDS, "layers_to_transform": 1, "layers_pattern": "layers"},
+        {"target_modules": ENDS, "layers_to_transform": [0, 10], "layers_pattern": ["h", "layers"]},
+        {"target_modules": [*ENDS, NAMES[1]], "layers_to_transform": [1], "layers_pattern": "blocks"},
+        {"target_modules": ENDS, "layers_to_transform": []},
+        {"target_modules": ENDS, "exclude_modules": ["layers.0.self_attn.q_proj", "mlp"]},
+        {"target_modules": r".*layers\.\d\..*proj", "exclude_modules": r".*\.o_proj"},
+        {"target_modules": ["q_proj", "o_proj"], "modules_to_save": ["o_proj", "lm_head"]},
+        {"target_modules": ENDS, "rank_pattern": {"q_proj": 4, r"0\..*_proj": 2}},
+        {"target_modules": ENDS, "rank_pattern": {"proj": 4, NAMES[0]: 2, r"^model\.layers\.1\.mlp\..*": 16}},
+    ],
+)
+def test_settings_are_read_as_hf_peft_reads_them(settings):
+    config = LoraConfig(r=8, **settings)
+    for name in NAMES:
+        slots = {name: [[name, 32, 32]]}
+        rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, name), config.r)
+        absent, there = (
+            {"error": None, "unbound": [], "bound": {name: [one]}} for one in (None, [[rank, 32], [32, rank], True])
+        )
+        is_target = bool(check_target_module_exists(config, name))
+        problems = served.binding_of("vLLM", slots, absent, {"r": 8, **settings}).problems
+        assert any(told.startswith("missing") for told in problems) == is_target, name
+        assert served.binding_of("vLLM", slots, there, {"r": 8, **settings}).problems == (), name
+
+
+def test_a_folder_of_which_nothing_is_bound_is_refused_whatever_its_targets():
+    good = RECORDED["adapters"][0]
+    empty = {**good, "bound": {layer: [None] * len(parts) for layer, parts in good["bound"].items()}}
+    settings = {"r": 8, "target_modules": r"^(model\.language_model(?=\.).*\.(q_proj|v_proj))$"}
+    (problem,) = served.binding_of("vLLM", RECORDED["slots"], empty, settings).problems
+    assert problem == "no module of it is bound, so the base is served"
 
 
 def test_a_difference_and_an_adapter_that_moves_nothing_are_problems():
