@@ -5,7 +5,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
+
 from megatron_peft.config.errors import Checked, Requirements, option, required_option
+from megatron_peft.config.untrusted import parse_yaml
 
 Engine = Literal["vllm"]
 engine_python = partial(
@@ -15,6 +18,7 @@ engine_python = partial(
     needs="engine",
     metavar="FILE",
 )
+_of_engine = partial(option, group="serving engine")
 _file = partial(option, None, check="not_empty", metavar="FILE")
 
 
@@ -30,8 +34,33 @@ class Sampling(Checked):
         require(0 < self.top_p <= 1, f"--top-p is {self.top_p}; it is a probability, above 0 and at most 1.")
 
 
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings(Checked):
+    """The engine that answers in our own model's place."""
+
+    engine: Engine | None = _of_engine(None, "let this engine answer, with the merged weights of --load")
+    engine_python: Path = engine_python(group="serving engine")
+    engine_lora: bool = _of_engine(
+        False, "give it the adapter of --load, on its base, instead of merged weights", needs="engine"
+    )
+    engine_args: tuple[str, ...] = _of_engine(
+        (), "its own arguments, as tensor_parallel_size=8", needs="engine", metavar="NAME=VALUE"
+    )
+
+    def check(self, require: Requirements) -> None:
+        for given in self.engine_args:
+            name, separator, value = given.partition("=")
+            told = f"--engine-args {given}: give NAME=VALUE, as tensor_parallel_size=8."
+            require(name.isidentifier() and bool(separator and value), told)
+
+    def arguments_of_engine(self) -> dict[str, Any]:
+        """Their values, read as YAML reads them."""
+        pairs = (given.partition("=") for given in self.engine_args)
+        return {name: parse_yaml(value, f"--engine-args {name}", yaml.SafeLoader) for name, _, value in pairs}
+
+
 @dataclass(frozen=True)
-class AnswerSettings(Checked):
+class AnswerSettings(EngineSettings):
     """The prompts of `megatron-peft generate`, and how they are answered."""
 
     prompt: str | None = option(None, "the prompt; the answer is printed while it is generated")
@@ -53,6 +82,7 @@ class AnswerSettings(Checked):
     sampling_seed: int = option(1234, "seed of sampling")
 
     def check(self, require: Requirements) -> None:
+        super().check(require)
         given = [value for value in (self.prompt, self.prompt_file) if value is not None]
         require(len(given) == 1, "give exactly one of --prompt TEXT and --prompt-file FILE.")
         require(
@@ -67,7 +97,7 @@ class AnswerSettings(Checked):
 
 
 @dataclass(frozen=True)
-class HarnessSettings(Checked):
+class HarnessSettings(EngineSettings):
     """The tasks of `megatron-peft evaluate`, and how they are run."""
 
     tasks: tuple[str, ...] = required_option("names of tasks, groups or tags", metavar="TASK")
@@ -84,6 +114,7 @@ class HarnessSettings(Checked):
     overwrite: bool = option(False, "replace an existing --output of another evaluation")
 
     def check(self, require: Requirements) -> None:
+        super().check(require)
         whole = self.limit is None or self.limit < 1 or self.limit == int(self.limit)
         require(whole, f"--limit is {self.limit}; it is a number of questions, or below 1 a share of them.")
 
@@ -91,7 +122,9 @@ class HarnessSettings(Checked):
         """The settings that change the results, for their file."""
         names = ("num_fewshot", "limit", "apply_chat_template", "sampling_seed")
         folders = list(self.include_path)
-        return {"tasks": list(self.tasks), "include_path": folders, **{name: getattr(self, name) for name in names}}
+        found = {"tasks": list(self.tasks), "include_path": folders, **{name: getattr(self, name) for name in names}}
+        # Without an engine such files are what they have always been.
+        return found | ({"engine": self.engine, "engine_lora": self.engine_lora} if self.engine else {})
 
     def side_file(self, kind: str) -> Path:
         """`scores.json` -> `scores.<kind>.jsonl`, next to --output."""

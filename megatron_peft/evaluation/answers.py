@@ -34,7 +34,7 @@ def answer(config: RunConfig, settings: AnswerSettings) -> None:
     records = checked_together(lambda: records_of(settings))
     is_first = dist.get_rank() == 0
     file = checked_together(lambda: AnswerFile(Path(settings.output)) if settings.output and is_first else None)
-    model = load_model(config)
+    model = load_model(config, settings, settings.output)
     ids = encode_prompts(records, model.tokenizer, settings.chat, model.max_length)
     if settings.prompt is not None and settings.num_samples == 1 and settings.output is None:
         write = sys.stdout.write if is_first else lambda text: None
@@ -140,7 +140,7 @@ def _lines(
     until, plan = plan_of(settings)
     stop = StopTexts(model.tokenizer, until)
     num_samples = settings.num_samples
-    portion = max(settings.batch_size * model.config.parallel.data_parallel_size // num_samples, 1)
+    portion = max(settings.batch_size * model.batches_at_once // num_samples, 1)
     for start in range(0, len(records), portion):
         numbers = range(start, min(start + portion, len(records)))
         prompts = [(ids[number], f"{number}/{sample}") for number in numbers for sample in range(num_samples)]

@@ -23,6 +23,7 @@ from megatron_peft.evaluation.model import InferenceModel
 from megatron_peft.models.loss import ChunkedLossModel, chunk_tokens
 from megatron_peft.parallel.layout import generator_for
 from megatron_peft.runtime.launch import gather_over_world
+from megatron_peft.serving.engine import Engine
 
 
 def from_last_stage(values: Tensor) -> Tensor:
@@ -393,11 +394,44 @@ def generate_answers(
 
     def work(share: Sequence[tuple[Sequence[int], str]]) -> list[list[int]]:
         ids, names = [ids for ids, _ in share], [name for _, name in share]
+        if model.engine is not None:
+            return _answers_of(model.engine, ids, settings, stop.texts, names, on_token)
         return generate(model.chunks, ids, settings, names=names, on_token=on_token)
 
     return over_replicas(prompts, work)
 
 
+def _answers_of(
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
+    settings: GenerationSettings,
+    until: Sequence[str],
+    names: Sequence[str],
+    on_token: OnToken,
+) -> list[list[int]]:
+    """What `generate` returns, from an engine, whose random numbers are others. It batches as it sees fit."""
+    asked = [row for row, prompt in enumerate(prompts) if settings.room(prompt) > 0]
+    how = settings.sampling
+    found = engine.ask(
+        "generate",
+        prompts=[list(prompts[row]) for row in asked],
+        max_tokens=[settings.room(prompts[row]) for row in asked],
+        seeds=[generator_for(settings.seed, names[row]).initial_seed() % 2**63 for row in asked],
+        sampling={"temperature": how.temperature, "top_p": how.top_p, "top_k": how.top_k},
+        stop=list(until),
+        ends=sorted(settings.end_ids),
+    )
+    answers: list[list[int]] = [[] for _ in prompts]
+    for row, ids in zip(asked, found["answers"], strict=True):
+        answers[row] = ids[:-1] if ids and ids[-1] in settings.end_ids else ids
+        for token in answers[row]:
+            on_token(row, token)
+    return answers
+
+
 def score_all(model: InferenceModel, asked: Sequence[Continuation], batch_size: int) -> list[ContinuationScore]:
     """Scores by all replicas together, each of which passes `batch_size` continuations at once."""
+    if model.engine is not None:
+        pairs = [[list(context), list(ids)] for context, ids in asked]
+        return [ContinuationScore(*score) for score in model.engine.ask("score", pairs=pairs)["scores"]]
     return over_replicas(asked, lambda share: score_continuations(model.chunks, share, batch_size))

@@ -71,11 +71,11 @@ class FinishedRequests(dict[str, Any]):
         {"key": "5f1c...", "answer": [-12.25, true]}
 
     The harness has a cache too, but without sampled answers, and not bound to a checkpoint. The file is locked as long
-    as this object lives; `model`, the fingerprint of the model, is part of every key.
+    as this object lives; `model`, the fingerprint of the model, is part of every key, as is what names an engine.
     """
 
-    def __init__(self, path: Path, model: str) -> None:
-        self._path, self.model = path, model
+    def __init__(self, path: Path, model: str, engine: Sequence[Any] = ()) -> None:
+        self._path, self.model, self._engine = path, model, engine
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             require_regular(path)
@@ -98,7 +98,7 @@ class FinishedRequests(dict[str, Any]):
 
     def key(self, kind: str, *what: Any) -> str:
         """A digest of the model, the kind of the request, and all else that its answer depends on (JSON)."""
-        return hashlib.sha256(json.dumps([self.model, kind, *what]).encode()).hexdigest()[:32]
+        return hashlib.sha256(json.dumps([self.model, *self._engine, kind, *what]).encode()).hexdigest()[:32]
 
     def add(self, answers: Mapping[str, Any]) -> None:
         self.update(answers)
@@ -173,6 +173,7 @@ class HarnessModel(TemplateLM):
             "iteration": None if record is None else record.position["iteration"],
             "peft_method": None if record is None else config.peft.method,
             "bf16": config.model.bf16,
+            **({} if self._model.engine is None else {"engine": self._model.engine.name}),
             **{name: getattr(config.parallel, name) for name in sizes},
             "sampling_seed": self._seed,
             "truncated_requests": dict(self.truncated),
@@ -262,7 +263,7 @@ class HarnessModel(TemplateLM):
         finished.require_answers(distinct, is_answer)
         pending = [key for key in distinct if key not in finished]
         pending.sort(key=lambda key: (-len(distinct[key][0]), distinct[key][0]))
-        size = self._batch_size * self._model.config.parallel.data_parallel_size
+        size = self._batch_size * self._model.batches_at_once
         with request_bar(title, len(distinct), done=len(distinct) - len(pending)) as advance:
             for start in range(0, len(pending), size):
                 portion = pending[start : start + size]

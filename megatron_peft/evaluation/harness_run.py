@@ -68,7 +68,7 @@ def evaluate(config: RunConfig, settings: HarnessSettings) -> None:
     ConfigurationErrors are raised on every rank; those of tasks and files before the model is loaded.
     """
     checked = checked_together(lambda: _checked_tasks(config, settings) if dist.get_rank() == 0 else None)
-    dispatcher = RankDispatcher(load_model(config))
+    dispatcher = RankDispatcher(load_model(config, settings, settings.output))
     if checked is None:
         dispatcher.serve()
         return
@@ -120,7 +120,8 @@ def _checked_tasks(config: RunConfig, settings: HarnessSettings) -> tuple[Any, F
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     may_run_code = settings.confirm_run_unsafe_code
     tasks = find_tasks(settings.tasks, settings.include_path, settings.num_fewshot, settings.limit, may_run_code)
-    return tasks, FinishedRequests(settings.side_file("requests"), fingerprint)
+    engine = (settings.engine, settings.engine_lora) if settings.engine else ()
+    return tasks, FinishedRequests(settings.side_file("requests"), fingerprint, engine)
 
 
 def _in_time(judge: Callable[..., Any], num_answers: Callable[[], int] = lambda: 0) -> Callable[..., Any]:

@@ -19,6 +19,7 @@ from megatron_peft.checkpoint.save import base_fingerprint
 from megatron_peft.checkpoint.tensors import adapted_layers
 from megatron_peft.cli.parser import RunFlags
 from megatron_peft.config import ConfigurationError, RunConfig, field_names, require
+from megatron_peft.config.evaluation import EngineSettings
 from megatron_peft.config.model import QUANTIZATION
 from megatron_peft.config.untrusted import read_json_object
 from megatron_peft.conversion.pretrained import checked_shape, load_pretrained, read_model_shape
@@ -28,6 +29,10 @@ from megatron_peft.models.loss import ChunkedLossModel
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.runtime.failure import run_together
 from megatron_peft.runtime.launch import checked_together, start_model_parallel, world
+from megatron_peft.serving.engine import Engine
+from megatron_peft.serving.trained import open_engine
+
+ENGINE_BATCHES = 32
 
 
 @dataclass(frozen=True)
@@ -40,15 +45,19 @@ class InferenceModel:
     tokenizer: Tokenizer
     end_ids: frozenset[int]  # tokens that end an answer
     record: run_record.RunRecord | None  # of the run that trained it; None for a base model
+    max_length: int  # the longest sequence, in tokens
+    engine: Engine | None = None  # that answers in the place of the chunks, of which there are none
 
     @property
-    def max_length(self) -> int:
-        """The longest sequence, in tokens."""
-        return self.shape.longest_sequence
+    def batches_at_once(self) -> int:
+        """Batches that are asked together: one of each replica, or as many as keep an engine busy."""
+        return self.config.parallel.data_parallel_size if self.engine is None else ENGINE_BATCHES
 
 
-def load_model(config: RunConfig) -> InferenceModel:
+def load_model(config: RunConfig, how: EngineSettings | None = None, output: str | None = None) -> InferenceModel:
     """Load the model of --load, or of --pretrained-checkpoint, in a started world. Creates the layout's groups.
+
+    how: the engine that loads it instead, if one is chosen, with files next to `output` while it does.
 
     ConfigurationErrors are raised on every rank: no checkpoint, another base or method, a layout that does not divide.
     """
@@ -64,6 +73,11 @@ def load_model(config: RunConfig) -> InferenceModel:
 
     shape, tokenizer = checked_together(checked)
     start_model_parallel(config.parallel, config.training.seed, config.parallel.num_virtual_stages(shape.num_layers))
+    ends, longest = end_ids(base) | {tokenizer.eos_id}, shape.longest_sequence
+    if how is not None and how.engine is not None:
+        engine, most = open_engine(config, how, output)
+        record = run_record.read_run_record(load) if load else None
+        return InferenceModel(config, shape, [], tokenizer, ends, record, min(longest, most), engine)
     chunks = build_model_chunks(shape, config.model, config.parallel)
     if load is not None and config.peft.trains_adapters:
         attach_adapters(chunks, config.peft, config.training.seed)
@@ -80,7 +94,7 @@ def load_model(config: RunConfig) -> InferenceModel:
 
         checked_together(refuse_another)
         record = load_trained_parameters(chunks, load)
-    return InferenceModel(config, shape, chunks, tokenizer, end_ids(base) | {tokenizer.eos_id}, record)
+    return InferenceModel(config, shape, chunks, tokenizer, ends, record, longest)
 
 
 def _load_base(chunks: Sequence[nn.Module], config: RunConfig, shape: ModelShape, progress: bool) -> None:

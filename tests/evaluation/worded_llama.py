@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -14,9 +15,9 @@ SPECIAL = ("<unk>", "<s>", "</s>", "<end>")
 WORDS = [f"w{i}" for i in range(VOCAB_SIZE - len(SPECIAL))]
 
 
-def save_worded_llama(folder: Path, seed: int = 0) -> Path:
+def save_worded_llama(folder: Path, seed: int = 0, **sizes: Any) -> Path:
     """Words w0, w1, ... are the ids 0, 1, ..."""
-    save_llama(folder, seed, bos_token_id=VOCAB_SIZE - 3, eos_token_id=VOCAB_SIZE - 2, pad_token_id=None)
+    save_llama(folder, seed, bos_token_id=VOCAB_SIZE - 3, eos_token_id=VOCAB_SIZE - 2, pad_token_id=None, **sizes)
     ids = {word: index for index, word in enumerate([*WORDS, *SPECIAL])}
     tokenizer = Tokenizer(WordLevel(ids, unk_token="<unk>"))
     tokenizer.pre_tokenizer = WhitespaceSplit()  # type: ignore[assignment]

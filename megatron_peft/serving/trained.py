@@ -1,0 +1,69 @@
+"""What a run has trained, opened by a serving engine: its merged weights, or its adapter on its base."""
+
+import tempfile
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_peft.checkpoint.folders import megatron_files
+from megatron_peft.checkpoint.run_record import ADAPTER_CONFIG
+from megatron_peft.config import RunConfig, require
+from megatron_peft.config.evaluation import EngineSettings
+from megatron_peft.config.untrusted import read_json_object
+from megatron_peft.conversion.convert import megatron_to_hf, merge
+from megatron_peft.conversion.peft_export import export_adapter
+from megatron_peft.serving.engine import Engine, rank_limit
+from megatron_peft.serving.served import largest_rank
+
+
+def open_engine(config: RunConfig, how: EngineSettings, near: str | None) -> tuple[Engine, int]:
+    """An engine with the model of --load, or of --pretrained-checkpoint alone; and its longest sequence, in tokens.
+
+    near: a file, next to which the model is written until the engine has read it.
+
+    ConfigurationError: no engine, several processes, a method that cannot be served as it was asked.
+    """
+    parallel, base_is_whole = config.parallel, config.model.base_precision == "run"
+    told = (
+        "--engine runs beside one process: leave out --nproc-per-node, and give --engine-args tensor_parallel_size=N."
+    )
+    require(parallel.world_size == 1, told)
+    is_merged = config.checkpoint.load is not None and not how.engine_lora
+    told = f"--base-precision {config.model.base_precision}: an engine computes with the base as it is, or with merged "
+    require(base_is_whole or is_merged, f"{told}weights: give --load without --engine-lora.")
+    require(not how.engine_lora or config.checkpoint.load is not None, "--engine-lora: give --load, the run to serve.")
+    engine = Engine(how.engine_python)
+    with tempfile.TemporaryDirectory(prefix="served-", dir=near and Path(near).parent) as folder:
+        with redirect_stdout(None):  # of which exports there are, and their cards, nothing is left
+            model = _model(config, Path(folder, "model"), is_merged)
+            adapter = export_adapter(str(config.checkpoint.load), Path(folder, "adapter")) if how.engine_lora else None
+        settings: dict[str, Any] = {"dtype": "bfloat16" if config.model.bf16 else "float32"}
+        tokenizer = Path(config.data.tokenizer_model or model)
+        if (tokenizer / "tokenizer_config.json").is_file():  # without one no text ends an answer early
+            settings |= {"skip_tokenizer_init": False, "tokenizer": str(tokenizer.absolute())}
+        if adapter is not None:
+            settings |= _lora_settings(adapter)
+        opened = engine.open(model, [adapter] if adapter else [], settings | how.arguments_of_engine())
+    return engine, opened["longest"]
+
+
+def _model(config: RunConfig, folder: Path, is_merged: bool) -> Path:
+    base = Path(str(config.model.pretrained_checkpoint))
+    if not is_merged:
+        return base if megatron_files(base) is None else megatron_to_hf(base, folder)
+    dtype, load = torch.bfloat16 if config.model.bf16 else torch.float32, str(config.checkpoint.load)
+    if not config.peft.trains_adapters:
+        return megatron_to_hf(load, folder, pretrained_checkpoint=base, dtype=dtype)
+    # As the model that was trained; the base's own weights are another one after a quantized base.
+    into = "original" if config.model.base_precision == "run" else "trained-values"
+    return merge(load, folder, pretrained_checkpoint=base, dtype=dtype, into=into, num_tokens=0)
+
+
+def _lora_settings(adapter: Path) -> dict[str, Any]:
+    config = read_json_object(adapter / ADAPTER_CONFIG)
+    told = f"--engine-lora: vLLM serves LoRA only, not {config.get('peft_type')}: leave it out, for merged weights."
+    require(config.get("peft_type") == "LORA", told)
+    # vLLM scores several prompts at once with an adapter only if it knows its modules.
+    return {"max_lora_rank": rank_limit(largest_rank(config)), "lora_target_modules": config["target_modules"]}
