@@ -1,25 +1,22 @@
 """The trained small run of a certificate outside Megatron: in transformers, Hugging Face PEFT and a serving engine."""
 
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stdout
 from pathlib import Path
 
 from torch import Tensor
 
 from megatron_peft.certify.comparison import CertificateLine, compare_logits
-from megatron_peft.checkpoint.run_record import ADAPTER_CONFIG, find_checkpoint, read_record
-from megatron_peft.config import ConfigurationError, RunConfig, require
+from megatron_peft.checkpoint.run_record import ADAPTER_CONFIG
+from megatron_peft.config import ConfigurationError, RunConfig
 from megatron_peft.config.untrusted import read_json_object
 from megatron_peft.conversion import verify
 from megatron_peft.conversion.convert import megatron_to_hf, merge
-from megatron_peft.conversion.model_card import VLLM_RANKS
-from megatron_peft.conversion.peft_export import export_adapter, export_as_lora
-from megatron_peft.models.families import family_of
+from megatron_peft.conversion.peft_export import export_adapter
 from megatron_peft.serving.engine import rank_limit
 from megatron_peft.serving.served import after_prefixes, bindings_of, largest_rank, served_log_probs
+from megatron_peft.serving.trained import export_lora
 
 Trained = tuple[RunConfig, Tensor, tuple[Tensor, Tensor]]  # tokens, and logits on them before and after training
-LORA_ERROR = 1e-6  # of what a LoRA approximates, relative Frobenius norm
 
 
 def compare_converted(trained: Trained) -> list[CertificateLine]:
@@ -67,7 +64,7 @@ def compare_in_engine(
     if not config.peft.trains_adapters:
         return
     try:
-        adapter = as_lora(run)
+        adapter = export_lora(run, run.with_name("served"))
         limit = rank_limit(largest_rank(read_json_object(adapter / ADAPTER_CONFIG)))
         (binding,) = bindings_of(python, base, [adapter])
     except ConfigurationError as error:
@@ -76,14 +73,3 @@ def compare_in_engine(
     yield CertificateLine(f"modules bound by {binding.engine}", binding.num_bound, None, 0.0, binding.problems)
     for at_most in (limit, rank_limit(limit + 1)):
         yield served(f"adapter of ranks up to {at_most}", base, adapter, at_most)
-
-
-def as_lora(run: Path) -> Path:
-    """The adapter that HF PEFT has compared if it is a LoRA, else the LoRA that `--as-lora` makes of it."""
-    family = family_of(read_record(find_checkpoint(run)).shape.architecture)
-    require(family.vllm_serves_lora, f"vLLM takes no LoRA for {family.architectures[0]}")
-    exported, adapter = run.with_name("exported"), run.with_name("served")
-    if exported.is_dir() and read_json_object(exported / ADAPTER_CONFIG).get("peft_type") == "LORA":
-        return exported
-    with redirect_stdout(None):
-        return export_as_lora(run, adapter, tolerance=LORA_ERROR, max_rank=VLLM_RANKS[-1], num_tokens=0, progress=False)

@@ -21,6 +21,7 @@ COMMANDS = {
     "convert": "move weights and adapters between Hugging Face, PEFT and Megatron; merge; verify",
     "generate": "answer prompts with a base model or a trained one",
     "evaluate": "score a model on tasks of lm-evaluation-harness",
+    "sync": "give a running vLLM server the newest adapter of a run",
     "certify": "prove here that a run of many processes trains the model that one would",
     "experiment": "run a grid of models, tasks, methods and seeds",
     "report": "tables and plots of a run or an experiment",

@@ -1,5 +1,6 @@
 """What is asked of a model: the flags of generation and of evaluation on tasks."""
 
+import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -129,3 +130,31 @@ class HarnessSettings(EngineSettings):
     def side_file(self, kind: str) -> Path:
         """`scores.json` -> `scores.<kind>.jsonl`, next to --output."""
         return Path(self.output).with_suffix(f".{kind}.jsonl")
+
+
+@dataclass(frozen=True)
+class SyncSettings(Checked):
+    """The server that `megatron-peft sync` gives a run's adapter to."""
+
+    server: str = required_option("address of a running vllm serve, as http://localhost:8000", metavar="URL")
+    name: str | None = option(None, "what clients call it, before -ITERATION (default: the run folder's name)")
+    folder: str | None = option(
+        None, "where the exported versions lie, which the server has to see too (default: served in the run's folder)"
+    )
+    follow: bool = option(False, "go on with each new checkpoint, until it is interrupted")
+    skip: tuple[Literal["binding", "numbers"], ...] = option(
+        (), "do not check what the engine binds, or do not compare log-probabilities, for which the model is loaded"
+    )
+    tolerance: float = option(
+        1e-3,
+        "refuse a version whose log-probability of a token differs from our own by more, in nats, on average; a "
+        "server in bfloat16 wants 0.05",
+        check="not_negative",
+    )
+    engine_python: Path = engine_python(needs="")
+
+    def check(self, require: Requirements) -> None:
+        told = f"--server {self.server}: give an address as http://localhost:8000."
+        require(self.server.startswith(("http://", "https://")), told)
+        told = f"--name {self.name}: give letters, digits, dots, dashes and underscores alone."
+        require(self.name is None or re.fullmatch(r"[\w.-]+", self.name) is not None, told)

@@ -1,21 +1,26 @@
 """What a run has trained, opened by a serving engine: its merged weights, or its adapter on its base."""
 
 import tempfile
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_peft.checkpoint.folders import megatron_files
-from megatron_peft.checkpoint.run_record import ADAPTER_CONFIG
-from megatron_peft.config import RunConfig, require
+from megatron_peft.checkpoint.run_record import ADAPTER_CONFIG, find_checkpoint, read_record
+from megatron_peft.config import ConfigurationError, RunConfig, require
 from megatron_peft.config.evaluation import EngineSettings
 from megatron_peft.config.untrusted import read_json_object
 from megatron_peft.conversion.convert import megatron_to_hf, merge
-from megatron_peft.conversion.peft_export import export_adapter
+from megatron_peft.conversion.model_card import VLLM_RANKS
+from megatron_peft.conversion.peft_export import export_adapter, export_as_lora
+from megatron_peft.models.families import family_of
 from megatron_peft.serving.engine import Engine, rank_limit
 from megatron_peft.serving.served import largest_rank
+
+LORA_ERROR = 1e-6  # of what a LoRA stands for, relative Frobenius norm
 
 
 def open_engine(config: RunConfig, how: EngineSettings, near: str | None) -> tuple[Engine, int]:
@@ -59,6 +64,24 @@ def _model(config: RunConfig, folder: Path, is_merged: bool) -> Path:
     # As the model that was trained; the base's own weights are another one after a quantized base.
     into = "original" if config.model.base_precision == "run" else "trained-values"
     return merge(load, folder, pretrained_checkpoint=base, dtype=dtype, into=into, num_tokens=0)
+
+
+def export_lora(run: str | Path, output: Path, base: str | Path | None = None) -> Path:
+    """The run's adapter in a form that vLLM serves: as it is, or as the LoRA that equals it up to LORA_ERROR.
+
+    ConfigurationError: vLLM takes none for the model's family, or none of such a rank.
+    """
+    record = read_record(find_checkpoint(run))
+    family, peft = family_of(record.shape.architecture), record.config.peft
+    require(family.vllm_serves_lora, f"vLLM takes no LoRA for {family.architectures[0]}")
+    form, is_lora = getattr(import_module(peft.spec.adapter), "EXPORT", None), False
+    with suppress(ConfigurationError):
+        is_lora = form is not None and form.config(peft, []).get("peft_type") == "LORA"
+    with redirect_stdout(None):
+        if is_lora:
+            return export_adapter(run, output, pretrained_checkpoint=base)
+        limits: dict[str, Any] = {"tolerance": LORA_ERROR, "max_rank": VLLM_RANKS[-1], "num_tokens": 0}
+        return export_as_lora(run, output, pretrained_checkpoint=base, progress=False, **limits)
 
 
 def _lora_settings(adapter: Path) -> dict[str, Any]:

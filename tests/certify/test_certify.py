@@ -368,7 +368,7 @@ def test_what_an_engine_does_not_bind_or_computes_otherwise_is_refused(monkeypat
         return ("vLLM 1", answers[name]) if adapter is None else ("vLLM 1", right - 1, answers[name])
 
     monkeypatch.setattr(converted, "served_log_probs", served)
-    monkeypatch.setattr(converted, "as_lora", lambda run: tmp_path / "adapter")
+    monkeypatch.setattr(converted, "export_lora", lambda *_: tmp_path / "adapter")
     monkeypatch.setattr(converted, "bindings_of", lambda *_: [Binding("vLLM 1", 13, 4, ("missing: o_proj",))])
     config = run_of(LORA, {}, 1)
     config = replace(config, checkpoint=replace(config.checkpoint, save=str(tmp_path / "split")))

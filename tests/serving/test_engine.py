@@ -130,6 +130,6 @@ def test_a_certificate_with_a_wrong_alpha_is_refused_by_the_engine(lora, tmp_pat
     config = read_run_record(run).config
     folders = {"right": adapter, "wrong": runs.spoilt(adapter, tmp_path / "spoilt", {"lora_alpha": 64})}
     for name, folder in folders.items():
-        monkeypatch.setattr(converted, "as_lora", lambda _, folder=folder: folder)
+        monkeypatch.setattr(converted, "export_lora", lambda *_, folder=folder: folder)
         bound, *served = converted.compare_in_engine(PYTHON, config, tokens, logits)
         assert bound.passed and [one.passed for one in served] == [name == "right"] * 2

@@ -1,0 +1,132 @@
+"""A run's newest adapter on a running server: exported under a new name, bound, loaded, compared; the old one unloaded.
+
+A version that was loaded under the name, id or path of an earlier one would be answered from the earlier one's cache.
+"""
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from safetensors import safe_open
+
+from megatron_peft.checkpoint import run_record
+from megatron_peft.checkpoint.folders import write_atomically
+from megatron_peft.checkpoint.load import load_trained_parameters
+from megatron_peft.config import ConfigurationError, RunConfig, require
+from megatron_peft.config.evaluation import SyncSettings
+from megatron_peft.config.untrusted import read_json_object
+from megatron_peft.conversion.pretrained import read_model_shape
+from megatron_peft.conversion.verify import random_tokens
+from megatron_peft.evaluation.generation import Continuation, score_all
+from megatron_peft.evaluation.model import InferenceModel, load_model
+from megatron_peft.parallel.collectives import from_first_rank
+from megatron_peft.runtime.launch import checked_together
+from megatron_peft.serving.served import bindings_of
+from megatron_peft.serving.server import Server
+from megatron_peft.serving.trained import export_lora
+
+NUM_TOKENS = 33  # of the compared prompt
+SECONDS_BETWEEN = 1.0  # looks for a new checkpoint
+BOUND = "bound.json"  # what the engine was seen to bind whole
+
+
+def sync(config: RunConfig, settings: SyncSettings) -> None:
+    """Give the server the newest checkpoint of --load, and with --follow each later one, in a started world.
+
+    ConfigurationError, on every rank: no run with adapters, no such server, or a version that is bound or computed
+    otherwise, which is unloaded again, so that the one before stays.
+    """
+    run = Path(str(config.checkpoint.load))
+    is_first, syncing = dist.get_rank() == 0, _Sync(config, settings, run)
+    checked_together(lambda: syncing.server.models() if is_first else None)  # before the model is loaded
+    model = None if "numbers" in settings.skip else load_model(config)
+    shape = checked_together(lambda: read_model_shape(Path(str(config.model.pretrained_checkpoint))))
+    prompt = random_tokens(shape.vocab_size, NUM_TOKENS)[0].tolist()
+    newest = None
+    while True:
+        checkpoint = from_first_rank(lambda: run_record.find_checkpoint(run))
+        if checkpoint != newest:
+            own = None if model is None else _log_likelihood(model, checkpoint, prompt)
+            checked_together(lambda at=checkpoint, own=own: syncing.give(at, own, prompt) if is_first else None)
+            newest = checkpoint
+        elif settings.follow:
+            time.sleep(SECONDS_BETWEEN)
+        if not settings.follow:
+            return
+
+
+def _log_likelihood(model: InferenceModel, checkpoint: Path, prompt: list[int]) -> float:
+    load_trained_parameters(model.chunks, checkpoint)
+    return score_all(model, [Continuation((prompt[0],), tuple(prompt[1:]))], 1)[0].log_likelihood
+
+
+class _Sync:
+    """What the first rank does."""
+
+    def __init__(self, config: RunConfig, settings: SyncSettings, run: Path) -> None:
+        told = f"--load {run}: --peft-method full trains no adapter: merge or convert it, and serve the folder."
+        require(config.peft.trains_adapters, told)
+        self.server = Server(settings.server)
+        self._settings, self._base = settings, Path(str(config.model.pretrained_checkpoint))
+        whole = run_record.find_checkpoint(run).parent
+        self._name = settings.name or whole.name
+        self._folder = Path(settings.folder or whole / "served")
+
+    def give(self, checkpoint: Path, own: float | None, prompt: list[int]) -> None:
+        """Load this version, and unload the others. `own`: log p of the prompt by our own model."""
+        began, iteration = time.monotonic(), run_record.read_record(checkpoint).position["iteration"]
+        name = f"{self._name}-{iteration:07d}"
+        served = {one["id"]: one for one in self.server.models()}
+        if name in served:
+            print(f"{self.server.url} serves {name} already", flush=True)
+            return
+        adapter = self._folder / name
+        shutil.rmtree(adapter, ignore_errors=True)  # of a sync that was interrupted
+        export_lora(checkpoint, adapter, self._base)
+        if "binding" not in self._settings.skip:
+            self._require_bound(adapter)
+        self.server.load(name, adapter)
+        compared = ""
+        try:
+            if own is not None:
+                compared = self._compared(name, served, own, prompt)
+        except ConfigurationError:
+            self.server.unload(name)
+            raise
+        earlier = [one for one in served if one.startswith(f"{self._name}-") and one[len(self._name) + 1 :].isdigit()]
+        for one in earlier:
+            self.server.unload(one)
+            shutil.rmtree(self._folder / one, ignore_errors=True)
+        gone = f"; unloaded {', '.join(earlier)}" if earlier else ""
+        seconds = time.monotonic() - began
+        print(f"{self.server.url} serves {name}{compared}{gone}; {seconds:.2f} s", flush=True)
+
+    def _compared(self, name: str, served: Mapping[str, Any], own: float, prompt: list[int]) -> str:
+        base = next(each for each, about in served.items() if about.get("parent") is None)
+        found, base = (self.server.log_likelihood(one, prompt) / (NUM_TOKENS - 1) for one in (name, base))
+        own /= NUM_TOKENS - 1
+        told = f"log-probability of a token {found:.6f}, our own {own:.6f}, the base's {base:.6f}"
+        tolerance = self._settings.tolerance
+        require(abs(found - own) <= tolerance, f"{name}: {told}: more apart than --tolerance {tolerance:g}.")
+        return f": {told}"
+
+    def _require_bound(self, adapter: Path) -> None:
+        """Ask the engine, unless an adapter of the same config, names and shapes was bound whole before."""
+        with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
+        looks = json.dumps([shapes, read_json_object(adapter / run_record.ADAPTER_CONFIG)], sort_keys=True)
+        digest, known = hashlib.sha256(looks.encode()).hexdigest(), self._folder / BOUND
+        with suppress(ConfigurationError):
+            if read_json_object(known) == {"digest": digest}:
+                return
+        (binding,) = bindings_of(self._settings.engine_python, self._base, [adapter])
+        print(binding, flush=True)
+        if binding.problems:
+            raise ConfigurationError(*(f"{adapter}: {problem}" for problem in binding.problems))
+        write_atomically(known, json.dumps({"digest": digest}))

@@ -1,0 +1,54 @@
+"""A running `vllm serve`, which takes adapters and answers over HTTP."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
+
+from megatron_peft.config import ConfigurationError, untrusted
+
+SECONDS = 600.0  # for one answer
+START = "start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve BASE --enable-lora --max-lora-rank N"
+
+
+class Server:
+    """The server at an address; VLLM_API_KEY is its key, if it wants one. ConfigurationError: what it refuses."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+
+    def models(self) -> list[dict[str, Any]]:
+        """What it serves: of each at least its `id`, and the `parent` of an adapter, which a base does not have."""
+        return untrusted.parse_json(self._ask("/v1/models"), f"{self.url}/v1/models")["data"]
+
+    def load(self, name: str, folder: Path) -> None:
+        self._ask("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder.absolute())})
+
+    def unload(self, name: str) -> None:
+        self._ask("/v1/unload_lora_adapter", {"lora_name": name})
+
+    def log_likelihood(self, name: str, tokens: Sequence[int]) -> float:
+        """log p of all tokens after the first, summed, in nats."""
+        asked = {"model": name, "prompt": list(tokens), "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
+        answer = untrusted.parse_json(self._ask("/v1/completions", asked), f"{self.url}/v1/completions")
+        after_first = answer["choices"][0]["prompt_logprobs"][1:]
+        return sum(of_token[str(token)]["logprob"] for token, of_token in zip(tokens[1:], after_first, strict=True))
+
+    def _ask(self, path: str, content: Mapping[str, Any] | None = None) -> str:
+        key = os.environ.get("VLLM_API_KEY")
+        headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
+        data = None if content is None else json.dumps(content).encode()
+        try:
+            with urlopen(Request(self.url + path, data, headers), timeout=SECONDS) as answer:
+                return answer.read().decode()
+        except HTTPError as error:
+            said = error.read().decode(errors="replace")[:500]
+            hint = f": {START}" if error.code == 404 and "lora_adapter" in path and "adapter" not in said else ""
+            told = f"--server {self.url} refuses {path} ({error.code} {error.reason}: {said}){hint}."
+            raise ConfigurationError(told) from error
+        except (URLError, OSError) as error:
+            reason = getattr(error, "reason", error)
+            raise ConfigurationError(f"--server {self.url} does not answer ({reason}): {START}.") from error
