@@ -7,9 +7,10 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch.distributed as dist
@@ -31,7 +32,7 @@ from megatron_peft.serving.served import bindings_of
 from megatron_peft.serving.server import Server
 from megatron_peft.serving.trained import export_lora
 
-NUM_TOKENS = 33  # of the compared prompt
+PREFIXES = (1, 5, 17, 32)  # tokens of a prompt before the compared ones
 SECONDS_BETWEEN = 1.0  # looks for a new checkpoint
 BOUND = "bound.json"  # what the engine was seen to bind whole
 
@@ -47,13 +48,14 @@ def sync(config: RunConfig, settings: SyncSettings) -> None:
     checked_together(lambda: syncing.server.models() if is_first else None)  # before the model is loaded
     model = None if "numbers" in settings.skip else load_model(config)
     shape = checked_together(lambda: read_model_shape(Path(str(config.model.pretrained_checkpoint))))
-    prompt = random_tokens(shape.vocab_size, NUM_TOKENS)[0].tolist()
+    row = random_tokens(shape.vocab_size, max(PREFIXES) + 1)[0].tolist()
+    asked = [Continuation(tuple(row[:length]), (row[length],)) for length in PREFIXES]
     newest = None
     while True:
         checkpoint = from_first_rank(lambda: run_record.find_checkpoint(run))
         if checkpoint != newest:
-            own = None if model is None else _log_likelihood(model, checkpoint, prompt)
-            checked_together(lambda at=checkpoint, own=own: syncing.give(at, own, prompt) if is_first else None)
+            own = None if model is None else _log_prob(model, checkpoint, asked)
+            checked_together(lambda at=checkpoint, own=own: syncing.give(at, own, asked) if is_first else None)
             newest = checkpoint
         elif settings.follow:
             time.sleep(SECONDS_BETWEEN)
@@ -61,9 +63,9 @@ def sync(config: RunConfig, settings: SyncSettings) -> None:
             return
 
 
-def _log_likelihood(model: InferenceModel, checkpoint: Path, prompt: list[int]) -> float:
+def _log_prob(model: InferenceModel, checkpoint: Path, asked: Sequence[Continuation]) -> float:
     load_trained_parameters(model.chunks, checkpoint)
-    return score_all(model, [Continuation((prompt[0],), tuple(prompt[1:]))], 1)[0].log_likelihood
+    return fmean(score.log_likelihood for score in score_all(model, asked, len(asked)))
 
 
 class _Sync:
@@ -78,8 +80,8 @@ class _Sync:
         self._name = settings.name or whole.name
         self._folder = Path(settings.folder or whole / "served")
 
-    def give(self, checkpoint: Path, own: float | None, prompt: list[int]) -> None:
-        """Load this version, and unload the others. `own`: log p of the prompt by our own model."""
+    def give(self, checkpoint: Path, own: float | None, asked: Sequence[Continuation]) -> None:
+        """Load this version, and unload the others. `own`: log p of what is asked by our own model, its mean."""
         began, iteration = time.monotonic(), run_record.read_record(checkpoint).position["iteration"]
         name = f"{self._name}-{iteration:07d}"
         served = {one["id"]: one for one in self.server.models()}
@@ -95,7 +97,7 @@ class _Sync:
         compared = ""
         try:
             if own is not None:
-                compared = self._compared(name, served, own, prompt)
+                compared = self._compared(name, served, own, asked)
         except ConfigurationError:
             self.server.unload(name)
             raise
@@ -107,11 +109,12 @@ class _Sync:
         seconds = time.monotonic() - began
         print(f"{self.server.url} serves {name}{compared}{gone}; {seconds:.2f} s", flush=True)
 
-    def _compared(self, name: str, served: Mapping[str, Any], own: float, prompt: list[int]) -> str:
+    def _compared(self, name: str, served: Mapping[str, Any], own: float, asked: Sequence[Continuation]) -> str:
         base = next(each for each, about in served.items() if about.get("parent") is None)
-        found, base = (self.server.log_likelihood(one, prompt) / (NUM_TOKENS - 1) for one in (name, base))
-        own /= NUM_TOKENS - 1
-        told = f"log-probability of a token {found:.6f}, our own {own:.6f}, the base's {base:.6f}"
+        found, of_base = (
+            fmean(self.server.log_prob(one, context, token) for context, (token,) in asked) for one in (name, base)
+        )
+        told = f"log-probability of a token {found:.6f}, our own {own:.6f}, the base's {of_base:.6f}"
         tolerance = self._settings.tolerance
         require(abs(found - own) <= tolerance, f"{name}: {told}: more apart than --tolerance {tolerance:g}.")
         return f": {told}"

@@ -30,12 +30,17 @@ class Server:
     def unload(self, name: str) -> None:
         self._ask("/v1/unload_lora_adapter", {"lora_name": name})
 
-    def log_likelihood(self, name: str, tokens: Sequence[int]) -> float:
-        """log p of all tokens after the first, summed, in nats."""
-        asked = {"model": name, "prompt": list(tokens), "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
-        answer = untrusted.parse_json(self._ask("/v1/completions", asked), f"{self.url}/v1/completions")
-        after_first = answer["choices"][0]["prompt_logprobs"][1:]
-        return sum(of_token[str(token)]["logprob"] for token, of_token in zip(tokens[1:], after_first, strict=True))
+    def log_prob(self, name: str, context: Sequence[int], token: int) -> float:
+        """log p of a token after others, in nats: of the only one that is allowed, as it was before that was forbidden.
+
+        Log-probabilities of prompts end a vLLM that has several of them with an adapter in one batch.
+        """
+        asked = {"model": name, "prompt": list(context), "max_tokens": 1, "temperature": 0, "logprobs": 0}
+        answer = self._ask("/v1/completions", {**asked, "allowed_token_ids": [token], "ignore_eos": True})
+        (found,) = untrusted.parse_json(answer, f"{self.url}/v1/completions")["choices"][0]["logprobs"][
+            "token_logprobs"
+        ]
+        return found
 
     def _ask(self, path: str, content: Mapping[str, Any] | None = None) -> str:
         key = os.environ.get("VLLM_API_KEY")

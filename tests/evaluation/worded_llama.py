@@ -18,6 +18,12 @@ WORDS = [f"w{i}" for i in range(VOCAB_SIZE - len(SPECIAL))]
 def save_worded_llama(folder: Path, seed: int = 0, **sizes: Any) -> Path:
     """Words w0, w1, ... are the ids 0, 1, ..."""
     save_llama(folder, seed, bos_token_id=VOCAB_SIZE - 3, eos_token_id=VOCAB_SIZE - 2, pad_token_id=None, **sizes)
+    save_words(folder)
+    return folder
+
+
+def save_words(folder: Path) -> None:
+    """The tokenizer alone."""
     ids = {word: index for index, word in enumerate([*WORDS, *SPECIAL])}
     tokenizer = Tokenizer(WordLevel(ids, unk_token="<unk>"))
     tokenizer.pre_tokenizer = WhitespaceSplit()  # type: ignore[assignment]
@@ -25,7 +31,6 @@ def save_worded_llama(folder: Path, seed: int = 0, **sizes: Any) -> Path:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
     fast.chat_template = "{% for m in messages %}<s> {{ m.content }} {% endfor %}"
     fast.save_pretrained(folder)
-    return folder
 
 
 def save_worded_pairs(path: Path) -> Path:
