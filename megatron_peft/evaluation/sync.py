@@ -79,6 +79,7 @@ class _Sync:
         whole = run_record.find_checkpoint(run).parent
         self._name = settings.name or whole.name
         self._folder = Path(settings.folder or whole / "served")
+        self._of_base: float | None = None
 
     def give(self, checkpoint: Path, own: float | None, asked: Sequence[Continuation]) -> None:
         """Load this version, and unload the others. `own`: log p of what is asked by our own model, its mean."""
@@ -110,14 +111,17 @@ class _Sync:
         print(f"{self.server.url} serves {name}{compared}{gone}; {seconds:.2f} s", flush=True)
 
     def _compared(self, name: str, served: Mapping[str, Any], own: float, asked: Sequence[Continuation]) -> str:
-        base = next(each for each, about in served.items() if about.get("parent") is None)
-        found, of_base = (
-            fmean(self.server.log_prob(one, context, token) for context, (token,) in asked) for one in (name, base)
-        )
-        told = f"log-probability of a token {found:.6f}, our own {own:.6f}, the base's {of_base:.6f}"
+        if self._of_base is None:
+            base = next(each for each, about in served.items() if about.get("parent") is None)
+            self._of_base = self._answered(base, asked)
+        found = self._answered(name, asked)
+        told = f"log-probability of a token {found:.6f}, our own {own:.6f}, the base's {self._of_base:.6f}"
         tolerance = self._settings.tolerance
         require(abs(found - own) <= tolerance, f"{name}: {told}: more apart than --tolerance {tolerance:g}.")
         return f": {told}"
+
+    def _answered(self, name: str, asked: Sequence[Continuation]) -> float:
+        return fmean(self.server.log_prob(name, context, token) for context, (token,) in asked)
 
     def _require_bound(self, adapter: Path) -> None:
         """Ask the engine, unless an adapter of the same config, names and shapes was bound whole before."""
