@@ -118,25 +118,25 @@ def compare_served(
     """
     shape = read_shape(str(model))
     tokens = random_tokens(shape.vocab_size, min(num_tokens, shape.longest_sequence - 1))
-    name, *answers = served_log_probs(python, model, adapter, tokens)
+    name, *answers = served_log_probs(python, model, [adapter] if adapter else [], tokens)
     found, expected = answers[-1], after_prefixes(logits_of(reference, tokens, base))
     moved = (found - answers[0]).abs().max().item() if adapter else None
     return Served(name, Difference.of(found, expected), moved, len(found))
 
 
 def served_log_probs(
-    python: Path, model: Path, adapter: Path | None, tokens: Tensor, least_limit: int = 1
+    python: Path, model: Path, adapters: Sequence[Path], tokens: Tensor, least_limit: int = 1
 ) -> tuple[str, Tensor, *tuple[Tensor, ...]]:
     """The engine's name, and its log-probabilities [n, vocabulary] after each prefix of the rows of `tokens` [b, s]:
-    of the model, and with the adapter if one is given. It reserves room for ranks of `least_limit` or more."""
+    of the model, and with each of the adapters. It reserves room for ranks of `least_limit` or more."""
     ends = [end + 1 for end in _ends(tokens.shape[1])]
     prompts = [row[:end].tolist() for row in tokens for end in ends]
     settings: dict[str, Any] = {"dtype": "float32", "max_model_len": tokens.shape[1] + 1}
-    if adapter:
-        rank = largest_rank(untrusted.read_json_object(adapter / ADAPTER_CONFIG))
-        settings["max_lora_rank"] = rank_limit(max(rank, least_limit))
+    if adapters:
+        ranks = (largest_rank(untrusted.read_json_object(adapter / ADAPTER_CONFIG)) for adapter in adapters)
+        settings["max_lora_rank"] = rank_limit(max(least_limit, *ranks))
     with Engine(python) as engine:
-        engine.open(model, [adapter] if adapter else [], settings)
+        engine.open(model, adapters, settings)
         found = engine.ask("log_probs", prompts=prompts)["log_probs"]
     return engine.name, *map(torch.tensor, found)
 

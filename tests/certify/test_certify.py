@@ -362,10 +362,10 @@ def test_what_an_engine_does_not_bind_or_computes_otherwise_is_refused(monkeypat
     right = converted.after_prefixes(logits[1])
     answers = {"merged": right, "adapter of ranks up to 8": right, "adapter of ranks up to 16": right + 0.01}
 
-    def served(python, model, adapter, tokens, limit):
-        assert (model.name == "merged") is (adapter is None)
-        name = "merged" if adapter is None else f"adapter of ranks up to {limit}"
-        return ("vLLM 1", answers[name]) if adapter is None else ("vLLM 1", right - 1, answers[name])
+    def served(python, model, adapters, tokens, limit):
+        assert (model.name == "merged") is (adapters == [])
+        name = f"adapter of ranks up to {limit}" if adapters else "merged"
+        return ("vLLM 1", right - 1, answers[name]) if adapters else ("vLLM 1", answers[name])
 
     monkeypatch.setattr(converted, "served_log_probs", served)
     monkeypatch.setattr(converted, "export_lora", lambda *_: tmp_path / "adapter")

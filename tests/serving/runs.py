@@ -16,6 +16,7 @@ from tests.tiny_llama import VOCAB_SIZE, draw_parameters, save_llama, save_pairs
 
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
 SIZES |= {"num_key_value_heads": 2, "head_dim": 32}
+BLOOM = {"hidden_size": 128, "n_layer": 2, "n_head": 4}
 RUN = (
     "--tokenizer-type NullTokenizer --seq-length 32 --train-iters 6 --global-batch-size 4 --micro-batch-size 2 "
     "--lr 2e-2 --log-interval 1 --num-workers 0"
@@ -33,8 +34,8 @@ def trained(folder: Path, *flags: str, family: str = "Llama") -> tuple[Path, Pat
         save_llama(base, **SIZES)
     else:
         torch.manual_seed(0)
-        sizes = {**SIZES, "vocab_size": VOCAB_SIZE, "max_position_embeddings": 256}
-        config = getattr(transformers, f"{family}Config")(**sizes, tie_word_embeddings=False)
+        sizes = BLOOM if family == "Bloom" else {**SIZES, "max_position_embeddings": 256, "tie_word_embeddings": False}
+        config = getattr(transformers, f"{family}Config")(**sizes, vocab_size=VOCAB_SIZE)
         model = getattr(transformers, f"{family}ForCausalLM")(config)
         draw_parameters(model, std=0.08)
         model.save_pretrained(base)

@@ -22,7 +22,7 @@ ENGINE = ["--engine", "vllm", "--engine-python", str(PYTHON)]
 WAYS = {"merged": ENGINE, "adapter": [*ENGINE, "--engine-lora"]}
 METHODS = {
     "lora": "--peft-method lora --lora-rank 8",
-    "hybrid": "--peft-method hybrid --lora-rank 8 --boft-block-size 8 --boft-factors 2",
+    "hybrid": "--peft-method hybrid --lora-rank 8 --boft-block-size 8 --boft-factors 2 --lora-ga-batches 2",
     "nf4": "--peft-method lora --lora-rank 8 --base-precision nf4",
 }
 TOLERANCE = 1e-3

@@ -5,7 +5,6 @@ Run by `make test-engines`, which has vLLM in an environment of its own.
 
 import json
 import os
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,8 +13,9 @@ import pytest
 from megatron_peft.certify import converted
 from megatron_peft.checkpoint.run_record import read_run_record
 from megatron_peft.commands import certify, convert
+from megatron_peft.conversion.convert import megatron_to_hf, merge
 from megatron_peft.conversion.peft_export import export_adapter, export_as_lora
-from megatron_peft.conversion.verify import logits_of, random_tokens
+from megatron_peft.conversion.verify import Difference, logits_of, random_tokens
 from megatron_peft.models.families import config_of_shape, read_shape
 from megatron_peft.serving import served
 from tests.certify import test_certify as certify_tests
@@ -62,40 +62,56 @@ def test_what_is_bound_and_wrong_is_seen_in_numbers_alone(lora, faulty, name, tm
 
 
 METHODS = {
-    "lora": "--lora-rank 8",
-    "rslora": "--peft-method lora --lora-rank 16 --lora-rs",
-    "lora-ga": "--lora-rank 8 --lora-ga-batches 2",
-    "lora-ga, paper": "--peft-method lora-ga --lora-rank 8 --lora-ga-batches 2 --lora-ga-init paper",
-    "boft": "--boft-block-size 8 --boft-factors 2",
-    "urnn": "--urnn-block-size 16",
-    "hybrid": "--lora-rank 8 --boft-block-size 8 --boft-factors 2 --lora-ga-batches 2",
+    "LoRA": "--peft-method lora --lora-rank 8",
+    "LoRA, rsLoRA": "--peft-method lora --lora-rank 16 --lora-rs",
+    "LoRA-GA": "--peft-method lora-ga --lora-rank 8 --lora-ga-batches 2",
+    "LoRA-GA, paper's start": "--peft-method lora-ga --lora-rank 8 --lora-ga-batches 2 --lora-ga-init paper",
+    "BOFT": "--peft-method boft --boft-block-size 8 --boft-factors 2",
+    "uRNN": "--peft-method urnn --urnn-block-size 16",
+    "Hybrid": "--peft-method hybrid --lora-rank 8 --boft-block-size 8 --boft-factors 2 --lora-ga-batches 2",
     "full": "--peft-method full --lr 2e-3",
 }
-FAMILIES = {family: "--peft-method lora --lora-rank 8" for family in ("Mistral", "Qwen2", "Qwen3")}
 
 
-@pytest.mark.parametrize("name", [*METHODS, *FAMILIES])
-def test_log_probabilities_are_those_of_the_run(name, tmp_path, capsys):
-    if name in FAMILIES:
-        _, run = runs.trained(tmp_path, *FAMILIES[name].split(), family=name)
-        is_served(export_adapter(run, tmp_path / "adapter"), run, capsys)
-        return
-    flags = METHODS[name] if "--peft-method" in METHODS[name] else f"--peft-method {name} {METHODS[name]}"
-    _, run = runs.trained(tmp_path, *flags.split())
-    is_lora = name.startswith(("lora", "rslora"))
-    output = tmp_path / "adapter"
-    adapter = export_adapter(run, output) if is_lora else export_as_lora(run, output, tolerance=1e-6, num_tokens=0)
-    # Norms and embeddings of full fine-tuning are in no LoRA: it is what HF PEFT makes of the export.
-    is_served(adapter, None if name == "full" else run, capsys)
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3"])
+def test_every_method_is_bound_and_computes_what_the_run_does(family, tmp_path, served_rows):
+    exported, logits = {}, {}
+    for method, flags in METHODS.items():
+        base, run = runs.trained(tmp_path / method, *flags.split(), family=family)
+        folder = tmp_path / method / "adapter"
+        is_lora = method.startswith("LoRA")
+        adapter = export_adapter(run, folder) if is_lora else export_as_lora(run, folder, tolerance=1e-6, num_tokens=0)
+        tokens = random_tokens(read_shape(str(base)).vocab_size, 64)
+        # Norms and embeddings of full fine-tuning are in no LoRA: it is what HF PEFT makes of the export.
+        exported[method], logits[method] = adapter, logits_of(adapter if method == "full" else run, tokens)
+    name, of_base, *found = served.served_log_probs(PYTHON, base, [*exported.values()], tokens)
+    bound = served.bindings_of(PYTHON, base, [*exported.values()])
+    for method, binding, log_probs in zip(exported, bound, found, strict=True):
+        difference = Difference.of(log_probs, served.after_prefixes(logits[method]))
+        as_lora = "adapter" if method.startswith("LoRA") else "adapter, --as-lora"
+        served_rows.add(name, method, as_lora, family, f"{binding.num_bound} bound, {difference.largest:.1e}")
+        assert binding.problems == () and binding.num_bound == 14
+        assert difference.largest < TOLERANCE and (log_probs - of_base).abs().max() > served.MOVES, method
 
 
-def is_served(adapter: Path, run: Path | None, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["verify", "--input", str(adapter), "--engine", "vllm", *(["--reference", str(run)] if run else [])]
-    code = convert.main([*words, "--engine-python", str(PYTHON)])
-    told = capsys.readouterr().out
-    assert code == 0 and told.rstrip().endswith("served as it was trained"), told
-    largest = re.search(r"largest difference ([\d.e-]+), relative", told)
-    assert largest is not None and float(largest[1]) < TOLERANCE, told
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3", "Bloom"])
+@pytest.mark.parametrize("method", ["LoRA", "Hybrid", "full"])
+def test_merged_models_compute_what_the_run_does(method, family, tmp_path, served_rows):
+    _, run = runs.trained(tmp_path, *METHODS[method].split(), family=family)
+    model = (megatron_to_hf if method == "full" else merge)(run, tmp_path / "model")
+    found = served.compare_served(PYTHON, model, None, run, 64)
+    served_rows.add(found.engine, method, "model", family, f"{found.difference.largest:.1e}")
+    assert found.difference.largest < TOLERANCE
+
+
+@pytest.mark.parametrize("method", ["LoRA", "full"])
+def test_the_command_says_that_it_is_served_as_it_was_trained(method, tmp_path, capsys):
+    _, run = runs.trained(tmp_path, *METHODS[method].split())
+    export, of_run = (export_adapter, ["--reference", str(run)]) if method == "LoRA" else (export_as_lora, [])
+    adapter = export(run, tmp_path / "adapter")
+    words = ["verify", "--input", str(adapter), "--engine", "vllm", "--engine-python", str(PYTHON), *of_run]
+    assert convert.main(words) == 0
+    assert capsys.readouterr().out.rstrip().endswith("served as it was trained")
 
 
 CERTIFIED = "--mock-data --train-iters 9 --micro-batch-size 2 --global-batch-size 4 --seq-length 64 --lr 1e-3"

@@ -123,7 +123,7 @@ def test_a_version_that_is_computed_otherwise_is_unloaded_again(server, trained,
     told = "run-0000006: log-probability of a token -1.000000, our own -.*: more apart than --tolerance 0.001"
     with pytest.raises(ConfigurationError, match=told):
         synced(url, trained, tmp_path, skip=("binding",))
-    assert recorded.asked == ["load run-0000006", "ask run-0000006", "ask base", "unload run-0000006"]
+    assert recorded.asked == ["load run-0000006", "ask base", "ask run-0000006", "unload run-0000006"]
     synced(url, trained, tmp_path, skip=("binding",), tolerance=100.0, name="mine")
     assert recorded.served == ["base", "run-0000001", "mine-0000006"]
 
