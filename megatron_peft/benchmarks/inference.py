@@ -7,12 +7,12 @@ import random
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
@@ -35,6 +35,7 @@ from megatron_peft.tasks.prepare import HashSplit, prepare
 from megatron_peft.training.step import run_schedule
 
 LARGEST_DIFFERENCE = 1e-4
+LARGEST_DIFFERENCE_OF_ENGINE = 1e-3
 NUM_PROMPTS, NUM_NEW, NUM_TIMED = 200, 16, 16
 PROMPT_LENGTHS = 4, 32  # tokens, shortest and longest
 TIMED_NEW = 32
@@ -206,14 +207,23 @@ Items = dict[tuple[str, int], Any]
 
 
 def harness_figures(setting: Setting) -> list[Figure]:
-    """Items that differ, and the largest difference of a log-likelihood."""
+    """Items that differ from those of `lm_eval --model hf`, and the largest difference of a log-likelihood."""
+    return _figures(setting, their_items, "that of lm-eval's hf backend", LARGEST_DIFFERENCE)
+
+
+def engine_figures(setting: Setting) -> list[Figure]:
+    """The same, with vLLM answering in our model's place (`make engines` installs it)."""
+    return _figures(setting, partial(our_items, engine="vllm"), "that of vLLM", LARGEST_DIFFERENCE_OF_ENGINE)
+
+
+def _figures(setting: Setting, other: Callable[..., Items], whose: str, at_most: float) -> list[Figure]:
     with tempfile.TemporaryDirectory() as tasks:
         prepare_tasks(Path(tasks), Path(setting.checkpoint).parent / "downloads")
         ours, theirs = (
             run_ranks(1, partial(items, tasks=tasks), setting.checkpoint, timeout=3600)[0]
-            for items in (our_items, their_items)
+            for items in (our_items, other)
         )
-    return compare_items(ours, theirs)
+    return compare_items(ours, theirs, whose, at_most)
 
 
 def prepare_tasks(folder: Path, downloads: Path) -> None:
@@ -233,7 +243,7 @@ def prepare_tasks(folder: Path, downloads: Path) -> None:
         task.write_text(re.sub(r"max_gen_toks: \d+", f"max_gen_toks: {LONGEST_ANSWER}", task.read_text()))
 
 
-def compare_items(ours: Items, theirs: Items) -> list[Figure]:
+def compare_items(ours: Items, theirs: Items, whose: str, at_most: float) -> list[Figure]:
     """Two figures; an item that only one of them has counts as different."""
     common = sorted(ours.keys() & theirs.keys())
     differing = [item for item in common if _told(ours[item]) != _told(theirs[item])]
@@ -246,8 +256,8 @@ def compare_items(ours: Items, theirs: Items) -> list[Figure]:
     choices = ((a[0], b[0]) for answers in pairs for a, b in answers if not isinstance(a, str))
     largest = max((abs(float(a) - float(b)) for a, b in choices), default=0.0)
     return [
-        Figure("items whose answer or score is not that of lm-eval's hf backend", len(differing) + alone, 0, "", note),
-        Figure("largest difference of a choice's log-likelihood", largest, LARGEST_DIFFERENCE),
+        Figure(f"items whose answer or score is not {whose}", len(differing) + alone, 0, "", note),
+        Figure("largest difference of a choice's log-likelihood", largest, at_most),
     ]
 
 
@@ -263,15 +273,21 @@ def _answers(item: Mapping[str, Any]) -> list[Any]:
     return [answer for of_request in item["resps"] for answer in of_request]
 
 
-def our_items(model: str, tasks: str, names: Sequence[str] = TASKS, limit: int = ITEMS_OF_A_TASK) -> Items:
+def our_items(
+    model: str,
+    tasks: str,
+    names: Sequence[str] = TASKS,
+    limit: int = ITEMS_OF_A_TASK,
+    engine: Literal["vllm"] | None = None,
+) -> Items:
     """The items of this model on the tasks of a folder, at most so many of each. Started on a rank of its own."""
     from megatron_peft.config.evaluation import HarnessSettings
     from megatron_peft.evaluation.harness_run import evaluate
 
     torch.set_num_threads(1)
     start_world()
-    output = Path(tasks, "ours.json")
-    sizes: dict[str, Any] = {"limit": limit, "batch_size": HARNESS_BATCH_SIZE}
+    output = Path(tasks, f"{engine or 'ours'}.json")
+    sizes: dict[str, Any] = {"limit": limit, "batch_size": HARNESS_BATCH_SIZE, "engine": engine}
     settings = HarnessSettings(tuple(names), str(output), (tasks,), log_samples=True, **sizes)
     evaluate(read_config(["--pretrained-checkpoint", model], saved=saved_values), settings)
     stop()

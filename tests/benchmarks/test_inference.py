@@ -59,7 +59,7 @@ def test_both_backends_give_the_same_and_every_kind_of_difference_is_found(tmp_p
     asked = {"tasks": str(tasks), "names": names, "limit": 8}
     ours, theirs = (run_ranks(1, partial(items, **asked), str(model))[0] for items in (our_items, their_items))
     assert {task for task, _ in ours} == set(names) and len(ours) == 16
-    differing, largest = compare_items(ours, theirs)
+    differing, largest = compare_items(ours, theirs, "theirs", 1e-4)
     assert differing.measured == 0 and differing.note == "tiny_answers 8, tiny_choices 8"
     assert 0 < largest.measured < 1e-3, "two programs never round alike"
     wrong = copy.deepcopy(ours)
@@ -67,7 +67,7 @@ def test_both_backends_give_the_same_and_every_kind_of_difference_is_found(tmp_p
     wrong["tiny_choices", 1]["resps"][0][0][0] = -3.0
     wrong["tiny_choices", 2]["acc"] = 7
     del wrong["tiny_choices", 3]
-    differing, largest = compare_items(wrong, theirs)
+    differing, largest = compare_items(wrong, theirs, "theirs", 1e-4)
     assert differing.measured == 3 and not differing.reached
     assert differing.note.endswith("differing: tiny_answers 0, tiny_choices 2")
     assert largest.measured > 1e-2
