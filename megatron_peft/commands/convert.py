@@ -179,6 +179,9 @@ class Verify(_FromBase):
     )
     engine_python: Path = engine_python()
     binding_only: bool = option(False, "with --engine: only what it binds, which needs no weights", needs="engine")
+    update_card: bool = option(
+        False, "with --engine: the model card of --input tells what its engine was seen to do", needs="engine"
+    )
     num_tokens: int = option(64, "tokens in each of two sequences", check="positive")
     per_layer: bool = option(False, "also print the difference after each layer")
     tolerance: float = option(
@@ -218,7 +221,7 @@ class Verify(_FromBase):
         reference = None if self.reference is None else Path(local_model(self.reference, "--reference"))
         tolerance = None if self.binding_only else self.tolerance
         folder, base = Path(local_model(self.input, "--input")), self.base
-        return check_served(self.engine_python, folder, base, reference, self.num_tokens, tolerance)
+        return check_served(self.engine_python, folder, base, reference, self.num_tokens, tolerance, self.update_card)
 
 
 COMMANDS: dict[str, Any] = {

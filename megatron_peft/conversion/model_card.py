@@ -8,7 +8,7 @@ Folders stand there by their last names, and what others have named stands as it
 import io
 import re
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import partial
@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCardData
 
-from megatron_peft.checkpoint.folders import check_new
+from megatron_peft.checkpoint.folders import check_new, write_atomically
 from megatron_peft.checkpoint.run_record import ADAPTER_CONFIG, RunRecord, find_checkpoint, read_record
 from megatron_peft.config import ConfigurationError, errors, require, sources, untrusted
 from megatron_peft.conversion.verify import verify
@@ -34,6 +34,7 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values that --max-lora-ra
 MERGED_INTO = {"original": "its original weights", "trained-values": "the values that it was trained on"}
 NUM_TOKENS = 64
 MEMORY = Path("/proc/meminfo")
+VERIFIED = "\n## Verified in the engine that serves it\n"
 NO_BASE = "HUGGING_FACE_BASE"  # where the base has no folder that others open
 
 
@@ -127,6 +128,16 @@ def add_logits(exported: Exported, num_tokens: int | None) -> None:
     rows = ("adapters on what they were trained on", of_trained), ("adapters on the original weights", of_original)
     with (exported.output / CARD).open("a", encoding="utf-8") as card:
         card.write(f"\n## Logits\n\nOn random tokens, compared with the run's own:\n\n{_table(rows)}\n")
+
+
+def add_engine(folder: Path, told: Sequence[str]) -> None:
+    """Say on the folder's card what an engine was seen to do, each sentence of which begins with the engine's name and
+    version. What was said of any version of that engine before goes."""
+    engine, card = told[0].split()[0], folder / CARD
+    before, _, earlier = card.read_text(encoding="utf-8").partition(VERIFIED)
+    kept = [line for line in earlier.strip().splitlines() if not line.startswith(f"- {engine} ")]
+    lines = [*kept, *(f"- {sentence}" for sentence in told)]
+    write_atomically(card, "\n".join([f"{before.rstrip()}\n{VERIFIED}", *lines]) + "\n")
 
 
 def _available_bytes() -> int | None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_peft.checkpoint.run_record import ADAPTER_CONFIG
 from megatron_peft.config import require, sources, untrusted
+from megatron_peft.conversion.model_card import CARD, add_engine
 from megatron_peft.conversion.verify import Difference, logits_of, random_tokens
 from megatron_peft.models.families import read_shape
 from megatron_peft.serving.engine import Engine, rank_limit
@@ -66,28 +67,40 @@ class Served:
 
 
 def check_served(
-    python: Path, folder: Path, base: str | None, reference: Path | None, num_tokens: int, tolerance: float | None
+    python: Path,
+    folder: Path,
+    base: str | None,
+    reference: Path | None,
+    num_tokens: int,
+    tolerance: float | None,
+    update_card: bool = False,
 ) -> int:
     """Print what the engine makes of an adapter of HF PEFT or of a model; exit code 1 if something is wrong.
 
     base: of an adapter, None is the one that it names; reference: None is what HF PEFT makes of the adapter.
     tolerance: of log-probabilities, relative to the largest; None compares none.
+    update_card: of what is right, the folder's model card says so.
     """
+    require(not update_card or (folder / CARD).is_file(), f"--update-card: {folder} has no model card ({CARD}).")
     is_adapter = (folder / ADAPTER_CONFIG).is_file()
     told = f"{folder} holds no {ADAPTER_CONFIG}: a model needs --reference, and has nothing to bind."
     require(is_adapter or (reference is not None and tolerance is not None), told)
-    model, problems = folder, list[str]()
+    model, problems, right = folder, list[str](), list[str]()
     if is_adapter:
         named = untrusted.read_json_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
         model = Path(base or sources.local_model(named or "", f"the base of {folder} (or --pretrained-checkpoint):"))
         (binding,) = bindings_of(python, model, [folder])
         problems += binding.problems
         print(binding, flush=True)
+        right.append(str(binding))
     if tolerance is not None and not problems:
         served = compare_served(python, model, folder if is_adapter else None, reference or folder, num_tokens, base)
         problem = served.problem(tolerance)
         print(served, *([f"REFUSED: {problem}"] if problem else []), sep="\n")
         problems += [problem] if problem else []
+        right.append(f"{served.engine}: {served}, {'of the run' if reference else 'of HF PEFT'} as reference")
+    if update_card and not problems:
+        add_engine(folder, right)
     print("REFUSED" if problems else "binds" if tolerance is None else "served as it was trained")
     return 1 if problems else 0
 

@@ -12,6 +12,7 @@ from peft.utils.other import get_pattern_key
 
 from megatron_peft.commands import convert
 from megatron_peft.config import ConfigurationError
+from megatron_peft.conversion import model_card
 from megatron_peft.conversion.verify import Difference
 from megatron_peft.serving import engine, served
 from tests.serving.recorded import FILE, KEPT
@@ -110,6 +111,29 @@ def test_the_smallest_limit_that_vllm_takes_and_none_above_512():
     assert [engine.rank_limit(rank) for rank in (1, 2, 8, 9, 257, 512)] == [1, 8, 8, 16, 320, 512]
     with pytest.raises(ConfigurationError, match="rank 513 is above 512, the highest that vLLM serves: merge it"):
         engine.rank_limit(513)
+
+
+def test_the_card_names_the_engine_and_its_version_only_if_all_is_right(tmp_path, monkeypatch, capsys):
+    def verify(version: str, difference: float = 1e-6) -> int:
+        found = served.Served(f"vLLM {version}", Difference(difference, 2.0), 3.0, 8)
+        monkeypatch.setattr(served, "bindings_of", lambda *_: [served.Binding(f"vLLM {version}", 14, 8, ())])
+        monkeypatch.setattr(served, "compare_served", lambda *_: found)
+        return convert.main(["verify", "--input", str(tmp_path), "--engine", "vllm", "--update-card"])
+
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 8, "base_model_name_or_path": str(tmp_path)}))
+    (tmp_path / "config.json").write_text("{}")
+    assert verify("1") == 2 and "has no model card (README.md)" in capsys.readouterr().err
+    card = tmp_path / "README.md"
+    card.write_text("# An adapter\n\nText.\n")
+    assert verify("1", difference=1.0) == 1 and card.read_text() == "# An adapter\n\nText.\n"
+    model_card.add_engine(tmp_path, ["llama.cpp 3 reads it"])
+    assert verify("1") == verify("2") == 0
+    text = card.read_text()
+    assert text.startswith(
+        "# An adapter\n\nText.\n\n## Verified in the engine that serves it\n\n- llama.cpp 3 reads it\n"
+    )
+    assert text.count("- vLLM 2") == 2 and "vLLM 1" not in text and text.count("## Verified") == 1
+    assert "vLLM 2 binds 14 modules, rank 8" in text and "largest difference 1e-06" in text
 
 
 @pytest.mark.parametrize(

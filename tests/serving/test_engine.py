@@ -77,6 +77,7 @@ METHODS = {
 def test_every_method_is_bound_and_computes_what_the_run_does(family, tmp_path, served_rows):
     exported, logits = {}, {}
     for method, flags in METHODS.items():
+        (tmp_path / method).mkdir()
         base, run = runs.trained(tmp_path / method, *flags.split(), family=family)
         folder = tmp_path / method / "adapter"
         is_lora = method.startswith("LoRA")
@@ -89,9 +90,9 @@ def test_every_method_is_bound_and_computes_what_the_run_does(family, tmp_path, 
     for method, binding, log_probs in zip(exported, bound, found, strict=True):
         difference = Difference.of(log_probs, served.after_prefixes(logits[method]))
         as_lora = "adapter" if method.startswith("LoRA") else "adapter, --as-lora"
-        served_rows.add(name, method, as_lora, family, f"{binding.num_bound} bound, {difference.largest:.1e}")
+        served_rows.add(name, method, as_lora, family, f"{binding.num_bound} bound, {difference.absolute:.1e}")
         assert binding.problems == () and binding.num_bound == 14
-        assert difference.largest < TOLERANCE and (log_probs - of_base).abs().max() > served.MOVES, method
+        assert difference.absolute < TOLERANCE and (log_probs - of_base).abs().max() > served.MOVES, method
 
 
 @pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3", "Bloom"])
@@ -100,8 +101,8 @@ def test_merged_models_compute_what_the_run_does(method, family, tmp_path, serve
     _, run = runs.trained(tmp_path, *METHODS[method].split(), family=family)
     model = (megatron_to_hf if method == "full" else merge)(run, tmp_path / "model")
     found = served.compare_served(PYTHON, model, None, run, 64)
-    served_rows.add(found.engine, method, "model", family, f"{found.difference.largest:.1e}")
-    assert found.difference.largest < TOLERANCE
+    served_rows.add(found.engine, method, "model", family, f"{found.difference.absolute:.1e}")
+    assert found.difference.absolute < TOLERANCE
 
 
 @pytest.mark.parametrize("method", ["LoRA", "full"])
@@ -135,7 +136,7 @@ def test_a_certificate_ends_in_the_engine(family, flags, tmp_path, capsys):
     exported = "" if family == "qwen3" or "hybrid" in flags else " exported,"
     assert printed.endswith(f"trained, merged,{exported} served: equal\n")
     num_served = {"qwen3": 1, "bloom": 1}.get(family, 4)
-    assert printed.count("vLLM 0.") == num_served
+    assert printed.count("vLLM") == num_served
 
 
 def test_a_certificate_with_a_wrong_alpha_is_refused_by_the_engine(lora, tmp_path, monkeypatch):
