@@ -54,7 +54,7 @@ from megatron_peft.serving.engine import Engine
 TIMEOUT_SECONDS = 600.0  # of each start of ranks
 MOST_NAMED = 6  # problems of one comparison that are told
 PACKAGES = ("megatron-peft", "megatron-core", "torch", "transformers", "peft", "safetensors")
-IN_WORDS = {"merged": "merged model", "exported": "exported adapter", "served": "in vLLM"}  # by names of comparisons
+IN_WORDS = {"merged": "merged model", "exported": "adapter", "served": "in vLLM"}  # by names of comparisons
 NOT_CLAIMED = (
     "anything of the run's own weights, data and memory, warmup and decay of its rates; dropout: all are 0 here, so "
     "masks that ranks draw alike or apart by mistake are not seen; what is wrong in one process too, unless Hugging "
