@@ -21,7 +21,7 @@ RECORDS = ROOT / "docs" / "results"
 FOREIGN = set(
     "--nproc-per-node --nodes --no-build-isolation --config-settings --build-option --build-arg --rm --gpus --ipc "
     "--signal --requeue --help --model --include_path --only --sample --gains-bound --gains-lr-ratio "
-    "--max-lora-rank --capture-range".split()
+    "--max-lora-rank --enable-lora --max-loras --capture-range".split()
 )
 
 

@@ -21,9 +21,9 @@ def run(settings: SyncSettings, run_flags: RunFlags) -> int:
         return ended
     tell_loading()
     from megatron_peft.evaluation.model import run_on_a_model
-    from megatron_peft.evaluation.sync import sync
+    from megatron_peft.evaluation.sync import sync_run
 
-    run_on_a_model(sync, settings, run_flags)
+    run_on_a_model(sync_run, settings, run_flags)
     return 0
 
 

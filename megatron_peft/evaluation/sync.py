@@ -14,7 +14,6 @@ from statistics import fmean
 from typing import Any
 
 import torch.distributed as dist
-from safetensors import safe_open
 
 from megatron_peft.checkpoint import run_record
 from megatron_peft.checkpoint.folders import write_atomically
@@ -22,6 +21,7 @@ from megatron_peft.checkpoint.load import load_trained_parameters
 from megatron_peft.config import ConfigurationError, RunConfig, require
 from megatron_peft.config.evaluation import SyncSettings
 from megatron_peft.config.untrusted import read_json_object
+from megatron_peft.conversion.hf_files import SafetensorsFile
 from megatron_peft.conversion.pretrained import read_model_shape
 from megatron_peft.conversion.verify import random_tokens
 from megatron_peft.evaluation.generation import Continuation, score_all
@@ -37,7 +37,7 @@ SECONDS_BETWEEN = 1.0  # looks for a new checkpoint
 BOUND = "bound.json"  # what the engine was seen to bind whole
 
 
-def sync(config: RunConfig, settings: SyncSettings) -> None:
+def sync_run(config: RunConfig, settings: SyncSettings) -> None:
     """Give the server the newest checkpoint of --load, and with --follow each later one, in a started world.
 
     ConfigurationError, on every rank: no run with adapters, no such server, or a version that is bound or computed
@@ -125,8 +125,8 @@ class _Sync:
 
     def _require_bound(self, adapter: Path) -> None:
         """Ask the engine, unless an adapter of the same config, names and shapes was bound whole before."""
-        with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
-            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
+        headers = SafetensorsFile(adapter / "adapter_model.safetensors").headers()
+        shapes = {name: header.shape for name, header in headers.items()}
         looks = json.dumps([shapes, read_json_object(adapter / run_record.ADAPTER_CONFIG)], sort_keys=True)
         digest, known = hashlib.sha256(looks.encode()).hexdigest(), self._folder / BOUND
         with suppress(ConfigurationError):

@@ -91,7 +91,7 @@ def trained(tmp_path_factory) -> Path:
 def synced(url: str, load: Path, folder: Path, **settings: Any) -> None:
     with one_rank(with_groups=False):
         config = read_config(["--load", str(load)], saved=saved_values)
-        module.sync(config, SyncSettings(url, folder=str(folder), **settings))
+        module.sync_run(config, SyncSettings(url, folder=str(folder), **settings))
 
 
 def test_a_version_is_loaded_under_a_name_of_its_own_and_the_one_before_goes(server, trained, tmp_path, monkeypatch):
