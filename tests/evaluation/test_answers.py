@@ -101,7 +101,7 @@ def test_an_answer_is_on_the_disk_before_the_next_is_asked_and_the_file_is_open_
     path, seen = tmp_path / "new" / "out.jsonl", []
     draft = path.with_name(".out.jsonl.partial")
 
-    def load(config):
+    def load(config, *_):
         seen.append(draft.read_text())
         return SimpleNamespace(tokenizer=BYTES, max_length=9)
 
@@ -198,8 +198,7 @@ def test_every_answer_has_a_random_stream_of_its_own_and_its_place(monkeypatch, 
         return [[*name.encode()] for _, name in prompts]
 
     monkeypatch.setattr(answers, "generate_answers", generated)
-    config = SimpleNamespace(parallel=SimpleNamespace(data_parallel_size=2))
-    model: Any = SimpleNamespace(tokenizer=BYTES, config=config)
+    model: Any = SimpleNamespace(tokenizer=BYTES, batches_at_once=2)
     settings = AnswerSettings(prompt_file="f", num_samples=num_samples, batch_size=batch_size, temperature=1.0)
     records = [{"prompt": f"p{number}"} for number in range(5)]
     lines = [*answers._lines(model, settings, records, [[1]] * 5)]

@@ -317,7 +317,14 @@ def test_answers_come_back_to_their_model_and_kind(tmp_path):
     first.add({keys[1]: [[5, 6], "é"]})
     again, other = FinishedRequests(path, "model"), FinishedRequests(path, "other")
     assert again[keys[0]] == [-1.5, True] and again[keys[1]] == [[5, 6], "é"]
-    for unknown in (again.key("score", [9], [9]), again.key("generate", [1, 2], [3]), other.key("score", [1, 2], [3])):
+    by_engine = FinishedRequests(tmp_path / "other", "model", ("vLLM 1",))
+    asked = ("score", [1, 2], [3])
+    for unknown in (
+        again.key("score", [9], [9]),
+        again.key("generate", *asked[1:]),
+        other.key(*asked),
+        by_engine.key(*asked),
+    ):
         assert unknown not in again
 
 

@@ -93,8 +93,8 @@ def test_a_folder_of_which_nothing_is_bound_is_refused_whatever_its_targets():
     good = RECORDED["adapters"][0]
     empty = {**good, "bound": {layer: [None] * len(parts) for layer, parts in good["bound"].items()}}
     settings = {"r": 8, "target_modules": r"^(model\.language_model(?=\.).*\.(q_proj|v_proj))$"}
-    (problem,) = served.binding_of("vLLM", RECORDED["slots"], empty, settings).problems
-    assert problem == "no module of it is bound, so the base is served"
+    problems = served.binding_of("vLLM", RECORDED["slots"], empty, settings).problems
+    assert problems == ("no module of it is bound, so the base is served",)
 
 
 def test_a_difference_and_an_adapter_that_moves_nothing_are_problems():

@@ -111,7 +111,7 @@ def test_a_version_is_loaded_under_a_name_of_its_own_and_the_one_before_goes(ser
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bound.json", "run-0000004"]
     assert [path.name for path in bound] == ["run-0000002"]  # what looks the same binds the same
     monkeypatch.setattr(module, "bindings_of", lambda *_: [Binding("vLLM 1", 13, 8, ("missing: o_proj",))])
-    (tmp_path / "bound.json").unlink()
+    (tmp_path / "bound.json").write_text('{"digest": "another adapter"}')
     with pytest.raises(ConfigurationError, match="run-0000006: missing: o_proj"):
         synced(url, trained, tmp_path, skip=("numbers",))
     assert recorded.served == ["base", "run-of-another", "run-0000004"]
