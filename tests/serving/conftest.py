@@ -1,4 +1,5 @@
-"""What the tests with engines see, as the table of docs/moving-weights.md: `make test-engines` writes it anew."""
+"""What the tests with engines see, as the table of docs/moving-weights.md: RECORD_SERVED=docs/results/serving.json make
+test-engines writes it anew, and python -m tools.documents docs/moving-weights.md the page."""
 
 import json
 import os

@@ -102,7 +102,8 @@ def test_merged_models_compute_what_the_run_does(method, family, tmp_path, serve
     model = (megatron_to_hf if method == "full" else merge)(run, tmp_path / "model")
     found = served.compare_served(PYTHON, model, None, run, 64)
     served_rows.add(found.engine, method, "model", family, f"{found.difference.absolute:.1e}")
-    assert found.difference.absolute < TOLERANCE
+    # vLLM's Bloom computes GELU itself, Bloom its approximation by tanh.
+    assert found.difference.absolute < (1e-3 if family == "Bloom" else TOLERANCE)
 
 
 @pytest.mark.parametrize("method", ["LoRA", "full"])
@@ -135,8 +136,8 @@ def test_a_certificate_ends_in_the_engine(family, flags, tmp_path, capsys):
     printed = capsys.readouterr().out
     exported = "" if family == "qwen3" else " exported,"
     assert printed.endswith(f"trained, merged,{exported} served: equal\n")
-    num_served = {"qwen3": 1, "bloom": 1}.get(family, 4)
-    assert printed.count("vLLM") == num_served
+    rows = [line for line in printed.splitlines() if line.startswith("│") and "vLLM" in line]
+    assert len(rows) == {"qwen3": 1, "bloom": 2}.get(family, 4)  # of Bloom the second is not compared
 
 
 def test_a_certificate_with_a_wrong_alpha_is_refused_by_the_engine(lora, tmp_path, monkeypatch):
