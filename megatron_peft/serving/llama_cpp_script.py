@@ -15,6 +15,7 @@ which its scale is alpha / rank: the converter ignores use_rslora.
 
 import json
 import logging
+import math
 import os
 import runpy
 import sys
@@ -181,7 +182,8 @@ class _Engine:
         answer = self.server.handle_completions({"prompt": prompt, **how})
         (token,) = answer["choices"][0]["logprobs"]["content"]
         of_token = {one["id"]: one["logprob"] for one in token["top_logprobs"]}
-        return [of_token[token] for token in range(self.vocab_size)]
+        found = [of_token[token] for token in range(self.vocab_size)]
+        return [math.nan if one is None else one for one in found]  # JSON of the server has null for it
 
 
 DONE = {"versions": _versions, "convert": _convert, "bind": _bind}

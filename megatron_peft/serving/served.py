@@ -23,6 +23,7 @@ from megatron_peft.serving.engine import GGUF, Engine, LlamaCpp, largest_rank
 
 PREFIXES = (1, 5, 17)  # tokens before the compared ones; and all that are asked for
 MOVES = 0.1  # how far an adapter has to move log-probabilities for a comparison to show that it is there
+LEAST = -80.0  # log-probabilities below are taken for this: llama.cpp computes their exponential in float32
 MOST_NAMED = 3
 
 
@@ -150,7 +151,8 @@ def compare_served(
     shape = read_shape(str(model))
     tokens = random_tokens(shape.vocab_size, min(num_tokens, shape.longest_sequence - 1))
     name, *answers = served_log_probs(python, model, adapter, tokens, kind=kind)
-    found, expected = answers[-1], after_prefixes(logits_of(reference, tokens, base))
+    answers = [one.clamp(min=LEAST) for one in (*answers, after_prefixes(logits_of(reference, tokens, base)))]
+    *_, found, expected = answers
     moved = (found - answers[0]).abs().max().item() if adapter else None
     return Served(name, Difference.of(found, expected), moved, len(found))
 

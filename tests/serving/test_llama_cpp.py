@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from megatron_peft.commands import convert
 from megatron_peft.config import ConfigurationError
@@ -78,7 +79,8 @@ def test_log_probabilities_are_those_of_the_run(name, tmp_path, capsys):
     words = ["--input", str(run), "--output", str(tmp_path / "adapter"), "--gguf", *as_lora.split()]
     assert convert.main(["export-adapter", *words, *ENGINE]) == 0
     assert f"--lora {tmp_path / 'adapter' / GGUF}" in capsys.readouterr().out
-    words = ["--input", str(tmp_path / "adapter"), "--reference", str(run), "--tolerance", str(TOLERANCE)]
+    given = tmp_path / "adapter" / (GGUF if name == "lora" else "")
+    words = ["--input", str(given), "--reference", str(run), "--tolerance", str(TOLERANCE)]
     code = convert.main(["verify", "--engine", "llama.cpp", *words, *ENGINE])
     told = capsys.readouterr().out
     assert code == 0 and told.rstrip().endswith("served as it was trained"), told
@@ -154,9 +156,14 @@ def test_a_conversion_that_fails_leaves_nothing_and_says_what_the_converter_said
 
 
 @pytest.mark.engines
-def test_a_merged_model_is_served_too(lora, tmp_path, capsys):
+def test_a_merged_model_is_served_too_and_nan_refused(lora, tmp_path, capsys):
     _, run, _ = lora
     assert convert.main(["merge", "--input", str(run), "--output", str(tmp_path / "merged")]) == 0
     words = ["--input", str(tmp_path / "merged"), "--reference", str(run), "--tolerance", str(TOLERANCE)]
     assert convert.main(["verify", "--engine", "llama.cpp", *words, *ENGINE]) == 0
     assert capsys.readouterr().out.endswith("served as it was trained\n")
+    file = tmp_path / "merged" / "model.safetensors"
+    tensors = load_file(file)
+    save_file({**tensors, "model.norm.weight": tensors["model.norm.weight"] * float("nan")}, file, {"format": "pt"})
+    assert convert.main(["verify", "--engine", "llama.cpp", *words, *ENGINE]) == 1
+    assert "log-probabilities differ by nan" in capsys.readouterr().out
