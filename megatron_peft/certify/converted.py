@@ -12,8 +12,8 @@ from megatron_peft.config.untrusted import read_json_object
 from megatron_peft.conversion import verify
 from megatron_peft.conversion.convert import megatron_to_hf, merge
 from megatron_peft.conversion.peft_export import export_adapter
-from megatron_peft.serving.engine import rank_limit
-from megatron_peft.serving.served import after_prefixes, bindings_of, largest_rank, served_log_probs
+from megatron_peft.serving.engine import largest_rank, rank_limit
+from megatron_peft.serving.served import after_prefixes, bindings_of, served_log_probs
 from megatron_peft.serving.trained import export_lora
 
 Trained = tuple[RunConfig, Tensor, tuple[Tensor, Tensor]]  # tokens, and logits on them before and after training

@@ -3,12 +3,15 @@
 megatron-peft convert hf-to-megatron --input HF_FOLDER --output MEGATRON_FOLDER
 megatron-peft convert megatron-to-hf --input MEGATRON_FOLDER_OR_RUN --output HF_FOLDER
 megatron-peft convert merge          --input RUN --output HF_FOLDER
-megatron-peft convert export-adapter --input RUN --output HF_PEFT_FOLDER [--as-lora]
+megatron-peft convert export-adapter --input RUN --output HF_PEFT_FOLDER [--as-lora] [--gguf]
 megatron-peft convert import-adapter --input HF_PEFT_FOLDER --pretrained-checkpoint HF_FOLDER --output RUN
-megatron-peft convert verify         --input FOLDER --reference FOLDER [--engine vllm --engine-python PYTHON]
+megatron-peft convert verify         --input FOLDER --reference FOLDER [--engine vllm|llama.cpp --engine-python PYTHON]
 An existing output is never overwritten. docs/moving-weights.md lists every conversion.
 """
 
+import shlex
+import shutil
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,8 +19,7 @@ from typing import Any, ClassVar, Literal
 
 from megatron_peft.cli.command import Command
 from megatron_peft.cli.launch import tell_loading
-from megatron_peft.config import Checked, Requirements, flag, option, require, required_option
-from megatron_peft.config.evaluation import Engine, engine_python
+from megatron_peft.config import Checked, ConfigurationError, Requirements, flag, option, require, required_option
 from megatron_peft.config.sources import local_model
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -28,6 +30,9 @@ _num_tokens = partial(
     "float32; 0: do not (default: 64 with --as-lora, and after a run with --base-precision if the model takes at most "
     "half of the memory that is left, else 0)",
     check="not_negative",
+)
+_engine_python = partial(
+    option, None, "the Python of the engine's environment (default: the one that make engines makes)", metavar="FILE"
 )
 
 
@@ -140,6 +145,8 @@ class ExportAdapter(_WithCard):
     )
     max_rank: int | None = option(None, "with --as-lora: largest rank (default: 256)", check="positive")
     num_tokens: int | None = _num_tokens()
+    gguf: bool = option(False, "also write adapter.gguf in the folder, by llama.cpp's own converter, in float32")
+    engine_python: Path | None = _engine_python(needs="gguf")
 
     def run(self) -> int:
         names = ("tolerance", "max_rank", "num_tokens")
@@ -148,9 +155,22 @@ class ExportAdapter(_WithCard):
         require(self.as_lora or not of_lora, f"{', '.join(of_lora)}: give --as-lora too, or leave it out.")
         card: dict[str, Any] = {"pretrained_checkpoint": self.base, "license": self.license}
         from megatron_peft.conversion.peft_export import export_adapter, export_as_lora
+        from megatron_peft.serving.engine import LlamaCpp
+        from megatron_peft.serving.served import base_of_adapter
 
         export = export_as_lora if self.as_lora else export_adapter
-        return _wrote(export(self.input, self.output, **card, **limits), self.input)
+        with LlamaCpp(self.engine_python) if self.gguf else nullcontext() as converter:
+            output = export(self.input, self.output, **card, **limits)
+            if converter is None:
+                return _wrote(output, self.input)
+            try:
+                file = converter.write_gguf(output, base_of_adapter(output, self.base))
+            except ConfigurationError:
+                shutil.rmtree(output)
+                raise
+        _wrote(output, self.input)
+        print(f"\nllama.cpp:\n\nllama-server --model BASE.gguf --lora {shlex.quote(str(file.absolute()))}")
+        return 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,10 +194,10 @@ class Verify(_FromBase):
         flags=("--reference", "--output"),
         metavar="FOLDER",
     )
-    engine: Engine | None = option(
+    engine: Literal["vllm", "llama.cpp"] | None = option(
         None, "run --input in the engine that serves it, and list what the engine does not bind of an adapter"
     )
-    engine_python: Path = engine_python()
+    engine_python: Path | None = _engine_python(needs="engine")
     binding_only: bool = option(False, "with --engine: only what it binds, which needs no weights", needs="engine")
     update_card: bool = option(
         False, "with --engine: the model card of --input tells what its engine was seen to do", needs="engine"
@@ -216,12 +236,14 @@ class Verify(_FromBase):
         return 0 if close else 1
 
     def _serve(self) -> int:
+        from megatron_peft.serving.engine import Engine, LlamaCpp
         from megatron_peft.serving.served import check_served
 
         reference = None if self.reference is None else Path(local_model(self.reference, "--reference"))
         tolerance = None if self.binding_only else self.tolerance
-        folder, base = Path(local_model(self.input, "--input")), self.base
-        return check_served(self.engine_python, folder, base, reference, self.num_tokens, tolerance, self.update_card)
+        folder, kind = Path(local_model(self.input, "--input")), LlamaCpp if self.engine == "llama.cpp" else Engine
+        tokens, card = self.num_tokens, self.update_card
+        return check_served(self.engine_python, folder, self.base, reference, tokens, tolerance, kind, card)
 
 
 COMMANDS: dict[str, Any] = {

@@ -1,21 +1,23 @@
 """A serving engine in a process of its own, under the Python of its own environment, asked by lines of JSON.
 
-`vllm_script.py` runs there, imports nothing of ours, and says what may be asked.
+A script runs there (`vllm_script.py`, `llama_cpp_script.py`), imports nothing of ours, and says what may be asked.
 """
 
 import json
+import math
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+from megatron_peft.checkpoint.run_record import ADAPTER_CONFIG
 from megatron_peft.config import ConfigurationError, require
+from megatron_peft.config.untrusted import read_json_object
 from megatron_peft.conversion.model_card import VLLM_RANKS
 
-SCRIPT = Path(__file__).with_name("vllm_script.py")
-HINT = "give --engine-python the Python of an environment with vLLM (make engines makes .venv-vllm for CPUs)."
+GGUF = "adapter.gguf"
 LAST_WORDS = 2000  # characters
 SECONDS_TO_END = 20.0
 
@@ -26,28 +28,42 @@ class Engine:
     name: with the version, `vLLM 0.32.0`.
     """
 
-    def __init__(self, python: Path) -> None:
-        self._python, self._told = python, tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
+    library, package, script, needs, environment = "vLLM", "vllm", "vllm_script.py", "vLLM", ".venv-vllm"
+
+    def __init__(self, python: Path | None = None) -> None:
+        """python: None is that of the environment that `make engines` makes."""
+        python = python or Path(self.environment, "bin", "python")
+        hint = (
+            f"give --engine-python the Python of an environment with {self.needs} (make engines makes "
+            f"{self.environment} for CPUs)."
+        )
+        self._told = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
+        script = Path(__file__).with_name(self.script)
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._told}
         try:
-            self._process = subprocess.Popen([str(python), str(SCRIPT)], text=True, **pipes)
+            self._process = subprocess.Popen([str(python), str(script)], text=True, **pipes)
         except OSError as error:
-            told = f"--engine-python {python} cannot be started ({error.strerror}): {HINT}"
+            told = f"--engine-python {python} cannot be started ({error.strerror}): {hint}"
             raise ConfigurationError(told) from error
         versions = self.ask("versions")
-        if "vllm" not in versions:
+        if self.package not in versions:
             self.close()
-            raise ConfigurationError(f"--engine-python {python} has no vLLM: {HINT}")
-        self.name = f"vLLM {versions['vllm']}"
+            raise ConfigurationError(f"--engine-python {python} has no {self.library}: {hint}")
+        self.name = f"{self.library} {versions[self.package]}"
 
-    def __enter__(self) -> "Engine":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @staticmethod
+    def of_adapters(settings: Sequence[Mapping[str, Any]], least_rank: int = 1) -> dict[str, Any]:
+        """What the engine has to be told of adapters with these configs."""
+        return {"max_lora_rank": rank_limit(max(least_rank, *map(largest_rank, settings)))}
+
     def open(self, model: Path, adapters: Sequence[Path], settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Load the model of a folder, and read adapters for it; settings are arguments of vLLM's `LLM`."""
+        """Load the model of a folder, and read adapters for it; the script says what settings there are."""
         folders = [str(adapter.absolute()) for adapter in adapters]
         return self.ask("open", model=str(model.absolute()), adapters=folders, settings=settings)
 
@@ -68,7 +84,7 @@ class Engine:
             error = f"it ended with exit code {self._process.wait()}"
         self._told.seek(0)
         said = self._told.read().decode(errors="replace").strip()[-LAST_WORDS:]
-        return f"vLLM failed ({error}).{f' It said last: {said}' if said else ''}"
+        return f"{self.library} failed ({error}).{f' It said last: {said}' if said else ''}"
 
     def close(self) -> None:
         """End the process, which ends with its input."""
@@ -80,6 +96,41 @@ class Engine:
         except subprocess.TimeoutExpired:
             self._process.kill()
         self._told.close()
+
+
+class LlamaCpp(Engine):
+    """llama.cpp, which reads GGUF files: adapters are .gguf files too, or folders that its own converter converts."""
+
+    library, package, script, environment = "llama.cpp", "xllamacpp", "llama_cpp_script.py", ".venv-llama-cpp"
+    needs = "xllamacpp, and llama.cpp's converters in its folder llama.cpp"
+
+    @staticmethod
+    def of_adapters(settings: Sequence[Mapping[str, Any]], least_rank: int = 1) -> dict[str, Any]:
+        return {"alphas": [plain_alpha(one) for one in settings]}
+
+    def write_gguf(self, adapter: Path, base: Path) -> Path:
+        """GGUF in the adapter's folder; of the base its config.json is read."""
+        output, settings = adapter / GGUF, read_json_object(adapter / ADAPTER_CONFIG)
+        folders = {"adapter": str(adapter.absolute()), "model": str(base.absolute()), "output": str(output.absolute())}
+        self.ask("convert", alpha=plain_alpha(settings), **folders)
+        return output
+
+
+def plain_alpha(settings: Mapping[str, Any]) -> float:
+    """The alpha with which alpha / rank is the adapter's scale. ConfigurationError: llama.cpp cannot compute it."""
+    told = f"llama.cpp takes LoRA only, not {settings.get('peft_type')}: export the run with --as-lora, or merge it."
+    require(settings.get("peft_type") == "LORA", told)
+    is_rs = settings.get("use_rslora")
+    names = ["use_dora", "alpha_pattern", *(["rank_pattern"] if is_rs else [])]  # one alpha holds for all modules
+    unknown = [name for name in names if settings.get(name)] + ["bias"] * (settings.get("bias", "none") != "none")
+    require(not unknown, f"llama.cpp knows no {', '.join(unknown)} of {ADAPTER_CONFIG}: merge the adapter.")
+    return settings["lora_alpha"] * (math.sqrt(settings["r"]) if is_rs else 1)
+
+
+def largest_rank(settings: Mapping[str, Any]) -> int:
+    """Of the modules of an adapter with this config."""
+    patterns = settings.get("rank_pattern") or {}
+    return max([int(settings.get("r", 0)), *map(int, patterns.values())])
 
 
 def rank_limit(rank: int) -> int:

@@ -2,9 +2,10 @@
 
 vLLM answers "success" to an adapter whose names it binds to nothing, and then serves the base. So its own loader reads
 the adapter here, every module is looked for in what it has bound, and its log-probabilities are compared with a
-reference's.
+reference's. llama.cpp is silent of a module that is not there.
 """
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,10 +20,11 @@ from megatron_peft.config import require, sources, untrusted
 from megatron_peft.conversion.model_card import CARD, add_engine
 from megatron_peft.conversion.verify import Difference, logits_of, random_tokens
 from megatron_peft.models.families import read_shape
-from megatron_peft.serving.engine import Engine, rank_limit
+from megatron_peft.serving.engine import GGUF, Engine, LlamaCpp, largest_rank
 
 PREFIXES = (1, 5, 17)  # tokens before the compared ones; and all that are asked for
 MOVES = 0.1  # how far an adapter has to move log-probabilities for a comparison to show that it is there
+LEAST = -80.0  # log-probabilities below are taken for this: llama.cpp computes their exponential in float32
 MOST_NAMED = 3
 
 
@@ -67,34 +69,41 @@ class Served:
 
 
 def check_served(
-    python: Path,
+    python: Path | None,
     folder: Path,
     base: str | None,
     reference: Path | None,
     num_tokens: int,
     tolerance: float | None,
+    kind: type[Engine] = Engine,
     update_card: bool = False,
 ) -> int:
     """Print what the engine makes of an adapter of HF PEFT or of a model; exit code 1 if something is wrong.
 
+    folder: or a .gguf file beside the config; of a folder with one llama.cpp reads that.
     base: of an adapter, None is the one that it names; reference: None is what HF PEFT makes of the adapter.
     tolerance: of log-probabilities, relative to the largest; None compares none.
     update_card: of what is right, the folder's model card says so.
     """
+    adapter, is_file = folder, folder.suffix == ".gguf"
+    folder = folder.parent if is_file else folder
     require(not update_card or (folder / CARD).is_file(), f"--update-card: {folder} has no model card ({CARD}).")
     is_adapter = (folder / ADAPTER_CONFIG).is_file()
     told = f"{folder} holds no {ADAPTER_CONFIG}: a model needs --reference, and has nothing to bind."
-    require(is_adapter or (reference is not None and tolerance is not None), told)
+    require(is_adapter or (not is_file and reference is not None and tolerance is not None), told)
     model, problems, right = folder, list[str](), list[str]()
     if is_adapter:
-        named = untrusted.read_json_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
-        model = Path(base or sources.local_model(named or "", f"the base of {folder} (or --pretrained-checkpoint):"))
-        (binding,) = bindings_of(python, model, [folder])
+        if kind is LlamaCpp and (folder / GGUF).is_file() and not is_file:
+            adapter = folder / GGUF
+        model = base_of_adapter(folder, base)
+        (binding,) = bindings_of(python, model, [adapter], kind)
         problems += binding.problems
         print(binding, flush=True)
         right.append(str(binding))
     if tolerance is not None and not problems:
-        served = compare_served(python, model, folder if is_adapter else None, reference or folder, num_tokens, base)
+        served = compare_served(
+            python, model, adapter if is_adapter else None, reference or folder, num_tokens, base, kind
+        )
         problem = served.problem(tolerance)
         print(served, *([f"REFUSED: {problem}"] if problem else []), sep="\n")
         problems += [problem] if problem else []
@@ -105,13 +114,21 @@ def check_served(
     return 1 if problems else 0
 
 
-def bindings_of(python: Path, model: Path, adapters: Sequence[Path]) -> list[Binding]:
+def base_of_adapter(folder: Path, base: str | None) -> Path:
+    """The folder of `base`, or of the one that an adapter names. ConfigurationError: there is none."""
+    named = base or untrusted.read_json_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or ""
+    require(bool(named), f"{folder} names no base: give --pretrained-checkpoint, the base's Hugging Face folder.")
+    return Path(base or sources.local_model(named, f"the base of {folder} (or --pretrained-checkpoint):"))
+
+
+def bindings_of(
+    python: Path | None, model: Path, adapters: Sequence[Path], kind: type[Engine] = Engine
+) -> list[Binding]:
     """Let the engine's loader read adapters for the model of a folder, whose weights are not read."""
-    settings = [untrusted.read_json_object(adapter / ADAPTER_CONFIG) for adapter in adapters]
-    limit = rank_limit(max(map(largest_rank, settings)))
-    folders = [str(adapter.absolute()) for adapter in adapters]
-    with Engine(python) as engine:
-        answer = engine.ask("bind", model=str(model.absolute()), adapters=folders, max_lora_rank=limit)
+    settings = [_settings(adapter) for adapter in adapters]
+    files, told = [str(adapter.absolute()) for adapter in adapters], kind.of_adapters(settings)
+    with kind(python) as engine:
+        answer = engine.ask("bind", model=str(model.absolute()), adapters=files, **told)
     pairs = zip(answer["adapters"], settings, strict=True)
     return [binding_of(engine.name, answer["slots"], *each) for each in pairs]
 
@@ -119,11 +136,21 @@ def bindings_of(python: Path, model: Path, adapters: Sequence[Path]) -> list[Bin
 def binding_of(engine: str, slots: Mapping[str, Any], found: Mapping[str, Any], settings: Mapping[str, Any]) -> Binding:
     """What the script has found of an adapter with these settings."""
     bound = sum(one is not None for parts in found.get("bound", {}).values() for one in parts)
-    return Binding(engine, bound, largest_rank(settings), tuple(_problems(slots, found, settings)))
+    if error := found["error"]:
+        problems = (f"{engine.partition(' ')[0]} does not read it: {error}",)
+    else:
+        problems = tuple(_problems(slots, found, settings))
+    return Binding(engine, bound, largest_rank(settings), problems)
 
 
 def compare_served(
-    python: Path, model: Path, adapter: Path | None, reference: Path, num_tokens: int, base: str | None = None
+    python: Path | None,
+    model: Path,
+    adapter: Path | None,
+    reference: Path,
+    num_tokens: int,
+    base: str | None = None,
+    kind: type[Engine] = Engine,
 ) -> Served:
     """Run the engine on prefixes of random tokens, and the reference as `verify` runs it, both in float32.
 
@@ -131,14 +158,20 @@ def compare_served(
     """
     shape = read_shape(str(model))
     tokens = random_tokens(shape.vocab_size, min(num_tokens, shape.longest_sequence - 1))
-    name, *answers = served_log_probs(python, model, [adapter] if adapter else [], tokens)
-    found, expected = answers[-1], after_prefixes(logits_of(reference, tokens, base))
+    name, *answers = served_log_probs(python, model, [adapter] if adapter else [], tokens, kind=kind)
+    answers = [one.clamp(min=LEAST) for one in (*answers, after_prefixes(logits_of(reference, tokens, base)))]
+    *_, found, expected = answers
     moved = (found - answers[0]).abs().max().item() if adapter else None
     return Served(name, Difference.of(found, expected), moved, len(found))
 
 
 def served_log_probs(
-    python: Path, model: Path, adapters: Sequence[Path], tokens: Tensor, least_limit: int = 1
+    python: Path | None,
+    model: Path,
+    adapters: Sequence[Path],
+    tokens: Tensor,
+    least_limit: int = 1,
+    kind: type[Engine] = Engine,
 ) -> tuple[str, Tensor, *tuple[Tensor, ...]]:
     """The engine's name, and its log-probabilities [n, vocabulary] after each prefix of the rows of `tokens` [b, s]:
     of the model, and with each of the adapters. It reserves room for ranks of `least_limit` or more."""
@@ -146,9 +179,8 @@ def served_log_probs(
     prompts = [row[:end].tolist() for row in tokens for end in ends]
     settings: dict[str, Any] = {"dtype": "float32", "max_model_len": tokens.shape[1] + 1}
     if adapters:
-        ranks = (largest_rank(untrusted.read_json_object(adapter / ADAPTER_CONFIG)) for adapter in adapters)
-        settings["max_lora_rank"] = rank_limit(max(least_limit, *ranks))
-    with Engine(python) as engine:
+        settings |= kind.of_adapters([*map(_settings, adapters)], least_limit)
+    with kind(python) as engine:
         engine.open(model, adapters, settings)
         found = engine.ask("log_probs", prompts=prompts)["log_probs"]
     return engine.name, *map(torch.tensor, found)
@@ -163,36 +195,36 @@ def _ends(num_tokens: int) -> list[int]:
     return [end - 1 for end in sorted({*(one for one in PREFIXES if one < num_tokens), num_tokens})]
 
 
-def largest_rank(settings: Mapping[str, Any]) -> int:
-    """Of the modules of an adapter with this config."""
-    patterns = settings.get("rank_pattern") or {}
-    return max([int(settings.get("r", 0)), *map(int, patterns.values())])
+def _settings(adapter: Path) -> dict[str, Any]:
+    """Of an adapter's folder, or beside its file."""
+    return untrusted.read_json_object((adapter if adapter.is_dir() else adapter.parent) / ADAPTER_CONFIG)
 
 
 def _problems(slots: Mapping[str, Any], found: Mapping[str, Any], settings: Mapping[str, Any]) -> Iterator[str]:
-    """What would be served silently wrong, and what the engine itself refuses."""
-    if error := found["error"]:
-        yield f"vLLM does not read it: {error}"
-        return
+    """What would be served silently wrong."""
     if unbound := found["unbound"]:
         yield f"bound to nothing, so the base is served in their place: {_some(unbound)}"
-    missing, misshapen, infinite = [], [], []
+    missing, misshapen, infinite, scaled = [], [], [], []
     for layer, parts in slots.items():
         for (name, outputs, inputs), one in zip(parts, found["bound"][layer], strict=True):
             if one is None:
                 missing += [name] if _is_target(name, settings) else []
                 continue
-            A, B, is_finite = one
-            own = _rank(name, settings)
+            A, B, is_finite, *scale = one
+            own = _of_module("rank_pattern", "r", name, settings)
             if inputs is not None and (A != [own, inputs] or B != [outputs, own]):
                 misshapen.append(f"{name} (A {A}, B {B}; rank {own} of {outputs} x {inputs} features)")
             infinite += [] if is_finite else [name]
+            if scale and not math.isclose(scale[0], expected := _scale(name, settings), rel_tol=1e-6):
+                scaled.append(f"{name} ({scale[0]:.6g}, not {expected:.6g})")
     if missing:
         yield f"missing, though target_modules names them: {_some(missing)}"
     if misshapen:
         yield f"factors of other shapes than their layer's: {_some(misshapen)}"
     if infinite:
         yield f"NaN or infinite: {_some(infinite)}"
+    if scaled:
+        yield f"another scale than {ADAPTER_CONFIG} says: {_some(scaled)}"
     if not unbound and not missing and not any(map(any, found["bound"].values())):
         yield "no module of it is bound, so the base is served"
 
@@ -222,11 +254,17 @@ def _names(targets: str | Sequence[str], name: str) -> bool:
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
-def _rank(name: str, settings: Mapping[str, Any]) -> int | None:
-    """Keys of rank_pattern are regular expressions for the end of a name; the first that matches counts."""
-    patterns = settings.get("rank_pattern") or {}
-    matching = (rank for end, rank in patterns.items() if re.fullmatch(rf"(.*\.)?({end})", name))
-    return next(matching, settings.get("r"))
+def _of_module(pattern: str, default: str, name: str, settings: Mapping[str, Any]) -> Any:
+    """Keys of patterns are regular expressions for the end of a name; the first that matches counts."""
+    patterns = settings.get(pattern) or {}
+    matching = (value for end, value in patterns.items() if re.fullmatch(rf"(.*\.)?({end})", name))
+    return next(matching, settings.get(default))
+
+
+def _scale(name: str, settings: Mapping[str, Any]) -> float:
+    rank = _of_module("rank_pattern", "r", name, settings)
+    alpha = _of_module("alpha_pattern", "lora_alpha", name, settings)
+    return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
 
 def _some(names: Sequence[str]) -> str:

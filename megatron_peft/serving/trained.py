@@ -17,8 +17,7 @@ from megatron_peft.conversion.convert import megatron_to_hf, merge
 from megatron_peft.conversion.model_card import VLLM_RANKS
 from megatron_peft.conversion.peft_export import export_adapter, export_as_lora
 from megatron_peft.models.families import family_of
-from megatron_peft.serving.engine import Engine, rank_limit
-from megatron_peft.serving.served import largest_rank
+from megatron_peft.serving.engine import Engine, largest_rank, rank_limit
 
 LORA_ERROR = 1e-6  # of what a LoRA stands for, relative Frobenius norm
 

@@ -150,5 +150,7 @@ def test_an_engine_that_is_not_there_is_told(words, told, tmp_path, capfd):
     assert re.search(told, " ".join(capfd.readouterr().err.split()))
 
 
-def test_the_script_imports_nothing_of_ours():
-    assert "megatron" not in Path(engine.SCRIPT).read_text().replace("megatron-peft", "")
+@pytest.mark.parametrize("kind", [engine.Engine, engine.LlamaCpp])
+def test_the_script_imports_nothing_of_ours(kind):
+    script = Path(engine.__file__).with_name(kind.script)
+    assert "megatron" not in script.read_text().replace("megatron-peft", "")
