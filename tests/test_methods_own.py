@@ -27,6 +27,7 @@ KNOWS = {
     "conversion.peft_export": {"adapters.low_rank"},  # whatever was trained is written as a LoRA
     "conversion.model_card": {"lora"},  # a tag of the Hub
     "conversion.peft_import": {"adapters.low_rank", "adapters.boft", "lora", "boft"},  # reads Hugging Face PEFT's
+    "serving.llama_cpp_script": {"lora"},  # a field of a request to its server
     "experiment.report": NAMES,  # the paper's tables
 }
 
