@@ -50,8 +50,8 @@ def test_another_scale_than_the_configs_is_named():
     found = {"error": None, "unbound": [], "bound": {"blk.0.attn_q.weight": [factors]}}
     settings = {**LORA, "target_modules": ["q_proj"]}
     assert served.binding_of("llama.cpp 1", slots, found, settings).problems == ()
-    (problem,) = served.binding_of("llama.cpp 1", slots, found, {**settings, "use_rslora": True}).problems
-    assert problem == "another scale than adapter_config.json says: layers.0.q_proj (2, not 8)"
+    problems = served.binding_of("llama.cpp 1", slots, found, {**settings, "use_rslora": True}).problems
+    assert problems == ("another scale than adapter_config.json says: layers.0.q_proj (2, not 8)",)
 
 
 def test_an_engine_that_is_not_there_is_told_before_anything_is_written(tmp_path, capfd):
