@@ -172,7 +172,7 @@ def served_log_probs(
     tokens: Tensor,
     least_limit: int = 1,
     kind: type[Engine] = Engine,
-) -> tuple[str, Tensor, *tuple[Tensor, ...]]:
+) -> tuple[str, *tuple[Tensor, ...]]:
     """The engine's name, and its log-probabilities [n, vocabulary] after each prefix of the rows of `tokens` [b, s]:
     of the model, and with each of the adapters. It reserves room for ranks of `least_limit` or more."""
     ends = [end + 1 for end in _ends(tokens.shape[1])]
