@@ -69,7 +69,7 @@ def test_tree_gets_the_flags_that_it_knows(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_every_method_stands_at_every_layout(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--list"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == len(cases.SAID) + 16 * 5 + 1
+    assert len(capsys.readouterr().out.splitlines()) == len(cases.SAID) + 16 * 5 + 2 + 1
     before = signal.getsignal(signal.SIGTERM)
     assert main(["--only", "no such case"]) == 2
     assert signal.getsignal(signal.SIGTERM) == before

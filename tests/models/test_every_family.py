@@ -205,4 +205,5 @@ def test_a_family_takes_one_line_and_no_other_file_names_one():
         "conversion/pretrained.py",  # Megatron-LM's arguments without a config.json name no family
         "data/tokenizers.py",  # types for which AutoTokenizer has no class of its own
         "certify/certify.py",  # Bloom's hidden size is that of its heads
+        "serving/llama_cpp_script.py",  # llama.cpp's name for a vocabulary of numbers
     }
