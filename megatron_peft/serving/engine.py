@@ -7,9 +7,11 @@ import json
 import math
 import subprocess
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from threading import Timer
 from typing import Any, Self
 
 from megatron_peft.checkpoint.run_record import ADAPTER_CONFIG
@@ -20,6 +22,7 @@ from megatron_peft.conversion.model_card import VLLM_RANKS
 GGUF = "adapter.gguf"
 LAST_WORDS = 2000  # characters
 SECONDS_TO_END = 20.0
+SECONDS_TO_ANSWER = 3600.0  # of a large model that is loaded, or of many long answers
 
 
 class Engine:
@@ -74,9 +77,16 @@ class Engine:
         with suppress(BrokenPipeError):  # why it ended is what it said last
             stdin.write(json.dumps({"do": what, **arguments}) + "\n")
             stdin.flush()
-        answer = json.loads(stdout.readline() or "null")
+        limit, asked_at = Timer(SECONDS_TO_ANSWER, self._process.kill), time.monotonic()
+        limit.start()
+        try:
+            answer = json.loads(stdout.readline() or "null")
+        finally:
+            limit.cancel()
         if answer is None or "error" in answer:
-            raise ConfigurationError(self._failure((answer or {}).get("error")))
+            is_late = time.monotonic() - asked_at >= SECONDS_TO_ANSWER
+            late = f"no answer in {SECONDS_TO_ANSWER:g} s" if is_late else None
+            raise ConfigurationError(self._failure((answer or {}).get("error", late)))
         return answer
 
     def _failure(self, error: str | None) -> str:
