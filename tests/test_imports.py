@@ -27,7 +27,7 @@ ALLOWED: Mapping[str, set[str]] = {
     "cli": {"config", "models"},
     "checkpoint": SHARED,
     "conversion": SHARED | {"checkpoint"},
-    "serving": {"config", "models", "checkpoint", "conversion"},
+    "serving": {"config", "runtime", "models", "checkpoint", "conversion"},
     "data": {"config", "runtime", "checkpoint"},
     "tasks": {"config", "checkpoint", "data"},
     "training": SHARED | {"lora_ga", "checkpoint", "conversion", "data"},

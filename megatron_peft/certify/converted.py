@@ -11,6 +11,7 @@ from megatron_peft.config import ConfigurationError, RunConfig
 from megatron_peft.config.untrusted import read_json_object
 from megatron_peft.conversion import verify
 from megatron_peft.conversion.convert import megatron_to_hf, merge
+from megatron_peft.conversion.model_card import VLLM_RANKS
 from megatron_peft.conversion.peft_export import export_adapter
 from megatron_peft.serving.engine import largest_rank, rank_limit
 from megatron_peft.serving.served import after_prefixes, bindings_of, served_log_probs
@@ -66,10 +67,14 @@ def compare_in_engine(
     try:
         adapter = export_lora(run, run.with_name("served"))
         limit = rank_limit(largest_rank(read_json_object(adapter / ADAPTER_CONFIG)))
-        (binding,) = bindings_of(python, base, [adapter])
     except ConfigurationError as error:
         yield CertificateLine("adapter bound by vLLM", 0, None, 0.0, note=f"not compared ({error})")
         return
+    try:
+        (binding,) = bindings_of(python, base, [adapter])
+    except ConfigurationError as error:
+        yield CertificateLine("adapter bound by vLLM", 0, None, 0.0, error=str(error))
+        return
     yield CertificateLine(f"modules bound by {binding.engine}", binding.num_bound, None, 0.0, binding.problems)
-    for at_most in (limit, rank_limit(limit + 1)):
+    for at_most in [one for one in VLLM_RANKS if one >= limit][:2]:
         yield served(f"adapter of ranks up to {at_most}", base, adapter, at_most)

@@ -125,7 +125,8 @@ class HarnessSettings(EngineSettings):
         folders = list(self.include_path)
         found = {"tasks": list(self.tasks), "include_path": folders, **{name: getattr(self, name) for name in names}}
         # Without an engine such files are what they have always been.
-        return found | ({"engine": self.engine, "engine_lora": self.engine_lora} if self.engine else {})
+        of_engine = {"engine": self.engine, "engine_lora": self.engine_lora, "engine_args": list(self.engine_args)}
+        return found | (of_engine if self.engine else {})
 
     def side_file(self, kind: str) -> Path:
         """`scores.json` -> `scores.<kind>.jsonl`, next to --output."""

@@ -145,6 +145,7 @@ def export_as_lora(
     num_tokens: int = NUM_TOKENS,
     license: str | None = None,
     progress: bool = True,
+    refused_above: float | None = None,
 ) -> Path:
     """Write `output`, and print rank, residual and change of logits of every layer. As `export_adapter`, and:
 
@@ -153,9 +154,10 @@ def export_as_lora(
     max_rank: of a module.
     num_tokens: of each of two random sequences on which logits are compared, which takes the memory of one model
         in float32; 0 leaves the comparison out.
+    refused_above: an error of a module that `max_rank` leaves and that is none any more.
 
     Raises ConfigurationError: before anything is written: no checkpoint, another base, a limit that cannot be used, an
-    output that exists, damaged files.
+    output that exists, damaged files, an error that is refused.
     """
     check_export(output, license)
     require(0 <= tolerance < 1, f"--tolerance is {tolerance:g}; it is a relative error, at least 0 and below 1.")
@@ -164,6 +166,9 @@ def export_as_lora(
     run = open_run(input)
     base = base_of(run, pretrained_checkpoint)
     lora = approximate(run, base, tolerance, max_rank, progress)
+    largest = max(module.factors.residual for module in lora.modules)
+    told = f"no LoRA of rank {max_rank} equals {input}: of a module it leaves an error of {largest:.3g}. Merge it."
+    require(refused_above is None or largest <= refused_above, told)
     change = logits_change(run, base, lora, num_tokens) if num_tokens else None
     rows, summary = _rows(lora, change), _summary(lora, change, tolerance)
     for number, modules, logits in rows:

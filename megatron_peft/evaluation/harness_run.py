@@ -120,7 +120,7 @@ def _checked_tasks(config: RunConfig, settings: HarnessSettings) -> tuple[Any, F
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     may_run_code = settings.confirm_run_unsafe_code
     tasks = find_tasks(settings.tasks, settings.include_path, settings.num_fewshot, settings.limit, may_run_code)
-    engine = (settings.engine, settings.engine_lora) if settings.engine else ()
+    engine = (settings.engine, settings.engine_lora, *settings.engine_args) if settings.engine else ()
     return tasks, FinishedRequests(settings.side_file("requests"), fingerprint, engine)
 
 

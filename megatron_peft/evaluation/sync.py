@@ -1,10 +1,11 @@
 """A run's newest adapter on a running server: exported under a new name, bound, loaded, compared; the old one unloaded.
 
-A version that was loaded under the name, id or path of an earlier one would be answered from the earlier one's cache.
+vLLM's cache of prefixes knows an adapter by its name and path, so each version lies under a path that none had before.
 """
 
 import hashlib
 import json
+import re
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -12,11 +13,12 @@ from contextlib import suppress
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+from uuid import uuid4
 
 import torch.distributed as dist
 
 from megatron_peft.checkpoint import run_record
-from megatron_peft.checkpoint.folders import write_atomically
+from megatron_peft.checkpoint.folders import MANIFEST, locked, write_atomically
 from megatron_peft.checkpoint.load import load_trained_parameters
 from megatron_peft.config import ConfigurationError, RunConfig, require
 from megatron_peft.config.evaluation import SyncSettings
@@ -35,6 +37,8 @@ from megatron_peft.serving.trained import export_lora
 PREFIXES = (1, 5, 17, 32)  # tokens of a prompt before the compared ones
 SECONDS_BETWEEN = 1.0  # looks for a new checkpoint
 BOUND = "bound.json"  # what the engine was seen to bind whole
+SEEN = "seen.json"  # in the folder of a version that was loaded and compared
+LOCK = "lock"
 
 
 def sync_run(config: RunConfig, settings: SyncSettings) -> None:
@@ -45,7 +49,7 @@ def sync_run(config: RunConfig, settings: SyncSettings) -> None:
     """
     run = Path(str(config.checkpoint.load))
     is_first, syncing = dist.get_rank() == 0, _Sync(config, settings, run)
-    checked_together(lambda: syncing.server.models() if is_first else None)  # before the model is loaded
+    checked_together(lambda: syncing.start() if is_first else None)  # before the model is loaded
     model = None if "numbers" in settings.skip else load_model(config)
     shape = checked_together(lambda: read_model_shape(Path(str(config.model.pretrained_checkpoint))))
     row = random_tokens(shape.vocab_size, max(PREFIXES) + 1)[0].tolist()
@@ -76,43 +80,79 @@ class _Sync:
         require(config.peft.trains_adapters, told)
         self.server = Server(settings.server)
         self._settings, self._base = settings, Path(str(config.model.pretrained_checkpoint))
-        whole = run_record.find_checkpoint(run).parent
+        whole = run_record.find_checkpoint(run).resolve().parent
         self._name = settings.name or whole.name
-        self._folder = Path(settings.folder or whole / "served")
+        self._folder = Path(settings.folder or whole / "served").absolute()
         self._of_base: float | None = None
+
+    def start(self) -> None:
+        """Take the folder, as long as this process lives, and ask the server whether it is there."""
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._lock = (self._folder / LOCK).open("w")
+        except OSError as error:
+            told = f"--folder {self._folder} cannot be written ({error.strerror}): give one that the server sees too."
+            raise ConfigurationError(told) from error
+        told = f"--folder {self._folder}: another sync gives its versions from there: end it, or give another folder."
+        locked(self._lock.fileno(), self._folder, lambda: told, 0.0)
+        self.server.models()
 
     def give(self, checkpoint: Path, own: float | None, asked: Sequence[Continuation]) -> None:
         """Load this version, and unload the others. `own`: log p of what is asked by our own model, its mean."""
         began, iteration = time.monotonic(), run_record.read_record(checkpoint).position["iteration"]
         name = f"{self._name}-{iteration:07d}"
         served = {one["id"]: one for one in self.server.models()}
-        if name in served:
+        roots = {each: Path(str(one.get("root"))) for each, one in served.items()}
+        of_this = [each for each in served if re.fullmatch(rf"{re.escape(self._name)}-\d{{7,}}", each)]
+        earlier = [each for each in of_this if roots[each].parent == self._folder]
+        told = f"{self.server.url} serves {name} from {roots.get(name)}, not from here: give another --name."
+        require(name not in served or name in earlier, told)
+        whole = hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest()
+        if name in served and self._seen(roots[name]) == whole:
             print(f"{self.server.url} serves {name} already", flush=True)
             return
-        adapter = self._folder / name
-        shutil.rmtree(adapter, ignore_errors=True)  # of a sync that was interrupted
-        export_lora(checkpoint, adapter, self._base)
-        if "binding" not in self._settings.skip:
-            self._require_bound(adapter)
-        self.server.load(name, adapter)
-        compared = ""
+        adapter = self._folder / f"{name}-{uuid4().hex[:8]}"
         try:
-            if own is not None:
-                compared = self._compared(name, served, own, asked)
-        except ConfigurationError:
-            self.server.unload(name)
+            export_lora(checkpoint, adapter, self._base)
+            if "binding" not in self._settings.skip:
+                self._require_bound(adapter)
+            if name in served:  # of another run, or never compared
+                self.server.unload(name)
+            compared = self._loaded(name, adapter, served, own, asked)
+        except BaseException:
+            shutil.rmtree(adapter, ignore_errors=True)
             raise
-        earlier = [one for one in served if one.startswith(f"{self._name}-") and one[len(self._name) + 1 :].isdigit()]
+        write_atomically(adapter / SEEN, json.dumps({"checkpoint": whole}))
         for one in earlier:
-            self.server.unload(one)
-            shutil.rmtree(self._folder / one, ignore_errors=True)
-        gone = f"; unloaded {', '.join(earlier)}" if earlier else ""
+            if one != name:
+                self.server.unload(one)
+            shutil.rmtree(roots[one], ignore_errors=True)
+        others = [one for one in earlier if one != name]
+        gone = f"; unloaded {', '.join(others)}" if others else ""
         seconds = time.monotonic() - began
         print(f"{self.server.url} serves {name}{compared}{gone}; {seconds:.2f} s", flush=True)
 
+    def _seen(self, adapter: Path) -> str | None:
+        """Of which checkpoint this version was seen to be, by the digest of its manifest."""
+        with suppress(ConfigurationError):
+            return read_json_object(adapter / SEEN).get("checkpoint")
+        return None
+
+    def _loaded(
+        self, name: str, adapter: Path, served: Mapping[str, Any], own: float | None, asked: Sequence[Continuation]
+    ) -> str:
+        self.server.load(name, adapter)
+        try:
+            return "" if own is None else self._compared(name, served, own, asked)
+        except BaseException:  # an interrupt too: what was not compared is not served
+            self.server.unload(name)
+            raise
+
     def _compared(self, name: str, served: Mapping[str, Any], own: float, asked: Sequence[Continuation]) -> str:
         if self._of_base is None:
-            base = next(each for each, about in served.items() if about.get("parent") is None)
+            base = next((each for each, about in served.items() if about.get("parent") is None), None)
+            require(base is not None, f"{self.server.url} lists no base model, with which a version is compared.")
+            assert base is not None
             self._of_base = self._answered(base, asked)
         found = self._answered(name, asked)
         told = f"log-probability of a token {found:.6f}, our own {own:.6f}, the base's {self._of_base:.6f}"

@@ -35,7 +35,7 @@ class Engine:
 
     def __init__(self, python: Path | None = None) -> None:
         """python: None is that of the environment that `make engines` makes."""
-        python = python or Path(self.environment, "bin", "python")
+        self._python = python = python or Path(self.environment, "bin", "python")
         hint = (
             f"give --engine-python the Python of an environment with {self.needs} (make engines makes "
             f"{self.environment} for CPUs)."
@@ -80,9 +80,13 @@ class Engine:
         limit, asked_at = Timer(SECONDS_TO_ANSWER, self._process.kill), time.monotonic()
         limit.start()
         try:
-            answer = json.loads(stdout.readline() or "null")
+            line = stdout.readline()
         finally:
             limit.cancel()
+        try:
+            answer = json.loads(line or "null")
+        except ValueError as error:
+            raise ConfigurationError(f"--engine-python {self._python} is no Python: it said {line[:80]!r}.") from error
         if answer is None or "error" in answer:
             is_late = time.monotonic() - asked_at >= SECONDS_TO_ANSWER
             late = f"no answer in {SECONDS_TO_ANSWER:g} s" if is_late else None
@@ -139,8 +143,10 @@ def plain_alpha(settings: Mapping[str, Any]) -> float:
 
 def largest_rank(settings: Mapping[str, Any]) -> int:
     """Of the modules of an adapter with this config."""
-    patterns = settings.get("rank_pattern") or {}
-    return max([int(settings.get("r", 0)), *map(int, patterns.values())])
+    ranks = [settings.get("r", 0), *(settings.get("rank_pattern") or {}).values()]
+    wrong = [rank for rank in ranks if not isinstance(rank, int)]
+    require(not wrong, f"{ADAPTER_CONFIG} has a rank that is no whole number: {wrong[:1]}.")
+    return max(ranks)
 
 
 def rank_limit(rank: int) -> int:

@@ -8,6 +8,7 @@ reference's. llama.cpp is silent of a module that is not there.
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,10 @@ import torch
 from torch import Tensor
 
 from megatron_peft.checkpoint.run_record import ADAPTER_CONFIG
-from megatron_peft.config import require, sources, untrusted
+from megatron_peft.config import ConfigurationError, require, sources, untrusted
 from megatron_peft.conversion.model_card import CARD, add_engine
 from megatron_peft.conversion.verify import Difference, logits_of, random_tokens
-from megatron_peft.models.families import read_shape
+from megatron_peft.models.families import family_of, read_shape
 from megatron_peft.serving.engine import GGUF, Engine, LlamaCpp, largest_rank
 
 PREFIXES = (1, 5, 17)  # tokens before the compared ones; and all that are asked for
@@ -96,6 +97,8 @@ def check_served(
         if kind is LlamaCpp and (folder / GGUF).is_file() and not is_file:
             adapter = folder / GGUF
         model = base_of_adapter(folder, base)
+        told = f"vLLM takes no LoRA for the model of {model}: merge it."
+        require(kind is not Engine or not _takes_no_lora(model), told)
         (binding,) = bindings_of(python, model, [adapter], kind)
         problems += binding.problems
         print(binding, flush=True)
@@ -117,8 +120,17 @@ def check_served(
 def base_of_adapter(folder: Path, base: str | None) -> Path:
     """The folder of `base`, or of the one that an adapter names. ConfigurationError: there is none."""
     named = base or untrusted.read_json_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or ""
-    require(bool(named), f"{folder} names no base: give --pretrained-checkpoint, the base's Hugging Face folder.")
-    return Path(base or sources.local_model(named, f"the base of {folder} (or --pretrained-checkpoint):"))
+    wanted = "give --pretrained-checkpoint, the base's Hugging Face folder."
+    require(bool(named), f"{folder} names no base: {wanted}")
+    model = Path(sources.local_model(named, f"the base of {folder} (or --pretrained-checkpoint):"))
+    require((model / "config.json").is_file(), f"{model}, the base of {folder}, holds no config.json: {wanted}")
+    return model
+
+
+def _takes_no_lora(model: Path) -> bool:
+    with suppress(ConfigurationError):  # a family of others, of which the engine itself says what it takes
+        return not family_of(read_shape(str(model)).architecture).vllm_serves_lora
+    return False
 
 
 def bindings_of(
@@ -204,6 +216,9 @@ def _problems(slots: Mapping[str, Any], found: Mapping[str, Any], settings: Mapp
     """What would be served silently wrong."""
     if unbound := found["unbound"]:
         yield f"bound to nothing, so the base is served in their place: {_some(unbound)}"
+    kind = settings.get("peft_type", "LORA")
+    if kind != "LORA":
+        yield f"peft_type of its config is {kind}, and servers take LORA alone"
     missing, misshapen, infinite, scaled = [], [], [], []
     for layer, parts in slots.items():
         for (name, outputs, inputs), one in zip(parts, found["bound"][layer], strict=True):

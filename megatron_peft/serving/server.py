@@ -2,14 +2,15 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
 from megatron_peft.config import ConfigurationError, untrusted
 
+Found = TypeVar("Found")
 SECONDS = 600.0  # for one answer
 START = "start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve BASE --enable-lora --max-lora-rank N"
 
@@ -22,7 +23,7 @@ class Server:
 
     def models(self) -> list[dict[str, Any]]:
         """What it serves: of each at least its `id`, and the `parent` of an adapter, which a base does not have."""
-        return untrusted.parse_json(self._ask("/v1/models"), f"{self.url}/v1/models")["data"]
+        return self._read("/v1/models", None, lambda found: [{**one, "id": str(one["id"])} for one in found["data"]])
 
     def load(self, name: str, folder: Path) -> None:
         self._ask("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder.absolute())})
@@ -36,11 +37,18 @@ class Server:
         Log-probabilities of prompts end a vLLM that has several of them with an adapter in one batch.
         """
         asked = {"model": name, "prompt": list(context), "max_tokens": 1, "temperature": 0, "logprobs": 0}
-        answer = self._ask("/v1/completions", {**asked, "allowed_token_ids": [token], "ignore_eos": True})
-        (found,) = untrusted.parse_json(answer, f"{self.url}/v1/completions")["choices"][0]["logprobs"][
-            "token_logprobs"
-        ]
-        return found
+        asked |= {"allowed_token_ids": [token], "ignore_eos": True}
+        return self._read(
+            "/v1/completions", asked, lambda found: float(found["choices"][0]["logprobs"]["token_logprobs"][0])
+        )
+
+    def _read(self, path: str, content: Mapping[str, Any] | None, read: Callable[[Any], Found]) -> Found:
+        answer = self._ask(path, content)
+        try:
+            return read(untrusted.parse_json(answer, f"{self.url}{path}"))
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            told = f"--server {self.url} answers {path} otherwise than vLLM: {answer[:200]}"
+            raise ConfigurationError(told) from error
 
     def _ask(self, path: str, content: Mapping[str, Any] | None = None) -> str:
         key = os.environ.get("VLLM_API_KEY")

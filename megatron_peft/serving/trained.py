@@ -17,9 +17,11 @@ from megatron_peft.conversion.convert import megatron_to_hf, merge
 from megatron_peft.conversion.model_card import VLLM_RANKS
 from megatron_peft.conversion.peft_export import export_adapter, export_as_lora
 from megatron_peft.models.families import family_of
+from megatron_peft.runtime.exit_signals import ends_before_training
 from megatron_peft.serving.engine import Engine, largest_rank, rank_limit
 
-LORA_ERROR = 1e-6  # of what a LoRA stands for, relative Frobenius norm
+# Of what a LoRA stands for, relative Frobenius norm: what its rank is chosen for, and what is refused.
+LORA_ERROR, MOST_ERROR = 1e-6, 1e-3
 
 
 def open_engine(config: RunConfig, how: EngineSettings, near: str | None) -> tuple[Engine, int]:
@@ -39,7 +41,8 @@ def open_engine(config: RunConfig, how: EngineSettings, near: str | None) -> tup
     require(base_is_whole or is_merged, f"{told}weights: give --load without --engine-lora.")
     require(not how.engine_lora or config.checkpoint.load is not None, "--engine-lora: give --load, the run to serve.")
     engine = Engine(how.engine_python)
-    with tempfile.TemporaryDirectory(prefix="served-", dir=near and Path(near).parent) as folder:
+    kept = tempfile.TemporaryDirectory(prefix="served-", dir=near and Path(near).parent)
+    with ends_before_training(True), kept as folder:  # SIGTERM removes it too
         with redirect_stdout(None):  # of which exports there are, and their cards, nothing is left
             model = _model(config, Path(folder, "model"), is_merged)
             adapter = export_adapter(str(config.checkpoint.load), Path(folder, "adapter")) if how.engine_lora else None
@@ -66,9 +69,9 @@ def _model(config: RunConfig, folder: Path, is_merged: bool) -> Path:
 
 
 def export_lora(run: str | Path, output: Path, base: str | Path | None = None) -> Path:
-    """The run's adapter in a form that vLLM serves: as it is, or as the LoRA that equals it up to LORA_ERROR.
+    """The run's adapter in a form that vLLM serves: as it is, or as a LoRA that equals it.
 
-    ConfigurationError: vLLM takes none for the model's family, or none of such a rank.
+    ConfigurationError: vLLM takes none for the model's family, or none that equals it has a rank that vLLM takes.
     """
     record = read_record(find_checkpoint(run))
     family, peft = family_of(record.shape.architecture), record.config.peft
@@ -79,8 +82,8 @@ def export_lora(run: str | Path, output: Path, base: str | Path | None = None) -
     with redirect_stdout(None):
         if is_lora:
             return export_adapter(run, output, pretrained_checkpoint=base)
-        limits: dict[str, Any] = {"tolerance": LORA_ERROR, "max_rank": VLLM_RANKS[-1], "num_tokens": 0}
-        return export_as_lora(run, output, pretrained_checkpoint=base, progress=False, **limits)
+        limits: dict[str, Any] = {"tolerance": LORA_ERROR, "refused_above": MOST_ERROR, "max_rank": VLLM_RANKS[-1]}
+        return export_as_lora(run, output, pretrained_checkpoint=base, num_tokens=0, progress=False, **limits)
 
 
 def _lora_settings(adapter: Path) -> dict[str, Any]:

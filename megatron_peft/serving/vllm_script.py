@@ -50,7 +50,7 @@ def _bind(model, adapters, max_lora_rank):
 
     settings = EngineArgs(
         model=model,
-        dtype="float32",
+        dtype="bfloat16",  # half the memory; nothing is computed
         load_format="dummy",
         skip_tokenizer_init=True,
         enforce_eager=True,
@@ -80,10 +80,13 @@ def _layers_with_lora(manager):
     slots = {}
     for name, layer in manager.modules.items():
         parts = manager.packed_modules.get(name) or [name]
-        sizes = [(None, None)]  # of the embedding and of the output layer, which keep theirs in another form
         if isinstance(layer.lora_a_stacked, (tuple, list)):
             factors = zip(layer.lora_a_stacked, layer.lora_b_stacked, strict=True)
             sizes = [(B.shape[-2], A.shape[-1]) for A, B in factors]
+        elif hasattr(layer, "hidden_size"):  # of the output layer
+            sizes = [(layer.base_layer.org_vocab_size, layer.hidden_size)]
+        else:  # of the embedding
+            sizes = [(layer.base_layer.embedding_dim, layer.base_layer.org_vocab_size)]
         slots[name] = [[part, *size] for part, size in zip(parts, sizes, strict=True)]
     return slots
 

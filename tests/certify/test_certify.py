@@ -381,6 +381,25 @@ def test_what_an_engine_does_not_bind_or_computes_otherwise_is_refused(monkeypat
     ]
 
 
+def test_an_engine_that_fails_at_the_adapter_leaves_the_certificate_undecided(monkeypatch, tmp_path):
+    def failed(*_):
+        raise ConfigurationError("vLLM failed (it ended with exit code 139).")
+
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"r": 400}')
+    monkeypatch.setattr(converted, "export_lora", lambda *_: tmp_path / "adapter")
+    monkeypatch.setattr(converted, "bindings_of", failed)
+    config = run_of(LORA, {}, 1)
+    config = replace(config, checkpoint=replace(config.checkpoint, save=str(tmp_path / "split")))
+    logits = torch.zeros(2, 20, 8), torch.randn(2, 20, 8)
+    (line,) = converted.compare_in_engine(Path("python"), config, torch.zeros(2, 20), logits)
+    assert line.error == "vLLM failed (it ended with exit code 139)." and not line.passed
+    monkeypatch.setattr(converted, "bindings_of", lambda *_: [Binding("vLLM 1", 14, 400, ())])
+    monkeypatch.setattr(converted, "served_log_probs", lambda *_: ("vLLM 1", converted.after_prefixes(logits[1])))
+    lines = converted.compare_in_engine(Path("python"), config, torch.zeros(2, 20), logits)
+    assert [one.name for one in lines][1:] == ["adapter of ranks up to 512 in vLLM 1"]  # there is no higher limit
+
+
 @pytest.mark.parametrize("heads", [1, 3, 6, 9, 14, 28, 40])
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 def test_transformers_takes_the_small_model_of_any_number_of_heads(family, heads):

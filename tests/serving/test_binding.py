@@ -10,12 +10,17 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
+from megatron_peft.cli.parser import read_config
 from megatron_peft.commands import convert
 from megatron_peft.config import ConfigurationError
+from megatron_peft.config.evaluation import EngineSettings
 from megatron_peft.conversion import model_card
+from megatron_peft.conversion.peft_export import export_adapter
 from megatron_peft.conversion.verify import Difference
-from megatron_peft.serving import engine, served
+from megatron_peft.serving import engine, served, trained
+from tests.serving import runs
 from tests.serving.recorded import FILE, KEPT
+from tests.tiny_llama import save_llama
 
 RECORDED = json.loads(FILE.read_text())
 SAID = {
@@ -97,6 +102,40 @@ def test_a_folder_of_which_nothing_is_bound_is_refused_whatever_its_targets():
     assert problems == ("no module of it is bound, so the base is served",)
 
 
+def test_another_kind_of_adapter_and_a_rank_that_is_no_number_are_told():
+    good, bound = RECORDED["settings"][0], RECORDED["adapters"][0]
+    problems = served.binding_of("vLLM", RECORDED["slots"], bound, {**good, "peft_type": "IA3"}).problems
+    assert problems == ("peft_type of its config is IA3, and servers take LORA alone",)
+    with pytest.raises(ConfigurationError, match="a rank that is no whole number: .'eight'."):
+        engine.largest_rank({"r": "eight"})
+
+
+def test_no_lora_is_bound_to_bloom(tmp_path, capfd):
+    base, run = runs.trained(tmp_path, "--peft-method", "lora", "--lora-rank", "4", family="Bloom")
+    adapter = export_adapter(run, tmp_path / "adapter")
+    words = ["verify", "--input", str(adapter), "--engine", "vllm", "--engine-python", "nowhere"]
+    assert convert.main([*words, "--reference", str(run)]) == 2
+    assert f"vLLM takes no LoRA for the model of {base}: merge it" in " ".join(capfd.readouterr().err.split())
+    with pytest.raises(ConfigurationError, match="vLLM takes no LoRA for BloomForCausalLM"):
+        trained.export_lora(run, tmp_path / "served")
+
+
+def test_a_lora_that_does_not_equal_the_run_is_not_served(tmp_path, monkeypatch):
+    boft = "--peft-method boft --boft-block-size 8 --boft-factors 2"
+    _, run = runs.trained(tmp_path, *boft.split())
+    monkeypatch.setattr(trained, "VLLM_RANKS", (1, 8))
+    with pytest.raises(ConfigurationError, match="no LoRA of rank 8 equals .*run: of a module it leaves an error of 0"):
+        trained.export_lora(run, tmp_path / "served")
+    assert not (tmp_path / "served").exists()
+
+
+def test_an_engine_runs_beside_one_process(tmp_path):
+    words = ["--pretrained-checkpoint", str(save_llama(tmp_path / "base")), "--mock-data", "--train-iters", "1"]
+    config = read_config([*words, "--tensor-model-parallel-size", "2"], {"WORLD_SIZE": "2"})
+    with pytest.raises(ConfigurationError, match="--engine runs beside one process: .*tensor_parallel_size=N"):
+        trained.open_engine(config, EngineSettings(engine="vllm"), None)
+
+
 def test_a_difference_and_an_adapter_that_moves_nothing_are_problems():
     def problem(difference: float, moved: float) -> str:
         found = served.Served("vLLM", Difference(difference, 20.0), moved, 8)
@@ -141,6 +180,9 @@ def test_the_card_names_the_engine_and_its_version_only_if_all_is_right(tmp_path
     [
         (["--engine-python", "nowhere/python"], "nowhere/python cannot be started .*make engines"),
         (["--engine-python", sys.executable], "has no vLLM: .*make engines"),
+        (["--engine-python", "/bin/cat"], "has no vLLM: .*make engines|/bin/cat is no Python: it said"),
+        (["--engine-python", "/bin/echo"], "/bin/echo is no Python: it said '.*vllm_script.py"),
+        (["--pretrained-checkpoint", "nowhere"], "nowhere, the base of .*, holds no config.json: give --pretrained"),
     ],
 )
 def test_an_engine_that_is_not_there_is_told(words, told, tmp_path, capfd):
