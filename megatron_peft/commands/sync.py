@@ -2,8 +2,8 @@
 
 megatron-peft sync --load RUN --server http://localhost:8000 --follow
 
-Each version has a name and a folder of its own, RUN-ITERATION. What the engine binds of it is checked first, then it is
-loaded, one prompt's log-probability is compared with our own model's, and the version before is unloaded. A version
+Each version is served as RUN-ITERATION, from a folder of its own. What the engine binds of it is checked first, then it
+is loaded, a prompt's log-probabilities are compared with our own model's, and the version before is unloaded. A version
 that is refused leaves the one before in its place. --nproc-per-node N, with the layout flags of `megatron-peft train`,
 splits our own model. See docs/moving-weights.md.
 """
