@@ -22,7 +22,7 @@ from megatron_peft.data.files import RecordFiles
 from megatron_peft.data.records import ColumnNames, Fit, plain_turn
 from megatron_peft.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_peft.evaluation.generation import GenerationSettings, StopTexts, generate_answers
-from megatron_peft.evaluation.model import InferenceModel, load_model, restore_base
+from megatron_peft.evaluation.model import InferenceModel, load_model, opened_model, restore_base
 from megatron_peft.runtime.launch import checked_together
 
 Record = Mapping[str, Any]
@@ -34,7 +34,19 @@ def answer(config: RunConfig, settings: AnswerSettings) -> None:
     records = checked_together(lambda: records_of(settings))
     is_first = dist.get_rank() == 0
     file = checked_together(lambda: AnswerFile(Path(settings.output)) if settings.output and is_first else None)
-    model = load_model(config, settings, settings.output)
+    with opened_model(config, settings, settings.output) as model:
+        _answer(model, settings, records, until, plan, file)
+
+
+def _answer(
+    model: InferenceModel,
+    settings: AnswerSettings,
+    records: Sequence[Record],
+    until: tuple[str, ...],
+    plan: GenerationSettings,
+    file: "AnswerFile | None",
+) -> None:
+    is_first = dist.get_rank() == 0
     ids = encode_prompts(records, model.tokenizer, settings.chat, model.max_length)
     if settings.prompt is not None and settings.num_samples == 1 and settings.output is None:
         write = sys.stdout.write if is_first else lambda text: None

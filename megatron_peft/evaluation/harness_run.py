@@ -35,7 +35,7 @@ from megatron_peft.data.files import open_json, require_limits
 from megatron_peft.evaluation import harness
 from megatron_peft.evaluation.answers import check_output
 from megatron_peft.evaluation.harness import FinishedRequests, HarnessModel, RankDispatcher
-from megatron_peft.evaluation.model import load_model, model_fingerprint
+from megatron_peft.evaluation.model import model_fingerprint, opened_model
 from megatron_peft.evaluation.task_names import harness_files, harness_folders, own_files, require_known_tasks, texts_of
 from megatron_peft.runtime.launch import checked_together
 from megatron_peft.tasks.prepare import TaskLoader
@@ -68,11 +68,17 @@ def evaluate(config: RunConfig, settings: HarnessSettings) -> None:
     ConfigurationErrors are raised on every rank; those of tasks and files before the model is loaded.
     """
     checked = checked_together(lambda: _checked_tasks(config, settings) if dist.get_rank() == 0 else None)
-    dispatcher = RankDispatcher(load_model(config, settings, settings.output))
-    if checked is None:
-        dispatcher.serve()
-        return
-    tasks, finished = checked
+    with opened_model(config, settings, settings.output) as model:
+        dispatcher = RankDispatcher(model)
+        if checked is None:
+            dispatcher.serve()
+        else:
+            _answer_tasks(dispatcher, settings, *checked)
+
+
+def _answer_tasks(
+    dispatcher: RankDispatcher, settings: HarnessSettings, tasks: Any, finished: FinishedRequests
+) -> None:
     asked: list[Any] = []
     for name in settings.tasks:
         loaded = tasks.load([name])

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,17 @@ class InferenceModel:
     def batches_at_once(self) -> int:
         """Batches that are asked together: one of each replica, or as many as keep an engine busy."""
         return self.config.parallel.data_parallel_size if self.engine is None else ENGINE_BATCHES
+
+
+@contextmanager
+def opened_model(config: RunConfig, how: EngineSettings, output: str | None) -> Iterator[InferenceModel]:
+    """What `load_model` loads; an engine ends with the block."""
+    model = load_model(config, how, output)
+    try:
+        yield model
+    finally:
+        if model.engine is not None:
+            model.engine.close()
 
 
 def load_model(config: RunConfig, how: EngineSettings | None = None, output: str | None = None) -> InferenceModel:

@@ -5,6 +5,7 @@ And answers before and after training: the base's and the run's own, to prompts 
 
 import json
 import os
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -103,7 +104,7 @@ def test_an_answer_is_on_the_disk_before_the_next_is_asked_and_the_file_is_open_
 
     def load(config, *_):
         seen.append(draft.read_text())
-        return SimpleNamespace(tokenizer=BYTES, max_length=9)
+        return nullcontext(SimpleNamespace(tokenizer=BYTES, max_length=9))
 
     def lines(*_):
         for line in ("one\n", "two\n"):
@@ -112,7 +113,7 @@ def test_an_answer_is_on_the_disk_before_the_next_is_asked_and_the_file_is_open_
 
     monkeypatch.setattr(answers, "checked_together", lambda check: check())
     monkeypatch.setattr(answers.dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(answers, "load_model", load)
+    monkeypatch.setattr(answers, "opened_model", load)
     monkeypatch.setattr(answers, "_lines", lines)
     answers.answer(_config(), AnswerSettings(prompt="a", output=str(path)))
     assert seen == ["", "", "one\n"] and path.read_text() == "one\ntwo\n"
