@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron_peft.adapters.frozen_linear import FrozenLinearCall
 from megatron_peft.adapters.hybrid import Hybrid
 from megatron_peft.adapters.low_rank import LowRank, low_rank_part
+from megatron_peft.adapters.low_rank_linear import Dropout
 from megatron_peft.config import PeftConfig
 from megatron_peft.models.layers import _SwiGLU
 from megatron_peft.parallel.layout import LinearLayout
@@ -54,6 +55,15 @@ def moved(kind: Any, split: Any, p: float = P) -> Any:
         for name, parameter in made.named_parameters():
             parameter.copy_(drawn(name, *parameter.shape))
     return made
+
+
+@pytest.mark.parametrize("is_turned", [False, True])
+def test_a_mask_is_drawn_again_as_it_was(is_turned):
+    x = torch.ones(6, 40).T if is_turned else torch.ones(6, 40)
+    dropout = Dropout(0.5, nullcontext)
+    mask = dropout.draw(x)
+    following = torch.rand(3)
+    assert torch.equal(dropout.draw_again(), mask) and not torch.equal(torch.rand(3), following)
 
 
 class _WithoutPeers(FrozenLinearCall):

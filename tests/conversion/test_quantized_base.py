@@ -213,6 +213,19 @@ def test_a_folder_of_bitsandbytes_is_read_bit_for_bit_at_any_tensor_parallel_siz
     assert (num_below_0 > 0) == has_output, "scales that were quantized"
 
 
+def test_a_folder_of_bitsandbytes_is_read_in_fp8_too(nf4_folder):
+    stored = load_file(nf4_folder / "model.safetensors")
+    codes, scales = codes_of_whole(nf4_folder, 1, "fp8", read_shape(nf4_folder))[
+        "decoder.layers.0.mlp.linear_fc2.weight"
+    ]
+    prefix = "model.layers.0.mlp.down_proj.weight"
+    beside = {key.removeprefix(f"{prefix}."): x for key, x in stored.items() if key.startswith(f"{prefix}.")}
+    values = bnb.dequantize_4bit(stored[prefix], bnb.QuantState.from_dict(beside, device=torch.device("cpu"))).float()
+    blocks = codes.view(torch.float8_e4m3fn).float().unflatten(-1, (-1, 64)) * scales.view(torch.float32)[..., None]
+    apart = (blocks.flatten(-2) - values).abs()
+    assert (apart <= values.abs() / 16 + values.abs().max() / 4096).all() and values.abs().max() > 0
+
+
 def _say(tensors: dict[str, Tensor], name: str, **changes: Any) -> None:
     state = json.loads(bytes(tensors[name + STATE].tolist())) | changes
     tensors[name + STATE] = torch.tensor([*json.dumps(state).encode()], dtype=torch.uint8)
