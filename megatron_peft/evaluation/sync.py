@@ -37,7 +37,7 @@ from megatron_peft.serving.trained import export_lora
 PREFIXES = (1, 5, 17, 32)  # tokens of a prompt before the compared ones
 SECONDS_BETWEEN = 1.0  # looks for a new checkpoint
 BOUND = "bound.json"  # what the engine was seen to bind whole
-SEEN = "seen.json"  # in the folder of a version that was loaded and compared
+SEEN = "seen.json"  # in the folder of a version that was loaded
 LOCK = "lock"
 
 
@@ -108,7 +108,7 @@ class _Sync:
         told = f"{self.server.url} serves {name} from {roots.get(name)}, not from here: give another --name."
         require(name not in served or name in earlier, told)
         whole = hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest()
-        if name in served and self._seen(roots[name]) == whole:
+        if name in served and self._seen(roots[name]) in ((whole, True), (whole, own is not None)):
             print(f"{self.server.url} serves {name} already", flush=True)
             return
         adapter = self._folder / f"{name}-{uuid4().hex[:8]}"
@@ -122,7 +122,7 @@ class _Sync:
         except BaseException:
             shutil.rmtree(adapter, ignore_errors=True)
             raise
-        write_atomically(adapter / SEEN, json.dumps({"checkpoint": whole}))
+        write_atomically(adapter / SEEN, json.dumps({"checkpoint": whole, "is_compared": own is not None}))
         for one in earlier:
             if one != name:
                 self.server.unload(one)
@@ -132,10 +132,11 @@ class _Sync:
         seconds = time.monotonic() - began
         print(f"{self.server.url} serves {name}{compared}{gone}; {seconds:.2f} s", flush=True)
 
-    def _seen(self, adapter: Path) -> str | None:
-        """Of which checkpoint this version was seen to be, by the digest of its manifest."""
-        with suppress(ConfigurationError):
-            return read_json_object(adapter / SEEN).get("checkpoint")
+    def _seen(self, adapter: Path) -> tuple[str, bool] | None:
+        """Of which checkpoint this version is, by the digest of its manifest, and whether its numbers were compared."""
+        with suppress(ConfigurationError, KeyError):
+            seen = read_json_object(adapter / SEEN)
+            return seen["checkpoint"], seen["is_compared"]
         return None
 
     def _loaded(

@@ -143,6 +143,15 @@ def test_a_name_that_comes_again_lies_under_another_path_and_is_given_unless_it_
     (tmp_path / Path(str(roots[-1])).name / module.SEEN).unlink()
     synced(url, trained / "iter_0000004", tmp_path, skip=("binding",), tolerance=100.0)
     assert recorded.asked == ["unload run-0000004", "load run-0000004", "ask base", "ask run-0000004"]
+    recorded.asked.clear()
+    for skip in (("binding",), ("binding", "numbers")):  # it was compared: nothing more is asked
+        synced(url, trained / "iter_0000004", tmp_path, skip=skip, tolerance=100.0)
+    assert recorded.asked == []
+    synced(url, trained / "iter_0000002", tmp_path, skip=("binding", "numbers"))
+    synced(url, trained / "iter_0000002", tmp_path, skip=("binding",), tolerance=100.0)
+    told = ["load run-0000002", "unload run-0000004", "unload run-0000002", "load run-0000002"]
+    assert recorded.asked == [*told, "ask base", "ask run-0000002"]
+    synced(url, trained / "iter_0000004", tmp_path, skip=("binding", "numbers"))
     another = tmp_path / "another"
     with pytest.raises(ConfigurationError, match="serves run-0000004 from .*, not from here: give another --name"):
         synced(url, trained / "iter_0000004", another, skip=("binding",), tolerance=100.0)
