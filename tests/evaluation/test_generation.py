@@ -358,7 +358,7 @@ def _logits(seed, rows=3, vocabulary=40):
 
 
 @limits(max_examples=60)
-@given(st.integers(0, 10**6), st.floats(0.1, 5), st.floats(0.05, 1), st.integers(0, 60))
+@given(st.integers(0, 10**6), st.floats(0.1, 5), st.floats(0.05, 0.999) | st.just(1.0), st.integers(0, 60))
 def test_probabilities_are_those_of_transformers_warpers(seed, temperature, top_p, top_k):
     expected = logits = _logits(seed)
     warpers = [TemperatureLogitsWarper(temperature), *([TopKLogitsWarper(top_k)] if top_k else [])]
