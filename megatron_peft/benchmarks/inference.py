@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
@@ -22,6 +22,7 @@ from megatron_peft.adapters.attach import attach_adapters, freeze
 from megatron_peft.benchmarks.measure import Figure, median_ratio, take_turns
 from megatron_peft.benchmarks.subjects import Setting, load_base, load_with_transformers, microbatch, on_ranks
 from megatron_peft.cli.parser import read_config
+from megatron_peft.config.evaluation import EngineName
 from megatron_peft.config.untrusted import parse_json, read_text
 from megatron_peft.data.batches import Microbatch
 from megatron_peft.demo.data import fetch_wheel, prepare_reviews
@@ -274,11 +275,7 @@ def _answers(item: Mapping[str, Any]) -> list[Any]:
 
 
 def our_items(
-    model: str,
-    tasks: str,
-    names: Sequence[str] = TASKS,
-    limit: int = ITEMS_OF_A_TASK,
-    engine: Literal["vllm"] | None = None,
+    model: str, tasks: str, names: Sequence[str] = TASKS, limit: int = ITEMS_OF_A_TASK, engine: EngineName | None = None
 ) -> Items:
     """The items of this model on the tasks of a folder, at most so many of each. Started on a rank of its own."""
     from megatron_peft.config.evaluation import HarnessSettings

@@ -18,7 +18,7 @@ from megatron_peft.cli.command import Command
 from megatron_peft.cli.launch import tell_loading
 from megatron_peft.cli.parser import RunFlags, is_first_rank
 from megatron_peft.config import Checked, Requirements, option
-from megatron_peft.config.evaluation import Engine, engine_python
+from megatron_peft.config.evaluation import EngineName, engine_python
 from megatron_peft.models.families import read_shape, read_shape_of_file
 from megatron_peft.models.shape import ModelShape
 
@@ -36,7 +36,7 @@ class CertifySettings(Checked):
         None, "file for the certificate, as JSON; it must not exist", check="in_a_folder", metavar="FILE"
     )
 
-    engine: Engine | None = option(
+    engine: EngineName | None = option(
         None, "serve what the small run is converted to with this engine too, merged and as a LoRA"
     )
     engine_python: Path = engine_python()

@@ -11,7 +11,7 @@ import yaml
 from megatron_peft.config.errors import Checked, Requirements, option, required_option
 from megatron_peft.config.untrusted import parse_yaml
 
-Engine = Literal["vllm"]
+EngineName = Literal["vllm"]
 engine_python = partial(
     option,
     Path(".venv-vllm/bin/python"),
@@ -39,7 +39,7 @@ class Sampling(Checked):
 class EngineSettings(Checked):
     """The engine that answers in our own model's place."""
 
-    engine: Engine | None = _of_engine(None, "let this engine answer, with the merged weights of --load")
+    engine: EngineName | None = _of_engine(None, "let this engine answer, with the merged weights of --load")
     engine_python: Path = engine_python(group="serving engine")
     engine_lora: bool = _of_engine(
         False, "give it the adapter of --load, on its base, instead of merged weights", needs="engine"

@@ -48,7 +48,11 @@ class Engine:
         except OSError as error:
             told = f"--engine-python {python} cannot be started ({error.strerror}): {hint}"
             raise ConfigurationError(told) from error
-        versions = self.ask("versions")
+        try:
+            versions = self.ask("versions")
+        except BaseException:
+            self.close()
+            raise
         if self.package not in versions:
             self.close()
             raise ConfigurationError(f"--engine-python {python} has no {self.library}: {hint}")

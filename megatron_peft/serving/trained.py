@@ -41,6 +41,15 @@ def open_engine(config: RunConfig, how: EngineSettings, near: str | None) -> tup
     require(base_is_whole or is_merged, f"{told}weights: give --load without --engine-lora.")
     require(not how.engine_lora or config.checkpoint.load is not None, "--engine-lora: give --load, the run to serve.")
     engine = Engine(how.engine_python)
+    try:
+        return engine, _opened(engine, config, how, near, is_merged)
+    except BaseException:
+        engine.close()
+        raise
+
+
+def _opened(engine: Engine, config: RunConfig, how: EngineSettings, near: str | None, is_merged: bool) -> int:
+    """The longest sequence of what the engine has loaded."""
     kept = tempfile.TemporaryDirectory(prefix="served-", dir=near and Path(near).parent)
     with ends_before_training(True), kept as folder:  # SIGTERM removes it too
         with redirect_stdout(None):  # of which exports there are, and their cards, nothing is left
@@ -52,8 +61,7 @@ def open_engine(config: RunConfig, how: EngineSettings, near: str | None) -> tup
             settings |= {"skip_tokenizer_init": False, "tokenizer": str(tokenizer.absolute())}
         if adapter is not None:
             settings |= _lora_settings(adapter)
-        opened = engine.open(model, [adapter] if adapter else [], settings | how.arguments_of_engine())
-    return engine, opened["longest"]
+        return engine.open(model, [adapter] if adapter else [], settings | how.arguments_of_engine())["longest"]
 
 
 def _model(config: RunConfig, folder: Path, is_merged: bool) -> Path:
