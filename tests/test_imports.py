@@ -30,7 +30,7 @@ ALLOWED: Mapping[str, set[str]] = {
     "serving": {"config", "runtime", "models", "checkpoint", "conversion"},
     "data": {"config", "runtime", "checkpoint"},
     "tasks": {"config", "checkpoint", "data"},
-    "training": SHARED | {"lora_ga", "checkpoint", "conversion", "data"},
+    "training": SHARED | {"lora_ga", "checkpoint", "conversion", "serving", "data"},
     "evaluation": SHARED | {"cli", "checkpoint", "conversion", "serving", "tasks", "data"},
     "experiment": {"config", "models", "cli", "checkpoint", "training"},  # what a run would need, and what it wrote
     "demo": {"config", "runtime", "models", "cli"}
@@ -66,7 +66,7 @@ MAY_OPEN: Mapping[str, set[str]] = {
     "experiment.report": {"json.loads"},  # a file of the package
     "plan.timing": {"json.loads"},  # another
     "serving.engine": {"json.loads"},  # what our script has written
-    "serving.vllm_script": {"json.loads"},  # and what it was asked
+    "serving.vllm_script": {"json.loads", "load_file"},  # and what it was asked
     "serving.llama_cpp_script": {"json.loads", "safe_open"},  # and the adapters that it converts
     "benchmarks.absent_ranks": {"pickle.loads"},  # what our own processes have given
     "benchmarks.scale": {"pickle.loads"},  # what was pickled a moment ago

@@ -92,7 +92,7 @@ def draft_checkpoint(
     folder, iteration = Path(state.config.checkpoint.save), state.position.iteration
     chunks = [chunk.module for chunk in state.model_chunks]
     entries = tensors.sharded_parameters(chunks, only_adapters=state.config.peft.trains_adapters)
-    record = _run_record(state, tensors.adapted_layers(chunks), entries)
+    record = record_of(state, tensors.adapted_layers(chunks), entries)
     with _as_not_saved(folder, iteration):
         draft = from_first_rank(lambda: folders.start_draft(folders.iteration_folder(folder, iteration)))
     with _as_not_saved(folder, iteration, draft), whole_parameters(state.model_chunks):
@@ -125,7 +125,8 @@ def tensors_to_save(state: TrainingState, entries: Sequence[Sharded]) -> list[Sh
     return saved
 
 
-def _run_record(state: TrainingState, layers: tuple[str, ...], entries: Sequence[Sharded]) -> RunRecord:
+def record_of(state: TrainingState, layers: tuple[str, ...], entries: Sequence[Sharded]) -> RunRecord:
+    """What a checkpoint of now says of the run: of its adapted layers, and with the optimizer's steps of `entries`."""
     config, base = state.config, state.config.model.pretrained_checkpoint
     if base is not None and Path(base).exists():  # whoever reads the record may be in another folder
         model = dataclasses.replace(config.model, pretrained_checkpoint=str(Path(base).absolute()))

@@ -275,6 +275,9 @@ class OptimizerSettings(Checked):
         )
 
 
+_of_sync = partial(option, group="serving engine")
+
+
 @dataclass(frozen=True)
 class CheckpointConfig(Checked):
     """Where state is written and read. Intervals are iterations."""
@@ -303,6 +306,34 @@ class CheckpointConfig(Checked):
     allow_other_base_precision: bool = option(False, "load adapters that were trained with another --base-precision")
     no_save_optim: bool = option(False, "do not save the optimizer state")
     no_save_rng: bool = option(False, "do not save the state of the random generators")
+    sync_server: str | None = _of_sync(
+        None,
+        "a running vllm serve, as http://localhost:8000, which gets the adapters while they are trained",
+        metavar="URL",
+    )
+    sync_interval: int = _of_sync(100, "steps between its versions", check="positive", needs="sync_server")
+    sync_folder: str | None = _of_sync(
+        None,
+        "where they lie, which the server has to see too (default: served in the folder of --save)",
+        needs="sync_server",
+        metavar="FOLDER",
+    )
+    sync_skip: tuple[Literal["binding", "numbers"], ...] = _of_sync(
+        (), "do not check what the engine binds, or do not compare log-probabilities", needs="sync_server"
+    )
+    sync_tolerance: float = _of_sync(
+        1e-3,
+        "of those of a token, in nats, on average; a server in bfloat16 wants 0.05",
+        check="not_negative",
+        needs="sync_server",
+    )
+    sync_engine_python: str = _of_sync(
+        ".venv-vllm/bin/python", "the Python of the engine's environment", needs="sync_server", metavar="FILE"
+    )
+
+    def check(self, require: Requirements) -> None:
+        is_placed = self.sync_server is None or self.save is not None or self.sync_folder is not None
+        require(is_placed, "--sync-server needs --save or --sync-folder, where the versions lie.")
 
 
 @dataclass(frozen=True)

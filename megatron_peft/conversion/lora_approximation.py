@@ -178,11 +178,18 @@ class RunAsLora:
         return sqrt(out / total) if total else 0.0
 
 
-def approximate(run: TrainedAdapters, base: Path, tolerance: float, max_rank: int, progress: bool) -> RunAsLora:
+def approximate(
+    run: TrainedAdapters,
+    base: Path,
+    tolerance: float,
+    max_rank: int,
+    progress: bool,
+    refused_above: float | None = None,
+) -> RunAsLora:
     """The change of a run, of any method and layout, against its base. Arguments as for `peft_export.export_as_lora`.
 
-    Raises ConfigurationError: the base or the run's weights do not fit or are not finite, or the method cannot be
-    merged.
+    Raises ConfigurationError: the base or the run's weights do not fit or are not finite, the method cannot be merged,
+    or an error is refused.
     """
     shape = run.record.shape
     rules, weights = open_weights(base, shape)
@@ -205,6 +212,9 @@ def approximate(run: TrainedAdapters, base: Path, tolerance: float, max_rank: in
                 for name, tensor in zip(names[rule.name].modules, rule.hf_tensors, strict=True)
             ]
             advance(num_bytes[layer])
+    largest = max(module.factors.residual for modules in layers.values() for module in modules)
+    told = f"no LoRA of rank {max_rank} equals {run.folder}: of a module it leaves an error of {largest:.3g}. Merge it."
+    require(refused_above is None or largest <= refused_above, told)
     left_out: list[LeftOut] = []
     if trained is not None:
         others = [rule for rule in owned_rules(rules, shape).values() if rule.layer not in linear]

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import import_module
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from megatron_peft.conversion.lora_approximation import RunAsLora, approximate
 from megatron_peft.conversion.model_card import NUM_TOKENS, Exported, add_logits, check_export, write_card
 from megatron_peft.conversion.trained_adapters import (
     PREFIX,
+    Run,
+    TrainedAdapters,
     base_of,
     open_adapters,
     open_run,
@@ -31,8 +33,59 @@ from megatron_peft.conversion.writer import write_safetensors
 from megatron_peft.models.families import rules_for
 
 
+class PeftAdapter(NamedTuple):
+    """An adapter of HF PEFT: fields of its config, and its tensors by name, each computed when its turn comes."""
+
+    config: Mapping[str, Any]
+    shapes: Mapping[str, tuple[int, ...]]
+    tensors: Iterable[tuple[str, Tensor]]  # in float32, in the order of `shapes`
+
+
+def in_own_form(adapters: TrainedAdapters) -> PeftAdapter:
+    """A run's adapter in the form of its method. ConfigurationError: HF PEFT cannot express the method."""
+    record, peft = adapters.record, adapters.record.config.peft
+    form = form_of(peft)
+    if form is None:
+        raise ConfigurationError(
+            f"--input {adapters.folder}: HF PEFT has no equivalent of --peft-method {peft.method}. "
+            f"{methods.OTHER_EXPORTS}."
+        )
+    rules = [
+        rule for rule in rules_for(record.shape).values() if rule.is_linear and rule.layer in record.adapted_layers
+    ]
+    sizes: dict[str, Any] = {module: size for rule in rules for module, size in rule.modules.items()}
+    targets = shortest_targets(sizes, record.shape.num_layers)
+    config = form.config(peft, targets)
+    shared = form.shared(peft, sizes)
+    shapes = {name: (*tensor.shape,) for name, tensor in shared.items()}
+    for module, size in sizes.items():
+        shapes |= {f"{PREFIX}{module}.{name}": shape for name, shape in form.shapes(config, *size).items()}
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        yield from shared.items()
+        for rule in rules:
+            layer = rule.layer
+            tensors = form.tensors(adapters.of(layer), peft, layer, rule.local_shape(1)[0])
+            rows = {name: rows_of_modules(rule, tensors[name]) for name in form.rows}
+            for module, name in product(rule.modules, tensors):
+                yield f"{PREFIX}{module}.{name}", rows[name][module] if name in rows else tensors[name]
+
+    return PeftAdapter(_config(targets, config), shapes, tensors())
+
+
+def form_of(peft: PeftConfig) -> PeftFormat | None:
+    """How HF PEFT writes the method's adapters; None if it cannot."""
+    return getattr(import_module(peft.spec.adapter), "EXPORT", None)
+
+
+def _config(target_modules: Sequence[str], own: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`own`: the fields of its kind of adapter."""
+    known = {"task_type": "CAUSAL_LM", "base_model_name_or_path": None, "inference_mode": True}
+    return {**known, "target_modules": list(target_modules), "modules_to_save": None, **own}
+
+
 def export_adapter(
-    input: str | Path,
+    input: Run,
     output: str | Path,
     *,
     pretrained_checkpoint: str | Path | None = None,
@@ -50,39 +103,15 @@ def export_adapter(
     """
     check_export(output, license)
     adapters = open_adapters(input)
-    record, peft = adapters.record, adapters.record.config.peft
-    form: PeftFormat | None = getattr(import_module(peft.spec.adapter), "EXPORT", None)
-    if form is None:
-        raise ConfigurationError(
-            f"--input {input}: HF PEFT has no equivalent of --peft-method {peft.method}. {methods.OTHER_EXPORTS}."
-        )
-    rules = [
-        rule for rule in rules_for(record.shape).values() if rule.is_linear and rule.layer in record.adapted_layers
-    ]
-    sizes: dict[str, Any] = {module: size for rule in rules for module, size in rule.modules.items()}
-    targets = shortest_targets(sizes, record.shape.num_layers)
-    config = form.config(peft, targets)
+    record, adapter = adapters.record, in_own_form(adapters)
     base = record.config.model.pretrained_checkpoint
     if pretrained_checkpoint is not None or Path(base or "").is_dir():
         base = str(base_of(adapters, pretrained_checkpoint))
-    shared = form.shared(peft, sizes)
-    shapes = {name: (*tensor.shape,) for name, tensor in shared.items()}
-    for module, size in sizes.items():
-        shapes |= {f"{PREFIX}{module}.{name}": shape for name, shape in form.shapes(config, *size).items()}
-
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        yield from shared.items()
-        for rule in rules:
-            layer = rule.layer
-            tensors = form.tensors(adapters.of(layer), peft, layer, rule.local_shape(1)[0])
-            rows = {name: rows_of_modules(rule, tensors[name]) for name in form.rows}
-            for module, name in product(rule.modules, tensors):
-                yield f"{PREFIX}{module}.{name}", rows[name][module] if name in rows else tensors[name]
-
-    named = _opened_by_others(base)
-    card = Exported(adapters.folder, record, Path(output), named, True, config.get("r"), license)
-    _write(card, targets, config, shapes, tensors(), num_tokens)
-    print(form.note(peft), end="", flush=True)
+    named, rank = _opened_by_others(base), adapter.config.get("r")
+    _write(Exported(adapters.folder, record, Path(output), named, True, rank, license), adapter, num_tokens)
+    form = form_of(record.config.peft)
+    assert form is not None
+    print(form.note(record.config.peft), end="", flush=True)
     return Path(output)
 
 
@@ -97,31 +126,14 @@ def _opened_by_others(base: str | None) -> str | None:
     return None
 
 
-def _write(
-    card: Exported,
-    target_modules: Sequence[str],
-    own_config: Mapping[str, Any],
-    shapes: Mapping[str, tuple[int, ...]],
-    tensors: Iterable[tuple[str, Tensor]],
-    num_tokens: int | None,
-) -> None:
-    """Write the folder of an adapter: its config, its weights in float32 (in one file: HF PEFT has no shards), a card.
-
-    `own_config` has the fields of its kind of adapter; `shapes` and `tensors` have the same names in one order.
-    """
+def _write(card: Exported, adapter: PeftAdapter, num_tokens: int | None) -> None:
+    """Write the folder of an adapter: its config, its weights in one file, since HF PEFT has no shards, and a card."""
     base = card.base
-    config = {
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": sources.hub_name(base or "") or base,
-        "inference_mode": True,
-        "target_modules": list(target_modules),
-        "modules_to_save": None,
-        **own_config,
-    }
-    specs = {name: torch.empty(shape, dtype=torch.float32, device="meta") for name, shape in shapes.items()}
+    config = {**adapter.config, "base_model_name_or_path": sources.hub_name(base or "") or base}
+    specs = {name: torch.empty(shape, dtype=torch.float32, device="meta") for name, shape in adapter.shapes.items()}
     with new_folder(card.output) as draft:
         (draft / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        write_safetensors(draft, specs, tensors, max_shard_bytes=sys.maxsize, stem="adapter_model")
+        write_safetensors(draft, specs, adapter.tensors, max_shard_bytes=sys.maxsize, stem="adapter_model")
         write_card(draft, card)
     add_logits(card, num_tokens)
 
@@ -135,8 +147,27 @@ MOST_NAMED = 6  # parameters that are left out, the largest changes first
 LogitsChange = tuple[LogitComparison, list[Difference]]
 
 
+def in_lora_form(lora: RunAsLora, num_layers: int) -> PeftAdapter:
+    """A LoRA that stands for a run, of a model with that many layers."""
+    targets = shortest_targets((module.module for module in lora.modules), num_layers)
+    shapes = {
+        f"{PREFIX}{module.module}.{name}": shape
+        for module in lora.modules
+        for name, shape in low_rank.EXPORT.shapes(
+            {"r": lora.rank}, len(module.factors.B), module.factors.A.shape[1]
+        ).items()
+    }
+    tensors = (
+        (f"{PREFIX}{module.module}.lora_{name}.weight", tensor)
+        for module in lora.modules
+        for name, tensor in vars(module.factors.padded(lora.rank)).items()
+    )
+    settings = PeftConfig(lora_rank=lora.rank, lora_alpha=lora.rank)
+    return PeftAdapter(_config(targets, low_rank.EXPORT.config(settings, targets)), shapes, tensors)
+
+
 def export_as_lora(
-    input: str | Path,
+    input: Run,
     output: str | Path,
     *,
     pretrained_checkpoint: str | Path | None = None,
@@ -165,10 +196,7 @@ def export_as_lora(
     require(num_tokens >= 0, f"--num-tokens is {num_tokens}; it cannot be negative.")
     run = open_run(input)
     base = base_of(run, pretrained_checkpoint)
-    lora = approximate(run, base, tolerance, max_rank, progress)
-    largest = max(module.factors.residual for module in lora.modules)
-    told = f"no LoRA of rank {max_rank} equals {input}: of a module it leaves an error of {largest:.3g}. Merge it."
-    require(refused_above is None or largest <= refused_above, told)
+    lora = approximate(run, base, tolerance, max_rank, progress, refused_above)
     change = logits_change(run, base, lora, num_tokens) if num_tokens else None
     rows, summary = _rows(lora, change), _summary(lora, change, tolerance)
     for number, modules, logits in rows:
@@ -179,22 +207,8 @@ def export_as_lora(
     section = "\n\n".join(["## As a LoRA", *summary, "\n".join([head, *table])])
     named = _opened_by_others(str(base))
     card = Exported(run.folder, run.record, Path(output), named, True, lora.rank, license, section)
-    targets = shortest_targets((module.module for module in lora.modules), run.record.shape.num_layers)
-    shapes = {
-        f"{PREFIX}{module.module}.{name}": shape
-        for module in lora.modules
-        for name, shape in low_rank.EXPORT.shapes(
-            {"r": lora.rank}, len(module.factors.B), module.factors.A.shape[1]
-        ).items()
-    }
-    tensors = (
-        (f"{PREFIX}{module.module}.lora_{name}.weight", tensor)
-        for module in lora.modules
-        for name, tensor in vars(module.factors.padded(lora.rank)).items()
-    )
-    settings = PeftConfig(lora_rank=lora.rank, lora_alpha=lora.rank)
     more = 0 if run.record.config.model.base_precision == "run" else num_tokens  # else it has been compared
-    _write(card, targets, low_rank.EXPORT.config(settings, targets), shapes, tensors, more)
+    _write(card, in_lora_form(lora, run.record.shape.num_layers), more)
     return Path(output)
 
 

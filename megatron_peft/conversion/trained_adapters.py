@@ -4,22 +4,38 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
+from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as torch_checkpoint
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.mapping import is_main_replica
 from torch import Tensor
 
 from megatron_peft.adapters.change import StoredTensors
 from megatron_peft.checkpoint.folders import RECORD, damage, iteration_folder, new_folder, publish, start_draft
 from megatron_peft.checkpoint.run_record import ADAPTER_CONFIG, RunRecord, differing_base, find_checkpoint, read_record
-from megatron_peft.checkpoint.tensors import ADAPTER, NOT_PARAMETERS, master_key
+from megatron_peft.checkpoint.save import record_of
+from megatron_peft.checkpoint.state import TrainingState, whole_parameters
+from megatron_peft.checkpoint.tensors import (
+    ADAPTER,
+    NOT_PARAMETERS,
+    adapted_layers,
+    data_of,
+    global_slices,
+    master_key,
+    sharded_parameters,
+)
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.conversion.hf_files import listed, row_ranges
-from megatron_peft.conversion.megatron_files import StoredTensor, open_distributed
+from megatron_peft.conversion.megatron_files import StoredSlice, StoredTensor, open_distributed
 from megatron_peft.conversion.pretrained import known_fingerprint, read_model_shape
 from megatron_peft.models.rules import WEIGHT, Rule
+from megatron_peft.parallel.collectives import gathered_by_first_rank
 
 # The two factors of a low-rank adapter, between Megatron's fused layers and Hugging Face's separate ones.
 #
@@ -128,12 +144,17 @@ class LayerTensors(StoredTensors):
         return sum(1 for _ in self)
 
 
-def open_run(folder: str | Path) -> TrainedAdapters:
+Run = str | Path | TrainedAdapters  # the folder of --save, or what is open already
+
+
+def open_run(folder: Run) -> TrainedAdapters:
     """The newest checkpoint in a --save folder. Every file is compared with the manifest; no tensor is kept yet.
 
     Raises ConfigurationError: there is no checkpoint, or it is damaged (unlike --load, an export never falls back to an
     older one).
     """
+    if isinstance(folder, TrainedAdapters):
+        return folder
     checkpoint = find_checkpoint(folder)
     require_undamaged(checkpoint)
     run = TrainedAdapters(checkpoint, read_record(checkpoint), open_distributed(checkpoint))
@@ -152,15 +173,42 @@ def require_undamaged(files: Path, without: str = "") -> None:
     require(not problems, f"{files} is damaged: {'; '.join(problems)}. Copy it again, or give an older iter_* folder.")
 
 
-def open_adapters(folder: str | Path) -> TrainedAdapters:
+def open_adapters(folder: Run) -> TrainedAdapters:
     """`open_run` of a run with adapters. ConfigurationError: as there, or it is of full fine-tuning."""
     run = open_run(folder)
     require(
         run.record.config.peft.trains_adapters,
-        f"--input {folder} is a run of full fine-tuning and holds no adapters: megatron-peft convert megatron-to-hf "
-        f"turns it into a Hugging Face folder, and export-adapter --as-lora into an adapter close to it.",
+        f"--input {run.folder} is a run of full fine-tuning and holds no adapters: megatron-peft convert "
+        f"megatron-to-hf turns it into a Hugging Face folder, and export-adapter --as-lora into an adapter close to "
+        f"it.",
     )
     return run
+
+
+def gathered_adapters(state: TrainingState) -> TrainedAdapters | None:
+    """A run's adapters as they are now, without a file: on the first rank, in its memory; None on the others.
+
+    A collective. What --bf16 trains is in bfloat16, as the model computes with it.
+    """
+    chunks = [chunk.module for chunk in state.model_chunks]
+    entries = sharded_parameters(chunks, only_adapters=True)
+    record = record_of(state, adapted_layers(chunks), entries)
+    with whole_parameters(state.model_chunks):
+        own = [
+            (one.key, tuple(one.global_shape), tuple(one.global_offset), data_of(one).detach().cpu())
+            for entry in entries
+            for one in global_slices(entry)
+            if is_main_replica(one.replica_id)
+        ]
+        by_rank: list[Any] = []
+        gathered_by_first_rank(lambda: own, by_rank.extend)
+    stored: dict[str, StoredTensor] = {}
+    for key, shape, offset, data in sorted(chain(*by_rank), key=itemgetter(0)):
+        others = stored[key].slices if key in stored else ()
+        part = StoredSlice(offset, tuple(data.shape), data.__getitem__)
+        stored[key] = StoredTensor(shape, data.dtype, (*others, part))
+    folder = iteration_folder(Path(state.config.checkpoint.save or ""), state.position.iteration)
+    return TrainedAdapters(folder, record, stored) if dist.get_rank() == 0 else None
 
 
 def base_of(adapters: TrainedAdapters, override: str | Path | None) -> Path:

@@ -1,44 +1,21 @@
-"""A run's newest adapter on a running server: exported under a new name, bound, loaded, compared; the old one unloaded.
+"""`megatron-peft sync`: a run's newest checkpoint on a running server, compared with our own model."""
 
-vLLM's cache of prefixes knows an adapter by its name and path, so each version lies under a path that none had before.
-"""
-
-import hashlib
-import json
-import re
-import shutil
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from statistics import fmean
-from typing import Any
-from uuid import uuid4
-
-import torch.distributed as dist
 
 from megatron_peft.checkpoint import run_record
-from megatron_peft.checkpoint.folders import MANIFEST, locked, write_atomically
 from megatron_peft.checkpoint.load import load_trained_parameters
-from megatron_peft.config import ConfigurationError, RunConfig, require
+from megatron_peft.config import RunConfig
 from megatron_peft.config.evaluation import SyncSettings
-from megatron_peft.config.untrusted import read_json_object
-from megatron_peft.conversion.hf_files import SafetensorsFile
 from megatron_peft.conversion.pretrained import read_model_shape
-from megatron_peft.conversion.verify import random_tokens
 from megatron_peft.evaluation.generation import Continuation, score_all
 from megatron_peft.evaluation.model import InferenceModel, load_model
 from megatron_peft.parallel.collectives import from_first_rank
 from megatron_peft.runtime.launch import checked_together
-from megatron_peft.serving.served import bindings_of
-from megatron_peft.serving.server import Server
-from megatron_peft.serving.trained import export_lora
+from megatron_peft.serving.sync import Asked, asked_tokens, started_sync
 
-PREFIXES = (1, 5, 17, 32)  # tokens of a prompt before the compared ones
 SECONDS_BETWEEN = 1.0  # looks for a new checkpoint
-BOUND = "bound.json"  # what the engine was seen to bind whole
-SEEN = "seen.json"  # in the folder of a version that was loaded
-LOCK = "lock"
 
 
 def sync_run(config: RunConfig, settings: SyncSettings) -> None:
@@ -47,19 +24,17 @@ def sync_run(config: RunConfig, settings: SyncSettings) -> None:
     ConfigurationError, on every rank: no run with adapters, no such server, or a version that is bound or computed
     otherwise, which is unloaded again, so that the one before stays.
     """
-    run = Path(str(config.checkpoint.load))
-    is_first, syncing = dist.get_rank() == 0, _Sync(config, settings, run)
-    checked_together(lambda: syncing.start() if is_first else None)  # before the model is loaded
+    run, base = Path(str(config.checkpoint.load)), config.model.pretrained_checkpoint
+    folder = from_first_rank(lambda: run_record.find_checkpoint(run)).resolve().parent
+    sync = started_sync(settings, config.peft, base, folder)  # before the model is loaded
     model = None if "numbers" in settings.skip else load_model(config)
-    shape = checked_together(lambda: read_model_shape(Path(str(config.model.pretrained_checkpoint))))
-    row = random_tokens(shape.vocab_size, max(PREFIXES) + 1)[0].tolist()
-    asked = [Continuation(tuple(row[:length]), (row[length],)) for length in PREFIXES]
-    newest = None
+    shape = checked_together(lambda: read_model_shape(Path(str(base))))
+    asked, newest = asked_tokens(shape.vocab_size, shape.longest_sequence), None
     while True:
         checkpoint = from_first_rank(lambda: run_record.find_checkpoint(run))
         if checkpoint != newest:
             own = None if model is None else _log_prob(model, checkpoint, asked)
-            checked_together(lambda at=checkpoint, own=own: syncing.give(at, own, asked) if is_first else None)
+            from_first_rank(lambda at=checkpoint, own=own: print(sync.give(at, own, asked), flush=True))
             newest = checkpoint
         elif settings.follow:
             time.sleep(SECONDS_BETWEEN)
@@ -67,114 +42,7 @@ def sync_run(config: RunConfig, settings: SyncSettings) -> None:
             return
 
 
-def _log_prob(model: InferenceModel, checkpoint: Path, asked: Sequence[Continuation]) -> float:
+def _log_prob(model: InferenceModel, checkpoint: Path, asked: Asked) -> float:
     load_trained_parameters(model.chunks, checkpoint)
-    return fmean(score.log_likelihood for score in score_all(model, asked, len(asked)))
-
-
-class _Sync:
-    """What the first rank does."""
-
-    def __init__(self, config: RunConfig, settings: SyncSettings, run: Path) -> None:
-        told = f"--load {run}: --peft-method full trains no adapter: merge or convert it, and serve the folder."
-        require(config.peft.trains_adapters, told)
-        self.server = Server(settings.server)
-        self._settings, self._base = settings, Path(str(config.model.pretrained_checkpoint))
-        whole = run_record.find_checkpoint(run).resolve().parent
-        self._name = settings.name or whole.name
-        self._folder = Path(settings.folder or whole / "served").absolute()
-        self._of_base: float | None = None
-
-    def start(self) -> None:
-        """Take the folder, as long as this process lives, and ask the server whether it is there."""
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self._lock = (self._folder / LOCK).open("w")
-        except OSError as error:
-            told = f"--folder {self._folder} cannot be written ({error.strerror}): give one that the server sees too."
-            raise ConfigurationError(told) from error
-        told = f"--folder {self._folder}: another sync gives its versions from there: end it, or give another folder."
-        locked(self._lock.fileno(), self._folder, lambda: told, 0.0)
-        self.server.models()
-
-    def give(self, checkpoint: Path, own: float | None, asked: Sequence[Continuation]) -> None:
-        """Load this version, and unload the others. `own`: log p of what is asked by our own model, its mean."""
-        began, iteration = time.monotonic(), run_record.read_record(checkpoint).position["iteration"]
-        name = f"{self._name}-{iteration:07d}"
-        served = {one["id"]: one for one in self.server.models()}
-        roots = {each: Path(str(one.get("root"))) for each, one in served.items()}
-        of_this = [each for each in served if re.fullmatch(rf"{re.escape(self._name)}-\d{{7,}}", each)]
-        earlier = [each for each in of_this if roots[each].parent == self._folder]
-        told = f"{self.server.url} serves {name} from {roots.get(name)}, not from here: give another --name."
-        require(name not in served or name in earlier, told)
-        whole = hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest()
-        if name in served and self._seen(roots[name]) in ((whole, True), (whole, own is not None)):
-            print(f"{self.server.url} serves {name} already", flush=True)
-            return
-        adapter = self._folder / f"{name}-{uuid4().hex[:8]}"
-        try:
-            export_lora(checkpoint, adapter, self._base)
-            if "binding" not in self._settings.skip:
-                self._require_bound(adapter)
-            if name in served:  # of another run, or never compared
-                self.server.unload(name)
-            compared = self._loaded(name, adapter, served, own, asked)
-        except BaseException:
-            shutil.rmtree(adapter, ignore_errors=True)
-            raise
-        write_atomically(adapter / SEEN, json.dumps({"checkpoint": whole, "is_compared": own is not None}))
-        for one in earlier:
-            if one != name:
-                self.server.unload(one)
-            shutil.rmtree(roots[one], ignore_errors=True)
-        others = [one for one in earlier if one != name]
-        gone = f"; unloaded {', '.join(others)}" if others else ""
-        seconds = time.monotonic() - began
-        print(f"{self.server.url} serves {name}{compared}{gone}; {seconds:.2f} s", flush=True)
-
-    def _seen(self, adapter: Path) -> tuple[str, bool] | None:
-        """Of which checkpoint this version is, by the digest of its manifest, and whether its numbers were compared."""
-        with suppress(ConfigurationError, KeyError):
-            seen = read_json_object(adapter / SEEN)
-            return seen["checkpoint"], seen["is_compared"]
-        return None
-
-    def _loaded(
-        self, name: str, adapter: Path, served: Mapping[str, Any], own: float | None, asked: Sequence[Continuation]
-    ) -> str:
-        self.server.load(name, adapter)
-        try:
-            return "" if own is None else self._compared(name, served, own, asked)
-        except BaseException:  # an interrupt too: what was not compared is not served
-            self.server.unload(name)
-            raise
-
-    def _compared(self, name: str, served: Mapping[str, Any], own: float, asked: Sequence[Continuation]) -> str:
-        if self._of_base is None:
-            base = next((each for each, about in served.items() if about.get("parent") is None), None)
-            require(base is not None, f"{self.server.url} lists no base model, with which a version is compared.")
-            assert base is not None
-            self._of_base = self._answered(base, asked)
-        found = self._answered(name, asked)
-        told = f"log-probability of a token {found:.6f}, our own {own:.6f}, the base's {self._of_base:.6f}"
-        tolerance = self._settings.tolerance
-        require(abs(found - own) <= tolerance, f"{name}: {told}: more apart than --tolerance {tolerance:g}.")
-        return f": {told}"
-
-    def _answered(self, name: str, asked: Sequence[Continuation]) -> float:
-        return fmean(self.server.log_prob(name, context, token) for context, (token,) in asked)
-
-    def _require_bound(self, adapter: Path) -> None:
-        """Ask the engine, unless an adapter of the same config, names and shapes was bound whole before."""
-        headers = SafetensorsFile(adapter / "adapter_model.safetensors").headers()
-        shapes = {name: header.shape for name, header in headers.items()}
-        looks = json.dumps([shapes, read_json_object(adapter / run_record.ADAPTER_CONFIG)], sort_keys=True)
-        digest, known = hashlib.sha256(looks.encode()).hexdigest(), self._folder / BOUND
-        with suppress(ConfigurationError):
-            if read_json_object(known) == {"digest": digest}:
-                return
-        (binding,) = bindings_of(self._settings.engine_python, self._base, [adapter])
-        print(binding, flush=True)
-        if binding.problems:
-            raise ConfigurationError(*(f"{adapter}: {problem}" for problem in binding.problems))
-        write_atomically(known, json.dumps({"digest": digest}))
+    continuations = [Continuation((*tokens,), (token,)) for tokens, token in asked]
+    return fmean(score.log_likelihood for score in score_all(model, continuations, len(asked)))

@@ -6,6 +6,7 @@ reference's. llama.cpp is silent of a module that is not there.
 """
 
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -13,12 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor
 
 from megatron_peft.checkpoint.run_record import ADAPTER_CONFIG
 from megatron_peft.config import ConfigurationError, require, sources, untrusted
 from megatron_peft.conversion.model_card import CARD, add_engine
+from megatron_peft.conversion.peft_export import PeftAdapter
 from megatron_peft.conversion.verify import Difference, logits_of, random_tokens
 from megatron_peft.models.families import family_of, read_shape
 from megatron_peft.serving.engine import GGUF, Engine, LlamaCpp, largest_rank
@@ -153,6 +156,30 @@ def binding_of(engine: str, slots: Mapping[str, Any], found: Mapping[str, Any], 
     else:
         problems = tuple(_problems(slots, found, settings))
     return Binding(engine, bound, largest_rank(settings), problems)
+
+
+def give_in_memory(engine: Engine, adapter: PeftAdapter) -> Binding:
+    """Let an open vLLM answer with an adapter that lies in no file: its process reads this one's memory.
+
+    engine: opened in one process with `enable_lora`, a `max_lora_rank` that holds the adapter's, and `max_loras` 2.
+
+    ConfigurationError: it does not bind the adapter whole, and goes on with the one before.
+    """
+    tensors = safetensors.torch.save(
+        {name: tensor.float().clone(memory_format=torch.contiguous_format) for name, tensor in adapter.tensors}
+    )
+    memory = os.memfd_create("adapter")
+    try:
+        with open(memory, "wb", closefd=False) as file:
+            file.write(tensors)
+        answer = engine.ask("give", config=adapter.config, tensors=f"/proc/{os.getpid()}/fd/{memory}")
+    finally:
+        os.close(memory)
+    binding = binding_of(engine.name, answer["slots"], answer["found"], adapter.config)
+    engine.ask("keep", is_kept=not binding.problems)
+    if binding.problems:
+        raise ConfigurationError(*binding.problems)
+    return binding
 
 
 def compare_served(

@@ -2,7 +2,6 @@
 
 import tempfile
 from contextlib import redirect_stdout, suppress
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,17 @@ from megatron_peft.config import ConfigurationError, RunConfig, require
 from megatron_peft.config.evaluation import EngineSettings
 from megatron_peft.config.untrusted import read_json_object
 from megatron_peft.conversion.convert import megatron_to_hf, merge
+from megatron_peft.conversion.lora_approximation import approximate
 from megatron_peft.conversion.model_card import VLLM_RANKS
-from megatron_peft.conversion.peft_export import export_adapter, export_as_lora
+from megatron_peft.conversion.peft_export import (
+    PeftAdapter,
+    export_adapter,
+    export_as_lora,
+    form_of,
+    in_lora_form,
+    in_own_form,
+)
+from megatron_peft.conversion.trained_adapters import Run, TrainedAdapters, base_of, open_adapters, open_run
 from megatron_peft.models.families import family_of
 from megatron_peft.runtime.exit_signals import ends_before_training
 from megatron_peft.serving.engine import Engine, largest_rank, rank_limit
@@ -76,22 +84,36 @@ def _model(config: RunConfig, folder: Path, is_merged: bool) -> Path:
     return merge(load, folder, pretrained_checkpoint=base, dtype=dtype, into=into, num_tokens=0)
 
 
-def export_lora(run: str | Path, output: Path, base: str | Path | None = None) -> Path:
+def export_lora(run: Run, output: Path, base: str | Path | None = None) -> Path:
     """The run's adapter in a form that vLLM serves: as it is, or as a LoRA that equals it.
 
     ConfigurationError: vLLM takes none for the model's family, or none that equals it has a rank that vLLM takes.
     """
-    record = read_record(find_checkpoint(run))
-    family, peft = family_of(record.shape.architecture), record.config.peft
-    require(family.vllm_serves_lora, f"vLLM takes no LoRA for {family.architectures[0]}")
-    form, is_lora = getattr(import_module(peft.spec.adapter), "EXPORT", None), False
-    with suppress(ConfigurationError):
-        is_lora = form is not None and form.config(peft, []).get("peft_type") == "LORA"
     with redirect_stdout(None):
-        if is_lora:
+        if _is_lora(run):
             return export_adapter(run, output, pretrained_checkpoint=base)
         limits: dict[str, Any] = {"tolerance": LORA_ERROR, "refused_above": MOST_ERROR, "max_rank": VLLM_RANKS[-1]}
         return export_as_lora(run, output, pretrained_checkpoint=base, num_tokens=0, progress=False, **limits)
+
+
+def lora_of(run: Run, base: str | Path | None = None) -> PeftAdapter:
+    """What `export_lora` writes, without a file: its tensors are computed as they are asked for."""
+    if _is_lora(run):
+        return in_own_form(open_adapters(run))
+    opened = open_run(run)
+    lora = approximate(opened, base_of(opened, base), LORA_ERROR, VLLM_RANKS[-1], False, MOST_ERROR)
+    return in_lora_form(lora, opened.record.shape.num_layers)
+
+
+def _is_lora(run: Run) -> bool:
+    """Whether the method's own form is one. ConfigurationError: vLLM takes none for the model's family."""
+    record = run.record if isinstance(run, TrainedAdapters) else read_record(find_checkpoint(run))
+    family, peft = family_of(record.shape.architecture), record.config.peft
+    require(family.vllm_serves_lora, f"vLLM takes no LoRA for {family.architectures[0]}")
+    form = form_of(peft)
+    with suppress(ConfigurationError):
+        return form is not None and form.config(peft, []).get("peft_type") == "LORA"
+    return False
 
 
 def _lora_settings(adapter: Path) -> dict[str, Any]:

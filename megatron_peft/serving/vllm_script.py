@@ -12,6 +12,9 @@ the project's; it ends with its input. Each request names what is done; an answe
     log_probs  prompts (lists of token ids). Answer: log_probs of the whole vocabulary after each: without an adapter,
                and with each
     score      pairs of a context and its continuation. Answer: scores, of each [log p, whether all were the likeliest]
+    give       the open engine, which has LoRA enabled and one process, an adapter: its config, and tensors, the path of
+               a safetensors file, which may lie in another process's memory. Answer: slots; found, as one of `bind`'s
+    keep       is the given adapter kept, and used from now on in the place of those before? Else it is taken back
     generate   prompts, each with its max_tokens and seed; sampling, stop, ends (token ids). Answer: answers (token ids)
 """
 
@@ -26,6 +29,8 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+FIRST_GIVEN = 1000  # numbers of adapters: those that were opened come before
 
 
 def _versions():
@@ -123,7 +128,45 @@ class _Engine:
         self.adapters = [LoRARequest(f"adapter {at}", at, folder) for at, folder in enumerate(adapters, 1)]
         for lora in self.adapters:  # an error in `generate` would leave the engine waiting for ever
             self.llm.llm_engine.add_lora(lora)
+        self.given, self.num_given = None, 0
         self.reads_text = not settings["skip_tokenizer_init"]
+
+    def give(self, config, tensors):
+        from unittest.mock import patch
+
+        from safetensors.torch import load_file
+        from vllm.lora.lora_model import LoRAModel
+        from vllm.lora.peft_helper import PEFTHelper
+        from vllm.lora.request import LoRARequest
+
+        (slots,) = self.llm.apply_model(lambda model: _layers_with_lora(model.lora_manager))
+        found = {}
+
+        def read(_folder, _modules, peft_helper, *, moe_ep_spec=None, **how):  # noqa: ARG001
+            lora = LoRAModel.from_lora_tensors(tensors=load_file(tensors), peft_helper=peft_helper, **how)
+            found.update(_bound_by(lora, slots))
+            return lora
+
+        def settings(_folder, longest):
+            return PEFTHelper.from_dict({**config, "vllm_max_position_embeddings": longest})
+
+        self.num_given += 1  # a new name and number: answers in the cache of prefixes are known by them
+        self.given = LoRARequest(f"given {self.num_given}", FIRST_GIVEN + self.num_given, tensors)
+        reads_memory = patch.object(LoRAModel, "from_local_checkpoint", read)
+        try:
+            with reads_memory, patch.object(PEFTHelper, "from_local_dir", settings):
+                self.llm.llm_engine.add_lora(self.given)
+        except Exception as error:
+            found["error"] = f"{type(error).__name__}: {error}"
+        return {"slots": slots, "found": found}
+
+    def keep(self, is_kept):
+        gone = self.adapters if is_kept else [self.given]
+        for lora in gone:
+            self.llm.llm_engine.remove_lora(lora.lora_int_id)
+        if is_kept:
+            self.adapters = [self.given]
+        return {}
 
     def opened(self):
         return {"longest": self.llm.llm_engine.model_config.max_model_len}

@@ -25,19 +25,26 @@ from megatron_peft.training.terminal import Progress
 from megatron_peft.training.update import mixed_layers, mixtures
 from megatron_peft.training.watchers import Interval, Record, Watchers, watched_steps
 
+AfterStep = Callable[[TrainingState], str]
+
 
 def train(
-    state: TrainingState, data: Data, saver: Saver, planned_peak: Callable[[], int | str | None] | None = None
+    state: TrainingState,
+    data: Data,
+    saver: Saver,
+    planned_peak: Callable[[], int | str | None] | None = None,
+    after_step: AfterStep | None = None,
 ) -> str:
     """Train from `state.position` to the end of the run, or until a signal or limit stops it.
 
     data: of which the training steps are set to the state's position.
     planned_peak: bytes of this rank's planned peak, once it is known, or why it cannot be; printed beside the measured.
+    after_step: called on every rank after each step, whose time does not count; what it returns is printed.
     Returns why it ended, a sentence for the terminal.
     Raises CheckpointNotSaved: on every rank, if the last checkpoint could not be written. Earlier failures only warn.
     Raises ConfigurationError: on every rank, at a save: --save was moved away, and another run has that folder now.
     """
-    run = _Run(state, data, saver, planned_peak)
+    run = _Run(state, data, saver, planned_peak, after_step)
     with run.signals, run.writer, run.progress, watched_steps(state) as run.watchers:
         return run.to_the_end()
 
@@ -46,9 +53,15 @@ class _Run:
     watchers: Watchers
 
     def __init__(
-        self, state: TrainingState, data: Data, saver: Saver, planned_peak: Callable[[], int | str | None] | None
+        self,
+        state: TrainingState,
+        data: Data,
+        saver: Saver,
+        planned_peak: Callable[[], int | str | None] | None,
+        after_step: AfterStep | None,
     ) -> None:
         self.state, self.data, self.saver, self.planned_peak = state, data, saver, planned_peak
+        self.after_step = after_step
         config, is_writer = state.config, dist.get_rank() == 0
         self.started_from = self.saved_iteration = start = state.position.iteration
         folder, settings = config.checkpoint.save, config_to_dict(config)
@@ -140,6 +153,11 @@ class _Run:
         is_best = config.checkpoint.keep_best and self.state.best.iteration == position.iteration
         if is_best or _due(position.iteration, config.checkpoint.save_interval):
             self._save()
+        if self.after_step is not None:
+            with self.watchers.paused():
+                told = self.after_step(self.state)
+            if told:
+                self.progress.message(told)
         return reason
 
     def _asked_to_stop(self) -> str:

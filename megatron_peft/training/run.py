@@ -45,7 +45,8 @@ from megatron_peft.runtime.launch import (
     seed_generators,
     start_model_parallel,
 )
-from megatron_peft.training.loop import train
+from megatron_peft.training.live_sync import LiveSync
+from megatron_peft.training.loop import AfterStep, train
 from megatron_peft.training.metrics import require_loggers
 from megatron_peft.training.step import START_TOLERANCE, finish_with, run_schedule, start_losses
 from megatron_peft.training.terminal import print_rank_0, resume_summary, training_summary
@@ -129,11 +130,15 @@ class Finetuned(NamedTuple):
 
 
 def finetune(
-    config: RunConfig, run_file: str = "", planned_peak: Callable[[], int | str | None] | None = None
+    config: RunConfig,
+    run_file: str = "",
+    planned_peak: Callable[[], int | str | None] | None = None,
+    after_step: AfterStep | None = None,
 ) -> Finetuned:
     """Train `config` to its end. The processes must be joined (`runtime.launch.world`).
 
     run_file: written to run.yaml in the folder of --save, so that the run can be repeated from it.
+    after_step: called on every rank after each step, in the place of what --sync-server asks for.
     Raises ConfigurationError, on every rank, before anything large is loaded or anything is written.
     """
     # Checks go from cheap to expensive, each on all ranks together: a rank that fails alone would hang the others.
@@ -157,6 +162,8 @@ def finetune(
     checked_together(lambda: _check_save_folder(config))
     with Stacks(folder_on_node(), dist.get_rank()), Saver(config.checkpoint) as saver:
         data = _checked_data(config, tokenizer, shape)
+        if after_step is None and config.checkpoint.sync_server:
+            after_step = LiveSync(config, shape, data.train).after_step
         print_rank_0("\n".join(filter(None, [attention, loss_summary(config, shape), warning])))
         state = build_state(config, shape, data.train_iters, first_steps(config, data.train))
         state.data_digest = data.digest
@@ -174,7 +181,7 @@ def finetune(
             from_first_rank(lambda: _write_run_file(path, run_file))
         # A resumed run skips the samples that it has trained on.
         data.train.consumed_samples = state.position.consumed_samples
-        print_rank_0(train(state, data, saver, planned_peak))
+        print_rank_0(train(state, data, saver, planned_peak, after_step))
     return Finetuned(state, data, tokenizer)
 
 

@@ -13,23 +13,32 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from megatron_peft.cli.parser import read_config
 from megatron_peft.config import ConfigurationError
 from megatron_peft.config.evaluation import SyncSettings
-from megatron_peft.evaluation import sync as module
+from megatron_peft.conversion.peft_export import export_adapter
+from megatron_peft.evaluation import sync as evaluated
 from megatron_peft.evaluation.model import saved_values
-from megatron_peft.serving.served import Binding
+from megatron_peft.serving import sync as module
+from megatron_peft.serving.engine import Engine
+from megatron_peft.serving.served import Binding, give_in_memory
 from megatron_peft.serving.server import Server
+from megatron_peft.serving.trained import lora_of
+from megatron_peft.training import live_sync
+from megatron_peft.training import run as training
+from megatron_peft.training.metrics import METRICS_FILE, read_metrics
 from tests.evaluation.worded_llama import save_words
 from tests.one_rank import one_rank
 from tests.serving import runs
 from tests.time_limits import seconds
+from tests.tiny_llama import VOCAB_SIZE, save_llama, save_pairs
 
 PYTHON = Path(os.environ.get("ENGINE_PYTHON", ".venv-vllm/bin/python"))
 
@@ -40,6 +49,7 @@ class Recorded:
     def __init__(self) -> None:
         self.served: dict[str, str | None] = {"base": None}  # name -> folder of an adapter
         self.asked, self.log_prob = list[str](), -1.0
+        self.loaded = dict[str, dict[str, torch.Tensor]]()
         self.refuses: dict[str, tuple[int, str]] = {}
 
     def answer(self, path: str, content: Any) -> tuple[int, str]:
@@ -57,8 +67,7 @@ class Recorded:
         name, is_new = content["lora_name"], what == "load_lora_adapter"
         self.asked.append(f"{'load' if is_new else 'unload'} {name}")
         if is_new:
-            assert Path(content["lora_path"], "adapter_model.safetensors").is_file()
-        if is_new:
+            self.loaded[name] = load_file(Path(content["lora_path"], "adapter_model.safetensors"))
             self.served[name] = content["lora_path"]
         else:
             del self.served[name]
@@ -100,7 +109,7 @@ def trained(tmp_path_factory) -> Path:
 def synced(url: str, load: Path, folder: Path, **settings: Any) -> None:
     with one_rank(with_groups=False):
         config = read_config(["--load", str(load)], saved=saved_values)
-        module.sync_run(config, SyncSettings(url, folder=str(folder), **settings))
+        evaluated.sync_run(config, SyncSettings(url, folder=str(folder), **settings))
 
 
 def test_a_version_is_loaded_under_a_name_of_its_own_and_the_one_before_goes(server, trained, tmp_path, monkeypatch):
@@ -164,7 +173,7 @@ def test_what_an_interrupt_keeps_from_being_compared_is_not_served(server, train
     def interrupted(*_: object) -> str:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module._Sync, "_compared", interrupted)
+    monkeypatch.setattr(module.Sync, "_compared", interrupted)
     with pytest.raises(KeyboardInterrupt):
         synced(url, trained, tmp_path, skip=("binding",))
     assert recorded.asked == ["load run-0000006", "unload run-0000006"] and [*recorded.served] == ["base"]
@@ -214,7 +223,7 @@ def test_each_new_checkpoint_is_given_with_its_own_numbers_until_it_is_interrupt
             raise KeyboardInterrupt from None
 
     monkeypatch.setattr(module.run_record, "find_checkpoint", newest)
-    monkeypatch.setattr(module, "SECONDS_BETWEEN", 0.01)
+    monkeypatch.setattr(evaluated, "SECONDS_BETWEEN", 0.01)
     with pytest.raises(KeyboardInterrupt):
         synced(url, trained, tmp_path, skip=("binding",), tolerance=100.0, follow=True)
     told = ["load run-0000002", "ask base", "ask run-0000002", "load run-0000004", "ask run-0000004"]
@@ -222,9 +231,65 @@ def test_each_new_checkpoint_is_given_with_its_own_numbers_until_it_is_interrupt
     assert len(set(re.findall(r"our own (\S+),", capsys.readouterr().out))) == 2
 
 
+def words_of_a_run(folder: Path) -> list[str]:
+    base, data = save_llama(folder / "base", **runs.SIZES), save_pairs(folder / "pairs.jsonl")
+    words = [*runs.RUN.split(), "--vocab-size", str(VOCAB_SIZE - 1), "--pretrained-checkpoint", str(base)]
+    return [*words, "--train-data-path", str(data), "--save", str(folder / "run")]
+
+
+def test_a_run_gives_its_adapters_every_so_many_steps_and_trains_as_without(server, tmp_path, capsys):
+    url, recorded = server
+    lora = ("--peft-method", "lora", "--lora-rank", "8")
+    for name in ("alone", "synced"):
+        (tmp_path / name).mkdir()
+    _, alone = runs.trained(tmp_path / "alone", *lora)
+    flags = ("--sync-server", url, "--sync-interval", "2", "--sync-skip", "binding", "--sync-tolerance", "100")
+    _, run = runs.trained(tmp_path / "synced", *lora, *flags)
+    told = ["load run-0000002", "ask base", "ask run-0000002", "load run-0000004", "ask run-0000004"]
+    told += ["unload run-0000002", "load run-0000006", "ask run-0000006", "unload run-0000004"]
+    assert recorded.asked == told
+    assert [line["loss"] for line in read_metrics(run / METRICS_FILE)] == [
+        line["loss"] for line in read_metrics(alone / METRICS_FILE)
+    ]
+    assert Path(str(recorded.served["run-0000006"])).parent == run / "served"
+    saved = load_file(export_adapter(run, tmp_path / "exported") / "adapter_model.safetensors")
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in recorded.loaded["run-0000006"].items())
+    assert not all(torch.equal(tensor, saved[name]) for name, tensor in recorded.loaded["run-0000004"].items())
+    printed = capsys.readouterr().out
+    owns = re.findall(r"run-\d+: log-probability of a token -1.0\d*, our own (\S+),", printed)
+    assert len(set(owns)) == 3
+    synced(url, run, tmp_path / "again", skip=("binding",), tolerance=100.0, name="again")
+    (own,) = re.findall(r"our own (\S+),", capsys.readouterr().out)
+    assert float(own) == pytest.approx(float(owns[-1]), abs=2e-6)  # a validation's forward, and that of a scored answer
+
+
+def test_a_version_that_is_refused_while_it_is_trained_is_a_warning(server, tmp_path, capsys):
+    url, recorded = server
+    flags = ("--sync-server", url, "--sync-interval", "3", "--sync-skip", "binding", "--sync-folder", str(tmp_path))
+    with one_rank(with_groups=False):
+        training.finetune(read_config([*words_of_a_run(tmp_path), "--peft-method", "lora", *flags]))
+    assert [*recorded.served] == ["base"] and not [*tmp_path.glob("run-*")]
+    printed = capsys.readouterr().out
+    assert len(re.findall("WARNING: run-000000[36]: log-probability .* more apart than --tolerance", printed)) == 2
+    assert "trained 6 iterations" in printed
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--peft-method", "full"], "--peft-method full trains no adapter: merge or convert it"),
+        (["--peft-method", "lora"], "http://127.0.0.1:1 does not answer .*vllm serve BASE"),
+    ],
+)
+def test_a_run_that_cannot_be_synced_ends_before_a_model_is_loaded(flags, told, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(training, "build_state", None)
+    with one_rank(with_groups=False), pytest.raises(ConfigurationError, match=told):
+        words = [*words_of_a_run(tmp_path), *flags, "--sync-server", "http://127.0.0.1:1"]
+        training.finetune(read_config(words))
+
+
 def test_an_adapter_of_other_shapes_is_bound_anew(trained, tmp_path, monkeypatch):
-    config = read_config(["--load", str(trained)], saved=saved_values)
-    syncing = module._Sync(config, SyncSettings("http://127.0.0.1:1", folder=str(tmp_path)), trained)
+    syncing = module.Sync(SyncSettings("http://127.0.0.1:1", folder=str(tmp_path)), tmp_path, trained)
     bound = list[Path]()
     monkeypatch.setattr(module, "bindings_of", lambda *given: bound.extend(given[2]) or [Binding("vLLM 1", 1, 4, ())])
     for name, features in (("a", 8), ("b", 8), ("c", 16)):
@@ -259,7 +324,7 @@ def test_what_a_server_refuses_is_told(server, tmp_path, code, said, told):
 
 
 def test_a_server_that_is_not_there_is_told_before_the_model_is_loaded(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "load_model", None)
+    monkeypatch.setattr(evaluated, "load_model", None)
     with pytest.raises(ConfigurationError, match="http://127.0.0.1:1 does not answer .*vllm serve BASE"):
         synced("http://127.0.0.1:1", trained, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [module.LOCK]
@@ -312,6 +377,42 @@ def under_load(ask: Callable[[], Any]) -> Iterator[list[float]]:
             each.join()
 
 
+GIVEN = {"lora": ("--lora-rank", "8"), "hybrid": ("--lora-rank", "4", "--lora-ga-batches", "1")}
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize("method", GIVEN)
+def test_an_engine_of_ours_gets_versions_from_memory_and_computes_what_the_run_does(method, tmp_path, monkeypatch):
+    words = [*words_of_a_run(tmp_path), "--peft-method", method, *GIVEN[method]]
+    given = list[tuple[float, float]]()
+    with Engine(PYTHON) as engine, one_rank(with_groups=False):
+        engine.open(
+            tmp_path / "base", [], {"dtype": "float32", "enable_lora": True, "max_loras": 2, "max_lora_rank": 128}
+        )
+
+        def mean(asked: Any) -> float:
+            answers = engine.ask("log_probs", prompts=[list(tokens) for tokens, _ in asked])["log_probs"]
+            return fmean(one[last] for one, (_, last) in zip(answers[-1], asked, strict=True))
+
+        class InProcess:
+            def give(self, run: Any, own: float, asked: Any) -> str:
+                adapter = lora_of(run)
+                wrong = adapter._replace(config={**adapter.config, "target_modules": ["q_proj", "embed_tokens"]})
+                with pytest.raises(ConfigurationError, match="missing, though target_modules names them: .*embed_tok"):
+                    give_in_memory(engine, wrong)
+                before = mean(asked)
+                assert not given or before == pytest.approx(given[-1][0], abs=1e-6)
+                bound = give_in_memory(engine, lora_of(run))
+                given.append((mean(asked), own))
+                assert abs(given[-1][0] - before) > 1e-3
+                return str(bound)
+
+        monkeypatch.setattr(live_sync, "started_sync", lambda *_: InProcess())
+        training.finetune(read_config([*words, "--sync-server", "http://none", "--sync-interval", "2"]))
+    assert len(given) == 3 and not [*tmp_path.rglob("adapter_model.safetensors")]
+    assert max(abs(served - own) for served, own in given) < 5e-5, given
+
+
 @pytest.mark.engines
 def test_twenty_versions_are_served_under_load(tmp_path, capsys):
     """And one whose name was served before is not answered from the cache of prefixes that the earlier one has left."""
@@ -340,3 +441,26 @@ def test_twenty_versions_are_served_under_load(tmp_path, capsys):
     told = [line for line in capsys.readouterr().out.splitlines() if " serves run-" in line][:20]
     assert len(told) == 20 and len({line.split("our own ")[1].split(",")[0] for line in told}) == 20
     assert [path.name[:11] for path in (tmp_path / "served").iterdir() if path.is_dir()] == ["run-0000020"]
+
+
+@pytest.mark.engines
+def test_a_run_at_tp2_gives_its_versions_while_it_is_trained(tmp_path):
+    words, base = [*words_of_a_run(tmp_path), "--peft-method", "lora", "--lora-rank", "8"], tmp_path / "base"
+    save_words(base)
+    with vllm_serve(base, tmp_path / "log.txt") as url:
+        words += ["--nproc-per-node", "2", "--tensor-model-parallel-size", "2", "--sync-server", url]
+        words += ["--sync-interval", "2", "--sync-engine-python", str(PYTHON), "--sync-tolerance", "2e-5"]
+        run = subprocess.run(
+            [sys.executable, "-m", "megatron_peft", "train", *words],
+            capture_output=True,
+            text=True,
+            timeout=seconds(300),
+        )
+        assert run.returncode == 0 and "WARNING: " not in run.stdout, run.stdout + run.stderr
+        given = re.findall(
+            r"serves (run-\d+): log-probability of a token (\S+), our own (\S+), the base's (\S+);?", run.stdout
+        )
+        assert [name for name, *_ in given] == ["run-0000002", "run-0000004", "run-0000006"]
+        assert len({own for _, _, own, _ in given}) == 3
+        assert "vLLM" in run.stdout and "binds 14 modules, rank 8" in run.stdout
+        assert [one["id"] for one in Server(url).models()] == [str(base), "run-0000006"]

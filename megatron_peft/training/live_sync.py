@@ -1,0 +1,69 @@
+"""--sync-server: every so many steps a run gives its adapters, as they are, to a server that goes on answering."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from megatron_peft.checkpoint.state import TrainingState
+from megatron_peft.config import CheckpointConfig, ConfigurationError, RunConfig
+from megatron_peft.config.evaluation import SyncSettings
+from megatron_peft.conversion.trained_adapters import gathered_adapters
+from megatron_peft.data.batches import GlobalBatches
+from megatron_peft.data.samples import PackedOrder, SampleOrder, sample_from_ids
+from megatron_peft.models.shape import ModelShape
+from megatron_peft.parallel.collectives import from_first_rank
+from megatron_peft.serving.sync import Asked, asked_tokens, started_sync
+from megatron_peft.training.step import validation_loss
+
+
+class LiveSync:
+    """The server of a run, and what is compared of each version. Its methods are collectives."""
+
+    def __init__(self, config: RunConfig, shape: ModelShape, train: GlobalBatches) -> None:
+        """train: the run's batches, whose layout what is compared has too.
+
+        ConfigurationError, on every rank, as of `started_sync`.
+        """
+        checkpoint, seq_length = config.checkpoint, config.data.seq_length
+        run = Path(checkpoint.save or checkpoint.sync_folder or "").resolve()
+        self._settings = _settings(checkpoint)
+        self._sync = started_sync(self._settings, config.peft, config.model.pretrained_checkpoint, run)
+        self._interval = checkpoint.sync_interval
+        self._asked = asked_tokens(shape.vocab_size, seq_length)
+        self._batches = _batches(self._asked, train, seq_length)
+
+    def after_step(self, state: TrainingState) -> str:
+        """What was given after this step, for a terminal; empty if none was due.
+
+        A version that is refused is a warning: the server keeps the one that it has, and the run goes on.
+        """
+        if state.position.iteration % self._interval:
+            return ""
+        own = None
+        if "numbers" not in self._settings.skip:  # log p of one token of each sample, by the forward of a validation
+            own = -validation_loss(state.model_chunks, self._batches)
+        adapters = gathered_adapters(state)
+        try:
+            return from_first_rank(lambda: self._sync.give(adapters, own, self._asked) if adapters else "")
+        except ConfigurationError as error:
+            return f"WARNING: {error} Training continues; the server keeps the version that it has."
+
+
+def _settings(settings: CheckpointConfig) -> SyncSettings:
+    return SyncSettings(
+        str(settings.sync_server),
+        folder=settings.sync_folder,
+        skip=settings.sync_skip,
+        tolerance=settings.sync_tolerance,
+        engine_python=Path(settings.sync_engine_python),
+    )
+
+
+def _batches(asked: Asked, train: GlobalBatches, seq_length: int) -> GlobalBatches:
+    """What is asked as a validation of one token a sample, in the layout of the training's batches."""
+    samples = [sample_from_ids([*ids, last], [False] * len(ids) + [True], seq_length) for ids, last in asked]
+    order = SampleOrder(len(samples), seed=0, shuffle=False)
+    if isinstance(train.order, PackedOrder):
+        order = PackedOrder(order, np.array([*map(len, samples)]), seq_length, train.order.packing)
+    return replace(train, dataset=samples, order=order, consumed_samples=0, end=order.epoch_length(0), prefetch=0)

@@ -1,0 +1,117 @@
+"""--sync-server: what is given is what a checkpoint of that step holds, at any layout; and a run never ends for it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_peft.checkpoint.save import draft_checkpoint
+from megatron_peft.conversion.lora_approximation import approximate
+from megatron_peft.conversion.peft_export import in_own_form
+from megatron_peft.conversion.trained_adapters import TrainedAdapters, open_run
+from megatron_peft.models.families import read_shape
+from megatron_peft.runtime.launch import start_world
+from megatron_peft.serving.sync import Sync, started_sync
+from megatron_peft.training import live_sync as module
+from megatron_peft.training.live_sync import LiveSync
+from megatron_peft.training.step import train_step
+from tests.one_rank import one_rank
+from tests.ranks import run_ranks
+from tests.tiny_llama import save_llama, save_pairs
+from tests.training.layout_runs import Job, built, merged
+from tests.training.test_layout import INTERLEAVED, PADDED, PP2, RECOMPUTE, RUNS, SHARDED, SP, TP2
+
+NUM_STEPS = 3
+CASES: dict[int, list[tuple[str, dict[str, Any]]]] = {
+    2: [
+        ("lora", {"parallel": TP2}),
+        ("hybrid", {"parallel": SP}),
+        ("lora", {"parallel": PP2}),
+        ("lora-packed", {"parallel": INTERLEAVED, **PADDED}),
+        ("lora", SHARDED),
+    ],
+    4: [("hybrid", {"parallel": {**TP2, **PP2}, "transformer": RECOMPUTE})],
+}
+METHODS = ("lora", "hybrid", "lora-packed")
+SAVED = {"no_save_optim": True, "no_save_rng": True}
+Given = tuple[float | None, dict[str, Tensor]]
+
+
+def job_of(method: str, layout: dict[str, Any], files: tuple[str, str], folder: Path) -> Job:
+    server = {"sync_server": "http://localhost:1", "sync_interval": NUM_STEPS, "save": str(folder), **SAVED}
+    return Job(method, *files, **merged({"parallel": {}}, RUNS[method], layout, {"checkpoint": server}))
+
+
+def tensors_of(run: TrainedAdapters, base: str) -> dict[str, Tensor]:
+    """In the form that is served: as they are, or as a LoRA."""
+    if run.record.config.peft.method == "lora":
+        return dict(in_own_form(run).tensors)
+    lora = approximate(run, Path(base), 1e-6, 512, progress=False)
+    return {f"{one.module}": one.factors.B @ one.factors.A for one in lora.modules}
+
+
+def given_and_saved(jobs: list[Job]) -> list[tuple[Given, dict[str, Tensor], str] | None]:
+    """Of each job what is given after its last step and what a checkpoint of that step holds, on the first rank."""
+    start_world()
+    return [given_by(job) for job in jobs]
+
+
+def given_by(job: Job) -> tuple[Given, dict[str, Tensor], str] | None:
+    given = list[Given]()
+
+    class Recorded(Sync):
+        def start(self) -> None:
+            pass
+
+        def give(self, run: Any, own: float | None, asked: Any) -> str:
+            given.append((own, tensors_of(run, job.base)))
+            return f"gave {run.record.position['iteration']}"
+
+    module.started_sync = lambda settings, peft, base, run: Recorded(settings, Path(str(base)), run)
+    try:
+        with built(job) as (state, data):
+            live, told = LiveSync(state.config, read_shape(job.base), data.train), list[str]()
+            assert type(live._batches.order) is type(data.train.order), "what is asked is packed as the data are"
+            steps = iter(data.train)
+            for _ in range(NUM_STEPS):
+                train_step(state, next(steps))
+                state.position.iteration += 1
+                told.append(live.after_step(state))
+            checkpoint = draft_checkpoint(state).complete()
+    finally:
+        module.started_sync = started_sync
+    assert told == ["", "", f"gave {NUM_STEPS}"]
+    return (given[0], tensors_of(open_run(checkpoint.parent), job.base), told[-1]) if given else None
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> tuple[str, str]:
+    folder = tmp_path_factory.mktemp("files")
+    base = save_llama(folder / "base", intermediate_size=64)
+    return str(base), str(save_pairs(folder / "pairs.jsonl"))
+
+
+@pytest.fixture(scope="module")
+def alone(files, tmp_path_factory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("alone")
+    with one_rank(with_groups=False):
+        return {method: given_by(job_of(method, {}, files, folder / method)) for method in METHODS}
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_what_is_given_is_what_a_checkpoint_holds_and_the_number_is_that_of_one_process(
+    num_ranks, alone, files, tmp_path
+):
+    cases = CASES[num_ranks]
+    jobs = [job_of(method, layout, files, tmp_path / f"{at}") for at, (method, layout) in enumerate(cases)]
+    first, *others = run_ranks(num_ranks, given_and_saved, jobs)
+    assert all(one is None for of_rank in others for one in of_rank)
+    for case, ((own, tensors), saved, _) in zip(cases, first, strict=True):
+        (own_alone, alone_tensors), *_ = alone[case[0]]
+        assert own == pytest.approx(own_alone, abs=1e-5), case
+        assert tensors.keys() == saved.keys() == alone_tensors.keys()
+        for key, tensor in tensors.items():
+            assert torch.equal(tensor, saved[key]), (case, key)
+            torch.testing.assert_close(tensor, alone_tensors[key], rtol=1e-4, atol=1e-5)
