@@ -128,7 +128,7 @@ class _Engine:
         self.adapters = [LoRARequest(f"adapter {at}", at, folder) for at, folder in enumerate(adapters, 1)]
         for lora in self.adapters:  # an error in `generate` would leave the engine waiting for ever
             self.llm.llm_engine.add_lora(lora)
-        self.given, self.num_given = None, 0
+        self.num_given = 0
         self.reads_text = not settings["skip_tokenizer_init"]
 
     def give(self, config, tensors):

@@ -11,6 +11,7 @@ from megatron_peft.checkpoint.save import draft_checkpoint
 from megatron_peft.conversion.lora_approximation import approximate
 from megatron_peft.conversion.peft_export import in_own_form
 from megatron_peft.conversion.trained_adapters import TrainedAdapters, open_run
+from megatron_peft.data.samples import PackedOrder
 from megatron_peft.models.families import read_shape
 from megatron_peft.runtime.launch import start_world
 from megatron_peft.serving.sync import Sync, started_sync
@@ -37,6 +38,7 @@ CASES: dict[int, list[tuple[str, dict[str, Any]]]] = {
 METHODS = ("lora", "hybrid", "lora-packed")
 SAVED = {"no_save_optim": True, "no_save_rng": True}
 Given = tuple[float | None, dict[str, Tensor]]
+Found = tuple[Given, dict[str, Tensor], list[bool]]
 
 
 def job_of(method: str, layout: dict[str, Any], files: tuple[str, str], folder: Path) -> Job:
@@ -52,13 +54,13 @@ def tensors_of(run: TrainedAdapters, base: str) -> dict[str, Tensor]:
     return {f"{one.module}": one.factors.B @ one.factors.A for one in lora.modules}
 
 
-def given_and_saved(jobs: list[Job]) -> list[tuple[Given, dict[str, Tensor], str] | None]:
+def given_and_saved(jobs: list[Job]) -> list[Found | None]:
     """Of each job what is given after its last step and what a checkpoint of that step holds, on the first rank."""
     start_world()
     return [given_by(job) for job in jobs]
 
 
-def given_by(job: Job) -> tuple[Given, dict[str, Tensor], str] | None:
+def given_by(job: Job) -> Found | None:
     given = list[Given]()
 
     class Recorded(Sync):
@@ -73,7 +75,7 @@ def given_by(job: Job) -> tuple[Given, dict[str, Tensor], str] | None:
     try:
         with built(job) as (state, data):
             live, told = LiveSync(state.config, read_shape(job.base), data.train), list[str]()
-            assert type(live._batches.order) is type(data.train.order), "what is asked is packed as the data are"
+            is_packed = [isinstance(batches.order, PackedOrder) for batches in (live._batches, data.train)]
             steps = iter(data.train)
             for _ in range(NUM_STEPS):
                 train_step(state, next(steps))
@@ -83,7 +85,7 @@ def given_by(job: Job) -> tuple[Given, dict[str, Tensor], str] | None:
     finally:
         module.started_sync = started_sync
     assert told == ["", "", f"gave {NUM_STEPS}"]
-    return (given[0], tensors_of(open_run(checkpoint.parent), job.base), told[-1]) if given else None
+    return (given[0], tensors_of(open_run(checkpoint.parent), job.base), is_packed) if given else None
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +110,8 @@ def test_what_is_given_is_what_a_checkpoint_holds_and_the_number_is_that_of_one_
     jobs = [job_of(method, layout, files, tmp_path / f"{at}") for at, (method, layout) in enumerate(cases)]
     first, *others = run_ranks(num_ranks, given_and_saved, jobs)
     assert all(one is None for of_rank in others for one in of_rank)
-    for case, ((own, tensors), saved, _) in zip(cases, first, strict=True):
+    for case, ((own, tensors), saved, is_packed) in zip(cases, first, strict=True):
+        assert is_packed == [case[0] == "lora-packed"] * 2
         (own_alone, alone_tensors), *_ = alone[case[0]]
         assert own == pytest.approx(own_alone, abs=1e-5), case
         assert tensors.keys() == saved.keys() == alone_tensors.keys()
