@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from megatron_peft.config import require_packages
 from megatron_peft.config.model import BLOCK
+from megatron_peft.runtime.cpu_kernels import onednn_takes
 
 ROWS_AT_ONCE = 256
 LARGEST_FP8 = torch.finfo(torch.float8_e4m3fn).max
@@ -84,14 +85,16 @@ def dense(weight: Tensor) -> Tensor:
 
 
 def dense_rows(weight: Tensor, most_bytes: int) -> Iterator[tuple[slice, Tensor]]:
-    """All rows of a linear layer's `weight` at once, or those of a quantized one, as many at a time as have the bytes;
-    with their place.
+    """The rows of a linear layer's `weight`, as many at a time as have the bytes, with their place.
+
+    Those of a weight that is not quantized come all at once, unless oneDNN multiplies them.
     """
     quantized = getattr(weight, "quantized", None)
-    num_rows = len(weight) if quantized is None else max(1, most_bytes // (weight.itemsize * weight.shape[1]))
+    is_whole = quantized is None and not onednn_takes(weight)
+    num_rows = len(weight) if is_whole else max(1, most_bytes // (weight.itemsize * weight.shape[1]))
     for start in range(0, len(weight), num_rows):
         rows = slice(start, start + num_rows)
-        yield rows, weight if quantized is None else quantized.dense(rows)
+        yield rows, weight[rows] if quantized is None else quantized.dense(rows)
 
 
 def stored_tensors(parameter: Any) -> list[Tensor]:

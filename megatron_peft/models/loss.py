@@ -19,10 +19,11 @@ from megatron_peft.adapters.linear import FrozenColumnParallelLinear
 from megatron_peft.adapters.quantized_weight import dense_rows
 from megatron_peft.config import RunConfig
 from megatron_peft.models.shape import ModelShape
-from megatron_peft.runtime.cpu_kernels import flat, linear
+from megatron_peft.runtime.cpu_kernels import add_linear, flat, linear_into
 from megatron_peft.runtime.precision import full_precision
 
-LOGITS_BYTES = 64_000_000  # also of the rows of a quantized output layer that are dense at a time
+LOGITS_BYTES = 2**26
+ROWS_BYTES = 2**25  # of the output layer that are multiplied at a time
 
 
 def chunk_tokens(asked: int | None, vocab_size: int) -> int:
@@ -128,23 +129,25 @@ class ChunkedLossModel(GPTModel):
         dx = x if call.splits_sequence else torch.empty(x.shape, dtype=x.dtype, device=x.device)
         losses = []
         num_chunks = -(-labels.numel() // self.config.loss_chunk_tokens)
-        chunks = (one.tensor_split(num_chunks) for one in (flat(x), flat(dx), labels.t().flatten()))
+        chunks = [one.tensor_split(num_chunks) for one in (flat(x), flat(dx), labels.t().flatten())]
+        room = x.new_empty(len(chunks[0][0]), len(weight))  # for the logits of every chunk: fresh memory takes long
         for some_x, some_dx, some_labels in zip(*chunks, strict=True):
-            parts = [linear(some_x[:, None], part) for _, part in dense_rows(weight, LOGITS_BYTES)]
-            logits = head.masked(parts[0] if len(parts) == 1 else torch.cat(parts, -1))  # [n, 1, v]
-            del parts
-            loss = whole_loss(some_labels[None], logits.requires_grad_(has_gradient))
+            logits = room[: len(some_x)].detach()
+            for rows, part in dense_rows(weight, ROWS_BYTES):
+                linear_into(logits[:, rows], some_x, part)
+            logits = head.masked(logits)[:, None].requires_grad_(has_gradient)  # [n, 1, v]
+            loss = whole_loss(some_labels[None], logits)
             if has_gradient:
                 (gradient,) = torch.autograd.grad(loss, logits, torch.ones_like(loss))
-                # It may be in the memory of the logits. On a CPU torch's product is the faster one of so long rows.
-                for rows, part in dense_rows(weight, LOGITS_BYTES):
+                # It may be in the memory of the logits.
+                for rows, part in dense_rows(weight, ROWS_BYTES):
+                    some_gradient = gradient.detach()[:, 0, rows]
                     if rows.start:
-                        some_dx.addmm_(gradient.detach()[:, 0, rows], part)
+                        add_linear(some_dx, some_gradient, part.t())
                     else:
-                        torch.mm(gradient.detach()[:, 0, rows], part, out=some_dx)
+                        linear_into(some_dx, some_gradient, part.t())
                 del gradient
             losses.append(loss.detach())
-            del logits, loss  # before the next ones are made
         all_losses = torch.cat(losses, 1).view(labels.t().shape).t().contiguous()
         return _WithInputGradient.apply(hidden, all_losses, dx, call) if has_gradient else all_losses
 

@@ -49,6 +49,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # 
     return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
 
 
+def linear_into(y: Tensor, x: Tensor, weight: Tensor) -> None:  # [n, out], [n, in], [out, in]
+    """x W^T in the memory of y, which may have strides."""
+    if _is_for_onednn(x, len(weight)):
+        y.copy_(linear(x, weight))
+    else:
+        torch.mm(x, weight.t(), out=y)
+
+
 def linear_plus(x: Tensor, weight: Tensor, u: Tensor, narrow: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + u N^T + bias, one of the two products added to the other in place."""
     if _is_for_onednn(x, len(weight)):
@@ -84,8 +92,12 @@ def outer_sum(grad: Tensor, x: Tensor, dtype: torch.dtype | None = None) -> Tens
 
 def _is_for_onednn(x: Tensor, width: int) -> bool:
     """Whether it is worth while for a product of `x` with a matrix of so many other features."""
-    usable = _ONEDNN is not None and x.dtype == torch.float32 and x.device.type == "cpu"
-    return usable and x.numel() * width >= _FEWEST_FOR_ONEDNN
+    return onednn_takes(x) and x.numel() * width >= _FEWEST_FOR_ONEDNN
+
+
+def onednn_takes(x: Tensor) -> bool:
+    """Whether oneDNN multiplies such tensors. It is faster at some rows of a large matrix after the others."""
+    return _ONEDNN is not None and x.dtype == torch.float32 and x.device.type == "cpu"
 
 
 def flat(x: Tensor) -> Tensor:  # [..., n] -> [tokens, n]
