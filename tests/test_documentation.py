@@ -52,7 +52,7 @@ def test_every_flag_has_a_line_of_its_own_in_the_reference() -> None:
 # Numbers in the text of a page that are no results: limits, defaults, versions, levels. What was measured stands in a
 # place that records fill; a new number here says which of these it is.
 NO_RESULTS = {
-    "docs/arguments.md": "3.0 3.1 64 MB 0.05",  # names of models, limits
+    "docs/arguments.md": "3.0 3.1 64 MiB 0.05",  # names of models, limits
     "docs/benchmark-tasks.md": "0.6 32 MiB 512 MiB 5 s 20 s 64 KiB",
     # Targets, which tests compare with the benchmarks' own; arithmetic.
     "docs/benchmarks.md": "1.25 1.0 3% 1.10 1.05 1.03 80 MB "
@@ -63,7 +63,7 @@ NO_RESULTS = {
     "docs/experiments.md": "95% 0.1 90% 0.01 0.0310 0.05",  # of rules, and an example
     "docs/headlines.md": "55 minutes 2.1 times 2.1 80 GB",  # the paper's
     "docs/install.md": "3.11 2.13 5.24 3.12 3.13 2.15 0.19 0.17 2.4 2.8 2.10 2.18 2.19 9.6 2.36",
-    "docs/method-internals.md": "0.5 2.1 GB 64 MB",  # two of arithmetic
+    "docs/method-internals.md": "0.5 2.1 GB 64 MiB 32 MiB",  # two of arithmetic
     "docs/methods.md": "0.5 0.02 0.98 0.78",  # of a rule, and of a law that others found
     "docs/moving-weights.md": "4 MiB 0.1",
     # Targets; what a review measured, whose table is a record; a run that was given up.

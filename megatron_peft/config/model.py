@@ -57,7 +57,7 @@ class ModelConfig(Checked):
     cross_entropy_chunk_tokens: int | None = option(
         None,
         "form the loss of a frozen output layer, and its gradient, for N tokens at a time; 0: for all at once, as "
-        "always if the output layer is trained (default: as many as have 64 MB of float32 logits on a rank)",
+        "always if the output layer is trained (default: as many as have 64 MiB of float32 logits on a rank)",
         check="not_negative",
         group="activation recompute and fusions",
     )

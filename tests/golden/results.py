@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from tests.golden.cases import NOT_COMPARED, newest_name
 
 Quantities = dict[str, Any]  # numbers, texts and tensors by name, in the order in which a run makes them
+NEAR = 1e-6
 FIRST = ("loss", "grad_norm")  # in a record of metrics; a difference there explains the others
 
 
@@ -37,6 +38,15 @@ def first_difference(base: Quantities, work: Quantities) -> str | None:
         kinds[kind] = kinds.get(kind, 0) + 1
     also = ", ".join(f"{count} of {kind}" for kind, count in kinds.items())
     return f"{_told(differing[0], base, work)}\n    (differences: {also}; {len(base)} quantities are compared)"
+
+
+def first_far(chunks: Quantities, whole: Quantities) -> str | None:
+    """The first loss of a run in chunks that is further from that of whole logits than NEAR, relatively."""
+    losses = {name: value for name, value in chunks.items() if name.endswith("loss")}
+    assert losses and all(name in whole for name in losses)
+    far = (name for name, value in losses.items() if not abs(value - whole[name]) <= NEAR * abs(whole[name]))
+    name = next(far, None)
+    return name and f"{name}: in chunks {chunks[name]}, of whole logits {whole[name]}"
 
 
 def _told(name: str, base: Quantities, work: Quantities) -> str | None:

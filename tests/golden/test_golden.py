@@ -10,7 +10,7 @@ import torch
 
 from tests.golden import cases
 from tests.golden.__main__ import main
-from tests.golden.results import first_difference, quantities
+from tests.golden.results import first_difference, first_far, quantities
 
 SAVED = torch.tensor([[0.0, 1, 2], [3, 4, float("nan")]])
 BASE = {"step 1: loss": 5.5, "step 1: grad_norm": 2.0, "saved a": SAVED, "answer 0: answers": ["1 2"]}
@@ -30,6 +30,14 @@ def test_first_changed_bit_is_told() -> None:
     text = told(**{"step 1: grad_norm": 2.0000000000000004, "saved a": SAVED + 1})
     assert text.startswith("step 1: grad_norm: base 0x1.0000000000000p+1, working tree 0x1.0000000000001p+1\n")
     assert "1 of step, 1 of saved; 4 quantities" in text
+
+
+def test_a_loss_in_chunks_that_is_not_near_is_told() -> None:
+    whole = {"step 1: loss": 2.0, "step 1: grad_norm": 1.0, "step 2: loss": 1.0, "step 2: validation_loss": 1.0}
+    assert first_far({**whole, "step 1: loss": 2.000001, "step 1: grad_norm": 3.0}, whole) is None
+    told = first_far({**whole, "step 2: validation_loss": 1.00001}, whole)
+    assert told == "step 2: validation_loss: in chunks 1.00001, of whole logits 1.0"
+    assert first_far({**whole, "step 2: loss": float("nan")}, whole) is not None
 
 
 def test_other_names_kinds_and_answers_are_told() -> None:
