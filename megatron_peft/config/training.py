@@ -311,7 +311,12 @@ class CheckpointConfig(Checked):
         "a running vllm serve, as http://localhost:8000, which gets the adapters while they are trained",
         metavar="URL",
     )
-    sync_interval: int = _of_sync(100, "steps between its versions", check="positive", needs="sync_server")
+    sync_interval: int = _of_sync(
+        100, "steps between its versions; the last step is given too", check="positive", needs="sync_server"
+    )
+    sync_name: str | None = _of_sync(
+        None, "what clients call them, before -ITERATION (default: the --save folder's name)", needs="sync_server"
+    )
     sync_folder: str | None = _of_sync(
         None,
         "where they lie, which the server has to see too (default: served in the folder of --save)",

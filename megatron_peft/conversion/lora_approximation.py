@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from megatron_peft.adapters.change import DifferenceChange, WeightChange
-from megatron_peft.config import require, untrusted
+from megatron_peft.config import ConfigurationError, require, untrusted
 from megatron_peft.conversion.hf_files import row_ranges
 from megatron_peft.conversion.megatron_files import MegatronWeights, open_megatron
 from megatron_peft.conversion.pretrained import Weights, open_weights, owned_rules
@@ -51,6 +51,10 @@ PASSES_TO_WIDEN = 2  # after which a sketch may be too narrow
 GROWTH = 4  # of the width
 SETTLED = 0.005  # relative change of the squared residual from one pass to the next
 ROUNDING = 1e-14  # relative to the squared norm
+
+
+class NoEqualLora(ConfigurationError):
+    """No LoRA of a rank that is allowed equals the run."""
 
 
 @dataclass(frozen=True)
@@ -188,8 +192,8 @@ def approximate(
 ) -> RunAsLora:
     """The change of a run, of any method and layout, against its base. Arguments as for `peft_export.export_as_lora`.
 
-    Raises ConfigurationError: the base or the run's weights do not fit or are not finite, the method cannot be merged,
-    or an error is refused.
+    Raises ConfigurationError: the base or the run's weights do not fit or are not finite, the method cannot be merged.
+    Raises NoEqualLora: an error is refused.
     """
     shape = run.record.shape
     rules, weights = open_weights(base, shape)
@@ -213,8 +217,9 @@ def approximate(
             ]
             advance(num_bytes[layer])
     largest = max(module.factors.residual for modules in layers.values() for module in modules)
-    told = f"no LoRA of rank {max_rank} equals {run.folder}: of a module it leaves an error of {largest:.3g}. Merge it."
-    require(refused_above is None or largest <= refused_above, told)
+    if refused_above is not None and not largest <= refused_above:
+        told = f"no LoRA of rank {max_rank} equals {run.folder.parent}: of a module it leaves an error of {largest:.3g}"
+        raise NoEqualLora(f"{told}. Merge it.")
     left_out: list[LeftOut] = []
     if trained is not None:
         others = [rule for rule in owned_rules(rules, shape).values() if rule.layer not in linear]

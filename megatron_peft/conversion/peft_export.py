@@ -3,7 +3,7 @@
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import import_module
 from itertools import product
 from pathlib import Path
@@ -38,7 +38,7 @@ class PeftAdapter(NamedTuple):
 
     config: Mapping[str, Any]
     shapes: Mapping[str, tuple[int, ...]]
-    tensors: Iterable[tuple[str, Tensor]]  # in float32, in the order of `shapes`
+    tensors: Callable[[], Iterable[tuple[str, Tensor]]]  # in the order of `shapes`
 
 
 def in_own_form(adapters: TrainedAdapters) -> PeftAdapter:
@@ -70,7 +70,7 @@ def in_own_form(adapters: TrainedAdapters) -> PeftAdapter:
             for module, name in product(rule.modules, tensors):
                 yield f"{PREFIX}{module}.{name}", rows[name][module] if name in rows else tensors[name]
 
-    return PeftAdapter(_config(targets, config), shapes, tensors())
+    return PeftAdapter(_config(targets, config), shapes, tensors)
 
 
 def form_of(peft: PeftConfig) -> PeftFormat | None:
@@ -133,7 +133,7 @@ def _write(card: Exported, adapter: PeftAdapter, num_tokens: int | None) -> None
     specs = {name: torch.empty(shape, dtype=torch.float32, device="meta") for name, shape in adapter.shapes.items()}
     with new_folder(card.output) as draft:
         (draft / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        write_safetensors(draft, specs, adapter.tensors, max_shard_bytes=sys.maxsize, stem="adapter_model")
+        write_safetensors(draft, specs, adapter.tensors(), max_shard_bytes=sys.maxsize, stem="adapter_model")
         write_card(draft, card)
     add_logits(card, num_tokens)
 
@@ -157,11 +157,12 @@ def in_lora_form(lora: RunAsLora, num_layers: int) -> PeftAdapter:
             {"r": lora.rank}, len(module.factors.B), module.factors.A.shape[1]
         ).items()
     }
-    tensors = (
-        (f"{PREFIX}{module.module}.lora_{name}.weight", tensor)
-        for module in lora.modules
-        for name, tensor in vars(module.factors.padded(lora.rank)).items()
-    )
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for module in lora.modules:
+            for name, tensor in vars(module.factors.padded(lora.rank)).items():
+                yield f"{PREFIX}{module.module}.lora_{name}.weight", tensor
+
     settings = PeftConfig(lora_rank=lora.rank, lora_alpha=lora.rank)
     return PeftAdapter(_config(targets, low_rank.EXPORT.config(settings, targets)), shapes, tensors)
 

@@ -4,6 +4,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from operator import itemgetter
 from pathlib import Path
@@ -30,7 +31,7 @@ from megatron_peft.checkpoint.tensors import (
     master_key,
     sharded_parameters,
 )
-from megatron_peft.config import ConfigurationError, require
+from megatron_peft.config import ConfigurationError, require, untrusted
 from megatron_peft.conversion.hf_files import listed, row_ranges
 from megatron_peft.conversion.megatron_files import StoredSlice, StoredTensor, open_distributed
 from megatron_peft.conversion.pretrained import known_fingerprint, read_model_shape
@@ -205,10 +206,15 @@ def gathered_adapters(state: TrainingState) -> TrainedAdapters | None:
     stored: dict[str, StoredTensor] = {}
     for key, shape, offset, data in sorted(chain(*by_rank), key=itemgetter(0)):
         others = stored[key].slices if key in stored else ()
-        part = StoredSlice(offset, tuple(data.shape), data.__getitem__)
+        part = StoredSlice(offset, tuple(data.shape), partial(_finite, data, key))
         stored[key] = StoredTensor(shape, data.dtype, (*others, part))
     folder = iteration_folder(Path(state.config.checkpoint.save or ""), state.position.iteration)
     return TrainedAdapters(folder, record, stored) if dist.get_rank() == 0 else None
+
+
+def _finite(data: Tensor, key: str, index: Any) -> Tensor:
+    require(untrusted.is_finite(data[index]), f"{key} holds NaN or infinities: training has diverged.")
+    return data[index]
 
 
 def base_of(adapters: TrainedAdapters, override: str | Path | None) -> Path:

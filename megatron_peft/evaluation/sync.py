@@ -11,7 +11,7 @@ from megatron_peft.config.evaluation import SyncSettings
 from megatron_peft.conversion.pretrained import read_model_shape
 from megatron_peft.evaluation.generation import Continuation, score_all
 from megatron_peft.evaluation.model import InferenceModel, load_model
-from megatron_peft.parallel.collectives import from_first_rank
+from megatron_peft.parallel.collectives import awaited_from_first_rank, from_first_rank
 from megatron_peft.runtime.launch import checked_together
 from megatron_peft.serving.sync import Asked, asked_tokens, started_sync
 
@@ -26,15 +26,15 @@ def sync_run(config: RunConfig, settings: SyncSettings) -> None:
     """
     run, base = Path(str(config.checkpoint.load)), config.model.pretrained_checkpoint
     folder = from_first_rank(lambda: run_record.find_checkpoint(run)).resolve().parent
-    sync = started_sync(settings, config.peft, base, folder)  # before the model is loaded
-    model = None if "numbers" in settings.skip else load_model(config)
     shape = checked_together(lambda: read_model_shape(Path(str(base))))
+    sync = started_sync(settings, config.peft, shape, base, folder)  # before the model is loaded
+    model = None if "numbers" in settings.skip else load_model(config)
     asked, newest = asked_tokens(shape.vocab_size, shape.longest_sequence), None
     while True:
         checkpoint = from_first_rank(lambda: run_record.find_checkpoint(run))
         if checkpoint != newest:
             own = None if model is None else _log_prob(model, checkpoint, asked)
-            from_first_rank(lambda at=checkpoint, own=own: print(sync.give(at, own, asked), flush=True))
+            awaited_from_first_rank(lambda at=checkpoint, own=own: print(sync.give(at, own, asked), flush=True))
             newest = checkpoint
         elif settings.follow:
             time.sleep(SECONDS_BETWEEN)

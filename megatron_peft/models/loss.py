@@ -148,6 +148,7 @@ class ChunkedLossModel(GPTModel):
                         linear_into(some_dx, some_gradient, part.t())
                 del gradient
             losses.append(loss.detach())
+            del logits, loss  # before the next ones are made
         all_losses = torch.cat(losses, 1).view(labels.t().shape).t().contiguous()
         return _WithInputGradient.apply(hidden, all_losses, dx, call) if has_gradient else all_losses
 

@@ -6,6 +6,7 @@ Letters: s sequence, t tensor-parallel size.
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
 import torch
@@ -16,7 +17,7 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.parallel.layout import PARTIAL_OVER_TENSOR_PARALLEL
-from megatron_peft.runtime.launch import SideChannel, checked_together, from_rank
+from megatron_peft.runtime.launch import SideChannel, checked_together, device_setter, from_rank
 
 Wait = Callable[[], Tensor]
 
@@ -129,6 +130,7 @@ def sum_partial_gradients_over_tensor_parallel(model_chunks: Iterable[nn.Module]
     sum_coalesced([gradient_of(one) for one in trained if getattr(one, PARTIAL_OVER_TENSOR_PARALLEL, False)], group)
 
 
+SECONDS_TO_ASK_AGAIN = 5.0
 Sent = TypeVar("Sent")
 Found = TypeVar("Found")
 
@@ -136,6 +138,21 @@ Found = TypeVar("Found")
 def from_first_rank(find: Callable[[], Found], channel: SideChannel | None = None) -> Found:
     """`from_rank` of rank 0: for folders that another process may be changing. A collective."""
     return from_rank(0, find, channel)
+
+
+def awaited_from_first_rank(find: Callable[[], Found]) -> Found:
+    """As `from_first_rank`, of what may take longer than a collective may. A collective.
+
+    It is found in a thread, and the ranks ask for it again and again.
+    """
+    pool = ThreadPoolExecutor(1, initializer=device_setter())
+    try:
+        work = pool.submit(find) if dist.get_rank() == 0 else None
+        while not from_first_rank(lambda: work is None or not wait([work], SECONDS_TO_ASK_AGAIN).not_done):
+            pass
+        return from_first_rank(lambda: work.result())  # pyright: ignore[reportOptionalMemberAccess]
+    finally:
+        pool.shutdown(wait=False)  # a rank that is lost ends all, and not when the thread does
 
 
 def gathered_by_first_rank(

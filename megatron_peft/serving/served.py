@@ -161,12 +161,12 @@ def binding_of(engine: str, slots: Mapping[str, Any], found: Mapping[str, Any], 
 def give_in_memory(engine: Engine, adapter: PeftAdapter) -> Binding:
     """Let an open vLLM answer with an adapter that lies in no file: its process reads this one's memory.
 
-    engine: opened in one process with `enable_lora`, a `max_lora_rank` that holds the adapter's, and `max_loras` 2.
+    engine: opened in one process with `enable_lora`, `max_loras` 2 and the adapter's `lora_settings`.
 
     ConfigurationError: it does not bind the adapter whole, and goes on with the one before.
     """
     tensors = safetensors.torch.save(
-        {name: tensor.float().clone(memory_format=torch.contiguous_format) for name, tensor in adapter.tensors}
+        {name: tensor.float().clone(memory_format=torch.contiguous_format) for name, tensor in adapter.tensors()}
     )
     memory = os.memfd_create("adapter")
     try:

@@ -3,9 +3,11 @@
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.error import HTTPError, URLError
+from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from megatron_peft.config import ConfigurationError, untrusted
@@ -16,10 +18,13 @@ START = "start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve BASE --enab
 
 
 class Server:
-    """The server at an address; VLLM_API_KEY is its key, if it wants one. ConfigurationError: what it refuses."""
+    """The server at an address; VLLM_API_KEY is its key, if it wants one. ConfigurationError: what it refuses.
 
-    def __init__(self, url: str) -> None:
-        self.url = url.rstrip("/")
+    flag: that named the address, for messages.
+    """
+
+    def __init__(self, url: str, flag: str = "--server") -> None:
+        self.url, self._flag = url.rstrip("/"), flag
 
     def models(self) -> list[dict[str, Any]]:
         """What it serves: of each at least its `id`, and the `parent` of an adapter, which a base does not have."""
@@ -47,7 +52,7 @@ class Server:
         try:
             return read(untrusted.parse_json(answer, f"{self.url}{path}"))
         except (KeyError, IndexError, TypeError, ValueError) as error:
-            told = f"--server {self.url} answers {path} otherwise than vLLM: {answer[:200]}"
+            told = f"{self._flag} {self.url} answers {path} otherwise than vLLM: {answer[:200]}"
             raise ConfigurationError(told) from error
 
     def _ask(self, path: str, content: Mapping[str, Any] | None = None) -> str:
@@ -56,12 +61,14 @@ class Server:
         data = None if content is None else json.dumps(content).encode()
         try:
             with urlopen(Request(self.url + path, data, headers), timeout=SECONDS) as answer:
-                return answer.read().decode()
+                return answer.read().decode(errors="replace")
         except HTTPError as error:
-            said = error.read().decode(errors="replace")[:500]
+            said = ""
+            with suppress(OSError, HTTPException):
+                said = error.read().decode(errors="replace")[:500]
             hint = f": {START}" if error.code == 404 and "lora_adapter" in path and "adapter" not in said else ""
-            told = f"--server {self.url} refuses {path} ({error.code} {error.reason}: {said}){hint}."
+            told = f"{self._flag} {self.url} refuses {path} ({error.code} {error.reason}: {said}){hint}."
             raise ConfigurationError(told) from error
-        except (URLError, OSError) as error:
-            reason = getattr(error, "reason", error)
-            raise ConfigurationError(f"--server {self.url} does not answer ({reason}): {START}.") from error
+        except (OSError, HTTPException) as error:
+            reason = getattr(error, "reason", None) or error or type(error).__name__
+            raise ConfigurationError(f"{self._flag} {self.url} does not answer ({reason}): {START}.") from error

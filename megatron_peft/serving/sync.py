@@ -25,10 +25,12 @@ from megatron_peft.config.untrusted import read_json_object
 from megatron_peft.conversion.hf_files import SafetensorsFile
 from megatron_peft.conversion.trained_adapters import Run, TrainedAdapters
 from megatron_peft.conversion.verify import random_tokens
+from megatron_peft.models.shape import ModelShape
 from megatron_peft.runtime.launch import checked_together
+from megatron_peft.serving.engine import Engine
 from megatron_peft.serving.served import bindings_of
 from megatron_peft.serving.server import Server
-from megatron_peft.serving.trained import export_lora
+from megatron_peft.serving.trained import export_lora, is_lora
 
 PREFIXES = (1, 5, 17, 32)  # tokens of a prompt before the compared ones
 BOUND = "bound.json"  # what the engine was seen to bind whole
@@ -45,14 +47,20 @@ def asked_tokens(vocab_size: int, longest: int) -> Asked:
     return [(row[:length], row[length]) for length in PREFIXES if length <= longest]
 
 
-def started_sync(settings: SyncSettings, peft: PeftConfig, base: str | None, run: Path) -> "Sync":
+def started_sync(
+    settings: SyncSettings, peft: PeftConfig, shape: ModelShape, base: str | None, run: Path, flags: str = "--"
+) -> "Sync":
     """The first rank gives versions of the run in the folder `run`. A collective.
 
-    ConfigurationError, on every rank: no adapters, no server, a folder that cannot be written or that another has.
+    flags: what stands in front of the names of `settings`, in messages.
+
+    ConfigurationError, on every rank: nothing that can be served, no server, no engine to ask what it binds, a folder
+    that cannot be written or that another has.
     """
     told = f"{run}: --peft-method full trains no adapter: merge or convert it, and serve the folder."
     require(peft.trains_adapters, told)
-    sync = Sync(settings, Path(str(base)), run)
+    is_lora(peft, shape)  # or why vLLM takes none
+    sync = Sync(settings, Path(str(base)), run, flags)
     checked_together(lambda: sync.start() if dist.get_rank() == 0 else None)
     return sync
 
@@ -60,25 +68,29 @@ def started_sync(settings: SyncSettings, peft: PeftConfig, base: str | None, run
 class Sync:
     """What the first rank does."""
 
-    def __init__(self, settings: SyncSettings, base: Path, run: Path) -> None:
+    def __init__(self, settings: SyncSettings, base: Path, run: Path, flags: str = "--") -> None:
         """base: the model's folder; run: the run's, from which versions have name and folder if `settings` has none."""
-        self.server = Server(settings.server)
-        self._settings, self._base = settings, base
+        self.server = Server(settings.server, f"{flags}server")
+        self._settings, self._base, self._flags = settings, base, flags
         self._name = settings.name or run.name
         self._folder = Path(settings.folder or run / "served").absolute()
         self._of_base: float | None = None
 
     def start(self) -> None:
-        """Take the folder, as long as this process lives, and ask the server whether it is there."""
+        """Take the folder, as long as this process lives, and ask server and engine whether they are there."""
+        folder = f"{self._flags}folder {self._folder}"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._lock = (self._folder / LOCK).open("w")
         except OSError as error:
-            told = f"--folder {self._folder} cannot be written ({error.strerror}): give one that the server sees too."
+            told = f"{folder} cannot be written ({error.strerror}): give one that the server sees too."
             raise ConfigurationError(told) from error
-        told = f"--folder {self._folder}: another sync gives its versions from there: end it, or give another folder."
+        told = f"{folder}: another sync gives its versions from there: end it, or give another folder."
         locked(self._lock.fileno(), self._folder, lambda: told, 0.0)
         self.server.models()
+        if "binding" not in self._settings.skip:
+            with Engine(self._settings.engine_python):
+                pass
 
     def give(self, run: Run, own: float | None, asked: Asked) -> str:
         """Load this version, and unload the others. Returns what was done, for a terminal.
@@ -95,14 +107,14 @@ class Sync:
         roots = {each: Path(str(one.get("root"))) for each, one in served.items()}
         of_this = [each for each in served if re.fullmatch(rf"{re.escape(self._name)}-\d{{7,}}", each)]
         earlier = [each for each in of_this if roots[each].parent == self._folder]
-        told = f"{self.server.url} serves {name} from {roots.get(name)}, not from here: give another --name."
+        told = f"{self.server.url} serves {name} from {roots.get(name)}, not from here: give another {self._flags}name."
         require(name not in served or name in earlier, told)
         whole = None if is_open else hashlib.sha256((Path(run) / MANIFEST).read_bytes()).hexdigest()
         if name in served and whole and self._seen(roots[name]) in ((whole, True), (whole, own is not None)):
             return f"{self.server.url} serves {name} already"
         adapter = self._folder / f"{name}-{uuid4().hex[:8]}"
         try:
-            export_lora(run, adapter, self._base)
+            self._export(run, adapter)
             if "binding" not in self._settings.skip:
                 lines += self._require_bound(adapter)
             if name in served:  # of another run, or never compared
@@ -120,6 +132,13 @@ class Sync:
         gone = f"; unloaded {', '.join(others)}" if others else ""
         seconds = time.monotonic() - began
         return "\n".join([*lines, f"{self.server.url} serves {name}{compared}{gone}; {seconds:.2f} s"])
+
+    def _export(self, run: Run, adapter: Path) -> None:
+        try:
+            export_lora(run, adapter, self._base)
+        except ConfigurationError as error:
+            problems = (problem.replace("--output", f"{self._flags}folder") for problem in error.problems)
+            raise type(error)(*problems) from error
 
     def _seen(self, adapter: Path) -> tuple[str, bool] | None:
         """Of which checkpoint this version is, by the digest of its manifest, and whether its numbers were compared."""
@@ -145,7 +164,7 @@ class Sync:
         found = self._answered(name, asked)
         told = f"log-probability of a token {found:.6f}, our own {own:.6f}, the base's {self._of_base:.6f}"
         tolerance = self._settings.tolerance
-        require(abs(found - own) <= tolerance, f"{name}: {told}: more apart than --tolerance {tolerance:g}.")
+        require(abs(found - own) <= tolerance, f"{name}: {told}: more apart than {self._flags}tolerance {tolerance:g}.")
         return f": {told}"
 
     def _answered(self, name: str, asked: Asked) -> float:

@@ -1,6 +1,8 @@
 """What a run has trained, opened by a serving engine: its merged weights, or its adapter on its base."""
 
+import io
 import tempfile
+from collections.abc import Mapping
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ import torch
 
 from megatron_peft.checkpoint.folders import megatron_files
 from megatron_peft.checkpoint.run_record import ADAPTER_CONFIG, find_checkpoint, read_record
-from megatron_peft.config import ConfigurationError, RunConfig, require
+from megatron_peft.config import ConfigurationError, PeftConfig, RunConfig, require
 from megatron_peft.config.evaluation import EngineSettings
 from megatron_peft.config.untrusted import read_json_object
 from megatron_peft.conversion.convert import megatron_to_hf, merge
@@ -25,6 +27,7 @@ from megatron_peft.conversion.peft_export import (
 )
 from megatron_peft.conversion.trained_adapters import Run, TrainedAdapters, base_of, open_adapters, open_run
 from megatron_peft.models.families import family_of
+from megatron_peft.models.shape import ModelShape
 from megatron_peft.runtime.exit_signals import ends_before_training
 from megatron_peft.serving.engine import Engine, largest_rank, rank_limit
 
@@ -60,7 +63,7 @@ def _opened(engine: Engine, config: RunConfig, how: EngineSettings, near: str | 
     """The longest sequence of what the engine has loaded."""
     kept = tempfile.TemporaryDirectory(prefix="served-", dir=near and Path(near).parent)
     with ends_before_training(True), kept as folder:  # SIGTERM removes it too
-        with redirect_stdout(None):  # of which exports there are, and their cards, nothing is left
+        with redirect_stdout(io.StringIO()):  # of which exports there are, and their cards, nothing is left
             model = _model(config, Path(folder, "model"), is_merged)
             adapter = export_adapter(str(config.checkpoint.load), Path(folder, "adapter")) if how.engine_lora else None
         settings: dict[str, Any] = {"dtype": "bfloat16" if config.model.bf16 else "float32"}
@@ -68,7 +71,7 @@ def _opened(engine: Engine, config: RunConfig, how: EngineSettings, near: str | 
         if (tokenizer / "tokenizer_config.json").is_file():  # without one no text ends an answer early
             settings |= {"skip_tokenizer_init": False, "tokenizer": str(tokenizer.absolute())}
         if adapter is not None:
-            settings |= _lora_settings(adapter)
+            settings |= lora_settings(read_json_object(adapter / ADAPTER_CONFIG))
         return engine.open(model, [adapter] if adapter else [], settings | how.arguments_of_engine())["longest"]
 
 
@@ -89,8 +92,8 @@ def export_lora(run: Run, output: Path, base: str | Path | None = None) -> Path:
 
     ConfigurationError: vLLM takes none for the model's family, or none that equals it has a rank that vLLM takes.
     """
-    with redirect_stdout(None):
-        if _is_lora(run):
+    with redirect_stdout(io.StringIO()):
+        if _has_lora(run):
             return export_adapter(run, output, pretrained_checkpoint=base)
         limits: dict[str, Any] = {"tolerance": LORA_ERROR, "refused_above": MOST_ERROR, "max_rank": VLLM_RANKS[-1]}
         return export_as_lora(run, output, pretrained_checkpoint=base, num_tokens=0, progress=False, **limits)
@@ -98,26 +101,30 @@ def export_lora(run: Run, output: Path, base: str | Path | None = None) -> Path:
 
 def lora_of(run: Run, base: str | Path | None = None) -> PeftAdapter:
     """What `export_lora` writes, without a file: its tensors are computed as they are asked for."""
-    if _is_lora(run):
+    if _has_lora(run):
         return in_own_form(open_adapters(run))
     opened = open_run(run)
     lora = approximate(opened, base_of(opened, base), LORA_ERROR, VLLM_RANKS[-1], False, MOST_ERROR)
     return in_lora_form(lora, opened.record.shape.num_layers)
 
 
-def _is_lora(run: Run) -> bool:
-    """Whether the method's own form is one. ConfigurationError: vLLM takes none for the model's family."""
+def _has_lora(run: Run) -> bool:
     record = run.record if isinstance(run, TrainedAdapters) else read_record(find_checkpoint(run))
-    family, peft = family_of(record.shape.architecture), record.config.peft
-    require(family.vllm_serves_lora, f"vLLM takes no LoRA for {family.architectures[0]}")
+    return is_lora(record.config.peft, record.shape)
+
+
+def is_lora(peft: PeftConfig, shape: ModelShape) -> bool:
+    """Whether the method's own form is one. ConfigurationError: vLLM takes none for the model's family."""
+    family = family_of(shape.architecture)
+    require(family.vllm_serves_lora, f"vLLM takes no LoRA for {family.architectures[0]}: merge the run, and serve it.")
     form = form_of(peft)
     with suppress(ConfigurationError):
         return form is not None and form.config(peft, []).get("peft_type") == "LORA"
     return False
 
 
-def _lora_settings(adapter: Path) -> dict[str, Any]:
-    config = read_json_object(adapter / ADAPTER_CONFIG)
+def lora_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What an engine has to be told to serve the adapter with this config."""
     told = f"--engine-lora: vLLM serves LoRA only, not {config.get('peft_type')}: leave it out, for merged weights."
     require(config.get("peft_type") == "LORA", told)
     # vLLM scores several prompts at once with an adapter only if it knows its modules.

@@ -14,7 +14,8 @@ the project's; it ends with its input. Each request names what is done; an answe
     score      pairs of a context and its continuation. Answer: scores, of each [log p, whether all were the likeliest]
     give       the open engine, which has LoRA enabled and one process, an adapter: its config, and tensors, the path of
                a safetensors file, which may lie in another process's memory. Answer: slots; found, as one of `bind`'s
-    keep       is the given adapter kept, and used from now on in the place of those before? Else it is taken back
+    keep       is the given adapter kept, and used from now on in the place of those before? Else it is taken back.
+               Answer: loaded, how many adapters there are
     generate   prompts, each with its max_tokens and seed; sampling, stop, ends (token ids). Answer: answers (token ids)
 """
 
@@ -166,7 +167,7 @@ class _Engine:
             self.llm.llm_engine.remove_lora(lora.lora_int_id)
         if is_kept:
             self.adapters = [self.given]
-        return {}
+        return {"loaded": len(self.llm.llm_engine.list_loras())}
 
     def opened(self):
         return {"longest": self.llm.llm_engine.model_config.max_model_len}

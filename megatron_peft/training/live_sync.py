@@ -8,11 +8,13 @@ import numpy as np
 from megatron_peft.checkpoint.state import TrainingState
 from megatron_peft.config import CheckpointConfig, ConfigurationError, RunConfig
 from megatron_peft.config.evaluation import SyncSettings
-from megatron_peft.conversion.trained_adapters import gathered_adapters
+from megatron_peft.conversion.lora_approximation import NoEqualLora
+from megatron_peft.conversion.trained_adapters import TrainedAdapters, gathered_adapters
 from megatron_peft.data.batches import GlobalBatches
+from megatron_peft.data.build import Data
 from megatron_peft.data.samples import PackedOrder, SampleOrder, sample_from_ids
 from megatron_peft.models.shape import ModelShape
-from megatron_peft.parallel.collectives import from_first_rank
+from megatron_peft.parallel.collectives import awaited_from_first_rank
 from megatron_peft.serving.sync import Asked, asked_tokens, started_sync
 from megatron_peft.training.step import validation_loss
 
@@ -20,39 +22,57 @@ from megatron_peft.training.step import validation_loss
 class LiveSync:
     """The server of a run, and what is compared of each version. Its methods are collectives."""
 
-    def __init__(self, config: RunConfig, shape: ModelShape, train: GlobalBatches) -> None:
-        """train: the run's batches, whose layout what is compared has too.
+    def __init__(self, config: RunConfig, shape: ModelShape, data: Data) -> None:
+        """data: whose batches' layout what is compared has too.
 
         ConfigurationError, on every rank, as of `started_sync`.
         """
         checkpoint, seq_length = config.checkpoint, config.data.seq_length
         run = Path(checkpoint.save or checkpoint.sync_folder or "").resolve()
         self._settings = _settings(checkpoint)
-        self._sync = started_sync(self._settings, config.peft, config.model.pretrained_checkpoint, run)
-        self._interval = checkpoint.sync_interval
+        base = config.model.pretrained_checkpoint
+        self._sync = started_sync(self._settings, config.peft, shape, base, run, "--sync-")
+        self._interval, self._last, self._problem = checkpoint.sync_interval, data.train_iters, ""
         self._asked = asked_tokens(shape.vocab_size, seq_length)
-        self._batches = _batches(self._asked, train, seq_length)
+        self._batches = _batches(self._asked, data.train, seq_length)
 
     def after_step(self, state: TrainingState) -> str:
-        """What was given after this step, for a terminal; empty if none was due.
+        """What was given after this step, for a terminal; empty if none was due. The last step is always given.
 
-        A version that is refused is a warning: the server keeps the one that it has, and the run goes on.
+        A version that is refused is a warning, and the run goes on.
         """
-        if state.position.iteration % self._interval:
+        iteration = state.position.iteration
+        if not self._interval or (iteration % self._interval and iteration != self._last):
             return ""
         own = None
         if "numbers" not in self._settings.skip:  # log p of one token of each sample, by the forward of a validation
             own = -validation_loss(state.model_chunks, self._batches)
         adapters = gathered_adapters(state)
         try:
-            return from_first_rank(lambda: self._sync.give(adapters, own, self._asked) if adapters else "")
+            given, ends = awaited_from_first_rank(lambda: self._given(adapters, own))
         except ConfigurationError as error:
-            return f"WARNING: {error} Training continues; the server keeps the version that it has."
+            problem, before = str(error), self._problem
+            self._problem = problem
+            why = "for the same reason" if problem == before else problem.removesuffix(".")
+            return f"WARNING: iteration {iteration} was not given to the server: {why}. Training continues."
+        self._problem = ""
+        if ends:
+            self._interval = 0
+        return given
+
+    def _given(self, adapters: TrainedAdapters | None, own: float | None) -> tuple[str, bool]:
+        """On the first rank: what was given, and whether nothing more can be."""
+        assert adapters is not None
+        try:
+            return self._sync.give(adapters, own, self._asked), False
+        except NoEqualLora as error:
+            return f"WARNING: nothing is given to the server any more: {error}", True
 
 
 def _settings(settings: CheckpointConfig) -> SyncSettings:
     return SyncSettings(
         str(settings.sync_server),
+        name=settings.sync_name,
         folder=settings.sync_folder,
         skip=settings.sync_skip,
         tolerance=settings.sync_tolerance,

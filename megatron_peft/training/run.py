@@ -163,7 +163,7 @@ def finetune(
     with Stacks(folder_on_node(), dist.get_rank()), Saver(config.checkpoint) as saver:
         data = _checked_data(config, tokenizer, shape)
         if after_step is None and config.checkpoint.sync_server:
-            after_step = LiveSync(config, shape, data.train).after_step
+            after_step = LiveSync(config, shape, data).after_step
         print_rank_0("\n".join(filter(None, [attention, loss_summary(config, shape), warning])))
         state = build_state(config, shape, data.train_iters, first_steps(config, data.train))
         state.data_digest = data.digest

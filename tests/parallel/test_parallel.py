@@ -1,5 +1,6 @@
 """Slices of a linear layer join to the whole; collectives and sums of partial gradients on two ranks and on one."""
 
+import time
 from typing import Any
 from unittest import mock
 
@@ -8,10 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_peft.config import ConfigurationError
 from megatron_peft.parallel import collectives
 from megatron_peft.parallel.collectives import sum_partial_gradients_over_tensor_parallel
 from megatron_peft.parallel.layout import PARTIAL_OVER_TENSOR_PARALLEL, LinearLayout, generator_for
-from megatron_peft.runtime.launch import start_world
+from megatron_peft.runtime.launch import start_world, stop
 from tests.one_rank import Place, places
 from tests.ranks import run_ranks
 
@@ -147,3 +149,25 @@ def test_alone_a_rank_gets_its_own_tensor_back():
     assert all(start(x, Place(0, 1))() is x for start in STARTS.values())
     sum_partial_gradients_over_tensor_parallel([model], Place(0, 1))
     assert model[0].main_grad.unique().tolist() == [1.0]
+
+
+def waited_for(seconds_of_a_collective: float) -> str:
+    start_world(timeout_minutes=seconds_of_a_collective / 60)
+
+    def slowly() -> str:
+        time.sleep(3 * seconds_of_a_collective)
+        return f"of rank {dist.get_rank()}"
+
+    def refuse() -> None:
+        raise ConfigurationError("no")
+
+    with mock.patch.object(collectives, "SECONDS_TO_ASK_AGAIN", seconds_of_a_collective / 4):
+        found = collectives.awaited_from_first_rank(slowly)
+    with pytest.raises(ConfigurationError, match="no"):
+        collectives.awaited_from_first_rank(refuse)
+    stop()
+    return found
+
+
+def test_what_the_first_rank_finds_may_take_longer_than_a_collective():
+    assert run_ranks(2, waited_for, 2.0) == ["of rank 0"] * 2

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from statistics import fmean
@@ -21,12 +21,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_peft.cli.parser import read_config
-from megatron_peft.config import ConfigurationError
+from megatron_peft.config import ConfigurationError, PeftConfig
 from megatron_peft.config.evaluation import SyncSettings
 from megatron_peft.conversion.peft_export import export_adapter
 from megatron_peft.evaluation import sync as evaluated
 from megatron_peft.evaluation.model import saved_values
+from megatron_peft.models.families import read_shape
 from megatron_peft.serving import sync as module
+from megatron_peft.serving import trained as serving
 from megatron_peft.serving.engine import Engine
 from megatron_peft.serving.served import Binding, give_in_memory
 from megatron_peft.serving.server import Server
@@ -38,8 +40,10 @@ from tests.evaluation.worded_llama import save_words
 from tests.one_rank import one_rank
 from tests.serving import runs
 from tests.time_limits import seconds
+from tests.tiny_bloom import save_bloom
 from tests.tiny_llama import VOCAB_SIZE, save_llama, save_pairs
 
+ROOT = Path(__file__).parents[2]
 PYTHON = Path(os.environ.get("ENGINE_PYTHON", ".venv-vllm/bin/python"))
 
 
@@ -48,7 +52,8 @@ class Recorded:
 
     def __init__(self) -> None:
         self.served: dict[str, str | None] = {"base": None}  # name -> folder of an adapter
-        self.asked, self.log_prob = list[str](), -1.0
+        self.asked, self.keys = list[str](), set[str | None]()
+        self.log_prob: Callable[[int], float] = lambda num_tokens: -1.0
         self.loaded = dict[str, dict[str, torch.Tensor]]()
         self.refuses: dict[str, tuple[int, str]] = {}
 
@@ -63,7 +68,8 @@ class Recorded:
         if what == "completions":
             self.asked += [f"ask {content['model']}"] * (len(content["prompt"]) == 1)
             assert content["max_tokens"] == len(content["allowed_token_ids"]) == 1
-            return 200, json.dumps({"choices": [{"logprobs": {"token_logprobs": [self.log_prob]}}]})
+            answered = self.log_prob(len(content["prompt"]))
+            return 200, json.dumps({"choices": [{"logprobs": {"token_logprobs": [answered]}}]})
         name, is_new = content["lora_name"], what == "load_lora_adapter"
         self.asked.append(f"{'load' if is_new else 'unload'} {name}")
         if is_new:
@@ -86,6 +92,7 @@ def server() -> Iterator[tuple[str, Recorded]]:
             self._answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
 
         def _answer(self, content: Any) -> None:
+            recorded.keys.add(self.headers["Authorization"])
             code, text = recorded.answer(self.path, content)
             self.send_response(code)
             self.end_headers()
@@ -122,6 +129,7 @@ def test_a_version_is_loaded_under_a_name_of_its_own_and_the_one_before_goes(ser
         return [Binding("vLLM 1", 14, 8, ())]
 
     monkeypatch.setattr(module, "bindings_of", bindings_of)
+    monkeypatch.setattr(module, "Engine", lambda python: nullcontext())
     for step in (2, 4, 4):
         synced(url, trained / f"iter_000000{step}", tmp_path, skip=("numbers",))
     assert recorded.asked == ["load run-0000002", "load run-0000004", "unload run-0000002"]
@@ -198,7 +206,7 @@ def test_one_sync_gives_from_a_folder_that_it_can_write(server, trained, tmp_pat
 @pytest.mark.parametrize("answered", [-1.0, -50.0])
 def test_a_version_that_is_computed_otherwise_is_unloaded_again(server, trained, tmp_path, answered):
     url, recorded = server
-    recorded.log_prob = answered
+    recorded.log_prob = lambda _: answered
     recorded.served["run-0000001"] = str(tmp_path / "run-0000001-x")
     told = f"run-0000006: log-probability of a token {answered:.6f}, our own -.*: more apart than --tolerance 0.001"
     with pytest.raises(ConfigurationError, match=told):
@@ -237,17 +245,19 @@ def words_of_a_run(folder: Path) -> list[str]:
     return [*words, "--train-data-path", str(data), "--save", str(folder / "run")]
 
 
-def test_a_run_gives_its_adapters_every_so_many_steps_and_trains_as_without(server, tmp_path, capsys):
+def test_a_run_gives_its_adapters_every_so_many_steps_and_trains_as_without(server, tmp_path, monkeypatch, capsys):
     url, recorded = server
+    recorded.served, recorded.log_prob = {"of another": "/elsewhere", "base": None}, lambda num_tokens: -num_tokens
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
     lora = ("--peft-method", "lora", "--lora-rank", "8")
     for name in ("alone", "synced"):
         (tmp_path / name).mkdir()
     _, alone = runs.trained(tmp_path / "alone", *lora)
-    flags = ("--sync-server", url, "--sync-interval", "2", "--sync-skip", "binding", "--sync-tolerance", "100")
+    flags = ("--sync-server", url, "--sync-interval", "4", "--sync-skip", "binding", "--sync-tolerance", "100")
     _, run = runs.trained(tmp_path / "synced", *lora, *flags)
-    told = ["load run-0000002", "ask base", "ask run-0000002", "load run-0000004", "ask run-0000004"]
-    told += ["unload run-0000002", "load run-0000006", "ask run-0000006", "unload run-0000004"]
-    assert recorded.asked == told
+    told = ["load run-0000004", "ask base", "ask run-0000004"]
+    told += ["load run-0000006", "ask run-0000006", "unload run-0000004"]  # the last step's, whatever the interval
+    assert recorded.asked == told and recorded.keys == {"Bearer secret"}
     assert [line["loss"] for line in read_metrics(run / METRICS_FILE)] == [
         line["loss"] for line in read_metrics(alone / METRICS_FILE)
     ]
@@ -256,36 +266,102 @@ def test_a_run_gives_its_adapters_every_so_many_steps_and_trains_as_without(serv
     assert all(torch.equal(tensor, saved[name]) for name, tensor in recorded.loaded["run-0000006"].items())
     assert not all(torch.equal(tensor, saved[name]) for name, tensor in recorded.loaded["run-0000004"].items())
     printed = capsys.readouterr().out
-    owns = re.findall(r"run-\d+: log-probability of a token -1.0\d*, our own (\S+),", printed)
-    assert len(set(owns)) == 3
+    owns = re.findall(r"run-\d+: log-probability of a token -13.750000, our own (\S+),", printed)
+    assert len(set(owns)) == 2
     synced(url, run, tmp_path / "again", skip=("binding",), tolerance=100.0, name="again")
     (own,) = re.findall(r"our own (\S+),", capsys.readouterr().out)
     assert float(own) == pytest.approx(float(owns[-1]), abs=2e-6)  # a validation's forward, and that of a scored answer
 
 
-def test_a_version_that_is_refused_while_it_is_trained_is_a_warning(server, tmp_path, capsys):
-    url, recorded = server
-    flags = ("--sync-server", url, "--sync-interval", "3", "--sync-skip", "binding", "--sync-folder", str(tmp_path))
+def trained_with(folder: Path, *flags: str) -> None:
     with one_rank(with_groups=False):
-        training.finetune(read_config([*words_of_a_run(tmp_path), "--peft-method", "lora", *flags]))
+        training.finetune(read_config([*words_of_a_run(folder), *flags]))
+
+
+def test_a_version_that_is_refused_while_it_is_trained_is_a_warning(server, tmp_path, monkeypatch, capsys):
+    url, recorded = server
+    flags = ("--sync-server", url, "--sync-interval", "2", "--sync-skip", "binding", "--sync-folder", str(tmp_path))
+    answers = iter([2.0, 2.0, 3.0])
+    monkeypatch.setattr(live_sync, "validation_loss", lambda *_: next(answers))
+    trained_with(tmp_path, "--peft-method", "lora", *flags)
     assert [*recorded.served] == ["base"] and not [*tmp_path.glob("run-*")]
+    told = re.findall("WARNING: iteration (.*)", capsys.readouterr().out)
+    apart = "was not given to the server: run-000000{0}: log-probability of a token -1.000000, our own -{1}.000000, the"
+    apart += " base's -1.000000: more apart than --sync-tolerance 0.001. Training continues."
+    assert told == [f"{at} {apart.format(at, own)}" for at, own in ((2, 2), (4, 2), (6, 3))]
+
+
+def test_a_server_that_is_gone_is_told_at_length_once(server, tmp_path, monkeypatch, capsys):
+    url, recorded = server
+    after_step, compared = live_sync.LiveSync.after_step, list[Any]()
+
+    def gone(*given: Any) -> str:  # after the look at the start
+        recorded.refuses["models"] = 503, "gone"
+        return after_step(*given)
+
+    monkeypatch.setattr(live_sync, "validation_loss", lambda *given: compared.append(given) or 1.0)
+    monkeypatch.setattr(live_sync.LiveSync, "after_step", gone)
+    flags = ("--sync-server", url, "--sync-interval", "2", "--sync-skip", "binding", "numbers")
+    trained_with(tmp_path, "--peft-method", "lora", *flags)
+    told = re.findall("WARNING: iteration (.*)", capsys.readouterr().out)
+    assert compared == []
+    assert told[0].startswith(f"2 was not given to the server: --sync-server {url} refuses /v1/models (503 ")
+    assert told[1:] == [f"{at} was not given to the server: for the same reason. Training continues." for at in (4, 6)]
+
+
+def test_a_run_that_no_lora_equals_is_told_once_and_trained(server, tmp_path, monkeypatch, capsys):
+    url, recorded = server
+    monkeypatch.setattr(serving, "VLLM_RANKS", (1, 8))
+    flags = ("--sync-server", url, "--sync-interval", "2", "--sync-skip", "binding", "numbers")
+    trained_with(tmp_path, "--peft-method", "boft", "--boft-block-size", "8", *flags)
     printed = capsys.readouterr().out
-    assert len(re.findall("WARNING: run-000000[36]: log-probability .* more apart than --tolerance", printed)) == 2
-    assert "trained 6 iterations" in printed
+    told = re.findall("WARNING: (nothing is given to the server any more: no LoRA of rank 8 equals .*run: .*)", printed)
+    assert len(told) == 1 and recorded.asked == [] and "trained 6 iterations" in printed
 
 
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
         (["--peft-method", "full"], "--peft-method full trains no adapter: merge or convert it"),
-        (["--peft-method", "lora"], "http://127.0.0.1:1 does not answer .*vllm serve BASE"),
+        (["--peft-method", "lora", "--sync-server", "http://127.0.0.1:1"], "1:1 does not answer .*vllm serve BASE"),
+        (["--peft-method", "lora", "--sync-engine-python", "/none"], "--engine-python /none cannot be started"),
     ],
 )
-def test_a_run_that_cannot_be_synced_ends_before_a_model_is_loaded(flags, told, tmp_path, monkeypatch, capsys):
+def test_a_run_that_cannot_be_synced_ends_before_a_model_is_loaded(server, flags, told, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "build_state", None)
-    with one_rank(with_groups=False), pytest.raises(ConfigurationError, match=told):
-        words = [*words_of_a_run(tmp_path), *flags, "--sync-server", "http://127.0.0.1:1"]
-        training.finetune(read_config(words))
+    with pytest.raises(ConfigurationError, match=told):
+        trained_with(tmp_path, "--sync-server", server[0], *flags)
+
+
+def test_a_family_that_no_lora_is_served_of_is_told_at_the_start(tmp_path):
+    shape = read_shape(str(save_bloom(tmp_path / "bloom")))
+    with pytest.raises(ConfigurationError, match="vLLM takes no LoRA for BloomForCausalLM: merge the run"):
+        module.started_sync(SyncSettings("http://127.0.0.1:1"), PeftConfig(), shape, None, tmp_path)
+
+
+BROKEN = {
+    "cut off": b"HTTP/1.0 200 OK\r\nContent-Length: 100\r\n\r\n{}",
+    "no HTTP": b"garbage\r\n\r\n",
+    "a refusal cut off": b"HTTP/1.0 500 Oh\r\nContent-Length: 100\r\n\r\nno",
+    "no UTF-8": b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\n\xff\xfe",
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("answer", BROKEN.values(), ids=BROKEN)
+def test_an_answer_that_is_broken_is_told(answer):
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def serve() -> None:
+            with listening.accept()[0] as connection:
+                connection.recv(2**16)
+                connection.sendall(answer)
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        with pytest.raises(ConfigurationError, match="--sync-server http"):
+            Server(f"http://127.0.0.1:{listening.getsockname()[1]}", "--sync-server").models()
+        thread.join()
 
 
 def test_an_adapter_of_other_shapes_is_bound_anew(trained, tmp_path, monkeypatch):
@@ -383,7 +459,8 @@ GIVEN = {"lora": ("--lora-rank", "8"), "hybrid": ("--lora-rank", "4", "--lora-ga
 @pytest.mark.engines
 @pytest.mark.parametrize("method", GIVEN)
 def test_an_engine_of_ours_gets_versions_from_memory_and_computes_what_the_run_does(method, tmp_path, monkeypatch):
-    words = [*words_of_a_run(tmp_path), "--peft-method", method, *GIVEN[method]]
+    words = [*words_of_a_run(tmp_path), "--peft-method", method, *GIVEN[method], "--seq-length", "256"]
+    monkeypatch.setattr(module, "PREFIXES", (1, 5, 220))  # the last is more than a block of the cache of prefixes
     given = list[tuple[float, float]]()
     with Engine(PYTHON) as engine, one_rank(with_groups=False):
         engine.open(
@@ -393,6 +470,15 @@ def test_an_engine_of_ours_gets_versions_from_memory_and_computes_what_the_run_d
         def mean(asked: Any) -> float:
             answers = engine.ask("log_probs", prompts=[list(tokens) for tokens, _ in asked])["log_probs"]
             return fmean(one[last] for one, (_, last) in zip(answers[-1], asked, strict=True))
+
+        loaded, ask = list[int](), engine.ask
+
+        def noted(what: str, **how: Any) -> dict[str, Any]:
+            answer = ask(what, **how)
+            loaded.extend([answer["loaded"]] if how.get("is_kept") else [])
+            return answer
+
+        monkeypatch.setattr(engine, "ask", noted)
 
         class InProcess:
             def give(self, run: Any, own: float, asked: Any) -> str:
@@ -409,8 +495,25 @@ def test_an_engine_of_ours_gets_versions_from_memory_and_computes_what_the_run_d
 
         monkeypatch.setattr(live_sync, "started_sync", lambda *_: InProcess())
         training.finetune(read_config([*words, "--sync-server", "http://none", "--sync-interval", "2"]))
-    assert len(given) == 3 and not [*tmp_path.rglob("adapter_model.safetensors")]
+    assert len(given) == 3 and {*loaded} == {1} and not [*tmp_path.rglob("adapter_model.safetensors")]
     assert max(abs(served - own) for served, own in given) < 5e-5, given
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_the_program_of_the_page_runs(tmp_path, num_ranks):
+    page = (ROOT / "docs" / "moving-weights.md").read_text()
+    code = page[page.index("### While it is trained") :].split("```python\n")[1].split("```")[0]
+    assert "Engine())" in code
+    (tmp_path / "my_run.py").write_text(code.replace("Engine())", f"Engine(Path({str(PYTHON.absolute())!r})))"))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
+    words = [*words_of_a_run(tmp_path), "--peft-method", "lora", "--lora-rank", "4"]
+    words += ["--tensor-model-parallel-size", str(num_ranks)]
+    ran = subprocess.run(
+        [*torchrun, "my_run.py", *words], cwd=tmp_path, capture_output=True, text=True, timeout=seconds(300)
+    )
+    scores = re.findall(r"binds 14 modules, rank 4: \{'scores': \[\[(\S+), ", ran.stdout)
+    assert ran.returncode == 0 and len({*scores}) == 6, ran.stdout + ran.stderr
 
 
 @pytest.mark.engines

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from megatron_peft.checkpoint.save import draft_checkpoint
+from megatron_peft.config import ConfigurationError
 from megatron_peft.conversion.lora_approximation import approximate
 from megatron_peft.conversion.peft_export import in_own_form
-from megatron_peft.conversion.trained_adapters import TrainedAdapters, open_run
+from megatron_peft.conversion.trained_adapters import TrainedAdapters, gathered_adapters, open_run
 from megatron_peft.data.samples import PackedOrder
 from megatron_peft.models.families import read_shape
 from megatron_peft.runtime.launch import start_world
@@ -22,7 +23,7 @@ from tests.one_rank import one_rank
 from tests.ranks import run_ranks
 from tests.tiny_llama import save_llama, save_pairs
 from tests.training.layout_runs import Job, built, merged
-from tests.training.test_layout import INTERLEAVED, PADDED, PP2, RECOMPUTE, RUNS, SHARDED, SP, TP2
+from tests.training.test_layout import INTERLEAVED, OVERLAPPED, PADDED, PP2, RECOMPUTE, RUNS, SP, TP2
 
 NUM_STEPS = 3
 CASES: dict[int, list[tuple[str, dict[str, Any]]]] = {
@@ -31,14 +32,14 @@ CASES: dict[int, list[tuple[str, dict[str, Any]]]] = {
         ("hybrid", {"parallel": SP}),
         ("lora", {"parallel": PP2}),
         ("lora-packed", {"parallel": INTERLEAVED, **PADDED}),
-        ("lora", SHARDED),
+        ("lora", OVERLAPPED),
     ],
     4: [("hybrid", {"parallel": {**TP2, **PP2}, "transformer": RECOMPUTE})],
 }
 METHODS = ("lora", "hybrid", "lora-packed")
 SAVED = {"no_save_optim": True, "no_save_rng": True}
 Given = tuple[float | None, dict[str, Tensor]]
-Found = tuple[Given, dict[str, Tensor], list[bool]]
+Found = tuple[Given, dict[str, Tensor], list[bool], list[str]]
 
 
 def job_of(method: str, layout: dict[str, Any], files: tuple[str, str], folder: Path) -> Job:
@@ -49,7 +50,7 @@ def job_of(method: str, layout: dict[str, Any], files: tuple[str, str], folder: 
 def tensors_of(run: TrainedAdapters, base: str) -> dict[str, Tensor]:
     """In the form that is served: as they are, or as a LoRA."""
     if run.record.config.peft.method == "lora":
-        return dict(in_own_form(run).tensors)
+        return dict(in_own_form(run).tensors())
     lora = approximate(run, Path(base), 1e-6, 512, progress=False)
     return {f"{one.module}": one.factors.B @ one.factors.A for one in lora.modules}
 
@@ -71,10 +72,10 @@ def given_by(job: Job) -> Found | None:
             given.append((own, tensors_of(run, job.base)))
             return f"gave {run.record.position['iteration']}"
 
-    module.started_sync = lambda settings, peft, base, run: Recorded(settings, Path(str(base)), run)
+    module.started_sync = lambda settings, peft, shape, base, run, flags: Recorded(settings, Path(str(base)), run)
     try:
         with built(job) as (state, data):
-            live, told = LiveSync(state.config, read_shape(job.base), data.train), list[str]()
+            live, told = LiveSync(state.config, read_shape(job.base), data), list[str]()
             is_packed = [isinstance(batches.order, PackedOrder) for batches in (live._batches, data.train)]
             steps = iter(data.train)
             for _ in range(NUM_STEPS):
@@ -84,8 +85,9 @@ def given_by(job: Job) -> Found | None:
             checkpoint = draft_checkpoint(state).complete()
     finally:
         module.started_sync = started_sync
-    assert told == ["", "", f"gave {NUM_STEPS}"]
-    return (given[0], tensors_of(open_run(checkpoint.parent), job.base), is_packed) if given else None
+    if not given:
+        return None
+    return given[0], tensors_of(open_run(checkpoint.parent), job.base), is_packed, told
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +112,8 @@ def test_what_is_given_is_what_a_checkpoint_holds_and_the_number_is_that_of_one_
     jobs = [job_of(method, layout, files, tmp_path / f"{at}") for at, (method, layout) in enumerate(cases)]
     first, *others = run_ranks(num_ranks, given_and_saved, jobs)
     assert all(one is None for of_rank in others for one in of_rank)
-    for case, ((own, tensors), saved, is_packed) in zip(cases, first, strict=True):
+    for case, ((own, tensors), saved, is_packed, told) in zip(cases, first, strict=True):
+        assert told == ["", "", f"gave {NUM_STEPS}"]
         assert is_packed == [case[0] == "lora-packed"] * 2
         (own_alone, alone_tensors), *_ = alone[case[0]]
         assert own == pytest.approx(own_alone, abs=1e-5), case
@@ -118,3 +121,13 @@ def test_what_is_given_is_what_a_checkpoint_holds_and_the_number_is_that_of_one_
         for key, tensor in tensors.items():
             assert torch.equal(tensor, saved[key]), (case, key)
             torch.testing.assert_close(tensor, alone_tensors[key], rtol=1e-4, atol=1e-5)
+
+
+def test_adapters_of_a_run_that_has_diverged_are_not_given(files, tmp_path):
+    with one_rank(with_groups=False), built(job_of("lora", {}, files, tmp_path)) as (state, _):
+        trained = (one for one in state.model_chunks[0].parameters() if one.requires_grad)
+        next(trained).data.fill_(torch.nan)
+        run = gathered_adapters(state)
+        assert run is not None
+        with pytest.raises(ConfigurationError, match="decoder.* holds NaN or infinities: training has diverged"):
+            dict(in_own_form(run).tensors())
