@@ -17,7 +17,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
-Check = Literal["positive", "not_negative", "even", "fraction", "not_empty", "in_a_folder"]
+Check = Literal["positive", "not_negative", "even", "fraction", "not_empty", "in_a_folder", "address", "plain_name"]
 # Check -> (whether a value passes, what is told of another one).
 CHECKS: Mapping[Check, tuple[Callable[[Any], bool], str]] = {
     "positive": (lambda value: value > 0, "is {}; it must be above 0."),
@@ -25,6 +25,11 @@ CHECKS: Mapping[Check, tuple[Callable[[Any], bool], str]] = {
     "even": (lambda value: value > 0 and value % 2 == 0, "is {}; its halves are paired: use an even size."),
     "fraction": (lambda value: 0 <= value < 1, "is {}; it is a fraction, at least 0 and below 1."),
     "not_empty": (lambda value: value != "", "has an empty value (an unset variable?): give one, or leave it out."),
+    "address": (lambda url: url.startswith(("http://", "https://")), "{}: give an address as http://localhost:8000."),
+    "plain_name": (
+        lambda name: re.fullmatch(r"[\w.-]+", name) is not None,
+        "{}: give letters, digits, dots, dashes and underscores alone.",
+    ),
     "in_a_folder": (lambda path: path.parent.is_dir(), "{0}: there is no folder {0.parent}; make it first."),
 }
 

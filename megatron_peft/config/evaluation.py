@@ -1,6 +1,5 @@
 """What is asked of a model: the flags of generation and of evaluation on tasks."""
 
-import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -137,8 +136,12 @@ class HarnessSettings(EngineSettings):
 class SyncSettings(Checked):
     """The server that `megatron-peft sync` gives a run's adapter to."""
 
-    server: str = required_option("address of a running vllm serve, as http://localhost:8000", metavar="URL")
-    name: str | None = option(None, "what clients call it, before -ITERATION (default: the run folder's name)")
+    server: str = required_option(
+        "address of a running vllm serve, as http://localhost:8000", metavar="URL", check="address"
+    )
+    name: str | None = option(
+        None, "what clients call it, before -ITERATION (default: the run folder's name)", check="plain_name"
+    )
     folder: str | None = option(
         None, "where the exported versions lie, which the server has to see too (default: served in the run's folder)"
     )
@@ -153,9 +156,3 @@ class SyncSettings(Checked):
         check="not_negative",
     )
     engine_python: Path = engine_python(needs="")
-
-    def check(self, require: Requirements) -> None:
-        told = f"--server {self.server}: give an address as http://localhost:8000."
-        require(self.server.startswith(("http://", "https://")), told)
-        told = f"--name {self.name}: give letters, digits, dots, dashes and underscores alone."
-        require(self.name is None or re.fullmatch(r"[\w.-]+", self.name) is not None, told)

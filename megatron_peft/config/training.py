@@ -309,13 +309,20 @@ class CheckpointConfig(Checked):
     sync_server: str | None = _of_sync(
         None,
         "a running vllm serve, as http://localhost:8000, which gets the adapters while they are trained",
+        check="address",
         metavar="URL",
     )
     sync_interval: int = _of_sync(
-        100, "steps between its versions; the last step is given too", check="positive", needs="sync_server"
+        100,
+        "steps between its versions; the last step is given too, unless the run was asked to stop",
+        check="positive",
+        needs="sync_server",
     )
     sync_name: str | None = _of_sync(
-        None, "what clients call them, before -ITERATION (default: the --save folder's name)", needs="sync_server"
+        None,
+        "what clients call them, before -ITERATION (default: the --save folder's name)",
+        check="plain_name",
+        needs="sync_server",
     )
     sync_folder: str | None = _of_sync(
         None,

@@ -6,7 +6,8 @@ Letters: s sequence, t tensor-parallel size.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 from typing import Any, TypeVar
 
 import torch
@@ -130,7 +131,7 @@ def sum_partial_gradients_over_tensor_parallel(model_chunks: Iterable[nn.Module]
     sum_coalesced([gradient_of(one) for one in trained if getattr(one, PARTIAL_OVER_TENSOR_PARALLEL, False)], group)
 
 
-SECONDS_TO_ASK_AGAIN = 5.0
+SECONDS_TO_GO_ON = 5.0
 Sent = TypeVar("Sent")
 Found = TypeVar("Found")
 
@@ -143,16 +144,27 @@ def from_first_rank(find: Callable[[], Found], channel: SideChannel | None = Non
 def awaited_from_first_rank(find: Callable[[], Found]) -> Found:
     """As `from_first_rank`, of what may take longer than a collective may. A collective.
 
-    It is found in a thread, and the ranks ask for it again and again.
+    Meanwhile a thread of the first rank tells the others that it goes on.
     """
-    pool = ThreadPoolExecutor(1, initializer=device_setter())
-    try:
-        work = pool.submit(find) if dist.get_rank() == 0 else None
-        while not from_first_rank(lambda: work is None or not wait([work], SECONDS_TO_ASK_AGAIN).not_done):
+    is_first, is_found, enters = dist.get_rank() == 0, Event(), device_setter()
+
+    def go_on() -> None:
+        enters()
+        while not from_first_rank(lambda: is_found.wait(SECONDS_TO_GO_ON)):
             pass
-        return from_first_rank(lambda: work.result())  # pyright: ignore[reportOptionalMemberAccess]
-    finally:
-        pool.shutdown(wait=False)  # a rank that is lost ends all, and not when the thread does
+
+    def found() -> Found:
+        with ThreadPoolExecutor(1) as beside:
+            goes_on = beside.submit(go_on)
+            try:
+                return find()
+            finally:
+                is_found.set()
+                goes_on.result()
+
+    if not is_first:
+        go_on()
+    return from_first_rank(found)
 
 
 def gathered_by_first_rank(

@@ -33,11 +33,11 @@ class Engine:
 
     library, package, script, needs, environment = "vLLM", "vllm", "vllm_script.py", "vLLM", ".venv-vllm"
 
-    def __init__(self, python: Path | None = None) -> None:
-        """python: None is that of the environment that `make engines` makes."""
+    def __init__(self, python: Path | None = None, flag: str = "--engine-python") -> None:
+        """python: None is that of the environment that `make engines` makes; flag: that named it, for messages."""
         self._python = python = python or Path(self.environment, "bin", "python")
         hint = (
-            f"give --engine-python the Python of an environment with {self.needs} (make engines makes "
+            f"give {flag} the Python of an environment with {self.needs} (make engines makes "
             f"{self.environment} for CPUs)."
         )
         self._told = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
@@ -46,7 +46,7 @@ class Engine:
         try:
             self._process = subprocess.Popen([str(python), str(script)], text=True, **pipes)
         except OSError as error:
-            told = f"--engine-python {python} cannot be started ({error.strerror}): {hint}"
+            told = f"{flag} {python} cannot be started ({error.strerror}): {hint}"
             raise ConfigurationError(told) from error
         try:
             versions = self.ask("versions")
@@ -55,7 +55,7 @@ class Engine:
             raise
         if self.package not in versions:
             self.close()
-            raise ConfigurationError(f"--engine-python {python} has no {self.library}: {hint}")
+            raise ConfigurationError(f"{flag} {python} has no {self.library}: {hint}")
         self.name = f"{self.library} {versions[self.package]}"
 
     def __enter__(self) -> Self:

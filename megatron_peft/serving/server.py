@@ -20,11 +20,11 @@ START = "start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve BASE --enab
 class Server:
     """The server at an address; VLLM_API_KEY is its key, if it wants one. ConfigurationError: what it refuses.
 
-    flag: that named the address, for messages.
+    flag: that named the address, for messages; seconds: to wait for an answer, or for more of it.
     """
 
-    def __init__(self, url: str, flag: str = "--server") -> None:
-        self.url, self._flag = url.rstrip("/"), flag
+    def __init__(self, url: str, flag: str = "--server", seconds: float = SECONDS) -> None:
+        self.url, self._flag, self._seconds = url.rstrip("/"), flag, seconds
 
     def models(self) -> list[dict[str, Any]]:
         """What it serves: of each at least its `id`, and the `parent` of an adapter, which a base does not have."""
@@ -60,7 +60,7 @@ class Server:
         headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
         data = None if content is None else json.dumps(content).encode()
         try:
-            with urlopen(Request(self.url + path, data, headers), timeout=SECONDS) as answer:
+            with urlopen(Request(self.url + path, data, headers), timeout=self._seconds) as answer:
                 return answer.read().decode(errors="replace")
         except HTTPError as error:
             said = ""
@@ -69,6 +69,6 @@ class Server:
             hint = f": {START}" if error.code == 404 and "lora_adapter" in path and "adapter" not in said else ""
             told = f"{self._flag} {self.url} refuses {path} ({error.code} {error.reason}: {said}){hint}."
             raise ConfigurationError(told) from error
-        except (OSError, HTTPException) as error:
+        except (OSError, HTTPException, ValueError) as error:  # of a redirection too
             reason = getattr(error, "reason", None) or error or type(error).__name__
             raise ConfigurationError(f"{self._flag} {self.url} does not answer ({reason}): {START}.") from error

@@ -29,7 +29,7 @@ from megatron_peft.models.shape import ModelShape
 from megatron_peft.runtime.launch import checked_together
 from megatron_peft.serving.engine import Engine
 from megatron_peft.serving.served import bindings_of
-from megatron_peft.serving.server import Server
+from megatron_peft.serving.server import SECONDS, Server
 from megatron_peft.serving.trained import export_lora, is_lora
 
 PREFIXES = (1, 5, 17, 32)  # tokens of a prompt before the compared ones
@@ -48,11 +48,11 @@ def asked_tokens(vocab_size: int, longest: int) -> Asked:
 
 
 def started_sync(
-    settings: SyncSettings, peft: PeftConfig, shape: ModelShape, base: str | None, run: Path, flags: str = "--"
+    settings: SyncSettings, peft: PeftConfig, shape: ModelShape, base: str | None, run: Path, **how: Any
 ) -> "Sync":
     """The first rank gives versions of the run in the folder `run`. A collective.
 
-    flags: what stands in front of the names of `settings`, in messages.
+    how: `flags` and `seconds` of `Sync`.
 
     ConfigurationError, on every rank: nothing that can be served, no server, no engine to ask what it binds, a folder
     that cannot be written or that another has.
@@ -60,7 +60,7 @@ def started_sync(
     told = f"{run}: --peft-method full trains no adapter: merge or convert it, and serve the folder."
     require(peft.trains_adapters, told)
     is_lora(peft, shape)  # or why vLLM takes none
-    sync = Sync(settings, Path(str(base)), run, flags)
+    sync = Sync(settings, Path(str(base)), run, **how)
     checked_together(lambda: sync.start() if dist.get_rank() == 0 else None)
     return sync
 
@@ -68,9 +68,14 @@ def started_sync(
 class Sync:
     """What the first rank does."""
 
-    def __init__(self, settings: SyncSettings, base: Path, run: Path, flags: str = "--") -> None:
-        """base: the model's folder; run: the run's, from which versions have name and folder if `settings` has none."""
-        self.server = Server(settings.server, f"{flags}server")
+    def __init__(
+        self, settings: SyncSettings, base: Path, run: Path, flags: str = "--", seconds: float = SECONDS
+    ) -> None:
+        """base: the model's folder; run: the run's, from which versions have name and folder if `settings` has none.
+
+        flags: what stands in front of the names of `settings`, in messages; seconds: to wait for an answer.
+        """
+        self.server = Server(settings.server, f"{flags}server", seconds)
         self._settings, self._base, self._flags = settings, base, flags
         self._name = settings.name or run.name
         self._folder = Path(settings.folder or run / "served").absolute()
@@ -89,7 +94,7 @@ class Sync:
         locked(self._lock.fileno(), self._folder, lambda: told, 0.0)
         self.server.models()
         if "binding" not in self._settings.skip:
-            with Engine(self._settings.engine_python):
+            with Engine(self._settings.engine_python, f"{self._flags}engine-python"):
                 pass
 
     def give(self, run: Run, own: float | None, asked: Asked) -> str:

@@ -18,6 +18,8 @@ from megatron_peft.parallel.collectives import awaited_from_first_rank
 from megatron_peft.serving.sync import Asked, asked_tokens, started_sync
 from megatron_peft.training.step import validation_loss
 
+SECONDS = 60.0  # for one answer, since a run that is asked to stop waits for it
+
 
 class LiveSync:
     """The server of a run, and what is compared of each version. Its methods are collectives."""
@@ -31,18 +33,18 @@ class LiveSync:
         run = Path(checkpoint.save or checkpoint.sync_folder or "").resolve()
         self._settings = _settings(checkpoint)
         base = config.model.pretrained_checkpoint
-        self._sync = started_sync(self._settings, config.peft, shape, base, run, "--sync-")
-        self._interval, self._last, self._problem = checkpoint.sync_interval, data.train_iters, ""
+        self._sync = started_sync(self._settings, config.peft, shape, base, run, flags="--sync-", seconds=SECONDS)
+        self._interval, self._problem = checkpoint.sync_interval, ""
         self._asked = asked_tokens(shape.vocab_size, seq_length)
         self._batches = _batches(self._asked, data.train, seq_length)
 
-    def after_step(self, state: TrainingState) -> str:
-        """What was given after this step, for a terminal; empty if none was due. The last step is always given.
+    def after_step(self, state: TrainingState, is_last: bool) -> str:
+        """What was given after this step, for a terminal; empty if none was due.
 
         A version that is refused is a warning, and the run goes on.
         """
         iteration = state.position.iteration
-        if not self._interval or (iteration % self._interval and iteration != self._last):
+        if not self._interval or (iteration % self._interval and not is_last):
             return ""
         own = None
         if "numbers" not in self._settings.skip:  # log p of one token of each sample, by the forward of a validation

@@ -25,7 +25,7 @@ from megatron_peft.training.terminal import Progress
 from megatron_peft.training.update import mixed_layers, mixtures
 from megatron_peft.training.watchers import Interval, Record, Watchers, watched_steps
 
-AfterStep = Callable[[TrainingState], str]
+AfterStep = Callable[[TrainingState, bool], str]  # the state, and whether this was the last step
 
 
 def train(
@@ -39,7 +39,8 @@ def train(
 
     data: of which the training steps are set to the state's position.
     planned_peak: bytes of this rank's planned peak, once it is known, or why it cannot be; printed beside the measured.
-    after_step: called on every rank after each step, whose time does not count; what it returns is printed.
+    after_step: called on every rank after each step, after the last one once it is saved, if the run was not asked to
+        stop; its time does not count, and what it returns is printed.
     Returns why it ended, a sentence for the terminal.
     Raises CheckpointNotSaved: on every rank, if the last checkpoint could not be written. Earlier failures only warn.
     Raises ConfigurationError: on every rank, at a save: --save was moved away, and another run has that folder now.
@@ -83,6 +84,8 @@ class _Run:
         steps.close()  # type: ignore[attr-defined]
         # Save before the test loss, so that a failure there loses nothing.
         self._save_the_end()
+        if position.iteration > first and reason != self._asked_to_stop():  # it may be killed soon
+            self._after_step(is_last=True)
         if self.data.test is not None and position.iteration >= self.data.train_iters:
             try:
                 loss = f"{self._loss_on(self.data.test, 'test'):.6E}"
@@ -153,12 +156,16 @@ class _Run:
         is_best = config.checkpoint.keep_best and self.state.best.iteration == position.iteration
         if is_best or _due(position.iteration, config.checkpoint.save_interval):
             self._save()
+        if not reason and position.iteration < self.data.train_iters:
+            self._after_step(is_last=False)
+        return reason
+
+    def _after_step(self, is_last: bool) -> None:
         if self.after_step is not None:
             with self.watchers.paused():
-                told = self.after_step(self.state)
+                told = self.after_step(self.state, is_last)
             if told:
                 self.progress.message(told)
-        return reason
 
     def _asked_to_stop(self) -> str:
         return f"asked to stop at iteration {self.state.position.iteration}"

@@ -138,7 +138,7 @@ def finetune(
     """Train `config` to its end. The processes must be joined (`runtime.launch.world`).
 
     run_file: written to run.yaml in the folder of --save, so that the run can be repeated from it.
-    after_step: called on every rank after each step, in the place of what --sync-server asks for.
+    after_step: as of `train`, in the place of what --sync-server asks for.
     Raises ConfigurationError, on every rank, before anything large is loaded or anything is written.
     """
     # Checks go from cheap to expensive, each on all ranks together: a rank that fails alone would hang the others.

@@ -1,5 +1,6 @@
 """Slices of a linear layer join to the whole; collectives and sums of partial gradients on two ranks and on one."""
 
+import threading
 import time
 from typing import Any
 from unittest import mock
@@ -161,10 +162,12 @@ def waited_for(seconds_of_a_collective: float) -> str:
     def refuse() -> None:
         raise ConfigurationError("no")
 
-    with mock.patch.object(collectives, "SECONDS_TO_ASK_AGAIN", seconds_of_a_collective / 4):
+    with mock.patch.object(collectives, "SECONDS_TO_GO_ON", seconds_of_a_collective / 4):
         found = collectives.awaited_from_first_rank(slowly)
     with pytest.raises(ConfigurationError, match="no"):
         collectives.awaited_from_first_rank(refuse)
+    threads = collectives.awaited_from_first_rank(lambda: threading.current_thread() is threading.main_thread())
+    assert threads, "an interrupt ends what the first rank does"
     stop()
     return found
 

@@ -4,6 +4,7 @@ real `vllm serve` under load."""
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -15,25 +16,28 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_peft.checkpoint.run_record import find_checkpoint
 from megatron_peft.cli.parser import read_config
 from megatron_peft.config import ConfigurationError, PeftConfig
 from megatron_peft.config.evaluation import SyncSettings
-from megatron_peft.conversion.peft_export import export_adapter
+from megatron_peft.conversion.peft_export import PeftAdapter, export_adapter
 from megatron_peft.evaluation import sync as evaluated
 from megatron_peft.evaluation.model import saved_values
 from megatron_peft.models.families import read_shape
+from megatron_peft.parallel.collectives import awaited_from_first_rank
 from megatron_peft.serving import sync as module
 from megatron_peft.serving import trained as serving
 from megatron_peft.serving.engine import Engine
 from megatron_peft.serving.served import Binding, give_in_memory
 from megatron_peft.serving.server import Server
 from megatron_peft.serving.trained import lora_of
-from megatron_peft.training import live_sync
+from megatron_peft.training import live_sync, loop
 from megatron_peft.training import run as training
 from megatron_peft.training.metrics import METRICS_FILE, read_metrics
 from tests.evaluation.worded_llama import save_words
@@ -67,7 +71,7 @@ class Recorded:
             return 200, json.dumps({"data": told})
         if what == "completions":
             self.asked += [f"ask {content['model']}"] * (len(content["prompt"]) == 1)
-            assert content["max_tokens"] == len(content["allowed_token_ids"]) == 1
+            assert content["ignore_eos"] and content["max_tokens"] == len(content["allowed_token_ids"]) == 1
             answered = self.log_prob(len(content["prompt"]))
             return 200, json.dumps({"choices": [{"logprobs": {"token_logprobs": [answered]}}]})
         name, is_new = content["lora_name"], what == "load_lora_adapter"
@@ -114,7 +118,8 @@ def trained(tmp_path_factory) -> Path:
 
 
 def synced(url: str, load: Path, folder: Path, **settings: Any) -> None:
-    with one_rank(with_groups=False):
+    awaits = mock.patch.object(evaluated, "awaited_from_first_rank", side_effect=awaited_from_first_rank)
+    with awaits, one_rank(with_groups=False):
         config = read_config(["--load", str(load)], saved=saved_values)
         evaluated.sync_run(config, SyncSettings(url, folder=str(folder), **settings))
 
@@ -129,7 +134,7 @@ def test_a_version_is_loaded_under_a_name_of_its_own_and_the_one_before_goes(ser
         return [Binding("vLLM 1", 14, 8, ())]
 
     monkeypatch.setattr(module, "bindings_of", bindings_of)
-    monkeypatch.setattr(module, "Engine", lambda python: nullcontext())
+    monkeypatch.setattr(module, "Engine", lambda *_: nullcontext())
     for step in (2, 4, 4):
         synced(url, trained / f"iter_000000{step}", tmp_path, skip=("numbers",))
     assert recorded.asked == ["load run-0000002", "load run-0000004", "unload run-0000002"]
@@ -173,6 +178,21 @@ def test_a_name_that_comes_again_lies_under_another_path_and_is_given_unless_it_
     with pytest.raises(ConfigurationError, match="serves run-0000004 from .*, not from here: give another --name"):
         synced(url, trained / "iter_0000004", another, skip=("binding",), tolerance=100.0)
     assert not any(path.is_dir() for path in another.iterdir())
+
+
+def test_an_interrupt_while_a_version_is_compared_unloads_it(server, trained, tmp_path, monkeypatch):
+    url, recorded = server
+
+    def interrupts(num_tokens: int) -> float:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.5)
+        return -1.0
+
+    recorded.log_prob = interrupts
+    with pytest.raises(KeyboardInterrupt):
+        synced(url, trained, tmp_path, skip=("binding",), tolerance=100.0)
+    assert recorded.asked == ["load run-0000006", "ask base", "unload run-0000006"] and [*recorded.served] == ["base"]
+    assert not any(path.is_dir() for path in tmp_path.iterdir())
 
 
 def test_what_an_interrupt_keeps_from_being_compared_is_not_served(server, trained, tmp_path, monkeypatch):
@@ -295,18 +315,21 @@ def test_a_server_that_is_gone_is_told_at_length_once(server, tmp_path, monkeypa
     url, recorded = server
     after_step, compared = live_sync.LiveSync.after_step, list[Any]()
 
-    def gone(*given: Any) -> str:  # after the look at the start
-        recorded.refuses["models"] = 503, "gone"
-        return after_step(*given)
+    def goes(live: Any, state: Any, is_last: bool) -> str:  # after the look at the start; it comes back for one step
+        recorded.refuses = {} if state.position.iteration == 3 else {"models": (503, "gone")}
+        return after_step(live, state, is_last)
 
     monkeypatch.setattr(live_sync, "validation_loss", lambda *given: compared.append(given) or 1.0)
-    monkeypatch.setattr(live_sync.LiveSync, "after_step", gone)
-    flags = ("--sync-server", url, "--sync-interval", "2", "--sync-skip", "binding", "numbers")
+    monkeypatch.setattr(live_sync.LiveSync, "after_step", goes)
+    flags = ("--sync-server", url, "--sync-interval", "1", "--sync-skip", "binding", "numbers")
     trained_with(tmp_path, "--peft-method", "lora", *flags)
     told = re.findall("WARNING: iteration (.*)", capsys.readouterr().out)
-    assert compared == []
-    assert told[0].startswith(f"2 was not given to the server: --sync-server {url} refuses /v1/models (503 ")
-    assert told[1:] == [f"{at} was not given to the server: for the same reason. Training continues." for at in (4, 6)]
+    at_length = [
+        line for line in told if f"was not given to the server: --sync-server {url} refuses /v1/models" in line
+    ]
+    assert [line[0] for line in at_length] == ["1", "4"] and compared == []
+    shortly = "was not given to the server: for the same reason. Training continues."
+    assert [line for line in told if line not in at_length] == [f"{at} {shortly}" for at in (2, 5, 6)]
 
 
 def test_a_run_that_no_lora_equals_is_told_once_and_trained(server, tmp_path, monkeypatch, capsys):
@@ -324,7 +347,7 @@ def test_a_run_that_no_lora_equals_is_told_once_and_trained(server, tmp_path, mo
     [
         (["--peft-method", "full"], "--peft-method full trains no adapter: merge or convert it"),
         (["--peft-method", "lora", "--sync-server", "http://127.0.0.1:1"], "1:1 does not answer .*vllm serve BASE"),
-        (["--peft-method", "lora", "--sync-engine-python", "/none"], "--engine-python /none cannot be started"),
+        (["--peft-method", "lora", "--sync-engine-python", "/none"], "^--sync-engine-python /none cannot be started"),
     ],
 )
 def test_a_run_that_cannot_be_synced_ends_before_a_model_is_loaded(server, flags, told, tmp_path, monkeypatch):
@@ -339,7 +362,71 @@ def test_a_family_that_no_lora_is_served_of_is_told_at_the_start(tmp_path):
         module.started_sync(SyncSettings("http://127.0.0.1:1"), PeftConfig(), shape, None, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--sync-server", "foo"], "--sync-server foo: give an address"),
+        (["--sync-server", "http://x", "--sync-name", "a/b"], "--sync-name a/b: give letters"),
+    ],
+)
+def test_settings_of_a_sync_are_named_as_they_were_typed(flags, told, tmp_path):
+    with pytest.raises(ConfigurationError, match=told):
+        read_config([*words_of_a_run(tmp_path), *flags])
+
+
+def test_a_run_that_ends_early_gives_its_last_step_once_it_is_saved(server, tmp_path, capsys):
+    url, recorded = server
+    flags = ("--sync-server", url, "--sync-interval", "4", "--sync-skip", "binding", "numbers", "--exit-interval", "5")
+    trained_with(tmp_path, "--peft-method", "lora", *flags)
+    assert recorded.asked == ["load run-0000004", "load run-0000005", "unload run-0000004"]
+    printed = capsys.readouterr().out
+    assert printed.index("saved iteration 5") < printed.index("serves run-0000005")
+
+
+def test_a_run_that_is_asked_to_stop_gives_nothing_more(server, tmp_path, monkeypatch):
+    url, recorded = server
+    monkeypatch.setattr(loop._Run, "_wants_to_stop", lambda run: run.state.position.iteration == 4)
+    flags = ("--sync-server", url, "--sync-interval", "2", "--sync-skip", "binding", "numbers")
+    trained_with(tmp_path, "--peft-method", "lora", *flags)
+    assert recorded.asked == ["load run-0000002", "load run-0000004", "unload run-0000002"]
+
+
+def test_what_cannot_be_written_names_the_flag_of_the_folder(server, tmp_path, trained, monkeypatch):
+    def full(*_: Any) -> None:
+        raise ConfigurationError("--output x could not be written: give another --output.")
+
+    monkeypatch.setattr(module, "export_lora", full)
+    sync = module.Sync(SyncSettings(server[0], folder=str(tmp_path)), tmp_path, trained, "--sync-")
+    with pytest.raises(ConfigurationError, match="^--sync-folder x could not be written: give another --sync-folder"):
+        sync.give(find_checkpoint(trained), None, [])
+
+
+def test_an_adapter_in_memory_that_is_not_bound_whole_is_not_kept():
+    found: Any = json.loads(Path(__file__).with_name("recorded.json").read_text())
+    asked = list[Any]()
+
+    class Asked:
+        name = "vLLM 1"
+
+        def ask(self, what: str, **how: Any) -> dict[str, Any]:
+            asked.append((what, how.get("is_kept")))
+            return {"slots": found["slots"], "found": found["adapters"][self.at]}
+
+    for Asked.at in (0, 1):
+        adapter = PeftAdapter(found["settings"][Asked.at], {}, lambda: [("a", torch.zeros(2))])
+        refused = pytest.raises(ConfigurationError, match="bound to nothing")
+        with refused if Asked.at else nullcontext():
+            give_in_memory(Asked(), adapter)  # type: ignore[arg-type]
+    assert asked == [("give", None), ("keep", True), ("give", None), ("keep", False)]
+
+
+def test_a_server_that_hangs_is_told_after_some_time():
+    with socket.create_server(("127.0.0.1", 0)) as listening, pytest.raises(ConfigurationError, match="not answer"):
+        Server(f"http://127.0.0.1:{listening.getsockname()[1]}", seconds=0.2).models()
+
+
 BROKEN = {
+    "a redirection to nowhere": b"HTTP/1.0 302 Found\r\nLocation: http://[x\r\n\r\n",
     "cut off": b"HTTP/1.0 200 OK\r\nContent-Length: 100\r\n\r\n{}",
     "no HTTP": b"garbage\r\n\r\n",
     "a refusal cut off": b"HTTP/1.0 500 Oh\r\nContent-Length: 100\r\n\r\nno",
@@ -368,12 +455,12 @@ def test_an_adapter_of_other_shapes_is_bound_anew(trained, tmp_path, monkeypatch
     syncing = module.Sync(SyncSettings("http://127.0.0.1:1", folder=str(tmp_path)), tmp_path, trained)
     bound = list[Path]()
     monkeypatch.setattr(module, "bindings_of", lambda *given: bound.extend(given[2]) or [Binding("vLLM 1", 1, 4, ())])
-    for name, features in (("a", 8), ("b", 8), ("c", 16)):
+    for name, features, alpha in (("a", 8, 1), ("b", 8, 1), ("c", 16, 1), ("d", 16, 2)):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "adapter_config.json").write_text('{"r": 4}')
+        (tmp_path / name / "adapter_config.json").write_text(f'{{"r": 4, "lora_alpha": {alpha}}}')
         save_file({"q.lora_A.weight": torch.zeros(4, features)}, tmp_path / name / "adapter_model.safetensors")
         syncing._require_bound(tmp_path / name)
-    assert [path.name for path in bound] == ["a", "c"]
+    assert [path.name for path in bound] == ["a", "c", "d"]
 
 
 @pytest.mark.parametrize("answer", ["[]", '{"data": 5}', '{"choices": [{}]}', "no JSON", '{"data": [{}]}'])

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from megatron_peft.conversion.peft_export import in_own_form
 from megatron_peft.conversion.trained_adapters import TrainedAdapters, gathered_adapters, open_run
 from megatron_peft.data.samples import PackedOrder
 from megatron_peft.models.families import read_shape
+from megatron_peft.parallel.collectives import awaited_from_first_rank
 from megatron_peft.runtime.launch import start_world
 from megatron_peft.serving.sync import Sync, started_sync
 from megatron_peft.training import live_sync as module
@@ -72,17 +74,19 @@ def given_by(job: Job) -> Found | None:
             given.append((own, tensors_of(run, job.base)))
             return f"gave {run.record.position['iteration']}"
 
-    module.started_sync = lambda settings, peft, shape, base, run, flags: Recorded(settings, Path(str(base)), run)
+    module.started_sync = lambda settings, peft, shape, base, run, **_: Recorded(settings, Path(str(base)), run)
+    awaits = mock.patch.object(module, "awaited_from_first_rank", side_effect=awaited_from_first_rank)
     try:
-        with built(job) as (state, data):
+        with awaits as awaited, built(job) as (state, data):
             live, told = LiveSync(state.config, read_shape(job.base), data), list[str]()
             is_packed = [isinstance(batches.order, PackedOrder) for batches in (live._batches, data.train)]
             steps = iter(data.train)
             for _ in range(NUM_STEPS):
                 train_step(state, next(steps))
                 state.position.iteration += 1
-                told.append(live.after_step(state))
+                told.append(live.after_step(state, False))
             checkpoint = draft_checkpoint(state).complete()
+        assert awaited.call_count == 1, "the others wait longer than a collective may"
     finally:
         module.started_sync = started_sync
     if not given:
