@@ -349,6 +349,7 @@ def test_a_run_that_no_lora_equals_is_told_once_and_trained(server, tmp_path, mo
         (["--peft-method", "lora", "--sync-server", "http://127.0.0.1:1"], "1:1 does not answer .*vllm serve BASE"),
         (["--peft-method", "lora", "--sync-engine-python", "/none"], "^--sync-engine-python /none cannot be started"),
     ],
+    ids=["nothing to serve", "no server", "no engine"],
 )
 def test_a_run_that_cannot_be_synced_ends_before_a_model_is_loaded(server, flags, told, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "build_state", None)
