@@ -7,6 +7,7 @@ gradient of each token's loss, and completes it over the tensor-parallel ranks a
 Letters: s sequence, b batch, t tensor-parallel size, h hidden size, n tokens of a chunk, v a rank's own vocabulary.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,11 +20,11 @@ from megatron_peft.adapters.linear import FrozenColumnParallelLinear
 from megatron_peft.adapters.quantized_weight import dense_rows
 from megatron_peft.config import RunConfig
 from megatron_peft.models.shape import ModelShape
-from megatron_peft.runtime.cpu_kernels import add_linear, flat, linear_into
+from megatron_peft.runtime.cpu_kernels import flat, linear, linear_into
 from megatron_peft.runtime.precision import full_precision
 
 LOGITS_BYTES = 2**26
-ROWS_BYTES = 2**25  # of the output layer that are multiplied at a time
+ROWS_BYTES, FEW_BYTES = 2**25, 2**20  # of the output layer that are multiplied at a time
 
 
 def chunk_tokens(asked: int | None, vocab_size: int) -> int:
@@ -128,29 +129,41 @@ class ChunkedLossModel(GPTModel):
         # The gradient takes the place of gathered tokens, which nobody else has.
         dx = x if call.splits_sequence else torch.empty(x.shape, dtype=x.dtype, device=x.device)
         losses = []
-        num_chunks = -(-labels.numel() // self.config.loss_chunk_tokens)
+        num_chunks = max(-(-labels.numel() // self.config.loss_chunk_tokens), 1)
         chunks = [one.tensor_split(num_chunks) for one in (flat(x), flat(dx), labels.t().flatten())]
         room = x.new_empty(len(chunks[0][0]), len(weight))  # for the logits of every chunk: fresh memory takes long
         for some_x, some_dx, some_labels in zip(*chunks, strict=True):
             logits = room[: len(some_x)].detach()
-            for rows, part in dense_rows(weight, ROWS_BYTES):
+            for rows, part in _rows(weight):
                 linear_into(logits[:, rows], some_x, part)
             logits = head.masked(logits)[:, None].requires_grad_(has_gradient)  # [n, 1, v]
             loss = whole_loss(some_labels[None], logits)
             if has_gradient:
                 (gradient,) = torch.autograd.grad(loss, logits, torch.ones_like(loss))
-                # It may be in the memory of the logits.
-                for rows, part in dense_rows(weight, ROWS_BYTES):
-                    some_gradient = gradient.detach()[:, 0, rows]
-                    if rows.start:
-                        add_linear(some_dx, some_gradient, part.t())
-                    else:
-                        linear_into(some_dx, some_gradient, part.t())
+                _multiply_into(some_dx, gradient.detach()[:, 0], weight)  # it may be in the memory of the logits
                 del gradient
             losses.append(loss.detach())
             del logits, loss  # before the next ones are made
         all_losses = torch.cat(losses, 1).view(labels.t().shape).t().contiguous()
         return _WithInputGradient.apply(hidden, all_losses, dx, call) if has_gradient else all_losses
+
+
+def _rows(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of the output layer that are multiplied at a time: of a large one an eighth, since the product is copied."""
+    return dense_rows(weight, min(ROWS_BYTES, max(weight.nbytes // 8, FEW_BYTES)))
+
+
+def _multiply_into(dx: Tensor, gradient: Tensor, weight: Tensor) -> None:  # [n, h], [n, v], [v, h]
+    """Put gradient W into dx. In low precision the product with some rows is rounded once, and the sum again."""
+    total: Tensor | None = None
+    for rows, part in _rows(weight):
+        if rows.start == 0 and len(part) == len(weight):
+            linear_into(dx, gradient, part.t())
+            return
+        product = linear(gradient[:, rows], part.t())
+        total = product.float() if total is None else total.add_(product)
+    assert total is not None
+    dx.copy_(total)
 
 
 class _WithInputGradient(Function):

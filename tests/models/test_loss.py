@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from math import prod
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from megatron_peft.models.kernels import Installed
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.rehearsal.program import Call
 from megatron_peft.rehearsal.recorder import LiveMemory, Recorder
+from megatron_peft.runtime import cpu_kernels
 from megatron_peft.runtime.launch import model_parallel, start_world
 from tests.one_rank import one_rank
 from tests.ranks import run_ranks
@@ -136,6 +138,47 @@ def test_a_quantized_output_layer_is_dense_some_rows_at_a_time(world, monkeypatc
             found.append((losses.detach(), model.hidden[-1].grad if trains else losses))
     torch.testing.assert_close(found[1], found[0])
     assert rows == ([10] * 12 + [8]) * 5, "128 rows with padding, in each of five chunks"
+
+
+@pytest.mark.parametrize("num_tokens", [1, 5, 24])
+def test_rows_of_an_output_layer_are_multiplied_after_one_another_by_onednn(world, monkeypatch, num_tokens):
+    model = _frozen()
+    monkeypatch.setattr(cpu_kernels, "_FEWEST_FOR_ONEDNN", 0)
+    monkeypatch.setattr(loss, "FEW_BYTES", 0)
+    if not cpu_kernels.onednn_takes(torch.ones(1)):
+        pytest.skip("a torch without oneDNN")
+    rows, found = [], []
+    _note_logits(monkeypatch, lambda _, weight: rows.append(len(weight)))
+    for model.config.loss_chunk_tokens in (0, num_tokens):
+        losses = _losses(model)
+        (losses * WEIGHTS).sum().backward()
+        found.append((losses.detach(), model.hidden[-1].grad))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
+    assert rows == [16] * 8 * -(-ROWS * LENGTH // num_tokens), "an eighth of 128 rows, for each chunk"
+
+
+def test_a_gradient_of_many_rows_is_as_exact_in_bfloat16_as_of_all_at_once(world):
+    """Of 64 products that are added, each rounded once; the running sum is in float32."""
+    sizes = {"tied_embeddings": False, "hidden_size": 64, "ffn_hidden_size": 128, "kv_channels": 16}
+    model = _frozen(sizes, bf16=True, base_precision="nf4", quantize_output_layer=True)
+    weight, generator = model.output_weight, torch.Generator().manual_seed(0)
+    weight.quantized.fill_rows(slice(None), torch.randn(weight.shape, generator=generator))
+    gradient = torch.randn(16, len(weight), generator=generator).bfloat16()
+    exact = gradient.double() @ weight.quantized.dense().double()
+    errors = []
+    for most_bytes in (2**30, 2 * 64 * 2):
+        dx = torch.empty(16, 64, dtype=torch.bfloat16)
+        with mock.patch.object(loss, "_rows", lambda weight, most=most_bytes: loss.dense_rows(weight, most)):
+            loss._multiply_into(dx, gradient, weight)
+        errors.append(float((dx.double() - exact).norm() / exact.norm()))
+    assert errors[1] < 1.5 * errors[0] < 5e-3
+
+
+def test_no_tokens_have_no_losses(world):
+    model = _frozen(cross_entropy_chunk_tokens=5)
+    empty = torch.zeros(0, 1, SIZES["hidden_size"], requires_grad=True)
+    model.output_layer.hands_on_input = True
+    assert model.compute_language_model_loss(torch.zeros(1, 0, dtype=torch.long), empty).shape == (1, 0)
 
 
 class _Live(TorchDispatchMode):

@@ -581,7 +581,7 @@ def test_an_engine_of_ours_gets_versions_from_memory_and_computes_what_the_run_d
                 assert abs(given[-1][0] - before) > 1e-3
                 return str(bound)
 
-        monkeypatch.setattr(live_sync, "started_sync", lambda *_: InProcess())
+        monkeypatch.setattr(live_sync, "started_sync", lambda *_, **__: InProcess())
         training.finetune(read_config([*words, "--sync-server", "http://none", "--sync-interval", "2"]))
     assert len(given) == 3 and {*loaded} == {1} and not [*tmp_path.rglob("adapter_model.safetensors")]
     assert max(abs(served - own) for served, own in given) < 5e-5, given
