@@ -27,7 +27,7 @@ ALLOWED: Mapping[str, set[str]] = {
     "cli": {"config", "models"},
     "checkpoint": SHARED,
     "conversion": SHARED | {"checkpoint"},
-    "serving": {"config", "runtime", "models", "checkpoint", "conversion"},
+    "serving": {"config", "runtime", "parallel", "models", "checkpoint", "conversion"},
     "data": {"config", "runtime", "checkpoint"},
     "tasks": {"config", "checkpoint", "data"},
     "training": SHARED | {"lora_ga", "checkpoint", "conversion", "serving", "data"},

@@ -36,7 +36,7 @@ from megatron_peft.conversion.hf_files import listed, row_ranges
 from megatron_peft.conversion.megatron_files import StoredSlice, StoredTensor, open_distributed
 from megatron_peft.conversion.pretrained import known_fingerprint, read_model_shape
 from megatron_peft.models.rules import WEIGHT, Rule
-from megatron_peft.parallel.collectives import gathered_by_first_rank
+from megatron_peft.runtime.launch import from_rank, gather_over_world
 
 # The two factors of a low-rank adapter, between Megatron's fused layers and Hugging Face's separate ones.
 #
@@ -201,8 +201,12 @@ def gathered_adapters(state: TrainingState) -> TrainedAdapters | None:
             for one in global_slices(entry)
             if is_main_replica(one.replica_id)
         ]
-        by_rank: list[Any] = []
-        gathered_by_first_rank(lambda: own, by_rank.extend)
+        # One rank after another: a gather takes room for the largest share of each rank on the first one's GPU.
+        holding = [rank for rank, holds in enumerate(gather_over_world(bool(own))) if holds]
+        by_rank = []
+        for rank in holding:
+            of_rank = from_rank(rank, lambda: own)
+            by_rank += [of_rank] if dist.get_rank() == 0 else []
     stored: dict[str, StoredTensor] = {}
     for key, shape, offset, data in sorted(chain(*by_rank), key=itemgetter(0)):
         others = stored[key].slices if key in stored else ()

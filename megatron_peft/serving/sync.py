@@ -15,8 +15,6 @@ from statistics import fmean
 from typing import Any
 from uuid import uuid4
 
-import torch.distributed as dist
-
 from megatron_peft.checkpoint import run_record
 from megatron_peft.checkpoint.folders import MANIFEST, locked, write_atomically
 from megatron_peft.config import ConfigurationError, PeftConfig, require
@@ -26,7 +24,7 @@ from megatron_peft.conversion.hf_files import SafetensorsFile
 from megatron_peft.conversion.trained_adapters import Run, TrainedAdapters
 from megatron_peft.conversion.verify import random_tokens
 from megatron_peft.models.shape import ModelShape
-from megatron_peft.runtime.launch import checked_together
+from megatron_peft.parallel.collectives import awaited_from_first_rank
 from megatron_peft.serving.engine import Engine
 from megatron_peft.serving.served import bindings_of
 from megatron_peft.serving.server import SECONDS, Server
@@ -61,7 +59,7 @@ def started_sync(
     require(peft.trains_adapters, told)
     is_lora(peft, shape)  # or why vLLM takes none
     sync = Sync(settings, Path(str(base)), run, **how)
-    checked_together(lambda: sync.start() if dist.get_rank() == 0 else None)
+    awaited_from_first_rank(sync.start)
     return sync
 
 

@@ -36,7 +36,7 @@ class LiveSync:
         self._sync = started_sync(self._settings, config.peft, shape, base, run, flags="--sync-", seconds=SECONDS)
         self._interval, self._problem = checkpoint.sync_interval, ""
         self._asked = asked_tokens(shape.vocab_size, seq_length)
-        self._batches = _batches(self._asked, data.train, seq_length)
+        self._batches = _batches(self._asked, data.train, config)
 
     def after_step(self, state: TrainingState, is_last: bool) -> str:
         """What was given after this step, for a terminal; empty if none was due.
@@ -82,10 +82,17 @@ def _settings(settings: CheckpointConfig) -> SyncSettings:
     )
 
 
-def _batches(asked: Asked, train: GlobalBatches, seq_length: int) -> GlobalBatches:
-    """What is asked as a validation of one token a sample, in the layout of the training's batches."""
+def _batches(asked: Asked, train: GlobalBatches, config: RunConfig) -> GlobalBatches:
+    """What is asked as a validation of one token a sample, in the training's layout and as few microbatches as it has.
+
+    A whole global batch would be nearly all padding.
+    """
+    parallel, seq_length = config.parallel, config.data.seq_length
+    microbatches = parallel.pipeline_model_parallel_size if parallel.is_interleaved else 1
+    size = microbatches * train.layout.micro_batch_size * train.layout.data_parallel_size
     samples = [sample_from_ids([*ids, last], [False] * len(ids) + [True], seq_length) for ids, last in asked]
     order = SampleOrder(len(samples), seed=0, shuffle=False)
     if isinstance(train.order, PackedOrder):
         order = PackedOrder(order, np.array([*map(len, samples)]), seq_length, train.order.packing)
-    return replace(train, dataset=samples, order=order, consumed_samples=0, end=order.epoch_length(0), prefetch=0)
+    layout, end = replace(train.layout, global_batch_size=size), order.epoch_length(0)
+    return replace(train, dataset=samples, order=order, layout=layout, consumed_samples=0, end=end, prefetch=0)
