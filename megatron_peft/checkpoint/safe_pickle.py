@@ -11,7 +11,7 @@ import pickle
 import re
 import zipfile
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
@@ -40,6 +40,11 @@ METADATA_NAMES = re.compile(
     r"|megatron\.core\.dist_checkpointing\.strategies\.torch\.(MCoreMetadata|MCoreSavePlan)"  # of megatron-core 0.15
 )
 
+# Arguments of the classes that our own index has as calls.
+CALLED_WITH = {
+    "MetadataIndex": ("fqn", "offset", "index"),
+    "_StorageInfo": ("relative_path", "offset", "length", "transform_descriptors"),
+}
 MAX_INDEX_BYTES = 1 << 30  # at 16,384 ranks of full fine-tuning it has some 150 MiB
 _MAX_KEY_PARTS = 1000  # of a tuple that is a key of a dict
 _OPCODES = pickle._Unpickler.dispatch  # pyright: ignore[reportAttributeAccessIssue]
@@ -52,6 +57,8 @@ Kind = TypeVar("Kind")
 
 class Inert:
     """Replaces a class or function of a pickle: accepts anything, does nothing, and keeps state as attributes."""
+
+    arguments: tuple[Any, ...] = ()
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.arguments = args
@@ -144,7 +151,17 @@ def require_loadable(path: Path, index: Metadata) -> None:
         f"its index has {size >> 20} MiB, and above {MAX_INDEX_BYTES >> 20} MiB it is not read. Fewer data-parallel "
         f"ranks cut the optimizer's state into fewer slices, and --no-save-optim leaves it out.",
     )
-    _refuse_torn(path, [key for key, tensor in index.state_dict_metadata.items() if not _is_whole(tensor)])
+    _refuse_torn(path, _torn(index.state_dict_metadata))
+
+
+def _torn(tensors: Mapping[str, Any]) -> list[str]:
+    """Tensors of which slices are missing, or there twice."""
+    is_whole: dict[Any, bool] = {}  # states of a parameter are cut alike, into slices that are the same objects
+    keys = {key: (tensor.size, *map(id, tensor.chunks)) for key, tensor in tensors.items()}
+    for key, cut in keys.items():
+        if cut not in is_whole:
+            is_whole[cut] = _is_whole(tensors[key])
+    return [key for key, cut in keys.items() if not is_whole[cut]]
 
 
 def _refuse_torn(path: Path, torn: Sequence[str]) -> None:
@@ -246,6 +263,7 @@ class _IndexUnpickler(BoundedUnpickler):
         super().__init__(io.BytesIO(read_bytes(path, MAX_INDEX_BYTES)))
         self._path = path
         self._classes: dict[str, type[Inert]] = {}
+        self._built: dict[tuple[str, int], Any] = {}  # by what stands for it in what was read, which stays
 
     def find_class(self, module: str, name: str) -> Any:
         whole = f"{module}.{name}"
@@ -275,36 +293,44 @@ class _IndexUnpickler(BoundedUnpickler):
             if type(entry) is not self._classes.get("BytesStorageMetadata")
         }
         places = dict(map(self._place, self._typed(vars(root)["storage_data"], dict).items()))
-        torn = [
-            key
-            for key, tensor in tensors.items()
-            if not (_is_whole(tensor) and all(MetadataIndex(key, chunk.offsets) in places for chunk in tensor.chunks))
-        ]
-        _refuse_torn(self._path, torn)
+        _refuse_torn(self._path, _torn(tensors))
+        slices = (MetadataIndex(key, chunk.offsets) for key, tensor in tensors.items() for chunk in tensor.chunks)
+        _refuse_torn(self._path, sorted({one.fqn for one in slices if one not in places}))
         return Metadata(tensors, storage_data={key: place for key, place in places.items() if key.fqn in tensors})  # type: ignore[arg-type]
 
     def _tensor(self, entry: Any) -> TensorStorageMetadata:
         fields = self._state(entry, "TensorStorageMetadata")
-        chunks = [self._state(chunk, "ChunkStorageMetadata") for chunk in self._typed(fields["chunks"], list)]
         dtype, *_ = self._typed(self._state(fields["properties"], "TensorProperties")["state"], tuple)
         return TensorStorageMetadata(
             torch_metadata.TensorProperties(self._typed(dtype, torch.dtype)),
             self._size(fields["size"]),
-            [ChunkStorageMetadata(self._size(chunk["offsets"]), self._size(chunk["sizes"])) for chunk in chunks],
+            [self._once(self._chunk, chunk) for chunk in self._typed(fields["chunks"], list)],
         )
 
+    def _chunk(self, value: Any) -> ChunkStorageMetadata:
+        fields = self._state(value, "ChunkStorageMetadata")
+        return ChunkStorageMetadata(*(self._once(self._size, fields[name]) for name in ("offsets", "sizes")))
+
     def _place(self, item: tuple[Any, Any]) -> tuple[MetadataIndex, _StorageInfo]:
-        key, place = self._state(item[0], "MetadataIndex"), self._state(item[1], "_StorageInfo")
+        key, place = (self._state(*one) for one in zip(item, ("MetadataIndex", "_StorageInfo"), strict=True))
         offset, file = key.get("offset"), self._typed(place["relative_path"], str)
         require(
             file == Path(file).name and file != ".." and not place.get("transform_descriptors"),
             f"{self._path} is refused: it names {file!r}, which is not a file name in that folder.",
         )
-        index = MetadataIndex(self._typed(key["fqn"], str), None if offset is None else self._size(offset))
+        index = MetadataIndex(self._typed(key["fqn"], str), None if offset is None else self._once(self._size, offset))
         return index, _StorageInfo(file, self._count(place["offset"]), self._count(place["length"]))
 
+    def _once(self, build: Callable[[Any], Kind], value: Any) -> Kind:
+        key = build.__name__, id(value)
+        if key not in self._built:
+            self._built[key] = build(value)
+        return self._built[key]
+
     def _state(self, value: Any, name: str) -> dict[str, Any]:
-        return vars(self._typed(value, self._classes[name]))
+        """Attributes of an object, which was pickled with them or as a call."""
+        state = vars(self._typed(value, self._classes[name]))
+        return {**dict(zip(CALLED_WITH.get(name, ()), value.arguments, strict=False)), **state}
 
     def _size(self, value: Any) -> torch.Size:
         (numbers,) = self._state(value, "Size")["arguments"]

@@ -1,5 +1,7 @@
 """Write and read tensors in megatron-core's `torch_dist` format; each rank handles its own slices."""
 
+import copyreg
+import pickle
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -114,13 +116,49 @@ class RankFiles:
 def complete_files(folder: Path, by_rank: Sequence[Written]) -> dict[str, FileSum]:
     """Write the files common to all ranks, on the first rank. Returns the sums of all ranks' files, by name."""
     with _write_errors(folder), without_collection():
-        index, equal = Metadata({}), dict[Any, Any]()
-        places = [_joined(index.state_dict_metadata, equal, written.slices) for written in by_rank]
-        torch_checkpoint.FileSystemWriter(folder, sync_files=True).finish(index, places)
-        require_loadable(folder / INDEX, index)
+        _write_index(folder, by_rank)  # what it made has gone by when objects are collected again
         torch.save({}, folder / "common.pt")  # megatron-core expects it; we keep such values in the run record
         save_config(CheckpointingConfig("torch_dist", 1), str(folder))
     return {name: sums for written in by_rank for name, sums in written.sums.items()}
+
+
+class _Place(NamedTuple):
+    """Stands for a MetadataIndex, which would not share its offset with others."""
+
+    key: str
+    offset: torch.Size
+    hint: int  # where the slice is in the list of its tensor's
+
+
+class _IndexPickler(pickle.Pickler):
+    """Pickles the two classes of which an index has most as calls: states in dictionaries take half as long again."""
+
+    dispatch_table = {
+        **copyreg.dispatch_table,
+        _Place: lambda place: (MetadataIndex, tuple(place)),
+        WrittenSlice: lambda one: (_StorageInfo, (one.file, one.start, one.length)),
+    }
+
+
+def _write_index(folder: Path, by_rank: Sequence[Written]) -> None:
+    tensors: dict[str, Any] = {}
+    places: dict[Any, Any] = {}
+    equal: dict[Any, Any] = {}  # what is equal is one object, since it is pickled once
+    for one in (one for written in by_rank for one in written.slices):
+        tensor, key = tensors.get(one.key), equal.setdefault(one.key, one.key)
+        if tensor is None:
+            properties, shape = TensorProperties(one.dtype), torch.Size(one.global_shape)
+            tensor = tensors[key] = TensorStorageMetadata(properties, shape, [])
+        chunk = equal.get(where := (one.offset, one.shape))
+        if chunk is None:
+            offset, size = (equal.setdefault(numbers, torch.Size(numbers)) for numbers in where)
+            chunk = equal[where] = ChunkStorageMetadata(offset, size)
+        places[_Place(key, chunk.offsets, len(tensor.chunks))] = one
+        tensor.chunks.append(chunk)
+    index = Metadata(tensors, storage_data=places)
+    with open(folder / INDEX, "wb") as file:
+        _IndexPickler(file).dump(index)
+    require_loadable(folder / INDEX, index)
 
 
 def _written_slice(result: WriteResult, data: TensorWriteData) -> WrittenSlice:
@@ -128,25 +166,6 @@ def _written_slice(result: WriteResult, data: TensorWriteData) -> WrittenSlice:
     return WrittenSlice(
         result.index.fqn, data.properties.dtype, *sizes, place.relative_path, place.offset, place.length
     )
-
-
-def _joined(tensors: dict[str, Any], equal: dict[Any, Any], slices: Iterable[WrittenSlice]) -> list[WriteResult]:
-    """Add a rank's slices to the tensors of an index; what torch says of their places.
-
-    equal: names and sizes that there are already. What is equal is one object, since it is pickled once.
-    """
-    places = []
-    for one in slices:
-        tensor, key = tensors.get(one.key), equal.setdefault(one.key, one.key)
-        if tensor is None:
-            properties, shape = TensorProperties(one.dtype), torch.Size(one.global_shape)
-            tensor = tensors[key] = TensorStorageMetadata(properties, shape, [])
-        index = MetadataIndex(key, one.offset, len(tensor.chunks))
-        assert index.offset is not None
-        size = equal.setdefault(one.shape, torch.Size(one.shape))
-        tensor.chunks.append(ChunkStorageMetadata(index.offset, size))
-        places.append(WriteResult(index, one.length, _StorageInfo(one.file, one.start, one.length)))
-    return places
 
 
 def _copies(tensors: Iterable[ShardedTensor]) -> list[ShardedTensor]:

@@ -231,11 +231,47 @@ def test_an_index_whose_slices_do_not_fill_a_tensor_is_refused(boxes, is_whole, 
     of_torch = torch_metadata
     chunks = [of_torch.ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)) for offsets, sizes in boxes]
     properties = of_torch.TensorProperties(torch.float32)
-    tensor = of_torch.TensorStorageMetadata(properties, torch.Size(SIZE), chunks)
-    places = {of_torch.MetadataIndex("a", chunk.offsets): _StorageInfo("__0_0.distcp", 0, 1) for chunk in chunks}
-    (tmp_path / ".metadata").write_bytes(pickle.dumps(of_torch.Metadata({"a": tensor}, storage_data=places)))
+    one_slice = [of_torch.ChunkStorageMetadata(torch.Size([0] * len(SIZE)), torch.Size(SIZE))]
+    tensors = {  # one beside it is whole
+        key: of_torch.TensorStorageMetadata(properties, torch.Size(SIZE), slices)
+        for key, slices in {"whole": one_slice, "a": chunks}.items()
+    }
+    places = {
+        of_torch.MetadataIndex(key, chunk.offsets): _StorageInfo("__0_0.distcp", 0, 1)
+        for key, tensor in tensors.items()
+        for chunk in tensor.chunks
+    }
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(of_torch.Metadata(dict(tensors), storage_data=places)))
     with nullcontext() if is_whole else pytest.raises(ConfigurationError, match="slices are missing from a "):
         read_metadata(tmp_path)
+
+
+def test_an_index_reads_the_same_in_calls_and_as_torch_pickles_it(tmp_path):
+    """Of two ranks, whose slices of a parameter and of its optimizer's state are the same."""
+    by_rank = [
+        Written(
+            [
+                WrittenSlice(key, torch.float32, SIZE, (2 * rank, 0), (2, 6), f"__{rank}_0.distcp", 48 * i, 48)
+                for i, key in enumerate(("a", "optimizer.exp_avg.a"))
+            ],
+            {},
+        )
+        for rank in range(2)
+    ]
+    complete_files(tmp_path, by_rank)
+    found = read_metadata(tmp_path)
+    index = pickle.loads((tmp_path / ".metadata").read_bytes())
+    assert FileSystemReader(tmp_path).read_metadata().state_dict_metadata == index.state_dict_metadata
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(index))
+    of_torch = read_metadata(tmp_path)
+    for one in (of_torch, index):
+        assert one.state_dict_metadata == found.state_dict_metadata and one.storage_data == found.storage_data
+    for one in (one for written in by_rank for one in written.slices):
+        place = found.storage_data[torch_metadata.MetadataIndex(one.key, one.offset)]
+        assert place == _StorageInfo(one.file, one.start, one.length)
+        assert torch_metadata.ChunkStorageMetadata(torch.Size(one.offset), torch.Size(one.shape)) in (
+            found.state_dict_metadata[one.key].chunks
+        )
 
 
 # A tuple within a tuple, a quarter of a million deep, as a key; a memo of 17 GB; a key that is hashed 2**60 times.
