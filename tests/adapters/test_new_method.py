@@ -166,7 +166,7 @@ def test_a_record_is_read_without_the_package_of_another_method(packages):
 @pytest.fixture(scope="module")
 def seen(packages, tmp_path_factory) -> dict[str, Any]:
     """What one process sees that has all of them."""
-    return run_ranks(1, plugin_runs.see, (packages, PLUG_INS, tmp_path_factory.mktemp("seen")))[0]
+    return run_ranks(1, plugin_runs.see, (packages, PLUG_INS, tmp_path_factory.mktemp("seen")), afresh=True)[0]
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_norms_are_computed_once_a_step(seen):
 def life(request, packages, tmp_path_factory) -> tuple[str, dict[str, Any]]:
     """A plug-in's name, and what became of its run."""
     asked = packages, PLUG_INS[request.param], tmp_path_factory.mktemp(request.param)
-    return request.param, run_ranks(1, plugin_runs.life, asked, limit=600)[0]
+    return request.param, run_ranks(1, plugin_runs.life, asked, limit=600, afresh=True)[0]
 
 
 @pytest.mark.slow
@@ -227,7 +227,7 @@ def test_a_plug_in_is_planned_and_what_fit_reckons_is_what_a_rehearsal_finds(lif
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PLUG_INS)
 def test_a_plug_in_is_certified(packages, name):
-    (found,) = run_ranks(1, plugin_runs.certificates, (packages, PLUG_INS[name]), limit=900)
+    (found,) = run_ranks(1, plugin_runs.certificates, (packages, PLUG_INS[name]), limit=900, afresh=True)
     for certificate in found:
         problems = {one.name: (one.problems, one.error) for one in certificate.comparisons if not one.passed}
         assert certificate.verdict == "CERTIFIED" and problems == {}, problems
@@ -238,7 +238,9 @@ def test_a_plug_in_is_certified(packages, name):
 @pytest.mark.slow
 def test_vera_is_exported_as_hf_pefts_own(packages, tmp_path):
     """The matrices that all layers share are there once."""
-    (difference,) = run_ranks(1, plugin_runs.exported_alone, (packages, PLUG_INS["vera"], tmp_path), limit=600)
+    (difference,) = run_ranks(
+        1, plugin_runs.exported_alone, (packages, PLUG_INS["vera"], tmp_path), limit=600, afresh=True
+    )
     assert difference < 1e-4
     tensors = load_file(tmp_path / "exported" / "adapter_model.safetensors")
     assert {name: (*tensors[name].shape,) for name in tensors if "lambda" not in name} == {

@@ -99,6 +99,7 @@ def test_an_asynchronous_save_takes_as_many_descriptors_whatever_the_number_of_r
     assert {added_in_the_background(phases) for ranks in real.values() for phases in ranks[1:]} == {1}
 
 
+@pytest.mark.slow
 def test_absent_ranks_cost_what_real_ones_cost(files: Path, real: dict[int, list[Phases]]) -> None:
     grid = Grid(2, 4, 1)
     assert grid.running() == (0, 1, 2, 3, 4, 5)

@@ -103,6 +103,7 @@ def test_a_range_is_as_far_off_as_the_outermost_published_runs():
 SMALL = ["--lora-rank", "4", "--seq-length", "32"]
 
 
+@pytest.mark.slow
 def test_complex_products_take_time_too_and_a_short_model_s_positions_all_fit(base, tmp_path, capsys):
     found = tmp_path / "plan.json"
     words = ["--pretrained-checkpoint", str(base), *SMALL, "--peft-method", "hybrid", "--hybrid-rotation", "urnn"]
@@ -161,6 +162,7 @@ def test_fit_takes_a_run_of_a_layout_that_the_model_does_not_divide_by(base):
         config_of(PlanSettings(), RunFlags(words))
 
 
+@pytest.mark.slow
 def test_rehearsed_times_choose_among_the_layouts_that_fit(base, tmp_path, capsys, few_ways, monkeypatch):
     """Here the first is found to take longer than was thought."""
     found, usual, factors = tmp_path / "fit.json", plan_module.make_plan, iter((5.0, 1.0))

@@ -113,6 +113,7 @@ def test_parameters_of_segments_add_up_to_those_of_the_recorded_model():
     assert Parameters.sum(parts).num_trained == 16 and Parameters.sum([]) == Parameters()
 
 
+@pytest.mark.slow
 def test_a_quantized_output_layer_saves_its_bytes_in_the_plan():
     """Of the peak too: the loss makes some rows of it dense at a time."""
     model = {"base_precision": "fp8", "quantize_output_layer": True}

@@ -108,7 +108,7 @@ def alone(files, tmp_path_factory) -> dict[str, Any]:
         return {method: given_by(job_of(method, {}, files, folder / method)) for method in METHODS}
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_what_is_given_is_what_a_checkpoint_holds_and_the_number_is_that_of_one_process(
     num_ranks, alone, files, tmp_path
 ):
