@@ -45,7 +45,7 @@ CALLED_WITH = {
     "MetadataIndex": ("fqn", "offset", "index"),
     "_StorageInfo": ("relative_path", "offset", "length", "transform_descriptors"),
 }
-MAX_INDEX_BYTES = 1 << 30  # at 16,384 ranks of full fine-tuning it has some 110 MiB
+MAX_INDEX_BYTES = 1 << 30  # at 16,384 ranks of full fine-tuning it has some 120 MiB
 _MAX_KEY_PARTS = 1000  # of a tuple that is a key of a dict
 _OPCODES = pickle._Unpickler.dispatch  # pyright: ignore[reportAttributeAccessIssue]
 _REFUSED_OPCODES = (pickle.ADDITEMS, pickle.FROZENSET, pickle.BYTEARRAY8, pickle.EXT1, pickle.EXT2, pickle.EXT4)

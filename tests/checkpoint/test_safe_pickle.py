@@ -1,6 +1,7 @@
 """Nothing in a checkpoint of somebody else's runs."""
 
 import argparse
+import copyreg
 import os
 import pickle
 import random
@@ -262,6 +263,7 @@ def test_an_index_reads_the_same_in_calls_and_as_torch_pickles_it(tmp_path):
     found = read_metadata(tmp_path)
     index = pickle.loads((tmp_path / ".metadata").read_bytes())
     assert FileSystemReader(tmp_path).read_metadata().state_dict_metadata == index.state_dict_metadata
+    assert [place.index for place in index.storage_data if place.fqn == "a"] == [0, 1], "torch looks there first"
     (tmp_path / ".metadata").write_bytes(pickle.dumps(index))
     of_torch = read_metadata(tmp_path)
     for one in (of_torch, index):
@@ -272,6 +274,37 @@ def test_an_index_reads_the_same_in_calls_and_as_torch_pickles_it(tmp_path):
         assert torch_metadata.ChunkStorageMetadata(torch.Size(one.offset), torch.Size(one.shape)) in (
             found.state_dict_metadata[one.key].chunks
         )
+
+
+def test_slices_that_fill_one_tensor_do_not_fill_a_larger_one(tmp_path):
+    """An index says once what is equal: here the only slice of both."""
+    slices = [
+        WrittenSlice(key, torch.float32, shape, (0, 0), SIZE, "__0_0.distcp", 0, 96)
+        for key, shape in (("whole", SIZE), ("a", (8, 6)))
+    ]
+    with pytest.raises(ConfigurationError, match="slices are missing from a "):
+        complete_files(tmp_path, [Written(slices, {})])
+    with pytest.raises(ConfigurationError, match="slices are missing from a "):
+        read_metadata(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("called_with", "state"),
+    [(("../a", 0, 1), {}), (("a", 0, 1), {"relative_path": "../a"}), (("a", 0, 1, ["zstd"]), {})],
+    ids=["a file outside", "one in its state", "a transform"],
+)
+def test_a_place_that_was_pickled_as_a_call_is_checked_as_any_other(called_with, state, folder):
+    class Calls(pickle.Pickler):
+        dispatch_table = {**copyreg.dispatch_table, _StorageInfo: lambda _: (_StorageInfo, called_with, state)}
+
+    with changed_index(folder) as index:
+        pass
+    with (folder / ".metadata").open("wb") as file:
+        Calls(file).dump(index)
+    with pytest.raises(
+        ConfigurationError, match=f"is refused: it names '{state.get('relative_path', called_with[0])}'"
+    ):
+        read_metadata(folder)
 
 
 # A tuple within a tuple, a quarter of a million deep, as a key; a memo of 17 GB; a key that is hashed 2**60 times.
