@@ -25,6 +25,7 @@ from megatron_peft.checkpoint.state import random_targets, random_tensors, resto
 from megatron_peft.checkpoint.tensors import RankFiles, complete_files
 from megatron_peft.config import CheckpointConfig, ConfigurationError
 from megatron_peft.parallel.collectives import from_first_rank
+from megatron_peft.runtime import failure
 from megatron_peft.runtime.failure import run_together
 from megatron_peft.runtime.launch import gather_over_world, start_world
 from tests.checkpoint.test_folders import holder
@@ -79,6 +80,7 @@ def _waits_for_a_killed_rank(folder: str) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             saver.finish()
 
+    failure.LEAVE_TIMEOUT_SECONDS = 1.0  # the killed one never reports that it leaves
     start_world()
     run_together(main, "program")
 
