@@ -312,7 +312,7 @@ class _IndexUnpickler(BoundedUnpickler):
         return ChunkStorageMetadata(*(self._once(self._size, fields[name]) for name in ("offsets", "sizes")))
 
     def _place(self, item: tuple[Any, Any]) -> tuple[MetadataIndex, _StorageInfo]:
-        key, place = (self._state(*one) for one in zip(item, ("MetadataIndex", "_StorageInfo"), strict=True))
+        key, place = self._state(item[0], "MetadataIndex"), self._state(item[1], "_StorageInfo")
         offset, file = key.get("offset"), self._typed(place["relative_path"], str)
         require(
             file == Path(file).name and file != ".." and not place.get("transform_descriptors"),
