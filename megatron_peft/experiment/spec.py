@@ -178,8 +178,9 @@ class Experiment:
         """What would make the answer to a contrast weaker than it looks."""
         seeds = {method.name: self.seeds_of(method) for method in self.methods}
         has_own_data = [task.name for task in self.tasks if task.tuning_flags]
-        if (self.contrasts or has_own_data) and any(self.tuning_seed in own for own in seeds.values()):
-            why = "contrasts" if self.contrasts else f"tasks.{has_own_data[0]}.tuning_valid_data_path"
+        is_compared = self.contrasts and self._is_tuned
+        if (is_compared or has_own_data) and any(self.tuning_seed in own for own in seeds.values()):
+            why = "contrasts" if is_compared else f"tasks.{has_own_data[0]}.tuning_valid_data_path"
             yield (
                 f"tuning_seed {self.tuning_seed} is among the seeds, but with {why} final runs are others than those "
                 "that chose the settings: a setting is chosen because its run was lucky, too. Give another tuning_seed."

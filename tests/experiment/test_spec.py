@@ -37,12 +37,15 @@ def test_a_contrast_keeps_tuning_apart_from_what_it_measures(tmp_path: Path) -> 
     paths = {cell.seed: cell.flags[cell.flags.index("--valid-data-path") + 1] for cell in group.cells.values()}
     assert paths == {9: "tuning.jsonl", 1: "valid.jsonl", 2: "valid.jsonl", 3: "valid.jsonl"}
     assert not {cell.key for cell in group.tuning} & {cell.key for cells in group.finals for cell in cells}
-    experiment(tmp_path, **asked(), methods={"lora": GRID, "boft": GRID})  # nothing is tuned
+    _, (group, other) = experiment(tmp_path, **asked(tuning_seed=1), methods={"lora": GRID, "boft": GRID})
+    assert len(group.cells) == len(other.cells) == 3  # nothing is tuned
     own_seeds = {"lora": GRID, "boft": {**GRID, "seeds": [1, 2, 3, 4]}}
     _, (group, other) = experiment(tmp_path, **asked(), methods=own_seeds)
     assert [[cell.seed for cell in one.finals[0]] for one in (group, other)] == [[1, 2, 3], [1, 2, 3, 4]]
     with pytest.raises(ConfigurationError, match="tuning_seed 1 is among the seeds, but with tasks.talk.tuning_valid"):
         experiment(tmp_path, **{**asked("tuning.jsonl", 1), "contrasts": {}})
+    with pytest.raises(ConfigurationError, match="tuning_seed 1 is among the seeds, but with contrasts final runs"):
+        experiment(tmp_path, **asked("tuning.jsonl", 1))
 
 
 def test_file_is_read_as_written_and_a_method_of_all_cells_is_not_overruled_by_a_name(tmp_path: Path) -> None:
