@@ -120,32 +120,34 @@ class ChunkedLossModel(GPTModel):
     @full_precision
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """[b, s], [s, b, v] -> [b, s]. Of an output layer that hands its input on, `logits` are that."""
-        head, whole_loss = self.output_layer, super().compute_language_model_loss
+        head = self.output_layer
         if not head.hands_on_input:
-            return whole_loss(labels, logits)
+            return super().compute_language_model_loss(labels, logits)
         hidden, call = logits, head.call(self.output_weight)
         has_gradient = torch.is_grad_enabled() and hidden.requires_grad
         x, weight = whole_sequence(hidden.detach(), call), call.stored
         # The gradient takes the place of gathered tokens, which nobody else has.
         dx = x if call.splits_sequence else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        losses = []
         num_chunks = max(-(-labels.numel() // self.config.loss_chunk_tokens), 1)
         chunks = [one.tensor_split(num_chunks) for one in (flat(x), flat(dx), labels.t().flatten())]
         room = x.new_empty(len(chunks[0][0]), len(weight))  # for the logits of every chunk: fresh memory takes long
-        for some_x, some_dx, some_labels in zip(*chunks, strict=True):
-            logits = room[: len(some_x)].detach()
-            for rows, part in _rows(weight):
-                linear_into(logits[:, rows], some_x, part)
-            logits = head.masked(logits)[:, None].requires_grad_(has_gradient)  # [n, 1, v]
-            loss = whole_loss(some_labels[None], logits)
-            if has_gradient:
-                (gradient,) = torch.autograd.grad(loss, logits, torch.ones_like(loss))
-                _multiply_into(some_dx, gradient.detach()[:, 0], weight)  # it may be in the memory of the logits
-                del gradient
-            losses.append(loss.detach())
-            del logits, loss  # before the next ones are made
+        losses = [self._loss_of_chunk(room, has_gradient, weight, *some) for some in zip(*chunks, strict=True)]
         all_losses = torch.cat(losses, 1).view(labels.t().shape).t().contiguous()
         return _WithInputGradient.apply(hidden, all_losses, dx, call) if has_gradient else all_losses
+
+    def _loss_of_chunk(
+        self, room: Tensor, has_gradient: bool, weight: Tensor, x: Tensor, dx: Tensor, labels: Tensor
+    ) -> Tensor:
+        """[at least n, v], [v, h], [n, h], [n, h], [n] -> [1, n]; the logits are formed in `room`, and dx filled."""
+        logits = room[: len(x)].detach()
+        for rows, part in _rows(weight):
+            linear_into(logits[:, rows], x, part)
+        logits = self.output_layer.masked(logits)[:, None].requires_grad_(has_gradient)  # [n, 1, v]
+        loss = super().compute_language_model_loss(labels[None], logits)
+        if has_gradient:
+            (gradient,) = torch.autograd.grad(loss, logits, torch.ones_like(loss))
+            _multiply_into(dx, gradient.detach()[:, 0], weight)  # it may be in the memory of the logits
+        return loss.detach()
 
 
 def _rows(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:

@@ -6,7 +6,7 @@ The same mode watches a rehearsed rank and a real one, so that tests can compare
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
@@ -66,7 +66,8 @@ class Recorder(Mode):
         self._entries: list[Entry] = []
         self._num_calls = 0
         self._under_way: dict[int, _Handle] = {}  # by number of the call
-        self._kernels: list[Product | int] = []  # since the last entry: products, and bytes of others
+        # Since the last entry: products, bytes of others, and what is put again.
+        self._kernels: list[Product | int | Computation] = []
         self._last_product: Callable[[], Any] = lambda: None  # the storage that it has written, while that lives
 
     def mark(self, phase: program.Phase, microbatch: int | None = None, chunk: int = 0) -> None:
@@ -96,6 +97,36 @@ class Recorder(Mode):
             self._kernels.append(sum(sum(by_storage.values()) for by_storage in sizes))  # some share their memory
         return result
 
+    def once_a_shape(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """`function`, which runs for new shapes alone of tensors without numbers; for others its record is put again.
+
+        It returns a new tensor, leaves no other one behind, and waits for its collectives.
+        """
+        known: dict[tuple[Any, ...], tuple[Any, torch.dtype, Sequence[Entry], Mapping[str, int]]] = {}
+
+        def run(*args: Any) -> Tensor:
+            if not any(isinstance(one, FakeTensor) for one in args):
+                return function(*args)
+            key = tuple(one.shape if isinstance(one, Tensor) else one for one in args)
+            if key in known:
+                shape, dtype, entries, rise = known[key]
+                self.memory.rise(rise)
+                self._num_calls += sum(isinstance(entry, Call) for entry in entries)
+                result = torch.empty(shape, dtype=dtype)
+            else:
+                before, self._kernels = self._kernels, []
+                with replaced(self, "_entries", []), self.memory.own_rise() as rise:
+                    result = function(*args)
+                    entries = self.entries()
+                self._kernels = before
+                known[key] = result.shape, result.dtype, entries, rise
+            for entry in entries:
+                assert isinstance(entry, Computation) or (isinstance(entry, Call) and not entry.is_async), entry
+                self._kernels.append(entry) if isinstance(entry, Computation) else self._add(entry)
+            return result
+
+        return run
+
     def entries(self, since: int = 0) -> tuple[Entry, ...]:
         """What was recorded from this `place` on, in program order."""
         self._flush_work()
@@ -117,9 +148,13 @@ class Recorder(Mode):
 
     def _flush_work(self) -> None:
         if self._kernels:
+            known = [one for one in self._kernels if isinstance(one, Computation)]
             products = Counter(one for one in self._kernels if isinstance(one, Product))
-            num_bytes = sum(one for one in self._kernels if isinstance(one, int))
-            self._entries.append(Computation(dict(products), num_bytes, len(self._kernels)))
+            num_bytes = sum(one for one in self._kernels if isinstance(one, int)) + sum(one.num_bytes for one in known)
+            num_kernels = len(self._kernels) - len(known) + sum(one.num_kernels for one in known)
+            for one in known:
+                products.update(one.products)
+            self._entries.append(Computation(dict(products), num_bytes, num_kernels))
         self._kernels = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -350,6 +385,24 @@ class LiveMemory:
 
     def start_peak(self) -> None:
         self.highest, self._at_peak = self.total, dict(self._parts)
+
+    @contextmanager
+    def own_rise(self) -> Iterator[Counter[str]]:
+        """By how much each part grows until the highest moment meanwhile; it is known at the end."""
+        begin, highest, at_peak, rise = Counter(self._parts), self.highest, self._at_peak, Counter[str]()
+        self.start_peak()
+        yield rise
+        rise.update(self._at_peak)
+        rise.subtract(begin)
+        if highest > self.highest:
+            self.highest, self._at_peak = highest, at_peak
+
+    def rise(self, by: Mapping[str, int]) -> None:
+        """For a moment there is so much more of each part."""
+        parts = Counter(self._parts)
+        parts.update(by)
+        if parts.total() > self.highest:
+            self.highest, self._at_peak = parts.total(), dict(parts)
 
     def peak(self, assigned_since: bool = False) -> program.Memory:
         """Bytes of each part at the peak; of parts assigned since as they are now, what has gone being temporary."""

@@ -21,6 +21,7 @@ from megatron_peft.checkpoint.state import TrainingState
 from megatron_peft.data.batches import Microbatch
 from megatron_peft.models import layers
 from megatron_peft.models.kernels import fusions_on_a_gpu
+from megatron_peft.models.loss import ChunkedLossModel
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.parallel.collectives import from_first_rank
 from megatron_peft.parallel.layout import PARTIAL_OVER_TENSOR_PARALLEL
@@ -60,6 +61,8 @@ class Watch(Recorder):
         with ExitStack() as stack:
             stack.enter_context(fake_ranks.watched_schedule(self.mark, ended=self.forget_sends))
             stack.enter_context(fake_ranks.watched_batches(self.batch))
+            chunk = self.once_a_shape(ChunkedLossModel._loss_of_chunk)
+            stack.enter_context(replaced(ChunkedLossModel, "_loss_of_chunk", chunk))
             if self.keeps_work:
                 stack.enter_context(register_module_forward_pre_hook(self.memory.begin_call))
                 stack.enter_context(register_module_forward_hook(self.memory.end_call, always_call=True))

@@ -8,14 +8,28 @@ from typing import Any
 import pytest
 
 from megatron_peft.config import PeftConfig, RunConfig
+from megatron_peft.models.loss import ChunkedLossModel
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.plan.cluster import read_cluster
 from megatron_peft.plan.recorded_step import _Program, estimated_time, total
 from megatron_peft.plan.timing import step_time
-from megatron_peft.rehearsal.program import Call, Computation, Entry, Mark, Parameters, RankRecord, Wait
+from megatron_peft.rehearsal.program import (
+    Call,
+    Computation,
+    Entry,
+    Mark,
+    Parameters,
+    RankRecord,
+    RecordedLayers,
+    Wait,
+)
+from megatron_peft.rehearsal.recorder import Recorder
 from megatron_peft.rehearsal.rehearsal import rehearse, rehearse_run
+from megatron_peft.rehearsal.rehearsed_rank import recorded_layers
 from megatron_peft.rehearsal.requests import LayersToRecord, Lengths, RankToRehearse
+from megatron_peft.runtime.fake_ranks import replaced
 from tests.plan.recorded import products, step_of
+from tests.ranks import run_ranks
 from tools.headlines import MODELS
 from tools.published import FULL_RECOMPUTE, LLAMA_8B, LLAMA_405B, made_up_run
 
@@ -104,6 +118,33 @@ def test_joined_passes_are_what_a_rehearsal_finds(rehearsed, case):
     for kind in ("weights", "gradients", "optimizer"):
         assert held[kind] == pytest.approx(real_held[kind], rel=1e-3)
     assert -0.01 <= total(held) / record.peak("step") - 1 <= 0.03, "what --fit calls fitting must fit"
+
+
+def test_of_the_losses_chunks_those_of_a_new_size_run_and_all_are_recorded():
+    """Chunks of 146 and 147 tokens of 1,024, with calls of two ranks, in two microbatches."""
+    run = run_of("lora TP2+SP")
+    run = replace(run, model=replace(run.model, cross_entropy_chunk_tokens=150))
+    [(every, num_every), (once, num_once)] = run_ranks(1, recorded_both_ways, LayersToRecord.of(run, SHAPE))[0]
+    assert (num_every, num_once) == (2 * 7, 2)
+    assert vars(once) == vars(every), "passes with their peaks"
+    assert sum(isinstance(entry, Call) for entry in once.passes["forward", "head"].entries) > 20
+
+
+def recorded_both_ways(asked: LayersToRecord) -> list[tuple[RecordedLayers, int]]:
+    """The layers, and how many chunks of the loss ran: all, and as a recorder leaves out those that it knows."""
+    ran: list[int] = []
+    loss_of_chunk = ChunkedLossModel._loss_of_chunk
+
+    def counted(*args: Any) -> Any:
+        ran[-1] += 1
+        return loss_of_chunk(*args)
+
+    found = []
+    for once in (lambda _, function: function, Recorder.once_a_shape):
+        ran.append(0)
+        with replaced(ChunkedLossModel, "_loss_of_chunk", counted), replaced(Recorder, "once_a_shape", once):
+            found.append((recorded_layers(asked), ran[-1]))
+    return found
 
 
 def test_parameters_of_segments_add_up_to_those_of_the_recorded_model():
