@@ -31,7 +31,7 @@ from megatron_peft.plan.cluster import Cluster
 from megatron_peft.plan.recorded_step import RecordedStep, estimated_time, total
 from megatron_peft.plan.timing import PlannedSpeed, time_alone
 from megatron_peft.rehearsal.program import Memory, RecordedLayers, Segment
-from megatron_peft.rehearsal.rehearsal import Watch, record_layers
+from megatron_peft.rehearsal.rehearsal import Watch, kept_processes, record_layers
 from megatron_peft.rehearsal.requests import LayersToRecord, alike_stages
 
 MICRO_BATCHES = (1, 2, 4, 8)
@@ -95,6 +95,7 @@ class FittedLayout:
         }
 
 
+@kept_processes()
 def fit(
     run: RunConfig,
     shape: ModelShape,
@@ -278,6 +279,7 @@ def _candidate(step: RecordedStep, recompute: str, times: Mapping[Segment, float
 SEQUENCE_STEP = 64  # tokens
 
 
+@kept_processes()
 def longest_sequence(
     run: RunConfig, shape: ModelShape, cluster: Cluster, watch: Watch = lambda done, more: None
 ) -> tuple[int, int]:

@@ -33,7 +33,7 @@ from megatron_peft.rehearsal.rehearsed_rank import recorded_layers, rehearse_ran
 from megatron_peft.rehearsal.requests import LayersToRecord, Lengths, RankToRehearse
 from megatron_peft.runtime import fake_ranks
 from megatron_peft.runtime.launch import model_parallel
-from megatron_peft.runtime.ranks import Ranks, preload
+from megatron_peft.runtime.ranks import Worker, preload
 
 Watch = Callable[[int, int], None]  # is told how much of the work is done now, and how much more there is to do
 MOST_REPLICAS, MOST_RANKS = 8, 64  # whose calls are compared in `order_problem`
@@ -96,6 +96,25 @@ def start_planned_peak(config: RunConfig, shape: ModelShape) -> Callable[[], int
     return lambda: found[0] if found else None
 
 
+_kept: list[Worker] | None = None  # those that have nothing to do, while any are kept
+
+
+@contextmanager
+def kept_processes() -> Iterator[None]:
+    """What is rehearsed meanwhile, one call after another, is in the same processes."""
+    global _kept
+    if _kept is not None:
+        yield
+        return
+    _kept = []
+    try:
+        yield
+    finally:
+        ended, _kept = _kept, None
+        for worker in ended:
+            worker.end()
+
+
 def _in_processes(calls: Sequence[Callable[[], Any]], watch: Watch) -> list[Any]:
     """What these calls give, in processes forked from one that has torch.
 
@@ -105,28 +124,34 @@ def _in_processes(calls: Sequence[Callable[[], Any]], watch: Watch) -> list[Any]
     preload([rehearse_rank.__module__])
     watch(0, len(calls))
     answers: list[Any] = [None] * len(calls)
-    ranks = Ranks(min(len(os.sched_getaffinity(0)), 4, len(calls)), _answers, calls)
-    for process in ranks.processes:
-        process.daemon = True  # a run ends without its planned peak
-    with ranks:  # none is left after an error and Ctrl-C
-        running: dict[Any, int] = {process.sentinel: rank for rank, process in enumerate(ranks.processes)}
-        while running:
-            for ended in wait([*running]):
-                rank = running.pop(ended)
-                if code := ranks.exit_codes[rank]:
-                    raise RuntimeError(f"a rehearsed rank failed ({code}):\n{ranks.output(rank)}")
-                found = ranks.result(rank)
-                if isinstance(found, Exception):
-                    raise found
-                answers[rank :: len(ranks.processes)] = found
-                watch(len(found), 0)
+    waiting, running = [*enumerate(calls)][::-1], dict[Any, tuple[Worker, int]]()
+    workers = [_kept.pop() if _kept else Worker() for _ in range(min(len(os.sched_getaffinity(0)), 4, len(calls)))]
+    try:
+        free = [*workers]
+        while waiting or running:
+            while waiting and free:
+                (at, call), worker = waiting.pop(), free.pop()
+                worker.ask(partial(_answer, call))
+                running[worker.connection] = worker, at
+            for connection in wait([*running]):
+                worker, at = running.pop(connection)
+                answers[at] = worker.answer("a rehearsed rank")
+                if isinstance(answers[at], Exception):
+                    raise answers[at]
+                free.append(worker)
+                watch(1, 0)
+        if _kept is not None:
+            _kept.extend(workers)
+            workers = []
+    finally:  # none is left after an error and Ctrl-C
+        for worker in workers:
+            worker.end()
     return answers
 
 
-def _answers(calls: Sequence[Callable[[], Any]]) -> list[Any] | ConfigurationError:
-    """The life of such a process."""
+def _answer(call: Callable[[], Any]) -> Any:
     try:
-        return [call() for call in calls[int(os.environ["RANK"]) :: int(os.environ["WORLD_SIZE"])]]
+        return call()
     except ConfigurationError as error:
         return error
 

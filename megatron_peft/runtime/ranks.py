@@ -17,12 +17,13 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib import import_module
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 # Ranks share the cores: with a second OpenMP thread a forward took 14 times longer under load.
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+_ALONE = {**ONE_THREAD, "PYTHONWARNINGS": "ignore", "CUDA_VISIBLE_DEVICES": ""}
 _SECONDS_FOR_LAST_WORDS = 1.0
 _server = multiprocessing.get_context("forkserver")
 NO_GPU = "megatron_peft.runtime.no_gpu"  # first of all that the server imports: ranks compute on the CPU by design
@@ -68,7 +69,7 @@ class Ranks:
         # The function stays pickled until the environment is set: to load it imports torch.
         call = pickle.dumps((function, argument))
         meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(num_ranks)}
-        shared = {**os.environ, **ONE_THREAD, "PYTHONWARNINGS": "ignore", "CUDA_VISIBLE_DEVICES": "", **meeting}
+        shared = {**os.environ, **_ALONE, **meeting}
         environments = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_ranks)]
         self.processes = [
             _server.Process(target=_rank, args=(environment, call, self._folder.name)) for environment in environments
@@ -125,15 +126,9 @@ def _rank(environment: dict[str, str], call: bytes, folder: str) -> None:
     """The life of a rank."""
     if not Path(folder).exists():  # nobody waits for it any more: the program has ended
         return
-    os.environ.clear()
-    os.environ.update(environment)
     rank = environment["RANK"]
-    gc.freeze()  # what the server has imported stays: to collect it would copy its memory
-    output = os.open(Path(folder, f"output{rank}"), os.O_WRONLY | os.O_CREAT)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
+    _begin(environment, Path(folder, f"output{rank}"))
     try:
-        import_module(NO_GPU)  # where another server than ours forks
         function, argument = pickle.loads(call)
         Path(folder, f"result{rank}").write_bytes(pickle.dumps(function(argument)))
     except Exception:
@@ -142,3 +137,54 @@ def _rank(environment: dict[str, str], call: bytes, folder: str) -> None:
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
+
+
+def _begin(environment: dict[str, str], output: Path) -> None:
+    """What a process does first: it prints to the file `output`."""
+    os.environ.clear()
+    os.environ.update(environment)
+    gc.freeze()  # what the server has imported stays: to collect it would copy its memory
+    file = os.open(output, os.O_WRONLY | os.O_CREAT)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    import_module(NO_GPU)  # where another server than ours forks
+
+
+class Worker:
+    """A process that answers one call after another, until it is ended or this program ends."""
+
+    def __init__(self) -> None:
+        self.connection, theirs = _server.Pipe()
+        self._output = tempfile.NamedTemporaryFile()
+        environment = {**os.environ, **_ALONE}
+        self._process = _server.Process(target=_work, args=(theirs, environment, self._output.name), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def ask(self, call: Callable[[], Any]) -> None:
+        """`answer` gives what it returns, once `connection` can be read; both are pickled."""
+        self.connection.send(call)
+
+    def answer(self, name: str) -> Any:
+        """RuntimeError: the call has failed, with what it has printed; `name` says what it was."""
+        try:
+            return self.connection.recv()
+        except (EOFError, ConnectionError):
+            self._process.join()
+            said = Path(self._output.name).read_text(errors="replace")
+            raise RuntimeError(f"{name} failed ({self._process.exitcode}):\n{said}") from None
+
+    def end(self) -> None:
+        """Whatever it does."""
+        self._process.kill()
+        self._process.join()
+        self.connection.close()
+        self._output.close()
+
+
+def _work(connection: Connection, environment: dict[str, str], output: str) -> None:
+    """The life of a worker. An error ends it."""
+    _begin(environment, Path(output))
+    with suppress(EOFError):  # at the program's end
+        while True:
+            connection.send(connection.recv()())

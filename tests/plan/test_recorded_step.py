@@ -13,16 +13,7 @@ from megatron_peft.models.shape import ModelShape
 from megatron_peft.plan.cluster import read_cluster
 from megatron_peft.plan.recorded_step import _Program, estimated_time, total
 from megatron_peft.plan.timing import step_time
-from megatron_peft.rehearsal.program import (
-    Call,
-    Computation,
-    Entry,
-    Mark,
-    Parameters,
-    RankRecord,
-    RecordedLayers,
-    Wait,
-)
+from megatron_peft.rehearsal.program import Call, Computation, Entry, Mark, Parameters, RankRecord, RecordedLayers, Wait
 from megatron_peft.rehearsal.recorder import Recorder
 from megatron_peft.rehearsal.rehearsal import rehearse, rehearse_run
 from megatron_peft.rehearsal.rehearsed_rank import recorded_layers

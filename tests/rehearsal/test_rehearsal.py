@@ -1,18 +1,22 @@
 """A rehearsed rank makes the calls, computes the products and holds the memory of a real one."""
 
+import math
+import os
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_peft.certify.certify import save_model
 from megatron_peft.rehearsal import rehearsal
 from megatron_peft.rehearsal.program import PHASES, Call, Mark, RankRecord
-from megatron_peft.rehearsal.rehearsal import rehearse
+from megatron_peft.rehearsal.rehearsal import kept_processes, rehearse
 from megatron_peft.rehearsal.rehearsed_rank import rehearse_rank
 from megatron_peft.rehearsal.requests import RankToRehearse, enough_microbatches
 from tests.plan.recorded import products
@@ -224,3 +228,35 @@ def test_three_kinds_of_ranks_of_llama_405b_take_90_cpu_seconds_and_a_gibibyte()
     found = [run_ranks(1, used, rank)[0] for rank in (0, 64, 120)]  # the first, a middle and the last stage
     assert sum(cpu for cpu, _ in found) <= seconds(90)
     assert max(gibibytes for _, gibibytes in found) <= 1
+
+
+def answers(*calls: Callable[[], Any]) -> list[Any]:
+    return rehearsal._in_processes(calls, rehearsal.unwatched)
+
+
+def end_with(code: int) -> None:
+    print("last words", flush=True)
+    os._exit(code)
+
+
+def is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_kept_processes_answer_again_and_none_is_left_at_the_end_or_after_an_error():
+    with kept_processes():
+        first = answers(os.getpid, os.getpid, os.getpid)
+        with kept_processes():
+            assert {*answers(os.getpid), *answers(os.getpid, os.getpid)} <= {*first}
+        assert os.getpid() not in first and all(map(is_alive, first))
+        with pytest.raises(RuntimeError, match=r"^a rehearsed rank failed \(1\):\n(.|\n)*math domain error"):
+            answers(partial(math.sqrt, -1.0), os.getpid)
+        with pytest.raises(RuntimeError, match=r"^a rehearsed rank failed \(3\):\nlast words"):
+            answers(partial(end_with, 3))
+        second = answers(os.getpid)
+    assert not any(map(is_alive, {*first, *second, *answers(os.getpid)}))
+    assert rehearsal._kept is None
