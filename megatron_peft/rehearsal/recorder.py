@@ -394,7 +394,7 @@ class LiveMemory:
         yield rise
         rise.update(self._at_peak)
         rise.subtract(begin)
-        if highest > self.highest:
+        if highest >= self.highest:
             self.highest, self._at_peak = highest, at_peak
 
     def rise(self, by: Mapping[str, int]) -> None:

@@ -125,8 +125,10 @@ def _in_processes(calls: Sequence[Callable[[], Any]], watch: Watch) -> list[Any]
     watch(0, len(calls))
     answers: list[Any] = [None] * len(calls)
     waiting, running = [*enumerate(calls)][::-1], dict[Any, tuple[Worker, int]]()
-    workers = [_kept.pop() if _kept else Worker() for _ in range(min(len(os.sched_getaffinity(0)), 4, len(calls)))]
+    workers: list[Worker] = []
     try:
+        while len(workers) < min(len(os.sched_getaffinity(0)), 4, len(calls)):
+            workers.append(_kept.pop() if _kept else Worker())
         free = [*workers]
         while waiting or running:
             while waiting and free:

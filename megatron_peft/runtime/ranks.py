@@ -124,8 +124,6 @@ def free_port() -> int:
 
 def _rank(environment: dict[str, str], call: bytes, folder: str) -> None:
     """The life of a rank."""
-    if not Path(folder).exists():  # nobody waits for it any more: the program has ended
-        return
     rank = environment["RANK"]
     _begin(environment, Path(folder, f"output{rank}"))
     try:
@@ -141,6 +139,8 @@ def _rank(environment: dict[str, str], call: bytes, folder: str) -> None:
 
 def _begin(environment: dict[str, str], output: Path) -> None:
     """What a process does first: it prints to the file `output`."""
+    if not output.parent.exists():  # nobody waits for it any more: the program has ended
+        raise SystemExit
     os.environ.clear()
     os.environ.update(environment)
     gc.freeze()  # what the server has imported stays: to collect it would copy its memory
@@ -155,23 +155,25 @@ class Worker:
 
     def __init__(self) -> None:
         self.connection, theirs = _server.Pipe()
-        self._output = tempfile.NamedTemporaryFile()
+        self._folder = tempfile.TemporaryDirectory()
+        self._output = Path(self._folder.name, "output")
         environment = {**os.environ, **_ALONE}
-        self._process = _server.Process(target=_work, args=(theirs, environment, self._output.name), daemon=True)
+        self._process = _server.Process(target=_work, args=(theirs, environment, self._output), daemon=True)
         self._process.start()
         theirs.close()
 
     def ask(self, call: Callable[[], Any]) -> None:
         """`answer` gives what it returns, once `connection` can be read; both are pickled."""
-        self.connection.send(call)
+        with suppress(ConnectionError):  # it has died, and `answer` says so
+            self.connection.send(call)
 
     def answer(self, name: str) -> Any:
         """RuntimeError: the call has failed, with what it has printed; `name` says what it was."""
         try:
             return self.connection.recv()
-        except (EOFError, ConnectionError):
+        except (EOFError, OSError):
             self._process.join()
-            said = Path(self._output.name).read_text(errors="replace")
+            said = self._output.read_text(errors="replace") if self._output.exists() else ""
             raise RuntimeError(f"{name} failed ({self._process.exitcode}):\n{said}") from None
 
     def end(self) -> None:
@@ -179,12 +181,15 @@ class Worker:
         self._process.kill()
         self._process.join()
         self.connection.close()
-        self._output.close()
+        self._folder.cleanup()
 
 
-def _work(connection: Connection, environment: dict[str, str], output: str) -> None:
+def _work(connection: Connection, environment: dict[str, str], output: Path) -> None:
     """The life of a worker. An error ends it."""
-    _begin(environment, Path(output))
-    with suppress(EOFError):  # at the program's end
-        while True:
-            connection.send(connection.recv()())
+    _begin(environment, output)
+    while True:
+        try:
+            call = connection.recv()
+        except EOFError:  # the program has ended
+            return
+        connection.send(call())

@@ -2,7 +2,9 @@
 
 import math
 import os
+import pickle
 import resource
+import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -257,6 +259,12 @@ def test_kept_processes_answer_again_and_none_is_left_at_the_end_or_after_an_err
             answers(partial(math.sqrt, -1.0), os.getpid)
         with pytest.raises(RuntimeError, match=r"^a rehearsed rank failed \(3\):\nlast words"):
             answers(partial(end_with, 3))
+        with pytest.raises(RuntimeError, match=r"^a rehearsed rank failed \(1\):\n(.|\n)*EOFError"):
+            answers(partial(pickle.loads, b""))
+        [idle] = answers(os.getpid)
+        os.kill(idle, signal.SIGKILL)
+        with pytest.raises(RuntimeError, match=r"^a rehearsed rank failed \(-9\)"):
+            answers(partial(time.sleep, 0))
         second = answers(os.getpid)
     assert not any(map(is_alive, {*first, *second, *answers(os.getpid)}))
     assert rehearsal._kept is None
