@@ -388,7 +388,7 @@ class LiveMemory:
 
     @contextmanager
     def own_rise(self) -> Iterator[Counter[str]]:
-        """By how much each part grows until the highest moment meanwhile; it is known at the end."""
+        """The growth of each part until the highest moment meanwhile; it is known at the end."""
         begin, highest, at_peak, rise = Counter(self._parts), self.highest, self._at_peak, Counter[str]()
         self.start_peak()
         yield rise
@@ -398,7 +398,7 @@ class LiveMemory:
             self.highest, self._at_peak = highest, at_peak
 
     def rise(self, by: Mapping[str, int]) -> None:
-        """For a moment there is so much more of each part."""
+        """So much more of each part is held for a moment."""
         parts = Counter(self._parts)
         parts.update(by)
         if parts.total() > self.highest:
