@@ -263,6 +263,8 @@ def test_kept_processes_answer_again_and_none_is_left_at_the_end_or_after_an_err
             answers(partial(pickle.loads, b""))
         [idle] = answers(os.getpid)
         os.kill(idle, signal.SIGKILL)
+        while is_alive(idle):
+            time.sleep(0.01)
         with pytest.raises(RuntimeError, match=r"^a rehearsed rank failed \(-9\)"):
             answers(partial(time.sleep, 0))
         second = answers(os.getpid)
