@@ -130,7 +130,7 @@ class AbsentRanks(Meter):
         return usual(ranks, *args, **kwargs)
 
     def _is_on_any(self, own: bool) -> bool:
-        """As a maximum would tell; and no rank goes on before the others are there."""
+        """What a maximum would tell; and no rank goes on before the others are there."""
         return any(map(pickle.loads, self._exchange(pickle.dumps(own), None).values()))
 
     def answer(self, usual: Callable[..., Any], given: dict[str, Any]) -> None:

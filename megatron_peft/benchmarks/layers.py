@@ -194,7 +194,7 @@ def _loss_batch(num_tokens: int) -> tuple[Tensor, Tensor]:
 
 
 def _loss_and_gradient(model: ChunkedLossModel, asked: int | None, hidden: Tensor, labels: Tensor) -> None:
-    """As megatron-core's model has them made, behind its last layer."""
+    """What megatron-core's model computes behind its last layer."""
     head, model.config.loss_chunk_tokens = model.output_layer, chunk_tokens(asked, LOSS_SHAPE["vocab_size"])
     head.hands_on_input = model.config.loss_chunk_tokens > 0
     loss = model.compute_language_model_loss(labels, head(hidden, model.output_weight)[0]).sum()

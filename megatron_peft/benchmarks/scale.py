@@ -188,7 +188,7 @@ def _write_log(path: Path) -> None:
 
 
 def _write_index(by_rank: Sequence[Written], num_replicas: int, meter: Meter) -> None:
-    """As many slices as full fine-tuning has with the distributed optimizer and a bucket for each parameter.
+    """Write as many slices as full fine-tuning has with the distributed optimizer and a bucket for each parameter.
 
     Its seven tensors of a layer are cut as LoRA's eight; here each replica has a slice of each of their states.
     """

@@ -179,7 +179,7 @@ class BoundedUnpickler(pickle._Unpickler):  # pyright: ignore[reportAttributeAcc
     """
 
     def load(self) -> Any:
-        """As Python's own, but that all bytes are in memory: its loop asks two functions of Python for each of them."""
+        """What Python's own does, with all bytes in memory: its loop asks two functions of Python for each of them."""
         self.read, self.readline = self._file_read, self._file_readline
         self.metastack, self.stack, self.proto = [], [], 0
         self.append = self.stack.append

@@ -71,7 +71,7 @@ def harness_folders(names: Sequence[str], include_paths: Sequence[str]) -> list[
 
 
 def own_files(include_paths: Iterable[str]) -> Mapping[str, Sequence[DeclaredTask]]:
-    """As `harness_files`, of the user's folders: they have few files, which may be written in any way."""
+    """What `harness_files` is for the user's folders: they have few files, which may be written in any way."""
 
     def read(path: str) -> Values:
         values = parse_yaml(read_text(Path(path)), path, TaskLoader)

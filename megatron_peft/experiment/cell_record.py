@@ -185,7 +185,7 @@ def _rounded(value: float | None) -> float | None:
 
 
 def _thinned(points: Sequence[Any], most: int) -> list[Any]:
-    """About `most` evenly spaced points, always with the last one."""
+    """Some `most` evenly spaced points, always with the last one."""
     step = -(-len(points) // most) or 1
     return [point for at, point in enumerate(points) if at % step == 0 or at == len(points) - 1]
 

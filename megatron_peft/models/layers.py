@@ -254,7 +254,7 @@ class CachingSelfAttention(SelfAttention):
         packed_seq_params: PackedSamples | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """As megatron-core's. The angles of packed samples are those of each token, not of each position."""
+        """Attend like megatron-core's. The angles of packed samples are those of each token, not of each position."""
         if packed_seq_params is not None and rotary_pos_emb is not None and not self.config.apply_rope_fusion:
             rotary_pos_emb = _angles_at(rotary_pos_emb, packed_seq_params.position_ids)
         passed_on = {"rotary_pos_emb": rotary_pos_emb, "packed_seq_params": packed_seq_params}

@@ -93,7 +93,7 @@ class ChunkedLossModel(GPTModel):
     output_layer: OutputLayer
 
     def forward(self, *args: Any, only_hidden: bool = False, **kwargs: Any) -> Tensor:
-        """As megatron-core's: losses [b, s] if `labels` are given, or logits [b, s, v]; on the last pipeline stage.
+        """Losses [b, s] if `labels` are given, or logits [b, s, v], on the last pipeline stage, like megatron-core's.
 
         only_hidden: not logits, but what they would be made of, [b, s, h]; without labels.
         """

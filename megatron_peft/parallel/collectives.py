@@ -142,7 +142,7 @@ def from_first_rank(find: Callable[[], Found], channel: SideChannel | None = Non
 
 
 def awaited_from_first_rank(find: Callable[[], Found]) -> Found:
-    """As `from_first_rank`, of what may take longer than a collective may. A collective.
+    """What `from_first_rank` gives, where it may take longer than a collective may. A collective.
 
     Meanwhile a thread of the first rank tells the others that it goes on.
     """

@@ -65,8 +65,8 @@ class Cluster:
         return (self.memory_gib - self.reserved_gib) * 2**30
 
     def of_run(self, run: RunConfig) -> "Cluster":
-        """As a run of this size and with these flags finds it. Our own linear layers overlap nothing, so no flag of
-        ours sets `tp_comm_overlap`."""
+        """The cluster that a run of this size and with these flags finds. Our own linear layers overlap nothing, so no
+        flag of ours sets `tp_comm_overlap`."""
         doublings = log2(max(run.parallel.world_size / self.gpus_per_node, 1.0))
         overlaps = run.parallel.sequence_parallel and run.model.transformer.get("tp_comm_overlap", False)
         return replace(

@@ -276,7 +276,7 @@ class _Program:
             yield block
 
     def _buckets(self, chunk: int) -> list[Bucket]:
-        """As megatron-core cuts the first chunk where sums overlap the backward; it cuts no other."""
+        """Where sums overlap the backward, megatron-core cuts the first chunk into buckets; it cuts no other."""
         counts, step = self.step.parameters([self.chunks[chunk]]), self.step
         if chunk or not self.reduces_early:
             return [(counts, 1.0)]

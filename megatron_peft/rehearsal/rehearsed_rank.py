@@ -85,7 +85,7 @@ class Watch(Recorder):
 
 @contextmanager
 def fused_kernels(one_kernel: Callable[..., Any], fuses: Mapping[str, bool]) -> Iterator[None]:
-    """As `fake_ranks.watched_kernels`, of the rotary embedding and SwiGLU where `fuses` has them."""
+    """What `fake_ranks.watched_kernels` does, for the rotary embedding and SwiGLU where `fuses` has them."""
     rotate, swiglu, swiglu_backward = layers._rotate, layers._SwiGLU.forward, layers._SwiGLU.backward
 
     def rotate_back(grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

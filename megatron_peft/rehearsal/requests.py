@@ -30,7 +30,7 @@ class Lengths:
 
     @classmethod
     def longest(cls, config: RunConfig) -> "Lengths":
-        """As long as the flags allow."""
+        """The largest sizes that the flags allow."""
         rows, positions = config.training.micro_batch_size, config.data.seq_length
         if not config.data.pack_sequences:
             return cls(rows, positions)

@@ -186,7 +186,7 @@ class PlaceOnNode(NamedTuple):
 
 
 def place_on_node() -> PlaceOnNode:
-    """As torchrun tells it; without torchrun its rank and their number are those of the world, the node is the host."""
+    """This process's place as torchrun tells it; without torchrun its rank in the world, and the host as the node."""
     environ = os.environ
     if not dist.is_initialized():
         return PlaceOnNode(0, 1, "0")

@@ -146,7 +146,7 @@ def plain_alpha(settings: Mapping[str, Any]) -> float:
 
 
 def largest_rank(settings: Mapping[str, Any]) -> int:
-    """Of the modules of an adapter with this config."""
+    """The largest rank of any module of an adapter with this config."""
     ranks = [settings.get("r", 0), *(settings.get("rank_pattern") or {}).values()]
     wrong = [rank for rank in ranks if not isinstance(rank, int)]
     require(not wrong, f"{ADAPTER_CONFIG} has a rank that is no whole number: {wrong[:1]}.")

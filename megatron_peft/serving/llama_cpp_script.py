@@ -57,7 +57,7 @@ def _model_class(model):
 
 
 def _number_the_tokens(self):
-    """In place of a tokenizer, of which prompts of ids need none, and converters know some alone."""
+    """Stand in for a tokenizer: prompts of ids need none, and converters know only some."""
     size = self.hparams["vocab_size"]
     self.gguf_writer.add_tokenizer_model("llama")
     self.gguf_writer.add_tokenizer_pre("default")

@@ -235,7 +235,7 @@ def _ends(num_tokens: int) -> list[int]:
 
 
 def _settings(adapter: Path) -> dict[str, Any]:
-    """Of an adapter's folder, or beside its file."""
+    """The config in an adapter's folder, or beside its file."""
     return untrusted.read_json_object((adapter if adapter.is_dir() else adapter.parent) / ADAPTER_CONFIG)
 
 

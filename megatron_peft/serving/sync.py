@@ -144,7 +144,7 @@ class Sync:
             raise type(error)(*problems) from error
 
     def _seen(self, adapter: Path) -> tuple[str, bool] | None:
-        """Of which checkpoint this version is, by the digest of its manifest, and whether its numbers were compared."""
+        """The digest of the manifest of this version's checkpoint, and whether its numbers were compared."""
         with suppress(ConfigurationError, KeyError):
             seen = read_json_object(adapter / SEEN)
             return seen["checkpoint"], seen["is_compared"]

@@ -63,7 +63,7 @@ class LiveSync:
         return given
 
     def _given(self, adapters: TrainedAdapters | None, own: float | None) -> tuple[str, bool]:
-        """On the first rank: what was given, and whether nothing more can be."""
+        """What the first rank has given, and whether nothing more can be."""
         assert adapters is not None
         try:
             return self._sync.give(adapters, own, self._asked), False

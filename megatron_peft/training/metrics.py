@@ -113,7 +113,7 @@ class MetricsWriter(ExitStack):
             self._add_to_tensorboard(scalars, iteration)
 
     def _add_to_tensorboard(self, scalars: Mapping[str, float], iteration: int) -> None:
-        """As one event: `add_scalar` makes one of each number, 40 ms for the lambdas of 126 layers."""
+        """Write one event: `add_scalar` makes one of each number, 40 ms for the lambdas of 126 layers."""
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]

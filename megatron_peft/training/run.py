@@ -209,7 +209,7 @@ def _write_run_file(path: Path, text: str) -> None:
 
 
 def _checked_data(config: RunConfig, tokenizer: Tokenizer, shape: ModelShape, rank: int | None = None) -> Data:
-    """As `data_of_rank`; raises ConfigurationError too if nothing is left to validate, or a checkpoint does not fit."""
+    """What `data_of_rank` gives. Raises ConfigurationError if nothing is left to validate, or a checkpoint is unfit."""
     data = data_of_rank(config, tokenizer, shape, rank)
     require(
         data.valid is not None or not (config.training.early_stopping_patience or config.checkpoint.keep_best),
