@@ -54,7 +54,8 @@ class Runner:
     jobs: cells at a time; report: called with a sentence at each event; console: a terminal shows a live table.
     program: the training program, as words after `python`; None is `megatron-peft train`.
     experiment: the text of the experiment's file; contrasts: the digests of what it asks.
-    gave_up: keys of the cells that failed in this call; running: what runs now, by the cell's key.
+    gave_up: keys of the cells that failed in this call; running: what runs now, by the cell's key; states: the table
+    of the groups since the last event.
     """
 
     folder: Path
@@ -68,6 +69,7 @@ class Runner:
     contrasts: Mapping[str, str] = field(default_factory=dict)
     gave_up: set[str] = field(default_factory=set)
     running: dict[str, CellJob] = field(default_factory=dict)
+    states: Table = field(default_factory=Table)
 
     def run(self) -> bool:
         """Run all that is missing; returns whether all cells are done.
@@ -81,12 +83,16 @@ class Runner:
             if self.console and self.console.is_terminal:
                 live = Live(console=self.console, refresh_per_second=1, transient=True, get_renderable=self.shown)
                 stack.enter_context(live)
-            while not signals and (self._start_what_fits() or self.running):
+            self._start_what_fits()
+            while self.running and not signals:
                 time.sleep(POLL_SECONDS)
-                for job in [job for job in self.running.values() if job.running.has_ended()]:
+                ended = [job for job in self.running.values() if job.running.has_ended()]
+                for job in ended:
                     del self.running[job.work.cell.key]
                     if not signals:
                         self._finish(job)
+                if ended and not signals:
+                    self._start_what_fits()
             self._end_cells()
         if signals:
             raise KeyboardInterrupt
@@ -101,20 +107,16 @@ class Runner:
                 records = read_metrics(process.checkpoints_folder(self.folder, job.work.cell) / METRICS_FILE)
             iteration = f"iteration {records[-1]['iteration']}," if records else ""
             lines.append(Text(f"{job.work.kind} {key}: {iteration} {job.running.seconds:.0f} s"))
-        return Stack(table(self.folder, self.groups), *lines)
+        return Stack(self.states, *lines)
 
-    def _start_what_fits(self) -> bool:
-        """Whether anything was started."""
-        has_started = False
-        for group in self.groups:
-            for todo in work(self.folder, group, self.gave_up):
-                if todo.cell.key in self.running:
-                    continue
-                if len(self.running) >= self.jobs:
-                    return has_started
+    def _start_what_fits(self) -> None:
+        """Start cells until `jobs` run. This reads all records, so it is not done at every look at the processes."""
+        for todo in (todo for group in self.groups for todo in work(self.folder, group, self.gave_up)):
+            if len(self.running) >= self.jobs:
+                break
+            if todo.cell.key not in self.running:
                 self._start(todo)
-                has_started = True
-        return has_started
+        self.states = table(self.folder, self.groups)
 
     def _start(self, todo: Work) -> None:
         cell, folder = todo.cell, process.run_folder(self.folder, todo.cell)

@@ -22,7 +22,7 @@ from megatron_peft.config import ConfigurationError
 from megatron_peft.experiment import process, runner
 from megatron_peft.experiment.cell_record import file_digest, of_cell, write_record
 from megatron_peft.experiment.contrasts import contrast_digests
-from megatron_peft.experiment.results import Work, progress
+from megatron_peft.experiment.results import Work, progress, work
 from megatron_peft.experiment.runner import CellJob, Runner, read_scores, run_experiment, table
 from megatron_peft.experiment.spec import Metric, ScoreSpec
 from tests.experiment.small_experiment import FAKE_TRAINING, content, experiment
@@ -163,6 +163,15 @@ def test_failed_cell_is_reported_and_the_others_continue(tmp_path: Path) -> None
     assert "lr=9" in failure and "exit code 1: " in failure and "the loss is not a number" in failure
     assert cells(tmp_path)["tiny,talk,lora,lr=9,seed=1.json"]["status"] == "failed"
     assert sum(bool(one["scores"]) for one in cells(tmp_path).values()) == 1
+
+
+def test_records_are_read_when_a_cell_ends_and_not_at_every_look(tmp_path: Path, monkeypatch) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr(runner, "progress", lambda *words: calls.append(words) or progress(*words))
+    monkeypatch.setattr(runner, "work", lambda *words: calls.append(words) or work(*words))
+    monkeypatch.setenv("FAKE_SECONDS", "0.5")
+    run(tmp_path, **SHORT)
+    assert len(calls) < 20, "at the start, after the training, and after its score"
 
 
 def test_killed_worker_is_retried_by_the_next_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,7 +327,7 @@ def test_a_terminal_shows_the_table_with_what_runs(tmp_path: Path, is_terminal: 
     metrics.write_text('{"iteration": 7}\n')
     running = SimpleNamespace(seconds=12.0)
     job = CellJob(Work("train", cell), running, of_cell(cell, "failed"))  # type: ignore[arg-type]
-    console.print(Runner(tmp_path, groups, running={cell.key: job}).shown())
+    console.print(Runner(tmp_path, groups, running={cell.key: job}, states=table(tmp_path, groups)).shown())
     assert "0/2 (1 failed)" in drawn.getvalue() and f"train {cell.key}: iteration 7, 12 s" in drawn.getvalue()
     drawn.truncate(0)
     Runner(tmp_path, [], console=console).run()
