@@ -1,7 +1,7 @@
 """Contrasts: differences between two methods that an experiment's file asks for before there is a run, and the answers.
 
-Runs of one seed are pairs, measured on the same items. The bootstrap draws seeds and items anew, so that its interval
-holds for other seeds, and for other texts of the kind.
+Runs of one seed are pairs, measured on the same items. An interval holds for other seeds, and for other texts of the
+kind.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,15 +16,19 @@ from megatron_peft.experiment.results import Result, Results, compare_seeds, met
 from megatron_peft.experiment.spec import Contrast, Experiment
 from megatron_peft.experiment.tables import Table
 
-NUM_DRAWS, AT_ONCE = 10_000, 500
 QUANTILES = (0.025, 0.05, 0.95, 0.975)
-SIGNIFICANT = 0.05
+SIGNIFICANT, POWER = 0.05, 0.8
 
 
 def contrast_digests(experiment: Experiment) -> dict[str, str]:
-    """Name -> digest of the contrast and of its methods' seeds. A record keeps what was asked when its run began."""
+    """Name -> digest of the contrast and of its methods' seeds; and the names of the places where they are asked.
+
+    A record keeps them as they were when its run began.
+    """
     seeds = {method.name: experiment.seeds_of(method) for method in experiment.methods}
-    return {one.name: json_digest([asdict(one), seeds[one.of], seeds[one.against]]) for one in experiment.contrasts}
+    asked = {one.name: json_digest([asdict(one), seeds[one.of], seeds[one.against]]) for one in experiment.contrasts}
+    places = product(experiment.tasks, experiment.models) if asked else ()
+    return asked | {f"{task.name} with {model.name}": "" for task, model in places}
 
 
 class Answer(NamedTuple):
@@ -33,6 +37,7 @@ class Answer(NamedTuple):
     obstacle: why there is no verdict; num_pairs: of runs; num_items: 0 if only the runs' own numbers are known.
     quantiles: the `interval` of the difference; None for fewer than two pairs, as is `difference`.
     p: of a paired t-test over the seeds, None without spread; holm: the same, corrected for all contrasts.
+    detectable: the difference that this test would probably find.
     """
 
     contrast: Contrast
@@ -44,6 +49,7 @@ class Answer(NamedTuple):
     quantiles: Sequence[float] | None = None
     p: float | None = None
     holm: float | None = None
+    detectable: float | None = None
 
     @property
     def verdict(self) -> str:
@@ -51,12 +57,13 @@ class Answer(NamedTuple):
             return f"no verdict: {self.obstacle}"
         (lowest, low, high, highest), one = self.quantiles, self.contrast
         if -one.margin < low and high < one.margin:
-            return f"equivalent within {one.margin:g}"
+            return f"equivalent within {one.margin:g}: the difference is between {low:+.4f} and {high:+.4f} (90%)"
         is_off_0, p = lowest > 0 or highest < 0, 1.0 if self.holm is None else self.holm
         if is_off_0 and p < SIGNIFICANT:
             higher_is_better = metrics(self.result.group.task).get(one.metric, False)
             better = one.of if (lowest > 0) == higher_is_better else one.against
-            return f"{better} is better by {abs(self.difference or 0.0):.4f}"
+            least, most = sorted((abs(lowest), abs(highest)))
+            return f"{better} is better by {abs(self.difference or 0.0):.4f} ({least:.4f} to {most:.4f})"
         but = f", but p is {p:.3f} after Holm's correction" if is_off_0 else ""
         return f"undecided: the difference is between {lowest:+.4f} and {highest:+.4f}{but}"
 
@@ -64,8 +71,9 @@ class Answer(NamedTuple):
 def answers(results: Results) -> list[Answer]:
     """The answer to each contrast, on each task with each model, in the order of the file."""
     experiment, digests, asked = results.experiment, contrast_digests(results.experiment), _asked(results)
+    asked_of = [*product(experiment.contrasts, experiment.models, experiment.tasks)]
     found = []
-    for contrast, model, task in product(experiment.contrasts, experiment.models, experiment.tasks):
+    for contrast, model, task in asked_of:
         by_method = {result.method: result for result in results.of(model.name, task.name)}
         of, against = by_method[contrast.of], by_method[contrast.against]
         seeds = sorted(of.values(contrast.metric).keys() & against.values(contrast.metric).keys())
@@ -87,17 +95,19 @@ def answers(results: Results) -> list[Answer]:
                 difference=float(np.mean([*by_seed.values()])),
                 quantiles=interval(sums, counts),
                 p=test.p if test else None,
+                detectable=detectable([*by_seed.values()], len(asked_of)) if test else None,
             )
         found.append(answer)
-    # What is not measured yet counts among the comparisons.
-    corrected = holm([1.0 if answer.p is None else answer.p for answer in found])
+    # What has no verdict yet counts among the comparisons.
+    corrected = holm([1.0 if answer.p is None or answer.obstacle else answer.p for answer in found])
     return [answer._replace(holm=p) for answer, p in zip(found, corrected, strict=True)]
 
 
 def _asked(results: Results) -> list[dict[str, str]]:
-    """The digests of contrasts that each final run's record has."""
-    records = (record for result in results.all for record in result.finals.values())
-    return [record.provenance.get("training", {}).get("contrasts", {}) for record in records]
+    """The digests of contrasts that each final run's record has, of whatever point of its grid it is."""
+    trained = ((result.group.seeds, one) for result in results.all for one in result.records.values() if one.is_trained)
+    of_finals = (record for seeds, record in trained if record.seed in seeds)
+    return [record.provenance.get("training", {}).get("contrasts", {}) for record in of_finals]
 
 
 def differences(runs: Sequence[tuple[CellRecord, CellRecord]], metric: str) -> tuple[np.ndarray, np.ndarray]:
@@ -115,30 +125,36 @@ def differences(runs: Sequence[tuple[CellRecord, CellRecord]], metric: str) -> t
 
 
 def interval(sums: np.ndarray, counts: np.ndarray) -> list[float]:
-    """`QUANTILES` of the mean of sums [seeds, items] over counts [items].
+    """`QUANTILES` of the mean of sums [seeds, items] over counts [items], of Student's t.
 
-    Those of the bootstrap are as far off as a normal distribution's. The spread of few seeds is hardly known, so they
-    are moved on to where Student's are: of six seeds by a third.
+    Its variance is that of the seeds' means, in which is what each item has of its own with each seed, and that of the
+    items' means without it. (A bootstrap that draws both counts that part three times.) The degrees of freedom are
+    Satterthwaite's.
     """
-    from scipy.stats import norm, t  # of the extra `report`
+    from scipy.stats import t  # of the extra `report`
 
-    mean = sums.sum() / (len(sums) * counts.sum())
-    drawn = np.quantile(bootstrap(sums, counts), QUANTILES)
-    return (mean + (drawn - mean) * t.ppf(QUANTILES, len(sums) - 1) / norm.ppf(QUANTILES)).tolist()
+    (num_seeds, num_items), total = sums.shape, counts.sum()
+    by_seed, by_item = sums.sum(1) / total, sums.mean(0)
+    mean = by_seed.mean()
+    of_seeds, of_items = by_seed.var(ddof=1) / num_seeds, 0.0
+    if num_items > 1:
+        of_both = sums - by_item - np.outer(by_seed - mean, counts)
+        squares = ((by_item - mean * counts) ** 2).sum() - (of_both**2).sum() / (num_seeds * (num_seeds - 1))
+        of_items = max(num_items / (num_items - 1) * squares / total**2, 0.0)
+    variance = of_seeds + of_items
+    parts = of_seeds**2 / (num_seeds - 1) + of_items**2 / max(num_items - 1, 1)
+    freedom = variance**2 / parts if parts else num_seeds - 1
+    return (mean + np.sqrt(variance) * t.ppf(QUANTILES, freedom)).tolist()
 
 
-def bootstrap(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """[NUM_DRAWS] means of sums [seeds, items] over counts [items], each of seeds and items that are drawn anew.
+def detectable(values: Sequence[float], num_comparisons: int) -> float:
+    """The mean difference that a t-test over such pairs finds in `POWER` of all cases, at `SIGNIFICANT` for all."""
+    from scipy.optimize import brentq
+    from scipy.stats import nct, t
 
-    One seed less is drawn than there are: n of n would have a variance that is too small by (n - 1) / n.
-    """
-    draws, (num_seeds, num_items) = np.random.default_rng(0), sums.shape
-    means = []
-    for _ in range(NUM_DRAWS // AT_ONCE):
-        seeds = draws.multinomial(num_seeds - 1, np.full(num_seeds, 1 / num_seeds), AT_ONCE)  # [draws, seeds]
-        items = draws.multinomial(num_items, np.full(num_items, 1 / num_items), AT_ONCE)  # [draws, items]
-        means.append(((seeds @ sums) * items).sum(1) / ((num_seeds - 1) * (items @ counts)))
-    return np.concatenate(means)
+    freedom, error = len(values) - 1, np.std(values, ddof=1) / np.sqrt(len(values))
+    limit = t.isf(SIGNIFICANT / num_comparisons / 2, freedom)
+    return float(error * brentq(lambda shift: nct.sf(limit, freedom, shift) - POWER, 0, 4 * limit))
 
 
 def holm(values: Sequence[float]) -> list[float]:
@@ -155,7 +171,7 @@ def sentences(results: Results, found: Sequence[Answer]) -> Iterator[str]:
         place = f"{result.task} with {result.model}" if len(results.experiment.models) > 1 else result.task
         yield f"{one.name}, {one.of} - {one.against} in {one.metric} on {place}: **{answer.verdict}**."
     names = {name for of_run in _asked(results) for name in of_run}
-    if gone := sorted(names - {one.name for one in results.experiment.contrasts}):
+    if gone := sorted(names - contrast_digests(results.experiment).keys()):
         yield f"**Taken out:** the file had {', '.join(gone)} when runs began, and no longer has."
 
 
@@ -169,16 +185,19 @@ def contrast_table(found: Sequence[Answer]) -> Table:
             *(str(answer.num_pairs), str(answer.num_items or "–"), f"{one.margin:g}"),
             "–" if answer.difference is None else f"{answer.difference:+.4f}",
             "–" if quantiles is None else f"{quantiles[0]:+.4f} to {quantiles[-1]:+.4f}",
-            *("–" if answer.p is None or p is None else f"{p:.3f}" for p in (answer.p, answer.holm)),
+            *("–" if p is None else f"{p:.3f}" for p in (answer.p, None if answer.obstacle else answer.holm)),
+            "–" if answer.detectable is None else f"{answer.detectable:.4f}",
         )
 
     words = ("contrast", "model", "task", "difference", "metric")
     return Table(
         "Contrasts that were written down before the runs",
-        (*words, "pairs", "items", "margin", "mean", "95% interval", "p", "p (Holm)"),
+        (*words, "pairs", "items", "margin", "mean", "95% interval", "p", "p (Holm)", "detectable"),
         tuple(map(line, found)),
-        f"Intervals: of {NUM_DRAWS:,} draws of seeds and items, widened for the number of seeds. p: a paired t-test "
-        "over the seeds, then corrected by Holm's method for the number of contrasts. Equivalent: the 90% interval is "
-        f"within the margin. Better: the 95% interval is off 0, and the corrected p below {SIGNIFICANT}.",
+        "Intervals: of Student's t over seeds and items. p: a paired t-test over the seeds, then corrected by Holm's "
+        "method for the number of contrasts. Better: the 95% interval is off 0, and the corrected p below "
+        f"{SIGNIFICANT}. Equivalent: the 90% interval is within the margin (not corrected). Detectable: the difference "
+        f"that the test finds in {POWER:.0%} of all cases, where pairs spread like these and p is to be below "
+        f"{SIGNIFICANT} over the number of contrasts; of a smaller one it probably says nothing.",
         text_columns=len(words),
     )

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from itertools import product
-from math import prod
+from math import inf, prod
+from os.path import normpath
 from pathlib import Path
 from re import fullmatch
 from typing import Any
@@ -29,9 +30,11 @@ BUDGET = (  # the same for all methods, for a fair comparison
     "train-iters train-samples train-epochs global-batch-size seq-length pack-sequences overlong "
     "train-data-path valid-data-path test-data-path data-path split optimizer bf16 clip-grad micro-batch-size "
     "lr-decay-style lr-decay-iters lr-decay-samples lr-warmup-iters lr-warmup-samples lr-warmup-fraction "
-    "lr-warmup-init min-lr eval-iters eval-interval early-stopping-patience"
+    "lr-warmup-init lr-wsd-decay-iters lr-wsd-decay-samples lr-wsd-decay-style min-lr eval-iters eval-interval "
+    "early-stopping-patience"
 ).split()
 VALID_DATA = "valid-data-path"
+DATA = ("train-data-path", VALID_DATA, "test-data-path", "data-path")
 VALIDATED = {VALID_DATA, "data-path"}  # either gives a validation loss
 ITEMS = "log-validation-items"  # the flag that keeps the loss of each validation sample
 VALIDATION_LOSS, TEST_LOSS, AREA = "validation loss", "test loss", "area"  # metrics of every task: lower is better
@@ -187,11 +190,12 @@ class Experiment:
             )
         for model, task in product(self.models, self.tasks) if self.contrasts and self._is_tuned else ():
             flags = {**self.flags, **model.flags, **task.flags}
-            finals, tuning = ({*_listed(each.get(VALID_DATA, []))} for each in (flags, task.tuning_flags))
-            if not tuning or tuning & {*finals, *(task.score.command if task.score else ())}:
+            of_finals = [word for flag in DATA for word in _listed(flags.get(flag, []))]
+            tuning, others = _files(task.tuning_flags.values()), _files(of_finals)
+            if not tuning or tuning & (others | _files(task.score.command if task.score else ())):
                 yield (
                     f"tasks.{task.name}: contrasts need data that no setting was chosen by: give the task "
-                    f"tuning_valid_data_path, with no file of --{VALID_DATA} or of its score."
+                    f"tuning_valid_data_path, with no file that trains, validates, tests or scores its final runs."
                 )
         for contrast in self.contrasts:
             place, named = f"contrasts.{contrast.name}", (contrast.of, contrast.against)
@@ -205,7 +209,7 @@ class Experiment:
                 known += [TEST_LOSS] if "test-data-path" in task.flags else []
                 if contrast.metric not in known:
                     yield f"{place}: {contrast.metric} is no metric of {task.name}, which has {', '.join(known)}."
-            if contrast.metric == VALIDATION_LOSS and ITEMS not in self.flags:
+            if contrast.metric == VALIDATION_LOSS and self.flags.get(ITEMS) is not True:
                 yield f"{place} compares the validation loss sample by sample: put {ITEMS}: true under flags."
 
     @property
@@ -298,7 +302,7 @@ def _contrast(name: str, content: Any) -> Contrast:
     for key in ("of", "against", "margin"):
         require(values.get(key) is not None, f"{place} needs {key}.")
     margin, metric = values["margin"], values.get("metric", VALIDATION_LOSS)
-    is_number = type(margin) in (int, float) and margin > 0
+    is_number = type(margin) in (int, float) and 0 < margin < inf
     require(is_number, f"{place}.margin is {margin!r}; it is a number above 0, of which a difference is negligible.")
     return Contrast(str(name), str(values["of"]), str(values["against"]), str(metric), float(margin))
 
@@ -332,6 +336,11 @@ def _whole_numbers(content: Any, place: str) -> tuple[int, ...]:
     for number in _listed(content):
         require(type(number) is int, f"{place} holds {number!r}, which is not a whole number.")
     return tuple(_listed(content))
+
+
+def _files(words: Iterable[Any]) -> set[str]:
+    """The files that these words may name, each written in one way."""
+    return {normpath(str(word).rpartition("=")[2]) for word in words}
 
 
 def _listed(content: Any) -> list[Any]:

@@ -16,6 +16,7 @@ from megatron_peft.experiment.cell_record import (
     cell_file,
     from_items,
     from_metrics,
+    json_digest,
     of_cell,
     read_file,
     source_version,
@@ -59,9 +60,11 @@ def test_record_that_was_edited_is_refused(tmp_path: Path, group: Group, field: 
     write_record(tmp_path, group.tuning[0], of_cell(group.tuning[0], "trained", scores={"BLEU": 14.0}))
     path = cell_file(tmp_path, group.tuning[0])
     values = json.loads(path.read_text())
-    path.write_text(json.dumps({**values, field: {"BLEU": 15.0}}))
-    with pytest.raises(ConfigurationError, match="was changed after it was written: remove it"):
-        read_file(path)
+    edited = {**values, field: {"BLEU": 15.0}}
+    for changed in (edited, {name: value for name, value in {"provenance": {}, **edited}.items() if name != "sha256"}):
+        path.write_text(json.dumps(changed))
+        with pytest.raises(ConfigurationError, match="was changed after it was written: remove it"):
+            read_file(path)
 
 
 @pytest.mark.parametrize("sources", [None, [], {"training": 1}, {"training": {"cell_sha256": "", "data_sha256": 1}}])
@@ -70,6 +73,7 @@ def test_file_of_something_else_is_an_error(tmp_path: Path, group: Group, source
     values = json.loads(cell_file(tmp_path, group.tuning[0]).read_text())
     del values["sha256"]
     values |= {"provenance": sources} if sources is not None else {"flags": 1}
+    values["sha256"] = json_digest(values)
     (tmp_path / "x.json").write_text(json.dumps(values))
     with pytest.raises(ConfigurationError, match="x.json is not the file of a cell"):
         read_file(tmp_path / "x.json")
@@ -154,6 +158,7 @@ def tuned(folder: Path, group: Group, loss_at: Callable[[dict[str, float]], floa
     """The points in the order in which they are tried, each by itself, and the end of it; nothing is kept between."""
     tried = []
     while cells := [cell for kind, cell in todo(folder, group) if cell.seed == group.tuning_seed]:
+        assert cells == [cell for _, cell in todo(folder, group)], "no final run while the grid grows"
         end(folder, cells[0], loss=loss_at({flag: float(value) for flag, value in cells[0].settings.items()}))
         tried.append(cells[0].point)
     return tried, progress(folder, group)
@@ -186,6 +191,11 @@ def test_a_rate_is_not_followed_for_ever_and_is_not_tuned_then(tmp_path: Path) -
     assert tried[2:] == ["lr=0.4", "lr=0.8", "lr=1.6", "lr=3.2", "lr=6.4", "lr=12.8"]
     assert now.edges == ("lr",) and now.chosen_point == "lr=12.8, not tuned"
     assert [cell for _, cell in todo(tmp_path, group)] == list(now.chosen), "it is run all the same"
+
+
+def test_a_rate_of_nothing_is_no_start_of_a_grid(tmp_path: Path) -> None:
+    tried, now = tuned(tmp_path, grid_of(tmp_path, lr=[0, 0.1]), lambda at: at["lr"])
+    assert tried == ["lr=0", "lr=0.1"] and now.edges == ()
 
 
 def test_rates_grow_beside_one_another_and_other_numbers_do_not(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Files that say nothing, too much, or two things at once, and what their author is told; the cells and their flags."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,16 @@ def scored_by(metric: dict[str, Any]) -> dict[str, Any]:
     return {"tasks": {"talk": {"score": {"command": "x {output}", "metrics": {"a": metric}}}}}
 
 
+FILES = ["valid.jsonl", "./valid.jsonl", "train.jsonl", "other.jsonl", "test.jsonl", "more.jsonl"]
+OTHER_SEEDS = {"lora": GRID, "boft": {**GRID, "seeds": [3, 4]}}
+
+
 def asked(tuning: str | None = None, tuning_seed: int = 9, **changes: Any) -> dict[str, Any]:
     """The small experiment with a contrast."""
     flags = changes.pop("flags", {"train-iters": 2, "log-validation-items": True})
-    score = {"command": "x {output} test.jsonl", "metrics": {"a": {"path": "a"}}}
-    task = {"flags": {"train-data-path": "train.jsonl", "valid-data-path": "valid.jsonl"}, "score": score}
+    score = {"command": "x {output} test.jsonl --data=more.jsonl", "metrics": {"a": {"path": "a"}}}
+    files = {"train-data-path": ["train.jsonl"], "valid-data-path": "valid.jsonl", "test-data-path": "other.jsonl"}
+    task = {"flags": files, "score": score}
     task |= {"tuning_valid_data_path": tuning} if tuning else {}
     contrast = {"of": "boft", "against": "lora", "margin": 0.01, **changes}
     return {"flags": flags, "tasks": {"talk": task}, "contrasts": {"better": contrast}, "tuning_seed": tuning_seed}
@@ -104,16 +110,19 @@ def test_the_claims_file_can_be_run_and_asks_four_questions_of_six_seeds() -> No
         (scored_by({}), "metrics.a needs path"),
         ({"methods": {"lora": {"seeds": [4, 4]}}}, "seeds: 4, 4 names one twice"),
         (asked(), r"contrasts need data that no setting was chosen by: give the task tuning_valid_data_path"),
-        (asked(tuning="valid.jsonl"), r"tasks.talk: .* with no file of --valid-data-path or of its score"),
-        (asked(tuning="test.jsonl"), r"tasks.talk: .* with no file of --valid-data-path or of its score"),
+        *((asked(tuning=path), "with no file that trains, validates, tests or scores its final") for path in FILES),
         (asked(tuning="tuning.jsonl", tuning_seed=2), "tuning_seed 2 is among the seeds, but with contrasts final"),
         (asked(against="full"), "contrasts.better: full is not a method; there are lora, boft"),
         (asked(of="lora"), "contrasts.better: lora and lora must be two methods that share two seeds"),
-        (asked(margin=0), "contrasts.better.margin is 0; it is a number above 0"),
+        *((asked(margin=wrong), f"contrasts.better.margin is {wrong}; it is a number") for wrong in (0, math.inf)),
+        ({**asked("tuning.jsonl"), "methods": OTHER_SEEDS}, "boft and lora must be two methods that share two seeds"),
         (asked(margin=None), "contrasts.better needs margin"),
-        (asked(metric="BLEU"), "contrasts.better: BLEU is no metric of talk, which has validation loss, area, a"),
-        (asked(metric="test loss"), "test loss is no metric of talk, which has validation loss, area, a"),
-        (asked(flags={"train-iters": 2}), "contrasts.better compares the validation loss sample by sample: put log-"),
+        (asked(metric="BLEU"), "BLEU is no metric of talk, which has validation loss, area, a, test loss"),
+        ({**asked(metric="test loss"), "tasks": UNVALIDATED}, "test loss is no metric of talk, which has validation l"),
+        (
+            asked(flags={"log-validation-items": False}),
+            "better compares the validation loss sample by sample: put log-",
+        ),
         (scored_by({"path": "b", "scale": "%"}), "metrics.a.scale is '%', not a number"),
     ],
 )
@@ -162,7 +171,8 @@ def test_budget_is_what_all_methods_share(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "flag", ["train-iters", "eval-iters", "lr-decay-iters", "min-lr", "clip-grad", "split", "early-stopping-patience"]
+    "flag",
+    "train-iters eval-iters lr-decay-iters lr-wsd-decay-iters min-lr clip-grad split early-stopping-patience".split(),
 )
 def test_schedule_and_budget_are_the_same_for_all_methods(tmp_path: Path, flag: str) -> None:
     with pytest.raises(ConfigurationError, match=f"methods.lora: --{flag} must be the same for all methods"):
