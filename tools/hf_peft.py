@@ -2,9 +2,10 @@
 
     python -m tools.hf_peft lora docs/results/claim/cells/CELL.json docs/results/claim/hf_peft
 
-trains the cell's model again with transformers and PEFT, and writes losses, held-out losses and, with --score, BLEU. A
-LoRA begins with the cell's own A; where megatron-core has one matrix (q, k and v; gate and up), PEFT's share their A,
-so that both are the same model and their curves can be compared. PEFT's OFT rotates by blocks of 32 of the input.
+trains the cell's model again with transformers and PEFT, and writes losses, held-out losses and, with --score, BLEU,
+and a table of all that is in the folder. A LoRA begins with the cell's own A; where megatron-core has one matrix (q, k
+and v; gate and up), PEFT's share their A, so that both are the same model and their curves can be compared. PEFT's OFT
+rotates by blocks of 32 of the input. `base` is the model before any training.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from megatron_peft.checkpoint.state import TrainingState
 from megatron_peft.cli.parser import read_config
-from megatron_peft.config import PeftConfig
+from megatron_peft.config import PeftConfig, require
 from megatron_peft.data.batches import Microbatch
 from megatron_peft.data.tokenizers import build_tokenizer
 from megatron_peft.experiment.cell_record import CellRecord, json_digest, read_file, versions
@@ -41,12 +42,19 @@ SCORE = "python -m megatron_peft.demo.scoring {output} --pretrained-checkpoint {
 
 
 def build(method: str, folder: str, peft: PeftConfig, state: TrainingState) -> PeftModel:
-    """PEFT's model, in float32; of LoRA with the first A of `state`'s adapters."""
+    """PEFT's model, in float32; of LoRA with the first A of `state`'s adapters.
+
+    Raises ConfigurationError: the cell's LoRA has a setting that is not made here.
+    """
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if method == "base":
+        return model.requires_grad_(False)  # type: ignore[return-value]
     if method == "oft":
         settings = OFTConfig(oft_block_size=BLOCK, target_modules="all-linear", use_cayley_neumann=False)
         return get_peft_model(model, settings).train()  # type: ignore[return-value]
-    settings = LoraConfig(r=peft.lora_rank, lora_alpha=int(peft.lora_alpha), target_modules="all-linear")
+    plain = PeftConfig(method="lora", lora_rank=peft.lora_rank, lora_alpha=peft.lora_alpha)
+    require(peft == plain, f"the cell has other settings than LoRA's rank and alpha: {peft}")
+    settings = LoraConfig(r=peft.lora_rank, lora_alpha=peft.lora_alpha, target_modules="all-linear")  # type: ignore[arg-type]
     model = get_peft_model(model, settings).train()
     starts = {name: x for chunk in state.model_chunks for name, x in chunk.named_parameters() if ".adapter.A" in name}
     modules = dict(model.named_modules())
@@ -83,11 +91,12 @@ def held_out(model: nn.Module, steps: Iterable[Iterable[Microbatch]]) -> list[li
 
 
 def train(model: PeftModel, state: TrainingState, steps: Iterable[list[Microbatch]], clip: float) -> Iterator[float]:
-    """The loss of each step; rates, decay and Adam's constants are those of `state`."""
+    """The loss of each step; rates, decay and Adam's constants are those of `state`. Rotations are never decayed."""
     trained = [x for x in model.parameters() if x.requires_grad]
     ours = state.config.optimizer
     betas = ours.adam_beta1, ours.adam_beta2
-    optimizer = torch.optim.AdamW(trained, betas=betas, eps=ours.adam_eps, weight_decay=ours.weight_decay)
+    decay = 0.0 if isinstance(model.peft_config["default"], OFTConfig) else ours.weight_decay
+    optimizer = torch.optim.AdamW(trained, betas=betas, eps=ours.adam_eps, weight_decay=decay)
     for step in steps:
         optimizer.param_groups[0]["lr"] = state.optimizer.param_groups[0]["lr"]
         optimizer.zero_grad()
@@ -112,16 +121,19 @@ def trained_again(method: str, cell: CellRecord, messages: str | None) -> dict[s
     model = build(method, base, config.peft, state)
     steps = (step for _, step in zip(range(data.train_iters), data.train, strict=False))
     losses = []
-    for loss in train(model, state, steps, config.optimizer.clip_grad):
+    for loss in train(model, state, steps, config.optimizer.clip_grad) if method != "base" else ():
         losses.append(loss)
         print(f"iteration {len(losses)}: {loss:.6f}", flush=True)
     assert data.valid is not None
-    items = held_out(model.eval(), data.valid)
+    items, tested = (held_out(model.eval(), source or ()) for source in (data.valid, data.test))
     found: dict[str, Any] = {
         "method": method,
         "cell": cell.key,
         "losses": losses,
-        "validation_loss": sum(one for one, _ in items) / sum(tokens for _, tokens in items),
+        "validation_loss": mean_loss(items),
+        "test_loss": mean_loss(tested) if tested else None,
+        "of_cell": {"validation_loss": cell.validation_loss, "test_loss": cell.test_loss, **cell.scores},
+        "curves_differ_by": None,
         "items": items,
         "trainable_parameters": sum(x.numel() for x in model.parameters() if x.requires_grad),
         "versions": {**versions(), "peft": version("peft")},
@@ -129,6 +141,28 @@ def trained_again(method: str, cell: CellRecord, messages: str | None) -> dict[s
     if messages:
         found["bleu"] = bleu(model, base, messages)
     return found
+
+
+def mean_loss(items: list[list[float]]) -> float:
+    return sum(one for one, _ in items) / sum(tokens for _, tokens in items)
+
+
+def table(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What documents show (`tools/documents.py`) of the runs."""
+
+    def shown(value: float | None, form: str = ".4f") -> str:
+        return "" if value is None else format(value, form)
+
+    names = {"base": "the base model", "lora": "HF PEFT's LoRA", "oft": "HF PEFT's OFT"}
+    lines = []
+    for one in sorted(found, key=lambda one: ([*names].index(one["method"]), one["cell"])):
+        values, of_cell = (*map(one.get, ("validation_loss", "test_loss", "bleu")),), one["of_cell"]
+        numbers = [shown(value, ".2f" if at == 2 else ".4f") for at, value in enumerate(values)]
+        beside = "" if one["method"] == "base" else one["cell"].split(",", 2)[-1].replace(",", " ")
+        own = shown(of_cell["validation_loss"]) if beside else ""
+        lines.append([names[one["method"]], beside, *numbers, own, shown(one["curves_differ_by"], ".1e")])
+    columns = ["model", "beside", "held-out loss", "test loss", "BLEU", "held-out loss of that", "curves differ by"]
+    return {"title": "Beside the experiment's own runs", "columns": columns, "rows": lines, "text_columns": 2}
 
 
 def bleu(model: PeftModel, base: str, messages: str) -> float:
@@ -144,21 +178,22 @@ def bleu(model: PeftModel, base: str, messages: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("method", choices=("lora", "oft"))
+    parser.add_argument("method", choices=("base", "lora", "oft"))
     parser.add_argument("cell", type=Path, help="the record of a finished cell")
     parser.add_argument("output", type=Path, help="folder of the results")
     parser.add_argument("--score", metavar="MESSAGES.jsonl", help="also translate these messages")
     asked = parser.parse_args()
     with world("gloo"):
         found = trained_again(asked.method, cell := read_file(asked.cell), asked.score)
+    if asked.method == "lora":
+        ours = [value for _, _, value in cell.curves["loss"]]
+        found["curves_differ_by"] = max(abs(a - b) for a, b in zip(found["losses"], ours, strict=True))
     asked.output.mkdir(parents=True, exist_ok=True)
     path = asked.output / f"{asked.method},{cell.key}.json"
     path.write_text(json.dumps({**found, "sha256": json_digest(found)}, indent=None) + "\n")
-    ours = [value for _, _, value in cell.curves["loss"]]
-    off = max(abs(a - b) for a, b in zip(found["losses"], ours, strict=True))
-    print(
-        f"held-out loss {found['validation_loss']:.6f}, of the cell {cell.validation_loss}; curves differ by {off:.2g}"
-    )
+    written = table([json.loads(one.read_text()) for one in asked.output.glob("*,*.json")])
+    (asked.output / "table.json").write_text(json.dumps(written, indent=1, ensure_ascii=False) + "\n")
+    print(*written["rows"], sep="\n")
 
 
 if __name__ == "__main__":

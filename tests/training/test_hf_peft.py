@@ -19,17 +19,21 @@ FLAGS = (
 @pytest.mark.slow
 def test_losses_of_lora_are_the_runs_own_and_oft_learns_too(tmp_path):
     base, data = save_llama(tmp_path / "base", num_hidden_layers=2), save_pairs(tmp_path / "pairs.jsonl")
-    files = [f"--pretrained-checkpoint={base}", f"--train-data-path={data}", f"--valid-data-path={data}"]
+    files = [f"--pretrained-checkpoint={base}", *(f"--{one}-data-path={data}" for one in ("train", "valid", "test"))]
     flags = (*FLAGS.split(), *files, f"--vocab-size={VOCAB_SIZE - 1}", "--peft-method=lora", "--lora-rank=4")
     assert train.main([*flags, "--save", str(tmp_path / "run")]) == 0
     ours = read_metrics(tmp_path / "run" / "metrics.jsonl")
     cell = CellRecord("tiny", "talk", "lora", {}, 5, flags)
     found = {}
-    for method in ("lora", "oft"):
+    for method in ("base", "lora", "oft"):
         with one_rank(with_groups=False):
             found[method] = hf_peft.trained_again(method, cell, None)
     assert found["lora"]["losses"] == pytest.approx([record["loss"] for record in ours], rel=1e-5)
     assert found["lora"]["validation_loss"] == pytest.approx(ours[-1]["validation_loss"], rel=1e-5)
     assert len(found["lora"]["items"]) == len(data.read_text().splitlines())
+    assert found["base"]["validation_loss"] > found["lora"]["validation_loss"] and found["base"]["losses"] == []
+    assert all(one["test_loss"] == pytest.approx(one["validation_loss"], rel=1e-5) for one in found.values())
+    rows = hf_peft.table([{**one, "of_cell": {"validation_loss": 1.0}} for one in found.values()])["rows"]
+    assert [row[0] for row in rows] == ["the base model", "HF PEFT's LoRA", "HF PEFT's OFT"]
     oft = found["oft"]["losses"]
     assert oft[0] == pytest.approx(ours[0]["loss"], rel=1e-5) and oft[-1] != pytest.approx(ours[-1]["loss"], rel=1e-3)
