@@ -39,12 +39,12 @@ def attach_adapters(model_chunks: Sequence[nn.Module], peft: PeftConfig, seed: i
     modules = huggingface_modules(model_chunks)
     require_matches(peft.target_modules, all_names([target.name for target in targets]), modules)
     adapted = [target for target in targets if is_targeted(target.name, peft.target_modules, modules)]
-    checked_together(lambda: [peft.spec.check_layer(peft, one.module.layout, one.name) for one in adapted])
+    checked_together(lambda: [peft.spec.check_layer(peft, layer.module.layout, layer.name) for layer in adapted])
     for chunk in model_chunks:
         freeze(chunk)
     adapters: dict[str, nn.Module] = {}
-    for dtype in dict.fromkeys(one.module.weight.dtype for one in adapted):  # none where a stage adapts no layer
-        layouts = {one.name: one.module.layout for one in adapted if one.module.weight.dtype == dtype}
+    for dtype in dict.fromkeys(layer.module.weight.dtype for layer in adapted):  # none where a stage adapts no layer
+        layouts = {layer.name: layer.module.layout for layer in adapted if layer.module.weight.dtype == dtype}
         adapters |= new_adapters(layouts, peft, seed, dtype)
     for target in adapted:
         adapter: Any = adapters[target.name]

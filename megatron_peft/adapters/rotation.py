@@ -76,9 +76,9 @@ class RotatesOnceAStep:
         """The blocks of all layers: those of a kind and a type of activations together."""
         kinds: dict[Any, list[int]] = {}
         applied: list[AppliedRotation] = [layer.adapter.applied_rotation() for layer in layers]
-        for index, (one, layer) in enumerate(zip(applied, layers, strict=True)):
-            if one.rotation.has_blocks:
-                kinds.setdefault((type(one.rotation), one.transposed, layer.weight.dtype), []).append(index)
+        for index, (rotated, layer) in enumerate(zip(applied, layers, strict=True)):
+            if rotated.rotation.has_blocks:
+                kinds.setdefault((type(rotated.rotation), rotated.transposed, layer.weight.dtype), []).append(index)
         found: list[HeldBlocks | None] = [None] * len(layers)
         for (_, _, dtype), indices in kinds.items():
             # A step's gradients come in the order of formulas.
@@ -94,7 +94,7 @@ class RotatesOnceAStep:
         stacks = dict.fromkeys(held.stack for layer in layers if (held := layer.adapter.held) is not None)
         for stack in stacks:
             stack.add_gradients()
-        return [one.rotation.trained for stack in stacks for one in stack.layers]
+        return [layer.rotation.trained for stack in stacks for layer in stack.layers]
 
 
 class BlockRotation(RotatesOnceAStep, nn.Module):
@@ -249,15 +249,15 @@ class Stack:
 
     def __init__(self, layers: Sequence[AppliedRotation], dtype: torch.dtype, is_training: bool) -> None:
         self.layers = layers
-        self.counts = [one.rotation.num_local_groups for one in self.layers]
+        self.counts = [layer.rotation.num_local_groups for layer in self.layers]
         self.dtype, self.is_training = dtype, is_training
 
     def build(self) -> list[HeldBlocks]:
         """D of all layers: each layer's share of it."""
-        self.trained = torch.cat([one.rotation.trained.detach() for one in self.layers])
+        self.trained = torch.cat([layer.rotation.trained.detach() for layer in self.layers])
         self.trained.requires_grad_(self.is_training)
-        constants = zip(*(one.rotation.constants() for one in self.layers), strict=True)
-        self.built = self.layers[0].rotation.changes_of(self.trained, *(torch.cat(one) for one in constants))
+        constants = zip(*(layer.rotation.constants() for layer in self.layers), strict=True)
+        self.built = self.layers[0].rotation.changes_of(self.trained, *(torch.cat(tensors) for tensors in constants))
         scales = self._mix()
         if self.layers[0].transposed:
             self.built = self.built.transpose(1, 2)
@@ -273,11 +273,11 @@ class Stack:
 
     def _mix(self) -> Sequence[Tensor | None]:
         """Take (1 - lambda) D in a mixture. Returns lambda s of each layer's low rank."""
-        mixes = [one.mix for one in self.layers if one.mix is not None]
+        mixes = [layer.mix for layer in self.layers if layer.mix is not None]
         if not mixes:
             return [None] * len(self.layers)
         mix = torch.stack(mixes)
-        of_groups = torch.cat([one.expand(count) for one, count in zip((1 - mix).unbind(), self.counts, strict=True)])
+        of_groups = torch.cat([x.expand(count) for x, count in zip((1 - mix).unbind(), self.counts, strict=True)])
         self.built = self.built * of_groups[:, None, None]
         return (mix * self.layers[0].scale).unbind()
 
@@ -289,12 +289,12 @@ class Stack:
         assert self.total is not None
         parts, first = [], 0
         for kept, formula in FORMULAS.items():
-            count = sum(k for one, k in zip(self.layers, self.counts, strict=True) if one.kept == kept)
+            count = sum(k for layer, k in zip(self.layers, self.counts, strict=True) if layer.kept == kept)
             if count:
                 groups = slice(first, first + count)
                 parts.append(formula(self.total[groups], self.D[groups]))
                 first += count
         dD = parts[0] if len(parts) == 1 else torch.cat(parts)
         (gradient,) = torch.autograd.grad(self.built, self.trained, dD)
-        buffers = [gradient_of(one.rotation.trained) for one in self.layers]
+        buffers = [gradient_of(layer.rotation.trained) for layer in self.layers]
         torch._foreach_add_(buffers, list(self._shares(gradient)))

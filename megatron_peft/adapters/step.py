@@ -57,7 +57,7 @@ class AdaptersStep:
             if not chunk.remove_forward_pre_hook_handles:  # parameters are whole
                 continue
             gather = chunk._make_forward_pre_hook()
-            for module in (one for one in chunk.modules() if one in owners):  # every rank in the same order
+            for module in (owner for owner in chunk.modules() if owner in owners):  # every rank in the same order
                 gather(module)
 
     @full_precision
@@ -72,7 +72,7 @@ class AdaptersStep:
         for chunk in model_chunks:
             if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_grad_reduce:
                 # What its hook does after the backward of a parameter, which here is none of autograd's.
-                for parameter in (one for one in parameters if one in chunk.param_to_bucket_group):
+                for parameter in (kept for kept in parameters if kept in chunk.param_to_bucket_group):
                     chunk.param_to_bucket_group[parameter].register_grad_ready(parameter, chunk.force_all_reduce)
 
     def clear(self) -> None:

@@ -172,11 +172,11 @@ def run_phases(config: RunConfig, meter: Meter) -> None:
 
 def _make_moments(state: Any) -> None:
     """An optimizer makes them in its first step."""
-    for one in getattr(state.optimizer, "chained_optimizers", [state.optimizer]):
-        if not one.is_stub_optimizer:
-            for parameter in (parameter for group in one.optimizer.param_groups for parameter in group["params"]):
+    for part in getattr(state.optimizer, "chained_optimizers", [state.optimizer]):
+        if not part.is_stub_optimizer:
+            for parameter in (parameter for group in part.optimizer.param_groups for parameter in group["params"]):
                 parameter.grad = torch.zeros_like(parameter)
-            one.optimizer.step()
+            part.optimizer.step()
 
 
 def _write_log(path: Path) -> None:

@@ -150,7 +150,7 @@ def small_run(
     # In one process, with nothing that is sharded, recomputed or overlapped.
     of_one = {
         **vars(ParallelConfig()),
-        "transformer": {name: one for name, one in values["transformer"].items() if name not in RECOMPUTE},
+        "transformer": {name: value for name, value in values["transformer"].items() if name not in RECOMPUTE},
         "recompute_modules": (),
         "cross_entropy_chunk_tokens": 0,
         **dict.fromkeys(("overlap_grad_reduce", "use_distributed_optimizer", "overlap_param_gather"), False),
@@ -265,14 +265,14 @@ class Certificate:
     @property
     def verdict(self) -> str:
         """REFUSED where anything differs; else UNDECIDED where an error kept something from being compared."""
-        if any(one.problems for one in self.comparisons):
+        if any(line.problems for line in self.comparisons):
             return "REFUSED"
-        return "UNDECIDED" if any(one.error for one in self.comparisons) else "CERTIFIED"
+        return "UNDECIDED" if any(line.error for line in self.comparisons) else "CERTIFIED"
 
     @property
     def content(self) -> dict[str, Any]:
         """The document, without its digest."""
-        lines = [{**asdict(one), "passed": one.passed} for one in self.comparisons]
+        lines = [{**asdict(line), "passed": line.passed} for line in self.comparisons]
         return {"verdict": self.verdict, "passed": self.verdict == "CERTIFIED", **vars(self), "comparisons": lines}
 
 
@@ -298,13 +298,13 @@ def certify(config: RunConfig, shape: ModelShape, engine: Path | None = None) ->
             wide_run(config, shape, Path(folder, "wide")),
         )
         comparisons = []
-        for one in compare_all(small, wide):
-            comparisons.append(one)
+        for line in compare_all(small, wide):
+            comparisons.append(line)
             watch(1, 0)
     small_flags = json.dumps(config_to_dict(small.split), default=sorted).replace(folder, "SMALL")
     return Certificate(
         run=layout_of(config),
-        started="; ".join(layout_of(one.split) for one in (small, wide) if one is not None),
+        started="; ".join(layout_of(run.split) for run in (small, wide) if run is not None),
         comparisons=tuple(comparisons),
         not_claimed=NOT_CLAIMED,
         versions={name: _version(name) for name in PACKAGES} | {"python": sys.version.split()[0]},
@@ -394,18 +394,20 @@ def print_certificate(certificate: Certificate) -> None:
     console, title = Console(), f"{certificate.run}\nstarted here: {certificate.started}"
     numbers = (Column(name, justify="right") for name in ("number", "largest", "tolerance"))
     table = Table("compared", *numbers, "", title=title, title_justify="left")
-    for one in certificate.comparisons:
-        verdict = "DIFFERS" if one.problems else "ERROR" if one.error else "ok" if one.num_compared else "not compared"
-        largest = "" if one.largest is None else f"{one.largest:.1e}"
-        limits = (largest, f"{one.tolerance:.0e}" if one.tolerance else "equal") if one.num_compared else ("", "")
-        table.add_row(one.name, f"{one.num_compared:,}", *limits, verdict)
+    for line in certificate.comparisons:
+        verdict = (
+            "DIFFERS" if line.problems else "ERROR" if line.error else "ok" if line.num_compared else "not compared"
+        )
+        largest = "" if line.largest is None else f"{line.largest:.1e}"
+        limits = (largest, f"{line.tolerance:.0e}" if line.tolerance else "equal") if line.num_compared else ("", "")
+        table.add_row(line.name, f"{line.num_compared:,}", *limits, verdict)
     console.print(table)
     tell = partial(console.print, highlight=False, markup=False, soft_wrap=True)
-    for one in certificate.comparisons:
-        for problem in one.problems:
-            tell(f"{one.name}: {problem}", style="red")
-        if not one.num_compared and not one.problems:
-            tell(f"{one.name}: {one.error or one.note}")
+    for line in certificate.comparisons:
+        for problem in line.problems:
+            tell(f"{line.name}: {problem}", style="red")
+        if not line.num_compared and not line.problems:
+            tell(f"{line.name}: {line.error or line.note}")
     model = certificate.small_model
     tell(
         f"{certificate.verdict}: a model of {model['num_layers']} layers, {model['num_attention_heads']} heads, "
@@ -415,7 +417,7 @@ def print_certificate(certificate: Certificate) -> None:
     tell(", ".join(f"{name} {version}" for name, version in certificate.versions.items()))
     tell(f"digest {digest_of(certificate.content)}")
     if certificate.verdict == "CERTIFIED":
-        compared = " ".join(one.name for one in certificate.comparisons if one.num_compared)
+        compared = " ".join(line.name for line in certificate.comparisons if line.num_compared)
         tell(f"{', '.join(['trained', *(what for what, word in IN_WORDS.items() if word in compared)])}: equal")
 
 

@@ -104,9 +104,9 @@ def begins_alike(config: RunConfig) -> bool:
 def compare_resumed(ranks: Sequence[RankReport], resumed: Sequence[RankReport]) -> CertificateLine:
     """A run that was resumed from its middle with the one that was not interrupted."""
     names: set[str] = set()
-    for one, again in zip(ranks, resumed, strict=True):
-        names |= {name for name, value in one.others.items() if again.others.get(name) != value}
-        tensors, others = one.tensors[END], again.tensors[END]
+    for rank, again in zip(ranks, resumed, strict=True):
+        names |= {name for name, value in rank.others.items() if again.others.get(name) != value}
+        tensors, others = rank.tensors[END], again.tensors[END]
         for slot in tensors.keys() | others.keys():
             if slot not in tensors or slot not in others or not torch.equal(tensors[slot], others[slot]):
                 key = slot[0].removeprefix("optimizer.")
@@ -160,10 +160,10 @@ def compare_numbers(
     name: str, found: Mapping[str, float], reference: Mapping[str, float], tolerance: float
 ) -> CertificateLine:
     """Relative differences; what one of the two lacks is NaN there, and so is the largest."""
-    pairs = {one: (found.get(one, math.nan), reference.get(one, math.nan)) for one in {**reference, **found}}
-    errors = {one: abs(value - wanted) / (abs(wanted) or 1.0) for one, (value, wanted) in pairs.items()}
-    wrong = [one for one, error in errors.items() if not error <= tolerance]
-    problems = ("{}: {:.8g}, in one process {:.8g}".format(one, *pairs[one]) for one in wrong)
+    pairs = {key: (found.get(key, math.nan), reference.get(key, math.nan)) for key in {**reference, **found}}
+    errors = {key: abs(value - wanted) / (abs(wanted) or 1.0) for key, (value, wanted) in pairs.items()}
+    wrong = [key for key, error in errors.items() if not error <= tolerance]
+    problems = ("{}: {:.8g}, in one process {:.8g}".format(key, *pairs[key]) for key in wrong)
     largest = float(np.max([0.0, *errors.values()]))
     return CertificateLine(name, len(errors), largest, tolerance, tuple(problems), "relative")
 

@@ -76,5 +76,5 @@ def compare_in_engine(
         yield CertificateLine("adapter bound by vLLM", 0, None, 0.0, error=str(error))
         return
     yield CertificateLine(f"modules bound by {binding.engine}", binding.num_bound, None, 0.0, binding.problems)
-    for at_most in [one for one in VLLM_RANKS if one >= limit][:2]:
+    for at_most in [rank for rank in VLLM_RANKS if rank >= limit][:2]:
         yield served(f"adapter of ranks up to {at_most}", base, adapter, at_most)

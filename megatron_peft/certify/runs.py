@@ -174,7 +174,7 @@ class Run:
         """Each parameter's, by its key. A collective."""
         trained = [p for chunk in self.state.model_chunks for p in chunk.parameters() if p.requires_grad]
         whole = dict(zip(map(id, trained), GradientShards(self.state.optimizer).whole(trained), strict=True))
-        return _copies(with_data(one, whole[id(one.data)]) for one in self.entries if id(one.data) in whole)
+        return _copies(with_data(tensor, whole[id(tensor.data)]) for tensor in self.entries if id(tensor.data) in whole)
 
     def others(self) -> dict[str, Any]:
         """What else training changes on this rank."""
@@ -228,7 +228,7 @@ def _samples(microbatch: Microbatch) -> Iterator[str]:
     """Digests of the samples of a microbatch, without padding."""
     for row in zip(microbatch.tokens, microbatch.labels, microbatch.loss_mask, strict=True):
         lengths = list(microbatch.lengths or [len(row[0])])
-        for tokens, labels, mask in zip(*(one.split(lengths) for one in row), strict=True):
+        for tokens, labels, mask in zip(*(values.split(lengths) for values in row), strict=True):
             if len(counted := mask.nonzero()):
                 end = int(counted[-1]) + 1
                 yield hashlib.sha256(torch.stack([tokens[:end], labels[:end]]).numpy().tobytes()).hexdigest()

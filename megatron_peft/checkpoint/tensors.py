@@ -104,12 +104,12 @@ class RankFiles:
             data: dict[Any, Any] = {item.index: item.tensor_data for item in plan.items}
             slices = []
             for kind, is_parameter in (("_", True), (OPTIMIZER_FILE, False)):  # few exports read the second file
-                items = [one for one in plan.items if one.index.fqn.startswith(NOT_PARAMETERS) != is_parameter]
+                items = [item for item in plan.items if item.index.fqn.startswith(NOT_PARAMETERS) != is_parameter]
                 of_file = replace(plan, items=items, storage_data=_StoragePrefix(f"__{dist.get_rank()}{kind}"))
                 results = self._writer.write_data(of_file, planner).value() if items else []
                 slices += [_written_slice(result, data[result.index]) for result in results]
             return Written(
-                slices, {name: measure(self._folder / name) for name in sorted({one.file for one in slices})}
+                slices, {name: measure(self._folder / name) for name in sorted({written.file for written in slices})}
             )
 
 

@@ -77,16 +77,16 @@ def digest_of_scans(path: str | Path, scans: Sequence[Scan], size: int) -> int:
     """CRC-32 of a file, all of which was scanned. Raises ConfigurationError for a line above the limit, and for less
     than `size` bytes."""
     number = crc = end = 0
-    for one in scans:
-        require(one.begin == end, f"{path} was changed while it was being read: start again.")
-        end = one.end
-        number += one.records + one.blanks
+    for scan in scans:
+        require(scan.begin == end, f"{path} was changed while it was being read: start again.")
+        end = scan.end
+        number += scan.records + scan.blanks
         require(
-            not one.too_long,
+            not scan.too_long,
             f"{path}, line {number} is too long, and the limit of a line is {MAX_LINE_BYTES / 2**20:.0f} MiB: split "
             "the record.",
         )
-        crc = crc32_combine(crc, one.crc, one.end - one.begin)
+        crc = crc32_combine(crc, scan.crc, scan.end - scan.begin)
     require(end >= size, f"{path} {_SHORTENED}")
     return crc
 

@@ -301,7 +301,7 @@ def table(folder: Path, groups: Sequence[Group]) -> Table:
         failed = sum(not now.records[key].is_trained for key in cells if key in now.records)
         tuned = sum(record is not None and record.is_trained for _, record in now.tuning)
         trained = now.finals.values()
-        scores = {name: average([one.scores.get(name) for one in trained]) for name in (score.metrics if score else ())}
+        scores = {name: average([run.scores.get(name) for run in trained]) for name in (score.metrics if score else ())}
         shown.add_row(
             *group.name,
             f"{tuned}/{len(now.tuning)}" + (f" ({failed} failed)" if failed else ""),

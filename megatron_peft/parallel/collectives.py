@@ -73,8 +73,8 @@ def gather_slices(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     slices = [torch.empty_like(own) for _ in range(group.size())]
     dist.all_gather(slices, own, group=group)
     axis, num_parts = x.partition_dim, x.partition_stride  # pyright: ignore[reportAttributeAccessIssue]
-    by_part = zip(*(one.chunk(num_parts, axis) for one in slices), strict=True)  # a rank holds a slice of each part
-    return torch.cat([one for part in by_part for one in part], axis)
+    by_part = zip(*(shard.chunk(num_parts, axis) for shard in slices), strict=True)  # a rank holds a slice of each part
+    return torch.cat([tensor for part in by_part for tensor in part], axis)
 
 
 def start_broadcast(x: Tensor, source: int, group: dist.ProcessGroup | None) -> Wait:

@@ -130,22 +130,22 @@ def fit(
         too_large: set[ParallelConfig] = set()
         for size in MICRO_BATCHES:  # each takes more memory than the one before
             runs = {
-                number: _recomputing(one, recompute)
-                for number, one in enumerate(laid_out)
-                if one.training.micro_batch_size == size and least[number] <= limit and one.parallel not in too_large
+                number: _recomputing(laid, recompute)
+                for number, laid in enumerate(laid_out)
+                if laid.training.micro_batch_size == size and least[number] <= limit and laid.parallel not in too_large
             }
-            every = record_layers([LayersToRecord.of(one, shape) for one in runs.values()], watch, known)
+            every = record_layers([LayersToRecord.of(laid, shape) for laid in runs.values()], watch, known)
             distinct = dict(zip(every, runs.values(), strict=True))
-            times = {layers: seconds_of_segments(layers, cluster.of_run(one)) for layers, one in distinct.items()}
-            for (number, one), layers in zip(runs.items(), every, strict=True):
-                found = _candidate(RecordedStep(one, shape, layers), recompute, times[layers], cluster)
+            times = {layers: seconds_of_segments(layers, cluster.of_run(laid)) for layers, laid in distinct.items()}
+            for (number, laid), layers in zip(runs.items(), every, strict=True):
+                found = _candidate(RecordedStep(laid, shape, layers), recompute, times[layers], cluster)
                 candidates.append(found)
                 least[number] = found.seconds
                 if total(found.memory) > cluster.usable_bytes:
-                    too_large.add(one.parallel)
+                    too_large.add(laid.parallel)
     fastest = _fastest(candidates, cluster)
     if not fastest:
-        nearest = min(candidates, key=lambda one: total(one.memory))
+        nearest = min(candidates, key=lambda candidate: total(candidate.memory))
         parallel, peak = nearest.step.run.parallel, total(nearest.memory)
         raise ConfigurationError(
             f"--fit: nothing fits {world_size} GPUs with {cluster.usable_bytes / 2**30:.1f} GiB each to use. TP "
@@ -156,19 +156,19 @@ def fit(
     watch(0, len(fastest))
     best: list[FittedLayout] = []
     for alike in fastest:
-        best.append(min((_replayed(one, cluster) for one in alike[:NUM_DIVISIONS_REPLAYED]), key=_slowness))
+        best.append(min((_replayed(candidate, cluster) for candidate in alike[:NUM_DIVISIONS_REPLAYED]), key=_slowness))
         watch(1, 0)
     return sorted(best, key=_slowness)[:num_layouts]
 
 
-def _replayed(one: "_Candidate", cluster: Cluster) -> FittedLayout:
-    run, shape = one.step.run, one.step.shape
-    speed = PlannedSpeed.of(run, shape, cluster, estimated_time(one.step, cluster))
-    return FittedLayout(run, one.recompute, speed, one.memory, one.stage)
+def _replayed(candidate: "_Candidate", cluster: Cluster) -> FittedLayout:
+    run, shape = candidate.step.run, candidate.step.shape
+    speed = PlannedSpeed.of(run, shape, cluster, estimated_time(candidate.step, cluster))
+    return FittedLayout(run, candidate.recompute, speed, candidate.memory, candidate.stage)
 
 
-def _slowness(one: FittedLayout) -> tuple[float, int]:
-    return one.speed.time.seconds, total(one.memory)
+def _slowness(layout: FittedLayout) -> tuple[float, int]:
+    return layout.speed.time.seconds, total(layout.memory)
 
 
 @dataclass(frozen=True)
@@ -185,17 +185,17 @@ class _Candidate:
 def _fastest(candidates: Sequence[_Candidate], cluster: Cluster) -> list[list[_Candidate]]:
     """The fastest that fit; together those that divide the layers of a pipeline in other ways alone."""
     found: defaultdict[Hashable, list[_Candidate]] = defaultdict(list)
-    for one in sorted(candidates, key=lambda one: one.seconds):
-        if total(one.memory) <= cluster.usable_bytes:
-            found[_but_for_division(one)].append(one)
+    for candidate in sorted(candidates, key=lambda candidate: candidate.seconds):
+        if total(candidate.memory) <= cluster.usable_bytes:
+            found[_but_for_division(candidate)].append(candidate)
     return [*found.values()][:NUM_REPLAYED]
 
 
-def _but_for_division(one: _Candidate) -> Hashable:
-    run = one.step.run
+def _but_for_division(candidate: _Candidate) -> Hashable:
+    run = candidate.step.run
     division = "num_layers_per_virtual_pipeline_stage", *ACCOUNTED_STAGES
     whole = tuple(value for name, value in vars(run.parallel).items() if name not in division)
-    return whole, run.training.micro_batch_size, one.recompute
+    return whole, run.training.micro_batch_size, candidate.recompute
 
 
 def _layouts(run: RunConfig, shape: ModelShape, world_size: int, cluster: Cluster) -> Iterator[RunConfig]:
@@ -219,7 +219,7 @@ def _recomputing(run: RunConfig, recompute: str) -> RunConfig:
 
 def _parallel_layouts(run: RunConfig, shape: ModelShape, world_size: int, cluster: Cluster) -> Iterator[ParallelConfig]:
     """Those that divide the model and the world; TP stays within a node."""
-    defaults = {one.name: one.default for one in fields(ParallelConfig) if one.name in PARALLEL_FIELDS}
+    defaults = {field.name: field.default for field in fields(ParallelConfig) if field.name in PARALLEL_FIELDS}
     for tp in _divisors(world_size, cluster.gpus_per_node):
         of_tp = ParallelConfig(tensor_model_parallel_size=tp, world_size=tp)
         if check_adapters(run.peft, of_tp, shape) or check_quantized(run.model, tp, shape):
@@ -253,16 +253,16 @@ def _divisors(number: int, most: int) -> list[int]:
 def seconds_of_segments(layers: RecordedLayers, cluster: Cluster) -> dict[Segment, float]:
     """What both passes of a microbatch take, on the cluster as the run finds it."""
     found = dict.fromkeys(layers.parameters, 0.0)
-    for (phase, segment), one in layers.passes.items():
+    for (phase, segment), recorded in layers.passes.items():
         if phase in ("forward", "backward"):
-            time = time_alone(one.entries, 0, cluster)
+            time = time_alone(recorded.entries, 0, cluster)
             found[segment] += max(sum(spent for _, spent in time.device), time.host)
     return found
 
 
 def _candidate(step: RecordedStep, recompute: str, times: Mapping[Segment, float], cluster: Cluster) -> _Candidate:
     """`times`: `seconds_of_segments`, from which those of all stages follow."""
-    stages = [sum(times[one] for chunk in held for one in step.segments(chunk)) for held in step.chunks]
+    stages = [sum(times[segment] for chunk in held for segment in step.segments(chunk)) for held in step.chunks]
     microbatches, num_chunks, bottleneck = step.run.num_microbatches, len(step.chunks[0]), max(stages)
     seconds = microbatches * bottleneck + (sum(stages) - bottleneck) / num_chunks
     # Sums of gradients and the gather of parameters, of the first stage.
@@ -313,15 +313,19 @@ def fit_tables(layouts: Sequence[FittedLayout], title: str, num_tokens: float) -
 
     table = narrow(title, "TP, PP, VPP, DP, SP, rows, recompute, GiB, s/step, tokens/s, hours")
     shares = narrow("The same, parts of a step", "TFLOP/s a GPU, MFU, bubble, communication, launches")
-    for number, one in enumerate(layouts, 1):
-        parallel, time = one.run.parallel, one.speed.time
-        stages = parallel.num_virtual_stages(one.speed.num_layers)
+    for number, layout in enumerate(layouts, 1):
+        parallel, time = layout.run.parallel, layout.speed.time
+        stages = parallel.num_virtual_stages(layout.speed.num_layers)
         table.add_row(
             *(str(number), str(parallel.tensor_model_parallel_size), str(parallel.pipeline_model_parallel_size)),
             *(str(stages or "-"), str(parallel.data_parallel_size), "yes" if parallel.sequence_parallel else "no"),
-            *(str(one.run.training.micro_batch_size), one.recompute, f"{total(one.memory) / 2**30:.1f}"),
-            *(f"{time.seconds:.2f}", f"{one.speed.tokens_per_second:,.0f}", f"{one.speed.hours(num_tokens):,.1f}"),
+            *(str(layout.run.training.micro_batch_size), layout.recompute, f"{total(layout.memory) / 2**30:.1f}"),
+            *(
+                f"{time.seconds:.2f}",
+                f"{layout.speed.tokens_per_second:,.0f}",
+                f"{layout.speed.hours(num_tokens):,.1f}",
+            ),
         )
-        parts = (one.speed.mfu, time.bubble, time.exposed_communication, time.launch_bound)
-        shares.add_row(str(number), f"{one.speed.tflops_per_gpu:.0f}", *(f"{part:.1%}" for part in parts))
+        parts = (layout.speed.mfu, time.bubble, time.exposed_communication, time.launch_bound)
+        shares.add_row(str(number), f"{layout.speed.tflops_per_gpu:.0f}", *(f"{part:.1%}" for part in parts))
     return [table, shares]

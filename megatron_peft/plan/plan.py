@@ -197,7 +197,7 @@ def draw(plan: Plan, path: Path) -> None:
     spans = {} if plan.speed is None else plan.speed.time.spans
     for row, rank in enumerate(sorted(spans)):
         for phase, color in COLORS.items():
-            drawn = [(one.start, one.end - one.start) for one in spans[rank] if one.phase == phase]
+            drawn = [(span.start, span.end - span.start) for span in spans[rank] if span.phase == phase]
             timeline.broken_barh(drawn, (row - 0.4, 0.8), facecolors=color, label=phase if row == 0 else None)
     timeline.set_yticks(range(len(spans)), [f"stage {number}" for number in range(len(spans))])
     timeline.invert_yaxis()

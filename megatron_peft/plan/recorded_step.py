@@ -105,7 +105,7 @@ class RecordedStep:
     def entries(self, phase: Pass, segments: Sequence[program.Segment], stage: int) -> tuple[Entry, ...]:
         """A pass of one microbatch through these segments, with the calls of the tensor-parallel ranks."""
         group = self.tensor_group(stage)
-        found = (entry for one in self.passes_of(phase, segments) for entry in one.entries)
+        found = (entry for recorded in self.passes_of(phase, segments) for entry in recorded.entries)
         return tuple(replace(entry, group=group) if isinstance(entry, Call) else entry for entry in found)
 
     def parameters(self, chunks: Sequence[Chunk]) -> Parameters:
@@ -159,8 +159,8 @@ class RecordedStep:
         for number, chunk in enumerate(self.chunks[stage]):
             for phase in ("forward", "backward"):
                 at = top = 0
-                for one in self.passes_of(phase, self.segments(chunk)):
-                    top, at = max(top, at + one.peak), at + one.left
+                for recorded in self.passes_of(phase, self.segments(chunk)):
+                    top, at = max(top, at + recorded.peak), at + recorded.left
                 receives = self.message_bytes * (not (chunk.embedding if phase == "forward" else chunk.head))
                 if phase == "forward":  # the input from another stage is kept
                     at += receives - self.message_bytes * (not chunk.head and self._frees_outputs)

@@ -178,8 +178,8 @@ class Parameters:
     @classmethod
     def sum(cls, several: "Iterable[Parameters]") -> "Parameters":
         parts = [*several]
-        total = cls(*map(sum, zip(*(tuple(vars(one).values()) for one in parts), strict=True)))
-        return replace(total, largest=max((one.largest for one in parts), default=0))
+        total = cls(*map(sum, zip(*(tuple(vars(part).values()) for part in parts), strict=True)))
+        return replace(total, largest=max((part.largest for part in parts), default=0))
 
 
 @dataclass(frozen=True, eq=False)
@@ -315,7 +315,7 @@ class _Replay:
 
     def _issue(self, place: _Place) -> None:
         begun, call, is_message = self.begun[place.channel], place.call, place.call.operation in MESSAGES
-        came = next((one for one in begun if place.rank not in one), None)
+        came = next((places for places in begun if place.rank not in places), None)
         if came is None:
             begun.append(came := {})
         other = next(iter(came.values()), None)
@@ -342,7 +342,7 @@ class _Replay:
         seen: dict[int, str] = {}  # why each waits
         while rank not in seen:
             place = self.waits_for[rank][0]
-            came = next(one for one in self.begun[place.channel] if place in one.values())
+            came = next(places for places in self.begun[place.channel] if place in places.values())
             missing = [other for other in place.members if other not in came]
             ended = [other for other in missing if not self.waits_for.get(other)]
             if ended:

@@ -86,14 +86,14 @@ class Recorder(Mode):
         """
         before, self._kernels = self._kernels, []
         result = function(*args)
-        inside, self._kernels = [one for one in self._kernels if isinstance(one, Product)], before
+        inside, self._kernels = [kernel for kernel in self._kernels if isinstance(kernel, Product)], before
         if inside:  # a product of chunks of tokens, which are summed
             *_, factor = _tensors(args)
-            [(batch, m, n)] = {(one.batch, one.m, one.n) for one in inside}
-            k = sum(one.k for one in inside)
+            [(batch, m, n)] = {(product.batch, product.m, product.n) for product in inside}
+            k = sum(product.k for product in inside)
             self._kernels.append(Product("mm", batch, m, n, k, _dtype_name(factor.dtype)))
         else:
-            sizes = ({_storage(one): _num_bytes(one) for one in _tensors(some)} for some in (args, result))
+            sizes = ({_storage(tensor): _num_bytes(tensor) for tensor in _tensors(some)} for some in (args, result))
             self._kernels.append(sum(sum(by_storage.values()) for by_storage in sizes))  # some share their memory
         return result
 
@@ -105,9 +105,9 @@ class Recorder(Mode):
         known: dict[tuple[Any, ...], tuple[Any, torch.dtype, Sequence[Entry], Mapping[str, int]]] = {}
 
         def run(*args: Any) -> Tensor:
-            if not any(isinstance(one, FakeTensor) for one in args):
+            if not any(isinstance(value, FakeTensor) for value in args):
                 return function(*args)
-            key = tuple(one.shape if isinstance(one, Tensor) else one for one in args)
+            key = tuple(value.shape if isinstance(value, Tensor) else value for value in args)
             if key in known:
                 shape, dtype, entries, rise = known[key]
                 self.memory.rise(rise)
@@ -140,7 +140,7 @@ class Recorder(Mode):
 
     def forget_sends(self) -> None:
         # What a schedule has sent and not waited for.
-        self._under_way = {number: one for number, one in self._under_way.items() if one.operation != "send"}
+        self._under_way = {number: handle for number, handle in self._under_way.items() if handle.operation != "send"}
 
     def _add(self, entry: Entry) -> None:
         self._flush_work()
@@ -169,7 +169,7 @@ class Recorder(Mode):
         elif self._under_way and _written(func, args, result):  # else a view
             used = [*_tensors(args), *_tensors(result)]
             for number, handle in self._under_way.items():
-                if any(_overlap(one, tensor) for one in handle.writes for tensor in used):
+                if any(_overlap(written, tensor) for written in handle.writes for tensor in used):
                     self._add(EarlyUse(number))
                     handle.writes = ()
         return result
@@ -210,7 +210,9 @@ class Recorder(Mode):
         *outputs, work = result if isinstance(result, tuple) else (result,)
         handle = _Handle(operation, dist.Work.unbox(work), lambda: self._waited_for(number, call))
         if not self.keeps_work and name != "send" and call.peer != dist.get_rank():  # a source may read what it sends
-            handle.writes = [*_tensors([one for key, one in named.items() if key.startswith(("output", "tensors"))])]
+            handle.writes = [
+                *_tensors([value for key, value in named.items() if key.startswith(("output", "tensors"))])
+            ]
         self._under_way[number] = handle
         boxed = handle.boxed()  # pyright: ignore[reportAttributeAccessIssue]
         return (*outputs, boxed) if outputs else boxed
@@ -274,7 +276,7 @@ def _writes(func: Any) -> tuple[Sequence[bool], Sequence[int]]:
     schema, name = func._schema, func.overloadpacket.__name__
     aliases = [returned.alias_info for returned in schema.returns]
     new = [name not in _LAUNCH_NOTHING and (alias is None or alias.is_write) for alias in aliases]
-    changed = [i for i, one in enumerate(schema.arguments) if one.alias_info is not None and one.alias_info.is_write]
+    changed = [i for i, arg in enumerate(schema.arguments) if arg.alias_info is not None and arg.alias_info.is_write]
     return new, [] if aliases else changed
 
 
@@ -283,7 +285,7 @@ def _written(func: Any, args: Sequence[Any], result: Any) -> list[Tensor]:
     new, changed = _writes(func)
     results = result if len(new) > 1 else (result,)
     return [
-        *_tensors([one for one, is_new in zip(results, new, strict=False) if is_new]),
+        *_tensors([value for value, is_new in zip(results, new, strict=False) if is_new]),
         *_tensors([args[index] for index in changed]),
     ]
 
@@ -413,7 +415,7 @@ class LiveMemory:
     def name_modules(self, chunks: Iterable[nn.Module]) -> None:
         for chunk in chunks:
             for name, module in chunk.named_modules():
-                known = [_LAYER_KINDS[one] for one in name.split(".") if one in _LAYER_KINDS]
+                known = [_LAYER_KINDS[part] for part in name.split(".") if part in _LAYER_KINDS]
                 self._kinds[module] = known[-1] if known else "logits and loss"
 
     def assign(self, part: str, tensors: Iterable[Tensor]) -> None:

@@ -364,7 +364,7 @@ def rehearse_run(config: RunConfig, shape: ModelShape, peaks: bool = True, watch
     if peaks and grid.tensor > 1:
         places.append(grid.rank(1, 0, grid.pipeline - 1))
     asked = (RankToRehearse.of(config, shape, rank, peaks) for rank in places)
-    calls = [partial(schedules_of_stages, config, shape), *(partial(rehearse_rank, one) for one in asked)]
+    calls = [partial(schedules_of_stages, config, shape), *(partial(rehearse_rank, rank) for rank in asked)]
     schedules, *records = _in_processes(calls, watch)
     of_rank = dict(zip(places, records, strict=True))
     like = [of_rank[grid.rank(0, 0, stage)] for stage in alike]

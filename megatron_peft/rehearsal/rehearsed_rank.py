@@ -161,7 +161,9 @@ def watch_run(watch: Watch, of: RankToRehearse, microbatches: Sequence[Microbatc
     memory.start_peak()
     chunks = build_chunks(config, of.shape, loads)
     memory.name_modules(chunks)
-    parameters = [tensor for chunk in chunks for one in chunk.parameters() for tensor in stored_tensors(one)]
+    parameters = [
+        tensor for chunk in chunks for parameter in chunk.parameters() for tensor in stored_tensors(parameter)
+    ]
     memory.assign("buffers", (buffer for chunk in chunks for buffer in chunk.buffers()))
     memory.assign("weights", parameters)  # a quantized one is stored in buffers
     watch.peaks["loading"] = memory.peak(assigned_since=True)
@@ -252,7 +254,7 @@ def moments_of(state: TrainingState) -> Iterator[Tensor]:
             continue
         optimizer: Any = part.optimizer
         weights = {parameter for chunk in state.model_chunks for parameter in chunk.parameters()}
-        copies = (one for group in optimizer.param_groups for one in group["params"] if one not in weights)
+        copies = (copy for group in optimizer.param_groups for copy in group["params"] if copy not in weights)
         moments = (one for moments in optimizer.state.values() for one in moments.values() if isinstance(one, Tensor))
         yield from (*copies, *moments)
 
@@ -318,7 +320,9 @@ def recorded_layers(of: LayersToRecord) -> RecordedLayers:
         wrapped = update.wrap_data_parallel([model], of.run)
         microbatches = [microbatch_of(of.lengths) for _ in range(2)]
         cuts.watch_layers(model, of.layers)
-        given = [value for one in microbatches for value in vars(one).values() if isinstance(value, Tensor)]
+        given = [
+            value for microbatch in microbatches for value in vars(microbatch).values() if isinstance(value, Tensor)
+        ]
         cuts.memory.assign("given", (*model.parameters(), *model.buffers(), *gradients(wrapped), *given))
         with cuts.watching():
             cuts.cut("begin")
@@ -345,7 +349,7 @@ def recorded_layers(of: LayersToRecord) -> RecordedLayers:
                 step_of_one.finish(last)
                 cuts.cut(None)
         parameters = _parameters_of_segments(model, of)
-    cached = cuts.bytes_of_microbatches[-1] - before + sum(one.nbytes for one in _shared(model))
+    cached = cuts.bytes_of_microbatches[-1] - before + sum(tensor.nbytes for tensor in _shared(model))
     return RecordedLayers(cuts.passes, parameters, _fixed_kernels(cuts.passes, parameters), cached)
 
 
@@ -353,7 +357,7 @@ def _fixed_kernels(
     passes: Mapping[tuple[str, Segment], RecordedPass], parameters: Mapping[Segment, Parameters]
 ) -> dict[str, float]:
     """`RecordedLayers.fixed_kernels`, from those of all layers and of the last: others grow with what is trained."""
-    trained = [one.num_trained for segment, one in parameters.items() if segment not in ENDS]
+    trained = [numbers.num_trained for segment, numbers in parameters.items() if segment not in ENDS]
     share = trained[-1] / max(sum(trained), 1)
     found: dict[str, float] = {}
     for phase in ("begin", "finish"):
@@ -368,28 +372,30 @@ def _fixed_kernels(
 def _parameters_of_segments(model: Any, of: LayersToRecord) -> dict[Segment, Parameters]:
     """What layers share is left out; a tied output layer is the embedding's."""
     found: dict[Segment, Parameters] = {}
-    seen = {id(one) for one in _shared(model)}
+    seen = {id(tensor) for tensor in _shared(model)}
     is_split = parallel_state.get_tensor_model_parallel_world_size() > 1
     modules = model.embedding, *model.decoder.layers, model
     for module, segment in zip(modules, ("embedding", *of.layers, "head"), strict=True):
-        held = [one for one in (*module.parameters(), *module.buffers()) if id(one) not in seen]
+        held = [tensor for tensor in (*module.parameters(), *module.buffers()) if id(tensor) not in seen]
         seen |= {*map(id, held)}
-        weights = [one for one in held if isinstance(one, nn.Parameter)]
-        trained = [one for one in weights if one.requires_grad]
-        in_float32 = sum(one.numel() for one in trained if of.run.model.bf16 and one.dtype == torch.float32)
-        summed = (one.numel() for one in trained if is_split and getattr(one, PARTIAL_OVER_TENSOR_PARALLEL, False))
+        weights = [tensor for tensor in held if isinstance(tensor, nn.Parameter)]
+        trained = [tensor for tensor in weights if tensor.requires_grad]
+        in_float32 = sum(tensor.numel() for tensor in trained if of.run.model.bf16 and tensor.dtype == torch.float32)
+        summed = (
+            tensor.numel() for tensor in trained if is_split and getattr(tensor, PARTIAL_OVER_TENSOR_PARALLEL, False)
+        )
         adapted = () if segment in ENDS else linear_layers(module)
-        stored = {id(tensor): tensor.nbytes for one in weights for tensor in stored_tensors(one)}
-        buffers = (one for one in held if not isinstance(one, nn.Parameter) and id(one) not in stored)
+        stored = {id(tensor): tensor.nbytes for weight in weights for tensor in stored_tensors(weight)}
+        buffers = (tensor for tensor in held if not isinstance(tensor, nn.Parameter) and id(tensor) not in stored)
         found[segment] = Parameters(
             sum(stored.values()),
-            buffer_bytes=sum(one.nbytes for one in buffers),
-            trained=sum(one.numel() for one in trained) - in_float32,
+            buffer_bytes=sum(tensor.nbytes for tensor in buffers),
+            trained=sum(tensor.numel() for tensor in trained) - in_float32,
             trained_float32=in_float32,
             partial=sum(summed),
             num_tensors=len(trained),
-            largest=max((one.numel() for one in trained), default=0),
-            num_mixed=sum(hasattr(one.module.adapter, "mix") for one in adapted),
+            largest=max((tensor.numel() for tensor in trained), default=0),
+            num_mixed=sum(hasattr(layer.module.adapter, "mix") for layer in adapted),
         )
     return found
 
@@ -398,4 +404,4 @@ def _shared(model: Any) -> list[Tensor]:
     """Tensors of more than one layer: a stage has them once (`adapters/attach.py`)."""
     buffers = [buffer for layer in model.decoder.layers for buffer in layer.buffers()]
     counts = Counter(map(id, buffers))
-    return [one for one in {id(one): one for one in buffers}.values() if counts[id(one)] > 1]
+    return [buffer for buffer in {id(buffer): buffer for buffer in buffers}.values() if counts[id(buffer)] > 1]

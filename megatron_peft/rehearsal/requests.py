@@ -180,7 +180,7 @@ def alike_stages(run: RunConfig, shape: ModelShape) -> list[int]:
         [(chunk.embedding, chunk.head, [targets[layer] for layer in chunk.layers]) for chunk in chunks]
         for chunks in chunks_of_stages(run.parallel, shape.num_layers)
     ]
-    return [contents.index(one) for one in contents]
+    return [contents.index(content) for content in contents]
 
 
 # Ranks, stages, layers and microbatches.
@@ -205,7 +205,7 @@ def make_small(
     modules, targets = family_of(shape.architecture).modules, list[str]()
     names = [(layer, kind) for layer in range(shape.num_layers) for kind in shape.linear_layers(1)]
     for pattern in config.peft.target_modules:
-        meant = [one for one in names if is_targeted("decoder.layers.{}.{}".format(*one), (pattern,), modules)]
+        meant = [place for place in names if is_targeted("decoder.layers.{}.{}".format(*place), (pattern,), modules)]
         is_kept = any(layer < num_layers for layer, _ in meant)
         targets += [pattern] if is_kept else [kind.split(".")[-1] for _, kind in meant]
     small = replace(

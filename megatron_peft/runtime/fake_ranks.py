@@ -161,7 +161,7 @@ def watched_batches(batch: Callable[[], AbstractContextManager[None]]) -> Abstra
 
     def post(operations: list[Any]) -> list[Any]:
         with batch():
-            return [one.op(one.tensor, one.peer, one.group, one.tag) for one in operations]
+            return [op.op(op.tensor, op.peer, op.group, op.tag) for op in operations]
 
     return replaced(dist, "batch_isend_irecv", post)
 

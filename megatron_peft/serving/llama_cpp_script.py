@@ -148,8 +148,8 @@ def _described(A, B, alpha):
 
     if A is None or B is None:
         return None
-    shapes = [[int(size) for size in reversed(one.shape)] for one in (A, B)]
-    finite = all(numpy.isfinite(gguf.dequantize(one.data, one.tensor_type)).all() for one in (A, B))
+    shapes = [[int(size) for size in reversed(factor.shape)] for factor in (A, B)]
+    finite = all(numpy.isfinite(gguf.dequantize(factor.data, factor.tensor_type)).all() for factor in (A, B))
     return [*shapes, bool(finite), alpha / shapes[1][-1]]
 
 
@@ -181,9 +181,9 @@ class _Engine:
         how = {"max_tokens": 1, "temperature": 0.0, "logprobs": self.vocab_size, "ignore_eos": True, "lora": lora}
         answer = self.server.handle_completions({"prompt": prompt, **how})
         (token,) = answer["choices"][0]["logprobs"]["content"]
-        of_token = {one["id"]: one["logprob"] for one in token["top_logprobs"]}
+        of_token = {near["id"]: near["logprob"] for near in token["top_logprobs"]}
         found = [of_token[token] for token in range(self.vocab_size)]
-        return [math.nan if one is None else one for one in found]  # JSON of the server has null for it
+        return [math.nan if value is None else value for value in found]  # JSON of the server has null for it
 
 
 DONE = {"versions": _versions, "convert": _convert, "bind": _bind}

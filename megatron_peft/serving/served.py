@@ -150,7 +150,7 @@ def bindings_of(
 
 def binding_of(engine: str, slots: Mapping[str, Any], found: Mapping[str, Any], settings: Mapping[str, Any]) -> Binding:
     """What the script has found of an adapter with these settings."""
-    bound = sum(one is not None for parts in found.get("bound", {}).values() for one in parts)
+    bound = sum(part is not None for parts in found.get("bound", {}).values() for part in parts)
     if error := found["error"]:
         problems = (f"{engine.partition(' ')[0]} does not read it: {error}",)
     else:
@@ -231,7 +231,7 @@ def after_prefixes(logits: Tensor) -> Tensor:  # [b, s, vocabulary] -> [n, vocab
 
 
 def _ends(num_tokens: int) -> list[int]:
-    return [end - 1 for end in sorted({*(one for one in PREFIXES if one < num_tokens), num_tokens})]
+    return [end - 1 for end in sorted({*(length for length in PREFIXES if length < num_tokens), num_tokens})]
 
 
 def _settings(adapter: Path) -> dict[str, Any]:

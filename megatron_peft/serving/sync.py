@@ -106,8 +106,8 @@ class Sync:
         is_open = isinstance(run, TrainedAdapters)
         record = run.record if is_open else run_record.read_record(Path(run))
         name = f"{self._name}-{record.position['iteration']:07d}"
-        served = {one["id"]: one for one in self.server.models()}
-        roots = {each: Path(str(one.get("root"))) for each, one in served.items()}
+        served = {model["id"]: model for model in self.server.models()}
+        roots = {each: Path(str(model.get("root"))) for each, model in served.items()}
         of_this = [each for each in served if re.fullmatch(rf"{re.escape(self._name)}-\d{{7,}}", each)]
         earlier = [each for each in of_this if roots[each].parent == self._folder]
         told = f"{self.server.url} serves {name} from {roots.get(name)}, not from here: give another {self._flags}name."
@@ -127,11 +127,11 @@ class Sync:
             shutil.rmtree(adapter, ignore_errors=True)
             raise
         write_atomically(adapter / SEEN, json.dumps({"checkpoint": whole, "is_compared": own is not None}))
-        for one in earlier:
-            if one != name:
-                self.server.unload(one)
-            shutil.rmtree(roots[one], ignore_errors=True)
-        others = [one for one in earlier if one != name]
+        for version in earlier:
+            if version != name:
+                self.server.unload(version)
+            shutil.rmtree(roots[version], ignore_errors=True)
+        others = [version for version in earlier if version != name]
         gone = f"; unloaded {', '.join(others)}" if others else ""
         seconds = time.monotonic() - began
         return "\n".join([*lines, f"{self.server.url} serves {name}{compared}{gone}; {seconds:.2f} s"])

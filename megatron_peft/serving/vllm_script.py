@@ -194,8 +194,8 @@ class _Engine:
         whole = [context + ids for context, ids in pairs]
         for (context, ids), output in zip(pairs, self._outputs(whole, greedy, self._lora), strict=True):
             after = output.prompt_logprobs[len(context) :]
-            chosen = [of_token[one] for of_token, one in zip(after, ids, strict=True)]
-            scores.append([sum(one.logprob for one in chosen), all(one.rank == 1 for one in chosen)])
+            chosen = [of_token[token] for of_token, token in zip(after, ids, strict=True)]
+            scores.append([sum(token.logprob for token in chosen), all(token.rank == 1 for token in chosen)])
         return {"scores": scores}
 
     def generate(self, prompts, max_tokens, seeds, sampling, stop, ends):
