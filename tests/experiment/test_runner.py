@@ -20,7 +20,7 @@ from rich.console import Console
 from megatron_peft.checkpoint.folders import FolderLock
 from megatron_peft.config import ConfigurationError
 from megatron_peft.experiment import process, runner
-from megatron_peft.experiment.cell_record import file_digest, of_cell, write_record
+from megatron_peft.experiment.cell_record import file_digest, json_digest, of_cell, write_record
 from megatron_peft.experiment.contrasts import contrast_digests
 from megatron_peft.experiment.results import Work, progress, work
 from megatron_peft.experiment.runner import CellJob, Runner, read_scores, run_experiment, table
@@ -281,7 +281,9 @@ def test_score_is_the_scaled_mean_of_its_paths_or_an_error_that_names_what_is_th
 def test_scores_whose_checkpoints_are_gone_are_trained_for_again(tmp_path: Path) -> None:
     run(tmp_path, **SHORT)
     for path in (tmp_path / "out" / "cells").glob("*.json"):
-        path.write_text(json.dumps({**json.loads(path.read_text()), "scores": {}, "sha256": None}))
+        values = {**json.loads(path.read_text()), "scores": {}}
+        del values["sha256"]
+        path.write_text(json.dumps({**values, "sha256": json_digest(values)}))
     whole, told = run(tmp_path, **SHORT)
     assert whole and sum(line.startswith("scored") for line in told) == 1
     _, groups = experiment(tmp_path, **SHORT)
