@@ -53,7 +53,7 @@ def build(method: str, folder: str, peft: PeftConfig, state: TrainingState) -> P
         settings = OFTConfig(oft_block_size=BLOCK, target_modules="all-linear", use_cayley_neumann=False)
         return get_peft_model(model, settings).train()  # type: ignore[return-value]
     plain = PeftConfig(method="lora", lora_rank=peft.lora_rank, lora_alpha=peft.lora_alpha)
-    require(peft == plain, f"only LoRA's rank and alpha are made here: take a cell with no other setting than in {plain}")
+    require(peft == plain, f"only a LoRA's rank and alpha are made here; the cell has other settings too: {peft}")
     settings = LoraConfig(r=peft.lora_rank, lora_alpha=peft.lora_alpha, target_modules="all-linear")  # type: ignore[arg-type]
     model = get_peft_model(model, settings).train()
     starts = {name: x for chunk in state.model_chunks for name, x in chunk.named_parameters() if ".adapter.A" in name}
