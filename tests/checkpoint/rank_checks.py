@@ -22,6 +22,7 @@ from megatron_peft.checkpoint.tensors import sharded_parameters
 from megatron_peft.runtime.launch import start_world
 from tests.checkpoint.runs import Files, Run, Settings, attempt, configure, differences, merged, start, stored_tensors
 from tests.conversion.megatron_folders import flip_a_byte
+from tests.time_limits import wait_until
 from tests.training.recorded_saves import small_files_only
 
 DROPOUT: Settings = {"transformer": {"hidden_dropout": 0.1, "attention_dropout": 0.1}, "peft": {"lora_dropout": 0.1}}
@@ -298,7 +299,10 @@ def _saver_that_goes_on(run: Run) -> Saver:
 
 
 def _left_behind(run: Run, folder: Path) -> list[str]:
-    """A save that was started when the run ends, by an exception even, is completed; older ones than two go."""
+    """A save that was started when the run ends, by an exception even, is completed; older ones than two go.
+
+    Their removal is not waited for after an exception, since other ranks may wait for this one's message.
+    """
     run.train(1)
     try:
         with _saver_that_goes_on(run) as saver:
@@ -306,6 +310,7 @@ def _left_behind(run: Run, folder: Path) -> list[str]:
             raise KeyboardInterrupt
     except KeyboardInterrupt:
         dist.barrier()
+    wait_until(lambda: not (folder / "iter_0000001").exists(), "the removal of the oldest checkpoint", limit=10)
     return sorted(path.name for path in folder.glob("iter_*"))
 
 
