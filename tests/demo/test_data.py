@@ -252,28 +252,24 @@ def test_an_archive_of_something_else_is_named(tmp_path: Path) -> None:
         list(data.read_ratings(source))
 
 
-PAIRS = [Pair(f"message number {'abcdefghij'[i % 10]} {'klmnopqrst'[i // 10 % 10]} x{i}", "le") for i in range(800)]
+WORDS = ["".join(letters) for letters in itertools.product("abcdefgh", repeat=3)]
 
 
-def test_tuning_and_training_messages_have_other_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_experiments_data_are_the_parts_of_the_messages_and_the_scored_reviews(tmp_path: Path, monkeypatch) -> None:
     files = PairFiles(tmp_path / "data" / "train.jsonl", tmp_path / "data" / "valid.jsonl")
     (tmp_path / "data").mkdir()
-    data.write_lines(files.train, PAIRS)
-    for name, made in {"prepare_model": None, "prepare_reviews": None, "prepare_pairs": files}.items():
+    pairs = [Pair(f"message {word}{letter}", "le") for word in WORDS for letter in "xy"]
+    data.write_lines(files.train, pairs)
+    for name, made in {"prepare_model": None, "prepare_pairs": files}.items():
         monkeypatch.setattr(data, name, lambda *_, made=made: made)
     source = write_source(tmp_path, [f"{rating}\t{rating}\tsentence {rating}." for rating in range(1, 400)])
     monkeypatch.setattr(data, "fetch_wheel", lambda *_: source)
     data.prepare_experiment(tmp_path)
-    parts = [read_pairs(tmp_path / "data" / "experiment" / name) for name in ("train.jsonl", "tuning.jsonl")]
-    assert sorted(parts[0] + parts[1], key=str) == sorted(PAIRS, key=str)
-    assert 0 < len(parts[1]) < 50
-    shouted = [Pair(pair.english.upper() + "!", "la") for pair in PAIRS]
-    assert list(map(data.is_for_tuning, shouted)) == list(map(data.is_for_tuning, PAIRS))
-    texts = (tmp_path / "data" / "claim" / "reviews.jsonl").read_text().splitlines()
+    folder = tmp_path / "data" / "claim"
+    for name, part in split_claim(pairs).items():
+        assert part and read_pairs(folder / f"{name}.jsonl") == part
+    texts = (folder / "reviews.jsonl").read_text().splitlines()
     assert 0 < len(texts) < 40 and all(json.loads(text).keys() == {"text"} for text in texts)
-
-
-WORDS = ["".join(letters) for letters in itertools.product("abcdefgh", repeat=3)]
 
 
 def test_the_claims_messages_for_tests_tuning_and_training_have_other_words() -> None:
