@@ -14,7 +14,7 @@ import numpy as np
 from megatron_peft.experiment.cell_record import CellRecord, json_digest
 from megatron_peft.experiment.results import Result, Results, compare_seeds, metrics
 from megatron_peft.experiment.spec import Contrast, Experiment
-from megatron_peft.experiment.tables import Table
+from megatron_peft.experiment.tables import Table, format_p
 
 QUANTILES = (0.025, 0.05, 0.95, 0.975)
 SIGNIFICANT, POWER = 0.05, 0.8
@@ -185,7 +185,7 @@ def contrast_table(found: Sequence[Answer]) -> Table:
             *(str(answer.num_pairs), str(answer.num_items or "–"), f"{one.margin:g}"),
             "–" if answer.difference is None else f"{answer.difference:+.4f}",
             "–" if quantiles is None else f"{quantiles[0]:+.4f} to {quantiles[-1]:+.4f}",
-            *("–" if p is None else f"{p:.3f}" for p in (answer.p, None if answer.obstacle else answer.holm)),
+            *map(format_p, (answer.p, None if answer.obstacle else answer.holm)),
             "–" if answer.detectable is None else f"{answer.detectable:.4f}",
         )
 

@@ -21,7 +21,7 @@ from megatron_peft.experiment.spec import span
 
 LATEX = {character: f"\\{character}" for character in "&%$#_{}"}
 LATEX |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-LATEX |= {"±": r"$\pm$", "†": r"$^\dagger$", "–": "--", "≥": r"$\ge$"}
+LATEX |= {"<": "$<$", "±": r"$\pm$", "†": r"$^\dagger$", "–": "--", "≥": r"$\ge$"}
 BEST = "*"  # the first character of a highlighted cell; CSV leaves it out
 
 
@@ -85,6 +85,11 @@ def format_number(value: float | None, signed: bool = False) -> str:
     if value is None:
         return "–"
     return f"{value:{'+' if signed else ''}.{_digits(value)}f}"
+
+
+def format_p(p: float | None) -> str:
+    """A probability, to three digits after the point."""
+    return "–" if p is None else f"{p:.3f}" if p >= 0.001 else "< 0.001"
 
 
 def with_spread(mean: float | None, deviation: float | None) -> str:
@@ -189,7 +194,7 @@ def with_test(table_rows: Sequence[Row], reference: str, num_seeds: int) -> Tabl
             format_number(row.deviation),
             format_number(test.difference, signed=True) if test else "–",
             f"{format_number(test.low, signed=True)} to {format_number(test.high, signed=True)}" if test else "–",
-            f"{test.p:.3f}" if test else "–",
+            format_p(test.p if test else None),
         )
 
     runs = tuple(f"run {at}" for at in range(1, num_seeds + 1))

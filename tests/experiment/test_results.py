@@ -20,7 +20,7 @@ from megatron_peft.experiment.results import (
     read_results,
     steps_to,
 )
-from megatron_peft.experiment.tables import Table, format_number, reference_method, rows, with_spread
+from megatron_peft.experiment.tables import Table, format_number, format_p, reference_method, rows, with_spread
 from tests.experiment import small_results
 from tests.experiment.small_experiment import content, experiment
 from tests.experiment.small_results import METHODS, as_the_paper, record_of, results, write_cells
@@ -167,6 +167,8 @@ def test_numbers_have_four_digits_or_so() -> None:
     texts = {1.70449: "1.704", 20.13: "20.13", 192.55: "192.6", None: "–", -0.5: "-0.500"}
     assert {value: format_number(value) for value in texts} == texts
     assert format_number(0.25, signed=True) == "+0.250"
+    probabilities = {0.0: "< 0.001", 0.00099: "< 0.001", 0.001: "0.001", 1.0: "1.000", None: "–"}
+    assert {p: format_p(p) for p in probabilities} == probabilities
     assert (with_spread(14.53, 1.38), with_spread(1.7, None), with_spread(None, None)) == ("14.53 ± 1.38", "1.700", "–")
 
 
