@@ -38,7 +38,8 @@ BLOCK = 32  # of OFT
 FUSED = {"q_proj": "linear_qkv", "k_proj": "linear_qkv", "v_proj": "linear_qkv", "o_proj": "linear_proj"}
 FUSED |= {"gate_proj": "linear_fc1", "up_proj": "linear_fc1", "down_proj": "linear_fc2"}
 FIRST = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}  # whose A they share
-SCORE = "python -m megatron_peft.demo.scoring {output} --pretrained-checkpoint {model} --valid-data-path {messages}"
+SCORE = "-m megatron_peft.demo.scoring {output} --pretrained-checkpoint {model} --valid-data-path {messages}"
+SCORE += " --train-data-path {messages} --seq-length 256 --train-iters 1"  # which a run has to have
 
 
 def build(method: str, folder: str, peft: PeftConfig, state: TrainingState) -> PeftModel:
@@ -165,14 +166,14 @@ def table(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"title": "Beside the experiment's own runs", "columns": columns, "rows": lines, "text_columns": 2}
 
 
-def bleu(model: PeftModel, base: str, messages: str) -> float:
-    """Of the merged model, by the same program that scores the cells."""
+def bleu(model: Any, base: str, messages: str) -> float:
+    """Of the model, merged, by the same program that scores the cells."""
     with tempfile.TemporaryDirectory() as folder:
         merged, output = Path(folder, "model"), Path(folder, "score.json")
-        model.merge_and_unload().save_pretrained(merged)  # type: ignore[operator]
+        (model.merge_and_unload() if isinstance(model, PeftModel) else model).save_pretrained(merged)
         transformers.AutoTokenizer.from_pretrained(base).save_pretrained(merged)
         words = SCORE.format(output=output, model=merged, messages=messages).split()
-        subprocess.run([sys.executable, *words[1:], "--seq-length", "256", "--train-iters", "1"], check=True)
+        subprocess.run([sys.executable, *words], check=True)
         return float(json.loads(output.read_text())["bleu"])
 
 

@@ -5,12 +5,12 @@ import pytest
 from megatron_peft.commands import train
 from megatron_peft.experiment.cell_record import CellRecord
 from megatron_peft.training.metrics import read_metrics
+from tests.evaluation.worded_llama import save_worded_llama, save_worded_pairs
 from tests.one_rank import one_rank
-from tests.tiny_llama import VOCAB_SIZE, save_llama, save_pairs
 from tools import hf_peft
 
 FLAGS = (
-    "--tokenizer-type NullTokenizer --seq-length 64 --pack-sequences --train-iters 6 --global-batch-size 2 "
+    "--seq-length 64 --pack-sequences --train-iters 6 --global-batch-size 2 "
     "--micro-batch-size 1 --lr 1e-2 --lr-decay-style cosine --clip-grad 0.5 --weight-decay 0.1 --num-workers 0 "
     "--log-interval 1 --eval-interval 6 --log-validation-items --seed 5"
 )
@@ -18,21 +18,23 @@ FLAGS = (
 
 @pytest.mark.slow
 def test_losses_of_lora_are_the_runs_own_and_oft_learns_too(tmp_path):
-    base, data = save_llama(tmp_path / "base", num_hidden_layers=2), save_pairs(tmp_path / "pairs.jsonl")
+    base = save_worded_llama(tmp_path / "base", num_hidden_layers=2)
+    data = save_worded_pairs(tmp_path / "pairs.jsonl")
     files = [f"--pretrained-checkpoint={base}", *(f"--{one}-data-path={data}" for one in ("train", "valid", "test"))]
-    flags = (*FLAGS.split(), *files, f"--vocab-size={VOCAB_SIZE - 1}", "--peft-method=lora", "--lora-rank=4")
+    flags = (*FLAGS.split(), *files, "--peft-method=lora", "--lora-rank=4")
     assert train.main([*flags, "--save", str(tmp_path / "run")]) == 0
     ours = read_metrics(tmp_path / "run" / "metrics.jsonl")
     cell = CellRecord("tiny", "talk", "lora", {}, 5, flags)
     found = {}
     for method in ("base", "lora", "oft"):
         with one_rank(with_groups=False):
-            found[method] = hf_peft.trained_again(method, cell, None)
+            found[method] = hf_peft.trained_again(method, cell, None if method == "oft" else str(data))
     assert found["lora"]["losses"] == pytest.approx([record["loss"] for record in ours], rel=1e-5)
     assert found["lora"]["validation_loss"] == pytest.approx(ours[-1]["validation_loss"], rel=1e-5)
     assert len(found["lora"]["items"]) == len(data.read_text().splitlines())
     assert found["base"]["validation_loss"] > found["lora"]["validation_loss"] and found["base"]["losses"] == []
     assert all(one["test_loss"] == pytest.approx(one["validation_loss"], rel=1e-5) for one in found.values())
+    assert all(0 <= found[method]["bleu"] <= 100 for method in ("base", "lora"))
     rows = hf_peft.table([{**one, "of_cell": {"validation_loss": 1.0}} for one in found.values()])["rows"]
     assert [row[0] for row in rows] == ["the base model", "HF PEFT's LoRA", "HF PEFT's OFT"]
     oft = found["oft"]["losses"]
