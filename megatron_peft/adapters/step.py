@@ -9,7 +9,7 @@ The class of an adapter may have two functions of all layers of a pipeline stage
 
 Both get whole parameters, and layers rather than adapters, which also have the frozen weight. Of all layers together,
 because one batched computation or one collective costs less than many. Rotations build their blocks here
-(`rotation.py`). Where no step has begun, `held` is None, and a forward builds for itself what it needs.
+(`rotation.py`). Where no step has begun, `held` is None, as their class declares, and a forward builds what it needs.
 
 A step is a training step, an own loop's, a pass of LoRA-GA's start, a validation or an answer: `AdaptersStep`.
 """

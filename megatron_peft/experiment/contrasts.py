@@ -191,13 +191,13 @@ def contrast_table(found: Sequence[Answer]) -> Table:
 
     words = ("contrast", "model", "task", "difference", "metric")
     return Table(
-        "Contrasts that were written down before the runs",
+        "Differences of runs of the same seed",
         (*words, "pairs", "items", "margin", "mean", "95% interval", "p", "p (Holm)", "detectable"),
         tuple(map(line, found)),
         "Intervals: of Student's t over seeds and items. p: a paired t-test over the seeds, then corrected by Holm's "
-        "method for the number of contrasts. Better: the 95% interval is off 0, and the corrected p below "
+        "method for the number of answers. Better: the 95% interval is off 0, and the corrected p below "
         f"{SIGNIFICANT}. Equivalent: the 90% interval is within the margin (not corrected). Detectable: the difference "
         f"that the test finds in {POWER:.0%} of all cases, where pairs spread like these and p is to be below "
-        f"{SIGNIFICANT} over the number of contrasts; of a smaller one it probably says nothing.",
+        f"{SIGNIFICANT} over the number of answers; of a smaller one it probably says nothing.",
         text_columns=len(words),
     )

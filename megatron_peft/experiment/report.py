@@ -197,8 +197,9 @@ def verdicts(rows: Sequence[Row], reference: str) -> list[str]:
 
 def _budget_sentence(results: Results) -> str:
     experiment = results.experiment
-    tries = span(len(result.tuning) for result in results.all)
-    seeds = span(len(result.group.seeds) for result in results.all)
+    begun = [result for result in results.all if result.finals] or results.all
+    tries = span(len(result.tuning) for result in begun)
+    seeds = span(len(result.group.seeds) for result in begun)
     tuned = (
         "The settings were given, not tuned."
         if tries == "1"
@@ -211,10 +212,9 @@ def _budget_sentence(results: Results) -> str:
 
 def _versions_of_runs(results: Results) -> str:
     versions: dict[str, dict[str, None]] = {}
-    for result in results.all:
-        for record in result.finals.values():
-            for name, version in record.versions.items():
-                versions.setdefault(name, {})[version] = None
+    for record in results.records().values():
+        for name, version in record.versions.items():
+            versions.setdefault(name, {})[version] = None
     return "Versions: " + "; ".join(f"{name} {', '.join(values)}" for name, values in versions.items()) + "."
 
 
@@ -229,7 +229,9 @@ def provenance(results: Results) -> Iterator[str]:
         )
         yield f"They are {'; '.join(silent)}."
     else:
-        yield f"All {len(records)} cells record their experiment file, commit and data."
+        changed = sum("with changes" in record.versions.get("commit", "") for record in records.values())
+        but = f" {changed} ran from a commit with changes." if changed else ""
+        yield f"All {len(records)} cells record their experiment file, commit and data.{but}"
 
 
 def _tuning(results: Results) -> Table:

@@ -172,9 +172,17 @@ def by_score(results: Results, table_rows: Sequence[Row]) -> Table:
         for task in experiment.tasks
         for metric in shown_metrics(task)
     ]
+    names = [", ".join(place[0 if len(experiment.models) > 1 else 1 :]) for place in places]
+    seeds: dict[str, list[str]] = {}  # "3 to 6" -> scores whose means are of so many
+    for place, name in zip(places, names, strict=True):
+        of_place = (row for row in table_rows if (row.result.model, row.result.task, row.metric) == place)
+        if counts := [sum(run is not None for run in row.runs) for row in of_place if row.mean is not None]:
+            seeds.setdefault(span(counts), []).append(name)
+    usual = max(seeds, key=lambda counts: len(seeds[counts]), default="0")
+    others = "; ".join(f"{', '.join(scores)}: {counts}" for counts, scores in seeds.items() if counts != usual)
     return Table(
-        f"Mean ± standard deviation of {span(len(experiment.seeds_of(method)) for method in experiment.methods)} seeds",
-        ("method", *(", ".join(place[0 if len(experiment.models) > 1 else 1 :]) for place in places)),
+        f"Mean ± standard deviation of {usual} seeds{f' ({others})' if others else ''}",
+        ("method", *names),
         tuple(
             (method.name, *(averages.get((*place, method.name), "–") for place in places))
             for method in experiment.methods

@@ -7,6 +7,7 @@ import base64
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -18,7 +19,7 @@ from matplotlib.image import imread
 
 from megatron_peft.benchmarks import measure
 from megatron_peft.config import ConfigurationError
-from megatron_peft.experiment import plots, report
+from megatron_peft.experiment import plots, report, tables
 from megatron_peft.experiment.cell_record import cell_file, write_record
 from megatron_peft.experiment.plots import color, new_figure, save, style, svg
 from megatron_peft.experiment.report import build_report, markdown, write
@@ -114,6 +115,28 @@ def test_unfinished_experiment_is_marked(found: Results, tmp_path: Path) -> None
     assert report.state(found).startswith("**Not finished:** 8 of 9")
     first = report.verdicts(rows(found, "hybrid"), "hybrid")[0]
     assert first.startswith("So far, on talk, **lora-ga** has the best validation loss of 3 methods: 1.530")
+
+
+def test_means_say_of_how_many_seeds_they_are(found: Results, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = ["accuracy", "validation loss", "nobody's"]
+    monkeypatch.setattr(tables, "shown_metrics", lambda _: shown)
+    of_all = rows(found, "hybrid")
+    few = [row._replace(runs=row.runs[: 2 if row.metric == "accuracy" else 3]) for row in of_all]
+    shown.append("another")
+    few += [row._replace(metric="another") for row in of_all if row.metric == "validation loss"]
+    titles = [tables.by_score(found, some).title for some in (of_all, few, [])]
+    mean = "Mean ± standard deviation of"
+    assert titles == [f"{mean} 3 seeds", f"{mean} 3 seeds (talk, accuracy: 2)", f"{mean} 0 seeds"]
+
+
+def test_a_commit_with_changes_is_told_of_a_tuning_cell_too(found: Results, tmp_path: Path) -> None:
+    finals = [record.settings for record in found.all[0].finals.values()]
+    cell = next(cell for cell in found.all[0].group.tuning if cell.settings not in finals)
+    (record,) = (one for one in found.all[0].records.values() if one.settings == cell.settings)
+    write_record(tmp_path, cell, replace(record, versions={"commit": "abc with changes"}))
+    text = markdown(build_report(read_results(tmp_path), "hybrid"))
+    assert "and data. 1 ran from a commit with changes." in text
+    assert re.search("Versions: .*commit abc with changes", text)
 
 
 def test_the_place_of_the_reference_method_is_told_unless_it_is_the_best(tmp_path: Path, monkeypatch) -> None:

@@ -1,10 +1,13 @@
 """Files that say nothing, too much, or two things at once, and what their author is told; the cells and their flags."""
 
 import math
+import re
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import pytest
+import yaml
 
 from megatron_peft.cli.parser import read_config
 from megatron_peft.config import ConfigurationError
@@ -64,6 +67,19 @@ def test_file_is_read_as_written_and_a_method_of_all_cells_is_not_overruled_by_a
     assert found.methods[0].flags == {"hybrid-lambda": "raw"}
     found, _ = experiment(tmp_path, methods=fixed)
     assert found.methods[0].flags == {"peft-method": "hybrid"}
+
+
+def test_the_file_that_the_documents_show_is_accepted_with_the_contrast_that_they_show(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "experiments.md").read_text()
+    shown = [dedent(part) for part in re.findall(r"(?:^    .*\n)+", page, re.MULTILINE)]
+    file, contrasts = (next(part for part in shown if part.startswith(word)) for word in ("title:", "contrasts:"))
+    values = {**yaml.safe_load(file), "contrasts": {}}
+    assert [model.name for model in read_experiment(write(tmp_path, values)).models] == ["SmolLM2-135M"]
+    values |= yaml.safe_load(contrasts)
+    values["flags"]["log-validation-items"] = True
+    lora = values["methods"]["lora"]
+    values["methods"] = {"hybrid": lora, "hybrid-without-rotation": {**lora, "flags": {"peft-method": "lora-ga"}}}
+    assert [contrast.name for contrast in read_experiment(write(tmp_path, values)).contrasts] == ["rotation"]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples/experiments").glob("*.yaml")), ids=lambda path: path.stem)

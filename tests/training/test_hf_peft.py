@@ -29,7 +29,9 @@ def test_losses_of_lora_are_the_runs_own_and_oft_learns_too(tmp_path):
     for method in ("base", "lora", "oft"):
         with one_rank(with_groups=False):
             found[method] = hf_peft.trained_again(method, cell, None if method == "oft" else str(data))
-    assert found["lora"]["losses"] == pytest.approx([record["loss"] for record in ours], rel=1e-5)
+    losses = [record["loss"] for record in ours]
+    assert found["lora"]["losses"] == pytest.approx(losses, rel=1e-5)
+    assert hf_peft.compared(losses, losses[:-1] + [losses[-1] + 0.25]) == {"most": 0.25, "steps_within": 5}
     assert found["lora"]["validation_loss"] == pytest.approx(ours[-1]["validation_loss"], rel=1e-5)
     assert len(found["lora"]["items"]) == len(data.read_text().splitlines())
     assert found["base"]["validation_loss"] > found["lora"]["validation_loss"] and found["base"]["losses"] == []

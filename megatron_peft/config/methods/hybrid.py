@@ -51,7 +51,7 @@ class HybridOptions(UrnnOptions, BoftOptions, LoraGaOptions):
 
 
 def rotation_lr(peft: Any, lr: float) -> float:
-    """Learning rate of a rotation that is mixed with a low rank: about an eighth of the low rank's works best."""
+    """Learning rate of a rotation that is mixed with a low rank: an eighth of the low rank's by default."""
     return peft.peft_lr_rotation or lr / 8
 
 
