@@ -342,7 +342,8 @@ def update_mixtures(
         measures = measures * _on_device((1.0, rotation_rate), sums.device)
     if peft.hybrid_lambda != "raw":
         measures = measures / torch.stack([mix, 1 - mix], 1)
-    wanted = measures[:, 0] / measures.sum(1)
+    # NaN where there is no gradient, or one of the two is infinite: the other's share would be 0.
+    wanted = measures[:, 0] / measures.sum(1).where(measures.isfinite().all(1), torch.nan)
     for adapter, value, known in zip(adapters, *_averaged(mix, wanted, peft), strict=True):
         adapter.mix.copy_(value)
         adapter.num_kept += ~known
@@ -355,7 +356,7 @@ def _on_device(numbers: tuple[Any, ...], device: torch.device) -> Tensor:
 
 
 def _averaged(mix: Tensor, wanted: Tensor, peft: PeftConfig) -> tuple[Tensor, Tensor]:
-    """(clamped moving average, mask of updated entries); NaN (no or an infinite gradient) leaves lambda as it is."""
+    """(clamped moving average, mask of updated entries); NaN leaves lambda as it is."""
     average = peft.hybrid_lambda_ema
     moved = (average * mix + (1 - average) * wanted).clamp(peft.hybrid_lambda_min, peft.hybrid_lambda_max)
     known = torch.isfinite(wanted)

@@ -37,7 +37,7 @@ class LowRank(nn.Module):
 
     A0: Tensor | None  # the start that is subtracted, sharded like A and B: buffers in the checkpoint
     B0: Tensor | None
-    base_norm: Tensor | None = None  # ||W0||_F of the whole weight, set on first use
+    base_norm: Tensor | None = None  # ||W||_F of the whole weight that the change is added to, set on first use
 
     def __init__(self, layout: LinearLayout, peft: PeftConfig, name: str, seed: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -70,7 +70,11 @@ class LowRank(nn.Module):
 
     @torch.no_grad()
     def restart(self) -> None:
-        """Back to no change: B at zero where no start is subtracted, else both factors at the start."""
+        """Back to no change: B at zero where no start is subtracted, else both factors at the start.
+
+        The weight that changes are added to is another one from now on.
+        """
+        self.base_norm = None
         if self.A0 is None or self.B0 is None:
             self.B.zero_()
         else:

@@ -15,7 +15,7 @@ from megatron_peft.cli.command import Command, start_ranks
 from megatron_peft.cli.config_files import run_file
 from megatron_peft.cli.launch import running_processes, tell_loading, with_world_size
 from megatron_peft.cli.parser import RunFlags, is_first_rank
-from megatron_peft.config import RunConfig
+from megatron_peft.config import CheckpointConfig, RunConfig
 from megatron_peft.models.families import read_shape
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.runtime.exit_signals import EndedBySignal, ends_before_training
@@ -34,7 +34,8 @@ def run(run_flags: RunFlags) -> int:
         if ended is not None:
             return ended
         with ends_before_training(config.training.exit_signal_handler):
-            text = run_file(config, running_processes(os.environ) | run_flags.launch)
+            resumed = {"load"} if _resumes_itself(config.checkpoint) else set[str]()
+            text = run_file(config, running_processes(os.environ) | run_flags.launch, unset=resumed)
             _run(config, text, program, not asked.get("no_plan"))
         return 0
     except KeyboardInterrupt as interrupt:  # while nothing has begun
@@ -42,6 +43,13 @@ def run(run_flags: RunFlags) -> int:
         if is_first_rank():
             print(f"{program}: {by_signal or 'interrupted'}", file=sys.stderr, flush=True)
         os._exit(by_signal.exit_code if by_signal else 128 + signal.SIGINT)
+
+
+def _resumes_itself(checkpoint: CheckpointConfig) -> bool:
+    """Whether --load is in the run's own folder: a run that is repeated elsewhere does not begin there."""
+    if not checkpoint.load or not checkpoint.save or checkpoint.finetune:
+        return False
+    return Path(checkpoint.load).resolve().is_relative_to(Path(checkpoint.save).resolve())
 
 
 def _run(config: RunConfig, text: str, program: str, shows_plan: bool) -> None:

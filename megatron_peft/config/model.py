@@ -114,7 +114,7 @@ class DataConfig(Checked):
         (), "indexed .bin/.idx prefixes, each optionally preceded by its weight, divided by --split", metavar="PATH"
     )
     split: str | None = option(
-        None, "shares of training, validation and test, such as 969,30,1", needs="data_path|mock_data"
+        None, "shares of training, validation and test (default: 969,30,1, as Megatron)", needs="data_path|mock_data"
     )
     mock_data: bool = option(False, "train on generated token ids, to try a layout or its speed without data")
     data_cache_path: str | None = option(

@@ -314,19 +314,19 @@ class CheckpointConfig(Checked):
     )
     sync_interval: int = _of_sync(
         100,
-        "steps between its versions; the last step is given too, unless the run was asked to stop",
+        "steps between two versions that the server gets; the last step is one too, unless the run was asked to stop",
         check="positive",
         needs="sync_server",
     )
     sync_name: str | None = _of_sync(
         None,
-        "what clients call them, before -ITERATION (default: the --save folder's name)",
+        "name of a version for clients, before -ITERATION (default: the --save folder's name)",
         check="plain_name",
         needs="sync_server",
     )
     sync_folder: str | None = _of_sync(
         None,
-        "where they lie, which the server has to see too (default: served in the folder of --save)",
+        "folder of the exported versions, which the server has to see too (default: served in the folder of --save)",
         needs="sync_server",
         metavar="FOLDER",
     )
@@ -335,7 +335,8 @@ class CheckpointConfig(Checked):
     )
     sync_tolerance: float = _of_sync(
         1e-3,
-        "of those of a token, in nats, on average; a server in bfloat16 wants 0.05",
+        "refuse a version whose log-probability of a token differs from our own by more, in nats, on average; a "
+        "server in bfloat16 wants 0.05",
         check="not_negative",
         needs="sync_server",
     )

@@ -200,9 +200,10 @@ class ModelAdapters:
             "the method has learning rates of its own.",
         )
         require(
-            self.current is None or not self.current.layers,
-            "adapters.step: the gradients of rotations are not complete: call adapters.sum_gradients() after the last "
-            "backward, or set config.finalize_model_grads_func = adapters.finalize_model_grads.",
+            self.current is None,
+            "adapters.step: gradients are not complete, nor summed over the tensor-parallel ranks: call "
+            "adapters.sum_gradients() after the last backward, or set config.finalize_model_grads_func = "
+            "adapters.finalize_model_grads.",
         )
         if isinstance(optimizer, MegatronOptimizer):
             require(not clip_grad, "adapters.step: megatron-core's optimizer clips by OptimizerConfig(clip_grad=...).")

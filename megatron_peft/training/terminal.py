@@ -48,6 +48,7 @@ SHORT_FIELDS: Fields = (  # at a terminal, as many as fit its width
     ("tflops_per_gpu", "TFLOP/s/GPU", lambda x: f"{x:.1f}"),
     ("mfu", "MFU", lambda x: f"{x:.1%}"),
 )
+OWN_LINES = tuple(field for field in LINE_FIELDS if field[0] in ("timer_seconds", "slowest_rank"))  # at a terminal
 SECONDS_WITHOUT_A_LINE = 3
 LARGE_BATCH = 256  # samples; a guess: the source that docs/methods.md names says "beyond some point"
 
@@ -105,7 +106,7 @@ class Progress:
             for field in _formatted(record, SHORT_FIELDS, " "):
                 if len(line) + 2 + len(field) <= self._console.width:
                     line = f"{line}  {field}"
-            self.message(line)
+            self.message("\n".join([line, *_formatted(record, OWN_LINES, ": ")]))
 
     def track(self, batches: Iterable[Any], what: str, total: int | None) -> Iterator[Any]:
         """The batches; meanwhile a second bar shows how many are done, or in a file a line every three seconds."""

@@ -262,7 +262,7 @@ def _whole_gram_matrices(low_ranks: Sequence[LowRank]) -> tuple[Tensor, Tensor]:
 
 
 def _base_norms(parts: Sequence[tuple[AdaptedLinear, LowRank]]) -> Tensor:
-    """||W0||_F of the whole weights, [layers]; computed at the first step of a process and kept."""
+    """||W||_F of the whole weights, [layers]; computed at the first step of a process and after a merge, and kept."""
     if parts[0][1].base_norm is None:
         norms = [torch.linalg.vector_norm(dense(layer.weight), dtype=torch.float64) for layer, _ in parts]
         squares = torch.stack(norms).square()
@@ -433,7 +433,7 @@ def merge_if_due(state: Trained) -> None:
     interval = state.peft.spec.merge_interval(state.peft)
     if interval is None or (state.iteration + 1) % interval:
         return
-    for adapter in mixing_adapters(state).values():
+    for adapter in _modules_with(state.model_chunks, "merge_and_restart"):
         adapter.merge_and_restart()
     forget_moments(state.optimizer)
 

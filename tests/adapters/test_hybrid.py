@@ -106,7 +106,7 @@ def updated(mix: float, low: float, rotation: float, **settings: Any) -> float:
     peft = PeftConfig("hybrid", **{"hybrid_lambda_ema": 0.0, **settings})
     own: Any = lambda parameter: parameter.main_grad  # noqa: E731
     update_mixtures([adapter], peft, own, ALONE, rotation_rate=0.125)
-    assert int(adapter.num_kept) == (not math.isfinite(low) or low == rotation == 0)
+    assert int(adapter.num_kept) == (not math.isfinite(low + rotation) or low == rotation == 0)
     return float(adapter.mix)
 
 
@@ -125,6 +125,8 @@ RULES = {  # settings; lambda before, the two norms; lambda after
     "clamped below by the flag": ({"hybrid_lambda_min": 0.25}, 0.5, 1e-6, 1.0, 0.25),
     "NaN": ({}, 0.4, math.nan, 1.0, 0.4),
     "infinite": ({}, 0.4, math.inf, 1.0, 0.4),
+    "infinite beside a finite one": ({}, 0.4, 1.0, math.inf, 0.4),
+    "both infinite": ({"hybrid_lambda": "raw"}, 0.4, math.inf, math.inf, 0.4),
     "no gradient": ({}, 0.4, 0.0, 0.0, 0.4),
 }
 

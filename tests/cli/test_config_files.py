@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from megatron_peft.cli.config_files import file_entries, run_file, text_of
 from megatron_peft.cli.flags import Flag, served_flags
 from megatron_peft.cli.parser import RunFlags, read_config
-from megatron_peft.commands import convert
+from megatron_peft.commands import convert, train
 from megatron_peft.config import ConfigurationError, RunConfig
 
 NEEDED = ["--pretrained-checkpoint", "base", "--train-data-path", "a.jsonl", "--train-iters", "5"]
@@ -139,3 +139,15 @@ def test_a_tool_reads_its_flags_from_a_file(tmp_path: Path, capsys: pytest.Captu
     assert "nowhere" in capsys.readouterr().err
     assert convert.main(["merge", "--config", file_with(tmp_path, "inptu: a\n")]) == 2
     assert "line 1, column 1: --inptu is not a known flag; did you mean --input?" in capsys.readouterr().err
+
+
+def test_the_file_of_a_run_that_resumes_itself_repeats_it_from_its_beginning(tmp_path: Path, monkeypatch) -> None:
+    texts: list[str] = []
+    monkeypatch.setattr(train, "_run", lambda config, text, *_: texts.append(text))
+    monkeypatch.setattr(train, "shape_of", None)  # of no model
+    run = tmp_path / "run"
+    others = [["--load", str(tmp_path / "run2")], ["--load", str(run), "--finetune"]]
+    for load in (["--load", str(run)], ["--load", f"{tmp_path}/./run/best"], *others):
+        assert train.main([*NEEDED, "--save", str(run), *load]) == 0
+    loads = [read_config(["--config", file_with(tmp_path, text)], {}).checkpoint.load for text in texts]
+    assert loads == [None, None, str(tmp_path / "run2"), str(run)]

@@ -262,13 +262,26 @@ def test_clipping_is_by_the_norm_that_is_returned(world):
     assert all((parameter.grad == 0).all() for parameter in adapters.parameters())
 
 
+REFUSED = r"gradients are not complete, .*: call adapters.sum_gradients\(\) after the last"
+
+
+def test_a_step_of_lora_is_refused_too_before_factors_of_every_rank_are_summed(world):
+    adapters = add_adapters(own_model(), PeftConfig(lora_rank=2))
+    optimizer = torch.optim.SGD(adapters.param_groups(lr=1.0))
+    adapters.begin_step()
+    with pytest.raises(ConfigurationError, match=REFUSED):
+        adapters.step(optimizer)
+    adapters.sum_gradients()
+    adapters.step(optimizer)
+
+
 def test_a_step_builds_blocks_once_and_is_refused_without_their_gradients(world):
     adapters = add_adapters(own_model(), PeftConfig(method="boft", boft_block_size=4, boft_factors=2))
     optimizer = torch.optim.SGD(adapters.param_groups(lr=1.0))
     rotations = [one for one in adapters.model_chunks[0].modules() if isinstance(one, BlockRotation)]
     adapters.begin_step()
     assert len(rotations) == 4 and all(one.held is not None for one in rotations)
-    with pytest.raises(ConfigurationError, match=r"are not complete: call adapters.sum_gradients\(\) after the last"):
+    with pytest.raises(ConfigurationError, match=REFUSED):
         adapters.step(optimizer)
     adapters.sum_gradients()
     assert all(one.held is None for one in rotations) and adapters.step(optimizer) == 0

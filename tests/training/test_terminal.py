@@ -130,6 +130,15 @@ def test_a_line_takes_all_that_fits_a_terminal_and_no_more():
         assert fits in [row.strip() for row in rows], width
 
 
+def test_a_terminal_names_the_slowest_rank_and_times_below_the_line():
+    console, text = _shown(force_terminal=True, width=80, color_system=None)
+    slowest = {"rank": 5, "host": "n2", "seconds": 0.25, "median_seconds": 0.125}
+    with Progress(60, console=console) as progress:
+        progress.update({**RECORD, "timer_seconds": {"forward-backward": 0.5}, "slowest_rank": slowest})
+    assert "slowest rank: 5 (n2) 250.0 ms, median 125.0 ms" in text()
+    assert "slowest rank (ms): forward-backward 500.0" in text()
+
+
 def test_the_first_step_is_a_line_in_a_file_and_is_in_the_bar_of_a_terminal():
     for settings, expected in (({}, "iteration       20/      60 |"), ({"force_terminal": True}, "loss 2.500")):
         console, text = _shown(**settings)

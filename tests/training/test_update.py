@@ -132,6 +132,20 @@ def test_merging_keeps_the_function_and_takes_the_change_back_to_zero(start, set
     assert moments and all((moment == 0).all() for moment in moments)
 
 
+def test_a_bound_is_of_the_weight_that_the_change_is_added_to_after_a_merge_too(start):
+    """So a run that is resumed after a merge has the same bound."""
+    state, _, steps = trained(start, 1, interval=2, lora_max_norm_ratio=0.1)
+    norms = []
+    for _ in range(3):
+        modules = [layer.module for layer in linear_layers(state.model_chunks[0])]
+        norms.append([float(module.adapter.low_rank.base_norm or 0) for module in modules])
+        weights = [float(torch.linalg.vector_norm(module.weight, dtype=torch.float64)) for module in modules]
+        take_steps(state, steps, num_steps=1)
+    first, merged, after = norms
+    assert min(first) > 0 and merged == [0] * len(first) and after == pytest.approx(weights, rel=1e-9)
+    assert all(one != pytest.approx(other, rel=1e-6) for one, other in zip(first, after, strict=True))
+
+
 def test_it_merges_at_the_interval_only_and_lambda_and_training_go_on(start):
     state, data, steps = trained(start, 0, interval=2)
     losses = []

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from megatron_peft.adapters.frozen_linear import FrozenLinearCall
 from megatron_peft.adapters.low_rank_linear import frozen_linear_plus_low_rank
+from megatron_peft.adapters.quantized_weight import dense
 from megatron_peft.config import PeftConfig
 from megatron_peft.parallel.collectives import sum_coalesced
 from megatron_peft.parallel.layout import LinearLayout, generator_for
@@ -58,8 +59,9 @@ class DoraAdapter(nn.Module):
     @torch.no_grad()
     def squared_lengths(self, weight: Tensor) -> Tensor:  # -> [2, out]
         """Of the rows of W and of W + s B A, over the rank's own columns."""
-        changed = torch.addmm(weight, self.B, self.A, alpha=self.scale)
-        return torch.stack([one.square().sum(1) for one in (weight, changed)])
+        W = dense(weight)  # with --base-precision a weight has no memory of its own
+        changed = torch.addmm(W, self.B, self.A, alpha=self.scale)
+        return torch.stack([one.square().sum(1) for one in (W, changed)])
 
 
 def shrinking(squares: Tensor) -> Tensor:  # [2, out] -> [out]
