@@ -101,11 +101,12 @@ class LowRank(nn.Module):
         """What is drawn for this call; None without dropout.
 
         Ranks with the same x must use the same mask: the default generator is common to the
-        tensor-parallel ranks. Where x is split, by features or by tokens, each rank draws from its own.
+        tensor-parallel ranks. Where x is split, by features or by tokens, each rank draws from its own. With the
+        sequence split that is the default one: megatron-core's block has taken it for all of its layers.
         """
         if not (self.training and self.dropout):
             return None
-        if self.layout.split == "column" and not call.splits_sequence:
+        if self.layout.split == "column" or call.output_sum == "own tokens":
             return Dropout(self.dropout, nullcontext)
         return Dropout(self.dropout, tensor_parallel.get_cuda_rng_tracker().fork)  # pyright: ignore[reportOptionalMemberAccess]
 

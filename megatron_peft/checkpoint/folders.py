@@ -168,7 +168,9 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def _iterations(folder: Path) -> list[Path]:
-    return sorted(filter(is_checkpoint, folder.glob("iter_*")), reverse=True)
+    """Those that a run has written, the newest first: not what a user has put aside, as iter_0000020_keep."""
+    written = (path for path in folder.glob("iter_*") if path.name.removeprefix("iter_").isdecimal())
+    return sorted(filter(is_checkpoint, written), reverse=True)
 
 
 def tracker_text(folder: Path) -> str:

@@ -203,9 +203,14 @@ def _load_schedule(state: TrainingState, stored: Mapping[str, Any]) -> None:
     schedule.num_steps = 0  # megatron-core adds the stored steps
     schedule.load_state_dict({**stored, **{name: own[name] for name in run_record.unused_schedule_values(own)}})
     if (schedule.max_lr, schedule.min_lr) != (max_lr, min_lr):
-        for group in state.optimizer.param_groups:  # the schedule reads their rates, multiples of its own (LoRA+)
-            ratio = group["max_lr"] / max_lr
-            group["max_lr"], group["min_lr"] = ratio * schedule.max_lr, ratio * schedule.min_lr
+        peft, optimizer = state.config.peft, state.config.optimizer
+        rates = [group.learning_rate for group in peft.spec.param_groups if group.learning_rate]
+        now = {rate(peft, max_lr): rate(peft, schedule.max_lr) for rate in rates}
+        for group in state.optimizer.param_groups:  # the schedule reads their rates
+            if group["max_lr"] == optimizer.decoupled_lr:
+                continue
+            group["max_lr"] = now.get(group["max_lr"], group["max_lr"] / max_lr * schedule.max_lr)
+            group["min_lr"] = group["max_lr"] / schedule.max_lr * schedule.min_lr
     schedule.step(0)
 
 

@@ -155,10 +155,11 @@ CHANGED_WITH_WARNING = {
         *("train_data_path", "data_path", "split", "seq_length", "overlong", "pack_sequences", "packing", "seed"),
         *("prompt_column", "response_column", "messages_column", "text_column", "chat_template"),
     ),
-    "training": ("global_batch_size", "seed"),
+    "training": ("seed",),
     "model": ("bf16",),
     "optimizer": ("adam_beta1", "adam_beta2", "adam_eps", "sgd_momentum", "clip_grad"),
 }
+WSD = ("lr_wsd_decay_iters", "lr_wsd_decay_samples", "lr_wsd_decay_style")
 SCHEDULE_FLAGS = {
     "max_lr": "--lr",
     "min_lr": "--min-lr",
@@ -235,6 +236,7 @@ def changes(record: RunRecord, current: CurrentRun) -> str:
     ]
     before, now = record.config.model.transformer, current.config.model.transformer
     values += [(name, before.get(name, 0.0), now.get(name, 0.0)) for name in ("hidden_dropout", "attention_dropout")]
+    values.append(("global_batch_size", record.config.global_batch_size, current.config.global_batch_size))
     changed = [f"{flag(name)} {_shown(new)} (before: {_shown(old)})" for name, old, new in values if old != new]
     # training data whose path is the same
     paths = {(config.data.train_data_path, config.data.data_path) for config in (record.config, current.config)}
@@ -262,7 +264,8 @@ def optimizer_contradictions(record: RunRecord, current: CurrentRun) -> list[str
         ]
     settings = current.config.optimizer
     if settings.use_checkpoint_opt_param_scheduler:
-        return _steps_without_a_rate(record.schedule, current)
+        problems = _steps_without_a_rate(record.schedule, current)
+        return problems + _other_schedule(current, _unsaved(record, current))
     if settings.override_opt_param_scheduler:
         return []
     changed = [
@@ -270,6 +273,18 @@ def optimizer_contradictions(record: RunRecord, current: CurrentRun) -> list[str
         for name in SCHEDULE_FLAGS
         if record.schedule[name] != current.schedule[name] and name not in unused_schedule_values(current.schedule)
     ]
+    return _other_schedule(current, changed + _unsaved(record, current))
+
+
+def _unsaved(record: RunRecord, current: CurrentRun) -> list[str]:
+    """Differing flags of a schedule that megatron-core's state of it does not hold."""
+    there, here = record.config.optimizer, current.config.optimizer
+    names = ["lr_warmup_init", *([] if record.schedule is None or record.schedule["lr_decay_style"] != "WSD" else WSD)]
+    pairs = {name: (getattr(there, name), getattr(here, name)) for name in names}
+    return [f"{flag(name)}: {old} there, {new} here" for name, (old, new) in pairs.items() if old != new]
+
+
+def _other_schedule(current: CurrentRun, changed: list[str]) -> list[str]:
     return [
         f"{_load(current)} was trained with another schedule ({'; '.join(changed)}): give its values, or choose with "
         f"--override-opt-param-scheduler (this run's) or --use-checkpoint-opt-param-scheduler (the checkpoint's)."

@@ -114,6 +114,12 @@ def _processes_to_start(launch: Mapping[str, Any], environ: Mapping[str, str]) -
         not running or config.nproc_per_node in (None, "gpu", running),
         f"--nproc-per-node {config.nproc_per_node} contradicts the {running} processes that run on this node.",
     )
+    size = environ["WORLD_SIZE"]
+    require(
+        bool(running) or config.nproc_per_node is None or size == str(_world_size(config)),
+        f"--nproc-per-node {config.nproc_per_node} starts nothing where WORLD_SIZE is set ({size}), as within "
+        "torchrun: unset WORLD_SIZE, or leave the flag out.",
+    )
     return None
 
 

@@ -129,7 +129,8 @@ class HarnessSettings(EngineSettings):
 
     def side_file(self, kind: str) -> Path:
         """`scores.json` -> `scores.<kind>.jsonl`, next to --output."""
-        return Path(self.output).with_suffix(f".{kind}.jsonl")
+        path = Path(self.output)
+        return path.with_name(f"{path.name.removesuffix('.json')}.{kind}.jsonl")
 
 
 @dataclass(frozen=True)

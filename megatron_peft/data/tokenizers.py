@@ -58,6 +58,8 @@ def split_chat(render: Callable[..., str], messages: Sequence[Any]) -> list[Chat
     for turn in (i for i, message in enumerate(messages) if message["role"] == "assistant"):
         # A template does not mark where a turn begins: each boundary is found by rendering what comes before it.
         start = 0
+        if not turn and isinstance(content := messages[0].get("content"), str):  # after what a template puts before it
+            start = max(whole.find(content.strip()), 0)
         if turn:
             prompt = render(messages[:turn], True)
             start = len(prompt)

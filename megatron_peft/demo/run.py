@@ -40,7 +40,7 @@ from megatron_peft.demo.data import (
 )
 from megatron_peft.experiment import plots
 from megatron_peft.experiment.process import ENVIRONMENT, LAMBDA_FILE
-from megatron_peft.experiment.run_report import SAMPLE_FIELDS, SAMPLES_FILE
+from megatron_peft.experiment.run_report import SAMPLE_FIELDS, SAMPLES_FILE, training_seconds
 from megatron_peft.training.metrics import METRICS_FILE, read_metrics
 
 BEFORE, AFTER = "before.json", "after.json"  # scores that the ranks write
@@ -87,7 +87,7 @@ def run_demo(folder: Path, method: str = PeftConfig.method, extra_flags: Sequenc
         "pipeline_parallel_size": parallel.pipeline_model_parallel_size,
         "trainable_parameters": after.trainable_parameters,
         "seconds": time.monotonic() - started_at,  # of this call; less in a second one
-        "training_seconds": sum(record["step_seconds"] for record in records),
+        "training_seconds": training_seconds(records),
         "method": method,
         "iterations": records[-1]["iteration"],
         "training_messages": len(read_pairs(files.train)),

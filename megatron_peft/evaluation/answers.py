@@ -104,7 +104,8 @@ def check_output(output: str) -> None:
 def read_prompts(path: Path) -> list[Record]:
     """`{"prompt": ...}` for each line of a text file; the objects of a JSON-lines file, with prompt or messages."""
     require_regular(path, "--prompt-file")
-    lines = [(f"{path}:{number}", line) for number, line in enumerate(read_text(path).splitlines(), 1) if line.strip()]
+    every = enumerate(read_text(path).split("\n"), 1)  # not splitlines: a text may have U+2028
+    lines = [(f"{path}:{number}", line.removesuffix("\r")) for number, line in every if line.strip()]
     require(bool(lines), f"--prompt-file {path} contains no prompt.")
     if path.suffix not in (".json", ".jsonl"):
         return [{"prompt": line} for _, line in lines]
@@ -209,7 +210,7 @@ class Stream:
     def _show(self, is_whole: bool = False) -> None:
         text = self._stop.cut(self._tokenizer.decode(self._ids))
         if not is_whole:  # the last bytes of a character may be missing
-            text = "" if text.endswith("\ufffd") else text[: len(text) - self._num_held]
+            text = "" if text.endswith("\ufffd") else text[: max(len(text) - self._num_held, 0)]
         self._write(text[self._num_written :])
         self._num_written = max(self._num_written, len(text))
 

@@ -84,8 +84,8 @@ def draw_results(rows: Sequence[Row]) -> Figure:
     for row in rows:
         if row.metric == shown_metrics(row.result.group.task)[0]:
             panels.setdefault((row.result.model, row.result.task), []).append(row)
-    across = min(len(panels), 3)
-    down = -(-len(panels) // across)
+    across = max(min(len(panels), 3), 1)  # one is empty before the first final run
+    down = max(-(-len(panels) // across), 1)
     figure = new_figure(4.2 * across if across > 1 else 6.5, 3.4 * down)
     grid = figure.subplots(down, across, squeeze=False)
     several = len({model for model, _ in panels}) > 1
@@ -203,8 +203,8 @@ def draw_depths(results: Results, model: str, task: str) -> Figure | None:
     axes = figure.subplots()
     for at, result in enumerate(results.of(model, task)):
         if runs := [record.grad_norms["by_layer"] for record in result.finals.values() if record.grad_norms]:
-            norms = np.array([[*run.values()] for run in runs], dtype=float).mean(axis=(0, 2))
-            axes.plot(norms, color=color(at), linewidth=1.6, label=result.method)
+            of_runs = [[np.mean(np.array(norms, dtype=float)) for norms in run.values()] for run in runs]
+            axes.plot(np.mean(of_runs, axis=0), color=color(at), linewidth=1.6, label=result.method)
     if not axes.lines:
         return None
     style(axes, "Gradient norm by layer, before clipping", "layer")

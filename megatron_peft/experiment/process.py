@@ -20,13 +20,14 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader
 
-from megatron_peft.config import require
+from megatron_peft.config import ConfigurationError, require
 from megatron_peft.experiment.cells import Cell, Group
 from megatron_peft.experiment.spec import Experiment, ScoreSpec
 
 PROGRAM = ("-m", "megatron_peft", "train")
 TRACKER = "latest_checkpointed_iteration.txt"
 LOG = "log.txt"
+FLAGS = "flags.json"  # that a cell's run began with
 LAMBDA_FILE = "lambda.jsonl"  # of a Hybrid, beside metrics.jsonl
 FIRST_PORT, NUM_PORTS = 20000, 10000  # where the nodes of an allocation meet, by the job's number
 LAST_WORDS = 400  # characters
@@ -54,6 +55,12 @@ def has_checkpoint(folder: Path, cell: Cell) -> bool:
     return (checkpoints_folder(folder, cell) / TRACKER).exists()
 
 
+def began_with(folder: Path, flags: str) -> bool:
+    """Whether what a cell's run has left in its folder is of these flags."""
+    path = folder / FLAGS
+    return path.is_file() and path.read_text(encoding="utf-8") == flags
+
+
 def training_command(folder: Path, cell: Cell, program: Sequence[str]) -> list[str]:
     """The cell's run. If it was stopped, it continues from its last checkpoint that has the optimizer's state."""
     save = str(checkpoints_folder(folder, cell))
@@ -68,6 +75,8 @@ def score_command(folder: Path, cell: Cell, score: ScoreSpec) -> list[str]:
     for word in score.command:
         filled = word.replace("{output}", output).replace("{checkpoints}", checkpoints)
         words += cell.flags if word == "{flags}" else [filled]
+    if words[0] == "megatron-peft":  # which need not be on PATH
+        return [sys.executable, "-m", "megatron_peft", *words[1:]]
     return [*launcher(cell.processes), *words[1:]] if words[0] == "python" else words
 
 
@@ -79,6 +88,11 @@ def launcher(processes: int, environment: Mapping[str, str] = os.environ) -> lis
         return [sys.executable]
     if nodes == 1:
         return [*torchrun, "--standalone", "--nproc-per-node", str(processes)]
+    require(
+        "MASTER_ADDR" in environment and processes % nodes == 0,
+        f"{processes} processes on the {nodes} nodes of this allocation: their number must be a multiple of that of "
+        "the nodes, and MASTER_ADDR the first node's name, as the script of --emit-slurm sets it.",
+    )
     job = int(environment["SLURM_JOB_ID"])
     start = int(environment.get("SLURM_RESTART_COUNT", 0))
     endpoint = f"{environment['MASTER_ADDR']}:{FIRST_PORT + (job + 7 * start) % NUM_PORTS}"
@@ -119,7 +133,10 @@ class Running:
 
 
 def start(command: Sequence[str], log: Path) -> Running:
-    """Start `command`; the command itself and its output are appended to `log`."""
+    """Start `command`; the command itself and its output are appended to `log`.
+
+    Raises ConfigurationError: there is no such program.
+    """
     parent, heading = os.getpid(), f"$ {' '.join(command)}\n"
     # torchrun ends its ranks on SIGTERM; a process alone can be killed at any instant.
     end_signal = signal.SIGTERM if "torch.distributed.run" in command else signal.SIGKILL
@@ -135,15 +152,18 @@ def start(command: Sequence[str], log: Path) -> Running:
     with log.open("ab") as output:
         output.write(heading.encode())
         output.flush()
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={**ENVIRONMENT, **os.environ},
-            start_new_session=True,  # Ctrl-C reaches the runner alone, which then stops its cells
-            preexec_fn=end_with_parent,
-        )
+        try:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**ENVIRONMENT, **os.environ},
+                start_new_session=True,  # Ctrl-C reaches the runner alone, which then stops its cells
+                preexec_fn=end_with_parent,
+            )
+        except OSError as error:
+            raise ConfigurationError(f"{command[0]} cannot be started ({error.strerror}).") from error
     return Running(process, log, heading)
 
 

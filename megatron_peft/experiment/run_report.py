@@ -59,7 +59,7 @@ def read_run(folder: Path) -> RunFiles:
     require(bool(metrics), f"{path} is still empty: the run has written no log line.")
     samples = []
     if (path := folder / SAMPLES_FILE).is_file():
-        for at, line in enumerate(read_text(path).splitlines(), 1):
+        for at, line in enumerate(read_text(path).rstrip("\n").split("\n"), 1):  # texts may have U+2028
             sample = parse_json(line, f"{path}, line {at}")
             if not isinstance(sample, dict) or not all(isinstance(sample.get(name), str) for name in SAMPLE_FIELDS):
                 raise ConfigurationError(f"{path}, line {at}: not a sample with {', '.join(SAMPLE_FIELDS)}.")
@@ -135,11 +135,14 @@ def planned_iterations(record: RunRecord | None) -> int:
     return record.config.training.train_iters or samples // record.config.global_batch_size
 
 
-def _cost_sentence(metrics: Lines) -> str:
-    # Each line has the mean time of the steps since the line before.
+def training_seconds(metrics: Lines) -> float:
+    """Of all steps: each line has the mean of those since the line before."""
     lines = pairwise([{"iteration": 0}, *metrics])
-    seconds = sum((now.get("step_seconds") or 0.0) * (now["iteration"] - before["iteration"]) for before, now in lines)
-    told = [f"Training took {timedelta(seconds=round(seconds))}, without validation and saves"]
+    return sum((now.get("step_seconds") or 0.0) * (now["iteration"] - before["iteration"]) for before, now in lines)
+
+
+def _cost_sentence(metrics: Lines) -> str:
+    told = [f"Training took {timedelta(seconds=round(training_seconds(metrics)))}, without validation and saves"]
     speeds, steps, peaks = (
         series(metrics, name)[1] for name in ("tokens_per_second", "step_seconds", "peak_memory_bytes")
     )

@@ -4,6 +4,7 @@ The runner has no state of its own: `results.work` derives the next cell from th
 reported, recorded and tried again by the next call.
 """
 
+import json
 import shutil
 import signal
 import subprocess
@@ -22,7 +23,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from megatron_peft.checkpoint.folders import FolderLock
+from megatron_peft.checkpoint.folders import FolderLock, write_atomically
 from megatron_peft.config import ConfigurationError
 from megatron_peft.config.untrusted import read_json
 from megatron_peft.experiment import cell_record, process
@@ -122,9 +123,14 @@ class Runner:
         cell, folder = todo.cell, process.run_folder(self.folder, todo.cell)
         source = cell_record.source_of(self.experiment, cell, todo.score)
         if todo.score is None:
+            flags = json.dumps(cell.flags)
+            if not process.began_with(folder, flags):  # what other flags have left is not gone on with
+                shutil.rmtree(folder, ignore_errors=True)
             command = process.training_command(self.folder, cell, self.program or process.PROGRAM)
             if "--load" not in command:
                 shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(folder / process.FLAGS, flags)
             source |= {"contrasts": self.contrasts} if self.contrasts else {}
             record = cell_record.of_cell(cell, "failed", provenance={"training": source})
         else:
@@ -134,7 +140,11 @@ class Runner:
             assert trained is not None
             record = replace(trained, provenance={**trained.provenance, "score": source})
         self.report(f"{todo.kind} {cell.key}")
-        self.running[cell.key] = CellJob(todo, process.start(command, folder / process.LOG), record)
+        try:
+            self.running[cell.key] = CellJob(todo, process.start(command, folder / process.LOG), record)
+        except ConfigurationError as error:
+            self.gave_up.add(cell.key)
+            self.report(f"FAILED: {todo.kind} {cell.key}: {error}")
 
     def _finish(self, job: CellJob) -> None:
         cell, running = job.work.cell, job.running

@@ -105,9 +105,11 @@ class ScaledDotProductAttention(MegatronModule):
         if query.shape[2] == 1:
             query, mask = (_group_by_key_head(x, key.shape[1]) for x in (query, mask))
         dropout = self.dropout if self.training else 0.0
-        # Heads are split over the tensor-parallel ranks, so each rank draws its own dropout.
+        # Heads are split over the tensor-parallel ranks, so each rank draws its own dropout. With the sequence split
+        # megatron-core's block has taken the rank's generator already: taken twice, recompute would draw other masks.
         tracker = tensor_parallel.get_cuda_rng_tracker()
-        generator = tracker.fork() if dropout and tracker else nullcontext()
+        is_alone = not self.config.sequence_parallel
+        generator = tracker.fork() if dropout and tracker and is_alone else nullcontext()
         kernels = sdpa_kernel(self._kernels, set_priority=True) if self._kernels else nullcontext()
         with generator, kernels:
             context = F.scaled_dot_product_attention(

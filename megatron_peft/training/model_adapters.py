@@ -153,6 +153,8 @@ class ModelAdapters:
         """Call it before the first microbatch of a step: gradients become zero, and what holds for a step is built."""
         for parameter in self.parameters():
             gradient_of(parameter).zero_()
+            if hasattr(parameter, "main_grad"):  # where backward's own gradient is added
+                parameter.grad = None
         self.current = AdaptersStep(self.model_chunks)
         self.current.begin()
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from hashlib import sha256
-from math import isfinite
+from math import ceil, floor, isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from rich import console, progress
 from megatron_peft.adapters.attach import all_names, attach_adapters
 from megatron_peft.checkpoint import folders, load
 from megatron_peft.checkpoint.save import Saver
-from megatron_peft.checkpoint.state import TrainingState
+from megatron_peft.checkpoint.state import Position, TrainingState
 from megatron_peft.config import (
     ConfigurationError,
     RunConfig,
@@ -168,6 +168,7 @@ def finetune(
         state = build_state(config, shape, data.train_iters, first_steps(config, data.train))
         state.data_digest = data.digest
         checkpoint = load.load_checkpoint(state)
+        data = replace(data, train_iters=length_of_resumed(config, data.train_iters, state.position))
         if checkpoint is not None:
             epoch = data.train.order.epochs_at(state.position.consumed_samples)
             print_rank_0(resume_summary(checkpoint, state, data.train_iters, epoch))
@@ -183,6 +184,17 @@ def finetune(
         data.train.consumed_samples = state.position.consumed_samples
         print_rank_0(train(state, data, saver, planned_peak, after_step))
     return Finetuned(state, data, tokenizer)
+
+
+def length_of_resumed(config: RunConfig, train_iters: int, position: Position) -> int:
+    """Iterations of the whole run, of which those before `position` may have had another global batch.
+
+    train_iters: of a run that has the same batch from its beginning.
+    """
+    if config.training.train_iters is not None:
+        return train_iters
+    done = position.consumed_samples / config.global_batch_size  # of these iterations
+    return position.iteration + train_iters - (ceil if config.training.train_samples is not None else floor)(done)
 
 
 def _note_unknown_lengths(config: RunConfig) -> None:

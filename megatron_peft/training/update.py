@@ -182,6 +182,11 @@ def build_schedule(optimizer: MegatronOptimizer, config: RunConfig, train_iters:
         f"iterations of the run. Shorten it, lengthen --train-epochs, or use --lr-warmup-fraction.",
     )
     wsd_decay = settings.lr_wsd_decay_samples or (settings.lr_wsd_decay_iters or 0) * batch
+    require(
+        warmup + wsd_decay <= decay,
+        f"--lr-wsd-decay-iters: a last phase of {wsd_decay // batch} iterations does not fit behind a warmup of "
+        f"{warmup // batch} into the {decay // batch} iterations of the schedule: shorten it.",
+    )
     start_wd, end_wd = settings.start_weight_decay, settings.end_weight_decay
     return OptimizerParamScheduler(
         optimizer,

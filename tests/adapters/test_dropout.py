@@ -1,6 +1,7 @@
 """Dropout of the low rank's input: gradients are those of a mask that is kept, and none is."""
 
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -14,7 +15,7 @@ from megatron_peft.adapters.hybrid import Hybrid
 from megatron_peft.adapters.low_rank import LowRank, low_rank_part
 from megatron_peft.adapters.low_rank_linear import Dropout
 from megatron_peft.config import PeftConfig
-from megatron_peft.models.layers import _SwiGLU
+from megatron_peft.models.layers import ScaledDotProductAttention, _SwiGLU
 from megatron_peft.parallel.layout import LinearLayout
 from megatron_peft.rehearsal.recorder import Recorder
 from tests.adapters.many_ranks import drawn
@@ -74,7 +75,8 @@ class _WithoutPeers(FrozenLinearCall):
 def call_of(split: str, splits_sequence: bool, size: int) -> FrozenLinearCall:
     """With `size` 2 as on one of two ranks, the other of which holds nothing."""
     weight, group = drawn("W", OUT, IN).float().to(device()), cast(Any, Place(0, size))
-    return _WithoutPeers(weight, None, False, splits_sequence, group, "none" if split == "column" else "own tokens")
+    output_sum: Any = "none" if split == "column" else "whole" if size == 1 else "own tokens"
+    return _WithoutPeers(weight, None, False, splits_sequence, group, output_sum)
 
 
 def of_swiglu(h: Tensor) -> Tensor:
@@ -98,7 +100,8 @@ def of_swiglu(h: Tensor) -> Tensor:
 def test_gradients_are_those_of_torchs_dropout_and_generators_go_on_as_with_it(kind, split, splits_sequence, size):
     """Others draw between forward and backward, as the next layers do."""
     adapter, call = moved(kind, split), call_of(split, splits_sequence, size)
-    is_common = split == "column" and not splits_sequence
+    # With the sequence split a block has begun the ranks' own generator, which is the default one then.
+    is_common = call.output_sum != "whole"
     low_rank, (h, dy) = low_rank_part(adapter), (drawn(*one).float().to(device()) for one in (H, DY))
     assert low_rank is not None
     h.requires_grad_()
@@ -142,3 +145,27 @@ def test_nothing_is_held_for_backward_because_of_dropout(kind, split, size):
         assert y.requires_grad  # and it is alive
         held.append(recorder.memory.total)
     assert held[0] == held[1]
+
+
+def test_with_the_sequence_split_recompute_draws_the_masks_of_forward():
+    """Of core attention and of a low rank, within megatron-core's fork of a block, after a mask of the block's own."""
+    seen: list[Tensor] = []
+    low_rank, call = moved(LowRank, "column", 0.5), call_of("column", splits_sequence=True, size=1)
+    block: Any = SimpleNamespace(config=SimpleNamespace(sequence_parallel=True), dropout=0.5, training=True)
+    block._kernels, block.softmax_scale = (), None
+
+    def layer(x: Tensor) -> Tensor:
+        dropout = low_rank.input_dropout(call)
+        assert dropout is not None
+        heads = x.view(1, 2, 3, 4)
+        seen.extend([dropout.draw(x), ScaledDotProductAttention._attend(block, heads, heads, heads)])
+        return x * seen[-2] + seen[-1].view_as(x)
+
+    x = drawn("x", 6, 4).float().to(device()).requires_grad_()
+    with tracker().fork():
+        F.dropout(torch.ones(5, device=device()))
+        y = tensor_parallel.checkpoint(layer, False, x)
+        F.dropout(torch.ones(5, device=device()))
+    torch.rand(3, device=device())
+    y.sum().backward()
+    assert torch.equal(seen[0], seen[2]) and torch.equal(seen[1], seen[3])

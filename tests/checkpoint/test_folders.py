@@ -60,7 +60,9 @@ def test_leftovers_of_a_killed_run_are_removed_but_no_whole_checkpoint(tmp_path)
 def test_the_last_checkpoints_are_kept_and_later_iterations_are_left_alone(tmp_path, monkeypatch, caplog):
     for iteration in (10, 20, 30, 40, 90, 50):
         save(tmp_path, iteration, str(iteration))
+    aside = shutil.copytree(tmp_path / "iter_0000020", tmp_path / "iter_0000020_keep")
     folders.keep_last(tmp_path, 50, num_kept=3)
+    assert aside.is_dir(), "what somebody has put aside is no checkpoint of the run"
     assert [path.name[-2:] for path in checkpoints(tmp_path)] == ["50", "90", "40", "30"]
     folders.keep_last(tmp_path, 50, num_kept=2)
     assert [path.name[-2:] for path in checkpoints(tmp_path)] == ["50", "90", "40"]

@@ -4,6 +4,8 @@ import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -18,7 +20,7 @@ from megatron_peft.checkpoint.load import load_checkpoint, load_trained_paramete
 from megatron_peft.checkpoint.save import draft_checkpoint, write_new_folder
 from megatron_peft.checkpoint.state import slices_of_range
 from megatron_peft.checkpoint.tensors import load_parameters
-from megatron_peft.config import CheckpointConfig, ConfigurationError, ParallelConfig
+from megatron_peft.config import CheckpointConfig, ConfigurationError, ParallelConfig, PeftConfig
 from megatron_peft.conversion.megatron_files import open_distributed
 from megatron_peft.runtime.launch import model_parallel, start_world, stop
 from tests.checkpoint import rank_checks
@@ -254,6 +256,23 @@ def test_the_rate_of_B_is_four_times_that_of_either_schedule(loaded, flag, highe
     """After two of three steps of a cosine a quarter of the rate is left."""
     state = loaded(optimizer={"lr": 1e-3, flag: True}).state
     assert sorted(group["lr"] for group in state.optimizer.param_groups) == pytest.approx([highest / 4, highest])
+
+
+def test_a_rotations_own_rate_stays_what_it_is_with_the_checkpoints_schedule():
+    """It is a number of its own, no multiple of --lr."""
+    peft = PeftConfig("hybrid", peft_lr_rotation=5e-4)
+    groups = [{"max_lr": rate, "min_lr": 0.0} for rate in (1e-4, 5e-4, 3e-4)]  # of --lr, --peft-lr-rotation, a head
+    optimizer = SimpleNamespace(decoupled_lr=3e-4)
+    schedule = SimpleNamespace(max_lr=1e-4, min_lr=0.0, num_steps=0, state_dict=lambda: {**OWN}, step=lambda _: None)
+    schedule.load_state_dict = lambda stored: vars(schedule).update(max_lr=stored["max_lr"], min_lr=stored["min_lr"])
+    config = SimpleNamespace(peft=peft, optimizer=optimizer)
+    state: Any = SimpleNamespace(schedule=schedule, config=config, optimizer=SimpleNamespace(param_groups=groups))
+    load._load_schedule(state, {**OWN, "max_lr": 2e-3, "min_lr": 2e-4})
+    assert [group["max_lr"] for group in groups] == [2e-3, 5e-4, 3e-4]
+    assert [group["min_lr"] for group in groups] == pytest.approx([2e-4, 5e-5, 0.0])
+
+
+OWN = {"max_lr": 1e-4, "min_lr": 0.0, "lr_decay_style": "linear", "wd_incr_style": "linear"}
 
 
 @pytest.mark.parametrize("key", ["decoder.layers.0.mlp.linear_fc2.adapter.A", "optimizer.exp_avg."])

@@ -176,6 +176,14 @@ def test_no_optimizer_or_another_schedule_is_refused_unless_one_is_chosen_or_bot
     for choice in ("override_opt_param_scheduler", "use_checkpoint_opt_param_scheduler"):
         chosen = here(schedule={"max_lr": 1e-3}, optimizer={choice: True})
         assert run_record.optimizer_contradictions(make_record(), chosen) == []
+    # What megatron-core's state of a schedule does not hold.
+    wsd = {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 2, "lr_wsd_decay_style": "linear"}
+    there = make_record(config=make_config(optimizer=wsd), schedule={**SCHEDULE, "lr_decay_style": "WSD"})
+    for changed in ({"lr_wsd_decay_iters": 3}, {"lr_wsd_decay_style": "cosine"}, {"lr_warmup_init": 1e-4}):
+        for choice in ({}, {"use_checkpoint_opt_param_scheduler": True}):
+            now = here(schedule={"lr_decay_style": "WSD"}, optimizer={**wsd, **changed, **choice})
+            (message,) = run_record.optimizer_contradictions(there, now)
+            assert flag(next(iter(changed))) in message
     # A longer run at a constant rate.
     constant = {**SCHEDULE, "lr_decay_style": "constant"}
     longer = here(schedule={"lr_decay_style": "constant", "lr_decay_steps": 100, "wd_incr_steps": 100})

@@ -77,6 +77,10 @@ def test_nothing_is_started_where_processes_run_already(monkeypatch) -> None:
     assert running_processes(os.environ) == {"nproc_per_node": "4"}
     with pytest.raises(ConfigurationError, match="^--nproc-per-node 2 contradicts the 4 processes that run"):
         start_processes("m", [], {"nproc_per_node": "2"}, "p")
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")  # of another launcher, or of a pod
+    assert start_processes("m", [], {"nproc_per_node": "4"}, "p") is None
+    with pytest.raises(ConfigurationError, match="^--nproc-per-node 2 starts nothing where WORLD_SIZE is set .4."):
+        start_processes("m", [], {"nproc_per_node": "2"}, "p")
 
 
 def test_flags_are_checked_for_all_processes_before_any_is_started(monkeypatch, capsys) -> None:

@@ -66,7 +66,7 @@ def test_lines_that_are_not_blank_are_found_wherever_a_block_ends(tmp_path_facto
 
 
 @given(
-    lines=st.lists(st.sampled_from([b"{}", b"", b" ", b'{"n": 1}', b"      "]), max_size=12),
+    lines=st.lists(st.sampled_from([b"{}", b"", b" ", b'{"n": 1}', b"      ", b"long " * 60_000]), max_size=12),
     ends=st.booleans(),
     num_parts=st.integers(1, 9),
 )

@@ -235,7 +235,7 @@ SAID, ANSWER = "<user>hello</><assistant>", "bonjour</>"
     [
         (chatml, MESSAGES * 2 + MESSAGES[:1], [SAID, ANSWER, SAID, ANSWER, "<user>hello</>"]),
         (thinking, MESSAGES, [SAID, ANSWER, ""]),
-        (chatml, MESSAGES[1:], ["", f"<assistant>{ANSWER}", ""]),
+        (chatml, MESSAGES[1:], ["<assistant>", ANSWER, ""]),
     ],
 )
 def test_the_assistants_turns_are_trained_and_their_headers_are_not(template, messages, untrained_and_trained):

@@ -60,6 +60,7 @@ BYTES: Any = SimpleNamespace(  # a byte an id
         ("é".encode()[:1], "", "\ufffd\n"),  # half a character waits
         (b"one\nQ:two", "one", "one\n"),  # a stop is never shown
         (b"one\nQ", "one", "one\nQ\n"),  # and what may become one is held back
+        (b"\nQ:", "", "\n"),  # of a text that is nothing else too
     ],
 )
 def test_the_text_grows_but_for_half_a_character_and_what_may_be_a_stop(answer, grown, ended):

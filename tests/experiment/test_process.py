@@ -124,6 +124,17 @@ def test_launcher_uses_the_machine_or_spreads_a_cell_over_the_nodes_of_its_job()
     given = dict(zip(words, words[1:], strict=False))
     assert given["--nnodes"] == "2" and given["--nproc-per-node"] == "8"
     assert given["--rdzv-endpoint"] == "n1:25678", "a port of the job's own"
+    del allocation["MASTER_ADDR"]
+    for processes in (16, 3):
+        with pytest.raises(ConfigurationError, match=f"{processes} processes on the 2 nodes .* MASTER_ADDR"):
+            process.launcher(processes, allocation)
+
+
+def test_a_program_that_is_not_there_is_an_error_and_our_own_need_not_be_on_the_path(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="no-such-program cannot be started .No such file"):
+        process.start(["no-such-program"], tmp_path / "log.txt")
+    words = process.score_command(tmp_path, CELL, ScoreSpec(("megatron-peft", "evaluate", "--limit", "3"), {}))
+    assert words == [sys.executable, "-m", "megatron_peft", "evaluate", "--limit", "3"]
 
 
 def test_a_stopped_cell_continues_with_an_optimizers_state_and_a_score_gets_its_places_and_flags(tmp_path: Path):

@@ -117,6 +117,19 @@ def test_unfinished_experiment_is_marked(found: Results, tmp_path: Path) -> None
     assert first.startswith("So far, on talk, **lora-ga** has the best validation loss of 3 methods: 1.530")
 
 
+def test_a_report_before_the_first_final_run_and_of_runs_of_unlike_lengths(found: Results, tmp_path: Path) -> None:
+    group = found.all[2].group
+    (cell,) = (cells[1] for cells in group.finals if cells[1].key in found.records())
+    record = found.records()[cell.key]
+    longer = {"iterations": [20, 40, 60], "by_layer": {"0": [1.0, 2.0, None], "1": [0.5, 0.5, 0.5]}}
+    write_record(tmp_path, cell, replace(record, grad_norms=longer))
+    assert "depth-" in markdown(build_report(read_results(tmp_path), "hybrid"))
+    for path in (tmp_path / "cells").glob("*.json"):
+        path.unlink()
+    write_record(tmp_path, group.tuning[0], record_of(group.tuning[0]))
+    assert "0 of 9 final runs" in markdown(build_report(read_results(tmp_path), "hybrid"))
+
+
 def test_means_say_of_how_many_seeds_they_are(found: Results, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = ["accuracy", "validation loss", "nobody's"]
     monkeypatch.setattr(tables, "shown_metrics", lambda _: shown)

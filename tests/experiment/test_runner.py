@@ -291,6 +291,28 @@ def test_scores_whose_checkpoints_are_gone_are_trained_for_again(tmp_path: Path)
     assert not process.has_checkpoint(tmp_path / "out", groups[0].tuning[0])
 
 
+def test_what_other_flags_have_left_is_not_gone_on_with(tmp_path: Path) -> None:
+    _, (group,) = experiment(tmp_path, **SHORT)
+    saved = process.checkpoints_folder(tmp_path / "out", group.tuning[0])
+    saved.mkdir(parents=True)
+    (saved / process.TRACKER).write_text("5")  # as of a run that was stopped
+    flags = saved.parent / process.FLAGS
+    assert saved.parent == process.run_folder(tmp_path / "out", group.tuning[0])
+    for text, resumes in ((json.dumps(group.tuning[0].flags), True), ('["--lr", "9"]', False)):
+        flags.write_text(text)
+        assert process.began_with(saved.parent, json.dumps(group.tuning[0].flags)) == resumes
+    run(tmp_path, **SHORT)
+    log = (process.run_folder(tmp_path / "out", group.tuning[0]) / process.LOG).read_text()
+    assert "--load" not in log.splitlines()[0] and flags.read_text() == json.dumps(group.tuning[0].flags)
+
+
+def test_a_score_whose_program_is_not_there_fails_alone(tmp_path: Path) -> None:
+    tasks = content()["tasks"]
+    tasks["talk"]["score"]["command"] = "no-such-program {output}"
+    whole, told = run(tmp_path, **SHORT, tasks=tasks)
+    assert not whole and any(line.startswith("FAILED: score ") and "cannot be started" in line for line in told), told
+
+
 def test_grid_without_a_finite_loss_is_reported(tmp_path: Path) -> None:
     methods = {"lora": METHODS["lora"]}
     _, (group,) = experiment(tmp_path, methods=methods)

@@ -260,6 +260,11 @@ def test_clipping_is_by_the_norm_that_is_returned(world):
     assert float(moved.norm()) == pytest.approx(2.0, rel=1e-4) and adapters.iteration == 1
     adapters.begin_step()
     assert all((parameter.grad == 0).all() for parameter in adapters.parameters())
+    for parameter in adapters.parameters():  # as megatron-core's DistributedDataParallel has it
+        parameter.main_grad = torch.ones_like(parameter)  # type: ignore[attr-defined]
+    adapters.begin_step()
+    for parameter in adapters.parameters():  # backward's own gradient is added to it, once
+        assert parameter.grad is None and (parameter.main_grad == 0).all()  # type: ignore[attr-defined]
 
 
 REFUSED = r"gradients are not complete, .*: call adapters.sum_gradients\(\) after the last"

@@ -1,6 +1,7 @@
 """Parameter groups, their learning rates, and the schedule."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from megatron.core.optimizer import optimizer as optimizer_module
 
 from megatron_peft.adapters.hybrid import Hybrid
 from megatron_peft.adapters.step import AdaptersStep
+from megatron_peft.checkpoint.state import Position
 from megatron_peft.config import ConfigurationError
 from megatron_peft.training import update as state_module
+from megatron_peft.training.run import length_of_resumed
 from megatron_peft.training.step import layers_without_gradient, train_step
 from megatron_peft.training.update import build_optimizer, build_schedule, wrap_data_parallel
 
@@ -199,3 +202,31 @@ def test_a_warmup_as_long_as_an_epoch_is_refused(start):
     state, _ = start(optimizer={"lr_warmup_iters": 3})
     with pytest.raises(ConfigurationError, match="--lr-warmup-iters 3 .* below the 3 iterations"):
         build_schedule(state.optimizer, state.config, train_iters=3)
+
+
+def test_a_last_phase_that_does_not_fit_behind_the_warmup_is_refused(start):
+    settings = {"lr_warmup_iters": 1, "lr_decay_style": "WSD", "lr_wsd_decay_iters": 3, "lr_wsd_decay_style": "linear"}
+    state, _ = start(optimizer=settings)
+    build_schedule(state.optimizer, state.config, train_iters=4)
+    with pytest.raises(ConfigurationError, match="a last phase of 3 iterations does not fit behind a warmup of 1 into"):
+        build_schedule(state.optimizer, state.config, train_iters=3)
+
+
+@pytest.mark.parametrize(
+    ("length", "batch", "steps", "samples", "expected"),
+    [
+        ({"train_iters": 400}, 8, 200, 800, 400),
+        ({"train_samples": 1600}, 4, 200, 800, 400),  # as it began
+        ({"train_samples": 1600}, 8, 200, 800, 300),
+        ({"train_samples": 1600}, 2, 200, 800, 600),
+        ({"train_samples": 1600}, 8, 201, 804, 300),  # no step beyond them
+        ({"train_epochs": 1}, 8, 201, 804, 301),  # all of them
+    ],
+)
+def test_a_run_that_is_resumed_with_another_batch_trains_the_samples_that_are_left(
+    length, batch, steps, samples, expected
+):
+    lengths = {"train_iters": None, "train_samples": None, "train_epochs": None, **length}
+    config: Any = SimpleNamespace(global_batch_size=batch, training=SimpleNamespace(**lengths))
+    from_the_beginning = length.get("train_iters") or 1600 // batch
+    assert length_of_resumed(config, from_the_beginning, Position(steps, samples)) == expected
