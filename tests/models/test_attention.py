@@ -33,7 +33,7 @@ def world():
 
 
 def _attention(kind="plain", bias=None, **settings):
-    config = SimpleNamespace(kv_channels=DIM, attention_dropout=0.0)
+    config = SimpleNamespace(kv_channels=DIM, attention_dropout=0.0, sequence_parallel=False)
     if kind == "alibi":
         bias = bias or AlibiBias(HEADS, 0, 1)
         return AlibiAttention(config, 1, bias=bias, **settings)
