@@ -290,8 +290,8 @@ FAULTS = [
 
 NOT_SEEN = [
     *_of("dropout", LOW_RANK,
-        ("ranks with their own tokens share masks", 'if self.layout.split == "column" and not call.splits_sequence:',
-         "if True:", "lora dropout", "TP2+SP")),
+        ("ranks with their own features share masks",
+         'if self.layout.split == "column" or call.output_sum == "own tokens":', "if True:", "lora dropout", "TP2")),
     *_of("in one process too", STEP,
         ("microbatches of few tokens count as much as others",
          "loss = torch.sum(token_losses.float() * loss_mask)",

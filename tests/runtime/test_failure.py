@@ -148,8 +148,8 @@ def step(*_):
 of = types.SimpleNamespace
 sys.modules["megatron_peft.training.run"] = of(finetune=step)
 world = of(distributed_backend="gloo", distributed_timeout_minutes=1)
-config = of(parallel=world, training=of(exit_signal_handler=True), checkpoint=of(save=None))
-train.run_file = lambda *_: ""
+config = of(parallel=world, training=of(exit_signal_handler=True), checkpoint=of(save=None, load=None))
+train.run_file = lambda *_, **__: ""
 train.run(of(values={"program": {}}, launch={}, config=lambda *_: config, program="p", command_line=[]))
 """
 
