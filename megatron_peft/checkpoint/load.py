@@ -203,13 +203,14 @@ def _load_schedule(state: TrainingState, stored: Mapping[str, Any]) -> None:
     schedule.num_steps = 0  # megatron-core adds the stored steps
     schedule.load_state_dict({**stored, **{name: own[name] for name in run_record.unused_schedule_values(own)}})
     if (schedule.max_lr, schedule.min_lr) != (max_lr, min_lr):
-        peft, optimizer = state.config.peft, state.config.optimizer
-        rates = [group.learning_rate for group in peft.spec.param_groups if group.learning_rate]
-        now = {rate(peft, max_lr): rate(peft, schedule.max_lr) for rate in rates}
+        peft, decoupled = state.config.peft, state.config.optimizer.decoupled_lr
+        own = {kind.attribute: kind.learning_rate for kind in peft.spec.param_groups if kind.is_labelled}
         for group in state.optimizer.param_groups:  # the schedule reads their rates
-            if group["max_lr"] == optimizer.decoupled_lr:
+            if group["max_lr"] == decoupled != max_lr:
                 continue
-            group["max_lr"] = now.get(group["max_lr"], group["max_lr"] / max_lr * schedule.max_lr)
+            rate = next((own[name] for name in own if group.get(name)), None)
+            scaled = group["max_lr"] / max_lr * schedule.max_lr  # as LoRA+'s
+            group["max_lr"] = rate(peft, schedule.max_lr) if rate else scaled
             group["min_lr"] = group["max_lr"] / schedule.max_lr * schedule.min_lr
     schedule.step(0)
 

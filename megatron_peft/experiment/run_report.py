@@ -136,7 +136,7 @@ def planned_iterations(record: RunRecord | None) -> int:
 
 
 def training_seconds(metrics: Lines) -> float:
-    """Of all steps: each line has the mean of those since the line before."""
+    """Time of all steps: each line has the mean of those since the line before."""
     lines = pairwise([{"iteration": 0}, *metrics])
     return sum((now.get("step_seconds") or 0.0) * (now["iteration"] - before["iteration"]) for before, now in lines)
 

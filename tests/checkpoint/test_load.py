@@ -260,16 +260,17 @@ def test_the_rate_of_B_is_four_times_that_of_either_schedule(loaded, flag, highe
 
 def test_a_rotations_own_rate_stays_what_it_is_with_the_checkpoints_schedule():
     """It is a number of its own, no multiple of --lr."""
-    peft = PeftConfig("hybrid", peft_lr_rotation=5e-4)
-    groups = [{"max_lr": rate, "min_lr": 0.0} for rate in (1e-4, 5e-4, 3e-4)]  # of --lr, --peft-lr-rotation, a head
+    peft = PeftConfig("hybrid", peft_lr_rotation=1e-4)  # which is also this run's --lr, by default
+    groups: list[dict[str, Any]] = [{"max_lr": rate, "min_lr": 0.0} for rate in (1e-4, 1e-4, 3e-4)]
+    groups[1] |= {one.attribute: True for one in peft.spec.param_groups if one.is_labelled}
     optimizer = SimpleNamespace(decoupled_lr=3e-4)
     schedule = SimpleNamespace(max_lr=1e-4, min_lr=0.0, num_steps=0, state_dict=lambda: {**OWN}, step=lambda _: None)
     schedule.load_state_dict = lambda stored: vars(schedule).update(max_lr=stored["max_lr"], min_lr=stored["min_lr"])
     config = SimpleNamespace(peft=peft, optimizer=optimizer)
     state: Any = SimpleNamespace(schedule=schedule, config=config, optimizer=SimpleNamespace(param_groups=groups))
     load._load_schedule(state, {**OWN, "max_lr": 2e-3, "min_lr": 2e-4})
-    assert [group["max_lr"] for group in groups] == [2e-3, 5e-4, 3e-4]
-    assert [group["min_lr"] for group in groups] == pytest.approx([2e-4, 5e-5, 0.0])
+    assert [group["max_lr"] for group in groups] == [2e-3, 1e-4, 3e-4]
+    assert [group["min_lr"] for group in groups] == pytest.approx([2e-4, 1e-5, 0.0])
 
 
 OWN = {"max_lr": 1e-4, "min_lr": 0.0, "lr_decay_style": "linear", "wd_incr_style": "linear"}
