@@ -49,7 +49,7 @@ from megatron_peft.adapters.rotated_linear import (
     unrotated,
 )
 from megatron_peft.adapters.rotation import AppliedRotation, RotatesOnceAStep, rotate_weight
-from megatron_peft.config import PeftConfig
+from megatron_peft.config import PeftConfig, require
 from megatron_peft.config.methods.hybrid import rotation_lr, rotation_options
 from megatron_peft.parallel.collectives import sum_coalesced
 from megatron_peft.parallel.layout import LinearLayout, mark_split
@@ -84,7 +84,10 @@ class Hybrid(RotatesOnceAStep, nn.Module):
 
     def bind_weight(self, weight: Tensor) -> None:
         """Put the layer's weight into the checkpoint where --hybrid-merge-interval merges changes into it."""
-        if self.merges:  # the buffer is a view of the base's own tensor, so a loaded checkpoint loads it
+        if self.merges:
+            told = f"--hybrid-merge-interval merges changes into weights, which must be float32, not {weight.dtype}."
+            require(weight.dtype == torch.float32, told)
+            # the buffer is a view of the base's own tensor, so a loaded checkpoint loads it
             self.folded_weight = weight.detach()
             mark_split(self.folded_weight, weight.partition_dim, weight.partition_stride)  # pyright: ignore[reportAttributeAccessIssue]
 

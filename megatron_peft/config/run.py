@@ -115,6 +115,14 @@ class RunConfig(Checked):
             decay is None or warmup < decay,
             f"{flag('lr_warmup_' + unit)} {warmup} must be below the {decay} {unit} of the decay.",
         )
+        lr, start = self.optimizer.lr, self.optimizer.lr_warmup_init
+        for group in self.peft.spec.param_groups:
+            rate = group.learning_rate(self.peft, lr) if group.learning_rate else lr
+            require(
+                rate == lr or start <= rate,
+                f"--lr-warmup-init {start} is above {rate:g}, the peak rate of the parameters with {group.attribute}: "
+                "lower it, or they begin above their peak.",
+            )
 
     @property
     def global_batch_size(self) -> int:

@@ -17,7 +17,15 @@ from torch import Tensor, nn
 from megatron_peft.adapters.quantized_weight import QuantizedWeight, stored_tensors
 from megatron_peft.checkpoint import folders, load, run_record
 from megatron_peft.config import LINEAR_MODULES, ConfigurationError, RunConfig, require, require_packages
-from megatron_peft.conversion.hf_files import CONFIG, ReadCounts, Source, check_inventory, open_source, row_ranges
+from megatron_peft.conversion.hf_files import (
+    CONFIG,
+    ReadCounts,
+    Source,
+    check_inventory,
+    check_tied,
+    open_source,
+    row_ranges,
+)
 from megatron_peft.conversion.megatron_files import OUTPUT, MegatronWeights, open_megatron
 from megatron_peft.conversion.nf4_files import NF4Source, unpacked
 from megatron_peft.conversion.writer import byte_bar
@@ -110,9 +118,10 @@ def shape_of_arguments(arguments: Any, where: str) -> ModelShape:
 
 
 def open_weights(folder: str | Path, shape: ModelShape) -> tuple[dict[str, Rule], Weights]:
-    """The rule of every parameter, by name, and the weights. Headers are checked; no weight is read yet.
+    """The rule of every parameter, by name, and the weights. Headers are checked; no weight is read yet, but a few rows.
 
-    Raises ConfigurationError: missing, extra or misshapen tensors, torn files, or a folder of adapters.
+    Raises ConfigurationError: missing, extra or misshapen tensors, a tied output layer that is not the embedding, torn
+    files, or a folder of adapters.
     """
     files = folders.megatron_files(folder)
     if files is None:
@@ -124,6 +133,8 @@ def open_weights(folder: str | Path, shape: ModelShape) -> tuple[dict[str, Rule]
         )
         rules = rules_for(shape, source.headers)
         check_inventory(source, expected_tensors(rules), shape.tied_embeddings)
+        if shape.tied_embeddings:
+            check_tied(source, rules[OUTPUT].hf_tensors[0].name)
         return rules, source
     weights = open_megatron(files)
     rules = rules_for(shape)

@@ -161,15 +161,14 @@ class ModelAdapters:
     def sum_gradients(self) -> None:
         """Call it after the last backward of a step where no schedule of megatron-core does. A collective.
 
-        It completes the gradients of rotations, and of parameters that every tensor-parallel rank holds. Data-parallel
-        replicas are summed by megatron-core's DistributedDataParallel, with `finalize_model_grads`.
+        It completes the gradients of rotations, and of parameters that every tensor-parallel rank holds.
+        `finalize_model_grads` does the same, and sums over data-parallel replicas.
         """
         group: Any = parallel_state.get_tensor_model_parallel_group()
-        is_buffered = all(getattr(parameter, "main_grad", None) is not None for parameter in self.parameters())
         require(
-            parallel_state.get_data_parallel_world_size() == 1 or is_buffered,
+            parallel_state.get_data_parallel_world_size() == 1,
             "sum_gradients sums over tensor-parallel ranks only, and there are data-parallel replicas: wrap the model "
-            "in megatron-core's DistributedDataParallel and set finalize_model_grads_func.",
+            "in megatron-core's DistributedDataParallel and set or call finalize_model_grads, which sums over both.",
         )
         self._end_step(self.model_chunks)
         sum_partial_gradients_over_tensor_parallel(self.model_chunks, group)

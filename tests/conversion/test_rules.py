@@ -138,3 +138,20 @@ def test_names_without_the_prefix_load_the_same_bloom(tmp_path_factory, tmp_path
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(ConfigurationError, match="1 missing: transformer.h.1.mlp.dense_h_to_4h.bias"):
         loaded(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda output: torch.cat([output[:-1], output[-1:] + 1]), id="another last row"),
+        pytest.param(lambda output: output[:-1].clone(), id="fewer rows"),
+    ],
+)
+def test_an_output_layer_of_its_own_is_not_lost_in_a_folder_that_is_called_tied(change, tmp_path):
+    bloom = save_bloom(tmp_path)
+    tensors = load_file(bloom / "model.safetensors")
+    tensors["lm_head.weight"] = change(tensors["transformer.word_embeddings.weight"])
+    save_file(tensors, bloom / "model.safetensors")
+    told = 'lm_head.weight of its own, which is not transformer.word_embeddings.weight.*"tie_word_embeddings" to false'
+    with pytest.raises(ConfigurationError, match=told):
+        loaded(bloom)

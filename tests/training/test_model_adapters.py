@@ -305,6 +305,11 @@ def test_an_optimizer_without_the_methods_groups_is_refused(world):
         adapters.start_from_gradients(lambda: None)
 
 
+def test_merges_into_weights_of_less_than_float32_are_refused_when_adapters_are_added(world):
+    with pytest.raises(ConfigurationError, match="merges changes into weights, which must be float32, not torch.bfl"):
+        add_adapters(own_model().bfloat16(), PeftConfig(**OTHERS["merging"]))
+
+
 def test_replicas_and_late_gathers_are_refused_where_they_would_not_be_summed(world, monkeypatch):
     adapters = add_adapters(own_model(), PeftConfig(lora_rank=2))
     chunk = SimpleNamespace(ddp_config=SimpleNamespace(overlap_param_gather=True))
@@ -312,6 +317,8 @@ def test_replicas_and_late_gathers_are_refused_where_they_would_not_be_summed(wo
     with pytest.raises(ConfigurationError, match="set overlap_param_gather=False"):
         adapters.finalize_model_grads([chunk])  # pyright: ignore[reportArgumentType]
     monkeypatch.setattr("megatron_peft.training.model_adapters.parallel_state.get_data_parallel_world_size", lambda: 2)
+    for parameter in adapters.parameters():  # as DistributedDataParallel has it, which sums nothing by itself here
+        parameter.main_grad = torch.ones_like(parameter)  # type: ignore[attr-defined]
     with pytest.raises(ConfigurationError, match="there are data-parallel replicas: wrap the model"):
         adapters.sum_gradients()
 

@@ -79,6 +79,7 @@ BOUNDED = {"lora_max_norm_ratio": 0.1}
         (MERGED, LATE, "--hybrid-merge-interval: changes whole parameters at the end"),
         (BOUNDED, LATE, "--lora-max-norm-ratio: .* --overlap-param-gather"),
         (MERGED, {"model": {"bf16": True}}, "merges changes into weights, which must be float32: leave out --bf16"),
+        (MERGED, {"optimizer": {"lr": 1e-3, "lr_warmup_init": 2e-4}}, "0.0002 is above 0.000125, .*with is_rotation"),
     ],
 )
 def test_what_has_no_whole_or_no_precise_parameters_as_a_step_ends_is_refused(job, peft, groups, message):
