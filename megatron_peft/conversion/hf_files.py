@@ -321,8 +321,8 @@ def check_tied(source: Source, embedding: str) -> None:
         return
     num_rows = output.shape[0]
     told = (
-        f"{source.folder} has a {OUTPUT_WEIGHT} of its own, which is not {embedding}, but its config.json says that the "
-        'two are tied: set "tie_word_embeddings" to false there if it was trained, or remove the tensor.'
+        f"{source.folder} has a {OUTPUT_WEIGHT} of its own, which is not {embedding}, but its config.json says that "
+        'they are tied: set "tie_word_embeddings" to false there if it was trained, or remove the tensor.'
     )
     require(output.shape == source.headers[embedding].shape, told)
     for start in sorted({(num_rows - 1) * nth // (NUM_COMPARED_ROWS - 1) for nth in range(NUM_COMPARED_ROWS)}):
