@@ -12,11 +12,14 @@ import pytest
 import torch
 from rich.console import Console
 
+from megatron_peft import benchmarks
 from megatron_peft.benchmarks import files, measure
 from megatron_peft.benchmarks.files import convert_figures, load_whole, read_plainly
 from megatron_peft.benchmarks.measure import Figure, print_table, write_json
 from megatron_peft.benchmarks.subjects import Setting, Step
 from megatron_peft.cli.parser import read_config
+from megatron_peft.commands import bench
+from megatron_peft.config import ConfigurationError
 from megatron_peft.training.metrics import memory_bytes
 from tests.conversion.megatron_folders import save_random
 from tests.ranks import run_ranks
@@ -50,6 +53,31 @@ def test_ranks_are_added_up_turn_by_turn_and_a_ratio_is_the_median_of_the_turns(
     monkeypatch.setattr(measure, "on_ranks", lambda *_, **__: by_rank)
     assert measure.seconds_of_steps(Setting("nowhere"), ("a",)) == {"a": [11.0, 22.0]}
     assert measure.median_ratio([2.0, 30.0, 3.0], [1.0, 10.0, 3.0]) == 2.0
+
+
+class Absent:
+    """A benchmark whose engine is not installed."""
+
+    title = "an engine that is not here"
+
+    def figures(self, *_: Any) -> list[Figure]:
+        raise ConfigurationError("there is no vLLM")
+
+
+class Present(Absent):
+    def figures(self, *_: Any) -> list[Figure]:
+        return [Figure("took", 1.0, "s")]
+
+
+def test_all_benchmarks_go_on_where_one_cannot_be_measured_and_one_that_is_named_does_not(
+    tmp_path, monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr(benchmarks, "BENCHMARKS", {"absent": Absent(), "present": Present()})
+    assert bench.run(bench.BenchSettings(output=tmp_path)) == 1
+    assert "absent: not measured: there is no vLLM" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["present.json"]
+    with pytest.raises(ConfigurationError, match="there is no vLLM"):
+        bench.run(bench.BenchSettings(names=("absent",), output=tmp_path))
 
 
 def memory_taken_and_given_back(_: Any) -> tuple[int, int, int]:

@@ -54,18 +54,18 @@ BYTES: Any = SimpleNamespace(  # a byte an id
 
 
 @pytest.mark.parametrize(
-    ("answer", "grown", "ended"),
+    ("answer", "stops", "grown", "ended"),
     [
-        ("café".encode(), "café", "café\n"),
-        ("é".encode()[:1], "", "\ufffd\n"),  # half a character waits
-        (b"one\nQ:two", "one", "one\n"),  # a stop is never shown
-        (b"one\nQ", "one", "one\nQ\n"),  # and what may become one is held back
-        (b"\nQ:", "", "\n"),  # of a text that is nothing else too
+        ("café".encode(), [], "café", "café\n"),
+        ("é".encode()[:1], [], "", "\ufffd\n"),  # half a character waits
+        (b"one\nQ:two", ["\nQ:"], "one", "one\n"),  # a stop is never shown
+        (b"one\nQ", ["\nQ:"], "one", "one\nQ\n"),  # and what may become one is held back
+        (b"The end", ["The end"], "", "\n"),  # of a text that is nothing else too
     ],
 )
-def test_the_text_grows_but_for_half_a_character_and_what_may_be_a_stop(answer, grown, ended):
+def test_the_text_grows_but_for_half_a_character_and_what_may_be_a_stop(answer, stops, grown, ended):
     written: list[str] = []
-    stream = Stream(BYTES, StopTexts(BYTES, ["\nQ:"] if b"\n" in answer else []), written.append)
+    stream = Stream(BYTES, StopTexts(BYTES, stops), written.append)
     for token in answer:
         stream.add(0, token)
     assert "".join(written) == grown
