@@ -66,7 +66,7 @@ class Absent:
 
 class Present(Absent):
     def figures(self, *_: Any) -> list[Figure]:
-        return [Figure("took", 1.0, "s")]
+        return [Figure("took", 1.0)]
 
 
 def test_all_benchmarks_go_on_where_one_cannot_be_measured_and_one_that_is_named_does_not(
