@@ -241,6 +241,13 @@ def link_best(folder: Path, iteration: int) -> None:
         logger.warning("%s cannot be made a link to %s (%s): load that checkpoint by its name", link, name, error)
 
 
+def best_checkpoint(folder: Path, iteration: int) -> Path | None:
+    """The checkpoint of `iteration` in a --save folder (or in that of a checkpoint), as `best` if that is its name."""
+    folder = folder.parent if is_checkpoint(folder) else folder
+    checkpoint, link = iteration_folder(folder, iteration), folder / BEST
+    return None if not is_checkpoint(checkpoint) else link if _linked_name(link) == checkpoint.name else checkpoint
+
+
 def _linked_name(link: Path) -> str:
     """The name that a link holds; empty if there is no link."""
     return os.readlink(link) if link.is_symlink() else ""

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_peft.checkpoint.folders import BEST
+from megatron_peft.checkpoint.folders import best_checkpoint
 from megatron_peft.checkpoint.save import SaveOutcome, Saver
 from megatron_peft.checkpoint.state import TrainingState, whole_parameters
 from megatron_peft.config import config_to_dict
@@ -97,8 +97,11 @@ class _Run:
             reason = f"trained {position.iteration - first} iterations{resumed}"
         checkpoint, best = self.state.config.checkpoint, self.state.best
         if checkpoint.keep_best and best.loss is not None:
-            folder = Path(checkpoint.save or "") / BEST
-            reason += f"\nlowest validation loss {best.loss:.6E} at iteration {best.iteration}: {folder}"
+            # It may be of the run that --load continues, in the folder of that one, or no longer there.
+            folders = [checkpoint.save, None if checkpoint.finetune else checkpoint.load]
+            found = [best_checkpoint(Path(folder), best.iteration) for folder in folders if folder]
+            where = next((f": {path}" for path in found if path), "")
+            reason += f"\nlowest validation loss {best.loss:.6E} at iteration {best.iteration}{where}"
         return reason
 
     def _interrupted_validation(self) -> str:

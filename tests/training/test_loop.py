@@ -3,14 +3,16 @@
 import itertools
 import signal
 import time
+from dataclasses import replace
 from math import inf, nan
 from types import SimpleNamespace
 
 import pytest
 
+from megatron_peft.checkpoint.folders import RECORD, link_best
 from megatron_peft.checkpoint.run_record import BestValidation
 from megatron_peft.checkpoint.save import CheckpointNotSaved
-from megatron_peft.config import LoggingConfig
+from megatron_peft.config import CheckpointConfig, LoggingConfig
 from megatron_peft.rehearsal import rehearsal
 from megatron_peft.training import loop, watchers
 from megatron_peft.training.loop import train
@@ -140,7 +142,32 @@ def test_keep_best_saves_at_each_lowest_loss(validated, tmp_path):
     found = validated(losses, checkpoint=checkpoint)
     assert found.saved == [1, 2, 3, 4, 5, 6]
     assert validated(losses, checkpoint={**checkpoint, "save_interval": None}).saved == [1, 3, 5, 6]
-    assert found.reason.endswith(f"lowest validation loss 1.000000E+00 at iteration 5: {tmp_path}/best")
+    assert found.reason.endswith("lowest validation loss 1.000000E+00 at iteration 5"), "these saves write nothing"
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "load", "told"),
+    [
+        ("new/iter_0000002", "old", ": {}/new/best"),
+        ("old/iter_0000002", "old", ": {}/old/best"),
+        ("old/iter_0000002", "old/iter_0000004", ": {}/old/best"),
+        ("old/iter_0000003", "old", ""),
+        ("old/iter_0000002", None, ""),
+    ],
+)
+def test_the_best_checkpoint_is_named_where_it_is(start, tmp_path, checkpoint, load, told):
+    """The run goes on in the folder `new` from iteration 4 of that of --load."""
+    folders = {"save": str(tmp_path / "new"), "keep_best": True}
+    run = Run(start, tmp_path / "new", resume_at=4, checkpoint=folders, training={"eval_interval": 1})
+    loads = CheckpointConfig(**folders, load=load and str(tmp_path / load))
+    run.state.config, run.state.best = replace(run.state.config, checkpoint=loads), BestValidation(0.5, 2)
+    for name in (checkpoint, "old/iter_0000004"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / RECORD).touch()
+    link_best((tmp_path / checkpoint).parent, int(checkpoint[-1]))
+    assert run.to_the_end().reason.endswith(
+        "lowest validation loss 5.000000E-01 at iteration 2" + told.format(tmp_path)
+    )
 
 
 @pytest.mark.parametrize(

@@ -237,7 +237,8 @@ def test_the_best_checkpoint_is_kept_and_can_be_loaded(run, tmp_path, monkeypatc
     save = {"save": str(tmp_path), "save_interval": 1, "keep_last_checkpoints": 1, "keep_best": True}
     settings = {"num_steps": 6, "training": {"eval_interval": 2, "early_stopping_patience": 2}}
     told = run(checkpoint=save, **{**settings, "training": {**settings["training"], "exit_interval": 5}})
-    assert "--exit-interval reached at iteration 5\nlowest validation loss 2.000000E+00 at iteration 2" in told
+    lowest = f"lowest validation loss 2.000000E+00 at iteration 2: {tmp_path}/best"
+    assert f"--exit-interval reached at iteration 5\n{lowest}\n" in f"{told}\n"
     assert os.readlink(tmp_path / BEST) == "iter_0000002"
     assert {path.name for path in tmp_path.glob("iter_*")} == {"iter_0000002", "iter_0000005"}
     record = read_run_record(tmp_path)
