@@ -83,14 +83,15 @@ class Result:
         return {seed: value for seed, value in values.items() if value is not None}
 
 
-def progress(folder: Path, group: Group, gave_up: Set[str] = frozenset()) -> Result:
+def progress(folder: Path, group: Group, gave_up: Set[str] | None = frozenset()) -> Result:
     """What the records in `folder` say of a group.
 
     The point with the least validation loss at the end of its run is chosen, the first of equals, whatever the scores.
     While a rate of it is at the edge of the grid, a point beyond joins the grid. Which ones follows from the losses, so
     records that were made in any order give the same grid.
 
-    Args: gave_up: keys of cells that failed in this runner; a grid is complete without them.
+    Args: gave_up: keys of cells that failed in this runner; a grid is complete without them. None, for readers: those
+    whose record says so.
     """
     records: dict[str, CellRecord] = {}
     added: Sequence[FlagValues] = ()
@@ -108,7 +109,7 @@ def progress(folder: Path, group: Group, gave_up: Set[str] = frozenset()) -> Res
                 loss = math.inf if record.validation_loss is None else record.validation_loss
                 if is_single or math.isfinite(loss):
                     losses[at] = loss
-            elif cell.key not in gave_up:
+            elif record is None if gave_up is None else cell.key not in gave_up:
                 untried.append(cell)
         is_first = not added  # of a version whose grids did not grow there are final runs, though points are untried
         best = None if is_first and untried else min(losses, key=losses.__getitem__, default=None)
@@ -190,7 +191,7 @@ def read_results(folder: Path, experiment_file: Path | None = None) -> Results:
     file = experiment_file or folder / spec.EXPERIMENT_FILE
     require(file.exists(), f"{file} is not there: name the experiment's YAML file with --experiment.")
     experiment = spec.read_experiment(file)
-    of_groups = tuple(progress(folder, group) for group in cells.groups(experiment))
+    of_groups = tuple(progress(folder, group, gave_up=None) for group in cells.groups(experiment))
     if problems := [
         f"{path} does not belong to {file}: {'; '.join(differences)}. Remove it and run megatron-peft "
         f"experiment, which runs it again, or name the file that it came from with --experiment."

@@ -306,7 +306,7 @@ def table(folder: Path, groups: Sequence[Group]) -> Table:
 
     shown = Table("model", "task", "method", "tuned", "chosen", "seeds", "validation loss", "scores")
     for group in groups:
-        now, score = progress(folder, group), group.task.score
+        now, score = progress(folder, group, None), group.task.score
         cells = [cell.key for cell in (*now.group.tuning, *now.chosen)]
         failed = sum(not now.records[key].is_trained for key in cells if key in now.records)
         tuned = sum(record is not None and record.is_trained for _, record in now.tuning)

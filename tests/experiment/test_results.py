@@ -35,6 +35,16 @@ def test_a_run_that_failed_is_left_out(found: Results, tmp_path: Path) -> None:
     assert [[*result.finals] for result in again.all] == [[1, 2], [1, 2, 3], [1, 2, 3]]
 
 
+def test_of_a_grid_with_a_point_that_failed_the_rest_counts(found: Results, tmp_path: Path) -> None:
+    """As in the runner, which goes on without it."""
+    cell = found.all[0].group.tuning[0]
+    write_record(tmp_path, cell, of_cell(cell, "failed", reason="killed"))
+    again = read_results(tmp_path)
+    assert [[*result.finals] for result in again.all] == [[1, 2, 3]] * 3 and cell not in again.all[0].untried
+    cell_file(tmp_path, cell).unlink()
+    assert cell in read_results(tmp_path).all[0].untried
+
+
 def test_a_missing_experiment_and_a_folder_without_its_cells_are_errors(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="experiment.yaml is not there: .* with --experiment"):
         read_results(tmp_path)
