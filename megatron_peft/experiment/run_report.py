@@ -98,7 +98,7 @@ def _sections(run: RunFiles) -> Iterator[Section]:
     if run.lambdas:
         figures = {"lambda": plots.draw_lambdas("", *plots.read_lines(run.lambdas))}
         yield Section("Lambda by layer", [_lambda_sentence(run.lambdas[-1])], figures=figures)
-    yield Section("Speed and memory", [_cost_sentence(run.metrics)], figures={"speed": draw_speed(run.metrics)})
+    yield Section("Speed and memory", [_cost_sentence(run)], figures={"speed": draw_speed(run.metrics)})
     if run.record is not None:
         yield Section("Settings", tables=[settings_table(run.record)])
 
@@ -135,14 +135,21 @@ def planned_iterations(record: RunRecord | None) -> int:
     return record.config.training.train_iters or samples // record.config.global_batch_size
 
 
-def training_seconds(metrics: Lines) -> float:
-    """Time of all steps: each line has the mean of those since the line before."""
-    lines = pairwise([{"iteration": 0}, *metrics])
-    return sum((now.get("step_seconds") or 0.0) * (now["iteration"] - before["iteration"]) for before, now in lines)
+def training_seconds(metrics: Lines, log_interval: int | None = None) -> float:
+    """Time of all steps of these lines: each has the mean of those since the line before.
+
+    log_interval: most steps of the first line, unless a later one has more: the run may have begun in another folder.
+    """
+    steps = [now["iteration"] - before["iteration"] for before, now in pairwise([{"iteration": 0}, *metrics])]
+    if log_interval is not None:
+        steps[0] = min(steps[0], max([log_interval, *steps[1:]]))
+    return sum((line.get("step_seconds") or 0.0) * number for line, number in zip(metrics, steps, strict=True))
 
 
-def _cost_sentence(metrics: Lines) -> str:
-    told = [f"Training took {timedelta(seconds=round(training_seconds(metrics)))}, without validation and saves"]
+def _cost_sentence(run: RunFiles) -> str:
+    metrics, log_interval = run.metrics, run.record.config.logging.log_interval if run.record else None
+    seconds = round(training_seconds(metrics, log_interval))
+    told = [f"Training took {timedelta(seconds=seconds)}, without validation and saves"]
     speeds, steps, peaks = (
         series(metrics, name)[1] for name in ("tokens_per_second", "step_seconds", "peak_memory_bytes")
     )

@@ -12,7 +12,7 @@ import pytest
 from megatron_peft.checkpoint.folders import RECORD, TRACKER, iteration_folder
 from megatron_peft.checkpoint.run_record import RunRecord
 from megatron_peft.commands import report
-from megatron_peft.config import ConfigurationError
+from megatron_peft.config import ConfigurationError, LoggingConfig
 from megatron_peft.evaluation import model
 from megatron_peft.experiment import plots, run_report
 from megatron_peft.experiment.report import html, markdown, write_page
@@ -76,6 +76,19 @@ def test_a_slow_first_step_with_the_peak_is_no_typical_one(folder: Path) -> None
     text = markdown(build_run_report(read_run(folder)))
     told = "Training took 0:00:20, without validation and saves; a step 0.500 s (median), with 1,230 tokens per second"
     assert f"{told}; memory of the process of rank 0 at most 5.000 GB." in text
+
+
+@pytest.mark.parametrize(
+    ("log_interval", "first", "told"),
+    [(10, 210, "0:00:20"), (10, 8, "0:00:19"), (1, 210, "0:00:20"), (None, 210, "0:02:00")],
+)
+def test_time_is_that_of_the_steps_in_this_folder(folder: Path, log_interval, first: int, told: str) -> None:
+    """A line each 10 steps; those before `first` are of the run that --load named, as far as can be known."""
+    write_lines(folder / "metrics.jsonl", [line(first), line(first + 10), line(first + 20), line(first + 30)])
+    if log_interval:
+        config = make_record().config
+        add_checkpoint(folder, make_record(config=replace(config, logging=LoggingConfig(log_interval=log_interval))))
+    assert f"Training took {told}, " in markdown(build_run_report(read_run(folder)))
 
 
 def test_gradient_norms_by_layer_are_drawn_where_they_are_recorded(folder: Path) -> None:
