@@ -4,6 +4,7 @@ files. docs/benchmark-tasks.md has them.
 No test item is in the training files. The folder appears when all of it is written.
 """
 
+import glob
 import hashlib
 import json
 import re
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cache, cached_property
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -81,8 +83,12 @@ class TaskTemplate:
         return self.settings.get("target_delimiter", DEFAULT_DELIMITER) + str(answer)
 
     def filled(self, data_files: Mapping[str, Path]) -> str:
-        """The task file whose data are `data_files` (split -> JSON lines), by absolute path."""
-        lines = [f"    {split}: {json.dumps(str(path.absolute()))}" for split, path in data_files.items()]
+        """The task file whose data are `data_files` (split -> JSON lines), by absolute path.
+
+        `datasets` reads a path as a pattern.
+        """
+        paths = {split: glob.escape(str(path.absolute())) for split, path in data_files.items()}
+        lines = [f"    {split}: {json.dumps(path)}" for split, path in paths.items()]
         return "\n".join([self.text.rstrip(), "dataset_path: json", "dataset_kwargs:", "  data_files:", *lines, ""])
 
     def _render(self, key: str, fields: Mapping[str, Any]) -> str:
@@ -99,8 +105,8 @@ WORD = re.compile(r"\w+")
 class Document:
     """An item: what fills the templates, and what identifies it.
 
-    An item with the words of one of its `texts` is the same item; the first one decides the split. `fragments` may not
-    appear inside another item's texts either (a solution).
+    An item with the words of one of its `texts` is the same item; the first text decides the split (`with_deciding`).
+    `fragments` may not appear inside another item's texts either (a solution).
     """
 
     fields: Mapping[str, Any]  # as the task's template names them
@@ -112,6 +118,36 @@ class Document:
 def normalized(text: str) -> str:
     """The words of `text`: NFKC, case folded, without punctuation and spaces."""
     return " ".join(WORD.findall(unicodedata.normalize("NFKC", text).casefold()))
+
+
+def with_deciding(documents: Iterable[Document]) -> Iterator[tuple[Document, Document]]:
+    """Each item, and the one whose first text decides the split of both.
+
+    Items that share a text, also by way of others, have the same one: the first in the order of their first texts.
+    Items of several texts are held in memory.
+    """
+    rest = iter(documents)
+    kept = list(islice(rest, 1))
+    if not kept or len(kept[0].texts) == 1:  # the hash of an only text is enough
+        yield from ((document, document) for document in chain(kept, rest))
+        return
+    kept += rest
+    above: dict[str, str] = {}  # text -> another one of the same items, or itself
+
+    def top(text: str) -> str:
+        while (next_one := above.setdefault(text, text)) != text:
+            above[text] = text = above[next_one]
+        return text
+
+    shared = [[text for text in map(normalized, document.texts) if text] or [""] for document in kept]
+    for first, *others in shared:
+        for text in others:
+            above[top(text)] = top(first)
+    deciding: dict[str, Document] = {}
+    for document, (text, *_) in zip(kept, shared, strict=True):
+        pair = deciding.get(top(text), document), document
+        deciding[top(text)] = min(pair, key=lambda one: normalized(one.texts[0]))
+    yield from ((document, deciding[top(text)]) for document, (text, *_) in zip(kept, shared, strict=True))
 
 
 HASH_VALUES = 10_000  # shares are counted in hundredths of a percent
@@ -270,7 +306,7 @@ def _write_items(
     # The solved items that each task shows before a question, without --num-fewshot.
     examples = [task["num_fewshot"] for task in settings if "fewshot_split" in task]
     most_examples = max(MOST_EXAMPLES, *examples) if examples else 0
-    for document in benchmark.documents:
+    for document, deciding in with_deciding(benchmark.documents):
         if (tested := test_items.match(document)) is not None:
             shared = f"{document.place} is the test item of {tested}"
             told = f"{shared}, so it may not be trained on. --overlap remove leaves such items out."
@@ -278,7 +314,7 @@ def _write_items(
             done.example = done.example or shared
             counts["removed"] += 1
             continue
-        part, template = split.split_of(document), benchmark.training
+        part, template = split.split_of(deciding), benchmark.training
         if part == "test" and tested_by_split is not None:
             write(tested_by_split, document.fields)
             continue

@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import yaml
 from hypothesis import given, settings
@@ -103,6 +104,15 @@ def test_filled_task_names_its_data(tmp_path: Path) -> None:
     assert text.startswith("# QQP of GLUE")
 
 
+def test_a_filled_task_names_its_data_whatever_the_folders_name(tmp_path: Path) -> None:
+    for name in ("a[1] b*?", "a1 bcd"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "test.jsonl").write_text(f'{{"folder": "{name}"}}\n')
+    task = yaml.safe_load(TaskTemplate("glue_qqp").filled({"test": tmp_path / "a[1] b*?" / "test.jsonl"}))
+    rows = datasets.load_dataset("json", **task["dataset_kwargs"], cache_dir=str(tmp_path / "cache"), split="test")
+    assert list(rows) == [{"folder": "a[1] b*?"}]
+
+
 GSM8K, SST2 = TaskTemplate("gsm8k_8shot"), TaskTemplate("glue_sst2")
 SENTENCES = [f"sentence {n}" for n in range(50)]
 
@@ -144,6 +154,22 @@ def test_no_test_item_is_ever_trained_on(train: list[str], test: list[str], tmp_
     texts = {normalized(record["prompt"].partition("\nQuestion")[0]) for record in trained} - {""}
     assert not texts & {normalized(text) for text in test}
     assert len(trained) + done.counts["removed"] == len(train)
+
+
+def test_items_that_share_any_text_are_in_the_same_part(tmp_path: Path) -> None:
+    """Of each three the second has a text of the first and one of the third; texts without words join nothing."""
+    threes = (("a {}", "!", "x {}"), ("b {}", "X {}!", "y {}"), ("c {}", "?", "Y, {}"))
+    texts = [tuple(text.format(n) for text in one) for one in threes for n in range(100)]
+    documents = [Document({"sentence": one[0], "label": 1}, one, one[0]) for one in texts]
+    done = prepare(BenchmarkData(SST2, documents, [Tests((SST2,))]), tmp_path / "out", HashSplit(20, 30))
+    parts = {}
+    for name in ("train.jsonl", "valid.jsonl", "test.jsonl"):
+        for record in lines(done.folder / name):
+            sentence = record.get("sentence", record.get("prompt", "").partition("\n")[0])
+            parts.setdefault(sentence.split()[1], []).append(name)
+    assert [(len(of_three), len({*of_three})) for of_three in parts.values()] == [(3, 1)] * 100
+    counts = Counter(of_three[0] for of_three in parts.values())
+    assert (counts["valid.jsonl"], counts["test.jsonl"]) == pytest.approx((20, 30), abs=12)
 
 
 @pytest.mark.parametrize(
