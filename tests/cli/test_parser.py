@@ -113,6 +113,10 @@ def test_flags_that_hold_anyway_change_nothing_and_a_later_value_replaces_an_ear
         ("--bf16 true", "--bf16 takes no value, but true follows it."),
         ("--recompute-activations --recompute-granularity full", "contradict each other"),
         ("--use-flash-attn --attention-backend unfused", "contradict each other"),
+        (
+            "--bf16 --grad-reduce-in-bf16 --accumulate-allreduce-grads-in-fp32",
+            "--grad-reduce-in-bf16 and --accumulate-allreduce-grads-in-fp32 contradict each other: leave one out.",
+        ),
         ("--profile --profile-step-start 20 --profile-step-end 21", "--profile needs --profile-step-start below"),
         ("train.jsonl", "unexpected argument train.jsonl"),
         ("--tensor-model-parallel-size 2", "1 processes cannot hold"),
