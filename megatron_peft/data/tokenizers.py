@@ -81,6 +81,7 @@ _NOT_LEFT_TO_RIGHT = (
 Message = Mapping[str, Any]
 Tools = Sequence[Mapping[str, Any]]  # functions that the assistant may call, each a JSON schema
 _CONTEXT = 8  # ids before an id that decide how it is written
+_CONTINUED = "CONTINUE_FINAL_MESSAGE_TAG "  # transformers' mark of where a message ends
 _INCOMPLETE = "\ufffd"  # what stands for bytes that are no character yet
 MAX_TEXT = 1 << 22  # characters: tokenizers take up to 400 bytes of memory for each, and two seconds a million
 # Files of a Hugging Face folder: those that transformers may open, and those that must hold a JSON object.
@@ -139,9 +140,16 @@ class Tokenizer:
         return ([] if self.bos_id is None else [self.bos_id]) + self.encode(text)
 
     def render_chat(
-        self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Tools | None = None
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = False,
+        tools: Tools | None = None,
+        continue_final_message: bool = False,
     ) -> str:
-        """The conversation as one text, special tokens included: encode it with `encode`."""
+        """The conversation as one text, special tokens included: encode it with `encode`.
+
+        continue_final_message: the text ends with the last message's content, for the model to go on from there.
+        """
         raise ConfigurationError(
             f"{type(self).__name__} has no chat template, which records with messages need: use "
             "--tokenizer-type HuggingFaceTokenizer, or records with prompt and completion."
@@ -227,7 +235,11 @@ class HuggingFaceTokenizer(Tokenizer):
         return [text[len(before) :] for before, text in zip(known, whole, strict=True)]
 
     def render_chat(
-        self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Tools | None = None
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = False,
+        tools: Tools | None = None,
+        continue_final_message: bool = False,
     ) -> str:
         require(
             self._tokenizer.chat_template is not None,
@@ -235,18 +247,31 @@ class HuggingFaceTokenizer(Tokenizer):
             "--chat-template FILE, --tokenizer-model a folder that has one, or records with prompt and completion.",
         )
         # As transformers' `apply_chat_template` does, but rendered within limits.
+        given = [_with_reasoning(message) for message in messages]
+        if continue_final_message:
+            given[-1]["content"] += _CONTINUED
         values = {
             **self._tokenizer.special_tokens_map,
-            "messages": [_with_reasoning(message) for message in messages],
+            "messages": given,
             "tools": list(tools) if tools else None,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }
         try:
             template = self._tokenizer.get_chat_template(tools=values["tools"])
-            return render("chat", template, values)
+            text = render("chat", template, values)
+            return _cut_to_continue(text, messages[-1]["content"]) if continue_final_message else text
         except (ConfigurationError, ValueError) as error:  # ValueError: several templates, and none of them is default
             raise ConfigurationError(f"{self._template_of} refuses the messages: {_first_line(error)}") from error
+
+
+def _cut_to_continue(text: str, content: str) -> str:
+    """The text up to the mark behind the last message's content, as transformers cuts it."""
+    end = text.rfind(_CONTINUED.strip())
+    told = f"it leaves out or changes {content[:40]!r}, with which the answer begins."
+    require(end >= 0 and content.strip() in text, told)
+    # A template that strips a content has stripped the mark's space, and would have stripped those before it.
+    return text[:end] if text.startswith(_CONTINUED, end) else text[:end].rstrip()
 
 
 def _read_chat_template(given: str) -> str:

@@ -134,7 +134,7 @@ class HarnessModel(TemplateLM):
         super().__init__()
         self._model, self._dispatcher, self._finished = dispatcher.model, dispatcher, finished
         self._batch_size, self._seed = batch_size, seed
-        self.max_length = dispatcher.model.max_length
+        self.max_length, self._scored_length = dispatcher.model.max_length, dispatcher.model.scored_length
         self.truncated: Counter[str] = Counter()  # kind of request -> how many lost their beginning
 
     @property
@@ -158,7 +158,9 @@ class HarnessModel(TemplateLM):
         return [bos_id, *ids]
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        return self._model.tokenizer.render_chat(chat_history, add_generation_prompt)
+        # Without one, the last message is a task's `gen_prefix`, with which the answer begins.
+        is_begun = not add_generation_prompt
+        return self._model.tokenizer.render_chat(chat_history, add_generation_prompt, continue_final_message=is_begun)
 
     def chat_template(self, chat_template: bool | str = False) -> str:
         return "the tokenizer's own" if chat_template else ""
@@ -182,9 +184,9 @@ class HarnessModel(TemplateLM):
     def _loglikelihood_tokens(self, requests: Sequence[Any], **kwargs: Any) -> list[tuple[float, bool]]:
         keyed = []
         for _, context, ids in requests:
-            told = f"a continuation of {len(ids)} tokens does not fit the {self.max_length} positions of the model."
-            require(len(ids) <= self.max_length, told)
-            excess = max(len(context) + len(ids) - 1 - self.max_length, 0)  # the last token needs no position
+            told = f"a continuation of {len(ids)} tokens does not fit the {self._scored_length} positions to score it."
+            require(len(ids) <= self._scored_length, told)
+            excess = max(len(context) + len(ids) - 1 - self._scored_length, 0)
             self.truncated["score"] += excess > 0
             asked = Continuation(tuple(context[excess:]), tuple(ids))
             keyed.append((self._finished.key("score", *asked), asked))
@@ -196,7 +198,7 @@ class HarnessModel(TemplateLM):
         windows = []
         for request in requests:
             ids = self.tok_encode(request.args[0])
-            rolling = get_rolling_token_windows(ids, self.prefix_token_id, max_seq_len=self.max_length, context_len=1)
+            rolling = get_rolling_token_windows(ids, self.prefix_token_id, self._scored_length, context_len=1)
             windows.append([*map(make_disjoint_window, rolling)])  # whose continuations cover the text once
         scores = iter(self._loglikelihood_tokens([("", *window) for text in windows for window in text]))
         return [sum(total for total, _ in itertools.islice(scores, len(text))) for text in windows]

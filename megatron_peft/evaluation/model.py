@@ -47,6 +47,7 @@ class InferenceModel:
     end_ids: frozenset[int]  # tokens that end an answer
     record: run_record.RunRecord | None  # of the run that trained it; None for a base model
     max_length: int  # the longest sequence, in tokens
+    scored_length: int  # the longest that is scored, without its last token, which our own model does not read
     engine: Engine | None = None  # that answers in the place of the chunks, of which there are none
 
     @property
@@ -89,7 +90,9 @@ def load_model(config: RunConfig, how: EngineSettings | None = None, output: str
     if how is not None and how.engine is not None:
         engine, most = open_engine(config, how, output)
         record = run_record.read_run_record(load) if load else None
-        return InferenceModel(config, shape, [], tokenizer, ends, record, min(longest, most), engine)
+        # vLLM reads the last token too, and refuses a prompt that leaves no room for one that it generates.
+        lengths = min(longest, most), min(longest, most - 2)
+        return InferenceModel(config, shape, [], tokenizer, ends, record, *lengths, engine)
     chunks = build_model_chunks(shape, config.model, config.parallel)
     if load is not None and config.peft.trains_adapters:
         attach_adapters(chunks, config.peft, config.training.seed)
@@ -106,7 +109,7 @@ def load_model(config: RunConfig, how: EngineSettings | None = None, output: str
 
         checked_together(refuse_another)
         record = load_trained_parameters(chunks, load)
-    return InferenceModel(config, shape, chunks, tokenizer, ends, record, longest)
+    return InferenceModel(config, shape, chunks, tokenizer, ends, record, longest, longest)
 
 
 def _load_base(chunks: Sequence[nn.Module], config: RunConfig, shape: ModelShape, progress: bool) -> None:

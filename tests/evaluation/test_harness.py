@@ -21,19 +21,23 @@ from lm_eval.api.metrics import acc_all, bleu, bypass_agg, f1_score, mean, weigh
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 from torch.utils import collect_env
+from transformers import AutoTokenizer
 
 from megatron_peft.cli.parser import read_config
 from megatron_peft.config import ConfigurationError
 from megatron_peft.config.evaluation import AnswerSettings, HarnessSettings
-from megatron_peft.evaluation import harness
+from megatron_peft.data.tokenizers import HuggingFaceTokenizer
+from megatron_peft.evaluation import harness, model
 from megatron_peft.evaluation.answers import answer
 from megatron_peft.evaluation.harness import FinishedRequests, _is_score
 from megatron_peft.evaluation.harness_run import NUM_DRAWS, evaluate, evaluator_utils
 from megatron_peft.evaluation.model import saved_values
 from megatron_peft.runtime.launch import start_world, stop, stop_model_parallel
 from megatron_peft.training.run import finetune
+from tests.data.tiny_tokenizers import CHATML, save_tokenizer
 from tests.evaluation.local_tasks import TASKS, write_tasks
 from tests.evaluation.worded_llama import WORDS, save_worded_llama, save_worded_pairs
+from tests.one_rank import one_rank
 from tests.ranks import RanksFailed, run_ranks
 
 LAYOUTS = {"TP2": ["--tensor-model-parallel-size", "2"], "PP2": ["--pipeline-model-parallel-size", "2"], "DP2": []}
@@ -119,10 +123,10 @@ def _train(folder: Path) -> None:
     stop_model_parallel()
 
 
-def _evaluate(folder: Path, name: str, flags: list[str]) -> dict[str, Any]:
+def _evaluate(folder: Path, name: str, flags: list[str], **changes: Any) -> dict[str, Any]:
     """The file of results, and the file of questions and answers by (task, number)."""
-    output = folder / f"{name}.json"
-    settings = HarnessSettings(list(TASKS), str(output), [str(folder / "tasks")], batch_size=4, log_samples=True)
+    output, asked = folder / f"{name}.json", {"batch_size": 4, "log_samples": True, **changes}
+    settings = HarnessSettings(list(TASKS), str(output), [str(folder / "tasks")], **asked)
     _ask(flags, lambda config: evaluate(config, settings))
     samples = map(json.loads, output.with_suffix(".samples.jsonl").read_text().splitlines())
     return {**json.loads(output.read_text()), "samples": {(one["task"], one["doc_id"]): one for one in samples}}
@@ -225,6 +229,67 @@ def test_scores_are_those_of_the_harness_own_backend_to_the_last_item(alone):
     _same_numbers(alone["base"], alone["hf"])
     assert alone["base"]["config"]["truncated_requests"] == {"score": 4, "generate": 3}
     assert alone["run"]["results"]["tiny_texts"] != alone["base"]["results"]["tiny_texts"], "training shows"
+
+
+class FullEngine:
+    """It takes what vLLM takes with `max_model_len`: a prompt that leaves room for one token at least."""
+
+    name, max_model_len = "vLLM's stand-in", 256
+
+    def __init__(self) -> None:
+        self.longest = 0  # prompt to score
+
+    def ask(self, what: str, **asked: Any) -> dict[str, Any]:
+        if what == "generate":
+            return {"answers": [[] for _ in asked["prompts"]]}
+        for context, ids in asked["pairs"]:
+            prompt_len = len(context) + len(ids)
+            assert prompt_len < self.max_model_len, "(prompt + requested output tokens) is longer than the model"
+            self.longest = max(self.longest, prompt_len)
+        return {"scores": [[-1.0, False] for _ in asked["pairs"]]}
+
+    def close(self) -> None:
+        pass
+
+
+def test_an_engine_is_given_as_much_to_score_as_it_takes(place, monkeypatch):
+    """Choices of a question and a rolling text, both longer than the model, are cut to leave it its room."""
+    engine = FullEngine()
+    monkeypatch.setattr(model, "open_engine", lambda *_: (engine, engine.max_model_len))
+    with one_rank(with_groups=False):
+        flags = ["--pretrained-checkpoint", str(place / "base")]
+        found = _evaluate(place, "engine", flags, engine="vllm")
+    assert engine.longest == engine.max_model_len - 1
+    assert found["config"]["truncated_requests"]["score"] == 4
+
+
+GEN_PREFIXES = {"plain": "The best answer is", "line": "\n```python\n", "space": "Answer: "}
+TRIMMED = CHATML.replace("m['content']", "m['content'] | trim")
+
+
+@pytest.mark.parametrize("template", [CHATML, TRIMMED], ids=["as it is", "trimmed"])
+@pytest.mark.parametrize("prefix", [None, *GEN_PREFIXES])
+def test_an_answer_goes_on_from_the_gen_prefix_of_a_task_as_in_the_harness_own_backend(tmp_path, template, prefix):
+    from lm_eval.models.huggingface import HFLM
+
+    folder = str(save_tokenizer(tmp_path / "tokenizer", chat_template=template))
+    ours: Any = object.__new__(harness.HarnessModel)
+    ours._model = SimpleNamespace(tokenizer=HuggingFaceTokenizer(folder))
+    theirs: Any = object.__new__(HFLM)
+    theirs.tokenizer, theirs.chat_template_args = AutoTokenizer.from_pretrained(folder), {}
+    write_tasks(tmp_path, WORDS, 3)
+    written = json.loads((tmp_path / "tiny_answers.yaml").read_text())
+    written |= {"gen_prefix": prefix and GEN_PREFIXES[prefix], "fewshot_split": "test", "num_fewshot": 1}
+    (tmp_path / "tiny_answers.yaml").write_text(json.dumps(written))
+    (task,) = TaskManager(include_path=str(tmp_path), include_defaults=False).load(["tiny_answers"])["tasks"].values()
+
+    def of_both(chat: list[dict[str, str]], **how: Any) -> str:
+        return json.dumps([by.apply_chat_template(chat, **how) for by in (ours, theirs)])
+
+    task.build_all_requests(apply_chat_template=True, fewshot_as_multiturn=True, chat_template=of_both)
+    end = (GEN_PREFIXES[prefix] if prefix else "<|im_start|>assistant").strip()
+    for our_prompt, their_prompt in (json.loads(request.args[0]) for request in task.instances):
+        assert our_prompt == their_prompt and our_prompt.strip().endswith(end)
 
 
 @pytest.mark.parametrize("layout", [*QUICK_LAYOUTS, pytest.param("TP2", marks=pytest.mark.slow)])

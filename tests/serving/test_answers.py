@@ -86,6 +86,14 @@ def compare(results: Mapping[str, Any], own: Mapping[str, Any]) -> None:
             assert results[task][name] == (pytest.approx(value, rel=1e-3) if isinstance(value, float) else value), name
 
 
+def test_texts_that_fill_the_positions_are_scored(tmp_path):
+    base = save_worded_llama(tmp_path / "base", **runs.SIZES)
+    write_tasks(tmp_path / "tasks", WORDS[:40], 3, longest=280)
+    words = ["--pretrained-checkpoint", str(base), "--include-path", str(tmp_path / "tasks"), "--tasks", *TASKS]
+    assert evaluate.main([*words, "--output", str(tmp_path / "scores.json"), *ENGINE]) == 0
+    assert json.loads((tmp_path / "scores.json").read_text())["config"]["truncated_requests"]["score"] == 4
+
+
 def test_answers_to_prompts_are_our_own(run, capsys):
     texts = {}
     for name, flags in {"own": [], **WAYS}.items():
