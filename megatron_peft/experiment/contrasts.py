@@ -79,7 +79,7 @@ def answers(results: Results) -> list[Answer]:
         seeds = sorted(of.values(contrast.metric).keys() & against.values(contrast.metric).keys())
         num_wanted = len({*of.group.seeds} & {*against.group.seeds})
         num_early = sum(names.get(contrast.name) != digests[contrast.name] for names in asked)
-        untuned = [result.method for result in (of, against) if result.edges or result.untried]
+        untuned = [result.method for result in (of, against) if not result.is_tuned]
         obstacles = {
             f"{num_early} of {len(asked)} final runs began before it was written down as it is": num_early > 0,
             f"not tuned: {', '.join(untuned)}": len(untuned) > 0,

@@ -27,7 +27,7 @@ class Result:
     records: by key, of all of its cells.
     best: the chosen point of the grid, None before all that the file names were tried.
     untried: tuning cells that are to run, in order.
-    edges: flags whose rate at the chosen point is the lowest or highest that was tried: it is not tuned.
+    edges: flags whose rate at the chosen point is the lowest or highest that was tried.
     """
 
     model: str
@@ -47,6 +47,12 @@ class Result:
         return [*found[:first], *(each for each in found[first:] if each[1])]
 
     @property
+    def is_tuned(self) -> bool:
+        """Whether every point of the grid was trained, and the best rate has a worse one on both sides."""
+        all_trained = all(record is not None and record.is_trained for _, record in self.tuning)
+        return not (self.edges or self.untried) and (all_trained or len(self.group.points) == 1)
+
+    @property
     def chosen(self) -> tuple[Cell, ...]:
         return () if self.best is None else self.group.finals[self.best]
 
@@ -55,7 +61,7 @@ class Result:
         """The settings of the chosen point, and whether they are tuned."""
         if self.best is None:
             return ""
-        told = ", not tuned" if self.edges else ""
+        told = "" if self.is_tuned else ", not tuned"
         return (self.group.tuning[self.best].point or "(no grid)") + told
 
     @property

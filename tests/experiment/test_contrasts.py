@@ -192,6 +192,12 @@ def test_an_arm_that_is_not_tuned_or_not_finished_has_no_verdict(tmp_path: Path)
         return None if (cell.method, cell.settings["lr"]) == ("lora", "0.1") else record
 
     assert answers(runs(tmp_path / "untried", 0.2, untried))[0].verdict == "no verdict: not tuned: lora"
+
+    def crashed(cell: Cell, record: CellRecord) -> CellRecord:
+        is_so = (cell.method, cell.settings["lr"]) == ("lora", "0.4")
+        return replace(record, status="failed", reason="killed") if is_so else record
+
+    assert answers(runs(tmp_path / "crashed", 0.2, crashed))[0].verdict == "no verdict: not tuned: lora"
     found = answers(runs(tmp_path / "part", 0.2, lambda cell, record: None if cell.seed == 4 else record))[0]
     assert found.verdict == "no verdict: 5 of 6 pairs of runs are in" and found.num_pairs == 5
 
