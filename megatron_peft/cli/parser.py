@@ -117,15 +117,15 @@ class RunFlags:
         read_shape: the shape of the model in a checkpoint folder, or ConfigurationError; with it, flags and layout
             are held against the model as well.
         saved: for programs that ask a model and train nothing: takes the values that were typed, and gives those of
-            the run that `--load` names, which hold where nothing was typed. Then neither data nor a length is
-            needed.
+            the run that `--load` names, which hold where nothing was typed. Then neither data, nor a length, nor
+            --save is needed.
         any_layout: the model need not divide by the run's own layout: another will be chosen.
 
         Raises ConfigurationError: with everything that is wrong.
         Raises SystemExit: 0 after `--print-config`. Only `RANK` 0 prints.
         """
         typed, problems = self.values["config"], list(self.problems)
-        config = {**(saved(typed) if saved else {}), **typed}
+        config = {**({"save": "never written", **saved(typed)} if saved else {}), **typed}
         if config.get("tensor_model_parallel_size", 1) == 1:
             config.pop("sequence_parallel", None)  # as in Megatron, whose scripts give it always: nothing is split
         world_size = environ.get("WORLD_SIZE", "1")
@@ -159,7 +159,7 @@ class RunFlags:
             raise ConfigurationError(*problems)
         if self.values["program"].get("print_config"):
             if is_first_rank(environ):
-                print(run_file(whole, self.launch), end="")
+                print(run_file(whole, self.launch, unset=() if "save" in typed else ("save",)), end="")
             raise SystemExit(0)
         return whole
 

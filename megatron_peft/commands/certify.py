@@ -49,9 +49,7 @@ class CertifySettings(Checked):
 def run(settings: CertifySettings, run_flags: RunFlags) -> int:
     """Exit code 0: certified, 1: refused, 3: undecided."""
     size = settings.world_size or os.environ.get("WORLD_SIZE") or run_flags.replica_size
-    # Neither data nor a length is needed, and nothing is saved.
-    saved = {"save": "never written"}
-    config = run_flags.config({"WORLD_SIZE": str(size)}, shape_of_model, saved=lambda values: saved)
+    config = run_flags.config({"WORLD_SIZE": str(size)}, shape_of_model, saved=dict)
     if not is_first_rank():  # under torchrun the first rank does all of it
         return 0
 

@@ -117,8 +117,7 @@ def config_of(settings: PlanSettings, run_flags: RunFlags) -> RunConfig:
     if model.name == "config.json" and model.is_file():  # it stands for its folder, which --save-config then names
         typed["pretrained_checkpoint"] = str(model.parent)
     size = run_flags.replica_size if settings.fit or settings.world_size is None else settings.world_size
-    world, saved = {"WORLD_SIZE": str(size)}, {"save": "never written"}
-    return run_flags.config(world, _shape_of, lambda values: saved, any_layout=settings.fit)
+    return run_flags.config({"WORLD_SIZE": str(size)}, _shape_of, saved=dict, any_layout=settings.fit)
 
 
 def _shape_of(model: str) -> ModelShape:

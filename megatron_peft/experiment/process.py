@@ -76,7 +76,7 @@ def score_command(folder: Path, cell: Cell, score: ScoreSpec) -> list[str]:
         filled = word.replace("{output}", output).replace("{checkpoints}", checkpoints)
         words += cell.flags if word == "{flags}" else [filled]
     if words[0] == "megatron-peft":  # which need not be on PATH
-        return [sys.executable, "-m", "megatron_peft", *words[1:]]
+        return [*launcher(cell.processes), "-m", "megatron_peft", *words[1:]]
     return [*launcher(cell.processes), *words[1:]] if words[0] == "python" else words
 
 

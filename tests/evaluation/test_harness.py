@@ -40,7 +40,11 @@ from tests.evaluation.worded_llama import WORDS, save_worded_llama, save_worded_
 from tests.one_rank import one_rank
 from tests.ranks import RanksFailed, run_ranks
 
-LAYOUTS = {"TP2": ["--tensor-model-parallel-size", "2"], "PP2": ["--pipeline-model-parallel-size", "2"], "DP2": []}
+LAYOUTS = {
+    "TP2": ["--tensor-model-parallel-size", "2"],
+    "PP2": ["--pipeline-model-parallel-size", "2"],
+    "DP2": ["--save-interval", "9"],
+}
 QUICK_LAYOUTS = ("PP2", "DP2")
 PROMPTS = [{"prompt": "w1 w2"}, {"messages": [{"role": "user", "content": "w9"}], "id": 7}, {"prompt": "w4"}]
 

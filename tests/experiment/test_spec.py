@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_peft.cli.parser import read_config
+from megatron_peft.cli.flags import flags_of
+from megatron_peft.cli.parser import RunFlags, read_config
 from megatron_peft.config import ConfigurationError
+from megatron_peft.config.evaluation import HarnessSettings
 from megatron_peft.experiment import process
 from megatron_peft.experiment.cells import check_flags, command_line, groups
 from megatron_peft.experiment.spec import Contrast, read_experiment
@@ -98,6 +100,18 @@ def test_the_claims_file_can_be_run_and_asks_four_questions_of_six_seeds() -> No
     words = process.score_command(Path("out"), cell, score)
     config = read_config(words[words.index("megatron_peft.demo.scoring") + 2 :], {"WORLD_SIZE": "1"})
     assert config.data.valid_data_path == ("runs/demo/data/valid.jsonl",)
+
+
+def test_the_papers_scores_can_be_run_by_each_models_processes(tmp_path: Path) -> None:
+    for group in groups(read_experiment(ROOT / "examples" / "experiments" / "paper.yaml")):
+        cell, score = group.finals[0][0], group.task.score
+        assert score is not None
+        words = process.score_command(Path("out"), cell, score)
+        start = [*process.launcher(cell.processes), "-m", "megatron_peft", "evaluate"]
+        assert words[: len(start)] == start and len(start) > 4
+        words += ["--log-validation-items", "--pretrained-checkpoint", str(tmp_path)]
+        flags = RunFlags(words[len(start) :], [*flags_of(HarnessSettings)])
+        assert flags.config({"WORLD_SIZE": str(cell.processes)}, saved=dict).checkpoint.save_interval == 50
 
 
 @pytest.mark.parametrize(
