@@ -289,7 +289,7 @@ FUSED_NORMS = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
 }
-OUTPUT = "output_layer.weight"
+EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 NO_WEIGHT = re.compile(r"^(chained_\d+\.)?(optimizer|rng|rerun)|_extra_state|inv_freq$")
 ADAPTER = ".adapter."
 MASTER = "optimizer.master."

@@ -19,18 +19,19 @@ from megatron_peft.checkpoint import folders, load, run_record
 from megatron_peft.config import LINEAR_MODULES, ConfigurationError, RunConfig, require, require_packages
 from megatron_peft.conversion.hf_files import (
     CONFIG,
+    NUMBER_TYPES,
+    OUTPUT_WEIGHT,
     ReadCounts,
     Source,
     check_inventory,
-    check_tied,
     open_source,
     row_ranges,
 )
-from megatron_peft.conversion.megatron_files import OUTPUT, MegatronWeights, open_megatron
+from megatron_peft.conversion.megatron_files import EMBEDDING, OUTPUT, MegatronWeights, open_megatron
 from megatron_peft.conversion.nf4_files import NF4Source, unpacked
 from megatron_peft.conversion.writer import byte_bar
 from megatron_peft.models.families import read_shape, rules_for
-from megatron_peft.models.rules import Columns, RowRange, Rule, expected_tensors
+from megatron_peft.models.rules import Columns, HFTensor, RowRange, Rule, expected_tensors
 from megatron_peft.models.shape import ModelShape, check_layout, check_lengths, check_quantized, compare_shape, is_size
 from megatron_peft.parallel.collectives import (
     Wait,
@@ -68,7 +69,9 @@ LLAMA_LIKE = {
     "swiglu": True, "normalization": "RMSNorm", "position_embedding_type": "rope", "rotary_percent": 1.0,
     "use_rope_scaling": False, "qk_l2_norm": False, "window_size": None, "num_experts": None,
     "multi_latent_attention": False, "rotary_interleaved": False, "layernorm_zero_centered_gamma": False,
-    "apply_layernorm_1p": False,
+    "apply_layernorm_1p": False, "apply_residual_connection_post_layernorm": False, "no_rope_freq": None,
+    "rotary_seq_len_interpolation_factor": None, "softmax_type": "vanilla", "activation_func_clamp_value": None,
+    "glu_linear_offset": 0.0,
 }  # fmt: skip
 
 
@@ -133,15 +136,38 @@ def open_weights(folder: str | Path, shape: ModelShape) -> tuple[dict[str, Rule]
         )
         rules = rules_for(shape, source.headers)
         check_inventory(source, expected_tensors(rules), shape.tied_embeddings)
-        if shape.tied_embeddings:
-            check_tied(source, rules[OUTPUT].hf_tensors[0].name)
+        header = source.headers.get(OUTPUT_WEIGHT)
+        if shape.tied_embeddings and header is not None and header.dtype in NUMBER_TYPES:
+            output = replace(rules[OUTPUT], hf_tensors=(HFTensor(OUTPUT_WEIGHT, header.shape),))
+            _check_tied(source, OUTPUT_WEIGHT, output, rules[EMBEDDING])
         return rules, source
     weights = open_megatron(files)
     rules = rules_for(shape)
     weights.check(owned_rules(rules, shape))
     if shape.tied_embeddings:  # the last pipeline stage has its own copy
-        rules[OUTPUT] = replace(rules[OUTPUT], name="embedding.word_embeddings.weight")
+        if weights.find(rules[OUTPUT]) is not None:
+            _check_tied(weights, OUTPUT, rules[OUTPUT], rules[EMBEDDING])
+        rules[OUTPUT] = replace(rules[OUTPUT], name=EMBEDDING)
     return rules, weights
+
+
+def _check_tied(weights: Weights, name: str, output: Rule, embedding: Rule) -> None:
+    """Raise ConfigurationError if a model that is called tied has an output layer that is not its embedding.
+
+    name: of the output layer in the files. A few rows are read, evenly spaced.
+    """
+    (ours,), (theirs,) = output.hf_tensors, embedding.hf_tensors
+    is_same, num_rows = ours.shape == theirs.shape, theirs.shape[0]
+    for at in sorted({(num_rows - 1) * nth // 15 for nth in range(16)}) if is_same else ():
+        row, (one, other) = slice(at, at + 1), torch.empty(2, 1, *theirs.shape[1:])
+        weights.read_rows(output, RowRange(ours.name, row, row), one)
+        weights.read_rows(embedding, RowRange(theirs.name, row, row), other)
+        is_same = is_same and torch.equal(one, other)
+    require(
+        is_same,
+        f"{weights.folder} has a {name} of its own, which is not the embedding, but its config.json says that they are "
+        'tied: set "tie_word_embeddings" to false there if it was trained, or remove the tensor.',
+    )
 
 
 def owned_rules(rules: Mapping[str, Rule], shape: ModelShape) -> dict[str, Rule]:

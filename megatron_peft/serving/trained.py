@@ -127,5 +127,7 @@ def lora_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """What an engine has to be told to serve the adapter with this config."""
     told = f"--engine-lora: vLLM serves LoRA only, not {config.get('peft_type')}: leave it out, for merged weights."
     require(config.get("peft_type") == "LORA", told)
-    # vLLM scores several prompts at once with an adapter only if it knows its modules.
-    return {"max_lora_rank": rank_limit(largest_rank(config)), "lora_target_modules": config["target_modules"]}
+    # vLLM scores several prompts at once with an adapter only if it knows its modules, and it finds those that it fuses
+    # by the last parts of their names alone.
+    modules = sorted({name.rpartition(".")[2] for name in config["target_modules"]})
+    return {"max_lora_rank": rank_limit(largest_rank(config)), "lora_target_modules": modules}

@@ -169,6 +169,14 @@ def test_ranks_of_old_checkpoints_are_joined(tmp_path, tp, pp, chunks, tied):
     assert read_shape(written) == read_shape(original)
 
 
+def test_an_output_layer_of_its_own_is_not_lost_where_a_config_calls_it_tied(original, tmp_path):
+    folder = hf_to_megatron(original, tmp_path / "megatron", progress=False)
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"tie_word_embeddings": True}))
+    with pytest.raises(ConfigurationError, match="output_layer.weight of its own, which is not the embedding"):
+        megatron_to_hf(folder, tmp_path / "hf", progress=False)
+
+
 def test_a_type_too_narrow_for_a_value_is_refused_and_nothing_is_left(spoilt, tmp_path):
     tensors = tensors_of(spoilt)
     tensors["model.norm.weight"][-1] = 1e5

@@ -312,6 +312,17 @@ def test_the_shape_is_in_the_arguments():
         ({"normalization": "LayerNorm"}, "normalization 'LayerNorm'"),
         ({"use_rope_scaling": True}, "use_rope_scaling True"),
         ({"num_experts": 8}, "num_experts 8"),
+        *(
+            ({name: value}, f"trained with {name} {value!r}")
+            for name, value in {
+                "rotary_seq_len_interpolation_factor": 4,
+                "no_rope_freq": 4,
+                "apply_residual_connection_post_layernorm": True,
+                "softmax_type": "off-by-one",
+                "activation_func_clamp_value": 7.0,
+                "glu_linear_offset": 1.0,
+            }.items()
+        ),
         ({"window_size": (4096, 0)}, r"window_size \(4096, 0\)"),
         ({"qk_layernorm": True, "add_qkv_bias": True}, "qk_layernorm and with biases"),
         ({"ffn_hidden_size": None}, "have ffn_hidden_size None, which is not a size"),

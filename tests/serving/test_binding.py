@@ -152,6 +152,13 @@ def test_the_smallest_limit_that_vllm_takes_and_none_above_512():
         engine.rank_limit(513)
 
 
+def test_modules_are_named_to_vllm_by_their_last_parts_where_some_layers_alone_are_adapted():
+    """A whole name never matches a layer that vLLM fuses, and its modules would silently be left out."""
+    names = [f"model.layers.1.self_attn.{name}_proj" for name in "qkv"] + ["model.layers.2.self_attn.q_proj"]
+    settings = trained.lora_settings({"peft_type": "LORA", "r": 8, "target_modules": names})
+    assert settings == {"max_lora_rank": 8, "lora_target_modules": ["k_proj", "q_proj", "v_proj"]}
+
+
 def test_the_card_names_the_engine_and_its_version_only_if_all_is_right(tmp_path, monkeypatch, capsys):
     def verify(version: str, difference: float = 1e-6) -> int:
         found = served.Served(f"vLLM {version}", Difference(difference, 2.0), 3.0, 8)
