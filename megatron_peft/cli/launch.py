@@ -39,7 +39,9 @@ class LaunchConfig(Checked):
     node_rank: int | None = option(None, "number of this node, from 0", check="not_negative")
     master_addr: str | None = option(None, "address of node 0", metavar="HOST")
     master_port: int | None = option(None, "port of node 0", check="not_negative")
-    rdzv_backend: str | None = option(None, "how nodes find one another, for instance c10d", metavar="NAME")
+    rdzv_backend: str | None = option(
+        None, "how nodes find one another (default: c10d with --rdzv-endpoint alone, else static)", metavar="NAME"
+    )
     rdzv_endpoint: str | None = option(None, "where nodes find one another", metavar="HOST:PORT")
     rdzv_id: str | None = option(None, "name of the job, the same on every node", metavar="NAME")
     max_restarts: int = option(0, "restarts after a failure", check="not_negative")
@@ -50,9 +52,12 @@ class LaunchConfig(Checked):
             number == "gpu" or number.isdecimal() and int(number) > 0,
             f"--nproc-per-node is {number}; it is a number of processes, or gpu.",
         )
+        is_static = self._backend() in (None, "static")
+        meeting = self._has_rank() and (self.master_addr or self.rdzv_endpoint) if is_static else self.rdzv_endpoint
         require(
-            self.nnodes == 1 or bool(self.master_addr or self.rdzv_endpoint),
-            f"--nnodes {self.nnodes} needs --master-addr and --node-rank, or --rdzv-endpoint.",
+            self.nnodes == 1 or bool(meeting),
+            f"--nnodes {self.nnodes} needs --master-addr and --node-rank (--rdzv-backend static), or --rdzv-endpoint "
+            "(c10d).",
         )
         require(
             self.launcher == "torchrun" or find_spec(FT_LAUNCHER.partition(".")[0]) is not None,
@@ -60,12 +65,21 @@ class LaunchConfig(Checked):
             f"install nvidia-resiliency-ext, or leave the flag out.",
         )
 
+    def _has_rank(self) -> bool:
+        return self.node_rank is not None or "PET_NODE_RANK" in os.environ
+
+    def _backend(self) -> str | None:
+        """torchrun's own default, static, takes each node without a number for node 0; c10d numbers them."""
+        numbers = self.nnodes > 1 and self.rdzv_endpoint and not self._has_rank()
+        return self.rdzv_backend or os.environ.get("PET_RDZV_BACKEND") or ("c10d" if numbers else None)
+
     def torchrun_words(self) -> list[str]:
         """The flags for torchrun, which ft_launcher has too.
 
         A single node finds a free port by itself, so that two runs can share it.
         """
         given = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "launcher"}
+        given["rdzv_backend"] = self._backend()
         alone = self.nnodes == 1 and not (self.master_addr or self.master_port or self.rdzv_endpoint)
         words = [word for name, value in given.items() if value is not None for word in (flag(name), str(value))]
         return [*(["--standalone"] if alone else []), *words]

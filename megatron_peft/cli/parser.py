@@ -70,6 +70,7 @@ class RunFlags:
         self._spellings: dict[tuple[str, str], str] = {}
 
         parts = split_at_flags(words)
+        self._typed = {name for name, _ in parts}
         files = [values for name, values in parts if name == CONFIG_FLAG]
         require(all(map(all, files)) and [] not in files, f"{CONFIG_FLAG} needs a file: {CONFIG_FLAG} run.yaml.")
         for entry in file_entries(sum(files, []), self._served, self._why_unknown):
@@ -175,11 +176,13 @@ class RunFlags:
                 self.values["command"].setdefault(served.key, None)  # it was given
             return
         assert served is not None
-        if served.target != "command":
+        if served.target != "command" and not (place and name in self._typed):  # else what is typed overrides it
             joined = len(words) == 1 and words[0].startswith("-")
             self.words += [f"{name}={words[0]}"] if joined else [name, *words]
-        values = self.values[served.target]
-        before = self._spellings.setdefault((served.target, served.key), name)
+        values, field = self.values[served.target], (served.target, served.key)
+        if served.many and field in self._spellings:  # typed before, not in a file
+            value = (*values[served.key], *value)
+        before = self._spellings.setdefault(field, name)
         if before not in served.names and values[served.key] != value:
             if value == "auto":  # which leaves the choice to the other flag
                 return

@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from itertools import product
-from math import inf, lcm
+from math import gcd, inf, lcm
 from typing import Any
 
 from rich import box
@@ -220,7 +220,8 @@ def _recomputing(run: RunConfig, recompute: str) -> RunConfig:
 def _parallel_layouts(run: RunConfig, shape: ModelShape, world_size: int, cluster: Cluster) -> Iterator[ParallelConfig]:
     """Those that divide the model and the world; TP stays within a node."""
     defaults = {field.name: field.default for field in fields(ParallelConfig) if field.name in PARALLEL_FIELDS}
-    for tp in _divisors(world_size, cluster.gpus_per_node):
+    node = cluster.gpus_per_node
+    for tp in _divisors(gcd(world_size, node) if world_size > node else world_size, node):
         of_tp = ParallelConfig(tensor_model_parallel_size=tp, world_size=tp)
         if check_adapters(run.peft, of_tp, shape) or check_quantized(run.model, tp, shape):
             continue  # the method's adapters, or a quantized base's blocks, do not fit the linear layers

@@ -39,7 +39,10 @@ def test_one_node_finds_a_port_by_itself_and_several_are_told_where() -> None:
     [
         ({"nproc_per_node": "many"}, "--nproc-per-node is many; it is a number of processes, or gpu."),
         ({"nproc_per_node": "0"}, "--nproc-per-node is 0"),
-        ({"nnodes": 2}, "--nnodes 2 needs --master-addr and --node-rank, or --rdzv-endpoint."),
+        ({"nnodes": 2}, "--nnodes 2 needs --master-addr and --node-rank .--rdzv-backend static., or --rdzv-endpoint"),
+        ({"nnodes": 2, "master_addr": "a"}, "--nnodes 2 needs --master-addr and --node-rank"),
+        ({"nnodes": 2, "rdzv_endpoint": "a:1", "rdzv_backend": "static"}, "--nnodes 2 needs --master-addr and --no"),
+        ({"nnodes": 2, "node_rank": 0, "master_addr": "a", "rdzv_backend": "c10d"}, "--nnodes 2 needs --master-addr"),
         ({"max_restarts": -1}, "--max-restarts is -1"),
         ({"launcher": "ft_launcher"}, "needs the package nvidia-resiliency-ext, which is not installed"),
     ],
@@ -47,6 +50,14 @@ def test_one_node_finds_a_port_by_itself_and_several_are_told_where() -> None:
 def test_what_cannot_be_started_is_refused(values: dict, told: str) -> None:
     with pytest.raises(ConfigurationError, match=told):
         LaunchConfig(**values)
+
+
+def test_nodes_without_a_number_meet_where_they_are_given_one(monkeypatch) -> None:
+    meeting: dict = {"nnodes": 2, "rdzv_endpoint": "a:1"}
+    assert "--rdzv-backend c10d" in " ".join(LaunchConfig(**meeting).torchrun_words())
+    assert "--rdzv-backend" not in LaunchConfig(**meeting, node_rank=1).torchrun_words(), "torchrun's is static"
+    monkeypatch.setenv("PET_NODE_RANK", "1")  # torchrun reads it
+    assert "--rdzv-backend" not in LaunchConfig(nnodes=2, master_addr="a").torchrun_words()
 
 
 def test_ft_launcher_takes_the_place_of_torchrun(monkeypatch) -> None:

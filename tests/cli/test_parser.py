@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from megatron_peft.cli.command import Command
+from megatron_peft.cli.flags import flags_of
 from megatron_peft.cli.parser import RunFlags, ShapeReader, read_config, tell_error
 from megatron_peft.commands import train
 from megatron_peft.config import (
@@ -81,6 +82,16 @@ def test_flags_that_hold_anyway_change_nothing_and_a_later_value_replaces_an_ear
     """Scripts append "$@" to their own flags."""
     assert parse(*"--use-mcore-models --ckpt-format torch_dist --accumulate-allreduce-grads-in-fp32".split()) == parse()
     assert parse("--lr", "1e-3", "--lr", "1e-2").optimizer.lr == 1e-2
+
+
+def test_a_list_may_be_typed_in_parts_and_then_replaces_a_files(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("valid-data-path: [old.jsonl]\nstop: old\n")
+    typed = ["--valid-data-path", "a.jsonl", "b.jsonl", "--stop=---", "--valid-data-path=c.jsonl", "--stop", "###"]
+    flags = RunFlags(["--config", str(file), *typed], [*flags_of(Listed)])
+    expected = {"valid_data_path": ("a.jsonl", "b.jsonl", "c.jsonl")}
+    assert flags.values["config"] == expected and flags.values["command"] == {"stop": ("---", "###")}
+    assert RunFlags(flags.words).values["config"] == expected, "words for another run"
 
 
 @pytest.mark.parametrize(

@@ -300,6 +300,14 @@ def test_one_stage_of_each_content_is_looked_at(targets, stages):
     assert sorted({*alike_stages(run, SMALL)}) == stages
 
 
+@pytest.mark.parametrize(("world_size", "sizes"), [(6, {1, 3}), (12, {1}), (24, {1})])
+def test_no_tensor_parallel_group_crosses_nodes(world_size, sizes):
+    """Nodes of 8; three and nine divide the heads."""
+    shape = replace(SMALL, hidden_size=576, ffn_hidden_size=1536, num_attention_heads=9, num_query_groups=3)
+    found = layouts._parallel_layouts(made_up_run("lora", 512, 24), shape, world_size, A100)
+    assert {parallel.tensor_model_parallel_size for parallel in found} == sizes
+
+
 def test_an_adapter_that_a_layout_would_cut_is_not_proposed():
     """Blocks of 512 features: 1,024 hidden over two ranks, at most."""
     run = made_up_run("urnn", 2048, 32)
