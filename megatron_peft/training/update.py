@@ -100,10 +100,12 @@ def wrap_data_parallel(model_chunks: Sequence[nn.Module], config: RunConfig) -> 
         # adapters a gather is small, and rotations ask for theirs before the first microbatch.
         align_param_gather=overlaps and len(model_chunks) > 1 and not config.peft.trains_adapters,
     )
-    wrapped = [
-        DistributedDataParallel(get_model_config(chunk), settings, chunk, disable_bucketing=index > 0)
-        for index, chunk in enumerate(model_chunks)
-    ]
+    wrapped = []
+    for index, chunk in enumerate(model_chunks):
+        # Above the first, megatron-core takes all buffers of a chunk in one call, which must be of one type.
+        types = {parameter.dtype for parameter in chunk.parameters() if parameter.requires_grad}
+        one_bucket = index > 0 and len(types) < 2
+        wrapped.append(DistributedDataParallel(get_model_config(chunk), settings, chunk, disable_bucketing=one_bucket))
     if overlaps:
         for chunk in wrapped:
             _wait_for_adapter_submodules(chunk)

@@ -59,7 +59,7 @@ def test_virtual_stages_gather_ahead_where_the_weights_are_trained(job, monkeypa
     monkeypatch.setattr(state_module, "DistributedDataParallel", wrap)
     flags = {"use_distributed_optimizer": overlaps, "overlap_param_gather": overlaps}
     config = job(peft={"method": method}, optimizer=flags, training={"overlap_grad_reduce": overlaps}).config(1)
-    chunks = [SimpleNamespace(config=SimpleNamespace(param_sync_func=None)) for _ in range(num_chunks)]
+    chunks = [SimpleNamespace(config=SimpleNamespace(param_sync_func=None), parameters=list) for _ in range(num_chunks)]
     wrap_data_parallel(chunks, config)
     ahead = overlaps and method == "full" and num_chunks > 1
     assert [settings.align_param_gather for settings, _ in made] == [ahead] * num_chunks
