@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from itertools import product
 from math import inf, prod
-from os.path import normpath
+from os.path import realpath
 from pathlib import Path
 from re import fullmatch
 from typing import Any
@@ -144,6 +144,10 @@ class Experiment:
             if len(set(seeds)) < len(seeds):
                 yield f"seeds: {', '.join(map(str, seeds))} names one twice."
 
+        for task in self.tasks:
+            if unknown := sorted({*task.scored_seeds} - {*self.all_seeds}):
+                yield f"tasks.{task.name}.scored_seeds: {', '.join(map(str, unknown))} is no seed of a final run."
+
         # A flag in two places of a cell: the first would be silently ignored.
         for model, task, method in product(self.models, self.tasks, self.methods):
             places = {
@@ -191,7 +195,7 @@ class Experiment:
         for model, task in product(self.models, self.tasks) if self.contrasts and self._is_tuned else ():
             flags = {**self.flags, **model.flags, **task.flags}
             of_finals = [word for flag in DATA for word in _listed(flags.get(flag, []))]
-            tuning, others = _files(task.tuning_flags.values()), _files(of_finals)
+            tuning, others = _files(_listed(task.tuning_flags.get(VALID_DATA, []))), _files(of_finals)
             if not tuning or tuning & (others | _files(task.score.command if task.score else ())):
                 yield (
                     f"tasks.{task.name}: contrasts need data that no setting was chosen by: give the task "
@@ -209,6 +213,9 @@ class Experiment:
                 known += [TEST_LOSS] if "test-data-path" in task.flags else []
                 if contrast.metric not in known:
                     yield f"{place}: {contrast.metric} is no metric of {task.name}, which has {', '.join(known)}."
+                elif task.score and contrast.metric in task.score.metrics:
+                    if len([*filter(task.score_of, of & against)]) < 2 <= len(of & against):
+                        yield f"{place}: tasks.{task.name}.scored_seeds must hold two seeds of both methods at least."
             if contrast.metric == VALIDATION_LOSS and self.flags.get(ITEMS) is not True:
                 yield f"{place} compares the validation loss sample by sample: put {ITEMS}: true under flags."
 
@@ -340,7 +347,7 @@ def _whole_numbers(content: Any, place: str) -> tuple[int, ...]:
 
 def _files(words: Iterable[Any]) -> set[str]:
     """The files that these words may name, each written in one way."""
-    return {normpath(str(word).rpartition("=")[2]) for word in words}
+    return {realpath(str(word).rpartition("=")[2]) for word in words}
 
 
 def _listed(content: Any) -> list[Any]:

@@ -28,10 +28,11 @@ def scored_by(metric: dict[str, Any]) -> dict[str, Any]:
 
 
 FILES = ["valid.jsonl", "./valid.jsonl", "train.jsonl", "other.jsonl", "test.jsonl", "more.jsonl"]
+FILES += [["tuning.jsonl", "train.jsonl"], str(Path("valid.jsonl").absolute())]
 OTHER_SEEDS = {"lora": GRID, "boft": {**GRID, "seeds": [3, 4]}}
 
 
-def asked(tuning: str | None = None, tuning_seed: int = 9, **changes: Any) -> dict[str, Any]:
+def asked(tuning: str | list[str] | None = None, tuning_seed: int = 9, **changes: Any) -> dict[str, Any]:
     """The small experiment with a contrast."""
     flags = changes.pop("flags", {"train-iters": 2, "log-validation-items": True})
     score = {"command": "x {output} test.jsonl --data=more.jsonl", "metrics": {"a": {"path": "a"}}}
@@ -160,6 +161,22 @@ def test_a_contradictory_file_is_an_error(tmp_path: Path, changes: dict[str, Any
     with pytest.raises(ConfigurationError, match=message) as caught:
         experiment(tmp_path, **changes)
     assert all("small.yaml" in problem for problem in caught.value.problems)
+
+
+@pytest.mark.parametrize(
+    ("seeds", "message"),
+    [
+        ([1, 2, 77], "scored_seeds: 77 is no seed of a final run"),
+        ([1], "scored_seeds must hold two seeds of both methods"),
+    ],
+)
+def test_a_contrast_on_a_score_needs_two_scored_seeds(tmp_path: Path, seeds: list[int], message: str) -> None:
+    values = asked("tuning.jsonl", metric="a")
+    values["tasks"]["talk"]["scored_seeds"] = [1, 2]
+    experiment(tmp_path, **values)
+    values["tasks"]["talk"]["scored_seeds"] = seeds
+    with pytest.raises(ConfigurationError, match=message):
+        experiment(tmp_path, **values)
 
 
 @pytest.mark.parametrize(
