@@ -52,7 +52,9 @@ def run(settings: ExperimentSettings) -> int:
 
     folder, file = settings.output or Path("runs/experiments", experiment.name), settings.emit_slurm
     if file is not None:
-        text = script(experiment, chosen, settings.experiment, folder, str(file))
+        flags = ["--jobs", str(settings.jobs)] if settings.jobs > 1 else []
+        flags += ["--keep-checkpoints"] if settings.keep_checkpoints else []
+        text = script(experiment, chosen, settings.experiment, folder, str(file), flags)
         with writing(f"--emit-slurm {file}"):
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(text, encoding="utf-8")

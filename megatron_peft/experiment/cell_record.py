@@ -31,6 +31,7 @@ OWN_DIGEST = "sha256"  # of the record's other fields; records of older versions
 CURVES = ("loss", "grad_norm", "validation_loss")
 TRAINABLE = re.compile(r"trainable parameters: ([\d,]+) of")  # of training.terminal
 TESTED = re.compile(r"test loss at iteration \d+: ([\d.E+-]+)")  # of training.loop
+STOPPED = re.compile(r"(asked to stop|--exit-interval reached) at iteration \d+")  # of training.loop, with exit code 0
 NOT_FINITE = "is NaN or infinite"  # of training.step
 PACKAGES = ("megatron-peft", "megatron-core", "torch", "transformers")
 # The fields of a `Cell` that its digest covers; others may be added without changing the digests of records.
@@ -46,7 +47,7 @@ class CellRecord(Cell):
     curves: name -> [[iteration, epoch, value], ...].
     lambdas: the Hybrid's of each layer, {"iterations": [...], "by_layer": {layer: [...]}}; empty for other methods.
     grad_norms: of each transformer layer, in the same form; empty without --log-grad-norm-by-layer.
-    seconds, cpu_seconds: of the training's processes, with their start and their validations.
+    seconds, cpu_seconds: of the training's processes, with their start and their validations; None if it was resumed.
     epoch_seconds: time of one pass over the training data, from the mean time of a step.
     scores: name of the metric -> number; empty until it is scored.
     items: name of the metric -> [[sum, count], ...] of each test item, where they are known: the sum of the losses of a
@@ -56,7 +57,7 @@ class CellRecord(Cell):
 
     status: str = "failed"
     started_at: str = ""
-    seconds: float = 0.0
+    seconds: float | None = 0.0
     validation_loss: float | None = None
     iterations: int = 0
     trainable_parameters: int | None = None

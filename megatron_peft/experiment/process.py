@@ -50,9 +50,10 @@ def score_file(folder: Path, cell: Cell) -> Path:
     return run_folder(folder, cell) / "score.json"
 
 
-def has_checkpoint(folder: Path, cell: Cell) -> bool:
-    """Whether the cell's run can be resumed."""
-    return (checkpoints_folder(folder, cell) / TRACKER).exists()
+def has_checkpoint(folder: Path, cell: Cell, iteration: int | None = None) -> bool:
+    """Whether the cell's run can be resumed, and its newest checkpoint is of `iteration`."""
+    tracker = checkpoints_folder(folder, cell) / TRACKER
+    return tracker.exists() and (iteration is None or tracker.read_text(encoding="utf-8").strip() == str(iteration))
 
 
 def began_with(folder: Path, flags: str) -> bool:
@@ -175,16 +176,20 @@ DEFAULTS = {"nodes": 1, "ntasks-per-node": 1, "exclusive": True, "requeue": True
 SET_BY_SCRIPT = ("array", "job-name", "signal", "output", "parsable")
 
 
-def script(experiment: Experiment, groups: Sequence[Group], file: Path, folder: Path, name: str) -> str:
-    """The text of a shell script that submits all of the experiment.
+def script(
+    experiment: Experiment, groups: Sequence[Group], file: Path, folder: Path, name: str, flags: Sequence[str] = ()
+) -> str:
+    """The text of a shell script that submits these groups.
 
-    Args: file: the experiment's, as the nodes see it; folder: of the results; name: of the script.
+    Args: file: the experiment's, as the nodes see it; folder: of the results; name: of the script; flags: of each task.
 
     Raises ConfigurationError: a model's processes do not divide over its nodes, or an option is the script's own.
     """
     arrays = []
     for model in experiment.models:
         keys = [shlex.quote(group.key) for group in groups if group.model == model]
+        if not keys:
+            continue
         options = {**DEFAULTS, **model.slurm}
         for flag in SET_BY_SCRIPT:
             require(flag not in options, f"models.{model.name}.slurm: --{flag} is set by the script itself.")
@@ -208,6 +213,10 @@ def script(experiment: Experiment, groups: Sequence[Group], file: Path, folder: 
         count=len(groups),
         folder=shlex.quote(str(folder)),
         experiment=shlex.quote(str(file)),
-        prepare=[shlex.join(command).replace("python ", '"$PYTHON" ', 1) for command in experiment.prepare],
+        flags="".join(f" {flag}" for flag in flags),
+        prepare=[
+            '"$PYTHON"' + shlex.join(command)[len("python") :] if command[0] == "python" else shlex.join(command)
+            for command in experiment.prepare
+        ],
         arrays=arrays,
     )

@@ -163,9 +163,11 @@ def _by_place(results: Sequence[Result]) -> str:
 
 
 def not_tuned(results: Results) -> Iterator[str]:
-    """A sentence that names the methods whose best rate is at the edge of what was tried, if there are any."""
-    if untuned := [result for result in results.all if result.edges]:
-        yield f"**Not tuned,** since the best rate is the lowest or highest that was tried: {_by_place(untuned)}."
+    """A sentence for each reason, with the methods that are not tuned for it."""
+    begun = [result for result in results.all if result.chosen]
+    for reason in dict.fromkeys(result.why_not_tuned for result in begun if not result.is_tuned):
+        untuned = [result for result in begun if result.why_not_tuned == reason]
+        yield f"**Not tuned,** since {reason}: {_by_place(untuned)}."
 
 
 def verdicts(rows: Sequence[Row], reference: str) -> list[str]:

@@ -47,10 +47,17 @@ class Result:
         return [*found[:first], *(each for each in found[first:] if each[1])]
 
     @property
-    def is_tuned(self) -> bool:
-        """Whether every point of the grid was trained, and the best rate has a worse one on both sides."""
+    def why_not_tuned(self) -> str:
+        """Empty if every point of the grid was trained, and the best rate has a worse one on both sides."""
+        if self.edges:
+            return "the best rate is the lowest or highest that was tried"
         all_trained = all(record is not None and record.is_trained for _, record in self.tuning)
-        return not (self.edges or self.untried) and (all_trained or len(self.group.points) == 1)
+        is_tuned = not self.untried and (all_trained or len(self.group.points) == 1)
+        return "" if is_tuned else "points of the grid failed or are missing"
+
+    @property
+    def is_tuned(self) -> bool:
+        return not self.why_not_tuned
 
     @property
     def chosen(self) -> tuple[Cell, ...]:
@@ -151,7 +158,8 @@ def work(folder: Path, group: Group, gave_up: Set[str] = frozenset()) -> Iterato
     for cell in finals:
         record, score = now.finals.get(cell.seed), group.task.score_of(cell.seed)
         if score and record and cell.key not in gave_up and not record.has_scores(score):
-            yield Work("score", cell, score) if has_checkpoint(folder, cell) else Work("train", cell)
+            is_there = has_checkpoint(folder, cell, record.iterations)  # and not of a training that is to be repeated
+            yield Work("score", cell, score) if is_there else Work("train", cell)
 
 
 @dataclass(frozen=True)

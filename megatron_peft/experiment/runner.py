@@ -170,7 +170,8 @@ class Runner:
                 self.gave_up.add(cell.key)
             told = status if status == "diverged" else status.upper()
             self.report(f"{told}: {job.work.kind} {cell.key}: {error}\n  all of it: {running.log}")
-            if job.work.kind == "train":
+            before = cell_record.read_cell_record(self.folder, cell)  # of a cell that is trained again for its score
+            if job.work.kind == "train" and not (before and before.is_trained):
                 values = {"started_at": running.started_at, "seconds": running.seconds, "reason": str(error)}
                 cell_record.write_record(self.folder, cell, replace(job.record, status=status, **values))
             return
@@ -180,18 +181,20 @@ class Runner:
         self.report(f"{done} {cell.key} in {running.seconds:.0f} s: {shown}")
 
     def _trained(self, job: CellJob) -> CellRecord:
+        if stopped := cell_record.STOPPED.search(job.running.words()):
+            raise ConfigurationError(f"{stopped[0]}: the next call goes on from its checkpoint")
         save = process.checkpoints_folder(self.folder, job.work.cell)
         files = METRICS_FILE, process.LAMBDA_FILE, ITEMS_FILE
         records, lambdas, items = (read_metrics(save / name) for name in files)
         if not records:
             raise ConfigurationError(f"it ended well, but left no {save / METRICS_FILE}")
-        log = job.running.log.read_text(errors="replace")
+        log, is_whole = job.running.log.read_text(errors="replace"), "--load" not in job.running.heading.split()
         return replace(
             job.record,
             status="trained",
             started_at=job.running.started_at,
-            seconds=job.running.seconds,
-            cpu_seconds=job.running.cpu_seconds,
+            seconds=job.running.seconds if is_whole else None,
+            cpu_seconds=job.running.cpu_seconds if is_whole else None,
             trainable_parameters=cell_record.trainable_parameters(log),
             test_loss=cell_record.test_loss(log),
             items=cell_record.from_items(items[-1]) if items else {},
@@ -233,8 +236,8 @@ class Runner:
         if now.best is None and not tuning & self.gave_up:
             self.report(f"FAILED: {group.key}: no point of its grid ended with a finite validation loss")
             return False
-        if now.edges:
-            self.report(f"NOT TUNED: {group.key}: {now.chosen[0].point} is the lowest or highest that was tried")
+        if now.chosen and now.why_not_tuned:
+            self.report(f"NOT TUNED: {group.key}: {now.chosen[0].point}, since {now.why_not_tuned}")
         return not self.gave_up & now.group.cells.keys()
 
 

@@ -86,7 +86,7 @@ class _Run:
         self._save_the_end()
         if position.iteration > first and reason != self._asked_to_stop():  # it may be killed soon
             self._after_step(is_last=True)
-        if self.data.test is not None and position.iteration >= self.data.train_iters:
+        if self.data.test is not None and (position.iteration >= self.data.train_iters or self._ends_early()):
             try:
                 loss = f"{self._loss_on(self.data.test, 'test'):.6E}"
             except step.ValidationInterrupted:
@@ -146,7 +146,8 @@ class _Run:
             if (seconds := config.parallel.distributed_timeout_seconds_after_init) is not None:
                 shorten_timeout(seconds)  # the first step alone may compile kernels and open connections
         reason = self._asked_to_stop() if report.stop else ""
-        if not reason and _due(position.iteration, config.training.exit_interval):
+        is_last = position.iteration >= self.data.train_iters
+        if not reason and not is_last and _due(position.iteration, config.training.exit_interval):
             reason = f"--exit-interval reached at iteration {position.iteration}"
         if is_first_step and not reason:
             # Show the first step at once, unless the log interval does.

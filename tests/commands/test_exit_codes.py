@@ -188,6 +188,7 @@ def test_a_wrong_experiment_is_told_before_anything_is_written(tmp_path, capsys,
 
 def test_slurm_script_is_written_in_a_folder_of_its_own_and_nothing_runs(tmp_path):
     script = tmp_path / "new" / "submit.sh"
-    assert call(tmp_path, "--emit-slurm", str(script)) == 0
+    assert call(tmp_path, "--emit-slurm", str(script), "--jobs", "2", "--keep-checkpoints") == 0
+    assert '--group "$group" --jobs 2 --keep-checkpoints\n' in script.read_text()
     assert script.read_text().startswith("#!") and "--array=0-1" in script.read_text()
     assert not (tmp_path / "out").exists()

@@ -46,6 +46,9 @@ def train() -> None:
         every |= {"grad_norm_by_layer": {"0": 0.12345, "1": None}}
     records = [{"iteration": at, "epoch": at / 2, "loss": loss + 1 / at, **every} for at in (1, 2)]
     records[-1] |= {"validation_loss": loss, "peak_memory_bytes": 100}
+    if value("--exit-interval") == "1" and "--load" not in sys.argv:
+        records.pop()
+        print("--exit-interval reached at iteration 1")
     print("test loss at iteration 2: 5.000000E-01")
     if "--log-validation-items" in sys.argv:
         items = {"iteration": 2, "loss_sums": {"0": loss, "1": 3 * loss}, "num_tokens": {"0": 1, "1": 3}}
@@ -55,7 +58,7 @@ def train() -> None:
         lambdas = [{"iteration": at, "lambda": {"decoder.layers.0.mlp.linear_fc1": at / 10}} for at in (1, 2)]
         (save / "lambda.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lambdas))
     (save / "iter_0000002").mkdir(exist_ok=True)
-    (save / "latest_checkpointed_iteration.txt").write_text("2")
+    (save / "latest_checkpointed_iteration.txt").write_text(str(len(records)))
 
 
 if __name__ == "__main__":

@@ -118,11 +118,11 @@ def todo(folder: Path, group: Group) -> list[tuple[str, Cell]]:
     return [(one.kind, one.cell) for one in work(folder, group)]
 
 
-def save(folder: Path, *cells: Cell) -> None:
+def save(folder: Path, *cells: Cell, iteration: int = 0) -> None:
     """Checkpoints of these cells."""
     for cell in cells:
         checkpoints_folder(folder, cell).mkdir(parents=True, exist_ok=True)
-        (checkpoints_folder(folder, cell) / TRACKER).touch()
+        (checkpoints_folder(folder, cell) / TRACKER).write_text(f"{iteration}\n")
 
 
 def test_first_the_grid_and_no_seed_before_all_of_it(tmp_path: Path, group: Group) -> None:
@@ -148,6 +148,9 @@ def test_scores_need_the_checkpoint_and_end_the_group(tmp_path: Path, group: Gro
     assert todo(tmp_path, group) == [("train", cell) for cell in finals]
     save(tmp_path, *finals)
     assert todo(tmp_path, group) == [("score", cell) for cell in finals]
+    save(tmp_path, *finals, iteration=7)  # of a training that is repeated
+    assert todo(tmp_path, group) == [("train", cell) for cell in finals]
+    save(tmp_path, *finals)
     for cell in finals:
         assert not progress(tmp_path, group).is_done
         end(tmp_path, cell, scores={"accuracy": 50.0})

@@ -22,7 +22,7 @@ from megatron_peft.experiment.contrasts import (
     interval,
     sentences,
 )
-from megatron_peft.experiment.report import build_report, html, markdown
+from megatron_peft.experiment.report import build_report, html, markdown, not_tuned
 from megatron_peft.experiment.results import Results, read_results
 from megatron_peft.experiment.spec import EXPERIMENT_FILE
 from tests.experiment.small_experiment import experiment
@@ -197,7 +197,9 @@ def test_an_arm_that_is_not_tuned_or_not_finished_has_no_verdict(tmp_path: Path)
         is_so = (cell.method, cell.settings["lr"]) == ("lora", "0.4")
         return replace(record, status="failed", reason="killed") if is_so else record
 
-    assert answers(runs(tmp_path / "crashed", 0.2, crashed))[0].verdict == "no verdict: not tuned: lora"
+    crash = runs(tmp_path / "crashed", 0.2, crashed)
+    assert answers(crash)[0].verdict == "no verdict: not tuned: lora"
+    assert [*not_tuned(crash)] == ["**Not tuned,** since points of the grid failed or are missing: tiny, talk: lora."]
     found = answers(runs(tmp_path / "part", 0.2, lambda cell, record: None if cell.seed == 4 else record))[0]
     assert found.verdict == "no verdict: 5 of 6 pairs of runs are in" and found.num_pairs == 5
 

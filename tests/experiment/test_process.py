@@ -84,6 +84,17 @@ def test_each_group_is_one_task_of_its_models_array(tmp_path: Path, environment:
     assert "--nodes=2 " in big and "--job-name=small-big" in big
 
 
+def test_a_group_alone_is_submitted_with_the_flags_of_the_call(tmp_path: Path, environment: dict[str, str]) -> None:
+    models: dict[str, Any] = {"tiny": {}, "big": {"processes": 16, "slurm": {"nodes": 2}}}
+    found, groups = experiment(tmp_path, models=models, prepare=["echo /usr/bin/python x"])
+    path = tmp_path / "submit.sh"
+    path.write_text(script(found, groups[:1], Path("small.yaml"), Path("out"), "submit.sh", ["--jobs", "2"]))
+    told = subprocess.check_output(["bash", str(path)], env=environment, cwd=tmp_path, text=True)
+    assert told == "/usr/bin/python x\n" and len((tmp_path / "sbatch").read_text().splitlines()) == 1
+    command = "-m megatron_peft experiment small.yaml --output out --group tiny,talk,lora --jobs 2"
+    assert (tmp_path / "python").read_text() == f"n1 {command}\n"
+
+
 def test_job_whose_time_is_up_stops_its_runner_and_is_queued_again(tmp_path: Path, environment: dict[str, str]) -> None:
     subprocess.run(["bash", str(written(tmp_path))], env={**environment, "ONLY_SUBMIT": "1"}, check=True, cwd=tmp_path)
     environment |= {"SLURM_ARRAY_TASK_ID": "1", "SLOW": "1"}

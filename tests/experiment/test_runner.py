@@ -147,7 +147,8 @@ def test_a_rate_that_diverges_ends_the_growth_and_is_not_run_again(tmp_path: Pat
 def test_a_rate_that_is_not_tuned_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megatron_peft.experiment.cells.MOST_ADDED", 1)
     whole, told = run(tmp_path, methods={"lora": {"grid": {"lr": [0.03, 0.06]}}}, seeds=[1])
-    assert whole and told[-1] == "NOT TUNED: tiny,talk,lora: lr=0.12 is the lowest or highest that was tried"
+    expected = "NOT TUNED: tiny,talk,lora: lr=0.12, since the best rate is the lowest or highest that was tried"
+    assert whole and told[-1] == expected
 
 
 def test_changed_flag_runs_its_cells_again(tmp_path: Path) -> None:
@@ -161,6 +162,7 @@ def test_failed_cell_is_reported_and_the_others_continue(tmp_path: Path) -> None
     (failure,) = [line for line in told if line.startswith("FAILED")]
     assert not whole
     assert "lr=9" in failure and "exit code 1: " in failure and "the loss is not a number" in failure
+    assert told[-1] == "NOT TUNED: tiny,talk,lora: lr=0.4, since points of the grid failed or are missing"
     assert cells(tmp_path)["tiny,talk,lora,lr=9,seed=1.json"]["status"] == "failed"
     assert sum(bool(one["scores"]) for one in cells(tmp_path).values()) == 1
 
@@ -182,6 +184,29 @@ def test_killed_worker_is_retried_by_the_next_call(tmp_path: Path, monkeypatch: 
     assert not whole and "ended by SIGKILL" in next(line for line in told if line.startswith("FAILED"))
     whole, told = run(tmp_path, jobs=1, **SHORT)
     assert whole and all(one["status"] == "trained" for one in cells(tmp_path).values())
+
+
+def test_a_run_that_stopped_early_is_not_trained_and_goes_on_without_a_time_of_its_own(tmp_path: Path) -> None:
+    settings = {**SHORT, "flags": {"train-iters": 2, "exit-interval": 1}}
+    whole, told = run(tmp_path, **settings)
+    (failure,) = [line for line in told if line.startswith("FAILED: train tiny,talk,lora,lr=0.4,seed=1: --exit-inter")]
+    assert not whole and "reached at iteration 1: the next call goes on from its checkpoint" in failure
+    whole, _ = run(tmp_path, **settings)
+    (path,) = (tmp_path / "out" / "cells").glob("*.json")
+    record = json.loads(path.read_text())
+    assert whole and (record["status"], record["iterations"]) == ("trained", 2)
+    assert record["seconds"] is None and "cpu_seconds" not in record, "of the last process alone"
+
+
+def test_a_trained_record_outlives_a_training_that_was_repeated_and_failed(tmp_path: Path, monkeypatch) -> None:
+    run(tmp_path, **SHORT)
+    before, tasks = cells(tmp_path), content()["tasks"]
+    tasks["talk"]["score"]["metrics"]["new"] = {"path": "items"}
+    monkeypatch.setenv("FAKE_KILL", str(tmp_path / "trap"))
+    (tmp_path / "trap").touch()
+    whole, told = run(tmp_path, **SHORT, tasks=tasks)
+    assert not whole and [line for line in told if line.startswith("FAILED: train ")] and cells(tmp_path) == before
+    assert run(tmp_path, **SHORT, tasks=tasks)[0]
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from megatron_peft.checkpoint.folders import RECORD, link_best
 from megatron_peft.checkpoint.run_record import BestValidation
 from megatron_peft.checkpoint.save import CheckpointNotSaved
 from megatron_peft.config import CheckpointConfig, LoggingConfig
+from megatron_peft.experiment.cell_record import STOPPED
 from megatron_peft.rehearsal import rehearsal
 from megatron_peft.training import loop, watchers
 from megatron_peft.training.loop import train
@@ -76,6 +77,7 @@ TRAINED = "trained 6 iterations"
         ({**TWO, "saver": {"failing": {2}}}, TRAINED, [2, 4, 6, 6], [2, 4, 6]),
         ({**TWO, "saver": {"late": True}}, TRAINED, [2, 4, 6], [2, 4, 6]),
         ({"checkpoint": {}}, TRAINED, [], []),
+        ({"training": {"exit_interval": 6}}, TRAINED, [6], [6]),
         ({"training": {"exit_interval": 4}}, "--exit-interval reached at iteration 4", [4], [4]),
         ({"resume_at": 6}, "nothing to do: the run was complete at iteration 6", [], []),
         ({"resume_at": 4}, "trained 2 iterations (5 to 6): the run is complete", [6], [6]),
@@ -87,6 +89,7 @@ def test_why_a_run_ends_and_when_it_saves(run, capsys, groups, reason, attempts,
     assert (found.reason, found.saver.attempts, found.saved) == (reason, attempts, saved)
     assert sorted(found.records) == saved[-1:] and capsys.readouterr().out.count("saved iteration") == len(saved)
     assert found.state.position.iteration == (4 if "exit" in reason else 6)
+    assert bool(STOPPED.search(reason)) == ("exit" in reason)
     assert found.state.position.consumed_samples == 8 * (found.state.position.iteration - groups.get("resume_at", 0))
 
 
@@ -134,6 +137,13 @@ def test_a_run_that_stopped_early_does_not_continue_unless_it_is_told_to(validat
     assert found.reason.endswith("to continue, raise --early-stopping-patience, or leave it out") and not found.saved
     assert validated([9.0, 9.0], **ended).state.position.iteration == 6
     assert validated([9.0, 9.0], **ended, training={"early_stopping_patience": 3}).state.position.iteration == 5
+
+
+def test_the_test_loss_of_a_run_that_stopped_early_is_measured(start, tmp_path, capsys):
+    run = Run(start, tmp_path, training={"eval_interval": 1, "early_stopping_patience": 2})
+    run.data, run.state.best = replace(run.data, test=run.data.valid), BestValidation(0.5)
+    assert run.to_the_end().reason.startswith("stopped early at iteration 2")
+    assert "test loss at iteration 2: 1.000000E+00" in capsys.readouterr().out
 
 
 def test_keep_best_saves_at_each_lowest_loss(validated, tmp_path):
@@ -231,7 +241,7 @@ def test_a_signal_saves_and_stops_after_the_step(start, tmp_path, number):
     run = Run(start, tmp_path)
     signal_at(run.data.train, 16, number)
     run.to_the_end()
-    assert run.reason == "asked to stop at iteration 3" and run.saved == [3]
+    assert run.reason == "asked to stop at iteration 3" and run.saved == [3] and STOPPED.search(run.reason)
     assert sorted(run.records) == [3] and "validation_loss" not in run.records[3]  # recorded, though nothing is due
 
 
