@@ -99,6 +99,7 @@ class ModelAdapters:
     def __init__(self, model_chunks: Sequence[nn.Module], peft: PeftConfig, seed: int, names: Sequence[str]) -> None:
         self.model_chunks, self.peft, self.seed, self.names = model_chunks, peft, seed, tuple(names)
         self.iteration, self.lr, self.clip_grad = 0, 0.0, 0.0
+        self.scatters_gradients = False
         self.optimizer: Any = None
         self.current: AdaptersStep | None = None
 
@@ -178,6 +179,7 @@ class ModelAdapters:
         wrapped = [chunk for chunk in model if isinstance(chunk, DistributedDataParallel)]
         gathers_late = any(chunk.ddp_config.overlap_param_gather for chunk in wrapped)
         require(not gathers_late, "adapters read parameters before a late gather ends: set overlap_param_gather=False.")
+        self.scatters_gradients = any(chunk.ddp_config.use_distributed_optimizer for chunk in wrapped)
         self._end_step(model)
         finish_gradients(model, *args, **kwargs)
 
@@ -210,6 +212,11 @@ class ModelAdapters:
             require(not clip_grad, "adapters.step: megatron-core's optimizer clips by OptimizerConfig(clip_grad=...).")
             self.optimizer, self.clip_grad = optimizer, optimizer.config.clip_grad
         else:
+            require(
+                not self.scatters_gradients,
+                "adapters.step: with use_distributed_optimizer=True a rank has the sums of its own shard alone: use "
+                "megatron-core's get_megatron_optimizer, or use_distributed_optimizer=False.",
+            )
             self.optimizer, self.clip_grad = PlainOptimizer(optimizer, clip_grad), clip_grad
         grad_norm = update(self)
         self.iteration += 1

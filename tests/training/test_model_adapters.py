@@ -323,6 +323,16 @@ def test_replicas_and_late_gathers_are_refused_where_they_would_not_be_summed(wo
         adapters.sum_gradients()
 
 
+def test_an_optimizer_of_torch_is_refused_where_gradients_are_scattered(world):
+    model = own_model()
+    adapters = add_adapters(model, PeftConfig(lora_rank=2))
+    settings = DistributedDataParallelConfig(use_distributed_optimizer=True)
+    optimizer = torch.optim.SGD(adapters.param_groups(lr=1.0))
+    adapters.finalize_model_grads([DistributedDataParallel(model.config, settings, model)])
+    with pytest.raises(ConfigurationError, match="use megatron-core's get_megatron_optimizer, or use_distributed_opt"):
+        adapters.step(optimizer)
+
+
 def test_a_folder_of_adapters_is_whole_and_new(world, tmp_path):
     peft = PeftConfig(lora_rank=2)
     adapters = add_adapters(own_model(), peft)
