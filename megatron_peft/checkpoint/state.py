@@ -57,8 +57,8 @@ class TrainingState:
 
     @property
     def lr(self) -> float:
-        """--lr, the peak rate of the schedule."""
-        return self.config.optimizer.lr
+        """The peak rate of the schedule: --lr, or a checkpoint's."""
+        return self.schedule.max_lr
 
     @property
     def clip_grad(self) -> float:

@@ -256,6 +256,7 @@ def test_the_rate_of_B_is_four_times_that_of_either_schedule(loaded, flag, highe
     """After two of three steps of a cosine a quarter of the rate is left."""
     state = loaded(optimizer={"lr": 1e-3, flag: True}).state
     assert sorted(group["lr"] for group in state.optimizer.param_groups) == pytest.approx([highest / 4, highest])
+    assert state.lr == highest, "of which a rotation's share in lambda is taken"
 
 
 def test_a_rotations_own_rate_stays_what_it_is_with_the_checkpoints_schedule():
