@@ -14,6 +14,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import Float16Module
 
 from megatron_peft import ConfigurationError, ModelAdapters, PeftConfig, add_adapters
 from megatron_peft.adapters.rotation import BlockRotation
@@ -308,6 +309,22 @@ def test_an_optimizer_without_the_methods_groups_is_refused(world):
 def test_merges_into_weights_of_less_than_float32_are_refused_when_adapters_are_added(world):
     with pytest.raises(ConfigurationError, match="merges changes into weights, which must be float32, not torch.bfl"):
         add_adapters(own_model().bfloat16(), PeftConfig(**OTHERS["merging"]))
+
+
+def test_adapters_are_added_after_float16module_which_rounds_rotations(world):
+    peft, tokens = PeftConfig(**HYBRID), torch.arange(8)[None]
+    model = own_model(bf16=True, params_dtype=torch.bfloat16)
+    adapters, module = add_adapters(model, peft), Float16Module(model.config, model)
+    for begin in (adapters.begin_step, lambda: adapters.start_from_gradients(lambda: None)):
+        with pytest.raises(ConfigurationError, match="float32, not torch.bfloat16: add the adapters after Float16Mod"):
+            begin()
+    adapters.merge()
+    adapters = add_adapters(model, peft)
+    optimizer = torch.optim.SGD(adapters.param_groups(lr=1.0))
+    adapters.begin_step()
+    module(tokens, tokens, None).sum().backward()
+    adapters.sum_gradients()
+    assert adapters.step(optimizer) > 0
 
 
 def test_replicas_and_late_gathers_are_refused_where_they_would_not_be_summed(world, monkeypatch):
