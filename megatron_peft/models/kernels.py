@@ -9,9 +9,12 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
 from inspect import signature
+from shutil import which
 from typing import Any
 
 import torch
+from megatron.core.tensor_parallel import random
+from torch.utils import cpp_extension
 
 from megatron_peft.config import ModelConfig, ParallelConfig, RunConfig, require
 from megatron_peft.models.shape import ModelShape
@@ -261,11 +264,20 @@ def _compile_problem() -> str:
 
 def require_norm_recompute(model: ModelConfig, installed: Installed) -> None:
     """Raises ConfigurationError if --recompute-modules names norms, which megatron-core then cannot recompute."""
+    if "layernorm" not in model.recompute_modules:
+        return
     require(
-        not installed.cuda or installed.transformer_engine or "layernorm" not in model.recompute_modules,
+        not installed.cuda or installed.transformer_engine,
         "--recompute-modules layernorm needs the package transformer_engine, which megatron-core calls there and which "
         "cannot be imported: leave layernorm out, or pip install 'transformer-engine[pytorch]'.",
     )
+    if hasattr(random, "_get_share_storage"):  # of megatron-core 0.19, which has torch compile it in the first backward
+        compiler = cpp_extension.get_cxx_compiler()
+        require(
+            cpp_extension.is_ninja_available() and which(compiler.partition(" ")[0]) is not None,
+            f"--recompute-modules layernorm needs ninja and a C++ compiler ({compiler}), with which megatron-core "
+            "compiles there: apt-get install ninja-build g++ python3-dev, or leave layernorm out.",
+        )
 
 
 @cache

@@ -242,11 +242,25 @@ def test_auto_takes_transformer_engine_on_a_gpu():
     assert [uses_transformer_engine(*one) for one in asked] == [True, False, False, False]
 
 
-def test_norms_are_recomputed_on_a_gpu_with_transformer_engine_only():
+def test_norms_are_recomputed_on_a_gpu_with_transformer_engine_only(monkeypatch):
+    monkeypatch.delattr(kernels.random, "_get_share_storage", raising=False)
     recomputed = {"transformer": {"recompute_granularity": "selective"}, "recompute_modules": ("mlp", "layernorm")}
     kernels.require_norm_recompute(run_of(recomputed).model, EVERYTHING)
     with pytest.raises(ConfigurationError, match="--recompute-modules layernorm needs the package transformer_engine"):
         kernels.require_norm_recompute(run_of(recomputed).model, GPU)
+
+
+@pytest.mark.parametrize(("ninja", "compiler"), [(True, "/missing/c++"), (False, "sh"), (True, "sh -c")])
+def test_norms_that_are_recomputed_by_compiled_code_need_what_compiles_it(monkeypatch, ninja, compiler):
+    monkeypatch.setattr(kernels.random, "_get_share_storage", None, raising=False)
+    monkeypatch.setattr(kernels.cpp_extension, "is_ninja_available", lambda: ninja)
+    monkeypatch.setenv("CXX", compiler)
+    alone: Any = SimpleNamespace(recompute_modules=("mlp",))
+    kernels.require_norm_recompute(alone, Installed(cuda=False))
+    alone.recompute_modules = ("layernorm",)
+    is_there = (ninja, compiler) == (True, "sh -c")
+    with nullcontext() if is_there else pytest.raises(ConfigurationError, match="needs ninja and a C\\+\\+ compiler"):
+        kernels.require_norm_recompute(alone, Installed(cuda=False))
 
 
 def test_torchs_packed_attention_is_called_as_it_is_declared(monkeypatch: pytest.MonkeyPatch):
