@@ -14,6 +14,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
+from glob import escape
 from itertools import accumulate
 from pathlib import Path
 from types import MappingProxyType
@@ -300,7 +301,19 @@ def _rows_of(path: Path) -> Any:
             return datasets.Dataset.from_file(str(path))
         except Exception:  # noqa: BLE001 - Arrow's other format, of files and not of streams; read below
             pass
-    return datasets.load_dataset(path.suffix[1:], data_files=str(path), split="train")
+    return _loaded(path.suffix[1:], data_files=escape(str(path.absolute())))["train"]
+
+
+def _loaded(*given: Any, **options: Any) -> Any:
+    """What `datasets` loads; a cell of a CSV is the text in the file."""
+    import datasets
+
+    builder: Any = datasets.load_dataset_builder(*given, **options)
+    if builder.name == "csv":
+        builder.config.chunksize = 1
+        first = next(iter(next(iter(builder.as_streaming_dataset().values()))), {})
+        options |= {"features": datasets.Features(dict.fromkeys(first, datasets.Value("string"))), "na_filter": False}
+    return datasets.load_dataset(*given, **options)
 
 
 def _split_of(folder: Path, choice: list[str], named: str) -> Any:
@@ -311,7 +324,9 @@ def _split_of(folder: Path, choice: list[str], named: str) -> Any:
     if any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
         loaded = datasets.load_from_disk(str(folder))
     else:
-        loaded = datasets.load_dataset(str(folder), choice[0] if len(choice) > 1 else None)
+        place = str(folder.resolve())
+        require(escape(place) == place, f"{named}: `datasets` takes [, * and ? in {place} as a pattern: rename it.")
+        loaded = _loaded(str(folder), choice[0] if len(choice) > 1 else None)
     if isinstance(loaded, datasets.Dataset):
         require(split is None, f"{named} has no splits: leave :{split} out.")
         return loaded

@@ -186,8 +186,32 @@ def test_tables_have_the_records_of_json_and_a_blend_may_mix_them(tables, tmp_pa
     path = tmp_path / "a.csv"
     path.write_text('prompt,completion\n"1, 2",3\n')
     records = RecordFiles([str(path), write_lines([{"text": "a"}])], FLAG)
-    assert records[0] == {"prompt": "1, 2", "completion": 3} and records[1] == {"text": "a"}
+    assert records[0] == {"prompt": "1, 2", "completion": "3"} and records[1] == {"text": "a"}
     assert records.digest != RecordFiles([str(path)], FLAG).digest
+
+
+def test_a_path_with_brackets_is_no_pattern(tmp_path, monkeypatch):
+    """A folder with them, which `datasets` would search for as a pattern, is refused by name."""
+    (tmp_path / "a[1]").mkdir()
+    names = ["train1.parquet", "train[1].parquet", "a[1]/train1.parquet"]
+    monkeypatch.chdir(tmp_path)
+    for name in names:
+        datasets.Dataset.from_list([{"text": name}]).to_parquet(name)
+    for name in names:
+        assert RecordFiles([name], FLAG)[0]["text"] == name
+    with pytest.raises(ConfigurationError, match=r"--train-data-path a\[1\]: .* a pattern: rename it"):
+        RecordFiles(["a[1]"], FLAG)
+
+
+@pytest.mark.parametrize("in_a_folder", [False, True])
+def test_a_cell_of_a_csv_is_the_text_in_the_file(tmp_path, in_a_folder):
+    cells = ["None", "NA", "null", "04", "1e5", "True", " ", ""]
+    (tmp_path / "rows").mkdir()
+    path = tmp_path / "rows" / "train.csv"
+    path.write_text("prompt,completion\n" + "".join(f"{number},{cell}\n" for number, cell in enumerate(cells)))
+    records = RecordFiles([str(path.parent if in_a_folder else path)], FLAG)
+    expected = [{"prompt": str(number), "completion": cell} for number, cell in enumerate(cells)]
+    assert [records[i] for i in range(len(records))] == expected
 
 
 @pytest.mark.parametrize(
