@@ -367,7 +367,7 @@ class Fit:
             raise ConfigurationError(f"{records.place(first)}: {error}") from error
 
     def left_out(self, records: RecordFiles, index: int) -> list[str]:
-        """Fields of a record that nothing reads and, as `messages[].name`, those of its messages."""
+        """Fields of a record that nothing reads and, as `messages[].name`, those of its messages; `PARTIAL_ANSWER`."""
         record_format = self.format_of(records, index)
         native, kind = record_format.native(records[index]), record_format.kind
         if kind != "messages":
@@ -377,4 +377,14 @@ class Fit:
         of_messages = {"role", "content", "tool_calls"} | inputs.fields
         inner = {name: None for message in native["messages"] for name in message if message[name] is not None}
         unread = [f"messages[].{name}" for name in inner if name not in of_messages]
-        return [name for name in native if name not in read] + unread
+        text = _without_spaces(self.tokenizer.render_chat(native["messages"], tools=native.get("tools")))
+        answers = (turn.get("content") or "" for turn in native["messages"] if turn["role"] == "assistant")
+        is_partial = any(_without_spaces(answer) not in text for answer in answers)
+        return [name for name in native if name not in read] + unread + [PARTIAL_ANSWER] * is_partial
+
+
+PARTIAL_ANSWER = "part of messages[].content"  # where the template leaves out an assistant's reasoning, for instance
+
+
+def _without_spaces(text: str) -> str:
+    return "".join(text.split())

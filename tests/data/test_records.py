@@ -262,6 +262,24 @@ def test_fields_that_nothing_reads_are_counted_once_those_of_messages_too(write_
     assert warnings == [f'fields that nothing reads were left out: {left_out}, "\\x1b[2Jsource" (1 records).']
 
 
+@pytest.mark.parametrize(
+    ("written", "told"),
+    [
+        (
+            "split('</think>')[-1]",
+            ['fields that nothing reads were left out: "part of messages[].content" (1 records).'],
+        ),
+        ("replace('\n', '')", []),
+    ],
+    ids=["without reasoning", "without line breaks"],
+)
+def test_answers_of_which_the_template_writes_a_part_are_counted(tmp_path, write_lines, written, told):
+    tokenizer = tokenizer_of(CHATML.replace("m['content']", f"m['content'].{written}"), tmp_path)
+    answers = [{"role": "assistant", "content": content} for content in ("<think>\na\n</think>\n\nb", "b", "\n")]
+    chats = [{"messages": [{"role": "user", "content": "q"}, answer]} for answer in answers]
+    assert InstructionDataset(RecordFiles([write_lines(chats)], FLAG), Fit(tokenizer, 64)).warnings == told
+
+
 def test_bos_is_put_before_prompts_and_texts_but_the_template_writes_its_own(tmp_path):
     tokenizer = HuggingFaceTokenizer(str(save_tokenizer(tmp_path, adds_bos=True)))
     records = ({"prompt": "the", "completion": "cat"}, {"text": "the"}, ANSWERED)
