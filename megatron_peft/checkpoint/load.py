@@ -144,7 +144,8 @@ def load_checkpoint(state: TrainingState) -> Path | None:
     chunks = [chunk.module for chunk in state.model_chunks]
     record = from_first_rank(lambda: run_record.read_record(checkpoint))
     base, schedule = base_fingerprint(state.config.model.pretrained_checkpoint), state.schedule.state_dict()
-    current = CurrentRun(state.config, state.shape, tensors.adapted_layers(chunks), base, schedule, state.data_digest)
+    layers, digests = tensors.adapted_layers(chunks), (state.data_digest, state.tokenizer_digest)
+    current = CurrentRun(state.config, state.shape, layers, base, schedule, *digests)
     resumes_optimizer = _resumes_optimizer(settings)
     # All of the record is compared before the first tensor is read, so that a refused checkpoint changes nothing.
     checked_together(lambda: _refuse(record, current, resumes_optimizer))

@@ -49,6 +49,7 @@ class RunRecord:
     schedule: Mapping[str, Any] | None  # state of megatron-core's; None without optimizer state
     optimizer_steps: Mapping[str, int] | None  # updates of each parameter, by key; None without optimizer state
     data_digest: str | None = None  # of the training data's files; older records have none
+    tokenizer_digest: str | None = None  # with its chat template; older records have none
     best: BestValidation = BestValidation()  # older records have none
 
     def to_json(self) -> str:
@@ -183,6 +184,7 @@ class CurrentRun:
     base_fingerprint: Mapping[str, str] | None
     schedule: Mapping[str, Any]
     data_digest: str | None = None
+    tokenizer_digest: str | None = None
 
 
 def contradictions(record: RunRecord, current: CurrentRun) -> list[str]:
@@ -237,6 +239,9 @@ def changes(record: RunRecord, current: CurrentRun) -> str:
     before, now = record.config.model.transformer, current.config.model.transformer
     values += [(name, before.get(name, 0.0), now.get(name, 0.0)) for name in ("hidden_dropout", "attention_dropout")]
     values.append(("global_batch_size", record.config.global_batch_size, current.config.global_batch_size))
+    tokenizers = {record.tokenizer_digest, current.tokenizer_digest}
+    if len(tokenizers) == 1 and None not in tokenizers:  # the path of a template may be another
+        values = [value for value in values if value[0] != "chat_template"]
     changed = [f"{flag(name)} {_shown(new)} (before: {_shown(old)})" for name, old, new in values if old != new]
     # training data whose path is the same
     paths = {(config.data.train_data_path, config.data.data_path) for config in (record.config, current.config)}
@@ -244,6 +249,8 @@ def changes(record: RunRecord, current: CurrentRun) -> str:
     if len(paths) == 1 and all(digests) and digests[0] != digests[1]:
         name = "data_path" if current.config.data.data_path else "train_data_path"
         changed.append(f"other contents of {flag(name)} {_shown(getattr(current.config.data, name))} than before")
+    if len(tokenizers) == 2 and None not in tokenizers:
+        changed.append("another tokenizer or chat template than before")
     listed = ", ".join(dict.fromkeys(changed))  # --seed is in two sections
     return f"{_load(current)}: the run continues with {listed}, at the old position." if changed else ""
 

@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import logging
+import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -128,9 +129,10 @@ def tensors_to_save(state: TrainingState, entries: Sequence[Sharded]) -> list[Sh
 def record_of(state: TrainingState, layers: tuple[str, ...], entries: Sequence[Sharded]) -> RunRecord:
     """What a checkpoint of now says of the run: of its adapted layers, and with the optimizer's steps of `entries`."""
     config, base = state.config, state.config.model.pretrained_checkpoint
-    if base is not None and Path(base).exists():  # whoever reads the record may be in another folder
-        model = dataclasses.replace(config.model, pretrained_checkpoint=str(Path(base).absolute()))
-        config = dataclasses.replace(config, model=model)
+    # Whoever reads the record may be in another folder.
+    model = dataclasses.replace(config.model, pretrained_checkpoint=_absolute(base))
+    files = {name: _absolute(getattr(config.data, name)) for name in ("tokenizer_model", "chat_template")}
+    config = dataclasses.replace(config, model=model, data=dataclasses.replace(config.data, **files))
     saves_optimizer = not config.checkpoint.no_save_optim
     return RunRecord(
         config=config,
@@ -141,8 +143,14 @@ def record_of(state: TrainingState, layers: tuple[str, ...], entries: Sequence[S
         schedule=state.schedule.state_dict() if saves_optimizer else None,
         optimizer_steps=steps_of(state.optimizer, entries) if saves_optimizer else None,
         data_digest=state.data_digest,
+        tokenizer_digest=state.tokenizer_digest,
         best=state.best,
     )
+
+
+def _absolute(name: str | None) -> str | None:
+    """The absolute path of what is here; a name of the Hub and the text of a chat template stay."""
+    return str(Path(name).absolute()) if name and os.path.exists(name) else name
 
 
 def base_fingerprint(folder: str | None) -> Mapping[str, str] | None:

@@ -49,6 +49,7 @@ class TrainingState:
     schedule: OptimizerParamScheduler
     position: Position = field(default_factory=Position)
     data_digest: str | None = None  # of the training data, if known
+    tokenizer_digest: str | None = None  # with its chat template, if known
     best: BestValidation = BestValidation()
 
     @property

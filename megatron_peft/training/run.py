@@ -166,7 +166,7 @@ def finetune(
             after_step = LiveSync(config, shape, data).after_step
         print_rank_0("\n".join(filter(None, [attention, loss_summary(config, shape), warning])))
         state = build_state(config, shape, data.train_iters, first_steps(config, data.train))
-        state.data_digest = data.digest
+        state.data_digest, state.tokenizer_digest = data.digest, tokenizer.digest
         checkpoint = load.load_checkpoint(state)
         data = replace(data, train_iters=length_of_resumed(config, data.train_iters, state.position))
         if checkpoint is not None:

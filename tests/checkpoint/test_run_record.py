@@ -99,6 +99,14 @@ def test_what_may_change(changes):
             {"data_digest": "34"},
             "--train-data-path pairs.jsonl (before: a.jsonl b.jsonl)",
         ),
+        ({}, {"tokenizer_digest": "34"}, ""),  # an older record
+        ({"tokenizer_digest": "12"}, {"tokenizer_digest": "34"}, "another tokenizer or chat template than before"),
+        pytest.param(
+            {"tokenizer_digest": "12", "config": make_config(data_settings={"chat_template": "/where/a.jinja"})},
+            {"tokenizer_digest": "12", "data_settings": {"chat_template": "a.jinja"}},
+            "",
+            id="the template by another path",
+        ),
     ],
 )
 def test_other_data_and_other_settings_give_a_warning(before, now, told):

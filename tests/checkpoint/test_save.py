@@ -21,13 +21,14 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron_peft.checkpoint import folders, safe_pickle, save
 from megatron_peft.checkpoint.folders import MANIFEST, publish, start_draft
 from megatron_peft.checkpoint.save import Saver
-from megatron_peft.checkpoint.state import random_targets, random_tensors, restore_random
+from megatron_peft.checkpoint.state import Position, random_targets, random_tensors, restore_random
 from megatron_peft.checkpoint.tensors import RankFiles, complete_files
 from megatron_peft.config import CheckpointConfig, ConfigurationError
 from megatron_peft.parallel.collectives import from_first_rank
 from megatron_peft.runtime import failure
 from megatron_peft.runtime.failure import run_together
 from megatron_peft.runtime.launch import gather_over_world, start_world
+from tests.checkpoint.runs import SHAPE, make_config
 from tests.checkpoint.test_folders import holder
 from tests.ranks import Ranks
 from tests.recorded_calls import recorded_calls
@@ -230,6 +231,24 @@ def test_a_folder_of_tensors_is_on_the_disk_before_it_has_its_name_and_that_afte
     save.write_new_folder([], tmp_path / "new")
     told = " ".join(f"{name} {path.name}" for name, path in calls)
     assert re.search(rf"fsync {MANIFEST} fsync \.new\.\w+\.draft rename new fsync {tmp_path.name}$", told)
+
+
+def test_a_record_names_tokenizer_and_chat_template_so_that_other_folders_find_them(alone, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("tokens", "a.jinja"):
+        (tmp_path / name).touch()
+    found = []
+    for tokenizer, template in (("tokens", "a.jinja"), ("org/name", "{{ messages }}" * 300)):
+        data = {"tokenizer_model": tokenizer, "chat_template": template}
+        state = SimpleNamespace(
+            config=make_config(data_settings=data, checkpoint={"no_save_optim": True}),
+            **{"shape": SHAPE, "schedule": None, "position": Position(), "best": None},
+            **{"data_digest": None, "tokenizer_digest": "12"},
+        )
+        record = save.record_of(state, (), [])
+        found += [record.config.data.tokenizer_model, record.config.data.chat_template, record.tokenizer_digest]
+    expected = [str(tmp_path / "tokens"), str(tmp_path / "a.jinja"), "12", "org/name", "{{ messages }}" * 300, "12"]
+    assert found == expected
 
 
 def draws():

@@ -123,9 +123,10 @@ def test_what_a_resumed_run_changes_gives_a_warning(run, files, tmp_path, caplog
     assert "the run continues" not in caplog.text
     text = Path(data).read_text()
     Path(data).write_text(text.replace("1", "2", 1))
-    settings["data_settings"]["seed"] = 7
+    settings["data_settings"] |= {"seed": 7, "vocab_size": 999}
     run(checkpoint={"save": str(tmp_path), "load": str(tmp_path)}, **settings)
-    told = f"--seed 7 (before: 1234), other contents of --train-data-path {data} than before"
+    told = f"--seed 7 (before: 1234), other contents of --train-data-path {data} than before, "
+    told += "another tokenizer or chat template than before"
     assert f"the run continues with {told}, at the old position" in caplog.text
 
 
