@@ -70,7 +70,6 @@ class RunFlags:
         self._spellings: dict[tuple[str, str], str] = {}
 
         parts = split_at_flags(words)
-        self._typed = {name for name, _ in parts}
         files = [values for name, values in parts if name == CONFIG_FLAG]
         require(all(map(all, files)) and [] not in files, f"{CONFIG_FLAG} needs a file: {CONFIG_FLAG} run.yaml.")
         for entry in file_entries(sum(files, []), self._served, self._why_unknown):
@@ -176,11 +175,11 @@ class RunFlags:
                 self.values["command"].setdefault(served.key, None)  # it was given
             return
         assert served is not None
-        if served.target != "command" and not (place and name in self._typed):  # else what is typed overrides it
+        if served.target != "command":
             joined = len(words) == 1 and words[0].startswith("-")
             self.words += [f"{name}={words[0]}"] if joined else [name, *words]
         values, field = self.values[served.target], (served.target, served.key)
-        if served.many and field in self._spellings:  # typed before, not in a file
+        if name == "--stop" and field in self._spellings:  # typed before, not in a file; --stop=--- takes one value
             value = (*values[served.key], *value)
         before = self._spellings.setdefault(field, name)
         if before not in served.names and values[served.key] != value:

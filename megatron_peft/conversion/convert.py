@@ -247,6 +247,7 @@ def _write(
         hf_files.set_stored_type(draft, types.values())
         write_safetensors(draft, specs, tensors(), max_shard_bytes, advance=advance)
         if card is not None:
+            hf_files.copy_trained_tokenizer(card.record.config.data, draft)
             model_card.write_card(draft, card)
     return output
 

@@ -1,6 +1,7 @@
 """Read Hugging Face weight files slice by slice, check their tensors, and copy or write the files beside them."""
 
 import json
+import logging
 import os
 import pickle
 import re
@@ -18,8 +19,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_peft.checkpoint.safe_pickle import plain_reason, require_harmless
-from megatron_peft.config import ConfigurationError, require, untrusted
+from megatron_peft.config import ConfigurationError, DataConfig, require, untrusted
 from megatron_peft.models.rules import HFTensor, Index, RowRange, Rule
+
+logger = logging.getLogger(__name__)
 
 # A source maps its file again after this many bytes of tensors: pages that were read stay resident until the file is
 # unmapped.
@@ -342,18 +345,39 @@ def raise_problems(what: str, problems: Mapping[str, list[str]]) -> None:
 
 CONFIG = "config.json"
 # What is copied from a Hugging Face folder besides its weights; never code.
-SMALL_FILES = (
-    *(CONFIG, "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*"),
-    *("merges.txt", "spiece.model", "chat_template*"),
+CHAT_TEMPLATE = "chat_template.jinja"
+TOKENIZER_FILES = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model"),
+    "chat_template*",
 )
+SMALL_FILES = (CONFIG, "generation_config.json", *TOKENIZER_FILES)
 TYPE_KEYS = ("dtype", "torch_dtype")  # in new and in old config.json
 
 
-def copy_small_files(source: Path, target: Path) -> None:
+def copy_small_files(source: Path, target: Path, patterns: Iterable[str] = SMALL_FILES) -> None:
     """Copy config.json, generation settings and the tokenizer's files, as far as they exist, without permissions."""
-    paths = (path for pattern in SMALL_FILES for path in sorted(source.glob(pattern)) if path.is_file())
-    for path in paths:
+    for path in _found(source, patterns):
         shutil.copyfile(path, target / path.name)
+
+
+def copy_trained_tokenizer(data: DataConfig, target: Path) -> None:
+    """Put a run's own tokenizer and chat template, if it had some, in the place of those of its base."""
+    folder, template = Path(data.tokenizer_model or ""), data.chat_template
+    if data.tokenizer_model and not folder.is_dir():
+        logger.warning("the tokenizer is the base's: the run's --tokenizer-model %s is no folder here", folder)
+    elif data.tokenizer_model:
+        for path in _found(target, TOKENIZER_FILES):
+            path.unlink()
+        copy_small_files(folder, target, TOKENIZER_FILES)
+    if template and "{" not in template and not Path(template).is_file():
+        logger.warning("the chat template is the base's: the run's --chat-template %s is not here", template)
+    elif template:
+        text = template if "{" in template else untrusted.read_text(Path(template))
+        (target / CHAT_TEMPLATE).write_text(text, encoding="utf-8")
+
+
+def _found(folder: Path, patterns: Iterable[str]) -> list[Path]:
+    return [path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file()]
 
 
 def set_stored_type(folder: Path, dtypes: Iterable[torch.dtype]) -> None:

@@ -16,6 +16,7 @@ from megatron_peft.adapters import low_rank
 from megatron_peft.checkpoint.folders import megatron_files, new_folder
 from megatron_peft.checkpoint.run_record import ADAPTER_CONFIG
 from megatron_peft.config import ConfigurationError, PeftConfig, PeftFormat, methods, require, sources
+from megatron_peft.conversion.hf_files import copy_trained_tokenizer
 from megatron_peft.conversion.lora_approximation import RunAsLora, approximate
 from megatron_peft.conversion.model_card import NUM_TOKENS, Exported, add_logits, check_export, write_card
 from megatron_peft.conversion.trained_adapters import (
@@ -134,6 +135,7 @@ def _write(card: Exported, adapter: PeftAdapter, num_tokens: int | None) -> None
     with new_folder(card.output) as draft:
         (draft / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         write_safetensors(draft, specs, adapter.tensors(), max_shard_bytes=sys.maxsize, stem="adapter_model")
+        copy_trained_tokenizer(card.record.config.data, draft)
         write_card(draft, card)
     add_logits(card, num_tokens)
 

@@ -64,14 +64,14 @@ def run_demo(folder: Path, method: str = PeftConfig.method, extra_flags: Sequenc
     Raises ConfigurationError: a flag is wrong (before any download); a download, the training or a scoring failed.
     """
     started_at = time.monotonic()
-    unread = PairFiles(Path("train.jsonl"), Path("valid.jsonl"))
-    asked = RunFlags(training_flags(Path("model"), unread, method, extra_flags))
+    unread = training_flags(Path("model"), PairFiles(Path("train.jsonl"), Path("valid.jsonl")), method)
+    asked = RunFlags([*unread, *extra_flags])
     parallel = asked.config({"WORLD_SIZE": str(asked.replica_size)}).parallel
     _print_progress(f"model and messages in {folder}")
     model = prepare_model(folder / "model", folder / "downloads")
     files = _short_files(prepare_pairs(folder / "data", folder / "downloads"))
     save = folder / method / CHECKPOINTS
-    flags = training_flags(model, files, method, extra_flags)
+    flags = [*training_flags(model, files, method), *extra_flags]
     before, after = _trained(folder / method, flags, parallel.world_size)
     records, lambdas = read_metrics(save / METRICS_FILE), read_metrics(save / LAMBDA_FILE)
     held_out = read_pairs(files.valid)
@@ -115,8 +115,8 @@ def _short_files(files: PairFiles) -> PairFiles:
     return short
 
 
-def training_flags(model: Path, files: PairFiles, method: str, extra: Sequence[str] = ()) -> list[str]:
-    """pretrain_peft.py's flags for the demo's run, --save and --load aside; `extra` ones override them."""
+def training_flags(model: Path, files: PairFiles, method: str) -> list[str]:
+    """pretrain_peft.py's flags for the demo's run, --save and --load aside."""
     flags = {
         "pretrained-checkpoint": model,
         "train-data-path": files.train,
@@ -135,8 +135,8 @@ def training_flags(model: Path, files: PairFiles, method: str, extra: Sequence[s
         "eval-interval": ITERATIONS,
         "num-workers": 0,
     }
-    own = {f"--{name}": str(value) for name, value in flags.items() if f"--{name}" not in extra}
-    return [*(word for pair in own.items() for word in pair), "--pack-sequences", *extra]
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    return [*words, "--pack-sequences"]
 
 
 def _trained(folder: Path, flags: list[str], num_ranks: int) -> tuple[DemoScore, DemoScore]:

@@ -7,6 +7,7 @@ import re
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_peft.checkpoint.folders import OPTIMIZER_FILE, write_manifest
+from megatron_peft.checkpoint.run_record import find_checkpoint, read_record
 from megatron_peft.checkpoint.safe_pickle import read_metadata
 from megatron_peft.checkpoint.tensors import load_parameters, sharded_parameters
 from megatron_peft.config import ConfigurationError
@@ -23,10 +25,11 @@ from megatron_peft.conversion import convert
 from megatron_peft.conversion.convert import ShardSlice, hf_to_megatron, megatron_to_hf, merge
 from megatron_peft.conversion.hf_files import Source
 from megatron_peft.conversion.megatron_files import open_distributed
+from megatron_peft.conversion.peft_export import export_adapter
 from megatron_peft.conversion.pretrained import load_pretrained
 from megatron_peft.models.families import read_shape
 from megatron_peft.models.shape import ModelShape
-from tests.conversion.adapter_runs import RUNS, trained_on
+from tests.conversion.adapter_runs import RUNS, copy_run, trained_on, with_config
 from tests.conversion.megatron_folders import (
     ODD,
     bloom_shapes,
@@ -271,6 +274,34 @@ def test_type_and_shards_are_chosen(moved, merged, tmp_path):
     assert len(set(index.values())) > 2
     assert equal(small, {name: tensor.bfloat16() for name, tensor in tensors_of(merged("tp2")).items()})
     assert json.loads((tmp_path / "small" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_the_runs_own_tokenizer_and_chat_template_come_along(moved, tmp_path, caplog):
+    base, own = Path(shutil.copytree(moved.base("base"), tmp_path / "base")), tmp_path / "own"
+    own.mkdir()
+    for path in (base / "vocab.json", base / "tokenizer.json", own / "tokenizer.json"):
+        path.write_text(path.parent.name)
+    (tmp_path / "mine.jinja").write_text("{{ messages }}")
+    trained = trained_on(moved.run("tp2"), tmp_path / "run", base)
+    given = read_record(find_checkpoint(trained)).config.data
+
+    def tokenizers(name: str, **settings: Any) -> list[dict[str, str]]:
+        run = copy_run(trained, tmp_path / name, with_config(data=dataclasses.replace(given, **settings)))
+        written = merge(run, tmp_path / f"merged {name}"), export_adapter(run, tmp_path / f"adapter {name}")
+        files = [
+            path for folder in written for path in folder.iterdir() if re.match("chat_|tokenizer|vocab", path.name)
+        ]
+        return [{path.name: path.read_text() for path in files if path.parent == folder} for folder in written]
+
+    mine = {"tokenizer.json": "own", "chat_template.jinja": "{{ messages }}"}
+    assert tokenizers("files", tokenizer_model=str(own), chat_template=str(tmp_path / "mine.jinja")) == [mine, mine]
+    of_base = {"tokenizer.json": "base", "vocab.json": "base"}
+    text = {"chat_template.jinja": "{{ 1 }}"}
+    assert tokenizers("text", chat_template="{{ 1 }}") == [of_base | text, text]
+    assert tokenizers("gone", tokenizer_model="gone", chat_template="gone.jinja") == [of_base, {}]
+    assert (
+        "--tokenizer-model gone is no folder here" in caplog.text and "--chat-template gone.jinja is not" in caplog.text
+    )
 
 
 @pytest.mark.parametrize("form", ["converted", "run"])

@@ -154,12 +154,6 @@ def test_the_flags_are_those_of_pretrain_peft(method, tmp_path):
     assert config.data.pack_sequences
 
 
-def test_typed_data_replaces_the_demos(tmp_path):
-    files = PairFiles(tmp_path / "a.jsonl", tmp_path / "b.jsonl")
-    flags = module.training_flags(tmp_path, files, "lora", ["--train-data-path", "c.jsonl"])
-    assert read_config(flags, {"WORLD_SIZE": "2"}).data.train_data_path == ("c.jsonl",)
-
-
 def test_little_is_trained_and_all_is_scored_at_once(tmp_path):
     """What a demo takes: 15 milliseconds of a core for each trained token, and a step of generation for each batch."""
     flags = module.training_flags(tmp_path, PairFiles(tmp_path / "a.jsonl", tmp_path / "b.jsonl"), "lora")
