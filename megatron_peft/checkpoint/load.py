@@ -167,10 +167,8 @@ def load_checkpoint(state: TrainingState) -> Path | None:
     if not (settings.finetune or settings.no_load_rng):
         targets = random_targets(stored)
         tensors.read_tensors(targets, checkpoint, index)  # a collective: without targets too
-        if targets:
-            restore_random(targets)
-        else:
-            _warn("%s holds no random generators for this layout: they start from --seed", checkpoint)
+        if not (targets and restore_random(targets)):
+            _warn("%s holds no random generators for this layout and device: they start from --seed", checkpoint)
     return checkpoint
 
 

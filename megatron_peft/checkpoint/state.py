@@ -260,7 +260,7 @@ def set_steps(optimizer: MegatronOptimizer, entries: Sequence[Sharded], steps: M
 #                            data-parallel rank
 #     rng.<rank>.<name>      in old checkpoints: bytes of one of them
 #
-# They belong to a layout: at another one a run keeps the generators of its own seed.
+# They belong to a layout and a kind of device: at another one a run keeps the generators of its own seed.
 
 TRACKER = "tracker."
 ALL = "all"
@@ -291,22 +291,26 @@ def random_targets(stored: Mapping[str, tuple[int, ...]]) -> list[Target]:
     return [Target(one, [ShardedTensor.from_rank_offsets(key, one)], False, False) for key, one in buffers.items()]
 
 
-def restore_random(filled: list[Target]) -> None:
-    """Set this rank's generators from the filled `random_targets`."""
+def restore_random(filled: list[Target]) -> bool:
+    """Set this rank's generators from the filled `random_targets`; False: they are another kind of device's."""
     states = {target.slices[0].key.removeprefix(_prefix()): target.tensor for target in filled}
     if ALL in states:
         try:
             states = safetensors.torch.load(bytes(states[ALL].numpy()))
         except SafetensorError as error:
             raise ConfigurationError(f"the checkpoint's random state is damaged: {error}.") from error
+    tracked = {name.removeprefix(TRACKER): state for name, state in states.items() if name.startswith(TRACKER)}
+    present = _tracker().get_states()
+    if any(name not in tracked or tracked[name].shape != state.shape for name, state in present.items()):
+        return False
     version, words, gauss = _from_bytes(states["python"])
     random.setstate((version, tuple(words), gauss))
     np.random.set_state(tuple(_from_bytes(states["numpy"])))
     torch.set_rng_state(states["torch"])
     if torch.cuda.is_available() and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"])
-    tracked = {name.removeprefix(TRACKER): state for name, state in states.items() if name.startswith(TRACKER)}
     _tracker().set_states(tracked)
+    return True
 
 
 def _tracker() -> CudaRNGStatesTracker:

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_peft.adapters.blocks import HeldBlocks
+from megatron_peft.checkpoint import state
 from megatron_peft.config import CheckpointConfig, ConfigurationError, LoggingConfig
 from megatron_peft.runtime.launch import start_world, stop_model_parallel
 from megatron_peft.training import loop
@@ -128,6 +129,19 @@ def test_what_a_resumed_run_changes_gives_a_warning(run, files, tmp_path, caplog
     told = f"--seed 7 (before: 1234), other contents of --train-data-path {data} than before, "
     told += "another tokenizer or chat template than before"
     assert f"the run continues with {told}, at the old position" in caplog.text
+
+
+def test_generators_of_another_kind_of_device_start_from_the_seed(run, tmp_path, monkeypatch, caplog):
+    own = state.random_states
+
+    def those_of_a_gpu():
+        return {name: one[:16] if name.startswith(state.TRACKER) else one for name, one in own().items()}
+
+    with monkeypatch.context() as patched:
+        patched.setattr(state, "random_states", those_of_a_gpu)
+        run(checkpoint={"save": str(tmp_path)}, num_steps=2)
+    run(checkpoint={"save": str(tmp_path), "load": str(tmp_path)}, num_steps=2)
+    assert "for this layout and device: they start from --seed" in caplog.text
 
 
 def test_groups_of_runs_that_have_ended_leave_no_thread(run):
