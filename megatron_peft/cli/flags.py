@@ -49,6 +49,7 @@ class Flag:
     kind: type = str
     choices: tuple[str, ...] | None = None
     many: bool = False
+    adds_up: bool = False
     constant: Any = TAKES_A_VALUE
     default: Any = None
     metavar: str | None = None
@@ -118,6 +119,7 @@ def flags_of(config_class: type, section: str = "") -> Iterator[Flag]:
             continue
         is_method = field.name == "method"  # PeftConfig says why a method cannot be used
         of_field |= {"kind": kind, "choices": tuple(METHODS) if is_method else choices, "many": many}
+        of_field["adds_up"] = field.metadata["adds_up"]
         of_field |= {"required": field.default is MISSING, "checks_choices": not is_method}
         yield Flag(names, help=words, default=default, metavar=field.metadata["metavar"], **of_field)
 

@@ -179,7 +179,7 @@ class RunFlags:
             joined = len(words) == 1 and words[0].startswith("-")
             self.words += [f"{name}={words[0]}"] if joined else [name, *words]
         values, field = self.values[served.target], (served.target, served.key)
-        if name == "--stop" and field in self._spellings:  # typed before, not in a file; --stop=--- takes one value
+        if served.adds_up and field in self._spellings:  # typed before, not in a file
             value = (*values[served.key], *value)
         before = self._spellings.setdefault(field, name)
         if before not in served.names and values[served.key] != value:

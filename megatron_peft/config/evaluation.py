@@ -74,7 +74,8 @@ class AnswerSettings(EngineSettings):
     top_p: float = option(Sampling.top_p, "sample from the smallest set of tokens with probability X")
     top_k: int = option(Sampling.top_k, "sample from the N most likely tokens; 0: from all")
     num_samples: int = option(1, "answers per prompt", check="positive")
-    stop: tuple[str, ...] = option((), r"an answer ends before any of these; \n is a newline")
+    # One that begins with a dash is typed alone, as --stop=---.
+    stop: tuple[str, ...] = option((), r"an answer ends before any of these; \n is a newline", adds_up=True)
     chat: bool = option(False, "treat the prompt as a user message and apply the tokenizer's chat template")
     batch_size: int = option(
         16, "answers generated together", check="positive", flags=("--batch-size", "--max-batch-size")

@@ -344,8 +344,8 @@ def raise_problems(what: str, problems: Mapping[str, list[str]]) -> None:
 
 
 CONFIG = "config.json"
-# What is copied from a Hugging Face folder besides its weights; never code.
 CHAT_TEMPLATE = "chat_template.jinja"
+# What is copied from a Hugging Face folder besides its weights; never code.
 TOKENIZER_FILES = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model"),
     "chat_template*",

@@ -121,7 +121,7 @@ def shape_of_arguments(arguments: Any, where: str) -> ModelShape:
 
 
 def open_weights(folder: str | Path, shape: ModelShape) -> tuple[dict[str, Rule], Weights]:
-    """The rule of every parameter, by name, and the weights. Headers are checked; hardly a weight is read yet.
+    """The rule of every parameter, by name, and the weights. Headers are checked; no layer is read yet.
 
     Raises ConfigurationError: missing, extra or misshapen tensors, a tied output layer that is not the embedding, torn
     files, or a folder of adapters.

@@ -20,12 +20,12 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader
 
+from megatron_peft.checkpoint.folders import tracker_text
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.experiment.cells import Cell, Group
 from megatron_peft.experiment.spec import Experiment, ScoreSpec
 
 PROGRAM = ("-m", "megatron_peft", "train")
-TRACKER = "latest_checkpointed_iteration.txt"
 LOG = "log.txt"
 FLAGS = "flags.json"  # that a cell's run began with
 LAMBDA_FILE = "lambda.jsonl"  # of a Hybrid, beside metrics.jsonl
@@ -52,8 +52,8 @@ def score_file(folder: Path, cell: Cell) -> Path:
 
 def has_checkpoint(folder: Path, cell: Cell, iteration: int | None = None) -> bool:
     """Whether the cell's run can be resumed, and its newest checkpoint is of `iteration`."""
-    tracker = checkpoints_folder(folder, cell) / TRACKER
-    return tracker.exists() and (iteration is None or tracker.read_text(encoding="utf-8").strip() == str(iteration))
+    named = tracker_text(checkpoints_folder(folder, cell))
+    return named != "" if iteration is None else named == str(iteration)
 
 
 def began_with(folder: Path, flags: str) -> bool:

@@ -23,7 +23,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from megatron_peft.checkpoint.folders import FolderLock, write_atomically
+from megatron_peft.checkpoint.folders import TRACKER, FolderLock, write_atomically
 from megatron_peft.config import ConfigurationError
 from megatron_peft.config.untrusted import read_json
 from megatron_peft.experiment import cell_record, process
@@ -216,7 +216,7 @@ class Runner:
             checkpoints = process.checkpoints_folder(self.folder, group.cells[key])
             for path in checkpoints.glob("iter_*"):
                 shutil.rmtree(path, ignore_errors=True)
-            (checkpoints / process.TRACKER).unlink(missing_ok=True)
+            (checkpoints / TRACKER).unlink(missing_ok=True)
 
     def _end_cells(self) -> None:
         for job in self.running.values():

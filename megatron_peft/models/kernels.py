@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import random
-from torch.utils import cpp_extension
 
 from megatron_peft.config import ModelConfig, ParallelConfig, RunConfig, require
 from megatron_peft.models.shape import ModelShape
@@ -272,6 +271,8 @@ def require_norm_recompute(model: ModelConfig, installed: Installed) -> None:
         "cannot be imported: leave layernorm out, or pip install 'transformer-engine[pytorch]'.",
     )
     if hasattr(random, "_get_share_storage"):  # of megatron-core 0.19, which has torch compile it in the first backward
+        from torch.utils import cpp_extension  # it imports setuptools, which need not be installed
+
         compiler = cpp_extension.get_cxx_compiler()
         require(
             cpp_extension.is_ninja_available() and which(compiler.partition(" ")[0]) is not None,

@@ -255,7 +255,7 @@ def test_flags_of_a_command_stand_beside_a_runs(capsys: pytest.CaptureFixture[st
 @dataclass(frozen=True)
 class Listed:
     folders: tuple[str, ...] = option((), "some", flags=("folders",))
-    stop: tuple[str, ...] = option((), "texts")
+    stop: tuple[str, ...] = option((), "texts", adds_up=True)
     loud: bool = option(False, "a switch")
     seed: int = option(1, "a number")
 

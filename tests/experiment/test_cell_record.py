@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_peft.checkpoint.folders import TRACKER
 from megatron_peft.config import ConfigurationError
 from megatron_peft.experiment import cell_record
 from megatron_peft.experiment.cell_record import (
@@ -25,7 +26,7 @@ from megatron_peft.experiment.cell_record import (
 )
 from megatron_peft.experiment.cell_record import test_loss as loss_of_test
 from megatron_peft.experiment.cells import Cell, Group
-from megatron_peft.experiment.process import TRACKER, checkpoints_folder
+from megatron_peft.experiment.process import checkpoints_folder
 from megatron_peft.experiment.results import Result, progress, work
 from tests.experiment.small_experiment import experiment
 from tests.recorded_calls import recorded_calls

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from megatron_peft.checkpoint.folders import TRACKER
 from megatron_peft.config import ConfigurationError
 from megatron_peft.experiment import process
 from megatron_peft.experiment.cells import Cell
@@ -153,7 +154,7 @@ def test_a_stopped_cell_continues_with_an_optimizers_state_and_a_score_gets_its_
     expected = [sys.executable, "train.py", "--lr", "0.1", "--save", str(saved)]
     assert process.training_command(tmp_path, CELL, ["train.py"]) == expected
     saved.mkdir(parents=True)
-    (saved / process.TRACKER).write_text("5")
+    (saved / TRACKER).write_text("5")
     assert process.training_command(tmp_path, CELL, ["train.py"]) == [*expected, "--load", str(saved)]
     assert "--load" not in process.training_command(tmp_path, replace(CELL, flags=("--no-save-optim",)), ["train.py"])
     score = ScoreSpec(("python", "score.py", "--out={output}", "{checkpoints}", "{flags}", "{flags}x"), {})

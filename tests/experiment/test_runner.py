@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from megatron_peft.checkpoint.folders import FolderLock
+from megatron_peft.checkpoint.folders import TRACKER, FolderLock
 from megatron_peft.config import ConfigurationError
 from megatron_peft.experiment import process, runner
 from megatron_peft.experiment.cell_record import file_digest, json_digest, of_cell, write_record
@@ -322,7 +322,7 @@ def test_what_other_flags_have_left_is_not_gone_on_with(tmp_path: Path) -> None:
     _, (group,) = experiment(tmp_path, **SHORT)
     saved = process.checkpoints_folder(tmp_path / "out", group.tuning[0])
     saved.mkdir(parents=True)
-    (saved / process.TRACKER).write_text("5")  # as of a run that was stopped
+    (saved / TRACKER).write_text("5")  # as of a run that was stopped
     flags = saved.parent / process.FLAGS
     assert saved.parent == process.run_folder(tmp_path / "out", group.tuning[0])
     for text, resumes in ((json.dumps(group.tuning[0].flags), True), ('["--lr", "9"]', False)):

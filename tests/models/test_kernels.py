@@ -253,7 +253,7 @@ def test_norms_are_recomputed_on_a_gpu_with_transformer_engine_only(monkeypatch)
 @pytest.mark.parametrize(("ninja", "compiler"), [(True, "/missing/c++"), (False, "sh"), (True, "sh -c")])
 def test_norms_that_are_recomputed_by_compiled_code_need_what_compiles_it(monkeypatch, ninja, compiler):
     monkeypatch.setattr(kernels.random, "_get_share_storage", None, raising=False)
-    monkeypatch.setattr(kernels.cpp_extension, "is_ninja_available", lambda: ninja)
+    monkeypatch.setattr("torch.utils.cpp_extension.is_ninja_available", lambda: ninja)
     monkeypatch.setenv("CXX", compiler)
     alone: Any = SimpleNamespace(recompute_modules=("mlp",))
     kernels.require_norm_recompute(alone, Installed(cuda=False))
