@@ -28,7 +28,7 @@ from megatron_peft.adapters.blocks import (
 from megatron_peft.adapters.frozen_linear import FrozenLinearCall, frozen_linear, run_function
 from megatron_peft.adapters.rotated_linear import frozen_linear_rotated, rotation_gradients
 from megatron_peft.adapters.unitary import orthogonality_error
-from megatron_peft.config import Side
+from megatron_peft.config import Side, require
 from megatron_peft.config.methods.rotation import IS_ROTATION
 from megatron_peft.parallel.collectives import gradient_of
 from megatron_peft.parallel.layout import LinearLayout
@@ -76,6 +76,9 @@ class RotatesOnceAStep:
         """The blocks of all layers: those of a kind and a type of activations together."""
         kinds: dict[Any, list[int]] = {}
         applied: list[AppliedRotation] = [layer.adapter.applied_rotation() for layer in layers]
+        rounded = {str(each.rotation.trained.dtype) for each in applied} - {"torch.float32", "torch.float64"}
+        told = f"rotations must be float32, not {', '.join(rounded)}: add the adapters after Float16Module."
+        require(not rounded, told)
         for index, (rotated, layer) in enumerate(zip(applied, layers, strict=True)):
             if rotated.rotation.has_blocks:
                 kinds.setdefault((type(rotated.rotation), rotated.transposed, layer.weight.dtype), []).append(index)

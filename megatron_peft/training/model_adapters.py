@@ -26,7 +26,6 @@ from megatron_peft.checkpoint.load import require_whole
 from megatron_peft.checkpoint.save import write_new_folder
 from megatron_peft.checkpoint.tensors import ADAPTER, global_slices, load_parameters, sharded_parameters, sharded_state
 from megatron_peft.config import METHODS, ConfigurationError, PeftConfig, require
-from megatron_peft.config.methods.rotation import IS_ROTATION
 from megatron_peft.lora_ga.initialize import init_from_gradients
 from megatron_peft.parallel.collectives import gradient_of, sum_partial_gradients_over_tensor_parallel
 from megatron_peft.runtime.launch import checked_together
@@ -148,27 +147,18 @@ class ModelAdapters:
             self.peft.spec.starts_from_gradients,
             f"start_from_gradients: {self.peft.spec.describe(self.peft)} has no such start; use one of {able}.",
         )
-        self._require_precise_rotations()
         return init_from_gradients(self.model_chunks, self.peft, self.seed, replay, num_tokens).energy
 
     # A step.
 
     def begin_step(self) -> None:
         """Call it before the first microbatch of a step: gradients become zero, and what holds for a step is built."""
-        self._require_precise_rotations()
         for parameter in self.parameters():
             gradient_of(parameter).zero_()
             if hasattr(parameter, "main_grad"):  # where backward's own gradient is added
                 parameter.grad = None
         self.current = AdaptersStep(self.model_chunks)
         self.current.begin()
-
-    def _require_precise_rotations(self) -> None:
-        types = {parameter.dtype for parameter in self.parameters() if getattr(parameter, IS_ROTATION, False)}
-        require(
-            types <= {torch.float32, torch.float64},
-            f"rotations must be float32, not {', '.join(map(str, types))}: add the adapters after Float16Module.",
-        )
 
     def sum_gradients(self) -> None:
         """Call it after the last backward of a step where no schedule of megatron-core does. A collective.
