@@ -5,6 +5,7 @@ reported, recorded and tried again by the next call.
 """
 
 import json
+import shlex
 import shutil
 import signal
 import subprocess
@@ -263,10 +264,10 @@ def run_experiment(
         runner = Runner(folder, groups, experiment=experiment.text, contrasts=asked, **settings)
         for command in experiment.prepare if is_whole else ():
             words = [*process.launcher(1), *command[1:]] if command[0] == "python" else list(command)
-            runner.report(f"prepare: {' '.join(command)}")
+            runner.report(f"prepare: {shlex.join(command)}")
             running = process.start(words, folder / "prepare.log")
             if running.process.wait() != 0:
-                raise ConfigurationError(f"prepare: {' '.join(command)} failed: {running.last_words()}")
+                raise ConfigurationError(f"prepare: {shlex.join(command)} failed: {running.last_words()}")
         return runner.run()
     finally:
         lock.release()

@@ -4,6 +4,7 @@ docs/experiments.md describes the file. A flag is written without its dashes. `t
 and `null` leave a flag out, a list is a flag with several values; anything else is the flag's value.
 """
 
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -333,7 +334,11 @@ def _score(content: Any, place: str) -> ScoreSpec:
 
 
 def _words(content: Any, place: str) -> tuple[str, ...]:
-    words = content.split() if isinstance(content, str) else content
+    """Quotes mean what they mean to a shell: `bash -c 'sort a > b'` has three words."""
+    try:
+        words = shlex.split(content) if isinstance(content, str) else content
+    except ValueError as error:
+        raise ConfigurationError(f"{place} is {content!r}: {error}.") from error
     is_command = isinstance(words, Sequence) and bool(words)
     require(is_command, f"{place} is {content!r}; it is a command: a line, or a list of words.")
     return tuple(map(str, words))

@@ -206,6 +206,10 @@ def test_prepare_is_a_command_or_several(tmp_path: Path) -> None:
     assert experiment(tmp_path, prepare="python -m x")[0].prepare == (("python", "-m", "x"),)
     several, _ = experiment(tmp_path, prepare=["python -m x", ["python", "a b.py"]])
     assert several.prepare == (("python", "-m", "x"), ("python", "a b.py"))
+    quoted, _ = experiment(tmp_path, prepare="bash -c 'sort a > b'")
+    assert quoted.prepare == (("bash", "-c", "sort a > b"),)
+    with pytest.raises(ConfigurationError, match="prepare is \"bash -c 'sort\": No closing quotation."):
+        experiment(tmp_path, prepare="bash -c 'sort")
     with pytest.raises(ConfigurationError, match="prepare is 3; it is a command"):
         experiment(tmp_path, prepare=3)
 
