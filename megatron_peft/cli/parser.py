@@ -104,6 +104,12 @@ class RunFlags:
         size = config.get("tensor_model_parallel_size", 1) * config.get("pipeline_model_parallel_size", 1)
         return max(size, 1)  # a size below 1 is told with the rest
 
+    @property
+    def num_processes(self) -> int:
+        """Ranks that the launch flags start; where these give no number for a node, those of one replica."""
+        number = self.launch.get("nproc_per_node", "gpu")
+        return int(number) * self.launch.get("nnodes", 1) if number.isdecimal() else self.replica_size
+
     def config(
         self,
         environ: Mapping[str, str] = os.environ,

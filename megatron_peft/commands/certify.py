@@ -30,7 +30,9 @@ class CertifySettings(Checked):
     """The run's processes, and where the certificate goes."""
 
     world_size: int | None = option(
-        None, "processes of the run (default: those of torchrun, else one replica)", check="positive"
+        None,
+        "processes of the run (default: those of torchrun or of --nproc-per-node, else one replica)",
+        check="positive",
     )
     output: Path | None = option(
         None, "file for the certificate, as JSON; it must not exist", check="in_a_folder", metavar="FILE"
@@ -48,7 +50,7 @@ class CertifySettings(Checked):
 
 def run(settings: CertifySettings, run_flags: RunFlags) -> int:
     """Exit code 0: certified, 1: refused, 3: undecided."""
-    size = settings.world_size or os.environ.get("WORLD_SIZE") or run_flags.replica_size
+    size = settings.world_size or os.environ.get("WORLD_SIZE") or run_flags.num_processes
     config = run_flags.config({"WORLD_SIZE": str(size)}, shape_of_model, saved=dict)
     if not is_first_rank():  # under torchrun the first rank does all of it
         return 0

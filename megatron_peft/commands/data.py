@@ -179,7 +179,7 @@ def write_indexed(settings: PreprocessSettings) -> int:
 def show_preview(settings: PreviewOptions, run_flags: RunFlags) -> int:
     """Print what `data preview` shows."""
     # The flags of a run on several ranks are accepted by one process.
-    environ = {"WORLD_SIZE": str(run_flags.replica_size)}
+    environ = {"WORLD_SIZE": str(run_flags.num_processes)}
     given = run_flags.values["config"].get("pretrained_checkpoint")  # it is needed for its tokenizer only
     config = run_flags.config(environ, saved=lambda typed: {} if given else {"pretrained_checkpoint": "(none)"})
     settings.check_data(config.data)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_peft.cli.command import Command
 from megatron_peft.cli.parser import RunFlags
-from megatron_peft.config import METHODS, PeftConfig, option, require_packages
+from megatron_peft.config import METHODS, PeftConfig, flag, option, require, require_packages
 from megatron_peft.demo.data import waiting
 
 ANY_RUN = {"pretrained_checkpoint": "m", "pipeline_model_parallel_size": 2}
@@ -27,14 +27,18 @@ def run(settings: DemoSettings, run_flags: RunFlags) -> int:
     """Exit code 130 when it was interrupted."""
     try:
         # Wrong flags are told before torch is imported.
-        typed = run_flags.values["config"]
-        run_flags.values["config"] = {**ANY_RUN, "method": settings.method, **typed}
+        typed, launch = run_flags.values["config"], run_flags.launch
+        require(not launch, f"{', '.join(map(flag, launch))}: the demo starts a rank for each part of a layout itself.")
+        method = typed.get("method", settings.method)
+        is_one = method == run_flags.values["command"].get("method", method)
+        require(is_one, f"--method {settings.method} contradicts --peft-method {method}: leave one out.")
+        run_flags.values["config"] = {**ANY_RUN, "method": method, **typed}
         run_flags.config({"WORLD_SIZE": str(run_flags.replica_size)}, saved=dict)
         with waiting("starting"):
             require_packages("demo", "accelerate", "gguf", "matplotlib", "sacrebleu", "scipy")
             from megatron_peft.demo.run import print_report, run_demo
 
-        report = run_demo(settings.output, settings.method, run_flags.words)
+        report = run_demo(settings.output, method, run_flags.words)
     except KeyboardInterrupt:
         return 130
     print_report(report, settings.output)

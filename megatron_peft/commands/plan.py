@@ -35,7 +35,9 @@ class PlanSettings(Checked):
     """The world, and what is written of the plan."""
 
     world_size: int | None = option(
-        None, "GPUs of the run (default: one replica, tensor- times pipeline-parallel size)", check="positive"
+        None,
+        "GPUs of the run (default: those of --nproc-per-node, else one replica, tensor- times pipeline-parallel size)",
+        check="positive",
     )
     cluster: str = option(
         "8xh100", "nodes and links: 8xa100, 8xh100, or a file with the same fields", metavar="NAME|FILE.yaml"
@@ -116,7 +118,7 @@ def config_of(settings: PlanSettings, run_flags: RunFlags) -> RunConfig:
     model = Path(typed.get("pretrained_checkpoint", ""))
     if model.name == "config.json" and model.is_file():  # it stands for its folder, which --save-config then names
         typed["pretrained_checkpoint"] = str(model.parent)
-    size = run_flags.replica_size if settings.fit or settings.world_size is None else settings.world_size
+    size = run_flags.replica_size if settings.fit else settings.world_size or run_flags.num_processes
     return run_flags.config({"WORLD_SIZE": str(size)}, _shape_of, saved=dict, any_layout=settings.fit)
 
 

@@ -91,7 +91,9 @@ class AnswerSettings(EngineSettings):
             f"--num-samples {self.num_samples} with --temperature 0 gives the same answer {self.num_samples} "
             "times: use a --temperature above 0.",
         )
-        self.sampling()
+        sampling = self.sampling()
+        samples = sampling == Sampling(sampling.temperature) or self.temperature > 0
+        require(samples, "--top-p and --top-k choose among sampled tokens: give a --temperature above 0, as 1.")
 
     def sampling(self) -> Sampling:
         return Sampling(self.temperature, self.top_p, self.top_k)

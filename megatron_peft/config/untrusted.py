@@ -142,6 +142,14 @@ class StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _whole_number(loader: StrictLoader, node: yaml.ScalarNode) -> int | str:
+    """As of YAML 1.2: in 1.1, which is PyYAML's, 24:00:00 is a number of seconds."""
+    return node.value if ":" in node.value else loader.construct_yaml_int(node)
+
+
+StrictLoader.add_constructor("tag:yaml.org,2002:int", _whole_number)
+
+
 def parse_yaml(text: str, place: str, loader: type = StrictLoader) -> Any:
     """The value that `text` holds. `loader` makes plain values only; yaml.SafeLoader is for files of other projects."""
     with _yaml_errors(text, place):

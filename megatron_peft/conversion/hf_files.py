@@ -343,14 +343,14 @@ def raise_problems(what: str, problems: Mapping[str, list[str]]) -> None:
     require(not lines, f"{what} {'; '.join(lines)}.")
 
 
-CONFIG = "config.json"
+CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 # What is copied from a Hugging Face folder besides its weights; never code.
 TOKENIZER_FILES = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model"),
     "chat_template*",
 )
-SMALL_FILES = (CONFIG, "generation_config.json", *TOKENIZER_FILES)
+SMALL_FILES = (CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES)
 TYPE_KEYS = ("dtype", "torch_dtype")  # in new and in old config.json
 
 
@@ -361,7 +361,10 @@ def copy_small_files(source: Path, target: Path, patterns: Iterable[str] = SMALL
 
 
 def copy_trained_tokenizer(data: DataConfig, target: Path) -> None:
-    """Put a run's own tokenizer and chat template, if it had some, in the place of those of its base."""
+    """Put a run's own tokenizer and chat template, if it had some, in the place of those of its base.
+
+    A model in `target` then ends an answer with the end token of that tokenizer too.
+    """
     folder, template = Path(data.tokenizer_model or ""), data.chat_template
     if data.tokenizer_model and not folder.is_dir():
         logger.warning("the tokenizer is the base's: the run's --tokenizer-model %s is no folder here", folder)
@@ -369,11 +372,29 @@ def copy_trained_tokenizer(data: DataConfig, target: Path) -> None:
         for path in _found(target, TOKENIZER_FILES):
             path.unlink()
         copy_small_files(folder, target, TOKENIZER_FILES)
+        _add_end_token(target)
     if template and "{" not in template and not Path(template).is_file():
         logger.warning("the chat template is the base's: the run's --chat-template %s is not here", template)
     elif template:
         text = template if "{" in template else untrusted.read_text(Path(template))
         (target / CHAT_TEMPLATE).write_text(text, encoding="utf-8")
+
+
+def _add_end_token(folder: Path) -> None:
+    def content(name: str) -> dict[str, Any]:
+        return untrusted.read_json_object(folder / name) if (folder / name).is_file() else {}
+
+    named = content("tokenizer_config.json").get("eos_token")
+    text = named.get("content") if isinstance(named, dict) else named
+    if text is None:
+        return
+    tokens = [token["id"] for token in content("tokenizer.json").get("added_tokens", ()) if token["content"] == text]
+    for name in [name for name in (GENERATION_CONFIG, CONFIG) if content(name)][:1]:  # transformers reads the first
+        config = content(name)
+        ends = config.get("eos_token_id")
+        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        config["eos_token_id"] = [*ends, *(token for token in tokens if token not in ends)]
+        (folder / name).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _found(folder: Path, patterns: Iterable[str]) -> list[Path]:

@@ -8,9 +8,13 @@ import glob
 import multiprocessing
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -81,8 +85,20 @@ def encoded_documents(config: PreprocessSettings, encoder: DocumentEncoder) -> G
     if config.workers == 1:
         yield from map(encoder.encode, indices)
         return
-    with multiprocessing.get_context("spawn").Pool(config.workers, _start_worker, (config,)) as pool:
-        yield from pool.imap(_encode_in_worker, indices, chunksize=_CHUNK)
+    context = multiprocessing.get_context("spawn")
+    chunks = (indices[start : start + _CHUNK] for start in range(0, len(indices), _CHUNK))
+    with ProcessPoolExecutor(config.workers, context, _start_worker, (config,)) as pool:
+        running = deque(pool.submit(_encode_in_worker, chunk) for chunk in islice(chunks, 4 * config.workers))
+        try:
+            while running:
+                yield from running.popleft().result()
+                running.extend(pool.submit(_encode_in_worker, chunk) for chunk in islice(chunks, 1))
+        except BrokenProcessPool as error:
+            raise ConfigurationError(
+                f"a worker of --workers {config.workers} was killed, probably for the memory that it took: use fewer."
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 _worker_encoder: DocumentEncoder  # set once in each worker process
@@ -94,8 +110,8 @@ def _start_worker(config: PreprocessSettings) -> None:
     _worker_encoder = DocumentEncoder(config)
 
 
-def _encode_in_worker(index: int) -> Encoded:
-    return _worker_encoder.encode(index)
+def _encode_in_worker(chunk: range) -> list[Encoded]:
+    return [*map(_worker_encoder.encode, chunk)]
 
 
 @dataclass

@@ -119,7 +119,7 @@ def _plain(kind: Kind, *columns: str) -> RecordFormat:
     """The format with this package's fields in these columns."""
     shown = " and ".join(f'"{column}"' for column in columns)
     if kind == "messages":
-        return RecordFormat(shown, kind, columns, ("tools",), partial(_conversation, columns[0]))
+        return RecordFormat(shown, kind, columns, ("tools",), partial(conversation, columns[0]))
     names = dict(zip(NATIVE_FIELDS[kind], columns, strict=True))
     return RecordFormat(shown, kind, columns, (), lambda record: {ours: record[names[ours]] for ours in names})
 
@@ -133,7 +133,8 @@ ROLES = {
 }
 
 
-def _conversation(column: str, record: Record) -> Record:
+def conversation(column: str, record: Record) -> Record:
+    """The "messages" of a record, its "system" text first, and its "tools". Raises ConfigurationError."""
     turns = record[column]
     if not isinstance(turns, list) or not turns:
         raise ConfigurationError(f'"{column}" is not a list of objects with "role" and "content", or it is empty.')
@@ -143,7 +144,11 @@ def _conversation(column: str, record: Record) -> Record:
     if "tools" in record:
         tools = record["tools"]  # some write the list as a text
         is_text = isinstance(tools, str) and tools.lstrip().startswith("[")
-        native["tools"] = parse_json(tools, '"tools"') if is_text else tools
+        native["tools"] = tools = parse_json(tools, '"tools"') if is_text else tools
+        require(
+            tools is None or (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)),
+            '"tools" is not a list of objects, each the JSON schema of a function.',
+        )
     return native
 
 
@@ -215,7 +220,7 @@ ALPACA_PROMPT = (
 _ALPACA = RecordFormat("Alpaca, with Alpaca's prompt", "prompt", _REQUIRED, _EXTRAS, _alpaca)
 _ALPACA_CHAT = RecordFormat("Alpaca, as a conversation", "messages", _REQUIRED, _EXTRAS, _alpaca_chat)
 _SHAREGPT = RecordFormat(
-    "ShareGPT", "messages", ("conversations",), ("system", "tools"), partial(_conversation, "conversations")
+    "ShareGPT", "messages", ("conversations",), ("system", "tools"), partial(conversation, "conversations")
 )
 
 
@@ -288,10 +293,6 @@ def _tokenize_messages(record: Record, tokenizer: Tokenizer) -> TokenizedRecord:
         len(messages) * characters <= MAX_WORK,
         f"a conversation of {len(messages):,} messages with {characters:,} characters, and each message is written and "
         f"tokenized with all before it: their product is limited to {MAX_WORK:,}. Split the conversation.",
-    )
-    require(
-        tools is None or (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)),
-        '"tools" is not a list of objects, each the JSON schema of a function.',
     )
     segments = split_chat(partial(tokenizer.render_chat, tools=tools), messages)
     tokens = encode_segments(tokenizer.encode, [segment.text for segment in segments])

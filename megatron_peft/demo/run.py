@@ -25,7 +25,7 @@ from rich.table import Table
 from megatron_peft.checkpoint.folders import write_atomically
 from megatron_peft.cli.launch import start_processes
 from megatron_peft.cli.parser import RunFlags, read_config, tell_error
-from megatron_peft.config import ConfigurationError, PeftConfig
+from megatron_peft.config import ConfigurationError, PeftConfig, require
 from megatron_peft.config.untrusted import read_json
 from megatron_peft.demo.data import (
     PROGRAM,
@@ -143,6 +143,8 @@ def _trained(folder: Path, flags: list[str], num_ranks: int) -> tuple[DemoScore,
     """Scores of the base and the trained model, of an earlier call with these flags; else trains and scores them."""
     record, scores = folder / "flags.json", (folder / BEFORE, folder / AFTER)
     if folder.exists() and not (record.exists() and read_json(record) == flags):
+        made_here = record.exists() or not any(folder.iterdir())
+        require(made_here, f"{folder} is there, and no demo made it: give another --output than {folder.parent}.")
         _print_progress(f"the flags have changed: {folder} is emptied")
         shutil.rmtree(folder)
     if not all(path.exists() for path in scores):

@@ -19,7 +19,7 @@ from megatron_peft.config import ConfigurationError, RunConfig, is_indexed, pars
 from megatron_peft.config.evaluation import AnswerSettings
 from megatron_peft.config.untrusted import parse_json, read_text, require_regular
 from megatron_peft.data.files import RecordFiles
-from megatron_peft.data.records import ColumnNames, Fit, plain_turn
+from megatron_peft.data.records import ColumnNames, Fit, conversation
 from megatron_peft.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_peft.evaluation.generation import GenerationSettings, StopTexts, generate_answers
 from megatron_peft.evaluation.model import InferenceModel, load_model, opened_model, restore_base
@@ -115,7 +115,7 @@ def read_prompts(path: Path) -> list[Record]:
         messages = record.get("messages") if isinstance(record, dict) else None
         if messages and isinstance(messages, list) and all(isinstance(message, dict) for message in messages):
             try:
-                record["messages"] = [plain_turn(number, turn) for number, turn in enumerate(messages, 1)]
+                record |= conversation("messages", record)
             except ConfigurationError as error:
                 raise ConfigurationError(f"{place}: {error}") from error
         else:
@@ -136,7 +136,11 @@ def encode_prompts(records: Sequence[Record], tokenizer: Tokenizer, chat: bool, 
             if messages is None:
                 ids = tokenizer.encode_prompt(record["prompt"])
             else:
-                text = tokenizer.render_chat(messages, add_generation_prompt=True, tools=record.get("tools"))
+                turns = [*messages]
+                while turns and turns[-1].get("role") == "assistant":  # the answer, where data are asked
+                    turns.pop()
+                require(bool(turns), "all of its messages are the assistant's: nothing is asked.")
+                text = tokenizer.render_chat(turns, add_generation_prompt=True, tools=record.get("tools"))
                 ids = tokenizer.encode(text)
         except ConfigurationError as error:
             raise ConfigurationError(f"prompt {number}: {error}") from error
@@ -240,7 +244,7 @@ def write_samples(config: RunConfig, output: Path, run: str, num_samples: int, m
 
     `run` is the --save folder of the run, or a checkpoint in it, which --load of `config` names too.
     """
-    questions = checked_together(lambda: questions_of(run, num_samples))
+    questions = checked_together(lambda: questions_of(run, num_samples, config.model.pretrained_checkpoint))
     model = load_model(config)
     ids = encode_prompts([record for *_, record in questions], model.tokenizer, False, model.max_length)
     prompts = [(prompt, str(number)) for number, prompt in enumerate(ids)]
@@ -264,8 +268,11 @@ def write_samples(config: RunConfig, output: Path, run: str, num_samples: int, m
     checked_together(lambda: write() if dist.get_rank() == 0 else None)
 
 
-def questions_of(run: str, num_samples: int) -> list[tuple[str, str, Record]]:
-    """(prompt as a person reads it, its answer, what is asked), spread evenly over the validation data of a run."""
+def questions_of(run: str, num_samples: int, base: str | None) -> list[tuple[str, str, Record]]:
+    """(prompt as a person reads it, its answer, what is asked), spread evenly over the validation data of a run.
+
+    `base` is the folder of its base model, which may have moved.
+    """
     config = run_record.read_run_record(run).config
     data = config.data
     paths = data.data_path or data.valid_data_path
@@ -273,7 +280,7 @@ def questions_of(run: str, num_samples: int) -> list[tuple[str, str, Record]]:
     told = f"--samples takes prompts from the run's --valid-data-path, but {run} {reason}."
     require(bool(paths) and not is_indexed(paths), told)
     records = RecordFiles(parse_blend(paths, "--valid-data-path").prefixes, "--valid-data-path")
-    tokenizer = build_tokenizer(data, config.model.pretrained_checkpoint)
+    tokenizer = build_tokenizer(data, base)
     fit = Fit(tokenizer, data.seq_length, columns=ColumnNames.of(data))
     chosen = range(0, len(records), max(len(records) // num_samples, 1))[:num_samples]
     asked = (question_of(fit.format_of(records, index).native(records[index])) for index in chosen)

@@ -8,6 +8,7 @@ They end with the runner, however it ends; a cell that trained on would share it
 
 import ctypes
 import os
+import re
 import resource
 import shlex
 import signal
@@ -33,6 +34,10 @@ FIRST_PORT, NUM_PORTS = 20000, 10000  # where the nodes of an allocation meet, b
 LAST_WORDS = 400  # characters
 SET_PARENT_DEATH_SIGNAL = 1  # of prctl
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONWARNINGS": "ignore"}
+# A run that is stopped saves first, within the five minutes that the script has SLURM give it: torchrun's own patience
+# with its ranks is 30 s.
+ENVIRONMENT["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = "240"
+PATIENCE_SECONDS = 270
 
 
 def run_folder(folder: Path, cell: Cell) -> Path:
@@ -75,10 +80,16 @@ def score_command(folder: Path, cell: Cell, score: ScoreSpec) -> list[str]:
     words: list[str] = []
     for word in score.command:
         filled = word.replace("{output}", output).replace("{checkpoints}", checkpoints)
-        words += cell.flags if word == "{flags}" else [filled]
-    if words[0] == "megatron-peft":  # which need not be on PATH
-        return [*launcher(cell.processes), "-m", "megatron_peft", *words[1:]]
-    return [*launcher(cell.processes), *words[1:]] if words[0] == "python" else words
+        words += cell.flags if word == "{flags}" else [filled.replace("{flags}", shlex.join(cell.flags))]
+    return command_of(words, launcher(cell.processes))
+
+
+def command_of(words: Sequence[str], python: Sequence[str]) -> list[str]:
+    """The command of these words, with `python` for python, and for megatron-peft, which need not be on PATH."""
+    program, *rest = words
+    if program == "megatron-peft":
+        return [*python, "-m", "megatron_peft", *rest]
+    return [*python, *rest] if program == "python" else [*words]
 
 
 def launcher(processes: int, environment: Mapping[str, str] = os.environ) -> list[str]:
@@ -215,8 +226,8 @@ def script(
         experiment=shlex.quote(str(file)),
         flags="".join(f" {flag}" for flag in flags),
         prepare=[
-            '"$PYTHON"' + shlex.join(command)[len("python") :] if command[0] == "python" else shlex.join(command)
-            for command in experiment.prepare
+            re.sub("^python(?= )", '"$PYTHON"', shlex.join(command_of(words, ["python"])))
+            for words in experiment.prepare
         ],
         arrays=arrays,
     )

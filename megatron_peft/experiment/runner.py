@@ -36,7 +36,6 @@ from megatron_peft.experiment.spec import EXPERIMENT_FILE, Experiment, ScoreSpec
 from megatron_peft.training.metrics import ITEMS_FILE, METRICS_FILE, read_metrics
 
 POLL_SECONDS = 0.2
-PATIENCE_SECONDS = 60  # a run that is stopped saves first
 
 
 class CellJob(NamedTuple):
@@ -224,7 +223,7 @@ class Runner:
             job.running.process.terminate()  # a training run saves and ends
         for key, job in self.running.items():
             try:
-                job.running.process.wait(PATIENCE_SECONDS)
+                job.running.process.wait(process.PATIENCE_SECONDS)
             except subprocess.TimeoutExpired:
                 job.running.process.kill()
             self.report(f"stopped {key}")
@@ -251,26 +250,25 @@ def run_experiment(
 
     Raises ConfigurationError: another runner works on the same cells, or a command of prepare: failed.
     """
-    locked = folder if is_whole else folder / "locks" / groups[0].key
-    try:
-        lock = FolderLock(locked, grace_seconds=1)
-    except ConfigurationError as error:
-        raise ConfigurationError(
-            f"another runner works in {locked}: wait until it ends, or give --output another folder."
-        ) from error
-    try:
+    of_groups = [folder / "locks" / group.key for group in groups]
+    with ExitStack() as locks:
+        for locked in (folder, *of_groups) if is_whole else of_groups:
+            try:
+                locks.callback(FolderLock(locked, grace_seconds=1).release)
+            except ConfigurationError as error:
+                raise ConfigurationError(
+                    f"another runner works in {locked}: wait until it ends, or give --output another folder."
+                ) from error
         (folder / EXPERIMENT_FILE).write_text(experiment.text, encoding="utf-8")
         asked = contrast_digests(experiment)
         runner = Runner(folder, groups, experiment=experiment.text, contrasts=asked, **settings)
         for command in experiment.prepare if is_whole else ():
-            words = [*process.launcher(1), *command[1:]] if command[0] == "python" else list(command)
+            words = process.command_of(command, process.launcher(1))
             runner.report(f"prepare: {shlex.join(command)}")
             running = process.start(words, folder / "prepare.log")
             if running.process.wait() != 0:
                 raise ConfigurationError(f"prepare: {shlex.join(command)} failed: {running.last_words()}")
         return runner.run()
-    finally:
-        lock.release()
 
 
 def read_scores(path: Path, score: ScoreSpec) -> tuple[dict[str, float], dict[str, list[tuple[float, int]]]]:

@@ -12,7 +12,7 @@ from itertools import product
 from math import inf, prod
 from os.path import realpath
 from pathlib import Path
-from re import fullmatch
+from re import findall, fullmatch
 from typing import Any
 
 from megatron_peft.config import ConfigurationError, require
@@ -246,6 +246,7 @@ def span(counts: Iterable[int]) -> str:
 
 # The file is read strictly: an unknown key, a wrong type or an empty list is an error that names its place.
 
+FILLED_IN = ("flags", "output", "checkpoints")  # in the command of a score
 KEYS = ("name", "title", "flags", "models", "tasks", "methods", "seeds", "tuning_seed", "prepare", "contrasts")
 CHOICE_KEYS = {
     "models": ("flags", "processes", "slurm", "paper"),
@@ -320,6 +321,10 @@ def _score(content: Any, place: str) -> ScoreSpec:
     command = _words(values.get("command"), f"{place}.command")
     named = "{output}" in " ".join(command)
     require(named, f"{place}.command does not name its JSON file: write {{output}} in its place.")
+    for name in (name for word in command for name in findall(r"(?<!\$)\{(\w+)\}", word) if name not in FILLED_IN):
+        like = get_close_matches(name, FILLED_IN)
+        told = f"{place}.command has {{{name}}}, which nothing fills in: did you mean {{{''.join(like[:1])}}}?"
+        require(not like, told)
     metrics = {}
     for name, metric in _mapping(values.get("metrics"), f"{place}.metrics").items():
         metric_place = f"{place}.metrics.{name}"

@@ -321,8 +321,10 @@ FAILED = module.failed("merge and export", RanksFailed("--- rank 0\nTraceback\nV
 )
 def test_an_error_is_told_apart_from_a_difference(tmp_path, capsys, monkeypatch, lines, verdict, code):
     certificate = module.Certificate("TP1", "TP1", lines, NOT_CLAIMED, {}, {}, {}, {}, asdict(LLAMA))
-    monkeypatch.setattr(module, "certify", lambda *given: certificate)
-    content = certificate_of(tmp_path, expected=code)
+    runs: list[RunConfig] = []
+    monkeypatch.setattr(module, "certify", lambda config, *_: runs.append(config) or certificate)
+    content = certificate_of(tmp_path, "--nproc-per-node", "4", expected=code)
+    assert runs[0].parallel.world_size == 4
     assert content["verdict"] == verdict and not content["passed"]
     printed = capsys.readouterr().out
     assert verdict in printed and ("ValueError: no such heads" in printed) is (FAILED in lines)

@@ -42,6 +42,7 @@ from tests.conversion.megatron_folders import (
     save_run,
     tensors_of,
 )
+from tests.data.tiny_tokenizers import save_tokenizer
 from tests.one_rank import one_rank
 from tests.tiny_gpt import SIZES, tiny_gpt
 
@@ -274,6 +275,22 @@ def test_type_and_shards_are_chosen(moved, merged, tmp_path):
     assert len(set(index.values())) > 2
     assert equal(small, {name: tensor.bfloat16() for name, tensor in tensors_of(merged("tp2")).items()})
     assert json.loads((tmp_path / "small" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+def test_a_merged_model_ends_with_the_end_token_of_the_runs_own_tokenizer(moved, tmp_path, file):
+    base, own = Path(shutil.copytree(moved.base("base"), tmp_path / "base")), tmp_path / "own"
+    save_tokenizer(own)
+    end = json.loads((own / "tokenizer_config.json").read_text())["eos_token"]
+    tokens = json.loads((own / "tokenizer.json").read_text())["added_tokens"]
+    [token] = [token["id"] for token in tokens if token["content"] == end]
+    config = json.loads((base / file).read_text()) if (base / file).exists() else {}
+    (base / "generation_config.json").unlink(missing_ok=True)
+    (base / file).write_text(json.dumps({**config, "eos_token_id": 7}))
+    trained = trained_on(moved.run("tp2"), tmp_path / "run", base)
+    given = dataclasses.replace(read_record(find_checkpoint(trained)).config.data, tokenizer_model=str(own))
+    merged = merge(copy_run(trained, tmp_path / "copy", with_config(data=given)), tmp_path / "merged")
+    assert json.loads((merged / file).read_text())["eos_token_id"] == [7, token]
 
 
 def test_the_runs_own_tokenizer_and_chat_template_come_along(moved, tmp_path, caplog):

@@ -1,6 +1,9 @@
 """JSON lines become Megatron's indexed datasets, by one process or several, whole or not at all."""
 
 import json
+import multiprocessing
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -46,6 +49,15 @@ def test_documents_keep_the_order_and_bad_records_their_place(write_lines, worke
     first, *documents, torn, bad = encoded_documents(settings, DocumentEncoder(settings))
     assert first == [[7] * 1_000_000] and documents == [[[i % 90]] for i in range(150)]
     assert "line 152: not JSON" in torn and "line 153: NullTokenizer reads ids" in bad
+
+
+def test_a_worker_that_was_killed_ends_the_others_with_an_error(write_lines):
+    settings = config(write_lines([{"text": "7 " * 100_000}] * 400), "out", workers=2)
+    documents = encoded_documents(settings, DocumentEncoder(settings))
+    next(documents)
+    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+    with pytest.raises(ConfigurationError, match="a worker of --workers 2 was killed, probably for the memory"):
+        list(documents)
 
 
 def test_a_document_begins_as_in_transformers(write_lines, tmp_path):

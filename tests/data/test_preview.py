@@ -162,6 +162,9 @@ def test_the_flags_of_a_run_are_taken_whatever_its_layout(write_lines, capsys):
     numbers = "--tokenizer-type NullTokenizer --vocab-size 999 --pretrained-checkpoint nowhere --show-samples 1"
     assert preview_data([*f"{flags} {numbers}".split(), "--train-data-path", write_lines(RECORDS)]) == 0
     assert "steps of --global-batch-size 4" in capsys.readouterr().out
+    started = ["--nproc-per-node", "6", "--train-data-path", write_lines(RECORDS)]
+    assert preview_data([*flags.replace(" --global-batch-size 4", "").split(), *numbers.split(), *started]) == 0
+    assert "steps of --global-batch-size 3" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -282,7 +282,7 @@ def test_an_experiments_data_are_the_parts_of_the_messages_and_the_scored_review
 
 def test_pieces_of_the_reviews_are_longer_than_what_is_read_of_them() -> None:
     sentences = [f"{number} {'word ' * 40}end" for number in range(20)]
-    found = [*data.pieces(sentences)]
+    found = [*data.joined_texts(sentences)]
     assert [len(piece) > data.PIECE for piece in found] == [True, True]
     assert " ".join(found) == " ".join(sentences[:16])
 

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from megatron_peft.cli.parser import read_config
 from megatron_peft.commands import demo
-from megatron_peft.config import METHODS
+from megatron_peft.config import METHODS, ConfigurationError
 from megatron_peft.demo import run, scoring
 from megatron_peft.demo import run as module
 from megatron_peft.demo.data import DemoScore, Pair, PairFiles, read_pairs
@@ -145,6 +145,14 @@ def test_a_run_that_was_stopped_ends_with_the_code_of_its_ranks_and_goes_on_in_i
     assert launcher.commands[0] == launcher.commands[1]
 
 
+def test_a_folder_of_somebodys_own_run_is_not_emptied(tmp_path, launcher):
+    own = tmp_path / "lora" / "iter_0000100"
+    own.mkdir(parents=True)
+    with pytest.raises(ConfigurationError, match="lora is there, and no demo made it: give another --output than"):
+        run_demo(tmp_path)
+    assert own.exists()
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_the_flags_are_those_of_pretrain_peft(method, tmp_path):
     flags = module.training_flags(tmp_path, PairFiles(tmp_path / "a.jsonl", tmp_path / "b.jsonl"), method)
@@ -186,6 +194,20 @@ def test_flags_that_are_not_the_demos_go_to_the_training(monkeypatch):
     monkeypatch.setattr(run, "print_report", lambda *arguments: made.append(arguments))
     assert demo.main(["--method", "full", "--lr", "1e-4", "--output", "there"]) == 0
     assert made == [(Path("there"), "full", ["--lr", "1e-4"]), ("report", Path("there"))]
+    assert demo.main(["--peft-method", "hybrid"]) == 0
+    assert made[2] == (Path("runs/demo"), "hybrid", ["--peft-method", "hybrid"])
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--method lora --peft-method boft", "--method lora contradicts --peft-method boft: leave one out"),
+        ("--nproc-per-node 4", "--nproc-per-node: the demo starts a rank for each part of a layout itself"),
+    ],
+)
+def test_flags_that_contradict_the_demo_are_refused(capsys, words, told):
+    assert demo.main(words.split()) == 2
+    assert told in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_short_run_needs_no_word_of_a_warmup() -> None:

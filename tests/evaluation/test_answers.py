@@ -79,6 +79,8 @@ def test_the_text_grows_but_for_half_a_character_and_what_may_be_a_stop(answer, 
         (lambda: Sampling(temperature=-1.0), "--temperature is -1.0; it cannot be negative"),
         (lambda: Sampling(top_p=0.0), "--top-p is 0.0; it is a probability, above 0 and at most 1"),
         (lambda: AnswerSettings("a", "b"), "exactly one of"),
+        (lambda: AnswerSettings("a", top_k=3), "--top-p and --top-k choose among sampled tokens: give a --temperature"),
+        (lambda: AnswerSettings("a", top_p=0.5), "--top-p and --top-k choose among sampled tokens"),
         (lambda: AnswerSettings("a", num_samples=3), "--num-samples 3 with --temperature 0 gives the same answer"),
         (lambda: AnswerSettings("a", max_new_tokens=0), "--max-new-tokens is 0; it must be above 0"),
         (lambda: HarnessSettings([], "", limit=0), "--limit is 0; it must be above 0"),
@@ -256,12 +258,28 @@ def test_a_file_holds_a_prompt_a_line_and_wrong_lines_are_named(tmp_path, name, 
             read_prompts(tmp_path / name)
 
 
+def test_a_conversation_is_read_as_in_training(tmp_path):
+    file, turns = tmp_path / "a.jsonl", [{"from": "human", "value": "Hi"}]
+    file.write_text(json.dumps({"messages": turns, "system": "S", "tools": '[{"name": "f"}]'}))
+    [found] = read_prompts(file)
+    assert found["messages"] == [{"role": "system", "content": "S"}, {"role": "user", "content": "Hi"}]
+    assert found["tools"] == [{"name": "f"}]
+    file.write_text(json.dumps({"messages": turns, "tools": "f"}))
+    with pytest.raises(ConfigurationError, match=r'a\.jsonl:1: "tools" is not a list of objects'):
+        read_prompts(file)
+
+
 def test_prompts_and_conversations_become_ids_and_leave_room_for_a_token():
     records = [{"prompt": "a"}, {"prompt": ""}, {"messages": [{"role": "user", "content": "b"}]}]
     assert encode_prompts(records, BYTES, False, 9) == [[0, 97], [1], [60, 98, 62, 63]]
     assert encode_prompts(records[:1], BYTES, True, 9) == [[60, 97, 62, 63]]
     with pytest.raises(ConfigurationError, match="prompt 1 has 4 tokens, but the model has 4 positions"):
         encode_prompts([{"prompt": "abc"}], BYTES, False, 4)
+    # The answer that data have is not shown to the model.
+    answered = [*records[2]["messages"], {"role": "assistant", "content": "c"}]
+    assert encode_prompts([{"messages": answered}], BYTES, False, 9) == [[60, 98, 62, 63]]
+    with pytest.raises(ConfigurationError, match="prompt 1: all of its messages are the assistant's"):
+        encode_prompts([{"messages": answered[1:]}], BYTES, False, 9)
 
 
 def test_a_log_has_a_line_at_each_tenth(capsys):
@@ -388,9 +406,9 @@ def test_a_run_without_prompts_is_an_error(tmp_path, monkeypatch):
     base, file = save_worded_llama(tmp_path / "base"), tmp_path / "texts.jsonl"
 
     def ask(*paths: str):
-        config = c.make_run(pretrained_checkpoint=str(base), train_data_path=("a.jsonl",), valid_data_path=paths)
+        config = c.make_run(pretrained_checkpoint="where it was", train_data_path=("a.jsonl",), valid_data_path=paths)
         monkeypatch.setattr(answers.run_record, "read_run_record", lambda run: SimpleNamespace(config=config))
-        return questions_of("run", 2)
+        return questions_of("run", 2, str(base))
 
     file.write_text('{"text": "w1 w2"}\n')
     for paths, told in (((), "was trained without"), ((str(file),), "are plain text")):

@@ -19,7 +19,7 @@ from megatron_peft.checkpoint.folders import TRACKER
 from megatron_peft.config import ConfigurationError
 from megatron_peft.experiment import process
 from megatron_peft.experiment.cells import Cell
-from megatron_peft.experiment.process import script
+from megatron_peft.experiment.process import command_of, script
 from megatron_peft.experiment.spec import ScoreSpec
 from tests.experiment.small_experiment import content, experiment
 from tests.time_limits import seconds, wait_until
@@ -83,6 +83,20 @@ def test_each_group_is_one_task_of_its_models_array(tmp_path: Path, environment:
     tiny, big = (tmp_path / "sbatch").read_text().splitlines()
     assert "--nodes=1 " in tiny and "--time=1:00:00" in tiny and "--array=0-1" in tiny and "--exclusive" in tiny
     assert "--nodes=2 " in big and "--job-name=small-big" in big
+
+
+def test_data_are_prepared_with_the_programs_own_python(tmp_path: Path, environment: dict[str, str]) -> None:
+    path = written(tmp_path, prepare=["megatron-peft data prepare sst2", "echo megatron-peft"])
+    subprocess.run(["bash", str(path)], env=environment, check=True, cwd=tmp_path)
+    assert (tmp_path / "python").read_text().splitlines()[0].split()[
+        -5:
+    ] == "-m megatron_peft data prepare sst2".split()
+    assert command_of(("megatron-peft", "x"), ["py"]) == ["py", "-m", "megatron_peft", "x"]
+    assert command_of(("python", "x"), ["py"]) == ["py", "x"] and command_of(("x", "python"), ["py"]) == ["x", "python"]
+
+
+def test_a_stopped_run_has_the_time_that_slurm_leaves_it_to_save() -> None:
+    assert int(process.ENVIRONMENT["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) < process.PATIENCE_SECONDS < 300
 
 
 def test_a_group_alone_is_submitted_with_the_flags_of_the_call(tmp_path: Path, environment: dict[str, str]) -> None:
@@ -157,9 +171,9 @@ def test_a_stopped_cell_continues_with_an_optimizers_state_and_a_score_gets_its_
     (saved / TRACKER).write_text("5")
     assert process.training_command(tmp_path, CELL, ["train.py"]) == [*expected, "--load", str(saved)]
     assert "--load" not in process.training_command(tmp_path, replace(CELL, flags=("--no-save-optim",)), ["train.py"])
-    score = ScoreSpec(("python", "score.py", "--out={output}", "{checkpoints}", "{flags}", "{flags}x"), {})
+    score = ScoreSpec(("python", "score.py", "--out={output}", "{checkpoints}", "{flags}", "run {flags}; x"), {})
     places = f"--out={process.score_file(tmp_path, CELL)}", str(process.checkpoints_folder(tmp_path, CELL))
-    expected = [sys.executable, "score.py", *places, "--lr", "0.1", "{flags}x"]
+    expected = [sys.executable, "score.py", *places, "--lr", "0.1", "run --lr 0.1; x"]
     assert process.score_command(tmp_path, CELL, score) == expected
 
 

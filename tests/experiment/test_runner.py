@@ -237,6 +237,11 @@ def test_second_runner_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ConfigurationError, match="another runner works in .*out: wait until it ends, or give"):
             run(tmp_path)
     FolderLock(tmp_path / "out").release()
+    # Nor does a whole run begin beside one of a group, or that one beside it.
+    with forked(lambda: FolderLock(tmp_path / "out" / "locks" / "tiny,talk,lora")) as told:
+        assert os.read(told, 1)
+        with pytest.raises(ConfigurationError, match="another runner works in .*locks/tiny,talk,lora"):
+            run(tmp_path)
 
 
 @pytest.mark.slow

@@ -138,6 +138,10 @@ def test_the_papers_scores_can_be_run_by_each_models_processes(tmp_path: Path) -
         ({"models": ["tiny"]}, r"models is \['tiny'\]; it is a mapping"),
         ({"tasks": {"talk": {"score": {"command": "python x"}}}}, "score.command does not name its JSON file"),
         ({"tasks": {"talk": {"score": {"command": "x {output}"}}}}, "score.metrics is empty"),
+        (
+            {"tasks": {"talk": {"score": {"command": "x {output} {checkpoint}"}}}},
+            "score.command has {checkpoint}, which nothing fills in: did you mean {checkpoints}",
+        ),
         (scored_by({}), "metrics.a needs path"),
         ({"methods": {"lora": {"seeds": [4, 4]}}}, "seeds: 4, 4 names one twice"),
         (asked(), r"contrasts need data that no setting was chosen by: give the task tuning_valid_data_path"),
@@ -208,7 +212,7 @@ def test_prepare_is_a_command_or_several(tmp_path: Path) -> None:
     assert several.prepare == (("python", "-m", "x"), ("python", "a b.py"))
     quoted, _ = experiment(tmp_path, prepare="bash -c 'sort a > b'")
     assert quoted.prepare == (("bash", "-c", "sort a > b"),)
-    with pytest.raises(ConfigurationError, match="prepare is \"bash -c 'sort\": No closing quotation."):
+    with pytest.raises(ConfigurationError, match='prepare is "bash -c \'sort": No closing quotation.'):
         experiment(tmp_path, prepare="bash -c 'sort")
     with pytest.raises(ConfigurationError, match="prepare is 3; it is a command"):
         experiment(tmp_path, prepare=3)

@@ -162,6 +162,17 @@ def test_fit_takes_a_run_of_a_layout_that_the_model_does_not_divide_by(base):
         config_of(PlanSettings(), RunFlags(words))
 
 
+@pytest.mark.parametrize(
+    ("words", "world_size"),
+    [("", 2), ("--nproc-per-node 4", 4), ("--nproc-per-node 4 --nnodes 3", 12), ("--nproc-per-node gpu --nnodes 3", 2)],
+)
+def test_a_run_has_the_processes_that_its_launch_flags_start(base, words, world_size):
+    words = ["--pretrained-checkpoint", str(base), *SMALL, "--tensor-model-parallel-size", "2", *words.split()]
+    assert config_of(PlanSettings(), RunFlags(words)).parallel.world_size == world_size
+    assert config_of(PlanSettings(world_size=8), RunFlags(words)).parallel.world_size == 8
+    assert config_of(PlanSettings(fit=True), RunFlags(words)).parallel.world_size == 2
+
+
 @pytest.mark.slow
 def test_rehearsed_times_choose_among_the_layouts_that_fit(base, tmp_path, capsys, few_ways, monkeypatch):
     """Here the first is found to take longer than was thought."""
