@@ -71,7 +71,7 @@ def new_adapters(
     What the layers share is made once by `share` of the method's module, and given to each adapter's `bind_shared`.
     """
     method = import_module(peft.spec.adapter)
-    adapters = {name: method.build(one, peft, f"{name}.adapter", seed, dtype) for name, one in layouts.items()}
+    adapters = {name: method.build(layout, peft, f"{name}.adapter", seed, dtype) for name, layout in layouts.items()}
     if hasattr(method, "share"):
         shared = method.share([*dict.fromkeys(layouts.values())], peft, seed, dtype)
         for adapter in adapters.values():
@@ -156,7 +156,7 @@ def merge_adapters(model_chunks: Sequence[nn.Module], peft: PeftConfig) -> None:
 def all_names(names: Sequence[str]) -> list[str]:
     """The union of every stage's names: a pattern may match on another pipeline stage only. A collective."""
     stages: Any = parallel_state.get_pipeline_model_parallel_group()
-    return sorted({name for found in gather_over_world({*names}, stages) for name in found})
+    return sorted({name for stage_names in gather_over_world({*names}, stages) for name in stage_names})
 
 
 def huggingface_modules(model_chunks: Sequence[Any]) -> Mapping[str, str]:

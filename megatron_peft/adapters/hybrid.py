@@ -85,8 +85,8 @@ class Hybrid(RotatesOnceAStep, nn.Module):
     def bind_weight(self, weight: Tensor) -> None:
         """Put the layer's weight into the checkpoint where --hybrid-merge-interval merges changes into it."""
         if self.merges:
-            told = f"--hybrid-merge-interval merges changes into weights, which must be float32, not {weight.dtype}."
-            require(weight.dtype == torch.float32, told)
+            message = f"--hybrid-merge-interval merges changes into weights, which must be float32, not {weight.dtype}."
+            require(weight.dtype == torch.float32, message)
             # the buffer is a view of the base's own tensor, so a loaded checkpoint loads it
             self.folded_weight = weight.detach()
             mark_split(self.folded_weight, weight.partition_dim, weight.partition_stride)  # pyright: ignore[reportAttributeAccessIssue]

@@ -77,19 +77,19 @@ class RotatesOnceAStep:
         kinds: dict[Any, list[int]] = {}
         applied: list[AppliedRotation] = [layer.adapter.applied_rotation() for layer in layers]
         rounded = {str(each.rotation.trained.dtype) for each in applied} - {"torch.float32", "torch.float64"}
-        told = f"rotations must be float32, not {', '.join(rounded)}: add the adapters after Float16Module."
-        require(not rounded, told)
+        message = f"rotations must be float32, not {', '.join(rounded)}: add the adapters after Float16Module."
+        require(not rounded, message)
         for index, (rotated, layer) in enumerate(zip(applied, layers, strict=True)):
             if rotated.rotation.has_blocks:
                 kinds.setdefault((type(rotated.rotation), rotated.transposed, layer.weight.dtype), []).append(index)
-        found: list[HeldBlocks | None] = [None] * len(layers)
+        blocks: list[HeldBlocks | None] = [None] * len(layers)
         for (_, _, dtype), indices in kinds.items():
             # A step's gradients come in the order of formulas.
             ordered = sorted(indices, key=lambda index: list(FORMULAS).index(applied[index].kept))
             stack = Stack([applied[index] for index in ordered], dtype, is_training)
             for index, held in zip(ordered, stack.build(), strict=True):
-                found[index] = held
-        return found
+                blocks[index] = held
+        return blocks
 
     @staticmethod
     def end_step(layers: Sequence[Any]) -> Sequence[nn.Parameter]:

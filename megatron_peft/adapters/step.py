@@ -77,7 +77,7 @@ class AdaptersStep:
 
     def clear(self) -> None:
         """Forget what was built: it is of weights that will change. No memory of it is left."""
-        for layer in (one for layers in self.layers.values() for one in layers):
+        for layer in (layer for layers in self.layers.values() for layer in layers):
             layer.adapter.held = None
         self.layers = {}
 

@@ -154,10 +154,10 @@ def read_shape_of_file(path: Path) -> ModelShape:
 
 def _require_readable(path: Path, quantization: Any) -> None:
     """Raises ConfigurationError for weights that are quantized in another way than bitsandbytes' NF4."""
-    told = quantization if isinstance(quantization, dict) else {"quant_method": quantization}
-    is_nf4 = bool(told.get("load_in_4bit")) and told.get("bnb_4bit_quant_type") == "nf4"
-    is_nf4 = is_nf4 and told.get("quant_method", "bitsandbytes") == "bitsandbytes"
-    method = str(told.get("quant_method", "an unknown method"))[:40]
+    config = quantization if isinstance(quantization, dict) else {"quant_method": quantization}
+    is_nf4 = bool(config.get("load_in_4bit")) and config.get("bnb_4bit_quant_type") == "nf4"
+    is_nf4 = is_nf4 and config.get("quant_method", "bitsandbytes") == "bitsandbytes"
+    method = str(config.get("quant_method", "an unknown method"))[:40]
     require(
         quantization is None or is_nf4,
         f"{path}: the weights are quantized (quantization_config: {method}), and only the NF4 of bitsandbytes is read. "

@@ -218,20 +218,20 @@ def _engine_takes_flash_attn() -> bool:
 def require_cross_entropy(model: ModelConfig, installed: Installed) -> None:
     """Raises ConfigurationError if a flag asks for a fused loss that is not there, or that would round gradients."""
     engines = model.transformer.get("cross_entropy_fusion_impl") == "te"
-    asked = "--cross-entropy-fusion-impl te" if engines else "--cross-entropy-loss-fusion"
+    flag = "--cross-entropy-fusion-impl te" if engines else "--cross-entropy-loss-fusion"
     if not installed.cuda or not (engines or model.transformer.get("cross_entropy_loss_fusion")):
         return
     require(
         installed.transformer_engine or not engines,
-        f"{asked} needs the package transformer_engine, which cannot be imported: use native.",
+        f"{flag} needs the package transformer_engine, which cannot be imported: use native.",
     )
     require(
         model.bf16 or engines,
-        f"{asked} without --bf16 would round the gradients of a float32 run to bf16: leave it out, or give --bf16.",
+        f"{flag} without --bf16 would round the gradients of a float32 run to bf16: leave it out, or give --bf16.",
     )
     require(
         not installed.compile_problem,
-        f"{asked} needs Triton, which cannot compile here ({installed.compile_problem}): install a C compiler and "
+        f"{flag} needs Triton, which cannot compile here ({installed.compile_problem}): install a C compiler and "
         f"Python's headers (docs/install.md), or leave it out.",
     )
 

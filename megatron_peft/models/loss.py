@@ -27,12 +27,12 @@ LOGITS_BYTES = 2**26
 ROWS_BYTES, FEW_BYTES = 2**25, 2**20  # of the output layer that are multiplied at a time
 
 
-def chunk_tokens(asked: int | None, vocab_size: int) -> int:
+def chunk_tokens(chunk_size: int | None, vocab_size: int) -> int:
     """Tokens of a chunk by --cross-entropy-chunk-tokens; by default as many as have LOGITS_BYTES of float32 logits.
 
     vocab_size: of this rank, padded.
     """
-    return max(1, LOGITS_BYTES // (4 * vocab_size)) if asked is None else asked
+    return max(1, LOGITS_BYTES // (4 * vocab_size)) if chunk_size is None else chunk_size
 
 
 def loss_summary(config: RunConfig, shape: ModelShape) -> str:
@@ -129,7 +129,7 @@ class ChunkedLossModel(GPTModel):
         # The gradient takes the place of gathered tokens, which nobody else has.
         dx = x if call.splits_sequence else torch.empty(x.shape, dtype=x.dtype, device=x.device)
         num_chunks = max(-(-labels.numel() // self.config.loss_chunk_tokens), 1)
-        chunks = [one.tensor_split(num_chunks) for one in (flat(x), flat(dx), labels.t().flatten())]
+        chunks = [tensor.tensor_split(num_chunks) for tensor in (flat(x), flat(dx), labels.t().flatten())]
         room = x.new_empty(len(chunks[0][0]), len(weight))  # for the logits of every chunk: fresh memory takes long
         losses = [self._loss_of_chunk(room, has_gradient, weight, *some) for some in zip(*chunks, strict=True)]
         all_losses = torch.cat(losses, 1).view(labels.t().shape).t().contiguous()

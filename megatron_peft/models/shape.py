@@ -182,8 +182,8 @@ def check_layout(parallel: ParallelConfig, shape: ModelShape) -> list[str]:
     tp, problems = parallel.tensor_model_parallel_size, _pipeline_problems(parallel, shape)
     undivided = [f"{size} {name}" for name, size in sizes.items() if size % tp]
     if undivided:
-        told = f"--tensor-model-parallel-size {tp} does not divide the model's {', '.join(undivided)}: "
-        problems = [f"{told}use {_listed(_divisors(math.gcd(*sizes.values())))}.", *problems]
+        problem = f"--tensor-model-parallel-size {tp} does not divide the model's {', '.join(undivided)}: "
+        problems = [f"{problem}use {_listed(_divisors(math.gcd(*sizes.values())))}.", *problems]
     return problems
 
 
@@ -193,17 +193,17 @@ def check_quantized(model: ModelConfig, tensor_parallel_size: int, shape: ModelS
     """
     base_precision = model.base_precision
     if model.quantize_output_layer and shape.tied_embeddings:
-        told = "the output layer of this model is its embedding (tie_word_embeddings), which stays as it is"
-        return [f"--quantize-output-layer: {told}: leave it out."]
+        problem = "the output layer of this model is its embedding (tie_word_embeddings), which stays as it is"
+        return [f"--quantize-output-layer: {problem}: leave it out."]
     whole = math.gcd(shape.num_attention_heads * shape.kv_channels, shape.ffn_hidden_size)  # what rows are split along
     if base_precision == "run" or (shape.hidden_size % BLOCK == 0 and whole % (tensor_parallel_size * BLOCK) == 0):
         return []
-    told = f"--base-precision {base_precision} has blocks of {BLOCK} input features, and linear layers of this model"
+    intro = f"--base-precision {base_precision} has blocks of {BLOCK} input features, and linear layers of this model"
     if shape.hidden_size % BLOCK or whole % BLOCK:
-        return [f"{told} have {shape.hidden_size} and {whole}, which are no multiples of it: leave it out."]
+        return [f"{intro} have {shape.hidden_size} and {whole}, which are no multiples of it: leave it out."]
     fitting = [size for size in _divisors(math.gcd(whole // BLOCK, shape.num_query_groups))]
     return [
-        f"{told} with {whole} of them cannot be cut into --tensor-model-parallel-size {tensor_parallel_size} parts of "
+        f"{intro} with {whole} of them cannot be cut into --tensor-model-parallel-size {tensor_parallel_size} parts of "
         f"whole blocks: use {_listed(fitting)}."
     ]
 
@@ -240,8 +240,8 @@ def _pipeline_problems(parallel: ParallelConfig, shape: ModelShape) -> list[str]
     layout = parallel.pipeline_model_parallel_layout
     if layout is not None:
         held = sum(stage.count("t") for stage in stages_of_layout(layout))
-        told = f"--pipeline-model-parallel-layout {layout} has {held} layers (t), the model {layers}"
-        return [] if held == layers else [f"{told}: every layer stands in it once."]
+        problem = f"--pipeline-model-parallel-layout {layout} has {held} layers (t), the model {layers}"
+        return [] if held == layers else [f"{problem}: every layer stands in it once."]
     divided = parallel.num_divided(layers)
     counted = f"{layers} layers" + (f" ({divided - layers} more accounted for)" if divided > layers else "")
     if divided % pp:

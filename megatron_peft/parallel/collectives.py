@@ -127,8 +127,8 @@ def sum_partial_gradients_over_tensor_parallel(model_chunks: Iterable[nn.Module]
     Call it after the data-parallel reduction: the two sums commute, and with a distributed optimizer all
     tensor-parallel peers own the same shard of the gradient buffer.
     """
-    trained = [one for chunk in model_chunks for one in chunk.parameters() if one.requires_grad]
-    sum_coalesced([gradient_of(one) for one in trained if getattr(one, PARTIAL_OVER_TENSOR_PARALLEL, False)], group)
+    trained = [p for chunk in model_chunks for p in chunk.parameters() if p.requires_grad]
+    sum_coalesced([gradient_of(p) for p in trained if getattr(p, PARTIAL_OVER_TENSOR_PARALLEL, False)], group)
 
 
 SECONDS_TO_GO_ON = 5.0
@@ -153,7 +153,7 @@ def awaited_from_first_rank(find: Callable[[], Found]) -> Found:
         while not from_first_rank(lambda: is_found.wait(SECONDS_TO_GO_ON)):
             pass
 
-    def found() -> Found:
+    def find_meanwhile() -> Found:
         with ThreadPoolExecutor(1) as beside:
             goes_on = beside.submit(go_on)
             try:
@@ -164,7 +164,7 @@ def awaited_from_first_rank(find: Callable[[], Found]) -> Found:
 
     if not is_first:
         go_on()
-    return from_first_rank(found)
+    return from_first_rank(find_meanwhile)
 
 
 def gathered_by_first_rank(
@@ -206,15 +206,15 @@ def from_first_rank_by_stage(own: Sent, find: Callable[[list[Sent]], list[Found]
     of_stage: Any = parallel_state.get_data_parallel_group(), parallel_state.get_tensor_model_parallel_group()
     replica, tensor_rank = (group.rank() for group in of_stage)
     is_first_of_stage = replica == tensor_rank == 0
-    asked: list[Any] = [own] * stages.size()
-    found: list[Found] = []
+    gathered: list[Any] = [own] * stages.size()
+    answers: list[Found] = []
     if is_first_of_stage:
         first = dist.get_global_rank(stages, 0)
-        dist.gather_object(own, asked if stages.rank() == 0 else None, dst=first, group=stages)
-    from_first_rank(lambda: found.extend(find(asked)))
+        dist.gather_object(own, gathered if stages.rank() == 0 else None, dst=first, group=stages)
+    from_first_rank(lambda: answers.extend(find(gathered)))
     of_this_stage: list[Any] = [None]
     if is_first_of_stage:
-        dist.scatter_object_list(of_this_stage, found or None, src=dist.get_global_rank(stages, 0), group=stages)
+        dist.scatter_object_list(of_this_stage, answers or None, src=dist.get_global_rank(stages, 0), group=stages)
     for group, has_it in zip(of_stage, (tensor_rank == 0, True), strict=True):
         if has_it:
             dist.broadcast_object_list(of_this_stage, src=dist.get_global_rank(group, 0), group=group)

@@ -82,7 +82,7 @@ def _settings(settings: CheckpointConfig) -> SyncSettings:
     )
 
 
-def _batches(asked: Asked, train: GlobalBatches, config: RunConfig) -> GlobalBatches:
+def _batches(prompts: Asked, train: GlobalBatches, config: RunConfig) -> GlobalBatches:
     """What is asked as a validation of one token a sample, in the training's layout and as few microbatches as it has.
 
     A whole global batch would be nearly all padding.
@@ -90,7 +90,7 @@ def _batches(asked: Asked, train: GlobalBatches, config: RunConfig) -> GlobalBat
     parallel, seq_length = config.parallel, config.data.seq_length
     microbatches = parallel.pipeline_model_parallel_size if parallel.is_interleaved else 1
     size = microbatches * train.layout.micro_batch_size * train.layout.data_parallel_size
-    samples = [sample_from_ids([*ids, last], [False] * len(ids) + [True], seq_length) for ids, last in asked]
+    samples = [sample_from_ids([*ids, last], [False] * len(ids) + [True], seq_length) for ids, last in prompts]
     order = SampleOrder(len(samples), seed=0, shuffle=False)
     if isinstance(train.order, PackedOrder):
         order = PackedOrder(order, np.array([*map(len, samples)]), seq_length, train.order.packing)

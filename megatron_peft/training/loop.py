@@ -99,8 +99,8 @@ class _Run:
         if checkpoint.keep_best and best.loss is not None:
             # It may be of the run that --load continues, in the folder of that one, or no longer there.
             folders = [checkpoint.save, None if checkpoint.finetune else checkpoint.load]
-            found = [best_checkpoint(Path(folder), best.iteration) for folder in folders if folder]
-            where = next((f": {path}" for path in found if path), "")
+            paths = [best_checkpoint(Path(folder), best.iteration) for folder in folders if folder]
+            where = next((f": {path}" for path in paths if path), "")
             reason += f"\nlowest validation loss {best.loss:.6E} at iteration {best.iteration}{where}"
         return reason
 
@@ -167,9 +167,9 @@ class _Run:
     def _after_step(self, is_last: bool) -> None:
         if self.after_step is not None:
             with self.watchers.paused():
-                told = self.after_step(self.state, is_last)
-            if told:
-                self.progress.message(told)
+                message = self.after_step(self.state, is_last)
+            if message:
+                self.progress.message(message)
 
     def _asked_to_stop(self) -> str:
         return f"asked to stop at iteration {self.state.position.iteration}"

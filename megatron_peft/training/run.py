@@ -391,7 +391,7 @@ def start_report(config: RunConfig, seconds: float, energy: Mapping[str, float])
     if save is not None:
         path = Path(save) / START_FILE
         record = {name: getattr(peft, name) for name in ("lora_ga_init", "lora_ga_batches", "lora_rank")}
-        record |= {"seconds": seconds, "energy": dict(sorted(energy.items(), key=lambda one: (_layer(one[0]), one[0])))}
+        record |= {"seconds": seconds, "energy": dict(sorted(energy.items(), key=lambda kv: (_layer(kv[0]), kv[0])))}
         with suppress(OSError):  # a full disk: the run's first checkpoint will report it
             folders.write_atomically(path, json.dumps(record, indent=2) + "\n")
             lines.append(f"  each layer: {path}")

@@ -34,7 +34,7 @@ from megatron_peft.runtime.cpu import redirect_norm
 from megatron_peft.runtime.launch import largest_over_world
 from megatron_peft.runtime.precision import full_precision
 
-OPTIMIZER_FIELDS = frozenset(one.name for one in fields(OptimizerConfig))
+OPTIMIZER_FIELDS = frozenset(field.name for field in fields(OptimizerConfig))
 
 
 class GradientShards:
