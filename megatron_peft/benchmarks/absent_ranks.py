@@ -85,10 +85,10 @@ def _moved(own: bytes, far: Sequence[tuple[bytes, int]]) -> bytes:
     """A line, moved as far as it is to each of these, so many times."""
     if b"\\u0000" in own:  # an array, of int64
         begin = own.index(b"V")
-        data = [pickle.loads(one[begin:] + b"\n.").encode("latin1") for one in (own, *(near for near, _ in far))]
-        if {len(one) % 8 for one in data} != {0} or len({*map(len, data)}) > 1:
+        data = [pickle.loads(line[begin:] + b"\n.").encode("latin1") for line in (own, *(near for near, _ in far))]
+        if {len(buffer) % 8 for buffer in data} != {0} or len({*map(len, data)}) > 1:
             return own
-        array, *near = (np.frombuffer(one, np.int64) for one in data)
+        array, *near = (np.frombuffer(buffer, np.int64) for buffer in data)
         array = array + sum(count * (other - array) for other, (_, count) in zip(near, far, strict=True))
         return own[:begin] + pickle.dumps(array.tobytes().decode("latin1"), 0).split(b"\n")[0]
     texts, *others = ([*re.split(rb"(\d+)", line)] for line in (own, *(near for near, _ in far)))
@@ -150,8 +150,8 @@ class AbsentRanks(Meter):
                 usual(**given)
             else:
                 pickle.dumps(given["obj"])  # as torch does
-                found = {data: pickle.loads(data) for data in {*self._answers}}
-                (values or [])[:] = [found[data] for data in self._answers]
+                loaded = {data: pickle.loads(data) for data in {*self._answers}}
+                (values or [])[:] = [loaded[data] for data in self._answers]
 
     def _fill(self, *args: Any, gather_list: Any = None, **_: Any) -> None:
         """Stands for torch's gathers of tensors, as it calls them for objects: of the sizes, then of the pickles."""
@@ -199,11 +199,11 @@ class AbsentRanks(Meter):
 
         @cache
         def moved(which: int, anchor: int, *steps: tuple[int, int]) -> Any:
-            found = like(which, anchor).at(dict(steps))
-            return found if which else pickle.dumps({*found} if kind is set else found)
+            result = like(which, anchor).at(dict(steps))
+            return result if which else pickle.dumps({*result} if kind is set else result)
 
         def of_rank(which: int, rank: int) -> Any:
-            anchor = next(one for one in (rank, self.grid.anchor(rank), min(given)) if one in given)
+            anchor = next(candidate for candidate in (rank, self.grid.anchor(rank), min(given)) if candidate in given)
             far = zip(range(3), self.grid.place(rank), self.grid.place(anchor), strict=True)
             return moved(which, anchor, *((axis, to - at) for axis, to, at in far if axis in like(which, anchor).axes))
 

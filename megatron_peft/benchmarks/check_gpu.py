@@ -89,7 +89,7 @@ class LinesPlugin:
         outcome = self._lines[report.nodeid]
         outcome.seconds += report.duration
         recorded: list[tuple[str, Any]] = report.user_properties
-        figures = [Figure(**told) for kind, told in recorded if kind == "figure" and report.when == "call"]
+        figures = [Figure(**values) for kind, values in recorded if kind == "figure" and report.when == "call"]
         crash: Any = getattr(report.longrepr, "reprcrash", None)
         why = crash.message if crash else report.longreprtext
         # `test_a_b[c]` is shown as `a b: c`.

@@ -156,8 +156,8 @@ def quantized_loading_figures(setting: Setting) -> list[Figure]:
     """Bytes of the linear layers' weights, and what loading takes beyond the model that it makes."""
     figures = []
     for precision, limit in OVER_BF16.items():
-        asked = replace(setting, bf16=True, base_precision=precision)
-        [(held, in_bf16, beyond)] = on_ranks(load_quantized, asked)
+        quantized_setting = replace(setting, bf16=True, base_precision=precision)
+        [(held, in_bf16, beyond)] = on_ranks(load_quantized, quantized_setting)
         note = f"{held / MIB:,.1f} and {in_bf16 / MIB:,.1f} MiB"
         name = f"{precision}: peak of loading beyond the model"
         figures.append(Figure(f"{precision}: bytes of linear layers / bf16's", held / in_bf16, limit, "", note))
@@ -175,7 +175,7 @@ def load_quantized(setting: Setting) -> tuple[int, int, int]:
     peak = memory_bytes()[1]
     weights = [parameter for chunk in chunks for parameter in chunk.parameters()]
     quantized = [weight for weight in weights if hasattr(weight, "quantized")]
-    held, model = (sum(one.nbytes for each in some for one in stored_tensors(each)) for some in (quantized, weights))
+    held, model = (sum(tensor.nbytes for w in some for tensor in stored_tensors(w)) for some in (quantized, weights))
     return held, sum(2 * weight.numel() for weight in quantized), peak - before - model
 
 

@@ -99,9 +99,9 @@ def replies_of_transformers(setting: Setting, prompts: Prompts) -> Replies:
     replies: dict[int, tuple[list[int], float]] = {}
     for num_tokens, numbers in itertools.groupby(sorted(range(len(prompts)), key=length), key=length):
         alike = list(numbers)
-        asked = [prompts[number] for number in alike]
-        answers = _greedy(model, asked, NUM_NEW)
-        whole = torch.tensor([[*prompt, *answer] for prompt, answer in zip(asked, answers, strict=True)])
+        batch = [prompts[number] for number in alike]
+        answers = _greedy(model, batch, NUM_NEW)
+        whole = torch.tensor([[*prompt, *answer] for prompt, answer in zip(batch, answers, strict=True)])
         likelihoods = model(whole).logits[:, num_tokens - 1 : -1].log_softmax(-1)
         totals = likelihoods.gather(-1, torch.tensor(answers)[:, :, None]).sum((1, 2)).tolist()
         replies |= zip(alike, zip(answers, totals, strict=True), strict=True)
@@ -113,8 +113,8 @@ def our_replies(setting: Setting, prompts: Prompts) -> Replies:
     """Started on every rank of the layout."""
     chunks: Any = load_base(setting)[0]
     answers = generate(chunks, prompts, GenerationSettings(FOREVER, NUM_NEW, batch_size=BATCH_SIZE))
-    asked = [Continuation(prompt, tuple(ids)) for prompt, ids in zip(prompts, answers, strict=True)]
-    scores = score_continuations(chunks, asked, BATCH_SIZE)
+    continuations = [Continuation(prompt, tuple(ids)) for prompt, ids in zip(prompts, answers, strict=True)]
+    scores = score_continuations(chunks, continuations, BATCH_SIZE)
     return Replies(answers, [score.log_likelihood for score in scores])
 
 

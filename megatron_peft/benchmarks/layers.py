@@ -151,7 +151,7 @@ MOST_LOSS_TIME, MOST_LOSS_MB = 1.03, 80.0
 def loss_figures(setting: Setting) -> list[Figure]:
     """Time beside the whole loss, and memory beyond the hidden states, their gradient and the weight."""
     chunks, whole = on_ranks(time_losses, setting)[0]
-    held = [on_ranks(bytes_of_a_loss, setting, asked=asked)[0] / 1e6 for asked in (None, 0)]
+    held = [on_ranks(bytes_of_a_loss, setting, chunk_size=chunk_size)[0] / 1e6 for chunk_size in (None, 0)]
     note = f"{median(chunks):.2f} and {median(whole):.2f} CPU s, {TIMED_TOKENS:,} tokens; {len(whole)} turns"
     ratio = median_ratio(chunks, whole)
     whole_note = f"whole {held[1]:,.0f} MB; {HELD_TOKENS:,} tokens"
@@ -165,18 +165,18 @@ def time_losses(setting: Setting) -> list[list[float]]:
     """CPU seconds of every turn, in chunks and whole. Started on a rank."""
     model, end = _model_of_a_loss(), time.monotonic() + MAX_SECONDS
     batch = _loss_batch(TIMED_TOKENS)
-    steps = {str(asked): partial(_loss_and_gradient, model, asked, *batch) for asked in (None, 0)}
+    steps = {str(chunk_size): partial(_loss_and_gradient, model, chunk_size, *batch) for chunk_size in (None, 0)}
     return [*take_turns(steps, setting.turns, lambda: time.monotonic() > end).values()]
 
 
-def bytes_of_a_loss(setting: Setting, asked: int | None) -> int:
+def bytes_of_a_loss(setting: Setting, chunk_size: int | None) -> int:
     """The most resident memory of a loss and its gradient, above what was there before. Started on a rank."""
     give_back_freed_memory()
     model, (hidden, labels) = _model_of_a_loss(), _loss_batch(HELD_TOKENS)
-    _loss_and_gradient(model, asked, *_loss_batch(8))  # the first product makes more than its result
+    _loss_and_gradient(model, chunk_size, *_loss_batch(8))  # the first product makes more than its result
     before, _ = memory_bytes()
     Path("/proc/self/clear_refs").write_text("5")  # the peak is what is resident
-    _loss_and_gradient(model, asked, hidden, labels)
+    _loss_and_gradient(model, chunk_size, hidden, labels)
     return memory_bytes()[1] - before - hidden.nbytes
 
 
@@ -193,9 +193,9 @@ def _loss_batch(num_tokens: int) -> tuple[Tensor, Tensor]:
     return hidden, torch.randint(LOSS_SHAPE["vocab_size"], (1, num_tokens))
 
 
-def _loss_and_gradient(model: ChunkedLossModel, asked: int | None, hidden: Tensor, labels: Tensor) -> None:
+def _loss_and_gradient(model: ChunkedLossModel, chunk_size: int | None, hidden: Tensor, labels: Tensor) -> None:
     """What megatron-core's model computes behind its last layer."""
-    head, model.config.loss_chunk_tokens = model.output_layer, chunk_tokens(asked, LOSS_SHAPE["vocab_size"])
+    head, model.config.loss_chunk_tokens = model.output_layer, chunk_tokens(chunk_size, LOSS_SHAPE["vocab_size"])
     head.hands_on_input = model.config.loss_chunk_tokens > 0
     loss = model.compute_language_model_loss(labels, head(hidden, model.output_weight)[0]).sum()
     torch.autograd.grad(loss, hidden)

@@ -213,8 +213,8 @@ class Meter(ExitStack):
 
 def _bytes_read() -> tuple[int, int]:
     """Those of all read calls, and those that came from a disk."""
-    told = Path("/proc/self/io").read_text().split()
-    return int(told[1]), int(told[told.index("read_bytes:") + 1])
+    words = Path("/proc/self/io").read_text().split()
+    return int(words[1]), int(words[words.index("read_bytes:") + 1])
 
 
 def forget_files(folder: Path) -> None:

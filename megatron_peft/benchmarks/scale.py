@@ -64,14 +64,14 @@ def phases_of(grid: Grid, config: RunConfig) -> dict[int, Phases]:
     """Those of the running ranks. A resume is that of new processes, after a long time without a save."""
     running = grid.running()
     resumed = replace(config, checkpoint=replace(config.checkpoint, load=config.checkpoint.save))
-    found: dict[int, Phases] = {rank: {} for rank in running}
+    costs: dict[int, Phases] = {rank: {} for rank in running}
     for each in (config, resumed):
         store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # a rank would serve the others
         run_one = partial(run_present_rank, grid, running, store.port)
         by_rank = run_ranks(len(running), run_one, each, timeout=TIMEOUT.total_seconds())
         for rank, phases in zip(running, by_rank, strict=True):
-            found[rank] |= phases
-    return found
+            costs[rank] |= phases
+    return costs
 
 
 def recipe_run(setting: Setting, grid: Grid, folder: Path) -> RunConfig:
@@ -193,22 +193,22 @@ def _write_index(by_rank: Sequence[Written], num_replicas: int, meter: Meter) ->
     Its seven tensors of a layer are cut as LoRA's eight; here each replica has a slice of each of their states.
     """
     sent = [
-        pickle.dumps(one._replace(slices=[part for each in one.slices for part in _over_replicas(each, num_replicas)]))
-        for one in by_rank
+        pickle.dumps(own._replace(slices=[part for each in own.slices for part in _over_replicas(each, num_replicas)]))
+        for own in by_rank
     ]
     with tempfile.TemporaryDirectory() as folder:
         with meter.phase("save of a full index"):
-            complete_files(Path(folder), [pickle.loads(one) for one in sent])  # as a gather gives them
+            complete_files(Path(folder), [pickle.loads(data) for data in sent])  # as a gather gives them
         with meter.phase("read of a full index"):
             read_metadata(Path(folder))
 
 
-def _over_replicas(one: WrittenSlice, number: int) -> Iterator[WrittenSlice]:
-    num_parts = number if one.key.startswith("optimizer.") else 1
-    (all_rows, *rest), (begin, *others), rows = one.global_shape, one.offset, one.shape[0]
+def _over_replicas(written: WrittenSlice, number: int) -> Iterator[WrittenSlice]:
+    num_parts = number if written.key.startswith("optimizer.") else 1
+    (all_rows, *rest), (begin, *others), rows = written.global_shape, written.offset, written.shape[0]
     for part in range(num_parts):
         offset = begin * num_parts + part * rows, *others
-        yield one._replace(global_shape=(all_rows * num_parts, *rest), offset=offset)
+        yield written._replace(global_shape=(all_rows * num_parts, *rest), offset=offset)
 
 
 def figures_of(grid: Grid, by_rank: Mapping[int, Phases]) -> list[Figure]:

@@ -168,8 +168,8 @@ def wide_run(config: RunConfig, shape: ModelShape, folder: Path) -> SmallRun | N
     if ranks <= MOST_TENSOR_PARALLEL:
         return None
     wide = ParallelConfig(ranks, sequence_parallel=parallel.sequence_parallel, world_size=ranks)
-    found = small_run(replace(config, parallel=wide), shape, folder, ranks)
-    return replace(found, split=replace(found.split, checkpoint=CheckpointConfig()))
+    run = small_run(replace(config, parallel=wide), shape, folder, ranks)
+    return replace(run, split=replace(run.split, checkpoint=CheckpointConfig()))
 
 
 def small_shape(
@@ -342,8 +342,8 @@ def compare_all(small: SmallRun, wide: SmallRun | None) -> Iterator[CertificateL
     for at, run in runs.items():
         for line in compare_small(run):
             more = len(line.problems) - MOST_NAMED
-            told = *line.problems[:MOST_NAMED], *([f"and {more} more"] if more > 0 else [])
-            yield replace(line, name=line.name + at, problems=told)
+            problems = *line.problems[:MOST_NAMED], *([f"and {more} more"] if more > 0 else [])
+            yield replace(line, name=line.name + at, problems=problems)
 
 
 def compare_small(small: SmallRun) -> Iterator[CertificateLine]:

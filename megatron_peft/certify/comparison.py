@@ -128,9 +128,9 @@ def compare_resharded(ranks: Sequence[RankReport], resharded: RankReport) -> Ite
 # Numbers.
 
 
-def compare_curves(found: Curve, reference: Curve, bf16: bool = False) -> list[CertificateLine]:
+def compare_curves(curve: Curve, reference: Curve, bf16: bool = False) -> list[CertificateLine]:
     """Relative differences of all numbers of a run. A certificate's rates are constant, and nobody asks it to stop."""
-    numbers, expected = _numbers(found), _numbers(reference)
+    numbers, expected = _numbers(curve), _numbers(reference)
     return [compare_numbers(name, numbers[name], expected[name], TOLERANCES[name][bf16]) for name in expected]
 
 
@@ -157,10 +157,10 @@ def _by_step(values: Iterable[float]) -> dict[str, float]:
 
 
 def compare_numbers(
-    name: str, found: Mapping[str, float], reference: Mapping[str, float], tolerance: float
+    name: str, numbers: Mapping[str, float], reference: Mapping[str, float], tolerance: float
 ) -> CertificateLine:
     """Relative differences; what one of the two lacks is NaN there, and so is the largest."""
-    pairs = {key: (found.get(key, math.nan), reference.get(key, math.nan)) for key in {**reference, **found}}
+    pairs = {key: (numbers.get(key, math.nan), reference.get(key, math.nan)) for key in {**reference, **numbers}}
     errors = {key: abs(value - wanted) / (abs(wanted) or 1.0) for key, (value, wanted) in pairs.items()}
     wrong = [key for key, error in errors.items() if not error <= tolerance]
     problems = ("{}: {:.8g}, in one process {:.8g}".format(key, *pairs[key]) for key in wrong)
@@ -203,7 +203,7 @@ def whole_tensors(ranks: Sequence[RankReport], when: str, prefix: str = "") -> T
     for run in ranks:
         for (key, place), held in run.tensors[when].items():
             slices.setdefault(key, {})[place] = held
-    found = {}
+    tensors = {}
     for key in slices:
         if not key.startswith(prefix) or (not prefix and key.startswith(NOT_PARAMETERS)):
             continue
@@ -212,13 +212,13 @@ def whole_tensors(ranks: Sequence[RankReport], when: str, prefix: str = "") -> T
         whole = torch.full([max(sides) for sides in zip(*ends, strict=True)], math.nan, dtype=torch.float64)
         for place, held in parts.items():
             whole[slice_of(*place)] = held.double()
-        found[key.removeprefix(prefix)] = whole
-    return found
+        tensors[key.removeprefix(prefix)] = whole
+    return tensors
 
 
 def compare_tensors(
     name: str,
-    found: Tensors,
+    tensors: Tensors,
     reference: Tensors,
     tolerance: float,
     ranks: Sequence[RankReport],
@@ -233,7 +233,7 @@ def compare_tensors(
     """
     differences, wholes = {}, {}
     for key, whole in reference.items():
-        other = found.get(key)
+        other = tensors.get(key)
         if other is None or other.shape != whole.shape:
             other = torch.full_like(whole, math.nan)
         if since is not None:
@@ -249,15 +249,15 @@ def compare_tensors(
 
     errors = {key: error(key) for key in reference}
     worst = sorted(errors, key=lambda key: -math.inf if math.isnan(errors[key]) else -errors[key])
-    problems = [f"{key} is missing" for key in sorted(reference.keys() - found.keys())]
-    problems += [f"{key} is of the layout alone" for key in sorted(found.keys() - reference.keys())]
+    problems = [f"{key} is missing" for key in sorted(reference.keys() - tensors.keys())]
+    problems += [f"{key} is of the layout alone" for key in sorted(tensors.keys() - reference.keys())]
     if as_one:
         largest, of = math.hypot(*errors.values()), "all tensors"
         if not largest <= tolerance:
             problems.append(f"all together: {largest:.1e}, most of it in {worst[0]}")
     else:
         largest, of = float(np.max([0.0, *errors.values()])), "the tensor" if since is None else "the change"
-        for key in (key for key in worst if key in found and not errors[key] <= tolerance):
+        for key in (key for key in worst if key in tensors and not errors[key] <= tolerance):
             holders = {(place, run.place[0]) for run in ranks for held, place in run.tensors[START] if held == key}
             wrong = {rank for place, rank in holders if not error(key, slice_of(*place)) <= tolerance}
             some = sorted(wrong) if wrong < {rank for _, rank in holders} else []
@@ -268,12 +268,12 @@ def compare_tensors(
 
 def _where(key: str, tensor_ranks: Sequence[int]) -> str:
     """The layer and its kind, and the tensor-parallel ranks, if any."""
-    words, told = key.split("."), []
+    words, places = key.split("."), []
     if words[:2] == ["decoder", "layers"]:
-        told = [f"layer {words[2]}, {words[4] if len(words) > 4 else words[3]}"]
+        places = [f"layer {words[2]}, {words[4] if len(words) > 4 else words[3]}"]
     if tensor_ranks:
-        told.append(f"tensor-parallel rank {' and '.join(map(str, tensor_ranks))}")
-    return f" ({', '.join(told)})" if told else ""
+        places.append(f"tensor-parallel rank {' and '.join(map(str, tensor_ranks))}")
+    return f" ({', '.join(places)})" if places else ""
 
 
 def same_copies(ranks: Sequence[RankReport], when: str) -> CertificateLine:
@@ -288,8 +288,8 @@ def same_copies(ranks: Sequence[RankReport], when: str) -> CertificateLine:
             holder, theirs = first.setdefault(slot, (rank, held))
             copies += holder != rank
             if not torch.equal(held, theirs):
-                told = f"{slot[0]}: {_rank(rank, run)} has other values than {_rank(holder, ranks[holder])}"
-                problems.setdefault(slot[0], told)
+                problem = f"{slot[0]}: {_rank(rank, run)} has other values than {_rank(holder, ranks[holder])}"
+                problems.setdefault(slot[0], problem)
     name = f"copies on several ranks, at the {when}"
     return CertificateLine(name, copies, None, 0.0, tuple(problems.values()), "bit for bit")
 

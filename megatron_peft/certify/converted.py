@@ -54,10 +54,10 @@ def compare_in_engine(
 
     def served(what: str, model: Path, adapter: Path | None = None, limit: int = 1) -> CertificateLine:
         try:
-            name, *found = served_log_probs(python, model, [adapter] if adapter else [], tokens, limit)
+            name, *log_probs = served_log_probs(python, model, [adapter] if adapter else [], tokens, limit)
         except ConfigurationError as error:
             return CertificateLine(f"{what} in vLLM", 0, None, 0.0, error=str(error))
-        return compare_logits(f"{what} in {name}", found[-1], after_training, 1, config.model.bf16)
+        return compare_logits(f"{what} in {name}", log_probs[-1], after_training, 1, config.model.bf16)
 
     merged = run.with_name("merged")
     if merged.is_dir():

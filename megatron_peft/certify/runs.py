@@ -199,9 +199,9 @@ class Run:
         positions = torch.arange(tokens.shape[1]).expand(tokens.shape)
         batch = Microbatch(tokens, tokens, torch.ones(tokens.shape), positions, len(tokens))
         with inference_mode(chunks), adapters_step(chunks, is_training=False):
-            found = run_schedule(chunks, [batch] * count, forward_only=True, forward=_logits)
-        is_asked = len(found) and self.place[0] == self.place[2] == 0
-        return found[0][..., : self.state.shape.vocab_size].float() if is_asked else None
+            logits = run_schedule(chunks, [batch] * count, forward_only=True, forward=_logits)
+        is_asked = len(logits) and self.place[0] == self.place[2] == 0
+        return logits[0][..., : self.state.shape.vocab_size].float() if is_asked else None
 
 
 def _logits(microbatches: Iterator[Microbatch], model: nn.Module) -> tuple[Tensor, Any]:

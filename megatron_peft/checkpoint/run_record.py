@@ -205,7 +205,7 @@ def contradictions(record: RunRecord, current: CurrentRun) -> list[str]:
         )
     precisions = [run.config.model.quantization for run in (record, current)]
     if precisions[0] != precisions[1] and not current.config.checkpoint.allow_other_base_precision:
-        typed = [" ".join(spelled(flag(name), value) for name, value in one.items() if value) for one in precisions]
+        typed = [" ".join(spelled(flag(name), value) for name, value in flags.items() if value) for flags in precisions]
         problems.append(
             f"{load} was trained with {typed[0]}, but this run has {typed[1]}, another base for its adapters: give the "
             f"same, or --allow-other-base-precision."

@@ -295,7 +295,7 @@ class _IndexUnpickler(BoundedUnpickler):
         places = dict(map(self._place, self._typed(vars(root)["storage_data"], dict).items()))
         _refuse_torn(self._path, _torn(tensors))
         slices = (MetadataIndex(key, chunk.offsets) for key, tensor in tensors.items() for chunk in tensor.chunks)
-        _refuse_torn(self._path, sorted({one.fqn for one in slices if one not in places}))
+        _refuse_torn(self._path, sorted({entry.fqn for entry in slices if entry not in places}))
         return Metadata(tensors, storage_data={key: place for key, place in places.items() if key.fqn in tensors})  # type: ignore[arg-type]
 
     def _tensor(self, entry: Any) -> TensorStorageMetadata:

@@ -288,7 +288,7 @@ def random_tensors() -> list[ShardedTensor]:
 def random_targets(stored: Mapping[str, tuple[int, ...]]) -> list[Target]:
     """Buffers for this rank's stored generators; none if they were stored at another layout."""
     buffers = {key: torch.zeros(stored[key], dtype=torch.uint8) for key in sorted(stored) if key.startswith(_prefix())}
-    return [Target(one, [ShardedTensor.from_rank_offsets(key, one)], False, False) for key, one in buffers.items()]
+    return [Target(data, [ShardedTensor.from_rank_offsets(key, data)], False, False) for key, data in buffers.items()]
 
 
 def restore_random(filled: list[Target]) -> bool:

@@ -136,7 +136,7 @@ class _IndexPickler(pickle.Pickler):
     dispatch_table = {
         **copyreg.dispatch_table,
         _Place: lambda place: (MetadataIndex, tuple(place)),
-        WrittenSlice: lambda one: (_StorageInfo, (one.file, one.start, one.length)),
+        WrittenSlice: lambda entry: (_StorageInfo, (entry.file, entry.start, entry.length)),
     }
 
 
@@ -144,16 +144,16 @@ def _write_index(folder: Path, by_rank: Sequence[Written]) -> None:
     tensors: dict[str, Any] = {}
     places: dict[Any, Any] = {}
     equal: dict[Any, Any] = {}  # what is equal is one object, since it is pickled once
-    for one in (one for written in by_rank for one in written.slices):
-        tensor, key = tensors.get(one.key), equal.setdefault(one.key, one.key)
+    for entry in (entry for written in by_rank for entry in written.slices):
+        tensor, key = tensors.get(entry.key), equal.setdefault(entry.key, entry.key)
         if tensor is None:
-            properties, shape = TensorProperties(one.dtype), torch.Size(one.global_shape)
+            properties, shape = TensorProperties(entry.dtype), torch.Size(entry.global_shape)
             tensor = tensors[key] = TensorStorageMetadata(properties, shape, [])
-        chunk = equal.get(where := (one.offset, one.shape))
+        chunk = equal.get(where := (entry.offset, entry.shape))
         if chunk is None:
             offset, size = (equal.setdefault(numbers, torch.Size(numbers)) for numbers in where)
             chunk = equal[where] = ChunkStorageMetadata(offset, size)
-        places[_Place(key, chunk.offsets, len(tensor.chunks))] = one
+        places[_Place(key, chunk.offsets, len(tensor.chunks))] = entry
         tensor.chunks.append(chunk)
     index = Metadata(tensors, storage_data=places)
     with open(folder / INDEX, "wb") as file:
@@ -257,8 +257,8 @@ def _read(tensors: Sequence[ShardedTensor], folder: Path, index: Metadata) -> No
     except ConfigurationError:
         raise
     except Exception as error:  # noqa: BLE001 - a torn file raises anything, and the other ranks wait for the outcome
-        told = f"{folder} is damaged: rank {dist.get_rank()}: {type(error).__name__}: {plain_reason(error)}"
-        raise ConfigurationError(told) from error
+        message = f"{folder} is damaged: rank {dist.get_rank()}: {type(error).__name__}: {plain_reason(error)}"
+        raise ConfigurationError(message) from error
 
 
 def read_index(entries: Iterable[Sharded], folder: Path) -> Metadata:

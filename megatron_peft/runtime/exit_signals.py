@@ -82,11 +82,11 @@ class ExitSignals:
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if self._prints and not self.received:
-            told = f"\n{signal.Signals(number).name}: ending after this step (Ctrl-\\ ends at once)\n".encode()
+            message = f"\n{signal.Signals(number).name}: ending after this step (Ctrl-\\ ends at once)\n".encode()
             if number == signal.SIGINT:
-                os.write(2, told)  # not `print`: the signal may have interrupted a write to the same stream
+                os.write(2, message)  # not `print`: the signal may have interrupted a write to the same stream
             else:  # which a launcher sends too, where another rank has failed and said why: that ends this one first
-                timer = Timer(SECONDS_TO_HEAR_OF_A_FAILURE, os.write, (2, told))
+                timer = Timer(SECONDS_TO_HEAR_OF_A_FAILURE, os.write, (2, message))
                 timer.daemon = True
                 timer.start()
         self.received = True

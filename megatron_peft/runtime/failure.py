@@ -191,11 +191,11 @@ class _FailureBoard:
             time.sleep(_POLL_SECONDS / 5)
         by_place: dict[str, list[str]] = {}
         for rank, key in ranks.items():
-            told, place = str(rank), "no answer: it hangs outside of Python, or its node is lost"
+            label, place = str(rank), "no answer: it hangs outside of Python, or its node is lost"
             if self._store.check([key]):
                 host, place = self._store.get(key).decode().split("\t")
-                told = f"{rank} ({host})"
-            by_place.setdefault(place, []).append(told)
+                label = f"{rank} ({host})"
+            by_place.setdefault(place, []).append(label)
         lines = [
             f"  rank {', '.join(ranks_there[:8])}{', ...' if len(ranks_there) > 8 else ''}: {place}"
             for place, ranks_there in sorted(by_place.items(), key=lambda item: len(item[1]))

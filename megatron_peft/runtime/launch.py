@@ -138,19 +138,19 @@ def from_rank(source: int, find: Callable[[], Checked], channel: SideChannel | N
     channel: for a thread beside the main one, where the source is the first rank.
     Raises ConfigurationError: on all ranks, if `find` raised that or OSError.
     """
-    told: list[Any] = [None, None]  # what was found; or why nothing was
+    outcome: list[Any] = [None, None]  # what was found; or why nothing was
     if place_in_world()[0] == source:
         try:
-            told[0] = find()
+            outcome[0] = find()
         except (ConfigurationError, OSError) as error:
-            told[1] = str(error)
+            outcome[1] = str(error)
     if channel is not None:
-        told = channel.tell(told)
+        outcome = channel.tell(outcome)
     elif dist.is_initialized():
-        dist.broadcast_object_list(told, src=source)
-    if told[1] is not None:
-        raise ConfigurationError(told[1])
-    return told[0]
+        dist.broadcast_object_list(outcome, src=source)
+    if outcome[1] is not None:
+        raise ConfigurationError(outcome[1])
+    return outcome[0]
 
 
 def place_in_world() -> tuple[int, int]:
