@@ -40,9 +40,9 @@ class Command:
         words = sys.argv[1:] if argv is None else list(argv)
         program = program or f"megatron-peft {self.name}"
         try:
-            if asked := {"--version", "--help", "-h"} & {*words}:
+            if options := {"--version", "--help", "-h"} & {*words}:
                 if is_first_rank():
-                    print(version()) if "--version" in asked else self._parser_of(words).print_help()
+                    print(version()) if "--version" in options else self._parser_of(words).print_help()
                 return 0
             settings = self._settings(words)
             if isinstance(settings, Mapping):

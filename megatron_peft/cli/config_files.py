@@ -62,13 +62,13 @@ def file_entries(files: Sequence[str], known: Mapping[str, Flag], why_unknown: C
             try:
                 name = _name(key, known)
                 if name is None and isinstance(value, yaml.MappingNode):
-                    told = f"{key.value} is not a section; the sections are {', '.join(sorted(sections))}."
-                    raise ConfigurationError(told)
+                    message = f"{key.value} is not a section; the sections are {', '.join(sorted(sections))}."
+                    raise ConfigurationError(message)
                 if name is None:
                     raise ConfigurationError(why_unknown(f"--{key.value}"))
                 belongs = f"under {known[name].section}" if known[name].section else "at the top"
-                told = f"{key.value} does not belong to {section}: write it {belongs}."
-                require(section in ("", known[name].section), told)
+                message = f"{key.value} does not belong to {section}: write it {belongs}."
+                require(section in ("", known[name].section), message)
                 require(name not in places, f"{key.value} stands here and in {places.get(name)}: leave one out.")
                 places[name] = place
                 entry = FileFlag(*_flag_and_words(name, value, known), f"{file}, {place}")

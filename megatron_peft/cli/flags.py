@@ -261,15 +261,15 @@ def why_not_served(name: str, served: Collection[str]) -> str:
     known = known_flags(served)
     if reason := known.get(name):
         return _refusal(name, reason)
-    if told := equivalent(name):
-        return told
+    if advice := equivalent(name):
+        return advice
     bare = name.lstrip("-")
     family = reason_of(bare) or reason_of(bare.removeprefix("no-"))
     if family and not nearest(name, served, TYPO):
         return _refusal(name, family)
     like = nearest(name, known, TYPO) or nearest(name, [*served, *EQUIVALENTS], NEAR)
-    if like and (told := equivalent(like)):  # a slip in another library's flag
-        return f"{name} is not a known flag; {told}"
+    if like and (advice := equivalent(like)):  # a slip in another library's flag
+        return f"{name} is not a known flag; {advice}"
     return not_known(name, like) if not like or known[like] is None else not_known(name, like, REFUSED_TOO)
 
 
@@ -307,5 +307,5 @@ def way_out(flag: str, reason: str | None) -> str | None:
 
 
 def _refusal(flag: str, reason: str) -> str:
-    told = way_out(flag, reason) or "remove it"
-    return f"{flag} is a Megatron flag that megatron_peft does not support ({reason}); {told}."
+    advice = way_out(flag, reason) or "remove it"
+    return f"{flag} is a Megatron flag that megatron_peft does not support ({reason}); {advice}."

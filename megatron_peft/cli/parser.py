@@ -135,9 +135,9 @@ class RunFlags:
         if config.get("tensor_model_parallel_size", 1) == 1:
             config.pop("sequence_parallel", None)  # as in Megatron, whose scripts give it always: nothing is split
         world_size = environ.get("WORLD_SIZE", "1")
-        told = f"WORLD_SIZE is {world_size!r}, not a number of processes: use torchrun."
+        message = f"WORLD_SIZE is {world_size!r}, not a number of processes: use torchrun."
         try:
-            require(world_size.isdecimal() and int(world_size) > 0, told)
+            require(world_size.isdecimal() and int(world_size) > 0, message)
             for name, local in HUB_FLAGS.items():
                 if config.get(name):
                     config[name] = local(config[name], flag(name))
@@ -209,8 +209,8 @@ class RunFlags:
         try:  # joined by `=`, a value may start with a dash
             namespace = parser.parse_args([f"--value={words[0]}"] if len(words) == 1 else ["--value", *words])
         except ArgumentError as error:
-            told = way_out(name, reason_of(name[2:])) if served.choices else None
-            raise ConfigurationError(f"{name}: {error.message}{f'; {told}' if told else ''}.") from error
+            advice = way_out(name, reason_of(name[2:])) if served.choices else None
+            raise ConfigurationError(f"{name}: {error.message}{f'; {advice}' if advice else ''}.") from error
         return tuple(namespace.value) if served.many else namespace.value
 
     def _why_unknown(self, name: str) -> str:

@@ -53,8 +53,8 @@ def run(settings: CheckGpuSettings) -> int:
     from megatron_peft.benchmarks.check_gpu import check
 
     if settings.record_losses:
-        told = "--record-losses is for the CPU, and there is a GPU here: set CUDA_VISIBLE_DEVICES='' to hide it."
-        require(not torch.cuda.is_available(), told)
+        message = "--record-losses is for the CPU, and there is a GPU here: set CUDA_VISIBLE_DEVICES='' to hide it."
+        require(not torch.cuda.is_available(), message)
         return subprocess.run([sys.executable, "-m", "tests.benchmarks.gpu_subjects"], cwd=root).returncode
     return int(not check(root, settings.names or tuple(LINES), settings.output, settings.tiny))
 

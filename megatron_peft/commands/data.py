@@ -90,9 +90,9 @@ def _settings_of(name: str, members: Mapping[str, TaskFile]) -> type:
     if "--test-input" in sources:
         words = "items to score, in the form of --input (without it: --test-percent of them)"
         flags["test_input"] = (tuple[Path, ...], option((), words, metavar="FILE"))
-    for flag, told in task.flags.items():
-        kind = type(told["default"])
-        declared = option(told["default"], told["help"], metavar="N" if kind is int else "NAME")
+    for flag, entry in task.flags.items():
+        kind = type(entry["default"])
+        declared = option(entry["default"], entry["help"], metavar="N" if kind is int else "NAME")
         flags[flag.replace("-", "_")] = (kind, declared)
     if task.held_out:
         flags[task.held_out] = (Path, option(None, "its problems (fetched with pip)", metavar="FILE"))

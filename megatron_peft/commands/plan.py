@@ -185,9 +185,9 @@ def _longest_sequence(settings: PlanSettings, run: RunConfig, shape: ModelShape,
 
     with work_bar("Trying lengths") as watch:
         length, peak = longest_sequence(run, shape, cluster, watch)
-    found = f"--seq-length {length} fits" if length else "none fits; the shortest takes"
+    answer = f"--seq-length {length} fits" if length else "none fits; the shortest takes"
     limit = ", all positions of the model" * (length > shape.longest_sequence - run.parallel.tensor_model_parallel_size)
-    print(f"longest sequence: {found}{limit} ({peak / 2**30:.1f} of {cluster.usable_bytes / 2**30:.1f} GiB)")
+    print(f"longest sequence: {answer}{limit} ({peak / 2**30:.1f} of {cluster.usable_bytes / 2**30:.1f} GiB)")
     return {"longest_sequence": length}
 
 
@@ -201,19 +201,19 @@ def _fitting(
     if world_size is not None:
         with work_bar("Comparing layouts") as watch:
             return world_size, fit(config, shape, world_size, cluster, watch=watch)
-    told, known = "", {}
+    problem, known = "", {}
     for num_nodes in NODES_TRIED:
         size = num_nodes * cluster.gpus_per_node
         try:
             with work_bar(f"Comparing layouts of {size} GPUs") as watch:
                 layouts = fit(config, shape, size, cluster, watch=watch, known=known)
         except ConfigurationError as error:
-            told = str(error).removeprefix("--fit: ")
-            _tell(f"{_nodes(size, cluster)}: {told}")
+            problem = str(error).removeprefix("--fit: ")
+            _tell(f"{_nodes(size, cluster)}: {problem}")
             continue
         print(f"{_nodes(size, cluster)} can hold the run; --world-size N plans for more GPUs.")
         return size, layouts
-    raise ConfigurationError(f"--fit: no number of nodes up to {NODES_TRIED[-1]} will do. Of the last: {told}")
+    raise ConfigurationError(f"--fit: no number of nodes up to {NODES_TRIED[-1]} will do. Of the last: {problem}")
 
 
 def _nodes(size: int, cluster: "Cluster") -> str:

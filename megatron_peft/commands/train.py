@@ -24,19 +24,19 @@ from megatron_peft.runtime.exit_signals import EndedBySignal, ends_before_traini
 def run(run_flags: RunFlags) -> int:
     """Exit code 2 for whatever the user can put right, 130 for Ctrl-C, 1 for anything else."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost rank is one line of ours, not ninety of C++ frames
-    asked, program = run_flags.values["program"], run_flags.program
+    options, program = run_flags.values["program"], run_flags.program
     try:
         # Checked for all processes before any is started.
         config = run_flags.config(with_world_size(run_flags.launch, os.environ), shape_of)
-        if asked.get("dry_run"):
-            return _dry_run(config, program, asked.get("cluster"))
+        if options.get("dry_run"):
+            return _dry_run(config, program, options.get("cluster"))
         ended = start_ranks("train", run_flags)
         if ended is not None:
             return ended
         with ends_before_training(config.training.exit_signal_handler):
             resumed = {"load"} if _resumes_itself(config.checkpoint) else set[str]()
             text = run_file(config, running_processes(os.environ) | run_flags.launch, unset=resumed)
-            _run(config, text, program, not asked.get("no_plan"))
+            _run(config, text, program, not options.get("no_plan"))
         return 0
     except KeyboardInterrupt as interrupt:  # while nothing has begun
         by_signal = interrupt if isinstance(interrupt, EndedBySignal) else None

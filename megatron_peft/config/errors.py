@@ -99,8 +99,8 @@ def writing(what: str = "", way_out: str = "", fails: str = "cannot be written")
     try:
         yield
     except OSError as error:
-        told = f"{what or error.filename or 'a file'} {fails} ({error.strerror or error})"
-        raise ConfigurationError(f"{told}: {way_out}." if way_out else f"{told}.") from error
+        problem = f"{what or error.filename or 'a file'} {fails} ({error.strerror or error})"
+        raise ConfigurationError(f"{problem}: {way_out}." if way_out else f"{problem}.") from error
 
 
 def require_packages(extra: str, *names: str) -> None:
@@ -109,8 +109,8 @@ def require_packages(extra: str, *names: str) -> None:
         try:
             import_module(name)
         except ImportError as error:
-            told = f"the package {name} cannot be imported ({error}): pip install 'megatron-peft[{extra}]'."
-            raise ConfigurationError(told) from error
+            message = f"the package {name} cannot be imported ({error}): pip install 'megatron-peft[{extra}]'."
+            raise ConfigurationError(message) from error
 
 
 def flag(name: str) -> str:
@@ -170,8 +170,8 @@ def _what_it_must_be(value: Any, annotation: Any) -> str:
 def mistyped(config: object) -> dict[str, str]:
     """The fields of a dataclass whose values are not of their types, and what those must be."""
     hints = _type_hints(type(config))
-    told = {name: _what_it_must_be(value, hints[name]) for name, value in vars(config).items()}
-    return {name: wanted for name, wanted in told.items() if wanted}
+    expected = {name: _what_it_must_be(value, hints[name]) for name, value in vars(config).items()}
+    return {name: wanted for name, wanted in expected.items() if wanted}
 
 
 class Requirements:
@@ -220,10 +220,10 @@ class Requirements:
             raise ConfigurationError
 
     def each(self, check: Check, *names: str) -> None:
-        holds, told = CHECKS[check]
+        holds, text = CHECKS[check]
         for name in names:
             value = getattr(self.config, name)
-            self(value is None or holds(value), f"{flag(name)} {told.format(value)}")
+            self(value is None or holds(value), f"{flag(name)} {text.format(value)}")
 
 
 class Checked:

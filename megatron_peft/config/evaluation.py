@@ -50,8 +50,8 @@ class EngineSettings(Checked):
     def check(self, require: Requirements) -> None:
         for given in self.engine_args:
             name, separator, value = given.partition("=")
-            told = f"--engine-args {given}: give NAME=VALUE, as tensor_parallel_size=8."
-            require(name.isidentifier() and bool(separator and value), told)
+            message = f"--engine-args {given}: give NAME=VALUE, as tensor_parallel_size=8."
+            require(name.isidentifier() and bool(separator and value), message)
 
     def arguments_of_engine(self) -> dict[str, Any]:
         """Their values, read as YAML reads them."""
@@ -125,10 +125,10 @@ class HarnessSettings(EngineSettings):
         """The settings that change the results, for their file."""
         names = ("num_fewshot", "limit", "apply_chat_template", "sampling_seed")
         folders = list(self.include_path)
-        found = {"tasks": list(self.tasks), "include_path": folders, **{name: getattr(self, name) for name in names}}
+        values = {"tasks": list(self.tasks), "include_path": folders, **{name: getattr(self, name) for name in names}}
         # Without an engine such files are what they have always been.
         of_engine = {"engine": self.engine, "engine_lora": self.engine_lora, "engine_args": list(self.engine_args)}
-        return found | (of_engine if self.engine else {})
+        return values | (of_engine if self.engine else {})
 
     def side_file(self, kind: str) -> Path:
         """`scores.json` -> `scores.<kind>.jsonl`, next to --output."""

@@ -73,8 +73,8 @@ class ModelConfig(Checked):
             bool(self.pretrained_checkpoint),
             "no base model: --pretrained-checkpoint takes a Hugging Face folder (config.json and *.safetensors).",
         )
-        told = "--quantize-output-layer needs --base-precision nf4 or fp8."
-        require(self.base_precision != "run" or not self.quantize_output_layer, told)
+        message = "--quantize-output-layer needs --base-precision nf4 or fp8."
+        require(self.base_precision != "run" or not self.quantize_output_layer, message)
         for name in ("attention_dropout", "hidden_dropout"):
             require(0 <= run.get(name, 0) < 1, f"{flag(name)} is {run.get(name)}; it is at least 0 and below 1.")
         is_full = bool(run.get("recompute_method")) and run.get("recompute_num_layers", 0) > 0
@@ -85,8 +85,8 @@ class ModelConfig(Checked):
         only_full = [name for name in FULL_RECOMPUTE_FIELDS if run.get(name)]
         selective = ["recompute_modules"] if self.recompute_modules else []
         for kind, names in (("full", only_full), ("selective", selective)):
-            told = f"{', '.join(map(flag, names))}: only with --recompute-granularity {kind}."
-            require(granularity == kind or not names, told)
+            message = f"{', '.join(map(flag, names))}: only with --recompute-granularity {kind}."
+            require(granularity == kind or not names, message)
 
 
 SENTENCEPIECE = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")  # read a .model file

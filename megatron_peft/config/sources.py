@@ -135,25 +135,25 @@ def local_folder(name: str, flag: str, patterns: Sequence[str], repository: Repo
     """
     from huggingface_hub import constants
 
-    asked = name, flag, patterns, repository
+    request = name, flag, patterns, repository
     if constants.HF_HUB_OFFLINE or "LOCAL_RANK" not in os.environ:
-        return _snapshot(*asked)
+        return _snapshot(*request)
     launch = f"{_launcher()} {os.environ.get('MASTER_PORT')} {os.environ.get('TORCHELASTIC_RESTART_COUNT')}"
-    place = Path(constants.HF_HUB_CACHE) / f".{os.uname().nodename}-{zlib.crc32(repr(asked).encode()):08x}.lock"
+    place = Path(constants.HF_HUB_CACHE) / f".{os.uname().nodename}-{zlib.crc32(repr(request).encode()):08x}.lock"
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         file = place.open("a+")
         fcntl.flock(file, fcntl.LOCK_EX)
     except OSError:  # of a file system without locks, or one that may only be read
-        return _snapshot(*asked)
+        return _snapshot(*request)
     with file:
         file.seek(0)
         launched, _, problem = file.read().partition("\n")
         if launched == launch:
             require(not problem, problem)
-            return _snapshot(*asked, is_there=True)
+            return _snapshot(*request, is_there=True)
         try:
-            problem, folder = "", _snapshot(*asked)
+            problem, folder = "", _snapshot(*request)
             return folder
         except ConfigurationError as error:
             problem = str(error)

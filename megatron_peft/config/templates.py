@@ -50,11 +50,11 @@ class _Renderer:
         require(answer == "T", faults.get(answer, text))
         return text
 
-    def _ask(self, asked: tuple[str, str, Any]) -> tuple[str, str]:
+    def _ask(self, request: tuple[str, str, Any]) -> tuple[str, str]:
         process, self._process = self._process or _start(), None  # where Ctrl-C comes between, its answer is not read
         assert process.stdin is not None and process.stdout is not None
         try:
-            marshal.dump(asked, process.stdin)
+            marshal.dump(request, process.stdin)
             process.stdin.flush()
             answer = marshal.load(process.stdout)
         except (BrokenPipeError, EOFError) as error:

@@ -121,11 +121,11 @@ def parse_json(text: str | bytes, place: str | Callable[[], str]) -> Any:
             _walk(value)
         return value
     except (ValueError, OverflowError, RecursionError) as error:
-        told = TOO_DEEP if isinstance(error, RecursionError) else str(error)
+        reason = TOO_DEEP if isinstance(error, RecursionError) else str(error)
         if isinstance(error, json.JSONDecodeError):
             line = f"line {error.lineno}, " if error.lineno > 1 else ""
-            told = f"not JSON: {error.msg} ({line}character {error.colno})"
-        raise ConfigurationError(f"{place if isinstance(place, str) else place()}: {told}.") from error
+            reason = f"not JSON: {error.msg} ({line}character {error.colno})"
+        raise ConfigurationError(f"{place if isinstance(place, str) else place()}: {reason}.") from error
 
 
 class StrictLoader(yaml.SafeLoader):
@@ -136,8 +136,8 @@ class StrictLoader(yaml.SafeLoader):
         for key in (key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"):
             name = self.construct_object(key, deep=True)
             if name in places:
-                told = f"{key.value} stands here and in {places[name]}: leave one out"
-                raise yaml.constructor.ConstructorError(None, None, told, key.start_mark)
+                problem = f"{key.value} stands here and in {places[name]}: leave one out"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
             places[name] = f"line {key.start_mark.line + 1}, column {key.start_mark.column + 1}"
         return super().construct_mapping(node, deep)
 
@@ -174,11 +174,11 @@ def _yaml_errors(text: str, place: str) -> Iterator[None]:
     try:
         yield
     except (yaml.YAMLError, ValueError, OverflowError, TypeError, RecursionError) as error:
-        told = TOO_DEEP if isinstance(error, RecursionError) else str(error)
+        reason = TOO_DEEP if isinstance(error, RecursionError) else str(error)
         if isinstance(error, yaml.MarkedYAMLError) and (mark := error.problem_mark or error.context_mark):
             words = ", ".join(filter(None, (error.context, error.problem)))
-            told = f"line {mark.line + 1}, column {mark.column + 1}: {words}"
-        raise ConfigurationError(f"{place} is not YAML: {told}.") from error
+            reason = f"line {mark.line + 1}, column {mark.column + 1}: {words}"
+        raise ConfigurationError(f"{place} is not YAML: {reason}.") from error
 
 
 @contextmanager

@@ -127,8 +127,8 @@ class Lines:
         self._file = path.open("rb", buffering=0)
         if index is None:
             size = os.fstat(self._file.fileno()).st_size
-            found, starts, blanks = scan(path, range(size))
-            index = LineIndex(starts, blanks, found.end, digest_of_scans(path, [found], size))
+            scanned, starts, blanks = scan(path, range(size))
+            index = LineIndex(starts, blanks, scanned.end, digest_of_scans(path, [scanned], size))
         self._starts, self._blanks, self._end, self.digest = index
 
     def __len__(self) -> int:

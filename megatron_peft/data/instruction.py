@@ -67,9 +67,9 @@ class InstructionDataset:
         skipped = kept == 0
         which = (overlong & ~skipped, overlong & skipped, ~overlong & skipped)
         findings = [np.flatnonzero(each) + share.start for each in which]
-        told = gather_over_world((left_out, [(len(found), found[:1]) for found in findings]))
-        unread = sum((fields for fields, _ in told), Counter[str]()) if self._cache is None else self._cache.left_out
-        self.warnings = self._warnings([findings for _, findings in told], unread)
+        by_rank = gather_over_world((left_out, [(len(indices), indices[:1]) for indices in findings]))
+        unread = sum((fields for fields, _ in by_rank), Counter[str]()) if self._cache is None else self._cache.left_out
+        self.warnings = self._warnings([findings for _, findings in by_rank], unread)
         if not len(self._usable):
             none_left = f"all {len(records)} samples were skipped (from {records.place(0)} on)."
             raise ConfigurationError(" ".join([none_left, *self.warnings]))
@@ -106,14 +106,14 @@ class InstructionDataset:
         """
         too_long = f"are longer than --seq-length {self._fit.seq_length} and were"
         prompt_only = ", since their prompt alone fills it and no token of a completion is left"
-        told = (
+        outcomes = (
             f"{too_long} cut at their end",
             f"{too_long} skipped{prompt_only if self._fit.overlong == 'truncate' else ''}",
             "have no token to learn from and were skipped",
         )
         fields = ", ".join(f'"{not_obeyed(name)}" ({count} records)' for name, count in unread.most_common())
         warnings = [f"fields that nothing reads were left out: {fields}."] * bool(fields)
-        for what, by_rank in zip(told, zip(*findings, strict=True), strict=True):
+        for what, by_rank in zip(outcomes, zip(*findings, strict=True), strict=True):
             if total := sum(count for count, _ in by_rank):
                 first = self._records.place(int(np.concatenate([at for _, at in by_rank])[0]))
                 warnings.append(f"{total} of {len(self._records)} samples {what} (first: {first}).")
@@ -166,10 +166,10 @@ class TokenCache:
             raise ConfigurationError(_damaged(folder, str(error))) from error
         types = self._ids.type, self._trained.type
         is_one = len(table) == num_records and types == (pa.list_(pa.int32()), pa.list_(pa.bool_()))
-        told = (
+        problem = (
             f"it has {len(table)} records of {types[0]} and {types[1]}, and should have {num_records} of ids and flags"
         )
-        require(is_one, _damaged(folder, told))
+        require(is_one, _damaged(folder, problem))
 
     def tokenized(self, index: int) -> TokenizedRecord:
         """All ids of a record, and which of them the loss counts."""

@@ -64,11 +64,11 @@ class NodeFiles:
 
         A collective over all ranks. Raises ConfigurationError, on every rank, if a node has no room for it.
         """
-        told = gather_over_world((place_on_node().node, len(own)))
-        nodes, lengths = zip(*(told[rank] for rank in ranks), strict=True)
+        by_rank = gather_over_world((place_on_node().node, len(own)))
+        nodes, lengths = zip(*(by_rank[rank] for rank in ranks), strict=True)
         is_writer = nodes.index(place_on_node().node) == ranks.index(place_in_world()[0])
         path, starts = self.folder / f"array-{next(self._numbers)}-{ranks[0]}", [0, *accumulate(lengths)]
-        num_at_once = max(1, _GATHERED_BYTES // own.itemsize // len(told))
+        num_at_once = max(1, _GATHERED_BYTES // own.itemsize // len(by_rank))
 
         def write(begin: int, blocks: Sequence[np.ndarray]) -> None:
             if is_writer:
@@ -77,7 +77,7 @@ class NodeFiles:
                         file.seek((start + begin) * own.itemsize)
                         blocks[rank].tofile(file)
 
-        for begin in range(0, max(length for _, length in told), num_at_once):
+        for begin in range(0, max(length for _, length in by_rank), num_at_once):
             checked_together(partial(write, begin, gather_over_world(own[begin : begin + num_at_once])))
         return np.memmap(path, own.dtype, "r") if starts[-1] else own
 
@@ -153,9 +153,9 @@ def _index_of(path: str, flag: str, node: NodeFiles, root: Path | None, sharers:
 
     def look() -> tuple[bool, tuple[int, ...]]:
         with opening(path, flag):
-            is_lines, found = holds_lines(Path(path)), os.stat(path)  # once opened, nothing of it is out of date
+            is_lines, stat = holds_lines(Path(path)), os.stat(path)  # once opened, nothing of it is out of date
             # Where all of this is equal, ranks see one file and not copies. No program sets the time of change.
-            return is_lines, (found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns)
+            return is_lines, (stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns)
 
     def scan_own() -> Any:
         with opening(path, flag):
@@ -185,8 +185,8 @@ def _index_of(path: str, flag: str, node: NodeFiles, root: Path | None, sharers:
         return LineIndex(starts, blanks, int(end), int(digest))
     ranks = ranks_with(seen)
     place = ranks.index(place_in_world()[0])
-    own, *found = checked_together(scan_own)
-    starts, blanks = (np.frombuffer(each, np.int64) for each in found)
+    own, *buffers = checked_together(scan_own)
+    starts, blanks = (np.frombuffer(each, np.int64) for each in buffers)
     by_rank = gather_over_world(own)
     scans = [by_rank[rank] for rank in ranks]
     digest = checked_together(lambda: digest_of_scans(path, scans, seen[0]))

@@ -213,8 +213,8 @@ class HuggingFaceTokenizer(Tokenizer):
         except BaseException as error:  # a panic of tokenizers is not an Exception
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
-            told = f"--tokenizer-model {self.folder} cannot encode {text[:40]!r}: {_first_line(error)}"
-            raise ConfigurationError(told) from error
+            message = f"--tokenizer-model {self.folder} cannot encode {text[:40]!r}: {_first_line(error)}"
+            raise ConfigurationError(message) from error
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
@@ -268,8 +268,8 @@ class HuggingFaceTokenizer(Tokenizer):
 def _cut_to_continue(text: str, content: str) -> str:
     """The text up to the mark behind the last message's content, as transformers cuts it."""
     end = text.rfind(_CONTINUED.strip())
-    told = f"it leaves out or changes {content[:40]!r}, with which the answer begins."
-    require(end >= 0 and content.strip() in text, told)
+    message = f"it leaves out or changes {content[:40]!r}, with which the answer begins."
+    require(end >= 0 and content.strip() in text, message)
     # A template that strips a content has stripped the mark's space, and would have stripped those before it.
     return text[:end] if text.startswith(_CONTINUED, end) else text[:end].rstrip()
 

@@ -65,8 +65,8 @@ def run_demo(folder: Path, method: str = PeftConfig.method, extra_flags: Sequenc
     """
     started_at = time.monotonic()
     unread = training_flags(Path("model"), PairFiles(Path("train.jsonl"), Path("valid.jsonl")), method)
-    asked = RunFlags([*unread, *extra_flags])
-    parallel = asked.config({"WORLD_SIZE": str(asked.replica_size)}).parallel
+    run_flags = RunFlags([*unread, *extra_flags])
+    parallel = run_flags.config({"WORLD_SIZE": str(run_flags.replica_size)}).parallel
     _print_progress(f"model and messages in {folder}")
     model = prepare_model(folder / "model", folder / "downloads")
     files = _short_files(prepare_pairs(folder / "data", folder / "downloads"))
@@ -307,13 +307,13 @@ def print_report(report: Report, folder: Path, console: Console | None = None) -
     program, run = Path(sys.executable).with_name("megatron-peft"), folder / report["method"] / CHECKPOINTS
     if program.is_relative_to(Path.cwd()):
         program = program.relative_to(Path.cwd())
-    asked = Pair("Open the file", "").prompt.replace("\n", "\\n")
+    prompt = Pair("Open the file", "").prompt.replace("\n", "\\n")
     spent = f"{report['training_seconds']:.0f} s"
     console.print(
         f"{report['method']}: {report['trainable_parameters']:,} trainable parameters, {report['iterations']} "
         f"iterations in {spent} on {_ranks(report)}; {report['seconds']:.0f} s in all.\n"
         f"{folder / 'report.json'}, {folder / 'report.png'}\n\nTry next:\n"
-        f"  {program} generate --load {run} --prompt $'{asked}'\n  {program} report {run}",
+        f"  {program} generate --load {run} --prompt $'{prompt}'\n  {program} report {run}",
         markup=False,
         highlight=False,
         soft_wrap=True,

@@ -146,7 +146,7 @@ def with_deciding(documents: Iterable[Document]) -> Iterator[tuple[Document, Doc
     deciding: dict[str, Document] = {}
     for document, (text, *_) in zip(kept, shared, strict=True):
         pair = deciding.get(top(text), document), document
-        deciding[top(text)] = min(pair, key=lambda one: normalized(one.texts[0]))
+        deciding[top(text)] = min(pair, key=lambda document: normalized(document.texts[0]))
     yield from ((document, deciding[top(text)]) for document, (text, *_) in zip(kept, shared, strict=True))
 
 
@@ -166,8 +166,8 @@ class HashSplit:
         with Requirements(self) as unmet:
             unmet.each("not_negative", "valid_percent", "test_percent")
             shares = f"--valid-percent {self.valid_percent:g} and --test-percent {self.test_percent:g}"
-            told = f"{shares} leave nothing to train on: their sum must be below 100."
-            unmet(self.valid_percent + self.test_percent < 100, told)
+            message = f"{shares} leave nothing to train on: their sum must be below 100."
+            unmet(self.valid_percent + self.test_percent < 100, message)
 
     def split_of(self, document: Document) -> str:
         """'train', 'valid' or 'test'."""
@@ -201,7 +201,7 @@ class TestItems:
         if known := [self._places[text] for text in texts if text in self._places]:
             return known[0]
         for text in texts if self._fragments else ():
-            for fragment, place in (found for window in _windows(text) for found in self._fragments.get(window, ())):
+            for fragment, place in (pair for window in _windows(text) for pair in self._fragments.get(window, ())):
                 if f" {fragment} " in f" {text} ":
                     return place
         return None
@@ -309,8 +309,8 @@ def _write_items(
     for document, deciding in with_deciding(benchmark.documents):
         if (tested := test_items.match(document)) is not None:
             shared = f"{document.place} is the test item of {tested}"
-            told = f"{shared}, so it may not be trained on. --overlap remove leaves such items out."
-            require(overlap != "error", told)
+            message = f"{shared}, so it may not be trained on. --overlap remove leaves such items out."
+            require(overlap != "error", message)
             done.example = done.example or shared
             counts["removed"] += 1
             continue
@@ -330,5 +330,5 @@ def _write_items(
         "file) or another --seed.",
     )
     needed = max(examples, default=0)
-    told = f"{needed} solved items are shown before each question, and there are {counts[FEWSHOT]} to train on."
-    require(counts[FEWSHOT] >= needed, told)
+    message = f"{needed} solved items are shown before each question, and there are {counts[FEWSHOT]} to train on."
+    require(counts[FEWSHOT] >= needed, message)

@@ -165,8 +165,8 @@ def table_rows(task: TaskFile, paths: Sequence[Path], skip_damaged: bool) -> Ite
         header = next(lines, (0, []))[1]
         wanted = [*task.fields, *task.label]
         missing, there = [name for name in wanted if name not in header], ", ".join(header) or "nothing"
-        told = f"no column {', '.join(missing)}; {task.name} has {', '.join(wanted)}, and this file {there}."
-        require(not missing, f"{path}, line 1: {told}")
+        problem = f"no column {', '.join(missing)}; {task.name} has {', '.join(wanted)}, and this file {there}."
+        require(not missing, f"{path}, line 1: {problem}")
         for number, cells in lines:
             place = f"{path}, line {number}"
             if len(cells) == len(header):

@@ -310,7 +310,7 @@ class PeftConfig(*_bases):
     def recorded_fields(self) -> list[str]:
         """What a run's record holds, so that it can be read without the packages of other methods."""
         used = self.spec.fields(self)
-        return [one.name for one in fields(self) if one.name in used or getattr(self, one.name) != one.default]
+        return [f.name for f in fields(self) if f.name in used or getattr(self, f.name) != f.default]
 
     @property
     def unused_flags(self) -> list[str]:
