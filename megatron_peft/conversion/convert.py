@@ -101,8 +101,8 @@ def hf_to_megatron(
     is_megatrons = megatron_files(input) is not None
     require(not is_megatrons, f"--input {input} is already in Megatron's format: give a Hugging Face folder.")
     config = Path(input, hf_files.CONFIG)
-    told = f"--input {input} is not a folder with a {config.name}: give the Hugging Face folder of a model."
-    require(config.is_file(), told)
+    message = f"--input {input} is not a folder with a {config.name}: give the Hugging Face folder of a model."
+    require(config.is_file(), message)
     shape = read_shape(input)
     rules, source = open_weights(input, shape)
     assert isinstance(source, hf_files.Source)
@@ -341,8 +341,8 @@ def merge(
     adapters = trained_adapters.open_adapters(input)
     peft, shape, model = adapters.record.config.peft, adapters.record.shape, adapters.record.config.model
     precision = model.base_precision if into == "trained-values" else "run"
-    told = f"--into trained-values: --input {input} was trained on its base's own weights: leave it out."
-    require(into == "original" or precision != "run", told)
+    message = f"--into trained-values: --input {input} was trained on its base's own weights: leave it out."
+    require(into == "original" or precision != "run", message)
     module = import_module(peft.spec.adapter)
     require(hasattr(module, "merge"), f"--input {input}: adapters of --peft-method {peft.method} cannot be merged.")
     base = trained_adapters.base_of(adapters, pretrained_checkpoint)

@@ -174,8 +174,8 @@ class Source:
             file = self._unmapped[header.file]
             while len(memory):
                 num_bytes = os.preadv(file.fileno(), [memory[:MAX_READ_BYTES]], start)
-                told = f"{file.name} cannot be read: it was cut short while it was read. Copy it again."
-                require(num_bytes > 0, told)
+                message = f"{file.name} cannot be read: it was cut short while it was read. Copy it again."
+                require(num_bytes > 0, message)
                 self.counts.reads += 1
                 self.counts.bytes += num_bytes
                 memory, start = memory[num_bytes:], start + num_bytes

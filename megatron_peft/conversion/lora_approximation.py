@@ -218,8 +218,8 @@ def approximate(
             advance(num_bytes[layer])
     largest = max(module.factors.residual for modules in layers.values() for module in modules)
     if refused_above is not None and not largest <= refused_above:
-        told = f"no LoRA of rank {max_rank} equals {run.folder.parent}: of a module it leaves an error of {largest:.3g}"
-        raise NoEqualLora(f"{told}. Merge it.")
+        text = f"no LoRA of rank {max_rank} equals {run.folder.parent}: of a module it leaves an error of {largest:.3g}"
+        raise NoEqualLora(f"{text}. Merge it.")
     left_out: list[LeftOut] = []
     if trained is not None:
         others = [rule for rule in owned_rules(rules, shape).values() if rule.layer not in linear]

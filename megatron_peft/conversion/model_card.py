@@ -120,30 +120,30 @@ def add_logits(exported: Exported, num_tokens: int | None) -> None:
         return
     num_tokens = min(num_tokens, exported.record.shape.longest_sequence)
     try:
-        found = verify(exported.run, exported.output, pretrained_checkpoint=exported.base, num_tokens=num_tokens)
+        comparison = verify(exported.run, exported.output, pretrained_checkpoint=exported.base, num_tokens=num_tokens)
     except ConfigurationError as error:
         print(f"The model card says nothing of logits: {error}")
         return
-    of_trained, of_original = str(found.logits), str(found.on_original or "")
+    of_trained, of_original = str(comparison.logits), str(comparison.on_original or "")
     rows = ("adapters on what they were trained on", of_trained), ("adapters on the original weights", of_original)
     with (exported.output / CARD).open("a", encoding="utf-8") as card:
         card.write(f"\n## Logits\n\nOn random tokens, compared with the run's own:\n\n{_table(rows)}\n")
 
 
-def add_engine(folder: Path, told: Sequence[str]) -> None:
+def add_engine(folder: Path, sentences: Sequence[str]) -> None:
     """Say on the folder's card what an engine was seen to do, each sentence of which begins with the engine's name and
     version. What was said of any version of that engine before goes."""
-    engine, card = told[0].split()[0], folder / CARD
+    engine, card = sentences[0].split()[0], folder / CARD
     before, _, earlier = card.read_text(encoding="utf-8").partition(VERIFIED)
     kept = [line for line in earlier.strip().splitlines() if not line.startswith(f"- {engine} ")]
-    lines = [*kept, *(f"- {sentence}" for sentence in told)]
+    lines = [*kept, *(f"- {sentence}" for sentence in sentences)]
     write_atomically(card, "\n".join([f"{before.rstrip()}\n{VERIFIED}", *lines]) + "\n")
 
 
 def _available_bytes() -> int | None:
     """Memory that the machine can give without swapping; None where it does not say."""
-    found = re.search(r"^MemAvailable: +(\d+) kB", MEMORY.read_text(), re.M) if MEMORY.exists() else None
-    return 1024 * int(found[1]) if found else None
+    match = re.search(r"^MemAvailable: +(\d+) kB", MEMORY.read_text(), re.M) if MEMORY.exists() else None
+    return 1024 * int(match[1]) if match else None
 
 
 def serving_lines(output: Path, input: str | Path) -> str:

@@ -86,8 +86,8 @@ class NF4Source(Source):
         state = parse_json(bytes(self._elements(name + STATE).tolist()), place)
         shape: Any = state.get("shape") if isinstance(state, dict) else None
         is_matrix = isinstance(shape, list) and len(shape) == 2 and all(is_size(side) for side in shape)
-        told = f"{place} is not of a matrix in blocks of {BLOCK} of a row."
-        require(is_matrix and shape[1] % BLOCK == 0, told)
+        message = f"{place} is not of a matrix in blocks of {BLOCK} of a row."
+        require(is_matrix and shape[1] % BLOCK == 0, message)
         wanted = {"quant_type": "nf4", "blocksize": BLOCK}
         if "nested_offset" in state:
             wanted |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32"}

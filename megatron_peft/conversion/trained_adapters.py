@@ -98,7 +98,7 @@ def shortest_targets(names: Iterable[str], num_layers: int) -> list[str]:
     by_kind: dict[str, list[str]] = defaultdict(list)
     for name in names:
         by_kind[name.rpartition(".")[2]].append(name)
-    return [target for kind, found in by_kind.items() for target in ([kind] if len(found) == num_layers else found)]
+    return [target for kind, layers in by_kind.items() for target in ([kind] if len(layers) == num_layers else layers)]
 
 
 @dataclass(frozen=True)
@@ -196,10 +196,10 @@ def gathered_adapters(state: TrainingState) -> TrainedAdapters | None:
     record = record_of(state, adapted_layers(chunks), entries)
     with whole_parameters(state.model_chunks):
         own = [
-            (one.key, tuple(one.global_shape), tuple(one.global_offset), data_of(one).detach().cpu())
+            (tensor.key, tuple(tensor.global_shape), tuple(tensor.global_offset), data_of(tensor).detach().cpu())
             for entry in entries
-            for one in global_slices(entry)
-            if is_main_replica(one.replica_id)
+            for tensor in global_slices(entry)
+            if is_main_replica(tensor.replica_id)
         ]
         # One rank after another: a gather takes room for the largest share of each rank on the first one's GPU.
         holding = [rank for rank, holds in enumerate(gather_over_world(bool(own))) if holds]

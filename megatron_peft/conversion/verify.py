@@ -100,14 +100,14 @@ def verify(
     tokens = random_tokens(shapes[0].vocab_size, num_tokens)
     traces = [subject.trace(tokens) for subject in subjects]
     for flag, folder, trace in zip(given, given.values(), traces, strict=True):
-        told = f"{flag} {folder}: its logits are NaN or infinite, so its weights may be too."
-        require(untrusted.is_finite(trace.logits), told)
-    found = _compare(*traces)
+        message = f"{flag} {folder}: its logits are NaN or infinite, so its weights may be too."
+        require(untrusted.is_finite(trace.logits), message)
+    comparison = _compare(*traces)
     if not any(subject.on_original for subject in subjects):
-        return found
+        return comparison
     pairs = zip(subjects, traces, strict=True)
-    original = [trace if one.on_original is None else one.on_original(tokens) for one, trace in pairs]
-    return replace(found, on_original=Difference.of(original[0].logits, original[1].logits))
+    original = [trace if subject.on_original is None else subject.on_original(tokens) for subject, trace in pairs]
+    return replace(comparison, on_original=Difference.of(original[0].logits, original[1].logits))
 
 
 def logits_of(folder: str | Path, tokens: Tensor, base: str | Path | None = None) -> Tensor:

@@ -46,8 +46,8 @@ class Engine:
         try:
             self._process = subprocess.Popen([str(python), str(script)], text=True, **pipes)
         except OSError as error:
-            told = f"{flag} {python} cannot be started ({error.strerror}): {hint}"
-            raise ConfigurationError(told) from error
+            message = f"{flag} {python} cannot be started ({error.strerror}): {hint}"
+            raise ConfigurationError(message) from error
         try:
             versions = self.ask("versions")
         except BaseException:
@@ -124,7 +124,7 @@ class LlamaCpp(Engine):
 
     @staticmethod
     def of_adapters(settings: Sequence[Mapping[str, Any]], least_rank: int = 1) -> dict[str, Any]:
-        return {"alphas": [plain_alpha(one) for one in settings]}
+        return {"alphas": [plain_alpha(config) for config in settings]}
 
     def write_gguf(self, adapter: Path, base: Path) -> Path:
         """GGUF in the adapter's folder; of the base its config.json is read."""
@@ -136,8 +136,8 @@ class LlamaCpp(Engine):
 
 def plain_alpha(settings: Mapping[str, Any]) -> float:
     """The alpha with which alpha / rank is the adapter's scale. ConfigurationError: llama.cpp cannot compute it."""
-    told = f"llama.cpp takes LoRA only, not {settings.get('peft_type')}: export the run with --as-lora, or merge it."
-    require(settings.get("peft_type") == "LORA", told)
+    message = f"llama.cpp takes LoRA only, not {settings.get('peft_type')}: export the run with --as-lora, or merge it."
+    require(settings.get("peft_type") == "LORA", message)
     is_rs = settings.get("use_rslora")
     names = ["use_dora", "alpha_pattern", *(["rank_pattern"] if is_rs else [])]  # one alpha holds for all modules
     unknown = [name for name in names if settings.get(name)] + ["bias"] * (settings.get("bias", "none") != "none")

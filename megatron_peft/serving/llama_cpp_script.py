@@ -28,13 +28,13 @@ CONFIG = "adapter_config.json"
 
 
 def _versions():
-    found = {}
+    versions = {}
     for name in ("xllamacpp", "torch", "transformers") if CONVERTERS.is_dir() else ():
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             pass
-    return found
+    return versions
 
 
 def _run(converter, *words):
@@ -104,14 +104,14 @@ def _file(adapter, alpha, model, output):
 
 
 def _bind(model, adapters, alphas):
-    slots, found = _layers_with_lora(model), []
+    slots, bindings = _layers_with_lora(model), []
     with tempfile.TemporaryDirectory() as folder:
         for at, (adapter, alpha) in enumerate(zip(adapters, alphas, strict=True)):
             try:
-                found.append(_bound_by(_file(adapter, alpha, model, f"{folder}/{at}.gguf"), slots))
+                bindings.append(_bound_by(_file(adapter, alpha, model, f"{folder}/{at}.gguf"), slots))
             except Exception as error:
-                found.append({"error": f"{type(error).__name__}: {error}"})
-    return {"slots": slots, "adapters": found}
+                bindings.append({"error": f"{type(error).__name__}: {error}"})
+    return {"slots": slots, "adapters": bindings}
 
 
 def _layers_with_lora(model):
@@ -135,7 +135,7 @@ def _bound_by(file, slots):
     import gguf
 
     read = gguf.GGUFReader(file)
-    alpha, tensors = float(read.fields["adapter.lora.alpha"].contents()), {one.name: one for one in read.tensors}
+    alpha, tensors = float(read.fields["adapter.lora.alpha"].contents()), {t.name: t for t in read.tensors}
     pairs = {slot: [tensors.get(f"{slot}.lora_{name}") for name in "ab"] for slot in slots}
     bound = {slot: [_described(A, B, alpha)] for slot, (A, B) in pairs.items()}
     unbound = sorted(name for name in tensors if name.rpartition(".lora_")[0] not in slots)
@@ -182,8 +182,8 @@ class _Engine:
         answer = self.server.handle_completions({"prompt": prompt, **how})
         (token,) = answer["choices"][0]["logprobs"]["content"]
         of_token = {near["id"]: near["logprob"] for near in token["top_logprobs"]}
-        found = [of_token[token] for token in range(self.vocab_size)]
-        return [math.nan if value is None else value for value in found]  # JSON of the server has null for it
+        log_probs = [of_token[token] for token in range(self.vocab_size)]
+        return [math.nan if value is None else value for value in log_probs]  # JSON of the server has null for it
 
 
 DONE = {"versions": _versions, "convert": _convert, "bind": _bind}

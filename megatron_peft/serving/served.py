@@ -45,8 +45,8 @@ class Binding:
     problems: tuple[str, ...]
 
     def __str__(self) -> str:
-        told = f"{self.engine} binds {self.num_bound} modules, rank {self.rank}"
-        return "\n".join([told, *(f"REFUSED: {problem}" for problem in self.problems)])
+        summary = f"{self.engine} binds {self.num_bound} modules, rank {self.rank}"
+        return "\n".join([summary, *(f"REFUSED: {problem}" for problem in self.problems)])
 
 
 @dataclass(frozen=True)
@@ -93,15 +93,15 @@ def check_served(
     folder = folder.parent if is_file else folder
     require(not update_card or (folder / CARD).is_file(), f"--update-card: {folder} has no model card ({CARD}).")
     is_adapter = (folder / ADAPTER_CONFIG).is_file()
-    told = f"{folder} holds no {ADAPTER_CONFIG}: a model needs --reference, and has nothing to bind."
-    require(is_adapter or (not is_file and reference is not None and tolerance is not None), told)
+    message = f"{folder} holds no {ADAPTER_CONFIG}: a model needs --reference, and has nothing to bind."
+    require(is_adapter or (not is_file and reference is not None and tolerance is not None), message)
     model, problems, right = folder, list[str](), list[str]()
     if is_adapter:
         if kind is LlamaCpp and (folder / GGUF).is_file() and not is_file:
             adapter = folder / GGUF
         model = base_of_adapter(folder, base)
-        told = f"vLLM takes no LoRA for the model of {model}: merge it."
-        require(kind is not Engine or not _takes_no_lora(model), told)
+        message = f"vLLM takes no LoRA for the model of {model}: merge it."
+        require(kind is not Engine or not _takes_no_lora(model), message)
         (binding,) = bindings_of(python, model, [adapter], kind)
         problems += binding.problems
         print(binding, flush=True)
@@ -141,20 +141,20 @@ def bindings_of(
 ) -> list[Binding]:
     """Let the engine's loader read adapters for the model of a folder, whose weights are not read."""
     settings = [_settings(adapter) for adapter in adapters]
-    files, told = [str(adapter.absolute()) for adapter in adapters], kind.of_adapters(settings)
+    files, options = [str(adapter.absolute()) for adapter in adapters], kind.of_adapters(settings)
     with kind(python) as engine:
-        answer = engine.ask("bind", model=str(model.absolute()), adapters=files, **told)
+        answer = engine.ask("bind", model=str(model.absolute()), adapters=files, **options)
     pairs = zip(answer["adapters"], settings, strict=True)
     return [binding_of(engine.name, answer["slots"], *each) for each in pairs]
 
 
-def binding_of(engine: str, slots: Mapping[str, Any], found: Mapping[str, Any], settings: Mapping[str, Any]) -> Binding:
+def binding_of(engine: str, slots: Mapping[str, Any], reply: Mapping[str, Any], settings: Mapping[str, Any]) -> Binding:
     """What the script has found of an adapter with these settings."""
-    bound = sum(part is not None for parts in found.get("bound", {}).values() for part in parts)
-    if error := found["error"]:
+    bound = sum(part is not None for parts in reply.get("bound", {}).values() for part in parts)
+    if error := reply["error"]:
         problems = (f"{engine.partition(' ')[0]} does not read it: {error}",)
     else:
-        problems = tuple(_problems(slots, found, settings))
+        problems = tuple(_problems(slots, reply, settings))
     return Binding(engine, bound, largest_rank(settings), problems)
 
 
@@ -198,10 +198,10 @@ def compare_served(
     shape = read_shape(str(model))
     tokens = random_tokens(shape.vocab_size, min(num_tokens, shape.longest_sequence - 1))
     name, *answers = served_log_probs(python, model, [adapter] if adapter else [], tokens, kind=kind)
-    answers = [one.clamp(min=LEAST) for one in (*answers, after_prefixes(logits_of(reference, tokens, base)))]
-    *_, found, expected = answers
-    moved = (found - answers[0]).abs().max().item() if adapter else None
-    return Served(name, Difference.of(found, expected), moved, len(found))
+    answers = [tensor.clamp(min=LEAST) for tensor in (*answers, after_prefixes(logits_of(reference, tokens, base)))]
+    *_, served, expected = answers
+    moved = (served - answers[0]).abs().max().item() if adapter else None
+    return Served(name, Difference.of(served, expected), moved, len(served))
 
 
 def served_log_probs(
@@ -221,8 +221,8 @@ def served_log_probs(
         settings |= kind.of_adapters([*map(_settings, adapters)], least_limit)
     with kind(python) as engine:
         engine.open(model, adapters, settings)
-        found = engine.ask("log_probs", prompts=prompts)["log_probs"]
-    return engine.name, *map(torch.tensor, found)
+        log_probs = engine.ask("log_probs", prompts=prompts)["log_probs"]
+    return engine.name, *map(torch.tensor, log_probs)
 
 
 def after_prefixes(logits: Tensor) -> Tensor:  # [b, s, vocabulary] -> [n, vocabulary]
@@ -239,20 +239,20 @@ def _settings(adapter: Path) -> dict[str, Any]:
     return untrusted.read_json_object((adapter if adapter.is_dir() else adapter.parent) / ADAPTER_CONFIG)
 
 
-def _problems(slots: Mapping[str, Any], found: Mapping[str, Any], settings: Mapping[str, Any]) -> Iterator[str]:
+def _problems(slots: Mapping[str, Any], reply: Mapping[str, Any], settings: Mapping[str, Any]) -> Iterator[str]:
     """What would be served silently wrong."""
-    if unbound := found["unbound"]:
+    if unbound := reply["unbound"]:
         yield f"bound to nothing, so the base is served in their place: {_some(unbound)}"
     kind = settings.get("peft_type", "LORA")
     if kind != "LORA":
         yield f"peft_type of its config is {kind}, and servers take LORA alone"
     missing, misshapen, infinite, scaled = [], [], [], []
     for layer, parts in slots.items():
-        for (name, outputs, inputs), one in zip(parts, found["bound"][layer], strict=True):
-            if one is None:
+        for (name, outputs, inputs), factors in zip(parts, reply["bound"][layer], strict=True):
+            if factors is None:
                 missing += [name] if _is_target(name, settings) else []
                 continue
-            A, B, is_finite, *scale = one
+            A, B, is_finite, *scale = factors
             own = _of_module("rank_pattern", "r", name, settings)
             if inputs is not None and (A != [own, inputs] or B != [outputs, own]):
                 misshapen.append(f"{name} (A {A}, B {B}; rank {own} of {outputs} x {inputs} features)")
@@ -267,7 +267,7 @@ def _problems(slots: Mapping[str, Any], found: Mapping[str, Any], settings: Mapp
         yield f"NaN or infinite: {_some(infinite)}"
     if scaled:
         yield f"another scale than {ADAPTER_CONFIG} says: {_some(scaled)}"
-    if not unbound and not missing and not any(map(any, found["bound"].values())):
+    if not unbound and not missing and not any(map(any, reply["bound"].values())):
         yield "no module of it is bound, so the base is served"
 
 
@@ -275,7 +275,7 @@ def _is_target(name: str, settings: Mapping[str, Any]) -> bool:
     """Whether HF PEFT puts an adapter on this module (its `check_target_module_exists`)."""
     targets, layers = settings.get("target_modules") or [], settings.get("layers_to_transform")
     saved_whole = (rf"(.*\.)?{module}(\..*)?" for module in settings.get("modules_to_save") or [])
-    if _names(settings.get("exclude_modules") or [], name) or any(re.fullmatch(one, name) for one in saved_whole):
+    if _names(settings.get("exclude_modules") or [], name) or any(re.fullmatch(regex, name) for regex in saved_whole):
         return False
     if isinstance(targets, str) and targets.lower() == "all-linear":
         return not name.endswith(("lm_head", "embed_tokens"))
@@ -283,9 +283,9 @@ def _is_target(name: str, settings: Mapping[str, Any]) -> bool:
         return _names(targets, name)
     stacks = settings.get("layers_pattern") or r"[^.]*"
     for stack in [stacks] if isinstance(stacks, str) else stacks:
-        if found := re.match(rf"(?:.*?\.)?{stack}\.(?P<layer>\d+)\.", name):
+        if match := re.match(rf"(?:.*?\.)?{stack}\.(?P<layer>\d+)\.", name):
             chosen = [layers] if isinstance(layers, int) else layers
-            return _names(targets, name) and int(found["layer"]) in chosen
+            return _names(targets, name) and int(match["layer"]) in chosen
     return False
 
 

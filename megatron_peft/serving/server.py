@@ -28,7 +28,7 @@ class Server:
 
     def models(self) -> list[dict[str, Any]]:
         """What it serves: of each at least its `id`, and the `parent` of an adapter, which a base does not have."""
-        return self._read("/v1/models", None, lambda found: [{**one, "id": str(one["id"])} for one in found["data"]])
+        return self._read("/v1/models", None, lambda reply: [{**card, "id": str(card["id"])} for card in reply["data"]])
 
     def load(self, name: str, folder: Path) -> None:
         self._ask("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder.absolute())})
@@ -41,10 +41,10 @@ class Server:
 
         Log-probabilities of prompts end a vLLM that has several of them with an adapter in one batch.
         """
-        asked = {"model": name, "prompt": list(context), "max_tokens": 1, "temperature": 0, "logprobs": 0}
-        asked |= {"allowed_token_ids": [token], "ignore_eos": True}
+        request = {"model": name, "prompt": list(context), "max_tokens": 1, "temperature": 0, "logprobs": 0}
+        request |= {"allowed_token_ids": [token], "ignore_eos": True}
         return self._read(
-            "/v1/completions", asked, lambda found: float(found["choices"][0]["logprobs"]["token_logprobs"][0])
+            "/v1/completions", request, lambda reply: float(reply["choices"][0]["logprobs"]["token_logprobs"][0])
         )
 
     def _read(self, path: str, content: Mapping[str, Any] | None, read: Callable[[Any], Found]) -> Found:
@@ -52,8 +52,8 @@ class Server:
         try:
             return read(untrusted.parse_json(answer, f"{self.url}{path}"))
         except (KeyError, IndexError, TypeError, ValueError) as error:
-            told = f"{self._flag} {self.url} answers {path} otherwise than vLLM: {answer[:200]}"
-            raise ConfigurationError(told) from error
+            message = f"{self._flag} {self.url} answers {path} otherwise than vLLM: {answer[:200]}"
+            raise ConfigurationError(message) from error
 
     def _ask(self, path: str, content: Mapping[str, Any] | None = None) -> str:
         key = os.environ.get("VLLM_API_KEY")
@@ -67,8 +67,8 @@ class Server:
             with suppress(OSError, HTTPException):
                 said = error.read().decode(errors="replace")[:500]
             hint = f": {START}" if error.code == 404 and "lora_adapter" in path and "adapter" not in said else ""
-            told = f"{self._flag} {self.url} refuses {path} ({error.code} {error.reason}: {said}){hint}."
-            raise ConfigurationError(told) from error
+            message = f"{self._flag} {self.url} refuses {path} ({error.code} {error.reason}: {said}){hint}."
+            raise ConfigurationError(message) from error
         except (OSError, HTTPException, ValueError) as error:  # of a redirection too
             reason = getattr(error, "reason", None) or error or type(error).__name__
             raise ConfigurationError(f"{self._flag} {self.url} does not answer ({reason}): {START}.") from error

@@ -55,8 +55,8 @@ def started_sync(
     ConfigurationError, on every rank: nothing that can be served, no server, no engine to ask what it binds, a folder
     that cannot be written or that another has.
     """
-    told = f"{run}: --peft-method full trains no adapter: merge or convert it, and serve the folder."
-    require(peft.trains_adapters, told)
+    message = f"{run}: --peft-method full trains no adapter: merge or convert it, and serve the folder."
+    require(peft.trains_adapters, message)
     is_lora(peft, shape)  # or why vLLM takes none
     sync = Sync(settings, Path(str(base)), run, **how)
     awaited_from_first_rank(sync.start)
@@ -86,16 +86,16 @@ class Sync:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._lock = (self._folder / LOCK).open("w")
         except OSError as error:
-            told = f"{folder} cannot be written ({error.strerror}): give one that the server sees too."
-            raise ConfigurationError(told) from error
-        told = f"{folder}: another sync gives its versions from there: end it, or give another folder."
-        locked(self._lock.fileno(), self._folder, lambda: told, 0.0)
+            message = f"{folder} cannot be written ({error.strerror}): give one that the server sees too."
+            raise ConfigurationError(message) from error
+        message = f"{folder}: another sync gives its versions from there: end it, or give another folder."
+        locked(self._lock.fileno(), self._folder, lambda: message, 0.0)
         self.server.models()
         if "binding" not in self._settings.skip:
             with Engine(self._settings.engine_python, f"{self._flags}engine-python"):
                 pass
 
-    def give(self, run: Run, own: float | None, asked: Asked) -> str:
+    def give(self, run: Run, own: float | None, prompts: Asked) -> str:
         """Load this version, and unload the others. Returns what was done, for a terminal.
 
         run: a checkpoint, or the adapters as they are now, which lie in memory.
@@ -110,8 +110,8 @@ class Sync:
         roots = {each: Path(str(model.get("root"))) for each, model in served.items()}
         of_this = [each for each in served if re.fullmatch(rf"{re.escape(self._name)}-\d{{7,}}", each)]
         earlier = [each for each in of_this if roots[each].parent == self._folder]
-        told = f"{self.server.url} serves {name} from {roots.get(name)}, not from here: give another {self._flags}name."
-        require(name not in served or name in earlier, told)
+        text = f"{self.server.url} serves {name} from {roots.get(name)}, not from here: give another {self._flags}name."
+        require(name not in served or name in earlier, text)
         whole = None if is_open else hashlib.sha256((Path(run) / MANIFEST).read_bytes()).hexdigest()
         if name in served and whole and self._seen(roots[name]) in ((whole, True), (whole, own is not None)):
             return f"{self.server.url} serves {name} already"
@@ -122,7 +122,7 @@ class Sync:
                 lines += self._require_bound(adapter)
             if name in served:  # of another run, or never compared
                 self.server.unload(name)
-            compared = self._loaded(name, adapter, served, own, asked)
+            compared = self._loaded(name, adapter, served, own, prompts)
         except BaseException:
             shutil.rmtree(adapter, ignore_errors=True)
             raise
@@ -150,28 +150,28 @@ class Sync:
             return seen["checkpoint"], seen["is_compared"]
         return None
 
-    def _loaded(self, name: str, adapter: Path, served: Mapping[str, Any], own: float | None, asked: Asked) -> str:
+    def _loaded(self, name: str, adapter: Path, served: Mapping[str, Any], own: float | None, prompts: Asked) -> str:
         self.server.load(name, adapter)
         try:
-            return "" if own is None else self._compared(name, served, own, asked)
+            return "" if own is None else self._compared(name, served, own, prompts)
         except BaseException:  # an interrupt too: what was not compared is not served
             self.server.unload(name)
             raise
 
-    def _compared(self, name: str, served: Mapping[str, Any], own: float, asked: Asked) -> str:
+    def _compared(self, name: str, served: Mapping[str, Any], own: float, prompts: Asked) -> str:
         if self._of_base is None:
             base = next((each for each, about in served.items() if about.get("parent") is None), None)
             require(base is not None, f"{self.server.url} lists no base model, with which a version is compared.")
             assert base is not None
-            self._of_base = self._answered(base, asked)
-        found = self._answered(name, asked)
-        told = f"log-probability of a token {found:.6f}, our own {own:.6f}, the base's {self._of_base:.6f}"
+            self._of_base = self._answered(base, prompts)
+        mean = self._answered(name, prompts)
+        text = f"log-probability of a token {mean:.6f}, our own {own:.6f}, the base's {self._of_base:.6f}"
         tolerance = self._settings.tolerance
-        require(abs(found - own) <= tolerance, f"{name}: {told}: more apart than {self._flags}tolerance {tolerance:g}.")
-        return f": {told}"
+        require(abs(mean - own) <= tolerance, f"{name}: {text}: more apart than {self._flags}tolerance {tolerance:g}.")
+        return f": {text}"
 
-    def _answered(self, name: str, asked: Asked) -> float:
-        return fmean(self.server.log_prob(name, context, token) for context, token in asked)
+    def _answered(self, name: str, prompts: Asked) -> float:
+        return fmean(self.server.log_prob(name, context, token) for context, token in prompts)
 
     def _require_bound(self, adapter: Path) -> list[str]:
         """Ask the engine, unless an adapter of the same config, names and shapes was bound whole before.

@@ -43,13 +43,13 @@ def open_engine(config: RunConfig, how: EngineSettings, near: str | None) -> tup
     ConfigurationError: no engine, several processes, a method that cannot be served as it was asked.
     """
     parallel, base_is_whole = config.parallel, config.model.base_precision == "run"
-    told = (
+    message = (
         "--engine runs beside one process: leave out --nproc-per-node, and give --engine-args tensor_parallel_size=N."
     )
-    require(parallel.world_size == 1, told)
+    require(parallel.world_size == 1, message)
     is_merged = config.checkpoint.load is not None and not how.engine_lora
-    told = f"--base-precision {config.model.base_precision}: an engine computes with the base as it is, or with merged "
-    require(base_is_whole or is_merged, f"{told}weights: give --load without --engine-lora.")
+    text = f"--base-precision {config.model.base_precision}: an engine computes with the base as it is, or with merged "
+    require(base_is_whole or is_merged, f"{text}weights: give --load without --engine-lora.")
     require(not how.engine_lora or config.checkpoint.load is not None, "--engine-lora: give --load, the run to serve.")
     engine = Engine(how.engine_python)
     try:
@@ -125,8 +125,8 @@ def is_lora(peft: PeftConfig, shape: ModelShape) -> bool:
 
 def lora_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """What an engine has to be told to serve the adapter with this config."""
-    told = f"--engine-lora: vLLM serves LoRA only, not {config.get('peft_type')}: leave it out, for merged weights."
-    require(config.get("peft_type") == "LORA", told)
+    message = f"--engine-lora: vLLM serves LoRA only, not {config.get('peft_type')}: leave it out, for merged weights."
+    require(config.get("peft_type") == "LORA", message)
     # vLLM scores several prompts at once with an adapter only if it knows its modules, and it finds those that it fuses
     # by the last parts of their names alone.
     modules = sorted({name.rpartition(".")[2] for name in config["target_modules"]})

