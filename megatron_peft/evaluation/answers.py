@@ -277,14 +277,14 @@ def questions_of(run: str, num_samples: int, base: str | None) -> list[tuple[str
     data = config.data
     paths = data.data_path or data.valid_data_path
     reason = f"was validated on indexed data ({paths[0]})" if paths else "was trained without"
-    told = f"--samples takes prompts from the run's --valid-data-path, but {run} {reason}."
-    require(bool(paths) and not is_indexed(paths), told)
+    message = f"--samples takes prompts from the run's --valid-data-path, but {run} {reason}."
+    require(bool(paths) and not is_indexed(paths), message)
     records = RecordFiles(parse_blend(paths, "--valid-data-path").prefixes, "--valid-data-path")
     tokenizer = build_tokenizer(data, base)
     fit = Fit(tokenizer, data.seq_length, columns=ColumnNames.of(data))
     chosen = range(0, len(records), max(len(records) // num_samples, 1))[:num_samples]
-    asked = (question_of(fit.format_of(records, index).native(records[index])) for index in chosen)
-    questions = [question for question in asked if question is not None]
+    candidates = (question_of(fit.format_of(records, index).native(records[index])) for index in chosen)
+    questions = [question for question in candidates if question is not None]
     require(bool(questions), f"--samples needs prompts, but the records of {' '.join(paths)} are plain text.")
     return questions
 

@@ -323,17 +323,17 @@ def score_continuations(
 
 
 def _score_batch(model_chunks: Sequence[ChunkedLossModel], batch: Sequence[Continuation]) -> list[ContinuationScore]:
-    asked = [(context, ids[:-1]) for context, ids in batch]  # all tokens but the last go into the model
-    rows, lengths = sorted(set(asked)), [len(ids) for _, ids in batch]
+    inputs = [(context, ids[:-1]) for context, ids in batch]  # all tokens but the last go into the model
+    rows, lengths = sorted(set(inputs)), [len(ids) for _, ids in batch]
     hidden = _hidden_states(model_chunks, rows)
     scores = torch.zeros(len(batch), 2, dtype=torch.float64, device=torch.cuda.current_device())
     if hidden is not None:
         # Logits are made of a few positions at a time, once for all continuations that ask for one of them.
-        first_place = [rows.index(row) * hidden.shape[1] for row in asked]
+        first_place = [rows.index(row) * hidden.shape[1] for row in inputs]
         places = [
             start + column for start, length in zip(first_place, lengths, strict=True) for column in range(length)
         ]
-        place, wanted = torch.tensor([places, [one for _, ids in batch for one in ids]], device=hidden.device)
+        place, wanted = torch.tensor([places, [token for _, ids in batch for token in ids]], device=hidden.device)
         likelihoods, is_likeliest = wanted.float(), wanted.bool()
         model, first = model_chunks[-1], 0
         for some in hidden.flatten(0, 1).split(chunk_tokens(None, model.vocab_size)):
@@ -343,8 +343,8 @@ def _score_batch(model_chunks: Sequence[ChunkedLossModel], batch: Sequence[Conti
             likelihoods[asked_here] = log_probabilities[here, ids]
             is_likeliest[asked_here] = log_probabilities.argmax(-1)[here] == ids
             first += len(some)
-        for number, found in enumerate(zip(likelihoods.split(lengths), is_likeliest.split(lengths), strict=True)):
-            scores[number, 0], scores[number, 1] = found[0].sum(), found[1].all()
+        for number, scored in enumerate(zip(likelihoods.split(lengths), is_likeliest.split(lengths), strict=True)):
+            scores[number, 0], scores[number, 1] = scored[0].sum(), scored[1].all()
     return [ContinuationScore(total, bool(greedy)) for total, greedy in from_last_stage(scores).tolist()]
 
 
@@ -410,28 +410,28 @@ def _answers_of(
     on_token: OnToken,
 ) -> list[list[int]]:
     """What `generate` returns, from an engine, whose random numbers are others. It batches as it sees fit."""
-    asked = [row for row, prompt in enumerate(prompts) if settings.room(prompt) > 0]
+    rows = [row for row, prompt in enumerate(prompts) if settings.room(prompt) > 0]
     how = settings.sampling
-    found = engine.ask(
+    reply = engine.ask(
         "generate",
-        prompts=[list(prompts[row]) for row in asked],
-        max_tokens=[settings.room(prompts[row]) for row in asked],
-        seeds=[generator_for(settings.seed, names[row]).initial_seed() % 2**63 for row in asked],
+        prompts=[list(prompts[row]) for row in rows],
+        max_tokens=[settings.room(prompts[row]) for row in rows],
+        seeds=[generator_for(settings.seed, names[row]).initial_seed() % 2**63 for row in rows],
         sampling={"temperature": how.temperature, "top_p": how.top_p, "top_k": how.top_k},
         stop=list(until),
         ends=sorted(settings.end_ids),
     )
     answers: list[list[int]] = [[] for _ in prompts]
-    for row, ids in zip(asked, found["answers"], strict=True):
+    for row, ids in zip(rows, reply["answers"], strict=True):
         answers[row] = ids[:-1] if ids and ids[-1] in settings.end_ids else ids
         for token in answers[row]:
             on_token(row, token)
     return answers
 
 
-def score_all(model: InferenceModel, asked: Sequence[Continuation], batch_size: int) -> list[ContinuationScore]:
+def score_all(model: InferenceModel, continuations: Sequence[Continuation], batch_size: int) -> list[ContinuationScore]:
     """Scores by all replicas together, each of which passes `batch_size` continuations at once."""
     if model.engine is not None:
-        pairs = [[list(context), list(ids)] for context, ids in asked]
+        pairs = [[list(context), list(ids)] for context, ids in continuations]
         return [ContinuationScore(*score) for score in model.engine.ask("score", pairs=pairs)["scores"]]
-    return over_replicas(asked, lambda share: score_continuations(model.chunks, share, batch_size))
+    return over_replicas(continuations, lambda share: score_continuations(model.chunks, share, batch_size))

@@ -93,8 +93,8 @@ class FinishedRequests(dict[str, Any]):
                 entry = parse_json(line, place)
                 self[entry["key"] + ""] = entry["answer"]
             except (ConfigurationError, KeyError, TypeError) as error:
-                told = f"{place} is not an answered request ({error!r}): remove the line to repeat the request."
-                raise ConfigurationError(told) from error
+                message = f"{place} is not an answered request ({error!r}): remove the line to repeat the request."
+                raise ConfigurationError(message) from error
 
     def key(self, kind: str, *what: Any) -> str:
         """A digest of the model, the kind of the request, and all else that its answer depends on (JSON)."""
@@ -110,8 +110,8 @@ class FinishedRequests(dict[str, Any]):
     def require_answers(self, keys: Iterable[str], is_answer: Callable[[Any], bool]) -> None:
         """Raises ConfigurationError if a known answer to these requests is not of their kind."""
         for key in keys:
-            told = f"{self._path} has no such answer to the request {key} as the model gives"
-            require(key not in self or is_answer(self[key]), f"{told}: remove its line to repeat the request.")
+            problem = f"{self._path} has no such answer to the request {key} as the model gives"
+            require(key not in self or is_answer(self[key]), f"{problem}: remove its line to repeat the request.")
 
 
 def _is_score(answer: Any) -> bool:
@@ -184,14 +184,14 @@ class HarnessModel(TemplateLM):
     def _loglikelihood_tokens(self, requests: Sequence[Any], **kwargs: Any) -> list[tuple[float, bool]]:
         keyed = []
         for _, context, ids in requests:
-            told = f"a continuation of {len(ids)} tokens does not fit the {self._scored_length} positions to score it."
-            require(len(ids) <= self._scored_length, told)
+            text = f"a continuation of {len(ids)} tokens does not fit the {self._scored_length} positions to score it."
+            require(len(ids) <= self._scored_length, text)
             excess = max(len(context) + len(ids) - 1 - self._scored_length, 0)
             self.truncated["score"] += excess > 0
-            asked = Continuation(tuple(context[excess:]), tuple(ids))
-            keyed.append((self._finished.key("score", *asked), asked))
-        found = self._answers("scoring", keyed, _is_score, score_all, self._batch_size)
-        return [(total, greedy) for total, greedy in found]
+            continuation = Continuation(tuple(context[excess:]), tuple(ids))
+            keyed.append((self._finished.key("score", *continuation), continuation))
+        scores = self._answers("scoring", keyed, _is_score, score_all, self._batch_size)
+        return [(total, greedy) for total, greedy in scores]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihoods of whole texts, each token with as much context as the model has positions for."""
@@ -234,8 +234,8 @@ class HarnessModel(TemplateLM):
         are_texts = all(isinstance(text, str) for text in until) and len(until) <= MOST_STOP_TEXTS
         require(are_texts, f"{place} until must be a text, or a list of at most {MOST_STOP_TEXTS} texts.")
         positions = f"{self.max_length}, the positions of the model for question and answer together"
-        told = f"{place} max_gen_toks is {longest}; it must be above 0, and below {positions}."
-        require(0 < longest < self.max_length, told)
+        message = f"{place} max_gen_toks is {longest}; it must be above 0, and below {positions}."
+        require(0 < longest < self.max_length, message)
         plan = GenerationSettings(frozenset(), longest, batch_size=self._batch_size, sampling=sampling, seed=self._seed)
         return tuple(until), plan
 

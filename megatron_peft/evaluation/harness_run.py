@@ -79,20 +79,20 @@ def evaluate(config: RunConfig, settings: HarnessSettings) -> None:
 def _answer_tasks(
     dispatcher: RankDispatcher, settings: HarnessSettings, tasks: Any, finished: FinishedRequests
 ) -> None:
-    asked: list[Any] = []
+    selected: list[Any] = []
     for name in settings.tasks:
         loaded = tasks.load([name])
         for task in loaded["tasks"].values():
             task.apply_filters = _in_time(task.apply_filters, lambda task=task: len(task.instances))
             task.process_results = _in_time(task.process_results)
         group = loaded.get("groups", {}).get(name)
-        asked += [group] if group is not None else loaded["tasks"].values()  # of a tag, or a single task
+        selected += [group] if group is not None else loaded["tasks"].values()  # of a tag, or a single task
     model: Any = HarnessModel(dispatcher, finished, settings.batch_size, settings.sampling_seed)
     limit = settings.limit
     with _told(" ".join(settings.tasks), "scored"):
         results: Any = evaluator.simple_evaluate(
             model=model,
-            tasks=asked,
+            tasks=selected,
             task_manager=tasks,
             bootstrap_iters=NUM_DRAWS,
             num_fewshot=settings.num_fewshot,
@@ -121,8 +121,8 @@ def _checked_tasks(config: RunConfig, settings: HarnessSettings) -> tuple[Any, F
             existing = read_json_object(output).get("config")
         of_this_command = {"checkpoint_fingerprint": fingerprint, "evaluation": settings.result_settings()}
         is_same = isinstance(existing, dict) and of_this_command.items() <= existing.items()
-        told = f"--output {output} exists already, and is not a result of this model with these flags"
-        require(is_same, f"{told}: give another file, or --overwrite.")
+        problem = f"--output {output} exists already, and is not a result of this model with these flags"
+        require(is_same, f"{problem}: give another file, or --overwrite.")
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     may_run_code = settings.confirm_run_unsafe_code
     tasks = find_tasks(settings.tasks, settings.include_path, settings.num_fewshot, settings.limit, may_run_code)
@@ -235,8 +235,8 @@ def _check_requests(task: Any, limit: float | None) -> None:
         limits = f"{MOST_REQUESTS:,} times ({repeats:,} for each item and choice), which is the limit"
         require(num_asked <= MOST_REQUESTS, f"it asks more than {limits}: lower its repeats, or give --limit.")
         label = task.doc_to_target(doc) if has_choices else 0
-        told = f"the label of item {number} is {label}; choices are numbered from 0 to {num_choices - 1}."
-        require(not isinstance(label, int) or 0 <= label < num_choices, told)
+        message = f"the label of item {number} is {label}; choices are numbered from 0 to {num_choices - 1}."
+        require(not isinstance(label, int) or 0 <= label < num_choices, message)
 
 
 def _check_examples(task: Any, num_fewshot: int | None) -> None:
@@ -248,8 +248,8 @@ def _check_examples(task: Any, num_fewshot: int | None) -> None:
     is_apart = split is not None or has_samples or task.has_training_docs()
     is_apart |= task.has_validation_docs() and task.has_test_docs()
     ways = "omit --num-fewshot, or give the task a fewshot_split"
-    told = f"--num-fewshot {num_fewshot}: it has only items that are scored; {ways}."
-    require(num_fewshot is None or is_apart, told)
+    message = f"--num-fewshot {num_fewshot}: it has only items that are scored; {ways}."
+    require(num_fewshot is None or is_apart, message)
     num_items = len(task.fewshot_docs()) - (split is not None and split == task.config.test_split)
     flag = f"num_fewshot: {wanted}" if num_fewshot is None else f"--num-fewshot {wanted}"
     require(num_items >= wanted, f"{flag}: it has {num_items} solved items besides the one that is asked.")

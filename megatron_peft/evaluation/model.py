@@ -170,8 +170,8 @@ def saved_values(typed: Mapping[str, Any]) -> dict[str, Any]:
     record = run_record.read_run_record(load)
     base = record.config.model.pretrained_checkpoint
     is_there = "pretrained_checkpoint" in typed or (base is not None and Path(base).exists())
-    told = f"--load {load} was trained on the base model {base}, which does not exist"
-    require(is_there, f"{told}: give its current folder with --pretrained-checkpoint.")
+    problem = f"--load {load} was trained on the base model {base}, which does not exist"
+    require(is_there, f"{problem}: give its current folder with --pretrained-checkpoint.")
     values = values_of_model(record.config)
     if typed.get("base_precision") == "run":  # which no flag could take back
         values.pop("quantize_output_layer", None)

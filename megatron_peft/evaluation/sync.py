@@ -29,12 +29,12 @@ def sync_run(config: RunConfig, settings: SyncSettings) -> None:
     shape = checked_together(lambda: read_model_shape(Path(str(base))))
     sync = started_sync(settings, config.peft, shape, base, folder)  # before the model is loaded
     model = None if "numbers" in settings.skip else load_model(config)
-    asked, newest = asked_tokens(shape.vocab_size, shape.longest_sequence), None
+    prompts, newest = asked_tokens(shape.vocab_size, shape.longest_sequence), None
     while True:
         checkpoint = from_first_rank(lambda: run_record.find_checkpoint(run))
         if checkpoint != newest:
-            own = None if model is None else _log_prob(model, checkpoint, asked)
-            awaited_from_first_rank(lambda at=checkpoint, own=own: print(sync.give(at, own, asked), flush=True))
+            own = None if model is None else _log_prob(model, checkpoint, prompts)
+            awaited_from_first_rank(lambda at=checkpoint, own=own: print(sync.give(at, own, prompts), flush=True))
             newest = checkpoint
         elif settings.follow:
             time.sleep(SECONDS_BETWEEN)
@@ -42,7 +42,7 @@ def sync_run(config: RunConfig, settings: SyncSettings) -> None:
             return
 
 
-def _log_prob(model: InferenceModel, checkpoint: Path, asked: Asked) -> float:
+def _log_prob(model: InferenceModel, checkpoint: Path, prompts: Asked) -> float:
     load_trained_parameters(model.chunks, checkpoint)
-    continuations = [Continuation((*tokens,), (token,)) for tokens, token in asked]
-    return fmean(score.log_likelihood for score in score_all(model, continuations, len(asked)))
+    continuations = [Continuation((*tokens,), (token,)) for tokens, token in prompts]
+    return fmean(score.log_likelihood for score in score_all(model, continuations, len(prompts)))

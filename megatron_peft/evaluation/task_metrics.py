@@ -104,10 +104,10 @@ def program_of(problem: Problem, completion: str) -> Program:
 
 def run_tests(resps: Iterable[Sequence[str]], docs: Iterable[Problem]) -> list[list[str]]:
     """A filter of lm-evaluation-harness: samples of all problems -> their verdicts ('passed', 'failed: ...')."""
-    asked = [(problem, samples) for problem, samples in zip(docs, resps, strict=True)]
-    programs = [program_of(problem, sample) for problem, samples in asked for sample in samples]
+    attempts = [(problem, samples) for problem, samples in zip(docs, resps, strict=True)]
+    programs = [program_of(problem, sample) for problem, samples in attempts for sample in samples]
     outcomes = iter(open_sandbox(packages=PACKAGES).run_all(programs))
-    return [[next(outcomes).verdict for _ in samples] for _, samples in asked]
+    return [[next(outcomes).verdict for _ in samples] for _, samples in attempts]
 
 
 def require_sandbox(docs: Any) -> Any:

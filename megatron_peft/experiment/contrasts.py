@@ -26,9 +26,9 @@ def contrast_digests(experiment: Experiment) -> dict[str, str]:
     A record keeps them as they were when its run began.
     """
     seeds = {method.name: experiment.seeds_of(method) for method in experiment.methods}
-    asked = {one.name: json_digest([asdict(one), seeds[one.of], seeds[one.against]]) for one in experiment.contrasts}
-    places = product(experiment.tasks, experiment.models) if asked else ()
-    return asked | {f"{task.name} with {model.name}": "" for task, model in places}
+    digests = {c.name: json_digest([asdict(c), seeds[c.of], seeds[c.against]]) for c in experiment.contrasts}
+    places = product(experiment.tasks, experiment.models) if digests else ()
+    return digests | {f"{task.name} with {model.name}": "" for task, model in places}
 
 
 class Answer(NamedTuple):
@@ -55,13 +55,13 @@ class Answer(NamedTuple):
     def verdict(self) -> str:
         if self.obstacle or self.quantiles is None:
             return f"no verdict: {self.obstacle}"
-        (lowest, low, high, highest), one = self.quantiles, self.contrast
-        if -one.margin < low and high < one.margin:
-            return f"equivalent within {one.margin:g}: the difference is between {low:+.4f} and {high:+.4f} (90%)"
+        (lowest, low, high, highest), contrast = self.quantiles, self.contrast
+        if -contrast.margin < low and high < contrast.margin:
+            return f"equivalent within {contrast.margin:g}: the difference is between {low:+.4f} and {high:+.4f} (90%)"
         is_off_0, p = lowest > 0 or highest < 0, 1.0 if self.holm is None else self.holm
         if is_off_0 and p < SIGNIFICANT:
-            higher_is_better = metrics(self.result.group.task).get(one.metric, False)
-            better = one.of if (lowest > 0) == higher_is_better else one.against
+            higher_is_better = metrics(self.result.group.task).get(contrast.metric, False)
+            better = contrast.of if (lowest > 0) == higher_is_better else contrast.against
             least, most = sorted((abs(lowest), abs(highest)))
             return f"{better} is better by {abs(self.difference or 0.0):.4f} ({least:.4f} to {most:.4f})"
         but = f", but p is {p:.3f} after Holm's correction" if is_off_0 else ""
@@ -70,18 +70,18 @@ class Answer(NamedTuple):
 
 def answers(results: Results) -> list[Answer]:
     """The answer to each contrast, on each task with each model, in the order of the file."""
-    experiment, digests, asked = results.experiment, contrast_digests(results.experiment), _asked(results)
+    experiment, digests, recorded = results.experiment, contrast_digests(results.experiment), _asked(results)
     asked_of = [*product(experiment.contrasts, experiment.models, experiment.tasks)]
-    found = []
+    uncorrected = []
     for contrast, model, task in asked_of:
         by_method = {result.method: result for result in results.of(model.name, task.name)}
         of, against = by_method[contrast.of], by_method[contrast.against]
         seeds = sorted(of.values(contrast.metric).keys() & against.values(contrast.metric).keys())
         num_wanted = len({*of.group.seeds} & {*against.group.seeds})
-        num_early = sum(names.get(contrast.name) != digests[contrast.name] for names in asked)
+        num_early = sum(names.get(contrast.name) != digests[contrast.name] for names in recorded)
         untuned = [result.method for result in (of, against) if not result.is_tuned]
         obstacles = {
-            f"{num_early} of {len(asked)} final runs began before it was written down as it is": num_early > 0,
+            f"{num_early} of {len(recorded)} final runs began before it was written down as it is": num_early > 0,
             f"not tuned: {', '.join(untuned)}": len(untuned) > 0,
             f"{len(seeds)} of {num_wanted} pairs of runs are in": len(seeds) < num_wanted,
         }
@@ -97,15 +97,15 @@ def answers(results: Results) -> list[Answer]:
                 p=test.p if test else None,
                 detectable=detectable([*by_seed.values()], len(asked_of)) if test else None,
             )
-        found.append(answer)
+        uncorrected.append(answer)
     # What has no verdict yet counts among the comparisons.
-    corrected = holm([1.0 if answer.p is None or answer.obstacle else answer.p for answer in found])
-    return [answer._replace(holm=p) for answer, p in zip(found, corrected, strict=True)]
+    corrected = holm([1.0 if answer.p is None or answer.obstacle else answer.p for answer in uncorrected])
+    return [answer._replace(holm=p) for answer, p in zip(uncorrected, corrected, strict=True)]
 
 
 def _asked(results: Results) -> list[dict[str, str]]:
     """The digests of contrasts that each final run's record has, of whatever point of its grid it is."""
-    trained = ((result.group.seeds, one) for result in results.all for one in result.records.values() if one.is_trained)
+    trained = ((result.group.seeds, run) for result in results.all for run in result.records.values() if run.is_trained)
     of_finals = (record for seeds, record in trained if record.seed in seeds)
     return [record.provenance.get("training", {}).get("contrasts", {}) for record in of_finals]
 
@@ -164,25 +164,25 @@ def holm(values: Sequence[float]) -> list[float]:
     return np.maximum.accumulate(steps).clip(max=1)[np.argsort(order)].tolist()
 
 
-def sentences(results: Results, found: Sequence[Answer]) -> Iterator[str]:
+def sentences(results: Results, answers: Sequence[Answer]) -> Iterator[str]:
     """A sentence for each answer, and one for contrasts that the runs know and the file no longer has."""
-    for answer in found:
-        one, result = answer.contrast, answer.result
+    for answer in answers:
+        spec, result = answer.contrast, answer.result
         place = f"{result.task} with {result.model}" if len(results.experiment.models) > 1 else result.task
-        yield f"{one.name}, {one.of} - {one.against} in {one.metric} on {place}: **{answer.verdict}**."
+        yield f"{spec.name}, {spec.of} - {spec.against} in {spec.metric} on {place}: **{answer.verdict}**."
     names = {name for of_run in _asked(results) for name in of_run}
     if gone := sorted(names - contrast_digests(results.experiment).keys()):
         yield f"**Taken out:** the file had {', '.join(gone)} when runs began, and no longer has."
 
 
-def contrast_table(found: Sequence[Answer]) -> Table:
+def contrast_table(answers: Sequence[Answer]) -> Table:
     """The numbers of the answers."""
 
     def line(answer: Answer) -> tuple[str, ...]:
-        one, quantiles = answer.contrast, answer.quantiles
+        spec, quantiles = answer.contrast, answer.quantiles
         return (
-            *(one.name, answer.result.model, answer.result.task, f"{one.of} - {one.against}", one.metric),
-            *(str(answer.num_pairs), str(answer.num_items or "–"), f"{one.margin:g}"),
+            *(spec.name, answer.result.model, answer.result.task, f"{spec.of} - {spec.against}", spec.metric),
+            *(str(answer.num_pairs), str(answer.num_items or "–"), f"{spec.margin:g}"),
             "–" if answer.difference is None else f"{answer.difference:+.4f}",
             "–" if quantiles is None else f"{quantiles[0]:+.4f} to {quantiles[-1]:+.4f}",
             *map(format_p, (answer.p, None if answer.obstacle else answer.holm)),
@@ -193,7 +193,7 @@ def contrast_table(found: Sequence[Answer]) -> Table:
     return Table(
         "Differences of runs of the same seed",
         (*words, "pairs", "items", "margin", "mean", "95% interval", "p", "p (Holm)", "detectable"),
-        tuple(map(line, found)),
+        tuple(map(line, answers)),
         "Intervals: of Student's t over seeds and items. p: a paired t-test over the seeds, then corrected by Holm's "
         "method for the number of answers. Better: the 95% interval is off 0, and the corrected p below "
         f"{SIGNIFICANT}. Equivalent: the 90% interval is within the margin (not corrected). Detectable: the difference "

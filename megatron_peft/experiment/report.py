@@ -111,8 +111,8 @@ def _sections(
 ) -> Iterator[Section]:
     experiment, places = results.experiment, results.places()
     answers = contrasts.answers(results)
-    told = [*not_tuned(results), *verdicts(table_rows, reference)]
-    texts = [state(results), *contrasts.sentences(results, answers), *told, _budget_sentence(results)]
+    remarks = [*not_tuned(results), *verdicts(table_rows, reference)]
+    texts = [state(results), *contrasts.sentences(results, answers), *remarks, _budget_sentence(results)]
     yield Section("Result", texts, [tables.by_score(results, table_rows)], {"result": plots.draw_results(table_rows)})
     if answers:
         yield Section("Contrasts", tables=[contrasts.contrast_table(answers)])

@@ -42,9 +42,9 @@ class Result:
     @property
     def tuning(self) -> list[tuple[Cell, CellRecord | None]]:
         """The points that the file names, and the added ones that were tried."""
-        found = [(cell, self.records.get(cell.key)) for cell in self.group.tuning]
+        points = [(cell, self.records.get(cell.key)) for cell in self.group.tuning]
         first = self.group.method.num_points
-        return [*found[:first], *(each for each in found[first:] if each[1])]
+        return [*points[:first], *(each for each in points[first:] if each[1])]
 
     @property
     def why_not_tuned(self) -> str:
@@ -68,8 +68,8 @@ class Result:
         """The settings of the chosen point, and whether they are tuned."""
         if self.best is None:
             return ""
-        told = "" if self.is_tuned else ", not tuned"
-        return (self.group.tuning[self.best].point or "(no grid)") + told
+        suffix = "" if self.is_tuned else ", not tuned"
+        return (self.group.tuning[self.best].point or "(no grid)") + suffix
 
     @property
     def finals(self) -> dict[int, CellRecord]:

@@ -86,11 +86,11 @@ def _last_parts(path: Path) -> str:
 def _sections(run: RunFiles) -> Iterator[Section]:
     yield Section("Loss", list(_result(run)), figures={"loss": draw_loss(run.metrics)})
     if run.samples:
-        told = (
+        text = (
             f"Greedy answers of the base model and of the trained one to {len(run.samples)} prompts, spread evenly "
             f"over the validation data."
         )
-        yield Section("Answers before and after", [told], [samples_table(run.samples)])
+        yield Section("Answers before and after", [text], [samples_table(run.samples)])
     figures = {"optimizer": draw_optimizer(run.metrics)}
     if norms := [record for record in run.metrics if record.get("grad_norm_by_layer")]:
         figures["depth"] = draw_depth(norms)
@@ -149,7 +149,7 @@ def training_seconds(metrics: Lines, log_interval: int | None = None) -> float:
 def _cost_sentence(run: RunFiles) -> str:
     metrics, log_interval = run.metrics, run.record.config.logging.log_interval if run.record else None
     seconds = round(training_seconds(metrics, log_interval))
-    told = [f"Training took {timedelta(seconds=seconds)}, without validation and saves"]
+    clauses = [f"Training took {timedelta(seconds=seconds)}, without validation and saves"]
     speeds, steps, peaks = (
         series(metrics, name)[1] for name in ("tokens_per_second", "step_seconds", "peak_memory_bytes")
     )
@@ -157,10 +157,10 @@ def _cost_sentence(run: RunFiles) -> str:
         speed = median(speeds)
         digits = max(int(log10(speed)) - 2, 0) if speed > 0 else 0
         rounded = round(speed / 10**digits) * 10**digits  # three digits of a large number
-        told.append(f"a step {format_number(median(steps))} s (median), with {rounded:,} tokens per second")
+        clauses.append(f"a step {format_number(median(steps))} s (median), with {rounded:,} tokens per second")
     if peaks:
-        told.append(f"memory of the process of rank 0 at most {format_number(max(peaks) / 1e9)} GB")
-    return "; ".join(told) + "."
+        clauses.append(f"memory of the process of rank 0 at most {format_number(max(peaks) / 1e9)} GB")
+    return "; ".join(clauses) + "."
 
 
 def _lambda_sentence(last: Mapping[str, Any]) -> str:

@@ -168,8 +168,8 @@ class Runner:
                 status = "diverged"
             else:
                 self.gave_up.add(cell.key)
-            told = status if status == "diverged" else status.upper()
-            self.report(f"{told}: {job.work.kind} {cell.key}: {error}\n  all of it: {running.log}")
+            outcome = status if status == "diverged" else status.upper()
+            self.report(f"{outcome}: {job.work.kind} {cell.key}: {error}\n  all of it: {running.log}")
             before = cell_record.read_cell_record(self.folder, cell)  # of a cell that is trained again for its score
             if job.work.kind == "train" and not (before and before.is_trained):
                 values = {"started_at": running.started_at, "seconds": running.seconds, "reason": str(error)}
@@ -260,8 +260,8 @@ def run_experiment(
                     f"another runner works in {locked}: wait until it ends, or give --output another folder."
                 ) from error
         (folder / EXPERIMENT_FILE).write_text(experiment.text, encoding="utf-8")
-        asked = contrast_digests(experiment)
-        runner = Runner(folder, groups, experiment=experiment.text, contrasts=asked, **settings)
+        digests = contrast_digests(experiment)
+        runner = Runner(folder, groups, experiment=experiment.text, contrasts=digests, **settings)
         for command in experiment.prepare if is_whole else ():
             words = process.command_of(command, process.launcher(1))
             runner.report(f"prepare: {shlex.join(command)}")

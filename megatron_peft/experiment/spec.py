@@ -330,8 +330,8 @@ def _score(content: Any, place: str) -> ScoreSpec:
         metric_place = f"{place}.metrics.{name}"
         entry = _mapping(metric, metric_place, ("path", "higher_is_better", "scale"))
         paths, scale = tuple(map(str, _listed(entry.get("path") or []))), entry.get("scale", 1.0)
-        told = "needs path: the keys to the number, joined by slashes, or a list of such."
-        require(bool(paths), f"{metric_place} {told}")
+        problem = "needs path: the keys to the number, joined by slashes, or a list of such."
+        require(bool(paths), f"{metric_place} {problem}")
         require(type(scale) in (int, float), f"{metric_place}.scale is {scale!r}, not a number.")
         metrics[str(name)] = Metric(paths, bool(entry.get("higher_is_better", True)), float(scale))
     require(bool(metrics), f"{place}.metrics is empty: name the numbers of the score's file.")
