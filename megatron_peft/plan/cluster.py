@@ -152,7 +152,7 @@ def cluster_of(values: Mapping[str, Any], place: str) -> Cluster:
     given: dict[str, Any] = {}  # as LIMITS has them
     for name, value in values.items():
         is_link = name in LINKS and isinstance(value, dict)
-        given |= {f"{name}.{key}": one for key, one in value.items()} if is_link else {str(name): value}
+        given |= {f"{name}.{key}": entry for key, entry in value.items()} if is_link else {str(name): value}
     known = sorted((*LIMITS, "name", EFFICIENCIES))
     unknown = [name for name in given if name not in (*known, *LINKS)]
     problems = [f"{name} is not a field; there are {', '.join(known)}." for name in unknown]

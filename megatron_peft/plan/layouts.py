@@ -78,10 +78,10 @@ class FittedLayout:
         set_values = {flag(name): value for name, value in _layout_values(self.run).items() if value}
         return [word for name, value in set_values.items() for word in spelled(name, value).split()]
 
-    def flags_to_leave_out(self, asked: RunConfig) -> list[str]:
-        """Flags of `asked`, the run that a layout was looked for, which `flags` cannot take back."""
+    def flags_to_leave_out(self, original: RunConfig) -> list[str]:
+        """Flags of `original`, the run that a layout was looked for, which `flags` cannot take back."""
         own = _layout_values(self.run)
-        return [flag(name) for name, value in _layout_values(asked).items() if value and not own[name]]
+        return [flag(name) for name, value in _layout_values(original).items() if value and not own[name]]
 
     def as_dict(self, num_tokens: float = 1e8) -> dict[str, Any]:
         """Plain values for JSON, with the hours of a run of so many tokens."""
@@ -138,10 +138,10 @@ def fit(
             distinct = dict(zip(every, runs.values(), strict=True))
             times = {layers: seconds_of_segments(layers, cluster.of_run(laid)) for layers, laid in distinct.items()}
             for (number, laid), layers in zip(runs.items(), every, strict=True):
-                found = _candidate(RecordedStep(laid, shape, layers), recompute, times[layers], cluster)
-                candidates.append(found)
-                least[number] = found.seconds
-                if total(found.memory) > cluster.usable_bytes:
+                candidate = _candidate(RecordedStep(laid, shape, layers), recompute, times[layers], cluster)
+                candidates.append(candidate)
+                least[number] = candidate.seconds
+                if total(candidate.memory) > cluster.usable_bytes:
                     too_large.add(laid.parallel)
     fastest = _fastest(candidates, cluster)
     if not fastest:
@@ -184,11 +184,11 @@ class _Candidate:
 
 def _fastest(candidates: Sequence[_Candidate], cluster: Cluster) -> list[list[_Candidate]]:
     """The fastest that fit; together those that divide the layers of a pipeline in other ways alone."""
-    found: defaultdict[Hashable, list[_Candidate]] = defaultdict(list)
+    groups: defaultdict[Hashable, list[_Candidate]] = defaultdict(list)
     for candidate in sorted(candidates, key=lambda candidate: candidate.seconds):
         if total(candidate.memory) <= cluster.usable_bytes:
-            found[_but_for_division(candidate)].append(candidate)
-    return [*found.values()][:NUM_REPLAYED]
+            groups[_but_for_division(candidate)].append(candidate)
+    return [*groups.values()][:NUM_REPLAYED]
 
 
 def _but_for_division(candidate: _Candidate) -> Hashable:
@@ -253,12 +253,12 @@ def _divisors(number: int, most: int) -> list[int]:
 
 def seconds_of_segments(layers: RecordedLayers, cluster: Cluster) -> dict[Segment, float]:
     """What both passes of a microbatch take, on the cluster as the run finds it."""
-    found = dict.fromkeys(layers.parameters, 0.0)
+    seconds = dict.fromkeys(layers.parameters, 0.0)
     for (phase, segment), recorded in layers.passes.items():
         if phase in ("forward", "backward"):
             time = time_alone(recorded.entries, 0, cluster)
-            found[segment] += max(sum(spent for _, spent in time.device), time.host)
-    return found
+            seconds[segment] += max(sum(spent for _, spent in time.device), time.host)
+    return seconds
 
 
 def _candidate(step: RecordedStep, recompute: str, times: Mapping[Segment, float], cluster: Cluster) -> _Candidate:

@@ -85,11 +85,11 @@ def make_plan(config: RunConfig, shape: ModelShape, cluster: Cluster) -> Plan:
 
 def calls_by_group(entries: Iterable[Entry]) -> dict[tuple[str, str], tuple[int, int]]:
     """(group, operation) -> (number of calls, bytes that the rank puts in)."""
-    found: dict[tuple[str, str], list[int]] = defaultdict(list)  # bytes of each call
+    sizes: dict[tuple[str, str], list[int]] = defaultdict(list)  # bytes of each call
     for call in entries:
         if isinstance(call, Call) and call.operation != "recv":
-            found[call.axis, call.operation].append(call.num_bytes)
-    return {key: (len(each), sum(each)) for key, each in sorted(found.items())}
+            sizes[call.axis, call.operation].append(call.num_bytes)
+    return {key: (len(each), sum(each)) for key, each in sorted(sizes.items())}
 
 
 def summary(plan: Plan) -> list[str]:
@@ -143,7 +143,7 @@ def _tables(plan: Plan) -> Iterator[Table]:
 
     title = f"Activations of rank {fullest.rank} at the peak, MiB"
     activations = Table("", Column(justify="right"), title=title, show_header=False)
-    for part, num_bytes in sorted(fullest.peaks["step"].items(), key=lambda one: -one[1]):
+    for part, num_bytes in sorted(fullest.peaks["step"].items(), key=lambda item: -item[1]):
         if part.startswith(ACTIVATIONS):
             activations.add_row(part.removeprefix(ACTIVATIONS), f"{num_bytes / _MIB:,.1f}")
     yield activations
@@ -164,8 +164,8 @@ def print_plan(plan: Plan, num_tokens: float | None = None) -> None:
     console = Console()
     for table in (*_tables(plan), *(time_table(speed, num_tokens) for speed in speeds)):
         console.print(table)
-    told = [*(speed.summary() for speed in speeds), *summary(plan), *capacity(plan, num_tokens or 0)]
-    print(f"cluster: {plan.cluster.name}", *told, sep="\n")
+    lines = [*(speed.summary() for speed in speeds), *summary(plan), *capacity(plan, num_tokens or 0)]
+    print(f"cluster: {plan.cluster.name}", *lines, sep="\n")
 
 
 def capacity(plan: Plan, num_tokens: float) -> Iterator[str]:

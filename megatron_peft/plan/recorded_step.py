@@ -76,7 +76,7 @@ class RecordedStep:
         self.chunks = chunks_of_stages(parallel, shape.num_layers)
         self.is_full = not run.peft.trains_adapters
         self._targets = targets_of_layers(run, shape)
-        self._trained = {name: one.num_trained * (name not in program.ENDS) for name, one in layers.parameters.items()}
+        self._trained = {name: p.num_trained * (name not in program.ENDS) for name, p in layers.parameters.items()}
         how = messages(run.model.transformer, parallel, Training.of(run))
         self.tells_sizes, self._frees_outputs = how["variable_seq_lengths"], how["deallocate_pipeline_outputs"]
 
@@ -99,14 +99,14 @@ class RecordedStep:
 
     def passes_of(self, phase: Pass, segments: Sequence[program.Segment]) -> list[program.RecordedPass]:
         """A microbatch's passes in program order; what a segment does not do is missing."""
-        found = [self.layers.passes.get((phase, segment), program.RecordedPass()) for segment in segments]
-        return found if phase == "forward" else found[::-1]
+        passes = [self.layers.passes.get((phase, segment), program.RecordedPass()) for segment in segments]
+        return passes if phase == "forward" else passes[::-1]
 
     def entries(self, phase: Pass, segments: Sequence[program.Segment], stage: int) -> tuple[Entry, ...]:
         """A pass of one microbatch through these segments, with the calls of the tensor-parallel ranks."""
         group = self.tensor_group(stage)
-        found = (entry for recorded in self.passes_of(phase, segments) for entry in recorded.entries)
-        return tuple(replace(entry, group=group) if isinstance(entry, Call) else entry for entry in found)
+        entries = (entry for recorded in self.passes_of(phase, segments) for entry in recorded.entries)
+        return tuple(replace(entry, group=group) if isinstance(entry, Call) else entry for entry in entries)
 
     def parameters(self, chunks: Sequence[Chunk]) -> Parameters:
         return Parameters.sum(self.layers.parameters[segment] for chunk in chunks for segment in self.segments(chunk))
@@ -122,17 +122,17 @@ class RecordedStep:
         As it was recorded for several layers, but of a share of them (`_share`), and with one tensor a call.
         """
         share, fixed, group = self._share(stage), self.layers.fixed_kernels[phase], self.tensor_group(stage)
-        found: list[Entry] = []
+        entries: list[Entry] = []
         for entry in self.layers.passes[phase, ""].entries if share else ():
             if isinstance(entry, Computation):
-                scaled = {replace(one, batch=max(round(one.batch * share), 1)): n for one, n in entry.products.items()}
+                scaled = {replace(p, batch=max(round(p.batch * share), 1)): n for p, n in entry.products.items()}
                 num_kernels = round(entry.num_kernels * (fixed + (1 - fixed) * share))
                 entry = Computation(scaled, round(entry.num_bytes * share), num_kernels)
             elif isinstance(entry, Call):
                 size = round(share * entry.num_bytes / program.ITEM_BYTES[entry.dtype])
                 entry = replace(entry, group=group, shapes=((size,),))
-            found.append(entry)
-        return found
+            entries.append(entry)
+        return entries
 
     # Memory, in parts.
 
@@ -155,7 +155,7 @@ class RecordedStep:
 
     def passes(self, stage: int) -> dict[tuple[Pass, int], tuple[int, int]]:
         """Phase, chunk -> bytes that a pass of a microbatch leaves, and their peak; both relative to its begin."""
-        found: dict[tuple[Pass, int], tuple[int, int]] = {}
+        passes: dict[tuple[Pass, int], tuple[int, int]] = {}
         for number, chunk in enumerate(self.chunks[stage]):
             for phase in ("forward", "backward"):
                 at = top = 0
@@ -165,9 +165,9 @@ class RecordedStep:
                 if phase == "forward":  # the input from another stage is kept
                     at += receives - self.message_bytes * (not chunk.head and self._frees_outputs)
                 # The interleaved schedule has asked for the next input too.
-                found[phase, number] = at, top + receives + self.message_bytes * (len(self.chunks[stage]) > 1)
-            found["backward", number] = -found["forward", number][0], found["backward", number][1]
-        return found
+                passes[phase, number] = at, top + receives + self.message_bytes * (len(self.chunks[stage]) > 1)
+            passes["backward", number] = -passes["forward", number][0], passes["backward", number][1]
+        return passes
 
     def memory(self, stage: int) -> program.Memory:
         """Bytes at the highest point of a walk through the schedule's turns, or of the update after them."""
@@ -306,7 +306,7 @@ class _Program:
     def batch(self, messages: Sequence[Call]) -> Iterator[Call]:
         """Posted together; where lengths vary, their shapes are exchanged first (`models/kernels.messages`)."""
         if self.step.tells_sizes:
-            yield from (_one_call(one.operation, one.axis, (), ((3,),), "int64", one.peer, batch=1) for one in messages)
+            yield from (_one_call(msg.operation, msg.axis, (), ((3,),), "int64", msg.peer, batch=1) for msg in messages)
         yield from messages
 
     def interleaved(self) -> Iterator[Entry | WorkTime]:

@@ -308,12 +308,12 @@ class Accuracy:
 
     def __str__(self) -> str:
         sizes = f"{self.median:.0%} in the median, {self.worst:.0%} at most"
-        told = f"{len(self.errors)} published runs were off by {sizes}"
+        text = f"{len(self.errors)} published runs were off by {sizes}"
         if not self.elsewhere:
-            return told
+            return text
         other = Accuracy(self.elsewhere)
         return (
-            f"{told}; {len(other.errors)} layouts on another network by {other.median:.0%}, {other.worst:.0%} at most"
+            f"{text}; {len(other.errors)} layouts on another network by {other.median:.0%}, {other.worst:.0%} at most"
         )
 
 

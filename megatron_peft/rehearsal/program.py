@@ -214,8 +214,8 @@ def check_order(programs: Mapping[int, Iterable[Entry]], whole_runs: bool = Fals
     """
     try:
         _Replay(programs, whole_runs).run()
-    except _Found as found:
-        return str(found)
+    except _Found as problem:
+        return str(problem)
     return None
 
 
@@ -320,8 +320,8 @@ class _Replay:
             begun.append(came := {})
         other = next(iter(came.values()), None)
         if other is not None and is_message and call.operation == other.call.operation:
-            told = f"{other} waits for rank {place.rank}; {place} waits for rank {other.rank}."
-            raise _Found(f"ranks wait for one another: {told}")
+            deadlock = f"{other} waits for rank {place.rank}; {place} waits for rank {other.rank}."
+            raise _Found(f"ranks wait for one another: {deadlock}")
         meaning = _OF_ONE_MESSAGE if is_message else _OF_ONE_COLLECTIVE
         if other is not None and meaning(call) != meaning(other.call):
             raise _Found(f"{other} meets {place}.")

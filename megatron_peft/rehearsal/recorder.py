@@ -148,12 +148,12 @@ class Recorder(Mode):
 
     def _flush_work(self) -> None:
         if self._kernels:
-            known = [one for one in self._kernels if isinstance(one, Computation)]
-            products = Counter(one for one in self._kernels if isinstance(one, Product))
-            num_bytes = sum(one for one in self._kernels if isinstance(one, int)) + sum(one.num_bytes for one in known)
-            num_kernels = len(self._kernels) - len(known) + sum(one.num_kernels for one in known)
-            for one in known:
-                products.update(one.products)
+            known = [kernel for kernel in self._kernels if isinstance(kernel, Computation)]
+            products = Counter(kernel for kernel in self._kernels if isinstance(kernel, Product))
+            num_bytes = sum(n for n in self._kernels if isinstance(n, int)) + sum(work.num_bytes for work in known)
+            num_kernels = len(self._kernels) - len(known) + sum(work.num_kernels for work in known)
+            for work in known:
+                products.update(work.products)
             self._entries.append(Computation(dict(products), num_bytes, num_kernels))
         self._kernels = []
 
@@ -313,10 +313,10 @@ def _num_bytes(tensor: Tensor) -> int:
     return prod(sizes) * tensor.element_size()
 
 
-def _overlap(one: Tensor, other: Tensor) -> bool:
+def _overlap(tensor: Tensor, other: Tensor) -> bool:
     """Whether they lie in parts of a storage that have bytes in common."""
-    (begin, end), (first, last) = _extent(one), _extent(other)
-    return _storage(one) == _storage(other) and first < end and begin < last
+    (begin, end), (first, last) = _extent(tensor), _extent(other)
+    return _storage(tensor) == _storage(other) and first < end and begin < last
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:  # of its elements in its storage, in bytes

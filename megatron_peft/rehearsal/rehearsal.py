@@ -65,15 +65,15 @@ def rehearse(ranks: Sequence[RankToRehearse], watch: Watch = unwatched) -> list[
 
 
 def record_layers(
-    asked: Sequence[LayersToRecord], watch: Watch = unwatched, known: dict[str, RecordedLayers] | None = None
+    specs: Sequence[LayersToRecord], watch: Watch = unwatched, known: dict[str, RecordedLayers] | None = None
 ) -> list[RecordedLayers]:
     """The segments of each model, from as few layers as have all kinds of them. `watch` counts recordings.
 
     What is `known` already is not recorded again; this adds its own.
     """
     known = {} if known is None else known
-    names = [repr(one) for one in asked]
-    new = {name: partial(recorded_layers, one) for name, one in zip(names, asked, strict=True) if name not in known}
+    names = [repr(spec) for spec in specs]
+    new = {name: partial(recorded_layers, spec) for name, spec in zip(names, specs, strict=True) if name not in known}
     known.update(zip(new, _in_processes([*new.values()], watch), strict=True))
     return [known[name] for name in names]
 
@@ -83,17 +83,17 @@ def start_planned_peak(config: RunConfig, shape: ModelShape) -> Callable[[], int
 
     A rehearsal that fails gives its error's last line: the run does not depend on it.
     """
-    found: list[int | str] = []
+    outcome: list[int | str] = []
 
     def rehearse_it() -> None:
         try:
             [record] = rehearse([RankToRehearse.of(config, shape, 0)])
-            found.append(record.highest_peak)
+            outcome.append(record.highest_peak)
         except Exception as error:
-            found.append((str(error).strip() or repr(error)).splitlines()[-1])
+            outcome.append((str(error).strip() or repr(error)).splitlines()[-1])
 
     Thread(target=rehearse_it, daemon=True).start()
-    return lambda: found[0] if found else None
+    return lambda: outcome[0] if outcome else None
 
 
 _kept: list[Worker] | None = None  # those that have nothing to do, while any are kept
@@ -274,15 +274,15 @@ def program_of_stage(
 def _cut_at_marks(record: RankRecord) -> dict[tuple[str, int | None, int], list[Entry]]:
     """A record, cut at its marks: phase, microbatch, chunk -> its entries. The schedule's own are made anew."""
     part: list[Entry] = []
-    found: dict[tuple[str, int | None, int], list[Entry]] = {("begin", None, 0): part}
+    by_mark: dict[tuple[str, int | None, int], list[Entry]] = {("begin", None, 0): part}
     for entry in record.entries:
         if isinstance(entry, Mark):
-            part = found.setdefault((entry.phase, entry.microbatch, entry.chunk), [])
+            part = by_mark.setdefault((entry.phase, entry.microbatch, entry.chunk), [])
             continue
-        if part is found["begin", None, 0] and isinstance(entry, Call) and entry.operation in MESSAGES:
+        if part is by_mark["begin", None, 0] and isinstance(entry, Call) and entry.operation in MESSAGES:
             part = []  # the schedule has begun
         part.append(entry)
-    return found
+    return by_mark
 
 
 def schedules_of_stages(config: RunConfig, shape: ModelShape) -> list[tuple[Entry, ...]]:
@@ -296,7 +296,7 @@ def schedules_of_stages(config: RunConfig, shape: ModelShape) -> list[tuple[Entr
     core: Any = transformer_config(shape, config.model.bf16, transformer, parallel, Training.of(config))
     core.hidden_size, core.sequence_parallel = 1, False
     of_stages = ParallelConfig(1, num_stages, world_size=num_stages)
-    found: list[tuple[Entry, ...]] = []
+    schedules: list[tuple[Entry, ...]] = []
     for stage in range(num_stages):
         with fake_ranks.fake_world(stage, num_stages), model_parallel(of_stages, config.training.seed, num_chunks):
             recorder = Recorder(keeps_work=False)
@@ -321,8 +321,8 @@ def schedules_of_stages(config: RunConfig, shape: ModelShape) -> list[tuple[Entr
                     seq_length=1,
                     micro_batch_size=1,
                 )
-        found.append(recorder.entries())
-    return found
+        schedules.append(recorder.entries())
+    return schedules
 
 
 @dataclass(frozen=True)
@@ -363,8 +363,8 @@ def rehearse_run(config: RunConfig, shape: ModelShape, peaks: bool = True, watch
     places = [grid.rank(0, 0, stage) for stage in sorted(stages)]
     if peaks and grid.tensor > 1:
         places.append(grid.rank(1, 0, grid.pipeline - 1))
-    asked = (RankToRehearse.of(config, shape, rank, peaks) for rank in places)
-    calls = [partial(schedules_of_stages, config, shape), *(partial(rehearse_rank, rank) for rank in asked)]
+    ranks = (RankToRehearse.of(config, shape, rank, peaks) for rank in places)
+    calls = [partial(schedules_of_stages, config, shape), *(partial(rehearse_rank, rank) for rank in ranks)]
     schedules, *records = _in_processes(calls, watch)
     of_rank = dict(zip(places, records, strict=True))
     like = [of_rank[grid.rank(0, 0, stage)] for stage in alike]
@@ -389,14 +389,14 @@ def order_problem(run: RehearsedRun, watch: Watch = unwatched) -> str | None:
     config, shape = requests.make_small(run.config, run.shape, run.grid.tensor, MOST_REPLICAS, few)
     config = replace(config, checkpoint=replace(config.checkpoint, save="never written"))
     grid, lengths = RankGrid.of(config.parallel), Lengths.longest(config)
-    every = asked = [grid.place(rank) for rank in range(grid.size)]
+    every = rehearsed = [grid.place(rank) for rank in range(grid.size)]
     if grid.size > MOST_RANKS:  # every tensor-parallel rank of a replica, and one of each replica
-        asked = [place for place in every if 0 in place[:2]]
+        rehearsed = [place for place in every if 0 in place[:2]]
     ranks = [
         RankToRehearse(config, shape, grid.rank(*place), config.num_microbatches, lengths, calls_alone=True)
-        for place in asked
+        for place in rehearsed
     ]
-    records = dict(zip(asked, rehearse(ranks, watch), strict=True))
+    records = dict(zip(rehearsed, rehearse(ranks, watch), strict=True))
     programs: dict[int, Iterable[Entry]] = {}
     for tensor, data, stage in every:
         record, rank = records.get((tensor, data, stage)) or records[tensor, 0, stage], grid.rank(tensor, data, stage)

@@ -255,7 +255,7 @@ def moments_of(state: TrainingState) -> Iterator[Tensor]:
         optimizer: Any = part.optimizer
         weights = {parameter for chunk in state.model_chunks for parameter in chunk.parameters()}
         copies = (copy for group in optimizer.param_groups for copy in group["params"] if copy not in weights)
-        moments = (one for moments in optimizer.state.values() for one in moments.values() if isinstance(one, Tensor))
+        moments = (m for moments in optimizer.state.values() for m in moments.values() if isinstance(m, Tensor))
         yield from (*copies, *moments)
 
 
@@ -359,19 +359,19 @@ def _fixed_kernels(
     """`RecordedLayers.fixed_kernels`, from those of all layers and of the last: others grow with what is trained."""
     trained = [numbers.num_trained for segment, numbers in parameters.items() if segment not in ENDS]
     share = trained[-1] / max(sum(trained), 1)
-    found: dict[str, float] = {}
+    shares: dict[str, float] = {}
     for phase in ("begin", "finish"):
         of_all, of_one = (
             sum(entry.num_kernels for entry in passes[phase, layers].entries if isinstance(entry, Computation))
             for layers in ("", "one layer")
         )
-        found[phase] = (of_one / of_all - share) / (1 - share) if of_all else 0.0
-    return found
+        shares[phase] = (of_one / of_all - share) / (1 - share) if of_all else 0.0
+    return shares
 
 
 def _parameters_of_segments(model: Any, of: LayersToRecord) -> dict[Segment, Parameters]:
     """What layers share is left out; a tied output layer is the embedding's."""
-    found: dict[Segment, Parameters] = {}
+    by_segment: dict[Segment, Parameters] = {}
     seen = {id(tensor) for tensor in _shared(model)}
     is_split = parallel_state.get_tensor_model_parallel_world_size() > 1
     modules = model.embedding, *model.decoder.layers, model
@@ -387,7 +387,7 @@ def _parameters_of_segments(model: Any, of: LayersToRecord) -> dict[Segment, Par
         adapted = () if segment in ENDS else linear_layers(module)
         stored = {id(tensor): tensor.nbytes for weight in weights for tensor in stored_tensors(weight)}
         buffers = (tensor for tensor in held if not isinstance(tensor, nn.Parameter) and id(tensor) not in stored)
-        found[segment] = Parameters(
+        by_segment[segment] = Parameters(
             sum(stored.values()),
             buffer_bytes=sum(tensor.nbytes for tensor in buffers),
             trained=sum(tensor.numel() for tensor in trained) - in_float32,
@@ -397,7 +397,7 @@ def _parameters_of_segments(model: Any, of: LayersToRecord) -> dict[Segment, Par
             largest=max((tensor.numel() for tensor in trained), default=0),
             num_mixed=sum(hasattr(layer.module.adapter, "mix") for layer in adapted),
         )
-    return found
+    return by_segment
 
 
 def _shared(model: Any) -> list[Tensor]:

@@ -55,13 +55,13 @@ class RankToRehearse:
     @classmethod
     def of(cls, config: RunConfig, shape: ModelShape, rank: int, peaks: bool = True) -> "RankToRehearse":
         """A rank of a run, with as many microbatches as it needs for its peak; without `peaks` with the fewest."""
-        asked = cls(config, shape, rank, config.num_microbatches, Lengths.longest(config))
+        request = cls(config, shape, rank, config.num_microbatches, Lengths.longest(config))
         if not peaks:  # a first, a last and one between them, where the run has them: all others are like that one
             pp = config.parallel.pipeline_model_parallel_size
             fewest = -(-3 // pp) * pp if config.parallel.is_interleaved else 3
-            return replace(asked, num_microbatches=min(config.num_microbatches, fewest), all_phases=False)
-        enough = enough_microbatches(config, asked.stage, config.num_microbatches)
-        return replace(asked, num_microbatches=enough, num_waiting=config.num_microbatches - enough)
+            return replace(request, num_microbatches=min(config.num_microbatches, fewest), all_phases=False)
+        enough = enough_microbatches(config, request.stage, config.num_microbatches)
+        return replace(request, num_microbatches=enough, num_waiting=config.num_microbatches - enough)
 
     @property
     def stage(self) -> int:
@@ -97,7 +97,7 @@ class LayersToRecord:
         targets = targets_of_layers(run, shape)
         first = next((layer for layer, names in enumerate(targets) if names), 0)
         layers: dict[Segment, frozenset[str]] = {"before": frozenset()} if first > 0 else {}
-        layers |= {"first": targets[first]} | {one: one for one in targets}
+        layers |= {"first": targets[first]} | {names: names for names in targets}
         of_layer = [f"decoder.layers.{n}.{name}" for n, names in enumerate(layers.values()) for name in sorted(names)]
         tp, size = run.parallel.tensor_model_parallel_size, run.training.micro_batch_size
         alone = replace(
