@@ -77,7 +77,7 @@ def answers(results: Results) -> list[Answer]:
         by_method = {result.method: result for result in results.of(model.name, task.name)}
         of, against = by_method[contrast.of], by_method[contrast.against]
         seeds = sorted(of.values(contrast.metric).keys() & against.values(contrast.metric).keys())
-        num_wanted = len({*of.group.seeds} & {*against.group.seeds})
+        num_wanted = len(of.seeds_of(contrast.metric) & against.seeds_of(contrast.metric))
         num_early = sum(names.get(contrast.name) != digests[contrast.name] for names in recorded)
         untuned = [result.method for result in (of, against) if not result.is_tuned]
         obstacles = {
@@ -158,7 +158,8 @@ def detectable(values: Sequence[float], num_comparisons: int) -> float:
 
 
 def holm(values: Sequence[float]) -> list[float]:
-    """p-values after Holm's correction for their number, which scipy lacks."""
+    """p-values after Holm's correction for their number."""
+    # By hand: scipy's `false_discovery_control` has only Benjamini's methods, and statsmodels would be a dependency.
     order = np.argsort(values)
     steps = np.asarray(values, dtype=float)[order] * np.arange(len(values), 0, -1)
     return np.maximum.accumulate(steps).clip(max=1)[np.argsort(order)].tolist()

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
 
 from megatron_peft.checkpoint.folders import write_atomically
-from megatron_peft.experiment.results import Result, Results, metrics, shown_metrics
+from megatron_peft.experiment.results import Result, Results, metrics, same_runs, shown_metrics
 from megatron_peft.experiment.tables import Row, Table, format_number
 
 # What the plots have in common: a figure without a display, the look of its axes, and its files.
@@ -108,11 +108,12 @@ def draw_results(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-# Time per epoch and peak memory of each method, by model.
+# Time and peak memory of each method, by model.
 
 # Field, unit.
 STEP, EPOCH, MEMORY = ("step_seconds", 1.0), ("epoch_seconds", 60.0), ("peak_memory_bytes", 1e9)
 CPU = "cpu_seconds", 60.0
+QUIET = 1.2  # times the shortest step of a method's runs is the longest, at most, where nothing else ran beside them
 
 
 def measured(result: Result, field: str, unit: float) -> list[float]:
@@ -121,15 +122,21 @@ def measured(result: Result, field: str, unit: float) -> list[float]:
     return [value / unit for value in values if value is not None]
 
 
+def is_quiet(results: Results) -> bool:
+    """Whether the runs of each method took about as long: else wall-clock time is that of other work too."""
+    return all(max(each) <= QUIET * min(each) for result in results.all if (each := measured(result, *STEP)))
+
+
 def draw_cost(results: Results, task: str) -> Figure:
     """A bar of each method for each model; whiskers are the least and the greatest of the runs."""
     shown = [result for result in results.all if result.task == task and result.finals]
     models = list(dict.fromkeys(result.model for result in shown))
     methods = list(dict.fromkeys(result.method for result in shown))
-    figure = new_figure(12, 4.2, f"Time per epoch and peak memory, {task}")
+    figure = new_figure(12, 4.2, f"Time and peak memory, {task}")
     left, right = figure.subplots(1, 2)
     width = 0.8 / len(models)
-    for axes, title, what in ((left, "Minutes per epoch", EPOCH), (right, "Peak memory of a process (GB)", MEMORY)):
+    time = ("Minutes per epoch", EPOCH) if is_quiet(results) else ("CPU minutes of a run", CPU)
+    for axes, (title, what) in ((left, time), (right, ("Peak memory of a process (GB)", MEMORY))):
         for result in shown:
             if values := measured(result, *what):
                 group, height = models.index(result.model), mean(values)
@@ -145,26 +152,36 @@ def draw_cost(results: Results, task: str) -> Figure:
 
 
 def cost_table(results: Results) -> Table:
-    """The numbers of the figure, with the number of trained parameters."""
+    """Trained parameters, time and memory; the commits of the runs, where there are several."""
+    fields = {"CPU minutes a run": CPU, "peak memory (GB)": MEMORY}
+    note = (
+        "Means over the final runs. CPU minutes are those of a run's processes, from their start to their end. Memory "
+        "is that of the process that writes the log: on a GPU what its allocator held, on a CPU the resident set with "
+        "Python itself."
+    )
+    if is_quiet(results):
+        fields = {"seconds a step": STEP, "minutes an epoch": EPOCH, **fields}
+        note += " Seconds and minutes are wall-clock time."
+    else:
+        note += (
+            f" Wall-clock time is left out: seconds a step differ by more than a factor of {QUIET} between runs of one "
+            f"method, as they do beside other work."
+        )
+    finals = [result for result in results.all if result.finals]
+    commits = [{str(record.versions.get("commit", "–")): None for record in one.finals.values()} for one in finals]
+    has_several = len({commit for each in commits for commit in each}) > 1
+    if has_several:
+        note += " The runs are of several commits, whose code need not be equally fast."
     lines = []
-    for result in (result for result in results.all if result.finals):
+    for result, of_result in zip(finals, commits, strict=True):
         trained = next(iter(result.finals.values())).trainable_parameters
-        columns = (measured(result, *what) for what in (STEP, EPOCH, CPU, MEMORY))
+        columns = (measured(result, *what) for what in fields.values())
         means = (format_number(mean(values) if values else None) for values in columns)
         parameters = "–" if trained is None else f"{trained:,}"
-        lines.append((result.model, result.task, result.method, parameters, *means))
-    return Table(
-        "Cost",
-        (
-            *("model", "task", "method", "trainable parameters"),
-            *("seconds a step", "minutes an epoch", "CPU minutes a run", "peak memory (GB)"),
-        ),
-        tuple(lines),
-        "Means over the final runs. Seconds and minutes are wall-clock time, with whatever else the machine did; CPU "
-        "minutes are those of a run's processes, from their start to their end. Memory is that of the "
-        "process that writes the log: on a GPU what its allocator held, on a CPU the resident set with Python itself.",
-        text_columns=3,
-    )
+        short = (", ".join(commit[:7] + commit[40:] for commit in of_result),) if has_several else ()
+        lines.append((result.model, result.task, result.method, parameters, *means, *short))
+    names = ("model", "task", "method", "trainable parameters", *fields, *(("commit",) if has_several else ()))
+    return Table("Cost", names, tuple(lines), note, text_columns=3)
 
 
 # Gradient norm and validation loss of each method, by epoch.
@@ -178,7 +195,7 @@ def draw_dynamics(results: Results, model: str, task: str) -> Figure:
     figure = new_figure(12, 4.6, f"{model}, {task}")
     left, right = figure.subplots(1, 2)
     for axes, name, title in ((left, "validation_loss", "Validation loss"), (right, "grad_norm", "Gradient norm")):
-        for at, result in enumerate(results.of(model, task)):
+        for at, (result, *same) in enumerate(same_runs(results.of(model, task))):
             curves = [record.curves[name] for record in result.finals.values() if record.curves.get(name)]
             if not curves:
                 continue
@@ -187,7 +204,8 @@ def draw_dynamics(results: Results, model: str, task: str) -> Figure:
             epochs = averaged[0][0][:length]
             values = np.stack([values[:length] for _, values in averaged])
             means = values.mean(axis=0)
-            axes.plot(epochs, means, color=color(at), linewidth=1.6, label=result.method, marker=marker(means))
+            label = ", ".join(one.method for one in (result, *same))
+            axes.plot(epochs, means, color=color(at), linewidth=1.6, label=label, marker=marker(means))
             if len(values) > 1:
                 band = values.min(axis=0), values.max(axis=0)
                 axes.fill_between(epochs, *band, color=color(at), alpha=0.15, linewidth=0)
@@ -201,15 +219,16 @@ def draw_depths(results: Results, model: str, task: str) -> Figure | None:
     """Gradient norm of each transformer layer, a line for each method: the mean over its runs and their iterations."""
     figure = new_figure(10, 3.4, f"{model}, {task}")
     axes = figure.subplots()
-    for at, result in enumerate(results.of(model, task)):
+    for at, (result, *same) in enumerate(same_runs(results.of(model, task))):
         if runs := [record.grad_norms["by_layer"] for record in result.finals.values() if record.grad_norms]:
             of_runs = [[np.mean(np.array(norms, dtype=float)) for norms in run.values()] for run in runs]
-            axes.plot(np.mean(of_runs, axis=0), color=color(at), linewidth=1.6, label=result.method)
+            label = ", ".join(one.method for one in (result, *same))
+            axes.plot(np.mean(of_runs, axis=0), color=color(at), linewidth=1.6, label=label)
     if not axes.lines:
         return None
     style(axes, "Gradient norm by layer, before clipping", "layer")
     axes.set_yscale("log")
-    axes.legend(frameon=False, fontsize=8, ncols=2)
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 

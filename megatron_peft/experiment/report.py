@@ -18,7 +18,7 @@ from megatron_peft.checkpoint.folders import write_atomically
 from megatron_peft.config import ConfigurationError
 from megatron_peft.experiment import contrasts, plots, tables
 from megatron_peft.experiment.cells import command_line
-from megatron_peft.experiment.results import Result, Results
+from megatron_peft.experiment.results import Result, Results, metrics, same_runs
 from megatron_peft.experiment.spec import span
 from megatron_peft.experiment.tables import BEST, Row, Table, format_number
 
@@ -171,30 +171,42 @@ def not_tuned(results: Results) -> Iterator[str]:
 
 
 def verdicts(rows: Sequence[Row], reference: str) -> list[str]:
-    """A sentence for each model, task and metric: the best method, and where the reference method is."""
+    """A sentence for each model, task and metric: which methods are better and worse than the reference method.
+
+    Each is compared with it over the seeds that both have, as in the table of tests. Methods with the same runs count
+    once.
+    """
     several_models = len({row.result.model for row in rows}) > 1
-    sentences = []
+    sentences, same = [], dict[str, None]()
     for (model, task, metric), group in groupby(rows, lambda row: (row.result.model, row.result.task, row.metric)):
         of_metric = list(group)
-        measured = [row for row in of_metric if row.mean is not None]
-        best = next((row for row in measured if row.is_best), None)
-        if best is None:
+        measured = {row.result.method: row for row in of_metric if row.mean is not None}
+        distinct = [[one.method for one in each] for each in same_runs(row.result for row in measured.values())]
+        others = [measured[first] for first, *rest in distinct if reference not in (first, *rest)]
+        if reference not in measured or not others:
             continue
         place = f"{task} with {model}" if several_models else task
-        is_whole = all(row.result.values(metric).keys() >= {*row.result.group.seeds} for row in of_metric)
-        so_far = "On" if is_whole else "So far, on"
-        sentence = (
-            f"{so_far} {place}, **{best.result.method}** has the best {metric} of {len(measured)} methods: "
-            f"{tables.with_spread(best.mean, best.deviation)}."
+        methods: dict[str, list[str]] = {"better": [], "worse": [], "undecided": []}
+        higher = metrics(of_metric[0].result.group.task)[metric]
+        corrected = contrasts.holm([row.against.p if row.against else 1.0 for row in others])
+        for row, p in zip(others, corrected, strict=True):
+            is_better = row.against is not None and (row.against.difference > 0) == higher
+            is_told_apart = p < contrasts.SIGNIFICANT
+            methods[("better" if is_better else "worse") if is_told_apart else "undecided"].append(row.result.method)
+        listed = "; ".join(f"**{word}** {', '.join(names)}" for word, names in methods.items() if names)
+        is_whole = all(row.result.values(metric).keys() >= row.result.seeds_of(metric) for row in of_metric)
+        sentences.append(f"{'On' if is_whole else 'So far, on'} {place}, {metric} against {reference}: {listed}.")
+        same |= {
+            f"On {place}, {one} has the same runs as {first}: they count once.": None
+            for first, *rest in distinct
+            for one in rest
+        }
+    if sentences:
+        sentences.append(
+            f"Better and worse: p of a paired t-test over the seeds that both methods have is below "
+            f"{contrasts.SIGNIFICANT} after Holm's correction for the methods of the sentence."
         )
-        compared = next((row for row in measured if row.result.method == reference), None)
-        if compared is not None and compared is not best:
-            sign = 1 if (best.mean or 0.0) > (compared.mean or 0.0) else -1  # whether higher is better
-            ahead = [row.result.method for row in measured if sign * (row.mean or 0.0) > sign * (compared.mean or 0.0)]
-            with_mean = tables.with_spread(compared.mean, compared.deviation)
-            sentence += f" {reference}, with {with_mean}, comes after {', '.join(ahead)}."
-        sentences.append(sentence)
-    return sentences
+    return [*sentences, *same]
 
 
 def _budget_sentence(results: Results) -> str:

@@ -2,12 +2,12 @@
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.experiment import cell_record, cells, spec
@@ -90,10 +90,29 @@ class Result:
         trained = len(self.finals)
         return trained > 0 and trained == len(self.chosen) and self.num_scored == to_score and not self.untried
 
+    def seeds_of(self, metric: str) -> set[int]:
+        """Seeds whose final runs are to have the metric: all, or of a score those that the task scores."""
+        task = self.group.task
+        is_score = task.score is not None and metric in task.score.metrics
+        return {seed for seed in self.group.seeds if not is_score or task.score_of(seed)}
+
     def values(self, metric: str) -> dict[int, float]:
         """Seed -> the metric's value, of the runs that have it."""
         values = {seed: record.value(metric) for seed, record in self.finals.items()}
         return {seed: value for seed, value in values.items() if value is not None}
+
+
+def same_runs(results: Iterable[Result]) -> list[list[Result]]:
+    """The results in order; those whose final runs are the same, curve by curve, in one list."""
+    found: list[tuple[dict[int, Any], list[Result]]] = []
+    for result in results:
+        curves = {seed: record.curves for seed, record in result.finals.items()}
+        same = next((group for other, group in found if curves and curves == other and all(curves.values())), None)
+        if same is not None:
+            same.append(result)
+        else:
+            found.append((curves, [result]))
+    return [group for _, group in found]
 
 
 def progress(folder: Path, group: Group, gave_up: Set[str] | None = frozenset()) -> Result:

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import NamedTuple
@@ -109,6 +109,7 @@ class Row(NamedTuple):
     runs: in the order of the experiment's seeds; None for a missing run, and for a seed that the method does not have.
     deviation: of the sample (n - 1).
     against: the comparison with the reference method; None for itself and without a test.
+    is_best: whether no other method is better over the seeds that both have.
     """
 
     result: Result
@@ -146,7 +147,9 @@ def rows(results: Results, reference: str) -> list[Row]:
         for metric, higher in metrics(of_place[0].group.task).items():
             values = {result.method: result.values(metric) for result in of_place}
             means = {method: mean(by_seed.values()) for method, by_seed in values.items() if by_seed}
-            best = (max if higher else min)(means.values(), default=None)
+            best = [
+                method for method in means if not any(_is_worse(values[method], one, higher) for one in values.values())
+            ]
             for result in of_place:
                 method, by_seed = result.method, values[result.method]
                 row = Row(
@@ -156,10 +159,16 @@ def rows(results: Results, reference: str) -> list[Row]:
                     mean=means.get(method),
                     deviation=stdev(by_seed.values()) if len(by_seed) > 1 else None,
                     against=None if method == reference else compare_seeds(by_seed, values[reference]),
-                    is_best=len(means) > 1 and means.get(method) == best,
+                    is_best=len(means) > 1 and method in best,
                 )
                 table_rows.append(row)
     return table_rows
+
+
+def _is_worse(values: Mapping[int, float], others: Mapping[int, float], higher: bool) -> bool:
+    """Whether others' mean is better over the seeds that both have. Args: higher: whether that is better."""
+    difference = sum(others[seed] - values[seed] for seed in values.keys() & others.keys())
+    return difference > 0 if higher else difference < 0
 
 
 def by_score(results: Results, table_rows: Sequence[Row]) -> Table:
@@ -210,8 +219,8 @@ def with_test(table_rows: Sequence[Row], reference: str, num_seeds: int) -> Tabl
         f"Runs, mean, standard deviation, and a paired t-test against {reference}",
         ("model", "task", "metric", "method", *runs, "mean", "sd", f"minus {reference}", "95% interval", "p"),
         tuple(map(line, table_rows)),
-        "Best means are bold. The test pairs runs of the same seed; of few seeds it sees large differences only, "
-        "and p is not corrected for the number of methods.",
+        "Bold: no method is better over the seeds that both have. The test pairs runs of the same seed; of few seeds "
+        "it sees large differences only, and p is not corrected for the number of methods.",
         text_columns=4,
     )
 

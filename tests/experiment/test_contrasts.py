@@ -204,6 +204,15 @@ def test_an_arm_that_is_not_tuned_or_not_finished_has_no_verdict(tmp_path: Path)
     assert found.verdict == "no verdict: 5 of 6 pairs of runs are in" and found.num_pairs == 5
 
 
+def test_a_score_of_all_runs_that_are_to_have_one_has_a_verdict(tmp_path: Path) -> None:
+    def scored(cell: Cell, record: CellRecord) -> CellRecord:
+        return record if cell.seed < 5 else replace(record, scores={})
+
+    found = runs(tmp_path, 0.2, scored, tasks={"talk": {**TASK, "scored_seeds": [1, 2, 3, 4]}})
+    words = answers(found)[1]
+    assert words.num_pairs == 4 and words.verdict.startswith("lora is better by ")
+
+
 def test_other_items_are_not_compared_one_by_one(tmp_path: Path) -> None:
     lora, hybrid = ([record for record in result.finals.values()] for result in runs(tmp_path, 0.2).all)
     pairs = list(zip(hybrid, lora, strict=True))
@@ -257,7 +266,10 @@ def test_report_says_the_verdicts_first_and_has_their_numbers(tmp_path: Path) ->
     found = build_report(runs(tmp_path, gain=0.2), "hybrid")
     text = markdown(found)
     said = text.index("size, hybrid - lora in validation loss on talk: **hybrid is better by 0.")
-    assert said < text.index("On talk, **") < text.index("## Contrasts") and "Not tuned" not in text
+    assert (
+        said < text.index("On talk, validation loss against hybrid: **") < text.index("## Contrasts")
+        and "Not tuned" not in text
+    )
     (line,) = [line for line in text.splitlines() if line.startswith("| size | tiny | talk | hybrid - lora |")]
     assert line.count("|") == 14 and "| 6 | 5 | 0.05 | -0." in line
     answer = answers(runs(tmp_path, gain=0.003))[0]

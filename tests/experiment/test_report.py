@@ -20,12 +20,13 @@ from matplotlib.image import imread
 from megatron_peft.benchmarks import measure
 from megatron_peft.config import ConfigurationError
 from megatron_peft.experiment import plots, report, tables
-from megatron_peft.experiment.cell_record import cell_file, write_record
+from megatron_peft.experiment.cell_record import cell_file, read_file, write_record
 from megatron_peft.experiment.plots import color, new_figure, save, style, svg
 from megatron_peft.experiment.report import build_report, markdown, write
-from megatron_peft.experiment.results import Results, read_results
+from megatron_peft.experiment.results import Comparison, Results, read_results
 from megatron_peft.experiment.tables import rows
 from tests.experiment import small_results
+from tests.experiment.small_experiment import content
 from tests.experiment.small_results import LOSSES, as_the_paper, record_of, results
 from tests.time_limits import seconds
 from tools.documents import filled
@@ -114,7 +115,7 @@ def test_unfinished_experiment_is_marked(found: Results, tmp_path: Path) -> None
     found = read_results(tmp_path)
     assert report.state(found).startswith("**Not finished:** 8 of 9")
     first = report.verdicts(rows(found, "hybrid"), "hybrid")[0]
-    assert first.startswith("So far, on talk, **lora-ga** has the best validation loss of 3 methods: 1.530")
+    assert first == "So far, on talk, validation loss against hybrid: **worse** lora; **undecided** lora-ga."
 
 
 def test_a_report_before_the_first_final_run_and_of_runs_of_unlike_lengths(found: Results, tmp_path: Path) -> None:
@@ -152,13 +153,62 @@ def test_a_commit_with_changes_is_told_of_a_tuning_cell_too(found: Results, tmp_
     assert re.search("Versions: .*commit abc with changes", text)
 
 
-def test_the_place_of_the_reference_method_is_told_unless_it_is_the_best(tmp_path: Path, monkeypatch) -> None:
-    found = rows(results(tmp_path), "lora")
-    told = "On talk, **lora-ga** has the best accuracy of 3 methods: 84.70 ± 0.26. "
-    assert report.verdicts(found, "lora")[1] == f"{told}lora, with 79.40 ± 0.53, comes after lora-ga, hybrid."
-    assert report.verdicts(found, "lora-ga")[1] == told.strip()
-    monkeypatch.setitem(LOSSES, "hybrid", 1.0)
-    assert report.verdicts(rows(results(tmp_path), "hybrid"), "hybrid")[0].endswith("3 methods: 1.030 ± 0.026.")
+def test_scores_are_whole_where_every_seed_that_is_to_be_scored_has_one(found: Results, tmp_path: Path) -> None:
+    for method in found.all:
+        (last,) = (cells[2] for cells in method.group.finals if cells[2].key in found.records())
+        write_record(tmp_path, last, replace(found.records()[last.key], scores={}, provenance={}))
+    told = report.verdicts(rows(read_results(tmp_path), "hybrid"), "hybrid")
+    assert [sentence[:9] for sentence in told[:2]] == ["On talk, ", "So far, o"]
+    tasks = {"talk": {**content()["tasks"]["talk"], "scored_seeds": [1, 2]}}
+    small_results.write_cells(tmp_path, tasks=tasks)
+    for cell in (tmp_path / "cells").glob("*seed=3.json"):
+        write_record(tmp_path, record := read_file(cell), replace(record, scores={}, provenance={}))
+    told = report.verdicts(rows(read_results(tmp_path), "hybrid"), "hybrid")
+    assert [sentence[:9] for sentence in told[:2]] == ["On talk, ", "On talk, "]
+
+
+def test_a_method_is_better_or_worse_where_a_test_over_the_seeds_of_both_says_so(found: Results) -> None:
+    of_all = rows(found, "lora")
+    told = report.verdicts(of_all, "lora")
+    assert told[:2] == [
+        f"On talk, {name} against lora: **better** lora-ga, hybrid." for name in ("validation loss", "accuracy")
+    ]
+    assert told[2].startswith(
+        "Better and worse: p of a paired t-test over the seeds that both methods have is below 0.05"
+    )
+    p = {"lora-ga": 0.03, "hybrid": 0.04}
+    for times, word in ((1, "better"), (-1, "worse")):
+        near = [
+            row._replace(against=row.against and Comparison(-times, 0, 0, p[row.result.method] / 2)) for row in of_all
+        ]
+        assert report.verdicts(near, "lora")[0] == f"On talk, validation loss against lora: **{word}** lora-ga, hybrid."
+    near = [row._replace(against=row.against and Comparison(-1, 0, 0, p[row.result.method])) for row in of_all]
+    assert report.verdicts(near, "lora")[0] == "On talk, validation loss against lora: **undecided** lora-ga, hybrid."
+
+
+def test_the_best_is_so_over_the_seeds_that_both_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mean of fewer seeds is the lowest, but seed by seed the other method is better."""
+    monkeypatch.setitem(LOSSES, "lora-ga", 1.605)
+    methods = {**small_results.METHODS, "lora-ga": {**small_results.METHODS["lora-ga"], "seeds": [1, 2]}}
+    lora, lora_ga, hybrid, *_ = rows(results(tmp_path, methods=methods), "hybrid")
+    assert lora_ga.mean < hybrid.mean < lora.mean
+    assert [row.is_best for row in (lora, lora_ga, hybrid)] == [False, False, True]
+
+
+def test_methods_with_the_same_runs_count_once_and_are_one_curve(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setitem(LOSSES, "lora-ga", 1.6)
+    twins = results(tmp_path)
+    told = report.verdicts(rows(twins, "lora"), "lora")
+    assert told[0] == "On talk, validation loss against lora: **better** lora-ga."
+    assert told[3:] == ["On talk, hybrid has the same runs as lora-ga: they count once."]
+    assert (
+        report.verdicts(rows(twins, "hybrid"), "hybrid")[0]
+        == "On talk, validation loss against hybrid: **worse** lora."
+    )
+    depths = plots.draw_depths(twins, "tiny", "talk")
+    assert depths is not None
+    for axes in (*plots.draw_dynamics(twins, "tiny", "talk").axes, *depths.axes):
+        assert [line.get_label() for line in axes.lines] == ["lora", "lora-ga, hybrid"]
 
 
 def test_an_experiment_of_ones_own_shows_nothing_of_the_papers(found: Results) -> None:
@@ -229,6 +279,30 @@ def test_bars_are_minutes_and_gigabytes_of_each_method(found: Results) -> None:
     assert [label.get_text() for label in left.get_xticklabels()] == ["lora", "lora-ga", "hybrid"]
 
 
+def test_wall_time_is_left_out_where_runs_of_a_method_contradict_one_another(found: Results, tmp_path: Path) -> None:
+    table = plots.cost_table(found)
+    assert table.columns[4:] == ("seconds a step", "minutes an epoch", "CPU minutes a run", "peak memory (GB)")
+    assert table.note.endswith("Seconds and minutes are wall-clock time.")
+    cell = found.all[0].group.finals[1][1]
+    write_record(tmp_path, cell, record_of(cell, step_seconds=0.61))
+    noisy = read_results(tmp_path)
+    table = plots.cost_table(noisy)
+    assert (
+        table.columns[4:] == ("CPU minutes a run", "peak memory (GB)") and "Wall-clock time is left out" in table.note
+    )
+    left, _ = plots.draw_cost(noisy, "talk").axes
+    assert left.get_title("left") == "CPU minutes of a run" and [bar.get_height() for bar in left.patches] == [1.5] * 3
+
+
+def test_costs_of_several_commits_say_of_which(found: Results, tmp_path: Path) -> None:
+    for seed, changes in ((0, ""), (1, " with changes")):
+        cell = found.all[0].group.finals[1][seed]
+        write_record(tmp_path, cell, replace(record_of(cell), versions={"commit": "0123456789" * 4 + changes}))
+    table = plots.cost_table(read_results(tmp_path))
+    assert table.columns[-1] == "commit" and "of several commits" in table.note
+    assert [row[-1] for row in table.rows] == ["0123456, 0123456 with changes, –", "–", "–"]
+
+
 def test_mean_is_over_the_runs_that_were_measured(found: Results, tmp_path: Path) -> None:
     cells = found.all[0].group.finals[1]
     write_record(tmp_path, cells[1], record_of(cells[1], epoch_seconds=None))
@@ -249,6 +323,9 @@ def test_lines_are_means_over_the_seeds(found: Results) -> None:
 def test_gradient_norms_by_layer_are_means_over_runs_and_iterations(found: Results, tmp_path: Path) -> None:
     figure = plots.draw_depths(found, "tiny", "talk")
     assert figure is not None
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    assert axes.get_legend().get_window_extent().x0 >= axes.get_window_extent().x1, "it would cover the curves"
     lora, lora_ga, _ = (np.asarray(line.get_ydata()).tolist() for line in figure.axes[0].lines)
     assert lora == pytest.approx([2.06 + 1, 0.5]) and lora_ga == pytest.approx([1.53 + 1, 0.5])
     for cell in (cell for result in found.all for cell in result.chosen):
