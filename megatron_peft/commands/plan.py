@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from megatron_peft.plan.layouts import FittedLayout
 
 PICTURES = (".png", ".pdf", ".svg")
+ASSUMED_TOKENS = 1e8
 ASSUMED_BATCH = 128  # samples; of --fit without --global-batch-size
 REHEARSED = 3  # layouts of --fit, unless --rehearsed says otherwise
 NODES_TRIED = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -56,7 +57,12 @@ class PlanSettings(Checked):
     longest_sequence: bool = option(
         False, "also find the longest --seq-length that fits, at this layout or at the one that --fit chooses"
     )
-    tokens: float = option(1e8, "tokens of the run, for hours", check="positive", metavar="N")
+    tokens: float | None = option(
+        None,
+        "tokens of the run, for hours (default: full sequences for --train-iters or --train-samples; else 1e8)",
+        check="positive",
+        metavar="N",
+    )
     json: Path | None = option(None, "also write the plan as JSON", check="in_a_folder", metavar="FILE")
     plot: Path | None = option(
         None, "also draw memory and the pipeline's timeline", check="in_a_folder", metavar="FILE"
@@ -100,8 +106,9 @@ def run(settings: PlanSettings, run_flags: RunFlags) -> int:
 
     _tell("rehearsing the run's distinct ranks: from seconds to a few minutes, by the number of layers of a stage")
     plan = make_plan(config, shape, cluster)
-    print_plan(plan, settings.tokens)
-    written = plan.as_dict(settings.tokens) | _longest_sequence(settings, config, shape, cluster)
+    num_tokens = settings.tokens or config.num_tokens
+    print_plan(plan, num_tokens)
+    written = plan.as_dict(num_tokens or ASSUMED_TOKENS) | _longest_sequence(settings, config, shape, cluster)
     if settings.json:
         write_file(settings.json, json.dumps(written, indent=1) + "\n")
     if settings.plot:
@@ -137,10 +144,11 @@ def _fit(settings: PlanSettings, config: RunConfig, shape: ModelShape, cluster: 
     if config.training.global_batch_size is None:
         print(f"--global-batch-size {ASSUMED_BATCH} is assumed: layouts are compared at the same one.")
         config = replace(config, training=replace(config.training, global_batch_size=ASSUMED_BATCH))
+    num_tokens = settings.tokens or config.num_tokens or ASSUMED_TOKENS
     size, layouts = _fitting(settings.world_size, config, shape, cluster)
     console = Console()
-    title = f"Layouts that fit {_nodes(size, cluster)}; hours for {settings.tokens / 1e6:,.0f} million tokens"
-    for table in fit_tables(layouts, title, settings.tokens):
+    title = f"Layouts that fit {_nodes(size, cluster)}; hours for {num_tokens:,.0f} tokens"
+    for table in fit_tables(layouts, title, num_tokens):
         console.print(table)
     print(f"s/step: {Accuracy.reported()}. {ONLY_RANKS}")
     plans, chosen = [], layouts[: REHEARSED if settings.rehearsed is None else settings.rehearsed]
@@ -150,11 +158,11 @@ def _fit(settings: PlanSettings, config: RunConfig, shape: ModelShape, cluster: 
         plans.append(plan)
         print(f"layout {number}, rehearsed:", *summary(plan), sep="\n  ")
         if plan.speed is not None:
-            hours = f"{plan.speed.hours(settings.tokens):,.1f} hours for {settings.tokens / 1e6:,.0f} million tokens"
+            hours = f"{plan.speed.hours(num_tokens):,.1f} hours for {num_tokens:,.0f} tokens"
             print(f"  {plan.speed.summary()}\n  {plan.speed.tokens_per_second:,.0f} tokens/s, {hours}")
     written: dict[str, Any] = {
-        "layouts": [layout.as_dict(settings.tokens) for layout in layouts],
-        "rehearsed": [plan.as_dict(settings.tokens) for plan in plans],
+        "layouts": [layout.as_dict(num_tokens) for layout in layouts],
+        "rehearsed": [plan.as_dict(num_tokens) for plan in plans],
     }
     speeds = {number: plan.speed for number, plan in enumerate(plans) if plan.fits and plan.speed is not None}
     # The rehearsed time decides: it is of the whole step.

@@ -89,14 +89,14 @@ def _dry_run(config: RunConfig, program: str, cluster: str | None) -> int:
     planned_for = read_cluster(cluster) if cluster else cluster_of_this_machine()
     start_world("gloo")
     try:
-        shape = check_run(config)
+        shape, train_iters = check_run(config)
     finally:
         stop()
     if planned_for is None:
         print("not planned: this machine has no GPU. --cluster 8xh100 plans the run for nodes of 8 H100, in minutes.")
         return 0
     plan = make_plan(config, shape, planned_for)
-    print_plan(plan)
+    print_plan(plan, train_iters * config.global_batch_size * config.data.seq_length)
     if warning := why_not_to_start(plan):
         print(f"{program}: WARNING: {warning}", file=sys.stderr, flush=True)
     return 0 if plan.problem is None else 1

@@ -134,16 +134,27 @@ class RunConfig(Checked):
         """Microbatches a step on each rank."""
         return self.global_batch_size // (self.training.micro_batch_size * self.parallel.data_parallel_size)
 
+    @property
+    def num_iters(self) -> int | None:
+        """Length of the run; None without one, and with --train-epochs, whose samples only the data know."""
+        samples = self.training.train_samples
+        return self.training.train_iters if samples is None else samples // self.global_batch_size
+
+    @property
+    def num_tokens(self) -> int | None:
+        """Tokens of the whole run, if every sequence is full."""
+        length = self.num_iters
+        return None if length is None else length * self.global_batch_size * self.data.seq_length
+
 
 def missing_to_profile(config: RunConfig) -> list[str]:
     """Messages for what is to be profiled and is no part of the run: ranks, and the first of the steps.
 
     Not a check of `RunConfig`: a run may be planned or certified with fewer ranks and steps than it trains with.
     """
-    logging, training, world_size = config.logging, config.training, config.parallel.world_size
+    logging, world_size = config.logging, config.parallel.world_size
     outside = [rank for rank in logging.profile_ranks if not 0 <= rank < world_size]
-    samples, problems = training.train_samples, []
-    length = training.train_iters if samples is None else samples // config.global_batch_size
+    problems, length = [], config.num_iters
     last = logging.profile_step_end if length is None else min(length, logging.profile_step_end)
     if (logging.profile or logging.record_memory_history) and outside:
         problems.append(f"--profile-ranks: leave out {outside}, as the ranks of this run are 0 to {world_size - 1}.")

@@ -164,17 +164,18 @@ def print_plan(plan: Plan, num_tokens: float | None = None) -> None:
     console = Console()
     for table in (*_tables(plan), *(time_table(speed, num_tokens) for speed in speeds)):
         console.print(table)
-    lines = [*(speed.summary() for speed in speeds), *summary(plan), *capacity(plan, num_tokens or 0)]
+    lines = [*(speed.summary() for speed in speeds), *summary(plan), *capacity(plan, num_tokens)]
     print(f"cluster: {plan.cluster.name}", *lines, sep="\n")
 
 
-def capacity(plan: Plan, num_tokens: float) -> Iterator[str]:
-    """A sentence where an adapter is trained on more tokens than it has parameters."""
-    trained = plan.run.parameters()["trained"]
-    if plan.run.config.peft.trains_adapters and num_tokens > trained:
+def capacity(plan: Plan, num_tokens: float | None) -> Iterator[str]:
+    """A sentence where an adapter is trained on more tokens than it has parameters. Args: num_tokens: None: unknown."""
+    trained, peft = plan.run.parameters()["trained"], plan.run.config.peft
+    if peft.trains_adapters and num_tokens is not None and num_tokens > trained:
+        larger = "a higher rank" if "lora_rank" in peft.spec.fields(peft) else "an adapter with more parameters"
         yield (
-            f"tokens: {num_tokens / 1e6:,.0f} million (--tokens), {num_tokens / trained:.1f} a trained parameter. "
-            f"With more than about one that has a loss, adapters fall behind full fine-tuning; a higher rank holds more"
+            f"tokens: up to {num_tokens:,.0f}, {num_tokens / trained:.1f} a trained parameter. With more than about "
+            f"one that has a loss, adapters fall behind full fine-tuning; {larger} holds more"
         )
 
 

@@ -383,5 +383,5 @@ def time_table(speed: PlannedSpeed, num_tokens: float | None = None) -> Table:
     table.add_row("tokens a second", f"{speed.tokens_per_second:,.0f}", "")
     table.add_row("TFLOP/s a GPU, MFU", f"{speed.tflops_per_gpu:.0f}", f"{speed.mfu:.1%}")
     tokens = 1e8 if num_tokens is None else num_tokens
-    table.add_row(f"hours for {tokens / 1e6:,.0f} million tokens", f"{speed.hours(tokens):,.1f}", "")
+    table.add_row(f"hours for {tokens:,.0f} tokens", f"{speed.hours(tokens):,.1f}", "")
     return table

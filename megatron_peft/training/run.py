@@ -49,7 +49,7 @@ from megatron_peft.training.live_sync import LiveSync
 from megatron_peft.training.loop import AfterStep, train
 from megatron_peft.training.metrics import require_loggers
 from megatron_peft.training.step import START_TOLERANCE, finish_with, run_schedule, start_losses
-from megatron_peft.training.terminal import print_rank_0, resume_summary, training_summary
+from megatron_peft.training.terminal import large_batch_warning, print_rank_0, resume_summary, training_summary
 from megatron_peft.training.update import schedule_values, start_state
 
 RUN_FILE = "run.yaml"
@@ -99,10 +99,10 @@ def build_chunks(config: RunConfig, shape: ModelShape, loads: bool = True) -> li
     return chunks
 
 
-def check_run(config: RunConfig) -> ModelShape:
+def check_run(config: RunConfig) -> tuple[ModelShape, int]:
     """What `finetune` checks before it builds the model, in this process alone, whatever the world of `config`.
 
-    Nothing is written. Returns the shape of the base model.
+    Nothing is written. Returns the shape of the base model, and the iterations of the run.
     """
     if missing := missing_for_training({**vars(config.data), **vars(config.training)}):
         raise ConfigurationError(*missing)
@@ -118,7 +118,7 @@ def check_run(config: RunConfig) -> ModelShape:
         f"flags, model, tokenizer and data can be used: {data.train.order.epoch_length(0):,} training samples, "
         f"{data.train_iters:,} iterations"
     )
-    return shape
+    return shape, data.train_iters
 
 
 class Finetuned(NamedTuple):
@@ -164,7 +164,8 @@ def finetune(
         data = _checked_data(config, tokenizer, shape)
         if after_step is None and config.checkpoint.sync_server:
             after_step = LiveSync(config, shape, data).after_step
-        print_rank_0("\n".join(filter(None, [attention, loss_summary(config, shape), warning])))
+        lines = [attention, loss_summary(config, shape), warning, large_batch_warning(config, data.train.order)]
+        print_rank_0("\n".join(filter(None, lines)))
         state = build_state(config, shape, data.train_iters, first_steps(config, data.train))
         state.data_digest, state.tokenizer_digest = data.digest, tokenizer.digest
         checkpoint = load.load_checkpoint(state)

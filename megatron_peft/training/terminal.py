@@ -17,6 +17,7 @@ from rich.table import Column
 from megatron_peft.adapters.attach import huggingface_modules
 from megatron_peft.checkpoint.state import TrainingState
 from megatron_peft.config import PeftConfig, RunConfig
+from megatron_peft.data.samples import SampleOrder
 
 # (field of the record, label, format); a field that the record lacks is left out
 Fields = tuple[tuple[str, str, Callable[[Any], str]], ...]
@@ -177,15 +178,21 @@ def training_summary(config: RunConfig, adapted: Sequence[str], model_chunks: Se
             "not start from the pretrained one."
         )
     lines += unused_flags_notes(config.peft)
-    if config.global_batch_size >= LARGE_BATCH and "lora_rank" in config.peft.spec.fields(config.peft):
-        lines.append(
-            f"WARNING: --global-batch-size {config.global_batch_size}: large batches may cost a low rank more than "
-            f"full fine-tuning, whatever the rank: compare with a smaller one and more steps (docs/methods.md, Rates, "
-            f"batches and ranks)."
-        )
     trainable, total = count_parameters(model_chunks)
     lines.append(f"trainable parameters: {trainable:,} of {total:,} ({100 * trainable / max(total, 1):.3f}%)")
     return "\n".join(lines)
+
+
+def large_batch_warning(config: RunConfig, order: SampleOrder) -> str:
+    """Of low-rank factors with many samples a step, of which a pack holds several; else nothing."""
+    num_samples = round(config.global_batch_size * order.num_samples / order.epoch_length(0))
+    if num_samples < LARGE_BATCH or "lora_rank" not in config.peft.spec.fields(config.peft):
+        return ""
+    return (
+        f"WARNING: --global-batch-size {config.global_batch_size} is {num_samples} samples: large batches may cost "
+        f"low-rank factors more than full fine-tuning, whatever their rank: compare with a smaller one and more steps "
+        f"(docs/methods.md, Rates, batches and ranks)."
+    )
 
 
 def _modules(config: RunConfig, adapted: Sequence[str], megatron_names: Mapping[str, str]) -> str:

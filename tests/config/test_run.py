@@ -238,6 +238,16 @@ def test_a_rank_waits_as_long_as_the_flag_that_was_given_says() -> None:
     assert ParallelConfig(distributed_timeout_seconds_after_init=7).seconds_to_wait == 7
 
 
+def test_tokens_of_a_run_are_those_of_full_sequences() -> None:
+    batch = {"global_batch_size": 8, "micro_batch_size": 2, "seq_length": 100}
+    for length, num_tokens in (
+        ({"train_iters": 3}, 3 * 8 * 100),
+        ({"train_iters": None, "train_samples": 39}, 4 * 8 * 100),
+        ({"train_iters": None, "train_epochs": 2.0}, None),
+    ):
+        assert run_config(**batch, **length).num_tokens == num_tokens
+
+
 def test_sizes_of_a_batch() -> None:
     for values, sizes in (
         ({"tensor_model_parallel_size": 2, "world_size": 8, "global_batch_size": 24}, (4, 3, 24)),

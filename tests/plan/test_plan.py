@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import yaml
 from megatron_peft.cli.parser import RunFlags, read_config
 from megatron_peft.commands import train
 from megatron_peft.commands.plan import PlanSettings, config_of, main
-from megatron_peft.config import ConfigurationError
+from megatron_peft.config import ConfigurationError, PeftConfig
 from megatron_peft.models.families import read_shape
 from megatron_peft.plan import layouts
 from megatron_peft.plan import plan as plan_module
@@ -74,6 +75,7 @@ def test_a_plan_from_a_config_alone(base, tmp_path, capsys, monkeypatch):
     config.write_text((base / "config.json").read_text())
     words = ["--pretrained-checkpoint", str(config), "--peft-method", "lora", "--lora-rank", "4", "--seq-length", "32"]
     layout = ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--micro-batch-size", "2"]
+    layout += ["--train-iters", "297"]  # of 2 x 32 tokens: just above the 18,944 parameters that are trained
     found, picture = tmp_path / "plan.json", tmp_path / "plan.png"
     assert main([*words, *layout, "--json", str(found), "--plot", str(picture)]) == 0
     plan = json.loads(found.read_text())
@@ -82,13 +84,34 @@ def test_a_plan_from_a_config_alone(base, tmp_path, capsys, monkeypatch):
     assert plan["parameters"] == {"trained": 18944, "frozen": 507520}
     told, waited = capsys.readouterr()
     assert "every call of every rank finds its partners" in told and "18,944 of 526,464" in told
-    assert "tokens: 100 million (--tokens), 5278.7 a trained parameter. " in told
+    assert "tokens: up to 19,008, 1.0 a trained parameter. " in told and "a higher rank holds more" in told
+    assert plan["tokens_of_the_run"] == 19008 and "hours for 19,008 tokens" in told
     shown = re.findall(r"Rehearsing .*?(\d+)/(\d+)", re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", waited))
     assert shown and shown[-1][0] == shown[-1][1], "a bar that ends with all that was to do"
     low, high = plan["seconds_range"]
     assert low <= plan["time"]["seconds"] <= high and plan["published_runs"]["number"] == 13
     assert f"s a step ({low:.3g} to {high:.3g}: 13 published runs were off by " in told
     assert "A plan ranks the layouts of a run on a cluster; its seconds are no promise." in told
+
+
+@pytest.mark.parametrize(
+    ("method", "num_tokens", "expected"),
+    [
+        ("lora", 1000, ""),
+        ("lora", 1001, "a higher rank holds more"),
+        ("hybrid", 5000, "a higher rank holds more"),
+        ("boft", 1000, ""),
+        ("boft", 1001, "an adapter with more parameters holds more"),
+        ("full", 10**9, ""),
+        ("lora", None, ""),
+    ],
+)
+def test_an_adapter_with_fewer_parameters_than_the_run_has_tokens_is_told(method, num_tokens, expected):
+    run = SimpleNamespace(
+        config=SimpleNamespace(peft=PeftConfig(method=method)), parameters=lambda: {"trained": 1000, "frozen": 10**6}
+    )
+    found = [*plan_module.capacity(SimpleNamespace(run=run), num_tokens)]  # type: ignore[arg-type]
+    assert [sentence.rpartition("; ")[2] for sentence in found] == [expected] * bool(expected)
 
 
 def test_a_range_is_as_far_off_as_the_outermost_published_runs():
@@ -192,7 +215,7 @@ def test_rehearsed_times_choose_among_the_layouts_that_fit(base, tmp_path, capsy
     plans = written["rehearsed"]
     assert f"longest sequence: --seq-length {written['longest_sequence']} fits" in told
     assert len(plans) == 2 and plans[1]["time"]["seconds"] < plans[0]["time"]["seconds"]
-    assert "flags of layout 2: " in told and f"{plans[0]['hours']:,.1f} hours for 1 million tokens" in told
+    assert "flags of layout 2: " in told and f"{plans[0]['hours']:,.1f} hours for 1,000,000 tokens" in told
 
 
 @pytest.fixture
@@ -222,8 +245,12 @@ def test_a_dry_run_plans_for_its_cluster_and_warns_if_that_is_too_small(dry_run,
     cluster.write_text(yaml.safe_dump({**fields, "name": "tiny", "memory_gib": 1, "reserved_gib": 1 - 1 / 1024}))
     assert train.main([*dry_run, "--cluster", str(cluster)]) == 0
     told = capsys.readouterr()
-    assert "cluster: tiny" in told.out and "peak, validation" in told.out
+    assert "cluster: tiny" in told.out and "peak, validation" in told.out and "tokens: up to" not in told.out
     assert "WARNING: the run does not fit GPUs of tiny: rank 0 holds" in told.err
+    length = dry_run.index("--train-iters")
+    words = [*dry_run[:length], *dry_run[length + 2 :], "--lora-rank", "1", "--train-epochs", "100"]
+    assert train.main([*words, "--cluster", str(cluster)]) == 0
+    assert "tokens: up to 128,000, " in capsys.readouterr().out, "40 samples of 32"
     assert train.main([*dry_run, "--cluster", "8xh10"]) == 2
     assert "--cluster 8xh10 is neither a file" in capsys.readouterr().err
 

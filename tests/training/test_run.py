@@ -18,7 +18,7 @@ from megatron_peft.config import METHODS, CheckpointConfig, ConfigurationError, 
 from megatron_peft.data.batches import GlobalBatches
 from megatron_peft.models.kernels import COMPILED
 from megatron_peft.runtime.launch import stop_model_parallel
-from megatron_peft.training import loop
+from megatron_peft.training import loop, terminal
 from megatron_peft.training import run as module
 from megatron_peft.training.metrics import METRICS_FILE, read_metrics
 from megatron_peft.training.run import finetune
@@ -75,6 +75,14 @@ def test_if_one_node_cannot_compile_no_rank_fuses_what_is_compiled(run, monkeypa
     printed = run(model={"bf16": True})
     assert not any(states[0].config.model.transformer[name] for name in COMPILED)
     assert printed.count("WARNING: Triton cannot compile (node7: no C compiler)") == 1
+
+
+def test_a_large_batch_is_one_of_the_samples_in_its_packs(run, monkeypatch):
+    monkeypatch.setattr(module, "train", lambda *_: "")
+    monkeypatch.setattr(terminal, "LARGE_BATCH", 9)
+    assert "samples: large batches" not in run()
+    told = re.search(r"WARNING: --global-batch-size 8 is (\d+) samples: large", run(data_settings={"pack_sequences": True}))
+    assert told is not None and int(told[1]) > 8
 
 
 @pytest.mark.slow

@@ -4,10 +4,13 @@ import io
 import re
 from dataclasses import replace
 
+import numpy as np
 from rich.console import Console
 
+from megatron_peft.config import PeftConfig, TrainingConfig
+from megatron_peft.data.samples import PackedOrder, SampleOrder
 from megatron_peft.training import terminal as progress_module
-from megatron_peft.training.terminal import Progress, count_parameters, training_summary
+from megatron_peft.training.terminal import Progress, count_parameters, large_batch_warning, training_summary
 
 NAMES = [f"decoder.layers.{layer}.mlp.linear_fc{n}" for layer in (0, 1) for n in (1, 2)]
 LORA = 2 * 4 * ((96 + 200) + (120 + 96) + (96 + 320) + (160 + 96))  # layers x rank x (in + out) of each linear layer
@@ -37,15 +40,17 @@ def test_the_lines_name_what_is_adapted_and_what_has_no_effect(start):
     assert lines[1].startswith("WARNING: the pretrained weights of these layers are DISCARDED")
 
 
-def test_a_batch_that_a_low_rank_bears_badly_is_told(start):
-    state, full = start()[0], start(peft={"method": "full"})[0]
+def test_a_batch_that_low_rank_factors_bear_badly_is_told(start):
+    config = start()[0].config
+    plain = SampleOrder(1000, 1, True)
+    packs = PackedOrder(plain, np.full(1000, 32), 128)
 
-    def told(of, size):
-        config = replace(of.config, training=replace(of.config.training, global_batch_size=size))
-        return [line for line in training_summary(config, (), _chunks(of)).splitlines() if "batch" in line]
+    def told(size, order, **peft):
+        return large_batch_warning(replace(config, peft=PeftConfig(**peft), training=TrainingConfig(1, size)), order)
 
-    assert told(state, 256)[0].startswith("WARNING: --global-batch-size 256: ") and told(state, 254) == []
-    assert told(full, 256) == []
+    assert told(256, plain).startswith("WARNING: --global-batch-size 256 is 256 samples: ") and told(255, plain) == ""
+    assert told(64, packs).startswith("WARNING: --global-batch-size 64 is 256 samples: ") and told(63, packs) == ""
+    assert told(256, plain, method="hybrid", lora_rank=512) and told(256, plain, method="full") == ""
 
 
 def test_a_note_for_part_of_a_fused_layer_that_is_adapted_whole(start):
