@@ -10,6 +10,7 @@ file of megatron-peft bench (`bench/collectives.json`: its figures), or one that
 (`planning/published.json`). A test compares the documents with them.
 """
 
+import argparse
 import re
 import sys
 from collections.abc import Sequence
@@ -76,10 +77,12 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
 
 
-def main(files: Sequence[str]) -> int:
+def main(words: Sequence[str]) -> int:
     """Fill the marked places of documents. Exit code 2 for records that cannot be read."""
+    parser = argparse.ArgumentParser("documents", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("files", nargs="+", type=Path, help="documents, which are rewritten")
     try:
-        for path in map(Path, files):
+        for path in parser.parse_args(words).files:
             path.write_text(filled(read_text(path), RECORDS), encoding="utf-8")
     except ConfigurationError as error:
         print("documents: error: " + "\n  - ".join(error.problems), file=sys.stderr)

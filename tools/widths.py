@@ -32,7 +32,6 @@ from megatron_peft.training.run import build_state, data_of_rank, first_steps
 from megatron_peft.training.step import train_step, validation_loss
 
 WIDTHS, METHODS, RATES, SEEDS = (64, 128, 256, 512), ("lora", "lora-ga"), (2e-3, 3.5e-3, 6e-3, 1e-2, 1.7e-2), (1, 2, 3)
-FACTOR = 1.5  # between the best rates of the two methods, at most
 HEAD, LAYERS, ENGLISH_STEPS, ROWS, BYTES = 32, 2, 400, 12, 128
 FLAGS = (
     "--seq-length 512 --pack-sequences --micro-batch-size 1 --global-batch-size 1 --train-iters 60 --lora-rank 8 "

@@ -29,6 +29,7 @@ from tests.experiment import small_results
 from tests.experiment.small_experiment import content
 from tests.experiment.small_results import LOSSES, as_the_paper, record_of, results
 from tests.time_limits import seconds
+from tools import documents
 from tools.documents import filled
 
 VOID = {"meta", "img", "br", "link"}
@@ -250,6 +251,12 @@ def test_marked_places_of_a_document_are_filled_from_records(tmp_path: Path) -> 
     } <= set(lines)
     with pytest.raises(ConfigurationError, match="nowhere/experiment.yaml is not there"):
         filled(head.format("nowhere") + end, tmp_path)
+
+
+def test_the_tool_of_documents_says_how_it_is_used(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="^0$"):
+        documents.main(["--help"])
+    assert capsys.readouterr().out.startswith("usage: documents [-h] files [files ...]\n\nWrites the results of comm")
 
 
 # Figures.

@@ -81,7 +81,8 @@ def test_a_large_batch_is_one_of_the_samples_in_its_packs(run, monkeypatch):
     monkeypatch.setattr(module, "train", lambda *_: "")
     monkeypatch.setattr(terminal, "LARGE_BATCH", 9)
     assert "samples: large batches" not in run()
-    told = re.search(r"WARNING: --global-batch-size 8 is (\d+) samples: large", run(data_settings={"pack_sequences": True}))
+    printed = run(data_settings={"pack_sequences": True})
+    told = re.search(r"WARNING: --global-batch-size 8 is (\d+) samples: large", printed)
     assert told is not None and int(told[1]) > 8
 
 
