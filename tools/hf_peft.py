@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from megatron_peft.checkpoint.state import TrainingState
 from megatron_peft.cli.parser import read_config
 from megatron_peft.config import PeftConfig, require
-from megatron_peft.data.batches import Microbatch
+from megatron_peft.data.batches import GlobalBatches, Microbatch
 from megatron_peft.data.tokenizers import build_tokenizer
 from megatron_peft.experiment.cell_record import CellRecord, json_digest, read_file, versions
 from megatron_peft.models.families import read_shape
@@ -81,17 +81,17 @@ def loss_sums(model: nn.Module, batch: Microbatch) -> Tensor:
     return losses * batch.loss_mask.flatten()
 
 
-def held_out(model: nn.Module, steps: Iterable[Iterable[Microbatch]]) -> list[list[float]]:
-    """[sum of losses, tokens] of each item, as a cell's record has them."""
+def held_out(model: nn.Module, batches: GlobalBatches) -> list[list[float]]:
+    """[sum of losses, tokens] of each item, in the order of the file, as a cell's record has them."""
     items: list[list[float]] = []
     with torch.no_grad():
-        for batch in (batch for step in steps for batch in step):
+        for batch in (batch for step in batches for batch in step):
             assert batch.lengths is not None
             each = zip(
                 *(x.split(list(batch.lengths)) for x in (loss_sums(model, batch), batch.loss_mask[0])), strict=True
             )
             items += [[float(sums.double().sum()), float(mask.sum())] for sums, mask in list(each)[: batch.num_samples]]
-    return items
+    return [item for _, item in sorted(zip(batches.own_samples(), items, strict=True))]
 
 
 def train(model: PeftModel, state: TrainingState, steps: Iterable[list[Microbatch]], clip: float) -> Iterator[float]:
@@ -129,7 +129,7 @@ def trained_again(method: str, cell: CellRecord, messages: str | None) -> dict[s
         losses.append(loss)
         print(f"iteration {len(losses)}: {loss:.6f}", flush=True)
     assert data.valid is not None
-    items, tested = (held_out(model.eval(), source or ()) for source in (data.valid, data.test))
+    items, tested = (held_out(model.eval(), source) if source else [] for source in (data.valid, data.test))
     found: dict[str, Any] = {
         "method": method,
         "cell": cell.key,

@@ -1,11 +1,13 @@
 """tools/hf_peft.py trains the model that a cell trained: its losses and those of its test items are the run's."""
 
+import json
+
 import pytest
 
 from megatron_peft.commands import train
-from megatron_peft.experiment.cell_record import CellRecord
+from megatron_peft.experiment.cell_record import CellRecord, from_items
 from megatron_peft.training.metrics import read_metrics
-from tests.evaluation.worded_llama import save_worded_llama, save_worded_pairs
+from tests.evaluation.worded_llama import save_worded_llama
 from tests.one_rank import one_rank
 from tools import hf_peft
 
@@ -19,7 +21,10 @@ FLAGS = (
 @pytest.mark.slow
 def test_losses_of_lora_are_the_runs_own_and_oft_learns_too(tmp_path):
     base = save_worded_llama(tmp_path / "base", num_hidden_layers=2)
-    data = save_worded_pairs(tmp_path / "pairs.jsonl")
+    data = tmp_path / "pairs.jsonl"  # of unlike lengths: packs do not hold them in their order
+    answers = enumerate((8, 30, 4, 40, 12, 20, 3, 16))
+    pairs = [{"prompt": f"w{i} ", "completion": " ".join(f"w{(i + k) % 8}" for k in range(n))} for i, n in answers]
+    data.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     files = [f"--pretrained-checkpoint={base}", *(f"--{one}-data-path={data}" for one in ("train", "valid", "test"))]
     flags = (*FLAGS.split(), *files, "--peft-method=lora", "--lora-rank=4")
     assert train.main([*flags, "--save", str(tmp_path / "run")]) == 0
@@ -33,7 +38,8 @@ def test_losses_of_lora_are_the_runs_own_and_oft_learns_too(tmp_path):
     assert found["lora"]["losses"] == pytest.approx(losses, rel=1e-5)
     assert hf_peft.compared(losses, losses[:-1] + [losses[-1] + 0.25]) == {"most": 0.25, "steps_within": 5}
     assert found["lora"]["validation_loss"] == pytest.approx(ours[-1]["validation_loss"], rel=1e-5)
-    assert len(found["lora"]["items"]) == len(data.read_text().splitlines())
+    (line,) = map(json.loads, (tmp_path / "run" / "validation_items.jsonl").read_text().splitlines())
+    assert found["lora"]["items"] == [pytest.approx(item, rel=1e-4) for item in from_items(line)["validation loss"]]
     assert found["base"]["validation_loss"] > found["lora"]["validation_loss"] and found["base"]["losses"] == []
     assert all(one["test_loss"] == pytest.approx(one["validation_loss"], rel=1e-5) for one in found.values())
     assert all(0 <= found[method]["bleu"] <= 100 for method in ("base", "lora"))
