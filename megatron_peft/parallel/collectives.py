@@ -15,6 +15,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+from torch.autograd.graph import increment_version
 
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.parallel.layout import PARTIAL_OVER_TENSOR_PARALLEL
@@ -82,7 +83,13 @@ def start_broadcast(x: Tensor, source: int, group: dist.ProcessGroup | None) -> 
     if group is None or group.size() == 1:
         return lambda: x
     work = dist.broadcast(x.view(torch.uint8), dist.get_global_rank(group, source), group=group, async_op=True)
-    return lambda: _finished(work, x)
+
+    def wait() -> Tensor:
+        _finished(work, x)
+        increment_version(x)  # torch takes a broadcast for no change, and what was computed from x would be kept
+        return x
+
+    return wait
 
 
 def share_of_rows(num_rows: int, rank: int, size: int) -> slice:

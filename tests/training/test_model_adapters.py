@@ -18,6 +18,8 @@ from megatron.core.transformer.module import Float16Module
 
 from megatron_peft import ConfigurationError, ModelAdapters, PeftConfig, add_adapters
 from megatron_peft.adapters.rotation import BlockRotation
+from megatron_peft.config import ParallelConfig
+from megatron_peft.runtime.launch import model_parallel, start_world, stop
 from tests.one_rank import one_rank
 from tests.ranks import run_ranks
 from tests.tiny_gpt import tiny_gpt
@@ -347,6 +349,36 @@ def test_an_optimizer_of_torch_is_refused_where_gradients_are_scattered(world):
     adapters.finalize_model_grads([DistributedDataParallel(model.config, settings, model)])
     with pytest.raises(ConfigurationError, match="use megatron-core's get_megatron_optimizer, or use_distributed_opt"):
         adapters.step(optimizer)
+
+
+def loaded_after_a_forward(folder: Path) -> dict[int, list[float]]:
+    """Called on two ranks: by TP, the losses of adapters, and of others that loaded them after a forward."""
+    found, tokens, positions = {}, torch.arange(16)[None], torch.arange(15)[None]
+
+    def loss_of(model: GPTModel) -> float:
+        with torch.no_grad():
+            return float(model(tokens[:, :-1], positions, None, labels=tokens[:, 1:]).sum())
+
+    start_world()
+    for size in (1, 2):
+        with model_parallel(ParallelConfig(tensor_model_parallel_size=size, world_size=2), seed=0):
+            models, peft = [tiny_gpt(), tiny_gpt()], PeftConfig("urnn", urnn_block_size=4)
+            trained, other = (add_adapters(model, peft, seed=seed) for seed, model in enumerate(models))
+            for parameter in trained.parameters():
+                parameter.data += 0.3
+            trained.save(folder / str(size))
+            loss_of(models[1])
+            other.load(folder / str(size))
+            found[size] = [loss_of(model) for model in models]
+    stop()
+    return found
+
+
+def test_what_an_earlier_forward_computed_is_not_kept_when_adapters_are_loaded(tmp_path):
+    """Replicas and tensor-parallel ranks get theta_0 and Pi of uRNN by broadcast."""
+    for found in run_ranks(2, loaded_after_a_forward, tmp_path):
+        for trained, loaded in found.values():
+            assert loaded == trained
 
 
 def test_a_folder_of_adapters_is_whole_and_new(world, tmp_path):
