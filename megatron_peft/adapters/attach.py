@@ -80,7 +80,7 @@ def new_adapters(
 
 
 def freeze(chunk: nn.Module) -> None:
-    """No parameter of a model chunk is trained, and its linear layers multiply as adapted ones do."""
+    """No parameter of a model chunk is trained, and while none is, its linear layers multiply as adapted ones do."""
     chunk.requires_grad_(False)
     for module in chunk.modules():
         if isinstance(module, (AdaptedLinear, FrozenColumnParallelLinear)):

@@ -58,7 +58,7 @@ class AdaptedLinear(nn.Module):
 
 
 class FrozenColumnParallelLinear(ColumnParallelLinear):
-    """megatron-core's layer, with our product once its weight is frozen: the output layer of a model with adapters."""
+    """megatron-core's layer, with our product while its weight is frozen: the output layer of a model with adapters."""
 
     is_frozen: bool = False
     tp_group: dist.ProcessGroup
@@ -66,7 +66,7 @@ class FrozenColumnParallelLinear(ColumnParallelLinear):
     def _forward_impl(self, input: Tensor, weight: Tensor, **kwargs: Any) -> Tensor:
         if not (torch.is_grad_enabled() or kwargs["sequence_parallel"]):
             return _alone(input, weight, kwargs["bias"])
-        if not self.is_frozen:
+        if not self.is_frozen or weight.requires_grad:
             return super()._forward_impl(input=input, weight=weight, **kwargs)
         return frozen_linear(input, self._call(weight, kwargs))
 
@@ -135,7 +135,7 @@ class AdaptedRowParallelLinear(AdaptedLinear, RowParallelLinear):
         Returns (y, bias). The adapter decides what is summed over the ranks, and acts before or after it.
         """
         records = torch.is_grad_enabled() or self.sequence_parallel
-        if self.adapter is None and not self.is_frozen and records:
+        if self.adapter is None and (not self.is_frozen or self.weight.requires_grad) and records:
             y, left = super().forward(input_)
             return y, _alias(left)
         assert self.input_is_parallel, "as SelfAttention and MLP build it"

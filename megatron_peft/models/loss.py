@@ -100,7 +100,8 @@ class ChunkedLossModel(GPTModel):
         if not self.post_process:
             return super().forward(*args, **kwargs)
         head, has_labels = self.output_layer, kwargs.get("labels") is not None
-        in_chunks = has_labels and self.config.loss_chunk_tokens > 0 and head.is_frozen
+        is_frozen = head.is_frozen and not self.output_weight.requires_grad
+        in_chunks = has_labels and self.config.loss_chunk_tokens > 0 and is_frozen
         head.hands_on_input = only_hidden or in_chunks
         try:
             return super().forward(*args, **kwargs)

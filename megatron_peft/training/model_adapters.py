@@ -125,7 +125,18 @@ class ModelAdapters:
         return list(groups.values())
 
     def config_overrides(self, optimizer_config: OptimizerConfig) -> dict[Any, Any]:
-        """`config_overrides` for `get_megatron_optimizer`, whose `lr` and `min_lr` the groups' rates follow."""
+        """`config_overrides` for `get_megatron_optimizer`, whose `lr` and `min_lr` the groups' rates follow.
+
+        Raises ConfigurationError: the optimizer scales the loss, and the method takes gradients as they are.
+        """
+        scales = {name: getattr(optimizer_config, name) for name in ("fp16", "loss_scale")}
+        scaled = [f"{name}={value}" for name, value in scales.items() if value]
+        require(
+            not (scaled and self.peft.spec.updates_whole_parameters(self.peft)),
+            f"adapters.config_overrides: {' and '.join(self.peft.spec.late_updates(self.peft))} takes gradients as "
+            f"they are, but with OptimizerConfig({', '.join(scaled)}) they are multiplied by a loss scale: train in "
+            f"bf16 or float32, without loss_scale.",
+        )
         self._set_rate(optimizer_config.lr or 0.0)
         return group_overrides(self.peft, optimizer_config)
 

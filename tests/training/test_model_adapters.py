@@ -12,6 +12,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.optimizer import OptimizerConfig
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
@@ -240,6 +241,29 @@ def test_untrained_adapters_change_nothing(world, settings):
     assert keys < set(model.state_dict())
 
 
+def gradients(model: GPTModel) -> dict[str, torch.Tensor]:
+    tokens = torch.arange(8)[None]
+    model.zero_grad()
+    model(tokens, tokens, None, labels=tokens).sum().backward()
+    return {name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None}
+
+
+@pytest.mark.parametrize("make", [tiny_gpt, lambda: own_model(hidden_dropout=0.0, attention_dropout=0.0)])
+def test_a_merged_model_trains_as_an_ordinary_one_and_so_does_what_is_unfrozen_beside_adapters(world, make):
+    """Our models form the loss of a frozen output layer in chunks, and others' linear layers have biases."""
+    model = make()
+    expected = gradients(model)
+    assert len(expected) == len([*model.parameters()])
+    untargeted = add_adapters(model, PeftConfig(lora_rank=2, target_modules=("linear_fc1",)))
+    for name, parameter in model.named_parameters():
+        if name.endswith(("qkv.weight", "proj.weight", "fc2.weight", "output_layer.weight")):
+            parameter.requires_grad_(True)
+            torch.testing.assert_close(gradients(model)[name], expected[name])
+            parameter.requires_grad_(False)
+    untargeted.merge()
+    torch.testing.assert_close(gradients(model.requires_grad_(True)), expected)
+
+
 def stepped(adapters: ModelAdapters, optimizer: Any, **settings: Any) -> float:
     for parameter in adapters.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -349,6 +373,17 @@ def test_an_optimizer_of_torch_is_refused_where_gradients_are_scattered(world):
     adapters.finalize_model_grads([DistributedDataParallel(model.config, settings, model)])
     with pytest.raises(ConfigurationError, match="use megatron-core's get_megatron_optimizer, or use_distributed_opt"):
         adapters.step(optimizer)
+
+
+@pytest.mark.parametrize("name", ["riemannian", "projected"])
+def test_blocks_that_move_by_plain_gradients_are_refused_with_a_scaled_loss(world, name):
+    adapters = add_adapters(own_model(), PeftConfig(**{**OTHERS[name], "urnn_block_size": 8}))
+    for settings, told in ({"fp16": True}, "fp16=True"), ({"bf16": True, "loss_scale": 2.0}, "loss_scale=2.0"):
+        scaled = OptimizerConfig(lr=1.0, **settings)
+        with pytest.raises(ConfigurationError, match=rf"{told}\) they are multiplied by a loss scale: train in bf16"):
+            adapters.config_overrides(scaled)
+        assert add_adapters(own_model(), PeftConfig(**LORA)).config_overrides(scaled)
+    assert adapters.config_overrides(OptimizerConfig(lr=1.0, bf16=True))
 
 
 def loaded_after_a_forward(folder: Path) -> dict[int, list[float]]:
