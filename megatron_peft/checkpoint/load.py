@@ -13,7 +13,15 @@ from megatron_peft.checkpoint import run_record, tensors
 from megatron_peft.checkpoint.folders import TRACKER, checkpoints, damage, newest_checkpoint, tracker_text
 from megatron_peft.checkpoint.run_record import CurrentRun, RunRecord
 from megatron_peft.checkpoint.save import base_fingerprint
-from megatron_peft.checkpoint.state import TrainingState, optimizer_targets, random_targets, restore_random, set_steps
+from megatron_peft.checkpoint.state import (
+    NOT_IN_STATE,
+    TrainingState,
+    optimizer_targets,
+    random_targets,
+    restore_random,
+    schedule_state,
+    set_steps,
+)
 from megatron_peft.config import CheckpointConfig, ConfigurationError, RunConfig, require
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.parallel.collectives import from_first_rank
@@ -143,7 +151,7 @@ def load_checkpoint(state: TrainingState) -> Path | None:
         return None
     chunks = [chunk.module for chunk in state.model_chunks]
     record = from_first_rank(lambda: run_record.read_record(checkpoint))
-    base, schedule = base_fingerprint(state.config.model.pretrained_checkpoint), state.schedule.state_dict()
+    base, schedule = base_fingerprint(state.config.model.pretrained_checkpoint), schedule_state(state.schedule)
     layers, digests = tensors.adapted_layers(chunks), (state.data_digest, state.tokenizer_digest)
     current = CurrentRun(state.config, state.shape, layers, base, schedule, *digests)
     resumes_optimizer = _resumes_optimizer(settings)
@@ -198,9 +206,13 @@ def _refuse(record: RunRecord, current: CurrentRun, resumes_optimizer: bool) -> 
 def _load_schedule(state: TrainingState, stored: Mapping[str, Any]) -> None:
     schedule = state.schedule
     max_lr, min_lr = schedule.max_lr, schedule.min_lr
-    own = schedule.state_dict()
+    own = schedule_state(schedule)
     schedule.num_steps = 0  # megatron-core adds the stored steps
-    schedule.load_state_dict({**stored, **{name: own[name] for name in run_record.unused_schedule_values(own)}})
+    if state.config.optimizer.use_checkpoint_opt_param_scheduler:
+        vars(schedule).update({name: stored[name] for name in NOT_IN_STATE})
+        schedule.load_state_dict(stored)
+    else:
+        schedule.load_state_dict({**stored, **{name: own[name] for name in run_record.unused_schedule_values(own)}})
     if (schedule.max_lr, schedule.min_lr) != (max_lr, min_lr):
         peft, decoupled = state.config.peft, state.config.optimizer.decoupled_lr
         own = {kind.attribute: kind.learning_rate for kind in peft.spec.param_groups if kind.is_labelled}

@@ -5,7 +5,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from functools import lru_cache
-from math import isfinite
+from math import ceil, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ class RunRecord:
     position: Mapping[str, int]  # counters by name (`iteration`, `consumed_samples`, ...)
     adapted_layers: tuple[str, ...]  # global names, over all ranks; empty for full fine-tuning
     base_fingerprint: Mapping[str, str] | None  # {file name: digest} of the base's folder; None: it could not be read
-    schedule: Mapping[str, Any] | None  # state of megatron-core's; None without optimizer state
+    schedule: Mapping[str, Any] | None  # `checkpoint.state.schedule_state`; None without optimizer state
     optimizer_steps: Mapping[str, int] | None  # updates of each parameter, by key; None without optimizer state
     data_digest: str | None = None  # of the training data's files; older records have none
     tokenizer_digest: str | None = None  # with its chat template; older records have none
@@ -77,8 +77,13 @@ class RunRecord:
             data.setdefault("packing", "next-fit")  # there was no other before there was a flag for it
         biases, scaling = shape["linear_biases"], shape["rope_scaling"]
         rope_scaling = None if scaling is None else RopeScaling(**scaling)
+        config = config_from_dict(fields["config"])
+        if isinstance(fields["schedule"], dict):  # older records have megatron-core's state alone
+            settings = config.optimizer
+            wsd = {"wsd_decay_steps": config.wsd_decay_samples, "lr_wsd_decay_style": settings.lr_wsd_decay_style}
+            fields["schedule"] = {"init_lr": settings.lr_warmup_init, **wsd, **fields["schedule"]}
         read = {
-            "config": config_from_dict(fields["config"]),
+            "config": config,
             "shape": ModelShape(**{**shape, "linear_biases": frozenset(biases), "rope_scaling": rope_scaling}),
             "adapted_layers": tuple(fields["adapted_layers"]),
             "best": BestValidation(**(fields.get("best") or {})),
@@ -160,13 +165,15 @@ CHANGED_WITH_WARNING = {
     "model": ("bf16",),
     "optimizer": ("adam_beta1", "adam_beta2", "adam_eps", "sgd_momentum", "clip_grad"),
 }
-WSD = ("lr_wsd_decay_iters", "lr_wsd_decay_samples", "lr_wsd_decay_style")
 SCHEDULE_FLAGS = {
     "max_lr": "--lr",
     "min_lr": "--min-lr",
     "lr_warmup_steps": "--lr-warmup-iters (or -samples, -fraction) in samples",
     "lr_decay_steps": "--lr-decay-iters (or -samples; default: the length of the run) in samples",
     "lr_decay_style": "--lr-decay-style",
+    "init_lr": "--lr-warmup-init",
+    "wsd_decay_steps": "--lr-wsd-decay-iters (or -samples) in samples",
+    "lr_wsd_decay_style": "--lr-wsd-decay-style",
     "start_wd": "--start-weight-decay",
     "end_wd": "--end-weight-decay",
     "wd_incr_steps": "the length of the run (over which weight decay increases) in samples",
@@ -271,53 +278,71 @@ def optimizer_contradictions(record: RunRecord, current: CurrentRun) -> list[str
         ]
     settings = current.config.optimizer
     if settings.use_checkpoint_opt_param_scheduler:
-        problems = _steps_without_a_rate(record.schedule, current)
-        return problems + _other_schedule(current, _unsaved(record, current))
+        return _steps_without_a_rate(record, record.schedule, current)
     if settings.override_opt_param_scheduler:
-        return []
+        return _another_end(record, current)
     changed = [
         f"{SCHEDULE_FLAGS[name]}: {record.schedule[name]} there, {current.schedule[name]} here"
         for name in SCHEDULE_FLAGS
         if record.schedule[name] != current.schedule[name] and name not in unused_schedule_values(current.schedule)
     ]
-    return _other_schedule(current, changed + _unsaved(record, current))
-
-
-def _unsaved(record: RunRecord, current: CurrentRun) -> list[str]:
-    """Differing flags of a schedule that megatron-core's state of it does not hold."""
-    there, here = record.config.optimizer, current.config.optimizer
-    names = ["lr_warmup_init", *([] if record.schedule is None or record.schedule["lr_decay_style"] != "WSD" else WSD)]
-    pairs = {name: (getattr(there, name), getattr(here, name)) for name in names}
-    return [f"{flag(name)}: {old} there, {new} here" for name, (old, new) in pairs.items() if old != new]
-
-
-def _other_schedule(current: CurrentRun, changed: list[str]) -> list[str]:
+    if not changed:
+        return _another_end(record, current)
     return [
         f"{_load(current)} was trained with another schedule ({'; '.join(changed)}): give its values, or choose with "
         f"--override-opt-param-scheduler (this run's) or --use-checkpoint-opt-param-scheduler (the checkpoint's)."
-    ] * bool(changed)
+    ]
 
 
-def _steps_without_a_rate(schedule: Mapping[str, Any], current: CurrentRun) -> list[str]:
+def _samples_at_the_end(record: RunRecord, current: CurrentRun) -> int:
+    """Of the whole run; those before the checkpoint may have come in other batches."""
+    train_iters, batch = current.config.training.train_iters, current.config.global_batch_size
+    if train_iters is None:
+        return current.schedule["wd_incr_steps"]
+    iteration = record.position["iteration"]
+    done = record.position.get("consumed_samples", iteration * record.config.global_batch_size)
+    return done + max(train_iters - iteration, 0) * batch
+
+
+def _steps_without_a_rate(record: RunRecord, schedule: Mapping[str, Any], current: CurrentRun) -> list[str]:
     """The checkpoint's schedule may reach a learning rate of 0 before this run ends."""
-    batch, end = current.config.global_batch_size, schedule["lr_decay_steps"]
-    length = current.schedule["wd_incr_steps"]  # the run's, in samples
-    if schedule["lr_decay_style"] == "constant" or schedule["min_lr"] > 0 or length <= end:
+    batch, end = current.config.global_batch_size, _samples_at_the_end(record, current)
+    num_lost = (end - schedule["lr_decay_steps"]) // batch
+    if schedule["lr_decay_style"] == "constant" or schedule["min_lr"] > 0 or num_lost <= 0:
         return []
+    num_steps = current.config.training.train_iters or end // batch
+    most = num_steps - num_lost
     return [
         f"{_load(current)}: its schedule, which --use-checkpoint-opt-param-scheduler takes, reaches a learning rate "
-        f"of 0 after {end // batch} iterations, but this run has {length // batch}: the steps after that would train "
-        f"nothing. Give --override-opt-param-scheduler (this run's schedule), or at most {end // batch} iterations."
+        f"of 0 after {most} iterations, but this run has {num_steps}: the steps after that would train nothing. Give "
+        f"--override-opt-param-scheduler (this run's schedule), or at most {most} iterations."
+    ]
+
+
+def _another_end(record: RunRecord, current: CurrentRun) -> list[str]:
+    """After another batch the run may end before or after a decay that is as long as the run seems to be."""
+    batch, end = current.config.global_batch_size, _samples_at_the_end(record, current)
+    decay, length = current.schedule["lr_decay_steps"], current.schedule["wd_incr_steps"]
+    is_late = length <= decay <= end - batch and current.schedule["min_lr"] == 0  # its last steps would train nothing
+    is_early = end + batch <= decay <= length
+    if current.schedule["lr_decay_style"] == "constant" or not (is_late or is_early):
+        return []
+    return [
+        f"{_load(current)} comes from another --global-batch-size: this run ends after {end} samples, but its learning "
+        f"rate decays over {decay}. Give --override-opt-param-scheduler --lr-decay-iters {ceil(end / batch)}, with "
+        f"which it decays to the run's end."
     ]
 
 
 def unused_schedule_values(schedule: Mapping[str, Any]) -> set[str]:
-    """Values that a constant learning rate or constant weight decay ignores."""
+    """Values that the style of the learning rate, or of weight decay, ignores."""
     unused = set()
     if schedule["lr_decay_style"] == "constant":
         unused |= {"min_lr", "lr_decay_steps"}
     if schedule["wd_incr_style"] == "constant":
         unused |= {"wd_incr_steps"}
+    if schedule["lr_decay_style"] != "WSD":
+        unused |= {"wsd_decay_steps", "lr_wsd_decay_style"}
     return unused
 
 

@@ -18,7 +18,14 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from megatron_peft.checkpoint import folders, tensors
 from megatron_peft.checkpoint.run_record import ADAPTER_CONFIG, RunRecord, fingerprint
-from megatron_peft.checkpoint.state import TrainingState, optimizer_tensors, random_tensors, steps_of, whole_parameters
+from megatron_peft.checkpoint.state import (
+    TrainingState,
+    optimizer_tensors,
+    random_tensors,
+    schedule_state,
+    steps_of,
+    whole_parameters,
+)
 from megatron_peft.checkpoint.tensors import RankFiles, Sharded, Written, complete_files, global_slices
 from megatron_peft.config import CheckpointConfig, ConfigurationError, require
 from megatron_peft.parallel.collectives import from_first_rank, gathered_by_first_rank
@@ -140,7 +147,7 @@ def record_of(state: TrainingState, layers: tuple[str, ...], entries: Sequence[S
         position=dataclasses.asdict(state.position),
         adapted_layers=layers,
         base_fingerprint=base_fingerprint(base),
-        schedule=state.schedule.state_dict() if saves_optimizer else None,
+        schedule=schedule_state(state.schedule) if saves_optimizer else None,
         optimizer_steps=steps_of(state.optimizer, entries) if saves_optimizer else None,
         data_digest=state.data_digest,
         tokenizer_digest=state.tokenizer_digest,

@@ -71,6 +71,15 @@ class TrainingState:
         return self.position.iteration
 
 
+NOT_IN_STATE = ("init_lr", "wsd_decay_steps", "lr_wsd_decay_style")  # of a schedule's values
+
+
+def schedule_state(schedule: OptimizerParamScheduler) -> dict[str, Any]:
+    """megatron-core's state of a schedule, and what that leaves out."""
+    left_out = {name: getattr(schedule, name) for name in NOT_IN_STATE}
+    return {**schedule.state_dict(), **left_out, "wsd_decay_steps": schedule.wsd_decay_steps or 0}
+
+
 @contextmanager
 def whole_parameters(model_chunks: Sequence[DistributedDataParallel]) -> Iterator[None]:
     """Gather parameters now. With --overlap-param-gather only the next training forward would do so. May be nested."""

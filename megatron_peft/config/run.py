@@ -130,6 +130,12 @@ class RunConfig(Checked):
         return self.training.global_batch_size or self.training.micro_batch_size * self.parallel.data_parallel_size
 
     @property
+    def wsd_decay_samples(self) -> int:
+        """Samples of the last phase of WSD; 0 without."""
+        settings = self.optimizer
+        return settings.lr_wsd_decay_samples or (settings.lr_wsd_decay_iters or 0) * self.global_batch_size
+
+    @property
     def num_microbatches(self) -> int:
         """Microbatches a step on each rank."""
         return self.global_batch_size // (self.training.micro_batch_size * self.parallel.data_parallel_size)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from hashlib import sha256
-from math import ceil, floor, isfinite
+from math import ceil, isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -169,7 +169,7 @@ def finetune(
         state = build_state(config, shape, data.train_iters, first_steps(config, data.train))
         state.data_digest, state.tokenizer_digest = data.digest, tokenizer.digest
         checkpoint = load.load_checkpoint(state)
-        data = replace(data, train_iters=length_of_resumed(config, data.train_iters, state.position))
+        data = replace(data, train_iters=length_of_resumed(config, data, state.position))
         if checkpoint is not None:
             epoch = data.train.order.epochs_at(state.position.consumed_samples)
             print_rank_0(resume_summary(checkpoint, state, data.train_iters, epoch))
@@ -187,15 +187,15 @@ def finetune(
     return Finetuned(state, data, tokenizer)
 
 
-def length_of_resumed(config: RunConfig, train_iters: int, position: Position) -> int:
-    """Iterations of the whole run, of which those before `position` may have had another global batch.
-
-    train_iters: of a run that has the same batch from its beginning.
-    """
-    if config.training.train_iters is not None:
-        return train_iters
-    done = position.consumed_samples / config.global_batch_size  # of these iterations
-    return position.iteration + train_iters - (ceil if config.training.train_samples is not None else floor)(done)
+def length_of_resumed(config: RunConfig, data: Data, position: Position) -> int:
+    """Iterations of the whole run, of which those before `position` may have had another global batch."""
+    training, done = config.training, position.consumed_samples
+    if training.train_epochs is not None:  # all of their samples
+        left = ceil((data.train.order.positions_in(training.train_epochs) - done) / config.global_batch_size)
+        return position.iteration + left
+    if training.train_samples is not None:  # no step beyond them
+        return position.iteration + (training.train_samples - done) // config.global_batch_size
+    return data.train_iters
 
 
 def _note_unknown_lengths(config: RunConfig) -> None:

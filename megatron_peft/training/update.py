@@ -26,7 +26,7 @@ from megatron_peft.adapters.attach import all_names, linear_layers
 from megatron_peft.adapters.linear import AdaptedLinear
 from megatron_peft.adapters.low_rank import LowRank, gram_matrices, low_rank_part, shrink, shrinkage
 from megatron_peft.adapters.quantized_weight import dense
-from megatron_peft.checkpoint.state import TrainingState
+from megatron_peft.checkpoint.state import TrainingState, schedule_state
 from megatron_peft.config import PeftConfig, RunConfig, require
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.parallel.collectives import gradient_of, sum_coalesced
@@ -147,7 +147,7 @@ def build_optimizer(model_chunks: Sequence[DistributedDataParallel], config: Run
 def schedule_values(config: RunConfig, train_iters: int) -> Mapping[str, Any]:
     """The schedule of a run at its start, as checkpoints hold it, before there is an optimizer."""
     without_parameters: Any = SimpleNamespace(param_groups=[])
-    return build_schedule(without_parameters, config, train_iters).state_dict()
+    return schedule_state(build_schedule(without_parameters, config, train_iters))
 
 
 def group_overrides(peft: PeftConfig, optimizer: OptimizerConfig) -> dict[ParamKey, Any]:
@@ -170,11 +170,12 @@ def group_overrides(peft: PeftConfig, optimizer: OptimizerConfig) -> dict[ParamK
 def build_schedule(optimizer: MegatronOptimizer, config: RunConfig, train_iters: int) -> OptimizerParamScheduler:
     """megatron-core's schedule. It counts samples, so that its shape does not change with the batch size.
 
-    train_iters: iterations of the whole run; the default length of the decay.
+    train_iters: iterations of the whole run; without --train-samples the default length of the decay.
     Raises ConfigurationError: the warmup is as long as the decay.
     """
     settings, batch = config.optimizer, config.global_batch_size
-    decay = settings.lr_decay_samples or (settings.lr_decay_iters or train_iters) * batch
+    length = config.training.train_samples or train_iters * batch
+    decay = settings.lr_decay_samples or (settings.lr_decay_iters or 0) * batch or length
     warmup = settings.lr_warmup_samples or settings.lr_warmup_iters * batch
     if settings.lr_warmup_fraction is not None:
         warmup = int(settings.lr_warmup_fraction * decay)
@@ -183,7 +184,7 @@ def build_schedule(optimizer: MegatronOptimizer, config: RunConfig, train_iters:
         f"--lr-warmup-iters {settings.lr_warmup_iters} leaves nothing to decay: it must be below the {decay // batch} "
         f"iterations of the run. Shorten it, lengthen --train-epochs, or use --lr-warmup-fraction.",
     )
-    wsd_decay = settings.lr_wsd_decay_samples or (settings.lr_wsd_decay_iters or 0) * batch
+    wsd_decay = config.wsd_decay_samples
     require(
         warmup + wsd_decay <= decay,
         f"--lr-wsd-decay-iters: a last phase of {wsd_decay // batch} iterations does not fit behind a warmup of "
@@ -200,7 +201,7 @@ def build_schedule(optimizer: MegatronOptimizer, config: RunConfig, train_iters:
         lr_decay_style=settings.lr_decay_style,
         start_wd=settings.weight_decay if start_wd is None else start_wd,
         end_wd=settings.weight_decay if end_wd is None else end_wd,
-        wd_incr_steps=train_iters * batch,
+        wd_incr_steps=length,
         wd_incr_style=settings.weight_decay_incr_style,
         use_checkpoint_opt_param_scheduler=settings.use_checkpoint_opt_param_scheduler,
         override_opt_param_scheduler=settings.override_opt_param_scheduler,

@@ -138,7 +138,8 @@ BIASES = frozenset({"linear_qkv", "linear_fc2"})
 SHAPE = ModelShape("llama", 4, 96, 160, 6, 2, 20, 1001, 256, linear_biases=BIASES, rope_scaling=RopeScaling())
 RATE = {"max_lr": 5e-3, "min_lr": 0.0, "lr_warmup_steps": 0, "lr_decay_style": "cosine", "lr_decay_steps": 12}
 DECAY = {"start_wd": 0.01, "end_wd": 0.01, "wd_incr_style": "constant", "wd_incr_steps": 12}
-SCHEDULE = {"num_steps": 8, **RATE, **DECAY}
+LEFT_OUT = {"init_lr": 0.0, "wsd_decay_steps": 0, "lr_wsd_decay_style": "exponential"}  # of megatron-core's state
+SCHEDULE = {"num_steps": 8, **RATE, **LEFT_OUT, **DECAY}
 
 
 def make_config(**groups: dict[str, Any]) -> RunConfig:

@@ -18,7 +18,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron_peft.checkpoint import folders, load
 from megatron_peft.checkpoint.load import load_checkpoint, load_trained_parameters
 from megatron_peft.checkpoint.save import draft_checkpoint, write_new_folder
-from megatron_peft.checkpoint.state import slices_of_range
+from megatron_peft.checkpoint.state import schedule_state, slices_of_range
 from megatron_peft.checkpoint.tensors import load_parameters
 from megatron_peft.config import CheckpointConfig, ConfigurationError, ParallelConfig, PeftConfig
 from megatron_peft.conversion.megatron_files import open_distributed
@@ -33,7 +33,7 @@ from tests.checkpoint.rank_checks import (
     SLOWLY_RESUMED,
     resumed,
 )
-from tests.checkpoint.runs import configure, differences, merged, start
+from tests.checkpoint.runs import LEFT_OUT, configure, differences, merged, start
 from tests.conversion.megatron_folders import flip_a_byte, hold_nan
 from tests.one_rank import one_rank
 from tests.ranks import run_ranks
@@ -264,8 +264,8 @@ def test_a_rotations_own_rate_stays_what_it_is_with_the_checkpoints_schedule():
     peft = PeftConfig("hybrid", peft_lr_rotation=1e-4)  # which is also this run's --lr, by default
     groups: list[dict[str, Any]] = [{"max_lr": rate, "min_lr": 0.0} for rate in (1e-4, 1e-4, 3e-4)]
     groups[1] |= {one.attribute: True for one in peft.spec.param_groups if one.is_labelled}
-    optimizer = SimpleNamespace(decoupled_lr=3e-4)
-    schedule = SimpleNamespace(max_lr=1e-4, min_lr=0.0, num_steps=0, state_dict=lambda: {**OWN}, step=lambda _: None)
+    optimizer = SimpleNamespace(decoupled_lr=3e-4, use_checkpoint_opt_param_scheduler=True)
+    schedule = SimpleNamespace(**OWN, num_steps=0, state_dict=dict, step=lambda _: None)
     schedule.load_state_dict = lambda stored: vars(schedule).update(max_lr=stored["max_lr"], min_lr=stored["min_lr"])
     config = SimpleNamespace(peft=peft, optimizer=optimizer)
     state: Any = SimpleNamespace(schedule=schedule, config=config, optimizer=SimpleNamespace(param_groups=groups))
@@ -274,7 +274,23 @@ def test_a_rotations_own_rate_stays_what_it_is_with_the_checkpoints_schedule():
     assert [group["min_lr"] for group in groups] == pytest.approx([2e-4, 1e-5, 0.0])
 
 
-OWN = {"max_lr": 1e-4, "min_lr": 0.0, "lr_decay_style": "linear", "wd_incr_style": "linear"}
+OWN: dict[str, Any] = {"max_lr": 1e-4, "min_lr": 0.0, **LEFT_OUT}
+
+
+def test_the_last_phase_of_wsd_is_the_checkpoints_with_its_schedule(run, tmp_path):
+    """After two of three steps of four samples; the next run's phase is another, and then its style is."""
+    wsd = {"lr": 1.0, "lr_decay_style": "WSD", "lr_wsd_decay_iters": 2, "lr_wsd_decay_style": "linear"}
+    trained = run(checkpoint={"save": str(tmp_path)}, optimizer=wsd, disturbed=False)
+    trained.train(2)
+    draft_checkpoint(trained.state).complete()
+    for changed in {"lr_wsd_decay_iters": 1, "lr_wsd_decay_style": "cosine"}, {"lr_decay_style": "linear"}:
+        settings = {**wsd, **changed, "use_checkpoint_opt_param_scheduler": True}
+        if "lr_decay_style" in changed:
+            del settings["lr_wsd_decay_iters"]
+        found = run(checkpoint={"load": str(tmp_path)}, optimizer=settings).state
+        assert load_checkpoint(found)
+        assert found.optimizer.param_groups[0]["lr"] == pytest.approx(0.5)
+        assert schedule_state(found.schedule) == schedule_state(trained.state.schedule)
 
 
 @pytest.mark.parametrize("key", ["decoder.layers.0.mlp.linear_fc2.adapter.A", "optimizer.exp_avg."])

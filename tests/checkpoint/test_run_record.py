@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ def test_a_record_reads_back_and_what_cannot_be_read_is_named(tmp_path, text, to
         run_record.read_record(tmp_path)
 
 
-GROUPS = {"checkpoint", "model", "peft", "optimizer", "data_settings", "transformer"}
+GROUPS = {"checkpoint", "model", "peft", "optimizer", "data_settings", "training", "transformer"}
 
 
 def here(schedule=None, **changes):
@@ -141,7 +142,7 @@ def test_another_dropout_is_told(name):
     assert f"{flag(name)} 0.25 (before: 0.0)" in changes(make_record(), here(transformer={name: 0.25}))
 
 
-SLOPING = {**SCHEDULE, "lr_decay_style": "linear", "wd_incr_style": "linear"}
+SLOPING = {**SCHEDULE, "lr_decay_style": "WSD", "wsd_decay_steps": 4, "wd_incr_style": "linear"}
 
 
 @pytest.mark.parametrize("name", [name for name in SLOPING if name != "num_steps"])
@@ -184,18 +185,52 @@ def test_no_optimizer_or_another_schedule_is_refused_unless_one_is_chosen_or_bot
     for choice in ("override_opt_param_scheduler", "use_checkpoint_opt_param_scheduler"):
         chosen = here(schedule={"max_lr": 1e-3}, optimizer={choice: True})
         assert run_record.optimizer_contradictions(make_record(), chosen) == []
-    # What megatron-core's state of a schedule does not hold.
-    wsd = {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 2, "lr_wsd_decay_style": "linear"}
-    there = make_record(config=make_config(optimizer=wsd), schedule={**SCHEDULE, "lr_decay_style": "WSD"})
-    for changed in ({"lr_wsd_decay_iters": 3}, {"lr_wsd_decay_style": "cosine"}, {"lr_warmup_init": 1e-4}):
-        for choice in ({}, {"use_checkpoint_opt_param_scheduler": True}):
-            now = here(schedule={"lr_decay_style": "WSD"}, optimizer={**wsd, **changed, **choice})
-            told = run_record.optimizer_contradictions(there, now)
-            assert len(told) == 1 and flag(next(iter(changed))) in told[0]
     # A longer run at a constant rate.
     constant = {**SCHEDULE, "lr_decay_style": "constant"}
     longer = here(schedule={"lr_decay_style": "constant", "lr_decay_steps": 100, "wd_incr_steps": 100})
     assert run_record.optimizer_contradictions(make_record(schedule=constant), longer) == []
+
+
+def test_a_last_phase_of_wsd_is_compared_in_samples_also_with_a_record_that_does_not_hold_it():
+    """The record's run has batches of 4."""
+    wsd = {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 2, "lr_wsd_decay_style": "linear"}
+    plain = json.loads(make_record(config=make_config(optimizer=wsd), schedule=SLOPING).to_json())
+    for name in ("init_lr", "wsd_decay_steps", "lr_wsd_decay_style"):
+        del plain["schedule"][name]
+    record = RunRecord.from_json(json.dumps(plain))
+    assert record.schedule == {**SLOPING, "wsd_decay_steps": 8, "lr_wsd_decay_style": "linear"}
+    now = here(schedule=record.schedule, training={"global_batch_size": 8, "train_iters": 2})
+    for samples, told in (8, []), (16, ["--lr-wsd-decay-iters (or -samples) in samples: 8 there, 16 here"]):
+        another = dataclasses.replace(now, schedule={**now.schedule, "wsd_decay_steps": samples})
+        problems = run_record.optimizer_contradictions(record, another)
+        assert len(problems) == len(told) and all(words in problems[0] for words in told)
+        stored = dataclasses.replace(
+            another, config=make_config(optimizer={"use_checkpoint_opt_param_scheduler": True})
+        )
+        assert run_record.optimizer_contradictions(record, stored) == []
+
+
+@pytest.mark.parametrize(
+    ("before", "batch", "train_iters", "choice", "told"),
+    [
+        (4, 4, 3, "", ""),
+        (4, 2, 4, "", ""),
+        (4, 2, 6, "", "ends after 16 samples, but its learning rate decays over 12. Give --over.*--lr-decay-iters 8,"),
+        (4, 2, 6, "override", "ends after 16 samples, but its learning rate decays over 12. Give --override"),
+        (4, 2, 6, "use_checkpoint", "rate of 0 after 4 iterations, but this run has 6: .* or at most 4 it"),
+        (4, 2, 4, "use_checkpoint", ""),
+        (2, 4, 3, "", "ends after 8 samples, but its learning rate decays over 12. Give --over.*--lr-decay-iters 2, "),
+        (2, 4, 3, "use_checkpoint", ""),
+        (4, 12, 1, "", ""),  # over already
+    ],
+)
+def test_a_run_whose_batches_are_others_now_ends_where_its_schedule_does(before, batch, train_iters, choice, told):
+    """After two iterations, with a decay of 12 samples."""
+    choices = {f"{choice}_opt_param_scheduler": True} if choice else {}
+    now = here(optimizer=choices, training={"global_batch_size": batch, "train_iters": train_iters})
+    record = make_record(position={"iteration": 2, "consumed_samples": 2 * before})
+    problems = run_record.optimizer_contradictions(record, now)
+    assert len(problems) == bool(told) and all(re.search(told, problem) for problem in problems), problems
 
 
 def save_base(folder, weights, config="{}"):

@@ -221,6 +221,8 @@ def test_a_last_phase_that_does_not_fit_behind_the_warmup_is_refused(start):
         ({"train_samples": 1600}, 2, 200, 800, 600),
         ({"train_samples": 1600}, 8, 201, 804, 300),  # no step beyond them
         ({"train_epochs": 1}, 8, 201, 804, 301),  # all of them
+        ({"train_samples": 1600 + 12}, 16, 1, 12, 101),  # those that both batches leave over count once
+        ({"train_epochs": 1.015}, 16, 3, 24, 103),
     ],
 )
 def test_a_run_that_is_resumed_with_another_batch_trains_the_samples_that_are_left(
@@ -228,5 +230,13 @@ def test_a_run_that_is_resumed_with_another_batch_trains_the_samples_that_are_le
 ):
     lengths = {"train_iters": None, "train_samples": None, "train_epochs": None, **length}
     config: Any = SimpleNamespace(global_batch_size=batch, training=SimpleNamespace(**lengths))
-    from_the_beginning = length.get("train_iters") or 1600 // batch
-    assert length_of_resumed(config, from_the_beginning, Position(steps, samples)) == expected
+    order = SimpleNamespace(positions_in=lambda epochs: round(1600 * epochs))
+    data: Any = SimpleNamespace(train=SimpleNamespace(order=order), train_iters=length.get("train_iters"))
+    assert length_of_resumed(config, data, Position(steps, samples)) == expected
+
+
+@pytest.mark.parametrize(("settings", "decay"), [({}, 14), ({"lr_decay_samples": 10}, 10)])
+def test_the_decay_of_a_run_in_samples_is_as_long_as_it_was_typed_whatever_the_batch(start, settings, decay):
+    samples = {"train_iters": None, "train_samples": 14}
+    state, _ = start(training={"global_batch_size": 4, **samples}, optimizer=settings)
+    assert (state.schedule.lr_decay_steps, state.schedule.wd_incr_steps) == (decay, 14)
