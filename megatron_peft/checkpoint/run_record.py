@@ -237,7 +237,8 @@ def contradictions(record: RunRecord, current: CurrentRun) -> list[str]:
 
 def changes(record: RunRecord, current: CurrentRun) -> str:
     """A warning about permitted changes in a resumed run, or an empty string."""
-    of_method = current.config.peft.spec.fields(current.config.peft) & _may_change() - {"method", "target_modules"}
+    without_effect = {"method", "target_modules", "lora_ga_batches"}  # nothing is initialized again
+    of_method = current.config.peft.spec.fields(current.config.peft) & _may_change() - without_effect
     values = [
         (name, getattr(getattr(record.config, section), name), getattr(getattr(current.config, section), name))
         for section, names in {**CHANGED_WITH_WARNING, "peft": sorted(of_method)}.items()
@@ -278,6 +279,13 @@ def optimizer_contradictions(record: RunRecord, current: CurrentRun) -> list[str
         ]
     settings = current.config.optimizer
     if settings.use_checkpoint_opt_param_scheduler:
+        rates = [run.config.peft.peft_lr_rotation for run in (record, current)]
+        if rates[0] != rates[1] and "peft_lr_rotation" in current.config.peft.spec.fields(current.config.peft):
+            return [
+                f"{_load(current)} was trained with --peft-lr-rotation {rates[0]}, which is kept with "
+                f"--use-checkpoint-opt-param-scheduler, but this run has {rates[1]}: give that, or leave "
+                f"--use-checkpoint-opt-param-scheduler out."
+            ]
         return _steps_without_a_rate(record, record.schedule, current)
     if settings.override_opt_param_scheduler:
         return _another_end(record, current)

@@ -23,6 +23,7 @@ from megatron_peft.checkpoint.tensors import load_parameters
 from megatron_peft.config import CheckpointConfig, ConfigurationError, ParallelConfig, PeftConfig
 from megatron_peft.conversion.megatron_files import open_distributed
 from megatron_peft.runtime.launch import model_parallel, start_world, stop
+from megatron_peft.training.update import rotation_learning_rate
 from tests.checkpoint import rank_checks
 from tests.checkpoint.rank_checks import (
     ON_FOUR,
@@ -291,6 +292,26 @@ def test_the_last_phase_of_wsd_is_the_checkpoints_with_its_schedule(run, tmp_pat
         assert load_checkpoint(found)
         assert found.optimizer.param_groups[0]["lr"] == pytest.approx(0.5)
         assert schedule_state(found.schedule) == schedule_state(trained.state.schedule)
+
+
+def test_a_resumed_run_may_change_the_rate_of_rotations_unless_it_takes_the_checkpoints_schedule(run, tmp_path):
+    def boft(rate, **settings):
+        peft = {"method": "boft", "boft_block_size": 2, "boft_factors": 2, "peft_lr_rotation": rate}
+        return run(
+            peft=peft, optimizer={"lr_decay_style": "constant", **settings.pop("optimizer", {})}, **settings
+        ).state
+
+    draft_checkpoint(boft(1e-3, checkpoint={"save": str(tmp_path)})).complete()
+    resumed = boft(5e-4, checkpoint={"load": str(tmp_path)})
+    assert load_checkpoint(resumed)
+    assert rotation_learning_rate(resumed) == 5e-4
+    stored = {"checkpoint": {"load": str(tmp_path)}, "optimizer": {"use_checkpoint_opt_param_scheduler": True}}
+    with pytest.raises(
+        ConfigurationError, match="with --peft-lr-rotation 0.001, which is kept with --use-ch.* has 0.0005"
+    ):
+        load_checkpoint(boft(5e-4, **stored))
+    same = boft(1e-3, **stored)
+    assert load_checkpoint(same) and rotation_learning_rate(same) == 1e-3
 
 
 @pytest.mark.parametrize("key", ["decoder.layers.0.mlp.linear_fc2.adapter.A", "optimizer.exp_avg."])

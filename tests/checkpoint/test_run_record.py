@@ -70,6 +70,7 @@ def test_a_contradiction_names_both_values(changes, words):
     [
         {},
         {"peft": {"lora_dropout": 0.5, "lora_plus_ratio": 4.0}},
+        {"peft": {"method": "lora-ga", "lora_ga_batches": 3}},
         {"peft": {"target_modules": ("linear_f*1",)}},  # another pattern for the same layers
         {"model": {"base_precision": "nf4"}, "checkpoint": {"allow_other_base_precision": True}},
         {"base_fingerprint": None},  # the base cannot be read any more
@@ -77,8 +78,9 @@ def test_a_contradiction_names_both_values(changes, words):
     ],
 )
 def test_what_may_change(changes):
-    assert contradictions(make_record(), here(**changes)) == []
-    assert run_record.optimizer_contradictions(make_record(), here(**changes)) == []
+    record = make_record(config=make_config(peft={"method": changes.get("peft", {}).get("method", "lora")}))
+    assert contradictions(record, here(**changes)) == []
+    assert run_record.optimizer_contradictions(record, here(**changes)) == []
 
 
 @pytest.mark.parametrize(
@@ -93,6 +95,12 @@ def test_what_may_change(changes):
             {"peft": {"lora_dropout": 0.5, "lora_plus_ratio": 4.0, "target_modules": ("linear_f*1",)}},
             "--lora-dropout 0.5 (before: 0.0), --lora-plus-ratio 4.0 (before: 1.0)",
             id="of the method",
+        ),
+        pytest.param(
+            {"config": make_config(peft={"method": "hybrid"})},
+            {"peft": {"method": "hybrid", "lora_ga_batches": 3, "peft_lr_rotation": 0.25}},
+            "--peft-lr-rotation 0.25 (before: None)",
+            id="of the hybrid, which is not initialized again",
         ),
         ({"data_digest": "12"}, {"data_digest": "34"}, "other contents of --train-data-path pairs.jsonl than before"),
         (

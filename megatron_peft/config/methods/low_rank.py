@@ -38,7 +38,9 @@ class LowRankOptions(PeftOptions):
 class LoraGaOptions(LowRankOptions):
     """Flags of the methods whose A and B are initialized from the gradient."""
 
-    lora_ga_batches: int = option(8, "global batches whose gradient initializes A and B", check="positive")
+    lora_ga_batches: int = option(
+        8, "global batches whose gradient initializes A and B", check="positive", may_change=True
+    )
     lora_ga_init: Literal["aligned", "paper", "original"] = option(
         "aligned",
         "initial A and B: aligned (A along the gradient, B zero), paper (eq. (8)) or original (as published); the last "

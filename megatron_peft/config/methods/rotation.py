@@ -20,7 +20,10 @@ class RotationOptions(PeftOptions):
         "output", "side of the weight that is rotated: R W, or W R^T as in Hugging Face PEFT"
     )
     peft_lr_rotation: float | None = option(
-        None, "learning rate of rotation parameters (default: --lr; with hybrid --lr / 8)", check="positive"
+        None,
+        "learning rate of rotation parameters (default: --lr; with hybrid --lr / 8)",
+        check="positive",
+        may_change=True,
     )
 
 
