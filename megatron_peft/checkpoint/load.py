@@ -210,7 +210,7 @@ def _load_schedule(state: TrainingState, stored: Mapping[str, Any]) -> None:
     schedule.num_steps = 0  # megatron-core adds the stored steps
     if state.config.optimizer.use_checkpoint_opt_param_scheduler:
         vars(schedule).update({name: stored[name] for name in NOT_IN_STATE})
-        schedule.load_state_dict(stored)
+        schedule.load_state_dict({**stored})
     else:
         schedule.load_state_dict({**stored, **{name: own[name] for name in run_record.unused_schedule_values(own)}})
     if (schedule.max_lr, schedule.min_lr) != (max_lr, min_lr):

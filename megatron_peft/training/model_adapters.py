@@ -150,7 +150,9 @@ class ModelAdapters:
         """LoRA-GA's start: set A and B from the gradient of the base weights over some batches. A collective.
 
         replay: runs forward and backward over the same batches at each of its two calls, and no optimizer.
-        num_tokens: if the loss is a sum: of how many tokens, in all batches on all replicas; 1 if it is a mean.
+        num_tokens: what the sum of the losses, over all batches of `replay`, microbatches and replicas, is divided by:
+            their tokens if each loss is a sum, the number of losses if each is a mean. `lora_ga_init="paper"` depends
+            on it. megatron-core's schedule makes one mean of a call's microbatches.
         Returns, by layer of this rank, the share of the gradient's squared norm in the directions that were taken.
         """
         able = ", ".join(name for name, method in METHODS.items() if method.starts_from_gradients)

@@ -264,6 +264,21 @@ def test_a_merged_model_trains_as_an_ordinary_one_and_so_does_what_is_unfrozen_b
     torch.testing.assert_close(gradients(model.requires_grad_(True)), expected)
 
 
+def test_a_start_from_means_is_that_of_their_mean_however_often_they_come(world):
+    starts, tokens = [], torch.arange(8)[None]
+    for count in (1, 4):
+        model = tiny_gpt()
+        adapters = add_adapters(model, PeftConfig("lora-ga", lora_rank=2, lora_ga_init="paper"))
+
+        def replay(model=model, count=count):
+            for _ in range(count):
+                model(tokens, tokens, None, labels=tokens).mean().backward()
+
+        adapters.start_from_gradients(replay, num_tokens=count)
+        starts.append([parameter.detach() for parameter in adapters.parameters()])
+    torch.testing.assert_close(*starts)
+
+
 def stepped(adapters: ModelAdapters, optimizer: Any, **settings: Any) -> float:
     for parameter in adapters.parameters():
         parameter.grad = torch.ones_like(parameter)
