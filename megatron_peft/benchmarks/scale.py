@@ -136,7 +136,7 @@ def run_phases(config: RunConfig, meter: Meter) -> None:
         _make_moments(state)
         random.seed(0)
         np.random.seed(0)  # the texts of all ranks' generators have one length, and so have their files
-        state.position.iteration = 1
+        state.position.iteration, state.position.consumed_samples = 1, config.global_batch_size
         with meter.phase("save"), replaced(save, "complete_files", complete):
             saver.start(state)
             outcome = saver.finish()

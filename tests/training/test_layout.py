@@ -306,7 +306,8 @@ def take_bounded_steps(jobs: list[Job]) -> list[Bounded]:
             num_steps = 0 if load_checkpoint(state) else job.num_steps
             losses = [train_step(state, next(steps)).loss for _ in range(num_steps)]
             if state.config.checkpoint.save:
-                state.position.iteration = num_steps
+                consumed = num_steps * state.config.global_batch_size
+                state.position.iteration, state.position.consumed_samples = num_steps, consumed
                 draft_checkpoint(state).complete()
             gap = max(map(_gap, state.model_chunks[0].parameters()))  # before `_ratios` widens the parameters
             found.append(Bounded(_ratios(state), losses, gap))

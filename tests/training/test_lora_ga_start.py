@@ -80,7 +80,7 @@ def test_a_resumed_run_does_not_start_again(start, tmp_path, capsys, init):
     peft = {**PEFT, "lora_ga_init": init}
     state, data = start(peft=peft, checkpoint={"save": str(tmp_path)})
     train_step(state, next(iter(data.train)))
-    state.position.iteration = 1
+    state.position.iteration, state.position.consumed_samples = 1, state.config.global_batch_size
     draft_checkpoint(state).complete()
     capsys.readouterr()
     second, _ = start(peft=peft, checkpoint={"load": str(tmp_path)})
