@@ -5,7 +5,7 @@ python -m tools.documents docs/*.md docs/results/README.md rewrites the text bet
     <!-- records: claim -->
     <!-- end of records -->
 
-from docs/results/claim: the folder of an experiment (its state, the scores of each method, the best mean), a JSON
+from docs/results/claim: the folder of an experiment (scores, its state, answers to its questions), a JSON
 file of megatron-peft bench (`bench/collectives.json`: its figures), or one that holds a table
 (`planning/published.json`). A test compares the documents with them.
 """
@@ -47,15 +47,12 @@ def table_of(found: dict[str, Any]) -> str:
 
 
 def experiment(folder: Path) -> str:
-    """Markdown of an experiment's folder: scores by method, and what they say."""
+    """Markdown of an experiment's folder: scores by method, its state and the answers to its questions."""
     results = read_results(folder)
-    reference = reference_method(results, None)
-    found = rows(results, reference)
-    tuning, asked = report.not_tuned(results), contrasts.sentences(results, contrasts.answers(results))
-    told = (report.state(results), next(report.provenance(results)), *tuning, *asked)
-    told = (*told, *report.verdicts(found, reference))
-    sentences = "\n".join(f"- {sentence}" for sentence in told)
-    return f"{by_score(results, found).markdown()}\n{sentences}\n"
+    scores = by_score(results, rows(results, reference_method(results, None)))
+    answers = contrasts.sentences(results, contrasts.answers(results))
+    sentences = (report.state(results), next(report.provenance(results)), *report.not_tuned(results), *answers)
+    return f"{scores.markdown()}\n" + "".join(f"- {sentence}\n" for sentence in sentences)
 
 
 def benchmark(path: Path) -> str:

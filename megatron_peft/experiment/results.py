@@ -297,7 +297,11 @@ def crossing(curve: Sequence[tuple[float, float]], loss: float) -> tuple[float, 
 
 
 def steps_to(runs: Mapping[int, CellRecord], reference: Mapping[int, CellRecord]) -> list[StepsTo]:
-    """An entry for each measurement that all of the reference's runs have; runs are paired by seed."""
+    """Entries by steps, for runs that are paired by seed.
+
+    They are the measurements that all of the reference's runs have and at which the mean of their losses is the lowest
+    so far: a later loss that is higher is no goal, since every run had it earlier.
+    """
     seeds = sorted(runs.keys() & reference.keys())
     curves, targets = (
         {
@@ -306,9 +310,13 @@ def steps_to(runs: Mapping[int, CellRecord], reference: Mapping[int, CellRecord]
         }
         for records in (runs, reference)
     )
-    compared = []
+    compared, lowest = [], math.inf
     measured = [{at for at, _ in target} for target in targets.values()]
     for steps in sorted(set.intersection(*measured)) if seeds else ():
+        target_loss = mean(dict(targets[seed])[steps] for seed in seeds)
+        if target_loss >= lowest:
+            continue
+        lowest = target_loss
         crossings = [crossing(curves[seed], dict(targets[seed])[steps]) for seed in seeds]
         reached = [step for step in crossings if step is not None]
         times = steps / mean(at for at, _ in reached) if reached else None

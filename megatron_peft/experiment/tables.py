@@ -127,7 +127,7 @@ class Row(NamedTuple):
 
 
 def reference_method(results: Results, chosen: str | None) -> str:
-    """The method that others are tested against: the chosen one, or the first that mixes two, or the first of all.
+    """The method that others are tested against: the chosen one, `hybrid`, the first Hybrid, or the first of all.
 
     Raises ConfigurationError: the experiment has no such method.
     """
@@ -137,7 +137,7 @@ def reference_method(results: Results, chosen: str | None) -> str:
         return chosen
     mixing = {name for name, method in METHODS.items() if method.mixes}
     mixed = [method.name for method in results.experiment.methods if method.peft_method in mixing]
-    return (mixed or names)[0]
+    return ([name for name in mixed if name in mixing] or mixed or names)[0]
 
 
 def rows(results: Results, reference: str) -> list[Row]:
@@ -249,7 +249,7 @@ def in_the_papers_form(results: Results, table_rows: Sequence[Row]) -> Table:
 
 
 def speed_table(results: Results, model: str, task: str) -> Table | None:
-    """A line per method, a column per measurement; None without a run of the default method, LoRA."""
+    """A line per method, a column per measurement; None without LoRA's runs, or with fewer than two columns."""
     of_place = results.of(model, task)
     lora = (result for result in of_place if result.group.method.peft_method == PeftConfig.method and result.finals)
     base = next(lora, None)
@@ -261,6 +261,8 @@ def speed_table(results: Results, model: str, task: str) -> Table | None:
         if result is not base
     }
     steps = sorted({step for by_step in measured.values() for step in by_step})
+    if len(steps) < 2:
+        return None
     return Table(
         f"Times fewer steps than {base.method} to {base.method}'s validation loss after N steps ({model}, {task})",
         ("method", *(f"N = {step}" for step in steps)),

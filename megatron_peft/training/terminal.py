@@ -184,7 +184,7 @@ def training_summary(config: RunConfig, adapted: Sequence[str], model_chunks: Se
 
 
 def large_batch_warning(config: RunConfig, order: SampleOrder) -> str:
-    """Of low-rank factors with many samples a step, of which a pack holds several; else nothing."""
+    """A warning of low-rank factors with many samples a step, of which a pack holds several; else nothing."""
     num_samples = round(config.global_batch_size * order.num_samples / order.epoch_length(0))
     if num_samples < LARGE_BATCH or "lora_rank" not in config.peft.spec.fields(config.peft):
         return ""

@@ -72,8 +72,9 @@ def clone(tmp_path_factory) -> Path:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source, folder / name)
     (folder / ".venv").symlink_to(sys.prefix)
-    for name in ("pyproject.toml", "setup.py"):  # older than the environment, which must not be made to point here
-        os.utime(folder / name, (0, 0))
+    # Older than the environment, which must not be made to point here.
+    for path in (folder / "pyproject.toml", folder / "setup.py", *(folder / "requirements").iterdir()):
+        os.utime(path, (0, 0))
     return folder
 
 

@@ -5,6 +5,8 @@ import math
 import random
 from pathlib import Path
 from statistics import mean, stdev
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -124,6 +126,8 @@ def test_half_the_steps_are_two_times_fewer_seed_by_seed(found: Results) -> None
     paired = steps_to({1: run(3, 1), 2: run(9, 9), 7: run(0, 0)}, {1: run(4, 2), 2: run(4, 2)})
     assert paired[-1] == StepsTo(20, 20 / 15, False, 1, 2), "one of two never arrives"
     assert steps_to({1: run(1)}, {2: run(1)}) == []
+    rising = steps_to({1: run(3, 1, 1, 1)}, {1: run(3, 2, 2, 2.5), 2: run(0, 0, 0, 0)})
+    assert [at.steps for at in rising] == [10, 20], "a loss that every run had before is no goal"
     lora = found.all[0].finals
     assert [(one.steps, one.times_fewer) for one in steps_to(lora, lora)] == [(10, 1), (20, 1), (40, 1)]
 
@@ -190,6 +194,16 @@ def test_mean_spread_and_test_are_of_the_three_runs(found: Results) -> None:
     assert lora_ga.against is None, "its runs differ from the Hybrid's by the same each: no spread, no test"
     assert hybrid.against is None
     assert reference_method(found, None) == "hybrid" and reference_method(found, "lora") == "lora"
+
+
+@pytest.mark.parametrize(
+    ("names", "reference"),
+    [(("lora", "half", "hybrid"), "hybrid"), (("lora", "half", "paper"), "half"), (("urnn", "lora"), "urnn")],
+)
+def test_others_are_tested_against_the_hybrid_of_that_name_wherever_it_stands(names, reference) -> None:
+    of: Any = SimpleNamespace
+    methods = [of(name=name, peft_method=name if name in ("lora", "urnn") else "hybrid") for name in names]
+    assert reference_method(of(experiment=of(methods=methods)), None) == reference
 
 
 def test_paper_names_are_held_against_the_paper(tmp_path: Path) -> None:
