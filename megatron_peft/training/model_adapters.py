@@ -20,7 +20,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import nn
 
-from megatron_peft.adapters.attach import attach_adapters, make_adaptable, merge_adapters
+from megatron_peft.adapters.attach import attach_adapters, linear_layers, make_adaptable, merge_adapters
 from megatron_peft.adapters.step import AdaptersStep
 from megatron_peft.checkpoint.load import require_whole
 from megatron_peft.checkpoint.save import write_new_folder
@@ -112,7 +112,10 @@ class ModelAdapters:
     # The optimizer: the method's own groups, with their learning rates and without decay where it would do harm.
 
     def param_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
-        """Groups for an optimizer of torch, such as AdamW. `lr` is the peak; a schedule scales all rates alike."""
+        """Groups for an optimizer of torch, such as AdamW. `lr` is the peak; a schedule scales all rates alike.
+
+        Raises ConfigurationError: the weight of a layer with an adapter is not frozen.
+        """
         self._set_rate(lr)
         groups: dict[tuple[Any, ...], dict[str, Any]] = {}
         for parameter in self.parameters():
@@ -127,7 +130,8 @@ class ModelAdapters:
     def config_overrides(self, optimizer_config: OptimizerConfig) -> dict[Any, Any]:
         """`config_overrides` for `get_megatron_optimizer`, whose `lr` and `min_lr` the groups' rates follow.
 
-        Raises ConfigurationError: the optimizer scales the loss, and the method takes gradients as they are.
+        Raises ConfigurationError: the weight of a layer with an adapter is not frozen; or the optimizer scales the
+        loss, and the method takes gradients as they are.
         """
         scales = {name: getattr(optimizer_config, name) for name in ("fp16", "loss_scale")}
         scaled = [f"{name}={value}" for name, value in scales.items() if value]
@@ -142,6 +146,13 @@ class ModelAdapters:
 
     def _set_rate(self, lr: float) -> None:
         require(lr > 0, f"the learning rate is {lr}; it must be above 0.")
+        layers = [layer for chunk in self.model_chunks for layer in linear_layers(chunk) if layer.module.adapter]
+        trained = [layer.name for layer in layers if layer.module.weight.requires_grad]
+        require(
+            not trained,
+            f"{', '.join(trained[:4])}{', ...' if len(trained) > 4 else ''}: the weight of a layer with an adapter "
+            f"gets no gradient, but its requires_grad is True: leave it frozen, or the layer out of target_modules.",
+        )
         self.lr = lr
 
     # LoRA-GA and the Hybrid.

@@ -260,6 +260,11 @@ def test_a_merged_model_trains_as_an_ordinary_one_and_so_does_what_is_unfrozen_b
             parameter.requires_grad_(True)
             torch.testing.assert_close(gradients(model)[name], expected[name])
             parameter.requires_grad_(False)
+    untargeted.param_groups(1e-3)
+    fc1 = model.decoder.layers[0].mlp.linear_fc1.weight.requires_grad_(True)
+    with pytest.raises(ConfigurationError, match=r"^decoder.layers.0.mlp.linear_fc1: the weight .* gets no gradient"):
+        untargeted.param_groups(1e-3)
+    fc1.requires_grad_(False)
     untargeted.merge()
     torch.testing.assert_close(gradients(model.requires_grad_(True)), expected)
 
