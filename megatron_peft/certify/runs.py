@@ -23,7 +23,7 @@ from megatron_peft.checkpoint.folders import iteration_folder
 from megatron_peft.checkpoint.load import load_checkpoint
 from megatron_peft.checkpoint.save import Saver
 from megatron_peft.checkpoint.state import optimizer_tensors, random_states, whole_parameters
-from megatron_peft.checkpoint.tensors import Sharded, data_of, global_slices, sharded_parameters, with_data
+from megatron_peft.checkpoint.tensors import Sharded, data_of, global_slices, with_data
 from megatron_peft.config import CheckpointConfig, RunConfig
 from megatron_peft.data.batches import Microbatch
 from megatron_peft.data.tokenizers import build_tokenizer
@@ -145,9 +145,7 @@ class Run:
         state, position = self.state, self.state.position
         asked_to_stop = dist.get_rank() == dist.get_world_size() - 1 and position.iteration == 1
         report = train_step(state, microbatches, asked_to_stop, by_layer=True)
-        position.iteration += 1
-        position.consumed_samples += state.config.global_batch_size
-        position.consumed_tokens += report.num_positions
+        state.advance(report.num_positions)
         # As if each step were validated, and the first one were the best: a resumed run has to know it.
         state.best = state.best.after(float(position.iteration), position.iteration)
         with get_cuda_rng_tracker().fork():  # pyright: ignore[reportOptionalMemberAccess]
@@ -158,23 +156,18 @@ class Run:
 
     # What is reported of it.
 
-    @property
-    def entries(self) -> list[Sharded]:
-        """What is saved of the model."""
-        chunks = [chunk.module for chunk in self.state.model_chunks]
-        return sharded_parameters(chunks, only_adapters=self.state.config.peft.trains_adapters)
-
     def tensors(self) -> Slices:
         """What this rank would save of trained tensors and of the optimizer's."""
         with whole_parameters(self.state.model_chunks):
-            entries = self.entries
+            entries = self.state.entries
             return _copies([*entries, *optimizer_tensors(self.state.optimizer, entries)])
 
     def gradients(self) -> Slices:
         """Each parameter's, by its key. A collective."""
         trained = [p for chunk in self.state.model_chunks for p in chunk.parameters() if p.requires_grad]
         whole = dict(zip(map(id, trained), GradientShards(self.state.optimizer).whole(trained), strict=True))
-        return _copies(with_data(tensor, whole[id(tensor.data)]) for tensor in self.entries if id(tensor.data) in whole)
+        entries = (tensor for tensor in self.state.entries if id(tensor.data) in whole)
+        return _copies(with_data(tensor, whole[id(tensor.data)]) for tensor in entries)
 
     def others(self) -> dict[str, Any]:
         """What else training changes on this rank."""
@@ -186,7 +179,7 @@ class Run:
     def begin_with(self, start: Mapping[str, Tensor]) -> None:
         """Take these whole tensors for the trained ones."""
         with torch.no_grad():
-            for part in (part for entry in self.entries for part in global_slices(entry)):
+            for part in (part for entry in self.state.entries for part in global_slices(entry)):
                 data_of(part).copy_(start[part.key][slice_of(part.global_offset, part.local_shape)])
         self.state.optimizer.reload_model_params()
 

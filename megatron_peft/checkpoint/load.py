@@ -149,17 +149,16 @@ def load_checkpoint(state: TrainingState) -> Path | None:
     if checkpoint is None:
         _warn("--load %s holds no checkpoint: starting from the beginning", folder)
         return None
-    chunks = [chunk.module for chunk in state.model_chunks]
     record = from_first_rank(lambda: run_record.read_record(checkpoint))
     base, schedule = base_fingerprint(state.config.model.pretrained_checkpoint), schedule_state(state.schedule)
-    layers, digests = tensors.adapted_layers(chunks), (state.data_digest, state.tokenizer_digest)
+    layers, digests = tensors.adapted_layers(state.model_chunks), (state.data_digest, state.tokenizer_digest)
     current = CurrentRun(state.config, state.shape, layers, base, schedule, *digests)
     resumes_optimizer = _resumes_optimizer(settings)
     # All of the record is compared before the first tensor is read, so that a refused checkpoint changes nothing.
     checked_together(lambda: _refuse(record, current, resumes_optimizer))
     if not settings.finetune and (warning := run_record.changes(record, current)):
         _warn("%s", warning)
-    entries = tensors.sharded_parameters(chunks, only_adapters=state.config.peft.trains_adapters)
+    entries = state.entries
     index = tensors.load_parameters(entries, checkpoint)
     stored = tensors.stored_shapes(index)
     state.optimizer.reload_model_params()  # copies them into the float32 masters

@@ -98,9 +98,8 @@ def draft_checkpoint(
     """
     assert state.config.checkpoint.save is not None
     folder, iteration = Path(state.config.checkpoint.save), state.position.iteration
-    chunks = [chunk.module for chunk in state.model_chunks]
-    entries = tensors.sharded_parameters(chunks, only_adapters=state.config.peft.trains_adapters)
-    record = record_of(state, tensors.adapted_layers(chunks), entries)
+    entries = state.entries
+    record = record_of(state, tensors.adapted_layers(state.model_chunks), entries)
     with _as_not_saved(folder, iteration):
         draft = from_first_rank(lambda: folders.start_draft(folders.iteration_folder(folder, iteration)))
     with _as_not_saved(folder, iteration, draft), whole_parameters(state.model_chunks):

@@ -22,7 +22,15 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from megatron_peft.checkpoint.run_record import BestValidation
-from megatron_peft.checkpoint.tensors import Sharded, Target, data_of, global_slices, is_whole, master_key
+from megatron_peft.checkpoint.tensors import (
+    Sharded,
+    Target,
+    data_of,
+    global_slices,
+    is_whole,
+    master_key,
+    sharded_parameters,
+)
 from megatron_peft.config import ConfigurationError, PeftConfig, RunConfig
 from megatron_peft.config.untrusted import parse_json
 from megatron_peft.models.shape import ModelShape
@@ -69,6 +77,18 @@ class TrainingState:
     def iteration(self) -> int:
         """Steps taken before the present one."""
         return self.position.iteration
+
+    @property
+    def entries(self) -> list[Sharded]:
+        """What is saved of the model."""
+        chunks = [chunk.module for chunk in self.model_chunks]
+        return sharded_parameters(chunks, only_adapters=self.peft.trains_adapters)
+
+    def advance(self, num_positions: int) -> None:
+        """The position after a step that `num_positions` tokens went through."""
+        self.position.iteration += 1
+        self.position.consumed_samples += self.config.global_batch_size
+        self.position.consumed_tokens += num_positions
 
 
 NOT_IN_STATE = ("init_lr", "wsd_decay_steps", "lr_wsd_decay_style")  # of a schedule's values

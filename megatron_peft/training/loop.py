@@ -135,9 +135,7 @@ class _Run:
             report = step.train_step(self.state, microbatches, self._wants_to_stop(), by_layer, around_forward)
         # The position first, since log lines and checkpoints record it. Validation and saves happen between steps, on
         # all ranks; both wait for parameters that are still being gathered (`whole_parameters`).
-        position.iteration += 1
-        position.consumed_samples += config.global_batch_size
-        position.consumed_tokens += report.num_positions
+        self.state.advance(report.num_positions)
         self.watchers.after_step(position.iteration, report)
         self.progress.advance(position.iteration)
         is_first_step = position.iteration == self.started_from + 1

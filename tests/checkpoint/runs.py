@@ -14,7 +14,6 @@ from megatron.core import parallel_state
 
 from megatron_peft.checkpoint.run_record import RunRecord
 from megatron_peft.checkpoint.state import MOMENTS, TrainingState, optimizer_params
-from megatron_peft.checkpoint.tensors import sharded_parameters
 from megatron_peft.config import ConfigurationError, ParallelConfig, RunConfig
 from megatron_peft.models.families import read_shape
 from megatron_peft.models.shape import ModelShape, RopeScaling
@@ -57,20 +56,18 @@ class Run:
 
     def train(self, num_steps: int) -> list[float]:
         """Losses of the next steps."""
-        position, losses = self.state.position, []
-        self.data.train.consumed_samples = position.consumed_samples
+        losses = []
+        self.data.train.consumed_samples = self.state.position.consumed_samples
         steps = iter(self.data.train)
         for _ in range(num_steps):
             report = train_step(self.state, next(steps))
-            position.iteration += 1
-            position.consumed_samples += self.state.config.global_batch_size
-            position.consumed_tokens += report.num_positions
+            self.state.advance(report.num_positions)
             losses.append(report.loss)
         return losses
 
     def snapshot(self) -> dict[str, torch.Tensor]:
         """Copies of everything trainable on this rank: parameters, the optimizer's state, rates, generators."""
-        entries = sharded_parameters(self.chunks, only_adapters=self.state.config.peft.trains_adapters)
+        entries = self.state.entries
         found = {entry.key: entry.data.detach().clone() for entry in entries}
         for param, entry in optimizer_params(self.state.optimizer, entries):
             found[f"master {entry.key}"] = param.master.detach().clone()
