@@ -183,7 +183,7 @@ def check_layout(parallel: ParallelConfig, shape: ModelShape) -> list[str]:
     undivided = [f"{size} {name}" for name, size in sizes.items() if size % tp]
     if undivided:
         problem = f"--tensor-model-parallel-size {tp} does not divide the model's {', '.join(undivided)}: "
-        problems = [f"{problem}use {_listed(_divisors(math.gcd(*sizes.values())))}.", *problems]
+        problems = [f"{problem}use {_listed(divisors(math.gcd(*sizes.values())))}.", *problems]
     return problems
 
 
@@ -201,7 +201,7 @@ def check_quantized(model: ModelConfig, tensor_parallel_size: int, shape: ModelS
     intro = f"--base-precision {base_precision} has blocks of {BLOCK} input features, and linear layers of this model"
     if shape.hidden_size % BLOCK or whole % BLOCK:
         return [f"{intro} have {shape.hidden_size} and {whole}, which are no multiples of it: leave it out."]
-    fitting = [size for size in _divisors(math.gcd(whole // BLOCK, shape.num_query_groups))]
+    fitting = [size for size in divisors(math.gcd(whole // BLOCK, shape.num_query_groups))]
     return [
         f"{intro} with {whole} of them cannot be cut into --tensor-model-parallel-size {tensor_parallel_size} parts of "
         f"whole blocks: use {_listed(fitting)}."
@@ -247,14 +247,14 @@ def _pipeline_problems(parallel: ParallelConfig, shape: ModelShape) -> list[str]
     if divided % pp:
         return [
             f"--pipeline-model-parallel-size {pp} does not divide the model's {counted}: use "
-            f"{_listed(_divisors(divided))}, or set --decoder-first-pipeline-num-layers and "
+            f"{_listed(divisors(divided))}, or set --decoder-first-pipeline-num-layers and "
             f"--decoder-last-pipeline-num-layers, or --pipeline-model-parallel-layout."
         ]
     chunk = parallel.num_layers_per_virtual_pipeline_stage
     if chunk and (divided // pp) % chunk:
         return [
             f"--num-layers-per-virtual-pipeline-stage {chunk} does not divide the {divided // pp} layers of a stage "
-            f"({counted}, over {pp} stages): use {_listed(_divisors(divided // pp))}."
+            f"({counted}, over {pp} stages): use {_listed(divisors(divided // pp))}."
         ]
     return []
 
@@ -275,7 +275,8 @@ def _uneven_problems(parallel: ParallelConfig, shape: ModelShape) -> list[str]:
     ]
 
 
-def _divisors(number: int) -> list[int]:
+def divisors(number: int) -> list[int]:
+    """All of them, ascending."""
     small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
     return sorted({*small, *(number // n for n in small)})
 

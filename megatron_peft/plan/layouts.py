@@ -26,7 +26,7 @@ from megatron_peft.config import ConfigurationError, ParallelConfig, RunConfig, 
 from megatron_peft.config.errors import spelled
 from megatron_peft.config.training import ACCOUNTED_STAGES, LAYOUT, UNEVEN_STAGES
 from megatron_peft.models.families import check_adapters
-from megatron_peft.models.shape import ModelShape, check_layout, check_quantized
+from megatron_peft.models.shape import ModelShape, check_layout, check_quantized, divisors
 from megatron_peft.plan.cluster import Cluster
 from megatron_peft.plan.recorded_step import RecordedStep, estimated_time, total
 from megatron_peft.plan.timing import PlannedSpeed, time_alone
@@ -211,7 +211,6 @@ def _layouts(run: RunConfig, shape: ModelShape, world_size: int, cluster: Cluste
 
 
 def _recomputing(run: RunConfig, recompute: str) -> RunConfig:
-    """The run with this recompute, of `RECOMPUTES`."""
     varied, modules = RECOMPUTES[recompute]
     others = {key: value for key, value in run.model.transformer.items() if key not in ALL_OF_RECOMPUTE}
     return replace(run, model=replace(run.model, transformer={**others, **varied}, recompute_modules=modules))
@@ -221,11 +220,11 @@ def _parallel_layouts(run: RunConfig, shape: ModelShape, world_size: int, cluste
     """Those that divide the model and the world; TP stays within a node."""
     defaults = {field.name: field.default for field in fields(ParallelConfig) if field.name in PARALLEL_FIELDS}
     node = cluster.gpus_per_node
-    for tp in _divisors(gcd(world_size, node) if world_size > node else world_size, node):
+    for tp in divisors(gcd(world_size, node) if world_size > node else world_size):
         of_tp = ParallelConfig(tensor_model_parallel_size=tp, world_size=tp)
         if check_adapters(run.peft, of_tp, shape) or check_quantized(run.model, tp, shape):
             continue  # the method's adapters, or a quantized base's blocks, do not fit the linear layers
-        for pp in _divisors(world_size // tp, shape.num_layers + 2):
+        for pp in divisors(world_size // tp):
             for pipeline, sequence in product(_pipelines(shape.num_layers, pp), (False, True) if tp > 1 else (False,)):
                 varied = {**pipeline, "tensor_model_parallel_size": tp, "sequence_parallel": sequence}
                 parallel = replace(run.parallel, world_size=world_size, **{**defaults, **varied})
@@ -239,16 +238,12 @@ def _pipelines(num_layers: int, pp: int) -> Iterator[dict[str, Any]]:
         stage_layers, rest = divmod(num_layers + 2 * ends, pp)
         if rest or stage_layers < 1 + ends:
             continue
-        for chunk in [None, *_divisors(stage_layers, stage_layers - 1)] if pp > 1 else [None]:
+        for chunk in [None, *divisors(stage_layers)[:-1]] if pp > 1 else [None]:
             yield {
                 "pipeline_model_parallel_size": pp,
                 "num_layers_per_virtual_pipeline_stage": chunk,
                 **dict.fromkeys(ACCOUNTED_STAGES, ends),
             }
-
-
-def _divisors(number: int, most: int) -> list[int]:
-    return [size for size in range(1, min(number, most) + 1) if number % size == 0]
 
 
 def seconds_of_segments(layers: RecordedLayers, cluster: Cluster) -> dict[Segment, float]:
@@ -315,18 +310,12 @@ def fit_tables(layouts: Sequence[FittedLayout], title: str, num_tokens: float) -
     table = narrow(title, "TP, PP, VPP, DP, SP, rows, recompute, GiB, s/step, tokens/s, hours")
     shares = narrow("The same, parts of a step", "TFLOP/s a GPU, MFU, bubble, communication, launches")
     for number, layout in enumerate(layouts, 1):
-        parallel, time = layout.run.parallel, layout.speed.time
-        stages = parallel.num_virtual_stages(layout.speed.num_layers)
-        table.add_row(
-            *(str(number), str(parallel.tensor_model_parallel_size), str(parallel.pipeline_model_parallel_size)),
-            *(str(stages or "-"), str(parallel.data_parallel_size), "yes" if parallel.sequence_parallel else "no"),
-            *(str(layout.run.training.micro_batch_size), layout.recompute, f"{total(layout.memory) / 2**30:.1f}"),
-            *(
-                f"{time.seconds:.2f}",
-                f"{layout.speed.tokens_per_second:,.0f}",
-                f"{layout.speed.hours(num_tokens):,.1f}",
-            ),
-        )
-        parts = (layout.speed.mfu, time.bubble, time.exposed_communication, time.launch_bound)
-        shares.add_row(str(number), f"{layout.speed.tflops_per_gpu:.0f}", *(f"{part:.1%}" for part in parts))
+        parallel, speed, time = layout.run.parallel, layout.speed, layout.speed.time
+        stages, is_split = parallel.num_virtual_stages(speed.num_layers), parallel.sequence_parallel
+        sizes = number, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, stages or "-"
+        more = parallel.data_parallel_size, "yes" if is_split else "no", layout.run.training.micro_batch_size
+        measures = f"{total(layout.memory) / 2**30:.1f}", f"{time.seconds:.2f}", f"{speed.tokens_per_second:,.0f}"
+        table.add_row(*map(str, (*sizes, *more, layout.recompute, *measures)), f"{speed.hours(num_tokens):,.1f}")
+        parts = speed.mfu, time.bubble, time.exposed_communication, time.launch_bound
+        shares.add_row(str(number), f"{speed.tflops_per_gpu:.0f}", *(f"{part:.1%}" for part in parts))
     return [table, shares]

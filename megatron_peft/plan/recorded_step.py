@@ -6,16 +6,18 @@ come and go. Gradients and the optimizer's moments follow from numbers of parame
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache, lru_cache
 from itertools import zip_longest
 from typing import Any, Literal
+
+from megatron.core.pipeline_parallel.schedules import get_schedule_table
 
 from megatron_peft.config import RunConfig
 from megatron_peft.models.kernels import Training, messages
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.plan.cluster import Cluster
-from megatron_peft.plan.timing import StepTime, WorkTime, part_of, step_time, time_alone
+from megatron_peft.plan.timing import StepTime, WorkTime, step_time, time_alone
 from megatron_peft.rehearsal import program
 from megatron_peft.rehearsal.program import Call, Computation, Entry, Mark, Parameters, RecordedLayers, Wait
 from megatron_peft.rehearsal.rehearsal import RankGrid
@@ -24,29 +26,14 @@ from megatron_peft.rehearsal.requests import Chunk, chunks_of_stages, enough_mic
 Pass = Literal["forward", "backward"]
 
 
-@dataclass(frozen=True)
-class Turn:
-    """A chunk's forward or backward of one microbatch."""
-
-    phase: Pass
-    microbatch: int
-    chunk: int
-
-
 @lru_cache(maxsize=1000)
-def turns(stage: int, num_stages: int, num_chunks: int, num_microbatches: int) -> list[Turn]:
-    """What a pipeline rank does, in the order of megatron-core's schedules: plain, 1F1B or interleaved."""
+def turns(stage: int, num_stages: int, num_chunks: int, num_microbatches: int) -> list[Mark]:
+    """A pipeline rank's passes in the order of megatron-core's schedules: plain, 1F1B or interleaved."""
     total = num_microbatches * num_chunks
     # Microbatches go through the chunks in groups of as many as there are stages.
-    group = num_stages if num_chunks > 1 else 1
-    order = [
-        (first + within, chunk)
-        for first in range(0, num_microbatches, group)
-        for chunk in range(num_chunks)
-        for within in range(group)
-    ]
-    forwards = [Turn("forward", microbatch, chunk) for microbatch, chunk in order]
-    backwards = [Turn("backward", microbatch, num_chunks - 1 - chunk) for microbatch, chunk in order]
+    order = get_schedule_table(num_microbatches, num_chunks, num_stages if num_chunks > 1 else 1)
+    forwards = [Mark("forward", microbatch, chunk) for microbatch, chunk in order]
+    backwards = [Mark("backward", microbatch, num_chunks - 1 - chunk) for microbatch, chunk in order]
     if num_chunks == 1:
         warmup = min(num_stages - stage - 1, total)
     elif num_microbatches == num_stages:
@@ -153,9 +140,9 @@ class RecordedStep:
     def gradient_bytes(self) -> int:  # of an element
         return 2 if self.run.training.grad_reduce_in_bf16 and self.item == 2 else 4
 
-    def passes(self, stage: int) -> dict[tuple[Pass, int], tuple[int, int]]:
+    def passes(self, stage: int) -> dict[tuple[str, int], tuple[int, int]]:
         """Phase, chunk -> bytes that a pass of a microbatch leaves, and their peak; both relative to its begin."""
-        passes: dict[tuple[Pass, int], tuple[int, int]] = {}
+        passes: dict[tuple[str, int], tuple[int, int]] = {}
         for number, chunk in enumerate(self.chunks[stage]):
             for phase in ("forward", "backward"):
                 at = top = 0
@@ -242,7 +229,7 @@ class _Program:
         yield from self.interleaved() if len(self.chunks) > 1 else self.plain()
         yield from self.finish()
 
-    def message(self, operation: str, turn: Turn | None, **posted: Any) -> tuple[Call, ...]:
+    def message(self, operation: str, turn: Mark | None, **posted: Any) -> tuple[Call, ...]:
         """A turn's output ("send") or input ("recv"), if it goes to another stage or comes from one.
 
         Activations and their gradients go on axes of their own, so that their order does not matter where the next
@@ -256,8 +243,8 @@ class _Program:
         peer = step.rank((self.stage + (1 if is_next else -1)) % step.pp)
         return (_one_call(operation, f"pipeline {turn.phase}", (), (step.message,), step.dtype, peer, **posted),)
 
-    def compute(self, turn: Turn) -> Iterator[Entry | WorkTime]:
-        yield Mark(turn.phase, turn.microbatch, turn.chunk)
+    def compute(self, turn: Mark) -> Iterator[Entry | WorkTime]:
+        yield turn
         block, buckets = self.blocks[turn.phase, turn.chunk], self.buckets[turn.chunk]
         last = self.step.run.num_microbatches - 1
         if turn.phase == "forward" and turn.microbatch == 0 and self.gathers_early:
@@ -267,10 +254,10 @@ class _Program:
                     yield Wait(f"gather {turn.chunk} {number}")
                 if following is not None:
                     yield from self._gather_of_parameters(following[0], f"gather {turn.chunk} {number + 1}")
-                yield part_of(block, part)
+                yield block.share(part)
         elif turn.phase == "backward" and turn.microbatch == last and self.reduces_early:
             for number, (bucket, part) in enumerate(reversed(buckets)):
-                yield part_of(block, part)
+                yield block.share(part)
                 yield from self._sum_of_gradients(bucket, f"sum {turn.chunk} {number}")
         else:
             yield block

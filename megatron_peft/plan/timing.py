@@ -37,13 +37,11 @@ READ_BY_THE_HOST = ("world", "model", "optimizer instance")
 
 @dataclass(frozen=True)
 class Span:
-    """What a rank's device did from `start` to `end`, in seconds from the start of the step; fields as of `Mark`."""
+    """What a rank's device did from `start` to `end`, in seconds from the start of the step."""
 
     start: float
     end: float
-    phase: str
-    microbatch: int | None
-    chunk: int
+    phase: str  # of a `Mark`
 
 
 @dataclass(frozen=True)
@@ -90,6 +88,9 @@ class WorkTime:
     device: tuple[tuple[str, float], ...]
     host: float
 
+    def share(self, share: float) -> "WorkTime":  # from 0 to 1
+        return WorkTime(tuple((kind, seconds * share) for kind, seconds in self.device), self.host * share)
+
 
 def work_time(work: Computation, cluster: Cluster) -> WorkTime:
     """What `work` takes on a device by itself."""
@@ -98,11 +99,6 @@ def work_time(work: Computation, cluster: Cluster) -> WorkTime:
         times["products" if product.kind == "mm" else "attention"] += count * product_seconds(product, cluster)
     times["other operations"] = work.num_bytes / (cluster.memory_gb_per_second * cluster.memory_efficiency * 1e9)
     return WorkTime(tuple(times.items()), work.num_kernels * cluster.launch_us * 1e-6)
-
-
-def part_of(time: WorkTime, part: float) -> WorkTime:
-    """That of a part of some work, from 0 to 1."""
-    return WorkTime(tuple((kind, seconds * part) for kind, seconds in time.device), time.host * part)
 
 
 def time_alone(entries: Sequence[Entry], rank: int, cluster: Cluster) -> WorkTime:
@@ -269,9 +265,8 @@ class _Replay:
         rank.pending.clear()
 
     def turn_to(self, rank: _Rank, mark: Mark | None) -> None:
-        old, start = rank.mark, rank.marked_at
-        if self.keep_spans and old is not None and start is not None:
-            rank.spans.append(Span(start, rank.device, old.phase, old.microbatch, old.chunk))
+        if self.keep_spans and rank.mark is not None and rank.marked_at is not None:
+            rank.spans.append(Span(rank.marked_at, rank.device, rank.mark.phase))
         rank.mark, rank.marked_at = mark, None
 
 
@@ -311,10 +306,8 @@ class Accuracy:
         text = f"{len(self.errors)} published runs were off by {sizes}"
         if not self.elsewhere:
             return text
-        other = Accuracy(self.elsewhere)
-        return (
-            f"{text}; {len(other.errors)} layouts on another network by {other.median:.0%}, {other.worst:.0%} at most"
-        )
+        layouts, other = f"{len(self.elsewhere)} layouts on another network", Accuracy(self.elsewhere)
+        return f"{text}; {layouts} by {other.median:.0%}, {other.worst:.0%} at most"
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from megatron_peft.models.shape import ModelShape
 from megatron_peft.plan import layouts
 from megatron_peft.plan.cluster import read_cluster
 from megatron_peft.plan.layouts import fit, fit_tables, longest_sequence
-from megatron_peft.plan.recorded_step import RecordedStep, Turn, estimated_time, total, turns
+from megatron_peft.plan.recorded_step import RecordedStep, estimated_time, total, turns
 from megatron_peft.plan.timing import PlannedSpeed, time_table
+from megatron_peft.rehearsal.program import Mark
 from megatron_peft.rehearsal.requests import LayersToRecord, alike_stages
 from megatron_peft.training.watchers import ModelFlops
 from tests.plan.recorded import recorded, step_of
@@ -58,7 +59,7 @@ def test_a_schedule_runs_every_microbatch_forward_and_then_backward(stage, num_c
     assert len(order) == len(set(order)) == 2 * 8 * num_chunks
     for turn in order:
         if turn.phase == "forward":
-            assert order.index(turn) < order.index(Turn("backward", turn.microbatch, turn.chunk))
+            assert order.index(turn) < order.index(Mark("backward", turn.microbatch, turn.chunk))
 
 
 def test_the_second_stage_of_the_largest_recipe_holds_141_chunks_of_microbatches():

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from megatron_peft.plan.cluster import Link, read_cluster
-from megatron_peft.plan.timing import EXPOSED, WorkTime, part_of, product_seconds, step_time, time_alone, work_time
+from megatron_peft.plan.timing import EXPOSED, WorkTime, product_seconds, step_time, time_alone, work_time
 from megatron_peft.rehearsal.program import Call, Computation, Mark, Product, Wait
 from tools.published import made_up_run
 
@@ -52,7 +52,7 @@ def test_work_takes_the_sum_of_what_is_in_it():
     seconds = {"products": 3 * product_seconds(product, cluster), "attention": 2 * product_seconds(attention, cluster)}
     assert dict(found.device) == pytest.approx({**seconds, "other operations": 1 / (3350 * 0.8)})
     assert found.host == pytest.approx(20e-6)
-    part = part_of(found, 0.25)
+    part = found.share(0.25)
     assert part.host == found.host / 4 and part.device[0] == ("products", seconds["products"] / 4)
 
 
