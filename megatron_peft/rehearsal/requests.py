@@ -196,10 +196,21 @@ def make_small(
     config: RunConfig, shape: ModelShape, most_tensor_parallel: int, most_replicas: int, most_microbatches: int
 ) -> tuple[RunConfig, ModelShape]:
     """A run with at most so many ranks on an axis and microbatches a step, and few layers, as wide as before."""
-    parallel, num_layers = small_layout(config.parallel, shape.num_layers, most_tensor_parallel, most_replicas)
+    stages = kept_stages(config.parallel.pipeline_model_parallel_size)
+    tp, pp = min(config.parallel.tensor_model_parallel_size, most_tensor_parallel), len(stages)
+    changed, num_layers = _small_stages(config.parallel, shape.num_layers, stages)
+    parallel = replace(
+        config.parallel,
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        world_size=tp * pp * min(config.parallel.data_parallel_size, most_replicas),
+        distributed_backend="gloo",
+        distributed_timeout_minutes=5,
+        **changed,
+    )
     num_microbatches = min(config.num_microbatches, most_microbatches)
     if parallel.is_interleaved:
-        num_microbatches -= num_microbatches % parallel.pipeline_model_parallel_size
+        num_microbatches -= num_microbatches % pp
     size = config.training.micro_batch_size * num_microbatches * parallel.data_parallel_size
     # Of a pattern for layers that the small model has not, the kinds of layers that it means.
     modules, targets = family_of(shape.architecture).modules, list[str]()
@@ -216,25 +227,6 @@ def make_small(
         training=replace(config.training, global_batch_size=size),
     )
     return small, of_num_layers(shape, num_layers)
-
-
-def small_layout(
-    parallel: ParallelConfig, num_layers: int, most_tensor_parallel: int, most_replicas: int
-) -> tuple[ParallelConfig, int]:
-    """The layout of the small run, and the number of layers of the model for it; the run's model has `num_layers`."""
-    stages = kept_stages(parallel.pipeline_model_parallel_size)
-    tp, pp = min(parallel.tensor_model_parallel_size, most_tensor_parallel), len(stages)
-    changed, layers = _small_stages(parallel, num_layers, stages)
-    small = replace(
-        parallel,
-        tensor_model_parallel_size=tp,
-        pipeline_model_parallel_size=pp,
-        world_size=tp * pp * min(parallel.data_parallel_size, most_replicas),
-        distributed_backend="gloo",
-        distributed_timeout_minutes=5,
-        **changed,
-    )
-    return small, layers
 
 
 def _small_stages(parallel: ParallelConfig, num_layers: int, stages: Sequence[int]) -> tuple[dict[str, Any], int]:

@@ -21,11 +21,11 @@ from megatron_peft.certify.certify import NOT_CLAIMED, digest_of
 from megatron_peft.certify.comparison import CertificateLine, compare_logits, reported_logits
 from megatron_peft.certify.runs import Job, run_job, run_jobs
 from megatron_peft.commands.certify import main
-from megatron_peft.config import CheckpointConfig, ConfigurationError, ParallelConfig, RunConfig, make_run
+from megatron_peft.config import CheckpointConfig, ConfigurationError, RunConfig, make_run
 from megatron_peft.conversion.verify import random_tokens
 from megatron_peft.models.families import config_of_shape, read_shape
 from megatron_peft.models.shape import ModelShape, check_quantized
-from megatron_peft.rehearsal.requests import small_layout
+from megatron_peft.rehearsal.requests import make_small
 from megatron_peft.runtime.ranks import RanksFailed
 from megatron_peft.serving.served import Binding
 from tests.certify.faults import FAULTS, NOT_SEEN, Case, Fault, certified
@@ -114,10 +114,13 @@ def test_a_small_model_keeps_the_shape(tmp_path, method, shape):
     ],
 )
 def test_small_stages_hold_fewer_more_or_none_as_the_runs_do(given, num_layers, expected):
-    run = ParallelConfig(pipeline_model_parallel_size=8, world_size=8, **given)
+    run = run_of(LORA, {"pipeline_model_parallel_size": 8, **given}, 8)
     changed, layers = expected
-    parallel, found = small_layout(run, num_layers, module.MOST_TENSOR_PARALLEL, module.MOST_REPLICAS)
-    assert found == layers and all(getattr(parallel, name) == value for name, value in changed.items())
+    small, shape = make_small(
+        run, replace(LLAMA, num_layers=num_layers), module.MOST_TENSOR_PARALLEL, module.MOST_REPLICAS, 8
+    )
+    assert shape.num_layers == layers
+    assert all(getattr(small.parallel, name) == value for name, value in changed.items())
 
 
 def test_patterns_for_layers_that_are_cut_mean_their_kinds(tmp_path):
