@@ -38,6 +38,7 @@ from megatron_peft.config import (
     RunConfig,
     config_to_dict,
     make_run,
+    writing,
 )
 from megatron_peft.config.untrusted import parse_json
 from megatron_peft.conversion import verify
@@ -293,10 +294,8 @@ def certify(config: RunConfig, shape: ModelShape, engine: Path | None = None) ->
         Engine(engine).close()
     preload(["megatron_peft.certify.runs"])  # and all that a rank of the small run imports
     with tempfile.TemporaryDirectory(prefix="megatron-peft-certify-") as folder, work_bar("Comparing") as watch:
-        small, wide = (
-            small_run(config, shape, Path(folder), engine=engine),
-            wide_run(config, shape, Path(folder, "wide")),
-        )
+        small = small_run(config, shape, Path(folder), engine=engine)
+        wide = wide_run(config, shape, Path(folder, "wide"))
         comparisons = []
         for line in compare_all(small, wide):
             comparisons.append(line)
@@ -395,12 +394,11 @@ def print_certificate(certificate: Certificate) -> None:
     numbers = (Column(name, justify="right") for name in ("number", "largest", "tolerance"))
     table = Table("compared", *numbers, "", title=title, title_justify="left")
     for line in certificate.comparisons:
-        verdict = (
-            "DIFFERS" if line.problems else "ERROR" if line.error else "ok" if line.num_compared else "not compared"
-        )
+        usual = "ok" if line.num_compared else "not compared"
+        outcome = "DIFFERS" if line.problems else "ERROR" if line.error else usual
         largest = "" if line.largest is None else f"{line.largest:.1e}"
         limits = (largest, f"{line.tolerance:.0e}" if line.tolerance else "equal") if line.num_compared else ("", "")
-        table.add_row(line.name, f"{line.num_compared:,}", *limits, verdict)
+        table.add_row(line.name, f"{line.num_compared:,}", *limits, outcome)
     console.print(table)
     tell = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     for line in certificate.comparisons:
@@ -424,7 +422,5 @@ def print_certificate(certificate: Certificate) -> None:
 def write_certificate(certificate: Certificate, output: Path) -> None:
     """All of it and a digest of that, as JSON; ConfigurationError if it cannot be written."""
     content = {**certificate.content, "digest": digest_of(certificate.content)}
-    try:
+    with writing(f"--output {output}"):
         write_atomically(output, json.dumps(content, indent=2, default=sorted) + "\n")
-    except OSError as error:
-        raise ConfigurationError(f"--output {output} cannot be written ({error.strerror}).") from error

@@ -114,11 +114,9 @@ class Recorder(Mode):
                 self._num_calls += sum(isinstance(entry, Call) for entry in entries)
                 result = torch.empty(shape, dtype=dtype)
             else:
-                before, self._kernels = self._kernels, []
-                with replaced(self, "_entries", []), self.memory.own_rise() as rise:
+                with replaced(self, "_entries", []), replaced(self, "_kernels", []), self.memory.own_rise() as rise:
                     result = function(*args)
                     entries = self.entries()
-                self._kernels = before
                 known[key] = result.shape, result.dtype, entries, rise
             for entry in entries:
                 assert isinstance(entry, Computation) or (isinstance(entry, Call) and not entry.is_async), entry
@@ -210,9 +208,8 @@ class Recorder(Mode):
         *outputs, work = result if isinstance(result, tuple) else (result,)
         handle = _Handle(operation, dist.Work.unbox(work), lambda: self._waited_for(number, call))
         if not self.keeps_work and name != "send" and call.peer != dist.get_rank():  # a source may read what it sends
-            handle.writes = [
-                *_tensors([value for key, value in named.items() if key.startswith(("output", "tensors"))])
-            ]
+            written = [value for key, value in named.items() if key.startswith(("output", "tensors"))]
+            handle.writes = [*_tensors(written)]
         self._under_way[number] = handle
         boxed = handle.boxed()  # pyright: ignore[reportAttributeAccessIssue]
         return (*outputs, boxed) if outputs else boxed
@@ -260,9 +257,6 @@ class _Handle(dist.Work):
         with _disable_current_modes():  # gloo's sums over ranks end with copies of its own here
             return self._work.wait()
 
-    def is_completed(self) -> bool:
-        return self._work.is_completed()
-
 
 # What an operation reads and writes.
 
@@ -291,7 +285,6 @@ def _written(func: Any, args: Sequence[Any], result: Any) -> list[Tensor]:
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:
-    """Those in an operation's arguments, which may be lists of them."""
     for value in values if isinstance(values, tuple | list) else (values,):
         if isinstance(value, Tensor):
             yield value
@@ -419,7 +412,6 @@ class LiveMemory:
                 self._kinds[module] = known[-1] if known else "logits and loss"
 
     def assign(self, part: str, tensors: Iterable[Tensor]) -> None:
-        """The tensors' storages belong to this part."""
         for tensor in tensors:
             storage = self._seen(tensor)
             self._change(storage, storage.num_bytes, part)
@@ -442,7 +434,6 @@ class LiveMemory:
                 self._change(storage, storage.num_bytes, f"activations of {kind}")
 
     def see(self, args: Any, result: Any) -> None:
-        """An operation's tensors."""
         for tensor in (*_tensors(args), *_tensors(result)):
             self._seen(tensor)
         if self.total > self.highest:

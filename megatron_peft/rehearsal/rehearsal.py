@@ -26,9 +26,8 @@ from megatron_peft.config import ConfigurationError, ParallelConfig, RunConfig
 from megatron_peft.models.gpt import transformer_config
 from megatron_peft.models.kernels import Training
 from megatron_peft.models.shape import ModelShape
-from megatron_peft.rehearsal import requests
+from megatron_peft.rehearsal import rehearsed_rank, requests
 from megatron_peft.rehearsal.program import MESSAGES, Call, Entry, Mark, RankRecord, RecordedLayers, Wait, check_order
-from megatron_peft.rehearsal.recorder import Recorder
 from megatron_peft.rehearsal.rehearsed_rank import recorded_layers, rehearse_rank
 from megatron_peft.rehearsal.requests import LayersToRecord, Lengths, RankToRehearse
 from megatron_peft.runtime import fake_ranks
@@ -121,7 +120,7 @@ def _in_processes(calls: Sequence[Callable[[], Any]], watch: Watch) -> list[Any]
     There are as many as this machine has cores, at most four: what a process's first call costs most is found in
     torch's caches by those that follow.
     """
-    preload([rehearse_rank.__module__])
+    preload([rehearsed_rank.__name__])
     watch(0, len(calls))
     answers: list[Any] = [None] * len(calls)
     waiting, running = [*enumerate(calls)][::-1], dict[Any, tuple[Worker, int]]()
@@ -299,20 +298,14 @@ def schedules_of_stages(config: RunConfig, shape: ModelShape) -> list[tuple[Entr
     schedules: list[tuple[Entry, ...]] = []
     for stage in range(num_stages):
         with fake_ranks.fake_world(stage, num_stages), model_parallel(of_stages, config.training.seed, num_chunks):
-            recorder = Recorder(keeps_work=False)
+            recorder = rehearsed_rank.Watch({}, keeps_work=False)
             core.finalize_model_grads_func = lambda *_, mark=recorder.mark, **__: mark("finish")
             chunks: list[Any] = [nn.Module() for _ in range(num_chunks or 1)]
             for number, chunk in enumerate(chunks):  # a schedule asks for the configuration alone
                 chunk.config, chunk.vp_stage = core, number if num_chunks else None
                 chunk.model_type = ModelType.encoder_or_decoder
             iterators: list[Any] = [iter(()) for _ in chunks]
-            with (
-                fake_ranks.shapes_as_asked(),
-                fake_ranks.idle_steps(),
-                fake_ranks.watched_schedule(recorder.mark),
-                fake_ranks.watched_batches(recorder.batch),
-                recorder,
-            ):
+            with fake_ranks.shapes_as_asked(), fake_ranks.idle_steps(), recorder.watching():
                 get_forward_backward_func()(
                     forward_step_func=None,
                     data_iterator=iterators if parallel.is_interleaved else iterators[0],

@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +24,8 @@ from megatron_peft.models.loss import ChunkedLossModel
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.parallel.collectives import from_first_rank
 from megatron_peft.parallel.layout import PARTIAL_OVER_TENSOR_PARALLEL
-from megatron_peft.rehearsal.program import (
-    ENDS,
-    Computation,
-    Memory,
-    Parameters,
-    RankRecord,
-    RecordedLayers,
-    RecordedPass,
-    Segment,
-)
+from megatron_peft.rehearsal import program
+from megatron_peft.rehearsal.program import Parameters, RankRecord, RecordedLayers, RecordedPass, Segment
 from megatron_peft.rehearsal.recorder import Recorder
 from megatron_peft.rehearsal.requests import LayersToRecord, Lengths, RankToRehearse
 from megatron_peft.runtime import fake_ranks
@@ -53,11 +44,10 @@ class Watch(Recorder):
 
     def __init__(self, fuses: Mapping[str, bool], keeps_work: bool = True) -> None:
         super().__init__(keeps_work, fuses.get("gradient_accumulation_fusion", False))
-        self.fuses, self.peaks = fuses, dict[str, Memory]()
+        self.fuses, self.peaks = fuses, dict[str, program.Memory]()
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Watch what this process does meanwhile."""
         with ExitStack() as stack:
             stack.enter_context(fake_ranks.watched_schedule(self.mark, ended=self.forget_sends))
             stack.enter_context(fake_ranks.watched_batches(self.batch))
@@ -88,6 +78,9 @@ def fused_kernels(one_kernel: Callable[..., Any], fuses: Mapping[str, bool]) -> 
     """What `fake_ranks.watched_kernels` does, for the rotary embedding and SwiGLU where `fuses` has them."""
     rotate, swiglu, swiglu_backward = layers._rotate, layers._SwiGLU.forward, layers._SwiGLU.backward
 
+    def of_saved(ctx: Any, grad: Tensor) -> Tensor:
+        return one_kernel(lambda grad, _: swiglu_backward(ctx, grad), (grad, *ctx.saved_tensors))
+
     def rotate_back(grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return (grad * cos).add_((grad * sin).roll(grad.shape[-1] // 2, -1))
 
@@ -101,20 +94,12 @@ def fused_kernels(one_kernel: Callable[..., Any], fuses: Mapping[str, bool]) -> 
         def backward(ctx, grad):  # type: ignore[override]
             return one_kernel(rotate_back, (grad, *ctx.saved_tensors)), None, None
 
-    class SwiGLU(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):  # type: ignore[override]
-            return one_kernel(partial(swiglu, ctx), (x,))
-
-        @staticmethod
-        def backward(ctx, grad):  # type: ignore[override]
-            return one_kernel(lambda grad, _: swiglu_backward(ctx, grad), (grad, *ctx.saved_tensors))
-
     with ExitStack() as stack:
         if fuses.get("apply_rope_fusion"):
             stack.enter_context(replaced(layers, "_rotate", Rotation.apply))
         if fuses.get("bias_activation_fusion"):
-            stack.enter_context(replaced(layers, "_SwiGLU", SwiGLU))
+            stack.enter_context(replaced(layers._SwiGLU, "forward", lambda *args: one_kernel(swiglu, args)))
+            stack.enter_context(replaced(layers._SwiGLU, "backward", of_saved))
         yield
 
 
@@ -208,8 +193,7 @@ def watch_run(watch: Watch, of: RankToRehearse, microbatches: Sequence[Microbatc
             if of.calls_alone:
                 _save(state)
             else:
-                modules = [chunk.module for chunk in state.model_chunks]
-                save.tensors_to_save(state, tensors.sharded_parameters(modules, config.peft.trains_adapters))
+                save.tensors_to_save(state, state.entries)
     if of.calls_alone:
         entries = watch.entries()
     return RankRecord(of.rank, of.stage, len(microbatches), entries, numbers_of_parameters(chunks), watch.peaks)
@@ -320,9 +304,7 @@ def recorded_layers(of: LayersToRecord) -> RecordedLayers:
         wrapped = update.wrap_data_parallel([model], of.run)
         microbatches = [microbatch_of(of.lengths) for _ in range(2)]
         cuts.watch_layers(model, of.layers)
-        given = [
-            value for microbatch in microbatches for value in vars(microbatch).values() if isinstance(value, Tensor)
-        ]
+        given = filter(torch.is_tensor, (value for microbatch in microbatches for value in vars(microbatch).values()))
         cuts.memory.assign("given", (*model.parameters(), *model.buffers(), *gradients(wrapped), *given))
         with cuts.watching():
             cuts.cut("begin")
@@ -357,12 +339,12 @@ def _fixed_kernels(
     passes: Mapping[tuple[str, Segment], RecordedPass], parameters: Mapping[Segment, Parameters]
 ) -> dict[str, float]:
     """`RecordedLayers.fixed_kernels`, from those of all layers and of the last: others grow with what is trained."""
-    trained = [numbers.num_trained for segment, numbers in parameters.items() if segment not in ENDS]
+    trained = [numbers.num_trained for segment, numbers in parameters.items() if segment not in program.ENDS]
     share = trained[-1] / max(sum(trained), 1)
     shares: dict[str, float] = {}
     for phase in ("begin", "finish"):
         of_all, of_one = (
-            sum(entry.num_kernels for entry in passes[phase, layers].entries if isinstance(entry, Computation))
+            sum(entry.num_kernels for entry in passes[phase, layers].entries if isinstance(entry, program.Computation))
             for layers in ("", "one layer")
         )
         shares[phase] = (of_one / of_all - share) / (1 - share) if of_all else 0.0
@@ -384,7 +366,7 @@ def _parameters_of_segments(model: Any, of: LayersToRecord) -> dict[Segment, Par
         summed = (
             tensor.numel() for tensor in trained if is_split and getattr(tensor, PARTIAL_OVER_TENSOR_PARALLEL, False)
         )
-        adapted = () if segment in ENDS else linear_layers(module)
+        adapted = () if segment in program.ENDS else linear_layers(module)
         stored = {id(tensor): tensor.nbytes for weight in weights for tensor in stored_tensors(weight)}
         buffers = (tensor for tensor in held if not isinstance(tensor, nn.Parameter) and id(tensor) not in stored)
         by_segment[segment] = Parameters(
