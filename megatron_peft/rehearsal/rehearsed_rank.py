@@ -304,7 +304,9 @@ def recorded_layers(of: LayersToRecord) -> RecordedLayers:
         wrapped = update.wrap_data_parallel([model], of.run)
         microbatches = [microbatch_of(of.lengths) for _ in range(2)]
         cuts.watch_layers(model, of.layers)
-        given = filter(torch.is_tensor, (value for microbatch in microbatches for value in vars(microbatch).values()))
+        given = [  # held to the end: what the first microbatch gave back would be missing in what it leaves
+            value for microbatch in microbatches for value in vars(microbatch).values() if isinstance(value, Tensor)
+        ]
         cuts.memory.assign("given", (*model.parameters(), *model.buffers(), *gradients(wrapped), *given))
         with cuts.watching():
             cuts.cut("begin")

@@ -138,6 +138,12 @@ def recorded_both_ways(asked: LayersToRecord) -> list[tuple[RecordedLayers, int]
     return found
 
 
+def test_what_microbatches_share_are_the_tables_of_rotations():
+    """And not less by the microbatch that was there while they were made."""
+    sines_and_cosines = 2 * 1024 * SHAPE.kv_channels * 4
+    assert step_of(run_of(QUICK[0]), SHAPE).layers.cached == pytest.approx(sines_and_cosines, rel=1e-3)
+
+
 def test_parameters_of_segments_add_up_to_those_of_the_recorded_model():
     """The largest is one of them."""
     parts = Parameters(8, 2, trained=4, largest=3), Parameters(16, trained=5, trained_float32=7, largest=7)
