@@ -443,7 +443,7 @@ def _is_at(descriptor: int, path: Path) -> bool:
 # FOLDER/release/mp_rank_00/model_optim_rng.pt     the old format, a file per rank, below any of these
 
 INDEX = ".metadata"
-RANK_FOLDER = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?")
+RANK_FOLDERS, RANK_FOLDER = "mp_rank_[0-9][0-9]*", re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?")
 RANK_FILES = ("model_optim_rng.pt", "model_rng.pt")
 
 
@@ -451,9 +451,5 @@ def megatron_files(folder: str | Path) -> Path | None:
     """The folder with Megatron's files: `folder`, or the checkpoint in it that its tracker names; None without any."""
     folder = Path(folder)
     places = [folder, newest_checkpoint(folder) if folder.is_dir() else None, _named_by_tracker(folder)]
-    return next((place for place in places if place and ((place / INDEX).is_file() or holds_ranks(place))), None)
-
-
-def holds_ranks(folder: Path) -> bool:
-    """Whether it contains the old format's folders of ranks."""
-    return any(RANK_FOLDER.match(path.name) for path in folder.glob("mp_rank_*"))
+    holding = (place for place in places if place and ((place / INDEX).is_file() or any(place.glob(RANK_FOLDERS))))
+    return next(holding, None)

@@ -356,12 +356,8 @@ def unused_schedule_values(schedule: Mapping[str, Any]) -> set[str]:
 
 def differing_base(record: RunRecord, shape: ModelShape, fingerprint: Mapping[str, str] | None) -> list[str]:
     """How a base model differs from that of the record: in sizes, or else in files. Empty if it is the same."""
-    shapes = dataclasses.asdict(record.shape), dataclasses.asdict(shape)
-    differing = [
-        f"{name} {shapes[0][name]} there, {shapes[1][name]} here"
-        for name in shapes[0]
-        if shapes[0][name] != shapes[1][name]
-    ]
+    there, here = dataclasses.asdict(record.shape), dataclasses.asdict(shape)
+    differing = [f"{name} {there[name]} there, {here[name]} here" for name in there if there[name] != here[name]]
     if not differing and record.base_fingerprint and fingerprint:
         names = sorted(record.base_fingerprint.keys() | fingerprint.keys())
         differing = [name for name in names if record.base_fingerprint.get(name) != fingerprint.get(name)]

@@ -9,6 +9,7 @@ import gc
 import io
 import pickle
 import re
+import struct
 import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -50,7 +51,11 @@ _MAX_KEY_PARTS = 1000  # of a tuple that is a key of a dict
 _OPCODES = pickle._Unpickler.dispatch  # pyright: ignore[reportAttributeAccessIssue]
 _REFUSED_OPCODES = (pickle.ADDITEMS, pickle.FROZENSET, pickle.BYTEARRAY8, pickle.EXT1, pickle.EXT2, pickle.EXT4)
 
-_SLIPS = (LookupError, TypeError, AttributeError)  # of an unpickler that follows a damaged byte
+# What reading a torn archive, or the pickle in it, may raise.
+TORN = (
+    *(ArithmeticError, AttributeError, EOFError, LookupError, RuntimeError, TypeError, ValueError),
+    *(pickle.UnpicklingError, struct.error, zipfile.BadZipFile),
+)
 
 Kind = TypeVar("Kind")
 
@@ -84,11 +89,9 @@ def load_inertly(path: Path) -> Any:
             return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except ConfigurationError:
         raise
-    except (RuntimeError, OSError, EOFError, ValueError, *_SLIPS, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        reason = plain_reason(error)
-        raise ConfigurationError(
-            f"{path} cannot be read: it is truncated, or not a file of torch.save ({reason})."
-        ) from error
+    except (*TORN, OSError) as error:
+        message = f"{path} cannot be read: it is truncated, or not a file of torch.save ({plain_reason(error)})."
+        raise ConfigurationError(message) from error
     finally:
         torch.serialization.clear_safe_globals()
         torch.serialization.add_safe_globals(declared)

@@ -343,26 +343,22 @@ class Saver:
         return ""
 
     def _take(self, load: str | None, finetune: bool = False, **lock_settings: float) -> None:
-        lock = folders.FolderLock(self._folder, **lock_settings)
+        """Lock the folder, which belongs to one run: another would replace its checkpoints and metrics."""
+        folder, loads = self._folder, Path(load).resolve() if load and not finetune else None
+        lock = folders.FolderLock(folder, **lock_settings)
         try:
             if lock.is_held and self._lock is None:
-                folders.remove_leftovers(self._folder)
-            _refuse_another_run(self._folder, load, finetune)
+                folders.remove_leftovers(folder)
+            goes_on = loads and folder.resolve() == (loads.parent if folders.is_checkpoint(loads) else loads)
+            newest = folders.newest_checkpoint(folder)
+            existing = newest.name if newest else f"{folders.TRACKER} names one" * (folder / folders.TRACKER).is_file()
+            require(
+                goes_on or not existing,
+                f"--save {folder} already holds the checkpoints of a run (the newest: {existing}), which a new run "
+                f"would replace: give another --save; or, to resume that run, --load {folder}"
+                + (" without --finetune." if finetune and load else "."),
+            )
         except ConfigurationError:
             lock.release()
             raise
         self._lock = lock
-
-
-def _refuse_another_run(folder: Path, load: str | None, finetune: bool) -> None:
-    """A --save folder belongs to one run: another run would replace its checkpoints and metrics."""
-    loads = Path(load).resolve() if load and not finetune else None
-    goes_on = loads is not None and folder.resolve() == (loads.parent if folders.is_checkpoint(loads) else loads)
-    newest = folders.newest_checkpoint(folder)
-    existing = newest.name if newest else f"{folders.TRACKER} names one" * (folder / folders.TRACKER).is_file()
-    require(
-        goes_on or not existing,
-        f"--save {folder} already holds the checkpoints of a run (the newest: {existing}), which a new run would "
-        f"replace: give another --save; or, to resume that run, --load {folder}"
-        + (" without --finetune." if finetune and load else "."),
-    )

@@ -130,18 +130,14 @@ class TensorSlice:
 
 def slices_of_range(start: int, end: int, shape: Sequence[int]) -> Iterator[TensorSlice]:
     """Elements start ... end - 1 of a flattened tensor of `shape` as slices of the tensor, in order."""
+    sizes = [math.prod(shape[dim + 1 :]) for dim in range(max(len(shape), 1))]  # of what each dim counts
     while start < end:
         # The outermost dim of which something begins here and is whole before the end: rows, or elements of a row.
-        dim = next((dim for dim in range(len(shape)) if _fits(start, end, math.prod(shape[dim + 1 :]))), len(shape))
-        size = math.prod(shape[dim + 1 :])
+        dim, size = next((dim, size) for dim, size in enumerate(sizes) if start % size == 0 and start + size <= end)
         offset = tuple(map(int, np.unravel_index(start, shape)))
         count = min((end - start) // size, shape[dim] - offset[dim]) if shape else 1
         yield TensorSlice(start, offset, (*[1] * dim, count, *shape[dim + 1 :]) if shape else ())
         start += count * size
-
-
-def _fits(start: int, end: int, size: int) -> bool:
-    return start % size == 0 and start + size <= end
 
 
 # Optimizer state is stored by parameter, so that neither the layout nor the kind of optimizer matters. (megatron-core's
@@ -223,7 +219,7 @@ def optimizer_targets(
     """
     targets = []
     for param, entry in optimizer_params(optimizer, entries):
-        moments = [name for name in MOMENTS if _moment_key(name, entry.key) in stored]
+        moments = [name for name in MOMENTS if f"optimizer.{name}.{entry.key}" in stored]
         param.state.update({name: torch.zeros_like(param.master, requires_grad=False) for name in moments})
         for key, tensor in _state_tensors(param, entry.key):
             slices = [*_slices_of_state(param, entry, key if key in stored else entry.key, tensor)]
@@ -236,11 +232,7 @@ def _state_tensors(param: OptimizerParam, key: str) -> Iterator[tuple[str, Tenso
         yield master_key(key), param.master
     for name in MOMENTS:
         if param.state.get(name) is not None:
-            yield _moment_key(name, key), param.state[name]
-
-
-def _moment_key(name: str, key: str) -> str:
-    return f"optimizer.{name}.{key}"
+            yield f"optimizer.{name}.{key}", param.state[name]
 
 
 def _slices_of_state(param: OptimizerParam, entry: Sharded, key: str, tensor: Tensor) -> Iterator[ShardedTensor]:

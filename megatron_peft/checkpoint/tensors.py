@@ -20,8 +20,6 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import Metadata, ReadItem, TensorStorageMetadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo, _StoragePrefix
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import TensorWriteData
-from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_peft.adapters.attach import all_names, linear_layers
 from megatron_peft.checkpoint.folders import INDEX, OPTIMIZER_FILE, FileSum, measure
@@ -101,24 +99,32 @@ class RankFiles:
             planner = core.MCoreSavePlanner(flatten_state_dict=False)
             planner.set_up_planner(core.mcore_to_pyt_state_dict(_by_key(self._own)))
             plan = planner.create_local_plan()
-            data: dict[Any, Any] = {item.index: item.tensor_data for item in plan.items}
+            described: dict[Any, Any] = {item.index: item.tensor_data for item in plan.items}
             slices = []
             for kind, is_parameter in (("_", True), (OPTIMIZER_FILE, False)):  # few exports read the second file
                 items = [item for item in plan.items if item.index.fqn.startswith(NOT_PARAMETERS) != is_parameter]
                 of_file = replace(plan, items=items, storage_data=_StoragePrefix(f"__{dist.get_rank()}{kind}"))
-                results = self._writer.write_data(of_file, planner).value() if items else []
-                slices += [_written_slice(result, data[result.index]) for result in results]
+                for result in self._writer.write_data(of_file, planner).value() if items else ():
+                    data, place = described[result.index], result.storage_data
+                    sizes = tuple(data.size), tuple(data.chunk.offsets), tuple(data.chunk.sizes)
+                    where = place.relative_path, place.offset, place.length
+                    slices.append(WrittenSlice(result.index.fqn, data.properties.dtype, *sizes, *where))
             return Written(
                 slices, {name: measure(self._folder / name) for name in sorted({written.file for written in slices})}
             )
+
+
+def write_common_files(folder: Path) -> None:
+    """The files beside the tensors and their index that megatron-core expects."""
+    torch.save({}, folder / "common.pt")  # for arguments, which the run record or config.json has
+    save_config(CheckpointingConfig("torch_dist"), str(folder))
 
 
 def complete_files(folder: Path, by_rank: Sequence[Written]) -> dict[str, FileSum]:
     """Write the files common to all ranks, on the first rank. Returns the sums of all ranks' files, by name."""
     with _write_errors(folder), without_collection():
         _write_index(folder, by_rank)  # what it made has gone by when objects are collected again
-        torch.save({}, folder / "common.pt")  # megatron-core expects it; we keep such values in the run record
-        save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+        write_common_files(folder)
     return {name: sums for written in by_rank for name, sums in written.sums.items()}
 
 
@@ -159,13 +165,6 @@ def _write_index(folder: Path, by_rank: Sequence[Written]) -> None:
     with open(folder / INDEX, "wb") as file:
         _IndexPickler(file).dump(index)
     require_loadable(folder / INDEX, index)
-
-
-def _written_slice(result: WriteResult, data: TensorWriteData) -> WrittenSlice:
-    place, sizes = result.storage_data, (tuple(data.size), tuple(data.chunk.offsets), tuple(data.chunk.sizes))
-    return WrittenSlice(
-        result.index.fqn, data.properties.dtype, *sizes, place.relative_path, place.offset, place.length
-    )
 
 
 def _copies(tensors: Iterable[ShardedTensor]) -> list[ShardedTensor]:
@@ -284,14 +283,13 @@ def _of_stages(index: Metadata, keys_of_stages: Sequence[set[str]]) -> list[Meta
     """An index for each stage, of what its ranks may want."""
     stages = [(Metadata({}, storage_data={}), keys) for keys in keys_of_stages]
     wanted_by = {}
-    for key in index.state_dict_metadata:
+    for key, tensor in index.state_dict_metadata.items():
         parameter = key.split(".", 2)[2] if key.startswith("optimizer.") else key
         wanted_by[key] = [
             part
             for stage, (part, keys) in enumerate(stages)
             if parameter in keys or (key.startswith("rng.") and f"-pp{stage}of{len(stages)}-" in key)
         ]
-    for key, tensor in index.state_dict_metadata.items():
         for part in wanted_by[key]:
             part.state_dict_metadata[key] = tensor
     for place, where in index.storage_data.items():

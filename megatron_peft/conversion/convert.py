@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch import Size, Tensor
 from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter, WriteItem, filesystem, metadata, planner
 from torch.utils.serialization import config as serialization_config
 
 from megatron_peft.checkpoint.folders import MANIFEST, OPTIMIZER_FILE, RECORD, check_new, megatron_files, new_folder
 from megatron_peft.checkpoint.run_record import read_record
+from megatron_peft.checkpoint.tensors import write_common_files
 from megatron_peft.config import ConfigurationError, ModelConfig, require
 from megatron_peft.conversion import hf_files, model_card, trained_adapters
 from megatron_peft.conversion.megatron_files import OUTPUT
@@ -125,8 +125,7 @@ def hf_to_megatron(
         with serialization_config.patch({"save.compute_crc32": False}):  # pyright: ignore[reportAttributeAccessIssue]
             written = writer.write_data(plan, reader).wait()
         writer.finish(index, [written])
-        save_config(CheckpointingConfig("torch_dist"), str(draft))
-        torch.save({}, draft / "common.pt")  # Megatron keeps arguments here; config.json has them
+        write_common_files(draft)
     return Path(output)
 
 

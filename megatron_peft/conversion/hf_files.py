@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_peft.checkpoint.safe_pickle import plain_reason, require_harmless
+from megatron_peft.checkpoint.safe_pickle import TORN, plain_reason, require_harmless
 from megatron_peft.config import ConfigurationError, DataConfig, require, untrusted
 from megatron_peft.models.rules import HFTensor, Index, RowRange, Rule
 
@@ -265,9 +265,6 @@ def listed(names: Iterable[str]) -> str:
     return ", ".join(names[:MAX_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
-_UNREADABLE = (SafetensorError, RuntimeError, OSError, EOFError, AttributeError, ValueError, TypeError, KeyError)
-
-
 def _read_index(path: Path) -> dict[str, str]:
     """Tensor name -> file name, of a sharded checkpoint."""
     try:
@@ -288,7 +285,7 @@ def _open_file(path: Path) -> SafetensorsFile | TorchFile:
         return FORMATS[path.suffix](path)
     except ConfigurationError:
         raise
-    except (*_UNREADABLE, pickle.UnpicklingError) as error:
+    except (*TORN, OSError, SafetensorError) as error:
         reason = plain_reason(error)
         with path.open("rb") as file:
             start = file.read(max(map(len, LOOKALIKES)))

@@ -26,7 +26,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from megatron_peft.checkpoint.folders import INDEX, RANK_FILES, RANK_FOLDER
-from megatron_peft.checkpoint.safe_pickle import BoundedUnpickler, Collection, load_inertly, read_metadata
+from megatron_peft.checkpoint.safe_pickle import TORN, BoundedUnpickler, Collection, load_inertly, read_metadata
+from megatron_peft.checkpoint.tensors import ADAPTER, master_key
 from megatron_peft.config import ConfigurationError, require, untrusted
 from megatron_peft.conversion.hf_files import ReadCounts, listed, raise_problems
 from megatron_peft.models.rules import RowRange, Rule
@@ -113,7 +114,7 @@ def map_tensor(path: Path, start: int, length: int) -> MappedTensor:
     """A tensor that torch.save wrote at these bytes of a file, mapped until it and its views are freed.
 
     The format is an uncompressed zip archive in which `data.pkl` describes the tensor and names the record of its
-    data. `torch.load` would copy the data, and takes long for tensors below a MiB. Raises one of _TORN: torn, or not a
+    data. `torch.load` would copy the data, and takes long for tensors below a MiB. Raises one of TORN: torn, or not a
     single tensor.
     """
     before = start % mmap.ALLOCATIONGRANULARITY
@@ -155,13 +156,6 @@ class _Description(BoundedUnpickler):
         return dtype
 
 
-# What reading a torn archive, or the pickle in it, may raise.
-_TORN = (
-    *(ArithmeticError, AttributeError, EOFError, LookupError, RuntimeError, TypeError, ValueError),
-    *(pickle.UnpicklingError, struct.error, zipfile.BadZipFile),
-)
-
-
 def open_distributed(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor by key. Only the index is read.
 
@@ -192,7 +186,7 @@ def _load(path: Path, start: int, length: int, key: str, shape: tuple[int, ...],
     try:
         tensor = map_tensor(path, start, length)
         values = tensor[index] if tensor.bits.shape == shape else None
-    except _TORN as error:
+    except TORN as error:
         raise ConfigurationError(f"{path} is damaged where it holds {key}: {error}".partition("\n")[0]) from error
     if values is None:
         raise ConfigurationError(f"{path} is damaged: it does not hold {key} {list(shape)} where its index says so.")
@@ -291,8 +285,6 @@ FUSED_NORMS = {
 }
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 NO_WEIGHT = re.compile(r"^(chained_\d+\.)?(optimizer|rng|rerun)|_extra_state|inv_freq$")
-ADAPTER = ".adapter."
-MASTER = "optimizer.master."
 
 
 @dataclass
@@ -313,8 +305,8 @@ class MegatronWeights:
 
     def find(self, rule: Rule, dtype: torch.dtype | None = None) -> StoredTensor | None:
         """A parameter as it is stored; for float32 the float32 copy of bf16 training, if the checkpoint has one."""
-        prefixes = (MASTER, "") if dtype == torch.float32 else ("",)
-        names = (prefix + name for prefix in prefixes for name in spellings(rule.name))
+        names = [*spellings(rule.name)]
+        names = [*map(master_key, names), *names] if dtype == torch.float32 else names
         name = next((name for name in names if name in self.tensors), "")
         tensor = self.tensors.get(name)
         return joined(tensor, name, rule, self.folder) if isinstance(tensor, list) else tensor

@@ -223,10 +223,9 @@ MAX_IN_FLIGHT = 4  # broadcasts that have started and not ended
 
 
 class LoadReport(NamedTuple):
-    """What one rank read, the number of its parameters (some may come from other ranks), wall seconds."""
+    """What one rank read, and wall seconds."""
 
     counts: ReadCounts
-    num_tensors: int
     seconds: float
 
 
@@ -271,7 +270,7 @@ def load_pretrained(
         if together:
             groups = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_data_parallel_group()
         fill_parameters(to_fill, weights, tensor_parallel_rank, tensor_parallel_size, groups, advance)
-    return LoadReport(weights.counts, len(to_fill), time.perf_counter() - start)
+    return LoadReport(weights.counts, time.perf_counter() - start)
 
 
 def base_parameters(chunk: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

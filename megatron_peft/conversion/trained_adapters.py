@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as torch_checkpoint
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.mapping import is_main_replica
 from torch import Tensor
 
@@ -30,6 +29,7 @@ from megatron_peft.checkpoint.tensors import (
     global_slices,
     master_key,
     sharded_parameters,
+    write_common_files,
 )
 from megatron_peft.config import ConfigurationError, require, untrusted
 from megatron_peft.conversion.hf_files import listed, row_ranges
@@ -259,8 +259,7 @@ def save_adapters(output: str | Path, record: RunRecord, tensors: Mapping[str, T
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that there is no process group: it is not needed
             torch_checkpoint.save(dict(tensors), storage_writer=writer, no_dist=True)
-        save_config(CheckpointingConfig("torch_dist"), str(draft))
-        torch.save({}, draft / "common.pt")
+        write_common_files(draft)
         (draft / RECORD).write_text(record.to_json())
         for place in (draft, folder):
             (place / ADAPTER_CONFIG).write_text(record.adapter_config())

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch.distributed as dist
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
@@ -28,7 +27,7 @@ from megatron_peft.data.node_files import NodeFiles, read_once
 from megatron_peft.data.records import Fit
 from megatron_peft.data.samples import BlendedOrder, PackedOrder, Sample, SampleOrder, SampleSource
 from megatron_peft.data.tokenizers import NullTokenizer, Tokenizer
-from megatron_peft.runtime.launch import checked_together, gather_over_world
+from megatron_peft.runtime.launch import checked_together, gather_over_world, place_in_world
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +82,14 @@ def build_data(
     return Data(train, valid, splits.evaluated(Split.test), iterations or 0)
 
 
+def _paths(data: DataConfig, split: Split) -> tuple[Sequence[str], str]:
+    """The paths of a split, weights among them, and the flag that named them."""
+    if data.data_path:
+        return data.data_path, "--data-path"
+    own = data.train_data_path, data.valid_data_path, data.test_data_path
+    return own[split.value], f"--{split.name}-data-path"
+
+
 @dataclass(frozen=True)
 class _Splits:
     """The data of each split, by their paths in the configuration."""
@@ -95,7 +102,7 @@ class _Splits:
 
     def train(self, num_samples: int | None) -> GlobalBatches:
         """num_samples: which the run takes; None with --train-epochs."""
-        paths, flag = self._paths(Split.train)
+        paths, flag = _paths(self.config.data, Split.train)
         blend = parse_blend(paths, flag)
         require(
             blend.weights is None or num_samples is not None,
@@ -119,7 +126,7 @@ class _Splits:
         if dataset is None:
             return None
         # A blend is taken with its weights as far as --eval-iters reaches; otherwise each sample is taken once.
-        blend = parse_blend(*self._paths(split)) if requested is not None else Blend([], None)
+        blend = parse_blend(*_paths(self.config.data, split)) if requested is not None else Blend([], None)
         order = self._sample_order(split, dataset, blend, shuffle=False)
         whole = order.epoch_length(0)
         end = whole if requested is None else min(requested, whole)
@@ -141,22 +148,14 @@ class _Splits:
             order = BlendedOrder(lengths, blend.weights, data.seed, shuffle, keep)
         return PackedOrder(order, dataset.lengths, data.seq_length, data.packing) if data.pack_sequences else order
 
-    def _paths(self, split: Split) -> tuple[Sequence[str], str]:
-        """The paths of a split, weights among them, and the flag that named them."""
-        data = self.config.data
-        if data.data_path:
-            return data.data_path, "--data-path"
-        own = data.train_data_path, data.valid_data_path, data.test_data_path
-        return own[split.value], f"--{split.name}-data-path"
-
     def _dataset(self, split: Split, num_samples: int | None) -> SampleSource | None:
-        data, (paths, flag) = self.config.data, self._paths(split)
+        data, (paths, flag) = self.config.data, _paths(self.config.data, split)
         if data.mock_data:
             return build_mock(data, split, num_samples, self.num_ids)
         if not paths:
             return None
         if data.data_path or is_indexed(paths):
-            indexed = build_indexed(data, split, paths, num_samples, self.tokenizer, self.num_ids)
+            indexed = build_indexed(data, split, num_samples, self.tokenizer, self.num_ids)
             _require_one_digest(split, paths, indexed.digest if indexed else "")
             return indexed
         paths = parse_blend(paths, flag).prefixes
@@ -170,7 +169,7 @@ class _Splits:
         records = checked_together(lambda: RecordFiles(paths, flag, known))
         _require_one_digest(split, paths, records.digest)
         dataset = InstructionDataset(records, Fit.of(data, self.tokenizer), cache_root, self.node)
-        if not dist.is_initialized() or dist.get_rank() == 0:
+        if place_in_world()[0] == 0:
             for sentence in dataset.warnings:
                 logger.warning("%s: %s", flag, sentence)
         return dataset
@@ -292,13 +291,13 @@ class IndexedSamples:
 
 
 def build_indexed(
-    config: DataConfig, split: Split, paths: Sequence[str], num_samples: int | None, tokenizer: Tokenizer, num_ids: int
+    config: DataConfig, split: Split, num_samples: int | None, tokenizer: Tokenizer, num_ids: int
 ) -> IndexedSamples | None:
     """The samples of one split; None if --split leaves it nothing (an error for training). A collective over all ranks.
 
     num_samples: at least so many, documents repeated as needed; None: each document once, without weights.
     """
-    flag = "--data-path" if config.data_path else f"--{split.name}-data-path"
+    paths, flag = _paths(config, split)
     blend = checked_blend(paths, flag)
     blend = blend if num_samples is not None else Blend(blend.prefixes, None)
     core_config = _core_config(config, split, blend, tokenizer)
@@ -318,8 +317,8 @@ def build_indexed(
     digest = " ".join(sampled_digest(file)[:16] for file in files)
     samples = IndexedSamples(_build(core_config, split, num_samples, blend), num_ids, flag, digest)
     # Ids of another model's tokenizer end a run before it begins: each rank reads samples, spread over its share.
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    share = range(rank, len(samples), world_size)
+    rank, num_ranks = place_in_world()
+    share = range(rank, len(samples), num_ranks)
     checked_together(lambda: [len(samples[i]) for i in share[:: len(share) // READ_BEFORE + 1]], first_alone=True)
     return samples
 
@@ -358,12 +357,7 @@ def _core_config(config: DataConfig, split: Split, blend: Blend | None, tokenize
 
 
 def _build(config: GPTDatasetConfig, split: Split, num_samples: int | None, blend: Blend | None) -> Any:
-    prefixes, weights = blend or ([], None)
-    require(
-        not (config.path_to_cache and (len(prefixes) > 1 or weights) and not dist.is_initialized()),
-        "--data-cache-path with a blend: megatron-core writes its cache under torch.distributed only; start with "
-        "torchrun, or leave --data-cache-path out.",
-    )
+    prefixes = blend.prefixes if blend else []
     # megatron-core's np.load unpickles what is no array, and so runs its code.
     for folder in (config.path_to_cache, *(f"{prefix}/cache" for prefix in prefixes)) if prefixes else ():
         for path in Path(folder).rglob("*.npy") if folder else ():

@@ -11,7 +11,7 @@ import re
 import zlib
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from glob import escape
@@ -20,6 +20,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from megatron_peft.checkpoint.folders import measure
 from megatron_peft.config import ConfigurationError, kind_of_source, require
 from megatron_peft.config.sources import DATA_FILES, local_folder
 from megatron_peft.config.untrusted import parse_json, read_bytes, require_regular
@@ -282,7 +283,9 @@ def _open_table(path: str, flag: str, digest: int | None) -> Rows:
     try:
         rows = _split_of(folder, choice, f"{flag} {name}") if folder.is_dir() else _rows_of(Path(path))
         if digest is None:  # the folder of a dataset of the Hub is named by its commit
-            digest = _digest(files) if files else zlib.crc32(f"{folder.name} {path}".encode())
+            digest = 0 if files else zlib.crc32(f"{folder.name} {path}".encode())
+            for size, crc32 in map(measure, files):
+                digest = crc32_combine(digest, int(crc32, 16), size)
         return Rows(path, rows, digest)
     except ConfigurationError:
         raise
@@ -334,15 +337,6 @@ def _split_of(folder: Path, choice: list[str], named: str) -> Any:
     split = split or ("train" if "train" in names else names[0] if len(names) == 1 else None)
     require(split in names, f"{named} has the splits {', '.join(names)}: give {named.split()[-1]}:{names[0]}.")
     return loaded[split]
-
-
-def _digest(paths: Iterable[Path]) -> int:
-    crc = 0
-    for path in paths:
-        with path.open("rb") as file:
-            while block := file.read(_BLOCK_BYTES):
-                crc = zlib.crc32(block, crc)
-    return crc
 
 
 MAX_COLUMNS = 4096  # `datasets` takes a minute for 100,000
