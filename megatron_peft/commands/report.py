@@ -29,7 +29,7 @@ class ReportSettings(Checked):
     )
     against: str | None = option(
         None,
-        "of an experiment: the method that the others are tested against (default: hybrid, else the first Hybrid)",
+        "of an experiment: the method that the others are tested against (default: the plain Hybrid, else the first)",
         metavar="METHOD",
     )
     samples: int | None = option(

@@ -168,10 +168,13 @@ def cost_table(results: Results) -> Table:
             f"method, as they do beside other work."
         )
     finals = [result for result in results.all if result.finals]
+    peaks = [values for result in finals if (values := measured(result, *MEMORY))]
+    if (widest := max((max(values) / min(values) for values in peaks), default=1.0)) > QUIET:
+        note += f" Peaks differ by up to a factor of {widest:.2f} between runs of one method: by less they say nothing."
     commits = [{str(record.versions.get("commit", "–")): None for record in one.finals.values()} for one in finals]
     has_several = len({commit for each in commits for commit in each}) > 1
     if has_several:
-        note += " The runs are of several commits, whose code need not be equally fast."
+        note += " The runs are of several commits, not equally fast: CPU minutes compare only within one."
     lines = []
     for result, of_result in zip(finals, commits, strict=True):
         trained = next(iter(result.finals.values())).trainable_parameters

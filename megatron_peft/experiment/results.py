@@ -279,8 +279,9 @@ class StepsTo(NamedTuple):
     def __str__(self) -> str:
         if self.times_fewer is None:
             return f"not reached (0/{self.num_runs})"
-        share = "" if self.num_reached == self.num_runs else f" ({self.num_reached}/{self.num_runs})"
-        return f"{'≥ ' if self.is_bound else ''}{self.times_fewer:.2f}{share}"
+        if self.num_reached < self.num_runs:  # those that arrive are the faster ones
+            return f"{self.num_reached}/{self.num_runs} reach it"
+        return f"{'≥ ' if self.is_bound else ''}{self.times_fewer:.2f}"
 
 
 def crossing(curve: Sequence[tuple[float, float]], loss: float) -> tuple[float, bool] | None:

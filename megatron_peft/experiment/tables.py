@@ -272,6 +272,7 @@ def speed_table(results: Results, model: str, task: str) -> Table | None:
             if by_step
         ),
         "N over the mean number of steps that the method's runs need, seed by seed, linear between measurements; above "
-        "1 it is faster. '≥' where the first measurement is at or below the loss already; (k/n) where only k of n runs "
-        "reach it. All rates decay to 0 at the end of the run, so N before the end is not a run of N steps.",
+        "1 it is faster. '≥' where the first measurement is at or below the loss already; k/n where only k of n runs "
+        "reach it: those that do are the faster ones. All rates decay to 0 at the end of the run, so N before the end "
+        "is not a run of N steps.",
     )

@@ -298,6 +298,9 @@ def test_wall_time_is_left_out_where_runs_of_a_method_contradict_one_another(fou
         table.columns[4:] == ("CPU minutes a run", "peak memory (GB)") and "Wall-clock time is left out" in table.note
     )
     left, _ = plots.draw_cost(noisy, "talk").axes
+    assert "Peaks differ" not in table.note
+    write_record(tmp_path, cell, record_of(cell, step_seconds=0.61, peak_memory_bytes=int(2.9e9)))
+    assert "Peaks differ by up to a factor of 1.45" in plots.cost_table(read_results(tmp_path)).note
     assert left.get_title("left") == "CPU minutes of a run" and [bar.get_height() for bar in left.patches] == [1.5] * 3
 
 

@@ -125,6 +125,7 @@ def test_half_the_steps_are_two_times_fewer_seed_by_seed(found: Results) -> None
     assert (at_20, at_40) == (StepsTo(20, 2.0, False, 1, 1), StepsTo(40, 2.0, False, 1, 1))
     paired = steps_to({1: run(3, 1), 2: run(9, 9), 7: run(0, 0)}, {1: run(4, 2), 2: run(4, 2)})
     assert paired[-1] == StepsTo(20, 20 / 15, False, 1, 2), "one of two never arrives"
+    assert str(paired[-1]) == "1/2 reach it" and str(at_40) == "2.00" and str(at_10) == "≥ 1.00"
     assert steps_to({1: run(1)}, {2: run(1)}) == []
     rising = steps_to({1: run(3, 1, 1, 1)}, {1: run(3, 2, 2, 2.5), 2: run(0, 0, 0, 0)})
     assert [at.steps for at in rising] == [10, 20], "a loss that every run had before is no goal"

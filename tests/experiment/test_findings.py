@@ -1,0 +1,105 @@
+"""What docs/results/README.md says in words is so in the committed records. Its tables are compared by other tests."""
+
+from collections.abc import Mapping
+from itertools import combinations
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.stats import ttest_rel
+
+from megatron_peft.config.untrusted import read_json
+from megatron_peft.experiment.cell_record import CellRecord
+from megatron_peft.experiment.contrasts import holm
+from megatron_peft.experiment.results import Results, compare_seeds, read_results
+
+RECORDS = Path(__file__).parents[2] / "docs" / "results"
+LEAST_LAMBDA = 0.02
+
+
+@pytest.fixture(scope="module")
+def claim() -> Results:
+    return read_results(RECORDS / "claim")
+
+
+def finals(name: str) -> dict[str, Mapping[int, CellRecord]]:
+    return {result.method: result.finals for result in read_results(RECORDS / name).all}
+
+
+def test_lambda_ends_at_its_lower_limit_in_more_than_eight_of_ten_matrices(claim: Results) -> None:
+    [hybrid] = [result for result in claim.all if result.method == "hybrid"]
+    for record in hybrid.finals.values():
+        ends = [values[-1] for values in record.lambdas["by_layer"].values()]
+        assert len(ends) == 120 and mean(value < 1.01 * LEAST_LAMBDA for value in ends) > 0.8
+
+
+def test_gradients_by_depth_differ_by_about_four_and_less_with_lora_and_beside_one_layer(claim: Results) -> None:
+    for result in claim.all:
+        runs = [record.grad_norms["by_layer"] for record in result.finals.values()]
+        norms = np.mean([[np.mean(values) for values in run.values()] for run in runs], axis=0)
+        usual = np.delete(norms, 11)
+        low_rank_alone = result.method in ("lora", "without-rotation")
+        assert len(norms) == 30
+        assert norms.max() / norms.min() == pytest.approx(3 if low_rank_alone else 4, abs=0.5), result.method
+        in_gradients = result.method in ("full", "lora-ga")
+        assert in_gradients or low_rank_alone or norms.argmax() == 11, "of those that rotate"
+        assert usual.max() / usual.min() == pytest.approx(4 if in_gradients else 3, abs=0.5), result.method
+
+
+def test_rates_between_those_that_were_tried_promise_little_but_as_much_as_is_undecided(claim: Results) -> None:
+    """The fall to the vertex of a parabola through the best rate and its neighbours."""
+    falls = {}
+    for result in claim.all:
+        points = {float(cell.point.removeprefix("lr=")): record for cell, record in result.tuning}
+        losses = {rate: record.validation_loss for rate, record in sorted(points.items()) if record}
+        rates = [*losses]
+        at = rates.index(min(rates, key=losses.__getitem__))
+        a, b, c = np.polyfit(np.log(rates[at - 1 : at + 2]), [losses[rate] for rate in rates[at - 1 : at + 2]], 2)
+        falls[result.method] = losses[rates[at]] - (c - b * b / (4 * a))
+    undecided = 0.0202
+    shares = {"lora": 1, "lora-ga": 1.2, "hybrid": 0.5, "without-rotation": 0.25, "hybrid-constant": 0.125}
+    assert {name: falls[name] / undecided for name in shares} == pytest.approx(shares, abs=0.07)
+
+
+def test_what_the_low_rank_adds_is_not_significant(claim: Results) -> None:
+    by_name = {result.method: result for result in claim.all}
+    constant, alone = by_name["hybrid-constant"], by_name["without-low-rank"]
+    compared: Any = compare_seeds(constant.values("validation loss"), alone.values("validation loss"))
+    assert compared.difference == pytest.approx(-0.046, abs=5e-4) and compared.p == pytest.approx(0.09, abs=5e-3)
+    [small] = [record for cell, record in alone.tuning if float(cell.point.removeprefix("lr=")) == 1.25e-4]
+    [chosen] = [record for cell, record in constant.tuning if record and record.settings == constant.chosen[0].settings]
+    assert small and (round(small.validation_loss, 3), round(chosen.validation_loss, 3)) == (1.659, 1.433)
+
+
+def test_all_forget_full_fine_tuning_least_and_of_28_pairs_one_is_told_apart() -> None:
+    losses = {
+        method: [record.test_loss for _, record in sorted(runs.items())]
+        for method, runs in finals("forgetting").items()
+    }
+    base = float(read_json(RECORDS / "forgetting" / "hf_peft" / "table.json")["rows"][0][3])
+    assert all(value > base for values in losses.values() for value in values)
+    for seed in range(3):
+        order = sorted(losses, key=lambda method: losses[method][seed])
+        assert order[:2] == ["full", "oft"] and order[-1] == "lora-ga"
+        assert all(losses["lora"][seed] < losses[name][seed] for name in ("boft", "urnn", "hybrid", "hybrid-constant"))
+    pairs = [*combinations(losses, 2)]
+    corrected = holm([ttest_rel(losses[one], losses[other]).pvalue for one, other in pairs])
+    assert len(pairs) == 28
+    assert [{*pair} for pair, p in zip(pairs, corrected, strict=True) if p < 0.05] == [{"full", "boft"}]
+
+
+def test_ten_epochs_are_learnt_by_heart_and_go_too_far() -> None:
+    first_norms = {}
+    for method, runs in finals("ten_epochs").items():
+        for record in runs.values():
+            losses = [loss for _, _, loss in record.curves["validation_loss"]]
+            best = losses.index(min(losses))
+            assert len(losses) == 10 and best < 2 and losses[-1] > losses[best]
+            assert mean(loss for _, _, loss in record.curves["loss"][-7:]) < 0.1
+            norms = [norm for _, _, norm in record.curves["grad_norm"]]
+            assert norms[-1] < norms[0] / 5
+        first_norms[method] = mean(record.curves["grad_norm"][0][2] for record in runs.values())
+    order = sorted(first_norms, key=first_norms.__getitem__)
+    assert {*order[:2]} == {"lora", "urnn"} and order[-1] == "boft"
