@@ -370,7 +370,7 @@ class LoggingConfig(Checked):
         False, "also record the gradient norm of each transformer layer, before clipping, at log intervals"
     )
     log_validation_items: bool = option(
-        False, "also record the loss of each validation sample, in validation_items.jsonl beside metrics.jsonl"
+        False, "also record the loss of each validation and test sample, in validation_items.jsonl and test_items.jsonl"
     )
     log_energy: bool = option(False, "also record joules per step over all GPUs; needs the package nvidia-ml-py")
     timing_log_level: Literal["0", "1", "2"] = option(

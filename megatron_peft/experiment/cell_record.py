@@ -203,13 +203,13 @@ def test_loss(log: str) -> float | None:
     return float(printed[-1]) if printed else None
 
 
-def from_items(record: Mapping[str, Any]) -> dict[str, list[list[float]]]:
-    """The validation's part of a record's `items`, from a line of validation_items.jsonl."""
-    sums = record["loss_sums"].values()
+def from_items(lines: Sequence[Mapping[str, Any]]) -> list[list[float]]:
+    """A loss's part of a record's `items`: the last line of validation_items.jsonl or test_items.jsonl."""
+    last = lines[-1] if lines else {"loss_sums": {}, "num_tokens": {}}
+    sums = last["loss_sums"].values()
     if None in sums:  # a loss that is not finite: none of the items would be worth comparing
-        return {}
-    pairs = zip(sums, record["num_tokens"].values(), strict=True)
-    return {VALIDATION_LOSS: [[round(loss_sum, 6), num_tokens] for loss_sum, num_tokens in pairs]}
+        return []
+    return [[round(loss_sum, 6), count] for loss_sum, count in zip(sums, last["num_tokens"].values(), strict=True)]
 
 
 def versions() -> dict[str, str]:

@@ -155,7 +155,7 @@ def cost_table(results: Results) -> Table:
     """Trained parameters, time and memory; the commits of the runs, where there are several."""
     fields = {"CPU minutes a run": CPU, "peak memory (GB)": MEMORY}
     note = (
-        "Means over the final runs. CPU minutes are those of a run's processes, from their start to their end. Memory "
+        "Means over the final runs. CPU minutes are those of a run's processes, validations included. Memory "
         "is that of the process that writes the log: on a GPU what its allocator held, on a CPU the resident set with "
         "Python itself."
     )

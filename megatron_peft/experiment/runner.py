@@ -32,7 +32,7 @@ from megatron_peft.experiment.cell_record import CellRecord
 from megatron_peft.experiment.cells import Cell, Group
 from megatron_peft.experiment.contrasts import contrast_digests
 from megatron_peft.experiment.results import Work, progress, work
-from megatron_peft.experiment.spec import EXPERIMENT_FILE, Experiment, ScoreSpec
+from megatron_peft.experiment.spec import EXPERIMENT_FILE, TEST_LOSS, VALIDATION_LOSS, Experiment, ScoreSpec
 from megatron_peft.training.metrics import ITEMS_FILE, METRICS_FILE, read_metrics
 
 POLL_SECONDS = 0.2
@@ -184,8 +184,11 @@ class Runner:
         if stopped := cell_record.STOPPED.search(job.running.words()):
             raise ConfigurationError(f"{stopped[0]}: the next call goes on from its checkpoint")
         save = process.checkpoints_folder(self.folder, job.work.cell)
-        files = METRICS_FILE, process.LAMBDA_FILE, ITEMS_FILE
-        records, lambdas, items = (read_metrics(save / name) for name in files)
+        records, lambdas = (read_metrics(save / name) for name in (METRICS_FILE, process.LAMBDA_FILE))
+        items = {
+            loss: cell_record.from_items(read_metrics(save / ITEMS_FILE.format(data)))
+            for data, loss in (("validation", VALIDATION_LOSS), ("test", TEST_LOSS))
+        }
         if not records:
             raise ConfigurationError(f"it ended well, but left no {save / METRICS_FILE}")
         log, is_whole = job.running.log.read_text(errors="replace"), "--load" not in job.running.heading.split()
@@ -197,7 +200,7 @@ class Runner:
             cpu_seconds=job.running.cpu_seconds if is_whole else None,
             trainable_parameters=cell_record.trainable_parameters(log),
             test_loss=cell_record.test_loss(log),
-            items=cell_record.from_items(items[-1]) if items else {},
+            items={loss: pairs for loss, pairs in items.items() if pairs},
             lambdas=cell_record.by_layer(lambdas, "lambda"),
             grad_norms=cell_record.by_layer(records, "grad_norm_by_layer"),
             **cell_record.from_metrics(records),

@@ -218,7 +218,7 @@ class _Run:
         assert self.data.valid is not None
         try:
             with self.watchers.around_validation():
-                loss = self._loss_on(self.data.valid, "validation", self.state.config.logging.log_validation_items)
+                loss = self._loss_on(self.data.valid, "validation")
         except step.ValidationInterrupted:
             self.state.best = replace(self.state.best, was_interrupted=True)
             return {}
@@ -226,9 +226,9 @@ class _Run:
         self.state.best = from_first_rank(lambda: self.state.best.after(loss, self.state.position.iteration))
         return {"validation_loss": loss}
 
-    def _loss_on(self, batches: GlobalBatches, what: str, writes_items: bool = False) -> float:
+    def _loss_on(self, batches: GlobalBatches, what: str) -> float:
         tracked = self.progress.track(batches, what, batches.num_steps)
-        by_sample: list[Tensor] | None = [] if writes_items else None
+        by_sample: list[Tensor] | None = [] if self.state.config.logging.log_validation_items else None
         loss = step.validation_loss(self.state.model_chunks, tracked, self._wants_to_stop, by_sample)
         if by_sample is not None:
             # A sample's losses are on one replica's last stage; its tensor-parallel ranks have the same.
@@ -236,7 +236,7 @@ class _Run:
             of_all = {sample: pair for of_rank in gather_over_world(own) for sample, pair in of_rank.items()}
             sums = {sample: of_all[sample][0] for sample in sorted(of_all)}
             counts = {sample: int(of_all[sample][1]) for sample in sums}
-            self.writer.write_items(self.state.position.iteration, sums, counts)
+            self.writer.write_items(self.state.position.iteration, what, sums, counts)
         return loss
 
     def _write(self, record: Record) -> None:

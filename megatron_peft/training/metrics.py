@@ -24,7 +24,7 @@ from megatron_peft.config.untrusted import MAX_BYTES, parse_json, require_regula
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
-ITEMS_FILE = "validation_items.jsonl"  # a line a validation, with --log-validation-items
+ITEMS_FILE = "{}_items.jsonl"  # with --log-validation-items, a line a validation or test
 # Fields of a record -> curves of TensorBoard and Weights & Biases, which group them by what stands before the slash. A
 # field that is not here has its own name; of a mapping it is NAME/KEY, as in lambda/mean.
 TAGS = {
@@ -98,11 +98,13 @@ class MetricsWriter(ExitStack):
         if self._wandb is not None:
             self._wandb.log(scalars, step=iteration)
 
-    def write_items(self, iteration: int, loss_sums: Mapping[int, float], num_tokens: Mapping[int, int]) -> None:
-        """Write what each sample of a validation adds to its loss to `validation_items.jsonl`."""
+    def write_items(
+        self, iteration: int, data: str, loss_sums: Mapping[int, float], num_tokens: Mapping[int, int]
+    ) -> None:
+        """Write what each sample adds to a loss to `validation_items.jsonl`, or of a test to `test_items.jsonl`."""
         if self._folder is not None:
             record = {"iteration": iteration, "loss_sums": loss_sums, "num_tokens": num_tokens}
-            self._open(ITEMS_FILE).append(json.dumps(finite(record)))
+            self._open(ITEMS_FILE.format(data)).append(json.dumps(finite(record)))
 
     def write_layers(self, iteration: int, name: str, by_layer: Mapping[str, float]) -> None:
         """Write a number per layer to `{name}.jsonl` and, as one curve per layer, to TensorBoard."""

@@ -51,8 +51,10 @@ def train() -> None:
         print("--exit-interval reached at iteration 1")
     print("test loss at iteration 2: 5.000000E-01")
     if "--log-validation-items" in sys.argv:
-        items = {"iteration": 2, "loss_sums": {"0": loss, "1": 3 * loss}, "num_tokens": {"0": 1, "1": 3}}
-        (save / "validation_items.jsonl").write_text(json.dumps(items) + "\n")
+        sums, counts = {"0": loss, "1": 3 * loss}, {"0": 1, "1": 3}
+        items = {"iteration": 2, "loss_sums": sums, "num_tokens": counts}
+        for name in ("validation_items.jsonl", "test_items.jsonl"):
+            (save / name).write_text(json.dumps(items) + "\n")
     (save / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     if value("--peft-method") == "hybrid":
         lambdas = [{"iteration": at, "lambda": {"decoder.layers.0.mlp.linear_fc1": at / 10}} for at in (1, 2)]

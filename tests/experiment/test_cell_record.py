@@ -91,9 +91,10 @@ def test_lambdas_are_thinned_to_the_same_iterations_for_all_layers() -> None:
 def test_values_are_of_the_end_the_whole_run_and_the_score_and_items_are_kept(tmp_path: Path, group: Group) -> None:
     assert loss_of_test("test loss at iteration 2: 3.5E+00\n...\ntest loss at iteration 4: 2.500000E-01\n") == 0.25
     assert loss_of_test("test loss at iteration 4: not measured") is None
-    items = from_items({"iteration": 4, "loss_sums": {"0": 1.23456789, "1": 2.0}, "num_tokens": {"0": 3, "1": 4}})
-    assert items == {"validation loss": [[1.234568, 3], [2.0, 4]]}
-    assert from_items({"iteration": 4, "loss_sums": {"0": None}, "num_tokens": {"0": 3}}) == {}
+    lines = [{"loss_sums": {"0": loss, "1": 2.0}, "num_tokens": {"0": 3, "1": 4}} for loss in (9.0, 1.23456789)]
+    items = {"validation loss": from_items(lines)}
+    assert items == {"validation loss": [[1.234568, 3], [2.0, 4]]} and from_items([]) == []
+    assert from_items([*lines, {"loss_sums": {"0": None}, "num_tokens": {"0": 3}}]) == []
     curves = {"validation_loss": [[2, 0.5, 4.0], [4, 1.0, 1.0]]}
     values = {"validation_loss": 1.0, "test_loss": 0.25, "scores": {"BLEU": 9.0}, "curves": curves, "items": items}
     write_record(tmp_path, group.tuning[0], of_cell(group.tuning[0], "trained", **values))

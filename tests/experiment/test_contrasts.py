@@ -111,6 +111,8 @@ def test_a_small_difference_is_equivalent_and_a_noisy_one_undecided(tmp_path: Pa
     assert found.quantiles is not None and found.quantiles[0] < 0 < found.quantiles[-1]
     lowest, highest = found.quantiles[0], found.quantiles[-1]
     assert found.verdict == f"undecided: the difference is between {lowest:+.4f} and {highest:+.4f}"
+    alike = found._replace(quantiles=(-0.1, 0.11, 0.4, 0.5), holm=0.001)
+    assert alike.verdict == "undecided: the difference is between -0.1000 and +0.5000", "seeds agree, items do not"
     many = found._replace(quantiles=(0.1, 0.11, 0.4, 0.5), holm=0.07)
     assert many.verdict.endswith("between +0.1000 and +0.5000, but p is 0.070 after Holm's correction")
 

@@ -11,7 +11,7 @@ import pytest
 from scipy.stats import ttest_rel
 
 from megatron_peft.config.untrusted import read_json
-from megatron_peft.experiment.cell_record import CellRecord
+from megatron_peft.experiment.cell_record import CellRecord, json_digest, read_file
 from megatron_peft.experiment.contrasts import holm
 from megatron_peft.experiment.results import Results, compare_seeds, read_results
 
@@ -88,6 +88,25 @@ def test_all_forget_full_fine_tuning_least_and_of_28_pairs_one_is_told_apart() -
     corrected = holm([ttest_rel(losses[one], losses[other]).pvalue for one, other in pairs])
     assert len(pairs) == 28
     assert [{*pair} for pair, p in zip(pairs, corrected, strict=True) if p < 0.05] == [{"full", "boft"}]
+
+
+@pytest.mark.parametrize("folder", [RECORDS / name / "hf_peft" for name in ("claim", "forgetting")])
+def test_the_table_beside_hf_peft_is_of_its_runs_and_of_the_cells(folder: Path) -> None:
+    runs = [read_json(path) for path in folder.glob("*,*.json")]
+    rows = {(row[0].split()[-1], row[1]): row for row in read_json(folder / "table.json")["rows"]}
+    assert len(runs) == len(rows)
+    for run in runs:
+        assert run.pop("sha256") == json_digest(run)
+        cell = read_file(folder.parent / "cells" / f"{run['cell']}.json")
+        name = {"base": "model", "lora": "LoRA", "oft": "OFT"}[run["method"]]
+        row = rows[name, "" if name == "model" else run["cell"].split(",", 2)[-1].replace(",", " ")]
+        values = (run["validation_loss"], ".4f"), (run["test_loss"], ".4f"), (run.get("bleu"), ".2f")
+        assert row[2:5] == ["" if value is None else format(value, form) for value, form in values]
+        assert row[5] in ("", f"{cell.validation_loss:.4f}")
+        if name == "LoRA":
+            curves = zip(run["losses"], (loss for _, _, loss in cell.curves["loss"]), strict=True)
+            most = max(abs(ours - theirs) for ours, theirs in curves)
+            assert most < 1e-4 and row[6] == f"{most:.1e}, 120 steps within 1e-4"
 
 
 def test_ten_epochs_are_learnt_by_heart_and_go_too_far() -> None:

@@ -125,7 +125,7 @@ def test_records_of_a_contrast_have_its_digest_and_the_items(tmp_path: Path) -> 
         assert record.test_loss == 0.5 and 0 < (record.cpu_seconds or 0) < 60
         assert record.grad_norms == {"iterations": [1, 2], "by_layer": {"0": [0.123, 0.123], "1": [None, None]}}
         if record.seed == 1:  # not scored
-            assert not record.scores and record.items.keys() == {"validation loss"}
+            assert not record.scores and record.items.keys() == {"validation loss", "test loss"}
         else:
             assert record.items["by item"] == by_item and record.scores["by item"] == pytest.approx(199 - 20 * loss)
     assert all(progress(tmp_path / "out", group).is_done for group in groups)

@@ -39,7 +39,7 @@ def test_losses_of_lora_are_the_runs_own_and_oft_learns_too(tmp_path):
     assert hf_peft.compared(losses, losses[:-1] + [losses[-1] + 0.25]) == {"most": 0.25, "steps_within": 5}
     assert found["lora"]["validation_loss"] == pytest.approx(ours[-1]["validation_loss"], rel=1e-5)
     (line,) = map(json.loads, (tmp_path / "run" / "validation_items.jsonl").read_text().splitlines())
-    assert found["lora"]["items"] == [pytest.approx(item, rel=1e-4) for item in from_items(line)["validation loss"]]
+    assert found["lora"]["items"] == [pytest.approx(item, rel=1e-4) for item in from_items([line])]
     assert found["base"]["validation_loss"] > found["lora"]["validation_loss"] and found["base"]["losses"] == []
     assert all(one["test_loss"] == pytest.approx(one["validation_loss"], rel=1e-5) for one in found.values())
     assert all(0 <= found[method]["bleu"] <= 100 for method in ("base", "lora"))

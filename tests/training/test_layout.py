@@ -410,9 +410,11 @@ def items_of(jobs: list[Job]) -> dict[str, Any]:
     found = {}
     for job in jobs:
         with built(job) as (state, data):
-            train(state, data, RecordedSaves())
+            train(state, replace(data, test=data.valid), RecordedSaves())
         folder = Path(job.checkpoint["save"])
-        (line,), (record,) = read_metrics(folder / ITEMS_FILE), read_metrics(folder / METRICS_FILE)
+        (line,), (test,) = (read_metrics(folder / ITEMS_FILE.format(data)) for data in ("validation", "test"))
+        (record,) = read_metrics(folder / METRICS_FILE)
+        assert test == line, "the same samples"
         found[job.name] = record["validation_loss"], line
     return found
 

@@ -126,8 +126,8 @@ def test_a_resumed_run_repeats_the_losses_of_validation_samples_after_its_checkp
     for resumed_at, iterations in ((0, (2, 4, 6)), (3, (4,))):
         with MetricsWriter(tmp_path, SILENT, is_writer=True, resumed_iteration=resumed_at) as writer:
             for iteration in iterations:
-                writer.write_items(iteration, {0: 1.5, 1: float("nan")}, {0: resumed_at + 1, 1: 2})
-    lines = read_metrics(tmp_path / ITEMS_FILE)
+                writer.write_items(iteration, "test", {0: 1.5, 1: float("nan")}, {0: resumed_at + 1, 1: 2})
+    lines = read_metrics(tmp_path / ITEMS_FILE.format("test"))
     assert [(line["iteration"], line["num_tokens"]["0"]) for line in lines] == [(2, 1), (4, 4)]
     assert lines[0]["loss_sums"] == {"0": 1.5, "1": None}
 
