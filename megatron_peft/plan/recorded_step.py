@@ -36,8 +36,6 @@ def turns(stage: int, num_stages: int, num_chunks: int, num_microbatches: int) -
     backwards = [Mark("backward", microbatch, num_chunks - 1 - chunk) for microbatch, chunk in order]
     if num_chunks == 1:
         warmup = min(num_stages - stage - 1, total)
-    elif num_microbatches == num_stages:
-        warmup = total
     else:
         warmup = min((num_stages - stage - 1) * 2 + (num_chunks - 1) * num_stages, total)
     steady = [turn for pair in zip(forwards[warmup:], backwards, strict=False) for turn in pair]

@@ -62,6 +62,11 @@ def test_a_schedule_runs_every_microbatch_forward_and_then_backward(stage, num_c
             assert order.index(turn) < order.index(Mark("backward", turn.microbatch, turn.chunk))
 
 
+def test_as_many_microbatches_as_stages_warm_up_as_more_do():
+    phases = [turn.phase for turn in turns(3, num_stages=4, num_chunks=2, num_microbatches=4)]
+    assert phases == ["forward"] * 4 + ["forward", "backward"] * 4 + ["backward"] * 4
+
+
 def test_the_second_stage_of_the_largest_recipe_holds_141_chunks_of_microbatches():
     live = most = 0
     for turn in turns(1, 16, 8, 128):
