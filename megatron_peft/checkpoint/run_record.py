@@ -303,7 +303,7 @@ def optimizer_contradictions(record: RunRecord, current: CurrentRun) -> list[str
 
 
 def _samples_at_the_end(record: RunRecord, current: CurrentRun) -> int:
-    """The whole run's; those before the checkpoint may have come in other batches."""
+    """Samples of the whole run; those before the checkpoint may have come in other batches."""
     train_iters, batch = current.config.training.train_iters, current.config.global_batch_size
     if train_iters is None:
         return current.schedule["wd_incr_steps"]
@@ -328,7 +328,7 @@ def _steps_without_a_rate(record: RunRecord, schedule: Mapping[str, Any], curren
 
 
 def _another_end(record: RunRecord, current: CurrentRun) -> list[str]:
-    """The run may end before or after a decay that is as long as it seems to be, after another batch."""
+    """What is wrong if the run ends before or after its decay, since its batch was another before the checkpoint."""
     batch, end = current.config.global_batch_size, _samples_at_the_end(record, current)
     decay, length = current.schedule["lr_decay_steps"], current.schedule["wd_incr_steps"]
     is_late = length <= decay <= end - batch and current.schedule["min_lr"] == 0  # its last steps would train nothing

@@ -205,11 +205,10 @@ def test_loss(log: str) -> float | None:
 
 def from_items(lines: Sequence[Mapping[str, Any]]) -> list[list[float]]:
     """A loss's part of a record's `items`: the last line of validation_items.jsonl or test_items.jsonl."""
-    last = lines[-1] if lines else {"loss_sums": {}, "num_tokens": {}}
-    sums = last["loss_sums"].values()
-    if None in sums:  # a loss that is not finite: none of the items would be worth comparing
+    if not lines or None in lines[-1]["loss_sums"].values():  # not finite: no item would be worth comparing
         return []
-    return [[round(loss_sum, 6), count] for loss_sum, count in zip(sums, last["num_tokens"].values(), strict=True)]
+    pairs = zip(lines[-1]["loss_sums"].values(), lines[-1]["num_tokens"].values(), strict=True)
+    return [[round(loss_sum, 6), count] for loss_sum, count in pairs]
 
 
 def versions() -> dict[str, str]:

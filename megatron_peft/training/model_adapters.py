@@ -114,7 +114,7 @@ class ModelAdapters:
     def param_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
         """Groups for an optimizer of torch, such as AdamW. `lr` is the peak; a schedule scales all rates alike.
 
-        Raises ConfigurationError: the weight of a layer with an adapter is not frozen.
+        A collective. Raises ConfigurationError, on every rank: the weight of a layer with an adapter is not frozen.
         """
         self._set_rate(lr)
         groups: dict[tuple[Any, ...], dict[str, Any]] = {}
@@ -130,8 +130,8 @@ class ModelAdapters:
     def config_overrides(self, optimizer_config: OptimizerConfig) -> dict[Any, Any]:
         """`config_overrides` for `get_megatron_optimizer`, whose `lr` and `min_lr` the groups' rates follow.
 
-        Raises ConfigurationError: the weight of a layer with an adapter is not frozen; or the optimizer scales the
-        loss, and the method takes gradients as they are.
+        A collective. Raises ConfigurationError, on every rank: the weight of a layer with an adapter is not frozen; or
+        the optimizer scales the loss, and the method takes gradients as they are.
         """
         scales = {name: getattr(optimizer_config, name) for name in ("fp16", "loss_scale")}
         scaled = [f"{name}={value}" for name, value in scales.items() if value]
@@ -148,11 +148,11 @@ class ModelAdapters:
         require(lr > 0, f"the learning rate is {lr}; it must be above 0.")
         layers = [layer for chunk in self.model_chunks for layer in linear_layers(chunk) if layer.module.adapter]
         trained = [layer.name for layer in layers if layer.module.weight.requires_grad]
-        require(
-            not trained,
+        message = (
             f"{', '.join(trained[:4])}{', ...' if len(trained) > 4 else ''}: the weight of a layer with an adapter "
-            f"gets no gradient, but its requires_grad is True: leave it frozen, or the layer out of target_modules.",
+            f"gets no gradient, but its requires_grad is True: leave it frozen, or the layer out of target_modules."
         )
+        checked_together(lambda: require(not trained, message))  # one stage may have such a layer, and others none
         self.lr = lr
 
     # LoRA-GA and the Hybrid.

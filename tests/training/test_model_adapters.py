@@ -436,6 +436,27 @@ def test_what_an_earlier_forward_computed_is_not_kept_when_adapters_are_loaded(t
             assert loaded == trained
 
 
+def refused_by_one(_: Any) -> str:
+    """Called on two ranks, of which the last unfreezes a weight: what a rank is told."""
+    start_world()
+    with model_parallel(ParallelConfig(world_size=2), seed=0):
+        model = tiny_gpt()
+        adapters = add_adapters(model, PeftConfig(lora_rank=2))
+        model.decoder.layers[0].mlp.linear_fc1.weight.requires_grad_(torch.distributed.get_rank() == 1)
+        try:
+            adapters.param_groups(1e-3)
+            message = ""
+        except ConfigurationError as error:
+            message = str(error)
+    stop()
+    return message
+
+
+def test_a_weight_that_one_rank_unfreezes_ends_all_with_its_message():
+    first, last = run_ranks(2, refused_by_one, None)
+    assert first == last and first.startswith("decoder.layers.0.mlp.linear_fc1: the weight")
+
+
 def test_a_folder_of_adapters_is_whole_and_new(world, tmp_path):
     peft = PeftConfig(lora_rank=2)
     adapters = add_adapters(own_model(), peft)
