@@ -48,7 +48,7 @@ demo: $(INSTALLED) ## fine-tune a real 135M Llama in two pipeline stages on the 
 	$(PYTHON) tools/demo.py --method $(METHOD) $(ARGS)
 
 # Two workers; tests/conftest.py says which tests stay together on one of them.
-PYTEST := $(PYTHON) -m pytest --numprocesses 2 --dist loadscope
+PYTEST := $(PYTHON) -m pytest --numprocesses 2 --dist loadscope --max-worker-restart 0
 
 test: $(TESTABLE) ## run the test-suite, with the main layouts of each method
 	$(PYTEST) -m 'not slow and not docs and not slurm and not engines' $(ARGS)

@@ -5,22 +5,21 @@ imports this module, so torch and megatron-core are imported where the files are
 """
 
 import glob
-import multiprocessing
 import os
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from megatron_peft.config import Checked, ConfigurationError, DataConfig, option, require, required_option
 from megatron_peft.data.files import RecordFiles
 from megatron_peft.data.tokenizers import build_tokenizer
+from megatron_peft.runtime.ranks import Worker, WorkerKilled
 
 if TYPE_CHECKING:
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
@@ -80,25 +79,33 @@ class DocumentEncoder:
 
 
 def encoded_documents(config: PreprocessSettings, encoder: DocumentEncoder) -> Generator[Encoded, None, None]:
-    """`DocumentEncoder.encode` of each record, in the order of the input, in this process or in `workers`."""
+    """`DocumentEncoder.encode` of each record, in the order of the input, in this process or in `workers`.
+
+    Each worker answers through a pipe of its own: one that is killed in the middle of an answer leaves no lock behind.
+    """
     indices = range(len(encoder.records))
     if config.workers == 1:
         yield from map(encoder.encode, indices)
         return
-    context = multiprocessing.get_context("spawn")
-    chunks = (indices[start : start + _CHUNK] for start in range(0, len(indices), _CHUNK))
-    with ProcessPoolExecutor(config.workers, context, _start_worker, (config,)) as pool:
-        running = deque(pool.submit(_encode_in_worker, chunk) for chunk in islice(chunks, 4 * config.workers))
-        try:
-            while running:
-                yield from running.popleft().result()
-                running.extend(pool.submit(_encode_in_worker, chunk) for chunk in islice(chunks, 1))
-        except BrokenProcessPool as error:
-            raise ConfigurationError(
-                f"a worker of --workers {config.workers} was killed, probably for the memory that it took: use fewer."
-            ) from error
-        finally:
-            pool.shutdown(cancel_futures=True)
+    name = f"a worker of --workers {config.workers}"
+    workers, asked = [Worker() for _ in range(config.workers)], deque[Worker]()
+    try:
+        for worker in workers:
+            worker.ask(partial(_start_worker, config))
+        for worker in workers:
+            worker.answer(name)
+        for worker, start in zip(cycle(workers), indices[::_CHUNK]):
+            if len(asked) == 2 * len(workers):  # each computes while its next chunk waits
+                yield from asked.popleft().answer(name)
+            worker.ask(partial(_encode_in_worker, indices[start : start + _CHUNK]))
+            asked.append(worker)
+        for worker in asked:
+            yield from worker.answer(name)
+    except WorkerKilled as error:
+        raise ConfigurationError(f"{name} was killed, probably for the memory that it took: use fewer.") from error
+    finally:
+        for worker in workers:
+            worker.end()
 
 
 _worker_encoder: DocumentEncoder  # set once in each worker process

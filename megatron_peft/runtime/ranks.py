@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import pickle
 import secrets
+import signal
 import socket
 import sys
 import tempfile
@@ -33,6 +34,10 @@ _server.set_forkserver_preload([NO_GPU])  # by default the server imports the ma
 
 class RanksFailed(RuntimeError):
     """Some rank exited with an error, or all took too long; the text is what the ranks printed."""
+
+
+class WorkerKilled(RuntimeError):
+    """Mostly by the kernel, for the memory that it took."""
 
 
 def preload(modules: Sequence[str]) -> None:
@@ -168,13 +173,15 @@ class Worker:
             self.connection.send(call)
 
     def answer(self, name: str) -> Any:
-        """RuntimeError: the call has failed, with what it has printed; `name` says what it was."""
+        """RuntimeError: the call has failed, with what it has printed; `name` says what it was. WorkerKilled is one."""
         try:
             return self.connection.recv()
         except (EOFError, OSError):
             self._process.join()
             said = self._output.read_text(errors="replace") if self._output.exists() else ""
-            raise RuntimeError(f"{name} failed ({self._process.exitcode}):\n{said}") from None
+            code = self._process.exitcode
+            kind = WorkerKilled if code == -signal.SIGKILL else RuntimeError
+            raise kind(f"{name} failed ({code}):\n{said}") from None
 
     def end(self) -> None:
         """Whatever it does."""

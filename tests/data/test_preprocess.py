@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -42,22 +43,26 @@ def test_documents_keep_their_order_empty_ones_are_counted_and_each_key_has_its_
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_documents_keep_the_order_and_bad_records_their_place(write_lines, workers):
-    numbers = [{"text": str(i % 90), "title": ""} for i in range(150)]
+    numbers = [{"text": str(i % 90), "title": ""} for i in range(350)]
     long = {"text": "7 " * 1_000_000}  # so that a second worker overtakes the first
     path = write_lines([long, *numbers, "{", {"text": "x"}])
     settings = config(path, "out", workers=workers)
     first, *documents, torn, bad = encoded_documents(settings, DocumentEncoder(settings))
-    assert first == [[7] * 1_000_000] and documents == [[[i % 90]] for i in range(150)]
-    assert "line 152: not JSON" in torn and "line 153: NullTokenizer reads ids" in bad
+    assert first == [[7] * 1_000_000] and documents == [[[i % 90]] for i in range(350)]
+    assert "line 352: not JSON" in torn and "line 353: NullTokenizer reads ids" in bad
 
 
 def test_a_worker_that_was_killed_ends_the_others_with_an_error(write_lines):
     settings = config(write_lines([{"text": "7 " * 100_000}] * 400), "out", workers=2)
+    others = set(multiprocessing.active_children())
     documents = encoded_documents(settings, DocumentEncoder(settings))
     next(documents)
-    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+    killed, other = set(multiprocessing.active_children()) - others
+    time.sleep(1)  # both are in the middle of an answer that is larger than a pipe
+    os.kill(killed.pid, signal.SIGKILL)
     with pytest.raises(ConfigurationError, match="a worker of --workers 2 was killed, probably for the memory"):
         list(documents)
+    assert not other.is_alive()
 
 
 def test_a_document_begins_as_in_transformers(write_lines, tmp_path):
