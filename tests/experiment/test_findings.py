@@ -28,6 +28,13 @@ def finals(name: str) -> dict[str, Mapping[int, CellRecord]]:
     return {result.method: result.finals for result in read_results(RECORDS / name).all}
 
 
+def beside(name: str, method: str, claim: Results, other: str) -> tuple[Mapping[int, CellRecord], list[float]]:
+    """Final runs of an experiment, and how far each is above the claim's run of that method and seed."""
+    runs = finals(name)[method]
+    [others] = [result.finals for result in claim.all if result.method == other]
+    return runs, [record.validation_loss - others[seed].validation_loss for seed, record in sorted(runs.items())]
+
+
 def test_lambda_ends_at_its_lower_limit_in_more_than_eight_of_ten_matrices(claim: Results) -> None:
     [hybrid] = [result for result in claim.all if result.method == "hybrid"]
     for record in hybrid.finals.values():
@@ -68,9 +75,23 @@ def test_what_the_low_rank_adds_is_not_significant(claim: Results) -> None:
     constant, alone = by_name["hybrid-constant"], by_name["without-low-rank"]
     compared: Any = compare_seeds(constant.values("validation loss"), alone.values("validation loss"))
     assert compared.difference == pytest.approx(-0.046, abs=5e-4) and compared.p == pytest.approx(0.09, abs=5e-3)
-    [small] = [record for cell, record in alone.tuning if float(cell.point.removeprefix("lr=")) == 1.25e-4]
-    [chosen] = [record for cell, record in constant.tuning if record and record.settings == constant.chosen[0].settings]
-    assert small and (round(small.validation_loss, 3), round(chosen.validation_loss, 3)) == (1.659, 1.433)
+
+
+def test_at_the_hybrids_own_rate_the_low_rank_does_most_of_the_work(claim: Results) -> None:
+    _, differences = beside("without_low_rank", "without-low-rank", claim, "hybrid-constant")
+    assert min(differences) > 0.2 and mean(differences) == pytest.approx(0.206, abs=5e-4)
+
+
+def test_norms_before_mixing_are_better_than_as_mixed_and_not_told_from_a_constant_lambda(claim: Results) -> None:
+    runs, differences = beside("gradient_lambda", "hybrid-gradient", claim, "hybrid")
+    assert max(differences) < 0 and mean(differences) == pytest.approx(-0.037, abs=5e-4)
+    assert ttest_rel(differences, [0] * 3).pvalue == pytest.approx(0.013, abs=5e-4)
+    _, differences = beside("gradient_lambda", "hybrid-gradient", claim, "hybrid-constant")
+    assert mean(differences) == pytest.approx(0.005, abs=5e-4)
+    assert ttest_rel(differences, [0] * 3).pvalue == pytest.approx(0.59, abs=5e-3)
+    for record in runs.values():
+        ends = [values[-1] for values in record.lambdas["by_layer"].values()]
+        assert min(ends) >= 0.1 and max(ends) < 2 / 3 and mean(ends) == pytest.approx(0.295, abs=5e-4)
 
 
 def test_all_forget_full_fine_tuning_least_and_of_28_pairs_one_is_told_apart() -> None:
