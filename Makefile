@@ -47,17 +47,17 @@ help: ## print the targets
 demo: $(INSTALLED) ## fine-tune a real 135M Llama in two pipeline stages on the CPU, score it, plot it (runs/demo)
 	$(PYTHON) tools/demo.py --method $(METHOD) $(ARGS)
 
-# Two workers; tests/conftest.py says which tests stay together on one of them.
-PYTEST := $(PYTHON) -m pytest --numprocesses 2 --dist loadscope --max-worker-restart 0
+# tests/conftest.py says which tests stay together on one worker. A third one computes while the tests of two wait.
+PYTEST := $(PYTHON) -m pytest --dist loadscope --max-worker-restart 0 --numprocesses
 
 test: $(TESTABLE) ## run the test-suite, with the main layouts of each method
-	$(PYTEST) -m 'not slow and not docs and not slurm and not engines' $(ARGS)
+	$(PYTEST) 3 -m 'not slow and not docs and not slurm and not engines' $(ARGS)
 
 test-slow: $(TESTABLE) ## run what `make test` leaves out
-	$(PYTEST) -m 'slow and not rehearsal' $(ARGS)
+	$(PYTEST) 2 -m 'slow and not rehearsal' $(ARGS)
 
 test-rehearsals: $(TESTABLE) ## rehearse every method in every recipe's layout, of which test-all takes one a recipe
-	$(PYTEST) -m rehearsal $(ARGS)
+	$(PYTEST) 2 -m rehearsal $(ARGS)
 
 test-docs: $(TESTABLE) ## run the commands of README.md and docs/ in a fresh folder with an empty HOME (downloads the demo)
 	$(PYTHON) -m pytest -m docs tests/docs $(ARGS)
