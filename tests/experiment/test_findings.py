@@ -31,6 +31,7 @@ def finals(name: str) -> dict[str, Mapping[int, CellRecord]]:
 def beside(name: str, method: str, claim: Results, other: str) -> tuple[Mapping[int, CellRecord], list[float]]:
     """Final runs of an experiment, and how far each is above the claim's run of that method and seed."""
     runs = finals(name)[method]
+    assert sorted(runs) == [1, 2, 3]
     [others] = [result.finals for result in claim.all if result.method == other]
     return runs, [record.validation_loss - others[seed].validation_loss for seed, record in sorted(runs.items())]
 
@@ -77,15 +78,25 @@ def test_what_the_low_rank_adds_is_not_significant(claim: Results) -> None:
     assert compared.difference == pytest.approx(-0.046, abs=5e-4) and compared.p == pytest.approx(0.09, abs=5e-3)
 
 
-def test_at_the_hybrids_own_rate_the_low_rank_does_most_of_the_work(claim: Results) -> None:
-    _, differences = beside("without_low_rank", "without-low-rank", claim, "hybrid-constant")
+def test_at_the_hybrids_own_rate_the_rotation_alone_is_far_behind_and_most_of_that_is_the_rate(claim: Results) -> None:
+    runs, differences = beside("without_low_rank", "without-low-rank", claim, "hybrid-constant")
     assert min(differences) > 0.2 and mean(differences) == pytest.approx(0.206, abs=5e-4)
+    _, by_rate = beside("without_low_rank", "without-low-rank", claim, "without-low-rank")
+    assert mean(by_rate) == pytest.approx(0.159, abs=5e-4)
+    _, to_low_rank = beside("without_low_rank", "without-low-rank", claim, "without-rotation")
+    assert mean(differences) - mean(to_low_rank) == pytest.approx(0.017, abs=5e-4)
+    base = float(read_json(RECORDS / "claim" / "hf_peft" / "table.json")["rows"][0][2])
+    alone = mean(record.validation_loss for record in runs.values())
+    assert (base - alone) / (base - alone + mean(differences)) == pytest.approx(0.91, abs=0.01)
 
 
 def test_norms_before_mixing_are_better_than_as_mixed_and_not_told_from_a_constant_lambda(claim: Results) -> None:
     runs, differences = beside("gradient_lambda", "hybrid-gradient", claim, "hybrid")
     assert max(differences) < 0 and mean(differences) == pytest.approx(-0.037, abs=5e-4)
     assert ttest_rel(differences, [0] * 3).pvalue == pytest.approx(0.013, abs=5e-4)
+    for other, p in (("lora", 0.10), ("lora-ga", 0.18)):
+        _, differences = beside("gradient_lambda", "hybrid-gradient", claim, other)
+        assert ttest_rel(differences, [0] * 3).pvalue == pytest.approx(p, abs=5e-3)
     _, differences = beside("gradient_lambda", "hybrid-gradient", claim, "hybrid-constant")
     assert mean(differences) == pytest.approx(0.005, abs=5e-4)
     assert ttest_rel(differences, [0] * 3).pvalue == pytest.approx(0.59, abs=5e-3)
