@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import pickle
 import secrets
-import signal
 import socket
 import sys
 import tempfile
@@ -37,7 +36,7 @@ class RanksFailed(RuntimeError):
 
 
 class WorkerKilled(RuntimeError):
-    """Mostly by the kernel, for the memory that it took."""
+    """By a signal; mostly by the kernel, for the memory that it took."""
 
 
 def preload(modules: Sequence[str]) -> None:
@@ -180,7 +179,7 @@ class Worker:
             self._process.join()
             said = self._output.read_text(errors="replace") if self._output.exists() else ""
             code = self._process.exitcode
-            kind = WorkerKilled if code == -signal.SIGKILL else RuntimeError
+            kind = WorkerKilled if code and code < 0 else RuntimeError
             raise kind(f"{name} failed ({code}):\n{said}") from None
 
     def end(self) -> None:

@@ -52,14 +52,15 @@ def test_documents_keep_the_order_and_bad_records_their_place(write_lines, worke
     assert "line 352: not JSON" in torn and "line 353: NullTokenizer reads ids" in bad
 
 
-def test_a_worker_that_was_killed_ends_the_others_with_an_error(write_lines):
+@pytest.mark.parametrize("by", ["SIGKILL", "SIGTERM"])  # the kernel's, and that of daemons that watch memory
+def test_a_worker_that_was_killed_ends_the_others_with_an_error(write_lines, by):
     settings = config(write_lines([{"text": "7 " * 100_000}] * 400), "out", workers=2)
     others = set(multiprocessing.active_children())
     documents = encoded_documents(settings, DocumentEncoder(settings))
     next(documents)
     killed, other = set(multiprocessing.active_children()) - others
     time.sleep(1)  # both are in the middle of an answer that is larger than a pipe
-    os.kill(killed.pid, signal.SIGKILL)
+    os.kill(killed.pid, signal.Signals[by])
     with pytest.raises(ConfigurationError, match="a worker of --workers 2 was killed, probably for the memory"):
         list(documents)
     assert not other.is_alive()

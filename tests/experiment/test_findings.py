@@ -13,7 +13,7 @@ from scipy.stats import ttest_rel
 from megatron_peft.config.untrusted import read_json
 from megatron_peft.experiment.cell_record import CellRecord, json_digest, read_file
 from megatron_peft.experiment.contrasts import holm
-from megatron_peft.experiment.results import Results, compare_seeds, read_results
+from megatron_peft.experiment.results import Result, Results, compare_seeds, read_results
 
 RECORDS = Path(__file__).parents[2] / "docs" / "results"
 LEAST_LAMBDA = 0.02
@@ -28,11 +28,28 @@ def finals(name: str) -> dict[str, Mapping[int, CellRecord]]:
     return {result.method: result.finals for result in read_results(RECORDS / name).all}
 
 
+def tuned(result: Result) -> dict[float, Any]:
+    """The loss of each rate that was tried."""
+    points = {float(cell.point.removeprefix("lr=")): record for cell, record in result.tuning}
+    return {rate: record.validation_loss for rate, record in sorted(points.items()) if record}
+
+
+def fall_between_rates(result: Result) -> float:
+    """From the best rate's loss to the vertex of a parabola through it and its neighbours."""
+    losses = tuned(result)
+    rates = [*losses]
+    at = rates.index(min(rates, key=losses.__getitem__))
+    a, b, c = np.polyfit(np.log(rates[at - 1 : at + 2]), [losses[rate] for rate in rates[at - 1 : at + 2]], 2)
+    return losses[rates[at]] - (c - b * b / (4 * a))
+
+
 def beside(name: str, method: str, claim: Results, other: str) -> tuple[Mapping[int, CellRecord], list[float]]:
     """Final runs of an experiment, and how far each is above the claim's run of that method and seed."""
     runs = finals(name)[method]
     assert sorted(runs) == [1, 2, 3]
     [others] = [result.finals for result in claim.all if result.method == other]
+    data = [record.provenance["training"]["data_sha256"].items() for record in (*others.values(), *runs.values())]
+    assert all(data[-1] <= files for files in data), "the claim's has a text besides, of what is forgotten"
     return runs, [record.validation_loss - others[seed].validation_loss for seed, record in sorted(runs.items())]
 
 
@@ -57,15 +74,7 @@ def test_gradients_by_depth_differ_by_about_four_and_less_with_lora_and_beside_o
 
 
 def test_rates_between_those_that_were_tried_promise_little_but_as_much_as_is_undecided(claim: Results) -> None:
-    """The fall to the vertex of a parabola through the best rate and its neighbours."""
-    falls = {}
-    for result in claim.all:
-        points = {float(cell.point.removeprefix("lr=")): record for cell, record in result.tuning}
-        losses = {rate: record.validation_loss for rate, record in sorted(points.items()) if record}
-        rates = [*losses]
-        at = rates.index(min(rates, key=losses.__getitem__))
-        a, b, c = np.polyfit(np.log(rates[at - 1 : at + 2]), [losses[rate] for rate in rates[at - 1 : at + 2]], 2)
-        falls[result.method] = losses[rates[at]] - (c - b * b / (4 * a))
+    falls = {result.method: fall_between_rates(result) for result in claim.all}
     undecided = 0.0202
     shares = {"lora": 1, "lora-ga": 1.2, "hybrid": 0.5, "without-rotation": 0.25, "hybrid-constant": 0.125}
     assert {name: falls[name] / undecided for name in shares} == pytest.approx(shares, abs=0.07)
@@ -93,12 +102,19 @@ def test_at_the_hybrids_own_rate_the_rotation_alone_is_far_behind_and_most_of_th
 def test_norms_before_mixing_are_better_than_as_mixed_and_not_told_from_a_constant_lambda(claim: Results) -> None:
     runs, differences = beside("gradient_lambda", "hybrid-gradient", claim, "hybrid")
     assert max(differences) < 0 and mean(differences) == pytest.approx(-0.037, abs=5e-4)
+    losses = [record.validation_loss for record in runs.values()]
+    assert mean(losses) - mean(differences) == pytest.approx(1.427, abs=5e-4)
     assert ttest_rel(differences, [0] * 3).pvalue == pytest.approx(0.013, abs=5e-4)
+    [ours], [literal] = read_results(RECORDS / "gradient_lambda").all, [r for r in claim.all if r.method == "hybrid"]
+    assert tuned(ours)[4e-3] == pytest.approx(tuned(literal)[4e-3], abs=0.002)
+    share = (fall_between_rates(literal) - fall_between_rates(ours)) / -mean(differences)
+    assert share == pytest.approx(0.25, abs=0.02)
     for other, p in (("lora", 0.10), ("lora-ga", 0.18)):
         _, differences = beside("gradient_lambda", "hybrid-gradient", claim, other)
         assert ttest_rel(differences, [0] * 3).pvalue == pytest.approx(p, abs=5e-3)
     _, differences = beside("gradient_lambda", "hybrid-gradient", claim, "hybrid-constant")
     assert mean(differences) == pytest.approx(0.005, abs=5e-4)
+    assert mean(losses) - mean(differences) == pytest.approx(1.385, abs=5e-4)
     assert ttest_rel(differences, [0] * 3).pvalue == pytest.approx(0.59, abs=5e-3)
     for record in runs.values():
         ends = [values[-1] for values in record.lambdas["by_layer"].values()]
