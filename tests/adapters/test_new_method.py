@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 from megatron_peft.config import ConfigurationError, PeftConfig, config_from_dict, methods
 from tests.adapters import plugin_runs
 from tests.ranks import run_ranks
-from tests.test_plain_english import ADAPTERS_OWN, Definition
 from tests.time_limits import seconds
 
 ROOT = Path(__file__).parents[2]
@@ -27,6 +26,8 @@ FILES = dict(re.findall(r"`([\w/]+\.py)`:\n\n```python\n(.*?)```", PAGE, re.DOTA
 (LINE,) = re.findall(r'^(    "[\w.]+:GAINS",)$', PAGE, re.MULTILINE)
 (ENTRY_POINT,) = re.findall(r"^    (\[project.entry-points.*)\n", PAGE, re.MULTILINE)
 DECLARATION, ADAPTER = FILES
+ADAPTERS_OWN = {"build", "change", "merge", "rotation"}  # names that every adapter's module defines
+Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 SOURCE = FILES[DECLARATION]
 
 # The page's method and two more, each a package of its own: one like DoRA (`dora/`), whose layers need norms of their
