@@ -125,7 +125,8 @@ def require_whole(checkpoint: Path) -> None:
 
 def _damage_on_all_ranks(checkpoint: Path) -> str:
     """A sentence with what each rank's share of the files lacks; empty if all are whole. A collective."""
-    by_rank = gather_over_world(damage(checkpoint, dist.get_rank(), dist.get_world_size()))
+    own = checked_together(lambda: damage(checkpoint, dist.get_rank(), dist.get_world_size()))
+    by_rank = gather_over_world(own)
     problems = dict.fromkeys(problem for problems in by_rank for problem in problems)
     return f"{checkpoint} is damaged: {'; '.join(problems)}." if problems else ""
 

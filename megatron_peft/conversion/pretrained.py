@@ -206,7 +206,7 @@ def require_same_model(folder: str | Path) -> None:
     A collective. One rank of each node opens its files; every rank does where the launcher does not tell nodes apart.
     """
     looks = "LOCAL_WORLD_SIZE" not in os.environ or place_on_node().rank == 0
-    fingerprint_here = known_fingerprint(folder) or {} if looks else None
+    fingerprint_here = checked_together(lambda: known_fingerprint(folder) or {} if looks else None)
     require_same(fingerprint_here, f"--pretrained-checkpoint {folder}", "another model")
 
 
@@ -318,13 +318,13 @@ def _some_rows(rule: Rule, local: Tensor, rank: int, size: int) -> Iterator[tupl
 
 @dataclass
 class _Reader:
-    """Reads this rank's parameters. After a failure it reads nothing more but goes on taking part."""
+    """Reads this rank's parameters. After an exception it reads nothing more, but still takes part in collectives."""
 
     weights: Weights
     rank: int
     size: int
     group: dist.ProcessGroup | None  # tensor-parallel ranks that read for one another
-    failure: ConfigurationError | None = None
+    failure: Exception | None = None
 
     def fill(self, rule: Rule, parameter: nn.Parameter) -> None:
         """Read a parameter, a quantized one some rows at a time: no more of it is ever there in full precision."""
@@ -339,15 +339,15 @@ class _Reader:
                     continue
                 values = torch.empty((own.stop - own.start, quantized.shape[1]), device=quantized.codes.device)
                 self._read_rows(source.read_rows, rule, rows, values, group)
-                quantized.fill_rows(own, values)
+                self._try(quantized.fill_rows, own, values)
             for tensor in stored_tensors(parameter):
-                rule.clear_padding(tensor, self.rank)
+                self._try(rule.clear_padding, tensor, self.rank)
         elif group is not None and self.weights.holds_whole_rows(rule, parameter.dtype):
             rows = slice(0, len(parameter))
             there = RowRange(rule.hf_tensors[0].name, rows, rows)
             self._read_rows(self.weights.read_rows, rule, there, parameter.detach(), group)
         else:
-            self._read(self.weights.read, rule, parameter.detach(), self.rank, self.size)
+            self._try(self.weights.read, rule, parameter.detach(), self.rank, self.size)
 
     def _read_rows(
         self, how: Callable[..., None], rule: Rule, rows: RowRange, values: Tensor, group: dist.ProcessGroup | None
@@ -360,18 +360,18 @@ class _Reader:
         whole = torch.empty((num_rows, width), dtype=values.dtype)  # on the host
         if num_rows:
             some = RowRange(rows.name, *(slice(at, at + num_rows) for at in starts))
-            self._read(how, rule, some, whole)
+            self._try(how, rule, some, whole)
         if group is not None:
             columns_from_rows_over_tensor_parallel(whole, values, group)
         else:
             first = self.rank * values.shape[1] if isinstance(rule, Columns) else 0
             values.copy_(whole[:, first : first + values.shape[1]])
 
-    def _read(self, how: Callable[..., None], *arguments: Any) -> None:
+    def _try(self, step: Callable[..., Any], *arguments: Any) -> None:
         if self.failure is None:
             try:
-                how(*arguments)
-            except ConfigurationError as error:
+                step(*arguments)
+            except Exception as error:  # noqa: BLE001 - the other ranks wait for this one in the next collective
                 self.failure = error
 
     def raise_failure(self) -> None:
@@ -402,7 +402,7 @@ def fill_parameters(
 
     `advance` is called with the bytes of every parameter that has been read or is being sent.
 
-    Raises ConfigurationError on all ranks, if a rank cannot read its part.
+    Raises on all ranks as `raise_failures` does, if a rank cannot read its part.
     """
     tensor_parallel, replicas = groups
     replica, num_replicas = (0, 1) if replicas is None else (replicas.rank(), replicas.size())

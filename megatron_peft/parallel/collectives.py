@@ -17,9 +17,17 @@ from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.autograd.graph import increment_version
 
-from megatron_peft.config import ConfigurationError, require
+from megatron_peft.config import require
 from megatron_peft.parallel.layout import PARTIAL_OVER_TENSOR_PARALLEL
-from megatron_peft.runtime.launch import SideChannel, checked_together, device_setter, from_rank
+from megatron_peft.runtime.launch import (
+    Failure,
+    SideChannel,
+    attempt,
+    checked_together,
+    device_setter,
+    from_rank,
+    raise_failures,
+)
 
 Wait = Callable[[], Tensor]
 
@@ -101,7 +109,7 @@ def columns_from_rows_over_tensor_parallel(rows: Tensor, columns: Tensor, group:
     """Fill `columns` [out, in / t], contiguous, from each rank's `rows` [out / t, in] (`share_of_rows`)."""
     size, num_rows = group.size(), len(rows)
     for_each = columns.new_empty((size, num_rows, columns.shape[1]))
-    for_each.copy_(rows.view(num_rows, size, -1).transpose(0, 1))
+    for_each.copy_(rows.view(num_rows, size, columns.shape[1]).transpose(0, 1))  # a rank may have no rows
     shares = [share_of_rows(len(columns), rank, size) for rank in range(size)]
     dist.all_to_all_single(
         columns.view(torch.uint8),
@@ -179,13 +187,10 @@ def gathered_by_first_rank(
 ) -> Found:
     """What `find` makes on rank 0 of the results of `own` on every rank, on all ranks. A collective, for any thread.
 
-    Raises ConfigurationError: on all ranks, if `own` raised that on any, or `find` that or OSError.
+    Raises on all ranks as `raise_failures` does, if `own` raised on any, or `find`, whose OSError becomes
+    ConfigurationError.
     """
-    message: tuple[Any, str | None] = None, None
-    try:
-        message = own(), None
-    except ConfigurationError as error:
-        message = None, str(error)
+    *message, error = attempt(own)
     by_rank: list[Any] | None = None
     if channel is not None:
         by_rank = channel.gather(message)
@@ -193,13 +198,15 @@ def gathered_by_first_rank(
         by_rank = [message] * dist.get_world_size() if dist.get_rank() == 0 else None
         dist.gather_object(message, by_rank, dst=0)
 
-    def find_unless_failed() -> Found:
+    def find_unless_failed() -> tuple[Found | None, list[Failure]]:
         assert by_rank is not None
-        problems = dict.fromkeys(problem for _, problem in by_rank if problem is not None)
-        require(not problems, "\n".join(problems))
-        return find([result for result, _ in by_rank])
+        failures = [failure for _, failure in by_rank if failure is not None]
+        return None if failures else find([result for result, _ in by_rank]), failures
 
-    return from_first_rank(find_unless_failed, channel)
+    found: Any
+    found, failures = from_first_rank(find_unless_failed, channel)
+    raise_failures(failures, error)
+    return found
 
 
 def from_first_rank_by_stage(own: Sent, find: Callable[[list[Sent]], list[Found]]) -> Found:
@@ -207,7 +214,7 @@ def from_first_rank_by_stage(own: Sent, find: Callable[[list[Sent]], list[Found]
 
     find: from `own` of each stage's first rank, what each stage gets. All ranks of a stage get the same.
 
-    Raises ConfigurationError: on all ranks, if `find` raised that or OSError.
+    Raises on all ranks as `from_first_rank` does.
     """
     stages: Any = parallel_state.get_pipeline_model_parallel_group()
     of_stage: Any = parallel_state.get_data_parallel_group(), parallel_state.get_tensor_model_parallel_group()

@@ -29,7 +29,7 @@ from torch._C import _distributed_c10d
 from megatron_peft.config import ConfigurationError, print_failure
 from megatron_peft.config.untrusted import parse_json
 from megatron_peft.runtime.exit_signals import SAVE_AND_EXIT, EndedBySignal
-from megatron_peft.runtime.launch import connect_to_store, name_in_store, place_on_node
+from megatron_peft.runtime.launch import FailedOnAnotherRank, connect_to_store, name_in_store, place_on_node
 
 LOST_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 TIMED_OUT = ("Timed out waiting", "collective operation timeout")  # of gloo and of NCCL
@@ -55,6 +55,8 @@ def run_together(main: Callable[[], object], program: str) -> None:
         board.close()
     except (ConfigurationError, FloatingPointError) as error:  # the message of a training step is enough
         board.fail(2 if isinstance(error, ConfigurationError) else 1, f"{program}: error: {error}")
+    except FailedOnAnotherRank as error:
+        board.fail(1, f"{program}: {error}", is_effect=True)
     except EndedBySignal as ended:
         board.fail(ended.exit_code, f"{program}: {ended}")
     except KeyboardInterrupt:

@@ -6,7 +6,7 @@ import os
 import pickle
 import random
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -56,20 +56,57 @@ def is_on_any(own: bool) -> bool:
     return any(largest_over_world(torch.tensor([float(own)], device=device)))
 
 
+class FailedOnAnotherRank(RuntimeError):
+    """Raised where another rank had an unexpected error, which that rank raises itself; the message names both."""
+
+
+class Failure(NamedTuple):
+    """An exception as it is sent to other ranks. `is_unexpected`: it is no ConfigurationError."""
+
+    message: str
+    is_unexpected: bool
+
+
+def attempt(find: Callable[[], Checked], *expected: type[Exception]) -> tuple[Any, Failure | None, Exception | None]:
+    """Call `find` between two collectives, so that an exception cannot leave the other ranks waiting in the second.
+
+    Returns its result; or its failure, and the exception too if it is unexpected: neither a ConfigurationError nor one
+    of `expected`. `raise_failures` raises it after the second collective.
+    """
+    try:
+        return find(), None, None
+    except (ConfigurationError, *expected) as error:
+        return None, Failure(str(error), is_unexpected=False), None
+    except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks wait for this one
+        message = f"rank {place_in_world()[0]}: {type(error).__name__}: {error}"
+        return None, Failure(message, is_unexpected=True), error
+
+
+def raise_failures(failures: Iterable[Failure | None], own_error: Exception | None, first_alone: bool = False) -> None:
+    """Raise what failed on any rank, the same `failures` on all of them; nothing if nothing has.
+
+    Raises `own_error` where it is; FailedOnAnotherRank on the other ranks; without unexpected errors ConfigurationError
+    on all, with the message of the first alone, or of all.
+    """
+    if own_error is not None:
+        raise own_error
+    found = list(dict.fromkeys(failure for failure in failures if failure is not None))
+    unexpected = [failure.message for failure in found if failure.is_unexpected]
+    if unexpected:
+        raise FailedOnAnotherRank("\n".join(unexpected))
+    if found:
+        raise ConfigurationError("\n".join(failure.message for failure in found[: 1 if first_alone else None]))
+
+
 def checked_together(check: Callable[[], Checked], first_alone: bool = False) -> Checked:
-    """Run `check` on every rank; if it raises ConfigurationError on any, raise it on all.
+    """Run `check` on every rank; if it raises on any rank, raise on all, as `raise_failures` does.
 
     A collective. first_alone: raise the message of the first such rank, where each looks at other data; by default all.
     """
-    result, message = None, None
-    try:
-        result = check()
-    except ConfigurationError as error:
-        message = str(error)
-    if is_on_any(message is not None):
-        messages = list(dict.fromkeys(m for m in gather_over_world(message) if m is not None))
-        raise ConfigurationError(messages[0] if first_alone else "\n".join(messages))
-    return result  # type: ignore[return-value]
+    result, failure, error = attempt(check)
+    if is_on_any(failure is not None):
+        raise_failures(gather_over_world(failure), error, first_alone)
+    return result
 
 
 def connect_to_store(name: str, timeout: datetime.timedelta) -> dist.Store:
@@ -136,20 +173,15 @@ def from_rank(source: int, find: Callable[[], Checked], channel: SideChannel | N
     """The result of `find` on the rank `source`, on all ranks; without torch.distributed in this process. A collective.
 
     channel: for a thread beside the main one, where the source is the first rank.
-    Raises ConfigurationError: on all ranks, if `find` raised that or OSError.
+    Raises on all ranks as `raise_failures` does, if `find` raised; OSError becomes ConfigurationError.
     """
-    outcome: list[Any] = [None, None]  # what was found; or why nothing was
-    if place_in_world()[0] == source:
-        try:
-            outcome[0] = find()
-        except (ConfigurationError, OSError) as error:
-            outcome[1] = str(error)
+    outcome: list[Any]  # the result, and the failure
+    *outcome, error = attempt(find, OSError) if place_in_world()[0] == source else (None, None, None)
     if channel is not None:
         outcome = channel.tell(outcome)
     elif dist.is_initialized():
         dist.broadcast_object_list(outcome, src=source)
-    if outcome[1] is not None:
-        raise ConfigurationError(outcome[1])
+    raise_failures(outcome[1:], error)
     return outcome[0]
 
 

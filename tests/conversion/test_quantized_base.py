@@ -4,10 +4,12 @@ import json
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import bitsandbytes.functional as bnb
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 from megatron.core import parallel_state
 from safetensors.torch import load_file, save_file
@@ -306,40 +308,54 @@ def test_what_is_made_of_it_says_nothing_of_a_quantization(nf4_folder, tmp_path)
     assert all(torch.equal(*pair) and pair[0].any() for pair in pairs)
 
 
-def same_when_read_together(folder: Path) -> list[str]:
-    """Started on two ranks that read for one another: names of weights whose codes and scales are those of reading
-    alone.
+def load_at_tp2(folder: Path, precision: str, together: bool) -> dict[str, QuantizedWeight]:
+    shape, rank = read_shape(folder), parallel_state.get_tensor_model_parallel_rank()
+    chunk = quantized_stage(2, precision, shape)
+    place = {"tensor_parallel_rank": rank, "tensor_parallel_size": 2}
+    load_pretrained([chunk], folder, shape, **place, progress=False, together=together)
+    return {name: weight.quantized for name, weight in base_parameters(chunk) if is_quantized(name)}
+
+
+def load_together(folder: Path) -> tuple[dict[str, list[str]], str]:
+    """Started on two ranks that read for one another.
+
+    Returns the names of weights whose codes and scales equal those of reading alone, by precision; and the error
+    raised on this rank if quantizing fails on the second one.
     """
-    shape, found = read_shape(folder), {}
+    pretrained.QUANTIZED_AT_ONCE = 191 * 768  # of the 192 rows of linear_proj and linear_fc2: the last range has one
     start_world()
     start_model_parallel(ParallelConfig(2, world_size=2), seed=1)
-    for together in (True, False):
-        chunk = quantized_stage(2, "nf4", shape)
-        load_pretrained(
-            [chunk],
-            folder,
-            shape,
-            tensor_parallel_rank=parallel_state.get_tensor_model_parallel_rank(),
-            tensor_parallel_size=2,
-            progress=False,
-            together=together,
-        )
-        found[together] = {name: one.quantized for name, one in base_parameters(chunk) if is_quantized(name)}
+    same = {}
+    for precision in ("nf4", "fp8"):
+        found, alone = (load_at_tp2(folder, precision, together) for together in (True, False))
+        same[precision] = [
+            name
+            for name, weight in found.items()
+            if all(torch.equal(getattr(weight, part), getattr(alone[name], part)) for part in ("codes", "scales"))
+        ]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError) as error:
+        if dist.get_rank() == 1:
+            patch.setattr(QuantizedWeight, "fill_rows", mock.Mock(side_effect=RuntimeError("out of memory")))
+        load_at_tp2(folder, "fp8", together=True)
     stop()
-    return [
-        name
-        for name, one in found[True].items()
-        if all(torch.equal(getattr(one, part), getattr(found[False][name], part)) for part in ("codes", "scales"))
-    ]
+    return same, f"{error.type.__name__}: {error.value}"
 
 
 @pytest.fixture(scope="module")
-def same_on_each_rank(nf4_folder) -> list[list[str]]:
-    return run_ranks(2, same_when_read_together, nf4_folder)
+def loaded_together(nf4_folder) -> list[tuple[dict[str, list[str]], str]]:
+    return run_ranks(2, load_together, nf4_folder)
 
 
-def test_its_codes_are_the_same_when_ranks_read_for_one_another(same_on_each_rank):
-    assert [len(same) for same in same_on_each_rank] == [5, 5]
+@pytest.mark.parametrize("precision", ["nf4", "fp8"])
+def test_load_together_gives_the_same_codes_where_a_rank_has_no_rows(loaded_together, precision):
+    assert [len(same[precision]) for same, _ in loaded_together] == [5, 5]
+
+
+def test_load_together_raises_on_all_ranks_if_one_fails(loaded_together):
+    assert [error for _, error in loaded_together] == [
+        "FailedOnAnotherRank: rank 1: RuntimeError: out of memory",
+        "RuntimeError: out of memory",
+    ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -22,7 +22,7 @@ from megatron_peft.config import ConfigurationError
 from megatron_peft.runtime import failure
 from megatron_peft.runtime.exit_signals import ends_before_training
 from megatron_peft.runtime.failure import LEAVE_TIMEOUT_SECONDS, run_together
-from megatron_peft.runtime.launch import name_in_store
+from megatron_peft.runtime.launch import checked_together, name_in_store
 from megatron_peft.runtime.ranks import free_port
 from megatron_peft.training.step import NonFiniteError
 from tests.ranks import Ranks, RanksFailed, run_ranks
@@ -45,6 +45,15 @@ def _fail_and_be_signalled() -> None:
     _ = 1 // 0
 
 
+def _fail_in_a_common_check() -> None:
+    def check() -> None:
+        if dist.get_rank() == 1:
+            print(f"raised at {time.time()}", flush=True)
+            raise LOST
+
+    checked_together(check)
+
+
 class Case(NamedTuple):
     """What is raised or done on which ranks of how many, and what becomes of it."""
 
@@ -58,6 +67,7 @@ class Case(NamedTuple):
 CASES = {
     "configuration on one": Case(WRONG, [2], 3, 2, "program: error: --lr is wrong."),
     "error on one": Case(LOST, [1], 2, 1, "program: rank 1 failed:"),
+    "error in a common check": Case(_fail_in_a_common_check, [0, 1], 2, 1, "program: rank 1 failed:"),
     "error on the first": Case(LOST, [0], 2, 1, "program: rank 0 failed:"),
     "on all": Case(NonFiniteError("iteration 3: NaN."), [0, 1], 2, 1, "program: error: iteration 3: NaN."),
     "an interrupt": Case(_interrupt, [0], 1, 130, "program: interrupted"),

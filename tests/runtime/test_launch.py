@@ -15,11 +15,13 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from megatron_peft.config import ConfigurationError, ParallelConfig
+from megatron_peft.parallel.collectives import gathered_by_first_rank
 from megatron_peft.runtime import cpu
 from megatron_peft.runtime.launch import (
     SideChannel,
     checked_together,
     device_setter,
+    from_rank,
     start_model_parallel,
     start_world,
     stop_model_parallel,
@@ -73,11 +75,31 @@ def checks_of_a_rank(_: None) -> dict[str, Any]:
     with mock.patch.object(dist, "all_gather_object", side_effect=AssertionError("there is no message to gather")):
         result = checked_together(dist.get_rank)
     found = {"result": result, **{case: _told(it) for case, it in complaints.items()}}
+    found["unexpected"] = [_unexpected(collective) for collective in COLLECTIVES_WITH_AN_ERROR]
     start_model_parallel(ParallelConfig(tensor_model_parallel_size=2, world_size=2), seed=1)
     found["common"] = torch.rand(2).tolist()
     with tensor_parallel.get_cuda_rng_tracker().fork():
         found["own"] = torch.rand(2).tolist()
     return found
+
+
+def _divide_on_rank_1() -> None:
+    if dist.get_rank() == 1:
+        _ = 1 // 0
+
+
+COLLECTIVES_WITH_AN_ERROR = {
+    "checked_together": lambda: checked_together(_divide_on_rank_1),
+    "from_rank": lambda: from_rank(1, _divide_on_rank_1),
+    "gathered_by_first_rank": lambda: gathered_by_first_rank(_divide_on_rank_1, list),
+}
+
+
+def _unexpected(collective: str) -> str:
+    """The error that a collective raises on this rank if a function has an unexpected one on rank 1."""
+    with pytest.raises(Exception) as error:  # noqa: B017, PT011 - it is returned
+        COLLECTIVES_WITH_AN_ERROR[collective]()
+    return f"{error.type.__name__}: {error.value}"
 
 
 def _told(complaint: str) -> str:
@@ -207,6 +229,9 @@ def test_two_ranks_have_a_common_generator_and_their_own_and_share_failed_checks
         ("different", "rank 0 lacks a file.\nrank 1 lacks a file."),
     ):
         assert (first[case], second[case]) == (message, message), "one message everywhere"
+    own_error = "ZeroDivisionError: integer division or modulo by zero"
+    assert first["unexpected"] == [f"FailedOnAnotherRank: rank 1: {own_error}"] * len(COLLECTIVES_WITH_AN_ERROR)
+    assert second["unexpected"] == [own_error] * len(COLLECTIVES_WITH_AN_ERROR)
 
 
 def test_a_check_needs_no_device_of_cuda_in_a_world_of_gloo(monkeypatch):
