@@ -233,7 +233,7 @@ def update(state: Trained) -> float:
     grad_norm = _update_parameters(state)
     _bound_low_rank_norms(state)
     merge_if_due(state)
-    return float(grad_norm or 0.0)
+    return grad_norm
 
 
 # --lora-max-norm-ratio, eq. (2): one all-reduce of [layers, w, w] numbers over the tensor-parallel ranks per step. The
@@ -308,12 +308,12 @@ def _update_parameters(state: Trained) -> float:
     """Step the optimizer, and take what the method adds. Returns the norm of the gradients before clipping."""
     peft = state.peft
     if not peft.spec.updates_whole_parameters(peft):
-        return state.optimizer.step()[1]
+        return _step_optimizer(state)
     on_group = _modules_with(state.model_chunks, "move")
     parameters = [module.moved for module in on_group]
     gradients = GradientShards(state.optimizer).whole(parameters)
     before = [parameter.detach().clone() for parameter in parameters]
-    grad_norm = state.optimizer.step()[1]
+    grad_norm = _step_optimizer(state)
     clipping = min(1.0, state.clip_grad / (grad_norm + CLIP_EPSILON)) if state.clip_grad > 0 else 1.0
     rate = rotation_learning_rate(state) * clipping
     for module, start, gradient in zip(on_group, before, gradients, strict=True):
@@ -321,6 +321,16 @@ def _update_parameters(state: Trained) -> float:
     for module in _modules_with(state.model_chunks, "project"):
         module.project()
     return grad_norm
+
+
+def _step_optimizer(state: Trained) -> float:
+    """Step the optimizer. Returns the norm of the gradients before clipping, 0 if megatron-core computed none.
+
+    megatron-core 0.19 with Transformer Engine returns it on the device: this is the only read of it, a host-device
+    sync.
+    """
+    grad_norm = state.optimizer.step()[1]
+    return 0.0 if grad_norm is None else float(grad_norm)
 
 
 def rotation_learning_rate(state: Trained) -> float:

@@ -3,18 +3,23 @@
 On two gloo ranks modes see each read of a number and each blocking copy from the host.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from itertools import product
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core.optimizer import optimizer
+from torch import Tensor, nn
 
 from megatron_peft.checkpoint.state import TrainingState
 from megatron_peft.data.batches import Microbatch
 from megatron_peft.runtime.launch import start_world
 from megatron_peft.training import run
 from megatron_peft.training.step import finish_gradients, finish_with, run_schedule, train_step
+from megatron_peft.training.update import CLIP_EPSILON
 from tests.benchmarks.gpu_subjects import chosen_sizes, losses_of, state_of
 from tests.benchmarks.gpu_subjects import microbatches as microbatches_of_llama
 from tests.one_rank import one_rank
@@ -38,6 +43,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "riemannian": {**URNN, "urnn_update": "riemannian", "peft_lr_rotation": 0.1},
     "hybrid urnn": {**URNN, **HYBRID, "hybrid_rotation": "urnn", "hybrid_lambda": "descent"},
 }
+ON_DEVICE = " with the norm on the device"
 WAITS_OF_A_STEP = 2  # for losses and what is finite, and for the norm of the gradients
 FIXED = {"pad_to_seq_length": True}
 PACKED = {"pack_sequences": True}
@@ -60,12 +66,32 @@ WITH_FLAGS: dict[str, dict[str, Any]] = {
 SIZES: dict[str, Any] = {"num_steps": 1, "training": {"micro_batch_size": 2, "global_batch_size": 4}}
 
 
+def _norm_on_device(grads: list[Tensor], norm_type: float = 2.0, grad_stats_parallel_group: Any = None) -> Tensor:
+    total = torch.stack([torch.linalg.vector_norm(grad) for grad in grads]).square().sum().view(1)
+    dist.all_reduce(total, group=grad_stats_parallel_group)
+    return total.sqrt()
+
+
+def _clip_on_device(parameters: list[nn.Parameter], max_norm: float, total_norm: Tensor, **_: Any) -> None:
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    torch._foreach_mul_(gradients, (max_norm / (total_norm + CLIP_EPSILON)).clamp_max(1.0)[0])
+
+
+@contextmanager
+def norms_on_device() -> Iterator[None]:
+    """Compute the norm of the gradients and clip by it as megatron-core 0.19 does with Transformer Engine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optimizer, "get_grad_norm_fp32", _norm_on_device)
+        patch.setattr(optimizer, "clip_grad_by_total_norm_fp32", _clip_on_device)
+        yield
+
+
 def waits_of(given: list[Job]) -> dict[str, tuple[list[str], list[str], list[str]]]:
     """Of each job: reads in forward, backward and gradient sums; reads in the first whole step, and in the second."""
     start_world()
     found = {}
     for job in given:
-        with built(job) as (state, data):
+        with built(job) as (state, data), norms_on_device() if ON_DEVICE in job.name else nullcontext():
             found[job.name] = waits_of_steps(state, data.train.step_at(0))
     return found
 
@@ -82,9 +108,11 @@ def waits_of_steps(state: TrainingState, step: list[Microbatch]) -> tuple[list[s
     return in_sums.found, in_first.found, in_second.found
 
 
-def check_waits(files, cases) -> None:
+def check_waits(files, cases, suffix: str = "") -> None:
     groups = {(method, layout): {**SIZES, **(LAYOUTS | WITH_FLAGS)[layout]} for method, layout in cases}
-    jobs = [Job(" ".join(case), *files, peft=METHODS[case[0]], **settings) for case, settings in groups.items()]
+    jobs = [
+        Job(" ".join(case) + suffix, *files, peft=METHODS[case[0]], **settings) for case, settings in groups.items()
+    ]
     for by_name in run_ranks(2, waits_of, jobs):
         assert [*by_name] == [job.name for job in jobs]
         for name, (in_sums, in_first, in_second) in by_name.items():
@@ -94,11 +122,14 @@ def check_waits(files, cases) -> None:
             once = "core/optimizer/optimizer.py", "adapters/hybrid.py"
             for reads in ([read for read in in_first if not any(place in read for place in once)], in_second):
                 places = [read.rpartition("/")[2].partition(":")[0] for read in reads]
-                assert places == ["launch.py", "clip_grads.py"], f"{name}: {reads}"
+                norm = "update.py" if ON_DEVICE in name else "clip_grads.py"
+                assert places == ["launch.py", norm], f"{name}: {reads}"
 
 
-def test_a_step_waits_twice_for_the_device_after_the_sums(files):
-    check_waits(files, [("hybrid", "TP2+SP packed"), ("lora", "PP2 packed")])
+@pytest.mark.parametrize("suffix", [pytest.param("", id="norm on the host"), pytest.param(ON_DEVICE, id="on device")])
+def test_a_step_waits_twice_for_the_device_after_the_sums(files, suffix):
+    cases = [("riemannian", "TP2"), ("lora bounded", "TP2")] if suffix else []
+    check_waits(files, [("hybrid", "TP2+SP packed"), ("lora", "PP2 packed"), *cases], suffix)
 
 
 @pytest.mark.gpu("waits")
