@@ -54,7 +54,9 @@ class QuantizedWeight(nn.Module):
         values = values.to(self.codes.device).contiguous()
         if self.library is None:
             blocks = values.view(len(values), -1, BLOCK)
-            scales = blocks.abs().amax(-1) / LARGEST_FP8
+            largest = blocks.abs().amax(-1)
+            # Divide by a tensor of the device: by a number CUDA multiplies with the reciprocal, which rounds otherwise.
+            scales = largest / largest.new_full((), LARGEST_FP8)
             codes = blocks / scales.clamp(min=torch.finfo(scales.dtype).tiny).unsqueeze(-1)
         else:
             codes, state = self.library.quantize_4bit(values, blocksize=BLOCK, quant_type="nf4")

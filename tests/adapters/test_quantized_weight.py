@@ -1,11 +1,14 @@
 """A quantized weight has the library's codes, takes the bytes that are promised, and is dense for a product only."""
 
 import weakref
+from contextlib import nullcontext
+from typing import Any
 
 import bitsandbytes.functional as bnb
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_peft.adapters.frozen_linear import FrozenLinearCall, frozen_linear
 from megatron_peft.adapters.hybrid import frozen_linear_mixed
@@ -76,6 +79,28 @@ def test_fp8_codes_of_a_small_matrix():
     assert codes[0, :5].tolist() == [448.0, -224.0, 1.0, 208.0, -224.0]
     assert all(torch.equal(row, codes[0] * (-1) ** at) for at, row in enumerate(codes)) and not codes[:, 5:].any()
     assert weight.quantized.scales.flatten().tolist() == [3.5, 0.5] * 3
+
+
+class DividesLikeCUDA(TorchDispatchMode):
+    """Divide by a Python number as CUDA does: multiply by its reciprocal in the tensor's type."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.div.Tensor and not isinstance(args[1], torch.Tensor):
+            return args[0] * torch.tensor(args[1], dtype=args[0].dtype).reciprocal()
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.gpu("precision")
+def test_fp8_scales_and_codes_are_the_same_on_every_device(figure):
+    values = draw(OUT, IN)
+    on_cpu = QuantizedWeight("fp8", values.shape, torch.bfloat16, "cpu")
+    on_cpu.fill_rows(slice(None), values)
+    with nullcontext() if torch.cuda.is_available() else DividesLikeCUDA():
+        assert torch.cuda.is_available() or not torch.equal(draw(OUT) / 448, draw(OUT) / torch.full((), 448.0))
+        here = quantized(values, "fp8", torch.bfloat16).quantized
+    for name in ("scales", "codes"):
+        num_different = (getattr(here, name).float().cpu() != getattr(on_cpu, name).float()).sum()
+        figure(f"fp8: {name} unlike the CPU's", float(num_different), 0.0)
 
 
 D = draw(OUT // GROUP, GROUP, GROUP) * 0.05

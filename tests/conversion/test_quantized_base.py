@@ -1,7 +1,8 @@
 """A quantized base is read by rows, and its codes are those of the whole matrices, whatever the layout."""
 
 import json
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -342,17 +343,17 @@ def load_together(folder: Path) -> tuple[dict[str, list[str]], str]:
 
 
 @pytest.fixture(scope="module")
-def loaded_together(nf4_folder) -> list[tuple[dict[str, list[str]], str]]:
-    return run_ranks(2, load_together, nf4_folder)
+def loaded_together(nf4_folder) -> Callable[[], list[tuple[dict[str, list[str]], str]]]:
+    return cache(lambda: run_ranks(2, load_together, nf4_folder))
 
 
 @pytest.mark.parametrize("precision", ["nf4", "fp8"])
 def test_load_together_gives_the_same_codes_where_a_rank_has_no_rows(loaded_together, precision):
-    assert [len(same[precision]) for same, _ in loaded_together] == [5, 5]
+    assert [len(same[precision]) for same, _ in loaded_together()] == [5, 5]
 
 
 def test_load_together_raises_on_all_ranks_if_one_fails(loaded_together):
-    assert [error for _, error in loaded_together] == [
+    assert [error for _, error in loaded_together()] == [
         "FailedOnAnotherRank: rank 1: RuntimeError: out of memory",
         "RuntimeError: out of memory",
     ]
