@@ -50,7 +50,7 @@ def loss_summary(config: RunConfig, shape: ModelShape) -> str:
 
 
 class OutputLayer(FrozenColumnParallelLinear):
-    """megatron-core's output layer, whose logits of padded rows of the vocabulary are -inf.
+    """megatron-core's output layer, whose logits of padded rows of the vocabulary have probability 0.
 
     vocab_size: of the whole model, without padding.
     hands_on_input: its output is its input.
@@ -74,13 +74,17 @@ class OutputLayer(FrozenColumnParallelLinear):
         return self._call(weight, settings)
 
     def masked(self, logits: Tensor) -> Tensor:  # [..., v or vocabulary]
-        """Logits with -inf in place of those of padded rows."""
+        """Replace the logits of padded rows by -inf, or by the lowest finite number if all rows here are padded.
+
+        Transformer Engine's loss subtracts the largest logit of each rank, and -inf minus -inf is NaN.
+        """
         first = 0
         if logits.shape[-1] == self.output_size_per_partition:
             first = self.tp_group.rank() * self.output_size_per_partition
         num_real = max(self.vocab_size - first, 0)
         if num_real < logits.shape[-1]:
-            logits.detach()[..., num_real:] = -torch.inf  # probability and gradient are 0
+            lowest = -torch.inf if num_real else torch.finfo(logits.dtype).min
+            logits.detach()[..., num_real:] = lowest  # probability and gradient are 0
         return logits
 
 

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from math import prod
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -27,7 +28,7 @@ from megatron_peft.rehearsal.program import Call
 from megatron_peft.rehearsal.recorder import LiveMemory, Recorder
 from megatron_peft.runtime import cpu_kernels
 from megatron_peft.runtime.launch import model_parallel, start_world
-from tests.one_rank import one_rank
+from tests.one_rank import Place, one_rank
 from tests.ranks import run_ranks
 from tests.tiny_gpt import SIZES, tiny_gpt
 
@@ -257,6 +258,23 @@ def test_chunks_communicate_three_numbers_a_token_and_wide_calls_once(world):
         narrow = [call for call in chunks if call.shapes[0][-1] != SIZES["hidden_size"]]
         assert {call.operation for call in narrow} == {"all_reduce"}
         assert sum(prod(call.shapes[0]) for call in narrow) == 3 * ROWS * LENGTH
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_loss_is_finite_where_a_rank_has_padded_rows_alone(dtype):
+    """Transformer Engine joins each rank's largest logit and the sum of exponentials of what is left of the others."""
+    size, num_rows = 4, 16  # ranks, and rows of each: the third has padded rows too, the last has no others
+    whole = torch.randn(3, size * num_rows, generator=torch.Generator().manual_seed(0)).to(dtype)
+    heads: Any = [SimpleNamespace(vocab_size=VOCAB, output_size_per_partition=num_rows, tp_group=Place(rank, size))
+                  for rank in range(size)]  # fmt: skip
+    logits = whole.clone().split(num_rows, 1)
+    masked = [loss.OutputLayer.masked(head, part).float() for head, part in zip(heads, logits, strict=True)]
+    largest = torch.stack([part.amax(1) for part in masked])
+    sums = torch.stack([(part - most[:, None]).exp().sum(1) for part, most in zip(masked, largest, strict=True)])
+    total = (sums * (largest - largest.amax(0)).exp()).sum(0)
+    torch.testing.assert_close(total.log() + largest.amax(0), whole[:, :VOCAB].float().logsumexp(1))
+    gradient = torch.cat(masked, 1).sub(largest.amax(0)[:, None]).exp() / total[:, None]
+    assert not gradient[:, VOCAB:].any()
 
 
 def test_a_chunk_has_64_mebibytes_of_logits_on_a_rank_or_what_is_asked():
