@@ -1,6 +1,7 @@
 """TF32 on a CPU: factors of float32 products are rounded as a GPU would, where torch's settings would let it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -31,6 +32,17 @@ class EmulatedTF32(TorchDispatchMode):
             self.num_rounded += any(new is not old for new, old in zip(rounded, args[factors], strict=True))
             args = (*args[: factors.start], *rounded, *args[factors.stop :])
         return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def tf32() -> Iterator[EmulatedTF32]:
+    """On a GPU with TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1, whose whole effect is this setting."""
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        with nullcontext() if torch.cuda.is_available() else EmulatedTF32() as mode:  # type: ignore[assignment]
+            yield mode
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def as_tf32(x: Tensor) -> Tensor:

@@ -18,8 +18,10 @@ from megatron_peft.config import PeftConfig
 from megatron_peft.models.layers import ScaledDotProductAttention, _SwiGLU
 from megatron_peft.parallel.layout import LinearLayout
 from megatron_peft.rehearsal.recorder import Recorder
+from megatron_peft.runtime.precision import full_precision
 from tests.adapters.many_ranks import drawn
 from tests.benchmarks.gpu_subjects import device
+from tests.emulated_tf32 import tf32
 from tests.one_rank import Place, one_rank
 
 OUT, IN, TOKENS, P = 16, 12, (5, 2), 0.25
@@ -97,6 +99,8 @@ def of_swiglu(h: Tensor) -> Tensor:
         (Hybrid, "row", False, 2),
     ],
 )
+@tf32()  # as container images allow it
+@full_precision
 def test_gradients_are_those_of_torchs_dropout_and_generators_go_on_as_with_it(kind, split, splits_sequence, size):
     """Others draw between forward and backward, as the next layers do."""
     adapter, call = moved(kind, split), call_of(split, splits_sequence, size)

@@ -3,8 +3,6 @@
 On a CPU TF32 is emulated; check-gpu runs the first test where it is real.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -21,19 +19,8 @@ from megatron_peft.config import PeftConfig
 from megatron_peft.lora_ga.initialize import SketchProduct, _AddInBackward
 from megatron_peft.parallel.layout import LinearLayout
 from megatron_peft.runtime import cpu, precision
-from tests.emulated_tf32 import EmulatedTF32
+from tests.emulated_tf32 import tf32
 from tests.one_rank import Place
-
-
-@contextmanager
-def tf32() -> Iterator[EmulatedTF32]:
-    """On a GPU with TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1, whose whole effect is this setting."""
-    torch.backends.cuda.matmul.allow_tf32 = True
-    try:
-        with nullcontext() if torch.cuda.is_available() else EmulatedTF32() as mode:  # type: ignore[assignment]
-            yield mode
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = False
 
 
 @pytest.fixture

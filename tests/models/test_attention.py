@@ -15,6 +15,7 @@ from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 from megatron_peft.models import layers
 from megatron_peft.models.kernels import Installed
 from megatron_peft.models.layers import AlibiAttention, AlibiBias, PackedSamples, ScaledDotProductAttention
+from megatron_peft.runtime.precision import full_precision
 from tests.benchmarks.gpu_subjects import device, relative
 from tests.one_rank import one_rank
 from tests.tiny_gpt import SIZES, tiny_gpt
@@ -105,6 +106,7 @@ def test_packed_samples_attend_to_themselves_only(kind):
 @pytest.mark.parametrize("length", [S, 37, 64])
 @pytest.mark.parametrize(("dtype", "ulps"), [(torch.float32, 64), (torch.bfloat16, 4)], ids=["float32", "bf16"])
 @pytest.mark.parametrize("kind", ["plain", pytest.param("alibi", marks=pytest.mark.gpu("alibi"))])
+@full_precision
 def test_output_and_gradients_are_those_of_the_reference_in_float64(figure, kind, dtype, ulps, length):
     torch.manual_seed(0)
     sizes = [(length, BATCH, heads, DIM) for heads in (HEADS, KINDS[kind], KINDS[kind])]
