@@ -2,18 +2,16 @@
 
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
-from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as torch_checkpoint
-from megatron.core.dist_checkpointing.mapping import is_main_replica
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
 from torch import Tensor
 
 from megatron_peft.adapters.change import StoredTensors
@@ -36,7 +34,7 @@ from megatron_peft.conversion.hf_files import listed, row_ranges
 from megatron_peft.conversion.megatron_files import StoredSlice, StoredTensor, open_distributed
 from megatron_peft.conversion.pretrained import known_fingerprint, read_model_shape
 from megatron_peft.models.rules import WEIGHT, Rule
-from megatron_peft.runtime.launch import from_rank, gather_over_world
+from megatron_peft.runtime.launch import gather_over_world
 
 # The two factors of a low-rank adapter, between Megatron's fused layers and Hugging Face's separate ones.
 #
@@ -195,25 +193,54 @@ def gathered_adapters(state: TrainingState) -> TrainedAdapters | None:
     entries = sharded_parameters(chunks, only_adapters=True)
     record = record_of(state, adapted_layers(chunks), entries)
     with whole_parameters(state.model_chunks):
-        own = [
-            (tensor.key, tuple(tensor.global_shape), tuple(tensor.global_offset), data_of(tensor).detach().cpu())
-            for entry in entries
-            for tensor in global_slices(entry)
-            if is_main_replica(tensor.replica_id)
-        ]
-        # One rank after another: a gather takes room for the largest share of each rank on the first one's GPU.
-        holding = [rank for rank, holds in enumerate(gather_over_world(bool(own))) if holds]
-        by_rank = []
-        for rank in holding:
-            of_rank = from_rank(rank, lambda: own)
-            by_rank += [of_rank] if dist.get_rank() == 0 else []
+        slices = [tensor for entry in entries for tensor in global_slices(entry)]
+        gathered = _gather_on_first_rank([tensor for tensor in slices if is_main_replica(tensor.replica_id)])
     stored: dict[str, StoredTensor] = {}
-    for key, shape, offset, data in sorted(chain(*by_rank), key=itemgetter(0)):
-        others = stored[key].slices if key in stored else ()
-        part = StoredSlice(offset, tuple(data.shape), partial(_finite, data, key))
-        stored[key] = StoredTensor(shape, data.dtype, (*others, part))
+    for place, data in sorted(gathered, key=lambda pair: pair[0].key):
+        others = stored[place.key].slices if place.key in stored else ()
+        part = StoredSlice(place.offset, place.shape, partial(_finite, data, place.key))
+        stored[place.key] = StoredTensor(place.global_shape, data.dtype, (*others, part))
     folder = iteration_folder(Path(state.config.checkpoint.save or ""), state.position.iteration)
     return TrainedAdapters(folder, record, stored) if dist.get_rank() == 0 else None
+
+
+class _Place(NamedTuple):
+    """A slice of a global tensor without its data."""
+
+    key: str
+    global_shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def _gather_on_first_rank(own: Sequence[ShardedTensor]) -> list[tuple[_Place, Tensor]]:
+    """Gather the slices of all ranks in the first rank's CPU memory; an empty list on the others. A collective.
+
+    One tensor after another is sent to the first rank: it has at most one more on its GPU, the others have none. As
+    pickled objects the whole adapters would be on every GPU.
+    """
+    parts = [(tensor, data_of(tensor).detach()) for tensor in own]
+    places = [
+        _Place(tensor.key, tuple(tensor.global_shape), tuple(tensor.global_offset), tuple(data.shape), data.dtype)
+        for tensor, data in parts
+    ]
+    sources = [rank for rank, has_slices in enumerate(gather_over_world(bool(own))) if has_slices and rank > 0]
+    if dist.get_rank() in sources:
+        dist.send_object_list([places], dst=0)
+        for _, data in parts:
+            dist.send(data.contiguous().view(-1).view(torch.uint8), dst=0)
+    if dist.get_rank() > 0:
+        return []
+    gathered = [(place, data.cpu()) for place, (_, data) in zip(places, parts, strict=True)]
+    for source in sources:
+        received: list[Any] = [None]
+        dist.recv_object_list(received, src=source)
+        for place in received[0]:
+            data = torch.empty(place.shape, dtype=place.dtype, device=torch.cuda.current_device())
+            dist.recv(data.view(-1).view(torch.uint8), src=source)
+            gathered.append((place, data.cpu()))
+    return gathered
 
 
 def _finite(data: Tensor, key: str, index: Any) -> Tensor:
