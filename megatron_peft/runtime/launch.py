@@ -284,7 +284,8 @@ def start_model_parallel(parallel: ParallelConfig, seed: int, num_virtual_stages
     """
     # Groups connect when they are used. Where the world is bound to a device, torch would split each off it, in a call
     # of all ranks: 3,185 at 1,024 ranks. It would also send the single messages of an interleaved pipeline one after
-    # the other, in the stream of the group's collectives, not in a stream for each pair of ranks.
+    # the other, in the stream of the group's collectives, not in a stream for each pair of ranks. With two interleaved
+    # stages this still holds for one direction: megatron-core sends its messages through the world.
     everyone: Any = dist.group.WORLD
     device, everyone.bound_device_id = everyone.bound_device_id, None
     parallel_state.initialize_model_parallel(
