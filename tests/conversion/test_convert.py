@@ -277,6 +277,19 @@ def test_type_and_shards_are_chosen(moved, merged, tmp_path):
     assert json.loads((tmp_path / "small" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
+@pytest.mark.parametrize("run", ["tp2", "boft", "urnn", "hybrid"])
+def test_merge_adds_to_a_bfloat16_base_in_float32(run, moved, tmp_path):
+    """The base in bfloat16 and the same values in float32 give the same bits."""
+    rounded = {name: tensor.bfloat16() for name, tensor in tensors_of(moved.base_of(run)).items()}
+    merged = []
+    for dtype in (torch.bfloat16, torch.float32):
+        base = Path(shutil.copytree(moved.base_of(run), tmp_path / f"{dtype} base"))
+        save_file({name: tensor.to(dtype) for name, tensor in rounded.items()}, base / "model.safetensors")
+        trained = trained_on(moved.run(run), tmp_path / f"{dtype} run", base)
+        merged.append(tensors_of(merge(trained, tmp_path / f"{dtype} merged", dtype=torch.float32, progress=False)))
+    assert equal(*merged)
+
+
 @pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
 def test_a_merged_model_ends_with_the_end_token_of_the_runs_own_tokenizer(moved, tmp_path, file):
     base, own = Path(shutil.copytree(moved.base("base"), tmp_path / "base")), tmp_path / "own"
