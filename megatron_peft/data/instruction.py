@@ -141,7 +141,7 @@ class InstructionDataset:
 # where here all ranks share it. It reads what its fingerprint names, whatever became of the bytes: a flipped
 # bit would be trained on. Its JSON is a table with one set of columns: a record that lacks a field has an empty one.
 
-FORMAT = 3  # of the files, and of how a record becomes tokens
+FORMAT = 4  # of the files, and of how a record becomes tokens
 COUNTS = "counts.json"  # beside the shards: {"records": how many, "left_out": {field: records}}
 _BATCH, _BATCH_TOKENS = 500, 1 << 20  # records written at once, fewer if they have more tokens
 MOST_SHARDS = 64  # files of a cache: each rank opens all of them

@@ -69,7 +69,12 @@ def split_chat(render: Callable[..., str], messages: Sequence[Any]) -> list[Chat
         require(position <= start <= end, _NOT_LEFT_TO_RIGHT)
         segments += [ChatSegment(whole[position:start], False), ChatSegment(whole[start:end], True)]
         position = end
-    require(bool(segments), 'no message has the role "assistant", so there is nothing to learn.')
+    roles = ", ".join(dict.fromkeys(f'"{message["role"]}"' for message in messages))
+    require(
+        bool(segments),
+        f'no message has the role "assistant", so there is nothing to learn (its roles are {roles}): name the role of '
+        "the answers so.",
+    )
     return [*segments, ChatSegment(whole[position:], False)]
 
 
