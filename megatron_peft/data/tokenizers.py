@@ -171,7 +171,8 @@ class HuggingFaceTokenizer(Tokenizer):
     def __init__(self, folder: str, chat_template: str | None = None) -> None:
         """`chat_template` is that of --chat-template, in place of the folder's own."""
         folder = local_tokenizer(folder, "--tokenizer-model")
-        require(Path(folder).is_dir(), f"--tokenizer-model {folder}: no such folder.")
+        hint = "give the folder of a tokenizer, or ORG/NAME of the Hugging Face Hub"
+        require(Path(folder).is_dir(), f"--tokenizer-model {folder}: no such folder: {hint}.")
         for path in _files_of(folder):
             require_regular(path, "--tokenizer-model")
         try:

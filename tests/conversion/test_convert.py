@@ -136,7 +136,7 @@ def test_what_cannot_go_to_megatron_is_named_and_leaves_nothing_behind(spoilt, t
         (spoilt, 0, "--make-vocab-size-divisible-by 0"),
         (spoilt, 128, f"1 missing: {lost}"),
         (converted, 128, f"--input {converted} is already in Megatron's format"),
-        (tmp_path, 128, f"--input {tmp_path} is not a folder with a config.json"),
+        (tmp_path, 128, f"--input {tmp_path} is not a folder with a config.json: .* ORG/NAME of the Hub"),
     ):
         with pytest.raises(ConfigurationError, match=told):
             hf_to_megatron(folder, tmp_path / "new", make_vocab_size_divisible_by=divisor, progress=False)
