@@ -51,6 +51,7 @@ class RunRecord:
     data_digest: str | None = None  # of the training data's files; older records have none
     tokenizer_digest: str | None = None  # with its chat template; older records have none
     best: BestValidation = BestValidation()  # older records have none
+    longest_sample: int | None = None  # of the training data, in input positions; older records have none
 
     def to_json(self) -> str:
         """The text of the record's file, with its format's version."""

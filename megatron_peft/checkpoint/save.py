@@ -151,6 +151,7 @@ def record_of(state: TrainingState, layers: tuple[str, ...], entries: Sequence[S
         data_digest=state.data_digest,
         tokenizer_digest=state.tokenizer_digest,
         best=state.best,
+        longest_sample=state.longest_sample,
     )
 
 

@@ -59,6 +59,7 @@ class TrainingState:
     data_digest: str | None = None  # of the training data, if known
     tokenizer_digest: str | None = None  # with its chat template, if known
     best: BestValidation = BestValidation()
+    longest_sample: int | None = None  # of the training data, if known
 
     @property
     def peft(self) -> PeftConfig:

@@ -77,6 +77,9 @@ class AnswerSettings(EngineSettings):
     # One that begins with a dash is typed alone, as --stop=---.
     stop: tuple[str, ...] = option((), r"an answer ends before any of these; \n is a newline", adds_up=True)
     chat: bool = option(False, "treat the prompt as a user message and apply the tokenizer's chat template")
+    system: str | None = option(
+        None, "system message of each conversation that has none of its own", needs="chat", metavar="TEXT"
+    )
     batch_size: int = option(
         16, "answers generated together", check="positive", flags=("--batch-size", "--max-batch-size")
     )

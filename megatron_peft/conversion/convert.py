@@ -101,7 +101,10 @@ def hf_to_megatron(
     is_megatrons = megatron_files(input) is not None
     require(not is_megatrons, f"--input {input} is already in Megatron's format: give a Hugging Face folder.")
     config = Path(input, hf_files.CONFIG)
-    message = f"--input {input} is not a folder with a {config.name}: give the Hugging Face folder of a model."
+    message = (
+        f"--input {input} is not a folder with a {config.name}: give the Hugging Face folder of a model, or "
+        "ORG/NAME of the Hub."
+    )
     require(config.is_file(), message)
     shape = read_shape(input)
     rules, source = open_weights(input, shape)

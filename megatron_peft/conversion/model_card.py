@@ -215,7 +215,8 @@ def _data(record: RunRecord) -> str:
     data = record.config.data
     named = {"training": data.train_data_path or data.data_path, "validation": data.valid_data_path}
     rows = [(use, ", ".join(_literal(Path(path).name) for path in paths)) for use, paths in named.items()]
-    return _table([*rows, ("longest sample", f"{data.seq_length:,} tokens")])
+    longest = "" if record.longest_sample is None else f"{record.longest_sample:,} tokens"
+    return _table([*rows, ("longest sample", longest), ("maximum sequence length", f"{data.seq_length:,} tokens")])
 
 
 def _figures(exported: Exported) -> str:
@@ -264,6 +265,7 @@ def _serving(exported: Exported, base: str | None, folder: str) -> str:
     wrap = f"model = PeftModel.from_pretrained(model, {folder!r})"
     return "\n\n".join([
         f"vLLM:\n\n{vllm}",
+        "The Python below needs the packages transformers and peft (`pip install transformers peft`).",
         f"transformers:\n\n{python(base, f'model.load_adapter({folder!r})')}",
         f"peft:\n\n{python(base, wrap, first='from peft import PeftModel')}",
     ])  # fmt: skip

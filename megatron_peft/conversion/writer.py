@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from torch import Tensor
 
-from megatron_peft.config import ConfigurationError, require, untrusted
+from megatron_peft.config import require, untrusted
 from megatron_peft.conversion.hf_files import SAFETENSORS_TYPES
 
 BLOCK_BYTES = 4 * 2**20
@@ -167,12 +167,15 @@ def _header(specs: Mapping[str, Tensor]) -> bytes:
 
 
 def parse_bytes(text: str) -> int:
-    """Number of bytes in `5GB`, `200MB`, `1GiB` or a plain number."""
+    """Return the number of bytes in `5GB`, `200MB`, `1GiB` or a plain number.
+
+    Raises ConfigurationError: `text` is not a size, or less than one byte.
+    """
     # huggingface_hub's parse_size_to_int accepts neither GiB nor plain bytes.
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B|)", text.strip().upper())
-    if match is None or float(match[1]) <= 0:
-        raise ConfigurationError(f"--max-shard-size {text!r} is not a size: use a form like 5GB, 500MB or 1GiB.")
-    return int(float(match[1]) * UNITS[match[2]])
+    num_bytes = 0 if match is None else int(float(match[1]) * UNITS[match[2]])
+    require(num_bytes > 0, f"--max-shard-size {text!r} is not a size: use a form like 5GB, 500MB or 1GiB.")
+    return num_bytes
 
 
 @contextmanager

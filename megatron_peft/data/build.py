@@ -48,6 +48,11 @@ class Data:
         """Digest of the files of the training data."""
         return self.train.dataset.digest  # pyright: ignore[reportAttributeAccessIssue] - both kinds have it
 
+    @property
+    def longest_sample(self) -> int:
+        """Input positions of the longest training sample."""
+        return self.train.dataset.longest_sample  # pyright: ignore[reportAttributeAccessIssue] - both kinds have it
+
 
 def build_data(
     config: RunConfig, tokenizer: Tokenizer, *, data_parallel_rank: int, data_parallel_size: int, num_ids: int
@@ -258,6 +263,7 @@ class IndexedSamples:
 
     def __init__(self, dataset: Any, num_ids: int, flag: str, digest: str) -> None:
         self._dataset, self._num_ids, self._flag, self.digest = dataset, num_ids, flag, digest
+        self.longest_sample = int(dataset.config.sequence_length)  # megatron-core fills each
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -311,7 +317,8 @@ def build_indexed(
         if num_tokens < needed:
             lack = f"{flag}: the {split.name} split has {num_tokens} tokens of {prefix} and needs {needed}"
             require(split != Split.train, f"{lack}; give --split another cut, a larger dataset, or --train-iters.")
-            logger.warning("%s, so there is no %s data.", lack, split.name)
+            if place_in_world()[0] == 0:
+                logger.warning("%s, so there is no %s data.", lack, split.name)
             return None
     files = [Path(path(prefix)) for prefix in blend.prefixes for path in (get_idx_path, get_bin_path)]
     digest = " ".join(sampled_digest(file)[:16] for file in files)

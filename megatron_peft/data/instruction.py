@@ -38,8 +38,8 @@ PROGRESS_FROM = 20_000  # records; fewer take a moment only
 class InstructionDataset:
     """The samples of records that are left after `--overlong`. What each takes is a file of the node's: 8 bytes.
 
-    lengths: int32 [samples], input positions of each; warnings: what was truncated or skipped, with the first place
-    where it happens; digest: of the files.
+    lengths: int32 [samples], input positions of each; longest_sample: of them; warnings: what was truncated or skipped,
+    with the first place where it happens; digest: of the files.
     """
 
     def __init__(
@@ -57,8 +57,9 @@ class InstructionDataset:
         share = share_of(len(records), rank, num_ranks)
         (whole, kept), left_out = checked_together(lambda: self._measure(share), first_alone=True)
         overlong = whole > fit.seq_length
+        longest = max(gather_over_world(int(whole.max(initial=0))))  # of whole records
         refused = np.flatnonzero(overlong | (whole == 0))[:1] if fit.overlong == "error" else ()
-        checked_together(lambda: [self._refuse(share[i], whole[i]) for i in refused], first_alone=True)
+        checked_together(lambda: [self._refuse(share[i], whole[i], longest) for i in refused], first_alone=True)
         kept = np.where(overlong & (fit.overlong == "skip"), 0, kept)
         used = np.flatnonzero(kept)
         numbers = (share.start + used).astype(index_type(len(records)))
@@ -69,10 +70,11 @@ class InstructionDataset:
         findings = [np.flatnonzero(each) + share.start for each in which]
         by_rank = gather_over_world((left_out, [(len(indices), indices[:1]) for indices in findings]))
         unread = sum((fields for fields, _ in by_rank), Counter[str]()) if self._cache is None else self._cache.left_out
-        self.warnings = self._warnings([findings for _, findings in by_rank], unread)
+        self.warnings = self._warnings([findings for _, findings in by_rank], unread, longest)
         if not len(self._usable):
             none_left = f"all {len(records)} samples were skipped (from {records.place(0)} on)."
             raise ConfigurationError(" ".join([none_left, *self.warnings]))
+        self.longest_sample = int(self.lengths.max())
 
     def _measure(self, share: range) -> tuple[np.ndarray, Counter[str]]:
         """int32 [2, share], the input positions of the whole record and of what --seq-length leaves of it; number of
@@ -91,20 +93,24 @@ class InstructionDataset:
             left_out.update(fit.left_out(self._records, index))
         return positions, left_out
 
-    def _refuse(self, record: int, length: int) -> None:
-        """Raise the error of --overlong error for a record that takes so many positions."""
+    def _refuse(self, record: int, length: int, longest: int) -> None:
+        """Raise the error of --overlong error for a record of `length` positions, where the longest takes `longest`."""
         what, way_out = "has no token to learn from", "give it a text, or give --overlong skip"
         if length:
             what = f"takes {length} tokens, above --seq-length {self._fit.seq_length}"
-            way_out = "raise it, or give --overlong truncate or --overlong skip"
+            way_out = f"raise it ({longest} holds all samples), or give --overlong truncate or --overlong skip"
         raise ConfigurationError(f"{self._records.place(record)}: the sample {what}: {way_out}.")
 
-    def _warnings(self, findings: Sequence[Sequence[tuple[int, np.ndarray]]], unread: Counter[str]) -> list[str]:
-        """findings: of each rank, how many were cut, skipped for their length and empty, and the first of each.
+    def _warnings(
+        self, findings: Sequence[Sequence[tuple[int, np.ndarray]]], unread: Counter[str], longest: int
+    ) -> list[str]:
+        """Return a sentence for each kind of finding.
 
+        findings: of each rank, how many were cut, skipped for their length and empty, and the first of each.
         unread: number of records by unused field.
+        longest: positions of the longest whole record.
         """
-        too_long = f"are longer than --seq-length {self._fit.seq_length} and were"
+        too_long = f"are longer than --seq-length {self._fit.seq_length} ({longest} would hold all) and were"
         prompt_only = ", since their prompt alone fills it and no token of a completion is left"
         outcomes = (
             f"{too_long} cut at their end",
@@ -141,7 +147,7 @@ class InstructionDataset:
 # where here all ranks share it. It reads what its fingerprint names, whatever became of the bytes: a flipped
 # bit would be trained on. Its JSON is a table with one set of columns: a record that lacks a field has an empty one.
 
-FORMAT = 3  # of the files, and of how a record becomes tokens
+FORMAT = 4  # of the files, and of how a record becomes tokens
 COUNTS = "counts.json"  # beside the shards: {"records": how many, "left_out": {field: records}}
 _BATCH, _BATCH_TOKENS = 500, 1 << 20  # records written at once, fewer if they have more tokens
 MOST_SHARDS = 64  # files of a cache: each rank opens all of them

@@ -47,8 +47,13 @@ class PreprocessSettings(Checked):
 
     @property
     def files(self) -> tuple[str, ...]:
-        """The input. A pattern that matches nothing stays, and is reported as a missing file."""
-        return tuple(path for pattern in self.input for path in (sorted(glob.glob(pattern)) or [pattern]))
+        """Return the input files. A pattern that matches nothing stays, and is reported as a missing file."""
+        return tuple(path for given in self.input for path in _matches(given))
+
+
+def _matches(given: str) -> list[str]:
+    is_file = Path(given).exists()  # whose name may look like a pattern
+    return [given] if is_file else sorted(glob.glob(given)) or [given]
 
 
 class DocumentEncoder:

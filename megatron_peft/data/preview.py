@@ -195,6 +195,8 @@ def _lengths(preview: Preview) -> Iterator[str]:
             f"cut at --seq-length {config.seq_length}: {preview.share(longer & ~skipped):.1%} of the samples, "
             f"{lost:.1%} of the tokens to train"
         )
+    if longer.any():
+        yield f"longest record: {whole.max():,} positions, above --seq-length {config.seq_length}"
     why = ""
     if config.overlong == "error" and (longer & skipped).any():
         why = ", which --overlong error ends a run for"

@@ -125,12 +125,11 @@ def _plain(kind: Kind, *columns: str) -> RecordFormat:
 
 
 # ShareGPT: turns with "from" and "value". Its names of who speaks -> ours.
-ROLES = {
+SPEAKERS = {
     **dict.fromkeys(("human", "user"), "user"),
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "model"), "assistant"),
-    "system": "system",
-    **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
-}
+}  # also as the roles of messages; the other roles may be those of a chat template
+ROLES = {**SPEAKERS, "system": "system", **dict.fromkeys(("tool", "observation", "function_response"), "tool")}
 
 
 def conversation(column: str, record: Record) -> Record:
@@ -153,7 +152,7 @@ def conversation(column: str, record: Record) -> Record:
 
 
 def plain_turn(number: int, turn: Any) -> Any:
-    """A turn with role and content; what is neither of the two forms stays, and is refused where turns are checked.
+    """Return the turn with role and content; any other form stays as it is, and is refused where turns are checked.
 
     Raises ConfigurationError for a content with an image, for instance, and for an unknown speaker.
     """
@@ -166,6 +165,8 @@ def plain_turn(number: int, turn: Any) -> Any:
                 '{"type": "text", "text": "..."}. Leave the record out.',
             )
         turn = {**turn, "content": "".join(part["text"] for part in turn["content"])}
+    if isinstance(turn, dict) and isinstance(turn.get("role"), str):
+        return {**turn, "role": SPEAKERS.get(turn["role"], turn["role"])}
     if not isinstance(turn, dict) or "from" not in turn or "role" in turn:
         return turn
     speaker = turn["from"]

@@ -69,7 +69,12 @@ def split_chat(render: Callable[..., str], messages: Sequence[Any]) -> list[Chat
         require(position <= start <= end, _NOT_LEFT_TO_RIGHT)
         segments += [ChatSegment(whole[position:start], False), ChatSegment(whole[start:end], True)]
         position = end
-    require(bool(segments), 'no message has the role "assistant", so there is nothing to learn.')
+    roles = ", ".join(dict.fromkeys(f'"{message["role"]}"' for message in messages))
+    require(
+        bool(segments),
+        f'no message has the role "assistant", so there is nothing to learn (its roles are {roles}): name the role of '
+        "the answers so.",
+    )
     return [*segments, ChatSegment(whole[position:], False)]
 
 
@@ -166,7 +171,8 @@ class HuggingFaceTokenizer(Tokenizer):
     def __init__(self, folder: str, chat_template: str | None = None) -> None:
         """`chat_template` is that of --chat-template, in place of the folder's own."""
         folder = local_tokenizer(folder, "--tokenizer-model")
-        require(Path(folder).is_dir(), f"--tokenizer-model {folder}: no such folder.")
+        hint = "give the folder of a tokenizer, or ORG/NAME of the Hugging Face Hub"
+        require(Path(folder).is_dir(), f"--tokenizer-model {folder}: no such folder: {hint}.")
         for path in _files_of(folder):
             require_regular(path, "--tokenizer-model")
         try:

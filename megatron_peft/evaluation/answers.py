@@ -47,7 +47,7 @@ def _answer(
     file: "AnswerFile | None",
 ) -> None:
     is_first = dist.get_rank() == 0
-    ids = encode_prompts(records, model.tokenizer, settings.chat, model.max_length)
+    ids = encode_prompts(records, model.tokenizer, settings.chat, model.max_length, settings.system)
     if settings.prompt is not None and settings.num_samples == 1 and settings.output is None:
         write = sys.stdout.write if is_first else lambda text: None
         stream = Stream(model.tokenizer, StopTexts(model.tokenizer, until), write)
@@ -125,9 +125,17 @@ def read_prompts(path: Path) -> list[Record]:
     return records
 
 
-def encode_prompts(records: Sequence[Record], tokenizer: Tokenizer, chat: bool, max_length: int) -> list[list[int]]:
-    """Token ids of each record, which leave room for an answer in `max_length`; `chat` makes a prompt a message."""
+def encode_prompts(
+    records: Sequence[Record], tokenizer: Tokenizer, chat: bool, max_length: int, system: str | None = None
+) -> list[list[int]]:
+    """Return the token ids of each record, which leave room for an answer in `max_length`.
+
+    Args:
+        chat: make a prompt the message of a user.
+        system: first message of each conversation that does not begin with a system message.
+    """
     encoded = []
+    first = [] if system is None else [{"role": "system", "content": system}]
     for number, record in enumerate(records, 1):
         try:
             messages = record.get("messages")
@@ -140,6 +148,7 @@ def encode_prompts(records: Sequence[Record], tokenizer: Tokenizer, chat: bool, 
                 while turns and turns[-1].get("role") == "assistant":  # the answer, where data are asked
                     turns.pop()
                 require(bool(turns), "all of its messages are the assistant's: nothing is asked.")
+                turns = turns if turns[0].get("role") == "system" else [*first, *turns]
                 text = tokenizer.render_chat(turns, add_generation_prompt=True, tools=record.get("tools"))
                 ids = tokenizer.encode(text)
         except ConfigurationError as error:

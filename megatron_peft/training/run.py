@@ -168,6 +168,7 @@ def finetune(
         print_rank_0("\n".join(filter(None, lines)))
         state = build_state(config, shape, data.train_iters, first_steps(config, data.train))
         state.data_digest, state.tokenizer_digest = data.digest, tokenizer.digest
+        state.longest_sample = data.longest_sample
         checkpoint = load.load_checkpoint(state)
         data = replace(data, train_iters=length_of_resumed(config, data, state.position))
         if checkpoint is not None:

@@ -243,9 +243,10 @@ def test_a_record_names_tokenizer_and_chat_template_so_that_other_folders_find_t
         state = SimpleNamespace(
             config=make_config(data_settings=data, checkpoint={"no_save_optim": True}),
             **{"shape": SHAPE, "schedule": None, "position": Position(), "best": None},
-            **{"data_digest": None, "tokenizer_digest": "12"},
+            **{"data_digest": None, "tokenizer_digest": "12", "longest_sample": 7},
         )
         record = save.record_of(state, (), [])
+        assert record.longest_sample == 7
         found += [record.config.data.tokenizer_model, record.config.data.chat_template, record.tokenizer_digest]
     expected = [str(tmp_path / "tokens"), str(tmp_path / "a.jinja"), "12", "org/name", "{{ messages }}" * 300, "12"]
     assert found == expected

@@ -136,7 +136,7 @@ def test_what_cannot_go_to_megatron_is_named_and_leaves_nothing_behind(spoilt, t
         (spoilt, 0, "--make-vocab-size-divisible-by 0"),
         (spoilt, 128, f"1 missing: {lost}"),
         (converted, 128, f"--input {converted} is already in Megatron's format"),
-        (tmp_path, 128, f"--input {tmp_path} is not a folder with a config.json"),
+        (tmp_path, 128, f"--input {tmp_path} is not a folder with a config.json: .* ORG/NAME of the Hub"),
     ):
         with pytest.raises(ConfigurationError, match=told):
             hf_to_megatron(folder, tmp_path / "new", make_vocab_size_divisible_by=divisor, progress=False)
@@ -275,6 +275,19 @@ def test_type_and_shards_are_chosen(moved, merged, tmp_path):
     assert len(set(index.values())) > 2
     assert equal(small, {name: tensor.bfloat16() for name, tensor in tensors_of(merged("tp2")).items()})
     assert json.loads((tmp_path / "small" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("run", ["tp2", "boft", "urnn", "hybrid"])
+def test_merge_adds_to_a_bfloat16_base_in_float32(run, moved, tmp_path):
+    """The base in bfloat16 and the same values in float32 give the same bits."""
+    rounded = {name: tensor.bfloat16() for name, tensor in tensors_of(moved.base_of(run)).items()}
+    merged = []
+    for dtype in (torch.bfloat16, torch.float32):
+        base = Path(shutil.copytree(moved.base_of(run), tmp_path / f"{dtype} base"))
+        save_file({name: tensor.to(dtype) for name, tensor in rounded.items()}, base / "model.safetensors")
+        trained = trained_on(moved.run(run), tmp_path / f"{dtype} run", base)
+        merged.append(tensors_of(merge(trained, tmp_path / f"{dtype} merged", dtype=torch.float32, progress=False)))
+    assert equal(*merged)
 
 
 @pytest.mark.parametrize("file", ["generation_config.json", "config.json"])

@@ -102,10 +102,16 @@ def test_method_data_and_figures_are_the_runs(tmp_path):
     card = made(tmp_path / "out", run=tmp_path / "iter_0000002", lora_rank=4)
     rows = dict(re.findall(r"^\| ([\w ]+) \| (.*) \|$", card, re.M))
     assert rows["method"] == "`lora`: W + s B A; B starts at zero"
+    assert "longest sample" not in rows and rows["maximum sequence length"] == "32 tokens", "of an older record"
     assert "--lora-rank 4 --lora-alpha 32" in rows["settings"] and "hybrid" not in rows["settings"]
     assert rows["training"] == "`pairs.jsonl`"
     figures = {"iterations": "2", "samples": "8", "tokens": "100", "training loss": "2.25", "validation loss": "2.5"}
     assert rows.items() >= figures.items() and rows["epochs"] == "0.2"
+
+
+def test_card_has_the_longest_sample_of_the_data(tmp_path):
+    card = made(tmp_path, record=dataclasses.replace(make_record(), longest_sample=30))
+    assert "| longest sample | 30 tokens |" in card and "| maximum sequence length | 32 tokens |" in card
 
 
 def test_names_of_others_are_neither_markdown_nor_folders_of_the_machine(tmp_path):
@@ -121,7 +127,9 @@ def test_names_of_others_are_neither_markdown_nor_folders_of_the_machine(tmp_pat
 
 def test_the_python_on_an_adapters_card_runs_it(moved, tmp_path):
     adapter = export_adapter(moved.run("tp2"), tmp_path / "adapter")
-    blocks = re.findall(r"```python\n(.*?)```", serving_lines(adapter, moved.run("tp2")), re.S)
+    lines = serving_lines(adapter, moved.run("tp2"))
+    assert "pip install transformers peft" in lines.partition("```python")[0]
+    blocks = re.findall(r"```python\n(.*?)```", lines, re.S)
     tokens, logits = random_tokens(1001, 8), []
     for block in blocks:
         names: dict[str, Any] = {}

@@ -55,7 +55,7 @@ def test_shards_keep_the_limit_and_have_an_index(tmp_path):
 def test_sizes_are_understood():
     sizes = {"5GB": 5 * 10**9, "1.5 GiB": 3 * 2**29, "200mb": 2 * 10**8, "4096": 4096}
     assert {text: parse_bytes(text) for text in sizes} == sizes
-    for text in ("", "5 bananas", "-1GB", "0MB"):
+    for text in ("", "5 bananas", "-1GB", "0MB", "0.5"):
         with pytest.raises(ConfigurationError, match="--max-shard-size .* is not a size"):
             parse_bytes(text)
 

@@ -131,8 +131,8 @@ def test_what_was_cut_is_said_once(write_lines, caplog):
     path = write_lines([{"prompt": "1", "completion": "2 " * 20}, *RECORDS])
     with caplog.at_level(logging.WARNING):
         build({"train_data_path": (path,)})
-    told = "--train-data-path: 1 of 11 samples are longer than --seq-length 8 and were cut at their end"
-    assert [record.getMessage() for record in caplog.records] == [f"{told} (first: {path}, line 1)."]
+    told = "--train-data-path: 1 of 11 samples are longer than --seq-length 8 (21 would hold all) and were cut"
+    assert [record.getMessage() for record in caplog.records] == [f"{told} at their end (first: {path}, line 1)."]
 
 
 def test_indexed_data_keep_megatrons_order_while_they_last(tmp_path):
@@ -140,6 +140,7 @@ def test_indexed_data_keep_megatrons_order_while_they_last(tmp_path):
     data = build({"data_path": (prefix,), "split": "90,10"})
     dataset = data.train.dataset
     assert first_tokens(data.train, 5) == [int(dataset[i].tokens[0]) for i in range(20)]
+    assert data.longest_sample == len(dataset[0]) == 8
     assert data.valid is not None and first_tokens(data.valid)[0] >= 0 and data.test is None
 
 
@@ -247,11 +248,13 @@ def test_a_pickle_among_the_cached_indices_is_never_read(corpus, tmp_path, monke
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_split_without_text_is_no_data_for_evaluation_and_an_error_for_training(tmp_path, caplog):
+def test_a_split_without_text_is_no_data_for_evaluation_and_an_error_for_training(tmp_path, caplog, monkeypatch):
     prefix = write_indexed(tmp_path / "small", numbered_documents(4))
     with caplog.at_level(logging.WARNING):
-        assert built_split(Split.test, None, prefix) is None
-    assert "the test split has 0 tokens" in caplog.text
+        for rank in (1, 0, 2):
+            monkeypatch.setattr(build_module, "place_in_world", lambda rank=rank: (rank, 3))
+            assert built_split(Split.test, None, prefix) is None
+    assert caplog.text.count("the test split has 0 tokens") == 1, "only rank 0 warns"
     with pytest.raises(ConfigurationError, match="the train split has 0 tokens of .*small and needs 2; give --split"):
         built_split(Split.train, 10, prefix, split="0,1")
     with pytest.raises(ConfigurationError, match="the train split has 5 tokens of .*small and needs 9"):

@@ -63,19 +63,20 @@ def test_truncation_cuts_the_end_and_skips_prompts_that_fill_the_sequence(write_
     assert dataset[1].loss_mask.tolist() == [0, 1, 1, 1]
     assert [int(dataset[i].tokens[-1]) for i in range(3)] == [3, 4, 4]
     cut, filled, empty = dataset.warnings
-    assert cut.startswith("1 of 5 samples are longer than --seq-length 4 and were cut at their end (first:")
+    assert cut.startswith("1 of 5 samples are longer than --seq-length 4 (6 would hold all) and were cut at their")
     assert cut.endswith("data.jsonl, line 2).")
     assert "1 of 5" in filled and "their prompt alone fills it" in filled and "line 3" in filled
     assert "1 of 5" in empty and "have no token to learn from" in empty and "line 4" in empty
 
 
 def test_skip_leaves_all_overlong_samples_out_and_a_bad_record_ends_the_run_before_it_begins(write_lines):
-    dataset = surveyed(write_lines, "skip")
+    longer = {"prompt": "1 2", "completion": "3 4 5 6 7"}  # 7
+    dataset = surveyed(write_lines, "skip", [*RECORDS, longer])
     assert dataset.lengths.tolist() == [3, 4] and len(dataset.warnings) == 2
-    assert "2 of 5 samples are longer than --seq-length 4 and were skipped" in dataset.warnings[0]
+    assert "3 of 6 samples are longer than --seq-length 4 (7 would hold all) and were skipped" in dataset.warnings[0]
     assert surveyed(write_lines, "error", [RECORDS[0], RECORDS[4]]).warnings == []
     for records, overlong, told in (
-        (RECORDS, "error", "line 2: the sample takes 6 tokens, above --seq-length 4: raise it"),
+        ([*RECORDS, longer], "error", r"line 2: .* takes 6 tokens, above --seq-length 4: raise it \(7 holds all"),
         ([RECORDS[0], RECORDS[3]], "error", "line 2: the sample has no token to learn from"),
         ([RECORDS[2]], "truncate", "all 1 samples were skipped .*line 1.*their prompt alone fills it"),
     ):
@@ -216,6 +217,7 @@ def survey_on_a_rank(work: tuple[str, str, Path]) -> None:
         dataset = InstructionDataset(RecordFiles([good], FLAG), fit, cache_root)
         assert dataset.lengths.tolist() == [3, 4, 4] and dataset[2].labels.tolist() == [2, 3, 4, 99]
         left_out, *others = dataset.warnings
+        assert "(6 would hold all)" in others[0] and dataset.longest_sample == 4
         assert left_out == 'fields that nothing reads were left out: "id" (2 records).'
         assert [warning.partition(" samples")[0] for warning in others] == ["1 of 5"] * 3
         with pytest.raises(ConfigurationError, match="bad.jsonl, line 5: not JSON"):  # of which rank 1 alone can know

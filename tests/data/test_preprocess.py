@@ -41,6 +41,21 @@ def test_documents_keep_their_order_empty_ones_are_counted_and_each_key_has_its_
     assert documents(tmp_path / "two_title_document") == [[7], [8], [9]]
 
 
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        pytest.param("a[1].jsonl", ["a[1].jsonl"], id="file"),
+        pytest.param("a*.jsonl", ["a1.jsonl", "a[1].jsonl"], id="pattern"),
+        pytest.param("b[1].jsonl", ["b[1].jsonl"], id="nothing"),
+    ],
+)
+def test_input_is_a_pattern_unless_a_file_has_the_name(write_lines, tmp_path, monkeypatch, given, found):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a[1].jsonl", "a1.jsonl"):
+        write_lines(TEXTS, name)
+    assert config(given, "out").files == tuple(found)
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_documents_keep_the_order_and_bad_records_their_place(write_lines, workers):
     numbers = [{"text": str(i % 90), "title": ""} for i in range(350)]

@@ -71,6 +71,7 @@ def test_empty_completions_are_told_with_the_first(write_lines):
 def test_text_names_what_is_cut_and_skipped_and_where(write_lines):
     text = shown(preview(write_lines(RECORDS)))
     assert "cut at --seq-length 4: 20.0% of the samples, 18.2% of the tokens to train" in text
+    assert "longest record: 6 positions, above --seq-length 4" in text
     assert re.search(r"skipped: 40.0% of the records \(first: .*data.jsonl, line 3\); 1: their prompt alone", text)
     assert "an epoch: 2 steps of --global-batch-size 2; with --pack-sequences 2" in text
     assert "which --overlong error ends a run for" in shown(preview(write_lines(RECORDS), overlong="error"))

@@ -49,6 +49,11 @@ def native(record: dict, columns: ColumnNames = ColumnNames(), chat: bool = True
         ),
         ({"conversations": [QUESTION, ANSWER]}, {"messages": [QUESTION, ANSWER]}),
         (
+            {"messages": [KIND, QUESTION | {"role": "human"}, ANSWER | {"role": "gpt"}]},
+            {"messages": [KIND, QUESTION, ANSWER]},
+        ),
+        ({"messages": [QUESTION | {"role": "observation"}, ANSWER]},) * 2,  # a chat template's own name
+        (
             {"messages": [{"role": "user", "content": [part("the "), part("cat?")]}, ANSWER]},
             {"messages": [QUESTION, ANSWER]},
         ),
@@ -310,7 +315,11 @@ def test_the_ids_before_a_boundary_are_those_of_the_text_before_it(hf, parts):
         ({"prompt": "a"}, 'lacks the field "completion"'),
         ({"prompt": "a", "completion": 3}, '"completion" is not text but int'),
         ({"messages": [{"role": "user"}]}, 'message 1 lacks the field "content"'),
-        ({"messages": [{"role": "user", "content": "a"}]}, 'no message has the role "assistant"'),
+        (
+            {"messages": [{"role": role, "content": "a"} for role in ("user", "bot", "user")]},
+            'no message has the role "assistant", .*roles are "user", "bot".: name',
+        ),
+        ({"messages": [{"role": ["user"], "content": "a"}]}, '"role" of message 1 is not text but list'),
         ({"messages": [{"role": "assistant", "content": 40 * "a"}] * 1000}, "1,000 messages with 49,000 characters"),
     ],
 )

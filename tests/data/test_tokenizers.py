@@ -99,7 +99,7 @@ def test_sources_that_hold_no_tokenizer_are_named(tmp_path):
     torn = tmp_path / "torn.model"
     torn.write_bytes(b"not a model")
     for kind, source, message in (
-        ("HuggingFaceTokenizer", tmp_path / "nowhere", "nowhere: no such folder"),
+        ("HuggingFaceTokenizer", tmp_path / "nowhere", "nowhere: no such folder: .*, or ORG/NAME of the"),
         ("HuggingFaceTokenizer", tmp_path, "holds no tokenizer that transformers can read"),
         ("SentencePieceTokenizer", tmp_path, "tokenizer.model: no such file"),
         ("SentencePieceTokenizer", torn, "torn.model is not a sentencepiece model"),

@@ -24,6 +24,7 @@ from megatron_peft.evaluation.answers import (
     AnswerFile,
     Stream,
     encode_prompts,
+    plan_of,
     question_of,
     questions_of,
     read_prompts,
@@ -280,6 +281,25 @@ def test_prompts_and_conversations_become_ids_and_leave_room_for_a_token():
     assert encode_prompts([{"messages": answered}], BYTES, False, 9) == [[60, 98, 62, 63]]
     with pytest.raises(ConfigurationError, match="prompt 1: all of its messages are the assistant's"):
         encode_prompts([{"messages": answered[1:]}], BYTES, False, 9)
+
+
+HI = {"role": "user", "content": "b"}
+
+
+@pytest.mark.parametrize(
+    ("record", "text"),
+    [
+        pytest.param({"prompt": "a"}, "<S><a>?", id="prompt"),
+        pytest.param({"messages": [HI]}, "<S><b>?", id="messages"),
+        pytest.param({"messages": [{"role": "system", "content": "T"}, HI]}, "<T><b>?", id="system message of its own"),
+    ],
+)
+def test_generate_puts_the_system_message_first(record, text, monkeypatch):
+    asked, settings = [], AnswerSettings(prompt="", chat=True, system="S")
+    monkeypatch.setattr(answers, "generate_answers", lambda model, prompts, *_: asked.extend(prompts))
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    answers._answer(SimpleNamespace(tokenizer=BYTES, max_length=99), settings, [record], *plan_of(settings), None)
+    assert bytes(asked[0][0]).decode() == text
 
 
 def test_a_log_has_a_line_at_each_tenth(capsys):

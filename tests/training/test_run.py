@@ -251,6 +251,7 @@ def test_the_best_checkpoint_is_kept_and_can_be_loaded(run, tmp_path, monkeypatc
     assert os.readlink(tmp_path / BEST) == "iter_0000002"
     assert {path.name for path in tmp_path.glob("iter_*")} == {"iter_0000002", "iter_0000005"}
     record = read_run_record(tmp_path)
+    assert record.longest_sample == 21, "not --seq-length"
     assert dataclasses.astuple(record.best) == (2.0, 2, 1, False)
     told = run(checkpoint={**save, "load": str(tmp_path)}, **settings)
     assert "stopped early at iteration 6: 2 validation losses without a lower one" in told
