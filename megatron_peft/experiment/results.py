@@ -258,7 +258,8 @@ def read_results(folder: Path, experiment_file: Path | None = None) -> Results:
         for digest, keys in list(keys_of_digest.items())[1:]
     ]:
         raise ConfigurationError(*problems)
-    require(bool(results.records()), f"{folder}/cells contains no results of {file}: run megatron-peft experiment first.")
+    has_any = bool(results.records())
+    require(has_any, f"{folder}/cells contains no results of {file}: run megatron-peft experiment first.")
     return results
 
 
