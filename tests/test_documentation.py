@@ -104,6 +104,18 @@ def test_files_and_tests_that_are_named_exist(page: Path) -> None:
         assert not test or f"def {test}(" in found[0].read_text(), f"{test} is gone from {name}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_examples_that_are_named_exist(page: Path) -> None:
+    named = set(re.findall(r"(?<![\w./-])examples/(?:data|experiments|models|recipes)/[\w./-]*\w", page.read_text()))
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+@pytest.mark.parametrize("page", ["docs/planning.md", "docs/fit.md"])
+def test_model_of_a_planned_command_is_in_the_clone(page: str) -> None:
+    models = re.findall(r"megatron-peft plan (?:.*\\\n)*.*--pretrained-checkpoint (\S+)", (ROOT / page).read_text())
+    assert models and all((ROOT / model / "config.json").is_file() for model in models)
+
+
 MODULES = {path.stem for path in (ROOT / "megatron_peft").rglob("*.py")}
 ROOMS = {path.name for path in (ROOT / "megatron_peft").iterdir() if path.is_dir()}
 

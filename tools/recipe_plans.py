@@ -2,7 +2,7 @@
 
     python -m tools.recipe_plans [NAME ...]
 
-A plan is made from a recipe's flags, its model's configuration (tests/examples/models) and a cluster's file. The digest
+A plan is made from a recipe's flags, its model's configuration (examples/models) and a cluster's file. The digest
 of these stands beside the figures, and a test compares it: whoever changes one of them plans anew.
 """
 
@@ -18,7 +18,7 @@ from megatron_peft.models.families import read_shape
 from megatron_peft.plan.cluster import SHIPPED, Cluster, read_cluster
 
 ROOT = Path(__file__).parents[1]
-RECIPES, MODELS = ROOT / "examples" / "recipes", ROOT / "tests" / "examples" / "models"
+RECIPES, MODELS = ROOT / "examples" / "recipes", ROOT / "examples" / "models"
 CLUSTER = "8xa100"
 ON_A_CPU = ("laptop-cpu",)  # of which a plan knows the memory, but not the time
 # The end of a recipe's opening comment.

@@ -1,4 +1,4 @@
-"""Make a page of a run, or of an experiment with all of its runs.
+"""Make a page of a run, or of an experiment with all of its runs, and print a summary of it.
 
 megatron-peft report RUN writes RUN/report.html for the --save folder of a run, which may still be running: curves,
 lambda by layer, speed, memory, settings. With --samples N the base model and the trained one answer N prompts of the
@@ -42,7 +42,7 @@ class ReportSettings(Checked):
 
 
 def run(settings: ReportSettings, run_flags: RunFlags) -> int:
-    """Write the report and print the names of its files."""
+    """Write the report; print a summary of it and the names of its files."""
     with writing():
         if run_flags.problems:
             raise ConfigurationError(*run_flags.problems)
@@ -55,15 +55,15 @@ def run(settings: ReportSettings, run_flags: RunFlags) -> int:
         ended = start_ranks("report", run_flags)
         if ended is not None:
             return ended
-        written = _report(settings, run_flags)
-    for path in written:
-        print(path)
+        lines = _report(settings, run_flags)
+    for line in lines:
+        print(line)
     return 0
 
 
-def _report(settings: ReportSettings, run_flags: RunFlags) -> list[Path]:
-    """Write what FOLDER asks for; the files that were written."""
-    from megatron_peft.experiment.report import HTML, build_report, write, write_page
+def _report(settings: ReportSettings, run_flags: RunFlags) -> list[str | Path]:
+    """Write what FOLDER asks for; returns the summary and the files that were written."""
+    from megatron_peft.experiment.report import HTML, build_report, summary, write, write_page
     from megatron_peft.experiment.run_report import SAMPLES_FILE, build_run_report, is_run, read_run
 
     folder, output = settings.folder, settings.output or settings.folder
@@ -82,7 +82,7 @@ def _report(settings: ReportSettings, run_flags: RunFlags) -> list[Path]:
         report = build_report(results, reference_method(results, settings.against))
         if output.resolve() != folder.resolve():
             copy_results(results, output)
-        return write(report, output)
+        return [f"{summary(report)}\n", *write(report, output)]
 
     require(settings.against is None, "--against is of an experiment, but this is the folder of a run.")
     run = read_run(folder)  # before anything is answered
@@ -99,7 +99,8 @@ def _report(settings: ReportSettings, run_flags: RunFlags) -> list[Path]:
         if not is_first_rank():
             return []  # one rank writes
         run = read_run(folder)
-    return [write_page(build_run_report(run), output / HTML)]
+    report = build_run_report(run)
+    return [summary(report), write_page(report, output / HTML)]
 
 
 main = Command("report", __doc__, ReportSettings, run, takes_run_flags=True)

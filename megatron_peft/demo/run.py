@@ -221,6 +221,10 @@ def _ranks(report: Report) -> str:
 
 
 LAMBDA_INCHES = 3.4
+LOSS_CAPTION = (
+    "Each batch has messages of its own, measured before its update. The base model is worst at the token that ends a "
+    "message, so short messages have higher losses at first."
+)
 COLUMNS = ("English", "Reference", "Before", "After")
 COLUMN_CHARACTERS = 42
 MOST_LINES = 3  # of a cell
@@ -242,12 +246,15 @@ def draw_picture(
     left, center, right = curves.subplots(1, 3, width_ratios=[5, 5, 3])
 
     iterations, losses = plots.series(records, "loss")
-    left.plot(iterations, losses, color=plots.AFTER, linewidth=1.8, label="training")
+    left.plot(iterations, losses, color=plots.AFTER, linewidth=1.8, label="training: each batch")
     measured = dict(zip(*plots.series(records, "validation_loss"), strict=True))
     ends = report["validation_loss_before"], report["validation_loss_after"]
     measured |= dict(zip((0, max(iterations, default=1)), ends, strict=True))
-    left.plot(*zip(*sorted(measured.items()), strict=True), "o--", color="#d1242f", markersize=5, label="held out")
+    curve, form = zip(*sorted(measured.items()), strict=True), plots.measurement_format([*measured.values()])
+    number = report["held_out_messages"]
+    left.plot(*curve, form, color="#d1242f", markersize=5, label=f"held out: all {number} messages")
     left.legend(frameon=False)
+    curves.supxlabel(LOSS_CAPTION, x=0.01, ha="left", fontsize=9)
     center.plot(*plots.series(records, "grad_norm"), color=plots.AFTER, linewidth=1.8)
     for axes, name in ((left, "Loss"), (center, "Gradient norm")):
         plots.style(axes, name, "iteration")
@@ -255,7 +262,7 @@ def draw_picture(
     bars = right.bar(["before", "after"], scores, color=colors, width=0.6)
     right.bar_label(bars, fmt="%.1f", padding=3, weight="bold")
     right.margins(y=0.15)
-    plots.style(right, "BLEU")
+    plots.style(right, f"BLEU, {number} held-out messages")
 
     for part in middle:
         plots.draw_lambdas_into(part, *plots.read_lines(lambdas))

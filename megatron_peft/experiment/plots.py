@@ -54,12 +54,23 @@ def marker(values: Sequence[float] | np.ndarray) -> str:
     return "o" if len(values) == 1 else ""
 
 
+def measurement_format(values: Sequence[float]) -> str:
+    """Return matplotlib's format of a few measurements. Two are not joined: the line would show a course that nobody
+    measured.
+    """
+    return "o" if len(values) < 3 else "o-"
+
+
 def svg(figure: Figure) -> str:
-    """The same text for the same figure, at any time."""
+    """Return the SVG of a figure, the same text at any time.
+
+    Strict renderers refuse matplotlib's DOCTYPE, which names an external DTD, and sizes in points.
+    """
     output = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": "megatron-peft"}):
         figure.savefig(output, format="svg", metadata={"Date": None})
-    return output.getvalue()
+    text = re.sub(r"<!DOCTYPE[^>]*>\s*", "", output.getvalue(), count=1)
+    return re.sub(r'="([\d.]+)pt"', lambda points: f'="{float(points[1]) * 4 / 3:g}"', text, count=2)
 
 
 def save(figure: Figure, folder: Path, name: str) -> None:

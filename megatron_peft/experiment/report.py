@@ -24,6 +24,7 @@ from megatron_peft.experiment.tables import BEST, Row, Table, format_number
 
 PAGE = "page.html.jinja"
 MARKDOWN, HTML = "report.md", "report.html"
+SUMMARIZED = ("Result", "Loss", "Speed and memory")  # sections of an experiment, and of a run
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,20 @@ def html(report: Report) -> str:
     """One page that contains its plots, style and script."""
     environment = Environment(loader=PackageLoader("megatron_peft.experiment", "."), autoescape=True, trim_blocks=True)
     environment.filters["svg_base64"] = lambda figure: base64.b64encode(plots.svg(figure).encode()).decode()
-    environment.filters["plain"] = lambda text: text.replace("**", "").replace("`", "")
+    environment.filters["plain"] = plain
     return environment.get_template(PAGE).render(report=report, best=BEST)
+
+
+def plain(text: str) -> str:
+    """Return a text without Markdown's marks."""
+    return text.replace("**", "").replace("`", "")
+
+
+def summary(report: Report) -> str:
+    """Return the texts and tables of the sections in `SUMMARIZED`, for a terminal."""
+    sections = [section for section in report.sections if section.title in SUMMARIZED]
+    texts = "\n".join(plain(text) for section in sections for text in section.texts)
+    return "\n\n".join([texts, *(table.markdown().rstrip() for section in sections for table in section.tables)])
 
 
 def write(report: Report, folder: Path) -> list[Path]:

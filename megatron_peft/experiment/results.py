@@ -123,7 +123,7 @@ def progress(folder: Path, group: Group, gave_up: Set[str] | None = frozenset())
     records that were made in any order give the same grid.
 
     Args: gave_up: keys of cells that failed in this runner; a grid is complete without them. None, for readers: those
-    whose record says so.
+    whose record says so, and of an incomplete grid the point that has final runs is the chosen one.
     """
     records: dict[str, CellRecord] = {}
     added: Sequence[FlagValues] = ()
@@ -145,12 +145,21 @@ def progress(folder: Path, group: Group, gave_up: Set[str] | None = frozenset())
                 untried.append(cell)
         is_first = not added  # of a version whose grids did not grow there are final runs, though points are untried
         best = None if is_first and untried else min(losses, key=losses.__getitem__, default=None)
+        if best is None and gave_up is None:
+            with_finals = [at for at in range(len(group.points)) if _has_final_runs(group, at, records)]
+            best = min(with_finals, key=lambda at: losses.get(at, math.inf), default=None)
         added = []
-        if best is not None and not untried:
+        if best in losses and not untried:
             added, edges = group.beyond(best)
         if not added:
             return Result(*group.name, group, records, best, tuple(untried), tuple(edges))
         group = replace(group, points=(*group.points, *added))
+
+
+def _has_final_runs(group: Group, at: int, records: Mapping[str, CellRecord]) -> bool:
+    """Return True if a final run of the point is trained that was not made by tuning."""
+    keys = {cell.key for cell in group.finals[at]} - {group.tuning[at].key}
+    return any(key in records and records[key].is_trained for key in keys)
 
 
 class Work(NamedTuple):
@@ -249,7 +258,7 @@ def read_results(folder: Path, experiment_file: Path | None = None) -> Results:
         for digest, keys in list(keys_of_digest.items())[1:]
     ]:
         raise ConfigurationError(*problems)
-    has_any = any(record for result in results.all for _, record in result.tuning)
+    has_any = bool(results.records())
     require(has_any, f"{folder}/cells contains no results of {file}: run megatron-peft experiment first.")
     return results
 

@@ -114,6 +114,8 @@ def _result(run: RunFiles) -> Iterator[str]:
         f"{count(last['iteration'])}{of_all} iterations, {last.get('epoch', 0):.2f} epochs, "
         f"{count(last.get('consumed_samples'))} {counted}, {count(last.get('consumed_tokens'))} tokens."
     )
+    if "interval_steps" in run.metrics[0] and (start := start_iteration(run.metrics)):
+        yield f"The run was loaded at iteration {count(start)}: its curves, time and speed here are of those after it."
     iterations, losses = series(run.metrics, "validation_loss")
     if losses:
         lowest = int(np.argmin(losses))
@@ -135,20 +137,22 @@ def planned_iterations(record: RunRecord | None) -> int:
     return record.config.training.train_iters or samples // record.config.global_batch_size
 
 
-def training_seconds(metrics: Lines, log_interval: int | None = None) -> float:
-    """Time of all steps of these lines: each has the mean of those since the line before.
+def start_iteration(metrics: Lines) -> int:
+    """Return the iteration at which these lines begin: 0, unless --load named the checkpoint of another folder."""
+    first, *others = [line["iteration"] for line in metrics]
+    longest = max((now - before for before, now in pairwise([first, *others])), default=first)
+    return first - metrics[0].get("interval_steps", min(first, longest))  # lines of older versions lack it
 
-    log_interval: most steps of the first line, unless a later one has more: the run may have begun in another folder.
-    """
-    steps = [now["iteration"] - before["iteration"] for before, now in pairwise([{"iteration": 0}, *metrics])]
-    if log_interval is not None:
-        steps[0] = min(steps[0], max([log_interval, *steps[1:]]))
-    return sum((line.get("step_seconds") or 0.0) * number for line, number in zip(metrics, steps, strict=True))
+
+def training_seconds(metrics: Lines) -> float:
+    """Return the time of all steps of these lines: each has the mean of those since the line before."""
+    lines = pairwise([{"iteration": start_iteration(metrics)}, *metrics])
+    return sum((now.get("step_seconds") or 0.0) * (now["iteration"] - before["iteration"]) for before, now in lines)
 
 
 def _cost_sentence(run: RunFiles) -> str:
-    metrics, log_interval = run.metrics, run.record.config.logging.log_interval if run.record else None
-    seconds = round(training_seconds(metrics, log_interval))
+    metrics = run.metrics
+    seconds = round(training_seconds(metrics))
     clauses = [f"Training took {timedelta(seconds=seconds)}, without validation and saves"]
     speeds, steps, peaks = (
         series(metrics, name)[1] for name in ("tokens_per_second", "step_seconds", "peak_memory_bytes")
@@ -212,7 +216,8 @@ def draw_loss(metrics: Lines) -> Figure:
     iterations, losses = series(metrics, "validation_loss")
     if losses:
         label = f"validation, lowest {format_number(min(losses))}"
-        axes.plot(iterations, losses, "o-", color=VALIDATION, markersize=4, linewidth=1.4, label=label)
+        form = plots.measurement_format(losses)
+        axes.plot(iterations, losses, form, color=VALIDATION, markersize=4, linewidth=1.4, label=label)
     style(axes, "Loss", "iteration")
     axes.legend(frameon=False)
     return figure

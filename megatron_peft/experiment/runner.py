@@ -145,6 +145,7 @@ class Runner:
         except ConfigurationError as error:
             self.gave_up.add(cell.key)
             self.report(f"FAILED: {todo.kind} {cell.key}: {error}")
+            self._write_failure(todo, replace(record, reason=str(error)))
 
     def _finish(self, job: CellJob) -> None:
         cell, running = job.work.cell, job.running
@@ -170,15 +171,21 @@ class Runner:
                 self.gave_up.add(cell.key)
             outcome = status if status == "diverged" else status.upper()
             self.report(f"{outcome}: {job.work.kind} {cell.key}: {error}\n  all of it: {running.log}")
-            before = cell_record.read_cell_record(self.folder, cell)  # of a cell that is trained again for its score
-            if job.work.kind == "train" and not (before and before.is_trained):
-                values = {"started_at": running.started_at, "seconds": running.seconds, "reason": str(error)}
-                cell_record.write_record(self.folder, cell, replace(job.record, status=status, **values))
+            values = {"started_at": running.started_at, "seconds": running.seconds, "reason": str(error)}
+            self._write_failure(job.work, replace(job.record, status=status, **values))
             return
         cell_record.write_record(self.folder, cell, record)
         self._remove_checkpoints(cell)
         shown = ", ".join(f"{name} {'none' if value is None else f'{value:.4g}'}" for name, value in numbers.items())
         self.report(f"{done} {cell.key} in {running.seconds:.0f} s: {shown}")
+
+    def _write_failure(self, todo: Work, record: CellRecord) -> None:
+        """Write the record of a training that failed, unless the cell was trained before: it may be trained again for
+        its score.
+        """
+        before = cell_record.read_cell_record(self.folder, todo.cell)
+        if todo.kind == "train" and not (before and before.is_trained):
+            cell_record.write_record(self.folder, todo.cell, record)
 
     def _trained(self, job: CellJob) -> CellRecord:
         if stopped := cell_record.STOPPED.search(job.running.words()):

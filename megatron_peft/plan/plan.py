@@ -128,11 +128,19 @@ def _gib_of(part: str, record: RankRecord) -> float:
     return sum(size for name, size in record.peaks["step"].items() if name.split(" of ")[0] == part) / _GIB
 
 
+def _stands_for(run: RehearsedRun) -> Iterator[str]:
+    """Sentences on the ranks that were not rehearsed, since they hold the same as others."""
+    for rank in (record.rank for record in run.records if run.grid.place(record.rank)[0] > 0):
+        yield f"Rank {rank} stands for all tensor-parallel ranks but the first."
+    if run.grid.data > 1:
+        yield "Each rank stands for its data-parallel replicas."
+
+
 def _tables(plan: Plan) -> Iterator[Table]:
     # The peak of each rehearsed rank's step, by part; and of its other phases.
     records, fullest = plan.run.records, plan.fullest
     ranks = (Column(f"rank {record.rank}\nstage {record.stage}", justify="right") for record in records)
-    memory = Table("", *ranks, title="Memory, GiB")
+    memory = Table("", *ranks, title="Memory, GiB", caption=" ".join(_stands_for(plan.run)) or None)
     for part in PARTS:
         memory.add_row(part, *(f"{_gib_of(part, record):.2f}" for record in records))
     memory.add_section()

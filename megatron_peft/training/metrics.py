@@ -31,7 +31,7 @@ TAGS = {
     **{name: f"train/{name}" for name in ("loss", "learning_rate", "grad_norm")},
     "validation_loss": "validation/loss",
     "orthogonality_error": "validation/orthogonality_error",
-    **{name: f"position/{name}" for name in ("epoch", "consumed_samples", "consumed_tokens")},
+    **{name: f"position/{name}" for name in ("epoch", "consumed_samples", "consumed_tokens", "interval_steps")},
     **{name: f"speed/{name}" for name in ("step_seconds", "tokens_per_second", "tokens_per_second_per_gpu")},
     **{name: f"speed/{name}" for name in ("tflops_per_gpu", "mfu", "joules_per_step")},
     "memory_bytes": "memory/bytes",

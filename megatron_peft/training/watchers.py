@@ -44,10 +44,11 @@ class Interval:
     sum_of_losses: float = 0.0
 
     def averages(self) -> Record:
-        """Loss and seconds of a step, and tokens a second."""
+        """Loss and seconds of a step, and tokens a second, over `interval_steps`."""
         seconds = time.perf_counter() - self.started_at
         return {
             "loss": self.sum_of_losses / self.num_steps,
+            "interval_steps": self.num_steps,
             "step_seconds": seconds / self.num_steps,
             "tokens_per_second": self.num_positions / seconds,
         }

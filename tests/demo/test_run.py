@@ -243,6 +243,7 @@ RECORDS = [
     {"iteration": 20, "loss": 2.5, "grad_norm": 1.5, "validation_loss": 2.6},
     {"iteration": 30, "loss": None, "grad_norm": 1.0},  # a loss that was not a number
 ]
+VALIDATED = [{**RECORDS[0], "validation_loss": 2.8}, *RECORDS[1:]]  # between the base model and the end
 TRANSLATIONS = [dict(zip(WHAT, ("Pay $5_^ or $6", "Payez 5 $", "", "Payez " + "beaucoup " * 40), strict=True))]
 REPORT = {
     "method": "lora",
@@ -251,7 +252,7 @@ REPORT = {
     "bleu_before": 3.0,
     "bleu_after": 20.0,
 }
-REPORT |= {"validation_loss_before": 4.0, "validation_loss_after": 1.75}
+REPORT |= {"validation_loss_before": 4.0, "validation_loss_after": 1.75, "held_out_messages": 66}
 
 
 @pytest.fixture
@@ -282,12 +283,23 @@ def test_the_picture_of_a_run_is_a_png_that_replaces_the_old_one(drawn, tmp_path
 
 
 def test_curves_show_what_was_measured(drawn):
-    axes = _axes(drawn())
+    figure = drawn()
+    axes = _axes(figure)
+    assert figure.subfigs[0].get_supxlabel() == module.LOSS_CAPTION
     training, held_out = axes["Loss"].lines
     assert training.get_xydata().tolist() == [[10, 3.0], [20, 2.5]]
     assert held_out.get_xydata().tolist() == [[0, 4.0], [20, 1.75]]
     assert axes["Gradient norm"].lines[0].get_xydata().tolist() == [[10, 2.0], [20, 1.5], [30, 1.0]]
-    assert [bar.get_height() for bar in axes["BLEU"].patches] == [3.0, 20.0]
+    assert [bar.get_height() for bar in axes["BLEU, 66 held-out messages"].patches] == [3.0, 20.0]
+    assert held_out.get_label() == "held out: all 66 messages"
+
+
+@pytest.mark.parametrize(
+    ("records", "line"), [pytest.param(RECORDS, "None", id="two losses"), pytest.param(VALIDATED, "-", id="three")]
+)
+def test_held_out_losses_are_joined_only_if_one_lies_between(drawn, records, line):
+    held_out = _axes(drawn(records))["Loss"].lines[1]
+    assert held_out.get_marker() == "o" and held_out.get_linestyle() == line
 
 
 def test_translations_stand_beside_their_reference_cut_to_fit(drawn):

@@ -29,7 +29,7 @@ from tests.time_limits import seconds
 from tools import one_node, recipe_plans
 
 FOLDER = Path(__file__).parents[2] / "examples" / "recipes"
-CONFIGURATIONS = Path(__file__).parent / "models"
+CONFIGURATIONS = FOLDER.with_name("models")
 # The number of parameters that each model is published with; of its config.json, `models` has what decides the shape.
 MODELS = {
     "bloomz-7b1": 7_069_016_064,

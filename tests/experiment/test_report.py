@@ -11,6 +11,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
+from xml.parsers import expat
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from megatron_peft.benchmarks import measure
+from megatron_peft.commands.report import main as report_main
 from megatron_peft.config import ConfigurationError
 from megatron_peft.experiment import plots, report, tables
 from megatron_peft.experiment.cell_record import cell_file, read_file, write_record
@@ -82,6 +84,14 @@ def test_all_files_are_there_and_the_page_needs_nothing_else(folder: Path) -> No
         kind, _, data = source.partition("base64,")
         assert kind == "data:image/svg+xml;"
         ElementTree.fromstring(base64.b64decode(data, validate=True))
+
+
+def test_command_prints_the_result_and_the_files(found: Results, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(report, "write", lambda report, folder: [folder / "report.html"])  # takes seconds
+    assert report_main([str(tmp_path)]) == 0
+    first, *others, page = capsys.readouterr().out.splitlines()
+    assert first == report.state(found) and page == f"{tmp_path}/report.html"
+    assert "| lora | 79.40 ± 0.53 |" in others
 
 
 def test_a_click_sorts_a_table_in_a_browser(folder: Path, tmp_path: Path) -> None:
@@ -275,6 +285,10 @@ def test_the_same_figure_has_the_same_svg_and_both_files_replace_the_old_ones(tm
     save(small(), tmp_path, "a")
     assert (tmp_path / "a.svg").read_text() == svg(small())
     assert ElementTree.fromstring(svg(small())).tag.endswith("svg")
+    strict = expat.ParserCreate()
+    strict.StartDoctypeDeclHandler = lambda name, *ids: pytest.fail(f"an external DTD: {ids}")
+    strict.Parse(svg(small()), True)
+    assert re.findall(r' (?:width|height)="(.*?)"', svg(small()))[:2] == ["288", "192"], "pixels"
     assert {path.name for path in tmp_path.iterdir()} == {"a.png", "a.svg"}
     assert imread(tmp_path / "a.png").shape[:2] == (240, 360)
 

@@ -47,6 +47,19 @@ def test_of_a_grid_with_a_point_that_failed_the_rest_counts(found: Results, tmp_
     assert cell in read_results(tmp_path).all[0].untried
 
 
+@pytest.mark.parametrize("status", ["failed", None])
+@pytest.mark.parametrize("rates", [pytest.param(["0.4"], id="no grid"), pytest.param(["0.4", "0.1"], id="grid")])
+def test_final_runs_are_reported_whatever_came_of_the_grid(tmp_path: Path, rates: list[str], status) -> None:
+    """A point that failed, or has no record since it could not be started or is to be repeated."""
+    write_cells(tmp_path, methods={"lora": {"grid": {"lr": rates}}}, tuning_seed=3, seeds=[1, 2])
+    for cell in read_results(tmp_path).all[0].group.tuning[: len(rates)]:
+        cell_file(tmp_path, cell).unlink()
+        if status:
+            write_record(tmp_path, cell, of_cell(cell, status, reason="killed"))
+    (again,) = read_results(tmp_path).all
+    assert [*again.finals] == [1, 2] and again.chosen[0].settings == {"lr": "0.4"}
+
+
 def test_a_missing_experiment_and_a_folder_without_its_cells_are_errors(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="experiment.yaml is not there: .* with --experiment"):
         read_results(tmp_path)

@@ -1,6 +1,7 @@
 """The page of a single run: what its files say, at any stage of it."""
 
 import json
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from megatron_peft.checkpoint.folders import RECORD, TRACKER, iteration_folder
 from megatron_peft.checkpoint.run_record import RunRecord
 from megatron_peft.commands import report
-from megatron_peft.config import ConfigurationError, LoggingConfig
+from megatron_peft.config import ConfigurationError
 from megatron_peft.evaluation import model
 from megatron_peft.experiment import plots, run_report
 from megatron_peft.experiment.report import html, markdown, write_page
@@ -79,16 +80,23 @@ def test_a_slow_first_step_with_the_peak_is_no_typical_one(folder: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("log_interval", "first", "told"),
-    [(10, 210, "0:00:20"), (10, 8, "0:00:19"), (1, 210, "0:00:20"), (None, 210, "0:02:00")],
+    ("first", "num_lines", "told", "start"),
+    [
+        pytest.param({"iteration": 210, "interval_steps": 4}, 4, "0:00:17", "206", id="loaded"),
+        pytest.param({"iteration": 210, "interval_steps": 4}, 1, "0:00:02", "206", id="loaded, one line"),
+        pytest.param({"iteration": 8, "interval_steps": 8}, 4, "0:00:19", "", id="own"),
+        pytest.param({"iteration": 100, "interval_steps": 100}, 1, "0:00:50", "", id="own, one line"),
+        pytest.param({"iteration": 210}, 4, "0:00:20", "", id="loaded, older version"),
+        pytest.param({"iteration": 8}, 4, "0:00:19", "", id="own, older version"),
+    ],
 )
-def test_time_is_that_of_the_steps_in_this_folder(folder: Path, log_interval, first: int, told: str) -> None:
-    """A line each 10 steps; those before `first` are of the run that --load named, as far as can be known."""
-    write_lines(folder / "metrics.jsonl", [line(first), line(first + 10), line(first + 20), line(first + 30)])
-    if log_interval:
-        config = make_record().config
-        add_checkpoint(folder, make_record(config=replace(config, logging=LoggingConfig(log_interval=log_interval))))
-    assert f"Training took {told}, " in markdown(build_run_report(read_run(folder)))
+def test_time_is_that_of_the_steps_in_this_folder(folder: Path, first, num_lines: int, told: str, start: str) -> None:
+    """A line each 10 steps, the first one after fewer; others are of the run that --load named."""
+    lines = [line(first["iteration"] + 10 * at) for at in range(num_lines)]
+    write_lines(folder / "metrics.jsonl", [lines[0] | first, *lines[1:]])
+    text = markdown(build_run_report(read_run(folder)))
+    assert f"Training took {told}, " in text
+    assert re.findall(r"loaded at iteration (\d+):", text) == ([start] if start else [])
 
 
 def test_gradient_norms_by_layer_are_drawn_where_they_are_recorded(folder: Path) -> None:
@@ -206,7 +214,9 @@ def test_a_folder_of_a_run_is_told_from_that_of_an_experiment(folder: Path, caps
     monkeypatch.setattr(plots, "svg", lambda figure: "<svg/>")
     assert is_run(folder) and not is_run(folder / "nowhere")
     assert report.main([str(folder)]) == 0
-    assert capsys.readouterr().out == f"{folder}/report.html\n"
+    *summary, page = capsys.readouterr().out.splitlines()
+    assert page == f"{folder}/report.html" and summary[0].startswith("80 iterations, 2.00 epochs, 640 samples")
+    assert summary[1].startswith("Validation loss: 1.875 at") and summary[-1].startswith("Training took 0:00:40")
     (folder / "cells").mkdir()
     assert report.main([str(folder)]) == 2 and "experiment.yaml is not there" in capsys.readouterr().err
     assert report.main([str(folder), "--samples", "3"]) == 2 and "--samples needs the --save" in capsys.readouterr().err

@@ -345,6 +345,17 @@ def test_a_score_whose_program_is_not_there_fails_alone(tmp_path: Path) -> None:
     assert not whole and any(line.startswith("FAILED: score ") and "cannot be started" in line for line in told), told
 
 
+def test_training_whose_program_is_not_there_is_recorded_as_failed(tmp_path: Path) -> None:
+    found, (group,) = experiment(tmp_path, **SHORT)
+    (tmp_path / "out").mkdir()
+    runner = Runner(tmp_path / "out", [group], report=lambda text: None, program=FAKE_TRAINING, experiment=found.text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(process, "launcher", lambda processes: ["no-such-program"])
+        assert not runner.run()
+    (record,) = cells(tmp_path).values()
+    assert record["status"] == "failed" and "no-such-program cannot be started" in record["reason"]
+
+
 def test_grid_without_a_finite_loss_is_reported(tmp_path: Path) -> None:
     methods = {"lora": METHODS["lora"]}
     _, (group,) = experiment(tmp_path, methods=methods)

@@ -28,8 +28,8 @@ FLAGS: dict[str, str] = {"--packing next-fit": "", "--cross-entropy-chunk-tokens
 # Pattern -> newest spelling, in the names of what is compared (fields of metrics, layers, tensors of a checkpoint):
 # r"\.adapter\.lora_a$": ".adapter.A"
 NAMES: dict[str, str] = {}
-# Fields of metrics.jsonl that are never the same twice.
-NOT_COMPARED = {"step_seconds", "tokens_per_second", "memory_bytes", "peak_memory_bytes"}
+# Fields of metrics.jsonl that are never the same twice, and those that older trees do not write.
+NOT_COMPARED = {"step_seconds", "tokens_per_second", "memory_bytes", "peak_memory_bytes", "interval_steps"}
 # ---- The end of the table.
 
 NUM_STEPS, LAST_STEP = 4, 6  # a run stops after four of its six iterations, and is resumed there

@@ -13,17 +13,18 @@ import yaml
 from megatron_peft.cli.parser import RunFlags, read_config
 from megatron_peft.commands import train
 from megatron_peft.commands.plan import PlanSettings, config_of, main
-from megatron_peft.config import ConfigurationError, PeftConfig
+from megatron_peft.config import ConfigurationError, ParallelConfig, PeftConfig
 from megatron_peft.models.families import read_shape
 from megatron_peft.plan import layouts
 from megatron_peft.plan import plan as plan_module
-from megatron_peft.plan.cluster import SHIPPED
+from megatron_peft.plan.cluster import SHIPPED, read_cluster
 from megatron_peft.plan.timing import Accuracy
-from megatron_peft.rehearsal.program import Product
+from megatron_peft.rehearsal.program import PHASES, Product, RankRecord
+from megatron_peft.rehearsal.rehearsal import RehearsedRun
 from tests.ranks import run_ranks
 from tests.tiny_llama import save_llama, save_pairs
 
-MODELS = Path(__file__).parents[1] / "examples" / "models"
+MODELS = Path(__file__).parents[2] / "examples" / "models"
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +93,29 @@ def test_a_plan_from_a_config_alone(base, tmp_path, capsys, monkeypatch):
     assert low <= plan["time"]["seconds"] <= high and plan["published_runs"]["number"] == 13
     assert f"s a step ({low:.3g} to {high:.3g}: 13 published runs were off by " in told
     assert "A plan ranks the layouts of a run on a cluster; its seconds are no promise." in told
+
+
+@pytest.mark.parametrize(
+    ("sizes", "ranks", "caption"),
+    [
+        pytest.param(
+            (8, 2, 32),
+            [0, 16, 17],
+            "Rank 17 stands for all tensor-parallel ranks but the first. "
+            "Each rank stands for its data-parallel replicas.",
+            id="TP PP DP",
+        ),
+        pytest.param((2, 1, 2), [0, 1], "Rank 1 stands for all tensor-parallel ranks but the first.", id="TP"),
+        pytest.param((1, 2, 2), [0, 1], None, id="PP"),
+    ],
+)
+def test_memory_table_names_the_ranks_that_a_rank_stands_for(sizes, ranks, caption):
+    tp, pp, world_size = sizes
+    peaks = {phase: {"weights": 1} for phase in PHASES}
+    records = tuple(RankRecord(rank, rank * pp // world_size, 1, (), {}, peaks) for rank in ranks)
+    config: Any = SimpleNamespace(parallel=ParallelConfig(tp, pp, world_size=world_size))
+    run = RehearsedRun(config, read_shape(str(MODELS / "laptop-cpu")), records, (), ())
+    assert next(plan_module._tables(plan_module.Plan(run, read_cluster("8xa100"), None, None))).caption == caption
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from megatron_peft.models.shape import ModelShape
 from megatron_peft.rehearsal.rehearsal import order_problem, rehearse_run
 
 RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
-MODELS = Path(__file__).parents[1] / "examples" / "models"
+MODELS = Path(__file__).parents[2] / "examples" / "models"
 WORLDS = {"bloomz-7b1": 16, "llama-3.1-8b": 16, "llama-3.3-70b": 16, "wizard-vicuna-30b": 16, "llama-3.1-405b": 128}
 METHODS: dict[str, list[str]] = {
     "full": [],

@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from megatron_peft.rehearsal.program import Call, Computation, EarlyUse, Entry, Mark, Wait, check_order
-from megatron_peft.rehearsal.rehearsal import RankGrid, StageProgram, programs_of_ranks
+import pytest
+
+from megatron_peft.rehearsal.program import Call, Computation, EarlyUse, Entry, Mark, RankRecord, Wait, check_order
+from megatron_peft.rehearsal.rehearsal import RankGrid, StageProgram, program_of_stage, programs_of_ranks
 
 
 def sums(*axes_and_ranks: tuple[str, tuple[int, ...]]) -> list[Entry]:
@@ -125,6 +127,29 @@ def test_a_wait_that_is_missing_or_late_is_found():
     assert check_order(left) is None, "a step may leave a call to the next one"
     early = {0: sound, 1: [*begun, EarlyUse(1), Wait(1), received]}
     assert check_order(early) == f"{told}: its result is used before it is waited for."
+
+
+@pytest.mark.parametrize("num_microbatches", [1, 2, 3, 4, 7])
+def test_a_middle_microbatch_stands_for_those_between_the_first_and_the_last(num_microbatches):
+    """Of three that were recorded; the last backward starts the gradients' all-reduce."""
+    grid, recorded = RankGrid(tensor=1, data=2, pipeline=1), min(num_microbatches, 3)
+
+    def step(numbers: Sequence[int]) -> list[Entry]:
+        """A step whose microbatch n begins, computes and ends as microbatch `numbers[n]` was recorded."""
+        phases = [("forward", at, number) for at, number in enumerate(numbers)]
+        phases += [("backward", at, number) for at, number in enumerate(numbers)]
+        passes = [[Mark(phase, at), named(f"{phase} {number}")] for phase, at, number in phases]
+        ends = [[Mark(phase), named(phase)] for phase in ("finish", "update")]
+        return [named("begin"), *(entry for each in [*passes, *ends] for entry in each)]
+
+    def named(name: str) -> Call:
+        return Call("all_reduce", name, (0, 1), ((8,),), "float32")
+
+    record = RankRecord(0, 0, recorded, tuple(step(range(recorded))), {}, {})
+    schedule = [entry for entry in step(range(num_microbatches)) if isinstance(entry, Mark) and entry.phase != "update"]
+    found = program_of_stage(record, 0, schedule, grid, num_microbatches)
+    middle = [1] * max(num_microbatches - 2, 0)
+    assert list(found.entries) == step([0, *middle, recorded - 1][:num_microbatches])
 
 
 def test_programs_of_four_replicas_become_those_of_two():

@@ -216,11 +216,13 @@ def test_records_have_their_fields_and_average_the_losses_since_the_last_one(run
     records = run(logging={"log_interval": 4}, training={"eval_interval": 3}).records
     assert {iteration: record["loss"] for iteration, record in records.items()} == {3: 7.0, 4: 4.0, 6: 2.25}
     assert [iteration for iteration, record in records.items() if "validation_loss" in record] == [3, 6]
-    progress, speed = "iteration epoch consumed_samples consumed_tokens", "step_seconds tokens_per_second"
+    progress = "iteration epoch consumed_samples consumed_tokens interval_steps"
     numbers, memory = "loss learning_rate grad_norm", "memory_bytes peak_memory_bytes"
+    speed = "step_seconds tokens_per_second"
     record, tokens = records[4], records[4]["consumed_tokens"] - records[3]["consumed_tokens"]
     assert record.keys() == set(f"{progress} {numbers} {speed} {memory}".split())
     assert (record["consumed_samples"], record["epoch"]) == (32, pytest.approx(32 / 40))
+    assert [record["interval_steps"] for record in records.values()] == [3, 1, 2]
     assert record["learning_rate"] < records[3]["learning_rate"] < 5e-3
     assert record["tokens_per_second"] * record["step_seconds"] == pytest.approx(tokens)
 
