@@ -51,7 +51,8 @@ def test_a_resumed_run_equals_one_that_was_never_interrupted_and_says_what_is_le
     def records(name):
         return {record["iteration"]: record for record in read_metrics(tmp_path / name / METRICS_FILE)}
 
-    assert "resumed from" not in run(checkpoint=save("whole"), num_steps=6)
+    told = run(checkpoint=save("whole"), num_steps=6)
+    assert "resumed from" not in told and "without --save" not in told
     run(checkpoint=save("parts"), training={"micro_batch_size": 8, "exit_interval": 3}, num_steps=6)
     assert sorted(records("parts")) == [1, 2, 3]
     told = run(checkpoint=save("parts"), num_steps=6)
@@ -65,6 +66,7 @@ def test_a_resumed_run_equals_one_that_was_never_interrupted_and_says_what_is_le
     assert "nothing to do: the run was complete at iteration 6\n" in run(checkpoint=save("parts"), num_steps=6)
     told = run(checkpoint={"load": str(tmp_path / "parts"), "finetune": True})
     assert f"the parameters of {tmp_path}/parts/iter_0000006 (--finetune): the run starts at iteration 0 of 4" in told
+    assert "\nWARNING: without --save nothing that this run trains is saved: give --save FOLDER to keep it\n" in told
 
 
 def test_if_one_node_cannot_compile_no_rank_fuses_what_is_compiled(run, monkeypatch):
