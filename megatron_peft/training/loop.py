@@ -130,7 +130,10 @@ class _Run:
         iteration, length = self.state.position.iteration, self.data.train_iters
         if iteration >= length:
             later = f", and the checkpoint is of iteration {iteration}" if iteration > length else ""
-            return f"nothing to do: the run was complete at iteration {length}{later}"
+            return (
+                f"nothing to do: the run was complete at iteration {length}{later}; to train longer, raise its length "
+                f"(--train-iters) and add --override-opt-param-scheduler"
+            )
         if early := self._ends_early():
             return f"nothing to do: {early}; to continue, raise --early-stopping-patience, or leave it out"
         return ""

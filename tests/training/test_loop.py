@@ -68,6 +68,7 @@ def run(start, tmp_path):
 TWO = {"save_interval": 2}
 TRAINED = "trained 6 iterations"
 EXIT = "--exit-interval reached at iteration 4"
+LONGER = "to train longer, raise its length (--train-iters) and add --override-opt-param-scheduler"
 CONTINUE = "\nto continue, repeat the command"
 UNSAVED = "\nWARNING: without --save nothing was saved: what this run has trained is lost"
 
@@ -84,7 +85,7 @@ UNSAVED = "\nWARNING: without --save nothing was saved: what this run has traine
         ({"training": {"exit_interval": 6}}, TRAINED, [6], [6]),
         ({"training": {"exit_interval": 4}}, f"{EXIT}{CONTINUE} with --resume auto", [4], [4]),
         ({"training": {"exit_interval": 4}, "auto": True}, EXIT + CONTINUE, [4], [4]),
-        ({"resume_at": 6}, "nothing to do: the run was complete at iteration 6", [], []),
+        ({"resume_at": 6}, f"nothing to do: the run was complete at iteration 6; {LONGER}", [], []),
         ({"resume_at": 4}, "trained 2 iterations (5 to 6): the run is complete", [6], [6]),
     ],
 )
