@@ -144,7 +144,7 @@ class Run:
         """Train, as if the last rank were asked to stop after the second step: all have to hear of it."""
         state, position = self.state, self.state.position
         asked_to_stop = dist.get_rank() == dist.get_world_size() - 1 and position.iteration == 1
-        report = train_step(state, microbatches, asked_to_stop, by_layer=True)
+        report = train_step(state, microbatches, lambda: asked_to_stop, by_layer=True)
         state.advance(report.num_positions)
         # As if each step were validated, and the first one were the best: a resumed run has to know it.
         state.best = state.best.after(float(position.iteration), position.iteration)

@@ -13,6 +13,7 @@ from megatron_peft.checkpoint import folders
 from megatron_peft.checkpoint.folders import MANIFEST, RECORD
 from megatron_peft.config import ConfigurationError, PeftConfig, RunConfig, config_from_dict, config_to_dict, require
 from megatron_peft.config.errors import flag, mistyped, spelled
+from megatron_peft.config.training import LENGTHS
 from megatron_peft.config.untrusted import parse_json, read_text
 from megatron_peft.models.shape import ModelShape, RopeScaling
 
@@ -290,17 +291,38 @@ def optimizer_contradictions(record: RunRecord, current: CurrentRun) -> list[str
         return _steps_without_a_rate(record, record.schedule, current)
     if settings.override_opt_param_scheduler:
         return _another_end(record, current)
-    changed = [
-        f"{SCHEDULE_FLAGS[name]}: {record.schedule[name]} there, {current.schedule[name]} here"
-        for name in SCHEDULE_FLAGS
-        if record.schedule[name] != current.schedule[name] and name not in unused_schedule_values(current.schedule)
-    ]
-    if not changed:
+    unused = unused_schedule_values(current.schedule)
+    names = [name for name in SCHEDULE_FLAGS if name not in unused and record.schedule[name] != current.schedule[name]]
+    if not names:
         return _another_end(record, current)
+    before, after = (_typed_length(run.config) for run in (record, current))
+    if before != after and {*names} <= _values_of_the_length(current.config):
+        return [
+            f"{_load(current)} was trained with {before}, and its learning rate decays over that length, but this run "
+            f"has {after}: to decay over the new length, add --override-opt-param-scheduler."
+        ]
+    changed = [
+        f"{SCHEDULE_FLAGS[name]}: {record.schedule[name]} there, {current.schedule[name]} here" for name in names
+    ]
     return [
         f"{_load(current)} was trained with another schedule ({'; '.join(changed)}): give its values, or choose with "
         f"--override-opt-param-scheduler (this run's) or --use-checkpoint-opt-param-scheduler (the checkpoint's)."
     ]
+
+
+def _typed_length(config: RunConfig) -> str:
+    """Return the flag that sets the length of a run, with its value."""
+    lengths = {name: getattr(config.training, name) for name in LENGTHS}
+    return next((spelled(flag(name), value) for name, value in lengths.items() if value is not None), "")
+
+
+def _values_of_the_length(config: RunConfig) -> set[str]:
+    """Return the values of the schedule that follow from the length of the run."""
+    settings = config.optimizer
+    if settings.lr_decay_iters or settings.lr_decay_samples:
+        return {"wd_incr_steps"}
+    by_fraction = {"lr_warmup_steps"} if settings.lr_warmup_fraction is not None else set()
+    return {"lr_decay_steps", "wd_incr_steps"} | by_fraction
 
 
 def _samples_at_the_end(record: RunRecord, current: CurrentRun) -> int:

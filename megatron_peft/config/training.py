@@ -246,7 +246,9 @@ class OptimizerSettings(Checked):
     )
 
     def check(self, require: Requirements) -> None:
-        for low, high in (("min_lr", "lr"), ("lr_warmup_init", "lr"), ("decoupled_min_lr", "decoupled_lr")):
+        rising = [(low, "lr") for low in ("min_lr", "lr_warmup_init")]
+        rising += [(low, "decoupled_lr") for low in ("decoupled_min_lr", "lr_warmup_init")]
+        for low, high in rising:
             least, most = getattr(self, low), getattr(self, high)
             require(None in (least, most) or least <= most, f"{flag(low)} {least} is above {flag(high)} {most}.")
         require(

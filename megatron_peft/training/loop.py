@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_peft.checkpoint.folders import best_checkpoint
 from megatron_peft.checkpoint.save import SaveOutcome, Saver
 from megatron_peft.checkpoint.state import TrainingState, whole_parameters
-from megatron_peft.config import config_to_dict
+from megatron_peft.config import CheckpointConfig, config_to_dict
 from megatron_peft.data.batches import GlobalBatches
 from megatron_peft.data.build import Data
 from megatron_peft.parallel.collectives import from_first_rank
@@ -102,7 +102,18 @@ class _Run:
             paths = [best_checkpoint(Path(folder), best.iteration) for folder in folders if folder]
             where = next((f": {path}" for path in paths if path), "")
             reason += f"\nlowest validation loss {best.loss:.6E} at iteration {best.iteration}{where}"
+        if checkpoint.save and self._can_continue():
+            flag = "" if checkpoint.resume == "auto" else " with --resume auto"
+            reason += f"\nto continue, repeat the command{flag}"
+        if position.iteration > first and not saves_weights(checkpoint):
+            reason += "\nWARNING: without --save nothing was saved: what this run has trained is lost"
         return reason
+
+    def _can_continue(self) -> bool:
+        """Return True if the run was interrupted before its end."""
+        return self.state.best.was_interrupted or (
+            self.state.position.iteration < self.data.train_iters and not self._ends_early()
+        )
 
     def _interrupted_validation(self) -> str:
         """Make up for the validation that the run before did not end. Returns why this run ends too, or ""."""
@@ -119,7 +130,10 @@ class _Run:
         iteration, length = self.state.position.iteration, self.data.train_iters
         if iteration >= length:
             later = f", and the checkpoint is of iteration {iteration}" if iteration > length else ""
-            return f"nothing to do: the run was complete at iteration {length}{later}"
+            return (
+                f"nothing to do: the run was complete at iteration {length}{later}; to train longer, raise its length "
+                f"(--train-iters) and add --override-opt-param-scheduler"
+            )
         if early := self._ends_early():
             return f"nothing to do: {early}; to continue, raise --early-stopping-patience, or leave it out"
         return ""
@@ -129,10 +143,11 @@ class _Run:
         config, position = self.state.config, self.state.position
         self.watchers.before_step(position.iteration)
         by_layer = config.logging.log_grad_norm_by_layer and self._is_recorded(position.iteration + 1)
-        # A signal or the clock may stop one rank only. The step's own all-reduce makes it a decision of all.
+        # A signal or the clock may stop one rank only. The step's own all-reduce makes it a decision of all: it is read
+        # there, after forward and backward, so that the step in progress is the last.
         with written_after(config.parallel.seconds_to_wait):
             around_forward = self.watchers.own_work.of_device
-            report = step.train_step(self.state, microbatches, self._wants_to_stop(), by_layer, around_forward)
+            report = step.train_step(self.state, microbatches, self._wants_to_stop, by_layer, around_forward)
         # The position first, since log lines and checkpoints record it. Validation and saves happen between steps, on
         # all ranks; both wait for parameters that are still being gathered (`whole_parameters`).
         self.state.advance(report.num_positions)
@@ -338,6 +353,11 @@ class _Run:
             return
         self.saved_iteration = outcome.iteration
         self.progress.message(f"saved iteration {outcome.iteration} in {self.state.config.checkpoint.save}")
+
+
+def saves_weights(checkpoint: CheckpointConfig) -> bool:
+    """Return True if a run leaves its trained weights somewhere: in --save, or on --sync-server."""
+    return checkpoint.save is not None or checkpoint.sync_server is not None
 
 
 def _due(iteration: int, interval: int | None) -> bool:

@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import nn
 
 from megatron_peft.adapters.attach import attach_adapters, linear_layers, make_adaptable, merge_adapters
+from megatron_peft.adapters.rotation import BlockRotation, require_unrounded
 from megatron_peft.adapters.step import AdaptersStep
 from megatron_peft.checkpoint.load import require_whole
 from megatron_peft.checkpoint.save import write_new_folder
@@ -153,7 +154,13 @@ class ModelAdapters:
             f"gets no gradient, but its requires_grad is True: leave it frozen, or the layer out of target_modules."
         )
         checked_together(lambda: require(not trained, message))  # one stage may have such a layer, and others none
+        self._require_unrounded()
         self.lr = lr
+
+    def _require_unrounded(self) -> None:
+        modules = [module for chunk in self.model_chunks for module in chunk.modules()]
+        rotations = [module for module in modules if isinstance(module, BlockRotation)]
+        checked_together(lambda: require_unrounded(rotations))
 
     # LoRA-GA and the Hybrid.
 
@@ -171,6 +178,7 @@ class ModelAdapters:
             self.peft.spec.starts_from_gradients,
             f"start_from_gradients: {self.peft.spec.describe(self.peft)} has no such start; use one of {able}.",
         )
+        self._require_unrounded()  # here, since a Hybrid's passes of this start do not use its rotation
         return init_from_gradients(self.model_chunks, self.peft, self.seed, replay, num_tokens).energy
 
     # A step.

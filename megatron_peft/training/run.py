@@ -46,7 +46,7 @@ from megatron_peft.runtime.launch import (
     start_model_parallel,
 )
 from megatron_peft.training.live_sync import LiveSync
-from megatron_peft.training.loop import AfterStep, train
+from megatron_peft.training.loop import AfterStep, saves_weights, train
 from megatron_peft.training.metrics import require_loggers
 from megatron_peft.training.step import START_TOLERANCE, finish_with, run_schedule, start_losses
 from megatron_peft.training.terminal import large_batch_warning, print_rank_0, resume_summary, training_summary
@@ -165,6 +165,8 @@ def finetune(
         if after_step is None and config.checkpoint.sync_server:
             after_step = LiveSync(config, shape, data).after_step
         lines = [attention, loss_summary(config, shape), warning, large_batch_warning(config, data.train.order)]
+        if not saves_weights(config.checkpoint):
+            lines.append("WARNING: without --save nothing that this run trains is saved: give --save FOLDER to keep it")
         print_rank_0("\n".join(filter(None, lines)))
         state = build_state(config, shape, data.train_iters, first_steps(config, data.train))
         state.data_digest, state.tokenizer_digest = data.digest, tokenizer.digest

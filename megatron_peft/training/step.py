@@ -85,13 +85,14 @@ def _divide_by_tokens(model: Sequence[Any], num_tokens: Tensor) -> None:
 def train_step(
     state: TrainingState,
     microbatches: Sequence[Microbatch],
-    stop: bool = False,
+    stops: Callable[[], bool] = lambda: False,
     by_layer: bool = False,
     around_forward: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> StepReport:
     """Forward, backward and update on this rank's microbatches of one global batch; all but the position of `state`.
 
-    stop: this rank wants the run to end; the report has it on all ranks.
+    stops: called after forward and backward: True if this rank wants the run to end with this step. The report has it
+        on all ranks.
     by_layer: the report has the gradient norm of each layer; the same on all ranks.
     around_forward: entered for each forward pass, for instance to measure it.
     Raises NonFiniteError: on every rank, before parameters and optimizer have changed.
@@ -110,7 +111,7 @@ def train_step(
     check = state.config.training.check_for_nan_in_loss_and_grad
     num_pairs = sum(microbatch.num_pairs for microbatch in microbatches)
     squares = layer_gradient_squares(state, state.shape.num_layers) if by_layer else None
-    totals = _sum_over_world(losses, state.model_chunks if check else (), stop, num_pairs, squares)
+    totals = _sum_over_world(losses, state.model_chunks if check else (), stops(), num_pairs, squares)
     loss_sum, num_tokens, num_positions, num_non_finite, num_stopping, num_pairs, *squared = totals
     if check and num_non_finite:
         _raise_non_finite(state, losses)

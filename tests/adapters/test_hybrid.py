@@ -123,6 +123,13 @@ RULES = {  # settings; lambda before, the two norms; lambda after
     "clamped below": ({}, 0.5, 1e-6, 1.0, 0.02),
     "clamped above by the flag": ({"hybrid_lambda_max": 0.75}, 0.5, 1.0, 1e-6, 0.75),
     "clamped below by the flag": ({"hybrid_lambda_min": 0.25}, 0.5, 1e-6, 1.0, 0.25),
+    "the average is clamped, not the new value": (
+        {"hybrid_lambda_ema": 0.5, "hybrid_lambda_max": 0.75},
+        0.5,
+        1.0,
+        1e-6,
+        0.75,
+    ),
     "NaN": ({}, 0.4, math.nan, 1.0, 0.4),
     "infinite": ({}, 0.4, math.inf, 1.0, 0.4),
     "infinite beside a finite one": ({}, 0.4, 1.0, math.inf, 0.4),

@@ -199,6 +199,28 @@ def test_no_optimizer_or_another_schedule_is_refused_unless_one_is_chosen_or_bot
     assert run_record.optimizer_contradictions(make_record(schedule=constant), longer) == []
 
 
+FOUR_LONGER = {"lr_decay_steps": SCHEDULE["lr_decay_steps"] + 4}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "settings", "names"),
+    [
+        pytest.param(FOUR_LONGER, {}, "--train-iters 4:", id="the decay follows the length"),
+        pytest.param(
+            {**FOUR_LONGER, "lr_warmup_steps": 9}, {"lr_warmup_fraction": 0.5}, "--train-iters 4:", id="warmup"
+        ),
+        pytest.param({**FOUR_LONGER, "lr_warmup_steps": 9}, {}, "--lr-warmup-iters .or", id="another warmup too"),
+        pytest.param(FOUR_LONGER, {"lr_decay_iters": 4}, "--lr-decay-iters .or", id="a decay of its own"),
+    ],
+)
+def test_a_longer_run_is_refused_with_one_flag_as_the_hint(schedule, settings, names):
+    longer = here(schedule=schedule, optimizer=settings, training={"train_iters": 4})
+    (message,) = run_record.optimizer_contradictions(make_record(), longer)
+    assert re.search(names, message) and ("add --override-opt-param-scheduler." in message) == ("iters 4" in names)
+    chosen = here(schedule=schedule, optimizer={"override_opt_param_scheduler": True}, training={"train_iters": 4})
+    assert run_record.optimizer_contradictions(make_record(), chosen) == []
+
+
 def test_a_last_phase_of_wsd_is_compared_in_samples_also_with_a_record_that_does_not_hold_it():
     """The record's run has batches of 4."""
     wsd = {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 2, "lr_wsd_decay_style": "linear"}

@@ -126,7 +126,9 @@ CONTRADICTIONS: dict[Callable[..., object], list[tuple[dict[str, Any], str]]] = 
     OptimizerSettings: [
         ({"lr": 1e-4, "min_lr": 1e-3}, "--min-lr 0.001 is above --lr 0.0001"),
         ({"lr_warmup_init": 1.0}, "--lr-warmup-init 1.0 is above"),
+        ({"lr_warmup_init": 1e-4, "decoupled_lr": 1e-5}, "--lr-warmup-init 0.0001 is above --decoupled-lr 1e-05"),
         ({"lr_warmup_fraction": 0.1, "lr_warmup_iters": 1}, "--lr-warmup-samples are mutually exclusive"),
+        ({"lr_warmup_fraction": 0.1, "lr_warmup_samples": 8}, "^--lr-warmup-fraction, .* are mutually exclusive"),
         ({"lr_warmup_fraction": 1.0}, "--lr-warmup-fraction is 1.0"),
         ({"lr_decay_style": "WSD"}, "--lr-wsd-decay-iters"),
         ({"lr_wsd_decay_iters": 3}, "--lr-decay-style WSD, and no other style, .* It is linear"),
@@ -172,7 +174,12 @@ CONTRADICTIONS: dict[Callable[..., object], list[tuple[dict[str, Any], str]]] = 
 
 
 @pytest.mark.parametrize(
-    ("section", "values", "message"), [(section, *case) for section, cases in CONTRADICTIONS.items() for case in cases]
+    ("section", "values", "message"),
+    [
+        pytest.param(section, values, message, id=f"{section.__name__} {message}")
+        for section, cases in CONTRADICTIONS.items()
+        for values, message in cases
+    ],
 )
 def test_a_contradiction_is_one_problem(section: Any, values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message) as caught:
@@ -229,7 +236,7 @@ def test_another_error_is_not_replaced_by_the_requirements() -> None:
 
 def test_what_is_only_just_allowed() -> None:
     run_config(min_lr=1e-3, lr=1e-3, lr_warmup_init=1e-3)
-    run_config(decoupled_lr=1e-3, decoupled_min_lr=1e-3)
+    run_config(decoupled_lr=1e-3, decoupled_min_lr=1e-3, lr=1e-2, lr_warmup_init=1e-3)
     run_config(lr_warmup_iters=9)
 
 

@@ -49,6 +49,16 @@ def signal_at(batches: Any, first_sample: int, number: int) -> None:
     batches.step_at = killing_step_at
 
 
+def signal_in_forward(state: Any, iteration: int, number: int) -> None:
+    """Send this process the signal in the forward of the step that follows `iteration` finished ones."""
+
+    def kill(module: Any, inputs: Any) -> None:
+        if state.position.iteration == iteration:
+            os.kill(os.getpid(), number)
+
+    state.model_chunks[0].register_forward_pre_hook(kill)
+
+
 @contextmanager
 def small_files_only(num_bytes: int) -> Iterator[None]:
     """The kernel refuses to let a file of this process grow further."""

@@ -31,7 +31,7 @@ from tests.ranks import run_ranks
 from tests.tiny_bloom import save_bloom
 from tests.tiny_llama import save_llama
 from tests.training.layout_runs import Job, built, differences, merged, run_each, run_jobs
-from tests.training.recorded_saves import RecordedSaves, signal_at
+from tests.training.recorded_saves import RecordedSaves, signal_at, signal_in_forward
 
 TP2 = {"tensor_model_parallel_size": 2}
 SP = {**TP2, "sequence_parallel": True}
@@ -231,7 +231,8 @@ def disagree(asked: tuple[list[Job], Job]) -> dict[str, Any]:
     start_world()
     poisoned, signalled = asked
     errors = {job.name: _poisoned(job) for job in poisoned}
-    stopped = [_signalled(signalled, "train"), _signalled(signalled, "valid"), _stopped_early(signalled)]
+    stopped = [_signalled(signalled, where) for where in ("train", "forward", "valid")]
+    stopped.append(_stopped_early(signalled))
     return {"errors": errors, "stopped": stopped}
 
 
@@ -251,12 +252,14 @@ def _poisoned(job: Job) -> str:
     return "no error"
 
 
-def _signalled(job: Job, split: str) -> tuple[str, list[int], bool]:
+def _signalled(job: Job, where: str) -> tuple[str, list[int], bool]:
     saver = RecordedSaves()
     with built(job) as (state, data):
-        if dist.get_rank() == BAD_RANK:
-            signal_at(getattr(data, split), state.config.global_batch_size, signal.SIGUSR1)
-        return train(state, data, saver), saver.saved, state.best.was_interrupted
+        if dist.get_rank() == BAD_RANK and where == "forward":
+            signal_in_forward(state, 1, signal.SIGUSR1)
+        elif dist.get_rank() == BAD_RANK:
+            signal_at(getattr(data, where), state.config.global_batch_size, signal.SIGUSR1)
+        return train(state, data, saver).splitlines()[0], saver.saved, state.best.was_interrupted
 
 
 def _stopped_early(job: Job) -> tuple[str, list[int], bool]:
@@ -264,7 +267,7 @@ def _stopped_early(job: Job) -> tuple[str, list[int], bool]:
     loop.step.validation_loss = lambda *_: next(losses) - 2 * dist.get_rank()
     settings = {**job.training, "eval_interval": 1, "early_stopping_patience": 1}
     with built(replace(job, training=settings)) as (state, data):
-        return train(state, data, saver), saver.saved, state.best.was_interrupted
+        return train(state, data, saver).splitlines()[0], saver.saved, state.best.was_interrupted
 
 
 def test_ranks_agree_on_what_one_of_them_finds(job, tmp_path):
@@ -278,7 +281,7 @@ def test_ranks_agree_on_what_one_of_them_finds(job, tmp_path):
         assert message == other and message.startswith("iteration 1: the loss is NaN or infinite (")
         assert f"rank {BAD_RANK}, microbatch 0" in message and f"rank {1 - BAD_RANK}," not in message
     early = "stopped early at iteration 2: 1 validation losses without a lower one than 2.000000E+00 at iteration 1"
-    expected = [("asked to stop at iteration 2", [2], False), ("asked to stop at iteration 3", [3], True)]
+    expected = [("asked to stop at iteration 2", [2], False)] * 2 + [("asked to stop at iteration 3", [3], True)]
     expected.append((f"{early} (--early-stopping-patience 1)", [2], False))
     assert [rank["stopped"] for rank in found] == [expected] * 2
 

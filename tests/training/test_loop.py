@@ -31,11 +31,11 @@ LOSSES = [9.0, 7.0, 5.0, 4.0, 2.5, 2.0]
 def quick_steps(monkeypatch):
     """Steps that train nothing and have LOSSES; validation losses of 1."""
 
-    def step(state, microbatches, stop, by_layer, around_forward):
+    def step(state, microbatches, stops, by_layer, around_forward):
         rate = state.optimizer.param_groups[0]["lr"]
         state.schedule.step(increment=state.config.global_batch_size)
         num_positions = sum(one.tokens.numel() for one in microbatches)
-        return StepReport(LOSSES[state.position.iteration], 0, num_positions, 1, 1.0, rate, stop)
+        return StepReport(LOSSES[state.position.iteration], 0, num_positions, 1, 1.0, rate, stops())
 
     monkeypatch.setattr(loop.step, "train_step", step)
     monkeypatch.setattr(loop.step, "validation_loss", lambda *_: 1.0)
@@ -46,8 +46,8 @@ class Run:
 
     planned_peak = None
 
-    def __init__(self, start, folder, resume_at=0, save_interval=None, num_steps=6, saver=None, **groups):
-        checkpoint = {"save": str(folder), "save_interval": save_interval}
+    def __init__(self, start, folder, resume_at=0, save_interval=None, num_steps=6, saver=None, auto=False, **groups):
+        checkpoint = {"save": str(folder), "save_interval": save_interval, "resume": "auto" if auto else "never"}
         self.state, self.data = start(**{"num_steps": num_steps, "checkpoint": checkpoint, **groups})
         self.state.position.iteration = resume_at
         self.saver = RecordedSaves(**(saver or {}))
@@ -67,6 +67,10 @@ def run(start, tmp_path):
 
 TWO = {"save_interval": 2}
 TRAINED = "trained 6 iterations"
+EXIT = "--exit-interval reached at iteration 4"
+LONGER = "to train longer, raise its length (--train-iters) and add --override-opt-param-scheduler"
+CONTINUE = "\nto continue, repeat the command"
+UNSAVED = "\nWARNING: without --save nothing was saved: what this run has trained is lost"
 
 
 @pytest.mark.parametrize(
@@ -76,10 +80,12 @@ TRAINED = "trained 6 iterations"
         (TWO, TRAINED, [2, 4, 6], [2, 4, 6]),
         ({**TWO, "saver": {"failing": {2}}}, TRAINED, [2, 4, 6, 6], [2, 4, 6]),
         ({**TWO, "saver": {"late": True}}, TRAINED, [2, 4, 6], [2, 4, 6]),
-        ({"checkpoint": {}}, TRAINED, [], []),
+        ({"checkpoint": {}}, TRAINED + UNSAVED, [], []),
+        ({"checkpoint": {"sync_server": "http://a", "sync_folder": "b"}}, TRAINED, [], []),
         ({"training": {"exit_interval": 6}}, TRAINED, [6], [6]),
-        ({"training": {"exit_interval": 4}}, "--exit-interval reached at iteration 4", [4], [4]),
-        ({"resume_at": 6}, "nothing to do: the run was complete at iteration 6", [], []),
+        ({"training": {"exit_interval": 4}}, f"{EXIT}{CONTINUE} with --resume auto", [4], [4]),
+        ({"training": {"exit_interval": 4}, "auto": True}, EXIT + CONTINUE, [4], [4]),
+        ({"resume_at": 6}, f"nothing to do: the run was complete at iteration 6; {LONGER}", [], []),
         ({"resume_at": 4}, "trained 2 iterations (5 to 6): the run is complete", [6], [6]),
     ],
 )
@@ -243,7 +249,8 @@ def test_a_signal_saves_and_stops_after_the_step(start, tmp_path, number):
     run = Run(start, tmp_path)
     signal_at(run.data.train, 16, number)
     run.to_the_end()
-    assert run.reason == "asked to stop at iteration 3" and run.saved == [3] and STOPPED.search(run.reason)
+    assert run.reason == f"asked to stop at iteration 3{CONTINUE} with --resume auto"
+    assert run.saved == [3] and STOPPED.search(run.reason)
     assert sorted(run.records) == [3] and "validation_loss" not in run.records[3]  # recorded, though nothing is due
 
 

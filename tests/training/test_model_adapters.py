@@ -363,6 +363,10 @@ def test_adapters_are_added_after_float16module_which_rounds_rotations(world):
     adapters, module = add_adapters(model, peft), Float16Module(model.config, model)
     with pytest.raises(ConfigurationError, match="float32, not torch.bfloat16: add the adapters after Float16Module"):
         adapters.begin_step()
+    with pytest.raises(ConfigurationError, match="add the adapters after Float16Module"):
+        adapters.start_from_gradients(lambda: None)
+    with pytest.raises(ConfigurationError, match="add the adapters after Float16Module"):
+        adapters.param_groups(lr=1.0)
     adapters.merge()
     adapters = add_adapters(model, peft)
     optimizer = torch.optim.SGD(adapters.param_groups(lr=1.0))

@@ -51,7 +51,8 @@ def test_a_resumed_run_equals_one_that_was_never_interrupted_and_says_what_is_le
     def records(name):
         return {record["iteration"]: record for record in read_metrics(tmp_path / name / METRICS_FILE)}
 
-    assert "resumed from" not in run(checkpoint=save("whole"), num_steps=6)
+    told = run(checkpoint=save("whole"), num_steps=6)
+    assert "resumed from" not in told and "without --save" not in told
     run(checkpoint=save("parts"), training={"micro_batch_size": 8, "exit_interval": 3}, num_steps=6)
     assert sorted(records("parts")) == [1, 2, 3]
     told = run(checkpoint=save("parts"), num_steps=6)
@@ -62,9 +63,13 @@ def test_a_resumed_run_equals_one_that_was_never_interrupted_and_says_what_is_le
     for name in ("loss", "grad_norm", "learning_rate", "consumed_samples", "consumed_tokens", "epoch"):
         assert [record[name] for record in parts.values()] == [record[name] for record in whole.values()], name
     assert parts[6]["validation_loss"] == whole[6]["validation_loss"]
-    assert "nothing to do: the run was complete at iteration 6\n" in run(checkpoint=save("parts"), num_steps=6)
+    told = run(checkpoint=save("parts"), num_steps=6)
+    assert (
+        "nothing to do: the run was complete at iteration 6; to train longer, raise its length (--train-iters)" in told
+    )
     told = run(checkpoint={"load": str(tmp_path / "parts"), "finetune": True})
     assert f"the parameters of {tmp_path}/parts/iter_0000006 (--finetune): the run starts at iteration 0 of 4" in told
+    assert "\nWARNING: without --save nothing that this run trains is saved: give --save FOLDER to keep it\n" in told
 
 
 def test_if_one_node_cannot_compile_no_rank_fuses_what_is_compiled(run, monkeypatch):
@@ -117,6 +122,7 @@ def test_the_command_line_trains_and_saves_or_refuses_with_one_message(files, tm
     ("groups", "message"),
     [
         ({"optimizer": {"lr": 1e-3}}, "was trained with another schedule .--lr: 0.005 there, 0.001 here"),
+        ({"num_steps": 9}, "--train-iters 4, .* this run has --train-iters 9: .* add --override-opt-param-scheduler.$"),
         ({"peft": {"method": "full"}}, "--peft-method lora, but this run has --peft-method full"),
         ({"peft": {"lora_rank": 8}}, "--lora-rank 4, but this run has --lora-rank 8"),
         ({"logging": {"wandb_project": "p", "wandb_exp_name": "e"}}, "--wandb-project needs the package wandb"),
@@ -124,7 +130,7 @@ def test_the_command_line_trains_and_saves_or_refuses_with_one_message(files, tm
         ({"data_settings": {"vocab_size": 1500}}, "the embedding of --pretrained-checkpoint"),
         ({"checkpoint": {"save": f"{__file__}/run"}}, r"^--save .*\.py/run cannot be written \(Not a directory\)"),
     ],
-    ids=["schedule", "method", "rank", "wandb", "shape", "vocabulary", "no folder"],
+    ids=["schedule", "length", "method", "rank", "wandb", "shape", "vocabulary", "no folder"],
 )
 def test_contradictions_are_errors_before_weights_are_read(run, finished, monkeypatch, groups, message):
     monkeypatch.setitem(sys.modules, "wandb", None)

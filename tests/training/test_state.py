@@ -187,6 +187,7 @@ def test_the_embedding_and_the_output_layer_have_rates_of_their_own_and_norms_an
         ({**LINEAR, "lr_decay_iters": 4, "min_lr": 0.2}, [1.0, 0.8, 0.6, 0.4] + [0.2] * 5),
         ({**LINEAR, "lr_warmup_iters": 4, "lr_warmup_init": 0.2}, [0.2, 0.4, 0.6, 0.8, 1.0, 0.75, 0.5, 0.25, 0.0]),
         ({**LINEAR, "lr_warmup_fraction": 0.25}, [0.0, 0.5] + [1 - n / 6 for n in range(7)]),
+        ({**LINEAR, "lr_warmup_fraction": 0.5, "lr_decay_iters": 4}, [0.0, 0.5, 1.0, 0.5] + [0.0] * 5),
         ({"lr_decay_style": "WSD", "lr_wsd_decay_iters": 2, "lr_wsd_decay_style": "linear"}, [1.0] * 7 + [0.5, 0.0]),
     ],
 )

@@ -5,6 +5,7 @@ Validation loss is such a mean too; adapters without gradient and drifting rotat
 
 import itertools
 import math
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -26,7 +27,7 @@ from megatron_peft.training.step import (
 )
 from megatron_peft.training.update import GradientShards
 from tests.kept import kept_for_backward
-from tests.training.recorded_saves import RecordedSaves
+from tests.training.recorded_saves import RecordedSaves, signal_in_forward
 from tests.training.test_layout import METHODS
 
 
@@ -120,6 +121,12 @@ def test_the_norm_is_of_a_steps_own_gradients_before_clipping_and_known_without(
 def test_the_reported_rate_is_that_of_the_step(start):
     reports = _steps(start, 4, optimizer={"lr": 1e-3, "lr_decay_style": "linear", "lr_warmup_iters": 2})
     assert [report.learning_rate for report in reports] == pytest.approx([0.0, 5e-4, 1e-3, 5e-4])
+
+
+def test_a_signal_in_the_forward_of_a_step_makes_it_the_last(start):
+    state, data = start(num_steps=4)
+    signal_in_forward(state, 1, signal.SIGTERM)
+    assert "asked to stop at iteration 2" in train(state, data, RecordedSaves())
 
 
 def test_a_loss_that_is_not_finite_is_named_and_changes_no_parameter(start):

@@ -87,12 +87,20 @@ def test_what_has_no_whole_or_no_precise_parameters_as_a_step_ends_is_refused(jo
         job(peft=peft, **groups).config(1)
 
 
-def test_the_logged_rate_is_that_of_rotations_where_nothing_else_is_trained(start):
-    state, data = start(peft=PROJECTED, optimizer={"lr_decay_style": "constant"})
-    assert train_step(state, next(iter(data.train))).learning_rate == RATE
-
-
 HYBRID = {"method": "hybrid", "lora_rank": 4, "lora_ga_batches": 1, **GROUPS_OF_FOUR}
+
+
+@pytest.mark.parametrize(
+    ("peft", "rate"),
+    [
+        pytest.param(PROJECTED, RATE, id="nothing but rotations"),
+        pytest.param({**HYBRID, "lora_ga_init": "original"}, 1e-3, id="no parameter is decayed"),
+        pytest.param({**HYBRID, "lora_plus_ratio": 4.0}, 1e-3, id="three rates"),
+    ],
+)
+def test_logged_rate_is_lr_unless_only_rotations_are_trained(start, peft, rate):
+    state, data = start(peft=peft, optimizer={"lr": 1e-3, "lr_decay_style": "constant"})
+    assert train_step(state, next(iter(data.train))).learning_rate == rate
 
 
 def test_the_rate_of_rotations_is_that_of_their_own_group_wherever_it_stands():
