@@ -4,6 +4,9 @@
 import sys
 
 from megatron_peft.commands.train import main
+from megatron_peft.runtime.exit_signals import ends_with_reader
 
 if __name__ == "__main__":
-    sys.exit(main(program="pretrain_peft.py"))
+    with ends_with_reader():
+        exit_code = main(program="pretrain_peft.py")
+    sys.exit(exit_code)

@@ -13,7 +13,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from megatron_peft.commands import demo, evaluate, report
+from megatron_peft.commands import certify, demo, evaluate, report
 from megatron_peft.config import ConfigurationError
 from megatron_peft.demo import scoring
 from tests.test_imports import imported_modules, imported_names, imported_roots, nodes_run_at_import, parsed, part
@@ -25,8 +25,7 @@ DISTRIBUTIONS = {"megatron": "megatron-core", "yaml": "pyyaml"}  # where a distr
 OPTIONAL = {"transformer_engine", "apex", "wandb"}  # imported where they are installed, each with another way out
 PATH = "/usr/local/bin:/usr/bin:/bin"
 IGNORES = (".gitignore", ".dockerignore")
-# Of the test extra: megatron-peft bench compares with one, and check-gpu runs tests.
-FOR_TESTS = {"peft", "pytest"}
+FOR_TESTS = {"pytest"}  # check-gpu runs tests
 
 
 def distribution_name(requirement: str) -> str:
@@ -41,7 +40,7 @@ EXTRAS = {
     name: {distribution_name(requirement) for requirement in requirements}
     for name, requirements in PROJECT["optional-dependencies"].items()
 }
-PROGRAM_EXTRAS = EXTRAS["eval"] | EXTRAS["report"] | EXTRAS["demo"]
+PROGRAM_EXTRAS = EXTRAS["eval"] | EXTRAS["report"] | EXTRAS["demo"] | EXTRAS["certify"]
 SCRIPTS = [*(ROOT / "tools").glob("*.py"), ROOT / "pretrain_peft.py"]
 
 
@@ -62,7 +61,7 @@ def test_every_import_is_a_declared_dependency_and_the_other_way_round() -> None
 
 
 def test_tests_need_the_extras_of_the_programs_and_core_none_of_their_packages() -> None:
-    assert "megatron-peft[demo,eval,nf4,report]" in PROJECT["optional-dependencies"]["test"]
+    assert "megatron-peft[certify,demo,eval,nf4,report]" in PROJECT["optional-dependencies"]["test"]
     assert PROJECT["optional-dependencies"]["dev"] == ["megatron-peft[lint,test]"]
     assert DEPENDENCIES & PROGRAM_EXTRAS == set()
     assert EXTRAS["report"] <= EXTRAS["demo"], "README shows the report of the demo's run"
@@ -104,9 +103,11 @@ def test_no_library_that_they_import_needs_an_extra() -> None:
 
 
 EVALUATION = "--tasks a --output x.json --load nowhere"
+MODEL = ROOT / "tests" / "examples" / "models" / "llama-3.1-8b" / "config.json"
 NEEDS = {  # program, its words -> extra and packages
     (evaluate, EVALUATION): ("eval", "lm_eval rouge_score sacrebleu"),
     (report, "."): ("report", "matplotlib scipy"),
+    (certify, f"--pretrained-checkpoint {MODEL}"): ("certify", "peft"),
     (demo, "--output out"): ("demo", "accelerate gguf matplotlib sacrebleu scipy"),
 }
 

@@ -38,11 +38,13 @@ from megatron_peft.config import (
     RunConfig,
     config_to_dict,
     make_run,
+    require_packages,
     writing,
 )
 from megatron_peft.config.untrusted import parse_json
 from megatron_peft.conversion import verify
 from megatron_peft.conversion.convert import is_quantized
+from megatron_peft.conversion.peft_export import is_exportable
 from megatron_peft.models.families import check_adapters, config_of_shape, rules_for
 from megatron_peft.models.rules import expected_tensors
 from megatron_peft.models.shape import ModelShape, check_quantized
@@ -288,8 +290,11 @@ def certify(config: RunConfig, shape: ModelShape, engine: Path | None = None) ->
 
     engine: the Python of an environment with vLLM, which then serves what the run is converted to.
 
-    ConfigurationError: no small model fits the method, or that Python has no vLLM.
+    Raises:
+        ConfigurationError: No small model fits the method, HF PEFT is not installed, or that Python has no vLLM.
     """
+    if config.peft.trains_adapters and is_exportable(config.peft):
+        require_packages("certify", "peft")
     if engine is not None:
         Engine(engine).close()
     preload(["megatron_peft.certify.runs"])  # and all that a rank of the small run imports

@@ -22,7 +22,8 @@ LOADING = "loading torch and megatron-core\n"
 SECONDS_TO_SAVE = 600  # then ranks are killed; as long as a collective may wait (--distributed-timeout-minutes)
 FT_LAUNCHER = "nvidia_resiliency_ext.fault_tolerance.launcher"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-PROGRAM_FAILED = (1, 2, *(128 + number for number in SIGNALS))  # exit codes after which a rank of ours has said why
+# Exit codes of a rank that has said why, or whose output nobody reads any longer (SIGPIPE).
+PROGRAM_FAILED = (1, 2, *(128 + number for number in (*SIGNALS, signal.SIGPIPE)))
 
 
 @dataclass(frozen=True)

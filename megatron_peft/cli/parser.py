@@ -136,13 +136,15 @@ class RunFlags:
             config.pop("sequence_parallel", None)  # as in Megatron, whose scripts give it always: nothing is split
         world_size = environ.get("WORLD_SIZE", "1")
         message = f"WORLD_SIZE is {world_size!r}, not a number of processes: use torchrun."
-        try:
-            require(world_size.isdecimal() and int(world_size) > 0, message)
-            for name, local in HUB_FLAGS.items():
+        if not world_size.isdecimal() or int(world_size) == 0:
+            raise ConfigurationError(*problems, message)
+        for name, local in HUB_FLAGS.items():
+            try:
                 if config.get(name):
                     config[name] = local(config[name], flag(name))
-        except ConfigurationError as error:
-            raise ConfigurationError(*problems, *error.problems) from error
+            except ConfigurationError as error:
+                problems += error.problems
+                read_shape = None if name == "pretrained_checkpoint" else read_shape
         shape_flags = dict(self.values["shape"])
         if "vocab_size" in config and config.get("tokenizer_type") != "NullTokenizer":
             shape_flags["vocab_size"] = config["vocab_size"]  # of a real tokenizer: the checkpoint's

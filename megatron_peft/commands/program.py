@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from megatron_peft.cli import version
+from megatron_peft.runtime.exit_signals import ends_with_reader
 
 if TYPE_CHECKING:
     from megatron_peft.cli.command import Command
@@ -41,7 +42,12 @@ def command(name: str) -> "Command":
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code of the command; 2 for an unknown one."""
+    """Run a command and return its exit code; 2 for an unknown one."""
+    with ends_with_reader():
+        return _main(argv)
+
+
+def _main(argv: Sequence[str] | None) -> int:
     words = [*(sys.argv[1:] if argv is None else argv)] or ["--help"]
     group, *rest = words if words[0] == "data" else ("", *words)
     name = f"{group} {rest[0] if rest else '--help'}".strip()

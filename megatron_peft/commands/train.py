@@ -9,13 +9,15 @@ torchrun does, with pretrain_peft.py, which takes the same flags.
 import os
 import signal
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from megatron_peft.cli.command import Command, start_ranks
 from megatron_peft.cli.config_files import run_file
 from megatron_peft.cli.launch import running_processes, tell_loading, with_world_size
 from megatron_peft.cli.parser import RunFlags, is_first_rank
-from megatron_peft.config import CheckpointConfig, RunConfig
+from megatron_peft.config import CheckpointConfig, ConfigurationError, RunConfig
+from megatron_peft.config.model import NO_TRANSFORMER_ENGINE
 from megatron_peft.models.families import read_shape
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.runtime.exit_signals import EndedBySignal, ends_before_training
@@ -27,6 +29,9 @@ def run(run_flags: RunFlags) -> int:
     options, program = run_flags.values["program"], run_flags.program
     try:
         # Checked for all processes before any is started.
+        wants_engine = run_flags.values["config"].get("transformer_impl") == "transformer_engine"
+        if wants_engine and not options.get("dry_run") and find_spec("transformer_engine") is None:
+            run_flags.problems.append(NO_TRANSFORMER_ENGINE)
         config = run_flags.config(with_world_size(run_flags.launch, os.environ), shape_of)
         if options.get("dry_run"):
             return _dry_run(config, program, options.get("cluster"))
@@ -81,9 +86,10 @@ def _dry_run(config: RunConfig, program: str, cluster: str | None) -> int:
         return 0
     os.environ["WORLD_SIZE"] = "1"
     tell_loading()
+    from megatron_peft.models.gpt import require_transformer_engine
     from megatron_peft.plan.cluster import cluster_of_this_machine, read_cluster
     from megatron_peft.plan.plan import make_plan, print_plan, why_not_to_start
-    from megatron_peft.runtime.launch import start_world, stop
+    from megatron_peft.runtime.launch import available_backend, start_world, stop
     from megatron_peft.training.run import check_run
 
     planned_for = read_cluster(cluster) if cluster else cluster_of_this_machine()
@@ -92,6 +98,12 @@ def _dry_run(config: RunConfig, program: str, cluster: str | None) -> int:
         shape, train_iters = check_run(config)
     finally:
         stop()
+    if cluster is None:  # the run is meant for this machine
+        available_backend(config.parallel.distributed_backend)
+        try:
+            require_transformer_engine(config.model)
+        except ConfigurationError as error:
+            print(f"{program}: WARNING: on this machine {error}", file=sys.stderr, flush=True)
     if planned_for is None:
         print("not planned: this machine has no GPU. --cluster 8xh100 plans the run for nodes of 8 H100, in minutes.")
         return 0

@@ -10,6 +10,10 @@ from megatron_peft.config.sources import RECORD_NAMES, is_indexed, kind_of_sourc
 
 BLOCK = 64  # input features of a row that share a scale with --base-precision
 QUANTIZATION = ("base_precision", "quantize_output_layer")
+NO_TRANSFORMER_ENGINE = (
+    "--transformer-impl transformer_engine needs a GPU and the package transformer_engine, which is not installed: use "
+    "auto or local, or pip install 'transformer-engine[pytorch]' on a machine with a GPU."
+)
 FULL_RECOMPUTE_FIELDS = ("recompute_method", "recompute_num_layers", "distribute_saved_activations")
 
 

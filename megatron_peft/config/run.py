@@ -5,6 +5,7 @@ section raises one `ConfigurationError` with all of its problems as it is made. 
 """
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from typing import Any, get_type_hints
 
@@ -34,9 +35,11 @@ class RunConfig(Checked):
     logging: LoggingConfig = LoggingConfig()
 
     def check(self, require: Requirements) -> None:
-        parallel, training, optimizer = self.parallel, self.training, self.optimizer
-        transformer = self.model.transformer
-        tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+        for check in _CHECKS:
+            check(self, require)
+
+    def _check_batches(self, require: Requirements) -> None:
+        parallel, training, pp = self.parallel, self.training, self.parallel.pipeline_model_parallel_size
         step = training.micro_batch_size * parallel.data_parallel_size
         below = self.global_batch_size // step * step
         require(
@@ -47,7 +50,7 @@ class RunConfig(Checked):
         )
         if parallel.is_interleaved:
             require(
-                pp != 2 or transformer.get("overlap_p2p_comm", True),
+                pp != 2 or self.model.transformer.get("overlap_p2p_comm", True),
                 "--no-overlap-p2p-communication confuses messages of the interleaved schedule between "
                 "--pipeline-model-parallel-size 2 stages: leave it out, or use 3 stages or more.",
             )
@@ -56,6 +59,9 @@ class RunConfig(Checked):
                 f"the interleaved schedule needs a multiple of --pipeline-model-parallel-size {pp} microbatches a "
                 f"step, but --global-batch-size {self.global_batch_size} gives {self.num_microbatches}.",
             )
+
+    def _check_layout(self, require: Requirements) -> None:
+        parallel, transformer, tp = self.parallel, self.model.transformer, self.parallel.tensor_model_parallel_size
         require(
             not parallel.sequence_parallel or self.data.seq_length % tp == 0,
             f"--seq-length {self.data.seq_length} is not a multiple of --tensor-model-parallel-size {tp}, which "
@@ -66,10 +72,12 @@ class RunConfig(Checked):
             "--distribute-saved-activations: only with --tensor-model-parallel-size > 1, and no --sequence-parallel.",
         )
         require(
-            not optimizer.overlap_param_gather or training.overlap_grad_reduce,
+            not self.optimizer.overlap_param_gather or self.training.overlap_grad_reduce,
             "--overlap-param-gather needs --overlap-grad-reduce.",
         )
-        self._check_schedule(require)
+
+    def _check_validation(self, require: Requirements) -> None:
+        training = self.training
         has_data = bool(self.data.valid_data_path or self.data.data_path)
         validates = has_data and training.eval_interval is not None and training.eval_iters != 0
         by_item = (self.logging, "log_validation_items")
@@ -83,8 +91,9 @@ class RunConfig(Checked):
             self.checkpoint.save is not None or not self.logging.log_validation_items,
             "--log-validation-items writes to the folder of --save: give one.",
         )
+
+    def _check_method(self, require: Requirements) -> None:
         self.peft.spec.check_run(self.peft, self, require)
-        self._check_quantized_base(require)
 
     def _check_quantized_base(self, require: Requirements) -> None:
         """Nothing may change weights that exist in a few bits only."""
@@ -153,6 +162,39 @@ class RunConfig(Checked):
         return None if length is None else length * self.global_batch_size * self.data.seq_length
 
 
+_CHECKS = (
+    RunConfig._check_batches,
+    RunConfig._check_layout,
+    RunConfig._check_schedule,
+    RunConfig._check_validation,
+    RunConfig._check_method,
+    RunConfig._check_quantized_base,
+)
+
+
+class _InvalidSectionError(Exception):
+    """A check has read a section that could not be made."""
+
+
+class _InvalidSection:
+    def __getattr__(self, name: str) -> Any:
+        raise _InvalidSectionError
+
+
+def _problems_of_valid(sections: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return what contradicts between sections, as far as each check reads valid ones only (None: an invalid one)."""
+    run = object.__new__(RunConfig)
+    vars(run).update({name: _InvalidSection() if each is None else each for name, each in sections.items()})
+    try:
+        with Requirements(run) as require:
+            for check in _CHECKS:
+                with suppress(_InvalidSectionError):
+                    check(run, require)
+    except ConfigurationError as error:
+        return error.problems
+    return ()
+
+
 def missing_to_profile(config: RunConfig) -> list[str]:
     """Messages for what is to be profiled and is no part of the run: ranks, and the first of the steps.
 
@@ -203,6 +245,8 @@ def sections_of(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         except ConfigurationError as error:
             sections[section] = None
             problems += error.problems
+    if None in sections.values():  # RunConfig itself cannot be made
+        problems += _problems_of_valid(sections)
     return sections, problems
 
 

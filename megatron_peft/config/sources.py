@@ -106,6 +106,13 @@ def hub_name(folder: str | Path) -> str | None:
     return f"{match[1]}/{match[2]}" if match else None
 
 
+def not_a_folder(name: str, flag: str) -> str:
+    """Return the message for the name of a model that is neither a folder nor a name of the Hub."""
+    hub = "a model of the Hugging Face Hub is named ORG/NAME, as in meta-llama/Llama-3.1-8B"
+    hint = hub if re.fullmatch(r"[\w.-]+", name) else "give the folder of a downloaded model, or ORG/NAME of the Hub"
+    return f"{flag} {name} is not a folder: {hint}."
+
+
 def local_model(name: str, flag: str) -> str:
     """The folder with config.json, tokenizer and weights: `name` itself, unless it is one of the Hub's.
 

@@ -45,7 +45,9 @@ class ParallelConfig(Checked):
         False,
         "split the sequence over the tensor-parallel ranks outside the linear layers; no effect with one such rank",
     )
-    distributed_backend: Literal["nccl", "gloo"] | None = option(None, "default: nccl with CUDA, gloo without")
+    distributed_backend: Literal["nccl", "gloo"] | None = option(
+        None, "default: nccl with CUDA, gloo without, where nccl means gloo too"
+    )
     distributed_timeout_minutes: float = option(10, "minutes a rank waits for the others at most", check="positive")
     distributed_timeout_seconds_after_init: int | None = option(
         None, "seconds that a rank waits after the first iteration: more than a save takes", check="positive"
@@ -250,7 +252,8 @@ class OptimizerSettings(Checked):
         rising += [(low, "decoupled_lr") for low in ("decoupled_min_lr", "lr_warmup_init")]
         for low, high in rising:
             least, most = getattr(self, low), getattr(self, high)
-            require(None in (least, most) or least <= most, f"{flag(low)} {least} is above {flag(high)} {most}.")
+            is_rate = most is not None and most > 0  # else its own check has failed
+            require(not is_rate or least is None or least <= most, f"{flag(low)} {least} is above {flag(high)} {most}.")
         require(
             self.lr_warmup_fraction is None or not (self.lr_warmup_iters or self.lr_warmup_samples),
             "--lr-warmup-fraction, --lr-warmup-iters and --lr-warmup-samples are mutually exclusive.",

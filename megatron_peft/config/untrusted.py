@@ -158,6 +158,9 @@ def parse_yaml(text: str, place: str, loader: type = StrictLoader) -> Any:
     return value
 
 
+UNFINISHED = ("while parsing a flow", "while scanning a quoted scalar", "while scanning a simple key")  # of PyYAML
+
+
 def compose_yaml(text: str, place: str) -> yaml.Node | None:
     """The nodes of `text` with their lines and columns, of which no value has been made; None for an empty file."""
     with _yaml_errors(text, place):
@@ -177,6 +180,10 @@ def _yaml_errors(text: str, place: str) -> Iterator[None]:
         reason = TOO_DEEP if isinstance(error, RecursionError) else str(error)
         if isinstance(error, yaml.MarkedYAMLError) and (mark := error.problem_mark or error.context_mark):
             words = ", ".join(filter(None, (error.context, error.problem)))
+            begun = error.context_mark
+            if begun and begun.line < mark.line and (error.context or "").startswith(UNFINISHED):
+                words += f" (line {mark.line + 1}, column {mark.column + 1})"
+                mark = begun  # a bracket that is never closed is no fault of the next line
             reason = f"line {mark.line + 1}, column {mark.column + 1}: {words}"
         raise ConfigurationError(f"{place} is not YAML: {reason}.") from error
 

@@ -79,6 +79,15 @@ def form_of(peft: PeftConfig) -> PeftFormat | None:
     return getattr(import_module(peft.spec.adapter), "EXPORT", None)
 
 
+def is_exportable(peft: PeftConfig) -> bool:
+    """Return True if HF PEFT can express the method with its settings."""
+    form = form_of(peft)
+    try:
+        return form is not None and bool(form.config(peft, []))
+    except ConfigurationError:
+        return False
+
+
 def _config(target_modules: Sequence[str], own: Mapping[str, Any]) -> Mapping[str, Any]:
     """`own`: the fields of its kind of adapter."""
     known = {"task_type": "CAUSAL_LM", "base_model_name_or_path": None, "inference_mode": True}

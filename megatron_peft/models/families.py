@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_peft.config import ConfigurationError, ParallelConfig, PeftConfig, is_targeted, require, require_matches
+from megatron_peft.config.sources import not_a_folder
 from megatron_peft.config.untrusted import read_json_object
 from megatron_peft.models.rules import Columns, FusedRows, HFTensor, Replicated, Rule, vocabulary_rules
 from megatron_peft.models.shape import Config, ModelShape, check_layout
@@ -106,7 +107,7 @@ def family_of(model_type: str) -> Family:
 def read_shape(folder: str | Path) -> ModelShape:
     """Shape of the model in `folder`. ConfigurationError names the file and the key at fault."""
     path = Path(folder)
-    require(path.is_dir(), f"--pretrained-checkpoint {path} is not a folder: give the folder of a downloaded model.")
+    require(path.is_dir(), not_a_folder(str(folder), "--pretrained-checkpoint"))
     require(
         (path / "config.json").is_file(),
         f"--pretrained-checkpoint {path} holds no config.json: it is not a Hugging Face model folder.",

@@ -1,11 +1,13 @@
 """SIGINT, SIGTERM and SIGUSR1: during training they are remembered until the step is done, before it they end the run.
 
 A scheduler sends them when time is up or the job is preempted, and that may be while weights are loaded. Without torch:
-the handlers must be there before it is imported.
+the handlers must be there before it is imported. SIGPIPE, which Python ignores, is a BrokenPipeError.
 """
 
 import os
+import select
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Timer
@@ -14,6 +16,7 @@ from typing import Any
 
 SECONDS_TO_HEAR_OF_A_FAILURE = 1.0
 SAVE_AND_EXIT = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+CLOSED_OUTPUT = 128 + signal.SIGPIPE  # exit code of a shell's pipeline for a program whose reader has left
 
 
 class EndedBySignal(KeyboardInterrupt):
@@ -90,3 +93,26 @@ class ExitSignals:
                 timer.daemon = True
                 timer.start()
         self.received = True
+
+
+def is_output_closed() -> bool:
+    """Return True if the reader of standard output or standard error, such as `head`, has left."""
+    poll = select.poll()
+    for descriptor in (1, 2):
+        poll.register(descriptor, 0)  # errors alone
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
+@contextmanager
+def ends_with_reader() -> Iterator[None]:
+    """Exit quietly, as Unix tools do, if the reader of standard output leaves before everything is written."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not is_output_closed():
+            raise
+        # The interpreter flushes both once more when it ends, and would report the same error.
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        raise SystemExit(CLOSED_OUTPUT) from None

@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +28,7 @@ from torch._C import _distributed_c10d
 
 from megatron_peft.config import ConfigurationError, print_failure
 from megatron_peft.config.untrusted import parse_json
-from megatron_peft.runtime.exit_signals import SAVE_AND_EXIT, EndedBySignal
+from megatron_peft.runtime.exit_signals import CLOSED_OUTPUT, SAVE_AND_EXIT, EndedBySignal, is_output_closed
 from megatron_peft.runtime.launch import FailedOnAnotherRank, connect_to_store, name_in_store, place_on_node
 
 LOST_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
@@ -46,8 +46,9 @@ def run_together(main: Callable[[], object], program: str) -> None:
     clean-up (a process group that waits in a collective cannot be destroyed).
 
     The exit code is 2 for a ConfigurationError, 130 for Ctrl-C, 128 + the signal for another one that ends a run before
-    its training, and 1 for anything else. Only the latter prints a traceback, unless it is a FloatingPointError (a loss
-    that is not finite) or the ranks have lost one another. `program` is the prefix of the message.
+    its training, 141 without a message if the reader of standard output has left, and 1 for anything else. Only the
+    latter prints a traceback, unless it is a FloatingPointError (a loss that is not finite) or the ranks have lost one
+    another. `program` is the prefix of the message.
     """
     board = _FailureBoard()
     try:
@@ -63,8 +64,10 @@ def run_together(main: Callable[[], object], program: str) -> None:
         board.fail(128 + signal.SIGINT, f"{program}: interrupted")
     except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must not wait for this one
         # torch's own message for a lost connection is ninety lines of C++ frames, on each rank that waits.
+        if isinstance(error, BrokenPipeError) and is_output_closed():
+            board.fail(CLOSED_OUTPUT, "")
         who, text, stack = f"{program}: rank {dist.get_rank()}", str(error), traceback.extract_tb(error.__traceback__)
-        if any(words in text for words in TIMED_OUT):
+        if _is_from_peer(error, TIMED_OUT):
             milliseconds = re.search(r"(\d+) ?ms", text)
             waited = f"{int(milliseconds[1]) / 1000:g} s" if milliseconds else "too long"
             flags = "--distributed-timeout-minutes; after the first step --distributed-timeout-seconds-after-init"
@@ -76,13 +79,22 @@ def run_together(main: Callable[[], object], program: str) -> None:
 
 
 def lost_a_rank(error: BaseException | None) -> bool:
-    """Whether a collective or the store failed because another rank is gone."""
-    return isinstance(error, dist.DistNetworkError) or any(words in str(error) for words in LOST_CONNECTION)
+    """Return True if a collective or the store failed because another rank is gone."""
+    return _is_from_peer(error, LOST_CONNECTION) or _is_from_peer(error, ("",), dist.DistNetworkError)
 
 
 def waits_in_vain(error: BaseException | None) -> bool:
-    """Whether what another rank owes may never come: it is gone, or it hangs."""
-    return lost_a_rank(error) or any(words in str(error) for words in TIMED_OUT)
+    """Return True if another rank is gone or hangs, so that a wait for it may never end."""
+    return lost_a_rank(error) or _is_from_peer(error, TIMED_OUT)
+
+
+def _is_from_peer(error: BaseException | None, texts: Sequence[str], kind: type[BaseException] = RuntimeError) -> bool:
+    """Return True if a backend raised `error` with one of `texts`; gloo has no exception type of its own.
+
+    One rank has no peers, and an OSError is about a file, a pipe or a server.
+    """
+    has_peers = dist.is_initialized() and dist.get_world_size() > 1
+    return has_peers and isinstance(error, kind) and any(text in str(error) for text in texts)
 
 
 class _FailureBoard:
@@ -171,7 +183,7 @@ class _FailureBoard:
         with suppress(Exception):
             self._store.set("exit_code", str(exit_code))
             message += self._places() if stack is not None and not is_effect else ""
-        print_failure(message)
+        _print_failure(message)
         self._leave(exit_code)
 
     def _write_if_asked(self, stack: StackSummary | None = None) -> None:
@@ -240,15 +252,22 @@ class _FailureBoard:
 
 
 def _exit_with(message: str, exit_code: int) -> NoReturn:
-    print_failure(message)
+    _print_failure(message)
     _exit(exit_code)
+
+
+def _print_failure(message: str) -> None:
+    if message:
+        with suppress(BrokenPipeError):  # standard error has no reader either
+            print_failure(message)
 
 
 def _exit(exit_code: int) -> NoReturn:
     if Stacks.current is not None:
         Stacks.current.close()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(BrokenPipeError):
+            stream.flush()
     os._exit(exit_code)
 
 

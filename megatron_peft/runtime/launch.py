@@ -251,7 +251,7 @@ def start_world(backend: str | None = None, timeout_minutes: float = TIMEOUT_MIN
         keep_freed_memory()
     is_alone = os.environ.get("WORLD_SIZE", "1") == "1"
     rendezvous = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if is_alone else {}
-    backend = backend or ("nccl" if has_gpu else "gloo")
+    backend = available_backend(backend)
     dist.init_process_group(
         backend=backend,
         timeout=datetime.timedelta(minutes=timeout_minutes),
@@ -259,6 +259,16 @@ def start_world(backend: str | None = None, timeout_minutes: float = TIMEOUT_MIN
         device_id=torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" and has_gpu else None,
         **rendezvous,
     )
+
+
+def available_backend(requested: str | None) -> str:
+    """Return the backend of a world: the requested one, but gloo where NCCL has no GPU, which rank 0 reports."""
+    has_gpu = torch.cuda.is_available()
+    if requested == "nccl" and not has_gpu:
+        if os.environ.get("RANK", "0") == "0":
+            print("note: --distributed-backend nccl needs a GPU, and there is none here: gloo is used", flush=True)
+        return "gloo"
+    return requested or ("nccl" if has_gpu else "gloo")
 
 
 def wait_for_device() -> None:

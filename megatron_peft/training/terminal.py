@@ -54,6 +54,14 @@ SECONDS_WITHOUT_A_LINE = 3
 LARGE_BATCH = 256  # samples; a guess: the source that docs/methods.md names says "beyond some point"
 
 
+class _Console(Console):
+    """A console that leaves the end of a run whose output nobody reads to `run_together`: all ranks end."""
+
+    def on_broken_pipe(self) -> None:
+        """Raise the BrokenPipeError that is being handled, where rich would end this process alone."""
+        raise
+
+
 class Progress:
     """Reports the iterations from `start_iteration` to `total_iterations`, if it is `enabled`; a context manager."""
 
@@ -62,7 +70,7 @@ class Progress:
     ) -> None:
         self._total, self._start = total_iterations, start_iteration
         self._enabled = enabled
-        self._console = console or Console()
+        self._console = console or _Console()
         self._bar: bars.Progress | None = None
         self._told_at = time.monotonic()
 

@@ -108,7 +108,11 @@ WRONG = {
     "lr: !!python/object/apply:os.system [echo]\n": "line 1, column 1: ",
     "? [a]\n: 1\n": "line 1, column 3: a key is the name of a flag.",
     "- lr\n": "is not a table of flags",
-    "lr: [1\n": "is not YAML: line 2, column 1: while parsing a flow sequence, expected",
+    "lr: [1\n": "line 1, column 5: while parsing a flow sequence, expected ',' or ']', but got '<stream end>' (line 2",
+    "lr: 1\nsplit: [9,\n  1\nbf16: true\n": "line 2, column 8: while parsing a flow",
+    "lr: 1\nsave: 'x\nbf16: true\n": "line 2, column 7: while scanning a quoted",
+    "bf16: true\nlr 1\nsplit: 9\n": "line 2, column 1: while scanning a simple key",
+    "lr: [1, 2}\n": "line 1, column 10: while parsing a flow sequence, expected ',' or ']', but got '}'.",
     "[" * 5000: "nested deeper than",
     "# " + "x" * (1 << 20): "has 1,048,578 characters, above the limit of YAML, 1,048,576.",
 }

@@ -12,7 +12,7 @@ import pytest
 
 from megatron_peft.cli.command import Command
 from megatron_peft.cli.flags import flags_of
-from megatron_peft.cli.parser import RunFlags, ShapeReader, read_config, tell_error
+from megatron_peft.cli.parser import HUB_FLAGS, RunFlags, ShapeReader, read_config, tell_error
 from megatron_peft.commands import train
 from megatron_peft.config import (
     CheckpointConfig,
@@ -154,6 +154,22 @@ def test_everything_wrong_is_told_in_one_message(capsys: pytest.CaptureFixture[s
     names = ("--num-experts", "--lr:", "--lora-dropout", "--async-save", "--num-layers 5", "2 key-value heads")
     assert [name for name in names if name not in told] == []
     assert told.count("\n  - ") == len(names)
+
+
+def test_a_model_that_the_hub_lacks_is_told_with_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    def local_model(name: str, flag: str) -> str:
+        raise ConfigurationError(f"{flag} {name} is not there.")
+
+    monkeypatch.setitem(HUB_FLAGS, "pretrained_checkpoint", local_model)
+    told = complaint("--lr", "-1", "--num-layers", "5", read_shape=lambda _: SHAPE)
+    assert told == "--pretrained-checkpoint model is not there.\n--lr is -1.0; it must be above 0."
+
+
+def test_transformer_engine_that_is_not_installed_is_told_with_the_rest(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(train, "find_spec", lambda name: None)
+    assert train.main([*NEEDED, "--transformer-impl", "transformer_engine", "--lr", "-1"]) == 2
+    told = capsys.readouterr().err
+    assert "transformer_engine needs a GPU and the package" in told and "--lr is -1.0" in told
 
 
 def test_checkpoint_is_asked_for_the_folder_that_was_typed() -> None:

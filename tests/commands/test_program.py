@@ -1,5 +1,6 @@
 """`megatron-peft`: its commands, its answers to slips, and completion."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,15 @@ def test_ctrl_c_is_one_line_of_any_command(monkeypatch, capsys) -> None:
     monkeypatch.setattr(plan, "main", interrupted)
     assert main(["plan"]) == 130
     assert capsys.readouterr().err == "megatron-peft plan: interrupted\n"
+
+
+def test_output_without_a_reader_ends_quietly() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "megatron_peft", "--version"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_a_terminal_is_told_what_takes_seconds(monkeypatch, capsys) -> None:

@@ -86,7 +86,9 @@ CONTRADICTIONS: dict[Callable[..., object], list[tuple[dict[str, Any], str]]] = 
         ),
     ],
     PeftConfig: [
-        ({"method": "prefix"}, "--peft-method prefix is not one of full, lora, lora-ga, boft, urnn, hybrid"),
+        ({"method": "prefix"}, "--peft-method prefix is not one of full, lora, lora-ga, boft, urnn, hybrid.$"),
+        ({"method": "qlora"}, "urnn, hybrid; use lora with --base-precision nf4.$"),
+        ({"method": "lora_ga"}, "urnn, hybrid; did you mean lora-ga.$"),
         ({"lora_rank": 0}, "--lora-rank is 0; it must be above 0"),
         ({"lora_dropout": 1.0}, "--lora-dropout is 1.0; it is a fraction"),
         ({"method": "boft", "boft_block_size": 5}, "--boft-block-size is 5; its halves are paired: use an even size"),
@@ -134,6 +136,8 @@ CONTRADICTIONS: dict[Callable[..., object], list[tuple[dict[str, Any], str]]] = 
         ({"lr_wsd_decay_iters": 3}, "--lr-decay-style WSD, and no other style, .* It is linear"),
         ({"end_weight_decay": 0.1}, "--weight-decay-incr-style"),
         ({"weight_decay_incr_style": "linear", "end_weight_decay": 0.1}, "given: linear, None and 0.1"),
+        ({"lr": -1.0}, "^--lr is -1.0; it must be above 0.$"),
+        ({"decoupled_lr": -1.0, "decoupled_min_lr": 0.1}, "^--decoupled-lr is -1.0; it must be above 0.$"),
         ({"overlap_param_gather": True}, "--overlap-param-gather needs --use-distributed-optimizer"),
         ({"optimizer": "sgd", "use_distributed_optimizer": True}, "shards Adam only"),
         ({"decoupled_min_lr": 1e-5}, "--decoupled-min-lr 1e-05 needs --decoupled-lr"),
@@ -193,6 +197,17 @@ def test_all_contradictions_of_a_group_are_told_at_once() -> None:
     flags = {problem.split(" ")[0] for problem in caught.value.problems}
     assert flags == {"--lr", "--min-lr", "--lr-warmup-init", "--clip-grad"}
     assert str(caught.value).count("\n") == len(caught.value.problems) - 1
+
+
+def test_contradictions_between_valid_sections_are_told_beside_invalid_ones() -> None:
+    """A check that reads a section which could not be made complains of nothing."""
+    wrong = {"lora_rank": -3, "seq_length": 0, "micro_batch_size": 3, "global_batch_size": 2, "lr": 1e-4}
+    with pytest.raises(ConfigurationError) as error:
+        run_config(**wrong, **SEQUENCE_PARALLEL)
+    told = "--lora-rank is -3", "--seq-length is 0", "--global-batch-size 2 is not a multiple of --micro-batch-size 3"
+    assert len(error.value.problems) == len(told)
+    for problem, beginning in zip(error.value.problems, told, strict=True):
+        assert problem.startswith(beginning)
 
 
 def test_a_run_that_trains_needs_data_and_a_length() -> None:

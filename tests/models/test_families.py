@@ -280,6 +280,11 @@ def test_configs_that_are_refused(base: dict[str, Any], changes: dict[str, Any],
 
 
 def test_folders_that_hold_no_config_are_named(tmp_path: Path) -> None:
-    for folder, told in (("meta-llama/Llama-3", "meta-llama/Llama-3 is not a folder"), (".", "holds no config.json")):
+    downloaded = "give the folder of a downloaded model, or ORG/NAME of the Hub"
+    for folder, told in (
+        (tmp_path / "Llama-3", f"Llama-3 is not a folder: {downloaded}"),
+        ("Llama-3", "Llama-3 is not a folder: a model of the Hugging Face Hub is named ORG/NAME, as in "),
+        (tmp_path, "holds no config.json"),
+    ):
         with pytest.raises(ConfigurationError, match=told):
-            read_shape(tmp_path / folder)
+            read_shape(folder)

@@ -254,8 +254,11 @@ def dry_run(base, tmp_path, monkeypatch) -> list[str]:
 
 def test_a_dry_run_checks_and_writes_nothing(dry_run, tmp_path, capsys):
     save = tmp_path / "save"
-    assert train.main([*dry_run, "--save", str(save), "--micro-batch-size", "2"]) == 0
-    told = capsys.readouterr().out
+    of_gpus = ["--distributed-backend", "nccl", "--transformer-impl", "transformer_engine"]
+    assert train.main([*dry_run, *of_gpus, "--save", str(save), "--micro-batch-size", "2"]) == 0
+    told, warned = capsys.readouterr()
+    assert "note: --distributed-backend nccl needs a GPU" in told
+    assert "WARNING: on this machine --transformer-impl transformer_engine needs a GPU" in warned
     assert "40 training samples, 2 iterations" in told
     assert "no GPU. --cluster 8xh100 plans the run" in told and "GiB" not in told, "a plan of another machine"
     assert not save.exists()

@@ -54,6 +54,13 @@ def _fail_in_a_common_check() -> None:
     checked_together(check)
 
 
+def _print_without_reader() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    os.dup2(writer, 1)
+    print("a line", flush=True)
+
+
 class Case(NamedTuple):
     """What is raised or done on which ranks of how many, and what becomes of it."""
 
@@ -72,6 +79,8 @@ CASES = {
     "on all": Case(NonFiniteError("iteration 3: NaN."), [0, 1], 2, 1, "program: error: iteration 3: NaN."),
     "an interrupt": Case(_interrupt, [0], 1, 130, "program: interrupted"),
     "a launcher's signal": Case(_fail_and_be_signalled, [0], 1, 1, "program: rank 0 failed:"),
+    "a closed pipe": Case(BrokenPipeError(32, "Broken pipe"), [0], 1, 1, "program: rank 0 failed:"),
+    "no reader": Case(_print_without_reader, [0], 2, 141, ""),
     "no error": Case(None, [], 2, 0, "ended well"),
 }
 
@@ -123,10 +132,30 @@ def outcomes() -> dict[str, Outcome]:
 def test_all_ranks_end_with_one_exit_code_and_one_message(outcomes, case):
     found, (_, _, size, exit_code, told) = outcomes[case], CASES[case]
     assert found.exit_codes == [exit_code] * size, found.output
-    assert found.output.count(told) == (1 if exit_code else size), found.output
+    assert found.output.count(told) == (1 if exit_code else size) if told else not found.output, found.output
     is_told_with_its_place = told.endswith("failed:")  # other messages are enough
     assert found.output.count("Traceback") == is_told_with_its_place
     assert found.output.count("RuntimeError: lost") == case.startswith("error"), found.output
+
+
+RESET = "Connection reset by peer"
+
+
+@pytest.mark.parametrize(
+    ("error", "num_ranks", "expected"),
+    [
+        pytest.param(RuntimeError(f"[gloo/transport/tcp/pair.cc:538] {RESET}"), 2, True, id="gloo"),
+        pytest.param(dist.DistBackendError("NCCL: remote process exited"), 2, True, id="nccl"),
+        pytest.param(dist.DistNetworkError("failed to recv"), 2, True, id="store"),
+        pytest.param(RuntimeError(RESET), 1, False, id="one rank"),
+        pytest.param(ConnectionResetError(104, RESET), 2, False, id="a server"),
+        pytest.param(None, 2, False, id="no error"),
+    ],
+)
+def test_lost_a_rank_takes_errors_of_backends_with_several_ranks(monkeypatch, error, num_ranks, expected):
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: num_ranks)
+    assert failure.lost_a_rank(error) is failure.waits_in_vain(error) is expected
 
 
 def test_no_rank_waits_for_a_timeout(outcomes):

@@ -19,6 +19,7 @@ from megatron_peft.parallel.collectives import gathered_by_first_rank
 from megatron_peft.runtime import cpu
 from megatron_peft.runtime.launch import (
     SideChannel,
+    available_backend,
     checked_together,
     device_setter,
     from_rank,
@@ -55,6 +56,17 @@ def test_nccl_alone_is_bound_to_the_device_of_this_rank(monkeypatch, backend):
     monkeypatch.setattr(dist, "init_process_group", lambda **words: joined.append(words))
     start_world(backend)
     assert joined[1]["device_id"] == (None if backend else torch.device("cuda", 3))
+
+
+def test_nccl_without_a_gpu_is_gloo_with_a_note_of_the_first_rank(monkeypatch, capsys):
+    for rank, told in (("0", "note: --distributed-backend nccl needs a GPU"), ("1", "")):
+        monkeypatch.setenv("RANK", rank)
+        assert available_backend("nccl") == "gloo"
+        out = capsys.readouterr().out
+        assert out.startswith(told) and bool(out) == bool(told)
+    assert [available_backend(name) for name in ("gloo", None)] == ["gloo", "gloo"] and not capsys.readouterr().out
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert [available_backend(name) for name in ("nccl", "gloo", None)] == ["nccl", "gloo", "nccl"]
 
 
 @pytest.mark.usefixtures("no_launcher")

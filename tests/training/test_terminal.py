@@ -2,9 +2,11 @@
 
 import io
 import re
+import sys
 from dataclasses import replace
 
 import numpy as np
+import pytest
 from rich.console import Console
 
 from megatron_peft.config import PeftConfig, TrainingConfig
@@ -159,3 +161,16 @@ def test_ranks_that_do_not_report_print_nothing():
         progress.update(RECORD)
         progress.message("hello")
     assert text() == ""
+
+
+class _NoReader(io.StringIO):
+    def write(self, text: str) -> int:
+        raise BrokenPipeError(32, "Broken pipe")
+
+
+def test_a_line_that_nobody_reads_is_a_broken_pipe_error(monkeypatch):
+    """rich would end this rank alone, where the others wait for it."""
+    progress = Progress(4)
+    monkeypatch.setattr(sys, "stdout", _NoReader())
+    with pytest.raises(BrokenPipeError):
+        progress.message("a line")

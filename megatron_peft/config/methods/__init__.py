@@ -17,6 +17,7 @@ parameter groups in the optimizer and its cost. The module that `adapter` names 
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
 from pkgutil import resolve_name
@@ -275,10 +276,24 @@ def _load_methods() -> dict[str, Method]:
 
 
 METHODS = _load_methods()
+# Names in other libraries -> the flags for the same here.
+EQUIVALENTS = {
+    "qlora": "lora with --base-precision nf4",
+    "rslora": "lora with --lora-rs",
+    "lora+": "lora with --lora-plus-ratio",
+}
 _options = list(dict.fromkeys(options for method in METHODS.values() for options in method.options))
 _inherited = {base for options in _options for base in options.__mro__[1:]}
 # In reverse: dataclasses collect fields from the last base to the first, so fields are in the order of the methods.
 _bases = [options for options in reversed(_options) if options not in _inherited]
+
+
+def _hint(method: str) -> str:
+    """Return the end of the message about a method that is not here."""
+    if here := EQUIVALENTS.get(method.lower()):
+        return f"; use {here}."
+    near = get_close_matches(method, METHODS, 1)
+    return f"; did you mean {near[0]}?" if near else "."
 
 
 @dataclass(frozen=True)
@@ -292,7 +307,8 @@ class PeftConfig(*_bases):
     def __post_init__(self) -> None:
         is_known = self.method in [*METHODS]  # a record may hold anything
         with Requirements(self) as require:
-            require(is_known, f"--peft-method {self.method} is not one of {', '.join(METHODS)}.")
+            known = ", ".join(METHODS)
+            require(is_known, f"--peft-method {self.method} is not one of {known}{_hint(str(self.method))}")
             require(bool(self.target_modules), "--peft-target-modules needs at least one name.")
             if is_known:
                 require.fields(self.spec.fields(self))
