@@ -119,7 +119,7 @@ def _plain(kind: Kind, *columns: str) -> RecordFormat:
     """The format with this package's fields in these columns."""
     shown = " and ".join(f'"{column}"' for column in columns)
     if kind == "messages":
-        return RecordFormat(shown, kind, columns, ("tools",), partial(conversation, columns[0]))
+        return RecordFormat(shown, kind, columns, ("system", "tools"), partial(conversation, columns[0]))
     names = dict(zip(NATIVE_FIELDS[kind], columns, strict=True))
     return RecordFormat(shown, kind, columns, (), lambda record: {ours: record[names[ours]] for ours in names})
 
@@ -133,13 +133,18 @@ ROLES = {**SPEAKERS, "system": "system", **dict.fromkeys(("tool", "observation",
 
 
 def conversation(column: str, record: Record) -> Record:
-    """The "messages" of a record, its "system" text first, and its "tools". Raises ConfigurationError."""
+    """Return the "messages" of a record and its "tools". Raises ConfigurationError.
+
+    Its "system" text comes first, unless the messages begin with one.
+    """
     turns = record[column]
     if not isinstance(turns, list) or not turns:
         raise ConfigurationError(f'"{column}" is not a list of objects with "role" and "content", or it is empty.')
     system = record.get("system")
     messages = [plain_turn(number, turn) for number, turn in enumerate(turns, 1)]
-    native: Record = {"messages": [*([{"role": "system", "content": system}] if system else []), *messages]}
+    has_own = isinstance(messages[0], dict) and messages[0].get("role") == "system"
+    first = [{"role": "system", "content": system}] if system and not has_own else []
+    native: Record = {"messages": [*first, *messages]}
     if "tools" in record:
         tools = record["tools"]  # some write the list as a text
         is_text = isinstance(tools, str) and tools.lstrip().startswith("[")

@@ -209,6 +209,22 @@ def test_a_run_of_full_fine_tuning_is_written_with_its_bases_config(original, sp
     assert "no config.json was found" in caplog.text
 
 
+def test_config_and_tokenizer_are_those_nearest_to_the_weights_unless_given(original, spoilt, tmp_path):
+    run = save_run(original, tmp_path / "run", global_tensors(original))
+    checkpoint = run / "iter_0000002"
+    for place in (spoilt, checkpoint, run):
+        shutil.copy(original / "config.json", place)
+        (place / "tokenizer.json").write_text(place.name)
+
+    def tokenizer(name: str, **given: Any) -> str:
+        return (megatron_to_hf(run, tmp_path / name, progress=False, **given) / "tokenizer.json").read_text()
+
+    assert tokenizer("given", pretrained_checkpoint=spoilt) == spoilt.name
+    assert tokenizer("of the checkpoint") == checkpoint.name
+    (checkpoint / "config.json").unlink()
+    assert tokenizer("of the run") == run.name
+
+
 def test_float32_takes_the_copies_of_bf16_training(original, tmp_path):
     tensors = global_tensors(original)
     masters = {f"optimizer.master.{name}": tensor for name, tensor in tensors.items()}

@@ -164,6 +164,7 @@ def test_a_model_of_full_fine_tuning_has_a_card_and_a_converted_one_has_none(tmp
     megatron_to_hf(run, tmp_path / "out", license="mit", progress=False)
     data = ModelCard.load(tmp_path / "out" / "README.md").data
     assert (data.base_model, data.library_name, data.tags) == ("hf", "transformers", ["megatron-peft", "full"])
+    assert data.license == "mit"
     (run / "iter_0000002" / "run_record.json").unlink()
     megatron_to_hf(run, tmp_path / "bare", pretrained_checkpoint=original, progress=False)
     assert not (tmp_path / "bare" / "README.md").exists()

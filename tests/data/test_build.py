@@ -127,6 +127,12 @@ def test_bad_data_are_told_with_the_flag_or_the_file_that_brought_them(train, wr
         build({"train_data_path": ("1", good, "1", long)})
 
 
+def test_columns_that_flags_name_reach_the_data(write_lines):
+    path = write_lines([{"prompt": "1", "completion": "2", "q": "3 4", "a": "5"}] * 4)
+    batches = build({"train_data_path": (path,), "prompt_column": "q", "response_column": "a"}).train
+    assert first_tokens(batches, 1) == [3] * 4
+
+
 def test_what_was_cut_is_said_once(write_lines, caplog):
     path = write_lines([{"prompt": "1", "completion": "2 " * 20}, *RECORDS])
     with caplog.at_level(logging.WARNING):

@@ -72,7 +72,7 @@ def test_truncation_cuts_the_end_and_skips_prompts_that_fill_the_sequence(write_
 def test_skip_leaves_all_overlong_samples_out_and_a_bad_record_ends_the_run_before_it_begins(write_lines):
     longer = {"prompt": "1 2", "completion": "3 4 5 6 7"}  # 7
     dataset = surveyed(write_lines, "skip", [*RECORDS, longer])
-    assert dataset.lengths.tolist() == [3, 4] and len(dataset.warnings) == 2
+    assert dataset.lengths.tolist() == [len(sample) for sample in dataset] == [3, 4] and len(dataset.warnings) == 2
     assert "3 of 6 samples are longer than --seq-length 4 (7 would hold all) and were skipped" in dataset.warnings[0]
     assert surveyed(write_lines, "error", [RECORDS[0], RECORDS[4]]).warnings == []
     for records, overlong, told in (

@@ -44,13 +44,29 @@ def native(record: dict, columns: ColumnNames = ColumnNames(), chat: bool = True
             {"messages": [QUESTION, ANSWER], "id": 7},
         ),
         (
-            {"conversations": [{"from": "tool", "value": "3"}], "system": "be kind", "tools": '[{"name": "f"}]'},
+            {"conversations": [{"from": "tool", "value": "3"}], "system": "be kind", "tools": '\n[{"name": "f"}]'},
             {"messages": [KIND, {"role": "tool", "content": "3"}], "tools": [{"name": "f"}]},
         ),
+        pytest.param(
+            {"conversations": [{"from": "observation", "value": "3", "name": "f"}], "system": ""},
+            {"messages": [{"role": "tool", "content": "3", "name": "f"}]},
+            id="a tool's turn with another field",
+        ),
+        pytest.param(
+            {"messages": [QUESTION, ANSWER], "system": "be kind"},
+            {"messages": [KIND, QUESTION, ANSWER]},
+            id="system beside messages",
+        ),
+        pytest.param(
+            {"messages": [KIND, QUESTION, ANSWER], "system": "be brief"},
+            {"messages": [KIND, QUESTION, ANSWER]},
+            id="system in both places",
+        ),
         ({"conversations": [QUESTION, ANSWER]}, {"messages": [QUESTION, ANSWER]}),
-        (
+        pytest.param(
             {"messages": [KIND, QUESTION | {"role": "human"}, ANSWER | {"role": "gpt"}]},
             {"messages": [KIND, QUESTION, ANSWER]},
+            id="roles of ShareGPT",
         ),
         ({"messages": [QUESTION | {"role": "observation"}, ANSWER]},) * 2,  # a chat template's own name
         (
@@ -59,13 +75,27 @@ def native(record: dict, columns: ColumnNames = ColumnNames(), chat: bool = True
         ),
         (ALPACA | WHOLE, {"messages": [{"role": "user", "content": "name it\n\nthe cat"}, ANSWER]} | WHOLE),
         (
-            ALPACA | {"input": "", "system": "be kind", "history": [["the cat?", "sat"]]},
-            {"messages": [KIND, QUESTION, ANSWER, ASKED, ANSWER]},
+            ALPACA | {"input": "", "system": "be kind", "history": [["the cat?", "sat"], ["name it", "Tom"]]},
+            {"messages": [KIND, QUESTION, ANSWER, ASKED, ANSWER | {"content": "Tom"}, ASKED, ANSWER]},
         ),
+        pytest.param(ALPACA | {"input": "", "system": ""}, {"messages": [ASKED, ANSWER]}, id="an empty system text"),
     ],
 )
 def test_the_fields_of_a_record_are_its_format(record, expected):
     assert native(record) == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind"),
+    [
+        pytest.param("text output instruction completion prompt messages", "messages", id="messages"),
+        pytest.param("text output instruction conversations completion prompt", "prompt", id="prompt"),
+        pytest.param("text output instruction conversations", "messages", id="ShareGPT"),
+        pytest.param("text output instruction", "prompt", id="Alpaca"),
+    ],
+)
+def test_the_first_format_whose_fields_are_there_applies(fields, kind):
+    assert format_of(tuple(fields.split()), ColumnNames(), False).kind == kind
 
 
 @pytest.mark.parametrize(
@@ -204,7 +234,15 @@ def tokenizer_of(template: str, folder) -> HuggingFaceTokenizer:
 
 def test_an_answer_that_the_template_does_not_end_is_ended(tmp_path):
     template = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
-    assert trained_text(ANSWERED, tokenizer_of(template, tmp_path)) == "[assistant]yo<|im_end|>"
+    tokenizer = tokenizer_of(template, tmp_path)
+    assert trained_text(ANSWERED, tokenizer) == "[assistant]yo<|im_end|>"
+    twice = {"messages": ANSWERED["messages"] * 2}
+    assert trained_text(twice, tokenizer) == "[assistant]yo[assistant]yo<|im_end|>", "the last answer alone"
+
+
+def test_an_answer_ends_at_the_last_end_token_of_its_turn(hf):
+    record = {"messages": [ANSWERED["messages"][0], {"role": "assistant", "content": "yo<|im_end|>ho"}]}
+    assert trained_text(record, hf) == "yo<|im_end|>ho<|im_end|>"
 
 
 TOOL_CHATML = (
@@ -263,6 +301,8 @@ def test_fields_that_nothing_reads_are_counted_once_those_of_messages_too(write_
     chats = write_lines([ANSWERED | {"tools": [], "id": 1}, ANSWERED | {"id": 2}, *named])
     texts = write_lines([{"text": "the cat", "\x1b[2Jsource": "web"}], "texts.jsonl")
     warnings = InstructionDataset(RecordFiles([chats, texts], FLAG), Fit(hf, 64)).warnings
+    named_by_template = Fit(HuggingFaceTokenizer(hf.folder, "{# name #}" + CHATML.replace("m['role']", "m.name")), 64)
+    assert "name" not in str(InstructionDataset(RecordFiles([write_lines(named)], FLAG), named_by_template).warnings)
     left_out = '"id" (2 records), "messages[].name" (2 records), "messages[].weight" (2 records), "tools" (1 records)'
     assert warnings == [f'fields that nothing reads were left out: {left_out}, "\\x1b[2Jsource" (1 records).']
 
@@ -282,6 +322,7 @@ def test_answers_of_which_the_template_writes_a_part_are_counted(tmp_path, write
     tokenizer = tokenizer_of(CHATML.replace("m['content']", f"m['content'].{written}"), tmp_path)
     answers = [{"role": "assistant", "content": content} for content in ("<think>\na\n</think>\n\nb", "b", "\n")]
     chats = [{"messages": [{"role": "user", "content": "q"}, answer]} for answer in answers]
+    chats[0]["messages"] += chats[1]["messages"]  # one of its answers is written as it is
     assert InstructionDataset(RecordFiles([write_lines(chats)], FLAG), Fit(tokenizer, 64)).warnings == told
 
 

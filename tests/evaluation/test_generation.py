@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import settings as limits
 from hypothesis import strategies as st
 from megatron.core import parallel_state
@@ -347,6 +347,8 @@ def test_an_answer_ends_at_an_end_with_its_last_token_or_at_the_longest_text(mon
     settings = GenerationSettings(frozenset({9}), 3, batch_size=4)
     script = {1: [4, 9], 2: [5, 6, 7]}
     assert _generate_by_script(monkeypatch, settings, script, copies=2) == [[4], [5, 6, 7]] * 2, "equal prompts"
+    settings = GenerationSettings(frozenset({9}), 3, batch_size=2)
+    assert _generate_by_script(monkeypatch, settings, {1: [4, 9]}, copies=3) == [[4]] * 3, "a last batch of one"
     settings = GenerationSettings(frozenset(), 5, max_length=3)
     assert _generate_by_script(monkeypatch, settings, {1: [4, 4, 4]}) == [[4, 4]]
     assert settings.room([1, 2, 3]) == 0 and settings.room([1]) == 2
@@ -358,6 +360,7 @@ def _logits(seed, rows=3, vocabulary=40):
 
 
 @limits(max_examples=60)
+@example(0, 1.0, 1.0, 1)  # the likeliest alone
 @given(st.integers(0, 10**6), st.floats(0.1, 5), st.floats(0.05, 0.999) | st.just(1.0), st.integers(0, 60))
 def test_probabilities_are_those_of_transformers_warpers(seed, temperature, top_p, top_k):
     expected = logits = _logits(seed)
@@ -403,6 +406,43 @@ def test_an_answer_ends_with_any_of_the_texts_and_is_cut_at_the_first():
     assert StopTexts(LETTERS, ("###", "Q:")).cut("an answer Q: and ### more Q:") == "an answer "
     special = StopTexts(SimpleNamespace(special_tokens={"<end>": 7}), ("<end>", "ab"))
     assert special.end_ids == {7} and special.texts == ["ab"]
+    strips = SimpleNamespace(special_tokens={}, decode=lambda ids: "".join(map(chr, ids)).lstrip())
+    assert StopTexts(strips, (" ab",)).is_complete([*map(ord, "x ab")]), "a tokenizer may strip a text's first space"
+
+
+def test_an_engine_is_asked_for_the_answers_that_generate_gives(monkeypatch):
+    monkeypatch.setattr(generation, "over_replicas", lambda items, work: work(items))
+    asked, told = {}, []
+
+    def ask(what: str, **request: Any) -> dict[str, Any]:
+        asked.update(request)
+        return {"answers": [[4, 8], [6, 5]]}
+
+    tokenizer = SimpleNamespace(special_tokens={"<end>": 8})
+    model: Any = SimpleNamespace(
+        engine=SimpleNamespace(ask=ask), tokenizer=tokenizer, end_ids=frozenset({7}), max_length=6
+    )
+    settings = GenerationSettings(frozenset({9}), 4, sampling=Sampling(0.5, 0.9, 3), seed=2)
+    prompts = [([1, 2, 3], "0/0"), ([1] * 6, "1/0"), ([5], "2/0")]  # the second leaves no room for an answer
+    answers = generation.generate_answers(model, prompts, ("ab", "<end>"), settings, lambda *one: told.append(one))
+    assert answers == [[4], [], [6, 5]] and told == [(0, 4), (2, 6), (2, 5)]
+    assert asked == {
+        "prompts": [[1, 2, 3], [5]],
+        "max_tokens": [3, 4],
+        "seeds": [generator_for(2, name).initial_seed() % 2**63 for name in ("0/0", "2/0")],
+        "sampling": {"temperature": 0.5, "top_p": 0.9, "top_k": 3},
+        "stop": ["ab"],
+        "ends": [7, 8, 9],
+    }
+
+
+@pytest.mark.parametrize(("count", "shares"), [(3, [[0, 1], [2]]), (1, [[0], []])], ids=["three", "one"])
+def test_replicas_share_items_and_a_single_one_is_the_first_replicas(count, shares, monkeypatch):
+    monkeypatch.setattr(generation, "gather_over_world", lambda share, group: [share])
+    for rank, share in enumerate(shares):
+        group = SimpleNamespace(rank=lambda rank=rank: rank, size=lambda: 2)
+        monkeypatch.setattr(parallel_state, "get_data_parallel_group", lambda group=group: group)
+        assert generation.over_replicas(range(count), list) == share
 
 
 # A forward with a cache, and what is off meanwhile; how continuations are batched. test_harness.py has replicas.
