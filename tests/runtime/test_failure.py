@@ -179,7 +179,7 @@ sys.modules["megatron_peft.training.run"] = of(finetune=step)
 world = of(distributed_backend="gloo", distributed_timeout_minutes=1)
 config = of(parallel=world, training=of(exit_signal_handler=True), checkpoint=of(save=None, load=None))
 train.run_file = lambda *_, **__: ""
-train.run(of(values={"program": {}}, launch={}, config=lambda *_: config, program="p", command_line=[]))
+train.run(of(values={"program": {}, "config": {}}, launch={}, config=lambda *_: config, program="p", command_line=[]))
 """
 
 
