@@ -13,6 +13,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from megatron_peft.cli.launch import LOADING
 from megatron_peft.commands import certify, demo, evaluate, report
 from megatron_peft.config import ConfigurationError
 from megatron_peft.demo import scoring
@@ -122,7 +123,7 @@ def test_a_program_names_the_extra_that_it_lacks(tmp_path, monkeypatch, capsys, 
     with pytest.raises(SystemExit, match="2"):
         sys.exit(program.main(line.split()))
     out, err = capsys.readouterr()
-    assert out in ("", "demo: starting\n") and len(err.splitlines()) == 1
+    assert out in ("", "demo: starting\n") and len(err.removeprefix(LOADING).splitlines()) == 1
     assert f"error: the package {package} cannot be imported" in err
     assert err.endswith(f"pip install 'megatron-peft[{extra}]'.\n")
     assert list(tmp_path.iterdir()) == []

@@ -297,6 +297,7 @@ def certify(config: RunConfig, shape: ModelShape, engine: Path | None = None) ->
         require_packages("certify", "peft")
     if engine is not None:
         Engine(engine).close()
+    print("training small runs and comparing them: takes minutes", file=sys.stderr, flush=True)
     preload(["megatron_peft.certify.runs"])  # and all that a rank of the small run imports
     with tempfile.TemporaryDirectory(prefix="megatron-peft-certify-") as folder, work_bar("Comparing") as watch:
         small = small_run(config, shape, Path(folder), engine=engine)

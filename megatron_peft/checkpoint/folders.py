@@ -351,6 +351,24 @@ def new_folder(output: str | Path) -> Iterator[Path]:
         publish_draft(draft, Path(output))
 
 
+def require_own(folder: Path, load: str | None, finetune: bool = False) -> None:
+    """Check that --save belongs to the run: it has no checkpoints, or --load resumes them.
+
+    Raises:
+        ConfigurationError: A new run would replace the checkpoints and metrics of another one.
+    """
+    loads = Path(load).resolve() if load and not finetune else None
+    goes_on = loads and folder.resolve() == (loads.parent if is_checkpoint(loads) else loads)
+    newest = newest_checkpoint(folder)
+    existing = newest.name if newest else f"{TRACKER} names one" * (folder / TRACKER).is_file()
+    require(
+        goes_on or not existing,
+        f"--save {folder} already holds the checkpoints of a run (the newest: {existing}), which a new run "
+        f"would replace: give another --save; or, to resume that run, --load {folder}"
+        + (" without --finetune." if finetune and load else "."),
+    )
+
+
 LOCK = ".lock"
 GRACE_SECONDS = 3.0  # a killed process takes a moment to exit
 

@@ -345,20 +345,12 @@ class Saver:
 
     def _take(self, load: str | None, finetune: bool = False, **lock_settings: float) -> None:
         """Lock the folder, which belongs to one run: another would replace its checkpoints and metrics."""
-        folder, loads = self._folder, Path(load).resolve() if load and not finetune else None
+        folder = self._folder
         lock = folders.FolderLock(folder, **lock_settings)
         try:
             if lock.is_held and self._lock is None:
                 folders.remove_leftovers(folder)
-            goes_on = loads and folder.resolve() == (loads.parent if folders.is_checkpoint(loads) else loads)
-            newest = folders.newest_checkpoint(folder)
-            existing = newest.name if newest else f"{folders.TRACKER} names one" * (folder / folders.TRACKER).is_file()
-            require(
-                goes_on or not existing,
-                f"--save {folder} already holds the checkpoints of a run (the newest: {existing}), which a new run "
-                f"would replace: give another --save; or, to resume that run, --load {folder}"
-                + (" without --finetune." if finetune and load else "."),
-            )
+            folders.require_own(folder, load, finetune)
         except ConfigurationError:
             lock.release()
             raise

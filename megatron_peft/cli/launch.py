@@ -99,8 +99,7 @@ def start_processes(module: str, argv: Sequence[str], launch: Mapping[str, Any],
     if config is None:
         return None
     world_size = _world_size(config)
-    if sys.stderr.isatty():
-        print(f"starting {world_size} process{'es' * (world_size > 1)}", file=sys.stderr, flush=True)
+    print(f"starting {world_size} process{'es' * (world_size > 1)}", file=sys.stderr, flush=True)
     words = [*config.torchrun_words(), "--module", module, *argv]
     if config.launcher == "ft_launcher":
         os.execv(sys.executable, [sys.executable, "-m", FT_LAUNCHER, *words])  # signals then reach it
@@ -108,8 +107,8 @@ def start_processes(module: str, argv: Sequence[str], launch: Mapping[str, Any],
 
 
 def tell_loading() -> None:
-    """Tell at a terminal that torch is about to be imported, which takes seconds. Rank 0 speaks for all."""
-    if sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":
+    """Report on rank 0 that torch is about to be imported, which takes seconds."""
+    if os.environ.get("RANK", "0") == "0":
         sys.stderr.write(LOADING)
         sys.stderr.flush()
 

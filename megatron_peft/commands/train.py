@@ -21,6 +21,7 @@ from megatron_peft.config.model import NO_TRANSFORMER_ENGINE
 from megatron_peft.models.families import read_shape
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.runtime.exit_signals import EndedBySignal, ends_before_training
+from megatron_peft.training.save_folder import require_usable
 
 
 def run(run_flags: RunFlags) -> int:
@@ -33,6 +34,7 @@ def run(run_flags: RunFlags) -> int:
         if wants_engine and not options.get("dry_run") and find_spec("transformer_engine") is None:
             run_flags.problems.append(NO_TRANSFORMER_ENGINE)
         config = run_flags.config(with_world_size(run_flags.launch, os.environ), shape_of)
+        require_usable(config.checkpoint)
         if options.get("dry_run"):
             return _dry_run(config, program, options.get("cluster"))
         ended = start_ranks("train", run_flags)

@@ -339,6 +339,20 @@ def build_mock(config: DataConfig, split: Split, num_samples: int | None, num_id
     return IndexedSamples(_build(core_config, split, num_samples, None), num_ids, "--mock-data", "mock")
 
 
+def index_folder(config: DataConfig, blend: Blend | None = None) -> Path | None:
+    """Return the folder of the indices that megatron-core makes of indexed data; None without such data.
+
+    blend: that of a split; by default that of the training data. megatron-core's own default is a folder named after
+    each prefix, which looks like data.
+    """
+    if blend is None:
+        paths, flag = _paths(config, Split.train)
+        if not (config.data_path or is_indexed(paths)):
+            return None
+        blend = parse_blend(paths, flag)
+    return Path(config.data_cache_path or Path(blend.prefixes[0]).parent / "cache" / "GPTDataset_indices")
+
+
 def _core_config(config: DataConfig, split: Split, blend: Blend | None, tokenizer: Tokenizer) -> GPTDatasetConfig:
     """blend: None asks for generated samples, which are split in one way whatever --split says."""
     source: dict[str, Any] = {"blend_per_split": [blend if each == split else None for each in Split]}
@@ -347,7 +361,7 @@ def _core_config(config: DataConfig, split: Split, blend: Blend | None, tokenize
     core_config = GPTDatasetConfig(
         random_seed=config.seed,
         sequence_length=config.seq_length,
-        path_to_cache=config.data_cache_path,
+        path_to_cache=config.data_cache_path if blend is None else str(index_folder(config, blend)),
         tokenizer=tokenizer,  # type: ignore[arg-type]  # ours has what GPTDataset asks of one
         reset_position_ids=False,
         reset_attention_mask=False,
@@ -364,13 +378,11 @@ def _core_config(config: DataConfig, split: Split, blend: Blend | None, tokenize
 
 
 def _build(config: GPTDatasetConfig, split: Split, num_samples: int | None, blend: Blend | None) -> Any:
-    prefixes = blend.prefixes if blend else []
     # megatron-core's np.load unpickles what is no array, and so runs its code.
-    for folder in (config.path_to_cache, *(f"{prefix}/cache" for prefix in prefixes)) if prefixes else ():
-        for path in Path(folder).rglob("*.npy") if folder else ():
-            require_regular(path)
-            with path.open("rb") as file:
-                require(file.read(len(_NPY)) == _NPY, f"{path} is not an array of numpy's: remove it.")
+    for path in Path(config.path_to_cache).rglob("*.npy") if blend and config.path_to_cache else ():
+        require_regular(path)
+        with path.open("rb") as file:
+            require(file.read(len(_NPY)) == _NPY, f"{path} is not an array of numpy's: remove it.")
     sizes = [num_samples if each == split else 0 for each in Split]
     kind = GPTDataset if blend else MockGPTDataset
     try:

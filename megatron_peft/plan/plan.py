@@ -172,8 +172,29 @@ def print_plan(plan: Plan, num_tokens: float | None = None) -> None:
     console = Console()
     for table in (*_tables(plan), *(time_table(speed, num_tokens) for speed in speeds)):
         console.print(table)
-    lines = [*(speed.summary() for speed in speeds), *summary(plan), *capacity(plan, num_tokens)]
+    lines = [*(speed.summary() for speed in speeds), *summary(plan), *ways_to_fit(plan), *capacity(plan, num_tokens)]
     print(f"cluster: {plan.cluster.name}", *lines, sep="\n")
+
+
+def ways_to_fit(plan: Plan) -> Iterator[str]:
+    """Yield a line with the flags that need less memory and are not given yet, if the run does not fit."""
+    if plan.fits:
+        return
+    config, transformer = plan.run.config, plan.run.config.model.transformer
+    flags = {
+        "--bf16": not config.model.bf16,
+        "--base-precision nf4": config.peft.trains_adapters and config.model.base_precision == "run",
+        "--use-distributed-optimizer": config.parallel.data_parallel_size > 1
+        and config.optimizer.optimizer == "adam"
+        and not config.optimizer.use_distributed_optimizer,
+        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1": (
+            transformer.get("recompute_granularity") != "full"
+        ),
+        "a smaller --micro-batch-size": config.training.micro_batch_size > 1,
+    }
+    smaller = [name for name, is_applicable in flags.items() if is_applicable]
+    listed = f"; less memory take {', '.join(smaller)}" if smaller else ""
+    yield f"to fit: --fit finds the layouts and numbers of GPUs that hold it{listed}"
 
 
 def capacity(plan: Plan, num_tokens: float | None) -> Iterator[str]:

@@ -7,6 +7,7 @@ the entries of every rank. Processes of this machine do it, on torch's fake proc
 
 import os
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -35,21 +36,27 @@ from megatron_peft.runtime.launch import model_parallel
 from megatron_peft.runtime.ranks import Worker, preload
 
 Watch = Callable[[int, int], None]  # is told how much of the work is done now, and how much more there is to do
+SECONDS_BETWEEN_LINES = 10.0
 MOST_REPLICAS, MOST_RANKS = 8, 64  # whose calls are compared in `order_problem`
 
 
 @contextmanager
 def work_bar(title: str) -> Iterator[Watch]:
-    """A bar at a terminal, of work whose amount turns out on the way."""
+    """Show a bar at a terminal, of work whose amount turns out on the way; in a file a line, at most every 10 s."""
     console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(title, total=None)
+        task, reported_at = bar.add_task(title, total=None), time.monotonic()
 
         def watch(done: int, more: int) -> None:
+            nonlocal reported_at
             if more:
                 bar.update(task, total=(bar.tasks[0].total or 0) + more)
             bar.advance(task, done)
+            if not console.is_terminal and time.monotonic() - reported_at >= SECONDS_BETWEEN_LINES:
+                total = bar.tasks[0].total
+                console.print(f"{title}: {bar.tasks[0].completed:.0f}{f' of {total:.0f}' if total else ''} done")
+                reported_at = time.monotonic()
 
         yield watch
 

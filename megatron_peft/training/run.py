@@ -30,7 +30,7 @@ from megatron_peft.config import (
 )
 from megatron_peft.conversion import pretrained
 from megatron_peft.data.batches import GlobalBatches, Step
-from megatron_peft.data.build import Data, build_data
+from megatron_peft.data.build import Data, build_data, index_folder
 from megatron_peft.data.tokenizers import Tokenizer, build_tokenizer, require_vocabulary_fits
 from megatron_peft.lora_ga.initialize import init_from_gradients
 from megatron_peft.models import gpt, kernels
@@ -48,12 +48,12 @@ from megatron_peft.runtime.launch import (
 from megatron_peft.training.live_sync import LiveSync
 from megatron_peft.training.loop import AfterStep, saves_weights, train
 from megatron_peft.training.metrics import require_loggers
+from megatron_peft.training.save_folder import removed_if_unused, require_usable
 from megatron_peft.training.step import START_TOLERANCE, finish_with, run_schedule, start_losses
 from megatron_peft.training.terminal import large_batch_warning, print_rank_0, resume_summary, training_summary
 from megatron_peft.training.update import schedule_values, start_state
 
 RUN_FILE = "run.yaml"
-MODEL_FILES = ("config.json", "adapter_model.safetensors", "adapter_model.bin")  # of transformers and PEFT
 
 
 def data_of_rank(config: RunConfig, tokenizer: Tokenizer, shape: ModelShape, rank: int | None = None) -> Data:
@@ -159,15 +159,19 @@ def finetune(
     folder = config.data.tokenizer_model or base
     require_same(_tokenizer_facts(tokenizer), f"the tokenizer in --tokenizer-model {folder}", "another one")
     from_first_rank(lambda: load.require_something_to_load(config.checkpoint))
-    checked_together(lambda: _check_save_folder(config))
-    with Stacks(folder_on_node(), dist.get_rank()), Saver(config.checkpoint) as saver:
+    own_folder = config.checkpoint.save if dist.get_rank() == 0 else None
+    with removed_if_unused(own_folder), Stacks(folder_on_node(), dist.get_rank()), _open_saver(config) as saver:
+        print_rank_0("reading the data")
         data = _checked_data(config, tokenizer, shape)
+        if folder := index_folder(config.data):
+            print_rank_0(f"indices of the data: {folder} (--data-cache-path)")
         if after_step is None and config.checkpoint.sync_server:
             after_step = LiveSync(config, shape, data).after_step
         lines = [attention, loss_summary(config, shape), warning, large_batch_warning(config, data.train.order)]
         if not saves_weights(config.checkpoint):
             lines.append("WARNING: without --save nothing that this run trains is saved: give --save FOLDER to keep it")
         print_rank_0("\n".join(filter(None, lines)))
+        print_rank_0(f"building the model and reading the weights of {base}")
         state = build_state(config, shape, data.train_iters, first_steps(config, data.train))
         state.data_digest, state.tokenizer_digest = data.digest, tokenizer.digest
         state.longest_sample = data.longest_sample
@@ -293,16 +297,16 @@ def _check_start(state: TrainingState, data: Data) -> None:
         )
 
 
+def _open_saver(config: RunConfig) -> Saver:
+    checked_together(lambda: _check_save_folder(config))
+    return Saver(config.checkpoint)
+
+
 def _check_save_folder(config: RunConfig) -> None:
     if config.checkpoint.save is None or place_on_node().rank > 0:  # a node's ranks see the same folder
         return
+    require_usable(config.checkpoint)
     folder = Path(config.checkpoint.save)
-    foreign = [name for name in MODEL_FILES if (folder / name).exists()]
-    require(
-        not foreign or folders.newest_checkpoint(folder) is not None,
-        f"--save {folder} holds a model or an adapter that no run wrote there ({', '.join(foreign)}), whose files a "
-        f"run would replace: give another --save.",
-    )
     with writing(f"--save {folder}", "give a folder that you may write to"):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()

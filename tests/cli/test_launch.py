@@ -106,6 +106,7 @@ def test_flags_are_checked_for_all_processes_before_any_is_started(monkeypatch, 
     [
         (77, 77, "p: rank 1 ended with exit code 77.\n"),
         (1, 1, ""),  # it has said why
+        (128 + signal.SIGPIPE, 128 + signal.SIGPIPE, ""),  # nobody reads
         (-signal.SIGKILL, 128 + signal.SIGKILL, "p: rank 1 was ended by SIGKILL.\n"),
         (SignalException("", signal.SIGTERM), 128 + signal.SIGTERM, ""),
         (RendezvousError("late\nmore"), 1, "p: the nodes have not found one another: late\n"),
@@ -120,7 +121,7 @@ def test_the_end_of_ranks_is_one_line(monkeypatch, capsys, failure, code, told) 
     monkeypatch.setattr("torch.distributed.run.run", run)
     monkeypatch.setattr(launch.os, "environ", {**os.environ})
     assert start_processes("m", [], {"nproc_per_node": "2"}, "p") == code
-    assert capsys.readouterr().err == told
+    assert capsys.readouterr().err == f"starting 2 processes\n{told}"
 
 
 @pytest.mark.parametrize(("end", "code"), [pytest.param("0", 0, marks=pytest.mark.slow), ("2", 2)])
@@ -134,7 +135,7 @@ def test_ranks_are_started_and_their_end_is_the_launchers(tmp_path: Path, end: s
     environ = {**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}", "TMPDIR": str(tmp_path / "temporary")}
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=seconds(120))
-    assert (done.returncode, done.stderr) == (code, "")
+    assert (done.returncode, done.stderr) == (code, "starting 2 processes\n")
     assert f"rank 1 of 2 {end} --x" in done.stdout.splitlines()
     assert end != "0" or f"rank 0 of 2 {end} --x" in done.stdout.splitlines()  # else it may have been ended before
     assert not list((tmp_path / "temporary").iterdir())

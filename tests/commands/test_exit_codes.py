@@ -11,6 +11,7 @@ import pytest
 from megatron_peft import benchmarks
 from megatron_peft.benchmarks import measure
 from megatron_peft.benchmarks.measure import Figure
+from megatron_peft.cli.launch import LOADING
 from megatron_peft.commands import bench, convert, data, demo, evaluate, experiment, generate, report
 from megatron_peft.conversion import verify
 from megatron_peft.experiment import runner
@@ -130,7 +131,7 @@ def test_convert_there_and_back(tmp_path, capsys):
     assert convert.main(f"megatron-to-hf --input {megatron} --output {back} --max-shard-size 2KB".split()) == 0
     assert equal(tensors_of(back), tensors_of(original))
     assert (back / "model.safetensors.index.json").is_file()
-    assert tuple(capsys.readouterr()) == (f"wrote {megatron}\nwrote {back}\n", "")
+    assert tuple(capsys.readouterr()) == (f"wrote {megatron}\nwrote {back}\n", 2 * LOADING)
 
 
 def test_verify_says_how_far_apart(monkeypatch, capsys):

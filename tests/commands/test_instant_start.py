@@ -69,6 +69,11 @@ def test_warnings_of_libraries_that_ask_for_nothing_are_silent() -> None:
     told = run_python(f"{warned}{logged}warnings.warn('another one'); logger.warning('another log')").stderr
     assert "another one" in told and "another log" in told and "CUDA" not in told
     assert not any(message in told for message in LIBRARY_WARNINGS)
+    of_optimizer = "The .grad attribute of a Tensor that is not a leaf Tensor is being accessed."
+    warned = "warnings.warn_explicit({!r}, UserWarning, 'optimizer.py', 66, module=module)"
+    modules = "for module in ('megatron.core.optimizer.optimizer', 'own_loop'): "
+    told = run_python(f"import megatron_peft, warnings\n{modules}{warned.format(of_optimizer)}").stderr
+    assert told.count(of_optimizer) == 1
 
 
 @pytest.mark.slow

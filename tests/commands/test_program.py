@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_peft.cli.launch import LOADING, tell_loading
-from megatron_peft.commands import convert, plan
+from megatron_peft.commands import convert, plan, train
 from megatron_peft.commands.program import COMMANDS, main
 
 ROOT = Path(__file__).parents[2]
@@ -40,9 +40,8 @@ def test_output_without_a_reader_ends_quietly() -> None:
     assert (done.returncode, done.stderr) == (141, "")
 
 
-def test_a_terminal_is_told_what_takes_seconds(monkeypatch, capsys) -> None:
-    for is_terminal, rank, told in ((True, "0", LOADING), (True, "1", ""), (False, "0", "")):
-        monkeypatch.setattr(sys.stderr, "isatty", lambda is_terminal=is_terminal: is_terminal)
+def test_the_first_rank_reports_what_takes_seconds_in_a_log_too(monkeypatch, capsys) -> None:
+    for rank, told in (("0", LOADING), ("1", "")):
         monkeypatch.setenv("RANK", rank)
         tell_loading()
         assert capsys.readouterr().err == told and not told.startswith("\n")
@@ -54,6 +53,15 @@ def test_commands_and_their_commands_are_listed(capsys) -> None:
     assert all(f"    {name}" in shown for name in COMMANDS)
     assert main(["data", "--help"]) == 0
     assert "preprocess" in capsys.readouterr().out
+
+
+def test_a_folder_of_another_run_is_refused_before_anything_is_loaded(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(train, "start_ranks", lambda *_: 0)
+    monkeypatch.setattr(train, "shape_of", None)  # of no model
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("3\n")
+    words = "train --pretrained-checkpoint model --train-data-path a.jsonl --train-iters 2 --nproc-per-node 2 --save"
+    assert main([*words.split(), str(tmp_path)]) == 2
+    assert f"--save {tmp_path} already holds the checkpoints of a run" in capsys.readouterr().err
 
 
 def test_a_slip_is_told_with_the_nearest_command(capsys) -> None:

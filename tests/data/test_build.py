@@ -3,7 +3,7 @@
 import logging
 import os
 import pickle
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -20,6 +20,7 @@ from megatron_peft.data.build import Data, build_data, build_indexed, build_mock
 from megatron_peft.data.tokenizers import NullTokenizer
 from megatron_peft.runtime.launch import start_world
 from tests.checkpoint.runs import make_config
+from tests.one_rank import one_rank
 from tests.ranks import run_ranks
 
 RECORDS = [{"prompt": str(i), "completion": f"{i} {i}"} for i in range(10)]  # 3 positions each
@@ -193,8 +194,14 @@ def corpus(tmp_path) -> str:
     return write_indexed(tmp_path / "corpus", numbered_documents(100))
 
 
+@pytest.fixture(scope="module")
+def world() -> Iterator[None]:
+    with one_rank(with_groups=False):
+        yield
+
+
 @pytest.fixture
-def two(tmp_path) -> tuple[str, str]:
+def two(tmp_path, world) -> tuple[str, str]:
     """20 documents of the tokens 0 to 19, and 40 of 500 to 539."""
     a, b = numbered_documents(20), numbered_documents(40, first=500)
     return write_indexed(tmp_path / "a", a), write_indexed(tmp_path / "b", b)
@@ -244,8 +251,8 @@ def test_a_pickle_among_the_cached_indices_is_never_read(corpus, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     choice = {"data_cache_path": str(tmp_path / "cache")} if has_flag else {}
     built_split(Split.train, 10, corpus, **choice)
-    # megatron-core's default is a folder named after the prefix.
-    assert len(list((tmp_path / "cache").glob("*.npy"))) == 3 * has_flag and Path(corpus).exists() is not has_flag
+    built = tmp_path / "cache" if has_flag else tmp_path / "cache" / "GPTDataset_indices"
+    assert len(list(built.glob("*.npy"))) == 3 and not Path(corpus).exists(), "no folder that is named as the data"
     for path in tmp_path.rglob("*shuffle_index.npy"):
         path.write_bytes(pickle.dumps(Harmful()))
     with pytest.raises(ConfigurationError, match="shuffle_index.npy is not an array of numpy's: remove it"):

@@ -274,6 +274,7 @@ def test_a_dry_run_plans_for_its_cluster_and_warns_if_that_is_too_small(dry_run,
     told = capsys.readouterr()
     assert "cluster: tiny" in told.out and "peak, validation" in told.out and "tokens: up to" not in told.out
     assert "WARNING: the run does not fit GPUs of tiny: rank 0 holds" in told.err
+    assert re.search("to fit: --fit finds .*; less memory take --bf16, --base-precision nf4, --recompute-g", told.out)
     length = dry_run.index("--train-iters")
     words = [*dry_run[:length], *dry_run[length + 2 :], "--lora-rank", "1", "--train-epochs", "100"]
     assert train.main([*words, "--cluster", str(cluster)]) == 0

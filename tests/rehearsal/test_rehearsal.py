@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,6 +31,15 @@ from tools.published import LLAMA_405B, made_up_run
 MESSAGES_UNDER_WAY = 4
 HEADERS = 2**15  # bytes of the messages with the files' headers, if gloo's threads have not let go of them
 NOT_OVERLAPPED = ("lora bounded", "projection", "riemannian")  # a step's end needs whole parameters: refused
+
+
+def test_work_is_a_line_now_and_then_where_there_is_no_terminal(monkeypatch, capsys) -> None:
+    now = iter([0.0, 9.0, 11.0, 11.0, 20.0, 21.0, 21.0])
+    monkeypatch.setattr(rehearsal, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    with rehearsal.work_bar("Rehearsing") as watch:
+        for done, more in ((0, 5), (1, 0), (1, 0), (1, 0)):
+            watch(done, more)
+    assert capsys.readouterr().err == "Rehearsing: 1 of 5 done\nRehearsing: 3 of 5 done\n"
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_peft.checkpoint.folders import BEST, TRACKER
+from megatron_peft.checkpoint.folders import BEST, LOCK, TRACKER
 from megatron_peft.checkpoint.run_record import read_run_record
 from megatron_peft.config import METHODS, CheckpointConfig, ConfigurationError, PeftConfig
 from megatron_peft.data.batches import GlobalBatches
@@ -116,6 +116,33 @@ def test_the_command_line_trains_and_saves_or_refuses_with_one_message(files, tm
     assert (tmp_path / TRACKER).read_text() == "3\n"
     assert (tmp_path / "iter_0000003").is_dir() and done.stdout.count("trainable parameters:") == 1
     assert "core attention: torch's scaled_dot_product_attention (--attention-backend auto)\n" in done.stdout
+
+
+@pytest.mark.parametrize("error", [ConfigurationError("bad data"), KeyboardInterrupt()], ids=["refused", "Ctrl-C"])
+@pytest.mark.parametrize("existing", ["none", "empty", "log.txt"])
+def test_a_run_that_ends_in_its_start_leaves_its_folder_as_it_was(run, tmp_path, monkeypatch, error, existing):
+    save = tmp_path / "runs" / "first"
+    if existing != "none":
+        save.mkdir(parents=True)
+    if existing == "log.txt":
+        (save / existing).touch()
+    before = sorted(tmp_path.rglob("*"))
+
+    def fails(*_: object) -> None:
+        assert (save / LOCK).is_file()
+        raise error
+
+    monkeypatch.setattr(module, "data_of_rank", fails)
+    with pytest.raises(type(error)):
+        run(checkpoint={"save": str(save)})
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_run_reports_each_phase_of_its_start(run, monkeypatch):
+    monkeypatch.setattr(module, "train", lambda *_: "")
+    lines = run().splitlines()
+    assert lines[0] == "reading the data"
+    assert any(line.startswith("building the model and reading the weights of ") for line in lines)
 
 
 @pytest.mark.parametrize(
