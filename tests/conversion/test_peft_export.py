@@ -19,7 +19,7 @@ from megatron_peft.adapters.linear import AdaptedColumnParallelLinear
 from megatron_peft.checkpoint.run_record import read_run_record
 from megatron_peft.config import ConfigurationError, ModelConfig, PeftConfig
 from megatron_peft.conversion.convert import hf_to_megatron
-from megatron_peft.conversion.peft_export import export_adapter, export_as_lora
+from megatron_peft.conversion.peft_export import export_adapter, export_as_lora, is_exportable
 from megatron_peft.conversion.peft_import import import_adapter
 from megatron_peft.conversion.trained_adapters import open_adapters
 from megatron_peft.conversion.verify import verify
@@ -179,3 +179,17 @@ def test_a_layer_with_boft_has_the_output_and_the_gradients_of_pefts(pure_torch)
     assert (inputs[0].grad - inputs[1].grad).abs().max() < 1e-5
     # A number above the diagonal stands for two of theirs; they differentiate (D - D^T) / 2 in each.
     torch.testing.assert_close(ours.adapter.Q.grad, 2 * boft.from_huggingface(D.grad), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        pytest.param({"method": "lora"}, True, id="LoRA"),
+        pytest.param({"method": "boft", "rotation_side": "input"}, True, id="BOFT of the input side"),
+        pytest.param({"method": "boft", "rotation_side": "output"}, False, id="BOFT of the output side"),
+        pytest.param({"method": "urnn"}, False, id="no form in HF PEFT"),
+    ],
+)
+def test_is_exportable_knows_the_forms_of_hf_peft(settings, expected):
+    """`certify` needs the package peft for these only."""
+    assert is_exportable(PeftConfig(**settings)) is expected
