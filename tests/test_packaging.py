@@ -104,7 +104,7 @@ def test_no_library_that_they_import_needs_an_extra() -> None:
 
 
 EVALUATION = "--tasks a --output x.json --load nowhere"
-MODEL = ROOT / "tests" / "examples" / "models" / "llama-3.1-8b" / "config.json"
+MODEL = ROOT / "examples" / "models" / "llama-3.1-8b" / "config.json"
 NEEDS = {  # program, its words -> extra and packages
     (evaluate, EVALUATION): ("eval", "lm_eval rouge_score sacrebleu"),
     (report, "."): ("report", "matplotlib scipy"),

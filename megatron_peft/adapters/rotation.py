@@ -10,7 +10,7 @@ its own tokens. The bias is added after R: R rotates the weight. Blocks are buil
 Letters: s sequence, b batch, k blocks of g features a rank, K those of all layers of a pipeline stage.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -76,7 +76,9 @@ class RotatesOnceAStep:
         """The blocks of all layers: those of a kind and a type of activations together."""
         kinds: dict[Any, list[int]] = {}
         applied: list[AppliedRotation] = [layer.adapter.applied_rotation() for layer in layers]
-        require_unrounded(each.rotation for each in applied)
+        rounded = {str(each.rotation.trained.dtype) for each in applied} - {"torch.float32", "torch.float64"}
+        message = f"rotations must be float32, not {', '.join(rounded)}: add the adapters after Float16Module."
+        require(not rounded, message)
         for index, (rotated, layer) in enumerate(zip(applied, layers, strict=True)):
             if rotated.rotation.has_blocks:
                 kinds.setdefault((type(rotated.rotation), rotated.transposed, layer.weight.dtype), []).append(index)
@@ -96,12 +98,6 @@ class RotatesOnceAStep:
         for stack in stacks:
             stack.add_gradients()
         return [layer.rotation.trained for stack in stacks for layer in stack.layers]
-
-
-def require_unrounded(rotations: Iterable["BlockRotation"]) -> None:
-    """Raise ConfigurationError if the parameters of rotations were converted to a type below float32."""
-    rounded = {str(rotation.trained.dtype) for rotation in rotations} - {"torch.float32", "torch.float64"}
-    require(not rounded, f"rotations must be float32, not {', '.join(rounded)}: add the adapters after Float16Module.")
 
 
 class BlockRotation(RotatesOnceAStep, nn.Module):

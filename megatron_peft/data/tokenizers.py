@@ -72,8 +72,8 @@ def split_chat(render: Callable[..., str], messages: Sequence[Any]) -> list[Chat
     roles = ", ".join(dict.fromkeys(f'"{message["role"]}"' for message in messages))
     require(
         bool(segments),
-        f'no message has the role "assistant", so there is nothing to learn (its roles are {roles}): name the role of '
-        "the answers so.",
+        f'no message has the role "assistant", so there is nothing to learn (its roles are {roles}): give the answers '
+        'the role "assistant".',
     )
     return [*segments, ChatSegment(whole[position:], False)]
 

@@ -20,7 +20,7 @@ from torch.autograd.graph import increment_version
 from megatron_peft.config import require
 from megatron_peft.parallel.layout import PARTIAL_OVER_TENSOR_PARALLEL
 from megatron_peft.runtime.launch import (
-    Failure,
+    FailedOnAnotherRank,
     SideChannel,
     attempt,
     checked_together,
@@ -198,15 +198,17 @@ def gathered_by_first_rank(
         by_rank = [message] * dist.get_world_size() if dist.get_rank() == 0 else None
         dist.gather_object(message, by_rank, dst=0)
 
-    def find_unless_failed() -> tuple[Found | None, list[Failure]]:
+    def find_unless_failed() -> Found:
         assert by_rank is not None
-        failures = [failure for _, failure in by_rank if failure is not None]
-        return None if failures else find([result for result, _ in by_rank]), failures
+        raise_failures([failure for _, failure in by_rank], None)
+        return find([result for result, _ in by_rank])
 
-    found: Any
-    found, failures = from_first_rank(find_unless_failed, channel)
-    raise_failures(failures, error)
-    return found
+    try:
+        return from_first_rank(find_unless_failed, channel)
+    except FailedOnAnotherRank:
+        if error is not None:  # it was this rank
+            raise error from None
+        raise
 
 
 def from_first_rank_by_stage(own: Sent, find: Callable[[list[Sent]], list[Found]]) -> Found:

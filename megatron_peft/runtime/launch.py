@@ -77,6 +77,8 @@ def attempt(find: Callable[[], Checked], *expected: type[Exception]) -> tuple[An
         return find(), None, None
     except (ConfigurationError, *expected) as error:
         return None, Failure(str(error), is_unexpected=False), None
+    except FailedOnAnotherRank as error:  # which has the rank in its message
+        return None, Failure(str(error), is_unexpected=True), error
     except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks wait for this one
         message = f"rank {place_in_world()[0]}: {type(error).__name__}: {error}"
         return None, Failure(message, is_unexpected=True), error

@@ -21,8 +21,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import nn
 
 from megatron_peft.adapters.attach import attach_adapters, linear_layers, make_adaptable, merge_adapters
-from megatron_peft.adapters.rotation import BlockRotation, require_unrounded
-from megatron_peft.adapters.step import AdaptersStep
+from megatron_peft.adapters.step import AdaptersStep, adapters_step
 from megatron_peft.checkpoint.load import require_whole
 from megatron_peft.checkpoint.save import write_new_folder
 from megatron_peft.checkpoint.tensors import ADAPTER, global_slices, load_parameters, sharded_parameters, sharded_state
@@ -154,13 +153,17 @@ class ModelAdapters:
             f"gets no gradient, but its requires_grad is True: leave it frozen, or the layer out of target_modules."
         )
         checked_together(lambda: require(not trained, message))  # one stage may have such a layer, and others none
-        self._require_unrounded()
+        self._check_step()
         self.lr = lr
 
-    def _require_unrounded(self) -> None:
-        modules = [module for chunk in self.model_chunks for module in chunk.modules()]
-        rotations = [module for module in modules if isinstance(module, BlockRotation)]
-        checked_together(lambda: require_unrounded(rotations))
+    def _check_step(self) -> None:
+        """Raise ConfigurationError if adapters cannot begin a step, as rotations that Float16Module has rounded."""
+
+        def begin_and_end() -> None:
+            with adapters_step(self.model_chunks, is_training=False):
+                pass
+
+        checked_together(begin_and_end)
 
     # LoRA-GA and the Hybrid.
 
@@ -178,7 +181,7 @@ class ModelAdapters:
             self.peft.spec.starts_from_gradients,
             f"start_from_gradients: {self.peft.spec.describe(self.peft)} has no such start; use one of {able}.",
         )
-        self._require_unrounded()  # here, since a Hybrid's passes of this start do not use its rotation
+        self._check_step()  # here, since a Hybrid's passes of this start do not use its rotation
         return init_from_gradients(self.model_chunks, self.peft, self.seed, replay, num_tokens).energy
 
     # A step.

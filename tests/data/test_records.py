@@ -358,7 +358,7 @@ def test_the_ids_before_a_boundary_are_those_of_the_text_before_it(hf, parts):
         ({"messages": [{"role": "user"}]}, 'message 1 lacks the field "content"'),
         (
             {"messages": [{"role": role, "content": "a"} for role in ("user", "bot", "user")]},
-            'no message has the role "assistant", .*roles are "user", "bot".: name',
+            'no message has the role "assistant", .*roles are "user", "bot".: give',
         ),
         ({"messages": [{"role": ["user"], "content": "a"}]}, '"role" of message 1 is not text but list'),
         ({"messages": [{"role": "assistant", "content": 40 * "a"}] * 1000}, "1,000 messages with 49,000 characters"),
