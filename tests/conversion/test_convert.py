@@ -173,6 +173,13 @@ def test_ranks_of_old_checkpoints_are_joined(tmp_path, tp, pp, chunks, tied):
     assert read_shape(written) == read_shape(original)
 
 
+def test_megatron_to_hf_writes_files_of_the_given_size(original, tmp_path):
+    folder = hf_to_megatron(original, tmp_path / "megatron", progress=False)
+    for size, count in ((10**9, 1), (1, len(tensors_of(original)))):  # a tensor is never cut
+        written = megatron_to_hf(folder, tmp_path / str(count), max_shard_bytes=size, progress=False)
+        assert len(list(written.glob("*.safetensors"))) == count
+
+
 def test_an_output_layer_of_its_own_is_not_lost_where_a_config_calls_it_tied(original, tmp_path):
     folder = hf_to_megatron(original, tmp_path / "megatron", progress=False)
     config = folder / "config.json"
