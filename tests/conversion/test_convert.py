@@ -223,13 +223,16 @@ def test_config_and_tokenizer_are_those_nearest_to_the_weights_unless_given(orig
         shutil.copy(original / "config.json", place)
         (place / "tokenizer.json").write_text(place.name)
 
-    def tokenizer(name: str, **given: Any) -> str:
+    def tokenizer(name: str, **given: Any) -> str:  # of `run`
         return (megatron_to_hf(run, tmp_path / name, progress=False, **given) / "tokenizer.json").read_text()
 
     assert tokenizer("given", pretrained_checkpoint=spoilt) == spoilt.name
     assert tokenizer("of the checkpoint") == checkpoint.name
     (checkpoint / "config.json").unlink()
     assert tokenizer("of the run") == run.name
+    (run / "config.json").unlink()
+    run = save_run(run, tmp_path / "on a run", global_tensors(original))
+    assert tokenizer("of the base of its base") == (original / "tokenizer.json").read_text()
 
 
 def test_float32_takes_the_copies_of_bf16_training(original, tmp_path):
