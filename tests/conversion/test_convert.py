@@ -173,6 +173,13 @@ def test_ranks_of_old_checkpoints_are_joined(tmp_path, tp, pp, chunks, tied):
     assert read_shape(written) == read_shape(original)
 
 
+def test_megatron_to_hf_writes_files_of_the_given_size(original, tmp_path):
+    folder = hf_to_megatron(original, tmp_path / "megatron", progress=False)
+    for size, count in ((10**9, 1), (1, len(tensors_of(original)))):  # a tensor is never cut
+        written = megatron_to_hf(folder, tmp_path / str(count), max_shard_bytes=size, progress=False)
+        assert len(list(written.glob("*.safetensors"))) == count
+
+
 def test_an_output_layer_of_its_own_is_not_lost_where_a_config_calls_it_tied(original, tmp_path):
     folder = hf_to_megatron(original, tmp_path / "megatron", progress=False)
     config = folder / "config.json"
@@ -216,13 +223,16 @@ def test_config_and_tokenizer_are_those_nearest_to_the_weights_unless_given(orig
         shutil.copy(original / "config.json", place)
         (place / "tokenizer.json").write_text(place.name)
 
-    def tokenizer(name: str, **given: Any) -> str:
+    def tokenizer(name: str, **given: Any) -> str:  # of `run`
         return (megatron_to_hf(run, tmp_path / name, progress=False, **given) / "tokenizer.json").read_text()
 
     assert tokenizer("given", pretrained_checkpoint=spoilt) == spoilt.name
     assert tokenizer("of the checkpoint") == checkpoint.name
     (checkpoint / "config.json").unlink()
     assert tokenizer("of the run") == run.name
+    (run / "config.json").unlink()
+    run = save_run(run, tmp_path / "on a run", global_tensors(original))
+    assert tokenizer("of the base of its base") == (original / "tokenizer.json").read_text()
 
 
 def test_float32_takes_the_copies_of_bf16_training(original, tmp_path):
