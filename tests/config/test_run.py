@@ -138,6 +138,10 @@ CONTRADICTIONS: dict[Callable[..., object], list[tuple[dict[str, Any], str]]] = 
         ({"weight_decay_incr_style": "linear", "end_weight_decay": 0.1}, "given: linear, None and 0.1"),
         ({"lr": -1.0}, "^--lr is -1.0; it must be above 0.$"),
         ({"decoupled_lr": -1.0, "decoupled_min_lr": 0.1}, "^--decoupled-lr is -1.0; it must be above 0.$"),
+        (
+            {"weight_decay_incr_style": "cosine", "start_weight_decay": 0.2, "end_weight_decay": 0.1},
+            "given: cosine, 0.2 and 0.1",
+        ),
         ({"overlap_param_gather": True}, "--overlap-param-gather needs --use-distributed-optimizer"),
         ({"optimizer": "sgd", "use_distributed_optimizer": True}, "shards Adam only"),
         ({"decoupled_min_lr": 1e-5}, "--decoupled-min-lr 1e-05 needs --decoupled-lr"),
@@ -160,13 +164,16 @@ CONTRADICTIONS: dict[Callable[..., object], list[tuple[dict[str, Any], str]]] = 
     ],
     run_config: [
         ({"micro_batch_size": 2, "global_batch_size": 7, "world_size": 2}, "size 7 .* 2 x 2 .* = 4: use 4 or 8"),
+        ({"micro_batch_size": 4, "global_batch_size": 3}, "= 4: use 4.$"),
         ({**INTERLEAVED, "global_batch_size": 3}, "2 microbatches a step, but --global-batch-size 3 gives 3"),
         ({**PP2, "pipeline_model_parallel_layout": "Et|t|t|L", "global_batch_size": 3}, "but --global-batch-size 3 "),
         ({**INTERLEAVED, "global_batch_size": 2, "transformer": {"overlap_p2p_comm": False}}, "use 3 stages or more"),
         ({**SEQUENCE_PARALLEL, "seq_length": 33}, "--seq-length 33 .* use 32"),
+        ({**SEQUENCE_PARALLEL, "seq_length": 1}, "--seq-length 1 .* use 2"),
         ({"lr_decay_samples": 5}, "--lr-decay-samples .* use --lr-decay-iters"),
         ({"train_iters": None, "train_samples": 9, "lr_warmup_iters": 1}, "-iters .* use --lr-warmup-samples"),
         ({"lr_warmup_iters": 10}, "--lr-warmup-iters 10 .* below the 10 iters"),
+        ({"lr_warmup_iters": 5, "lr_decay_iters": 5}, "--lr-warmup-iters 5 .* below the 5 iters"),
         ({"overlap_param_gather": True, "use_distributed_optimizer": True}, "gather needs --overlap-grad-reduce"),
         (DISTRIBUTED_RECOMPUTE, "--distribute-saved-activations"),
         ({**NF4, "method": "full"}, "--base-precision nf4 keeps .* but --peft-method full trains them: leave out one"),
@@ -253,6 +260,7 @@ def test_what_is_only_just_allowed() -> None:
     run_config(min_lr=1e-3, lr=1e-3, lr_warmup_init=1e-3)
     run_config(decoupled_lr=1e-3, decoupled_min_lr=1e-3, lr=1e-2, lr_warmup_init=1e-3)
     run_config(lr_warmup_iters=9)
+    run_config(lr_warmup_iters=10, lr_decay_iters=11)
 
 
 def test_a_rank_waits_as_long_as_the_flag_that_was_given_says() -> None:

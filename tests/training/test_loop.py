@@ -96,7 +96,9 @@ def test_why_a_run_ends_and_when_it_saves(run, capsys, groups, reason, attempts,
     assert sorted(found.records) == saved[-1:] and capsys.readouterr().out.count("saved iteration") == len(saved)
     assert found.state.position.iteration == (4 if "exit" in reason else 6)
     assert bool(STOPPED.search(reason)) == ("exit" in reason)
-    assert found.state.position.consumed_samples == 8 * (found.state.position.iteration - groups.get("resume_at", 0))
+    trained = 8 * (found.state.position.iteration - groups.get("resume_at", 0))
+    assert found.state.position.consumed_samples == trained  # of 40 in an epoch
+    assert [record["epoch"] for record in found.records.values()] == [trained / 40] * len(saved[-1:])
 
 
 @pytest.fixture
@@ -246,7 +248,7 @@ def test_exit_duration(run, monkeypatch, limit, stops):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_saves_and_stops_after_the_step(start, tmp_path, number):
-    run = Run(start, tmp_path)
+    run = Run(start, tmp_path, training={"exit_interval": 3})
     signal_at(run.data.train, 16, number)
     run.to_the_end()
     assert run.reason == f"asked to stop at iteration 3{CONTINUE} with --resume auto"

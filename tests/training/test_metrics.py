@@ -169,9 +169,15 @@ def test_wandb_is_started_under_megatrons_flags_and_a_run_named_by_them_or_its_f
         writer.write({"iteration": 3, "loss": 1.0, "validation_loss": None})
     assert told == [{"project": "p", "name": "e", "dir": str(tmp_path / "w"), "config": {"lr": 1e-3}}]
     assert calls == [(3, {"train/loss": 1.0}), "end"]
-    for folder, name in ((tmp_path / "first", "e"), (tmp_path / "first", None), (None, None)):
-        MetricsWriter(folder, LoggingConfig(wandb_project="p", wandb_exp_name=name), is_writer=True).close()
-    assert [words["name"] for words in told[1:]] == ["e", "first", None]
+    first, own = tmp_path / "first", str(tmp_path / "w")
+    for folder, name, files in ((first, "e", own), (first, None, None), (None, None, None)):
+        logging = LoggingConfig(wandb_project="p", wandb_exp_name=name, wandb_save_dir=files)
+        MetricsWriter(folder, logging, is_writer=True).close()
+    assert [(words["name"], words["dir"]) for words in told[1:]] == [
+        ("e", own),
+        ("first", str(first / "wandb")),
+        (None, "wandb"),
+    ]
 
 
 @pytest.mark.gpu("memory")

@@ -292,9 +292,11 @@ def stepped(adapters: ModelAdapters, optimizer: Any, **settings: Any) -> float:
 
 def test_groups_have_the_rates_and_the_decay_of_the_method(world):
     peft = PeftConfig(method="hybrid", lora_rank=2, lora_plus_ratio=4.0, boft_block_size=4, boft_factors=2)
-    groups = add_adapters(own_model(), peft).param_groups(lr=0.8, weight_decay=0.1)
+    adapters = add_adapters(model := own_model(), peft)
+    model.decoder.final_layernorm.weight.requires_grad = True  # a vector is not decayed, as by Megatron
+    groups = adapters.param_groups(lr=0.8, weight_decay=0.1)
     found = {(group["lr"], group["weight_decay"]): len(group["params"]) for group in groups}
-    assert found == {(0.8, 0.1): 4, (3.2, 0.1): 4, (0.1, 0.0): 4}
+    assert found == {(0.8, 0.1): 4, (3.2, 0.1): 4, (0.1, 0.0): 4, (0.8, 0.0): 1}
 
 
 def test_clipping_is_by_the_norm_that_is_returned(world):

@@ -189,12 +189,26 @@ def test_the_embedding_and_the_output_layer_have_rates_of_their_own_and_norms_an
         ({**LINEAR, "lr_warmup_fraction": 0.25}, [0.0, 0.5] + [1 - n / 6 for n in range(7)]),
         ({**LINEAR, "lr_warmup_fraction": 0.5, "lr_decay_iters": 4}, [0.0, 0.5, 1.0, 0.5] + [0.0] * 5),
         ({"lr_decay_style": "WSD", "lr_wsd_decay_iters": 2, "lr_wsd_decay_style": "linear"}, [1.0] * 7 + [0.5, 0.0]),
+        ({"lr_decay_style": "WSD", "lr_wsd_decay_iters": 2}, [1.0] * 7 + [2 * 0.5**0.5 - 1, 0.0]),
     ],
 )
 def test_the_schedule_counts_the_runs_iterations(start, settings, expected):
     state, _ = start(num_steps=8, optimizer={"lr": 1.0, **settings})
     for rate in expected:
         assert state.optimizer.param_groups[0]["lr"] == pytest.approx(rate)
+        state.schedule.step(state.config.global_batch_size)
+
+
+@pytest.mark.parametrize(
+    ("style", "expected"),
+    [("linear", [0.1, 0.15, 0.2, 0.25, 0.3]), ("cosine", [0.1, 0.2 - 0.1 * 0.5**0.5, 0.2, 0.2 + 0.1 * 0.5**0.5, 0.3])],
+    ids=["linear", "cosine"],
+)
+def test_weight_decay_increases_over_the_run(start, style, expected):
+    rising = {"start_weight_decay": 0.1, "end_weight_decay": 0.3, "weight_decay_incr_style": style}
+    state, _ = start(num_steps=4, optimizer={"lr_decay_iters": 2, **rising})
+    for decay in expected:
+        assert state.optimizer.param_groups[0]["weight_decay"] == pytest.approx(decay)
         state.schedule.step(state.config.global_batch_size)
 
 
@@ -236,8 +250,17 @@ def test_a_run_that_is_resumed_with_another_batch_trains_the_samples_that_are_le
     assert length_of_resumed(config, data, Position(steps, samples)) == expected
 
 
-@pytest.mark.parametrize(("settings", "decay"), [({}, 14), ({"lr_decay_samples": 10}, 10)])
+WSD = {"lr_decay_style": "WSD", "lr_wsd_decay_samples": 5}
+
+
+@pytest.mark.parametrize(
+    ("settings", "decay"),
+    [({}, 14), ({"lr_decay_samples": 10, "lr_warmup_samples": 3, **WSD}, 10)],
+    ids=["default", "typed"],
+)
 def test_the_decay_of_a_run_in_samples_is_as_long_as_it_was_typed_whatever_the_batch(start, settings, decay):
     samples = {"train_iters": None, "train_samples": 14}
     state, _ = start(training={"global_batch_size": 4, **samples}, optimizer=settings)
     assert (state.schedule.lr_decay_steps, state.schedule.wd_incr_steps) == (decay, 14)
+    others = (state.schedule.lr_warmup_steps, state.schedule.wsd_decay_steps)
+    assert others == (settings.get("lr_warmup_samples", 0), settings.get("lr_wsd_decay_samples"))

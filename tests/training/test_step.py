@@ -113,7 +113,9 @@ def test_a_packed_sample_does_not_see_the_one_before_it(start):
 
 def test_the_norm_is_of_a_steps_own_gradients_before_clipping_and_known_without(start):
     state, data = start(optimizer={"lr": 1e-30, "clip_grad": 1e9})
-    norms = [train_step(state, data.train.step_at(0)).grad_norm for _ in range(2)]
+    reports = [train_step(state, data.train.step_at(0), by_layer=True) for _ in range(2)]
+    norms = [report.grad_norm for report in reports]
+    assert [math.hypot(*report.layer_grad_norms) for report in reports] == pytest.approx(norms, rel=1e-5)
     norms += [_steps(start, 1, optimizer={"clip_grad": clip_grad})[0].grad_norm for clip_grad in (1e-3, 0.0)]
     assert norms == pytest.approx([norms[0]] * 4, rel=1e-5) and norms[0] > 1e-2
 
@@ -209,10 +211,12 @@ def peft(method, **settings):
         ("hybrid", {"hybrid_lambda": "fixed:0"}),
     ],
 )
-def test_every_adapted_layer_has_a_gradient_after_the_first_backward(start, method, settings):
+def test_every_adapted_layer_has_a_gradient_after_the_first_backward(start, monkeypatch, method, settings):
     state, data = start(**peft(method, **settings))
     train_step(state, next(iter(data.train)))
-    assert layers_without_gradient(state) == []
+    for others in ([], [{}]):  # another stage has other layers
+        monkeypatch.setattr(step, "gather_over_world", lambda own, others=others: [own, *others])
+        assert layers_without_gradient(state) == []
 
 
 def test_a_layer_that_is_cut_off_is_named_in_a_run(start, tmp_path, capsys):
@@ -225,22 +229,31 @@ def test_a_layer_that_is_cut_off_is_named_in_a_run(start, tmp_path, capsys):
     assert said.count("WARNING: 1 adapted layers have no gradient after the first step") == 1 and layer.name in said
 
 
-@pytest.mark.parametrize("method", ["boft", "urnn", "hybrid"])
-def test_orthogonality_is_recorded_with_validation(start, tmp_path, method, capsys):
-    groups = {"training": {"eval_interval": 2}, "checkpoint": {"save": str(tmp_path)}}
+@pytest.mark.parametrize(
+    ("method", "data_settings", "recorded"),
+    [
+        pytest.param("boft", {}, [2, 4], id="boft"),
+        pytest.param("urnn", {}, [2, 4], id="urnn"),
+        pytest.param("hybrid", {}, [2, 4], id="hybrid"),
+        pytest.param("boft", {"valid_data_path": ()}, [4], id="no validation data"),
+    ],
+)
+def test_orthogonality_is_recorded_with_validation_and_at_the_end(
+    start, tmp_path, method, data_settings, recorded, capsys
+):
+    groups = {"training": {"eval_interval": 2}, "checkpoint": {"save": str(tmp_path)}, "data_settings": data_settings}
     state, data = start(**peft(method, peft_lr_rotation=1e-2), **groups)
     train(state, data, RecordedSaves())
     records = read_metrics(tmp_path / METRICS_FILE)
-    errors = [record.get("orthogonality_error") for record in records if "validation_loss" in record]
-    assert len(errors) == 2 and all(0 < error < ORTHOGONALITY_LIMIT for error in errors)
+    errors = {one["iteration"]: one["orthogonality_error"] for one in records if "orthogonality_error" in one}
+    assert [*errors] == recorded and all(0 < error < ORTHOGONALITY_LIMIT for error in errors.values())
     assert "WARNING" not in capsys.readouterr().out
 
 
 def test_a_rotation_that_drifts_gives_a_warning(start, tmp_path, capsys):
     state, data = start(**peft("boft", boft_parametrization="projection"), checkpoint={"save": str(tmp_path)})
     assert largest_orthogonality_error(state) == 0
-    for layer in linear_layers(state.model_chunks[0]):
-        layer.module.adapter.project = lambda: None
+    [*linear_layers(state.model_chunks[0])][-1].module.adapter.project = lambda: None
     train(state, data, RecordedSaves())
     assert largest_orthogonality_error(state) > ORTHOGONALITY_LIMIT
     assert "away from orthogonal, above 1e-05: lower --peft-lr-rotation" in capsys.readouterr().out
