@@ -68,8 +68,6 @@ MAY_OPEN: Mapping[str, set[str]] = {
     "serving.engine": {"json.loads"},  # what our script has written
     "serving.vllm_script": {"json.loads", "load_file"},  # and what it was asked
     "serving.llama_cpp_script": {"json.loads", "safe_open"},  # and the adapters that it converts
-    "benchmarks.absent_ranks": {"pickle.loads"},  # what our own processes have given
-    "benchmarks.scale": {"pickle.loads"},  # what was pickled a moment ago
     "benchmarks.inference": {"json.loads"},  # a value that was written a moment ago
     "benchmarks.files": {"safe_open"},  # the yardstick is the library alone
 }
