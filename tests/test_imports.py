@@ -50,15 +50,14 @@ ALLOWED = {**ALLOWED, "commands": {*ROOMS, "benchmarks"} - {"adapters", "checkpo
 OPENERS = {
     *("json.load", "json.loads", "json.JSONDecoder", "yaml.load", "yaml.safe_load", "gzip.open", "gzip.decompress"),
     *("pickle.load", "pickle.loads", "pickle.Unpickler", "torch.load", "numpy.load", "np.load"),
-    *("pickle._Unpickler", "BoundedUnpickler"),
     *("safe_open", "load_file", "safetensors.torch.load_file", "safetensors.safe_open"),
 }
 MAY_OPEN: Mapping[str, set[str]] = {
     "config.untrusted": {"json.JSONDecoder", "yaml.load", "gzip.open"},
     "conversion.hf_files": {"safe_open", "torch.load"},  # weights, their pickles with weights_only
     # Other people's checkpoints, inertly.
-    "checkpoint.safe_pickle": {"torch.load", "pickle._Unpickler", "BoundedUnpickler"},
-    "conversion.megatron_files": {"BoundedUnpickler"},  # descriptions of tensors; no name but those of a list
+    "checkpoint.safe_pickle": {"torch.load", "pickle.Unpickler"},
+    "conversion.megatron_files": {"pickle.Unpickler"},  # descriptions of tensors; no name but those of a list
     "tasks.readers": {"gzip.open"},  # within a wheel, up to untrusted's limit
     "evaluation.sandbox_driver": {"json.load", "json.loads"},  # a script of its own: a job, and answers
     "runtime.ranks": {"pickle.loads"},  # what our own processes have written
