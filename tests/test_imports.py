@@ -1,16 +1,12 @@
 """Imports point one way, and a few things are done in one place only. Everything here reads source, runs none."""
 
 import ast
-import importlib
-import importlib.util
 from collections.abc import Iterator, Mapping
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
-
-from megatron_peft import MOVED
 
 PACKAGE = Path(__file__).parents[1] / "megatron_peft"
 SHAPELESS_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}
@@ -255,12 +251,3 @@ def test_walk_finds_patches_unsafe_loads_and_who_opens_a_file() -> None:
     assert openers(ast.parse(text)) == {"json.loads", "pickle.Unpickler"}
     unsafe = ["torch.load(f)", "torch.load(f, weights_only=False)", "torch.load(f, None, p)"]
     assert unsafe_loads(ast.parse("\n".join([*unsafe, "torch.load(f, mmap=True, weights_only=True)"]))) == unsafe
-
-
-@pytest.mark.parametrize(("was", "now"), MOVED.items())
-def test_a_module_is_found_by_the_name_that_it_had(was: str, now: str) -> None:
-    """Task files name functions by it, experiments run it with `python -m`."""
-    public = {name for name in vars(importlib.import_module(now)) if name[0] != "_"}
-    assert public <= vars(importlib.import_module(was)).keys()
-    found = importlib.util.find_spec(was)
-    assert found is not None and found.loader.get_code(was) is not None  # type: ignore[union-attr]

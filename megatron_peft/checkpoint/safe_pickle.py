@@ -102,7 +102,7 @@ def read_metadata(folder: Path) -> Metadata:
             stored = vars(_IndexUnpickler(file, path).load())
         tensors = {key: _tensor(entry) for key, entry in stored["state_dict_metadata"].items() if _is_tensor(entry)}
         places = dict(_place(path, *item) for item in stored["storage_data"].items() if item[0].fqn in tensors)
-        index = Metadata(tensors, storage_data=places)
+        index = Metadata(dict(tensors), storage_data=places)
         require_whole(path, index)
         return index
     except ConfigurationError:
