@@ -12,9 +12,7 @@ They are imported when they are first used: `import megatron_peft` needs no torc
 """
 
 import logging
-import sys
 import warnings
-from importlib.util import find_spec, spec_from_file_location
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
@@ -45,24 +43,6 @@ def __getattr__(name: str) -> Any:
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
-
-# Names that stand in people's task files and experiments -> the module that holds their code now.
-MOVED = {
-    "megatron_peft.demo.experiment_data": "megatron_peft.demo.data",
-    "megatron_peft.evaluation.humaneval": "megatron_peft.evaluation.task_metrics",
-}
-
-
-class _MovedModules:
-    """Finds a module by the name that it had, for `import` and for `python -m`."""
-
-    @staticmethod
-    def find_spec(name, path=None, target=None):
-        now = find_spec(MOVED[name]) if name in MOVED else None
-        return now and spec_from_file_location(name, now.origin)
-
-
-sys.meta_path.append(_MovedModules)  # type: ignore[arg-type]  # after all others: a module that is there comes first
 
 # On every rank, in whatever order it is imported: what megatron-core warns of its own defaults and of packages that may
 # be missing, and torch 2.13 of collectives that megatron-core calls.

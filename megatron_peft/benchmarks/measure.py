@@ -1,16 +1,12 @@
 """How benchmarks measure: CPU seconds of steps that take turns, memory, products; figures and tables."""
 
 import dataclasses
-import inspect
 import json
-import os
-import pickle
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,7 +24,6 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from megatron_peft.benchmarks.subjects import STEPS, Setting, Step, on_ranks
 from megatron_peft.runtime.cpu_kernels import give_back_freed_memory
-from megatron_peft.runtime.fake_ranks import replaced
 from megatron_peft.training.metrics import memory_bytes
 
 # CPU seconds of several steps that take turns, so that whatever else the machine does falls on all of them alike.
@@ -130,99 +125,6 @@ def peak_of_program(program: str) -> int:
     last = "print([line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')][0])"
     done = subprocess.run([sys.executable, "-c", f"{program}\n{last}"], capture_output=True, text=True, check=True)
     return int(done.stdout.splitlines()[-1]) * 1024
-
-
-# What a process asks of its host and of the file system, in phases.
-
-COLLECTIVES = ("all_gather_object", "gather_object", "broadcast_object_list", "scatter_object_list")
-
-
-@dataclass
-class Costs:
-    """What a phase costs one rank. Bytes read are those of read calls: of a mapped file none.
-
-    disk_bytes: what came from a disk, and not from the host's memory.
-    """
-
-    cpu_seconds: float = 0.0
-    gathers: int = 0  # collectives of objects
-    object_bytes: int = 0  # their pickles, which it sends or receives
-    opened: int = 0  # files, each as often as it is
-    read_bytes: int = 0
-    disk_bytes: int = 0
-    descriptors: int = 0  # open at the end
-    resident_bytes: int = 0  # the most
-
-
-class Meter(ExitStack):
-    """Counts while it is entered; `phase` tells what. Its process keeps a hook for good."""
-
-    def __enter__(self) -> "Meter":
-        self.phases: dict[str, Costs] = {}
-        self.created: list[str] = []  # files, since whoever reads it has emptied it
-        self.meshes = 0  # descriptors of groups that a fake world does not open
-        self._costs, self._aside, self._is_aside = Costs(), 0.0, False
-        sys.addaudithook(self._count_open)
-        for name in COLLECTIVES:
-            self.enter_context(replaced(dist, name, partial(self._counted, name, getattr(dist, name))))
-        return self
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """A second phase of this name takes the place of the first."""
-        Path("/proc/self/clear_refs").write_text("5")  # the peak of resident memory is what is resident
-        read, from_disk = _bytes_read()
-        costs = self._costs = self.phases[name] = Costs(-time.process_time())
-        self._aside = 0.0
-        yield
-        costs.cpu_seconds += time.process_time() - self._aside
-        all_read, all_from_disk = _bytes_read()
-        costs.read_bytes, costs.disk_bytes = all_read - read, all_from_disk - from_disk
-        costs.resident_bytes = memory_bytes()[1]
-        costs.descriptors = len([*Path("/proc/self/fd").iterdir()]) + self.meshes
-        self._costs = Costs()
-
-    @contextmanager
-    def aside(self) -> Iterator[None]:
-        """What happens inside is the measurement's own work."""
-        was_aside, self._is_aside, began_at = self._is_aside, True, time.process_time()
-        yield
-        self._aside += 0.0 if was_aside else time.process_time() - began_at
-        self._is_aside = was_aside
-
-    def _counted(self, name: str, usual: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        given = inspect.signature(usual).bind(*args, **kwargs).arguments
-        value = given.get("obj", given.get("object_list", given.get("scatter_object_input_list")))
-        receives_all = name == "all_gather_object" or given.get("object_gather_list") is not None
-        with self.aside():
-            self._costs.gathers += 1
-            copies = dist.get_world_size(given.get("group")) if receives_all else 1
-            self._costs.object_bytes += copies * len(pickle.dumps(value))
-        self.answer(usual, given)
-
-    def answer(self, usual: Callable[..., Any], given: dict[str, Any]) -> None:
-        """Run a collective of objects with these arguments, which are given by name."""
-        usual(**given)
-
-    def _count_open(self, event: str, args: tuple[Any, ...]) -> None:
-        """The interpreter calls it before Python opens a file."""
-        if event == "open" and not (self._is_aside or isinstance(args[0], int) or str(args[0]).startswith("/proc/")):
-            self._costs.opened += 1
-            self.created += [os.fsdecode(args[0])] if args[2] & os.O_CREAT else []
-
-
-def _bytes_read() -> tuple[int, int]:
-    """Those of all read calls, and those that came from a disk."""
-    words = Path("/proc/self/io").read_text().split()
-    return int(words[1]), int(words[words.index("read_bytes:") + 1])
-
-
-def forget_files(folder: Path) -> None:
-    """Leave the files on the disk alone: whoever reads them next reads from there."""
-    for path in (path for path in folder.rglob("*") if path.is_file()):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 # A figure: what was measured, the target, and whether it is reached; as a table and as JSON.

@@ -1,7 +1,5 @@
 """Write and read tensors in megatron-core's `torch_dist` format; each rank handles its own slices."""
 
-import copyreg
-import pickle
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,13 +15,14 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_conf
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensor, ShardedTensorFactory, is_main_replica
 from megatron.core.dist_checkpointing.strategies import torch as core
 from torch import Tensor, nn
-from torch.distributed.checkpoint import Metadata, ReadItem, TensorStorageMetadata
-from torch.distributed.checkpoint.filesystem import _StorageInfo, _StoragePrefix
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint import Metadata, ReadItem, SavePlan, TensorStorageMetadata
+from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
+from torch.distributed.checkpoint.filesystem import _StoragePrefix
+from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_peft.adapters.attach import all_names, linear_layers
 from megatron_peft.checkpoint.folders import INDEX, OPTIMIZER_FILE, FileSum, measure
-from megatron_peft.checkpoint.safe_pickle import plain_reason, read_metadata, require_loadable, without_collection
+from megatron_peft.checkpoint.safe_pickle import plain_reason, read_metadata, require_whole
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.config.untrusted import require_finite
 from megatron_peft.parallel.collectives import from_first_rank_by_stage, start_broadcast
@@ -53,23 +52,11 @@ def with_data(sharded: Sharded, data: Tensor) -> Sharded:
     return replace(sharded, data=data, **own_type)
 
 
-class WrittenSlice(NamedTuple):
-    """A slice of a global tensor, and the bytes of a file that hold it. torch's own classes take long to send."""
-
-    key: str
-    dtype: torch.dtype
-    global_shape: tuple[int, ...]
-    offset: tuple[int, ...]
-    shape: tuple[int, ...]
-    file: str
-    start: int
-    length: int
-
-
 class Written(NamedTuple):
-    """What a rank has written: its slices, and size and checksum of each file, by name."""
+    """Files that a rank has written: torch's plan and results, and size and checksum of each file, by name."""
 
-    slices: list[WrittenSlice]
+    plan: SavePlan
+    results: list[WriteResult]
     sums: dict[str, FileSum]
 
 
@@ -99,19 +86,13 @@ class RankFiles:
             planner = core.MCoreSavePlanner(flatten_state_dict=False)
             planner.set_up_planner(core.mcore_to_pyt_state_dict(_by_key(self._own)))
             plan = planner.create_local_plan()
-            described: dict[Any, Any] = {item.index: item.tensor_data for item in plan.items}
-            slices = []
+            results: list[WriteResult] = []
             for kind, is_parameter in (("_", True), (OPTIMIZER_FILE, False)):  # few exports read the second file
                 items = [item for item in plan.items if item.index.fqn.startswith(NOT_PARAMETERS) != is_parameter]
                 of_file = replace(plan, items=items, storage_data=_StoragePrefix(f"__{dist.get_rank()}{kind}"))
-                for result in self._writer.write_data(of_file, planner).value() if items else ():
-                    data, place = described[result.index], result.storage_data
-                    sizes = tuple(data.size), tuple(data.chunk.offsets), tuple(data.chunk.sizes)
-                    where = place.relative_path, place.offset, place.length
-                    slices.append(WrittenSlice(result.index.fqn, data.properties.dtype, *sizes, *where))
-            return Written(
-                slices, {name: measure(self._folder / name) for name in sorted({written.file for written in slices})}
-            )
+                results += self._writer.write_data(of_file, planner).value() if items else []
+            names = sorted({result.storage_data.relative_path for result in results})
+            return Written(plan, results, {name: measure(self._folder / name) for name in names})
 
 
 def write_common_files(folder: Path) -> None:
@@ -122,49 +103,13 @@ def write_common_files(folder: Path) -> None:
 
 def complete_files(folder: Path, by_rank: Sequence[Written]) -> dict[str, FileSum]:
     """Write the files common to all ranks, on the first rank. Returns the sums of all ranks' files, by name."""
-    with _write_errors(folder), without_collection():
-        _write_index(folder, by_rank)  # what it made has gone by when objects are collected again
+    with _write_errors(folder):
+        _, index = create_default_global_save_plan([written.plan for written in by_rank])
+        results = [written.results for written in by_rank]
+        torch_checkpoint.FileSystemWriter(folder, sync_files=False).finish(index, results)  # synced when published
+        require_whole(folder / INDEX, index)
         write_common_files(folder)
     return {name: sums for written in by_rank for name, sums in written.sums.items()}
-
-
-class _Place(NamedTuple):
-    """Stands for a MetadataIndex, which would not share its offset with others."""
-
-    key: str
-    offset: torch.Size
-    hint: int  # where the slice is in the list of its tensor's
-
-
-class _IndexPickler(pickle.Pickler):
-    """Pickles the two classes of which an index has most as calls: states in dictionaries take half as long again."""
-
-    dispatch_table = {
-        **copyreg.dispatch_table,
-        _Place: lambda place: (MetadataIndex, tuple(place)),
-        WrittenSlice: lambda entry: (_StorageInfo, (entry.file, entry.start, entry.length)),
-    }
-
-
-def _write_index(folder: Path, by_rank: Sequence[Written]) -> None:
-    tensors: dict[str, Any] = {}
-    places: dict[Any, Any] = {}
-    equal: dict[Any, Any] = {}  # what is equal is one object, since it is pickled once
-    for entry in (entry for written in by_rank for entry in written.slices):
-        tensor, key = tensors.get(entry.key), equal.setdefault(entry.key, entry.key)
-        if tensor is None:
-            properties, shape = TensorProperties(entry.dtype), torch.Size(entry.global_shape)
-            tensor = tensors[key] = TensorStorageMetadata(properties, shape, [])
-        chunk = equal.get(where := (entry.offset, entry.shape))
-        if chunk is None:
-            offset, size = (equal.setdefault(numbers, torch.Size(numbers)) for numbers in where)
-            chunk = equal[where] = ChunkStorageMetadata(offset, size)
-        places[_Place(key, chunk.offsets, len(tensor.chunks))] = entry
-        tensor.chunks.append(chunk)
-    index = Metadata(tensors, storage_data=places)
-    with open(folder / INDEX, "wb") as file:
-        _IndexPickler(file).dump(index)
-    require_loadable(folder / INDEX, index)
 
 
 def _copies(tensors: Iterable[ShardedTensor]) -> list[ShardedTensor]:

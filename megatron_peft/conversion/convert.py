@@ -6,18 +6,16 @@ key for each layer. The rules of `models.rules` go both ways; one slice or one p
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from math import prod
-from os import PathLike
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Size, Tensor
-from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter, WriteItem, filesystem, metadata, planner
+from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter, WriteItem, metadata, planner
 from torch.utils.serialization import config as serialization_config
 
 from megatron_peft.checkpoint.folders import MANIFEST, OPTIMIZER_FILE, RECORD, check_new, megatron_files, new_folder
@@ -33,13 +31,7 @@ from megatron_peft.conversion.pretrained import (
     read_model_shape,
     read_trained_values,
 )
-from megatron_peft.conversion.writer import (
-    DEFAULT_SHARD_BYTES,
-    DirectFile,
-    byte_bar,
-    require_no_overflow,
-    write_safetensors,
-)
+from megatron_peft.conversion.writer import DEFAULT_SHARD_BYTES, byte_bar, require_no_overflow, write_safetensors
 from megatron_peft.models.families import config_of_shape, read_shape
 from megatron_peft.models.rules import HFSlice, Rule, VocabularyRows
 from megatron_peft.models.shape import ModelShape
@@ -186,20 +178,12 @@ class _StreamingPlanner(DefaultSavePlanner):
         return self._current
 
 
-class _DirectFileSystem(filesystem.FileSystem):
-    @contextmanager
-    def create_stream(self, path: str | PathLike, mode: str) -> Iterator[DirectFile]:
-        with DirectFile(Path(path)) as file:
-            yield file
-
-
 class _Writer(FileSystemWriter):
-    """torch's writer of distributed checkpoints, past the page cache."""
+    """torch's writer of distributed checkpoints, whose index is the same for the same model."""
 
     def __init__(self, folder: Path) -> None:
         # No copying ahead: it would sort the slices by size. `new_folder` syncs the files.
         super().__init__(folder, sync_files=False, per_thread_copy_ahead=0)
-        self.fs = _DirectFileSystem()
 
     def storage_meta(self) -> metadata.StorageMeta:
         return metadata.StorageMeta()  # torch's has the path of the draft and a random id

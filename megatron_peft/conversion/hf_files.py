@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_peft.checkpoint.safe_pickle import TORN, plain_reason, require_harmless
+from megatron_peft.checkpoint.safe_pickle import DAMAGE_ERRORS, plain_reason
 from megatron_peft.config import ConfigurationError, DataConfig, require, untrusted
 from megatron_peft.models.rules import HFTensor, Index, RowRange, Rule
 
@@ -94,7 +94,6 @@ class TorchFile:
     """A memory-mapped pytorch_model*.bin; only tensors are unpickled."""
 
     def __init__(self, path: Path) -> None:
-        require_harmless(path)
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         require(
             isinstance(state, dict) and all(isinstance(name, str) for name in state),
@@ -285,7 +284,7 @@ def _open_file(path: Path) -> SafetensorsFile | TorchFile:
         return FORMATS[path.suffix](path)
     except ConfigurationError:
         raise
-    except (*TORN, OSError, SafetensorError) as error:
+    except (*DAMAGE_ERRORS, OSError, SafetensorError) as error:
         reason = plain_reason(error)
         with path.open("rb") as file:
             start = file.read(max(map(len, LOOKALIKES)))

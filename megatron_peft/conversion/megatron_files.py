@@ -12,7 +12,7 @@ import pickle
 import re
 import struct
 import zipfile
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from megatron_peft.checkpoint.folders import INDEX, RANK_FILES, RANK_FOLDER
-from megatron_peft.checkpoint.safe_pickle import TORN, BoundedUnpickler, Collection, load_inertly, read_metadata
+from megatron_peft.checkpoint.safe_pickle import DAMAGE_ERRORS, load_inertly, read_metadata
 from megatron_peft.checkpoint.tensors import ADAPTER, master_key
 from megatron_peft.config import ConfigurationError, require, untrusted
 from megatron_peft.conversion.hf_files import ReadCounts, listed, raise_problems
@@ -114,8 +114,8 @@ def map_tensor(path: Path, start: int, length: int) -> MappedTensor:
     """A tensor that torch.save wrote at these bytes of a file, mapped until it and its views are freed.
 
     The format is an uncompressed zip archive in which `data.pkl` describes the tensor and names the record of its
-    data. `torch.load` would copy the data, and takes long for tensors below a MiB. Raises one of TORN: torn, or not a
-    single tensor.
+    data. `torch.load` would copy the data, and takes long for tensors below a MiB. Raises one of
+    DAMAGE_ERRORS: torn, or not a single tensor.
     """
     before = start % mmap.ALLOCATIONGRANULARITY
     with open(path, "rb") as file:
@@ -138,7 +138,7 @@ def map_tensor(path: Path, start: int, length: int) -> MappedTensor:
     return MappedTensor(np.ndarray(shape, f"i{size_of_one}", data, offset * size_of_one, strides), dtype)
 
 
-class _Description(BoundedUnpickler):
+class _Description(pickle.Unpickler):
     """Loads (storage, offset, shape, strides, ...) of a tensor; storage is (kind, dtype, key, device, length)."""
 
     def persistent_load(self, pid: Any) -> Any:
@@ -148,7 +148,7 @@ class _Description(BoundedUnpickler):
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
             return lambda *described: described
         if (module, name) == ("collections", "OrderedDict"):
-            return Collection
+            return OrderedDict
         # The public `dtype` of these classes warns that they are deprecated.
         dtype = getattr(getattr(torch, name, None), "_dtype", None) if module == "torch" else None
         if not name.endswith("Storage") or not isinstance(dtype, torch.dtype):
@@ -186,7 +186,7 @@ def _load(path: Path, start: int, length: int, key: str, shape: tuple[int, ...],
     try:
         tensor = map_tensor(path, start, length)
         values = tensor[index] if tensor.bits.shape == shape else None
-    except TORN as error:
+    except DAMAGE_ERRORS as error:
         raise ConfigurationError(f"{path} is damaged where it holds {key}: {error}".partition("\n")[0]) from error
     if values is None:
         raise ConfigurationError(f"{path} is damaged: it does not hold {key} {list(shape)} where its index says so.")

@@ -257,7 +257,7 @@ def _check_examples(task: Any, num_fewshot: int | None) -> None:
 
 
 HARNESS = Path(utils.__file__).parent.resolve()
-FUNCTIONS_OF = ("megatron_peft.evaluation.task_metrics", "megatron_peft.evaluation.humaneval", "lm_eval.api.metrics")
+FUNCTIONS_OF = ("megatron_peft.evaluation.task_metrics", "lm_eval.api.metrics")
 READERS = {"arrow", "csv", "json", "parquet", "text"}  # of datasets' own; others read pickles, or ask databases
 DATA = {"dataset_path", "dataset_name", "dataset_kwargs"}
 DATA_SETTINGS = {"data_dir", "data_files", "field", "revision", "trust_remote_code"}  # the last one is ignored

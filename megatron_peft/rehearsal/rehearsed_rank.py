@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from torch import Tensor, nn
+from torch.distributed.checkpoint import SavePlan
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from megatron_peft.adapters.attach import linear_layers
@@ -205,7 +206,7 @@ def _save(state: TrainingState) -> None:
         step.whole_parameters(state.model_chunks),
         replaced(folders, "start_draft", lambda *_: Path()),
         replaced(save, "base_fingerprint", lambda _: None),
-        replaced(tensors.RankFiles, "write", lambda _: tensors.Written([], {})),
+        replaced(tensors.RankFiles, "write", lambda _: tensors.Written(SavePlan([]), [], {})),
         replaced(save.DraftedCheckpoint, "_publish", lambda *_: None),
     ):
         save.draft_checkpoint(state).complete()

@@ -215,7 +215,7 @@ def _failed_saves(run: Run, folder: Path) -> dict[str, Any]:
     before, found = _contents(folder), {}
     phases = {
         "data on rank 1": (1, FileSystemWriter, "write_data"),
-        "metadata": (0, sharded_files._IndexPickler, "dump"),
+        "metadata": (0, FileSystemWriter, "finish"),
         "common file": (0, sharded_files, "save_config"),
         "record": (0, Path, "write_text"),
     }

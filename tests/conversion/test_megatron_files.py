@@ -97,7 +97,7 @@ def with_nan(path):
     [
         (Path.unlink, None, True, "megatron lacks __0_0.distcp, which its index lists"),
         (lambda path: path.write_bytes(path.read_bytes()[:-1]), None, True, "is truncated: __0_0.distcp"),
-        (None, lambda places: places.pop(PART), True, "slices are missing from a.weight"),
+        (None, lambda places: places.pop(PART), True, r"key:a.weight has a slice at \(0, 0\) that is stored nowhere"),
         (lambda path: path.write_bytes(bytes(path.stat().st_size)), None, False, "is damaged where it holds a.weight"),
         (with_nan, None, False, "__0_0.distcp holds NaN or infinities in a.weight"),
         (None, lambda places: places.update({PART: places[OTHER]}), False, r"not hold a.weight \[3, 4\] where its"),

@@ -1,11 +1,6 @@
-"""Safetensors that are written one by one are what the library would write, whatever the file system does."""
+"""Sharded safetensors hold every tensor once, within the size limit."""
 
-import errno
-import fcntl
 import json
-import os
-import random
-from functools import partial
 
 import pytest
 import torch
@@ -13,8 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from megatron_peft.config import ConfigurationError
-from megatron_peft.conversion import writer as direct_file
-from megatron_peft.conversion.writer import DirectFile, parse_bytes, write_safetensors
+from megatron_peft.conversion.writer import parse_bytes, write_safetensors
 
 TENSORS = {
     "a": torch.randn(3, 5),
@@ -58,74 +52,3 @@ def test_sizes_are_understood():
     for text in ("", "5 bananas", "-1GB", "0MB", "0.5"):
         with pytest.raises(ConfigurationError, match="--max-shard-size .* is not a size"):
             parse_bytes(text)
-
-
-PAGE = 4096
-
-
-@pytest.fixture
-def file(tmp_path, monkeypatch):
-    """The place of a file that is written in blocks of two pages."""
-    monkeypatch.setattr(direct_file, "BLOCK_BYTES", 2 * PAGE)
-    return tmp_path / "file"
-
-
-def check_writing(path, lengths: list[int]) -> None:
-    pieces = [random.randbytes(length) for length in lengths]
-    with DirectFile(path) as file:
-        for number, piece in enumerate(pieces):
-            assert file.tell() == sum(lengths[:number])
-            assert file.write(memoryview(piece)) == len(piece)
-    assert path.read_bytes() == b"".join(pieces)
-
-
-LENGTHS = [[], [0], [1], [PAGE], [2 * PAGE], [2 * PAGE + 1], [PAGE, PAGE, 5], [7 * PAGE + 3], [1] * 9, [3000] * 20]
-
-
-@pytest.mark.parametrize("lengths", LENGTHS)
-def test_everything_arrives(lengths, file):
-    check_writing(file, lengths)
-
-
-def refuse(error: int, when, common, calls, *args):
-    if when(*args):
-        calls.append(args)
-        raise OSError(error, os.strerror(error))
-    return common(*args)
-
-
-def write_short(common, calls, descriptor, data):
-    calls.append(data)
-    return common(descriptor, data[:PAGE] if len(calls) == 1 else data[:1000])
-
-
-def is_direct(descriptor, data):
-    return bool(fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT)
-
-
-@pytest.mark.parametrize(
-    ("module", "name", "change", "num_calls"),
-    [
-        (fcntl, "fcntl", partial(refuse, errno.EINVAL, lambda *args: args[-1] & os.O_DIRECT), {1}),
-        (os, "write", partial(refuse, errno.EINVAL, is_direct), {0, 1}),  # 0 where O_DIRECT is not known here
-        (os, "write", write_short, range(5, 1000)),
-    ],
-    ids=["refused when opened", "refused when written", "parts of a block"],
-)
-def test_file_systems_with_ways_of_their_own_hold_everything_too(module, name, change, num_calls, file, monkeypatch):
-    calls = []
-    monkeypatch.setattr(module, name, partial(change, getattr(module, name), calls))
-    check_writing(file, [5 * PAGE + 1])
-    assert len(calls) in num_calls
-
-
-def test_other_errors_of_writing_are_raised_once_and_no_file_is_overwritten(file, monkeypatch):
-    opened = DirectFile(file)
-    with pytest.raises(FileExistsError):
-        DirectFile(file)
-    monkeypatch.setattr(os, "write", partial(refuse, errno.ENOSPC, lambda *_: True, os.write, []))
-    with pytest.raises(OSError, match="No space left"):
-        opened.write(bytes(2 * PAGE))
-    monkeypatch.undo()
-    opened.close()
-    opened.close()
