@@ -106,9 +106,14 @@ def test_values_are_of_the_end_the_whole_run_and_the_score_and_items_are_kept(tm
 
 def test_epoch_is_as_long_as_its_steps_and_a_killed_run_tells_no_parameters() -> None:
     assert trainable_parameters("killed") is None
-    lines = [{"iteration": at, "epoch": at / 400, "loss": 1.0, "step_seconds": 0.5} for at in range(1, 401)]
+    peaks = {200: 9, 400: 5}  # the highest need not be the last
+    lines = [
+        {"iteration": at, "epoch": at / 200, "loss": 1.0, "step_seconds": 0.5, "peak_memory_bytes": peaks.get(at, 1)}
+        for at in range(1, 401)
+    ]
     found = from_metrics(lines)
-    assert found["epoch_seconds"] == pytest.approx(200) and len(found["curves"]["loss"]) <= MOST_POINTS + 1
+    assert found["peak_memory_bytes"] == 9
+    assert found["epoch_seconds"] == pytest.approx(100) and len(found["curves"]["loss"]) <= MOST_POINTS + 1
 
 
 def end(folder: Path, *cells: Cell, loss: float | None = 1.0, **values: object) -> None:

@@ -29,7 +29,7 @@ from megatron_peft.experiment.results import Comparison, Results, read_results
 from megatron_peft.experiment.tables import rows
 from tests.experiment import small_results
 from tests.experiment.small_experiment import content
-from tests.experiment.small_results import LOSSES, as_the_paper, record_of, results
+from tests.experiment.small_results import LAYERS, LOSSES, as_the_paper, record_of, results
 from tests.time_limits import seconds
 from tools import documents
 from tools.documents import filled
@@ -355,6 +355,14 @@ def test_gradient_norms_by_layer_are_means_over_runs_and_iterations(found: Resul
     for cell in (cell for result in found.all for cell in result.chosen):
         write_record(tmp_path, cell, record_of(cell, grad_norms={}))
     assert plots.draw_depths(read_results(tmp_path), "tiny", "talk") is None
+
+
+def test_lambdas_are_means_over_the_final_runs(found: Results, tmp_path: Path) -> None:
+    cell = found.all[2].chosen[2]
+    by_layer = {LAYERS[0]: [0.5, 0.6], LAYERS[1]: [0.5, 0.5]}
+    write_record(tmp_path, cell, record_of(cell, lambdas={"iterations": [20, 40], "by_layer": by_layer}))
+    panel, _ = plots.draw_mean_lambdas(read_results(tmp_path).all[2]).axes
+    assert panel.images[0].get_array().ravel().tolist() == pytest.approx([0.5, 0.4, 0.5, 0.7])
 
 
 def test_the_headline_has_a_dot_for_each_run_and_colors_the_best(found: Results) -> None:

@@ -94,6 +94,12 @@ def test_record_that_is_not_of_the_files_words_is_refused(
         read_results(tmp_path)
 
 
+def test_named_experiment_file_goes_before_the_copy_in_the_folder(tmp_path: Path) -> None:
+    other = tmp_path / "other.yaml"
+    other.write_text((write_cells(tmp_path) / "experiment.yaml").read_text().replace("title: Small", "title: Other"))
+    assert [read_results(tmp_path, file).experiment.title for file in (None, other)] == ["Small", "Other"]
+
+
 def test_records_fit_a_file_that_gained_a_method(tmp_path: Path) -> None:
     path = write_cells(tmp_path) / "experiment.yaml"
     path.write_text(path.read_text().replace("methods:", "methods:\n  boft: {grid: {lr: [0.1, 0.4]}}"))
@@ -140,6 +146,8 @@ def test_half_the_steps_are_two_times_fewer_seed_by_seed(found: Results) -> None
     assert paired[-1] == StepsTo(20, 20 / 15, False, 1, 2), "one of two never arrives"
     assert str(paired[-1]) == "1/2 reach it" and str(at_40) == "2.00" and str(at_10) == "≥ 1.00"
     assert steps_to({1: run(1)}, {2: run(1)}) == []
+    early = steps_to({1: run(1, 1), 2: run(9, 2)}, {1: run(4, 2), 2: run(4, 2)})
+    assert early[-1] == StepsTo(20, 20 / 15, True, 2, 2), "one of two had it at its first measurement"
     rising = steps_to({1: run(3, 1, 1, 1)}, {1: run(3, 2, 2, 2.5), 2: run(0, 0, 0, 0)})
     assert [at.steps for at in rising] == [10, 20], "a loss that every run had before is no goal"
     lora = found.all[0].finals

@@ -100,11 +100,13 @@ def test_time_is_that_of_the_steps_in_this_folder(folder: Path, first, num_lines
 
 
 def test_gradient_norms_by_layer_are_drawn_where_they_are_recorded(folder: Path) -> None:
-    norms = [{"0": 1.0, "1": 2.0}, {"0": None, "1": 3.0}]
-    write_lines(folder / "metrics.jsonl", [line(2)] + [line(at, grad_norm_by_layer=norms[at - 3]) for at in (3, 4)])
+    norms = [{"0": 1.0, "1": 2.0}, *[{"0": 9.0, "1": 9.0}] * 3, {"0": None, "1": 3.0}]
+    lines = [line(at, grad_norm_by_layer=of_layers) for at, of_layers in enumerate(norms, start=3)]
+    write_lines(folder / "metrics.jsonl", [line(2), *lines])
     (axes,) = build_run_report(read_run(folder)).sections[1].figures["depth"].axes
     drawn = {str(one.get_label()): np.asarray(one.get_xydata()).tolist() for one in axes.lines}
-    assert drawn["iteration 3"] == [[0, 1], [1, 2]] and drawn["iteration 4"][1] == [1, 3]
+    assert [*drawn] == ["iteration 3", "iteration 5", "iteration 7"]
+    assert drawn["iteration 3"] == [[0, 1], [1, 2]] and drawn["iteration 7"][1] == [1, 3]
 
 
 def test_a_finished_run_has_its_settings_lambdas_and_answers(folder: Path) -> None:
@@ -125,6 +127,13 @@ def test_a_finished_run_has_its_settings_lambdas_and_answers(folder: Path) -> No
     settings = {name: value for name, value in found.sections[-1].tables[0].rows}
     assert settings["--lora-rank"] == "4" and settings["--train-data-path"] == "pairs.jsonl"
     assert not {"--lora-alpha", "--eval-interval", "--peft-method"} & settings.keys(), "defaults"
+
+
+def test_settings_show_switches_as_yes_and_no() -> None:
+    config = make_record().config
+    training, model = replace(config.training, exit_signal_handler=False), replace(config.model, bf16=True)
+    rows = dict(run_report.settings_table(make_record(config=replace(config, training=training, model=model))).rows)
+    assert (rows["--bf16"], rows["--exit-signal-handler"]) == ("yes", "no")
 
 
 def test_an_answer_that_repeats_itself_is_cut_and_packs_are_no_samples(folder: Path) -> None:

@@ -366,11 +366,11 @@ def test_grid_without_a_finite_loss_is_reported(tmp_path: Path) -> None:
 
 
 def half_done(folder: Path):
-    """LoRA's grid (0.4 is best) and two of its seeds, one of them scored; of BOFT a failure."""
+    """LoRA's grid (0.4 is best) and two of its seeds, one of them with the file's score; of BOFT a failure."""
     _, groups = experiment(folder)
     lora, boft = groups
     for cell, loss in [(lora.tuning[0], 3.0), (lora.finals[1][0], 2.0), (lora.finals[1][1], 1.0)]:
-        scores = {"accuracy": 40.0} if loss == 2.0 else {}
+        scores = {"accuracy": 40.0} if loss == 2.0 else {"of an older file": 9.0}
         write_record(folder, cell, of_cell(cell, "trained", validation_loss=loss, scores=scores))
     write_record(folder, boft.tuning[0], of_cell(boft.tuning[0], "failed"))
     return groups
