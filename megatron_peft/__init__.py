@@ -51,7 +51,7 @@ for message in (
     r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated",
 ):
     warnings.filterwarnings("ignore", message=message)
-# Every rank's with --use-distributed-optimizer: megatron-core looks for a gradient where its own slices have none.
+# megatron-core reads .grad of shards that are no leaves (--use-distributed-optimizer), which warns on every rank.
 warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf", module="megatron.core")
 
 # torch's on a node without GPUs where nvcc is installed, which megatron-core 0.19 makes it say: a cluster's login node.

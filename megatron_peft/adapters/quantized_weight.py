@@ -55,7 +55,7 @@ class QuantizedWeight(nn.Module):
         if self.library is None:
             blocks = values.view(len(values), -1, BLOCK)
             largest = blocks.abs().amax(-1)
-            # Divide by a tensor of the device: by a number CUDA multiplies with the reciprocal, which rounds otherwise.
+            # By a tensor, since CUDA multiplies by the reciprocal of a Python scalar, which rounds differently.
             scales = largest / largest.new_full((), LARGEST_FP8)
             codes = blocks / scales.clamp(min=torch.finfo(scales.dtype).tiny).unsqueeze(-1)
         else:

@@ -398,6 +398,10 @@ class FolderLock:
             raise
         if not self.is_held:
             return
+        if not self.is_in_place:  # the process that held it has removed the file
+            self.release()
+            self.__init__(folder, grace_seconds)
+            return
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         try:
             os.ftruncate(self._descriptor, 0)

@@ -182,7 +182,7 @@ class _InvalidSection:
 
 
 def _problems_of_valid(sections: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return what contradicts between sections, as far as each check reads valid ones only (None: an invalid one)."""
+    """Run the cross-section checks whose sections are all valid (None: an invalid one); return their problems."""
     run = object.__new__(RunConfig)
     vars(run).update({name: _InvalidSection() if each is None else each for name, each in sections.items()})
     try:

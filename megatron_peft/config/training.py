@@ -46,7 +46,7 @@ class ParallelConfig(Checked):
         "split the sequence over the tensor-parallel ranks outside the linear layers; no effect with one such rank",
     )
     distributed_backend: Literal["nccl", "gloo"] | None = option(
-        None, "default: nccl with CUDA, gloo without, where nccl means gloo too"
+        None, "default: nccl with CUDA, else gloo; without CUDA nccl falls back to gloo"
     )
     distributed_timeout_minutes: float = option(10, "minutes a rank waits for the others at most", check="positive")
     distributed_timeout_seconds_after_init: int | None = option(

@@ -55,9 +55,7 @@ def marker(values: Sequence[float] | np.ndarray) -> str:
 
 
 def measurement_format(values: Sequence[float]) -> str:
-    """Return matplotlib's format of a few measurements. Two are not joined: the line would show a course that nobody
-    measured.
-    """
+    """Return matplotlib's format of a few measurements. Two points are not connected: a line would suggest a curve."""
     return "o" if len(values) < 3 else "o-"
 
 

@@ -185,7 +185,7 @@ def awaited_from_first_rank(find: Callable[[], Found]) -> Found:
 def gathered_by_first_rank(
     own: Callable[[], Sent], find: Callable[[list[Sent]], Found], channel: SideChannel | None = None
 ) -> Found:
-    """What `find` makes on rank 0 of the results of `own` on every rank, on all ranks. A collective, for any thread.
+    """Run `own` on every rank and `find` on rank 0 over the results, and broadcast. A collective, for any thread.
 
     Raises on all ranks as `raise_failures` does, if `own` raised on any, or `find`, whose OSError becomes
     ConfigurationError.

@@ -131,7 +131,7 @@ def _gib_of(part: str, record: RankRecord) -> float:
 def _stands_for(run: RehearsedRun) -> Iterator[str]:
     """Sentences on the ranks that were not rehearsed, since they hold the same as others."""
     for rank in (record.rank for record in run.records if run.grid.place(record.rank)[0] > 0):
-        yield f"Rank {rank} stands for all tensor-parallel ranks but the first."
+        yield f"Rank {rank} represents all tensor-parallel ranks but the first."
     if run.grid.data > 1:
         yield "Each rank stands for its data-parallel replicas."
 
@@ -193,7 +193,7 @@ def ways_to_fit(plan: Plan) -> Iterator[str]:
         "a smaller --micro-batch-size": config.training.micro_batch_size > 1,
     }
     smaller = [name for name, is_applicable in flags.items() if is_applicable]
-    listed = f"; less memory take {', '.join(smaller)}" if smaller else ""
+    listed = f"; these reduce memory: {', '.join(smaller)}" if smaller else ""
     yield f"to fit: --fit finds the layouts and numbers of GPUs that hold it{listed}"
 
 

@@ -6,6 +6,7 @@ import os
 import pickle
 import random
 import secrets
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -268,7 +269,11 @@ def available_backend(requested: str | None) -> str:
     has_gpu = torch.cuda.is_available()
     if requested == "nccl" and not has_gpu:
         if os.environ.get("RANK", "0") == "0":
-            print("note: --distributed-backend nccl needs a GPU, and there is none here: gloo is used", flush=True)
+            print(
+                "note: --distributed-backend nccl needs a GPU, and there is none here: gloo is used",
+                file=sys.stderr,
+                flush=True,
+            )
         return "gloo"
     return requested or ("nccl" if has_gpu else "gloo")
 

@@ -132,7 +132,7 @@ class _Run:
             later = f", and the checkpoint is of iteration {iteration}" if iteration > length else ""
             return (
                 f"nothing to do: the run was complete at iteration {length}{later}; to train longer, raise its length "
-                f"(--train-iters) and add --override-opt-param-scheduler"
+                f"and add --override-opt-param-scheduler"
             )
         if early := self._ends_early():
             return f"nothing to do: {early}; to continue, raise --early-stopping-patience, or leave it out"
@@ -201,7 +201,7 @@ class _Run:
     def _wants_to_stop(self) -> bool:
         limit = self.state.config.training.exit_duration_in_mins
         minutes = (time.monotonic() - self.started_at) / 60
-        return self.signals.received or (limit is not None and minutes > limit)
+        return self.signals.received or self.progress.is_closed or (limit is not None and minutes > limit)
 
     def _validates(self, iteration: int) -> bool:
         is_due = iteration == self.data.train_iters or _due(iteration, self.state.config.training.eval_interval)

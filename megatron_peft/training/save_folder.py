@@ -5,7 +5,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from megatron_peft.checkpoint import folders
-from megatron_peft.config import CheckpointConfig, require
+from megatron_peft.config import CheckpointConfig, ConfigurationError, require
 
 MODEL_FILES = ("config.json", "adapter_model.safetensors", "adapter_model.bin")  # of transformers and PEFT
 
@@ -38,8 +38,10 @@ def removed_if_unused(save: str | None) -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(OSError):  # another process may write there by now
+        with suppress(OSError, ConfigurationError):  # another process may have the folder by now
             if folder and {*folder.iterdir()} - before == {folder / folders.LOCK}:
+                lock = folders.FolderLock(folder, grace_seconds=0.0)
                 (folder / folders.LOCK).unlink()
+                lock.release()
             for path in made:
                 path.rmdir()  # if it is empty

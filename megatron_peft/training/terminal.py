@@ -1,5 +1,6 @@
 """Progress of a run: at a terminal short lines above a live bar; in a file one of Megatron's lines per log interval."""
 
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -55,11 +56,14 @@ LARGE_BATCH = 256  # samples; a guess: the source that docs/methods.md names say
 
 
 class _Console(Console):
-    """A console that leaves the end of a run whose output nobody reads to `run_together`: all ranks end."""
+    """A console whose reader may leave (`| head`): rich would then end this process at once, and alone."""
+
+    is_closed = False
 
     def on_broken_pipe(self) -> None:
-        """Raise the BrokenPipeError that is being handled, where rich would end this process alone."""
-        raise
+        """Write nothing more. The run ends after this step, so that it can save."""
+        self.is_closed = True
+        self.file = open(os.devnull, "w")
 
 
 class Progress:
@@ -73,6 +77,11 @@ class Progress:
         self._console = console or _Console()
         self._bar: bars.Progress | None = None
         self._told_at = time.monotonic()
+
+    @property
+    def is_closed(self) -> bool:
+        """True once the reader of the output has left."""
+        return isinstance(self._console, _Console) and self._console.is_closed
 
     def __enter__(self) -> "Progress":
         self._started_at = time.monotonic()

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from megatron_peft.cli.parser import RunFlags, read_config
+from megatron_peft.commands import plan as plan_command
 from megatron_peft.commands import train
 from megatron_peft.commands.plan import PlanSettings, config_of, main
 from megatron_peft.config import ConfigurationError, ParallelConfig, PeftConfig
@@ -19,8 +20,8 @@ from megatron_peft.plan import layouts
 from megatron_peft.plan import plan as plan_module
 from megatron_peft.plan.cluster import SHIPPED, read_cluster
 from megatron_peft.plan.timing import Accuracy
-from megatron_peft.rehearsal.program import PHASES, Product, RankRecord
-from megatron_peft.rehearsal.rehearsal import RehearsedRun
+from megatron_peft.rehearsal.program import PHASES, Call, Product, RankRecord
+from megatron_peft.rehearsal.rehearsal import RankGrid, RehearsedRun, StageProgram
 from tests.ranks import run_ranks
 from tests.tiny_llama import save_llama, save_pairs
 
@@ -101,11 +102,11 @@ def test_a_plan_from_a_config_alone(base, tmp_path, capsys, monkeypatch):
         pytest.param(
             (8, 2, 32),
             [0, 16, 17],
-            "Rank 17 stands for all tensor-parallel ranks but the first. "
+            "Rank 17 represents all tensor-parallel ranks but the first. "
             "Each rank stands for its data-parallel replicas.",
             id="TP PP DP",
         ),
-        pytest.param((2, 1, 2), [0, 1], "Rank 1 stands for all tensor-parallel ranks but the first.", id="TP"),
+        pytest.param((2, 1, 2), [0, 1], "Rank 1 represents all tensor-parallel ranks but the first.", id="TP"),
         pytest.param((1, 2, 2), [0, 1], None, id="PP"),
     ],
 )
@@ -116,6 +117,42 @@ def test_memory_table_names_the_ranks_that_a_rank_stands_for(sizes, ranks, capti
     config: Any = SimpleNamespace(parallel=ParallelConfig(tp, pp, world_size=world_size))
     run = RehearsedRun(config, read_shape(str(MODELS / "laptop-cpu")), records, (), ())
     assert next(plan_module._tables(plan_module.Plan(run, read_cluster("8xa100"), None, None))).caption == caption
+
+
+def test_plan_is_of_the_fullest_rank_all_parameters_and_both_ends_of_the_pipeline():
+    config: Any = SimpleNamespace(parallel=ParallelConfig(1, 2, world_size=2))
+    parameters = {"trained of stage": 10, "frozen of stage": 90}
+    records = tuple(
+        RankRecord(rank, rank, 1, (), parameters, {"loading": {"weights": 2**30}, "step": {"weights": num_gib * 2**30}})
+        for rank, num_gib in ((0, 2), (1, 3))
+    )
+    message = Call("send", "pipeline", (0, 1), ((2**18,),), "float32", 1)
+    received = replace(message, operation="recv", peer=0)
+    tables = [(message, received), (received, replace(message, operation="broadcast"))]
+    stages = tuple(StageProgram(RankGrid(1, 1, 2), rank, entries) for rank, entries in enumerate(tables))
+    run = RehearsedRun(config, read_shape(str(MODELS / "laptop-cpu")), records, stages, (0, 0))
+    plan = plan_module.Plan(run, read_cluster("8xa100"), None, None)
+    trained, memory, _ = plan_module.summary(plan)
+    assert trained == "trainable parameters: 20 of 200 (10.000%)"
+    assert memory.startswith("memory: 3.00 GiB at most (rank 1): fits 73.1 GiB")
+    *_, calls = plan_module._tables(plan)
+    rows = list(zip(*(column.cells for column in calls.columns), strict=True))
+    assert rows == [("0", "pipeline", "send", "1", "1.0"), ("1", "pipeline", "broadcast", "1", "1.0")]
+
+
+@pytest.mark.parametrize("words", [pytest.param([], id="plan"), pytest.param(["--fit", "--rehearsed", "0"], id="fit")])
+def test_tokens_flag_goes_before_the_length_of_the_run(base, monkeypatch, words):
+    found: list[float] = []
+    plan = SimpleNamespace(fits=True, problem=None, as_dict=lambda num_tokens: {})
+    layout = SimpleNamespace(run=None, flags=[], as_dict=lambda num_tokens: {}, flags_to_leave_out=lambda config: [])
+    monkeypatch.setattr(plan_module, "make_plan", lambda *of: plan)
+    monkeypatch.setattr(plan_module, "print_plan", lambda plan, num_tokens: found.append(num_tokens))
+    monkeypatch.setattr(plan_command, "_fitting", lambda *of: (1, [layout]))
+    monkeypatch.setattr(layouts, "fit_tables", lambda layouts, title, num_tokens: found.append(num_tokens) or [])
+    run = ["--pretrained-checkpoint", str(base), "--seq-length", "32"]
+    run += ["--train-iters", "10", "--global-batch-size", "1", *words]
+    assert [main([*run, *tokens]) for tokens in ([], ["--tokens", "5e9"])] == [0, 0]
+    assert found == [320, 5e9]
 
 
 @pytest.mark.parametrize(
@@ -257,7 +294,7 @@ def test_a_dry_run_checks_and_writes_nothing(dry_run, tmp_path, capsys):
     of_gpus = ["--distributed-backend", "nccl", "--transformer-impl", "transformer_engine"]
     assert train.main([*dry_run, *of_gpus, "--save", str(save), "--micro-batch-size", "2"]) == 0
     told, warned = capsys.readouterr()
-    assert "note: --distributed-backend nccl needs a GPU" in told
+    assert "note: --distributed-backend nccl needs a GPU" in warned
     assert "WARNING: on this machine --transformer-impl transformer_engine needs a GPU" in warned
     assert "40 training samples, 2 iterations" in told
     assert "no GPU. --cluster 8xh100 plans the run" in told and "GiB" not in told, "a plan of another machine"
@@ -274,7 +311,7 @@ def test_a_dry_run_plans_for_its_cluster_and_warns_if_that_is_too_small(dry_run,
     told = capsys.readouterr()
     assert "cluster: tiny" in told.out and "peak, validation" in told.out and "tokens: up to" not in told.out
     assert "WARNING: the run does not fit GPUs of tiny: rank 0 holds" in told.err
-    assert re.search("to fit: --fit finds .*; less memory take --bf16, --base-precision nf4, --recompute-g", told.out)
+    assert re.search("to fit: --fit .*; these reduce memory: --bf16, --base-precision nf4, --recompute-g", told.out)
     length = dry_run.index("--train-iters")
     words = [*dry_run[:length], *dry_run[length + 2 :], "--lora-rank", "1", "--train-epochs", "100"]
     assert train.main([*words, "--cluster", str(cluster)]) == 0

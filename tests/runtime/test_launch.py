@@ -62,9 +62,9 @@ def test_nccl_without_a_gpu_is_gloo_with_a_note_of_the_first_rank(monkeypatch, c
     for rank, told in (("0", "note: --distributed-backend nccl needs a GPU"), ("1", "")):
         monkeypatch.setenv("RANK", rank)
         assert available_backend("nccl") == "gloo"
-        out = capsys.readouterr().out
-        assert out.startswith(told) and bool(out) == bool(told)
-    assert [available_backend(name) for name in ("gloo", None)] == ["gloo", "gloo"] and not capsys.readouterr().out
+        err = capsys.readouterr().err
+        assert err.startswith(told) and bool(err) == bool(told)
+    assert [available_backend(name) for name in ("gloo", None)] == ["gloo", "gloo"] and not capsys.readouterr().err
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert [available_backend(name) for name in ("nccl", "gloo", None)] == ["nccl", "gloo", "nccl"]
 

@@ -68,7 +68,7 @@ def run(start, tmp_path):
 TWO = {"save_interval": 2}
 TRAINED = "trained 6 iterations"
 EXIT = "--exit-interval reached at iteration 4"
-LONGER = "to train longer, raise its length (--train-iters) and add --override-opt-param-scheduler"
+LONGER = "to train longer, raise its length and add --override-opt-param-scheduler"
 CONTINUE = "\nto continue, repeat the command"
 UNSAVED = "\nWARNING: without --save nothing was saved: what this run has trained is lost"
 
@@ -297,3 +297,10 @@ def test_the_slowest_rank_is_found_by_forward_passes_that_the_device_times(start
     run = Run(start, tmp_path, num_steps=2, logging={**EACH, "log_straggler": True})
     monkeypatch.setattr(loop.step, "train_step", lambda *given: (timed.append(given[-1].__name__), step(*given))[1])
     assert "slowest_rank" in run.to_the_end().records[1] and timed == ["of_device"] * 2
+
+
+def test_loop_saves_and_ends_when_nobody_reads_its_output(start, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop.Progress, "is_closed", True)
+    run = Run(start, tmp_path)
+    run.to_the_end()
+    assert run.saved == [1] and run.state.position.iteration == 1

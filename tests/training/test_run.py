@@ -64,9 +64,7 @@ def test_a_resumed_run_equals_one_that_was_never_interrupted_and_says_what_is_le
         assert [record[name] for record in parts.values()] == [record[name] for record in whole.values()], name
     assert parts[6]["validation_loss"] == whole[6]["validation_loss"]
     told = run(checkpoint=save("parts"), num_steps=6)
-    assert (
-        "nothing to do: the run was complete at iteration 6; to train longer, raise its length (--train-iters)" in told
-    )
+    assert "nothing to do: the run was complete at iteration 6; to train longer, raise its length and add" in told
     told = run(checkpoint={"load": str(tmp_path / "parts"), "finetune": True})
     assert f"the parameters of {tmp_path}/parts/iter_0000006 (--finetune): the run starts at iteration 0 of 4" in told
     assert "\nWARNING: without --save nothing that this run trains is saved: give --save FOLDER to keep it\n" in told

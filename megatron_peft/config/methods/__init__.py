@@ -289,7 +289,7 @@ _bases = [options for options in reversed(_options) if options not in _inherited
 
 
 def _hint(method: str) -> str:
-    """Return the end of the message about a method that is not here."""
+    """Return a hint for an unknown `--peft-method`."""
     if here := EQUIVALENTS.get(method.lower()):
         return f"; use {here}."
     near = get_close_matches(method, METHODS, 1)
