@@ -7,17 +7,18 @@ Nothing here parses. `served_flags()` is the whole list; `megatron_peft.cli.pars
 import ast
 import tomllib
 import typing
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import MISSING, dataclass, fields
 from difflib import get_close_matches
 from functools import cache
 from importlib.util import find_spec
 from itertools import zip_longest
+from math import isfinite, nan
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from megatron_peft.cli.launch import LaunchConfig
-from megatron_peft.config import METHODS, SECTIONS, ConfigurationError, flag, option
+from megatron_peft.config import METHODS, SECTIONS, ConfigurationError, flag, option, require
 from megatron_peft.config.errors import value_type
 
 # Megatron-LM's flags by where their values go, and the titles of --help in order. A field may name its title; others go
@@ -49,7 +50,7 @@ class Flag:
     kind: type = str
     choices: tuple[str, ...] | None = None
     many: bool = False
-    adds_up: bool = False
+    append: bool = False
     constant: Any = TAKES_A_VALUE
     default: Any = None
     metavar: str | None = None
@@ -60,6 +61,41 @@ class Flag:
     @property
     def takes_value(self) -> bool:
         return self.constant is TAKES_A_VALUE
+
+    @property
+    def is_option(self) -> bool:
+        return self.names[0].startswith("-")
+
+    def read(self, words: Sequence[str]) -> Any:
+        """Return the value that the words give. Raises ConfigurationError."""
+        name, text = self.names[0], " ".join(words)
+        if not self.takes_value:
+            require(not words, f"{name} takes no value, but {text} follows it.")
+            return self.constant
+        quotes = ": put a text with spaces into quotes" if self.kind is str and not self.choices else ""
+        require(bool(words), f"{name} needs a value.")
+        require(len(words) == 1 or self.many, f"{name} takes one value, but {text} follow it{quotes}.")
+        values = tuple(map(self._value, words))
+        return values if self.many else values[0]
+
+    def _value(self, word: str) -> Any:
+        name = self.names[0]
+        if self.choices and self.checks_choices and word not in self.choices:
+            hint = way_out(name, reason_of(name[2:]))
+            choices = f"choose from {', '.join(self.choices)}{f'; {hint}' if hint else ''}"
+            raise ConfigurationError(f"{name}: invalid choice: {word!r} ({choices}).")
+        try:
+            value = self.kind(word)
+        except ValueError:
+            value = nan
+        kind = "number" if self.kind is float else self.kind.__name__
+        require(not isinstance(value, float) or isfinite(value), f"{name}: invalid {kind} value: {word!r}.")
+        return value
+
+    def command_line(self, words: list[str]) -> list[str]:
+        """Return the flag with its words as they are typed; joined by `=`, a value may start with a dash."""
+        is_joined = len(words) == 1 and words[0].startswith("-")
+        return [f"{self.names[0]}={words[0]}"] if is_joined else [self.names[0], *words]
 
 
 @dataclass(frozen=True)
@@ -81,9 +117,10 @@ class ProgramSettings:
 
 
 _FILES = "YAML files with flags as keys; later files override earlier ones, and typed flags override all"
-CONFIG = Flag(("--config",), "program", "config", _FILES, GROUP_OF["program"], many=True, metavar="FILE")
+CONFIG = Flag(("--config",), "program", "config", _FILES, GROUP_OF["program"], many=True, append=True, metavar="FILE")
 
 
+@cache
 def served_flags() -> tuple[Flag, ...]:
     """Every flag that is served, in the order of `GROUPS`."""
     classes = {"program": ProgramSettings, **SECTIONS, "launch": LaunchConfig}
@@ -119,7 +156,7 @@ def flags_of(config_class: type, section: str = "") -> Iterator[Flag]:
             continue
         is_method = field.name == "method"  # PeftConfig says why a method cannot be used
         of_field |= {"kind": kind, "choices": tuple(METHODS) if is_method else choices, "many": many}
-        of_field["adds_up"] = field.metadata["adds_up"]
+        of_field["append"] = field.metadata["append"]
         of_field |= {"required": field.default is MISSING, "checks_choices": not is_method}
         yield Flag(names, help=words, default=default, metavar=field.metadata["metavar"], **of_field)
 
