@@ -107,18 +107,20 @@ def add_flags(parser: ArgumentParser, flags: Iterable[Flag]) -> None:
     for each in flags:
         if each.group not in groups:
             groups[each.group] = parser.add_argument_group(each.group)
-        text, nargs, metavar = each.help, 0, None
+        text, settings = each.help, dict[str, Any](nargs=0)
         if each.takes_value:
             shown = " ".join(map(str, each.default or ())) if each.many else each.default
             text += f" (default: {shown})" if shown not in (None, "") else ""
             if each.choices and each.metavar:  # they are too long to stand in front
                 text += f" (one of {', '.join(each.choices)})"
-            named = f"{{{','.join(each.choices)}}}" if each.choices else None
-            metavar = each.metavar or named or {int: "N", float: "X", str: "TEXT", Path: "PATH"}[each.kind]
-            nargs = ("+" if each.required or each.is_option else "*") if each.many else None
-        settings: dict[str, Any] = {"nargs": nargs, "metavar": metavar, "help": text.replace("%", "%%")}
+            kinds = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
+            settings = {
+                "choices": each.choices,
+                "metavar": each.metavar or (None if each.choices else kinds[each.kind]),
+            }
+            settings["nargs"] = ("+" if each.required or each.is_option else "*") if each.many else None
         settings |= {"required": each.required} if each.is_option else {}
-        groups[each.group].add_argument(*each.names, action=Action, **settings).choices = each.choices
+        groups[each.group].add_argument(*each.names, action=Action, help=text.replace("%", "%%"), **settings)
 
 
 def unknown_command(name: str, commands: Iterable[str]) -> str:

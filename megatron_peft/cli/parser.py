@@ -189,10 +189,12 @@ class RunFlags:
         unknown = [word for word in rest if FLAG.match(word)]  # words behind one belong to it
         unflagged = rest[: rest.index(unknown[0])] if unknown else rest
         for each, values in found:
-            num_taken = len(values) if each.many or not free else int(each.takes_value)
-            unflagged += values[num_taken:]
+            surplus = values[each.takes_value :] if free and not each.many else []
+            if not {*surplus} <= {*self.command_line}:  # `--loud=true`
+                surplus = []
+            unflagged += surplus
             if each is not CONFIG:
-                self._store(typed, each, values[:num_taken])
+                self._store(typed, each, values[: len(values) - len(surplus)])
         if free and unflagged:
             self._store(typed, free, sorted(unflagged, key=self.command_line.index))
         elif unflagged:

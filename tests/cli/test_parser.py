@@ -281,3 +281,6 @@ def test_words_without_a_flag_stand_anywhere_and_a_text_with_spaces_is_none_of_t
     command = Command("p", None, Listed, lambda settings: seen.append(settings) or 0)
     assert command(["a", "--loud", "b", "--seed", "3", "c", "--stop", "- x", "-- y", "--seed=-4"]) == 0
     assert seen == [Listed(("a", "b", "c"), ("- x", "-- y"), True, -4)]
+    assert (
+        RunFlags(["a", "--loud=true"], [*flags_of(Listed)]).problems[0] == "--loud takes no value, but true follows it."
+    )
