@@ -113,11 +113,8 @@ def add_flags(parser: ArgumentParser, flags: Iterable[Flag]) -> None:
             text += f" (default: {shown})" if shown not in (None, "") else ""
             if each.choices and each.metavar:  # they are too long to stand in front
                 text += f" (one of {', '.join(each.choices)})"
-            kinds = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
-            settings = {
-                "choices": each.choices,
-                "metavar": each.metavar or (None if each.choices else kinds[each.kind]),
-            }
+            value = None if each.choices else {int: "N", float: "X", str: "TEXT", Path: "PATH"}[each.kind]
+            settings = {"choices": each.choices, "metavar": each.metavar or value}
             settings["nargs"] = ("+" if each.required or each.is_option else "*") if each.many else None
         settings |= {"required": each.required} if each.is_option else {}
         groups[each.group].add_argument(*each.names, action=Action, help=text.replace("%", "%%"), **settings)

@@ -39,7 +39,7 @@ def read_config(
     read_shape: ShapeReader | None = None,
     saved: Callable[[Values], Values] | None = None,
 ) -> RunConfig:
-    """The configuration that `argv` asks for; ConfigurationError with everything that is wrong."""
+    """Return the configuration that `argv` asks for; ConfigurationError with everything that is wrong."""
     return RunFlags(argv).config(environ, read_shape, saved)
 
 
@@ -91,14 +91,14 @@ class RunFlags:
 
     @property
     def replica_size(self) -> int:
-        """Ranks of one replica of the model."""
+        """Return the number of ranks of one replica of the model."""
         config = self.values["config"]
         size = config.get("tensor_model_parallel_size", 1) * config.get("pipeline_model_parallel_size", 1)
         return max(size, 1)  # a size below 1 is told with the rest
 
     @property
     def num_processes(self) -> int:
-        """Ranks that the launch flags start; where these give no number for a node, those of one replica."""
+        """Return the number of ranks that the launch flags start; without a number for a node, those of one replica."""
         number = self.launch.get("nproc_per_node", "gpu")
         return int(number) * self.launch.get("nnodes", 1) if number.isdecimal() else self.replica_size
 
@@ -109,7 +109,7 @@ class RunFlags:
         saved: Callable[[Values], Values] | None = None,
         any_layout: bool = False,
     ) -> RunConfig:
-        """The configuration of what was typed.
+        """Return the configuration of what was given.
 
         environ: `WORLD_SIZE` is the world size, 1 if it is missing.
         read_shape: the shape of the model in a checkpoint folder, or ConfigurationError; with it, flags and layout
@@ -172,10 +172,11 @@ class RunFlags:
             of_file: Given = {}
             try:
                 for entry in file_entries(file, self._known, self._why_unknown):
-                    if entry.words is None:
-                        given.pop((entry.flag.target, entry.flag.key), None)
-                    else:
+                    field, name = (entry.flag.target, entry.flag.key), entry.flag.names[0]
+                    if entry.words is not None:
                         self._store(of_file, entry.flag, entry.words, f"{entry.place}: ")
+                    elif field in given and given[field][0].names[0] in (name, f"--no-{name[2:]}"):
+                        del given[field]
             except ConfigurationError as error:
                 unreadable += error.problems
             given |= of_file
@@ -248,7 +249,7 @@ def _parser(flags: tuple[Flag, ...]) -> ArgumentParser:
 
 
 def tell_error(error: ConfigurationError, environ: Mapping[str, str] = os.environ, program: str = PROGRAM) -> int:
-    """Tell on rank 0 what is wrong, all of it in one message on stderr. Returns the exit code of every rank, 2.
+    """Report on rank 0 what is wrong, all of it in one message on stderr. Returns the exit code of every rank, 2.
 
     torchrun kills all ranks when one exits, so the others wait for rank 0 to print its message.
     """
@@ -265,14 +266,14 @@ def tell_error(error: ConfigurationError, environ: Mapping[str, str] = os.enviro
 
 
 def is_first_rank(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether this process speaks for all."""
+    """Return True if this process reports for all."""
     return environ.get("RANK", "0") == "0"
 
 
 def _shape_problems(
     folder: str, shape_flags: Mapping[str, Any], parts: Mapping[str, Any], read_shape: ShapeReader
 ) -> list[str]:
-    """What contradicts the model; sections that could not be built are left out."""
+    """Return what contradicts the model; sections that could not be built are left out."""
     try:
         shape = read_shape(folder)
     except ConfigurationError as error:

@@ -84,6 +84,10 @@ def test_later_files_override_and_typed_flags_override_all(tmp_path: Path) -> No
     on = file_with(tmp_path, "exit-signal-handler: true\n", "on.yaml")
     for files in ([first, on], [on, first], [first, on, first], [on, first, on]):
         assert read("--config", *files).training.exit_signal_handler == (files[-1] == on)
+    unfused, not_flash = (
+        file_with(tmp_path, text, text[:4]) for text in ("attention-backend: unfused", "use-flash-attn: no")
+    )
+    assert read("--config", unfused, not_flash).model.attention_backend == "unfused"
     config = read("--lr", "3", "--config", first, "--exit-signal-handler", f"--config={second}")
     assert config.optimizer.lr == 3 and config.training.exit_signal_handler
 
