@@ -172,7 +172,8 @@ class RunFlags:
             of_file: Given = {}
             try:
                 for entry in file_entries(file, self._known, self._why_unknown):
-                    field, name = (entry.flag.target, entry.flag.key), entry.flag.names[0]
+                    field = entry.flag.target, entry.flag.key
+                    name = entry.flag.names[0]
                     if entry.words is not None:
                         self._store(of_file, entry.flag, entry.words, f"{entry.place}: ")
                     elif field in given and given[field][0].names[0] in (name, f"--no-{name[2:]}"):
