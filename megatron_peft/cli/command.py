@@ -2,18 +2,19 @@
 
 import shutil
 import sys
-from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
+from argparse import SUPPRESS, Action, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
 from inspect import isfunction
+from pathlib import Path
 from typing import Any
 
 from megatron_peft.cli import version
 from megatron_peft.cli.flags import CONFIG, Flag, flags_of, served_flags
 from megatron_peft.cli.launch import start_processes
-from megatron_peft.cli.parser import RunFlags, argparse_settings, is_first_rank, tell_error
+from megatron_peft.cli.parser import RunFlags, is_first_rank, tell_error
 from megatron_peft.config import ConfigurationError
 
 
@@ -101,17 +102,22 @@ def make_parser(description: str | None) -> ArgumentParser:
 
 
 def add_flags(parser: ArgumentParser, flags: Iterable[Flag]) -> None:
-    """List flags under their titles."""
+    """List flags under their titles. Nothing is parsed: their words are read by `RunFlags`."""
     groups: dict[str, Any] = {"options": parser}
     for each in flags:
         if each.group not in groups:
             groups[each.group] = parser.add_argument_group(each.group)
-        settings = argparse_settings(each)
-        if each.names[0].startswith("-"):
-            settings["required"] = each.required
-        elif each.many and not each.required:
-            settings["nargs"] = "*"
-        groups[each.group].add_argument(*each.names, **settings).choices = each.choices
+        text, settings = each.help, dict[str, Any](nargs=0)
+        if each.takes_value:
+            shown = " ".join(map(str, each.default or ())) if each.many else each.default
+            text += f" (default: {shown})" if shown not in (None, "") else ""
+            if each.choices and each.metavar:  # they are too long to stand in front
+                text += f" (one of {', '.join(each.choices)})"
+            value = None if each.choices else {int: "N", float: "X", str: "TEXT", Path: "PATH"}[each.kind]
+            settings = {"choices": each.choices, "metavar": each.metavar or value}
+            settings["nargs"] = ("+" if each.required or each.is_option else "*") if each.many else None
+        settings |= {"required": each.required} if each.is_option else {}
+        groups[each.group].add_argument(*each.names, action=Action, help=text.replace("%", "%%"), **settings)
 
 
 def unknown_command(name: str, commands: Iterable[str]) -> str:
