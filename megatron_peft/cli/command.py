@@ -1,7 +1,9 @@
 """Commands: a flag for each field of a command's settings, typed or out of the files of --config, and what it does."""
 
+import logging
 import shutil
 import sys
+import warnings
 from argparse import SUPPRESS, Action, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +18,25 @@ from megatron_peft.cli.flags import CONFIG, Flag, flags_of, served_flags
 from megatron_peft.cli.launch import start_processes
 from megatron_peft.cli.parser import RunFlags, is_first_rank, tell_error
 from megatron_peft.config import ConfigurationError
+
+LIBRARY_WARNINGS = (
+    # megatron-core, of its own defaults and of packages that may be missing
+    *("Transformer Engine and Apex are not installed", "Apex is not installed", "full scope is deprecated"),
+    # torch 2.13, of collectives that megatron-core calls
+    r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated",
+    # megatron-core, which reads .grad of shards that are no leaves (--use-distributed-optimizer)
+    "The .grad attribute of a Tensor that is not a leaf",
+)
+
+
+def quiet_libraries() -> None:
+    """Leave out what libraries would warn of on every rank, and users of the commands cannot change."""
+    for message in LIBRARY_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+    # torch, on a node without GPUs where nvcc is installed (a login node), when megatron-core 0.19 asks it
+    logging.getLogger("torch.utils.cpp_extension").addFilter(
+        lambda record: "No CUDA runtime" not in record.getMessage()
+    )
 
 
 @dataclass(frozen=True)
@@ -38,6 +59,7 @@ class Command:
     takes_run_flags: bool = False
 
     def __call__(self, argv: Sequence[str] | None = None, program: str = "") -> int:
+        quiet_libraries()
         words = sys.argv[1:] if argv is None else list(argv)
         program = program or f"megatron-peft {self.name}"
         try:

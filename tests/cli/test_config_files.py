@@ -113,8 +113,7 @@ WRONG = {
     "lr: 1\nsave: 'x\nbf16: true\n": "line 2, column 7: while scanning a quoted",
     "bf16: true\nlr 1\nsplit: 9\n": "line 2, column 1: while scanning a simple key",
     "lr: [1, 2}\n": "line 1, column 10: while parsing a flow sequence, expected ',' or ']', but got '}'.",
-    "[" * 5000: "nested deeper than",
-    "# " + "x" * (1 << 20): "has 1,048,578 characters, above the limit of YAML, 1,048,576.",
+    "[" * 5000: "nested too deep",
 }
 
 
