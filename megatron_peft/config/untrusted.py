@@ -146,7 +146,9 @@ StrictLoader.add_constructor("tag:yaml.org,2002:int", _whole_number)
 def parse_yaml(text: str, place: str, loader: type = StrictLoader) -> Any:
     """The value that `text` holds. `loader` makes plain values only; yaml.SafeLoader is for files of other projects."""
     with _yaml_errors(place):
-        return yaml.load(text, loader)
+        value = yaml.load(text, loader)
+        json.dumps(value, default=str, skipkeys=True)  # ValueError for an alias within what it names
+        return value
 
 
 UNFINISHED = ("while parsing a flow", "while scanning a quoted scalar", "while scanning a simple key")  # of PyYAML

@@ -15,8 +15,6 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from megatron_peft.config import ConfigurationError, kind_of_source, require
 from megatron_peft.config.sources import DATA_FILES, local_folder
 from megatron_peft.config.untrusted import parse_json, read_text, require_regular
@@ -86,7 +84,7 @@ class _Source:
     path: str
     rows: Any  # sequence of records; of JSON lines a `datasets.Dataset` of texts
     unit: str
-    numbers: np.ndarray | None = None  # int [records]
+    numbers: Sequence[int] | None = None
 
     def __len__(self) -> int:
         return len(self.rows) if self.numbers is None else len(self.numbers)
@@ -183,7 +181,9 @@ def _holds_array(path: Path) -> bool:
         return path.suffix == ".json" and file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
 
 
-def _numbers_of_lines(rows: Any) -> np.ndarray | None:
+def _numbers_of_lines(rows: Any) -> Any:
+    """Return the numbers of the rows that are not blank, int [records], or None where all are."""
+    import numpy as np
     import pyarrow.compute as pc
 
     chunks = rows.data.column("text").chunks if len(rows) else []
