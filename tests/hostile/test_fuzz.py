@@ -152,7 +152,7 @@ FAMILIES = (
     Family(f"{CHECKPOINT}/run_record.json", at.RESUME, OBJECT, signed=True),
     Family(f"{CHECKPOINT}/run_record.json", at.MERGE, OBJECT, signed=True),
     Family(f"{CHECKPOINT}/manifest.json", at.RESUME, OBJECT),
-    Family(f"{CHECKPOINT}/.metadata", at.FROM_RUN, NUMBERS, CHECKPOINT, signed=True),
+    Family(f"{CHECKPOINT}/.metadata", at.FROM_RUN, NUMBERS, CHECKPOINT),
     Family(f"{CHECKPOINT}/*.distcp", at.RESUME, NUMBERS, CHECKPOINT, signed=True),
     Family("run/latest_checkpointed_iteration.txt", at.RESUME, BYTES),
     Family("run/adapter_config.json", at.MERGE, OBJECT),
