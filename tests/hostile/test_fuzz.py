@@ -146,7 +146,7 @@ FAMILIES = (
     Family("texts.jsonl", at.PREPROCESS, LINES),
     Family("tokens_text_document.idx", at.INDEXED, NUMBERS),
     Family("tokens_text_document.bin", at.INDEXED, NUMBERS, "tokens_text_document"),
-    Family("kept/generator/*/*/*/*.arrow", CACHED, (cut,), "kept are damaged"),
+    Family("kept/generator/**/*.arrow", CACHED, (cut,), "kept are damaged"),
     Family("peft/adapter_config.json", at.IMPORT, OBJECT, "peft"),
     Family("peft/adapter_model.safetensors", at.IMPORT, (header, header, *NUMBERS), "peft"),
     Family(f"{CHECKPOINT}/run_record.json", at.RESUME, OBJECT, signed=True),
