@@ -26,9 +26,9 @@ from megatron_peft.checkpoint.state import (
 )
 from megatron_peft.checkpoint.tensors import RankFiles, Sharded, Written, complete_files, global_slices
 from megatron_peft.config import CheckpointConfig, ConfigurationError, require
-from megatron_peft.parallel.collectives import LONGEST_WAIT, from_first_rank, gathered_by_first_rank
+from megatron_peft.parallel.collectives import from_first_rank, gathered_by_first_rank
 from megatron_peft.runtime.failure import is_peer_failure
-from megatron_peft.runtime.launch import device_setter
+from megatron_peft.runtime.launch import device_setter, gloo_group
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ def draft_checkpoint(
     """A checkpoint of the current state; `complete` writes it. A collective.
 
     snapshot: copy the state, so that the run may go on before the files are written.
-    group: a group of all ranks, for `complete` in a thread beside the main one.
+    group: `gloo_group`, for `complete` in a thread beside the main one.
     Raises CheckpointNotSaved on every rank.
     """
     assert state.config.checkpoint.save is not None
@@ -237,7 +237,7 @@ class Saver:
         from_first_rank(lambda: self._take(settings.load, settings.finetune))
         if settings.async_save:
             self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint", initializer=device_setter())
-            self._group = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
+            self._group = gloo_group()
 
     def start(self, state: TrainingState) -> None:
         """Save the current state: write it before returning or, with --async-save, copy it and write in a thread.

@@ -6,7 +6,6 @@ Letters: s sequence, t tensor-parallel size.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -18,7 +17,14 @@ from torch.autograd.graph import increment_version
 
 from megatron_peft.config import require
 from megatron_peft.parallel.layout import PARTIAL_OVER_TENSOR_PARALLEL
-from megatron_peft.runtime.launch import FailedOnAnotherRank, attempt, checked_together, from_rank, raise_failures
+from megatron_peft.runtime.launch import (
+    FailedOnAnotherRank,
+    attempt,
+    checked_together,
+    from_rank,
+    gloo_group,
+    raise_failures,
+)
 
 Wait = Callable[[], Tensor]
 
@@ -137,7 +143,6 @@ def sum_partial_gradients_over_tensor_parallel(model_chunks: Iterable[nn.Module]
     sum_coalesced([gradient_of(p) for p in trained if getattr(p, PARTIAL_OVER_TENSOR_PARALLEL, False)], group)
 
 
-LONGEST_WAIT = timedelta(hours=6)  # for work of one rank that is no collective
 Sent = TypeVar("Sent")
 Found = TypeVar("Found")
 
@@ -149,7 +154,7 @@ def from_first_rank(find: Callable[[], Found], group: dist.ProcessGroup | None =
 
 def awaited_from_first_rank(find: Callable[[], Found]) -> Found:
     """Return what `from_first_rank` does, where it may take longer than a collective may. A collective."""
-    group = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
+    group = gloo_group()
     try:
         return from_first_rank(find, group)
     finally:
@@ -167,7 +172,7 @@ def gathered_by_first_rank(
     Args:
         own: What each rank sends to rank 0.
         find: What rank 0 makes of the results, which come by rank.
-        group: A group of all ranks, for a thread beside the main one and for long waits; None is the world.
+        group: `gloo_group`, in a thread beside the main one; None is the world.
     """
     *message, error = attempt(own)
     by_rank: list[Any] | None = [message] * dist.get_world_size() if dist.get_rank() == 0 else None

@@ -114,6 +114,12 @@ def checked_together(check: Callable[[], Checked], first_alone: bool = False) ->
     return result
 
 
+def gloo_group(timeout: datetime.timedelta = datetime.timedelta(hours=6)) -> dist.ProcessGroup:
+    """Create a gloo group of all ranks, for a thread beside the main one and for long waits. A collective."""
+    group: Any = dist.new_group(backend="gloo", timeout=timeout)
+    return group
+
+
 def from_rank(source: int, find: Callable[[], Checked], group: dist.ProcessGroup | None = None) -> Checked:
     """Return the result of `find` on the rank `source`, on all ranks. A collective, except without torch.distributed.
 
@@ -122,7 +128,7 @@ def from_rank(source: int, find: Callable[[], Checked], group: dist.ProcessGroup
     Args:
         source: The rank that runs `find`.
         find: A function whose result can be pickled.
-        group: A group of all ranks, for a thread beside the main one and for long waits; None is the world.
+        group: `gloo_group`, in a thread beside the main one or for a long wait; None is the world.
     """
     outcome: list[Any]  # the result, and the failure
     *outcome, error = attempt(find, OSError) if place_in_world()[0] == source else (None, None, None)
