@@ -11,8 +11,6 @@ For models and training loops of one's own (docs/your-own-model.md):
 They are imported when they are first used: `import megatron_peft` needs no torch.
 """
 
-import logging
-import warnings
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
@@ -42,17 +40,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-# On every rank, in whatever order it is imported: what megatron-core warns of its own defaults and of packages that may
-# be missing, and torch 2.13 of collectives that megatron-core calls.
-for message in (
-    *("Transformer Engine and Apex are not installed", "Apex is not installed", "full scope is deprecated"),
-    r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated",
-):
-    warnings.filterwarnings("ignore", message=message)
-# megatron-core reads .grad of shards that are no leaves (--use-distributed-optimizer), which warns on every rank.
-warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf", module="megatron.core")
-
-# torch's on a node without GPUs where nvcc is installed, which megatron-core 0.19 makes it say: a cluster's login node.
-logging.getLogger("torch.utils.cpp_extension").addFilter(lambda record: "No CUDA runtime" not in record.getMessage())

@@ -54,7 +54,7 @@ MAY_OPEN: Mapping[str, set[str]] = {
     # Other people's checkpoints, inertly.
     "checkpoint.safe_pickle": {"torch.load", "pickle.Unpickler"},
     "conversion.megatron_files": {"pickle.Unpickler"},  # descriptions of tensors; no name but those of a list
-    "tasks.readers": {"gzip.open"},  # within a wheel, up to untrusted's limit
+    "tasks.readers": {"gzip.open"},  # within a wheel
     "evaluation.sandbox_driver": {"json.load", "json.loads"},  # a script of its own: a job, and answers
     "runtime.ranks": {"pickle.loads"},  # what our own processes have written
     "experiment.report": {"json.loads"},  # a file of the package

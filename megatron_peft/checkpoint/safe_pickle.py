@@ -6,6 +6,7 @@ into it are accepted, and they too are stand-ins, from whose attributes torch's 
 refuses the file.
 """
 
+import logging
 import pickle
 import re
 import struct
@@ -154,7 +155,8 @@ def _place(path: Path, key: Any, place: Any) -> tuple[MetadataIndex, _StorageInf
 
 def require_whole(path: Path, index: Metadata) -> None:
     """Raise ConfigurationError unless the slices of each tensor in an index fill it, once, and are stored."""
-    # torch compares volumes only if there are several plans. Before torch 2.13 it returns a bool.
+    # torch compares volumes only if there are several plans. Before torch 2.13 it returns a bool. It logs each problem.
+    logging.getLogger(_validate_global_plan.__module__).setLevel(logging.ERROR)
     problems = _validate_global_plan([SavePlan([]), SavePlan([])], index)
     missing = [
         f"key:{key} has a slice at {tuple(chunk.offsets)} that is stored nowhere"

@@ -1,20 +1,42 @@
 """Commands: a flag for each field of a command's settings, typed or out of the files of --config, and what it does."""
 
+import logging
 import shutil
 import sys
-from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
+import warnings
+from argparse import SUPPRESS, Action, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
 from inspect import isfunction
+from pathlib import Path
 from typing import Any
 
 from megatron_peft.cli import version
 from megatron_peft.cli.flags import CONFIG, Flag, flags_of, served_flags
 from megatron_peft.cli.launch import start_processes
-from megatron_peft.cli.parser import RunFlags, argparse_settings, is_first_rank, tell_error
+from megatron_peft.cli.parser import RunFlags, is_first_rank, tell_error
 from megatron_peft.config import ConfigurationError
+
+LIBRARY_WARNINGS = (
+    # megatron-core, of its own defaults and of packages that may be missing
+    *("Transformer Engine and Apex are not installed", "Apex is not installed", "full scope is deprecated"),
+    # torch 2.13, of collectives that megatron-core calls
+    r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated",
+    # megatron-core, which reads .grad of shards that are no leaves (--use-distributed-optimizer)
+    "The .grad attribute of a Tensor that is not a leaf",
+)
+
+
+def quiet_libraries() -> None:
+    """Leave out what libraries would warn of on every rank, and users of the commands cannot change."""
+    for message in LIBRARY_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+    # torch, on a node without GPUs where nvcc is installed (a login node), when megatron-core 0.19 asks it
+    logging.getLogger("torch.utils.cpp_extension").addFilter(
+        lambda record: "No CUDA runtime" not in record.getMessage()
+    )
 
 
 @dataclass(frozen=True)
@@ -37,6 +59,7 @@ class Command:
     takes_run_flags: bool = False
 
     def __call__(self, argv: Sequence[str] | None = None, program: str = "") -> int:
+        quiet_libraries()
         words = sys.argv[1:] if argv is None else list(argv)
         program = program or f"megatron-peft {self.name}"
         try:
@@ -101,17 +124,22 @@ def make_parser(description: str | None) -> ArgumentParser:
 
 
 def add_flags(parser: ArgumentParser, flags: Iterable[Flag]) -> None:
-    """List flags under their titles."""
+    """List flags under their titles. Nothing is parsed: their words are read by `RunFlags`."""
     groups: dict[str, Any] = {"options": parser}
     for each in flags:
         if each.group not in groups:
             groups[each.group] = parser.add_argument_group(each.group)
-        settings = argparse_settings(each)
-        if each.names[0].startswith("-"):
-            settings["required"] = each.required
-        elif each.many and not each.required:
-            settings["nargs"] = "*"
-        groups[each.group].add_argument(*each.names, **settings).choices = each.choices
+        text, settings = each.help, dict[str, Any](nargs=0)
+        if each.takes_value:
+            shown = " ".join(map(str, each.default or ())) if each.many else each.default
+            text += f" (default: {shown})" if shown not in (None, "") else ""
+            if each.choices and each.metavar:  # they are too long to stand in front
+                text += f" (one of {', '.join(each.choices)})"
+            value = None if each.choices else {int: "N", float: "X", str: "TEXT", Path: "PATH"}[each.kind]
+            settings = {"choices": each.choices, "metavar": each.metavar or value}
+            settings["nargs"] = ("+" if each.required or each.is_option else "*") if each.many else None
+        settings |= {"required": each.required} if each.is_option else {}
+        groups[each.group].add_argument(*each.names, action=Action, help=text.replace("%", "%%"), **settings)
 
 
 def unknown_command(name: str, commands: Iterable[str]) -> str:

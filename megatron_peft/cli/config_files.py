@@ -26,8 +26,7 @@ from megatron_peft.config import SECTIONS, ConfigurationError, PeftConfig, RunCo
 from megatron_peft.config.untrusted import compose_yaml, read_text
 
 TITLE = "Repeat this run, in the folder where it was started: megatron-peft train --config FOLDER/run.yaml --save OTHER"
-CONFIG_FLAG = "--config"
-TYPED_ONLY = (CONFIG_FLAG, "--print-config", "--help", "--version")
+TYPED_ONLY = ("--config", "--print-config", "--help", "--version")
 _YAML, _ON, _OFF = "tag:yaml.org,2002:", ("true", "yes", "on"), ("false", "no", "off")
 _PLAIN = ("str", "int", "float", "bool", "null", "timestamp", "value", "merge")
 
@@ -36,52 +35,45 @@ _PLAIN = ("str", "int", "float", "bool", "null", "timestamp", "value", "merge")
 class FileFlag:
     """A flag with its words, and where it stands. `words` is None for `null`, and for `false` of a switch."""
 
-    name: str
-    words: tuple[str, ...] | None
+    flag: Flag
+    words: list[str] | None
     place: str
 
 
-def file_entries(files: Sequence[str], known: Mapping[str, Flag], why_unknown: Callable[[str], str]) -> list[FileFlag]:
-    """What all files together set, each flag once.
+def file_entries(file: str, known: Mapping[str, Flag], why_unknown: Callable[[str], str]) -> list[FileFlag]:
+    """Return what a file sets.
 
-    `known` are flags with their dashes, and words without a flag by their names; `why_unknown` tells of another one.
-    Raises ConfigurationError with everything that is wrong in any file, each with file, line and column.
+    `known` are flags with their dashes, and words without a flag by their names; `why_unknown` explains another one.
+    Raises ConfigurationError with everything that is wrong in the file, each with line and column.
     """
-    merged: dict[str, FileFlag] = {}
-    problems: list[str] = []
+    problems, entries = list[str](), dict[str, FileFlag]()
     sections = {flag.section for flag in known.values()} - {""}
-    for file in files:
-        places: dict[str, str] = {}
+    for section, key, value in _settings(file, sections):
+        place = f"{file}, line {key.start_mark.line + 1}, column {key.start_mark.column + 1}"
         try:
-            settings = [*_settings(file, sections)]
+            name = _name(key, known)
+            if name is None and isinstance(value, yaml.MappingNode):
+                raise ConfigurationError(
+                    f"{key.value} is not a section; the sections are {', '.join(sorted(sections))}."
+                )
+            if name is None:
+                raise ConfigurationError(why_unknown(f"--{key.value}"))
+            flag = known[name]
+            belongs = f"under {flag.section}" if flag.section else "at the top"
+            require(section in ("", flag.section), f"{key.value} does not belong to {section}: write it {belongs}.")
+            if name in entries:
+                before = entries[name].place.removeprefix(f"{file}, ")
+                raise ConfigurationError(f"{key.value} stands here and in {before}: leave one out.")
+            entries[name] = FileFlag(*_flag_and_words(name, value, known), place)
         except ConfigurationError as error:
-            problems += error.problems
-            continue
-        for section, key, value in settings:
-            place = f"line {key.start_mark.line + 1}, column {key.start_mark.column + 1}"
-            try:
-                name = _name(key, known)
-                if name is None and isinstance(value, yaml.MappingNode):
-                    message = f"{key.value} is not a section; the sections are {', '.join(sorted(sections))}."
-                    raise ConfigurationError(message)
-                if name is None:
-                    raise ConfigurationError(why_unknown(f"--{key.value}"))
-                belongs = f"under {known[name].section}" if known[name].section else "at the top"
-                message = f"{key.value} does not belong to {section}: write it {belongs}."
-                require(section in ("", known[name].section), message)
-                require(name not in places, f"{key.value} stands here and in {places.get(name)}: leave one out.")
-                places[name] = place
-                entry = FileFlag(*_flag_and_words(name, value, known), f"{file}, {place}")
-                merged[entry.name.removeprefix("--no-").removeprefix("--")] = entry
-            except ConfigurationError as error:
-                problems.append(f"{file}, {place}: {error}")
+            problems.append(f"{place}: {error}")
     if problems:
         raise ConfigurationError(*problems)
-    return [entry for entry in merged.values() if entry.words is not None]
+    return [*entries.values()]
 
 
 def _settings(file: str, sections: Collection[str]) -> Iterator[tuple[str, yaml.Node, yaml.Node]]:
-    """(section or "", key, value) of everything in a file."""
+    """Yield (section or "", key, value) of everything in a file."""
     root = compose_yaml(read_text(Path(file)), file)
     if root is not None and not isinstance(root, yaml.MappingNode):
         raise ConfigurationError(f"{file} is not a table of flags: write `lr: 1e-4`, a line for each flag.")
@@ -94,7 +86,7 @@ def _settings(file: str, sections: Collection[str]) -> Iterator[tuple[str, yaml.
 
 
 def _name(key: yaml.Node, known: Mapping[str, Flag]) -> str | None:
-    """The flag that a key names, if it is known. ConfigurationError: a file cannot hold it."""
+    """Return the flag that a key names, if it is known. ConfigurationError: a file cannot hold it."""
     if not isinstance(key, yaml.ScalarNode):
         raise ConfigurationError("a key is the name of a flag.")
     dashed = f"--{key.value.replace('_', '-')}"
@@ -104,26 +96,26 @@ def _name(key: yaml.Node, known: Mapping[str, Flag]) -> str | None:
     return name
 
 
-def _flag_and_words(name: str, value: yaml.Node, known: Mapping[str, Flag]) -> tuple[str, tuple[str, ...] | None]:
-    """A switch that is turned off is the flag `--no-...` where there is one."""
+def _flag_and_words(name: str, value: yaml.Node, known: Mapping[str, Flag]) -> tuple[Flag, list[str] | None]:
+    """Return the flag and its words. A switch that is turned off is the flag `--no-...` where there is one."""
+    flag = known[name]
     is_list = isinstance(value, yaml.SequenceNode) and value.tag == f"{_YAML}seq"
     words = [_text(node) for node in (value.value if is_list else [value])]
     if words == [None]:
-        return name, None
-    texts = tuple(word for word in words if word is not None)
-    if len(texts) < len(words) or not texts:
+        return flag, None
+    if not words or None in words:
         raise ConfigurationError(f"{name.lstrip('-')} has a list with nothing in it, or an empty value in it.")
-    if known[name].takes_value:
-        return name, texts
-    text, opposite = " ".join(texts), f"--no-{name[2:]}"
-    require(text.lower() in (*_ON, *_OFF), f"{name[2:]} is a switch: true or false, not {text}.")
-    if text.lower() in _ON:
-        return name, ()
-    return (opposite, ()) if opposite in known else (name, None)
+    texts = [word for word in words if word is not None]
+    if flag.takes_value:
+        return flag, texts
+    text = " ".join(texts).lower()
+    require(text in (*_ON, *_OFF), f"{name[2:]} is a switch: true or false, not {' '.join(texts)}.")
+    opposite = known.get(f"--no-{name[2:]}")
+    return (flag, []) if text in _ON else (opposite, []) if opposite else (flag, None)
 
 
 def _text(node: yaml.Node) -> str | None:
-    """What stands in the file, so that numbers keep their spelling; None for null."""
+    """Return what stands in the file, so that numbers keep their spelling; None for null."""
     if not isinstance(node, yaml.ScalarNode) or node.tag.removeprefix(_YAML) not in _PLAIN:
         raise ConfigurationError("a value is a string, a number, true, false, or a list of those.")
     return None if node.tag == f"{_YAML}null" else node.value

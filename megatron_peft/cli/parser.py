@@ -1,7 +1,7 @@
 """Words -> flags -> typed configuration. Only this file and command.py use argparse; nothing heavy is imported.
 
 Everything that is wrong (unknown flags, flags of Megatron that are not served, values, contradictions, also with the
-checkpoint's shape and the world size) is gathered and told in one message, by rank 0 alone; every rank exits with 2.
+checkpoint's shape and the world size) is reported in one message, by rank 0 alone; every rank exits with 2.
 """
 
 import os
@@ -9,14 +9,13 @@ import re
 import signal
 import sys
 import time
-from argparse import ArgumentError, ArgumentParser
+from argparse import Action, ArgumentParser, Namespace
 from collections.abc import Callable, Mapping, Sequence
-from math import isfinite
-from pathlib import Path
+from functools import cache
 from typing import Any, get_args
 
-from megatron_peft.cli.config_files import CONFIG_FLAG, file_entries, run_file
-from megatron_peft.cli.flags import Flag, Target, nearest, not_known, reason_of, served_flags, way_out, why_not_served
+from megatron_peft.cli.config_files import file_entries, run_file
+from megatron_peft.cli.flags import CONFIG, Flag, Target, nearest, not_known, reason_of, served_flags, why_not_served
 from megatron_peft.config import ConfigurationError, ParallelConfig, RunConfig, flag, print_failure, require
 from megatron_peft.config.run import missing_to_profile, sections_of
 from megatron_peft.config.sources import local_model, local_tokenizer
@@ -26,9 +25,12 @@ from megatron_peft.models.shape import ModelShape, check_layout, check_lengths, 
 HUB_FLAGS = {"pretrained_checkpoint": local_model, "tokenizer_model": local_tokenizer}
 PROGRAM = "pretrain_peft.py"
 PATIENCE_SECONDS = 2.0
+NEGATIVE_NUMBER = re.compile(r"-[\d.]")  # also -1e-3, which argparse takes for a flag before Python 3.14
+FLAG = re.compile(r"(--|-[^\d.\s])[^\s=]*(=|\Z)")  # a text in quotes, which has spaces, is none
 
 ShapeReader = Callable[[str], ModelShape]
 Values = Mapping[str, Any]  # fields of the configuration by name
+Given = dict[tuple[Target, str], tuple[Flag, list[str], Any]]  # (target, key) -> flag, its words, their value
 
 
 def read_config(
@@ -37,7 +39,7 @@ def read_config(
     read_shape: ShapeReader | None = None,
     saved: Callable[[Values], Values] | None = None,
 ) -> RunConfig:
-    """The configuration that `argv` asks for; ConfigurationError with everything that is wrong."""
+    """Return the configuration that `argv` asks for; ConfigurationError with everything that is wrong."""
     return RunFlags(argv).config(environ, read_shape, saved)
 
 
@@ -60,35 +62,25 @@ class RunFlags:
         `own`: flags of the command itself; one without dashes takes the words that follow no flag. With
         `takes_run_flags` all others are those of a run. Raises ConfigurationError: a file cannot be read.
         """
-        self.command_line, self.words, self.program = list(words), list[str](), program
-        self.values: dict[str, dict[str, Any]] = {target: {} for target in get_args(Target)}
+        self.command_line, self.program = list(words), program
         self.problems: list[str] = []
         self.refused = False
         self._takes_run_flags = takes_run_flags
-        self._served = {name: each for each in (served_flags() if takes_run_flags else ()) for name in each.names}
-        self._served |= {name: each for each in own for name in each.names}
-        self._spellings: dict[tuple[str, str], str] = {}
+        flags = (*(served_flags() if takes_run_flags else [CONFIG]), *own)
+        self._known = {name: each for each in flags for name in each.names}
 
-        parts = split_at_flags(words)
-        files = [values for name, values in parts if name == CONFIG_FLAG]
-        require(all(map(all, files)) and [] not in files, f"{CONFIG_FLAG} needs a file: {CONFIG_FLAG} run.yaml.")
-        for entry in file_entries(sum(files, []), self._served, self._why_unknown):
-            self._read(entry.name, [*(entry.words or ())], f"{entry.place}: ")
-        self._spellings.clear()
+        found = Namespace(flags=[])
+        _, rest = _parser(flags).parse_known_args(self.command_line, found)
+        given = self._read_files([file for each, files in found.flags if each is CONFIG for file in files or [""]])
+        given |= self._read_words(found.flags, rest, next((each for each in own if not each.is_option), None))
 
-        free, unflagged = next((each for each in own if not each.names[0].startswith("-")), None), list[str]()
-        for name, values in parts:
-            served = self._served.get(name)
-            if free and (served or not name):
-                num_taken = 0 if not served or not served.takes_value else len(values) if served.many else 1
-                unflagged += values[num_taken:]
-                values = values[:num_taken]
-            if name != CONFIG_FLAG and (name or values):
-                self._read(name, values)
-        if free and unflagged:
-            self._read(free.names[0], unflagged)
+        self.values: dict[str, dict[str, Any]] = {target: {} for target in get_args(Target)}
+        for (target, key), (_, _, value) in given.items():
+            self.values[target][key] = value
+        of_run = [one for one in given.values() if one[0].target != "command"]
+        self.words = [word for each, values, _ in of_run for word in each.command_line(values)]
         absent = [each for each in own if each.required and each.key not in self.values["command"]]
-        missing = [each.names[0] if each.names[0].startswith("-") else each.metavar or each.names[0] for each in absent]
+        missing = [each.names[0] if each.is_option else each.metavar or each.names[0] for each in absent]
         if missing:
             self.problems.append(f"the following arguments are required: {', '.join(missing)}.")
             self.refused = True
@@ -99,14 +91,14 @@ class RunFlags:
 
     @property
     def replica_size(self) -> int:
-        """Ranks of one replica of the model."""
+        """Return the number of ranks of one replica of the model."""
         config = self.values["config"]
         size = config.get("tensor_model_parallel_size", 1) * config.get("pipeline_model_parallel_size", 1)
         return max(size, 1)  # a size below 1 is told with the rest
 
     @property
     def num_processes(self) -> int:
-        """Ranks that the launch flags start; where these give no number for a node, those of one replica."""
+        """Return the number of ranks that the launch flags start; without a number for a node, those of one replica."""
         number = self.launch.get("nproc_per_node", "gpu")
         return int(number) * self.launch.get("nnodes", 1) if number.isdecimal() else self.replica_size
 
@@ -117,7 +109,7 @@ class RunFlags:
         saved: Callable[[Values], Values] | None = None,
         any_layout: bool = False,
     ) -> RunConfig:
-        """The configuration of what was typed.
+        """Return the configuration of what was given.
 
         environ: `WORLD_SIZE` is the world size, 1 if it is missing.
         read_shape: the shape of the model in a checkpoint folder, or ConfigurationError; with it, flags and layout
@@ -171,70 +163,94 @@ class RunFlags:
             raise SystemExit(0)
         return whole
 
-    def _read(self, name: str, words: list[str], place: str = "") -> None:
-        """One flag and the words up to the next flag; `place` is where they stand, if in a file."""
-        served = self._served.get(name)
+    def _read_files(self, files: Sequence[str]) -> Given:
+        """Return what the files set; later ones override earlier ones."""
+        require("" not in files, "--config needs a file: --config run.yaml.")
+        given: Given = {}
+        unreadable: list[str] = []
+        for file in files:
+            of_file: Given = {}
+            try:
+                for entry in file_entries(file, self._known, self._why_unknown):
+                    field = entry.flag.target, entry.flag.key
+                    name = entry.flag.names[0]
+                    if entry.words is not None:
+                        self._store(of_file, entry.flag, entry.words, f"{entry.place}: ")
+                    elif field in given and given[field][0].names[0] in (name, f"--no-{name[2:]}"):
+                        del given[field]
+            except ConfigurationError as error:
+                unreadable += error.problems
+            given |= of_file
+        if unreadable:
+            raise ConfigurationError(*unreadable)
+        return given
+
+    def _read_words(self, found: Sequence[tuple[Flag, list[str]]], rest: list[str], free: Flag | None) -> Given:
+        """Return what typed flags set; `free` takes the words that follow no flag, of which the `rest` has some."""
+        typed: Given = {}
+        unknown = [word for word in rest if FLAG.match(word)]  # words behind one belong to it
+        unflagged = rest[: rest.index(unknown[0])] if unknown else rest
+        for each, values in found:
+            surplus = values[each.takes_value :] if free and not each.many else []
+            if not {*surplus} <= {*self.command_line}:  # `--loud=true`
+                surplus = []
+            unflagged += surplus
+            if each is not CONFIG:
+                self._store(typed, each, values[: len(values) - len(surplus)])
+        if free and unflagged:
+            self._store(typed, free, sorted(unflagged, key=self.command_line.index))
+        elif unflagged:
+            self.problems.append(f"unexpected argument {' '.join(unflagged)}.")
+        self.problems += [self._why_unknown(word.partition("=")[0]) for word in unknown]
+        self.refused |= bool(unknown or unflagged and not free)
+        return typed
+
+    def _store(self, given: Given, each: Flag, words: list[str], place: str = "") -> None:
+        """Read the words of a flag; `place` is where they stand, if in a file."""
+        field = each.target, each.key
+        before, words_before, old = given.get(field, (each, [], ()))
         try:
-            value = self._value(name, served, words)
+            value = each.read(words)
         except ConfigurationError as error:
             self.problems += [place + problem for problem in error.problems]
-            self.refused |= served is None or served.target == "command"
-            if served and served.target == "command":
-                self.values["command"].setdefault(served.key, None)  # it was given
+            if each.target == "command":
+                self.refused = True
+                given.setdefault(field, (each, [], None))  # it was given
             return
-        assert served is not None
-        if served.target != "command":
-            joined = len(words) == 1 and words[0].startswith("-")
-            self.words += [f"{name}={words[0]}"] if joined else [name, *words]
-        values, field = self.values[served.target], (served.target, served.key)
-        if served.adds_up and field in self._spellings:  # typed before, not in a file
-            value = (*values[served.key], *value)
-        before = self._spellings.setdefault(field, name)
-        if before not in served.names and values[served.key] != value:
+        if each.append and old:
+            words, value = words_before + words, old + value
+        if before is not each and old not in (value, "auto"):
             if value == "auto":  # which leaves the choice to the other flag
                 return
-            if values[served.key] != "auto":
-                self.problems.append(f"{place}{before} and {name} contradict each other: leave one out.")
-        values[served.key] = value
-
-    def _value(self, name: str, served: Flag | None, words: list[str]) -> Any:
-        require(bool(name), f"unexpected argument {' '.join(words)}.")
-        if served is None:
-            raise ConfigurationError(self._why_unknown(name))
-        if not served.takes_value:
-            require(not words, f"{name} takes no value, but {' '.join(words)} follows it.")
-            return served.constant
-        way = ": put a text with spaces into quotes" if served.kind is str and not served.choices else ""
-        require(len(words) <= 1 or served.many, f"{name} takes one value, but {' '.join(words)} follow it{way}.")
-        parser = ArgumentParser(add_help=False, exit_on_error=False)
-        parser.add_argument("--value", **argparse_settings(served))
-        try:  # joined by `=`, a value may start with a dash
-            namespace = parser.parse_args([f"--value={words[0]}"] if len(words) == 1 else ["--value", *words])
-        except ArgumentError as error:
-            advice = way_out(name, reason_of(name[2:])) if served.choices else None
-            raise ConfigurationError(f"{name}: {error.message}{f'; {advice}' if advice else ''}.") from error
-        return tuple(namespace.value) if served.many else namespace.value
+            self.problems.append(f"{place}{before.names[0]} and {each.names[0]} contradict each other: leave one out.")
+        given[field] = each, words, value
 
     def _why_unknown(self, name: str) -> str:
-        known = [known for known in self._served if known.startswith("-")]
+        known = [known for known in self._known if known.startswith("-")]
         is_megatrons = self._takes_run_flags or reason_of(name[2:])
         return why_not_served(name, known) if is_megatrons else not_known(name, nearest(name, known))
 
 
-def split_at_flags(words: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """`a --lr 1 --split=9,1 --bf16` -> ("", [a]), (--lr, [1]), (--split, [9,1]), (--bf16, [])."""
-    parts: list[tuple[str, list[str]]] = [("", [])]
-    for word in words:
-        if re.match(r"(--|-[^\d.\s])[^\s=]*(=|\Z)", word):  # a text in quotes, which has spaces, is no flag
-            name, equals, value = word.partition("=")
-            parts.append((name, [value] if equals else []))
-        else:
-            parts[-1][1].append(word)
-    return parts
+class _Record(Action):
+    """Record a flag with the words that follow it."""
+
+    def __call__(self, parser: ArgumentParser, namespace: Namespace, values: Any, option_string: Any = None) -> None:
+        namespace.flags.append((self.const, values))
+
+
+@cache
+def _parser(flags: tuple[Flag, ...]) -> ArgumentParser:
+    """Return a parser that finds flags, with as many words as follow: `Flag.read` tells which are wrong."""
+    parser = ArgumentParser(add_help=False, allow_abbrev=False, conflict_handler="resolve")
+    parser._negative_number_matcher = NEGATIVE_NUMBER
+    for each in flags:
+        if each.is_option:
+            parser.add_argument(*each.names, action=_Record, const=each, nargs="*")
+    return parser
 
 
 def tell_error(error: ConfigurationError, environ: Mapping[str, str] = os.environ, program: str = PROGRAM) -> int:
-    """Tell on rank 0 what is wrong, all of it in one message on stderr. Returns the exit code of every rank, 2.
+    """Report on rank 0 what is wrong, all of it in one message on stderr. Returns the exit code of every rank, 2.
 
     torchrun kills all ranks when one exits, so the others wait for rank 0 to print its message.
     """
@@ -251,14 +267,14 @@ def tell_error(error: ConfigurationError, environ: Mapping[str, str] = os.enviro
 
 
 def is_first_rank(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether this process speaks for all."""
+    """Return True if this process reports for all."""
     return environ.get("RANK", "0") == "0"
 
 
 def _shape_problems(
     folder: str, shape_flags: Mapping[str, Any], parts: Mapping[str, Any], read_shape: ShapeReader
 ) -> list[str]:
-    """What contradicts the model; sections that could not be built are left out."""
+    """Return what contradicts the model; sections that could not be built are left out."""
     try:
         shape = read_shape(folder)
     except ConfigurationError as error:
@@ -273,32 +289,3 @@ def _shape_problems(
         *(check_lengths(parts["data"], shape) if parts["data"] else []),
         *(check_quantized(parts["model"], tp, shape) if parts["model"] and tp else []),
     ]
-
-
-def argparse_settings(served: Flag) -> dict[str, Any]:
-    """Keyword arguments for `add_argument`."""
-    words = served.help.replace("%", "%%")
-    if not served.takes_value:
-        return {"help": words, "action": "store_const", "const": served.constant}
-    shown = " ".join(map(str, served.default or ())) if served.many else served.default
-    if shown not in (None, ""):
-        words += f" (default: {shown})"
-    choices = served.choices if served.checks_choices else None
-    if choices and served.metavar:  # they are too long to stand in front
-        words += f" (one of {', '.join(choices)})".replace("%", "%%")
-    settings: dict[str, Any] = {"help": words, "nargs": "+" if served.many else None}
-    if choices:
-        return settings | {"choices": choices, "metavar": served.metavar}
-    named = f"{{{','.join(served.choices)}}}" if served.choices else served.metavar
-    metavar = named or {int: "N", float: "X", str: "TEXT", Path: "PATH"}[served.kind]
-    return settings | {"type": _number if served.kind is float else served.kind, "metavar": metavar}
-
-
-def _number(text: str) -> float:
-    value = float(text)
-    if not isfinite(value):
-        raise ValueError(text)
-    return value
-
-
-_number.__name__ = "number"  # argparse says: invalid number value

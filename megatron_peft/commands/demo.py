@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_peft.cli.command import Command
 from megatron_peft.cli.parser import RunFlags
-from megatron_peft.config import METHODS, PeftConfig, flag, option, require, require_packages
+from megatron_peft.config import PeftConfig, flag, option, require, require_packages
 from megatron_peft.demo.data import waiting
 
 ANY_RUN = {"pretrained_checkpoint": "m", "pipeline_model_parallel_size": 2}
@@ -19,7 +19,7 @@ ANY_RUN = {"pretrained_checkpoint": "m", "pipeline_model_parallel_size": 2}
 class DemoSettings:
     """What the demo trains, and where everything goes."""
 
-    method: str = option(PeftConfig.method, "--peft-method of the run", metavar="|".join(METHODS))
+    method: str = option(PeftConfig.method, "--peft-method of the run")
     output: Path = option(Path("runs/demo"), "folder for everything", metavar="FOLDER")
 
 

@@ -45,7 +45,7 @@ def option(
     flags: tuple[str, ...] = (),
     metavar: str | None = None,
     may_change: bool = False,
-    adds_up: bool = False,
+    append: bool = False,
 ) -> T:
     """A dataclass field with everything that there is to say about its flag, whose default spelling is `--field-name`.
 
@@ -54,10 +54,10 @@ def option(
     needs: fields without which one that is not at its default has no effect; `a|b`: one of the two will do.
     group: title under which `--help` lists it; None: that of the section.
     may_change: of a method's flag: a resumed run may have another value.
-    adds_up: values that are typed one by one are all taken; else the last one holds, as with Megatron.
+    append: values that are typed one by one are all taken; else the last one holds, as with Megatron.
     """
     described = {"help": help, "check": check, "most": most, "needs": needs.split(), "group": group, "flags": flags}
-    described |= {"metavar": metavar, "may_change": may_change, "adds_up": adds_up}
+    described |= {"metavar": metavar, "may_change": may_change, "append": append}
     return field(default=default, metadata=described)  # pyright: ignore[reportReturnType]
 
 

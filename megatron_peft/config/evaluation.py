@@ -75,7 +75,7 @@ class AnswerSettings(EngineSettings):
     top_k: int = option(Sampling.top_k, "sample from the N most likely tokens; 0: from all")
     num_samples: int = option(1, "answers per prompt", check="positive")
     # One that begins with a dash is typed alone, as --stop=---.
-    stop: tuple[str, ...] = option((), r"an answer ends before any of these; \n is a newline", adds_up=True)
+    stop: tuple[str, ...] = option((), r"an answer ends before any of these; \n is a newline", append=True)
     chat: bool = option(False, "treat the prompt as a user message and apply the tokenizer's chat template")
     system: str | None = option(
         None, "system message of each conversation that has none of its own", needs="chat", metavar="TEXT"

@@ -11,7 +11,6 @@ import shlex
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
-from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -225,7 +224,7 @@ def _figures(exported: Exported) -> str:
     last: dict[str, float] = {}
     path = exported.run.parent / "metrics.jsonl"
     with path.open("rb") if path.is_file() else io.BytesIO() as file:
-        for line in iter(partial(file.readline, untrusted.MAX_BYTES), b""):
+        for line in file:
             with suppress(ConfigurationError):  # a torn line
                 metrics = untrusted.parse_json(line, str(path))
                 iteration = metrics.get("iteration") if isinstance(metrics, dict) else None

@@ -18,16 +18,22 @@ from megatron.core.datasets.utils import Split
 
 from megatron_peft.checkpoint.run_record import sampled_digest
 from megatron_peft.config import ConfigurationError, DataConfig, RunConfig, require
-from megatron_peft.config.sources import RECORD_NAMES, Blend, is_indexed, kind_of_source, parse_blend
+from megatron_peft.config.sources import RECORD_NAMES, Blend, is_indexed, parse_blend
 from megatron_peft.config.untrusted import require_regular
 from megatron_peft.data.batches import BatchLayout, GlobalBatches
-from megatron_peft.data.files import RecordFiles
-from megatron_peft.data.instruction import InstructionDataset
-from megatron_peft.data.node_files import NodeFiles, read_once
+from megatron_peft.data.files import RecordFiles, digests_of
+from megatron_peft.data.instruction import InstructionDataset, made_once
+from megatron_peft.data.node_files import NodeFiles
 from megatron_peft.data.records import Fit
 from megatron_peft.data.samples import BlendedOrder, PackedOrder, Sample, SampleOrder, SampleSource
 from megatron_peft.data.tokenizers import NullTokenizer, Tokenizer
-from megatron_peft.runtime.launch import checked_together, gather_over_world, place_in_world
+from megatron_peft.runtime.launch import (
+    checked_together,
+    from_first_of,
+    gather_over_world,
+    place_in_world,
+    place_on_node,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -164,16 +170,11 @@ class _Splits:
             _require_one_digest(split, paths, indexed.digest if indexed else "")
             return indexed
         paths = parse_blend(paths, flag).prefixes
-        cache_root = Path(data.data_cache_path) if data.data_cache_path else None
-        if any(kind_of_source(path) != "json" for path in paths):
-            from datasets import config
-
-            # Beside the cache of `datasets`, tables have a cache of tokens.
-            cache_root = cache_root or Path(config.HF_DATASETS_CACHE) / "megatron_peft"
-        known = read_once(paths, flag, self.node, cache_root)
-        records = checked_together(lambda: RecordFiles(paths, flag, known))
-        _require_one_digest(split, paths, records.digest)
-        dataset = InstructionDataset(records, Fit.of(data, self.tokenizer), cache_root, self.node)
+        cache_dir = Path(data.data_cache_path) if data.data_cache_path else None
+        digests = from_first_of(place_on_node().node, lambda: digests_of(paths, flag))
+        _require_one_digest(split, paths, " ".join(digests))
+        records = made_once(lambda: RecordFiles(paths, flag, cache_dir, digests))
+        dataset = InstructionDataset(records, Fit.of(data, self.tokenizer), cache_dir, self.node, split.name)
         if place_in_world()[0] == 0:
             for sentence in dataset.warnings:
                 logger.warning("%s: %s", flag, sentence)

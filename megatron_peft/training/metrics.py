@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_peft.config import ConfigurationError, LoggingConfig, require
-from megatron_peft.config.untrusted import MAX_BYTES, parse_json, require_regular
+from megatron_peft.config.untrusted import parse_json, require_regular
 
 logger = logging.getLogger(__name__)
 
@@ -147,8 +147,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
         return []
     require_regular(path)
     with path.open("rb") as file:
-        lines = enumerate(iter(lambda: file.readline(MAX_BYTES), b""), start=1)
-        records = [_record_of(line, f"{path}, line {number}") for number, line in lines]
+        records = [_record_of(line, f"{path}, line {number}") for number, line in enumerate(file, start=1)]
     return [record for record in records if record is not None]
 
 
@@ -161,7 +160,7 @@ def _record_of(line: bytes, place: str) -> dict[str, Any] | None:
         if type(record["iteration"]) is not int or not all(isinstance(value, int | float | None) for value in numbers):
             raise TypeError
     except (ConfigurationError, AttributeError, TypeError, KeyError) as error:
-        if not line.endswith(b"\n") and len(line) < MAX_BYTES:
+        if not line.endswith(b"\n"):
             return None
         raise ConfigurationError(f"{place}: not a record of metrics: {line[:80]!r}.") from error
     return record
@@ -249,7 +248,7 @@ def _drop_records_after(path: Path, iteration: int) -> None:
         with mmap(file.fileno(), end, access=ACCESS_READ) as text:
             while end:
                 start = text.rfind(b"\n", 0, end - 1) + 1
-                record = _record_of(text[start : min(end, start + MAX_BYTES)], f"{path}, byte {start}")
+                record = _record_of(text[start:end], f"{path}, byte {start}")
                 if record is not None and record["iteration"] <= iteration:
                     break
                 end = start

@@ -37,10 +37,8 @@ def values_of(one: Flag) -> st.SearchStrategy[Any]:
     """Anything that the parser may have made of a flag's words; checks of values are not what is tested here."""
     if not one.takes_value:
         return st.booleans() if isinstance(one.constant, bool) else st.just(True)
-    if one.choices:
-        return st.sampled_from(one.choices)
     number = st.integers(-(10**9), 10**9) if one.kind is int else st.floats(allow_nan=False, allow_infinity=False)
-    single = number if one.kind in (int, float) else TEXTS
+    single = st.sampled_from(one.choices) if one.choices else number if one.kind in (int, float) else TEXTS
     return st.lists(single, min_size=1, max_size=3).map(tuple) if one.many else single
 
 
@@ -51,13 +49,11 @@ def test_every_served_flag_survives_yaml_and_back(tmp_path: Path, one: Flag, dat
     value = data.draw(values_of(one))
     name = one.names[0]
     text = text_of("a title", {one.section: [(one, value)]})
-    (found,) = file_entries([file_with(tmp_path, text)], {name: one}, str) or [None]
+    (found,) = file_entries(file_with(tmp_path, text), {name: one}, str) or [None]
     if not one.takes_value:
-        assert (found is not None) == value
+        assert (found is not None and found.words is not None) == value
         return
-    words = [str(word) if one.kind is str else repr(word) for word in (value if isinstance(value, tuple) else (value,))]
-    assert found is not None and found.name == name
-    assert [one.kind(word) for word in found.words] == [one.kind(word) for word in words]
+    assert found is not None and found.flag is one and one.read(found.words or []) == value
 
 
 def test_a_run_file_gives_the_same_run(tmp_path: Path) -> None:
@@ -88,6 +84,10 @@ def test_later_files_override_and_typed_flags_override_all(tmp_path: Path) -> No
     on = file_with(tmp_path, "exit-signal-handler: true\n", "on.yaml")
     for files in ([first, on], [on, first], [first, on, first], [on, first, on]):
         assert read("--config", *files).training.exit_signal_handler == (files[-1] == on)
+    unfused, not_flash = (
+        file_with(tmp_path, text, text[:4]) for text in ("attention-backend: unfused", "use-flash-attn: no")
+    )
+    assert read("--config", unfused, not_flash).model.attention_backend == "unfused"
     config = read("--lr", "3", "--config", first, "--exit-signal-handler", f"--config={second}")
     assert config.optimizer.lr == 3 and config.training.exit_signal_handler
 
@@ -113,15 +113,14 @@ WRONG = {
     "lr: 1\nsave: 'x\nbf16: true\n": "line 2, column 7: while scanning a quoted",
     "bf16: true\nlr 1\nsplit: 9\n": "line 2, column 1: while scanning a simple key",
     "lr: [1, 2}\n": "line 1, column 10: while parsing a flow sequence, expected ',' or ']', but got '}'.",
-    "[" * 5000: "nested deeper than",
-    "# " + "x" * (1 << 20): "has 1,048,578 characters, above the limit of YAML, 1,048,576.",
+    "[" * 5000: "nested too deep",
 }
 
 
 @pytest.mark.parametrize(("text", "told"), WRONG.items(), ids=range(len(WRONG)))
 def test_what_is_wrong_is_told_with_its_place(tmp_path: Path, text: str, told: str) -> None:
     with pytest.raises(ConfigurationError, match=re.escape(told)):
-        file_entries([file_with(tmp_path, text)], KNOWN, lambda name: f"{name} ?")
+        file_entries(file_with(tmp_path, text), KNOWN, lambda name: f"{name} ?")
 
 
 def test_everything_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def test_stops_may_be_typed_one_by_one_and_of_other_lists_the_last_holds(tmp_pat
         ("--disable-mamba-mem-eff-path", "(Mamba)"),
         ("--lr fast", "--lr: invalid number value: 'fast'."),
         ("--lr nan", "--lr: invalid number value: 'nan'."),
-        ("--lr", "--lr: expected one argument."),
+        ("--lr", "--lr needs a value."),
         ("--lr 1 2", "--lr takes one value, but 1 2 follow it."),
         ("--lr -1e-3", "--lr is -0.001; it must be above 0."),
         ("--seq-length 12.5", "--seq-length: invalid int value: '12.5'."),
@@ -271,7 +271,7 @@ def test_flags_of_a_command_stand_beside_a_runs(capsys: pytest.CaptureFixture[st
 @dataclass(frozen=True)
 class Listed:
     folders: tuple[str, ...] = option((), "some", flags=("folders",))
-    stop: tuple[str, ...] = option((), "texts", adds_up=True)
+    stop: tuple[str, ...] = option((), "texts", append=True)
     loud: bool = option(False, "a switch")
     seed: int = option(1, "a number")
 
@@ -281,3 +281,6 @@ def test_words_without_a_flag_stand_anywhere_and_a_text_with_spaces_is_none_of_t
     command = Command("p", None, Listed, lambda settings: seen.append(settings) or 0)
     assert command(["a", "--loud", "b", "--seed", "3", "c", "--stop", "- x", "-- y", "--seed=-4"]) == 0
     assert seen == [Listed(("a", "b", "c"), ("- x", "-- y"), True, -4)]
+    assert (
+        RunFlags(["a", "--loud=true"], [*flags_of(Listed)]).problems[0] == "--loud takes no value, but true follows it."
+    )

@@ -59,21 +59,22 @@ LIBRARY_WARNINGS = [
     "full scope is deprecated. Use empty cuda_graph_scope to capture the whole layer.",
     "`torch.distributed.all_gather_into_tensor` is deprecated. Use another one.",
     "`torch.distributed.reduce_scatter_tensor` is deprecated. Use another one.",
+    "The .grad attribute of a Tensor that is not a leaf Tensor is being accessed.",
 ]
 
 
-def test_warnings_of_libraries_that_ask_for_nothing_are_silent() -> None:
+QUIET = "import warnings, logging; from megatron_peft.cli.command import quiet_libraries; quiet_libraries()\n"
+
+
+def test_warnings_of_libraries_that_ask_for_nothing_are_silent_in_commands_alone() -> None:
     """Also torch's on a node without GPUs."""
-    warned = f"import megatron_peft, warnings, logging\nfor message in {LIBRARY_WARNINGS}: warnings.warn(message)\n"
+    warned = f"for message in {LIBRARY_WARNINGS}: warnings.warn(message)\n"
     logged = "logger = logging.getLogger('torch.utils.cpp_extension')\nlogger.warning('No CUDA runtime is found')\n"
-    told = run_python(f"{warned}{logged}warnings.warn('another one'); logger.warning('another log')").stderr
+    told = run_python(f"{QUIET}{warned}{logged}warnings.warn('another one'); logger.warning('another log')").stderr
     assert "another one" in told and "another log" in told and "CUDA" not in told
     assert not any(message in told for message in LIBRARY_WARNINGS)
-    of_optimizer = "The .grad attribute of a Tensor that is not a leaf Tensor is being accessed."
-    warned = "warnings.warn_explicit({!r}, UserWarning, 'optimizer.py', 66, module=module)"
-    modules = "for module in ('megatron.core.optimizer.optimizer', 'own_loop'): "
-    told = run_python(f"import megatron_peft, warnings\n{modules}{warned.format(of_optimizer)}").stderr
-    assert told.count(of_optimizer) == 1
+    told = run_python(f"import megatron_peft, warnings\n{warned}").stderr
+    assert all(message in told for message in LIBRARY_WARNINGS)
 
 
 @pytest.mark.slow
@@ -82,4 +83,4 @@ def test_warnings_of_libraries_that_ask_for_nothing_are_silent() -> None:
 )
 def test_a_command_starts_without_a_word_of_its_libraries(module: str) -> None:
     """Each is the first that its command imports."""
-    assert run_python(f"import megatron_peft.{module}").stderr == ""
+    assert run_python(f"{QUIET}import megatron_peft.{module}").stderr == ""

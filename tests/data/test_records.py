@@ -8,7 +8,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_peft.config import ConfigurationError
-from megatron_peft.data import tokenizers
 from megatron_peft.data.files import RecordFiles
 from megatron_peft.data.instruction import InstructionDataset
 from megatron_peft.data.records import ColumnNames, Fit, encode_segments, format_of, tokenize_record
@@ -209,16 +208,6 @@ def test_loss_is_on_the_completion_or_on_all_of_a_text_and_its_end(hf):
     assert (ids, trained) == ([*hf.encode("the cat"), hf.eos_id], [True] * len(ids))
 
 
-def test_a_text_above_the_limit_is_named_by_its_record(write_lines, hf, sentencepiece_file, monkeypatch):
-    records = RecordFiles([write_lines([{"prompt": "the cat", "completion": " " + "x" * 20}])], FLAG)
-    for tokenizer in (hf, SentencePieceTokenizer(str(sentencepiece_file))):
-        monkeypatch.setattr(tokenizers, "MAX_TEXT", 28)
-        assert len(InstructionDataset(records, Fit(tokenizer, 64))) == 1
-        monkeypatch.setattr(tokenizers, "MAX_TEXT", 27)
-        with pytest.raises(ConfigurationError, match="data.jsonl, line 1: the text has 28 characters, .* 27: split it"):
-            InstructionDataset(records, Fit(tokenizer, 64))
-
-
 def test_loss_is_on_every_answer_of_a_conversation_up_to_its_end_token(hf):
     said = [("system", "You translate."), ("user", "hello"), ("assistant", "bonjour")]
     said += [("user", "the cat"), ("assistant", "le chat")]
@@ -361,7 +350,6 @@ def test_the_ids_before_a_boundary_are_those_of_the_text_before_it(hf, parts):
             'no message has the role "assistant", .*roles are "user", "bot".: give',
         ),
         ({"messages": [{"role": ["user"], "content": "a"}]}, '"role" of message 1 is not text but list'),
-        ({"messages": [{"role": "assistant", "content": 40 * "a"}] * 1000}, "1,000 messages with 49,000 characters"),
     ],
 )
 def test_what_is_wrong_with_a_record_is_an_error(hf, record, message):

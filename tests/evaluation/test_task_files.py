@@ -1,11 +1,9 @@
 """Every place of a task's file at which the harness would evaluate, load or call what stands there."""
 
-import gzip
 import json
 import os
 import re
 import tomllib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ import pytest
 from lm_eval import utils
 from lm_eval.tasks import TaskManager
 
-from megatron_peft.config import ConfigurationError, templates
+from megatron_peft.config import ConfigurationError
 from megatron_peft.evaluation import harness_run
 from megatron_peft.evaluation.harness_run import check_task_files, find_tasks
 from megatron_peft.evaluation.task_names import harness_files, harness_folders, own_files, require_known_tasks
@@ -67,17 +65,6 @@ def write(folder: Path, task: dict[str, Any], name: str = "mine", functions: str
 def test_no_template_runs_code(folder: Path, task: dict[str, Any]) -> None:
     write(folder, task)
     assert re.search(UNSAFE, refusal(folder))
-
-
-def test_a_template_has_limits_at_every_item(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(folder, {**ANSWERS, "doc_to_text": "{{ 'x' * 10**9 if question == 'late' else question }}"})
-    manager = find_tasks(["mine"], [str(folder)])
-    (task,) = manager.load(["mine"])["tasks"].values()
-    with pytest.raises(ConfigurationError, match="it needs more than 512 MiB of memory, the limit of a text"):
-        task.doc_to_text({"question": "late", "choices": ["a"], "label": 0})
-    monkeypatch.setattr(templates, "MOST_TEMPLATE_CHARACTERS", 100)
-    write(folder, {**ANSWERS, "doc_to_text": "x" * 101})
-    assert "above the limit of a template" in refusal(folder)
 
 
 def test_the_harness_renders_nowhere_else() -> None:
@@ -164,57 +151,9 @@ def test_a_mistake_is_told_before_the_model_is_loaded(folder: Path, what: str) -
     assert told in refusal(folder)
 
 
-def test_the_limit_of_questions_counts_for_that_of_requests(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(folder, {**ANSWERS, "repeats": 700_000})
-    assert "it asks more than" in refusal(folder)
-    find_tasks(["mine"], [str(folder)], limit=1)
-    monkeypatch.setattr(harness_run, "MOST_REQUESTS", 7)
-    write(folder, CHOICES)
-    assert "it asks more than 7 times (1 for each item and choice)" in refusal(folder), "2 questions of 4 choices"
-
-
 def test_files_that_include_one_another_ten_times_over_are_read_once(folder: Path) -> None:
     (folder / "mine.yaml").write_text(json.dumps({"task": "mine", "include": ["mine.yaml"] * 10}))
     assert "cannot be loaded" in refusal(folder) or "no task has this name" in refusal(folder)
-
-
-def test_a_pattern_that_needs_forever_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness_run, "JUDGING_SECONDS", 0.05)
-    judge = harness_run._in_time(lambda answer: re.findall("(a|aa)+$", answer))
-    assert judge("a") == ["a"]
-    with pytest.raises(ConfigurationError, match=r"it has not come to an end in 0.05 s; simplify their patterns"):
-        judge("a" * 60 + "b")
-
-
-def parquet_of_one_value(path: Path) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    texts = pa.DictionaryArray.from_arrays(pa.array([0] * 200_000, pa.int32()), pa.array(["x" * 1000]))
-    pq.write_table(pa.table({"question": texts.cast(pa.string())}), path)
-
-
-DATA: dict[str, tuple[str, Callable[[Path], object], str]] = {
-    "data.jsonl": (
-        "json",
-        lambda path: path.write_text('{"a": "' + "x" * 2**25 + '"}'),
-        "the limit of a line is 32 MiB",
-    ),
-    "data.csv": ("csv", lambda path: path.write_text("," * 5000), "has 5,001 columns, and the limit is 4,096"),
-    "data.parquet": ("parquet", parquet_of_one_value, "unpacks to more than"),
-    "data.jsonl.gz": ("json", lambda path: path.write_bytes(gzip.compress(b"{}")), "is compressed: unpack it first"),
-}
-
-
-@pytest.mark.parametrize("given", ["file", "pattern", "folder"])
-@pytest.mark.parametrize("name", DATA)
-def test_data_of_a_task_have_the_limits_of_data(folder: Path, name: str, given: str) -> None:
-    reader, make, told = DATA[name]
-    (folder / "data").mkdir()
-    make(folder / "data" / name)
-    settings = {"file": {"data_files": f"data/{name}"}, "pattern": {"data_files": ["data/*"]}}
-    write(folder, {**TEXTS, "dataset_path": reader, "dataset_kwargs": settings.get(given, {"data_dir": "data"})})
-    assert told in refusal(folder)
 
 
 # Names of tasks: an unknown one is answered at once, a known one parses its own folders only.

@@ -28,7 +28,6 @@ from tests.time_limits import seconds
 
 LIMIT_SECONDS = 15.0  # of a program whose imports are done
 MOST_BYTES = 1 << 35  # of a program's address space: who reads /dev/zero to its end must not take the machine along
-TEMPLATE_SECONDS = 0.5  # in which a template must come to its end, instead of 2
 OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 IMPORTED = (
     *("pretrain_peft", "tools.convert", "tools.evaluate", "tools.experiment", "tools.generate", "tools.report"),
@@ -76,7 +75,6 @@ def answers(argument: tuple[Path, Sequence[Call]], more: Sequence[str] = ()) -> 
     os.environ |= {"TQDM_DISABLE": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
     for name in IMPORTED:
         importlib.import_module(name)
-    importlib.import_module("megatron_peft.config.templates").SECONDS = TEMPLATE_SECONDS
     good = _good_files(folder / "good", (*GOOD_RUNS, *more))
     gc.freeze()  # or each fork, as it ends, would look through (and copy) all that was imported
     return [_answer_of(call, good, folder / str(number)) for number, call in enumerate(calls)]

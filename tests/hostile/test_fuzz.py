@@ -50,7 +50,7 @@ class Family(NamedTuple):
 STRANGE = (
     *("null", "true", "[]", "{}", '""', '"x"', "-1", "0", "1.5", "1e999", "NaN", "[[[]]]", "[null]", '{"a": {"a": 1}}'),
     *("9" * 30, "9" * 5000, "1000000000000", "-1000000000000", "2147483648", "[" * 200 + "]" * 200, f'"{"x" * 300}"'),
-    *('"\\u001b[31mred"', '"../../etc/passwd"', '"/dev/zero"', '"\\ud800"', '"{{ 9**9**9 }}"', '"%s%n"'),
+    *('"\\u001b[31mred"', '"../../etc/passwd"', '"/dev/zero"', '"\\ud800"', '"%s%n"'),
 )
 
 
@@ -146,14 +146,13 @@ FAMILIES = (
     Family("texts.jsonl", at.PREPROCESS, LINES),
     Family("tokens_text_document.idx", at.INDEXED, NUMBERS),
     Family("tokens_text_document.bin", at.INDEXED, NUMBERS, "tokens_text_document"),
-    Family("kept/tokens-*/manifest.json", CACHED, OBJECT, "kept/tokens-"),
-    Family("kept/tokens-*/*.arrow", CACHED, NUMBERS, "kept/tokens-"),
+    Family("kept/generator/**/*.arrow", CACHED, (cut,), "kept are damaged"),
     Family("peft/adapter_config.json", at.IMPORT, OBJECT, "peft"),
     Family("peft/adapter_model.safetensors", at.IMPORT, (header, header, *NUMBERS), "peft"),
     Family(f"{CHECKPOINT}/run_record.json", at.RESUME, OBJECT, signed=True),
     Family(f"{CHECKPOINT}/run_record.json", at.MERGE, OBJECT, signed=True),
     Family(f"{CHECKPOINT}/manifest.json", at.RESUME, OBJECT),
-    Family(f"{CHECKPOINT}/.metadata", at.FROM_RUN, NUMBERS, CHECKPOINT, signed=True),
+    Family(f"{CHECKPOINT}/.metadata", at.FROM_RUN, NUMBERS, CHECKPOINT),
     Family(f"{CHECKPOINT}/*.distcp", at.RESUME, NUMBERS, CHECKPOINT, signed=True),
     Family("run/latest_checkpointed_iteration.txt", at.RESUME, BYTES),
     Family("run/adapter_config.json", at.MERGE, OBJECT),
