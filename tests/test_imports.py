@@ -57,7 +57,6 @@ MAY_OPEN: Mapping[str, set[str]] = {
     "tasks.readers": {"gzip.open"},  # within a wheel
     "evaluation.sandbox_driver": {"json.load", "json.loads"},  # a script of its own: a job, and answers
     "runtime.ranks": {"pickle.loads"},  # what our own processes have written
-    "runtime.launch": {"pickle.loads"},  # what our own ranks have sent
     "experiment.report": {"json.loads"},  # a file of the package
     "plan.timing": {"json.loads"},  # another
     "serving.engine": {"json.loads"},  # what our script has written

@@ -1,11 +1,9 @@
 """Save a checkpoint: every rank writes into a draft folder, which is then published atomically."""
 
 import dataclasses
-import datetime
 import logging
 import os
 import shutil
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -29,14 +27,16 @@ from megatron_peft.checkpoint.state import (
 from megatron_peft.checkpoint.tensors import RankFiles, Sharded, Written, complete_files, global_slices
 from megatron_peft.config import CheckpointConfig, ConfigurationError, require
 from megatron_peft.parallel.collectives import from_first_rank, gathered_by_first_rank
-from megatron_peft.runtime.failure import waits_in_vain
-from megatron_peft.runtime.launch import SideChannel, device_setter, gather_over_world
+from megatron_peft.runtime.failure import is_peer_failure
+from megatron_peft.runtime.launch import device_setter, gloo_group
 
 logger = logging.getLogger(__name__)
 
 
 class CheckpointNotSaved(ConfigurationError):
     """A rank could not write its share of a checkpoint. Raised on all ranks; earlier checkpoints are untouched."""
+
+    on_all_ranks = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,7 @@ class DraftedCheckpoint:
     draft: Path
     files: RankFiles
     record: RunRecord
-    channel: SideChannel | None
+    group: dist.ProcessGroup | None
 
     @property
     def iteration(self) -> int:
@@ -60,7 +60,7 @@ class DraftedCheckpoint:
         Raises CheckpointNotSaved, on every rank: earlier checkpoints are untouched, and the draft is removed.
         """
         with _as_not_saved(self.folder, self.iteration, self.draft):
-            gathered_by_first_rank(self.files.write, self._publish, self.channel)
+            gathered_by_first_rank(self.files.write, self._publish, self.group)
         return folders.iteration_folder(self.folder, self.iteration)
 
     def _publish(self, by_rank: Sequence[Written]) -> None:
@@ -88,12 +88,12 @@ class DraftedCheckpoint:
 
 
 def draft_checkpoint(
-    state: TrainingState, snapshot: bool = False, channel: SideChannel | None = None
+    state: TrainingState, snapshot: bool = False, group: dist.ProcessGroup | None = None
 ) -> DraftedCheckpoint:
     """A checkpoint of the current state; `complete` writes it. A collective.
 
     snapshot: copy the state, so that the run may go on before the files are written.
-    channel: for `complete` in a thread beside the main one.
+    group: `gloo_group`, for `complete` in a thread beside the main one.
     Raises CheckpointNotSaved on every rank.
     """
     assert state.config.checkpoint.save is not None
@@ -104,7 +104,7 @@ def draft_checkpoint(
         draft = from_first_rank(lambda: folders.start_draft(folders.iteration_folder(folder, iteration)))
     with _as_not_saved(folder, iteration, draft), whole_parameters(state.model_chunks):
         files = RankFiles(tensors_to_save(state, entries), draft, snapshot)
-    return DraftedCheckpoint(folder, draft, files, record, channel)
+    return DraftedCheckpoint(folder, draft, files, record, group)
 
 
 @contextmanager
@@ -204,13 +204,8 @@ def write_new_folder(written: Sequence[ShardedTensor], folder: Path) -> None:
 
 
 # With --async-save a save copies the tensors and the run continues; a thread on each rank writes the files. The threads
-# agree through a channel of their own, since training uses the groups, and rank 0 publishes. In another thread rank 0
-# removes old checkpoints.
-
-# How much ranks may differ in the time they take to write. A rank that dies is noticed by the world, in training and as
-# `Saver.finish` waits.
-_WRITING_TIMEOUT = datetime.timedelta(hours=6)
-_POLL_SECONDS = 0.2
+# agree over a gloo group, since training uses the others, and rank 0 publishes. In another thread rank 0 removes old
+# checkpoints.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,7 +229,7 @@ class Saver:
         self._folder = Path(settings.save or "")
         self._lock: folders.FolderLock | None = None
         self._executor: ThreadPoolExecutor | None = None
-        self._channel: SideChannel | None = None
+        self._group: dist.ProcessGroup | None = None
         self._remover = ThreadPoolExecutor(1, thread_name_prefix="removal")
         self._pending: tuple[int, Future[Any]] | None = None
         if settings.save is None:
@@ -242,7 +237,7 @@ class Saver:
         from_first_rank(lambda: self._take(settings.load, settings.finetune))
         if settings.async_save:
             self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint", initializer=device_setter())
-            self._channel = SideChannel(_WRITING_TIMEOUT)
+            self._group = gloo_group()
 
     def start(self, state: TrainingState) -> None:
         """Save the current state: write it before returning or, with --async-save, copy it and write in a thread.
@@ -255,7 +250,7 @@ class Saver:
         try:
             if problem := from_first_rank(self._folder_problem):
                 raise CheckpointNotSaved(problem)
-            draft = draft_checkpoint(state, snapshot=self._executor is not None, channel=self._channel)
+            draft = draft_checkpoint(state, snapshot=self._executor is not None, group=self._group)
             if self._executor is None:
                 save.set_result(self._complete(draft))
             else:
@@ -271,22 +266,10 @@ class Saver:
             self._remover.submit(folders.keep_last, self._folder, draft.iteration, num_kept, draft.best_iteration)
 
     def finish(self, wait: bool = True) -> SaveOutcome | None:
-        """The outcome of the last `start`; None if there was none, or without `wait` if it is still being written.
+        """Return the outcome of the last `start`; None if there was none, or without `wait` if it is still under way.
 
-        With `wait` a collective. Meanwhile a rank that dies is noticed, as in a step, and one whose thread has failed
-        raises its error at once: what the others wait for never comes.
+        Raises what the thread raised, for instance because it has lost another rank.
         """
-        while wait and self._channel is not None:
-            save = self._pending[1] if self._pending else None
-            is_done = save is None or save.done()
-            is_broken = save is not None and is_done and not isinstance(save.exception(), CheckpointNotSaved | None)
-            ended = gather_over_world((is_done, is_broken))
-            if all(done for done, _ in ended) or any(broken for _, broken in ended):
-                break
-            time.sleep(_POLL_SECONDS)
-        return self._outcome(wait)
-
-    def _outcome(self, wait: bool) -> SaveOutcome | None:
         if self._pending is None or not (wait or self._pending[1].done()):
             return None
         (iteration, save), self._pending = self._pending, None
@@ -301,9 +284,9 @@ class Saver:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        is_lost = waits_in_vain(error)  # what that rank has not written yet never comes
+        is_lost = is_peer_failure(error)  # what that rank has not written yet never comes
         try:
-            outcome = self._outcome(wait=not is_lost)  # no collective: one rank alone may have failed
+            outcome = None if is_lost else self.finish()
             if outcome is not None and outcome.error is not None:
                 logger.error("%s", outcome.error)
         except Exception as failure:

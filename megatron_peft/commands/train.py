@@ -64,7 +64,7 @@ def _run(config: RunConfig, text: str, program: str, shows_plan: bool) -> None:
     tell_loading()
     import torch
 
-    from megatron_peft.runtime.failure import folder_on_node, record_collectives, run_together
+    from megatron_peft.runtime.failure import run_together
     from megatron_peft.runtime.launch import world
     from megatron_peft.training.run import finetune
 
@@ -73,7 +73,6 @@ def _run(config: RunConfig, text: str, program: str, shows_plan: bool) -> None:
         from megatron_peft.rehearsal.rehearsal import start_planned_peak
 
         planned = start_planned_peak(config, shape_of(str(config.model.pretrained_checkpoint)))
-    record_collectives(folder_on_node())
     with world(config.parallel.distributed_backend, config.parallel.distributed_timeout_minutes):
         run_together(lambda: finetune(config, text, planned), program=program)
 

@@ -74,8 +74,11 @@ class ConfigurationError(ValueError):
     """Settings are invalid or contradict each other. Each message names the flag, the numbers and the way out.
 
     `problems` holds the messages one by one; the text of the exception is all of them, a line each. Names of files and
-    tensors stand in them: what a terminal would obey is escaped.
+    tensors stand in them: what a terminal would obey is escaped. `on_all_ranks`: all ranks of a run raise it, so that
+    rank 0 alone reports it.
     """
+
+    on_all_ranks = False
 
     def __init__(self, *problems: str) -> None:
         self.problems = tuple(map(not_obeyed, problems))

@@ -29,7 +29,7 @@ from megatron_peft.config.untrusted import parse_json, require_regular
 from megatron_peft.evaluation.answers import request_bar
 from megatron_peft.evaluation.generation import Continuation, GenerationSettings, StopTexts, generate_answers, score_all
 from megatron_peft.evaluation.model import InferenceModel
-from megatron_peft.runtime.launch import SideChannel
+from megatron_peft.runtime.launch import gloo_group
 
 Action = Callable[..., Any]  # on a model, of all ranks
 
@@ -40,7 +40,7 @@ class RankDispatcher:
     def __init__(self, model: InferenceModel) -> None:
         self.model = model
         # Between two calls rank 0 may execute code for hours, longer than a collective may wait.
-        self._channel = SideChannel(datetime.timedelta(days=20))
+        self._group = gloo_group(datetime.timedelta(days=20))
 
     def call(self, action: Action, *arguments: Any) -> Any:
         """Run `action(model, *arguments)` on every rank. Called on rank 0; returns the result there."""
@@ -59,9 +59,7 @@ class RankDispatcher:
 
     def _broadcast(self, message: Any) -> Any:
         messages = [message]
-        self._channel.tell(None)  # here the others wait
-        if dist.get_world_size() > 1:
-            dist.broadcast_object_list(messages, src=0)
+        dist.broadcast_object_list(messages, src=0, group=self._group)  # here the others wait
         return messages[0]
 
 

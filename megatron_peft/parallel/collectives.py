@@ -6,8 +6,6 @@ Letters: s sequence, t tensor-parallel size.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from threading import Event
 from typing import Any, TypeVar
 
 import torch
@@ -21,11 +19,10 @@ from megatron_peft.config import require
 from megatron_peft.parallel.layout import PARTIAL_OVER_TENSOR_PARALLEL
 from megatron_peft.runtime.launch import (
     FailedOnAnotherRank,
-    SideChannel,
     attempt,
     checked_together,
-    device_setter,
     from_rank,
+    gloo_group,
     raise_failures,
 )
 
@@ -146,57 +143,40 @@ def sum_partial_gradients_over_tensor_parallel(model_chunks: Iterable[nn.Module]
     sum_coalesced([gradient_of(p) for p in trained if getattr(p, PARTIAL_OVER_TENSOR_PARALLEL, False)], group)
 
 
-SECONDS_TO_GO_ON = 5.0
 Sent = TypeVar("Sent")
 Found = TypeVar("Found")
 
 
-def from_first_rank(find: Callable[[], Found], channel: SideChannel | None = None) -> Found:
+def from_first_rank(find: Callable[[], Found], group: dist.ProcessGroup | None = None) -> Found:
     """`from_rank` of rank 0: for folders that another process may be changing. A collective."""
-    return from_rank(0, find, channel)
+    return from_rank(0, find, group)
 
 
 def awaited_from_first_rank(find: Callable[[], Found]) -> Found:
-    """What `from_first_rank` gives, where it may take longer than a collective may. A collective.
-
-    Meanwhile a thread of the first rank tells the others that it goes on.
-    """
-    is_first, is_found, enters = dist.get_rank() == 0, Event(), device_setter()
-
-    def go_on() -> None:
-        enters()
-        while not from_first_rank(lambda: is_found.wait(SECONDS_TO_GO_ON)):
-            pass
-
-    def find_meanwhile() -> Found:
-        with ThreadPoolExecutor(1) as beside:
-            goes_on = beside.submit(go_on)
-            try:
-                return find()
-            finally:
-                is_found.set()
-                goes_on.result()
-
-    if not is_first:
-        go_on()
-    return from_first_rank(find_meanwhile)
+    """Return what `from_first_rank` does, where it may take longer than a collective may. A collective."""
+    group = gloo_group()
+    try:
+        return from_first_rank(find, group)
+    finally:
+        dist.destroy_process_group(group)
 
 
 def gathered_by_first_rank(
-    own: Callable[[], Sent], find: Callable[[list[Sent]], Found], channel: SideChannel | None = None
+    own: Callable[[], Sent], find: Callable[[list[Sent]], Found], group: dist.ProcessGroup | None = None
 ) -> Found:
-    """Run `own` on every rank and `find` on rank 0 over the results, and broadcast. A collective, for any thread.
+    """Run `own` on every rank and `find` on rank 0 over the results, and broadcast. A collective.
 
     Raises on all ranks as `raise_failures` does, if `own` raised on any, or `find`, whose OSError becomes
     ConfigurationError.
+
+    Args:
+        own: What each rank sends to rank 0.
+        find: What rank 0 makes of the results, which come by rank.
+        group: `gloo_group`, in a thread beside the main one; None is the world.
     """
     *message, error = attempt(own)
-    by_rank: list[Any] | None = None
-    if channel is not None:
-        by_rank = channel.gather(message)
-    else:
-        by_rank = [message] * dist.get_world_size() if dist.get_rank() == 0 else None
-        dist.gather_object(message, by_rank, dst=0)
+    by_rank: list[Any] | None = [message] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(message, by_rank, dst=0, group=group)
 
     def find_unless_failed() -> Found:
         assert by_rank is not None
@@ -204,7 +184,7 @@ def gathered_by_first_rank(
         return find([result for result, _ in by_rank])
 
     try:
-        return from_first_rank(find_unless_failed, channel)
+        return from_first_rank(find_unless_failed, group)
     except FailedOnAnotherRank:
         if error is not None:  # it was this rank
             raise error from None

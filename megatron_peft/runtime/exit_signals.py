@@ -10,11 +10,9 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from threading import Timer
 from types import FrameType
 from typing import Any
 
-SECONDS_TO_HEAR_OF_A_FAILURE = 1.0
 SAVE_AND_EXIT = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 CLOSED_OUTPUT = 128 + signal.SIGPIPE  # exit code of a shell's pipeline for a program whose reader has left
 
@@ -84,14 +82,10 @@ class ExitSignals:
             signal.signal(number, handler)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        if self._prints and not self.received:
-            message = f"\n{signal.Signals(number).name}: ending after this step (Ctrl-\\ ends at once)\n".encode()
-            if number == signal.SIGINT:
-                os.write(2, message)  # not `print`: the signal may have interrupted a write to the same stream
-            else:  # which a launcher sends too, where another rank has failed and said why: that ends this one first
-                timer = Timer(SECONDS_TO_HEAR_OF_A_FAILURE, os.write, (2, message))
-                timer.daemon = True
-                timer.start()
+        # Not after SIGTERM, which a launcher also sends where another rank has failed; and not by `print`, since the
+        # signal may have interrupted a write to the same stream.
+        if self._prints and not self.received and number != signal.SIGTERM:
+            os.write(2, f"\n{signal.Signals(number).name}: ending after this step (Ctrl-\\ ends at once)\n".encode())
         self.received = True
 
 

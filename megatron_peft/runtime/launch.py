@@ -3,9 +3,7 @@
 import datetime
 import gc
 import os
-import pickle
 import random
-import secrets
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -60,6 +58,8 @@ def is_on_any(own: bool) -> bool:
 class FailedOnAnotherRank(RuntimeError):
     """Raised where another rank had an unexpected error, which that rank raises itself; the message names both."""
 
+    on_all_ranks = True
+
 
 class Failure(NamedTuple):
     """An exception as it is sent to other ranks. `is_unexpected`: it is no ConfigurationError."""
@@ -98,7 +98,9 @@ def raise_failures(failures: Iterable[Failure | None], own_error: Exception | No
     if unexpected:
         raise FailedOnAnotherRank("\n".join(unexpected))
     if found:
-        raise ConfigurationError("\n".join(failure.message for failure in found[: 1 if first_alone else None]))
+        failed = ConfigurationError("\n".join(failure.message for failure in found[: 1 if first_alone else None]))
+        failed.on_all_ranks = True
+        raise failed
 
 
 def checked_together(check: Callable[[], Checked], first_alone: bool = False) -> Checked:
@@ -112,78 +114,26 @@ def checked_together(check: Callable[[], Checked], first_alone: bool = False) ->
     return result
 
 
-def connect_to_store(name: str, timeout: datetime.timedelta) -> dist.Store:
-    """A connection of its own to the rendezvous store (torchrun's, else rank 0's), with keys of its own.
-
-    On one connection a call waits for the one before. name: `name_in_store`. timeout: of the connection, and of each
-    call; below 24 days.
-    """
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout)
-    return dist.PrefixStore(f"megatron_peft/{name}", store)
+def gloo_group(timeout: datetime.timedelta = datetime.timedelta(hours=6)) -> dist.ProcessGroup:
+    """Create a gloo group of all ranks, for a thread beside the main one and for long waits. A collective."""
+    group: Any = dist.new_group(backend="gloo", timeout=timeout)
+    return group
 
 
-def name_in_store() -> str:
-    """A name that nobody else has, the same on all ranks. A collective.
+def from_rank(source: int, find: Callable[[], Checked], group: dist.ProcessGroup | None = None) -> Checked:
+    """Return the result of `find` on the rank `source`, on all ranks. A collective, except without torch.distributed.
 
-    torchrun's store may outlive an attempt, and its count of restarts is another on each node.
-    """
-    return from_rank(0, lambda: secrets.token_hex(8))
-
-
-class SideChannel:
-    """Messages between the first rank and all others through the rendezvous store, for what must not use the world.
-
-    That is a thread beside the main one, and a wait for longer than a collective may. A group of its own would connect
-    each rank with every other; this is one more connection a process, however many ranks there are.
-
-    To make one is a collective; all ranks call the methods of one in the same order. Both raise dist.DistError: a rank
-    is later than `timeout`, the store's host has ended, or a message has more than the 8 MiB that torch's store takes.
-    """
-
-    def __init__(self, timeout: datetime.timedelta) -> None:
-        self._rank, self._size = dist.get_rank(), dist.get_world_size()
-        self._num_gathered = self._num_told = 0
-        if self._size > 1:
-            self._store = connect_to_store(name_in_store(), timeout)
-
-    def gather(self, value: Any) -> list[Any] | None:
-        """`value` of every rank, in order, on the first; None on the others, which do not wait."""
-        self._num_gathered += 1
-        keys = [f"gathered/{self._num_gathered}/{rank}" for rank in range(self._size)]
-        if self._rank > 0:
-            self._store.set(keys[self._rank], pickle.dumps(value))  # pyright: ignore[reportArgumentType] - or bytes
-            return None
-        values = [value]
-        for key in keys[1:]:
-            values.append(pickle.loads(self._store.get(key)))
-            self._store.delete_key(key)
-        if keys[1:] and self._num_told:  # which all have heard
-            self._store.delete_key(f"told/{self._num_told}")
-        return values
-
-    def tell(self, value: Any) -> Any:
-        """The first rank's `value`, on all ranks."""
-        self._num_told += 1
-        key = f"told/{self._num_told}"
-        if self._rank > 0:
-            return pickle.loads(self._store.get(key))
-        if self._size > 1:
-            self._store.set(key, pickle.dumps(value))  # pyright: ignore[reportArgumentType]
-        return value
-
-
-def from_rank(source: int, find: Callable[[], Checked], channel: SideChannel | None = None) -> Checked:
-    """The result of `find` on the rank `source`, on all ranks; without torch.distributed in this process. A collective.
-
-    channel: for a thread beside the main one, where the source is the first rank.
     Raises on all ranks as `raise_failures` does, if `find` raised; OSError becomes ConfigurationError.
+
+    Args:
+        source: The rank that runs `find`.
+        find: A function whose result can be pickled.
+        group: `gloo_group`, in a thread beside the main one or for a long wait; None is the world.
     """
     outcome: list[Any]  # the result, and the failure
     *outcome, error = attempt(find, OSError) if place_in_world()[0] == source else (None, None, None)
-    if channel is not None:
-        outcome = channel.tell(outcome)
-    elif dist.is_initialized():
-        dist.broadcast_object_list(outcome, src=source)
+    if dist.is_initialized():
+        dist.broadcast_object_list(outcome, src=source, group=group)
     raise_failures(outcome[1:], error)
     return outcome[0]
 

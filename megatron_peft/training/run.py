@@ -37,7 +37,7 @@ from megatron_peft.models import gpt, kernels
 from megatron_peft.models.loss import ChunkedLossModel, loss_summary
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.parallel.collectives import from_first_rank, require_same
-from megatron_peft.runtime.failure import Stacks, folder_on_node
+from megatron_peft.runtime.failure import stacks_folder, stacks_written
 from megatron_peft.runtime.launch import (
     checked_together,
     gather_over_world,
@@ -160,7 +160,8 @@ def finetune(
     require_same(_tokenizer_facts(tokenizer), f"the tokenizer in --tokenizer-model {folder}", "another one")
     from_first_rank(lambda: load.require_something_to_load(config.checkpoint))
     own_folder = config.checkpoint.save if dist.get_rank() == 0 else None
-    with removed_if_unused(own_folder), Stacks(folder_on_node(), dist.get_rank()), _open_saver(config) as saver:
+    stacks = stacks_written(stacks_folder(), dist.get_rank())
+    with removed_if_unused(own_folder), stacks, _open_saver(config) as saver:
         print_rank_0("reading the data")
         data = _checked_data(config, tokenizer, shape)
         if folder := index_folder(config.data):

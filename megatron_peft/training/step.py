@@ -34,6 +34,8 @@ from megatron_peft.training.update import layer_gradient_squares, update
 class NonFiniteError(FloatingPointError):
     """A loss or a gradient is NaN or infinite. The message names iteration, rank and microbatch."""
 
+    on_all_ranks = True
+
 
 @dataclass(frozen=True)
 class StepReport:

@@ -6,7 +6,8 @@ import re
 import shutil
 import signal
 import threading
-from concurrent.futures import Future
+from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from unittest import mock
 
@@ -24,10 +25,9 @@ from megatron_peft.checkpoint.save import Saver
 from megatron_peft.checkpoint.state import Position, random_targets, random_tensors, restore_random
 from megatron_peft.checkpoint.tensors import RankFiles, complete_files
 from megatron_peft.config import CheckpointConfig, ConfigurationError
-from megatron_peft.parallel.collectives import from_first_rank
-from megatron_peft.runtime import failure
+from megatron_peft.parallel.collectives import from_first_rank, gathered_by_first_rank
 from megatron_peft.runtime.failure import run_together
-from megatron_peft.runtime.launch import gather_over_world, start_world
+from megatron_peft.runtime.launch import start_world
 from tests.checkpoint.runs import SHAPE, make_config
 from tests.checkpoint.test_folders import holder
 from tests.ranks import Ranks
@@ -70,51 +70,41 @@ def test_a_full_disk_in_the_background_is_reported_on_all_ranks(two_ranks):
         assert failing["unchanged"] and failing["again"] == (2, None)
 
 
-def _waits_for_a_killed_rank(folder: str) -> None:
-    """A save is under way on both ranks, of which one dies."""
+def _waits_for_a_save(folder: str, own: Callable[[], object]) -> None:
+    """Both ranks wait for a save, of which rank 1 writes its share by `own`."""
 
     def main() -> None:
         with Saver(CheckpointConfig(save=folder, async_save=True)) as saver:
-            saver._pending = 1, Future()
-            if dist.get_rank() == 1:
-                gather_over_world((False, False))  # the other one waits for the save
-                os.kill(os.getpid(), signal.SIGKILL)
-            saver.finish()
-
-    failure.LEAVE_TIMEOUT_SECONDS = 1.0  # the killed one never reports that it leaves
-    start_world()
-    run_together(main, "program")
-
-
-def test_a_rank_that_is_killed_while_others_wait_for_a_save_ends_them(tmp_path):
-    with Ranks(2, _waits_for_a_killed_rank, str(tmp_path)) as ranks:
-        for process in ranks.processes:
-            process.join(seconds(100))
-        assert ranks.exit_codes == [1, -signal.SIGKILL]
-        assert "program: rank 0 lost its connection to another rank: that one was killed" in ranks.output(0)
-
-
-def _waits_for_a_broken_thread(folder: str) -> None:
-    """A save is under way on both ranks, of which one's thread has failed by an error that is no ConfigurationError."""
-
-    def main() -> None:
-        with Saver(CheckpointConfig(save=folder, async_save=True)) as saver:
-            save: Future[None] = Future()
-            if dist.get_rank() == 1:
-                save.set_exception(dist.DistNetworkError("the store took no message"))
-            saver._pending = 1, save
+            draft = mock.Mock()
+            draft.complete = lambda: gathered_by_first_rank(own if dist.get_rank() == 1 else int, list, saver._group)
+            saver._pending = 1, saver._executor.submit(saver._complete, draft)
             saver.finish()
 
     start_world()
     run_together(main, "program")
 
 
-def test_a_thread_that_fails_while_others_wait_for_its_part_of_a_save_ends_all_ranks(tmp_path):
-    with Ranks(2, _waits_for_a_broken_thread, str(tmp_path)) as ranks:
+def _dies() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _fails() -> None:
+    raise RuntimeError("out of memory")
+
+
+@pytest.mark.parametrize(
+    ("own", "codes", "told"),
+    [
+        (_dies, [1, -signal.SIGKILL], ["program: rank 0 lost its connection to another rank: that one was killed", ""]),
+        (_fails, [1, 1], ["program: rank 1: RuntimeError: out of memory", "program: rank 1 failed:"]),
+    ],
+)
+def test_rank_that_fails_while_others_wait_for_a_save_ends_them(tmp_path, own, codes, told):
+    with Ranks(2, partial(_waits_for_a_save, own=own), str(tmp_path)) as ranks:
         for process in ranks.processes:
             process.join(seconds(100))
-        assert ranks.exit_codes == [1, 1]
-        assert "program: rank 1 lost its connection" in ranks.output(1)
+        assert ranks.exit_codes == codes
+        assert all(text in ranks.output(rank) for rank, text in enumerate(told)), ranks.output(0)
 
 
 def test_old_checkpoints_are_removed_while_the_run_goes_on_and_before_it_ends(alone, tmp_path, monkeypatch):

@@ -1,15 +1,15 @@
-"""A failure on any rank ends all of them, soon, with one exit code and one message; the tests' launcher tells it."""
+"""A failure on any rank ends all of them, soon, with one message: here a launcher ends the others, as torchrun does."""
 
 import math
 import os
-import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from multiprocessing.connection import wait
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -20,9 +20,9 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from megatron_peft.cli.parser import tell_error
 from megatron_peft.config import ConfigurationError
 from megatron_peft.runtime import failure
-from megatron_peft.runtime.exit_signals import ends_before_training
-from megatron_peft.runtime.failure import LEAVE_TIMEOUT_SECONDS, run_together
-from megatron_peft.runtime.launch import checked_together, name_in_store
+from megatron_peft.runtime.exit_signals import EndedBySignal, ends_before_training
+from megatron_peft.runtime.failure import run_together
+from megatron_peft.runtime.launch import checked_together
 from megatron_peft.runtime.ranks import free_port
 from megatron_peft.training.step import NonFiniteError
 from tests.ranks import Ranks, RanksFailed, run_ranks
@@ -45,13 +45,16 @@ def _fail_and_be_signalled() -> None:
     _ = 1 // 0
 
 
-def _fail_in_a_common_check() -> None:
+def _fail_in_a_common_check(error: Exception) -> None:
     def check() -> None:
         if dist.get_rank() == 1:
-            print(f"raised at {time.time()}", flush=True)
-            raise LOST
+            raise error
 
     checked_together(check)
+
+
+def _killed() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _print_without_reader() -> None:
@@ -62,7 +65,7 @@ def _print_without_reader() -> None:
 
 
 class Case(NamedTuple):
-    """What is raised or done on which ranks of how many, and what becomes of it."""
+    """What is raised or done on which ranks of how many, and the exit code and the message of the first to end."""
 
     does: Exception | Callable[[], None] | None
     failing: list[int]
@@ -71,16 +74,21 @@ class Case(NamedTuple):
     told: str
 
 
+IN_A_CHECK, LOST_IN_A_CHECK = partial(_fail_in_a_common_check, WRONG), partial(_fail_in_a_common_check, LOST)
 CASES = {
     "configuration on one": Case(WRONG, [2], 3, 2, "program: error: --lr is wrong."),
+    "configuration of all": Case(
+        partial(_fail_in_a_common_check, WRONG), [0, 1], 2, 2, "program: error: --lr is wrong."
+    ),
     "error on one": Case(LOST, [1], 2, 1, "program: rank 1 failed:"),
-    "error in a common check": Case(_fail_in_a_common_check, [0, 1], 2, 1, "program: rank 1 failed:"),
+    "error in a common check": Case(LOST_IN_A_CHECK, [0, 1], 2, 1, "program: rank 1 failed:"),
     "error on the first": Case(LOST, [0], 2, 1, "program: rank 0 failed:"),
     "on all": Case(NonFiniteError("iteration 3: NaN."), [0, 1], 2, 1, "program: error: iteration 3: NaN."),
     "an interrupt": Case(_interrupt, [0], 1, 130, "program: interrupted"),
     "a launcher's signal": Case(_fail_and_be_signalled, [0], 1, 1, "program: rank 0 failed:"),
     "a closed pipe": Case(BrokenPipeError(32, "Broken pipe"), [0], 1, 1, "program: rank 0 failed:"),
     "no reader": Case(_print_without_reader, [0], 2, 141, ""),
+    "killed": Case(_killed, [1], 2, -signal.SIGKILL, ""),  # the launcher reports it
     "no error": Case(None, [], 2, 0, "ended well"),
 }
 
@@ -89,11 +97,10 @@ def _program(case: Case) -> None:
     """The ranks that do not fail wait in a collective, as in a step."""
     rank = dist.get_rank()
     if case.does is None:
-        time.sleep(0.7 * rank)  # longer than the others poll the store
+        time.sleep(0.7 * rank)
     elif rank not in case.failing:
         dist.all_reduce(torch.zeros(1))
     elif isinstance(case.does, Exception):
-        print(f"raised at {time.time()}", flush=True)
         raise case.does
     else:
         case.does()
@@ -108,34 +115,55 @@ def _rank(case: str) -> None:
 
 
 class Outcome(NamedTuple):
-    exit_codes: list[int | None]
+    exit_code: int | None  # of the first rank that failed
     output: str
-    ended_at: float
+
+
+def _launched(ranks: Ranks) -> Outcome:
+    """Send SIGTERM to the others when a rank has failed. None may need SIGKILL, torchrun's half a minute later."""
+    give_up, first = time.monotonic() + seconds(120), None
+    while None in (codes := ranks.exit_codes):
+        assert time.monotonic() < give_up, f"ranks never ended: {codes}"
+        if first is None and any(codes):
+            first = next(filter(None, codes))
+            for process in ranks.processes:
+                if process.is_alive():
+                    process.terminate()
+        time.sleep(0.1)
+    return Outcome(first or next(filter(None, codes), 0), "".join(map(ranks.output, range(len(codes)))))
 
 
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, Outcome]:
-    """Of all cases, which run side by side; no rank is ended from outside."""
-    with ExitStack() as stack:
+    """Of all cases, which run side by side."""
+    with ExitStack() as stack, ThreadPoolExecutor(len(CASES)) as launchers:
         worlds = {case: stack.enter_context(Ranks(CASES[case].size, _rank, case)) for case in CASES}
-        running = {process.sentinel: case for case, ranks in worlds.items() for process in ranks.processes}
-        ended_at, give_up = {}, time.monotonic() + seconds(120)
-        while running:
-            ended = wait([*running], timeout=max(give_up - time.monotonic(), 0))
-            assert ended, f"ranks never ended: {[*running.values()]}"
-            ended_at |= {running.pop(sentinel): time.time() for sentinel in ended}
-        outputs = {case: "".join(map(ranks.output, range(len(ranks.processes)))) for case, ranks in worlds.items()}
-        return {case: Outcome(worlds[case].exit_codes, outputs[case], ended_at[case]) for case in CASES}
+        return dict(zip(worlds, launchers.map(_launched, worlds.values()), strict=True))
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_all_ranks_end_with_one_exit_code_and_one_message(outcomes, case):
+def test_all_ranks_end_with_one_message_and_the_exit_code_of_the_cause(outcomes, case):
     found, (_, _, size, exit_code, told) = outcomes[case], CASES[case]
-    assert found.exit_codes == [exit_code] * size, found.output
+    assert found.exit_code == exit_code, found.output
     assert found.output.count(told) == (1 if exit_code else size) if told else not found.output, found.output
+    assert found.output.count("program:") == (exit_code != 0 and told != ""), found.output
     is_told_with_its_place = told.endswith("failed:")  # other messages are enough
     assert found.output.count("Traceback") == is_told_with_its_place
     assert found.output.count("RuntimeError: lost") == case.startswith("error"), found.output
+
+
+@pytest.mark.parametrize("case", ["configuration of all", "error in a common check", "error on one", "killed"])
+def test_ranks_end_without_a_launcher_too(case):
+    with Ranks(2, _rank, case) as ranks:
+        for process in ranks.processes:
+            process.join(seconds(60))
+        assert None not in ranks.exit_codes and 0 not in ranks.exit_codes, ranks.exit_codes
+        lines = [line for rank in range(2) for line in ranks.output(rank).splitlines() if line.startswith("program")]
+    told = CASES[case].told
+    assert [line.startswith(told) for line in lines].count(True) == 1 if told else len(lines) == 1, lines
+    others = [line for line in lines if not told or not line.startswith(told)]
+    expected = "program: rank 1: RuntimeError: lost" if "check" in case else "program: rank 0 lost its connection"
+    assert others == [] if case.startswith("configuration") else others[0].startswith(expected), lines
 
 
 RESET = "Connection reset by peer"
@@ -152,16 +180,20 @@ RESET = "Connection reset by peer"
         pytest.param(None, 2, False, id="no error"),
     ],
 )
-def test_lost_a_rank_takes_errors_of_backends_with_several_ranks(monkeypatch, error, num_ranks, expected):
+def test_lost_peer_takes_errors_of_backends_with_several_ranks(monkeypatch, error, num_ranks, expected):
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda: num_ranks)
-    assert failure.lost_a_rank(error) is failure.waits_in_vain(error) is expected
+    assert failure.is_lost_peer(error) is failure.is_peer_failure(error) is expected
 
 
-def test_no_rank_waits_for_a_timeout(outcomes):
-    for case, found in outcomes.items():
-        raised_at = [float(text) for text in re.findall(r"raised at ([\d.]+)", found.output)]
-        assert not raised_at or found.ended_at - max(raised_at) < seconds(LEAVE_TIMEOUT_SECONDS), case
+def test_sigterm_of_a_launcher_is_no_message_after_a_lost_peer(monkeypatch):
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    ended = EndedBySignal(signal.SIGTERM)
+    assert failure._report_of(ended, "program")[:2] == (143, f"program: {ended}")
+    ended.__context__ = RuntimeError(RESET)
+    assert failure._report_of(ended, "program")[:2] == (143, "")
 
 
 def test_an_interrupt_and_the_end_of_a_run_are_a_line(outcomes):
@@ -181,7 +213,7 @@ from megatron_peft.commands import train
 
 def step(*_):
     import torch.distributed as dist, torch
-    dist.barrier()  # both have opened the store
+    dist.barrier()
     dist.all_reduce(torch.zeros(1))
 
 of = types.SimpleNamespace
@@ -193,45 +225,27 @@ train.run(of(values={"program": {}, "config": {}}, launch={}, config=lambda *_: 
 """
 
 
-def _killed(meeting: dict[str, str]) -> None:
+def _killed_after_the_start(meeting: dict[str, str]) -> None:
     """Its place in the world, to the end of a start, is all that is needed of the one that is killed."""
     os.environ.update(meeting)
     dist.init_process_group("gloo")
-    name_in_store()
-    for _ in range(2):
-        dist.barrier()
+    dist.barrier()
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_rank_that_is_killed_is_one_line_on_the_others() -> None:
-    """The first hosts the store: what the others want to tell one another has nowhere to go."""
+    """The first, which hosts the store. torch's own message is ninety lines of C++ frames."""
     meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
     plain = {name: value for name, value in os.environ.items() if name != "TORCH_CPP_LOG_LEVEL"}
     environment = {**plain, **meeting, "PYTHONWARNINGS": "ignore", "RANK": "1", "LOCAL_RANK": "1"}
     command = [sys.executable, "-c", LEFT_BEHIND]
-    with Ranks(1, _killed, meeting) as first:
+    with Ranks(1, _killed_after_the_start, meeting) as first:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds(120))
         assert first.exit_codes == [-signal.SIGKILL] and done.returncode == 1
     lines = f"{done.stdout}{done.stderr}".splitlines()
     told = [line for line in lines if "No CUDA runtime is found" not in line]  # of torch's CUDA build without a GPU
     assert len(told) == 1, told
-    assert re.search("rank 1 lost its connection to another rank|rank 0 is gone", told[0])
-
-
-def _connections(stale_seconds: float) -> tuple[int, bool]:
-    """How often this rank connects to the store in a run that ends well, and whether its node's folder is left."""
-    dist.init_process_group("gloo")
-    connected, plain = [], dist.TCPStore
-    failure.dist.TCPStore = lambda *place, **settings: (connected.append(place), plain(*place, **settings))[1]
-    failure.STALE_SECONDS = stale_seconds
-    run_together(lambda: time.sleep(3 * failure._POLL_SECONDS), "program")
-    dist.barrier()
-    return len(connected), failure.folder_on_node().exists()
-
-
-@pytest.mark.parametrize(("stale_seconds", "expected"), [(60.0, [1, 0, 0]), (0.0, [1, 1, 1])])
-def test_a_nodes_first_rank_alone_watches_the_store_as_long_as_it_lives(stale_seconds, expected) -> None:
-    assert run_ranks(3, _connections, seconds(stale_seconds)) == [(number, False) for number in expected]
+    assert "rank 1 lost its connection to another rank" in told[0]
 
 
 def test_results_come_by_rank() -> None:

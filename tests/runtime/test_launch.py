@@ -4,8 +4,6 @@ import gc
 import os
 import socket
 import threading
-import time
-from datetime import timedelta
 from typing import Any
 from unittest import mock
 
@@ -18,7 +16,6 @@ from megatron_peft.config import ConfigurationError, ParallelConfig
 from megatron_peft.parallel.collectives import gathered_by_first_rank
 from megatron_peft.runtime import cpu
 from megatron_peft.runtime.launch import (
-    SideChannel,
     available_backend,
     checked_together,
     device_setter,
@@ -30,7 +27,6 @@ from megatron_peft.runtime.launch import (
 )
 from tests.one_rank import one_rank
 from tests.ranks import run_ranks
-from tests.time_limits import seconds
 
 
 def test_a_thread_gets_the_device_of_the_thread_that_started_it(monkeypatch):
@@ -194,40 +190,6 @@ def test_the_generators_follow_the_runs_seed():
         with one_rank(seed):
             draws.append(torch.rand(3).tolist())
     assert draws[0] == draws[1] != draws[2]
-
-
-def messages_of_a_rank(_: None) -> dict[str, Any]:
-    """Of a thread, while the main one uses the world; and of a second channel."""
-    start_world()
-    before, rank = len(os.listdir("/proc/self/fd")), dist.get_rank()
-    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(rank)  # after a failure each agent of torchrun has its own
-    channel = SideChannel(timedelta(seconds=seconds(100)))
-    found: dict[str, Any] = {"descriptors": len(os.listdir("/proc/self/fd")) - before, "rounds": []}
-
-    def talk() -> None:
-        for number in range(3):
-            found["rounds"].append((channel.gather((rank, number)), channel.tell(f"told by {rank}: {number}")))
-
-    thread = threading.Thread(target=talk)
-    thread.start()
-    for _ in range(20):
-        dist.barrier()
-    thread.join()
-    second = SideChannel(timedelta(seconds=seconds(100)))
-    found["second"] = []
-    for number in range(3):
-        time.sleep(0.2 * (rank == 0))  # the others would find what is left of the first
-        found["second"].append(second.tell(f"told by {rank}: {number} again"))
-    dist.barrier()  # the store ends with the first rank
-    return found
-
-
-def test_a_side_channel_takes_one_descriptor_and_its_messages_meet_no_others():
-    for rank, found in enumerate(run_ranks(3, messages_of_a_rank)):
-        gathered = [[(other, number) for other in range(3)] if rank == 0 else None for number in range(3)]
-        assert found["rounds"] == [(gathered[number], f"told by 0: {number}") for number in range(3)]
-        assert found["second"] == [f"told by 0: {number} again" for number in range(3)]
-        assert rank == 0 or found["descriptors"] == 1  # the first hosts the store: it has the other end of each
 
 
 def test_two_ranks_have_a_common_generator_and_their_own_and_share_failed_checks():

@@ -313,7 +313,7 @@ def test_a_signal_to_the_launcher_saves_and_ends_all_ranks(files, tmp_path, numb
     launcher.send_signal(number)
     assert launcher.wait(seconds(120)) == 128 + number, output.read_text()
     told = [line for line in output.read_text().splitlines() if number.name in line]
-    if number == signal.SIGINT:  # SIGTERM is told of a second later, where the step still runs
+    if number == signal.SIGINT:  # SIGTERM is what a launcher sends after a failure too
         assert told[0] == f"{number.name}: ending after this step (Ctrl-\\ ends at once)", told
     assert not re.search("Traceback|death signal|closing signal", output.read_text()), output.read_text()
     saved, last = int((tmp_path / "run" / TRACKER).read_text()), re.findall(r"iteration +(\d+)", output.read_text())[-1]
