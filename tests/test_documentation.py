@@ -1,4 +1,4 @@
-"""What the documentation names exists, flags and files, and its results are those of the committed records."""
+"""What the documentation names exists, flags and files, and its results are those of the committed cells."""
 
 import re
 from functools import cache
@@ -8,9 +8,6 @@ import pytest
 
 from megatron_peft.cli.flags import served_flags
 from megatron_peft.commands.completion import whole_parser, with_commands
-from megatron_peft.experiment.report import build_report, markdown
-from megatron_peft.experiment.results import read_results
-from megatron_peft.experiment.tables import reference_method
 from tools import reference
 from tools.documents import PLACE, filled
 
@@ -138,14 +135,3 @@ def test_every_page_is_in_the_index() -> None:
     index = (ROOT / "docs" / "index.md").read_text()
     pages = {page.name for page in (ROOT / "docs").glob("*.md")} - {"index.md"}
     assert {page for page in pages if f"({page})" not in index} == set()
-
-
-@pytest.mark.parametrize("folder", [path.parent for path in RECORDS.glob("*/cells")], ids=lambda path: path.name)
-def test_report_says_what_its_records_say(folder: Path) -> None:
-    results = read_results(folder)
-    assert all('\n "sha256": ' in path.read_text() for path in (folder / "cells").glob("*.json")), "edits go unseen"
-    found = build_report(results, reference_method(results, None))
-    assert markdown(found) == (folder / "report.md").read_text(), f"megatron-peft report {folder}"
-    assert {name: (folder / name).read_text() for name in found.files} == found.files
-    shown = {f"{name}.svg" for section in found.sections for name in section.figures}
-    assert {path.name for path in folder.glob("*.svg")} == shown

@@ -107,9 +107,9 @@ EVALUATION = "--tasks a --output x.json --load nowhere"
 MODEL = ROOT / "examples" / "models" / "llama-3.1-8b" / "config.json"
 NEEDS = {  # program, its words -> extra and packages
     (evaluate, EVALUATION): ("eval", "lm_eval rouge_score sacrebleu"),
-    (report, "."): ("report", "matplotlib scipy"),
+    (report, "."): ("report", "matplotlib pandas scipy"),
     (certify, f"--pretrained-checkpoint {MODEL}"): ("certify", "peft"),
-    (demo, "--output out"): ("demo", "accelerate gguf matplotlib sacrebleu scipy"),
+    (demo, "--output out"): ("demo", "accelerate gguf matplotlib pandas sacrebleu scipy"),
 }
 
 

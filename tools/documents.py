@@ -19,9 +19,8 @@ from typing import Any
 
 from megatron_peft.config import ConfigurationError
 from megatron_peft.config.untrusted import read_json, read_text
-from megatron_peft.experiment import contrasts, report
+from megatron_peft.experiment import contrasts, report, tables
 from megatron_peft.experiment.results import read_results
-from megatron_peft.experiment.tables import Table, by_score, reference_method, rows
 
 RECORDS = Path("docs/results")  # from the root of a clone
 PLACE = re.compile(r"(<!-- records: (\S+) -->\n).*?(<!-- end of records -->)", re.DOTALL)
@@ -42,26 +41,25 @@ def markdown_of(record: Path) -> str:
 
 def table_of(found: dict[str, Any]) -> str:
     """Markdown of a JSON file with `title`, `columns`, `rows` of text, and the number of `text_columns`."""
-    rows = tuple(map(tuple, found["rows"]))
-    return Table(found["title"], tuple(found["columns"]), rows, text_columns=found["text_columns"]).markdown()
+    return tables.make_table(**found).markdown()
 
 
 def experiment(folder: Path) -> str:
     """Markdown of an experiment's folder: scores by method, its state and the answers to its questions."""
     results = read_results(folder)
-    scores = by_score(results, rows(results, reference_method(results, None)))
+    scores = tables.score_runs(results, tables.reference_method(results, None))
     answers = contrasts.sentences(results, contrasts.answers(results))
-    sentences = (report.state(results), next(report.provenance(results)), *report.not_tuned(results), *answers)
-    return f"{scores.markdown()}\n" + "".join(f"- {sentence}\n" for sentence in sentences)
+    sentences = (report.state(results), report.provenance(results), *report.not_tuned(results), *answers)
+    return f"{tables.by_score(results, scores).markdown()}\n" + "".join(f"- {sentence}\n" for sentence in sentences)
 
 
 def benchmark(path: Path) -> str:
     """Markdown of a JSON file that `megatron-peft bench` wrote."""
     figures: list[dict[str, Any]] = read_json(path)
-    return Table(
+    return tables.make_table(
         f"`megatron-peft bench {path.stem}`",
         ("figure", "behind it", "measured", "target"),
-        tuple((_name(one), one["note"], _number(one["measured"]), _number(one["target"])) for one in figures),
+        [(_name(one), one["note"], _number(one["measured"]), _number(one["target"])) for one in figures],
         text_columns=2,
     ).markdown()
 

@@ -1,6 +1,6 @@
 """Hugging Face PEFT's LoRA and OFT beside a cell of an experiment: its packs, order, rates, steps and test items.
 
-    python -m tools.hf_peft lora docs/results/claim/cells/CELL.json docs/results/claim/hf_peft
+    python -m tools.hf_peft lora docs/results/claim KEY runs/hf_peft
 
 trains the cell's model again with transformers and PEFT, and writes losses, held-out losses and, with --score, BLEU,
 and a table of all that is in the folder. A LoRA begins with the cell's own A; where megatron-core has one matrix (q, k
@@ -29,7 +29,7 @@ from megatron_peft.cli.parser import read_config
 from megatron_peft.config import PeftConfig, require
 from megatron_peft.data.batches import GlobalBatches, Microbatch
 from megatron_peft.data.tokenizers import build_tokenizer
-from megatron_peft.experiment.cell_record import CellRecord, json_digest, read_file, versions
+from megatron_peft.experiment.records import CellRecord, read_records, versions
 from megatron_peft.models.families import read_shape
 from megatron_peft.runtime.launch import start_model_parallel, world
 from megatron_peft.training.run import build_state, data_of_rank
@@ -191,17 +191,19 @@ def bleu(model: Any, base: str, messages: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("method", choices=("base", "lora", "oft"))
-    parser.add_argument("cell", type=Path, help="the record of a finished cell")
+    parser.add_argument("experiment", type=Path, help="folder of an experiment's results")
+    parser.add_argument("key", help="of a finished cell in it")
     parser.add_argument("output", type=Path, help="folder of the results")
     parser.add_argument("--score", metavar="MESSAGES.jsonl", help="also translate these messages")
     asked = parser.parse_args()
+    cell = read_records(asked.experiment)[asked.key]
     with world("gloo"):
-        found = trained_again(asked.method, cell := read_file(asked.cell), asked.score)
+        found = trained_again(asked.method, cell, asked.score)
     if asked.method == "lora":
         found["curves"] = compared(found["losses"], [value for _, _, value in cell.curves["loss"]])
     asked.output.mkdir(parents=True, exist_ok=True)
     path = asked.output / f"{asked.method},{cell.key}.json"
-    path.write_text(json.dumps({**found, "sha256": json_digest(found)}, indent=None) + "\n")
+    path.write_text(json.dumps(found) + "\n")
     written = table([json.loads(one.read_text()) for one in asked.output.glob("*,*.json")])
     (asked.output / "table.json").write_text(json.dumps(written, indent=1, ensure_ascii=False) + "\n")
     print(*written["rows"], sep="\n")

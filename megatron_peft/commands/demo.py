@@ -35,7 +35,7 @@ def run(settings: DemoSettings, run_flags: RunFlags) -> int:
         run_flags.values["config"] = {**ANY_RUN, "method": method, **typed}
         run_flags.config({"WORLD_SIZE": str(run_flags.replica_size)}, saved=dict)
         with waiting("starting"):
-            require_packages("demo", "accelerate", "gguf", "matplotlib", "sacrebleu", "scipy")
+            require_packages("demo", "accelerate", "gguf", "matplotlib", "pandas", "sacrebleu", "scipy")
             from megatron_peft.demo.run import print_report, run_demo
 
         report = run_demo(settings.output, method, run_flags.words)

@@ -36,8 +36,9 @@ def run(settings: ExperimentSettings) -> int:
     from rich.console import Console
 
     from megatron_peft.experiment.cells import check_flags, groups
-    from megatron_peft.experiment.process import script
+    from megatron_peft.experiment.records import read_records
     from megatron_peft.experiment.runner import run_experiment, table
+    from megatron_peft.experiment.slurm import render_script
     from megatron_peft.experiment.spec import read_experiment
 
     experiment = read_experiment(settings.experiment)
@@ -54,7 +55,7 @@ def run(settings: ExperimentSettings) -> int:
     if file is not None:
         flags = ["--jobs", str(settings.jobs)] if settings.jobs > 1 else []
         flags += ["--keep-checkpoints"] if settings.keep_checkpoints else []
-        text = script(experiment, chosen, settings.experiment, folder, str(file), flags)
+        text = render_script(experiment, chosen, settings.experiment, folder, str(file), flags)
         with writing(f"--emit-slurm {file}"):
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(text, encoding="utf-8")
@@ -70,7 +71,7 @@ def run(settings: ExperimentSettings) -> int:
     except KeyboardInterrupt:
         print("experiment: stopped; run the same command to continue", file=sys.stderr)
         return 130
-    console.print(table(folder, chosen))
+    console.print(table(read_records(folder), chosen))
     return 0 if whole else 1
 
 

@@ -51,7 +51,7 @@ def run(settings: ReportSettings, run_flags: RunFlags) -> int:
             f"unexpected {' '.join(run_flags.words)}: flags of the model are for --samples.",
         )
         require(settings.folder.is_dir(), f"there is no folder {settings.folder}.")
-        require_packages("report", "matplotlib", "scipy")
+        require_packages("report", "matplotlib", "pandas", "scipy")
         ended = start_ranks("report", run_flags)
         if ended is not None:
             return ended
@@ -64,10 +64,11 @@ def run(settings: ReportSettings, run_flags: RunFlags) -> int:
 def _report(settings: ReportSettings, run_flags: RunFlags) -> list[str | Path]:
     """Write what FOLDER asks for; returns the summary and the files that were written."""
     from megatron_peft.experiment.report import HTML, build_report, summary, write, write_page
+    from megatron_peft.experiment.results import is_experiment_folder
     from megatron_peft.experiment.run_report import SAMPLES_FILE, build_run_report, is_run, read_run
 
     folder, output = settings.folder, settings.output or settings.folder
-    is_experiment = settings.experiment is not None or (folder / "cells").is_dir()
+    is_experiment = settings.experiment is not None or is_experiment_folder(folder)
     if is_experiment or not is_run(folder):
         require(
             is_experiment,

@@ -4,31 +4,83 @@ Runs of one seed are pairs, measured on the same items. An interval holds for ot
 kind.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from typing import NamedTuple
 
 import numpy as np
+from scipy.optimize import brentq
+from scipy.stats import nct, t, ttest_1samp
 
-from megatron_peft.experiment.cell_record import CellRecord, json_digest
-from megatron_peft.experiment.results import Result, Results, compare_seeds, metrics
-from megatron_peft.experiment.spec import Contrast, Experiment
-from megatron_peft.experiment.tables import Table, format_p
+from megatron_peft.experiment.records import CellRecord
+from megatron_peft.experiment.results import Result, Results, metrics
+from megatron_peft.experiment.spec import Contrast
 
 QUANTILES = (0.025, 0.05, 0.95, 0.975)
 SIGNIFICANT, POWER = 0.05, 0.8
 
 
-def contrast_digests(experiment: Experiment) -> dict[str, str]:
-    """Name -> digest of the contrast and of its methods' seeds; and the names of the places where they are asked.
+class Comparison(NamedTuple):
+    """A paired t-test over the seeds that two methods have: same data order, same draws.
 
-    A record keeps them as they were when its run began.
+    `difference` is the mean, from `low` to `high` with 95% confidence; `p` is two-sided and not corrected for the
+    number of comparisons.
     """
-    seeds = {method.name: experiment.seeds_of(method) for method in experiment.methods}
-    digests = {c.name: json_digest([asdict(c), seeds[c.of], seeds[c.against]]) for c in experiment.contrasts}
-    places = product(experiment.tasks, experiment.models) if digests else ()
-    return digests | {f"{task.name} with {model.name}": "" for task, model in places}
+
+    difference: float
+    low: float
+    high: float
+    p: float
+
+
+def compare(differences: np.ndarray) -> Comparison | None:
+    """Return the test of the differences between pairs; None for fewer than two, or if all are the same (no spread)."""
+    if len(differences) < 2:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of differences without spread
+        test = ttest_1samp(differences, 0)
+        low, high = test.confidence_interval()
+    if not math.isfinite(test.statistic):
+        return None
+    return Comparison(*map(float, (np.mean(differences), low, high, test.pvalue)))
+
+
+def interval(sums: np.ndarray, counts: np.ndarray) -> list[float]:
+    """Return `QUANTILES` of the mean of sums [seeds, items] over counts [items], of Student's t.
+
+    Its variance is that of the seeds' means, in which is what each item has of its own with each seed, and that of the
+    items' means without it. (A bootstrap that draws both counts that part three times.) The degrees of freedom are
+    Satterthwaite's.
+    """
+    (num_seeds, num_items), total = sums.shape, counts.sum()
+    by_seed, by_item = sums.sum(1) / total, sums.mean(0)
+    mean = by_seed.mean()
+    of_seeds, of_items = by_seed.var(ddof=1) / num_seeds, 0.0
+    if num_items > 1:
+        of_both = sums - by_item - np.outer(by_seed - mean, counts)
+        squares = ((by_item - mean * counts) ** 2).sum() - (of_both**2).sum() / (num_seeds * (num_seeds - 1))
+        of_items = max(num_items / (num_items - 1) * squares / total**2, 0.0)
+    variance = of_seeds + of_items
+    parts = of_seeds**2 / (num_seeds - 1) + of_items**2 / max(num_items - 1, 1)
+    freedom = variance**2 / parts if parts else num_seeds - 1
+    return (mean + np.sqrt(variance) * t.ppf(QUANTILES, freedom)).tolist()
+
+
+def detectable(values: np.ndarray, num_comparisons: int) -> float:
+    """Return the mean difference that a t-test over such pairs finds in `POWER` of cases, at `SIGNIFICANT` for all."""
+    freedom, error = len(values) - 1, np.std(values, ddof=1) / np.sqrt(len(values))
+    limit = t.isf(SIGNIFICANT / num_comparisons / 2, freedom)
+    return float(error * brentq(lambda shift: nct.sf(limit, freedom, shift) - POWER, 0, 4 * limit))
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """Return p-values after Holm's correction, which scipy lacks (`false_discovery_control` has Benjamini's alone)."""
+    order = np.argsort(values)
+    steps = np.asarray(values, dtype=float)[order] * np.arange(len(values), 0, -1)
+    return np.maximum.accumulate(steps).clip(max=1)[np.argsort(order)].tolist()
 
 
 class Answer(NamedTuple):
@@ -69,8 +121,8 @@ class Answer(NamedTuple):
 
 
 def answers(results: Results) -> list[Answer]:
-    """The answer to each contrast, on each task with each model, in the order of the file."""
-    experiment, digests, recorded = results.experiment, contrast_digests(results.experiment), _asked(results)
+    """Return the answer to each contrast, on each task with each model, in the order of the file."""
+    experiment, recorded = results.experiment, _asked(results)
     asked_of = [*product(experiment.contrasts, experiment.models, experiment.tasks)]
     uncorrected = []
     for contrast, model, task in asked_of:
@@ -78,8 +130,8 @@ def answers(results: Results) -> list[Answer]:
         of, against = by_method[contrast.of], by_method[contrast.against]
         seeds = sorted(of.values(contrast.metric).keys() & against.values(contrast.metric).keys())
         num_wanted = len(of.seeds_of(contrast.metric) & against.seeds_of(contrast.metric))
-        num_early = sum(names.get(contrast.name) != digests[contrast.name] for names in recorded)
-        untuned = [result.method for result in (of, against) if not result.is_tuned]
+        num_early = sum(names.get(contrast.name) != experiment.asked[contrast.name] for names in recorded)
+        untuned = [result.method for result in (of, against) if result.why_not_tuned]
         obstacles = {
             f"{num_early} of {len(recorded)} final runs began before it was written down as it is": num_early > 0,
             f"not tuned: {', '.join(untuned)}": len(untuned) > 0,
@@ -88,14 +140,14 @@ def answers(results: Results) -> list[Answer]:
         answer = Answer(contrast, of, next((why for why, is_so in obstacles.items() if is_so), ""), len(seeds))
         if len(seeds) > 1:
             sums, counts = differences([(of.finals[seed], against.finals[seed]) for seed in seeds], contrast.metric)
-            by_seed = dict(zip(seeds, (sums.sum(1) / counts.sum()).tolist(), strict=True))
-            test = compare_seeds(by_seed, dict.fromkeys(by_seed, 0.0))
+            by_seed = sums.sum(1) / counts.sum()
+            test = compare(by_seed)
             answer = answer._replace(
                 num_items=len(counts) if len(counts) > 1 else 0,
-                difference=float(np.mean([*by_seed.values()])),
+                difference=float(by_seed.mean()),
                 quantiles=interval(sums, counts),
                 p=test.p if test else None,
-                detectable=detectable([*by_seed.values()], len(asked_of)) if test else None,
+                detectable=detectable(by_seed, len(asked_of)) if test else None,
             )
         uncorrected.append(answer)
     # What has no verdict yet counts among the comparisons.
@@ -103,16 +155,16 @@ def answers(results: Results) -> list[Answer]:
     return [answer._replace(holm=p) for answer, p in zip(uncorrected, corrected, strict=True)]
 
 
-def _asked(results: Results) -> list[dict[str, str]]:
-    """The digests of contrasts that each final run's record has, of whatever point of its grid it is."""
+def _asked(results: Results) -> list[Mapping[str, object]]:
+    """Return the contrasts that each final run's record has, of whatever point of its grid it is."""
     trained = ((result.group.seeds, run) for result in results.all for run in result.records.values() if run.is_trained)
-    of_finals = (record for seeds, record in trained if record.seed in seeds)
-    return [record.provenance.get("training", {}).get("contrasts", {}) for record in of_finals]
+    return [record.contrasts for seeds, record in trained if record.seed in seeds]
 
 
 def differences(runs: Sequence[tuple[CellRecord, CellRecord]], metric: str) -> tuple[np.ndarray, np.ndarray]:
-    """[seeds, items] sums of the first runs less those of the second, and [items] counts. Of runs whose items are not
-    known, or not the same: [seeds, 1] differences of the metric, and 1.
+    """Return [seeds, items] sums of the first runs less those of the second, and [items] counts.
+
+    Of runs whose items are not known, or not the same: [seeds, 1] differences of the metric, and 1.
     """
     items = [[record.items.get(metric, ()) for record in pair] for pair in runs]
     lengths = {len(each) for pair in items for each in pair}
@@ -124,81 +176,12 @@ def differences(runs: Sequence[tuple[CellRecord, CellRecord]], metric: str) -> t
     return values[:, :1] - values[:, 1:], np.ones(1)
 
 
-def interval(sums: np.ndarray, counts: np.ndarray) -> list[float]:
-    """`QUANTILES` of the mean of sums [seeds, items] over counts [items], of Student's t.
-
-    Its variance is that of the seeds' means, in which is what each item has of its own with each seed, and that of the
-    items' means without it. (A bootstrap that draws both counts that part three times.) The degrees of freedom are
-    Satterthwaite's.
-    """
-    from scipy.stats import t  # of the extra `report`
-
-    (num_seeds, num_items), total = sums.shape, counts.sum()
-    by_seed, by_item = sums.sum(1) / total, sums.mean(0)
-    mean = by_seed.mean()
-    of_seeds, of_items = by_seed.var(ddof=1) / num_seeds, 0.0
-    if num_items > 1:
-        of_both = sums - by_item - np.outer(by_seed - mean, counts)
-        squares = ((by_item - mean * counts) ** 2).sum() - (of_both**2).sum() / (num_seeds * (num_seeds - 1))
-        of_items = max(num_items / (num_items - 1) * squares / total**2, 0.0)
-    variance = of_seeds + of_items
-    parts = of_seeds**2 / (num_seeds - 1) + of_items**2 / max(num_items - 1, 1)
-    freedom = variance**2 / parts if parts else num_seeds - 1
-    return (mean + np.sqrt(variance) * t.ppf(QUANTILES, freedom)).tolist()
-
-
-def detectable(values: Sequence[float], num_comparisons: int) -> float:
-    """The mean difference that a t-test over such pairs finds in `POWER` of all cases, at `SIGNIFICANT` for all."""
-    from scipy.optimize import brentq
-    from scipy.stats import nct, t
-
-    freedom, error = len(values) - 1, np.std(values, ddof=1) / np.sqrt(len(values))
-    limit = t.isf(SIGNIFICANT / num_comparisons / 2, freedom)
-    return float(error * brentq(lambda shift: nct.sf(limit, freedom, shift) - POWER, 0, 4 * limit))
-
-
-def holm(values: Sequence[float]) -> list[float]:
-    """p-values after Holm's correction for their number."""
-    # By hand: scipy's `false_discovery_control` has only Benjamini's methods, and statsmodels would be a dependency.
-    order = np.argsort(values)
-    steps = np.asarray(values, dtype=float)[order] * np.arange(len(values), 0, -1)
-    return np.maximum.accumulate(steps).clip(max=1)[np.argsort(order)].tolist()
-
-
 def sentences(results: Results, answers: Sequence[Answer]) -> Iterator[str]:
-    """A sentence for each answer, and one for contrasts that the runs know and the file no longer has."""
+    """Yield a sentence for each answer, and one for contrasts that the runs know and the file no longer has."""
     for answer in answers:
         spec, result = answer.contrast, answer.result
         place = f"{result.task} with {result.model}" if len(results.experiment.models) > 1 else result.task
         yield f"{spec.name}, {spec.of} - {spec.against} in {spec.metric} on {place}: **{answer.verdict}**."
     names = {name for of_run in _asked(results) for name in of_run}
-    if gone := sorted(names - contrast_digests(results.experiment).keys()):
+    if gone := sorted(names - results.experiment.asked.keys()):
         yield f"**Taken out:** the file had {', '.join(gone)} when runs began, and no longer has."
-
-
-def contrast_table(answers: Sequence[Answer]) -> Table:
-    """The numbers of the answers."""
-
-    def line(answer: Answer) -> tuple[str, ...]:
-        spec, quantiles = answer.contrast, answer.quantiles
-        return (
-            *(spec.name, answer.result.model, answer.result.task, f"{spec.of} - {spec.against}", spec.metric),
-            *(str(answer.num_pairs), str(answer.num_items or "–"), f"{spec.margin:g}"),
-            "–" if answer.difference is None else f"{answer.difference:+.4f}",
-            "–" if quantiles is None else f"{quantiles[0]:+.4f} to {quantiles[-1]:+.4f}",
-            *map(format_p, (answer.p, None if answer.obstacle else answer.holm)),
-            "–" if answer.detectable is None else f"{answer.detectable:.4f}",
-        )
-
-    words = ("contrast", "model", "task", "difference", "metric")
-    return Table(
-        "Differences of runs of the same seed",
-        (*words, "pairs", "items", "margin", "mean", "95% interval", "p", "p (Holm)", "detectable"),
-        tuple(map(line, answers)),
-        "Intervals: of Student's t over seeds and items. p: a paired t-test over the seeds, then corrected by Holm's "
-        "method for the number of answers. Better: the 95% interval is off 0, and the corrected p below "
-        f"{SIGNIFICANT}. Equivalent: the 90% interval is within the margin (not corrected). Detectable: the difference "
-        f"that the test finds in {POWER:.0%} of all cases, where pairs spread like these and p is to be below "
-        f"{SIGNIFICANT} over the number of answers; of a smaller one it probably says nothing.",
-        text_columns=len(words),
-    )

@@ -1,10 +1,9 @@
-"""The pictures of an experiment's report, costs, dynamics of training, lambda of each layer; what all plots share."""
+"""The figures of an experiment's report: scores, costs, curves of training, lambda of each layer; what plots share."""
 
 import io
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import matplotlib as mpl
@@ -16,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 
 from megatron_peft.checkpoint.folders import write_atomically
 from megatron_peft.experiment.results import Result, Results, metrics, same_runs, shown_metrics
-from megatron_peft.experiment.tables import Row, Table, format_number
+from megatron_peft.experiment.tables import Scores, costs, format_number, is_quiet
 
 # What the plots have in common: a figure without a display, the look of its axes, and its files.
 
@@ -87,154 +86,94 @@ def save_png(figure: Figure, path: Path) -> None:
 # The headline: the first score of each task, a dot for each run.
 
 
-def draw_results(rows: Sequence[Row]) -> Figure:
-    """A panel for each model and task: the runs of each method, and a line at their mean; the best is colored."""
-    panels: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
-        if row.metric == shown_metrics(row.result.group.task)[0]:
-            panels.setdefault((row.result.model, row.result.task), []).append(row)
-    across = max(min(len(panels), 3), 1)  # one is empty before the first final run
-    down = max(-(-len(panels) // across), 1)
+def draw_results(results: Results, scores: Scores) -> Figure:
+    """Draw a panel for each model and task: the runs of each method, and a line at their mean; the best is colored."""
+    places = results.places()
+    across, down = max(min(len(places), 3), 1), max(-(-len(places) // 3), 1)  # one is empty before the first final run
     figure = new_figure(4.2 * across if across > 1 else 6.5, 3.4 * down)
-    grid = figure.subplots(down, across, squeeze=False)
-    several = len({model for model, _ in panels}) > 1
-    for axes, ((model, task), of_place) in zip(grid.flat, panels.items(), strict=False):
-        for at, row in enumerate(of_place):
-            runs = [run for run in row.runs if run is not None]
-            shade = AFTER if row.is_best else BEFORE
+    grid = figure.subplots(down, across, squeeze=False).flat
+    for axes, (model, task) in zip(grid, places, strict=False):
+        choice = results.of(model, task)[0].group.task
+        metric = shown_metrics(choice)[0]
+        part = scores[model, task, metric]
+        for at, (_, row) in enumerate(part.iterrows()):
+            runs, shade = row[list(results.experiment.all_seeds)].dropna(), AFTER if row["is_best"] else BEFORE
             axes.plot([at] * len(runs), runs, "o", color=shade, markersize=6, alpha=0.7, markeredgewidth=0)
-            if row.mean is not None:
-                axes.hlines(row.mean, at - 0.3, at + 0.3, color=shade, linewidth=2)
-                axes.annotate(format_number(row.mean), (at + 0.33, row.mean), va="center", fontsize=8, color=INK)
-        axes.set_xticks(range(len(of_place)), [row.result.method for row in of_place], rotation=25, ha="right")
-        axes.set_xlim(-0.6, len(of_place) - 0.1)
+            if len(runs):
+                axes.hlines(row["mean"], at - 0.3, at + 0.3, color=shade, linewidth=2)
+                axes.annotate(format_number(row["mean"]), (at + 0.33, row["mean"]), va="center", fontsize=8, color=INK)
+        axes.set_xticks(range(len(part)), part.index, rotation=25, ha="right")
+        axes.set_xlim(-0.6, len(part) - 0.1)
         axes.margins(y=0.12)
-        metric = of_place[0].metric
-        better = "higher" if metrics(of_place[0].result.group.task)[metric] else "lower"
-        style(axes, f"{f'{task}, {model}' if several else task}: {metric} ({better} is better)")
-    for axes in grid.flat[len(panels) :]:
+        place = f"{task}, {model}" if len({place[0] for place in places}) > 1 else task
+        style(axes, f"{place}: {metric} ({'higher' if metrics(choice)[metric] else 'lower'} is better)")
+    for axes in grid[len(places) :]:
         axes.set_visible(False)
     return figure
 
 
-# Time and peak memory of each method, by model.
-
-# Field, unit.
-STEP, EPOCH, MEMORY = ("step_seconds", 1.0), ("epoch_seconds", 60.0), ("peak_memory_bytes", 1e9)
-CPU = "cpu_seconds", 60.0
-QUIET = 1.2  # times the shortest step of a method's runs is the longest, at most, where nothing else ran beside them
-
-
-def measured(result: Result, field: str, unit: float) -> list[float]:
-    """A field of the final runs that have it, in multiples of `unit`."""
-    values = (getattr(record, field) for record in result.finals.values())
-    return [value / unit for value in values if value is not None]
-
-
-def is_quiet(results: Results) -> bool:
-    """Whether the runs of each method took about as long: else wall-clock time is that of other work too."""
-    return all(max(each) <= QUIET * min(each) for result in results.all if (each := measured(result, *STEP)))
-
-
 def draw_cost(results: Results, task: str) -> Figure:
-    """A bar of each method for each model; whiskers are the least and the greatest of the runs."""
-    shown = [result for result in results.all if result.task == task and result.finals]
-    models = list(dict.fromkeys(result.model for result in shown))
-    methods = list(dict.fromkeys(result.method for result in shown))
+    """Draw time and peak memory: a bar of each method for each model; whiskers are the least and the greatest run."""
+    runs = costs(results)
+    time = "minutes an epoch" if is_quiet(runs) else "CPU minutes a run"
+    titles = {"minutes an epoch": "Minutes per epoch", "CPU minutes a run": "CPU minutes of a run"}
+    titles["peak memory (GB)"] = "Peak memory of a process (GB)"
+    runs = runs.xs(task, level="task").groupby(["method", "model"], sort=False)
     figure = new_figure(12, 4.2, f"Time and peak memory, {task}")
-    left, right = figure.subplots(1, 2)
-    width = 0.8 / len(models)
-    time = ("Minutes per epoch", EPOCH) if is_quiet(results) else ("CPU minutes of a run", CPU)
-    for axes, (title, what) in ((left, time), (right, ("Peak memory of a process (GB)", MEMORY))):
-        for result in shown:
-            if values := measured(result, *what):
-                group, height = models.index(result.model), mean(values)
-                at = methods.index(result.method) - 0.4 + width * (group + 0.5)
-                label = result.model if result.method == methods[0] else None
-                whiskers = [[height - min(values)], [max(values) - height]]
-                axes.bar(at, height, width * 0.9, yerr=whiskers, capsize=2, color=color(group), label=label)
-        axes.set_xticks(range(len(methods)), methods, rotation=25, ha="right")
-        style(axes, title)
-    if len(models) > 1:
-        right.legend(frameon=False)
+    panels = figure.subplots(1, 2)
+    for axes, column in zip(panels, (time, "peak memory (GB)"), strict=True):
+        means, low, high = (runs[column].agg(name).unstack("model", sort=False) for name in ("mean", "min", "max"))
+        errors = np.stack([means - low, high - means]).transpose(2, 0, 1)  # [models, 2, methods]
+        colors = [color(at) for at in range(len(means.columns))]
+        means.plot.bar(ax=axes, yerr=errors, capsize=2, width=0.72, color=colors, legend=False, xlabel="")
+        axes.set_xticks(range(len(means)), means.index, rotation=25, ha="right")
+        style(axes, titles[column])
+    if len(panels[1].containers) > 2:
+        panels[1].legend(frameon=False)
     return figure
-
-
-def cost_table(results: Results) -> Table:
-    """Trained parameters, time and memory; the commits of the runs, where there are several."""
-    fields = {"CPU minutes a run": CPU, "peak memory (GB)": MEMORY}
-    note = (
-        "Means over the final runs. CPU minutes are those of a run's processes, validations included. Memory "
-        "is that of the process that writes the log: on a GPU what its allocator held, on a CPU the resident set with "
-        "Python itself."
-    )
-    if is_quiet(results):
-        fields = {"seconds a step": STEP, "minutes an epoch": EPOCH, **fields}
-        note += " Seconds and minutes are wall-clock time."
-    else:
-        note += (
-            f" Wall-clock time is left out: seconds a step differ by more than a factor of {QUIET} between runs of one "
-            f"method, as they do beside other work."
-        )
-    finals = [result for result in results.all if result.finals]
-    peaks = [values for result in finals if (values := measured(result, *MEMORY))]
-    if (widest := max((max(values) / min(values) for values in peaks), default=1.0)) > QUIET:
-        note += f" Peaks differ by up to a factor of {widest:.2f} between runs of one method: by less they say nothing."
-    commits = [{str(record.versions.get("commit", "–")): None for record in one.finals.values()} for one in finals]
-    has_several = len({commit for each in commits for commit in each}) > 1
-    if has_several:
-        note += " The runs are of several commits, not equally fast: CPU minutes compare only within one."
-    lines = []
-    for result, of_result in zip(finals, commits, strict=True):
-        trained = next(iter(result.finals.values())).trainable_parameters
-        columns = (measured(result, *what) for what in fields.values())
-        means = (format_number(mean(values) if values else None) for values in columns)
-        parameters = "–" if trained is None else f"{trained:,}"
-        short = (", ".join(commit[:7] + commit[40:] for commit in of_result),) if has_several else ()
-        lines.append((result.model, result.task, result.method, parameters, *means, *short))
-    names = ("model", "task", "method", "trainable parameters", *fields, *(("commit",) if has_several else ()))
-    return Table("Cost", names, tuple(lines), note, text_columns=3)
 
 
 # Gradient norm and validation loss of each method, by epoch.
 
-MOST_POINTS = 20  # of a curve of gradient norms: each is the mean over its part of the run
-Curve = tuple[np.ndarray, np.ndarray]  # epochs, values
+MAX_POINTS = 20  # of a curve of gradient norms: each is the mean over its part of the run
 
 
 def draw_dynamics(results: Results, model: str, task: str) -> Figure:
-    """A line for each method, the mean over its seeds; the band is from the least to the greatest of them."""
+    """Draw a line for each method, the mean over its seeds; the band is from the least to the greatest of them."""
     figure = new_figure(12, 4.6, f"{model}, {task}")
     left, right = figure.subplots(1, 2)
     for axes, name, title in ((left, "validation_loss", "Validation loss"), (right, "grad_norm", "Gradient norm")):
-        for at, (result, *same) in enumerate(same_runs(results.of(model, task))):
-            curves = [record.curves[name] for record in result.finals.values() if record.curves.get(name)]
+        for at, same in enumerate(same_runs(results.of(model, task))):
+            curves = [record.curves[name] for record in same[0].finals.values() if record.curves.get(name)]
             if not curves:
                 continue
-            averaged = [averages(curve, MOST_POINTS) for curve in curves]
-            length = min(len(epochs) for epochs, _ in averaged)
-            epochs = averaged[0][0][:length]
-            values = np.stack([values[:length] for _, values in averaged])
-            means = values.mean(axis=0)
-            label = ", ".join(one.method for one in (result, *same))
+            averaged = [averages(curve, MAX_POINTS) for curve in curves]
+            length = min(map(len, averaged))
+            values = np.stack([curve[:length, 1] for curve in averaged])
+            epochs, means, label = averaged[0][:length, 0], values.mean(axis=0), ", ".join(one.method for one in same)
             axes.plot(epochs, means, color=color(at), linewidth=1.6, label=label, marker=marker(means))
             if len(values) > 1:
-                band = values.min(axis=0), values.max(axis=0)
-                axes.fill_between(epochs, *band, color=color(at), alpha=0.15, linewidth=0)
+                axes.fill_between(epochs, values.min(0), values.max(0), color=color(at), alpha=0.15, linewidth=0)
         style(axes, title, "epoch")
     right.set_ylim(bottom=0)
     left.legend(*right.get_legend_handles_labels(), frameon=False, fontsize=8)
     return figure
 
 
+def averages(curve: Sequence[Sequence[float]], most: int) -> np.ndarray:
+    """Return [points, 2] epochs and values of a record's curve: means over `most` parts of about as many points."""
+    points = np.array(curve)[:, 1:]
+    return np.array([part.mean(axis=0) for part in np.array_split(points, min(most, len(points)))])
+
+
 def draw_depths(results: Results, model: str, task: str) -> Figure | None:
-    """Gradient norm of each transformer layer, a line for each method: the mean over its runs and their iterations."""
+    """Draw the gradient norm of each layer, a line for each method: the mean over its runs and their iterations."""
     figure = new_figure(10, 3.4, f"{model}, {task}")
     axes = figure.subplots()
-    for at, (result, *same) in enumerate(same_runs(results.of(model, task))):
-        if runs := [record.grad_norms["by_layer"] for record in result.finals.values() if record.grad_norms]:
+    for at, same in enumerate(same_runs(results.of(model, task))):
+        if runs := [record.grad_norms["by_layer"] for record in same[0].finals.values() if record.grad_norms]:
             of_runs = [[np.mean(np.array(norms, dtype=float)) for norms in run.values()] for run in runs]
-            label = ", ".join(one.method for one in (result, *same))
+            label = ", ".join(one.method for one in same)
             axes.plot(np.mean(of_runs, axis=0), color=color(at), linewidth=1.6, label=label)
     if not axes.lines:
         return None
@@ -242,16 +181,6 @@ def draw_depths(results: Results, model: str, task: str) -> Figure | None:
     axes.set_yscale("log")
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
-
-
-def averages(curve: Sequence[Sequence[float]], most: int) -> Curve:
-    """(epochs, values), means over `most` parts of about as many points; a short curve stays as it is.
-
-    Args: curve: [iteration, epoch, value] of each point.
-    """
-    points = np.array([(epoch, value) for _, epoch, value in curve])
-    means = np.array([part.mean(axis=0) for part in np.array_split(points, min(most, len(points)))])
-    return means[:, 0], means[:, 1]
 
 
 # The Hybrid's lambda: a heat map of layer by step for each kind of linear layer.

@@ -7,20 +7,19 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from jinja2 import Environment, PackageLoader
 from matplotlib.figure import Figure
 
 from megatron_peft.checkpoint.folders import write_atomically
 from megatron_peft.config import ConfigurationError
 from megatron_peft.experiment import contrasts, plots, tables
-from megatron_peft.experiment.cells import command_line
 from megatron_peft.experiment.results import Result, Results, metrics, same_runs
 from megatron_peft.experiment.spec import span
-from megatron_peft.experiment.tables import BEST, Row, Table, format_number
+from megatron_peft.experiment.tables import Scores, Table, format_number, make_table
 
 PAGE = "page.html.jinja"
 MARKDOWN, HTML = "report.md", "report.html"
@@ -31,8 +30,8 @@ SUMMARIZED = ("Result", "Loss", "Speed and memory")  # sections of an experiment
 class Section:
     """A heading and its content: figures by the names of their files, texts, then tables.
 
-    is_papers: whether it shows the paper's numbers, which were not measured here.
-    is_folded: whether the page shows the heading only, until it is clicked.
+    is_papers: it shows the paper's numbers, which were not measured here.
+    is_folded: the page shows the heading only, until it is clicked.
     """
 
     title: str
@@ -53,7 +52,7 @@ class Report:
 
 
 def markdown(report: Report) -> str:
-    """The report as Markdown; its figures are files beside it."""
+    """Return the report as Markdown; its figures are files beside it."""
     parts = [f"# {report.title}"]
     for section in report.sections:
         parts += [f"## {section.title}", *(f"![{name}]({name}.svg)" for name in section.figures), *section.texts]
@@ -62,11 +61,11 @@ def markdown(report: Report) -> str:
 
 
 def html(report: Report) -> str:
-    """One page that contains its plots, style and script."""
+    """Return one page that contains its plots, style and script."""
     environment = Environment(loader=PackageLoader("megatron_peft.experiment", "."), autoescape=True, trim_blocks=True)
     environment.filters["svg_base64"] = lambda figure: base64.b64encode(plots.svg(figure).encode()).decode()
     environment.filters["plain"] = plain
-    return environment.get_template(PAGE).render(report=report, best=BEST)
+    return environment.get_template(PAGE).render(report=report)
 
 
 def plain(text: str) -> str:
@@ -78,7 +77,7 @@ def summary(report: Report) -> str:
     """Return the texts and tables of the sections in `SUMMARIZED`, for a terminal."""
     sections = [section for section in report.sections if section.title in SUMMARIZED]
     texts = "\n".join(plain(text) for section in sections for text in section.texts)
-    return "\n\n".join([texts, *(table.markdown().rstrip() for section in sections for table in section.tables)])
+    return "\n\n".join([texts, *(plain(table.markdown()).rstrip() for section in sections for table in section.tables)])
 
 
 def write(report: Report, folder: Path) -> list[Path]:
@@ -94,7 +93,6 @@ def write(report: Report, folder: Path) -> list[Path]:
 
 
 def write_page(report: Report, path: Path) -> Path:
-    """Write the page alone, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, html(report))
     return path
@@ -109,32 +107,26 @@ def build_report(results: Results, reference: str) -> Report:
     Raises ConfigurationError for a `paper:` in the experiment's file that is not in the paper's Table I.
     """
     check_names(results)
-    table_rows = tables.rows(results, reference)
-    ours = tables.in_the_papers_form(results, table_rows)
-    tested = tables.with_test(table_rows, reference, len(results.experiment.all_seeds))
-    return Report(
-        results.experiment.title,
-        tuple(_sections(results, table_rows, reference, ours, tested)),
-        {"table1.csv": tested.csv(), "table1.tex": ours.latex(), "table1-tested.tex": tested.latex()},
-    )
+    scores = tables.score_runs(results, reference)
+    ours, tested = tables.in_the_papers_form(results, scores), tables.with_test(results, scores, reference)
+    sections = tuple(_sections(results, scores, reference, ours, tested))
+    files = {"table1.csv": tested.csv(), "table1.tex": ours.latex(), "table1-tested.tex": tested.latex()}
+    return Report(results.experiment.title, sections, files)
 
 
-def _sections(
-    results: Results, table_rows: Sequence[Row], reference: str, ours: Table, tested: Table
-) -> Iterator[Section]:
-    experiment, places = results.experiment, results.places()
-    answers = contrasts.answers(results)
-    remarks = [*not_tuned(results), *verdicts(table_rows, reference)]
-    texts = [state(results), *contrasts.sentences(results, answers), *remarks, _budget_sentence(results)]
-    yield Section("Result", texts, [tables.by_score(results, table_rows)], {"result": plots.draw_results(table_rows)})
+def _sections(results: Results, scores: Scores, reference: str, ours: Table, tested: Table) -> Iterator[Section]:
+    experiment, places, answers = results.experiment, results.places(), contrasts.answers(results)
+    texts = [state(results), *contrasts.sentences(results, answers), *not_tuned(results)]
+    texts += [*verdicts(results, scores, reference), _budget_sentence(results)]
+    yield Section("Result", texts, [tables.by_score(results, scores)], {"result": plots.draw_results(results, scores)})
     if answers:
-        yield Section("Contrasts", tables=[contrasts.contrast_table(answers)])
+        yield Section("Contrasts", tables=[tables.contrast_table(answers)])
     curves = {f"curves-{model}-{task}": plots.draw_dynamics(results, model, task) for model, task in places}
     depths = {f"depth-{model}-{task}": plots.draw_depths(results, model, task) for model, task in places}
     curves |= {name: figure for name, figure in depths.items() if figure}
     yield Section("Validation loss and gradient norm", figures=curves)
-    costs = {f"cost-{task}": plots.draw_cost(results, task) for task in dict.fromkeys(task for _, task in places)}
-    yield Section("Cost", tables=[plots.cost_table(results)], figures=costs)
+    figures = {f"cost-{task}": plots.draw_cost(results, task) for task in dict.fromkeys(task for _, task in places)}
+    yield Section("Cost", tables=[tables.cost_table(results)], figures=figures)
     if speeds := [table for place in places if (table := tables.speed_table(results, *place))]:
         yield Section("Steps to LoRA's loss", tables=speeds)
     lambdas = {
@@ -148,24 +140,23 @@ def _sections(
     choices = (*experiment.models, *experiment.tasks, *experiment.methods)
     if any(choice.paper is not None for choice in choices):
         note = "Other models and other data: what can be compared is the order of the methods."
-        beside = [ours, *beside_ours(table_rows)]
+        beside = [ours, *beside_ours(results, scores)]
         yield Section("Table I, in the paper's form", [note], beside, is_folded=True)
         source = f"Source: {facts()['source']}."
         yield Section("The paper's own numbers", [source], papers_tables(), is_papers=True, is_folded=True)
-    made = [_versions_of_runs(results), *provenance(results)]
-    yield Section("How it was made", made, [_tuning(results), _common_flags(results)], is_folded=True)
+    made = [_versions_of_runs(results), provenance(results)]
+    settings = [tables.tuning_table(results), tables.flags_table(results)]
+    yield Section("How it was made", made, settings, is_folded=True)
 
 
 def state(results: Results) -> str:
-    """How many final runs are finished."""
+    """Return how many final runs are finished."""
     seeds = results.experiment.all_seeds
-    have = sum(len(result.finals) for result in results.all)
-    whole = sum(len(result.group.seeds) for result in results.all)
-    done = f"{have} of {whole} final runs are in (seeds {', '.join(map(str, seeds))})."
-    if have == whole:
-        return done
+    num_done = sum(len(result.finals) for result in results.all)
+    num_wanted = sum(len(result.group.seeds) for result in results.all)
+    done = f"{num_done} of {num_wanted} final runs are in (seeds {', '.join(map(str, seeds))})."
     missing = [result for result in results.all if len(result.finals) < len(result.group.seeds)]
-    return f"**Not finished:** {done} Missing runs: {_by_place(missing)}."
+    return f"**Not finished:** {done} Missing runs: {_by_place(missing)}." if missing else done
 
 
 def _by_place(results: Sequence[Result]) -> str:
@@ -176,44 +167,39 @@ def _by_place(results: Sequence[Result]) -> str:
 
 
 def not_tuned(results: Results) -> Iterator[str]:
-    """A sentence for each reason, with the methods that are not tuned for it."""
+    """Yield a sentence for each reason, with the methods that are not tuned for it."""
     begun = [result for result in results.all if result.chosen]
-    for reason in dict.fromkeys(result.why_not_tuned for result in begun if not result.is_tuned):
+    for reason in dict.fromkeys(result.why_not_tuned for result in begun if result.why_not_tuned):
         untuned = [result for result in begun if result.why_not_tuned == reason]
         yield f"**Not tuned,** since {reason}: {_by_place(untuned)}."
 
 
-def verdicts(rows: Sequence[Row], reference: str) -> list[str]:
-    """A sentence for each model, task and metric: which methods are better and worse than the reference method.
+def verdicts(results: Results, scores: Scores, reference: str) -> list[str]:
+    """Return a sentence for each model, task and metric: which methods are better and worse than the reference.
 
     Each is compared with it over the seeds that both have, as in the table of tests. Methods with the same runs count
     once.
     """
-    several_models = len({row.result.model for row in rows}) > 1
     sentences, same = [], dict[str, None]()
-    for (model, task, metric), group in groupby(rows, lambda row: (row.result.model, row.result.task, row.metric)):
-        of_metric = list(group)
-        measured = {row.result.method: row for row in of_metric if row.mean is not None}
-        distinct = [[one.method for one in each] for each in same_runs(row.result for row in measured.values())]
-        others = [measured[first] for first, *rest in distinct if reference not in (first, *rest)]
-        if reference not in measured or not others:
+    for (model, task, metric), part in scores.items():
+        of_place = results.of(model, task)
+        known = [one for one in of_place if pd.notna(part["mean"][one.method])]
+        distinct = [[one.method for one in each] for each in same_runs(known)]
+        others = [first for first, *rest in distinct if reference not in (first, *rest)]
+        if reference not in {one.method for one in known} or not others:
             continue
-        place = f"{task} with {model}" if several_models else task
         methods: dict[str, list[str]] = {"better": [], "worse": [], "undecided": []}
-        higher = metrics(of_metric[0].result.group.task)[metric]
-        corrected = contrasts.holm([row.against.p if row.against else 1.0 for row in others])
-        for row, p in zip(others, corrected, strict=True):
-            is_better = row.against is not None and (row.against.difference > 0) == higher
-            is_told_apart = p < contrasts.SIGNIFICANT
-            methods[("better" if is_better else "worse") if is_told_apart else "undecided"].append(row.result.method)
+        higher = metrics(of_place[0].group.task)[metric]
+        for name, p in zip(others, contrasts.holm(part["p"][others].fillna(1.0)), strict=True):
+            is_better = (part["difference"][name] > 0) == higher
+            word = ("better" if is_better else "worse") if p < contrasts.SIGNIFICANT else "undecided"
+            methods[word].append(name)
         listed = "; ".join(f"**{word}** {', '.join(names)}" for word, names in methods.items() if names)
-        is_whole = all(row.result.values(metric).keys() >= row.result.seeds_of(metric) for row in of_metric)
+        is_whole = all(one.values(metric).keys() >= one.seeds_of(metric) for one in of_place)
+        place = f"{task} with {model}" if len({place[0] for place in results.places()}) > 1 else task
         sentences.append(f"{'On' if is_whole else 'So far, on'} {place}, {metric} against {reference}: {listed}.")
-        same |= {
-            f"On {place}, {one} has the same runs as {first}: they count once.": None
-            for first, *rest in distinct
-            for one in rest
-        }
+        for first, *rest in distinct:
+            same |= {f"On {place}, {one} has the same runs as {first}: they count once.": None for one in rest}
     if sentences:
         sentences.append(
             f"Better and worse: p of a paired t-test over the seeds that both methods have is below "
@@ -223,7 +209,6 @@ def verdicts(rows: Sequence[Row], reference: str) -> list[str]:
 
 
 def _budget_sentence(results: Results) -> str:
-    experiment = results.experiment
     begun = [result for result in results.all if result.finals] or results.all
     tries = span(len(result.tuning) for result in begun)
     seeds = span(len(result.group.seeds) for result in begun)
@@ -231,7 +216,7 @@ def _budget_sentence(results: Results) -> str:
         "The settings were given, not tuned."
         if tries == "1"
         else f"For each method the best of {tries} settings was chosen by its validation loss, with seed "
-        f"{experiment.tuning_seed}."
+        f"{results.experiment.tuning_seed}."
     )
     runs = "1 run" if seeds == "1" else f"{seeds} runs"
     return f"All methods were trained on the same data for the same number of steps. {tuned} Each has {runs}."
@@ -245,57 +230,14 @@ def _versions_of_runs(results: Results) -> str:
     return "Versions: " + "; ".join(f"{name} {', '.join(values)}" for name, values in versions.items()) + "."
 
 
-def provenance(results: Results) -> Iterator[str]:
-    """How many cells have a provenance, and which do not."""
+def provenance(results: Results) -> str:
+    """Return how many cells record their commit and data, and which do not."""
     records = results.records()
-    silent = [key for key, record in records.items() if not record.has_provenance]
-    if silent:
-        yield (
-            f"**{len(silent)} of {len(records)} cells have no digests of their experiment file and data:** "
-            "their records are older."
-        )
-        yield f"They are {'; '.join(silent)}."
-    else:
-        changed = sum("with changes" in record.versions.get("commit", "") for record in records.values())
-        but = f" {changed} ran from a commit with changes." if changed else ""
-        yield f"All {len(records)} cells record their experiment file, commit and data.{but}"
-
-
-def _tuning(results: Results) -> Table:
-    def settings(point: str, flags: Sequence[str]) -> str:
-        """The point of the grid; the learning rate, for a method without a grid."""
-        return point or (f"lr={flags[flags.index('--lr') + 1]}" if "--lr" in flags[:-1] else "")
-
-    return Table(
-        "Settings that were tried",
-        ("model", "task", "method", "settings", "seed", "validation loss", "chosen"),
-        tuple(
-            (
-                *(result.model, result.task, result.method),
-                settings(cell.point, cell.flags),
-                str(cell.seed),
-                format_number(record.validation_loss) if record and record.is_trained else "failed" if record else "–",
-                "yes" if result.finals and cell.settings == result.chosen[0].settings else "",
-            )
-            for result in results.all
-            for cell, record in result.tuning
-        ),
-        text_columns=4,
-    )
-
-
-def _common_flags(results: Results) -> Table:
-    experiment = results.experiment
-    return Table(
-        "Flags that all methods share",
-        ("model", "task", "flags"),
-        tuple(
-            (model.name, task.name, " ".join(command_line(experiment.budget(model, task))))
-            for model in experiment.models
-            for task in experiment.tasks
-        ),
-        text_columns=3,
-    )
+    if silent := [key for key, record in records.items() if "commit" not in record.versions]:
+        return f"**{len(silent)} of {len(records)} cells do not record their commit:** {'; '.join(silent)}."
+    changed = sum("with changes" in record.versions["commit"] for record in records.values())
+    but = f" {changed} ran from a commit with changes." if changed else ""
+    return f"All {len(records)} cells record their commit and data.{but}"
 
 
 # The paper's own numbers, as printed, and ours beside them. None was measured here; paper.json has their source.
@@ -305,70 +247,54 @@ METHODS = {"full": "Full FT", "lora": "LoRA", "boft": "BOFT", "lora-ga": "LoRA-G
 
 @cache
 def facts() -> Mapping[str, Any]:
-    """The file: source, units by benchmark, tables."""
+    """Return the content of the file: source, units by benchmark, tables."""
     return json.loads(Path(__file__).with_name("paper.json").read_text(encoding="utf-8"))
 
 
 def papers_tables() -> list[Table]:
-    """Table I, its averages that are not the mean of their runs, and what the text says on figures 1 and 2."""
-    return [Table(**table) for table in facts()["tables"]]
+    """Return Table I, its averages that are not the mean of their runs, and what the text says on figures 1 and 2."""
+    return [make_table(**table) for table in facts()["tables"]]
 
 
-def papers_models() -> Sequence[str]:
-    """The models of Table I."""
-    return papers_tables()[0].columns[2:]
-
-
-def printed_averages() -> dict[tuple[str, str, str], str]:
-    """(benchmark, method, model) -> the average that Table I prints."""
-    rows, benchmark, printed = papers_tables()[0].rows, "", {}
-    for (heading, method, *_), (_, _, *of_models) in zip(rows[::2], rows[1::2], strict=True):
-        benchmark = heading.partition(",")[0] or benchmark
-        printed |= {(benchmark, method, model): mean for model, mean in zip(papers_models(), of_models, strict=True)}
-    return printed
+def printed_averages() -> pd.DataFrame:
+    """Return the averages that Table I prints: a row for (benchmark, method), a column for each model."""
+    printed = papers_tables()[0].frame
+    runs, averages = printed[::2], printed[1::2].iloc[:, 2:]
+    benchmarks = runs["Benchmark"].str.partition(",")[0].replace("", None).ffill()
+    return averages.set_index(pd.MultiIndex.from_arrays([benchmarks, runs["Method"]]))
 
 
 def check_names(results: Results) -> None:
     """Raises ConfigurationError for a `paper:` in the experiment's file that is not in the paper's Table I."""
     experiment = results.experiment
     known = {
-        "models": (experiment.models, papers_models()),
-        "tasks": (experiment.tasks, list(facts()["units"])),
-        "methods": (experiment.methods, list(METHODS.values())),
+        "models": (experiment.models, [*printed_averages().columns]),
+        "tasks": (experiment.tasks, [*facts()["units"]]),
+        "methods": (experiment.methods, [*METHODS.values()]),
     }
-    problems = [
+    if problems := [
         f"{kind}.{choice.name}.paper is {choice.paper!r}; the paper has {', '.join(names)}."
         for kind, (choices, names) in known.items()
         for choice in choices
         if choice.paper is not None and choice.paper not in names
-    ]
-    if problems:
+    ]:
         raise ConfigurationError(*problems)
 
 
-def beside_ours(rows: Sequence[Row]) -> Iterator[Table]:
-    """Our means of the first score of each task that has a benchmark of the paper, and the paper's averages."""
-    of_tasks: dict[tuple[str, str, str], list[Row]] = {}
-    for row in rows:
-        task = row.result.group.task
-        benchmark = task.paper or task.name
-        if benchmark in facts()["units"] and task.score and row.metric == next(iter(task.score.metrics)):
-            of_tasks.setdefault((task.name, row.metric, benchmark), []).append(row)
-    for (task, metric, benchmark), ours in of_tasks.items():
-        our_models = list(dict.fromkeys(row.result.model for row in ours))
-        means = {(row.result.method, row.result.model): format_number(row.mean) for row in ours}
-        papers_methods = {
-            row.result.method: row.result.group.method.paper or METHODS.get(row.result.method) for row in ours
+def beside_ours(results: Results, scores: Scores) -> Iterator[Table]:
+    """Yield our means of the first score of each task that has a benchmark of the paper, and the paper's averages."""
+    names = {method.name: method.paper or METHODS.get(method.name, "") for method in results.experiment.methods}
+    for task in results.experiment.tasks:
+        benchmark, metric = task.paper or task.name, next(iter(task.score.metrics)) if task.score else ""
+        means = {
+            key[0]: part["mean"].map(format_number) for key, part in scores.items() if key[1:] == (task.name, metric)
         }
+        if benchmark not in facts()["units"] or not means:
+            continue
+        ours = pd.DataFrame(means).fillna(tables.NONE).add_prefix("ours: ")
+        papers = printed_averages().loc[benchmark].reindex([names[name] for name in ours.index]).fillna(tables.NONE)
+        frame = pd.concat([ours, papers.set_axis(ours.index).add_prefix("paper: ")], axis=1)
         yield Table(
-            f"Ours, {task} ({metric}), beside the paper's averages of {benchmark} ({facts()['units'][benchmark]})",
-            ("method", *(f"ours: {model}" for model in our_models), *(f"paper: {model}" for model in papers_models())),
-            tuple(
-                (
-                    method,
-                    *(means.get((method, model), "–") for model in our_models),
-                    *(printed_averages().get((benchmark, papers or "", model), "–") for model in papers_models()),
-                )
-                for method, papers in papers_methods.items()
-            ),
+            f"Ours, {task.name} ({metric}), beside the paper's averages of {benchmark} ({facts()['units'][benchmark]})",
+            frame.rename_axis("method").reset_index(),
         )

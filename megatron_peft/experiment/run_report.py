@@ -22,7 +22,7 @@ from megatron_peft.experiment import plots
 from megatron_peft.experiment.plots import AFTER, BEFORE, new_figure, series, style
 from megatron_peft.experiment.process import LAMBDA_FILE
 from megatron_peft.experiment.report import Report, Section
-from megatron_peft.experiment.tables import Table, format_number
+from megatron_peft.experiment.tables import Table, format_number, make_table
 from megatron_peft.training.metrics import METRICS_FILE, read_metrics
 
 SAMPLES_FILE = "samples.jsonl"
@@ -186,9 +186,8 @@ def samples_table(samples: Lines) -> Table:
         shown = "\n".join(text.splitlines()[:TEXT_LINES])[:TEXT_CHARACTERS]
         return text if shown == text else f"{shown.rstrip()} …"
 
-    rows = tuple(tuple(cut(sample[name]) for name in SAMPLE_FIELDS) for sample in samples)
-    columns = ("prompt", "in the data", "before", "after")
-    return Table("Answers", columns, rows, text_columns=4, is_sortable=False, is_prose=True)
+    rows = [[cut(sample[name]) for name in SAMPLE_FIELDS] for sample in samples]
+    return make_table("Answers", ("prompt", "in the data", "before", "after"), rows, text_columns=4, style="prose")
 
 
 def settings_table(record: RunRecord) -> Table:
@@ -202,7 +201,7 @@ def settings_table(record: RunRecord) -> Table:
             if field.name in recorded and field.metadata and value != default:
                 shown = "no" if value is False else spelled("", value).strip() or "yes"
                 flags[flag_of(field), shown] = None
-    return Table("Flags that are not at their defaults", ("flag", "value"), tuple(flags), text_columns=2)
+    return make_table("Flags that are not at their defaults", ("flag", "value"), [*flags], text_columns=2)
 
 
 # Figures of a run, by iteration.

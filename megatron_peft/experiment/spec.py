@@ -6,7 +6,7 @@ and `null` leave a flag out, a list is a flag with several values; anything else
 
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from itertools import product
 from math import inf, prod
@@ -232,6 +232,17 @@ class Experiment:
     def all_seeds(self) -> tuple[int, ...]:
         """Those of any method."""
         return tuple(dict.fromkeys(seed for method in self.methods for seed in self.seeds_of(method)))
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """Each contrast with the seeds of its methods, and the names of the places where they are asked.
+
+        A record keeps them as they were when its run began.
+        """
+        seeds = {method.name: list(self.seeds_of(method)) for method in self.methods}
+        asked = {each.name: {**asdict(each), "seeds": [seeds[each.of], seeds[each.against]]} for each in self.contrasts}
+        places = product(self.tasks, self.models) if asked else ()
+        return asked | {f"{task.name} with {model.name}": None for task, model in places}
 
     def budget(self, model: Choice, task: Choice) -> FlagValues:
         flags = {**self.flags, **model.flags, **task.flags}

@@ -1,133 +1,77 @@
-"""Table I: each method's runs, their mean and spread, and a paired test against one method; tables as text."""
+"""Tables of an experiment: each method's runs, their mean and spread, a paired test against one method, and costs."""
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from statistics import mean, stdev
-from typing import NamedTuple
+from itertools import pairwise, product
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
 
 from megatron_peft.config import METHODS, PeftConfig, require
-from megatron_peft.experiment.results import (
-    Comparison,
-    Result,
-    Results,
-    compare_seeds,
-    metrics,
-    shown_metrics,
-    steps_to,
-)
+from megatron_peft.experiment.cells import command_line
+from megatron_peft.experiment.contrasts import POWER, SIGNIFICANT, Answer, compare
+from megatron_peft.experiment.results import Result, Results, metrics, shown_metrics
 from megatron_peft.experiment.spec import span
 
-LATEX = {character: f"\\{character}" for character in "&%$#_{}"}
-LATEX |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-LATEX |= {"<": "$<$", "±": r"$\pm$", "†": r"$^\dagger$", "–": "--", "≥": r"$\ge$"}
-BEST = "*"  # the first character of a highlighted cell; CSV leaves it out
+BOLD = r"\*\*(.*?)\*\*"  # as cells of a table mark it, for Markdown
+LATEX = {"±": r"$\pm$", "†": r"$^\dagger$", "–": "--", "≥": r"$\ge$", "<": "$<$"}
+NONE = "–"
+Scores = Mapping[tuple[str, str, str], pd.DataFrame]  # of model, task and metric
 
 
-@dataclass(frozen=True)
-class Table:
-    """Columns and rows of text, `title` above and `note` below.
+class Table(NamedTuple):
+    """Rows of text with a title above and a note below. The first `text_columns` are words, the others numbers.
 
-    text_columns: the first so many are words, aligned left; the others are numbers.
-    is_sortable: whether the order of the rows is free; is_prose: whether cells are texts of several lines.
+    style: a class of the page: "sortable" by a click on a heading, "prose" of long texts, or nothing.
     """
 
     title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
+    frame: pd.DataFrame
     note: str = ""
     text_columns: int = 1
-    is_sortable: bool = True
-    is_prose: bool = False
-
-    def __post_init__(self) -> None:
-        assert all(len(row) == len(self.columns) for row in self.rows), self.title
+    style: str = "sortable"
 
     def markdown(self) -> str:
-        """A table of Markdown with its title above and its note below."""
-
-        def shown(cell: str) -> str:
-            escaped = cell.removeprefix(BEST).replace("|", "\\|")
-            return f"**{escaped}**" if cell.startswith(BEST) else escaped
-
-        rule = ["---" if at < self.text_columns else "---:" for at in range(len(self.columns))]
-        lines = [f"| {' | '.join(row)} |" for row in (self.columns, rule, *(map(shown, row) for row in self.rows))]
+        rule = ["---" if at < self.text_columns else "---:" for at in range(len(self.frame.columns))]
+        cells = self.frame.map(lambda cell: cell.replace("|", "\\|")).values.tolist()
+        lines = [f"| {' | '.join(row)} |" for row in (self.frame.columns, rule, *cells)]
         return "\n".join([f"**{self.title}**", "", *lines, *(["", self.note] if self.note else [])]) + "\n"
 
     def csv(self) -> str:
-        output = io.StringIO()
-        writer = csv.writer(output, lineterminator="\n")
-        writer.writerows([self.columns, *([cell.removeprefix(BEST) for cell in row] for row in self.rows)])
-        return output.getvalue()
+        return self.frame.replace(BOLD, r"\1", regex=True).to_csv(index=False)
 
     def latex(self) -> str:
-        """A table environment that needs no package."""
+        """Return a table environment, for the package booktabs."""
+        columns = "l" * self.text_columns + "r" * (len(self.frame.columns) - self.text_columns)
+        caption = f"{self.title}. {self.note}".replace("%", r"\%").replace("&", r"\&")
+        text = self.frame.to_latex(index=False, escape=True, column_format=columns, caption=caption)
+        return pd.Series(text).replace(BOLD, r"\\textbf{\1}", regex=True)[0].translate(str.maketrans(LATEX))
 
-        def shown(cell: str) -> str:
-            text = cell.removeprefix(BEST).translate(str.maketrans(LATEX))
-            return f"\\textbf{{{text}}}" if cell.startswith(BEST) else text
 
-        alignment = "l" * self.text_columns + "r" * (len(self.columns) - self.text_columns)
-        caption = shown(f"{self.title}. {self.note}".strip())
-        lines = [r"\begin{table}", r"\centering", f"\\caption{{{caption}}}", f"\\begin{{tabular}}{{{alignment}}}"]
-        columns, *rows = [" & ".join(map(shown, row)) + r" \\" for row in (self.columns, *self.rows)]
-        lines += [r"\hline", columns, r"\hline"]
-        # A line above each group of rows, where the first column is only filled at a group's start.
-        is_grouped = any(not row[0] for row in self.rows)
-        for at, row in enumerate(rows):
-            lines += [r"\hline", row] if at and is_grouped and self.rows[at][0] else [row]
-        return "\n".join([*lines, r"\hline", r"\end{tabular}", r"\end{table}"]) + "\n"
+def make_table(title: str, columns: Sequence[str], rows: Sequence[Any], note: str = "", **settings: Any) -> Table:
+    return Table(title, pd.DataFrame(rows, columns=[*columns], dtype=object), note, **settings)
 
 
 def format_number(value: float | None, signed: bool = False) -> str:
-    """Four significant digits or so: losses with three after the point, scores with one or two."""
-    if value is None:
-        return "–"
-    return f"{value:{'+' if signed else ''}.{_digits(value)}f}"
+    """Return four significant digits or so: losses with three after the point, scores with one or two."""
+    return NONE if value is None or np.isnan(value) else f"{value:{'+' if signed else ''}.{_digits(value)}f}"
 
 
 def format_p(p: float | None) -> str:
-    """A probability, to three digits after the point."""
-    return "–" if p is None else f"{p:.3f}" if p >= 0.001 else "< 0.001"
+    return NONE if p is None or np.isnan(p) else f"{p:.3f}" if p >= 0.001 else "< 0.001"
 
 
-def with_spread(mean: float | None, deviation: float | None) -> str:
-    """A mean and its standard deviation, to the same digit."""
-    if mean is None or deviation is None:
-        return format_number(mean)
-    return f"{format_number(mean)} ± {deviation:.{_digits(mean)}f}"
+def with_spread(mean: float, deviation: float) -> str:
+    """Return a mean and its standard deviation, to the same digit."""
+    return format_number(mean) + ("" if np.isnan(deviation) else f" ± {deviation:.{_digits(mean)}f}")
 
 
 def _digits(value: float) -> int:
     return 3 if abs(value) < 10 else 2 if abs(value) < 100 else 1
 
 
-class Row(NamedTuple):
-    """A metric of a method on a task with a model.
-
-    runs: in the order of the experiment's seeds; None for a missing run, and for a seed that the method does not have.
-    deviation: of the sample (n - 1).
-    against: the comparison with the reference method; None for itself and without a test.
-    is_best: whether no other method is better over the seeds that both have.
-    """
-
-    result: Result
-    metric: str
-    runs: tuple[float | None, ...]
-    mean: float | None
-    deviation: float | None
-    against: Comparison | None
-    is_best: bool
-
-    @property
-    def average(self) -> str:
-        """The mean with its spread, marked if it is the best; a dash without a mean."""
-        return (BEST if self.is_best else "") + with_spread(self.mean, self.deviation)
-
-
 def reference_method(results: Results, chosen: str | None) -> str:
-    """The method that others are tested against: the chosen one, `hybrid`, the first Hybrid, or the first of all.
+    """Return the method that others are tested against: the chosen one, `hybrid`, the first Hybrid, or the first.
 
     Raises ConfigurationError: the experiment has no such method.
     """
@@ -140,139 +84,263 @@ def reference_method(results: Results, chosen: str | None) -> str:
     return ([name for name in mixed if name in mixing] or mixed or names)[0]
 
 
-def rows(results: Results, reference: str) -> list[Row]:
-    """The rows of all results, by model, task, metric and method."""
-    table_rows = []
-    for of_place in (results.of(*place) for place in results.places()):
+def score_runs(results: Results, reference: str) -> Scores:
+    """Return a frame for each model, task and metric, with a row of numbers for each method.
+
+    A column for each seed; mean; sd (n - 1); difference, low, high and p of the comparison with the reference method;
+    is_best: no other method is better over the seeds that both have; average: mean and sd as text, bold if it is best.
+    """
+    seeds, scores = list(results.experiment.all_seeds), {}
+    for model, task in dict.fromkeys((result.model, result.task) for result in results.all):
+        of_place = results.of(model, task)
         for metric, higher in metrics(of_place[0].group.task).items():
-            values = {result.method: result.values(metric) for result in of_place}
-            means = {method: mean(by_seed.values()) for method, by_seed in values.items() if by_seed}
-            best = [
-                method for method in means if not any(_is_worse(values[method], one, higher) for one in values.values())
-            ]
-            for result in of_place:
-                method, by_seed = result.method, values[result.method]
-                row = Row(
-                    result,
-                    metric,
-                    runs=tuple(by_seed.get(seed) for seed in results.experiment.all_seeds),
-                    mean=means.get(method),
-                    deviation=stdev(by_seed.values()) if len(by_seed) > 1 else None,
-                    against=None if method == reference else compare_seeds(by_seed, values[reference]),
-                    is_best=len(means) > 1 and method in best,
-                )
-                table_rows.append(row)
-    return table_rows
+            runs = pd.DataFrame({one.method: pd.Series(one.values(metric), dtype=float) for one in of_place}).T
+            runs = runs.reindex(columns=seeds)
+            part = runs.assign(mean=runs.mean(axis=1), sd=runs.std(axis=1))
+            gains = {name: (runs - run) * (1 if higher else -1) for name, run in runs.iterrows()}  # of others over it
+            tests = [compare((run - runs.loc[reference]).dropna().to_numpy()) for _, run in runs.iterrows()]
+            part[["difference", "low", "high", "p"]] = [test or (np.nan,) * 4 for test in tests]
+            is_beaten = [(gains[name].sum(axis=1) > 0).any() for name in runs.index]
+            part["is_best"] = part["mean"].notna() & ~np.array(is_beaten) & (part["mean"].count() > 1)
+            part["average"] = [bold(with_spread(*row[:2]), row[2]) for row in part[["mean", "sd", "is_best"]].values]
+            scores[model, task, metric] = part.rename_axis("method")
+    return scores
 
 
-def _is_worse(values: Mapping[int, float], others: Mapping[int, float], higher: bool) -> bool:
-    """Whether others' mean is better over the seeds that both have. Args: higher: whether that is better."""
-    difference = sum(others[seed] - values[seed] for seed in values.keys() & others.keys())
-    return difference > 0 if higher else difference < 0
+def bold(text: str, is_bold: bool = True) -> str:
+    return f"**{text}**" if is_bold else text
 
 
-def by_score(results: Results, table_rows: Sequence[Row]) -> Table:
-    """A line per method and a column per score, or the validation loss of a task without scores."""
-    experiment = results.experiment
-    averages = {(row.result.model, row.result.task, row.metric, row.result.method): row.average for row in table_rows}
-    places = [
-        (model.name, task.name, metric)
-        for model in experiment.models
-        for task in experiment.tasks
-        for metric in shown_metrics(task)
-    ]
-    names = [", ".join(place[0 if len(experiment.models) > 1 else 1 :]) for place in places]
-    seeds: dict[str, list[str]] = {}  # "3 to 6" -> scores whose means are of so many
-    for place, name in zip(places, names, strict=True):
-        of_place = (row for row in table_rows if (row.result.model, row.result.task, row.metric) == place)
-        if counts := [sum(run is not None for run in row.runs) for row in of_place if row.mean is not None]:
-            seeds.setdefault(span(counts), []).append(name)
-    usual = max(seeds, key=lambda counts: len(seeds[counts]), default="0")
-    others = "; ".join(f"{', '.join(scores)}: {counts}" for counts, scores in seeds.items() if counts != usual)
-    return Table(
-        f"Mean ± standard deviation of {usual} seeds{f' ({others})' if others else ''}",
-        ("method", *names),
-        tuple(
-            (method.name, *(averages.get((*place, method.name), "–") for place in places))
-            for method in experiment.methods
-        ),
-    )
+def by_score(results: Results, scores: Scores) -> Table:
+    """Return a line per method and a column per score, or the validation loss of a task without scores."""
+    experiment, columns, counts = results.experiment, {}, {}
+    for model, task in product(experiment.models, experiment.tasks):
+        for key in ((model.name, task.name, metric) for metric in shown_metrics(task)):
+            name = ", ".join(key[0 if len(experiment.models) > 1 else 1 :])
+            columns[name] = scores[key]["average"] if key in scores else pd.Series(dtype=object)
+            runs = scores[key][list(experiment.all_seeds)].count(axis=1) if key in scores else pd.Series()
+            if runs.any():
+                counts.setdefault(span(runs[runs > 0]), []).append(name)
+    usual = max(counts, key=lambda count: len(counts[count]), default="0")
+    others = "; ".join(f"{', '.join(names)}: {count}" for count, names in counts.items() if count != usual)
+    frame = pd.DataFrame(columns).reindex([method.name for method in experiment.methods]).fillna(NONE)
+    title = f"Mean ± standard deviation of {usual} seeds{f' ({others})' if others else ''}"
+    return Table(title, frame.rename_axis("method").reset_index())
 
 
-def with_test(table_rows: Sequence[Row], reference: str, num_seeds: int) -> Table:
-    """A line per row, with the test."""
-
-    def line(row: Row) -> tuple[str, ...]:
-        test = row.against
-        return (
-            *(row.result.model, row.result.task, row.metric, row.result.method),
-            *(format_number(run) for run in row.runs),
-            (BEST if row.is_best else "") + format_number(row.mean),
-            format_number(row.deviation),
-            format_number(test.difference, signed=True) if test else "–",
-            f"{format_number(test.low, signed=True)} to {format_number(test.high, signed=True)}" if test else "–",
-            format_p(test.p if test else None),
-        )
-
-    runs = tuple(f"run {at}" for at in range(1, num_seeds + 1))
-    return Table(
-        f"Runs, mean, standard deviation, and a paired t-test against {reference}",
-        ("model", "task", "metric", "method", *runs, "mean", "sd", f"minus {reference}", "95% interval", "p"),
-        tuple(map(line, table_rows)),
+def with_test(results: Results, scores: Scores, reference: str) -> Table:
+    """Return a line per row of the scores, with the test."""
+    numbers, seeds = pd.concat(scores, names=["model", "task", "metric"]), results.experiment.all_seeds
+    signed = numbers[["difference", "low", "high"]].map(lambda value: format_number(value, signed=True))
+    frame = numbers[list(seeds)].map(format_number).set_axis([f"run {at + 1}" for at in range(len(seeds))], axis=1)
+    frame["mean"] = [bold(format_number(mean), is_best) for mean, is_best in numbers[["mean", "is_best"]].values]
+    frame["sd"], frame[f"minus {reference}"] = numbers["sd"].map(format_number), signed["difference"]
+    frame["95% interval"] = (signed["low"] + " to " + signed["high"]).where(numbers["p"].notna(), NONE)
+    frame["p"] = numbers["p"].map(format_p)
+    note = (
         "Bold: no method is better over the seeds that both have. The test pairs runs of the same seed; of few seeds "
-        "it sees large differences only, and p is not corrected for the number of methods.",
-        text_columns=4,
+        "it sees large differences only, and p is not corrected for the number of methods."
+    )
+    title = f"Runs, mean, standard deviation, and a paired t-test against {reference}"
+    return Table(title, frame.reset_index(), note, text_columns=4)
+
+
+def in_the_papers_form(results: Results, scores: Scores) -> Table:
+    """Return two lines per method, its runs and their mean; a column per model."""
+    lines: dict[tuple[str, str, str], dict[str, str]] = {}
+    for (model, task, metric), part in scores.items():
+        runs = part[list(results.experiment.all_seeds)].map(format_number).agg(" / ".join, axis=1)
+        for method, average in part["average"].items():
+            heading = f"{task} ({metric})"
+            lines.setdefault((heading, method, method), {})[model] = runs[method]
+            lines.setdefault((heading, method, "Avg"), {})[model] = average
+    frame = pd.DataFrame.from_dict(lines, orient="index", columns=[one.name for one in results.experiment.models])
+    headings = pd.Series([heading for heading, _, _ in lines], dtype=object)
+    frame.insert(0, "Benchmark", headings.mask(headings.duplicated(), "").to_numpy())
+    frame.insert(1, "Method", [name for _, _, name in lines])
+    note = "Average ± standard deviation of the sample; the best of each benchmark is bold."
+    return Table("Ours: each run and the average", frame.fillna(NONE), note, text_columns=2, style="")
+
+
+def contrast_table(answers: Sequence[Answer]) -> Table:
+    """Return the numbers of the answers to contrasts."""
+    lines = [
+        (
+            *(spec.name, answer.result.model, answer.result.task, f"{spec.of} - {spec.against}", spec.metric),
+            *(str(answer.num_pairs), str(answer.num_items or NONE), f"{spec.margin:g}"),
+            NONE if answer.difference is None else f"{answer.difference:+.4f}",
+            NONE if answer.quantiles is None else f"{answer.quantiles[0]:+.4f} to {answer.quantiles[-1]:+.4f}",
+            *map(format_p, (answer.p, None if answer.obstacle else answer.holm)),
+            NONE if answer.detectable is None else f"{answer.detectable:.4f}",
+        )
+        for answer in answers
+        for spec in (answer.contrast,)
+    ]
+    words = ("contrast", "model", "task", "difference", "metric")
+    return make_table(
+        "Differences of runs of the same seed",
+        (*words, "pairs", "items", "margin", "mean", "95% interval", "p", "p (Holm)", "detectable"),
+        lines,
+        "Intervals: of Student's t over seeds and items. p: a paired t-test over the seeds, then corrected by Holm's "
+        "method for the number of answers. Better: the 95% interval is off 0, and the corrected p below "
+        f"{SIGNIFICANT}. Equivalent: the 90% interval is within the margin (not corrected). Detectable: the difference "
+        f"that the test finds in {POWER:.0%} of all cases, where pairs spread like these and p is to be below "
+        f"{SIGNIFICANT} over the number of answers; of a smaller one it probably says nothing.",
+        text_columns=len(words),
     )
 
 
-def in_the_papers_form(results: Results, table_rows: Sequence[Row]) -> Table:
-    """Two lines per method, its runs and their mean; a column per model."""
-    models = [model.name for model in results.experiment.models]
-    cells = {(row.result.task, row.metric, row.result.method, row.result.model): row for row in table_rows}
-    lines: list[tuple[str, ...]] = []
-    last_heading = ""
-    for task, metric, method in dict.fromkeys(key[:3] for key in cells):
-        of_models = [cells.get((task, metric, method, model)) for model in models]
-        heading = f"{task} ({metric})"
-        runs = (" / ".join(map(format_number, row.runs)) if row else "–" for row in of_models)
-        lines.append(("" if heading == last_heading else heading, method, *runs))
-        lines.append(("", "Avg", *(row.average if row else "–" for row in of_models)))
-        last_heading = heading
-    return Table(
-        "Ours: each run and the average",
-        ("Benchmark", "Method", *models),
-        tuple(lines),
-        "Average ± standard deviation of the sample; the best of each benchmark is bold.",
-        text_columns=2,
-        is_sortable=False,
+# Time and peak memory.
+
+QUIET = 1.2  # times the shortest step of a method's runs is the longest, at most, where nothing else ran beside them
+COSTS = {  # column: field of a record, unit
+    "seconds a step": ("step_seconds", 1.0),
+    "minutes an epoch": ("epoch_seconds", 60.0),
+    "CPU minutes a run": ("cpu_seconds", 60.0),
+    "peak memory (GB)": ("peak_memory_bytes", 1e9),
+}
+
+
+def costs(results: Results) -> pd.DataFrame:
+    """Return the costs of each final run, by model, task, method and seed."""
+    runs = {
+        (result.model, result.task, result.method, seed): [getattr(record, name) for name, _ in COSTS.values()]
+        for result in results.all
+        for seed, record in result.finals.items()
+    }
+    frame = pd.DataFrame.from_dict(runs, orient="index", columns=[*COSTS], dtype=float)
+    frame.index = pd.MultiIndex.from_tuples([*runs], names=["model", "task", "method", "seed"])
+    return frame / [unit for _, unit in COSTS.values()]
+
+
+def spread(runs: pd.DataFrame, column: str) -> float:
+    """Return the largest ratio between runs of one method."""
+    by_method = runs[column].groupby(["model", "task", "method"])
+    return (by_method.max() / by_method.min()).max()
+
+
+def is_quiet(runs: pd.DataFrame) -> bool:
+    """Return True if the runs of each method took about as long: else wall-clock time is that of other work too."""
+    return not spread(runs, "seconds a step") > QUIET
+
+
+def cost_table(results: Results) -> Table:
+    """Return trained parameters, time and memory; the commits of the runs, where there are several."""
+    runs, finals = costs(results), [result for result in results.all if result.finals]
+    means = runs.groupby(["model", "task", "method"], sort=False).mean().map(format_number)
+    note = (
+        "Means over the final runs. CPU minutes are those of a run's processes, validations included. Memory "
+        "is that of the process that writes the log: on a GPU what its allocator held, on a CPU the resident set with "
+        "Python itself."
     )
+    if is_quiet(runs):
+        note += " Seconds and minutes are wall-clock time."
+    else:
+        means = means.drop(columns=["seconds a step", "minutes an epoch"])
+        note += (
+            f" Wall-clock time is left out: seconds a step differ by more than a factor of {QUIET} between runs of one "
+            f"method, as they do beside other work."
+        )
+    if (widest := spread(runs, "peak memory (GB)")) > QUIET:
+        note += f" Peaks differ by up to a factor of {widest:.2f} between runs of one method: by less they say nothing."
+    trained = [next(iter(result.finals.values())).trainable_parameters for result in finals]
+    means.insert(0, "trainable parameters", [NONE if number is None else f"{number:,}" for number in trained])
+    commits = [{str(record.versions.get("commit", NONE)): None for record in one.finals.values()} for one in finals]
+    if len(set().union(*commits)) > 1:
+        note += " The runs are of several commits, not equally fast: CPU minutes compare only within one."
+        means["commit"] = [", ".join(commit[:7] + commit[40:] for commit in each) for each in commits]
+    return Table("Cost", means.reset_index(), note, text_columns=3)
+
+
+# Steps to LoRA's loss.
+
+
+def crossing(curve: Mapping[float, float], loss: float) -> tuple[float, bool] | None:
+    """Return the first iteration, linear between measurements, at which the loss is reached, and if it is a bound.
+
+    Args: curve: iteration -> validation loss, by iteration.
+    """
+    first = next(iter(curve.items()), None)
+    if first and first[1] <= loss:
+        return first[0], first[1] < loss
+    for (before_at, before), (at, value) in pairwise(curve.items()):
+        if value <= loss:
+            return before_at + (before - loss) / (before - value) * (at - before_at), False
+    return None
+
+
+def steps_to(result: Result, reference: Result) -> dict[int, str]:
+    """Return N -> how many times fewer steps the method needs to the reference's loss after N, over seeds of both.
+
+    Each N is a measurement of all of the reference's runs at which the mean of their losses is the lowest so far: a
+    later loss that is higher is no goal, since every run had it earlier.
+    """
+    seeds = result.finals.keys() & reference.finals.keys()
+    curves, targets = (
+        [{at: loss for at, _, loss in one.finals[seed].curves.get("validation_loss", ())} for seed in seeds]
+        for one in (result, reference)
+    )
+    found, lowest = {}, np.inf
+    for steps in sorted(set.intersection(*map(set, targets))) if seeds else ():
+        if (target := np.mean([losses[steps] for losses in targets])) < lowest:
+            lowest = target
+            reached = [crossing(curve, losses[steps]) for curve, losses in zip(curves, targets, strict=True)]
+            arrived = [each for each in reached if each]
+            if not arrived:
+                found[steps] = f"not reached (0/{len(seeds)})"
+            elif len(arrived) < len(seeds):  # those that arrive are the faster ones
+                found[steps] = f"{len(arrived)}/{len(seeds)} reach it"
+            else:
+                bound = "≥ " if any(is_bound for _, is_bound in arrived) else ""
+                found[steps] = f"{bound}{steps / np.mean([at for at, _ in arrived]):.2f}"
+    return found
 
 
 def speed_table(results: Results, model: str, task: str) -> Table | None:
-    """A line per method, a column per measurement; None without LoRA's runs, or with fewer than two columns."""
-    of_place = results.of(model, task)
-    lora = (result for result in of_place if result.group.method.peft_method == PeftConfig.method and result.finals)
-    base = next(lora, None)
-    if base is None:
+    """Return a line per method, a column per measurement; None without LoRA's runs, or with fewer than two columns."""
+    of_place = [result for result in results.of(model, task) if result.finals]
+    base = next((one for one in of_place if one.group.method.peft_method == PeftConfig.method), None)
+    others = {one.method: steps for one in of_place if base and one is not base and (steps := steps_to(one, base))}
+    frame = pd.DataFrame.from_dict(others, orient="index").fillna(NONE)
+    if base is None or len(frame.columns) < 2:
         return None
-    measured = {
-        result.method: {compared.steps: compared for compared in steps_to(result.finals, base.finals)}
-        for result in of_place
-        if result is not base
-    }
-    steps = sorted({step for by_step in measured.values() for step in by_step})
-    if len(steps) < 2:
-        return None
+    frame = frame.sort_index(axis=1).rename(columns=lambda steps: f"N = {steps}").rename_axis("method").reset_index()
     return Table(
         f"Times fewer steps than {base.method} to {base.method}'s validation loss after N steps ({model}, {task})",
-        ("method", *(f"N = {step}" for step in steps)),
-        tuple(
-            (method, *(str(by_step.get(step, "–")) for step in steps))
-            for method, by_step in measured.items()
-            if by_step
-        ),
+        frame,
         "N over the mean number of steps that the method's runs need, seed by seed, linear between measurements; above "
         "1 it is faster. '≥' where the first measurement is at or below the loss already; k/n where only k of n runs "
         "reach it: those that do are the faster ones. All rates decay to 0 at the end of the run, so N before the end "
         "is not a run of N steps.",
     )
+
+
+# How the runs were made.
+
+
+def tuning_table(results: Results) -> Table:
+    """Return every setting that was tried: the point of the grid, or the rate of a method without one."""
+    lines = [
+        (
+            *(result.model, result.task, result.method),
+            cell.point or (f"lr={cell.flags[cell.flags.index('--lr') + 1]}" if "--lr" in cell.flags[:-1] else ""),
+            str(cell.seed),
+            format_number(record.validation_loss) if record and record.is_trained else "failed" if record else NONE,
+            "yes" if result.finals and cell.settings == result.chosen[0].settings else "",
+        )
+        for result in results.all
+        for cell, record in result.tuning
+    ]
+    columns = ("model", "task", "method", "settings", "seed", "validation loss", "chosen")
+    return make_table("Settings that were tried", columns, lines, text_columns=4)
+
+
+def flags_table(results: Results) -> Table:
+    """Return the budget of each task and model."""
+    experiment = results.experiment
+    lines = [
+        (model.name, task.name, " ".join(command_line(experiment.budget(model, task))))
+        for model in experiment.models
+        for task in experiment.tasks
+    ]
+    return make_table("Flags that all methods share", ("model", "task", "flags"), lines, text_columns=3)

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_peft.experiment import cell_record
+from megatron_peft.experiment import records
 from megatron_peft.experiment.results import Results
 from tests.experiment.small_results import results
 
@@ -12,7 +12,7 @@ from tests.experiment.small_results import results
 def commit() -> Iterator[str]:
     """What every record names: git, which is asked for each cell otherwise, takes longer than the stand-ins."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cell_record, "source_version", lambda: {"commit": "c" * 40})
+        patch.setattr(records, "source_version", lambda: {"commit": "c" * 40})
         yield "c" * 40
 
 

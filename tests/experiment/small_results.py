@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from megatron_peft.experiment import cell_record
-from megatron_peft.experiment.cell_record import CellRecord, of_cell, source_of, write_record
+from megatron_peft.experiment import records
 from megatron_peft.experiment.cells import Cell
+from megatron_peft.experiment.records import CellRecord, as_json, of_cell, write_record
 from megatron_peft.experiment.report import build_report, markdown
 from megatron_peft.experiment.results import Results, read_results
 from megatron_peft.experiment.spec import EXPERIMENT_FILE
@@ -23,6 +23,7 @@ METHODS = {
 LOSSES = {"lora": 2.0, "lora-ga": 1.5, "hybrid": 1.6}  # with the better rate, at the end, of seed 0
 BETTER = {"lora": "0.4", "lora-ga": "0.1", "hybrid": "2"}
 SPREAD = {1: 0.01, 2: 0.02, 3: 0.06}  # seed -> what it adds to the loss
+COMMIT = {"commit": "c" * 40}
 LAYERS = ("decoder.layers.0.self_attention.linear_qkv", "decoder.layers.1.self_attention.linear_qkv")
 
 
@@ -30,13 +31,12 @@ def write_cells(folder: Path, **changes: Any) -> Path:
     """A folder as the runner leaves it: every point of the grid with seed 1, all seeds of the better ones."""
     found, groups = experiment(folder, **{"methods": METHODS, **changes})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cell_record, "source_version", dict)  # git is slow
+        patch.setattr(records, "source_version", lambda: COMMIT)  # git is slow
         for group in groups:
             for cell in (*group.tuning, *(cell for cells in group.finals for cell in cells)):
                 if cell.seed == found.tuning_seed or cell.settings["lr"] == BETTER[cell.method]:
-                    sources = {"training": source_of(found.text, cell)}
-                    sources |= {"score": source_of(found.text, cell, group.task.score)}
-                    write_record(folder, cell, record_of(cell, provenance=sources))
+                    score = as_json(group.task.score) if group.task.score else {}
+                    write_record(folder, record_of(cell, score=score))
     (folder / EXPERIMENT_FILE).write_text(found.text)
     return folder
 
@@ -56,7 +56,7 @@ def record_of(cell: Cell, **changes: Any) -> CellRecord:
         "lambdas": lambdas if cell.method == "hybrid" else {},
         "grad_norms": {"iterations": [20, 40], "by_layer": {"0": [loss, loss + 2], "1": [0.5, 0.5]}},
     }
-    return replace(of_cell(cell, "trained", **{**values, **changes}), versions={"python": "3.11"})
+    return replace(of_cell(cell, "trained", **{**values, **changes}), versions={"python": "3.11", **COMMIT})
 
 
 def results(folder: Path, **changes: Any) -> Results:

@@ -10,21 +10,13 @@ import pytest
 import yaml
 from scipy.stats import ttest_1samp, ttest_rel
 
-from megatron_peft.experiment.cell_record import CellRecord, of_cell, source_of, write_record
 from megatron_peft.experiment.cells import Cell
-from megatron_peft.experiment.contrasts import (
-    answers,
-    contrast_digests,
-    contrast_table,
-    detectable,
-    differences,
-    holm,
-    interval,
-    sentences,
-)
+from megatron_peft.experiment.contrasts import answers, detectable, differences, holm, interval, sentences
+from megatron_peft.experiment.records import CellRecord, as_json, of_cell, write_record
 from megatron_peft.experiment.report import build_report, html, markdown, not_tuned
 from megatron_peft.experiment.results import Results, read_results
 from megatron_peft.experiment.spec import EXPERIMENT_FILE
+from megatron_peft.experiment.tables import contrast_table
 from tests.experiment.small_experiment import experiment
 
 RATES = {"grid": {"lr": [0.1, 0.2, 0.4]}}
@@ -67,13 +59,12 @@ def runs(folder: Path, gain: float, change: Change = lambda _, record: record, *
             losses = 2 + shared[cell.seed] + own[cell.seed] + (cell.settings["lr"] != "0.2")
             items = [[round(loss * count, 6), count] for loss, count in zip(losses, COUNTS, strict=True)]
             loss = sum(loss_sum for loss_sum, _ in items) / sum(COUNTS)
-            sources = {"training": {**source_of(found.text, cell), "contrasts": contrast_digests(found)}}
-            sources |= {"score": source_of(found.text, cell, group.task.score)}
-            values = {"items": {"validation loss": items}, "scores": {"BLEU": 100 * loss}, "provenance": sources}
+            sources = {"contrasts": found.asked, "score": as_json(group.task.score)}
+            values = {"items": {"validation loss": items}, "scores": {"BLEU": 100 * loss}, **sources}
             curves = {"validation_loss": [[1, 0.5, loss + 1], [2, 1.0, loss]]}
             record = of_cell(cell, "trained", validation_loss=loss, curves=curves, **values)
             if (changed := change(cell, record)) is not None:
-                write_record(folder, cell, changed)
+                write_record(folder, changed)
     (folder / EXPERIMENT_FILE).write_text(found.text)
     return read_results(folder)
 
@@ -156,25 +147,20 @@ def test_final_runs_of_any_rate_and_method_must_have_begun_after_the_contrast(tm
     """Also those of a rate that is no longer the chosen one."""
 
     def late(cell: Cell, record: CellRecord) -> CellRecord:
-        sources = {**record.provenance, "training": {**record.provenance["training"], "contrasts": {}}}
-        return replace(record, provenance=sources) if cell.method == "hybrid" and cell.seed == 3 else record
+        return replace(record, contrasts={}) if cell.method == "hybrid" and cell.seed == 3 else record
 
     runs(tmp_path, 0.2, late if rate == "0.2" else lambda _, record: record)
     if rate == "0.4":
         found, groups = experiment(tmp_path, **yaml.safe_load((tmp_path / EXPERIMENT_FILE).read_text()))
         (cell,) = [one for one in groups[1].cells.values() if (one.seed, one.settings["lr"]) == (3, rate)]
-        write_record(tmp_path, cell, of_cell(cell, "trained", validation_loss=9.0))
+        write_record(tmp_path, of_cell(cell, "trained", validation_loss=9.0))
     found = answers(read_results(tmp_path))[0]
     assert "1 of 1" in found.verdict and "began before it was written down" in found.verdict
 
 
 def test_a_contrast_without_a_verdict_counts_among_those_that_p_is_corrected_for(tmp_path: Path) -> None:
     def lost(cell: Cell, record: CellRecord) -> CellRecord:
-        return (
-            replace(record, scores={}, provenance={"training": record.provenance["training"]})
-            if cell.seed == 3
-            else record
-        )
+        return replace(record, scores={}) if cell.seed == 3 else record
 
     words, size = answers(runs(tmp_path, 0.2, lost, contrasts={name: ASKED[name] for name in ("words", "size")}))
     assert words.verdict == "no verdict: 5 of 6 pairs of runs are in" and words.p is not None and size.p is not None
@@ -276,5 +262,5 @@ def test_report_says_the_verdicts_first_and_has_their_numbers(tmp_path: Path) ->
     assert line.count("|") == 14 and "| 6 | 5 | 0.05 | -0." in line
     answer = answers(runs(tmp_path, gain=0.003))[0]
     numbers = [f"{one:.3f}" for one in (answer.p, answer.holm)]
-    assert numbers[0] != numbers[1] and [*contrast_table([answer]).rows[0][-3:-1]] == numbers
+    assert numbers[0] != numbers[1] and [*contrast_table([answer]).frame.iloc[0, -3:-1]] == numbers
     assert "size, hybrid - lora in validation loss on talk: hybrid is better by 0." in html(found)

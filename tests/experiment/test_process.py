@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from megatron_peft.checkpoint.folders import TRACKER
 from megatron_peft.config import ConfigurationError
 from megatron_peft.experiment import process
 from megatron_peft.experiment.cells import Cell
-from megatron_peft.experiment.process import command_of, script
+from megatron_peft.experiment.process import command_of
+from megatron_peft.experiment.slurm import render_script
 from megatron_peft.experiment.spec import ScoreSpec
 from tests.experiment.small_experiment import content, experiment
 from tests.time_limits import seconds, wait_until
@@ -66,7 +68,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
 def written(folder: Path, **changes: Any) -> Path:
     found, groups = experiment(folder, **changes)
     path = folder / "submit.sh"
-    path.write_text(script(found, groups, Path("small.yaml"), folder / "out put", "submit.sh"))
+    path.write_text(render_script(found, groups, Path("small.yaml"), folder / "out put", "submit.sh"))
     return path
 
 
@@ -96,14 +98,14 @@ def test_data_are_prepared_with_the_programs_own_python(tmp_path: Path, environm
 
 
 def test_a_stopped_run_has_the_time_that_slurm_leaves_it_to_save() -> None:
-    assert int(process.ENVIRONMENT["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) < process.PATIENCE_SECONDS < 300
+    assert int(process.ENVIRONMENT["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) < process.TIMEOUT_S < 300
 
 
 def test_a_group_alone_is_submitted_with_the_flags_of_the_call(tmp_path: Path, environment: dict[str, str]) -> None:
     models: dict[str, Any] = {"tiny": {}, "big": {"processes": 16, "slurm": {"nodes": 2}}}
     found, groups = experiment(tmp_path, models=models, prepare=["echo /usr/bin/python x"])
     path = tmp_path / "submit.sh"
-    path.write_text(script(found, groups[:1], Path("small.yaml"), Path("out"), "submit.sh", ["--jobs", "2"]))
+    path.write_text(render_script(found, groups[:1], Path("small.yaml"), Path("out"), "submit.sh", ["--jobs", "2"]))
     told = subprocess.check_output(["bash", str(path)], env=environment, cwd=tmp_path, text=True)
     assert told == "/usr/bin/python x\n" and len((tmp_path / "sbatch").read_text().splitlines()) == 1
     command = "-m megatron_peft experiment small.yaml --output out --group tiny,talk,lora --jobs 2"
@@ -158,7 +160,7 @@ def test_launcher_uses_the_machine_or_spreads_a_cell_over_the_nodes_of_its_job()
 
 def test_a_program_that_is_not_there_is_an_error_and_our_own_need_not_be_on_the_path(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="no-such-program cannot be started .No such file"):
-        process.start(["no-such-program"], tmp_path / "log.txt")
+        process.start(["no-such-program"], tmp_path / "log.txt", ThreadPoolExecutor(1))
     words = process.score_command(tmp_path, CELL, ScoreSpec(("megatron-peft", "evaluate", "--limit", "3"), {}))
     assert words == [sys.executable, "-m", "megatron_peft", "evaluate", "--limit", "3"]
 
@@ -179,6 +181,6 @@ def test_a_stopped_cell_continues_with_an_optimizers_state_and_a_score_gets_its_
 
 def test_last_words_are_those_of_the_last_command(tmp_path: Path) -> None:
     for command, words in ((["echo", "1"], "1"), (["echo", "2"], "2"), (["true"], "it wrote nothing")):
-        running = process.start(command, tmp_path / "runs" / "log.txt")
-        assert running.process.wait() == 0
-        assert running.last_words() == words
+        running = process.start(command, tmp_path / "runs" / "log.txt", ThreadPoolExecutor(1))
+        assert running.wait() == 0 and running.cpu_seconds < 10
+        assert running.output_end() == words

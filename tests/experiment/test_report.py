@@ -22,11 +22,11 @@ from megatron_peft.benchmarks import measure
 from megatron_peft.commands.report import main as report_main
 from megatron_peft.config import ConfigurationError
 from megatron_peft.experiment import plots, report, tables
-from megatron_peft.experiment.cell_record import cell_file, read_file, write_record
 from megatron_peft.experiment.plots import color, new_figure, save, style, svg
+from megatron_peft.experiment.records import cell_file, read_records, write_record
 from megatron_peft.experiment.report import build_report, markdown, write
-from megatron_peft.experiment.results import Comparison, Results, read_results
-from megatron_peft.experiment.tables import rows
+from megatron_peft.experiment.results import Results, read_results
+from megatron_peft.experiment.tables import Scores, score_runs
 from tests.experiment import small_results
 from tests.experiment.small_experiment import content
 from tests.experiment.small_results import LAYERS, LOSSES, as_the_paper, record_of, results
@@ -34,6 +34,7 @@ from tests.time_limits import seconds
 from tools import documents
 from tools.documents import filled
 
+FLAGS = content()["tasks"]["talk"]["flags"]
 VOID = {"meta", "img", "br", "link"}
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 
@@ -120,12 +121,16 @@ def test_a_click_sorts_a_table_in_a_browser(folder: Path, tmp_path: Path) -> Non
     assert (told[2], told[3]) == ("descending", "true true true true")
 
 
+def verdicts(results: Results, reference: str, scores: Scores | None = None) -> list[str]:
+    return report.verdicts(results, scores or score_runs(results, reference), reference)
+
+
 def test_unfinished_experiment_is_marked(found: Results, tmp_path: Path) -> None:
     assert report.state(found) == "9 of 9 final runs are in (seeds 1, 2, 3)."
     cell_file(tmp_path, found.all[0].group.finals[1][2]).unlink()
     found = read_results(tmp_path)
     assert report.state(found).startswith("**Not finished:** 8 of 9")
-    first = report.verdicts(rows(found, "hybrid"), "hybrid")[0]
+    first = verdicts(found, "hybrid")[0]
     assert first == "So far, on talk, validation loss against hybrid: **worse** lora; **undecided** lora-ga."
 
 
@@ -134,31 +139,35 @@ def test_a_report_before_the_first_final_run_and_of_runs_of_unlike_lengths(found
     (cell,) = (cells[1] for cells in group.finals if cells[1].key in found.records())
     record = found.records()[cell.key]
     longer = {"iterations": [20, 40, 60], "by_layer": {"0": [1.0, 2.0, None], "1": [0.5, 0.5, 0.5]}}
-    write_record(tmp_path, cell, replace(record, grad_norms=longer))
+    write_record(tmp_path, replace(record, grad_norms=longer))
     assert "depth-" in markdown(build_report(read_results(tmp_path), "hybrid"))
     for path in (tmp_path / "cells").glob("*.json"):
         path.unlink()
-    write_record(tmp_path, group.tuning[0], record_of(group.tuning[0]))
+    write_record(tmp_path, record_of(group.tuning[0]))
     assert "0 of 9 final runs" in markdown(build_report(read_results(tmp_path), "hybrid"))
 
 
-def test_means_say_of_how_many_seeds_they_are(found: Results, monkeypatch: pytest.MonkeyPatch) -> None:
-    shown = ["accuracy", "validation loss", "nobody's"]
-    monkeypatch.setattr(tables, "shown_metrics", lambda _: shown)
-    of_all = rows(found, "hybrid")
-    few = [row._replace(runs=row.runs[: 2 if row.metric == "accuracy" else 3]) for row in of_all]
-    shown.append("another")
-    few += [row._replace(metric="another") for row in of_all if row.metric == "validation loss"]
-    titles = [tables.by_score(found, some).title for some in (of_all, few, [])]
+def test_means_say_of_how_many_seeds_they_are(found: Results, tmp_path: Path) -> None:
     mean = "Mean ± standard deviation of"
-    assert titles == [f"{mean} 3 seeds", f"{mean} 3 seeds (talk, accuracy: 2)", f"{mean} 0 seeds"]
+    assert tables.by_score(found, score_runs(found, "hybrid")).title == f"{mean} 3 seeds"
+    assert tables.by_score(found, {}).title == f"{mean} 0 seeds"
+    data = {"test-data-path": "test.jsonl"}
+    small_results.write_cells(tmp_path, tasks={"talk": {**content()["tasks"]["talk"], "flags": {**FLAGS, **data}}})
+    for key, record in read_records(tmp_path).items():
+        scores = {} if "seed=3" in key else record.scores
+        write_record(tmp_path, replace(record, test_loss=1.0, scores=scores))
+    few = read_results(tmp_path)
+    table = tables.by_score(few, score_runs(few, "hybrid"))
+    assert table.title == f"{mean} 2 seeds (talk, test loss: 3)" and [*table.frame] == [
+        *("method", "talk, accuracy", "talk, test loss")
+    ]
 
 
 def test_a_commit_with_changes_is_told_of_a_tuning_cell_too(found: Results, tmp_path: Path) -> None:
     finals = [record.settings for record in found.all[0].finals.values()]
     cell = next(cell for cell in found.all[0].group.tuning if cell.settings not in finals)
     (record,) = (one for one in found.all[0].records.values() if one.settings == cell.settings)
-    write_record(tmp_path, cell, replace(record, versions={"commit": "abc with changes"}))
+    write_record(tmp_path, replace(record, versions={"commit": "abc with changes"}))
     text = markdown(build_report(read_results(tmp_path), "hybrid"))
     assert "and data. 1 ran from a commit with changes." in text
     assert re.search("Versions: .*commit abc with changes", text)
@@ -167,55 +176,53 @@ def test_a_commit_with_changes_is_told_of_a_tuning_cell_too(found: Results, tmp_
 def test_scores_are_whole_where_every_seed_that_is_to_be_scored_has_one(found: Results, tmp_path: Path) -> None:
     for method in found.all:
         (last,) = (cells[2] for cells in method.group.finals if cells[2].key in found.records())
-        write_record(tmp_path, last, replace(found.records()[last.key], scores={}, provenance={}))
-    told = report.verdicts(rows(read_results(tmp_path), "hybrid"), "hybrid")
+        write_record(tmp_path, replace(found.records()[last.key], scores={}, score={}))
+    told = verdicts(read_results(tmp_path), "hybrid")
     assert [sentence[:9] for sentence in told[:2]] == ["On talk, ", "So far, o"]
     tasks = {"talk": {**content()["tasks"]["talk"], "scored_seeds": [1, 2]}}
     small_results.write_cells(tmp_path, tasks=tasks)
-    for cell in (tmp_path / "cells").glob("*seed=3.json"):
-        write_record(tmp_path, record := read_file(cell), replace(record, scores={}, provenance={}))
-    told = report.verdicts(rows(read_results(tmp_path), "hybrid"), "hybrid")
+    for key, record in read_records(tmp_path).items():
+        if "seed=3" in key:
+            write_record(tmp_path, replace(record, scores={}))
+    told = verdicts(read_results(tmp_path), "hybrid")
     assert [sentence[:9] for sentence in told[:2]] == ["On talk, ", "On talk, "]
 
 
 def test_a_method_is_better_or_worse_where_a_test_over_the_seeds_of_both_says_so(found: Results) -> None:
-    of_all = rows(found, "lora")
-    told = report.verdicts(of_all, "lora")
+    scores = score_runs(found, "lora")
+    told = verdicts(found, "lora")
     assert told[:2] == [
         f"On talk, {name} against lora: **better** lora-ga, hybrid." for name in ("validation loss", "accuracy")
     ]
     assert told[2].startswith(
         "Better and worse: p of a paired t-test over the seeds that both methods have is below 0.05"
     )
-    p = {"lora-ga": 0.03, "hybrid": 0.04}
-    for times, word in ((1, "better"), (-1, "worse")):
-        near = [
-            row._replace(against=row.against and Comparison(-times, 0, 0, p[row.result.method] / 2)) for row in of_all
-        ]
-        assert report.verdicts(near, "lora")[0] == f"On talk, validation loss against lora: **{word}** lora-ga, hybrid."
-    near = [row._replace(against=row.against and Comparison(-1, 0, 0, p[row.result.method])) for row in of_all]
-    assert report.verdicts(near, "lora")[0] == "On talk, validation loss against lora: **undecided** lora-ga, hybrid."
+
+    def near(difference: float, factor: float) -> str:
+        changes = {"difference": difference, "p": [1.0, 0.03 * factor, 0.04 * factor]}
+        return verdicts(found, "lora", {key: part.assign(**changes) for key, part in scores.items()})[0]
+
+    for difference, word in ((-1, "better"), (1, "worse")):
+        assert near(difference, 0.5) == f"On talk, validation loss against lora: **{word}** lora-ga, hybrid."
+    assert near(-1, 1) == "On talk, validation loss against lora: **undecided** lora-ga, hybrid."
 
 
 def test_the_best_is_so_over_the_seeds_that_both_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The mean of fewer seeds is the lowest, but seed by seed the other method is better."""
     monkeypatch.setitem(LOSSES, "lora-ga", 1.605)
     methods = {**small_results.METHODS, "lora-ga": {**small_results.METHODS["lora-ga"], "seeds": [1, 2]}}
-    lora, lora_ga, hybrid, *_ = rows(results(tmp_path, methods=methods), "hybrid")
-    assert lora_ga.mean < hybrid.mean < lora.mean
-    assert [row.is_best for row in (lora, lora_ga, hybrid)] == [False, False, True]
+    scores = score_runs(results(tmp_path, methods=methods), "hybrid")["tiny", "talk", "validation loss"]
+    assert scores["mean"]["lora-ga"] < scores["mean"]["hybrid"] < scores["mean"]["lora"]
+    assert [*scores["is_best"]] == [False, False, True]
 
 
 def test_methods_with_the_same_runs_count_once_and_are_one_curve(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setitem(LOSSES, "lora-ga", 1.6)
     twins = results(tmp_path)
-    told = report.verdicts(rows(twins, "lora"), "lora")
+    told = verdicts(twins, "lora")
     assert told[0] == "On talk, validation loss against lora: **better** lora-ga."
     assert told[3:] == ["On talk, hybrid has the same runs as lora-ga: they count once."]
-    assert (
-        report.verdicts(rows(twins, "hybrid"), "hybrid")[0]
-        == "On talk, validation loss against hybrid: **worse** lora."
-    )
+    assert verdicts(twins, "hybrid")[0] == "On talk, validation loss against hybrid: **worse** lora."
     depths = plots.draw_depths(twins, "tiny", "talk")
     assert depths is not None
     for axes in (*plots.draw_dynamics(twins, "tiny", "talk").axes, *depths.axes):
@@ -224,19 +231,20 @@ def test_methods_with_the_same_runs_count_once_and_are_one_curve(tmp_path: Path,
 
 def test_an_experiment_of_ones_own_shows_nothing_of_the_papers(found: Results) -> None:
     """The result comes first, as a chart; whatever is long is folded."""
-    assert list(report.beside_ours(rows(found, "hybrid"))) == []
+    assert list(report.beside_ours(found, score_runs(found, "hybrid"))) == []
     built = build_report(found, "hybrid")
     assert "paper" not in markdown(built).lower() and not any(section.is_papers for section in built.sections)
     first = built.sections[0]
-    assert [*first.figures] == ["result"] and first.tables[0].columns == ("method", "talk, accuracy")
-    long = [section for section in built.sections if sum(len(table.rows) for table in section.tables) > 5]
+    assert [*first.figures] == ["result"] and [*first.tables[0].frame] == ["method", "talk, accuracy"]
+    long = [section for section in built.sections if sum(len(table.frame) for table in section.tables) > 5]
     assert len(long) == 2 and all(section.is_folded for section in long)
     assert not any("--" in text for section in built.sections for text in section.texts), "flags in prose"
 
 
 def test_a_method_alone_is_not_the_best(tmp_path: Path) -> None:
-    alone = rows(results(tmp_path, methods={"hybrid": small_results.METHODS["hybrid"]}), "hybrid")
-    assert report.verdicts(alone, "hybrid") == [] and len(alone) == 2 and not any(row.is_best for row in alone)
+    alone = results(tmp_path, methods={"hybrid": small_results.METHODS["hybrid"]})
+    assert verdicts(alone, "hybrid") == []
+    assert [part["is_best"].tolist() for part in score_runs(alone, "hybrid").values()] == [[False], [False]]
 
 
 def test_marked_places_of_a_document_are_filled_from_records(tmp_path: Path) -> None:
@@ -255,7 +263,7 @@ def test_marked_places_of_a_document_are_filled_from_records(tmp_path: Path) -> 
         "| lora | 79.40 ± 0.53 |",
         "| lora-ga | **84.70 ± 0.26** |",
         "- 9 of 9 final runs are in (seeds 1, 2, 3).",
-        "- All 12 cells record their experiment file, commit and data.",
+        "- All 12 cells record their commit and data.",
         "| calls above the base's (calls) | 37 and 38 | 1 | 2 |",
         "| bytes |  | 1.007 |  |",
     } <= set(lines)
@@ -301,39 +309,39 @@ def test_bars_are_minutes_and_gigabytes_of_each_method(found: Results) -> None:
 
 
 def test_wall_time_is_left_out_where_runs_of_a_method_contradict_one_another(found: Results, tmp_path: Path) -> None:
-    table = plots.cost_table(found)
-    assert table.columns[4:] == ("seconds a step", "minutes an epoch", "CPU minutes a run", "peak memory (GB)")
+    table = tables.cost_table(found)
+    assert [*table.frame][4:] == ["seconds a step", "minutes an epoch", "CPU minutes a run", "peak memory (GB)"]
     assert table.note.endswith("Seconds and minutes are wall-clock time.")
     cell = found.all[0].group.finals[1][1]
-    write_record(tmp_path, cell, record_of(cell, step_seconds=0.61))
+    write_record(tmp_path, record_of(cell, step_seconds=0.61))
     noisy = read_results(tmp_path)
-    table = plots.cost_table(noisy)
-    assert (
-        table.columns[4:] == ("CPU minutes a run", "peak memory (GB)") and "Wall-clock time is left out" in table.note
-    )
+    table = tables.cost_table(noisy)
+    assert [*table.frame][4:] == [
+        "CPU minutes a run",
+        "peak memory (GB)",
+    ] and "Wall-clock time is left out" in table.note
     left, _ = plots.draw_cost(noisy, "talk").axes
     assert "Peaks differ" not in table.note
-    write_record(tmp_path, cell, record_of(cell, step_seconds=0.61, peak_memory_bytes=int(2.9e9)))
-    assert "Peaks differ by up to a factor of 1.45" in plots.cost_table(read_results(tmp_path)).note
+    write_record(tmp_path, record_of(cell, step_seconds=0.61, peak_memory_bytes=int(2.9e9)))
+    assert "Peaks differ by up to a factor of 1.45" in tables.cost_table(read_results(tmp_path)).note
     assert left.get_title("left") == "CPU minutes of a run" and [bar.get_height() for bar in left.patches] == [1.5] * 3
 
 
 def test_costs_of_several_commits_say_of_which(found: Results, tmp_path: Path) -> None:
     for seed, changes in ((0, ""), (1, " with changes")):
         cell = found.all[0].group.finals[1][seed]
-        write_record(tmp_path, cell, replace(record_of(cell), versions={"commit": "0123456789" * 4 + changes}))
-    table = plots.cost_table(read_results(tmp_path))
-    assert table.columns[-1] == "commit" and "of several commits" in table.note
-    assert [row[-1] for row in table.rows] == ["0123456, 0123456 with changes, –", "–", "–"]
+        write_record(tmp_path, replace(record_of(cell), versions={"commit": "0123456789" * 4 + changes}))
+    table = tables.cost_table(read_results(tmp_path))
+    assert [*table.frame][-1] == "commit" and "of several commits" in table.note
+    assert [*table.frame["commit"]] == ["0123456, 0123456 with changes, ccccccc", "ccccccc", "ccccccc"]
 
 
 def test_mean_is_over_the_runs_that_were_measured(found: Results, tmp_path: Path) -> None:
     cells = found.all[0].group.finals[1]
-    write_record(tmp_path, cells[1], record_of(cells[1], epoch_seconds=None))
-    write_record(tmp_path, cells[2], record_of(cells[2], epoch_seconds=180.0))
+    write_record(tmp_path, record_of(cells[1], epoch_seconds=None))
+    write_record(tmp_path, record_of(cells[2], epoch_seconds=180.0))
     again = read_results(tmp_path)
-    assert plots.measured(again.all[0], *plots.EPOCH) == [1.0, 3.0]
-    assert plots.cost_table(again).rows[0][5] == "2.000"
+    assert tables.cost_table(again).frame["minutes an epoch"][0] == "2.000"
 
 
 def test_lines_are_means_over_the_seeds(found: Results) -> None:
@@ -353,20 +361,20 @@ def test_gradient_norms_by_layer_are_means_over_runs_and_iterations(found: Resul
     lora, lora_ga, _ = (np.asarray(line.get_ydata()).tolist() for line in figure.axes[0].lines)
     assert lora == pytest.approx([2.06 + 1, 0.5]) and lora_ga == pytest.approx([1.53 + 1, 0.5])
     for cell in (cell for result in found.all for cell in result.chosen):
-        write_record(tmp_path, cell, record_of(cell, grad_norms={}))
+        write_record(tmp_path, record_of(cell, grad_norms={}))
     assert plots.draw_depths(read_results(tmp_path), "tiny", "talk") is None
 
 
 def test_lambdas_are_means_over_the_final_runs(found: Results, tmp_path: Path) -> None:
     cell = found.all[2].chosen[2]
     by_layer = {LAYERS[0]: [0.5, 0.6], LAYERS[1]: [0.5, 0.5]}
-    write_record(tmp_path, cell, record_of(cell, lambdas={"iterations": [20, 40], "by_layer": by_layer}))
+    write_record(tmp_path, record_of(cell, lambdas={"iterations": [20, 40], "by_layer": by_layer}))
     panel, _ = plots.draw_mean_lambdas(read_results(tmp_path).all[2]).axes
     assert panel.images[0].get_array().ravel().tolist() == pytest.approx([0.5, 0.4, 0.5, 0.7])
 
 
 def test_the_headline_has_a_dot_for_each_run_and_colors_the_best(found: Results) -> None:
-    (axes,) = plots.draw_results(rows(found, "hybrid")).axes
+    (axes,) = plots.draw_results(found, score_runs(found, "hybrid")).axes
     assert axes.get_title("left") == "talk: accuracy (higher is better)"
     assert np.array(axes.lines[1].get_ydata()).tolist() == pytest.approx([84.9, 84.8, 84.4])
     assert [line.get_color() for line in axes.lines] == [plots.BEFORE, plots.AFTER, plots.BEFORE]
@@ -374,9 +382,9 @@ def test_the_headline_has_a_dot_for_each_run_and_colors_the_best(found: Results)
 
 
 def test_averages_keep_the_mean_of_the_curve_and_short_curves_stay() -> None:
-    epochs, values = plots.averages([[at, at / 10, float(at)] for at in range(1, 41)], 4)
+    epochs, values = plots.averages([[at, at / 10, float(at)] for at in range(1, 41)], 4).T
     assert values.tolist() == [5.5, 15.5, 25.5, 35.5] and epochs.tolist() == pytest.approx([0.55, 1.55, 2.55, 3.55])
-    epochs, values = plots.averages([[1, 0.5, 3.0], [2, 1.0, 2.0]], 20)
+    epochs, values = plots.averages([[1, 0.5, 3.0], [2, 1.0, 2.0]], 20).T
     assert (epochs.tolist(), values.tolist()) == ([0.5, 1.0], [3.0, 2.0])
 
 

@@ -122,9 +122,9 @@ def test_a_finished_run_has_its_settings_lambdas_and_answers(folder: Path) -> No
     assert found.title == f"lora on bases/base: {'/'.join(folder.parts[-3:])}"
     assert found.sections[0].texts[0].startswith("80 of 3 iterations")  # the record's length
     assert "is 0.500 on average over 2 layers, from 0.250 to 0.750" in found.sections[3].texts[0]
-    (row,) = found.sections[1].tables[0].rows
-    assert row[:3] == ("Hello", "Bonjour", "<script>alert(1)</script>") and row[3] == "x" * 300 + " …"
-    settings = {name: value for name, value in found.sections[-1].tables[0].rows}
+    (row,) = found.sections[1].tables[0].frame.values.tolist()
+    assert row[:3] == ["Hello", "Bonjour", "<script>alert(1)</script>"] and row[3] == "x" * 300 + " …"
+    settings = {name: value for name, value in found.sections[-1].tables[0].frame.values}
     assert settings["--lora-rank"] == "4" and settings["--train-data-path"] == "pairs.jsonl"
     assert not {"--lora-alpha", "--eval-interval", "--peft-method"} & settings.keys(), "defaults"
 
@@ -132,7 +132,8 @@ def test_a_finished_run_has_its_settings_lambdas_and_answers(folder: Path) -> No
 def test_settings_show_switches_as_yes_and_no() -> None:
     config = make_record().config
     training, model = replace(config.training, exit_signal_handler=False), replace(config.model, bf16=True)
-    rows = dict(run_report.settings_table(make_record(config=replace(config, training=training, model=model))).rows)
+    record = make_record(config=replace(config, training=training, model=model))
+    rows = dict(run_report.settings_table(record).frame.values)
     assert (rows["--bf16"], rows["--exit-signal-handler"]) == ("yes", "no")
 
 
@@ -142,7 +143,7 @@ def test_an_answer_that_repeats_itself_is_cut_and_packs_are_no_samples(folder: P
     add_checkpoint(folder, make_record(config=packed))
     write_lines(folder / SAMPLES_FILE, [{"prompt": "a", "reference": "b", "before": "1998:\n" * 60, "after": "c\nd"}])
     found = build_run_report(read_run(folder))
-    (row,) = found.sections[1].tables[0].rows
+    (row,) = found.sections[1].tables[0].frame.values.tolist()
     assert row[2].splitlines() == ["1998:"] * 7 + ["1998: …"] and row[3] == "c\nd"
     assert "2.00 epochs, 640 packs, 72,000 tokens" in found.sections[0].texts[0]
     assert '<td class="text" data-column="in the data">b</td>' in html(replace(found, sections=found.sections[1:2]))

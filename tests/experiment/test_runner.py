@@ -9,6 +9,7 @@ import select
 import signal
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,14 +17,15 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from rich.table import Table
 
 from megatron_peft.checkpoint.folders import TRACKER, FolderLock
 from megatron_peft.config import ConfigurationError
-from megatron_peft.experiment import process, runner
-from megatron_peft.experiment.cell_record import file_digest, json_digest, of_cell, write_record
-from megatron_peft.experiment.contrasts import contrast_digests
-from megatron_peft.experiment.results import Work, progress, work
-from megatron_peft.experiment.runner import CellJob, Runner, read_scores, run_experiment, table
+from megatron_peft.experiment import process, results, runner
+from megatron_peft.experiment.cells import Group
+from megatron_peft.experiment.records import of_cell, read_records, write_record
+from megatron_peft.experiment.results import Result, Work
+from megatron_peft.experiment.runner import Job, Runner, read_scores, run_experiment, table
 from megatron_peft.experiment.spec import Metric, ScoreSpec
 from tests.experiment.small_experiment import FAKE_TRAINING, content, experiment
 from tests.time_limits import wait_until
@@ -33,11 +35,11 @@ from tests.time_limits import wait_until
 def looking_often() -> Iterator[None]:
     """The stand-ins for training end at once."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "POLL_SECONDS", 0.02)
+        patch.setattr(runner, "POLL_S", 0.02)
         yield
 
 
-VARYING = ("started_at", "seconds", "cpu_seconds", "score_seconds", "versions", "sha256")
+VARYING = ("started_at", "seconds", "cpu_seconds", "score_seconds", "versions")
 METHODS = {"lora": {"grid": {"lr": [0.1, 0.4]}}, "hybrid": {"grid": {"lr": [0.2, 0.5]}}}
 SHORT: dict[str, Any] = {"methods": {"lora": {"grid": {"lr": [0.4]}}}, "seeds": [1]}  # a training, and its score
 
@@ -48,6 +50,10 @@ def run(folder: Path, jobs: int = 2, **changes: Any) -> tuple[bool, list[str]]:
     found, groups = experiment(folder, **{"methods": METHODS, **changes})
     whole = run_experiment(found, folder / "out", groups, jobs=jobs, report=told.append, program=FAKE_TRAINING)
     return whole, told
+
+
+def progress(folder: Path, group: Group) -> Result:
+    return results.progress(read_records(folder), group)
 
 
 def cells(folder: Path) -> dict[str, dict[str, Any]]:
@@ -84,9 +90,7 @@ def test_record_has_the_results(finished: Path) -> None:
     assert one["curves"]["loss"] == [[1, 0.5, 1.52], [2, 1.0, 1.02]]
 
 
-def test_record_has_the_file_and_the_data_of_its_run_and_its_score(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commit: str
-) -> None:
+def test_record_has_the_data_of_its_run_and_its_score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As they were when it began: the data change while it runs."""
     data, indexed, tests = tmp_path / "train.jsonl", tmp_path / "indexed.bin", tmp_path / "tests"
     tests.mkdir()
@@ -98,15 +102,21 @@ def test_record_has_the_file_and_the_data_of_its_run_and_its_score(
     tasks["talk"]["score"]["command"] += f" --include-path {tests}"
     run(tmp_path, **SHORT, tasks=tasks)
     (found,) = cells(tmp_path).values()
-    sources = found["provenance"]
     plain = hashlib.sha256(b"{}\n").hexdigest()
-    assert sources["training"]["data_sha256"] == {str(data): plain, str(indexed): plain}
-    assert sources["score"]["data_sha256"] == {str(tests / "a.yaml"): plain}
-    assert {source["experiment_sha256"] for source in sources.values()} == {file_digest(tmp_path / "small.yaml")}
-    assert sources["score"]["commit"] == commit
+    assert found["data"] == {str(path): plain for path in (data, indexed, tests / "a.yaml")}
 
 
-def test_records_of_a_contrast_have_its_digest_and_the_items(tmp_path: Path) -> None:
+def test_a_changed_score_is_made_again(tmp_path: Path) -> None:
+    run(tmp_path, **SHORT)
+    tasks = content()["tasks"]
+    tasks["talk"]["score"]["metrics"]["accuracy"]["scale"] = 10
+    whole, told = run(tmp_path, **SHORT, tasks=tasks)
+    assert whole and [line.split()[0] for line in told] == ["train", "trained", "score", "scored"]
+    (found,) = cells(tmp_path).values()
+    assert found["scores"]["accuracy"] == pytest.approx(1000 - 52 + 1)
+
+
+def test_records_of_a_contrast_have_it_and_the_items(tmp_path: Path) -> None:
     tasks = content()["tasks"]
     tasks["talk"] |= {"tuning_valid_data_path": "tuning.jsonl", "scored_seeds": [2]}
     tasks["talk"]["score"]["metrics"] = {"by item": {"path": "items", "scale": 2}}
@@ -118,7 +128,7 @@ def test_records_of_a_contrast_have_its_digest_and_the_items(tmp_path: Path) -> 
     finals = [record for group in groups for record in progress(tmp_path / "out", group).finals.values()]
     assert len(finals) == 4
     for record in finals:
-        assert record.provenance["training"]["contrasts"] == contrast_digests(found)
+        assert record.contrasts == found.asked
         loss = record.validation_loss or 0.0
         assert record.items["validation loss"] == [pytest.approx([loss, 1]), pytest.approx([3 * loss, 3])]
         by_item = [pytest.approx([2 * (100 - 10 * loss), 1]), pytest.approx([2 * (99 - 10 * loss), 1])]
@@ -135,7 +145,7 @@ def test_a_rate_that_diverges_ends_the_growth_and_is_not_run_again(tmp_path: Pat
     """Losses fall to 6; beyond is a loss that is not finite, which the last words of torchrun hide."""
     methods = {"lora": {"grid": {"lr": [1.5, 6]}}, "hybrid": {"grid": {"lr": [0.2, 0.5]}}}
     _, groups = experiment(tmp_path, methods=methods)
-    write_record(tmp_path / "out", groups[0].tuning[0], of_cell(groups[0].tuning[0], "trained", validation_loss=99.0))
+    write_record(tmp_path / "out", of_cell(groups[0].tuning[0], "trained", validation_loss=99.0))
     whole, told = run(tmp_path, methods=methods)
     assert whole and [line for line in told if line.startswith("diverged: train tiny,talk,lora,lr=24,seed=1: exit")]
     record = cells(tmp_path)["tiny,talk,lora,lr=24,seed=1.json"]
@@ -167,15 +177,6 @@ def test_failed_cell_is_reported_and_the_others_continue(tmp_path: Path) -> None
     assert sum(bool(one["scores"]) for one in cells(tmp_path).values()) == 1
 
 
-def test_records_are_read_when_a_cell_ends_and_not_at_every_look(tmp_path: Path, monkeypatch) -> None:
-    calls: list[Any] = []
-    monkeypatch.setattr(runner, "progress", lambda *words: calls.append(words) or progress(*words))
-    monkeypatch.setattr(runner, "work", lambda *words: calls.append(words) or work(*words))
-    monkeypatch.setenv("FAKE_SECONDS", "0.5")
-    run(tmp_path, **SHORT)
-    assert len(calls) < 20, "at the start, after the training, and after its score"
-
-
 def test_killed_worker_is_retried_by_the_next_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trap = tmp_path / "trap"
     trap.touch()
@@ -197,7 +198,7 @@ def test_a_run_that_stopped_early_is_not_trained_and_goes_on_without_a_time_of_i
     (path,) = (tmp_path / "out" / "cells").glob("*.json")
     record = json.loads(path.read_text())
     assert whole and (record["status"], record["iterations"]) == ("trained", 2)
-    assert record["seconds"] is None and "cpu_seconds" not in record, "of the last process alone"
+    assert record["seconds"] is None and record["cpu_seconds"] is None, "of the last process alone"
 
 
 def test_a_trained_record_outlives_a_training_that_was_repeated_and_failed(tmp_path: Path, monkeypatch) -> None:
@@ -268,8 +269,12 @@ def newest(folder: Path, pattern: str) -> int:
     return max((path.stat().st_mtime_ns for path in (folder / "out").glob(pattern)), default=0)
 
 
+def start_sleep(folder: Path) -> int:
+    return process.start(["sleep", "60"], folder / "log", ThreadPoolExecutor(1)).process.pid
+
+
 def test_cells_end_with_a_killed_runner(tmp_path: Path) -> None:
-    with forked(lambda: process.start(["sleep", "60"], tmp_path / "log").process.pid) as told:
+    with forked(lambda: start_sleep(tmp_path)) as told:
         child = int(os.read(told, 20))
         assert _is_running(child)
     wait_until(lambda: not _is_running(child), "the end of the cell")
@@ -313,9 +318,7 @@ def test_score_is_the_scaled_mean_of_its_paths_or_an_error_that_names_what_is_th
 def test_scores_whose_checkpoints_are_gone_are_trained_for_again(tmp_path: Path) -> None:
     run(tmp_path, **SHORT)
     for path in (tmp_path / "out" / "cells").glob("*.json"):
-        values = {**json.loads(path.read_text()), "scores": {}}
-        del values["sha256"]
-        path.write_text(json.dumps({**values, "sha256": json_digest(values)}))
+        path.write_text(json.dumps({**json.loads(path.read_text()), "scores": {}}))
     whole, told = run(tmp_path, **SHORT)
     assert whole and sum(line.startswith("scored") for line in told) == 1
     _, groups = experiment(tmp_path, **SHORT)
@@ -330,9 +333,7 @@ def test_what_other_flags_have_left_is_not_gone_on_with(tmp_path: Path) -> None:
     (saved / TRACKER).write_text("5")  # as of a run that was stopped
     flags = saved.parent / process.FLAGS
     assert saved.parent == process.run_folder(tmp_path / "out", group.tuning[0])
-    for text, resumes in ((json.dumps(group.tuning[0].flags), True), ('["--lr", "9"]', False)):
-        flags.write_text(text)
-        assert process.began_with(saved.parent, json.dumps(group.tuning[0].flags)) == resumes
+    flags.write_text('["--lr", "9"]')
     run(tmp_path, **SHORT)
     log = (process.run_folder(tmp_path / "out", group.tuning[0]) / process.LOG).read_text()
     assert "--load" not in log.splitlines()[0] and flags.read_text() == json.dumps(group.tuning[0].flags)
@@ -348,7 +349,7 @@ def test_a_score_whose_program_is_not_there_fails_alone(tmp_path: Path) -> None:
 def test_training_whose_program_is_not_there_is_recorded_as_failed(tmp_path: Path) -> None:
     found, (group,) = experiment(tmp_path, **SHORT)
     (tmp_path / "out").mkdir()
-    runner = Runner(tmp_path / "out", [group], report=lambda text: None, program=FAKE_TRAINING, experiment=found.text)
+    runner = Runner(found, tmp_path / "out", [group], report=lambda text: None, program=FAKE_TRAINING)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(process, "launcher", lambda processes: ["no-such-program"])
         assert not runner.run()
@@ -360,7 +361,7 @@ def test_grid_without_a_finite_loss_is_reported(tmp_path: Path) -> None:
     methods = {"lora": METHODS["lora"]}
     _, (group,) = experiment(tmp_path, methods=methods)
     for cell in group.tuning:
-        write_record(tmp_path / "out", cell, of_cell(cell, "trained", validation_loss=float("nan")))
+        write_record(tmp_path / "out", of_cell(cell, "trained", validation_loss=float("nan")))
     told = ["FAILED: tiny,talk,lora: no point of its grid ended with a finite validation loss"]
     assert run(tmp_path, methods=methods) == (False, told)
 
@@ -371,13 +372,17 @@ def half_done(folder: Path):
     lora, boft = groups
     for cell, loss in [(lora.tuning[0], 3.0), (lora.finals[1][0], 2.0), (lora.finals[1][1], 1.0)]:
         scores = {"accuracy": 40.0} if loss == 2.0 else {"of an older file": 9.0}
-        write_record(folder, cell, of_cell(cell, "trained", validation_loss=loss, scores=scores))
-    write_record(folder, boft.tuning[0], of_cell(boft.tuning[0], "failed"))
+        write_record(folder, of_cell(cell, "trained", validation_loss=loss, scores=scores))
+    write_record(folder, of_cell(boft.tuning[0], "failed"))
     return groups
 
 
+def show(folder: Path, groups: list[Group]) -> Table:
+    return table(read_records(folder), groups)
+
+
 def test_table_shows_how_far_each_method_is(tmp_path: Path) -> None:
-    Console(file=(drawn := io.StringIO()), width=150).print(table(tmp_path, half_done(tmp_path)))
+    Console(file=(drawn := io.StringIO()), width=150).print(show(tmp_path, half_done(tmp_path)))
     lines = [[word.strip() for word in line.strip("│").split("│")] for line in drawn.getvalue().splitlines()]
     assert [line[2:] for line in lines if "talk" in line] == [
         ["lora", "2/2", "lr=0.4, not tuned", "2/3, 1 scored", "1.5", "accuracy 40"],
@@ -393,9 +398,10 @@ def test_a_terminal_shows_the_table_with_what_runs(tmp_path: Path, is_terminal: 
     metrics.parent.mkdir(parents=True)
     metrics.write_text('{"iteration": 7}\n')
     running = SimpleNamespace(seconds=12.0)
-    job = CellJob(Work("train", cell), running, of_cell(cell, "failed"))  # type: ignore[arg-type]
-    console.print(Runner(tmp_path, groups, running={cell.key: job}, states=table(tmp_path, groups)).shown())
+    job = Job(Work("train", cell), running, of_cell(cell, "failed"))  # type: ignore[arg-type]
+    found, _ = experiment(tmp_path)
+    console.print(Runner(found, tmp_path, groups, recorded=read_records(tmp_path), running={cell.key: job}).show())
     assert "0/2 (1 failed)" in drawn.getvalue() and f"train {cell.key}: iteration 7, 12 s" in drawn.getvalue()
     drawn.truncate(0)
-    Runner(tmp_path, [], console=console).run()
+    Runner(found, tmp_path, [], console=console).run()
     assert ("chosen" in drawn.getvalue()) == is_terminal

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from megatron_peft.commands import train
-from megatron_peft.experiment.cell_record import CellRecord, from_items
+from megatron_peft.experiment.records import CellRecord, from_items
 from megatron_peft.training.metrics import read_metrics
 from tests.evaluation.worded_llama import save_worded_llama
 from tests.one_rank import one_rank

@@ -13,7 +13,7 @@ from megatron_peft.checkpoint.folders import RECORD, link_best
 from megatron_peft.checkpoint.run_record import BestValidation
 from megatron_peft.checkpoint.save import CheckpointNotSaved
 from megatron_peft.config import CheckpointConfig, LoggingConfig
-from megatron_peft.experiment.cell_record import STOPPED
+from megatron_peft.experiment.records import STOPPED
 from megatron_peft.rehearsal import rehearsal
 from megatron_peft.training import loop, watchers
 from megatron_peft.training.loop import train
