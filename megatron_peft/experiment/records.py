@@ -153,8 +153,9 @@ def read_records(folder: Path) -> dict[str, CellRecord]:
 def _record(values: Mapping[str, Any], path: Path) -> CellRecord:
     known = {each.name for each in fields(CellRecord)} & values.keys()
     try:
-        convert = {name: tuple if name == "flags" else dict for name in NESTED}
-        record = CellRecord(**{name: convert.get(name, lambda value: value)(values[name]) for name in known})
+        convert: dict[str, Any] = {name: tuple if name == "flags" else dict for name in NESTED}
+        given: dict[str, Any] = {name: convert.get(name, lambda value: value)(values[name]) for name in known}
+        record = CellRecord(**given)
         record.value(AREA)
     except (ValueError, TypeError, AttributeError) as error:
         raise ConfigurationError(f"{path} is not the record of a cell ({error}): remove it to run the cell.") from error

@@ -5,7 +5,7 @@ from itertools import pairwise, product
 from typing import Any, NamedTuple
 
 import numpy as np
-import pandas as pd
+import pandas
 
 from megatron_peft.config import METHODS, PeftConfig, require
 from megatron_peft.experiment.cells import command_line
@@ -16,7 +16,9 @@ from megatron_peft.experiment.spec import span
 BOLD = r"\*\*(.*?)\*\*"  # as cells of a table mark it, for Markdown
 LATEX = {"±": r"$\pm$", "†": r"$^\dagger$", "–": "--", "≥": r"$\ge$", "<": "$<$"}
 NONE = "–"
-Scores = Mapping[tuple[str, str, str], pd.DataFrame]  # of model, task and metric
+pd: Any = pandas  # whose own types reject much of what it takes
+Frame = Any  # a DataFrame
+Scores = Mapping[tuple[str, str, str], Frame]  # of model, task and metric
 
 
 class Table(NamedTuple):
@@ -26,7 +28,7 @@ class Table(NamedTuple):
     """
 
     title: str
-    frame: pd.DataFrame
+    frame: Frame
     note: str = ""
     text_columns: int = 1
     style: str = "sortable"
@@ -201,7 +203,7 @@ COSTS = {  # column: field of a record, unit
 }
 
 
-def costs(results: Results) -> pd.DataFrame:
+def costs(results: Results) -> Frame:
     """Return the costs of each final run, by model, task, method and seed."""
     runs = {
         (result.model, result.task, result.method, seed): [getattr(record, name) for name, _ in COSTS.values()]
@@ -213,13 +215,13 @@ def costs(results: Results) -> pd.DataFrame:
     return frame / [unit for _, unit in COSTS.values()]
 
 
-def spread(runs: pd.DataFrame, column: str) -> float:
+def spread(runs: Frame, column: str) -> float:
     """Return the largest ratio between runs of one method."""
     by_method = runs[column].groupby(["model", "task", "method"])
     return (by_method.max() / by_method.min()).max()
 
 
-def is_quiet(runs: pd.DataFrame) -> bool:
+def is_quiet(runs: Frame) -> bool:
     """Return True if the runs of each method took about as long: else wall-clock time is that of other work too."""
     return not spread(runs, "seconds a step") > QUIET
 
