@@ -171,7 +171,7 @@ def draw_depths(results: Results, model: str, task: str) -> Figure | None:
     figure = new_figure(10, 3.4, f"{model}, {task}")
     axes = figure.subplots()
     for at, same in enumerate(same_runs(results.of(model, task))):
-        if runs := [record.grad_norms["by_layer"] for record in same[0].finals.values() if record.grad_norms]:
+        if runs := [record.grad_norms.by_layer for record in same[0].finals.values() if record.grad_norms.by_layer]:
             of_runs = [[np.mean(np.array(norms, dtype=float)) for norms in run.values()] for run in runs]
             label = ", ".join(one.method for one in same)
             axes.plot(np.mean(of_runs, axis=0), color=color(at), linewidth=1.6, label=label)
@@ -225,9 +225,9 @@ def mean_by_layer(runs: Sequence[ByLayer]) -> dict[str, list[float | None]]:
 
 def draw_mean_lambdas(result: Result) -> Figure:
     """The means over the final runs of a Hybrid."""
-    runs = [record.lambdas for record in result.finals.values() if record.lambdas]
+    runs = [record.lambdas for record in result.finals.values() if record.lambdas.by_layer]
     title = f"{result.method} on {result.task} with {result.model}"
-    return draw_lambdas(title, runs[0]["iterations"], mean_by_layer([run["by_layer"] for run in runs]))
+    return draw_lambdas(title, runs[0].iterations, mean_by_layer([run.by_layer for run in runs]))
 
 
 def draw_lambdas(title: str, iterations: Sequence[int], by_layer: ByLayer) -> Figure:
@@ -258,6 +258,6 @@ def draw_lambdas_into(figure: Figure | SubFigure, iterations: Sequence[int], by_
 
 
 def series(records: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    """(iterations, values) of the records that hold `name`."""
+    """Return (iterations, values) of the records that hold `name`."""
     points = [(record["iteration"], record[name]) for record in records if record.get(name) is not None]
-    return [iteration for iteration, _ in points], [value for _, value in points]
+    return [iteration for iteration, _ in points], [float(value) for _, value in points]

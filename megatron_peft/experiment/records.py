@@ -11,11 +11,13 @@ import re
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from megatron_peft.checkpoint.folders import write_atomically
 from megatron_peft.config import ConfigurationError, require
@@ -34,6 +36,19 @@ NOT_FINITE = "is NaN or infinite"  # of training.step
 PACKAGES = ("megatron-peft", "megatron-core", "torch", "transformers")
 DATA_FLAGS = ("--train-data-path", "--valid-data-path", "--test-data-path", "--data-path", "--include-path")
 
+Status = Literal["trained", "failed", "diverged"]
+Number = Annotated[int, Field(ge=-(2**63), lt=2**63)] | float
+Point = Annotated[list[Number], Field(min_length=3, max_length=3)]  # iteration, epoch, value
+Item = Annotated[list[Number], Field(min_length=2, max_length=2)]  # sum, count
+
+
+@dataclass(frozen=True)
+class ByLayer:
+    """Values of each layer at some iterations."""
+
+    iterations: list[int] = field(default_factory=list)
+    by_layer: dict[str, list[float | None]] = field(default_factory=dict)
+
 
 @dataclass(frozen=True)
 class CellRecord(Cell):
@@ -42,8 +57,8 @@ class CellRecord(Cell):
     status: "trained", "failed", or "diverged": tried with a rate that was too high; reason: the end of a failure's log.
     validation_loss: at the end of the run; None if it failed or measured none. test_loss: the same of --test-data-path.
     curves: name -> [[iteration, epoch, value], ...].
-    lambdas: the Hybrid's of each layer, {"iterations": [...], "by_layer": {layer: [...]}}; empty for other methods.
-    grad_norms: of each transformer layer, in the same form; empty without --log-grad-norm-by-layer.
+    lambdas: the Hybrid's of each layer; empty for other methods.
+    grad_norms: of each transformer layer; empty without --log-grad-norm-by-layer.
     seconds, cpu_seconds: of the training's processes, with their start and validations; None if it was resumed.
     epoch_seconds: time of one pass over the training data, from the mean time of a step.
     scores: name of the metric -> number; score: the task's `score:` that they are of, as a dict.
@@ -54,7 +69,7 @@ class CellRecord(Cell):
     contrasts: `contrasts.asked` when the training began.
     """
 
-    status: str = "failed"
+    status: Status = "failed"
     started_at: str = ""
     seconds: float | None = 0.0
     validation_loss: float | None = None
@@ -72,10 +87,10 @@ class CellRecord(Cell):
     versions: Mapping[str, str] = field(default_factory=dict)
     data: Mapping[str, str] = field(default_factory=dict)
     contrasts: Mapping[str, Any] = field(default_factory=dict)
-    curves: Mapping[str, Sequence[Sequence[float]]] = field(default_factory=dict)
-    lambdas: Mapping[str, Any] = field(default_factory=dict)
-    grad_norms: Mapping[str, Any] = field(default_factory=dict)
-    items: Mapping[str, Sequence[Sequence[float]]] = field(default_factory=dict)
+    curves: dict[str, list[Point]] = field(default_factory=dict)
+    lambdas: ByLayer = field(default_factory=ByLayer)
+    grad_norms: ByLayer = field(default_factory=ByLayer)
+    items: dict[str, list[Item]] = field(default_factory=dict)
 
     @property
     def is_trained(self) -> bool:
@@ -93,7 +108,8 @@ class CellRecord(Cell):
         return self.is_trained and is_same and score.metrics.keys() <= self.scores.keys()
 
 
-NESTED = {each.name for each in fields(CellRecord) if "Mapping" in str(each.type) or "tuple" in str(each.type)}
+RECORD = TypeAdapter(CellRecord)
+NESTED = ["settings", "flags", *(each.name for each in fields(CellRecord) if each.default_factory is not MISSING)]
 
 
 def as_json(value: Any) -> Any:
@@ -141,7 +157,7 @@ def read_records(folder: Path) -> dict[str, CellRecord]:
         except (OSError, pa.ArrowException) as error:
             raise ConfigurationError(f"{path} cannot be read: {error}.") from error
         for row in table:
-            nested = {name: parse_json(row[name], f"{path}, {name}") for name in NESTED & row.keys()}
+            nested = {name: parse_json(row[name], f"{path}, {name}") for name in NESTED if name in row}
             record = _record({**row, **nested}, path)
             rows[record.key] = record
     for path in sorted((folder / CELLS).glob("*.json")):
@@ -151,18 +167,17 @@ def read_records(folder: Path) -> dict[str, CellRecord]:
 
 
 def _record(values: Mapping[str, Any], path: Path) -> CellRecord:
-    known = {each.name for each in fields(CellRecord)} & values.keys()
     try:
-        convert: dict[str, Any] = {name: tuple if name == "flags" else dict for name in NESTED}
-        given: dict[str, Any] = {name: convert.get(name, lambda value: value)(values[name]) for name in known}
-        record = CellRecord(**given)
-        record.value(AREA)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ConfigurationError(f"{path} is not the record of a cell ({error}): remove it to run the cell.") from error
-    return record
+        return RECORD.validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        problem = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise ConfigurationError(
+            f"{path} is not the record of a cell ({problem}): remove it to run the cell."
+        ) from error
 
 
-def of_cell(cell: Cell, status: str = "failed", **values: Any) -> CellRecord:
+def of_cell(cell: Cell, status: Status = "failed", **values: Any) -> CellRecord:
     """Return a record of `cell`, with this environment's versions."""
     declared = {each.name: getattr(cell, each.name) for each in fields(Cell)}
     return CellRecord(**declared, status=status, versions=versions(), **values)
@@ -203,7 +218,7 @@ def from_log(log: str) -> dict[str, Any]:
     }
 
 
-def by_layer(records: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]:
+def by_layer(records: Sequence[Mapping[str, Any]], name: str) -> ByLayer:
     """Return the values of every layer under `name`, thinned: 120 layers would fill the file."""
     chosen = _thinned([record for record in records if record.get(name)], MAX_LAYER_POINTS)
     layers = chosen[-1][name] if chosen else {}
@@ -211,7 +226,7 @@ def by_layer(records: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]:
         layer: [None if (value := record[name][layer]) is None else float(f"{value:.3g}") for record in chosen]
         for layer in layers
     }
-    return {"iterations": [record["iteration"] for record in chosen], "by_layer": values} if chosen else {}
+    return ByLayer([record["iteration"] for record in chosen], values)
 
 
 def _thinned(points: Sequence[Any], most: int) -> list[Any]:

@@ -132,7 +132,7 @@ def _sections(results: Results, scores: Scores, reference: str, ours: Table, tes
     lambdas = {
         f"lambda-{result.model}-{result.task}-{result.method}": plots.draw_mean_lambdas(result)
         for result in results.all
-        if any(record.lambdas for record in result.finals.values())
+        if any(record.lambdas.by_layer for record in result.finals.values())
     }
     if lambdas:
         yield Section("Lambda by layer", ["Means over the final runs."], figures=lambdas)

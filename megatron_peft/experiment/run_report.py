@@ -157,7 +157,7 @@ def _cost_sentence(run: RunFiles) -> str:
     speeds, steps, peaks = (
         series(metrics, name)[1] for name in ("tokens_per_second", "step_seconds", "peak_memory_bytes")
     )
-    if steps:
+    if steps and speeds:
         speed = median(speeds)
         digits = max(int(log10(speed)) - 2, 0) if speed > 0 else 0
         rounded = round(speed / 10**digits) * 10**digits  # three digits of a large number
@@ -262,7 +262,7 @@ def draw_speed(metrics: Lines) -> Figure:
     style(right, "Memory of rank 0 (GB)", "iteration")
     right.legend(frameon=False)
     for axes in (left, right):
-        axes.set_ylim(0, axes.dataLim.ymax * 1.15 or 1)
+        axes.set_ylim(bottom=0)
     return figure
 
 

@@ -56,11 +56,11 @@ def make_table(title: str, columns: Sequence[str], rows: Sequence[Any], note: st
 
 def format_number(value: float | None, signed: bool = False) -> str:
     """Return four significant digits or so: losses with three after the point, scores with one or two."""
-    return NONE if value is None or np.isnan(value) else f"{value:{'+' if signed else ''}.{_digits(value)}f}"
+    return NONE if value is None or pd.isna(value) else f"{value:{'+' if signed else ''}.{_digits(value)}f}"
 
 
 def format_p(p: float | None) -> str:
-    return NONE if p is None or np.isnan(p) else f"{p:.3f}" if p >= 0.001 else "< 0.001"
+    return NONE if p is None or pd.isna(p) else f"{p:.3f}" if p >= 0.001 else "< 0.001"
 
 
 def with_spread(mean: float, deviation: float) -> str:

@@ -37,6 +37,7 @@ TAGS = {
     "memory_bytes": "memory/bytes",
     "peak_memory_bytes": "memory/peak_bytes",
 }
+MAPPINGS = {"grad_norm_by_layer", "lambda", "timer_seconds", "slowest_rank", "loss_sums", "num_tokens"}  # of numbers
 PROCESS_STATUS = Path("/proc/self/status")
 
 
@@ -155,9 +156,10 @@ def _record_of(line: bytes, place: str) -> dict[str, Any] | None:
     """The record that a line holds; None for the last line of a file if its write was cut short."""
     try:
         record = parse_json(line, place)
-        groups = [value if isinstance(value, dict) else {"": value} for value in record.values()]
+        groups = [value if name in MAPPINGS else {"": value} for name, value in record.items()]
         numbers = [value for group in groups for name, value in group.items() if name != "host"]  # the slowest rank's
-        if type(record["iteration"]) is not int or not all(isinstance(value, int | float | None) for value in numbers):
+        is_number = [isinstance(value, int | float) and abs(value) <= sys.float_info.max for value in numbers]
+        if type(record["iteration"]) is not int or numbers.count(None) + sum(is_number) < len(numbers):
             raise TypeError
     except (ConfigurationError, AttributeError, TypeError, KeyError) as error:
         if not line.endswith(b"\n"):

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_peft.experiment import records
 from megatron_peft.experiment.cells import Cell
-from megatron_peft.experiment.records import CellRecord, as_json, of_cell, write_record
+from megatron_peft.experiment.records import ByLayer, CellRecord, as_json, of_cell, write_record
 from megatron_peft.experiment.report import build_report, markdown
 from megatron_peft.experiment.results import Results, read_results
 from megatron_peft.experiment.spec import EXPERIMENT_FILE
@@ -44,7 +44,7 @@ def write_cells(folder: Path, **changes: Any) -> Path:
 def record_of(cell: Cell, **changes: Any) -> CellRecord:
     is_better = cell.settings["lr"] == BETTER[cell.method]
     loss = LOSSES[cell.method] + SPREAD[cell.seed] * (1 + (cell.method == "lora")) + (not is_better)
-    lambdas = {"iterations": [20, 40], "by_layer": {LAYERS[0]: [0.5, 0.3], LAYERS[1]: [0.5, 0.8]}}
+    lambdas = ByLayer([20, 40], {LAYERS[0]: [0.5, 0.3], LAYERS[1]: [0.5, 0.8]})
     values: dict[str, Any] = {
         **{"validation_loss": loss, "iterations": 40, "step_seconds": 0.5, "epoch_seconds": 60.0},
         **{"trainable_parameters": 1000, "peak_memory_bytes": 2_000_000_000, "cpu_seconds": 90.0},
@@ -53,8 +53,8 @@ def record_of(cell: Cell, **changes: Any) -> CellRecord:
             "validation_loss": [[10, 0.25, loss + 1], [20, 0.5, loss + 0.5], [40, 1.0, loss]],
         },
         "scores": {"accuracy": 100 - 10 * loss} if is_better else {},
-        "lambdas": lambdas if cell.method == "hybrid" else {},
-        "grad_norms": {"iterations": [20, 40], "by_layer": {"0": [loss, loss + 2], "1": [0.5, 0.5]}},
+        "lambdas": lambdas if cell.method == "hybrid" else ByLayer(),
+        "grad_norms": ByLayer([20, 40], {"0": [loss, loss + 2], "1": [0.5, 0.5]}),
     }
     return replace(of_cell(cell, "trained", **{**values, **changes}), versions={"python": "3.11", **COMMIT})
 

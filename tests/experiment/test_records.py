@@ -64,16 +64,24 @@ def test_one_parquet_file_has_all_records_and_single_files_are_newer(tmp_path: P
     assert read_records(tmp_path)[first.key].iterations == 7
 
 
-CHANGES = [{"flags": 1}, {"settings": None}, {"curves": 3}, {"curves": {"validation_loss": 1}}]
+CHANGES = [
+    ({"flags": 1}, "flags: Input should be a valid tuple"),
+    ({"settings": None}, "settings: "),
+    ({"curves": 3}, "curves: "),
+    ({"curves": {"grad_norm": [[1, 0.5, "red"]]}}, "curves.grad_norm.0.2.int: "),
+    ({"items": {"validation loss": [[1.0]]}}, "items.validation loss.0: "),
+    ({"grad_norms": {"by_layer": {"0": [{}]}}}, "grad_norms.by_layer.0.0: "),
+    ({"status": "x"}, "status: "),
+]
 
 
-@pytest.mark.parametrize("changes", CHANGES)
-def test_file_of_something_else_is_an_error(tmp_path: Path, group: Group, changes: dict[str, object]) -> None:
+@pytest.mark.parametrize(("changes", "problem"), CHANGES)
+def test_file_of_something_else_is_an_error(tmp_path: Path, group: Group, changes: dict, problem: str) -> None:
     record = of_cell(group.tuning[0], "trained")
     write_record(tmp_path, record)
     path = cell_file(tmp_path, record)
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-    with pytest.raises(ConfigurationError, match="seed=1.json is not the record of a cell"):
+    with pytest.raises(ConfigurationError, match=rf"seed=1.json is not the record of a cell \({problem}"):
         read_records(tmp_path)
 
 
@@ -93,10 +101,10 @@ def test_damaged_or_misnamed_files_are_errors(tmp_path: Path, group: Group) -> N
 
 def test_lambdas_are_thinned_to_the_same_iterations_for_all_layers() -> None:
     found = by_layer([{"iteration": at, "lambda": {"a": at / 1000, "b": 0.12345}} for at in range(1, 101)], "lambda")
-    assert len(found["iterations"]) <= MAX_LAYER_POINTS + 1
-    assert found["iterations"][0] == 1 and found["iterations"][-1] == 100
-    assert found["by_layer"]["a"][-1] == 0.1 and found["by_layer"]["b"][0] == 0.123
-    assert {len(values) for values in found["by_layer"].values()} == {len(found["iterations"])}
+    assert len(found.iterations) <= MAX_LAYER_POINTS + 1
+    assert found.iterations[0] == 1 and found.iterations[-1] == 100
+    assert found.by_layer["a"][-1] == 0.1 and found.by_layer["b"][0] == 0.123
+    assert {len(values) for values in found.by_layer.values()} == {len(found.iterations)}
 
 
 def test_values_are_of_the_end_the_whole_run_and_the_score_and_items_are_kept(tmp_path: Path, group: Group) -> None:

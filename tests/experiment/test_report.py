@@ -23,7 +23,7 @@ from megatron_peft.commands.report import main as report_main
 from megatron_peft.config import ConfigurationError
 from megatron_peft.experiment import plots, report, tables
 from megatron_peft.experiment.plots import color, new_figure, save, style, svg
-from megatron_peft.experiment.records import cell_file, read_records, write_record
+from megatron_peft.experiment.records import ByLayer, cell_file, read_records, write_record
 from megatron_peft.experiment.report import build_report, markdown, write
 from megatron_peft.experiment.results import Results, read_results
 from megatron_peft.experiment.tables import Scores, score_runs
@@ -138,7 +138,7 @@ def test_a_report_before_the_first_final_run_and_of_runs_of_unlike_lengths(found
     group = found.all[2].group
     (cell,) = (cells[1] for cells in group.finals if cells[1].key in found.records())
     record = found.records()[cell.key]
-    longer = {"iterations": [20, 40, 60], "by_layer": {"0": [1.0, 2.0, None], "1": [0.5, 0.5, 0.5]}}
+    longer = ByLayer([20, 40, 60], {"0": [1.0, 2.0, None], "1": [0.5, 0.5, 0.5]})
     write_record(tmp_path, replace(record, grad_norms=longer))
     assert "depth-" in markdown(build_report(read_results(tmp_path), "hybrid"))
     for path in (tmp_path / "cells").glob("*.json"):
@@ -361,14 +361,14 @@ def test_gradient_norms_by_layer_are_means_over_runs_and_iterations(found: Resul
     lora, lora_ga, _ = (np.asarray(line.get_ydata()).tolist() for line in figure.axes[0].lines)
     assert lora == pytest.approx([2.06 + 1, 0.5]) and lora_ga == pytest.approx([1.53 + 1, 0.5])
     for cell in (cell for result in found.all for cell in result.chosen):
-        write_record(tmp_path, record_of(cell, grad_norms={}))
+        write_record(tmp_path, record_of(cell, grad_norms=ByLayer()))
     assert plots.draw_depths(read_results(tmp_path), "tiny", "talk") is None
 
 
 def test_lambdas_are_means_over_the_final_runs(found: Results, tmp_path: Path) -> None:
     cell = found.all[2].chosen[2]
     by_layer = {LAYERS[0]: [0.5, 0.6], LAYERS[1]: [0.5, 0.5]}
-    write_record(tmp_path, record_of(cell, lambdas={"iterations": [20, 40], "by_layer": by_layer}))
+    write_record(tmp_path, record_of(cell, lambdas=ByLayer([20, 40], by_layer)))
     panel, _ = plots.draw_mean_lambdas(read_results(tmp_path).all[2]).axes
     assert panel.images[0].get_array().ravel().tolist() == pytest.approx([0.5, 0.4, 0.5, 0.7])
 

@@ -182,6 +182,15 @@ def test_a_damaged_file_is_named(folder: Path, name: str, content: str, told: st
         read_run(folder)
 
 
+def test_lines_without_a_speed_give_a_page_without_it(folder: Path) -> None:
+    lines = [line(at) for at in range(2, LENGTH + 1, 2)]
+    for one in lines:
+        del one["tokens_per_second"]
+    write_lines(folder / "metrics.jsonl", lines)
+    section = next(one for one in build_run_report(read_run(folder)).sections if one.title == "Speed and memory")
+    assert section.texts[0].startswith("Training took 0:00:40") and "a step" not in section.texts[0]
+
+
 def test_running_mean_is_the_mean_of_each_points_neighbors_and_of_a_long_run_at_once() -> None:
     draw = np.random.default_rng(0)
     for length in (1, 2, 3, 40, 41, 79, 80, 1003):

@@ -23,7 +23,7 @@ from megatron_peft.checkpoint.folders import TRACKER, FolderLock
 from megatron_peft.config import ConfigurationError
 from megatron_peft.experiment import process, results, runner
 from megatron_peft.experiment.cells import Group
-from megatron_peft.experiment.records import of_cell, read_records, write_record
+from megatron_peft.experiment.records import ByLayer, of_cell, read_records, write_record
 from megatron_peft.experiment.results import Result, Work
 from megatron_peft.experiment.runner import Job, Runner, read_scores, run_experiment, table
 from megatron_peft.experiment.spec import Metric, ScoreSpec
@@ -133,7 +133,7 @@ def test_records_of_a_contrast_have_it_and_the_items(tmp_path: Path) -> None:
         assert record.items["validation loss"] == [pytest.approx([loss, 1]), pytest.approx([3 * loss, 3])]
         by_item = [pytest.approx([2 * (100 - 10 * loss), 1]), pytest.approx([2 * (99 - 10 * loss), 1])]
         assert record.test_loss == 0.5 and 0 < (record.cpu_seconds or 0) < 60
-        assert record.grad_norms == {"iterations": [1, 2], "by_layer": {"0": [0.123, 0.123], "1": [None, None]}}
+        assert record.grad_norms == ByLayer([1, 2], {"0": [0.123, 0.123], "1": [None, None]})
         if record.seed == 1:  # not scored
             assert not record.scores and record.items.keys() == {"validation loss", "test loss"}
         else:
