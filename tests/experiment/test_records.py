@@ -68,7 +68,7 @@ CHANGES = [
     ({"flags": 1}, "flags: Input should be a valid tuple"),
     ({"settings": None}, "settings: "),
     ({"curves": 3}, "curves: "),
-    ({"curves": {"grad_norm": [[1, 0.5, "red"]]}}, "curves.grad_norm.0.2.int: "),
+    ({"curves": {"grad_norm": [[1, 0.5, "red"]]}}, r"curves.grad_norm.0.2\..*: "),
     ({"items": {"validation loss": [[1.0]]}}, "items.validation loss.0: "),
     ({"grad_norms": {"by_layer": {"0": [{}]}}}, "grad_norms.by_layer.0.0: "),
     ({"status": "x"}, "status: "),
