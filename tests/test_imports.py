@@ -33,7 +33,7 @@ ALLOWED: Mapping[str, set[str]] = {
     | {"checkpoint", "data", "tasks", "training", "evaluation", "experiment"},
     "rehearsal": SHARED | {"checkpoint", "data", "training"},
     "certify": SHARED | {"checkpoint", "conversion", "serving", "data", "training", "rehearsal"},
-    "plan": {"config", "models", "training", "rehearsal"},
+    "plan": {"config", "runtime", "models", "training", "rehearsal"},
     "": {"config", "runtime", "training"},  # the package's public names, imported at their first use
     "__main__": {"commands"},
 }

@@ -49,8 +49,8 @@ from megatron_peft.models.families import check_adapters, config_of_shape, rules
 from megatron_peft.models.rules import expected_tensors
 from megatron_peft.models.shape import ModelShape, check_quantized
 from megatron_peft.parallel.layout import generator_for
-from megatron_peft.rehearsal.rehearsal import work_bar
 from megatron_peft.rehearsal.requests import kept_stages, make_small, of_num_layers
+from megatron_peft.runtime.progress import progress_bar
 from megatron_peft.runtime.ranks import RanksFailed, preload, run_ranks
 from megatron_peft.serving.engine import Engine
 
@@ -299,7 +299,7 @@ def certify(config: RunConfig, shape: ModelShape, engine: Path | None = None) ->
         Engine(engine).close()
     print("training small runs and comparing them: takes minutes", file=sys.stderr, flush=True)
     preload(["megatron_peft.certify.runs"])  # and all that a rank of the small run imports
-    with tempfile.TemporaryDirectory(prefix="megatron-peft-certify-") as folder, work_bar("Comparing") as watch:
+    with tempfile.TemporaryDirectory(prefix="megatron-peft-certify-") as folder, progress_bar("Comparing") as watch:
         small = small_run(config, shape, Path(folder), engine=engine)
         wide = wide_run(config, shape, Path(folder, "wide"))
         comparisons = []

@@ -189,9 +189,9 @@ def _longest_sequence(settings: PlanSettings, run: RunConfig, shape: ModelShape,
     if not settings.longest_sequence:
         return {}
     from megatron_peft.plan.layouts import longest_sequence
-    from megatron_peft.rehearsal.rehearsal import work_bar
+    from megatron_peft.runtime.progress import progress_bar
 
-    with work_bar("Trying lengths") as watch:
+    with progress_bar("Trying lengths") as watch:
         length, peak = longest_sequence(run, shape, cluster, watch)
     answer = f"--seq-length {length} fits" if length else "none fits; the shortest takes"
     limit = ", all positions of the model" * (length > shape.longest_sequence - run.parallel.tensor_model_parallel_size)
@@ -204,16 +204,16 @@ def _fitting(
 ) -> "tuple[int, list[FittedLayout]]":
     """GPUs and the layouts that fit them: of `world_size`, or of the fewest of `NODES_TRIED` that hold the run."""
     from megatron_peft.plan.layouts import fit
-    from megatron_peft.rehearsal.rehearsal import work_bar
+    from megatron_peft.runtime.progress import progress_bar
 
     if world_size is not None:
-        with work_bar("Comparing layouts") as watch:
+        with progress_bar("Comparing layouts") as watch:
             return world_size, fit(config, shape, world_size, cluster, watch=watch)
     problem, known = "", {}
     for num_nodes in NODES_TRIED:
         size = num_nodes * cluster.gpus_per_node
         try:
-            with work_bar(f"Comparing layouts of {size} GPUs") as watch:
+            with progress_bar(f"Comparing layouts of {size} GPUs") as watch:
                 layouts = fit(config, shape, size, cluster, watch=watch, known=known)
         except ConfigurationError as error:
             problem = str(error).removeprefix("--fit: ")

@@ -31,10 +31,11 @@ from megatron_peft.conversion.pretrained import (
     read_model_shape,
     read_trained_values,
 )
-from megatron_peft.conversion.writer import DEFAULT_SHARD_BYTES, byte_bar, require_no_overflow, write_safetensors
+from megatron_peft.conversion.writer import DEFAULT_SHARD_BYTES, require_no_overflow, write_safetensors
 from megatron_peft.models.families import config_of_shape, read_shape
 from megatron_peft.models.rules import HFSlice, Rule, VocabularyRows
 from megatron_peft.models.shape import ModelShape
+from megatron_peft.runtime.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +110,10 @@ def hf_to_megatron(
     ]
     specs = [stored.empty("meta") for stored in slices]
     total_bytes = sum(spec.nbytes for spec in specs)
-    with new_folder(output) as draft, byte_bar("Converting", total_bytes, progress) as advance:
+    with (
+        new_folder(output) as draft,
+        progress_bar("Converting", total_bytes, in_bytes=True, enabled=progress) as advance,
+    ):
         hf_files.copy_small_files(Path(input), draft)
         hf_files.set_stored_type(draft, {spec.dtype for spec in specs})
         reader, writer = _StreamingPlanner(slices, source, advance), _Writer(draft)
@@ -223,7 +227,7 @@ def _write(
                 yield name, held.pop(name)
 
     total_bytes = sum(spec.nbytes for spec in specs.values())
-    with new_folder(output) as draft, byte_bar(bar, total_bytes, bool(bar)) as advance:
+    with new_folder(output) as draft, progress_bar(bar, total_bytes, in_bytes=True, enabled=bool(bar)) as advance:
         origin = next((folder for folder in origins if (folder / hf_files.CONFIG).is_file()), None)
         if origin is None:
             logger.warning("no config.json was found: writing one from the model's shape, without a tokenizer")

@@ -24,9 +24,9 @@ from megatron_peft.conversion.hf_files import row_ranges
 from megatron_peft.conversion.megatron_files import MegatronWeights, open_megatron
 from megatron_peft.conversion.pretrained import Weights, open_weights, owned_rules
 from megatron_peft.conversion.trained_adapters import LowRankFactors, TrainedAdapters
-from megatron_peft.conversion.writer import byte_bar
 from megatron_peft.models.families import rules_for
 from megatron_peft.models.rules import RowRange, Rule
+from megatron_peft.runtime.progress import progress_bar
 
 BLOCK_ELEMENTS = 2**20  # of a block of rows, 8 MiB
 SEED = 0
@@ -206,7 +206,7 @@ def approximate(
     adapted = run.record.adapted_layers or tuple(linear)
     num_bytes = {layer: 4 * prod(linear[layer].local_shape(1)) for layer in adapted}
     layers: dict[str, list[ModuleLora]] = {}
-    with byte_bar("Approximating", sum(num_bytes.values()), progress) as advance:
+    with progress_bar("Approximating", sum(num_bytes.values()), in_bytes=True, enabled=progress) as advance:
         for layer in adapted:
             rule = linear[layer]
             change = _change(rule, run, weights, trained)

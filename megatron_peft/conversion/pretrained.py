@@ -29,7 +29,6 @@ from megatron_peft.conversion.hf_files import (
 )
 from megatron_peft.conversion.megatron_files import EMBEDDING, OUTPUT, MegatronWeights, open_megatron
 from megatron_peft.conversion.nf4_files import NF4Source, unpacked
-from megatron_peft.conversion.writer import byte_bar
 from megatron_peft.models.families import read_shape, rules_for
 from megatron_peft.models.rules import Columns, HFTensor, RowRange, Rule, expected_tensors
 from megatron_peft.models.shape import ModelShape, check_layout, check_lengths, check_quantized, compare_shape, is_size
@@ -42,6 +41,7 @@ from megatron_peft.parallel.collectives import (
     start_broadcast,
 )
 from megatron_peft.runtime.launch import checked_together, place_on_node, wait_for_device
+from megatron_peft.runtime.progress import progress_bar
 
 LOCAL_LAYER = re.compile(r"^(decoder\.layers\.\d+)(?=\.)")
 Weights = Source | MegatronWeights  # an open base model
@@ -265,7 +265,7 @@ def load_pretrained(
     to_fill = checked_together(lambda: _with_rules(model_chunks, rules, tensor_parallel_size))
     to_fill.sort(key=lambda pair: weights.place(pair[0]))
     num_bytes = sum(tensor.nbytes for _, parameter in to_fill for tensor in stored_tensors(parameter))
-    with byte_bar("Loading weights", num_bytes, progress) as advance:
+    with progress_bar("Loading weights", num_bytes, in_bytes=True, enabled=progress) as advance:
         groups: Any = (None, None)
         if together:
             groups = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_data_parallel_group()

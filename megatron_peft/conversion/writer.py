@@ -2,14 +2,11 @@
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -80,14 +77,3 @@ def parse_bytes(text: str) -> int:
     num_bytes = 0 if match is None else int(float(match[1]) * UNITS[match[2]])
     require(num_bytes > 0, f"--max-shard-size {text!r} is not a size: use a form like 5GB, 500MB or 1GiB.")
     return num_bytes
-
-
-@contextmanager
-def byte_bar(description: str, total_bytes: int, enabled: bool) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar at a terminal; yields a function that advances it by a number of bytes."""
-    console = Console(stderr=True)
-    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
-    shown = enabled and console.is_terminal
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=not shown) as bar:
-        task = bar.add_task(description, total=total_bytes)
-        yield lambda num_bytes: bar.advance(task, num_bytes)

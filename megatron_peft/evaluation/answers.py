@@ -6,13 +6,11 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from megatron_peft.checkpoint import folders, run_record
 from megatron_peft.config import ConfigurationError, RunConfig, is_indexed, parse_blend, require, writing
@@ -24,6 +22,7 @@ from megatron_peft.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_peft.evaluation.generation import GenerationSettings, StopTexts, generate_answers
 from megatron_peft.evaluation.model import InferenceModel, load_model, opened_model, restore_base
 from megatron_peft.runtime.launch import checked_together
+from megatron_peft.runtime.progress import progress_bar
 
 Record = Mapping[str, Any]
 
@@ -54,7 +53,7 @@ def _answer(
         generate_answers(model, [(ids[0], "0/0")], until, plan, stream.add)
         stream.end()
         return
-    with request_bar("answering", len(records)) as advance:
+    with progress_bar("answering", len(records)) as advance:
         for line in _lines(model, settings, records, ids):
             if file is not None:
                 file.add(line)
@@ -228,24 +227,6 @@ class Stream:
         self._num_written = max(self._num_written, len(text))
 
 
-@contextmanager
-def request_bar(title: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
-    """Show on stderr how many requests the yielded function was told: a bar on a terminal, else a line every tenth."""
-    console = Console(stderr=True)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(title, total=total, completed=done)
-
-        def advance(number: int) -> None:
-            nonlocal done
-            bar.advance(task, number)
-            before, done = done, done + number
-            if not console.is_terminal and before * 10 // total < done * 10 // total:
-                print(f"{title}: {done} of {total}", file=sys.stderr, flush=True)
-
-        yield advance
-
-
 def write_samples(config: RunConfig, output: Path, run: str, num_samples: int, max_new_tokens: int) -> None:
     """Write what a run and its base answer to prompts of its validation data, greedily. In a started world.
 
@@ -258,7 +239,7 @@ def write_samples(config: RunConfig, output: Path, run: str, num_samples: int, m
     ids = encode_prompts([record for *_, record in questions], model.tokenizer, False, model.max_length)
     prompts = [(prompt, str(number)) for number, prompt in enumerate(ids)]
     plan = GenerationSettings(frozenset(), max_new_tokens, batch_size=16)
-    with request_bar("answering", 2 * len(questions)) as advance:
+    with progress_bar("answering", 2 * len(questions)) as advance:
         after = generate_answers(model, prompts, (), plan)
         advance(len(questions))
         restore_base(model.chunks, model.config, model.shape)

@@ -26,10 +26,10 @@ from megatron_peft.checkpoint.folders import GRACE_SECONDS, locked
 from megatron_peft.config import ConfigurationError, require, writing
 from megatron_peft.config.evaluation import Sampling
 from megatron_peft.config.untrusted import parse_json, require_regular
-from megatron_peft.evaluation.answers import request_bar
 from megatron_peft.evaluation.generation import Continuation, GenerationSettings, StopTexts, generate_answers, score_all
 from megatron_peft.evaluation.model import InferenceModel
 from megatron_peft.runtime.launch import gloo_group
+from megatron_peft.runtime.progress import progress_bar
 
 Action = Callable[..., Any]  # on a model, of all ranks
 
@@ -262,7 +262,7 @@ class HarnessModel(TemplateLM):
         pending = [key for key in distinct if key not in finished]
         pending.sort(key=lambda key: (-len(distinct[key][0]), distinct[key][0]))
         size = self._batch_size * self._model.batches_at_once
-        with request_bar(title, len(distinct), done=len(distinct) - len(pending)) as advance:
+        with progress_bar(title, len(distinct), done=len(distinct) - len(pending)) as advance:
             for start in range(0, len(pending), size):
                 portion = pending[start : start + size]
                 answers = self._dispatcher.call(action, [distinct[key] for key in portion], *settings)

@@ -31,8 +31,9 @@ from megatron_peft.plan.cluster import Cluster
 from megatron_peft.plan.recorded_step import RecordedStep, estimated_time, total
 from megatron_peft.plan.timing import PlannedSpeed, time_alone
 from megatron_peft.rehearsal.program import Memory, RecordedLayers, Segment
-from megatron_peft.rehearsal.rehearsal import Watch, kept_processes, record_layers
+from megatron_peft.rehearsal.rehearsal import kept_processes, record_layers
 from megatron_peft.rehearsal.requests import LayersToRecord, alike_stages
+from megatron_peft.runtime.progress import Advance, no_progress
 
 MICRO_BATCHES = (1, 2, 4, 8)
 RECOMPUTES: Mapping[str, tuple[dict[str, Any], tuple[str, ...]]] = {  # name -> (fields of TransformerConfig, modules)
@@ -102,7 +103,7 @@ def fit(
     world_size: int,
     cluster: Cluster,
     num_layouts: int = 10,
-    watch: Watch = lambda done, more: None,
+    watch: Advance = no_progress,
     known: dict[str, RecordedLayers] | None = None,
 ) -> list[FittedLayout]:
     """The layouts that fit, the fastest first; of those that divide the layers in other ways alone, the fastest.
@@ -277,7 +278,7 @@ SEQUENCE_STEP = 64  # tokens
 
 @kept_processes()
 def longest_sequence(
-    run: RunConfig, shape: ModelShape, cluster: Cluster, watch: Watch = lambda done, more: None
+    run: RunConfig, shape: ModelShape, cluster: Cluster, watch: Advance = no_progress
 ) -> tuple[int, int]:
     """The longest --seq-length that fits at a run's layout, and what its fullest rank holds, in bytes.
 

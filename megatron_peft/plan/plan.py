@@ -17,7 +17,8 @@ from megatron_peft.models.shape import ModelShape
 from megatron_peft.plan.cluster import Cluster
 from megatron_peft.plan.timing import PlannedSpeed, step_time, time_table
 from megatron_peft.rehearsal.program import PHASES, Call, Entry, RankRecord
-from megatron_peft.rehearsal.rehearsal import RehearsedRun, order_problem, rehearse_run, work_bar
+from megatron_peft.rehearsal.rehearsal import RehearsedRun, order_problem, rehearse_run
+from megatron_peft.runtime.progress import progress_bar
 
 _GIB, _MIB = 2**30, 2**20
 ACTIVATIONS = "activations of "
@@ -74,7 +75,7 @@ class Plan:
 
 def make_plan(config: RunConfig, shape: ModelShape, cluster: Cluster) -> Plan:
     """Rehearse a run, match the calls of its ranks, and estimate its time. A bar at a terminal shows the rehearsals."""
-    with work_bar("Rehearsing") as watch:
+    with progress_bar("Rehearsing") as watch:
         run = rehearse_run(config, shape, watch=watch)
         problem = order_problem(run, watch=watch)
     if problem is not None:

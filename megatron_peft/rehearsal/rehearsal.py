@@ -7,7 +7,6 @@ the entries of every rank. Processes of this machine do it, on torch's fake proc
 
 import os
 import re
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,8 +18,6 @@ from typing import Any
 
 from megatron.core.enums import ModelType
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import nn
 
 from megatron_peft.config import ConfigurationError, ParallelConfig, RunConfig
@@ -33,45 +30,19 @@ from megatron_peft.rehearsal.rehearsed_rank import recorded_layers, rehearse_ran
 from megatron_peft.rehearsal.requests import LayersToRecord, Lengths, RankToRehearse
 from megatron_peft.runtime import fake_ranks
 from megatron_peft.runtime.launch import model_parallel
+from megatron_peft.runtime.progress import Advance, no_progress
 from megatron_peft.runtime.ranks import Worker, preload
 
-Watch = Callable[[int, int], None]  # is told how much of the work is done now, and how much more there is to do
-SECONDS_BETWEEN_LINES = 10.0
 MOST_REPLICAS, MOST_RANKS = 8, 64  # whose calls are compared in `order_problem`
 
 
-@contextmanager
-def work_bar(title: str) -> Iterator[Watch]:
-    """Show a bar at a terminal, of work whose amount turns out on the way; in a file a line, at most every 10 s."""
-    console = Console(stderr=True)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task, reported_at = bar.add_task(title, total=None), time.monotonic()
-
-        def watch(done: int, more: int) -> None:
-            nonlocal reported_at
-            if more:
-                bar.update(task, total=(bar.tasks[0].total or 0) + more)
-            bar.advance(task, done)
-            if not console.is_terminal and time.monotonic() - reported_at >= SECONDS_BETWEEN_LINES:
-                total = bar.tasks[0].total
-                console.print(f"{title}: {bar.tasks[0].completed:.0f}{f' of {total:.0f}' if total else ''} done")
-                reported_at = time.monotonic()
-
-        yield watch
-
-
-def unwatched(done: int, more: int) -> None:
-    """The `Watch` of work that nobody waits for at a terminal."""
-
-
-def rehearse(ranks: Sequence[RankToRehearse], watch: Watch = unwatched) -> list[RankRecord]:
+def rehearse(ranks: Sequence[RankToRehearse], watch: Advance = no_progress) -> list[RankRecord]:
     """The record of each rank. `watch` counts ranks."""
     return _in_processes([partial(rehearse_rank, rank) for rank in ranks], watch)
 
 
 def record_layers(
-    specs: Sequence[LayersToRecord], watch: Watch = unwatched, known: dict[str, RecordedLayers] | None = None
+    specs: Sequence[LayersToRecord], watch: Advance = no_progress, known: dict[str, RecordedLayers] | None = None
 ) -> list[RecordedLayers]:
     """The segments of each model, from as few layers as have all kinds of them. `watch` counts recordings.
 
@@ -121,7 +92,7 @@ def kept_processes() -> Iterator[None]:
             worker.end()
 
 
-def _in_processes(calls: Sequence[Callable[[], Any]], watch: Watch) -> list[Any]:
+def _in_processes(calls: Sequence[Callable[[], Any]], watch: Advance) -> list[Any]:
     """What these calls give, in processes forked from one that has torch.
 
     There are as many as this machine has cores, at most four: what a process's first call costs most is found in
@@ -353,7 +324,9 @@ class RehearsedRun:
         return programs_of_ranks(self.stages, replace(self.grid, data=min(self.grid.data, 2)))
 
 
-def rehearse_run(config: RunConfig, shape: ModelShape, peaks: bool = True, watch: Watch = unwatched) -> RehearsedRun:
+def rehearse_run(
+    config: RunConfig, shape: ModelShape, peaks: bool = True, watch: Advance = no_progress
+) -> RehearsedRun:
     """Rehearse the distinct ranks of a run's world, which need not exist. `watch` counts them.
 
     Without `peaks` of memory the records tell what ranks compute and call, in less time.
@@ -375,7 +348,7 @@ def rehearse_run(config: RunConfig, shape: ModelShape, peaks: bool = True, watch
     return RehearsedRun(config, shape, tuple(records), tuple(programs), alike)
 
 
-def order_problem(run: RehearsedRun, watch: Watch = unwatched) -> str | None:
+def order_problem(run: RehearsedRun, watch: Advance = no_progress) -> str | None:
     """The first problem of the calls of any rank; None: all end.
 
     Every rank of a small run (`requests.make_small`) is rehearsed from the model to a checkpoint, and their programs

@@ -29,7 +29,6 @@ from megatron_peft.evaluation.answers import (
     questions_of,
     read_prompts,
     records_of,
-    request_bar,
     write_samples,
 )
 from megatron_peft.evaluation.generation import StopTexts
@@ -300,17 +299,6 @@ def test_generate_puts_the_system_message_first(record, text, monkeypatch):
     monkeypatch.setattr(dist, "get_rank", lambda: 0)
     answers._answer(SimpleNamespace(tokenizer=BYTES, max_length=99), settings, [record], *plan_of(settings), None)
     assert bytes(asked[0][0]).decode() == text
-
-
-def test_a_log_has_a_line_at_each_tenth(capsys):
-    with request_bar("scoring", 40, done=2) as advance:
-        for _ in range(19):
-            advance(2)
-    with request_bar("nothing", 0):
-        pass
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "scoring: 4 of 40" and lines[-1] == "scoring: 40 of 40"
-    assert len(lines) == 10
 
 
 LORA = PeftConfig(lora_rank=3, lora_rs=True, target_modules=("linear_qkv", "*fc1"), lora_dropout=0.1)

@@ -11,7 +11,6 @@ from dataclasses import replace
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +21,7 @@ from megatron_peft.rehearsal.program import PHASES, Call, Mark, RankRecord
 from megatron_peft.rehearsal.rehearsal import kept_processes, rehearse
 from megatron_peft.rehearsal.rehearsed_rank import rehearse_rank
 from megatron_peft.rehearsal.requests import RankToRehearse, enough_microbatches
+from megatron_peft.runtime.progress import no_progress
 from tests.plan.recorded import products
 from tests.ranks import run_ranks
 from tests.rehearsal.watched_runs import LAYOUTS, METHODS, SHAPE, Watched, profiled_peaks, real_records, watched
@@ -31,15 +31,6 @@ from tools.published import LLAMA_405B, made_up_run
 MESSAGES_UNDER_WAY = 4
 HEADERS = 2**15  # bytes of the messages with the files' headers, if gloo's threads have not let go of them
 NOT_OVERLAPPED = ("lora bounded", "projection", "riemannian")  # a step's end needs whole parameters: refused
-
-
-def test_work_is_a_line_now_and_then_where_there_is_no_terminal(monkeypatch, capsys) -> None:
-    now = iter([0.0, 9.0, 11.0, 11.0, 20.0, 21.0, 21.0])
-    monkeypatch.setattr(rehearsal, "time", SimpleNamespace(monotonic=lambda: next(now)))
-    with rehearsal.work_bar("Rehearsing") as watch:
-        for done, more in ((0, 5), (1, 0), (1, 0), (1, 0)):
-            watch(done, more)
-    assert capsys.readouterr().err == "Rehearsing: 1 of 5 done\nRehearsing: 3 of 5 done\n"
 
 
 @pytest.fixture(scope="session")
@@ -243,7 +234,7 @@ def test_three_kinds_of_ranks_of_llama_405b_take_90_cpu_seconds_and_a_gibibyte()
 
 
 def answers(*calls: Callable[[], Any]) -> list[Any]:
-    return rehearsal._in_processes(calls, rehearsal.unwatched)
+    return rehearsal._in_processes(calls, no_progress)
 
 
 def end_with(code: int) -> None:
