@@ -41,7 +41,7 @@ EXTRAS = {
     name: {distribution_name(requirement) for requirement in requirements}
     for name, requirements in PROJECT["optional-dependencies"].items()
 }
-PROGRAM_EXTRAS = EXTRAS["eval"] | EXTRAS["report"] | EXTRAS["demo"] | EXTRAS["certify"]
+PROGRAM_EXTRAS = EXTRAS["eval"] | EXTRAS["report"] | EXTRAS["demo"] | EXTRAS["peft"]
 SCRIPTS = [*(ROOT / "tools").glob("*.py"), ROOT / "pretrain_peft.py"]
 
 
@@ -62,7 +62,7 @@ def test_every_import_is_a_declared_dependency_and_the_other_way_round() -> None
 
 
 def test_tests_need_the_extras_of_the_programs_and_core_none_of_their_packages() -> None:
-    assert "megatron-peft[certify,demo,eval,nf4,report]" in PROJECT["optional-dependencies"]["test"]
+    assert "megatron-peft[demo,eval,nf4,peft,report]" in PROJECT["optional-dependencies"]["test"]
     assert PROJECT["optional-dependencies"]["dev"] == ["megatron-peft[lint,test]"]
     assert DEPENDENCIES & PROGRAM_EXTRAS == set()
     assert EXTRAS["report"] <= EXTRAS["demo"], "README shows the report of the demo's run"
@@ -108,7 +108,7 @@ MODEL = ROOT / "examples" / "models" / "llama-3.1-8b" / "config.json"
 NEEDS = {  # program, its words -> extra and packages
     (evaluate, EVALUATION): ("eval", "lm_eval rouge_score sacrebleu"),
     (report, "."): ("report", "matplotlib pandas scipy"),
-    (certify, f"--pretrained-checkpoint {MODEL}"): ("certify", "peft"),
+    (certify, f"--pretrained-checkpoint {MODEL}"): ("peft", "peft"),
     (demo, "--output out"): ("demo", "accelerate gguf matplotlib pandas sacrebleu scipy"),
 }
 

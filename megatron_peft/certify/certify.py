@@ -294,7 +294,7 @@ def certify(config: RunConfig, shape: ModelShape, engine: Path | None = None) ->
         ConfigurationError: No small model fits the method, HF PEFT is not installed, or that Python has no vLLM.
     """
     if config.peft.trains_adapters and is_exportable(config.peft):
-        require_packages("certify", "peft")
+        require_packages("peft", "peft")
     if engine is not None:
         Engine(engine).close()
     print("training small runs and comparing them: takes minutes", file=sys.stderr, flush=True)

@@ -3,12 +3,8 @@
 What the Hub has is taken from its cache, or downloaded once. Never code.
 """
 
-import fcntl
-import os
 import re
-import zlib
 from collections.abc import Sequence
-from contextlib import suppress
 from functools import lru_cache
 from math import inf
 from pathlib import Path
@@ -135,58 +131,19 @@ def local_tokenizer(name: str, flag: str) -> str:
 
 @lru_cache
 def local_folder(name: str, flag: str, patterns: Sequence[str], repository: Repository = "model") -> str:
-    """The folder of the Hub's cache with those files of `name` that match; what is missing is downloaded.
+    """Return the directory of the Hub's cache with those files of `name` that match; download what is missing.
 
-    Of the processes that a launcher starts on a node, the first to come asks the Hub; the others wait for what it got.
+    Processes that ask at once wait for one another at each file (huggingface_hub's own locks).
     Raises ConfigurationError if it is neither there nor can be had.
     """
-    from huggingface_hub import constants
-
-    request = name, flag, patterns, repository
-    if constants.HF_HUB_OFFLINE or "LOCAL_RANK" not in os.environ:
-        return _snapshot(*request)
-    launch = f"{_launcher()} {os.environ.get('MASTER_PORT')} {os.environ.get('TORCHELASTIC_RESTART_COUNT')}"
-    place = Path(constants.HF_HUB_CACHE) / f".{os.uname().nodename}-{zlib.crc32(repr(request).encode()):08x}.lock"
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        file = place.open("a+")
-        fcntl.flock(file, fcntl.LOCK_EX)
-    except OSError:  # of a file system without locks, or one that may only be read
-        return _snapshot(*request)
-    with file:
-        file.seek(0)
-        launched, _, problem = file.read().partition("\n")
-        if launched == launch:
-            require(not problem, problem)
-            return _snapshot(*request, is_there=True)
-        try:
-            problem, folder = "", _snapshot(*request)
-            return folder
-        except ConfigurationError as error:
-            problem = str(error)
-            raise
-        finally:
-            file.truncate(0)
-            file.write(f"{launch}\n{problem}")
-
-
-def _launcher() -> str:
-    """The process that has started this one, and when it began: in a container its number is that of the last one."""
-    began = ""
-    with suppress(OSError):  # no Linux
-        began = Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[19]
-    return f"{os.getppid()} {began}"
-
-
-def _snapshot(name: str, flag: str, patterns: Sequence[str], repository: Repository, is_there: bool = False) -> str:
     from huggingface_hub import constants, snapshot_download
 
-    offline, only = bool(constants.HF_HUB_OFFLINE), list(patterns)
     try:
-        return snapshot_download(name, repo_type=repository, allow_patterns=only, local_files_only=offline or is_there)
+        return snapshot_download(name, repo_type=repository, allow_patterns=list(patterns))
     except Exception as error:  # noqa: BLE001 - of the network, of the Hub, of its cache
         said = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        why = "HF_HUB_OFFLINE is set" if offline else f"the Hub did not give it ({type(error).__name__}: {said})"
+        is_offline = constants.HF_HUB_OFFLINE
+        why = "HF_HUB_OFFLINE is set" if is_offline else f"the Hub did not give it ({type(error).__name__}: {said})"
         is_data = repository == "dataset"
         known = f"no file or folder here and no prefix of an .idx ({RECORD_NAMES})" if is_data else "no folder here"
         kind = " --repo-type dataset" if is_data else ""

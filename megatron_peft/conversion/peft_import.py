@@ -5,8 +5,7 @@ know.
 """
 
 import json
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ from megatron_peft.checkpoint.run_record import ADAPTER_CONFIG, RunRecord
 from megatron_peft.checkpoint.tensors import ADAPTER
 from megatron_peft.config import ConfigurationError, PeftConfig, config_from_dict, errors, require, untrusted
 from megatron_peft.conversion.hf_files import Source, listed, open_source, require_tensors
+from megatron_peft.conversion.peft_targets import is_targeted
 from megatron_peft.conversion.pretrained import known_fingerprint, open_weights, read_model_shape
 from megatron_peft.conversion.trained_adapters import PREFIX, LowRankFactors, fuse, save_adapters, shortest_targets
 from megatron_peft.models.families import rules_for
@@ -147,17 +147,15 @@ class PeftImport:
 
     def __init__(self, config: Mapping[str, Any], source: Source) -> None:
         self.config, self.source = config, source
-        for key in ("target_modules", "exclude_modules"):
+        for key in ("target_modules", "exclude_modules", "layers_pattern"):
             value = config.get(key) or []
             names = value if isinstance(value, list) else [value]
             are_names = all(isinstance(name, str) for name in names)
-            require(are_names, f"{key} is {str(value)[:40]}; it must be names of modules.")
-            if isinstance(value, str):
-                _matches(value, "")
+            require(are_names, f"{key} is {str(value)[:40]}; it must be names.")
         layers = config.get("layers_to_transform")
-        self.layers = layers if isinstance(layers, list) else [] if layers is None else [layers]
+        numbers = layers if isinstance(layers, list) else [] if layers is None else [layers]
         require(
-            all(type(layer) is int for layer in self.layers),
+            all(type(layer) is int for layer in numbers),
             f"layers_to_transform is {str(layers)[:40]}; it must be numbers of layers.",
         )
 
@@ -172,33 +170,8 @@ class PeftImport:
         return [module for module in rule.modules if self.is_targeted(module)]
 
     def is_targeted(self, module: str) -> bool:
-        """Whether HF PEFT would put its adapter on the module of this full name."""
-        if _is_named(self.config.get("exclude_modules"), module):
-            return False
-        wanted = self.config["target_modules"]
-        if isinstance(wanted, str):
-            return wanted == "all-linear" or _matches(wanted, module)
-        layer = re.search(r"\.(\d+)\.", module)
-        is_in_listed_layer = not self.layers or (layer is not None and int(layer[1]) in self.layers)
-        return module in wanted or (_is_named(wanted, module) and is_in_listed_layer)
-
-
-def _matches(expression: str, module: str) -> bool:
-    """Raises ConfigurationError if the expression is no regular expression."""
-    try:
-        return bool(re.fullmatch(expression, module))
-    except (re.error, RecursionError, OverflowError) as error:
-        raise ConfigurationError(
-            f"{ADAPTER_CONFIG}: the regular expression {expression[:60]!r} cannot be used on the name {module!r} "
-            f"({error}): list the modules by name."
-        ) from error
-
-
-def _is_named(names: str | Iterable[str] | None, module: str) -> bool:
-    """A regular expression over full names, or a list of full names and ends of them."""
-    if isinstance(names, str):
-        return bool(names) and _matches(names, module)
-    return any(module == name or module.endswith(f".{name}") for name in names or ())
+        """Return True if HF PEFT would put its adapter on the module of this full name."""
+        return is_targeted(self.config, module)
 
 
 def _dropout(config: Mapping[str, Any], key: str) -> float:

@@ -18,7 +18,15 @@ from torch import Tensor, nn
 
 from megatron_peft.adapters.quantized_weight import QuantizedWeight
 from megatron_peft.checkpoint import folders, load, run_record
-from megatron_peft.config import ConfigurationError, ModelConfig, ParallelConfig, require, sources, untrusted
+from megatron_peft.config import (
+    ConfigurationError,
+    ModelConfig,
+    ParallelConfig,
+    require,
+    require_packages,
+    sources,
+    untrusted,
+)
 from megatron_peft.conversion import hf_files, lora_approximation, trained_adapters
 from megatron_peft.conversion.pretrained import (
     base_parameters,
@@ -172,11 +180,9 @@ def _trace_transformers(base: Path, tokens: Tensor, adapter: Path | None = None)
             base, dtype=torch.float32, local_files_only=True, trust_remote_code=False
         )
     if adapter is not None:
-        try:
-            from peft import PeftModel
-        except ImportError as error:
-            message = f"{adapter} is an adapter of HF PEFT, which is not installed: pip install peft."
-            raise ConfigurationError(message) from error
+        require_packages("peft", "peft")
+        from peft import PeftModel
+
         with _refusals_named("HF PEFT", adapter, " For BOFT with several factors it needs its CUDA extension."):
             model = PeftModel.from_pretrained(model, str(adapter))
     stacks = (module for module in model.modules() if isinstance(module, nn.ModuleList))

@@ -7,7 +7,6 @@ reference's. llama.cpp is silent of a module that is not there.
 
 import math
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from megatron_peft.checkpoint.run_record import ADAPTER_CONFIG
 from megatron_peft.config import ConfigurationError, require, sources, untrusted
 from megatron_peft.conversion.model_card import CARD, add_engine
 from megatron_peft.conversion.peft_export import PeftAdapter
+from megatron_peft.conversion.peft_targets import is_targeted, of_module
 from megatron_peft.conversion.verify import Difference, logits_of, random_tokens
 from megatron_peft.models.families import family_of, read_shape
 from megatron_peft.serving.engine import GGUF, Engine, LlamaCpp, largest_rank
@@ -250,10 +250,10 @@ def _problems(slots: Mapping[str, Any], reply: Mapping[str, Any], settings: Mapp
     for layer, parts in slots.items():
         for (name, outputs, inputs), factors in zip(parts, reply["bound"][layer], strict=True):
             if factors is None:
-                missing += [name] if _is_target(name, settings) else []
+                missing += [name] if is_targeted(settings, name) else []
                 continue
             A, B, is_finite, *scale = factors
-            own = _of_module("rank_pattern", "r", name, settings)
+            own = of_module(settings, "rank_pattern", "r", name)
             if inputs is not None and (A != [own, inputs] or B != [outputs, own]):
                 misshapen.append(f"{name} (A {A}, B {B}; rank {own} of {outputs} x {inputs} features)")
             infinite += [] if is_finite else [name]
@@ -271,41 +271,9 @@ def _problems(slots: Mapping[str, Any], reply: Mapping[str, Any], settings: Mapp
         yield "no module of it is bound, so the base is served"
 
 
-def _is_target(name: str, settings: Mapping[str, Any]) -> bool:
-    """Whether HF PEFT puts an adapter on this module (its `check_target_module_exists`)."""
-    targets, layers = settings.get("target_modules") or [], settings.get("layers_to_transform")
-    saved_whole = (rf"(.*\.)?{module}(\..*)?" for module in settings.get("modules_to_save") or [])
-    if _names(settings.get("exclude_modules") or [], name) or any(re.fullmatch(regex, name) for regex in saved_whole):
-        return False
-    if isinstance(targets, str) and targets.lower() == "all-linear":
-        return not name.endswith(("lm_head", "embed_tokens"))
-    if isinstance(targets, str) or name in targets or layers is None or layers == []:
-        return _names(targets, name)
-    stacks = settings.get("layers_pattern") or r"[^.]*"
-    for stack in [stacks] if isinstance(stacks, str) else stacks:
-        if match := re.match(rf"(?:.*?\.)?{stack}\.(?P<layer>\d+)\.", name):
-            chosen = [layers] if isinstance(layers, int) else layers
-            return _names(targets, name) and int(match["layer"]) in chosen
-    return False
-
-
-def _names(targets: str | Sequence[str], name: str) -> bool:
-    """targets: a regular expression, or the ends of names."""
-    if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
-    return any(name == target or name.endswith(f".{target}") for target in targets)
-
-
-def _of_module(pattern: str, default: str, name: str, settings: Mapping[str, Any]) -> Any:
-    """Keys of patterns are regular expressions for the end of a name; the first that matches counts."""
-    patterns = settings.get(pattern) or {}
-    matching = (value for end, value in patterns.items() if re.fullmatch(rf"(.*\.)?({end})", name))
-    return next(matching, settings.get(default))
-
-
 def _scale(name: str, settings: Mapping[str, Any]) -> float:
-    rank = _of_module("rank_pattern", "r", name, settings)
-    alpha = _of_module("alpha_pattern", "lora_alpha", name, settings)
+    rank = of_module(settings, "rank_pattern", "r", name)
+    alpha = of_module(settings, "alpha_pattern", "lora_alpha", name)
     return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
 

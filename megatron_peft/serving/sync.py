@@ -17,7 +17,7 @@ from uuid import uuid4
 
 from megatron_peft.checkpoint import run_record
 from megatron_peft.checkpoint.folders import MANIFEST, locked, write_atomically
-from megatron_peft.config import ConfigurationError, PeftConfig, require
+from megatron_peft.config import ConfigurationError, PeftConfig, require, require_packages
 from megatron_peft.config.evaluation import SyncSettings
 from megatron_peft.config.untrusted import read_json_object
 from megatron_peft.conversion.hf_files import SafetensorsFile
@@ -57,6 +57,7 @@ def started_sync(
     """
     message = f"{run}: --peft-method full trains no adapter: merge or convert it, and serve the folder."
     require(peft.trains_adapters, message)
+    require_packages("peft", "peft")
     is_lora(peft, shape)  # or why vLLM takes none
     sync = Sync(settings, Path(str(base)), run, **how)
     awaited_from_first_rank(sync.start)

@@ -119,7 +119,6 @@ def test_what_is_not_cached_is_downloaded_but_no_code_and_a_refusal_is_told(monk
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     assert sources.local_model("org/new", FLAG) == str(tmp_path)
     patterns = [pattern for _, settings in asked for pattern in settings["allow_patterns"]]
-    assert not any(settings["local_files_only"] for _, settings in asked)
     assert "*.safetensors" in patterns and "pytorch_model*.bin" in patterns
     assert not [pattern for pattern in (*patterns, *sources.DATA_FILES) if pattern.endswith((".py", "*"))]
 
@@ -129,30 +128,3 @@ def test_what_is_not_cached_is_downloaded_but_no_code_and_a_refusal_is_told(monk
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     with pytest.raises(ConfigurationError, match=r"\(PermissionError: 401: this one is gated\)\. .*hf auth login"):
         sources.local_tokenizer("org/gated", "--tokenizer-model")
-
-
-def test_the_first_process_of_a_launch_asks_the_hub_and_the_others_have_its_folder_or_its_error(cache, monkeypatch):
-    asked = []
-
-    def download(name, **settings):
-        asked.append((name, settings["local_files_only"]))
-        if name == "org/gated":
-            raise PermissionError("401")
-        return str(cache)
-
-    def ask(name: str, restarts: str) -> str:  # as another process of the node
-        sources.local_folder.cache_clear()
-        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
-        return sources.local_tokenizer(name, "--tokenizer-model")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    assert {ask("org/new", restarts) for restarts in "0001"} == {str(cache)}
-    assert asked == [("org/new", False), ("org/new", True), ("org/new", True), ("org/new", False)]
-    told = []
-    for _ in range(2):
-        with pytest.raises(ConfigurationError, match=r"org/gated .*\(PermissionError: 401\)") as caught:
-            ask("org/gated", "0")
-        told.append(str(caught.value))
-    assert told[0] == told[1] and asked[4:] == [("org/gated", False)]
