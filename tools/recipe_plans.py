@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
+from textwrap import TextWrapper
 
 from megatron_peft.cli.parser import read_config
 from megatron_peft.config import RunConfig
@@ -22,6 +23,7 @@ RECIPES, MODELS = ROOT / "examples" / "recipes", ROOT / "examples" / "models"
 CLUSTER = "8xa100"
 ON_A_CPU = ("laptop-cpu",)  # of which a plan knows the memory, but not the time
 # The end of a recipe's opening comment.
+WRAPPED = TextWrapper(119, initial_indent="# ", subsequent_indent="# ", break_long_words=False, break_on_hyphens=False)
 PLAN = re.compile(r"^# plan \(make recipe-plans\): .*\n(?:# .*\n)*?# plan of ([0-9a-f]{16})\n", re.MULTILINE)
 
 
@@ -84,18 +86,9 @@ def write(name: str, found: str) -> None:
     file = RECIPES / f"{name}.yaml"
     text = PLAN.sub("", file.read_text())
     head, blank, rest = text.partition("\n\n")
-    lines = _wrapped(f"plan (make recipe-plans): {found}")
+    lines = WRAPPED.fill(f"plan (make recipe-plans): {found}")
     file.write_text(f"{head}\n{lines}\n# plan of {'0' * 16}\n{blank[1:]}{rest}")
     file.write_text(file.read_text().replace("0" * 16, digest(name)))
-
-
-def _wrapped(text: str, width: int = 118) -> str:
-    lines = [""]
-    for word in text.split():
-        if len(lines[-1]) + len(word) + 1 > width:
-            lines.append("")
-        lines[-1] += f" {word}"
-    return "\n".join(f"#{line}" for line in lines)
 
 
 def main(names: Sequence[str]) -> int:

@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 from huggingface_hub import ModelCardData
+from huggingface_hub.repocard import metadata_load
 
 from megatron_peft.checkpoint.folders import check_new, write_atomically
 from megatron_peft.checkpoint.run_record import ADAPTER_CONFIG, RunRecord, find_checkpoint, read_record
@@ -162,11 +163,10 @@ def _license_of_base(base: str | None) -> dict[str, str]:
     if base is None or not card.is_file():
         return {}
     try:
-        front = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", untrusted.read_text(card), re.DOTALL)
-        stated = untrusted.parse_yaml(front[1], str(card), yaml.SafeLoader) if front else {}
-    except ConfigurationError:
+        stated = metadata_load(card) or {}
+    except (ValueError, OSError, yaml.YAMLError):
         return {}  # somebody else's card: the export does not depend on it
-    known = stated if isinstance(stated, dict) and isinstance(stated.get("license"), str) else {}
+    known = stated if isinstance(stated.get("license"), str) else {}
     license = {name: known[name] for name in LICENSE_FIELDS if isinstance(known.get(name), str)}
     link = license.get("license_link", "")
     is_file = link == Path(link).name and (card.parent / link).is_file()

@@ -120,7 +120,7 @@ def _checked_tasks(config: RunConfig, settings: HarnessSettings) -> tuple[Any, F
         require(is_same, f"{problem}: give another file, or --overwrite.")
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     may_run_code = settings.confirm_run_unsafe_code
-    tasks = find_tasks(settings.tasks, settings.include_path, settings.num_fewshot, settings.limit, may_run_code)
+    tasks = find_tasks(settings.tasks, settings.include_path, settings.num_fewshot, may_run_code)
     engine = (settings.engine, settings.engine_lora, *settings.engine_args) if settings.engine else ()
     return tasks, FinishedRequests(settings.side_file("requests"), fingerprint, engine)
 
@@ -150,11 +150,7 @@ utils.apply_template = _apply_template  # the one that it replaces runs any code
 
 
 def find_tasks(
-    names: Sequence[str],
-    include_paths: Sequence[str],
-    num_fewshot: int | None = None,
-    limit: float | None = None,
-    may_run_code: bool = False,
+    names: Sequence[str], include_paths: Sequence[str], num_fewshot: int | None = None, may_run_code: bool = False
 ) -> Any:
     """The harness's TaskManager for these tasks, each of which has passed all checks and asks its first question."""
     require_known_tasks(names, include_paths)

@@ -10,6 +10,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -276,10 +277,6 @@ def _draw_smoothed(axes: Axes, metrics: Lines, name: str, label: str) -> None:
 
 
 def running_mean(values: Sequence[float]) -> list[float]:
-    """The mean of each point and its neighbors, a twentieth of the curve; fewer at its ends, which keeps its length."""
+    """Return the mean of each point and its neighbors, a twentieth of the curve; fewer at its ends."""
     half = max(len(values) // 40, 1)
-    # Each window is summed by itself: differences of cumulative sums would not be exact after a spike.
-    sums, counts = (
-        np.convolve(each, np.ones(2 * half + 1))[half : half + len(values)] for each in (values, np.ones(len(values)))
-    )
-    return (sums / counts).tolist()
+    return pandas.Series(values).rolling(2 * half + 1, center=True, min_periods=1).mean().tolist()
