@@ -155,45 +155,18 @@ class BlendedOrder(SampleOrder):
         return samples
 
 
-_BLOCK = 1 << 17  # samples: numpy makes 8 bytes of each index that it is given, several times
-
-
 def index_type(num_samples: int) -> type[np.signedinteger]:
     """The type of numbers up to `num_samples`."""
     return np.int32 if num_samples < 2**31 else np.int64
 
 
-def _blocks(num_samples: int) -> list[slice]:
-    return [slice(start, start + _BLOCK) for start in range(0, num_samples, _BLOCK)]
-
-
-def _picked(values: np.ndarray, indices: np.ndarray) -> np.ndarray:
-    """`values[indices]`. [n] each."""
-    picked = np.empty(len(indices), dtype=values.dtype)
-    for block in _blocks(len(indices)):
-        picked[block] = values[indices[block]]
-    return picked
-
-
 def stable_order(keys: np.ndarray, num_keys: int) -> tuple[np.ndarray, np.ndarray]:
-    """`np.argsort(keys, kind="stable")`, int [n], and int [num_keys + 1], where the places of each key begin in it.
+    """Return `np.argsort(keys, kind="stable")`, int [n], and int [num_keys + 1], where the places of each key begin.
 
-    keys: int [n], each below `num_keys`. Takes a quarter of numpy's memory, which is 8 bytes a key and as many to sort.
+    keys: int [n], each below `num_keys`.
     """
-    order = np.empty(len(keys), dtype=index_type(len(keys)))
-    bounds = np.zeros(num_keys + 1, dtype=order.dtype)
-    for block in _blocks(len(keys)):
-        np.add.at(bounds, keys[block] + 1, 1)
-    np.cumsum(bounds, dtype=bounds.dtype, out=bounds)
-    free = bounds[:-1].copy()  # the next place of each key
-    for block in _blocks(len(keys)):
-        in_block = np.argsort(keys[block], kind="stable")
-        ordered = keys[block][in_block]
-        runs = np.flatnonzero(np.diff(ordered, prepend=-1))  # where each key begins
-        sizes = np.diff(runs, append=len(ordered))
-        order[np.repeat(free[ordered[runs]] - runs, sizes) + np.arange(len(ordered))] = block.start + in_block
-        free[ordered[runs]] += sizes
-    return order, bounds
+    order = np.argsort(keys, kind="stable").astype(index_type(len(keys)))
+    return order, np.concatenate([[0], np.cumsum(np.bincount(keys, minlength=num_keys))]).astype(order.dtype)
 
 
 def pack_bounds(lengths: np.ndarray, seq_length: int) -> np.ndarray:
@@ -260,8 +233,8 @@ class PackedOrder(SampleOrder):
     def _pack(self, epoch: int) -> list[np.ndarray]:
         samples = self.order.permutation(epoch)
         if self.packing == "next-fit":
-            return [samples, pack_bounds(_picked(self.lengths, samples), self.seq_length).astype(samples.dtype)]
-        packs = first_fit_decreasing(_picked(self.lengths, samples), self.seq_length)
+            return [samples, pack_bounds(self.lengths[samples], self.seq_length).astype(samples.dtype)]
+        packs = first_fit_decreasing(self.lengths[samples], self.seq_length)
         # The longest samples are in the first packs, so packs are shuffled. In an evaluation, each stands where its
         # first sample stood.
         num_packs = int(packs.max()) + 1
@@ -270,10 +243,10 @@ class PackedOrder(SampleOrder):
             np.random.RandomState([self.seed % 2**32, epoch, num_packs]).shuffle(places)
         else:
             places = np.argsort(np.argsort(np.unique(packs, return_index=True)[1])).astype(packs.dtype)
-        packs = _picked(places, packs)
+        packs = places[packs]
         order, bounds = stable_order(packs, num_packs)
         del places, packs
-        return [_picked(samples, order), bounds]
+        return [samples[order], bounds]
 
     def epoch_length(self, epoch: int) -> int:
         return self._num_packs(0 if self._num_packs_is_constant else epoch)
