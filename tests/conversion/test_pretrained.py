@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from megatron_peft.checkpoint import run_record
 from megatron_peft.checkpoint.folders import write_manifest
 from megatron_peft.config import ConfigurationError, ParallelConfig
-from megatron_peft.conversion import convert, pretrained, writer
+from megatron_peft.conversion import convert, pretrained
 from megatron_peft.conversion.hf_files import ReadCounts
 from megatron_peft.conversion.pretrained import LoadReport, base_parameters, load_pretrained, read_model_shape
 from megatron_peft.models.families import read_shape, rules_for
@@ -104,7 +104,9 @@ def test_nothing_is_read_when_a_tensor_is_missing(shape, copy_of):
 
 @pytest.mark.parametrize(("terminal", "progress"), [(True, True), (True, False), (False, True)])
 def test_bar_is_shown_at_a_terminal_only(terminal, progress, shape, saved_folders, monkeypatch, capsys):
-    monkeypatch.setattr(writer, "Console", lambda stderr: Console(stderr=stderr, force_terminal=terminal))
+    monkeypatch.setattr(
+        "megatron_peft.runtime.progress.Console", lambda stderr: Console(stderr=stderr, force_terminal=terminal)
+    )
     load(stage(shape, 1, range(3)), saved_folders["single"], shape, progress=progress)
     printed = capsys.readouterr()
     assert "Loading weights" in printed.err if terminal and progress else printed.err == ""
