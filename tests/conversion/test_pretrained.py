@@ -8,6 +8,7 @@ import shutil
 import struct
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -104,9 +105,8 @@ def test_nothing_is_read_when_a_tensor_is_missing(shape, copy_of):
 
 @pytest.mark.parametrize(("terminal", "progress"), [(True, True), (True, False), (False, True)])
 def test_bar_is_shown_at_a_terminal_only(terminal, progress, shape, saved_folders, monkeypatch, capsys):
-    monkeypatch.setattr(
-        "megatron_peft.runtime.progress.Console", lambda stderr: Console(stderr=stderr, force_terminal=terminal)
-    )
+    console = partial(Console, force_terminal=terminal)
+    monkeypatch.setattr("megatron_peft.runtime.progress.Console", console)
     load(stage(shape, 1, range(3)), saved_folders["single"], shape, progress=progress)
     printed = capsys.readouterr()
     assert "Loading weights" in printed.err if terminal and progress else printed.err == ""
