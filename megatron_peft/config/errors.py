@@ -14,7 +14,10 @@ from math import inf, isfinite
 from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+if TYPE_CHECKING:  # takes long to import
+    from pydantic import ValidationError
 
 T = TypeVar("T")
 Check = Literal["positive", "not_negative", "even", "fraction", "not_empty", "in_a_folder", "address", "plain_name"]
@@ -104,6 +107,15 @@ def writing(what: str = "", way_out: str = "", fails: str = "cannot be written")
     except OSError as error:
         problem = f"{what or error.filename or 'a file'} {fails} ({error.strerror or error})"
         raise ConfigurationError(f"{problem}: {way_out}." if way_out else f"{problem}.") from error
+
+
+def validation_problems(error: "ValidationError") -> Iterator[str]:
+    """Yield a sentence for each thing that pydantic found wrong in a file, with the field's place in it."""
+    for found in error.errors():
+        place = ".".join(map(str, found["loc"]))
+        known = {"missing": "is missing", "unexpected_keyword_argument": "is not a field"}
+        otherwise = f"is {str(found['input'])[:40]}: {found['msg'].removeprefix('Value error, ')}"
+        yield f"{place} {known.get(found['type'], otherwise)}."
 
 
 def require_packages(extra: str, *names: str) -> None:

@@ -21,6 +21,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from megatron_peft.checkpoint.folders import write_atomically
 from megatron_peft.config import ConfigurationError, require
+from megatron_peft.config.errors import validation_problems
 from megatron_peft.config.untrusted import parse_json, read_json_object
 from megatron_peft.experiment.cells import Cell
 from megatron_peft.experiment.spec import AREA, TEST_LOSS, VALIDATION_LOSS, ScoreSpec
@@ -170,11 +171,8 @@ def _record(values: Mapping[str, Any], path: Path) -> CellRecord:
     try:
         return RECORD.validate_python(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        problem = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-        raise ConfigurationError(
-            f"{path} is not the record of a cell ({problem}): remove it to run the cell."
-        ) from error
+        first = next(validation_problems(error)).rstrip(".")
+        raise ConfigurationError(f"{path} is not the record of a cell ({first}): remove it to run the cell.") from error
 
 
 def of_cell(cell: Cell, status: Status = "failed", **values: Any) -> CellRecord:

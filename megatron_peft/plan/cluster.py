@@ -7,58 +7,86 @@ efficiency says how much of that is reached.
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from math import isfinite, log, log2
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from megatron_peft.config import ConfigurationError, RunConfig, require
+from megatron_peft.config.errors import validation_problems
 from megatron_peft.config.untrusted import parse_yaml, read_text
 
 SHIPPED = {path.stem: path for path in sorted((Path(__file__).parent / "clusters").glob("*.yaml"))}
 DEFAULT = "8xh100"
 
-EFFICIENCIES, LINKS = "product_efficiency", ("node_link", "network_link")
+FORM = ConfigDict(extra="forbid")
+
+
+def within(least: float, most: float) -> Any:
+    """Limits of a field's number."""
+    return Field(ge=least, le=most, strict=True)
+
+
+def _curve(value: Any) -> tuple[tuple[float, float], ...]:
+    """Return {GFLOP of a product: its part of bf16_tflops} as ascending pairs. Raises ValueError for anything else."""
+    numbers = (*value, *value.values()) if isinstance(value, dict) else ()
+    are_numbers = all(type(number) in (int, float) and isfinite(number) for number in numbers)
+    pairs = sorted(value.items()) if numbers and are_numbers else []
+    parts = [part for _, part in pairs]
+    if not pairs or pairs[0][0] <= 0 or parts != sorted(parts) or not 0.01 <= parts[0] <= parts[-1] <= 1:
+        raise ValueError(
+            "it maps GFLOP of a product, above 0, to the part of bf16_tflops that it reaches, from 0.01 to 1 and not "
+            "less for a larger product, as in {1: 0.3, 1000: 0.7}"
+        )
+    return tuple((float(size), float(part)) for size, part in pairs)
 
 
 @dataclass(frozen=True)
 class Link:
     """What connects GPUs."""
 
-    gb_per_second: float  # 1e9 bytes, of one GPU in one direction, as a collective of large messages reaches it
-    latency_us: float  # microseconds of a message
+    __pydantic_config__ = FORM
+
+    gb_per_second: Annotated[
+        float, within(0.01, 100_000)
+    ]  # 1e9 bytes, of one GPU in one direction, as a collective of large messages reaches it
+    latency_us: Annotated[float, within(0.01, 1_000_000)]  # microseconds of a message
 
 
 @dataclass(frozen=True)
 class Cluster:
     """Nodes of GPUs. The files in `clusters/` say where each number is from.
 
-    Each has its unit, and the least and the most that it may be: beyond them it is a slip of units. `sustained` and the
-    two after it are calibrated (tools/published.toml).
+    Each has the least and the most that it may be: beyond them it is a slip of units. `sustained` and the two after it
+    are calibrated (tools/published.toml).
     """
 
-    name: str  # for tables
-    gpus_per_node: Annotated[int, ("GPUs", 1, 1024)]  # consecutive ranks share a node
-    memory_gib: Annotated[float, ("GiB", 1, 4096)]  # of a GPU, as torch sees it
+    __pydantic_config__ = FORM
+
+    name: Annotated[str, Field(strict=True)]  # for tables
+    gpus_per_node: Annotated[int, within(1, 1024)]  # consecutive ranks share a node
+    memory_gib: Annotated[float, within(1, 4096)]  # of a GPU, as torch sees it
     # Of it, what no rehearsal sees: CUDA's context, NCCL's buffers, workspaces, fragmentation.
-    reserved_gib: Annotated[float, ("GiB", 0, 1024)]
-    bf16_tflops: Annotated[float, ("TFLOP/s", 1, 100_000)]  # of products, at most
-    fp32_tflops: Annotated[float, ("TFLOP/s", 0.1, 100_000)]
-    memory_gb_per_second: Annotated[float, ("GB/s", 10, 1_000_000)]  # of a GPU's own memory, at most
-    memory_efficiency: Annotated[float, ("of the rate", 0.05, 1)]  # reached by operations that are no products
+    reserved_gib: Annotated[float, within(0, 1024)]
+    bf16_tflops: Annotated[float, within(1, 100_000)]  # of products, at most
+    fp32_tflops: Annotated[float, within(0.1, 100_000)]
+    memory_gb_per_second: Annotated[float, within(10, 1_000_000)]  # of a GPU's own memory, at most
+    memory_efficiency: Annotated[float, within(0.05, 1)]  # reached by operations that are no products
     # (GFLOP of a product, its part of the rate), ascending; linear in the logarithm between.
-    product_efficiency: tuple[tuple[float, float], ...]
+    product_efficiency: Annotated[tuple[tuple[float, float], ...], BeforeValidator(_curve)]
     # Of fused causal attention, without the half that the mask spares.
-    attention_efficiency: Annotated[float, ("of the rate", 0.01, 1)]
+    attention_efficiency: Annotated[float, within(0.01, 1)]
     # What products reach on one node in a long run, beside what they reach alone; and lose, each time the nodes double.
-    sustained: Annotated[float, ("of an isolated kernel's rate", 0.05, 1)]
-    lost_per_doubling: Annotated[float, ("of a GPU's speed", 0, 0.5)]
-    tensor_overlap: Annotated[float, ("of a tensor-parallel call", 0, 1)]  # that is hidden where a run overlaps it
-    launch_us: Annotated[float, ("microseconds", 0.1, 1000)]  # that the host takes for an operation
-    call_us: Annotated[float, ("microseconds", 0.1, 10_000)]  # that it takes for a collective or a message
-    node_link: Annotated[Link, ("GB/s", 0.1, 100_000), ("microseconds", 0.01, 100_000)]  # within a node
-    network_link: Annotated[Link, ("GB/s", 0.01, 100_000), ("microseconds", 0.01, 1_000_000)]  # between nodes
-    hidden: float = 0.0  # `tensor_overlap` in a run that overlaps (`of_run`)
+    sustained: Annotated[float, within(0.05, 1)]
+    lost_per_doubling: Annotated[float, within(0, 0.5)]
+    tensor_overlap: Annotated[float, within(0, 1)]  # that is hidden where a run overlaps it
+    launch_us: Annotated[float, within(0.1, 1000)]  # that the host takes for an operation
+    call_us: Annotated[float, within(0.1, 10_000)]  # that it takes for a collective or a message
+    node_link: Link  # within a node
+    network_link: Link  # between nodes
+    hidden: Annotated[float, within(0, 1)] = 0.0  # `tensor_overlap` in a run that overlaps (`of_run`)
 
     @property
     def usable_bytes(self) -> float:
@@ -116,13 +144,6 @@ class Cluster:
         return link.latency_us * 1e-6 * max(log2(n), 1.0) + times * num_bytes / (link.gb_per_second * 1e9)
 
 
-# Field -> (unit, least, most); those of a link are `node_link.latency_us`.
-LIMITS: dict[str, tuple[str, float, float]] = {}
-for _name, _hint in get_type_hints(Cluster, include_extras=True).items():
-    _names = [f"{_name}.{field.name}" for field in fields(Link)] if _name in LINKS else [_name]
-    LIMITS |= zip(_names, getattr(_hint, "__metadata__", ()), strict=False)
-
-
 def read_cluster(name: str) -> Cluster:
     """The cluster of --cluster: the name of a shipped one, or the path of a file.
 
@@ -148,47 +169,16 @@ def cluster_of_this_machine() -> Cluster | None:
 
 
 def cluster_of(values: Mapping[str, Any], place: str) -> Cluster:
-    """The cluster that these fields describe. ConfigurationError with everything that is wrong, named after `place`."""
-    given: dict[str, Any] = {}  # as LIMITS has them
-    for name, value in values.items():
-        is_link = name in LINKS and isinstance(value, dict)
-        given |= {f"{name}.{key}": entry for key, entry in value.items()} if is_link else {str(name): value}
-    known = sorted((*LIMITS, "name", EFFICIENCIES))
-    unknown = [name for name in given if name not in (*known, *LINKS)]
-    problems = [f"{name} is not a field; there are {', '.join(known)}." for name in unknown]
-    for name, (unit, least, most) in LIMITS.items():
-        value, bounds = given.get(name), f"{least:,} to {most:,} {unit}"
-        if value is None:
-            problems.append(f"{name} is missing; it is a number from {bounds}.")
-        elif type(value) not in (int, float) or not least <= value <= most:
-            problems.append(f"{name} is {str(value)[:40]}; it must be a number from {bounds}.")
-        elif name == "gpus_per_node" and type(value) is not int:
-            problems.append(f"{name} is {value}; it must be a whole number.")
-    if not isinstance(given.get("name", ""), str):
-        problems.append(f"name is {str(given['name'])[:40]}; it must be a text.")
-    curve = given.get(EFFICIENCIES)
-    if not _are_efficiencies(curve):
-        problems.append(
-            f"{EFFICIENCIES} is {'missing' if curve is None else str(curve)[:80]}; it maps GFLOP of a product, above "
-            f"0, to the part of bf16_tflops that it reaches, from 0.01 to 1 and not less for a larger product, as in "
-            f"{{1: 0.3, 1000: 0.7}}."
-        )
-    if not problems and given["reserved_gib"] >= given["memory_gib"]:
-        problems.append(
-            f"reserved_gib is {given['reserved_gib']}, which leaves nothing of memory_gib {given['memory_gib']}."
-        )
-    if problems:
-        raise ConfigurationError(*(f"{place}: {problem}" for problem in problems))
-    plain = {name: given[name] for name in LIMITS if "." not in name}
-    links: Any = {name: Link(*(float(given[f"{name}.{field.name}"]) for field in fields(Link))) for name in LINKS}
-    curve = tuple(sorted((float(size), float(part)) for size, part in given[EFFICIENCIES].items()))
-    return Cluster(name=given.get("name", place), product_efficiency=curve, **plain, **links)
+    """Return the cluster that these fields describe.
 
-
-def _are_efficiencies(value: Any) -> bool:
-    """Whether it can be `Cluster.product_efficiency`."""
-    numbers = (*value, *value.values()) if isinstance(value, dict) else ()
-    if not numbers or not all(type(number) in (int, float) and isfinite(number) for number in numbers):
-        return False
-    parts = [value[size] for size in sorted(value)]
-    return min(value) > 0 and parts == sorted(parts) and 0.01 <= parts[0] <= parts[-1] <= 1
+    Raises ConfigurationError with everything that is wrong, named after `place`.
+    """
+    try:
+        cluster = TypeAdapter(Cluster).validate_python({"name": place, **values})
+    except ValidationError as error:
+        raise ConfigurationError(*(f"{place}: {problem}" for problem in validation_problems(error))) from error
+    require(
+        cluster.reserved_gib < cluster.memory_gib,
+        f"{place}: reserved_gib is {cluster.reserved_gib}, which leaves nothing of memory_gib {cluster.memory_gib}.",
+    )
+    return cluster

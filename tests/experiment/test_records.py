@@ -65,13 +65,13 @@ def test_one_parquet_file_has_all_records_and_single_files_are_newer(tmp_path: P
 
 
 CHANGES = [
-    ({"flags": 1}, "flags: Input should be a valid tuple"),
-    ({"settings": None}, "settings: "),
-    ({"curves": 3}, "curves: "),
-    ({"curves": {"grad_norm": [[1, 0.5, "red"]]}}, r"curves.grad_norm.0.2\..*: "),
-    ({"items": {"validation loss": [[1.0]]}}, "items.validation loss.0: "),
-    ({"grad_norms": {"by_layer": {"0": [{}]}}}, "grad_norms.by_layer.0.0: "),
-    ({"status": "x"}, "status: "),
+    ({"flags": 1}, "flags is 1: "),
+    ({"settings": None}, "settings is None: "),
+    ({"curves": 3}, "curves is 3: "),
+    ({"curves": {"grad_norm": [[1, 0.5, "red"]]}}, r"curves.grad_norm.0.2\..* is red: "),
+    ({"items": {"validation loss": [[1.0]]}}, "items.validation loss.0 is .1.0.: "),
+    ({"grad_norms": {"by_layer": {"0": [{}]}}}, "grad_norms.by_layer.0.0 is {}: "),
+    ({"status": "x"}, "status is x: "),
 ]
 
 
