@@ -38,4 +38,4 @@ def of_module(settings: Mapping[str, Any], patterns: str, default: str, module: 
     from peft.utils.other import get_pattern_key
 
     values = settings.get(patterns) or {}
-    return values.get(get_pattern_key(values, module), settings.get(default))
+    return values.get(get_pattern_key([*values], module), settings.get(default))
