@@ -95,6 +95,7 @@ CASES = {
 
 def _program(case: Case) -> None:
     """The ranks that do not fail wait in a collective, as in a step."""
+    dist.barrier()  # all have started
     rank = dist.get_rank()
     if case.does is None:
         time.sleep(0.7 * rank)
